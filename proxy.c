@@ -1,0 +1,5561 @@
+/*
+ * proxy - an HTTP/1.1 forward proxy in one file of C99 and POSIX
+ *
+ * It stands between clients and the servers they ask: it takes a request,
+ * finds the server, passes the request on and the response back, and writes
+ * one line about it.  One process, one loop around poll(2), nothing in the
+ * loop blocks.
+ *
+ *   client bytes -> whole head -> parse -> may it go there?
+ *                                              |
+ *                          resolve -> may it go to this address? -> connect
+ *                                              |
+ *   log line <- finish <- client <- framing <- response head <- request out
+ *
+ * Four nouns carry it.  An EXCHANGE is one request and its response.  It
+ * ties two CONNS, `client` and `server`, each a descriptor with what has
+ * arrived (`in`) and what is to leave (`out`).  The server is whoever
+ * answers: a socket, or memory (an error page, our own pages, the 200 to a
+ * CONNECT); its answer is read, judged, forwarded and logged by the same
+ * lines.  A FLOW is one message in motion: it takes the framing off on
+ * arrival and puts its own on at departure; received framing is never
+ * copied.  Two flows, `up` and `down`, run side by side in one exchange; a
+ * tunnel is two flows without framing.  RULES say who may go where.
+ *
+ * An exchange walks through phases.  Each has one step function, named in
+ * the table `phases`; only exchange_enter() changes the phase:
+ *
+ *   FREE --exchange_open--> REQUEST --request_accept--> RESOLVE
+ *   RESOLVE --resolve_step--> CONNECT --connect_done--> GREET (SOCKS parent)
+ *   CONNECT, GREET --exchange_send--> RESPONSE
+ *   RESPONSE --response_forward, tunnel_start--> RELAY
+ *   RESPONSE --exchange_retry--> CONNECT (a kept connection was dead)
+ *   any before RELAY --answer--> RESPONSE (from memory)
+ *   RELAY --exchange_finish--> REQUEST, LINGER or FREE
+ *   any --exchange_abort, exchange_close--> FREE
+ *
+ * What always holds (exchange_check() looks at each after every turn):
+ *
+ *   1. A free slot has no descriptor and no buffer.
+ *   2. A buffer in `out` is never empty: nothing to send, no buffer.
+ *   3. A flow that has put the end of its message is not in want of bytes.
+ *   4. Decoded bytes lie in front of the buffer they arrived in.
+ *   5. Only the phases that talk to a server hold a server's descriptor.
+ *   6. A tunnel holds no head.
+ *
+ * It reads from top to bottom: each section uses only those above it, main
+ * is last.  RFC 9110 (semantics), 9112 (messages), 8305 (happy eyeballs),
+ * 9209 (Proxy-Status), 1928 and 1929 (SOCKS5), 7617 (Basic).
+ *
+ * Sections: 1 system and limits, 2 vocabulary, 3 small tools, 4 buffers,
+ * 5 conns, 6 heads, 7 bodies and flows, 8 rules, 10 names, 11 log and trace,
+ * 12 local pages, 13 exchange, 14 loop, 15 main.  (9 is the cache's.)
+ */
+
+/* ---- 1. System and limits ---- */
+
+/*
+ * The feature macros come before all includes.  Everything is POSIX.1-2008
+ * but one call: setgroups(2), which no standard has and without which root's
+ * groups would outlive -u.
+ */
+#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE 1
+#define _DARWIN_C_SOURCE 1
+#define __BSD_VISIBLE 1
+
+#include <sys/types.h>
+
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+
+#include <assert.h>
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <limits.h>
+#include <netdb.h>
+#include <poll.h>
+#include <pwd.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <syslog.h>
+#include <time.h>
+#include <unistd.h>
+
+/*
+ * What a board or a test may want to change at compile time (-DNAME=value).
+ * A buffer is the most that is read or written at once and the largest head
+ * that is understood.
+ */
+#ifndef BUFFER_SIZE
+#define BUFFER_SIZE 32768
+#endif
+#ifndef HEAD_MS
+#define HEAD_MS 30000
+#endif
+#ifndef CONNECT_MS
+#define CONNECT_MS 30000
+#endif
+#ifndef RESPONSE_MS
+#define RESPONSE_MS 120000
+#endif
+#ifndef HALF_CLOSED_MS
+#define HALF_CLOSED_MS 60000
+#endif
+#ifndef KEPT_CLIENT_MS
+#define KEPT_CLIENT_MS 60000
+#endif
+#ifndef KEPT_SERVER_MS
+#define KEPT_SERVER_MS 30000
+#endif
+#ifndef LINGER_MS
+#define LINGER_MS 5000
+#endif
+#ifndef DRAIN_MS
+#define DRAIN_MS 5000
+#endif
+#if BUFFER_SIZE < 4096
+#error "BUFFER_SIZE is 4096 at least: our own pages must fit into a buffer"
+#endif
+
+#define VERSION "0.1"
+
+enum limit {
+	/* What a buffer spends on itself; the whole is BUFFER_SIZE. */
+	BUFFER_ROOM = BUFFER_SIZE - 4 * (int)sizeof(size_t),
+	/* Kept free in front of payload: 8 hex digits and CRLF. */
+	CHUNK_ROOM = 10,
+	/* Kept free behind it: CRLF, "0" CRLF CRLF, and some to spare. */
+	TAIL_ROOM = 16,
+	/* RFC 9112 section 3 asks for 8000 bytes of request line at least. */
+	LINE_WISH = BUFFER_SIZE / 4 > 8192 ? BUFFER_SIZE / 4 : 8192,
+	LINE_MAX_BYTES =
+	    LINE_WISH < BUFFER_SIZE - 1024 ? LINE_WISH : BUFFER_SIZE - 1024,
+	/* Fields in a head: browsers send 20, the worst sites answer 60. */
+	FIELDS_MAX = 128,
+	/* A DNS name has at most 253 characters. */
+	HOST_MAX = 255,
+	/* Hex digits of a chunk size: 2^64 has 16. */
+	CHUNK_DIGITS_MAX = 16,
+	/* Framing bytes a chunked body may have beyond a fair share. */
+	CHUNK_EXCESS_MAX = 16384,
+	/* Addresses tried for one name, three of each family. */
+	ADDRESSES_MAX = 6,
+	/* RFC 8305 section 5: the next address is tried after this. */
+	NEXT_TRY_MS = 250,
+	/* Names remembered, and for how long: getaddrinfo tells no TTL. */
+	NAMES_MAX = 256,
+	NAME_KEPT_MS = 60000,
+	NAME_FAILED_MS = 5000,
+	/* Questions asked of the system's resolver at once. */
+	QUESTIONS_MAX = 32,
+	/* A question that hangs in the system's resolver ends after this. */
+	QUESTION_S = 60,
+	/* 1xx responses before the final one. */
+	INTERIM_MAX = 64,
+	/* Connections outside an exchange: kept idle, or tried in parallel. */
+	OTHERS_MAX = 256,
+	LISTENERS_MAX = 16,
+	/* Descriptors of our own: log, pipes, syslog, standard ones, spare. */
+	DESCRIPTORS_OWN = 24,
+	/* Buffers kept for the next use; more go back to the system. */
+	BUFFERS_FREE_MAX = 64,
+	/* Connections served at once unless -m says otherwise. */
+	CONNECTIONS = 1000,
+	CONNECTIONS_MAX = 500000,
+	/* Steps, and buffers moved, for one exchange in one turn. */
+	STEPS_MAX = 64,
+	MOVES_MAX = 8,
+	ACCEPTS_MAX = 64,
+	/* Without an event for this long a descriptor leaves the prefix. */
+	COLD_MS = 500,
+	/* What a tunnel keeps of its request for the log. */
+	NOTE_MAX = 256,
+	/* Bytes of each piece of payload that -vv shows. */
+	DUMP_MAX = 256,
+	/* User name or password of a parent: RFC 1929 has one length byte. */
+	CREDENTIAL_MAX = 255,
+	/* An address in words: brackets, 45 characters, scope, port. */
+	ADDRESS_TEXT = 80,
+	/* Words about what went wrong, for the page and Proxy-Status. */
+	DETAIL_MAX = 512,
+	IDLE_S = 300
+};
+
+/* ---- 2. Vocabulary ---- */
+
+/*
+ * All structs and enums, then the few variables of the file.  Nothing here
+ * does anything.
+ */
+
+/* Bytes that somebody else owns: a slice of a head, mostly. */
+struct text {
+	const char *at;
+	size_t len;
+};
+
+/* An Internet address and port; family 0 is none, AF_UNIX has no more. */
+struct address {
+	int family;
+	unsigned port;
+	uint32_t scope;           /* of an IPv6 link-local address */
+	unsigned char octets[16]; /* network order; 4 used for IPv4, rest 0 */
+};
+
+/* Bytes at rest: data[start] up to data[end]. */
+struct buffer {
+	struct buffer *next; /* in the free list */
+	size_t start, end;
+	size_t overflow; /* bytes that did not fit; sticky */
+	char data[BUFFER_ROOM];
+};
+
+enum role {
+	ROLE_LISTENER,
+	ROLE_SIGNALS,   /* the pipe that signal handlers write to */
+	ROLE_QUESTIONS, /* to the names helper */
+	ROLE_ANSWERS,   /* from it */
+	ROLE_CLIENT,
+	ROLE_SERVER,
+	ROLE_TRY, /* another address of the same server, being tried */
+	ROLE_KEPT /* a server's connection between two exchanges */
+};
+
+/* One side of an exchange: a descriptor and the bytes at rest there. */
+struct conn {
+	int fd;        /* -1: none; an answer from memory has none */
+	int error;     /* errno that ended reading, 0 while it lives */
+	size_t place;  /* in the poll set; 0 is nobody's, so: not in it */
+	int64_t event; /* ms of the last event: hot or cold */
+	struct exchange *exchange; /* whose it is; NULL outside one */
+	struct buffer *in;         /* arrived and not yet used */
+	struct buffer *out;        /* to leave; never empty */
+	size_t seen;               /* of `in`: searched for a head's end */
+	enum role role;
+	bool connecting; /* connect(2) is under way */
+	bool readable;   /* a read may bring something */
+	bool writable;   /* a write may take something */
+	bool eof;        /* the other side sends no more */
+	bool shut;       /* we send no more */
+	bool deaf;       /* writing failed: the other side hears no more */
+	bool hung;       /* poll said HUP or ERR: nothing more to wait for */
+};
+
+enum framing {
+	FRAMING_NONE,    /* no body */
+	FRAMING_LENGTH,  /* Content-Length */
+	FRAMING_CHUNKED, /* Transfer-Encoding: chunked */
+	FRAMING_CLOSE    /* up to the end of the connection */
+};
+
+/* Where in a chunked body the next byte belongs (RFC 9112 section 7.1). */
+enum chunk {
+	CHUNK_SIZE,
+	CHUNK_EXTENSION,
+	CHUNK_SIZE_LF,
+	CHUNK_DATA,
+	CHUNK_DATA_CR,
+	CHUNK_DATA_LF,
+	CHUNK_TRAILER
+};
+
+/* One message's body on its way from one conn to the other. */
+struct flow {
+	enum framing from, to; /* how it is framed where it comes from, goes */
+	enum chunk chunk;
+	unsigned digits;  /* of the chunk size so far */
+	uint64_t left;    /* payload to come, of the body or this chunk */
+	uint64_t payload; /* payload handed on */
+	size_t ready;     /* payload at the front of `in` */
+	size_t trailer;   /* bytes of trailer section behind it */
+	size_t excess;    /* framing beyond a fair share */
+	bool whole;       /* the end of the message has arrived */
+	bool done;        /* and has been handed on */
+	bool broken;      /* its framing is wrong, or it was cut short */
+};
+
+struct field {
+	struct text name, value;
+};
+
+/* A head, split: slices of the bytes it was parsed from. */
+struct head {
+	struct text line; /* the start line */
+	size_t n;
+	struct field fields[FIELDS_MAX];
+};
+
+enum method {
+	METHOD_OTHER,
+	METHOD_GET,
+	METHOD_HEAD,
+	METHOD_POST,
+	METHOD_PUT,
+	METHOD_DELETE,
+	METHOD_OPTIONS,
+	METHOD_TRACE,
+	METHOD_CONNECT
+};
+
+/* The four forms of a target (RFC 9112 section 3.2). */
+enum form {
+	FORM_ORIGIN,
+	FORM_ABSOLUTE,
+	FORM_AUTHORITY,
+	FORM_ASTERISK
+};
+
+struct target {
+	enum form form;
+	struct text host; /* without brackets */
+	unsigned port;
+	struct text path; /* and query, as it came; may lack its slash */
+};
+
+/* A request head, understood. */
+struct request {
+	struct head head;
+	struct text name; /* the method's */
+	enum method method;
+	struct text uri; /* the target as it came */
+	struct target target;
+	unsigned minor; /* of HTTP/1.x: 0 or 1 */
+	enum framing framing;
+	uint64_t length;
+};
+
+/* A response head, understood. */
+struct response {
+	struct head head;
+	int status;
+	struct text reason;
+	unsigned minor;
+	enum framing framing;
+	uint64_t length;
+};
+
+/* Why an exchange did not go as asked; table `refusals` has the words. */
+enum refusal {
+	REFUSE_NONE,
+	REFUSE_BARE_LF,
+	REFUSE_CONTROL,
+	REFUSE_TLS,
+	REFUSE_SOCKS,
+	REFUSE_BINARY,
+	REFUSE_HTTP2,
+	REFUSE_LINE,
+	REFUSE_STATUS_LINE,
+	REFUSE_METHOD,
+	REFUSE_VERSION,
+	REFUSE_LINE_LONG,
+	REFUSE_HEAD_LONG,
+	REFUSE_FIELDS_MANY,
+	REFUSE_FIELD,
+	REFUSE_COLON,
+	REFUSE_FOLDED,
+	REFUSE_NO_HOST,
+	REFUSE_HOSTS,
+	REFUSE_HOST,
+	REFUSE_FORM,
+	REFUSE_SCHEME,
+	REFUSE_USERINFO,
+	REFUSE_FRAGMENT,
+	REFUSE_AUTHORITY,
+	REFUSE_PORT,
+	REFUSE_NOT_US,
+	REFUSE_LENGTH,
+	REFUSE_LENGTHS,
+	REFUSE_BOTH,
+	REFUSE_CODING,
+	REFUSE_CODING_TWICE,
+	REFUSE_CODING_OLD,
+	REFUSE_HOPS,
+	REFUSE_BODY,
+	REFUSE_BODY_CUT,
+	REFUSE_SLOW,
+	REFUSE_BUSY,
+	REFUSE_PAGE,
+	REFUSE_PAGE_METHOD,
+	REFUSE_LOOP_VIA,
+	REFUSE_LOOP,
+	REFUSE_GUARDED,
+	REFUSE_NAME,
+	REFUSE_NAME_SLOW,
+	REFUSE_FAMILY,
+	REFUSE_CONNECTION,
+	REFUSE_UNREACHABLE,
+	REFUSE_CONNECT_SLOW,
+	REFUSE_CONNECT,
+	REFUSE_CLOSED,
+	REFUSE_RESET,
+	REFUSE_ANSWER,
+	REFUSE_ANSWER_LONG,
+	REFUSE_ANSWER_SLOW,
+	REFUSE_INTERIM,
+	REFUSE_UPGRADE,
+	REFUSE_LOGIN,
+	REFUSE_PARENT_LOGIN,
+	REFUSE_PARENT,
+	REFUSE_CUT_SHORT,
+	REFUSE_MEMORY,
+	REFUSALS
+};
+
+/* Who or what ended an exchange; table `ends` has the log's words. */
+enum end {
+	END_DONE,
+	END_CLIENT,
+	END_SERVER,
+	END_IDLE,
+	END_RESET,
+	END_LIMIT,
+	END_STOP
+};
+
+enum phase {
+	PHASE_FREE,
+	PHASE_REQUEST,
+	PHASE_RESOLVE,
+	PHASE_CONNECT,
+	PHASE_GREET,
+	PHASE_RESPONSE,
+	PHASE_RELAY,
+	PHASE_LINGER,
+	PHASES
+};
+
+/* What a SOCKS5 parent is to say next. */
+enum greeting {
+	GREETING_BEGIN,
+	GREETING_METHOD,
+	GREETING_LOGIN,
+	GREETING_REPLY
+};
+
+/* What is known of one exchange; all zero at its start. */
+struct facts {
+	struct buffer *head; /* the request's head; what the texts point to */
+	struct text name;    /* the method's */
+	struct text uri;     /* for the log */
+	struct text host;    /* where the request is to go */
+	struct text referer, agent;
+	unsigned port;
+	unsigned minor;
+	enum method method;
+	enum refusal refusal;
+	enum end end;
+	enum greeting greeting;
+	int status;       /* sent to the client, 0: none yet */
+	int connect_errno; /* why the last address failed */
+	unsigned interims; /* 1xx responses so far */
+	unsigned addresses, next; /* of the list below: known, tried */
+	unsigned tries;           /* connections in table `others` */
+	bool close;               /* the client's connection ends after this */
+	bool keep_server;         /* the server's may serve another */
+	bool reused;              /* it has served one before */
+	bool fresh;               /* it must be a new one */
+	bool tunnel;
+	bool upgrade; /* the client asked to switch protocols */
+	bool local;   /* answered from memory */
+	struct address server;               /* the one in use */
+	struct address list[ADDRESSES_MAX]; /* of the next hop */
+	int64_t start;     /* ms: the first byte of the request came */
+	int64_t asked;     /* the name was asked for */
+	int64_t resolved;  /* the addresses were known */
+	int64_t tried;     /* the last address was tried */
+	int64_t connected; /* the request could be sent */
+	int64_t answered;  /* the response head was whole */
+};
+
+/* One slot: a client's connection and what is being done for it. */
+struct exchange {
+	enum phase phase;
+	bool again;   /* is in the list below */
+	bool served;  /* this connection has had an exchange before */
+	uint64_t number;
+	int64_t since;    /* ms: when the phase began */
+	int64_t moved;    /* when a byte last moved */
+	int64_t deadline; /* when to look at it again at the latest */
+	struct exchange *next;       /* in the list of free slots */
+	struct exchange *next_again; /* of those to run */
+	struct address peer;   /* the client's */
+	struct conn client, server;
+	struct flow up, down;
+	struct facts facts;
+	char note[NOTE_MAX]; /* a tunnel's texts */
+};
+
+/* A connection outside an exchange's own two; see section 5. */
+struct other {
+	struct conn conn;
+	struct address address; /* where it leads */
+	char beyond[HOST_MAX + 10]; /* host:port behind a SOCKS parent, or "" */
+	int64_t since;             /* ms: idle since then */
+};
+
+struct listener {
+	struct conn conn;
+	struct address address;
+	const char *path; /* of a UNIX socket */
+};
+
+enum name_state { NAME_EMPTY, NAME_WANTED, NAME_ASKED, NAME_KNOWN };
+
+struct name {
+	char host[HOST_MAX + 1];
+	enum name_state state;
+	int error;       /* of getaddrinfo, 0: there are addresses */
+	unsigned serial; /* of the question, so that a late answer is known */
+	unsigned n;
+	struct address list[ADDRESSES_MAX];
+	int64_t until; /* ms: good until then */
+};
+
+/* What goes through the helper's pipes: shorter than _POSIX_PIPE_BUF. */
+struct question {
+	unsigned entry, serial;
+	char host[HOST_MAX + 1];
+};
+
+struct answer {
+	unsigned entry, serial;
+	int error;
+	unsigned n;
+	struct address list[ADDRESSES_MAX];
+};
+
+enum parent_kind { PARENT_NONE, PARENT_HTTP, PARENT_SOCKS };
+
+struct parent {
+	enum parent_kind kind;
+	char host[HOST_MAX + 1];
+	unsigned port;
+	bool login; /* user and password were given */
+	char user[CREDENTIAL_MAX + 1];
+	char password[CREDENTIAL_MAX + 1];
+};
+
+/* What the command line says. */
+static struct {
+	const char *listen[LISTENERS_MAX];
+	size_t listens;
+	const char *log;  /* NULL or "-": standard output */
+	const char *user; /* become this one */
+	struct parent parent;
+	struct address from[2]; /* outgoing, IPv4 and IPv6 */
+	unsigned connections;
+	int64_t idle_ms;
+	int verbose;
+	bool anonymous;
+} options = { .connections = CONNECTIONS, .idle_ms = IDLE_S * 1000 };
+
+/* The clocks, read once a turn. */
+static struct {
+	int64_t ms; /* monotonic */
+	int64_t us;
+	time_t wall;
+} now;
+
+/* The poll set: two arrays side by side; see section 5. */
+static struct {
+	struct pollfd *fds;
+	struct conn **conns;
+	size_t hot, all, size;
+} poll_set;
+
+static struct {
+	struct exchange *slots;
+	size_t n;    /* how many there are */
+	size_t used; /* of them were ever used: the others were never touched */
+	size_t busy;
+	struct exchange *free, *again;
+	int64_t wake; /* ms: the earliest deadline, or earlier */
+	uint64_t count;
+} exchanges;
+
+static struct {
+	struct buffer *list;
+	size_t n;
+} buffers_free;
+
+static struct other *others;
+static size_t others_n;
+static struct listener listeners[LISTENERS_MAX];
+static size_t listeners_n;
+static int64_t accept_after; /* ms: the system ran out of something */
+
+static struct {
+	struct name table[NAMES_MAX];
+	struct conn questions, answers;
+	pid_t helper;
+	unsigned serial;
+	int64_t restart; /* ms: when the helper may be started again */
+} names;
+
+static struct {
+	int fd; /* -1: syslog */
+	bool syslog, complained, colour;
+	bool regular; /* a file: a write to it never waits */
+	struct buffer *pending; /* lines of this turn */
+	uint64_t lost;
+} logs = { .fd = STDOUT_FILENO };
+
+static struct conn signal_conn;
+static int signal_pipe[2] = { -1, -1 };
+static int64_t stop_at; /* ms: draining until then; 0: not asked to stop */
+static char pseudonym[32]; /* our name in Via and Proxy-Status */
+static char host_name[HOST_MAX + 1]; /* the machine's */
+
+/* ---- 3. Small tools ---- */
+
+/*
+ * Numbers, words, the clock, and the two ways to speak to the user.  They
+ * know nothing of HTTP.
+ */
+
+/* Says what is wrong and ends the program with status. */
+static void
+die_status(int status, const char *format, va_list args)
+{
+	fprintf(stderr, "proxy: ");
+	vfprintf(stderr, format, args);
+	fprintf(stderr, "\n");
+	exit(status);
+}
+
+/* At startup: the system refused something we need. */
+static void
+die(const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	die_status(1, format, args);
+	va_end(args);
+}
+
+/* Something is wrong, and serving goes on. */
+static void
+warn(const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	fprintf(stderr, "proxy: ");
+	vfprintf(stderr, format, args);
+	fprintf(stderr, "\n");
+	va_end(args);
+}
+
+/* Reads both clocks; once a turn, so that all of a turn happens at once. */
+static void
+clock_read(void)
+{
+	struct timespec monotonic;
+
+	(void)clock_gettime(CLOCK_MONOTONIC, &monotonic);
+	now.us = (int64_t)monotonic.tv_sec * 1000000 + monotonic.tv_nsec / 1000;
+	now.ms = now.us / 1000;
+	now.wall = time(NULL);
+}
+
+static struct text
+text_of(const char *string)
+{
+	struct text t = { string, strlen(string) };
+
+	return t;
+}
+
+/* The n bytes at `at`. */
+static struct text
+text_cut(const char *at, size_t n)
+{
+	struct text t = { at, n };
+
+	return t;
+}
+
+/* True if t is word, in any case of letters. */
+static bool
+text_is(struct text t, const char *word)
+{
+	return strlen(word) == t.len && strncasecmp(t.at, word, t.len) == 0;
+}
+
+/* True if t begins with word, in any case of letters. */
+static bool
+text_starts(struct text t, const char *word)
+{
+	size_t n = strlen(word);
+
+	return t.len >= n && strncasecmp(t.at, word, n) == 0;
+}
+
+/* True if a and b are the same but for the case of letters. */
+static bool
+text_same(struct text a, struct text b)
+{
+	return a.len == b.len && strncasecmp(a.at, b.at, a.len) == 0;
+}
+
+/* Where c first stands in t, or t.len. */
+static size_t
+text_find(struct text t, char c)
+{
+	const char *at = t.len ? memchr(t.at, c, t.len) : NULL;
+
+	return at == NULL ? t.len : (size_t)(at - t.at);
+}
+
+/* What is left of t without its first n bytes. */
+static struct text
+text_from(struct text t, size_t n)
+{
+	return text_cut(t.at + n, t.len - n);
+}
+
+/* t without the blanks around it (OWS, RFC 9110 section 5.6.3). */
+static struct text
+text_trim(struct text t)
+{
+	while (t.len && (*t.at == ' ' || *t.at == '\t'))
+		t = text_from(t, 1);
+	while (t.len && (t.at[t.len - 1] == ' ' || t.at[t.len - 1] == '\t'))
+		t.len--;
+	return t;
+}
+
+/*
+ * Writes t as a string of size bytes, cut if it has to be; returns false if
+ * it was cut or holds a NUL.
+ */
+static bool
+text_copy(struct text t, char *to, size_t size)
+{
+	size_t n = t.len < size ? t.len : size - 1;
+
+	memcpy(to, t.at, n);
+	to[n] = '\0';
+	return n == t.len && strlen(to) == n;
+}
+
+static bool
+is_digit(char c)
+{
+	return c >= '0' && c <= '9';
+}
+
+static bool
+is_alnum(char c)
+{
+	return is_digit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
+}
+
+/* tchar of RFC 9110 section 5.6.2. */
+static bool
+is_token_char(char c)
+{
+	return is_alnum(c) || (c != '\0' && strchr("!#$%&'*+-.^_`|~", c));
+}
+
+static bool
+text_is_token(struct text t)
+{
+	size_t i;
+
+	for (i = 0; i < t.len; i++)
+		if (!is_token_char(t.at[i]))
+			return false;
+	return t.len > 0;
+}
+
+/* What a hex digit is worth, -1 for anything else. */
+static int
+hex_value(char c)
+{
+	if (is_digit(c))
+		return c - '0';
+	if (c >= 'a' && c <= 'f')
+		return c - 'a' + 10;
+	if (c >= 'A' && c <= 'F')
+		return c - 'A' + 10;
+	return -1;
+}
+
+/*
+ * The one way in for a number from outside: decimal digits only, at most
+ * max.  Returns false, and leaves value alone, for anything else.
+ */
+static bool
+number_parse(struct text t, uint64_t max, uint64_t *value)
+{
+	uint64_t sum = 0;
+	size_t i;
+
+	for (i = 0; i < t.len; i++) {
+		uint64_t digit = (uint64_t)(t.at[i] - '0');
+
+		if (!is_digit(t.at[i]) || digit > max ||
+		    sum > (max - digit) / 10)
+			return false;
+		sum = sum * 10 + digit;
+	}
+	if (t.len == 0)
+		return false;
+	*value = sum;
+	return true;
+}
+
+/*
+ * Writes the n bytes at `from` in base64 with its end mark; `to` has room
+ * for 4 * (n + 2) / 3 + 1 bytes (RFC 4648 section 4).
+ */
+static void
+base64_encode(const char *from, size_t n, char *to)
+{
+	static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+				     "abcdefghijklmnopqrstuvwxyz0123456789+/";
+	size_t i;
+
+	for (i = 0; i < n; i += 3) {
+		unsigned long bits = (unsigned long)(unsigned char)from[i] << 16;
+
+		if (i + 1 < n)
+			bits |= (unsigned long)(unsigned char)from[i + 1] << 8;
+		if (i + 2 < n)
+			bits |= (unsigned long)(unsigned char)from[i + 2];
+		*to++ = digits[bits >> 18 & 63];
+		*to++ = digits[bits >> 12 & 63];
+		*to++ = i + 1 < n ? digits[bits >> 6 & 63] : '=';
+		*to++ = i + 2 < n ? digits[bits & 63] : '=';
+	}
+	*to = '\0';
+}
+
+/* The wall clock as RFC 9110 section 5.6.7 wants it; good until next call. */
+static const char *
+date_now(void)
+{
+	static char text[40];
+	static time_t written;
+	struct tm parts;
+
+	if (written != now.wall && gmtime_r(&now.wall, &parts) != NULL) {
+		(void)strftime(text, sizeof(text), "%a, %d %b %Y %H:%M:%S GMT",
+		    &parts);
+		written = now.wall;
+	}
+	return text;
+}
+
+/* ---- 4. Buffers ---- */
+
+/*
+ * All bytes at rest lie in buffers of one size.  A conn holds one only
+ * while bytes rest in it.  The list of free ones is last in, first out, so
+ * that a busy proxy keeps touching the same memory.
+ */
+
+/* An empty buffer with room in front of it; NULL if the system has none. */
+static struct buffer *
+buffer_take(void)
+{
+	struct buffer *b = buffers_free.list;
+
+	if (b != NULL) {
+		buffers_free.list = b->next;
+		buffers_free.n--;
+	} else {
+		b = malloc(sizeof(*b));
+		if (b == NULL)
+			return NULL;
+	}
+	b->next = NULL;
+	b->start = b->end = CHUNK_ROOM;
+	b->overflow = 0;
+	return b;
+}
+
+/* Gives *b back, if there is one, and forgets it. */
+static void
+buffer_give(struct buffer **b)
+{
+	struct buffer *old = *b;
+
+	*b = NULL;
+	if (old == NULL)
+		return;
+	if (buffers_free.n >= BUFFERS_FREE_MAX) {
+		free(old);
+		return;
+	}
+	old->next = buffers_free.list;
+	buffers_free.list = old;
+	buffers_free.n++;
+}
+
+static size_t
+buffer_len(const struct buffer *b)
+{
+	return b->end - b->start;
+}
+
+static struct text
+buffer_text(const struct buffer *b)
+{
+	return text_cut(b->data + b->start, b->end - b->start);
+}
+
+/* How much may still be appended, the tail kept free. */
+static size_t
+buffer_room(const struct buffer *b)
+{
+	return b->end < BUFFER_ROOM - TAIL_ROOM ?
+	    BUFFER_ROOM - TAIL_ROOM - b->end : 0;
+}
+
+/* Appends t whole, or notes that it did not fit. */
+static void
+buffer_append(struct buffer *b, struct text t)
+{
+	if (b->overflow || t.len > buffer_room(b)) {
+		b->overflow += t.len;
+		return;
+	}
+	if (t.len)
+		memcpy(b->data + b->end, t.at, t.len);
+	b->end += t.len;
+}
+
+static void
+buffer_print(struct buffer *b, const char *format, ...)
+{
+	size_t room = buffer_room(b);
+	va_list args;
+	int n;
+
+	va_start(args, format);
+	n = vsnprintf(b->data + b->end, room, format, args);
+	va_end(args);
+	if (n < 0 || b->overflow || (size_t)n >= room)
+		b->overflow += n < 0 ? 1 : (size_t)n;
+	else
+		b->end += (size_t)n;
+}
+
+/* Appends t with all that could split or fake a line as %XX; max bytes. */
+static void
+buffer_escape(struct buffer *b, struct text t, size_t max)
+{
+	size_t i, limit = b->end + max;
+
+	for (i = 0; i < t.len && b->end + 6 < limit; i++) {
+		unsigned char c = (unsigned char)t.at[i];
+
+		if (c < 33 || c > 126 || c == '"' || c == '\\')
+			buffer_print(b, "%%%02X", c);
+		else
+			buffer_append(b, text_cut(t.at + i, 1));
+	}
+	if (i < t.len)
+		buffer_append(b, text_of("..."));
+	else if (t.len == 0)
+		buffer_append(b, text_of("-"));
+}
+
+/* Drops the first n bytes. */
+static void
+buffer_drop(struct buffer *b, size_t n)
+{
+	assert(n <= buffer_len(b));
+	b->start += n;
+}
+
+/* Moves the bytes to the front if the tail is used up. */
+static void
+buffer_compact(struct buffer *b)
+{
+	size_t n = buffer_len(b);
+
+	if (buffer_room(b) > 0 || b->start <= CHUNK_ROOM)
+		return;
+	memmove(b->data + CHUNK_ROOM, b->data + b->start, n);
+	b->start = CHUNK_ROOM;
+	b->end = CHUNK_ROOM + n;
+}
+
+/* ---- 5. Conns ---- */
+
+/*
+ * The only code that reads, writes, connects, shuts down or closes a
+ * connection, and the poll set that says when to.
+ *
+ * Try first, poll later: `readable` and `writable` say whether a call is
+ * worth its price.  A short read or write clears them, poll sets them again.
+ *
+ * The poll set has the recently active descriptors as its prefix, [0, hot).
+ * The loop polls the prefix every turn and the whole only when that is quiet
+ * or cheap, so that idle connections cost nothing while others are busy.
+ */
+
+/* Room for n descriptors.  Place 0 is nobody's. */
+static void
+poll_set_open(size_t n)
+{
+	poll_set.fds = calloc(n + 1, sizeof(*poll_set.fds));
+	poll_set.conns = calloc(n + 1, sizeof(*poll_set.conns));
+	if (poll_set.fds == NULL || poll_set.conns == NULL)
+		die("no memory for %lu connections", (unsigned long)n);
+	poll_set.size = n + 1;
+	poll_set.fds[0].fd = -1;
+	poll_set.hot = poll_set.all = 1;
+}
+
+/* Moves what is at place from to place to. */
+static void
+poll_move(size_t from, size_t to)
+{
+	poll_set.fds[to] = poll_set.fds[from];
+	poll_set.conns[to] = poll_set.conns[from];
+	poll_set.conns[to]->place = to;
+}
+
+/* Swaps two places. */
+static void
+poll_swap(size_t a, size_t b)
+{
+	struct pollfd fd = poll_set.fds[a];
+	struct conn *c = poll_set.conns[a];
+
+	if (a == b)
+		return;
+	poll_move(b, a);
+	poll_set.fds[b] = fd;
+	poll_set.conns[b] = c;
+	c->place = b;
+}
+
+/* Into the prefix: something happened there. */
+static void
+poll_warm(struct conn *c)
+{
+	c->event = now.ms;
+	if (c->place >= poll_set.hot)
+		poll_swap(c->place, poll_set.hot++);
+}
+
+/* Out of the prefix. */
+static void
+poll_cool(struct conn *c)
+{
+	assert(c->place < poll_set.hot);
+	poll_swap(c->place, --poll_set.hot);
+}
+
+static void
+poll_remove(struct conn *c)
+{
+	if (c->place == 0)
+		return;
+	if (c->place < poll_set.hot)
+		poll_cool(c);
+	poll_set.all--;
+	if (c->place != poll_set.all)
+		poll_move(poll_set.all, c->place);
+	c->place = 0;
+}
+
+/*
+ * What to wait for at c.  A conn that hung is looked at no more: poll would
+ * say so again and again.  Whoever has work left there finds out by trying.
+ */
+static void
+conn_watch(struct conn *c, int events)
+{
+	if (c->fd == -1)
+		return;
+	if (c->place == 0) {
+		assert(poll_set.all < poll_set.size);
+		c->place = poll_set.all++;
+		poll_set.conns[c->place] = c;
+		poll_warm(c);
+	}
+	if (c->hung || (c->eof && c->shut && events == 0))
+		poll_set.fds[c->place].fd = -1;
+	else
+		poll_set.fds[c->place].fd = c->fd;
+	poll_set.fds[c->place].events = (short)events;
+}
+
+/* A conn for fd, which must not block from now on; closes it on failure. */
+static bool
+conn_open(struct conn *c, enum role role, int fd, struct exchange *x)
+{
+	memset(c, 0, sizeof(*c));
+	c->fd = fd;
+	c->role = role;
+	c->exchange = x;
+	if (fcntl(fd, F_SETFL, O_NONBLOCK) != -1)
+		return true;
+	(void)close(fd);
+	c->fd = -1;
+	return false;
+}
+
+/* A conn that is none. */
+static void
+conn_clear(struct conn *c)
+{
+	memset(c, 0, sizeof(*c));
+	c->fd = -1;
+}
+
+/*
+ * Closes c and gives its buffers back.  With reset, the other side is told
+ * that something is missing (a TCP reset instead of a FIN).
+ */
+static void
+conn_close(struct conn *c, bool reset)
+{
+	struct linger linger = { 1, 0 };
+
+	buffer_give(&c->in);
+	buffer_give(&c->out);
+	poll_remove(c);
+	if (c->fd != -1) {
+		if (reset)
+			(void)setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &linger,
+			    sizeof(linger));
+		(void)close(c->fd);
+	}
+	conn_clear(c);
+}
+
+/*
+ * c's connection, with its buffers, becomes to's.  c is none afterwards.
+ */
+static void
+conn_move(struct conn *c, struct conn *to, enum role role,
+    struct exchange *x)
+{
+	*to = *c;
+	to->role = role;
+	to->exchange = x;
+	if (to->place)
+		poll_set.conns[to->place] = to;
+	conn_clear(c);
+}
+
+/* We send no more. */
+static void
+conn_shut(struct conn *c)
+{
+	if (!c->shut && c->fd != -1)
+		(void)shutdown(c->fd, SHUT_WR);
+	c->shut = true;
+}
+
+/*
+ * Reads once into `in`, behind what is there.  True if there is news: bytes,
+ * the end, or an error.  False: nothing came, or there is no room.
+ */
+static bool
+conn_read(struct conn *c)
+{
+	size_t room;
+	ssize_t n;
+
+	if (!c->readable || c->eof || c->error)
+		return false;
+	if (c->in == NULL && (c->in = buffer_take()) == NULL) {
+		c->error = ENOMEM;
+		return true;
+	}
+	buffer_compact(c->in);
+	room = buffer_room(c->in);
+	n = room ? read(c->fd, c->in->data + c->in->end, room) : 0;
+	if (n > 0)
+		c->in->end += (size_t)n;
+	else if (n == 0 && room)
+		c->eof = true;
+	else if (n == -1 && errno != EAGAIN && errno != EWOULDBLOCK &&
+	    errno != EINTR)
+		c->error = errno;
+	if (n < (ssize_t)room && !c->hung)
+		c->readable = false;
+	if (buffer_len(c->in) == 0)
+		buffer_give(&c->in);
+	return n > 0 || c->eof || c->error;
+}
+
+/*
+ * Writes `out` as far as it goes.  True if nothing is left of it, be it
+ * that the other side takes no more (`deaf`).
+ */
+static bool
+conn_write(struct conn *c)
+{
+	ssize_t n;
+
+	if (c->out == NULL)
+		return true;
+	if (!c->writable && !c->hung)
+		return false;
+	n = write(c->fd, c->out->data + c->out->start, buffer_len(c->out));
+	if (n > 0)
+		buffer_drop(c->out, (size_t)n);
+	else if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
+		c->deaf = true;
+	if (c->deaf || buffer_len(c->out) == 0) {
+		buffer_give(&c->out);
+		return true;
+	}
+	c->writable = false;
+	return false;
+}
+
+/* `out`, made if there is none; NULL and deaf without memory. */
+static struct buffer *
+conn_out(struct conn *c)
+{
+	if (c->out == NULL && (c->out = buffer_take()) == NULL)
+		c->deaf = true;
+	return c->out;
+}
+
+/* Small messages leave at once: nobody gains from Nagle's algorithm here. */
+static void
+conn_nodelay(struct conn *c)
+{
+	int on = 1;
+
+	(void)setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+}
+
+/*
+ * Addresses.  Ours is one struct for both families, compared with memcmp.
+ */
+
+/* The system's form of a; returns its length. */
+static socklen_t
+address_export(const struct address *a, struct sockaddr_storage *to)
+{
+	struct sockaddr_in *in = (struct sockaddr_in *)to;
+	struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)to;
+
+	memset(to, 0, sizeof(*to));
+	if (a->family == AF_INET) {
+		in->sin_family = AF_INET;
+		in->sin_port = htons((uint16_t)a->port);
+		memcpy(&in->sin_addr, a->octets, 4);
+		return sizeof(*in);
+	}
+	in6->sin6_family = AF_INET6;
+	in6->sin6_port = htons((uint16_t)a->port);
+	in6->sin6_scope_id = a->scope;
+	memcpy(&in6->sin6_addr, a->octets, 16);
+	return sizeof(*in6);
+}
+
+/*
+ * Ours of the system's form.  An IPv4 address in IPv6's clothes becomes the
+ * IPv4 address that it is, so that one comparison sees through them.
+ */
+static struct address
+address_import(const struct sockaddr *from)
+{
+	static const unsigned char mapped[12] = { [10] = 0xff, [11] = 0xff };
+	const struct sockaddr_in *in = (const struct sockaddr_in *)from;
+	const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)from;
+	struct address a;
+
+	memset(&a, 0, sizeof(a));
+	a.family = from->sa_family;
+	if (a.family == AF_INET) {
+		a.port = ntohs(in->sin_port);
+		memcpy(a.octets, &in->sin_addr, 4);
+	} else if (a.family == AF_INET6) {
+		a.port = ntohs(in6->sin6_port);
+		memcpy(a.octets, &in6->sin6_addr, 16);
+		a.scope = in6->sin6_scope_id;
+		if (memcmp(a.octets, mapped, sizeof(mapped)) == 0) {
+			a.family = AF_INET;
+			a.scope = 0;
+			memmove(a.octets, a.octets + 12, 4);
+			memset(a.octets + 4, 0, 12);
+		}
+	}
+	return a;
+}
+
+/* Reads a numeric address; false if host is a name. */
+static bool
+address_parse(struct text host, unsigned port, struct address *a)
+{
+	char string[INET6_ADDRSTRLEN + 1];
+	struct sockaddr_in6 in6;
+	struct sockaddr_in in;
+
+	memset(&in, 0, sizeof(in));
+	memset(&in6, 0, sizeof(in6));
+	in.sin_family = AF_INET;
+	in6.sin6_family = AF_INET6;
+	if (!text_copy(host, string, sizeof(string)))
+		return false;
+	if (inet_pton(AF_INET, string, &in.sin_addr) == 1)
+		*a = address_import((struct sockaddr *)&in);
+	else if (inet_pton(AF_INET6, string, &in6.sin6_addr) == 1)
+		*a = address_import((struct sockaddr *)&in6);
+	else
+		return false;
+	a->port = port;
+	return true;
+}
+
+/* Writes the address without its port; to has ADDRESS_TEXT bytes. */
+static void
+address_host(const struct address *a, char *to)
+{
+	if (a->family == AF_UNIX)
+		(void)text_copy(text_of("unix"), to, ADDRESS_TEXT);
+	else if (a->family == 0 ||
+	    inet_ntop(a->family, a->octets, to, ADDRESS_TEXT) == NULL)
+		(void)text_copy(text_of("-"), to, ADDRESS_TEXT);
+}
+
+/* Writes address:port; to has ADDRESS_TEXT bytes. */
+static void
+address_print(const struct address *a, char *to)
+{
+	char host[ADDRESS_TEXT];
+
+	address_host(a, host);
+	if (a->family == AF_INET6)
+		(void)snprintf(to, ADDRESS_TEXT, "[%.60s]:%u", host, a->port);
+	else if (a->family == AF_INET)
+		(void)snprintf(to, ADDRESS_TEXT, "%.60s:%u", host, a->port);
+	else
+		(void)text_copy(text_of(host), to, ADDRESS_TEXT);
+}
+
+static bool
+address_same(const struct address *a, const struct address *b)
+{
+	return a->family == b->family && a->port == b->port &&
+	    memcmp(a->octets, b->octets, sizeof(a->octets)) == 0;
+}
+
+/*
+ * Begins to connect c to an address, from our own of options.from.  False,
+ * with errno, if it failed at once.
+ */
+static bool
+conn_connect(struct conn *c, const struct address *to)
+{
+	const struct address *from = &options.from[to->family == AF_INET6];
+	struct sockaddr_storage storage;
+	socklen_t len;
+	int fd = socket(to->family, SOCK_STREAM, 0);
+	int failed;
+
+	if (fd == -1 || !conn_open(c, ROLE_SERVER, fd, c->exchange))
+		return false;
+	conn_nodelay(c);
+	len = address_export(from, &storage);
+	if (from->family == 0 ||
+	    bind(fd, (struct sockaddr *)&storage, len) != -1) {
+		len = address_export(to, &storage);
+		if (connect(fd, (struct sockaddr *)&storage, len) != -1) {
+			c->writable = true;
+			return true;
+		}
+		c->connecting = errno == EINPROGRESS || errno == EINTR;
+		if (c->connecting)
+			return true;
+	}
+	failed = errno;
+	conn_close(c, false);
+	errno = failed;
+	return false;
+}
+
+/* Once c turned writable: 0 if it is connected, or why it is not. */
+static int
+conn_connect_error(struct conn *c)
+{
+	int error = 0;
+	socklen_t len = sizeof(error);
+
+	if (getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &len) == -1)
+		return errno;
+	if (error == 0)
+		c->connecting = false;
+	return error;
+}
+
+/*
+ * Others: connections that belong to no exchange's own two.  Either a kept
+ * one, idle between two exchanges, or one being tried beside x->server.
+ */
+
+/* A free entry; an idle connection gives way to one that is needed now. */
+static struct other *
+other_take(bool needed)
+{
+	struct other *o, *oldest = NULL;
+
+	for (o = others; o < others + others_n; o++) {
+		if (o->conn.fd == -1)
+			return o;
+		if (o->conn.role == ROLE_KEPT &&
+		    (oldest == NULL || o->since < oldest->since))
+			oldest = o;
+	}
+	if (needed && oldest != NULL)
+		conn_close(&oldest->conn, false);
+	return needed ? oldest : NULL;
+}
+
+/*
+ * Takes over c, connected to address (and by a SOCKS parent to beyond), for
+ * the next request that goes there; closes it if there is no room.
+ */
+static void
+other_keep(struct conn *c, const struct address *address, const char *beyond)
+{
+	struct other *o = other_take(false);
+
+	if (o == NULL) {
+		conn_close(c, false);
+		return;
+	}
+	conn_move(c, &o->conn, ROLE_KEPT, NULL);
+	o->address = *address;
+	(void)text_copy(text_of(beyond), o->beyond, sizeof(o->beyond));
+	o->since = now.ms;
+	conn_watch(&o->conn, POLLIN);
+}
+
+/* The idle connection that leads there and was used last, or NULL. */
+static struct other *
+other_find(const struct address *address, const char *beyond)
+{
+	struct other *o, *found = NULL;
+
+	for (o = others; o < others + others_n; o++)
+		if (o->conn.fd != -1 && o->conn.role == ROLE_KEPT &&
+		    address_same(&o->address, address) &&
+		    strcmp(o->beyond, beyond) == 0 &&
+		    (found == NULL || o->since > found->since))
+			found = o;
+	return found;
+}
+
+/* ---- 6. Heads: start lines and fields ---- */
+
+/*
+ * Pure functions over the bytes of a whole head.  One lexer serves every
+ * decision, so that no two parts of the program can read a message
+ * differently.  Parsers return 1 when done, 0 when they need more, and minus
+ * the refusal (whose table has the status) when it is wrong.
+ */
+
+static const struct {
+	int status;
+	const char *error; /* RFC 9209 section 2.3 */
+	const char *words;
+} refusals[REFUSALS] = {
+#define CLIENT "http_request_error"
+#define SERVER "http_protocol_error"
+	[REFUSE_BARE_LF] = { 400, CLIENT, "a line does not end in CR LF" },
+	[REFUSE_CONTROL] = { 400, CLIENT, "a control byte in the head" },
+	[REFUSE_TLS] = { 400, CLIENT,
+	    "TLS came where plain HTTP was expected: use http:// for the "
+	    "address of the proxy" },
+	[REFUSE_SOCKS] = { 400, CLIENT,
+	    "SOCKS came where HTTP was expected: set this up as an HTTP proxy" },
+	[REFUSE_BINARY] = { 400, CLIENT,
+	    "this is not HTTP: a request line was expected" },
+	[REFUSE_HTTP2] = { 400, CLIENT,
+	    "HTTP/2 came where HTTP/1.1 was expected" },
+	[REFUSE_LINE] = { 400, CLIENT,
+	    "the request line is not METHOD URL HTTP/1.1" },
+	[REFUSE_STATUS_LINE] = { 502, SERVER,
+	    "no status line of HTTP/1 at its start" },
+	[REFUSE_METHOD] = { 400, CLIENT, "the method is not a word" },
+	[REFUSE_VERSION] = { 505, CLIENT, "only HTTP/1.0 and 1.1 are spoken" },
+	[REFUSE_LINE_LONG] = { 414, CLIENT, "the request line is too long" },
+	[REFUSE_HEAD_LONG] = { 431, CLIENT, "the head is too long" },
+	[REFUSE_FIELDS_MANY] = { 431, CLIENT, "too many fields in the head" },
+	[REFUSE_FIELD] = { 400, CLIENT, "a field is not name: value" },
+	[REFUSE_COLON] = { 400, CLIENT, "a blank before a field's colon" },
+	[REFUSE_FOLDED] = { 400, CLIENT, "a folded field" },
+	[REFUSE_NO_HOST] = { 400, CLIENT, "HTTP/1.1 without a Host field" },
+	[REFUSE_HOSTS] = { 400, CLIENT, "more than one Host field" },
+	[REFUSE_HOST] = { 400, CLIENT, "the Host field is not host:port" },
+	[REFUSE_FORM] = { 400, CLIENT,
+	    "the target's form does not go with the method" },
+	[REFUSE_SCHEME] = { 501, CLIENT,
+	    "only http:// goes in the clear; https goes by CONNECT" },
+	[REFUSE_USERINFO] = { 400, CLIENT,
+	    "a user or password in the URL: send them as Authorization" },
+	[REFUSE_FRAGMENT] = { 400, CLIENT, "a fragment (#) in the URL" },
+	[REFUSE_AUTHORITY] = { 400, CLIENT, "no valid host in the URL" },
+	[REFUSE_PORT] = { 400, CLIENT, "the port is not one from 1 to 65535" },
+	[REFUSE_NOT_US] = { 400, CLIENT,
+	    "this is a proxy: the request line must hold the whole URL" },
+	[REFUSE_LENGTH] = { 400, CLIENT, "Content-Length is not a number" },
+	[REFUSE_LENGTHS] = { 400, CLIENT, "Content-Lengths that differ" },
+	[REFUSE_BOTH] = { 400, CLIENT,
+	    "both Content-Length and Transfer-Encoding" },
+	[REFUSE_CODING] = { 501, CLIENT,
+	    "a transfer coding other than chunked" },
+	[REFUSE_CODING_TWICE] = { 400, CLIENT,
+	    "Transfer-Encoding is not chunked, once, last" },
+	[REFUSE_CODING_OLD] = { 400, CLIENT,
+	    "Transfer-Encoding in an HTTP/1.0 request" },
+	[REFUSE_HOPS] = { 400, CLIENT, "Max-Forwards is not a number" },
+	[REFUSE_BODY] = { 400, CLIENT, "broken chunks in the request body" },
+	[REFUSE_BODY_CUT] = { 400, CLIENT, "the request body was cut short" },
+	[REFUSE_SLOW] = { 408, CLIENT, "the request's head came too slowly" },
+	[REFUSE_BUSY] = { 503, "connection_limit_reached",
+	    "too many names are being looked up" },
+	[REFUSE_PAGE] = { 404, CLIENT, "the proxy has no such page" },
+	[REFUSE_PAGE_METHOD] = { 405, CLIENT,
+	    "the proxy's own pages know GET and HEAD" },
+	[REFUSE_LOOP_VIA] = { 508, "proxy_loop_detected",
+	    "this request has passed here before" },
+	[REFUSE_LOOP] = { 508, "proxy_loop_detected",
+	    "this address is the proxy's own" },
+	[REFUSE_GUARDED] = { 403, "destination_ip_prohibited",
+	    "only local clients may go to this address" },
+	[REFUSE_NAME] = { 502, "dns_error", "the name lookup failed" },
+	[REFUSE_NAME_SLOW] = { 504, "dns_timeout",
+	    "the name lookup took too long" },
+	[REFUSE_FAMILY] = { 502, "destination_ip_unroutable",
+	    "no address of the family that -b allows" },
+	[REFUSE_CONNECTION] = { 502, "connection_refused",
+	    "the connection was refused" },
+	[REFUSE_UNREACHABLE] = { 502, "destination_ip_unroutable",
+	    "the server can't be reached" },
+	[REFUSE_CONNECT_SLOW] = { 504, "connection_timeout",
+	    "connecting took too long" },
+	[REFUSE_CONNECT] = { 502, "destination_unavailable",
+	    "connecting failed" },
+	[REFUSE_CLOSED] = { 502, "connection_terminated",
+	    "the server closed without an answer" },
+	[REFUSE_RESET] = { 502, "connection_terminated",
+	    "the server broke the connection without an answer" },
+	[REFUSE_ANSWER] = { 502, SERVER, "the answer is not valid HTTP" },
+	[REFUSE_ANSWER_LONG] = { 502, "http_response_header_section_size",
+	    "the answer's head is too long" },
+	[REFUSE_ANSWER_SLOW] = { 504, "http_response_timeout",
+	    "the server did not answer in time" },
+	[REFUSE_INTERIM] = { 502, SERVER, "too many interim answers" },
+	[REFUSE_UPGRADE] = { 502, "http_upgrade_failed",
+	    "a switch of protocols that nobody asked for" },
+	[REFUSE_LOGIN] = { 502, SERVER,
+	    "the server asked for a login as if it were a proxy" },
+	[REFUSE_PARENT_LOGIN] = { 502, "proxy_configuration_error",
+	    "the parent proxy does not accept our login" },
+	[REFUSE_PARENT] = { 502, "proxy_internal_response",
+	    "the parent proxy did not do as asked" },
+	[REFUSE_CUT_SHORT] = { 502, "http_response_incomplete",
+	    "the answer was cut short" },
+	[REFUSE_MEMORY] = { 503, "proxy_internal_error", "out of memory" }
+#undef CLIENT
+#undef SERVER
+};
+
+/* The status texts; others go without, as RFC 9112 section 4 allows. */
+static const char *
+status_reason(int status)
+{
+	static const struct {
+		int status;
+		const char *reason;
+	} reasons[] = {
+		{ 200, "OK" },
+		{ 400, "Bad Request" },
+		{ 403, "Forbidden" },
+		{ 404, "Not Found" },
+		{ 405, "Method Not Allowed" },
+		{ 408, "Request Timeout" },
+		{ 414, "URI Too Long" },
+		{ 431, "Request Header Fields Too Large" },
+		{ 501, "Not Implemented" },
+		{ 502, "Bad Gateway" },
+		{ 503, "Service Unavailable" },
+		{ 504, "Gateway Timeout" },
+		{ 505, "HTTP Version Not Supported" },
+		{ 508, "Loop Detected" },
+	};
+	size_t i;
+
+	for (i = 0; i < sizeof(reasons) / sizeof(reasons[0]); i++)
+		if (reasons[i].status == status)
+			return reasons[i].reason;
+	return "";
+}
+
+/*
+ * Looks for the end of a head: an empty line.  *seen says how far it was
+ * looked for before.  Returns the head's length with that line, 0 if it is
+ * not there yet, or minus a refusal.  Every line ends in CR LF, though RFC
+ * 9112 section 2.2 would let us take LF: two readings are one too many.
+ */
+static int
+head_find(struct text t, size_t *seen)
+{
+	const char *lf;
+
+	while (*seen < t.len &&
+	    (lf = memchr(t.at + *seen, '\n', t.len - *seen)) != NULL) {
+		size_t i = (size_t)(lf - t.at);
+
+		if (i == 0 || t.at[i - 1] != '\r')
+			return -REFUSE_BARE_LF;
+		*seen = i + 1;
+		if (i == 1 || t.at[i - 2] == '\n')
+			return (int)(i + 1);
+	}
+	*seen = t.len;
+	return 0;
+}
+
+/* The next line of *rest without its CR LF; *rest goes on behind it. */
+static struct text
+line_next(struct text *rest)
+{
+	size_t n = text_find(*rest, '\n');
+	struct text line = text_cut(rest->at, n ? n - 1 : 0);
+
+	*rest = text_from(*rest, n < rest->len ? n + 1 : n);
+	return line;
+}
+
+/* True if t holds nothing but visible bytes, blanks and tabs. */
+static bool
+text_is_clean(struct text t)
+{
+	size_t i;
+
+	for (i = 0; i < t.len; i++) {
+		unsigned char c = (unsigned char)t.at[i];
+
+		if ((c < ' ' && c != '\t') || c == 0x7f)
+			return false;
+	}
+	return true;
+}
+
+/* One field line (RFC 9112 section 5). */
+static int
+field_parse(struct text line, struct field *field)
+{
+	size_t colon = text_find(line, ':');
+
+	if (*line.at == ' ' || *line.at == '\t')
+		return -REFUSE_FOLDED;
+	if (!text_is_clean(line))
+		return -REFUSE_CONTROL;
+	if (colon == line.len)
+		return -REFUSE_FIELD;
+	field->name = text_cut(line.at, colon);
+	field->value = text_trim(text_from(line, colon + 1));
+	if (text_trim(field->name).len != colon)
+		return -REFUSE_COLON;
+	return text_is_token(field->name) ? 1 : -REFUSE_FIELD;
+}
+
+/* All field lines up to the empty one that ends t. */
+static int
+fields_parse(struct text t, struct head *h)
+{
+	struct text line;
+	int verdict;
+
+	for (h->n = 0; (line = line_next(&t)).len > 0; h->n++) {
+		if (h->n == FIELDS_MAX)
+			return -REFUSE_FIELDS_MANY;
+		verdict = field_parse(line, &h->fields[h->n]);
+		if (verdict != 1)
+			return verdict;
+	}
+	return 1;
+}
+
+/* Splits a whole head, as head_find() found it. */
+static int
+head_parse(struct text t, struct head *h)
+{
+	h->line = line_next(&t);
+	return fields_parse(t, h);
+}
+
+/* The first field of that name, or NULL. */
+static const struct field *
+head_field(const struct head *h, const char *name)
+{
+	size_t i;
+
+	for (i = 0; i < h->n; i++)
+		if (text_is(h->fields[i].name, name))
+			return &h->fields[i];
+	return NULL;
+}
+
+static struct text
+head_value(const struct head *h, const char *name)
+{
+	const struct field *field = head_field(h, name);
+
+	return field == NULL ? text_of("") : field->value;
+}
+
+/*
+ * The next member of a comma-separated list (RFC 9110 section 5.6.1), empty
+ * ones passed over; false at its end.  A comma in a quoted string does not
+ * count.
+ */
+static bool
+list_next(struct text *rest, struct text *member)
+{
+	bool quoted = false;
+	size_t i;
+
+	do {
+		for (i = 0; i < rest->len; i++) {
+			if (rest->at[i] == '"')
+				quoted = !quoted;
+			else if (quoted && rest->at[i] == '\\')
+				i++;
+			else if (!quoted && rest->at[i] == ',')
+				break;
+		}
+		if (i > rest->len)
+			i = rest->len;
+		*member = text_trim(text_cut(rest->at, i));
+		*rest = text_from(*rest, i < rest->len ? i + 1 : i);
+	} while (member->len == 0 && rest->len > 0);
+	return member->len > 0;
+}
+
+/* True if a field called name has word as a member of its list. */
+static bool
+head_lists(const struct head *h, const char *name, struct text word)
+{
+	size_t i;
+
+	for (i = 0; i < h->n; i++) {
+		struct text rest = h->fields[i].value, member;
+
+		if (!text_is(h->fields[i].name, name))
+			continue;
+		while (list_next(&rest, &member))
+			if (text_same(member, word))
+				return true;
+	}
+	return false;
+}
+
+/*
+ * Content-Length (RFC 9112 section 6.3, item 5): digits, one value; equal
+ * repeats, in one line or several, are one.  0: there is none.
+ */
+static int
+head_length(const struct head *h, uint64_t *length)
+{
+	int found = 0;
+	size_t i;
+
+	for (i = 0; i < h->n; i++) {
+		struct text rest = h->fields[i].value, member;
+		uint64_t value;
+
+		if (!text_is(h->fields[i].name, "Content-Length"))
+			continue;
+		if (rest.len == 0)
+			return -REFUSE_LENGTH;
+		while (rest.len > 0) {
+			size_t comma = text_find(rest, ',');
+
+			member = text_trim(text_cut(rest.at, comma));
+			rest = text_from(rest,
+			    comma < rest.len ? comma + 1 : comma);
+			if (!number_parse(member, INT64_MAX, &value))
+				return -REFUSE_LENGTH;
+			if (found && value != *length)
+				return -REFUSE_LENGTHS;
+			*length = value;
+			found = 1;
+		}
+	}
+	return found;
+}
+
+/*
+ * Transfer-Encoding (RFC 9112 section 6.1): `chunked`, once, and nothing
+ * else, since we could not undo it.  1: chunked, 0: there is none.
+ */
+static int
+head_chunked(const struct head *h)
+{
+	int found = 0;
+	size_t i;
+
+	for (i = 0; i < h->n; i++) {
+		if (!text_is(h->fields[i].name, "Transfer-Encoding"))
+			continue;
+		if (found)
+			return -REFUSE_CODING_TWICE;
+		if (text_starts(h->fields[i].value, "chunked") &&
+		    h->fields[i].value.len > strlen("chunked"))
+			return -REFUSE_CODING_TWICE;
+		if (!text_is(h->fields[i].value, "chunked"))
+			return -REFUSE_CODING;
+		found = 1;
+	}
+	return found;
+}
+
+/*
+ * How a body is framed by its head; the caller knows what no framing means.
+ * Both at once is how requests are smuggled: refused (DESIGN's reading of
+ * RFC 9112 section 6.3, item 3).
+ */
+static int
+head_framing(const struct head *h, enum framing *framing, uint64_t *length)
+{
+	int chunked = head_chunked(h);
+	int counted = head_length(h, length);
+
+	if (chunked < 0)
+		return chunked;
+	if (chunked && head_field(h, "Content-Length") != NULL)
+		return -REFUSE_BOTH;
+	if (counted < 0)
+		return counted;
+	*framing = chunked ? FRAMING_CHUNKED :
+	    counted	   ? FRAMING_LENGTH :
+			     FRAMING_NONE;
+	return 1;
+}
+
+/* A host as it may stand in a URL: a name or an address (RFC 3986 3.2.2). */
+static bool
+host_is_valid(struct text host, bool bracketed)
+{
+	struct address a;
+	size_t i;
+
+	if (host.len == 0 || host.len > HOST_MAX)
+		return false;
+	if (bracketed)
+		return text_find(host, ':') < host.len &&
+		    address_parse(host, 0, &a);
+	for (i = 0; i < host.len; i++)
+		if (!is_alnum(host.at[i]) && !strchr("-._~", host.at[i]))
+			return false;
+	return true;
+}
+
+/*
+ * host[:port] or [IPv6][:port].  Without a port it is default_port, and an
+ * error if that is 0.
+ */
+static int
+authority_parse(struct text t, unsigned default_port, struct target *target)
+{
+	bool bracketed = t.len > 0 && *t.at == '[';
+	size_t end = text_find(t, bracketed ? ']' : ':');
+	struct text port = text_from(t, end);
+	uint64_t value = default_port;
+
+	if (text_find(t, '@') < t.len)
+		return -REFUSE_USERINFO;
+	target->host = text_cut(t.at, end);
+	if (bracketed) {
+		if (end == t.len)
+			return -REFUSE_AUTHORITY;
+		target->host = text_cut(t.at + 1, end - 1);
+		port = text_from(t, end + 1);
+	}
+	if (!host_is_valid(target->host, bracketed))
+		return -REFUSE_AUTHORITY;
+	if (port.len > 0 && *port.at != ':')
+		return -REFUSE_AUTHORITY;
+	if (port.len > 1 && !number_parse(text_from(port, 1), 65535, &value))
+		return -REFUSE_PORT;
+	if (value == 0)
+		return -REFUSE_PORT;
+	target->port = (unsigned)value;
+	return 1;
+}
+
+/* scheme://authority/path of an absolute URL (RFC 9110 section 4.2.1). */
+static int
+absolute_parse(struct text t, struct target *target)
+{
+	size_t n;
+
+	if (!text_starts(t, "http://"))
+		return -REFUSE_SCHEME;
+	t = text_from(t, strlen("http://"));
+	for (n = 0; n < t.len && t.at[n] != '/' && t.at[n] != '?'; n++)
+		continue;
+	target->path = text_from(t, n);
+	return authority_parse(text_cut(t.at, n), 80, target);
+}
+
+/*
+ * The target in its four forms (RFC 9112 section 3.2).  Bytes beyond ASCII
+ * pass, as clients do send them; blanks can't be here, controls may not.
+ */
+static int
+target_parse(struct text t, enum method method, struct target *target)
+{
+	size_t i;
+
+	memset(target, 0, sizeof(*target));
+	for (i = 0; i < t.len; i++)
+		if ((unsigned char)t.at[i] <= ' ' || t.at[i] == 0x7f)
+			return -REFUSE_CONTROL;
+	if (method == METHOD_CONNECT) {
+		target->form = FORM_AUTHORITY;
+		target->path = text_cut(t.at, 0);
+		return text_find(t, '/') < t.len ?
+		    -REFUSE_FORM : authority_parse(t, 0, target);
+	}
+	if (text_find(t, '#') < t.len)
+		return -REFUSE_FRAGMENT;
+	target->path = t;
+	if (*t.at == '/') {
+		target->form = FORM_ORIGIN;
+		return 1;
+	}
+	if (text_is(t, "*")) {
+		target->form = FORM_ASTERISK;
+		return method == METHOD_OPTIONS ? 1 : -REFUSE_FORM;
+	}
+	target->form = FORM_ABSOLUTE;
+	for (i = 0; i < t.len && (is_alnum(t.at[i]) || strchr("+-.", t.at[i]));)
+		i++;
+	if (i == 0 || !text_starts(text_from(t, i), "://"))
+		return -REFUSE_FORM;
+	return absolute_parse(t, target);
+}
+
+static enum method
+method_parse(struct text t)
+{
+	static const char *const methods[] = {
+		[METHOD_GET] = "GET",
+		[METHOD_HEAD] = "HEAD",
+		[METHOD_POST] = "POST",
+		[METHOD_PUT] = "PUT",
+		[METHOD_DELETE] = "DELETE",
+		[METHOD_OPTIONS] = "OPTIONS",
+		[METHOD_TRACE] = "TRACE",
+		[METHOD_CONNECT] = "CONNECT",
+	};
+	size_t i;
+
+	for (i = METHOD_GET; i <= METHOD_CONNECT; i++)
+		if (strlen(methods[i]) == t.len &&
+		    memcmp(methods[i], t.at, t.len) == 0)
+			return (enum method)i;
+	return METHOD_OTHER;
+}
+
+/* HTTP/1.0 or 1.x at t (RFC 9112 section 2.3); 1 and the minor version. */
+static int
+version_parse(struct text t, unsigned *minor)
+{
+	if (t.len != 8 || memcmp(t.at, "HTTP/", 5) != 0 || !is_digit(t.at[5]) ||
+	    t.at[6] != '.' || !is_digit(t.at[7]))
+		return -REFUSE_LINE;
+	if (t.at[5] != '1')
+		return -REFUSE_VERSION;
+	*minor = t.at[7] != '0';
+	return 1;
+}
+
+/* METHOD SP target SP version: one blank each, no more. */
+static int
+request_line_parse(struct text line, struct request *r)
+{
+	size_t first = text_find(line, ' ');
+	struct text rest = text_from(line, first < line.len ? first + 1 : first);
+	size_t second = text_find(rest, ' ');
+	int verdict;
+
+	if (text_is(line, "PRI * HTTP/2.0"))
+		return -REFUSE_HTTP2;
+	if (!text_is_clean(line))
+		return -REFUSE_CONTROL;
+	if (first == line.len || second == rest.len || second == 0)
+		return -REFUSE_LINE;
+	r->name = text_cut(line.at, first);
+	r->uri = text_cut(rest.at, second);
+	verdict = version_parse(text_from(rest, second + 1), &r->minor);
+	if (verdict != 1)
+		return verdict;
+	if (!text_is_token(r->name))
+		return -REFUSE_METHOD;
+	r->method = method_parse(r->name);
+	return target_parse(r->uri, r->method, &r->target);
+}
+
+/* RFC 9112 section 3.2: one Host field, and it is a host. */
+static int
+request_host_check(const struct request *r)
+{
+	struct target target;
+	int hosts = 0;
+	size_t i;
+
+	for (i = 0; i < r->head.n; i++) {
+		if (!text_is(r->head.fields[i].name, "Host"))
+			continue;
+		if (hosts++)
+			return -REFUSE_HOSTS;
+		if (r->head.fields[i].value.len > 0 &&
+		    authority_parse(r->head.fields[i].value, 80, &target) != 1)
+			return -REFUSE_HOST;
+	}
+	return hosts || r->minor == 0 ? 1 : -REFUSE_NO_HOST;
+}
+
+/* A whole request head.  What is understood before a refusal stays in r. */
+static int
+request_parse(struct text t, struct request *r)
+{
+	int verdict, line;
+
+	r->name = r->uri = text_cut(t.at, 0);
+	r->method = METHOD_OTHER;
+	r->minor = 1;
+	r->framing = FRAMING_NONE;
+	r->length = 0;
+	memset(&r->target, 0, sizeof(r->target));
+	verdict = head_parse(t, &r->head);
+	line = request_line_parse(r->head.line, r);
+	if (line != 1)
+		return line;
+	if (verdict != 1)
+		return verdict;
+	if (r->minor == 0 && head_field(&r->head, "Transfer-Encoding") != NULL)
+		return -REFUSE_CODING_OLD;
+	verdict = head_framing(&r->head, &r->framing, &r->length);
+	if (verdict != 1)
+		return verdict;
+	if (r->framing == FRAMING_LENGTH && r->length == 0)
+		r->framing = FRAMING_NONE;
+	return request_host_check(r);
+}
+
+/*
+ * HTTP/1.x SP status [SP reason].  RFC 9112 section 4 wants the second blank
+ * even without a reason; many servers do not send it then.
+ */
+static int
+status_line_parse(struct text line, struct response *r)
+{
+	uint64_t status;
+
+	if (line.len < 12 || line.at[8] != ' ' ||
+	    (line.len > 12 && line.at[12] != ' ') || !text_is_clean(line) ||
+	    version_parse(text_cut(line.at, 8), &r->minor) != 1 ||
+	    !number_parse(text_cut(line.at + 9, 3), 999, &status) ||
+	    status < 100)
+		return -REFUSE_STATUS_LINE;
+	r->status = (int)status;
+	r->reason = text_from(line, line.len > 12 ? 13 : 12);
+	return 1;
+}
+
+/*
+ * Whether a response has no body whatever its fields say (RFC 9112 section
+ * 6.3, items 1 and 2).
+ */
+static bool
+response_is_bare(int status, enum method method)
+{
+	return method == METHOD_HEAD || status < 200 || status == 204 ||
+	    status == 304 || (method == METHOD_CONNECT && status < 300);
+}
+
+/* A whole response head to a request of that method. */
+static int
+response_parse(struct text t, enum method method, struct response *r)
+{
+	int verdict = head_parse(t, &r->head);
+	int line;
+
+	r->status = 0;
+	r->length = 0;
+	r->framing = FRAMING_NONE;
+	line = status_line_parse(r->head.line, r);
+	if (line != 1)
+		return line;
+	if (verdict != 1 || response_is_bare(r->status, method))
+		return verdict;
+	verdict = head_framing(&r->head, &r->framing, &r->length);
+	if (verdict == 1 && r->framing == FRAMING_NONE)
+		r->framing = FRAMING_CLOSE;
+	return verdict;
+}
+
+/*
+ * Fields that concern one connection only, and those that we make ourselves
+ * (RFC 9110 section 7.6.1).
+ */
+static const char *const fields_of_hop[] = { "Connection", "Proxy-Connection",
+	"Keep-Alive", "TE", "Transfer-Encoding", "Upgrade", "HTTP2-Settings",
+	"Proxy-Authorization", "Proxy-Authenticate",
+	"Proxy-Authentication-Info", "Content-Length", "Host", NULL };
+
+/* What Connection can't take away: it frames or routes the message. */
+static const char *const fields_of_route[] = { "Via", "Max-Forwards",
+	"Content-Range", "Content-Encoding", "Expect", "Trailer", NULL };
+
+/* What a trailer can't bring (RFC 9110 section 6.5.1). */
+static const char *const fields_not_late[] = { "Authorization", "Set-Cookie",
+	"Cache-Control", "Content-Encoding", "Content-Type", "Content-Range",
+	"Expect", "Max-Forwards", "Trailer", "Via", "Location", "Vary", "Age",
+	"Date", "Expires", "Range", "Cookie", NULL };
+
+/* What -a keeps from servers: who the client is and how it got here. */
+static const char *const fields_of_person[] = { "Via", "From", "Referer",
+	"User-Agent", "Forwarded", "X-Real-IP", "Client-IP", "X-Client-IP",
+	"True-Client-IP", "X-Cluster-Client-IP", "X-Originating-IP",
+	"X-Remote-IP", "X-Remote-Addr", "X-ProxyUser-IP", "Proxy-Client-IP",
+	"CF-Connecting-IP", "Fastly-Client-IP", "X-UIDH", NULL };
+
+static bool
+name_is_among(struct text name, const char *const *list)
+{
+	for (; *list != NULL; list++)
+		if (text_is(name, *list))
+			return true;
+	return false;
+}
+
+/* True if field i of h may pass on to the next hop. */
+static bool
+field_passes(const struct head *h, size_t i)
+{
+	struct text name = h->fields[i].name;
+
+	if (name_is_among(name, fields_of_hop))
+		return false;
+	return name_is_among(name, fields_of_route) ||
+	    !head_lists(h, "Connection", name);
+}
+
+static void
+field_append(struct buffer *b, const struct field *field)
+{
+	buffer_append(b, field->name);
+	buffer_append(b, text_of(": "));
+	buffer_append(b, field->value);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* ---- 7. Bodies and flows: where a message ends ---- */
+
+/*
+ * Framing comes off where a message arrives and goes on where it departs;
+ * what arrived as framing is never copied.  Payload is decoded in place: it
+ * comes to lie in front of the buffer it arrived in, and if nothing but
+ * payload is in that buffer, the whole buffer changes hands.
+ *
+ * In `in`: `ready` bytes of payload, then bytes not yet decoded.
+ */
+
+/* A flow of one message; length counts for FRAMING_LENGTH only. */
+static void
+flow_start(struct flow *f, enum framing from, enum framing to, uint64_t length)
+{
+	memset(f, 0, sizeof(*f));
+	f->from = from;
+	f->to = to;
+	f->left = length;
+	f->whole = from == FRAMING_NONE ||
+	    (from == FRAMING_LENGTH && length == 0);
+	f->done = from == FRAMING_NONE;
+}
+
+/*
+ * One byte of chunk framing (RFC 9112 section 7.1); false if it is wrong.
+ * Each chunk may spend 16 bytes of framing and two for each of payload; what
+ * is beyond adds up to CHUNK_EXCESS_MAX at most, so that nobody keeps us
+ * busy with extensions.
+ */
+static bool
+chunk_byte(struct flow *f, char c)
+{
+	int digit = hex_value(c);
+
+	if (++f->excess > CHUNK_EXCESS_MAX)
+		return false;
+	if (f->chunk == CHUNK_SIZE && digit >= 0) {
+		f->left = f->left << 4 | (uint64_t)digit;
+		return ++f->digits <= CHUNK_DIGITS_MAX && f->left <= INT64_MAX;
+	}
+	if (f->chunk == CHUNK_SIZE || f->chunk == CHUNK_EXTENSION) {
+		if (f->digits == 0)
+			return false;
+		if (c == '\r')
+			f->chunk = CHUNK_SIZE_LF;
+		else if (f->chunk == CHUNK_SIZE && c != ';' && c != ' ' &&
+		    c != '\t')
+			return false;
+		else
+			f->chunk = CHUNK_EXTENSION;
+		return c == '\r' || c == '\t' || (unsigned char)c >= ' ';
+	}
+	if (f->chunk == CHUNK_DATA_CR) {
+		f->chunk = CHUNK_DATA_LF;
+		return c == '\r';
+	}
+	if (f->chunk == CHUNK_SIZE_LF && f->left > 0) {
+		size_t share = f->left > CHUNK_EXCESS_MAX ?
+		    CHUNK_EXCESS_MAX : (size_t)f->left * 2 + 16;
+
+		f->excess -= f->excess < share ? f->excess : share;
+		f->chunk = CHUNK_DATA;
+	} else {
+		f->chunk = f->chunk == CHUNK_SIZE_LF ? CHUNK_TRAILER :
+						       CHUNK_SIZE;
+		f->digits = 0;
+	}
+	return c == '\n';
+}
+
+/*
+ * The trailer section lies in t, perhaps not all of it yet.  An empty one
+ * is dropped at once; another stays behind the payload until its turn.
+ */
+static void
+trailer_decode(struct flow *f, struct buffer *b)
+{
+	struct text t = text_from(buffer_text(b), f->ready);
+	size_t seen = 0;
+	int n = head_find(t, &seen);
+	struct head h;
+
+	if (n == 0)
+		return;
+	if (n < 0 || fields_parse(text_cut(t.at, (size_t)n), &h) != 1) {
+		f->broken = true;
+		return;
+	}
+	f->whole = true;
+	f->trailer = (size_t)n;
+	if (n == 2) {
+		memmove(b->data + b->start + f->ready,
+		    b->data + b->start + f->ready + 2, t.len - 2);
+		b->end -= 2;
+		f->trailer = 0;
+	}
+}
+
+/* Takes n bytes of payload, at `at` in b, to the end of what is ready. */
+static void
+flow_ready(struct flow *f, struct buffer *b, size_t at, size_t n)
+{
+	size_t to = b->start + f->ready;
+
+	if (to != at)
+		memmove(b->data + to, b->data + at, n);
+	f->ready += n;
+}
+
+static void
+chunks_decode(struct flow *f, struct buffer *b)
+{
+	size_t at = b->start + f->ready, n;
+
+	while (at < b->end && f->chunk != CHUNK_TRAILER && !f->broken) {
+		if (f->chunk != CHUNK_DATA) {
+			f->broken = !chunk_byte(f, b->data[at++]);
+			continue;
+		}
+		n = b->end - at;
+		if (n > f->left)
+			n = (size_t)f->left;
+		flow_ready(f, b, at, n);
+		at += n;
+		f->left -= n;
+		if (f->left == 0)
+			f->chunk = CHUNK_DATA_CR;
+	}
+	n = b->end - at;
+	if (n > 0)
+		memmove(b->data + b->start + f->ready, b->data + at, n);
+	b->end = b->start + f->ready + n;
+	if (f->chunk == CHUNK_TRAILER)
+		trailer_decode(f, b);
+}
+
+/*
+ * Takes the framing off what has arrived at b (NULL: nothing).  Sets whole
+ * at the message's end, and broken if the framing is wrong or the sender
+ * stops (eof) before that end.
+ */
+static void
+flow_decode(struct flow *f, struct buffer *b, bool eof)
+{
+	size_t raw = b == NULL ? 0 : buffer_len(b) - f->ready;
+
+	if (f->whole || f->broken)
+		return;
+	if (f->from == FRAMING_CHUNKED && b != NULL) {
+		chunks_decode(f, b);
+		raw = buffer_len(b) - f->ready;
+		if (!f->whole && f->chunk == CHUNK_TRAILER &&
+		    f->ready == 0 && raw >= BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM)
+			f->broken = true;
+	} else if (f->from == FRAMING_LENGTH) {
+		if (raw > f->left)
+			raw = (size_t)f->left;
+		f->ready += raw;
+		f->left -= raw;
+		f->whole = f->left == 0;
+	} else if (f->from == FRAMING_CLOSE) {
+		f->ready += raw;
+		f->whole = eof;
+	}
+	if (eof && !f->whole)
+		f->broken = true;
+}
+
+/* The end of a chunked message, with the trailer fields that may pass. */
+static void
+trailer_encode(struct flow *f, const struct buffer *in, struct buffer *out)
+{
+	struct head h;
+	size_t i;
+
+	buffer_append(out, text_of("0\r\n"));
+	h.n = 0;
+	if (f->trailer > 0)
+		(void)fields_parse(text_cut(in->data + in->start, f->trailer),
+		    &h);
+	for (i = 0; i < h.n; i++)
+		if (field_passes(&h, i) &&
+		    !name_is_among(h.fields[i].name, fields_not_late))
+			field_append(out, &h.fields[i]);
+	buffer_append(out, text_of("\r\n"));
+}
+
+/* Puts a chunk's framing around all of b, in the room kept for it. */
+static void
+chunk_wrap(struct buffer *b)
+{
+	char size[CHUNK_ROOM + 1];
+	int n = snprintf(size, sizeof(size), "%lx\r\n",
+	    (unsigned long)buffer_len(b));
+
+	assert(n > 0 && (size_t)n <= b->start);
+	b->start -= (size_t)n;
+	memcpy(b->data + b->start, size, (size_t)n);
+	b->data[b->end++] = '\r';
+	b->data[b->end++] = '\n';
+}
+
+/*
+ * Moves ready payload from `in` into an `out` that holds something, or that
+ * can't have the whole buffer; returns how much fitted.
+ */
+static size_t
+flow_append(struct flow *f, struct buffer *in, struct buffer *out)
+{
+	bool chunked = f->to == FRAMING_CHUNKED;
+	size_t spare = chunked ? CHUNK_ROOM + 2 : 0;
+	size_t room = buffer_room(out);
+	size_t n = f->ready;
+
+	if (room <= spare || (n > room - spare && room < BUFFER_ROOM / 2))
+		return 0;
+	if (n > room - spare)
+		n = room - spare;
+	if (chunked)
+		buffer_print(out, "%lx\r\n", (unsigned long)n);
+	buffer_append(out, text_cut(in->data + in->start, n));
+	if (chunked)
+		buffer_append(out, text_of("\r\n"));
+	return n;
+}
+
+/*
+ * Puts the message's own framing on what is ready and hands it over to `to`.
+ * True if anything moved; false if it has to wait for `out` to drain.
+ */
+static bool
+flow_encode(struct flow *f, struct conn *from, struct conn *to)
+{
+	size_t n = f->ready;
+
+	if (n > 0 && to->out == NULL && buffer_len(from->in) == n) {
+		if (f->to == FRAMING_CHUNKED)
+			chunk_wrap(from->in);
+		to->out = from->in;
+		from->in = NULL;
+	} else if (n > 0) {
+		if (conn_out(to) == NULL)
+			return false;
+		n = flow_append(f, from->in, to->out);
+		buffer_drop(from->in, n);
+		if (buffer_len(from->in) == 0)
+			buffer_give(&from->in);
+	}
+	f->ready -= n;
+	f->payload += n;
+	if (!f->whole || f->ready > 0 || f->done)
+		return n > 0;
+	if (f->to == FRAMING_CHUNKED) {
+		if (conn_out(to) == NULL ||
+		    buffer_room(to->out) + TAIL_ROOM < f->trailer + 8)
+			return n > 0;
+		trailer_encode(f, from->in, to->out);
+	}
+	if (f->trailer > 0)
+		buffer_drop(from->in, f->trailer);
+	f->trailer = 0;
+	f->done = true;
+	if (from->in != NULL && buffer_len(from->in) == 0)
+		buffer_give(&from->in);
+	return true;
+}
+
+/* ---- 8. Rules: who may go where ---- */
+
+/*
+ * Judged on the resolved address, and that very address is connected to.
+ * Pure but for address_is_here(), which asks the kernel.
+ */
+
+static bool
+address_is_loopback(const struct address *a)
+{
+	static const unsigned char loopback6[16] = { [15] = 1 };
+
+	if (a->family == AF_INET)
+		return a->octets[0] == 127;
+	return a->family == AF_INET6 &&
+	    memcmp(a->octets, loopback6, sizeof(loopback6)) == 0;
+}
+
+/* 0.0.0.0 and ::, which connect to this machine. */
+static bool
+address_is_any(const struct address *a)
+{
+	static const unsigned char none[16];
+
+	if (a->family == AF_INET)
+		return a->octets[0] == 0;
+	return a->family == AF_INET6 &&
+	    memcmp(a->octets, none, sizeof(none)) == 0;
+}
+
+/* Where only a local client may go: this machine, this link, groups. */
+static bool
+address_is_guarded(const struct address *a)
+{
+	const unsigned char *o = a->octets;
+
+	if (address_is_loopback(a) || address_is_any(a))
+		return true;
+	if (a->family == AF_INET)
+		return (o[0] == 169 && o[1] == 254) || o[0] >= 224;
+	return o[0] == 0xff || (o[0] == 0xfe && (o[1] & 0xc0) == 0x80);
+}
+
+/* A client on this machine. */
+static bool
+address_is_local(const struct address *a)
+{
+	return a->family == AF_UNIX || address_is_loopback(a);
+}
+
+/* True if a is an address of this machine: one that can be bound to. */
+static bool
+address_is_here(const struct address *a)
+{
+	struct address probe = *a;
+	struct sockaddr_storage storage;
+	int fd = socket(a->family, SOCK_DGRAM, 0);
+	socklen_t len;
+	bool here;
+
+	if (fd == -1)
+		return false;
+	probe.port = 0;
+	len = address_export(&probe, &storage);
+	here = bind(fd, (struct sockaddr *)&storage, len) != -1;
+	(void)close(fd);
+	return here;
+}
+
+/* True if a connection to a would arrive at one of our own listeners. */
+static bool
+address_is_ours(const struct address *a)
+{
+	size_t i;
+
+	for (i = 0; i < listeners_n; i++) {
+		const struct address *l = &listeners[i].address;
+
+		if (l->family != a->family || l->port != a->port)
+			continue;
+		if (address_same(l, a) || address_is_any(a) ||
+		    (address_is_any(l) && address_is_here(a)))
+			return true;
+	}
+	return false;
+}
+
+/*
+ * Strikes the addresses that peer may not go to from the list of n; direct:
+ * they are the target's own, not the parent's.  Returns the refusal if none
+ * is left, or if one is our own.
+ */
+static enum refusal
+rules_judge(const struct address *peer, bool direct, struct address *list,
+    unsigned *n)
+{
+	enum refusal refusal = REFUSE_FAMILY;
+	bool one_family = options.from[0].family || options.from[1].family;
+	unsigned i, kept = 0;
+
+	for (i = 0; i < *n; i++) {
+		if (address_is_ours(&list[i]))
+			return REFUSE_LOOP;
+		if (one_family &&
+		    !options.from[list[i].family == AF_INET6].family)
+			continue;
+		if (direct && address_is_guarded(&list[i]) &&
+		    !address_is_local(peer))
+			refusal = REFUSE_GUARDED;
+		else
+			list[kept++] = list[i];
+	}
+	*n = kept;
+	return kept ? REFUSE_NONE : refusal;
+}
+
+/* ---- 10. Names ---- */
+
+/*
+ * getaddrinfo(3) may take a minute, and the loop must not.  A helper process,
+ * forked before there is any socket, forks one short-lived child for each
+ * question, so that a slow name delays nobody but those who ask for it.
+ * Questions and answers are records shorter than _POSIX_PIPE_BUF on two
+ * pipes, so a write is whole or not at all.
+ */
+
+/*
+ * Puts up to ADDRESSES_MAX addresses into the answer, the families taking
+ * turns, beginning with the system's favourite (RFC 8305 section 4).
+ */
+static void
+answer_fill(struct answer *answer, const struct addrinfo *found)
+{
+	int first = found->ai_family;
+	const struct addrinfo *turn[2] = { found, found };
+	unsigned which = 0;
+
+	while (answer->n < ADDRESSES_MAX && (turn[0] || turn[1])) {
+		const struct addrinfo **at = &turn[which];
+
+		while (*at && ((*at)->ai_family == first) != (which == 0))
+			*at = (*at)->ai_next;
+		if (*at) {
+			answer->list[answer->n++] =
+			    address_import((*at)->ai_addr);
+			*at = (*at)->ai_next;
+		}
+		which = !which;
+	}
+}
+
+/* The child: asks the system and writes one answer. */
+static void
+names_child(const struct question *question, int answers)
+{
+	struct addrinfo hints, *found = NULL;
+	struct answer answer;
+
+	memset(&answer, 0, sizeof(answer));
+	memset(&hints, 0, sizeof(hints));
+	hints.ai_family = AF_UNSPEC;
+	hints.ai_socktype = SOCK_STREAM;
+	answer.entry = question->entry;
+	answer.serial = question->serial;
+	answer.error = getaddrinfo(question->host, NULL, &hints, &found);
+	if (answer.error == 0)
+		answer_fill(&answer, found);
+	(void)write(answers, &answer, sizeof(answer));
+	_exit(0);
+}
+
+/* The helper: lives as long as the other end of `questions` does. */
+static void
+names_helper(int questions, int answers)
+{
+	static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGUSR1,
+		SIGPIPE };
+	struct question question;
+	unsigned children = 0;
+	size_t i;
+
+	for (i = 0; i < sizeof(ignored) / sizeof(ignored[0]); i++)
+		(void)signal(ignored[i], SIG_IGN);
+	while (read(questions, &question, sizeof(question)) ==
+	    (ssize_t)sizeof(question)) {
+		pid_t pid;
+
+		while (children > 0 &&
+		    waitpid(-1, NULL, children < QUESTIONS_MAX ? WNOHANG : 0) > 0)
+			children--;
+		pid = fork();
+		if (pid == 0) {
+			(void)signal(SIGALRM, SIG_DFL);
+			(void)alarm(QUESTION_S);
+			names_child(&question, answers);
+		}
+		children += pid > 0;
+	}
+	_exit(0);
+}
+
+/* Becomes options.user; after this nothing of root's is left. */
+static void
+user_become(const char *name)
+{
+	const struct passwd *entry;
+	uint64_t number;
+	uid_t uid;
+	gid_t gid;
+
+	if (number_parse(text_of(name), INT32_MAX, &number)) {
+		entry = getpwuid((uid_t)number);
+		uid = (uid_t)number;
+		gid = entry == NULL ? (gid_t)number : entry->pw_gid;
+	} else {
+		entry = getpwnam(name);
+		if (entry == NULL)
+			die("-u %s: no such user", name);
+		uid = entry->pw_uid;
+		gid = entry->pw_gid;
+	}
+	if (setgroups(0, NULL) == -1 || setgid(gid) == -1 || setuid(uid) == -1)
+		die("can't become user %s: %s", name, strerror(errno));
+	if (uid != 0 && setuid(0) != -1)
+		die("can't give up root for user %s", name);
+}
+
+/*
+ * Starts the helper.  Called again if it died: then the child must let go of
+ * every descriptor that is not its own.
+ */
+static bool
+names_start(void)
+{
+	int down[2], up[2];
+	size_t i;
+
+	if (pipe(down) == -1)
+		return false;
+	if (pipe(up) == -1) {
+		(void)close(down[0]);
+		(void)close(down[1]);
+		return false;
+	}
+	names.helper = fork();
+	if (names.helper == 0) {
+		for (i = 1; i < poll_set.all; i++)
+			(void)close(poll_set.conns[i]->fd);
+		(void)close(signal_pipe[1]);
+		(void)close(down[1]);
+		(void)close(up[0]);
+		if (options.user != NULL && geteuid() == 0)
+			user_become(options.user);
+		names_helper(down[0], up[1]);
+	}
+	(void)close(down[0]);
+	(void)close(up[1]);
+	if (names.helper == -1 ||
+	    !conn_open(&names.questions, ROLE_QUESTIONS, down[1], NULL) ||
+	    !conn_open(&names.answers, ROLE_ANSWERS, up[0], NULL))
+		return false;
+	return true;
+}
+
+/* Sends the questions that wait; those that don't fit go on waiting. */
+static void
+names_ask(void)
+{
+	struct question question;
+	struct name *name;
+	bool full = false;
+	unsigned i;
+
+	for (i = 0; i < NAMES_MAX && !full && names.questions.fd != -1; i++) {
+		name = &names.table[i];
+		if (name->state != NAME_WANTED)
+			continue;
+		memset(&question, 0, sizeof(question));
+		question.entry = i;
+		question.serial = name->serial = ++names.serial;
+		memcpy(question.host, name->host, sizeof(question.host));
+		full = write(names.questions.fd, &question, sizeof(question)) !=
+		    (ssize_t)sizeof(question);
+		if (!full)
+			name->state = NAME_ASKED;
+	}
+	if (poll_set.fds != NULL)
+		conn_watch(&names.questions, full ? POLLOUT : 0);
+}
+
+/* The helper died: what was asked is asked again of the next, soon. */
+static void
+names_lost(void)
+{
+	unsigned i;
+
+	conn_close(&names.questions, false);
+	conn_close(&names.answers, false);
+	(void)waitpid(names.helper, NULL, 0);
+	for (i = 0; i < NAMES_MAX; i++)
+		if (names.table[i].state == NAME_ASKED)
+			names.table[i].state = NAME_WANTED;
+	names.restart = now.ms + 1000;
+	warn("the helper for names died; another is started");
+}
+
+/* Takes the answers that are there; false if there was none. */
+static bool
+names_take(void)
+{
+	struct answer answer;
+	struct name *name;
+	bool some = false;
+	ssize_t n;
+
+	while ((n = read(names.answers.fd, &answer, sizeof(answer))) ==
+	    (ssize_t)sizeof(answer)) {
+		assert(answer.entry < NAMES_MAX && answer.n <= ADDRESSES_MAX);
+		name = &names.table[answer.entry];
+		if (name->state != NAME_ASKED || name->serial != answer.serial)
+			continue;
+		name->state = NAME_KNOWN;
+		name->error = answer.error ? answer.error :
+		    answer.n ? 0 : EAI_NONAME;
+		name->n = answer.n;
+		memcpy(name->list, answer.list, sizeof(name->list));
+		name->until = now.ms +
+		    (name->error ? NAME_FAILED_MS : NAME_KEPT_MS);
+		some = true;
+	}
+	if (n == 0)
+		names_lost();
+	return some;
+}
+
+/*
+ * What is known of host: its entry, known or asked for by now.  NULL if all
+ * entries wait for an answer.
+ */
+static struct name *
+names_find(const char *host)
+{
+	struct name *name, *best = NULL;
+
+	for (name = names.table; name < names.table + NAMES_MAX; name++) {
+		bool old = name->until <= now.ms;
+
+		if (name->state == NAME_ASKED && old)
+			name->state = NAME_EMPTY;
+		if (name->state != NAME_EMPTY &&
+		    strcasecmp(name->host, host) == 0 &&
+		    !(name->state == NAME_KNOWN && old))
+			return name;
+		if (name->state == NAME_EMPTY || name->state == NAME_KNOWN)
+			if (best == NULL || name->until < best->until)
+				best = name;
+	}
+	if (best == NULL)
+		return NULL;
+	memset(best, 0, sizeof(*best));
+	(void)text_copy(text_of(host), best->host, sizeof(best->host));
+	best->state = NAME_WANTED;
+	best->until = now.ms + (QUESTION_S + 1) * 1000;
+	names_ask();
+	return best;
+}
+
+/* ---- 11. Log and trace ---- */
+
+/*
+ * The log has one line an exchange, the trace (-v) tells each step.  No
+ * input can split or fake a line.  Neither may stop the proxy: a log that
+ * can't be written is said once, and serving goes on.
+ */
+
+static const char *const ends[] = {
+	[END_DONE] = "done",
+	[END_CLIENT] = "client",
+	[END_SERVER] = "server",
+	[END_IDLE] = "idle",
+	[END_RESET] = "reset",
+	[END_LIMIT] = "limit",
+	[END_STOP] = "stop",
+};
+
+/* Opens the log that options.log names; false, with errno, if it can't. */
+static bool
+log_open(void)
+{
+	struct stat status;
+	int fd = STDOUT_FILENO;
+
+	if (options.log != NULL && strcmp(options.log, "syslog") == 0) {
+		openlog("proxy", LOG_PID | LOG_NDELAY, LOG_DAEMON);
+		logs.syslog = true;
+		return true;
+	}
+	if (options.log != NULL && strcmp(options.log, "-") != 0) {
+		fd = open(options.log, O_WRONLY | O_APPEND | O_CREAT, 0640);
+		if (fd == -1)
+			return false;
+	}
+	if (logs.fd != STDOUT_FILENO)
+		(void)close(logs.fd);
+	logs.fd = fd;
+	logs.regular = fstat(fd, &status) != -1 && S_ISREG(status.st_mode);
+	logs.complained = false;
+	return true;
+}
+
+/*
+ * Writes a little to a descriptor that is no file, if it takes it now.
+ * Returns what write(2) does; 0: not now.
+ */
+static ssize_t
+log_write_some(const char *at, size_t n)
+{
+	struct pollfd fd = { .fd = logs.fd, .events = POLLOUT };
+
+	if (!logs.regular) {
+		if (poll(&fd, 1, 0) == 0)
+			return 0;
+		if (n > _POSIX_PIPE_BUF)
+			n = _POSIX_PIPE_BUF;
+	}
+	return write(logs.fd, at, n);
+}
+
+/* Writes the lines of this turn; once a turn, so that many cost one call. */
+static void
+log_flush(void)
+{
+	struct buffer *b = logs.pending;
+	ssize_t n = 1;
+
+	while (b != NULL && buffer_len(b) > 0 && n > 0) {
+		n = log_write_some(b->data + b->start, buffer_len(b));
+		if (n > 0)
+			buffer_drop(b, (size_t)n);
+		else if (n == -1 && !logs.complained) {
+			warn("can't write the log: %s", strerror(errno));
+			logs.complained = true;
+		}
+	}
+	if (n > 0)
+		logs.complained = false;
+	if (n == -1 || (b != NULL && buffer_len(b) == 0))
+		buffer_give(&logs.pending);
+}
+
+/* Takes over one line, its newline included. */
+static void
+log_put(struct buffer *line)
+{
+	struct text t = buffer_text(line);
+
+	if (logs.syslog) {
+		syslog(LOG_INFO, "%.*s", (int)t.len - 1, t.at);
+		buffer_give(&line);
+		return;
+	}
+	if (logs.pending != NULL && buffer_room(logs.pending) < t.len) {
+		log_flush();
+		if (logs.pending != NULL)
+			buffer_compact(logs.pending);
+	}
+	if (logs.pending == NULL)
+		logs.pending = line;
+	else if (buffer_room(logs.pending) >= t.len) {
+		buffer_append(logs.pending, t);
+		buffer_give(&line);
+	} else {
+		buffer_give(&line);
+		if (logs.lost++ == 0)
+			warn("the log is not read: lines are lost");
+	}
+}
+
+/* The time as the Common Log Format has it; good until next call. */
+static const char *
+log_date(void)
+{
+	static char text[40];
+	static time_t written;
+	struct tm parts;
+
+	if (written != now.wall && localtime_r(&now.wall, &parts) != NULL) {
+		(void)strftime(text, sizeof(text), "%d/%b/%Y:%H:%M:%S %z",
+		    &parts);
+		written = now.wall;
+	}
+	return text;
+}
+
+/* Appends " name=ms", or "-" for a step that did not take place. */
+static void
+log_time(struct buffer *b, const char *name, int64_t from, int64_t to)
+{
+	if (from == 0 || to == 0)
+		buffer_print(b, " %s=-", name);
+	else
+		buffer_print(b, " %s=%lld", name, (long long)(to - from));
+}
+
+/* Where the first line of a head that could not be parsed goes in full. */
+static void
+log_request(struct buffer *b, const struct facts *f)
+{
+	if (f->name.len > 0) {
+		buffer_escape(b, f->name, BUFFER_ROOM / 16);
+		buffer_append(b, text_of(" "));
+		buffer_escape(b, f->uri, BUFFER_ROOM / 2);
+		buffer_print(b, " HTTP/1.%u\"", f->minor);
+	} else {
+		buffer_append(b, text_of("- "));
+		buffer_escape(b, f->uri, BUFFER_ROOM / 4);
+		buffer_append(b, text_of(" -\""));
+	}
+}
+
+/*
+ * One exchange, in the Combined Log Format with more behind it.  A client
+ * that left before an answer gets 499, as nginx has it.
+ */
+static void
+log_exchange(const struct exchange *x)
+{
+	const struct facts *f = &x->facts;
+	struct buffer *b = buffer_take();
+	char server[ADDRESS_TEXT], peer[ADDRESS_TEXT];
+
+	if (b == NULL)
+		return;
+	address_host(&x->peer, peer);
+	address_print(&f->server, server);
+	buffer_print(b, "%s - - [%s] \"", peer, log_date());
+	log_request(b, f);
+	buffer_print(b, " %d %llu \"", f->status ? f->status : 499,
+	    (unsigned long long)x->down.payload);
+	buffer_escape(b, f->referer, BUFFER_ROOM / 8);
+	buffer_append(b, text_of("\" \""));
+	buffer_escape(b, f->agent, BUFFER_ROOM / 8);
+	buffer_print(b, "\" up=%llu", (unsigned long long)x->up.payload);
+	log_time(b, "dns", f->asked, f->resolved);
+	log_time(b, "connect", f->reused ? 0 : f->resolved, f->connected);
+	log_time(b, "first", f->connected, f->local ? 0 : f->answered);
+	log_time(b, "total", f->start, now.ms);
+	buffer_print(b, " server=%s end=%s", server, ends[f->end]);
+	if (f->refusal)
+		buffer_print(b, " why=\"%s\"", refusals[f->refusal].words);
+	buffer_append(b, text_of("\n"));
+	log_put(b);
+}
+
+/* A line of the trace, in a colour where there is one. */
+static void
+trace_line(const struct exchange *x, int colour, const char *mark,
+    struct text t)
+{
+	char line[1024];
+	int n = snprintf(line, sizeof(line), "%s#%llu %s%.*s%s\n",
+	    logs.colour ? (colour == 0 ? "\033[2m" : colour == 1 ?
+		"\033[36m" : "\033[33m") : "",
+	    (unsigned long long)x->number, mark, t.len > 900 ? 900 : (int)t.len,
+	    t.at, logs.colour ? "\033[0m" : "");
+
+	if (n > 0)
+		(void)write(STDERR_FILENO, line, (size_t)n);
+}
+
+/* What the exchange does now, with the time since it began. */
+static void
+trace(const struct exchange *x, const char *format, ...)
+{
+	char text[512];
+	va_list args;
+	int n;
+
+	if (options.verbose == 0)
+		return;
+	n = snprintf(text, sizeof(text), "* %lld ms ", x->facts.start ?
+	    (long long)(now.ms - x->facts.start) : 0LL);
+	va_start(args, format);
+	(void)vsnprintf(text + n, sizeof(text) - (size_t)n, format, args);
+	va_end(args);
+	trace_line(x, 0, "", text_of(text));
+}
+
+/* The bytes of t that are safe on a terminal, in place of the others `.`. */
+static struct text
+trace_clean(struct text t, char *to, size_t size)
+{
+	size_t i;
+
+	for (i = 0; i < t.len && i < size; i++)
+		to[i] = t.at[i] >= ' ' && t.at[i] <= '~' ? t.at[i] : '.';
+	return text_cut(to, i);
+}
+
+/*
+ * A head, line by line.  mark says between whom: "c>" from the client, ">s"
+ * to the server, "s>" from it, ">c" to the client.  Credentials are masked.
+ */
+static void
+trace_head(const struct exchange *x, const char *mark, struct text head)
+{
+	static const char *const secret[] = { "Authorization",
+		"Proxy-Authorization", NULL };
+	int colour = strchr(mark, 'c') == NULL ? 2 : 1;
+	char clean[900], prefix[8];
+	struct text line;
+
+	if (options.verbose == 0)
+		return;
+	(void)snprintf(prefix, sizeof(prefix), "%s ", mark);
+	while (head.len > 0 && (line = line_next(&head)).len > 0) {
+		size_t colon = text_find(line, ':');
+
+		line = trace_clean(line, clean, sizeof(clean));
+		if (name_is_among(text_trim(text_cut(clean,
+		    colon < line.len ? colon : line.len)), secret))
+			line.len = (size_t)snprintf(clean + colon,
+			    sizeof(clean) - colon, ": ***") + colon;
+		trace_line(x, colour, prefix, line);
+	}
+}
+
+/* A piece of payload, as hex and ASCII, 16 bytes a line, DUMP_MAX at most. */
+static void
+trace_dump(const struct exchange *x, const char *mark, struct text t)
+{
+	char text[96], clean[16];
+	size_t at, i;
+
+	trace(x, "%s %lu bytes", mark, (unsigned long)t.len);
+	for (at = 0; at < t.len && at < DUMP_MAX; at += 16) {
+		struct text row = text_from(t, at);
+		int n = snprintf(text, sizeof(text), "%04lx ", (unsigned long)at);
+
+		if (row.len > 16)
+			row.len = 16;
+		for (i = 0; i < 16; i++)
+			n += snprintf(text + n, sizeof(text) - (size_t)n,
+			    i < row.len ? " %02x" : "   ",
+			    i < row.len ? (unsigned)(unsigned char)row.at[i] :
+					  0U);
+		row = trace_clean(row, clean, sizeof(clean));
+		(void)snprintf(text + n, sizeof(text) - (size_t)n, "  %.*s",
+		    (int)row.len, row.at);
+		trace_line(x, 0, "", text_of(text));
+	}
+}
+
+/* ---- 12. Local pages ---- */
+
+/*
+ * What the proxy answers itself: refusals, its own two pages, OPTIONS and
+ * TRACE that end here.  Each is a whole response in memory, which then goes
+ * the way of every response.  Nothing of the request is echoed but a host
+ * whose characters were checked.
+ */
+
+/*
+ * Makes x->server an answer from memory: status, the fields in `fields`
+ * (each ends in CR LF), and body.
+ */
+static void
+page_make(struct exchange *x, int status, const char *type,
+    const char *fields, struct text body)
+{
+	struct conn *s = &x->server;
+
+	conn_close(s, false);
+	s->in = buffer_take();
+	s->eof = true;
+	x->facts.local = true;
+	if (s->in == NULL)
+		return;
+	buffer_print(s->in, "HTTP/1.1 %d %s\r\nDate: %s\r\n%s", status,
+	    status_reason(status), date_now(), fields);
+	if (type != NULL)
+		buffer_print(s->in, "Content-Type: %s\r\n", type);
+	buffer_print(s->in, "Content-Length: %lu\r\n\r\n",
+	    (unsigned long)body.len);
+	buffer_append(s->in, body);
+}
+
+/*
+ * A refusal: its words, then the details.  Proxy-Status (RFC 9209) says the
+ * same to machines; its strings hold neither quotes nor backslashes.
+ */
+static void
+page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
+{
+	char fields[DETAIL_MAX + 256], body[DETAIL_MAX + 256];
+	char clean[DETAIL_MAX];
+	int status = refusals[refusal].status;
+	size_t i;
+
+	for (i = 0; detail[i] != '\0' && i < sizeof(clean) - 1; i++)
+		clean[i] = detail[i] < ' ' || detail[i] > '~' ? '?' :
+		    detail[i] == '"' || detail[i] == '\\'     ? '\'' :
+								detail[i];
+	clean[i] = '\0';
+	(void)snprintf(fields, sizeof(fields),
+	    "Proxy-Status: %s; error=%s; details=\"%s\"\r\n"
+	    "Cache-Control: no-store\r\n%s%s",
+	    pseudonym, refusals[refusal].error, clean[0] ? clean :
+							   refusals[refusal].words,
+	    status == 503 ? "Retry-After: 5\r\n" : "",
+	    status == 405 ? "Allow: GET, HEAD\r\n" : "");
+	(void)snprintf(body, sizeof(body), "%d %s: %s\n%s%s", status,
+	    status_reason(status), refusals[refusal].words, clean,
+	    clean[0] ? "\n" : "");
+	page_make(x, status, "text/plain; charset=utf-8", fields,
+	    text_of(body));
+}
+
+/* The page at `/`: what this is, and how to use it from here. */
+static void
+page_index(struct exchange *x, struct text host)
+{
+	char body[1024];
+	int n = (int)host.len;
+
+	(void)snprintf(body, sizeof(body),
+	    "This is proxy " VERSION ", an HTTP proxy at %.*s.\n\n"
+	    "To use it from a shell:\n\n"
+	    "    export http_proxy=http://%.*s https_proxy=http://%.*s\n"
+	    "    curl -x http://%.*s http://example.com/\n\n"
+	    "In a browser, give it as the HTTP proxy for all protocols, or\n"
+	    "give this address for automatic configuration:\n\n"
+	    "    http://%.*s/proxy.pac\n",
+	    n, host.at, n, host.at, n, host.at, n, host.at, n, host.at);
+	page_make(x, 200, "text/plain; charset=utf-8", "", text_of(body));
+}
+
+/* The automatic configuration of browsers, with the address they used. */
+static void
+page_pac(struct exchange *x, struct text host)
+{
+	char body[512];
+
+	(void)snprintf(body, sizeof(body),
+	    "function FindProxyForURL(url, host) {\n"
+	    "\treturn \"PROXY %.*s\";\n}\n",
+	    (int)host.len, host.at);
+	page_make(x, 200, "application/x-ns-proxy-autoconfig", "",
+	    text_of(body));
+}
+
+/* True if host and port, of a Host field, are where the client came in. */
+static bool
+page_is_ours(const struct exchange *x, const struct target *t)
+{
+	struct sockaddr_storage storage;
+	socklen_t len = sizeof(storage);
+	struct address here, named;
+	size_t label = strcspn(host_name, ".");
+
+	if (x->peer.family == AF_UNIX)
+		return true;
+	if (getsockname(x->client.fd, (struct sockaddr *)&storage, &len) == -1)
+		return false;
+	here = address_import((struct sockaddr *)&storage);
+	if (here.port != t->port)
+		return false;
+	if (address_parse(t->host, t->port, &named))
+		return address_same(&named, &here);
+	if (text_is(t->host, "localhost"))
+		return address_is_loopback(&here);
+	return text_is(t->host, host_name) ||
+	    text_same(t->host, text_cut(host_name, label));
+}
+
+/* OPTIONS that ends here (RFC 9110 section 9.3.7). */
+static void
+page_options(struct exchange *x)
+{
+	page_make(x, 200, NULL, "Allow: GET, HEAD, POST, PUT, DELETE, OPTIONS, "
+	    "TRACE, CONNECT\r\n", text_of(""));
+}
+
+/*
+ * TRACE that ends here (RFC 9110 section 9.3.8): the request as it came, but
+ * for fields with secrets.  One too long to be sent back is refused.
+ */
+static void
+page_trace(struct exchange *x, const struct request *r)
+{
+	static const char *const secret[] = { "Authorization",
+		"Proxy-Authorization", "Cookie", NULL };
+	struct buffer *b = buffer_take();
+	size_t i;
+
+	if (b == NULL)
+		return;
+	buffer_append(b, r->head.line);
+	buffer_append(b, text_of("\r\n"));
+	for (i = 0; i < r->head.n; i++)
+		if (!name_is_among(r->head.fields[i].name, secret))
+			field_append(b, &r->head.fields[i]);
+	buffer_append(b, text_of("\r\n"));
+	page_make(x, 200, "message/http", "", buffer_text(b));
+	if (b->overflow || (x->server.in != NULL && x->server.in->overflow)) {
+		x->facts.refusal = REFUSE_HEAD_LONG;
+		page_refusal(x, REFUSE_HEAD_LONG, "");
+	}
+	buffer_give(&b);
+}
+
+/* ---- 13. Exchange: the phases, one step each ---- */
+
+/*
+ * A step does what can be done now and returns true if anything moved; then
+ * it, or the step of the phase that it entered, is called again.
+ */
+
+static const char *const phase_names[] = {
+	[PHASE_FREE] = "free",
+	[PHASE_REQUEST] = "request",
+	[PHASE_RESOLVE] = "resolve",
+	[PHASE_CONNECT] = "connect",
+	[PHASE_GREET] = "greet",
+	[PHASE_RESPONSE] = "response",
+	[PHASE_RELAY] = "relay",
+	[PHASE_LINGER] = "linger",
+};
+
+/* The one place where a phase changes. */
+static void
+exchange_enter(struct exchange *x, enum phase phase)
+{
+	trace(x, "%s -> %s", phase_names[x->phase], phase_names[phase]);
+	x->phase = phase;
+	x->since = x->moved = now.ms;
+}
+
+/* Puts x among those to be run, once. */
+static void
+exchange_queue(struct exchange *x)
+{
+	if (x->again)
+		return;
+	x->again = true;
+	x->next_again = exchanges.again;
+	exchanges.again = x;
+}
+
+/* Ends all attempts to connect but x->server. */
+static void
+exchange_drop_tries(struct exchange *x)
+{
+	struct other *o;
+
+	for (o = others; x->facts.tries > 0 && o < others + others_n; o++) {
+		if (o->conn.fd == -1 || o->conn.exchange != x)
+			continue;
+		conn_close(&o->conn, false);
+		x->facts.tries--;
+	}
+}
+
+/* Ends the connection and frees the slot; with reset, so that it is felt. */
+static void
+exchange_close(struct exchange *x, bool reset)
+{
+	exchange_enter(x, PHASE_FREE);
+	exchange_drop_tries(x);
+	conn_close(&x->server, reset);
+	conn_close(&x->client, reset);
+	buffer_give(&x->facts.head);
+	x->next = exchanges.free;
+	exchanges.free = x;
+	exchanges.busy--;
+}
+
+/*
+ * Ends an exchange in the middle.  What the client got must not look whole:
+ * where only the end of the connection would tell, it is reset.
+ */
+static void
+exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
+{
+	struct facts *f = &x->facts;
+
+	f->end = end;
+	f->refusal = f->refusal ? f->refusal : refusal;
+	if (f->start)
+		log_exchange(x);
+	trace(x, "ended by %s", ends[end]);
+	exchange_close(x, f->tunnel ||
+	    (x->phase == PHASE_RELAY && x->down.to == FRAMING_CLOSE));
+}
+
+/*
+ * Refuses the request, whatever was done for it so far.  Once a response
+ * head has gone out, the only refusal is to end.
+ */
+static void
+exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
+{
+	x->facts.refusal = refusal;
+	trace(x, "refused: %s (%s)", refusals[refusal].words, detail);
+	if (x->phase == PHASE_RELAY) {
+		exchange_abort(x, END_SERVER, refusal);
+		return;
+	}
+	exchange_drop_tries(x);
+	page_refusal(x, refusal, detail);
+	if (x->server.in == NULL) {
+		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+		return;
+	}
+	exchange_enter(x, PHASE_RESPONSE);
+}
+
+/*
+ * Moves a message along until one side has to wait.  Framing, payload and
+ * the end of it are put into `out` before it is written, so that a small
+ * message is one write.
+ */
+static bool
+exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
+    struct conn *to)
+{
+	bool moved = false;
+	unsigned n;
+
+	for (n = 0; n < MOVES_MAX && !to->deaf; n++) {
+		size_t old = f->ready;
+
+		if (to->out != NULL && !to->writable && !to->hung)
+			break;
+		if (!f->done)
+			flow_decode(f, from->in, from->eof);
+		if (options.verbose > 1 && f->ready > old)
+			trace_dump(x, f == &x->up ? "c>s" : "s>c",
+			    text_cut(from->in->data + from->in->start + old,
+			    f->ready - old));
+		if (f->ready == 0 && !f->whole && !f->broken &&
+		    conn_read(from) && !from->error) {
+			moved = true;
+			continue;
+		}
+		if (!f->done && flow_encode(f, from, to)) {
+			moved = true;
+			x->moved = now.ms;
+		}
+		if (!conn_write(to) || f->done || f->ready == 0)
+			break;
+	}
+	(void)conn_write(to);
+	return moved;
+}
+
+/* ---- requests ---- */
+
+/*
+ * The first bytes are no HTTP, or too many: the refusal, or none yet.  Other
+ * protocols are known by their first byte and would never send an empty line.
+ */
+static enum refusal
+request_hopeless(const struct buffer *b)
+{
+	struct text t = buffer_text(b);
+	bool full = buffer_room(b) == 0 && b->start <= CHUNK_ROOM;
+
+	if (t.at[0] == 0x16)
+		return REFUSE_TLS;
+	if (t.at[0] == 4 || t.at[0] == 5)
+		return REFUSE_SOCKS;
+	if (!is_token_char(t.at[0]) && t.at[0] != '\r')
+		return REFUSE_BINARY;
+	if (text_find(t, '\n') >= LINE_MAX_BYTES && t.len >= LINE_MAX_BYTES)
+		return REFUSE_LINE_LONG;
+	return full ? REFUSE_HEAD_LONG : REFUSE_NONE;
+}
+
+/*
+ * Takes the first n bytes of what the client sent as the head of this
+ * exchange; what follows them stays in `in`.  False without memory.
+ */
+static bool
+request_take(struct exchange *x, size_t n)
+{
+	struct buffer *head = x->client.in, *rest = NULL;
+	size_t more = buffer_len(head) - n;
+
+	if (more > 0) {
+		rest = buffer_take();
+		if (rest == NULL)
+			return false;
+		buffer_append(rest, text_cut(head->data + head->start + n,
+		    more));
+		head->end -= more;
+	}
+	x->facts.head = head;
+	x->client.in = rest;
+	x->client.seen = 0;
+	return true;
+}
+
+/* Refuses what can't be parsed: where the next request begins is unknown. */
+static void
+request_reject(struct exchange *x, enum refusal refusal)
+{
+	struct text t = buffer_text(x->client.in);
+
+	x->facts.close = true;
+	x->facts.head = x->client.in;
+	x->client.in = NULL;
+	x->facts.uri = text_cut(t.at, text_find(t, '\n'));
+	if (x->facts.uri.len > 0 && t.at[x->facts.uri.len - 1] == '\r')
+		x->facts.uri.len--;
+	exchange_refuse(x, refusal, "");
+}
+
+/* Notes what later phases and the log need of a request. */
+static void
+request_note(struct exchange *x, const struct request *r)
+{
+	struct facts *f = &x->facts;
+
+	f->name = r->name;
+	f->uri = r->uri;
+	f->method = r->method;
+	f->minor = r->minor;
+	f->host = r->target.host;
+	f->port = r->target.port;
+	f->referer = head_value(&r->head, "Referer");
+	f->agent = head_value(&r->head, "User-Agent");
+	f->close = r->minor == 0 ||
+	    head_lists(&r->head, "Connection", text_of("close"));
+	f->upgrade = r->minor == 1 && head_field(&r->head, "Upgrade") &&
+	    head_lists(&r->head, "Connection", text_of("upgrade")) &&
+	    !head_lists(&r->head, "Upgrade", text_of("h2c"));
+	flow_start(&x->up, r->method == METHOD_CONNECT ? FRAMING_NONE :
+	    r->framing, r->framing, r->length);
+	flow_start(&x->down, FRAMING_NONE, FRAMING_NONE, 0);
+}
+
+/* A request to ourselves: one of our pages, or a misunderstanding. */
+static void
+request_local(struct exchange *x, const struct request *r)
+{
+	struct text host = head_value(&r->head, "Host");
+	struct target t;
+
+	if (authority_parse(host, 80, &t) != 1 || !page_is_ours(x, &t))
+		exchange_refuse(x, REFUSE_NOT_US, "as in GET "
+		    "http://example.com/ HTTP/1.1");
+	else if (!text_is(r->uri, "/") && !text_is(r->uri, "/proxy.pac"))
+		exchange_refuse(x, REFUSE_PAGE, "it has / and /proxy.pac");
+	else if (r->method != METHOD_GET && r->method != METHOD_HEAD)
+		exchange_refuse(x, REFUSE_PAGE_METHOD, "");
+	else {
+		if (text_is(r->uri, "/"))
+			page_index(x, host);
+		else
+			page_pac(x, host);
+		exchange_enter(x, PHASE_RESPONSE);
+	}
+}
+
+/*
+ * Max-Forwards (RFC 9110 section 7.6.2) counts for TRACE and OPTIONS only.
+ * True if the request ends here; -refusal if it is no number.
+ */
+static int
+request_is_last(const struct request *r)
+{
+	const struct field *field = head_field(&r->head, "Max-Forwards");
+	uint64_t hops;
+
+	if (r->target.form == FORM_ASTERISK)
+		return 1;
+	if (field == NULL || (r->method != METHOD_TRACE &&
+	    r->method != METHOD_OPTIONS))
+		return 0;
+	if (!number_parse(field->value, INT32_MAX, &hops))
+		return -REFUSE_HOPS;
+	return hops == 0;
+}
+
+/* True if our own name is in Via: this request has passed here before. */
+static bool
+request_passed_here(const struct request *r)
+{
+	size_t i;
+
+	for (i = 0; i < r->head.n; i++) {
+		struct text rest = r->head.fields[i].value, member;
+
+		if (!text_is(r->head.fields[i].name, "Via"))
+			continue;
+		while (list_next(&rest, &member)) {
+			size_t blank = text_find(member, ' ');
+			struct text name = text_trim(text_from(member, blank));
+
+			name.len = text_find(name, ' ');
+			if (text_is(name, pseudonym))
+				return true;
+		}
+	}
+	return false;
+}
+
+/* A whole head of n bytes has come: understand it and go on. */
+static void
+request_accept(struct exchange *x, size_t n)
+{
+	struct request r;
+	int verdict, last;
+
+	if (!request_take(x, n)) {
+		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+		return;
+	}
+	trace_head(x, "c>", buffer_text(x->facts.head));
+	verdict = request_parse(buffer_text(x->facts.head), &r);
+	request_note(x, &r);
+	if (r.name.len == 0)
+		x->facts.uri = r.head.line;
+	last = request_is_last(&r);
+	if (verdict != 1 || last < 0) {
+		x->facts.close = true;
+		exchange_refuse(x, (enum refusal)-(verdict != 1 ?
+		    verdict : last), "");
+	} else if (r.target.form == FORM_ORIGIN)
+		request_local(x, &r);
+	else if (last) {
+		if (r.method == METHOD_TRACE)
+			page_trace(x, &r);
+		else
+			page_options(x);
+		exchange_enter(x, PHASE_RESPONSE);
+	} else if (request_passed_here(&r))
+		exchange_refuse(x, REFUSE_LOOP_VIA, "");
+	else
+		exchange_enter(x, PHASE_RESOLVE);
+}
+
+/* REQUEST: wait for a whole head. */
+static bool
+request_step(struct exchange *x)
+{
+	struct conn *c = &x->client;
+	enum refusal refusal;
+	int n;
+
+	/* RFC 9112 section 2.2: empty lines before a request are ignored. */
+	while (c->in != NULL && buffer_len(c->in) >= 2 &&
+	    memcmp(c->in->data + c->in->start, "\r\n", 2) == 0) {
+		buffer_drop(c->in, 2);
+		c->seen = 0;
+		if (buffer_len(c->in) == 0)
+			buffer_give(&c->in);
+	}
+	if (c->in != NULL) {
+		if (x->facts.start == 0) {
+			x->facts.start = now.ms;
+			x->number = ++exchanges.count;
+		}
+		n = head_find(buffer_text(c->in), &c->seen);
+		refusal = n < 0 ? (enum refusal)-n : request_hopeless(c->in);
+		if (refusal == REFUSE_HEAD_LONG && n > 0)
+			refusal = REFUSE_NONE;
+		if (refusal != REFUSE_NONE)
+			request_reject(x, refusal);
+		else if (n > 0)
+			request_accept(x, (size_t)n);
+		if (refusal != REFUSE_NONE || n > 0)
+			return true;
+	}
+	if (!c->eof && !c->error)
+		return conn_read(c);
+	if (x->facts.start) {
+		x->facts.uri = buffer_text(c->in);
+		exchange_abort(x, END_CLIENT, REFUSE_NONE);
+	} else
+		exchange_close(x, false);
+	return true;
+}
+
+/* ---- finding the server ---- */
+
+/* RESOLVE: where the request goes next, in addresses. */
+static bool
+resolve_step(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	bool direct = options.parent.kind == PARENT_NONE;
+	struct text host = direct ? f->host : text_of(options.parent.host);
+	unsigned port = direct ? f->port : options.parent.port;
+	char string[HOST_MAX + 1], detail[DETAIL_MAX];
+	enum refusal refusal;
+	struct name *name;
+	unsigned i;
+
+	(void)text_copy(host, string, sizeof(string));
+	if (address_parse(host, port, &f->list[0]))
+		f->addresses = 1;
+	else {
+		f->asked = f->asked ? f->asked : now.ms;
+		name = names_find(string);
+		if (name == NULL) {
+			exchange_refuse(x, REFUSE_BUSY, "");
+			return true;
+		}
+		if (name->state != NAME_KNOWN)
+			return false;
+		if (name->error) {
+			(void)snprintf(detail, sizeof(detail), "%s: %s", string,
+			    gai_strerror(name->error));
+			exchange_refuse(x, REFUSE_NAME, detail);
+			return true;
+		}
+		f->addresses = name->n;
+		memcpy(f->list, name->list, sizeof(f->list));
+		for (i = 0; i < f->addresses; i++)
+			f->list[i].port = port;
+	}
+	f->resolved = now.ms;
+	refusal = rules_judge(&x->peer, direct, f->list, &f->addresses);
+	if (refusal != REFUSE_NONE) {
+		(void)snprintf(detail, sizeof(detail), "%s port %u", string,
+		    port);
+		exchange_refuse(x, refusal, detail);
+	} else
+		exchange_enter(x, PHASE_CONNECT);
+	return true;
+}
+
+/*
+ * host[:port] of the target, as a URL has it: port 80 goes without saying,
+ * but for CONNECT.  to has HOST_MAX + 10 bytes.
+ */
+static void
+exchange_target(const struct exchange *x, char *to)
+{
+	const struct facts *f = &x->facts;
+	bool literal = text_find(f->host, ':') < f->host.len;
+	int n = snprintf(to, HOST_MAX + 10, literal ? "[%.*s]" : "%.*s",
+	    (int)f->host.len, f->host.at);
+
+	if (f->port != 80 || f->method == METHOD_CONNECT)
+		(void)snprintf(to + n, (size_t)(HOST_MAX + 10 - n), ":%u",
+		    f->port);
+}
+
+/* What tells a connection from others to the same address; see other. */
+static void
+exchange_beyond(const struct exchange *x, char *to)
+{
+	to[0] = '\0';
+	if (options.parent.kind == PARENT_SOCKS)
+		exchange_target(x, to);
+}
+
+/*
+ * True if the request may go on a kept connection: one that could be sent
+ * again, since the server may close that connection at any time (RFC 9112
+ * section 9.3.1).
+ */
+static bool
+exchange_is_repeatable(const struct exchange *x)
+{
+	static const bool idempotent[] = {
+		[METHOD_GET] = true,
+		[METHOD_HEAD] = true,
+		[METHOD_PUT] = true,
+		[METHOD_DELETE] = true,
+		[METHOD_OPTIONS] = true,
+		[METHOD_TRACE] = true,
+		[METHOD_CONNECT] = false,
+	};
+
+	return idempotent[x->facts.method] && x->up.from == FRAMING_NONE &&
+	    !x->facts.upgrade;
+}
+
+/* Takes a kept connection to one of the addresses, if there is one. */
+static bool
+connect_reuse(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	char beyond[HOST_MAX + 10];
+	struct other *o = NULL;
+	unsigned i;
+
+	if (f->fresh || !exchange_is_repeatable(x))
+		return false;
+	exchange_beyond(x, beyond);
+	for (i = 0; i < f->addresses && o == NULL; i++)
+		o = other_find(&f->list[i], beyond);
+	if (o == NULL)
+		return false;
+	conn_move(&o->conn, &x->server, ROLE_SERVER, x);
+	f->server = o->address;
+	f->reused = true;
+	return true;
+}
+
+/*
+ * Tries the next address.  The one under way, if any, goes on beside it;
+ * without room for that nothing is tried now.
+ */
+static void
+connect_next(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	char words[ADDRESS_TEXT];
+	struct other *o;
+
+	f->tried = now.ms;
+	if (x->server.fd != -1) {
+		o = other_take(true);
+		if (o == NULL)
+			return;
+		conn_move(&x->server, &o->conn, ROLE_TRY, x);
+		o->address = f->server;
+		f->tries++;
+	}
+	f->server = f->list[f->next++];
+	address_print(&f->server, words);
+	trace(x, "trying %s", words);
+	x->server.exchange = x;
+	if (conn_connect(&x->server, &f->server))
+		conn_watch(&x->server, POLLOUT);
+	else
+		f->connect_errno = errno;
+}
+
+/* Looks at one attempt; true if it is connected, closed if it failed. */
+static bool
+connect_try(struct exchange *x, struct conn *c)
+{
+	int error;
+
+	if (c->fd == -1 || !c->writable)
+		return false;
+	error = conn_connect_error(c);
+	if (error == 0)
+		return true;
+	trace(x, "failed: %s", strerror(error));
+	x->facts.connect_errno = error;
+	if (c->role == ROLE_TRY)
+		x->facts.tries--;
+	conn_close(c, false);
+	return false;
+}
+
+/* Looks at all attempts; true if x->server is connected. */
+static bool
+connect_won(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	struct other *o;
+
+	if (connect_try(x, &x->server))
+		return true;
+	for (o = others; f->tries > 0 && o < others + others_n; o++) {
+		if (o->conn.exchange != x || !connect_try(x, &o->conn))
+			continue;
+		conn_close(&x->server, false);
+		conn_move(&o->conn, &x->server, ROLE_SERVER, x);
+		f->server = o->address;
+		f->tries--;
+		return true;
+	}
+	return false;
+}
+
+/* No address is left: say why the last one failed. */
+static void
+connect_refuse(struct exchange *x, int error)
+{
+	char detail[DETAIL_MAX], words[ADDRESS_TEXT];
+	enum refusal refusal = REFUSE_CONNECT;
+
+	if (error == ECONNREFUSED)
+		refusal = REFUSE_CONNECTION;
+	else if (error == ENETUNREACH || error == EHOSTUNREACH)
+		refusal = REFUSE_UNREACHABLE;
+	else if (error == ETIMEDOUT)
+		refusal = REFUSE_CONNECT_SLOW;
+	address_print(&x->facts.server, words);
+	(void)snprintf(detail, sizeof(detail), "%s: %s", words,
+	    strerror(error));
+	exchange_refuse(x, refusal, detail);
+}
+
+/* ---- asking the server ---- */
+
+/* `Host: host[:port]`, from the target and nothing else. */
+static void
+host_append(const struct exchange *x, struct buffer *b)
+{
+	char target[HOST_MAX + 10];
+
+	exchange_target(x, target);
+	buffer_print(b, "Host: %s\r\n", target);
+}
+
+/* The request line for the next hop: a parent gets the whole target. */
+static void
+request_line_append(const struct exchange *x, const struct request *r,
+    struct buffer *b)
+{
+	struct text path = r->target.path;
+	bool absolute = options.parent.kind == PARENT_HTTP;
+	char target[HOST_MAX + 10];
+
+	buffer_append(b, r->name);
+	buffer_append(b, text_of(" "));
+	if (r->method == METHOD_CONNECT || absolute) {
+		exchange_target(x, target);
+		buffer_print(b, "%s%s",
+		    r->method == METHOD_CONNECT ? "" : "http://", target);
+	}
+	if (r->method == METHOD_OPTIONS && path.len == 0)
+		buffer_append(b, text_of(absolute ? "" : "*"));
+	else if (r->method != METHOD_CONNECT &&
+	    (path.len == 0 || *path.at == '?'))
+		buffer_append(b, text_of("/"));
+	buffer_append(b, path);
+	buffer_append(b, text_of(" HTTP/1.1\r\n"));
+}
+
+/* The login for an HTTP parent: ours, or else the client's own. */
+static void
+login_append(const struct request *r, struct buffer *b)
+{
+	char plain[2 * CREDENTIAL_MAX + 2];
+	char coded[4 * (sizeof(plain) + 2) / 3 + 1];
+	const struct field *own = head_field(&r->head, "Proxy-Authorization");
+	int n;
+
+	if (options.parent.kind != PARENT_HTTP)
+		return;
+	if (options.parent.login) {
+		n = snprintf(plain, sizeof(plain), "%s:%s",
+		    options.parent.user, options.parent.password);
+		base64_encode(plain, (size_t)n, coded);
+		buffer_print(b, "Proxy-Authorization: Basic %s\r\n", coded);
+	} else if (own != NULL)
+		field_append(b, own);
+}
+
+/* True if -a keeps this field from the server. */
+static bool
+field_is_personal(struct text name)
+{
+	return options.anonymous && (text_starts(name, "X-Forwarded-") ||
+	    name_is_among(name, fields_of_person));
+}
+
+/* One field of the request to the next hop, or nothing. */
+static void
+request_field_append(struct exchange *x, const struct request *r, size_t i,
+    struct buffer *b)
+{
+	const struct field *field = &r->head.fields[i];
+	uint64_t hops;
+
+	if (text_is(field->name, "Content-Length")) {
+		if (field == head_field(&r->head, "Content-Length") &&
+		    r->method != METHOD_CONNECT)
+			buffer_print(b, "Content-Length: %llu\r\n",
+			    (unsigned long long)r->length);
+	} else if (text_is(field->name, "Max-Forwards") &&
+	    (r->method == METHOD_TRACE || r->method == METHOD_OPTIONS)) {
+		if (number_parse(field->value, INT32_MAX, &hops) && hops > 0)
+			buffer_print(b, "Max-Forwards: %llu\r\n",
+			    (unsigned long long)hops - 1);
+	} else if (text_is(field->name, "Expect") && r->minor == 0)
+		trace(x, "Expect of an HTTP/1.0 client is ignored");
+	else if (field_passes(&r->head, i) && !field_is_personal(field->name))
+		field_append(b, field);
+}
+
+/* Connection, and what it names: an upgrade, and the wish for trailers. */
+static void
+connection_append(const struct exchange *x, const struct request *r,
+    struct buffer *b)
+{
+	bool trailers = r->minor == 1 && r->method != METHOD_CONNECT &&
+	    head_lists(&r->head, "TE", text_of("trailers"));
+	size_t i;
+
+	if (trailers)
+		buffer_append(b, text_of("TE: trailers\r\n"));
+	for (i = 0; i < r->head.n && x->facts.upgrade; i++)
+		if (text_is(r->head.fields[i].name, "Upgrade"))
+			field_append(b, &r->head.fields[i]);
+	if (trailers || x->facts.upgrade)
+		buffer_print(b, "Connection: %s%s%s\r\n",
+		    trailers ? "TE" : "",
+		    trailers && x->facts.upgrade ? ", " : "",
+		    x->facts.upgrade ? "upgrade" : "");
+}
+
+/* The whole request head for the next hop, into b. */
+static void
+request_build(struct exchange *x, const struct request *r, struct buffer *b)
+{
+	size_t i;
+
+	request_line_append(x, r, b);
+	host_append(x, b);
+	for (i = 0; i < r->head.n; i++)
+		request_field_append(x, r, i, b);
+	if (x->up.to == FRAMING_CHUNKED)
+		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
+	login_append(r, b);
+	if (!options.anonymous)
+		buffer_print(b, "Via: 1.%u %s\r\n", r->minor, pseudonym);
+	connection_append(x, r, b);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* Sends the head to the server, x->server being connected. */
+static void
+exchange_send(struct exchange *x)
+{
+	struct request r;
+	struct buffer *out = conn_out(&x->server);
+
+	x->facts.connected = now.ms;
+	if (out == NULL) {
+		exchange_refuse(x, REFUSE_MEMORY, "");
+		return;
+	}
+	(void)request_parse(buffer_text(x->facts.head), &r);
+	request_build(x, &r, out);
+	if (out->overflow) {
+		exchange_refuse(x, REFUSE_HEAD_LONG, "");
+		return;
+	}
+	trace_head(x, ">s", buffer_text(out));
+	exchange_enter(x, PHASE_RESPONSE);
+}
+
+/* A CONNECT has reached its server: we answer ourselves. */
+static void
+connect_answer(struct exchange *x)
+{
+	x->facts.connected = now.ms;
+	x->facts.local = true;
+	x->server.in = buffer_take();
+	if (x->server.in == NULL) {
+		exchange_refuse(x, REFUSE_MEMORY, "");
+		return;
+	}
+	buffer_append(x->server.in,
+	    text_of("HTTP/1.1 200 Connection established\r\n\r\n"));
+	exchange_enter(x, PHASE_RESPONSE);
+}
+
+/* The way to the target is open. */
+static void
+connect_open(struct exchange *x)
+{
+	if (x->facts.method == METHOD_CONNECT &&
+	    options.parent.kind != PARENT_HTTP)
+		connect_answer(x);
+	else
+		exchange_send(x);
+}
+
+/* CONNECT: the addresses one after the other, the next after 250 ms. */
+static bool
+connect_step(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	struct conn *s = &x->server;
+
+	if (f->next == 0 && connect_reuse(x)) {
+		trace(x, "on a kept connection");
+		exchange_send(x);
+		return true;
+	}
+	if (connect_won(x)) {
+		exchange_drop_tries(x);
+		if (options.parent.kind == PARENT_SOCKS)
+			exchange_enter(x, PHASE_GREET);
+		else
+			connect_open(x);
+		return true;
+	}
+	if (f->next < f->addresses && ((s->fd == -1 && f->tries == 0) ||
+	    now.ms - f->tried >= NEXT_TRY_MS)) {
+		unsigned next = f->next;
+
+		connect_next(x);
+		return f->next != next;
+	}
+	if (s->fd != -1 || f->tries > 0)
+		return false;
+	connect_refuse(x, f->connect_errno);
+	return true;
+}
+
+/* ---- a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
+
+/* Our first words: the ways to log in that we know. */
+static void
+greet_begin(struct buffer *b)
+{
+	buffer_append(b, options.parent.login ?
+	    text_cut("\5\2\0\2", 4) : text_cut("\5\1\0", 3));
+}
+
+static void
+greet_login(struct buffer *b)
+{
+	struct text user = text_of(options.parent.user);
+	struct text password = text_of(options.parent.password);
+
+	buffer_print(b, "\1%c", (int)user.len);
+	buffer_append(b, user);
+	buffer_print(b, "%c", (int)password.len);
+	buffer_append(b, password);
+}
+
+/* Asks for the target, by name: looking it up is the parent's part. */
+static void
+greet_target(const struct exchange *x, struct buffer *b)
+{
+	const struct facts *f = &x->facts;
+	unsigned char port[2];
+	struct address a;
+
+	buffer_append(b, text_cut("\5\1\0", 3));
+	if (!address_parse(f->host, f->port, &a)) {
+		buffer_print(b, "\3%c", (int)f->host.len);
+		buffer_append(b, f->host);
+	} else if (a.family == AF_INET) {
+		buffer_append(b, text_of("\1"));
+		buffer_append(b, text_cut((char *)a.octets, 4));
+	} else {
+		buffer_append(b, text_of("\4"));
+		buffer_append(b, text_cut((char *)a.octets, 16));
+	}
+	port[0] = (unsigned char)(f->port >> 8);
+	port[1] = (unsigned char)(f->port & 255);
+	buffer_append(b, text_cut((char *)port, 2));
+}
+
+/*
+ * How long the parent's next message is, by what came of it; more than came
+ * if that can't be told yet, 0 if it is none.
+ */
+static size_t
+greet_length(enum greeting greeting, struct text t)
+{
+	unsigned char type = t.len > 3 ? (unsigned char)t.at[3] : 1;
+
+	if (t.len < 2)
+		return 2;
+	if (greeting != GREETING_REPLY)
+		return t.at[0] == (greeting == GREETING_LOGIN ? 1 : 5) ? 2 : 0;
+	if (t.at[0] != 5)
+		return 0;
+	if (t.at[1] != 0)
+		return 2;
+	if (t.len < 5)
+		return 5;
+	return type == 1 ? 10 : type == 4 ? 22 :
+	    type == 3 ? 7 + (size_t)(unsigned char)t.at[4] : 0;
+}
+
+/* The words for a reply code of RFC 1928 section 6. */
+static const char *
+greet_words(unsigned char code)
+{
+	static const char *const words[] = { "no error", "it failed",
+		"not allowed by its rules", "network unreachable",
+		"host unreachable", "connection refused", "TTL expired",
+		"it does not know CONNECT", "it does not know this address" };
+
+	return code < sizeof(words) / sizeof(words[0]) ?
+	    words[code] : "an unknown reply";
+}
+
+/* The parent said t, a whole message: our answer into b, or a refusal. */
+static void
+greet_answer(struct exchange *x, struct text t)
+{
+	struct facts *f = &x->facts;
+	struct buffer *out = conn_out(&x->server);
+	unsigned char code = (unsigned char)t.at[1];
+
+	if (out == NULL)
+		exchange_refuse(x, REFUSE_MEMORY, "");
+	else if (f->greeting == GREETING_METHOD && code == 2 &&
+	    options.parent.login) {
+		greet_login(out);
+		f->greeting = GREETING_LOGIN;
+	} else if ((f->greeting == GREETING_METHOD && code == 0) ||
+	    (f->greeting == GREETING_LOGIN && code == 0)) {
+		greet_target(x, out);
+		f->greeting = GREETING_REPLY;
+	} else if (f->greeting == GREETING_REPLY && code == 0) {
+		buffer_give(&x->server.out);
+		connect_open(x);
+	} else if (f->greeting == GREETING_REPLY)
+		exchange_refuse(x, REFUSE_PARENT, greet_words(code));
+	else
+		exchange_refuse(x, REFUSE_PARENT_LOGIN, "SOCKS5 login failed");
+}
+
+/* GREET: the handshake with a SOCKS5 parent. */
+static bool
+greet_step(struct exchange *x)
+{
+	struct conn *s = &x->server;
+	char message[300];
+	struct text t;
+	size_t n;
+
+	if (x->facts.greeting == GREETING_BEGIN && conn_out(s) != NULL) {
+		greet_begin(s->out);
+		x->facts.greeting = GREETING_METHOD;
+	}
+	(void)conn_write(s);
+	t = s->in == NULL ? text_of("") : buffer_text(s->in);
+	n = greet_length(x->facts.greeting, t);
+	if (n > 0 && t.len >= n) {
+		memcpy(message, t.at, n);
+		buffer_drop(s->in, n);
+		if (buffer_len(s->in) == 0)
+			buffer_give(&s->in);
+		greet_answer(x, text_cut(message, n));
+		return true;
+	}
+	if (n == 0 || s->eof || s->error || s->deaf) {
+		exchange_refuse(x, REFUSE_PARENT, n == 0 ?
+		    "it does not speak SOCKS5" : "it closed the connection");
+		return true;
+	}
+	return conn_read(s);
+}
+
+/* ---- responses ---- */
+
+/* True if the server asks for a login that we must not pass on as ours. */
+static bool
+response_wants_login(const struct exchange *x, const struct response *r)
+{
+	return r->status == 407 && !x->facts.local &&
+	    (options.parent.kind != PARENT_HTTP || options.parent.login);
+}
+
+/* One field of the response to the client, or nothing. */
+static void
+response_field_append(const struct exchange *x, const struct response *r,
+    size_t i, struct buffer *b)
+{
+	const struct field *field = &r->head.fields[i];
+	bool bare = response_is_bare(r->status, x->facts.method);
+	uint64_t length;
+
+	if (text_is(field->name, "Content-Length")) {
+		if (field != head_field(&r->head, "Content-Length") ||
+		    r->status < 200 || r->status == 204 ||
+		    (x->facts.method == METHOD_CONNECT && r->status < 300))
+			return;
+		if (!bare)
+			length = r->length;
+		else if (head_field(&r->head, "Transfer-Encoding") != NULL ||
+		    head_length(&r->head, &length) != 1)
+			return;
+		buffer_print(b, "Content-Length: %llu\r\n",
+		    (unsigned long long)length);
+	} else if (field_passes(&r->head, i) || (r->status == 407 &&
+	    text_is(field->name, "Proxy-Authenticate")))
+		field_append(b, field);
+}
+
+/* The response head for the client, into b. */
+static void
+response_build(const struct exchange *x, const struct response *r,
+    struct buffer *b)
+{
+	bool upgrade = r->status == 101 || r->status == 426;
+	size_t i;
+
+	buffer_print(b, "HTTP/1.1 %03d ", r->status);
+	buffer_append(b, r->reason);
+	buffer_append(b, text_of("\r\n"));
+	for (i = 0; i < r->head.n; i++)
+		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))
+			field_append(b, &r->head.fields[i]);
+		else
+			response_field_append(x, r, i, b);
+	if (r->status >= 200 && !x->facts.tunnel &&
+	    head_field(&r->head, "Date") == NULL)
+		buffer_print(b, "Date: %s\r\n", date_now());
+	if (!x->facts.local)
+		buffer_print(b, "Via: 1.%u %s\r\n", r->minor, pseudonym);
+	if (x->down.to == FRAMING_CHUNKED)
+		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
+	if (upgrade)
+		buffer_append(b, text_of("Connection: upgrade\r\n"));
+	else if (x->facts.close && r->status >= 200 && !x->facts.tunnel)
+		buffer_append(b, text_of("Connection: close\r\n"));
+	buffer_append(b, text_of("\r\n"));
+}
+
+/*
+ * Puts the head that lies, n bytes long, in front of the server's `in` into
+ * the client's `out`.  False, and refused, if it does not fit.
+ */
+static bool
+response_pass(struct exchange *x, const struct response *r, size_t n)
+{
+	struct conn *s = &x->server;
+	struct buffer *out = conn_out(&x->client);
+
+	if (out == NULL) {
+		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+		return false;
+	}
+	response_build(x, r, out);
+	if (out->overflow) {
+		buffer_give(&x->client.out);
+		exchange_refuse(x, REFUSE_ANSWER_LONG, "");
+		return false;
+	}
+	trace_head(x, ">c", buffer_text(out));
+	buffer_drop(s->in, n);
+	s->seen = 0;
+	if (buffer_len(s->in) == 0)
+		buffer_give(&s->in);
+	return true;
+}
+
+/*
+ * The exchange becomes a tunnel: two flows without framing.  It may be idle
+ * for hours, so what the log needs moves to the slot, cut to its size.
+ */
+static void
+tunnel_start(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	struct text *texts[] = { &f->name, &f->uri, &f->agent, &f->referer };
+	size_t i, used = 0, rest;
+
+	f->tunnel = true;
+	f->close = true;
+	for (i = 0; i < sizeof(texts) / sizeof(texts[0]); i++) {
+		rest = sizeof(x->note) - used;
+		if (texts[i]->len > rest)
+			texts[i]->len = rest;
+		memcpy(x->note + used, texts[i]->at, texts[i]->len);
+		texts[i]->at = x->note + used;
+		used += texts[i]->len;
+	}
+	f->host = text_of("");
+	buffer_give(&f->head);
+	flow_start(&x->up, FRAMING_CLOSE, FRAMING_CLOSE, 0);
+	flow_start(&x->down, FRAMING_CLOSE, FRAMING_CLOSE, 0);
+	exchange_enter(x, PHASE_RELAY);
+}
+
+/* A 1xx: passed on to clients that know of it (RFC 9110 section 15.2). */
+static void
+response_interim(struct exchange *x, const struct response *r, size_t n)
+{
+	x->moved = now.ms;
+	if (++x->facts.interims > INTERIM_MAX)
+		exchange_refuse(x, REFUSE_INTERIM, "");
+	else if (x->facts.minor == 1)
+		(void)response_pass(x, r, n);
+	else {
+		buffer_drop(x->server.in, n);
+		x->server.seen = 0;
+		if (buffer_len(x->server.in) == 0)
+			buffer_give(&x->server.in);
+	}
+}
+
+/*
+ * Decides how the final response is framed for the client (RFC 9112 section
+ * 6.3), what becomes of both connections after it, and passes the head on.
+ */
+static void
+response_forward(struct exchange *x, const struct response *r, size_t n)
+{
+	struct facts *f = &x->facts;
+	enum framing to = r->framing;
+
+	if (to == FRAMING_CHUNKED || to == FRAMING_CLOSE)
+		to = f->minor == 1 ? FRAMING_CHUNKED : FRAMING_CLOSE;
+	f->close = f->close || to == FRAMING_CLOSE || !x->up.done || stop_at;
+	f->keep_server = !f->local && r->minor == 1 && x->up.done &&
+	    r->framing != FRAMING_CLOSE &&
+	    !head_lists(&r->head, "Connection", text_of("close"));
+	flow_start(&x->down, r->framing, to, r->length);
+	if (!response_pass(x, r, n))
+		return;
+	f->status = r->status;
+	exchange_enter(x, PHASE_RELAY);
+}
+
+/* Passes the head on, and both sides speak freely from then on. */
+static void
+response_tunnel(struct exchange *x, const struct response *r, size_t n)
+{
+	x->facts.tunnel = true;
+	if (!response_pass(x, r, n))
+		return;
+	x->facts.status = r->status;
+	tunnel_start(x);
+}
+
+/* A whole head of n bytes has come from whoever answers. */
+static void
+response_accept(struct exchange *x, size_t n)
+{
+	struct text head = text_cut(buffer_text(x->server.in).at, n);
+	struct facts *f = &x->facts;
+	struct response r;
+	int verdict;
+
+	if (!f->local)
+		trace_head(x, "s>", head);
+	verdict = response_parse(head, f->method, &r);
+	if (verdict != 1) {
+		exchange_refuse(x, REFUSE_ANSWER, refusals[-verdict].words);
+		return;
+	}
+	f->answered = f->answered ? f->answered : now.ms;
+	if (response_wants_login(x, &r))
+		exchange_refuse(x, options.parent.login ?
+		    REFUSE_PARENT_LOGIN : REFUSE_LOGIN, "");
+	else if (r.status == 101 && !f->upgrade)
+		exchange_refuse(x, REFUSE_UPGRADE, "");
+	else if (r.status == 101 ||
+	    (f->method == METHOD_CONNECT && r.status / 100 == 2))
+		response_tunnel(x, &r, n);
+	else if (r.status < 200)
+		response_interim(x, &r, n);
+	else
+		response_forward(x, &r, n);
+}
+
+/*
+ * The server went away without an answer.  On a kept connection that is no
+ * surprise: it is asked again on a new one, once (RFC 9112 section 9.3.1).
+ */
+static void
+response_lost(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	int error = x->server.error;
+	bool bytes = x->server.in != NULL || f->interims > 0;
+	char words[ADDRESS_TEXT], detail[DETAIL_MAX];
+
+	if (f->reused && !bytes) {
+		trace(x, "the kept connection was dead");
+		conn_close(&x->server, false);
+		f->reused = false;
+		f->fresh = true;
+		f->next = 0;
+		f->resolved = now.ms;
+		exchange_enter(x, PHASE_CONNECT);
+		return;
+	}
+	address_print(&f->server, words);
+	(void)snprintf(detail, sizeof(detail), "%s%s%s", words,
+	    error ? ": " : "", error ? strerror(error) : "");
+	exchange_refuse(x, bytes ? REFUSE_CUT_SHORT : error ? REFUSE_RESET :
+	    REFUSE_CLOSED, detail);
+}
+
+/* The head in front of b can't become whole: no room is left for it. */
+static bool
+head_is_hopeless(const struct buffer *b)
+{
+	return buffer_room(b) == 0 && b->start <= CHUNK_ROOM;
+}
+
+/* RESPONSE: send the request's body, wait for a whole response head. */
+static bool
+response_step(struct exchange *x)
+{
+	struct conn *c = &x->client, *s = &x->server;
+	bool moved = false;
+	int n = 0;
+
+	if (s->fd != -1 && !x->facts.local)
+		moved = exchange_pump(x, &x->up, c, s);
+	if (c->error || c->deaf) {
+		exchange_abort(x, END_CLIENT, REFUSE_NONE);
+		return true;
+	}
+	if (x->up.broken) {
+		exchange_refuse(x, c->eof ? REFUSE_BODY_CUT : REFUSE_BODY, "");
+		x->up.broken = false;
+		return true;
+	}
+	if (!conn_write(c))
+		return moved;
+	if (s->in != NULL)
+		n = head_find(buffer_text(s->in), &s->seen);
+	if (n > 0)
+		response_accept(x, (size_t)n);
+	else if (n < 0)
+		exchange_refuse(x, REFUSE_ANSWER, refusals[-n].words);
+	else if (s->in != NULL && head_is_hopeless(s->in))
+		exchange_refuse(x, REFUSE_ANSWER_LONG, "");
+	else if (s->eof || s->error)
+		response_lost(x);
+	else
+		return conn_read(s) || moved;
+	return true;
+}
+
+/* ---- relaying ---- */
+
+/* Writes the log line, and keeps or closes the server's connection. */
+static void
+exchange_end(struct exchange *x)
+{
+	struct conn *s = &x->server;
+	char beyond[HOST_MAX + 10];
+
+	log_exchange(x);
+	exchange_beyond(x, beyond);
+	if (x->facts.keep_server && s->fd != -1 && s->in == NULL &&
+	    s->out == NULL && !s->eof && !s->error && !s->deaf && !s->hung &&
+	    !stop_at)
+		other_keep(s, &x->facts.server, beyond);
+	else
+		conn_close(s, false);
+	buffer_give(&x->facts.head);
+}
+
+/* A response has reached the client whole: on to the next request, or out. */
+static void
+exchange_finish(struct exchange *x)
+{
+	bool close = x->facts.close || stop_at;
+
+	exchange_end(x);
+	x->facts = (struct facts){ 0 };
+	x->served = true;
+	if (!close)
+		exchange_enter(x, PHASE_REQUEST);
+	else if (x->client.eof || x->client.error || x->client.deaf)
+		exchange_close(x, false);
+	else {
+		conn_shut(&x->client);
+		exchange_enter(x, PHASE_LINGER);
+	}
+}
+
+/*
+ * A tunnel: each direction ends by itself, and the end is passed on.  A
+ * connection that broke breaks the other, once what it had sent is through.
+ */
+static bool
+tunnel_judge(struct exchange *x)
+{
+	struct conn *c = &x->client, *s = &x->server;
+	struct facts *f = &x->facts;
+
+	if (f->end == END_DONE)
+		f->end = c->eof ? END_CLIENT : s->eof ? END_SERVER : END_DONE;
+	if (((s->error || (s->deaf && !s->readable)) && c->out == NULL &&
+	    x->down.ready == 0) || ((c->error || (c->deaf && !c->readable)) &&
+	    s->out == NULL && x->up.ready == 0)) {
+		exchange_abort(x, END_RESET, REFUSE_NONE);
+		return true;
+	}
+	if (x->up.done && s->out == NULL)
+		conn_shut(s);
+	if (x->down.done && c->out == NULL)
+		conn_shut(c);
+	if (!s->shut || !c->shut)
+		return false;
+	exchange_end(x);
+	x->facts = (struct facts){ 0 };
+	exchange_close(x, false);
+	return true;
+}
+
+/* RELAY: both flows side by side. */
+static bool
+relay_step(struct exchange *x)
+{
+	struct conn *c = &x->client, *s = &x->server;
+	bool moved = exchange_pump(x, &x->down, s, c);
+
+	if (s->fd != -1 && !x->up.broken && exchange_pump(x, &x->up, c, s))
+		moved = true;
+	if (x->facts.tunnel)
+		return tunnel_judge(x) || moved;
+	if (c->error || c->deaf)
+		exchange_abort(x, END_CLIENT, REFUSE_NONE);
+	else if (x->down.done && c->out == NULL)
+		exchange_finish(x);
+	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
+	    c->out == NULL)
+		exchange_abort(x, END_SERVER, REFUSE_CUT_SHORT);
+	else
+		return moved;
+	return true;
+}
+
+/*
+ * LINGER: we have said our last word; what the client still sends is read
+ * and dropped, for if it met a closed socket, the reset could overtake the
+ * response (RFC 9112 section 9.6).
+ */
+static bool
+linger_step(struct exchange *x)
+{
+	struct conn *c = &x->client;
+
+	buffer_give(&c->in);
+	if (!c->eof && !c->error)
+		return conn_read(c);
+	exchange_close(x, false);
+	return true;
+}
+
+static bool
+free_step(struct exchange *x)
+{
+	(void)x;
+	return false;
+}
+
+/* ---- what an exchange waits for ---- */
+
+/* What to wait for at the client. */
+static int
+exchange_client_events(const struct exchange *x)
+{
+	const struct conn *c = &x->client;
+	int events = c->out != NULL ? POLLOUT : 0;
+	bool room = c->in == NULL;
+
+	if (x->phase == PHASE_REQUEST || x->phase == PHASE_LINGER)
+		room = true;
+	else if (!x->up.done && x->phase >= PHASE_RESPONSE)
+		room = x->server.out == NULL && !x->up.broken &&
+		    !x->server.deaf && x->server.fd != -1;
+	return events | (room && !c->eof && !c->error ? POLLIN : 0);
+}
+
+/* What to wait for at the server. */
+static int
+exchange_server_events(const struct exchange *x)
+{
+	const struct conn *s = &x->server;
+	int events = s->out != NULL || s->connecting ? POLLOUT : 0;
+	bool room = x->phase != PHASE_RELAY ||
+	    (x->client.out == NULL && !x->down.whole && !x->down.broken);
+
+	return events |
+	    (room && !s->connecting && !s->eof && !s->error ? POLLIN : 0);
+}
+
+/* The ms at which x has to be looked at even if nothing happens. */
+static int64_t
+exchange_deadline(const struct exchange *x)
+{
+	const struct facts *f = &x->facts;
+	bool half = x->client.eof || x->server.eof;
+
+	switch (x->phase) {
+	case PHASE_REQUEST:
+		if (f->start)
+			return f->start + HEAD_MS;
+		return x->since + (x->served ? KEPT_CLIENT_MS : HEAD_MS);
+	case PHASE_CONNECT:
+		if (f->next < f->addresses &&
+		    f->tried + NEXT_TRY_MS < x->since + CONNECT_MS)
+			return f->tried + NEXT_TRY_MS;
+		return x->since + CONNECT_MS;
+	case PHASE_RESOLVE:
+	case PHASE_GREET:
+		return x->since + CONNECT_MS;
+	case PHASE_RESPONSE:
+		return x->moved + RESPONSE_MS;
+	case PHASE_RELAY:
+		return x->moved + (f->tunnel && half ?
+		    HALF_CLOSED_MS : options.idle_ms);
+	case PHASE_LINGER:
+		return x->since + LINGER_MS;
+	default:
+		return INT64_MAX;
+	}
+}
+
+/* x's time is over: each phase has its own way to say so. */
+static void
+exchange_expire(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	char detail[ADDRESS_TEXT];
+
+	address_print(&f->server, detail);
+	switch (x->phase) {
+	case PHASE_REQUEST:
+		if (f->start)
+			request_reject(x, REFUSE_SLOW);
+		else
+			exchange_close(x, false);
+		break;
+	case PHASE_RESOLVE:
+		exchange_refuse(x, REFUSE_NAME_SLOW, "");
+		break;
+	case PHASE_CONNECT:
+	case PHASE_GREET:
+		if (now.ms >= x->since + CONNECT_MS)
+			exchange_refuse(x, REFUSE_CONNECT_SLOW, detail);
+		break;
+	case PHASE_RESPONSE:
+		exchange_refuse(x, REFUSE_ANSWER_SLOW, detail);
+		break;
+	case PHASE_RELAY:
+		exchange_abort(x, f->tunnel && f->end != END_DONE ?
+		    END_LIMIT : END_IDLE, REFUSE_NONE);
+		break;
+	case PHASE_LINGER:
+		exchange_close(x, false);
+		break;
+	default:
+		break;
+	}
+}
+
+/* The invariants of the head comment. */
+static void
+exchange_check(const struct exchange *x)
+{
+	const struct conn *c = &x->client, *s = &x->server;
+
+	if (x->phase == PHASE_FREE) {
+		assert(c->fd == -1 && s->fd == -1 && c->in == NULL &&
+		    c->out == NULL && s->in == NULL && s->out == NULL &&
+		    x->facts.head == NULL && x->facts.tries == 0);
+		return;
+	}
+	assert(c->fd != -1);
+	assert(c->out == NULL || buffer_len(c->out) > 0);
+	assert(s->out == NULL || buffer_len(s->out) > 0);
+	assert(!x->up.done || (x->up.whole && x->up.ready == 0));
+	assert(!x->down.done || (x->down.whole && x->down.ready == 0));
+	assert(x->up.ready == 0 ||
+	    (c->in != NULL && buffer_len(c->in) >= x->up.ready));
+	assert(x->down.ready == 0 ||
+	    (s->in != NULL && buffer_len(s->in) >= x->down.ready));
+	assert(s->fd == -1 ||
+	    (x->phase >= PHASE_CONNECT && x->phase <= PHASE_RELAY));
+	assert(!x->facts.tunnel || x->facts.head == NULL);
+}
+
+/*
+ * Runs x until nothing moves, or it had its share of this turn; then sets
+ * what it waits for.
+ */
+static void
+exchange_run(struct exchange *x)
+{
+	static bool (*const steps[PHASES])(struct exchange *) = {
+		[PHASE_FREE] = free_step,
+		[PHASE_REQUEST] = request_step,
+		[PHASE_RESOLVE] = resolve_step,
+		[PHASE_CONNECT] = connect_step,
+		[PHASE_GREET] = greet_step,
+		[PHASE_RESPONSE] = response_step,
+		[PHASE_RELAY] = relay_step,
+		[PHASE_LINGER] = linger_step,
+	};
+	unsigned n;
+
+	for (n = 0; n < STEPS_MAX && steps[x->phase](x); n++)
+		continue;
+	if (x->phase != PHASE_FREE && x->client.hung && !x->client.shut &&
+	    x->client.in != NULL && !x->facts.tunnel &&
+	    x->phase > PHASE_REQUEST)
+		exchange_abort(x, END_CLIENT, REFUSE_NONE);
+	exchange_check(x);
+	if (x->phase == PHASE_FREE)
+		return;
+	if (n == STEPS_MAX)
+		exchange_queue(x);
+	conn_watch(&x->client, exchange_client_events(x));
+	conn_watch(&x->server, exchange_server_events(x));
+	x->deadline = exchange_deadline(x);
+	if (x->deadline < exchanges.wake)
+		exchanges.wake = x->deadline;
+}
+
+/* A client came: gives it a slot, which there is, and looks what it says. */
+static void
+exchange_open(int fd, const struct address *peer)
+{
+	struct exchange *x = exchanges.free;
+
+	if (x != NULL)
+		exchanges.free = x->next;
+	else
+		x = &exchanges.slots[exchanges.used++];
+	memset(x, 0, offsetof(struct exchange, note));
+	conn_clear(&x->server);
+	exchanges.busy++;
+	if (!conn_open(&x->client, ROLE_CLIENT, fd, x)) {
+		exchange_close(x, false);
+		return;
+	}
+	if (peer->family != AF_UNIX)
+		conn_nodelay(&x->client);
+	x->client.readable = x->client.writable = true;
+	x->peer = *peer;
+	x->number = exchanges.count + 1;
+	exchange_enter(x, PHASE_REQUEST);
+	exchange_run(x);
+}
+
+/* ---- 14. Loop ---- */
+
+/*
+ * Waits, notes what happened, runs the exchanges concerned, looks after
+ * deadlines, and accepts last.
+ */
+
+/*
+ * Polls the prefix; or the whole, when the prefix is quiet, when the whole
+ * is cheap (it took under a fifth of the time since it was last polled), or
+ * when it found more than the prefix did.  Returns how many places of the
+ * set to look at.
+ */
+static size_t
+loop_poll(void)
+{
+	static int64_t polled_us, cost_us;
+	static bool more;
+	int64_t wait = exchanges.again != NULL ? 0 :
+	    exchanges.wake == INT64_MAX ? -1 :
+	    exchanges.wake > now.ms     ? exchanges.wake - now.ms : 0;
+	size_t i;
+	int n;
+
+	if (wait > 60000)
+		wait = 60000;
+	if (poll_set.all - poll_set.hot > 16 && !more &&
+	    now.us - polled_us < 5 * cost_us &&
+	    poll(poll_set.fds, (nfds_t)poll_set.hot, 0) > 0) {
+		clock_read();
+		return poll_set.hot;
+	}
+	clock_read();
+	polled_us = now.us;
+	n = poll(poll_set.fds, (nfds_t)poll_set.all, 0);
+	clock_read();
+	cost_us = now.us - polled_us;
+	if (n == 0 && wait != 0) {
+		n = poll(poll_set.fds, (nfds_t)poll_set.all, (int)wait);
+		clock_read();
+	}
+	polled_us = now.us;
+	more = false;
+	for (i = poll_set.hot; i < poll_set.all && !more && n > 0; i++)
+		more = poll_set.fds[i].revents != 0;
+	return n > 0 ? poll_set.all : 0;
+}
+
+/*
+ * Notes what poll said.  Going upwards, poll_warm() swaps a place only with
+ * one that was looked at.  True if a kept connection is among them.
+ */
+static bool
+loop_note(size_t n)
+{
+	bool kept = false;
+	size_t i;
+
+	for (i = 1; i < n; i++) {
+		struct conn *c = poll_set.conns[i];
+		int events = poll_set.fds[i].revents;
+
+		if (events == 0)
+			continue;
+		poll_set.fds[i].revents = 0;
+		if (events & (POLLHUP | POLLERR | POLLNVAL))
+			c->hung = c->readable = c->writable = true;
+		if (events & POLLIN)
+			c->readable = true;
+		if (events & POLLOUT)
+			c->writable = true;
+		poll_warm(c);
+		if (c->exchange != NULL)
+			exchange_queue(c->exchange);
+		kept = kept || c->role == ROLE_KEPT;
+	}
+	return kept;
+}
+
+/* Takes descriptors that have been quiet out of the prefix. */
+static void
+loop_cool(void)
+{
+	static int64_t cooled;
+	size_t i;
+
+	if (now.ms - cooled < COLD_MS)
+		return;
+	cooled = now.ms;
+	for (i = poll_set.hot - 1; i > 0; i--)
+		if (poll_set.conns[i]->role >= ROLE_CLIENT &&
+		    now.ms - poll_set.conns[i]->event > COLD_MS)
+			poll_cool(poll_set.conns[i]);
+}
+
+/* Closes kept connections that spoke, closed, or were idle for too long. */
+static void
+loop_kept(void)
+{
+	struct other *o;
+
+	for (o = others; o < others + others_n; o++)
+		if (o->conn.fd != -1 && o->conn.role == ROLE_KEPT &&
+		    (o->conn.readable || o->conn.hung ||
+		    now.ms - o->since >= KEPT_SERVER_MS))
+			conn_close(&o->conn, false);
+}
+
+/* The time of the next deadline is come: whose is it, and which is next? */
+static void
+loop_expire(void)
+{
+	const struct other *o;
+	struct exchange *x;
+
+	if (now.ms < exchanges.wake)
+		return;
+	exchanges.wake = stop_at ? stop_at : INT64_MAX;
+	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
+		if (x->phase == PHASE_FREE)
+			continue;
+		if (x->deadline <= now.ms) {
+			exchange_expire(x);
+			exchange_run(x);
+		} else if (x->deadline < exchanges.wake)
+			exchanges.wake = x->deadline;
+	}
+	loop_kept();
+	for (o = others; o < others + others_n; o++)
+		if (o->conn.fd != -1 && o->conn.role == ROLE_KEPT &&
+		    o->since + KEPT_SERVER_MS < exchanges.wake)
+			exchanges.wake = o->since + KEPT_SERVER_MS;
+	if (names.questions.fd == -1) {
+		if (now.ms >= names.restart && names_start()) {
+			conn_watch(&names.answers, POLLIN);
+			names_ask();
+		} else if (now.ms + 1000 < exchanges.wake)
+			exchanges.wake = now.ms + 1000;
+	}
+}
+
+/* Answers of the names helper: runs whoever waits for a name. */
+static void
+loop_names(void)
+{
+	struct exchange *x;
+
+	if (names.questions.writable) {
+		names.questions.writable = false;
+		names_ask();
+	}
+	if (!names.answers.readable)
+		return;
+	names.answers.readable = false;
+	if (names_take())
+		for (x = exchanges.slots;
+		     x < exchanges.slots + exchanges.used; x++)
+			if (x->phase == PHASE_RESOLVE)
+				exchange_queue(x);
+	if (names.questions.fd == -1)
+		exchanges.wake = now.ms;
+}
+
+/* Takes the clients that wait at one listener, while slots last. */
+static void
+loop_accept(struct listener *l)
+{
+	struct sockaddr_storage storage;
+	struct address peer;
+	unsigned n;
+
+	for (n = 0; n < ACCEPTS_MAX && exchanges.busy < exchanges.n; n++) {
+		socklen_t len = sizeof(storage);
+		int fd = accept(l->conn.fd, (struct sockaddr *)&storage, &len);
+
+		if (fd == -1) {
+			if (errno == EMFILE || errno == ENFILE ||
+			    errno == ENOBUFS || errno == ENOMEM) {
+				warn("can't accept: %s", strerror(errno));
+				accept_after = now.ms + 1000;
+			}
+			l->conn.readable = false;
+			return;
+		}
+		if (l->path != NULL) {
+			memset(&peer, 0, sizeof(peer));
+			peer.family = AF_UNIX;
+		} else
+			peer = address_import((struct sockaddr *)&storage);
+		exchange_open(fd, &peer);
+	}
+}
+
+/* All listeners; they wait in turn when all slots are taken. */
+static void
+loop_accept_all(void)
+{
+	size_t i;
+
+	for (i = 0; i < listeners_n; i++) {
+		struct listener *l = &listeners[i];
+
+		if (l->conn.fd == -1)
+			continue;
+		if (l->conn.readable && now.ms >= accept_after)
+			loop_accept(l);
+		conn_watch(&l->conn, exchanges.busy < exchanges.n &&
+		    now.ms >= accept_after ? POLLIN : 0);
+	}
+	if (accept_after > now.ms && accept_after < exchanges.wake)
+		exchanges.wake = accept_after;
+}
+
+/* USR1: one line for each slot in use. */
+static void
+loop_report(void)
+{
+	const struct exchange *x;
+
+	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
+		const struct facts *f = &x->facts;
+		struct text target = f->tunnel || f->name.len ? f->uri :
+		    text_of("-");
+		char clean[200], peer[ADDRESS_TEXT];
+
+		if (x->phase == PHASE_FREE)
+			continue;
+		target = trace_clean(target, clean, sizeof(clean));
+		address_print(&x->peer, peer);
+		fprintf(stderr, "proxy: #%llu %s %s %.*s client in %lu out %lu"
+		    " server in %lu out %lu deadline %lld s\n",
+		    (unsigned long long)x->number, phase_names[x->phase], peer,
+		    (int)target.len, target.at,
+		    x->client.in ? (unsigned long)buffer_len(x->client.in) : 0,
+		    x->client.out ? (unsigned long)buffer_len(x->client.out) : 0,
+		    x->server.in ? (unsigned long)buffer_len(x->server.in) : 0,
+		    x->server.out ? (unsigned long)buffer_len(x->server.out) : 0,
+		    (long long)(x->deadline - now.ms) / 1000);
+	}
+	fprintf(stderr, "proxy: %lu of %lu connections in use, %llu exchanges "
+	    "so far\n", (unsigned long)exchanges.busy,
+	    (unsigned long)exchanges.n, (unsigned long long)exchanges.count);
+}
+
+/* TERM or INT: no more clients; those in the middle may finish. */
+static void
+loop_stop(void)
+{
+	struct exchange *x;
+	size_t i;
+
+	if (stop_at)
+		exit(0);
+	stop_at = now.ms + DRAIN_MS;
+	exchanges.wake = now.ms;
+	for (i = 0; i < listeners_n; i++) {
+		if (listeners[i].path != NULL)
+			(void)unlink(listeners[i].path);
+		conn_close(&listeners[i].conn, false);
+	}
+	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++)
+		if (x->phase == PHASE_LINGER ||
+		    (x->phase == PHASE_REQUEST && x->facts.start == 0))
+			exchange_close(x, false);
+}
+
+/* The signals that came. */
+static void
+loop_signals(void)
+{
+	char signals[16];
+	ssize_t n, i;
+
+	if (!signal_conn.readable)
+		return;
+	signal_conn.readable = false;
+	n = read(signal_conn.fd, signals, sizeof(signals));
+	for (i = 0; i < n; i++) {
+		if (signals[i] == SIGUSR1)
+			loop_report();
+		else if (signals[i] == SIGHUP && !log_open())
+			warn("can't reopen the log %s: %s", options.log,
+			    strerror(errno));
+		else if (signals[i] == SIGTERM || signals[i] == SIGINT)
+			loop_stop();
+	}
+}
+
+/* Runs the exchanges to which something happened. */
+static void
+loop_exchanges(void)
+{
+	struct exchange *x = exchanges.again, *next;
+
+	exchanges.again = NULL;
+	for (; x != NULL; x = next) {
+		next = x->next_again;
+		x->again = false;
+		exchange_run(x);
+	}
+}
+
+/* Until a signal says stop and the last exchange is done or out of time. */
+static void
+loop_run(void)
+{
+	struct exchange *x;
+
+	while (!stop_at || (exchanges.busy > 0 && now.ms < stop_at)) {
+		if (loop_note(loop_poll()))
+			loop_kept();
+		loop_signals();
+		loop_names();
+		loop_exchanges();
+		loop_expire();
+		loop_accept_all();
+		loop_cool();
+		log_flush();
+	}
+	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++)
+		if (x->phase != PHASE_FREE)
+			exchange_abort(x, END_STOP, REFUSE_NONE);
+	log_flush();
+}
+
+/* The handler of all signals: the loop does the rest. */
+static void
+signal_note(int number)
+{
+	int saved = errno;
+	char byte = (char)number;
+
+	(void)write(signal_pipe[1], &byte, 1);
+	errno = saved;
+}
+
+static void
+signals_open(void)
+{
+	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
+	struct sigaction action;
+	size_t i;
+
+	if (pipe(signal_pipe) == -1 ||
+	    fcntl(signal_pipe[1], F_SETFL, O_NONBLOCK) == -1 ||
+	    !conn_open(&signal_conn, ROLE_SIGNALS, signal_pipe[0], NULL))
+		die("no pipe for signals: %s", strerror(errno));
+	memset(&action, 0, sizeof(action));
+	(void)sigemptyset(&action.sa_mask);
+	action.sa_handler = signal_note;
+	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
+		(void)sigaction(caught[i], &action, NULL);
+	action.sa_handler = SIG_IGN;
+	(void)sigaction(SIGPIPE, &action, NULL);
+}
+
+/* ---- 15. Main: options, startup ---- */
+
+static const char usage_text[] =
+    "usage: proxy [-ahvV] [-b address] [-l [host:]port | -l /path] [-m n]\n"
+    "             [-o file] [-t seconds] [-u user] [-x url]\n";
+
+/* The command line is wrong. */
+static void
+usage(const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	fprintf(stderr, "proxy: ");
+	vfprintf(stderr, format, args);
+	fprintf(stderr, "\n%s", usage_text);
+	va_end(args);
+	exit(2);
+}
+
+/* A number of an option, from min to max. */
+static uint64_t
+option_number(int letter, const char *argument, uint64_t min, uint64_t max)
+{
+	uint64_t value;
+
+	if (!number_parse(text_of(argument), max, &value) || value < min)
+		usage("-%c %s: not a number from %llu to %llu", letter, argument,
+		    (unsigned long long)min, (unsigned long long)max);
+	return value;
+}
+
+/* -b: one address for each family. */
+static void
+option_from(const char *argument)
+{
+	struct address a;
+
+	if (!address_parse(text_of(argument), 0, &a))
+		usage("-b %s: not a numeric address", argument);
+	options.from[a.family == AF_INET6] = a;
+}
+
+/* One half of user:password@, with %XX undone as in any URL. */
+static void
+option_credential(struct text t, char *to)
+{
+	size_t i, n = 0;
+
+	for (i = 0; i < t.len && n < CREDENTIAL_MAX; i++) {
+		int high = i + 2 < t.len && t.at[i] == '%' ?
+		    hex_value(t.at[i + 1]) : -1;
+		int low = high >= 0 ? hex_value(t.at[i + 2]) : -1;
+
+		if (low >= 0) {
+			to[n++] = (char)(high << 4 | low);
+			i += 2;
+		} else
+			to[n++] = t.at[i];
+	}
+	to[n] = '\0';
+	if (i < t.len)
+		usage("-x: user or password over %d bytes", CREDENTIAL_MAX);
+}
+
+/* -x: http:// or socks5://, [user:password@]host:port. */
+static void
+option_parent(const char *argument)
+{
+	struct parent *p = &options.parent;
+	struct text t = text_of(argument);
+	struct target target;
+	size_t at;
+
+	memset(p, 0, sizeof(*p));
+	p->kind = text_starts(t, "http://") ? PARENT_HTTP : PARENT_SOCKS;
+	if (p->kind == PARENT_SOCKS && !text_starts(t, "socks5://") &&
+	    !text_starts(t, "socks5h://"))
+		usage("-x: it must begin with http:// or socks5://");
+	t = text_from(t, text_find(t, '/') + 2);
+	if (t.len > 0 && t.at[t.len - 1] == '/')
+		t.len--;
+	for (at = t.len; at > 0 && t.at[at - 1] != '@'; at--)
+		continue;
+	if (at > 0) {
+		struct text login = text_cut(t.at, at - 1);
+		size_t colon = text_find(login, ':');
+
+		p->login = true;
+		option_credential(text_cut(login.at, colon), p->user);
+		if (colon < login.len)
+			option_credential(text_from(login, colon + 1),
+			    p->password);
+		t = text_from(t, at);
+	}
+	if (authority_parse(t, p->kind == PARENT_HTTP ? 8080 : 1080,
+	    &target) != 1)
+		usage("-x: no valid host:port in it");
+	(void)text_copy(target.host, p->host, sizeof(p->host));
+	p->port = target.port;
+}
+
+/* -V: the version, and the limits that this build was given. */
+static void
+option_version(void)
+{
+	printf("proxy " VERSION "\nbuffer %d\nhead %d\nline %d\nfields %d\n"
+	       "slot %lu\nhead-ms %d\nconnect-ms %d\nresponse-ms %d\n"
+	       "half-closed-ms %d\nkept-client-ms %d\nkept-server-ms %d\n"
+	       "linger-ms %d\ndrain-ms %d\n",
+	    BUFFER_SIZE, BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM, LINE_MAX_BYTES,
+	    FIELDS_MAX, (unsigned long)sizeof(struct exchange), HEAD_MS,
+	    CONNECT_MS, RESPONSE_MS, HALF_CLOSED_MS, KEPT_CLIENT_MS,
+	    KEPT_SERVER_MS, LINGER_MS, DRAIN_MS);
+	exit(0);
+}
+
+static void
+options_parse(int argc, char **argv)
+{
+	int letter;
+
+	opterr = 0;
+	while ((letter = getopt(argc, argv, ":ab:hl:m:o:t:u:vVx:")) != -1) {
+		switch (letter) {
+		case 'a':
+			options.anonymous = true;
+			break;
+		case 'b':
+			option_from(optarg);
+			break;
+		case 'h':
+			printf("%s", usage_text);
+			exit(0);
+		case 'l':
+			if (options.listens == LISTENERS_MAX)
+				usage("-l: %d times at most", LISTENERS_MAX);
+			options.listen[options.listens++] = optarg;
+			break;
+		case 'm':
+			options.connections = (unsigned)option_number('m',
+			    optarg, 1, CONNECTIONS_MAX);
+			break;
+		case 'o':
+			options.log = optarg;
+			break;
+		case 't':
+			options.idle_ms = 1000 *
+			    (int64_t)option_number('t', optarg, 1, 1000000000);
+			break;
+		case 'u':
+			options.user = optarg;
+			break;
+		case 'v':
+			options.verbose++;
+			break;
+		case 'V':
+			option_version();
+			break;
+		case 'x':
+			option_parent(optarg);
+			break;
+		case ':':
+			usage("-%c needs an argument", optopt);
+			break;
+		default:
+			usage("no option -%c", optopt);
+		}
+	}
+	if (optind < argc)
+		usage("%s: not an option", argv[optind]);
+}
+
+/* Adds a listening socket; NULL or why it can't be. */
+static const char *
+listener_add(int fd, const struct sockaddr *at, socklen_t len, const char *path)
+{
+	struct listener *l = &listeners[listeners_n];
+	int on = 1;
+
+	if (fd == -1)
+		return strerror(errno);
+	if (listeners_n == LISTENERS_MAX)
+		return "too many listening addresses";
+	(void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+	if (at->sa_family == AF_INET6)
+		(void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on,
+		    sizeof(on));
+	if (bind(fd, at, len) == -1 || listen(fd, SOMAXCONN) == -1 ||
+	    !conn_open(&l->conn, ROLE_LISTENER, fd, NULL)) {
+		int error = errno;
+
+		(void)close(fd);
+		return strerror(error);
+	}
+	l->path = path;
+	if (path == NULL) {
+		struct sockaddr_storage bound;
+
+		len = sizeof(bound);
+		if (getsockname(fd, (struct sockaddr *)&bound, &len) != -1)
+			l->address = address_import((struct sockaddr *)&bound);
+	} else
+		l->address.family = AF_UNIX;
+	listeners_n++;
+	return NULL;
+}
+
+/* A UNIX socket; one that a dead proxy left behind gives way. */
+static void
+listen_path(const char *path)
+{
+	struct sockaddr_un un;
+	const char *error;
+	struct stat status;
+	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+
+	memset(&un, 0, sizeof(un));
+	un.sun_family = AF_UNIX;
+	if (!text_copy(text_of(path), un.sun_path, sizeof(un.sun_path)))
+		usage("-l %s: a path of %lu bytes at most", path,
+		    (unsigned long)sizeof(un.sun_path) - 1);
+	if (fd != -1 && lstat(path, &status) != -1 &&
+	    S_ISSOCK(status.st_mode) &&
+	    connect(fd, (struct sockaddr *)&un, sizeof(un)) == -1 &&
+	    errno == ECONNREFUSED)
+		(void)unlink(path);
+	if (fd != -1)
+		(void)close(fd);
+	error = listener_add(socket(AF_UNIX, SOCK_STREAM, 0),
+	    (struct sockaddr *)&un, sizeof(un), path);
+	if (error != NULL)
+		die("can't listen on %s: %s", path, error);
+}
+
+/*
+ * All addresses of host (NULL: of this machine), at port; port 0 becomes the
+ * one that the first address got.  Returns how many it is listening on.
+ */
+static size_t
+listen_host(const char *host, unsigned port, const char **error)
+{
+	struct addrinfo hints, *found, *at;
+	size_t before = listeners_n;
+	char service[8];
+	int failed;
+
+	memset(&hints, 0, sizeof(hints));
+	hints.ai_family = AF_UNSPEC;
+	hints.ai_socktype = SOCK_STREAM;
+	hints.ai_flags = AI_PASSIVE;
+	(void)snprintf(service, sizeof(service), "%u", port);
+	failed = getaddrinfo(host, service, &hints, &found);
+	if (failed) {
+		*error = gai_strerror(failed);
+		return 0;
+	}
+	for (at = found; at != NULL; at = at->ai_next) {
+		struct sockaddr_storage storage;
+		struct address a = address_import(at->ai_addr);
+		socklen_t len;
+		const char *why;
+
+		if (port == 0 && listeners_n > before)
+			a.port = listeners[before].address.port;
+		len = address_export(&a, &storage);
+		why = listener_add(socket(at->ai_family, SOCK_STREAM, 0),
+		    (struct sockaddr *)&storage, len, NULL);
+		if (why != NULL)
+			*error = why;
+	}
+	freeaddrinfo(found);
+	return listeners_n - before;
+}
+
+/* One -l: [host:]port or a path; dies if nothing of it can be had. */
+static void
+listen_on(const char *argument)
+{
+	struct text t = text_of(argument);
+	struct target target;
+	const char *error = "no address";
+	char host[HOST_MAX + 1];
+	bool any = t.len > 0 && (*t.at == ':' || text_starts(t, "*:"));
+	uint64_t port;
+
+	if (text_find(t, '/') < t.len) {
+		listen_path(argument);
+		return;
+	}
+	if (any)
+		t = text_from(t, text_find(t, ':') + 1);
+	if (number_parse(t, 65535, &port)) {
+		if (listen_host(any ? NULL : "127.0.0.1", (unsigned)port,
+		    &error) == 0)
+			die("can't listen on port %s: %s", argument, error);
+		if (!any)
+			(void)listen_host("::1",
+			    listeners[listeners_n - 1].address.port, &error);
+		return;
+	}
+	/* authority_parse() wants a port from 1 on; 0 is good here. */
+	host[0] = '\0';
+	port = 0;
+	if (t.len > 2 && memcmp(t.at + t.len - 2, ":0", 2) == 0)
+		t.len -= 2;
+	else
+		port = 1;
+	if (any || authority_parse(t, port ? 0 : 1, &target) != 1)
+		usage("-l %s: not [host:]port", argument);
+	(void)text_copy(target.host, host, sizeof(host));
+	if (listen_host(host, port ? target.port : 0, &error) == 0)
+		die("can't listen on %s: %s", argument, error);
+}
+
+/*
+ * Takes as many descriptors as the system gives, and makes the tables. Each
+ * slot may use two, so that running out of them can't happen.
+ */
+static void
+tables_open(void)
+{
+	struct rlimit limit;
+	size_t fds = 1024, n;
+
+	if (getrlimit(RLIMIT_NOFILE, &limit) != -1) {
+		limit.rlim_cur = limit.rlim_max;
+		(void)setrlimit(RLIMIT_NOFILE, &limit);
+		(void)getrlimit(RLIMIT_NOFILE, &limit);
+		fds = limit.rlim_cur > 2 * CONNECTIONS_MAX ?
+		    2 * CONNECTIONS_MAX : (size_t)limit.rlim_cur;
+	}
+	if (fds < DESCRIPTORS_OWN + listeners_n + 8)
+		die("only %lu open files allowed", (unsigned long)fds);
+	fds -= DESCRIPTORS_OWN + listeners_n;
+	others_n = fds / 8 < OTHERS_MAX ? fds / 8 : OTHERS_MAX;
+	n = (fds - others_n) / 2;
+	exchanges.n = n < options.connections ? n : options.connections;
+	exchanges.slots = calloc(exchanges.n, sizeof(*exchanges.slots));
+	others = calloc(others_n, sizeof(*others));
+	if (exchanges.slots == NULL || others == NULL)
+		die("no memory for %lu connections", (unsigned long)exchanges.n);
+	for (n = 0; n < others_n; n++)
+		conn_clear(&others[n].conn);
+	exchanges.wake = INT64_MAX;
+	poll_set_open(2 * exchanges.n + others_n + DESCRIPTORS_OWN +
+	    listeners_n);
+}
+
+/* Our names: the machine's, and one for Via that does not tell it. */
+static void
+pseudonym_make(void)
+{
+	unsigned long bits = 0;
+	int fd = open("/dev/urandom", O_RDONLY);
+
+	if (fd == -1 || read(fd, &bits, sizeof(bits)) == -1 || bits == 0)
+		bits = (unsigned long)now.us * 2654435761UL +
+		    (unsigned long)getpid();
+	if (fd != -1)
+		(void)close(fd);
+	(void)snprintf(pseudonym, sizeof(pseudonym), "proxy-%08lx",
+	    bits & 0xffffffffUL);
+	if (gethostname(host_name, sizeof(host_name) - 1) == -1)
+		host_name[0] = '\0';
+}
+
+/* Says where we are and how to use it. */
+static void
+banner(void)
+{
+	const struct address *first = NULL;
+	char words[ADDRESS_TEXT];
+	bool exposed = false;
+	size_t i;
+
+	for (i = 0; i < listeners_n; i++) {
+		const struct address *a = &listeners[i].address;
+
+		address_print(a, words);
+		fprintf(stderr, "proxy: listening on %s\n",
+		    listeners[i].path ? listeners[i].path : words);
+		if (first == NULL && a->family != AF_UNIX)
+			first = a;
+		exposed = exposed || !address_is_local(a);
+	}
+	if (first != NULL) {
+		address_print(first, words);
+		fprintf(stderr,
+		    "proxy:   curl -x http://%s http://example.com/\n"
+		    "proxy:   export http_proxy=http://%s https_proxy=http://%s\n",
+		    words, words, words);
+	}
+	if (exposed)
+		fprintf(stderr, "proxy: warning: whoever reaches these "
+		    "addresses may use the proxy; those not on this machine "
+		    "can't go to its loopback or link-local addresses\n");
+}
+
+int
+main(int argc, char **argv)
+{
+	size_t i;
+
+	clock_read();
+	options_parse(argc, argv);
+	pseudonym_make();
+	if (!names_start())
+		die("no helper for names: %s", strerror(errno));
+	signals_open();
+	if (options.listens == 0)
+		listen_on("8080");
+	for (i = 0; i < options.listens; i++)
+		listen_on(options.listen[i]);
+	if (!log_open())
+		die("can't open the log %s: %s", options.log, strerror(errno));
+	logs.colour = isatty(STDERR_FILENO) && getenv("NO_COLOR") == NULL;
+	if (options.user != NULL)
+		user_become(options.user);
+	tables_open();
+	banner();
+	conn_watch(&signal_conn, POLLIN);
+	conn_watch(&names.answers, POLLIN);
+	loop_accept_all();
+	loop_run();
+	return 0;
+}

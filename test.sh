@@ -1,0 +1,2617 @@
+#!/bin/sh
+#
+# test.sh: the tests of proxy.  Needs sh, cc and the standard utilities.
+#
+#   sh test.sh [-v] [name ...]     all tests, or those whose names contain one
+#                                  of the words; -v shows what failed ones left
+#   CC, CFLAGS                     how proxy.c is built for the tests
+#   PROXY                          a binary to test instead
+#   JOBS                           how many tests run at once
+#
+# Each test is a shell function  test_NAME() { # what it shows  and runs in a
+# subshell and a directory of its own ($T).  It passes if it comes to its end,
+# and it ends early by fail or skip.  The output is one line a test:
+#
+#   ok 7 - NAME: description
+#   not ok 7 - NAME: why
+#   ok 7 - NAME # SKIP why
+#
+# Most tests are plays.  A play is one client's connection to the proxy, the
+# connections that reach the origin, and what everyone must see:
+#
+#   play 'what it shows' <<'END'
+#   origin head                                      steps of the origin,
+#   origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok     see peer.c below
+#   client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+#   client answer
+#   sees   HTTP/1.1 200 OK         the client gets this line ...
+#   sees+  Content-Length: 2       ... and this one right behind it,
+#   sees!~ ^Connection:            and nowhere one that matches this ERE
+#   gets   GET / HTTP/1.1          what the origin gets
+#   log    "GET http://%O/ HTTP/1.1" 200 2 .* end=done
+#   END
+#
+# %O is the origin's address and port, %p its port alone, %P the proxy's
+# address.  A line of a play is a tag, an operator and text:
+#
+#   sees gets err    = (or nothing) this line, after those matched before;
+#   log              ~ the same by an ERE (log: always); + and +~ the very next
+#                    line; ! and !~ no such line at all; #N exactly N lines
+#                    that match the ERE
+#
+# What is seen is made readable first: CR LF ends a line, other control bytes
+# are escaped, and what changes from run to run is replaced: proxy-ID, [DATE],
+# total=N.  "-- connection 2" begins what came over the origin's second
+# connection, "-- end eof" (reset, open: our side closed) says how one ended.
+# After each play a plain request must be served.
+
+set -u
+LC_ALL=C
+export LC_ALL
+unset http_proxy https_proxy HTTPS_PROXY all_proxy no_proxy NO_COLOR PEER_MS
+
+here=$(cd "$(dirname "$0")" && pwd)
+self=$here/$(basename "$0")
+cc=${CC:-cc}
+cflags=${CFLAGS-"-O1"}
+verbose=0
+if [ "${1-}" = -v ]; then
+	verbose=1
+	shift
+fi
+
+# ---- 1. Harness ------------------------------------------------------------
+
+# Ends the test as failed.
+fail() {
+	[ -f "$T/.fail" ] || printf '%s\n' "$*" | tr '\n' ' ' > "$T/.fail"
+	exit 1
+}
+
+# Ends the test as skipped.
+skip() {
+	printf '%s\n' "$*" > "$T/.skip"
+	exit 0
+}
+
+have() {
+	command -v "$1" > /dev/null 2>&1
+}
+
+# Runs a command in the background until the test ends: spawn OUT CMD...
+spawn() {
+	spawn_out=$1
+	shift
+	"$@" > "$T/$spawn_out" 2>&1 &
+	spawned=$!
+	echo "$spawned" >> "$T/.pids"
+}
+
+# Polls until a shell condition holds: wait_for SECONDS 'condition'
+wait_for() {
+	wait_turns=$(($1 * 20))
+	until eval "$2"; do
+		wait_turns=$((wait_turns - 1))
+		[ "$wait_turns" -gt 0 ] || return 1
+		"$peer" sleep 50
+	done
+}
+
+# Waits for a child, kills it after so many seconds: wait_exit PID SECONDS
+wait_exit() {
+	"$peer" watch "$2"000 "$1" &
+	wait_watch=$!
+	wait "$1"
+	wait_status=$?
+	kill "$wait_watch" 2> /dev/null
+	wait "$wait_watch"
+	return "$wait_status"
+}
+
+# Starts $proxy_bin and waits for its banner.  Sets $proxy_pid and $proxy, the
+# first address it listens on.  Its log is $T/log, its standard error $T/err;
+# with name=x in front x.log and x.err, for a second proxy in a test.
+start_proxy() {
+	start_name=${name-}
+	start_log=$T/${start_name:+$start_name.}log
+	start_err=$T/${start_name:+$start_name.}err
+	case " $* " in
+	*" -l "*) ;;
+	*) set -- -l 127.0.0.1:0 "$@" ;;
+	esac
+	${proxy_wrap-} "$proxy_bin" "$@" >> "$start_log" 2> "$start_err" &
+	proxy_pid=$!
+	echo "$proxy_pid" >> "$T/.proxies"
+	start_turns=0
+	until grep '^proxy: listening on ' "$start_err" > /dev/null; do
+		start_turns=$((start_turns + 1))
+		[ "$start_turns" -lt 1500 ] && kill -0 "$proxy_pid" ||
+			fail "proxy $* does not start: $(tail -n 1 "$start_err")"
+		"$peer" sleep 10
+	done
+	proxy=$(sed -n 's/^proxy: listening on //p' "$start_err" | head -n 1)
+}
+
+# Ends the proxy with TERM; it must exit 0 within ten seconds.
+stop_proxy() {
+	kill -TERM "$proxy_pid" || fail "the proxy is gone"
+	wait_exit "$proxy_pid" 10 || fail "on TERM the proxy exits $?"
+	grep -v "^$proxy_pid\$" "$T/.proxies" > "$T/.proxies~"
+	mv "$T/.proxies~" "$T/.proxies"
+	proxy_pid=
+	proxy=
+}
+
+# Runs the proxy to its end, for what it says at once: sets $status, files
+# $T/out and $T/errors.
+run_proxy() {
+	"$proxy_bin" "$@" > "$T/out" 2> "$T/errors" &
+	wait_exit $! 10
+	status=$?
+}
+
+# At the end of a test: ends what it started, looks for crashes.
+reap() {
+	if [ -f "$T/.proxies" ]; then
+		while read -r reap_pid; do
+			kill -TERM "$reap_pid" 2> /dev/null || continue
+			"$peer" sleep 20
+			kill -TERM "$reap_pid" 2> /dev/null
+			wait_exit "$reap_pid" 10
+			reap_status=$?
+			[ "$reap_status" -le 128 ] || [ "$reap_status" = 143 ] ||
+				(fail "the proxy died, status $reap_status")
+		done < "$T/.proxies"
+		for reap_file in "$T"/*err; do
+			reap_why=$(grep -e 'runtime error:' -e 'ERROR: .*Sanit' \
+			    -e 'Assertion' "$reap_file" | head -n 1)
+			[ -z "$reap_why" ] || (fail "$reap_why")
+		done
+	fi
+	[ -f "$T/.pids" ] || return 0
+	while read -r reap_pid; do
+		kill -TERM "$reap_pid" 2> /dev/null
+	done < "$T/.pids"
+}
+
+# Runs one test and leaves its result line in $work/t.NAME/.result.
+run_test() {
+	T=$work/t.$1
+	proxy=
+	proxy_pid=
+	plays=0
+	(
+		cd "$T" || exit 1
+		: > .pids
+		trap reap EXIT
+		trap 'exit 1' HUP INT TERM
+		"test_$1"
+		exit 0
+	) > "$T/.out" 2>&1 < /dev/null
+	run_status=$?
+	if [ -f "$T/.fail" ]; then
+		run_line="not ok - $1: $(cat "$T/.fail")"
+	elif [ "$run_status" != 0 ]; then
+		run_line="not ok - $1: stopped with status $run_status"
+	elif [ -f "$T/.skip" ]; then
+		run_line="ok - $1 # SKIP $(cat "$T/.skip")"
+	else
+		run_line="ok - $1: $(sed -n "s/^test_$1() { *#* *//p" "$self")"
+	fi
+	printf '%s\n' "$run_line" > "$T/.result~"
+	mv "$T/.result~" "$T/.result"
+}
+
+# ---- 2. Helper program: the other ends -------------------------------------
+
+write_peer() {
+	cat > "$work/peer.c" <<'EOF_PEER'
+/*
+ * peer: the other ends of a proxy under test.  A connection plays a script,
+ * one step a line; the origin plays one for each connection it accepts, the
+ * client plays one on the connection it makes.  All that arrives is kept in
+ * the file NAME (origin: NAME.1, NAME.2 ...), how it ended in NAME.end.
+ *
+ * send TEXT        \n is CR LF; \l LF, \r CR, \0, \t, \s blank, \\, \xHH;
+ *                  \{N:TEXT} is TEXT N times
+ * chop N MS TEXT   send N bytes at a time, MS milliseconds apart
+ * fill N           send N bytes of a known pattern
+ * skip N           read N bytes of that pattern, compare, do not keep
+ * swap N           fill N and skip N at the same time
+ * stuff N          send the pattern as long as it is taken, N bytes at most;
+ *                  stop when nothing moved for a second; count to NAME.stuffed
+ * until TEXT       read until TEXT has come (after what was read before)
+ * head             until \n\n; at the end of the stream the script is over
+ * want N           read N bytes more
+ * answer [head]    read one whole HTTP response, 1xx too; head: without body
+ * eof              read to the end of the stream
+ * quiet MS         nothing may come for so long
+ * stall MS         do nothing for so long
+ * shut, close, reset   half-close; close; close with a TCP reset
+ * touch FILE, await FILE   tell other processes, wait for them
+ * loop             from the first step again
+ */
+#define _POSIX_C_SOURCE 200809L
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/resource.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <arpa/inet.h>
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { CONNS_MAX = 12000, SCRIPTS_MAX = 64 };
+
+struct text {
+	char *bytes;
+	size_t len;
+};
+
+/* One connection and what has come over it. */
+struct talk {
+	int fd;		/* -1 after close */
+	int keep;	/* file for all that arrives */
+	char *in;	/* the same in memory */
+	size_t len;	/* bytes in it */
+	size_t size;	/* its room */
+	size_t used;	/* how far the steps have read */
+	size_t sent_pattern, read_pattern;	/* positions in the pattern */
+	int eof;	/* 1 end of stream, 2 reset */
+	char end[400];	/* why the script stopped, empty: it ran through */
+	const char *name;
+};
+
+static long patience_ms = 15000;	/* a step may wait so long */
+
+static void
+die(const char *what)
+{
+	fprintf(stderr, "peer: %s: %s\n", what, strerror(errno));
+	exit(1);
+}
+
+static long
+now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (long)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+static void
+sleep_ms(long ms)
+{
+	struct timespec t;
+
+	t.tv_sec = ms / 1000;
+	t.tv_nsec = ms % 1000 * 1000000;
+	while (nanosleep(&t, &t) == -1 && errno == EINTR)
+		;
+}
+
+static void *
+grow(void *p, size_t n)
+{
+	p = realloc(p, n);
+	if (p == NULL)
+		die("memory");
+	return p;
+}
+
+static void
+text_add(struct text *t, const char *bytes, size_t n)
+{
+	t->bytes = grow(t->bytes, t->len + n + 1);
+	memcpy(t->bytes + t->len, bytes, n);
+	t->len += n;
+	t->bytes[t->len] = '\0';
+}
+
+/* Appends s[0..n) with its escapes replaced. */
+static void
+text_unescape(struct text *t, const char *s, size_t n)
+{
+	static const char from[] = "nlr0ts\\";
+	static const char *const to[] = { "\r\n", "\n", "\r", "", "\t", " ",
+	    "\\" };
+	size_t i;
+
+	for (i = 0; i < n; i++) {
+		const char *f;
+
+		if (s[i] != '\\' || i + 1 == n) {
+			text_add(t, s + i, 1);
+			continue;
+		}
+		i++;
+		f = strchr(from, s[i]);
+		if (s[i] == 'x' && i + 2 < n) {
+			char hex[3], c;
+
+			hex[0] = s[i + 1];
+			hex[1] = s[i + 2];
+			hex[2] = '\0';
+			c = (char)strtoul(hex, NULL, 16);
+			text_add(t, &c, 1);
+			i += 2;
+		} else if (s[i] == '{') {
+			char *p;
+			unsigned long times = strtoul(s + i + 1, &p, 10);
+			const char *close = strchr(p, '}');
+			struct text once = { NULL, 0 };
+
+			if (*p != ':' || close == NULL) {
+				fprintf(stderr, "peer: bad \\{N:TEXT}\n");
+				exit(1);
+			}
+			text_unescape(&once, p + 1, (size_t)(close - p - 1));
+			while (times-- > 0)
+				text_add(t, once.bytes, once.len);
+			free(once.bytes);
+			i = (size_t)(close - s);
+		} else if (f != NULL && *f != '\0') {
+			text_add(t, to[f - from], *f == '0' ? 1 :
+			    strlen(to[f - from]));
+		} else {
+			fprintf(stderr, "peer: bad escape \\%c\n", s[i]);
+			exit(1);
+		}
+	}
+}
+
+static struct text
+unescaped(const char *s)
+{
+	struct text t = { NULL, 0 };
+
+	text_add(&t, "", 0);
+	text_unescape(&t, s, strlen(s));
+	return t;
+}
+
+static char
+pattern(size_t i)
+{
+	return (char)('a' + (i % 26 + i / 4099) % 26);
+}
+
+static void
+stop(struct talk *t, const char *what, const char *step)
+{
+	if (t->end[0] == '\0')
+		snprintf(t->end, sizeof(t->end), "%s %s", what, step);
+}
+
+/* Waits for the events; false when time is up. */
+static int
+await_events(struct talk *t, short events, long deadline)
+{
+	struct pollfd p;
+	long left = deadline - now_ms();
+
+	p.fd = t->fd;
+	p.events = events;
+	return poll(&p, 1, left > 0 ? (int)left : 0) > 0;
+}
+
+/* Reads once into memory; false at the end of the stream. */
+static int
+take_some(struct talk *t)
+{
+	ssize_t n;
+
+	if (t->size - t->len < 65536)
+		t->in = grow(t->in, t->size = t->size * 2 + 131072);
+	n = recv(t->fd, t->in + t->len, 65536, 0);
+	if (n > 0) {
+		if (t->keep != -1 &&
+		    write(t->keep, t->in + t->len, (size_t)n) != n)
+			die("keep");
+		t->len += (size_t)n;
+		return 1;
+	}
+	if (n == -1 && (errno == EAGAIN || errno == EINTR))
+		return 1;
+	t->eof = n == 0 ? 1 : 2;
+	return 0;
+}
+
+/* Reads until more than have bytes are there; false: end or time is up. */
+static int
+more(struct talk *t, size_t have, long deadline, const char *step)
+{
+	while (t->len <= have) {
+		if (t->eof) {
+			stop(t, t->eof == 1 ? "eof" : "reset", step);
+			return 0;
+		}
+		if (!await_events(t, POLLIN, deadline)) {
+			stop(t, "timeout", step);
+			return 0;
+		}
+		(void)take_some(t);
+	}
+	return 1;
+}
+
+static size_t
+find(const char *in, size_t len, const char *what, size_t n)
+{
+	size_t i;
+
+	for (i = 0; i + n <= len; i++)
+		if (memcmp(in + i, what, n) == 0)
+			return i + n;
+	return 0;
+}
+
+/* Reads up to and with what; returns the bytes this took, 0 if it failed. */
+static size_t
+read_until(struct talk *t, const char *what, size_t n, const char *step)
+{
+	long deadline = now_ms() + patience_ms;
+	size_t end;
+
+	while ((end = find(t->in + t->used, t->len - t->used, what, n)) == 0)
+		if (!more(t, t->len, deadline, step))
+			return 0;
+	t->used += end;
+	return end;
+}
+
+static void
+read_bytes(struct talk *t, size_t n, const char *step)
+{
+	long deadline = now_ms() + patience_ms;
+
+	if (n > 0 && more(t, t->used + n - 1, deadline, step))
+		t->used += n;
+}
+
+static void
+read_to_eof(struct talk *t, const char *step)
+{
+	long deadline = now_ms() + patience_ms;
+
+	while (!t->eof) {
+		if (!await_events(t, POLLIN, deadline)) {
+			stop(t, "timeout", step);
+			return;
+		}
+		(void)take_some(t);
+	}
+	t->used = t->len;
+}
+
+/* Finds the value of a field in a head; NULL if there is none. */
+static const char *
+field(const char *head, size_t len, const char *name)
+{
+	size_t i, n = strlen(name);
+
+	for (i = 0; i + n + 2 < len; i++)
+		if (head[i] == '\n' && strncasecmp(head + i + 1, name, n) == 0
+		    && head[i + 1 + n] == ':') {
+			i += n + 2;
+			while (head[i] == ' ')
+				i++;
+			return head + i;
+		}
+	return NULL;
+}
+
+static void
+read_chunks(struct talk *t, const char *step)
+{
+	for (;;) {
+		size_t start = t->used, n;
+
+		if (read_until(t, "\r\n", 2, step) == 0)
+			return;
+		n = (size_t)strtoul(t->in + start, NULL, 16);
+		if (n == 0)
+			break;
+		read_bytes(t, n + 2, step);
+		if (t->end[0] != '\0')
+			return;
+	}
+	while (read_until(t, "\r\n", 2, step) > 2)
+		;
+}
+
+/* Reads one whole response, its interim responses before it. */
+static void
+read_answer(struct talk *t, int without_body, const char *step)
+{
+	for (;;) {
+		size_t start = t->used, n;
+		const char *v;
+		int status;
+
+		n = read_until(t, "\r\n\r\n", 4, step);
+		if (n == 0)
+			return;
+		status = n > 12 ? atoi(t->in + start + 9) : 0;
+		if (status / 100 == 1 && status != 101)
+			continue;
+		if (without_body || status == 204 || status == 304 ||
+		    status == 101)
+			return;
+		v = field(t->in + start, n, "Transfer-Encoding");
+		if (v != NULL) {
+			read_chunks(t, step);
+			return;
+		}
+		v = field(t->in + start, n, "Content-Length");
+		if (v != NULL)
+			read_bytes(t, (size_t)strtoul(v, NULL, 10), step);
+		else
+			read_to_eof(t, step);
+		return;
+	}
+}
+
+/* Sends n bytes, step by step if piece is not 0. */
+static void
+send_bytes(struct talk *t, const char *p, size_t n, size_t piece, long ms,
+    const char *step)
+{
+	long deadline = now_ms() + patience_ms;
+
+	while (n > 0) {
+		size_t part = piece > 0 && piece < n ? piece : n;
+		ssize_t done = send(t->fd, p, part, MSG_NOSIGNAL);
+
+		if (done == -1 && (errno == EAGAIN || errno == EINTR)) {
+			if (!await_events(t, POLLOUT, deadline)) {
+				stop(t, "timeout", step);
+				return;
+			}
+			continue;
+		}
+		if (done == -1) {
+			stop(t, "broken", step);
+			return;
+		}
+		p += done;
+		n -= (size_t)done;
+		if (ms > 0 && n > 0)
+			sleep_ms(ms);
+	}
+}
+
+/* Sends some of the pattern, to its position end at most; false: broken. */
+static int
+push_pattern(struct talk *t, size_t end)
+{
+	char block[16384];
+	size_t i, n = end - t->sent_pattern;
+	ssize_t done;
+
+	if (n > sizeof(block))
+		n = sizeof(block);
+	for (i = 0; i < n; i++)
+		block[i] = pattern(t->sent_pattern + i);
+	done = send(t->fd, block, n, MSG_NOSIGNAL);
+	if (done == -1)
+		return errno == EAGAIN || errno == EINTR;
+	t->sent_pattern += (size_t)done;
+	return 1;
+}
+
+/* Takes some of the pattern off, to its position end at most. */
+static int
+pull_pattern(struct talk *t, size_t end, const char *step)
+{
+	static char block[65536];
+	size_t i, want = end - t->read_pattern, n = t->len - t->used;
+	ssize_t got;
+
+	if (n > 0) {			/* came with an earlier read */
+		n = n > sizeof(block) ? sizeof(block) : n;
+		n = n > want ? want : n;
+		memcpy(block, t->in + t->used, n);
+		t->used += n;
+	} else {
+		got = recv(t->fd, block, want > sizeof(block) ?
+		    sizeof(block) : want, 0);
+		if (got == -1 && (errno == EAGAIN || errno == EINTR))
+			return 1;
+		if (got <= 0) {
+			t->eof = got == 0 ? 1 : 2;
+			stop(t, got == 0 ? "eof" : "reset", step);
+			return 0;
+		}
+		n = (size_t)got;
+	}
+	for (i = 0; i < n; i++)
+		if (block[i] != pattern(t->read_pattern + i)) {
+			stop(t, "differs", step);
+			return 0;
+		}
+	t->read_pattern += n;
+	return 1;
+}
+
+/* Sends up and takes down bytes of the pattern, both at once. */
+static void
+move_pattern(struct talk *t, size_t up, size_t down, const char *step)
+{
+	long deadline = now_ms() + patience_ms;
+
+	up += t->sent_pattern;
+	down += t->read_pattern;
+	while (t->sent_pattern < up || t->read_pattern < down) {
+		short events = 0;
+
+		if (t->sent_pattern < up)
+			events |= POLLOUT;
+		if (t->read_pattern < down)
+			events |= POLLIN;
+		if (t->len == t->used || t->read_pattern == down)
+			if (!await_events(t, events, deadline)) {
+				stop(t, "timeout", step);
+				return;
+			}
+		if (t->sent_pattern < up && !push_pattern(t, up)) {
+			stop(t, "broken", step);
+			return;
+		}
+		if (t->read_pattern < down && !pull_pattern(t, down, step))
+			return;
+		deadline = now_ms() + patience_ms;
+	}
+}
+
+/* Sends as much as the other side's lack of reading allows. */
+static void
+stuff(struct talk *t, size_t n)
+{
+	char name[300];
+	FILE *f;
+
+	n += t->sent_pattern;
+	while (t->sent_pattern < n &&
+	    await_events(t, POLLOUT, now_ms() + 1000) && push_pattern(t, n))
+		;
+	snprintf(name, sizeof(name), "%s.stuffed", t->name);
+	if ((f = fopen(name, "w")) == NULL)
+		die(name);
+	fprintf(f, "%lu\n", (unsigned long)t->sent_pattern);
+	fclose(f);
+}
+
+static void
+await_file(struct talk *t, const char *file, const char *step)
+{
+	long deadline = now_ms() + patience_ms;
+	struct stat st;
+
+	while (stat(file, &st) == -1) {
+		if (now_ms() > deadline) {
+			stop(t, "timeout", step);
+			return;
+		}
+		sleep_ms(10);
+	}
+}
+
+static void
+touch_file(const char *file)
+{
+	int fd = open(file, O_WRONLY | O_CREAT, 0600);
+
+	if (fd == -1)
+		die(file);
+	close(fd);
+}
+
+static void
+close_talk(struct talk *t, int reset)
+{
+	struct linger hard = { 1, 0 };
+
+	if (reset)
+		setsockopt(t->fd, SOL_SOCKET, SO_LINGER, &hard, sizeof(hard));
+	close(t->fd);
+	t->fd = -1;
+}
+
+static void
+send_text(struct talk *t, const char *arg, size_t piece, long ms,
+    const char *step)
+{
+	struct text text = unescaped(arg);
+
+	send_bytes(t, text.bytes, text.len, piece, ms, step);
+	free(text.bytes);
+}
+
+/* The steps that read and judge; false if this is none of them. */
+static int
+step_reading(struct talk *t, const char *word, const char *arg, size_t n,
+    const char *step)
+{
+	if (strcmp(word, "until") == 0) {
+		struct text text = unescaped(arg);
+
+		(void)read_until(t, text.bytes, text.len, step);
+		free(text.bytes);
+	} else if (strcmp(word, "head") == 0) {
+		while (t->len == t->used && !t->eof)
+			if (!await_events(t, POLLIN, now_ms() + patience_ms) ||
+			    !take_some(t))
+				break;
+		if (t->len == t->used && t->eof)
+			stop(t, t->eof == 1 ? "eof" : "reset", "");
+		else
+			(void)read_until(t, "\r\n\r\n", 4, step);
+	} else if (strcmp(word, "want") == 0)
+		read_bytes(t, n, step);
+	else if (strcmp(word, "answer") == 0)
+		read_answer(t, strcmp(arg, "head") == 0, step);
+	else if (strcmp(word, "eof") == 0)
+		read_to_eof(t, step);
+	else if (strcmp(word, "skip") == 0)
+		move_pattern(t, 0, n, step);
+	else if (strcmp(word, "swap") == 0)
+		move_pattern(t, n, n, step);
+	else if (strcmp(word, "quiet") == 0) {
+		if (t->len > t->used ||
+		    await_events(t, POLLIN, now_ms() + (long)n))
+			stop(t, "noise", step);
+	} else
+		return 0;
+	return 1;
+}
+
+/* The steps that send, wait or close. */
+static void
+step_other(struct talk *t, const char *word, const char *arg, size_t n,
+    const char *step)
+{
+	if (strcmp(word, "send") == 0)
+		send_text(t, arg, 0, 0, step);
+	else if (strcmp(word, "chop") == 0) {
+		char *p;
+		long ms = (strtoul(arg, &p, 10), strtol(p, &p, 10));
+
+		send_text(t, *p == ' ' ? p + 1 : p, n, ms, step);
+	} else if (strcmp(word, "fill") == 0)
+		move_pattern(t, n, 0, step);
+	else if (strcmp(word, "stuff") == 0)
+		stuff(t, n);
+	else if (strcmp(word, "stall") == 0)
+		sleep_ms((long)n);
+	else if (strcmp(word, "shut") == 0)
+		shutdown(t->fd, SHUT_WR);
+	else if (strcmp(word, "close") == 0)
+		close_talk(t, 0);
+	else if (strcmp(word, "reset") == 0)
+		close_talk(t, 1);
+	else if (strcmp(word, "touch") == 0)
+		touch_file(arg);
+	else if (strcmp(word, "await") == 0)
+		await_file(t, arg, step);
+	else {
+		fprintf(stderr, "peer: no such step: %s\n", step);
+		stop(t, "unknown", step);
+	}
+}
+
+/* Plays a script, its steps separated by newlines. */
+static void
+play(struct talk *t, const char *script)
+{
+	const char *s = script;
+
+	while (*s != '\0' && t->end[0] == '\0') {
+		size_t n = strcspn(s, "\n");
+		char *step = grow(NULL, n + 1), *word, *arg;
+
+		memcpy(step, s, n);
+		step[n] = '\0';
+		s += n + (s[n] == '\n');
+		word = grow(NULL, n + 1);
+		strcpy(word, step);
+		arg = word + strcspn(word, " ");
+		if (*arg != '\0')
+			*arg++ = '\0';
+		if (strcmp(word, "loop") == 0)
+			s = script;
+		else if (*word != '\0' && t->fd == -1 &&
+		    strcmp(word, "touch") != 0 && strcmp(word, "await") != 0 &&
+		    strcmp(word, "stall") != 0)
+			stop(t, "closed", step);
+		else if (*word != '\0') {
+			size_t num = (size_t)strtoul(arg, NULL, 10);
+
+			if (!step_reading(t, word, arg, num, step))
+				step_other(t, word, arg, num, step);
+		}
+		free(step);
+		free(word);
+	}
+}
+
+static void
+talk_begin(struct talk *t, int fd, const char *name)
+{
+	int on = 1;
+
+	memset(t, 0, sizeof(*t));
+	t->fd = fd;
+	t->name = name;
+	t->in = grow(NULL, t->size = 131072);
+	t->keep = open(name, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND, 0600);
+	if (t->keep == -1)
+		die(name);
+	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+	(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+}
+
+/* Writes how the talk ended, under a temporary name first. */
+static void
+talk_end(struct talk *t)
+{
+	char tmp[300], name[300];
+	FILE *f;
+
+	if (t->end[0] == '\0')
+		snprintf(t->end, sizeof(t->end), "%s", t->eof == 1 ? "eof" :
+		    t->eof == 2 ? "reset" : "open");
+	snprintf(tmp, sizeof(tmp), "%s.end~", t->name);
+	snprintf(name, sizeof(name), "%s.end", t->name);
+	if ((f = fopen(tmp, "w")) == NULL)
+		die(tmp);
+	fprintf(f, "%s\n", t->end);
+	fclose(f);
+	rename(tmp, name);
+}
+
+static char *
+read_stdin(void)
+{
+	struct text t = { NULL, 0 };
+	char block[4096];
+	size_t n;
+
+	text_add(&t, "", 0);
+	while ((n = fread(block, 1, sizeof(block), stdin)) > 0)
+		text_add(&t, block, n);
+	return t.bytes;
+}
+
+/* Connects to "/path", "host:port" or "[v6]:port"; numeric only. */
+static int
+dial(const char *where)
+{
+	struct addrinfo hints, *a;
+	char host[256];
+	const char *colon = strrchr(where, ':');
+	size_t n;
+	int fd;
+
+	if (strchr(where, '/') != NULL) {
+		struct sockaddr_un un;
+
+		memset(&un, 0, sizeof(un));
+		un.sun_family = AF_UNIX;
+		snprintf(un.sun_path, sizeof(un.sun_path), "%s", where);
+		fd = socket(AF_UNIX, SOCK_STREAM, 0);
+		if (connect(fd, (struct sockaddr *)&un, sizeof(un)) == 0)
+			return fd;
+		close(fd);
+		return -1;
+	}
+	if (colon == NULL || (n = (size_t)(colon - where)) >= sizeof(host))
+		return -1;
+	memcpy(host, where, n);
+	host[n] = '\0';
+	if (host[0] == '[') {
+		memmove(host, host + 1, n);
+		host[strcspn(host, "]")] = '\0';
+	}
+	memset(&hints, 0, sizeof(hints));
+	hints.ai_socktype = SOCK_STREAM;
+	hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;
+	if (getaddrinfo(host, colon + 1, &hints, &a) != 0)
+		return -1;
+	fd = socket(a->ai_family, SOCK_STREAM, 0);
+	if (fd != -1 && connect(fd, a->ai_addr, a->ai_addrlen) == -1) {
+		close(fd);
+		fd = -1;
+	}
+	freeaddrinfo(a);
+	return fd;
+}
+
+/* Listens on a numeric address; sets *port. */
+static int
+hear(const char *address, int *port, int backlog)
+{
+	struct addrinfo hints, *a;
+	struct sockaddr_storage s;
+	socklen_t len = sizeof(s);
+	char service[16];
+	int fd, on = 1;
+
+	snprintf(service, sizeof(service), "%d", *port);
+	memset(&hints, 0, sizeof(hints));
+	hints.ai_socktype = SOCK_STREAM;
+	hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV | AI_PASSIVE;
+	if (getaddrinfo(address, service, &hints, &a) != 0)
+		return -1;
+	fd = socket(a->ai_family, SOCK_STREAM, 0);
+	if (fd == -1)
+		return -1;
+	if (*port != 0)
+		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+	if (bind(fd, a->ai_addr, a->ai_addrlen) == -1 ||
+	    listen(fd, backlog) == -1 ||
+	    getsockname(fd, (struct sockaddr *)&s, &len) == -1)
+		return -1;
+	freeaddrinfo(a);
+	*port = ntohs(s.ss_family == AF_INET6 ?
+	    ((struct sockaddr_in6 *)&s)->sin6_port :
+	    ((struct sockaddr_in *)&s)->sin_port);
+	return fd;
+}
+
+/* Notes in NAME.peer where the connection comes from. */
+static void
+note_peer(int fd, const char *name)
+{
+	struct sockaddr_storage s;
+	socklen_t len = sizeof(s);
+	char file[300], host[256];
+	FILE *f;
+
+	snprintf(file, sizeof(file), "%s.peer", name);
+	if (getpeername(fd, (struct sockaddr *)&s, &len) == -1 ||
+	    getnameinfo((struct sockaddr *)&s, len, host, sizeof(host), NULL, 0,
+	    NI_NUMERICHOST) != 0 || (f = fopen(file, "w")) == NULL)
+		return;
+	fprintf(f, "%s\n", host);
+	fclose(f);
+}
+
+/* One accepted connection: its script, then a polite end. */
+static void
+serve(int fd, const char *base, int number, const char *script)
+{
+	struct talk t;
+	char name[256];
+
+	snprintf(name, sizeof(name), "%s.%d", base, number);
+	note_peer(fd, name);
+	talk_begin(&t, fd, name);
+	play(&t, script);
+	if (t.fd != -1) {
+		long deadline = now_ms() + 2000;
+
+		shutdown(t.fd, SHUT_WR);
+		while (!t.eof && await_events(&t, POLLIN, deadline))
+			(void)take_some(&t);
+	}
+	talk_end(&t);
+	exit(0);
+}
+
+static void
+end_group(int sig)
+{
+	(void)sig;
+	kill(0, SIGKILL);
+}
+
+/*
+ * Goes to the background as leader of a group that dies with it; the caller
+ * gets "PORT PID" on standard output once the socket listens.
+ */
+static void
+detach(int port, const char *name)
+{
+	char err[300];
+	pid_t pid;
+	int fd;
+
+	fflush(stdout);
+	pid = fork();
+	if (pid == -1)
+		die("fork");
+	if (pid > 0) {
+		printf("%d %ld\n", port, (long)pid);
+		exit(0);
+	}
+	setsid();
+	signal(SIGTERM, end_group);
+	signal(SIGALRM, end_group);
+	alarm(180);
+	snprintf(err, sizeof(err), "%s.err", name);
+	fd = open(err, O_WRONLY | O_CREAT | O_APPEND, 0600);
+	if (fd == -1)
+		die(err);
+	dup2(fd, 1);
+	dup2(fd, 2);
+	fd = open("/dev/null", O_RDONLY);
+	if (fd != -1)
+		dup2(fd, 0);
+}
+
+/* origin [-a ADDRESS] [-p PORT] NAME, scripts on stdin between lines --- */
+static int
+main_origin(int argc, char **argv)
+{
+	const char *address = "127.0.0.1", *scripts[SCRIPTS_MAX];
+	char *all, *p;
+	int opt, port = 0, fd, n = 0, number = 0;
+
+	while ((opt = getopt(argc, argv, "a:p:")) != -1)
+		if (opt == 'a')
+			address = optarg;
+		else if (opt == 'p')
+			port = atoi(optarg);
+		else
+			return 2;
+	if (optind + 1 != argc)
+		return 2;
+	scripts[n++] = all = read_stdin();
+	for (p = all; (p = strstr(p, "---\n")) != NULL; )
+		if (p == all || p[-1] == '\n') {
+			*p = '\0';
+			p += 4;
+			if (n < SCRIPTS_MAX)
+				scripts[n++] = p;
+		} else
+			p++;
+	fd = hear(address, &port, 128);
+	if (fd == -1)
+		die(address);
+	detach(port, argv[optind]);
+	signal(SIGCHLD, SIG_IGN);
+	for (;;) {
+		int c = accept(fd, NULL, NULL);
+		int k = number < n ? number : n - 1;
+
+		if (c == -1)
+			continue;
+		number++;
+		if (fork() == 0) {
+			signal(SIGTERM, SIG_DFL);
+			signal(SIGCHLD, SIG_DFL);
+			close(fd);
+			serve(c, argv[optind], number, scripts[k]);
+		}
+		close(c);
+	}
+}
+
+/* client WHERE NAME, script on stdin */
+static int
+main_client(int argc, char **argv)
+{
+	struct talk t;
+	char *script = read_stdin();
+	int fd;
+
+	if (argc != 3)
+		return 2;
+	fd = dial(argv[1]);
+	talk_begin(&t, fd, argv[2]);
+	if (fd == -1)
+		stop(&t, "refused", strerror(errno));
+	else
+		play(&t, script);
+	if (t.fd != -1)
+		close(t.fd);
+	talk_end(&t);
+	return 0;
+}
+
+static void
+raise_files(void)
+{
+	struct rlimit r;
+
+	if (getrlimit(RLIMIT_NOFILE, &r) == 0) {
+		r.rlim_cur = r.rlim_max;
+		(void)setrlimit(RLIMIT_NOFILE, &r);
+	}
+}
+
+/*
+ * hold N WHERE NAME TEXT: opens N connections, sends TEXT on each and reads
+ * the answer; makes NAME.ready, waits for NAME.go, sends a byte on each and
+ * waits for it to come back (CONNECT) or sends TEXT again; makes NAME.done.
+ */
+static int
+main_hold(int argc, char **argv)
+{
+	static struct talk talks[CONNS_MAX];
+	int i, round, n, tunnel;
+	char file[300];
+
+	if (argc != 5)
+		return 2;
+	raise_files();
+	n = atoi(argv[1]);
+	if (n > CONNS_MAX)
+		n = CONNS_MAX;
+	tunnel = strncmp(argv[4], "CONNECT", 7) == 0;
+	for (round = 0; round < 2; round++) {
+		for (i = 0; i < n; i++) {
+			struct talk *t = &talks[i];
+
+			if (round == 0) {
+				t->keep = -1;
+				t->fd = dial(argv[2]);
+				if (t->fd == -1)
+					die("dial");
+			}
+			t->name = argv[3];
+			t->in = grow(NULL, t->size = 131072);
+			t->len = t->used = 0;
+			if (round == 0 || !tunnel) {
+				send_text(t, argv[4], 0, 0, "hold");
+				read_answer(t, tunnel, "hold");
+			} else {
+				send_bytes(t, "x", 1, 0, 0, "hold");
+				(void)read_until(t, "x", 1, "hold");
+			}
+			free(t->in);
+			if (t->end[0] != '\0') {
+				fprintf(stderr, "peer: hold %d: %s\n", i,
+				    t->end);
+				return 1;
+			}
+		}
+		snprintf(file, sizeof(file), "%s.%s", argv[3],
+		    round == 0 ? "ready" : "done");
+		touch_file(file);
+		snprintf(file, sizeof(file), "%s.go", argv[3]);
+		patience_ms = 60000;
+		if (round == 0)
+			await_file(&talks[0], file, "go");
+		patience_ms = 15000;
+	}
+	return 0;
+}
+
+/* echo NAME: sends back what comes, on thousands of connections. */
+static int
+main_echo(int argc, char **argv)
+{
+	static struct pollfd fds[CONNS_MAX];
+	static char block[65536];
+	int port = 0, n = 1, i;
+
+	if (argc != 2)
+		return 2;
+	raise_files();
+	fds[0].fd = hear("127.0.0.1", &port, 1024);
+	fds[0].events = POLLIN;
+	if (fds[0].fd == -1)
+		die("echo");
+	detach(port, argv[1]);
+	for (;;) {
+		if (poll(fds, (nfds_t)n, -1) == -1)
+			continue;
+		for (i = n - 1; i > 0; i--) {
+			ssize_t got;
+
+			if (fds[i].revents == 0)
+				continue;
+			got = recv(fds[i].fd, block, sizeof(block), 0);
+			if (got <= 0 || send(fds[i].fd, block, (size_t)got,
+			    MSG_NOSIGNAL) != got) {
+				close(fds[i].fd);
+				fds[i] = fds[--n];
+			}
+		}
+		if (fds[0].revents != 0 && n < CONNS_MAX) {
+			fds[n].fd = accept(fds[0].fd, NULL, NULL);
+			fds[n].revents = 0;
+			fds[n].events = POLLIN;
+			if (fds[n].fd != -1)
+				n++;
+		}
+	}
+}
+
+/* deaf [-a ADDRESS] [-p PORT] NAME: a port whose SYNs are not answered. */
+static int
+main_deaf(int argc, char **argv)
+{
+	const char *address = "127.0.0.1";
+	char where[300];
+	struct sockaddr_storage s;
+	socklen_t len = sizeof(s);
+	int opt, port = 0, fd, i;
+
+	while ((opt = getopt(argc, argv, "a:p:")) != -1)
+		if (opt == 'a')
+			address = optarg;
+		else if (opt == 'p')
+			port = atoi(optarg);
+		else
+			return 2;
+	if (optind + 1 != argc)
+		return 2;
+	fd = hear(address, &port, 0);
+	if (fd == -1)
+		die(address);
+	snprintf(where, sizeof(where), "%s", address);
+	if (getsockname(fd, (struct sockaddr *)&s, &len) == -1)
+		die("name");
+	for (i = 0; i < 8; i++) {
+		struct pollfd p;
+		int c = socket(s.ss_family, SOCK_STREAM, 0);
+
+		fcntl(c, F_SETFL, O_NONBLOCK);
+		if (connect(c, (struct sockaddr *)&s, len) == 0)
+			continue;
+		p.fd = c;
+		p.events = POLLOUT;
+		if (errno != EINPROGRESS)
+			break;
+		if (poll(&p, 1, 300) == 0) {
+			detach(port, argv[optind]);
+			for (;;)
+				pause();
+		}
+	}
+	printf("no\n");
+	return 1;
+}
+
+/* lookup NAME: its addresses in the resolver's order. */
+static int
+main_lookup(int argc, char **argv)
+{
+	struct addrinfo hints, *a;
+	char host[256];
+
+	memset(&hints, 0, sizeof(hints));
+	hints.ai_socktype = SOCK_STREAM;
+	if (argc != 2 || getaddrinfo(argv[1], NULL, &hints, &a) != 0)
+		return 1;
+	for (; a != NULL; a = a->ai_next)
+		if (getnameinfo(a->ai_addr, a->ai_addrlen, host, sizeof(host),
+		    NULL, 0, NI_NUMERICHOST) == 0)
+			printf("%s\n", host);
+	return 0;
+}
+
+/* show: stdin to lines; CR LF ends one, all else unprintable is escaped. */
+static int
+main_show(void)
+{
+	int c, next;
+
+	while ((c = getchar()) != EOF) {
+		if (c == '\r') {
+			next = getchar();
+			if (next == '\n') {
+				putchar('\n');
+				continue;
+			}
+			printf("\\r");
+			if (next != EOF)
+				ungetc(next, stdin);
+		} else if (c == '\n')
+			printf("\\l\n");
+		else if (c < 32 || c > 126)
+			printf("\\x%02x", (unsigned)c);
+		else
+			putchar(c);
+	}
+	return 0;
+}
+
+/* watch MS PID: kills it when time is up. */
+static int
+main_watch(int argc, char **argv)
+{
+	if (argc != 3)
+		return 2;
+	sleep_ms(atol(argv[1]));
+	return kill((pid_t)atol(argv[2]), SIGKILL) == 0 ? 0 : 1;
+}
+
+int
+main(int argc, char **argv)
+{
+	const char *mode = argc > 1 ? argv[1] : "";
+
+	if (getenv("PEER_MS") != NULL)
+		patience_ms = atol(getenv("PEER_MS"));
+	signal(SIGPIPE, SIG_IGN);
+	argc--;
+	argv++;
+	if (strcmp(mode, "sleep") == 0 && argc == 2)
+		sleep_ms(atol(argv[1]));
+	else if (strcmp(mode, "origin") == 0)
+		return main_origin(argc, argv);
+	else if (strcmp(mode, "client") == 0)
+		return main_client(argc, argv);
+	else if (strcmp(mode, "hold") == 0)
+		return main_hold(argc, argv);
+	else if (strcmp(mode, "echo") == 0)
+		return main_echo(argc, argv);
+	else if (strcmp(mode, "deaf") == 0)
+		return main_deaf(argc, argv);
+	else if (strcmp(mode, "lookup") == 0)
+		return main_lookup(argc, argv);
+	else if (strcmp(mode, "watch") == 0)
+		return main_watch(argc, argv);
+	else if (strcmp(mode, "show") == 0)
+		return main_show();
+	else
+		return 2;
+	return 0;
+}
+EOF_PEER
+}
+
+# ---- 3. Plays --------------------------------------------------------------
+
+# Starts an origin that plays the scripts on standard input; sets $origin and
+# $origin_port: origin NAME [-a ADDRESS] [-p PORT]
+origin() {
+	origin_name=$1
+	shift
+	origin_says=$("$peer" origin "$@" "$origin_name") ||
+		fail "no origin $*"
+	origin_port=${origin_says% *}
+	echo "${origin_says#* }" >> .pids
+	case " $* " in
+	*" -a "*:*) origin=[::1]:$origin_port ;;
+	*" -a "*) origin=${*#*-a } origin=${origin%% *}:$origin_port ;;
+	*) origin=127.0.0.1:$origin_port ;;
+	esac
+}
+
+# Puts addresses in the place of %O, %p and %P, from standard input.
+addresses() {
+	sed -e "s|%O|${origin-}|g" -e "s|%p|${origin_port-}|g" \
+	    -e "s|%P|$proxy|g"
+}
+
+# Plays the script on standard input against the proxy, or against WHERE, in
+# the foreground: client NAME [WHERE]
+client() {
+	addresses > "$1.script"
+	"$peer" client "${2-$proxy}" "$1" < "$1.script"
+}
+
+# The same in the background.
+client_bg() {
+	addresses > "$1.script"
+	"$peer" client "${2-$proxy}" "$1" < "$1.script" &
+	echo $! >> .pids
+}
+
+# Waits until the client or connection NAME has come to its end.
+ended() {
+	wait_for 20 "[ -f $1.end ]" || fail "$1 does not end"
+}
+
+# Prints in readable form what came to each of the files, and how it ended.
+show() {
+	for show_file; do
+		[ -f "$show_file" ] || continue
+		case $show_file in
+		o*.[1-9]*) echo "-- connection ${show_file##*.}" ;;
+		esac
+		"$peer" show < "$show_file" | awk 1
+		[ -f "$show_file.end" ] && sed 's/^/-- end /' "$show_file.end"
+	done | sed -e 's/proxy-[0-9a-f]\{8\}/proxy-ID/g'
+}
+
+# Prints the log from line $log_from on, without what changes.
+show_log() {
+	tail -n "+${log_from:-1}" "${log-log}" | sed \
+	    -e 's|\[[0-3][0-9]/[A-Z][a-z][a-z]/[0-9:]* [+-][0-9]*\]|[DATE]|' \
+	    -e 's/ dns=[0-9][0-9]* / dns=N /' -e 's/ first=[0-9][0-9]* / first=N /' \
+	    -e 's/ connect=[0-9][0-9]* / connect=N /' \
+	    -e 's/ total=[0-9][0-9]* / total=N /'
+}
+
+show_err() {
+	tail -n "+${err_from:-1}" "${err-err}" |
+	    sed -e 's/proxy-[0-9a-f]\{8\}/proxy-ID/g'
+}
+
+# check.awk: the first file has checks, "operator TEXT" a line, the second
+# what was seen; prints the first check that does not hold.
+write_check() {
+	cat > "$work/check.awk" <<'EOF_CHECK'
+FNR == NR {
+	i = index($0, " ")
+	op[++checks] = i ? substr($0, 1, i - 1) : $0
+	text[checks] = i ? substr($0, i + 1) : ""
+	next
+}
+{ seen[++lines] = $0 }
+function matches(c, line) {
+	return op[c] ~ /~/ ? line ~ text[c] : line == text[c]
+}
+END {
+	for (c = 1; c <= checks; c++) {
+		ok = 0
+		if (op[c] ~ /^#/) {
+			count = 0
+			for (l = 1; l <= lines; l++)
+				count += seen[l] ~ text[c]
+			ok = count == substr(op[c], 2)
+		} else if (op[c] ~ /^!/) {
+			ok = 1
+			for (l = 1; l <= lines; l++)
+				if (matches(c, seen[l]))
+					ok = 0
+		} else if (op[c] ~ /^[+]/) {
+			ok = at < lines && matches(c, seen[++at])
+		} else {
+			for (l = at + 1; l <= lines && !ok; l++)
+				if (matches(c, seen[l])) {
+					ok = 1
+					at = l
+				}
+		}
+		if (!ok) {
+			print op[c] " " text[c]
+			exit
+		}
+	}
+}
+EOF_CHECK
+}
+
+# Holds the checks in a file against what a command prints, until they hold
+# or five seconds have passed: hold WHO CHECKS COMMAND...
+hold() {
+	hold_who=$1
+	hold_checks=$2
+	shift 2
+	hold_turns=0
+	while
+		"$@" > "$hold_checks.seen"
+		hold_why=$(awk -f "$work/check.awk" "$hold_checks" \
+		    "$hold_checks.seen")
+		[ -n "$hold_why" ]
+	do
+		hold_turns=$((hold_turns + 1))
+		[ "$hold_turns" -lt 100 ] || fail "${play_title-}:" \
+		    "$hold_who should: $hold_why; has:" \
+		    "$(head -c 600 "$hold_checks.seen" | tr '\n' '|')"
+		"$peer" sleep 50
+	done
+}
+
+# The same with the checks on standard input: seen NAME... (by the client),
+# got NAME (by the origin), logged, said (on standard error).
+seen() {
+	addresses > "$1.checks"
+	hold "$1" "$1.checks" show "$@"
+}
+
+got() {
+	addresses > "$1.checks"
+	got_name=$1
+	hold "$1" "$1.checks" show_got
+}
+
+# Connections in the order in which they came.
+show_got() {
+	got_n=0
+	while got_n=$((got_n + 1)) && [ -f "$got_name.$got_n" ]; do
+		show "$got_name.$got_n"
+	done
+}
+
+logged() {
+	addresses > log.checks
+	hold log log.checks show_log
+}
+
+said() {
+	addresses > err.checks
+	hold stderr err.checks show_err
+}
+
+# A plain request must be served, now.
+served() {
+	if [ ! -f well.port ]; then
+		served_says=$("$peer" origin well <<'END'
+head
+send HTTP/1.1 200 OK\nContent-Length: 4\n\nwell
+loop
+END
+) || fail "no origin"
+		echo "${served_says% *}" > well.port
+		echo "${served_says#* }" >> .pids
+	fi
+	served_at=127.0.0.1:$(cat well.port)
+	"$peer" client "${1-$proxy}" served <<END
+send GET http://$served_at/ HTTP/1.1\nHost: $served_at\n\n
+answer
+END
+	[ "$(cat served.end)" = open ] && grep well served > /dev/null ||
+		fail "${play_title-}: the next request is not served:" \
+		    "$(cat served.end) $(head -n 1 served)"
+}
+
+# One play; -n: without the request after it.  See the top of this file.
+play() {
+	play_probe=1
+	if [ "$1" = -n ]; then
+		play_probe=0
+		shift
+	fi
+	play_title=$1
+	plays=$((plays + 1))
+	[ -n "$proxy_pid" ] || start_proxy
+	p=p$plays
+	: > $p.client; : > $p.sees; : > $p.gets; : > $p.log; : > $p.err
+	# Sorts the lines into one file a tag.
+	awk -v p=$p '
+	/^[ \t]*(#|$)/ { next }
+	{
+		tag = $1
+		rest = $0
+		sub(/^[a-z]+[^ \t]*[ \t]*/, "", rest)
+		op = tag
+		sub(/^[a-z]+/, "", op)
+		sub(/[^a-z].*$/, "", tag)
+	}
+	tag == "origin" && rest ~ /^-/ { print rest > (p ".options"); next }
+	tag == "origin" && rest == "next" { rest = "---" }
+	tag == "origin" || tag == "client" { print rest > (p "." tag); next }
+	tag == "log" {
+		print (op == "" ? "~" : op == "!" ? "!~" : op) " " rest > \
+		    (p ".log")
+		next
+	}
+	tag ~ /^(sees|gets|err)$/ {
+		print (op == "" ? "=" : op) " " rest > (p "." tag)
+		next
+	}
+	{ print "bad line in a play: " $0 > (p ".bad") }'
+	[ ! -f $p.bad ] || fail "$(cat $p.bad)"
+	if [ -f $p.origin ]; then
+		# shellcheck disable=SC2046 # options are words
+		origin "o$plays" $(cat $p.options 2> /dev/null) < $p.origin
+	fi
+	log_from=$(($(wc -l < log) + 1))
+	err_from=$(($(wc -l < err) + 1))
+	client "c$plays" < $p.client
+	# A side that did not get what it waited for fails, unless expected.
+	grep -e '-- end' $p.sees > /dev/null ||
+		case $(cat "c$plays.end") in
+		eof | reset | open) ;;
+		*) fail "$play_title: client: $(cat "c$plays.end"); has:" \
+		    "$(show "c$plays" | head -c 600 | tr '\n' '|')" ;;
+		esac
+	seen "c$plays" < $p.sees
+	got "o$plays" < $p.gets
+	grep -e '-- end' $p.gets > /dev/null ||
+		for play_end in "o$plays".[0-9]*.end; do
+			[ -f "$play_end" ] || continue
+			case $(cat "$play_end") in
+			'eof '?* | 'reset '?* | timeout* | differs* | unknown*)
+				fail "$play_title: origin: $(cat "$play_end")"
+			esac
+		done
+	logged < $p.log
+	said < $p.err
+	[ $play_probe = 0 ] || served
+}
+
+# ---- 4. Start: options, banner, exit status --------------------------------
+
+# The limits of the binary under test: a head fits in $buffer, a request line
+# in $line_max.  The second binary has short time limits, in milliseconds; a
+# loaded machine must manage a request in the shortest of them.
+quick_flags='-DHEAD_MS=1000 -DCONNECT_MS=1500 -DRESPONSE_MS=1000
+	-DHALF_CLOSED_MS=1000 -DKEPT_CLIENT_MS=1000 -DKEPT_SERVER_MS=1000
+	-DLINGER_MS=1000 -DDRAIN_MS=1000'
+
+read_limits() {
+	buffer=$("$proxy_bin" -V | sed -n 's/^buffer \([0-9]*\).*/\1/p')
+	buffer=${buffer:-32768}
+	line_max=$((buffer / 4 > 8192 ? buffer / 4 : 8192))
+	[ $line_max -lt $((buffer - 1024)) ] || line_max=$((buffer - 1024))
+}
+
+# True on builds whose memory and system calls say nothing.
+sanitized() {
+	case "$cflags $cc" in
+	*sanitize*) return 0 ;;
+	esac
+	return 1
+}
+
+have_ipv6() {
+	client six '[::1]:1' < /dev/null
+	case $(cat six.end) in
+	*[Rr]efused*' '[Cc]onnection*[Rr]efused*) return 0 ;;
+	esac
+	return 1
+}
+
+test_start_banner() { # the banner names what is bound, with lines to paste
+	start_proxy
+	said <<'END'
+= proxy: listening on %P
+~ curl -x http://%P http
+~ http_proxy=http://%P https_proxy=http://%P
+!~ may use the proxy
+END
+	"$peer" client "$proxy" c < /dev/null
+	[ "$(cat c.end)" = open ] || fail "nothing listens on $proxy"
+	served
+	stop_proxy
+}
+
+test_start_addresses() { # several -l, port 0, [::1], the warning beyond loopback
+	have_ipv6 || skip "no IPv6 on loopback"
+	start_proxy -l 127.0.0.1:0 -l '[::1]:0'
+	served
+	wait_for 5 'grep "listening on .::1" err > listening' ||
+		fail "no banner line for [::1]"
+	served "$(sed 's/.* on //' listening)"
+	stop_proxy
+	name=any start_proxy -l :0
+	grep 'may use' any.err > /dev/null || fail "no warning beyond loopback"
+	served "127.0.0.1:${proxy##*:}"
+	stop_proxy
+}
+
+test_start_usage() { # bad options: one clear line, one of usage, exit 2
+	while read -r options; do
+		# shellcheck disable=SC2086 # options are words
+		run_proxy $options
+		[ $status = 2 ] || fail "$options: exit status $status"
+		head -n 1 errors | grep '^proxy: ..*' > /dev/null ||
+			fail "$options: says $(head -n 1 errors)"
+		sed -n 2p errors | grep -i 'usage' > /dev/null ||
+			fail "$options: no usage line"
+		[ ! -s out ] || fail "$options: writes to standard output"
+	done <<'END'
+-q
+-l 127.0.0.1:65536
+-l 127.0.0.1:99999999999
+-l 127.0.0.1:-1
+-l 127.0.0.1:80x
+-l
+-m 0
+-m x
+-m -1
+-m 99999999999999999999
+-t 0
+-t 1s
+-x ftp://127.0.0.1:21
+-x http://
+-x http://127.0.0.1:0
+-x socks5://127.0.0.1:65536
+-x nonsense
+-b not-an-address
+-l 127.0.0.1:0 operand
+END
+}
+
+test_start_failures() { # what fails at run time: one clear line, exit 1
+	start_proxy
+	run_proxy -l "$proxy"
+	[ $status = 1 ] || fail "port in use: exit status $status"
+	grep "^proxy: .*$proxy.*" errors > /dev/null ||
+		fail "port in use: says $(cat errors)"
+	[ "$(wc -l < errors)" = 1 ] || fail "port in use: more than one line"
+	run_proxy -l 127.0.0.1:0 -o "$T/none/log"
+	[ $status = 1 ] || fail "no log directory: exit status $status"
+	grep "^proxy: .*$T/none/log: ..*" errors > /dev/null ||
+		fail "no log directory: says $(cat errors)"
+	run_proxy -l "$T/none/socket"
+	[ $status = 1 ] || fail "no socket directory: exit status $status"
+	run_proxy -l 127.0.0.1:0 -u no-such-user-here
+	[ $status = 1 ] || [ $status = 2 ] || fail "-u: exit status $status"
+	grep "^proxy: .*no-such-user-here" errors > /dev/null ||
+		fail "-u: says $(cat errors)"
+	served
+}
+
+test_start_help() { # -h and -V print to standard output and exit 0
+	run_proxy -h
+	[ $status = 0 ] || fail "-h: exit status $status"
+	grep -i '^usage' out > /dev/null || fail "-h prints no usage"
+	for option in l o x b a m t u v V h; do
+		grep -e "-$option" -e "-[a-zA-Z]*$option" out > /dev/null ||
+			fail "-h does not know -$option"
+	done
+	run_proxy -V
+	[ $status = 0 ] || fail "-V: exit status $status"
+	head -n 1 out | grep '^proxy [0-9]' > /dev/null ||
+		fail "-V prints $(head -n 1 out)"
+	grep '^buffer [0-9][0-9]*' out > /dev/null || fail "-V: no limits"
+}
+
+test_start_unix_socket() { # a UNIX socket: served, logged as unix, usable again
+	start_proxy -l "$T/p.sock"
+	[ "$proxy" = "$T/p.sock" ] || fail "banner says $proxy"
+	play 'over a UNIX socket' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+	sees   ok
+	log    ^unix - - \[DATE\] "GET http://%O/ HTTP/1.1" 200 2 .* end=done
+END
+	stop_proxy
+	start_proxy -l "$T/p.sock"
+	served
+}
+
+# ---- 5. Forwarding: one request and its answer -----------------------------
+
+test_forward_get() { # a plain GET, all its lines and its log line
+	play 'GET by length' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nDate: Sun, 06 Nov 1994 08:49:37 GMT\n
+	origin send Content-Length: 5\nX-Odd:\nx-odd: 2\n\nhello
+	client send GET http://%O/a?b=c HTTP/1.1\nHost: %O\nUser-Agent: play/1\n
+	client send Referer: http://x/\nAccept: */*\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+	sees+  Date: Sun, 06 Nov 1994 08:49:37 GMT
+	sees   Content-Length: 5
+	sees+~ ^X-Odd: ?$
+	sees+  x-odd: 2
+	sees   Via: 1.1 proxy-ID
+	sees   hello
+	sees+  -- end open
+	sees!~ ^(Connection: close|Proxy-Status|Age|Transfer-Encoding)
+	gets   GET /a?b=c HTTP/1.1
+	gets+  Host: %O
+	gets   User-Agent: play/1
+	gets+  Referer: http://x/
+	gets+  Accept: */*
+	gets   Via: 1.1 proxy-ID
+	gets!~ ^(Connection|Keep-Alive|Forwarded|X-Forwarded|Transfer-Enc|Content-L)
+	log    ^127.0.0.1 - - \[DATE\] "GET http://%O/a\?b=c HTTP/1.1" 200 5 "http://x/" "play/1" up=0 dns=- connect=N first=N total=N server=%O end=done$
+END
+	play 'the path of a URL without one is /' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 0\n\n
+	origin loop
+	client send GET http://%O HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O?q/r HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET HTTP://%O/%7euser/../x;y=z?a/b?c HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees#  3 ^HTTP/1.1 200
+	gets   GET / HTTP/1.1
+	gets   GET /?q/r HTTP/1.1
+	gets   GET /%7euser/../x;y=z?a/b?c HTTP/1.1
+END
+}
+
+test_forward_methods() { # every method passes, known or not, as it was spelt
+	script=$(for method in GET POST PUT DELETE OPTIONS PATCH PROPFIND BREW \
+	    M-SEARCH get 'X!#$&*+-.^_|~0'; do
+		cat <<END
+	client send $method http://%O/$method HTTP/1.1\nHost: %O\n\n
+	client answer
+	gets# 1 ^[^ ]* /$(printf %s "$method" | sed 's/[^A-Za-z0-9]/./g') HTTP/1.1$
+	gets# 1 ^$(printf %s "$method" | sed 's/[^A-Za-z0-9]/./g') /
+	log "$(printf %s "$method" | sed 's/[^A-Za-z0-9]/./g') http://%O/.* HTTP/1.1" 200 2
+END
+	done)
+	play 'methods' <<END
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin loop
+	$script
+	sees# 11 ^HTTP/1.1 200 OK
+END
+}
+
+test_forward_http10_client() { # HTTP/1.0 clients: no chunks, closed at the end
+	play 'chunked answer' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n
+	origin send 5\nhello\n6;x=y\n world\n0\nX-Trailer: 1\n\n
+	client send GET http://%O/ HTTP/1.0\n\n
+	client eof
+	sees   HTTP/1.1 200 OK
+	sees!~ ^(Transfer-Encoding|X-Trailer)
+	sees   hello world
+	sees+  -- end eof
+	gets   GET / HTTP/1.1
+	gets   Host: %O
+	log    "GET http://%O/ HTTP/1.0" 200 11 .* end=done
+END
+	play 'by length, keep-alive wished' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.0\nConnection: keep-alive\n
+	client send Proxy-Connection: keep-alive\n\n
+	client eof
+	sees   HTTP/1.1 200 OK
+	sees   ok
+	sees+  -- end eof
+	sees!~ ^(Connection|Proxy-Connection): *[Kk]eep
+END
+	play 'a request body by length' <<'END'
+	origin head
+	origin want 5
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send POST http://%O/ HTTP/1.0\nContent-Length: 5\n\nhello
+	client eof
+	sees   ok
+	gets   POST / HTTP/1.1
+	gets   hello
+	log    "POST http://%O/ HTTP/1.0" 200 2 .* up=5
+END
+}
+
+test_forward_http10_server() { # HTTP/1.0 servers: body to the close
+	play 'to the close' <<'END'
+	origin head
+	origin send HTTP/1.0 200 OK\nX-A: b\n\nhello
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+	sees   X-A: b
+	sees~  ^Via: 1\.[01] proxy-ID$
+	sees   hello
+	log    200 5 .* end=done
+END
+	play 'by length, then the next on another connection' <<'END'
+	origin head
+	origin send HTTP/1.0 200 Fine thing\nContent-Length: 5\n\nhello
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 200 Fine thing
+	sees   helloHTTP/1.1 200 Fine thing
+	gets#  2 ^-- connection
+END
+	play '1.1 to the close' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\n\nhel
+	origin stall 50
+	origin send lo
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+	log    200 5 .* end=done
+END
+}
+
+test_forward_keepalive() { # many requests on one client connection
+	play 'three in turn' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\none
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n3\ntwo\n0\n\n
+	origin head
+	origin send HTTP/1.1 404 No\nContent-Length: 5\n\nthree
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/3 HTTP/1.1\nHost: %O\nConnection: close\n\n
+	client eof
+	sees   oneHTTP/1.1 200 OK
+	sees   two
+	sees   HTTP/1.1 404 No
+	sees   Connection: close
+	sees   three
+	sees+  -- end eof
+	gets#  1 ^-- connection
+	gets   GET /3 HTTP/1.1
+	log    /1 HTTP/1.1" 200 3
+	log    /2 HTTP/1.1" 200 3
+	log    /3 HTTP/1.1" 404 5
+END
+	play 'empty lines before a request are ignored (RFC 9112 section 2.2)' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send \n\nGET http://%O/1 HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+END
+}
+
+test_forward_pipelining() { # requests in one write, answers in order
+	play 'three in one write, the first is slow' <<'END'
+	origin head
+	origin stall 200
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\none\l
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n4\ntwo\l\n0\n\n
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 6\n\nthree\l
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\nGET http://%O/2 HTTP/1.1\nHost: %O\n\nGET http://%O/3 HTTP/1.1\nHost: %O\nConnection: close\n\n
+	client eof
+	sees   one\l
+	sees   two\l
+	sees   three\l
+	sees+  -- end eof
+	gets   GET /1 HTTP/1.1
+	gets   GET /2 HTTP/1.1
+	gets   GET /3 HTTP/1.1
+	log    /1 HTTP/1.1" 200 4
+	log    /2 HTTP/1.1" 200 4
+	log    /3 HTTP/1.1" 200 6
+END
+	play 'one byte at a time, a body between' <<'END'
+	origin head
+	origin want 5
+	origin chop 1 1 HTTP/1.1 200 OK\nContent-Length: 4\n\none\l
+	---
+	origin next
+	origin head
+	origin chop 1 1 HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n4\ntwo\l\n0\n\n
+	client chop 1 1 POST http://%O/1 HTTP/1.1\nHost: %O\nContent-Length: 5\n\nhelloGET http://%O/2 HTTP/1.1\nHost: %O\nConnection: close\n\n
+	client eof
+	sees   one\l
+	sees   two\l
+	gets   POST /1 HTTP/1.1
+	gets   hello
+	gets   GET /2 HTTP/1.1
+	log    /1 HTTP/1.1" 200 4 .* up=5
+	log    /2 HTTP/1.1" 200 4 .* up=0
+END
+	play 'a hundred at once, then half-closed' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\nok\l
+	origin loop
+	client send \{100:GET http://%O/n HTTP/1.1\nHost: %O\n\n}
+	client shut
+	client eof
+	sees#  100 ^ok.l
+	gets#  100 ^GET /n HTTP/1.1
+	log#   100 "GET http://%O/n HTTP/1.1" 200 3
+END
+}
+
+test_forward_date() { # a response without Date gets one
+	play 'Date is added' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees#  1 ^Date: [A-Z][a-z][a-z], [0-3][0-9] [A-Z][a-z][a-z] 20[0-9][0-9] [0-9:]* GMT$
+END
+}
+
+test_forward_head_204_304() { # answers without a body, whatever their fields say
+	play 'HEAD by length and chunked, with a liar' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 5000\n\n
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\nliar
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\ntrue
+	client send HEAD http://%O/1 HTTP/1.1\nHost: %O\n\n
+	client answer head
+	client send HEAD http://%O/2 HTTP/1.1\nHost: %O\n\n
+	client answer head
+	client send HEAD http://%O/3 HTTP/1.1\nHost: %O\n\n
+	client answer head
+	client quiet 100
+	client send GET http://%O/4 HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   Content-Length: 5000
+	sees   Content-Length: 4
+	sees   true
+	sees!~ liar
+	log    "HEAD http://%O/1 HTTP/1.1" 200 0
+	log    "HEAD http://%O/2 HTTP/1.1" 200 0
+	log    "HEAD http://%O/3 HTTP/1.1" 200 0
+	log    "GET http://%O/4 HTTP/1.1" 200 4
+END
+	play '204 and 304' <<'END'
+	origin head
+	origin send HTTP/1.1 204 No\nContent-Length: 5\n\n
+	origin head
+	origin send HTTP/1.1 304 Not\nContent-Length: 5000\n\n
+	origin head
+	origin send HTTP/1.1 304 Not\nTransfer-Encoding: chunked\n\n
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\ntrue
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/3 HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/4 HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 204 No
+	sees   HTTP/1.1 304 Not
+	sees   HTTP/1.1 304 Not
+	sees   true
+	gets#  1 ^-- connection
+	log    /1 HTTP/1.1" 204 0
+	log    /2 HTTP/1.1" 304 0
+	log    /3 HTTP/1.1" 304 0
+	log    /4 HTTP/1.1" 200 4
+END
+}
+
+test_forward_interim() { # 100, 102, 103 reach 1.1 clients only
+	play 'to a 1.1 client' <<'END'
+	origin head
+	origin send HTTP/1.1 100 Continue\n\nHTTP/1.1 102 Processing\n\n
+	origin stall 50
+	origin send HTTP/1.1 103 Early Hints\nLink: </a>\n\n
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 100 Continue
+	sees   HTTP/1.1 102 Processing
+	sees   HTTP/1.1 103 Early Hints
+	sees   Link: </a>
+	sees   HTTP/1.1 200 OK
+	sees   ok
+	log    "GET http://%O/ HTTP/1.1" 200 2
+END
+	play 'not to a 1.0 client' <<'END'
+	origin head
+	origin send HTTP/1.1 100 Continue\n\n
+	origin send HTTP/1.1 103 Early Hints\nLink: </a>\n\n
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.0\n\n
+	client eof
+	sees   HTTP/1.1 200 OK
+	sees   ok
+	sees#  1 ^HTTP/
+	sees!~ ^Link
+END
+	play 'a thousand of them do not end the proxy' <<'END'
+	origin head
+	origin send \{1000:HTTP/1.1 103 Early Hints\nLink: </a>\n\n}
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^HTTP/1.1 (200|502)
+END
+}
+
+test_forward_upgrade() { # 101 turns the exchange into a tunnel
+	play 'WebSocket' <<'END'
+	origin head
+	origin send HTTP/1.1 101 Switching Protocols\nUpgrade: websocket\nConnection: Upgrade\n\nfirst
+	origin want 4
+	origin skip 100000
+	origin send pong
+	origin eof
+	client send GET http://%O/ws HTTP/1.1\nHost: %O\nUpgrade: websocket\nConnection: keep-alive, Upgrade\nSec-WebSocket-Key: x\n\n
+	client answer
+	client until first
+	client send ping
+	client fill 100000
+	client until pong
+	client shut
+	client eof
+	sees   HTTP/1.1 101 Switching Protocols
+	sees   Upgrade: websocket
+	sees   firstpong
+	sees+  -- end eof
+	gets   GET /ws HTTP/1.1
+	gets~  ^Upgrade: websocket$
+	gets!~ ^Connection:.*keep-alive
+	gets#  1 ^Connection: [Uu]pgrade$
+	log    "GET http://%O/ws HTTP/1.1" 101 9 .* up=100004 .* end=client
+END
+	play 'refused by the origin: an ordinary answer' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ws HTTP/1.1\nHost: %O\nUpgrade: websocket\nConnection: Upgrade\n\n
+	client answer
+	client send GET http://%O/ws HTTP/1.1\nHost: %O\nConnection: close\n\n
+	client answer
+	sees#  2 HTTP/1.1 200 OK
+END
+	play '101 that nobody asked for' <<'END'
+	origin head
+	origin send HTTP/1.1 101 Switching Protocols\nUpgrade: x\nConnection: Upgrade\n\nevil
+	client send GET http://%O/ws HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^HTTP/1.1 502
+	sees!~ evil
+	log    502 .* why="
+END
+}
+
+test_forward_options_trace() { # Max-Forwards; OPTIONS *
+	play 'counted down' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin loop
+	client send OPTIONS http://%O/a HTTP/1.1\nHost: %O\nMax-Forwards: 10\n\n
+	client answer
+	client send TRACE http://%O/b HTTP/1.1\nHost: %O\nmax-forwards: 1\n\n
+	client answer
+	client send GET http://%O/c HTTP/1.1\nHost: %O\nMax-Forwards: 0\n\n
+	client answer
+	client send OPTIONS http://%O HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees#  4 HTTP/1.1 200 OK
+	gets   OPTIONS /a HTTP/1.1
+	gets   Max-Forwards: 9
+	gets   TRACE /b HTTP/1.1
+	gets~  ^[Mm]ax-[Ff]orwards: 0$
+	gets   GET /c HTTP/1.1
+	gets   Max-Forwards: 0
+	gets   OPTIONS * HTTP/1.1
+END
+	play 'answered here at zero' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nno
+	client send TRACE http://%O/b HTTP/1.1\nHost: %O\nX-A: b\nMax-Forwards: 0\nProxy-Authorization: Basic c2VjcmV0\nAuthorization: Basic c2VjcmV0\nCookie: c00kie\n\n
+	client answer
+	client send OPTIONS http://%O/a HTTP/1.1\nHost: %O\nMax-Forwards: 0\n\n
+	client answer
+	client send OPTIONS * HTTP/1.1\nHost: %P\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+	sees~  ^Content-Type: message/http
+	sees   TRACE http://%O/b HTTP/1.1
+	sees   X-A: b
+	sees~  ^HTTP/1.1 20[04]
+	sees~  ^HTTP/1.1 20[04]
+	sees#  3 HTTP/1.1 20[04]
+	sees!~ (c2VjcmV0|c00kie)
+	gets!~ .
+	log    "TRACE http://%O/b HTTP/1.1" 200
+	log    "OPTIONS http://%O/a HTTP/1.1" 20[04]
+	log    "OPTIONS \* HTTP/1.1" 20[04]
+END
+}
+
+# ---- 6. Bodies -------------------------------------------------------------
+
+test_body_request() { # request bodies by length and chunked, with trailers
+	play 'by length' <<'END'
+	origin head
+	origin want 5
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 5\n\nhe
+	client stall 50
+	client send llo
+	client answer
+	sees   ok
+	gets   POST / HTTP/1.1
+	gets   Content-Length: 5
+	gets   hello
+	log    "POST http://%O/ HTTP/1.1" 200 2 .* up=5 .* end=done
+END
+	play 'of no bytes' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 0\n\n
+	client answer
+	gets   Content-Length: 0
+	sees   ok
+END
+	play 'chunked, with extensions and a trailer' <<'END'
+	origin head
+	origin until \n0\n
+	origin until \n\n
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\nTrailer: X-Sum\n\n
+	client send 5;ext="a;b\\"c"\nhello\n
+	client chop 1 1 0000A\n, everyone\n0\nX-Sum: 15\n\n
+	client answer
+	sees   ok
+	gets   POST / HTTP/1.1
+	gets   Transfer-Encoding: chunked
+	gets   X-Sum: 15
+	gets!~ (^Content-Length|ext=)
+	log    "POST http://%O/ HTTP/1.1" 200 2 .* up=15 .* end=done
+END
+	play 'coding name in another case' <<'END'
+	origin head
+	origin until \n0\n\n
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send PUT http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding: Chunked\n\n2\nhi\n0\n\n
+	client answer
+	sees   ok
+	gets~  ^Transfer-Encoding: [Cc]hunked$
+	gets   hi
+END
+	play 'GET with a body' <<'END'
+	origin head
+	origin want 5
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin loop
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\nContent-Length: 5\n\nhello
+	client answer
+	client send GET http://%O/2 HTTP/1.1\nHost: %O\nContent-Length: 5\n\nagain
+	client answer
+	sees#  2 HTTP/1.1 200 OK
+	gets#  1 ^helloGET|^hello$
+	gets~  again$
+END
+}
+
+test_body_large() { # megabytes both ways, streamed, in other pieces than they came
+	play '3 MB up by length, down chunked' <<'END'
+	origin head
+	origin skip 3000000
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n
+	origin send 2DC6C0\n
+	origin fill 3000000
+	origin send \n0\n\n
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 3000000\n\n
+	client fill 3000000
+	client answer
+	sees   HTTP/1.1 200 OK
+	log    200 3000000 .* up=3000000 .* end=done
+END
+	play '3 MB up chunked, down by length to a 1.0 client' <<'END'
+	origin head
+	origin until \n0\n\n
+	origin send HTTP/1.1 200 OK\nContent-Length: 3000000\n\n
+	origin fill 3000000
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\nConnection: close\n\n
+	client send 2DC6C0\n
+	client fill 3000000
+	client send \n0\n\n
+	client until \n\n
+	client skip 3000000
+	client eof
+	sees   HTTP/1.1 200 OK
+	log    200 3000000 .* up=3000000 .* end=done
+END
+	play 'an answer that comes while the request goes: echo' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 3000000\n\n
+	origin swap 3000000
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 3000000\n\n
+	client until \n\n
+	client swap 3000000
+	sees   HTTP/1.1 200 OK
+	log    200 3000000 .* up=3000000 .* end=done
+END
+}
+
+test_body_expect() { # Expect: 100-continue (RFC 9110 section 10.1.1)
+	play 'continued' <<'END'
+	origin head
+	origin quiet 100
+	origin send HTTP/1.1 100 Continue\n\n
+	origin want 5
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 5\nExpect: 100-continue\n\n
+	client until HTTP/1.1 100 Continue\n
+	client until \n\n
+	client send hello
+	client answer
+	sees   HTTP/1.1 100 Continue
+	sees   HTTP/1.1 200 OK
+	sees   ok
+	gets   Expect: 100-continue
+	gets   hello
+	log    "POST http://%O/ HTTP/1.1" 200 2 .* up=5
+END
+	play 'refused: the body is never sent' <<'END'
+	origin head
+	origin send HTTP/1.1 417 No\nContent-Length: 2\n\nno
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 5\nExpect: 100-continue\n\n
+	client answer
+	sees   HTTP/1.1 417 No
+	sees   no
+	gets!  hello
+	log    "POST http://%O/ HTTP/1.1" 417 2 .* up=0
+END
+	play 'a 1.0 client gets no 100' <<'END'
+	origin head
+	origin send HTTP/1.1 100 Continue\n\n
+	origin want 5
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send POST http://%O/ HTTP/1.0\nContent-Length: 5\nExpect: 100-continue\n\nhello
+	client eof
+	sees#  1 ^HTTP/
+	sees   ok
+END
+}
+
+test_body_early_answer() { # an answer before the request body is finished
+	play '413, the server closes' <<'END'
+	origin head
+	origin want 1000
+	origin send HTTP/1.1 413 Too much\nContent-Length: 3\nConnection: close\n\nbig
+	origin close
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 50000000\n\n
+	client stuff 50000000
+	client answer
+	sees   HTTP/1.1 413 Too much
+	sees   big
+	log    "POST http://%O/ HTTP/1.1" 413 3
+END
+	play '413, the server goes on reading' <<'END'
+	origin head
+	origin send HTTP/1.1 413 Too much\nContent-Length: 3\n\nbig
+	origin skip 3000000
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 3000000\n\n
+	client until big
+	client stuff 3000000
+	sees   HTTP/1.1 413 Too much
+	sees   big
+	log    "POST http://%O/ HTTP/1.1" 413 3
+	gets~  ^-- end
+END
+}
+
+test_body_trailers() { # trailers of a response
+	play 'chunked with a trailer' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nTrailer: X-Sum\n\n
+	origin chop 1 1 3;a=b\none\n3\ntwo\n0\nX-Sum: 6\n\n
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nTE: trailers\nConnection: TE\n\n
+	client answer
+	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   Transfer-Encoding: chunked
+	sees   0
+	sees+  X-Sum: 6
+	sees+  
+	sees+  HTTP/1.1 200 OK
+	sees   ok
+	gets#  1 ^-- connection
+	log    200 6 .* end=done
+END
+}
+
+test_body_truncated() { # an answer cut short never looks whole
+	play 'by length' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 10\n\nhello
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   Content-Length: 10
+	sees   hello
+	sees~  ^-- end (eof|reset) answer
+	log    200 5 .* end=(server|reset) why="
+END
+	play 'chunked, between chunks' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   hello
+	sees!~ ^0+$
+	sees~  ^-- end (eof|reset) answer
+	log    200 5 .* end=(server|reset) why="
+END
+	play 'chunked, in a chunk' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n50\nhello
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   Transfer-Encoding: chunked
+	sees!~ ^0+$
+	sees~  ^-- end (eof|reset) answer
+	log    200 .* end=(server|reset) why="
+END
+	play 'chunked, before the end of the trailers' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n0\nX-T: 1\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   Transfer-Encoding: chunked
+	sees~  ^-- end (eof|reset) answer
+	log    200 5 .* end=(server|reset) why="
+END
+	play 'chunked, to a 1.0 client: only a reset tells' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n
+	origin stall 200
+	client send GET http://%O/ HTTP/1.0\n\n
+	client eof
+	sees   HTTP/1.1 200 OK
+	sees~  ^-- end reset
+	log    200 5 .* end=(server|reset) why="
+END
+	play 'to the close, but reset' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\n\nhello
+	origin stall 200
+	origin reset
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client eof
+	sees   HTTP/1.1 200 OK
+	sees!~ ^0+$
+	sees~  ^-- end
+	log    200 5 .* end=(server|reset) why="
+END
+	play 'to the close, but reset, to a 1.0 client' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\n\nhello
+	origin stall 200
+	origin reset
+	client send GET http://%O/ HTTP/1.0\n\n
+	client eof
+	sees   HTTP/1.1 200 OK
+	sees~  ^-- end reset
+	log    200 5 .* end=(server|reset) why="
+END
+}
+
+test_body_client_leaves() { # a client that goes away
+	play 'in its request body' <<'END'
+	origin head
+	origin eof
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 50\n\nhello
+	client stall 100
+	client close
+	gets   Content-Length: 50
+	gets   hello
+	gets~  ^-- end (eof|reset)
+	log    "POST http://%O/ HTTP/1.1" 499 0 .* up=5 .* end=(client|reset) why="
+END
+	play 'before the answer' <<'END'
+	origin head
+	origin eof
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client stall 100
+	client reset
+	gets   GET / HTTP/1.1
+	gets~  ^-- end (eof|reset)
+	log    "GET http://%O/ HTTP/1.1" 499 0 .* end=(client|reset)
+END
+	play 'in the answer' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 50000000\n\n
+	origin stuff 50000000
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client until \n\n
+	client want 50000
+	client reset
+	gets~  ^-- end
+	log    "GET http://%O/ HTTP/1.1" 200 [1-9][0-9]* .* end=(client|reset)
+END
+	play 'half-closed after its request: still answered' <<'END'
+	origin head
+	origin stall 100
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client shut
+	client eof
+	sees   HTTP/1.1 200 OK
+	sees   ok
+	sees+  -- end eof
+	log    "GET http://%O/ HTTP/1.1" 200 2 .* end=done
+END
+}
+
+# ---- The run ---------------------------------------------------------------
+
+# Builds proxy.c with more flags than CFLAGS: build OUTPUT FLAG...
+build() {
+	build_out=$1
+	shift
+	# shellcheck disable=SC2086 # flags are words
+	$cc $cflags "$@" -o "$build_out~" "$here/proxy.c" \
+	    > "$build_out.errors" 2>&1 && mv "$build_out~" "$build_out"
+	echo $? > "$build_out.status"
+}
+
+# Waits for a build that was started in the background.
+built() {
+	wait_for 120 "[ -f $1.status ]" || fail "$1 is not built in time"
+	[ -x "$1" ] || fail "cc: $(head -n 1 "$1.errors")"
+}
+
+# Runs every test that no other lane has taken.
+lane() {
+	for lane_test in $tests; do
+		mkdir "$work/t.$lane_test" 2> /dev/null || continue
+		run_test "$lane_test"
+	done
+}
+
+clean_up() {
+	trap '' HUP INT TERM
+	for clean_pid in $lanes; do
+		kill -TERM "$clean_pid" 2> /dev/null
+	done
+	wait
+	rm -rf "$work"
+}
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/proxy-test.XXXXXX") || exit 1
+lanes=
+trap clean_up EXIT
+trap 'exit 1' HUP INT TERM
+peer=$work/peer
+write_peer
+write_check
+if ! $cc -o "$peer" "$work/peer.c"; then
+	echo "test.sh: cannot build the helper program" >&2
+	exit 1
+fi
+proxy_bin=${PROXY:-$work/proxy}
+quick_bin=$work/quick
+build "$quick_bin" $quick_flags &
+lanes="$lanes $!"
+if [ -z "${PROXY-}" ]; then
+	build "$proxy_bin"
+	if [ ! -x "$proxy_bin" ]; then
+		cat "$proxy_bin.errors" >&2
+		exit 1
+	fi
+fi
+
+tests=$(sed -n 's/^test_\([a-z0-9_]*\)() {.*/\1/p' "$self")
+if [ $# -gt 0 ]; then
+	wanted=
+	for test in $tests; do
+		for word; do
+			case $test in
+			*"$word"*) wanted="$wanted $test"; break ;;
+			esac
+		done
+	done
+	tests=$wanted
+fi
+read_limits
+
+n=0
+while [ $n -lt "${JOBS:-4}" ]; do
+	lane &
+	lanes="$lanes $!"
+	n=$((n + 1))
+done
+number=0
+passed=0
+failed=0
+skipped=0
+for test in $tests; do
+	until [ -f "$work/t.$test/.result" ]; do
+		"$peer" sleep 100
+	done
+	number=$((number + 1))
+	result=$(cat "$work/t.$test/.result")
+	printf '%s\n' "$result" | sed "s/ok - /ok $number - /"
+	case $result in
+	*' # SKIP '*) skipped=$((skipped + 1)) ;;
+	ok*) passed=$((passed + 1)) ;;
+	*)
+		failed=$((failed + 1))
+		[ $verbose = 0 ] || for file in .out log err; do
+			sed "s/^/#   $file: /" "$work/t.$test/$file"
+		done 2> /dev/null
+		;;
+	esac
+done
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed = 0 ]
