@@ -145,8 +145,8 @@ enum limit {
 	TAIL_ROOM = 16,
 	/* RFC 9112 section 3 asks for 8000 bytes of request line at least. */
 	LINE_WISH = BUFFER_SIZE / 4 > 8192 ? BUFFER_SIZE / 4 : 8192,
-	LINE_MAX_BYTES =
-	    LINE_WISH < BUFFER_SIZE - 1024 ? LINE_WISH : BUFFER_SIZE - 1024,
+	LINE_MAX_BYTES = LINE_WISH < BUFFER_SIZE - 1024 ? LINE_WISH :
+							  BUFFER_SIZE - 1024,
 	/* Fields in a head: browsers send 20, the worst sites answer 60. */
 	FIELDS_MAX = 128,
 	/* A DNS name has at most 253 characters. */
@@ -185,6 +185,8 @@ enum limit {
 	ACCEPTS_MAX = 64,
 	/* Without an event for this long a descriptor leaves the prefix. */
 	COLD_MS = 500,
+	/* With fewer outside the prefix the whole is always polled. */
+	COLD_MIN = 16,
 	/* What a tunnel keeps of its request for the log. */
 	NOTE_MAX = 256,
 	/* Bytes of each piece of payload that -vv shows. */
@@ -462,9 +464,9 @@ struct facts {
 	enum refusal refusal;
 	enum end end;
 	enum greeting greeting;
-	int status;       /* sent to the client, 0: none yet */
-	int connect_errno; /* why the last address failed */
-	unsigned interims; /* 1xx responses so far */
+	int status;               /* sent to the client, 0: none yet */
+	int connect_errno;        /* why the last address failed */
+	unsigned interims;        /* 1xx responses so far */
 	unsigned addresses, next; /* of the list below: known, tried */
 	unsigned tries;           /* connections in table `others` */
 	bool close;               /* the client's connection ends after this */
@@ -472,9 +474,9 @@ struct facts {
 	bool reused;              /* it has served one before */
 	bool fresh;               /* it must be a new one */
 	bool tunnel;
-	bool upgrade; /* the client asked to switch protocols */
-	bool local;   /* answered from memory */
-	struct address server;               /* the one in use */
+	bool upgrade;          /* the client asked to switch protocols */
+	bool local;            /* answered from memory */
+	struct address server; /* the one in use */
 	struct address list[ADDRESSES_MAX]; /* of the next hop */
 	int64_t start;     /* ms: the first byte of the request came */
 	int64_t asked;     /* the name was asked for */
@@ -487,15 +489,15 @@ struct facts {
 /* One slot: a client's connection and what is being done for it. */
 struct exchange {
 	enum phase phase;
-	bool again;   /* is in the list below */
-	bool served;  /* this connection has had an exchange before */
+	bool again;  /* is in the list below */
+	bool served; /* this connection has had an exchange before */
 	uint64_t number;
-	int64_t since;    /* ms: when the phase began */
-	int64_t moved;    /* when a byte last moved */
-	int64_t deadline; /* when to look at it again at the latest */
-	struct exchange *next;       /* in the list of free slots */
+	int64_t since;         /* ms: when the phase began */
+	int64_t moved;         /* when a byte last moved */
+	int64_t deadline;      /* when to look at it again at the latest */
+	struct exchange *next; /* in the list of free slots */
 	struct exchange *next_again; /* of those to run */
-	struct address peer;   /* the client's */
+	struct address peer;         /* the client's */
 	struct conn client, server;
 	struct flow up, down;
 	struct facts facts;
@@ -505,9 +507,9 @@ struct exchange {
 /* A connection outside an exchange's own two; see section 5. */
 struct other {
 	struct conn conn;
-	struct address address; /* where it leads */
+	struct address address;     /* where it leads */
 	char beyond[HOST_MAX + 10]; /* host:port behind a SOCKS parent, or "" */
-	int64_t since;             /* ms: idle since then */
+	int64_t since;              /* ms: idle since then */
 };
 
 struct listener {
@@ -516,7 +518,12 @@ struct listener {
 	const char *path; /* of a UNIX socket */
 };
 
-enum name_state { NAME_EMPTY, NAME_WANTED, NAME_ASKED, NAME_KNOWN };
+enum name_state {
+	NAME_EMPTY,
+	NAME_WANTED,
+	NAME_ASKED,
+	NAME_KNOWN
+};
 
 struct name {
 	char host[HOST_MAX + 1];
@@ -541,7 +548,11 @@ struct answer {
 	struct address list[ADDRESSES_MAX];
 };
 
-enum parent_kind { PARENT_NONE, PARENT_HTTP, PARENT_SOCKS };
+enum parent_kind {
+	PARENT_NONE,
+	PARENT_HTTP,
+	PARENT_SOCKS
+};
 
 struct parent {
 	enum parent_kind kind;
@@ -612,14 +623,14 @@ static struct {
 static struct {
 	int fd; /* -1: syslog */
 	bool syslog, complained, colour;
-	bool regular; /* a file: a write to it never waits */
+	bool regular;           /* a file: a write to it never waits */
 	struct buffer *pending; /* lines of this turn */
 	uint64_t lost;
 } logs = { .fd = STDOUT_FILENO };
 
 static struct conn signal_conn;
 static int signal_pipe[2] = { -1, -1 };
-static int64_t stop_at; /* ms: draining until then; 0: not asked to stop */
+static int64_t stop_at;    /* ms: draining until then; 0: not asked to stop */
 static char pseudonym[32]; /* our name in Via and Proxy-Status */
 static char host_name[HOST_MAX + 1]; /* the machine's */
 
@@ -836,7 +847,8 @@ base64_encode(const char *from, size_t n, char *to)
 	size_t i;
 
 	for (i = 0; i < n; i += 3) {
-		unsigned long bits = (unsigned long)(unsigned char)from[i] << 16;
+		unsigned long bits = (unsigned long)(unsigned char)from[i]
+		    << 16;
 
 		if (i + 1 < n)
 			bits |= (unsigned long)(unsigned char)from[i + 1] << 8;
@@ -929,7 +941,8 @@ static size_t
 buffer_room(const struct buffer *b)
 {
 	return b->end < BUFFER_ROOM - TAIL_ROOM ?
-	    BUFFER_ROOM - TAIL_ROOM - b->end : 0;
+	    BUFFER_ROOM - TAIL_ROOM - b->end :
+	    0;
 }
 
 /* Appends t whole, or notes that it did not fit. */
@@ -1153,8 +1166,7 @@ conn_close(struct conn *c, bool reset)
  * c's connection, with its buffers, becomes to's.  c is none afterwards.
  */
 static void
-conn_move(struct conn *c, struct conn *to, enum role role,
-    struct exchange *x)
+conn_move(struct conn *c, struct conn *to, enum role role, struct exchange *x)
 {
 	*to = *c;
 	to->role = role;
@@ -1855,7 +1867,7 @@ head_framing(const struct head *h, enum framing *framing, uint64_t *length)
 	if (counted < 0)
 		return counted;
 	*framing = chunked ? FRAMING_CHUNKED :
-	    counted	   ? FRAMING_LENGTH :
+	    counted        ? FRAMING_LENGTH :
 			     FRAMING_NONE;
 	return 1;
 }
@@ -1943,7 +1955,8 @@ target_parse(struct text t, enum method method, struct target *target)
 		target->form = FORM_AUTHORITY;
 		target->path = text_cut(t.at, 0);
 		return text_find(t, '/') < t.len ?
-		    -REFUSE_FORM : authority_parse(t, 0, target);
+		    -REFUSE_FORM :
+		    authority_parse(t, 0, target);
 	}
 	if (text_find(t, '#') < t.len)
 		return -REFUSE_FRAGMENT;
@@ -2004,7 +2017,8 @@ static int
 request_line_parse(struct text line, struct request *r)
 {
 	size_t first = text_find(line, ' ');
-	struct text rest = text_from(line, first < line.len ? first + 1 : first);
+	struct text rest =
+	    text_from(line, first < line.len ? first + 1 : first);
 	size_t second = text_find(rest, ' ');
 	int verdict;
 
@@ -2240,7 +2254,8 @@ chunk_byte(struct flow *f, char c)
 	}
 	if (f->chunk == CHUNK_SIZE_LF && f->left > 0) {
 		size_t share = f->left > CHUNK_EXCESS_MAX ?
-		    CHUNK_EXCESS_MAX : (size_t)f->left * 2 + 16;
+		    CHUNK_EXCESS_MAX :
+		    (size_t)f->left * 2 + 16;
 
 		f->excess -= f->excess < share ? f->excess : share;
 		f->chunk = CHUNK_DATA;
@@ -2333,8 +2348,8 @@ flow_decode(struct flow *f, struct buffer *b, bool eof)
 	if (f->from == FRAMING_CHUNKED && b != NULL) {
 		chunks_decode(f, b);
 		raw = buffer_len(b) - f->ready;
-		if (!f->whole && f->chunk == CHUNK_TRAILER &&
-		    f->ready == 0 && raw >= BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM)
+		if (!f->whole && f->chunk == CHUNK_TRAILER && f->ready == 0 &&
+		    raw >= BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM)
 			f->broken = true;
 	} else if (f->from == FRAMING_LENGTH) {
 		if (raw > f->left)
@@ -2637,7 +2652,8 @@ names_helper(int questions, int answers)
 		pid_t pid;
 
 		while (children > 0 &&
-		    waitpid(-1, NULL, children < QUESTIONS_MAX ? WNOHANG : 0) > 0)
+		    waitpid(-1, NULL, children < QUESTIONS_MAX ? WNOHANG : 0) >
+			0)
 			children--;
 		pid = fork();
 		if (pid == 0) {
@@ -2772,11 +2788,12 @@ names_take(void)
 			continue;
 		name->state = NAME_KNOWN;
 		name->error = answer.error ? answer.error :
-		    answer.n ? 0 : EAI_NONAME;
+		    answer.n               ? 0 :
+					     EAI_NONAME;
 		name->n = answer.n;
 		memcpy(name->list, answer.list, sizeof(name->list));
-		name->until = now.ms +
-		    (name->error ? NAME_FAILED_MS : NAME_KEPT_MS);
+		name->until =
+		    now.ms + (name->error ? NAME_FAILED_MS : NAME_KEPT_MS);
 		some = true;
 	}
 	if (n == 0)
@@ -3010,8 +3027,10 @@ trace_line(const struct exchange *x, int colour, const char *mark,
 {
 	char line[1024];
 	int n = snprintf(line, sizeof(line), "%s#%llu %s%.*s%s\n",
-	    logs.colour ? (colour == 0 ? "\033[2m" : colour == 1 ?
-		"\033[36m" : "\033[33m") : "",
+	    logs.colour ? (colour == 0        ? "\033[2m" :
+				  colour == 1 ? "\033[36m" :
+						"\033[33m") :
+			  "",
 	    (unsigned long long)x->number, mark, t.len > 900 ? 900 : (int)t.len,
 	    t.at, logs.colour ? "\033[0m" : "");
 
@@ -3029,8 +3048,8 @@ trace(const struct exchange *x, const char *format, ...)
 
 	if (options.verbose == 0)
 		return;
-	n = snprintf(text, sizeof(text), "* %lld ms ", x->facts.start ?
-	    (long long)(now.ms - x->facts.start) : 0LL);
+	n = snprintf(text, sizeof(text), "* %lld ms ",
+	    x->facts.start ? (long long)(now.ms - x->facts.start) : 0LL);
 	va_start(args, format);
 	(void)vsnprintf(text + n, sizeof(text) - (size_t)n, format, args);
 	va_end(args);
@@ -3069,9 +3088,11 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 
 		line = trace_clean(line, clean, sizeof(clean));
 		if (name_is_among(text_trim(text_cut(clean,
-		    colon < line.len ? colon : line.len)), secret))
+				      colon < line.len ? colon : line.len)),
+			secret))
 			line.len = (size_t)snprintf(clean + colon,
-			    sizeof(clean) - colon, ": ***") + colon;
+				       sizeof(clean) - colon, ": ***") +
+			    colon;
 		trace_line(x, colour, prefix, line);
 	}
 }
@@ -3086,7 +3107,8 @@ trace_dump(const struct exchange *x, const char *mark, struct text t)
 	trace(x, "%s %lu bytes", mark, (unsigned long)t.len);
 	for (at = 0; at < t.len && at < DUMP_MAX; at += 16) {
 		struct text row = text_from(t, at);
-		int n = snprintf(text, sizeof(text), "%04lx ", (unsigned long)at);
+		int n =
+		    snprintf(text, sizeof(text), "%04lx ", (unsigned long)at);
 
 		if (row.len > 16)
 			row.len = 16;
@@ -3116,8 +3138,8 @@ trace_dump(const struct exchange *x, const char *mark, struct text t)
  * (each ends in CR LF), and body.
  */
 static void
-page_make(struct exchange *x, int status, const char *type,
-    const char *fields, struct text body)
+page_make(struct exchange *x, int status, const char *type, const char *fields,
+    struct text body)
 {
 	struct conn *s = &x->server;
 
@@ -3156,8 +3178,8 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 	(void)snprintf(fields, sizeof(fields),
 	    "Proxy-Status: %s; error=%s; details=\"%s\"\r\n"
 	    "Cache-Control: no-store\r\n%s%s",
-	    pseudonym, refusals[refusal].error, clean[0] ? clean :
-							   refusals[refusal].words,
+	    pseudonym, refusals[refusal].error,
+	    clean[0] ? clean : refusals[refusal].words,
 	    status == 503 ? "Retry-After: 5\r\n" : "",
 	    status == 405 ? "Allow: GET, HEAD\r\n" : "");
 	(void)snprintf(body, sizeof(body), "%d %s: %s\n%s%s", status,
@@ -3228,8 +3250,10 @@ page_is_ours(const struct exchange *x, const struct target *t)
 static void
 page_options(struct exchange *x)
 {
-	page_make(x, 200, NULL, "Allow: GET, HEAD, POST, PUT, DELETE, OPTIONS, "
-	    "TRACE, CONNECT\r\n", text_of(""));
+	page_make(x, 200, NULL,
+	    "Allow: GET, HEAD, POST, PUT, DELETE, OPTIONS, "
+	    "TRACE, CONNECT\r\n",
+	    text_of(""));
 }
 
 /*
@@ -3340,8 +3364,9 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 	if (f->start)
 		log_exchange(x);
 	trace(x, "ended by %s", ends[end]);
-	exchange_close(x, f->tunnel ||
-	    (x->phase == PHASE_RELAY && x->down.to == FRAMING_CLOSE));
+	exchange_close(x,
+	    f->tunnel ||
+		(x->phase == PHASE_RELAY && x->down.to == FRAMING_CLOSE));
 }
 
 /*
@@ -3388,7 +3413,7 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 		if (options.verbose > 1 && f->ready > old)
 			trace_dump(x, f == &x->up ? "c>s" : "s>c",
 			    text_cut(from->in->data + from->in->start + old,
-			    f->ready - old));
+				f->ready - old));
 		if (f->ready == 0 && !f->whole && !f->broken &&
 		    conn_read(from) && !from->error) {
 			moved = true;
@@ -3442,8 +3467,8 @@ request_take(struct exchange *x, size_t n)
 		rest = buffer_take();
 		if (rest == NULL)
 			return false;
-		buffer_append(rest, text_cut(head->data + head->start + n,
-		    more));
+		buffer_append(rest,
+		    text_cut(head->data + head->start + n, more));
 		head->end -= more;
 	}
 	x->facts.head = head;
@@ -3452,18 +3477,26 @@ request_take(struct exchange *x, size_t n)
 	return true;
 }
 
+/* What came, when it is no request: the log gets its first line. */
+static void
+request_spoil(struct exchange *x)
+{
+	struct text t = buffer_text(x->client.in);
+
+	x->facts.head = x->client.in;
+	x->client.in = NULL;
+	t.len = text_find(t, '\n');
+	if (t.len > 0 && t.at[t.len - 1] == '\r')
+		t.len--;
+	x->facts.uri = t;
+}
+
 /* Refuses what can't be parsed: where the next request begins is unknown. */
 static void
 request_reject(struct exchange *x, enum refusal refusal)
 {
-	struct text t = buffer_text(x->client.in);
-
+	request_spoil(x);
 	x->facts.close = true;
-	x->facts.head = x->client.in;
-	x->client.in = NULL;
-	x->facts.uri = text_cut(t.at, text_find(t, '\n'));
-	if (x->facts.uri.len > 0 && t.at[x->facts.uri.len - 1] == '\r')
-		x->facts.uri.len--;
 	exchange_refuse(x, refusal, "");
 }
 
@@ -3486,9 +3519,9 @@ request_note(struct exchange *x, const struct request *r)
 	f->upgrade = r->minor == 1 && head_field(&r->head, "Upgrade") &&
 	    head_lists(&r->head, "Connection", text_of("upgrade")) &&
 	    !head_lists(&r->head, "Upgrade", text_of("h2c"));
-	flow_start(&x->up, r->method == METHOD_CONNECT ? FRAMING_NONE :
-	    r->framing, r->framing, r->length);
-	flow_start(&x->down, FRAMING_NONE, FRAMING_NONE, 0);
+	flow_start(&x->up,
+	    r->method == METHOD_CONNECT ? FRAMING_NONE : r->framing, r->framing,
+	    r->length);
 }
 
 /* A request to ourselves: one of our pages, or a misunderstanding. */
@@ -3499,7 +3532,8 @@ request_local(struct exchange *x, const struct request *r)
 	struct target t;
 
 	if (authority_parse(host, 80, &t) != 1 || !page_is_ours(x, &t))
-		exchange_refuse(x, REFUSE_NOT_US, "as in GET "
+		exchange_refuse(x, REFUSE_NOT_US,
+		    "as in GET "
 		    "http://example.com/ HTTP/1.1");
 	else if (!text_is(r->uri, "/") && !text_is(r->uri, "/proxy.pac"))
 		exchange_refuse(x, REFUSE_PAGE, "it has / and /proxy.pac");
@@ -3526,8 +3560,8 @@ request_is_last(const struct request *r)
 
 	if (r->target.form == FORM_ASTERISK)
 		return 1;
-	if (field == NULL || (r->method != METHOD_TRACE &&
-	    r->method != METHOD_OPTIONS))
+	if (field == NULL ||
+	    (r->method != METHOD_TRACE && r->method != METHOD_OPTIONS))
 		return 0;
 	if (!number_parse(field->value, INT32_MAX, &hops))
 		return -REFUSE_HOPS;
@@ -3576,8 +3610,8 @@ request_accept(struct exchange *x, size_t n)
 	last = request_is_last(&r);
 	if (verdict != 1 || last < 0) {
 		x->facts.close = true;
-		exchange_refuse(x, (enum refusal)-(verdict != 1 ?
-		    verdict : last), "");
+		exchange_refuse(x,
+		    (enum refusal) - (verdict != 1 ? verdict : last), "");
 	} else if (r.target.form == FORM_ORIGIN)
 		request_local(x, &r);
 	else if (last) {
@@ -3612,9 +3646,11 @@ request_step(struct exchange *x)
 		if (x->facts.start == 0) {
 			x->facts.start = now.ms;
 			x->number = ++exchanges.count;
+			flow_start(&x->up, FRAMING_NONE, FRAMING_NONE, 0);
+			flow_start(&x->down, FRAMING_NONE, FRAMING_NONE, 0);
 		}
 		n = head_find(buffer_text(c->in), &c->seen);
-		refusal = n < 0 ? (enum refusal)-n : request_hopeless(c->in);
+		refusal = n < 0 ? (enum refusal) - n : request_hopeless(c->in);
 		if (refusal == REFUSE_HEAD_LONG && n > 0)
 			refusal = REFUSE_NONE;
 		if (refusal != REFUSE_NONE)
@@ -3627,7 +3663,7 @@ request_step(struct exchange *x)
 	if (!c->eof && !c->error)
 		return conn_read(c);
 	if (x->facts.start) {
-		x->facts.uri = buffer_text(c->in);
+		request_spoil(x);
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	} else
 		exchange_close(x, false);
@@ -3646,6 +3682,7 @@ resolve_step(struct exchange *x)
 	unsigned port = direct ? f->port : options.parent.port;
 	char string[HOST_MAX + 1], detail[DETAIL_MAX];
 	enum refusal refusal;
+	struct address target;
 	struct name *name;
 	unsigned i;
 
@@ -3674,6 +3711,10 @@ resolve_step(struct exchange *x)
 	}
 	f->resolved = now.ms;
 	refusal = rules_judge(&x->peer, direct, f->list, &f->addresses);
+	if (!direct && refusal == REFUSE_NONE &&
+	    address_parse(f->host, f->port, &target) &&
+	    address_is_guarded(&target) && !address_is_local(&x->peer))
+		refusal = REFUSE_GUARDED;
 	if (refusal != REFUSE_NONE) {
 		(void)snprintf(detail, sizeof(detail), "%s port %u", string,
 		    port);
@@ -3891,8 +3932,8 @@ login_append(const struct request *r, struct buffer *b)
 	if (options.parent.kind != PARENT_HTTP)
 		return;
 	if (options.parent.login) {
-		n = snprintf(plain, sizeof(plain), "%s:%s",
-		    options.parent.user, options.parent.password);
+		n = snprintf(plain, sizeof(plain), "%s:%s", options.parent.user,
+		    options.parent.password);
 		base64_encode(plain, (size_t)n, coded);
 		buffer_print(b, "Proxy-Authorization: Basic %s\r\n", coded);
 	} else if (own != NULL)
@@ -3903,8 +3944,9 @@ login_append(const struct request *r, struct buffer *b)
 static bool
 field_is_personal(struct text name)
 {
-	return options.anonymous && (text_starts(name, "X-Forwarded-") ||
-	    name_is_among(name, fields_of_person));
+	return options.anonymous &&
+	    (text_starts(name, "X-Forwarded-") ||
+		name_is_among(name, fields_of_person));
 }
 
 /* One field of the request to the next hop, or nothing. */
@@ -3946,8 +3988,7 @@ connection_append(const struct exchange *x, const struct request *r,
 		if (text_is(r->head.fields[i].name, "Upgrade"))
 			field_append(b, &r->head.fields[i]);
 	if (trailers || x->facts.upgrade)
-		buffer_print(b, "Connection: %s%s%s\r\n",
-		    trailers ? "TE" : "",
+		buffer_print(b, "Connection: %s%s%s\r\n", trailers ? "TE" : "",
 		    trailers && x->facts.upgrade ? ", " : "",
 		    x->facts.upgrade ? "upgrade" : "");
 }
@@ -4040,8 +4081,9 @@ connect_step(struct exchange *x)
 			connect_open(x);
 		return true;
 	}
-	if (f->next < f->addresses && ((s->fd == -1 && f->tries == 0) ||
-	    now.ms - f->tried >= NEXT_TRY_MS)) {
+	if (f->next < f->addresses &&
+	    ((s->fd == -1 && f->tries == 0) ||
+		now.ms - f->tried >= NEXT_TRY_MS)) {
 		unsigned next = f->next;
 
 		connect_next(x);
@@ -4059,8 +4101,9 @@ connect_step(struct exchange *x)
 static void
 greet_begin(struct buffer *b)
 {
-	buffer_append(b, options.parent.login ?
-	    text_cut("\5\2\0\2", 4) : text_cut("\5\1\0", 3));
+	buffer_append(b,
+	    options.parent.login ? text_cut("\5\2\0\2", 4) :
+				   text_cut("\5\1\0", 3));
 }
 
 static void
@@ -4118,8 +4161,10 @@ greet_length(enum greeting greeting, struct text t)
 		return 2;
 	if (t.len < 5)
 		return 5;
-	return type == 1 ? 10 : type == 4 ? 22 :
-	    type == 3 ? 7 + (size_t)(unsigned char)t.at[4] : 0;
+	return type == 1 ? 10 :
+	    type == 4    ? 22 :
+	    type == 3    ? 7 + (size_t)(unsigned char)t.at[4] :
+			   0;
 }
 
 /* The words for a reply code of RFC 1928 section 6. */
@@ -4131,8 +4176,8 @@ greet_words(unsigned char code)
 		"host unreachable", "connection refused", "TTL expired",
 		"it does not know CONNECT", "it does not know this address" };
 
-	return code < sizeof(words) / sizeof(words[0]) ?
-	    words[code] : "an unknown reply";
+	return code < sizeof(words) / sizeof(words[0]) ? words[code] :
+							 "an unknown reply";
 }
 
 /* The parent said t, a whole message: our answer into b, or a refusal. */
@@ -4187,8 +4232,9 @@ greet_step(struct exchange *x)
 		return true;
 	}
 	if (n == 0 || s->eof || s->error || s->deaf) {
-		exchange_refuse(x, REFUSE_PARENT, n == 0 ?
-		    "it does not speak SOCKS5" : "it closed the connection");
+		exchange_refuse(x, REFUSE_PARENT,
+		    n == 0 ? "it does not speak SOCKS5" :
+			     "it closed the connection");
 		return true;
 	}
 	return conn_read(s);
@@ -4225,8 +4271,8 @@ response_field_append(const struct exchange *x, const struct response *r,
 			return;
 		buffer_print(b, "Content-Length: %llu\r\n",
 		    (unsigned long long)length);
-	} else if (field_passes(&r->head, i) || (r->status == 407 &&
-	    text_is(field->name, "Proxy-Authenticate")))
+	} else if (field_passes(&r->head, i) ||
+	    (r->status == 407 && text_is(field->name, "Proxy-Authenticate")))
 		field_append(b, field);
 }
 
@@ -4385,8 +4431,9 @@ response_accept(struct exchange *x, size_t n)
 	}
 	f->answered = f->answered ? f->answered : now.ms;
 	if (response_wants_login(x, &r))
-		exchange_refuse(x, options.parent.login ?
-		    REFUSE_PARENT_LOGIN : REFUSE_LOGIN, "");
+		exchange_refuse(x,
+		    options.parent.login ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
+		    "");
 	else if (r.status == 101 && !f->upgrade)
 		exchange_refuse(x, REFUSE_UPGRADE, "");
 	else if (r.status == 101 ||
@@ -4423,8 +4470,11 @@ response_lost(struct exchange *x)
 	address_print(&f->server, words);
 	(void)snprintf(detail, sizeof(detail), "%s%s%s", words,
 	    error ? ": " : "", error ? strerror(error) : "");
-	exchange_refuse(x, bytes ? REFUSE_CUT_SHORT : error ? REFUSE_RESET :
-	    REFUSE_CLOSED, detail);
+	exchange_refuse(x,
+	    bytes     ? REFUSE_CUT_SHORT :
+		error ? REFUSE_RESET :
+			REFUSE_CLOSED,
+	    detail);
 }
 
 /* The head in front of b can't become whole: no room is left for it. */
@@ -4522,8 +4572,9 @@ tunnel_judge(struct exchange *x)
 	if (f->end == END_DONE)
 		f->end = c->eof ? END_CLIENT : s->eof ? END_SERVER : END_DONE;
 	if (((s->error || (s->deaf && !s->readable)) && c->out == NULL &&
-	    x->down.ready == 0) || ((c->error || (c->deaf && !c->readable)) &&
-	    s->out == NULL && x->up.ready == 0)) {
+		x->down.ready == 0) ||
+	    ((c->error || (c->deaf && !c->readable)) && s->out == NULL &&
+		x->up.ready == 0)) {
 		exchange_abort(x, END_RESET, REFUSE_NONE);
 		return true;
 	}
@@ -4640,8 +4691,8 @@ exchange_deadline(const struct exchange *x)
 	case PHASE_RESPONSE:
 		return x->moved + RESPONSE_MS;
 	case PHASE_RELAY:
-		return x->moved + (f->tunnel && half ?
-		    HALF_CLOSED_MS : options.idle_ms);
+		return x->moved +
+		    (f->tunnel && half ? HALF_CLOSED_MS : options.idle_ms);
 	case PHASE_LINGER:
 		return x->since + LINGER_MS;
 	default:
@@ -4676,8 +4727,9 @@ exchange_expire(struct exchange *x)
 		exchange_refuse(x, REFUSE_ANSWER_SLOW, detail);
 		break;
 	case PHASE_RELAY:
-		exchange_abort(x, f->tunnel && f->end != END_DONE ?
-		    END_LIMIT : END_IDLE, REFUSE_NONE);
+		exchange_abort(x,
+		    f->tunnel && f->end != END_DONE ? END_LIMIT : END_IDLE,
+		    REFUSE_NONE);
 		break;
 	case PHASE_LINGER:
 		exchange_close(x, false);
@@ -4714,6 +4766,23 @@ exchange_check(const struct exchange *x)
 }
 
 /*
+ * While a request is being served, the client may send the next, or go: that
+ * is read ahead, one buffer of it.  One that hung can't be answered any more.
+ */
+static void
+exchange_overhear(struct exchange *x)
+{
+	struct conn *c = &x->client;
+
+	if (x->phase <= PHASE_REQUEST || x->phase == PHASE_LINGER)
+		return;
+	if (c->in == NULL && (x->up.done || x->phase < PHASE_RESPONSE))
+		(void)conn_read(c);
+	if (!x->facts.tunnel && (c->error || (c->hung && !c->shut)))
+		exchange_abort(x, END_CLIENT, REFUSE_NONE);
+}
+
+/*
  * Runs x until nothing moves, or it had its share of this turn; then sets
  * what it waits for.
  */
@@ -4734,10 +4803,7 @@ exchange_run(struct exchange *x)
 
 	for (n = 0; n < STEPS_MAX && steps[x->phase](x); n++)
 		continue;
-	if (x->phase != PHASE_FREE && x->client.hung && !x->client.shut &&
-	    x->client.in != NULL && !x->facts.tunnel &&
-	    x->phase > PHASE_REQUEST)
-		exchange_abort(x, END_CLIENT, REFUSE_NONE);
+	exchange_overhear(x);
 	exchange_check(x);
 	if (x->phase == PHASE_FREE)
 		return;
@@ -4783,6 +4849,19 @@ exchange_open(int fd, const struct address *peer)
  * deadlines, and accepts last.
  */
 
+/* How long poll may wait, in ms: to the next deadline; -1: there is none. */
+static int
+loop_wait(void)
+{
+	int64_t wait = exchanges.wake - now.ms;
+
+	if (exchanges.again != NULL || wait <= 0)
+		return 0;
+	return exchanges.wake == INT64_MAX ? -1 :
+	    wait > INT_MAX                 ? INT_MAX :
+					     (int)wait;
+}
+
 /*
  * Polls the prefix; or the whole, when the prefix is quiet, when the whole
  * is cheap (it took under a fifth of the time since it was last polled), or
@@ -4794,29 +4873,27 @@ loop_poll(void)
 {
 	static int64_t polled_us, cost_us;
 	static bool more;
-	int64_t wait = exchanges.again != NULL ? 0 :
-	    exchanges.wake == INT64_MAX ? -1 :
-	    exchanges.wake > now.ms     ? exchanges.wake - now.ms : 0;
+	bool large = poll_set.all - poll_set.hot > COLD_MIN;
+	int wait = loop_wait();
+	int n = 0;
 	size_t i;
-	int n;
 
-	if (wait > 60000)
-		wait = 60000;
-	if (poll_set.all - poll_set.hot > 16 && !more &&
-	    now.us - polled_us < 5 * cost_us &&
-	    poll(poll_set.fds, (nfds_t)poll_set.hot, 0) > 0) {
+	if (large && !more && now.us - polled_us < 5 * cost_us) {
+		n = poll(poll_set.fds, (nfds_t)poll_set.hot, 0);
+		if (n > 0) {
+			clock_read();
+			return poll_set.hot;
+		}
+	} else if (large) {
 		clock_read();
-		return poll_set.hot;
-	}
-	clock_read();
-	polled_us = now.us;
-	n = poll(poll_set.fds, (nfds_t)poll_set.all, 0);
-	clock_read();
-	cost_us = now.us - polled_us;
-	if (n == 0 && wait != 0) {
-		n = poll(poll_set.fds, (nfds_t)poll_set.all, (int)wait);
+		polled_us = now.us;
+		n = poll(poll_set.fds, (nfds_t)poll_set.all, 0);
 		clock_read();
+		cost_us = now.us - polled_us;
 	}
+	if (n == 0)
+		n = poll(poll_set.fds, (nfds_t)poll_set.all, wait);
+	clock_read();
 	polled_us = now.us;
 	more = false;
 	for (i = poll_set.hot; i < poll_set.all && !more && n > 0; i++)
@@ -4880,7 +4957,7 @@ loop_kept(void)
 	for (o = others; o < others + others_n; o++)
 		if (o->conn.fd != -1 && o->conn.role == ROLE_KEPT &&
 		    (o->conn.readable || o->conn.hung ||
-		    now.ms - o->since >= KEPT_SERVER_MS))
+			now.ms - o->since >= KEPT_SERVER_MS))
 			conn_close(&o->conn, false);
 }
 
@@ -4931,8 +5008,8 @@ loop_names(void)
 		return;
 	names.answers.readable = false;
 	if (names_take())
-		for (x = exchanges.slots;
-		     x < exchanges.slots + exchanges.used; x++)
+		for (x = exchanges.slots; x < exchanges.slots + exchanges.used;
+		     x++)
 			if (x->phase == PHASE_RESOLVE)
 				exchange_queue(x);
 	if (names.questions.fd == -1)
@@ -4982,8 +5059,10 @@ loop_accept_all(void)
 			continue;
 		if (l->conn.readable && now.ms >= accept_after)
 			loop_accept(l);
-		conn_watch(&l->conn, exchanges.busy < exchanges.n &&
-		    now.ms >= accept_after ? POLLIN : 0);
+		conn_watch(&l->conn,
+		    exchanges.busy < exchanges.n && now.ms >= accept_after ?
+			POLLIN :
+			0);
 	}
 	if (accept_after > now.ms && accept_after < exchanges.wake)
 		exchanges.wake = accept_after;
@@ -4998,26 +5077,31 @@ loop_report(void)
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
 		const struct facts *f = &x->facts;
 		struct text target = f->tunnel || f->name.len ? f->uri :
-		    text_of("-");
+								text_of("-");
 		char clean[200], peer[ADDRESS_TEXT];
 
 		if (x->phase == PHASE_FREE)
 			continue;
 		target = trace_clean(target, clean, sizeof(clean));
 		address_print(&x->peer, peer);
-		fprintf(stderr, "proxy: #%llu %s %s %.*s client in %lu out %lu"
+		fprintf(stderr,
+		    "proxy: #%llu %s %s %.*s client in %lu out %lu"
 		    " server in %lu out %lu deadline %lld s\n",
 		    (unsigned long long)x->number, phase_names[x->phase], peer,
 		    (int)target.len, target.at,
 		    x->client.in ? (unsigned long)buffer_len(x->client.in) : 0,
-		    x->client.out ? (unsigned long)buffer_len(x->client.out) : 0,
+		    x->client.out ? (unsigned long)buffer_len(x->client.out) :
+				    0,
 		    x->server.in ? (unsigned long)buffer_len(x->server.in) : 0,
-		    x->server.out ? (unsigned long)buffer_len(x->server.out) : 0,
+		    x->server.out ? (unsigned long)buffer_len(x->server.out) :
+				    0,
 		    (long long)(x->deadline - now.ms) / 1000);
 	}
-	fprintf(stderr, "proxy: %lu of %lu connections in use, %llu exchanges "
-	    "so far\n", (unsigned long)exchanges.busy,
-	    (unsigned long)exchanges.n, (unsigned long long)exchanges.count);
+	fprintf(stderr,
+	    "proxy: %lu of %lu connections in use, %llu exchanges "
+	    "so far\n",
+	    (unsigned long)exchanges.busy, (unsigned long)exchanges.n,
+	    (unsigned long long)exchanges.count);
 }
 
 /* TERM or INT: no more clients; those in the middle may finish. */
@@ -5027,8 +5111,10 @@ loop_stop(void)
 	struct exchange *x;
 	size_t i;
 
-	if (stop_at)
+	if (stop_at) {
+		log_flush();
 		exit(0);
+	}
 	stop_at = now.ms + DRAIN_MS;
 	exchanges.wake = now.ms;
 	for (i = 0; i < listeners_n; i++) {
@@ -5159,8 +5245,8 @@ option_number(int letter, const char *argument, uint64_t min, uint64_t max)
 	uint64_t value;
 
 	if (!number_parse(text_of(argument), max, &value) || value < min)
-		usage("-%c %s: not a number from %llu to %llu", letter, argument,
-		    (unsigned long long)min, (unsigned long long)max);
+		usage("-%c %s: not a number from %llu to %llu", letter,
+		    argument, (unsigned long long)min, (unsigned long long)max);
 	return value;
 }
 
@@ -5183,7 +5269,8 @@ option_credential(struct text t, char *to)
 
 	for (i = 0; i < t.len && n < CREDENTIAL_MAX; i++) {
 		int high = i + 2 < t.len && t.at[i] == '%' ?
-		    hex_value(t.at[i + 1]) : -1;
+		    hex_value(t.at[i + 1]) :
+		    -1;
 		int low = high >= 0 ? hex_value(t.at[i + 2]) : -1;
 
 		if (low >= 0) {
@@ -5227,8 +5314,8 @@ option_parent(const char *argument)
 			    p->password);
 		t = text_from(t, at);
 	}
-	if (authority_parse(t, p->kind == PARENT_HTTP ? 8080 : 1080,
-	    &target) != 1)
+	if (authority_parse(t, p->kind == PARENT_HTTP ? 8080 : 1080, &target) !=
+	    1)
 		usage("-x: no valid host:port in it");
 	(void)text_copy(target.host, p->host, sizeof(p->host));
 	p->port = target.port;
@@ -5426,7 +5513,7 @@ listen_on(const char *argument)
 		t = text_from(t, text_find(t, ':') + 1);
 	if (number_parse(t, 65535, &port)) {
 		if (listen_host(any ? NULL : "127.0.0.1", (unsigned)port,
-		    &error) == 0)
+			&error) == 0)
 			die("can't listen on port %s: %s", argument, error);
 		if (!any)
 			(void)listen_host("::1",
@@ -5462,7 +5549,8 @@ tables_open(void)
 		(void)setrlimit(RLIMIT_NOFILE, &limit);
 		(void)getrlimit(RLIMIT_NOFILE, &limit);
 		fds = limit.rlim_cur > 2 * CONNECTIONS_MAX ?
-		    2 * CONNECTIONS_MAX : (size_t)limit.rlim_cur;
+		    2 * CONNECTIONS_MAX :
+		    (size_t)limit.rlim_cur;
 	}
 	if (fds < DESCRIPTORS_OWN + listeners_n + 8)
 		die("only %lu open files allowed", (unsigned long)fds);
@@ -5473,12 +5561,13 @@ tables_open(void)
 	exchanges.slots = calloc(exchanges.n, sizeof(*exchanges.slots));
 	others = calloc(others_n, sizeof(*others));
 	if (exchanges.slots == NULL || others == NULL)
-		die("no memory for %lu connections", (unsigned long)exchanges.n);
+		die("no memory for %lu connections",
+		    (unsigned long)exchanges.n);
 	for (n = 0; n < others_n; n++)
 		conn_clear(&others[n].conn);
 	exchanges.wake = INT64_MAX;
-	poll_set_open(2 * exchanges.n + others_n + DESCRIPTORS_OWN +
-	    listeners_n);
+	poll_set_open(
+	    2 * exchanges.n + others_n + DESCRIPTORS_OWN + listeners_n);
 }
 
 /* Our names: the machine's, and one for Via that does not tell it. */
@@ -5526,7 +5615,8 @@ banner(void)
 		    words, words, words);
 	}
 	if (exposed)
-		fprintf(stderr, "proxy: warning: whoever reaches these "
+		fprintf(stderr,
+		    "proxy: warning: whoever reaches these "
 		    "addresses may use the proxy; those not on this machine "
 		    "can't go to its loopback or link-local addresses\n");
 }
@@ -5537,6 +5627,7 @@ main(int argc, char **argv)
 	size_t i;
 
 	clock_read();
+	tzset();
 	options_parse(argc, argv);
 	pseudonym_make();
 	if (!names_start())
