@@ -270,6 +270,7 @@ enum framing {
 /* Where in a chunked body the next byte belongs (RFC 9112 section 7.1). */
 enum chunk {
 	CHUNK_SIZE,
+	CHUNK_BLANK, /* behind the size; only an extension may follow */
 	CHUNK_EXTENSION,
 	CHUNK_SIZE_LF,
 	CHUNK_DATA,
@@ -416,6 +417,7 @@ enum refusal {
 	REFUSE_PARENT_LOGIN,
 	REFUSE_PARENT,
 	REFUSE_CUT_SHORT,
+	REFUSE_IDLE,
 	REFUSE_MEMORY,
 	REFUSALS
 };
@@ -1592,6 +1594,8 @@ static const struct {
 	    "the parent proxy did not do as asked" },
 	[REFUSE_CUT_SHORT] = { 502, "http_response_incomplete",
 	    "the answer was cut short" },
+	[REFUSE_IDLE] = { 504, "connection_read_timeout",
+	    "no byte moved for too long" },
 	[REFUSE_MEMORY] = { 503, "proxy_internal_error", "out of memory" }
 #undef CLIENT
 #undef SERVER
@@ -1800,26 +1804,25 @@ head_length(const struct head *h, uint64_t *length)
 	size_t i;
 
 	for (i = 0; i < h->n; i++) {
-		struct text rest = h->fields[i].value, member;
+		struct text rest = h->fields[i].value;
 		uint64_t value;
+		size_t comma;
+		bool more;
 
 		if (!text_is(h->fields[i].name, "Content-Length"))
 			continue;
-		if (rest.len == 0)
-			return -REFUSE_LENGTH;
-		while (rest.len > 0) {
-			size_t comma = text_find(rest, ',');
-
-			member = text_trim(text_cut(rest.at, comma));
-			rest = text_from(rest,
-			    comma < rest.len ? comma + 1 : comma);
-			if (!number_parse(member, INT64_MAX, &value))
+		do {
+			comma = text_find(rest, ',');
+			if (!number_parse(text_trim(text_cut(rest.at, comma)),
+				INT64_MAX, &value))
 				return -REFUSE_LENGTH;
 			if (found && value != *length)
 				return -REFUSE_LENGTHS;
 			*length = value;
 			found = 1;
-		}
+			more = comma < rest.len;
+			rest = text_from(rest, comma + more);
+		} while (more);
 	}
 	return found;
 }
@@ -2236,16 +2239,17 @@ chunk_byte(struct flow *f, char c)
 		f->left = f->left << 4 | (uint64_t)digit;
 		return ++f->digits <= CHUNK_DIGITS_MAX && f->left <= INT64_MAX;
 	}
-	if (f->chunk == CHUNK_SIZE || f->chunk == CHUNK_EXTENSION) {
+	if (f->chunk <= CHUNK_EXTENSION) {
 		if (f->digits == 0)
 			return false;
 		if (c == '\r')
 			f->chunk = CHUNK_SIZE_LF;
-		else if (f->chunk == CHUNK_SIZE && c != ';' && c != ' ' &&
-		    c != '\t')
-			return false;
-		else
+		else if (c == ';')
 			f->chunk = CHUNK_EXTENSION;
+		else if (f->chunk != CHUNK_EXTENSION) {
+			f->chunk = CHUNK_BLANK;
+			return c == ' ' || c == '\t';
+		}
 		return c == '\r' || c == '\t' || (unsigned char)c >= ' ';
 	}
 	if (f->chunk == CHUNK_DATA_CR) {
@@ -2903,15 +2907,14 @@ log_flush(void)
 
 	while (b != NULL && buffer_len(b) > 0 && n > 0) {
 		n = log_write_some(b->data + b->start, buffer_len(b));
-		if (n > 0)
+		if (n > 0) {
 			buffer_drop(b, (size_t)n);
-		else if (n == -1 && !logs.complained) {
+			logs.complained = false;
+		} else if (n == -1 && !logs.complained) {
 			warn("can't write the log: %s", strerror(errno));
 			logs.complained = true;
 		}
 	}
-	if (n > 0)
-		logs.complained = false;
 	if (n == -1 || (b != NULL && buffer_len(b) == 0))
 		buffer_give(&logs.pending);
 }
@@ -3531,11 +3534,10 @@ request_local(struct exchange *x, const struct request *r)
 	struct text host = head_value(&r->head, "Host");
 	struct target t;
 
-	if (authority_parse(host, 80, &t) != 1 || !page_is_ours(x, &t))
-		exchange_refuse(x, REFUSE_NOT_US,
-		    "as in GET "
-		    "http://example.com/ HTTP/1.1");
-	else if (!text_is(r->uri, "/") && !text_is(r->uri, "/proxy.pac"))
+	if (authority_parse(host, 80, &t) != 1 || !page_is_ours(x, &t)) {
+		x->facts.close = true;
+		exchange_refuse(x, REFUSE_NOT_US, "as in http://example.com/");
+	} else if (!text_is(r->uri, "/") && !text_is(r->uri, "/proxy.pac"))
 		exchange_refuse(x, REFUSE_PAGE, "it has / and /proxy.pac");
 	else if (r->method != METHOD_GET && r->method != METHOD_HEAD)
 		exchange_refuse(x, REFUSE_PAGE_METHOD, "");
@@ -4498,9 +4500,9 @@ response_step(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 		return true;
 	}
-	if (x->up.broken) {
+	if (x->up.broken && !x->facts.local) {
+		x->facts.end = c->eof ? END_CLIENT : END_DONE;
 		exchange_refuse(x, c->eof ? REFUSE_BODY_CUT : REFUSE_BODY, "");
-		x->up.broken = false;
 		return true;
 	}
 	if (!conn_write(c))
@@ -4729,7 +4731,7 @@ exchange_expire(struct exchange *x)
 	case PHASE_RELAY:
 		exchange_abort(x,
 		    f->tunnel && f->end != END_DONE ? END_LIMIT : END_IDLE,
-		    REFUSE_NONE);
+		    f->tunnel ? REFUSE_NONE : REFUSE_IDLE);
 		break;
 	case PHASE_LINGER:
 		exchange_close(x, false);
