@@ -167,6 +167,7 @@ enum limit {
 	QUESTIONS_MAX = 32,
 	/* A question that hangs in the system's resolver ends after this. */
 	QUESTION_S = 60,
+	QUESTION_MS = 61000,
 	/* 1xx responses before the final one. */
 	INTERIM_MAX = 64,
 	/* Connections outside an exchange: kept idle, or tried in parallel. */
@@ -179,6 +180,7 @@ enum limit {
 	/* Connections served at once unless -m says otherwise. */
 	CONNECTIONS = 1000,
 	CONNECTIONS_MAX = 500000,
+	DESCRIPTORS_MAX = 1000000,
 	/* Steps, and buffers moved, for one exchange in one turn. */
 	STEPS_MAX = 64,
 	MOVES_MAX = 8,
@@ -197,7 +199,8 @@ enum limit {
 	ADDRESS_TEXT = 80,
 	/* Words about what went wrong, for the page and Proxy-Status. */
 	DETAIL_MAX = 512,
-	IDLE_S = 300
+	/* An idle tunnel or body unless -t says otherwise. */
+	IDLE_MS = 300000
 };
 
 /* ---- 2. Vocabulary ---- */
@@ -577,7 +580,7 @@ static struct {
 	int64_t idle_ms;
 	int verbose;
 	bool anonymous;
-} options = { .connections = CONNECTIONS, .idle_ms = IDLE_S * 1000 };
+} options = { .connections = CONNECTIONS, .idle_ms = IDLE_MS };
 
 /* The clocks, read once a turn. */
 static struct {
@@ -1035,8 +1038,8 @@ buffer_compact(struct buffer *b)
 static void
 poll_set_open(size_t n)
 {
-	poll_set.fds = calloc(n + 1, sizeof(*poll_set.fds));
-	poll_set.conns = calloc(n + 1, sizeof(*poll_set.conns));
+	poll_set.fds = calloc(n + 1, sizeof(struct pollfd));
+	poll_set.conns = calloc(n + 1, sizeof(struct conn *));
 	if (poll_set.fds == NULL || poll_set.conns == NULL)
 		die("no memory for %lu connections", (unsigned long)n);
 	poll_set.size = n + 1;
@@ -2676,17 +2679,19 @@ user_become(const char *name)
 {
 	const struct passwd *entry;
 	uint64_t number;
-	uid_t uid;
-	gid_t gid;
+	uid_t uid = (uid_t)-1;
+	gid_t gid = (gid_t)-1;
 
 	if (number_parse(text_of(name), INT32_MAX, &number)) {
 		entry = getpwuid((uid_t)number);
 		uid = (uid_t)number;
-		gid = entry == NULL ? (gid_t)number : entry->pw_gid;
+		gid = (gid_t)number;
 	} else {
 		entry = getpwnam(name);
 		if (entry == NULL)
 			die("-u %s: no such user", name);
+	}
+	if (entry != NULL) {
 		uid = entry->pw_uid;
 		gid = entry->pw_gid;
 	}
@@ -2832,7 +2837,7 @@ names_find(const char *host)
 	memset(best, 0, sizeof(*best));
 	(void)text_copy(text_of(host), best->host, sizeof(best->host));
 	best->state = NAME_WANTED;
-	best->until = now.ms + (QUESTION_S + 1) * 1000;
+	best->until = now.ms + QUESTION_MS;
 	names_ask();
 	return best;
 }
@@ -3173,7 +3178,7 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 	int status = refusals[refusal].status;
 	size_t i;
 
-	for (i = 0; detail[i] != '\0' && i < sizeof(clean) - 1; i++)
+	for (i = 0; i < sizeof(clean) - 1 && detail[i] != '\0'; i++)
 		clean[i] = detail[i] < ' ' || detail[i] > '~' ? '?' :
 		    detail[i] == '"' || detail[i] == '\\'     ? '\'' :
 								detail[i];
@@ -3435,15 +3440,21 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 
 /* ---- requests ---- */
 
+/* The head in front of b can't become whole: no room is left for it. */
+static bool
+head_is_hopeless(const struct buffer *b)
+{
+	return buffer_room(b) == 0 && b->start <= CHUNK_ROOM;
+}
+
 /*
  * The first bytes are no HTTP, or too many: the refusal, or none yet.  Other
  * protocols are known by their first byte and would never send an empty line.
  */
 static enum refusal
-request_hopeless(const struct buffer *b)
+request_hopeless(const struct buffer *b, bool whole)
 {
 	struct text t = buffer_text(b);
-	bool full = buffer_room(b) == 0 && b->start <= CHUNK_ROOM;
 
 	if (t.at[0] == 0x16)
 		return REFUSE_TLS;
@@ -3451,9 +3462,9 @@ request_hopeless(const struct buffer *b)
 		return REFUSE_SOCKS;
 	if (!is_token_char(t.at[0]) && t.at[0] != '\r')
 		return REFUSE_BINARY;
-	if (text_find(t, '\n') >= LINE_MAX_BYTES && t.len >= LINE_MAX_BYTES)
+	if (text_find(t, '\n') > LINE_MAX_BYTES)
 		return REFUSE_LINE_LONG;
-	return full ? REFUSE_HEAD_LONG : REFUSE_NONE;
+	return !whole && head_is_hopeless(b) ? REFUSE_HEAD_LONG : REFUSE_NONE;
 }
 
 /*
@@ -3613,7 +3624,7 @@ request_accept(struct exchange *x, size_t n)
 	if (verdict != 1 || last < 0) {
 		x->facts.close = true;
 		exchange_refuse(x,
-		    (enum refusal) - (verdict != 1 ? verdict : last), "");
+		    (enum refusal)(verdict != 1 ? -verdict : -last), "");
 	} else if (r.target.form == FORM_ORIGIN)
 		request_local(x, &r);
 	else if (last) {
@@ -3628,43 +3639,52 @@ request_accept(struct exchange *x, size_t n)
 		exchange_enter(x, PHASE_RESOLVE);
 }
 
-/* REQUEST: wait for a whole head. */
+/*
+ * Drops empty lines before a request (RFC 9112 section 2.2), and starts the
+ * clock at the first byte of one.  False if there is none.
+ */
 static bool
-request_step(struct exchange *x)
+request_begin(struct exchange *x)
 {
 	struct conn *c = &x->client;
-	enum refusal refusal;
-	int n;
 
-	/* RFC 9112 section 2.2: empty lines before a request are ignored. */
-	while (c->in != NULL && buffer_len(c->in) >= 2 &&
-	    memcmp(c->in->data + c->in->start, "\r\n", 2) == 0) {
+	while (c->in != NULL && text_starts(buffer_text(c->in), "\r\n")) {
 		buffer_drop(c->in, 2);
 		c->seen = 0;
 		if (buffer_len(c->in) == 0)
 			buffer_give(&c->in);
 	}
-	if (c->in != NULL) {
-		if (x->facts.start == 0) {
-			x->facts.start = now.ms;
-			x->number = ++exchanges.count;
-			flow_start(&x->up, FRAMING_NONE, FRAMING_NONE, 0);
-			flow_start(&x->down, FRAMING_NONE, FRAMING_NONE, 0);
-		}
-		n = head_find(buffer_text(c->in), &c->seen);
-		refusal = n < 0 ? (enum refusal) - n : request_hopeless(c->in);
-		if (refusal == REFUSE_HEAD_LONG && n > 0)
-			refusal = REFUSE_NONE;
-		if (refusal != REFUSE_NONE)
-			request_reject(x, refusal);
-		else if (n > 0)
-			request_accept(x, (size_t)n);
-		if (refusal != REFUSE_NONE || n > 0)
-			return true;
+	if (c->in == NULL)
+		x->facts.start = 0;
+	else if (x->facts.start == 0) {
+		x->facts.start = now.ms;
+		x->number = ++exchanges.count;
+		flow_start(&x->up, FRAMING_NONE, FRAMING_NONE, 0);
+		flow_start(&x->down, FRAMING_NONE, FRAMING_NONE, 0);
 	}
-	if (!c->eof && !c->error)
+	return c->in != NULL;
+}
+
+/* REQUEST: wait for a whole head. */
+static bool
+request_step(struct exchange *x)
+{
+	struct conn *c = &x->client;
+	enum refusal refusal = REFUSE_NONE;
+	int n = 0;
+
+	if (request_begin(x)) {
+		n = head_find(buffer_text(c->in), &c->seen);
+		refusal = n < 0 ? (enum refusal)(-n) :
+				  request_hopeless(c->in, n > 0);
+	}
+	if (refusal != REFUSE_NONE)
+		request_reject(x, refusal);
+	else if (n > 0)
+		request_accept(x, (size_t)n);
+	else if (!c->eof && !c->error)
 		return conn_read(c);
-	if (x->facts.start) {
+	else if (x->facts.start) {
 		request_spoil(x);
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	} else
@@ -4479,13 +4499,6 @@ response_lost(struct exchange *x)
 	    detail);
 }
 
-/* The head in front of b can't become whole: no room is left for it. */
-static bool
-head_is_hopeless(const struct buffer *b)
-{
-	return buffer_room(b) == 0 && b->start <= CHUNK_ROOM;
-}
-
 /* RESPONSE: send the request's body, wait for a whole response head. */
 static bool
 response_step(struct exchange *x)
@@ -5244,7 +5257,7 @@ usage(const char *format, ...)
 static uint64_t
 option_number(int letter, const char *argument, uint64_t min, uint64_t max)
 {
-	uint64_t value;
+	uint64_t value = 0;
 
 	if (!number_parse(text_of(argument), max, &value) || value < min)
 		usage("-%c %s: not a number from %llu to %llu", letter,
@@ -5256,7 +5269,7 @@ option_number(int letter, const char *argument, uint64_t min, uint64_t max)
 static void
 option_from(const char *argument)
 {
-	struct address a;
+	struct address a = { 0 };
 
 	if (!address_parse(text_of(argument), 0, &a))
 		usage("-b %s: not a numeric address", argument);
@@ -5292,7 +5305,7 @@ option_parent(const char *argument)
 {
 	struct parent *p = &options.parent;
 	struct text t = text_of(argument);
-	struct target target;
+	struct target target = { .host = { "", 0 } };
 	size_t at;
 
 	memset(p, 0, sizeof(*p));
@@ -5501,7 +5514,7 @@ static void
 listen_on(const char *argument)
 {
 	struct text t = text_of(argument);
-	struct target target;
+	struct target target = { .host = { "", 0 } };
 	const char *error = "no address";
 	char host[HOST_MAX + 1];
 	bool any = t.len > 0 && (*t.at == ':' || text_starts(t, "*:"));
@@ -5550,9 +5563,8 @@ tables_open(void)
 		limit.rlim_cur = limit.rlim_max;
 		(void)setrlimit(RLIMIT_NOFILE, &limit);
 		(void)getrlimit(RLIMIT_NOFILE, &limit);
-		fds = limit.rlim_cur > 2 * CONNECTIONS_MAX ?
-		    2 * CONNECTIONS_MAX :
-		    (size_t)limit.rlim_cur;
+		fds = limit.rlim_cur > DESCRIPTORS_MAX ? DESCRIPTORS_MAX :
+							 (size_t)limit.rlim_cur;
 	}
 	if (fds < DESCRIPTORS_OWN + listeners_n + 8)
 		die("only %lu open files allowed", (unsigned long)fds);
