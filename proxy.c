@@ -613,6 +613,7 @@ static struct {
 
 static struct other *others;
 static size_t others_n;
+static size_t others_used; /* of them were ever used */
 static struct listener listeners[LISTENERS_MAX];
 static size_t listeners_n;
 static int64_t accept_after; /* ms: the system ran out of something */
@@ -1258,6 +1259,13 @@ conn_out(struct conn *c)
 	return c->out;
 }
 
+/* True if nothing more comes from the other side, and not in good order. */
+static bool
+conn_is_broken(const struct conn *c)
+{
+	return c->error || (c->deaf && (c->eof || !c->readable));
+}
+
 /* Small messages leave at once: nobody gains from Nagle's algorithm here. */
 static void
 conn_nodelay(struct conn *c)
@@ -1439,13 +1447,15 @@ other_take(bool needed)
 {
 	struct other *o, *oldest = NULL;
 
-	for (o = others; o < others + others_n; o++) {
+	for (o = others; o < others + others_used; o++) {
 		if (o->conn.fd == -1)
 			return o;
 		if (o->conn.role == ROLE_KEPT &&
 		    (oldest == NULL || o->since < oldest->since))
 			oldest = o;
 	}
+	if (others_used < others_n)
+		return &others[others_used++];
 	if (needed && oldest != NULL)
 		conn_close(&oldest->conn, false);
 	return needed ? oldest : NULL;
@@ -1477,7 +1487,7 @@ other_find(const struct address *address, const char *beyond)
 {
 	struct other *o, *found = NULL;
 
-	for (o = others; o < others + others_n; o++)
+	for (o = others; o < others + others_used; o++)
 		if (o->conn.fd != -1 && o->conn.role == ROLE_KEPT &&
 		    address_same(&o->address, address) &&
 		    strcmp(o->beyond, beyond) == 0 &&
@@ -3336,7 +3346,7 @@ exchange_drop_tries(struct exchange *x)
 {
 	struct other *o;
 
-	for (o = others; x->facts.tries > 0 && o < others + others_n; o++) {
+	for (o = others; x->facts.tries > 0 && o < others + others_used; o++) {
 		if (o->conn.fd == -1 || o->conn.exchange != x)
 			continue;
 		conn_close(&o->conn, false);
@@ -3874,7 +3884,7 @@ connect_won(struct exchange *x)
 
 	if (connect_try(x, &x->server))
 		return true;
-	for (o = others; f->tries > 0 && o < others + others_n; o++) {
+	for (o = others; f->tries > 0 && o < others + others_used; o++) {
 		if (o->conn.exchange != x || !connect_try(x, &o->conn))
 			continue;
 		conn_close(&x->server, false);
@@ -4323,7 +4333,7 @@ response_build(const struct exchange *x, const struct response *r,
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
 	if (upgrade)
 		buffer_append(b, text_of("Connection: upgrade\r\n"));
-	else if (x->facts.close && r->status >= 200 && !x->facts.tunnel)
+	if (x->facts.close && r->status >= 200 && !x->facts.tunnel)
 		buffer_append(b, text_of("Connection: close\r\n"));
 	buffer_append(b, text_of("\r\n"));
 }
@@ -4586,10 +4596,8 @@ tunnel_judge(struct exchange *x)
 
 	if (f->end == END_DONE)
 		f->end = c->eof ? END_CLIENT : s->eof ? END_SERVER : END_DONE;
-	if (((s->error || (s->deaf && !s->readable)) && c->out == NULL &&
-		x->down.ready == 0) ||
-	    ((c->error || (c->deaf && !c->readable)) && s->out == NULL &&
-		x->up.ready == 0)) {
+	if ((conn_is_broken(s) && c->out == NULL && x->down.ready == 0) ||
+	    (conn_is_broken(c) && s->out == NULL && x->up.ready == 0)) {
 		exchange_abort(x, END_RESET, REFUSE_NONE);
 		return true;
 	}
@@ -4969,7 +4977,7 @@ loop_kept(void)
 {
 	struct other *o;
 
-	for (o = others; o < others + others_n; o++)
+	for (o = others; o < others + others_used; o++)
 		if (o->conn.fd != -1 && o->conn.role == ROLE_KEPT &&
 		    (o->conn.readable || o->conn.hung ||
 			now.ms - o->since >= KEPT_SERVER_MS))
@@ -4996,7 +5004,7 @@ loop_expire(void)
 			exchanges.wake = x->deadline;
 	}
 	loop_kept();
-	for (o = others; o < others + others_n; o++)
+	for (o = others; o < others + others_used; o++)
 		if (o->conn.fd != -1 && o->conn.role == ROLE_KEPT &&
 		    o->since + KEPT_SERVER_MS < exchanges.wake)
 			exchanges.wake = o->since + KEPT_SERVER_MS;
@@ -5635,11 +5643,27 @@ banner(void)
 		    "can't go to its loopback or link-local addresses\n");
 }
 
+/*
+ * The three standard descriptors must be taken, be it by /dev/null: else a
+ * client's socket could become the log.
+ */
+static void
+standard_open(void)
+{
+	int fd = open("/dev/null", O_RDWR);
+
+	while (fd != -1 && fd <= STDERR_FILENO)
+		fd = open("/dev/null", O_RDWR);
+	if (fd != -1)
+		(void)close(fd);
+}
+
 int
 main(int argc, char **argv)
 {
 	size_t i;
 
+	standard_open();
 	clock_read();
 	tzset();
 	options_parse(argc, argv);
