@@ -147,6 +147,9 @@ enum limit {
 	LINE_WISH = BUFFER_SIZE / 4 > 8192 ? BUFFER_SIZE / 4 : 8192,
 	LINE_MAX_BYTES = LINE_WISH < BUFFER_SIZE - 1024 ? LINE_WISH :
 							  BUFFER_SIZE - 1024,
+	/* A trailer section; what is put around it and its fields, at most. */
+	TRAILER_GROWTH = 128 + 8,
+	TRAILER_MAX = BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM - TRAILER_GROWTH,
 	/* Fields in a head: browsers send 20, the worst sites answer 60. */
 	FIELDS_MAX = 128,
 	/* A DNS name has at most 253 characters. */
@@ -195,6 +198,8 @@ enum limit {
 	DUMP_MAX = 256,
 	/* User name or password of a parent: RFC 1929 has one length byte. */
 	CREDENTIAL_MAX = 255,
+	/* The longest message of a SOCKS5 parent, RFC 1928 section 6. */
+	GREETING_MAX = 7 + 255,
 	/* An address in words: brackets, 45 characters, scope, port. */
 	ADDRESS_TEXT = 80,
 	/* Words about what went wrong, for the page and Proxy-Status. */
@@ -395,6 +400,7 @@ enum refusal {
 	REFUSE_HOPS,
 	REFUSE_BODY,
 	REFUSE_BODY_CUT,
+	REFUSE_BODY_SLOW,
 	REFUSE_SLOW,
 	REFUSE_BUSY,
 	REFUSE_PAGE,
@@ -1192,11 +1198,12 @@ conn_shut(struct conn *c)
 }
 
 /*
- * Reads once into `in`, behind what is there.  True if there is news: bytes,
- * the end, or an error.  False: nothing came, or there is no room.
+ * Reads once into `in`, behind what is there, max bytes at most.  True if
+ * there is news: bytes, the end, or an error.  False: nothing came, or there
+ * is no room.
  */
 static bool
-conn_read(struct conn *c)
+conn_read_some(struct conn *c, size_t max)
 {
 	size_t room;
 	ssize_t n;
@@ -1209,6 +1216,8 @@ conn_read(struct conn *c)
 	}
 	buffer_compact(c->in);
 	room = buffer_room(c->in);
+	if (room > max)
+		room = max;
 	n = room ? read(c->fd, c->in->data + c->in->end, room) : 0;
 	if (n > 0)
 		c->in->end += (size_t)n;
@@ -1222,6 +1231,13 @@ conn_read(struct conn *c)
 	if (buffer_len(c->in) == 0)
 		buffer_give(&c->in);
 	return n > 0 || c->eof || c->error;
+}
+
+/* As much as a buffer takes. */
+static bool
+conn_read(struct conn *c)
+{
+	return conn_read_some(c, BUFFER_ROOM);
 }
 
 /*
@@ -1562,6 +1578,7 @@ static const struct {
 	[REFUSE_HOPS] = { 400, CLIENT, "Max-Forwards is not a number" },
 	[REFUSE_BODY] = { 400, CLIENT, "broken chunks in the request body" },
 	[REFUSE_BODY_CUT] = { 400, CLIENT, "the request body was cut short" },
+	[REFUSE_BODY_SLOW] = { 408, CLIENT, "the request body stopped coming" },
 	[REFUSE_SLOW] = { 408, CLIENT, "the request's head came too slowly" },
 	[REFUSE_BUSY] = { 503, "connection_limit_reached",
 	    "too many names are being looked up" },
@@ -2296,9 +2313,12 @@ trailer_decode(struct flow *f, struct buffer *b)
 	int n = head_find(t, &seen);
 	struct head h;
 
-	if (n == 0)
+	if (n == 0) {
+		f->broken = t.len > TRAILER_MAX;
 		return;
-	if (n < 0 || fields_parse(text_cut(t.at, (size_t)n), &h) != 1) {
+	}
+	if (n < 0 || n > TRAILER_MAX ||
+	    fields_parse(text_cut(t.at, (size_t)n), &h) != 1) {
 		f->broken = true;
 		return;
 	}
@@ -2364,10 +2384,6 @@ flow_decode(struct flow *f, struct buffer *b, bool eof)
 		return;
 	if (f->from == FRAMING_CHUNKED && b != NULL) {
 		chunks_decode(f, b);
-		raw = buffer_len(b) - f->ready;
-		if (!f->whole && f->chunk == CHUNK_TRAILER && f->ready == 0 &&
-		    raw >= BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM)
-			f->broken = true;
 	} else if (f->from == FRAMING_LENGTH) {
 		if (raw > f->left)
 			raw = (size_t)f->left;
@@ -2468,7 +2484,7 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
 		return n > 0;
 	if (f->to == FRAMING_CHUNKED) {
 		if (conn_out(to) == NULL ||
-		    buffer_room(to->out) + TAIL_ROOM < f->trailer + 8)
+		    buffer_room(to->out) < f->trailer + TRAILER_GROWTH)
 			return n > 0;
 		trailer_encode(f, from->in, to->out);
 	}
@@ -3441,7 +3457,7 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			moved = true;
 			x->moved = now.ms;
 		}
-		if (!conn_write(to) || f->done || f->ready == 0)
+		if (!conn_write(to) || f->done || (f->ready == 0 && !f->whole))
 			break;
 	}
 	(void)conn_write(to);
@@ -3669,8 +3685,6 @@ request_begin(struct exchange *x)
 	else if (x->facts.start == 0) {
 		x->facts.start = now.ms;
 		x->number = ++exchanges.count;
-		flow_start(&x->up, FRAMING_NONE, FRAMING_NONE, 0);
-		flow_start(&x->down, FRAMING_NONE, FRAMING_NONE, 0);
 	}
 	return c->in != NULL;
 }
@@ -3723,6 +3737,7 @@ resolve_step(struct exchange *x)
 		f->addresses = 1;
 	else {
 		f->asked = f->asked ? f->asked : now.ms;
+		f->resolved = now.ms;
 		name = names_find(string);
 		if (name == NULL) {
 			exchange_refuse(x, REFUSE_BUSY, "");
@@ -3804,6 +3819,19 @@ exchange_is_repeatable(const struct exchange *x)
 	    !x->facts.upgrade;
 }
 
+/*
+ * True if nothing came on a kept connection.  Those in the prefix of the poll
+ * set were asked this turn; what comes without a request is no answer (RFC
+ * 9112 section 9.2).
+ */
+static bool
+other_is_quiet(const struct other *o)
+{
+	struct pollfd fd = { .fd = o->conn.fd, .events = POLLIN };
+
+	return o->conn.place < poll_set.hot || poll(&fd, 1, 0) == 0;
+}
+
 /* Takes a kept connection to one of the addresses, if there is one. */
 static bool
 connect_reuse(struct exchange *x)
@@ -3811,13 +3839,20 @@ connect_reuse(struct exchange *x)
 	struct facts *f = &x->facts;
 	char beyond[HOST_MAX + 10];
 	struct other *o = NULL;
-	unsigned i;
+	unsigned i = 0;
 
 	if (f->fresh || !exchange_is_repeatable(x))
 		return false;
 	exchange_beyond(x, beyond);
-	for (i = 0; i < f->addresses && o == NULL; i++)
+	while (i < f->addresses && o == NULL) {
 		o = other_find(&f->list[i], beyond);
+		if (o == NULL)
+			i++;
+		else if (!other_is_quiet(o)) {
+			conn_close(&o->conn, false);
+			o = NULL;
+		}
+	}
 	if (o == NULL)
 		return false;
 	conn_move(&o->conn, &x->server, ROLE_SERVER, x);
@@ -4066,19 +4101,28 @@ exchange_send(struct exchange *x)
 	exchange_enter(x, PHASE_RESPONSE);
 }
 
-/* A CONNECT has reached its server: we answer ourselves. */
+/*
+ * A CONNECT has reached its server: we answer ourselves.  What the server
+ * may have said already, behind a SOCKS parent's reply, follows the answer.
+ */
 static void
 connect_answer(struct exchange *x)
 {
+	struct buffer *early = x->server.in;
+
 	x->facts.connected = now.ms;
 	x->facts.local = true;
 	x->server.in = buffer_take();
 	if (x->server.in == NULL) {
+		buffer_give(&early);
 		exchange_refuse(x, REFUSE_MEMORY, "");
 		return;
 	}
 	buffer_append(x->server.in,
 	    text_of("HTTP/1.1 200 Connection established\r\n\r\n"));
+	if (early != NULL)
+		buffer_append(x->server.in, buffer_text(early));
+	buffer_give(&early);
 	exchange_enter(x, PHASE_RESPONSE);
 }
 
@@ -4244,7 +4288,7 @@ static bool
 greet_step(struct exchange *x)
 {
 	struct conn *s = &x->server;
-	char message[300];
+	char message[GREETING_MAX];
 	struct text t;
 	size_t n;
 
@@ -4269,7 +4313,7 @@ greet_step(struct exchange *x)
 			     "it closed the connection");
 		return true;
 	}
-	return conn_read(s);
+	return conn_read_some(s, GREETING_MAX);
 }
 
 /* ---- responses ---- */
@@ -4547,7 +4591,10 @@ response_step(struct exchange *x)
 
 /* ---- relaying ---- */
 
-/* Writes the log line, and keeps or closes the server's connection. */
+/*
+ * Writes the log line, keeps or closes the server's connection, and forgets
+ * the facts: the slot is ready for the next request.
+ */
 static void
 exchange_end(struct exchange *x)
 {
@@ -4557,12 +4604,15 @@ exchange_end(struct exchange *x)
 	log_exchange(x);
 	exchange_beyond(x, beyond);
 	if (x->facts.keep_server && s->fd != -1 && s->in == NULL &&
-	    s->out == NULL && !s->eof && !s->error && !s->deaf && !s->hung &&
-	    !stop_at)
+	    s->out == NULL && !s->readable && !s->eof && !s->error &&
+	    !s->deaf && !s->hung && !stop_at)
 		other_keep(s, &x->facts.server, beyond);
 	else
 		conn_close(s, false);
 	buffer_give(&x->facts.head);
+	x->facts = (struct facts){ 0 };
+	flow_start(&x->up, FRAMING_NONE, FRAMING_NONE, 0);
+	flow_start(&x->down, FRAMING_NONE, FRAMING_NONE, 0);
 }
 
 /* A response has reached the client whole: on to the next request, or out. */
@@ -4572,7 +4622,6 @@ exchange_finish(struct exchange *x)
 	bool close = x->facts.close || stop_at;
 
 	exchange_end(x);
-	x->facts = (struct facts){ 0 };
 	x->served = true;
 	if (!close)
 		exchange_enter(x, PHASE_REQUEST);
@@ -4608,7 +4657,6 @@ tunnel_judge(struct exchange *x)
 	if (!s->shut || !c->shut)
 		return false;
 	exchange_end(x);
-	x->facts = (struct facts){ 0 };
 	exchange_close(x, false);
 	return true;
 }
@@ -4662,33 +4710,41 @@ free_step(struct exchange *x)
 
 /* ---- what an exchange waits for ---- */
 
-/* What to wait for at the client. */
+/*
+ * What to wait for at c: only for what said that it would block (see section
+ * 5).  room: bytes that come now can be taken.
+ */
 static int
-exchange_client_events(const struct exchange *x)
+conn_events(const struct conn *c, bool room)
 {
-	const struct conn *c = &x->client;
-	int events = c->out != NULL ? POLLOUT : 0;
-	bool room = c->in == NULL;
+	int events = 0;
 
-	if (x->phase == PHASE_REQUEST || x->phase == PHASE_LINGER)
-		room = true;
-	else if (!x->up.done && x->phase >= PHASE_RESPONSE)
-		room = x->server.out == NULL && !x->up.broken &&
-		    !x->server.deaf && x->server.fd != -1;
-	return events | (room && !c->eof && !c->error ? POLLIN : 0);
+	if ((c->out != NULL || c->connecting) && !c->writable)
+		events |= POLLOUT;
+	if (room && !c->connecting && !c->readable && !c->eof && !c->error)
+		events |= POLLIN;
+	return events;
 }
 
-/* What to wait for at the server. */
-static int
-exchange_server_events(const struct exchange *x)
+/* True if the next step would read from the client. */
+static bool
+exchange_takes_request(const struct exchange *x)
 {
-	const struct conn *s = &x->server;
-	int events = s->out != NULL || s->connecting ? POLLOUT : 0;
-	bool room = x->phase != PHASE_RELAY ||
-	    (x->client.out == NULL && !x->down.whole && !x->down.broken);
+	if (x->phase == PHASE_REQUEST || x->phase == PHASE_LINGER)
+		return true;
+	if (x->up.done || x->phase < PHASE_RESPONSE)
+		return x->client.in == NULL;
+	return x->server.fd != -1 && x->server.out == NULL && !x->server.deaf &&
+	    !x->up.broken;
+}
 
-	return events |
-	    (room && !s->connecting && !s->eof && !s->error ? POLLIN : 0);
+/* True if the next step would read from the server. */
+static bool
+exchange_takes_response(const struct exchange *x)
+{
+	if (x->client.out != NULL || x->client.deaf)
+		return false;
+	return x->phase != PHASE_RELAY || (!x->down.whole && !x->down.broken);
 }
 
 /* The ms at which x has to be looked at even if nothing happens. */
@@ -4696,7 +4752,8 @@ static int64_t
 exchange_deadline(const struct exchange *x)
 {
 	const struct facts *f = &x->facts;
-	bool half = x->client.eof || x->server.eof;
+	bool half = x->client.eof || x->server.eof || x->client.error ||
+	    x->server.error || x->client.deaf || x->server.deaf;
 
 	switch (x->phase) {
 	case PHASE_REQUEST:
@@ -4712,7 +4769,7 @@ exchange_deadline(const struct exchange *x)
 	case PHASE_GREET:
 		return x->since + CONNECT_MS;
 	case PHASE_RESPONSE:
-		return x->moved + RESPONSE_MS;
+		return x->moved + (x->up.done ? RESPONSE_MS : options.idle_ms);
 	case PHASE_RELAY:
 		return x->moved +
 		    (f->tunnel && half ? HALF_CLOSED_MS : options.idle_ms);
@@ -4739,6 +4796,7 @@ exchange_expire(struct exchange *x)
 			exchange_close(x, false);
 		break;
 	case PHASE_RESOLVE:
+		f->resolved = now.ms;
 		exchange_refuse(x, REFUSE_NAME_SLOW, "");
 		break;
 	case PHASE_CONNECT:
@@ -4747,7 +4805,13 @@ exchange_expire(struct exchange *x)
 			exchange_refuse(x, REFUSE_CONNECT_SLOW, detail);
 		break;
 	case PHASE_RESPONSE:
-		exchange_refuse(x, REFUSE_ANSWER_SLOW, detail);
+		if (x->client.out != NULL || f->local)
+			exchange_abort(x, END_IDLE, REFUSE_IDLE);
+		else
+			exchange_refuse(x,
+			    x->up.done || x->server.out ? REFUSE_ANSWER_SLOW :
+							  REFUSE_BODY_SLOW,
+			    detail);
 		break;
 	case PHASE_RELAY:
 		exchange_abort(x,
@@ -4786,6 +4850,8 @@ exchange_check(const struct exchange *x)
 	assert(s->fd == -1 ||
 	    (x->phase >= PHASE_CONNECT && x->phase <= PHASE_RELAY));
 	assert(!x->facts.tunnel || x->facts.head == NULL);
+	assert(c->out == NULL || c->out->overflow == 0);
+	assert(s->out == NULL || s->out->overflow == 0);
 }
 
 /*
@@ -4832,8 +4898,10 @@ exchange_run(struct exchange *x)
 		return;
 	if (n == STEPS_MAX)
 		exchange_queue(x);
-	conn_watch(&x->client, exchange_client_events(x));
-	conn_watch(&x->server, exchange_server_events(x));
+	conn_watch(&x->client,
+	    conn_events(&x->client, exchange_takes_request(x)));
+	conn_watch(&x->server,
+	    conn_events(&x->server, exchange_takes_response(x)));
 	x->deadline = exchange_deadline(x);
 	if (x->deadline < exchanges.wake)
 		exchanges.wake = x->deadline;
