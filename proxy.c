@@ -500,19 +500,23 @@ struct facts {
 /* One slot: a client's connection and what is being done for it. */
 struct exchange {
 	enum phase phase;
-	bool again;  /* is in the list below */
 	bool served; /* this connection has had an exchange before */
 	uint64_t number;
 	int64_t since;         /* ms: when the phase began */
 	int64_t moved;         /* when a byte last moved */
 	int64_t deadline;      /* when to look at it again at the latest */
 	struct exchange *next; /* in the list of free slots */
-	struct exchange *next_again; /* of those to run */
-	struct address peer;         /* the client's */
+	struct address peer;   /* the client's */
 	struct conn client, server;
 	struct flow up, down;
 	struct facts facts;
 	char note[NOTE_MAX]; /* a tunnel's texts */
+	/*
+	 * The list of those to run.  A slot stays in it when it is freed and
+	 * taken again, so these two outlive the exchange.
+	 */
+	bool again; /* is in it */
+	struct exchange *next_again;
 };
 
 /* A connection outside an exchange's own two; see section 5. */
@@ -5250,6 +5254,7 @@ loop_exchanges(void)
 	exchanges.again = NULL;
 	for (; x != NULL; x = next) {
 		next = x->next_again;
+		assert(x->again);
 		x->again = false;
 		exchange_run(x);
 	}
