@@ -398,6 +398,7 @@ enum refusal {
 	REFUSE_CODING_TWICE,
 	REFUSE_CODING_OLD,
 	REFUSE_HOPS,
+	REFUSE_CONNECT_BODY,
 	REFUSE_BODY,
 	REFUSE_BODY_CUT,
 	REFUSE_BODY_SLOW,
@@ -556,6 +557,13 @@ struct question {
 	char host[HOST_MAX + 1];
 };
 
+/* What the helper knows of one of its children. */
+struct child {
+	pid_t pid; /* 0: none */
+	unsigned long turn;
+	struct question question;
+};
+
 struct answer {
 	unsigned entry, serial;
 	int error;
@@ -657,14 +665,30 @@ static char host_name[HOST_MAX + 1]; /* the machine's */
  * know nothing of HTTP.
  */
 
-/* Says what is wrong and ends the program with status. */
+/*
+ * Says a line on standard error, unless that would have to wait: a reader
+ * that stalls must not stop the proxy.
+ */
 static void
-die_status(int status, const char *format, va_list args)
+say(const char *line, size_t n)
 {
-	fprintf(stderr, "proxy: ");
-	vfprintf(stderr, format, args);
-	fprintf(stderr, "\n");
-	exit(status);
+	struct pollfd fd = { .fd = STDERR_FILENO, .events = POLLOUT };
+
+	if (poll(&fd, 1, 0) == 1)
+		(void)write(STDERR_FILENO, line, n);
+}
+
+/* `proxy: ` and the words, as one line. */
+static void
+say_words(const char *format, va_list args)
+{
+	char line[1024] = "proxy: ";
+	size_t start = strlen(line), n;
+
+	(void)vsnprintf(line + start, sizeof(line) - start - 1, format, args);
+	n = strlen(line);
+	line[n] = '\n';
+	say(line, n + 1);
 }
 
 /* At startup: the system refused something we need. */
@@ -674,20 +698,19 @@ die(const char *format, ...)
 	va_list args;
 
 	va_start(args, format);
-	die_status(1, format, args);
+	say_words(format, args);
 	va_end(args);
+	exit(1);
 }
 
-/* Something is wrong, and serving goes on. */
+/* Something is worth knowing, and serving goes on. */
 static void
 warn(const char *format, ...)
 {
 	va_list args;
 
 	va_start(args, format);
-	fprintf(stderr, "proxy: ");
-	vfprintf(stderr, format, args);
-	fprintf(stderr, "\n");
+	say_words(format, args);
 	va_end(args);
 }
 
@@ -1279,11 +1302,15 @@ conn_out(struct conn *c)
 	return c->out;
 }
 
-/* True if nothing more comes from the other side, and not in good order. */
+/*
+ * True if the other side is gone, and not in good order.  One that hung after
+ * its end, while we were not done, has reset.
+ */
 static bool
 conn_is_broken(const struct conn *c)
 {
-	return c->error || (c->deaf && (c->eof || !c->readable));
+	return c->error || (c->deaf && (c->eof || !c->readable)) ||
+	    (c->hung && c->eof && !c->shut);
 }
 
 /* Small messages leave at once: nobody gains from Nagle's algorithm here. */
@@ -1580,6 +1607,7 @@ static const struct {
 	[REFUSE_CODING_OLD] = { 400, CLIENT,
 	    "Transfer-Encoding in an HTTP/1.0 request" },
 	[REFUSE_HOPS] = { 400, CLIENT, "Max-Forwards is not a number" },
+	[REFUSE_CONNECT_BODY] = { 400, CLIENT, "a CONNECT with a body" },
 	[REFUSE_BODY] = { 400, CLIENT, "broken chunks in the request body" },
 	[REFUSE_BODY_CUT] = { 400, CLIENT, "the request body was cut short" },
 	[REFUSE_BODY_SLOW] = { 408, CLIENT, "the request body stopped coming" },
@@ -2121,6 +2149,8 @@ request_parse(struct text t, struct request *r)
 		return verdict;
 	if (r->framing == FRAMING_LENGTH && r->length == 0)
 		r->framing = FRAMING_NONE;
+	if (r->method == METHOD_CONNECT && r->framing != FRAMING_NONE)
+		return -REFUSE_CONNECT_BODY;
 	return request_host_check(r);
 }
 
@@ -2672,33 +2702,71 @@ names_child(const struct question *question, int answers)
 	_exit(0);
 }
 
+/* A question that no child will answer. */
+static void
+names_give_up(const struct question *question, int answers)
+{
+	struct answer answer;
+
+	memset(&answer, 0, sizeof(answer));
+	answer.entry = question->entry;
+	answer.serial = question->serial;
+	answer.error = EAI_AGAIN;
+	(void)write(answers, &answer, sizeof(answer));
+}
+
+/*
+ * Room for one more child.  If there are as many as may be, the oldest, which
+ * hangs, is given up: a dead name server must not delay other names.
+ */
+static struct child *
+names_room(struct child *children, int answers)
+{
+	struct child *child, *oldest = children;
+
+	for (child = children; child < children + QUESTIONS_MAX; child++) {
+		if (child->pid && waitpid(child->pid, NULL, WNOHANG) != 0)
+			child->pid = 0;
+		if (child->pid == 0)
+			return child;
+		if (child->turn < oldest->turn)
+			oldest = child;
+	}
+	(void)kill(oldest->pid, SIGKILL);
+	(void)waitpid(oldest->pid, NULL, 0);
+	names_give_up(&oldest->question, answers);
+	return oldest;
+}
+
 /* The helper: lives as long as the other end of `questions` does. */
 static void
 names_helper(int questions, int answers)
 {
 	static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGUSR1,
 		SIGPIPE };
+	static struct child children[QUESTIONS_MAX];
 	struct question question;
-	unsigned children = 0;
+	struct child *child;
+	unsigned long turn;
 	size_t i;
 
 	for (i = 0; i < sizeof(ignored) / sizeof(ignored[0]); i++)
 		(void)signal(ignored[i], SIG_IGN);
-	while (read(questions, &question, sizeof(question)) ==
-	    (ssize_t)sizeof(question)) {
-		pid_t pid;
-
-		while (children > 0 &&
-		    waitpid(-1, NULL, children < QUESTIONS_MAX ? WNOHANG : 0) >
-			0)
-			children--;
-		pid = fork();
-		if (pid == 0) {
-			(void)signal(SIGALRM, SIG_DFL);
+	for (turn = 0; read(questions, &question, sizeof(question)) ==
+	     (ssize_t)sizeof(question);
+	     turn++) {
+		child = names_room(children, answers);
+		child->question = question;
+		child->turn = turn;
+		child->pid = fork();
+		if (child->pid == 0) {
 			(void)alarm(QUESTION_S);
 			names_child(&question, answers);
 		}
-		children += pid > 0;
+		if (child->pid == -1) {
+			child->pid = 0;
+			names_give_up(&question, answers);
+		}
 	}
 	_exit(0);
 }
@@ -2761,11 +2829,15 @@ names_start(void)
 	}
 	(void)close(down[0]);
 	(void)close(up[1]);
-	if (names.helper == -1 ||
-	    !conn_open(&names.questions, ROLE_QUESTIONS, down[1], NULL) ||
-	    !conn_open(&names.answers, ROLE_ANSWERS, up[0], NULL))
-		return false;
-	return true;
+	if (names.helper != -1 &&
+	    conn_open(&names.questions, ROLE_QUESTIONS, down[1], NULL) &&
+	    conn_open(&names.answers, ROLE_ANSWERS, up[0], NULL))
+		return true;
+	(void)close(down[1]);
+	(void)close(up[0]);
+	conn_clear(&names.questions);
+	conn_clear(&names.answers);
+	return false;
 }
 
 /* Sends the questions that wait; those that don't fit go on waiting. */
@@ -2903,7 +2975,8 @@ log_open(void)
 		return true;
 	}
 	if (options.log != NULL && strcmp(options.log, "-") != 0) {
-		fd = open(options.log, O_WRONLY | O_APPEND | O_CREAT, 0640);
+		fd = open(options.log,
+		    O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK, 0640);
 		if (fd == -1)
 			return false;
 	}
@@ -2923,6 +2996,7 @@ static ssize_t
 log_write_some(const char *at, size_t n)
 {
 	struct pollfd fd = { .fd = logs.fd, .events = POLLOUT };
+	ssize_t written;
 
 	if (!logs.regular) {
 		if (poll(&fd, 1, 0) == 0)
@@ -2930,7 +3004,8 @@ log_write_some(const char *at, size_t n)
 		if (n > _POSIX_PIPE_BUF)
 			n = _POSIX_PIPE_BUF;
 	}
-	return write(logs.fd, at, n);
+	written = write(logs.fd, at, n);
+	return written == -1 && errno == EAGAIN ? 0 : written;
 }
 
 /* Writes the lines of this turn; once a turn, so that many cost one call. */
@@ -3073,7 +3148,7 @@ trace_line(const struct exchange *x, int colour, const char *mark,
 	    t.at, logs.colour ? "\033[0m" : "");
 
 	if (n > 0)
-		(void)write(STDERR_FILENO, line, (size_t)n);
+		say(line, (size_t)n);
 }
 
 /* What the exchange does now, with the time since it began. */
@@ -3521,12 +3596,33 @@ request_take(struct exchange *x, size_t n)
 	return true;
 }
 
+/*
+ * Overwrites a login in the authority of the request line that b begins with.
+ * Such a request is refused, and neither log nor trace may tell the secret.
+ */
+static void
+request_hide_login(struct buffer *b)
+{
+	struct text line = buffer_text(b);
+	size_t i, from;
+
+	line.len = text_find(line, '\n');
+	from = text_find(line, ' ');
+	for (i = from; i + 2 < line.len && line.at[i] != '/'; i++)
+		if (memcmp(line.at + i, "://", 3) == 0)
+			from = i + 3;
+	for (i = from; i < line.len && !strchr("/?", line.at[i]); i++)
+		if (line.at[i] == '@')
+			memset(b->data + b->start + from, '*', i - from);
+}
+
 /* What came, when it is no request: the log gets its first line. */
 static void
 request_spoil(struct exchange *x)
 {
 	struct text t = buffer_text(x->client.in);
 
+	request_hide_login(x->client.in);
 	x->facts.head = x->client.in;
 	x->client.in = NULL;
 	t.len = text_find(t, '\n');
@@ -3558,14 +3654,12 @@ request_note(struct exchange *x, const struct request *r)
 	f->port = r->target.port;
 	f->referer = head_value(&r->head, "Referer");
 	f->agent = head_value(&r->head, "User-Agent");
-	f->close = r->minor == 0 ||
+	f->close = r->minor == 0 || r->method == METHOD_CONNECT ||
 	    head_lists(&r->head, "Connection", text_of("close"));
 	f->upgrade = r->minor == 1 && head_field(&r->head, "Upgrade") &&
 	    head_lists(&r->head, "Connection", text_of("upgrade")) &&
 	    !head_lists(&r->head, "Upgrade", text_of("h2c"));
-	flow_start(&x->up,
-	    r->method == METHOD_CONNECT ? FRAMING_NONE : r->framing, r->framing,
-	    r->length);
+	flow_start(&x->up, r->framing, r->framing, r->length);
 }
 
 /* A request to ourselves: one of our pages, or a misunderstanding. */
@@ -3645,6 +3739,7 @@ request_accept(struct exchange *x, size_t n)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 		return;
 	}
+	request_hide_login(x->facts.head);
 	trace_head(x, "c>", buffer_text(x->facts.head));
 	verdict = request_parse(buffer_text(x->facts.head), &r);
 	request_note(x, &r);
@@ -3703,8 +3798,9 @@ request_step(struct exchange *x)
 
 	if (request_begin(x)) {
 		n = head_find(buffer_text(c->in), &c->seen);
-		refusal = n < 0 ? (enum refusal)(-n) :
-				  request_hopeless(c->in, n > 0);
+		refusal = request_hopeless(c->in, n > 0);
+		if (refusal == REFUSE_NONE && n < 0)
+			refusal = (enum refusal)(-n);
 	}
 	if (refusal != REFUSE_NONE)
 		request_reject(x, refusal);
@@ -3825,7 +3921,7 @@ exchange_is_repeatable(const struct exchange *x)
 
 /*
  * True if nothing came on a kept connection.  Those in the prefix of the poll
- * set were asked this turn; what comes without a request is no answer (RFC
+ * set were asked this turn, unless they were kept in it; what comes without a request is no answer (RFC
  * 9112 section 9.2).
  */
 static bool
@@ -3833,7 +3929,8 @@ other_is_quiet(const struct other *o)
 {
 	struct pollfd fd = { .fd = o->conn.fd, .events = POLLIN };
 
-	return o->conn.place < poll_set.hot || poll(&fd, 1, 0) == 0;
+	return (o->conn.place < poll_set.hot && o->since < now.ms) ||
+	    poll(&fd, 1, 0) == 0;
 }
 
 /* Takes a kept connection to one of the addresses, if there is one. */
@@ -4514,7 +4611,7 @@ response_accept(struct exchange *x, size_t n)
 		exchange_refuse(x,
 		    options.parent.login ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
 		    "");
-	else if (r.status == 101 && !f->upgrade)
+	else if (r.status == 101 && (!f->upgrade || !x->up.done))
 		exchange_refuse(x, REFUSE_UPGRADE, "");
 	else if (r.status == 101 ||
 	    (f->method == METHOD_CONNECT && r.status / 100 == 2))
@@ -4809,6 +4906,7 @@ exchange_expire(struct exchange *x)
 			exchange_refuse(x, REFUSE_CONNECT_SLOW, detail);
 		break;
 	case PHASE_RESPONSE:
+		f->end = END_IDLE;
 		if (x->client.out != NULL || f->local)
 			exchange_abort(x, END_IDLE, REFUSE_IDLE);
 		else
@@ -5095,6 +5193,11 @@ loop_names(void)
 {
 	struct exchange *x;
 
+	if (names.questions.hung) {
+		names_lost();
+		exchanges.wake = now.ms;
+		return;
+	}
 	if (names.questions.writable) {
 		names.questions.writable = false;
 		names_ask();
@@ -5163,6 +5266,13 @@ loop_accept_all(void)
 		exchanges.wake = accept_after;
 }
 
+/* How many bytes rest in b, which may be none. */
+static unsigned long
+buffer_held(const struct buffer *b)
+{
+	return b == NULL ? 0 : (unsigned long)buffer_len(b);
+}
+
 /* USR1: one line for each slot in use. */
 static void
 loop_report(void)
@@ -5179,22 +5289,15 @@ loop_report(void)
 			continue;
 		target = trace_clean(target, clean, sizeof(clean));
 		address_print(&x->peer, peer);
-		fprintf(stderr,
-		    "proxy: #%llu %s %s %.*s client in %lu out %lu"
-		    " server in %lu out %lu deadline %lld s\n",
+		warn("#%llu %s %s %.*s client in %lu out %lu server in %lu "
+		     "out %lu deadline %lld s",
 		    (unsigned long long)x->number, phase_names[x->phase], peer,
-		    (int)target.len, target.at,
-		    x->client.in ? (unsigned long)buffer_len(x->client.in) : 0,
-		    x->client.out ? (unsigned long)buffer_len(x->client.out) :
-				    0,
-		    x->server.in ? (unsigned long)buffer_len(x->server.in) : 0,
-		    x->server.out ? (unsigned long)buffer_len(x->server.out) :
-				    0,
+		    (int)target.len, target.at, buffer_held(x->client.in),
+		    buffer_held(x->client.out), buffer_held(x->server.in),
+		    buffer_held(x->server.out),
 		    (long long)(x->deadline - now.ms) / 1000);
 	}
-	fprintf(stderr,
-	    "proxy: %lu of %lu connections in use, %llu exchanges "
-	    "so far\n",
+	warn("%lu of %lu connections in use, %llu exchanges so far",
 	    (unsigned long)exchanges.busy, (unsigned long)exchanges.n,
 	    (unsigned long long)exchanges.count);
 }
@@ -5276,6 +5379,8 @@ loop_run(void)
 		loop_accept_all();
 		loop_cool();
 		log_flush();
+		if (logs.pending != NULL && exchanges.wake > now.ms + 1000)
+			exchanges.wake = now.ms + 1000;
 	}
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++)
 		if (x->phase != PHASE_FREE)
@@ -5327,10 +5432,9 @@ usage(const char *format, ...)
 	va_list args;
 
 	va_start(args, format);
-	fprintf(stderr, "proxy: ");
-	vfprintf(stderr, format, args);
-	fprintf(stderr, "\n%s", usage_text);
+	say_words(format, args);
 	va_end(args);
+	fprintf(stderr, "%s", usage_text);
 	exit(2);
 }
 
@@ -5696,7 +5800,7 @@ banner(void)
 		const struct address *a = &listeners[i].address;
 
 		address_print(a, words);
-		fprintf(stderr, "proxy: listening on %s\n",
+		warn("listening on %s",
 		    listeners[i].path ? listeners[i].path : words);
 		if (first == NULL && a->family != AF_UNIX)
 			first = a;
@@ -5704,16 +5808,14 @@ banner(void)
 	}
 	if (first != NULL) {
 		address_print(first, words);
-		fprintf(stderr,
-		    "proxy:   curl -x http://%s http://example.com/\n"
-		    "proxy:   export http_proxy=http://%s https_proxy=http://%s\n",
-		    words, words, words);
+		warn("  curl -x http://%s http://example.com/", words);
+		warn("  export http_proxy=http://%s https_proxy=http://%s",
+		    words, words);
 	}
 	if (exposed)
-		fprintf(stderr,
-		    "proxy: warning: whoever reaches these "
-		    "addresses may use the proxy; those not on this machine "
-		    "can't go to its loopback or link-local addresses\n");
+		warn("warning: whoever reaches these addresses may use the "
+		     "proxy; those not on this machine can't go to its "
+		     "loopback or link-local addresses");
 }
 
 /*
