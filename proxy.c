@@ -193,7 +193,7 @@ enum limit {
 	/* With fewer outside the prefix the whole is always polled. */
 	COLD_MIN = 16,
 	/* What a tunnel keeps of its request for the log. */
-	NOTE_MAX = 256,
+	NOTE_MAX = 192,
 	/* Bytes of each piece of payload that -vv shows. */
 	DUMP_MAX = 256,
 	/* User name or password of a parent: RFC 1929 has one length byte. */
@@ -223,8 +223,8 @@ struct text {
 
 /* An Internet address and port; family 0 is none, AF_UNIX has no more. */
 struct address {
-	int family;
-	unsigned port;
+	uint16_t family;
+	uint16_t port;
 	uint32_t scope;           /* of an IPv6 link-local address */
 	unsigned char octets[16]; /* network order; 4 used for IPv4, rest 0 */
 };
@@ -250,22 +250,22 @@ enum role {
 
 /* One side of an exchange: a descriptor and the bytes at rest there. */
 struct conn {
-	int fd;        /* -1: none; an answer from memory has none */
-	int error;     /* errno that ended reading, 0 while it lives */
-	size_t place;  /* in the poll set; 0 is nobody's, so: not in it */
-	int64_t event; /* ms of the last event: hot or cold */
+	int fd;         /* -1: none; an answer from memory has none */
+	int error;      /* errno that ended reading, 0 while it lives */
+	unsigned place; /* in the poll set; 0 is nobody's, so: not in it */
+	enum role role;
+	int64_t event;             /* ms of the last event: hot or cold */
 	struct exchange *exchange; /* whose it is; NULL outside one */
 	struct buffer *in;         /* arrived and not yet used */
 	struct buffer *out;        /* to leave; never empty */
 	size_t seen;               /* of `in`: searched for a head's end */
-	enum role role;
-	bool connecting; /* connect(2) is under way */
-	bool readable;   /* a read may bring something */
-	bool writable;   /* a write may take something */
-	bool eof;        /* the other side sends no more */
-	bool shut;       /* we send no more */
-	bool deaf;       /* writing failed: the other side hears no more */
-	bool hung;       /* poll said HUP or ERR: nothing more to wait for */
+	bool connecting;           /* connect(2) is under way */
+	bool readable;             /* a read may bring something */
+	bool writable;             /* a write may take something */
+	bool eof;                  /* the other side sends no more */
+	bool shut;                 /* we send no more */
+	bool deaf; /* writing failed: the other side hears no more */
+	bool hung; /* poll said HUP or ERR: nothing more to wait for */
 };
 
 enum framing {
@@ -726,6 +726,7 @@ clock_read(void)
 	now.wall = time(NULL);
 }
 
+/* A string as a text; its NUL is not part of it. */
 static struct text
 text_of(const char *string)
 {
@@ -807,12 +808,14 @@ text_copy(struct text t, char *to, size_t size)
 	return n == t.len && strlen(to) == n;
 }
 
+/* DIGIT of RFC 5234, whatever the locale. */
 static bool
 is_digit(char c)
 {
 	return c >= '0' && c <= '9';
 }
 
+/* ALPHA or DIGIT. */
 static bool
 is_alnum(char c)
 {
@@ -826,6 +829,7 @@ is_token_char(char c)
 	return is_alnum(c) || (c != '\0' && strchr("!#$%&'*+-.^_`|~", c));
 }
 
+/* True if t is a token, the form of methods and field names. */
 static bool
 text_is_token(struct text t)
 {
@@ -963,12 +967,14 @@ buffer_give(struct buffer **b)
 	buffers_free.n++;
 }
 
+/* How many bytes rest in b. */
 static size_t
 buffer_len(const struct buffer *b)
 {
 	return b->end - b->start;
 }
 
+/* The bytes in b, as long as nothing is done to it. */
 static struct text
 buffer_text(const struct buffer *b)
 {
@@ -997,6 +1003,7 @@ buffer_append(struct buffer *b, struct text t)
 	b->end += t.len;
 }
 
+/* Appends as printf(3) does; what does not fit whole is not there at all. */
 static void
 buffer_print(struct buffer *b, const char *format, ...)
 {
@@ -1087,7 +1094,7 @@ poll_move(size_t from, size_t to)
 {
 	poll_set.fds[to] = poll_set.fds[from];
 	poll_set.conns[to] = poll_set.conns[from];
-	poll_set.conns[to]->place = to;
+	poll_set.conns[to]->place = (unsigned)to;
 }
 
 /* Swaps two places. */
@@ -1102,7 +1109,7 @@ poll_swap(size_t a, size_t b)
 	poll_move(b, a);
 	poll_set.fds[b] = fd;
 	poll_set.conns[b] = c;
-	c->place = b;
+	c->place = (unsigned)b;
 }
 
 /* Into the prefix: something happened there. */
@@ -1122,6 +1129,7 @@ poll_cool(struct conn *c)
 	poll_swap(c->place, --poll_set.hot);
 }
 
+/* Takes c out of the set, if it is there. */
 static void
 poll_remove(struct conn *c)
 {
@@ -1146,7 +1154,7 @@ conn_watch(struct conn *c, int events)
 		return;
 	if (c->place == 0) {
 		assert(poll_set.all < poll_set.size);
-		c->place = poll_set.all++;
+		c->place = (unsigned)poll_set.all++;
 		poll_set.conns[c->place] = c;
 		poll_warm(c);
 	}
@@ -1336,12 +1344,12 @@ address_export(const struct address *a, struct sockaddr_storage *to)
 	memset(to, 0, sizeof(*to));
 	if (a->family == AF_INET) {
 		in->sin_family = AF_INET;
-		in->sin_port = htons((uint16_t)a->port);
+		in->sin_port = htons(a->port);
 		memcpy(&in->sin_addr, a->octets, 4);
 		return sizeof(*in);
 	}
 	in6->sin6_family = AF_INET6;
-	in6->sin6_port = htons((uint16_t)a->port);
+	in6->sin6_port = htons(a->port);
 	in6->sin6_scope_id = a->scope;
 	memcpy(&in6->sin6_addr, a->octets, 16);
 	return sizeof(*in6);
@@ -1360,7 +1368,7 @@ address_import(const struct sockaddr *from)
 	struct address a;
 
 	memset(&a, 0, sizeof(a));
-	a.family = from->sa_family;
+	a.family = (uint16_t)from->sa_family;
 	if (a.family == AF_INET) {
 		a.port = ntohs(in->sin_port);
 		memcpy(a.octets, &in->sin_addr, 4);
@@ -1398,7 +1406,7 @@ address_parse(struct text host, unsigned port, struct address *a)
 		*a = address_import((struct sockaddr *)&in6);
 	else
 		return false;
-	a->port = port;
+	a->port = (uint16_t)port;
 	return true;
 }
 
@@ -1428,6 +1436,7 @@ address_print(const struct address *a, char *to)
 		(void)text_copy(text_of(host), to, ADDRESS_TEXT);
 }
 
+/* The same family, address and port. */
 static bool
 address_same(const struct address *a, const struct address *b)
 {
@@ -1565,7 +1574,7 @@ static const struct {
 	    "TLS came where plain HTTP was expected: use http:// for the "
 	    "address of the proxy" },
 	[REFUSE_SOCKS] = { 400, CLIENT,
-	    "SOCKS came where HTTP was expected: set this up as an HTTP proxy" },
+	    "SOCKS came where HTTP was expected: make this an HTTP proxy" },
 	[REFUSE_BINARY] = { 400, CLIENT,
 	    "this is not HTTP: a request line was expected" },
 	[REFUSE_HTTP2] = { 400, CLIENT,
@@ -1801,6 +1810,7 @@ head_field(const struct head *h, const char *name)
 	return NULL;
 }
 
+/* The value of the first field of that name; empty if there is none. */
 static struct text
 head_value(const struct head *h, const char *name)
 {
@@ -2042,6 +2052,7 @@ target_parse(struct text t, enum method method, struct target *target)
 	return absolute_parse(t, target);
 }
 
+/* The method by its name, which is case-sensitive (RFC 9110 9.1). */
 static enum method
 method_parse(struct text t)
 {
@@ -2232,6 +2243,7 @@ static const char *const fields_of_person[] = { "Via", "From", "Referer",
 	"X-Remote-IP", "X-Remote-Addr", "X-ProxyUser-IP", "Proxy-Client-IP",
 	"CF-Connecting-IP", "Fastly-Client-IP", "X-UIDH", NULL };
 
+/* True if list, which ends in NULL, has name. */
 static bool
 name_is_among(struct text name, const char *const *list)
 {
@@ -2253,6 +2265,7 @@ field_passes(const struct head *h, size_t i)
 	    !head_lists(h, "Connection", name);
 }
 
+/* Appends a field as a line. */
 static void
 field_append(struct buffer *b, const struct field *field)
 {
@@ -2377,6 +2390,10 @@ flow_ready(struct flow *f, struct buffer *b, size_t at, size_t n)
 	f->ready += n;
 }
 
+/*
+ * Takes chunks apart: payload moves to the front, framing is forgotten, and
+ * what can't be decoded yet follows the payload.
+ */
 static void
 chunks_decode(struct flow *f, struct buffer *b)
 {
@@ -2538,6 +2555,7 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
  * Pure but for address_is_here(), which asks the kernel.
  */
 
+/* 127.0.0.0/8 and ::1. */
 static bool
 address_is_loopback(const struct address *a)
 {
@@ -3854,7 +3872,7 @@ resolve_step(struct exchange *x)
 		f->addresses = name->n;
 		memcpy(f->list, name->list, sizeof(f->list));
 		for (i = 0; i < f->addresses; i++)
-			f->list[i].port = port;
+			f->list[i].port = (uint16_t)port;
 	}
 	f->resolved = now.ms;
 	refusal = rules_judge(&x->peer, direct, f->list, &f->addresses);
@@ -3921,8 +3939,8 @@ exchange_is_repeatable(const struct exchange *x)
 
 /*
  * True if nothing came on a kept connection.  Those in the prefix of the poll
- * set were asked this turn, unless they were kept in it; what comes without a request is no answer (RFC
- * 9112 section 9.2).
+ * set were asked this turn, unless they were kept in it.  What comes without
+ * a request is no answer (RFC 9112 section 9.2).
  */
 static bool
 other_is_quiet(const struct other *o)
@@ -3964,7 +3982,7 @@ connect_reuse(struct exchange *x)
 
 /*
  * Tries the next address.  The one under way, if any, goes on beside it;
- * without room for that nothing is tried now.
+ * without room for that it is given up.
  */
 static void
 connect_next(struct exchange *x)
@@ -3977,10 +3995,12 @@ connect_next(struct exchange *x)
 	if (x->server.fd != -1) {
 		o = other_take(true);
 		if (o == NULL)
-			return;
-		conn_move(&x->server, &o->conn, ROLE_TRY, x);
-		o->address = f->server;
-		f->tries++;
+			conn_close(&x->server, false);
+		else {
+			conn_move(&x->server, &o->conn, ROLE_TRY, x);
+			o->address = f->server;
+			f->tries++;
+		}
 	}
 	f->server = f->list[f->next++];
 	address_print(&f->server, words);
@@ -4283,6 +4303,7 @@ greet_begin(struct buffer *b)
 				   text_cut("\5\1\0", 3));
 }
 
+/* User and password, each behind its length (RFC 1929 section 2). */
 static void
 greet_login(struct buffer *b)
 {
@@ -4802,6 +4823,7 @@ linger_step(struct exchange *x)
 	return true;
 }
 
+/* FREE: nothing to do. */
 static bool
 free_step(struct exchange *x)
 {
@@ -5056,23 +5078,27 @@ loop_wait(void)
 }
 
 /*
- * Polls the prefix; or the whole, when the prefix is quiet, when the whole
- * is cheap (it took under a fifth of the time since it was last polled), or
- * when it found more than the prefix did.  Returns how many places of the
- * set to look at.
+ * Polls the prefix; or the whole, when that took under a fifth of the time
+ * since it was last polled, or when it found more than the prefix did.
+ * Returns how many places of the set to look at.
  */
 static size_t
 loop_poll(void)
 {
 	static int64_t polled_us, cost_us;
+	int64_t due_us = polled_us + 5 * cost_us;
 	static bool more;
 	bool large = poll_set.all - poll_set.hot > COLD_MIN;
 	int wait = loop_wait();
 	int n = 0;
 	size_t i;
 
-	if (large && !more && now.us - polled_us < 5 * cost_us) {
-		n = poll(poll_set.fds, (nfds_t)poll_set.hot, 0);
+	if (large && !more && now.us < due_us) {
+		int64_t until = (due_us - now.us) / 1000 + 1;
+
+		if (wait >= 0 && wait < until)
+			until = wait;
+		n = poll(poll_set.fds, (nfds_t)poll_set.hot, (int)until);
 		if (n > 0) {
 			clock_read();
 			return poll_set.hot;
@@ -5399,6 +5425,7 @@ signal_note(int number)
 	errno = saved;
 }
 
+/* A pipe for the signals, and their handlers. */
 static void
 signals_open(void)
 {
@@ -5536,6 +5563,7 @@ option_version(void)
 	exit(0);
 }
 
+/* The command line into `options`; says what is wrong and exits 2. */
 static void
 options_parse(int argc, char **argv)
 {
@@ -5833,6 +5861,10 @@ standard_open(void)
 		(void)close(fd);
 }
 
+/*
+ * The order matters: the names helper is forked before there is a socket, and
+ * sockets and log are opened before root is given up.
+ */
 int
 main(int argc, char **argv)
 {

@@ -45,6 +45,8 @@
 # connection, "-- end eof" (reset, open: our side closed) says how one ended.
 # After each play a plain request must be served.
 
+# shellcheck disable=SC2015,SC2016 # "A && B || fail" is meant, and wait_for
+# evaluates a condition that is quoted for that
 set -u
 LC_ALL=C
 export LC_ALL
@@ -3372,7 +3374,7 @@ test_error_response_chunks() { # bad chunks in a response end it visibly
 	miscut '4 4\nevil\n0\n\n'
 	miscut '4;x=\0\nevil\n0\n\n'
 	miscut '4;x=y\lz\nevil\n0\n\n'
-	miscut "4;x=\\{$((buffer * 2)):y}\\nevil\\n0\\n\\n"
+	miscut "4;x=\\{70000:y}\\nevil\\n0\\n\\n"
 	play 'no CR LF behind the data' <<'END'
 	origin head
 	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n4\ngoodevil\n0\n\n
@@ -3638,7 +3640,7 @@ test_bad_chunks() { # chunk sizes, line ends, extensions and trailers
 	    '8000000000000000\nevil' '0x4\nevil' '+4\nevil' \
 	    '-4\nevil' ' 4\nevil' '\nevil' ';x=y\nevil' '4\levil' '4\revil' \
 	    'g\nevil' '4 4\nevil' '4;x=\0\nevil' '4;x=y\lz\nevil' \
-	    '4;x="a\lb"\nevil' "4;x=\\{$((buffer * 2)):y}\\nevil"; do
+	    '4;x="a\lb"\nevil' "4;x=\\{70000:y}\\nevil"; do
 		miscut_request "$bad\\n0\\n\\n"
 	done
 	miscut_request '4\ngoodevil\n0\n\n'
@@ -4794,7 +4796,8 @@ need_memory() {
 # Opens 5000 connections with one request each and compares.
 hold_many() {
 	many=5000
-	files=$(ulimit -H -n)
+	# shellcheck disable=SC3045 # -H is of POSIX.1-2024
+	files=$(ulimit -H -n 2> /dev/null || ulimit -n)
 	case $files in
 	unlimited) ;;
 	*) [ "$files" -gt $((many * 2 + 300)) ] ||
@@ -5902,12 +5905,12 @@ test_style_options() { # usage, getopt and proxy.1 know the same options
 	[ -f "$here/proxy.1" ] || skip "no proxy.1 beside test.sh"
 	run_proxy -h
 	# "[-ahVv]" and "[-b address]" to letters.
-	tr '[]|' '\n\n\n' < out | sed -n 's/^ *-\([a-zA-Z]*\).*/\1/p' |
-	    sed 's/./&\n/g' | grep . | sort -u > usage.list
+	sed 's/[][|]/ /g' < out | tr ' ' '\n' | sed -n 's/^-\([a-zA-Z]*\)$/\1/p' |
+	    fold -w 1 | grep . | sort -u > usage.list
 	sed -n 's/^\.It Fl \([a-zA-Z]\).*/\1/p' "$here/proxy.1" |
 	    sort -u > manual.list
 	sed -n 's/.*getopt(argc, argv, "\([^"]*\)".*/\1/p' "$here/proxy.c" |
-	    tr -d ':\n' | sed 's/./&\n/g' | grep . | sort -u > getopt.list
+	    tr -d ':\n' | fold -w 1 | grep . | sort -u > getopt.list
 	[ -s getopt.list ] || fail "no getopt string found"
 	cmp getopt.list manual.list > differ ||
 		fail "getopt: $(tr -d '\n' < getopt.list), proxy.1:" \
@@ -5916,7 +5919,7 @@ test_style_options() { # usage, getopt and proxy.1 know the same options
 		fail "getopt: $(tr -d '\n' < getopt.list), usage:" \
 		    "$(tr -d '\n' < usage.list)"
 	sed -n '/^\.Sh SYNOPSIS/,/^\.Sh DESC/p' "$here/proxy.1" |
-	    sed -n 's/^\.Op Fl \([a-zA-Z]*\).*/\1/p' | sed 's/./&\n/g' |
+	    sed -n 's/^\.Op Fl \([a-zA-Z]*\).*/\1/p' | fold -w 1 |
 	    grep . | sort -u > synopsis.list
 	cmp getopt.list synopsis.list > differ ||
 		fail "the synopsis has: $(tr -d '\n' < synopsis.list)"
