@@ -157,7 +157,7 @@ enum limit {
 	/* Hex digits of a chunk size: 2^64 has 16. */
 	CHUNK_DIGITS_MAX = 16,
 	/* Framing bytes a chunked body may have beyond a fair share. */
-	CHUNK_EXCESS_MAX = 16384,
+	CHUNK_EXCESS_MAX = BUFFER_SIZE / 2,
 	/* Addresses tried for one name, three of each family. */
 	ADDRESSES_MAX = 6,
 	/* RFC 8305 section 5: the next address is tried after this. */
@@ -217,14 +217,14 @@ enum limit {
 
 /* Bytes that somebody else owns: a slice of a head, mostly. */
 struct text {
-	const char *at;
-	size_t len;
+	const char *at; /* not a string: no NUL ends it */
+	size_t len;     /* in bytes */
 };
 
 /* An Internet address and port; family 0 is none, AF_UNIX has no more. */
 struct address {
-	uint16_t family;
-	uint16_t port;
+	uint16_t family;          /* AF_INET, AF_INET6 */
+	uint16_t port;            /* host order */
 	uint32_t scope;           /* of an IPv6 link-local address */
 	unsigned char octets[16]; /* network order; 4 used for IPv4, rest 0 */
 };
@@ -232,20 +232,21 @@ struct address {
 /* Bytes at rest: data[start] up to data[end]. */
 struct buffer {
 	struct buffer *next; /* in the free list */
-	size_t start, end;
-	size_t overflow; /* bytes that did not fit; sticky */
+	size_t start, end;   /* where the bytes lie in data */
+	size_t overflow;     /* bytes that did not fit; sticky */
 	char data[BUFFER_ROOM];
 };
 
+/* Whose a descriptor is: what the loop does when something happens there. */
 enum role {
-	ROLE_LISTENER,
+	ROLE_LISTENER,  /* a socket that clients come to */
 	ROLE_SIGNALS,   /* the pipe that signal handlers write to */
 	ROLE_QUESTIONS, /* to the names helper */
 	ROLE_ANSWERS,   /* from it */
-	ROLE_CLIENT,
-	ROLE_SERVER,
-	ROLE_TRY, /* another address of the same server, being tried */
-	ROLE_KEPT /* a server's connection between two exchanges */
+	ROLE_CLIENT,    /* the client of an exchange */
+	ROLE_SERVER,    /* its server */
+	ROLE_TRY,       /* another address of the same server, being tried */
+	ROLE_KEPT       /* a server's connection between two exchanges */
 };
 
 /* One side of an exchange: a descriptor and the bytes at rest there. */
@@ -253,8 +254,8 @@ struct conn {
 	int fd;         /* -1: none; an answer from memory has none */
 	int error;      /* errno that ended reading, 0 while it lives */
 	unsigned place; /* in the poll set; 0 is nobody's, so: not in it */
-	enum role role;
-	int64_t event;             /* ms of the last event: hot or cold */
+	enum role role; /* what it is for */
+	int64_t event;  /* ms of the last event: hot or cold */
 	struct exchange *exchange; /* whose it is; NULL outside one */
 	struct buffer *in;         /* arrived and not yet used */
 	struct buffer *out;        /* to leave; never empty */
@@ -268,6 +269,7 @@ struct conn {
 	bool hung; /* poll said HUP or ERR: nothing more to wait for */
 };
 
+/* What tells where a body ends (RFC 9112 section 6.3). */
 enum framing {
 	FRAMING_NONE,    /* no body */
 	FRAMING_LENGTH,  /* Content-Length */
@@ -277,42 +279,45 @@ enum framing {
 
 /* Where in a chunked body the next byte belongs (RFC 9112 section 7.1). */
 enum chunk {
-	CHUNK_SIZE,
-	CHUNK_BLANK, /* behind the size; only an extension may follow */
-	CHUNK_EXTENSION,
-	CHUNK_SIZE_LF,
-	CHUNK_DATA,
-	CHUNK_DATA_CR,
-	CHUNK_DATA_LF,
-	CHUNK_TRAILER
+	CHUNK_SIZE,      /* among the hex digits */
+	CHUNK_BLANK,     /* behind them; only an extension may follow */
+	CHUNK_EXTENSION, /* up to the end of the line; ignored */
+	CHUNK_SIZE_LF,   /* the LF that ends the line */
+	CHUNK_DATA,      /* among the payload */
+	CHUNK_DATA_CR,   /* the CR behind it */
+	CHUNK_DATA_LF,   /* and its LF */
+	CHUNK_TRAILER    /* behind the last chunk, which is empty */
 };
 
 /* One message's body on its way from one conn to the other. */
 struct flow {
 	enum framing from, to; /* how it is framed where it comes from, goes */
-	enum chunk chunk;
-	unsigned digits;  /* of the chunk size so far */
-	uint64_t left;    /* payload to come, of the body or this chunk */
-	uint64_t payload; /* payload handed on */
-	size_t ready;     /* payload at the front of `in` */
-	size_t trailer;   /* bytes of trailer section behind it */
-	size_t excess;    /* framing beyond a fair share */
-	bool whole;       /* the end of the message has arrived */
-	bool done;        /* and has been handed on */
-	bool broken;      /* its framing is wrong, or it was cut short */
+	enum chunk chunk;      /* where in the chunks the next byte is */
+	unsigned digits;       /* of the chunk size so far */
+	uint64_t left;         /* payload to come, of the body or this chunk */
+	uint64_t payload;      /* payload handed on */
+	size_t ready;          /* payload at the front of `in` */
+	size_t trailer;        /* bytes of trailer section behind it */
+	size_t excess;         /* framing beyond a fair share */
+	bool whole;            /* the end of the message has arrived */
+	bool done;             /* and has been handed on */
+	bool broken;           /* its framing is wrong, or it was cut short */
 };
 
+/* One line of a head (RFC 9110 section 5.1). */
 struct field {
-	struct text name, value;
+	struct text name;  /* a token */
+	struct text value; /* without the blanks around it */
 };
 
 /* A head, split: slices of the bytes it was parsed from. */
 struct head {
-	struct text line; /* the start line */
-	size_t n;
-	struct field fields[FIELDS_MAX];
+	struct text line;                /* the start line */
+	size_t n;                        /* how many fields there are */
+	struct field fields[FIELDS_MAX]; /* in the order in which they came */
 };
 
+/* Methods that mean something to a proxy; all others are passed on alike. */
 enum method {
 	METHOD_OTHER,
 	METHOD_GET,
@@ -327,39 +332,40 @@ enum method {
 
 /* The four forms of a target (RFC 9112 section 3.2). */
 enum form {
-	FORM_ORIGIN,
-	FORM_ABSOLUTE,
-	FORM_AUTHORITY,
-	FORM_ASTERISK
+	FORM_ORIGIN,    /* /path: a request to ourselves */
+	FORM_ABSOLUTE,  /* http://host/path */
+	FORM_AUTHORITY, /* host:port, of CONNECT */
+	FORM_ASTERISK   /* *, of OPTIONS */
 };
 
+/* Where a request is to go. */
 struct target {
-	enum form form;
+	enum form form;   /* which of the four it came in */
 	struct text host; /* without brackets */
-	unsigned port;
+	unsigned port;    /* 1 to 65535 */
 	struct text path; /* and query, as it came; may lack its slash */
 };
 
 /* A request head, understood. */
 struct request {
-	struct head head;
-	struct text name; /* the method's */
-	enum method method;
-	struct text uri; /* the target as it came */
-	struct target target;
-	unsigned minor; /* of HTTP/1.x: 0 or 1 */
-	enum framing framing;
-	uint64_t length;
+	struct head head;     /* all its lines */
+	struct text name;     /* the method's */
+	enum method method;   /* the same, if it is one that we know */
+	struct text uri;      /* the target as it came */
+	struct target target; /* and taken apart */
+	unsigned minor;       /* of HTTP/1.x: 0 or 1 */
+	enum framing framing; /* of its body */
+	uint64_t length;      /* of it, for FRAMING_LENGTH */
 };
 
 /* A response head, understood. */
 struct response {
-	struct head head;
-	int status;
-	struct text reason;
-	unsigned minor;
-	enum framing framing;
-	uint64_t length;
+	struct head head;     /* all its lines */
+	int status;           /* 100 to 999 */
+	struct text reason;   /* what the server calls it */
+	unsigned minor;       /* of HTTP/1.x: 0 or 1 */
+	enum framing framing; /* of its body */
+	uint64_t length;      /* of it, for FRAMING_LENGTH */
 };
 
 /* Why an exchange did not go as asked; table `refusals` has the words. */
@@ -434,48 +440,50 @@ enum refusal {
 
 /* Who or what ended an exchange; table `ends` has the log's words. */
 enum end {
-	END_DONE,
-	END_CLIENT,
-	END_SERVER,
-	END_IDLE,
-	END_RESET,
-	END_LIMIT,
-	END_STOP
+	END_DONE,   /* the response reached the client whole */
+	END_CLIENT, /* the client went first */
+	END_SERVER, /* the server went first */
+	END_IDLE,   /* nothing moved for too long */
+	END_RESET,  /* one side broke its connection */
+	END_LIMIT,  /* a limit of ours: half-closed time, memory */
+	END_STOP    /* we were told to stop */
 };
 
+/* What an exchange is at; section 13 has a step function for each. */
 enum phase {
-	PHASE_FREE,
-	PHASE_REQUEST,
-	PHASE_RESOLVE,
-	PHASE_CONNECT,
-	PHASE_GREET,
-	PHASE_RESPONSE,
-	PHASE_RELAY,
-	PHASE_LINGER,
+	PHASE_FREE,     /* no client */
+	PHASE_REQUEST,  /* waiting for a request's head */
+	PHASE_RESOLVE,  /* finding out the server's addresses */
+	PHASE_CONNECT,  /* connecting to one of them */
+	PHASE_GREET,    /* shaking hands with a SOCKS5 parent */
+	PHASE_RESPONSE, /* sending the request, waiting for the answer's head */
+	PHASE_RELAY,    /* passing the answer on, or both sides of a tunnel */
+	PHASE_LINGER,   /* done; waiting for the client to close */
 	PHASES
 };
 
 /* What a SOCKS5 parent is to say next. */
 enum greeting {
-	GREETING_BEGIN,
-	GREETING_METHOD,
-	GREETING_LOGIN,
-	GREETING_REPLY
+	GREETING_BEGIN,  /* nothing: we have not begun */
+	GREETING_METHOD, /* which way to log in it takes */
+	GREETING_LOGIN,  /* whether it knows us */
+	GREETING_REPLY   /* whether the target was reached */
 };
 
 /* What is known of one exchange; all zero at its start. */
 struct facts {
-	struct buffer *head; /* the request's head; what the texts point to */
-	struct text name;    /* the method's */
-	struct text uri;     /* for the log */
-	struct text host;    /* where the request is to go */
-	struct text referer, agent;
-	unsigned port;
-	unsigned minor;
-	enum method method;
-	enum refusal refusal;
-	enum end end;
-	enum greeting greeting;
+	struct buffer *head;  /* the request's head; what the texts point to */
+	struct text name;     /* the method's */
+	struct text uri;      /* the target as it came, for the log */
+	struct text host;     /* where the request is to go */
+	struct text referer;  /* for the log */
+	struct text agent;    /* the same */
+	unsigned port;        /* beside host */
+	unsigned minor;       /* of the client's HTTP/1.x */
+	enum method method;   /* METHOD_OTHER if it means nothing to us */
+	enum refusal refusal; /* why it failed, or REFUSE_NONE */
+	enum end end;         /* by whom it was ended */
+	enum greeting greeting;   /* how far a SOCKS5 parent is */
 	int status;               /* sent to the client, 0: none yet */
 	int connect_errno;        /* why the last address failed */
 	unsigned interims;        /* 1xx responses so far */
@@ -485,10 +493,10 @@ struct facts {
 	bool keep_server;         /* the server's may serve another */
 	bool reused;              /* it has served one before */
 	bool fresh;               /* it must be a new one */
-	bool tunnel;
-	bool upgrade;          /* the client asked to switch protocols */
-	bool local;            /* answered from memory */
-	struct address server; /* the one in use */
+	bool tunnel;              /* two flows without framing */
+	bool upgrade;             /* the client asked to switch protocols */
+	bool local;               /* answered from memory */
+	struct address server;    /* the one in use */
 	struct address list[ADDRESSES_MAX]; /* of the next hop */
 	int64_t start;     /* ms: the first byte of the request came */
 	int64_t asked;     /* the name was asked for */
@@ -500,159 +508,177 @@ struct facts {
 
 /* One slot: a client's connection and what is being done for it. */
 struct exchange {
-	enum phase phase;
-	bool served; /* this connection has had an exchange before */
-	uint64_t number;
+	enum phase phase;      /* set by exchange_enter() only */
+	bool served;           /* this connection has had an exchange before */
+	uint64_t number;       /* in the trace */
 	int64_t since;         /* ms: when the phase began */
 	int64_t moved;         /* when a byte last moved */
 	int64_t deadline;      /* when to look at it again at the latest */
 	struct exchange *next; /* in the list of free slots */
 	struct address peer;   /* the client's */
-	struct conn client, server;
-	struct flow up, down;
-	struct facts facts;
-	char note[NOTE_MAX]; /* a tunnel's texts */
+	struct conn client, server; /* its two sides */
+	struct flow up;             /* the request's body, client to server */
+	struct flow down;           /* the response's, server to client */
+	struct facts facts;         /* of the request being served */
+	char note[NOTE_MAX];        /* a tunnel's texts */
 	/*
 	 * The list of those to run.  A slot stays in it when it is freed and
 	 * taken again, so these two outlive the exchange.
 	 */
-	bool again; /* is in it */
-	struct exchange *next_again;
+	bool again;                  /* is in it */
+	struct exchange *next_again; /* behind it in the list */
 };
 
 /* A connection outside an exchange's own two; see section 5. */
 struct other {
-	struct conn conn;
+	struct conn conn;           /* ROLE_TRY or ROLE_KEPT */
 	struct address address;     /* where it leads */
 	char beyond[HOST_MAX + 10]; /* host:port behind a SOCKS parent, or "" */
 	int64_t since;              /* ms: idle since then */
 };
 
+/* One of the places where clients come in. */
 struct listener {
-	struct conn conn;
-	struct address address;
-	const char *path; /* of a UNIX socket */
+	struct conn conn;       /* accepts; carries no bytes */
+	struct address address; /* really bound to: port 0 is none here */
+	const char *path;       /* of a UNIX socket, or NULL */
 };
 
+/* What is known of a name. */
 enum name_state {
-	NAME_EMPTY,
-	NAME_WANTED,
-	NAME_ASKED,
-	NAME_KNOWN
+	NAME_EMPTY,  /* no name */
+	NAME_WANTED, /* the question waits to be sent */
+	NAME_ASKED,  /* it was sent */
+	NAME_KNOWN   /* there is an answer, be it that there is no address */
 };
 
+/* A name that was asked for. */
 struct name {
-	char host[HOST_MAX + 1];
-	enum name_state state;
-	int error;       /* of getaddrinfo, 0: there are addresses */
+	char host[HOST_MAX + 1]; /* as the client wrote it */
+	enum name_state state;   /* what is known */
+	int error;               /* of getaddrinfo, 0: there are addresses */
 	unsigned serial; /* of the question, so that a late answer is known */
-	unsigned n;
-	struct address list[ADDRESSES_MAX];
-	int64_t until; /* ms: good until then */
+	unsigned n;      /* addresses */
+	struct address list[ADDRESSES_MAX]; /* in the order to try them */
+	int64_t until;                      /* ms: good until then */
 };
 
 /* What goes through the helper's pipes: shorter than _POSIX_PIPE_BUF. */
 struct question {
-	unsigned entry, serial;
-	char host[HOST_MAX + 1];
+	unsigned entry;          /* in the table of names */
+	unsigned serial;         /* which of the questions about it */
+	char host[HOST_MAX + 1]; /* the name */
 };
 
 /* What the helper knows of one of its children. */
 struct child {
-	pid_t pid; /* 0: none */
-	unsigned long turn;
-	struct question question;
+	pid_t pid;                /* 0: none */
+	unsigned long turn;       /* the oldest has the smallest */
+	struct question question; /* what it was asked */
 };
 
+/* The answer to a question. */
 struct answer {
-	unsigned entry, serial;
-	int error;
-	unsigned n;
-	struct address list[ADDRESSES_MAX];
+	unsigned entry, serial;             /* of the question */
+	int error;                          /* of getaddrinfo */
+	unsigned n;                         /* addresses */
+	struct address list[ADDRESSES_MAX]; /* in the order to try them */
 };
 
+/* How a parent proxy is spoken to. */
 enum parent_kind {
 	PARENT_NONE,
 	PARENT_HTTP,
 	PARENT_SOCKS
 };
 
+/* The proxy through which all requests leave (-x). */
 struct parent {
-	enum parent_kind kind;
-	char host[HOST_MAX + 1];
-	unsigned port;
-	bool login; /* user and password were given */
-	char user[CREDENTIAL_MAX + 1];
-	char password[CREDENTIAL_MAX + 1];
+	enum parent_kind kind;             /* PARENT_NONE: there is none */
+	char host[HOST_MAX + 1];           /* a name or an address */
+	unsigned port;                     /* 1 to 65535 */
+	bool login;                        /* the next two were given */
+	char user[CREDENTIAL_MAX + 1];     /* %XX undone */
+	char password[CREDENTIAL_MAX + 1]; /* the same */
 };
 
 /* What the command line says. */
 static struct {
-	const char *listen[LISTENERS_MAX];
-	size_t listens;
-	const char *log;  /* NULL or "-": standard output */
-	const char *user; /* become this one */
-	struct parent parent;
-	struct address from[2]; /* outgoing, IPv4 and IPv6 */
-	unsigned connections;
-	int64_t idle_ms;
-	int verbose;
-	bool anonymous;
+	const char *listen[LISTENERS_MAX]; /* each -l */
+	size_t listens;                    /* how many there were */
+	const char *log;                   /* NULL or "-": standard output */
+	const char *user;                  /* become this one */
+	struct parent parent;              /* leave through this one */
+	struct address from[2];            /* leave by these: IPv4, IPv6 */
+	unsigned connections;              /* clients served at once */
+	int64_t idle_ms;                   /* a tunnel or body without a byte */
+	int verbose;                       /* how many -v */
+	bool anonymous;                    /* tell servers nothing */
 } options = { .connections = CONNECTIONS, .idle_ms = IDLE_MS };
 
 /* The clocks, read once a turn. */
 static struct {
-	int64_t ms; /* monotonic */
-	int64_t us;
-	time_t wall;
+	int64_t ms;  /* monotonic: durations and deadlines */
+	int64_t us;  /* the same clock: what a poll costs */
+	time_t wall; /* dates */
 } now;
 
 /* The poll set: two arrays side by side; see section 5. */
 static struct {
-	struct pollfd *fds;
-	struct conn **conns;
-	size_t hot, all, size;
+	struct pollfd *fds;  /* what poll(2) is given */
+	struct conn **conns; /* whose they are */
+	size_t hot;          /* the prefix's end */
+	size_t all;          /* the set's end */
+	size_t size;         /* room */
 } poll_set;
 
+/* The slots; the first connections use the first ones. */
 static struct {
 	struct exchange *slots;
 	size_t n;    /* how many there are */
 	size_t used; /* of them were ever used: the others were never touched */
-	size_t busy;
-	struct exchange *free, *again;
-	int64_t wake; /* ms: the earliest deadline, or earlier */
-	uint64_t count;
+	size_t busy; /* have a client now */
+	struct exchange *free;  /* those used before and not now */
+	struct exchange *again; /* those to be run in this turn */
+	int64_t wake;           /* ms: the earliest deadline, or earlier */
+	uint64_t count;         /* exchanges so far */
 } exchanges;
 
+/* Buffers that are nobody's now. */
 static struct {
-	struct buffer *list;
-	size_t n;
+	struct buffer *list; /* the last given back is the first */
+	size_t n;            /* how many */
 } buffers_free;
 
 static struct other *others;
-static size_t others_n;
+static size_t others_n;    /* how many there may be */
 static size_t others_used; /* of them were ever used */
 static struct listener listeners[LISTENERS_MAX];
 static size_t listeners_n;
 static int64_t accept_after; /* ms: the system ran out of something */
 
+/* The names that were asked for, and the helper that asks. */
 static struct {
-	struct name table[NAMES_MAX];
-	struct conn questions, answers;
-	pid_t helper;
-	unsigned serial;
+	struct name table[NAMES_MAX]; /* in no order */
+	struct conn questions;        /* to the helper */
+	struct conn answers;          /* from it */
+	pid_t helper;                 /* its process */
+	unsigned serial;              /* of the last question */
 	int64_t restart; /* ms: when the helper may be started again */
 } names;
 
+/* Where log and trace go. */
 static struct {
-	int fd; /* -1: syslog */
-	bool syslog, complained, colour;
+	int fd;                 /* the log's */
+	bool syslog;            /* it goes to syslog(3) instead */
+	bool complained;        /* that it can't be written, was said */
 	bool regular;           /* a file: a write to it never waits */
+	bool colour;            /* the trace has colours */
 	struct buffer *pending; /* lines of this turn */
-	uint64_t lost;
+	uint64_t lost;          /* lines that nobody took */
 } logs = { .fd = STDOUT_FILENO };
 
-static struct conn signal_conn;
+static struct conn signal_conn; /* where signals come out */
 static int signal_pipe[2] = { -1, -1 };
 static int64_t stop_at;    /* ms: draining until then; 0: not asked to stop */
 static char pseudonym[32]; /* our name in Via and Proxy-Status */
