@@ -190,6 +190,8 @@ enum limit {
 	ACCEPTS_MAX = 64,
 	/* Without an event for this long a descriptor leaves the prefix. */
 	COLD_MS = 500,
+	/* The whole poll set is polled again after this at the latest. */
+	COLD_GAP_US = 12000,
 	/* With fewer outside the prefix the whole is always polled. */
 	COLD_MIN = 16,
 	/* What a tunnel keeps of its request for the log. */
@@ -5104,42 +5106,40 @@ loop_wait(void)
 }
 
 /*
- * Polls the prefix; or the whole, when that took under a fifth of the time
- * since it was last polled, or when it found more than the prefix did.
- * Returns how many places of the set to look at.
+ * Polls the prefix; or the whole, when that is due again: after five times
+ * what it cost, so that it takes a fifth of the time at most, and at once when
+ * it found more than the prefix did.  Returns how many places of the set to
+ * look at.  What the whole costs is measured while there is work; otherwise
+ * it may as well block.
  */
 static size_t
 loop_poll(void)
 {
 	static int64_t polled_us, cost_us;
-	int64_t due_us = polled_us + 5 * cost_us;
-	static bool more;
+	static bool busy, more;
 	bool large = poll_set.all - poll_set.hot > COLD_MIN;
-	int wait = loop_wait();
-	int n = 0;
+	int64_t gap_us = 5 * cost_us < COLD_GAP_US ? 5 * cost_us : COLD_GAP_US;
+	int64_t due_us = polled_us + gap_us - now.us;
+	int wait = loop_wait(), n;
 	size_t i;
 
-	if (large && !more && now.us < due_us) {
-		int64_t until = (due_us - now.us) / 1000 + 1;
+	if (large && !more && due_us > 0) {
+		int rest = (int)(due_us / 1000) + 1;
 
-		if (wait >= 0 && wait < until)
-			until = wait;
-		n = poll(poll_set.fds, (nfds_t)poll_set.hot, (int)until);
-		if (n > 0) {
-			clock_read();
-			return poll_set.hot;
-		}
-	} else if (large) {
+		if (wait >= 0 && wait < rest)
+			rest = wait;
+		n = poll(poll_set.fds, (nfds_t)poll_set.hot, rest);
 		clock_read();
-		polled_us = now.us;
-		n = poll(poll_set.fds, (nfds_t)poll_set.all, 0);
-		clock_read();
-		cost_us = now.us - polled_us;
+		busy = busy || n > 0;
+		return n > 0 ? poll_set.hot : 0;
 	}
-	if (n == 0)
-		n = poll(poll_set.fds, (nfds_t)poll_set.all, wait);
-	clock_read();
 	polled_us = now.us;
+	n = poll(poll_set.fds, (nfds_t)poll_set.all, large && busy ? 0 : wait);
+	clock_read();
+	if (large && busy)
+		cost_us = now.us - polled_us;
+	polled_us = now.us;
+	busy = n > 0;
 	more = false;
 	for (i = poll_set.hot; i < poll_set.all && !more && n > 0; i++)
 		more = poll_set.fds[i].revents != 0;

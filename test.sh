@@ -3589,6 +3589,23 @@ test_bad_length() { # Content-Length and Transfer-Encoding
 	refused 400 'POST http://%O/ HTTP/1.0\nTransfer-Encoding: chunked\nContent-Length: 4\n\nevil'
 	refused 400 'POST http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding : chunked\n\n4\nevil\n0\n\n'
 	refused 400 'POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length : 4\n\nevil'
+	refused 400 'POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 1x\n\nGET http://%O/evil HTTP/1.1\nHost: %O\n\n'
+	evil='GET http://0.0.0.0:1/evil HTTP/1.1\nHost: x\n\n'
+	length=47	# of it, with CR LF
+	for request in 'OPTIONS http://%O/ HTTP/1.1\nHost: %O\nMax-Forwards: 0' \
+	    'POST / HTTP/1.1\nHost: %P' 'POST http://127.0.0.1:1/ HTTP/1.1\nHost: x'; do
+		play "the body of $request is no request" <<END
+		client send $request\nContent-Length: $length\n\n
+		client stall 50
+		client send $evil
+		client stall 50
+		client shut
+		client eof
+		sees#  1 HTTP/1.1 [2-5]
+		log#   1 .
+		log!   evil
+END
+	done
 	play 'equal repeats merge' <<'END'
 	origin head
 	origin want 4
@@ -4614,6 +4631,30 @@ END
 	have ps && ps -o args= -p "$proxy_pid" | grep s3cret > /dev/null &&
 		echo "note: the password shows in ps"
 	stop_proxy
+}
+
+test_parent_http_relay() { # without a login of ours the client's passes
+	start_with http <<'END'
+head
+send HTTP/1.1 407 No\nProxy-Authenticate: Basic realm="p"\nContent-Length: 2\n\nno
+head
+send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+loop
+END
+	play -n 'asked, then told' <<'END'
+	client send GET http://dest.invalid/a HTTP/1.1\nHost: dest.invalid\n\n
+	client answer
+	client send GET http://dest.invalid/a HTTP/1.1\nHost: dest.invalid\nProxy-Authorization: Basic eDp5\n\n
+	client answer
+	sees   HTTP/1.1 407 No
+	sees   Proxy-Authenticate: Basic realm="p"
+	sees~  HTTP/1.1 200 OK$
+	log    "GET http://dest.invalid/a HTTP/1.1" 407 2
+	log    "GET http://dest.invalid/a HTTP/1.1" 200 2
+END
+	got p <<'END'
+#1 ^Proxy-Authorization: Basic eDp5$
+END
 }
 
 test_parent_down() { # a parent that is not there: 502 that names it
