@@ -426,6 +426,7 @@ enum refusal {
 	REFUSE_CONNECT,
 	REFUSE_CLOSED,
 	REFUSE_RESET,
+	REFUSE_EARLY,
 	REFUSE_ANSWER,
 	REFUSE_ANSWER_LONG,
 	REFUSE_ANSWER_SLOW,
@@ -1677,6 +1678,7 @@ static const struct {
 	    "the server closed without an answer" },
 	[REFUSE_RESET] = { 502, "connection_terminated",
 	    "the server broke the connection without an answer" },
+	[REFUSE_EARLY] = { 502, SERVER, "an answer before the request" },
 	[REFUSE_ANSWER] = { 502, SERVER, "the answer is not valid HTTP" },
 	[REFUSE_ANSWER_LONG] = { 502, "http_response_header_section_size",
 	    "the answer's head is too long" },
@@ -3654,6 +3656,7 @@ request_hide_login(struct buffer *b)
 
 	line.len = text_find(line, '\n');
 	from = text_find(line, ' ');
+	from += from < line.len;
 	for (i = from; i + 2 < line.len && line.at[i] != '/'; i++)
 		if (memcmp(line.at + i, "://", 3) == 0)
 			from = i + 3;
@@ -3864,7 +3867,56 @@ request_step(struct exchange *x)
 
 /* ---- finding the server ---- */
 
-/* RESOLVE: where the request goes next, in addresses. */
+/*
+ * The addresses of host, a name, into the facts' list.  False if they are not
+ * known: not yet, or the request was refused for it.
+ */
+static bool
+resolve_name(struct exchange *x, const char *host, unsigned port)
+{
+	struct name *name = names_find(host);
+	struct facts *f = &x->facts;
+	char detail[DETAIL_MAX];
+	unsigned i;
+
+	f->asked = f->asked ? f->asked : now.ms;
+	f->resolved = now.ms;
+	if (name == NULL) {
+		exchange_refuse(x, REFUSE_BUSY, "");
+		return false;
+	}
+	if (name->state != NAME_KNOWN)
+		return false;
+	if (name->error) {
+		(void)snprintf(detail, sizeof(detail), "%s: %s", host,
+		    gai_strerror(name->error));
+		exchange_refuse(x, REFUSE_NAME, detail);
+		return false;
+	}
+	f->addresses = name->n;
+	memcpy(f->list, name->list, sizeof(f->list));
+	for (i = 0; i < f->addresses; i++)
+		f->list[i].port = (uint16_t)port;
+	return true;
+}
+
+/*
+ * True if the target is an address in figures that this client may not go
+ * to; a parent would go there for it.
+ */
+static bool
+resolve_is_guarded(const struct exchange *x)
+{
+	struct address target;
+
+	return address_parse(x->facts.host, x->facts.port, &target) &&
+	    address_is_guarded(&target) && !address_is_local(&x->peer);
+}
+
+/*
+ * RESOLVE: where the request goes next, in addresses; and may it go there?
+ * With a parent, that is the parent: it looks up the target's name itself.
+ */
 static bool
 resolve_step(struct exchange *x)
 {
@@ -3874,46 +3926,23 @@ resolve_step(struct exchange *x)
 	unsigned port = direct ? f->port : options.parent.port;
 	char string[HOST_MAX + 1], detail[DETAIL_MAX];
 	enum refusal refusal;
-	struct address target;
-	struct name *name;
-	unsigned i;
 
 	(void)text_copy(host, string, sizeof(string));
-	if (address_parse(host, port, &f->list[0]))
+	if (address_parse(host, port, &f->list[0])) {
 		f->addresses = 1;
-	else {
-		f->asked = f->asked ? f->asked : now.ms;
 		f->resolved = now.ms;
-		name = names_find(string);
-		if (name == NULL) {
-			exchange_refuse(x, REFUSE_BUSY, "");
-			return true;
-		}
-		if (name->state != NAME_KNOWN)
-			return false;
-		if (name->error) {
-			(void)snprintf(detail, sizeof(detail), "%s: %s", string,
-			    gai_strerror(name->error));
-			exchange_refuse(x, REFUSE_NAME, detail);
-			return true;
-		}
-		f->addresses = name->n;
-		memcpy(f->list, name->list, sizeof(f->list));
-		for (i = 0; i < f->addresses; i++)
-			f->list[i].port = (uint16_t)port;
-	}
-	f->resolved = now.ms;
+	} else if (!resolve_name(x, string, port))
+		return x->phase != PHASE_RESOLVE;
 	refusal = rules_judge(&x->peer, direct, f->list, &f->addresses);
-	if (!direct && refusal == REFUSE_NONE &&
-	    address_parse(f->host, f->port, &target) &&
-	    address_is_guarded(&target) && !address_is_local(&x->peer))
+	if (refusal == REFUSE_NONE && !direct && resolve_is_guarded(x))
 		refusal = REFUSE_GUARDED;
-	if (refusal != REFUSE_NONE) {
-		(void)snprintf(detail, sizeof(detail), "%s port %u", string,
-		    port);
-		exchange_refuse(x, refusal, detail);
-	} else
+	if (refusal == REFUSE_NONE)
 		exchange_enter(x, PHASE_CONNECT);
+	else {
+		(void)snprintf(detail, sizeof(detail), "%.*s port %u",
+		    (int)f->host.len, f->host.at, f->port);
+		exchange_refuse(x, refusal, detail);
+	}
 	return true;
 }
 
@@ -4275,13 +4304,18 @@ connect_answer(struct exchange *x)
 	exchange_enter(x, PHASE_RESPONSE);
 }
 
-/* The way to the target is open. */
+/*
+ * The way to the target is open.  Bytes that are there before the request
+ * was sent are no answer to it (RFC 9112 section 9.2).
+ */
 static void
 connect_open(struct exchange *x)
 {
 	if (x->facts.method == METHOD_CONNECT &&
 	    options.parent.kind != PARENT_HTTP)
 		connect_answer(x);
+	else if (x->server.in != NULL)
+		exchange_refuse(x, REFUSE_EARLY, "");
 	else
 		exchange_send(x);
 }
