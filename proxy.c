@@ -498,8 +498,9 @@ struct facts {
 	bool fresh;               /* it must be a new one */
 	bool tunnel;              /* two flows without framing */
 	bool upgrade;             /* the client asked to switch protocols */
-	bool local;               /* answered from memory */
-	struct address server;    /* the one in use */
+	bool login;            /* it holds a login for the whole connection */
+	bool local;            /* answered from memory */
+	struct address server; /* the one in use */
 	struct address list[ADDRESSES_MAX]; /* of the next hop */
 	int64_t start;     /* ms: the first byte of the request came */
 	int64_t asked;     /* the name was asked for */
@@ -1001,6 +1002,13 @@ static size_t
 buffer_len(const struct buffer *b)
 {
 	return b->end - b->start;
+}
+
+/* How many bytes rest in b, which may be none. */
+static size_t
+buffer_held(const struct buffer *b)
+{
+	return b == NULL ? 0 : buffer_len(b);
 }
 
 /* The bytes in b, as long as nothing is done to it. */
@@ -2264,7 +2272,9 @@ static const char *const fields_of_route[] = { "Via", "Max-Forwards",
 static const char *const fields_not_late[] = { "Authorization", "Set-Cookie",
 	"Cache-Control", "Content-Encoding", "Content-Type", "Content-Range",
 	"Expect", "Max-Forwards", "Trailer", "Via", "Location", "Vary", "Age",
-	"Date", "Expires", "Range", "Cookie", NULL };
+	"Date", "Expires", "Range", "Cookie", "Forwarded", "X-Forwarded-For",
+	"If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since",
+	"If-Range", "WWW-Authenticate", "Referer", "From", NULL };
 
 /* What -a keeps from servers: who the client is and how it got here. */
 static const char *const fields_of_person[] = { "Via", "From", "Referer",
@@ -2293,6 +2303,15 @@ field_passes(const struct head *h, size_t i)
 		return false;
 	return name_is_among(name, fields_of_route) ||
 	    !head_lists(h, "Connection", name);
+}
+
+/* True if -a keeps this field from the server. */
+static bool
+field_is_personal(struct text name)
+{
+	return options.anonymous &&
+	    (text_starts(name, "X-Forwarded-") ||
+		name_is_among(name, fields_of_person));
 }
 
 /* Appends a field as a line. */
@@ -2493,6 +2512,7 @@ trailer_encode(struct flow *f, const struct buffer *in, struct buffer *out)
 		    &h);
 	for (i = 0; i < h.n; i++)
 		if (field_passes(&h, i) &&
+		    !field_is_personal(h.fields[i].name) &&
 		    !name_is_among(h.fields[i].name, fields_not_late))
 			field_append(out, &h.fields[i]);
 	buffer_append(out, text_of("\r\n"));
@@ -3513,7 +3533,8 @@ exchange_close(struct exchange *x, bool reset)
 
 /*
  * Ends an exchange in the middle.  What the client got must not look whole:
- * where only the end of the connection would tell, it is reset.
+ * where only the end of the connection would tell, it is reset.  So is a
+ * tunnel if one side was; one that is out of time ends as it would anyway.
  */
 static void
 exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
@@ -3526,8 +3547,8 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 		log_exchange(x);
 	trace(x, "ended by %s", ends[end]);
 	exchange_close(x,
-	    f->tunnel ||
-		(x->phase == PHASE_RELAY && x->down.to == FRAMING_CLOSE));
+	    f->tunnel ? end == END_RESET :
+			x->phase == PHASE_RELAY && x->down.to == FRAMING_CLOSE);
 }
 
 /*
@@ -3562,6 +3583,7 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
     struct conn *to)
 {
 	bool moved = false;
+	size_t held;
 	unsigned n;
 
 	for (n = 0; n < MOVES_MAX && !to->deaf; n++) {
@@ -3580,14 +3602,15 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			moved = true;
 			continue;
 		}
-		if (!f->done && flow_encode(f, from, to)) {
+		if (!f->done && flow_encode(f, from, to))
 			moved = true;
+		held = buffer_held(to->out);
+		(void)conn_write(to);
+		if (buffer_held(to->out) < held)
 			x->moved = now.ms;
-		}
-		if (!conn_write(to) || f->done || (f->ready == 0 && !f->whole))
+		if (to->out || f->done || (f->ready == 0 && !f->whole))
 			break;
 	}
-	(void)conn_write(to);
 	return moved;
 }
 
@@ -3693,6 +3716,7 @@ request_reject(struct exchange *x, enum refusal refusal)
 static void
 request_note(struct exchange *x, const struct request *r)
 {
+	struct text login = head_value(&r->head, "Authorization");
 	struct facts *f = &x->facts;
 
 	f->name = r->name;
@@ -3705,6 +3729,8 @@ request_note(struct exchange *x, const struct request *r)
 	f->agent = head_value(&r->head, "User-Agent");
 	f->close = r->minor == 0 || r->method == METHOD_CONNECT ||
 	    head_lists(&r->head, "Connection", text_of("close"));
+	f->login = text_starts(login, "NTLM") ||
+	    text_starts(login, "Negotiate");
 	f->upgrade = r->minor == 1 && head_field(&r->head, "Upgrade") &&
 	    head_lists(&r->head, "Connection", text_of("upgrade")) &&
 	    !head_lists(&r->head, "Upgrade", text_of("h2c"));
@@ -4185,15 +4211,6 @@ login_append(const struct request *r, struct buffer *b)
 		field_append(b, own);
 }
 
-/* True if -a keeps this field from the server. */
-static bool
-field_is_personal(struct text name)
-{
-	return options.anonymous &&
-	    (text_starts(name, "X-Forwarded-") ||
-		name_is_among(name, fields_of_person));
-}
-
 /* One field of the request to the next hop, or nothing. */
 static void
 request_field_append(struct exchange *x, const struct request *r, size_t i,
@@ -4640,6 +4657,19 @@ response_interim(struct exchange *x, const struct response *r, size_t n)
 }
 
 /*
+ * True if a login was for the connection rather than for the request, as
+ * NTLM's and Negotiate's are: it must not serve another client.
+ */
+static bool
+response_logs_in(const struct exchange *x, const struct response *r)
+{
+	struct text asked = head_value(&r->head, "WWW-Authenticate");
+
+	return x->facts.login || text_starts(asked, "NTLM") ||
+	    text_starts(asked, "Negotiate");
+}
+
+/*
  * Decides how the final response is framed for the client (RFC 9112 section
  * 6.3), what becomes of both connections after it, and passes the head on.
  */
@@ -4653,7 +4683,7 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 		to = f->minor == 1 ? FRAMING_CHUNKED : FRAMING_CLOSE;
 	f->close = f->close || to == FRAMING_CLOSE || !x->up.done || stop_at;
 	f->keep_server = !f->local && r->minor == 1 && x->up.done &&
-	    r->framing != FRAMING_CLOSE &&
+	    r->framing != FRAMING_CLOSE && !response_logs_in(x, r) &&
 	    !head_lists(&r->head, "Connection", text_of("close"));
 	flow_start(&x->down, r->framing, to, r->length);
 	if (!response_pass(x, r, n))
@@ -4937,8 +4967,9 @@ static int64_t
 exchange_deadline(const struct exchange *x)
 {
 	const struct facts *f = &x->facts;
-	bool half = x->client.eof || x->server.eof || x->client.error ||
-	    x->server.error || x->client.deaf || x->server.deaf;
+	const struct conn *c = &x->client, *s = &x->server;
+	bool half = c->error || s->error || c->deaf || s->deaf ||
+	    ((c->eof || s->eof) && c->out == NULL && s->out == NULL);
 
 	switch (x->phase) {
 	case PHASE_REQUEST:
@@ -5352,13 +5383,6 @@ loop_accept_all(void)
 		exchanges.wake = accept_after;
 }
 
-/* How many bytes rest in b, which may be none. */
-static unsigned long
-buffer_held(const struct buffer *b)
-{
-	return b == NULL ? 0 : (unsigned long)buffer_len(b);
-}
-
 /* USR1: one line for each slot in use. */
 static void
 loop_report(void)
@@ -5378,9 +5402,11 @@ loop_report(void)
 		warn("#%llu %s %s %.*s client in %lu out %lu server in %lu "
 		     "out %lu deadline %lld s",
 		    (unsigned long long)x->number, phase_names[x->phase], peer,
-		    (int)target.len, target.at, buffer_held(x->client.in),
-		    buffer_held(x->client.out), buffer_held(x->server.in),
-		    buffer_held(x->server.out),
+		    (int)target.len, target.at,
+		    (unsigned long)buffer_held(x->client.in),
+		    (unsigned long)buffer_held(x->client.out),
+		    (unsigned long)buffer_held(x->server.in),
+		    (unsigned long)buffer_held(x->server.out),
 		    (long long)(x->deadline - now.ms) / 1000);
 	}
 	warn("%lu of %lu connections in use, %llu exchanges so far",
@@ -5601,6 +5627,9 @@ option_parent(const char *argument)
 			    p->password);
 		t = text_from(t, at);
 	}
+	if (p->login && p->kind == PARENT_SOCKS &&
+	    (p->user[0] == '\0' || p->password[0] == '\0'))
+		usage("-x: SOCKS5 wants both a user and a password");
 	if (authority_parse(t, p->kind == PARENT_HTTP ? 8080 : 1080, &target) !=
 	    1)
 		usage("-x: no valid host:port in it");
