@@ -5597,10 +5597,14 @@ option_credential(struct text t, char *to)
 		usage("-x: user or password over %d bytes", CREDENTIAL_MAX);
 }
 
-/* -x: http:// or socks5://, [user:password@]host:port. */
+/*
+ * -x: http:// or socks5://, [user:password@]host:port.  A login is then wiped
+ * from the argument, so that it does not show in the list of processes.
+ */
 static void
-option_parent(const char *argument)
+option_parent(char *argument)
 {
+	char *secret = argument + strcspn(argument, "/");
 	struct parent *p = &options.parent;
 	struct text t = text_of(argument);
 	struct target target = { .host = { "", 0 } };
@@ -5635,6 +5639,8 @@ option_parent(const char *argument)
 		usage("-x: no valid host:port in it");
 	(void)text_copy(target.host, p->host, sizeof(p->host));
 	p->port = target.port;
+	if (p->login)
+		memset(secret, '*', strlen(secret));
 }
 
 /* -V: the version, and the limits that this build was given. */
