@@ -4688,7 +4688,7 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 	if (to == FRAMING_CHUNKED || to == FRAMING_CLOSE)
 		to = f->minor == 1 ? FRAMING_CHUNKED : FRAMING_CLOSE;
 	f->close = f->close || to == FRAMING_CLOSE || !x->up.done || stop_at;
-	f->keep_server = !f->local && r->minor == 1 && x->up.done &&
+	f->keep_server = !f->local && r->minor == 1 &&
 	    r->framing != FRAMING_CLOSE && !response_logs_in(x, r) &&
 	    !head_lists(&r->head, "Connection", text_of("close"));
 	flow_start(&x->down, r->framing, to, r->length);
@@ -4823,9 +4823,9 @@ exchange_end(struct exchange *x)
 
 	log_exchange(x);
 	exchange_beyond(x, beyond);
-	if (x->facts.keep_server && s->fd != -1 && s->in == NULL &&
-	    s->out == NULL && !s->readable && !s->eof && !s->error &&
-	    !s->deaf && !s->hung && !stop_at)
+	if (x->facts.keep_server && x->up.done && s->fd != -1 &&
+	    s->in == NULL && s->out == NULL && !s->readable && !s->eof &&
+	    !s->error && !s->deaf && !s->hung && !stop_at)
 		other_keep(s, &x->facts.server, beyond);
 	else
 		conn_close(s, false);
@@ -4881,6 +4881,19 @@ tunnel_judge(struct exchange *x)
 	return true;
 }
 
+/*
+ * True if the server has answered in full and still takes the request's body:
+ * it may want it, so it gets it.
+ */
+static bool
+relay_uploads(const struct exchange *x)
+{
+	const struct conn *s = &x->server;
+
+	return x->facts.keep_server && !x->up.done && !x->up.broken &&
+	    !s->eof && !s->error && !s->deaf && !s->hung;
+}
+
 /* RELAY: both flows side by side. */
 static bool
 relay_step(struct exchange *x)
@@ -4894,7 +4907,7 @@ relay_step(struct exchange *x)
 		return tunnel_judge(x) || moved;
 	if (c->error || c->deaf)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
-	else if (x->down.done && c->out == NULL)
+	else if (x->down.done && c->out == NULL && !relay_uploads(x))
 		exchange_finish(x);
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
 	    c->out == NULL)

@@ -2443,6 +2443,21 @@ END
 	log    "POST http://%O/ HTTP/1.1" 413 3
 	gets~  ^-- end
 END
+	play 'the whole answer first, and the server reads on' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin skip 3000000
+	origin until THE END
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 3000007\n\n
+	client until ok
+	client stall 200
+	client stuff 3000000
+	client send THE END
+	client eof
+	sees   HTTP/1.1 200 OK
+	gets~  THE END
+	log    "POST http://%O/ HTTP/1.1" 200 2 .* up=3000007 .* end=done
+END
 	play '413 from a server that does not read, then reset' <<'END'
 	origin until \n\n
 	origin stall 300
@@ -4437,14 +4452,23 @@ END
 
 test_names_dead_address() { # a dead first address costs at most 300 ms
 	second_address
-	says=$("$peer" deaf -a $second deaf) ||
-		skip "cannot make a port that does not answer"
-	echo "${says#* }" >> .pids
-	start_names $second 127.0.0.1
-	origin o -a 127.0.0.1 -p "${says% *}" <<'END'
+	cat > o.script <<'END'
 head
 send HTTP/1.1 200 OK\nContent-Length: 2\nConnection: close\n\nok
 END
+	# The same port on both addresses; somebody may have it on one.
+	for n in 1 2 3 4 5; do
+		says=$("$peer" deaf -a $second deaf) ||
+			skip "cannot make a port that does not answer"
+		echo "${says#* }" >> .pids
+		origin_port=${says% *}
+		says=$("$peer" origin -a 127.0.0.1 -p "$origin_port" o \
+		    < o.script 2> o.err) && break
+	done
+	[ -n "$says" ] || fail "no port that is free on both addresses"
+	echo "${says#* }" >> .pids
+	origin=127.0.0.1:$origin_port
+	start_names $second 127.0.0.1
 	# The best of some tries: the machine may be busy.
 	for n in 1 2 3 4 5 6; do
 		client c$n <<'END'
@@ -5982,6 +6006,1732 @@ test_style_files() { # the tree is five files, and dot-files
 	done
 }
 
+# ---- Real programs ----------------------------------------------------------
+# Clients, servers and parents that people really use, each doing its work
+# through the proxy on loopback (only apt-get goes to its own sources). A
+# program that is not there is a skip.
+
+unset http_proxy https_proxy ftp_proxy all_proxy no_proxy
+unset HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY
+PATH=$PATH:/usr/sbin:/sbin
+
+real_tool() { # FILE: writes the source of the servers and clients of our own
+	cat > "$1" <<'EOF'
+/*
+ * tool ports N          prints N free loopback ports below those that
+ *                       the system gives to outgoing connections
+ * tool six              says by its status whether [::1] is there
+ * tool serve FILE       writes its port to FILE and serves in this
+ *                       directory until it is killed: WebSocket echo;
+ *                       GET /wait, answered once a WebSocket said "done";
+ *                       /git/ by git http-backend; any other body is kept
+ *                       in ./body and counted in the answer
+ * tool upgrade PROXY-PORT SERVER-PORT N
+ *                       asks the proxy for a WebSocket and has N bytes
+ *                       echoed: prints the status line and the verdict
+ */
+#define _POSIX_C_SOURCE 200809L
+#include <sys/socket.h>
+
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <unistd.h>
+
+#define GUID "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+
+struct request {
+	char method[16], path[1024], key[64], type[128], coding[32];
+	long length;
+	int chunked, expect, close;
+};
+
+static void
+die(const char *what)
+{
+	perror(what);
+	exit(1);
+}
+
+static uint32_t
+rotate(uint32_t v, int n)
+{
+	return v << n | v >> (32 - n);
+}
+
+static void
+sha1_block(uint32_t s[5], const unsigned char *p)
+{
+	uint32_t w[80], v[5], f, k, t;
+	int i;
+
+	for (i = 0; i < 16; i++)
+		w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
+		    (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
+	for (; i < 80; i++)
+		w[i] = rotate(w[i - 3] ^ w[i - 8] ^ w[i - 14] ^ w[i - 16], 1);
+	memcpy(v, s, sizeof v);
+	for (i = 0; i < 80; i++) {
+		f = i < 20 ? (v[1] & v[2]) | (~v[1] & v[3]) :
+		    i < 40 || i >= 60 ? v[1] ^ v[2] ^ v[3] :
+		    (v[1] & v[2]) | (v[1] & v[3]) | (v[2] & v[3]);
+		k = i < 20 ? 0x5a827999u : i < 40 ? 0x6ed9eba1u :
+		    i < 60 ? 0x8f1bbcdcu : 0xca62c1d6u;
+		t = rotate(v[0], 5) + f + v[4] + k + w[i];
+		v[4] = v[3];
+		v[3] = v[2];
+		v[2] = rotate(v[1], 30);
+		v[1] = v[0];
+		v[0] = t;
+	}
+	for (i = 0; i < 5; i++)
+		s[i] += v[i];
+}
+
+/* Sec-WebSocket-Accept for a key of 24 bytes, RFC 6455 section 4.2.2. */
+static void
+websocket_accept(const char *key, char *out)
+{
+	static const char digit[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+	    "abcdefghijklmnopqrstuvwxyz0123456789+/";
+	uint32_t s[5] = { 0x67452301u, 0xefcdab89u, 0x98badcfeu, 0x10325476u,
+		0xc3d2e1f0u };
+	unsigned char m[128] = { 0 }, d[21] = { 0 };
+	size_t i;
+
+	snprintf((char *)m, sizeof m, "%.24s" GUID, key);
+	m[60] = 0x80;
+	m[126] = 60 * 8 >> 8;
+	m[127] = 60 * 8 & 255;
+	sha1_block(s, m);
+	sha1_block(s, m + 64);
+	for (i = 0; i < 20; i++)
+		d[i] = (unsigned char)(s[i / 4] >> (24 - 8 * (i % 4)));
+	for (i = 0; i < 21; i += 3) {
+		*out++ = digit[d[i] >> 2];
+		*out++ = digit[(d[i] << 4 | d[i + 1] >> 4) & 63];
+		*out++ = digit[(d[i + 1] << 2 | d[i + 2] >> 6) & 63];
+		*out++ = digit[d[i + 2] & 63];
+	}
+	out[-1] = '=';
+	*out = '\0';
+}
+
+/* Copies the value of the field called name from line, if it is that. */
+static int
+field(const char *line, const char *name, char *value, size_t size)
+{
+	size_t n = strlen(name);
+
+	if (strncasecmp(line, name, n) != 0 || line[n] != ':')
+		return 0;
+	line += n + 1 + strspn(line + n + 1, " ");
+	snprintf(value, size, "%.*s", (int)strcspn(line, "\r\n"), line);
+	return 1;
+}
+
+static int
+request_read(FILE *in, struct request *r)
+{
+	char line[8192], value[1024];
+
+	memset(r, 0, sizeof *r);
+	r->length = -1;
+	if (!fgets(line, sizeof line, in) ||
+	    sscanf(line, "%15s %1023s", r->method, r->path) != 2)
+		return 0;
+	while (fgets(line, sizeof line, in) && line[0] != '\r') {
+		(void)field(line, "Sec-WebSocket-Key", r->key, sizeof r->key);
+		(void)field(line, "Content-Type", r->type, sizeof r->type);
+		(void)field(line, "Content-Encoding", r->coding,
+		    sizeof r->coding);
+		if (field(line, "Content-Length", value, sizeof value))
+			r->length = strtol(value, NULL, 10);
+		if (field(line, "Transfer-Encoding", value, sizeof value))
+			r->chunked = 1;
+		if (field(line, "Expect", value, sizeof value))
+			r->expect = 1;
+		if (field(line, "Connection", value, sizeof value))
+			r->close = strcasecmp(value, "close") == 0;
+	}
+	return 1;
+}
+
+static long
+copy(FILE *in, FILE *out, long n)
+{
+	char buf[65536];
+	long done = 0;
+	size_t want, got;
+
+	for (; done < n; done += (long)got) {
+		want = n - done < (long)sizeof buf ? (size_t)(n - done) :
+		    sizeof buf;
+		got = fread(buf, 1, want, in);
+		if (got == 0)
+			break;
+		fwrite(buf, 1, got, out);
+	}
+	return done;
+}
+
+/* Writes the body of r to body. Returns its size, -1 if it was cut short. */
+static long
+body_read(FILE *in, FILE *out, const struct request *r, FILE *body)
+{
+	char line[256];
+	long n, sum = 0;
+
+	if (r->expect) {
+		fputs("HTTP/1.1 100 Continue\r\n\r\n", out);
+		fflush(out);
+	}
+	if (!r->chunked)
+		return r->length <= 0 ? 0 :
+		    copy(in, body, r->length) == r->length ? r->length : -1;
+	do {
+		if (!fgets(line, sizeof line, in))
+			return -1;
+		n = strtol(line, NULL, 16);
+		if (copy(in, body, n) != n)
+			return -1;
+		sum += n;
+		if (n > 0 && !fgets(line, sizeof line, in))
+			return -1;
+	} while (n > 0);
+	while (fgets(line, sizeof line, in) && line[0] != '\r')
+		continue;
+	return sum;
+}
+
+static void
+answer(FILE *out, const char *type, const char *text)
+{
+	fprintf(out, "HTTP/1.1 200 OK\r\nContent-Type: %s\r\n"
+	    "Content-Length: %lu\r\n\r\n%s", type,
+	    (unsigned long)strlen(text), text);
+	fflush(out);
+}
+
+/* Reads one frame, at most size bytes. Returns its length, -1 at the end. */
+static long
+frame_read(FILE *in, int *first, unsigned char *p, long size)
+{
+	unsigned char mask[4] = { 0 };
+	long n, i;
+	int c, more;
+
+	if ((*first = getc(in)) == EOF || (c = getc(in)) == EOF)
+		return -1;
+	n = c & 127;
+	more = n == 126 ? 2 : n == 127 ? 8 : 0;
+	for (n = more ? 0 : n; more > 0; more--)
+		n = n << 8 | getc(in);
+	if (c & 128 && fread(mask, 1, 4, in) != 4)
+		return -1;
+	if (n < 0 || n > size || fread(p, 1, (size_t)n, in) != (size_t)n)
+		return -1;
+	for (i = 0; i < n; i++)
+		p[i] ^= mask[i % 4];
+	return n;
+}
+
+/* Writes one frame; a client's is masked (here with a fixed mask). */
+static void
+frame_write(FILE *out, int first, int client, const unsigned char *p, long n)
+{
+	static const unsigned char mask[4] = { 0x1d, 0xa7, 0x3c, 0x90 };
+	int bits = client ? 128 : 0, i;
+	long k;
+
+	putc(first, out);
+	putc(bits | (n < 126 ? (int)n : n < 65536 ? 126 : 127), out);
+	for (i = n < 126 ? 0 : n < 65536 ? 2 : 8; i > 0; i--)
+		putc((int)((uint64_t)n >> 8 * (i - 1) & 255), out);
+	if (client)
+		fwrite(mask, 1, 4, out);
+	for (k = 0; k < n; k++)
+		putc(client ? p[k] ^ mask[k % 4] : p[k], out);
+	fflush(out);
+}
+
+static void
+websocket_serve(FILE *in, FILE *out, const char *key)
+{
+	static unsigned char p[1 << 20];
+	char accept[32];
+	int first;
+	long n;
+
+	websocket_accept(key, accept);
+	fprintf(out, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket"
+	    "\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
+	    accept);
+	fflush(out);
+	while ((n = frame_read(in, &first, p, sizeof p)) >= 0) {
+		frame_write(out, first, 0, p, n);
+		if ((first & 15) == 8)
+			break;
+		if (n == 4 && memcmp(p, "done", 4) == 0)
+			(void)close(open("done", O_WRONLY | O_CREAT, 0666));
+	}
+}
+
+static void
+git_environment(struct request *r)
+{
+	char number[32];
+	char *query = strchr(r->path, '?');
+
+	if (query)
+		*query++ = '\0';
+	setenv("PATH_INFO", r->path + strlen("/git"), 1);
+	setenv("QUERY_STRING", query ? query : "", 1);
+	setenv("REQUEST_METHOD", r->method, 1);
+	setenv("CONTENT_TYPE", r->type, 1);
+	setenv("GIT_PROJECT_ROOT", "git", 1);
+	setenv("GIT_HTTP_EXPORT_ALL", "1", 1);
+	if (r->coding[0])
+		setenv("HTTP_CONTENT_ENCODING", r->coding, 1);
+	if (r->length >= 0 && !r->chunked) {
+		snprintf(number, sizeof number, "%ld", r->length);
+		setenv("CONTENT_LENGTH", number, 1);
+	}
+}
+
+/* One CGI call; the answer ends with the connection. */
+static void
+git_serve(FILE *out, struct request *r, FILE *body)
+{
+	char line[4096], status[64] = "200 OK", fields[8192] = "";
+	FILE *from;
+	int fd[2];
+
+	if (pipe(fd) == -1)
+		die("pipe");
+	git_environment(r);
+	if (fork() == 0) {
+		signal(SIGCHLD, SIG_DFL);
+		signal(SIGPIPE, SIG_DFL);
+		lseek(fileno(body), 0, SEEK_SET);
+		dup2(fileno(body), 0);
+		dup2(fd[1], 1);
+		close(fd[0]);
+		close(fd[1]);
+		execlp("git", "git", "http-backend", (char *)NULL);
+		die("git http-backend");
+	}
+	close(fd[1]);
+	from = fdopen(fd[0], "r");
+	while (fgets(line, sizeof line, from) && line[0] != '\r')
+		if (!field(line, "Status", status, sizeof status) &&
+		    strlen(fields) + strlen(line) < sizeof fields)
+			strcat(fields, line);
+	fprintf(out, "HTTP/1.1 %s\r\nConnection: close\r\n%s\r\n", status,
+	    fields);
+	while (copy(from, out, 65536) > 0)
+		continue;
+	fflush(out);
+}
+
+/* Serves one request. Returns whether another may follow. */
+static int
+request_serve(FILE *in, FILE *out, struct request *r)
+{
+	char text[64];
+	FILE *body;
+	long n;
+	int i;
+
+	if (r->key[0]) {
+		websocket_serve(in, out, r->key);
+		return 0;
+	}
+	if (strcmp(r->path, "/wait") == 0) {
+		for (i = 0; i < 200 && access("done", F_OK) == -1; i++)
+			(void)poll(NULL, 0, 50);
+		answer(out, "text/javascript", "late = 'came';");
+		return !r->close;
+	}
+	body = strncmp(r->path, "/git/", 5) == 0 ? tmpfile() :
+	    fopen("body", "w+");
+	if (!body)
+		die("body");
+	n = body_read(in, out, r, body);
+	fflush(body);
+	if (strncmp(r->path, "/git/", 5) == 0) {
+		git_serve(out, r, body);
+		return 0;
+	}
+	fclose(body);
+	snprintf(text, sizeof text, "%s %ld bytes\n", r->method, n);
+	answer(out, "text/plain", text);
+	return !r->close;
+}
+
+static int
+listener(int *port)
+{
+	struct sockaddr_in a = { 0 };
+	socklen_t len = sizeof a;
+	int fd = socket(AF_INET, SOCK_STREAM, 0);
+
+	a.sin_family = AF_INET;
+	a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	if (fd == -1 || bind(fd, (struct sockaddr *)&a, sizeof a) == -1 ||
+	    listen(fd, 128) == -1 ||
+	    getsockname(fd, (struct sockaddr *)&a, &len) == -1)
+		die("listen");
+	*port = ntohs(a.sin_port);
+	return fd;
+}
+
+static void
+serve(const char *file)
+{
+	struct request r;
+	FILE *in, *out, *f;
+	int fd, s, port;
+
+	s = listener(&port);
+	signal(SIGCHLD, SIG_IGN);
+	signal(SIGPIPE, SIG_IGN);
+	f = fopen(file, "w");
+	if (!f || fprintf(f, "%d\n", port) < 0 || fclose(f) == EOF)
+		die(file);
+	while ((fd = accept(s, NULL, NULL)) != -1) {
+		if (fork() == 0) {
+			close(s);
+			alarm(60);
+			in = fdopen(fd, "r");
+			out = fdopen(dup(fd), "w");
+			while (request_read(in, &r) && request_serve(in, out,
+			    &r))
+				continue;
+			fflush(out);
+			exit(0);
+		}
+		close(fd);
+	}
+	die("accept");
+}
+
+static void
+upgrade(int proxy, int server, long n)
+{
+	struct sockaddr_in a = { 0 };
+	unsigned char *sent = malloc((size_t)n), *got = malloc((size_t)n);
+	char line[1024];
+	FILE *in, *out;
+	int fd = socket(AF_INET, SOCK_STREAM, 0), first;
+	long i;
+
+	alarm(30);
+	a.sin_family = AF_INET;
+	a.sin_port = htons((uint16_t)proxy);
+	a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	if (!sent || !got || connect(fd, (struct sockaddr *)&a, sizeof a) == -1)
+		die("connect");
+	in = fdopen(fd, "r");
+	out = fdopen(dup(fd), "w");
+	fprintf(out, "GET http://127.0.0.1:%d/ws HTTP/1.1\r\nHost: 127.0.0.1:%d"
+	    "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+	    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
+	    "dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", server, server);
+	fflush(out);
+	if (!fgets(line, sizeof line, in))
+		die("no answer");
+	printf("%.*s\n", (int)strcspn(line, "\r\n"), line);
+	while (fgets(line, sizeof line, in) && line[0] != '\r')
+		if (strncmp(line, "Sec-WebSocket-Accept", 20) == 0)
+			printf("%.*s\n", (int)strcspn(line, "\r\n"), line);
+	for (i = 0; i < n; i++)
+		sent[i] = (unsigned char)('a' + i * 7 % 26);
+	frame_write(out, 0x81, 1, sent, n);
+	if (frame_read(in, &first, got, n) == n && first == 0x81 &&
+	    memcmp(sent, got, (size_t)n) == 0)
+		printf("%ld bytes echoed\n", n);
+	frame_write(out, 0x88, 1, sent, 0);
+	if (frame_read(in, &first, got, n) == 0 && first == 0x88)
+		printf("closed\n");
+}
+
+static void
+ports(int n)
+{
+	struct sockaddr_in a = { 0 };
+	int fd, port = 10000 + (int)getpid() * 8 % 22000;
+
+	a.sin_family = AF_INET;
+	a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	for (; n > 0 && port < 65536; port++) {
+		fd = socket(AF_INET, SOCK_STREAM, 0);
+		a.sin_port = htons((uint16_t)port);
+		if (fd == -1)
+			die("socket");
+		if (bind(fd, (struct sockaddr *)&a, sizeof a) == 0) {
+			printf("%d\n", port);
+			n--;
+		}
+		close(fd);
+	}
+}
+
+static int
+six(void)
+{
+	struct sockaddr_in6 a = { 0 };
+	int fd = socket(AF_INET6, SOCK_STREAM, 0);
+
+	a.sin6_family = AF_INET6;
+	a.sin6_addr = in6addr_loopback;
+	return fd == -1 || bind(fd, (struct sockaddr *)&a, sizeof a) == -1;
+}
+
+int
+main(int argc, char **argv)
+{
+	if (argc == 3 && strcmp(argv[1], "ports") == 0)
+		ports(atoi(argv[2]));
+	else if (argc == 2 && strcmp(argv[1], "six") == 0)
+		return six();
+	else if (argc == 3 && strcmp(argv[1], "serve") == 0)
+		serve(argv[2]);
+	else if (argc == 5 && strcmp(argv[1], "upgrade") == 0)
+		upgrade(atoi(argv[2]), atoi(argv[3]), atol(argv[4]));
+	else
+		return 2;
+	return 0;
+}
+EOF
+}
+
+# Ports and servers for this section; everything is built and made once a run.
+real_ready() {
+	if mkdir "$work/real" 2> /dev/null; then
+		real_tool "$work/real/tool.c"
+		$cc -o "$work/real/tool" "$work/real/tool.c" ||
+			fail "the servers of this section do not compile"
+		dd if=/dev/urandom of="$work/real/large" bs=1048576 count=64 \
+			2> /dev/null
+		awk 'BEGIN { for (i = 0; i < 20000; i++) print "line", i }' \
+			> "$work/real/text"
+		: > "$work/real/ready"
+	fi
+	wait_for 60 "[ -f \"$work/real/ready\" ]" || fail "nothing is ready"
+}
+
+real_ports() { # sets real_p1 and real_p2 to free ports
+	{
+		read -r real_p1
+		read -r real_p2
+	} <<-EOF
+		$("$work/real/tool" ports 2)
+	EOF
+}
+
+# nginx on $web (127.0.0.1 and, where there is one, ::1) and, with a
+# certificate of our own making, on $tls. Its log is $T/web.log.
+real_web() {
+	have nginx || skip "no nginx"
+	real_ready
+	real_ports
+	web=$real_p1 tls=$real_p2 six='' secure='' user=''
+	"$work/real/tool" six && six="listen [::1]:$web;"
+	[ "$(id -u)" -ne 0 ] || user='user root;'
+	mkdir -p web/put
+	ln -s "$work/real/large" web/large
+	ln -s "$work/real/text" web/text
+	have openssl && {
+		openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 \
+			-nodes -days 2 -subj /CN=localhost -keyout key -out cert \
+			-addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 \
+			2> openssl.err || fail "openssl: $(tail -n 1 openssl.err)"
+		secure="listen 127.0.0.1:$tls ssl;
+			ssl_certificate $T/cert; ssl_certificate_key $T/key;"
+	}
+	cat > nginx.conf <<-EOF
+		daemon off; master_process off; $user
+		pid $T/nginx.pid; error_log $T/nginx.err;
+		events { worker_connections 1000; }
+		http {
+			log_format seen '\$connection "\$request" \$status'
+				' "\$http_host" "\$http_via" "\$http_proxy_connection"';
+			access_log $T/web.log seen;
+			client_body_temp_path $T/t1; proxy_temp_path $T/t2;
+			fastcgi_temp_path $T/t3; uwsgi_temp_path $T/t4;
+			scgi_temp_path $T/t5; client_max_body_size 0;
+			types { text/html html; text/plain txt; image/bmp bmp; }
+			default_type text/plain;
+			gzip on; gzip_types text/plain; gzip_proxied any;
+			server {
+				listen 127.0.0.1:$web; $six $secure
+				root $T/web;
+				location /put/ { dav_methods PUT DELETE; }
+			}
+		}
+	EOF
+	spawn nginx.out nginx -c "$T/nginx.conf"
+	wait_for 10 '[ -s nginx.pid ]' ||
+		fail "nginx does not start: $(tail -n 1 nginx.err)"
+}
+
+# The server of tool.c on $serve.
+real_serve() {
+	real_ready
+	spawn serve.out "$work/real/tool" serve port
+	wait_for 5 '[ -s port ]' || fail "the server does not start"
+	serve=$(cat port)
+}
+
+real_curl() { # curl through the proxy, on its own
+	curl -q -sS --max-time 60 -x "http://$proxy" "$@"
+}
+
+# What curl gets with these arguments is what is in the file WANT.
+real_get() { # WANT ARGUMENT...
+	real_want=$1
+	shift
+	real_curl -o out "$@" || fail "curl $*"
+	real_same out "$real_want"
+	rm out
+}
+
+# The log gets a line for this request, and behind it what REST matches (both
+# extended regular expressions).
+real_log() { # METHOD URL REST
+	i=0
+	until grep -Eq -e "\"$1 $2 HTTP/1\.[01]\" $3" log; do
+		i=$((i + 1))
+		[ "$i" -le 100 ] ||
+			fail "log: no $1 $2 $3; the last is: $(tail -n 1 log)"
+		"$peer" sleep 50
+	done
+}
+
+real_same() { # A B: the files are alike
+	cmp "$1" "$2" > cmp.out 2>&1 || fail "not the same: $(head -n 1 cmp.out)"
+}
+
+test_real_curl() { # curl: plain, large, by name, ranges, resumed
+	have curl || skip "no curl"
+	real_web
+	start_proxy
+	real_get web/text -D head "http://127.0.0.1:$web/text"
+	grep -q '^HTTP/1.1 200 ' head || fail "status: $(head -n 1 head)"
+	grep -q '^Via: 1.1 proxy-[0-9a-f]\{8\}' head || fail "no Via: $(cat head)"
+	real_log GET "http://127.0.0.1:$web/text" "200 208890 \"-\" \"curl/[^ ]*\" \
+up=0 dns=- connect=[0-9]+ first=[0-9]+ total=[0-9]+ server=127.0.0.1:$web end=done\$"
+	grep -q " \"127.0.0.1:$web\" \"1.1 proxy-[0-9a-f]*\" \"-\"\$" web.log ||
+		fail "nginx saw $(tail -n 1 web.log)"
+	real_get web/large "http://127.0.0.1:$web/large"
+	real_log GET ".*/large" "200 67108864 .* end=done"
+	real_get web/text "http://localhost:$web/text"
+	real_log GET "http://localhost:$web/text" \
+		"200 .* dns=[0-9]+ .* server=(127.0.0.1|\[::1\]):$web end=done"
+	real_curl -r 1000-1999 -o out "http://127.0.0.1:$web/large" ||
+		fail "curl, range"
+	dd if=web/large of=want bs=1000 skip=1 count=1 2> /dev/null
+	real_same out want
+	real_log GET ".*/large" "206 1000 "
+	dd if=web/large of=out bs=1000000 count=50 2> /dev/null
+	real_get web/large -C - "http://127.0.0.1:$web/large"
+	real_curl -f -o out "http://127.0.0.1:$web/nothing" 2> err404
+	[ $? -eq 22 ] || fail "curl -f on a 404: $(cat err404)"
+	real_log GET ".*/nothing" "404 "
+	real_curl -I -o head "http://127.0.0.1:$web/large" || fail "curl -I"
+	grep -q '^Content-Length: 67108864' head || fail "HEAD: $(cat head)"
+	real_log HEAD ".*/large" "200 0 "
+	stop_proxy
+}
+
+test_real_curl_uploads() { # curl: POST and PUT, by length and chunked
+	have curl || skip "no curl"
+	real_web
+	real_serve
+	start_proxy
+	real_curl -o out --data-binary @"$work/real/text" "http://127.0.0.1:$serve/" ||
+		fail "curl, POST"
+	real_same body "$work/real/text"
+	real_log POST "http://127.0.0.1:$serve/" "200 .* up=208890 "
+	: > body
+	real_curl -o out --data-binary @"$work/real/large" \
+		"http://127.0.0.1:$serve/" ||
+		fail "curl, large POST"
+	real_same body "$work/real/large"
+	grep -q 'POST 67108864 bytes' out || fail "answer: $(cat out)"
+	real_log POST "http://127.0.0.1:$serve/" "200 .* up=67108864 .* end=done"
+	: > body
+	real_curl -o out -T - "http://127.0.0.1:$serve/x" < "$work/real/large" ||
+		fail "curl, chunked PUT"
+	real_same body "$work/real/large"
+	grep -q 'PUT 67108864 bytes' out || fail "answer: $(cat out)"
+	real_curl -o out -T "$work/real/text" "http://127.0.0.1:$web/put/a" ||
+		fail "curl -T to nginx"
+	real_same web/put/a "$work/real/text"
+	real_log PUT "http://127.0.0.1:$web/put/a" "201 .* up=208890 "
+	real_curl -o out -T - "http://127.0.0.1:$web/put/b" < "$work/real/text" ||
+		fail "curl, chunked PUT to nginx"
+	real_same web/put/b "$work/real/text"
+	real_curl -o out -X DELETE "http://127.0.0.1:$web/put/b" || fail "DELETE"
+	[ ! -e web/put/b ] || fail "DELETE left the file"
+	stop_proxy
+}
+
+test_real_curl_old() { # curl: HTTP/1.0, IPv6, gzip, chunks to an old client
+	have curl || skip "no curl"
+	real_web
+	start_proxy
+	real_get web/text -0 -D head "http://127.0.0.1:$web/text"
+	real_log GET ".*/text" "200 .* end=done"
+	grep -q 'HTTP/1.0" 200' log || fail "log: $(cat log)"
+	real_get web/text --compressed -D head "http://127.0.0.1:$web/text"
+	grep -qi '^Content-Encoding: gzip' head || fail "no gzip: $(cat head)"
+	grep -qi '^Transfer-Encoding: chunked' head || fail "no chunks: $(cat head)"
+	real_get web/text -0 --compressed -D head "http://127.0.0.1:$web/text"
+	grep -qi '^Transfer-Encoding' head && fail "chunks to HTTP/1.0: $(cat head)"
+	grep -qi '^Content-Encoding: gzip' head || fail "no gzip: $(cat head)"
+	[ -n "$six" ] || skip "no IPv6 here; the rest passed"
+	real_get web/text "http://[::1]:$web/text"
+	real_log GET "http://\[::1\]:$web/text" "200 .* server=\[::1\]:$web "
+	stop_proxy
+}
+
+test_real_curl_many() { # curl: 200 requests on one connection, 200 at once
+	have curl || skip "no curl"
+	real_web
+	start_proxy
+	mkdir out
+	real_curl -o 'out/#1' -w '%{num_connects}\n' \
+		"http://127.0.0.1:$web/text?[1-200]" > connects || fail "curl"
+	[ "$(awk '{ n += $1 } END { print n }' connects)" -eq 1 ] ||
+		fail "curl had to connect anew"
+	[ "$(awk '{ print $1 }' web.log | sort -u | grep -c .)" -eq 1 ] ||
+		fail "the server's connection was not kept"
+	for i in out/*; do
+		real_same "$i" web/text
+		rm "$i"
+	done
+	real_curl --parallel --parallel-immediate --parallel-max 100 \
+		-o 'out/#1' "http://127.0.0.1:$web/text?[1-200]" 2> curl.err ||
+		fail "curl --parallel: $(grep curl: curl.err | head -1)"
+	n=0
+	for i in out/*; do
+		real_same "$i" web/text
+		n=$((n + 1))
+	done
+	[ "$n" -eq 200 ] || fail "$n answers of 200"
+	wait_for 5 "[ \$(grep -c end=done log) -eq 400 ]" ||
+		fail "$(grep -c end=done log) log lines of 400"
+	stop_proxy
+}
+
+test_real_curl_https() { # curl: CONNECT to TLS, one and many at once
+	have curl || skip "no curl"
+	have openssl || skip "no openssl"
+	real_web
+	start_proxy
+	real_get web/large --cacert cert "https://127.0.0.1:$tls/large"
+	real_log CONNECT "127.0.0.1:$tls" "200 6[78][0-9]{6} .* up=[1-9][0-9]* .* \
+server=127.0.0.1:$tls end=(client|server)\$"
+	real_get web/text --cacert cert "https://localhost:$tls/text"
+	real_curl --cacert cert -o out -T "$work/real/text" \
+		"https://127.0.0.1:$tls/put/c" || fail "curl -T"
+	real_same web/put/c "$work/real/text"
+	mkdir many
+	real_curl --cacert cert --http1.1 --parallel --parallel-immediate \
+		--parallel-max 50 -o 'many/#1' \
+		"https://127.0.0.1:$tls/text?[1-100]" 2> curl.err ||
+		fail "curl --parallel: $(grep curl: curl.err | head -1)"
+	n=0
+	for i in many/*; do
+		real_same "$i" web/text
+		n=$((n + 1))
+	done
+	[ "$n" -eq 100 ] || fail "$n answers of 100"
+	real_get web/text -p "http://127.0.0.1:$web/text"
+	real_log CONNECT "127.0.0.1:$web" "200 "
+	stop_proxy
+}
+
+test_real_wget() { # wget: plain, large, resumed, a small site, https
+	wget --version 2> /dev/null | grep -q 'GNU Wget' || skip "no GNU wget"
+	real_web
+	start_proxy
+	cat > web/index.html <<-'EOF'
+		<a href="a.html">a</a> <a href="/text">text</a>
+	EOF
+	echo '<a href="deep/b.html">b</a>' > web/a.html
+	mkdir web/deep
+	echo 'the end' > web/deep/b.html
+	WGETRC=$T/wgetrc
+	export WGETRC
+	printf 'http_proxy = http://%s/\nhttps_proxy = http://%s/\n' \
+		"$proxy" "$proxy" > wgetrc
+	wget -q -T 30 -t 1 -O out "http://127.0.0.1:$web/large" || fail "wget"
+	real_same out web/large
+	real_log GET ".*/large" "200 67108864 \"-\" \"Wget/[^\"]*\" .* end=done"
+	dd if=web/large of=large bs=1000000 count=60 2> /dev/null
+	wget -q -T 30 -t 1 -c "http://127.0.0.1:$web/large" || fail "wget -c"
+	real_same large web/large
+	real_log GET ".*/large" "206 7108864 "
+	wget -q -T 30 -t 1 -r -nH -P site "http://127.0.0.1:$web/" ||
+		[ $? -eq 8 ] || fail "wget -r"
+	real_same site/deep/b.html web/deep/b.html
+	real_same site/text web/text
+	have openssl || skip "no openssl; the rest passed"
+	wget -q -T 30 -t 1 --ca-certificate=cert -O out \
+		"https://127.0.0.1:$tls/text" || fail "wget, https"
+	real_same out web/text
+	real_log CONNECT "127.0.0.1:$tls" "200 "
+	stop_proxy
+}
+
+real_apt() { # apt-get with state and cache of its own
+	timeout 300 apt-get -qq -o Dir::State="$T/state" -o Dir::Cache="$T/cache" \
+		-o Dir::State::status=/var/lib/dpkg/status -o Dir::Log="$T" \
+		-o APT::Sandbox::User="$(id -un)" -o Acquire::Retries=2 "$@"
+}
+
+test_real_apt() { # apt-get: update and download, from the machine's sources
+	have apt-get || skip "no apt-get"
+	have timeout || skip "no timeout"
+	[ -r /var/lib/dpkg/status ] || skip "no list of packages"
+	start_proxy
+	mkdir -p state/lists/partial cache/archives/partial deb
+	set -- -o Acquire::http::Proxy="http://$proxy" \
+		-o Acquire::https::Proxy="http://$proxy"
+	real_apt "$@" update > apt.out 2>&1
+	if grep -q '^[EW]: ' apt.out; then
+		real_apt update > direct.out 2>&1
+		grep -q '^[EW]: ' direct.out &&
+			skip "apt-get update fails without the proxy too"
+		fail "apt-get update: $(grep '^[EW]:' apt.out | head -1)"
+	fi
+	real_log '(GET|CONNECT)' '[^ ]*(/InRelease|:443)' '200 '
+	(cd deb && real_apt "$@" download hostname) > apt.out 2>&1 || {
+		(cd deb && real_apt download hostname) > direct.out 2>&1 ||
+			skip "apt-get download fails without the proxy too"
+		fail "apt-get download: $(grep '^[EW]:' apt.out | head -1)"
+	}
+	dpkg-deb --field deb/hostname_*.deb Package > name 2>&1
+	grep -qx hostname name || fail "no package: $(head -n 1 name)"
+	real_log '(GET|CONNECT)' '[^ ]*(/hostname_[^ ]*.deb|:443)' '200 '
+	grep -E '" [45][0-9][0-9] .* why=' log | grep -v '" 404 ' > bad &&
+		fail "refused: $(head -n 1 bad)"
+	stop_proxy
+}
+
+real_git() {
+	env HOME="$T" GIT_CONFIG_NOSYSTEM=1 GIT_TERMINAL_PROMPT=0 \
+		git -c http.proxy="http://$proxy" -c user.name=a -c user.email=a@b \
+		-c init.defaultBranch=main -c advice.detachedHead=false "$@"
+}
+
+test_real_git() { # git: clone from plain files, clone, fetch and push by CGI
+	have git || skip "no git"
+	real_web
+	real_serve
+	start_proxy
+	mkdir git
+	real_git init -q tree
+	cp "$work/real/text" tree/text
+	dd if="$work/real/large" of=tree/bytes bs=1000000 count=3 2> /dev/null
+	real_git -C tree add .
+	real_git -C tree commit -q -m one
+	real_git clone -q --bare tree git/repo.git || fail "no repository"
+	real_git -C git/repo.git update-server-info
+	real_git -C git/repo.git config http.receivepack true
+	ln -s "$T/git/repo.git" web/repo.git
+	real_git clone -q "http://127.0.0.1:$web/repo.git" dumb > git.out 2>&1 ||
+		fail "clone of files: $(tail -n 1 git.out)"
+	real_same dumb/text "$work/real/text"
+	real_same dumb/bytes tree/bytes
+	real_log GET "http://127.0.0.1:$web/repo.git/objects/[^ ]*" "200 "
+	[ -x "$(git --exec-path)/git-http-backend" ] ||
+		skip "no git http-backend; the rest passed"
+	real_git clone -q "http://127.0.0.1:$serve/git/repo.git" smart \
+		> git.out 2>&1 || fail "clone: $(tail -n 1 git.out)"
+	real_same smart/bytes tree/bytes
+	real_log POST ".*/git/repo.git/git-upload-pack" "200 3[0-9]{6} "
+	dd if="$work/real/large" of=smart/more bs=1000000 skip=4 count=4 2> /dev/null
+	real_git -C smart add .
+	real_git -C smart commit -q -m two || fail "no commit"
+	real_git -C smart -c http.postBuffer=65536 push -q origin HEAD \
+		> git.out 2>&1 || fail "push: $(tail -n 1 git.out)"
+	real_log POST ".*/git/repo.git/git-receive-pack" "200 .* up=4[0-9]{6} "
+	real_git -C dumb pull -q "http://127.0.0.1:$serve/git/repo.git" main \
+		> git.out 2>&1 || fail "pull: $(tail -n 1 git.out)"
+	real_same dumb/more smart/more
+	stop_proxy
+}
+
+# The browser, with all that it would ask of the world turned away.
+real_browser() {
+	timeout 60 "$browser" --headless --no-sandbox --disable-gpu --disable-quic \
+		--no-first-run --disable-background-networking \
+		--disable-component-update --disable-sync \
+		--user-data-dir="$T/profile" --proxy-server="http://$proxy" \
+		--proxy-bypass-list='<-loopback>;*.google.com;*.googleapis.com' \
+		--host-resolver-rules='MAP * ~NOTFOUND, EXCLUDE 127.0.0.1' \
+		--dump-dom "$@" 2> browser.err
+}
+
+# A picture of 300 by 200 and a page that says what came of it; $1 is more
+# script, $2 more of the page.
+real_page() {
+	{
+		printf 'BM\0\0\0\0\0\0\0\0\066\0\0\0\050\0\0\0\054\001\0\0\310\0\0\0'
+		printf '\001\0\030\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0'
+		dd if=/dev/zero bs=900 count=200 2> /dev/null
+	} > web/picture.bmp
+	cat > web/page.html <<-EOF
+		<!doctype html><title>page</title><img id=i src=picture.bmp><p id=o>
+		<script>
+		var text = '', late = '';
+		$1
+		onload = function () {
+			var w = document.getElementById('i').naturalWidth;
+			document.getElementById('o').textContent =
+			    'picture=' + w + ' text=' + text + ' late=' + late + ';';
+		};
+		</script>
+		$2
+	EOF
+}
+
+real_find_browser() {
+	for browser in chromium chromium-browser google-chrome; do
+		have "$browser" && break
+	done
+	have "$browser" || skip "no chromium"
+	have timeout || skip "no timeout"
+}
+
+test_real_browser() { # chromium: a page, a picture, a script, a WebSocket
+	real_find_browser
+	real_web
+	real_serve
+	start_proxy
+	real_page "var s = new WebSocket('ws://127.0.0.1:$serve/ws');
+		s.onopen = function () { s.send('x'.repeat(70000)); };
+		s.onmessage = function (e) {
+			if (text === '') {
+				text = e.data.length;
+				s.send('done');
+			}
+		};" "<script src=http://127.0.0.1:$serve/wait></script>"
+	real_browser "http://127.0.0.1:$web/page.html" > dom ||
+		fail "chromium: $(tail -n 1 browser.err)"
+	grep -q 'picture=300 text=70000 late=came;' dom ||
+		fail "the page says: $(grep 'id="o"' dom | head -1)"
+	real_log GET "http://127.0.0.1:$web/page.html" "200 .*Chrome.* end=done"
+	real_log GET "http://127.0.0.1:$web/picture.bmp" "200 180054 "
+	real_log CONNECT "127.0.0.1:$serve" \
+		"200 7[0-9]{4} .* up=7[0-9]{4} .* end=(client|server|reset)\$"
+	stop_proxy
+}
+
+test_real_browser_https() { # chromium: a page and its picture over CONNECT
+	real_find_browser
+	have openssl || skip "no openssl"
+	real_web
+	start_proxy
+	real_page "" ""
+	real_browser --ignore-certificate-errors \
+		"https://127.0.0.1:$tls/page.html" > dom ||
+		fail "chromium: $(tail -n 1 browser.err)"
+	grep -q 'picture=300 text= late=;' dom ||
+		fail "the page says: $(grep 'id="o"' dom | head -1)"
+	real_log CONNECT "127.0.0.1:$tls" "200 1[0-9]{5} .* end="
+	stop_proxy
+}
+
+test_real_upgrade() { # a WebSocket by Upgrade: 101 turns into a tunnel
+	real_serve
+	start_proxy
+	"$work/real/tool" upgrade "${proxy##*:}" "$serve" 100000 > out 2>&1
+	cat > want <<-'EOF'
+		HTTP/1.1 101 Switching Protocols
+		Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=
+		100000 bytes echoed
+		closed
+	EOF
+	real_same out want
+	real_log GET "http://127.0.0.1:$serve/ws" \
+		"101 1000[0-9]{2} .* up=1000[0-9]{2} "
+	stop_proxy
+}
+
+# What every parent must do: plain, a large file, an upload, and a tunnel.
+real_through_parent() { # PORT: of the parent
+	for u in text large; do
+		real_get "web/$u" "http://127.0.0.1:$web/$u"
+		real_log GET ".*/$u" "200 .* server=127.0.0.1:$1 end=done"
+	done
+	real_curl -o out -T "$work/real/text" "http://127.0.0.1:$web/put/a" ||
+		fail "curl -T"
+	real_same web/put/a "$work/real/text"
+	[ -s cert ] || skip "no openssl; the rest passed"
+	real_get web/large --cacert cert "https://127.0.0.1:$tls/large"
+	real_log CONNECT "127.0.0.1:$tls" "200 .* server=127.0.0.1:$1 end="
+}
+
+# A tinyproxy on $parent; its arguments are more lines of its configuration.
+real_tinyproxy() {
+	have tinyproxy || skip "no tinyproxy"
+	real_ports
+	parent=$real_p1
+	printf '%s\n' "Port $parent" 'Listen 127.0.0.1' 'Timeout 60' \
+		'MaxClients 100' 'LogLevel Connect' "$@" > tinyproxy.conf
+	spawn tinyproxy.out tinyproxy -d -c tinyproxy.conf
+	wait_for 5 "curl -q -s -o out http://127.0.0.1:$parent/" ||
+		fail "tinyproxy does not start: $(tail -n 1 tinyproxy.out)"
+}
+
+test_real_parent_tinyproxy() { # -x http: tinyproxy as the parent
+	have curl || skip "no curl"
+	real_web
+	real_tinyproxy
+	start_proxy -x "http://127.0.0.1:$parent"
+	real_through_parent "$parent"
+	grep -q "GET http://127.0.0.1:$web/text HTTP/1" tinyproxy.out ||
+		fail "tinyproxy saw no GET"
+	grep -q "CONNECT 127.0.0.1:$tls HTTP/1" tinyproxy.out ||
+		fail "tinyproxy saw no CONNECT"
+	stop_proxy
+}
+
+test_real_parent_password() { # -x http: tinyproxy that asks for a password
+	have curl || skip "no curl"
+	real_web
+	real_tinyproxy 'BasicAuth alice secret'
+	start_proxy -x "http://alice:secret@127.0.0.1:$parent"
+	real_through_parent "$parent"
+	grep -q secret log err && fail "the password was printed"
+	stop_proxy
+	start_proxy -x "http://alice:wrong@127.0.0.1:$parent"
+	code=$(real_curl -o out -w '%{http_code}' "http://127.0.0.1:$web/text")
+	case $code in
+	401 | 407 | 502) ;; # tinyproxy says 401
+	*) fail "a wrong password gets $code" ;;
+	esac
+	real_curl -p -o out "http://127.0.0.1:$web/text" 2> curl.err &&
+		fail "a tunnel in spite of a wrong password"
+	real_log CONNECT "127.0.0.1:$web" "(401|407|502) "
+	stop_proxy
+}
+
+test_real_parent_squid() { # -x http: squid as the parent
+	have curl || skip "no curl"
+	have squid || skip "no squid"
+	real_web
+	real_ports
+	real_squid "$real_p1" ''
+	start_proxy -x "http://127.0.0.1:$real_p1"
+	real_through_parent "$real_p1"
+	stop_proxy
+}
+
+# A squid on port $1, in the foreground, that stores nothing; $2 is more of
+# its configuration.
+real_squid() {
+	cat > squid.conf <<-EOF
+		http_port 127.0.0.1:$1
+		http_access allow all
+		cache deny all
+		cache_mem 8 MB
+		access_log none
+		cache_log /dev/stderr
+		cache_store_log none
+		pid_filename none
+		netdb_filename none
+		coredump_dir none
+		pinger_enable off
+		shutdown_lifetime 0 seconds
+		$2
+	EOF
+	spawn squid.out squid -N -f "$T/squid.conf"
+	wait_for 20 "curl -q -s -o out http://127.0.0.1:$1/" ||
+		fail "squid does not start: $(tail -n 1 squid.out)"
+}
+
+test_real_parent_socks() { # -x socks5: microsocks, without and with a password
+	have curl || skip "no curl"
+	have microsocks || skip "no microsocks"
+	real_web
+	real_ports
+	spawn socks1.out microsocks -i 127.0.0.1 -p "$real_p1"
+	spawn socks2.out microsocks -i 127.0.0.1 -p "$real_p2" -u alice -P secret
+	for i in "127.0.0.1:$real_p1" "alice:secret@127.0.0.1:$real_p2"; do
+		wait_for 5 "curl -q -s -o out -x socks5://$i \
+			http://127.0.0.1:$web/text" || fail "no microsocks on $i"
+	done
+	start_proxy -x "socks5://127.0.0.1:$real_p1"
+	real_through_parent "$real_p1"
+	real_get web/text "http://localhost:$web/text"
+	stop_proxy
+	start_proxy -x "socks5://alice:secret@127.0.0.1:$real_p2"
+	real_through_parent "$real_p2"
+	grep -q secret log err && fail "the password was printed"
+	stop_proxy
+	start_proxy -x "socks5://alice:wrong@127.0.0.1:$real_p2"
+	code=$(real_curl -o out -w '%{http_code}' "http://127.0.0.1:$web/text")
+	[ "$code" -eq 502 ] || fail "a wrong password gets $code"
+	real_log GET "http://127.0.0.1:$web/text" \
+		"502 .* server=127.0.0.1:$real_p2 .*why=\""
+	stop_proxy
+}
+
+test_real_chain() { # squid as the client: chained to us as its parent
+	have curl || skip "no curl"
+	have squid || skip "no squid"
+	real_web
+	start_proxy
+	real_ports
+	real_squid "$real_p1" "never_direct allow all
+		cache_peer 127.0.0.1 parent ${proxy##*:} 0 no-query no-digest default"
+	curl -q -sS --max-time 60 -x "http://127.0.0.1:$real_p1" -o out \
+		"http://127.0.0.1:$web/large" || fail "curl"
+	real_same out web/large
+	real_log GET "http://127.0.0.1:$web/large" "200 67108864 .* end=done"
+	[ -s cert ] || skip "no openssl; the rest passed"
+	curl -q -sS --max-time 60 -x "http://127.0.0.1:$real_p1" -o out \
+		--cacert cert "https://127.0.0.1:$tls/text" || fail "curl, https"
+	real_same out web/text
+	real_log CONNECT "127.0.0.1:$tls" "200 "
+	stop_proxy
+}
+
+# ---- Measurements -----------------------------------------------------------
+# test.sh bench: what the proxy costs beside no proxy and beside others, in
+# one run and in turns, because machines are noisy. Not a test.
+
+bench_load() { # FILE: writes the source of the load tool
+	cat > "$1" <<'EOF'
+/*
+ * load origin FILE
+ *     writes its port to FILE and answers GET .../N with N bytes, kept alive,
+ *     until it is killed
+ * load client [-c] [-n] [-x PROXY-PORT] PORT CONNS REQUESTS MS SIZE
+ *     asks that origin for SIZE bytes over CONNS connections at once, until
+ *     REQUESTS are answered or MS have passed; -n: a new connection for each,
+ *     -c: by CONNECT. Prints requests, seconds, errors and its own
+ *     microseconds of processor time.
+ * load idle PROXY-PORT PORT CONNS FILE
+ *     opens CONNS tunnels, writes how many stand to FILE, and keeps them
+ *     until it is killed
+ */
+#define _POSIX_C_SOURCE 200809L
+#include <sys/resource.h>
+#include <sys/socket.h>
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { CONNS_MAX = 8192, CLOSED = -1 };
+
+struct conn {
+	char head[2048]; /* of the message that comes */
+	size_t len;      /* of that */
+	long left;       /* bytes of the body still to come or to send */
+	int body;        /* the head is done */
+	int close;       /* after this message */
+	int used;        /* has carried a message before */
+};
+
+static struct pollfd fds[CONNS_MAX + 1];
+static struct conn *conns[CONNS_MAX + 1];
+static char bytes[1 << 18];
+static int proxy_port, origin_port, by_connect, anew;
+static char request[256];
+static long errors;
+
+static void
+die(const char *what)
+{
+	perror(what);
+	exit(1);
+}
+
+static double
+now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+static void
+set_up(int fd)
+{
+	int on = 1;
+
+	if (fcntl(fd, F_SETFL, O_NONBLOCK) == -1 ||
+	    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) == -1)
+		die("set_up");
+}
+
+static struct sockaddr_in
+address(int port)
+{
+	struct sockaddr_in a;
+
+	memset(&a, 0, sizeof a);
+	a.sin_family = AF_INET;
+	a.sin_port = htons((uint16_t)port);
+	a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	return a;
+}
+
+/* Reads on until the head is whole. Returns 1 then, 0 at the end. */
+static int
+head_wait(int fd, char *head, size_t size)
+{
+	size_t len = 0;
+	ssize_t n;
+
+	while (len < size - 1) {
+		n = read(fd, head + len, size - 1 - len);
+		if (n <= 0)
+			return 0;
+		len += (size_t)n;
+		head[len] = '\0';
+		if (strstr(head, "\r\n\r\n"))
+			return 1;
+	}
+	return 0;
+}
+
+/* A new connection, through the tunnel if there is one, or -1. */
+static int
+dial(void)
+{
+	struct sockaddr_in a = address(proxy_port ? proxy_port : origin_port);
+	struct timeval patience = { 10, 0 };
+	char head[2048];
+	int fd = socket(AF_INET, SOCK_STREAM, 0), n;
+
+	if (fd == -1)
+		die("socket");
+	if (connect(fd, (struct sockaddr *)&a, sizeof a) == -1) {
+		close(fd);
+		return -1;
+	}
+	if (by_connect && proxy_port) {
+		setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience,
+		    sizeof patience);
+		n = snprintf(head, sizeof head, "CONNECT 127.0.0.1:%d HTTP/1.1"
+		    "\r\nHost: 127.0.0.1:%d\r\n\r\n", origin_port, origin_port);
+		if (write(fd, head, (size_t)n) != n ||
+		    !head_wait(fd, head, sizeof head) ||
+		    strncmp(head + 8, " 200", 4) != 0) {
+			close(fd);
+			return -1;
+		}
+	}
+	return fd;
+}
+
+/* Sends the next request on a connection, on a new one if need be. */
+static void
+ask(int i, int fresh)
+{
+	struct conn *c = conns[i];
+	int used = c->used;
+
+	if (fresh && fds[i].fd != CLOSED) {
+		close(fds[i].fd);
+		fds[i].fd = CLOSED;
+	}
+	memset(c, 0, sizeof *c);
+	c->used = used && !fresh;
+	if (fds[i].fd == CLOSED) {
+		fds[i].fd = dial();
+		fds[i].events = POLLIN;
+		if (fds[i].fd == CLOSED) {
+			errors++;
+			return;
+		}
+		set_up(fds[i].fd);
+	}
+	if (write(fds[i].fd, request, strlen(request)) == -1 &&
+	    !(c->used && errno == EPIPE))
+		errors++;
+}
+
+/* Takes what has come of the head. Returns how much of n was not head. */
+static long
+head_take(struct conn *c, const char *p, size_t n)
+{
+	const char *end, *field;
+	size_t room = sizeof c->head - 1 - c->len, old = c->len;
+
+	room = n < room ? n : room;
+	memcpy(c->head + c->len, p, room);
+	c->len += room;
+	c->head[c->len] = '\0';
+	end = strstr(c->head, "\r\n\r\n");
+	if (!end)
+		return 0;
+	c->body = 1;
+	field = strstr(c->head, "\r\nContent-Length:");
+	field = field ? field : strstr(c->head, "\r\ncontent-length:");
+	c->left = field ? strtol(field + 17, NULL, 10) : -1;
+	c->close = strncmp(c->head, "HTTP/1.1", 8) != 0 ||
+	    strstr(c->head, "\r\nConnection: close") ||
+	    strstr(c->head, "\r\nconnection: close");
+	return (long)(old + n) - (end + 4 - c->head);
+}
+
+/* Reads what there is. Returns 1 when the response is whole, -1 if it can't
+ * become so, -2 if a kept connection was closed in the meantime. */
+static int
+response_read(int i)
+{
+	struct conn *c = conns[i];
+	ssize_t n = read(fds[i].fd, bytes, sizeof bytes);
+	long rest;
+
+	if (n == -1 && errno == EAGAIN)
+		return 0;
+	if (n <= 0)
+		return c->used && c->len == 0 ? -2 : -1;
+	rest = c->body ? n : head_take(c, bytes, (size_t)n);
+	if (!c->body)
+		return 0;
+	if (c->left == -1 || strncmp(c->head + 8, " 200", 4) != 0)
+		return -1;
+	c->left -= rest;
+	return c->left == 0 ? 1 : c->left < 0 ? -1 : 0;
+}
+
+static long
+client(int n, long count, double end)
+{
+	long done = 0;
+	int i, open = n, got;
+
+	for (i = 0; i < n; i++) {
+		conns[i] = calloc(1, sizeof *conns[i]);
+		fds[i].fd = CLOSED;
+		ask(i, 1);
+	}
+	while (open > 0 && errors < 100 && now() < end + 20) {
+		if (poll(fds, (nfds_t)n, 1000) == -1)
+			die("poll");
+		for (i = 0; i < n; i++) {
+			if (fds[i].fd == CLOSED || !fds[i].revents)
+				continue;
+			got = response_read(i);
+			if (got == 0)
+				continue;
+			done += got == 1;
+			errors += got == -1;
+			conns[i]->used = 1;
+			if (done + n > count || now() >= end) {
+				close(fds[i].fd);
+				fds[i].fd = CLOSED;
+			} else {
+				ask(i, anew || got < 0 || conns[i]->close);
+			}
+		}
+		for (i = 0, open = 0; i < n; i++)
+			open += fds[i].fd != CLOSED;
+	}
+	errors += open;
+	return done;
+}
+
+/* Sends what is left of the body. Returns whether the connection stays. */
+static int
+body_write(struct conn *c, int fd)
+{
+	ssize_t n = 1;
+
+	while (c->left > 0 && n > 0) {
+		n = write(fd, bytes, c->left < (long)sizeof bytes ?
+		    (size_t)c->left : sizeof bytes);
+		if (n > 0)
+			c->left -= n;
+	}
+	return c->left > 0 ? errno == EAGAIN : !c->close;
+}
+
+static int
+request_serve(struct conn *c, int fd)
+{
+	char out[2048];
+	ssize_t n = read(fd, c->head + c->len, sizeof c->head - 1 - c->len);
+	long size;
+	char *at;
+	int len;
+
+	if (n <= 0)
+		return n == -1 && errno == EAGAIN;
+	c->len += (size_t)n;
+	c->head[c->len] = '\0';
+	if (!strstr(c->head, "\r\n\r\n"))
+		return c->len < sizeof c->head - 1;
+	at = strstr(c->head, " HTTP/1.");
+	while (at && at > c->head && at[-1] != '/')
+		at--;
+	size = at ? strtol(at, NULL, 10) : 0;
+	c->close = strstr(c->head, "\r\nConnection: close") != NULL;
+	c->len = 0;
+	len = snprintf(out, sizeof out, "HTTP/1.1 200 OK\r\n"
+	    "Date: Sun, 22 Nov 2026 02:31:05 GMT\r\nServer: load\r\n"
+	    "Content-Type: application/octet-stream\r\n"
+	    "Content-Length: %ld\r\n%s\r\n", size,
+	    c->close ? "Connection: close\r\n" : "");
+	c->left = size;
+	if (size <= (long)sizeof out - len) {
+		memcpy(out + len, bytes, (size_t)size);
+		c->left = 0;
+		len += (int)size;
+	}
+	return write(fd, out, (size_t)len) == len && body_write(c, fd);
+}
+
+static void
+origin(const char *file)
+{
+	struct sockaddr_in a = address(0);
+	socklen_t len = sizeof a;
+	int fd, n = 1, i;
+	FILE *f;
+
+	fds[0].fd = socket(AF_INET, SOCK_STREAM, 0);
+	fds[0].events = POLLIN;
+	if (fds[0].fd == -1 ||
+	    bind(fds[0].fd, (struct sockaddr *)&a, sizeof a) == -1 ||
+	    listen(fds[0].fd, 4096) == -1 ||
+	    getsockname(fds[0].fd, (struct sockaddr *)&a, &len) == -1)
+		die("listen");
+	f = fopen(file, "w");
+	if (!f || fprintf(f, "%d\n", ntohs(a.sin_port)) < 0 || fclose(f) == EOF)
+		die(file);
+	while (poll(fds, (nfds_t)n, -1) != -1) {
+		for (i = n - 1; i > 0; i--) {
+			if (!fds[i].revents)
+				continue;
+			if (conns[i]->left > 0 ?
+			    body_write(conns[i], fds[i].fd) :
+			    request_serve(conns[i], fds[i].fd)) {
+				fds[i].events = conns[i]->left > 0 ? POLLOUT :
+				    POLLIN;
+				continue;
+			}
+			close(fds[i].fd);
+			free(conns[i]);
+			fds[i] = fds[--n];
+			conns[i] = conns[n];
+		}
+		if (!fds[0].revents || n > CONNS_MAX)
+			continue;
+		fd = accept(fds[0].fd, NULL, NULL);
+		if (fd == -1)
+			continue;
+		set_up(fd);
+		conns[n] = calloc(1, sizeof *conns[n]);
+		fds[n].fd = fd;
+		fds[n].revents = 0;
+		fds[n++].events = POLLIN;
+	}
+}
+
+static void
+idle(int n, const char *file)
+{
+	FILE *f;
+	int i;
+
+	by_connect = 1;
+	for (i = 0; i < n; i++)
+		if (dial() == -1)
+			break;
+	f = fopen(file, "w");
+	if (!f || fprintf(f, "%d\n", i) < 0 || fclose(f) == EOF)
+		die(file);
+	for (;;)
+		pause();
+}
+
+int
+main(int argc, char **argv)
+{
+	struct rlimit files;
+	struct rusage u;
+	double start;
+	long done;
+	int opt;
+
+	signal(SIGPIPE, SIG_IGN);
+	if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+		files.rlim_cur = files.rlim_max;
+		(void)setrlimit(RLIMIT_NOFILE, &files);
+	}
+	memset(bytes, 'x', sizeof bytes);
+	if (argc == 3 && strcmp(argv[1], "origin") == 0)
+		origin(argv[2]);
+	if (argc == 6 && strcmp(argv[1], "idle") == 0) {
+		proxy_port = atoi(argv[2]);
+		origin_port = atoi(argv[3]);
+		idle(atoi(argv[4]), argv[5]);
+	}
+	if (argc < 7 || strcmp(argv[1], "client") != 0)
+		return 2;
+	optind = 2;
+	while ((opt = getopt(argc, argv, "cnx:")) != -1) {
+		by_connect |= opt == 'c';
+		anew |= opt == 'n';
+		proxy_port = opt == 'x' ? atoi(optarg) : proxy_port;
+	}
+	argv += optind;
+	origin_port = atoi(argv[0]);
+	if (proxy_port && !by_connect)
+		snprintf(request, sizeof request, "GET http://127.0.0.1:%s/%s",
+		    argv[0], argv[4]);
+	else
+		snprintf(request, sizeof request, "GET /%s", argv[4]);
+	snprintf(request + strlen(request), sizeof request - strlen(request),
+	    " HTTP/1.1\r\nHost: 127.0.0.1:%s\r\nUser-Agent: load\r\n"
+	    "Accept: */*\r\n%s\r\n", argv[0],
+	    anew ? "Connection: close\r\n" : "");
+	start = now();
+	done = client(atoi(argv[1]), atol(argv[2]),
+	    start + (double)atol(argv[3]) / 1000);
+	start = now() - start;
+	getrusage(RUSAGE_SELF, &u);
+	printf("%ld %.6f %ld %ld\n", done, start, errors,
+	    (long)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) * 1000000 +
+	    (long)(u.ru_utime.tv_usec + u.ru_stime.tv_usec));
+	return 0;
+}
+EOF
+}
+
+bench_rounds=3  # of each measurement; the median counts
+bench_ms=800    # that a measurement with small requests takes
+bench_idle=5000 # tunnels
+
+# Microseconds of processor time that a process has used.
+bench_cpu() { # PID
+	if [ -r "/proc/$1/stat" ]; then
+		sed 's/.*) //' "/proc/$1/stat" |
+			awk -v hz="$(getconf CLK_TCK)" \
+				'{ printf "%.0f\n", ($12 + $13) * 1000000 / hz }'
+	else
+		ps -o time= -p "$1" | awk -F '[-:]' '{
+			for (i = 1; i <= NF; i++)
+				s = s * 60 + $i
+			printf "%.0f\n", s * 1000000
+		}'
+	fi
+}
+
+# Takes a proxy into the race if it serves; its place is in NAME.where.
+bench_add() { # NAME PORT PID
+	if wait_for 20 "[ \"\$(./load client -x $2 $origin 1 1 1000 1024 |
+	    cut -d ' ' -f 1,3)\" = '1 0' ]"; then
+		echo "$2 $3" > "$1.where"
+		bench_names="$bench_names $1"
+	else
+		echo "$1 does not serve and is left out"
+	fi
+}
+
+bench_proxies() {
+	start_proxy -m $((bench_idle + 100))
+	bench_add proxy "${proxy##*:}" "$proxy_pid"
+	real_ports
+	if have tinyproxy; then
+		printf '%s\n' "Port $real_p1" 'Listen 127.0.0.1' 'Timeout 600' \
+			"MaxClients $((bench_idle + 100))" 'LogLevel Critical' \
+			> tinyproxy.conf
+		spawn tinyproxy.out tinyproxy -d -c tinyproxy.conf
+		bench_add tinyproxy "$real_p1" "$spawned"
+	fi
+	if have squid; then
+		real_squid "$real_p2" 'max_filedescriptors 16384'
+		bench_add squid "$real_p2" "$spawned"
+	fi
+	real_ports
+	if have haproxy; then
+		cat > haproxy.conf <<-EOF
+			global
+				nbthread 1
+				maxconn 1000
+			defaults
+				mode http
+				timeout client 60s
+				timeout server 60s
+				timeout connect 5s
+			frontend clients
+				bind 127.0.0.1:$real_p1
+				default_backend servers
+			backend servers
+				http-reuse always
+				server origin 127.0.0.1:$origin
+		EOF
+		spawn haproxy.out haproxy -db -f haproxy.conf
+		bench_add haproxy "$real_p1" "$spawned"
+	fi
+}
+
+# One measurement: a line "requests/s, own us, everybody's us, errors" in
+# WORK.NAME; the times are processor time per request.
+bench_one() { # WORK NAME FLAGS CONNS REQUESTS MS SIZE
+	bench_work=$1 bench_name=$2 bench_flags=$3 bench_pid=$$
+	shift 3
+	if [ "$bench_name" != direct ]; then
+		read -r bench_port bench_pid < "$bench_name.where"
+		bench_flags="$bench_flags -x $bench_port"
+	fi
+	bench_own=$(bench_cpu "$bench_pid") bench_origin=$(bench_cpu "$origin_pid")
+	# shellcheck disable=SC2086 # flags are words
+	./load client $bench_flags "$origin" "$@" > result
+	awk -v own=$(($(bench_cpu "$bench_pid") - bench_own)) \
+		-v origin=$(($(bench_cpu "$origin_pid") - bench_origin)) \
+		-v name="$bench_name" '{
+			if (name == "direct")
+				own = 0
+			n = $1 ? $1 : 1
+			print $1 / $2, own / n, (own + origin + $4) / n, $3
+		}' result >> "$bench_work.$bench_name"
+}
+
+bench_median() { # FILE COLUMN
+	cut -d ' ' -f "$2" "$1" | sort -n | awk '{ v[NR] = $1 }
+		END { print v[int((NR + 1) / 2)] }'
+}
+
+# One table; rates are multiplied by SCALE, times per request divided by it.
+bench_table() { # WORK TITLE UNIT SCALE
+	printf '\n%s\n%-10s%12s%12s%16s%16s\n' "$2" '' "$3/s" 'of direct' \
+		"own us/$3" 'all, of direct'
+	for name in direct $bench_names; do
+		[ -f "$1.$name" ] || continue
+		echo "$name" "$(bench_median "$1.$name" 1)" \
+			"$(bench_median "$1.$name" 2)" \
+			"$(bench_median "$1.$name" 3)" \
+			"$(awk '{ n += $4 } END { print n }' "$1.$name")"
+	done | awk -v scale="$4" '
+		NR == 1 { rate = $2; all = $4 }
+		{
+			printf "%-10s%12.0f%12.3f", $1, $2 * scale, $2 / rate
+			printf NR == 1 ? "%16s" : "%16.1f", NR == 1 ? "-" : $3 / scale
+			printf "%16.2f%s\n", $4 / all, $5 ? "  errors: " $5 : ""
+		}'
+}
+
+bench_resident() { # PID: KiB
+	ps -o rss= -p "$1" | tr -d ' '
+}
+
+# Beside idle tunnels, which all candidates hold at the same time.
+bench_tunnels() {
+	printf '\nMemory with %d idle tunnels\n%-10s%12s%16s%16s\n' "$bench_idle" \
+		'' 'tunnels' 'KiB at first' 'KiB a tunnel'
+	names=
+	for name in $bench_names; do
+		[ "$name" != haproxy ] || continue
+		read -r port pid < "$name.where"
+		before=$(bench_resident "$pid")
+		spawn far.out ./load origin "far.$name"
+		wait_for 5 "[ -s 'far.$name' ]" || continue
+		spawn idle.out ./load idle "$port" "$(cat "far.$name")" \
+			"$bench_idle" "stand.$name"
+		wait_for 30 "[ -s 'stand.$name' ]" || continue
+		names="$names $name"
+		awk -v name="$name" -v before="$before" \
+			-v after="$(bench_resident "$pid")" '{
+				printf "%-10s%12d%16d%16.2f\n", name, $1, before,
+					$1 ? (after - before) / $1 : 0
+			}' "stand.$name"
+	done
+	round=0
+	while [ $((round += 1)) -le "$bench_rounds" ]; do
+		for name in direct $names; do
+			bench_one few "$name" '' 1 1000000 "$bench_ms" 1024
+			bench_one idle "$name" '' 32 1000000 "$bench_ms" 1024
+		done
+	done
+	bench_table few "GET 1 KiB, 1 connection beside $bench_idle idle tunnels" \
+		request 1
+	bench_table idle \
+		"GET 1 KiB, 32 connections beside $bench_idle idle tunnels" request 1
+}
+
+bench_end() {
+	cat .fail .skip 2> /dev/null
+	cat .pids .proxies 2> /dev/null | while read -r pid; do
+		kill "$pid" 2> /dev/null
+	done
+	exit "$bench_status"
+}
+
+# The measurements: test.sh bench
+bench() (
+	T=$work/bench
+	bench_status=1 bench_names=
+	mkdir "$T" && cd "$T" || exit 1
+	: > .pids
+	trap bench_end EXIT
+	trap 'exit 1' HUP INT TERM
+	# shellcheck disable=SC3045 # for proxies that don't raise it themselves
+	ulimit -n "$(ulimit -H -n)" 2> /dev/null
+	real_ready
+	bench_load load.c
+	$cc -O2 -o load load.c || fail "load.c does not compile"
+	spawn origin.out ./load origin port
+	origin_pid=$spawned
+	wait_for 5 '[ -s port ]' || fail "no origin"
+	origin=$(cat port)
+	bench_proxies
+	large=268435456
+	round=0
+	while [ $((round += 1)) -le "$bench_rounds" ]; do
+		for name in direct $bench_names; do
+			bench_one one "$name" '' 1 1000000 "$bench_ms" 1024
+			bench_one many "$name" '' 32 1000000 "$bench_ms" 1024
+			bench_one new "$name" -n 1 5000 "$bench_ms" 1024
+			bench_one body "$name" '' 1 1 10000 "$large"
+			[ "$name" = haproxy ] ||
+				bench_one tunnel "$name" -c 1 1 10000 "$large"
+		done
+	done
+	echo "Medians of $bench_rounds rounds in turns; client, server and proxy"
+	echo "share this machine. us are microseconds of processor time: own of"
+	echo "the proxy, all of client, server and proxy."
+	bench_table one 'GET 1 KiB, 1 kept connection' request 1
+	bench_table many 'GET 1 KiB, 32 kept connections' request 1
+	bench_table new 'GET 1 KiB, a new connection for each' request 1
+	bench_table body 'GET 256 MiB, one' MiB 256
+	bench_table tunnel 'GET 256 MiB through CONNECT, one' MiB 256
+	bench_tunnels
+	bench_status=0
+)
+
 # ---- The run ---------------------------------------------------------------
 
 # Builds with more flags than CFLAGS: build OUTPUT SOURCE FLAG...
@@ -6015,7 +7765,8 @@ clean_up() {
 		kill -TERM "$clean_pid" 2> /dev/null
 	done
 	wait
-	rm -rf "$work"
+	# Once more if somebody was still writing there.
+	rm -rf "$work" 2> /dev/null || rm -rf "$work"
 }
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/proxy-test.XXXXXX") || exit 1
@@ -6048,6 +7799,11 @@ if [ -z "${PROXY-}" ]; then
 		cat "$proxy_bin.errors" >&2
 		exit 1
 	fi
+fi
+
+if [ "${1-}" = bench ]; then
+	bench
+	exit
 fi
 
 tests=$(sed -n 's/^test_\([a-z0-9_]*\)() {.*/\1/p' "$self")
