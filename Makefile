@@ -20,7 +20,7 @@ proxy: proxy.c
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ proxy.c
 
 run: proxy
-	./proxy
+	./proxy -c cache
 
 test:
 	$(BUILD) sh test.sh

@@ -6,21 +6,25 @@
  * one line about it.  One process, one loop around poll(2), nothing in the
  * loop blocks.
  *
- *   client bytes -> whole head -> parse -> may it go there?
- *                                              |
- *                          resolve -> may it go to this address? -> connect
- *                                              |
- *   log line <- finish <- client <- framing <- response head <- request out
+ *   client bytes -> whole head -> parse -> cache? --hit-----------+
+ *                                            |miss, stale         |
+ *              resolve -> may it go to this address? -> connect   |
+ *                                                         |       v
+ *                          request out -> response head --+-> response
+ *                                                                 |
+ *   log line <- finish <- client <- framing <- payload (copied <--+
+ *                                    to the entry if it is stored)
  *
  * Four nouns carry it.  An EXCHANGE is one request and its response.  It
  * ties two CONNS, `client` and `server`, each a descriptor with what has
  * arrived (`in`) and what is to leave (`out`).  The server is whoever
- * answers: a socket, or memory (an error page, our own pages, the 200 to a
- * CONNECT); its answer is read, judged, forwarded and logged by the same
- * lines.  A FLOW is one message in motion: it takes the framing off on
- * arrival and puts its own on at departure; received framing is never
- * copied.  Two flows, `up` and `down`, run side by side in one exchange; a
- * tunnel is two flows without framing.  RULES say who may go where.
+ * answers: a socket, a cache entry's file, or memory (an error page, our own
+ * pages, the 200 to a CONNECT); its answer is read, judged, forwarded and
+ * logged by the same lines.  A FLOW is one message in motion: it takes the
+ * framing off on arrival and puts its own on at departure; received framing
+ * is never copied.  Two flows, `up` and `down`, run side by side in one
+ * exchange; a tunnel is two flows without framing.  RULES say who may go
+ * where.
  *
  * An exchange walks through phases.  Each has one step function, named in
  * the table `phases`; only exchange_enter() changes the phase:
@@ -30,7 +34,8 @@
  *   CONNECT, GREET --exchange_send--> RESPONSE
  *   RESPONSE --response_forward, tunnel_start--> RELAY
  *   RESPONSE --exchange_retry--> CONNECT (a kept connection was dead)
- *   any before RELAY --answer--> RESPONSE (from memory)
+ *   any before RELAY --exchange_refuse, page_make--> RESPONSE (from memory)
+ *   REQUEST, RESPONSE --cache_serve--> RESPONSE (from an entry)
  *   RELAY --exchange_finish--> REQUEST, LINGER or FREE
  *   any --exchange_abort, exchange_close--> FREE
  *
@@ -44,12 +49,13 @@
  *   6. A tunnel holds no head.
  *
  * It reads from top to bottom: each section uses only those above it, main
- * is last.  RFC 9110 (semantics), 9112 (messages), 8305 (happy eyeballs),
- * 9209 (Proxy-Status), 1928 and 1929 (SOCKS5), 7617 (Basic).
+ * is last.  RFC 9110 (semantics), 9111 (caching), 9112 (messages), 8305
+ * (happy eyeballs), 9209 (Proxy-Status), 9211 (Cache-Status), 5861 (stale
+ * content), 1928 and 1929 (SOCKS5), 7617 (Basic).
  *
  * Sections: 1 system and limits, 2 vocabulary, 3 small tools, 4 buffers,
- * 5 conns, 6 heads, 7 bodies and flows, 8 rules, 10 names, 11 log and trace,
- * 12 local pages, 13 exchange, 14 loop, 15 main.  (9 is the cache's.)
+ * 5 conns, 6 heads, 7 bodies and flows, 8 rules, 9 cache, 10 names, 11 log
+ * and trace, 12 local pages, 13 exchange, 14 loop, 15 main.
  */
 
 /* ---- 1. System and limits ---- */
@@ -69,6 +75,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 
@@ -78,6 +85,7 @@
 
 #include <assert.h>
 #include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -196,7 +204,7 @@ enum limit {
 	/* With fewer outside the prefix the whole is always polled. */
 	COLD_MIN = 16,
 	/* What a tunnel keeps of its request for the log. */
-	NOTE_MAX = 192,
+	NOTE_MAX = 160,
 	/* Bytes of each piece of payload that -vv shows. */
 	DUMP_MAX = 256,
 	/* User name or password of a parent: RFC 1929 has one length byte. */
@@ -207,6 +215,22 @@ enum limit {
 	ADDRESS_TEXT = 80,
 	/* Words about what went wrong, for the page and Proxy-Status. */
 	DETAIL_MAX = 512,
+	/* A guessed freshness lifetime is at most a day. */
+	HEURISTIC_MAX_S = 86400,
+	DAY_S = 86400,
+	/* The head of an entry grows in steps of this, with some to spare. */
+	CACHE_BLOCK = 4096,
+	CACHE_SPARE = 512,
+	/* A path in the cache directory. */
+	CACHE_PATH = 1024,
+	/* The first line of an entry. */
+	REGION_LINE = 75,
+	/* Of the disk, this much stays free. */
+	CACHE_FLOOR = 64 << 20,
+	/* Entries of which we know that their recency was written lately. */
+	CACHE_TOUCHED = 1024,
+	/* Recency of an entry is written at most once in this time. */
+	CACHE_TOUCH_S = 600,
 	/* An idle tunnel or body unless -t says otherwise. */
 	IDLE_MS = 300000
 };
@@ -248,6 +272,7 @@ enum role {
 	ROLE_ANSWERS,   /* from it */
 	ROLE_CLIENT,    /* the client of an exchange */
 	ROLE_SERVER,    /* its server */
+	ROLE_FILE,      /* an entry that answers instead */
 	ROLE_TRY,       /* another address of the same server, being tried */
 	ROLE_KEPT       /* a server's connection between two exchanges */
 };
@@ -268,8 +293,9 @@ struct conn {
 	bool writable;             /* a write may take something */
 	bool eof;                  /* the other side sends no more */
 	bool shut;                 /* we send no more */
-	bool deaf; /* writing failed: the other side hears no more */
-	bool hung; /* poll said HUP or ERR: nothing more to wait for */
+	bool deaf;    /* writing failed: the other side hears no more */
+	bool hung;    /* poll said HUP or ERR: nothing more to wait for */
+	bool growing; /* a file that is still being written: no end yet */
 };
 
 /* What tells where a body ends (RFC 9112 section 6.3). */
@@ -366,6 +392,7 @@ struct response {
 	struct head head;     /* all its lines */
 	int status;           /* 100 to 999 */
 	struct text reason;   /* what the server calls it */
+	struct text extra;    /* lines of ours for it */
 	unsigned minor;       /* of HTTP/1.x: 0 or 1 */
 	enum framing framing; /* of its body */
 	uint64_t length;      /* of it, for FRAMING_LENGTH */
@@ -415,6 +442,7 @@ enum refusal {
 	REFUSE_BUSY,
 	REFUSE_PAGE,
 	REFUSE_PAGE_METHOD,
+	REFUSE_NOT_STORED,
 	REFUSE_LOOP_VIA,
 	REFUSE_LOOP,
 	REFUSE_GUARDED,
@@ -440,6 +468,46 @@ enum refusal {
 	REFUSE_IDLE,
 	REFUSE_MEMORY,
 	REFUSALS
+};
+
+/* Cache-Control of a head (RFC 9111 section 5.2); numbers: -1 is none. */
+struct control {
+	bool no_store, no_cache;      /* of requests and responses */
+	bool is_private, is_public;   /* of responses, as all of this line */
+	bool must_revalidate;         /* or proxy-revalidate */
+	bool must_understand;         /* overrides no-store */
+	bool only_if_cached;          /* of requests */
+	int64_t max_age;              /* seconds, as all that follow */
+	int64_t s_maxage;             /* of responses */
+	int64_t min_fresh, max_stale; /* of requests */
+	int64_t while_revalidate;     /* of responses, RFC 5861 */
+	int64_t if_error;             /* the same */
+};
+
+/* What a stored response is good for. */
+enum reuse {
+	REUSE_FRESH,     /* it is the answer */
+	REUSE_STALE,     /* the client takes it stale */
+	REUSE_MEANWHILE, /* it is the answer while it is validated */
+	REUSE_VALIDATED  /* the server is to be asked first */
+};
+
+/* What the region at the start of an entry says: slices of it. */
+struct entry {
+	size_t region;                /* its length */
+	uint64_t body;                /* of the body behind it */
+	struct text key;              /* the URL */
+	struct text variant;          /* the request's values for Vary */
+	struct text vary, token;      /* instead of a head: see vary_put() */
+	struct text head;             /* the response's */
+	int64_t requested, responded; /* wall clock, seconds */
+	int64_t age;                  /* when it came */
+};
+
+/* A part of a body. */
+struct range {
+	uint64_t first;  /* byte */
+	uint64_t length; /* in bytes */
 };
 
 /* Who or what ended an exchange; table `ends` has the log's words. */
@@ -503,17 +571,38 @@ struct facts {
 	bool local;            /* answered from memory */
 	struct address server; /* the one in use */
 	struct address list[ADDRESSES_MAX]; /* of the next hop */
-	int64_t start;     /* ms: the first byte of the request came */
-	int64_t asked;     /* the name was asked for */
-	int64_t resolved;  /* the addresses were known */
-	int64_t tried;     /* the last address was tried */
-	int64_t connected; /* the request could be sent */
-	int64_t answered;  /* the response head was whole */
+	bool cached;                        /* the answer comes from an entry */
+	bool has_entry;     /* the next one is open, to be validated */
+	bool storing;       /* the one after it is being written */
+	bool grows;         /* the entry is the one that `leader` is storing */
+	unsigned followers; /* exchanges that read what this one stores */
+	uint64_t leader;    /* store_serial of the exchange that this follows */
+	uint64_t length;    /* of the body being stored; UINT64_MAX: unknown */
+	int entry;          /* descriptor of an entry */
+	int store;          /* of a new one */
+	uint32_t region;    /* bytes of its region */
+	uint64_t body;      /* bytes of the entry's body */
+	uint64_t stored;    /* of the new one's so far */
+	uint64_t store_serial; /* names its temporary file */
+	uint64_t region_rest;  /* the sum of its region so far */
+	int64_t requested;     /* wall clock: when the server was asked */
+	int64_t ttl;           /* seconds the entry is still fresh */
+	int64_t age;           /* its age in seconds */
+	const char *forward;   /* why the server was asked (RFC 9211) */
+	const char *hit;       /* what of the entry was used, for the log */
+	struct text path;      /* of the target */
+	int64_t start;         /* ms: the first byte of the request came */
+	int64_t asked;         /* the name was asked for */
+	int64_t resolved;      /* the addresses were known */
+	int64_t tried;         /* the last address was tried */
+	int64_t connected;     /* the request could be sent */
+	int64_t answered;      /* the response head was whole */
 };
 
 /* One slot: a client's connection and what is being done for it. */
 struct exchange {
 	enum phase phase;      /* set by exchange_enter() only */
+	bool refresh;          /* it has no client: see cache_refresh() */
 	bool served;           /* this connection has had an exchange before */
 	uint64_t number;       /* in the trace */
 	int64_t since;         /* ms: when the phase began */
@@ -611,15 +700,20 @@ struct parent {
 static struct {
 	const char *listen[LISTENERS_MAX]; /* each -l */
 	size_t listens;                    /* how many there were */
-	const char *log;                   /* NULL or "-": standard output */
-	const char *user;                  /* become this one */
-	struct parent parent;              /* leave through this one */
-	struct address from[2];            /* leave by these: IPv4, IPv6 */
-	unsigned connections;              /* clients served at once */
-	int64_t idle_ms;                   /* a tunnel or body without a byte */
-	int verbose;                       /* how many -v */
-	bool anonymous;                    /* tell servers nothing */
-} options = { .connections = CONNECTIONS, .idle_ms = IDLE_MS };
+	const char *cache;                 /* the directory, or NULL */
+	const char *key;        /* print the entries of this URL, no more */
+	uint64_t cache_size;    /* bytes */
+	const char *log;        /* NULL or "-": standard output */
+	const char *user;       /* become this one */
+	struct parent parent;   /* leave through this one */
+	struct address from[2]; /* leave by these: IPv4, IPv6 */
+	unsigned connections;   /* clients served at once */
+	int64_t idle_ms;        /* a tunnel or body without a byte */
+	int verbose;            /* how many -v */
+	bool anonymous;         /* tell servers nothing */
+} options = { .connections = CONNECTIONS,
+	.idle_ms = IDLE_MS,
+	.cache_size = (uint64_t)256 << 20 };
 
 /* The clocks, read once a turn. */
 static struct {
@@ -682,6 +776,17 @@ static struct {
 	struct buffer *pending; /* lines of this turn */
 	uint64_t lost;          /* lines that nobody took */
 } logs = { .fd = STDOUT_FILENO };
+
+/* The cache directory, and what happens to it. */
+static struct {
+	uint64_t serial;  /* of temporary files and tokens */
+	uint64_t written; /* bytes since the last sweep */
+	pid_t sweeper;    /* 0: none is at work */
+	struct {
+		uint64_t name; /* of the entry's file */
+		time_t when;   /* its recency was written or seen */
+	} touched[CACHE_TOUCHED];
+} cache;
 
 static struct conn signal_conn; /* where signals come out */
 static int signal_pipe[2] = { -1, -1 };
@@ -1188,7 +1293,7 @@ poll_remove(struct conn *c)
 static void
 conn_watch(struct conn *c, int events)
 {
-	if (c->fd == -1)
+	if (c->fd == -1 || c->role == ROLE_FILE)
 		return;
 	if (c->place == 0) {
 		assert(poll_set.all < poll_set.size);
@@ -1294,6 +1399,8 @@ conn_read_some(struct conn *c, size_t max)
 	n = room ? read(c->fd, c->in->data + c->in->end, room) : 0;
 	if (n > 0)
 		c->in->end += (size_t)n;
+	else if (n == 0 && room && c->growing)
+		c->readable = false;
 	else if (n == 0 && room)
 		c->eof = true;
 	else if (n == -1 && errno != EAGAIN && errno != EWOULDBLOCK &&
@@ -1324,6 +1431,10 @@ conn_write(struct conn *c)
 
 	if (c->out == NULL)
 		return true;
+	if (c->fd == -1) {
+		buffer_give(&c->out);
+		return true;
+	}
 	if (!c->writable && !c->hung)
 		return false;
 	n = write(c->fd, c->out->data + c->out->start, buffer_len(c->out));
@@ -1666,6 +1777,8 @@ static const struct {
 	[REFUSE_PAGE] = { 404, CLIENT, "the proxy has no such page" },
 	[REFUSE_PAGE_METHOD] = { 405, CLIENT,
 	    "the proxy's own pages know GET and HEAD" },
+	[REFUSE_NOT_STORED] = { 504, CLIENT,
+	    "only-if-cached, and nothing fit is stored" },
 	[REFUSE_LOOP_VIA] = { 508, "proxy_loop_detected",
 	    "this request has passed here before" },
 	[REFUSE_LOOP] = { 508, "proxy_loop_detected",
@@ -1722,12 +1835,15 @@ status_reason(int status)
 		const char *reason;
 	} reasons[] = {
 		{ 200, "OK" },
+		{ 206, "Partial Content" },
+		{ 304, "Not Modified" },
 		{ 400, "Bad Request" },
 		{ 403, "Forbidden" },
 		{ 404, "Not Found" },
 		{ 405, "Method Not Allowed" },
 		{ 408, "Request Timeout" },
 		{ 414, "URI Too Long" },
+		{ 416, "Range Not Satisfiable" },
 		{ 431, "Request Header Fields Too Large" },
 		{ 501, "Not Implemented" },
 		{ 502, "Bad Gateway" },
@@ -2246,6 +2362,7 @@ response_parse(struct text t, enum method method, struct response *r)
 
 	r->status = 0;
 	r->length = 0;
+	r->extra = text_cut(t.at, 0);
 	r->framing = FRAMING_NONE;
 	line = status_line_parse(r->head.line, r);
 	if (line != 1)
@@ -2278,6 +2395,11 @@ static const char *const fields_not_late[] = { "Authorization", "Set-Cookie",
 	"Date", "Expires", "Range", "Cookie", "Forwarded", "X-Forwarded-For",
 	"If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since",
 	"If-Range", "WWW-Authenticate", "Referer", "From", NULL };
+
+/* A request's conditions: ours take their place when we validate. */
+static const char *const fields_of_condition[] = { "If-None-Match",
+	"If-Modified-Since", "If-Match", "If-Unmodified-Since", "If-Range",
+	"Range", NULL };
 
 /* What -a keeps from servers: who the client is and how it got here. */
 static const char *const fields_of_person[] = { "Via", "From", "Referer",
@@ -2586,6 +2708,7 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
 	f->payload += n;
 	if (!f->whole || f->ready > 0 || f->done)
 		return n > 0;
+	assert(f->trailer == 0 || from->in != NULL);
 	if (f->to == FRAMING_CHUNKED) {
 		if (conn_out(to) == NULL ||
 		    buffer_room(to->out) < f->trailer + TRAILER_GROWTH)
@@ -2716,6 +2839,1383 @@ rules_judge(const struct address *peer, bool direct, struct address *list,
 	}
 	*n = kept;
 	return kept ? REFUSE_NONE : refusal;
+}
+
+/* ---- 9. Cache ---- */
+
+/*
+ * What one client fetched is given to all (RFC 9111).  First the policy:
+ * pure functions from heads and times to a verdict.  Then the entries: one
+ * file each, which says in text what it is, under a name hashed from its key.
+ * There is no index: open(2) is the lookup, and any file may vanish at any
+ * time.  A file that is not what it should be is a miss, never an error.
+ */
+
+/* Days since 1970 of a date in the Gregorian calendar. */
+static int64_t
+days_from_date(int64_t year, int64_t month, int64_t day)
+{
+	int64_t era, year_of_era, day_of_year;
+
+	year -= month <= 2;
+	era = year / 400;
+	year_of_era = year - era * 400;
+	day_of_year = (153 * (month + (month > 2 ? -3 : 9)) + 2) / 5 + day - 1;
+	return era * 146097 + year_of_era * 365 + year_of_era / 4 -
+	    year_of_era / 100 + day_of_year - 719468;
+}
+
+/*
+ * The one of n names, of three letters each, that t begins with, in any case
+ * (RFC 9111 section 4.2); -1: none.
+ */
+static int
+name_index(struct text t, const char *list, int n)
+{
+	int i;
+
+	for (i = 0; i < n && t.len >= 3; i++, list += 3)
+		if (strncasecmp(t.at, list, 3) == 0)
+			return i;
+	return -1;
+}
+
+/*
+ * Takes from t the next n digits, which must be followed by c ('\0': by
+ * nothing); -1 if they are not there.
+ */
+static int64_t
+digits_next(struct text *t, size_t n, char c)
+{
+	uint64_t value;
+
+	if (t->len < n + (c != '\0') || (c == '\0' && t->len != n) ||
+	    !number_parse(text_cut(t->at, n), 9999, &value) ||
+	    (c != '\0' && t->at[n] != c))
+		return -1;
+	*t = text_from(*t, n + (c != '\0'));
+	return (int64_t)value;
+}
+
+/* The parts of a date; -1 stands for what was not there. */
+struct date {
+	int64_t year, month, day, hour, minute, second;
+};
+
+/* hh:mm:ss of a date, with c behind it. */
+static void
+date_time(struct text *t, char c, struct date *d)
+{
+	d->hour = digits_next(t, 2, ':');
+	d->minute = digits_next(t, 2, ':');
+	d->second = digits_next(t, 2, c);
+}
+
+/* Takes a month's name with c behind it. */
+static void
+date_month(struct text *t, char c, struct date *d)
+{
+	int month = name_index(*t, "JanFebMarAprMayJunJulAugSepOctNovDec", 12);
+
+	d->month = month == -1 || t->len < 4 || t->at[3] != c ? -1 : month + 1;
+	*t = text_from(*t, t->len < 4 ? t->len : 4);
+}
+
+/*
+ * A date in one of the three forms of RFC 9110 section 5.6.7, exactly; -1 for
+ * anything else.  A year of two digits is the nearest such year.
+ */
+static int64_t
+date_parse(struct text t)
+{
+	struct date d = { -1, -1, -1, -1, -1, -1 };
+	size_t comma = text_find(t, ',');
+	struct tm parts;
+	int64_t year;
+
+	if (comma == 3 && t.len == 29 && t.at[4] == ' ') {
+		t = text_from(t, 5);
+		d.day = digits_next(&t, 2, ' ');
+		date_month(&t, ' ', &d);
+		d.year = digits_next(&t, 4, ' ');
+		date_time(&t, ' ', &d);
+		if (!text_is(t, "GMT"))
+			return -1;
+	} else if (comma < t.len && comma > 5 && t.len > comma + 2) {
+		t = text_from(t, comma + 2);
+		d.day = digits_next(&t, 2, '-');
+		date_month(&t, '-', &d);
+		d.year = digits_next(&t, 2, ' ');
+		date_time(&t, ' ', &d);
+		if (!text_is(t, "GMT") || gmtime_r(&now.wall, &parts) == NULL)
+			return -1;
+		year = parts.tm_year + (int64_t)1900;
+		d.year += year - year % 100;
+		d.year -= d.year > year + 50 ? 100 : 0;
+	} else if (comma == t.len && t.len == 24) {
+		char day[2];
+
+		t = text_from(t, 4);
+		date_month(&t, ' ', &d);
+		day[0] = *t.at == ' ' ? '0' : *t.at;
+		day[1] = t.at[1];
+		t = text_from(t, 2);
+		if (is_digit(day[0]) && is_digit(day[1]) && *t.at == ' ')
+			d.day = (day[0] - '0') * 10 + day[1] - '0';
+		t = text_from(t, 1);
+		date_time(&t, ' ', &d);
+		d.year = digits_next(&t, 4, '\0');
+	}
+	if (d.year < 1970 || d.month < 1 || d.day < 1 || d.day > 31 ||
+	    d.hour < 0 || d.hour > 23 || d.minute < 0 || d.minute > 59 ||
+	    d.second < 0 || d.second > 60)
+		return -1;
+	return days_from_date(d.year, d.month, d.day) * DAY_S + d.hour * 3600 +
+	    d.minute * 60 + d.second;
+}
+
+/* The date in a field; -1 if there is none, more than one, or it is wrong. */
+static int64_t
+head_date(const struct head *h, const char *name)
+{
+	const struct field *field = head_field(h, name);
+	size_t i, n = 0;
+
+	for (i = 0; i < h->n; i++)
+		n += text_is(h->fields[i].name, name);
+	return n == 1 ? date_parse(field->value) : -1;
+}
+
+/* delta-seconds (RFC 9111 section 1.2.2): too large is 2^31, wrong is 0. */
+static int64_t
+seconds_parse(struct text t)
+{
+	uint64_t value;
+	size_t i;
+
+	for (i = 0; i < t.len && is_digit(t.at[i]); i++)
+		continue;
+	if (i < t.len || t.len == 0)
+		return 0;
+	return number_parse(t, INT32_MAX, &value) ? (int64_t)value :
+						    (int64_t)INT32_MAX + 1;
+}
+
+/* One directive, its argument being value (NULL: none), into control. */
+static void
+control_note(struct control *control, struct text name, struct text value)
+{
+	static const struct {
+		const char *name;
+		size_t offset;
+		bool number;
+	} directives[] = {
+#define DIRECTIVE(name, member, number) \
+	{ name, offsetof(struct control, member), number }
+		DIRECTIVE("no-store", no_store, false),
+		DIRECTIVE("no-cache", no_cache, false),
+		DIRECTIVE("private", is_private, false),
+		DIRECTIVE("public", is_public, false),
+		DIRECTIVE("must-revalidate", must_revalidate, false),
+		DIRECTIVE("proxy-revalidate", must_revalidate, false),
+		DIRECTIVE("must-understand", must_understand, false),
+		DIRECTIVE("only-if-cached", only_if_cached, false),
+		DIRECTIVE("max-age", max_age, true),
+		DIRECTIVE("s-maxage", s_maxage, true),
+		DIRECTIVE("min-fresh", min_fresh, true),
+		DIRECTIVE("max-stale", max_stale, true),
+		DIRECTIVE("stale-while-revalidate", while_revalidate, true),
+		DIRECTIVE("stale-if-error", if_error, true),
+#undef DIRECTIVE
+	};
+	size_t i;
+
+	for (i = 0; i < sizeof(directives) / sizeof(directives[0]); i++) {
+		char *at = (char *)control + directives[i].offset;
+		int64_t number, old;
+
+		if (!text_is(name, directives[i].name))
+			continue;
+		if (!directives[i].number) {
+			*(bool *)at = true;
+			return;
+		}
+		number = value.at == NULL ? INT32_MAX : seconds_parse(value);
+		memcpy(&old, at, sizeof(old));
+		if (old == -1 || number < old)
+			memcpy(at, &number, sizeof(number));
+		return;
+	}
+}
+
+/*
+ * All Cache-Control of a head (RFC 9111 section 5.2).  A directive that is
+ * repeated counts as the strictest; Pragma counts where there is none at all
+ * (section 5.4).
+ */
+static struct control
+control_parse(const struct head *h)
+{
+	struct control control = { .max_age = -1,
+		.s_maxage = -1,
+		.min_fresh = -1,
+		.max_stale = -1,
+		.while_revalidate = -1,
+		.if_error = -1 };
+	bool some = false;
+	size_t i;
+
+	for (i = 0; i < h->n; i++) {
+		struct text rest = h->fields[i].value, member;
+
+		if (!text_is(h->fields[i].name, "Cache-Control"))
+			continue;
+		some = true;
+		while (list_next(&rest, &member)) {
+			size_t equals = text_find(member, '=');
+			struct text none = { NULL, 0 };
+
+			control_note(&control, text_cut(member.at, equals),
+			    equals < member.len ?
+				text_from(member, equals + 1) :
+				none);
+		}
+	}
+	if (!some && head_lists(h, "Pragma", text_of("no-cache")))
+		control.no_cache = true;
+	return control;
+}
+
+/* Statuses that may be reused without being told so (RFC 9110 15.1). */
+static bool
+status_is_heuristic(int status)
+{
+	static const int statuses[] = { 200, 203, 204, 300, 301, 308, 404, 405,
+		410, 414, 501 };
+	size_t i;
+
+	for (i = 0; i < sizeof(statuses) / sizeof(statuses[0]); i++)
+		if (statuses[i] == status)
+			return true;
+	return false;
+}
+
+/* Whether we know what to do with a status: all of the standards'. */
+static bool
+status_is_understood(int status)
+{
+	return status_is_heuristic(status) ||
+	    (status >= 300 && status <= 308) ||
+	    (status >= 400 && status <= 417) || status == 451 ||
+	    (status >= 500 && status <= 505);
+}
+
+/*
+ * How long a response is fresh, in seconds from its making (RFC 9111 section
+ * 4.2.1 and 4.2.2).  explicit_only: without guessing.  -1: not said.
+ */
+static int64_t
+freshness_lifetime(const struct response *r, bool explicit_only)
+{
+	struct control control = control_parse(&r->head);
+	int64_t date = head_date(&r->head, "Date");
+	int64_t expires = head_date(&r->head, "Expires");
+	int64_t modified = head_date(&r->head, "Last-Modified");
+	int64_t tenth;
+
+	if (control.s_maxage >= 0)
+		return control.s_maxage;
+	if (control.max_age >= 0)
+		return control.max_age;
+	if (head_field(&r->head, "Expires") != NULL) {
+		if (date == -1)
+			date = now.wall;
+		return expires > date ? expires - date : 0;
+	}
+	if (explicit_only || modified == -1 || date <= modified ||
+	    (!status_is_heuristic(r->status) && !control.is_public) ||
+	    head_field(&r->head, "Set-Cookie") != NULL)
+		return -1;
+	tenth = (date - modified) / 10;
+	return tenth < HEURISTIC_MAX_S ? tenth : HEURISTIC_MAX_S;
+}
+
+/*
+ * May the response be stored, and reused by others? (RFC 9111 section 3)  The
+ * answer to a POST may if it says that it is what a GET would get (RFC 9110
+ * section 9.3.3); a part of a body may for those who ask for just that part.
+ */
+static bool
+response_is_storable(const struct request *q, const struct response *r)
+{
+	struct text located = head_value(&r->head, "Content-Location");
+	struct control asked = control_parse(&q->head);
+	struct control control = control_parse(&r->head);
+	bool validator = head_field(&r->head, "ETag") != NULL ||
+	    head_date(&r->head, "Last-Modified") != -1;
+	bool explicit = freshness_lifetime(r, true) >= 0 || control.is_public;
+
+	if (r->status < 200 || r->status == 304 || asked.no_store ||
+	    control.is_private)
+		return false;
+	if (q->method != METHOD_GET &&
+	    (q->method != METHOD_POST ||
+		(!text_same(located, q->uri) &&
+		    !text_same(located, q->target.path)) ||
+		freshness_lifetime(r, true) <= 0))
+		return false;
+	if (r->status == 206 &&
+	    (head_field(&r->head, "Vary") != NULL ||
+		head_field(&q->head, "Range") == NULL))
+		return false;
+	if (control.must_understand) {
+		if (!status_is_understood(r->status))
+			return false;
+	} else if (control.no_store)
+		return false;
+	if (head_lists(&r->head, "Vary", text_of("*")))
+		return false;
+	if (head_field(&q->head, "Authorization") != NULL &&
+	    !control.is_public && control.s_maxage < 0 &&
+	    !control.must_revalidate)
+		return false;
+	if (explicit && freshness_lifetime(r, true) >= 0)
+		return validator || freshness_lifetime(r, true) > 0;
+	return validator &&
+	    (control.is_public || status_is_heuristic(r->status)) &&
+	    head_field(&r->head, "Set-Cookie") == NULL;
+}
+
+/*
+ * How old a response was when it came, in seconds (RFC 9111 section 4.2.3);
+ * only the first Age counts, and only if it is a number.
+ */
+static int64_t
+initial_age(const struct response *r, int64_t requested, int64_t responded)
+{
+	int64_t date = head_date(&r->head, "Date");
+	int64_t apparent = date != -1 && responded > date ? responded - date :
+							    0;
+	struct text rest = head_value(&r->head, "Age"), member;
+	int64_t age = list_next(&rest, &member) ? seconds_parse(member) : 0;
+
+	age += responded - requested;
+	return age > apparent ? age : apparent;
+}
+
+/*
+ * What a stored response is good for now: the heart of the cache (RFC 9111
+ * section 4.2).  age and lifetime are those of the response.
+ */
+static enum reuse
+reuse_judge(const struct control *asked, const struct control *control,
+    int64_t age, int64_t lifetime)
+{
+	bool strict = control->must_revalidate || control->s_maxage >= 0;
+	int64_t stale = age - (lifetime > 0 ? lifetime : 0);
+	int64_t wanted = lifetime;
+
+	if (asked->no_cache || control->no_cache)
+		return REUSE_VALIDATED;
+	if (asked->max_age >= 0 && asked->max_age < wanted)
+		wanted = asked->max_age;
+	if (asked->min_fresh >= 0)
+		wanted -= asked->min_fresh;
+	if (lifetime > 0 && age < wanted)
+		return REUSE_FRESH;
+	if (lifetime > 0 && asked->max_age >= 0 && age < lifetime &&
+	    age <= asked->max_age && asked->min_fresh < 0)
+		return REUSE_FRESH;
+	if (strict || (asked->max_age >= 0 && age > asked->max_age))
+		return REUSE_VALIDATED;
+	if (asked->max_stale >= 0 && stale >= 0 && stale <= asked->max_stale)
+		return REUSE_STALE;
+	if (control->while_revalidate >= 0 && stale >= 0 &&
+	    stale <= control->while_revalidate && asked->min_fresh < 0)
+		return REUSE_MEANWHILE;
+	return REUSE_VALIDATED;
+}
+
+/* May a stale response stand in for a failure? (RFC 9111 4.2.4, RFC 5861) */
+static bool
+reuse_on_error(const struct control *asked, const struct control *control,
+    int64_t stale, bool answered)
+{
+	int64_t window = control->if_error > asked->if_error ?
+	    control->if_error :
+	    asked->if_error;
+
+	if (control->must_revalidate || control->s_maxage >= 0 ||
+	    control->no_cache || asked->no_cache)
+		return false;
+	return window >= 0 ? stale <= window : !answered;
+}
+
+/* ---- the names of entries ---- */
+
+/* 64 bits of FNV-1a over t, going on from hash. */
+static uint64_t
+hash_text(uint64_t hash, struct text t)
+{
+	size_t i;
+
+	for (i = 0; i < t.len; i++)
+		hash = (hash ^ (unsigned char)t.at[i]) * 1099511628211U;
+	return hash;
+}
+
+/* Appends t in small letters. */
+static void
+lower_append(struct buffer *b, struct text t)
+{
+	size_t i, start = b->end;
+
+	buffer_append(b, t);
+	for (i = start; i < b->end; i++)
+		if (b->data[i] >= 'A' && b->data[i] <= 'Z')
+			b->data[i] = (char)(b->data[i] - 'A' + 'a');
+}
+
+/* The key of the exchange's target: its URL in one form, into b. */
+static void
+key_append(const struct exchange *x, struct buffer *b)
+{
+	const struct facts *f = &x->facts;
+
+	buffer_append(b, text_of("http://"));
+	lower_append(b, f->host);
+	buffer_print(b, ":%u", f->port);
+	if (f->path.len == 0 || *f->path.at != '/')
+		buffer_append(b, text_of("/"));
+	buffer_append(b, f->path);
+}
+
+/* The file for a key, or for a variant of it; to has CACHE_PATH bytes. */
+static void
+entry_path(struct text key, struct text variant, char *to)
+{
+	uint64_t first = hash_text(14695981039346656037U, key);
+	uint64_t second = hash_text(first * 31 + 7, key);
+
+	first = hash_text(first, variant);
+	second = hash_text(second, variant);
+	(void)snprintf(to, CACHE_PATH, "%.900s/%02x/%014llx%016llx",
+	    options.cache, (unsigned)(first >> 56),
+	    (unsigned long long)(first & 0xffffffffffffffU),
+	    (unsigned long long)second);
+}
+
+/*
+ * Appends to b the values that a request has for the fields of a Vary list:
+ * `name=value` each, lines joined, blanks around commas dropped, and in small
+ * letters where case means nothing (RFC 9111 section 4.1).
+ */
+static void
+variant_append(const struct head *q, struct text vary, struct buffer *b)
+{
+	struct text name, rest, member;
+	size_t i;
+
+	while (list_next(&vary, &name)) {
+		bool any_case = text_starts(name, "Accept");
+		bool first = true;
+
+		lower_append(b, name);
+		buffer_append(b, text_of("="));
+		for (i = 0; i < q->n; i++) {
+			if (!text_same(q->fields[i].name, name))
+				continue;
+			rest = q->fields[i].value;
+			while (list_next(&rest, &member)) {
+				buffer_append(b, text_of(first ? "" : ","));
+				if (any_case)
+					lower_append(b, member);
+				else
+					buffer_append(b, member);
+				first = false;
+			}
+		}
+		buffer_append(b, text_of(";"));
+	}
+}
+
+/* All Vary of a response as one list in one form, into b. */
+static void
+vary_append(const struct head *h, struct buffer *b)
+{
+	bool first = true;
+	size_t i;
+
+	for (i = 0; i < h->n; i++) {
+		struct text rest = h->fields[i].value, member;
+
+		if (!text_is(h->fields[i].name, "Vary"))
+			continue;
+		while (list_next(&rest, &member)) {
+			buffer_append(b, text_of(first ? "" : ","));
+			lower_append(b, member);
+			first = false;
+		}
+	}
+}
+
+/* ---- entries ---- */
+
+/*
+ * An entry begins with a region of text, a multiple of CACHE_BLOCK long:
+ *
+ *   proxy-cache 1 region 004096 body 00000000000000001256 sum 0123456789abcdef
+ *   key: http://example.com:80/
+ *   variant: accept-encoding=gzip;
+ *   requested: 1795300860
+ *   responded: 1795300860
+ *   age: 0
+ *   pad: ...
+ *
+ *   HTTP/1.1 200 OK
+ *   ...
+ *
+ * and the body follows.  The sum covers the region and the numbers in its
+ * first line.  A file that says where variants are to be found has no head
+ * but `vary:` and a token, which is part of the variants' names: those of an
+ * older token are never found again.
+ */
+
+/* The sum of a region: all behind its first line, and the numbers in that. */
+static uint64_t
+region_sum(struct text rest, size_t region, uint64_t body)
+{
+	char numbers[64];
+
+	(void)snprintf(numbers, sizeof(numbers), "%lu %llu",
+	    (unsigned long)region, (unsigned long long)body);
+	return hash_text(hash_text(14695981039346656037U, rest),
+	    text_of(numbers));
+}
+
+/* Writes a region's first line to `to`, which has REGION_LINE + 1 bytes. */
+static void
+region_line(char *to, size_t region, uint64_t body, uint64_t sum)
+{
+	(void)snprintf(to, REGION_LINE + 1,
+	    "proxy-cache 1 region %06lu body %020llu sum %016llx\n",
+	    (unsigned long)(region % 1000000), (unsigned long long)body,
+	    (unsigned long long)sum);
+}
+
+/* A line `name: value` of a region, taken from *rest; false: another one. */
+static bool
+region_field(struct text *rest, const char *name, struct text *value)
+{
+	size_t n = strlen(name), end = text_find(*rest, '\n');
+
+	if (end == rest->len || end < n + 2 || memcmp(rest->at, name, n) != 0 ||
+	    memcmp(rest->at + n, ": ", 2) != 0)
+		return false;
+	*value = text_cut(rest->at + n + 2, end - n - 2);
+	*rest = text_from(*rest, end + 1);
+	return true;
+}
+
+/* A number in such a line. */
+static bool
+region_number(struct text *rest, const char *name, int64_t *value)
+{
+	uint64_t number;
+	struct text t;
+
+	if (!region_field(rest, name, &t) ||
+	    !number_parse(t, INT64_MAX, &number))
+		return false;
+	*value = (int64_t)number;
+	return true;
+}
+
+/* Understands all of a region but its first line. */
+static bool
+region_parse(struct text rest, struct entry *e)
+{
+	struct text pad;
+
+	if (!region_field(&rest, "key", &e->key))
+		return false;
+	if (region_field(&rest, "vary", &e->vary))
+		return region_field(&rest, "token", &e->token);
+	if (!region_field(&rest, "variant", &e->variant) ||
+	    !region_number(&rest, "requested", &e->requested) ||
+	    !region_number(&rest, "responded", &e->responded) ||
+	    !region_number(&rest, "age", &e->age) ||
+	    !region_field(&rest, "pad", &pad) || rest.len < 1 ||
+	    *rest.at != '\n')
+		return false;
+	e->head = text_from(rest, 1);
+	return true;
+}
+
+/* Understands the region at the start of t; false if it is damaged. */
+static bool
+entry_parse(struct text t, struct entry *e)
+{
+	uint64_t region, sum;
+	char line[REGION_LINE + 1];
+	struct text rest;
+
+	memset(e, 0, sizeof(*e));
+	if (t.len < REGION_LINE ||
+	    !number_parse(text_cut(t.at + 21, 6), 999999, &region) ||
+	    !number_parse(text_cut(t.at + 33, 20), INT64_MAX, &e->body) ||
+	    region > t.len || region < REGION_LINE)
+		return false;
+	e->region = (size_t)region;
+	rest = text_cut(t.at + REGION_LINE, e->region - REGION_LINE);
+	sum = region_sum(rest, e->region, e->body);
+	region_line(line, e->region, e->body, sum);
+	return memcmp(line, t.at, REGION_LINE) == 0 && region_parse(rest, e);
+}
+
+/*
+ * Opens the file at path and reads its beginning into b.  Returns the
+ * descriptor, or -1 if there is no valid entry for that key and variant.
+ */
+static int
+entry_open(const char *path, struct text key, struct text variant,
+    struct buffer *b, struct entry *e)
+{
+	int fd = open(path, O_RDWR);
+	ssize_t n;
+
+	if (fd == -1 && (errno == EACCES || errno == EROFS))
+		fd = open(path, O_RDONLY);
+	if (fd == -1)
+		return -1;
+	b->start = b->end = CHUNK_ROOM;
+	n = read(fd, b->data + b->start, buffer_room(b));
+	if (n > 0)
+		b->end += (size_t)n;
+	if (n <= 0 || !entry_parse(buffer_text(b), e) ||
+	    e->key.len != key.len || memcmp(e->key.at, key.at, key.len) != 0 ||
+	    (e->vary.at == NULL &&
+		(e->variant.len != variant.len ||
+		    memcmp(e->variant.at, variant.at, variant.len) != 0))) {
+		(void)close(fd);
+		return -1;
+	}
+	return fd;
+}
+
+/*
+ * Finds the entry for a request.  Its beginning is in b, its descriptor is
+ * returned; -1 if there is none.  path, of CACHE_PATH bytes, is where it was
+ * last looked for.
+ */
+static int
+entry_find(const struct exchange *x, const struct head *q, struct buffer *b,
+    struct entry *e, char *path)
+{
+	struct buffer *keys = buffer_take();
+	struct text key, variant;
+	size_t split;
+	int fd;
+
+	path[0] = '\0';
+	if (keys == NULL)
+		return -1;
+	key_append(x, keys);
+	key = buffer_text(keys);
+	split = keys->end;
+	entry_path(key, text_cut("", 0), path);
+	fd = entry_open(path, key, text_cut("", 0), b, e);
+	if (fd != -1 && e->vary.at != NULL) {
+		(void)close(fd);
+		buffer_append(keys, e->token);
+		buffer_append(keys, text_of(";"));
+		variant_append(q, e->vary, keys);
+		variant = text_cut(keys->data + split, keys->end - split);
+		entry_path(key, variant, path);
+		fd = keys->overflow ? -1 : entry_open(path, key, variant, b, e);
+		if (fd != -1 && e->vary.at != NULL) {
+			(void)close(fd);
+			fd = -1;
+		}
+	}
+	buffer_give(&keys);
+	return fd;
+}
+
+/* Makes the directory that path is in, if it is not there. */
+static void
+entry_directory(const char *path)
+{
+	char directory[CACHE_PATH];
+
+	(void)text_copy(text_of(path), directory, sizeof(directory));
+	*strrchr(directory, '/') = '\0';
+	(void)mkdir(directory, 0700);
+}
+
+/* Writes all of t to fd at offset; false if it can't. */
+static bool
+write_at(int fd, struct text t, off_t offset)
+{
+	while (t.len > 0) {
+		ssize_t n = pwrite(fd, t.at, t.len, offset);
+
+		if (n <= 0)
+			return false;
+		t = text_from(t, (size_t)n);
+		offset += n;
+	}
+	return true;
+}
+
+/*
+ * Builds a region into b: the lines, then head.  With region 0 it takes as
+ * many blocks as it needs and some spare for later; else it must be just that
+ * long.  Returns its length, 0 if it does not fit.
+ */
+static size_t
+region_build(struct buffer *b, const struct entry *e, struct text head,
+    size_t region)
+{
+	size_t used, wanted, room = buffer_room(b);
+
+	memset(b->data + b->end, ' ', REGION_LINE);
+	b->end += REGION_LINE;
+	buffer_append(b, text_of("key: "));
+	buffer_append(b, e->key);
+	buffer_append(b, text_of("\nvariant: "));
+	buffer_append(b, e->variant);
+	buffer_print(b, "\nrequested: %lld\nresponded: %lld\nage: %lld\npad: ",
+	    (long long)e->requested, (long long)e->responded,
+	    (long long)e->age);
+	used = buffer_len(b) + 2 + head.len;
+	wanted = region ?
+	    region :
+	    (used + CACHE_SPARE + CACHE_BLOCK - 1) / CACHE_BLOCK * CACHE_BLOCK;
+	if (b->overflow || wanted > room || used > wanted)
+		return 0;
+	memset(b->data + b->end, '.', wanted - used);
+	b->end += wanted - used;
+	buffer_append(b, text_of("\n\n"));
+	buffer_append(b, head);
+	return wanted;
+}
+
+/* Puts the first line on a region that was built, its body's length known. */
+static void
+region_seal(struct buffer *b, uint64_t body)
+{
+	size_t n = buffer_len(b);
+	char line[REGION_LINE + 1];
+	uint64_t sum =
+	    region_sum(text_from(buffer_text(b), REGION_LINE), n, body);
+
+	region_line(line, n, body, sum);
+	memcpy(b->data + b->start, line, REGION_LINE);
+}
+
+/* The temporary file of a store; to has CACHE_PATH bytes. */
+static void
+store_path(uint64_t serial, char *to)
+{
+	(void)snprintf(to, CACHE_PATH, "%.900s/tmp.%ld.%llu", options.cache,
+	    (long)getpid(), (unsigned long long)serial);
+}
+
+/* Writes what is in b as the file at path, whole or not at all. */
+static bool
+file_put(const char *path, const struct buffer *b)
+{
+	char temporary[CACHE_PATH];
+	int fd;
+
+	store_path(++cache.serial, temporary);
+	fd = open(temporary, O_RDWR | O_CREAT | O_EXCL, 0600);
+	if (fd == -1)
+		return false;
+	if (write_at(fd, buffer_text(b), 0)) {
+		(void)close(fd);
+		entry_directory(path);
+		if (rename(temporary, path) != -1)
+			return true;
+	} else
+		(void)close(fd);
+	(void)unlink(temporary);
+	return false;
+}
+
+/*
+ * Makes sure that the file at a key's own name sends to variants by this Vary
+ * list, and appends to keys the variant of the request.
+ */
+static bool
+vary_put(struct text key, struct text vary, const struct head *q,
+    struct buffer *keys)
+{
+	struct buffer *b = buffer_take();
+	char path[CACHE_PATH], token[64];
+	struct entry e;
+	int fd;
+
+	if (b == NULL)
+		return false;
+	entry_path(key, text_cut("", 0), path);
+	fd = entry_open(path, key, text_cut("", 0), b, &e);
+	if (fd != -1)
+		(void)close(fd);
+	if (fd != -1 && e.vary.at != NULL && text_same(e.vary, vary))
+		(void)text_copy(e.token, token, sizeof(token));
+	else {
+		(void)snprintf(token, sizeof(token), "%llx.%lx.%llx",
+		    (unsigned long long)now.wall, (long)getpid(),
+		    (unsigned long long)++cache.serial);
+		b->start = b->end = CHUNK_ROOM;
+		b->end += REGION_LINE;
+		buffer_append(b, text_of("key: "));
+		buffer_append(b, key);
+		buffer_append(b, text_of("\nvary: "));
+		buffer_append(b, vary);
+		buffer_print(b, "\ntoken: %s\n", token);
+		region_seal(b, 0);
+		if (b->overflow || !file_put(path, b)) {
+			buffer_give(&b);
+			return false;
+		}
+	}
+	buffer_give(&b);
+	buffer_append(keys, text_of(token));
+	buffer_append(keys, text_of(";"));
+	variant_append(q, vary, keys);
+	return !keys->overflow;
+}
+
+/* Lets go of the entry that was to be validated. */
+static void
+entry_close(struct exchange *x)
+{
+	if (x->facts.has_entry)
+		(void)close(x->facts.entry);
+	x->facts.has_entry = false;
+}
+
+/* What of a response head is stored, into b: no framing, nothing of a hop. */
+static void
+stored_head_append(const struct response *r, struct buffer *b)
+{
+	size_t i;
+
+	buffer_print(b, "HTTP/1.1 %03d ", r->status);
+	buffer_append(b, r->reason);
+	buffer_append(b, text_of("\r\n"));
+	for (i = 0; i < r->head.n; i++)
+		if (field_passes(&r->head, i))
+			field_append(b, &r->head.fields[i]);
+	if (head_field(&r->head, "Date") == NULL)
+		buffer_print(b, "Date: %s\r\n", date_now());
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* Puts x among those to be run, once. */
+static void
+exchange_queue(struct exchange *x)
+{
+	if (x->again)
+		return;
+	x->again = true;
+	x->next_again = exchanges.again;
+	exchanges.again = x;
+}
+
+/*
+ * What x stores has grown, or ended: its followers read on.  If it was given
+ * up (error) none of them may take what it has for the whole.
+ */
+static void
+store_tell(const struct exchange *x, bool ended, int error)
+{
+	struct exchange *y;
+
+	if (x->facts.followers == 0)
+		return;
+	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++) {
+		if (y->phase == PHASE_FREE || !y->facts.grows ||
+		    y->facts.leader != x->facts.store_serial)
+			continue;
+		y->server.readable = true;
+		if (ended) {
+			y->facts.grows = false;
+			y->server.growing = false;
+			y->server.error = error;
+		}
+		exchange_queue(y);
+	}
+}
+
+/* Gives up storing what the exchange fetches. */
+static void
+store_drop(struct exchange *x)
+{
+	char path[CACHE_PATH];
+
+	if (!x->facts.storing)
+		return;
+	x->facts.storing = false;
+	(void)close(x->facts.store);
+	store_path(x->facts.store_serial, path);
+	(void)unlink(path);
+	store_tell(x, true, EIO);
+}
+
+/* True if the disk has room beyond the floor. */
+static bool
+cache_has_room(void)
+{
+	struct statvfs disk;
+
+	return statvfs(options.cache, &disk) == -1 ||
+	    (uint64_t)disk.f_bavail * disk.f_frsize > CACHE_FLOOR ||
+	    disk.f_bavail > disk.f_blocks / 20;
+}
+
+/*
+ * Begins to store a response: makes the temporary file and writes the region
+ * but for its first line, which comes when the body's length is known.
+ */
+static void
+store_begin(struct exchange *x, const struct request *q,
+    const struct response *r)
+{
+	struct facts *f = &x->facts;
+	struct buffer *keys = buffer_take(), *head = buffer_take();
+	struct buffer *b = buffer_take();
+	struct entry e;
+	size_t split;
+
+	memset(&e, 0, sizeof(e));
+	if (keys != NULL && head != NULL && b != NULL && cache_has_room()) {
+		key_append(x, keys);
+		split = keys->end;
+		vary_append(&r->head, head);
+		if (r->status == 206)
+			buffer_append(head, text_of("range"));
+		e.key = buffer_text(keys);
+		f->storing = buffer_len(head) == 0 ||
+		    vary_put(e.key, buffer_text(head), &q->head, keys);
+		e.key = text_cut(keys->data + keys->start, split - keys->start);
+		e.variant = text_cut(keys->data + split, keys->end - split);
+		e.requested = f->requested;
+		e.responded = now.wall;
+		e.age = initial_age(r, f->requested, now.wall);
+		head->end = head->start;
+		stored_head_append(r, head);
+		f->storing = f->storing && !keys->overflow && !head->overflow &&
+		    (f->region = (uint32_t)region_build(b, &e,
+			 buffer_text(head), 0)) > 0;
+	}
+	if (f->storing) {
+		char path[CACHE_PATH];
+
+		f->store_serial = ++cache.serial;
+		store_path(f->store_serial, path);
+		f->store = open(path, O_RDWR | O_CREAT | O_EXCL, 0600);
+		f->storing = f->store != -1;
+		f->region_rest = hash_text(14695981039346656037U,
+		    text_from(buffer_text(b), REGION_LINE));
+		f->stored = 0;
+		f->length = r->framing == FRAMING_LENGTH ? r->length :
+		    r->framing == FRAMING_NONE           ? 0 :
+							   UINT64_MAX;
+		entry_path(e.key, e.variant, path);
+		(void)text_copy(text_of(path + strlen(options.cache)), x->note,
+		    sizeof(x->note));
+		if (f->storing && !write_at(f->store, buffer_text(b), 0))
+			store_drop(x);
+	}
+	buffer_give(&keys);
+	buffer_give(&head);
+	buffer_give(&b);
+}
+
+/* Stores a piece of payload; an entry that can't be had costs nothing else. */
+static void
+store_append(struct exchange *x, struct text t)
+{
+	struct facts *f = &x->facts;
+
+	if (!f->storing)
+		return;
+	if (f->stored + t.len > options.cache_size / 4 ||
+	    !write_at(f->store, t, (off_t)(f->region + f->stored)))
+		store_drop(x);
+	else {
+		f->stored += t.len;
+		store_tell(x, false, 0);
+	}
+}
+
+/* The body is whole: the entry gets its first line and its name. */
+static void
+store_finish(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	char line[REGION_LINE + 1], numbers[64], from[CACHE_PATH];
+	char to[CACHE_PATH];
+
+	if (!f->storing)
+		return;
+	(void)snprintf(numbers, sizeof(numbers), "%lu %llu",
+	    (unsigned long)f->region, (unsigned long long)f->stored);
+	region_line(line, f->region, f->stored,
+	    hash_text(f->region_rest, text_of(numbers)));
+	store_path(f->store_serial, from);
+	(void)snprintf(to, sizeof(to), "%s%s", options.cache, x->note);
+	entry_directory(to);
+	if (write_at(f->store, text_of(line), 0) && rename(from, to) != -1) {
+		(void)close(f->store);
+		f->storing = false;
+		store_tell(x, true, 0);
+		cache.written += f->region + f->stored;
+	} else
+		store_drop(x);
+}
+
+/* Drops what is stored under the exchange's own target. */
+static void
+cache_forget(const struct exchange *x)
+{
+	struct buffer *b = buffer_take();
+	char path[CACHE_PATH];
+
+	if (b == NULL)
+		return;
+	key_append(x, b);
+	entry_path(buffer_text(b), text_cut("", 0), path);
+	(void)unlink(path);
+	buffer_give(&b);
+}
+
+/*
+ * An unsafe request succeeded: what is stored of its target, and of what
+ * Location and Content-Location name on the same server, is no longer true
+ * (RFC 9111 section 4.4).
+ */
+static void
+cache_invalidate(struct exchange *x, const struct response *r)
+{
+	static const char *const keys[] = { "Location", "Content-Location" };
+	struct text path = x->facts.path;
+	struct target target;
+	size_t i;
+
+	cache_forget(x);
+	for (i = 0; i < sizeof(keys) / sizeof(keys[0]); i++) {
+		struct text value = head_value(&r->head, keys[i]);
+
+		if (value.len == 0)
+			continue;
+		if (*value.at == '/' && !text_starts(value, "//"))
+			x->facts.path = value;
+		else if (text_starts(value, "http://") &&
+		    absolute_parse(value, &target) == 1 &&
+		    text_same(target.host, x->facts.host) &&
+		    target.port == x->facts.port)
+			x->facts.path = target.path;
+		else
+			continue;
+		cache_forget(x);
+		x->facts.path = path;
+	}
+}
+
+/*
+ * A 304 came: the stored fields give way to those it has (RFC 9111 section
+ * 3.2).  The region is written anew in its place; if it has no room for them,
+ * the entry goes, and this exchange still answers from what it has open.
+ */
+static void
+entry_freshen(struct exchange *x, const struct response *news)
+{
+	static const char *const fixed[] = { "Content-Length",
+		"Content-Encoding", "Content-Type", "Content-Range",
+		"Transfer-Encoding", NULL };
+	struct facts *f = &x->facts;
+	struct buffer *old = buffer_take(), *b = buffer_take();
+	struct buffer *head = buffer_take();
+	struct response r;
+	struct entry e;
+	ssize_t n = -1;
+	size_t i;
+
+	if (old != NULL && b != NULL && head != NULL)
+		n = pread(f->entry, old->data + old->start, buffer_room(old),
+		    0);
+	if (n > 0) {
+		old->end += (size_t)n;
+		if (entry_parse(buffer_text(old), &e) &&
+		    response_parse(e.head, METHOD_GET, &r) == 1) {
+			buffer_print(head, "HTTP/1.1 %03d ", r.status);
+			buffer_append(head, r.reason);
+			buffer_append(head, text_of("\r\n"));
+			for (i = 0; i < r.head.n; i++) {
+				struct text name = r.head.fields[i].name;
+				size_t j;
+
+				for (j = 0; j < news->head.n; j++)
+					if (text_same(name,
+						news->head.fields[j].name))
+						break;
+				if (j == news->head.n ||
+				    name_is_among(name, fixed))
+					field_append(head, &r.head.fields[i]);
+			}
+			for (i = 0; i < news->head.n; i++)
+				if (field_passes(&news->head, i) &&
+				    !name_is_among(news->head.fields[i].name,
+					fixed))
+					field_append(head,
+					    &news->head.fields[i]);
+			buffer_append(head, text_of("\r\n"));
+			e.requested = f->requested;
+			e.responded = now.wall;
+			e.age = initial_age(news, f->requested, now.wall);
+			if (!head->overflow &&
+			    region_build(b, &e, buffer_text(head), e.region) >
+				0) {
+				region_seal(b, e.body);
+				(void)write_at(f->entry, buffer_text(b), 0);
+			}
+		}
+	}
+	buffer_give(&old);
+	buffer_give(&b);
+	buffer_give(&head);
+}
+
+/*
+ * An entry was used: its file's time says so, for the sweeper, and is written
+ * only if it is older than CACHE_TOUCH_S.  The table spares asking for it.
+ */
+static void
+entry_touch(int fd, struct text key, struct text variant)
+{
+	uint64_t name =
+	    hash_text(hash_text(14695981039346656037U, key), variant);
+	size_t i = (size_t)(name % CACHE_TOUCHED);
+	struct stat status;
+
+	if (cache.touched[i].name == name &&
+	    now.wall - cache.touched[i].when < CACHE_TOUCH_S)
+		return;
+	cache.touched[i].name = name;
+	cache.touched[i].when = now.wall;
+	if (fstat(fd, &status) != -1 &&
+	    now.wall - status.st_mtime >= CACHE_TOUCH_S)
+		(void)futimens(fd, NULL);
+}
+
+/* Calls visit for each file in the cache's directories. */
+static void
+cache_walk(void (*visit)(const char *path, void *argument), void *argument)
+{
+	char path[CACHE_PATH + 64];
+	struct dirent *name;
+	DIR *directory;
+	unsigned i;
+
+	for (i = 0; i < 256; i++) {
+		(void)snprintf(path, sizeof(path), "%s/%02x", options.cache, i);
+		directory = opendir(path);
+		while (
+		    directory != NULL && (name = readdir(directory)) != NULL) {
+			(void)snprintf(path, sizeof(path), "%s/%02x/%.40s",
+			    options.cache, i, name->d_name);
+			if (name->d_name[0] != '.')
+				visit(path, argument);
+		}
+		if (directory != NULL)
+			(void)closedir(directory);
+	}
+}
+
+/* The sweeper's books: how much there is of what age. */
+struct sweep {
+	uint64_t total;    /* bytes on the disk */
+	uint64_t ages[64]; /* of them, by age: see sweep_age() */
+	unsigned cut;      /* older ones go, those of this age while need be */
+	bool remove;       /* the second pass */
+};
+
+/* A file's age as a small number that grows with its logarithm. */
+static unsigned
+sweep_age(const struct stat *status)
+{
+	int64_t age = now.wall - status->st_mtime;
+	unsigned n = 0;
+
+	for (; age > 0 && n < 60; age -= age / 2 + 1)
+		n++;
+	return n;
+}
+
+/* One file: counted in the first pass, perhaps removed in the second. */
+static void
+sweep_visit(const char *path, void *argument)
+{
+	struct sweep *sweep = argument;
+	struct stat status;
+	uint64_t bytes;
+	unsigned age;
+
+	if (lstat(path, &status) == -1 || !S_ISREG(status.st_mode))
+		return;
+	age = sweep_age(&status);
+	bytes = (uint64_t)status.st_blocks * 512;
+	if (!sweep->remove) {
+		sweep->total += bytes;
+		sweep->ages[age] += bytes;
+	} else if (age > sweep->cut ||
+	    (age == sweep->cut && sweep->total > options.cache_size / 8 * 5)) {
+		if (unlink(path) != -1)
+			sweep->total -= bytes;
+	}
+}
+
+/*
+ * Brings the cache down to five eighths of its size by removing what was used
+ * least recently: one pass counts, one removes.  Memory does not depend on
+ * the number of entries.
+ */
+static void
+sweep_run(void)
+{
+	struct sweep sweep = { 0 };
+	uint64_t kept = 0;
+
+	cache_walk(sweep_visit, &sweep);
+	if (sweep.total <= options.cache_size / 8 * 5)
+		return;
+	for (; sweep.cut < 63; sweep.cut++) {
+		kept += sweep.ages[sweep.cut];
+		if (kept > options.cache_size / 8 * 5)
+			break;
+	}
+	sweep.remove = true;
+	cache_walk(sweep_visit, &sweep);
+}
+
+/*
+ * Lets a child sweep, when enough was written since the last time.  With what
+ * one object may take, the cache then stays below its size.
+ */
+static void
+cache_sweep(void)
+{
+	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
+	size_t i;
+
+	if (cache.sweeper > 0 &&
+	    waitpid(cache.sweeper, NULL, WNOHANG) == cache.sweeper)
+		cache.sweeper = 0;
+	if (options.cache == NULL || cache.sweeper > 0 ||
+	    cache.written < options.cache_size / 16)
+		return;
+	cache.written = 0;
+	cache.sweeper = fork();
+	if (cache.sweeper != 0)
+		return;
+	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
+		(void)signal(caught[i], SIG_DFL);
+	for (i = 1; i < poll_set.all; i++)
+		(void)close(poll_set.conns[i]->fd);
+	sweep_run();
+	_exit(0);
+}
+
+/* A weak comparison of entity tags (RFC 9110 section 8.8.3.2). */
+static bool
+etag_same(struct text a, struct text b)
+{
+	if (text_starts(a, "W/"))
+		a = text_from(a, 2);
+	if (text_starts(b, "W/"))
+		b = text_from(b, 2);
+	return a.len == b.len && a.len > 0 && memcmp(a.at, b.at, a.len) == 0;
+}
+
+/*
+ * True if the client has what is stored: its own condition is answered with
+ * 304 (RFC 9110 section 13.2.2; If-None-Match wins over If-Modified-Since).
+ */
+static bool
+request_is_satisfied(const struct head *q, const struct response *r)
+{
+	struct text etag = head_value(&r->head, "ETag"), rest, member;
+	int64_t since = head_date(q, "If-Modified-Since");
+	int64_t modified = head_date(&r->head, "Last-Modified");
+	bool some = false;
+	size_t i;
+
+	for (i = 0; i < q->n; i++) {
+		if (!text_is(q->fields[i].name, "If-None-Match"))
+			continue;
+		some = true;
+		rest = q->fields[i].value;
+		while (list_next(&rest, &member))
+			if (text_is(member, "*") || etag_same(member, etag))
+				return true;
+	}
+	if (modified == -1)
+		modified = head_date(&r->head, "Date");
+	return !some && since != -1 && modified != -1 && modified <= since;
+}
+
+/*
+ * The one range that a request asks for, of a body of so many bytes (RFC 9110
+ * section 14.1.2).  1: from and length are set; 0: none, or one that we give
+ * the whole for; -1: it can't be satisfied.
+ */
+static int
+range_parse(const struct head *q, const struct response *r, uint64_t body,
+    struct range *range)
+{
+	struct text t = head_value(q, "Range");
+	struct text condition = head_value(q, "If-Range");
+	uint64_t first = 0, last = body - 1;
+	size_t dash;
+
+	if (!text_starts(t, "bytes=") || r->status != 200)
+		return 0;
+	if (condition.len > 0 &&
+	    (text_starts(condition, "W/") ||
+		(!text_same(condition, head_value(&r->head, "ETag")) &&
+		    !text_same(condition,
+			head_value(&r->head, "Last-Modified")))))
+		return 0;
+	t = text_from(t, strlen("bytes="));
+	dash = text_find(t, '-');
+	if (dash == t.len || text_find(t, ',') < t.len)
+		return 0;
+	if (dash == 0) {
+		if (!number_parse(text_from(t, 1), INT64_MAX, &first))
+			return 0;
+		if (first == 0 || body == 0)
+			return -1;
+		first = first < body ? body - first : 0;
+	} else {
+		if (!number_parse(text_cut(t.at, dash), INT64_MAX, &first) ||
+		    (dash + 1 < t.len &&
+			(!number_parse(text_from(t, dash + 1), INT64_MAX,
+			     &last) ||
+			    last < first)))
+			return 0;
+		if (first >= body)
+			return -1;
+		if (last >= body)
+			last = body - 1;
+	}
+	range->first = first;
+	range->length = last - first + 1;
+	return 1;
 }
 
 /* ---- 10. Names ---- */
@@ -3195,7 +4695,10 @@ log_exchange(const struct exchange *x)
 	buffer_escape(b, f->referer, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\" \""));
 	buffer_escape(b, f->agent, BUFFER_ROOM / 8);
-	buffer_print(b, "\" up=%llu", (unsigned long long)x->up.payload);
+	buffer_append(b, text_of("\""));
+	if (f->hit != NULL)
+		buffer_print(b, " %s=%s", f->cached ? "hit" : "miss", f->hit);
+	buffer_print(b, " up=%llu", (unsigned long long)x->up.payload);
 	log_time(b, "dns", f->asked, f->resolved);
 	log_time(b, "connect", f->reused ? 0 : f->resolved, f->connected);
 	log_time(b, "first", f->connected, f->local ? 0 : f->answered);
@@ -3498,17 +5001,6 @@ exchange_enter(struct exchange *x, enum phase phase)
 	x->since = x->moved = now.ms;
 }
 
-/* Puts x among those to be run, once. */
-static void
-exchange_queue(struct exchange *x)
-{
-	if (x->again)
-		return;
-	x->again = true;
-	x->next_again = exchanges.again;
-	exchanges.again = x;
-}
-
 /* Ends all attempts to connect but x->server. */
 static void
 exchange_drop_tries(struct exchange *x)
@@ -3528,6 +5020,8 @@ static void
 exchange_close(struct exchange *x, bool reset)
 {
 	exchange_enter(x, PHASE_FREE);
+	store_drop(x);
+	entry_close(x);
 	exchange_drop_tries(x);
 	conn_close(&x->server, reset);
 	conn_close(&x->client, reset);
@@ -3558,14 +5052,106 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 }
 
 /*
+ * Makes the entry whose beginning is in b the server: its head is parsed and
+ * passed on like any other.  Takes over fd and b.
+ */
+static void
+cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
+{
+	struct conn *s = &x->server;
+	struct facts *f = &x->facts;
+
+	exchange_drop_tries(x);
+	conn_close(s, false);
+	s->fd = fd;
+	s->role = ROLE_FILE;
+	s->exchange = x;
+	s->readable = s->hung = true;
+	s->growing = f->grows;
+	b->start = (size_t)(e->head.at - b->data);
+	s->in = b;
+	entry_touch(fd, e->key, e->variant);
+	f->local = f->cached = true;
+	f->body = e->body;
+	f->region = (uint32_t)e->region;
+	exchange_enter(x, PHASE_RESPONSE);
+}
+
+/* Opens the entry anew that was to be validated, and serves it. */
+static bool
+cache_serve_open(struct exchange *x, const char *hit)
+{
+	struct buffer *b = buffer_take();
+	struct facts *f = &x->facts;
+	struct response r;
+	struct entry e;
+	ssize_t n = -1;
+
+	if (b != NULL && lseek(f->entry, 0, SEEK_SET) != -1)
+		n = read(f->entry, b->data + b->start, buffer_room(b));
+	if (n > 0)
+		b->end += (size_t)n;
+	if (n <= 0 || !entry_parse(buffer_text(b), &e) ||
+	    response_parse(e.head, METHOD_GET, &r) != 1) {
+		buffer_give(&b);
+		return false;
+	}
+	f->hit = hit;
+	f->age = e.age + (now.wall > e.responded ? now.wall - e.responded : 0);
+	f->ttl = freshness_lifetime(&r, false) - f->age;
+	f->has_entry = false;
+	cache_serve(x, f->entry, b, &e);
+	return true;
+}
+
+/*
+ * The server failed, or answered that it did (answered): the entry that was
+ * to be validated may stand in.  True if it does.
+ */
+static bool
+cache_rescue(struct exchange *x, bool answered)
+{
+	struct facts *f = &x->facts;
+	struct buffer *b;
+	struct response r;
+	struct request q;
+	struct control asked, control;
+	struct entry e;
+	bool good = false;
+	ssize_t n;
+
+	if (!f->has_entry || (b = buffer_take()) == NULL)
+		return false;
+	n = pread(f->entry, b->data + b->start, buffer_room(b), 0);
+	if (n > 0)
+		b->end += (size_t)n;
+	if (n > 0 && entry_parse(buffer_text(b), &e) &&
+	    response_parse(e.head, METHOD_GET, &r) == 1 &&
+	    request_parse(buffer_text(f->head), &q) == 1) {
+		int64_t age = e.age + now.wall - e.responded;
+		int64_t lifetime = freshness_lifetime(&r, false);
+
+		asked = control_parse(&q.head);
+		control = control_parse(&r.head);
+		good = reuse_on_error(&asked, &control,
+		    age - (lifetime > 0 ? lifetime : 0), answered);
+	}
+	buffer_give(&b);
+	return good && cache_serve_open(x, "stale");
+}
+
+/*
  * Refuses the request, whatever was done for it so far.  Once a response
  * head has gone out, the only refusal is to end.
  */
 static void
 exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 {
-	x->facts.refusal = refusal;
 	trace(x, "refused: %s (%s)", refusals[refusal].words, detail);
+	if (x->phase != PHASE_RELAY && refusal >= REFUSE_NAME &&
+	    refusal <= REFUSE_ANSWER_SLOW && cache_rescue(x, false))
+		return;
+	x->facts.refusal = refusal;
 	if (x->phase == PHASE_RELAY) {
 		exchange_abort(x, END_SERVER, refusal);
 		return;
@@ -3595,10 +5181,17 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 	for (n = 0; n < MOVES_MAX && !to->deaf; n++) {
 		size_t old = f->ready;
 
-		if (to->out != NULL && !to->writable && !to->hung)
+		if (to->out != NULL && !to->writable && !to->hung &&
+		    to->fd != -1)
 			break;
 		if (!f->done)
 			flow_decode(f, from->in, from->eof);
+		if (f == &x->down && x->facts.storing && f->ready > old)
+			store_append(x,
+			    text_cut(from->in->data + from->in->start + old,
+				f->ready - old));
+		if (f == &x->down && f->whole)
+			store_finish(x);
 		if (options.verbose > 1 && f->ready > old)
 			trace_dump(x, f == &x->up ? "c>s" : "s>c",
 			    text_cut(from->in->data + from->in->start + old,
@@ -3731,6 +5324,7 @@ request_note(struct exchange *x, const struct request *r)
 	f->minor = r->minor;
 	f->host = r->target.host;
 	f->port = r->target.port;
+	f->path = r->target.path;
 	f->referer = head_value(&r->head, "Referer");
 	f->agent = head_value(&r->head, "User-Agent");
 	f->close = r->minor == 0 || r->method == METHOD_CONNECT ||
@@ -3809,6 +5403,162 @@ request_passed_here(const struct request *r)
 	return false;
 }
 
+/*
+ * Fetches the same request again for nobody, so that the entry is validated:
+ * an exchange whose client is no socket.  Without a free slot it is not done;
+ * the next request for it will.
+ */
+static void
+cache_refresh(struct exchange *x)
+{
+	struct exchange *y = exchanges.free;
+	struct buffer *head;
+
+	if (exchanges.busy == exchanges.n || (head = buffer_take()) == NULL)
+		return;
+	if (y != NULL)
+		exchanges.free = y->next;
+	else
+		y = &exchanges.slots[exchanges.used++];
+	memset(y, 0, offsetof(struct exchange, note));
+	conn_clear(&y->server);
+	conn_clear(&y->client);
+	exchanges.busy++;
+	buffer_append(head, buffer_text(x->facts.head));
+	y->client.in = head;
+	y->client.eof = true;
+	y->client.exchange = y;
+	y->peer = x->peer;
+	y->refresh = true;
+	y->phase = PHASE_REQUEST;
+	y->since = now.ms;
+	exchange_queue(y);
+}
+
+/* The exchange that is storing what belongs at path, or NULL. */
+static struct exchange *
+store_find(const char *path)
+{
+	const char *name = path + strlen(options.cache);
+	struct exchange *y;
+
+	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++)
+		if (y->phase != PHASE_FREE && y->facts.storing &&
+		    strcmp(y->note, name) == 0)
+			return y;
+	return NULL;
+}
+
+/*
+ * Opens what another exchange is storing at path, if there is one: its region
+ * is written but for the first line, and its body grows.  Returns the
+ * descriptor, or -1; its beginning is in b.
+ */
+static int
+store_follow(struct exchange *x, const char *path, struct buffer *b,
+    struct entry *e)
+{
+	struct exchange *leader = path[0] ? store_find(path) : NULL;
+	char temporary[CACHE_PATH];
+	ssize_t n;
+	int fd;
+
+	if (leader == NULL)
+		return -1;
+	store_path(leader->facts.store_serial, temporary);
+	fd = open(temporary, O_RDONLY);
+	if (fd == -1)
+		return -1;
+	b->start = b->end = CHUNK_ROOM;
+	n = read(fd, b->data + b->start, buffer_room(b));
+	if (n > 0)
+		b->end += (size_t)n;
+	memset(e, 0, sizeof(*e));
+	e->region = leader->facts.region;
+	e->body = leader->facts.length;
+	if (n < (ssize_t)e->region ||
+	    !region_parse(text_cut(b->data + b->start + REGION_LINE,
+			      e->region - REGION_LINE),
+		e)) {
+		(void)close(fd);
+		return -1;
+	}
+	x->facts.grows = true;
+	x->facts.leader = leader->facts.store_serial;
+	leader->facts.followers++;
+	return fd;
+}
+
+/*
+ * Looks what is stored for a request.  True if that was the end of the search:
+ * the entry answers, or only-if-cached says that nothing else may.
+ */
+static bool
+cache_answer(struct exchange *x, const struct request *q)
+{
+	struct control asked = control_parse(&q->head), control;
+	struct facts *f = &x->facts;
+	struct buffer *b = buffer_take();
+	struct response r;
+	struct entry e = { 0 };
+	char path[CACHE_PATH];
+	enum reuse reuse = REUSE_VALIDATED;
+	int64_t lifetime;
+	int fd = -1;
+
+	if (b != NULL)
+		fd = entry_find(x, &q->head, b, &e, path);
+	if (b != NULL && fd == -1 && !x->refresh &&
+	    head_field(&q->head, "Range") == NULL)
+		fd = store_follow(x, path, b, &e);
+	f->forward = b != NULL && fd == -1 && e.vary.at != NULL ? "vary-miss" :
+								  "uri-miss";
+	if (fd != -1 && response_parse(e.head, METHOD_GET, &r) != 1) {
+		(void)close(fd);
+		fd = -1;
+	}
+	if (fd != -1) {
+		control = control_parse(&r.head);
+		lifetime = freshness_lifetime(&r, false);
+		f->age = e.age +
+		    (now.wall > e.responded ? now.wall - e.responded : 0);
+		f->ttl = lifetime - f->age;
+		reuse = x->refresh ?
+		    REUSE_VALIDATED :
+		    reuse_judge(&asked, &control, f->age, lifetime);
+		f->forward = f->ttl > 0 && !control.no_cache ? "request" :
+							       "stale";
+		trace(x, "stored: age %lld s, lifetime %lld s: %s",
+		    (long long)f->age, (long long)lifetime,
+		    reuse == REUSE_VALIDATED ? "to be validated" : "good");
+	}
+	if (f->grows && reuse != REUSE_FRESH) {
+		(void)close(fd);
+		f->grows = false;
+		fd = -1;
+	}
+	if (fd != -1 && reuse != REUSE_VALIDATED) {
+		f->hit = f->grows        ? "collapsed" :
+		    reuse == REUSE_FRESH ? "fresh" :
+					   "stale";
+		if (reuse == REUSE_MEANWHILE)
+			cache_refresh(x);
+		cache_serve(x, fd, b, &e);
+		return true;
+	}
+	buffer_give(&b);
+	if (fd != -1) {
+		f->entry = fd;
+		f->has_entry = true;
+		(void)text_copy(text_of(path + strlen(options.cache)), x->note,
+		    sizeof(x->note));
+	}
+	f->hit = f->forward;
+	if (asked.only_if_cached)
+		exchange_refuse(x, REFUSE_NOT_STORED, "");
+	return asked.only_if_cached;
+}
+
 /* A whole head of n bytes has come: understand it and go on. */
 static void
 request_accept(struct exchange *x, size_t n)
@@ -3841,7 +5591,10 @@ request_accept(struct exchange *x, size_t n)
 		exchange_enter(x, PHASE_RESPONSE);
 	} else if (request_passed_here(&r))
 		exchange_refuse(x, REFUSE_LOOP_VIA, "");
-	else
+	else if (options.cache == NULL ||
+	    (r.method != METHOD_GET && r.method != METHOD_HEAD) ||
+	    r.framing != FRAMING_NONE || x->facts.upgrade ||
+	    !cache_answer(x, &r))
 		exchange_enter(x, PHASE_RESOLVE);
 }
 
@@ -4237,8 +5990,40 @@ request_field_append(struct exchange *x, const struct request *r, size_t i,
 			    (unsigned long long)hops - 1);
 	} else if (text_is(field->name, "Expect") && r->minor == 0)
 		trace(x, "Expect of an HTTP/1.0 client is ignored");
+	else if (x->facts.has_entry &&
+	    name_is_among(field->name, fields_of_condition))
+		return;
 	else if (field_passes(&r->head, i) && !field_is_personal(field->name))
 		field_append(b, field);
+}
+
+/* The validators of the entry at hand (RFC 9111 section 4.3.1). */
+static void
+validators_append(struct exchange *x, struct buffer *b)
+{
+	struct buffer *old = buffer_take();
+	const struct field *field;
+	struct response r;
+	struct entry e;
+	ssize_t n = -1;
+
+	if (old != NULL)
+		n = pread(x->facts.entry, old->data + old->start,
+		    buffer_room(old), 0);
+	if (n > 0)
+		old->end += (size_t)n;
+	if (n > 0 && entry_parse(buffer_text(old), &e) &&
+	    response_parse(e.head, METHOD_GET, &r) == 1) {
+		field = head_field(&r.head, "ETag");
+		if (field != NULL)
+			buffer_print(b, "If-None-Match: %.*s\r\n",
+			    (int)field->value.len, field->value.at);
+		field = head_field(&r.head, "Last-Modified");
+		if (field != NULL)
+			buffer_print(b, "If-Modified-Since: %.*s\r\n",
+			    (int)field->value.len, field->value.at);
+	}
+	buffer_give(&old);
 }
 
 /* Connection, and what it names: an upgrade, and the wish for trailers. */
@@ -4274,6 +6059,8 @@ request_build(struct exchange *x, const struct request *r, struct buffer *b)
 	if (x->up.to == FRAMING_CHUNKED)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
 	login_append(r, b);
+	if (x->facts.has_entry)
+		validators_append(x, b);
 	if (!options.anonymous)
 		buffer_print(b, "Via: 1.%u %s\r\n", r->minor, pseudonym);
 	connection_append(x, r, b);
@@ -4288,6 +6075,7 @@ exchange_send(struct exchange *x)
 	struct buffer *out = conn_out(&x->server);
 
 	x->facts.connected = now.ms;
+	x->facts.requested = now.wall;
 	if (out == NULL) {
 		exchange_refuse(x, REFUSE_MEMORY, "");
 		return;
@@ -4542,6 +6330,8 @@ response_field_append(const struct exchange *x, const struct response *r,
 	bool bare = response_is_bare(r->status, x->facts.method);
 	uint64_t length;
 
+	if (x->facts.cached && text_is(field->name, "Age"))
+		return;
 	if (text_is(field->name, "Content-Length")) {
 		if (field != head_field(&r->head, "Content-Length") ||
 		    r->status < 200 || r->status == 204 ||
@@ -4557,6 +6347,33 @@ response_field_append(const struct exchange *x, const struct response *r,
 	} else if (field_passes(&r->head, i) ||
 	    (r->status == 407 && text_is(field->name, "Proxy-Authenticate")))
 		field_append(b, field);
+}
+
+/* Cache-Status (RFC 9211): what the cache did, or why it did nothing. */
+static void
+cache_status_append(const struct exchange *x, const struct response *r,
+    struct buffer *b)
+{
+	const struct facts *f = &x->facts;
+
+	buffer_print(b, "Cache-Status: %s", pseudonym);
+	if (f->cached && f->connected == 0)
+		buffer_print(b, "; hit; ttl=%lld%s", (long long)f->ttl,
+		    f->leader ? "; collapsed" : "");
+	else if (f->cached)
+		buffer_print(b, "; fwd=%s; fwd-status=304; ttl=%lld",
+		    f->forward, (long long)f->ttl);
+	else
+		buffer_print(b, "; fwd=%s",
+		    f->forward ? f->forward :
+			f->method == METHOD_GET || f->method == METHOD_HEAD ?
+				 "bypass" :
+				 "method");
+	if (!f->cached && f->connected != 0)
+		buffer_print(b, "; fwd-status=%d", r->status);
+	if (f->storing)
+		buffer_append(b, text_of("; stored"));
+	buffer_append(b, text_of("\r\n"));
 }
 
 /* The response head for the client, into b. */
@@ -4578,8 +6395,11 @@ response_build(const struct exchange *x, const struct response *r,
 	if (r->status >= 200 && !x->facts.tunnel &&
 	    head_field(&r->head, "Date") == NULL)
 		buffer_print(b, "Date: %s\r\n", date_now());
-	if (!x->facts.local)
+	if (!x->facts.local || x->facts.cached)
 		buffer_print(b, "Via: 1.%u %s\r\n", r->minor, pseudonym);
+	buffer_append(b, r->extra);
+	if (options.cache != NULL && r->status >= 200 && !x->facts.tunnel)
+		cache_status_append(x, r, b);
 	if (x->down.to == FRAMING_CHUNKED)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
 	if (upgrade)
@@ -4675,6 +6495,56 @@ response_logs_in(const struct exchange *x, const struct response *r)
 	    text_starts(asked, "Negotiate");
 }
 
+/* A final response from the server: is it to be stored, or does it tell that
+ * something stored is no longer true? */
+static void
+cache_note(struct exchange *x, const struct response *r)
+{
+	struct facts *f = &x->facts;
+	struct request q;
+
+	if (f->method == METHOD_CONNECT || f->method == METHOD_TRACE ||
+	    f->method == METHOD_OPTIONS ||
+	    request_parse(buffer_text(f->head), &q) != 1)
+		return;
+	if (f->method != METHOD_GET && f->method != METHOD_HEAD) {
+		if (r->status >= 200 && r->status < 400)
+			cache_invalidate(x, r);
+	}
+	if ((f->forward != NULL || f->method == METHOD_POST) &&
+	    response_is_storable(&q, r) &&
+	    (r->framing != FRAMING_LENGTH ||
+		r->length <= options.cache_size / 4))
+		store_begin(x, &q, r);
+	if (f->storing)
+		f->hit = "stored";
+}
+
+/* True if the server's connection may serve another request after r. */
+static bool
+response_keeps_server(const struct exchange *x, const struct response *r)
+{
+	return !x->facts.local && r->minor == 1 &&
+	    r->framing != FRAMING_CLOSE && !response_logs_in(x, r) &&
+	    !head_lists(&r->head, "Connection", text_of("close"));
+}
+
+/* Keeps the server's connection for another request, or closes it. */
+static void
+exchange_release(struct exchange *x)
+{
+	struct conn *s = &x->server;
+	char beyond[HOST_MAX + 10];
+
+	exchange_beyond(x, beyond);
+	if (x->facts.keep_server && x->up.done && s->fd != -1 &&
+	    s->in == NULL && s->out == NULL && !s->readable && !s->eof &&
+	    !s->error && !s->deaf && !s->hung && !stop_at)
+		other_keep(s, &x->facts.server, beyond);
+	else
+		conn_close(s, false);
+}
+
 /*
  * Decides how the final response is framed for the client (RFC 9112 section
  * 6.3), what becomes of both connections after it, and passes the head on.
@@ -4688,14 +6558,112 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 	if (to == FRAMING_CHUNKED || to == FRAMING_CLOSE)
 		to = f->minor == 1 ? FRAMING_CHUNKED : FRAMING_CLOSE;
 	f->close = f->close || to == FRAMING_CLOSE || !x->up.done || stop_at;
-	f->keep_server = !f->local && r->minor == 1 &&
-	    r->framing != FRAMING_CLOSE && !response_logs_in(x, r) &&
-	    !head_lists(&r->head, "Connection", text_of("close"));
+	f->keep_server = response_keeps_server(x, r);
 	flow_start(&x->down, r->framing, to, r->length);
+	if (options.cache != NULL && !f->local)
+		cache_note(x, r);
 	if (!response_pass(x, r, n))
 		return;
 	f->status = r->status;
+	if (x->down.whole)
+		store_finish(x);
 	exchange_enter(x, PHASE_RELAY);
+}
+
+/*
+ * An entry answers: with 304 if the client has what is stored, with a part of
+ * it, or with all.
+ */
+static void
+response_from_entry(struct exchange *x, struct response *r, size_t n)
+{
+	struct facts *f = &x->facts;
+	struct range range = { 0, f->body };
+	struct request q;
+	char extra[256];
+	size_t used;
+	int part;
+
+	(void)request_parse(buffer_text(f->head), &q);
+	r->framing = f->method == METHOD_HEAD ? FRAMING_NONE :
+	    f->body == UINT64_MAX             ? FRAMING_CLOSE :
+						FRAMING_LENGTH;
+	part = f->grows ? 0 : range_parse(&q.head, r, f->body, &range);
+	(void)snprintf(extra, sizeof(extra), "Age: %lld\r\n",
+	    (long long)f->age);
+	used = strlen(extra);
+	if (request_is_satisfied(&q.head, r)) {
+		r->status = 304;
+		r->framing = FRAMING_NONE;
+	} else if (part == -1) {
+		r->status = 416;
+		r->framing = FRAMING_NONE;
+		(void)snprintf(extra + used, sizeof(extra) - used,
+		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
+		    (unsigned long long)f->body);
+	} else if (part == 1 && f->method == METHOD_GET) {
+		r->status = 206;
+		(void)snprintf(extra + used, sizeof(extra) - used,
+		    "Content-Range: bytes %llu-%llu/%llu\r\n"
+		    "Content-Length: %llu\r\n",
+		    (unsigned long long)range.first,
+		    (unsigned long long)(range.first + range.length - 1),
+		    (unsigned long long)f->body,
+		    (unsigned long long)range.length);
+	} else if (r->status != 204 && f->body != UINT64_MAX)
+		(void)snprintf(extra + used, sizeof(extra) - used,
+		    "Content-Length: %llu\r\n", (unsigned long long)f->body);
+	if (r->status == 304 || r->status == 416 || r->status == 206)
+		r->reason = text_of(status_reason(r->status));
+	r->extra = text_of(extra);
+	r->length = range.length;
+	response_forward(x, r, n);
+	if (x->phase != PHASE_RELAY || part != 1 || r->status != 206)
+		return;
+	buffer_give(&x->server.in);
+	if (lseek(x->server.fd, (off_t)(f->region + range.first), SEEK_SET) ==
+	    -1)
+		exchange_abort(x, END_SERVER, REFUSE_CUT_SHORT);
+}
+
+/*
+ * The entry at hand was validated by a head of n bytes, or something else
+ * came, which takes its place.  True if r is not the answer: the entry is, or
+ * it vanished and the server is asked anew.
+ */
+static bool
+response_validates(struct exchange *x, const struct response *r, size_t n)
+{
+	bool failed = r->status == 500 ||
+	    (r->status >= 502 && r->status <= 504);
+	struct facts *f = &x->facts;
+	char path[CACHE_PATH];
+
+	if (!f->has_entry || f->cached || r->status < 200)
+		return false;
+	if (r->status == 304) {
+		entry_freshen(x, r);
+		f->keep_server = response_keeps_server(x, r);
+		buffer_drop(x->server.in, n);
+		if (buffer_len(x->server.in) == 0)
+			buffer_give(&x->server.in);
+		exchange_release(x);
+		if (cache_serve_open(x, "validated"))
+			return true;
+		entry_close(x);
+		f->next = 0;
+		exchange_enter(x, PHASE_CONNECT);
+		return true;
+	}
+	if (failed && cache_rescue(x, true))
+		return true;
+	entry_close(x);
+	if (!failed) {
+		(void)snprintf(path, sizeof(path), "%.800s%.100s",
+		    options.cache, x->note);
+		(void)unlink(path);
+	}
+	return false;
 }
 
 /* Passes the head on, and both sides speak freely from then on. */
@@ -4730,6 +6698,10 @@ response_accept(struct exchange *x, size_t n)
 		exchange_refuse(x,
 		    options.parent.login ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
 		    "");
+	else if (response_validates(x, &r, n))
+		return;
+	else if (f->cached)
+		response_from_entry(x, &r, n);
 	else if (r.status == 101 && (!f->upgrade || !x->up.done))
 		exchange_refuse(x, REFUSE_UPGRADE, "");
 	else if (r.status == 101 ||
@@ -4818,17 +6790,10 @@ response_step(struct exchange *x)
 static void
 exchange_end(struct exchange *x)
 {
-	struct conn *s = &x->server;
-	char beyond[HOST_MAX + 10];
-
 	log_exchange(x);
-	exchange_beyond(x, beyond);
-	if (x->facts.keep_server && x->up.done && s->fd != -1 &&
-	    s->in == NULL && s->out == NULL && !s->readable && !s->eof &&
-	    !s->error && !s->deaf && !s->hung && !stop_at)
-		other_keep(s, &x->facts.server, beyond);
-	else
-		conn_close(s, false);
+	exchange_release(x);
+	store_drop(x);
+	entry_close(x);
 	buffer_give(&x->facts.head);
 	x->facts = (struct facts){ 0 };
 	flow_start(&x->up, FRAMING_NONE, FRAMING_NONE, 0);
@@ -4894,6 +6859,28 @@ relay_uploads(const struct exchange *x)
 	    !s->eof && !s->error && !s->deaf && !s->hung;
 }
 
+/*
+ * The client left.  What is being stored is fetched to its end all the same if
+ * others follow it, or if most of it is there; for nobody, then.
+ */
+static bool
+relay_goes_on(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+
+	if (!f->storing || !x->up.done ||
+	    (f->followers == 0 &&
+		(f->length == UINT64_MAX || f->stored < f->length / 2)))
+		return false;
+	conn_close(&x->client, false);
+	x->client.exchange = x;
+	x->client.eof = true;
+	x->refresh = true;
+	f->close = true;
+	f->end = END_CLIENT;
+	return true;
+}
+
 /* RELAY: both flows side by side. */
 static bool
 relay_step(struct exchange *x)
@@ -4905,7 +6892,7 @@ relay_step(struct exchange *x)
 		moved = true;
 	if (x->facts.tunnel)
 		return tunnel_judge(x) || moved;
-	if (c->error || c->deaf)
+	if ((c->error || c->deaf) && !relay_goes_on(x))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (x->down.done && c->out == NULL && !relay_uploads(x))
 		exchange_finish(x);
@@ -5074,7 +7061,7 @@ exchange_check(const struct exchange *x)
 		    x->facts.head == NULL && x->facts.tries == 0);
 		return;
 	}
-	assert(c->fd != -1);
+	assert(c->fd != -1 || x->refresh);
 	assert(c->out == NULL || buffer_len(c->out) > 0);
 	assert(s->out == NULL || buffer_len(s->out) > 0);
 	assert(!x->up.done || (x->up.whole && x->up.ready == 0));
@@ -5509,6 +7496,7 @@ loop_run(void)
 		loop_expire();
 		loop_accept_all();
 		loop_cool();
+		cache_sweep();
 		log_flush();
 		if (logs.pending != NULL && exchanges.wake > now.ms + 1000)
 			exchanges.wake = now.ms + 1000;
@@ -5554,8 +7542,9 @@ signals_open(void)
 /* ---- 15. Main: options, startup ---- */
 
 static const char usage_text[] =
-    "usage: proxy [-ahvV] [-b address] [-l [host:]port | -l /path] [-m n]\n"
-    "             [-o file] [-t seconds] [-u user] [-x url]\n";
+    "usage: proxy [-ahvV] [-b address] [-c directory] [-k url]\n"
+    "             [-l [host:]port | -l /path] [-m n] [-o file] [-s size]\n"
+    "             [-t seconds] [-u user] [-x url]\n";
 
 /* The command line is wrong. */
 static void
@@ -5580,6 +7569,22 @@ option_number(int letter, const char *argument, uint64_t min, uint64_t max)
 		usage("-%c %s: not a number from %llu to %llu", letter,
 		    argument, (unsigned long long)min, (unsigned long long)max);
 	return value;
+}
+
+/* -s: bytes, or with a K, M, G behind it. */
+static uint64_t
+option_size(const char *argument)
+{
+	static const char units[] = "KMG";
+	struct text t = text_of(argument);
+	const char *unit = t.len > 1 ? strchr(units, t.at[t.len - 1]) : NULL;
+	uint64_t value = 0, max = (uint64_t)INT64_MAX >> 30;
+
+	if (unit != NULL)
+		t.len--;
+	if (!number_parse(t, unit ? max : INT64_MAX, &value) || value == 0)
+		usage("-s %s: not a size such as 500M", argument);
+	return unit ? value << (10 * (unit - units + 1)) : value;
 }
 
 /* -b: one address for each family. */
@@ -5684,7 +7689,8 @@ options_parse(int argc, char **argv)
 	int letter;
 
 	opterr = 0;
-	while ((letter = getopt(argc, argv, ":ab:hl:m:o:t:u:vVx:")) != -1) {
+	while (
+	    (letter = getopt(argc, argv, ":ab:c:hk:l:m:o:s:t:u:vVx:")) != -1) {
 		switch (letter) {
 		case 'a':
 			options.anonymous = true;
@@ -5692,9 +7698,18 @@ options_parse(int argc, char **argv)
 		case 'b':
 			option_from(optarg);
 			break;
+		case 'c':
+			options.cache = optarg;
+			break;
+		case 's':
+			options.cache_size = option_size(optarg);
+			break;
 		case 'h':
 			printf("%s", usage_text);
 			exit(0);
+		case 'k':
+			options.key = optarg;
+			break;
 		case 'l':
 			if (options.listens == LISTENERS_MAX)
 				usage("-l: %d times at most", LISTENERS_MAX);
@@ -5877,6 +7892,100 @@ listen_on(const char *argument)
 }
 
 /*
+ * Makes the cache directory, or looks whether it is one: a directory that
+ * holds something else must not be filled or swept.
+ */
+static void
+cache_open(void)
+{
+	static const char tag[] =
+	    "Signature: 8a477f597d28d172789f06886806bc55\n"
+	    "# A cache of proxy; all of it may go.\n";
+	char path[CACHE_PATH];
+	struct dirent *name;
+	DIR *directory;
+	int fd;
+
+	if (strlen(options.cache) > CACHE_PATH - 100)
+		die("-c: the path is too long");
+	if (mkdir(options.cache, 0700) == -1 && errno != EEXIST)
+		die("can't make the cache %s: %s", options.cache,
+		    strerror(errno));
+	directory = opendir(options.cache);
+	if (directory == NULL) {
+		die("can't read the cache %s: %s", options.cache,
+		    strerror(errno));
+		return;
+	}
+	while ((name = readdir(directory)) != NULL) {
+		bool ours = strlen(name->d_name) == 2 ||
+		    strcmp(name->d_name, "CACHEDIR.TAG") == 0;
+
+		(void)snprintf(path, sizeof(path), "%s/%s", options.cache,
+		    name->d_name);
+		if (strncmp(name->d_name, "tmp.", 4) == 0)
+			(void)unlink(path);
+		else if (!ours && name->d_name[0] != '.')
+			die("%s is no cache: it holds %s", options.cache,
+			    name->d_name);
+	}
+	(void)closedir(directory);
+	(void)snprintf(path, sizeof(path), "%s/CACHEDIR.TAG", options.cache);
+	fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
+	if (fd != -1) {
+		(void)write(fd, tag, strlen(tag));
+		(void)close(fd);
+	}
+}
+
+/* Prints the path if the file is an entry of the key. */
+static void
+key_visit(const char *path, void *argument)
+{
+	const struct text *key = argument;
+	struct buffer *b = buffer_take();
+	struct entry e;
+	int fd = open(path, O_RDONLY);
+	ssize_t n = -1;
+
+	if (fd != -1 && b != NULL)
+		n = read(fd, b->data + b->start, buffer_room(b));
+	if (n > 0)
+		b->end += (size_t)n;
+	if (n > 0 && entry_parse(buffer_text(b), &e) && e.key.len == key->len &&
+	    memcmp(e.key.at, key->at, key->len) == 0)
+		printf("%s\n", path);
+	if (fd != -1)
+		(void)close(fd);
+	buffer_give(&b);
+}
+
+/* -k: the files of a URL, on standard output; then the end. */
+static void
+key_print(const char *url)
+{
+	struct buffer *b = buffer_take();
+	struct exchange x;
+	struct target target = { .host = { "", 0 } };
+	struct text key;
+
+	if (options.cache == NULL)
+		usage("-k wants -c, the directory to look in");
+	if (absolute_parse(text_of(url), &target) != 1)
+		usage("-k %s: not a URL that begins with http://", url);
+	if (b == NULL)
+		return;
+	memset(&x, 0, sizeof(x));
+	x.facts.host = target.host;
+	x.facts.port = target.port;
+	x.facts.path = target.path;
+	key_append(&x, b);
+	key = buffer_text(b);
+	cache_walk(key_visit, &key);
+	exit(0);
+}
+
+/*
  * Takes as many descriptors as the system gives, and makes the tables. Each
  * slot may use two, so that running out of them can't happen.
  */
@@ -5988,6 +8097,8 @@ main(int argc, char **argv)
 	clock_read();
 	tzset();
 	options_parse(argc, argv);
+	if (options.key != NULL)
+		key_print(options.key);
 	pseudonym_make();
 	if (!names_start())
 		die("no helper for names: %s", strerror(errno));
@@ -6001,6 +8112,8 @@ main(int argc, char **argv)
 	logs.colour = isatty(STDERR_FILENO) && getenv("NO_COLOR") == NULL;
 	if (options.user != NULL)
 		user_become(options.user);
+	if (options.cache != NULL)
+		cache_open();
 	tables_open();
 	banner();
 	conn_watch(&signal_conn, POLLIN);

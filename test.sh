@@ -153,8 +153,8 @@ run_proxy() {
 reap() {
 	if [ -f "$T/.proxies" ]; then
 		while read -r reap_pid; do
-			kill -TERM "$reap_pid" 2> /dev/null || continue
-			"$peer" sleep 20
+			kill -TERM "$reap_pid" 2> /dev/null &&
+			    "$peer" sleep 20
 			kill -TERM "$reap_pid" 2> /dev/null
 			wait_exit "$reap_pid" 10
 			reap_status=$?
@@ -3731,7 +3731,7 @@ END
 	play 'an empty line in two pieces, and no more' <<'END'
 	client send \r
 	client stall 100
-	client send \n
+	client send \l
 	client stall 100
 	client shut
 	client eof
@@ -7731,6 +7731,1135 @@ bench() (
 	bench_tunnels
 	bench_status=0
 )
+
+# ---- 21. Promises kept under odd conditions --------------------------------
+
+# Builds into $work what only some tests need, once for all of them:
+# built_once NAME WRITER FLAG...
+built_once() {
+	once_name=$1
+	once_writer=$2
+	shift 2
+	if mkdir "$work/$once_name.lock" 2> /dev/null; then
+		"$once_writer" > "$work/$once_name.c"
+		build "$work/$once_name" "$work/$once_name.c" "$@"
+	fi
+	built "$work/$once_name"
+}
+
+# A second helper program: what takes many or rough connections.
+write_other() {
+	cat <<'EOF_OTHER'
+/*
+ * other: rougher other ends than peer's, each ended by an alarm.
+ *
+ * many N WHERE FILE TEXT
+ *                     sends TEXT over each of N connections, with CR LF for
+ *                     each | and the connection's number for each @; makes
+ *                     FILE.ready; they stay open until FILE.over is there
+ * flood WHERE MS      clients that are refused and go on sending as fast as
+ *                     they can, while others come and go
+ * slow NAME           an origin with small windows that reads some of a
+ *                     request, then resets or answers 413 early; says
+ *                     PORT PID
+ * upload N WHERE TEXT MS
+ *                     N clients send the head TEXT, | being CR LF, and chunks
+ *                     of all sizes, and linger
+ */
+#define _POSIX_C_SOURCE 200809L
+#include <sys/socket.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+static char block[1 << 18];
+static unsigned long seed;
+
+static long
+now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (long)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+static void
+sleep_us(long us)
+{
+	struct timespec t;
+
+	t.tv_sec = us / 1000000;
+	t.tv_nsec = us % 1000000 * 1000;
+	nanosleep(&t, NULL);
+}
+
+static unsigned long
+draw(unsigned long n)
+{
+	seed = (seed * 1103515245 + 12345) & 0x7fffffff;
+	return (seed >> 8) % n;
+}
+
+/* Connects to "/path" or "a.b.c.d:port". */
+static int
+dial(const char *where)
+{
+	struct sockaddr_in in;
+	struct sockaddr_un un;
+	char host[64];
+	const char *colon = strrchr(where, ':');
+	int fd;
+
+	memset(&in, 0, sizeof(in));
+	memset(&un, 0, sizeof(un));
+	if (*where == '/') {
+		un.sun_family = AF_UNIX;
+		snprintf(un.sun_path, sizeof(un.sun_path), "%s", where);
+		fd = socket(AF_UNIX, SOCK_STREAM, 0);
+		if (connect(fd, (struct sockaddr *)&un, sizeof(un)) == 0)
+			return fd;
+	} else {
+		snprintf(host, sizeof(host), "%.*s", (int)(colon - where),
+		    where);
+		in.sin_family = AF_INET;
+		in.sin_addr.s_addr = inet_addr(host);
+		in.sin_port = htons((unsigned short)atoi(colon + 1));
+		fd = socket(AF_INET, SOCK_STREAM, 0);
+		if (connect(fd, (struct sockaddr *)&in, sizeof(in)) == 0)
+			return fd;
+	}
+	close(fd);
+	return -1;
+}
+
+/* Sends all of it, until the time is up; false if it can't. */
+static int
+send_all(int fd, const char *p, size_t n, long end)
+{
+	struct pollfd one;
+
+	one.fd = fd;
+	one.events = POLLOUT;
+	while (n > 0) {
+		ssize_t done;
+
+		if (now_ms() >= end)
+			return 0;
+		if (poll(&one, 1, 100) != 1)
+			continue;
+		done = send(fd, p, n, MSG_DONTWAIT | MSG_NOSIGNAL);
+		if (done == -1 && (one.revents & (POLLERR | POLLHUP)))
+			return 0;
+		if (done > 0) {
+			p += done;
+			n -= (size_t)done;
+		}
+	}
+	return 1;
+}
+
+/* Sends a text with | for CR LF and @ for a number. */
+static int
+send_text(int fd, const char *text, int number, long end)
+{
+	static char said[10000];
+	size_t n = 0;
+
+	for (; *text != '\0' && n < sizeof(said) - 20; text++)
+		if (*text == '@')
+			n += (size_t)sprintf(said + n, "%d", number);
+		else if (*text == '|')
+			n += (size_t)sprintf(said + n, "\r\n");
+		else
+			said[n++] = *text;
+	return send_all(fd, said, n, end);
+}
+
+static int
+main_many(int n, const char *where, const char *file, const char *text)
+{
+	static char name[1000];
+	struct rlimit r;
+	struct stat st;
+	int i;
+
+	if (getrlimit(RLIMIT_NOFILE, &r) == 0) {
+		r.rlim_cur = r.rlim_max;
+		(void)setrlimit(RLIMIT_NOFILE, &r);
+	}
+	for (i = 0; i < n; i++) {
+		int fd = dial(where);
+
+		if (fd == -1 || !send_text(fd, text, i, now_ms() + 5000))
+			return 1;
+	}
+	snprintf(name, sizeof(name), "%s.ready", file);
+	close(open(name, O_WRONLY | O_CREAT, 0600));
+	snprintf(name, sizeof(name), "%s.over", file);
+	while (stat(name, &st) == -1)
+		sleep_us(20000);
+	return 0;
+}
+
+static void
+flood_one(const char *where, long end)
+{
+	static const char head[] = "POST http://127.0.0.1:1/ HTTP/1.1\r\n"
+	    "Content-Length: 999999999999\r\n\r\n";
+	int fd;
+
+	while (now_ms() < end && (fd = dial(where)) != -1) {
+		if (send_all(fd, head, strlen(head), end))
+			while (send_all(fd, block, sizeof(block), end))
+				;
+		close(fd);
+	}
+}
+
+static void
+visit(const char *where, long end)
+{
+	static const char head[] = "GET /nothing HTTP/1.1\r\n\r\n";
+	struct pollfd one;
+	char got[1000];
+
+	one.events = POLLIN;
+	while (now_ms() < end && (one.fd = dial(where)) != -1) {
+		sleep_us((long)draw(300));
+		if (send_all(one.fd, head, strlen(head), end) &&
+		    poll(&one, 1, 200) == 1)
+			(void)recv(one.fd, got, sizeof(got), 0);
+		close(one.fd);
+	}
+}
+
+/* One request with a body of chunks of all sizes; reads nothing. */
+static void
+upload(const char *where, const char *text, long end)
+{
+	int fd = dial(where);
+
+	if (!send_text(fd, text, 0, end))
+		return;
+	for (;;) {
+		static char chunk[40000];
+		size_t n = draw(25000) + 1, k = 0;
+
+		if (draw(2))
+			while (k < n)
+				k += (size_t)sprintf(chunk + k, "1\r\nx\r\n");
+		else {
+			k = (size_t)sprintf(chunk, "%lx\r\n",
+			    (unsigned long)n);
+			memset(chunk + k, 'x', n);
+			memcpy(chunk + k + n, "\r\n", 2);
+			k += n + 2;
+		}
+		if (!send_all(fd, chunk, k, end))
+			break;
+	}
+	while (now_ms() < end)
+		sleep_us(20000);
+}
+
+static void
+slow_one(int fd)
+{
+	static const char answer[] = "HTTP/1.1 413 Too much\r\n"
+	    "Content-Length: 0\r\n\r\n";
+	struct linger hard = { 1, 0 };
+	long left = 20000 + (long)draw(400000), n;
+	long end = now_ms() + 5000;
+
+	while (left > 0 && (n = recv(fd, block, 500 + draw(9000), 0)) > 0) {
+		left -= n;
+		sleep_us((long)draw(3000));
+	}
+	if (draw(2))
+		(void)setsockopt(fd, SOL_SOCKET, SO_LINGER, &hard,
+		    sizeof(hard));
+	else {
+		(void)send_all(fd, answer, strlen(answer), end);
+		sleep_us(800000);
+	}
+	close(fd);
+}
+
+static int
+main_slow(void)
+{
+	struct sockaddr_in a;
+	socklen_t len = sizeof(a);
+	int fd = socket(AF_INET, SOCK_STREAM, 0), c, small = 4096;
+	pid_t pid;
+
+	memset(&a, 0, sizeof(a));
+	a.sin_family = AF_INET;
+	a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	(void)setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof(small));
+	if (bind(fd, (struct sockaddr *)&a, sizeof(a)) == -1 ||
+	    listen(fd, 64) == -1 ||
+	    getsockname(fd, (struct sockaddr *)&a, &len) == -1)
+		return 1;
+	if ((pid = fork()) > 0) {
+		printf("%d %ld\n", ntohs(a.sin_port), (long)pid);
+		return 0;
+	}
+	alarm(20);
+	close(1);
+	signal(SIGCHLD, SIG_IGN);
+	while ((c = accept(fd, NULL, NULL)) != -1) {
+		seed++;
+		if (fork() == 0) {
+			alarm(10);
+			slow_one(c);
+			_exit(0);
+		}
+		close(c);
+	}
+	return 1;
+}
+
+int
+main(int argc, char **argv)
+{
+	const char *mode = argc > 1 ? argv[1] : "";
+	long end = now_ms() + (argc > 3 ? atol(argv[argc - 1]) : 0);
+	int i, n = strcmp(mode, "flood") == 0 ? 9 : 0;
+
+	alarm(30);
+	memset(block, 'x', sizeof(block));
+	if (strcmp(mode, "many") == 0 && argc == 6)
+		return main_many(atoi(argv[2]), argv[3], argv[4], argv[5]);
+	if (strcmp(mode, "slow") == 0)
+		return main_slow();
+	if (strcmp(mode, "upload") == 0)
+		n = atoi(argv[2]);
+	for (i = 0; i < n; i++)
+		if (fork() == 0) {
+			seed = (unsigned long)i * 7919 + 17;
+			alarm(10);
+			if (strcmp(mode, "upload") == 0)
+				upload(argv[3], argv[4], end);
+			else if (i < 3)
+				flood_one(argv[2], end);
+			else
+				visit(argv[2], end);
+			_exit(0);
+		}
+	while (wait(NULL) != -1)
+		;
+	return 0;
+}
+EOF_OTHER
+}
+
+other_ends() {
+	other=$work/other
+	built_once other write_other
+}
+
+# Fails if the proxy uses much processor time in the next second.
+rests() {
+	rests_before=$(processor_time)
+	"$peer" sleep 1000
+	rests_used=$(($(processor_time) - rests_before))
+	[ "$rests_used" -lt 30 ] ||
+		fail "used $rests_used/100 s of processor time in 1 s, $1"
+}
+
+test_regress_empty_line() { # an empty line in two pieces, then the end: as if nothing came
+	for end in shut close reset; do
+		play "$end" <<END
+		client send \\r
+		client stall 150
+		client send \\l
+		client stall 150
+		client $end
+		log!   .
+END
+	done
+	kill -0 "$proxy_pid" || fail "the proxy is gone"
+	stop_proxy
+}
+
+test_regress_empty_line_time() { # the same, but the client stays: nothing is said either
+	built "$quick_bin"
+	proxy_bin=$quick_bin
+	play 'silence after it' <<'END'
+	client send \r
+	client stall 150
+	client send \l
+	client eof
+	sees~  ^-- end (eof|reset)
+	sees!~ HTTP
+END
+	kill -0 "$proxy_pid" || fail "the proxy is gone"
+	stop_proxy
+}
+
+test_regress_upload_left() { # an early answer or a reset ends an upload that is stuck half-way
+	other_ends
+	start_proxy
+	says=$("$other" slow) || fail "no origin"
+	echo "${says#* }" >> .pids
+	head="POST http://127.0.0.1:${says% *}/ HTTP/1.1|Host: x"
+	"$other" upload 16 "$proxy" "$head|Transfer-Encoding: chunked||" 1800
+	served
+	stop_proxy
+	[ "$(grep -c '" \(413\|502\) [0-9]* .* end=' log)" = 16 ] ||
+		fail "not all uploads were answered: $(tail -n 1 log)"
+}
+
+write_hasty() {
+	printf '#define LINGER_MS 30\n#define BUFFER_SIZE 4096\n'
+	printf '#include "proxy.c"\n'
+}
+
+test_regress_flood() { # refused clients that never stop sending keep nobody out
+	other_ends
+	built_once hasty write_hasty -UBUFFER_SIZE -ULINGER_MS
+	proxy_bin=$work/hasty
+	start_proxy
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nContent-Length: 1000000000\n\n
+stuff 1000000000
+END
+	client_bg c <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+until \n\n
+skip 1000000000
+END
+	"$other" flood "$proxy" 1800
+	PEER_MS=3000
+	export PEER_MS
+	served
+	stop_proxy
+}
+
+test_regress_socks_early() { # bytes behind a SOCKS reply are no answer to what was not asked yet
+	start_with socks5 <<'END'
+want 3
+send \x05\0
+want 10
+send \x05\0\0\x01\0\0\0\0\0\0HTTP/1.1 200 OK\nContent-Length: 4\n\nevil
+head
+send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+---
+want 3
+send \x05\0
+want 10
+send \x05\0\0\x01\0\0\0\0\0\0220 ready\n
+want 4
+send 221 bye\n
+END
+	play -n 'GET' <<'END'
+	client send GET http://192.0.2.7:258/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees   HTTP/1.1 502 Bad Gateway
+	sees!~ evil
+	log    "GET http://192.0.2.7:258/ HTTP/1.1" 502 .* why="
+END
+	play -n 'CONNECT: what the target says first comes through' <<'END'
+	client send CONNECT 192.0.2.7:258 HTTP/1.1\nHost: x\n\n
+	client answer head
+	client until ready\n
+	client send QUIT
+	client eof
+	sees~  ^HTTP/1.1 200
+	sees   220 ready
+	sees+  221 bye
+	log    "CONNECT 192.0.2.7:258 HTTP/1.1" 200 20 .* up=4 .* end=server
+END
+}
+
+test_regress_cancelled() { # a download through a tunnel is cancelled: the server feels it at once
+	start_proxy -l 127.0.0.1:0 -l "$T/p.sock"
+	origin o <<'END'
+stuff 1000000000
+eof
+END
+	for n in 1 2 3 4 5 6; do
+		where=$proxy
+		end=close
+		[ $((n % 3)) != 0 ] || where=$T/p.sock
+		[ $((n % 2)) != 0 ] || end=shut
+		client_bg c$n "$where" <<END
+send CONNECT %O HTTP/1.1\nHost: %O\n\n
+answer head
+want 40000
+stall $((n * 20))
+$end
+stall 50
+END
+	done
+	for n in 1 2 3 4 5 6; do
+		ended c$n
+	done
+	rests "all clients are gone"
+	for n in 1 2 3 4 5 6; do
+		wait_for 3 "[ -f o.$n.end ]" ||
+			fail "server $n does not feel that its client left"
+	done
+	[ "$(grep -c '" 200 [0-9]* .* end=' log)" = 6 ] ||
+		fail "the log has $(wc -l < log) lines"
+	served
+}
+
+test_regress_connect_refused() { # what follows a refused CONNECT is no request
+	origin gone < /dev/null
+	kill "${origin_says#* }"
+	wait_for 5 '"$peer" client "$origin" dead < /dev/null
+		grep refused dead.end > /dev/null' || fail "cannot free a port"
+	dead=$origin
+	for early in 'GET http://%O/evil HTTP/1.1\nHost: %O\n\n' \
+	    '\x16\x03\x01\x00\x05\x01\x00\x00\x01\xfc'; do
+		play 'refused by the target' <<END
+		origin head
+		origin send HTTP/1.1 200 OK\\nContent-Length: 4\\n\\nevil
+		client send CONNECT $dead HTTP/1.1\\nHost: $dead\\n\\n$early
+		client eof
+		sees   HTTP/1.1 502 Bad Gateway
+		sees   Connection: close
+		sees!~ evil
+		sees~  ^-- end (eof|reset)
+		gets!~ .
+		log#   1 .
+		log    "CONNECT $dead HTTP/1.1" 502 .* why="
+END
+	done
+	evil='GET http://%O/evil HTTP/1.1\nHost: %O\n\n'
+	for field in 'Content-Length: 40' 'Transfer-Encoding: chunked'; do
+		refused 400 \
+		    "CONNECT %O HTTP/1.1\\nHost: %O\\n$field\\n\\n$evil"
+	done
+}
+
+test_regress_connect_parent() { # the same if it is a parent that refuses
+	start_with http <<'END'
+head
+send HTTP/1.1 403 No\nContent-Length: 2\n\nno
+head
+send HTTP/1.1 200 OK\nContent-Length: 4\n\nevil
+END
+	play -n 'refused by the parent' <<'END'
+	client send CONNECT dest.invalid:443 HTTP/1.1\nHost: x\n\nGET http://dest.invalid/evil HTTP/1.1\nHost: dest.invalid\n\n
+	client eof
+	sees~  ^HTTP/1.1 (403|502)
+	sees!~ evil
+	sees~  ^-- end (eof|reset)
+	log#   1 .
+END
+	got p <<'END'
+!~ evil
+END
+}
+
+# Answers that end while the client's buffer is full to the brim: brim KIND.
+# How much the kernel takes beside it is not known, so all lengths are tried.
+brim() {
+	first=$((90000 / buffer))
+	[ $first -gt 0 ] || first=1
+	last=$((230000 / buffer + 2))
+	k=$first
+	while [ "$k" -le "$last" ]; do
+		[ "$k" = "$first" ] || echo ---
+		echo head
+		case $1 in
+		eof) printf '%s\n' 'send HTTP/1.1 200 OK\n\n' ;;
+		*) printf '%s%s\n' 'send HTTP/1.1 200 OK\n' \
+		    'Transfer-Encoding: chunked\n\n' ;;
+		esac
+		echo 'stall 30'
+		i=0
+		while i=$((i + 1)) && [ $i -le $k ]; do
+			[ "$1" = eof ] ||
+				printf 'send %x\\n\nstall 10\n' "$room_max"
+			printf 'send \\{%s:x}\nstall 10\n' "$room_max"
+			[ "$1" = eof ] || [ $i = $k ] ||
+				printf '%s\n' 'send \n'
+		done
+		case $1 in
+		last) printf '%s\n' 'send \n0\n\n' ;;
+		trailer) printf '%s\n' 'send \n0\nX-Sum: \{900:a}\n\n' ;;
+		esac
+		echo "touch $1.$k"
+		k=$((k + 1))
+	done > "$1.script"
+	origin "$1" < "$1.script"
+	k=$first
+	while [ "$k" -le "$last" ]; do
+		client_bg "c$1$k" "$T/p.sock" <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\nTE: trailers\nConnection: TE\n\n
+await read
+answer
+END
+		k=$((k + 1))
+	done
+	k=$first
+	while [ "$k" -le "$last" ]; do
+		wait_for 10 "[ -f $1.$k ]" || fail "no end of answer $k"
+		k=$((k + 1))
+	done
+}
+
+# Each client must have got the whole of it.
+brim_read() {
+	k=$first
+	while [ "$k" -le "$last" ]; do
+		ended "c$1$k"
+		[ "$(cat "c$1$k.end")" = open ] ||
+			fail "$1: client $k: $(cat "c$1$k.end") instead of the end"
+		[ "$1" != trailer ] || grep -a '^X-Sum: aaa' "c$1$k" \
+		    > /dev/null || fail "$1: client $k misses it"
+		k=$((k + 1))
+	done
+}
+
+test_regress_last_chunk() { # the end of an answer comes, however full the buffers are
+	start_proxy -l "$T/p.sock"
+	PEER_MS=8000
+	export PEER_MS
+	for kind in eof last trailer; do
+		brim $kind
+	done
+	"$peer" sleep 100
+	touch read
+	for kind in eof last trailer; do
+		brim_read $kind
+	done
+	served
+}
+
+test_regress_trailer_size() { # trailers of any size arrive whole or end the connection
+	for short in 0 60 120; do
+		for left in 0 6 100 127 136 145 260 400 1000; do
+			long=$((room_max - left - short * 5 - 8))
+			play "$short fields and $left bytes left" <<END
+			origin head
+			origin send HTTP/1.1 200 OK\\nTransfer-Encoding: chunked\\n\\n5\\nhello\\n
+			origin stall 10
+			origin send 0\\n
+			origin stall 10
+			origin send \\{$short:a:b\\n}X:\\{$long:y}\\n\\n
+			client send GET http://%O/ HTTP/1.1\\nHost: %O\\nTE: trailers\\nConnection: TE\\n\\n
+			client answer
+			sees   hello
+			sees~  ^-- end (open|eof answer|reset answer)
+			log    " 200 5 .* end=
+END
+			if [ "$(cat "c$plays.end")" = open ]; then
+				logged <<'END'
+~ " 200 5 .* end=done
+END
+			elif [ $left = 1000 ]; then
+				fail "$short fields, $left bytes left: cut off"
+			fi
+		done
+	done
+}
+
+test_regress_tls_hello() { # a browser's TLS hello is known, line feeds in it or not
+	random='\x0a\x5e\x0d\x0a\x20\x47\{26:\x99}'
+	server='\0\0\0\x10\0\x0e\0\0\x0bexample.com'
+	curves='\0\x0a\0\x08\0\x06\0\x1d\0\x17\0\x18'
+	formats='\0\x0b\0\x02\x01\0'
+	ciphers='\0\x06\xc0\x2f\xc0\x30\0\x0a\x01\0'
+	play 'hello' <<END
+	client send \\x16\\x03\\x01\\0\\x5b\\x01\\0\\0\\x57\\x03\\x03$random\\0$ciphers\\0\\x26$server$curves$formats
+	client eof
+	sees~  ^HTTP/1.1 400
+	sees~  ^400 Bad Request: .*TLS
+	sees~  ^-- end (eof|reset)
+	log#   1 .
+	log    " 400 .* why=".*TLS
+END
+	play 'SOCKS with ten methods' <<'END'
+	client send \x05\x0a\0\x01\x02\x03\x04\x05\x06\x07\x08\x09
+	client eof
+	sees~  ^HTTP/1.1 400
+	sees~  ^400 Bad Request: .*SOCKS
+	log    " 400 .* why=".*SOCKS
+END
+}
+
+test_regress_credentials() { # a password in a URL is neither logged nor traced nor sent back
+	start_proxy -vv
+	for request in 'GET http://bob:s3cret@%O/ HTTP/1.1\nHost: %O' \
+	    'GET http://bob:s3cret@%O HTTP/1.1\nHost: %O' \
+	    'GET http://s3cret@%O/?a@b HTTP/1.1\nHost: %O' \
+	    'CONNECT bob:s3cret@%O HTTP/1.1\nHost: %O' \
+	    'GET http://bob:s3cret@%O:x/ HTTP/1.1\nHost: %O' \
+	    'GET http://bob:s3cret@%O/ HTTP/1.1\nHost: %O\nX-A : b' \
+	    'GET ftp://bob:s3cret@%O/ HTTP/1.1\nHost: %O' \
+	    'GET http://a:b@bob:s3cret@%O/ HTTP/1.1\nHost: %O'; do
+		play -n "$request" <<END
+		origin head
+		client send $request\\n\\n
+		client eof
+		sees~  ^HTTP/1.1 (400|501)
+		sees!~ s3cret
+		gets!~ .
+		log#   1 .
+		log!   s3cret
+		err!~  s3cret
+END
+	done
+	served
+}
+
+test_regress_early_101() { # a server may not switch before it has the whole request
+	play 'in a chunk' <<'END'
+	origin head
+	origin until hel
+	origin send HTTP/1.1 101 Switching\nUpgrade: odd\nConnection: upgrade\n\n
+	origin eof
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nUpgrade: odd\nConnection: upgrade\nTransfer-Encoding: chunked\n\n5\nhel
+	client until \n\n
+	client send lo\n0\n\nraw
+	client eof
+	sees~  ^HTTP/1.1 502
+	sees~  ^Proxy-Status: proxy-ID; error=http_upgrade_failed
+	sees!~ ^HTTP/1.1 101
+	gets!~ raw
+	log    "POST http://%O/ HTTP/1.1" 502 .* why="
+END
+	play 'a body by length' <<'END'
+	origin head
+	origin send HTTP/1.1 101 Switching\nUpgrade: odd\nConnection: upgrade\n\n
+	origin eof
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nUpgrade: odd\nConnection: upgrade\nContent-Length: 5\n\nhel
+	client until \n\n
+	client send lo
+	client eof
+	sees~  ^HTTP/1.1 502
+	sees!~ ^HTTP/1.1 101
+	log    "POST http://%O/ HTTP/1.1" 502 .* why="
+END
+}
+
+test_regress_login() { # a login of a connection (NTLM, Negotiate) serves no other client
+	for scheme in NTLM Negotiate ntlm NEGOTIATE; do
+		play "$scheme" <<END
+		origin head
+		origin send HTTP/1.1 200 OK\\nContent-Length: 5\\n\\nalice
+		origin head
+		origin send HTTP/1.1 200 OK\\nContent-Length: 5\\n\\nalice
+		origin next
+		origin head
+		origin send HTTP/1.1 200 OK\\nContent-Length: 6\\n\\nnobody
+		client send GET http://%O/ HTTP/1.1\\nHost: %O\\nAuthorization: $scheme TlRMTVNTUAAD\\n\\n
+		client answer
+		sees   alice
+END
+		client other <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+answer
+END
+		seen other <<'END'
+= nobody
+!~ alice
+END
+	done
+}
+
+test_regress_anonymous_trailers() { # -a: trailers tell nothing about the client either
+	start_proxy -a
+	play 'personal fields as trailers' <<'END'
+	origin head
+	origin until \n0\n
+	origin until \n
+	origin stall 50
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nConnection: X-Priv\nTransfer-Encoding: chunked\n\n4\ngood\n0\nX-Forwarded-For: 10.1.2.3\nx-forwarded-host: x\nFrom: me@x\nForwarded: for=1\nReferer: http://x/\nUser-Agent: play\nVia: 1.0 fred\nX-Real-IP: 1\nClient-IP: 1\n\n
+	client answer
+	sees~  ^HTTP/1.1 200
+	gets   good
+	gets!~ ^(Via|From|Referer|User-Agent|Forwarded|[Xx]-[Ff]orw.*|X-Real-IP|Client-IP):
+END
+	stop_proxy
+	play 'without -a, too: what routes or sets conditions' <<'END'
+	origin head
+	origin until \n0\n
+	origin until \n
+	origin stall 50
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\n\n4\ngood\n0\nIf-Match: x\nIf-None-Match: x\nForwarded: for=1\nX-Forwarded-For: 10.1.2.3\n\n
+	client answer
+	sees~  ^HTTP/1.1 200
+	gets   good
+	gets!~ ^(If-.*|Forwarded|X-Forwarded-For):
+END
+}
+
+test_regress_slow_reader() { # a half-closed tunnel lasts as long as bytes flow, however slowly
+	built "$quick_bin"
+	proxy_bin=$quick_bin
+	start_proxy -l "$T/p.sock"
+	size=1500000
+	script=$(i=0
+	while i=$((i + 1)) && [ $i -le 40 ]; do
+		printf 'skip 4000\nstall 50\n'
+	done)
+	origin o <<END
+want 5
+fill $size
+END
+	client c <<END
+send CONNECT %O HTTP/1.1\\nHost: %O\\n\\n
+answer head
+send hello
+shut
+$script
+skip $((size - 160000))
+eof
+END
+	[ "$(cat c.end)" = eof ] || fail "the client sees: $(cat c.end)"
+	logged <<END
+~ "CONNECT %O HTTP/1.1" 200 $size .* up=5 .* end=client
+END
+	served
+}
+
+test_regress_reset_after_end() { # a server resets after its end of stream: the client feels it
+	start_proxy
+	origin o <<'END'
+close
+END
+	client_bg c <<'END'
+send CONNECT %O HTTP/1.1\nHost: %O\n\n
+answer head
+stall 200
+send a
+touch sent
+await felt
+send b
+stall 100
+send c
+stall 100
+send d
+END
+	wait_for 10 '[ -f sent ]' || fail "no tunnel"
+	wait_for 3 'grep "CONNECT .* end=" log > /dev/null' ||
+		fail "the tunnel lives on"
+	touch felt
+	ended c
+	grep broken c.end > /dev/null ||
+		fail "the client can go on: $(cat c.end)"
+	logged <<'END'
+~ "CONNECT %O HTTP/1.1" 200 0 .* up=1 .* end=(reset|server)
+END
+	served
+}
+
+# Requests whose lines fill a pipe and more: fill_log N, into the log.
+fill_log() {
+	fill_long=$(printf '%0600d' 0)
+	client fill <<END
+send \\{$1:GET /$fill_long HTTP/1.1\\nHost: %P\\n\\n}
+send GET / HTTP/1.1\\nHost: %P\\nConnection: close\\n\\n
+eof
+END
+	[ "$(cat fill.end)" = eof ] || fail "requests: $(cat fill.end)"
+}
+
+test_regress_log_pipe() { # a log on a pipe that nobody reads: serving goes on, lines come when it is read
+	have mkfifo || skip "no mkfifo"
+	mkfifo pipe || skip "mkfifo cannot"
+	exec 9<> pipe
+	start_proxy -o "$T/pipe" 9>&-
+	fill_log 150
+	served 9>&-
+	rests "the log's pipe full"
+	cat < pipe > lines 9>&- &
+	echo $! >> .pids
+	exec 9>&-
+	"$peer" sleep 1700
+	before=$(wc -l < lines)
+	[ "$before" -gt 5 ] || fail "$before lines came out of the pipe"
+	served
+	wait_for 3 '[ "$(wc -l < lines)" -gt "$before" ]' ||
+		fail "no line for the last request"
+	[ "$(wc -l < lines)" = $((before + 1)) ] ||
+		fail "$(wc -l < lines) lines, $before before one more request"
+	stop_proxy
+}
+
+test_regress_log_pipe_term() { # the same, and TERM: exit 0
+	have mkfifo || skip "no mkfifo"
+	mkfifo pipe || skip "mkfifo cannot"
+	exec 9<> pipe
+	start_proxy -o "$T/pipe" 9>&-
+	fill_log 150
+	served 9>&-
+	stop_proxy
+	exec 9>&-
+}
+
+test_regress_log_fifo() { # HUP with a log whose reader has gone: serving goes on
+	have mkfifo || skip "no mkfifo"
+	mkfifo pipe || skip "mkfifo cannot"
+	exec 9<> pipe
+	start_proxy -o "$T/pipe" 9>&-
+	served 9>&-
+	exec 9>&-
+	kill -HUP "$proxy_pid"
+	PEER_MS=3000
+	export PEER_MS
+	"$peer" sleep 100
+	served 9>&-
+	served 9>&-
+	stop_proxy
+}
+
+test_regress_err_pipe() { # words on a pipe that nobody reads: serving goes on, TERM works
+	have mkfifo || skip "no mkfifo"
+	mkfifo words || skip "mkfifo cannot"
+	exec 9<> words
+	"$proxy_bin" -v -l "$T/p.sock" -o "$T/log" 2> words 9>&- &
+	proxy_pid=$!
+	echo "$proxy_pid" >> .proxies
+	wait_for 10 '[ -S p.sock ]' || fail "does not start"
+	PEER_MS=3000
+	export PEER_MS
+	long=$(printf '%03000d' 0)
+	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25; do
+		client c "$T/p.sock" <<END
+send GET /$long HTTP/1.1\\nHost: x\\nX-A: $long\\nConnection: close\\n\\n
+eof
+END
+		[ "$(cat c.end)" = eof ] || fail "request $n: $(cat c.end)"
+	done
+	served "$T/p.sock" 9>&-
+	for n in 1 2 3 4 5 6 7 8 9 10; do
+		kill -USR1 "$proxy_pid"
+	done
+	served "$T/p.sock" 9>&-
+	stop_proxy
+	exec 9>&-
+}
+
+# A build that asks us for names, as names.c does, but all of slow1.test,
+# slow2.test ... hang, and fork fails while the file nofork exists.
+write_forks() {
+	cat <<'EOF_FORKS'
+#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE 1
+#include <sys/types.h>
+#include <errno.h>
+#include <unistd.h>
+
+static pid_t
+forks_fork(void)
+{
+	if (access("nofork", F_OK) == 0) {
+		errno = EAGAIN;
+		return -1;
+	}
+	return fork();
+}
+
+#define fork forks_fork
+EOF_FORKS
+	sed -e 's/strcmp(host, "slow.test")/strncmp(host, "slow", 4)/' \
+	    -e 's/sleep(3600)/sleep(20)/' "$work/names.c"
+}
+
+start_forks() {
+	built_once forks write_forks
+	NAME_ADDRESSES=$1
+	shift
+	export NAME_ADDRESSES
+	proxy_bin=$work/forks
+	start_proxy "$@"
+}
+
+# A name must be known, soon: name_known NAME
+name_known() {
+	PEER_MS=3000
+	export PEER_MS
+	play -n "the name $1" <<END
+	origin head
+	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\nConnection: close\\n\\nok
+	client send GET http://$1:%p/ HTTP/1.1\\nHost: $1\\n\\n
+	client answer
+	sees   ok
+END
+	unset PEER_MS
+}
+
+find_helper() {
+	have ps || skip "no ps"
+	ps -A -o pid= -o ppid= > list 2> /dev/null || skip "no ps -A -o"
+	helper=$(awk -v parent="$proxy_pid" \
+	    '$2 == parent { print $1; exit }' list)
+	[ -n "$helper" ] || fail "no helper process"
+}
+
+test_regress_helper_hangs() { # the helper dies while a question hangs: names work again within 3 s
+	start_names 127.0.0.1
+	find_helper
+	client_bg s <<'END'
+send GET http://slow.test/ HTTP/1.1\nHost: x\n\n
+touch asked
+answer
+END
+	wait_for 10 '[ -f asked ]'
+	"$peer" sleep 200
+	kill -KILL "$helper"
+	name_known two.test
+	served
+}
+
+test_regress_helper_forks() { # a helper that cannot fork: said at once, no descriptor is lost
+	[ -d /proc/self/fd ] || skip "no /proc"
+	start_forks 127.0.0.1
+	name_known one.test
+	: > nofork
+	PEER_MS=3000
+	export PEER_MS
+	play -n 'no child for this name' <<'END'
+	client send GET http://two.test:1/ HTTP/1.1\nHost: two.test\n\n
+	client answer
+	sees~  ^HTTP/1.1 50[24]
+	sees~  ^Proxy-Status: proxy-ID; error=dns_(error|timeout)
+END
+	find_helper
+	kill -KILL "$helper"
+	wait_for 5 'grep "helper" err > /dev/null' || fail "nothing is said"
+	before=$(find "/proc/$proxy_pid/fd" | wc -l)
+	"$peer" sleep 1400
+	after=$(find "/proc/$proxy_pid/fd" | wc -l)
+	[ "$after" -le "$before" ] ||
+		fail "$before descriptors become $after while fork fails"
+	rm nofork
+	name_known three.test
+	served
+}
+
+test_regress_hanging_names() { # forty names that hang keep no other name waiting
+	other_ends
+	start_forks 127.0.0.1
+	spawn many "$other" many 40 "$proxy" hang \
+	    'GET http://slow@.test/ HTTP/1.1|Host: x||'
+	wait_for 10 '[ -f hang.ready ]' || fail "$(cat many)"
+	"$peer" sleep 300
+	name_known two.test
+	touch hang.over
+	served
+}
+
+test_regress_dead_addresses() { # many attempts at dead addresses delay no living one
+	other_ends
+	for a in 127.0.0.2 127.0.0.3; do
+		"$peer" origin -a $a try > try.port < /dev/null 2> /dev/null ||
+			skip "no $a here"
+		kill "$(sed 's/.* //' try.port)"
+	done
+	says=$("$peer" deaf -a 127.0.0.2 deaf) ||
+		skip "cannot make a port that does not answer"
+	echo "${says#* }" >> .pids
+	dead=${says% *}
+	for a in 127.0.0.3 127.0.0.1; do
+		says=$("$peer" deaf -a $a -p "$dead" deaf) ||
+			skip "cannot make a second one"
+		echo "${says#* }" >> .pids
+	done
+	says=$("$peer" deaf -a 127.0.0.2 deaf) ||
+		skip "cannot make a third one"
+	echo "${says#* }" >> .pids
+	live=${says% *}
+	# shellcheck disable=SC3045 # where it is missing, the test is skipped
+	ulimit -n 256 2> /dev/null || skip "no ulimit -n"
+	start_names 127.0.0.2 127.0.0.3 127.0.0.1 -- -m 90
+	client warm <<END
+send GET http://two.test:${proxy##*:}/ HTTP/1.1\\nHost: x\\n\\n
+answer
+END
+	spawn many "$other" many 40 "$proxy" dead \
+	    "PATCH http://two.test:$dead/ HTTP/1.1|Host: x||"
+	wait_for 10 '[ -f dead.ready ]' || fail "$(cat many)"
+	"$peer" sleep 700
+	origin o -a 127.0.0.1 -p "$live" <<'END'
+head
+send HTTP/1.1 200 OK\nContent-Length: 2\nConnection: close\n\nok
+END
+	PEER_MS=4000
+	export PEER_MS
+	client c <<'END'
+send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+answer
+END
+	seen c <<'END'
+= ok
+END
+	touch dead.over
+	served
+}
+
+test_regress_password_hidden() { # a parent's password is not among the proxy's arguments
+	start_proxy -x 'http://me:s3cret@127.0.0.1:1'
+	if [ -r "/proc/$proxy_pid/cmdline" ]; then
+		tr '\0' '\n' < "/proc/$proxy_pid/cmdline" > args
+	else
+		have ps || skip "no ps"
+		ps -o args= -p "$proxy_pid" > args 2> /dev/null ||
+			skip "no ps -o args"
+	fi
+	grep -e "-x" args > /dev/null || skip "arguments cannot be seen"
+	grep s3cret args > /dev/null && fail "the arguments: $(cat args)"
+	served_log=$(cat log err)
+	case $served_log in
+	*s3cret*) fail "the banner has it" ;;
+	esac
+	stop_proxy
+}
+
+test_regress_few_busy() { # idle tunnels take nothing from the few that are busy
+	sanitized && skip "a sanitizer build says nothing"
+	other_ends
+	says=$("$peer" echo echo) || fail "no echo"
+	echo "${says#* }" >> .pids
+	# shellcheck disable=SC3045 # where it is missing, nothing is lost
+	ulimit -S -n "$(ulimit -H -n)" 2> /dev/null
+	start_proxy -m 3000
+	spawn many "$other" many 1500 "$proxy" idle \
+	    "CONNECT 127.0.0.1:${says% *} HTTP/1.1|Host: x||"
+	wait_for 20 '[ -f idle.ready ]' || skip "cannot open 1500 connections"
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+loop
+END
+	"$peer" sleep 700
+	before=$(processor_time)
+	requests=0
+	while [ $requests -lt 400 ]; do
+		printf '%s\nanswer\n' \
+		    'send GET http://%O/ HTTP/1.1\nHost: %O\n\n'
+		requests=$((requests + 1))
+	done | client c
+	used=$(($(processor_time) - before))
+	[ "$used" -lt 40 ] ||
+		fail "400 requests beside 1500 idle tunnels took $used/100 s"
+	[ "$(cat c.end)" = open ] || fail "the client: $(cat c.end)"
+	touch idle.over
+	served
+}
 
 # ---- The run ---------------------------------------------------------------
 
