@@ -218,11 +218,15 @@ enum limit {
 	/* A guessed freshness lifetime is at most a day. */
 	HEURISTIC_MAX_S = 86400,
 	DAY_S = 86400,
+	/* An entry from further in the future shows that a clock was wrong. */
+	CLOCK_STEP_S = 60,
 	/* The head of an entry grows in steps of this, with some to spare. */
-	CACHE_BLOCK = 4096,
-	CACHE_SPARE = 512,
+	CACHE_BLOCK = 512,
+	CACHE_SPARE = 256,
 	/* A path in the cache directory. */
 	CACHE_PATH = 1024,
+	/* Fields in Vary; more are not stored. */
+	VARY_MAX = 16,
 	/* The first line of an entry. */
 	REGION_LINE = 75,
 	/* Of the disk, this much stays free. */
@@ -474,7 +478,8 @@ enum refusal {
 struct control {
 	bool no_store, no_cache;      /* of requests and responses */
 	bool is_private, is_public;   /* of responses, as all of this line */
-	bool must_revalidate;         /* or proxy-revalidate */
+	bool must_revalidate;         /* stale is no answer */
+	bool proxy_revalidate;        /* the same, and nothing else */
 	bool must_understand;         /* overrides no-store */
 	bool only_if_cached;          /* of requests */
 	int64_t max_age;              /* seconds, as all that follow */
@@ -502,6 +507,7 @@ struct entry {
 	struct text head;             /* the response's */
 	int64_t requested, responded; /* wall clock, seconds */
 	int64_t age;                  /* when it came */
+	int64_t guarded;              /* 1: only local clients may have it */
 };
 
 /* A part of a body. */
@@ -572,8 +578,11 @@ struct facts {
 	struct address server; /* the one in use */
 	struct address list[ADDRESSES_MAX]; /* of the next hop */
 	bool cached;                        /* the answer comes from an entry */
+	bool validated;                     /* the server was asked about it */
+	int forward_status;                 /* what it said, 0: nothing */
 	bool has_entry;     /* the next one is open, to be validated */
 	bool storing;       /* the one after it is being written */
+	bool spoiled;       /* and is out of date before it is done */
 	bool grows;         /* the entry is the one that `leader` is storing */
 	unsigned followers; /* exchanges that read what this one stores */
 	uint64_t leader;    /* store_serial of the exchange that this follows */
@@ -901,6 +910,13 @@ static bool
 text_same(struct text a, struct text b)
 {
 	return a.len == b.len && strncasecmp(a.at, b.at, a.len) == 0;
+}
+
+/* True if a and b are the same, letter by letter. */
+static bool
+text_equals(struct text a, struct text b)
+{
+	return a.len == b.len && (a.len == 0 || memcmp(a.at, b.at, a.len) == 0);
 }
 
 /* Where c first stands in t, or t.len. */
@@ -2155,15 +2171,20 @@ authority_parse(struct text t, unsigned default_port, struct target *target)
 	return 1;
 }
 
-/* scheme://authority/path of an absolute URL (RFC 9110 section 4.2.1). */
+/*
+ * http://authority/path of an absolute URL (RFC 9110 section 4.2.1); or only
+ * //authority/path, which is relative to one.
+ */
 static int
 absolute_parse(struct text t, struct target *target)
 {
 	size_t n;
 
-	if (!text_starts(t, "http://"))
+	if (text_starts(t, "http:"))
+		t = text_from(t, strlen("http:"));
+	if (!text_starts(t, "//"))
 		return -REFUSE_SCHEME;
-	t = text_from(t, strlen("http://"));
+	t = text_from(t, strlen("//"));
 	for (n = 0; n < t.len && t.at[n] != '/' && t.at[n] != '?'; n++)
 		continue;
 	target->path = text_from(t, n);
@@ -2395,6 +2416,10 @@ static const char *const fields_not_late[] = { "Authorization", "Set-Cookie",
 	"Date", "Expires", "Range", "Cookie", "Forwarded", "X-Forwarded-For",
 	"If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since",
 	"If-Range", "WWW-Authenticate", "Referer", "From", NULL };
+
+/* What describes the body; a 304 has none to describe. */
+static const char *const fields_of_body[] = { "Content-Length",
+	"Content-Encoding", "Content-Type", "Content-Range", NULL };
 
 /* A request's conditions: ours take their place when we validate. */
 static const char *const fields_of_condition[] = { "If-None-Match",
@@ -2933,6 +2958,8 @@ date_parse(struct text t)
 	struct tm parts;
 	int64_t year;
 
+	if (name_index(t, "SunMonTueWedThuFriSat", 7) == -1)
+		return -1;
 	if (comma == 3 && t.len == 29 && t.at[4] == ' ') {
 		t = text_from(t, 5);
 		d.day = digits_next(&t, 2, ' ');
@@ -2966,7 +2993,9 @@ date_parse(struct text t)
 		date_time(&t, ' ', &d);
 		d.year = digits_next(&t, 4, '\0');
 	}
-	if (d.year < 1970 || d.month < 1 || d.day < 1 || d.day > 31 ||
+	if (d.year < 1970 || d.month < 1 || d.day < 1 ||
+	    d.day > days_from_date(d.year + d.month / 12, d.month % 12 + 1, 1) -
+		    days_from_date(d.year, d.month, 1) ||
 	    d.hour < 0 || d.hour > 23 || d.minute < 0 || d.minute > 59 ||
 	    d.second < 0 || d.second > 60)
 		return -1;
@@ -3017,7 +3046,7 @@ control_note(struct control *control, struct text name, struct text value)
 		DIRECTIVE("private", is_private, false),
 		DIRECTIVE("public", is_public, false),
 		DIRECTIVE("must-revalidate", must_revalidate, false),
-		DIRECTIVE("proxy-revalidate", must_revalidate, false),
+		DIRECTIVE("proxy-revalidate", proxy_revalidate, false),
 		DIRECTIVE("must-understand", must_understand, false),
 		DIRECTIVE("only-if-cached", only_if_cached, false),
 		DIRECTIVE("max-age", max_age, true),
@@ -3040,7 +3069,9 @@ control_note(struct control *control, struct text name, struct text value)
 			*(bool *)at = true;
 			return;
 		}
-		number = value.at == NULL ? INT32_MAX : seconds_parse(value);
+		number = value.at != NULL      ? seconds_parse(value) :
+		    text_is(name, "max-stale") ? INT32_MAX :
+						 0;
 		memcpy(&old, at, sizeof(old));
 		if (old == -1 || number < old)
 			memcpy(at, &number, sizeof(number));
@@ -3092,6 +3123,20 @@ status_is_heuristic(int status)
 {
 	static const int statuses[] = { 200, 203, 204, 300, 301, 308, 404, 405,
 		410, 414, 501 };
+	size_t i;
+
+	for (i = 0; i < sizeof(statuses) / sizeof(statuses[0]); i++)
+		if (statuses[i] == status)
+			return true;
+	return false;
+}
+
+/* Statuses that a request's own fields or haste bring about. */
+static bool
+status_is_personal(int status)
+{
+	static const int statuses[] = { 304, 401, 407, 408, 412, 413, 416, 417,
+		425, 428, 429, 431 };
 	size_t i;
 
 	for (i = 0; i < sizeof(statuses) / sizeof(statuses[0]); i++)
@@ -3155,13 +3200,16 @@ response_is_storable(const struct request *q, const struct response *r)
 	    head_date(&r->head, "Last-Modified") != -1;
 	bool explicit = freshness_lifetime(r, true) >= 0 || control.is_public;
 
-	if (r->status < 200 || r->status == 304 || asked.no_store ||
-	    control.is_private)
+	if (r->status < 200 || status_is_personal(r->status) ||
+	    asked.no_store || control.is_private)
+		return false;
+	if (head_field(&r->head, "Set-Cookie") != NULL &&
+	    freshness_lifetime(r, true) <= 0)
 		return false;
 	if (q->method != METHOD_GET &&
-	    (q->method != METHOD_POST ||
-		(!text_same(located, q->uri) &&
-		    !text_same(located, q->target.path)) ||
+	    (q->method != METHOD_POST || r->status != 200 ||
+		(!text_equals(located, q->uri) &&
+		    !text_equals(located, q->target.path)) ||
 		freshness_lifetime(r, true) <= 0))
 		return false;
 	if (r->status == 206 &&
@@ -3211,7 +3259,8 @@ static enum reuse
 reuse_judge(const struct control *asked, const struct control *control,
     int64_t age, int64_t lifetime)
 {
-	bool strict = control->must_revalidate || control->s_maxage >= 0;
+	bool strict = control->must_revalidate || control->proxy_revalidate ||
+	    control->s_maxage >= 0;
 	int64_t stale = age - (lifetime > 0 ? lifetime : 0);
 	int64_t wanted = lifetime;
 
@@ -3245,8 +3294,8 @@ reuse_on_error(const struct control *asked, const struct control *control,
 	    control->if_error :
 	    asked->if_error;
 
-	if (control->must_revalidate || control->s_maxage >= 0 ||
-	    control->no_cache || asked->no_cache)
+	if (control->must_revalidate || control->proxy_revalidate ||
+	    control->s_maxage >= 0 || control->no_cache || asked->no_cache)
 		return false;
 	return window >= 0 ? stale <= window : !answered;
 }
@@ -3307,8 +3356,9 @@ entry_path(struct text key, struct text variant, char *to)
 
 /*
  * Appends to b the values that a request has for the fields of a Vary list:
- * `name=value` each, lines joined, blanks around commas dropped, and in small
- * letters where case means nothing (RFC 9111 section 4.1).
+ * `name=` and the members, each behind its length; lines joined, blanks around
+ * commas dropped, in small letters where case means nothing (RFC 9111 section
+ * 4.1).
  */
 static void
 variant_append(const struct head *q, struct text vary, struct buffer *b)
@@ -3321,42 +3371,73 @@ variant_append(const struct head *q, struct text vary, struct buffer *b)
 		bool first = true;
 
 		lower_append(b, name);
-		buffer_append(b, text_of("="));
 		for (i = 0; i < q->n; i++) {
 			if (!text_same(q->fields[i].name, name))
 				continue;
+			buffer_append(b, text_of(first ? "=" : ""));
 			rest = q->fields[i].value;
 			while (list_next(&rest, &member)) {
-				buffer_append(b, text_of(first ? "" : ","));
+				buffer_print(b,
+				    "%lu:", (unsigned long)member.len);
 				if (any_case)
 					lower_append(b, member);
 				else
 					buffer_append(b, member);
-				first = false;
+				buffer_append(b, text_of(","));
 			}
+			first = false;
 		}
 		buffer_append(b, text_of(";"));
 	}
 }
 
-/* All Vary of a response as one list in one form, into b. */
-static void
+/* Puts t into the sorted list of *n texts, once; false if it is full. */
+static bool
+vary_insert(struct text *list, size_t *n, struct text t)
+{
+	size_t i, j;
+
+	for (i = 0; i < *n; i++) {
+		size_t len = t.len < list[i].len ? t.len : list[i].len;
+		int order = strncasecmp(list[i].at, t.at, len);
+
+		if (order == 0 && list[i].len == t.len)
+			return true;
+		if (order > 0 || (order == 0 && list[i].len > t.len))
+			break;
+	}
+	if (*n == VARY_MAX)
+		return false;
+	for (j = (*n)++; j > i; j--)
+		list[j] = list[j - 1];
+	list[i] = t;
+	return true;
+}
+
+/*
+ * All Vary of a response as one list in one form, sorted, into b; false if it
+ * is too long.
+ */
+static bool
 vary_append(const struct head *h, struct buffer *b)
 {
-	bool first = true;
-	size_t i;
+	struct text list[VARY_MAX];
+	size_t i, n = 0;
 
 	for (i = 0; i < h->n; i++) {
 		struct text rest = h->fields[i].value, member;
 
 		if (!text_is(h->fields[i].name, "Vary"))
 			continue;
-		while (list_next(&rest, &member)) {
-			buffer_append(b, text_of(first ? "" : ","));
-			lower_append(b, member);
-			first = false;
-		}
+		while (list_next(&rest, &member))
+			if (!vary_insert(list, &n, member))
+				return false;
 	}
+	for (i = 0; i < n; i++) {
+		buffer_append(b, text_of(i > 0 ? "," : ""));
+		lower_append(b, list[i]);
+	}
+	return true;
 }
 
 /* ---- entries ---- */
@@ -3425,7 +3506,7 @@ region_number(struct text *rest, const char *name, int64_t *value)
 	struct text t;
 
 	if (!region_field(rest, name, &t) ||
-	    !number_parse(t, INT64_MAX, &number))
+	    !number_parse(t, (uint64_t)1 << 40, &number))
 		return false;
 	*value = (int64_t)number;
 	return true;
@@ -3445,6 +3526,7 @@ region_parse(struct text rest, struct entry *e)
 	    !region_number(&rest, "requested", &e->requested) ||
 	    !region_number(&rest, "responded", &e->responded) ||
 	    !region_number(&rest, "age", &e->age) ||
+	    !region_number(&rest, "guarded", &e->guarded) ||
 	    !region_field(&rest, "pad", &pad) || rest.len < 1 ||
 	    *rest.at != '\n')
 		return false;
@@ -3474,6 +3556,21 @@ entry_parse(struct text t, struct entry *e)
 }
 
 /*
+ * True if the file is as long as its first line says; n bytes of it were read
+ * at once, which for a small one is the proof.
+ */
+static bool
+entry_is_whole(int fd, const struct entry *e, size_t n)
+{
+	uint64_t total = e->region + e->body;
+	struct stat status;
+
+	return n == total ||
+	    (n < total && fstat(fd, &status) != -1 &&
+		(uint64_t)status.st_size == total);
+}
+
+/*
  * Opens the file at path and reads its beginning into b.  Returns the
  * descriptor, or -1 if there is no valid entry for that key and variant.
  */
@@ -3481,11 +3578,11 @@ static int
 entry_open(const char *path, struct text key, struct text variant,
     struct buffer *b, struct entry *e)
 {
-	int fd = open(path, O_RDWR);
+	int fd = open(path, O_RDWR | O_NONBLOCK);
 	ssize_t n;
 
 	if (fd == -1 && (errno == EACCES || errno == EROFS))
-		fd = open(path, O_RDONLY);
+		fd = open(path, O_RDONLY | O_NONBLOCK);
 	if (fd == -1)
 		return -1;
 	b->start = b->end = CHUNK_ROOM;
@@ -3493,7 +3590,8 @@ entry_open(const char *path, struct text key, struct text variant,
 	if (n > 0)
 		b->end += (size_t)n;
 	if (n <= 0 || !entry_parse(buffer_text(b), e) ||
-	    e->key.len != key.len || memcmp(e->key.at, key.at, key.len) != 0 ||
+	    !entry_is_whole(fd, e, (size_t)n) || e->key.len != key.len ||
+	    memcmp(e->key.at, key.at, key.len) != 0 ||
 	    (e->vary.at == NULL &&
 		(e->variant.len != variant.len ||
 		    memcmp(e->variant.at, variant.at, variant.len) != 0))) {
@@ -3585,9 +3683,11 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 	buffer_append(b, e->key);
 	buffer_append(b, text_of("\nvariant: "));
 	buffer_append(b, e->variant);
-	buffer_print(b, "\nrequested: %lld\nresponded: %lld\nage: %lld\npad: ",
-	    (long long)e->requested, (long long)e->responded,
-	    (long long)e->age);
+	buffer_print(b,
+	    "\nrequested: %lld\nresponded: %lld\nage: %lld\n"
+	    "guarded: %lld\npad: ",
+	    (long long)e->requested, (long long)e->responded, (long long)e->age,
+	    (long long)e->guarded);
 	used = buffer_len(b) + 2 + head.len;
 	wanted = region ?
 	    region :
@@ -3790,22 +3890,25 @@ store_begin(struct exchange *x, const struct request *q,
 	struct buffer *b = buffer_take();
 	struct entry e;
 	size_t split;
+	bool varied;
 
 	memset(&e, 0, sizeof(e));
 	if (keys != NULL && head != NULL && b != NULL && cache_has_room()) {
 		key_append(x, keys);
 		split = keys->end;
-		vary_append(&r->head, head);
+		varied = vary_append(&r->head, head);
 		if (r->status == 206)
 			buffer_append(head, text_of("range"));
 		e.key = buffer_text(keys);
-		f->storing = buffer_len(head) == 0 ||
-		    vary_put(e.key, buffer_text(head), &q->head, keys);
+		f->storing = varied &&
+		    (buffer_len(head) == 0 ||
+			vary_put(e.key, buffer_text(head), &q->head, keys));
 		e.key = text_cut(keys->data + keys->start, split - keys->start);
 		e.variant = text_cut(keys->data + split, keys->end - split);
 		e.requested = f->requested;
 		e.responded = now.wall;
 		e.age = initial_age(r, f->requested, now.wall);
+		e.guarded = address_is_guarded(&f->server);
 		head->end = head->start;
 		stored_head_append(r, head);
 		f->storing = f->storing && !keys->overflow && !head->overflow &&
@@ -3870,7 +3973,11 @@ store_finish(struct exchange *x)
 	store_path(f->store_serial, from);
 	(void)snprintf(to, sizeof(to), "%s%s", options.cache, x->note);
 	entry_directory(to);
-	if (write_at(f->store, text_of(line), 0) && rename(from, to) != -1) {
+	if (f->spoiled) {
+		store_tell(x, true, 0);
+		store_drop(x);
+	} else if (write_at(f->store, text_of(line), 0) &&
+	    rename(from, to) != -1) {
 		(void)close(f->store);
 		f->storing = false;
 		store_tell(x, true, 0);
@@ -3879,11 +3986,29 @@ store_finish(struct exchange *x)
 		store_drop(x);
 }
 
-/* Drops what is stored under the exchange's own target. */
+/* The exchange that is storing what belongs at path, or NULL. */
+static struct exchange *
+store_find(const char *path)
+{
+	const char *name = path + strlen(options.cache);
+	struct exchange *y;
+
+	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++)
+		if (y->phase != PHASE_FREE && y->facts.storing &&
+		    !y->facts.spoiled && strcmp(y->note, name) == 0)
+			return y;
+	return NULL;
+}
+
+/*
+ * Drops what is stored under the exchange's own target; what is just being
+ * stored there may be of before, so it will not stay.
+ */
 static void
 cache_forget(const struct exchange *x)
 {
 	struct buffer *b = buffer_take();
+	struct exchange *y;
 	char path[CACHE_PATH];
 
 	if (b == NULL)
@@ -3891,7 +4016,45 @@ cache_forget(const struct exchange *x)
 	key_append(x, b);
 	entry_path(buffer_text(b), text_cut("", 0), path);
 	(void)unlink(path);
+	while ((y = store_find(path)) != NULL)
+		y->facts.spoiled = true;
 	buffer_give(&b);
+}
+
+/*
+ * The path that a reference on the same server names (RFC 3986 section 4.2),
+ * made in b if it is relative to the target's; false if it names another
+ * server.
+ */
+static bool
+reference_resolve(const struct exchange *x, struct text value, struct buffer *b,
+    struct text *path)
+{
+	const struct facts *f = &x->facts;
+	struct target target;
+	size_t n = f->path.len;
+
+	if (text_starts(value, "//") ||
+	    text_find(value, ':') < text_find(value, '/')) {
+		*path = target.path = text_cut(value.at, 0);
+		if (absolute_parse(value, &target) != 1)
+			return false;
+		*path = target.path;
+		return text_same(target.host, f->host) &&
+		    target.port == f->port;
+	}
+	*path = value;
+	if (*value.at == '/')
+		return true;
+	if (text_starts(value, "./"))
+		value = text_from(value, 2);
+	n = text_find(f->path, '?');
+	while (n > 0 && f->path.at[n - 1] != '/')
+		n--;
+	buffer_append(b, n > 0 ? text_cut(f->path.at, n) : text_of("/"));
+	buffer_append(b, value);
+	*path = buffer_text(b);
+	return !b->overflow;
 }
 
 /*
@@ -3902,93 +4065,115 @@ cache_forget(const struct exchange *x)
 static void
 cache_invalidate(struct exchange *x, const struct response *r)
 {
-	static const char *const keys[] = { "Location", "Content-Location" };
-	struct text path = x->facts.path;
-	struct target target;
+	static const char *const fields[] = { "Location", "Content-Location" };
+	struct text own = x->facts.path, path;
 	size_t i;
 
 	cache_forget(x);
-	for (i = 0; i < sizeof(keys) / sizeof(keys[0]); i++) {
-		struct text value = head_value(&r->head, keys[i]);
+	for (i = 0; i < sizeof(fields) / sizeof(fields[0]); i++) {
+		struct text value = head_value(&r->head, fields[i]);
+		struct buffer *b = buffer_take();
 
-		if (value.len == 0)
-			continue;
-		if (*value.at == '/' && !text_starts(value, "//"))
-			x->facts.path = value;
-		else if (text_starts(value, "http://") &&
-		    absolute_parse(value, &target) == 1 &&
-		    text_same(target.host, x->facts.host) &&
-		    target.port == x->facts.port)
-			x->facts.path = target.path;
-		else
-			continue;
-		cache_forget(x);
-		x->facts.path = path;
+		value.len = text_find(value, '#');
+		if (b != NULL && value.len > 0 &&
+		    reference_resolve(x, value, b, &path)) {
+			x->facts.path = path;
+			cache_forget(x);
+			x->facts.path = own;
+		}
+		buffer_give(&b);
 	}
 }
 
-/*
- * A 304 came: the stored fields give way to those it has (RFC 9111 section
- * 3.2).  The region is written anew in its place; if it has no room for them,
- * the entry goes, and this exchange still answers from what it has open.
- */
-static void
-entry_freshen(struct exchange *x, const struct response *news)
+/* True if a 304 leaves this stored field as it is. */
+static bool
+field_is_kept(const struct head *news, struct text name)
 {
 	static const char *const fixed[] = { "Content-Length",
 		"Content-Encoding", "Content-Type", "Content-Range",
-		"Transfer-Encoding", NULL };
+		"Set-Cookie", NULL };
+	size_t i;
+
+	if (name_is_among(name, fixed))
+		return true;
+	for (i = 0; i < news->n; i++)
+		if (text_same(name, news->fields[i].name))
+			return false;
+	return true;
+}
+
+/*
+ * The head of a stored response with the fields of a 304 in place of its own
+ * (RFC 9111 section 3.2), into b.
+ */
+static void
+merged_head_append(const struct response *old, const struct head *news,
+    struct buffer *b)
+{
+	size_t i;
+
+	buffer_print(b, "HTTP/1.1 %03d ", old->status);
+	buffer_append(b, old->reason);
+	buffer_append(b, text_of("\r\n"));
+	for (i = 0; i < old->head.n; i++)
+		if (field_is_kept(news, old->head.fields[i].name))
+			field_append(b, &old->head.fields[i]);
+	for (i = 0; i < news->n; i++)
+		if (field_passes(news, i) &&
+		    !name_is_among(news->fields[i].name, fields_of_body) &&
+		    !text_is(news->fields[i].name, "Set-Cookie"))
+			field_append(b, &news->fields[i]);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/*
+ * A 304 came: the region is written anew in its place, with the merged head.
+ * What may not be stored as it is now, or has no room, is unlinked; this
+ * exchange still answers from what it has open.  False if the 304 is about
+ * another version (RFC 9111 section 4.3.4), or the entry is damaged.
+ */
+static bool
+entry_freshen(struct exchange *x, const struct request *q,
+    const struct response *news, const char *path)
+{
 	struct facts *f = &x->facts;
 	struct buffer *old = buffer_take(), *b = buffer_take();
 	struct buffer *head = buffer_take();
+	struct text etag = head_value(&news->head, "ETag");
 	struct response r;
 	struct entry e;
+	bool good = false;
 	ssize_t n = -1;
-	size_t i;
 
 	if (old != NULL && b != NULL && head != NULL)
 		n = pread(f->entry, old->data + old->start, buffer_room(old),
 		    0);
 	if (n > 0) {
 		old->end += (size_t)n;
-		if (entry_parse(buffer_text(old), &e) &&
-		    response_parse(e.head, METHOD_GET, &r) == 1) {
-			buffer_print(head, "HTTP/1.1 %03d ", r.status);
-			buffer_append(head, r.reason);
-			buffer_append(head, text_of("\r\n"));
-			for (i = 0; i < r.head.n; i++) {
-				struct text name = r.head.fields[i].name;
-				size_t j;
-
-				for (j = 0; j < news->head.n; j++)
-					if (text_same(name,
-						news->head.fields[j].name))
-						break;
-				if (j == news->head.n ||
-				    name_is_among(name, fixed))
-					field_append(head, &r.head.fields[i]);
-			}
-			for (i = 0; i < news->head.n; i++)
-				if (field_passes(&news->head, i) &&
-				    !name_is_among(news->head.fields[i].name,
-					fixed))
-					field_append(head,
-					    &news->head.fields[i]);
-			buffer_append(head, text_of("\r\n"));
-			e.requested = f->requested;
-			e.responded = now.wall;
-			e.age = initial_age(news, f->requested, now.wall);
-			if (!head->overflow &&
-			    region_build(b, &e, buffer_text(head), e.region) >
-				0) {
-				region_seal(b, e.body);
-				(void)write_at(f->entry, buffer_text(b), 0);
-			}
+		good = entry_parse(buffer_text(old), &e) &&
+		    response_parse(e.head, METHOD_GET, &r) == 1 &&
+		    (etag.len == 0 || text_starts(etag, "W/") ||
+			text_equals(etag, head_value(&r.head, "ETag")));
+	}
+	if (good) {
+		merged_head_append(&r, &news->head, head);
+		e.requested = f->requested;
+		e.responded = now.wall;
+		e.age = initial_age(news, f->requested, now.wall);
+		if (head->overflow ||
+		    response_parse(buffer_text(head), METHOD_GET, &r) != 1 ||
+		    !response_is_storable(q, &r) ||
+		    region_build(b, &e, buffer_text(head), e.region) == 0)
+			(void)unlink(path);
+		else {
+			region_seal(b, e.body);
+			(void)write_at(f->entry, buffer_text(b), 0);
 		}
 	}
 	buffer_give(&old);
 	buffer_give(&b);
 	buffer_give(&head);
+	return good;
 }
 
 /*
@@ -4187,8 +4372,8 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 		return 0;
 	if (condition.len > 0 &&
 	    (text_starts(condition, "W/") ||
-		(!text_same(condition, head_value(&r->head, "ETag")) &&
-		    !text_same(condition,
+		(!text_equals(condition, head_value(&r->head, "ETag")) &&
+		    !text_equals(condition,
 			head_value(&r->head, "Last-Modified")))))
 		return 0;
 	t = text_from(t, strlen("bytes="));
@@ -5128,13 +5313,14 @@ cache_rescue(struct exchange *x, bool answered)
 	if (n > 0 && entry_parse(buffer_text(b), &e) &&
 	    response_parse(e.head, METHOD_GET, &r) == 1 &&
 	    request_parse(buffer_text(f->head), &q) == 1) {
-		int64_t age = e.age + now.wall - e.responded;
+		int64_t age = e.age + (int64_t)now.wall - e.responded;
 		int64_t lifetime = freshness_lifetime(&r, false);
 
 		asked = control_parse(&q.head);
 		control = control_parse(&r.head);
-		good = reuse_on_error(&asked, &control,
-		    age - (lifetime > 0 ? lifetime : 0), answered);
+		good = e.responded <= now.wall + CLOCK_STEP_S &&
+		    reuse_on_error(&asked, &control,
+			age - (lifetime > 0 ? lifetime : 0), answered);
 	}
 	buffer_give(&b);
 	return good && cache_serve_open(x, "stale");
@@ -5157,6 +5343,7 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 		return;
 	}
 	exchange_drop_tries(x);
+	store_drop(x);
 	page_refusal(x, refusal, detail);
 	if (x->server.in == NULL) {
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
@@ -5405,14 +5592,21 @@ request_passed_here(const struct request *r)
 
 /*
  * Fetches the same request again for nobody, so that the entry is validated:
- * an exchange whose client is no socket.  Without a free slot it is not done;
- * the next request for it will.
+ * an exchange whose client is no socket.  Once at a time; without a free slot
+ * it is not done, the next request for it will.
  */
 static void
-cache_refresh(struct exchange *x)
+cache_refresh(const struct exchange *x, const char *path)
 {
-	struct exchange *y = exchanges.free;
+	const char *name = path + strlen(options.cache);
+	struct exchange *y;
 	struct buffer *head;
+
+	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++)
+		if (y->phase != PHASE_FREE && y->refresh &&
+		    strcmp(y->note, name) == 0)
+			return;
+	y = exchanges.free;
 
 	if (exchanges.busy == exchanges.n || (head = buffer_take()) == NULL)
 		return;
@@ -5430,23 +5624,10 @@ cache_refresh(struct exchange *x)
 	y->client.exchange = y;
 	y->peer = x->peer;
 	y->refresh = true;
+	(void)text_copy(text_of(name), y->note, sizeof(y->note));
 	y->phase = PHASE_REQUEST;
 	y->since = now.ms;
 	exchange_queue(y);
-}
-
-/* The exchange that is storing what belongs at path, or NULL. */
-static struct exchange *
-store_find(const char *path)
-{
-	const char *name = path + strlen(options.cache);
-	struct exchange *y;
-
-	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++)
-		if (y->phase != PHASE_FREE && y->facts.storing &&
-		    strcmp(y->note, name) == 0)
-			return y;
-	return NULL;
 }
 
 /*
@@ -5460,6 +5641,7 @@ store_follow(struct exchange *x, const char *path, struct buffer *b,
 {
 	struct exchange *leader = path[0] ? store_find(path) : NULL;
 	char temporary[CACHE_PATH];
+	struct buffer *key;
 	ssize_t n;
 	int fd;
 
@@ -5467,8 +5649,11 @@ store_follow(struct exchange *x, const char *path, struct buffer *b,
 		return -1;
 	store_path(leader->facts.store_serial, temporary);
 	fd = open(temporary, O_RDONLY);
-	if (fd == -1)
+	if (fd == -1 || (key = buffer_take()) == NULL) {
+		if (fd != -1)
+			(void)close(fd);
 		return -1;
+	}
 	b->start = b->end = CHUNK_ROOM;
 	n = read(fd, b->data + b->start, buffer_room(b));
 	if (n > 0)
@@ -5476,13 +5661,17 @@ store_follow(struct exchange *x, const char *path, struct buffer *b,
 	memset(e, 0, sizeof(*e));
 	e->region = leader->facts.region;
 	e->body = leader->facts.length;
-	if (n < (ssize_t)e->region ||
+	key_append(x, key);
+	if (n < (ssize_t)e->region || key->overflow ||
 	    !region_parse(text_cut(b->data + b->start + REGION_LINE,
 			      e->region - REGION_LINE),
-		e)) {
+		e) ||
+	    !text_equals(e->key, buffer_text(key))) {
+		buffer_give(&key);
 		(void)close(fd);
 		return -1;
 	}
+	buffer_give(&key);
 	x->facts.grows = true;
 	x->facts.leader = leader->facts.store_serial;
 	leader->facts.followers++;
@@ -5513,7 +5702,12 @@ cache_answer(struct exchange *x, const struct request *q)
 		fd = store_follow(x, path, b, &e);
 	f->forward = b != NULL && fd == -1 && e.vary.at != NULL ? "vary-miss" :
 								  "uri-miss";
-	if (fd != -1 && response_parse(e.head, METHOD_GET, &r) != 1) {
+	if (fd != -1 &&
+	    (response_parse(e.head, METHOD_GET, &r) != 1 ||
+		(e.guarded && !address_is_local(&x->peer)) ||
+		(r.status == 206 &&
+		    (q->method != METHOD_GET ||
+			head_field(&q->head, "If-Range") != NULL)))) {
 		(void)close(fd);
 		fd = -1;
 	}
@@ -5523,7 +5717,7 @@ cache_answer(struct exchange *x, const struct request *q)
 		f->age = e.age +
 		    (now.wall > e.responded ? now.wall - e.responded : 0);
 		f->ttl = lifetime - f->age;
-		reuse = x->refresh ?
+		reuse = x->refresh || e.responded > now.wall + CLOCK_STEP_S ?
 		    REUSE_VALIDATED :
 		    reuse_judge(&asked, &control, f->age, lifetime);
 		f->forward = f->ttl > 0 && !control.no_cache ? "request" :
@@ -5542,14 +5736,14 @@ cache_answer(struct exchange *x, const struct request *q)
 		    reuse == REUSE_FRESH ? "fresh" :
 					   "stale";
 		if (reuse == REUSE_MEANWHILE)
-			cache_refresh(x);
+			cache_refresh(x, path);
 		cache_serve(x, fd, b, &e);
 		return true;
 	}
 	buffer_give(&b);
 	if (fd != -1) {
 		f->entry = fd;
-		f->has_entry = true;
+		f->has_entry = f->validated = true;
 		(void)text_copy(text_of(path + strlen(options.cache)), x->note,
 		    sizeof(x->note));
 	}
@@ -6351,26 +6545,24 @@ response_field_append(const struct exchange *x, const struct response *r,
 
 /* Cache-Status (RFC 9211): what the cache did, or why it did nothing. */
 static void
-cache_status_append(const struct exchange *x, const struct response *r,
-    struct buffer *b)
+cache_status_append(const struct exchange *x, struct buffer *b)
 {
 	const struct facts *f = &x->facts;
 
 	buffer_print(b, "Cache-Status: %s", pseudonym);
-	if (f->cached && f->connected == 0)
-		buffer_print(b, "; hit; ttl=%lld%s", (long long)f->ttl,
-		    f->leader ? "; collapsed" : "");
-	else if (f->cached)
-		buffer_print(b, "; fwd=%s; fwd-status=304; ttl=%lld",
-		    f->forward, (long long)f->ttl);
+	if (f->cached && !f->validated)
+		buffer_append(b, text_of("; hit"));
 	else
 		buffer_print(b, "; fwd=%s",
 		    f->forward ? f->forward :
 			f->method == METHOD_GET || f->method == METHOD_HEAD ?
 				 "bypass" :
 				 "method");
-	if (!f->cached && f->connected != 0)
-		buffer_print(b, "; fwd-status=%d", r->status);
+	if (f->forward_status)
+		buffer_print(b, "; fwd-status=%d", f->forward_status);
+	if (f->cached)
+		buffer_print(b, "; ttl=%lld%s", (long long)f->ttl,
+		    f->leader ? "; collapsed" : "");
 	if (f->storing)
 		buffer_append(b, text_of("; stored"));
 	buffer_append(b, text_of("\r\n"));
@@ -6399,7 +6591,7 @@ response_build(const struct exchange *x, const struct response *r,
 		buffer_print(b, "Via: 1.%u %s\r\n", r->minor, pseudonym);
 	buffer_append(b, r->extra);
 	if (options.cache != NULL && r->status >= 200 && !x->facts.tunnel)
-		cache_status_append(x, r, b);
+		cache_status_append(x, b);
 	if (x->down.to == FRAMING_CHUNKED)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
 	if (upgrade)
@@ -6560,6 +6752,8 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 	f->close = f->close || to == FRAMING_CLOSE || !x->up.done || stop_at;
 	f->keep_server = response_keeps_server(x, r);
 	flow_start(&x->down, r->framing, to, r->length);
+	if (!f->local)
+		f->forward_status = r->status;
 	if (options.cache != NULL && !f->local)
 		cache_note(x, r);
 	if (!response_pass(x, r, n))
@@ -6588,11 +6782,13 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 	r->framing = f->method == METHOD_HEAD ? FRAMING_NONE :
 	    f->body == UINT64_MAX             ? FRAMING_CLOSE :
 						FRAMING_LENGTH;
-	part = f->grows ? 0 : range_parse(&q.head, r, f->body, &range);
+	part = f->grows || f->method != METHOD_GET ?
+	    0 :
+	    range_parse(&q.head, r, f->body, &range);
 	(void)snprintf(extra, sizeof(extra), "Age: %lld\r\n",
 	    (long long)f->age);
 	used = strlen(extra);
-	if (request_is_satisfied(&q.head, r)) {
+	if (r->status == 200 && request_is_satisfied(&q.head, r)) {
 		r->status = 304;
 		r->framing = FRAMING_NONE;
 	} else if (part == -1) {
@@ -6601,7 +6797,7 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 		(void)snprintf(extra + used, sizeof(extra) - used,
 		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
 		    (unsigned long long)f->body);
-	} else if (part == 1 && f->method == METHOD_GET) {
+	} else if (part == 1) {
 		r->status = 206;
 		(void)snprintf(extra + used, sizeof(extra) - used,
 		    "Content-Range: bytes %llu-%llu/%llu\r\n"
@@ -6627,6 +6823,38 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 }
 
 /*
+ * True if the answer to a HEAD speaks of what is stored: the same validators
+ * and length, as far as it has them (RFC 9111 section 4.3.5).
+ */
+static bool
+entry_resembles(const struct exchange *x, const struct response *r)
+{
+	static const char *const fields[] = { "ETag", "Last-Modified" };
+	struct buffer *b = buffer_take();
+	struct response old;
+	struct entry e;
+	uint64_t length;
+	bool same = false;
+	ssize_t n = -1;
+	size_t i;
+
+	if (b != NULL)
+		n = pread(x->facts.entry, b->data + b->start, buffer_room(b),
+		    0);
+	if (n > 0) {
+		b->end += (size_t)n;
+		same = entry_parse(buffer_text(b), &e) &&
+		    response_parse(e.head, METHOD_GET, &old) == 1 &&
+		    (head_length(&r->head, &length) != 1 || length == e.body);
+	}
+	for (i = 0; same && i < sizeof(fields) / sizeof(fields[0]); i++)
+		same = text_equals(head_value(&r->head, fields[i]),
+		    head_value(&old.head, fields[i]));
+	buffer_give(&b);
+	return same;
+}
+
+/*
  * The entry at hand was validated by a head of n bytes, or something else
  * came, which takes its place.  True if r is not the answer: the entry is, or
  * it vanished and the server is asked anew.
@@ -6638,31 +6866,37 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	    (r->status >= 502 && r->status <= 504);
 	struct facts *f = &x->facts;
 	char path[CACHE_PATH];
+	struct request q;
 
 	if (!f->has_entry || f->cached || r->status < 200)
 		return false;
+	f->forward_status = r->status;
+	(void)snprintf(path, sizeof(path), "%.800s%.100s", options.cache,
+	    x->note);
 	if (r->status == 304) {
-		entry_freshen(x, r);
+		bool good = request_parse(buffer_text(f->head), &q) == 1 &&
+		    entry_freshen(x, &q, r, path);
+
 		f->keep_server = response_keeps_server(x, r);
 		buffer_drop(x->server.in, n);
+		x->server.seen = 0;
 		if (buffer_len(x->server.in) == 0)
 			buffer_give(&x->server.in);
 		exchange_release(x);
-		if (cache_serve_open(x, "validated"))
+		if (good && cache_serve_open(x, "validated"))
 			return true;
+		(void)unlink(path);
 		entry_close(x);
+		f->keep_server = false;
 		f->next = 0;
 		exchange_enter(x, PHASE_CONNECT);
 		return true;
 	}
 	if (failed && cache_rescue(x, true))
 		return true;
-	entry_close(x);
-	if (!failed) {
-		(void)snprintf(path, sizeof(path), "%.800s%.100s",
-		    options.cache, x->note);
+	if (!failed && !(f->method == METHOD_HEAD && entry_resembles(x, r)))
 		(void)unlink(path);
-	}
+	entry_close(x);
 	return false;
 }
 
@@ -7090,7 +7324,8 @@ exchange_overhear(struct exchange *x)
 		return;
 	if (c->in == NULL && (x->up.done || x->phase < PHASE_RESPONSE))
 		(void)conn_read(c);
-	if (!x->facts.tunnel && (c->error || (c->hung && !c->shut)))
+	if (!x->facts.tunnel && (c->error || (c->hung && !c->shut)) &&
+	    !(x->phase == PHASE_RELAY && relay_goes_on(x)))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 }
 
@@ -7537,6 +7772,7 @@ signals_open(void)
 		(void)sigaction(caught[i], &action, NULL);
 	action.sa_handler = SIG_IGN;
 	(void)sigaction(SIGPIPE, &action, NULL);
+	(void)sigaction(SIGXFSZ, &action, NULL);
 }
 
 /* ---- 15. Main: options, startup ---- */
@@ -7891,6 +8127,52 @@ listen_on(const char *argument)
 		die("can't listen on %s: %s", argument, error);
 }
 
+static const char cache_tag[] = "Signature: 8a477f597d28d172789f06886806bc55\n"
+				"# A cache of proxy; all of it may go.\n";
+
+/* True if the cache directory holds our tag. */
+static bool
+cache_is_tagged(const char *path)
+{
+	char text[sizeof(cache_tag)] = { 0 };
+	int fd = open(path, O_RDONLY | O_NONBLOCK);
+
+	if (fd == -1)
+		return false;
+	(void)read(fd, text, sizeof(text) - 1);
+	(void)close(fd);
+	return strcmp(text, cache_tag) == 0;
+}
+
+/*
+ * True if a file of that name may be in a cache.  What a crashed proxy left
+ * half written is removed; what a living one writes stays.
+ */
+static bool
+cache_knows(const char *name, bool tagged)
+{
+	char path[CACHE_PATH];
+	struct text t = text_of(name);
+	uint64_t pid;
+
+	if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0)
+		return true;
+	if (!tagged)
+		return false;
+	if (text_starts(t, "tmp.")) {
+		t = text_from(t, strlen("tmp."));
+		t.len = text_find(t, '.');
+		(void)snprintf(path, sizeof(path), "%.800s/%.100s",
+		    options.cache, name);
+		if (number_parse(t, INT32_MAX, &pid) && pid > 0 &&
+		    kill((pid_t)pid, 0) == -1 && errno == ESRCH)
+			(void)unlink(path);
+		return true;
+	}
+	return strcmp(name, "CACHEDIR.TAG") == 0 ||
+	    (t.len == 2 && hex_value(name[0]) >= 0 && hex_value(name[1]) >= 0);
+}
+
 /*
  * Makes the cache directory, or looks whether it is one: a directory that
  * holds something else must not be filled or swept.
@@ -7898,15 +8180,13 @@ listen_on(const char *argument)
 static void
 cache_open(void)
 {
-	static const char tag[] =
-	    "Signature: 8a477f597d28d172789f06886806bc55\n"
-	    "# A cache of proxy; all of it may go.\n";
 	char path[CACHE_PATH];
 	struct dirent *name;
 	DIR *directory;
+	bool tagged;
 	int fd;
 
-	if (strlen(options.cache) > CACHE_PATH - 100)
+	if (strlen(options.cache) > CACHE_PATH - 300)
 		die("-c: the path is too long");
 	if (mkdir(options.cache, 0700) == -1 && errno != EEXIST)
 		die("can't make the cache %s: %s", options.cache,
@@ -7917,23 +8197,17 @@ cache_open(void)
 		    strerror(errno));
 		return;
 	}
-	while ((name = readdir(directory)) != NULL) {
-		bool ours = strlen(name->d_name) == 2 ||
-		    strcmp(name->d_name, "CACHEDIR.TAG") == 0;
-
-		(void)snprintf(path, sizeof(path), "%s/%s", options.cache,
-		    name->d_name);
-		if (strncmp(name->d_name, "tmp.", 4) == 0)
-			(void)unlink(path);
-		else if (!ours && name->d_name[0] != '.')
-			die("%s is no cache: it holds %s", options.cache,
-			    name->d_name);
-	}
+	(void)snprintf(path, sizeof(path), "%.800s/CACHEDIR.TAG",
+	    options.cache);
+	tagged = cache_is_tagged(path);
+	while ((name = readdir(directory)) != NULL)
+		if (!cache_knows(name->d_name, tagged))
+			die("%s is no cache of proxy: it holds %s",
+			    options.cache, name->d_name);
 	(void)closedir(directory);
-	(void)snprintf(path, sizeof(path), "%s/CACHEDIR.TAG", options.cache);
-	fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
+	fd = tagged ? -1 : open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
 	if (fd != -1) {
-		(void)write(fd, tag, strlen(tag));
+		(void)write(fd, cache_tag, strlen(cache_tag));
 		(void)close(fd);
 	}
 }
@@ -7987,7 +8261,8 @@ key_print(const char *url)
 
 /*
  * Takes as many descriptors as the system gives, and makes the tables. Each
- * slot may use two, so that running out of them can't happen.
+ * slot may use two, and a third for an entry, so that running out of them
+ * can't happen.
  */
 static void
 tables_open(void)
@@ -8006,7 +8281,7 @@ tables_open(void)
 		die("only %lu open files allowed", (unsigned long)fds);
 	fds -= DESCRIPTORS_OWN + listeners_n;
 	others_n = fds / 8 < OTHERS_MAX ? fds / 8 : OTHERS_MAX;
-	n = (fds - others_n) / 2;
+	n = (fds - others_n) / (options.cache != NULL ? 3 : 2);
 	exchanges.n = n < options.connections ? n : options.connections;
 	exchanges.slots = calloc(exchanges.n, sizeof(*exchanges.slots));
 	others = calloc(others_n, sizeof(*others));
