@@ -4032,7 +4032,7 @@ reference_resolve(const struct exchange *x, struct text value, struct buffer *b,
 {
 	const struct facts *f = &x->facts;
 	struct target target;
-	size_t n = f->path.len;
+	size_t n;
 
 	if (text_starts(value, "//") ||
 	    text_find(value, ':') < text_find(value, '/')) {
