@@ -790,6 +790,7 @@ static struct {
 static struct {
 	uint64_t serial;  /* of temporary files and tokens */
 	uint64_t written; /* bytes since the last sweep */
+	uint64_t making;  /* bytes of entries that are not whole yet */
 	pid_t sweeper;    /* 0: none is at work */
 	struct {
 		uint64_t name; /* of the entry's file */
@@ -3860,6 +3861,7 @@ store_drop(struct exchange *x)
 	if (!x->facts.storing)
 		return;
 	x->facts.storing = false;
+	cache.making -= x->facts.stored;
 	(void)close(x->facts.store);
 	store_path(x->facts.store_serial, path);
 	(void)unlink(path);
@@ -3939,7 +3941,10 @@ store_begin(struct exchange *x, const struct request *q,
 	buffer_give(&b);
 }
 
-/* Stores a piece of payload; an entry that can't be had costs nothing else. */
+/*
+ * Stores a piece of payload; an entry that can't be had costs nothing else.
+ * All that are in the making take a quarter of the cache at most.
+ */
 static void
 store_append(struct exchange *x, struct text t)
 {
@@ -3947,11 +3952,12 @@ store_append(struct exchange *x, struct text t)
 
 	if (!f->storing)
 		return;
-	if (f->stored + t.len > options.cache_size / 4 ||
+	if (cache.making + t.len > options.cache_size / 4 ||
 	    !write_at(f->store, t, (off_t)(f->region + f->stored)))
 		store_drop(x);
 	else {
 		f->stored += t.len;
+		cache.making += t.len;
 		store_tell(x, false, 0);
 	}
 }
@@ -3973,17 +3979,18 @@ store_finish(struct exchange *x)
 	store_path(f->store_serial, from);
 	(void)snprintf(to, sizeof(to), "%s%s", options.cache, x->note);
 	entry_directory(to);
-	if (f->spoiled) {
-		store_tell(x, true, 0);
-		store_drop(x);
-	} else if (write_at(f->store, text_of(line), 0) &&
+	if (!f->spoiled && write_at(f->store, text_of(line), 0) &&
 	    rename(from, to) != -1) {
 		(void)close(f->store);
 		f->storing = false;
+		cache.making -= f->stored;
 		store_tell(x, true, 0);
 		cache.written += f->region + f->stored;
-	} else
+	} else {
+		/* Its followers have the body whole all the same. */
+		store_tell(x, true, 0);
 		store_drop(x);
+	}
 }
 
 /* The exchange that is storing what belongs at path, or NULL. */
@@ -5631,7 +5638,8 @@ cache_refresh(const struct exchange *x, const char *path)
 }
 
 /*
- * Opens what another exchange is storing at path, if there is one: its region
+ * Opens what another exchange is storing at path, if there is one whose length
+ * is known, so that it can't turn out to be too large to store: its region
  * is written but for the first line, and its body grows.  Returns the
  * descriptor, or -1; its beginning is in b.
  */
@@ -5645,7 +5653,7 @@ store_follow(struct exchange *x, const char *path, struct buffer *b,
 	ssize_t n;
 	int fd;
 
-	if (leader == NULL)
+	if (leader == NULL || leader->facts.length == UINT64_MAX)
 		return -1;
 	store_path(leader->facts.store_serial, temporary);
 	fd = open(temporary, O_RDONLY);
@@ -8210,6 +8218,8 @@ cache_open(void)
 		(void)write(fd, cache_tag, strlen(cache_tag));
 		(void)close(fd);
 	}
+	/* Nobody knows what is there: the first turn lets it be swept. */
+	cache.written = options.cache_size;
 }
 
 /* Prints the path if the file is an entry of the key. */
