@@ -204,7 +204,7 @@ enum limit {
 	/* With fewer outside the prefix the whole is always polled. */
 	COLD_MIN = 16,
 	/* What a tunnel keeps of its request for the log. */
-	NOTE_MAX = 160,
+	NOTE_MAX = 120,
 	/* Bytes of each piece of payload that -vv shows. */
 	DUMP_MAX = 256,
 	/* User name or password of a parent: RFC 1929 has one length byte. */
