@@ -27,13 +27,13 @@
  * where.
  *
  * An exchange walks through phases.  Each has one step function, named in
- * the table `phases`; only exchange_enter() changes the phase:
+ * the table of exchange_run(); only exchange_enter() changes the phase:
  *
  *   FREE --exchange_open--> REQUEST --request_accept--> RESOLVE
- *   RESOLVE --resolve_step--> CONNECT --connect_done--> GREET (SOCKS parent)
+ *   RESOLVE --resolve_step--> CONNECT --connect_step--> GREET (SOCKS parent)
  *   CONNECT, GREET --exchange_send--> RESPONSE
  *   RESPONSE --response_forward, tunnel_start--> RELAY
- *   RESPONSE --exchange_retry--> CONNECT (a kept connection was dead)
+ *   RESPONSE --response_lost--> CONNECT (a kept connection was dead)
  *   any before RELAY --exchange_refuse, page_make--> RESPONSE (from memory)
  *   REQUEST, RESPONSE --cache_serve--> RESPONSE (from an entry)
  *   RELAY --exchange_finish--> REQUEST, LINGER or FREE
@@ -4092,6 +4092,27 @@ cache_invalidate(struct exchange *x, const struct response *r)
 	}
 }
 
+/*
+ * Reads the beginning of an open entry anew and understands it.  Returns the
+ * buffer that e and r are slices of, which the caller gives back; NULL if it
+ * is damaged.
+ */
+static struct buffer *
+entry_load(int fd, struct entry *e, struct response *r)
+{
+	struct buffer *b = buffer_take();
+	ssize_t n = -1;
+
+	if (b != NULL)
+		n = pread(fd, b->data + b->start, buffer_room(b), 0);
+	if (n > 0)
+		b->end += (size_t)n;
+	if (n <= 0 || !entry_parse(buffer_text(b), e) ||
+	    response_parse(e->head, METHOD_GET, r) != 1)
+		buffer_give(&b);
+	return b;
+}
+
 /* True if a 304 leaves this stored field as it is. */
 static bool
 field_is_kept(const struct head *news, struct text name)
@@ -4144,24 +4165,15 @@ entry_freshen(struct exchange *x, const struct request *q,
     const struct response *news, const char *path)
 {
 	struct facts *f = &x->facts;
-	struct buffer *old = buffer_take(), *b = buffer_take();
-	struct buffer *head = buffer_take();
 	struct text etag = head_value(&news->head, "ETag");
 	struct response r;
 	struct entry e;
-	bool good = false;
-	ssize_t n = -1;
+	struct buffer *old = entry_load(f->entry, &e, &r);
+	struct buffer *b = buffer_take(), *head = buffer_take();
+	bool good = old != NULL && b != NULL && head != NULL &&
+	    (etag.len == 0 || text_starts(etag, "W/") ||
+		text_equals(etag, head_value(&r.head, "ETag")));
 
-	if (old != NULL && b != NULL && head != NULL)
-		n = pread(f->entry, old->data + old->start, buffer_room(old),
-		    0);
-	if (n > 0) {
-		old->end += (size_t)n;
-		good = entry_parse(buffer_text(old), &e) &&
-		    response_parse(e.head, METHOD_GET, &r) == 1 &&
-		    (etag.len == 0 || text_starts(etag, "W/") ||
-			text_equals(etag, head_value(&r.head, "ETag")));
-	}
 	if (good) {
 		merged_head_append(&r, &news->head, head);
 		e.requested = f->requested;
@@ -5273,18 +5285,14 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 static bool
 cache_serve_open(struct exchange *x, const char *hit)
 {
-	struct buffer *b = buffer_take();
 	struct facts *f = &x->facts;
 	struct response r;
 	struct entry e;
-	ssize_t n = -1;
+	struct buffer *b = entry_load(f->entry, &e, &r);
 
-	if (b != NULL && lseek(f->entry, 0, SEEK_SET) != -1)
-		n = read(f->entry, b->data + b->start, buffer_room(b));
-	if (n > 0)
-		b->end += (size_t)n;
-	if (n <= 0 || !entry_parse(buffer_text(b), &e) ||
-	    response_parse(e.head, METHOD_GET, &r) != 1) {
+	if (b == NULL)
+		return false;
+	if (lseek(f->entry, (off_t)buffer_len(b), SEEK_SET) == -1) {
 		buffer_give(&b);
 		return false;
 	}
@@ -5304,22 +5312,16 @@ static bool
 cache_rescue(struct exchange *x, bool answered)
 {
 	struct facts *f = &x->facts;
+	struct control asked, control;
 	struct buffer *b;
 	struct response r;
 	struct request q;
-	struct control asked, control;
 	struct entry e;
 	bool good = false;
-	ssize_t n;
 
-	if (!f->has_entry || (b = buffer_take()) == NULL)
+	if (!f->has_entry || (b = entry_load(f->entry, &e, &r)) == NULL)
 		return false;
-	n = pread(f->entry, b->data + b->start, buffer_room(b), 0);
-	if (n > 0)
-		b->end += (size_t)n;
-	if (n > 0 && entry_parse(buffer_text(b), &e) &&
-	    response_parse(e.head, METHOD_GET, &r) == 1 &&
-	    request_parse(buffer_text(f->head), &q) == 1) {
+	if (request_parse(buffer_text(f->head), &q) == 1) {
 		int64_t age = e.age + (int64_t)now.wall - e.responded;
 		int64_t lifetime = freshness_lifetime(&r, false);
 
@@ -6203,28 +6205,21 @@ request_field_append(struct exchange *x, const struct request *r, size_t i,
 static void
 validators_append(struct exchange *x, struct buffer *b)
 {
-	struct buffer *old = buffer_take();
 	const struct field *field;
 	struct response r;
 	struct entry e;
-	ssize_t n = -1;
+	struct buffer *old = entry_load(x->facts.entry, &e, &r);
 
-	if (old != NULL)
-		n = pread(x->facts.entry, old->data + old->start,
-		    buffer_room(old), 0);
-	if (n > 0)
-		old->end += (size_t)n;
-	if (n > 0 && entry_parse(buffer_text(old), &e) &&
-	    response_parse(e.head, METHOD_GET, &r) == 1) {
-		field = head_field(&r.head, "ETag");
-		if (field != NULL)
-			buffer_print(b, "If-None-Match: %.*s\r\n",
-			    (int)field->value.len, field->value.at);
-		field = head_field(&r.head, "Last-Modified");
-		if (field != NULL)
-			buffer_print(b, "If-Modified-Since: %.*s\r\n",
-			    (int)field->value.len, field->value.at);
-	}
+	if (old == NULL)
+		return;
+	field = head_field(&r.head, "ETag");
+	if (field != NULL)
+		buffer_print(b, "If-None-Match: %.*s\r\n",
+		    (int)field->value.len, field->value.at);
+	field = head_field(&r.head, "Last-Modified");
+	if (field != NULL)
+		buffer_print(b, "If-Modified-Since: %.*s\r\n",
+		    (int)field->value.len, field->value.at);
 	buffer_give(&old);
 }
 
@@ -6838,23 +6833,16 @@ static bool
 entry_resembles(const struct exchange *x, const struct response *r)
 {
 	static const char *const fields[] = { "ETag", "Last-Modified" };
-	struct buffer *b = buffer_take();
 	struct response old;
 	struct entry e;
+	struct buffer *b = entry_load(x->facts.entry, &e, &old);
 	uint64_t length;
-	bool same = false;
-	ssize_t n = -1;
+	bool same;
 	size_t i;
 
-	if (b != NULL)
-		n = pread(x->facts.entry, b->data + b->start, buffer_room(b),
-		    0);
-	if (n > 0) {
-		b->end += (size_t)n;
-		same = entry_parse(buffer_text(b), &e) &&
-		    response_parse(e.head, METHOD_GET, &old) == 1 &&
-		    (head_length(&r->head, &length) != 1 || length == e.body);
-	}
+	if (b == NULL)
+		return false;
+	same = head_length(&r->head, &length) != 1 || length == e.body;
 	for (i = 0; same && i < sizeof(fields) / sizeof(fields[0]); i++)
 		same = text_equals(head_value(&r->head, fields[i]),
 		    head_value(&old.head, fields[i]));
