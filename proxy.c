@@ -4108,8 +4108,10 @@ entry_load(int fd, struct entry *e, struct response *r)
 	if (n > 0)
 		b->end += (size_t)n;
 	if (n <= 0 || !entry_parse(buffer_text(b), e) ||
-	    response_parse(e->head, METHOD_GET, r) != 1)
+	    response_parse(e->head, METHOD_GET, r) != 1) {
 		buffer_give(&b);
+		return NULL;
+	}
 	return b;
 }
 
