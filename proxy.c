@@ -29,13 +29,15 @@
  * An exchange walks through phases.  Each has one step function, named in
  * the table of exchange_run(); only exchange_enter() changes the phase:
  *
- *   FREE --exchange_open--> REQUEST --request_accept--> RESOLVE
+ *   FREE --exchange_open--> REQUEST --request_accept--> COLLAPSE, RESOLVE
+ *   COLLAPSE --collapse_end--> RESOLVE (if nobody else brought the answer)
  *   RESOLVE --resolve_step--> CONNECT --connect_step--> GREET (SOCKS parent)
  *   CONNECT, GREET --exchange_send--> RESPONSE
  *   RESPONSE --response_forward, tunnel_start--> RELAY
  *   RESPONSE --response_lost--> CONNECT (a kept connection was dead)
  *   any before RELAY --exchange_refuse, page_make--> RESPONSE (from memory)
- *   REQUEST, RESPONSE --cache_serve--> RESPONSE (from an entry)
+ *   REQUEST, COLLAPSE, RESPONSE --cache_serve--> RESPONSE (from an entry)
+ *   RELAY --relay_resume--> RESOLVE (what it followed was given up)
  *   RELAY --exchange_finish--> REQUEST, LINGER or FREE
  *   any --exchange_abort, exchange_close--> FREE
  *
@@ -132,6 +134,9 @@
 #endif
 #ifndef KEPT_SERVER_MS
 #define KEPT_SERVER_MS 30000
+#endif
+#ifndef COLLAPSE_MS
+#define COLLAPSE_MS 10000
 #endif
 #ifndef LINGER_MS
 #define LINGER_MS 5000
@@ -233,6 +238,8 @@ enum limit {
 	CACHE_FLOOR = 64 << 20,
 	/* Entries of which we know that their recency was written lately. */
 	CACHE_TOUCHED = 1024,
+	/* URLs of which we know that their answers are not to be stored. */
+	CACHE_LONE = 256,
 	/* Recency of an entry is written at most once in this time. */
 	CACHE_TOUCH_S = 600,
 	/* An idle tunnel or body unless -t says otherwise. */
@@ -497,6 +504,12 @@ enum reuse {
 	REUSE_VALIDATED  /* the server is to be asked first */
 };
 
+/* How long a response is fresh. */
+struct lifetime {
+	int64_t seconds; /* from its making; -1: nothing tells */
+	const char *why; /* what tells it: a directive or field */
+};
+
 /* What the region at the start of an entry says: slices of it. */
 struct entry {
 	size_t region;                /* its length */
@@ -531,6 +544,7 @@ enum end {
 enum phase {
 	PHASE_FREE,     /* no client */
 	PHASE_REQUEST,  /* waiting for a request's head */
+	PHASE_COLLAPSE, /* waiting for what another gets from the same URL */
 	PHASE_RESOLVE,  /* finding out the server's addresses */
 	PHASE_CONNECT,  /* connecting to one of them */
 	PHASE_GREET,    /* shaking hands with a SOCKS5 parent */
@@ -584,28 +598,33 @@ struct facts {
 	bool storing;       /* the one after it is being written */
 	bool spoiled;       /* and is out of date before it is done */
 	bool grows;         /* the entry is the one that `leader` is storing */
-	unsigned followers; /* exchanges that read what this one stores */
-	uint64_t leader;    /* store_serial of the exchange that this follows */
+	bool orphan;        /* and that one has given up storing it */
+	bool alone;         /* it has waited for another in vain */
+	unsigned followers; /* exchanges that wait for this fetch or read it */
+	uint64_t fetch;     /* in cache.fetches under this serial; 0: not */
+	uint64_t leader;    /* serial of the fetch that this one follows */
+	uint64_t key;       /* hash of the target's key */
 	uint64_t length;    /* of the body being stored; UINT64_MAX: unknown */
+	uint64_t skip;      /* payload that the client has had before */
+	uint64_t validator; /* hash of what tells that it is the same payload */
 	int entry;          /* descriptor of an entry */
 	int store;          /* of a new one */
 	uint32_t region;    /* bytes of its region */
 	uint64_t body;      /* bytes of the entry's body */
 	uint64_t stored;    /* of the new one's so far */
-	uint64_t store_serial; /* names its temporary file */
-	uint64_t region_rest;  /* the sum of its region so far */
-	int64_t requested;     /* wall clock: when the server was asked */
-	int64_t ttl;           /* seconds the entry is still fresh */
-	int64_t age;           /* its age in seconds */
-	const char *forward;   /* why the server was asked (RFC 9211) */
-	const char *hit;       /* what of the entry was used, for the log */
-	struct text path;      /* of the target */
-	int64_t start;         /* ms: the first byte of the request came */
-	int64_t asked;         /* the name was asked for */
-	int64_t resolved;      /* the addresses were known */
-	int64_t tried;         /* the last address was tried */
-	int64_t connected;     /* the request could be sent */
-	int64_t answered;      /* the response head was whole */
+	uint64_t region_rest; /* the sum of its region so far */
+	int64_t requested;    /* wall clock: when the server was asked */
+	int64_t ttl;          /* seconds the entry is still fresh */
+	int64_t age;          /* its age in seconds */
+	const char *forward;  /* why the server was asked (RFC 9211) */
+	const char *hit;      /* what of the entry was used, for the log */
+	struct text path;     /* of the target */
+	int64_t start;        /* ms: the first byte of the request came */
+	int64_t asked;        /* the name was asked for */
+	int64_t resolved;     /* the addresses were known */
+	int64_t tried;        /* the last address was tried */
+	int64_t connected;    /* the request could be sent */
+	int64_t answered;     /* the response head was whole */
 };
 
 /* One slot: a client's connection and what is being done for it. */
@@ -617,7 +636,7 @@ struct exchange {
 	int64_t since;         /* ms: when the phase began */
 	int64_t moved;         /* when a byte last moved */
 	int64_t deadline;      /* when to look at it again at the latest */
-	struct exchange *next; /* in the list of free slots */
+	struct exchange *next; /* in the list of free slots, or of fetches */
 	struct address peer;   /* the client's */
 	struct conn client, server; /* its two sides */
 	struct flow up;             /* the request's body, client to server */
@@ -788,10 +807,12 @@ static struct {
 
 /* The cache directory, and what happens to it. */
 static struct {
-	uint64_t serial;  /* of temporary files and tokens */
-	uint64_t written; /* bytes since the last sweep */
-	uint64_t making;  /* bytes of entries that are not whole yet */
-	pid_t sweeper;    /* 0: none is at work */
+	uint64_t serial;           /* of temporary files and tokens */
+	uint64_t written;          /* bytes since the last sweep */
+	uint64_t making;           /* bytes of entries that are not whole yet */
+	pid_t sweeper;             /* 0: none is at work */
+	struct exchange *fetches;  /* what others may follow */
+	uint64_t lone[CACHE_LONE]; /* keys that nobody should wait for */
 	struct {
 		uint64_t name; /* of the entry's file */
 		time_t when;   /* its recency was written or seen */
@@ -2424,8 +2445,7 @@ static const char *const fields_of_body[] = { "Content-Length",
 
 /* A request's conditions: ours take their place when we validate. */
 static const char *const fields_of_condition[] = { "If-None-Match",
-	"If-Modified-Since", "If-Match", "If-Unmodified-Since", "If-Range",
-	"Range", NULL };
+	"If-Modified-Since", "If-Match", "If-Unmodified-Since", NULL };
 
 /* What -a keeps from servers: who the client is and how it got here. */
 static const char *const fields_of_person[] = { "Via", "From", "Referer",
@@ -3157,33 +3177,38 @@ status_is_understood(int status)
 }
 
 /*
- * How long a response is fresh, in seconds from its making (RFC 9111 section
- * 4.2.1 and 4.2.2).  explicit_only: without guessing.  -1: not said.
+ * How long a response is fresh (RFC 9111 section 4.2.1 and 4.2.2).
+ * explicit_only: without guessing.
  */
-static int64_t
+static struct lifetime
 freshness_lifetime(const struct response *r, bool explicit_only)
 {
 	struct control control = control_parse(&r->head);
 	int64_t date = head_date(&r->head, "Date");
 	int64_t expires = head_date(&r->head, "Expires");
 	int64_t modified = head_date(&r->head, "Last-Modified");
-	int64_t tenth;
+	struct lifetime l = { -1, "nothing says how long" };
 
 	if (control.s_maxage >= 0)
-		return control.s_maxage;
+		return (struct lifetime){ control.s_maxage, "s-maxage" };
 	if (control.max_age >= 0)
-		return control.max_age;
+		return (struct lifetime){ control.max_age, "max-age" };
 	if (head_field(&r->head, "Expires") != NULL) {
 		if (date == -1)
 			date = now.wall;
-		return expires > date ? expires - date : 0;
+		l.seconds = expires > date ? expires - date : 0;
+		l.why = "Expires";
+		return l;
 	}
 	if (explicit_only || modified == -1 || date <= modified ||
 	    (!status_is_heuristic(r->status) && !control.is_public) ||
 	    head_field(&r->head, "Set-Cookie") != NULL)
-		return -1;
-	tenth = (date - modified) / 10;
-	return tenth < HEURISTIC_MAX_S ? tenth : HEURISTIC_MAX_S;
+		return l;
+	l.seconds = (date - modified) / 10;
+	if (l.seconds > HEURISTIC_MAX_S)
+		l.seconds = HEURISTIC_MAX_S;
+	l.why = "a tenth of the time since Last-Modified";
+	return l;
 }
 
 /*
@@ -3199,28 +3224,24 @@ response_is_storable(const struct request *q, const struct response *r)
 	struct control control = control_parse(&r->head);
 	bool validator = head_field(&r->head, "ETag") != NULL ||
 	    head_date(&r->head, "Last-Modified") != -1;
-	bool explicit = freshness_lifetime(r, true) >= 0 || control.is_public;
+	int64_t lifetime = freshness_lifetime(r, true).seconds;
 
 	if (r->status < 200 || status_is_personal(r->status) ||
 	    asked.no_store || control.is_private)
 		return false;
-	if (head_field(&r->head, "Set-Cookie") != NULL &&
-	    freshness_lifetime(r, true) <= 0)
+	if (head_field(&r->head, "Set-Cookie") != NULL && lifetime <= 0)
 		return false;
 	if (q->method != METHOD_GET &&
-	    (q->method != METHOD_POST || r->status != 200 ||
+	    (q->method != METHOD_POST || r->status != 200 || lifetime <= 0 ||
 		(!text_equals(located, q->uri) &&
-		    !text_equals(located, q->target.path)) ||
-		freshness_lifetime(r, true) <= 0))
+		    !text_equals(located, q->target.path))))
 		return false;
 	if (r->status == 206 &&
 	    (head_field(&r->head, "Vary") != NULL ||
 		head_field(&q->head, "Range") == NULL))
 		return false;
-	if (control.must_understand) {
-		if (!status_is_understood(r->status))
-			return false;
-	} else if (control.no_store)
+	if (control.must_understand ? !status_is_understood(r->status) :
+				      control.no_store)
 		return false;
 	if (head_lists(&r->head, "Vary", text_of("*")))
 		return false;
@@ -3228,8 +3249,8 @@ response_is_storable(const struct request *q, const struct response *r)
 	    !control.is_public && control.s_maxage < 0 &&
 	    !control.must_revalidate)
 		return false;
-	if (explicit && freshness_lifetime(r, true) >= 0)
-		return validator || freshness_lifetime(r, true) > 0;
+	if (lifetime >= 0)
+		return validator || lifetime > 0;
 	return validator &&
 	    (control.is_public || status_is_heuristic(r->status)) &&
 	    head_field(&r->head, "Set-Cookie") == NULL;
@@ -3340,11 +3361,18 @@ key_append(const struct exchange *x, struct buffer *b)
 	buffer_append(b, f->path);
 }
 
+/* 64 bits that stand for a key. */
+static uint64_t
+key_hash(struct text key)
+{
+	return hash_text(14695981039346656037U, key);
+}
+
 /* The file for a key, or for a variant of it; to has CACHE_PATH bytes. */
 static void
 entry_path(struct text key, struct text variant, char *to)
 {
-	uint64_t first = hash_text(14695981039346656037U, key);
+	uint64_t first = key_hash(key);
 	uint64_t second = hash_text(first * 31 + 7, key);
 
 	first = hash_text(first, variant);
@@ -3416,12 +3444,13 @@ vary_insert(struct text *list, size_t *n, struct text t)
 }
 
 /*
- * All Vary of a response as one list in one form, sorted, into b; false if it
- * is too long.
+ * All that a response varies by as one list in one form, sorted, into b: its
+ * Vary, and for a part of a body the range.  False if it is too long.
  */
 static bool
-vary_append(const struct head *h, struct buffer *b)
+vary_append(const struct response *r, struct buffer *b)
 {
+	const struct head *h = &r->head;
 	struct text list[VARY_MAX];
 	size_t i, n = 0;
 
@@ -3434,6 +3463,8 @@ vary_append(const struct head *h, struct buffer *b)
 			if (!vary_insert(list, &n, member))
 				return false;
 	}
+	if (r->status == 206)
+		(void)vary_insert(list, &n, text_of("range"));
 	for (i = 0; i < n; i++) {
 		buffer_append(b, text_of(i > 0 ? "," : ""));
 		lower_append(b, list[i]);
@@ -3746,48 +3777,76 @@ file_put(const char *path, const struct buffer *b)
 }
 
 /*
- * Makes sure that the file at a key's own name sends to variants by this Vary
- * list, and appends to keys the variant of the request.
+ * Reads the region of a file that has no first line yet.  False if it is
+ * damaged; e's texts are slices of b.
  */
 static bool
-vary_put(struct text key, struct text vary, const struct head *q,
-    struct buffer *keys)
+region_read(int fd, size_t region, struct buffer *b, struct entry *e)
+{
+	b->start = b->end = CHUNK_ROOM;
+	memset(e, 0, sizeof(*e));
+	e->region = region;
+	if (region < REGION_LINE || region > buffer_room(b) ||
+	    pread(fd, b->data + b->start, region, 0) != (ssize_t)region)
+		return false;
+	b->end += region;
+	return region_parse(text_from(buffer_text(b), REGION_LINE), e);
+}
+
+/* The token that the variant of an entry begins with. */
+static struct text
+entry_token(const struct entry *e)
+{
+	return text_cut(e->variant.at, text_find(e->variant, ';'));
+}
+
+/* The marker of a key into e, whose texts are slices of b; false: none. */
+static bool
+marker_read(struct text key, struct buffer *b, struct entry *e)
+{
+	char path[CACHE_PATH];
+	int fd;
+
+	entry_path(key, text_cut("", 0), path);
+	fd = entry_open(path, key, text_cut("", 0), b, e);
+	if (fd == -1)
+		return false;
+	(void)close(fd);
+	return e->vary.at != NULL;
+}
+
+/*
+ * Makes sure that the file at a key's own name sends to variants by this Vary
+ * list and token.  False if it can't, or sends elsewhere by the same list.
+ */
+static bool
+marker_put(struct text key, struct text vary, struct text token)
 {
 	struct buffer *b = buffer_take();
-	char path[CACHE_PATH], token[64];
-	struct entry e;
-	int fd;
+	char path[CACHE_PATH];
+	struct entry old;
+	bool good = false;
 
 	if (b == NULL)
 		return false;
-	entry_path(key, text_cut("", 0), path);
-	fd = entry_open(path, key, text_cut("", 0), b, &e);
-	if (fd != -1)
-		(void)close(fd);
-	if (fd != -1 && e.vary.at != NULL && text_same(e.vary, vary))
-		(void)text_copy(e.token, token, sizeof(token));
+	if (marker_read(key, b, &old) && text_equals(old.vary, vary))
+		good = text_equals(old.token, token);
 	else {
-		(void)snprintf(token, sizeof(token), "%llx.%lx.%llx",
-		    (unsigned long long)now.wall, (long)getpid(),
-		    (unsigned long long)++cache.serial);
+		entry_path(key, text_cut("", 0), path);
 		b->start = b->end = CHUNK_ROOM;
 		b->end += REGION_LINE;
 		buffer_append(b, text_of("key: "));
 		buffer_append(b, key);
 		buffer_append(b, text_of("\nvary: "));
 		buffer_append(b, vary);
-		buffer_print(b, "\ntoken: %s\n", token);
+		buffer_append(b, text_of("\ntoken: "));
+		buffer_append(b, token);
+		buffer_append(b, text_of("\n"));
 		region_seal(b, 0);
-		if (b->overflow || !file_put(path, b)) {
-			buffer_give(&b);
-			return false;
-		}
+		good = !b->overflow && file_put(path, b);
 	}
 	buffer_give(&b);
-	buffer_append(keys, text_of(token));
-	buffer_append(keys, text_of(";"));
-	variant_append(q, vary, keys);
-	return !keys->overflow;
+	return good;
 }
 
 /* Lets go of the entry that was to be validated. */
@@ -3828,44 +3887,102 @@ exchange_queue(struct exchange *x)
 }
 
 /*
- * What x stores has grown, or ended: its followers read on.  If it was given
- * up (error) none of them may take what it has for the whole.
+ * Fetches: exchanges that ask a server for what may be stored.  Others that
+ * want the same wait for its head, then read what is stored as it grows.
+ */
+
+/* Makes x's fetch one that others may follow. */
+static void
+fetch_begin(struct exchange *x)
+{
+	x->facts.fetch = ++cache.serial;
+	x->next = cache.fetches;
+	cache.fetches = x;
+}
+
+/*
+ * Runs those who follow x.  ended: there will be no more of it; they have the
+ * whole, or else must see how to get the rest themselves.
  */
 static void
-store_tell(const struct exchange *x, bool ended, int error)
+fetch_tell(const struct exchange *x, bool ended, bool whole)
 {
 	struct exchange *y;
 
 	if (x->facts.followers == 0)
 		return;
 	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++) {
-		if (y->phase == PHASE_FREE || !y->facts.grows ||
-		    y->facts.leader != x->facts.store_serial)
+		if (y->phase == PHASE_FREE || y->facts.leader != x->facts.fetch)
 			continue;
-		y->server.readable = true;
+		y->server.readable = y->facts.grows;
 		if (ended) {
+			y->facts.orphan = y->facts.grows && !whole;
+			y->server.growing = y->facts.orphan;
 			y->facts.grows = false;
-			y->server.growing = false;
-			y->server.error = error;
 		}
 		exchange_queue(y);
 	}
 }
 
-/* Gives up storing what the exchange fetches. */
+/* Nobody may follow x any more. */
+static void
+fetch_end(struct exchange *x, bool whole)
+{
+	struct exchange **at = &cache.fetches;
+
+	if (x->facts.fetch == 0)
+		return;
+	while (*at != x)
+		at = &(*at)->next;
+	*at = x->next;
+	x->next = NULL;
+	fetch_tell(x, true, whole);
+	x->facts.fetch = 0;
+	x->facts.followers = 0;
+}
+
+/* x follows nobody any more. */
+static void
+fetch_leave(struct exchange *x)
+{
+	struct exchange *y;
+
+	for (y = cache.fetches; y != NULL && x->facts.leader; y = y->next)
+		if (y->facts.fetch == x->facts.leader)
+			y->facts.followers--;
+	x->facts.leader = 0;
+}
+
+/* True if answers to that key were lately found not to be storable. */
+static bool
+key_is_lone(uint64_t key)
+{
+	return cache.lone[key % CACHE_LONE] == key;
+}
+
+/* Ends storing: the file is left to its name, and the followers are told. */
+static void
+store_close(struct exchange *x, bool whole)
+{
+	if (x->facts.storing) {
+		cache.making -= x->facts.stored;
+		(void)close(x->facts.store);
+	}
+	x->facts.storing = false;
+	fetch_end(x, whole);
+}
+
+/* Gives up what the exchange fetches for others. */
 static void
 store_drop(struct exchange *x)
 {
 	char path[CACHE_PATH];
 
-	if (!x->facts.storing)
-		return;
-	x->facts.storing = false;
-	cache.making -= x->facts.stored;
-	(void)close(x->facts.store);
-	store_path(x->facts.store_serial, path);
-	(void)unlink(path);
-	store_tell(x, true, EIO);
+	if (x->facts.storing) {
+		store_path(x->facts.fetch, path);
+		(void)unlink(path);
+	}
+	store_close(x, false);
 }
 
 /* True if the disk has room beyond the floor. */
@@ -3879,66 +3996,138 @@ cache_has_room(void)
 	    disk.f_bavail > disk.f_blocks / 20;
 }
 
+/* What a new entry is made from. */
+struct draft {
+	struct entry e;        /* slices of keys */
+	struct buffer *keys;   /* key and variant */
+	struct buffer *list;   /* Vary, then the head */
+	struct buffer *region; /* what is written */
+};
+
+/*
+ * The token for variants of a key by this Vary list, into to, which has 64
+ * bytes: the one on the disk, or that of a fetch under way, or a new one.
+ */
+static void
+token_find(uint64_t hash, struct text key, struct text vary, char *to)
+{
+	struct buffer *b = buffer_take(), *list = buffer_take();
+	const struct exchange *y;
+	struct response r;
+	struct entry e;
+
+	(void)snprintf(to, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
+	    (long)getpid(), (unsigned long long)++cache.serial);
+	if (b != NULL && marker_read(key, b, &e) && text_equals(e.vary, vary))
+		(void)text_copy(e.token, to, 64);
+	for (y = cache.fetches; b != NULL && list != NULL && y != NULL;
+	     y = y->next) {
+		if (!y->facts.storing || y->facts.key != hash ||
+		    y->facts.spoiled ||
+		    !region_read(y->facts.store, y->facts.region, b, &e) ||
+		    e.variant.len == 0 || !text_equals(e.key, key) ||
+		    response_parse(e.head, METHOD_GET, &r) != 1)
+			continue;
+		list->end = list->start;
+		if (vary_append(&r, list) &&
+		    text_equals(buffer_text(list), vary))
+			(void)text_copy(entry_token(&e), to, 64);
+	}
+	buffer_give(&b);
+	buffer_give(&list);
+}
+
+/* Key and variant of a new entry; false if they are too long. */
+static bool
+draft_keys(struct exchange *x, const struct request *q,
+    const struct response *r, struct draft *d)
+{
+	char token[64];
+	size_t split;
+
+	key_append(x, d->keys);
+	split = d->keys->end;
+	x->facts.key = key_hash(buffer_text(d->keys));
+	if (!vary_append(r, d->list))
+		return false;
+	if (buffer_len(d->list) > 0) {
+		token_find(x->facts.key, buffer_text(d->keys),
+		    buffer_text(d->list), token);
+		buffer_print(d->keys, "%s;", token);
+		variant_append(&q->head, buffer_text(d->list), d->keys);
+	}
+	d->e.key =
+	    text_cut(d->keys->data + d->keys->start, split - d->keys->start);
+	d->e.variant = text_cut(d->keys->data + split, d->keys->end - split);
+	return !d->keys->overflow && !d->list->overflow;
+}
+
+/* The region of a new entry, but for its first line. */
+static bool
+draft_region(struct exchange *x, const struct response *r, struct draft *d)
+{
+	struct facts *f = &x->facts;
+
+	d->e.requested = f->requested;
+	d->e.responded = now.wall;
+	d->e.age = initial_age(r, f->requested, now.wall);
+	d->e.guarded = address_is_guarded(&f->server);
+	d->list->end = d->list->start;
+	stored_head_append(r, d->list);
+	f->region = d->list->overflow ?
+	    0 :
+	    (uint32_t)region_build(d->region, &d->e, buffer_text(d->list), 0);
+	return f->region > 0;
+}
+
+/* Makes the temporary file of a new entry and writes its region. */
+static void
+store_open(struct exchange *x, const struct response *r, const struct draft *d)
+{
+	struct facts *f = &x->facts;
+	struct text region = buffer_text(d->region);
+	char path[CACHE_PATH];
+
+	if (f->fetch == 0)
+		fetch_begin(x);
+	store_path(f->fetch, path);
+	f->store = open(path, O_RDWR | O_CREAT | O_EXCL, 0600);
+	f->storing = f->store != -1;
+	f->region_rest =
+	    hash_text(14695981039346656037U, text_from(region, REGION_LINE));
+	f->stored = 0;
+	f->length = r->framing == FRAMING_LENGTH ? r->length :
+	    r->framing == FRAMING_NONE           ? 0 :
+						   UINT64_MAX;
+	entry_path(d->e.key, d->e.variant, path);
+	(void)text_copy(text_of(path + strlen(options.cache)), x->note,
+	    sizeof(x->note));
+	if (f->storing && !write_at(f->store, region, 0))
+		store_drop(x);
+}
+
 /*
  * Begins to store a response: makes the temporary file and writes the region
- * but for its first line, which comes when the body's length is known.
+ * but for its first line, which comes when the body's length is known.  Those
+ * who waited for this head hear of it.
  */
 static void
 store_begin(struct exchange *x, const struct request *q,
     const struct response *r)
 {
-	struct facts *f = &x->facts;
-	struct buffer *keys = buffer_take(), *head = buffer_take();
-	struct buffer *b = buffer_take();
-	struct entry e;
-	size_t split;
-	bool varied;
+	struct draft d = { .keys = buffer_take(),
+		.list = buffer_take(),
+		.region = buffer_take() };
 
-	memset(&e, 0, sizeof(e));
-	if (keys != NULL && head != NULL && b != NULL && cache_has_room()) {
-		key_append(x, keys);
-		split = keys->end;
-		varied = vary_append(&r->head, head);
-		if (r->status == 206)
-			buffer_append(head, text_of("range"));
-		e.key = buffer_text(keys);
-		f->storing = varied &&
-		    (buffer_len(head) == 0 ||
-			vary_put(e.key, buffer_text(head), &q->head, keys));
-		e.key = text_cut(keys->data + keys->start, split - keys->start);
-		e.variant = text_cut(keys->data + split, keys->end - split);
-		e.requested = f->requested;
-		e.responded = now.wall;
-		e.age = initial_age(r, f->requested, now.wall);
-		e.guarded = address_is_guarded(&f->server);
-		head->end = head->start;
-		stored_head_append(r, head);
-		f->storing = f->storing && !keys->overflow && !head->overflow &&
-		    (f->region = (uint32_t)region_build(b, &e,
-			 buffer_text(head), 0)) > 0;
-	}
-	if (f->storing) {
-		char path[CACHE_PATH];
-
-		f->store_serial = ++cache.serial;
-		store_path(f->store_serial, path);
-		f->store = open(path, O_RDWR | O_CREAT | O_EXCL, 0600);
-		f->storing = f->store != -1;
-		f->region_rest = hash_text(14695981039346656037U,
-		    text_from(buffer_text(b), REGION_LINE));
-		f->stored = 0;
-		f->length = r->framing == FRAMING_LENGTH ? r->length :
-		    r->framing == FRAMING_NONE           ? 0 :
-							   UINT64_MAX;
-		entry_path(e.key, e.variant, path);
-		(void)text_copy(text_of(path + strlen(options.cache)), x->note,
-		    sizeof(x->note));
-		if (f->storing && !write_at(f->store, buffer_text(b), 0))
-			store_drop(x);
-	}
-	buffer_give(&keys);
-	buffer_give(&head);
-	buffer_give(&b);
+	if (d.keys != NULL && d.list != NULL && d.region != NULL &&
+	    cache_has_room() && draft_keys(x, q, r, &d) &&
+	    draft_region(x, r, &d))
+		store_open(x, r, &d);
+	buffer_give(&d.keys);
+	buffer_give(&d.list);
+	buffer_give(&d.region);
+	if (x->facts.storing)
+		fetch_tell(x, false, false);
 }
 
 /*
@@ -3953,13 +4142,37 @@ store_append(struct exchange *x, struct text t)
 	if (!f->storing)
 		return;
 	if (cache.making + t.len > options.cache_size / 4 ||
-	    !write_at(f->store, t, (off_t)(f->region + f->stored)))
+	    !write_at(f->store, t, (off_t)(f->region + f->stored))) {
+		cache.lone[f->key % CACHE_LONE] = f->key;
 		store_drop(x);
-	else {
+	} else {
 		f->stored += t.len;
 		cache.making += t.len;
-		store_tell(x, false, 0);
+		fetch_tell(x, false, false);
 	}
+}
+
+/*
+ * If what x stored is one of several variants, makes sure that it can be
+ * found.  Only now that it is whole: what is stored without variants gives
+ * way to it.
+ */
+static bool
+store_mark(const struct exchange *x)
+{
+	struct buffer *b = buffer_take(), *list = buffer_take();
+	struct response r;
+	struct entry e;
+	bool good = b != NULL && list != NULL &&
+	    region_read(x->facts.store, x->facts.region, b, &e);
+
+	if (good && e.variant.len > 0)
+		good = response_parse(e.head, METHOD_GET, &r) == 1 &&
+		    vary_append(&r, list) && !list->overflow &&
+		    marker_put(e.key, buffer_text(list), entry_token(&e));
+	buffer_give(&b);
+	buffer_give(&list);
+	return good;
 }
 
 /* The body is whole: the entry gets its first line and its name. */
@@ -3976,40 +4189,21 @@ store_finish(struct exchange *x)
 	    (unsigned long)f->region, (unsigned long long)f->stored);
 	region_line(line, f->region, f->stored,
 	    hash_text(f->region_rest, text_of(numbers)));
-	store_path(f->store_serial, from);
+	store_path(f->fetch, from);
 	(void)snprintf(to, sizeof(to), "%s%s", options.cache, x->note);
 	entry_directory(to);
 	if (!f->spoiled && write_at(f->store, text_of(line), 0) &&
-	    rename(from, to) != -1) {
-		(void)close(f->store);
-		f->storing = false;
-		cache.making -= f->stored;
-		store_tell(x, true, 0);
+	    store_mark(x) && rename(from, to) != -1)
 		cache.written += f->region + f->stored;
-	} else {
-		/* Its followers have the body whole all the same. */
-		store_tell(x, true, 0);
-		store_drop(x);
-	}
-}
-
-/* The exchange that is storing what belongs at path, or NULL. */
-static struct exchange *
-store_find(const char *path)
-{
-	const char *name = path + strlen(options.cache);
-	struct exchange *y;
-
-	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++)
-		if (y->phase != PHASE_FREE && y->facts.storing &&
-		    !y->facts.spoiled && strcmp(y->note, name) == 0)
-			return y;
-	return NULL;
+	else
+		(void)unlink(from);
+	/* Those who follow have the body whole in any case. */
+	store_close(x, true);
 }
 
 /*
  * Drops what is stored under the exchange's own target; what is just being
- * stored there may be of before, so it will not stay.
+ * fetched there may be of before, so it will not stay.
  */
 static void
 cache_forget(const struct exchange *x)
@@ -4017,14 +4211,16 @@ cache_forget(const struct exchange *x)
 	struct buffer *b = buffer_take();
 	struct exchange *y;
 	char path[CACHE_PATH];
+	uint64_t key;
 
 	if (b == NULL)
 		return;
 	key_append(x, b);
+	key = key_hash(buffer_text(b));
 	entry_path(buffer_text(b), text_cut("", 0), path);
 	(void)unlink(path);
-	while ((y = store_find(path)) != NULL)
-		y->facts.spoiled = true;
+	for (y = cache.fetches; y != NULL; y = y->next)
+		y->facts.spoiled = y->facts.spoiled || y->facts.key == key;
 	buffer_give(&b);
 }
 
@@ -4158,9 +4354,10 @@ merged_head_append(const struct response *old, const struct head *news,
 
 /*
  * A 304 came: the region is written anew in its place, with the merged head.
- * What may not be stored as it is now, or has no room, is unlinked; this
- * exchange still answers from what it has open.  False if the 304 is about
- * another version (RFC 9111 section 4.3.4), or the entry is damaged.
+ * What may not be stored as it is now, or has no room, is unlinked; but a
+ * request that may not have its answer stored leaves the entry as it is.  This
+ * exchange answers from what it has open.  False if the 304 is about another
+ * version (RFC 9111 section 4.3.4), or the entry is damaged.
  */
 static bool
 entry_freshen(struct exchange *x, const struct request *q,
@@ -4168,6 +4365,8 @@ entry_freshen(struct exchange *x, const struct request *q,
 {
 	struct facts *f = &x->facts;
 	struct text etag = head_value(&news->head, "ETag");
+	struct control asked = control_parse(&q->head);
+	bool aloof = asked.no_store || head_field(&q->head, "Authorization");
 	struct response r;
 	struct entry e;
 	struct buffer *old = entry_load(f->entry, &e, &r);
@@ -4181,15 +4380,14 @@ entry_freshen(struct exchange *x, const struct request *q,
 		e.requested = f->requested;
 		e.responded = now.wall;
 		e.age = initial_age(news, f->requested, now.wall);
-		if (head->overflow ||
-		    response_parse(buffer_text(head), METHOD_GET, &r) != 1 ||
-		    !response_is_storable(q, &r) ||
-		    region_build(b, &e, buffer_text(head), e.region) == 0)
-			(void)unlink(path);
-		else {
+		if (!head->overflow &&
+		    response_parse(buffer_text(head), METHOD_GET, &r) == 1 &&
+		    response_is_storable(q, &r) &&
+		    region_build(b, &e, buffer_text(head), e.region) > 0) {
 			region_seal(b, e.body);
 			(void)write_at(f->entry, buffer_text(b), 0);
-		}
+		} else if (!aloof)
+			(void)unlink(path);
 	}
 	buffer_give(&old);
 	buffer_give(&b);
@@ -5190,6 +5388,7 @@ page_trace(struct exchange *x, const struct request *r)
 static const char *const phase_names[] = {
 	[PHASE_FREE] = "free",
 	[PHASE_REQUEST] = "request",
+	[PHASE_COLLAPSE] = "collapse",
 	[PHASE_RESOLVE] = "resolve",
 	[PHASE_CONNECT] = "connect",
 	[PHASE_GREET] = "greet",
@@ -5227,6 +5426,7 @@ exchange_close(struct exchange *x, bool reset)
 {
 	exchange_enter(x, PHASE_FREE);
 	store_drop(x);
+	fetch_leave(x);
 	entry_close(x);
 	exchange_drop_tries(x);
 	conn_close(&x->server, reset);
@@ -5254,7 +5454,7 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 	trace(x, "ended by %s", ends[end]);
 	exchange_close(x,
 	    f->tunnel ? end == END_RESET :
-			x->phase == PHASE_RELAY && x->down.to == FRAMING_CLOSE);
+			f->status != 0 && x->down.to == FRAMING_CLOSE);
 }
 
 /*
@@ -5269,6 +5469,7 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 
 	exchange_drop_tries(x);
 	conn_close(s, false);
+	fetch_end(x, true);
 	s->fd = fd;
 	s->role = ROLE_FILE;
 	s->exchange = x;
@@ -5300,7 +5501,7 @@ cache_serve_open(struct exchange *x, const char *hit)
 	}
 	f->hit = hit;
 	f->age = e.age + (now.wall > e.responded ? now.wall - e.responded : 0);
-	f->ttl = freshness_lifetime(&r, false) - f->age;
+	f->ttl = freshness_lifetime(&r, false).seconds - f->age;
 	f->has_entry = false;
 	cache_serve(x, f->entry, b, &e);
 	return true;
@@ -5325,7 +5526,7 @@ cache_rescue(struct exchange *x, bool answered)
 		return false;
 	if (request_parse(buffer_text(f->head), &q) == 1) {
 		int64_t age = e.age + (int64_t)now.wall - e.responded;
-		int64_t lifetime = freshness_lifetime(&r, false);
+		int64_t lifetime = freshness_lifetime(&r, false).seconds;
 
 		asked = control_parse(&q.head);
 		control = control_parse(&r.head);
@@ -5345,11 +5546,11 @@ static void
 exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 {
 	trace(x, "refused: %s (%s)", refusals[refusal].words, detail);
-	if (x->phase != PHASE_RELAY && refusal >= REFUSE_NAME &&
+	if (x->facts.status == 0 && refusal >= REFUSE_NAME &&
 	    refusal <= REFUSE_ANSWER_SLOW && cache_rescue(x, false))
 		return;
 	x->facts.refusal = refusal;
-	if (x->phase == PHASE_RELAY) {
+	if (x->facts.status != 0) {
 		exchange_abort(x, END_SERVER, refusal);
 		return;
 	}
@@ -5361,6 +5562,25 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 		return;
 	}
 	exchange_enter(x, PHASE_RESPONSE);
+}
+
+/* Drops from what is ready the payload that the client has had before. */
+static void
+exchange_skip(struct exchange *x)
+{
+	struct flow *f = &x->down;
+	struct conn *from = &x->server;
+	size_t n = f->ready;
+
+	if (n > x->facts.skip)
+		n = (size_t)x->facts.skip;
+	if (n == 0)
+		return;
+	buffer_drop(from->in, n);
+	if (buffer_len(from->in) == 0)
+		buffer_give(&from->in);
+	f->ready -= n;
+	x->facts.skip -= n;
 }
 
 /*
@@ -5384,6 +5604,8 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			break;
 		if (!f->done)
 			flow_decode(f, from->in, from->eof);
+		if (f == &x->down && x->facts.skip > 0)
+			exchange_skip(x);
 		if (f == &x->down && x->facts.storing && f->ready > old)
 			store_append(x,
 			    text_cut(from->in->data + from->in->start + old,
@@ -5602,24 +5824,50 @@ request_passed_here(const struct request *r)
 }
 
 /*
+ * The head of a request for what q asked for: without its conditions and its
+ * wishes, and without its login, so that the answer is good for all.
+ */
+static void
+refresh_build(const struct request *q, struct buffer *b)
+{
+	static const char *const wishes[] = { "Cache-Control", "Pragma",
+		"Authorization", "Range", "If-Range", NULL };
+	size_t i;
+
+	buffer_append(b, q->head.line);
+	buffer_append(b, text_of("\r\n"));
+	for (i = 0; i < q->head.n; i++)
+		if (!name_is_among(q->head.fields[i].name, wishes) &&
+		    !name_is_among(q->head.fields[i].name, fields_of_condition))
+			field_append(b, &q->head.fields[i]);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* The fetch for that key which others may still follow, or NULL. */
+static struct exchange *
+fetch_for(uint64_t key)
+{
+	struct exchange *y;
+
+	for (y = cache.fetches; y != NULL; y = y->next)
+		if (y->facts.key == key && !y->facts.spoiled)
+			return y;
+	return NULL;
+}
+
+/*
  * Fetches the same request again for nobody, so that the entry is validated:
  * an exchange whose client is no socket.  Once at a time; without a free slot
  * it is not done, the next request for it will.
  */
 static void
-cache_refresh(const struct exchange *x, const char *path)
+cache_refresh(const struct exchange *x, const struct request *q)
 {
-	const char *name = path + strlen(options.cache);
-	struct exchange *y;
+	struct exchange *y = exchanges.free;
 	struct buffer *head;
 
-	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++)
-		if (y->phase != PHASE_FREE && y->refresh &&
-		    strcmp(y->note, name) == 0)
-			return;
-	y = exchanges.free;
-
-	if (exchanges.busy == exchanges.n || (head = buffer_take()) == NULL)
+	if (fetch_for(x->facts.key) != NULL || exchanges.busy == exchanges.n ||
+	    (head = buffer_take()) == NULL)
 		return;
 	if (y != NULL)
 		exchanges.free = y->next;
@@ -5629,142 +5877,324 @@ cache_refresh(const struct exchange *x, const char *path)
 	conn_clear(&y->server);
 	conn_clear(&y->client);
 	exchanges.busy++;
-	buffer_append(head, buffer_text(x->facts.head));
+	refresh_build(q, head);
 	y->client.in = head;
 	y->client.eof = true;
 	y->client.exchange = y;
 	y->peer = x->peer;
 	y->refresh = true;
-	(void)text_copy(text_of(name), y->note, sizeof(y->note));
 	y->phase = PHASE_REQUEST;
 	y->since = now.ms;
 	exchange_queue(y);
 }
 
-/*
- * Opens what another exchange is storing at path, if there is one whose length
- * is known, so that it can't turn out to be too large to store: its region
- * is written but for the first line, and its body grows.  Returns the
- * descriptor, or -1; its beginning is in b.
- */
-static int
-store_follow(struct exchange *x, const char *path, struct buffer *b,
-    struct entry *e)
-{
-	struct exchange *leader = path[0] ? store_find(path) : NULL;
-	char temporary[CACHE_PATH];
-	struct buffer *key;
-	ssize_t n;
-	int fd;
+/* What was found for a request in the cache. */
+struct lookup {
+	int fd;                /* of the entry, or -1 */
+	struct buffer *b;      /* its beginning */
+	struct entry e;        /* slices of b */
+	struct response r;     /* the same */
+	enum reuse reuse;      /* what it is good for */
+	char path[CACHE_PATH]; /* where it is, or was last looked for */
+};
 
-	if (leader == NULL || leader->facts.length == UINT64_MAX)
-		return -1;
-	store_path(leader->facts.store_serial, temporary);
-	fd = open(temporary, O_RDONLY);
-	if (fd == -1 || (key = buffer_take()) == NULL) {
-		if (fd != -1)
-			(void)close(fd);
-		return -1;
+/* True if the variant of an entry, whose head is r, is that of q. */
+static bool
+variant_fits(const struct entry *e, const struct response *r,
+    const struct head *q)
+{
+	struct buffer *list = buffer_take(), *b = buffer_take();
+	bool fits = list != NULL && b != NULL;
+
+	if (fits && e->variant.len > 0) {
+		buffer_append(b, entry_token(e));
+		buffer_append(b, text_of(";"));
+		fits = vary_append(r, list);
+		variant_append(q, buffer_text(list), b);
+		fits = fits && !b->overflow && !list->overflow &&
+		    text_equals(buffer_text(b), e->variant);
 	}
-	b->start = b->end = CHUNK_ROOM;
-	n = read(fd, b->data + b->start, buffer_room(b));
-	if (n > 0)
-		b->end += (size_t)n;
-	memset(e, 0, sizeof(*e));
-	e->region = leader->facts.region;
-	e->body = leader->facts.length;
-	key_append(x, key);
-	if (n < (ssize_t)e->region || key->overflow ||
-	    !region_parse(text_cut(b->data + b->start + REGION_LINE,
-			      e->region - REGION_LINE),
-		e) ||
-	    !text_equals(e->key, buffer_text(key))) {
-		buffer_give(&key);
-		(void)close(fd);
-		return -1;
-	}
-	buffer_give(&key);
-	x->facts.grows = true;
-	x->facts.leader = leader->facts.store_serial;
-	leader->facts.followers++;
-	return fd;
+	buffer_give(&list);
+	buffer_give(&b);
+	return fits;
 }
 
 /*
- * Looks what is stored for a request.  True if that was the end of the search:
- * the entry answers, or only-if-cached says that nothing else may.
+ * Opens what another exchange is storing for x's target, if it is the variant
+ * that q asks for: its region is there but for the first line, and its body
+ * grows.  Returns the descriptor, to be read from behind the region, or -1.
+ */
+static int
+follow_open(struct exchange *x, const struct head *q, struct lookup *l)
+{
+	struct exchange *y;
+	struct facts *f;
+	char path[CACHE_PATH];
+	int fd = -1;
+
+	for (y = cache.fetches; y != NULL && fd == -1; y = y->next) {
+		f = &y->facts;
+		if (!f->storing || f->spoiled || f->key != x->facts.key ||
+		    (f->length == UINT64_MAX && key_is_lone(f->key)))
+			continue;
+		store_path(f->fetch, path);
+		fd = open(path, O_RDONLY);
+		if (fd == -1)
+			continue;
+		if (region_read(fd, f->region, l->b, &l->e) &&
+		    response_parse(l->e.head, METHOD_GET, &l->r) == 1 &&
+		    variant_fits(&l->e, &l->r, q) &&
+		    lseek(fd, (off_t)f->region, SEEK_SET) != -1) {
+			l->e.body = f->length;
+			x->facts.grows = true;
+			x->facts.leader = f->fetch;
+			f->followers++;
+		} else {
+			(void)close(fd);
+			fd = -1;
+		}
+	}
+	return fd;
+}
+
+/* What tells that two answers have the same payload; 0: nothing does. */
+static uint64_t
+response_validator(const struct response *r)
+{
+	struct text t = head_value(&r->head, "ETag");
+
+	if (t.len == 0 || text_starts(t, "W/"))
+		t = head_value(&r->head, "Last-Modified");
+	return t.len == 0 ? 0 : key_hash(t);
+}
+
+/*
+ * True if what was found may answer q at all, by what kind of answer it is and
+ * who asks.
+ */
+static bool
+lookup_fits(const struct exchange *x, const struct request *q, struct lookup *l)
+{
+	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1 ||
+	    (l->e.guarded && !address_is_local(&x->peer)))
+		return false;
+	return l->r.status != 206 ||
+	    (q->method == METHOD_GET &&
+		head_field(&q->head, "If-Range") == NULL);
+}
+
+/*
+ * What the entry that was found is good for, and what is to be told of it;
+ * the trace gets the reckoning.
+ */
+static void
+lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
+{
+	struct facts *f = &x->facts;
+	struct control control = control_parse(&l->r.head);
+	struct lifetime lifetime = freshness_lifetime(&l->r, false);
+
+	f->age = l->e.age +
+	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
+	f->ttl = lifetime.seconds - f->age;
+	f->validator = response_validator(&l->r);
+	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
+		l->reuse =
+		    reuse_judge(asked, &control, f->age, lifetime.seconds);
+	f->forward = f->ttl > 0 && !control.no_cache ? "request" : "stale";
+	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s",
+	    (long long)f->age, f->ttl > 0 ? "<" : ">=",
+	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
+	    lifetime.why, control.no_cache ? ", no-cache" : "",
+	    l->reuse == REUSE_FRESH     ? "fresh" :
+		l->reuse == REUSE_STALE ? "stale, which the client takes" :
+		l->reuse == REUSE_MEANWHILE ?
+					  "stale, which is good while it is "
+					  "validated" :
+		f->ttl > 0 ? "to be validated, by the client's wish" :
+			     "to be validated");
+}
+
+/* Looks in the cache and among the fetches under way. */
+static void
+lookup_run(struct exchange *x, const struct request *q,
+    const struct control *asked, struct lookup *l)
+{
+	struct facts *f = &x->facts;
+
+	f->forward = "uri-miss";
+	if (l->b == NULL)
+		return;
+	key_append(x, l->b);
+	f->key = key_hash(buffer_text(l->b));
+	l->fd = entry_find(x, &q->head, l->b, &l->e, l->path);
+	if (l->fd == -1 && l->e.vary.at != NULL)
+		f->forward = "vary-miss";
+	if (l->fd != -1 && !lookup_fits(x, q, l)) {
+		(void)close(l->fd);
+		l->fd = -1;
+	}
+	if (l->fd != -1)
+		lookup_judge(x, asked, l);
+}
+
+/*
+ * Looks among the fetches under way, if nothing that is stored will do: what
+ * one of them stores is the answer if it is fresh.
+ */
+static void
+lookup_follow(struct exchange *x, const struct request *q,
+    const struct control *asked, struct lookup *l)
+{
+	const char *forward = x->facts.forward;
+	int fd = -1;
+
+	if (l->b == NULL || x->refresh || asked->no_store ||
+	    head_field(&q->head, "Range") != NULL ||
+	    head_field(&q->head, "Authorization") != NULL)
+		return;
+	fd = follow_open(x, &q->head, l);
+	if (fd != -1 && lookup_fits(x, q, l))
+		lookup_judge(x, asked, l);
+	x->facts.forward = forward;
+	if (fd != -1 && l->reuse == REUSE_FRESH) {
+		if (l->fd != -1)
+			(void)close(l->fd);
+		l->fd = fd;
+	} else if (fd != -1) {
+		(void)close(fd);
+		x->facts.grows = false;
+		fetch_leave(x);
+		l->reuse = REUSE_VALIDATED;
+	}
+}
+
+/*
+ * True if q may wait for what another fetch brings, or be the one that is
+ * waited for: a plain GET, whose answer may well be good for all.
+ */
+static bool
+request_is_common(const struct request *q, const struct control *asked)
+{
+	static const char *const special[] = { "Authorization", "Range",
+		"If-Match", "If-None-Match", "If-Modified-Since",
+		"If-Unmodified-Since", NULL };
+	size_t i;
+
+	for (i = 0; i < q->head.n; i++)
+		if (name_is_among(q->head.fields[i].name, special))
+			return false;
+	return q->method == METHOD_GET && !asked->no_store &&
+	    !asked->no_cache && asked->max_age != 0;
+}
+
+/*
+ * Waits for the head of a fetch for the same key, if there is one; true if so.
+ * Nobody waits twice, nor for what is known not to be storable: those who
+ * wait in vain would be held up one after the other.
+ */
+static bool
+collapse_begin(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	struct exchange *y = fetch_for(f->key);
+
+	if (y == NULL || y->facts.storing || f->alone || x->refresh ||
+	    key_is_lone(f->key))
+		return false;
+	f->leader = y->facts.fetch;
+	y->facts.followers++;
+	exchange_enter(x, PHASE_COLLAPSE);
+	return true;
+}
+
+/* What was found answers. */
+static void
+lookup_serve(struct exchange *x, const struct request *q, struct lookup *l)
+{
+	struct facts *f = &x->facts;
+
+	f->hit = f->grows || (f->alone && l->reuse == REUSE_FRESH) ?
+	    "collapsed" :
+	    l->reuse == REUSE_FRESH ? "fresh" :
+				      "stale";
+	if (l->reuse == REUSE_MEANWHILE)
+		cache_refresh(x, q);
+	cache_serve(x, l->fd, l->b, &l->e);
+}
+
+/*
+ * Looks what is stored for a request.  True if nothing is to be asked, or not
+ * yet: the entry answers, only-if-cached says that nothing else may, or the
+ * same is just being fetched.
  */
 static bool
 cache_answer(struct exchange *x, const struct request *q)
 {
-	struct control asked = control_parse(&q->head), control;
+	struct control asked = control_parse(&q->head);
 	struct facts *f = &x->facts;
-	struct buffer *b = buffer_take();
-	struct response r;
-	struct entry e = { 0 };
-	char path[CACHE_PATH];
-	enum reuse reuse = REUSE_VALIDATED;
-	int64_t lifetime;
-	int fd = -1;
+	const char *forward = f->forward;
+	bool common = request_is_common(q, &asked);
+	struct lookup l;
 
-	if (b != NULL)
-		fd = entry_find(x, &q->head, b, &e, path);
-	if (b != NULL && fd == -1 && !x->refresh &&
-	    head_field(&q->head, "Range") == NULL)
-		fd = store_follow(x, path, b, &e);
-	f->forward = b != NULL && fd == -1 && e.vary.at != NULL ? "vary-miss" :
-								  "uri-miss";
-	if (fd != -1 &&
-	    (response_parse(e.head, METHOD_GET, &r) != 1 ||
-		(e.guarded && !address_is_local(&x->peer)) ||
-		(r.status == 206 &&
-		    (q->method != METHOD_GET ||
-			head_field(&q->head, "If-Range") != NULL)))) {
-		(void)close(fd);
-		fd = -1;
-	}
-	if (fd != -1) {
-		control = control_parse(&r.head);
-		lifetime = freshness_lifetime(&r, false);
-		f->age = e.age +
-		    (now.wall > e.responded ? now.wall - e.responded : 0);
-		f->ttl = lifetime - f->age;
-		reuse = x->refresh || e.responded > now.wall + CLOCK_STEP_S ?
-		    REUSE_VALIDATED :
-		    reuse_judge(&asked, &control, f->age, lifetime);
-		f->forward = f->ttl > 0 && !control.no_cache ? "request" :
-							       "stale";
-		trace(x, "stored: age %lld s, lifetime %lld s: %s",
-		    (long long)f->age, (long long)lifetime,
-		    reuse == REUSE_VALIDATED ? "to be validated" : "good");
-	}
-	if (f->grows && reuse != REUSE_FRESH) {
-		(void)close(fd);
-		f->grows = false;
-		fd = -1;
-	}
-	if (fd != -1 && reuse != REUSE_VALIDATED) {
-		f->hit = f->grows        ? "collapsed" :
-		    reuse == REUSE_FRESH ? "fresh" :
-					   "stale";
-		if (reuse == REUSE_MEANWHILE)
-			cache_refresh(x, path);
-		cache_serve(x, fd, b, &e);
+	l.fd = -1;
+	l.b = buffer_take();
+	l.e.vary.at = NULL;
+	l.reuse = REUSE_VALIDATED;
+	lookup_run(x, q, &asked, &l);
+	if (l.reuse == REUSE_VALIDATED)
+		lookup_follow(x, q, &asked, &l);
+	if (f->alone)
+		f->forward = forward;
+	if (l.fd != -1 && l.reuse != REUSE_VALIDATED) {
+		lookup_serve(x, q, &l);
 		return true;
 	}
-	buffer_give(&b);
-	if (fd != -1) {
-		f->entry = fd;
-		f->has_entry = f->validated = true;
-		(void)text_copy(text_of(path + strlen(options.cache)), x->note,
-		    sizeof(x->note));
-	}
+	buffer_give(&l.b);
 	f->hit = f->forward;
-	if (asked.only_if_cached)
-		exchange_refuse(x, REFUSE_NOT_STORED, "");
-	return asked.only_if_cached;
+	if (asked.only_if_cached || (common && collapse_begin(x))) {
+		if (l.fd != -1)
+			(void)close(l.fd);
+		if (asked.only_if_cached)
+			exchange_refuse(x, REFUSE_NOT_STORED, "");
+		return true;
+	}
+	if (l.fd != -1) {
+		f->entry = l.fd;
+		f->has_entry = f->validated = true;
+		(void)text_copy(text_of(l.path + strlen(options.cache)),
+		    x->note, sizeof(x->note));
+	}
+	if (common)
+		fetch_begin(x);
+	return false;
 }
 
+/* The waiting is over: looks again, and asks if there is still nothing. */
+static void
+collapse_end(struct exchange *x)
+{
+	struct request r;
+
+	fetch_leave(x);
+	x->facts.alone = true;
+	(void)request_parse(buffer_text(x->facts.head), &r);
+	if (!cache_answer(x, &r))
+		exchange_enter(x, PHASE_RESOLVE);
+}
+
+/* COLLAPSE: wait for the head that another exchange is to get. */
+static bool
+collapse_step(struct exchange *x)
+{
+	const struct exchange *y;
+
+	for (y = cache.fetches; y != NULL; y = y->next)
+		if (y->facts.fetch == x->facts.leader && !y->facts.storing)
+			return false;
+	collapse_end(x);
+	return true;
+}
 /* A whole head of n bytes has come: understand it and go on. */
 static void
 request_accept(struct exchange *x, size_t n)
@@ -6554,8 +6984,10 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 {
 	const struct facts *f = &x->facts;
 
+	bool collapsed = f->cached && (f->leader || f->alone);
+
 	buffer_print(b, "Cache-Status: %s", pseudonym);
-	if (f->cached && !f->validated)
+	if (f->cached && !f->validated && !collapsed)
 		buffer_append(b, text_of("; hit"));
 	else
 		buffer_print(b, "; fwd=%s",
@@ -6567,7 +6999,7 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 		buffer_print(b, "; fwd-status=%d", f->forward_status);
 	if (f->cached)
 		buffer_print(b, "; ttl=%lld%s", (long long)f->ttl,
-		    f->leader ? "; collapsed" : "");
+		    collapsed ? "; collapsed" : "");
 	if (f->storing)
 		buffer_append(b, text_of("; stored"));
 	buffer_append(b, text_of("\r\n"));
@@ -6669,7 +7101,7 @@ response_interim(struct exchange *x, const struct response *r, size_t n)
 	x->moved = now.ms;
 	if (++x->facts.interims > INTERIM_MAX)
 		exchange_refuse(x, REFUSE_INTERIM, "");
-	else if (x->facts.minor == 1)
+	else if (x->facts.minor == 1 && x->facts.status == 0)
 		(void)response_pass(x, r, n);
 	else {
 		buffer_drop(x->server.in, n);
@@ -6715,6 +7147,10 @@ cache_note(struct exchange *x, const struct response *r)
 		store_begin(x, &q, r);
 	if (f->storing)
 		f->hit = "stored";
+	if (f->fetch && f->storing == key_is_lone(f->key))
+		cache.lone[f->key % CACHE_LONE] = f->storing ? 0 : f->key;
+	if (!f->storing)
+		fetch_end(x, false);
 }
 
 /* True if the server's connection may serve another request after r. */
@@ -6828,8 +7264,9 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 }
 
 /*
- * True if the answer to a HEAD speaks of what is stored: the same validators
- * and length, as far as it has them (RFC 9111 section 4.3.5).
+ * True if the answer to a HEAD, or a part of a body, speaks of what is stored:
+ * the same validators, and of a HEAD the length, as far as it has them (RFC
+ * 9111 section 4.3.5).
  */
 static bool
 entry_resembles(const struct exchange *x, const struct response *r)
@@ -6844,7 +7281,8 @@ entry_resembles(const struct exchange *x, const struct response *r)
 
 	if (b == NULL)
 		return false;
-	same = head_length(&r->head, &length) != 1 || length == e.body;
+	same = r->status == 206 || head_length(&r->head, &length) != 1 ||
+	    length == e.body;
 	for (i = 0; same && i < sizeof(fields) / sizeof(fields[0]); i++)
 		same = text_equals(head_value(&r->head, fields[i]),
 		    head_value(&old.head, fields[i]));
@@ -6892,10 +7330,39 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	}
 	if (failed && cache_rescue(x, true))
 		return true;
-	if (!failed && !(f->method == METHOD_HEAD && entry_resembles(x, r)))
+	if (!failed &&
+	    !((f->method == METHOD_HEAD || r->status == 206) &&
+		entry_resembles(x, r)))
 		(void)unlink(path);
 	entry_close(x);
 	return false;
+}
+
+/*
+ * The answer to what was asked again in the middle of a body: if it is the
+ * same payload, the rest of it follows what the client has; if not, the
+ * client must see that something is missing.
+ */
+static void
+response_resume(struct exchange *x, const struct response *r, size_t n)
+{
+	struct facts *f = &x->facts;
+	struct flow *d = &x->down, old = *d;
+
+	if (r->status != 200 || f->validator == 0 ||
+	    response_validator(r) != f->validator ||
+	    (old.to == FRAMING_LENGTH &&
+		(r->framing != FRAMING_LENGTH || r->length != f->body))) {
+		exchange_refuse(x, REFUSE_CUT_SHORT, "");
+		return;
+	}
+	flow_start(d, r->framing, old.to, r->length);
+	f->skip = d->payload = old.payload;
+	f->keep_server = response_keeps_server(x, r);
+	buffer_drop(x->server.in, n);
+	if (buffer_len(x->server.in) == 0)
+		buffer_give(&x->server.in);
+	exchange_enter(x, PHASE_RELAY);
 }
 
 /* Passes the head on, and both sides speak freely from then on. */
@@ -6941,6 +7408,8 @@ response_accept(struct exchange *x, size_t n)
 		response_tunnel(x, &r, n);
 	else if (r.status < 200)
 		response_interim(x, &r, n);
+	else if (f->status != 0)
+		response_resume(x, &r, n);
 	else
 		response_forward(x, &r, n);
 }
@@ -7025,6 +7494,7 @@ exchange_end(struct exchange *x)
 	log_exchange(x);
 	exchange_release(x);
 	store_drop(x);
+	fetch_leave(x);
 	entry_close(x);
 	buffer_give(&x->facts.head);
 	x->facts = (struct facts){ 0 };
@@ -7113,6 +7583,23 @@ relay_goes_on(struct exchange *x)
 	return true;
 }
 
+/*
+ * What x follows was given up, and x has passed on all that there was of it:
+ * asks the server for the same itself.
+ */
+static void
+relay_resume(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+
+	trace(x, "what this follows was given up: asking for the rest");
+	conn_close(&x->server, false);
+	fetch_leave(x);
+	f->orphan = f->local = f->cached = false;
+	f->next = 0;
+	exchange_enter(x, PHASE_RESOLVE);
+}
+
 /* RELAY: both flows side by side. */
 static bool
 relay_step(struct exchange *x)
@@ -7128,6 +7615,9 @@ relay_step(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (x->down.done && c->out == NULL && !relay_uploads(x))
 		exchange_finish(x);
+	else if (x->facts.orphan && !s->readable && s->in == NULL &&
+	    c->out == NULL)
+		relay_resume(x);
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
 	    c->out == NULL)
 		exchange_abort(x, END_SERVER, REFUSE_CUT_SHORT);
@@ -7219,6 +7709,8 @@ exchange_deadline(const struct exchange *x)
 		    f->tried + NEXT_TRY_MS < x->since + CONNECT_MS)
 			return f->tried + NEXT_TRY_MS;
 		return x->since + CONNECT_MS;
+	case PHASE_COLLAPSE:
+		return x->since + COLLAPSE_MS;
 	case PHASE_RESOLVE:
 	case PHASE_GREET:
 		return x->since + CONNECT_MS;
@@ -7248,6 +7740,9 @@ exchange_expire(struct exchange *x)
 			request_reject(x, REFUSE_SLOW);
 		else
 			exchange_close(x, false);
+		break;
+	case PHASE_COLLAPSE:
+		collapse_end(x);
 		break;
 	case PHASE_RESOLVE:
 		f->resolved = now.ms;
@@ -7337,6 +7832,7 @@ exchange_run(struct exchange *x)
 	static bool (*const steps[PHASES])(struct exchange *) = {
 		[PHASE_FREE] = free_step,
 		[PHASE_REQUEST] = request_step,
+		[PHASE_COLLAPSE] = collapse_step,
 		[PHASE_RESOLVE] = resolve_step,
 		[PHASE_CONNECT] = connect_step,
 		[PHASE_GREET] = greet_step,
@@ -7908,11 +8404,11 @@ option_version(void)
 	printf("proxy " VERSION "\nbuffer %d\nhead %d\nline %d\nfields %d\n"
 	       "slot %lu\nhead-ms %d\nconnect-ms %d\nresponse-ms %d\n"
 	       "half-closed-ms %d\nkept-client-ms %d\nkept-server-ms %d\n"
-	       "linger-ms %d\ndrain-ms %d\n",
+	       "collapse-ms %d\nlinger-ms %d\ndrain-ms %d\n",
 	    BUFFER_SIZE, BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM, LINE_MAX_BYTES,
 	    FIELDS_MAX, (unsigned long)sizeof(struct exchange), HEAD_MS,
 	    CONNECT_MS, RESPONSE_MS, HALF_CLOSED_MS, KEPT_CLIENT_MS,
-	    KEPT_SERVER_MS, LINGER_MS, DRAIN_MS);
+	    KEPT_SERVER_MS, COLLAPSE_MS, LINGER_MS, DRAIN_MS);
 	exit(0);
 }
 

@@ -6604,8 +6604,15 @@ END
 }
 
 test_cache_read_only() { # a directory that can't be written costs the entry only
-	[ "$(id -u)" != 0 ] || skip "root may write everywhere"
-	start_cache
+	if [ "$(id -u)" = 0 ]; then
+		# Root may write everywhere, nobody may not.
+		chmod 711 "$work" "$T"
+		mkdir cache
+		chown 65534:65534 cache
+		start_cache -u 65534
+	else
+		start_cache
+	fi
 	fresh_origin
 	get_fresh
 	what='a new one'
@@ -7085,10 +7092,10 @@ unit_lifetimes(void)
 		long long got;
 
 		read_response(table[i].status, table[i].fields, &r);
-		got = freshness_lifetime(&r, false);
+		got = freshness_lifetime(&r, false).seconds;
 		if (got != table[i].want)
 			unit_fail("lifetime", table[i].fields, "", got);
-		got = freshness_lifetime(&r, true);
+		got = freshness_lifetime(&r, true).seconds;
 		if (got != table[i].explicit)
 			unit_fail("explicit", table[i].fields, "", got);
 	}
