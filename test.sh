@@ -5997,6 +5997,7 @@ test_rules_address() { # address: of the server, by number and by name
 + GET http://films.example:%p/
 + CONNECT %O
 + CONNECT films.example:%p
++ GET http://[::ffff:127.0.0.1]:%p/
 END
 	holds 'address 10.0.0.0/8 ::1 127.0.0.2' <<'END'
 - GET http://%O/
@@ -6097,7 +6098,6 @@ END
 	log    "HEAD http://gone.example:1/ HTTP/1.1" 410 0 .*rule=rules:3
 	log    "POST http://gone.example:1/ HTTP/1.1" 410 .*rule=rules:3
 END
-	last_line ' why="'
 	play 'the second of three in one write' <<'END'
 	origin head
 	origin stall 100
@@ -6876,10 +6876,11 @@ END
 	[ "$(grep -c '^Accept: ' heads)" = 2 ] || fail "Accept is gone"
 }
 
-# A TLS greeting for a server, as text for a script: hello [NAME [N]]; with N
-# bytes in a first record and the rest in a second.
+# A TLS greeting for a server, as text for a script: hello [NAME [N [PAD]]];
+# with N bytes in a first record and the rest in a second, unless N is 0; with
+# PAD bytes of padding before the name.
 hello() {
-	awk -v name="${1-}" -v first="${2-0}" '
+	awk -v name="${1-}" -v first="${2-0}" -v pad="${3-0}" '
 	function num(v, bytes,   hex) {
 		for (hex = ""; bytes > 0; bytes--) {
 			hex = sprintf("%02x", v % 256) hex
@@ -6896,6 +6897,8 @@ hello() {
 		if (n > 0)
 			extensions = num(0, 2) num(n + 5, 2) num(n + 3, 2) \
 			    num(0, 1) num(n, 2) letters
+		if (pad > 0)
+			extensions = num(21, 2) num(pad, 2) num(0, pad) extensions
 		extensions = "000b00020100" extensions "000a00080006001d00170018"
 		body = "0303"
 		for (i = 0; i < 32; i++)
@@ -7574,7 +7577,8 @@ END
 	last_line ' rule=rules:1( |$)'
 	for host in 127.0.0.1 127.1.2.3 0.0.0.0 169.254.169.254 224.0.0.1 \
 	    255.255.255.255 '[::1]' '[::]' '[fe80::1]' '[ff02::1]' \
-	    '[::ffff:127.0.0.1]' near.example; do
+	    '[::ffff:127.0.0.1]' near.example 127.1 2130706433 0x7f000001 \
+	    0177.0.0.1; do
 		gives 403 "http://$host:$near/" || fail "$host: $(head -n 1 a)"
 		last_line ' rule=built-in:1( |$)' ' why="'
 		grep 'error=destination_ip_prohibited' a > /dev/null ||
@@ -7968,6 +7972,248 @@ test_rules_options() { # -f and -e more than once, with each other
 	last_line ' rule=two:2( |$)'
 	gives 411 http://c.example:%p/ || fail "c: $(head -n 1 a)"
 	last_line ' rule=-e:2( |$)'
+}
+
+test_rules_kept_server() { # a kept connection is judged like a new one, and rewritten once
+	start_rules <<'END'
+deny address 127.0.0.1 method POST
+add request X-Add once
+deny 450 address 127.0.0.1 url /hidden
+END
+	plain_origin o
+	play -n 'by its address' <<END
+	client send GET http://a.example:%p/1 HTTP/1.1\\nHost: x\\n\\n
+	client answer
+	client send POST http://a.example:%p/2 HTTP/1.1\\nHost: x\\nContent-Length: 0\\n\\n
+	client answer
+	client send GET http://a.example:%p/hidden HTTP/1.1\\nHost: x\\n\\n
+	client answer
+	client send GET http://a.example:%p/3 HTTP/1.1\\nHost: x\\n\\n
+	client answer
+	sees~  ^HTTP/1.1 200
+	sees~  HTTP/1.1 403
+	sees~  HTTP/1.1 450
+	sees~  HTTP/1.1 200
+END
+	got o <<'END'
+= GET /1 HTTP/1.1
+= GET /3 HTTP/1.1
+!~ ^POST
+!~ hidden
+END
+	play -n 'after a retry' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin head
+	origin close
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://b.example:%p/1 HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://b.example:%p/2 HTTP/1.1\nHost: x\n\n
+	client answer
+	sees~  okHTTP/1.1 200
+	gets   -- connection 2
+	gets   GET /2 HTTP/1.1
+	gets#  3 ^X-Add: once$
+END
+	plain_origin
+	gives 200 http://d.example:%p/ || fail "$(head -n 1 a)"
+	echo 'deny 451 address 127.0.0.0/8' > rules
+	kill -HUP "$proxy_pid"
+	wait_for 5 'gives 451 http://d.example:%p/' ||
+		fail "a kept connection is not judged after HUP"
+}
+
+test_rules_credentials() { # logins meant for a parent reach no server
+	dead_port
+	origin s <<'END'
+want 3
+send \x05\0
+want 19
+send \x05\0\0\x01\x7f\0\0\x01\x12\x34
+head
+send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+END
+	s=$origin
+	origin h <<'END'
+head
+send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+loop
+END
+	h=$origin
+	plain_origin o
+	start_rules <<END
+via http://me:s3cret@$dead direct host last.example
+via socks5://$s host abcdef.onion
+via http://me:s3cret@$dead http://$h host next.example
+via http://$h host relay.example
+END
+	theirs="Proxy-Authorization: Basic eDp5\n"
+	for host in last next relay; do
+		gives 200 http://$host.example:%p/ "$theirs" ||
+			fail "$host: $(head -n 1 a)"
+	done
+	gives 200 http://abcdef.onion/ "$theirs" || fail "socks: $(head -n 1 a)"
+	grep -i '^Proxy-Auth' o.[0-9] s.[0-9] > /dev/null &&
+		fail "a server gets a login for a proxy"
+	cat h.[0-9] > all
+	grep "$(basic me:s3cret)" all > /dev/null &&
+		fail "a parent gets another's login"
+	[ "$(grep -c '^Proxy-Authorization: Basic eDp5' all)" = 2 ] ||
+		fail "without a login of ours the client's does not pass"
+}
+
+test_rules_via_body() { # via: a request body goes to the parent that is reached
+	dead_port
+	start_rules <<END
+via http://$dead direct
+END
+	play -n 'by length' <<'END'
+	origin head
+	origin skip 500000
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send POST http://a.example:%p/ HTTP/1.1\nHost: x\nContent-Length: 500000\n\n
+	client fill 500000
+	client answer
+	sees~  ^HTTP/1.1 200
+	log    200 2 .* up=500000 .* end=done
+END
+	play -n 'a tunnel with early bytes' <<'END'
+	origin want 4
+	origin send pong
+	client send CONNECT a.example:%p HTTP/1.1\nHost: x\n\nping
+	client answer head
+	client until pong
+	sees   pong
+	gets   ping
+END
+}
+
+test_rules_collapsed() { # who follows another's fetch is judged on its own
+	start_rules -c "$T/cache" <<'END'
+deny type text/html field request X-Child .
+unset response X-Mark field request X-Plain .
+END
+	origin o <<'END'
+head
+touch asked
+await go
+send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Type: text/html\nX-Mark: 1\nContent-Length: 6\n\nadults
+loop
+END
+	client_bg first <<'END'
+send GET http://a.example:%p/ HTTP/1.1\nHost: x\n\n
+answer
+END
+	wait_for 10 '[ -f asked ]' || fail "the origin is not asked"
+	client_bg child <<'END'
+send GET http://a.example:%p/ HTTP/1.1\nHost: x\nX-Child: 1\n\n
+answer
+END
+	client_bg plain <<'END'
+send GET http://a.example:%p/ HTTP/1.1\nHost: x\nX-Plain: 1\n\n
+answer
+END
+	"$peer" sleep 300
+	touch go
+	ended first
+	ended child
+	ended plain
+	seen first <<'END'
+~ ^HTTP/1.1 200
+= X-Mark: 1
+= adults
+END
+	seen child <<'END'
+~ ^HTTP/1.1 403
+!~ adults
+END
+	seen plain <<'END'
+~ ^HTTP/1.1 200
+= adults
+!~ ^X-Mark
+END
+}
+
+test_rules_validated() { # what is validated is judged, its old body too
+	start_ruled -c "$T/cache"
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=0\nETag: "a"\nContent-Type: text/html\nContent-Length: 9\n\nnot clean
+head
+send HTTP/1.1 304 Not\nCache-Control: max-age=0\nETag: "a"\n\n
+loop
+END
+	gives 200 http://o.example:%p/ || fail "$(head -n 1 a)"
+	start_ruled -c "$T/cache" -e 'deny type text/html url \?type' \
+	    -e 'deny type text/html'
+	gives 403 http://o.example:%p/ || fail "by type: $(head -n 1 a)"
+	start_ruled -c "$T/cache" -e 'deny body "t cle"'
+	asks GET http://o.example:%p/
+	grep 'not clean' a > /dev/null && fail "the body passes"
+	last_line ' rule=-e:1( |$)'
+}
+
+test_rules_sni_large() { # sni: behind other extensions, in a greeting of many packets
+	start_rules <<'END'
+deny sni films.example
+END
+	for pad in 500 1500 4000; do
+		[ $((pad + 2000)) -lt "$buffer" ] || continue
+		for step in send "chop 700 20"; do
+			play -n "$pad bytes before the name, $step" <<END
+			origin eof
+			client send CONNECT any.example:%p HTTP/1.1\\nHost: x\\n\\n
+			client answer head
+			client $step $(hello films.example 0 $pad)
+			client eof
+			log    "CONNECT any.example:%p HTTP/1.1" 200 .* end=rule
+END
+			untouched o$plays
+		done
+		play -n "$pad bytes before another name" <<END
+		origin until THE END
+		origin send pong
+		client send CONNECT any.example:%p HTTP/1.1\\nHost: x\\n\\n
+		client answer head
+		client send $(hello other.example 0 $pad)THE END
+		client until pong
+		sees   pong
+END
+	done
+}
+
+test_rules_odd_names() { # odd names of files, users and reasons split no line
+	printf 'a"b c:x\n' > people
+	chmod 600 people
+	printf 'users people\ndeny "say \\"k\303\266nnte\\" \\\\ x" host b.example\nlogin\n' \
+	    > 'my "rules"'
+	start_ruled -f 'my "rules"'
+	plain_origin
+	gives 200 http://a.example:%p/ \
+	    "Proxy-Authorization: $(basic 'a"b c:x')\n" || fail "$(head -n 1 a)"
+	last_line '^127.0.0.1 - a%22b%20c \[' \
+	    ' rule=my%20%22rules%22:3( |$)'
+	gives 403 http://b.example:%p/ || fail "$(head -n 1 a)"
+	last_line ' rule=my%20%22rules%22:2( |$)'
+	grep "$(printf '^403 Forbidden: say "k\303\266nnte" \\\\ x')" a > /dev/null ||
+		fail "the page says $(tail -n 1 a)"
+	sed -n 's/^Proxy-Status: //p' a | tr -d '\r' > line
+	tr -d '\n\040-\176' < line > odd
+	[ ! -s odd ] || fail "Proxy-Status has bytes that are not ASCII"
+	sed -e 's/\\["\\]//g' -e 's/"[^"\\]*"//g' line |
+	    grep '["\\]' > /dev/null &&
+		fail "Proxy-Status is no structured field: $(cat line)"
+	tr -d '\n\040-\176' < log > odd
+	[ ! -s odd ] || fail "the log has bytes outside 32..126"
+	while read -r line; do
+		case $line in
+		'127.0.0.1 - '*' ['*'] "'*'" '[1-5][0-9][0-9]' '*' end='*) ;;
+		*) fail "log line: $line" ;;
+		esac
+	done < log
 }
 
 # Examples by task, as the manual has them.
