@@ -6451,6 +6451,7 @@ allow user alice bob host some.example
 deny user * host guests.example
 deny 451 not user * host members.example
 deny 450 not user alice host private.example
+deny user "*" host star.example
 deny 452 host some.example
 allow
 END
@@ -6474,6 +6475,8 @@ END
 403 guests alice
 200 guests nobody
 200 members carol
+200 star alice
+200 star nobody
 451 members nobody
 451 members wrong
 200 private alice
@@ -8214,6 +8217,84 @@ test_rules_odd_names() { # odd names of files, users and reasons split no line
 		*) fail "log line: $line" ;;
 		esac
 	done < log
+}
+
+test_rules_interim() { # an interim answer decides nothing for the answer behind it
+	start_rules <<'END'
+allow host a.example not type video/*
+deny 451 host a.example
+deny 450 host b.example not status 200
+deny 450 host c.example not type text/html
+deny 450 host d.example field response X-Early .
+END
+	for row in '451 a video/mp4' '200 b x/y' '200 c text/html' '200 d x/y' \
+	    '450 c x/y' '200 a text/html'; do
+		# shellcheck disable=SC2086 # words
+		set -- $row
+		play -n "$row" <<END
+		origin head
+		origin send HTTP/1.1 103 Early\\nX-Early: 1\\n\\n
+		origin stall 50
+		origin send HTTP/1.1 200 OK\\nContent-Type: $3\\nContent-Length: 6\\n\\nsecret
+		client send GET http://$2.example:%p/ HTTP/1.1\\nHost: x\\n\\n
+		client answer
+		log    "GET http://$2.example:%p/ HTTP/1.1" $1 
+END
+		case $1 in
+		200) ;;
+		*) grep secret "c$plays" > /dev/null && fail "$row: it passes" ;;
+		esac
+	done
+}
+
+test_rules_address_of_answer() { # what an answer is judged by is the address it came from
+	need_second_loopback
+	NAME_ADDRESSES='127.0.0.2 127.0.0.1'
+	start_rules <<'END'
+allow address 127.0.0.2
+deny type text/html
+END
+	for at in 127.0.0.1 127.0.0.2; do
+		origin "o$at" -a $at <<'END'
+head
+send HTTP/1.1 200 OK\nContent-Type: text/html\nContent-Length: 2\n\nok
+loop
+END
+		want=403
+		[ $at = 127.0.0.1 ] || want=200
+		gives $want http://x.example:%p/ || fail "$at: $(head -n 1 a)"
+		gives $want http://x.example:%p/ ||
+			fail "$at, kept: $(head -n 1 a)"
+	done
+}
+
+test_rules_evasion() { # other ways to write a host or a URL evade no line
+	plain_origin
+	echo shows.example > shows.list
+	start_rules <<'END'
+deny 451 host films.example
+deny 451 list shows.list
+deny 451 url ^http://[^/]*/secret
+END
+	for name in films shows; do
+		for host in $name.example $name.EXAMPLE $name.example. \
+		    $name%2eexample $name.example%00 \
+		    x@$name.example $name.example%20; do
+			for method in GET CONNECT; do
+				url=http://$host:%p/
+				[ $method = GET ] || url=$host:%p
+				asks $method "$url"
+				head -n 1 a | grep '^HTTP/1.1 4' > /dev/null ||
+					fail "$method $url: $(head -n 1 a)"
+			done
+		done
+	done
+	for url in http://a.example:%p/secret HTTP://A.example:%p/secret \
+	    http://a.example.:%p/secret http://a.example:0%p/secret; do
+		asks GET "$url"
+		head -n 1 a | grep '^HTTP/1.1 4' > /dev/null ||
+			fail "$url: $(head -n 1 a)"
+	done
 }
 
 # Examples by task, as the manual has them.
