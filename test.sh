@@ -9738,8 +9738,8 @@ test_style_files() { # the tree is five files, and dot-files
 
 # ---- Real programs ----------------------------------------------------------
 # Clients, servers and parents that people really use, each doing its work
-# through the proxy on loopback (only apt-get goes to its own sources). A
-# program that is not there is a skip.
+# through the proxy on loopback (only test_real_apt goes to the machine's
+# sources). A program that is not there is a skip.
 
 unset http_proxy https_proxy ftp_proxy all_proxy no_proxy
 unset HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY
@@ -10559,26 +10559,75 @@ test_real_apt() { # apt-get: update and download, from the machine's sources
 	stop_proxy
 }
 
-test_real_apt_cache() { # apt-get download twice: the second comes from the cache
-	have apt-get || skip "no apt-get"
-	have timeout || skip "no timeout"
-	[ -r /var/lib/dpkg/status ] || skip "no list of packages"
-	start_proxy -c store
-	mkdir -p state/lists/partial cache/archives/partial one two
-	set -- -o Acquire::http::Proxy="http://$proxy" \
-		-o Acquire::https::Proxy="http://$proxy"
-	real_apt "$@" update > apt.out 2>&1
-	grep -q '^[EW]: ' apt.out && skip "apt-get update fails"
-	for dir in one two; do
-		(cd "$dir" && real_apt "$@" download hostname) > apt.out 2>&1 ||
-			skip "apt-get download fails"
+# A repository in web/ with one package, old enough to be fresh for a while by
+# its Last-Modified alone.
+real_repository() {
+	mkdir -p tree/DEBIAN
+	cp "$work/real/text" tree/text
+	printf '%s\n' 'Package: proxied' 'Version: 1' 'Architecture: all' \
+		'Maintainer: nobody <nobody@localhost>' 'Description: nothing' \
+		> tree/DEBIAN/control
+	chmod 755 tree tree/DEBIAN
+	dpkg-deb --build tree web/proxied.deb > deb.out 2>&1 ||
+		fail "dpkg-deb: $(tail -n 1 deb.out)"
+	touch -t 202001010000 web/proxied.deb
+	{
+		cat tree/DEBIAN/control
+		echo "Filename: ./proxied.deb"
+		echo "Size: $(wc -c < web/proxied.deb)"
+		echo "SHA256: $(sha256sum < web/proxied.deb | cut -d ' ' -f 1)"
+	} > web/Packages
+	printf 'Date: %s\nSHA256:\n %s %s Packages\n' \
+		"$(date -u '+%a, %d %b %Y %H:%M:%S UTC')" \
+		"$(sha256sum < web/Packages | cut -d ' ' -f 1)" \
+		"$(wc -c < web/Packages)" > web/Release
+	echo "deb [trusted=yes] http://127.0.0.1:$web/ ./" > sources
+}
+
+# A machine of its own, in the directory HOME, gets the package.
+real_apt_home() { # HOME OPTION...
+	mkdir -p "$1/state/lists/partial" "$1/cache/archives/partial"
+	cd "$1" || fail "no $1"
+	shift
+	set -- -o Dir::State="$PWD/state" -o Dir::Cache="$PWD/cache" "$@"
+	for command in update 'download proxied'; do
+		# shellcheck disable=SC2086 # words
+		real_apt "$@" $command > apt.out 2>&1 ||
+			fail "apt-get $command: $(grep '^[EW]:' apt.out | head -1)"
+		grep -q '^[EW]:' apt.out && fail "$command: $(cat apt.out)"
 	done
-	grep -q '"GET http://[^ ]*/hostname_' log ||
-		skip "the machine's sources are not plain http"
-	cmp one/hostname_*.deb two/hostname_*.deb || fail "they differ"
-	grep -q '/hostname_.* miss=stored ' log ||
-		skip "this mirror's answers have neither freshness nor validator"
-	real_log GET '[^ ]*/hostname_[^ ]*.deb' '200 .* hit=fresh '
+	cd "$T" || fail "no $T"
+}
+
+# How nginx answered for a file: the statuses, each with a blank behind it.
+real_seen() { # FILE STATUSES
+	real_statuses=$(sed -n "s|.*/$1 HTTP/1.1\" \([0-9]*\) .*|\1|p" web.log |
+	    tr '\n' ' ')
+	[ "$real_statuses" = "$2" ] || fail "nginx had for $1: $real_statuses"
+}
+
+test_real_apt_cache() { # apt-get on two machines: the cache has it for the second
+	have apt-get || skip "no apt-get"
+	have dpkg-deb || skip "no dpkg-deb"
+	real_web
+	real_repository
+	start_proxy -c store
+	for dir in one two; do
+		real_apt_home "$dir" -o Acquire::http::Proxy="http://$proxy" \
+			-o Dir::State::status=/dev/null \
+			-o Dir::Etc::SourceList="$T/sources" \
+			-o Dir::Etc::SourceParts=/dev/null
+		real_same "$dir/proxied_1_all.deb" web/proxied.deb
+	done
+	# Of lists apt wants to know that they are current, of packages not.
+	for file in Release Packages; do
+		real_log GET "[^ ]*/$file" '200 .* miss=stored '
+		real_log GET "[^ ]*/$file" '200 .* hit=validated '
+		real_seen "$file" '200 304 '
+	done
+	real_log GET '[^ ]*/proxied.deb' '200 .* miss=stored '
+	real_log GET '[^ ]*/proxied.deb' '200 .* hit=fresh .* server=- '
+	real_seen proxied.deb '200 '
 	stop_proxy
 }
 
