@@ -9745,8 +9745,8 @@ test_style_files() { # the tree is five files, and dot-files
 
 # ---- Real programs ----------------------------------------------------------
 # Clients, servers and parents that people really use, each doing its work
-# through the proxy on loopback (only apt-get goes to its own sources). A
-# program that is not there is a skip.
+# through the proxy on loopback (only test_real_apt goes to the machine's
+# sources). A program that is not there is a skip.
 
 unset http_proxy https_proxy ftp_proxy all_proxy no_proxy
 unset HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY
@@ -10566,26 +10566,75 @@ test_real_apt() { # apt-get: update and download, from the machine's sources
 	stop_proxy
 }
 
-test_real_apt_cache() { # apt-get download twice: the second comes from the cache
-	have apt-get || skip "no apt-get"
-	have timeout || skip "no timeout"
-	[ -r /var/lib/dpkg/status ] || skip "no list of packages"
-	start_proxy -c store
-	mkdir -p state/lists/partial cache/archives/partial one two
-	set -- -o Acquire::http::Proxy="http://$proxy" \
-		-o Acquire::https::Proxy="http://$proxy"
-	real_apt "$@" update > apt.out 2>&1
-	grep -q '^[EW]: ' apt.out && skip "apt-get update fails"
-	for dir in one two; do
-		(cd "$dir" && real_apt "$@" download hostname) > apt.out 2>&1 ||
-			skip "apt-get download fails"
+# A repository in web/ with one package, old enough to be fresh for a while by
+# its Last-Modified alone.
+real_repository() {
+	mkdir -p tree/DEBIAN
+	cp "$work/real/text" tree/text
+	printf '%s\n' 'Package: proxied' 'Version: 1' 'Architecture: all' \
+		'Maintainer: nobody <nobody@localhost>' 'Description: nothing' \
+		> tree/DEBIAN/control
+	chmod 755 tree tree/DEBIAN
+	dpkg-deb --build tree web/proxied.deb > deb.out 2>&1 ||
+		fail "dpkg-deb: $(tail -n 1 deb.out)"
+	touch -t 202001010000 web/proxied.deb
+	{
+		cat tree/DEBIAN/control
+		echo "Filename: ./proxied.deb"
+		echo "Size: $(wc -c < web/proxied.deb)"
+		echo "SHA256: $(sha256sum < web/proxied.deb | cut -d ' ' -f 1)"
+	} > web/Packages
+	printf 'Date: %s\nSHA256:\n %s %s Packages\n' \
+		"$(date -u '+%a, %d %b %Y %H:%M:%S UTC')" \
+		"$(sha256sum < web/Packages | cut -d ' ' -f 1)" \
+		"$(wc -c < web/Packages)" > web/Release
+	echo "deb [trusted=yes] http://127.0.0.1:$web/ ./" > sources
+}
+
+# A machine of its own, in the directory HOME, gets the package.
+real_apt_home() { # HOME OPTION...
+	mkdir -p "$1/state/lists/partial" "$1/cache/archives/partial"
+	cd "$1" || fail "no $1"
+	shift
+	set -- -o Dir::State="$PWD/state" -o Dir::Cache="$PWD/cache" "$@"
+	for command in update 'download proxied'; do
+		# shellcheck disable=SC2086 # words
+		real_apt "$@" $command > apt.out 2>&1 ||
+			fail "apt-get $command: $(grep '^[EW]:' apt.out | head -1)"
+		grep -q '^[EW]:' apt.out && fail "$command: $(cat apt.out)"
 	done
-	grep -q '"GET http://[^ ]*/hostname_' log ||
-		skip "the machine's sources are not plain http"
-	cmp one/hostname_*.deb two/hostname_*.deb || fail "they differ"
-	grep -q '/hostname_.* miss=stored ' log ||
-		skip "this mirror's answers have neither freshness nor validator"
-	real_log GET '[^ ]*/hostname_[^ ]*.deb' '200 .* hit=fresh '
+	cd "$T" || fail "no $T"
+}
+
+# How nginx answered for a file: the statuses, each with a blank behind it.
+real_seen() { # FILE STATUSES
+	real_statuses=$(sed -n "s|.*/$1 HTTP/1.1\" \([0-9]*\) .*|\1|p" web.log |
+	    tr '\n' ' ')
+	[ "$real_statuses" = "$2" ] || fail "nginx had for $1: $real_statuses"
+}
+
+test_real_apt_cache() { # apt-get on two machines: the cache has it for the second
+	have apt-get || skip "no apt-get"
+	have dpkg-deb || skip "no dpkg-deb"
+	real_web
+	real_repository
+	start_proxy -c store
+	for dir in one two; do
+		real_apt_home "$dir" -o Acquire::http::Proxy="http://$proxy" \
+			-o Dir::State::status=/dev/null \
+			-o Dir::Etc::SourceList="$T/sources" \
+			-o Dir::Etc::SourceParts=/dev/null
+		real_same "$dir/proxied_1_all.deb" web/proxied.deb
+	done
+	# Of lists apt wants to know that they are current, of packages not.
+	for file in Release Packages; do
+		real_log GET "[^ ]*/$file" '200 .* miss=stored '
+		real_log GET "[^ ]*/$file" '200 .* hit=validated '
+		real_seen "$file" '200 304 '
+	done
+	real_log GET '[^ ]*/proxied.deb' '200 .* miss=stored '
+	real_log GET '[^ ]*/proxied.deb' '200 .* hit=fresh .* server=- '
+	real_seen proxied.deb '200 '
 	stop_proxy
 }
 
@@ -10800,13 +10849,14 @@ test_real_parent_squid() { # -x http: squid as the parent
 	stop_proxy
 }
 
-# A squid on port $1, in the foreground, that stores nothing; $2 is more of
-# its configuration.
-real_squid() {
+# Starts a squid on port $1, in the foreground; $2 is more of its
+# configuration. It stores nothing unless $3 says so. It has a name of its own
+# because squids of one name share memory, and fail if they are of two users.
+real_squid_spawn() {
 	cat > squid.conf <<-EOF
 		http_port 127.0.0.1:$1
 		http_access allow all
-		cache deny all
+		${3-cache deny all}
 		cache_mem 8 MB
 		access_log none
 		cache_log /dev/stderr
@@ -10818,7 +10868,13 @@ real_squid() {
 		shutdown_lifetime 0 seconds
 		$2
 	EOF
-	spawn squid.out squid -N -f "$T/squid.conf"
+	[ -z "${3-}" ] ||
+		squid -n "test$1" -N -z -f "$T/squid.conf" > squid.made 2>&1
+	spawn squid.out squid -n "test$1" -N -f "$T/squid.conf"
+}
+
+real_squid() { # the same, and waits until it serves
+	real_squid_spawn "$@"
 	wait_for 20 "curl -q -s -o out http://127.0.0.1:$1/" ||
 		fail "squid does not start: $(tail -n 1 squid.out)"
 }
@@ -10879,17 +10935,21 @@ bench_load() { # FILE: writes the source of the load tool
 /*
  * load origin FILE
  *     writes its port to FILE and answers GET .../N with N bytes, kept alive,
- *     until it is killed
- * load client [-c] [-n] [-x PROXY-PORT] PORT CONNS REQUESTS MS SIZE
+ *     until it is killed. What is below /keep/ may be cached; how often it
+ *     was asked for that is a long in FILE.asked.
+ * load client [-c] [-n] [-k N] [-r] [-x PROXY-PORT]
+ *     PORT CONNS REQUESTS MS SIZE
  *     asks that origin for SIZE bytes over CONNS connections at once, until
  *     REQUESTS are answered or MS have passed; -n: a new connection for each,
- *     -c: by CONNECT. Prints requests, seconds, errors and its own
- *     microseconds of processor time.
+ *     -c: by CONNECT, -k: for one of N objects that may be cached, in turn or
+ *     (-r) at random. Prints requests, seconds, errors (also a size that is
+ *     not SIZE) and its own microseconds of processor time.
  * load idle PROXY-PORT PORT CONNS FILE
  *     opens CONNS tunnels, writes how many stand to FILE, and keeps them
  *     until it is killed
  */
 #define _POSIX_C_SOURCE 200809L
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 
@@ -10921,9 +10981,11 @@ struct conn {
 static struct pollfd fds[CONNS_MAX + 1];
 static struct conn *conns[CONNS_MAX + 1];
 static char bytes[1 << 18];
-static int proxy_port, origin_port, by_connect, anew;
-static char request[256];
-static long errors;
+static int proxy_port, origin_port, by_connect, anew, at_random;
+static char request[320];
+static long errors, body_size, objects;
+static unsigned long *asked;
+static char date[40];
 
 static void
 die(const char *what)
@@ -11012,6 +11074,36 @@ dial(void)
 	return fd;
 }
 
+/* Which object comes next. The dice (xorshift) fall alike in every run. */
+static long
+object_next(void)
+{
+	static uint32_t dice = 2463534242u;
+	static long turn;
+
+	if (!at_random)
+		return turn++ % objects;
+	dice ^= dice << 13;
+	dice ^= dice >> 17;
+	dice ^= dice << 5;
+	return (long)(dice % (uint32_t)objects);
+}
+
+static void
+request_make(void)
+{
+	char to[64] = "", object[32] = "";
+
+	if (proxy_port && !by_connect)
+		snprintf(to, sizeof to, "http://127.0.0.1:%d", origin_port);
+	if (objects)
+		snprintf(object, sizeof object, "keep/%ld/", object_next());
+	snprintf(request, sizeof request, "GET %s/%s%ld HTTP/1.1\r\n"
+	    "Host: 127.0.0.1:%d\r\nUser-Agent: load\r\nAccept: */*\r\n"
+	    "%s\r\n", to, object, body_size, origin_port,
+	    anew ? "Connection: close\r\n" : "");
+}
+
 /* Sends the next request on a connection, on a new one if need be. */
 static void
 ask(int i, int fresh)
@@ -11034,6 +11126,8 @@ ask(int i, int fresh)
 		}
 		set_up(fds[i].fd);
 	}
+	if (objects)
+		request_make();
 	if (write(fds[i].fd, request, strlen(request)) == -1 &&
 	    !(c->used && errno == EPIPE))
 		errors++;
@@ -11057,6 +11151,8 @@ head_take(struct conn *c, const char *p, size_t n)
 	field = strstr(c->head, "\r\nContent-Length:");
 	field = field ? field : strstr(c->head, "\r\ncontent-length:");
 	c->left = field ? strtol(field + 17, NULL, 10) : -1;
+	if (c->left != body_size)
+		c->left = -1;
 	c->close = strncmp(c->head, "HTTP/1.1", 8) != 0 ||
 	    strstr(c->head, "\r\nConnection: close") ||
 	    strstr(c->head, "\r\nconnection: close");
@@ -11089,12 +11185,13 @@ static long
 client(int n, long count, double end)
 {
 	long done = 0;
-	int i, open = n, got;
+	int i, open = 0, got;
 
 	for (i = 0; i < n; i++) {
 		conns[i] = calloc(1, sizeof *conns[i]);
 		fds[i].fd = CLOSED;
 		ask(i, 1);
+		open += fds[i].fd != CLOSED;
 	}
 	while (open > 0 && errors < 100 && now() < end + 20) {
 		if (poll(fds, (nfds_t)n, 1000) == -1)
@@ -11144,7 +11241,7 @@ request_serve(struct conn *c, int fd)
 	ssize_t n = read(fd, c->head + c->len, sizeof c->head - 1 - c->len);
 	long size;
 	char *at;
-	int len;
+	int len, keep;
 
 	if (n <= 0)
 		return n == -1 && errno == EAGAIN;
@@ -11157,11 +11254,14 @@ request_serve(struct conn *c, int fd)
 		at--;
 	size = at ? strtol(at, NULL, 10) : 0;
 	c->close = strstr(c->head, "\r\nConnection: close") != NULL;
+	keep = strstr(c->head, "/keep/") != NULL;
+	*asked += (unsigned long)keep;
 	c->len = 0;
 	len = snprintf(out, sizeof out, "HTTP/1.1 200 OK\r\n"
-	    "Date: Sun, 22 Nov 2026 02:31:05 GMT\r\nServer: load\r\n"
+	    "Date: %s\r\nServer: load\r\n"
 	    "Content-Type: application/octet-stream\r\n"
-	    "Content-Length: %ld\r\n%s\r\n", size,
+	    "Content-Length: %ld\r\n%s%s\r\n", date, size,
+	    keep ? "Cache-Control: max-age=86400\r\n" : "",
 	    c->close ? "Connection: close\r\n" : "");
 	c->left = size;
 	if (size <= (long)sizeof out - len) {
@@ -11172,6 +11272,26 @@ request_serve(struct conn *c, int fd)
 	return write(fd, out, (size_t)len) == len && body_write(c, fd);
 }
 
+/* The counter in FILE.asked, and the date of all answers: today's. */
+static void
+origin_ready(const char *file)
+{
+	char name[256];
+	time_t t = time(NULL);
+	int fd;
+
+	snprintf(name, sizeof name, "%s.asked", file);
+	fd = open(name, O_RDWR | O_CREAT | O_TRUNC, 0666);
+	if (fd == -1 || ftruncate(fd, sizeof *asked) == -1)
+		die(name);
+	asked = mmap(NULL, sizeof *asked, PROT_READ | PROT_WRITE, MAP_SHARED,
+	    fd, 0);
+	if (asked == MAP_FAILED)
+		die(name);
+	close(fd);
+	strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT", gmtime(&t));
+}
+
 static void
 origin(const char *file)
 {
@@ -11180,6 +11300,7 @@ origin(const char *file)
 	int fd, n = 1, i;
 	FILE *f;
 
+	origin_ready(file);
 	fds[0].fd = socket(AF_INET, SOCK_STREAM, 0);
 	fds[0].events = POLLIN;
 	if (fds[0].fd == -1 ||
@@ -11261,22 +11382,18 @@ main(int argc, char **argv)
 	if (argc < 7 || strcmp(argv[1], "client") != 0)
 		return 2;
 	optind = 2;
-	while ((opt = getopt(argc, argv, "cnx:")) != -1) {
+	while ((opt = getopt(argc, argv, "ck:nrx:")) != -1) {
 		by_connect |= opt == 'c';
 		anew |= opt == 'n';
+		at_random |= opt == 'r';
+		objects = opt == 'k' ? atol(optarg) : objects;
 		proxy_port = opt == 'x' ? atoi(optarg) : proxy_port;
 	}
 	argv += optind;
 	origin_port = atoi(argv[0]);
-	if (proxy_port && !by_connect)
-		snprintf(request, sizeof request, "GET http://127.0.0.1:%s/%s",
-		    argv[0], argv[4]);
-	else
-		snprintf(request, sizeof request, "GET /%s", argv[4]);
-	snprintf(request + strlen(request), sizeof request - strlen(request),
-	    " HTTP/1.1\r\nHost: 127.0.0.1:%s\r\nUser-Agent: load\r\n"
-	    "Accept: */*\r\n%s\r\n", argv[0],
-	    anew ? "Connection: close\r\n" : "");
+	body_size = atol(argv[4]);
+	if (!objects)
+		request_make();
 	start = now();
 	done = client(atoi(argv[1]), atol(argv[2]),
 	    start + (double)atol(argv[3]) / 1000);
@@ -11309,15 +11426,20 @@ bench_cpu() { # PID
 	fi
 }
 
-# Takes a proxy into the race if it serves; its place is in NAME.where.
+# Takes a proxy into the race if it serves within 20 seconds; its place is in
+# NAME.where.
 bench_add() { # NAME PORT PID
-	if wait_for 20 "[ \"\$(./load client -x $2 $origin 1 1 1000 1024 |
-	    cut -d ' ' -f 1,3)\" = '1 0' ]"; then
-		echo "$2 $3" > "$1.where"
-		bench_names="$bench_names $1"
-	else
-		echo "$1 does not serve and is left out"
-	fi
+	bench_until=$(($("$peer" clock) + 20000))
+	until [ "$(./load client -x "$2" "$origin" 1 1 1000 1024 |
+	    cut -d ' ' -f 1,3)" = '1 0' ]; do
+		if [ "$("$peer" clock)" -ge "$bench_until" ]; then
+			echo "$1 does not serve and is left out"
+			return
+		fi
+		"$peer" sleep 50
+	done
+	echo "$2 $3" > "$1.where"
+	bench_names="$bench_names $1"
 }
 
 bench_proxies() {
@@ -11332,7 +11454,7 @@ bench_proxies() {
 		bench_add tinyproxy "$real_p1" "$spawned"
 	fi
 	if have squid; then
-		real_squid "$real_p2" 'max_filedescriptors 16384'
+		real_squid_spawn "$real_p2" 'max_filedescriptors 16384'
 		bench_add squid "$real_p2" "$spawned"
 	fi
 	real_ports
@@ -11358,8 +11480,12 @@ bench_proxies() {
 	fi
 }
 
-# One measurement: a line "requests/s, own us, everybody's us, errors" in
-# WORK.NAME; the times are processor time per request.
+bench_asked() { # how often the origin was asked for what a cache may keep
+	od -A n -t uL port.asked
+}
+
+# One measurement: a line "requests/s, own us, everybody's us, errors, asked,
+# requests" in WORK.NAME; the times are processor time per request.
 bench_one() { # WORK NAME FLAGS CONNS REQUESTS MS SIZE
 	bench_work=$1 bench_name=$2 bench_flags=$3 bench_pid=$$
 	shift 3
@@ -11368,15 +11494,18 @@ bench_one() { # WORK NAME FLAGS CONNS REQUESTS MS SIZE
 		bench_flags="$bench_flags -x $bench_port"
 	fi
 	bench_own=$(bench_cpu "$bench_pid") bench_origin=$(bench_cpu "$origin_pid")
+	bench_before=$(bench_asked)
 	# shellcheck disable=SC2086 # flags are words
 	./load client $bench_flags "$origin" "$@" > result
 	awk -v own=$(($(bench_cpu "$bench_pid") - bench_own)) \
 		-v origin=$(($(bench_cpu "$origin_pid") - bench_origin)) \
+		-v asked=$(($(bench_asked) - bench_before)) \
 		-v name="$bench_name" '{
 			if (name == "direct")
 				own = 0
 			n = $1 ? $1 : 1
-			print $1 / $2, own / n, (own + origin + $4) / n, $3
+			print $1 / $2, own / n, (own + origin + $4) / n, $3,
+				asked, $1
 		}' result >> "$bench_work.$bench_name"
 }
 
@@ -11386,21 +11515,32 @@ bench_median() { # FILE COLUMN
 }
 
 # One table; rates are multiplied by SCALE, times per request divided by it.
+# Of what may be cached it says how many of the requests reached the origin.
 bench_table() { # WORK TITLE UNIT SCALE
-	printf '\n%s\n%-10s%12s%12s%16s%16s\n' "$2" '' "$3/s" 'of direct' \
-		"own us/$3" 'all, of direct'
+	printf '\n%s\n' "$2"
 	for name in direct $bench_names; do
 		[ -f "$1.$name" ] || continue
 		echo "$name" "$(bench_median "$1.$name" 1)" \
 			"$(bench_median "$1.$name" 2)" \
 			"$(bench_median "$1.$name" 3)" \
-			"$(awk '{ n += $4 } END { print n }' "$1.$name")"
-	done | awk -v scale="$4" '
-		NR == 1 { rate = $2; all = $4 }
+			"$(awk '{ n += $4; asked += $5; all += $6 }
+				END { print n, asked "/" all }' "$1.$name")"
+	done | awk -v unit="$3" -v scale="$4" '
+		NR == 1 {
+			rate = $2; all = $4; kept = $6 !~ /^0/
+			printf "%-14s%10s%11s%15s%15s%s\n", "", unit "/s",
+				"of direct", "own us/" unit, "all, of direct",
+				kept ? sprintf("%15s", "asked origin") : ""
+		}
 		{
-			printf "%-10s%12.0f%12.3f", $1, $2 * scale, $2 / rate
-			printf NR == 1 ? "%16s" : "%16.1f", NR == 1 ? "-" : $3 / scale
-			printf "%16.2f%s\n", $4 / all, $5 ? "  errors: " $5 : ""
+			printf "%-14s%10.0f%11.3f", $1, $2 * scale, $2 / rate
+			printf NR == 1 ? "%15s" : "%15.1f", NR == 1 ? "-" : $3 / scale
+			printf "%15.2f", $4 / all
+			if (kept)
+				printf "%15s", $6
+			if (kept && NR > 1 && $6 !~ /^0\//)
+				printf "  NOT ALL HITS"
+			print $5 ? "  errors: " $5 : ""
 		}'
 }
 
@@ -11410,7 +11550,7 @@ bench_resident() { # PID: KiB
 
 # Beside idle tunnels, which all candidates hold at the same time.
 bench_tunnels() {
-	printf '\nMemory with %d idle tunnels\n%-10s%12s%16s%16s\n' "$bench_idle" \
+	printf '\nMemory with %d idle tunnels\n%-14s%10s%15s%15s\n' "$bench_idle" \
 		'' 'tunnels' 'KiB at first' 'KiB a tunnel'
 	names=
 	for name in $bench_names; do
@@ -11425,7 +11565,7 @@ bench_tunnels() {
 		names="$names $name"
 		awk -v name="$name" -v before="$before" \
 			-v after="$(bench_resident "$pid")" '{
-				printf "%-10s%12d%16d%16.2f\n", name, $1, before,
+				printf "%-14s%10d%15d%15.2f\n", name, $1, before,
 					$1 ? (after - before) / $1 : 0
 			}' "stand.$name"
 	done
@@ -11440,6 +11580,125 @@ bench_tunnels() {
 		request 1
 	bench_table idle \
 		"GET 1 KiB, 32 connections beside $bench_idle idle tunnels" request 1
+}
+
+bench_clear() { # ends the candidates
+	for name in $bench_names; do
+		read -r port pid < "$name.where"
+		kill "$pid"
+		rm "$name.where"
+	done
+	bench_names=
+}
+
+bench_cache_squid() { # PORT
+	mkdir squid.store
+	bench_user=
+	if [ "$(id -u)" -eq 0 ]; then
+		bench_user='cache_effective_user nobody'
+		chmod 711 "$work" "$T"
+		chown nobody squid.store
+	fi
+	real_squid_spawn "$1" "$bench_user
+		max_filedescriptors 16384
+		cache_mem 256 MB
+		maximum_object_size 64 MB
+		cache_dir aufs $T/squid.store 1024 16 256" 'cache allow all'
+	bench_add squid "$1" "$spawned"
+}
+
+bench_cache_nginx() { # PORT
+	cat > nginx.conf <<-EOF
+		daemon off; master_process off; pid $T/nginx.pid;
+		error_log $T/nginx.err; worker_rlimit_nofile 16384;
+		events { worker_connections 8192; }
+		http {
+			access_log off; sendfile on; tcp_nopush on;
+			keepalive_requests 1000000000;
+			client_body_temp_path $T/t1; proxy_temp_path $T/t2;
+			fastcgi_temp_path $T/t3; uwsgi_temp_path $T/t4;
+			scgi_temp_path $T/t5;
+			proxy_cache_path $T/nginx.store levels=1:2
+				keys_zone=all:16m max_size=1g use_temp_path=off;
+			server {
+				listen 127.0.0.1:$1;
+				location / {
+					proxy_pass http://\$http_host\$request_uri;
+					proxy_cache all;
+					proxy_cache_key \$http_host\$request_uri;
+				}
+			}
+		}
+	EOF
+	spawn nginx.out nginx -c "$T/nginx.conf"
+	bench_add nginx "$1" "$spawned"
+}
+
+bench_cache_traffic() { # PORT
+	mkdir -p traffic/etc traffic/log traffic/run traffic/store
+	printf '%s\n' "prefix: $T/traffic" "sysconfdir: $T/traffic/etc" \
+		"localstatedir: $T/traffic" "logdir: $T/traffic/log" \
+		"runtimedir: $T/traffic/run" > traffic/root.yaml
+	sed 's/^/CONFIG proxy.config./' > traffic/etc/records.config <<-EOF
+		http.server_ports STRING $1:ip-in=127.0.0.1
+		reverse_proxy.enabled INT 0
+		url_remap.remap_required INT 0
+		exec_thread.autoconfig INT 0
+		exec_thread.limit INT 1
+		cache.ram_cache.size INT 268435456
+		log.logging_enabled INT 0
+		crash_log_helper STRING NULL
+		admin.user_id STRING #-1
+	EOF
+	echo "$T/traffic/store 1G" > traffic/etc/storage.config
+	printf '%s\n' 'ip_allow:' '  - apply: in' '    ip_addrs: 127.0.0.1' \
+		'    action: allow' '    methods: ALL' > traffic/etc/ip_allow.yaml
+	spawn traffic.out traffic_server --run-root="$T/traffic/root.yaml"
+	bench_add trafficserver "$1" "$spawned"
+}
+
+bench_cache_proxies() {
+	name=cache start_proxy -c "$T/store" -s 1G
+	bench_add proxy "${proxy##*:}" "$proxy_pid"
+	real_ports
+	have squid && bench_cache_squid "$real_p1"
+	have nginx && bench_cache_nginx "$real_p2"
+	real_ports
+	have traffic_server && bench_cache_traffic "$real_p1"
+}
+
+# Twice, so that what a first answer missed gets in too.
+bench_warm_up() {
+	for name in $bench_names $bench_names; do
+		read -r port pid < "$name.where"
+		./load client -x "$port" -k 1 "$origin" 1 1 5000 1024
+		./load client -x "$port" -k 1 "$origin" 1 1 10000 16777216
+		./load client -x "$port" -k 10000 "$origin" 8 10000 20000 8192
+	done > warm.out
+}
+
+bench_caches() {
+	bench_clear
+	bench_cache_proxies
+	bench_warm_up
+	round=0
+	while [ $((round += 1)) -le "$bench_rounds" ]; do
+		for name in direct $bench_names; do
+			bench_one hit "$name" '-k 1' 32 1000000 "$bench_ms" 1024
+			bench_one hits "$name" '-k 10000 -r' 32 1000000 \
+				"$bench_ms" 8192
+			bench_one big "$name" '-k 1' 1 1000000 "$bench_ms" 16777216
+		done
+	done
+	echo
+	echo "Caches of 1 GiB on disk that have what is asked for. squid and"
+	echo "trafficserver hold 256 MiB in memory beside (but no object of 16 MiB,"
+	echo "as they come), proxy and nginx leave that to the system."
+	bench_table hit 'Hit: GET 1 KiB, one object, 32 kept connections' request 1
+	bench_table hits \
+		'Hit: GET 8 KiB, 10000 objects at random, 32 kept connections' \
+		request 1
+	bench_table big 'Hit: GET 16 MiB, one object, 1 kept connection' MiB 16
 }
 
 bench_end() {
@@ -11489,6 +11748,7 @@ bench() (
 	bench_table body 'GET 256 MiB, one' MiB 256
 	bench_table tunnel 'GET 256 MiB through CONNECT, one' MiB 256
 	bench_tunnels
+	bench_caches
 	bench_status=0
 )
 
