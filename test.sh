@@ -6760,6 +6760,445 @@ END
 	    counted_calls | head -n 3)"
 }
 
+# Gets /FROM to /TO from the origin at hand on one connection:
+# get_many FROM TO
+get_many() {
+	awk -v from="$1" -v to="$2" 'BEGIN {
+		for (n = from; n <= to; n++)
+			printf "send GET http://%%O/%d HTTP/1.1\\nHost: " \
+			    "%%O\\nX-A: 1\\n\\n\nanswer\n", n
+	}' > many.steps
+	client many < many.steps
+	grep '^open$' many.end > /dev/null || fail "${what-}: $(cat many.end)"
+}
+
+# An origin whose answers are fresh, so many bytes, each its own entry:
+# many_origin BYTES ['response fields\n']
+many_origin() {
+	origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=9999\n${2-}Content-Length: $1\n\n\{$1:x}
+loop
+END
+}
+
+# KiB of the disk that all files of the cache take.
+disk_use() {
+	find cache -type f -exec du -k {} + 2> /dev/null |
+		awk '{ sum += $1 } END { print sum + 0 }'
+}
+
+# The entry of a path of the origin at hand; nothing if there is none.
+entry_of() {
+	find cache -type f -exec grep -l -x "key: http://$origin/$1" {} + \
+	    2> /dev/null
+}
+
+# Sets the files' times to HOURS[:MINUTES] ago: aged HOURS FILE...
+aged() {
+	aged_when=$(TZ="AGO$1" date +%Y%m%d%H%M.%S)
+	shift
+	TZ=UTC0 touch -t "$aged_when" "$@"
+}
+
+# True if a file's time is less than HOURS[:MINUTES] ago: younger HOURS FILE
+younger() {
+	: > younger.ref
+	aged "$1" younger.ref
+	[ -n "$(find "$2" -newer younger.ref)" ]
+}
+
+test_cache_sweep() { # what was used least recently goes, nothing else, and only if it must
+	start_cache -s 1M
+	many_origin 20000
+	get_many 1 20
+	# 20 times 24 KiB are less than five eighths of 1 MiB: all stay.
+	[ "$(disk_use)" -le 484 ] || skip "files take $(disk_use) KiB here"
+	[ "$(disk_use)" -ge 480 ] || fail "$(disk_use) KiB are stored"
+	for n in 1 2 3 4 5 6 7; do
+		aged 20 "$(entry_of $n)"
+	done
+	for n in 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+		aged 2 "$(entry_of $n)"
+	done
+	get_many 7 7
+	younger 1 "$(entry_of 7)" || fail "a hit does not show in its time"
+	# What is left without the six is 624 KiB: nothing else need go.
+	get_many 21 32
+	wait_for 10 '[ "$(disk_use)" -le 640 ]' ||
+		fail "$(disk_use) KiB stay"
+	n=0
+	while [ $((n += 1)) -le 32 ]; do
+		if [ $n -le 6 ]; then
+			[ -z "$(entry_of $n)" ] || fail "/$n of old is there"
+		else
+			[ -n "$(entry_of $n)" ] || fail "/$n is lost"
+		fi
+	done
+	get_many 7 32
+	grep -c hit=fresh log > hits
+	[ "$(cat hits)" = 27 ] || fail "$(cat hits) hits, not 27"
+}
+
+# Fills the cache of 1 MiB many times over while it is looked at:
+# overfill WHAT BYTES COUNT ['response fields\n']
+overfill() {
+	what=$1
+	many_origin "$2" "${4-}"
+	rm -f many.end
+	(get_many 1 "$3") &
+	overfill_pid=$!
+	overfill_most=0
+	until [ -f many.end ]; do
+		overfill_now=$(disk_use)
+		[ "$overfill_now" -le "$overfill_most" ] ||
+			overfill_most=$overfill_now
+		[ "$overfill_most" -le 1024 ] || break
+	done
+	wait $overfill_pid || fail "$(cat "$T/.fail")"
+	[ "$overfill_most" -le 1024 ] || fail "$what: $overfill_most KiB of 1024"
+	echo "$what: at most $overfill_most KiB"
+	[ "$overfill_most" -gt 300 ] || fail "$what: only $overfill_most KiB"
+}
+
+test_cache_sweep_size() { # the directory is never larger than -s
+	start_cache -s 1M
+	overfill 'middling objects' 20000 600
+	overfill 'large objects' 250000 60
+	overfill 'small objects' 10 2000
+	overfill 'small objects with Vary' 10 1000 'Vary: X-A\n'
+	served
+}
+
+test_cache_sweep_markers() { # what turned out too large leaves nothing behind, Vary or not
+	start_cache -s 256K
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=9999\nVary: X-A\nTransfer-Encoding: chunked\n\n11170\n\{70000:x}\n0\n\n
+loop
+END
+	get_many 1 200
+	wait_for 5 '[ "$(disk_use)" -le 256 ]' ||
+		fail "$(disk_use) KiB of 256 in $(entries | wc -l) files"
+	served
+}
+
+test_cache_sweep_restart() { # a directory that is too full is swept at the start
+	start_cache -s 10M
+	many_origin 20000
+	get_many 1 60
+	[ "$(disk_use)" -ge 1200 ] || skip "files take $(disk_use) KiB here"
+	for n in 4 5 6; do
+		find cache -type f -exec grep -l "^key: .*/$n.\$" {} +
+	done > old
+	while read -r file; do
+		aged 5 "$file"
+	done < old
+	stop_proxy
+	start_cache -s 10M
+	served
+	"$peer" sleep 300
+	[ "$(disk_use)" -ge 1200 ] || fail "without need $(disk_use) KiB are left"
+	stop_proxy
+	start_cache -s 1M
+	wait_for 10 '[ "$(disk_use)" -le 644 ]' || fail "$(disk_use) KiB stay"
+	while read -r file; do
+		[ ! -f "$file" ] || fail "$file of old is there"
+	done < old
+	[ "$(disk_use)" -ge 400 ] || fail "only $(disk_use) KiB are left"
+	served
+}
+
+test_cache_recency() { # a hit renews an entry's time, every ten minutes at most
+	start_cache
+	fresh_origin
+	get_fresh
+	entry
+	aged 1 "$entry_file"
+	younger 0:59 "$entry_file" && fail "its time can't be set"
+	get_fresh
+	younger 0:10 "$entry_file" || fail "a hit does not renew its time"
+	# Whatever the proxy remembers of it: what is recent stays as it is.
+	aged 0:05 "$entry_file"
+	get_fresh
+	younger 0:04 "$entry_file" && fail "renewed after five minutes"
+	younger 0:07 "$entry_file" || fail "it has got older"
+	stop_proxy
+	younger 0:07 "$entry_file" || fail "the time is lost with the proxy"
+	start_cache
+	get_fresh
+	younger 0:04 "$entry_file" && fail "after a restart: renewed too early"
+	younger 0:07 "$entry_file" || fail "it has got older after a restart"
+	stop_proxy
+	start_cache
+	aged 0:11 "$entry_file"
+	get_fresh
+	younger 0:05 "$entry_file" || fail "not renewed after eleven minutes"
+	# A validation and a part of it are uses too.
+	for fields in 'Cache-Control: max-age=0\n' 'Range: bytes=1-2\n'; do
+		stop_proxy
+		start_cache
+		entry
+		aged 1 "$entry_file"
+		client u <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n$fields\n
+until \n\n
+END
+		entry
+		younger 0:10 "$entry_file" || fail "$fields: not renewed"
+	done
+}
+
+# Mounts a disk of SIZE for the cache, until the test ends: small_disk SIZE
+small_disk() {
+	[ "$(id -u)" = 0 ] || skip "only root can mount a small disk"
+	mkdir "$T/cache"
+	mount -t tmpfs -o "size=$1" tmpfs "$T/cache" 2> mount.err ||
+		skip "no tmpfs: $(head -n 1 mount.err)"
+	trap 'reap; umount "$T/cache" || umount -l "$T/cache"' EXIT
+}
+
+# So many KiB are still free on it.
+disk_free() {
+	df -P -k "$T/cache" | awk 'NR == 2 { print $4 }'
+}
+
+test_cache_floor() { # on a disk that is nearly full nothing is stored
+	small_disk 1M
+	start_cache
+	fresh_origin
+	get_fresh
+	get_fresh
+	asked 1
+	# 40 KiB are less than a twentieth, though an entry would fit.
+	head -c $((($(disk_free) - 40) * 1024)) /dev/zero > cache/aa ||
+		fail "the disk can't be filled"
+	[ "$(disk_free)" -ge 36 ] && [ "$(disk_free)" -le 44 ] ||
+		fail "$(disk_free) KiB are free"
+	rm cache/[0-9a-f][0-9a-f]/*
+	head -c 10240 /dev/zero > cache/ab
+	get_fresh
+	get_fresh
+	asked 3
+	[ -z "$(find cache -name 'tmp*')" ] || fail "$(find cache -name 'tmp*')"
+	logged <<'END'
+~ miss=stored
+~ hit=fresh
+~ 200 10000 .* miss=uri-miss .* end=done
+~ 200 10000 .* miss=uri-miss .* end=done
+END
+	# There is room again.
+	rm cache/aa
+	get_fresh
+	get_fresh
+	asked 4
+	served
+}
+
+test_cache_floor_middle() { # a disk that gets full while storing costs the entry only
+	small_disk 1M
+	start_cache
+	what='known length'
+	fresh_origin 2000000
+	get_fresh 2000000
+	get_fresh 2000000
+	asked 2
+	[ -z "$(entries)" ] || fail "there is $(entries)"
+	rm -f o.*
+	what=chunks
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nTransfer-Encoding: chunked\n\nF4240\n
+fill 1000000
+send \nF4240\n
+fill 1000000
+send \n0\n\n
+END
+	for n in 1 2; do
+		client c$n <<'END'
+send GET http://%O/x HTTP/1.0\n\n
+until \n\n
+skip 2000000
+eof
+END
+		grep '^eof$' c$n.end > /dev/null || fail "$what: $(cat c$n.end)"
+	done
+	asked 2
+	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+	logged <<'END'
+#4 200 2000000 .* end=done
+!~ hit=
+END
+	rm -f o.*
+	what='what fits'
+	fresh_origin 9000
+	get_fresh 9000
+	get_fresh 9000
+	asked 1
+	served
+}
+
+# What -k prints for a URL must be the files in "want": purged URL
+purged() {
+	run_proxy -c cache -k "$1"
+	[ "$status" = 0 ] || fail "-k $1: status $status: $(cat errors)"
+	[ ! -s errors ] || fail "-k $1: says $(cat errors)"
+	sort out > listed
+	cmp want listed > /dev/null ||
+		fail "-k $1: $(tr '\n' ' ' < listed), not $(tr '\n' ' ' < want)"
+}
+
+test_cache_purge() { # -k prints the files of a URL, however it is spelt
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nVary: X-A\nCache-Control: max-age=99\nContent-Length: 4\n\none\l
+loop
+END
+	start_cache -x "http://$origin"
+	host=some.example
+	urls="http://$host/v http://$host/vv http://$host/v?a http://$host/
+	    http://$host:8080/v http://other.example/v"
+	for url in $urls; do
+		for a in 1 2 3; do
+			client c <<END
+send GET $url HTTP/1.1\nHost: x\nX-A: $a\n\n
+answer
+END
+		done
+	done
+	[ "$(entries | wc -l)" -eq 24 ] || fail "$(entries | wc -l) files"
+	for url in $urls; do
+		key=$(echo "$url" | sed 's|example/|example:80/|')
+		find cache -type f -exec grep -l -x -F "key: $key" {} + |
+			sort > want
+		[ "$(wc -l < want)" -eq 4 ] || fail "$url: $(wc -l < want) files"
+		purged "$url"
+	done
+	find cache -type f -exec grep -l -x -F "key: http://$host:80/v" {} + |
+		sort > want
+	for url in "HTTP://$host/v" http://SOME.example/v "http://$host:80/v" \
+	    HTTP://Some.Example:80/v "http://$host:080/v"; do
+		purged "$url"
+	done
+	client c <<END
+send GET http://SOME.Example:80/v HTTP/1.1\nHost: x\nX-A: 2\n\n
+answer
+END
+	logged <<'END'
+~ hit=fresh
+END
+	# shellcheck disable=SC2046 # paths are words
+	rm $(cd "$T" && "$proxy_bin" -c cache -k "http://$host/v")
+	: > want
+	for url in "http://$host/v" "http://$host/V" "http://$host/none" \
+	    http://none.example/v "http://$host:81/v" "http://$host/v?"; do
+		purged "$url"
+	done
+	log_from=$(($(wc -l < log) + 1))
+	for a in 1 1 2; do
+		client c <<END
+send GET http://$host/v HTTP/1.1\nHost: x\nX-A: $a\n\n
+answer
+END
+	done
+	client c <<END
+send GET http://$host/vv HTTP/1.1\nHost: x\nX-A: 3\n\n
+answer
+END
+	logged <<'END'
+~ miss=stored
++~ hit=fresh
++~ miss=stored
++~ /vv .* hit=fresh
+END
+}
+
+test_cache_purge_usage() { # wrong use of -k: exit 2, and nothing is made
+	mkdir empty
+	while read -r options; do
+		# shellcheck disable=SC2086 # options are words
+		run_proxy $options
+		[ "$status" = 2 ] || fail "$options: exit status $status"
+		[ ! -s out ] || fail "$options: prints $(cat out)"
+		head -n 1 errors | grep '^proxy: ..*' > /dev/null ||
+			fail "$options: says $(head -n 1 errors)"
+	done <<'END'
+-k http://some.example/
+-k
+-c empty -k
+-c empty -k some.example
+-c empty -k /v
+-c empty -k https://some.example/
+-c empty -k http://
+-c empty -k http://some.example:0/
+-c empty -k http://some.example:99999/
+-c empty -k http://some.example/ http://other.example/
+END
+	run_proxy -c empty -k http://some.example/
+	[ "$status" = 0 ] || fail "an empty directory: status $status"
+	run_proxy -c none -k http://some.example/
+	[ ! -s out ] || fail "no directory: prints $(cat out)"
+	[ ! -e none ] || fail "it makes a directory"
+	[ -z "$(ls empty)" ] || fail "it makes $(ls empty)"
+}
+
+# Bytes that a command makes the proxy write to files of the cache, into
+# $written: count_written COMMAND...
+count_written() {
+	written=
+	if have strace && spawn strace.err strace -y -o calls -p "$proxy_pid" \
+	    -e trace=write,writev,pwrite64,pwritev &&
+	    wait_for 10 '[ -s strace.err ]' &&
+	    grep 'attached' strace.err > /dev/null; then
+		"$@"
+		kill -INT "$spawned"
+		wait "$spawned"
+		written=$(sed -n 's|^[a-z0-9]*([0-9]*<[^>]*/cache/.* = ||p' calls |
+			awk '{ sum += $1 } END { print sum + 0 }')
+	elif [ -r "/proc/$proxy_pid/io" ]; then
+		written=$(sed -n 's/^write_bytes: //p' "/proc/$proxy_pid/io")
+		"$@"
+		written=$(($(sed -n 's/^write_bytes: //p' \
+		    "/proc/$proxy_pid/io") - written))
+	fi
+}
+
+test_cache_validated_large() { # validating 100 MiB writes a few KiB
+	[ "$(df -P -k . | awk 'NR == 2 { print $4 }')" -gt 400000 ] ||
+		skip "too little room on the disk"
+	start_cache -s 500M
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nETag: "a"\nX-A: old\nCache-Control: max-age=0\nContent-Length: 104857600\n\n
+fill 104857600
+---
+head
+send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\nX-A: new\nCache-Control: max-age=9999\n\n
+END
+	get_fresh 104857600
+	entry
+	count_written get_fresh 104857600
+	[ -n "$written" ] || skip "neither strace nor /proc/PID/io"
+	seen g <<'END'
+= X-A: new
+~ ^Cache-Status: proxy-ID; fwd=stale; fwd-status=304
+END
+	[ "$written" -lt 65536 ] || fail "$written bytes are written"
+	asked 2
+	get_fresh 104857600
+	asked 2
+	seen g <<'END'
+= X-A: new
+~ ^Cache-Status: proxy-ID; hit; ttl=[0-9]
+END
+	logged <<'END'
+~ 200 104857600 .* miss=stored
+~ 200 104857600 .* hit=validated
+~ 200 104857600 .* hit=fresh
+END
+	[ "$(entries)" = "$entry_file" ] || fail "it became $(entries)"
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
