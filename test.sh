@@ -6790,8 +6790,8 @@ disk_use() {
 
 # The entry of a path of the origin at hand; nothing if there is none.
 entry_of() {
-	find cache -type f -exec grep -l -x "key: http://$origin/$1" {} + \
-	    2> /dev/null
+	find cache -type f ! -name 'tmp*' -exec \
+	    grep -l -x "key: http://$origin/$1" {} + 2> /dev/null
 }
 
 # Sets the files' times to HOURS[:MINUTES] ago: aged HOURS FILE...
@@ -7197,6 +7197,741 @@ END
 ~ 200 104857600 .* hit=fresh
 END
 	[ "$(entries)" = "$entry_file" ] || fail "it became $(entries)"
+}
+
+# ---- Cache: collapsed forwarding
+
+# Waits until the origin has been asked so often: reached NAME N
+reached() {
+	wait_for 15 "[ -s $1.$2 ]" ||
+		fail "${what-}: request $2 does not reach the origin"
+}
+
+# What clients sent before this has been read by the proxy when it returns,
+# for the proxy takes things in their order.
+taken() {
+	for taken_file; do
+		wait_for 15 "[ -f $taken_file ]" || fail "${what-}: no $taken_file"
+	done
+	play_title=${what-}
+	served
+}
+
+# The connection of a client must have ended like this: ends NAME ERE
+ends() {
+	ended "$1"
+	grep -E "$2" "$1.end" > /dev/null || fail "${what-}: $1: $(cat "$1.end")"
+}
+
+# A client in the background that gets URL-PATH and BYTES of the pattern, and
+# tells when it has sent its request (NAME.sent), has a head (NAME.head) and
+# the first 1000 bytes (NAME.some): getter NAME PATH BYTES ['fields\n']
+# An HTTP/1.0 client: what ends in the middle is an error there too.
+getter() {
+	client_bg "$1" <<END
+send GET http://%O$2 HTTP/1.0\n${4-}\n
+touch $1.sent
+until \n\n
+touch $1.head
+skip 1000
+touch $1.some
+skip $(($3 - 1000))
+eof
+END
+}
+
+# Two clients, one fetch: the second one's log line and Cache-Status.
+collapsed() {
+	seen "$1" <<'END'
+= HTTP/1.1 200 OK
+~ ^Cache-Status: proxy-ID; fwd=uri-miss.*; collapsed
+END
+	logged <<'END'
+#1 miss=stored .* end=done$
+#1 hit=collapsed .* end=done$
+END
+	log_from=$(($(wc -l < log) + 1))
+}
+
+test_cache_collapsed() { # two clients, one request; both are served as it comes
+	start_cache
+	log_from=1
+	for what in length chunks close; do
+		rm -f go more
+		case $what in
+		length) how='Content-Length: 300000\n\n' middle= end= ;;
+		chunks)
+			how='Transfer-Encoding: chunked\n\n249F0\n'
+			middle='send \n249F0\n'
+			end='send \n0\n\n'
+			;;
+		close) how='Connection: close\n\n' middle= end=close ;;
+		esac
+		origin "o$what" <<END
+head
+await go
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nX-A: b\n$how
+fill 150000
+await more
+$middle
+fill 150000
+$end
+END
+		getter "a$what" /x 300000
+		reached "o$what" 1
+		getter "b$what" /x 300000
+		taken "b$what.sent"
+		[ ! -f "o$what.2" ] || fail "$what: the origin is asked twice"
+		touch go
+		# Both have what is there while the rest has not come yet.
+		wait_for 15 "[ -f a$what.some ] && [ -f b$what.some ]" ||
+			fail "$what: the answer does not come as it grows"
+		[ ! -f "a$what.end" ] && [ ! -f "b$what.end" ] ||
+			fail "$what: $(cat "a$what.end" "b$what.end")"
+		touch more
+		ends "a$what" '^eof$'
+		ends "b$what" '^eof$'
+		[ ! -f "o$what.2" ] || fail "$what: the origin is asked twice"
+		collapsed "b$what"
+		client "c$what" <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+skip 300000
+END
+		ends "c$what" '^open$'
+		[ ! -f "o$what.2" ] || fail "$what: it is not stored"
+		log_from=$(($(wc -l < log) + 1))
+	done
+}
+
+test_cache_collapsed_growing() { # who comes in the middle of a chunked answer follows
+	start_cache
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nTransfer-Encoding: chunked\n\n5\nfirst\n
+await more
+send 6\nsecond\n
+await last
+send 5\nthird\n0\n\n
+END
+	for n in 1 2 3; do
+		client_bg c$n <<END
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+until first
+touch first$n
+until second
+touch second$n
+until third
+until \n0\n\n
+END
+		taken first$n
+	done
+	asked 1
+	touch more
+	taken second1 second2 second3
+	touch last
+	for n in 1 2 3; do
+		ends c$n '^open$'
+		seen c$n <<'END'
+#1 ^Transfer-Encoding: chunked$
+#0 ^Content-Length
+#1 first
+#1 second
+#1 third
+END
+	done
+	asked 1
+	logged <<'END'
+#1 200 16 .* miss=stored .* end=done$
+#2 200 16 .* hit=collapsed .* end=done$
+END
+	client d <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+answer
+END
+	seen d <<'END'
+= Content-Length: 16
+~ ^firstsecondthird
+END
+	asked 1
+}
+
+test_cache_collapsed_private() { # what can't be stored is fetched for each
+	start_cache
+	for what in private no-store 'no cache wish' 404; do
+		rm -f go asked ./*.sent
+		control='Cache-Control: max-age=999\n'
+		status='200 OK'
+		case $what in
+		private) control='Cache-Control: private, max-age=999\n' ;;
+		no-store) control='Cache-Control: no-store\n' ;;
+		'no cache wish') control= ;;
+		404) control= status='404 No' ;;
+		esac
+		rm -f o.[0-9]*
+		origin o <<END
+head
+touch asked
+await go
+send HTTP/1.1 $status\nConnection: close\n${control}Content-Length: 4\n\none\l
+---
+head
+send HTTP/1.1 $status\nConnection: close\n${control}Content-Length: 4\n\ntwo\l
+END
+		for c in a b; do
+			rm -f $c $c.end
+			client_bg $c <<END
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+touch $c.sent
+answer
+END
+			taken $c.sent asked
+		done
+		[ ! -f o.2 ] || fail "$what: the second does not wait"
+		touch go
+		ends a '^open$'
+		ends b '^open$'
+		seen a <<END
+= HTTP/1.1 $status
+= one\l
+END
+		seen b <<END
+= HTTP/1.1 $status
+!~ ^Cache-Status:.*(collapsed|hit)
+END
+		seen b <<'END'
+= two\l
+END
+		asked 2
+	done
+	logged <<'END'
+!~ hit=
+END
+}
+
+test_cache_collapsed_many() { # ten at once on what can't be stored wait for one answer, not for nine
+	start_cache
+	{
+		cat <<'END'
+head
+touch asked
+await go
+stall 300
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: private\nContent-Length: 4\n\none\l
+END
+		for n in 2 3 4 5 6 7 8 9 10; do
+			cat <<'END'
+---
+head
+await all
+stall 300
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: private\nContent-Length: 4\n\ntwo\l
+END
+		done
+	} > scripts
+	origin o < scripts
+	for n in 1 2 3 4 5 6 7 8 9 10; do
+		client_bg c$n <<END
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+touch sent$n
+answer
+END
+		taken sent$n asked
+	done
+	asked 1
+	touch go
+	# Nine more before any of them is answered.
+	wait_for 10 '[ -s o.10 ]' || fail "of ten requests the origin has" \
+		"$(find . -name 'o.*' ! -name '*.*.*' -size +0 | wc -l)"
+	touch all
+	for n in 1 2 3 4 5 6 7 8 9 10; do
+		ends c$n '^open$'
+	done
+	n=$(grep -c '^one' c? c10 | grep -c ':1$')
+	[ "$n" = 1 ] || fail "$n clients got the first answer"
+	n=$(grep -c '^two' c? c10 | grep -c ':1$')
+	[ "$n" = 9 ] || fail "$n clients got an answer of their own"
+	asked 10
+}
+
+# While one client waits for a head (await) or has a part of the body (grow),
+# a request of another kind goes to the origin at once:
+# alone WHAT 'request to \n\n and its body' [STEP], which reads that body
+alone() {
+	for alone_when in await grow; do
+		what="$1, $alone_when"
+		rm -f asked go last a a.* b b.* o.[0-9]*
+		alone_head='HTTP/1.1 200 OK\nConnection: close\nCache-Control: public, max-age=999\n'
+		origin o <<END
+head
+touch asked
+$([ $alone_when = grow ] || echo await go)
+send ${alone_head}Content-Length: 300000\n\n
+fill 150000
+await go
+fill 150000
+---
+head
+${3-}
+send ${alone_head}Content-Length: 4\n\ntwo\l
+END
+		getter a /x 300000
+		taken asked a.sent
+		[ $alone_when = await ] || taken a.some
+		client b <<END
+send $2
+answer
+END
+		ends b '^open$'
+		seen b <<'END'
+~ ^HTTP/1.1 200
+!~ ^Cache-Status:.*(collapsed|hit)
+END
+		seen b <<'END'
+= two\l
+END
+		asked 2
+		touch go
+		ends a '^eof$'
+		asked 2
+	done
+}
+
+test_cache_collapsed_never() { # uploads, ranges, logins and no-store neither wait nor follow
+	start_cache
+	alone POST 'POST http://%O/x HTTP/1.1\nHost: %O\nContent-Length: 3\n\nabc' 'want 3'
+	alone PUT 'PUT http://%O/x HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\n\n3\nabc\n0\n\n' 'until \n0\n\n'
+	alone 'GET with a body' 'GET http://%O/x HTTP/1.1\nHost: %O\nContent-Length: 3\n\nabc' 'want 3'
+	alone Range 'GET http://%O/x HTTP/1.1\nHost: %O\nRange: bytes=1-4\n\n'
+	alone Authorization 'GET http://%O/x HTTP/1.1\nHost: %O\nAuthorization: Basic eDp5\n\n'
+	alone no-store 'GET http://%O/x HTTP/1.1\nHost: %O\nCache-Control: no-store\n\n'
+	logged <<'END'
+!~ hit=
+END
+}
+
+# The fetch breaks off while another client follows, which then asks on its
+# own: broken WANT 'first fields\n' 'second fields\n' [HOW]; WANT is whole or
+# short, HOW length (as without) or chunks
+broken() {
+	what="$1: $2 then $3, ${4-length}"
+	rm -f cut a a.* b b.* o.[0-9]*
+	case ${4-length} in
+	length) broken_how='Content-Length: 300000\n\n' broken_end= ;;
+	chunks)
+		broken_how='Transfer-Encoding: chunked\n\n493E0\n'
+		broken_end='send \n0\n\n'
+		;;
+	esac
+	origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n$2$broken_how
+fill 150000
+await cut
+close
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\n$3$broken_how
+fill 300000
+$broken_end
+END
+	getter a /x 300000
+	taken a.some
+	getter b /x 300000
+	taken b.some
+	asked 1
+	touch cut
+	ends a '^(eof|reset) skip'
+	case $1 in
+	whole) ends b '^eof$' ;;
+	short) ends b '^(eof|reset) skip' ;;
+	esac
+	asked 2
+	# What is stored then is whole.
+	for broken_n in 1 2; do
+		rm -f d d.*
+		getter d /x 300000
+		ends d '^eof$'
+	done
+	wait_for 5 '[ -z "$(find cache -name "tmp*")" ]' ||
+		fail "$what: left: $(find cache -name 'tmp*')"
+	served
+}
+
+test_cache_collapsed_broken() { # the fetch breaks off: who follows goes on alone, or ends visibly short
+	start_cache
+	modified='Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
+	broken whole 'ETag: "a"\n' 'ETag: "a"\n'
+	broken whole 'ETag: "a"\n' 'ETag: "a"\n' chunks
+	broken whole "$modified" "$modified"
+	broken short 'ETag: "a"\n' 'ETag: "b"\n'
+	broken short 'ETag: "a"\n' 'ETag: "b"\n' chunks
+	broken short 'ETag: W/"a"\n' 'ETag: W/"a"\n'
+	broken short 'ETag: "a"\n' ''
+	broken short "ETag: \"a\"\n$modified" "ETag: \"b\"\n$modified"
+	broken short "$modified" 'Last-Modified: Mon, 07 Nov 1994 08:49:37 GMT\n'
+}
+
+test_cache_collapsed_large() { # what grows too large is not stored, and whole for those who follow
+	for what in 'ETag: "a"\n' ''; do
+		rm -rf cache
+		rm -f more a a.* b b.* o.[0-9]*
+		start_cache -s 1M
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n${what}Transfer-Encoding: chunked\n\n927C0\n
+fill 100000
+await more
+fill 500000
+send \n0\n\n
+---
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n${what}Transfer-Encoding: chunked\n\n927C0\n
+fill 600000
+send \n0\n\n
+END
+		getter a /x 600000
+		taken a.some
+		getter b /x 600000
+		taken b.some
+		asked 1
+		touch more
+		ends a '^eof$'
+		ends b '^eof$'
+		wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+		served
+		stop_proxy
+	done
+}
+
+test_cache_collapsed_gone() { # the first client leaves: the others get all, and it is stored
+	start_cache
+	for what in length chunks; do
+		rm -f more a a.* b b.* g g.* o.[0-9]*
+		case $what in
+		length) how='Content-Length: 300000\n\n' end= ;;
+		chunks) how='Transfer-Encoding: chunked\n\n493E0\n' end='send \n0\n\n' ;;
+		esac
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n$how
+fill 100000
+await more
+fill 200000
+$end
+END
+		client_bg a <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+touch a.head
+await leave
+reset
+END
+		taken a.head
+		getter b /x 300000
+		taken b.some
+		touch leave
+		ended a
+		served
+		touch more
+		ends b '^eof$'
+		get_fresh 300000
+		asked 1
+		logged <<'END'
+~ end=client
+END
+		log_from=$(($(wc -l < log) + 1))
+	done
+}
+
+test_cache_collapsed_vary() { # variants: the same one follows, another one goes on its own
+	start_cache
+	origin o <<'END'
+head
+touch asked
+await go
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nVary: X-A\nContent-Length: 300000\n\n
+fill 150000
+await more
+fill 150000
+---
+head
+touch asked2
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nVary: X-A\nContent-Length: 4\n\ntwo\l
+END
+	getter a /x 300000 'X-A: 1\n'
+	taken asked
+	client_bg b <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 2\n\n
+touch b.sent
+answer
+END
+	getter c /x 300000 'X-A: 1\n'
+	taken b.sent c.sent
+	asked 1
+	touch go
+	# The other variant, while the first one is still on its way.
+	ends b '^open$'
+	seen b <<'END'
+= HTTP/1.1 200 OK
+= two\l
+END
+	taken a.some c.some
+	asked 2
+	# Who comes later follows too.
+	getter d /x 300000 'X-A: 1\n'
+	taken d.some
+	asked 2
+	touch more
+	for n in a c d; do
+		ends $n '^eof$'
+	done
+	asked 2
+	for n in c d; do
+		seen $n <<'END'
+~ ^Cache-Status: .*; collapsed
+END
+	done
+	logged <<'END'
+#2 miss=stored .* end=done$
+#2 hit=collapsed .* end=done$
+END
+	client e <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 2\n\n
+answer
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 1\n\n
+until \n\n
+skip 300000
+END
+	ends e '^open$'
+	asked 2
+}
+
+test_cache_vary_cut() { # an answer with Vary that is cut short leaves the older entry as it was
+	start_cache
+	for what in fresh stale; do
+		case $what in
+		fresh) age=0 wish='no-cache' ;;
+		stale) age=500 wish='x' ;;
+		esac
+		rm -f o.[0-9]*
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=99\nAge: $age\nETag: "a"\nContent-Length: 4\n\none\l
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=99\nVary: X-A\nETag: "b"\nContent-Length: 10\n\nother
+END
+		client a <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+answer
+END
+		find cache -type f -exec grep -l "^key: http://$origin/" {} + > there
+		[ "$(wc -l < there)" -eq 1 ] || fail "$what: $(cat there)"
+		cp "$(cat there)" before
+		client b <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 1\nCache-Control: $wish\n\n
+answer
+END
+		ends b '^(eof|reset) answer'
+		asked 2
+		find cache -type f -exec grep -l "^key: http://$origin/" {} + |
+			cmp - there > /dev/null || fail "$what: the entry is gone"
+		cmp before "$(cat there)" > /dev/null ||
+			fail "$what: the entry has changed"
+		client c <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 1\nCache-Control: max-stale, only-if-cached\n\n
+answer
+END
+		seen c <<'END'
+= HTTP/1.1 200 OK
+= one\l
+END
+		asked 2
+	done
+}
+
+# ---- Cache: refresh
+
+# An entry that may be used while it is refreshed; a request with these fields
+# has it refreshed, by a 304 and by a new answer (or BY one), without them:
+# refreshes WANT 'request fields\n' [BY [DIRECTIVES]]
+refreshes() {
+	for refreshes_by in ${3:-304 200}; do
+		what="$2: refreshed by $refreshes_by"
+		rm -f o.[0-9]* c c.* d d.*
+		case $refreshes_by in
+		304) refreshes_body='\n' refreshes_see=one ;;
+		*) refreshes_body='Content-Length: 4\n\ntwo\l' refreshes_see=two ;;
+		esac
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60, stale-while-revalidate=999${4-}\nContent-Length: 4\n\none\l
+---
+head
+send HTTP/1.1 $refreshes_by X\nConnection: close\nETag: "a"\nCache-Control: max-age=888${4-}\n$refreshes_body
+END
+		client c <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+answer
+send GET http://%O/x HTTP/1.1\nHost: %O\n$2\n
+answer
+END
+		ends c '^open$'
+		sed '1,/one/d' c > second
+		head -n 1 second | grep "^HTTP/1.1 $1" > /dev/null ||
+			fail "$what: $(head -n 1 second)"
+		grep '^Cache-Status: .*; hit' second > /dev/null ||
+			fail "$what: $(grep '^Cache-Status' second)"
+		reached o 2
+		got o <<'END'
+= -- connection 2
+= GET /x HTTP/1.1
+#1 ^If-None-Match: 
+#1 ^If-None-Match: "a"$
+!~ ^(Cache-Control|Pragma|Range|If-(Range|Match|Modified-Since|Unmodified-Since)):
+END
+		wait_for 10 'e=$(entry_of x) && [ -f "$e" ] && grep -l \
+		    "max-age=888" "$e" > found' || fail "$what: not refreshed"
+		client d <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+answer
+END
+		seen d <<END
+~ ^HTTP/1.1 200
+~ ^Cache-Status: proxy-ID; hit; ttl=
+= $refreshes_see\l
+END
+		asked 2
+	done
+}
+
+test_cache_refresh() { # the request in the background has nothing of the client's wishes
+	start_cache
+	refreshes 200 ''
+	refreshes 200 'Cache-Control: max-stale=9\n'
+	refreshes 200 'Cache-Control: max-stale=500\n'
+	refreshes 200 'Cache-Control: max-stale\nPragma: no-cache\n'
+	refreshes 200 'Cache-Control: stale-if-error=5\nPragma: no-cache\n'
+	refreshes 200 'Authorization: Basic eDp5\n' '' ', public'
+	# Without public only a 304 may count for those who have no login.
+	refreshes 200 'Authorization: Basic eDp5\n' 304
+	refreshes 200 'Authorization: Basic eDp5\nCache-Control: max-stale=9\n' 304
+	refreshes 206 'Range: bytes=1-2\n'
+	refreshes 206 'Range: bytes=1-2\nIf-Range: "a"\n'
+	refreshes 200 'If-None-Match: "z"\n'
+	refreshes 304 'If-None-Match: "a", "z"\n'
+	refreshes 200 'If-Modified-Since: Sun, 06 Nov 1994 08:49:37 GMT\n'
+	served
+}
+
+test_cache_no_store_validates() { # a client's no-store that validates an entry leaves it there
+	start_cache
+	for what in 'Cache-Control: no-store\n' 'Cache-Control: no-cache, no-store\n' \
+	    'Authorization: Basic eDp5\n'; do
+		rm -f o.[0-9]*
+		origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 4\n\none\l
+---
+head
+send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\nCache-Control: max-age=60\n\n
+END
+		client c <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+answer
+send GET http://%O/x HTTP/1.1\nHost: %O\n$what\n
+answer
+END
+		ends c '^open$'
+		seen c <<'END'
+#2 ^HTTP/1.1 200 OK
+#2 ^one
+END
+		asked 2
+		client d <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\nCache-Control: max-stale, only-if-cached\n\n
+answer
+END
+		seen d <<'END'
+= HTTP/1.1 200 OK
+= one\l
+END
+		asked 2
+	done
+}
+
+test_cache_range_stale() { # a range of a stale entry: asked for with it, from the entry or as it comes
+	start_cache
+	play '304: the part of the entry' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 10\n\nabcdefghij
+	origin next
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\nCache-Control: max-age=999\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^abcdefghijHTTP/1.1 206
+	sees   Content-Range: bytes 2-4/10
+	sees   Content-Length: 3
+	sees~  ^cdeHTTP/1.1 200
+	sees~  ^Cache-Status: proxy-ID; hit
+	sees   abcdefghij
+	gets   -- connection 2
+	gets   Range: bytes=2-4
+	gets#  1 ^If-None-Match: "a"
+	gets#  2 ^GET
+	log    200 10 .* miss=stored
+	log    206 3 .* hit=validated
+	log    200 10 .* hit=fresh
+END
+	play '206 of another version: that one, and the entry is gone' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 10\n\nabcdefghij
+	origin next
+	origin head
+	origin send HTTP/1.1 206 Partial Content\nConnection: close\nETag: "b"\nCache-Control: max-age=999\n
+	origin send Content-Range: bytes 2-4/10\nContent-Length: 3\n\nCDE
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nETag: "b"\nCache-Control: max-age=999\nContent-Length: 10\n\nABCDEFGHIJ
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^abcdefghijHTTP/1.1 206
+	sees   ETag: "b"
+	sees   Content-Range: bytes 2-4/10
+	sees~  ^CDEHTTP/1.1 200
+	sees   ABCDEFGHIJ
+	gets   -- connection 2
+	gets   Range: bytes=2-4
+	gets#  1 ^If-None-Match: "a"
+	gets#  3 ^GET
+END
+	play '200 of another version: the whole of it, stored' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 10\n\nabcdefghij
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nETag: "b"\nCache-Control: max-age=999\nContent-Length: 10\n\nABCDEFGHIJ
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n\n
+	client answer
+	sees~  ^abcdefghijHTTP/1.1 200
+	sees~  ^ABCDEFGHIJHTTP/1.1 206
+	sees   CDE
+	gets#  2 ^GET
+END
 }
 
 # ---- Cache: unit tables ------------------------------------------------------
