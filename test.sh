@@ -7151,24 +7151,25 @@ END
 	[ -z "$(ls empty)" ] || fail "it makes $(ls empty)"
 }
 
-# Bytes that a command makes the proxy write to files of the cache, into
-# $written: count_written COMMAND...
+# Bytes that the proxy writes to files of the cache while a client gets so many
+# of /x, into $written; empty if nobody can tell: count_written BYTES
 count_written() {
 	written=
 	if have strace && spawn strace.err strace -y -o calls -p "$proxy_pid" \
 	    -e trace=write,writev,pwrite64,pwritev &&
 	    wait_for 10 '[ -s strace.err ]' &&
 	    grep 'attached' strace.err > /dev/null; then
-		"$@"
-		kill -INT "$spawned"
+		get_fresh "$1"
+		kill "$spawned"
 		wait "$spawned"
 		written=$(sed -n 's|^[a-z0-9]*([0-9]*<[^>]*/cache/.* = ||p' calls |
 			awk '{ sum += $1 } END { print sum + 0 }')
 	elif [ -r "/proc/$proxy_pid/io" ]; then
-		written=$(sed -n 's/^write_bytes: //p' "/proc/$proxy_pid/io")
-		"$@"
-		written=$(($(sed -n 's/^write_bytes: //p' \
-		    "/proc/$proxy_pid/io") - written))
+		count_from=$(sed -n 's/^wchar: //p' "/proc/$proxy_pid/io")
+		get_fresh "$1"
+		# What the client got was written too.
+		written=$(($(sed -n 's/^wchar: //p' "/proc/$proxy_pid/io") -
+		    count_from - $1))
 	fi
 }
 
@@ -7186,13 +7187,14 @@ send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\nX-A: new\nCache-Co
 END
 	get_fresh 104857600
 	entry
-	count_written get_fresh 104857600
+	count_written 104857600
+	echo "$written bytes are written"
 	[ -n "$written" ] || skip "neither strace nor /proc/PID/io"
 	seen g <<'END'
 = X-A: new
 ~ ^Cache-Status: proxy-ID; fwd=stale; fwd-status=304
 END
-	[ "$written" -lt 65536 ] || fail "$written bytes are written"
+	[ "$written" -gt 0 ] && [ "$written" -lt 65536 ] || fail "$written bytes are written"
 	asked 2
 	get_fresh 104857600
 	asked 2
