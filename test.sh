@@ -7047,6 +7047,40 @@ END
 	served
 }
 
+test_cache_floor_follower() { # nor the answer of a client that follows
+	small_disk 1M
+	start_cache
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nETag: "a"\nCache-Control: max-age=999\nContent-Length: 2000000\n\n
+fill 100000
+await more
+fill 1900000
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nETag: "a"\nCache-Control: max-age=999\nContent-Length: 2000000\n\n
+fill 2000000
+END
+	for n in 1 2; do
+		client_bg c$n <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+skip 100000
+touch some$n
+skip 1900000
+END
+		wait_for 15 "[ -f some$n ]" || fail "client $n has nothing"
+	done
+	asked 1
+	touch more
+	for n in 1 2; do
+		ended c$n
+		grep '^open$' c$n.end > /dev/null || fail "$n: $(cat c$n.end)"
+	done
+	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+	served
+}
+
 # What -k prints for a URL must be the files in "want": purged URL
 purged() {
 	run_proxy -c cache -k "$1"
@@ -7270,13 +7304,13 @@ test_cache_collapsed() { # two clients, one request; both are served as it comes
 	for what in length chunks close; do
 		rm -f go more
 		case $what in
-		length) how='Content-Length: 300000\n\n' middle= end= ;;
+		length) how='Content-Length: 300000\n\n' middle='' end='' ;;
 		chunks)
 			how='Transfer-Encoding: chunked\n\n249F0\n'
 			middle='send \n249F0\n'
 			end='send \n0\n\n'
 			;;
-		close) how='Connection: close\n\n' middle= end=close ;;
+		close) how='Connection: close\n\n' middle='' end=close ;;
 		esac
 		origin "o$what" <<END
 head
@@ -7334,6 +7368,8 @@ until second
 touch second$n
 until third
 until \n0\n\n
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+answer
 END
 		taken first$n
 	done
@@ -7345,10 +7381,12 @@ END
 		ends c$n '^open$'
 		seen c$n <<'END'
 #1 ^Transfer-Encoding: chunked$
-#0 ^Content-Length
-#1 first
-#1 second
-#1 third
+#1 ^Content-Length
+~ first
+~ second
+~ third
+~ ^HTTP/1.1 200 OK
+~ ^firstsecondthird
 END
 	done
 	asked 1
@@ -7356,15 +7394,9 @@ END
 #1 200 16 .* miss=stored .* end=done$
 #2 200 16 .* hit=collapsed .* end=done$
 END
-	client d <<'END'
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-answer
+	logged <<'END'
+#3 200 16 .* hit=fresh .* end=done$
 END
-	seen d <<'END'
-= Content-Length: 16
-~ ^firstsecondthird
-END
-	asked 1
 }
 
 test_cache_collapsed_private() { # what can't be stored is fetched for each
@@ -7377,7 +7409,7 @@ test_cache_collapsed_private() { # what can't be stored is fetched for each
 		private) control='Cache-Control: private, max-age=999\n' ;;
 		no-store) control='Cache-Control: no-store\n' ;;
 		'no cache wish') control= ;;
-		404) control= status='404 No' ;;
+		404) control='' status='404 No' ;;
 		esac
 		rm -f o.[0-9]*
 		origin o <<END
@@ -7526,7 +7558,7 @@ END
 # whole or short, HOW length (as without) or chunks, BYTES what comes then
 broken() {
 	what="$1: $2 then $3, ${4-length}"
-	rm -f cut a a.* b b.* o.[0-9]*
+	rm -f cut [abcd] [abcd].* o.[0-9]*
 	case ${4-length} in
 	length)
 		broken_how='Content-Length: 300000\n\n'
@@ -7570,11 +7602,10 @@ END
 	esac
 	asked 2
 	# What is stored then is whole.
-	for broken_n in 1 2; do
-		rm -f d d.*
-		getter d /x 300000
-		ends d '^eof$'
-	done
+	getter c /x 300000
+	ends c '^eof$'
+	getter d /x 300000
+	ends d '^eof$'
 	wait_for 5 '[ -z "$(find cache -name "tmp*")" ]' ||
 		fail "$what: left: $(find cache -name 'tmp*')"
 	served
@@ -7597,20 +7628,21 @@ test_cache_collapsed_broken() { # the fetch breaks off: who follows goes on alon
 }
 
 test_cache_collapsed_large() { # what grows too large is not stored, and whole for those who follow
-	for what in 'ETag: "a"\n' ''; do
+	for etag in 'ETag: "a"\n' ''; do
+		what="with ${etag:-no ETag}"
 		rm -rf cache
 		rm -f more a a.* b b.* o.[0-9]*
 		start_cache -s 1M
 		origin o <<END
 head
-send HTTP/1.1 200 OK\nCache-Control: max-age=999\n${what}Transfer-Encoding: chunked\n\n927C0\n
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n${etag}Transfer-Encoding: chunked\n\n927C0\n
 fill 100000
 await more
 fill 500000
 send \n0\n\n
 ---
 head
-send HTTP/1.1 200 OK\nCache-Control: max-age=999\n${what}Transfer-Encoding: chunked\n\n927C0\n
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n${etag}Transfer-Encoding: chunked\n\n927C0\n
 fill 600000
 send \n0\n\n
 END
@@ -7626,6 +7658,34 @@ END
 		served
 		stop_proxy
 	done
+}
+
+test_cache_collapsed_dropped() { # who follows what stops being stored gets all the same
+	start_cache -s 1M
+	# Together they are more than may be in the making.
+	for n in 1 2; do
+		origin o$n <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 200000\n\n
+fill 100000
+await more
+fill 100000
+---
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 200000\n\n
+fill 200000
+END
+		getter a$n /x 200000
+		taken a$n.some
+		getter b$n /x 200000
+		taken b$n.some
+	done
+	touch more
+	for n in 1 2; do
+		ends a$n '^eof$'
+		ends b$n '^eof$'
+	done
+	served
 }
 
 test_cache_collapsed_gone() { # the first client leaves: the others get all, and it is stored
