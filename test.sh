@@ -7123,6 +7123,11 @@ END
 	    HTTP://Some.Example:80/v "http://$host:080/v"; do
 		purged "$url"
 	done
+	find cache -type f -exec grep -l -x -F "key: http://$host:80/" {} + |
+		sort > want
+	for url in "http://$host/" "http://$host" "HTTP://$host:80"; do
+		purged "$url"
+	done
 	client c <<END
 send GET http://SOME.Example:80/v HTTP/1.1\nHost: x\nX-A: 2\n\n
 answer
@@ -7154,6 +7159,17 @@ END
 +~ miss=stored
 +~ /vv .* hit=fresh
 END
+}
+
+test_cache_purge_odd() { # -k passes over what is no entry
+	start_cache
+	mkdir -p cache/aa
+	mkfifo cache/aa/fifo
+	ln -s fifo cache/aa/link
+	mkdir cache/aa/directory
+	: > cache/aa/empty
+	: > want
+	purged http://some.example/none
 }
 
 test_cache_purge_usage() { # wrong use of -k: exit 2, and nothing is made
@@ -7726,6 +7742,35 @@ END
 END
 		log_from=$(($(wc -l < log) + 1))
 	done
+}
+
+test_cache_collapsed_all_gone() { # when all have left early, the fetch ends
+	start_cache
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nContent-Length: 1000000\n\n
+fill 100000
+eof
+touch freed
+END
+	for n in a b; do
+		client_bg $n <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+touch $n.head
+await $n.leave
+reset
+END
+		taken $n.head
+	done
+	asked 1
+	for n in b a; do
+		touch $n.leave
+		ended $n
+		taken $n.end
+	done
+	wait_for 10 '[ -f freed ]' || fail "it is fetched for nobody"
+	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
 }
 
 test_cache_collapsed_vary() { # variants: the same one follows, another one goes on its own
