@@ -7888,6 +7888,7 @@ END
 refreshes() {
 	for refreshes_by in ${3:-304 200}; do
 		what="$2: refreshed by $refreshes_by"
+		play_title=$what
 		rm -f o.[0-9]* c c.* d d.*
 		case $refreshes_by in
 		304) refreshes_body='\n' refreshes_see=one ;;
@@ -7959,6 +7960,7 @@ test_cache_no_store_validates() { # a client's no-store that validates an entry 
 	start_cache
 	for what in 'Cache-Control: no-store\n' 'Cache-Control: no-cache, no-store\n' \
 	    'Authorization: Basic eDp5\n'; do
+		play_title=$what
 		rm -f o.[0-9]*
 		origin o <<'END'
 head
