@@ -6767,6 +6767,1312 @@ END
 	    counted_calls | head -n 3)"
 }
 
+# Gets /FROM to /TO from the origin at hand on one connection:
+# get_many FROM TO
+get_many() {
+	awk -v from="$1" -v to="$2" 'BEGIN {
+		for (n = from; n <= to; n++)
+			printf "send GET http://%%O/%d HTTP/1.1\\nHost: " \
+			    "%%O\\nX-A: 1\\n\\n\nanswer\n", n
+	}' > many.steps
+	client many < many.steps
+	grep '^open$' many.end > /dev/null || fail "${what-}: $(cat many.end)"
+}
+
+# An origin whose answers are fresh, so many bytes, each its own entry:
+# many_origin BYTES ['response fields\n']
+many_origin() {
+	origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=9999\n${2-}Content-Length: $1\n\n\{$1:x}
+loop
+END
+}
+
+# KiB of the disk that all files of the cache take.
+disk_use() {
+	find cache -type f -exec du -k {} + 2> /dev/null |
+		awk '{ sum += $1 } END { print sum + 0 }'
+}
+
+# The entry of a path of the origin at hand; nothing if there is none.
+entry_of() {
+	find cache -type f ! -name 'tmp*' -exec \
+	    grep -l -x "key: http://$origin/$1" {} + 2> /dev/null
+}
+
+# Sets the files' times to HOURS[:MINUTES] ago: aged HOURS FILE...
+aged() {
+	aged_when=$(TZ="AGO$1" date +%Y%m%d%H%M.%S)
+	shift
+	TZ=UTC0 touch -t "$aged_when" "$@"
+}
+
+# True if a file's time is less than HOURS[:MINUTES] ago: younger HOURS FILE
+younger() {
+	: > younger.ref
+	aged "$1" younger.ref
+	[ -n "$(find "$2" -newer younger.ref)" ]
+}
+
+# How many of the entries /FROM to /TO are there: there FROM TO
+there() {
+	there_n=0
+	there_i=$1
+	while [ "$there_i" -le "$2" ]; do
+		[ -z "$(entry_of "$there_i")" ] || there_n=$((there_n + 1))
+		there_i=$((there_i + 1))
+	done
+	echo $there_n
+}
+
+# Old ones went, and what is younger (9 to 24) not before all of them.
+swept_in_order() {
+	[ "$(there 1 8)" -lt 8 ] &&
+		{ [ "$(there 9 24)" = 16 ] || [ "$(there 1 8)" = 0 ]; }
+}
+
+test_cache_sweep() { # what was used least recently goes, and nothing without need
+	start_cache -s 1M
+	many_origin 20000
+	# 25 times 24 KiB are less than five eighths of 1 MiB: all stay.
+	get_many 1 25
+	[ "$(there 1 25)" = 25 ] || [ "$(disk_use)" -gt 604 ] ||
+		fail "of 25 there are $(there 1 25)"
+	[ "$(disk_use)" = 604 ] || skip "files take $(disk_use) KiB here"
+	n=0
+	while [ $((n += 1)) -le 24 ]; do
+		aged $((n <= 8 ? 20 : 2)) "$(entry_of $n)"
+	done
+	# This one is as old as any, but then it is used.
+	aged 20 "$(entry_of 25)"
+	get_many 25 25
+	younger 1 "$(entry_of 25)" || fail "a hit does not show in its time"
+	# 21 more would make 1108 KiB; they and the one used are 528.
+	get_many 26 46
+	wait_for 10 swept_in_order ||
+		fail "oldest $(there 1 8) of 8, old $(there 9 24) of 16"
+	[ "$(there 25 46)" = 22 ] || fail "of the young there are" \
+		"$(there 25 46), not 22"
+	get_many 25 46
+	hits=$(grep -c hit=fresh log)
+	[ "$hits" = 23 ] || fail "$hits hits, not 23"
+}
+
+# Fills the cache of 1 MiB many times over while it is looked at:
+# overfill WHAT BYTES COUNT ['response fields\n']
+overfill() {
+	what=$1
+	many_origin "$2" "${4-}"
+	rm -f many.end
+	(get_many 1 "$3") &
+	overfill_pid=$!
+	overfill_most=0
+	until [ -f many.end ]; do
+		overfill_now=$(disk_use)
+		[ "$overfill_now" -le "$overfill_most" ] ||
+			overfill_most=$overfill_now
+		[ "$overfill_most" -le 1024 ] || break
+	done
+	wait $overfill_pid || fail "$(cat "$T/.fail")"
+	[ "$overfill_most" -le 1024 ] || fail "$what: $overfill_most KiB of 1024"
+	echo "$what: at most $overfill_most KiB"
+	[ "$overfill_most" -gt 300 ] || fail "$what: only $overfill_most KiB"
+}
+
+test_cache_sweep_size() { # the directory is never larger than -s
+	start_cache -s 1M
+	overfill 'middling objects' 20000 600
+	overfill 'large objects' 250000 60
+	overfill 'small objects' 10 2000
+	overfill 'small objects with Vary' 10 1000 'Vary: X-A\n'
+	served
+}
+
+test_cache_sweep_markers() { # what turned out too large leaves nothing behind, Vary or not
+	start_cache -s 256K
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=9999\nVary: X-A\nTransfer-Encoding: chunked\n\n11170\n\{70000:x}\n0\n\n
+loop
+END
+	get_many 1 200
+	wait_for 5 '[ "$(disk_use)" -le 256 ]' ||
+		fail "$(disk_use) KiB of 256 in $(entries | wc -l) files"
+	served
+}
+
+test_cache_sweep_restart() { # a directory that is too full is swept at the start
+	start_cache -s 10M
+	many_origin 20000
+	get_many 1 60
+	[ "$(disk_use)" -ge 1200 ] || skip "files take $(disk_use) KiB here"
+	n=0
+	while [ $((n += 1)) -le 60 ]; do
+		aged $((n <= 3 ? 9 : 1)) "$(entry_of $n)"
+	done
+	stop_proxy
+	start_cache -s 10M
+	served
+	"$peer" sleep 300
+	[ "$(there 1 60)" = 60 ] || fail "without need $(there 1 60) of 60 stay"
+	stop_proxy
+	# Nobody asks for anything.
+	start_cache -s 1M
+	wait_for 10 '[ "$(disk_use)" -le 1024 ]' || fail "$(disk_use) KiB stay"
+	wait_for 5 '[ "$(there 1 3)" = 0 ]' || fail "the oldest are still there"
+	[ "$(disk_use)" -ge 400 ] || fail "only $(disk_use) KiB are left"
+	served
+}
+
+test_cache_recency() { # a hit renews an entry's time, every ten minutes at most
+	start_cache
+	fresh_origin
+	get_fresh
+	entry
+	aged 1 "$entry_file"
+	younger 0:59 "$entry_file" && fail "its time can't be set"
+	get_fresh
+	younger 0:10 "$entry_file" || fail "a hit does not renew its time"
+	# Whatever the proxy remembers of it: what is recent stays as it is.
+	aged 0:05 "$entry_file"
+	get_fresh
+	younger 0:04 "$entry_file" && fail "renewed after five minutes"
+	younger 0:07 "$entry_file" || fail "it has got older"
+	stop_proxy
+	younger 0:07 "$entry_file" || fail "the time is lost with the proxy"
+	start_cache
+	get_fresh
+	younger 0:04 "$entry_file" && fail "after a restart: renewed too early"
+	younger 0:07 "$entry_file" || fail "it has got older after a restart"
+	stop_proxy
+	start_cache
+	aged 0:11 "$entry_file"
+	get_fresh
+	younger 0:05 "$entry_file" || fail "not renewed after eleven minutes"
+	# A validation and a part of it are uses too.
+	for fields in 'Cache-Control: max-age=0\n' 'Range: bytes=1-2\n'; do
+		stop_proxy
+		start_cache
+		entry
+		aged 1 "$entry_file"
+		client u <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n$fields\n
+until \n\n
+END
+		entry
+		younger 0:10 "$entry_file" || fail "$fields: not renewed"
+	done
+}
+
+# Mounts a disk of SIZE for the cache, until the test ends: small_disk SIZE
+small_disk() {
+	[ "$(id -u)" = 0 ] || skip "only root can mount a small disk"
+	mkdir "$T/cache"
+	mount -t tmpfs -o "size=$1" tmpfs "$T/cache" 2> mount.err ||
+		skip "no tmpfs: $(head -n 1 mount.err)"
+	trap 'reap; umount "$T/cache" || umount -l "$T/cache"' EXIT
+}
+
+# So many KiB are still free on it.
+disk_free() {
+	df -P -k "$T/cache" | awk 'NR == 2 { print $4 }'
+}
+
+test_cache_floor() { # on a disk that is nearly full nothing is stored
+	small_disk 1M
+	start_cache
+	fresh_origin
+	get_fresh
+	get_fresh
+	asked 1
+	# 40 KiB are less than a twentieth, though an entry would fit.
+	head -c $((($(disk_free) - 40) * 1024)) /dev/zero > cache/aa ||
+		fail "the disk can't be filled"
+	[ "$(disk_free)" -ge 36 ] && [ "$(disk_free)" -le 44 ] ||
+		fail "$(disk_free) KiB are free"
+	rm cache/[0-9a-f][0-9a-f]/*
+	head -c 10240 /dev/zero > cache/ab
+	get_fresh
+	get_fresh
+	asked 3
+	[ -z "$(find cache -name 'tmp*')" ] || fail "$(find cache -name 'tmp*')"
+	logged <<'END'
+~ miss=stored
+~ hit=fresh
+~ 200 10000 .* miss=uri-miss .* end=done
+~ 200 10000 .* miss=uri-miss .* end=done
+END
+	# There is room again.
+	rm cache/aa
+	get_fresh
+	get_fresh
+	asked 4
+	served
+}
+
+test_cache_floor_middle() { # a disk that gets full while storing costs the entry only
+	small_disk 1M
+	start_cache
+	what='known length'
+	fresh_origin 2000000
+	get_fresh 2000000
+	get_fresh 2000000
+	asked 2
+	[ -z "$(entries)" ] || fail "there is $(entries)"
+	rm -f o.*
+	what=chunks
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nTransfer-Encoding: chunked\n\nF4240\n
+fill 1000000
+send \nF4240\n
+fill 1000000
+send \n0\n\n
+END
+	for n in 1 2; do
+		client c$n <<'END'
+send GET http://%O/x HTTP/1.0\n\n
+until \n\n
+skip 2000000
+eof
+END
+		grep '^eof$' c$n.end > /dev/null || fail "$what: $(cat c$n.end)"
+	done
+	asked 2
+	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+	logged <<'END'
+#4 200 2000000 .* end=done
+!~ hit=
+END
+	rm -f o.*
+	what='what fits'
+	fresh_origin 9000
+	get_fresh 9000
+	get_fresh 9000
+	asked 1
+	served
+}
+
+test_cache_floor_follower() { # nor the answer of a client that follows
+	small_disk 1M
+	start_cache
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nETag: "a"\nCache-Control: max-age=999\nContent-Length: 2000000\n\n
+fill 100000
+await more
+fill 1900000
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nETag: "a"\nCache-Control: max-age=999\nContent-Length: 2000000\n\n
+fill 2000000
+END
+	for n in 1 2; do
+		client_bg c$n <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+skip 100000
+touch some$n
+skip 1900000
+END
+		wait_for 15 "[ -f some$n ]" || fail "client $n has nothing"
+	done
+	asked 1
+	touch more
+	for n in 1 2; do
+		ended c$n
+		grep '^open$' c$n.end > /dev/null || fail "$n: $(cat c$n.end)"
+	done
+	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+	served
+}
+
+# What -k prints for a URL must be the files in "want": purged URL
+purged() {
+	run_proxy -c cache -k "$1"
+	[ "$status" = 0 ] || fail "-k $1: status $status: $(cat errors)"
+	[ ! -s errors ] || fail "-k $1: says $(cat errors)"
+	sort out > listed
+	cmp want listed > /dev/null ||
+		fail "-k $1: $(tr '\n' ' ' < listed), not $(tr '\n' ' ' < want)"
+}
+
+test_cache_purge() { # -k prints the files of a URL, however it is spelt
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nVary: X-A\nCache-Control: max-age=99\nContent-Length: 4\n\none\l
+loop
+END
+	start_cache -x "http://$origin"
+	host=some.example
+	urls="http://$host/v http://$host/vv http://$host/v?a http://$host/
+	    http://$host:8080/v http://other.example/v"
+	for url in $urls; do
+		for a in 1 2 3; do
+			client c <<END
+send GET $url HTTP/1.1\nHost: x\nX-A: $a\n\n
+answer
+END
+		done
+	done
+	[ "$(entries | wc -l)" -eq 24 ] || fail "$(entries | wc -l) files"
+	for url in $urls; do
+		key=$(echo "$url" | sed 's|example/|example:80/|')
+		find cache -type f -exec grep -l -x -F "key: $key" {} + |
+			sort > want
+		[ "$(wc -l < want)" -eq 4 ] || fail "$url: $(wc -l < want) files"
+		purged "$url"
+	done
+	find cache -type f -exec grep -l -x -F "key: http://$host:80/v" {} + |
+		sort > want
+	for url in "HTTP://$host/v" http://SOME.example/v "http://$host:80/v" \
+	    HTTP://Some.Example:80/v "http://$host:080/v"; do
+		purged "$url"
+	done
+	find cache -type f -exec grep -l -x -F "key: http://$host:80/" {} + |
+		sort > want
+	for url in "http://$host/" "http://$host" "HTTP://$host:80"; do
+		purged "$url"
+	done
+	client c <<END
+send GET http://SOME.Example:80/v HTTP/1.1\nHost: x\nX-A: 2\n\n
+answer
+END
+	logged <<'END'
+~ hit=fresh
+END
+	# shellcheck disable=SC2046 # paths are words
+	rm $(cd "$T" && "$proxy_bin" -c cache -k "http://$host/v")
+	: > want
+	for url in "http://$host/v" "http://$host/V" "http://$host/none" \
+	    http://none.example/v "http://$host:81/v" "http://$host/v?"; do
+		purged "$url"
+	done
+	log_from=$(($(wc -l < log) + 1))
+	for a in 1 1 2; do
+		client c <<END
+send GET http://$host/v HTTP/1.1\nHost: x\nX-A: $a\n\n
+answer
+END
+	done
+	client c <<END
+send GET http://$host/vv HTTP/1.1\nHost: x\nX-A: 3\n\n
+answer
+END
+	logged <<'END'
+~ miss=stored
++~ hit=fresh
++~ miss=stored
++~ /vv .* hit=fresh
+END
+}
+
+test_cache_purge_odd() { # -k passes over what is no entry
+	start_cache
+	mkdir -p cache/aa
+	mkfifo cache/aa/fifo
+	ln -s fifo cache/aa/link
+	mkdir cache/aa/directory
+	: > cache/aa/empty
+	: > want
+	purged http://some.example/none
+}
+
+test_cache_purge_usage() { # wrong use of -k: exit 2, and nothing is made
+	mkdir empty
+	while read -r options; do
+		# shellcheck disable=SC2086 # options are words
+		run_proxy $options
+		[ "$status" = 2 ] || fail "$options: exit status $status"
+		[ ! -s out ] || fail "$options: prints $(cat out)"
+		head -n 1 errors | grep '^proxy: ..*' > /dev/null ||
+			fail "$options: says $(head -n 1 errors)"
+	done <<'END'
+-k http://some.example/
+-k
+-c empty -k
+-c empty -k some.example
+-c empty -k /v
+-c empty -k https://some.example/
+-c empty -k http://
+-c empty -k http://some.example:0/
+-c empty -k http://some.example:99999/
+-c empty -k http://some.example/ http://other.example/
+END
+	run_proxy -c empty -k http://some.example/
+	[ "$status" = 0 ] || fail "an empty directory: status $status"
+	run_proxy -c none -k http://some.example/
+	[ ! -s out ] || fail "no directory: prints $(cat out)"
+	[ ! -e none ] || fail "it makes a directory"
+	[ -z "$(ls empty)" ] || fail "it makes $(ls empty)"
+}
+
+# Bytes that the proxy writes to files of the cache while a client gets so many
+# of /x, into $written; empty if nobody can tell: count_written BYTES
+count_written() {
+	written=
+	if have strace && spawn strace.err strace -y -o calls -p "$proxy_pid" \
+	    -e trace=write,writev,pwrite64,pwritev &&
+	    wait_for 10 '[ -s strace.err ]' &&
+	    grep 'attached' strace.err > /dev/null; then
+		get_fresh "$1"
+		kill "$spawned"
+		wait "$spawned"
+		written=$(sed -n 's|^[a-z0-9]*([0-9]*<[^>]*/cache/.* = ||p' calls |
+			awk '{ sum += $1 } END { print sum + 0 }')
+	elif [ -r "/proc/$proxy_pid/io" ]; then
+		count_from=$(sed -n 's/^wchar: //p' "/proc/$proxy_pid/io")
+		get_fresh "$1"
+		# What the client got was written too.
+		written=$(($(sed -n 's/^wchar: //p' "/proc/$proxy_pid/io") -
+		    count_from - $1))
+	fi
+}
+
+test_cache_validated_large() { # validating 100 MiB writes a few KiB
+	[ "$(df -P -k . | awk 'NR == 2 { print $4 }')" -gt 400000 ] ||
+		skip "too little room on the disk"
+	start_cache -s 500M
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nETag: "a"\nX-A: old\nCache-Control: max-age=0\nContent-Length: 104857600\n\n
+fill 104857600
+---
+head
+send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\nX-A: new\nCache-Control: max-age=9999\n\n
+END
+	get_fresh 104857600
+	entry
+	count_written 104857600
+	echo "$written bytes are written"
+	[ -n "$written" ] || skip "neither strace nor /proc/PID/io"
+	seen g <<'END'
+= X-A: new
+~ ^Cache-Status: proxy-ID; fwd=stale; fwd-status=304
+END
+	[ "$written" -gt 0 ] && [ "$written" -lt 65536 ] || fail "$written bytes are written"
+	asked 2
+	get_fresh 104857600
+	asked 2
+	seen g <<'END'
+= X-A: new
+~ ^Cache-Status: proxy-ID; hit; ttl=[0-9]
+END
+	logged <<'END'
+~ 200 104857600 .* miss=stored
+~ 200 104857600 .* hit=validated
+~ 200 104857600 .* hit=fresh
+END
+	[ "$(entries)" = "$entry_file" ] || fail "it became $(entries)"
+}
+
+# ---- Cache: collapsed forwarding
+
+# Waits until the origin has been asked so often: reached NAME N
+reached() {
+	wait_for 15 "[ -s $1.$2 ]" ||
+		fail "${what-}: request $2 does not reach the origin"
+}
+
+# What clients sent before this has been read by the proxy when it returns,
+# for the proxy takes things in their order.
+taken() {
+	for taken_file; do
+		wait_for 15 "[ -f $taken_file ]" || fail "${what-}: no $taken_file"
+	done
+	play_title=${what-}
+	served
+}
+
+# The connection of a client must have ended like this: ends NAME ERE
+ends() {
+	ended "$1"
+	grep -E "$2" "$1.end" > /dev/null || fail "${what-}: $1: $(cat "$1.end")"
+}
+
+# A client in the background that gets URL-PATH and BYTES of the pattern, and
+# tells when it has sent its request (NAME.sent), has a head (NAME.head) and
+# the first 1000 bytes (NAME.some): getter NAME PATH BYTES ['fields\n']
+# An HTTP/1.0 client: what ends in the middle is an error there too.
+getter() {
+	client_bg "$1" <<END
+send GET http://%O$2 HTTP/1.0\n${4-}\n
+touch $1.sent
+until \n\n
+touch $1.head
+skip 1000
+touch $1.some
+skip $(($3 - 1000))
+eof
+END
+}
+
+# Two clients, one fetch: the second one's log line and Cache-Status.
+collapsed() {
+	seen "$1" <<'END'
+= HTTP/1.1 200 OK
+~ ^Cache-Status: proxy-ID; fwd=uri-miss.*; collapsed
+END
+	logged <<'END'
+#1 miss=stored .* end=done$
+#1 hit=collapsed .* end=done$
+END
+	log_from=$(($(wc -l < log) + 1))
+}
+
+test_cache_collapsed() { # two clients, one request; both are served as it comes
+	start_cache
+	log_from=1
+	for what in length chunks close; do
+		rm -f go more
+		case $what in
+		length) how='Content-Length: 300000\n\n' middle='' end='' ;;
+		chunks)
+			how='Transfer-Encoding: chunked\n\n249F0\n'
+			middle='send \n249F0\n'
+			end='send \n0\n\n'
+			;;
+		close) how='Connection: close\n\n' middle='' end=close ;;
+		esac
+		origin "o$what" <<END
+head
+await go
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nX-A: b\n$how
+fill 150000
+await more
+$middle
+fill 150000
+$end
+END
+		getter "a$what" /x 300000
+		reached "o$what" 1
+		getter "b$what" /x 300000
+		taken "b$what.sent"
+		[ ! -f "o$what.2" ] || fail "$what: the origin is asked twice"
+		touch go
+		# Both have what is there while the rest has not come yet.
+		wait_for 15 "[ -f a$what.some ] && [ -f b$what.some ]" ||
+			fail "$what: the answer does not come as it grows"
+		[ ! -f "a$what.end" ] && [ ! -f "b$what.end" ] ||
+			fail "$what: $(cat "a$what.end" "b$what.end")"
+		touch more
+		ends "a$what" '^eof$'
+		ends "b$what" '^eof$'
+		[ ! -f "o$what.2" ] || fail "$what: the origin is asked twice"
+		collapsed "b$what"
+		client "c$what" <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+skip 300000
+END
+		ends "c$what" '^open$'
+		[ ! -f "o$what.2" ] || fail "$what: it is not stored"
+		log_from=$(($(wc -l < log) + 1))
+	done
+}
+
+test_cache_collapsed_growing() { # who comes in the middle of a chunked answer follows
+	start_cache
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nTransfer-Encoding: chunked\n\n5\nfirst\n
+await more
+send 6\nsecond\n
+await last
+send 5\nthird\n0\n\n
+END
+	for n in 1 2 3; do
+		client_bg c$n <<END
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+until first
+touch first$n
+until second
+touch second$n
+until third
+until \n0\n\n
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+answer
+END
+		taken first$n
+	done
+	asked 1
+	touch more
+	taken second1 second2 second3
+	touch last
+	for n in 1 2 3; do
+		ends c$n '^open$'
+		seen c$n <<'END'
+#1 ^Transfer-Encoding: chunked$
+#1 ^Content-Length
+~ first
+~ second
+~ third
+~ ^HTTP/1.1 200 OK
+~ ^firstsecondthird
+END
+	done
+	asked 1
+	logged <<'END'
+#1 200 16 .* miss=stored .* end=done$
+#2 200 16 .* hit=collapsed .* end=done$
+END
+	logged <<'END'
+#3 200 16 .* hit=fresh .* end=done$
+END
+}
+
+test_cache_collapsed_private() { # what can't be stored is fetched for each
+	start_cache
+	for what in private no-store 'no cache wish' 404; do
+		rm -f go asked ./*.sent
+		control='Cache-Control: max-age=999\n'
+		status='200 OK'
+		case $what in
+		private) control='Cache-Control: private, max-age=999\n' ;;
+		no-store) control='Cache-Control: no-store\n' ;;
+		'no cache wish') control= ;;
+		404) control='' status='404 No' ;;
+		esac
+		rm -f o.[0-9]*
+		origin o <<END
+head
+touch asked
+await go
+send HTTP/1.1 $status\nConnection: close\n${control}Content-Length: 4\n\none\l
+---
+head
+send HTTP/1.1 $status\nConnection: close\n${control}Content-Length: 4\n\ntwo\l
+END
+		for c in a b; do
+			rm -f $c $c.end
+			client_bg $c <<END
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+touch $c.sent
+answer
+END
+			taken $c.sent asked
+		done
+		[ ! -f o.2 ] || fail "$what: the second does not wait"
+		touch go
+		ends a '^open$'
+		ends b '^open$'
+		seen a <<END
+= HTTP/1.1 $status
+= one\l
+END
+		seen b <<END
+= HTTP/1.1 $status
+!~ ^Cache-Status:.*(collapsed|hit)
+END
+		seen b <<'END'
+= two\l
+END
+		asked 2
+	done
+	logged <<'END'
+!~ hit=
+END
+}
+
+test_cache_collapsed_many() { # ten at once on what can't be stored wait for one answer, not for nine
+	start_cache
+	{
+		cat <<'END'
+head
+touch asked
+await go
+stall 300
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: private\nContent-Length: 4\n\none\l
+END
+		for n in 2 3 4 5 6 7 8 9 10; do
+			cat <<'END'
+---
+head
+await all
+stall 300
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: private\nContent-Length: 4\n\ntwo\l
+END
+		done
+	} > scripts
+	origin o < scripts
+	for n in 1 2 3 4 5 6 7 8 9 10; do
+		client_bg c$n <<END
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+touch sent$n
+answer
+END
+		taken sent$n asked
+	done
+	asked 1
+	touch go
+	# Nine more before any of them is answered.
+	wait_for 10 '[ -s o.10 ]' || fail "of ten requests the origin has" \
+		"$(find . -name 'o.*' ! -name '*.*.*' -size +0 | wc -l)"
+	touch all
+	for n in 1 2 3 4 5 6 7 8 9 10; do
+		ends c$n '^open$'
+	done
+	n=$(grep -c '^one' c? c10 | grep -c ':1$')
+	[ "$n" = 1 ] || fail "$n clients got the first answer"
+	n=$(grep -c '^two' c? c10 | grep -c ':1$')
+	[ "$n" = 9 ] || fail "$n clients got an answer of their own"
+	asked 10
+}
+
+# While one client waits for a head (await) or has a part of the body (grow),
+# a request of another kind goes to the origin at once:
+# alone WHAT 'request to \n\n and its body' [STEP], which reads that body
+alone() {
+	for alone_when in await grow; do
+		what="$1, $alone_when"
+		rm -f asked go last a a.* b b.* o.[0-9]*
+		alone_head='HTTP/1.1 200 OK\nConnection: close\nCache-Control: public, max-age=999\n'
+		origin o <<END
+head
+touch asked
+$([ $alone_when = grow ] || echo await go)
+send ${alone_head}Content-Length: 300000\n\n
+fill 150000
+await go
+fill 150000
+---
+head
+${3-}
+send ${alone_head}Content-Length: 4\n\ntwo\l
+END
+		getter a /x 300000
+		taken asked a.sent
+		[ $alone_when = await ] || taken a.some
+		client b <<END
+send $2
+answer
+END
+		ends b '^open$'
+		seen b <<'END'
+~ ^HTTP/1.1 200
+!~ ^Cache-Status:.*(collapsed|hit)
+END
+		seen b <<'END'
+= two\l
+END
+		asked 2
+		touch go
+		ends a '^eof$'
+		asked 2
+	done
+}
+
+test_cache_collapsed_never() { # uploads, ranges, logins and no-store neither wait nor follow
+	start_cache
+	alone POST 'POST http://%O/x HTTP/1.1\nHost: %O\nContent-Length: 3\n\nabc' 'want 3'
+	alone PUT 'PUT http://%O/x HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\n\n3\nabc\n0\n\n' 'until \n0\n\n'
+	alone 'GET with a body' 'GET http://%O/x HTTP/1.1\nHost: %O\nContent-Length: 3\n\nabc' 'want 3'
+	alone Range 'GET http://%O/x HTTP/1.1\nHost: %O\nRange: bytes=1-4\n\n'
+	alone Authorization 'GET http://%O/x HTTP/1.1\nHost: %O\nAuthorization: Basic eDp5\n\n'
+	alone no-store 'GET http://%O/x HTTP/1.1\nHost: %O\nCache-Control: no-store\n\n'
+	logged <<'END'
+!~ hit=
+END
+}
+
+# The fetch breaks off while another client follows, which then asks on its
+# own: broken WANT 'first fields\n' 'second fields\n' [HOW [BYTES]]; WANT is
+# whole or short, HOW length (as without) or chunks, BYTES what comes then
+broken() {
+	what="$1: $2 then $3, ${4-length}"
+	rm -f cut [abcd] [abcd].* o.[0-9]*
+	case ${4-length} in
+	length)
+		broken_how='Content-Length: 300000\n\n'
+		broken_end=
+		broken_short='^(eof|reset) skip'
+		;;
+	chunks)
+		broken_how='Transfer-Encoding: chunked\n\n493E0\n'
+		# To an HTTP/1.0 client only a reset tells.
+		broken_short='^reset skip'
+		broken_end='send \n0\n\n'
+		;;
+	esac
+	origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n$2$broken_how
+fill 150000
+await cut
+close
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\n$3$broken_how
+fill ${5-300000}
+${5+close}
+$broken_end
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nContent-Length: 300000\n\n
+fill 300000
+END
+	getter a /x 300000
+	taken a.some
+	getter b /x 300000
+	taken b.some
+	asked 1
+	touch cut
+	ends a "$broken_short"
+	case $1 in
+	whole) ends b '^eof$' ;;
+	short) ends b "$broken_short" ;;
+	esac
+	asked 2
+	# What is stored then is whole.
+	getter c /x 300000
+	ends c '^eof$'
+	getter d /x 300000
+	ends d '^eof$'
+	wait_for 5 '[ -z "$(find cache -name "tmp*")" ]' ||
+		fail "$what: left: $(find cache -name 'tmp*')"
+	served
+}
+
+test_cache_collapsed_broken() { # the fetch breaks off: who follows goes on alone, or ends visibly short
+	start_cache
+	modified='Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
+	broken whole 'ETag: "a"\n' 'ETag: "a"\n'
+	broken whole 'ETag: "a"\n' 'ETag: "a"\n' chunks
+	broken whole "$modified" "$modified"
+	broken short 'ETag: "a"\n' 'ETag: "b"\n'
+	broken short 'ETag: "a"\n' 'ETag: "b"\n' chunks
+	broken short 'ETag: "a"\n' 'ETag: "a"\n' length 200000
+	broken short 'ETag: "a"\n' 'ETag: "a"\n' chunks 200000
+	broken short 'ETag: W/"a"\n' 'ETag: W/"a"\n'
+	broken short 'ETag: "a"\n' ''
+	broken short "ETag: \"a\"\n$modified" "ETag: \"b\"\n$modified"
+	broken short "$modified" 'Last-Modified: Mon, 07 Nov 1994 08:49:37 GMT\n'
+}
+
+test_cache_collapsed_large() { # what grows too large is not stored, and whole for those who follow
+	for etag in 'ETag: "a"\n' ''; do
+		what="with ${etag:-no ETag}"
+		rm -rf cache
+		rm -f more a a.* b b.* o.[0-9]*
+		start_cache -s 1M
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n${etag}Transfer-Encoding: chunked\n\n927C0\n
+fill 100000
+await more
+fill 500000
+send \n0\n\n
+---
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n${etag}Transfer-Encoding: chunked\n\n927C0\n
+fill 600000
+send \n0\n\n
+END
+		getter a /x 600000
+		taken a.some
+		getter b /x 600000
+		taken b.some
+		asked 1
+		touch more
+		ends a '^eof$'
+		ends b '^eof$'
+		wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+		served
+		stop_proxy
+	done
+}
+
+test_cache_collapsed_dropped() { # who follows what stops being stored gets all the same
+	start_cache -s 1M
+	# Together they are more than may be in the making.
+	for n in 1 2; do
+		origin o$n <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 200000\n\n
+fill 100000
+await more
+fill 100000
+---
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 200000\n\n
+fill 200000
+END
+		getter a$n /x 200000
+		taken a$n.some
+		getter b$n /x 200000
+		taken b$n.some
+	done
+	touch more
+	for n in 1 2; do
+		ends a$n '^eof$'
+		ends b$n '^eof$'
+	done
+	served
+}
+
+test_cache_collapsed_gone() { # the first client leaves: the others get all, and it is stored
+	start_cache
+	for what in length chunks; do
+		rm -f more leave a a.* b b.* g g.* o.[0-9]*
+		case $what in
+		length) how='Content-Length: 300000\n\n' end= ;;
+		chunks) how='Transfer-Encoding: chunked\n\n493E0\n' end='send \n0\n\n' ;;
+		esac
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n$how
+fill 100000
+await more
+fill 200000
+$end
+END
+		client_bg a <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+touch a.head
+await leave
+reset
+END
+		taken a.head
+		getter b /x 300000
+		taken b.some
+		touch leave
+		ended a
+		served
+		touch more
+		ends b '^eof$'
+		get_fresh 300000
+		asked 1
+		logged <<'END'
+~ end=client
+END
+		log_from=$(($(wc -l < log) + 1))
+	done
+}
+
+test_cache_collapsed_all_gone() { # when all have left early, the fetch ends
+	start_cache
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nContent-Length: 1000000\n\n
+fill 100000
+eof
+touch freed
+END
+	for n in a b; do
+		client_bg $n <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+touch $n.head
+await $n.leave
+reset
+END
+		taken $n.head
+	done
+	asked 1
+	for n in b a; do
+		touch $n.leave
+		ended $n
+		taken $n.end
+	done
+	wait_for 10 '[ -f freed ]' || fail "it is fetched for nobody"
+	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+}
+
+test_cache_collapsed_vary() { # variants: the same one follows, another one goes on its own
+	start_cache
+	origin o <<'END'
+head
+touch asked
+await go
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nVary: X-A\nContent-Length: 300000\n\n
+fill 150000
+await more
+fill 150000
+---
+head
+touch asked2
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nVary: X-A\nContent-Length: 4\n\ntwo\l
+END
+	getter a /x 300000 'X-A: 1\n'
+	taken asked
+	client_bg b <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 2\n\n
+touch b.sent
+answer
+END
+	getter c /x 300000 'X-A: 1\n'
+	taken b.sent c.sent
+	asked 1
+	touch go
+	# The other variant, while the first one is still on its way.
+	ends b '^open$'
+	seen b <<'END'
+= HTTP/1.1 200 OK
+= two\l
+END
+	taken a.some c.some
+	asked 2
+	# Who comes later follows too.
+	getter d /x 300000 'X-A: 1\n'
+	taken d.some
+	asked 2
+	touch more
+	for n in a c d; do
+		ends $n '^eof$'
+	done
+	asked 2
+	for n in c d; do
+		seen $n <<'END'
+~ ^Cache-Status: .*; collapsed
+END
+	done
+	logged <<'END'
+#2 miss=stored .* end=done$
+#2 hit=collapsed .* end=done$
+END
+	client e <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 2\n\n
+answer
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 1\n\n
+until \n\n
+skip 300000
+END
+	ends e '^open$'
+	asked 2
+}
+
+test_cache_vary_cut() { # an answer with Vary that is cut short leaves the older entry as it was
+	start_cache
+	for what in fresh stale; do
+		case $what in
+		fresh) age=0 wish='no-cache' ;;
+		stale) age=500 wish='x' ;;
+		esac
+		rm -f o.[0-9]*
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=99\nAge: $age\nETag: "a"\nContent-Length: 4\n\none\l
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=99\nVary: X-A\nETag: "b"\nContent-Length: 10\n\nother
+END
+		client a <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+answer
+END
+		find cache -type f -exec grep -l "^key: http://$origin/" {} + > there
+		[ "$(wc -l < there)" -eq 1 ] || fail "$what: $(cat there)"
+		cp "$(cat there)" before
+		client b <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 1\nCache-Control: $wish\n\n
+answer
+END
+		ends b '^(eof|reset) answer'
+		asked 2
+		find cache -type f -exec grep -l "^key: http://$origin/" {} + |
+			cmp - there > /dev/null || fail "$what: the entry is gone"
+		cmp before "$(cat there)" > /dev/null ||
+			fail "$what: the entry has changed"
+		client c <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 1\nCache-Control: max-stale, only-if-cached\n\n
+answer
+END
+		seen c <<'END'
+= HTTP/1.1 200 OK
+= one\l
+END
+		asked 2
+	done
+}
+
+# ---- Cache: refresh
+
+# An entry that may be used while it is refreshed; a request with these fields
+# has it refreshed, by a 304 and by a new answer (or BY one), without them:
+# refreshes WANT 'request fields\n' [BY [DIRECTIVES]]
+refreshes() {
+	for refreshes_by in ${3:-304 200}; do
+		what="$2: refreshed by $refreshes_by"
+		play_title=$what
+		rm -f o.[0-9]* c c.* d d.*
+		case $refreshes_by in
+		304) refreshes_body='\n' refreshes_see=one ;;
+		*) refreshes_body='Content-Length: 4\n\ntwo\l' refreshes_see=two ;;
+		esac
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60, stale-while-revalidate=999${4-}\nContent-Length: 4\n\none\l
+---
+head
+send HTTP/1.1 $refreshes_by X\nConnection: close\nETag: "a"\nCache-Control: max-age=888${4-}\n$refreshes_body
+END
+		client c <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+answer
+send GET http://%O/x HTTP/1.1\nHost: %O\n$2\n
+answer
+END
+		ends c '^open$'
+		sed '1,/one/d' c > second
+		head -n 1 second | grep "^HTTP/1.1 $1" > /dev/null ||
+			fail "$what: $(head -n 1 second)"
+		grep '^Cache-Status: .*; hit' second > /dev/null ||
+			fail "$what: $(grep '^Cache-Status' second)"
+		reached o 2
+		got o <<'END'
+= -- connection 2
+= GET /x HTTP/1.1
+#1 ^If-None-Match: 
+#1 ^If-None-Match: "a"$
+!~ ^(Cache-Control|Pragma|Range|If-(Range|Match|Modified-Since|Unmodified-Since)):
+END
+		wait_for 10 'e=$(entry_of x) && [ -f "$e" ] && grep -l \
+		    "max-age=888" "$e" > found' || fail "$what: not refreshed"
+		client d <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+answer
+END
+		seen d <<END
+~ ^HTTP/1.1 200
+~ ^Cache-Status: proxy-ID; hit; ttl=
+= $refreshes_see\l
+END
+		asked 2
+	done
+}
+
+test_cache_refresh() { # the request in the background has nothing of the client's wishes
+	start_cache
+	refreshes 200 ''
+	refreshes 200 'Cache-Control: max-stale=9\n'
+	refreshes 200 'Cache-Control: stale-if-error=5\nPragma: no-cache\n'
+	refreshes 200 'Authorization: Basic eDp5\n' '' ', public'
+	# Without public only a 304 may count for those who have no login.
+	refreshes 200 'Authorization: Basic eDp5\n' 304
+	refreshes 200 'Authorization: Basic eDp5\nCache-Control: max-stale=9\n' 304
+	refreshes 206 'Range: bytes=1-2\n'
+	refreshes 206 'Range: bytes=1-2\nIf-Range: "a"\n'
+	refreshes 200 'If-None-Match: "z"\n'
+	refreshes 304 'If-None-Match: "a", "z"\n'
+	refreshes 200 'If-Modified-Since: Sun, 06 Nov 1994 08:49:37 GMT\n'
+	# The same where the client would take it stale without asking anybody.
+	refreshes 200 'Cache-Control: max-stale=500\n'
+	refreshes 200 'Cache-Control: max-stale\nPragma: no-cache\n'
+	served
+}
+
+test_cache_no_store_validates() { # a client's no-store that validates an entry leaves it there
+	start_cache
+	for what in 'Cache-Control: no-store\n' 'Cache-Control: no-cache, no-store\n' \
+	    'Authorization: Basic eDp5\n'; do
+		play_title=$what
+		rm -f o.[0-9]*
+		origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 4\n\none\l
+---
+head
+send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\nCache-Control: max-age=60\n\n
+END
+		client c <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+answer
+send GET http://%O/x HTTP/1.1\nHost: %O\n$what\n
+answer
+END
+		ends c '^open$'
+		seen c <<'END'
+#2 ^HTTP/1.1 200 OK
+#2 ^one
+END
+		asked 2
+		client d <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\nCache-Control: max-stale, only-if-cached\n\n
+answer
+END
+		seen d <<'END'
+= HTTP/1.1 200 OK
+= one\l
+END
+		asked 2
+	done
+}
+
+test_cache_range_stale() { # a range of a stale entry: asked for with it, from the entry or as it comes
+	start_cache
+	play '304: the part of the entry' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 10\n\nabcdefghij
+	origin next
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\nCache-Control: max-age=999\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^abcdefghijHTTP/1.1 206
+	sees   Content-Range: bytes 2-4/10
+	sees   Content-Length: 3
+	sees~  ^cdeHTTP/1.1 200
+	sees~  ^Cache-Status: proxy-ID; hit
+	sees   abcdefghij
+	gets   -- connection 2
+	gets   Range: bytes=2-4
+	gets#  1 ^If-None-Match: "a"
+	gets#  2 ^GET
+	log    200 10 .* miss=stored
+	log    206 3 .* hit=validated
+	log    200 10 .* hit=fresh
+END
+	play '206 of another version: that one, and the entry is gone' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 10\n\nabcdefghij
+	origin next
+	origin head
+	origin send HTTP/1.1 206 Partial Content\nConnection: close\nETag: "b"\nCache-Control: max-age=999\n
+	origin send Content-Range: bytes 2-4/10\nContent-Length: 3\n\nCDE
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nETag: "b"\nCache-Control: max-age=999\nContent-Length: 10\n\nABCDEFGHIJ
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^abcdefghijHTTP/1.1 206
+	sees   ETag: "b"
+	sees   Content-Range: bytes 2-4/10
+	sees~  ^CDEHTTP/1.1 200
+	sees   ABCDEFGHIJ
+	gets   -- connection 2
+	gets   Range: bytes=2-4
+	gets#  1 ^If-None-Match: "a"
+	gets#  3 ^GET
+END
+	play '200 of another version: the whole of it, stored' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 10\n\nabcdefghij
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nETag: "b"\nCache-Control: max-age=999\nContent-Length: 10\n\nABCDEFGHIJ
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n\n
+	client answer
+	sees~  ^abcdefghijHTTP/1.1 200
+	sees~  ^ABCDEFGHIJHTTP/1.1 206
+	sees   CDE
+	gets#  2 ^GET
+END
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
