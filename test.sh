@@ -1704,7 +1704,7 @@ test_start_banner() { # the banner names what is bound, with lines to paste
 = proxy: listening on %P
 ~ curl -x http://%P http
 ~ http_proxy=http://%P https_proxy=http://%P
-!~ may use the proxy
+!~ a rule lets
 END
 	"$peer" client "$proxy" c < /dev/null
 	[ "$(cat c.end)" = open ] || fail "nothing listens on $proxy"
@@ -1721,7 +1721,8 @@ test_start_addresses() { # several -l, port 0, [::1], the warning beyond loopbac
 	served "$(sed 's/.* on //' listening)"
 	stop_proxy
 	name=any start_proxy -l :0
-	grep 'may use' any.err > /dev/null || fail "no warning beyond loopback"
+	grep 'a rule lets them in' any.err > /dev/null ||
+		fail "no warning beyond loopback"
 	served "127.0.0.1:${proxy##*:}"
 	stop_proxy
 }
@@ -1733,7 +1734,11 @@ test_start_usage() { # bad options: one clear line, one of usage, exit 2
 		[ $status = 2 ] || fail "$options: exit status $status"
 		head -n 1 errors | grep '^proxy: ..*' > /dev/null ||
 			fail "$options: says $(head -n 1 errors)"
-		sed -n 2p errors | grep -i 'usage' > /dev/null ||
+		case $options in
+		-x* | -b*) want=1 ;;
+		*) want='.*usage' ;;
+		esac
+		sed -n '1s/.*/1/p; 2p' errors | grep -i "^$want" > /dev/null ||
 			fail "$options: no usage line"
 		[ ! -s out ] || fail "$options: writes to standard output"
 	done <<'END'
@@ -4518,7 +4523,8 @@ END
 test_names_guard() { # who is not local reaches nothing on loopback
 	me=$("$peer" myself) || skip "this machine has no address but loopback"
 	start_proxy -l "$me:0"
-	grep 'may use' err > /dev/null || fail "no warning beyond loopback"
+	grep 'a rule lets them in' err > /dev/null ||
+		fail "no warning beyond loopback"
 	for host in 127.0.0.1 127.1.2.3 '[::1]' 0.0.0.0 '[::]' 169.254.1.1 \
 	    '[fe80::1]' 224.0.0.1 '[ff02::1]' 255.255.255.255 \
 	    '[::ffff:127.0.0.1]'; do
@@ -4537,6 +4543,7 @@ test_names_guard() { # who is not local reaches nothing on loopback
 		log    " 403 .* why="
 END
 	done
+	start_proxy -l "$me:0" -e "allow client $me"
 	play -n 'another address of this machine is no secret' <<END
 	origin -a $me
 	origin head
@@ -4913,13 +4920,13 @@ test_resources_start() { # at start: under 1 MiB private
 	[ "$used" -lt 1024 ] || fail "$used KiB"
 }
 
-test_resources_size() { # cc -Os, stripped: under 120 KiB
+test_resources_size() { # cc -Os, stripped: under 160 KiB
 	sanitized && skip "a sanitizer build says nothing"
 	have strip || skip "no strip"
 	$cc -Os -o small "$here/proxy.c" 2> small.err || fail "$(cat small.err)"
 	strip small || skip "strip cannot strip"
 	size=$(wc -c < small)
-	[ "$size" -lt 122880 ] || fail "$size bytes"
+	[ "$size" -lt 163840 ] || fail "$size bytes"
 }
 
 test_resources_slow_readers() { # who does not read costs two buffers at most
@@ -8611,7 +8618,7 @@ unit_storable(void)
 		    table[i].line);
 		read_request(line, table[i].asked, &q);
 		read_response(table[i].status, table[i].fields, &r);
-		if (response_is_storable(&q, &r) != table[i].want)
+		if (response_is_storable(&q, &r, -1) != table[i].want)
 			unit_fail(table[i].line, table[i].asked,
 			    table[i].fields, table[i].status);
 	}
@@ -8726,7 +8733,7 @@ variant_print(const char *fields, const char *vary, char *s, size_t n)
 	struct request q;
 
 	read_request("GET http://h:8/", fields, &q);
-	variant_append(&q.head, at_guard(1, vary, strlen(vary)), b);
+	variant_append(&q, at_guard(1, vary, strlen(vary)), b);
 	(void)text_copy(buffer_text(b), s, n);
 	buffer_give(&b);
 }
@@ -8923,6 +8930,994 @@ test_cache_unit_variants() { # variants and names of entries
 
 test_cache_unit_entries() { # every byte of an entry's region changed, or cut
 	cache_unit entries
+}
+
+# ---- Matchers: unit tables ---------------------------------------------------
+
+# proxy.c with another main: what rules are made of.  All input ends right
+# before a page that can't be touched.
+write_match_unit() {
+	cat > "$work/matchunit.c" <<'EOF_UNIT'
+#define main proxy_main
+#include "proxy.c"
+#undef main
+#include <sys/mman.h>
+
+enum { PAGES = 2 * 65536 };
+
+#define COUNT(table) (sizeof(table) / sizeof((table)[0]))
+
+static int failures;
+
+static void
+unit_fail(const char *what, const char *input, const char *more, long long got)
+{
+	printf("%s: %s | %s: %lld\n", what, input, more, got);
+	failures++;
+}
+
+/* The n bytes of s, right before a page that can't be touched. */
+static struct text
+at_guard(const char *s, size_t n)
+{
+	static char *end;
+
+	if (end == NULL) {
+		int zero = open("/dev/zero", O_RDWR);
+		char *p = mmap(NULL, PAGES, PROT_READ | PROT_WRITE,
+		    MAP_PRIVATE, zero, 0);
+
+		if (p == MAP_FAILED ||
+		    mprotect(p + PAGES - 65536, 65536, PROT_NONE) == -1)
+			exit(77);
+		end = p + PAGES - 65536;
+	}
+	memmove(end - n, s, n);
+	return text_cut(end - n, n);
+}
+
+static struct text
+string_at_guard(const char *s)
+{
+	return at_guard(s, strlen(s));
+}
+
+static void
+unit_networks(void)
+{
+	static const struct {
+		const char *s, *first;	/* NULL: it is none */
+		unsigned bits;
+		const char *in, *out;
+	} table[] = {
+		{ "10.0.0.0/8", "10.0.0.0", 8, "10.255.0.1", "11.0.0.0" },
+		{ "10.1.2.3/8", "10.0.0.0", 8, "10.0.0.0", "9.255.255.255" },
+		{ "10.1.2.3", "10.1.2.3", 32, "10.1.2.3", "10.1.2.2" },
+		{ "10.1.2.3/32", "10.1.2.3", 32, "10.1.2.3", "11.1.2.3" },
+		{ "10.1.2.3/31", "10.1.2.2", 31, "10.1.2.2", "10.1.2.4" },
+		{ "10.1.2.3/0", "0.0.0.0", 0, "255.1.2.3", "::" },
+		{ "0.0.0.0/0", "0.0.0.0", 0, "::ffff:1.2.3.4", "::1" },
+		{ "172.31.9.9/12", "172.16.0.0", 12, "172.16.0.0",
+		    "172.32.0.0" },
+		{ "172.16.0.0/12", "172.16.0.0", 12, "172.31.255.255",
+		    "172.15.255.255" },
+		{ "100.64.0.0/10", "100.64.0.0", 10, "100.127.1.1",
+		    "100.128.0.0" },
+		{ "255.255.255.255/1", "128.0.0.0", 1, "128.0.0.0",
+		    "127.255.255.255" },
+		{ "1.2.3.4/9", "1.0.0.0", 9, "1.127.0.0", "1.128.0.0" },
+		{ "10.0.0.0/08", "10.0.0.0", 8, "10.0.0.0", "11.0.0.0" },
+		{ "::1", "::1", 128, "::1", "::" },
+		{ "::/0", "::", 0, "ff02::1", "1.2.3.4" },
+		{ "::1/127", "::", 127, "::1", "::2" },
+		{ "2001:db8::/32", "2001:db8::", 32, "2001:DB8:ffff::1",
+		    "2001:db9::" },
+		{ "2001:db8:ffff::9/33", "2001:db8:8000::", 33,
+		    "2001:db8:8000::1", "2001:db8:7fff::" },
+		{ "fe80::1/10", "fe80::", 10, "febf::", "fec0::" },
+		{ "fc00::/7", "fc00::", 7, "fdff::1", "fe00::" },
+		{ "::ffff:10.1.2.3", "10.1.2.3", 32, "10.1.2.3", "10.1.2.4" },
+		{ "::ffff:10.0.0.0/104", "10.0.0.0", 8, "10.9.9.9",
+		    "11.0.0.0" },
+		{ "::ffff:a01:203/128", "10.1.2.3", 32, "::ffff:10.1.2.3",
+		    "::10.1.2.3" },
+		{ "::ffff:0:0/96", "0.0.0.0", 0, "8.8.8.8", "::" },
+		{ "::ffff:0:0/95", NULL, 0, NULL, NULL },
+		{ "::ffff:10.0.0.0/8", NULL, 0, NULL, NULL },
+		{ "::ffff:10.0.0.0/129", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/33", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/128", NULL, 0, NULL, NULL },
+		{ "::/129", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/-1", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/ 8", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/8 ", NULL, 0, NULL, NULL },
+		{ "10.0.0.0 /8", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/8/8", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/255.0.0.0", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/4294967304", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/18446744073709551624", NULL, 0, NULL, NULL },
+		{ "10.0.0/8", NULL, 0, NULL, NULL },
+		{ "10/8", NULL, 0, NULL, NULL },
+		{ "/8", NULL, 0, NULL, NULL }, { "", NULL, 0, NULL, NULL },
+		{ "/", NULL, 0, NULL, NULL }, { "a/8", NULL, 0, NULL, NULL },
+		{ "[::1]", NULL, 0, NULL, NULL },
+		{ "[::1]/128", NULL, 0, NULL, NULL },
+		{ "::1%lo", NULL, 0, NULL, NULL },
+		{ "256.0.0.0/8", NULL, 0, NULL, NULL },
+	};
+	struct address a, other = { 0 };
+	struct network n;
+	size_t i;
+
+	for (i = 0; i < COUNT(table); i++) {
+		const char *s = table[i].s;
+		bool ok;
+
+		memset(&n, 0xee, sizeof(n));
+		ok = network_parse(string_at_guard(s), &n);
+		if (ok != (table[i].first != NULL))
+			unit_fail("network", s, "", ok);
+		if (!ok) {
+			if (n.bits != 0xeeeeeeee)
+				unit_fail("network", s, "touched", n.bits);
+			continue;
+		}
+		(void)address_parse(text_of(table[i].first), 0, &a);
+		if (n.bits != table[i].bits || n.address.scope != 0 ||
+		    !address_same(&n.address, &a))
+			unit_fail("network", s, table[i].first, n.bits);
+		(void)address_parse(text_of(table[i].in), 80, &a);
+		a.scope = a.family == AF_INET6 ? 7 : 0;
+		if (!network_has(&n, &a))
+			unit_fail("network", s, table[i].in, 0);
+		(void)address_parse(text_of(table[i].out), 80, &a);
+		if (network_has(&n, &a))
+			unit_fail("network", s, table[i].out, 1);
+		other.family = AF_UNIX;
+		if (network_has(&n, &other))
+			unit_fail("network", s, "a UNIX socket", 1);
+	}
+	/* Each length: the last address in, and the first one out. */
+	for (i = 0; i <= 128; i++) {
+		char s[40];
+		unsigned bit;
+
+		(void)snprintf(s, sizeof(s), "5a5a::/%d", (int)i);
+		if (!network_parse(string_at_guard(s), &n))
+			unit_fail("network", s, "", 0);
+		(void)address_parse(text_of("5a5a::"), 0, &a);
+		for (bit = 0; bit < 128; bit++) {
+			a.octets[bit / 8] ^= (unsigned char)(0x80 >> bit % 8);
+			if (network_has(&n, &a) != (bit >= i))
+				unit_fail("network", s, "bit", bit);
+			a.octets[bit / 8] ^= (unsigned char)(0x80 >> bit % 8);
+		}
+	}
+}
+
+static void
+unit_days(void)
+{
+	static const struct {
+		const char *s;
+		unsigned days;	/* 0: none */
+	} table[] = {
+		{ "Sun", 0x01 }, { "Mon", 0x02 }, { "Sat", 0x40 },
+		{ "sat", 0x40 }, { "SAT", 0x40 }, { "sAT", 0x40 },
+		{ "Mon-Fri", 0x3e }, { "mon-FRI", 0x3e }, { "Fri-Mon", 0x63 },
+		{ "Sat-Sun", 0x41 }, { "Sun-Sat", 0x7f }, { "Mon-Mon", 0x02 },
+		{ "Mon-Sun", 0x7f }, { "Tue-Mon", 0x7f }, { "Sun-Mon", 0x03 },
+		{ "Mon,Wed,Fri-Sun", 0x6b }, { "Mon,Mon", 0x02 },
+		{ "Tue-Wed,Thu", 0x1c }, { "Sat-Sun,Mon-Tue", 0x47 },
+		{ "", 0 }, { ",", 0 }, { "Mon,", 0 }, { ",Mon", 0 },
+		{ "Mon,,Tue", 0 }, { "Mon, Tue", 0 }, { " Mon", 0 },
+		{ "Mon ", 0 }, { "Monday", 0 }, { "Mo", 0 }, { "M", 0 },
+		{ "Mon-", 0 }, { "-Mon", 0 }, { "-", 0 }, { "Mon-Tue-Wed", 0 },
+		{ "Mon--Tue", 0 }, { "MonTue", 0 }, { "Xxx", 0 },
+		{ "Mon-Xxx", 0 }, { "unM", 0 }, { "1-5", 0 }, { "Mon-Fri,", 0 },
+		{ "Mon-Friday", 0 },
+	};
+	size_t i;
+
+	for (i = 0; i < COUNT(table); i++) {
+		unsigned days = 0xeeee;
+		bool ok = days_parse(string_at_guard(table[i].s), &days);
+
+		if (ok != (table[i].days != 0) ||
+		    days != (ok ? table[i].days : 0xeeee))
+			unit_fail("days", table[i].s, "", days);
+	}
+}
+
+static void
+unit_hours(void)
+{
+	static const struct {
+		const char *s;
+		int from, to;	/* -1: none */
+	} table[] = {
+		{ "08:00-17:30", 480, 1050 }, { "22:00-06:00", 1320, 360 },
+		{ "00:00-24:00", 0, 1440 }, { "00:00-00:01", 0, 1 },
+		{ "23:59-24:00", 1439, 1440 }, { "23:59-00:00", 1439, 0 },
+		{ "00:01-00:00", 1, 0 },
+		{ "08:00-08:00", -1, -1 }, { "00:00-00:00", -1, -1 },
+		{ "24:00-24:00", -1, -1 }, { "24:00-06:00", -1, -1 },
+		{ "00:00-24:01", -1, -1 }, { "08:60-09:00", -1, -1 },
+		{ "08:00-09:60", -1, -1 }, { "25:00-26:00", -1, -1 },
+		{ "8:00-17:30", -1, -1 }, { "08:00-7:30", -1, -1 },
+		{ "08:0-17:30", -1, -1 }, { "008:00-17:30", -1, -1 },
+		{ "08:000-17:30", -1, -1 }, { "08:00-17:300", -1, -1 },
+		{ "08:00-017:30", -1, -1 }, { "08:00 -17:30", -1, -1 },
+		{ "08:00-17:30 ", -1, -1 }, { " 08:00-17:30", -1, -1 },
+		{ "08:00", -1, -1 }, { "08:00-", -1, -1 },
+		{ "-08:00", -1, -1 }, { "", -1, -1 }, { "-", -1, -1 },
+		{ "08-17", -1, -1 }, { "0800-1730", -1, -1 },
+		{ "08.00-17.30", -1, -1 }, { "+8:00-17:30", -1, -1 },
+		{ "08:00-17:30:00", -1, -1 }, { "08:00:17:30", -1, -1 },
+		{ "08:00-17:3x", -1, -1 }, { "08:00-12:00-13:00", -1, -1 },
+		{ "99:99-99:99", -1, -1 },
+	};
+	size_t i, n;
+
+	for (i = 0; i < COUNT(table); i++) {
+		const char *s = table[i].s;
+		int from = -1, to = -1;
+		bool ok = hours_parse(string_at_guard(s), &from, &to);
+
+		if (ok != (table[i].to != -1) || from != table[i].from ||
+		    to != table[i].to)
+			unit_fail("hours", s, "", from * 10000 + to);
+		for (n = 0; ok && n < strlen(s); n++)
+			if (hours_parse(at_guard(s, n), &from, &to))
+				unit_fail("hours", s, "cut", (long long)n);
+	}
+}
+
+static void
+unit_times(void)
+{
+	static const struct {
+		const char *days, *hours;
+		int minutes;	/* in all */
+		const char *in, *out;	/* of the minutes */
+	} table[] = {
+		{ "Mon-Fri", "08:00-17:30", 5 * 570, "Mon 08:00", "Mon 07:59" },
+		{ "Mon-Fri", "08:00-17:30", 5 * 570, "Fri 17:29", "Fri 17:30" },
+		{ "Mon-Fri", "08:00-17:30", 5 * 570, "Wed 12:00", "Sat 12:00" },
+		{ "Sun-Sat", "00:00-24:00", 7 * 1440, "Sat 23:59", NULL },
+		{ "Sun", "00:00-24:00", 1440, "Sun 23:59", "Mon 00:00" },
+		{ "Sun", "00:00-24:00", 1440, "Sun 00:00", "Sat 23:59" },
+		{ "Fri", "22:00-06:00", 480, "Fri 22:00", "Fri 21:59" },
+		{ "Fri", "22:00-06:00", 480, "Fri 23:59", "Fri 05:59" },
+		{ "Fri", "22:00-06:00", 480, "Sat 00:00", "Sat 06:00" },
+		{ "Fri", "22:00-06:00", 480, "Sat 05:59", "Sat 22:00" },
+		{ "Sat", "22:00-06:00", 480, "Sun 05:59", "Sat 05:59" },
+		{ "Sat-Sun", "22:00-06:00", 960, "Mon 05:59", "Sat 05:59" },
+		{ "Sat", "22:00-00:00", 120, "Sat 23:59", "Sun 00:00" },
+		{ "Sat", "22:00-24:00", 120, "Sat 23:59", "Sun 00:00" },
+		{ "Sun", "00:00-00:01", 1, "Sun 00:00", "Sun 00:01" },
+		{ "Sun", "00:01-00:00", 1439, "Sun 00:01", "Sun 00:00" },
+		{ "Sun-Sat", "12:01-12:00", 7 * 1439, "Sun 12:01",
+		    "Sun 12:00" },
+	};
+	size_t i;
+
+	unit_days();
+	unit_hours();
+	for (i = 0; i < COUNT(table); i++) {
+		struct span s;
+		int n = 0, minute;
+
+		if (!days_parse(string_at_guard(table[i].days), &s.days) ||
+		    !hours_parse(string_at_guard(table[i].hours), &s.from,
+		    &s.to))
+			unit_fail("span", table[i].days, table[i].hours, -1);
+		for (minute = 0; minute < 7 * 1440; minute++) {
+			struct tm when = { 0 };
+			char print[40];
+			bool has;
+
+			when.tm_wday = minute / 1440;
+			when.tm_hour = minute % 1440 / 60;
+			when.tm_min = minute % 60;
+			when.tm_sec = 59;
+			has = span_has(&s, &when);
+			n += has;
+			(void)snprintf(print, sizeof(print), "%.3s %02d:%02d",
+			    &"SunMonTueWedThuFriSat"[when.tm_wday * 3],
+			    when.tm_hour, when.tm_min);
+			if ((strcmp(print, table[i].in) == 0 && !has) ||
+			    (table[i].out != NULL && has &&
+			    strcmp(print, table[i].out) == 0))
+				unit_fail(table[i].days, table[i].hours, print,
+				    has);
+		}
+		if (n != table[i].minutes)
+			unit_fail(table[i].days, table[i].hours, "minutes", n);
+	}
+}
+
+static void
+unit_ranges(void)
+{
+	static const struct {
+		const char *s;
+		uint64_t max;
+		bool ok;
+		uint64_t first, last;
+	} table[] = {
+		{ "80", 65535, true, 80, 80 }, { "0", 65535, true, 0, 0 },
+		{ "1000-2000", 65535, true, 1000, 2000 },
+		{ "7-7", 7, true, 7, 7 }, { "0-65535", 65535, true, 0, 65535 },
+		{ "0-18446744073709551615", UINT64_MAX, true, 0, UINT64_MAX },
+		{ "18446744073709551615", UINT64_MAX, true, UINT64_MAX,
+		    UINT64_MAX },
+		{ "2000-1000", 65535, false, 0, 0 },
+		{ "65536", 65535, false, 0, 0 },
+		{ "1-65536", 65535, false, 0, 0 },
+		{ "0-18446744073709551616", UINT64_MAX, false, 0, 0 },
+		{ "", 9, false, 0, 0 }, { "-", 9, false, 0, 0 },
+		{ "1-", 9, false, 0, 0 }, { "-1", 9, false, 0, 0 },
+		{ "1-2-3", 9, false, 0, 0 }, { "1--2", 9, false, 0, 0 },
+		{ " 1", 9, false, 0, 0 }, { "1 -2", 9, false, 0, 0 },
+		{ "1- 2", 9, false, 0, 0 }, { "1,2", 9, false, 0, 0 },
+		{ "4xx", 999, false, 0, 0 }, { "+1", 9, false, 0, 0 },
+		{ "a", 99, false, 0, 0 }, { "0x1", 99, false, 0, 0 },
+	};
+	size_t i;
+
+	for (i = 0; i < COUNT(table); i++) {
+		struct numbers r = { 123, 45 };
+		bool ok = numbers_parse(string_at_guard(table[i].s),
+		    table[i].max, &r);
+
+		if (ok != table[i].ok || r.first != (ok ? table[i].first : 123)
+		    || r.last != (ok ? table[i].last : 45))
+			unit_fail("range", table[i].s, "", (long long)r.first);
+	}
+}
+
+static void
+unit_numbers(void)
+{
+	static const struct {
+		const char *s;
+		long long size, seconds;	/* -1: none */
+	} table[] = {
+		{ "0", 0, 0 }, { "1", 1, 1 }, { "90", 90, 90 },
+		{ "90s", -1, 90 }, { "90S", -1, 90 }, { "1h", -1, 3600 },
+		{ "7d", -1, 604800 }, { "15m", 15728640, 900 },
+		{ "15M", 15728640, 900 }, { "1k", 1024, -1 },
+		{ "1K", 1024, -1 }, { "500M", 524288000, 30000 },
+		{ "20g", 21474836480LL, -1 }, { "20G", 21474836480LL, -1 },
+		{ "0K", 0, -1 }, { "007K", 7168, -1 }, { "0d", -1, 0 },
+		{ "9223372036854775807", INT64_MAX, -1 },
+		{ "9223372036854775808", -1, -1 },
+		{ "9007199254740991K", INT64_MAX - 1023, -1 },
+		{ "9007199254740992K", -1, -1 },
+		{ "8796093022207M", INT64_MAX - 1048575, -1 },
+		{ "8796093022208M", -1, -1 },
+		{ "8589934591G", INT64_MAX - 1073741823, -1 },
+		{ "8589934592G", -1, -1 }, { "17179869184G", -1, -1 },
+		{ "18446744073709551617", -1, -1 },
+		{ "18446744073709551617K", -1, -1 },
+		{ "315360000", 315360000, 315360000 },
+		{ "315360001", 315360001, -1 },
+		{ "315360000s", -1, 315360000 }, { "315360001s", -1, -1 },
+		{ "5256000m", 5511315456000LL, 315360000 },
+		{ "5256001m", 5511316504576LL, -1 },
+		{ "87600h", -1, 315360000 }, { "87601h", -1, -1 },
+		{ "3650d", -1, 315360000 }, { "3651d", -1, -1 },
+		{ "", -1, -1 }, { "K", -1, -1 }, { "s", -1, -1 },
+		{ "m", -1, -1 }, { "1T", -1, -1 }, { "1w", -1, -1 },
+		{ "1KB", -1, -1 }, { "1KK", -1, -1 }, { "1 K", -1, -1 },
+		{ "1K ", -1, -1 }, { " 1K", -1, -1 }, { "-1K", -1, -1 },
+		{ "+1", -1, -1 }, { "1.5G", -1, -1 }, { "1h30m", -1, -1 },
+		{ "1ms", -1, -1 }, { "0x1", -1, -1 }, { "1\xcb", -1, -1 },
+	};
+	uint64_t size;
+	int64_t seconds;
+	size_t i;
+
+	unit_ranges();
+	for (i = 0; i < COUNT(table); i++) {
+		const char *s = table[i].s;
+
+		size = UINT64_MAX;
+		seconds = -1;
+		if (size_parse(string_at_guard(s), &size) !=
+		    (table[i].size != -1) || size != (uint64_t)table[i].size)
+			unit_fail("size", s, "", (long long)size);
+		if (duration_parse(string_at_guard(s), &seconds) !=
+		    (table[i].seconds != -1) || seconds != table[i].seconds)
+			unit_fail("duration", s, "", seconds);
+	}
+	if (size_parse(at_guard("1\0", 2), &size) ||
+	    duration_parse(at_guard("1\0", 2), &seconds))
+		unit_fail("size", "1", "and a NUL", 1);
+}
+
+/* Where the first n bytes of s end with the needle for the first time. */
+static size_t
+needle_plain(const char *needle, const char *s, size_t n)
+{
+	size_t i, len = strlen(needle);
+
+	for (i = len; i <= n; i++)
+		if (memcmp(s + i - len, needle, len) == 0)
+			return i;
+	return SIZE_MAX;
+}
+
+/* One needle in one text: whole, in two and three pieces, byte by byte. */
+static void
+needle_try(const char *needle, const char *s)
+{
+	size_t n = strlen(s), a, b, want = needle_plain(needle, s, n);
+	unsigned char state;
+	struct needle found;
+	bool has;
+
+	if (!needle_make(&found, text_of(needle)))
+		unit_fail("needle", needle, "not made", 0);
+	for (a = 0; a <= n; a++)
+		for (b = a; b <= n; b++) {
+			state = 0;
+			has = needle_scan(&found, &state, at_guard(s, a));
+			if (has != (want <= a))
+				unit_fail(needle, s, "first", (long long)a);
+			has = needle_scan(&found, &state,
+			    at_guard(s + a, b - a));
+			if (has != (want <= b))
+				unit_fail(needle, s, "second", (long long)b);
+			has = needle_scan(&found, &state,
+			    at_guard(s + b, n - b));
+			if (has != (want <= n) || has != (state == found.len))
+				unit_fail(needle, s, "third", (long long)a);
+		}
+	state = 0;
+	for (a = 0; a < n; a++)
+		if (needle_scan(&found, &state, at_guard(s + a, 1)) !=
+		    (want <= a + 1))
+			unit_fail(needle, s, "byte", (long long)a);
+}
+
+#define EICAR "X5O!P%@AP[4\\PZX54(P^)7CC)7}$" \
+    "EICAR-STANDARD-ANTIVIRUS-TEST-FILE!$H+H*"
+
+/* Each needle of a and b of len bytes in each text of n bytes of them. */
+static void
+needle_all(size_t len, size_t n)
+{
+	unsigned i, k;
+	size_t bit;
+
+	for (i = 0; i < 1U << len; i++)
+		for (k = 0; k < 1U << n; k++) {
+			char needle[8] = "", s[12] = "";
+			struct needle made;
+			unsigned char state = 0;
+			bool has;
+
+			for (bit = 0; bit < len; bit++)
+				needle[bit] = i >> bit & 1 ? 'a' : 'b';
+			for (bit = 0; bit < n; bit++)
+				s[bit] = k >> bit & 1 ? 'a' : 'b';
+			(void)needle_make(&made, text_of(needle));
+			has = needle_scan(&made, &state, text_cut(s, n));
+			if (has != (needle_plain(needle, s, n) != SIZE_MAX))
+				unit_fail("needle", needle, s, has);
+		}
+}
+
+static void
+unit_needles(void)
+{
+	static const struct {
+		const char *needle, *s;
+	} table[] = {
+		{ "a", "" }, { "a", "a" }, { "a", "b" }, { "a", "bbbab" },
+		{ "aab", "aaab" }, { "aab", "aaaaaab" }, { "aab", "abaabaa" },
+		{ "aab", "aaaa" }, { "aaab", "aabaaab" }, { "abab", "aabab" },
+		{ "ababac", "abababac" }, { "abcabd", "abcabcabd" },
+		{ "aaaa", "aaabaaaa" }, { "nano", "nannano" },
+		{ "abacabad", "abacabacabad" }, { "aa", "ababababaa" },
+		{ "participate", "in parparticipaparticipate" },
+		{ "long", "lon" }, { "ng", "n" }, { "\x80", "\x7f\x80" },
+		{ "\xff\xfe", "\xff\xff\xfe" }, { EICAR, EICAR },
+		{ EICAR, "X5O!P%@AP[4\\PZX5" EICAR "!" },
+		{ EICAR, "X5O!P%@AP[4\\PZX54(P^)7CC)7}$EICAR-STANDARD-"
+		    "ANTIVIRUS-TEST-FILE!$H+H" },
+	};
+	static char s[1024];
+	struct needle n;
+	unsigned char state = 0;
+	size_t i, len;
+
+	for (i = 0; i < COUNT(table); i++)
+		needle_try(table[i].needle, table[i].s);
+	for (len = 1; len <= 5; len++)
+		needle_all(len, 10);
+	/* The longest; one more is refused, and so is none. */
+	memset(s, 'a', sizeof(s));
+	s[254] = 'b';
+	if (!needle_make(&n, at_guard(s, 255)) || n.len != 255)
+		unit_fail("needle", "255 bytes", "", n.len);
+	s[254] = 'a';
+	s[700] = 'b';
+	n.text = "";
+	if (needle_make(&n, text_cut(s, 256)) || needle_make(&n, text_of("")))
+		unit_fail("needle", "", "made", 0);
+	for (i = 0; i < sizeof(s); i++) {
+		(void)needle_make(&n, text_cut(s + 446, 255));
+		if (needle_scan(&n, &state, text_cut(s + i, 1)) != (i >= 700))
+			unit_fail("needle", "255 bytes", "at", (long long)i);
+	}
+	/* A NUL is a byte like any other. */
+	state = 0;
+	if (!needle_make(&n, text_cut("\0\0b", 3)) ||
+	    needle_scan(&n, &state, text_cut("a\0\0\0", 4)) ||
+	    !needle_scan(&n, &state, text_cut("b", 1)))
+		unit_fail("needle", "NUL", "", state);
+}
+
+/* What openssl s_client -servername Www.Example.ORG says first. */
+static const char hello_hex[] =
+    "160301014b010001470303f26838e4018d23671ff8ef42c9e01e1202c7355e8b"
+    "d2bbac747fff08da548e6420107a88f06a686bbf094182931db9b2625e4086f7"
+    "a83143d363b34c5fbc592c98003e130213031301c02cc030009fcca9cca8ccaa"
+    "c02bc02f009ec024c028006bc023c0270067c00ac0140039c009c0130033009d"
+    "009c003d003c0035002f00ff010000c000000014001200000f5777772e457861"
+    "6d706c652e4f5247000b000403000102000a00160014001d0017001e00190018"
+    "01000101010201030104002300000010000b000908687474702f312e31001600"
+    "0000170000000d002a0028040305030603080708080809080a080b0804080508"
+    "06040105010601030303010302040205020602002b0009080304030303020301"
+    "002d00020101003300260024001d0020e1d8eefbda7487f9877e319e6aaeb4e7"
+    "c470385065db3cf1148f6cf656eef97d";
+
+/* The bytes that hex digits stand for; blanks are skipped. */
+static size_t
+hex_bytes(const char *hex, char *to)
+{
+	size_t n = 0;
+
+	for (; *hex != '\0'; hex++)
+		if (*hex != ' ') {
+			to[n++] = (char)(hex_value(hex[0]) << 4 |
+			    hex_value(hex[1]));
+			hex++;
+		}
+	return n;
+}
+
+/* Appends a record with the n bytes at s. */
+static size_t
+record_put(char *to, const char *s, size_t n)
+{
+	to[0] = 22;
+	to[1] = 3;
+	to[2] = 1;
+	to[3] = (char)(n >> 8);
+	to[4] = (char)n;
+	memcpy(to + 5, s, n);
+	return n + 5;
+}
+
+/* The hello in s gives this, wherever it is cut before; see unit_hello(). */
+static void
+hello_try(const char *what, const char *s, size_t n, int want,
+    const char *want_name)
+{
+	char name[HOST_MAX + 1] = "?";
+	int got = hello_name(at_guard(s, n), name, sizeof(name));
+	int before = 0;
+	size_t i;
+
+	if (got != want || strcmp(name, want_name) != 0)
+		unit_fail("hello", what, name, got);
+	for (i = 0; i < n; i++) {
+		got = hello_name(at_guard(s, i), name, sizeof(name));
+		if ((before != 0 && got != before) || (got != 0 && got != want)
+		    || (got != 1 && name[0] != '\0'))
+			unit_fail("hello", what, "cut", (long long)i);
+		before = got;
+	}
+}
+
+/* Each byte changed to each other: any verdict, but a sane name. */
+static void
+hello_mutate(const char *whole, size_t n)
+{
+	char name[HOST_MAX + 1], s[1024];
+	size_t i, k;
+	int c, got;
+
+	for (i = 0; i < n; i++)
+		for (c = 0; c < 256; c++) {
+			memcpy(s, whole, n);
+			s[i] = (char)c;
+			got = hello_name(at_guard(s, n), name, sizeof(name));
+			if (got < -1 || got > 1 || (got != 1 && name[0]))
+				unit_fail("changed", "", name, (long long)i);
+			for (k = 0; name[k] != '\0'; k++)
+				if (!is_alnum(name[k]) && name[k] != '-' &&
+				    name[k] != '.' && name[k] != '_')
+					unit_fail("name", name, "", c);
+			if (c == 0 || c == (whole[i] ^ 1))
+				hello_try("changed", s, n, got, name);
+		}
+}
+
+/* The message in two and three records, split at each byte. */
+static void
+hello_split(const char *message, size_t n, const char *want_name)
+{
+	char s[1024], name[HOST_MAX + 1];
+	size_t a, b, len;
+
+	for (a = 1; a < n; a++) {
+		len = record_put(s, message, a);
+		len += record_put(s + len, message + a, n - a);
+		hello_try("two records", s, len, 1, want_name);
+		for (b = a + 1; b < n; b++) {
+			len = record_put(s, message, a);
+			len += record_put(s + len, message + a, b - a);
+			len += record_put(s + len, message + b, n - b);
+			if (hello_name(at_guard(s, len), name, sizeof(name)) !=
+			    1 || strcmp(name, want_name) != 0)
+				unit_fail("three records", name, "",
+				    (long long)a);
+			/* Another type of record amid them; an empty one. */
+			s[a + 5] = 21;
+			if (hello_name(at_guard(s, a + 6), name,
+			    sizeof(name)) != -1)
+				unit_fail("alert", name, "", (long long)a);
+			s[a + 5] = 22;
+			s[a + 8] = s[a + 9] = 0;
+			if (hello_name(at_guard(s, a + 10), name,
+			    sizeof(name)) != -1)
+				unit_fail("empty record", name, "",
+				    (long long)a);
+		}
+	}
+}
+
+/* The message in n records, all but the last of one byte. */
+static int
+hello_records(const char *message, size_t len, size_t n)
+{
+	char s[1024], name[HOST_MAX + 1];
+	size_t i, at = 0;
+
+	for (i = 0; i + 1 < n; i++)
+		at += record_put(s + at, message + i, 1);
+	at += record_put(s + at, message + i, len - i);
+	return hello_name(at_guard(s, at), name, sizeof(name));
+}
+
+/* Version, random; no session, one cipher suite, no compression. */
+#define VERSION_RANDOM "0303 00112233445566778899aabbccddeeff" \
+    "00112233445566778899aabbccddeeff"
+#define START VERSION_RANDOM "00 0002 1301 01 00"
+
+/* Hellos by their bodies: what they must give. */
+static void
+unit_hellos(void)
+{
+	static const struct {
+		const char *what, *hex;
+		int want;
+		const char *name;
+	} table[] = {
+		{ "no extensions at all", START, 1, "" },
+		{ "none of them", START "0000", 1, "" },
+		{ "another one", START "0006 0017 0002 abcd", 1, "" },
+		{ "another without data", START "0004 0017 0000", 1, "" },
+		{ "a.b", START "000c 0000 0008 0006 00 0003 612e62", 1, "a.b" },
+		{ "behind another",
+		    START "0010 0017 0000 0000 0008 0006 00 0003 612e62", 1,
+		    "a.b" },
+		{ "before another",
+		    START "0010 0000 0008 0006 00 0003 612e62 0017 0000", 1,
+		    "a.b" },
+		{ "bytes behind it",
+		    START "000c 0000 0008 0006 00 0003 612e62", 1, "a.b" },
+		{ "A.B.", START "000d 0000 0009 0007 00 0004 412e422e", 1,
+		    "a.b" },
+		{ "_9-", START "000c 0000 0008 0006 00 0003 5f392d", 1,
+		    "_9-" },
+		{ "a name of another type, too",
+		    START "0010 0000 000c 000a 01 0001 ff 00 0003 612e62", 1,
+		    "a.b" },
+		{ "another type only", START "000a 0000 0006 0004 01 0001 ff",
+		    1, "" },
+		{ "another type without data",
+		    START "0009 0000 0005 0003 01 0000", 1, "" },
+		{ "another type that takes the next extension",
+		    START "000e 0000 0006 0004 01 0005 ff 0017 0000", -1, "" },
+		{ "its length wrong", START "000a 0000 0006 0004 01 0002 ff",
+		    -1, "" },
+		{ "a session id", VERSION_RANDOM "20 00112233445566778899aabb"
+		    "ccddeeff00112233445566778899aabbccddeeff 0002 1301 01 00",
+		    1, "" },
+		{ "a long session id", VERSION_RANDOM "21 00112233445566778899"
+		    "aabbccddeeff00112233445566778899aabbccddeeff00 0002 1301"
+		    "01 00", -1, "" },
+		{ "no cipher suites", VERSION_RANDOM "00 0000 01 00", -1, "" },
+		{ "half a cipher suite", VERSION_RANDOM "00 0003 130113 01 00",
+		    -1, "" },
+		{ "too many of them", VERSION_RANDOM "00 0006 1301 01 00", -1,
+		    "" },
+		{ "no compression", VERSION_RANDOM "00 0002 1301 00", -1, "" },
+		{ "too much of it", VERSION_RANDOM "00 0002 1301 02 00", -1,
+		    "" },
+		{ "nothing", "", -1, "" },
+		{ "version only", "0303", -1, "" },
+		{ "no session", VERSION_RANDOM, -1, "" },
+		{ "no ciphers", VERSION_RANDOM "00", -1, "" },
+		{ "half a length", VERSION_RANDOM "00 00", -1, "" },
+		{ "no methods", VERSION_RANDOM "00 0002 1301", -1, "" },
+		{ "half a length of extensions", START "00", -1, "" },
+		{ "extensions too short", START "0003 0017 0000", -1, "" },
+		{ "extensions too long", START "0005 0017 0000", -1, "" },
+		{ "no extensions, but bytes", START "0000 00", -1, "" },
+		{ "a type only", START "0002 0017", -1, "" },
+		{ "a type and half a length", START "0003 0017 00", -1, "" },
+		{ "an extension too long", START "0006 0017 0003 abcd", -1,
+		    "" },
+		{ "an extension too short", START "0006 0017 0001 abcd", -1,
+		    "" },
+		{ "two extensions", START "0018 0000 0008 0006 00 0003 612e62"
+		    "0000 0008 0006 00 0003 612e62", -1, "" },
+		{ "two extensions, the first of another type",
+		    START "0016 0000 0006 0004 01 0001 ff"
+		    "0000 0008 0006 00 0003 612e62", -1, "" },
+		{ "two names", START "0012 0000 000e 000c 00 0003 612e62"
+		    "00 0003 612e63", -1, "" },
+		{ "the same name twice", START "0012 0000 000e 000c"
+		    "00 0003 612e62 00 0003 612e62", -1, "" },
+		{ "no list", START "0004 0000 0000", -1, "" },
+		{ "half a list's length", START "0005 0000 0001 00", -1, "" },
+		{ "an empty list", START "0006 0000 0002 0000", -1, "" },
+		{ "no list, but one follows",
+		    START "000a 0000 0000 0017 0002 0000", -1, "" },
+		{ "a list too short",
+		    START "000c 0000 0008 0005 00 0003 612e62", -1, "" },
+		{ "a list too long",
+		    START "000c 0000 0008 0007 00 0003 612e62", -1, "" },
+		{ "a list into the next extension",
+		    START "0010 0000 0008 000a 00 0007 612e62 0017 0000", -1,
+		    "" },
+		{ "a name into the next extension",
+		    START "0010 0000 0008 0006 00 0007 612e62 0017 0000", -1,
+		    "" },
+		{ "a type without a name", START "0007 0000 0003 0001 00", -1,
+		    "" },
+		{ "half a name's length", START "0008 0000 0004 0002 0000", -1,
+		    "" },
+		{ "a name too short",
+		    START "000c 0000 0008 0006 00 0002 612e62", -1, "" },
+		{ "a name too long",
+		    START "000c 0000 0008 0006 00 0004 612e62", -1, "" },
+		{ "an empty name", START "0009 0000 0005 0003 00 0000", -1,
+		    "" },
+		{ "a dot", START "000a 0000 0006 0004 00 0001 2e", -1, "" },
+		{ ".ab", START "000c 0000 0008 0006 00 0003 2e6162", -1, "" },
+		{ "a..", START "000c 0000 0008 0006 00 0003 612e2e", -1, "" },
+		{ "a..b", START "000d 0000 0009 0007 00 0004 612e2e62", -1,
+		    "" },
+		{ "NUL", START "000c 0000 0008 0006 00 0003 610062", -1, "" },
+		{ "NUL behind", START "000c 0000 0008 0006 00 0003 616200", -1,
+		    "" },
+		{ "NUL alone", START "000a 0000 0006 0004 00 0001 00", -1,
+		    "" },
+		{ "a b", START "000c 0000 0008 0006 00 0003 612062", -1, "" },
+		{ "a:b", START "000c 0000 0008 0006 00 0003 613a62", -1, "" },
+		{ "a/b", START "000c 0000 0008 0006 00 0003 612f62", -1, "" },
+		{ "a*b", START "000c 0000 0008 0006 00 0003 612a62", -1, "" },
+		{ "a%b", START "000c 0000 0008 0006 00 0003 612562", -1, "" },
+		{ "8 bits", START "000c 0000 0008 0006 00 0003 61e462", -1,
+		    "" },
+	};
+	char body[512], message[516], s[1024];
+	size_t i, n, len;
+
+	for (i = 0; i < COUNT(table); i++) {
+		n = hex_bytes(table[i].hex, body);
+		message[0] = 1;
+		message[1] = 0;
+		message[2] = (char)(n >> 8);
+		message[3] = (char)n;
+		memcpy(message + 4, body, n);
+		/* Whole, with more behind it, and in two records. */
+		len = record_put(s, message, n + 4);
+		hello_try(table[i].what, s, len, table[i].want, table[i].name);
+		memset(message + 4 + n, 0, 9);
+		len = record_put(s, message, n + 13);
+		memset(s + len, 0xff, 9);
+		hello_try(table[i].what, s, len + 9, table[i].want,
+		    table[i].name);
+		len = record_put(s, message, n / 2);
+		len += record_put(s + len, message + n / 2, n - n / 2 + 4);
+		if (n > 1)
+			hello_try(table[i].what, s, len, table[i].want,
+			    table[i].name);
+	}
+}
+
+/* Hosts of all lengths, with and without the dot behind them. */
+static void
+unit_hosts(void)
+{
+	char hex[64 * 2 + 64], s[1024], name[HOST_MAX + 1];
+	size_t len, start, i;
+
+	for (len = 1; len < 300; len++) {
+		unsigned n = (unsigned)len;
+
+		(void)snprintf(hex, sizeof(hex), "160301%04x 01%06x"
+		    START "%04x 0000 %04x %04x 00 %04x", n + 56, n + 52, n + 9,
+		    n + 5, n + 3, n);
+		start = hex_bytes(hex, s);
+		for (i = 0; i < len; i++)
+			s[start + i] = i % 2 ? '.' : 'A';
+		if (hello_name(at_guard(s, start + len), name,
+		    sizeof(name)) != (len <= HOST_MAX ? 1 : -1) ||
+		    strlen(name) != (len > HOST_MAX ? 0 :
+		    len % 2 ? len : len - 1))
+			unit_fail("host", name, "length", (long long)len);
+		if (hello_name(at_guard(s, start + len), name, 8) !=
+		    (len < 8 ? 1 : -1))
+			unit_fail("host", name, "small", (long long)len);
+	}
+}
+
+/* What is no hello at all is known at its first wrong byte. */
+static void
+unit_no_hellos(void)
+{
+	static const struct {
+		const char *hex;
+		int want;
+	} table[] = {
+		{ "", 0 }, { "16", 0 }, { "1603", 0 }, { "160301", 0 },
+		{ "16030140", 0 }, { "1603014000", 0 }, { "160301400001", 0 },
+		{ "16030a0004", 0 }, { "1603010001 01 1603010001 00", 0 },
+		{ "47", -1 }, { "00", -1 }, { "80", -1 }, { "15", -1 },
+		{ "17", -1 }, { "96", -1 }, { "1602", -1 }, { "1604", -1 },
+		{ "1600", -1 }, { "1683", -1 }, { "1603010000", -1 },
+		{ "1603014001", -1 }, { "160301ffff", -1 },
+		{ "160301000402", -1 }, { "160301000400", -1 },
+		{ "160301000481", -1 }, { "1603010001 01 17", -1 },
+		{ "1603010001 01 1602", -1 },
+		{ "1603010001 01 1603010000", -1 },
+		{ "1603014000 01 ffffff", -1 }, { "1603014000 01 000000", -1 },
+	};
+	char s[64];
+	size_t i, n;
+
+	for (i = 0; i < COUNT(table); i++) {
+		n = hex_bytes(table[i].hex, s);
+		hello_try(table[i].hex, s, n, table[i].want, "");
+	}
+}
+
+/* The longest message, in as many records as there may be. */
+static void
+unit_longest(void)
+{
+	static char message[BUFFER_SIZE], s[BUFFER_SIZE];
+	char hex[256], name[HOST_MAX + 1];
+	unsigned len;
+
+	for (len = HELLO_MAX; len <= HELLO_MAX + 1; len++) {
+		bool fits = len <= HELLO_MAX;
+		size_t i, n = 0;
+		int got;
+
+		(void)snprintf(hex, sizeof(hex), "01%06x" START
+		    "%04x 0017 %04x", len, len - 43, len - 47);
+		(void)hex_bytes(hex, message);
+		for (i = 0; i + 1 < HELLO_RECORDS_MAX; i++)
+			n += record_put(s + n, message + i, 1);
+		n += record_put(s + n, message + i, len + 4 - i);
+		got = hello_name(at_guard(s, n), name, sizeof(name));
+		if (got != (fits ? 1 : -1))
+			unit_fail("longest", "whole", "", got);
+		got = hello_name(at_guard(s, n - 1), name, sizeof(name));
+		if (got != (fits ? 0 : -1))
+			unit_fail("longest", "but one byte", "", got);
+		/* Who waits for the rest has room for it. */
+		if (n > BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM)
+			unit_fail("longest", "no room", "", (long long)n);
+	}
+}
+
+static void
+unit_hello(void)
+{
+	static const char name[] = "www.example.org";
+	char s[1024];
+	size_t n = hex_bytes(hello_hex, s), i;
+
+	hello_try("openssl", s, n, 1, name);
+	for (i = 0; i < n; i++) {
+		char none[HOST_MAX + 1] = "?";
+
+		if (hello_name(at_guard(s, i), none, sizeof(none)) != 0)
+			unit_fail("openssl", none, "cut", (long long)i);
+	}
+	memset(s + n, 0x47, 20);
+	hello_try("openssl and more", s, n + 20, 1, name);
+	hello_mutate(s, n);
+	hello_split(s + 5, n - 5, name);
+	for (i = 1; i < 40; i++)
+		if (hello_records(s + 5, n - 5, i) !=
+		    (i <= HELLO_RECORDS_MAX ? 1 : -1))
+			unit_fail("records", "", "", (long long)i);
+	unit_hellos();
+	unit_hosts();
+	unit_no_hellos();
+	unit_longest();
+}
+
+int
+main(int argc, char **argv)
+{
+	static const struct {
+		const char *name;
+		void (*run)(void);
+	} units[] = {
+		{ "networks", unit_networks }, { "times", unit_times },
+		{ "numbers", unit_numbers }, { "needles", unit_needles },
+		{ "hello", unit_hello },
+	};
+	size_t i;
+
+	(void)proxy_main;
+	for (i = 0; i < COUNT(units); i++)
+		if (argc == 2 && strcmp(argv[1], units[i].name) == 0) {
+			units[i].run();
+			return failures > 0;
+		}
+	return 2;
+}
+EOF_UNIT
+}
+
+# Runs one table; the first test that comes here builds the program.
+match_unit() {
+	[ -f "$here/proxy.c" ] || skip "no proxy.c beside test.sh"
+	if mkdir "$work/matchunit.taken" 2> /dev/null; then
+		write_match_unit
+		build "$work/matchunit" "$work/matchunit.c"
+	fi
+	built "$work/matchunit"
+	"$work/matchunit" "$1" > unit.out 2>&1
+	status=$?
+	[ $status != 77 ] || skip "no memory with a guard page"
+	[ $status = 0 ] || fail "status $status: $(head -n 5 unit.out)"
+}
+
+test_match_networks() { # networks: read, masked, what is in them
+	match_unit networks
+}
+
+test_match_times() { # days and hours, over midnight, each minute of the week
+	match_unit times
+}
+
+test_match_numbers() { # ranges, sizes, durations: range-checked
+	match_unit numbers
+}
+
+test_match_needles() { # bytes in a stream: every split gives the same
+	match_unit needles
+}
+
+test_match_hello() { # a ClientHello: cut, split, changed at every byte
+	match_unit hello
 }
 
 # ---- 19. Promises kept under odd conditions ---------------------------------
@@ -10246,6 +11241,26 @@ unit_texts(void)
 	buffer_give(&b);
 }
 
+/* True if the built-in lines keep a client from elsewhere from there. */
+static bool
+is_guarded(const struct address *a)
+{
+	struct address client;
+	struct request q;
+	struct view v;
+
+	if (rules_now == NULL)
+		rules_now = rules_read(NULL);
+	memset(&q, 0, sizeof(q));
+	memset(&v, 0, sizeof(v));
+	(void)address_parse(text_of("10.0.0.9"), 0, &client);
+	v.client = &client;
+	v.request = &q;
+	v.address = a;
+	v.known = FACT_ADDRESS;
+	return rule_judge(rules_now->first[GROUP_ACCESS], &v) == TRUTH_YES;
+}
+
 static void
 unit_addresses(void)
 {
@@ -10293,10 +11308,10 @@ unit_addresses(void)
 		if (ok != (table[i].print != NULL) ||
 		    (ok && strcmp(print, table[i].print) != 0))
 			unit_fail("address", table[i].host, ok);
-		else if (ok && (address_is_guarded(&a) != table[i].guarded ||
+		else if (ok && (is_guarded(&a) != table[i].guarded ||
 		    address_is_loopback(&a) != table[i].loopback))
 			unit_fail("address rule", table[i].host,
-			    address_is_guarded(&a));
+			    is_guarded(&a));
 	}
 }
 
@@ -10916,6 +11931,757 @@ test_unit_encoding() { # bodies leave whole, however slowly
 	unit encoding
 }
 
+# ---- Lists of domains: unit tables -------------------------------------------
+
+# proxy.c with another main: what it makes of files in the formats of lists.
+write_list_unit() {
+	cat > "$work/listunit.c" <<'EOF_UNIT'
+#define main proxy_main
+#include "proxy.c"
+#undef main
+
+enum { MILLION = 1000000 };
+
+#define COUNT(table) (sizeof(table) / sizeof((table)[0]))
+
+static int failures;
+static bool timed = true;	/* false: this build is slow by design */
+
+static void
+unit_fail(const char *what, const char *input, const char *more, long long got)
+{
+	if (failures++ < 20)
+		printf("%s: %.200s | %.200s: %lld\n", what, input, more, got);
+}
+
+/* Makes the file `list` of n bytes. */
+static void
+file_make(const char *bytes, size_t n)
+{
+	FILE *f = fopen("list", "w");
+
+	if (f == NULL || fwrite(bytes, 1, n, f) != n || fclose(f) != 0)
+		unit_fail("cannot write", "list", strerror(errno), 0);
+}
+
+/* Loads bytes that are fine. */
+static void
+list_from(struct list *list, const char *bytes, size_t n)
+{
+	char why[200] = "";
+
+	file_make(bytes, n);
+	if (!list_load(list, "list", why, sizeof(why)))
+		unit_fail("refused", bytes, why, (long long)n);
+	if (list->used + 1 > list->size && list->used > 0)
+		unit_fail("full", bytes, "", (long long)list->used);
+	if (8 * list->size > 16 * list->used + 8)
+		unit_fail("large", bytes, "", (long long)list->size);
+}
+
+/* The n bytes at s are covered: asked right before the end of memory. */
+static bool
+has(const struct list *list, const char *s, size_t n)
+{
+	char *copy = malloc(n + 1);
+	bool covered;
+
+	if (copy == NULL)
+		exit(77);
+	memcpy(copy + 1, s, n);
+	covered = list_has(list, text_cut(copy + 1, n));
+	free(copy);
+	return covered;
+}
+
+/* Each of the words is covered, or each is not. */
+static void
+ask(const struct list *list, const char *words, bool covered, const char *file)
+{
+	while (*words != '\0') {
+		size_t n = strcspn(words, " ");
+
+		if (has(list, words, n) != covered)
+			unit_fail(covered ? "not covered" : "covered", file,
+			    words, (long long)n);
+		words += n;
+		words += *words == ' ';
+	}
+}
+
+/* What becomes of each line; counts of lines, names and skipped lines. */
+static void
+unit_formats(void)
+{
+	static const struct {
+		const char *file;
+		size_t read, used, skipped;
+		const char *covered, *others;
+	} table[] = {
+		{ "", 0, 0, 0, "", "a com" },
+		{ "\n", 1, 0, 0, "", "a" },
+		{ "\n\n", 2, 0, 0, "", "a" },
+		{ "\r\n \t \r\n", 2, 0, 0, "", "a" },
+		{ "a.com", 1, 1, 0, "a.com", "b.com" },
+		{ "a.com\n", 1, 1, 0, "a.com", "b.com" },
+		{ "a.com\r\nb.com\r\n", 2, 2, 0, "a.com b.com", "com" },
+		{ "a.com\r\nb.com\r", 2, 2, 0, "a.com b.com", "com" },
+		{ "a.com\rb.com\n", 1, 0, 1, "", "a.com b.com" },
+		{ "\xef\xbb\xbf" "a.com\nb.com\n", 2, 2, 0, "a.com b.com", "" },
+		{ "a.com\n\xef\xbb\xbf" "b.com\n", 2, 1, 1, "a.com", "b.com" },
+		{ "\xef\xbb\xbf", 1, 0, 0, "", "a" },
+		{ "\xef\xbb\xbf# x\r\n", 1, 0, 0, "", "x" },
+		{ " \ta.com \t\n", 1, 1, 0, "a.com", "" },
+		{ "A.Com.\n", 1, 1, 0, "a.com", "" },
+		{ "a.com..\n", 1, 0, 1, "", "a.com" },
+		{ "zip\n", 1, 1, 0, "zip a.zip", "zipp" },
+		{ "_a-b.c_d\n", 1, 1, 0, "_a-b.c_d", "" },
+		/* hosts files */
+		{ "0.0.0.0 a.com b.com\n", 1, 2, 0, "a.com b.com", "0.0.0.0" },
+		{ "127.0.0.1\ta.com\n::1 b.com\n:: c.com\n", 3, 3, 0,
+		    "a.com b.com c.com", "127.0.0.1 ::1 :: com" },
+		{ "0:0:0:0:0:0:0:0 a.com\n", 1, 1, 0, "a.com", "" },
+		{ "0.0.0.0  a.com\t\t b.com  # c.com\n", 1, 2, 0, "a.com b.com",
+		    "c.com" },
+		{ "0.0.0.0 printer\n", 1, 1, 0, "printer a.printer", "" },
+		{ "0.0.0.0 0.0.0.0\n127.0.0.1 localhost\n"
+		    "127.0.0.1 localhost.localdomain\n127.0.0.1 LOCAL\n"
+		    "::1 ip6-localhost ip6-loopback\n"
+		    "fe80::1%lo0 localhost\n255.255.255.255 broadcasthost\n"
+		    "fe00::0 ip6-localnet\nff00::0 ip6-mcastprefix\n"
+		    "ff02::1 ip6-allnodes\nff02::2 ip6-allrouters\n"
+		    "ff02::3 ip6-allhosts\n", 12, 0, 0, "",
+		    "localhost local a.local localhost.localdomain" },
+		{ "0.0.0.0 localhost a.com\n", 1, 1, 0, "a.com", "localhost" },
+		{ "0.0.0.0 1.2.3.4\n", 1, 0, 1, "", "1.2.3.4" },
+		{ "0.0.0.0 a.com b/c d.com\n", 1, 2, 1, "a.com d.com", "c" },
+		{ "10.0.0.1 a.com\n", 1, 0, 1, "", "a.com" },
+		{ "8.8.8.8 a.com localhost\n", 1, 0, 1, "", "a.com localhost" },
+		{ "0.0.0 a.com\n", 1, 0, 1, "", "a.com" },
+		{ "a.com b.com\n", 1, 0, 1, "", "a.com b.com" },
+		{ "see localhost\n", 1, 0, 1, "", "see" },
+		{ "0.0.0.0 *.a.com\n", 1, 0, 1, "", "a.com" },
+		{ "0.0.0.0\n", 1, 0, 1, "", "0.0.0.0" },
+		{ "0.0.0.0 # a.com\n", 1, 0, 1, "", "a.com" },
+		/* with what is below */
+		{ "*.a.com\n.b.com\n", 2, 2, 0, "a.com x.a.com b.com x.b.com",
+		    "com xa.com" },
+		{ "*\n*.\n.\n..a.com\n*..a.com\n*a.com\na.*\na.*.com\n", 8, 0,
+		    8, "", "a.com com a" },
+		/* dnsmasq */
+		{ "address=/a.com/\naddress=/b.com/0.0.0.0\n"
+		    "address=/c.com/::\naddress=/d.com/#\n"
+		    "address=/e.com/127.0.0.1\n", 5, 5, 0,
+		    "a.com b.com c.com d.com e.com x.a.com", "" },
+		{ "address=/a.com/b.com/0.0.0.0\naddress=/c.com/d.com/\n", 2, 4,
+		    0, "a.com b.com c.com d.com", "0.0.0.0" },
+		{ "server=/a.com/\nlocal=/b.com/c.com/ # x\n", 2, 3, 0,
+		    "a.com b.com c.com", "" },
+		{ "Address=/.a.com/\nlocal=/*.b.com/\n", 2, 2, 0,
+		    "a.com x.b.com", "" },
+		{ "address=/a.com/10.0.0.1\nserver=/b.com/8.8.8.8\n"
+		    "server=/c.com/127.0.0.1\nserver=/d.com/#\nserver=8.8.8.8\n"
+		    "local=/e.com/0.0.0.0\n", 6, 0, 6, "",
+		    "a.com b.com c.com d.com e.com 8.8.8.8" },
+		{ "address=\naddress=/\naddress=//\naddress=/a.com\n"
+		    "address=a.com\naddress=///\naddress=/#/\n"
+		    "address=/a.com/b.com\n=/a.com/\n", 9, 0, 9, "",
+		    "a.com b.com" },
+		{ "address=/a.com//b.com/\n", 1, 2, 1, "a.com b.com", "" },
+		/* Adblock */
+		{ "[Adblock Plus 2.0]\n! Title: a.com\n||a.com^\n", 3, 1, 0,
+		    "a.com x.a.com", "com xa.com" },
+		{ "||a.com^\n@@||b.a.com^\n", 2, 2, 0, "a.com c.a.com",
+		    "b.a.com x.b.a.com" },
+		{ "||a.com^$third-party\n||a.com^$important\n||a.com^$all\n"
+		    "||a.com\n||a.com/b\n||a.com/b^\n||a.com^*/b\n|a.com^\n"
+		    "||*.a.com^\n||a.*^\n||a.com^|\n|http://a.com^\n/a\\.com/\n"
+		    "@@a.com\n@@|a.com^\n@@||a.com\n@@||a.com^$document\n@@\n"
+		    "||\n||^\n@@||^\n|\n^\n||1.2.3.4^\n-a.com-\n", 25, 1, 24,
+		    "-a.com-", "a.com b.com 1.2.3.4" },
+		{ "a.com##.ad\n##.ad\n###ad\na.com#@#.ad\n##.a.com # b\n"
+		    "##div[a] b\n", 6, 0, 6, "", "a.com ad" },
+		/* comments */
+		{ "#a.com\n# a.com\n!a.com\n;a.com\n ; a.com\n## a.com\n##\n"
+		    "####\n#######a.com\n### a.com ###\n[x]\n", 11, 0, 0, "",
+		    "a.com" },
+		{ "a.com # b.com\nc.com\t#d.com\ne.com#f.com\n", 3, 2, 1,
+		    "a.com c.com", "b.com d.com e.com f.com" },
+		/* what is none of it */
+		{ "http://a.com/\na.com/\na.com:80\na.com,b\na b c\n<html>\n"
+		    "{\"a\": 1}\n\xc3\xa4.com\na..com\n.com.\n[x\n", 11, 1, 10,
+		    "com a.com", "a b" },
+		{ "1.2.3.4\n::1\n1234\na.1\na.0x1F\n0x\n", 6, 0, 6, "",
+		    "1.2.3.4 ::1 1234 a.1 1" },
+		{ "1.a\n1a\n0xg\n4.0x1.x\n", 4, 4, 0, "1.a 1a 0xg 4.0x1.x", "a" },
+		/* the same again */
+		{ "a.com\nA.COM\na.com.\n||a.com^\n0.0.0.0 a.com a.com\n"
+		    "x.a.com\n", 6, 2, 0, "a.com", "com" },
+		{ "0.0.0.0 a b c d a b\n", 1, 4, 0, "a b c d", "e" },
+	};
+	size_t i;
+
+	for (i = 0; i < COUNT(table); i++) {
+		struct list list;
+
+		list_from(&list, table[i].file, strlen(table[i].file));
+		if (list.read != table[i].read)
+			unit_fail("read", table[i].file, "",
+			    (long long)list.read);
+		if (list.used != table[i].used)
+			unit_fail("used", table[i].file, "",
+			    (long long)list.used);
+		if (list.skipped != table[i].skipped)
+			unit_fail("skipped", table[i].file, "",
+			    (long long)list.skipped);
+		ask(&list, table[i].covered, true, table[i].file);
+		ask(&list, table[i].others, false, table[i].file);
+		list_free(&list);
+	}
+}
+
+/* A line with n bytes before its end: a domain in a comment's company. */
+static size_t
+line_make(char *to, size_t n, const char *end)
+{
+	memset(to, 'x', n);
+	memcpy(to, "a.com # ", 8);
+	memcpy(to + n, end, strlen(end));
+	return n + strlen(end);
+}
+
+/* Lines and names as long as they may be, and longer by one. */
+static void
+formats_limits(void)
+{
+	static const struct {
+		size_t n;
+		const char *end;
+		size_t read, used, skipped;
+	} table[] = {
+		{ 999, "\n", 1, 1, 0 }, { 1000, "", 1, 1, 0 },
+		{ 1000, "\n", 1, 1, 0 }, { 999, "\r\n", 1, 1, 0 },
+		{ 1001, "", 1, 0, 1 }, { 1001, "\n", 1, 0, 1 },
+		{ 1000, "\nb.com\n", 2, 2, 0 }, { 1001, "\nb.com", 2, 1, 1 },
+		{ 2002, "\nb.com\n", 2, 1, 1 }, { 3003, "\n\nb.com\n", 3, 1, 1 },
+		{ 300000, "\nb.com\n", 2, 1, 1 },
+	};
+	static char file[300100];
+	char name[300];
+	size_t i, n;
+
+	for (i = 0; i < COUNT(table); i++) {
+		struct list list;
+
+		n = line_make(file, table[i].n, table[i].end);
+		list_from(&list, file, n);
+		if (list.read != table[i].read || list.used != table[i].used ||
+		    list.skipped != table[i].skipped)
+			unit_fail("long line", table[i].end, "",
+			    (long long)table[i].n);
+		if (has(&list, "a.com", 5) != (table[i].n <= 1000) ||
+		    has(&list, "b.com", 5) !=
+			(strstr(table[i].end, "b.com") != NULL))
+			unit_fail("long line covers", table[i].end, "",
+			    (long long)table[i].n);
+		list_free(&list);
+	}
+	/* Labels of 63 and 64 bytes, names of 253 and 254, a dot behind. */
+	for (i = 60; i < 70; i++) {
+		struct list list;
+
+		memset(name, 'l', i);
+		(void)snprintf(name + i, 10, ".com");
+		list_from(&list, name, i + 4);
+		if ((list.used == 1) != (i <= 63) || list.skipped == list.used ||
+		    has(&list, name, i + 4) != (i <= 63))
+			unit_fail("label", name, "", (long long)i);
+		list_free(&list);
+	}
+	for (i = 245; i < 260; i++) {
+		struct list list;
+
+		for (n = 0; n < i; n++)
+			name[n] = n % 50 == 49 && n + 1 < i ? '.' : 'n';
+		name[i] = '.';
+		list_from(&list, name, i + i % 2);
+		if ((list.used == 1) != (i <= 253) || list.skipped == list.used ||
+		    has(&list, name, i) != (i <= 253) ||
+		    has(&list, name, i + 1) != (i <= 253))
+			unit_fail("name", name, "", (long long)i);
+		list_free(&list);
+	}
+}
+
+/* The same lines wherever the borders of the reader's buffer lie. */
+static void
+formats_borders(void)
+{
+	static const char lines[] = "0.0.0.0 a.com b.com\r\n||c.com^\n"
+	    "nonsense,\n@@||d.c.com^\r\naddress=/e.com/\nf.com";
+	static const size_t sizes[] = { 512, 1024, 4096, 8192, 65536 };
+	static char file[66000];
+	size_t i, back;
+
+	for (i = 0; i < COUNT(sizes); i++)
+		for (back = 0; back <= sizeof(lines); back++) {
+			size_t n = sizes[i] - back, k;
+			struct list list;
+
+			for (k = 0; k < n; k++)
+				file[k] = k % 100 == 99 || k + 1 == n ? '\n' :
+				    k % 100 == 0 ? '#' : ' ';
+			memcpy(file + n, lines, sizeof(lines));
+			list_from(&list, file, n + sizeof(lines) - 1);
+			if (list.read != (n + 99) / 100 + 6 || list.used != 6 ||
+			    list.skipped != 1)
+				unit_fail("border", "counts", "",
+				    (long long)n);
+			ask(&list, "a.com b.com c.com e.com f.com", true,
+			    "border");
+			ask(&list, "d.c.com com nonsense", false, "border");
+			list_free(&list);
+		}
+}
+
+static void
+all_formats(void)
+{
+	unit_formats();
+	formats_limits();
+	formats_borders();
+}
+
+/* The key and message 00 01 02 ... of SipHash's paper, appendix A. */
+static void
+cover_hash(void)
+{
+	static const uint64_t key[2] = { 0x0706050403020100U,
+		0x0f0e0d0c0b0a0908U };
+	static const struct {
+		size_t n;
+		uint64_t hash;
+	} table[] = {
+		{ 0, 0x726fdb47dd0e0e31U }, { 1, 0x74f839c593dc67fdU },
+		{ 15, 0xa129ca6149be45e5U },
+	};
+	char message[16];
+	size_t i;
+
+	for (i = 0; i < sizeof(message); i++)
+		message[i] = (char)i;
+	for (i = 0; i < COUNT(table); i++)
+		if (sip_hash(key, text_cut(message, table[i].n)) !=
+		    table[i].hash)
+			unit_fail("hash", "", "", (long long)table[i].n);
+	if (list_key()[0] == 0 && list_key()[1] == 0 &&
+	    access("/dev/urandom", R_OK) == 0)
+		unit_fail("no key", "", "", 0);
+}
+
+/* Hosts far longer than a name can be: what is listed is still found. */
+static void
+cover_long(const struct list *list)
+{
+	char host[1200];
+	size_t i;
+
+	for (i = 1; i < 1100; i++) {
+		size_t k;
+
+		for (k = 0; k < i; k++)
+			host[k] = (k + i) % 40 == 39 ? '.' : 'h';
+		memcpy(host + i, ".a.com", 6);
+		if (!has(list, host, i + 6) || has(list, host, i + 5))
+			unit_fail("long host", "", "", (long long)i);
+		memset(host, 'x', i);
+		memcpy(host + i, "a.com", 5);
+		if (has(list, host, i + 5))
+			unit_fail("long label", "", "", (long long)i);
+		memset(host, '.', i);
+		if (!has(list, host, i + 5))
+			unit_fail("dots in front", "", "", (long long)i);
+	}
+}
+
+/* What a list covers, and what not. */
+static void
+unit_cover(void)
+{
+	static const char file[] = "a.com\nb.c.d.com\ne\n@@||ok.a.com^\n"
+	    "||no.ok.a.com^\n@@||f.com^\nf.com\n||deep.f.com^\n4\nx4\n"
+	    "@@||b.com^\n";
+	struct list list;
+	size_t i;
+
+	cover_hash();
+	list_from(&list, file, sizeof(file) - 1);
+	if (list.read != 11 || list.used != 9 || list.skipped != 1)
+		unit_fail("counts", "", "", (long long)list.used);
+	ask(&list, "a.com A.COM a.com. a.com.. x.a.com X.y.Z.a.Com. .a.com "
+	    "..a.com x..a.com b.c.d.com a.b.c.d.com e a.e e. x4 3.x4", true,
+	    "cover");
+	ask(&list, "com m .com xa.com a.co a.comm a.com.x a.com.x. c.d.com "
+	    "d.com xb.c.d.com b-c.d.com ok.a.com x.ok.a.com OK.A.com. "
+	    "no.ok.a.com f.com x.f.com deep.f.com b.com ee e.f a..com . .. "
+	    "a.com/ a.com:80 [::1] ::1 ::ffff:1.2.3.4 1.2.3.4 4 3.4 4. "
+	    "fe80::1%a.com 0x4 a.com\tx a%2ecom", false, "cover");
+	if (list_has(&list, text_of("")))
+		unit_fail("covered", "nothing", "", 0);
+	cover_long(&list);
+	for (i = 0; i < 256; i++) {
+		char host[] = "x.a.com";
+
+		host[1] = (char)i;
+		if (has(&list, host, 7) != (i == '.') && i != ':')
+			unit_fail("byte", host, "", (long long)i);
+	}
+	list_free(&list);
+	list_free(&list);
+	if (list.slots != NULL || list_has(&list, text_of("a.com")))
+		unit_fail("freed", "", "", 0);
+}
+
+/* A file that is refused, and with which words; nothing is left. */
+static void
+refused(const char *path, const char *words)
+{
+	struct list list;
+	char why[300] = "";
+
+	memset(&list, 0x55, sizeof(list));
+	if (list_load(&list, path, why, sizeof(why)))
+		unit_fail("taken", path, words, 0);
+	else if (strcmp(why, words) != 0)
+		unit_fail("words", why, words, 0);
+	if (list.slots != NULL || list.used != 0 ||
+	    list_has(&list, text_of("a.com")))
+		unit_fail("left", path, words, 0);
+}
+
+/* The second pass finds another file than the first: is it seen? */
+static void
+bad_changes(void)
+{
+	static const char *const files[] = { "", "a.com\n", "a.com\nb.com\n",
+		"a.com\nb.com\nc.com\n", "0.0.0.0 a b c d e f g h i j k l m n\n" };
+	size_t i, k;
+
+	for (i = 0; i < COUNT(files); i++)
+		for (k = 0; k < COUNT(files); k++) {
+			struct list list;
+			char why[200] = "";
+			FILE *f;
+
+			memset(&list, 0, sizeof(list));
+			file_make(files[i], strlen(files[i]));
+			f = fopen("list", "r");
+			if (f == NULL ||
+			    !list_pass(&list, f, "list", why, sizeof(why)) ||
+			    !list_make(&list, list.names))
+				exit(77);
+			file_make(files[k], strlen(files[k]));
+			if (!list_pass(&list, f, "list", why, sizeof(why)) ||
+			    (list.names == list.room) != (i == k) ||
+			    list.used >= list.size)
+				unit_fail("changed", files[i], files[k],
+				    (long long)list.used);
+			(void)fclose(f);
+			list_free(&list);
+		}
+}
+
+/* The same with the system's words for an error. */
+static void
+refused_for(const char *path, int error)
+{
+	char words[300];
+
+	(void)snprintf(words, sizeof(words), "%s: %s", path, strerror(error));
+	refused(path, words);
+}
+
+/* Writes lines of a name each over the file, without and with a # by turns. */
+static void
+file_change(char *lines, size_t n, pid_t parent)
+{
+	int fd = open("list", O_WRONLY);
+	size_t i;
+
+	for (;;) {
+		for (i = 0; i < n; i += 8)
+			lines[i] = lines[i] == '#' ? 'x' : '#';
+		if (getppid() != parent ||
+		    pwrite(fd, lines, n, 0) != (ssize_t)n)
+			_exit(0);
+	}
+}
+
+/* A file that is written while it is read: taken whole, or refused. */
+static void
+bad_races(void)
+{
+	static char lines[64001];
+	time_t until = time(NULL) + 30;
+	size_t i, refused_n = 0;
+	char why[200];
+	pid_t child, parent = getpid();
+
+	for (i = 0; i < sizeof(lines) - 1; i += 8)
+		(void)snprintf(lines + i, 9, "x%06lu\n", (unsigned long)i);
+	file_make(lines, sizeof(lines) - 1);
+	(void)fflush(stdout);
+	child = fork();
+	if (child == -1)
+		exit(77);
+	if (child == 0)
+		file_change(lines, sizeof(lines) - 1, parent);
+	for (i = 0; i < 300 || (refused_n == 0 && time(NULL) < until); i++) {
+		struct list list;
+
+		if (list_load(&list, "list", why, sizeof(why))) {
+			if (list.used >= list.size)
+				unit_fail("race", "full", "", (long long)i);
+		} else if (list.slots != NULL ||
+		    strcmp(why, "list: it changed while it was read") != 0)
+			unit_fail("race", why, "", (long long)i);
+		else
+			refused_n++;
+		list_free(&list);
+	}
+	(void)kill(child, SIGKILL);
+	(void)waitpid(child, NULL, 0);
+	if (refused_n == 0)
+		unit_fail("race", "never refused", "", (long long)i);
+}
+
+static void
+unit_bad(void)
+{
+	static char file[5000];
+	struct list list;
+	char why[20];
+	size_t i;
+
+	refused_for("missing", ENOENT);
+	refused_for("", ENOENT);
+	refused_for(".", EISDIR);
+	if (mkfifo("fifo", 0600) == 0)
+		refused_for("fifo", ESPIPE);
+	file_make("a.com\n", 6);
+	refused_for("list/x", ENOTDIR);
+	if (geteuid() != 0 && chmod("list", 0) == 0)
+		refused_for("list", EACCES);
+	(void)remove("list");
+#define NUL ": a NUL byte: this is no text"
+	file_make("\0", 1);
+	refused("list", "list: line 1" NUL);
+	file_make("a.com\n# x\nb.c\0om\nc.com\n", 23);
+	refused("list", "list: line 3" NUL);
+	file_make("a.com\n\0", 7);
+	refused("list", "list: line 2" NUL);
+	file_make("\xff\xfe" "a\0.\0", 6);
+	refused("list", "list: line 1" NUL);
+	/* In a line that is too long, wherever in it. */
+	for (i = 990; i < sizeof(file); i += i < 1010 ? 1 : 997) {
+		memset(file, 'x', sizeof(file));
+		memcpy(file, "a.com\n", 6);
+		file[i] = '\0';
+		file_make(file, sizeof(file));
+		refused("list", "list: line 2" NUL);
+	}
+	/* Words that do not fit are cut. */
+	if (list_load(&list, "list", why, sizeof(why)) ||
+	    strcmp(why, "list: line 2: a NUL") != 0)
+		unit_fail("cut", why, "", 0);
+	if (!list_load(&list, "/dev/null", why, sizeof(why)) || list.used != 0)
+		unit_fail("/dev/null", why, "", 0);
+	list_free(&list);
+	bad_changes();
+	bad_races();
+}
+
+/* The n-th domain, of 20 bytes or so; its parent is in no list. */
+static size_t
+domain_make(char *to, size_t size, unsigned long n)
+{
+	static const char *const subs[] = { "", "", "www.", "ads.", "track.",
+		"cdn-7.static." };
+	static const char *const tops[] = { "com", "net", "de", "co.uk",
+		"info", "xyz", "com.br" };
+	unsigned long mixed = n * 2654435761UL & 0xffffffffUL;
+
+	return (size_t)snprintf(to, size, "%s%cad%lu-%03lx.%s",
+	    subs[mixed % COUNT(subs)], (char)('a' + mixed / 7 % 26), n,
+	    mixed / 97 % 4096, tops[mixed / 1009 % COUNT(tops)]);
+}
+
+/* A list of n domains, each so many times, mixed from three formats. */
+static void
+million_make(unsigned long n, int times)
+{
+	static const char *const before[] = { "", "0.0.0.0 ", "||" };
+	static const char *const after[] = { "", "", "^" };
+	FILE *f = fopen("list", "w");
+	unsigned long i;
+
+	if (f == NULL)
+		exit(77);
+	while (times-- > 0)
+		for (i = 0; i < n; i++) {
+			char domain[100];
+
+			(void)domain_make(domain, sizeof(domain), i);
+			(void)fprintf(f, "%s%s%s\n", before[i % 3], domain,
+			    after[i % 3]);
+		}
+	if (fclose(f) != 0)
+		exit(77);
+}
+
+/* Seconds of processor since `start`. */
+static double
+seconds(clock_t start)
+{
+	return (double)(clock() - start) / CLOCKS_PER_SEC;
+}
+
+/* Asks for hosts of four labels and more, half of them covered. */
+static void
+million_ask(const struct list *list)
+{
+	enum { HOSTS = 4096, ROUNDS = 250 };
+	static char hosts[HOSTS][100];
+	static size_t lens[HOSTS];
+	unsigned long covered = 0;
+	clock_t start;
+	size_t i, k;
+	double took;
+
+	for (i = 0; i < HOSTS; i++) {
+		memcpy(hosts[i], "x.y.", 4);
+		lens[i] = 4 + domain_make(hosts[i] + 4, sizeof(hosts[i]) - 4,
+		    (unsigned long)(i * 12345 % MILLION + i % 2 * MILLION));
+	}
+	start = clock();
+	for (k = 0; k < ROUNDS; k++)
+		for (i = 0; i < HOSTS; i++)
+			covered += list_has(list, text_cut(hosts[i], lens[i]));
+	took = seconds(start) / ROUNDS / HOSTS * 1e9;
+	printf("%.0f ns a host\n", took);
+	if (covered != (unsigned long)HOSTS / 2 * ROUNDS)
+		unit_fail("covered", "", "", (long long)covered);
+	if (timed && took > 4000)
+		unit_fail("slow", "ns a host", "", (long long)took);
+}
+
+/* A million domains: all there, in how much memory, how fast. */
+static void
+unit_million(void)
+{
+	struct list list;
+	char why[200] = "", host[100];
+	clock_t start;
+	unsigned long i;
+	double took;
+
+	million_make(MILLION, 1);
+	start = clock();
+	if (!list_load(&list, "list", why, sizeof(why)))
+		unit_fail("refused", why, "", 0);
+	took = seconds(start);
+	printf("%.2f s, %ld ms, %.1f bytes a domain\n", took, (long)list.ms,
+	    (double)(list.size * sizeof(*list.slots)) / MILLION);
+	if (list.read != MILLION || list.used != MILLION || list.skipped != 0)
+		unit_fail("counts", "", "", (long long)list.used);
+	if (list.size * sizeof(*list.slots) > 16UL * MILLION ||
+	    list.size * 3 < list.used * 4)
+		unit_fail("size", "", "", (long long)list.size);
+	if (timed && took > 4)
+		unit_fail("slow", "ms", "", (long long)(took * 1000));
+	if (list.ms < 0 || (list.ms == 0 && took > 0.1))
+		unit_fail("ms", "", "", (long long)list.ms);
+	for (i = 0; i < 2 * (unsigned long)MILLION; i++) {
+		size_t n = domain_make(host, sizeof(host), i);
+
+		if (list_has(&list, text_cut(host, n)) != (i < MILLION))
+			unit_fail("million", host, "", (long long)i);
+	}
+	million_ask(&list);
+	list_free(&list);
+	/* All that comes thrice takes no more room than what comes once. */
+	million_make(10000, 3);
+	if (!list_load(&list, "list", why, sizeof(why)) || list.read != 30000 ||
+	    list.used != 10000 || list.size > 20000 || list.size < 13333)
+		unit_fail("thrice", why, "", (long long)list.size);
+	for (i = 0; i < 20000; i++) {
+		size_t n = domain_make(host, sizeof(host), i);
+
+		if (list_has(&list, text_cut(host, n)) != (i < 10000))
+			unit_fail("thrice", host, "", (long long)i);
+	}
+	list_free(&list);
+}
+
+int
+main(int argc, char **argv)
+{
+	static const struct {
+		const char *name;
+		void (*run)(void);
+	} units[] = {
+		{ "formats", all_formats }, { "cover", unit_cover },
+		{ "bad", unit_bad }, { "million", unit_million },
+	};
+	size_t i;
+
+	(void)proxy_main;
+	timed = argc == 2;
+	for (i = 0; i < COUNT(units); i++)
+		if (argc > 1 && strcmp(argv[1], units[i].name) == 0) {
+			units[i].run();
+			return failures > 0;
+		}
+	return 2;
+}
+EOF_UNIT
+}
+
+# Runs one table; the first test that comes here builds the program.
+list_unit() {
+	[ -f "$here/proxy.c" ] || skip "no proxy.c beside test.sh"
+	if mkdir "$work/listunit.taken" 2> /dev/null; then
+		write_list_unit
+		build "$work/listunit" "$work/listunit.c"
+	fi
+	built "$work/listunit"
+	"$work/listunit" "$@" > unit.out 2>&1
+	status=$?
+	rm -f list
+	[ $status != 77 ] || skip "no room for a list"
+	[ $status = 0 ] || fail "status $status: $(head -n 5 unit.out)"
+}
+
+test_list_formats() { # lines of every format, limits, borders of the reader's buffer
+	list_unit formats
+}
+
+test_list_cover() { # labels, case, dots, exceptions, addresses; the hash
+	list_unit cover
+}
+
+test_list_bad() { # files that are refused, and one that changes meanwhile
+	list_unit bad
+}
+
+test_list_million() { # a million domains: soon loaded, 16 bytes each, 1 us a label
+	if sanitized; then
+		list_unit million untimed
+	else
+		list_unit million
+	fi
+}
+
 # ---- 21. Style --------------------------------------------------------------
 
 need_source() {
@@ -11019,7 +12785,7 @@ test_style_options() { # usage, getopt and proxy.1 know the same options
 	    fold -w 1 | grep . | sort -u > usage.list
 	sed -n 's/^\.It Fl \([a-zA-Z]\).*/\1/p' "$here/proxy.1" |
 	    sort -u > manual.list
-	sed -n 's/.*getopt(argc, argv, "\([^"]*\)".*/\1/p' "$here/proxy.c" |
+	sed -n 's/.* letters\[\] = "\([^"]*\)".*/\1/p' "$here/proxy.c" |
 	    tr -d ':\n' | fold -w 1 | grep . | sort -u > getopt.list
 	[ -s getopt.list ] || fail "no getopt string found"
 	cmp getopt.list manual.list > differ ||
