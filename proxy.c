@@ -48,7 +48,7 @@
  *   3. A flow that has put the end of its message is not in want of bytes.
  *   4. Decoded bytes lie in front of the buffer they arrived in.
  *   5. Only the phases that talk to a server hold a server's descriptor.
- *   6. A tunnel holds no head.
+ *   6. A tunnel holds no head, unless rules wait for its greeting.
  *
  * It reads from top to bottom: each section uses only those above it, main
  * is last.  RFC 9110 (semantics), 9111 (caching), 9112 (messages), 8305
@@ -95,6 +95,7 @@
 #include <netdb.h>
 #include <poll.h>
 #include <pwd.h>
+#include <regex.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -172,8 +173,8 @@ enum limit {
 	CHUNK_DIGITS_MAX = 16,
 	/* Framing bytes a chunked body may have beyond a fair share. */
 	CHUNK_EXCESS_MAX = BUFFER_SIZE / 2,
-	/* Addresses tried for one name, three of each family. */
-	ADDRESSES_MAX = 6,
+	/* Addresses tried for one name, two of each family. */
+	ADDRESSES_MAX = 4,
 	/* RFC 8305 section 5: the next address is tried after this. */
 	NEXT_TRY_MS = 250,
 	/* Names remembered, and for how long: getaddrinfo tells no TTL. */
@@ -208,8 +209,9 @@ enum limit {
 	COLD_GAP_US = 12000,
 	/* With fewer outside the prefix the whole is always polled. */
 	COLD_MIN = 16,
-	/* What a tunnel keeps of its request for the log. */
+	/* What a tunnel keeps for the log: of it, of its greeting. */
 	NOTE_MAX = 120,
+	NOTE_SNI = 40,
 	/* Bytes of each piece of payload that -vv shows. */
 	DUMP_MAX = 256,
 	/* User name or password of a parent: RFC 1929 has one length byte. */
@@ -234,6 +236,10 @@ enum limit {
 	VARY_MAX = 16,
 	/* The first line of an entry. */
 	REGION_LINE = 75,
+	/* In these parts of the cache's size the sweeper says what is left. */
+	SWEEP_PARTS = 200,
+	/* What a file takes of a disk is a multiple of this. */
+	CACHE_DISK_BLOCK = 4096,
 	/* Of the disk, this much stays free. */
 	CACHE_FLOOR = 64 << 20,
 	/* Entries of which we know that their recency was written lately. */
@@ -242,6 +248,46 @@ enum limit {
 	CACHE_LONE = 256,
 	/* Recency of an entry is written at most once in this time. */
 	CACHE_TOUCH_S = 600,
+	/* The same without a dot at its end, and each of its labels. */
+	DOMAIN_MAX = 253,
+	LABEL_MAX = 63,
+	/* A line of a list of domains, its LF not counted. */
+	LIST_LINE = 1000,
+	/* Domains in one list: 1.2 GB. */
+	LIST_DOMAINS = 100000000,
+	/* A duration in a rule: ten years are as good as for ever. */
+	DURATION_MAX_S = 10 * 365 * DAY_S,
+	/* RFC 8446 section 5.1: the most that one TLS record carries. */
+	RECORD_MAX = 16384,
+	/*
+	 * A ClientHello and the records it comes in: clients send one or two
+	 * records and 2 KiB with the largest key shares.  All of it fits into
+	 * a buffer, so that whoever waits for the rest has room for it.
+	 */
+	HELLO_RECORDS_MAX = 16,
+	HELLO_MAX = BUFFER_SIZE - 1024 < 16384 ? BUFFER_SIZE - 1024 : 16384,
+	/* A line of rules, and its words, each with a blank behind it. */
+	RULE_LINE_MAX = 8191,
+	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
+	/* What one word of a rule may take: a parent is the largest. */
+	RULE_WORD_BYTES = 1536,
+	/* The memory of rules grows by this at least. */
+	BLOCK_SIZE = 65536,
+	/* -f and -e. */
+	SOURCES_MAX = 64,
+	/* `file:line` for the log. */
+	RULE_NAME_MAX = 256,
+	/* The words of a page that a rule gives. */
+	REASON_MAX = 200,
+	/* Texts that are sought in bodies; each takes a byte of every slot. */
+	NEEDLES_MAX = 16,
+	/* Lists of domains in all rules, and their paths. */
+	LISTS_MAX = 32,
+	LIST_PATH_MAX = 1023,
+	/* Lines that rewrite requests, and those that rewrite responses. */
+	REWRITES_MAX = 64,
+	/* A parent that could not be reached is passed over for so long. */
+	PARENT_FAILED_MS = 30000,
 	/* An idle tunnel or body unless -t says otherwise. */
 	IDLE_MS = 300000
 };
@@ -304,9 +350,8 @@ struct conn {
 	bool writable;             /* a write may take something */
 	bool eof;                  /* the other side sends no more */
 	bool shut;                 /* we send no more */
-	bool deaf;    /* writing failed: the other side hears no more */
-	bool hung;    /* poll said HUP or ERR: nothing more to wait for */
-	bool growing; /* a file that is still being written: no end yet */
+	bool deaf; /* writing failed: the other side hears no more */
+	bool hung; /* poll said HUP or ERR: nothing more to wait for */
 };
 
 /* What tells where a body ends (RFC 9112 section 6.3). */
@@ -342,6 +387,7 @@ struct flow {
 	bool whole;            /* the end of the message has arrived */
 	bool done;             /* and has been handed on */
 	bool broken;           /* its framing is wrong, or it was cut short */
+	bool bare;             /* it leaves without its trailer fields */
 };
 
 /* One line of a head (RFC 9110 section 5.1). */
@@ -386,16 +432,24 @@ struct target {
 	struct text path; /* and query, as it came; may lack its slash */
 };
 
+/* Rules that change a message, see rewrites_collect(). */
+struct rewrites {
+	size_t n;                                  /* how many there are */
+	bool open;                                 /* there may be more */
+	const struct rule *list[REWRITES_MAX + 1]; /* in their order */
+};
+
 /* A request head, understood. */
 struct request {
-	struct head head;     /* all its lines */
-	struct text name;     /* the method's */
-	enum method method;   /* the same, if it is one that we know */
-	struct text uri;      /* the target as it came */
-	struct target target; /* and taken apart */
-	unsigned minor;       /* of HTTP/1.x: 0 or 1 */
-	enum framing framing; /* of its body */
-	uint64_t length;      /* of it, for FRAMING_LENGTH */
+	struct head head;         /* all its lines */
+	struct text name;         /* the method's */
+	enum method method;       /* the same, if it is one that we know */
+	struct text uri;          /* the target as it came */
+	struct target target;     /* and taken apart */
+	unsigned minor;           /* of HTTP/1.x: 0 or 1 */
+	enum framing framing;     /* of its body */
+	uint64_t length;          /* of it, for FRAMING_LENGTH */
+	struct rewrites rewrites; /* what is changed before it is sent */
 };
 
 /* A response head, understood. */
@@ -457,6 +511,10 @@ enum refusal {
 	REFUSE_LOOP_VIA,
 	REFUSE_LOOP,
 	REFUSE_GUARDED,
+	REFUSE_RULE,
+	REFUSE_FOREIGN,
+	REFUSE_USER,
+	REFUSE_PASSWORD,
 	REFUSE_NAME,
 	REFUSE_NAME_SLOW,
 	REFUSE_FAMILY,
@@ -520,7 +578,7 @@ struct entry {
 	struct text head;             /* the response's */
 	int64_t requested, responded; /* wall clock, seconds */
 	int64_t age;                  /* when it came */
-	int64_t guarded;              /* 1: only local clients may have it */
+	struct text server;           /* the address that it came from, or - */
 };
 
 /* A part of a body. */
@@ -537,6 +595,7 @@ enum end {
 	END_IDLE,   /* nothing moved for too long */
 	END_RESET,  /* one side broke its connection */
 	END_LIMIT,  /* a limit of ours: half-closed time, memory */
+	END_RULE,   /* a rule cut it off, or dropped it */
 	END_STOP    /* we were told to stop */
 };
 
@@ -575,21 +634,33 @@ struct facts {
 	enum method method;   /* METHOD_OTHER if it means nothing to us */
 	enum refusal refusal; /* why it failed, or REFUSE_NONE */
 	enum end end;         /* by whom it was ended */
-	enum greeting greeting;   /* how far a SOCKS5 parent is */
-	int status;               /* sent to the client, 0: none yet */
-	int connect_errno;        /* why the last address failed */
-	unsigned interims;        /* 1xx responses so far */
-	unsigned addresses, next; /* of the list below: known, tried */
-	unsigned tries;           /* connections in table `others` */
-	bool close;               /* the client's connection ends after this */
-	bool keep_server;         /* the server's may serve another */
-	bool reused;              /* it has served one before */
-	bool fresh;               /* it must be a new one */
-	bool tunnel;              /* two flows without framing */
-	bool upgrade;             /* the client asked to switch protocols */
-	bool login;            /* it holds a login for the whole connection */
-	bool local;            /* answered from memory */
-	struct address server; /* the one in use */
+	enum greeting greeting;        /* how far a SOCKS5 parent is */
+	int status;                    /* sent to the client, 0: none yet */
+	int connect_errno;             /* why the last address failed */
+	unsigned char interims;        /* 1xx responses so far */
+	unsigned char addresses, next; /* of the list below: known, tried */
+	unsigned char tries;           /* connections in table `others` */
+	unsigned char sni, sni_len;    /* where a tunnel's note has its name */
+	bool close;          /* the client's connection ends after this */
+	bool keep_server;    /* the server's may serve another */
+	bool reused;         /* it has served one before */
+	bool fresh;          /* it must be a new one */
+	bool tunnel;         /* two flows without framing */
+	bool upgrade;        /* the client asked to switch protocols */
+	bool login;          /* it holds a login for the whole connection */
+	bool local;          /* answered from memory */
+	bool open;           /* whether it is let pass is not decided yet */
+	bool route_open;     /* by which way is not */
+	bool nocache;        /* the cache has no part in it */
+	bool greeted;        /* of a tunnel: its first bytes were looked at */
+	unsigned found;      /* texts that were found in the body: bits */
+	struct rules *rules; /* by which it goes, or NULL */
+	const struct rule *rule;    /* the one that decided about it, or NULL */
+	struct parent *parent;      /* to go through, or NULL */
+	const struct address *from; /* to leave by: IPv4, IPv6; NULL: any */
+	const struct account *user; /* who logged in, or NULL */
+	struct buffer *answer;      /* see access_response() */
+	struct address server;      /* the one in use */
 	struct address list[ADDRESSES_MAX]; /* of the next hop */
 	bool cached;                        /* the answer comes from an entry */
 	bool validated;                     /* the server was asked about it */
@@ -600,6 +671,7 @@ struct facts {
 	bool grows;         /* the entry is the one that `leader` is storing */
 	bool orphan;        /* and that one has given up storing it */
 	bool alone;         /* it has waited for another in vain */
+	bool outdated;      /* the entry that was validated is of no use now */
 	unsigned followers; /* exchanges that wait for this fetch or read it */
 	uint64_t fetch;     /* in cache.fetches under this serial; 0: not */
 	uint64_t leader;    /* serial of the fetch that this one follows */
@@ -611,7 +683,7 @@ struct facts {
 	int store;          /* of a new one */
 	uint32_t region;    /* bytes of its region */
 	uint64_t body;      /* bytes of the entry's body */
-	uint64_t stored;    /* of the new one's so far */
+	uint64_t stored;    /* of the new one's, or of the leader's, so far */
 	uint64_t region_rest; /* the sum of its region so far */
 	int64_t requested;    /* wall clock: when the server was asked */
 	int64_t ttl;          /* seconds the entry is still fresh */
@@ -651,12 +723,19 @@ struct exchange {
 	struct exchange *next_again; /* behind it in the list */
 };
 
+/* Where a connection leads, and how. */
+struct hop {
+	struct address address;     /* the next hop's */
+	struct address from;        /* ours, if a rule said so */
+	unsigned parent;            /* id of the parent there, 0: none */
+	char beyond[HOST_MAX + 10]; /* host:port behind a SOCKS parent, or "" */
+};
+
 /* A connection outside an exchange's own two; see section 5. */
 struct other {
-	struct conn conn;           /* ROLE_TRY or ROLE_KEPT */
-	struct address address;     /* where it leads */
-	char beyond[HOST_MAX + 10]; /* host:port behind a SOCKS parent, or "" */
-	int64_t since;              /* ms: idle since then */
+	struct conn conn; /* ROLE_TRY or ROLE_KEPT */
+	struct hop hop;   /* where it leads */
+	int64_t since;    /* ms: idle since then */
 };
 
 /* One of the places where clients come in. */
@@ -714,14 +793,248 @@ enum parent_kind {
 	PARENT_SOCKS
 };
 
-/* The proxy through which all requests leave (-x). */
+/* A proxy through which requests leave. */
 struct parent {
-	enum parent_kind kind;             /* PARENT_NONE: there is none */
-	char host[HOST_MAX + 1];           /* a name or an address */
-	unsigned port;                     /* 1 to 65535 */
-	bool login;                        /* the next two were given */
+	struct parent *next;     /* the one to try if this can't be reached */
+	unsigned id;             /* no other has had it */
+	int64_t failed;          /* ms: it could not be reached, 0: it could */
+	enum parent_kind kind;   /* PARENT_NONE: go without one */
+	char host[HOST_MAX + 1]; /* a name or an address */
+	unsigned port;           /* 1 to 65535 */
+	bool login;              /* the next two were given */
 	char user[CREDENTIAL_MAX + 1];     /* %XX undone */
 	char password[CREDENTIAL_MAX + 1]; /* the same */
+};
+
+/* A block of addresses: all that begin with the same bits. */
+struct network {
+	struct address address; /* without port and scope; other bits are 0 */
+	unsigned bits;          /* that count: to 32, or to 128 for IPv6 */
+};
+
+/* A part of the week. */
+struct span {
+	unsigned days; /* on which it begins: bit 0 Sunday to bit 6 Saturday */
+	int from;      /* minute of the day that is its first, to 1439 */
+	int to;        /* behind its last, to 1440; below from: over midnight */
+};
+
+/* Numbers from first to last. */
+struct numbers {
+	uint64_t first; /* belongs to them */
+	uint64_t last;  /* the same; not below first */
+};
+
+/* A letter that may stand behind a number. */
+struct unit {
+	char letter;     /* in lower case; '\0' ends a list of units */
+	uint64_t factor; /* what one of it is worth */
+};
+
+/* Bytes to look for in a stream (Knuth, Morris, Pratt). */
+struct needle {
+	const char *text;        /* its bytes; whoever made it owns them */
+	unsigned char len;       /* 1 to 255 */
+	unsigned char next[256]; /* matched so far: left on another byte */
+};
+
+/* Where the reader of a TLS ClientHello is. */
+struct hello {
+	struct text rest; /* of the bytes that the client sent */
+	size_t record;    /* of the record it is in: bytes to come */
+	size_t message;   /* of the handshake message: the same */
+	unsigned records; /* begun so far */
+	int verdict;      /* 1 so far so good, 0 rest is too short, -1 wrong */
+};
+
+/* The two lowest bits of a slot in a list; all others are of the hash. */
+enum list_bit {
+	LIST_EXCEPTION =
+	    1,         /* the name is not covered, whatever else is there */
+	LIST_TAKEN = 2 /* of every name, so that a slot of 0 is empty */
+};
+
+/* The domains of one file.  Their names are gone: only hashes are left. */
+struct list {
+	uint64_t *slots; /* open addressing; NULL while they are counted */
+	size_t size;     /* slots; one at least is empty */
+	size_t room;     /* names that the first of two passes has found */
+	size_t names;    /* found in this pass; the same one may come twice */
+	size_t read;     /* lines */
+	size_t used;     /* names that differ, exceptions too */
+	size_t skipped;  /* lines with something that was not understood */
+	int64_t ms;      /* that loading it took */
+};
+
+/* What a rule does. */
+enum action {
+	ACTION_ALLOW,
+	ACTION_DENY,
+	ACTION_LOGIN,   /* allow if there is a user, else ask for one */
+	ACTION_DROP,    /* close without a word */
+	ACTION_VIA,     /* go through a parent */
+	ACTION_DIRECT,  /* go through none */
+	ACTION_FROM,    /* leave by an address */
+	ACTION_NOCACHE, /* neither answer from the cache nor store */
+	ACTION_CACHE,   /* fresh for so long */
+	ACTION_SET,     /* one field in place of all of its name */
+	ACTION_ADD,     /* one more field */
+	ACTION_UNSET    /* no field of these names */
+};
+
+/* What is decided by the first line that holds; in the last two by all. */
+enum rule_group {
+	GROUP_ACCESS,
+	GROUP_ROUTE,
+	GROUP_SOURCE,
+	GROUP_CACHE,
+	GROUP_REQUEST,  /* rewriting of requests */
+	GROUP_RESPONSE, /* and of responses */
+	GROUPS
+};
+
+/* What a condition asks about; section 8 has a table. */
+enum subject {
+	SUBJECT_CLIENT,
+	SUBJECT_USER,
+	SUBJECT_METHOD,
+	SUBJECT_SCHEME,
+	SUBJECT_HOST,
+	SUBJECT_LIST,
+	SUBJECT_PORT,
+	SUBJECT_URL,
+	SUBJECT_FIELD,
+	SUBJECT_TIME,
+	SUBJECT_ADDRESS,
+	SUBJECT_SNI,
+	SUBJECT_STATUS,
+	SUBJECT_TYPE,
+	SUBJECT_SIZE,
+	SUBJECT_BODY,
+	SUBJECTS
+};
+
+/* What may not be known yet when a line is judged; a set of bits. */
+enum fact {
+	FACT_ADDRESS = 1,  /* the server's address */
+	FACT_RESPONSE = 2, /* the response's head */
+	FACT_LENGTH = 4,   /* the length of its body */
+	FACT_BODY = 8,     /* all of its body */
+	FACT_SNI = 16      /* the server's name in a tunnel's greeting */
+};
+
+/* The three values of a condition, a line, a verdict. */
+enum truth {
+	TRUTH_NO,
+	TRUTH_YES,
+	TRUTH_OPEN /* it depends on what is not known yet */
+};
+
+/* One value of a condition. */
+struct value {
+	struct value *next;     /* of the same condition */
+	struct text text;       /* as it was written, quotes undone */
+	bool special;           /* a word with a meaning: local, mismatch, * */
+	bool above;             /* of a size: above the number, not below */
+	bool request, response; /* of a field: whose */
+	struct text name;       /* of it */
+	union {
+		struct network network;
+		struct numbers numbers;
+		struct span span;
+		regex_t regex;
+		const struct list *list;
+		unsigned needle; /* which of the rules' needles */
+	} as;                    /* by the subject */
+};
+
+/* A part of a rule: one of the values must match, or none if inverted. */
+struct condition {
+	struct condition *next; /* of the same rule */
+	enum subject subject;   /* what it is about */
+	unsigned needs;         /* facts that it takes to tell */
+	bool inverted;          /* `not` stands before it */
+	struct value *values;   /* one at least */
+};
+
+/* One line. */
+struct rule {
+	struct rule *next;  /* of the same group */
+	enum action action; /* what it does if it holds */
+	const char *file;   /* where it stands */
+	unsigned line;      /* there; 0: the file's name says it all */
+	const char *text;   /* as it was written, but for passwords */
+	unsigned needs;     /* facts that its conditions take */
+	struct condition *conditions; /* all must hold */
+	int status;                   /* of ACTION_DENY */
+	struct text name;             /* of a field */
+	struct text words;            /* its value; of ACTION_DENY the reason */
+	struct value *names;          /* of ACTION_UNSET */
+	struct parent *parents; /* of ACTION_VIA, in the order to try them */
+	struct address from[2]; /* of ACTION_FROM: IPv4, IPv6 */
+	int64_t seconds;        /* of ACTION_CACHE */
+};
+
+/* A user and the password. */
+struct account {
+	struct account *next;
+	struct text user, password;
+};
+
+/* A list that rules refer to; the old and the new rules may share it. */
+struct shared_list {
+	struct list list;
+	unsigned refs;                /* rules that use it */
+	char path[LIST_PATH_MAX + 1]; /* as the rules name it */
+};
+
+/* Memory of rules: pieces are cut from it and go all at once. */
+struct block {
+	struct block *next;
+	size_t used, size; /* of data, in bytes */
+	char data[];
+};
+
+/* All lines in force, parsed. */
+struct rules {
+	unsigned refs;              /* exchanges that go by them, and `rules` */
+	unsigned errors;            /* lines that were wrong */
+	struct block *blocks;       /* what all of it is made of */
+	struct rule *first[GROUPS]; /* the lines, by group */
+	struct account *accounts;   /* who may log in */
+	bool logins;                /* `users` was there */
+	bool guarded;               /* the guards were put in */
+	unsigned rewrites[2];       /* lines: of requests, of responses */
+	unsigned needles_n;         /* how many of the next there are */
+	struct needle *needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
+	unsigned lists_n;                    /* how many of the next */
+	struct shared_list *lists[LISTS_MAX];
+};
+
+/* What is known when lines are judged; see exchange_view(). */
+struct view {
+	unsigned known, never;         /* facts: known, and never to be known */
+	const struct address *client;  /* who asks */
+	struct text user;              /* logged in as; `at` is NULL: nobody */
+	const struct request *request; /* what for */
+	struct text host; /* of the URL, without a dot at its end */
+	unsigned port;    /* of the URL */
+	const struct address *address;   /* the server's, if known */
+	struct address literal;          /* where `address` may point */
+	const struct response *response; /* its answer, if known */
+	uint64_t length;                 /* of the body, if known */
+	uint64_t passed;                 /* of it so far */
+	unsigned found;                  /* needles in it so far: bits */
+	struct text sni;                 /* if known; may be empty */
+	const char *url;                 /* made when it is first asked for */
+	bool timed;                      /* the next is set */
+	struct tm when;                  /* local time, by the same token */
+};
+
+/* What the lines of a group come to. */
+struct verdict {
+	enum truth truth;        /* NO: no line holds */
+	const struct rule *rule; /* the one that decides, for YES */
 };
 
 /* What the command line says. */
@@ -729,19 +1042,29 @@ static struct {
 	const char *listen[LISTENERS_MAX]; /* each -l */
 	size_t listens;                    /* how many there were */
 	const char *cache;                 /* the directory, or NULL */
-	const char *key;        /* print the entries of this URL, no more */
-	uint64_t cache_size;    /* bytes */
-	const char *log;        /* NULL or "-": standard output */
-	const char *user;       /* become this one */
-	struct parent parent;   /* leave through this one */
-	struct address from[2]; /* leave by these: IPv4, IPv6 */
-	unsigned connections;   /* clients served at once */
-	int64_t idle_ms;        /* a tunnel or body without a byte */
-	int verbose;            /* how many -v */
-	bool anonymous;         /* tell servers nothing */
+	const char *key;      /* print the entries of this URL, no more */
+	uint64_t cache_size;  /* bytes */
+	const char *log;      /* NULL or "-": standard output */
+	const char *user;     /* become this one */
+	const char *via;      /* leave through this parent */
+	const char *from[2];  /* leave by these: IPv4, IPv6 */
+	unsigned connections; /* clients served at once */
+	int64_t idle_ms;      /* a tunnel or body without a byte */
+	int verbose;          /* how many -v */
+	bool anonymous;       /* tell servers nothing */
+	bool check;           /* only look whether all is right */
+	struct {
+		bool line;               /* a rule, not a file of them */
+		const char *at;          /* it, or its path */
+	} sources[SOURCES_MAX];          /* -f and -e in their order */
+	unsigned sources_n;              /* how many there were */
+	const char *trials[SOURCES_MAX]; /* each -T */
+	unsigned trials_n;               /* how many there were */
 } options = { .connections = CONNECTIONS,
 	.idle_ms = IDLE_MS,
 	.cache_size = (uint64_t)256 << 20 };
+
+static struct rules *rules_now; /* those in force */
 
 /* The clocks, read once a turn. */
 static struct {
@@ -807,10 +1130,11 @@ static struct {
 
 /* The cache directory, and what happens to it. */
 static struct {
-	uint64_t serial;           /* of temporary files and tokens */
-	uint64_t written;          /* bytes since the last sweep */
-	uint64_t making;           /* bytes of entries that are not whole yet */
-	pid_t sweeper;             /* 0: none is at work */
+	uint64_t serial;  /* of temporary files and tokens */
+	uint64_t written; /* bytes since the last sweep */
+	uint64_t making;  /* bytes of entries that are not whole yet */
+	uint64_t total;   /* bytes there, as the last sweep and we know */
+	pid_t sweeper;    /* 0: none is at work */
 	struct exchange *fetches;  /* what others may follow */
 	uint64_t lone[CACHE_LONE]; /* keys that nobody should wait for */
 	struct {
@@ -1053,6 +1377,38 @@ number_parse(struct text t, uint64_t max, uint64_t *value)
 }
 
 /*
+ * The one of n names, of three letters each, that t begins with, in any case
+ * (RFC 9111 section 4.2); -1: none.
+ */
+static int
+name_index(struct text t, const char *list, int n)
+{
+	int i;
+
+	for (i = 0; i < n && t.len >= 3; i++, list += 3)
+		if (strncasecmp(t.at, list, 3) == 0)
+			return i;
+	return -1;
+}
+
+/*
+ * Takes from t the next n digits, which must be followed by c ('\0': by
+ * nothing); -1 if they are not there.
+ */
+static int64_t
+digits_next(struct text *t, size_t n, char c)
+{
+	uint64_t value;
+
+	if (t->len < n + (c != '\0') || (c == '\0' && t->len != n) ||
+	    !number_parse(text_cut(t->at, n), 9999, &value) ||
+	    (c != '\0' && t->at[n] != c))
+		return -1;
+	*t = text_from(*t, n + (c != '\0'));
+	return (int64_t)value;
+}
+
+/*
  * Writes the n bytes at `from` in base64 with its end mark; `to` has room
  * for 4 * (n + 2) / 3 + 1 bytes (RFC 4648 section 4).
  */
@@ -1077,6 +1433,34 @@ base64_encode(const char *from, size_t n, char *to)
 		*to++ = i + 2 < n ? digits[bits & 63] : '=';
 	}
 	*to = '\0';
+}
+
+/*
+ * Decodes t into to, of size bytes; *n is how many there are.  False if it is
+ * not base64, or too long.
+ */
+static bool
+base64_decode(struct text t, char *to, size_t size, size_t *n)
+{
+	static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+				     "abcdefghijklmnopqrstuvwxyz0123456789+/";
+	unsigned long bits = 0;
+	const char *digit;
+	size_t i;
+
+	while (t.len > 0 && t.at[t.len - 1] == '=')
+		t.len--;
+	if (t.len % 4 == 1 || t.len / 4 * 3 + 2 > size)
+		return false;
+	for (i = 0, *n = 0; i < t.len; i++) {
+		digit = t.at[i] == '\0' ? NULL : strchr(digits, t.at[i]);
+		if (digit == NULL)
+			return false;
+		bits = (bits << 6 | (unsigned long)(digit - digits)) & 0xffffff;
+		if (i % 4 > 0)
+			to[(*n)++] = (char)(bits >> (6 - i % 4 * 2) & 255);
+	}
+	return true;
 }
 
 /* The wall clock as RFC 9110 section 5.6.7 wants it; good until next call. */
@@ -1437,8 +1821,6 @@ conn_read_some(struct conn *c, size_t max)
 	n = room ? read(c->fd, c->in->data + c->in->end, room) : 0;
 	if (n > 0)
 		c->in->end += (size_t)n;
-	else if (n == 0 && room && c->growing)
-		c->readable = false;
 	else if (n == 0 && room)
 		c->eof = true;
 	else if (n == -1 && errno != EAGAIN && errno != EWOULDBLOCK &&
@@ -1632,13 +2014,13 @@ address_same(const struct address *a, const struct address *b)
 }
 
 /*
- * Begins to connect c to an address, from our own of options.from.  False,
- * with errno, if it failed at once.
+ * Begins to connect c to an address, from one of ours unless its family is 0.
+ * False, with errno, if it failed at once.
  */
 static bool
-conn_connect(struct conn *c, const struct address *to)
+conn_connect(struct conn *c, const struct address *to,
+    const struct address *from)
 {
-	const struct address *from = &options.from[to->family == AF_INET6];
 	struct sockaddr_storage storage;
 	socklen_t len;
 	int fd = socket(to->family, SOCK_STREAM, 0);
@@ -1705,11 +2087,11 @@ other_take(bool needed)
 }
 
 /*
- * Takes over c, connected to address (and by a SOCKS parent to beyond), for
- * the next request that goes there; closes it if there is no room.
+ * Takes over c, which leads to hop, for the next request that goes there;
+ * closes it if there is no room.
  */
 static void
-other_keep(struct conn *c, const struct address *address, const char *beyond)
+other_keep(struct conn *c, const struct hop *hop)
 {
 	struct other *o = other_take(false);
 
@@ -1718,8 +2100,7 @@ other_keep(struct conn *c, const struct address *address, const char *beyond)
 		return;
 	}
 	conn_move(c, &o->conn, ROLE_KEPT, NULL);
-	o->address = *address;
-	(void)text_copy(text_of(beyond), o->beyond, sizeof(o->beyond));
+	o->hop = *hop;
 	o->since = now.ms;
 	conn_watch(&o->conn, POLLIN);
 	if (o->since + KEPT_SERVER_MS < exchanges.wake)
@@ -1728,14 +2109,16 @@ other_keep(struct conn *c, const struct address *address, const char *beyond)
 
 /* The idle connection that leads there and was used last, or NULL. */
 static struct other *
-other_find(const struct address *address, const char *beyond)
+other_find(const struct hop *hop)
 {
 	struct other *o, *found = NULL;
 
 	for (o = others; o < others + others_used; o++)
 		if (o->conn.fd != -1 && o->conn.role == ROLE_KEPT &&
-		    address_same(&o->address, address) &&
-		    strcmp(o->beyond, beyond) == 0 &&
+		    address_same(&o->hop.address, &hop->address) &&
+		    address_same(&o->hop.from, &hop->from) &&
+		    o->hop.parent == hop->parent &&
+		    strcmp(o->hop.beyond, hop->beyond) == 0 &&
 		    (found == NULL || o->since > found->since))
 			found = o;
 	return found;
@@ -1822,12 +2205,19 @@ static const struct {
 	[REFUSE_LOOP] = { 508, "proxy_loop_detected",
 	    "this address is the proxy's own" },
 	[REFUSE_GUARDED] = { 403, "destination_ip_prohibited",
-	    "only local clients may go to this address" },
+	    "a rule forbids this address" },
+	[REFUSE_RULE] = { 403, "http_request_denied", "a rule forbids this" },
+	[REFUSE_FOREIGN] = { 403, "http_request_denied",
+	    "this client may not use the proxy" },
+	[REFUSE_USER] = { 407, "http_request_denied",
+	    "a user and password are needed" },
+	[REFUSE_PASSWORD] = { 407, "http_request_denied",
+	    "wrong user or password" },
 	[REFUSE_NAME] = { 502, "dns_error", "the name lookup failed" },
 	[REFUSE_NAME_SLOW] = { 504, "dns_timeout",
 	    "the name lookup took too long" },
 	[REFUSE_FAMILY] = { 502, "destination_ip_unroutable",
-	    "no address of the family that -b allows" },
+	    "no address of the family that it may leave by" },
 	[REFUSE_CONNECTION] = { 502, "connection_refused",
 	    "the connection was refused" },
 	[REFUSE_UNREACHABLE] = { 502, "destination_ip_unroutable",
@@ -1879,10 +2269,12 @@ status_reason(int status)
 		{ 403, "Forbidden" },
 		{ 404, "Not Found" },
 		{ 405, "Method Not Allowed" },
+		{ 407, "Proxy Authentication Required" },
 		{ 408, "Request Timeout" },
 		{ 414, "URI Too Long" },
 		{ 416, "Range Not Satisfiable" },
 		{ 431, "Request Header Fields Too Large" },
+		{ 451, "Unavailable For Legal Reasons" },
 		{ 501, "Not Implemented" },
 		{ 502, "Bad Gateway" },
 		{ 503, "Service Unavailable" },
@@ -2346,6 +2738,7 @@ request_parse(struct text t, struct request *r)
 	r->minor = 1;
 	r->framing = FRAMING_NONE;
 	r->length = 0;
+	r->rewrites.n = 0;
 	memset(&r->target, 0, sizeof(r->target));
 	verdict = head_parse(t, &r->head);
 	line = request_line_parse(r->head.line, r);
@@ -2447,13 +2840,6 @@ static const char *const fields_of_body[] = { "Content-Length",
 static const char *const fields_of_condition[] = { "If-None-Match",
 	"If-Modified-Since", "If-Match", "If-Unmodified-Since", NULL };
 
-/* What -a keeps from servers: who the client is and how it got here. */
-static const char *const fields_of_person[] = { "Via", "From", "Referer",
-	"User-Agent", "Forwarded", "X-Real-IP", "Client-IP", "X-Client-IP",
-	"True-Client-IP", "X-Cluster-Client-IP", "X-Originating-IP",
-	"X-Remote-IP", "X-Remote-Addr", "X-ProxyUser-IP", "Proxy-Client-IP",
-	"CF-Connecting-IP", "Fastly-Client-IP", "X-UIDH", NULL };
-
 /* True if list, which ends in NULL, has name. */
 static bool
 name_is_among(struct text name, const char *const *list)
@@ -2474,15 +2860,6 @@ field_passes(const struct head *h, size_t i)
 		return false;
 	return name_is_among(name, fields_of_route) ||
 	    !head_lists(h, "Connection", name);
-}
-
-/* True if -a keeps this field from the server. */
-static bool
-field_is_personal(struct text name)
-{
-	return options.anonymous &&
-	    (text_starts(name, "X-Forwarded-") ||
-		name_is_among(name, fields_of_person));
 }
 
 /* Appends a field as a line. */
@@ -2678,12 +3055,11 @@ trailer_encode(struct flow *f, const struct buffer *in, struct buffer *out)
 
 	buffer_append(out, text_of("0\r\n"));
 	h.n = 0;
-	if (f->trailer > 0)
+	if (f->trailer > 0 && !f->bare)
 		(void)fields_parse(text_cut(in->data + in->start, f->trailer),
 		    &h);
 	for (i = 0; i < h.n; i++)
 		if (field_passes(&h, i) &&
-		    !field_is_personal(h.fields[i].name) &&
 		    !name_is_among(h.fields[i].name, fields_not_late))
 			field_append(out, &h.fields[i]);
 	buffer_append(out, text_of("\r\n"));
@@ -2773,9 +3149,13 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
 /* ---- 8. Rules: who may go where ---- */
 
 /*
- * Judged on the resolved address, and that very address is connected to.
- * Pure but for address_is_here(), which asks the kernel.
+ * A rule is one line: an action and its conditions.  Here they are read and
+ * judged.  Judging is pure: a view in, a verdict out; what is not known yet
+ * makes it open, and it is asked again later.  Addresses are judged as they
+ * were looked up, and that very address is connected to.
  */
+
+static const char built_in[] = "built-in";
 
 /* 127.0.0.0/8 and ::1. */
 static bool
@@ -2799,19 +3179,6 @@ address_is_any(const struct address *a)
 		return a->octets[0] == 0;
 	return a->family == AF_INET6 &&
 	    memcmp(a->octets, none, sizeof(none)) == 0;
-}
-
-/* Where only a local client may go: this machine, this link, groups. */
-static bool
-address_is_guarded(const struct address *a)
-{
-	const unsigned char *o = a->octets;
-
-	if (address_is_loopback(a) || address_is_any(a))
-		return true;
-	if (a->family == AF_INET)
-		return (o[0] == 169 && o[1] == 254) || o[0] >= 224;
-	return o[0] == 0xff || (o[0] == 0xfe && (o[1] & 0xc0) == 0x80);
 }
 
 /* A client on this machine. */
@@ -2858,33 +3225,2571 @@ address_is_ours(const struct address *a)
 	return false;
 }
 
-/*
- * Strikes the addresses that peer may not go to from the list of n; direct:
- * they are the target's own, not the parent's.  Returns the refusal if none
- * is left, or if one is our own.
- */
-static enum refusal
-rules_judge(const struct address *peer, bool direct, struct address *list,
-    unsigned *n)
-{
-	enum refusal refusal = REFUSE_FAMILY;
-	bool one_family = options.from[0].family || options.from[1].family;
-	unsigned i, kept = 0;
+/* ---- matchers ---- */
 
-	for (i = 0; i < *n; i++) {
-		if (address_is_ours(&list[i]))
-			return REFUSE_LOOP;
-		if (one_family &&
-		    !options.from[list[i].family == AF_INET6].family)
-			continue;
-		if (direct && address_is_guarded(&list[i]) &&
-		    !address_is_local(peer))
-			refusal = REFUSE_GUARDED;
-		else
-			list[kept++] = list[i];
+/*
+ * What rules are made of: networks, times, numbers, bytes in a payload, the
+ * name in a TLS ClientHello.  Pure: each reads its text, or says whether
+ * something is in what was read, and touches nothing else.  Where a parser
+ * returns false it leaves its result alone.
+ */
+
+/* Sets all but the first n->bits bits of n's address to 0. */
+static void
+network_mask(struct network *n)
+{
+	unsigned i, bits = n->bits;
+
+	for (i = 0; i < sizeof(n->address.octets); i++) {
+		unsigned kept = bits < 8 ? bits : 8;
+
+		n->address.octets[i] &= (unsigned char)(0xff00 >> kept);
+		bits -= kept;
 	}
-	*n = kept;
-	return kept ? REFUSE_NONE : refusal;
+}
+
+/*
+ * An address, or one with the number of bits that count behind a slash.
+ * IPv4 in IPv6's clothes becomes IPv4, as address_import() has it; then the
+ * 96 bits in front must count.
+ */
+static bool
+network_parse(struct text t, struct network *n)
+{
+	size_t slash = text_find(t, '/');
+	struct text host = text_cut(t.at, slash);
+	bool colons = text_find(host, ':') < host.len;
+	uint64_t bits = colons ? 128 : 32;
+	struct network block;
+
+	if (!address_parse(host, 0, &block.address) ||
+	    (slash < t.len &&
+		!number_parse(text_from(t, slash + 1), bits, &bits)))
+		return false;
+	if (colons && block.address.family == AF_INET) {
+		if (bits < 96)
+			return false;
+		bits -= 96;
+	}
+	block.bits = (unsigned)bits;
+	network_mask(&block);
+	*n = block;
+	return true;
+}
+
+/* True if a is in n, whatever its port and scope. */
+static bool
+network_has(const struct network *n, const struct address *a)
+{
+	unsigned whole = n->bits / 8, bits = n->bits % 8;
+
+	return n->address.family == a->family &&
+	    memcmp(n->address.octets, a->octets, whole) == 0 &&
+	    (bits == 0 ||
+		(n->address.octets[whole] ^ a->octets[whole]) >> (8 - bits) ==
+		    0);
+}
+
+/* 0 for Sunday to 6, -1 for what is no day. */
+static int
+day_index(struct text t)
+{
+	return t.len == 3 ? name_index(t, "SunMonTueWedThuFriSat", 7) : -1;
+}
+
+/* One day, or all from one to another, which may wrap; as bits, 0: wrong. */
+static unsigned
+days_between(struct text t)
+{
+	size_t dash = text_find(t, '-');
+	int first = day_index(text_cut(t.at, dash));
+	int last = dash < t.len ? day_index(text_from(t, dash + 1)) : first;
+	unsigned days;
+
+	if (first == -1 || last == -1)
+		return 0;
+	for (days = 1U << last; first != last; first = (first + 1) % 7)
+		days |= 1U << first;
+	return days;
+}
+
+/* Days and ranges of days with commas between them. */
+static bool
+days_parse(struct text t, unsigned *days)
+{
+	unsigned all = 0, some;
+	bool more;
+
+	do {
+		size_t comma = text_find(t, ',');
+
+		some = days_between(text_cut(t.at, comma));
+		if (some == 0)
+			return false;
+		all |= some;
+		more = comma < t.len;
+		t = text_from(t, more ? comma + 1 : comma);
+	} while (more);
+	*days = all;
+	return true;
+}
+
+/* Takes hh:mm with c behind it: a minute of the day, to 1440, or -1. */
+static int
+minute_next(struct text *t, char c)
+{
+	int64_t hour = digits_next(t, 2, ':');
+	int64_t minute = digits_next(t, 2, c);
+
+	if (hour < 0 || minute < 0 || minute > 59 || hour * 60 + minute > 1440)
+		return -1;
+	return (int)(hour * 60 + minute);
+}
+
+/* hh:mm-hh:mm: the first minute, and the one behind the last. */
+static bool
+hours_parse(struct text t, int *from, int *to)
+{
+	int first = minute_next(&t, '-');
+	int end = minute_next(&t, '\0');
+
+	if (first == -1 || end == -1 || first == 1440 || first == end)
+		return false;
+	*from = first;
+	*to = end;
+	return true;
+}
+
+/*
+ * True if `when` is in s.  What lies behind a midnight belongs to the day on
+ * which it began: 22:00-06:00 of Fri ends on Saturday.
+ */
+static bool
+span_has(const struct span *s, const struct tm *when)
+{
+	int minute = when->tm_hour * 60 + when->tm_min;
+	bool today = s->days >> when->tm_wday & 1;
+	bool yesterday = s->days >> (when->tm_wday + 6) % 7 & 1;
+
+	if (s->from < s->to)
+		return today && minute >= s->from && minute < s->to;
+	return (today && minute >= s->from) || (yesterday && minute < s->to);
+}
+
+/* A number, or first-last; none above max. */
+static bool
+numbers_parse(struct text t, uint64_t max, struct numbers *r)
+{
+	size_t dash = text_find(t, '-');
+	struct numbers range;
+
+	if (!number_parse(text_cut(t.at, dash), max, &range.first))
+		return false;
+	range.last = range.first;
+	if (dash < t.len &&
+	    !number_parse(text_from(t, dash + 1), max, &range.last))
+		return false;
+	if (range.first > range.last)
+		return false;
+	*r = range;
+	return true;
+}
+
+/* A number and at most one of the units, in either case; none above max. */
+static bool
+amount_parse(struct text t, const struct unit *units, uint64_t max,
+    uint64_t *value)
+{
+	int last = t.len ? tolower((unsigned char)t.at[t.len - 1]) : '\0';
+	uint64_t count;
+
+	while (units->letter != '\0' && units->letter != last)
+		units++;
+	if (units->letter == '\0')
+		return number_parse(t, max, value);
+	t.len--;
+	if (!number_parse(t, max / units->factor, &count))
+		return false;
+	*value = count * units->factor;
+	return true;
+}
+
+/* Bytes, or with a K, M, G behind them. */
+static bool
+size_parse(struct text t, uint64_t *value)
+{
+	static const struct unit units[] = { { 'k', 1 << 10 }, { 'm', 1 << 20 },
+		{ 'g', 1 << 30 }, { '\0', 0 } };
+
+	return amount_parse(t, units, INT64_MAX, value);
+}
+
+/* Seconds, or with an s, m, h, d behind them. */
+static bool
+duration_parse(struct text t, int64_t *seconds)
+{
+	static const struct unit units[] = { { 's', 1 }, { 'm', 60 },
+		{ 'h', 3600 }, { 'd', DAY_S }, { '\0', 0 } };
+	uint64_t value;
+
+	if (!amount_parse(t, units, DURATION_MAX_S, &value))
+		return false;
+	*seconds = (int64_t)value;
+	return true;
+}
+
+/*
+ * How many bytes of n match when c comes behind the first `matched` of them,
+ * which are not all.
+ */
+static unsigned char
+needle_step(const struct needle *n, unsigned char matched, char c)
+{
+	while (matched > 0 && n->text[matched] != c)
+		matched = n->next[matched];
+	return (unsigned char)(matched + (n->text[matched] == c));
+}
+
+/* Makes a needle of t, which must stay; false if it is empty or too long. */
+static bool
+needle_make(struct needle *n, struct text t)
+{
+	unsigned char i;
+
+	if (t.len == 0 || t.len > UCHAR_MAX)
+		return false;
+	memset(n, 0, sizeof(*n));
+	n->text = t.at;
+	n->len = (unsigned char)t.len;
+	for (i = 1; i + 1 < n->len; i++)
+		n->next[i + 1] = needle_step(n, n->next[i], t.at[i]);
+	return true;
+}
+
+/*
+ * Looks for n in t, the next bytes of a stream.  *state is the caller's: how
+ * many bytes of n the stream ends with, 0 at its beginning.  True once n has
+ * been there, and ever after.
+ */
+static bool
+needle_scan(const struct needle *n, unsigned char *state, struct text t)
+{
+	unsigned char matched = *state;
+	size_t i = 0;
+
+	while (i < t.len && matched < n->len) {
+		if (matched == 0)
+			i += text_find(text_from(t, i), n->text[0]);
+		if (i < t.len)
+			matched = needle_step(n, matched, t.at[i++]);
+	}
+	*state = matched;
+	return matched == n->len;
+}
+
+/* Unless it is right, the hello is wrong, if nothing was said before. */
+static void
+hello_require(struct hello *h, bool right)
+{
+	if (h->verdict == 1 && !right)
+		h->verdict = -1;
+}
+
+/*
+ * Goes past the header of a record (RFC 8446 section 5.1).  An empty one may
+ * not carry a handshake.  As soon as a byte is wrong, it says so.
+ */
+static void
+hello_record(struct hello *h)
+{
+	struct text t = h->rest;
+
+	hello_require(h, h->records < HELLO_RECORDS_MAX);
+	hello_require(h, t.len < 1 || t.at[0] == 22);
+	hello_require(h, t.len < 2 || t.at[1] == 3);
+	if (h->verdict != 1)
+		return;
+	if (t.len < 5) {
+		h->verdict = 0;
+		return;
+	}
+	h->record = (size_t)(unsigned char)t.at[3] << 8;
+	h->record += (unsigned char)t.at[4];
+	h->rest = text_from(t, 5);
+	h->records++;
+	hello_require(h, h->record > 0 && h->record <= RECORD_MAX);
+}
+
+/*
+ * Takes up to n bytes of the message, as many as lie in one piece: one at
+ * least, or none if the verdict is no longer 1.  n is not 0.
+ */
+static struct text
+hello_piece(struct hello *h, size_t n)
+{
+	struct text piece;
+
+	hello_require(h, n <= h->message);
+	if (h->record == 0)
+		hello_record(h);
+	if (h->verdict == 1 && h->rest.len == 0)
+		h->verdict = 0;
+	if (h->verdict != 1)
+		n = 0;
+	if (n > h->record)
+		n = h->record;
+	if (n > h->rest.len)
+		n = h->rest.len;
+	piece = text_cut(h->rest.at, n);
+	h->rest = text_from(h->rest, n);
+	h->record -= n;
+	h->message -= n;
+	return piece;
+}
+
+/* Goes past n bytes of the message. */
+static void
+hello_skip(struct hello *h, size_t n)
+{
+	while (n > 0 && h->verdict == 1)
+		n -= hello_piece(h, n).len;
+}
+
+/* Takes a number of n bytes; 0 if they are not there. */
+static size_t
+hello_number(struct hello *h, size_t n)
+{
+	size_t value = 0;
+
+	for (; n > 0; n--) {
+		struct text piece = hello_piece(h, 1);
+
+		if (piece.len == 0)
+			return 0;
+		value = value << 8 | (unsigned char)*piece.at;
+	}
+	return value;
+}
+
+/*
+ * Takes the length, itself of n bytes, of something in the message that has
+ * min to max bytes; 0 if it has not.
+ */
+static size_t
+hello_length(struct hello *h, size_t n, size_t min, size_t max)
+{
+	size_t len = hello_number(h, n);
+
+	hello_require(h, len >= min && len <= max && len <= h->message);
+	return h->verdict == 1 ? len : 0;
+}
+
+/*
+ * Takes a host name of len bytes: in lower case, without the dot behind it.
+ * It must be the first, and one that a rule can speak of: no empty labels.
+ */
+static void
+hello_host(struct hello *h, size_t len, char *name, size_t size)
+{
+	size_t i;
+
+	hello_require(h, len > 0 && len < size && name[0] == '\0');
+	for (i = 0; i < len && h->verdict == 1; i++) {
+		char c = (char)hello_number(h, 1);
+
+		hello_require(h,
+		    is_alnum(c) || c == '-' || c == '_' ||
+			(c == '.' && i > 0 && name[i - 1] != '.'));
+		name[i] = (char)tolower((unsigned char)c);
+	}
+	if (h->verdict == 1)
+		name[name[len - 1] == '.' ? len - 1 : len] = '\0';
+}
+
+/*
+ * Takes a server_name extension of len bytes (RFC 6066 section 3): a list of
+ * names, of which type 0 is a host's.  All types have a length of two bytes.
+ */
+static void
+hello_names(struct hello *h, size_t len, char *name, size_t size)
+{
+	size_t end = h->message - len;
+	size_t list = hello_length(h, 2, 1, HELLO_MAX);
+
+	hello_require(h, h->message == end + list);
+	while (h->verdict == 1 && h->message > end) {
+		size_t type = hello_number(h, 1);
+		size_t n = hello_length(h, 2, 0, HELLO_MAX);
+
+		hello_require(h, h->message >= end + n);
+		if (type == 0)
+			hello_host(h, n, name, size);
+		else
+			hello_skip(h, n);
+	}
+}
+
+/*
+ * Takes the extensions, which end the message (RFC 8446 section 4.2): no
+ * type may come twice, and server_name has 0.
+ */
+static void
+hello_extensions(struct hello *h, char *name, size_t size)
+{
+	size_t len = hello_length(h, 2, 0, HELLO_MAX);
+	bool named = false;
+
+	hello_require(h, h->message == len);
+	while (h->verdict == 1 && h->message > 0) {
+		size_t type = hello_number(h, 2);
+
+		len = hello_length(h, 2, 0, HELLO_MAX);
+		if (type != 0) {
+			hello_skip(h, len);
+			continue;
+		}
+		hello_require(h, !named);
+		named = true;
+		hello_names(h, len, name, size);
+	}
+}
+
+/*
+ * Reads the TLS ClientHello that t, the first bytes of a client, begins with
+ * (RFC 8446 section 4.1.2), however it is spread over records.  1: name is
+ * the host that server_name has, or "" without one; 0: t is too short to
+ * tell; -1: this is none, or not as it must be.  Returned 0, t has less than
+ * a buffer has room for.  Without extensions it is one of TLS 1.2 or older.
+ */
+static int
+hello_name(struct text t, char *name, size_t size)
+{
+	struct hello h = { .rest = t, .message = 4, .verdict = 1 };
+	size_t ciphers;
+
+	name[0] = '\0';
+	hello_require(&h, hello_number(&h, 1) == 1);
+	h.message = hello_number(&h, 3);
+	hello_require(&h, h.message <= HELLO_MAX);
+	hello_skip(&h, 2 + 32);                     /* version and random */
+	hello_skip(&h, hello_length(&h, 1, 0, 32)); /* session */
+	ciphers = hello_length(&h, 2, 2, HELLO_MAX);
+	hello_require(&h, ciphers % 2 == 0);
+	hello_skip(&h, ciphers);
+	hello_skip(&h, hello_length(&h, 1, 1, 255)); /* compression */
+	if (h.message > 0)
+		hello_extensions(&h, name, size);
+	if (h.verdict != 1)
+		name[0] = '\0';
+	return h.verdict;
+}
+
+/* ---- lists of domains ---- */
+
+/*
+ * Block lists as they are downloaded: hosts files, a domain a line, lines of
+ * dnsmasq, of Adblock, also mixed.  A name in a list covers itself and all
+ * that is below it; an exception wins over every name of its list.  A line
+ * that is not understood blocks nothing and is counted.  A million domains
+ * take 12 MB, for only hashes are kept.  Their key is secret: who could make
+ * a name with the hash of a listed one could have it blocked.
+ */
+
+/* x with its bits turned left by n, 1 to 63. */
+static uint64_t
+bits_turn(uint64_t x, unsigned n)
+{
+	return x << n | x >> (64 - n);
+}
+
+/* n rounds of SipHash over its state. */
+static void
+sip_rounds(uint64_t v[4], int n)
+{
+	while (n-- > 0) {
+		v[0] += v[1];
+		v[2] += v[3];
+		v[1] = bits_turn(v[1], 13) ^ v[0];
+		v[3] = bits_turn(v[3], 16) ^ v[2];
+		v[0] = bits_turn(v[0], 32) + v[3];
+		v[2] += v[1];
+		v[3] = bits_turn(v[3], 21) ^ v[0];
+		v[1] = bits_turn(v[1], 17) ^ v[2];
+		v[2] = bits_turn(v[2], 32);
+	}
+}
+
+/* The first n bytes of t, 8 at most, as a number; the lowest is the first. */
+static uint64_t
+sip_word(struct text t, size_t n)
+{
+	uint64_t word = 0;
+
+	while (n-- > 0)
+		word = word << 8 | (unsigned char)t.at[n];
+	return word;
+}
+
+/* SipHash-2-4 of t (Aumasson and Bernstein, 2012). */
+static uint64_t
+sip_hash(const uint64_t key[2], struct text t)
+{
+	uint64_t v[4] = { key[0] ^ 0x736f6d6570736575U,
+		key[1] ^ 0x646f72616e646f6dU, key[0] ^ 0x6c7967656e657261U,
+		key[1] ^ 0x7465646279746573U };
+	uint64_t word, length = (uint64_t)t.len << 56;
+
+	for (; t.len >= 8; t = text_from(t, 8)) {
+		word = sip_word(t, 8);
+		v[3] ^= word;
+		sip_rounds(v, 2);
+		v[0] ^= word;
+	}
+	word = length | sip_word(t, t.len);
+	v[3] ^= word;
+	sip_rounds(v, 2);
+	v[0] ^= word;
+	v[2] ^= 0xff;
+	sip_rounds(v, 4);
+	return v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+/* The key of all lists of this process; zeros if the system has none. */
+static const uint64_t *
+list_key(void)
+{
+	static uint64_t key[2];
+	static bool made;
+	int fd;
+
+	if (made)
+		return key;
+	made = true;
+	fd = open("/dev/urandom", O_RDONLY);
+	if (fd == -1 || read(fd, key, sizeof(key)) == -1)
+		key[0] = key[1] = 0;
+	if (fd != -1)
+		(void)close(fd);
+	return key;
+}
+
+/*
+ * True if t is an address rather than a name: a colon, or a last label that
+ * is a number, which no top-level domain is.
+ */
+static bool
+domain_is_numeric(struct text t)
+{
+	size_t n;
+	bool hex;
+
+	if (text_find(t, ':') < t.len)
+		return true;
+	while ((n = text_find(t, '.')) < t.len)
+		t = text_from(t, n + 1);
+	hex = text_starts(t, "0x");
+	for (n = hex ? 2 : 0; n < t.len; n++)
+		if (hex ? hex_value(t.at[n]) == -1 : !is_digit(t.at[n]))
+			return false;
+	return t.len > 0;
+}
+
+/* True if t, which has no dot at its end, may stand in a list. */
+static bool
+domain_is_valid(struct text t)
+{
+	size_t label = 0, i;
+
+	for (i = 0; i < t.len; i++)
+		if (t.at[i] == '.') {
+			if (label == 0)
+				return false;
+			label = 0;
+		} else if ((!is_alnum(t.at[i]) && t.at[i] != '-' &&
+			       t.at[i] != '_') ||
+		    ++label > LABEL_MAX)
+			return false;
+	return label > 0 && t.len <= DOMAIN_MAX && !domain_is_numeric(t);
+}
+
+/* t without its first label and the dot behind it. */
+static struct text
+domain_parent(struct text t)
+{
+	size_t n = text_find(t, '.');
+
+	return text_from(t, n < t.len ? n + 1 : n);
+}
+
+/* t in small letters; it fits into the DOMAIN_MAX bytes of `to`. */
+static struct text
+domain_lower(struct text t, char *to)
+{
+	size_t i;
+
+	for (i = 0; i < t.len; i++) {
+		char c = t.at[i];
+
+		to[i] = c >= 'A' && c <= 'Z' ? (char)(c - 'A' + 'a') : c;
+	}
+	return text_cut(to, t.len);
+}
+
+/* What stands in the slot of a name in small letters. */
+static uint64_t
+list_hash(struct text name)
+{
+	return (sip_hash(list_key(), name) & ~(uint64_t)LIST_EXCEPTION) |
+	    LIST_TAKEN;
+}
+
+/* The slot where hash is, or the empty one where it would be. */
+static uint64_t *
+list_slot(const struct list *list, uint64_t hash)
+{
+	size_t i = (size_t)((hash >> 32) * list->size >> 32);
+
+	while (list->slots[i] != 0 &&
+	    ((list->slots[i] ^ hash) & ~(uint64_t)LIST_EXCEPTION) != 0)
+		i = i + 1 < list->size ? i + 1 : 0;
+	return &list->slots[i];
+}
+
+/* Empty slots for n names, of which two thirds will be taken. */
+static bool
+list_make(struct list *list, size_t n)
+{
+	if (n > LIST_DOMAINS)
+		return false;
+	list->room = n;
+	list->size = n + n / 2 + 1;
+	list->slots = calloc(list->size, sizeof(*list->slots));
+	return list->slots != NULL;
+}
+
+/* Moves to fewer slots if so many names came twice that half are empty. */
+static void
+list_shrink(struct list *list)
+{
+	struct list small = *list;
+	size_t i;
+
+	if (list->size <= 2 * list->used || !list_make(&small, list->used))
+		return;
+	for (i = 0; i < list->size; i++)
+		if (list->slots[i] != 0)
+			*list_slot(&small, list->slots[i]) = list->slots[i];
+	free(list->slots);
+	*list = small;
+}
+
+/*
+ * Takes a name in, or an exception; in the first pass it is only counted.
+ * Returns false if it is no domain.
+ */
+static bool
+list_add(struct list *list, struct text name, bool exception)
+{
+	char lower[DOMAIN_MAX];
+	uint64_t hash, *slot;
+
+	if (name.len && name.at[name.len - 1] == '.')
+		name.len--;
+	if (!domain_is_valid(name))
+		return false;
+	if (++list->names > list->room)
+		return true;
+	hash = list_hash(domain_lower(name, lower));
+	slot = list_slot(list, hash);
+	list->used += *slot == 0;
+	*slot |= hash | (exception ? LIST_EXCEPTION : 0);
+	return true;
+}
+
+/* The same for `name`, `.name` and `*.name`, which all mean one. */
+static bool
+list_add_tree(struct list *list, struct text name)
+{
+	if (text_starts(name, "*."))
+		name = text_from(name, 1);
+	if (text_starts(name, "."))
+		name = text_from(name, 1);
+	return list_add(list, name, false);
+}
+
+/* Cuts the first word off rest, and the blanks behind it. */
+static struct text
+word_next(struct text *rest)
+{
+	struct text word = text_cut(rest->at, 0);
+
+	while (word.len < rest->len && rest->at[word.len] != ' ' &&
+	    rest->at[word.len] != '\t')
+		word.len++;
+	*rest = text_trim(text_from(*rest, word.len));
+	return word;
+}
+
+/* Names that every hosts file has, and that no list means to block. */
+static bool
+list_is_local(struct text name)
+{
+	static const char *const locals[] = { "0.0.0.0", "broadcasthost",
+		"ip6-allhosts", "ip6-allnodes", "ip6-allrouters",
+		"ip6-localhost", "ip6-localnet", "ip6-loopback",
+		"ip6-mcastprefix", "local", "localhost",
+		"localhost.localdomain" };
+	size_t i;
+
+	for (i = 0; i < sizeof(locals) / sizeof(locals[0]); i++)
+		if (text_is(name, locals[i]))
+			return true;
+	return false;
+}
+
+/* True if a name with this address is meant to lead nowhere. */
+static bool
+list_is_nowhere(struct text address)
+{
+	struct address a;
+
+	return address_parse(address, 0, &a) &&
+	    (address_is_any(&a) || address_is_loopback(&a));
+}
+
+/*
+ * `ADDRESS name name ...`; with another address than one that leads nowhere
+ * (fe80::1%lo0) only the local names are understood.
+ */
+static bool
+list_hosts(struct list *list, struct text line)
+{
+	struct text address = word_next(&line);
+	bool nowhere = list_is_nowhere(address);
+	bool good = domain_is_numeric(address);
+
+	while (line.len) {
+		struct text name = word_next(&line);
+
+		if (!list_is_local(name) &&
+		    (!nowhere || !list_add(list, name, false)))
+			good = false;
+	}
+	return good;
+}
+
+/*
+ * `/name/name/TO`: TO must be nothing, or an address (is_address) that leads
+ * nowhere; other servers for a name do not block it.
+ */
+static bool
+list_dnsmasq(struct list *list, struct text line, bool is_address)
+{
+	size_t last = line.len;
+	bool good = true;
+	struct text to;
+
+	while (last > 0 && line.at[last - 1] != '/')
+		last--;
+	if (last < 2 || line.at[0] != '/')
+		return false;
+	to = text_from(line, last);
+	if (to.len &&
+	    !(is_address && (text_is(to, "#") || list_is_nowhere(to))))
+		return false;
+	line = text_cut(line.at + 1, last - 1);
+	while (line.len) {
+		size_t n = text_find(line, '/');
+
+		if (!list_add_tree(list, text_cut(line.at, n)))
+			good = false;
+		line = text_from(line, n + 1);
+	}
+	return good;
+}
+
+/* `||name^` or `@@||name^`; options would make it mean less or more. */
+static bool
+list_adblock(struct list *list, struct text line)
+{
+	bool exception = text_starts(line, "@@");
+
+	if (exception)
+		line = text_from(line, 2);
+	if (!text_starts(line, "||") || line.at[line.len - 1] != '^')
+		return false;
+	return list_add(list, text_cut(line.at + 2, line.len - 3), exception);
+}
+
+/*
+ * The line without blanks, CR and a comment behind a blank.  `##.name` and
+ * `###name` are no comments but Adblock's rules about what pages look like.
+ */
+static struct text
+list_strip(struct text line)
+{
+	size_t i, marks = 0;
+
+	if (line.len && line.at[line.len - 1] == '\r')
+		line.len--;
+	line = text_trim(line);
+	while (marks < line.len && line.at[marks] == '#')
+		marks++;
+	if ((marks == 2 || marks == 3) && marks < line.len &&
+	    line.at[marks] != ' ' && line.at[marks] != '\t')
+		return line;
+	for (i = 0; i < line.len; i++)
+		if (line.at[i] == '#' &&
+		    (i == 0 || line.at[i - 1] == ' ' || line.at[i - 1] == '\t'))
+			line.len = i;
+	return text_trim(line);
+}
+
+/* Takes in what a line names; false: something is not understood. */
+static bool
+list_line(struct list *list, struct text line)
+{
+	line = list_strip(line);
+	if (line.len == 0 || line.at[0] == '!' || line.at[0] == ';' ||
+	    (line.at[0] == '[' && line.at[line.len - 1] == ']'))
+		return true;
+	if (text_starts(line, "||") || text_starts(line, "@@"))
+		return list_adblock(list, line);
+	if (text_starts(line, "address=/"))
+		return list_dnsmasq(list, text_from(line, 8), true);
+	if (text_starts(line, "server=/"))
+		return list_dnsmasq(list, text_from(line, 7), false);
+	if (text_starts(line, "local=/"))
+		return list_dnsmasq(list, text_from(line, 6), false);
+	if (text_find(line, ' ') < line.len || text_find(line, '\t') < line.len)
+		return list_hosts(list, line);
+	return list_add_tree(list, line);
+}
+
+/*
+ * Reads a line without its LF to `line`, which has LIST_LINE + 1 bytes; of a
+ * longer one so many.  Returns 1, 0 at the end or if reading failed, -1 for
+ * a NUL in it.
+ */
+static int
+list_read(FILE *file, char *line, size_t *len)
+{
+	int c = getc_unlocked(file);
+
+	if (c == EOF)
+		return 0;
+	for (*len = 0; c != EOF && c != '\n'; c = getc_unlocked(file)) {
+		if (c == '\0')
+			return -1;
+		if (*len <= LIST_LINE)
+			line[(*len)++] = (char)c;
+	}
+	return 1;
+}
+
+/* Goes through the whole file once; false: it can't be read, why says why. */
+static bool
+list_pass(struct list *list, FILE *file, const char *path, char *why,
+    size_t size)
+{
+	bool sought = fseek(file, 0, SEEK_SET) != -1;
+	char line[LIST_LINE + 1];
+	size_t len;
+	int got = 0;
+
+	list->names = list->read = list->skipped = 0;
+	while (sought && (got = list_read(file, line, &len)) == 1) {
+		struct text t = text_cut(line, len);
+
+		if (list->read++ == 0 && text_starts(t, "\xef\xbb\xbf"))
+			t = text_from(t, 3);
+		if (len > LIST_LINE || !list_line(list, t))
+			list->skipped++;
+	}
+	if (got == -1)
+		(void)snprintf(why, size,
+		    "%s: line %lu: a NUL byte: this is no text", path,
+		    (unsigned long)list->read + 1);
+	else if (!sought || ferror(file))
+		(void)snprintf(why, size, "%s: %s", path, strerror(errno));
+	else
+		return true;
+	return false;
+}
+
+/* Counts the names, makes slots for them, fills these. */
+static bool
+list_fill(struct list *list, FILE *file, const char *path, char *why,
+    size_t size)
+{
+	if (!list_pass(list, file, path, why, size))
+		return false;
+	if (!list_make(list, list->names)) {
+		(void)snprintf(why, size, "%s: no memory for %lu domains", path,
+		    (unsigned long)list->names);
+		return false;
+	}
+	if (!list_pass(list, file, path, why, size))
+		return false;
+	if (list->names != list->room) {
+		(void)snprintf(why, size, "%s: it changed while it was read",
+		    path);
+		return false;
+	}
+	list_shrink(list);
+	return true;
+}
+
+/* Gives the memory back; an empty list is left, which covers nothing. */
+static void
+list_free(struct list *list)
+{
+	free(list->slots);
+	memset(list, 0, sizeof(*list));
+}
+
+/*
+ * Loads the file at path; false: why, of size bytes, says why, and nothing
+ * is left to be freed.  A FIFO is refused, not waited for.
+ */
+static bool
+list_load(struct list *list, const char *path, char *why, size_t size)
+{
+	struct timespec start, end;
+	FILE *file;
+	bool good;
+	int fd;
+
+	(void)clock_gettime(CLOCK_MONOTONIC, &start);
+	memset(list, 0, sizeof(*list));
+	fd = open(path, O_RDONLY | O_NONBLOCK);
+	file = fd == -1 ? NULL : fdopen(fd, "r");
+	if (file == NULL) {
+		(void)snprintf(why, size, "%s: %s", path, strerror(errno));
+		if (fd != -1)
+			(void)close(fd);
+		return false;
+	}
+	good = list_fill(list, file, path, why, size);
+	(void)fclose(file);
+	if (!good)
+		list_free(list);
+	(void)clock_gettime(CLOCK_MONOTONIC, &end);
+	list->ms = (int64_t)(end.tv_sec - start.tv_sec) * 1000 +
+	    (end.tv_nsec - start.tv_nsec) / 1000000;
+	return good;
+}
+
+/* True if the list covers host: a name in any case, a dot may end it. */
+static bool
+list_has(const struct list *list, struct text host)
+{
+	char lower[DOMAIN_MAX];
+	bool listed = false;
+
+	while (host.len && host.at[host.len - 1] == '.')
+		host.len--;
+	if (list->used == 0 || domain_is_numeric(host))
+		return false;
+	while (host.len > DOMAIN_MAX)
+		host = domain_parent(host);
+	host = domain_lower(host, lower);
+	for (; host.len; host = domain_parent(host)) {
+		uint64_t slot = *list_slot(list, list_hash(host));
+
+		if (slot & LIST_EXCEPTION)
+			return false;
+		if (slot != 0)
+			listed = true;
+	}
+	return listed;
+}
+
+/* ---- judging ---- */
+
+/* True if name is what pattern says: `.x` is all below x, else the same. */
+static bool
+host_matches(struct text pattern, struct text name)
+{
+	if (pattern.len > 0 && *pattern.at == '.') {
+		if (name.len <= pattern.len)
+			return false;
+		name = text_from(name, name.len - pattern.len);
+	}
+	return text_same(pattern, name);
+}
+
+/* A text as the string that regexec(3) wants; cut if it is very long. */
+static bool
+regex_matches(const regex_t *regex, struct text t)
+{
+	static char string[LINE_MAX_BYTES + 1];
+
+	(void)text_copy(t, string, sizeof(string));
+	return regexec(regex, string, 0, NULL, 0) == 0;
+}
+
+/* True if a field of that name has a value that matches. */
+static bool
+field_matches(const struct head *h, struct text name, const regex_t *regex)
+{
+	size_t i;
+
+	for (i = 0; i < h->n; i++)
+		if (text_same(h->fields[i].name, name) &&
+		    regex_matches(regex, h->fields[i].value))
+			return true;
+	return false;
+}
+
+/* The client is in a network, or local. */
+static bool
+match_client(const struct value *value, struct view *v)
+{
+	return value->special ? address_is_local(v->client) :
+				network_has(&value->as.network, v->client);
+}
+
+/* The client has logged in, as one user or as any. */
+static bool
+match_user(const struct value *value, struct view *v)
+{
+	return v->user.at != NULL &&
+	    (value->special || text_equals(value->text, v->user));
+}
+
+/* The method, as it was sent. */
+static bool
+match_method(const struct value *value, struct view *v)
+{
+	return text_equals(value->text, v->request->name);
+}
+
+/* https is CONNECT, http all else. */
+static bool
+match_scheme(const struct value *value, struct view *v)
+{
+	return text_is(value->text, "https") ==
+	    (v->request->method == METHOD_CONNECT);
+}
+
+/* The host in the URL. */
+static bool
+match_host(const struct value *value, struct view *v)
+{
+	return host_matches(value->text, v->host);
+}
+
+/* The same, in a list of domains. */
+static bool
+match_list(const struct value *value, struct view *v)
+{
+	return list_has(value->as.list, v->host);
+}
+
+/* The port in the URL. */
+static bool
+match_port(const struct value *value, struct view *v)
+{
+	return v->port >= value->as.numbers.first &&
+	    v->port <= value->as.numbers.last;
+}
+
+/* The whole URL, its host in small letters; it is made once for a view. */
+static bool
+match_url(const struct value *value, struct view *v)
+{
+	static char url[LINE_MAX_BYTES + HOST_MAX + 32];
+	const struct request *q = v->request;
+	bool connect = q->method == METHOD_CONNECT;
+	bool bracket = text_find(v->host, ':') < v->host.len;
+	struct text path = q->target.path;
+	char port[16] = "";
+	char host[HOST_MAX + 1];
+	size_t i;
+
+	if (v->url == NULL) {
+		(void)text_copy(v->host, host, sizeof(host));
+		for (i = 0; host[i] != '\0'; i++)
+			host[i] = (char)tolower((unsigned char)host[i]);
+		if (connect || v->port != 80)
+			(void)snprintf(port, sizeof(port), ":%u", v->port);
+		(void)snprintf(url, sizeof(url), "%s%s%s%s%s%s%.*s",
+		    connect ? "" : "http://", bracket ? "[" : "", host,
+		    bracket ? "]" : "", port,
+		    connect || (path.len > 0 && *path.at == '/') ? "" : "/",
+		    (int)path.len, path.at);
+		v->url = url;
+	}
+	return regexec(&value->as.regex, v->url, 0, NULL, 0) == 0;
+}
+
+/* A field of the request, or of the response if that is known. */
+static bool
+match_field(const struct value *value, struct view *v)
+{
+	if (value->request &&
+	    field_matches(&v->request->head, value->name, &value->as.regex))
+		return true;
+	return value->response && (v->known & FACT_RESPONSE) &&
+	    field_matches(&v->response->head, value->name, &value->as.regex);
+}
+
+/* The local time, read once for a view. */
+static bool
+match_time(const struct value *value, struct view *v)
+{
+	if (!v->timed)
+		v->timed = localtime_r(&now.wall, &v->when) != NULL;
+	return v->timed && span_has(&value->as.span, &v->when);
+}
+
+/* The server is in a network. */
+static bool
+match_address(const struct value *value, struct view *v)
+{
+	return network_has(&value->as.network, v->address);
+}
+
+/* The name in a greeting: what it is, or that it is not the host. */
+static bool
+match_sni(const struct value *value, struct view *v)
+{
+	return v->sni.len > 0 &&
+	    (value->special ? !text_same(v->sni, v->host) :
+			      host_matches(value->text, v->sni));
+}
+
+/* The status of the response. */
+static bool
+match_status(const struct value *value, struct view *v)
+{
+	return (uint64_t)v->response->status >= value->as.numbers.first &&
+	    (uint64_t)v->response->status <= value->as.numbers.last;
+}
+
+/* type/subtype, or type followed by a star, without parameters. */
+static bool
+match_type(const struct value *value, struct view *v)
+{
+	struct text type = head_value(&v->response->head, "Content-Type");
+	struct text wanted = value->text;
+
+	type = text_trim(text_cut(type.at, text_find(type, ';')));
+	if (wanted.at[wanted.len - 1] == '*') {
+		wanted.len--;
+		if (type.len > wanted.len)
+			type.len = wanted.len;
+	}
+	return text_same(type, wanted);
+}
+
+/* What has passed may tell before the length is known. */
+static bool
+match_size(const struct value *value, struct view *v)
+{
+	uint64_t limit = value->as.numbers.first;
+
+	if (!(v->known & FACT_LENGTH))
+		return value->above && v->passed > limit;
+	return value->above ? v->length > limit : v->length < limit;
+}
+
+/* A text was found in what has passed of the body. */
+static bool
+match_body(const struct value *value, struct view *v)
+{
+	return v->found >> value->as.needle & 1;
+}
+
+/*
+ * The subjects: what it takes to tell, and how to.  early: what is known so
+ * far may tell that it matches, but not that it does not.
+ */
+static const struct {
+	const char *word;
+	unsigned needs;
+	bool early;
+	bool (*match)(const struct value *, struct view *);
+} subjects[SUBJECTS] = {
+	[SUBJECT_CLIENT] = { "client", 0, false, match_client },
+	[SUBJECT_USER] = { "user", 0, false, match_user },
+	[SUBJECT_METHOD] = { "method", 0, false, match_method },
+	[SUBJECT_SCHEME] = { "scheme", 0, false, match_scheme },
+	[SUBJECT_HOST] = { "host", 0, false, match_host },
+	[SUBJECT_LIST] = { "list", 0, false, match_list },
+	[SUBJECT_PORT] = { "port", 0, false, match_port },
+	[SUBJECT_URL] = { "url", 0, false, match_url },
+	[SUBJECT_FIELD] = { "field", FACT_RESPONSE, true, match_field },
+	[SUBJECT_TIME] = { "time", 0, false, match_time },
+	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, false, match_address },
+	[SUBJECT_SNI] = { "sni", FACT_SNI, false, match_sni },
+	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, false, match_status },
+	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, false, match_type },
+	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, true,
+	    match_size },
+	[SUBJECT_BODY] = { "body", FACT_BODY, true, match_body },
+};
+
+/*
+ * One condition.  What can't ever be known makes it not hold, inverted or
+ * not.
+ */
+static enum truth
+condition_judge(const struct condition *c, struct view *v)
+{
+	unsigned missing = c->needs & ~v->known;
+	const struct value *value = c->values;
+	bool hit = false;
+
+	if (missing == 0 || subjects[c->subject].early)
+		for (; value != NULL && !hit; value = value->next)
+			hit = subjects[c->subject].match(value, v);
+	if (missing != 0 && !hit)
+		return missing & v->never ? TRUTH_NO : TRUTH_OPEN;
+	return hit != c->inverted ? TRUTH_YES : TRUTH_NO;
+}
+
+/* One line: all its conditions must hold. */
+static enum truth
+rule_judge(const struct rule *rule, struct view *v)
+{
+	const struct condition *c;
+	enum truth truth, all = TRUTH_YES;
+
+	for (c = rule->conditions; c != NULL; c = c->next) {
+		truth = condition_judge(c, v);
+		if (truth == TRUTH_NO)
+			return TRUTH_NO;
+		if (truth == TRUTH_OPEN)
+			all = TRUTH_OPEN;
+	}
+	return all;
+}
+
+/* True if the line, of the access group, lets nobody pass as things are. */
+static bool
+rule_refuses(const struct rule *rule, const struct view *v)
+{
+	return rule->action == ACTION_DENY || rule->action == ACTION_DROP ||
+	    (rule->action == ACTION_LOGIN && v->user.at == NULL);
+}
+
+/*
+ * The lines of a group: the first that holds decides.  One that is open makes
+ * the verdict open, unless all that may still decide refuse: then nothing has
+ * to be found out.
+ */
+static struct verdict
+rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
+{
+	struct verdict verdict = { TRUTH_NO, NULL };
+	const struct rule *rule;
+	bool open = false, refuses = true;
+
+	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
+		enum truth truth = rule_judge(rule, v);
+
+		if (truth == TRUTH_NO)
+			continue;
+		refuses = refuses && group == GROUP_ACCESS &&
+		    rule_refuses(rule, v);
+		if (truth == TRUTH_YES && (!open || refuses)) {
+			verdict.truth = TRUTH_YES;
+			verdict.rule = rule;
+			return verdict;
+		}
+		open = true;
+		if (truth == TRUTH_YES || !refuses)
+			break;
+	}
+	verdict.truth = open ? TRUTH_OPEN : TRUTH_NO;
+	return verdict;
+}
+
+/* True if a line about the body may concern what v shows. */
+static bool
+rules_seek_body(const struct rules *rules, struct view *v)
+{
+	const struct rule *rule = rules->first[GROUP_ACCESS];
+
+	for (; rule != NULL && rules->needles_n > 0; rule = rule->next)
+		if ((rule->needs & FACT_BODY) &&
+		    rule_judge(rule, v) != TRUTH_NO)
+			return true;
+	return false;
+}
+
+/* All lines of a rewriting group that hold, into w. */
+static void
+rewrites_collect(const struct rules *rules, enum rule_group group,
+    struct view *v, struct rewrites *w)
+{
+	const struct rule *rule;
+
+	w->n = 0;
+	w->open = false;
+	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
+		enum truth truth = rule_judge(rule, v);
+
+		if (truth == TRUTH_YES && w->n < REWRITES_MAX)
+			w->list[w->n++] = rule;
+		w->open = w->open || truth == TRUTH_OPEN;
+	}
+}
+
+/* True if a line of w takes fields of that name away, or replaces them. */
+static bool
+rewrites_take(const struct rewrites *w, struct text name)
+{
+	const struct value *value;
+	size_t i;
+
+	for (i = 0; i < w->n; i++) {
+		if (w->list[i]->action == ACTION_SET &&
+		    text_same(w->list[i]->name, name))
+			return true;
+		for (value = w->list[i]->names; value != NULL;
+		     value = value->next) {
+			struct text t = value->text;
+
+			if (t.at[t.len - 1] == '*' ? name.len >= t.len - 1 &&
+				    text_same(text_cut(t.at, t.len - 1),
+					text_cut(name.at, t.len - 1)) :
+						     text_same(t, name))
+				return true;
+		}
+	}
+	return false;
+}
+
+/* The fields that the lines of w put in, as lines into b. */
+static void
+rewrites_append(const struct rewrites *w, struct buffer *b)
+{
+	struct field field;
+	size_t i;
+
+	for (i = 0; i < w->n; i++) {
+		field.name = w->list[i]->name;
+		field.value = w->list[i]->words;
+		if (w->list[i]->action != ACTION_UNSET)
+			field_append(b, &field);
+	}
+}
+
+/* True if a line of w takes something away. */
+static bool
+rewrites_strip(const struct rewrites *w)
+{
+	size_t i;
+
+	for (i = 0; i < w->n; i++)
+		if (w->list[i]->action != ACTION_ADD)
+			return true;
+	return false;
+}
+
+/* `file:line` of a line, into to, which has RULE_NAME_MAX bytes. */
+static void
+rule_name(const struct rule *rule, char *to)
+{
+	if (rule->line > 0)
+		(void)snprintf(to, RULE_NAME_MAX, "%.200s:%u", rule->file,
+		    rule->line);
+	else
+		(void)snprintf(to, RULE_NAME_MAX, "%.200s", rule->file);
+}
+
+/* ---- users (RFC 7617) ---- */
+
+/*
+ * True if both are the same.  How long it takes tells nothing but the length
+ * of a, which whoever asks knows.
+ */
+static bool
+secret_same(struct text a, struct text b)
+{
+	unsigned char differ = a.len != b.len;
+	size_t i;
+
+	for (i = 0; i < a.len; i++)
+		differ |= (unsigned char)(a.at[i] ^
+		    (b.len > 0 ? b.at[i % b.len] : 1));
+	return differ == 0;
+}
+
+/* The user of that password, NULL if there is none. */
+static const struct account *
+account_find(const struct rules *rules, struct text user, struct text password)
+{
+	const struct account *a, *found = NULL;
+
+	for (a = rules->accounts; a != NULL; a = a->next)
+		if (text_equals(a->user, user) &&
+		    secret_same(password, a->password))
+			found = a;
+	return found;
+}
+
+/*
+ * Who the client says it is, and proves to be: Proxy-Authorization with the
+ * Basic scheme.  NULL if it does not.
+ */
+static const struct account *
+account_login(const struct rules *rules, const struct head *h)
+{
+	char plain[2 * CREDENTIAL_MAX + 2];
+	struct text t = head_value(h, "Proxy-Authorization");
+	size_t n, colon;
+
+	if (!text_starts(t, "Basic "))
+		return NULL;
+	t = text_trim(text_from(t, strlen("Basic ")));
+	if (!base64_decode(t, plain, sizeof(plain), &n))
+		return NULL;
+	t = text_cut(plain, n);
+	colon = text_find(t, ':');
+	if (colon == t.len)
+		return NULL;
+	return account_find(rules, text_cut(t.at, colon),
+	    text_from(t, colon + 1));
+}
+
+/* ---- reading rules ---- */
+
+/* A word of a line. */
+struct word {
+	struct text t;
+	bool quoted; /* it has no meaning of its own */
+};
+
+/* What is being read. */
+struct parser {
+	struct rules *rules;     /* where it goes */
+	const struct rules *old; /* what is in force, or NULL */
+	const char *file;        /* where it comes from */
+	unsigned line;           /* there; 0: the name says it all */
+	bool bad;                /* something was wrong with this line */
+	bool guard;              /* it was `guard` */
+	size_t n, at;            /* words, and the next of them */
+	struct word words[WORDS_MAX];
+	char text[RULE_LINE_MAX + 2]; /* the line; the words lie in it */
+	struct rule **end[GROUPS];    /* where the next line goes */
+};
+
+/* Something is wrong with a line: says where and what; once a line. */
+static void
+parser_error(struct parser *p, const char *format, ...)
+{
+	char words[512];
+	va_list args;
+
+	if (p->bad)
+		return;
+	p->bad = true;
+	p->rules->errors++;
+	va_start(args, format);
+	(void)vsnprintf(words, sizeof(words), format, args);
+	va_end(args);
+	if (p->line > 0)
+		warn("%.400s:%u: %s", p->file, p->line, words);
+	else
+		warn("%.400s: %s", p->file, words);
+}
+
+/*
+ * Makes sure that n bytes can be cut from the rules' memory without asking
+ * the system; false if it has none.
+ */
+static bool
+rules_reserve(struct rules *rules, size_t n)
+{
+	struct block *b = rules->blocks;
+
+	if (b != NULL && b->size - b->used >= n)
+		return true;
+	n = n > BLOCK_SIZE ? n : BLOCK_SIZE;
+	b = malloc(sizeof(*b) + n);
+	if (b == NULL)
+		return false;
+	b->used = 0;
+	b->size = n;
+	b->next = rules->blocks;
+	rules->blocks = b;
+	return true;
+}
+
+/* Cuts n zeroed bytes from what was reserved. */
+static void *
+rules_cut(struct rules *rules, size_t n)
+{
+	struct block *b = rules->blocks;
+	void *at = b->data + b->used;
+
+	n = (n + 15) / 16 * 16;
+	assert(b->size - b->used >= n);
+	memset(at, 0, n);
+	b->used += n;
+	return at;
+}
+
+/* A copy of t in the rules' memory, with a NUL behind it. */
+static struct text
+rules_copy(struct rules *rules, struct text t)
+{
+	char *to = rules_cut(rules, t.len + 1);
+
+	if (t.len > 0)
+		memcpy(to, t.at, t.len);
+	return text_cut(to, t.len);
+}
+
+/* Nobody goes by these rules any more if this was the last who did. */
+static void
+rules_give(struct rules **at)
+{
+	struct rules *rules = *at;
+	const struct rule *rule;
+	struct condition *c;
+	struct value *value;
+	unsigned i;
+
+	*at = NULL;
+	if (rules == NULL || --rules->refs > 0)
+		return;
+	for (i = 0; i < GROUPS; i++)
+		for (rule = rules->first[i]; rule; rule = rule->next)
+			for (c = rule->conditions; c; c = c->next)
+				for (value = c->values; value;
+				     value = value->next)
+					if (c->subject == SUBJECT_URL ||
+					    c->subject == SUBJECT_FIELD)
+						regfree(&value->as.regex);
+	for (i = 0; i < rules->lists_n; i++)
+		if (--rules->lists[i]->refs == 0) {
+			list_free(&rules->lists[i]->list);
+			free(rules->lists[i]);
+		}
+	while (rules->blocks != NULL) {
+		struct block *b = rules->blocks;
+
+		rules->blocks = b->next;
+		free(b);
+	}
+	free(rules);
+}
+
+/* The subject that a word names, SUBJECTS if none. */
+static enum subject
+subject_find(const struct word *word)
+{
+	unsigned i;
+
+	for (i = 0; i < SUBJECTS; i++)
+		if (!word->quoted && text_is(word->t, subjects[i].word))
+			break;
+	return (enum subject)i;
+}
+
+/* The next word if it is a value: neither a subject nor `not`.  Or NULL. */
+static const struct word *
+parser_value(struct parser *p)
+{
+	const struct word *word = &p->words[p->at];
+
+	if (p->at == p->n || subject_find(word) != SUBJECTS ||
+	    (!word->quoted && text_is(word->t, "not")))
+		return NULL;
+	return word;
+}
+
+/* Takes the next word if it is this one, and is not quoted. */
+static bool
+parser_takes(struct parser *p, const char *string)
+{
+	bool is = p->at < p->n && !p->words[p->at].quoted &&
+	    text_is(p->words[p->at].t, string);
+
+	p->at += is;
+	return is;
+}
+
+/*
+ * Takes a quoted word, whose quote is at *t, apart; what it holds is written
+ * over what stood there.  False if there is no other quote.
+ */
+static bool
+word_unquote(char **t, struct word *word)
+{
+	char *from = *t + 1, *to = *t + 1;
+
+	word->t.at = to;
+	for (; *from != '"'; *to++ = *from++) {
+		if (from[0] == '\\' && (from[1] == '"' || from[1] == '\\'))
+			from++;
+		if (*from == '\0')
+			return false;
+	}
+	word->t.len = (size_t)(to - word->t.at);
+	word->quoted = true;
+	*t = from + 1;
+	return *t[0] == '\0' || strchr(" \t", *t[0]) != NULL;
+}
+
+/* Splits a line, which it writes into; false if it is wrong. */
+static bool
+parser_split(struct parser *p, char *line)
+{
+	p->n = p->at = 0;
+	for (;;) {
+		struct word *word = &p->words[p->n];
+
+		line += strspn(line, " \t");
+		if (*line == '\0' || *line == '#')
+			return true;
+		assert(p->n < WORDS_MAX);
+		p->n++;
+		if (*line == '"') {
+			if (!word_unquote(&line, word)) {
+				parser_error(p, "a quote without its end");
+				return false;
+			}
+			continue;
+		}
+		word->quoted = false;
+		word->t = text_cut(line, strcspn(line, " \t"));
+		line += word->t.len;
+	}
+}
+
+/* ---- the values of conditions ---- */
+
+/* A network; of a client, local is one. */
+static bool
+value_network(struct parser *p, struct condition *c, struct value *value)
+{
+	(void)p;
+	value->special = c->subject == SUBJECT_CLIENT &&
+	    text_is(value->text, "local");
+	return value->special || network_parse(value->text, &value->as.network);
+}
+
+/* The name of a user, or any. */
+static bool
+value_user(struct parser *p, struct condition *c, struct value *value)
+{
+	(void)c;
+	if (!p->rules->logins)
+		parser_error(p, "nobody can log in: no line `users' before it");
+	value->special = text_is(value->text, "*");
+	return true;
+}
+
+/* A method. */
+static bool
+value_method(struct parser *p, struct condition *c, struct value *value)
+{
+	(void)p;
+	(void)c;
+	return text_is_token(value->text);
+}
+
+/* One of two. */
+static bool
+value_scheme(struct parser *p, struct condition *c, struct value *value)
+{
+	(void)p;
+	(void)c;
+	return text_is(value->text, "http") || text_is(value->text, "https");
+}
+
+/* A host, or what lies below one; a dot at the end does not count. */
+static bool
+value_host(struct parser *p, struct condition *c, struct value *value)
+{
+	struct text *t = &value->text;
+	size_t i;
+
+	(void)p;
+	value->special = c->subject == SUBJECT_SNI && text_is(*t, "mismatch");
+	if (t->len > 1 && t->at[0] == '*')
+		*t = text_from(*t, 1);
+	if (t->len > 1 && t->at[t->len - 1] == '.')
+		t->len--;
+	if (t->len > 2 && t->at[0] == '[' && t->at[t->len - 1] == ']')
+		*t = text_cut(t->at + 1, t->len - 2);
+	for (i = 0; i < t->len; i++)
+		if (!is_alnum(t->at[i]) && !strchr("-._~:", t->at[i]))
+			return false;
+	return t->len > 0 && t->len <= HOST_MAX && !text_is(*t, ".");
+}
+
+/* A port or a status, or a range. */
+static bool
+value_port(struct parser *p, struct condition *c, struct value *value)
+{
+	(void)p;
+	return numbers_parse(value->text,
+		   c->subject == SUBJECT_PORT ? 65535 : 999,
+		   &value->as.numbers) &&
+	    value->as.numbers.first > 0;
+}
+
+/* Compiles a regular expression of a condition. */
+static bool
+value_regex(struct parser *p, struct condition *c, struct value *value)
+{
+	char words[200];
+	int error;
+
+	(void)c;
+	error =
+	    regcomp(&value->as.regex, value->text.at, REG_EXTENDED | REG_NOSUB);
+	if (error == 0)
+		return true;
+	(void)regerror(error, &value->as.regex, words, sizeof(words));
+	parser_error(p, "%.200s: %s", value->text.at, words);
+	return false;
+}
+
+/* Takes the next word if it is a value. */
+static const struct word *
+parser_take(struct parser *p)
+{
+	const struct word *word = parser_value(p);
+
+	p->at += word != NULL;
+	return word;
+}
+
+/* [request|response] NAME REGEX; the word that came is the first of it. */
+static bool
+value_field(struct parser *p, struct condition *c, struct value *value)
+{
+	const struct word *word = &p->words[p->at - 1];
+
+	value->request = !word->quoted && text_is(word->t, "request");
+	value->response = !word->quoted && text_is(word->t, "response");
+	if (value->request)
+		c->needs = 0;
+	if (value->request || value->response)
+		word = parser_take(p);
+	else
+		value->request = value->response = true;
+	if (word != NULL) {
+		value->name = rules_copy(p->rules, word->t);
+		word = parser_take(p);
+	}
+	if (word == NULL || !text_is_token(value->name) ||
+	    parser_value(p) != NULL) {
+		parser_error(p, "field: it wants one name and one expression");
+		return false;
+	}
+	value->text = rules_copy(p->rules, word->t);
+	return value_regex(p, c, value);
+}
+
+/* Days, or hours, or hours behind days. */
+static bool
+value_time(struct parser *p, struct condition *c, struct value *value)
+{
+	struct span *span = &value->as.span;
+	const struct word *word;
+
+	(void)c;
+	span->days = 127;
+	span->from = 0;
+	span->to = 1440;
+	if (hours_parse(value->text, &span->from, &span->to))
+		return true;
+	if (!days_parse(value->text, &span->days))
+		return false;
+	word = parser_value(p);
+	if (word != NULL && hours_parse(word->t, &span->from, &span->to))
+		p->at++;
+	return true;
+}
+
+/* type/subtype, or type and a star. */
+static bool
+value_type(struct parser *p, struct condition *c, struct value *value)
+{
+	size_t slash = text_find(value->text, '/');
+
+	(void)p;
+	(void)c;
+	return slash + 1 < value->text.len &&
+	    text_is_token(text_cut(value->text.at, slash)) &&
+	    text_is_token(text_from(value->text, slash + 1));
+}
+
+/* Above or below a size. */
+static bool
+value_size(struct parser *p, struct condition *c, struct value *value)
+{
+	(void)p;
+	(void)c;
+	value->above = value->text.len > 0 && *value->text.at == '>';
+	return value->text.len > 0 &&
+	    (value->above || *value->text.at == '<') &&
+	    size_parse(text_from(value->text, 1), &value->as.numbers.first);
+}
+
+/* A text to be sought; each has its own place in an exchange. */
+static bool
+value_body(struct parser *p, struct condition *c, struct value *value)
+{
+	struct rules *rules = p->rules;
+	struct needle *needle;
+
+	(void)c;
+	if (rules->needles_n == NEEDLES_MAX) {
+		parser_error(p, "body: more than %d texts", NEEDLES_MAX);
+		return false;
+	}
+	needle = rules_cut(rules, sizeof(*needle));
+	if (!needle_make(needle, value->text)) {
+		parser_error(p, "body: a text has 1 to 255 bytes");
+		return false;
+	}
+	value->as.needle = rules->needles_n;
+	rules->needles[rules->needles_n++] = needle;
+	return true;
+}
+
+/* The list of that path among those of rules, or NULL. */
+static struct shared_list *
+list_find(const struct rules *rules, const char *path)
+{
+	unsigned i;
+
+	for (i = 0; rules != NULL && i < rules->lists_n; i++)
+		if (strcmp(rules->lists[i]->path, path) == 0)
+			return rules->lists[i];
+	return NULL;
+}
+
+/* Reads a list; what was read from there before does if it can't be had. */
+static struct shared_list *
+list_take(struct parser *p, const char *path)
+{
+	struct shared_list *shared = calloc(1, sizeof(*shared));
+	struct shared_list *old = list_find(p->old, path);
+	char why[256];
+
+	if (shared == NULL) {
+		parser_error(p, "%.200s: no memory", path);
+		return NULL;
+	}
+	if (list_load(&shared->list, path, why, sizeof(why))) {
+		(void)text_copy(text_of(path), shared->path,
+		    sizeof(shared->path));
+		warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms", path,
+		    (unsigned long)shared->list.read,
+		    (unsigned long)shared->list.used,
+		    (unsigned long)shared->list.skipped, (long)shared->list.ms);
+		return shared;
+	}
+	free(shared);
+	if (old != NULL)
+		warn("%s; the list stays as it was", why);
+	else
+		parser_error(p, "%s", why);
+	return old;
+}
+
+/* A file of domains. */
+static bool
+value_list(struct parser *p, struct condition *c, struct value *value)
+{
+	struct rules *rules = p->rules;
+	struct shared_list *shared = list_find(rules, value->text.at);
+
+	(void)c;
+	if (value->text.len > LIST_PATH_MAX ||
+	    (shared == NULL && rules->lists_n == LISTS_MAX)) {
+		parser_error(p, "list: %d files, of %d bytes, at most",
+		    LISTS_MAX, LIST_PATH_MAX);
+		return false;
+	}
+	if (shared == NULL) {
+		shared = list_take(p, value->text.at);
+		if (shared == NULL)
+			return false;
+		shared->refs++;
+		rules->lists[rules->lists_n++] = shared;
+	}
+	value->as.list = &shared->list;
+	return true;
+}
+
+/* How the values of each subject are understood. */
+static bool (*const value_parsers[SUBJECTS])(struct parser *,
+    struct condition *, struct value *) = {
+	[SUBJECT_CLIENT] = value_network,
+	[SUBJECT_USER] = value_user,
+	[SUBJECT_METHOD] = value_method,
+	[SUBJECT_SCHEME] = value_scheme,
+	[SUBJECT_HOST] = value_host,
+	[SUBJECT_LIST] = value_list,
+	[SUBJECT_PORT] = value_port,
+	[SUBJECT_URL] = value_regex,
+	[SUBJECT_FIELD] = value_field,
+	[SUBJECT_TIME] = value_time,
+	[SUBJECT_ADDRESS] = value_network,
+	[SUBJECT_SNI] = value_host,
+	[SUBJECT_STATUS] = value_port,
+	[SUBJECT_TYPE] = value_type,
+	[SUBJECT_SIZE] = value_size,
+	[SUBJECT_BODY] = value_body,
+};
+
+/* The values of a condition, up to the next subject. */
+static void
+condition_values(struct parser *p, struct condition *c)
+{
+	struct value **end = &c->values;
+	const struct word *word;
+
+	while (!p->bad && (word = parser_value(p)) != NULL) {
+		struct value *value = rules_cut(p->rules, sizeof(*value));
+
+		p->at++;
+		value->text = rules_copy(p->rules, word->t);
+		if (value_parsers[c->subject](p, c, value)) {
+			*end = value;
+			end = &value->next;
+		} else
+			parser_error(p, "%s: %.200s is none",
+			    subjects[c->subject].word, value->text.at);
+	}
+	if (c->values == NULL)
+		parser_error(p, "%s: a value is missing",
+		    subjects[c->subject].word);
+}
+
+/* All conditions of a line, up to its end. */
+static void
+conditions_parse(struct parser *p, struct rule *rule)
+{
+	struct condition **end = &rule->conditions;
+
+	while (!p->bad && p->at < p->n) {
+		struct condition *c = rules_cut(p->rules, sizeof(*c));
+		const struct word *word;
+
+		c->inverted = parser_takes(p, "not");
+		word = &p->words[p->at];
+		c->subject = p->at < p->n ? subject_find(word) : SUBJECTS;
+		if (c->subject == SUBJECTS) {
+			parser_error(p, "%.*s: not a condition",
+			    p->at < p->n ? (int)word->t.len : 3,
+			    p->at < p->n ? word->t.at : "not");
+			return;
+		}
+		p->at++;
+		*end = c;
+		end = &c->next;
+		c->needs = subjects[c->subject].needs;
+		condition_values(p, c);
+		rule->needs |= c->needs;
+	}
+}
+
+/* ---- actions ---- */
+
+/* An action without arguments. */
+static void
+action_plain(struct parser *p, struct rule *rule)
+{
+	if (rule->action == ACTION_LOGIN && !p->rules->logins)
+		parser_error(p, "nobody can log in: no line `users' before it");
+}
+
+/* deny [status] ["reason"] */
+static void
+action_deny(struct parser *p, struct rule *rule)
+{
+	const struct word *word = parser_value(p);
+	uint64_t status = 403;
+
+	if (word != NULL && !word->quoted) {
+		if (!number_parse(word->t, 599, &status) || status < 400) {
+			parser_error(p,
+			    "deny: %.*s is no status from 400 to "
+			    "599, no quoted reason, no condition",
+			    (int)word->t.len, word->t.at);
+			return;
+		}
+		p->at++;
+		word = parser_value(p);
+	}
+	rule->status = (int)status;
+	if (word == NULL || !word->quoted)
+		return;
+	p->at++;
+	rule->words = rules_copy(p->rules, word->t);
+	if (word->t.len > REASON_MAX || !text_is_clean(word->t))
+		parser_error(p, "deny: a reason is a line of %d bytes at most",
+		    REASON_MAX);
+}
+
+/* One half of user:password@, with %XX undone as in any URL. */
+static bool
+credential_parse(struct text t, char *to)
+{
+	size_t i, n = 0;
+
+	for (i = 0; i < t.len && n < CREDENTIAL_MAX; i++) {
+		int high = i + 2 < t.len && t.at[i] == '%' ?
+		    hex_value(t.at[i + 1]) :
+		    -1;
+		int low = high >= 0 ? hex_value(t.at[i + 2]) : -1;
+
+		if (low >= 0) {
+			to[n++] = (char)(high << 4 | low);
+			i += 2;
+		} else
+			to[n++] = t.at[i];
+	}
+	to[n] = '\0';
+	return i == t.len;
+}
+
+/*
+ * The login in front of a parent's host, up to the last @, which it takes
+ * from t.  Returns NULL, or what is wrong.
+ */
+static const char *
+parent_login(struct text *t, struct parent *p)
+{
+	struct text login = *t;
+	size_t colon;
+
+	while (login.len > 0 && login.at[login.len - 1] != '@')
+		login.len--;
+	if (login.len == 0)
+		return NULL;
+	*t = text_from(*t, login.len--);
+	colon = text_find(login, ':');
+	p->login = true;
+	if (!credential_parse(text_cut(login.at, colon), p->user) ||
+	    !credential_parse(text_from(login,
+				  colon < login.len ? colon + 1 : colon),
+		p->password))
+		return "a user or password of more than 255 bytes";
+	if (p->kind == PARENT_SOCKS &&
+	    (p->user[0] == '\0' || p->password[0] == '\0'))
+		return "SOCKS5 wants both a user and a password";
+	return NULL;
+}
+
+/*
+ * http:// or socks5://, [user:password@]host:port.  Returns NULL, or what is
+ * wrong; never the password.
+ */
+static const char *
+parent_parse(struct text t, struct parent *p)
+{
+	static unsigned id;
+	struct target target = { .host = { "", 0 } };
+	const char *why;
+
+	memset(p, 0, sizeof(*p));
+	p->id = ++id;
+	p->kind = text_starts(t, "http://") ? PARENT_HTTP : PARENT_SOCKS;
+	if (p->kind == PARENT_SOCKS && !text_starts(t, "socks5://") &&
+	    !text_starts(t, "socks5h://"))
+		return "it must begin with http:// or socks5://";
+	t = text_from(t, text_find(t, '/') + 2);
+	if (t.len > 0 && t.at[t.len - 1] == '/')
+		t.len--;
+	why = parent_login(&t, p);
+	if (why != NULL)
+		return why;
+	if (authority_parse(t, p->kind == PARENT_HTTP ? 8080 : 1080, &target) !=
+	    1)
+		return "no valid host:port in it";
+	(void)text_copy(target.host, p->host, sizeof(p->host));
+	p->port = target.port;
+	return NULL;
+}
+
+/* via URL ... [direct] */
+static void
+action_via(struct parser *p, struct rule *rule)
+{
+	struct parent **end = &rule->parents;
+	const struct word *word;
+	const char *why;
+	bool last = false;
+
+	while (!p->bad && (word = parser_value(p)) != NULL) {
+		struct parent *parent = rules_cut(p->rules, sizeof(*parent));
+
+		p->at++;
+		if (last)
+			parser_error(p, "via: nothing goes behind `direct'");
+		last = rule->parents != NULL && text_is(word->t, "direct");
+		why = last ? NULL : parent_parse(word->t, parent);
+		if (why != NULL)
+			parser_error(p, "via: %s", why);
+		*end = parent;
+		end = &parent->next;
+	}
+	if (rule->parents == NULL)
+		parser_error(p, "via: a URL is missing");
+}
+
+/* from ADDRESS [ADDRESS] */
+static void
+action_from(struct parser *p, struct rule *rule)
+{
+	const struct word *word;
+	struct address a;
+	unsigned n = 0;
+
+	for (; !p->bad && (word = parser_value(p)) != NULL; n++) {
+		p->at++;
+		if (!address_parse(word->t, 0, &a))
+			parser_error(p, "from: %.*s: not a numeric address",
+			    (int)word->t.len, word->t.at);
+		else if (rule->from[a.family == AF_INET6].family)
+			parser_error(p, "from: one address for each family");
+		else
+			rule->from[a.family == AF_INET6] = a;
+	}
+	if (n == 0)
+		parser_error(p, "from: an address is missing");
+}
+
+/* cache DURATION */
+static void
+action_cache(struct parser *p, struct rule *rule)
+{
+	const struct word *word = parser_value(p);
+
+	if (word == NULL || !duration_parse(word->t, &rule->seconds))
+		parser_error(p,
+		    "cache: a duration such as 90s, 15m, 1h or 7d "
+		    "is missing");
+	p->at++;
+}
+
+/*
+ * True if a rule may touch fields of that name: none that frames or routes
+ * the message.  A star may stand for the rest of a name; those fields are
+ * not touched then either, see rewrites_take().
+ */
+static bool
+name_is_free(struct text name)
+{
+	static const char *const fixed[] = { "Max-Forwards", "Content-Range",
+		"Expect", "Trailer", NULL };
+
+	return text_is_token(name) && !text_is(name, "*") &&
+	    !name_is_among(name, fields_of_hop) && !name_is_among(name, fixed);
+}
+
+/* Takes the name of a field for a rule. */
+static struct text
+action_name(struct parser *p)
+{
+	const struct word *word = p->at < p->n ? &p->words[p->at++] : NULL;
+
+	if (word == NULL)
+		parser_error(p, "the name of a field is missing");
+	else if (!name_is_free(word->t))
+		parser_error(p, "%.*s: no field that a rule may touch",
+		    (int)word->t.len, word->t.at);
+	return word == NULL ? text_of("") : rules_copy(p->rules, word->t);
+}
+
+/* set, add request|response NAME VALUE; unset request|response NAME ... */
+static void
+action_rewrite(struct parser *p, struct rule *rule)
+{
+	struct value **end = &rule->names;
+	const struct word *word;
+
+	if (rule->action == ACTION_UNSET) {
+		do {
+			*end = rules_cut(p->rules, sizeof(**end));
+			(*end)->text = action_name(p);
+			end = &(*end)->next;
+		} while (!p->bad && parser_value(p) != NULL);
+		return;
+	}
+	rule->name = action_name(p);
+	word = p->at < p->n ? &p->words[p->at++] : NULL;
+	if (word == NULL || !text_is_clean(word->t))
+		parser_error(p, "a value without control bytes is missing");
+	else
+		rule->words = rules_copy(p->rules, text_trim(word->t));
+	if (text_find(rule->name, '*') < rule->name.len)
+		parser_error(p, "only unset knows *");
+}
+
+static const struct {
+	const char *word;
+	enum action action;
+	enum rule_group group; /* of requests, for those that rewrite */
+	void (*parse)(struct parser *, struct rule *);
+} actions[] = {
+	{ "allow", ACTION_ALLOW, GROUP_ACCESS, action_plain },
+	{ "deny", ACTION_DENY, GROUP_ACCESS, action_deny },
+	{ "login", ACTION_LOGIN, GROUP_ACCESS, action_plain },
+	{ "drop", ACTION_DROP, GROUP_ACCESS, action_plain },
+	{ "via", ACTION_VIA, GROUP_ROUTE, action_via },
+	{ "direct", ACTION_DIRECT, GROUP_ROUTE, action_plain },
+	{ "from", ACTION_FROM, GROUP_SOURCE, action_from },
+	{ "nocache", ACTION_NOCACHE, GROUP_CACHE, action_plain },
+	{ "cache", ACTION_CACHE, GROUP_CACHE, action_cache },
+	{ "set", ACTION_SET, GROUP_REQUEST, action_rewrite },
+	{ "add", ACTION_ADD, GROUP_REQUEST, action_rewrite },
+	{ "unset", ACTION_UNSET, GROUP_REQUEST, action_rewrite },
+};
+
+/*
+ * The group of a rule; those that rewrite say whether it is that of requests
+ * or that of responses, of which each has its limit.
+ */
+static enum rule_group
+action_group(struct parser *p, enum rule_group group)
+{
+	if (group != GROUP_REQUEST)
+		return group;
+	if (parser_takes(p, "response"))
+		group = GROUP_RESPONSE;
+	else if (!parser_takes(p, "request"))
+		parser_error(p, "`request' or `response' is missing");
+	if (++p->rules->rewrites[group == GROUP_RESPONSE] > REWRITES_MAX)
+		parser_error(p, "more than %d lines that rewrite these",
+		    REWRITES_MAX);
+	return group;
+}
+
+/*
+ * A copy of a line for those who ask which rules are in force: without blanks
+ * around it and without passwords.
+ */
+static const char *
+rule_text(struct rules *rules, const char *line)
+{
+	struct text t = rules_copy(rules, text_trim(text_of(line)));
+	char *at = (char *)(uintptr_t)t.at, *end;
+
+	for (; (at = strstr(at, "://")) != NULL; at = end) {
+		at += 3;
+		end = at + strcspn(at, " \t\"");
+		while (end > at && *end != '@')
+			end--;
+		memset(at, '*', (size_t)(end - at));
+	}
+	return t.at;
+}
+
+/* A line that is a rule, its words being split; `text` is all of it. */
+static void
+rule_parse(struct parser *p, const char *text)
+{
+	struct rule *rule = rules_cut(p->rules, sizeof(*rule));
+	size_t i, n = sizeof(actions) / sizeof(actions[0]);
+	enum rule_group group;
+
+	for (i = 0; i < n && !parser_takes(p, actions[i].word); i++)
+		continue;
+	if (i == n) {
+		parser_error(p, "%.*s: not an action", (int)p->words[0].t.len,
+		    p->words[0].t.at);
+		return;
+	}
+	rule->action = actions[i].action;
+	rule->file = p->file;
+	rule->line = p->line;
+	rule->text = text;
+	group = action_group(p, actions[i].group);
+	if (!p->bad)
+		actions[i].parse(p, rule);
+	conditions_parse(p, rule);
+	/* A wrong one too: its expressions are to be freed. */
+	rule->next = *p->end[group];
+	*p->end[group] = rule;
+	p->end[group] = &rule->next;
+}
+
+/* One `user:password` of a file. */
+static void
+account_parse(struct parser *p, struct text line)
+{
+	size_t colon = text_find(line, ':');
+	struct account *account = rules_cut(p->rules, sizeof(*account));
+
+	if (line.len > 0 && line.at[line.len - 1] == '\r')
+		line.len--;
+	if (line.len == 0 || *line.at == '#')
+		return;
+	if (colon == 0 || colon >= line.len || colon > CREDENTIAL_MAX ||
+	    line.len - colon - 1 > CREDENTIAL_MAX) {
+		parser_error(p, "not user:password, of %d bytes each at most",
+		    CREDENTIAL_MAX);
+		return;
+	}
+	account->user = rules_copy(p->rules, text_cut(line.at, colon));
+	account->password = rules_copy(p->rules, text_from(line, colon + 1));
+	account->next = p->rules->accounts;
+	p->rules->accounts = account;
+}
+
+/*
+ * Makes sure that there is memory for what a line of n bytes may be made of;
+ * false if there is none.
+ */
+static bool
+line_reserve(struct parser *p, size_t n)
+{
+	if (rules_reserve(p->rules,
+		4096 + 8 * n + (n / 2 + 1) * RULE_WORD_BYTES))
+		return true;
+	parser_error(p, "no memory");
+	return false;
+}
+
+/*
+ * Reads the next line of a file into p->text.  False at the end, or if it is
+ * wrong in a way that leaves nothing to go on with.
+ */
+static bool
+line_read(struct parser *p, FILE *file)
+{
+	size_t n = 0;
+	int c;
+
+	p->line++;
+	p->bad = false;
+	while ((c = getc(file)) != EOF && c != '\n' && n <= RULE_LINE_MAX)
+		p->text[n++] = (char)c;
+	if (c == EOF && ferror(file))
+		parser_error(p, "%s", strerror(errno));
+	else if (n > RULE_LINE_MAX)
+		parser_error(p, "a line of more than %d bytes", RULE_LINE_MAX);
+	else if (n > 0 && p->text[n - 1] == '\r')
+		n--;
+	p->text[n] = '\0';
+	if (!text_is_clean(text_cut(p->text, n)))
+		parser_error(p, "a control byte: this is no text");
+	return !p->bad && (c != EOF || n > 0) && line_reserve(p, n);
+}
+
+/* `users FILE`: reads it; what it says is wrong there is said of it. */
+static void
+users_read(struct parser *p)
+{
+	const char *file = p->file;
+	unsigned line = p->line;
+	struct stat status;
+	FILE *users;
+	char path[LIST_PATH_MAX + 1];
+
+	p->rules->logins = true;
+	if (p->n != 2 || !text_copy(p->words[1].t, path, sizeof(path))) {
+		parser_error(p, "users: it wants the name of one file");
+		return;
+	}
+	users = fopen(path, "r");
+	if (users == NULL || fstat(fileno(users), &status) == -1)
+		parser_error(p, "users: %.200s: %s", path, strerror(errno));
+	else if (status.st_mode & (S_IRWXG | S_IRWXO))
+		parser_error(p, "users: others may read %.200s: chmod 600",
+		    path);
+	p->file = path;
+	p->line = 0;
+	while (!p->bad && users != NULL && line_read(p, users))
+		account_parse(p, text_of(p->text));
+	if (users != NULL)
+		(void)fclose(users);
+	p->file = file;
+	p->line = line;
+}
+
+/* The line in p->text, whatever it is. */
+static void
+line_parse(struct parser *p)
+{
+	const char *text = rule_text(p->rules, p->text);
+
+	if (!parser_split(p, p->text) || p->n == 0)
+		return;
+	if (parser_takes(p, "users"))
+		users_read(p);
+	else if (!parser_takes(p, "guard"))
+		rule_parse(p, text);
+	else if (p->n > 1 || p->rules->guarded)
+		parser_error(p, "guard: it stands alone, and once");
+	else
+		p->guard = true;
+}
+
+/* A line that stands in no file. */
+static void
+line_take(struct parser *p, const char *file, unsigned line, const char *text)
+{
+	size_t n = strlen(text);
+
+	p->file = file;
+	p->line = line;
+	p->bad = false;
+	if (n > RULE_LINE_MAX || !text_is_clean(text_of(text)))
+		parser_error(p,
+		    "not a line of %d bytes at most, or a control "
+		    "byte in it",
+		    RULE_LINE_MAX);
+	else if (line_reserve(p, n)) {
+		memcpy(p->text, text, n + 1);
+		line_parse(p);
+	}
+}
+
+/* The built-in lines from first on, n of them, counted from 1. */
+static void
+lines_built_in(struct parser *p, unsigned first, unsigned n)
+{
+	static const char *const lines[] = {
+		"deny \"only clients on the proxy's machine may go to this "
+		"address\" not client local address 127.0.0.0/8 ::1 0.0.0.0/8 "
+		":: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8",
+		"deny \"CONNECT goes to port 443 only\" not client local "
+		"method CONNECT not port 443",
+		"allow client local",
+		"deny \"this client may not use the proxy\"",
+	};
+
+	for (; n > 0; n--, first++)
+		line_take(p, built_in, first, lines[first - 1]);
+}
+
+/* The guards, where the line `guard` stands. */
+static void
+guards_put(struct parser *p)
+{
+	const char *file = p->file;
+	unsigned line = p->line;
+
+	p->guard = false;
+	p->rules->guarded = true;
+	lines_built_in(p, 1, 2);
+	p->file = file;
+	p->line = line;
+}
+
+/* The guards, before all other lines. */
+static void
+guards_put_first(struct parser *p)
+{
+	struct rule **end = p->end[GROUP_ACCESS];
+
+	p->end[GROUP_ACCESS] = &p->rules->first[GROUP_ACCESS];
+	guards_put(p);
+	if (end != &p->rules->first[GROUP_ACCESS])
+		p->end[GROUP_ACCESS] = end;
+}
+
+/* All lines of a file. */
+static void
+file_read(struct parser *p, const char *path)
+{
+	FILE *file = fopen(path, "r");
+
+	p->file = path;
+	p->line = 0;
+	p->bad = false;
+	if (file == NULL) {
+		parser_error(p, "%s", strerror(errno));
+		return;
+	}
+	while (line_read(p, file)) {
+		line_parse(p);
+		if (p->guard)
+			guards_put(p);
+	}
+	(void)fclose(file);
+}
+
+/* The lines that options stand for. */
+static void
+options_read(struct parser *p)
+{
+	unsigned i, lines = 0;
+	char line[2 * ADDRESS_TEXT];
+
+	for (i = 0; i < options.sources_n; i++) {
+		if (!options.sources[i].line)
+			file_read(p, options.sources[i].at);
+		else
+			line_take(p, "-e", ++lines, options.sources[i].at);
+		if (p->guard)
+			guards_put(p);
+	}
+	if (options.via != NULL)
+		line_take(p, "-x", 0, options.via);
+	(void)snprintf(line, sizeof(line), "from %s %s",
+	    options.from[0] ? options.from[0] : "",
+	    options.from[1] ? options.from[1] : "");
+	if (options.from[0] || options.from[1])
+		line_take(p, "-b", 0, line);
+	if (options.anonymous)
+		line_take(p, "-a", 0,
+		    "unset request Via From Referer User-Agent Forwarded "
+		    "X-Forwarded-* X-Real-IP Client-IP X-Client-IP "
+		    "True-Client-IP X-Cluster-Client-IP X-Originating-IP "
+		    "X-Remote-IP X-Remote-Addr X-ProxyUser-IP Proxy-Client-IP "
+		    "CF-Connecting-IP Fastly-Client-IP X-UIDH");
+}
+
+/*
+ * All lines in force, read anew.  Returns NULL, all that is wrong having been
+ * said, if a line is wrong.  old: lists that can't be read are taken over
+ * from there; may be NULL.
+ */
+static struct rules *
+rules_read(const struct rules *old)
+{
+	static struct parser parser;
+	struct rules *rules = calloc(1, sizeof(*rules));
+	unsigned i;
+
+	if (rules == NULL) {
+		warn("no memory for rules");
+		return NULL;
+	}
+	rules->refs = 1;
+	parser.rules = rules;
+	parser.old = old;
+	for (i = 0; i < GROUPS; i++)
+		parser.end[i] = &rules->first[i];
+	options_read(&parser);
+	if (!rules->guarded)
+		guards_put_first(&parser);
+	lines_built_in(&parser, 3, 2);
+	if (rules->errors > 0)
+		rules_give(&rules);
+	return rules;
+}
+
+/* All lines in force, group by group, on standard output. */
+static void
+rules_print(const struct rules *rules)
+{
+	const struct rule *rule;
+	char name[RULE_NAME_MAX];
+	unsigned i;
+
+	for (i = 0; i < GROUPS; i++)
+		for (rule = rules->first[i]; rule != NULL; rule = rule->next) {
+			rule_name(rule, name);
+			printf("%s: %s\n", name, rule->text);
+		}
 }
 
 /* ---- 9. Cache ---- */
@@ -2909,38 +5814,6 @@ days_from_date(int64_t year, int64_t month, int64_t day)
 	day_of_year = (153 * (month + (month > 2 ? -3 : 9)) + 2) / 5 + day - 1;
 	return era * 146097 + year_of_era * 365 + year_of_era / 4 -
 	    year_of_era / 100 + day_of_year - 719468;
-}
-
-/*
- * The one of n names, of three letters each, that t begins with, in any case
- * (RFC 9111 section 4.2); -1: none.
- */
-static int
-name_index(struct text t, const char *list, int n)
-{
-	int i;
-
-	for (i = 0; i < n && t.len >= 3; i++, list += 3)
-		if (strncasecmp(t.at, list, 3) == 0)
-			return i;
-	return -1;
-}
-
-/*
- * Takes from t the next n digits, which must be followed by c ('\0': by
- * nothing); -1 if they are not there.
- */
-static int64_t
-digits_next(struct text *t, size_t n, char c)
-{
-	uint64_t value;
-
-	if (t->len < n + (c != '\0') || (c == '\0' && t->len != n) ||
-	    !number_parse(text_cut(t->at, n), 9999, &value) ||
-	    (c != '\0' && t->at[n] != c))
-		return -1;
-	*t = text_from(*t, n + (c != '\0'));
-	return (int64_t)value;
 }
 
 /* The parts of a date; -1 stands for what was not there. */
@@ -3215,9 +6088,11 @@ freshness_lifetime(const struct response *r, bool explicit_only)
  * May the response be stored, and reused by others? (RFC 9111 section 3)  The
  * answer to a POST may if it says that it is what a GET would get (RFC 9110
  * section 9.3.3); a part of a body may for those who ask for just that part.
+ * given: its lifetime in seconds if a rule says so, else -1.
  */
 static bool
-response_is_storable(const struct request *q, const struct response *r)
+response_is_storable(const struct request *q, const struct response *r,
+    int64_t given)
 {
 	struct text located = head_value(&r->head, "Content-Location");
 	struct control asked = control_parse(&q->head);
@@ -3249,6 +6124,8 @@ response_is_storable(const struct request *q, const struct response *r)
 	    !control.is_public && control.s_maxage < 0 &&
 	    !control.must_revalidate)
 		return false;
+	if (given >= 0)
+		lifetime = given;
 	if (lifetime >= 0)
 		return validator || lifetime > 0;
 	return validator &&
@@ -3299,11 +6176,11 @@ reuse_judge(const struct control *asked, const struct control *control,
 		return REUSE_FRESH;
 	if (strict || (asked->max_age >= 0 && age > asked->max_age))
 		return REUSE_VALIDATED;
-	if (asked->max_stale >= 0 && stale >= 0 && stale <= asked->max_stale)
-		return REUSE_STALE;
 	if (control->while_revalidate >= 0 && stale >= 0 &&
 	    stale <= control->while_revalidate && asked->min_fresh < 0)
 		return REUSE_MEANWHILE;
+	if (asked->max_stale >= 0 && stale >= 0 && stale <= asked->max_stale)
+		return REUSE_STALE;
 	return REUSE_VALIDATED;
 }
 
@@ -3383,39 +6260,50 @@ entry_path(struct text key, struct text variant, char *to)
 	    (unsigned long long)second);
 }
 
+/* One value of a field for variant_append(). */
+static void
+value_append(struct buffer *b, struct text name, struct text value, bool *first)
+{
+	struct text member;
+
+	buffer_append(b, text_of(*first ? "=" : ""));
+	*first = false;
+	while (list_next(&value, &member)) {
+		buffer_print(b, "%lu:", (unsigned long)member.len);
+		if (text_starts(name, "Accept"))
+			lower_append(b, member);
+		else
+			buffer_append(b, member);
+		buffer_append(b, text_of(","));
+	}
+}
+
 /*
- * Appends to b the values that a request has for the fields of a Vary list:
- * `name=` and the members, each behind its length; lines joined, blanks around
- * commas dropped, in small letters where case means nothing (RFC 9111 section
- * 4.1).
+ * Appends to b the values that a request, as it is sent, has for the fields of
+ * a Vary list: `name=` and the members, each behind its length; lines joined,
+ * blanks around commas dropped, in small letters where case means nothing (RFC
+ * 9111 section 4.1).
  */
 static void
-variant_append(const struct head *q, struct text vary, struct buffer *b)
+variant_append(const struct request *q, struct text vary, struct buffer *b)
 {
-	struct text name, rest, member;
+	const struct rewrites *w = &q->rewrites;
+	struct text name;
 	size_t i;
 
 	while (list_next(&vary, &name)) {
-		bool any_case = text_starts(name, "Accept");
 		bool first = true;
 
 		lower_append(b, name);
-		for (i = 0; i < q->n; i++) {
-			if (!text_same(q->fields[i].name, name))
-				continue;
-			buffer_append(b, text_of(first ? "=" : ""));
-			rest = q->fields[i].value;
-			while (list_next(&rest, &member)) {
-				buffer_print(b,
-				    "%lu:", (unsigned long)member.len);
-				if (any_case)
-					lower_append(b, member);
-				else
-					buffer_append(b, member);
-				buffer_append(b, text_of(","));
-			}
-			first = false;
-		}
+		for (i = 0; i < q->head.n && !rewrites_take(w, name); i++)
+			if (text_same(q->head.fields[i].name, name))
+				value_append(b, name, q->head.fields[i].value,
+				    &first);
+		for (i = 0; i < w->n; i++)
+			if (w->list[i]->action != ACTION_UNSET &&
+			    text_same(w->list[i]->name, name))
+				value_append(b, name, w->list[i]->words,
+				    &first);
 		buffer_append(b, text_of(";"));
 	}
 }
@@ -3483,6 +6371,7 @@ vary_append(const struct response *r, struct buffer *b)
  *   requested: 1795300860
  *   responded: 1795300860
  *   age: 0
+ *   server: 93.184.216.34:80
  *   pad: ...
  *
  *   HTTP/1.1 200 OK
@@ -3558,7 +6447,7 @@ region_parse(struct text rest, struct entry *e)
 	    !region_number(&rest, "requested", &e->requested) ||
 	    !region_number(&rest, "responded", &e->responded) ||
 	    !region_number(&rest, "age", &e->age) ||
-	    !region_number(&rest, "guarded", &e->guarded) ||
+	    !region_field(&rest, "server", &e->server) ||
 	    !region_field(&rest, "pad", &pad) || rest.len < 1 ||
 	    *rest.at != '\n')
 		return false;
@@ -3639,7 +6528,7 @@ entry_open(const char *path, struct text key, struct text variant,
  * last looked for.
  */
 static int
-entry_find(const struct exchange *x, const struct head *q, struct buffer *b,
+entry_find(const struct exchange *x, const struct request *q, struct buffer *b,
     struct entry *e, char *path)
 {
 	struct buffer *keys = buffer_take();
@@ -3716,10 +6605,11 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 	buffer_append(b, text_of("\nvariant: "));
 	buffer_append(b, e->variant);
 	buffer_print(b,
-	    "\nrequested: %lld\nresponded: %lld\nage: %lld\n"
-	    "guarded: %lld\npad: ",
-	    (long long)e->requested, (long long)e->responded, (long long)e->age,
-	    (long long)e->guarded);
+	    "\nrequested: %lld\nresponded: %lld\nage: %lld\nserver: ",
+	    (long long)e->requested, (long long)e->responded,
+	    (long long)e->age);
+	buffer_append(b, e->server);
+	buffer_append(b, text_of("\npad: "));
 	used = buffer_len(b) + 2 + head.len;
 	wanted = region ?
 	    region :
@@ -3754,6 +6644,15 @@ store_path(uint64_t serial, char *to)
 	    (long)getpid(), (unsigned long long)serial);
 }
 
+/* A file of n bytes was written; it takes whole blocks of the disk. */
+static void
+cache_grow(uint64_t n)
+{
+	n = (n + CACHE_DISK_BLOCK - 1) / CACHE_DISK_BLOCK * CACHE_DISK_BLOCK;
+	cache.written += n;
+	cache.total += n;
+}
+
 /* Writes what is in b as the file at path, whole or not at all. */
 static bool
 file_put(const char *path, const struct buffer *b)
@@ -3767,6 +6666,7 @@ file_put(const char *path, const struct buffer *b)
 		return false;
 	if (write_at(fd, buffer_text(b), 0)) {
 		(void)close(fd);
+		cache_grow(buffer_len(b));
 		entry_directory(path);
 		if (rename(temporary, path) != -1)
 			return true;
@@ -3915,9 +6815,9 @@ fetch_tell(const struct exchange *x, bool ended, bool whole)
 		if (y->phase == PHASE_FREE || y->facts.leader != x->facts.fetch)
 			continue;
 		y->server.readable = y->facts.grows;
+		y->facts.stored = x->facts.stored;
 		if (ended) {
 			y->facts.orphan = y->facts.grows && !whole;
-			y->server.growing = y->facts.orphan;
 			y->facts.grows = false;
 		}
 		exchange_queue(y);
@@ -3960,12 +6860,24 @@ key_is_lone(uint64_t key)
 	return cache.lone[key % CACHE_LONE] == key;
 }
 
+/*
+ * What x stores of all that is in the making: its length if that is known
+ * beforehand, so that there is room for the rest.
+ */
+static uint64_t
+store_share(const struct exchange *x)
+{
+	const struct facts *f = &x->facts;
+
+	return f->length == UINT64_MAX ? f->stored : f->length;
+}
+
 /* Ends storing: the file is left to its name, and the followers are told. */
 static void
 store_close(struct exchange *x, bool whole)
 {
 	if (x->facts.storing) {
-		cache.making -= x->facts.stored;
+		cache.making -= store_share(x);
 		(void)close(x->facts.store);
 	}
 	x->facts.storing = false;
@@ -3985,12 +6897,18 @@ store_drop(struct exchange *x)
 	store_close(x, false);
 }
 
-/* True if the disk has room beyond the floor. */
+/*
+ * True if the disk has room beyond the floor, and the sweeper, if it is at
+ * work, is not being left behind.
+ */
 static bool
 cache_has_room(void)
 {
 	struct statvfs disk;
 
+	if (cache.sweeper > 0 && cache.written >= options.cache_size / 16 &&
+	    cache.total + cache.making > options.cache_size / 16 * 15)
+		return false;
 	return statvfs(options.cache, &disk) == -1 ||
 	    (uint64_t)disk.f_bavail * disk.f_frsize > CACHE_FLOOR ||
 	    disk.f_bavail > disk.f_blocks / 20;
@@ -4054,7 +6972,7 @@ draft_keys(struct exchange *x, const struct request *q,
 		token_find(x->facts.key, buffer_text(d->keys),
 		    buffer_text(d->list), token);
 		buffer_print(d->keys, "%s;", token);
-		variant_append(&q->head, buffer_text(d->list), d->keys);
+		variant_append(q, buffer_text(d->list), d->keys);
 	}
 	d->e.key =
 	    text_cut(d->keys->data + d->keys->start, split - d->keys->start);
@@ -4067,17 +6985,31 @@ static bool
 draft_region(struct exchange *x, const struct response *r, struct draft *d)
 {
 	struct facts *f = &x->facts;
+	char server[ADDRESS_TEXT] = "-";
 
+	if (f->parent == NULL)
+		address_print(&f->server, server);
+	d->e.server = text_of(server);
 	d->e.requested = f->requested;
 	d->e.responded = now.wall;
 	d->e.age = initial_age(r, f->requested, now.wall);
-	d->e.guarded = address_is_guarded(&f->server);
 	d->list->end = d->list->start;
 	stored_head_append(r, d->list);
 	f->region = d->list->overflow ?
 	    0 :
 	    (uint32_t)region_build(d->region, &d->e, buffer_text(d->list), 0);
 	return f->region > 0;
+}
+
+/* What tells that two answers have the same payload; 0: nothing does. */
+static uint64_t
+response_validator(const struct response *r)
+{
+	struct text t = head_value(&r->head, "ETag");
+
+	if (t.len == 0 || text_starts(t, "W/"))
+		t = head_value(&r->head, "Last-Modified");
+	return t.len == 0 ? 0 : key_hash(t);
 }
 
 /* Makes the temporary file of a new entry and writes its region. */
@@ -4096,13 +7028,17 @@ store_open(struct exchange *x, const struct response *r, const struct draft *d)
 	f->region_rest =
 	    hash_text(14695981039346656037U, text_from(region, REGION_LINE));
 	f->stored = 0;
+	f->validator = response_validator(r);
 	f->length = r->framing == FRAMING_LENGTH ? r->length :
 	    r->framing == FRAMING_NONE           ? 0 :
 						   UINT64_MAX;
 	entry_path(d->e.key, d->e.variant, path);
 	(void)text_copy(text_of(path + strlen(options.cache)), x->note,
 	    sizeof(x->note));
-	if (f->storing && !write_at(f->store, region, 0))
+	if (!f->storing)
+		return;
+	cache.making += store_share(x);
+	if (!write_at(f->store, region, 0))
 		store_drop(x);
 }
 
@@ -4131,9 +7067,25 @@ store_begin(struct exchange *x, const struct request *q,
 }
 
 /*
- * Stores a piece of payload; an entry that can't be had costs nothing else.
- * All that are in the making take a quarter of the cache at most.
+ * True if n more bytes of a body may be stored.  All that are in the making
+ * take a quarter of the cache at most; what turns out to be longer will not
+ * stay, but goes on for those who follow it and could not ask for the rest.
  */
+static bool
+store_fits(struct exchange *x, size_t n)
+{
+	struct facts *f = &x->facts;
+
+	if (f->length != UINT64_MAX ||
+	    cache.making + n <= options.cache_size / 4)
+		return true;
+	f->spoiled = true;
+	cache.lone[f->key % CACHE_LONE] = f->key;
+	return f->followers > 0 && f->validator == 0 &&
+	    cache.total + cache.making + n <= options.cache_size / 16 * 15;
+}
+
+/* Stores a piece of payload; an entry that can't be had costs nothing else. */
 static void
 store_append(struct exchange *x, struct text t)
 {
@@ -4141,15 +7093,15 @@ store_append(struct exchange *x, struct text t)
 
 	if (!f->storing)
 		return;
-	if (cache.making + t.len > options.cache_size / 4 ||
+	if (!store_fits(x, t.len) ||
 	    !write_at(f->store, t, (off_t)(f->region + f->stored))) {
-		cache.lone[f->key % CACHE_LONE] = f->key;
 		store_drop(x);
-	} else {
-		f->stored += t.len;
-		cache.making += t.len;
-		fetch_tell(x, false, false);
+		return;
 	}
+	f->stored += t.len;
+	if (f->length == UINT64_MAX)
+		cache.making += t.len;
+	fetch_tell(x, false, false);
 }
 
 /*
@@ -4194,7 +7146,7 @@ store_finish(struct exchange *x)
 	entry_directory(to);
 	if (!f->spoiled && write_at(f->store, text_of(line), 0) &&
 	    store_mark(x) && rename(from, to) != -1)
-		cache.written += f->region + f->stored;
+		cache_grow(f->region + f->stored);
 	else
 		(void)unlink(from);
 	/* Those who follow have the body whole in any case. */
@@ -4356,12 +7308,13 @@ merged_head_append(const struct response *old, const struct head *news,
  * A 304 came: the region is written anew in its place, with the merged head.
  * What may not be stored as it is now, or has no room, is unlinked; but a
  * request that may not have its answer stored leaves the entry as it is.  This
- * exchange answers from what it has open.  False if the 304 is about another
- * version (RFC 9111 section 4.3.4), or the entry is damaged.
+ * exchange answers from what it has open.  given: its lifetime if a rule says
+ * so, else -1.  False if the 304 is about another version (RFC 9111 section
+ * 4.3.4), or the entry is damaged.
  */
 static bool
 entry_freshen(struct exchange *x, const struct request *q,
-    const struct response *news, const char *path)
+    const struct response *news, int64_t given, const char *path)
 {
 	struct facts *f = &x->facts;
 	struct text etag = head_value(&news->head, "ETag");
@@ -4382,7 +7335,7 @@ entry_freshen(struct exchange *x, const struct request *q,
 		e.age = initial_age(news, f->requested, now.wall);
 		if (!head->overflow &&
 		    response_parse(buffer_text(head), METHOD_GET, &r) == 1 &&
-		    response_is_storable(q, &r) &&
+		    response_is_storable(q, &r, given) &&
 		    region_build(b, &e, buffer_text(head), e.region) > 0) {
 			region_seal(b, e.body);
 			(void)write_at(f->entry, buffer_text(b), 0);
@@ -4477,34 +7430,56 @@ sweep_visit(const char *path, void *argument)
 	if (!sweep->remove) {
 		sweep->total += bytes;
 		sweep->ages[age] += bytes;
-	} else if (age > sweep->cut ||
-	    (age == sweep->cut && sweep->total > options.cache_size / 8 * 5)) {
-		if (unlink(path) != -1)
-			sweep->total -= bytes;
-	}
+	} else if (age > sweep->cut)
+		(void)unlink(path);
+	else if (age == sweep->cut && sweep->total > options.cache_size / 8 * 5)
+		sweep->total -= unlink(path) != -1 ? bytes : 0;
 }
 
 /*
  * Brings the cache down to five eighths of its size by removing what was used
  * least recently: one pass counts, one removes.  Memory does not depend on
- * the number of entries.
+ * the number of entries.  Returns what is left, in bytes.
  */
-static void
+static uint64_t
 sweep_run(void)
 {
 	struct sweep sweep = { 0 };
 	uint64_t kept = 0;
+	unsigned age;
 
 	cache_walk(sweep_visit, &sweep);
 	if (sweep.total <= options.cache_size / 8 * 5)
-		return;
+		return sweep.total;
 	for (; sweep.cut < 63; sweep.cut++) {
 		kept += sweep.ages[sweep.cut];
 		if (kept > options.cache_size / 8 * 5)
 			break;
 	}
+	for (age = sweep.cut + 1; age < 64; age++)
+		sweep.total -= sweep.ages[age];
 	sweep.remove = true;
 	cache_walk(sweep_visit, &sweep);
+	return sweep.total;
+}
+
+/*
+ * The sweeper is done: its exit status says how much is left, in parts of
+ * SWEEP_PARTS of the cache's size; what was written since it began it may not
+ * have seen.
+ */
+static void
+sweep_reap(void)
+{
+	int status;
+
+	if (waitpid(cache.sweeper, &status, WNOHANG) != cache.sweeper)
+		return;
+	cache.sweeper = 0;
+	if (WIFEXITED(status))
+		cache.total = (options.cache_size / SWEEP_PARTS + 1) *
+			(uint64_t)WEXITSTATUS(status) +
+		    cache.written;
 }
 
 /*
@@ -4515,11 +7490,11 @@ static void
 cache_sweep(void)
 {
 	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
+	uint64_t parts;
 	size_t i;
 
-	if (cache.sweeper > 0 &&
-	    waitpid(cache.sweeper, NULL, WNOHANG) == cache.sweeper)
-		cache.sweeper = 0;
+	if (cache.sweeper > 0)
+		sweep_reap();
 	if (options.cache == NULL || cache.sweeper > 0 ||
 	    cache.written < options.cache_size / 16)
 		return;
@@ -4531,8 +7506,8 @@ cache_sweep(void)
 		(void)signal(caught[i], SIG_DFL);
 	for (i = 1; i < poll_set.all; i++)
 		(void)close(poll_set.conns[i]->fd);
-	sweep_run();
-	_exit(0);
+	parts = sweep_run() / (options.cache_size / SWEEP_PARTS + 1) + 1;
+	_exit(parts < 255 ? (int)parts : 255);
 }
 
 /* A weak comparison of entity tags (RFC 9110 section 8.8.3.2). */
@@ -4937,6 +7912,7 @@ static const char *const ends[] = {
 	[END_IDLE] = "idle",
 	[END_RESET] = "reset",
 	[END_LIMIT] = "limit",
+	[END_RULE] = "rule",
 	[END_STOP] = "stop",
 };
 
@@ -5078,9 +8054,36 @@ log_request(struct buffer *b, const struct facts *f)
 }
 
 /*
- * One exchange, in the Combined Log Format with more behind it.  A client
- * that left before an answer gets 499, as nginx has it.
+ * The status of an exchange.  A client that left before an answer gets 499,
+ * one that was dropped 444, as nginx has it.
  */
+static int
+log_status(const struct facts *f)
+{
+	return f->status ? f->status : f->end == END_RULE ? 444 : 499;
+}
+
+/* Which line decided, and the name that a tunnel's client greeted with. */
+static void
+log_rule(struct buffer *b, const struct exchange *x)
+{
+	const struct facts *f = &x->facts;
+	char name[RULE_NAME_MAX];
+
+	if (f->sni_len > 0) {
+		buffer_append(b, text_of(" sni="));
+		buffer_escape(b, text_cut(x->note + f->sni, f->sni_len),
+		    NOTE_MAX);
+	}
+	if (f->rule == NULL ||
+	    (f->rule->file == built_in && f->rule->action == ACTION_ALLOW))
+		return;
+	rule_name(f->rule, name);
+	buffer_append(b, text_of(" rule="));
+	buffer_escape(b, text_of(name), RULE_NAME_MAX);
+}
+
+/* One exchange, in the Combined Log Format with more behind it. */
 static void
 log_exchange(const struct exchange *x)
 {
@@ -5092,9 +8095,11 @@ log_exchange(const struct exchange *x)
 		return;
 	address_host(&x->peer, peer);
 	address_print(&f->server, server);
-	buffer_print(b, "%s - - [%s] \"", peer, log_date());
+	buffer_print(b, "%s - ", peer);
+	buffer_escape(b, f->user ? f->user->user : text_of(""), CREDENTIAL_MAX);
+	buffer_print(b, " [%s] \"", log_date());
 	log_request(b, f);
-	buffer_print(b, " %d %llu \"", f->status ? f->status : 499,
+	buffer_print(b, " %d %llu \"", log_status(f),
 	    (unsigned long long)x->down.payload);
 	buffer_escape(b, f->referer, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\" \""));
@@ -5108,6 +8113,7 @@ log_exchange(const struct exchange *x)
 	log_time(b, "first", f->connected, f->local ? 0 : f->answered);
 	log_time(b, "total", f->start, now.ms);
 	buffer_print(b, " server=%s end=%s", server, ends[f->end]);
+	log_rule(b, x);
 	if (f->refusal)
 		buffer_print(b, " why=\"%s\"", refusals[f->refusal].words);
 	buffer_append(b, text_of("\n"));
@@ -5253,32 +8259,59 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 }
 
 /*
+ * True if a rule speaks for itself: its status and its reason take the place
+ * of those of the refusal.
+ */
+static bool
+refusal_is_ruled(const struct exchange *x, enum refusal refusal)
+{
+	return (refusal == REFUSE_RULE || refusal == REFUSE_GUARDED) &&
+	    x->facts.rule != NULL && x->facts.rule->status != 0;
+}
+
+/* The status and the words of a refusal. */
+static const char *
+refusal_words(const struct exchange *x, enum refusal refusal, int *status)
+{
+	const struct rule *rule = x->facts.rule;
+	bool ruled = refusal_is_ruled(x, refusal);
+
+	*status = ruled ? rule->status : refusals[refusal].status;
+	return ruled && rule->words.len > 0 ? rule->words.at :
+					      refusals[refusal].words;
+}
+
+/*
  * A refusal: its words, then the details.  Proxy-Status (RFC 9209) says the
  * same to machines; its strings hold neither quotes nor backslashes.
  */
 static void
 page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 {
-	char fields[DETAIL_MAX + 256], body[DETAIL_MAX + 256];
+	char fields[DETAIL_MAX + 384], body[DETAIL_MAX + REASON_MAX + 64];
 	char clean[DETAIL_MAX];
-	int status = refusals[refusal].status;
+	int status;
+	const char *words = refusal_words(x, refusal, &status);
+	const char *from = detail[0] ? detail : words;
 	size_t i;
 
-	for (i = 0; i < sizeof(clean) - 1 && detail[i] != '\0'; i++)
-		clean[i] = detail[i] < ' ' || detail[i] > '~' ? '?' :
-		    detail[i] == '"' || detail[i] == '\\'     ? '\'' :
-								detail[i];
+	for (i = 0; i < sizeof(clean) - 1 && from[i] != '\0'; i++)
+		clean[i] = from[i] < ' ' || from[i] > '~' ? '?' :
+		    from[i] == '"' || from[i] == '\\'     ? '\'' :
+							    from[i];
 	clean[i] = '\0';
 	(void)snprintf(fields, sizeof(fields),
 	    "Proxy-Status: %s; error=%s; details=\"%s\"\r\n"
-	    "Cache-Control: no-store\r\n%s%s",
-	    pseudonym, refusals[refusal].error,
-	    clean[0] ? clean : refusals[refusal].words,
+	    "Cache-Control: no-store\r\n%s%s%s",
+	    pseudonym, refusals[refusal].error, clean,
 	    status == 503 ? "Retry-After: 5\r\n" : "",
-	    status == 405 ? "Allow: GET, HEAD\r\n" : "");
+	    refusal == REFUSE_PAGE_METHOD ? "Allow: GET, HEAD\r\n" : "",
+	    status == 407 ? "Proxy-Authenticate: Basic realm=\"proxy\", "
+			    "charset=\"UTF-8\"\r\n" :
+			    "");
 	(void)snprintf(body, sizeof(body), "%d %s: %s\n%s%s", status,
-	    status_reason(status), refusals[refusal].words, clean,
-	    clean[0] ? "\n" : "");
+	    status_reason(status), words, detail[0] ? clean : "",
+	    detail[0] ? "\n" : "");
 	page_make(x, status, "text/plain; charset=utf-8", fields,
 	    text_of(body));
 }
@@ -5432,6 +8465,8 @@ exchange_close(struct exchange *x, bool reset)
 	conn_close(&x->server, reset);
 	conn_close(&x->client, reset);
 	buffer_give(&x->facts.head);
+	buffer_give(&x->facts.answer);
+	rules_give(&x->facts.rules);
 	x->next = exchanges.free;
 	exchanges.free = x;
 	exchanges.busy--;
@@ -5458,14 +8493,352 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 }
 
 /*
+ * Refuses the request, whatever was done for it so far.  Once a response
+ * head has gone out, the only refusal is to end.
+ */
+static void
+exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
+{
+	struct facts *f = &x->facts;
+	bool ruled = refusal_is_ruled(x, refusal);
+
+	f->refusal = refusal;
+	f->open = false;
+	if (f->status != 0) {
+		exchange_abort(x, ruled ? END_RULE : END_SERVER, refusal);
+		return;
+	}
+	exchange_drop_tries(x);
+	store_drop(x);
+	page_refusal(x, refusal, detail);
+	f->cached = false;
+	if (x->server.in == NULL) {
+		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+		return;
+	}
+	exchange_enter(x, PHASE_RESPONSE);
+}
+
+/* ---- what the rules say ---- */
+
+/* The parent that an exchange goes through, NULL if none. */
+static struct parent *
+exchange_parent(const struct exchange *x)
+{
+	struct parent *parent = x->facts.parent;
+
+	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
+}
+
+/*
+ * What the rules may know of a request so far, into v; q must stay.  With a
+ * parent, the server's address is known only if the URL has it in figures.
+ */
+static void
+exchange_view(const struct exchange *x, const struct request *q, struct view *v)
+{
+	const struct facts *f = &x->facts;
+	struct text host = q->target.host;
+
+	memset(v, 0, sizeof(*v));
+	v->never = q->method == METHOD_CONNECT ?
+	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
+	    FACT_SNI;
+	if (host.len > 1 && host.at[host.len - 1] == '.')
+		host.len--;
+	v->client = &x->peer;
+	if (f->user != NULL)
+		v->user = f->user->user;
+	v->request = q;
+	v->host = host;
+	v->port = q->target.port;
+	v->found = f->found;
+	v->passed = x->down.payload + x->down.ready;
+	if (address_parse(host, v->port, &v->literal))
+		v->address = &v->literal;
+	else if (exchange_parent(x) != NULL && !f->route_open)
+		v->never |= FACT_ADDRESS;
+	else if (f->server.family == AF_INET || f->server.family == AF_INET6)
+		v->address = &f->server;
+	if (v->address != NULL)
+		v->known |= FACT_ADDRESS;
+}
+
+/* What they know once a response has come; length UINT64_MAX: not known. */
+static void
+view_response(struct view *v, const struct response *r, uint64_t length)
+{
+	bool bare = response_is_bare(r->status, v->request->method);
+
+	v->response = r;
+	v->known |= FACT_RESPONSE;
+	v->length = length;
+	if (length != UINT64_MAX)
+		v->known |= FACT_LENGTH;
+	if (bare)
+		v->known |= FACT_LENGTH | FACT_BODY;
+	if (bare && length == UINT64_MAX)
+		v->length = 0;
+}
+
+/* The length of a response's body, UINT64_MAX if its head does not tell. */
+static uint64_t
+response_length(const struct response *r)
+{
+	uint64_t length = UINT64_MAX;
+
+	if (head_chunked(&r->head) != 0 || head_length(&r->head, &length) != 1)
+		return UINT64_MAX;
+	return length;
+}
+
+/*
+ * The request of an exchange, understood anew, and what rules change in it
+ * before it is sent.  So that a text can be sought in the response, it must
+ * not be compressed.
+ */
+static void
+exchange_request(struct exchange *x, struct request *q)
+{
+	static struct value encoding;
+	static struct rule plain = { .action = ACTION_UNSET,
+		.names = &encoding };
+	const struct rules *r = x->facts.rules;
+	struct view v;
+
+	(void)request_parse(buffer_text(x->facts.head), q);
+	q->rewrites.n = 0;
+	q->rewrites.open = false;
+	if (r == NULL || (r->first[GROUP_REQUEST] == NULL && !r->needles_n))
+		return;
+	exchange_view(x, q, &v);
+	rewrites_collect(r, GROUP_REQUEST, &v, &q->rewrites);
+	encoding.text = text_of("Accept-Encoding");
+	if (rules_seek_body(r, &v))
+		q->rewrites.list[q->rewrites.n++] = &plain;
+}
+
+/* A rule refused the exchange: by a page, a question, or not a word. */
+static void
+access_refuse(struct exchange *x, const struct request *q)
+{
+	const struct rule *rule = x->facts.rule;
+	char detail[DETAIL_MAX], peer[ADDRESS_TEXT];
+	bool tried = head_field(&q->head, "Proxy-Authorization") != NULL;
+
+	address_host(&x->peer, peer);
+	(void)snprintf(detail, sizeof(detail),
+	    "To let it in, start the proxy with: -e 'allow client %s'", peer);
+	x->facts.close = x->facts.close || !x->up.done;
+	if (rule->action == ACTION_DROP)
+		exchange_abort(x, END_RULE, REFUSE_RULE);
+	else if (rule->action == ACTION_LOGIN)
+		exchange_deny(x, tried ? REFUSE_PASSWORD : REFUSE_USER, "");
+	else if (rule->file == built_in && rule->line == 4)
+		exchange_deny(x, REFUSE_FOREIGN, detail);
+	else
+		exchange_deny(x,
+		    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED : REFUSE_RULE,
+		    "");
+}
+
+/*
+ * Judges whether the exchange may pass, by what is known now.  False if it
+ * was refused; if it is not decided yet, it stays open.
+ */
+static bool
+access_judge(struct exchange *x, struct view *v)
+{
+	struct facts *f = &x->facts;
+	struct verdict verdict = rules_judge(f->rules, GROUP_ACCESS, v);
+	char name[RULE_NAME_MAX];
+
+	f->open = verdict.truth == TRUTH_OPEN;
+	if (verdict.truth != TRUTH_YES)
+		return true;
+	f->rule = verdict.rule;
+	rule_name(f->rule, name);
+	trace(x, "decided by %s: %s", name, f->rule->text);
+	if (!rule_refuses(f->rule, v))
+		return true;
+	access_refuse(x, v->request);
+	return false;
+}
+
+/* Of the parents of a rule the first that was not lately out of reach. */
+static struct parent *
+parent_choose(struct parent *first)
+{
+	struct parent *p;
+
+	for (p = first; p != NULL; p = p->next)
+		if (p->failed == 0 || now.ms - p->failed >= PARENT_FAILED_MS)
+			return p;
+	return first;
+}
+
+/* By which way; it stays open if the server's address decides. */
+static void
+route_judge(struct exchange *x, struct view *v)
+{
+	struct facts *f = &x->facts;
+	struct verdict verdict = rules_judge(f->rules, GROUP_ROUTE, v);
+
+	f->route_open = verdict.truth == TRUTH_OPEN;
+	f->parent = verdict.truth == TRUTH_YES ?
+	    parent_choose(verdict.rule->parents) :
+	    NULL;
+	if (f->parent != NULL)
+		trace(x, "via %s port %u", f->parent->host, f->parent->port);
+}
+
+/*
+ * A request has come: from now on it goes by the rules that are in force now.
+ * False if it was refused.
+ */
+static bool
+access_begin(struct exchange *x, struct request *q)
+{
+	struct facts *f = &x->facts;
+	struct view v;
+
+	f->rules = rules_now;
+	f->rules->refs++;
+	if (f->rules->logins)
+		f->user = account_login(f->rules, &q->head);
+	exchange_view(x, q, &v);
+	if (!access_judge(x, &v))
+		return false;
+	route_judge(x, &v);
+	exchange_request(x, q);
+	f->nocache = q->rewrites.open;
+	return true;
+}
+
+/*
+ * A response has come, as v shows it.  False if it was refused.  If it is
+ * still open, the head is kept for the time when the body tells more, and in
+ * front of it, a byte for each text, how much of that was found so far.
+ */
+static bool
+access_response(struct exchange *x, const struct response *r, struct text head,
+    struct view *v)
+{
+	struct facts *f = &x->facts;
+
+	if (!f->open)
+		return true;
+	if (!access_judge(x, v))
+		return false;
+	if (!f->open || r->status < 200)
+		return true;
+	buffer_give(&f->answer);
+	f->answer = buffer_take();
+	if (f->answer == NULL) {
+		exchange_deny(x, REFUSE_MEMORY, "");
+		return false;
+	}
+	memset(f->answer->data, 0, NEEDLES_MAX);
+	f->answer->start = f->answer->end = NEEDLES_MAX;
+	buffer_append(f->answer, head);
+	return true;
+}
+
+/*
+ * A piece of the body has come, or its end (whole): what the rules look for
+ * may be in it.  True if it may pass.
+ */
+static bool
+access_body(struct exchange *x, struct text piece, bool whole)
+{
+	struct facts *f = &x->facts;
+	unsigned char *states = (unsigned char *)f->answer->data;
+	unsigned i, found = f->found;
+	struct verdict verdict;
+	struct response r;
+	struct request q;
+	struct view v;
+
+	for (i = 0; i < f->rules->needles_n; i++)
+		if (needle_scan(f->rules->needles[i], states + i, piece))
+			f->found |= 1U << i;
+	exchange_request(x, &q);
+	(void)response_parse(buffer_text(f->answer), q.method, &r);
+	exchange_view(x, &q, &v);
+	view_response(&v, &r, response_length(&r));
+	if (whole) {
+		v.known |= FACT_LENGTH | FACT_BODY;
+		v.length = v.passed;
+	}
+	if (!whole && found == f->found && (v.known & FACT_LENGTH))
+		return true;
+	verdict = rules_judge(f->rules, GROUP_ACCESS, &v);
+	if (verdict.truth == TRUTH_YES)
+		f->rule = verdict.rule;
+	if (whole || verdict.truth == TRUTH_YES) {
+		f->open = false;
+		buffer_give(&f->answer);
+	}
+	return verdict.truth != TRUTH_YES || !rule_refuses(verdict.rule, &v);
+}
+
+/*
+ * The line that says how a request, or its response if r is not NULL, is to
+ * be cached; NULL: none does.
+ */
+static const struct rule *
+cache_rule(const struct exchange *x, const struct request *q,
+    const struct response *r, uint64_t length)
+{
+	struct verdict verdict;
+	struct view v;
+
+	if (x->facts.rules->first[GROUP_CACHE] == NULL)
+		return NULL;
+	exchange_view(x, q, &v);
+	if (r != NULL)
+		view_response(&v, r, length);
+	verdict = rules_judge(x->facts.rules, GROUP_CACHE, &v);
+	return verdict.truth == TRUTH_YES ? verdict.rule : NULL;
+}
+
+/* How long a response is fresh: as a rule says, or else as it says itself. */
+static struct lifetime
+exchange_lifetime(const struct exchange *x, const struct request *q,
+    const struct response *r, uint64_t length)
+{
+	const struct rule *rule = cache_rule(x, q, r, length);
+
+	if (rule != NULL && rule->action == ACTION_CACHE)
+		return (struct lifetime){ rule->seconds, "a rule" };
+	return freshness_lifetime(r, false);
+}
+
+/* ---- entries that answer ---- */
+
+/* The address in the words of address_print(); false: `-`. */
+static bool
+address_read(struct text t, struct address *a)
+{
+	struct target target;
+
+	return authority_parse(t, 0, &target) == 1 &&
+	    address_parse(target.host, target.port, a);
+}
+
+/*
  * Makes the entry whose beginning is in b the server: its head is parsed and
- * passed on like any other.  Takes over fd and b.
+ * passed on like any other, if the rules let it pass.  Takes over fd and b.
  */
 static void
 cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 {
 	struct conn *s = &x->server;
 	struct facts *f = &x->facts;
+	struct address server;
+	struct response r;
+	struct request q;
+	struct view v;
 
 	exchange_drop_tries(x);
 	conn_close(s, false);
@@ -5474,9 +8847,21 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 	s->role = ROLE_FILE;
 	s->exchange = x;
 	s->readable = s->hung = true;
-	s->growing = f->grows;
-	b->start = (size_t)(e->head.at - b->data);
 	s->in = b;
+	if (f->open) {
+		exchange_request(x, &q);
+		(void)response_parse(e->head, q.method, &r);
+		exchange_view(x, &q, &v);
+		if (v.address == NULL && address_read(e->server, &server)) {
+			v.address = &server;
+			v.known |= FACT_ADDRESS;
+		}
+		v.never |= FACT_ADDRESS;
+		view_response(&v, &r, e->body);
+		if (!access_response(x, &r, e->head, &v))
+			return;
+	}
+	b->start = (size_t)(e->head.at - b->data);
 	entry_touch(fd, e->key, e->variant);
 	f->local = f->cached = true;
 	f->body = e->body;
@@ -5490,6 +8875,7 @@ cache_serve_open(struct exchange *x, const char *hit)
 {
 	struct facts *f = &x->facts;
 	struct response r;
+	struct request q;
 	struct entry e;
 	struct buffer *b = entry_load(f->entry, &e, &r);
 
@@ -5501,7 +8887,8 @@ cache_serve_open(struct exchange *x, const char *hit)
 	}
 	f->hit = hit;
 	f->age = e.age + (now.wall > e.responded ? now.wall - e.responded : 0);
-	f->ttl = freshness_lifetime(&r, false).seconds - f->age;
+	exchange_request(x, &q);
+	f->ttl = exchange_lifetime(x, &q, &r, e.body).seconds - f->age;
 	f->has_entry = false;
 	cache_serve(x, f->entry, b, &e);
 	return true;
@@ -5520,48 +8907,60 @@ cache_rescue(struct exchange *x, bool answered)
 	struct response r;
 	struct request q;
 	struct entry e;
-	bool good = false;
+	int64_t age, lifetime;
+	bool good;
 
 	if (!f->has_entry || (b = entry_load(f->entry, &e, &r)) == NULL)
 		return false;
-	if (request_parse(buffer_text(f->head), &q) == 1) {
-		int64_t age = e.age + (int64_t)now.wall - e.responded;
-		int64_t lifetime = freshness_lifetime(&r, false).seconds;
-
-		asked = control_parse(&q.head);
-		control = control_parse(&r.head);
-		good = e.responded <= now.wall + CLOCK_STEP_S &&
-		    reuse_on_error(&asked, &control,
-			age - (lifetime > 0 ? lifetime : 0), answered);
-	}
+	exchange_request(x, &q);
+	age = e.age + (int64_t)now.wall - e.responded;
+	lifetime = exchange_lifetime(x, &q, &r, e.body).seconds;
+	asked = control_parse(&q.head);
+	control = control_parse(&r.head);
+	good = e.responded <= now.wall + CLOCK_STEP_S &&
+	    reuse_on_error(&asked, &control,
+		age - (lifetime > 0 ? lifetime : 0), answered);
 	buffer_give(&b);
 	return good && cache_serve_open(x, "stale");
 }
 
+/* The next parent of a rule, if there is one: true if it is tried now. */
+static bool
+parent_next(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+
+	if (f->parent == NULL || f->status != 0)
+		return false;
+	f->parent->failed = now.ms;
+	if (f->parent->next == NULL)
+		return false;
+	f->parent = f->parent->next;
+	exchange_drop_tries(x);
+	conn_close(&x->server, false);
+	f->next = f->addresses = 0;
+	f->asked = 0;
+	f->greeting = GREETING_BEGIN;
+	f->server.family = 0;
+	exchange_enter(x, PHASE_RESOLVE);
+	return true;
+}
+
 /*
- * Refuses the request, whatever was done for it so far.  Once a response
- * head has gone out, the only refusal is to end.
+ * What was asked for can't be had: another parent may have it, or a stale
+ * entry stands in for it, or the client is told so.
  */
 static void
 exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 {
 	trace(x, "refused: %s (%s)", refusals[refusal].words, detail);
+	if (x->phase < PHASE_RESPONSE && refusal >= REFUSE_NAME &&
+	    refusal <= REFUSE_CONNECT && parent_next(x))
+		return;
 	if (x->facts.status == 0 && refusal >= REFUSE_NAME &&
 	    refusal <= REFUSE_ANSWER_SLOW && cache_rescue(x, false))
 		return;
-	x->facts.refusal = refusal;
-	if (x->facts.status != 0) {
-		exchange_abort(x, END_SERVER, refusal);
-		return;
-	}
-	exchange_drop_tries(x);
-	store_drop(x);
-	page_refusal(x, refusal, detail);
-	if (x->server.in == NULL) {
-		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
-		return;
-	}
-	exchange_enter(x, PHASE_RESPONSE);
+	exchange_deny(x, refusal, detail);
 }
 
 /* Drops from what is ready the payload that the client has had before. */
@@ -5581,6 +8980,50 @@ exchange_skip(struct exchange *x)
 		buffer_give(&from->in);
 	f->ready -= n;
 	x->facts.skip -= n;
+}
+
+/*
+ * Reads from one side; of an entry that is still being stored no more than is
+ * there, since room for the rest may have been made already.
+ */
+static bool
+exchange_read(struct exchange *x, struct conn *from)
+{
+	const struct facts *f = &x->facts;
+	uint64_t max = f->stored - x->down.payload - x->down.ready;
+
+	if (from != &x->server || (!f->grows && !f->orphan))
+		return conn_read(from);
+	if (max == 0) {
+		from->readable = false;
+		return false;
+	}
+	return conn_read_some(from, max > BUFFER_ROOM ? BUFFER_ROOM : max);
+}
+
+/*
+ * Lets the rules see what of the body has come behind the first old bytes.
+ * If they forbid it, that piece is dropped, and the flow is broken.
+ */
+static bool
+exchange_seek(struct exchange *x, size_t old)
+{
+	struct buffer *in = x->server.in;
+	struct flow *f = &x->down;
+
+	if ((f->ready == old && !f->whole) ||
+	    access_body(x,
+		f->ready > old ?
+		    text_cut(in->data + in->start + old, f->ready - old) :
+		    text_of(""),
+		f->whole))
+		return true;
+	store_drop(x);
+	f->ready = old;
+	f->whole = false;
+	f->broken = true;
+	x->facts.refusal = REFUSE_RULE;
+	return false;
 }
 
 /*
@@ -5606,6 +9049,9 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			flow_decode(f, from->in, from->eof);
 		if (f == &x->down && x->facts.skip > 0)
 			exchange_skip(x);
+		if (f == &x->down && x->facts.answer != NULL &&
+		    !exchange_seek(x, old))
+			return true;
 		if (f == &x->down && x->facts.storing && f->ready > old)
 			store_append(x,
 			    text_cut(from->in->data + from->in->start + old,
@@ -5617,7 +9063,7 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			    text_cut(from->in->data + from->in->start + old,
 				f->ready - old));
 		if (f->ready == 0 && !f->whole && !f->broken &&
-		    conn_read(from) && !from->error) {
+		    exchange_read(x, from) && !from->error) {
 			moved = true;
 			continue;
 		}
@@ -5901,7 +9347,7 @@ struct lookup {
 /* True if the variant of an entry, whose head is r, is that of q. */
 static bool
 variant_fits(const struct entry *e, const struct response *r,
-    const struct head *q)
+    const struct request *q)
 {
 	struct buffer *list = buffer_take(), *b = buffer_take();
 	bool fits = list != NULL && b != NULL;
@@ -5920,12 +9366,24 @@ variant_fits(const struct entry *e, const struct response *r,
 }
 
 /*
+ * True if one who follows a fetch gets the whole in any case: the rest can be
+ * asked for, or there is room on the disk for all of it, or, its length being
+ * unknown, store_fits() sees to it.
+ */
+static bool
+follow_is_safe(const struct facts *f)
+{
+	return f->validator != 0 || f->length == UINT64_MAX ||
+	    posix_fallocate(f->store, 0, (off_t)(f->region + f->length)) == 0;
+}
+
+/*
  * Opens what another exchange is storing for x's target, if it is the variant
  * that q asks for: its region is there but for the first line, and its body
  * grows.  Returns the descriptor, to be read from behind the region, or -1.
  */
 static int
-follow_open(struct exchange *x, const struct head *q, struct lookup *l)
+follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 {
 	struct exchange *y;
 	struct facts *f;
@@ -5943,11 +9401,12 @@ follow_open(struct exchange *x, const struct head *q, struct lookup *l)
 			continue;
 		if (region_read(fd, f->region, l->b, &l->e) &&
 		    response_parse(l->e.head, METHOD_GET, &l->r) == 1 &&
-		    variant_fits(&l->e, &l->r, q) &&
+		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
 		    lseek(fd, (off_t)f->region, SEEK_SET) != -1) {
 			l->e.body = f->length;
 			x->facts.grows = true;
 			x->facts.leader = f->fetch;
+			x->facts.stored = f->stored;
 			f->followers++;
 		} else {
 			(void)close(fd);
@@ -5957,17 +9416,6 @@ follow_open(struct exchange *x, const struct head *q, struct lookup *l)
 	return fd;
 }
 
-/* What tells that two answers have the same payload; 0: nothing does. */
-static uint64_t
-response_validator(const struct response *r)
-{
-	struct text t = head_value(&r->head, "ETag");
-
-	if (t.len == 0 || text_starts(t, "W/"))
-		t = head_value(&r->head, "Last-Modified");
-	return t.len == 0 ? 0 : key_hash(t);
-}
-
 /*
  * True if what was found may answer q at all, by what kind of answer it is and
  * who asks.
@@ -5975,8 +9423,12 @@ response_validator(const struct response *r)
 static bool
 lookup_fits(const struct exchange *x, const struct request *q, struct lookup *l)
 {
-	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1 ||
-	    (l->e.guarded && !address_is_local(&x->peer)))
+	const struct rule *rule;
+
+	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1)
+		return false;
+	rule = cache_rule(x, q, &l->r, l->e.body);
+	if (rule != NULL && rule->action == ACTION_NOCACHE)
 		return false;
 	return l->r.status != 206 ||
 	    (q->method == METHOD_GET &&
@@ -5988,11 +9440,12 @@ lookup_fits(const struct exchange *x, const struct request *q, struct lookup *l)
  * the trace gets the reckoning.
  */
 static void
-lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
+lookup_judge(struct exchange *x, const struct request *q,
+    const struct control *asked, struct lookup *l)
 {
 	struct facts *f = &x->facts;
 	struct control control = control_parse(&l->r.head);
-	struct lifetime lifetime = freshness_lifetime(&l->r, false);
+	struct lifetime lifetime = exchange_lifetime(x, q, &l->r, l->e.body);
 
 	f->age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
@@ -6027,7 +9480,7 @@ lookup_run(struct exchange *x, const struct request *q,
 		return;
 	key_append(x, l->b);
 	f->key = key_hash(buffer_text(l->b));
-	l->fd = entry_find(x, &q->head, l->b, &l->e, l->path);
+	l->fd = entry_find(x, q, l->b, &l->e, l->path);
 	if (l->fd == -1 && l->e.vary.at != NULL)
 		f->forward = "vary-miss";
 	if (l->fd != -1 && !lookup_fits(x, q, l)) {
@@ -6035,7 +9488,7 @@ lookup_run(struct exchange *x, const struct request *q,
 		l->fd = -1;
 	}
 	if (l->fd != -1)
-		lookup_judge(x, asked, l);
+		lookup_judge(x, q, asked, l);
 }
 
 /*
@@ -6053,9 +9506,9 @@ lookup_follow(struct exchange *x, const struct request *q,
 	    head_field(&q->head, "Range") != NULL ||
 	    head_field(&q->head, "Authorization") != NULL)
 		return;
-	fd = follow_open(x, &q->head, l);
+	fd = follow_open(x, q, l);
 	if (fd != -1 && lookup_fits(x, q, l))
-		lookup_judge(x, asked, l);
+		lookup_judge(x, q, asked, l);
 	x->facts.forward = forward;
 	if (fd != -1 && l->reuse == REUSE_FRESH) {
 		if (l->fd != -1)
@@ -6178,7 +9631,7 @@ collapse_end(struct exchange *x)
 
 	fetch_leave(x);
 	x->facts.alone = true;
-	(void)request_parse(buffer_text(x->facts.head), &r);
+	exchange_request(x, &r);
 	if (!cache_answer(x, &r))
 		exchange_enter(x, PHASE_RESOLVE);
 }
@@ -6195,6 +9648,21 @@ collapse_step(struct exchange *x)
 	collapse_end(x);
 	return true;
 }
+/* True if the cache may have a part in the answer. */
+static bool
+request_is_cacheable(struct exchange *x, const struct request *q)
+{
+	const struct rule *rule;
+
+	if (options.cache == NULL || x->facts.nocache || x->facts.upgrade ||
+	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
+	    q->framing != FRAMING_NONE)
+		return false;
+	rule = cache_rule(x, q, NULL, 0);
+	x->facts.nocache = rule != NULL && rule->action == ACTION_NOCACHE;
+	return !x->facts.nocache;
+}
+
 /* A whole head of n bytes has come: understand it and go on. */
 static void
 request_accept(struct exchange *x, size_t n)
@@ -6219,6 +9687,8 @@ request_accept(struct exchange *x, size_t n)
 		    (enum refusal)(verdict != 1 ? -verdict : -last), "");
 	} else if (r.target.form == FORM_ORIGIN)
 		request_local(x, &r);
+	else if (!access_begin(x, &r))
+		return;
 	else if (last) {
 		if (r.method == METHOD_TRACE)
 			page_trace(x, &r);
@@ -6227,10 +9697,7 @@ request_accept(struct exchange *x, size_t n)
 		exchange_enter(x, PHASE_RESPONSE);
 	} else if (request_passed_here(&r))
 		exchange_refuse(x, REFUSE_LOOP_VIA, "");
-	else if (options.cache == NULL ||
-	    (r.method != METHOD_GET && r.method != METHOD_HEAD) ||
-	    r.framing != FRAMING_NONE || x->facts.upgrade ||
-	    !cache_answer(x, &r))
+	else if (!request_is_cacheable(x, &r) || !cache_answer(x, &r))
 		exchange_enter(x, PHASE_RESOLVE);
 }
 
@@ -6314,24 +9781,125 @@ resolve_name(struct exchange *x, const char *host, unsigned port)
 		exchange_refuse(x, REFUSE_NAME, detail);
 		return false;
 	}
-	f->addresses = name->n;
+	f->addresses = (unsigned char)name->n;
 	memcpy(f->list, name->list, sizeof(f->list));
 	for (i = 0; i < f->addresses; i++)
 		f->list[i].port = (uint16_t)port;
 	return true;
 }
 
-/*
- * True if the target is an address in figures that this client may not go
- * to; a parent would go there for it.
- */
+/* The addresses of a host, in figures or a name; false as resolve_name(). */
 static bool
-resolve_is_guarded(const struct exchange *x)
+resolve_host(struct exchange *x, struct text host, unsigned port)
 {
-	struct address target;
+	struct facts *f = &x->facts;
+	char string[HOST_MAX + 1];
 
-	return address_parse(x->facts.host, x->facts.port, &target) &&
-	    address_is_guarded(&target) && !address_is_local(&x->peer);
+	if (address_parse(host, port, &f->list[0])) {
+		f->addresses = 1;
+		f->resolved = now.ms;
+		return true;
+	}
+	(void)text_copy(host, string, sizeof(string));
+	return resolve_name(x, string, port);
+}
+
+/*
+ * Strikes the addresses that can't be left for from the list, and if the
+ * rules are open those that they forbid.  Returns the refusal if one is our
+ * own or none is left, REFUSE_RULE for what a rule forbids.
+ */
+static enum refusal
+resolve_strike(struct exchange *x, struct view *v)
+{
+	enum refusal refusal = REFUSE_FAMILY;
+	struct facts *f = &x->facts;
+	bool open = f->open, stays = false;
+	unsigned char i, kept = 0;
+
+	for (i = 0; i < f->addresses; i++) {
+		struct verdict verdict = { TRUTH_YES, f->rule };
+
+		if (address_is_ours(&f->list[i]))
+			return REFUSE_LOOP;
+		if (f->from != NULL &&
+		    f->from[f->list[i].family == AF_INET6].family == 0)
+			continue;
+		v->address = &f->list[i];
+		v->known |= FACT_ADDRESS;
+		if (open && exchange_parent(x) == NULL)
+			verdict = rules_judge(f->rules, GROUP_ACCESS, v);
+		if (verdict.truth == TRUTH_YES && open &&
+		    exchange_parent(x) == NULL &&
+		    rule_refuses(verdict.rule, v)) {
+			refusal = REFUSE_RULE;
+			f->rule = kept == 0 ? verdict.rule : f->rule;
+			continue;
+		}
+		if (kept == 0)
+			f->rule = verdict.rule;
+		stays = stays || verdict.truth == TRUTH_OPEN;
+		f->list[kept++] = f->list[i];
+	}
+	f->addresses = kept;
+	if (exchange_parent(x) == NULL)
+		f->open = stays;
+	return kept ? REFUSE_NONE : refusal;
+}
+
+/*
+ * The next hop's addresses are in the list: which of them may be gone to, and
+ * from where?
+ */
+static void
+resolve_judge(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	char detail[DETAIL_MAX];
+	struct verdict verdict;
+	enum refusal refusal;
+	struct request q;
+	struct view v;
+
+	exchange_request(x, &q);
+	exchange_view(x, &q, &v);
+	if (exchange_parent(x) != NULL && f->open && !access_judge(x, &v))
+		return;
+	if (exchange_parent(x) == NULL && f->addresses > 0) {
+		v.address = &f->list[0];
+		v.known |= FACT_ADDRESS;
+	}
+	verdict = rules_judge(f->rules, GROUP_SOURCE, &v);
+	f->from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
+	refusal = resolve_strike(x, &v);
+	if (refusal == REFUSE_NONE)
+		exchange_enter(x, PHASE_CONNECT);
+	else if (refusal == REFUSE_RULE)
+		access_refuse(x, &q);
+	else {
+		(void)snprintf(detail, sizeof(detail), "%.*s port %u",
+		    (int)f->host.len, f->host.at, f->port);
+		exchange_refuse(x, refusal, detail);
+	}
+}
+
+/* The server's addresses are in the list, and tell by which way to go. */
+static void
+resolve_route(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	struct request q;
+	struct view v;
+
+	exchange_request(x, &q);
+	exchange_view(x, &q, &v);
+	v.address = &f->list[0];
+	v.known |= FACT_ADDRESS;
+	route_judge(x, &v);
+	f->route_open = false;
+	if (exchange_parent(x) != NULL && f->open)
+		(void)access_judge(x, &v);
+	f->asked = 0;
 }
 
 /*
@@ -6342,28 +9910,15 @@ static bool
 resolve_step(struct exchange *x)
 {
 	struct facts *f = &x->facts;
-	bool direct = options.parent.kind == PARENT_NONE;
-	struct text host = direct ? f->host : text_of(options.parent.host);
-	unsigned port = direct ? f->port : options.parent.port;
-	char string[HOST_MAX + 1], detail[DETAIL_MAX];
-	enum refusal refusal;
+	const struct parent *parent = f->route_open ? NULL : exchange_parent(x);
 
-	(void)text_copy(host, string, sizeof(string));
-	if (address_parse(host, port, &f->list[0])) {
-		f->addresses = 1;
-		f->resolved = now.ms;
-	} else if (!resolve_name(x, string, port))
+	if (!resolve_host(x, parent ? text_of(parent->host) : f->host,
+		parent ? parent->port : f->port))
 		return x->phase != PHASE_RESOLVE;
-	refusal = rules_judge(&x->peer, direct, f->list, &f->addresses);
-	if (refusal == REFUSE_NONE && !direct && resolve_is_guarded(x))
-		refusal = REFUSE_GUARDED;
-	if (refusal == REFUSE_NONE)
-		exchange_enter(x, PHASE_CONNECT);
-	else {
-		(void)snprintf(detail, sizeof(detail), "%.*s port %u",
-		    (int)f->host.len, f->host.at, f->port);
-		exchange_refuse(x, refusal, detail);
-	}
+	if (f->route_open)
+		resolve_route(x);
+	else
+		resolve_judge(x);
 	return true;
 }
 
@@ -6384,13 +9939,31 @@ exchange_target(const struct exchange *x, char *to)
 		    f->port);
 }
 
-/* What tells a connection from others to the same address; see other. */
-static void
-exchange_beyond(const struct exchange *x, char *to)
+/* Where a connection to address leads, and how; see struct hop. */
+static struct hop
+exchange_hop(const struct exchange *x, const struct address *address)
 {
-	to[0] = '\0';
-	if (options.parent.kind == PARENT_SOCKS)
-		exchange_target(x, to);
+	const struct parent *parent = exchange_parent(x);
+	const struct facts *f = &x->facts;
+	struct hop hop;
+
+	memset(&hop, 0, sizeof(hop));
+	hop.address = *address;
+	hop.parent = parent == NULL ? 0 : parent->id;
+	if (f->from != NULL)
+		hop.from = f->from[address->family == AF_INET6];
+	if (parent != NULL && parent->kind == PARENT_SOCKS)
+		exchange_target(x, hop.beyond);
+	return hop;
+}
+
+/* True if requests go whole to a parent that speaks HTTP. */
+static bool
+exchange_is_relayed(const struct exchange *x)
+{
+	const struct parent *parent = exchange_parent(x);
+
+	return parent != NULL && parent->kind == PARENT_HTTP;
 }
 
 /*
@@ -6434,15 +10007,15 @@ static bool
 connect_reuse(struct exchange *x)
 {
 	struct facts *f = &x->facts;
-	char beyond[HOST_MAX + 10];
 	struct other *o = NULL;
 	unsigned i = 0;
 
 	if (f->fresh || !exchange_is_repeatable(x))
 		return false;
-	exchange_beyond(x, beyond);
 	while (i < f->addresses && o == NULL) {
-		o = other_find(&f->list[i], beyond);
+		struct hop hop = exchange_hop(x, &f->list[i]);
+
+		o = other_find(&hop);
 		if (o == NULL)
 			i++;
 		else if (!other_is_quiet(o)) {
@@ -6453,7 +10026,7 @@ connect_reuse(struct exchange *x)
 	if (o == NULL)
 		return false;
 	conn_move(&o->conn, &x->server, ROLE_SERVER, x);
-	f->server = o->address;
+	f->server = o->hop.address;
 	f->reused = true;
 	return true;
 }
@@ -6466,6 +10039,7 @@ static void
 connect_next(struct exchange *x)
 {
 	struct facts *f = &x->facts;
+	static const struct address any;
 	char words[ADDRESS_TEXT];
 	struct other *o;
 
@@ -6476,7 +10050,7 @@ connect_next(struct exchange *x)
 			conn_close(&x->server, false);
 		else {
 			conn_move(&x->server, &o->conn, ROLE_TRY, x);
-			o->address = f->server;
+			o->hop.address = f->server;
 			f->tries++;
 		}
 	}
@@ -6484,7 +10058,8 @@ connect_next(struct exchange *x)
 	address_print(&f->server, words);
 	trace(x, "trying %s", words);
 	x->server.exchange = x;
-	if (conn_connect(&x->server, &f->server))
+	if (conn_connect(&x->server, &f->server,
+		f->from ? &f->from[f->server.family == AF_INET6] : &any))
 		conn_watch(&x->server, POLLOUT);
 	else
 		f->connect_errno = errno;
@@ -6523,7 +10098,7 @@ connect_won(struct exchange *x)
 			continue;
 		conn_close(&x->server, false);
 		conn_move(&o->conn, &x->server, ROLE_SERVER, x);
-		f->server = o->address;
+		f->server = o->hop.address;
 		f->tries--;
 		return true;
 	}
@@ -6567,7 +10142,7 @@ request_line_append(const struct exchange *x, const struct request *r,
     struct buffer *b)
 {
 	struct text path = r->target.path;
-	bool absolute = options.parent.kind == PARENT_HTTP;
+	bool absolute = exchange_is_relayed(x);
 	char target[HOST_MAX + 10];
 
 	buffer_append(b, r->name);
@@ -6586,23 +10161,28 @@ request_line_append(const struct exchange *x, const struct request *r,
 	buffer_append(b, text_of(" HTTP/1.1\r\n"));
 }
 
-/* The login for an HTTP parent: ours, or else the client's own. */
+/*
+ * The login for an HTTP parent: ours, or else the client's own, unless that
+ * was for us.
+ */
 static void
-login_append(const struct request *r, struct buffer *b)
+login_append(const struct exchange *x, const struct request *r,
+    struct buffer *b)
 {
+	const struct parent *parent = exchange_parent(x);
 	char plain[2 * CREDENTIAL_MAX + 2];
 	char coded[4 * (sizeof(plain) + 2) / 3 + 1];
 	const struct field *own = head_field(&r->head, "Proxy-Authorization");
 	int n;
 
-	if (options.parent.kind != PARENT_HTTP)
+	if (!exchange_is_relayed(x))
 		return;
-	if (options.parent.login) {
-		n = snprintf(plain, sizeof(plain), "%s:%s", options.parent.user,
-		    options.parent.password);
+	if (parent->login) {
+		n = snprintf(plain, sizeof(plain), "%s:%s", parent->user,
+		    parent->password);
 		base64_encode(plain, (size_t)n, coded);
 		buffer_print(b, "Proxy-Authorization: Basic %s\r\n", coded);
-	} else if (own != NULL)
+	} else if (own != NULL && !x->facts.rules->logins)
 		field_append(b, own);
 }
 
@@ -6629,7 +10209,8 @@ request_field_append(struct exchange *x, const struct request *r, size_t i,
 	else if (x->facts.has_entry &&
 	    name_is_among(field->name, fields_of_condition))
 		return;
-	else if (field_passes(&r->head, i) && !field_is_personal(field->name))
+	else if (field_passes(&r->head, i) &&
+	    !rewrites_take(&r->rewrites, field->name))
 		field_append(b, field);
 }
 
@@ -6687,10 +10268,12 @@ request_build(struct exchange *x, const struct request *r, struct buffer *b)
 		request_field_append(x, r, i, b);
 	if (x->up.to == FRAMING_CHUNKED)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
-	login_append(r, b);
+	login_append(x, r, b);
 	if (x->facts.has_entry)
 		validators_append(x, b);
-	if (!options.anonymous)
+	rewrites_append(&r->rewrites, b);
+	x->up.bare = rewrites_strip(&r->rewrites);
+	if (!rewrites_take(&r->rewrites, text_of("Via")))
 		buffer_print(b, "Via: 1.%u %s\r\n", r->minor, pseudonym);
 	connection_append(x, r, b);
 	buffer_append(b, text_of("\r\n"));
@@ -6709,7 +10292,7 @@ exchange_send(struct exchange *x)
 		exchange_refuse(x, REFUSE_MEMORY, "");
 		return;
 	}
-	(void)request_parse(buffer_text(x->facts.head), &r);
+	exchange_request(x, &r);
 	request_build(x, &r, out);
 	if (out->overflow) {
 		exchange_refuse(x, REFUSE_HEAD_LONG, "");
@@ -6751,8 +10334,7 @@ connect_answer(struct exchange *x)
 static void
 connect_open(struct exchange *x)
 {
-	if (x->facts.method == METHOD_CONNECT &&
-	    options.parent.kind != PARENT_HTTP)
+	if (x->facts.method == METHOD_CONNECT && !exchange_is_relayed(x))
 		connect_answer(x);
 	else if (x->server.in != NULL)
 		exchange_refuse(x, REFUSE_EARLY, "");
@@ -6774,7 +10356,7 @@ connect_step(struct exchange *x)
 	}
 	if (connect_won(x)) {
 		exchange_drop_tries(x);
-		if (options.parent.kind == PARENT_SOCKS)
+		if (exchange_parent(x) != NULL && !exchange_is_relayed(x))
 			exchange_enter(x, PHASE_GREET);
 		else
 			connect_open(x);
@@ -6798,19 +10380,18 @@ connect_step(struct exchange *x)
 
 /* Our first words: the ways to log in that we know. */
 static void
-greet_begin(struct buffer *b)
+greet_begin(const struct parent *parent, struct buffer *b)
 {
 	buffer_append(b,
-	    options.parent.login ? text_cut("\5\2\0\2", 4) :
-				   text_cut("\5\1\0", 3));
+	    parent->login ? text_cut("\5\2\0\2", 4) : text_cut("\5\1\0", 3));
 }
 
 /* User and password, each behind its length (RFC 1929 section 2). */
 static void
-greet_login(struct buffer *b)
+greet_login(const struct parent *parent, struct buffer *b)
 {
-	struct text user = text_of(options.parent.user);
-	struct text password = text_of(options.parent.password);
+	struct text user = text_of(parent->user);
+	struct text password = text_of(parent->password);
 
 	buffer_print(b, "\1%c", (int)user.len);
 	buffer_append(b, user);
@@ -6886,13 +10467,13 @@ greet_answer(struct exchange *x, struct text t)
 {
 	struct facts *f = &x->facts;
 	struct buffer *out = conn_out(&x->server);
+	const struct parent *parent = exchange_parent(x);
 	unsigned char code = (unsigned char)t.at[1];
 
 	if (out == NULL)
 		exchange_refuse(x, REFUSE_MEMORY, "");
-	else if (f->greeting == GREETING_METHOD && code == 2 &&
-	    options.parent.login) {
-		greet_login(out);
+	else if (f->greeting == GREETING_METHOD && code == 2 && parent->login) {
+		greet_login(parent, out);
 		f->greeting = GREETING_LOGIN;
 	} else if ((f->greeting == GREETING_METHOD && code == 0) ||
 	    (f->greeting == GREETING_LOGIN && code == 0)) {
@@ -6917,7 +10498,7 @@ greet_step(struct exchange *x)
 	size_t n;
 
 	if (x->facts.greeting == GREETING_BEGIN && conn_out(s) != NULL) {
-		greet_begin(s->out);
+		greet_begin(exchange_parent(x), s->out);
 		x->facts.greeting = GREETING_METHOD;
 	}
 	(void)conn_write(s);
@@ -6947,7 +10528,8 @@ static bool
 response_wants_login(const struct exchange *x, const struct response *r)
 {
 	return r->status == 407 && !x->facts.local &&
-	    (options.parent.kind != PARENT_HTTP || options.parent.login);
+	    (!exchange_is_relayed(x) || exchange_parent(x)->login ||
+		x->facts.rules->logins);
 }
 
 /* One field of the response to the client, or nothing. */
@@ -7005,13 +10587,35 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 	buffer_append(b, text_of("\r\n"));
 }
 
+/* What rules change in a response; nothing in one of ours. */
+static void
+response_rewrites(struct exchange *x, const struct response *r,
+    struct rewrites *w)
+{
+	struct facts *f = &x->facts;
+	struct request q;
+	struct view v;
+
+	w->n = 0;
+	if (f->rules == NULL || f->rules->first[GROUP_RESPONSE] == NULL ||
+	    (f->local && !f->cached))
+		return;
+	exchange_request(x, &q);
+	exchange_view(x, &q, &v);
+	view_response(&v, r, f->cached ? f->body : response_length(r));
+	rewrites_collect(f->rules, GROUP_RESPONSE, &v, w);
+	x->down.bare = rewrites_strip(w);
+}
+
 /* The response head for the client, into b. */
 static void
-response_build(const struct exchange *x, const struct response *r,
-    struct buffer *b)
+response_build(struct exchange *x, const struct response *r, struct buffer *b)
 {
 	bool upgrade = r->status == 101 || r->status == 426;
+	struct rewrites w;
 	size_t i;
+
+	response_rewrites(x, r, &w);
 
 	buffer_print(b, "HTTP/1.1 %03d ", r->status);
 	buffer_append(b, r->reason);
@@ -7019,12 +10623,14 @@ response_build(const struct exchange *x, const struct response *r,
 	for (i = 0; i < r->head.n; i++)
 		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))
 			field_append(b, &r->head.fields[i]);
-		else
+		else if (!rewrites_take(&w, r->head.fields[i].name))
 			response_field_append(x, r, i, b);
+	rewrites_append(&w, b);
 	if (r->status >= 200 && !x->facts.tunnel &&
 	    head_field(&r->head, "Date") == NULL)
 		buffer_print(b, "Date: %s\r\n", date_now());
-	if (!x->facts.local || x->facts.cached)
+	if ((!x->facts.local || x->facts.cached) &&
+	    !rewrites_take(&w, text_of("Via")))
 		buffer_print(b, "Via: 1.%u %s\r\n", r->minor, pseudonym);
 	buffer_append(b, r->extra);
 	if (options.cache != NULL && r->status >= 200 && !x->facts.tunnel)
@@ -7066,9 +10672,22 @@ response_pass(struct exchange *x, const struct response *r, size_t n)
 	return true;
 }
 
+/* A tunnel has no use for the request's head any more. */
+static void
+tunnel_forget(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+
+	f->open = false;
+	f->host = f->path = text_of("");
+	buffer_give(&f->head);
+	buffer_give(&f->answer);
+}
+
 /*
  * The exchange becomes a tunnel: two flows without framing.  It may be idle
- * for hours, so what the log needs moves to the slot, cut to its size.
+ * for hours, so what the log needs moves to the slot, cut to its size.  If
+ * rules ask for the name in its greeting, they need the head a little longer.
  */
 static void
 tunnel_start(struct exchange *x)
@@ -7077,18 +10696,20 @@ tunnel_start(struct exchange *x)
 	struct text *texts[] = { &f->name, &f->uri, &f->agent, &f->referer };
 	size_t i, used = 0, rest;
 
+	f->greeted = f->method != METHOD_CONNECT;
+
 	f->tunnel = true;
 	f->close = true;
 	for (i = 0; i < sizeof(texts) / sizeof(texts[0]); i++) {
-		rest = sizeof(x->note) - used;
+		rest = sizeof(x->note) - NOTE_SNI - used;
 		if (texts[i]->len > rest)
 			texts[i]->len = rest;
 		memcpy(x->note + used, texts[i]->at, texts[i]->len);
 		texts[i]->at = x->note + used;
 		used += texts[i]->len;
 	}
-	f->host = text_of("");
-	buffer_give(&f->head);
+	if (f->greeted || !f->open)
+		tunnel_forget(x);
 	flow_start(&x->up, FRAMING_CLOSE, FRAMING_CLOSE, 0);
 	flow_start(&x->down, FRAMING_CLOSE, FRAMING_CLOSE, 0);
 	exchange_enter(x, PHASE_RELAY);
@@ -7130,27 +10751,36 @@ static void
 cache_note(struct exchange *x, const struct response *r)
 {
 	struct facts *f = &x->facts;
+	const struct rule *rule;
+	char path[CACHE_PATH];
 	struct request q;
 
 	if (f->method == METHOD_CONNECT || f->method == METHOD_TRACE ||
-	    f->method == METHOD_OPTIONS ||
-	    request_parse(buffer_text(f->head), &q) != 1)
+	    f->method == METHOD_OPTIONS)
 		return;
+	exchange_request(x, &q);
+	rule = cache_rule(x, &q, r, response_length(r));
 	if (f->method != METHOD_GET && f->method != METHOD_HEAD) {
 		if (r->status >= 200 && r->status < 400)
 			cache_invalidate(x, r);
 	}
-	if ((f->forward != NULL || f->method == METHOD_POST) &&
-	    response_is_storable(&q, r) &&
+	if ((f->forward != NULL || f->method == METHOD_POST) && !f->nocache &&
+	    (rule == NULL || rule->action == ACTION_CACHE) &&
+	    response_is_storable(&q, r, rule ? rule->seconds : -1) &&
 	    (r->framing != FRAMING_LENGTH ||
-		r->length <= options.cache_size / 4))
+		r->length + cache.making <= options.cache_size / 4))
 		store_begin(x, &q, r);
 	if (f->storing)
 		f->hit = "stored";
 	if (f->fetch && f->storing == key_is_lone(f->key))
 		cache.lone[f->key % CACHE_LONE] = f->storing ? 0 : f->key;
-	if (!f->storing)
-		fetch_end(x, false);
+	if (f->storing)
+		return;
+	fetch_end(x, false);
+	(void)snprintf(path, sizeof(path), "%.800s%.100s", options.cache,
+	    x->note);
+	if (f->outdated)
+		(void)unlink(path);
 }
 
 /* True if the server's connection may serve another request after r. */
@@ -7167,13 +10797,12 @@ static void
 exchange_release(struct exchange *x)
 {
 	struct conn *s = &x->server;
-	char beyond[HOST_MAX + 10];
+	struct hop hop = exchange_hop(x, &x->facts.server);
 
-	exchange_beyond(x, beyond);
 	if (x->facts.keep_server && x->up.done && s->fd != -1 &&
 	    s->in == NULL && s->out == NULL && !s->readable && !s->eof &&
 	    !s->error && !s->deaf && !s->hung && !stop_at)
-		other_keep(s, &x->facts.server, beyond);
+		other_keep(s, &hop);
 	else
 		conn_close(s, false);
 }
@@ -7219,7 +10848,7 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 	size_t used;
 	int part;
 
-	(void)request_parse(buffer_text(f->head), &q);
+	exchange_request(x, &q);
 	r->framing = f->method == METHOD_HEAD ? FRAMING_NONE :
 	    f->body == UINT64_MAX             ? FRAMING_CLOSE :
 						FRAMING_LENGTH;
@@ -7310,9 +10939,12 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	(void)snprintf(path, sizeof(path), "%.800s%.100s", options.cache,
 	    x->note);
 	if (r->status == 304) {
-		bool good = request_parse(buffer_text(f->head), &q) == 1 &&
-		    entry_freshen(x, &q, r, path);
+		const struct rule *rule;
+		bool good;
 
+		exchange_request(x, &q);
+		rule = cache_rule(x, &q, NULL, 0);
+		good = entry_freshen(x, &q, r, rule ? rule->seconds : -1, path);
 		f->keep_server = response_keeps_server(x, r);
 		buffer_drop(x->server.in, n);
 		x->server.seen = 0;
@@ -7330,10 +10962,9 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	}
 	if (failed && cache_rescue(x, true))
 		return true;
-	if (!failed &&
+	f->outdated = !failed &&
 	    !((f->method == METHOD_HEAD || r->status == 206) &&
-		entry_resembles(x, r)))
-		(void)unlink(path);
+		entry_resembles(x, r));
 	entry_close(x);
 	return false;
 }
@@ -7376,6 +11007,21 @@ response_tunnel(struct exchange *x, const struct response *r, size_t n)
 	tunnel_start(x);
 }
 
+/* True if the rules, as far as they are open, let the server's answer pass. */
+static bool
+response_passes(struct exchange *x, const struct response *r, struct text head)
+{
+	struct request q;
+	struct view v;
+
+	if (!x->facts.open || x->facts.method == METHOD_CONNECT)
+		return true;
+	exchange_request(x, &q);
+	exchange_view(x, &q, &v);
+	view_response(&v, r, response_length(r));
+	return access_response(x, r, head, &v);
+}
+
 /* A whole head of n bytes has come from whoever answers. */
 static void
 response_accept(struct exchange *x, size_t n)
@@ -7395,12 +11041,16 @@ response_accept(struct exchange *x, size_t n)
 	f->answered = f->answered ? f->answered : now.ms;
 	if (response_wants_login(x, &r))
 		exchange_refuse(x,
-		    options.parent.login ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
+		    exchange_is_relayed(x) ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
 		    "");
 	else if (response_validates(x, &r, n))
 		return;
 	else if (f->cached)
 		response_from_entry(x, &r, n);
+	else if (!f->local && f->status == 0 &&
+	    (r.status >= 200 || r.status == 101) &&
+	    !response_passes(x, &r, head))
+		return;
 	else if (r.status == 101 && (!f->upgrade || !x->up.done))
 		exchange_refuse(x, REFUSE_UPGRADE, "");
 	else if (r.status == 101 ||
@@ -7497,6 +11147,8 @@ exchange_end(struct exchange *x)
 	fetch_leave(x);
 	entry_close(x);
 	buffer_give(&x->facts.head);
+	buffer_give(&x->facts.answer);
+	rules_give(&x->facts.rules);
 	x->facts = (struct facts){ 0 };
 	flow_start(&x->up, FRAMING_NONE, FRAMING_NONE, 0);
 	flow_start(&x->down, FRAMING_NONE, FRAMING_NONE, 0);
@@ -7545,6 +11197,60 @@ tunnel_judge(struct exchange *x)
 		return false;
 	exchange_end(x);
 	exchange_close(x, false);
+	return true;
+}
+
+/* Keeps the name in a tunnel's greeting for the log, cut to its room. */
+static void
+tunnel_note(struct exchange *x, struct text name)
+{
+	struct facts *f = &x->facts;
+	struct text host = text_cut(f->uri.at, text_find(f->uri, ':'));
+
+	if (text_same(name, host))
+		f->sni = (unsigned char)(host.at - x->note);
+	else {
+		f->sni = NOTE_MAX - NOTE_SNI;
+		if (name.len > NOTE_SNI)
+			name.len = NOTE_SNI;
+		memcpy(x->note + f->sni, name.at, name.len);
+	}
+	f->sni_len = (unsigned char)name.len;
+}
+
+/*
+ * Looks at what a tunnel's client says first, before any of it is passed on.
+ * True if it may pass.  Only if rules are open is all of a greeting waited
+ * for; by what is none they are judged as by one without a name.
+ */
+static bool
+tunnel_greet(struct exchange *x)
+{
+	struct conn *c = &x->client;
+	struct facts *f = &x->facts;
+	char name[HOST_MAX + 1] = "";
+	struct request q;
+	struct view v;
+	int hello = 0;
+
+	(void)conn_read(c);
+	if (c->in != NULL)
+		hello = hello_name(buffer_text(c->in), name, sizeof(name));
+	if (hello == 0 && !c->eof && !c->error && (f->open || c->in == NULL))
+		return false;
+	f->greeted = true;
+	if (hello == 1)
+		tunnel_note(x, text_of(name));
+	if (f->open) {
+		exchange_request(x, &q);
+		exchange_view(x, &q, &v);
+		v.known |= FACT_SNI;
+		v.never |= FACT_ADDRESS;
+		v.sni = text_of(name);
+		if (!access_judge(x, &v))
+			return false;
+		tunnel_forget(x);
+	}
 	return true;
 }
 
@@ -7605,9 +11311,14 @@ static bool
 relay_step(struct exchange *x)
 {
 	struct conn *c = &x->client, *s = &x->server;
-	bool moved = exchange_pump(x, &x->down, s, c);
+	bool greeted = !x->facts.tunnel || x->facts.greeted || tunnel_greet(x);
+	bool moved;
 
-	if (s->fd != -1 && !x->up.broken && exchange_pump(x, &x->up, c, s))
+	if (x->phase == PHASE_FREE)
+		return true;
+	moved = exchange_pump(x, &x->down, s, c);
+	if (greeted && s->fd != -1 && !x->up.broken &&
+	    exchange_pump(x, &x->up, c, s))
 		moved = true;
 	if (x->facts.tunnel)
 		return tunnel_judge(x) || moved;
@@ -7620,7 +11331,9 @@ relay_step(struct exchange *x)
 		relay_resume(x);
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
 	    c->out == NULL)
-		exchange_abort(x, END_SERVER, REFUSE_CUT_SHORT);
+		exchange_abort(x,
+		    x->facts.refusal == REFUSE_RULE ? END_RULE : END_SERVER,
+		    REFUSE_CUT_SHORT);
 	else
 		return moved;
 	return true;
@@ -7799,7 +11512,7 @@ exchange_check(const struct exchange *x)
 	    (s->in != NULL && buffer_len(s->in) >= x->down.ready));
 	assert(s->fd == -1 ||
 	    (x->phase >= PHASE_CONNECT && x->phase <= PHASE_RELAY));
-	assert(!x->facts.tunnel || x->facts.head == NULL);
+	assert(!x->facts.tunnel || x->facts.head == NULL || x->facts.open);
 	assert(c->out == NULL || c->out->overflow == 0);
 	assert(s->out == NULL || s->out->overflow == 0);
 }
@@ -8173,6 +11886,23 @@ loop_stop(void)
 			exchange_close(x, false);
 }
 
+/* HUP: a new log, new rules; what can't be had stays as it was. */
+static void
+loop_reload(void)
+{
+	struct rules *fresh = rules_read(rules_now);
+
+	if (!log_open())
+		warn("can't reopen the log %s: %s", options.log,
+		    strerror(errno));
+	if (fresh == NULL) {
+		warn("the old rules stay in force");
+		return;
+	}
+	rules_give(&rules_now);
+	rules_now = fresh;
+}
+
 /* The signals that came. */
 static void
 loop_signals(void)
@@ -8187,9 +11917,8 @@ loop_signals(void)
 	for (i = 0; i < n; i++) {
 		if (signals[i] == SIGUSR1)
 			loop_report();
-		else if (signals[i] == SIGHUP && !log_open())
-			warn("can't reopen the log %s: %s", options.log,
-			    strerror(errno));
+		else if (signals[i] == SIGHUP)
+			loop_reload();
 		else if (signals[i] == SIGTERM || signals[i] == SIGINT)
 			loop_stop();
 	}
@@ -8216,6 +11945,7 @@ loop_run(void)
 {
 	struct exchange *x;
 
+	cache_sweep();
 	while (!stop_at || (exchanges.busy > 0 && now.ms < stop_at)) {
 		if (loop_note(loop_poll()))
 			loop_kept();
@@ -8272,9 +12002,9 @@ signals_open(void)
 /* ---- 15. Main: options, startup ---- */
 
 static const char usage_text[] =
-    "usage: proxy [-ahvV] [-b address] [-c directory] [-k url]\n"
-    "             [-l [host:]port | -l /path] [-m n] [-o file] [-s size]\n"
-    "             [-t seconds] [-u user] [-x url]\n";
+    "usage: proxy [-ahnvV] [-b address] [-c directory] [-e rule] [-f file]\n"
+    "             [-k url] [-l [host:]port | -l /path] [-m n] [-o file]\n"
+    "             [-s size] [-t seconds] [-T url] [-u user] [-x url]\n";
 
 /* The command line is wrong. */
 static void
@@ -8305,96 +12035,56 @@ option_number(int letter, const char *argument, uint64_t min, uint64_t max)
 static uint64_t
 option_size(const char *argument)
 {
-	static const char units[] = "KMG";
-	struct text t = text_of(argument);
-	const char *unit = t.len > 1 ? strchr(units, t.at[t.len - 1]) : NULL;
-	uint64_t value = 0, max = (uint64_t)INT64_MAX >> 30;
+	uint64_t value = 0;
 
-	if (unit != NULL)
-		t.len--;
-	if (!number_parse(t, unit ? max : INT64_MAX, &value) || value == 0)
+	if (!size_parse(text_of(argument), &value) || value == 0)
 		usage("-s %s: not a size such as 500M", argument);
-	return unit ? value << (10 * (unit - units + 1)) : value;
-}
-
-/* -b: one address for each family. */
-static void
-option_from(const char *argument)
-{
-	struct address a = { 0 };
-
-	if (!address_parse(text_of(argument), 0, &a))
-		usage("-b %s: not a numeric address", argument);
-	options.from[a.family == AF_INET6] = a;
-}
-
-/* One half of user:password@, with %XX undone as in any URL. */
-static void
-option_credential(struct text t, char *to)
-{
-	size_t i, n = 0;
-
-	for (i = 0; i < t.len && n < CREDENTIAL_MAX; i++) {
-		int high = i + 2 < t.len && t.at[i] == '%' ?
-		    hex_value(t.at[i + 1]) :
-		    -1;
-		int low = high >= 0 ? hex_value(t.at[i + 2]) : -1;
-
-		if (low >= 0) {
-			to[n++] = (char)(high << 4 | low);
-			i += 2;
-		} else
-			to[n++] = t.at[i];
-	}
-	to[n] = '\0';
-	if (i < t.len)
-		usage("-x: user or password over %d bytes", CREDENTIAL_MAX);
+	return value;
 }
 
 /*
- * -x: http:// or socks5://, [user:password@]host:port.  A login is then wiped
- * from the argument, so that it does not show in the list of processes.
+ * A copy of an argument, which then has no password in it any more: it would
+ * show in the list of processes.
  */
-static void
+static const char *
+option_secret(char *argument)
+{
+	char *copy = strdup(argument), *at, *end;
+
+	if (copy == NULL)
+		die("no memory");
+	for (at = argument; (at = strstr(at, "://")) != NULL; at = end) {
+		at += 3;
+		end = at + strcspn(at, " \t\"");
+		while (end > at && *end != '@')
+			end--;
+		memset(at, '*', (size_t)(end - at));
+	}
+	return copy;
+}
+
+/* -x: it stands for a line. */
+static const char *
 option_parent(char *argument)
 {
-	char *secret = argument + strcspn(argument, "/");
-	struct parent *p = &options.parent;
-	struct text t = text_of(argument);
-	struct target target = { .host = { "", 0 } };
-	size_t at;
+	const char *url = option_secret(argument);
+	size_t size = strlen(url) + sizeof("via \"\"");
+	char *line = malloc(size);
 
-	memset(p, 0, sizeof(*p));
-	p->kind = text_starts(t, "http://") ? PARENT_HTTP : PARENT_SOCKS;
-	if (p->kind == PARENT_SOCKS && !text_starts(t, "socks5://") &&
-	    !text_starts(t, "socks5h://"))
-		usage("-x: it must begin with http:// or socks5://");
-	t = text_from(t, text_find(t, '/') + 2);
-	if (t.len > 0 && t.at[t.len - 1] == '/')
-		t.len--;
-	for (at = t.len; at > 0 && t.at[at - 1] != '@'; at--)
-		continue;
-	if (at > 0) {
-		struct text login = text_cut(t.at, at - 1);
-		size_t colon = text_find(login, ':');
+	if (line == NULL)
+		die("no memory");
+	(void)snprintf(line, size, "via \"%s\"", url);
+	return line;
+}
 
-		p->login = true;
-		option_credential(text_cut(login.at, colon), p->user);
-		if (colon < login.len)
-			option_credential(text_from(login, colon + 1),
-			    p->password);
-		t = text_from(t, at);
-	}
-	if (p->login && p->kind == PARENT_SOCKS &&
-	    (p->user[0] == '\0' || p->password[0] == '\0'))
-		usage("-x: SOCKS5 wants both a user and a password");
-	if (authority_parse(t, p->kind == PARENT_HTTP ? 8080 : 1080, &target) !=
-	    1)
-		usage("-x: no valid host:port in it");
-	(void)text_copy(target.host, p->host, sizeof(p->host));
-	p->port = target.port;
-	if (p->login)
-		memset(secret, '*', strlen(secret));
+/* -e and -f. */
+static void
+option_source(bool line, char *argument)
+{
+	if (options.sources_n == SOURCES_MAX)
+		usage("-e and -f: %d times at most", SOURCES_MAX);
+	options.sources[options.sources_n].line = line;
+	options.sources[options.sources_n++].at = option_secret(argument);
 }
 
 /* -V: the version, and the limits that this build was given. */
@@ -8412,24 +12102,50 @@ option_version(void)
 	exit(0);
 }
 
+/* Options that name something; false if it is none of them. */
+static bool
+option_name(int letter, const char *name)
+{
+	if (letter == 'c')
+		options.cache = name;
+	else if (letter == 'k')
+		options.key = name;
+	else if (letter == 'o')
+		options.log = name;
+	else if (letter == 'u')
+		options.user = name;
+	else
+		return false;
+	return true;
+}
+
 /* The command line into `options`; says what is wrong and exits 2. */
 static void
 options_parse(int argc, char **argv)
 {
+	static const char letters[] = ":ab:c:e:f:hk:l:m:no:s:t:T:u:vVx:";
 	int letter;
 
 	opterr = 0;
-	while (
-	    (letter = getopt(argc, argv, ":ab:c:hk:l:m:o:s:t:u:vVx:")) != -1) {
+	while ((letter = getopt(argc, argv, letters)) != -1) {
 		switch (letter) {
 		case 'a':
 			options.anonymous = true;
 			break;
 		case 'b':
-			option_from(optarg);
+			options.from[strchr(optarg, ':') != NULL] = optarg;
 			break;
-		case 'c':
-			options.cache = optarg;
+		case 'e':
+		case 'f':
+			option_source(letter == 'e', optarg);
+			break;
+		case 'n':
+			options.check = true;
+			break;
+		case 'T':
+			if (options.trials_n == SOURCES_MAX)
+				usage("-T: %d times at most", SOURCES_MAX);
+			options.trials[options.trials_n++] = optarg;
 			break;
 		case 's':
 			options.cache_size = option_size(optarg);
@@ -8437,9 +12153,6 @@ options_parse(int argc, char **argv)
 		case 'h':
 			printf("%s", usage_text);
 			exit(0);
-		case 'k':
-			options.key = optarg;
-			break;
 		case 'l':
 			if (options.listens == LISTENERS_MAX)
 				usage("-l: %d times at most", LISTENERS_MAX);
@@ -8449,15 +12162,9 @@ options_parse(int argc, char **argv)
 			options.connections = (unsigned)option_number('m',
 			    optarg, 1, CONNECTIONS_MAX);
 			break;
-		case 'o':
-			options.log = optarg;
-			break;
 		case 't':
 			options.idle_ms = 1000 *
 			    (int64_t)option_number('t', optarg, 1, 1000000000);
-			break;
-		case 'u':
-			options.user = optarg;
 			break;
 		case 'v':
 			options.verbose++;
@@ -8466,13 +12173,14 @@ options_parse(int argc, char **argv)
 			option_version();
 			break;
 		case 'x':
-			option_parent(optarg);
+			options.via = option_parent(optarg);
 			break;
 		case ':':
 			usage("-%c needs an argument", optopt);
 			break;
 		default:
-			usage("no option -%c", optopt);
+			if (!option_name(letter, optarg))
+				usage("no option -%c", optopt);
 		}
 	}
 	if (optind < argc)
@@ -8715,7 +12423,7 @@ key_visit(const char *path, void *argument)
 	const struct text *key = argument;
 	struct buffer *b = buffer_take();
 	struct entry e;
-	int fd = open(path, O_RDONLY);
+	int fd = open(path, O_RDONLY | O_NONBLOCK);
 	ssize_t n = -1;
 
 	if (fd != -1 && b != NULL)
@@ -8809,6 +12517,196 @@ pseudonym_make(void)
 		host_name[0] = '\0';
 }
 
+/* -n: all is right; with -v, what is in force. */
+static void
+check_end(void)
+{
+	if (options.verbose > 0)
+		rules_print(rules_now);
+	exit(0);
+}
+
+/*
+ * The head of the request that a -T describes: a URL, and behind it `client
+ * ADDRESS`, `user NAME`, `method NAME`.
+ */
+static void
+trial_build(struct exchange *x, char *words, struct account *user,
+    struct buffer *head)
+{
+	char *word = words + strcspn(words, " "), *value, *url = words;
+	const char *method = NULL;
+	bool https = text_starts(text_of(words), "https://");
+	size_t n = strlen("https://"), end;
+
+	x->peer.family = AF_UNIX;
+	while (*word != '\0') {
+		*word++ = '\0';
+		value = word + strcspn(word, " ");
+		if (*value != '\0')
+			*value++ = '\0';
+		if (strcmp(word, "client") == 0 &&
+		    address_parse(text_cut(value, strcspn(value, " ")), 0,
+			&x->peer))
+			;
+		else if (strcmp(word, "user") == 0)
+			user->user = text_cut(value, strcspn(value, " "));
+		else if (strcmp(word, "method") == 0)
+			method = value;
+		else
+			usage("-T %s: %s %s is none of: client ADDRESS, user "
+			      "NAME, method NAME",
+			    url, word, value);
+		word = value + strcspn(value, " ");
+	}
+	end = n + strcspn(url + (https ? n : 0), "/?");
+	if (https)
+		buffer_print(head, "CONNECT %.*s%s HTTP/1.1\r\n",
+		    (int)(end - n), url + n,
+		    text_find(text_cut(url + n, end - n), ':') < end - n ?
+			"" :
+			":443");
+	else
+		buffer_print(head, "%.*s %s HTTP/1.1\r\n",
+		    method ? (int)strcspn(method, " ") : 3,
+		    method ? method : "GET", url);
+	buffer_append(head, text_of("Host: x\r\n\r\n"));
+}
+
+/* Where a verdict comes from, behind what it says. */
+static void
+trial_print(const char *what, const char *word, const struct rule *rule)
+{
+	char name[RULE_NAME_MAX];
+
+	printf("\t%s: %s", what, word);
+	if (rule != NULL) {
+		rule_name(rule, name);
+		printf(" (%s: %s)", name, rule->text);
+	}
+	printf("\n");
+}
+
+/* Looks up the name of a trial's server; false, having said so, if it can't. */
+static bool
+trial_resolve(const struct request *q, struct address *a)
+{
+	struct addrinfo hints, *found;
+	char host[HOST_MAX + 1];
+	int error;
+
+	memset(&hints, 0, sizeof(hints));
+	hints.ai_socktype = SOCK_STREAM;
+	(void)text_copy(q->target.host, host, sizeof(host));
+	error = getaddrinfo(host, NULL, &hints, &found);
+	if (error != 0) {
+		printf("\taddress: %s\n", gai_strerror(error));
+		return false;
+	}
+	*a = address_import(found->ai_addr);
+	freeaddrinfo(found);
+	return true;
+}
+
+/* What the cache would do. */
+static void
+trial_cache(struct exchange *x, struct request *q)
+{
+	struct lookup l = { .fd = -1, .reuse = REUSE_VALIDATED };
+	struct control asked = control_parse(&q->head);
+	const struct rule *rule = cache_rule(x, q, NULL, 0);
+
+	if (!request_is_cacheable(x, q)) {
+		trial_print("cache", "none", rule);
+		return;
+	}
+	l.b = buffer_take();
+	lookup_run(x, q, &asked, &l);
+	trial_print("cache",
+	    l.reuse != REUSE_VALIDATED ? "answers" :
+		l.fd != -1             ? "validates" :
+					 x->facts.forward,
+	    rule);
+	if (l.fd != -1)
+		(void)close(l.fd);
+	buffer_give(&l.b);
+}
+
+/*
+ * One -T: what would happen.  The server's name is looked up if, and only if,
+ * the verdict depends on its address.  True if it is not denied.
+ */
+static bool
+trial_run(char *words)
+{
+	static const char *const access[] = { [ACTION_ALLOW] = "allow",
+		[ACTION_DENY] = "deny",
+		[ACTION_LOGIN] = "login",
+		[ACTION_DROP] = "drop" };
+	struct buffer *head = buffer_take();
+	struct account user = { NULL, { NULL, 0 }, { NULL, 0 } };
+	struct verdict verdict, route;
+	struct exchange x;
+	struct address a;
+	struct request q;
+	struct view v;
+
+	memset(&x, 0, sizeof(x));
+	if (head == NULL)
+		die("no memory");
+	printf("%s\n", words);
+	trial_build(&x, words, &user, head);
+	x.facts.user = user.user.at ? &user : NULL;
+	x.facts.rules = rules_now;
+	x.facts.head = head;
+	if (request_parse(buffer_text(head), &q) != 1 ||
+	    q.target.form == FORM_ORIGIN)
+		usage("-T %s: not a URL that begins with http:// or https://",
+		    words);
+	request_note(&x, &q);
+	exchange_view(&x, &q, &v);
+	verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
+	route = rules_judge(rules_now, GROUP_ROUTE, &v);
+	if ((route.truth == TRUTH_OPEN ||
+		(verdict.truth == TRUTH_OPEN && route.rule == NULL)) &&
+	    v.address == NULL && trial_resolve(&q, &a)) {
+		v.address = &a;
+		v.known |= FACT_ADDRESS;
+		verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
+		route = rules_judge(rules_now, GROUP_ROUTE, &v);
+	}
+	trial_print("access",
+	    verdict.truth == TRUTH_YES ? access[verdict.rule->action] :
+					 "open, the response decides",
+	    verdict.rule);
+	trial_print("route",
+	    route.truth == TRUTH_OPEN             ? "open" :
+		route.rule && route.rule->parents ? "via a parent" :
+						    "direct",
+	    route.rule);
+	if (options.cache != NULL)
+		trial_cache(&x, &q);
+	buffer_give(&head);
+	return verdict.truth != TRUTH_YES || !rule_refuses(verdict.rule, &v);
+}
+
+/* All -T; exit status 1 if one is denied. */
+static void
+trials_run(void)
+{
+	bool good = true;
+	unsigned i;
+
+	for (i = 0; i < options.trials_n; i++) {
+		char *copy = strdup(options.trials[i]);
+
+		if (copy == NULL || !trial_run(copy))
+			good = false;
+		free(copy);
+	}
+	exit(good ? 0 : 1);
+}
+
 /* Says where we are and how to use it. */
 static void
 banner(void)
@@ -8834,10 +12732,10 @@ banner(void)
 		warn("  export http_proxy=http://%s https_proxy=http://%s",
 		    words, words);
 	}
-	if (exposed)
-		warn("warning: whoever reaches these addresses may use the "
-		     "proxy; those not on this machine can't go to its "
-		     "loopback or link-local addresses");
+	if (exposed && options.sources_n == 0)
+		warn(
+		    "clients that are not on this machine are refused until "
+		    "a rule lets them in, as in: -e 'allow client 10.0.0.0/8'");
 }
 
 /*
@@ -8870,6 +12768,13 @@ main(int argc, char **argv)
 	options_parse(argc, argv);
 	if (options.key != NULL)
 		key_print(options.key);
+	rules_now = rules_read(NULL);
+	if (rules_now == NULL)
+		exit(2);
+	if (options.check)
+		check_end();
+	if (options.trials_n > 0)
+		trials_run();
 	pseudonym_make();
 	if (!names_start())
 		die("no helper for names: %s", strerror(errno));

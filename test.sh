@@ -1704,7 +1704,7 @@ test_start_banner() { # the banner names what is bound, with lines to paste
 = proxy: listening on %P
 ~ curl -x http://%P http
 ~ http_proxy=http://%P https_proxy=http://%P
-!~ may use the proxy
+!~ a rule lets
 END
 	"$peer" client "$proxy" c < /dev/null
 	[ "$(cat c.end)" = open ] || fail "nothing listens on $proxy"
@@ -1721,7 +1721,8 @@ test_start_addresses() { # several -l, port 0, [::1], the warning beyond loopbac
 	served "$(sed 's/.* on //' listening)"
 	stop_proxy
 	name=any start_proxy -l :0
-	grep 'may use' any.err > /dev/null || fail "no warning beyond loopback"
+	grep 'a rule lets them in' any.err > /dev/null ||
+		fail "no warning beyond loopback"
 	served "127.0.0.1:${proxy##*:}"
 	stop_proxy
 }
@@ -1733,7 +1734,11 @@ test_start_usage() { # bad options: one clear line, one of usage, exit 2
 		[ $status = 2 ] || fail "$options: exit status $status"
 		head -n 1 errors | grep '^proxy: ..*' > /dev/null ||
 			fail "$options: says $(head -n 1 errors)"
-		sed -n 2p errors | grep -i 'usage' > /dev/null ||
+		case $options in
+		-x* | -b*) want=1 ;;
+		*) want='.*usage' ;;
+		esac
+		sed -n '1s/.*/1/p; 2p' errors | grep -i "^$want" > /dev/null ||
 			fail "$options: no usage line"
 		[ ! -s out ] || fail "$options: writes to standard output"
 	done <<'END'
@@ -4518,7 +4523,8 @@ END
 test_names_guard() { # who is not local reaches nothing on loopback
 	me=$("$peer" myself) || skip "this machine has no address but loopback"
 	start_proxy -l "$me:0"
-	grep 'may use' err > /dev/null || fail "no warning beyond loopback"
+	grep 'a rule lets them in' err > /dev/null ||
+		fail "no warning beyond loopback"
 	for host in 127.0.0.1 127.1.2.3 '[::1]' 0.0.0.0 '[::]' 169.254.1.1 \
 	    '[fe80::1]' 224.0.0.1 '[ff02::1]' 255.255.255.255 \
 	    '[::ffff:127.0.0.1]'; do
@@ -4537,6 +4543,7 @@ test_names_guard() { # who is not local reaches nothing on loopback
 		log    " 403 .* why="
 END
 	done
+	start_proxy -l "$me:0" -e "allow client $me"
 	play -n 'another address of this machine is no secret' <<END
 	origin -a $me
 	origin head
@@ -8601,13 +8608,13 @@ test_resources_start() { # at start: under 1 MiB private
 	[ "$used" -lt 1024 ] || fail "$used KiB"
 }
 
-test_resources_size() { # cc -Os, stripped: under 120 KiB
+test_resources_size() { # cc -Os, stripped: under 160 KiB
 	sanitized && skip "a sanitizer build says nothing"
 	have strip || skip "no strip"
 	$cc -Os -o small "$here/proxy.c" 2> small.err || fail "$(cat small.err)"
 	strip small || skip "strip cannot strip"
 	size=$(wc -c < small)
-	[ "$size" -lt 122880 ] || fail "$size bytes"
+	[ "$size" -lt 163840 ] || fail "$size bytes"
 }
 
 test_resources_slow_readers() { # who does not read costs two buffers at most
@@ -10455,6 +10462,1312 @@ END
 	    counted_calls | head -n 3)"
 }
 
+# Gets /FROM to /TO from the origin at hand on one connection:
+# get_many FROM TO
+get_many() {
+	awk -v from="$1" -v to="$2" 'BEGIN {
+		for (n = from; n <= to; n++)
+			printf "send GET http://%%O/%d HTTP/1.1\\nHost: " \
+			    "%%O\\nX-A: 1\\n\\n\nanswer\n", n
+	}' > many.steps
+	client many < many.steps
+	grep '^open$' many.end > /dev/null || fail "${what-}: $(cat many.end)"
+}
+
+# An origin whose answers are fresh, so many bytes, each its own entry:
+# many_origin BYTES ['response fields\n']
+many_origin() {
+	origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=9999\n${2-}Content-Length: $1\n\n\{$1:x}
+loop
+END
+}
+
+# KiB of the disk that all files of the cache take.
+disk_use() {
+	find cache -type f -exec du -k {} + 2> /dev/null |
+		awk '{ sum += $1 } END { print sum + 0 }'
+}
+
+# The entry of a path of the origin at hand; nothing if there is none.
+entry_of() {
+	find cache -type f ! -name 'tmp*' -exec \
+	    grep -l -x "key: http://$origin/$1" {} + 2> /dev/null
+}
+
+# Sets the files' times to HOURS[:MINUTES] ago: aged HOURS FILE...
+aged() {
+	aged_when=$(TZ="AGO$1" date +%Y%m%d%H%M.%S)
+	shift
+	TZ=UTC0 touch -t "$aged_when" "$@"
+}
+
+# True if a file's time is less than HOURS[:MINUTES] ago: younger HOURS FILE
+younger() {
+	: > younger.ref
+	aged "$1" younger.ref
+	[ -n "$(find "$2" -newer younger.ref)" ]
+}
+
+# How many of the entries /FROM to /TO are there: there FROM TO
+there() {
+	there_n=0
+	there_i=$1
+	while [ "$there_i" -le "$2" ]; do
+		[ -z "$(entry_of "$there_i")" ] || there_n=$((there_n + 1))
+		there_i=$((there_i + 1))
+	done
+	echo $there_n
+}
+
+# Old ones went, and what is younger (9 to 24) not before all of them.
+swept_in_order() {
+	[ "$(there 1 8)" -lt 8 ] &&
+		{ [ "$(there 9 24)" = 16 ] || [ "$(there 1 8)" = 0 ]; }
+}
+
+test_cache_sweep() { # what was used least recently goes, and nothing without need
+	start_cache -s 1M
+	many_origin 20000
+	# 25 times 24 KiB are less than five eighths of 1 MiB: all stay.
+	get_many 1 25
+	[ "$(there 1 25)" = 25 ] || [ "$(disk_use)" -gt 604 ] ||
+		fail "of 25 there are $(there 1 25)"
+	[ "$(disk_use)" = 604 ] || skip "files take $(disk_use) KiB here"
+	n=0
+	while [ $((n += 1)) -le 24 ]; do
+		aged $((n <= 8 ? 20 : 2)) "$(entry_of $n)"
+	done
+	# This one is as old as any, but then it is used.
+	aged 20 "$(entry_of 25)"
+	get_many 25 25
+	younger 1 "$(entry_of 25)" || fail "a hit does not show in its time"
+	# 21 more would make 1108 KiB; they and the one used are 528.
+	get_many 26 46
+	wait_for 10 swept_in_order ||
+		fail "oldest $(there 1 8) of 8, old $(there 9 24) of 16"
+	[ "$(there 25 46)" = 22 ] || fail "of the young there are" \
+		"$(there 25 46), not 22"
+	get_many 25 46
+	hits=$(grep -c hit=fresh log)
+	[ "$hits" = 23 ] || fail "$hits hits, not 23"
+}
+
+# Fills the cache of 1 MiB many times over while it is looked at:
+# overfill WHAT BYTES COUNT ['response fields\n']
+overfill() {
+	what=$1
+	many_origin "$2" "${4-}"
+	rm -f many.end
+	(get_many 1 "$3") &
+	overfill_pid=$!
+	overfill_most=0
+	until [ -f many.end ]; do
+		overfill_now=$(disk_use)
+		[ "$overfill_now" -le "$overfill_most" ] ||
+			overfill_most=$overfill_now
+		[ "$overfill_most" -le 1024 ] || break
+	done
+	wait $overfill_pid || fail "$(cat "$T/.fail")"
+	[ "$overfill_most" -le 1024 ] || fail "$what: $overfill_most KiB of 1024"
+	echo "$what: at most $overfill_most KiB"
+	[ "$overfill_most" -gt 300 ] || fail "$what: only $overfill_most KiB"
+}
+
+test_cache_sweep_size() { # the directory is never larger than -s
+	start_cache -s 1M
+	overfill 'middling objects' 20000 600
+	overfill 'large objects' 250000 60
+	overfill 'small objects' 10 2000
+	overfill 'small objects with Vary' 10 1000 'Vary: X-A\n'
+	served
+}
+
+test_cache_sweep_markers() { # what turned out too large leaves nothing behind, Vary or not
+	start_cache -s 256K
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=9999\nVary: X-A\nTransfer-Encoding: chunked\n\n11170\n\{70000:x}\n0\n\n
+loop
+END
+	get_many 1 200
+	wait_for 5 '[ "$(disk_use)" -le 256 ]' ||
+		fail "$(disk_use) KiB of 256 in $(entries | wc -l) files"
+	served
+}
+
+test_cache_sweep_restart() { # a directory that is too full is swept at the start
+	start_cache -s 10M
+	many_origin 20000
+	get_many 1 60
+	[ "$(disk_use)" -ge 1200 ] || skip "files take $(disk_use) KiB here"
+	n=0
+	while [ $((n += 1)) -le 60 ]; do
+		aged $((n <= 3 ? 9 : 1)) "$(entry_of $n)"
+	done
+	stop_proxy
+	start_cache -s 10M
+	served
+	"$peer" sleep 300
+	[ "$(there 1 60)" = 60 ] || fail "without need $(there 1 60) of 60 stay"
+	stop_proxy
+	# Nobody asks for anything.
+	start_cache -s 1M
+	wait_for 10 '[ "$(disk_use)" -le 1024 ]' || fail "$(disk_use) KiB stay"
+	wait_for 5 '[ "$(there 1 3)" = 0 ]' || fail "the oldest are still there"
+	[ "$(disk_use)" -ge 400 ] || fail "only $(disk_use) KiB are left"
+	served
+}
+
+test_cache_recency() { # a hit renews an entry's time, every ten minutes at most
+	start_cache
+	fresh_origin
+	get_fresh
+	entry
+	aged 1 "$entry_file"
+	younger 0:59 "$entry_file" && fail "its time can't be set"
+	get_fresh
+	younger 0:10 "$entry_file" || fail "a hit does not renew its time"
+	# Whatever the proxy remembers of it: what is recent stays as it is.
+	aged 0:05 "$entry_file"
+	get_fresh
+	younger 0:04 "$entry_file" && fail "renewed after five minutes"
+	younger 0:07 "$entry_file" || fail "it has got older"
+	stop_proxy
+	younger 0:07 "$entry_file" || fail "the time is lost with the proxy"
+	start_cache
+	get_fresh
+	younger 0:04 "$entry_file" && fail "after a restart: renewed too early"
+	younger 0:07 "$entry_file" || fail "it has got older after a restart"
+	stop_proxy
+	start_cache
+	aged 0:11 "$entry_file"
+	get_fresh
+	younger 0:05 "$entry_file" || fail "not renewed after eleven minutes"
+	# A validation and a part of it are uses too.
+	for fields in 'Cache-Control: max-age=0\n' 'Range: bytes=1-2\n'; do
+		stop_proxy
+		start_cache
+		entry
+		aged 1 "$entry_file"
+		client u <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n$fields\n
+until \n\n
+END
+		entry
+		younger 0:10 "$entry_file" || fail "$fields: not renewed"
+	done
+}
+
+# Mounts a disk of SIZE for the cache, until the test ends: small_disk SIZE
+small_disk() {
+	[ "$(id -u)" = 0 ] || skip "only root can mount a small disk"
+	mkdir "$T/cache"
+	mount -t tmpfs -o "size=$1" tmpfs "$T/cache" 2> mount.err ||
+		skip "no tmpfs: $(head -n 1 mount.err)"
+	trap 'reap; umount "$T/cache" || umount -l "$T/cache"' EXIT
+}
+
+# So many KiB are still free on it.
+disk_free() {
+	df -P -k "$T/cache" | awk 'NR == 2 { print $4 }'
+}
+
+test_cache_floor() { # on a disk that is nearly full nothing is stored
+	small_disk 1M
+	start_cache
+	fresh_origin
+	get_fresh
+	get_fresh
+	asked 1
+	# 40 KiB are less than a twentieth, though an entry would fit.
+	head -c $((($(disk_free) - 40) * 1024)) /dev/zero > cache/aa ||
+		fail "the disk can't be filled"
+	[ "$(disk_free)" -ge 36 ] && [ "$(disk_free)" -le 44 ] ||
+		fail "$(disk_free) KiB are free"
+	rm cache/[0-9a-f][0-9a-f]/*
+	head -c 10240 /dev/zero > cache/ab
+	get_fresh
+	get_fresh
+	asked 3
+	[ -z "$(find cache -name 'tmp*')" ] || fail "$(find cache -name 'tmp*')"
+	logged <<'END'
+~ miss=stored
+~ hit=fresh
+~ 200 10000 .* miss=uri-miss .* end=done
+~ 200 10000 .* miss=uri-miss .* end=done
+END
+	# There is room again.
+	rm cache/aa
+	get_fresh
+	get_fresh
+	asked 4
+	served
+}
+
+test_cache_floor_middle() { # a disk that gets full while storing costs the entry only
+	small_disk 1M
+	start_cache
+	what='known length'
+	fresh_origin 2000000
+	get_fresh 2000000
+	get_fresh 2000000
+	asked 2
+	[ -z "$(entries)" ] || fail "there is $(entries)"
+	rm -f o.*
+	what=chunks
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nTransfer-Encoding: chunked\n\nF4240\n
+fill 1000000
+send \nF4240\n
+fill 1000000
+send \n0\n\n
+END
+	for n in 1 2; do
+		client c$n <<'END'
+send GET http://%O/x HTTP/1.0\n\n
+until \n\n
+skip 2000000
+eof
+END
+		grep '^eof$' c$n.end > /dev/null || fail "$what: $(cat c$n.end)"
+	done
+	asked 2
+	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+	logged <<'END'
+#4 200 2000000 .* end=done
+!~ hit=
+END
+	rm -f o.*
+	what='what fits'
+	fresh_origin 9000
+	get_fresh 9000
+	get_fresh 9000
+	asked 1
+	served
+}
+
+test_cache_floor_follower() { # nor the answer of a client that follows
+	small_disk 1M
+	start_cache
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nETag: "a"\nCache-Control: max-age=999\nContent-Length: 2000000\n\n
+fill 100000
+await more
+fill 1900000
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nETag: "a"\nCache-Control: max-age=999\nContent-Length: 2000000\n\n
+fill 2000000
+END
+	for n in 1 2; do
+		client_bg c$n <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+skip 100000
+touch some$n
+skip 1900000
+END
+		wait_for 15 "[ -f some$n ]" || fail "client $n has nothing"
+	done
+	asked 1
+	touch more
+	for n in 1 2; do
+		ended c$n
+		grep '^open$' c$n.end > /dev/null || fail "$n: $(cat c$n.end)"
+	done
+	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+	served
+}
+
+# What -k prints for a URL must be the files in "want": purged URL
+purged() {
+	run_proxy -c cache -k "$1"
+	[ "$status" = 0 ] || fail "-k $1: status $status: $(cat errors)"
+	[ ! -s errors ] || fail "-k $1: says $(cat errors)"
+	sort out > listed
+	cmp want listed > /dev/null ||
+		fail "-k $1: $(tr '\n' ' ' < listed), not $(tr '\n' ' ' < want)"
+}
+
+test_cache_purge() { # -k prints the files of a URL, however it is spelt
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nVary: X-A\nCache-Control: max-age=99\nContent-Length: 4\n\none\l
+loop
+END
+	start_cache -x "http://$origin"
+	host=some.example
+	urls="http://$host/v http://$host/vv http://$host/v?a http://$host/
+	    http://$host:8080/v http://other.example/v"
+	for url in $urls; do
+		for a in 1 2 3; do
+			client c <<END
+send GET $url HTTP/1.1\nHost: x\nX-A: $a\n\n
+answer
+END
+		done
+	done
+	[ "$(entries | wc -l)" -eq 24 ] || fail "$(entries | wc -l) files"
+	for url in $urls; do
+		key=$(echo "$url" | sed 's|example/|example:80/|')
+		find cache -type f -exec grep -l -x -F "key: $key" {} + |
+			sort > want
+		[ "$(wc -l < want)" -eq 4 ] || fail "$url: $(wc -l < want) files"
+		purged "$url"
+	done
+	find cache -type f -exec grep -l -x -F "key: http://$host:80/v" {} + |
+		sort > want
+	for url in "HTTP://$host/v" http://SOME.example/v "http://$host:80/v" \
+	    HTTP://Some.Example:80/v "http://$host:080/v"; do
+		purged "$url"
+	done
+	find cache -type f -exec grep -l -x -F "key: http://$host:80/" {} + |
+		sort > want
+	for url in "http://$host/" "http://$host" "HTTP://$host:80"; do
+		purged "$url"
+	done
+	client c <<END
+send GET http://SOME.Example:80/v HTTP/1.1\nHost: x\nX-A: 2\n\n
+answer
+END
+	logged <<'END'
+~ hit=fresh
+END
+	# shellcheck disable=SC2046 # paths are words
+	rm $(cd "$T" && "$proxy_bin" -c cache -k "http://$host/v")
+	: > want
+	for url in "http://$host/v" "http://$host/V" "http://$host/none" \
+	    http://none.example/v "http://$host:81/v" "http://$host/v?"; do
+		purged "$url"
+	done
+	log_from=$(($(wc -l < log) + 1))
+	for a in 1 1 2; do
+		client c <<END
+send GET http://$host/v HTTP/1.1\nHost: x\nX-A: $a\n\n
+answer
+END
+	done
+	client c <<END
+send GET http://$host/vv HTTP/1.1\nHost: x\nX-A: 3\n\n
+answer
+END
+	logged <<'END'
+~ miss=stored
++~ hit=fresh
++~ miss=stored
++~ /vv .* hit=fresh
+END
+}
+
+test_cache_purge_odd() { # -k passes over what is no entry
+	start_cache
+	mkdir -p cache/aa
+	mkfifo cache/aa/fifo
+	ln -s fifo cache/aa/link
+	mkdir cache/aa/directory
+	: > cache/aa/empty
+	: > want
+	purged http://some.example/none
+}
+
+test_cache_purge_usage() { # wrong use of -k: exit 2, and nothing is made
+	mkdir empty
+	while read -r options; do
+		# shellcheck disable=SC2086 # options are words
+		run_proxy $options
+		[ "$status" = 2 ] || fail "$options: exit status $status"
+		[ ! -s out ] || fail "$options: prints $(cat out)"
+		head -n 1 errors | grep '^proxy: ..*' > /dev/null ||
+			fail "$options: says $(head -n 1 errors)"
+	done <<'END'
+-k http://some.example/
+-k
+-c empty -k
+-c empty -k some.example
+-c empty -k /v
+-c empty -k https://some.example/
+-c empty -k http://
+-c empty -k http://some.example:0/
+-c empty -k http://some.example:99999/
+-c empty -k http://some.example/ http://other.example/
+END
+	run_proxy -c empty -k http://some.example/
+	[ "$status" = 0 ] || fail "an empty directory: status $status"
+	run_proxy -c none -k http://some.example/
+	[ ! -s out ] || fail "no directory: prints $(cat out)"
+	[ ! -e none ] || fail "it makes a directory"
+	[ -z "$(ls empty)" ] || fail "it makes $(ls empty)"
+}
+
+# Bytes that the proxy writes to files of the cache while a client gets so many
+# of /x, into $written; empty if nobody can tell: count_written BYTES
+count_written() {
+	written=
+	if have strace && spawn strace.err strace -y -o calls -p "$proxy_pid" \
+	    -e trace=write,writev,pwrite64,pwritev &&
+	    wait_for 10 '[ -s strace.err ]' &&
+	    grep 'attached' strace.err > /dev/null; then
+		get_fresh "$1"
+		kill "$spawned"
+		wait "$spawned"
+		written=$(sed -n 's|^[a-z0-9]*([0-9]*<[^>]*/cache/.* = ||p' calls |
+			awk '{ sum += $1 } END { print sum + 0 }')
+	elif [ -r "/proc/$proxy_pid/io" ]; then
+		count_from=$(sed -n 's/^wchar: //p' "/proc/$proxy_pid/io")
+		get_fresh "$1"
+		# What the client got was written too.
+		written=$(($(sed -n 's/^wchar: //p' "/proc/$proxy_pid/io") -
+		    count_from - $1))
+	fi
+}
+
+test_cache_validated_large() { # validating 100 MiB writes a few KiB
+	[ "$(df -P -k . | awk 'NR == 2 { print $4 }')" -gt 400000 ] ||
+		skip "too little room on the disk"
+	start_cache -s 500M
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nETag: "a"\nX-A: old\nCache-Control: max-age=0\nContent-Length: 104857600\n\n
+fill 104857600
+---
+head
+send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\nX-A: new\nCache-Control: max-age=9999\n\n
+END
+	get_fresh 104857600
+	entry
+	count_written 104857600
+	echo "$written bytes are written"
+	[ -n "$written" ] || skip "neither strace nor /proc/PID/io"
+	seen g <<'END'
+= X-A: new
+~ ^Cache-Status: proxy-ID; fwd=stale; fwd-status=304
+END
+	[ "$written" -gt 0 ] && [ "$written" -lt 65536 ] || fail "$written bytes are written"
+	asked 2
+	get_fresh 104857600
+	asked 2
+	seen g <<'END'
+= X-A: new
+~ ^Cache-Status: proxy-ID; hit; ttl=[0-9]
+END
+	logged <<'END'
+~ 200 104857600 .* miss=stored
+~ 200 104857600 .* hit=validated
+~ 200 104857600 .* hit=fresh
+END
+	[ "$(entries)" = "$entry_file" ] || fail "it became $(entries)"
+}
+
+# ---- Cache: collapsed forwarding
+
+# Waits until the origin has been asked so often: reached NAME N
+reached() {
+	wait_for 15 "[ -s $1.$2 ]" ||
+		fail "${what-}: request $2 does not reach the origin"
+}
+
+# What clients sent before this has been read by the proxy when it returns,
+# for the proxy takes things in their order.
+taken() {
+	for taken_file; do
+		wait_for 15 "[ -f $taken_file ]" || fail "${what-}: no $taken_file"
+	done
+	play_title=${what-}
+	served
+}
+
+# The connection of a client must have ended like this: ends NAME ERE
+ends() {
+	ended "$1"
+	grep -E "$2" "$1.end" > /dev/null || fail "${what-}: $1: $(cat "$1.end")"
+}
+
+# A client in the background that gets URL-PATH and BYTES of the pattern, and
+# tells when it has sent its request (NAME.sent), has a head (NAME.head) and
+# the first 1000 bytes (NAME.some): getter NAME PATH BYTES ['fields\n']
+# An HTTP/1.0 client: what ends in the middle is an error there too.
+getter() {
+	client_bg "$1" <<END
+send GET http://%O$2 HTTP/1.0\n${4-}\n
+touch $1.sent
+until \n\n
+touch $1.head
+skip 1000
+touch $1.some
+skip $(($3 - 1000))
+eof
+END
+}
+
+# Two clients, one fetch: the second one's log line and Cache-Status.
+collapsed() {
+	seen "$1" <<'END'
+= HTTP/1.1 200 OK
+~ ^Cache-Status: proxy-ID; fwd=uri-miss.*; collapsed
+END
+	logged <<'END'
+#1 miss=stored .* end=done$
+#1 hit=collapsed .* end=done$
+END
+	log_from=$(($(wc -l < log) + 1))
+}
+
+test_cache_collapsed() { # two clients, one request; both are served as it comes
+	start_cache
+	log_from=1
+	for what in length chunks close; do
+		rm -f go more
+		case $what in
+		length) how='Content-Length: 300000\n\n' middle='' end='' ;;
+		chunks)
+			how='Transfer-Encoding: chunked\n\n249F0\n'
+			middle='send \n249F0\n'
+			end='send \n0\n\n'
+			;;
+		close) how='Connection: close\n\n' middle='' end=close ;;
+		esac
+		origin "o$what" <<END
+head
+await go
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nX-A: b\n$how
+fill 150000
+await more
+$middle
+fill 150000
+$end
+END
+		getter "a$what" /x 300000
+		reached "o$what" 1
+		getter "b$what" /x 300000
+		taken "b$what.sent"
+		[ ! -f "o$what.2" ] || fail "$what: the origin is asked twice"
+		touch go
+		# Both have what is there while the rest has not come yet.
+		wait_for 15 "[ -f a$what.some ] && [ -f b$what.some ]" ||
+			fail "$what: the answer does not come as it grows"
+		[ ! -f "a$what.end" ] && [ ! -f "b$what.end" ] ||
+			fail "$what: $(cat "a$what.end" "b$what.end")"
+		touch more
+		ends "a$what" '^eof$'
+		ends "b$what" '^eof$'
+		[ ! -f "o$what.2" ] || fail "$what: the origin is asked twice"
+		collapsed "b$what"
+		client "c$what" <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+skip 300000
+END
+		ends "c$what" '^open$'
+		[ ! -f "o$what.2" ] || fail "$what: it is not stored"
+		log_from=$(($(wc -l < log) + 1))
+	done
+}
+
+test_cache_collapsed_growing() { # who comes in the middle of a chunked answer follows
+	start_cache
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nTransfer-Encoding: chunked\n\n5\nfirst\n
+await more
+send 6\nsecond\n
+await last
+send 5\nthird\n0\n\n
+END
+	for n in 1 2 3; do
+		client_bg c$n <<END
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+until first
+touch first$n
+until second
+touch second$n
+until third
+until \n0\n\n
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+answer
+END
+		taken first$n
+	done
+	asked 1
+	touch more
+	taken second1 second2 second3
+	touch last
+	for n in 1 2 3; do
+		ends c$n '^open$'
+		seen c$n <<'END'
+#1 ^Transfer-Encoding: chunked$
+#1 ^Content-Length
+~ first
+~ second
+~ third
+~ ^HTTP/1.1 200 OK
+~ ^firstsecondthird
+END
+	done
+	asked 1
+	logged <<'END'
+#1 200 16 .* miss=stored .* end=done$
+#2 200 16 .* hit=collapsed .* end=done$
+END
+	logged <<'END'
+#3 200 16 .* hit=fresh .* end=done$
+END
+}
+
+test_cache_collapsed_private() { # what can't be stored is fetched for each
+	start_cache
+	for what in private no-store 'no cache wish' 404; do
+		rm -f go asked ./*.sent
+		control='Cache-Control: max-age=999\n'
+		status='200 OK'
+		case $what in
+		private) control='Cache-Control: private, max-age=999\n' ;;
+		no-store) control='Cache-Control: no-store\n' ;;
+		'no cache wish') control= ;;
+		404) control='' status='404 No' ;;
+		esac
+		rm -f o.[0-9]*
+		origin o <<END
+head
+touch asked
+await go
+send HTTP/1.1 $status\nConnection: close\n${control}Content-Length: 4\n\none\l
+---
+head
+send HTTP/1.1 $status\nConnection: close\n${control}Content-Length: 4\n\ntwo\l
+END
+		for c in a b; do
+			rm -f $c $c.end
+			client_bg $c <<END
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+touch $c.sent
+answer
+END
+			taken $c.sent asked
+		done
+		[ ! -f o.2 ] || fail "$what: the second does not wait"
+		touch go
+		ends a '^open$'
+		ends b '^open$'
+		seen a <<END
+= HTTP/1.1 $status
+= one\l
+END
+		seen b <<END
+= HTTP/1.1 $status
+!~ ^Cache-Status:.*(collapsed|hit)
+END
+		seen b <<'END'
+= two\l
+END
+		asked 2
+	done
+	logged <<'END'
+!~ hit=
+END
+}
+
+test_cache_collapsed_many() { # ten at once on what can't be stored wait for one answer, not for nine
+	start_cache
+	{
+		cat <<'END'
+head
+touch asked
+await go
+stall 300
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: private\nContent-Length: 4\n\none\l
+END
+		for n in 2 3 4 5 6 7 8 9 10; do
+			cat <<'END'
+---
+head
+await all
+stall 300
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: private\nContent-Length: 4\n\ntwo\l
+END
+		done
+	} > scripts
+	origin o < scripts
+	for n in 1 2 3 4 5 6 7 8 9 10; do
+		client_bg c$n <<END
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+touch sent$n
+answer
+END
+		taken sent$n asked
+	done
+	asked 1
+	touch go
+	# Nine more before any of them is answered.
+	wait_for 10 '[ -s o.10 ]' || fail "of ten requests the origin has" \
+		"$(find . -name 'o.*' ! -name '*.*.*' -size +0 | wc -l)"
+	touch all
+	for n in 1 2 3 4 5 6 7 8 9 10; do
+		ends c$n '^open$'
+	done
+	n=$(grep -c '^one' c? c10 | grep -c ':1$')
+	[ "$n" = 1 ] || fail "$n clients got the first answer"
+	n=$(grep -c '^two' c? c10 | grep -c ':1$')
+	[ "$n" = 9 ] || fail "$n clients got an answer of their own"
+	asked 10
+}
+
+# While one client waits for a head (await) or has a part of the body (grow),
+# a request of another kind goes to the origin at once:
+# alone WHAT 'request to \n\n and its body' [STEP], which reads that body
+alone() {
+	for alone_when in await grow; do
+		what="$1, $alone_when"
+		rm -f asked go last a a.* b b.* o.[0-9]*
+		alone_head='HTTP/1.1 200 OK\nConnection: close\nCache-Control: public, max-age=999\n'
+		origin o <<END
+head
+touch asked
+$([ $alone_when = grow ] || echo await go)
+send ${alone_head}Content-Length: 300000\n\n
+fill 150000
+await go
+fill 150000
+---
+head
+${3-}
+send ${alone_head}Content-Length: 4\n\ntwo\l
+END
+		getter a /x 300000
+		taken asked a.sent
+		[ $alone_when = await ] || taken a.some
+		client b <<END
+send $2
+answer
+END
+		ends b '^open$'
+		seen b <<'END'
+~ ^HTTP/1.1 200
+!~ ^Cache-Status:.*(collapsed|hit)
+END
+		seen b <<'END'
+= two\l
+END
+		asked 2
+		touch go
+		ends a '^eof$'
+		asked 2
+	done
+}
+
+test_cache_collapsed_never() { # uploads, ranges, logins and no-store neither wait nor follow
+	start_cache
+	alone POST 'POST http://%O/x HTTP/1.1\nHost: %O\nContent-Length: 3\n\nabc' 'want 3'
+	alone PUT 'PUT http://%O/x HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\n\n3\nabc\n0\n\n' 'until \n0\n\n'
+	alone 'GET with a body' 'GET http://%O/x HTTP/1.1\nHost: %O\nContent-Length: 3\n\nabc' 'want 3'
+	alone Range 'GET http://%O/x HTTP/1.1\nHost: %O\nRange: bytes=1-4\n\n'
+	alone Authorization 'GET http://%O/x HTTP/1.1\nHost: %O\nAuthorization: Basic eDp5\n\n'
+	alone no-store 'GET http://%O/x HTTP/1.1\nHost: %O\nCache-Control: no-store\n\n'
+	logged <<'END'
+!~ hit=
+END
+}
+
+# The fetch breaks off while another client follows, which then asks on its
+# own: broken WANT 'first fields\n' 'second fields\n' [HOW [BYTES]]; WANT is
+# whole or short, HOW length (as without) or chunks, BYTES what comes then
+broken() {
+	what="$1: $2 then $3, ${4-length}"
+	rm -f cut [abcd] [abcd].* o.[0-9]*
+	case ${4-length} in
+	length)
+		broken_how='Content-Length: 300000\n\n'
+		broken_end=
+		broken_short='^(eof|reset) skip'
+		;;
+	chunks)
+		broken_how='Transfer-Encoding: chunked\n\n493E0\n'
+		# To an HTTP/1.0 client only a reset tells.
+		broken_short='^reset skip'
+		broken_end='send \n0\n\n'
+		;;
+	esac
+	origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n$2$broken_how
+fill 150000
+await cut
+close
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\n$3$broken_how
+fill ${5-300000}
+${5+close}
+$broken_end
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nContent-Length: 300000\n\n
+fill 300000
+END
+	getter a /x 300000
+	taken a.some
+	getter b /x 300000
+	taken b.some
+	asked 1
+	touch cut
+	ends a "$broken_short"
+	case $1 in
+	whole) ends b '^eof$' ;;
+	short) ends b "$broken_short" ;;
+	esac
+	asked 2
+	# What is stored then is whole.
+	getter c /x 300000
+	ends c '^eof$'
+	getter d /x 300000
+	ends d '^eof$'
+	wait_for 5 '[ -z "$(find cache -name "tmp*")" ]' ||
+		fail "$what: left: $(find cache -name 'tmp*')"
+	served
+}
+
+test_cache_collapsed_broken() { # the fetch breaks off: who follows goes on alone, or ends visibly short
+	start_cache
+	modified='Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
+	broken whole 'ETag: "a"\n' 'ETag: "a"\n'
+	broken whole 'ETag: "a"\n' 'ETag: "a"\n' chunks
+	broken whole "$modified" "$modified"
+	broken short 'ETag: "a"\n' 'ETag: "b"\n'
+	broken short 'ETag: "a"\n' 'ETag: "b"\n' chunks
+	broken short 'ETag: "a"\n' 'ETag: "a"\n' length 200000
+	broken short 'ETag: "a"\n' 'ETag: "a"\n' chunks 200000
+	broken short 'ETag: W/"a"\n' 'ETag: W/"a"\n'
+	broken short 'ETag: "a"\n' ''
+	broken short "ETag: \"a\"\n$modified" "ETag: \"b\"\n$modified"
+	broken short "$modified" 'Last-Modified: Mon, 07 Nov 1994 08:49:37 GMT\n'
+}
+
+test_cache_collapsed_large() { # what grows too large is not stored, and whole for those who follow
+	for etag in 'ETag: "a"\n' ''; do
+		what="with ${etag:-no ETag}"
+		rm -rf cache
+		rm -f more a a.* b b.* o.[0-9]*
+		start_cache -s 1M
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n${etag}Transfer-Encoding: chunked\n\n927C0\n
+fill 100000
+await more
+fill 500000
+send \n0\n\n
+---
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n${etag}Transfer-Encoding: chunked\n\n927C0\n
+fill 600000
+send \n0\n\n
+END
+		getter a /x 600000
+		taken a.some
+		getter b /x 600000
+		taken b.some
+		asked 1
+		touch more
+		ends a '^eof$'
+		ends b '^eof$'
+		wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+		served
+		stop_proxy
+	done
+}
+
+test_cache_collapsed_dropped() { # who follows what stops being stored gets all the same
+	start_cache -s 1M
+	# Together they are more than may be in the making.
+	for n in 1 2; do
+		origin o$n <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 200000\n\n
+fill 100000
+await more
+fill 100000
+---
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 200000\n\n
+fill 200000
+END
+		getter a$n /x 200000
+		taken a$n.some
+		getter b$n /x 200000
+		taken b$n.some
+	done
+	touch more
+	for n in 1 2; do
+		ends a$n '^eof$'
+		ends b$n '^eof$'
+	done
+	served
+}
+
+test_cache_collapsed_gone() { # the first client leaves: the others get all, and it is stored
+	start_cache
+	for what in length chunks; do
+		rm -f more leave a a.* b b.* g g.* o.[0-9]*
+		case $what in
+		length) how='Content-Length: 300000\n\n' end= ;;
+		chunks) how='Transfer-Encoding: chunked\n\n493E0\n' end='send \n0\n\n' ;;
+		esac
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n$how
+fill 100000
+await more
+fill 200000
+$end
+END
+		client_bg a <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+touch a.head
+await leave
+reset
+END
+		taken a.head
+		getter b /x 300000
+		taken b.some
+		touch leave
+		ended a
+		served
+		touch more
+		ends b '^eof$'
+		get_fresh 300000
+		asked 1
+		logged <<'END'
+~ end=client
+END
+		log_from=$(($(wc -l < log) + 1))
+	done
+}
+
+test_cache_collapsed_all_gone() { # when all have left early, the fetch ends
+	start_cache
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nContent-Length: 1000000\n\n
+fill 100000
+eof
+touch freed
+END
+	for n in a b; do
+		client_bg $n <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+touch $n.head
+await $n.leave
+reset
+END
+		taken $n.head
+	done
+	asked 1
+	for n in b a; do
+		touch $n.leave
+		ended $n
+		taken $n.end
+	done
+	wait_for 10 '[ -f freed ]' || fail "it is fetched for nobody"
+	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+}
+
+test_cache_collapsed_vary() { # variants: the same one follows, another one goes on its own
+	start_cache
+	origin o <<'END'
+head
+touch asked
+await go
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nVary: X-A\nContent-Length: 300000\n\n
+fill 150000
+await more
+fill 150000
+---
+head
+touch asked2
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nVary: X-A\nContent-Length: 4\n\ntwo\l
+END
+	getter a /x 300000 'X-A: 1\n'
+	taken asked
+	client_bg b <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 2\n\n
+touch b.sent
+answer
+END
+	getter c /x 300000 'X-A: 1\n'
+	taken b.sent c.sent
+	asked 1
+	touch go
+	# The other variant, while the first one is still on its way.
+	ends b '^open$'
+	seen b <<'END'
+= HTTP/1.1 200 OK
+= two\l
+END
+	taken a.some c.some
+	asked 2
+	# Who comes later follows too.
+	getter d /x 300000 'X-A: 1\n'
+	taken d.some
+	asked 2
+	touch more
+	for n in a c d; do
+		ends $n '^eof$'
+	done
+	asked 2
+	for n in c d; do
+		seen $n <<'END'
+~ ^Cache-Status: .*; collapsed
+END
+	done
+	logged <<'END'
+#2 miss=stored .* end=done$
+#2 hit=collapsed .* end=done$
+END
+	client e <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 2\n\n
+answer
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 1\n\n
+until \n\n
+skip 300000
+END
+	ends e '^open$'
+	asked 2
+}
+
+test_cache_vary_cut() { # an answer with Vary that is cut short leaves the older entry as it was
+	start_cache
+	for what in fresh stale; do
+		case $what in
+		fresh) age=0 wish='no-cache' ;;
+		stale) age=500 wish='x' ;;
+		esac
+		rm -f o.[0-9]*
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=99\nAge: $age\nETag: "a"\nContent-Length: 4\n\none\l
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=99\nVary: X-A\nETag: "b"\nContent-Length: 10\n\nother
+END
+		client a <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+answer
+END
+		find cache -type f -exec grep -l "^key: http://$origin/" {} + > there
+		[ "$(wc -l < there)" -eq 1 ] || fail "$what: $(cat there)"
+		cp "$(cat there)" before
+		client b <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 1\nCache-Control: $wish\n\n
+answer
+END
+		ends b '^(eof|reset) answer'
+		asked 2
+		find cache -type f -exec grep -l "^key: http://$origin/" {} + |
+			cmp - there > /dev/null || fail "$what: the entry is gone"
+		cmp before "$(cat there)" > /dev/null ||
+			fail "$what: the entry has changed"
+		client c <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 1\nCache-Control: max-stale, only-if-cached\n\n
+answer
+END
+		seen c <<'END'
+= HTTP/1.1 200 OK
+= one\l
+END
+		asked 2
+	done
+}
+
+# ---- Cache: refresh
+
+# An entry that may be used while it is refreshed; a request with these fields
+# has it refreshed, by a 304 and by a new answer (or BY one), without them:
+# refreshes WANT 'request fields\n' [BY [DIRECTIVES]]
+refreshes() {
+	for refreshes_by in ${3:-304 200}; do
+		what="$2: refreshed by $refreshes_by"
+		play_title=$what
+		rm -f o.[0-9]* c c.* d d.*
+		case $refreshes_by in
+		304) refreshes_body='\n' refreshes_see=one ;;
+		*) refreshes_body='Content-Length: 4\n\ntwo\l' refreshes_see=two ;;
+		esac
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60, stale-while-revalidate=999${4-}\nContent-Length: 4\n\none\l
+---
+head
+send HTTP/1.1 $refreshes_by X\nConnection: close\nETag: "a"\nCache-Control: max-age=888${4-}\n$refreshes_body
+END
+		client c <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+answer
+send GET http://%O/x HTTP/1.1\nHost: %O\n$2\n
+answer
+END
+		ends c '^open$'
+		sed '1,/one/d' c > second
+		head -n 1 second | grep "^HTTP/1.1 $1" > /dev/null ||
+			fail "$what: $(head -n 1 second)"
+		grep '^Cache-Status: .*; hit' second > /dev/null ||
+			fail "$what: $(grep '^Cache-Status' second)"
+		reached o 2
+		got o <<'END'
+= -- connection 2
+= GET /x HTTP/1.1
+#1 ^If-None-Match: 
+#1 ^If-None-Match: "a"$
+!~ ^(Cache-Control|Pragma|Range|If-(Range|Match|Modified-Since|Unmodified-Since)):
+END
+		wait_for 10 'e=$(entry_of x) && [ -f "$e" ] && grep -l \
+		    "max-age=888" "$e" > found' || fail "$what: not refreshed"
+		client d <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+answer
+END
+		seen d <<END
+~ ^HTTP/1.1 200
+~ ^Cache-Status: proxy-ID; hit; ttl=
+= $refreshes_see\l
+END
+		asked 2
+	done
+}
+
+test_cache_refresh() { # the request in the background has nothing of the client's wishes
+	start_cache
+	refreshes 200 ''
+	refreshes 200 'Cache-Control: max-stale=9\n'
+	refreshes 200 'Cache-Control: stale-if-error=5\nPragma: no-cache\n'
+	refreshes 200 'Authorization: Basic eDp5\n' '' ', public'
+	# Without public only a 304 may count for those who have no login.
+	refreshes 200 'Authorization: Basic eDp5\n' 304
+	refreshes 200 'Authorization: Basic eDp5\nCache-Control: max-stale=9\n' 304
+	refreshes 206 'Range: bytes=1-2\n'
+	refreshes 206 'Range: bytes=1-2\nIf-Range: "a"\n'
+	refreshes 200 'If-None-Match: "z"\n'
+	refreshes 304 'If-None-Match: "a", "z"\n'
+	refreshes 200 'If-Modified-Since: Sun, 06 Nov 1994 08:49:37 GMT\n'
+	# The same where the client would take it stale without asking anybody.
+	refreshes 200 'Cache-Control: max-stale=500\n'
+	refreshes 200 'Cache-Control: max-stale\nPragma: no-cache\n'
+	served
+}
+
+test_cache_no_store_validates() { # a client's no-store that validates an entry leaves it there
+	start_cache
+	for what in 'Cache-Control: no-store\n' 'Cache-Control: no-cache, no-store\n' \
+	    'Authorization: Basic eDp5\n'; do
+		play_title=$what
+		rm -f o.[0-9]*
+		origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 4\n\none\l
+---
+head
+send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\nCache-Control: max-age=60\n\n
+END
+		client c <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+answer
+send GET http://%O/x HTTP/1.1\nHost: %O\n$what\n
+answer
+END
+		ends c '^open$'
+		seen c <<'END'
+#2 ^HTTP/1.1 200 OK
+#2 ^one
+END
+		asked 2
+		client d <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\nCache-Control: max-stale, only-if-cached\n\n
+answer
+END
+		seen d <<'END'
+= HTTP/1.1 200 OK
+= one\l
+END
+		asked 2
+	done
+}
+
+test_cache_range_stale() { # a range of a stale entry: asked for with it, from the entry or as it comes
+	start_cache
+	play '304: the part of the entry' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 10\n\nabcdefghij
+	origin next
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\nCache-Control: max-age=999\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^abcdefghijHTTP/1.1 206
+	sees   Content-Range: bytes 2-4/10
+	sees   Content-Length: 3
+	sees~  ^cdeHTTP/1.1 200
+	sees~  ^Cache-Status: proxy-ID; hit
+	sees   abcdefghij
+	gets   -- connection 2
+	gets   Range: bytes=2-4
+	gets#  1 ^If-None-Match: "a"
+	gets#  2 ^GET
+	log    200 10 .* miss=stored
+	log    206 3 .* hit=validated
+	log    200 10 .* hit=fresh
+END
+	play '206 of another version: that one, and the entry is gone' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 10\n\nabcdefghij
+	origin next
+	origin head
+	origin send HTTP/1.1 206 Partial Content\nConnection: close\nETag: "b"\nCache-Control: max-age=999\n
+	origin send Content-Range: bytes 2-4/10\nContent-Length: 3\n\nCDE
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nETag: "b"\nCache-Control: max-age=999\nContent-Length: 10\n\nABCDEFGHIJ
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^abcdefghijHTTP/1.1 206
+	sees   ETag: "b"
+	sees   Content-Range: bytes 2-4/10
+	sees~  ^CDEHTTP/1.1 200
+	sees   ABCDEFGHIJ
+	gets   -- connection 2
+	gets   Range: bytes=2-4
+	gets#  1 ^If-None-Match: "a"
+	gets#  3 ^GET
+END
+	play '200 of another version: the whole of it, stored' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 10\n\nabcdefghij
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nETag: "b"\nCache-Control: max-age=999\nContent-Length: 10\n\nABCDEFGHIJ
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n\n
+	client answer
+	sees~  ^abcdefghijHTTP/1.1 200
+	sees~  ^ABCDEFGHIJHTTP/1.1 206
+	sees   CDE
+	gets#  2 ^GET
+END
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
@@ -10993,7 +12306,7 @@ unit_storable(void)
 		    table[i].line);
 		read_request(line, table[i].asked, &q);
 		read_response(table[i].status, table[i].fields, &r);
-		if (response_is_storable(&q, &r) != table[i].want)
+		if (response_is_storable(&q, &r, -1) != table[i].want)
 			unit_fail(table[i].line, table[i].asked,
 			    table[i].fields, table[i].status);
 	}
@@ -11108,7 +12421,7 @@ variant_print(const char *fields, const char *vary, char *s, size_t n)
 	struct request q;
 
 	read_request("GET http://h:8/", fields, &q);
-	variant_append(&q.head, at_guard(1, vary, strlen(vary)), b);
+	variant_append(&q, at_guard(1, vary, strlen(vary)), b);
 	(void)text_copy(buffer_text(b), s, n);
 	buffer_give(&b);
 }
@@ -11305,6 +12618,994 @@ test_cache_unit_variants() { # variants and names of entries
 
 test_cache_unit_entries() { # every byte of an entry's region changed, or cut
 	cache_unit entries
+}
+
+# ---- Matchers: unit tables ---------------------------------------------------
+
+# proxy.c with another main: what rules are made of.  All input ends right
+# before a page that can't be touched.
+write_match_unit() {
+	cat > "$work/matchunit.c" <<'EOF_UNIT'
+#define main proxy_main
+#include "proxy.c"
+#undef main
+#include <sys/mman.h>
+
+enum { PAGES = 2 * 65536 };
+
+#define COUNT(table) (sizeof(table) / sizeof((table)[0]))
+
+static int failures;
+
+static void
+unit_fail(const char *what, const char *input, const char *more, long long got)
+{
+	printf("%s: %s | %s: %lld\n", what, input, more, got);
+	failures++;
+}
+
+/* The n bytes of s, right before a page that can't be touched. */
+static struct text
+at_guard(const char *s, size_t n)
+{
+	static char *end;
+
+	if (end == NULL) {
+		int zero = open("/dev/zero", O_RDWR);
+		char *p = mmap(NULL, PAGES, PROT_READ | PROT_WRITE,
+		    MAP_PRIVATE, zero, 0);
+
+		if (p == MAP_FAILED ||
+		    mprotect(p + PAGES - 65536, 65536, PROT_NONE) == -1)
+			exit(77);
+		end = p + PAGES - 65536;
+	}
+	memmove(end - n, s, n);
+	return text_cut(end - n, n);
+}
+
+static struct text
+string_at_guard(const char *s)
+{
+	return at_guard(s, strlen(s));
+}
+
+static void
+unit_networks(void)
+{
+	static const struct {
+		const char *s, *first;	/* NULL: it is none */
+		unsigned bits;
+		const char *in, *out;
+	} table[] = {
+		{ "10.0.0.0/8", "10.0.0.0", 8, "10.255.0.1", "11.0.0.0" },
+		{ "10.1.2.3/8", "10.0.0.0", 8, "10.0.0.0", "9.255.255.255" },
+		{ "10.1.2.3", "10.1.2.3", 32, "10.1.2.3", "10.1.2.2" },
+		{ "10.1.2.3/32", "10.1.2.3", 32, "10.1.2.3", "11.1.2.3" },
+		{ "10.1.2.3/31", "10.1.2.2", 31, "10.1.2.2", "10.1.2.4" },
+		{ "10.1.2.3/0", "0.0.0.0", 0, "255.1.2.3", "::" },
+		{ "0.0.0.0/0", "0.0.0.0", 0, "::ffff:1.2.3.4", "::1" },
+		{ "172.31.9.9/12", "172.16.0.0", 12, "172.16.0.0",
+		    "172.32.0.0" },
+		{ "172.16.0.0/12", "172.16.0.0", 12, "172.31.255.255",
+		    "172.15.255.255" },
+		{ "100.64.0.0/10", "100.64.0.0", 10, "100.127.1.1",
+		    "100.128.0.0" },
+		{ "255.255.255.255/1", "128.0.0.0", 1, "128.0.0.0",
+		    "127.255.255.255" },
+		{ "1.2.3.4/9", "1.0.0.0", 9, "1.127.0.0", "1.128.0.0" },
+		{ "10.0.0.0/08", "10.0.0.0", 8, "10.0.0.0", "11.0.0.0" },
+		{ "::1", "::1", 128, "::1", "::" },
+		{ "::/0", "::", 0, "ff02::1", "1.2.3.4" },
+		{ "::1/127", "::", 127, "::1", "::2" },
+		{ "2001:db8::/32", "2001:db8::", 32, "2001:DB8:ffff::1",
+		    "2001:db9::" },
+		{ "2001:db8:ffff::9/33", "2001:db8:8000::", 33,
+		    "2001:db8:8000::1", "2001:db8:7fff::" },
+		{ "fe80::1/10", "fe80::", 10, "febf::", "fec0::" },
+		{ "fc00::/7", "fc00::", 7, "fdff::1", "fe00::" },
+		{ "::ffff:10.1.2.3", "10.1.2.3", 32, "10.1.2.3", "10.1.2.4" },
+		{ "::ffff:10.0.0.0/104", "10.0.0.0", 8, "10.9.9.9",
+		    "11.0.0.0" },
+		{ "::ffff:a01:203/128", "10.1.2.3", 32, "::ffff:10.1.2.3",
+		    "::10.1.2.3" },
+		{ "::ffff:0:0/96", "0.0.0.0", 0, "8.8.8.8", "::" },
+		{ "::ffff:0:0/95", NULL, 0, NULL, NULL },
+		{ "::ffff:10.0.0.0/8", NULL, 0, NULL, NULL },
+		{ "::ffff:10.0.0.0/129", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/33", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/128", NULL, 0, NULL, NULL },
+		{ "::/129", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/-1", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/ 8", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/8 ", NULL, 0, NULL, NULL },
+		{ "10.0.0.0 /8", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/8/8", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/255.0.0.0", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/4294967304", NULL, 0, NULL, NULL },
+		{ "10.0.0.0/18446744073709551624", NULL, 0, NULL, NULL },
+		{ "10.0.0/8", NULL, 0, NULL, NULL },
+		{ "10/8", NULL, 0, NULL, NULL },
+		{ "/8", NULL, 0, NULL, NULL }, { "", NULL, 0, NULL, NULL },
+		{ "/", NULL, 0, NULL, NULL }, { "a/8", NULL, 0, NULL, NULL },
+		{ "[::1]", NULL, 0, NULL, NULL },
+		{ "[::1]/128", NULL, 0, NULL, NULL },
+		{ "::1%lo", NULL, 0, NULL, NULL },
+		{ "256.0.0.0/8", NULL, 0, NULL, NULL },
+	};
+	struct address a, other = { 0 };
+	struct network n;
+	size_t i;
+
+	for (i = 0; i < COUNT(table); i++) {
+		const char *s = table[i].s;
+		bool ok;
+
+		memset(&n, 0xee, sizeof(n));
+		ok = network_parse(string_at_guard(s), &n);
+		if (ok != (table[i].first != NULL))
+			unit_fail("network", s, "", ok);
+		if (!ok) {
+			if (n.bits != 0xeeeeeeee)
+				unit_fail("network", s, "touched", n.bits);
+			continue;
+		}
+		(void)address_parse(text_of(table[i].first), 0, &a);
+		if (n.bits != table[i].bits || n.address.scope != 0 ||
+		    !address_same(&n.address, &a))
+			unit_fail("network", s, table[i].first, n.bits);
+		(void)address_parse(text_of(table[i].in), 80, &a);
+		a.scope = a.family == AF_INET6 ? 7 : 0;
+		if (!network_has(&n, &a))
+			unit_fail("network", s, table[i].in, 0);
+		(void)address_parse(text_of(table[i].out), 80, &a);
+		if (network_has(&n, &a))
+			unit_fail("network", s, table[i].out, 1);
+		other.family = AF_UNIX;
+		if (network_has(&n, &other))
+			unit_fail("network", s, "a UNIX socket", 1);
+	}
+	/* Each length: the last address in, and the first one out. */
+	for (i = 0; i <= 128; i++) {
+		char s[40];
+		unsigned bit;
+
+		(void)snprintf(s, sizeof(s), "5a5a::/%d", (int)i);
+		if (!network_parse(string_at_guard(s), &n))
+			unit_fail("network", s, "", 0);
+		(void)address_parse(text_of("5a5a::"), 0, &a);
+		for (bit = 0; bit < 128; bit++) {
+			a.octets[bit / 8] ^= (unsigned char)(0x80 >> bit % 8);
+			if (network_has(&n, &a) != (bit >= i))
+				unit_fail("network", s, "bit", bit);
+			a.octets[bit / 8] ^= (unsigned char)(0x80 >> bit % 8);
+		}
+	}
+}
+
+static void
+unit_days(void)
+{
+	static const struct {
+		const char *s;
+		unsigned days;	/* 0: none */
+	} table[] = {
+		{ "Sun", 0x01 }, { "Mon", 0x02 }, { "Sat", 0x40 },
+		{ "sat", 0x40 }, { "SAT", 0x40 }, { "sAT", 0x40 },
+		{ "Mon-Fri", 0x3e }, { "mon-FRI", 0x3e }, { "Fri-Mon", 0x63 },
+		{ "Sat-Sun", 0x41 }, { "Sun-Sat", 0x7f }, { "Mon-Mon", 0x02 },
+		{ "Mon-Sun", 0x7f }, { "Tue-Mon", 0x7f }, { "Sun-Mon", 0x03 },
+		{ "Mon,Wed,Fri-Sun", 0x6b }, { "Mon,Mon", 0x02 },
+		{ "Tue-Wed,Thu", 0x1c }, { "Sat-Sun,Mon-Tue", 0x47 },
+		{ "", 0 }, { ",", 0 }, { "Mon,", 0 }, { ",Mon", 0 },
+		{ "Mon,,Tue", 0 }, { "Mon, Tue", 0 }, { " Mon", 0 },
+		{ "Mon ", 0 }, { "Monday", 0 }, { "Mo", 0 }, { "M", 0 },
+		{ "Mon-", 0 }, { "-Mon", 0 }, { "-", 0 }, { "Mon-Tue-Wed", 0 },
+		{ "Mon--Tue", 0 }, { "MonTue", 0 }, { "Xxx", 0 },
+		{ "Mon-Xxx", 0 }, { "unM", 0 }, { "1-5", 0 }, { "Mon-Fri,", 0 },
+		{ "Mon-Friday", 0 },
+	};
+	size_t i;
+
+	for (i = 0; i < COUNT(table); i++) {
+		unsigned days = 0xeeee;
+		bool ok = days_parse(string_at_guard(table[i].s), &days);
+
+		if (ok != (table[i].days != 0) ||
+		    days != (ok ? table[i].days : 0xeeee))
+			unit_fail("days", table[i].s, "", days);
+	}
+}
+
+static void
+unit_hours(void)
+{
+	static const struct {
+		const char *s;
+		int from, to;	/* -1: none */
+	} table[] = {
+		{ "08:00-17:30", 480, 1050 }, { "22:00-06:00", 1320, 360 },
+		{ "00:00-24:00", 0, 1440 }, { "00:00-00:01", 0, 1 },
+		{ "23:59-24:00", 1439, 1440 }, { "23:59-00:00", 1439, 0 },
+		{ "00:01-00:00", 1, 0 },
+		{ "08:00-08:00", -1, -1 }, { "00:00-00:00", -1, -1 },
+		{ "24:00-24:00", -1, -1 }, { "24:00-06:00", -1, -1 },
+		{ "00:00-24:01", -1, -1 }, { "08:60-09:00", -1, -1 },
+		{ "08:00-09:60", -1, -1 }, { "25:00-26:00", -1, -1 },
+		{ "8:00-17:30", -1, -1 }, { "08:00-7:30", -1, -1 },
+		{ "08:0-17:30", -1, -1 }, { "008:00-17:30", -1, -1 },
+		{ "08:000-17:30", -1, -1 }, { "08:00-17:300", -1, -1 },
+		{ "08:00-017:30", -1, -1 }, { "08:00 -17:30", -1, -1 },
+		{ "08:00-17:30 ", -1, -1 }, { " 08:00-17:30", -1, -1 },
+		{ "08:00", -1, -1 }, { "08:00-", -1, -1 },
+		{ "-08:00", -1, -1 }, { "", -1, -1 }, { "-", -1, -1 },
+		{ "08-17", -1, -1 }, { "0800-1730", -1, -1 },
+		{ "08.00-17.30", -1, -1 }, { "+8:00-17:30", -1, -1 },
+		{ "08:00-17:30:00", -1, -1 }, { "08:00:17:30", -1, -1 },
+		{ "08:00-17:3x", -1, -1 }, { "08:00-12:00-13:00", -1, -1 },
+		{ "99:99-99:99", -1, -1 },
+	};
+	size_t i, n;
+
+	for (i = 0; i < COUNT(table); i++) {
+		const char *s = table[i].s;
+		int from = -1, to = -1;
+		bool ok = hours_parse(string_at_guard(s), &from, &to);
+
+		if (ok != (table[i].to != -1) || from != table[i].from ||
+		    to != table[i].to)
+			unit_fail("hours", s, "", from * 10000 + to);
+		for (n = 0; ok && n < strlen(s); n++)
+			if (hours_parse(at_guard(s, n), &from, &to))
+				unit_fail("hours", s, "cut", (long long)n);
+	}
+}
+
+static void
+unit_times(void)
+{
+	static const struct {
+		const char *days, *hours;
+		int minutes;	/* in all */
+		const char *in, *out;	/* of the minutes */
+	} table[] = {
+		{ "Mon-Fri", "08:00-17:30", 5 * 570, "Mon 08:00", "Mon 07:59" },
+		{ "Mon-Fri", "08:00-17:30", 5 * 570, "Fri 17:29", "Fri 17:30" },
+		{ "Mon-Fri", "08:00-17:30", 5 * 570, "Wed 12:00", "Sat 12:00" },
+		{ "Sun-Sat", "00:00-24:00", 7 * 1440, "Sat 23:59", NULL },
+		{ "Sun", "00:00-24:00", 1440, "Sun 23:59", "Mon 00:00" },
+		{ "Sun", "00:00-24:00", 1440, "Sun 00:00", "Sat 23:59" },
+		{ "Fri", "22:00-06:00", 480, "Fri 22:00", "Fri 21:59" },
+		{ "Fri", "22:00-06:00", 480, "Fri 23:59", "Fri 05:59" },
+		{ "Fri", "22:00-06:00", 480, "Sat 00:00", "Sat 06:00" },
+		{ "Fri", "22:00-06:00", 480, "Sat 05:59", "Sat 22:00" },
+		{ "Sat", "22:00-06:00", 480, "Sun 05:59", "Sat 05:59" },
+		{ "Sat-Sun", "22:00-06:00", 960, "Mon 05:59", "Sat 05:59" },
+		{ "Sat", "22:00-00:00", 120, "Sat 23:59", "Sun 00:00" },
+		{ "Sat", "22:00-24:00", 120, "Sat 23:59", "Sun 00:00" },
+		{ "Sun", "00:00-00:01", 1, "Sun 00:00", "Sun 00:01" },
+		{ "Sun", "00:01-00:00", 1439, "Sun 00:01", "Sun 00:00" },
+		{ "Sun-Sat", "12:01-12:00", 7 * 1439, "Sun 12:01",
+		    "Sun 12:00" },
+	};
+	size_t i;
+
+	unit_days();
+	unit_hours();
+	for (i = 0; i < COUNT(table); i++) {
+		struct span s;
+		int n = 0, minute;
+
+		if (!days_parse(string_at_guard(table[i].days), &s.days) ||
+		    !hours_parse(string_at_guard(table[i].hours), &s.from,
+		    &s.to))
+			unit_fail("span", table[i].days, table[i].hours, -1);
+		for (minute = 0; minute < 7 * 1440; minute++) {
+			struct tm when = { 0 };
+			char print[40];
+			bool has;
+
+			when.tm_wday = minute / 1440;
+			when.tm_hour = minute % 1440 / 60;
+			when.tm_min = minute % 60;
+			when.tm_sec = 59;
+			has = span_has(&s, &when);
+			n += has;
+			(void)snprintf(print, sizeof(print), "%.3s %02d:%02d",
+			    &"SunMonTueWedThuFriSat"[when.tm_wday * 3],
+			    when.tm_hour, when.tm_min);
+			if ((strcmp(print, table[i].in) == 0 && !has) ||
+			    (table[i].out != NULL && has &&
+			    strcmp(print, table[i].out) == 0))
+				unit_fail(table[i].days, table[i].hours, print,
+				    has);
+		}
+		if (n != table[i].minutes)
+			unit_fail(table[i].days, table[i].hours, "minutes", n);
+	}
+}
+
+static void
+unit_ranges(void)
+{
+	static const struct {
+		const char *s;
+		uint64_t max;
+		bool ok;
+		uint64_t first, last;
+	} table[] = {
+		{ "80", 65535, true, 80, 80 }, { "0", 65535, true, 0, 0 },
+		{ "1000-2000", 65535, true, 1000, 2000 },
+		{ "7-7", 7, true, 7, 7 }, { "0-65535", 65535, true, 0, 65535 },
+		{ "0-18446744073709551615", UINT64_MAX, true, 0, UINT64_MAX },
+		{ "18446744073709551615", UINT64_MAX, true, UINT64_MAX,
+		    UINT64_MAX },
+		{ "2000-1000", 65535, false, 0, 0 },
+		{ "65536", 65535, false, 0, 0 },
+		{ "1-65536", 65535, false, 0, 0 },
+		{ "0-18446744073709551616", UINT64_MAX, false, 0, 0 },
+		{ "", 9, false, 0, 0 }, { "-", 9, false, 0, 0 },
+		{ "1-", 9, false, 0, 0 }, { "-1", 9, false, 0, 0 },
+		{ "1-2-3", 9, false, 0, 0 }, { "1--2", 9, false, 0, 0 },
+		{ " 1", 9, false, 0, 0 }, { "1 -2", 9, false, 0, 0 },
+		{ "1- 2", 9, false, 0, 0 }, { "1,2", 9, false, 0, 0 },
+		{ "4xx", 999, false, 0, 0 }, { "+1", 9, false, 0, 0 },
+		{ "a", 99, false, 0, 0 }, { "0x1", 99, false, 0, 0 },
+	};
+	size_t i;
+
+	for (i = 0; i < COUNT(table); i++) {
+		struct numbers r = { 123, 45 };
+		bool ok = numbers_parse(string_at_guard(table[i].s),
+		    table[i].max, &r);
+
+		if (ok != table[i].ok || r.first != (ok ? table[i].first : 123)
+		    || r.last != (ok ? table[i].last : 45))
+			unit_fail("range", table[i].s, "", (long long)r.first);
+	}
+}
+
+static void
+unit_numbers(void)
+{
+	static const struct {
+		const char *s;
+		long long size, seconds;	/* -1: none */
+	} table[] = {
+		{ "0", 0, 0 }, { "1", 1, 1 }, { "90", 90, 90 },
+		{ "90s", -1, 90 }, { "90S", -1, 90 }, { "1h", -1, 3600 },
+		{ "7d", -1, 604800 }, { "15m", 15728640, 900 },
+		{ "15M", 15728640, 900 }, { "1k", 1024, -1 },
+		{ "1K", 1024, -1 }, { "500M", 524288000, 30000 },
+		{ "20g", 21474836480LL, -1 }, { "20G", 21474836480LL, -1 },
+		{ "0K", 0, -1 }, { "007K", 7168, -1 }, { "0d", -1, 0 },
+		{ "9223372036854775807", INT64_MAX, -1 },
+		{ "9223372036854775808", -1, -1 },
+		{ "9007199254740991K", INT64_MAX - 1023, -1 },
+		{ "9007199254740992K", -1, -1 },
+		{ "8796093022207M", INT64_MAX - 1048575, -1 },
+		{ "8796093022208M", -1, -1 },
+		{ "8589934591G", INT64_MAX - 1073741823, -1 },
+		{ "8589934592G", -1, -1 }, { "17179869184G", -1, -1 },
+		{ "18446744073709551617", -1, -1 },
+		{ "18446744073709551617K", -1, -1 },
+		{ "315360000", 315360000, 315360000 },
+		{ "315360001", 315360001, -1 },
+		{ "315360000s", -1, 315360000 }, { "315360001s", -1, -1 },
+		{ "5256000m", 5511315456000LL, 315360000 },
+		{ "5256001m", 5511316504576LL, -1 },
+		{ "87600h", -1, 315360000 }, { "87601h", -1, -1 },
+		{ "3650d", -1, 315360000 }, { "3651d", -1, -1 },
+		{ "", -1, -1 }, { "K", -1, -1 }, { "s", -1, -1 },
+		{ "m", -1, -1 }, { "1T", -1, -1 }, { "1w", -1, -1 },
+		{ "1KB", -1, -1 }, { "1KK", -1, -1 }, { "1 K", -1, -1 },
+		{ "1K ", -1, -1 }, { " 1K", -1, -1 }, { "-1K", -1, -1 },
+		{ "+1", -1, -1 }, { "1.5G", -1, -1 }, { "1h30m", -1, -1 },
+		{ "1ms", -1, -1 }, { "0x1", -1, -1 }, { "1\xcb", -1, -1 },
+	};
+	uint64_t size;
+	int64_t seconds;
+	size_t i;
+
+	unit_ranges();
+	for (i = 0; i < COUNT(table); i++) {
+		const char *s = table[i].s;
+
+		size = UINT64_MAX;
+		seconds = -1;
+		if (size_parse(string_at_guard(s), &size) !=
+		    (table[i].size != -1) || size != (uint64_t)table[i].size)
+			unit_fail("size", s, "", (long long)size);
+		if (duration_parse(string_at_guard(s), &seconds) !=
+		    (table[i].seconds != -1) || seconds != table[i].seconds)
+			unit_fail("duration", s, "", seconds);
+	}
+	if (size_parse(at_guard("1\0", 2), &size) ||
+	    duration_parse(at_guard("1\0", 2), &seconds))
+		unit_fail("size", "1", "and a NUL", 1);
+}
+
+/* Where the first n bytes of s end with the needle for the first time. */
+static size_t
+needle_plain(const char *needle, const char *s, size_t n)
+{
+	size_t i, len = strlen(needle);
+
+	for (i = len; i <= n; i++)
+		if (memcmp(s + i - len, needle, len) == 0)
+			return i;
+	return SIZE_MAX;
+}
+
+/* One needle in one text: whole, in two and three pieces, byte by byte. */
+static void
+needle_try(const char *needle, const char *s)
+{
+	size_t n = strlen(s), a, b, want = needle_plain(needle, s, n);
+	unsigned char state;
+	struct needle found;
+	bool has;
+
+	if (!needle_make(&found, text_of(needle)))
+		unit_fail("needle", needle, "not made", 0);
+	for (a = 0; a <= n; a++)
+		for (b = a; b <= n; b++) {
+			state = 0;
+			has = needle_scan(&found, &state, at_guard(s, a));
+			if (has != (want <= a))
+				unit_fail(needle, s, "first", (long long)a);
+			has = needle_scan(&found, &state,
+			    at_guard(s + a, b - a));
+			if (has != (want <= b))
+				unit_fail(needle, s, "second", (long long)b);
+			has = needle_scan(&found, &state,
+			    at_guard(s + b, n - b));
+			if (has != (want <= n) || has != (state == found.len))
+				unit_fail(needle, s, "third", (long long)a);
+		}
+	state = 0;
+	for (a = 0; a < n; a++)
+		if (needle_scan(&found, &state, at_guard(s + a, 1)) !=
+		    (want <= a + 1))
+			unit_fail(needle, s, "byte", (long long)a);
+}
+
+#define EICAR "X5O!P%@AP[4\\PZX54(P^)7CC)7}$" \
+    "EICAR-STANDARD-ANTIVIRUS-TEST-FILE!$H+H*"
+
+/* Each needle of a and b of len bytes in each text of n bytes of them. */
+static void
+needle_all(size_t len, size_t n)
+{
+	unsigned i, k;
+	size_t bit;
+
+	for (i = 0; i < 1U << len; i++)
+		for (k = 0; k < 1U << n; k++) {
+			char needle[8] = "", s[12] = "";
+			struct needle made;
+			unsigned char state = 0;
+			bool has;
+
+			for (bit = 0; bit < len; bit++)
+				needle[bit] = i >> bit & 1 ? 'a' : 'b';
+			for (bit = 0; bit < n; bit++)
+				s[bit] = k >> bit & 1 ? 'a' : 'b';
+			(void)needle_make(&made, text_of(needle));
+			has = needle_scan(&made, &state, text_cut(s, n));
+			if (has != (needle_plain(needle, s, n) != SIZE_MAX))
+				unit_fail("needle", needle, s, has);
+		}
+}
+
+static void
+unit_needles(void)
+{
+	static const struct {
+		const char *needle, *s;
+	} table[] = {
+		{ "a", "" }, { "a", "a" }, { "a", "b" }, { "a", "bbbab" },
+		{ "aab", "aaab" }, { "aab", "aaaaaab" }, { "aab", "abaabaa" },
+		{ "aab", "aaaa" }, { "aaab", "aabaaab" }, { "abab", "aabab" },
+		{ "ababac", "abababac" }, { "abcabd", "abcabcabd" },
+		{ "aaaa", "aaabaaaa" }, { "nano", "nannano" },
+		{ "abacabad", "abacabacabad" }, { "aa", "ababababaa" },
+		{ "participate", "in parparticipaparticipate" },
+		{ "long", "lon" }, { "ng", "n" }, { "\x80", "\x7f\x80" },
+		{ "\xff\xfe", "\xff\xff\xfe" }, { EICAR, EICAR },
+		{ EICAR, "X5O!P%@AP[4\\PZX5" EICAR "!" },
+		{ EICAR, "X5O!P%@AP[4\\PZX54(P^)7CC)7}$EICAR-STANDARD-"
+		    "ANTIVIRUS-TEST-FILE!$H+H" },
+	};
+	static char s[1024];
+	struct needle n;
+	unsigned char state = 0;
+	size_t i, len;
+
+	for (i = 0; i < COUNT(table); i++)
+		needle_try(table[i].needle, table[i].s);
+	for (len = 1; len <= 5; len++)
+		needle_all(len, 10);
+	/* The longest; one more is refused, and so is none. */
+	memset(s, 'a', sizeof(s));
+	s[254] = 'b';
+	if (!needle_make(&n, at_guard(s, 255)) || n.len != 255)
+		unit_fail("needle", "255 bytes", "", n.len);
+	s[254] = 'a';
+	s[700] = 'b';
+	n.text = "";
+	if (needle_make(&n, text_cut(s, 256)) || needle_make(&n, text_of("")))
+		unit_fail("needle", "", "made", 0);
+	for (i = 0; i < sizeof(s); i++) {
+		(void)needle_make(&n, text_cut(s + 446, 255));
+		if (needle_scan(&n, &state, text_cut(s + i, 1)) != (i >= 700))
+			unit_fail("needle", "255 bytes", "at", (long long)i);
+	}
+	/* A NUL is a byte like any other. */
+	state = 0;
+	if (!needle_make(&n, text_cut("\0\0b", 3)) ||
+	    needle_scan(&n, &state, text_cut("a\0\0\0", 4)) ||
+	    !needle_scan(&n, &state, text_cut("b", 1)))
+		unit_fail("needle", "NUL", "", state);
+}
+
+/* What openssl s_client -servername Www.Example.ORG says first. */
+static const char hello_hex[] =
+    "160301014b010001470303f26838e4018d23671ff8ef42c9e01e1202c7355e8b"
+    "d2bbac747fff08da548e6420107a88f06a686bbf094182931db9b2625e4086f7"
+    "a83143d363b34c5fbc592c98003e130213031301c02cc030009fcca9cca8ccaa"
+    "c02bc02f009ec024c028006bc023c0270067c00ac0140039c009c0130033009d"
+    "009c003d003c0035002f00ff010000c000000014001200000f5777772e457861"
+    "6d706c652e4f5247000b000403000102000a00160014001d0017001e00190018"
+    "01000101010201030104002300000010000b000908687474702f312e31001600"
+    "0000170000000d002a0028040305030603080708080809080a080b0804080508"
+    "06040105010601030303010302040205020602002b0009080304030303020301"
+    "002d00020101003300260024001d0020e1d8eefbda7487f9877e319e6aaeb4e7"
+    "c470385065db3cf1148f6cf656eef97d";
+
+/* The bytes that hex digits stand for; blanks are skipped. */
+static size_t
+hex_bytes(const char *hex, char *to)
+{
+	size_t n = 0;
+
+	for (; *hex != '\0'; hex++)
+		if (*hex != ' ') {
+			to[n++] = (char)(hex_value(hex[0]) << 4 |
+			    hex_value(hex[1]));
+			hex++;
+		}
+	return n;
+}
+
+/* Appends a record with the n bytes at s. */
+static size_t
+record_put(char *to, const char *s, size_t n)
+{
+	to[0] = 22;
+	to[1] = 3;
+	to[2] = 1;
+	to[3] = (char)(n >> 8);
+	to[4] = (char)n;
+	memcpy(to + 5, s, n);
+	return n + 5;
+}
+
+/* The hello in s gives this, wherever it is cut before; see unit_hello(). */
+static void
+hello_try(const char *what, const char *s, size_t n, int want,
+    const char *want_name)
+{
+	char name[HOST_MAX + 1] = "?";
+	int got = hello_name(at_guard(s, n), name, sizeof(name));
+	int before = 0;
+	size_t i;
+
+	if (got != want || strcmp(name, want_name) != 0)
+		unit_fail("hello", what, name, got);
+	for (i = 0; i < n; i++) {
+		got = hello_name(at_guard(s, i), name, sizeof(name));
+		if ((before != 0 && got != before) || (got != 0 && got != want)
+		    || (got != 1 && name[0] != '\0'))
+			unit_fail("hello", what, "cut", (long long)i);
+		before = got;
+	}
+}
+
+/* Each byte changed to each other: any verdict, but a sane name. */
+static void
+hello_mutate(const char *whole, size_t n)
+{
+	char name[HOST_MAX + 1], s[1024];
+	size_t i, k;
+	int c, got;
+
+	for (i = 0; i < n; i++)
+		for (c = 0; c < 256; c++) {
+			memcpy(s, whole, n);
+			s[i] = (char)c;
+			got = hello_name(at_guard(s, n), name, sizeof(name));
+			if (got < -1 || got > 1 || (got != 1 && name[0]))
+				unit_fail("changed", "", name, (long long)i);
+			for (k = 0; name[k] != '\0'; k++)
+				if (!is_alnum(name[k]) && name[k] != '-' &&
+				    name[k] != '.' && name[k] != '_')
+					unit_fail("name", name, "", c);
+			if (c == 0 || c == (whole[i] ^ 1))
+				hello_try("changed", s, n, got, name);
+		}
+}
+
+/* The message in two and three records, split at each byte. */
+static void
+hello_split(const char *message, size_t n, const char *want_name)
+{
+	char s[1024], name[HOST_MAX + 1];
+	size_t a, b, len;
+
+	for (a = 1; a < n; a++) {
+		len = record_put(s, message, a);
+		len += record_put(s + len, message + a, n - a);
+		hello_try("two records", s, len, 1, want_name);
+		for (b = a + 1; b < n; b++) {
+			len = record_put(s, message, a);
+			len += record_put(s + len, message + a, b - a);
+			len += record_put(s + len, message + b, n - b);
+			if (hello_name(at_guard(s, len), name, sizeof(name)) !=
+			    1 || strcmp(name, want_name) != 0)
+				unit_fail("three records", name, "",
+				    (long long)a);
+			/* Another type of record amid them; an empty one. */
+			s[a + 5] = 21;
+			if (hello_name(at_guard(s, a + 6), name,
+			    sizeof(name)) != -1)
+				unit_fail("alert", name, "", (long long)a);
+			s[a + 5] = 22;
+			s[a + 8] = s[a + 9] = 0;
+			if (hello_name(at_guard(s, a + 10), name,
+			    sizeof(name)) != -1)
+				unit_fail("empty record", name, "",
+				    (long long)a);
+		}
+	}
+}
+
+/* The message in n records, all but the last of one byte. */
+static int
+hello_records(const char *message, size_t len, size_t n)
+{
+	char s[1024], name[HOST_MAX + 1];
+	size_t i, at = 0;
+
+	for (i = 0; i + 1 < n; i++)
+		at += record_put(s + at, message + i, 1);
+	at += record_put(s + at, message + i, len - i);
+	return hello_name(at_guard(s, at), name, sizeof(name));
+}
+
+/* Version, random; no session, one cipher suite, no compression. */
+#define VERSION_RANDOM "0303 00112233445566778899aabbccddeeff" \
+    "00112233445566778899aabbccddeeff"
+#define START VERSION_RANDOM "00 0002 1301 01 00"
+
+/* Hellos by their bodies: what they must give. */
+static void
+unit_hellos(void)
+{
+	static const struct {
+		const char *what, *hex;
+		int want;
+		const char *name;
+	} table[] = {
+		{ "no extensions at all", START, 1, "" },
+		{ "none of them", START "0000", 1, "" },
+		{ "another one", START "0006 0017 0002 abcd", 1, "" },
+		{ "another without data", START "0004 0017 0000", 1, "" },
+		{ "a.b", START "000c 0000 0008 0006 00 0003 612e62", 1, "a.b" },
+		{ "behind another",
+		    START "0010 0017 0000 0000 0008 0006 00 0003 612e62", 1,
+		    "a.b" },
+		{ "before another",
+		    START "0010 0000 0008 0006 00 0003 612e62 0017 0000", 1,
+		    "a.b" },
+		{ "bytes behind it",
+		    START "000c 0000 0008 0006 00 0003 612e62", 1, "a.b" },
+		{ "A.B.", START "000d 0000 0009 0007 00 0004 412e422e", 1,
+		    "a.b" },
+		{ "_9-", START "000c 0000 0008 0006 00 0003 5f392d", 1,
+		    "_9-" },
+		{ "a name of another type, too",
+		    START "0010 0000 000c 000a 01 0001 ff 00 0003 612e62", 1,
+		    "a.b" },
+		{ "another type only", START "000a 0000 0006 0004 01 0001 ff",
+		    1, "" },
+		{ "another type without data",
+		    START "0009 0000 0005 0003 01 0000", 1, "" },
+		{ "another type that takes the next extension",
+		    START "000e 0000 0006 0004 01 0005 ff 0017 0000", -1, "" },
+		{ "its length wrong", START "000a 0000 0006 0004 01 0002 ff",
+		    -1, "" },
+		{ "a session id", VERSION_RANDOM "20 00112233445566778899aabb"
+		    "ccddeeff00112233445566778899aabbccddeeff 0002 1301 01 00",
+		    1, "" },
+		{ "a long session id", VERSION_RANDOM "21 00112233445566778899"
+		    "aabbccddeeff00112233445566778899aabbccddeeff00 0002 1301"
+		    "01 00", -1, "" },
+		{ "no cipher suites", VERSION_RANDOM "00 0000 01 00", -1, "" },
+		{ "half a cipher suite", VERSION_RANDOM "00 0003 130113 01 00",
+		    -1, "" },
+		{ "too many of them", VERSION_RANDOM "00 0006 1301 01 00", -1,
+		    "" },
+		{ "no compression", VERSION_RANDOM "00 0002 1301 00", -1, "" },
+		{ "too much of it", VERSION_RANDOM "00 0002 1301 02 00", -1,
+		    "" },
+		{ "nothing", "", -1, "" },
+		{ "version only", "0303", -1, "" },
+		{ "no session", VERSION_RANDOM, -1, "" },
+		{ "no ciphers", VERSION_RANDOM "00", -1, "" },
+		{ "half a length", VERSION_RANDOM "00 00", -1, "" },
+		{ "no methods", VERSION_RANDOM "00 0002 1301", -1, "" },
+		{ "half a length of extensions", START "00", -1, "" },
+		{ "extensions too short", START "0003 0017 0000", -1, "" },
+		{ "extensions too long", START "0005 0017 0000", -1, "" },
+		{ "no extensions, but bytes", START "0000 00", -1, "" },
+		{ "a type only", START "0002 0017", -1, "" },
+		{ "a type and half a length", START "0003 0017 00", -1, "" },
+		{ "an extension too long", START "0006 0017 0003 abcd", -1,
+		    "" },
+		{ "an extension too short", START "0006 0017 0001 abcd", -1,
+		    "" },
+		{ "two extensions", START "0018 0000 0008 0006 00 0003 612e62"
+		    "0000 0008 0006 00 0003 612e62", -1, "" },
+		{ "two extensions, the first of another type",
+		    START "0016 0000 0006 0004 01 0001 ff"
+		    "0000 0008 0006 00 0003 612e62", -1, "" },
+		{ "two names", START "0012 0000 000e 000c 00 0003 612e62"
+		    "00 0003 612e63", -1, "" },
+		{ "the same name twice", START "0012 0000 000e 000c"
+		    "00 0003 612e62 00 0003 612e62", -1, "" },
+		{ "no list", START "0004 0000 0000", -1, "" },
+		{ "half a list's length", START "0005 0000 0001 00", -1, "" },
+		{ "an empty list", START "0006 0000 0002 0000", -1, "" },
+		{ "no list, but one follows",
+		    START "000a 0000 0000 0017 0002 0000", -1, "" },
+		{ "a list too short",
+		    START "000c 0000 0008 0005 00 0003 612e62", -1, "" },
+		{ "a list too long",
+		    START "000c 0000 0008 0007 00 0003 612e62", -1, "" },
+		{ "a list into the next extension",
+		    START "0010 0000 0008 000a 00 0007 612e62 0017 0000", -1,
+		    "" },
+		{ "a name into the next extension",
+		    START "0010 0000 0008 0006 00 0007 612e62 0017 0000", -1,
+		    "" },
+		{ "a type without a name", START "0007 0000 0003 0001 00", -1,
+		    "" },
+		{ "half a name's length", START "0008 0000 0004 0002 0000", -1,
+		    "" },
+		{ "a name too short",
+		    START "000c 0000 0008 0006 00 0002 612e62", -1, "" },
+		{ "a name too long",
+		    START "000c 0000 0008 0006 00 0004 612e62", -1, "" },
+		{ "an empty name", START "0009 0000 0005 0003 00 0000", -1,
+		    "" },
+		{ "a dot", START "000a 0000 0006 0004 00 0001 2e", -1, "" },
+		{ ".ab", START "000c 0000 0008 0006 00 0003 2e6162", -1, "" },
+		{ "a..", START "000c 0000 0008 0006 00 0003 612e2e", -1, "" },
+		{ "a..b", START "000d 0000 0009 0007 00 0004 612e2e62", -1,
+		    "" },
+		{ "NUL", START "000c 0000 0008 0006 00 0003 610062", -1, "" },
+		{ "NUL behind", START "000c 0000 0008 0006 00 0003 616200", -1,
+		    "" },
+		{ "NUL alone", START "000a 0000 0006 0004 00 0001 00", -1,
+		    "" },
+		{ "a b", START "000c 0000 0008 0006 00 0003 612062", -1, "" },
+		{ "a:b", START "000c 0000 0008 0006 00 0003 613a62", -1, "" },
+		{ "a/b", START "000c 0000 0008 0006 00 0003 612f62", -1, "" },
+		{ "a*b", START "000c 0000 0008 0006 00 0003 612a62", -1, "" },
+		{ "a%b", START "000c 0000 0008 0006 00 0003 612562", -1, "" },
+		{ "8 bits", START "000c 0000 0008 0006 00 0003 61e462", -1,
+		    "" },
+	};
+	char body[512], message[516], s[1024];
+	size_t i, n, len;
+
+	for (i = 0; i < COUNT(table); i++) {
+		n = hex_bytes(table[i].hex, body);
+		message[0] = 1;
+		message[1] = 0;
+		message[2] = (char)(n >> 8);
+		message[3] = (char)n;
+		memcpy(message + 4, body, n);
+		/* Whole, with more behind it, and in two records. */
+		len = record_put(s, message, n + 4);
+		hello_try(table[i].what, s, len, table[i].want, table[i].name);
+		memset(message + 4 + n, 0, 9);
+		len = record_put(s, message, n + 13);
+		memset(s + len, 0xff, 9);
+		hello_try(table[i].what, s, len + 9, table[i].want,
+		    table[i].name);
+		len = record_put(s, message, n / 2);
+		len += record_put(s + len, message + n / 2, n - n / 2 + 4);
+		if (n > 1)
+			hello_try(table[i].what, s, len, table[i].want,
+			    table[i].name);
+	}
+}
+
+/* Hosts of all lengths, with and without the dot behind them. */
+static void
+unit_hosts(void)
+{
+	char hex[64 * 2 + 64], s[1024], name[HOST_MAX + 1];
+	size_t len, start, i;
+
+	for (len = 1; len < 300; len++) {
+		unsigned n = (unsigned)len;
+
+		(void)snprintf(hex, sizeof(hex), "160301%04x 01%06x"
+		    START "%04x 0000 %04x %04x 00 %04x", n + 56, n + 52, n + 9,
+		    n + 5, n + 3, n);
+		start = hex_bytes(hex, s);
+		for (i = 0; i < len; i++)
+			s[start + i] = i % 2 ? '.' : 'A';
+		if (hello_name(at_guard(s, start + len), name,
+		    sizeof(name)) != (len <= HOST_MAX ? 1 : -1) ||
+		    strlen(name) != (len > HOST_MAX ? 0 :
+		    len % 2 ? len : len - 1))
+			unit_fail("host", name, "length", (long long)len);
+		if (hello_name(at_guard(s, start + len), name, 8) !=
+		    (len < 8 ? 1 : -1))
+			unit_fail("host", name, "small", (long long)len);
+	}
+}
+
+/* What is no hello at all is known at its first wrong byte. */
+static void
+unit_no_hellos(void)
+{
+	static const struct {
+		const char *hex;
+		int want;
+	} table[] = {
+		{ "", 0 }, { "16", 0 }, { "1603", 0 }, { "160301", 0 },
+		{ "16030140", 0 }, { "1603014000", 0 }, { "160301400001", 0 },
+		{ "16030a0004", 0 }, { "1603010001 01 1603010001 00", 0 },
+		{ "47", -1 }, { "00", -1 }, { "80", -1 }, { "15", -1 },
+		{ "17", -1 }, { "96", -1 }, { "1602", -1 }, { "1604", -1 },
+		{ "1600", -1 }, { "1683", -1 }, { "1603010000", -1 },
+		{ "1603014001", -1 }, { "160301ffff", -1 },
+		{ "160301000402", -1 }, { "160301000400", -1 },
+		{ "160301000481", -1 }, { "1603010001 01 17", -1 },
+		{ "1603010001 01 1602", -1 },
+		{ "1603010001 01 1603010000", -1 },
+		{ "1603014000 01 ffffff", -1 }, { "1603014000 01 000000", -1 },
+	};
+	char s[64];
+	size_t i, n;
+
+	for (i = 0; i < COUNT(table); i++) {
+		n = hex_bytes(table[i].hex, s);
+		hello_try(table[i].hex, s, n, table[i].want, "");
+	}
+}
+
+/* The longest message, in as many records as there may be. */
+static void
+unit_longest(void)
+{
+	static char message[BUFFER_SIZE], s[BUFFER_SIZE];
+	char hex[256], name[HOST_MAX + 1];
+	unsigned len;
+
+	for (len = HELLO_MAX; len <= HELLO_MAX + 1; len++) {
+		bool fits = len <= HELLO_MAX;
+		size_t i, n = 0;
+		int got;
+
+		(void)snprintf(hex, sizeof(hex), "01%06x" START
+		    "%04x 0017 %04x", len, len - 43, len - 47);
+		(void)hex_bytes(hex, message);
+		for (i = 0; i + 1 < HELLO_RECORDS_MAX; i++)
+			n += record_put(s + n, message + i, 1);
+		n += record_put(s + n, message + i, len + 4 - i);
+		got = hello_name(at_guard(s, n), name, sizeof(name));
+		if (got != (fits ? 1 : -1))
+			unit_fail("longest", "whole", "", got);
+		got = hello_name(at_guard(s, n - 1), name, sizeof(name));
+		if (got != (fits ? 0 : -1))
+			unit_fail("longest", "but one byte", "", got);
+		/* Who waits for the rest has room for it. */
+		if (n > BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM)
+			unit_fail("longest", "no room", "", (long long)n);
+	}
+}
+
+static void
+unit_hello(void)
+{
+	static const char name[] = "www.example.org";
+	char s[1024];
+	size_t n = hex_bytes(hello_hex, s), i;
+
+	hello_try("openssl", s, n, 1, name);
+	for (i = 0; i < n; i++) {
+		char none[HOST_MAX + 1] = "?";
+
+		if (hello_name(at_guard(s, i), none, sizeof(none)) != 0)
+			unit_fail("openssl", none, "cut", (long long)i);
+	}
+	memset(s + n, 0x47, 20);
+	hello_try("openssl and more", s, n + 20, 1, name);
+	hello_mutate(s, n);
+	hello_split(s + 5, n - 5, name);
+	for (i = 1; i < 40; i++)
+		if (hello_records(s + 5, n - 5, i) !=
+		    (i <= HELLO_RECORDS_MAX ? 1 : -1))
+			unit_fail("records", "", "", (long long)i);
+	unit_hellos();
+	unit_hosts();
+	unit_no_hellos();
+	unit_longest();
+}
+
+int
+main(int argc, char **argv)
+{
+	static const struct {
+		const char *name;
+		void (*run)(void);
+	} units[] = {
+		{ "networks", unit_networks }, { "times", unit_times },
+		{ "numbers", unit_numbers }, { "needles", unit_needles },
+		{ "hello", unit_hello },
+	};
+	size_t i;
+
+	(void)proxy_main;
+	for (i = 0; i < COUNT(units); i++)
+		if (argc == 2 && strcmp(argv[1], units[i].name) == 0) {
+			units[i].run();
+			return failures > 0;
+		}
+	return 2;
+}
+EOF_UNIT
+}
+
+# Runs one table; the first test that comes here builds the program.
+match_unit() {
+	[ -f "$here/proxy.c" ] || skip "no proxy.c beside test.sh"
+	if mkdir "$work/matchunit.taken" 2> /dev/null; then
+		write_match_unit
+		build "$work/matchunit" "$work/matchunit.c"
+	fi
+	built "$work/matchunit"
+	"$work/matchunit" "$1" > unit.out 2>&1
+	status=$?
+	[ $status != 77 ] || skip "no memory with a guard page"
+	[ $status = 0 ] || fail "status $status: $(head -n 5 unit.out)"
+}
+
+test_match_networks() { # networks: read, masked, what is in them
+	match_unit networks
+}
+
+test_match_times() { # days and hours, over midnight, each minute of the week
+	match_unit times
+}
+
+test_match_numbers() { # ranges, sizes, durations: range-checked
+	match_unit numbers
+}
+
+test_match_needles() { # bytes in a stream: every split gives the same
+	match_unit needles
+}
+
+test_match_hello() { # a ClientHello: cut, split, changed at every byte
+	match_unit hello
 }
 
 # ---- 19. Promises kept under odd conditions ---------------------------------
@@ -12628,6 +14929,26 @@ unit_texts(void)
 	buffer_give(&b);
 }
 
+/* True if the built-in lines keep a client from elsewhere from there. */
+static bool
+is_guarded(const struct address *a)
+{
+	struct address client;
+	struct request q;
+	struct view v;
+
+	if (rules_now == NULL)
+		rules_now = rules_read(NULL);
+	memset(&q, 0, sizeof(q));
+	memset(&v, 0, sizeof(v));
+	(void)address_parse(text_of("10.0.0.9"), 0, &client);
+	v.client = &client;
+	v.request = &q;
+	v.address = a;
+	v.known = FACT_ADDRESS;
+	return rule_judge(rules_now->first[GROUP_ACCESS], &v) == TRUTH_YES;
+}
+
 static void
 unit_addresses(void)
 {
@@ -12675,10 +14996,10 @@ unit_addresses(void)
 		if (ok != (table[i].print != NULL) ||
 		    (ok && strcmp(print, table[i].print) != 0))
 			unit_fail("address", table[i].host, ok);
-		else if (ok && (address_is_guarded(&a) != table[i].guarded ||
+		else if (ok && (is_guarded(&a) != table[i].guarded ||
 		    address_is_loopback(&a) != table[i].loopback))
 			unit_fail("address rule", table[i].host,
-			    address_is_guarded(&a));
+			    is_guarded(&a));
 	}
 }
 
@@ -13298,6 +15619,757 @@ test_unit_encoding() { # bodies leave whole, however slowly
 	unit encoding
 }
 
+# ---- Lists of domains: unit tables -------------------------------------------
+
+# proxy.c with another main: what it makes of files in the formats of lists.
+write_list_unit() {
+	cat > "$work/listunit.c" <<'EOF_UNIT'
+#define main proxy_main
+#include "proxy.c"
+#undef main
+
+enum { MILLION = 1000000 };
+
+#define COUNT(table) (sizeof(table) / sizeof((table)[0]))
+
+static int failures;
+static bool timed = true;	/* false: this build is slow by design */
+
+static void
+unit_fail(const char *what, const char *input, const char *more, long long got)
+{
+	if (failures++ < 20)
+		printf("%s: %.200s | %.200s: %lld\n", what, input, more, got);
+}
+
+/* Makes the file `list` of n bytes. */
+static void
+file_make(const char *bytes, size_t n)
+{
+	FILE *f = fopen("list", "w");
+
+	if (f == NULL || fwrite(bytes, 1, n, f) != n || fclose(f) != 0)
+		unit_fail("cannot write", "list", strerror(errno), 0);
+}
+
+/* Loads bytes that are fine. */
+static void
+list_from(struct list *list, const char *bytes, size_t n)
+{
+	char why[200] = "";
+
+	file_make(bytes, n);
+	if (!list_load(list, "list", why, sizeof(why)))
+		unit_fail("refused", bytes, why, (long long)n);
+	if (list->used + 1 > list->size && list->used > 0)
+		unit_fail("full", bytes, "", (long long)list->used);
+	if (8 * list->size > 16 * list->used + 8)
+		unit_fail("large", bytes, "", (long long)list->size);
+}
+
+/* The n bytes at s are covered: asked right before the end of memory. */
+static bool
+has(const struct list *list, const char *s, size_t n)
+{
+	char *copy = malloc(n + 1);
+	bool covered;
+
+	if (copy == NULL)
+		exit(77);
+	memcpy(copy + 1, s, n);
+	covered = list_has(list, text_cut(copy + 1, n));
+	free(copy);
+	return covered;
+}
+
+/* Each of the words is covered, or each is not. */
+static void
+ask(const struct list *list, const char *words, bool covered, const char *file)
+{
+	while (*words != '\0') {
+		size_t n = strcspn(words, " ");
+
+		if (has(list, words, n) != covered)
+			unit_fail(covered ? "not covered" : "covered", file,
+			    words, (long long)n);
+		words += n;
+		words += *words == ' ';
+	}
+}
+
+/* What becomes of each line; counts of lines, names and skipped lines. */
+static void
+unit_formats(void)
+{
+	static const struct {
+		const char *file;
+		size_t read, used, skipped;
+		const char *covered, *others;
+	} table[] = {
+		{ "", 0, 0, 0, "", "a com" },
+		{ "\n", 1, 0, 0, "", "a" },
+		{ "\n\n", 2, 0, 0, "", "a" },
+		{ "\r\n \t \r\n", 2, 0, 0, "", "a" },
+		{ "a.com", 1, 1, 0, "a.com", "b.com" },
+		{ "a.com\n", 1, 1, 0, "a.com", "b.com" },
+		{ "a.com\r\nb.com\r\n", 2, 2, 0, "a.com b.com", "com" },
+		{ "a.com\r\nb.com\r", 2, 2, 0, "a.com b.com", "com" },
+		{ "a.com\rb.com\n", 1, 0, 1, "", "a.com b.com" },
+		{ "\xef\xbb\xbf" "a.com\nb.com\n", 2, 2, 0, "a.com b.com", "" },
+		{ "a.com\n\xef\xbb\xbf" "b.com\n", 2, 1, 1, "a.com", "b.com" },
+		{ "\xef\xbb\xbf", 1, 0, 0, "", "a" },
+		{ "\xef\xbb\xbf# x\r\n", 1, 0, 0, "", "x" },
+		{ " \ta.com \t\n", 1, 1, 0, "a.com", "" },
+		{ "A.Com.\n", 1, 1, 0, "a.com", "" },
+		{ "a.com..\n", 1, 0, 1, "", "a.com" },
+		{ "zip\n", 1, 1, 0, "zip a.zip", "zipp" },
+		{ "_a-b.c_d\n", 1, 1, 0, "_a-b.c_d", "" },
+		/* hosts files */
+		{ "0.0.0.0 a.com b.com\n", 1, 2, 0, "a.com b.com", "0.0.0.0" },
+		{ "127.0.0.1\ta.com\n::1 b.com\n:: c.com\n", 3, 3, 0,
+		    "a.com b.com c.com", "127.0.0.1 ::1 :: com" },
+		{ "0:0:0:0:0:0:0:0 a.com\n", 1, 1, 0, "a.com", "" },
+		{ "0.0.0.0  a.com\t\t b.com  # c.com\n", 1, 2, 0, "a.com b.com",
+		    "c.com" },
+		{ "0.0.0.0 printer\n", 1, 1, 0, "printer a.printer", "" },
+		{ "0.0.0.0 0.0.0.0\n127.0.0.1 localhost\n"
+		    "127.0.0.1 localhost.localdomain\n127.0.0.1 LOCAL\n"
+		    "::1 ip6-localhost ip6-loopback\n"
+		    "fe80::1%lo0 localhost\n255.255.255.255 broadcasthost\n"
+		    "fe00::0 ip6-localnet\nff00::0 ip6-mcastprefix\n"
+		    "ff02::1 ip6-allnodes\nff02::2 ip6-allrouters\n"
+		    "ff02::3 ip6-allhosts\n", 12, 0, 0, "",
+		    "localhost local a.local localhost.localdomain" },
+		{ "0.0.0.0 localhost a.com\n", 1, 1, 0, "a.com", "localhost" },
+		{ "0.0.0.0 1.2.3.4\n", 1, 0, 1, "", "1.2.3.4" },
+		{ "0.0.0.0 a.com b/c d.com\n", 1, 2, 1, "a.com d.com", "c" },
+		{ "10.0.0.1 a.com\n", 1, 0, 1, "", "a.com" },
+		{ "8.8.8.8 a.com localhost\n", 1, 0, 1, "", "a.com localhost" },
+		{ "0.0.0 a.com\n", 1, 0, 1, "", "a.com" },
+		{ "a.com b.com\n", 1, 0, 1, "", "a.com b.com" },
+		{ "see localhost\n", 1, 0, 1, "", "see" },
+		{ "0.0.0.0 *.a.com\n", 1, 0, 1, "", "a.com" },
+		{ "0.0.0.0\n", 1, 0, 1, "", "0.0.0.0" },
+		{ "0.0.0.0 # a.com\n", 1, 0, 1, "", "a.com" },
+		/* with what is below */
+		{ "*.a.com\n.b.com\n", 2, 2, 0, "a.com x.a.com b.com x.b.com",
+		    "com xa.com" },
+		{ "*\n*.\n.\n..a.com\n*..a.com\n*a.com\na.*\na.*.com\n", 8, 0,
+		    8, "", "a.com com a" },
+		/* dnsmasq */
+		{ "address=/a.com/\naddress=/b.com/0.0.0.0\n"
+		    "address=/c.com/::\naddress=/d.com/#\n"
+		    "address=/e.com/127.0.0.1\n", 5, 5, 0,
+		    "a.com b.com c.com d.com e.com x.a.com", "" },
+		{ "address=/a.com/b.com/0.0.0.0\naddress=/c.com/d.com/\n", 2, 4,
+		    0, "a.com b.com c.com d.com", "0.0.0.0" },
+		{ "server=/a.com/\nlocal=/b.com/c.com/ # x\n", 2, 3, 0,
+		    "a.com b.com c.com", "" },
+		{ "Address=/.a.com/\nlocal=/*.b.com/\n", 2, 2, 0,
+		    "a.com x.b.com", "" },
+		{ "address=/a.com/10.0.0.1\nserver=/b.com/8.8.8.8\n"
+		    "server=/c.com/127.0.0.1\nserver=/d.com/#\nserver=8.8.8.8\n"
+		    "local=/e.com/0.0.0.0\n", 6, 0, 6, "",
+		    "a.com b.com c.com d.com e.com 8.8.8.8" },
+		{ "address=\naddress=/\naddress=//\naddress=/a.com\n"
+		    "address=a.com\naddress=///\naddress=/#/\n"
+		    "address=/a.com/b.com\n=/a.com/\n", 9, 0, 9, "",
+		    "a.com b.com" },
+		{ "address=/a.com//b.com/\n", 1, 2, 1, "a.com b.com", "" },
+		/* Adblock */
+		{ "[Adblock Plus 2.0]\n! Title: a.com\n||a.com^\n", 3, 1, 0,
+		    "a.com x.a.com", "com xa.com" },
+		{ "||a.com^\n@@||b.a.com^\n", 2, 2, 0, "a.com c.a.com",
+		    "b.a.com x.b.a.com" },
+		{ "||a.com^$third-party\n||a.com^$important\n||a.com^$all\n"
+		    "||a.com\n||a.com/b\n||a.com/b^\n||a.com^*/b\n|a.com^\n"
+		    "||*.a.com^\n||a.*^\n||a.com^|\n|http://a.com^\n/a\\.com/\n"
+		    "@@a.com\n@@|a.com^\n@@||a.com\n@@||a.com^$document\n@@\n"
+		    "||\n||^\n@@||^\n|\n^\n||1.2.3.4^\n-a.com-\n", 25, 1, 24,
+		    "-a.com-", "a.com b.com 1.2.3.4" },
+		{ "a.com##.ad\n##.ad\n###ad\na.com#@#.ad\n##.a.com # b\n"
+		    "##div[a] b\n", 6, 0, 6, "", "a.com ad" },
+		/* comments */
+		{ "#a.com\n# a.com\n!a.com\n;a.com\n ; a.com\n## a.com\n##\n"
+		    "####\n#######a.com\n### a.com ###\n[x]\n", 11, 0, 0, "",
+		    "a.com" },
+		{ "a.com # b.com\nc.com\t#d.com\ne.com#f.com\n", 3, 2, 1,
+		    "a.com c.com", "b.com d.com e.com f.com" },
+		/* what is none of it */
+		{ "http://a.com/\na.com/\na.com:80\na.com,b\na b c\n<html>\n"
+		    "{\"a\": 1}\n\xc3\xa4.com\na..com\n.com.\n[x\n", 11, 1, 10,
+		    "com a.com", "a b" },
+		{ "1.2.3.4\n::1\n1234\na.1\na.0x1F\n0x\n", 6, 0, 6, "",
+		    "1.2.3.4 ::1 1234 a.1 1" },
+		{ "1.a\n1a\n0xg\n4.0x1.x\n", 4, 4, 0, "1.a 1a 0xg 4.0x1.x", "a" },
+		/* the same again */
+		{ "a.com\nA.COM\na.com.\n||a.com^\n0.0.0.0 a.com a.com\n"
+		    "x.a.com\n", 6, 2, 0, "a.com", "com" },
+		{ "0.0.0.0 a b c d a b\n", 1, 4, 0, "a b c d", "e" },
+	};
+	size_t i;
+
+	for (i = 0; i < COUNT(table); i++) {
+		struct list list;
+
+		list_from(&list, table[i].file, strlen(table[i].file));
+		if (list.read != table[i].read)
+			unit_fail("read", table[i].file, "",
+			    (long long)list.read);
+		if (list.used != table[i].used)
+			unit_fail("used", table[i].file, "",
+			    (long long)list.used);
+		if (list.skipped != table[i].skipped)
+			unit_fail("skipped", table[i].file, "",
+			    (long long)list.skipped);
+		ask(&list, table[i].covered, true, table[i].file);
+		ask(&list, table[i].others, false, table[i].file);
+		list_free(&list);
+	}
+}
+
+/* A line with n bytes before its end: a domain in a comment's company. */
+static size_t
+line_make(char *to, size_t n, const char *end)
+{
+	memset(to, 'x', n);
+	memcpy(to, "a.com # ", 8);
+	memcpy(to + n, end, strlen(end));
+	return n + strlen(end);
+}
+
+/* Lines and names as long as they may be, and longer by one. */
+static void
+formats_limits(void)
+{
+	static const struct {
+		size_t n;
+		const char *end;
+		size_t read, used, skipped;
+	} table[] = {
+		{ 999, "\n", 1, 1, 0 }, { 1000, "", 1, 1, 0 },
+		{ 1000, "\n", 1, 1, 0 }, { 999, "\r\n", 1, 1, 0 },
+		{ 1001, "", 1, 0, 1 }, { 1001, "\n", 1, 0, 1 },
+		{ 1000, "\nb.com\n", 2, 2, 0 }, { 1001, "\nb.com", 2, 1, 1 },
+		{ 2002, "\nb.com\n", 2, 1, 1 }, { 3003, "\n\nb.com\n", 3, 1, 1 },
+		{ 300000, "\nb.com\n", 2, 1, 1 },
+	};
+	static char file[300100];
+	char name[300];
+	size_t i, n;
+
+	for (i = 0; i < COUNT(table); i++) {
+		struct list list;
+
+		n = line_make(file, table[i].n, table[i].end);
+		list_from(&list, file, n);
+		if (list.read != table[i].read || list.used != table[i].used ||
+		    list.skipped != table[i].skipped)
+			unit_fail("long line", table[i].end, "",
+			    (long long)table[i].n);
+		if (has(&list, "a.com", 5) != (table[i].n <= 1000) ||
+		    has(&list, "b.com", 5) !=
+			(strstr(table[i].end, "b.com") != NULL))
+			unit_fail("long line covers", table[i].end, "",
+			    (long long)table[i].n);
+		list_free(&list);
+	}
+	/* Labels of 63 and 64 bytes, names of 253 and 254, a dot behind. */
+	for (i = 60; i < 70; i++) {
+		struct list list;
+
+		memset(name, 'l', i);
+		(void)snprintf(name + i, 10, ".com");
+		list_from(&list, name, i + 4);
+		if ((list.used == 1) != (i <= 63) || list.skipped == list.used ||
+		    has(&list, name, i + 4) != (i <= 63))
+			unit_fail("label", name, "", (long long)i);
+		list_free(&list);
+	}
+	for (i = 245; i < 260; i++) {
+		struct list list;
+
+		for (n = 0; n < i; n++)
+			name[n] = n % 50 == 49 && n + 1 < i ? '.' : 'n';
+		name[i] = '.';
+		list_from(&list, name, i + i % 2);
+		if ((list.used == 1) != (i <= 253) || list.skipped == list.used ||
+		    has(&list, name, i) != (i <= 253) ||
+		    has(&list, name, i + 1) != (i <= 253))
+			unit_fail("name", name, "", (long long)i);
+		list_free(&list);
+	}
+}
+
+/* The same lines wherever the borders of the reader's buffer lie. */
+static void
+formats_borders(void)
+{
+	static const char lines[] = "0.0.0.0 a.com b.com\r\n||c.com^\n"
+	    "nonsense,\n@@||d.c.com^\r\naddress=/e.com/\nf.com";
+	static const size_t sizes[] = { 512, 1024, 4096, 8192, 65536 };
+	static char file[66000];
+	size_t i, back;
+
+	for (i = 0; i < COUNT(sizes); i++)
+		for (back = 0; back <= sizeof(lines); back++) {
+			size_t n = sizes[i] - back, k;
+			struct list list;
+
+			for (k = 0; k < n; k++)
+				file[k] = k % 100 == 99 || k + 1 == n ? '\n' :
+				    k % 100 == 0 ? '#' : ' ';
+			memcpy(file + n, lines, sizeof(lines));
+			list_from(&list, file, n + sizeof(lines) - 1);
+			if (list.read != (n + 99) / 100 + 6 || list.used != 6 ||
+			    list.skipped != 1)
+				unit_fail("border", "counts", "",
+				    (long long)n);
+			ask(&list, "a.com b.com c.com e.com f.com", true,
+			    "border");
+			ask(&list, "d.c.com com nonsense", false, "border");
+			list_free(&list);
+		}
+}
+
+static void
+all_formats(void)
+{
+	unit_formats();
+	formats_limits();
+	formats_borders();
+}
+
+/* The key and message 00 01 02 ... of SipHash's paper, appendix A. */
+static void
+cover_hash(void)
+{
+	static const uint64_t key[2] = { 0x0706050403020100U,
+		0x0f0e0d0c0b0a0908U };
+	static const struct {
+		size_t n;
+		uint64_t hash;
+	} table[] = {
+		{ 0, 0x726fdb47dd0e0e31U }, { 1, 0x74f839c593dc67fdU },
+		{ 15, 0xa129ca6149be45e5U },
+	};
+	char message[16];
+	size_t i;
+
+	for (i = 0; i < sizeof(message); i++)
+		message[i] = (char)i;
+	for (i = 0; i < COUNT(table); i++)
+		if (sip_hash(key, text_cut(message, table[i].n)) !=
+		    table[i].hash)
+			unit_fail("hash", "", "", (long long)table[i].n);
+	if (list_key()[0] == 0 && list_key()[1] == 0 &&
+	    access("/dev/urandom", R_OK) == 0)
+		unit_fail("no key", "", "", 0);
+}
+
+/* Hosts far longer than a name can be: what is listed is still found. */
+static void
+cover_long(const struct list *list)
+{
+	char host[1200];
+	size_t i;
+
+	for (i = 1; i < 1100; i++) {
+		size_t k;
+
+		for (k = 0; k < i; k++)
+			host[k] = (k + i) % 40 == 39 ? '.' : 'h';
+		memcpy(host + i, ".a.com", 6);
+		if (!has(list, host, i + 6) || has(list, host, i + 5))
+			unit_fail("long host", "", "", (long long)i);
+		memset(host, 'x', i);
+		memcpy(host + i, "a.com", 5);
+		if (has(list, host, i + 5))
+			unit_fail("long label", "", "", (long long)i);
+		memset(host, '.', i);
+		if (!has(list, host, i + 5))
+			unit_fail("dots in front", "", "", (long long)i);
+	}
+}
+
+/* What a list covers, and what not. */
+static void
+unit_cover(void)
+{
+	static const char file[] = "a.com\nb.c.d.com\ne\n@@||ok.a.com^\n"
+	    "||no.ok.a.com^\n@@||f.com^\nf.com\n||deep.f.com^\n4\nx4\n"
+	    "@@||b.com^\n";
+	struct list list;
+	size_t i;
+
+	cover_hash();
+	list_from(&list, file, sizeof(file) - 1);
+	if (list.read != 11 || list.used != 9 || list.skipped != 1)
+		unit_fail("counts", "", "", (long long)list.used);
+	ask(&list, "a.com A.COM a.com. a.com.. x.a.com X.y.Z.a.Com. .a.com "
+	    "..a.com x..a.com b.c.d.com a.b.c.d.com e a.e e. x4 3.x4", true,
+	    "cover");
+	ask(&list, "com m .com xa.com a.co a.comm a.com.x a.com.x. c.d.com "
+	    "d.com xb.c.d.com b-c.d.com ok.a.com x.ok.a.com OK.A.com. "
+	    "no.ok.a.com f.com x.f.com deep.f.com b.com ee e.f a..com . .. "
+	    "a.com/ a.com:80 [::1] ::1 ::ffff:1.2.3.4 1.2.3.4 4 3.4 4. "
+	    "fe80::1%a.com 0x4 a.com\tx a%2ecom", false, "cover");
+	if (list_has(&list, text_of("")))
+		unit_fail("covered", "nothing", "", 0);
+	cover_long(&list);
+	for (i = 0; i < 256; i++) {
+		char host[] = "x.a.com";
+
+		host[1] = (char)i;
+		if (has(&list, host, 7) != (i == '.') && i != ':')
+			unit_fail("byte", host, "", (long long)i);
+	}
+	list_free(&list);
+	list_free(&list);
+	if (list.slots != NULL || list_has(&list, text_of("a.com")))
+		unit_fail("freed", "", "", 0);
+}
+
+/* A file that is refused, and with which words; nothing is left. */
+static void
+refused(const char *path, const char *words)
+{
+	struct list list;
+	char why[300] = "";
+
+	memset(&list, 0x55, sizeof(list));
+	if (list_load(&list, path, why, sizeof(why)))
+		unit_fail("taken", path, words, 0);
+	else if (strcmp(why, words) != 0)
+		unit_fail("words", why, words, 0);
+	if (list.slots != NULL || list.used != 0 ||
+	    list_has(&list, text_of("a.com")))
+		unit_fail("left", path, words, 0);
+}
+
+/* The second pass finds another file than the first: is it seen? */
+static void
+bad_changes(void)
+{
+	static const char *const files[] = { "", "a.com\n", "a.com\nb.com\n",
+		"a.com\nb.com\nc.com\n", "0.0.0.0 a b c d e f g h i j k l m n\n" };
+	size_t i, k;
+
+	for (i = 0; i < COUNT(files); i++)
+		for (k = 0; k < COUNT(files); k++) {
+			struct list list;
+			char why[200] = "";
+			FILE *f;
+
+			memset(&list, 0, sizeof(list));
+			file_make(files[i], strlen(files[i]));
+			f = fopen("list", "r");
+			if (f == NULL ||
+			    !list_pass(&list, f, "list", why, sizeof(why)) ||
+			    !list_make(&list, list.names))
+				exit(77);
+			file_make(files[k], strlen(files[k]));
+			if (!list_pass(&list, f, "list", why, sizeof(why)) ||
+			    (list.names == list.room) != (i == k) ||
+			    list.used >= list.size)
+				unit_fail("changed", files[i], files[k],
+				    (long long)list.used);
+			(void)fclose(f);
+			list_free(&list);
+		}
+}
+
+/* The same with the system's words for an error. */
+static void
+refused_for(const char *path, int error)
+{
+	char words[300];
+
+	(void)snprintf(words, sizeof(words), "%s: %s", path, strerror(error));
+	refused(path, words);
+}
+
+/* Writes lines of a name each over the file, without and with a # by turns. */
+static void
+file_change(char *lines, size_t n, pid_t parent)
+{
+	int fd = open("list", O_WRONLY);
+	size_t i;
+
+	for (;;) {
+		for (i = 0; i < n; i += 8)
+			lines[i] = lines[i] == '#' ? 'x' : '#';
+		if (getppid() != parent ||
+		    pwrite(fd, lines, n, 0) != (ssize_t)n)
+			_exit(0);
+	}
+}
+
+/* A file that is written while it is read: taken whole, or refused. */
+static void
+bad_races(void)
+{
+	static char lines[64001];
+	time_t until = time(NULL) + 30;
+	size_t i, refused_n = 0;
+	char why[200];
+	pid_t child, parent = getpid();
+
+	for (i = 0; i < sizeof(lines) - 1; i += 8)
+		(void)snprintf(lines + i, 9, "x%06lu\n", (unsigned long)i);
+	file_make(lines, sizeof(lines) - 1);
+	(void)fflush(stdout);
+	child = fork();
+	if (child == -1)
+		exit(77);
+	if (child == 0)
+		file_change(lines, sizeof(lines) - 1, parent);
+	for (i = 0; i < 300 || (refused_n == 0 && time(NULL) < until); i++) {
+		struct list list;
+
+		if (list_load(&list, "list", why, sizeof(why))) {
+			if (list.used >= list.size)
+				unit_fail("race", "full", "", (long long)i);
+		} else if (list.slots != NULL ||
+		    strcmp(why, "list: it changed while it was read") != 0)
+			unit_fail("race", why, "", (long long)i);
+		else
+			refused_n++;
+		list_free(&list);
+	}
+	(void)kill(child, SIGKILL);
+	(void)waitpid(child, NULL, 0);
+	if (refused_n == 0)
+		unit_fail("race", "never refused", "", (long long)i);
+}
+
+static void
+unit_bad(void)
+{
+	static char file[5000];
+	struct list list;
+	char why[20];
+	size_t i;
+
+	refused_for("missing", ENOENT);
+	refused_for("", ENOENT);
+	refused_for(".", EISDIR);
+	if (mkfifo("fifo", 0600) == 0)
+		refused_for("fifo", ESPIPE);
+	file_make("a.com\n", 6);
+	refused_for("list/x", ENOTDIR);
+	if (geteuid() != 0 && chmod("list", 0) == 0)
+		refused_for("list", EACCES);
+	(void)remove("list");
+#define NUL ": a NUL byte: this is no text"
+	file_make("\0", 1);
+	refused("list", "list: line 1" NUL);
+	file_make("a.com\n# x\nb.c\0om\nc.com\n", 23);
+	refused("list", "list: line 3" NUL);
+	file_make("a.com\n\0", 7);
+	refused("list", "list: line 2" NUL);
+	file_make("\xff\xfe" "a\0.\0", 6);
+	refused("list", "list: line 1" NUL);
+	/* In a line that is too long, wherever in it. */
+	for (i = 990; i < sizeof(file); i += i < 1010 ? 1 : 997) {
+		memset(file, 'x', sizeof(file));
+		memcpy(file, "a.com\n", 6);
+		file[i] = '\0';
+		file_make(file, sizeof(file));
+		refused("list", "list: line 2" NUL);
+	}
+	/* Words that do not fit are cut. */
+	if (list_load(&list, "list", why, sizeof(why)) ||
+	    strcmp(why, "list: line 2: a NUL") != 0)
+		unit_fail("cut", why, "", 0);
+	if (!list_load(&list, "/dev/null", why, sizeof(why)) || list.used != 0)
+		unit_fail("/dev/null", why, "", 0);
+	list_free(&list);
+	bad_changes();
+	bad_races();
+}
+
+/* The n-th domain, of 20 bytes or so; its parent is in no list. */
+static size_t
+domain_make(char *to, size_t size, unsigned long n)
+{
+	static const char *const subs[] = { "", "", "www.", "ads.", "track.",
+		"cdn-7.static." };
+	static const char *const tops[] = { "com", "net", "de", "co.uk",
+		"info", "xyz", "com.br" };
+	unsigned long mixed = n * 2654435761UL & 0xffffffffUL;
+
+	return (size_t)snprintf(to, size, "%s%cad%lu-%03lx.%s",
+	    subs[mixed % COUNT(subs)], (char)('a' + mixed / 7 % 26), n,
+	    mixed / 97 % 4096, tops[mixed / 1009 % COUNT(tops)]);
+}
+
+/* A list of n domains, each so many times, mixed from three formats. */
+static void
+million_make(unsigned long n, int times)
+{
+	static const char *const before[] = { "", "0.0.0.0 ", "||" };
+	static const char *const after[] = { "", "", "^" };
+	FILE *f = fopen("list", "w");
+	unsigned long i;
+
+	if (f == NULL)
+		exit(77);
+	while (times-- > 0)
+		for (i = 0; i < n; i++) {
+			char domain[100];
+
+			(void)domain_make(domain, sizeof(domain), i);
+			(void)fprintf(f, "%s%s%s\n", before[i % 3], domain,
+			    after[i % 3]);
+		}
+	if (fclose(f) != 0)
+		exit(77);
+}
+
+/* Seconds of processor since `start`. */
+static double
+seconds(clock_t start)
+{
+	return (double)(clock() - start) / CLOCKS_PER_SEC;
+}
+
+/* Asks for hosts of four labels and more, half of them covered. */
+static void
+million_ask(const struct list *list)
+{
+	enum { HOSTS = 4096, ROUNDS = 250 };
+	static char hosts[HOSTS][100];
+	static size_t lens[HOSTS];
+	unsigned long covered = 0;
+	clock_t start;
+	size_t i, k;
+	double took;
+
+	for (i = 0; i < HOSTS; i++) {
+		memcpy(hosts[i], "x.y.", 4);
+		lens[i] = 4 + domain_make(hosts[i] + 4, sizeof(hosts[i]) - 4,
+		    (unsigned long)(i * 12345 % MILLION + i % 2 * MILLION));
+	}
+	start = clock();
+	for (k = 0; k < ROUNDS; k++)
+		for (i = 0; i < HOSTS; i++)
+			covered += list_has(list, text_cut(hosts[i], lens[i]));
+	took = seconds(start) / ROUNDS / HOSTS * 1e9;
+	printf("%.0f ns a host\n", took);
+	if (covered != (unsigned long)HOSTS / 2 * ROUNDS)
+		unit_fail("covered", "", "", (long long)covered);
+	if (timed && took > 4000)
+		unit_fail("slow", "ns a host", "", (long long)took);
+}
+
+/* A million domains: all there, in how much memory, how fast. */
+static void
+unit_million(void)
+{
+	struct list list;
+	char why[200] = "", host[100];
+	clock_t start;
+	unsigned long i;
+	double took;
+
+	million_make(MILLION, 1);
+	start = clock();
+	if (!list_load(&list, "list", why, sizeof(why)))
+		unit_fail("refused", why, "", 0);
+	took = seconds(start);
+	printf("%.2f s, %ld ms, %.1f bytes a domain\n", took, (long)list.ms,
+	    (double)(list.size * sizeof(*list.slots)) / MILLION);
+	if (list.read != MILLION || list.used != MILLION || list.skipped != 0)
+		unit_fail("counts", "", "", (long long)list.used);
+	if (list.size * sizeof(*list.slots) > 16UL * MILLION ||
+	    list.size * 3 < list.used * 4)
+		unit_fail("size", "", "", (long long)list.size);
+	if (timed && took > 4)
+		unit_fail("slow", "ms", "", (long long)(took * 1000));
+	if (list.ms < 0 || (list.ms == 0 && took > 0.1))
+		unit_fail("ms", "", "", (long long)list.ms);
+	for (i = 0; i < 2 * (unsigned long)MILLION; i++) {
+		size_t n = domain_make(host, sizeof(host), i);
+
+		if (list_has(&list, text_cut(host, n)) != (i < MILLION))
+			unit_fail("million", host, "", (long long)i);
+	}
+	million_ask(&list);
+	list_free(&list);
+	/* All that comes thrice takes no more room than what comes once. */
+	million_make(10000, 3);
+	if (!list_load(&list, "list", why, sizeof(why)) || list.read != 30000 ||
+	    list.used != 10000 || list.size > 20000 || list.size < 13333)
+		unit_fail("thrice", why, "", (long long)list.size);
+	for (i = 0; i < 20000; i++) {
+		size_t n = domain_make(host, sizeof(host), i);
+
+		if (list_has(&list, text_cut(host, n)) != (i < 10000))
+			unit_fail("thrice", host, "", (long long)i);
+	}
+	list_free(&list);
+}
+
+int
+main(int argc, char **argv)
+{
+	static const struct {
+		const char *name;
+		void (*run)(void);
+	} units[] = {
+		{ "formats", all_formats }, { "cover", unit_cover },
+		{ "bad", unit_bad }, { "million", unit_million },
+	};
+	size_t i;
+
+	(void)proxy_main;
+	timed = argc == 2;
+	for (i = 0; i < COUNT(units); i++)
+		if (argc > 1 && strcmp(argv[1], units[i].name) == 0) {
+			units[i].run();
+			return failures > 0;
+		}
+	return 2;
+}
+EOF_UNIT
+}
+
+# Runs one table; the first test that comes here builds the program.
+list_unit() {
+	[ -f "$here/proxy.c" ] || skip "no proxy.c beside test.sh"
+	if mkdir "$work/listunit.taken" 2> /dev/null; then
+		write_list_unit
+		build "$work/listunit" "$work/listunit.c"
+	fi
+	built "$work/listunit"
+	"$work/listunit" "$@" > unit.out 2>&1
+	status=$?
+	rm -f list
+	[ $status != 77 ] || skip "no room for a list"
+	[ $status = 0 ] || fail "status $status: $(head -n 5 unit.out)"
+}
+
+test_list_formats() { # lines of every format, limits, borders of the reader's buffer
+	list_unit formats
+}
+
+test_list_cover() { # labels, case, dots, exceptions, addresses; the hash
+	list_unit cover
+}
+
+test_list_bad() { # files that are refused, and one that changes meanwhile
+	list_unit bad
+}
+
+test_list_million() { # a million domains: soon loaded, 16 bytes each, 1 us a label
+	if sanitized; then
+		list_unit million untimed
+	else
+		list_unit million
+	fi
+}
+
 # ---- 21. Style --------------------------------------------------------------
 
 need_source() {
@@ -13401,7 +16473,7 @@ test_style_options() { # usage, getopt and proxy.1 know the same options
 	    fold -w 1 | grep . | sort -u > usage.list
 	sed -n 's/^\.It Fl \([a-zA-Z]\).*/\1/p' "$here/proxy.1" |
 	    sort -u > manual.list
-	sed -n 's/.*getopt(argc, argv, "\([^"]*\)".*/\1/p' "$here/proxy.c" |
+	sed -n 's/.* letters\[\] = "\([^"]*\)".*/\1/p' "$here/proxy.c" |
 	    tr -d ':\n' | fold -w 1 | grep . | sort -u > getopt.list
 	[ -s getopt.list ] || fail "no getopt string found"
 	cmp getopt.list manual.list > differ ||
@@ -13433,8 +16505,8 @@ test_style_files() { # the tree is five files, and dot-files
 
 # ---- Real programs ----------------------------------------------------------
 # Clients, servers and parents that people really use, each doing its work
-# through the proxy on loopback (only apt-get goes to its own sources). A
-# program that is not there is a skip.
+# through the proxy on loopback (only test_real_apt goes to the machine's
+# sources). A program that is not there is a skip.
 
 unset http_proxy https_proxy ftp_proxy all_proxy no_proxy
 unset HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY
@@ -14254,26 +17326,75 @@ test_real_apt() { # apt-get: update and download, from the machine's sources
 	stop_proxy
 }
 
-test_real_apt_cache() { # apt-get download twice: the second comes from the cache
-	have apt-get || skip "no apt-get"
-	have timeout || skip "no timeout"
-	[ -r /var/lib/dpkg/status ] || skip "no list of packages"
-	start_proxy -c store
-	mkdir -p state/lists/partial cache/archives/partial one two
-	set -- -o Acquire::http::Proxy="http://$proxy" \
-		-o Acquire::https::Proxy="http://$proxy"
-	real_apt "$@" update > apt.out 2>&1
-	grep -q '^[EW]: ' apt.out && skip "apt-get update fails"
-	for dir in one two; do
-		(cd "$dir" && real_apt "$@" download hostname) > apt.out 2>&1 ||
-			skip "apt-get download fails"
+# A repository in web/ with one package, old enough to be fresh for a while by
+# its Last-Modified alone.
+real_repository() {
+	mkdir -p tree/DEBIAN
+	cp "$work/real/text" tree/text
+	printf '%s\n' 'Package: proxied' 'Version: 1' 'Architecture: all' \
+		'Maintainer: nobody <nobody@localhost>' 'Description: nothing' \
+		> tree/DEBIAN/control
+	chmod 755 tree tree/DEBIAN
+	dpkg-deb --build tree web/proxied.deb > deb.out 2>&1 ||
+		fail "dpkg-deb: $(tail -n 1 deb.out)"
+	touch -t 202001010000 web/proxied.deb
+	{
+		cat tree/DEBIAN/control
+		echo "Filename: ./proxied.deb"
+		echo "Size: $(wc -c < web/proxied.deb)"
+		echo "SHA256: $(sha256sum < web/proxied.deb | cut -d ' ' -f 1)"
+	} > web/Packages
+	printf 'Date: %s\nSHA256:\n %s %s Packages\n' \
+		"$(date -u '+%a, %d %b %Y %H:%M:%S UTC')" \
+		"$(sha256sum < web/Packages | cut -d ' ' -f 1)" \
+		"$(wc -c < web/Packages)" > web/Release
+	echo "deb [trusted=yes] http://127.0.0.1:$web/ ./" > sources
+}
+
+# A machine of its own, in the directory HOME, gets the package.
+real_apt_home() { # HOME OPTION...
+	mkdir -p "$1/state/lists/partial" "$1/cache/archives/partial"
+	cd "$1" || fail "no $1"
+	shift
+	set -- -o Dir::State="$PWD/state" -o Dir::Cache="$PWD/cache" "$@"
+	for command in update 'download proxied'; do
+		# shellcheck disable=SC2086 # words
+		real_apt "$@" $command > apt.out 2>&1 ||
+			fail "apt-get $command: $(grep '^[EW]:' apt.out | head -1)"
+		grep -q '^[EW]:' apt.out && fail "$command: $(cat apt.out)"
 	done
-	grep -q '"GET http://[^ ]*/hostname_' log ||
-		skip "the machine's sources are not plain http"
-	cmp one/hostname_*.deb two/hostname_*.deb || fail "they differ"
-	grep -q '/hostname_.* miss=stored ' log ||
-		skip "this mirror's answers have neither freshness nor validator"
-	real_log GET '[^ ]*/hostname_[^ ]*.deb' '200 .* hit=fresh '
+	cd "$T" || fail "no $T"
+}
+
+# How nginx answered for a file: the statuses, each with a blank behind it.
+real_seen() { # FILE STATUSES
+	real_statuses=$(sed -n "s|.*/$1 HTTP/1.1\" \([0-9]*\) .*|\1|p" web.log |
+	    tr '\n' ' ')
+	[ "$real_statuses" = "$2" ] || fail "nginx had for $1: $real_statuses"
+}
+
+test_real_apt_cache() { # apt-get on two machines: the cache has it for the second
+	have apt-get || skip "no apt-get"
+	have dpkg-deb || skip "no dpkg-deb"
+	real_web
+	real_repository
+	start_proxy -c store
+	for dir in one two; do
+		real_apt_home "$dir" -o Acquire::http::Proxy="http://$proxy" \
+			-o Dir::State::status=/dev/null \
+			-o Dir::Etc::SourceList="$T/sources" \
+			-o Dir::Etc::SourceParts=/dev/null
+		real_same "$dir/proxied_1_all.deb" web/proxied.deb
+	done
+	# Of lists apt wants to know that they are current, of packages not.
+	for file in Release Packages; do
+		real_log GET "[^ ]*/$file" '200 .* miss=stored '
+		real_log GET "[^ ]*/$file" '200 .* hit=validated '
+		real_seen "$file" '200 304 '
+	done
+	real_log GET '[^ ]*/proxied.deb' '200 .* miss=stored '
+	real_log GET '[^ ]*/proxied.deb' '200 .* hit=fresh .* server=- '
+	real_seen proxied.deb '200 '
 	stop_proxy
 }
 
@@ -14488,13 +17609,14 @@ test_real_parent_squid() { # -x http: squid as the parent
 	stop_proxy
 }
 
-# A squid on port $1, in the foreground, that stores nothing; $2 is more of
-# its configuration.
-real_squid() {
+# Starts a squid on port $1, in the foreground; $2 is more of its
+# configuration. It stores nothing unless $3 says so. It has a name of its own
+# because squids of one name share memory, and fail if they are of two users.
+real_squid_spawn() {
 	cat > squid.conf <<-EOF
 		http_port 127.0.0.1:$1
 		http_access allow all
-		cache deny all
+		${3-cache deny all}
 		cache_mem 8 MB
 		access_log none
 		cache_log /dev/stderr
@@ -14506,7 +17628,13 @@ real_squid() {
 		shutdown_lifetime 0 seconds
 		$2
 	EOF
-	spawn squid.out squid -N -f "$T/squid.conf"
+	[ -z "${3-}" ] ||
+		squid -n "test$1" -N -z -f "$T/squid.conf" > squid.made 2>&1
+	spawn squid.out squid -n "test$1" -N -f "$T/squid.conf"
+}
+
+real_squid() { # the same, and waits until it serves
+	real_squid_spawn "$@"
 	wait_for 20 "curl -q -s -o out http://127.0.0.1:$1/" ||
 		fail "squid does not start: $(tail -n 1 squid.out)"
 }
@@ -14567,17 +17695,21 @@ bench_load() { # FILE: writes the source of the load tool
 /*
  * load origin FILE
  *     writes its port to FILE and answers GET .../N with N bytes, kept alive,
- *     until it is killed
- * load client [-c] [-n] [-x PROXY-PORT] PORT CONNS REQUESTS MS SIZE
+ *     until it is killed. What is below /keep/ may be cached; how often it
+ *     was asked for that is a long in FILE.asked.
+ * load client [-c] [-n] [-k N] [-r] [-x PROXY-PORT]
+ *     PORT CONNS REQUESTS MS SIZE
  *     asks that origin for SIZE bytes over CONNS connections at once, until
  *     REQUESTS are answered or MS have passed; -n: a new connection for each,
- *     -c: by CONNECT. Prints requests, seconds, errors and its own
- *     microseconds of processor time.
+ *     -c: by CONNECT, -k: for one of N objects that may be cached, in turn or
+ *     (-r) at random. Prints requests, seconds, errors (also a size that is
+ *     not SIZE) and its own microseconds of processor time.
  * load idle PROXY-PORT PORT CONNS FILE
  *     opens CONNS tunnels, writes how many stand to FILE, and keeps them
  *     until it is killed
  */
 #define _POSIX_C_SOURCE 200809L
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 
@@ -14609,9 +17741,11 @@ struct conn {
 static struct pollfd fds[CONNS_MAX + 1];
 static struct conn *conns[CONNS_MAX + 1];
 static char bytes[1 << 18];
-static int proxy_port, origin_port, by_connect, anew;
-static char request[256];
-static long errors;
+static int proxy_port, origin_port, by_connect, anew, at_random;
+static char request[320];
+static long errors, body_size, objects;
+static unsigned long *asked;
+static char date[40];
 
 static void
 die(const char *what)
@@ -14700,6 +17834,36 @@ dial(void)
 	return fd;
 }
 
+/* Which object comes next. The dice (xorshift) fall alike in every run. */
+static long
+object_next(void)
+{
+	static uint32_t dice = 2463534242u;
+	static long turn;
+
+	if (!at_random)
+		return turn++ % objects;
+	dice ^= dice << 13;
+	dice ^= dice >> 17;
+	dice ^= dice << 5;
+	return (long)(dice % (uint32_t)objects);
+}
+
+static void
+request_make(void)
+{
+	char to[64] = "", object[32] = "";
+
+	if (proxy_port && !by_connect)
+		snprintf(to, sizeof to, "http://127.0.0.1:%d", origin_port);
+	if (objects)
+		snprintf(object, sizeof object, "keep/%ld/", object_next());
+	snprintf(request, sizeof request, "GET %s/%s%ld HTTP/1.1\r\n"
+	    "Host: 127.0.0.1:%d\r\nUser-Agent: load\r\nAccept: */*\r\n"
+	    "%s\r\n", to, object, body_size, origin_port,
+	    anew ? "Connection: close\r\n" : "");
+}
+
 /* Sends the next request on a connection, on a new one if need be. */
 static void
 ask(int i, int fresh)
@@ -14722,6 +17886,8 @@ ask(int i, int fresh)
 		}
 		set_up(fds[i].fd);
 	}
+	if (objects)
+		request_make();
 	if (write(fds[i].fd, request, strlen(request)) == -1 &&
 	    !(c->used && errno == EPIPE))
 		errors++;
@@ -14745,6 +17911,8 @@ head_take(struct conn *c, const char *p, size_t n)
 	field = strstr(c->head, "\r\nContent-Length:");
 	field = field ? field : strstr(c->head, "\r\ncontent-length:");
 	c->left = field ? strtol(field + 17, NULL, 10) : -1;
+	if (c->left != body_size)
+		c->left = -1;
 	c->close = strncmp(c->head, "HTTP/1.1", 8) != 0 ||
 	    strstr(c->head, "\r\nConnection: close") ||
 	    strstr(c->head, "\r\nconnection: close");
@@ -14777,12 +17945,13 @@ static long
 client(int n, long count, double end)
 {
 	long done = 0;
-	int i, open = n, got;
+	int i, open = 0, got;
 
 	for (i = 0; i < n; i++) {
 		conns[i] = calloc(1, sizeof *conns[i]);
 		fds[i].fd = CLOSED;
 		ask(i, 1);
+		open += fds[i].fd != CLOSED;
 	}
 	while (open > 0 && errors < 100 && now() < end + 20) {
 		if (poll(fds, (nfds_t)n, 1000) == -1)
@@ -14832,7 +18001,7 @@ request_serve(struct conn *c, int fd)
 	ssize_t n = read(fd, c->head + c->len, sizeof c->head - 1 - c->len);
 	long size;
 	char *at;
-	int len;
+	int len, keep;
 
 	if (n <= 0)
 		return n == -1 && errno == EAGAIN;
@@ -14845,11 +18014,14 @@ request_serve(struct conn *c, int fd)
 		at--;
 	size = at ? strtol(at, NULL, 10) : 0;
 	c->close = strstr(c->head, "\r\nConnection: close") != NULL;
+	keep = strstr(c->head, "/keep/") != NULL;
+	*asked += (unsigned long)keep;
 	c->len = 0;
 	len = snprintf(out, sizeof out, "HTTP/1.1 200 OK\r\n"
-	    "Date: Sun, 22 Nov 2026 02:31:05 GMT\r\nServer: load\r\n"
+	    "Date: %s\r\nServer: load\r\n"
 	    "Content-Type: application/octet-stream\r\n"
-	    "Content-Length: %ld\r\n%s\r\n", size,
+	    "Content-Length: %ld\r\n%s%s\r\n", date, size,
+	    keep ? "Cache-Control: max-age=86400\r\n" : "",
 	    c->close ? "Connection: close\r\n" : "");
 	c->left = size;
 	if (size <= (long)sizeof out - len) {
@@ -14860,6 +18032,26 @@ request_serve(struct conn *c, int fd)
 	return write(fd, out, (size_t)len) == len && body_write(c, fd);
 }
 
+/* The counter in FILE.asked, and the date of all answers: today's. */
+static void
+origin_ready(const char *file)
+{
+	char name[256];
+	time_t t = time(NULL);
+	int fd;
+
+	snprintf(name, sizeof name, "%s.asked", file);
+	fd = open(name, O_RDWR | O_CREAT | O_TRUNC, 0666);
+	if (fd == -1 || ftruncate(fd, sizeof *asked) == -1)
+		die(name);
+	asked = mmap(NULL, sizeof *asked, PROT_READ | PROT_WRITE, MAP_SHARED,
+	    fd, 0);
+	if (asked == MAP_FAILED)
+		die(name);
+	close(fd);
+	strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT", gmtime(&t));
+}
+
 static void
 origin(const char *file)
 {
@@ -14868,6 +18060,7 @@ origin(const char *file)
 	int fd, n = 1, i;
 	FILE *f;
 
+	origin_ready(file);
 	fds[0].fd = socket(AF_INET, SOCK_STREAM, 0);
 	fds[0].events = POLLIN;
 	if (fds[0].fd == -1 ||
@@ -14949,22 +18142,18 @@ main(int argc, char **argv)
 	if (argc < 7 || strcmp(argv[1], "client") != 0)
 		return 2;
 	optind = 2;
-	while ((opt = getopt(argc, argv, "cnx:")) != -1) {
+	while ((opt = getopt(argc, argv, "ck:nrx:")) != -1) {
 		by_connect |= opt == 'c';
 		anew |= opt == 'n';
+		at_random |= opt == 'r';
+		objects = opt == 'k' ? atol(optarg) : objects;
 		proxy_port = opt == 'x' ? atoi(optarg) : proxy_port;
 	}
 	argv += optind;
 	origin_port = atoi(argv[0]);
-	if (proxy_port && !by_connect)
-		snprintf(request, sizeof request, "GET http://127.0.0.1:%s/%s",
-		    argv[0], argv[4]);
-	else
-		snprintf(request, sizeof request, "GET /%s", argv[4]);
-	snprintf(request + strlen(request), sizeof request - strlen(request),
-	    " HTTP/1.1\r\nHost: 127.0.0.1:%s\r\nUser-Agent: load\r\n"
-	    "Accept: */*\r\n%s\r\n", argv[0],
-	    anew ? "Connection: close\r\n" : "");
+	body_size = atol(argv[4]);
+	if (!objects)
+		request_make();
 	start = now();
 	done = client(atoi(argv[1]), atol(argv[2]),
 	    start + (double)atol(argv[3]) / 1000);
@@ -14997,15 +18186,20 @@ bench_cpu() { # PID
 	fi
 }
 
-# Takes a proxy into the race if it serves; its place is in NAME.where.
+# Takes a proxy into the race if it serves within 20 seconds; its place is in
+# NAME.where.
 bench_add() { # NAME PORT PID
-	if wait_for 20 "[ \"\$(./load client -x $2 $origin 1 1 1000 1024 |
-	    cut -d ' ' -f 1,3)\" = '1 0' ]"; then
-		echo "$2 $3" > "$1.where"
-		bench_names="$bench_names $1"
-	else
-		echo "$1 does not serve and is left out"
-	fi
+	bench_until=$(($("$peer" clock) + 20000))
+	until [ "$(./load client -x "$2" "$origin" 1 1 1000 1024 |
+	    cut -d ' ' -f 1,3)" = '1 0' ]; do
+		if [ "$("$peer" clock)" -ge "$bench_until" ]; then
+			echo "$1 does not serve and is left out"
+			return
+		fi
+		"$peer" sleep 50
+	done
+	echo "$2 $3" > "$1.where"
+	bench_names="$bench_names $1"
 }
 
 bench_proxies() {
@@ -15020,7 +18214,7 @@ bench_proxies() {
 		bench_add tinyproxy "$real_p1" "$spawned"
 	fi
 	if have squid; then
-		real_squid "$real_p2" 'max_filedescriptors 16384'
+		real_squid_spawn "$real_p2" 'max_filedescriptors 16384'
 		bench_add squid "$real_p2" "$spawned"
 	fi
 	real_ports
@@ -15046,8 +18240,12 @@ bench_proxies() {
 	fi
 }
 
-# One measurement: a line "requests/s, own us, everybody's us, errors" in
-# WORK.NAME; the times are processor time per request.
+bench_asked() { # how often the origin was asked for what a cache may keep
+	od -A n -t uL port.asked
+}
+
+# One measurement: a line "requests/s, own us, everybody's us, errors, asked,
+# requests" in WORK.NAME; the times are processor time per request.
 bench_one() { # WORK NAME FLAGS CONNS REQUESTS MS SIZE
 	bench_work=$1 bench_name=$2 bench_flags=$3 bench_pid=$$
 	shift 3
@@ -15056,15 +18254,18 @@ bench_one() { # WORK NAME FLAGS CONNS REQUESTS MS SIZE
 		bench_flags="$bench_flags -x $bench_port"
 	fi
 	bench_own=$(bench_cpu "$bench_pid") bench_origin=$(bench_cpu "$origin_pid")
+	bench_before=$(bench_asked)
 	# shellcheck disable=SC2086 # flags are words
 	./load client $bench_flags "$origin" "$@" > result
 	awk -v own=$(($(bench_cpu "$bench_pid") - bench_own)) \
 		-v origin=$(($(bench_cpu "$origin_pid") - bench_origin)) \
+		-v asked=$(($(bench_asked) - bench_before)) \
 		-v name="$bench_name" '{
 			if (name == "direct")
 				own = 0
 			n = $1 ? $1 : 1
-			print $1 / $2, own / n, (own + origin + $4) / n, $3
+			print $1 / $2, own / n, (own + origin + $4) / n, $3,
+				asked, $1
 		}' result >> "$bench_work.$bench_name"
 }
 
@@ -15074,21 +18275,32 @@ bench_median() { # FILE COLUMN
 }
 
 # One table; rates are multiplied by SCALE, times per request divided by it.
+# Of what may be cached it says how many of the requests reached the origin.
 bench_table() { # WORK TITLE UNIT SCALE
-	printf '\n%s\n%-10s%12s%12s%16s%16s\n' "$2" '' "$3/s" 'of direct' \
-		"own us/$3" 'all, of direct'
+	printf '\n%s\n' "$2"
 	for name in direct $bench_names; do
 		[ -f "$1.$name" ] || continue
 		echo "$name" "$(bench_median "$1.$name" 1)" \
 			"$(bench_median "$1.$name" 2)" \
 			"$(bench_median "$1.$name" 3)" \
-			"$(awk '{ n += $4 } END { print n }' "$1.$name")"
-	done | awk -v scale="$4" '
-		NR == 1 { rate = $2; all = $4 }
+			"$(awk '{ n += $4; asked += $5; all += $6 }
+				END { print n, asked "/" all }' "$1.$name")"
+	done | awk -v unit="$3" -v scale="$4" '
+		NR == 1 {
+			rate = $2; all = $4; kept = $6 !~ /^0/
+			printf "%-14s%10s%11s%15s%15s%s\n", "", unit "/s",
+				"of direct", "own us/" unit, "all, of direct",
+				kept ? sprintf("%15s", "asked origin") : ""
+		}
 		{
-			printf "%-10s%12.0f%12.3f", $1, $2 * scale, $2 / rate
-			printf NR == 1 ? "%16s" : "%16.1f", NR == 1 ? "-" : $3 / scale
-			printf "%16.2f%s\n", $4 / all, $5 ? "  errors: " $5 : ""
+			printf "%-14s%10.0f%11.3f", $1, $2 * scale, $2 / rate
+			printf NR == 1 ? "%15s" : "%15.1f", NR == 1 ? "-" : $3 / scale
+			printf "%15.2f", $4 / all
+			if (kept)
+				printf "%15s", $6
+			if (kept && NR > 1 && $6 !~ /^0\//)
+				printf "  NOT ALL HITS"
+			print $5 ? "  errors: " $5 : ""
 		}'
 }
 
@@ -15098,7 +18310,7 @@ bench_resident() { # PID: KiB
 
 # Beside idle tunnels, which all candidates hold at the same time.
 bench_tunnels() {
-	printf '\nMemory with %d idle tunnels\n%-10s%12s%16s%16s\n' "$bench_idle" \
+	printf '\nMemory with %d idle tunnels\n%-14s%10s%15s%15s\n' "$bench_idle" \
 		'' 'tunnels' 'KiB at first' 'KiB a tunnel'
 	names=
 	for name in $bench_names; do
@@ -15113,7 +18325,7 @@ bench_tunnels() {
 		names="$names $name"
 		awk -v name="$name" -v before="$before" \
 			-v after="$(bench_resident "$pid")" '{
-				printf "%-10s%12d%16d%16.2f\n", name, $1, before,
+				printf "%-14s%10d%15d%15.2f\n", name, $1, before,
 					$1 ? (after - before) / $1 : 0
 			}' "stand.$name"
 	done
@@ -15128,6 +18340,125 @@ bench_tunnels() {
 		request 1
 	bench_table idle \
 		"GET 1 KiB, 32 connections beside $bench_idle idle tunnels" request 1
+}
+
+bench_clear() { # ends the candidates
+	for name in $bench_names; do
+		read -r port pid < "$name.where"
+		kill "$pid"
+		rm "$name.where"
+	done
+	bench_names=
+}
+
+bench_cache_squid() { # PORT
+	mkdir squid.store
+	bench_user=
+	if [ "$(id -u)" -eq 0 ]; then
+		bench_user='cache_effective_user nobody'
+		chmod 711 "$work" "$T"
+		chown nobody squid.store
+	fi
+	real_squid_spawn "$1" "$bench_user
+		max_filedescriptors 16384
+		cache_mem 256 MB
+		maximum_object_size 64 MB
+		cache_dir aufs $T/squid.store 1024 16 256" 'cache allow all'
+	bench_add squid "$1" "$spawned"
+}
+
+bench_cache_nginx() { # PORT
+	cat > nginx.conf <<-EOF
+		daemon off; master_process off; pid $T/nginx.pid;
+		error_log $T/nginx.err; worker_rlimit_nofile 16384;
+		events { worker_connections 8192; }
+		http {
+			access_log off; sendfile on; tcp_nopush on;
+			keepalive_requests 1000000000;
+			client_body_temp_path $T/t1; proxy_temp_path $T/t2;
+			fastcgi_temp_path $T/t3; uwsgi_temp_path $T/t4;
+			scgi_temp_path $T/t5;
+			proxy_cache_path $T/nginx.store levels=1:2
+				keys_zone=all:16m max_size=1g use_temp_path=off;
+			server {
+				listen 127.0.0.1:$1;
+				location / {
+					proxy_pass http://\$http_host\$request_uri;
+					proxy_cache all;
+					proxy_cache_key \$http_host\$request_uri;
+				}
+			}
+		}
+	EOF
+	spawn nginx.out nginx -c "$T/nginx.conf"
+	bench_add nginx "$1" "$spawned"
+}
+
+bench_cache_traffic() { # PORT
+	mkdir -p traffic/etc traffic/log traffic/run traffic/store
+	printf '%s\n' "prefix: $T/traffic" "sysconfdir: $T/traffic/etc" \
+		"localstatedir: $T/traffic" "logdir: $T/traffic/log" \
+		"runtimedir: $T/traffic/run" > traffic/root.yaml
+	sed 's/^/CONFIG proxy.config./' > traffic/etc/records.config <<-EOF
+		http.server_ports STRING $1:ip-in=127.0.0.1
+		reverse_proxy.enabled INT 0
+		url_remap.remap_required INT 0
+		exec_thread.autoconfig INT 0
+		exec_thread.limit INT 1
+		cache.ram_cache.size INT 268435456
+		log.logging_enabled INT 0
+		crash_log_helper STRING NULL
+		admin.user_id STRING #-1
+	EOF
+	echo "$T/traffic/store 1G" > traffic/etc/storage.config
+	printf '%s\n' 'ip_allow:' '  - apply: in' '    ip_addrs: 127.0.0.1' \
+		'    action: allow' '    methods: ALL' > traffic/etc/ip_allow.yaml
+	spawn traffic.out traffic_server --run-root="$T/traffic/root.yaml"
+	bench_add trafficserver "$1" "$spawned"
+}
+
+bench_cache_proxies() {
+	name=cache start_proxy -c "$T/store" -s 1G
+	bench_add proxy "${proxy##*:}" "$proxy_pid"
+	real_ports
+	have squid && bench_cache_squid "$real_p1"
+	have nginx && bench_cache_nginx "$real_p2"
+	real_ports
+	have traffic_server && bench_cache_traffic "$real_p1"
+}
+
+# Twice, so that what a first answer missed gets in too.
+bench_warm_up() {
+	for name in $bench_names $bench_names; do
+		read -r port pid < "$name.where"
+		./load client -x "$port" -k 1 "$origin" 1 1 5000 1024
+		./load client -x "$port" -k 1 "$origin" 1 1 10000 16777216
+		./load client -x "$port" -k 10000 "$origin" 8 10000 20000 8192
+	done > warm.out
+}
+
+bench_caches() {
+	bench_clear
+	bench_cache_proxies
+	bench_warm_up
+	round=0
+	while [ $((round += 1)) -le "$bench_rounds" ]; do
+		for name in direct $bench_names; do
+			bench_one hit "$name" '-k 1' 32 1000000 "$bench_ms" 1024
+			bench_one hits "$name" '-k 10000 -r' 32 1000000 \
+				"$bench_ms" 8192
+			bench_one big "$name" '-k 1' 1 1000000 "$bench_ms" 16777216
+		done
+	done
+	echo
+	echo "Caches of 1 GiB on disk that have what is asked for. squid and"
+	echo "trafficserver hold 256 MiB in memory beside (but no object of 16 MiB,"
+	echo "as they come), proxy and nginx leave that to the system."
+	bench_table hit 'Hit: GET 1 KiB, one object, 32 kept connections' request 1
+	bench_table hits \
+		'Hit: GET 8 KiB, 10000 objects at random, 32 kept connections' \
+		request 1
+	bench_table big 'Hit: GET 16 MiB, one object, 1 kept connection' MiB 16
 }
 
 bench_end() {
@@ -15177,6 +18508,7 @@ bench() (
 	bench_table body 'GET 256 MiB, one' MiB 256
 	bench_table tunnel 'GET 256 MiB through CONNECT, one' MiB 256
 	bench_tunnels
+	bench_caches
 	bench_status=0
 )
 
