@@ -7826,6 +7826,11 @@ END
 	[ $status = 1 ] || fail "https with a port: exit status $status"
 	run_proxy -e 'deny url ^example.com:443$' -T https://example.com/
 	[ $status = 1 ] || fail "https is a CONNECT: exit status $status"
+	for url in 'https://[2001:db8::1]/' 'https://[2001:db8::1]:443/x?y:z' \
+	    'https://192.0.2.9/a:b' https://example.com; do
+		run_proxy -e 'deny port 443' -T "$url"
+		[ $status = 1 ] || fail "$url: exit status $status: $(cat errors)"
+	done
 	run_proxy -T http://example.com/
 	[ $status = 0 ] || fail "without rules: exit status $status"
 	run_proxy -e 'deny port x' -T http://example.com/
@@ -7873,6 +7878,7 @@ test_rules_try_lookup() { # -T: a name is looked up only if a line asks for its 
 	grep c.example names > /dev/null || fail "not looked up"
 	run_proxy -e 'deny address 10.0.0.0/8' -T http://d.example/
 	[ $status = 0 ] || fail "exit status $status: $(cat out)"
+	: > names
 	run_proxy -e 'deny host e.example' -e 'deny address 192.0.2.0/24' \
 	    -T http://e.example/
 	[ $status = 1 ] || fail "denied anyway: exit status $status"
