@@ -3447,6 +3447,7 @@ needle_step(const struct needle *n, unsigned char matched, char c)
 {
 	assert(matched < n->len);
 	while (matched > 0 && n->text[matched] != c)
+		/* cppcheck-suppress arrayIndexOutOfBoundsCond ; never 256 */
 		matched = n->next[matched];
 	return (unsigned char)(matched + (n->text[matched] == c));
 }
