@@ -12583,6 +12583,19 @@ trial_print(const char *what, const char *word, const struct rule *rule)
 	printf("\n");
 }
 
+/* By which way a trial's request would go. */
+static void
+trial_route(const struct parent *parent, const struct rule *rule)
+{
+	char words[HOST_MAX + 32] = "direct";
+
+	if (parent != NULL)
+		(void)snprintf(words, sizeof(words), "via %s://%s:%u",
+		    parent->kind == PARENT_HTTP ? "http" : "socks5",
+		    parent->host, parent->port);
+	trial_print("route", words, rule);
+}
+
 /* Looks up the name of a trial's server; false, having said so, if it can't. */
 static bool
 trial_resolve(const struct request *q, struct address *a)
@@ -12661,24 +12674,22 @@ trial_run(char *words)
 	request_note(&x, &q);
 	exchange_view(&x, &q, &v);
 	verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
-	route = rules_judge(rules_now, GROUP_ROUTE, &v);
-	if ((route.truth == TRUTH_OPEN ||
-		(verdict.truth == TRUTH_OPEN && route.rule == NULL)) &&
+	route_judge(&x, &v);
+	if ((x.facts.route_open ||
+		(verdict.truth == TRUTH_OPEN && exchange_parent(&x) == NULL)) &&
 	    v.address == NULL && trial_resolve(&q, &a)) {
 		v.address = &a;
 		v.known |= FACT_ADDRESS;
-		verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
-		route = rules_judge(rules_now, GROUP_ROUTE, &v);
-	}
+		route_judge(&x, &v);
+	} else
+		exchange_view(&x, &q, &v);
+	verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
+	route = rules_judge(rules_now, GROUP_ROUTE, &v);
 	trial_print("access",
 	    verdict.truth == TRUTH_YES ? access[verdict.rule->action] :
 					 "open, the response decides",
 	    verdict.rule);
-	trial_print("route",
-	    route.truth == TRUTH_OPEN             ? "open" :
-		route.rule && route.rule->parents ? "via a parent" :
-						    "direct",
-	    route.rule);
+	trial_route(exchange_parent(&x), route.rule);
 	if (options.cache != NULL)
 		trial_cache(&x, &q);
 	buffer_give(&head);
