@@ -3445,7 +3445,9 @@ duration_parse(struct text t, int64_t *seconds)
 static unsigned char
 needle_step(const struct needle *n, unsigned char matched, char c)
 {
+	assert(matched < n->len);
 	while (matched > 0 && n->text[matched] != c)
+		/* cppcheck-suppress arrayIndexOutOfBoundsCond ; never 256 */
 		matched = n->next[matched];
 	return (unsigned char)(matched + (n->text[matched] == c));
 }
@@ -5470,15 +5472,11 @@ action_group(struct parser *p, enum rule_group group)
 	return group;
 }
 
-/*
- * A copy of a line for those who ask which rules are in force: without blanks
- * around it and without passwords.
- */
-static const char *
-rule_text(struct rules *rules, const char *line)
+/* Overwrites the logins in all URLs of a string. */
+static void
+secret_hide(char *at)
 {
-	struct text t = rules_copy(rules, text_trim(text_of(line)));
-	char *at = (char *)(uintptr_t)t.at, *end;
+	char *end;
 
 	for (; (at = strstr(at, "://")) != NULL; at = end) {
 		at += 3;
@@ -5487,7 +5485,21 @@ rule_text(struct rules *rules, const char *line)
 			end--;
 		memset(at, '*', (size_t)(end - at));
 	}
-	return t.at;
+}
+
+/*
+ * A copy of a line for those who ask which rules are in force: without blanks
+ * around it and without passwords.
+ */
+static const char *
+rule_text(struct rules *rules, const char *line)
+{
+	struct text t = text_trim(text_of(line));
+	char *copy = rules_cut(rules, t.len + 1);
+
+	(void)text_copy(t, copy, t.len + 1);
+	secret_hide(copy);
+	return copy;
 }
 
 /* A line that is a rule, its words being split; `text` is all of it. */
@@ -5495,12 +5507,12 @@ static void
 rule_parse(struct parser *p, const char *text)
 {
 	struct rule *rule = rules_cut(p->rules, sizeof(*rule));
-	size_t i, n = sizeof(actions) / sizeof(actions[0]);
+	size_t i = 0, last = sizeof(actions) / sizeof(actions[0]) - 1;
 	enum rule_group group;
 
-	for (i = 0; i < n && !parser_takes(p, actions[i].word); i++)
-		continue;
-	if (i == n) {
+	while (i < last && !text_is(p->words[0].t, actions[i].word))
+		i++;
+	if (!parser_takes(p, actions[i].word)) {
 		parser_error(p, "%.*s: not an action", (int)p->words[0].t.len,
 		    p->words[0].t.at);
 		return;
@@ -5656,11 +5668,11 @@ static void
 lines_built_in(struct parser *p, unsigned first, unsigned n)
 {
 	static const char *const lines[] = {
-		"deny \"only clients on the proxy's machine may go to this "
-		"address\" not client local address 127.0.0.0/8 ::1 0.0.0.0/8 "
-		":: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8",
-		"deny \"CONNECT goes to port 443 only\" not client local "
-		"method CONNECT not port 443",
+		("deny \"only clients on the proxy's machine may go to this "
+		 "address\" not client local address 127.0.0.0/8 ::1 "
+		 "0.0.0.0/8 :: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8"),
+		("deny \"CONNECT goes to port 443 only\" not client local "
+		 "method CONNECT not port 443"),
 		"allow client local",
 		"deny \"this client may not use the proxy\"",
 	};
@@ -6916,10 +6928,11 @@ cache_has_room(void)
 
 /* What a new entry is made from. */
 struct draft {
-	struct entry e;        /* slices of keys */
-	struct buffer *keys;   /* key and variant */
-	struct buffer *list;   /* Vary, then the head */
-	struct buffer *region; /* what is written */
+	struct entry e;            /* slices of keys */
+	struct buffer *keys;       /* key and variant */
+	struct buffer *list;       /* Vary, then the head */
+	struct buffer *region;     /* what is written */
+	char server[ADDRESS_TEXT]; /* for e */
 };
 
 /*
@@ -6985,11 +6998,10 @@ static bool
 draft_region(struct exchange *x, const struct response *r, struct draft *d)
 {
 	struct facts *f = &x->facts;
-	char server[ADDRESS_TEXT] = "-";
 
 	if (f->parent == NULL)
-		address_print(&f->server, server);
-	d->e.server = text_of(server);
+		address_print(&f->server, d->server);
+	d->e.server = text_of(f->parent == NULL ? d->server : "-");
 	d->e.requested = f->requested;
 	d->e.responded = now.wall;
 	d->e.age = initial_age(r, f->requested, now.wall);
@@ -9468,7 +9480,7 @@ lookup_judge(struct exchange *x, const struct request *q,
 			     "to be validated");
 }
 
-/* Looks in the cache and among the fetches under way. */
+/* Looks in the cache; l needs not be set.  Whoever asked gives l->b back. */
 static void
 lookup_run(struct exchange *x, const struct request *q,
     const struct control *asked, struct lookup *l)
@@ -9476,6 +9488,10 @@ lookup_run(struct exchange *x, const struct request *q,
 	struct facts *f = &x->facts;
 
 	f->forward = "uri-miss";
+	l->fd = -1;
+	l->e.vary.at = NULL;
+	l->reuse = REUSE_VALIDATED;
+	l->b = buffer_take();
 	if (l->b == NULL)
 		return;
 	key_append(x, l->b);
@@ -9590,10 +9606,6 @@ cache_answer(struct exchange *x, const struct request *q)
 	bool common = request_is_common(q, &asked);
 	struct lookup l;
 
-	l.fd = -1;
-	l.b = buffer_take();
-	l.e.vary.at = NULL;
-	l.reuse = REUSE_VALIDATED;
 	lookup_run(x, q, &asked, &l);
 	if (l.reuse == REUSE_VALIDATED)
 		lookup_follow(x, q, &asked, &l);
@@ -11007,14 +11019,19 @@ response_tunnel(struct exchange *x, const struct response *r, size_t n)
 	tunnel_start(x);
 }
 
-/* True if the rules, as far as they are open, let the server's answer pass. */
+/*
+ * True if the rules, as far as they are open, let the server's answer pass;
+ * what an entry or the proxy itself answers was judged before.
+ */
 static bool
 response_passes(struct exchange *x, const struct response *r, struct text head)
 {
+	const struct facts *f = &x->facts;
 	struct request q;
 	struct view v;
 
-	if (!x->facts.open || x->facts.method == METHOD_CONNECT)
+	if (!f->open || f->method == METHOD_CONNECT || f->local ||
+	    f->status != 0 || (r->status < 200 && r->status != 101))
 		return true;
 	exchange_request(x, &q);
 	exchange_view(x, &q, &v);
@@ -11043,14 +11060,10 @@ response_accept(struct exchange *x, size_t n)
 		exchange_refuse(x,
 		    exchange_is_relayed(x) ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
 		    "");
-	else if (response_validates(x, &r, n))
-		return;
+	else if (response_validates(x, &r, n) || !response_passes(x, &r, head))
+		trace(x, "this answer is not for the client");
 	else if (f->cached)
 		response_from_entry(x, &r, n);
-	else if (!f->local && f->status == 0 &&
-	    (r.status >= 200 || r.status == 101) &&
-	    !response_passes(x, &r, head))
-		return;
 	else if (r.status == 101 && (!f->upgrade || !x->up.done))
 		exchange_refuse(x, REFUSE_UPGRADE, "");
 	else if (r.status == 101 ||
@@ -12043,37 +12056,20 @@ option_size(const char *argument)
 }
 
 /*
- * A copy of an argument, which then has no password in it any more: it would
- * show in the list of processes.
+ * A copy of an argument, behind what stands for it in a line.  The argument
+ * then has no password in it any more: it would show in the list of processes.
  */
 static const char *
-option_secret(char *argument)
+option_line(const char *action, char *argument)
 {
-	char *copy = strdup(argument), *at, *end;
-
-	if (copy == NULL)
-		die("no memory");
-	for (at = argument; (at = strstr(at, "://")) != NULL; at = end) {
-		at += 3;
-		end = at + strcspn(at, " \t\"");
-		while (end > at && *end != '@')
-			end--;
-		memset(at, '*', (size_t)(end - at));
-	}
-	return copy;
-}
-
-/* -x: it stands for a line. */
-static const char *
-option_parent(char *argument)
-{
-	const char *url = option_secret(argument);
-	size_t size = strlen(url) + sizeof("via \"\"");
+	size_t size = strlen(action) + strlen(argument) + 1;
 	char *line = malloc(size);
 
 	if (line == NULL)
 		die("no memory");
-	(void)snprintf(line, size, "via \"%s\"", url);
+	else
+		(void)snprintf(line, size, "%s%s", action, argument);
+	secret_hide(argument);
 	return line;
 }
 
@@ -12084,7 +12080,7 @@ option_source(bool line, char *argument)
 	if (options.sources_n == SOURCES_MAX)
 		usage("-e and -f: %d times at most", SOURCES_MAX);
 	options.sources[options.sources_n].line = line;
-	options.sources[options.sources_n++].at = option_secret(argument);
+	options.sources[options.sources_n++].at = option_line("", argument);
 }
 
 /* -V: the version, and the limits that this build was given. */
@@ -12173,7 +12169,7 @@ options_parse(int argc, char **argv)
 			option_version();
 			break;
 		case 'x':
-			options.via = option_parent(optarg);
+			options.via = option_line("via ", optarg);
 			break;
 		case ':':
 			usage("-%c needs an argument", optopt);
@@ -12587,6 +12583,19 @@ trial_print(const char *what, const char *word, const struct rule *rule)
 	printf("\n");
 }
 
+/* By which way a trial's request would go. */
+static void
+trial_route(const struct parent *parent, const struct rule *rule)
+{
+	char words[HOST_MAX + 32] = "direct";
+
+	if (parent != NULL)
+		(void)snprintf(words, sizeof(words), "via %s://%s:%u",
+		    parent->kind == PARENT_HTTP ? "http" : "socks5",
+		    parent->host, parent->port);
+	trial_print("route", words, rule);
+}
+
 /* Looks up the name of a trial's server; false, having said so, if it can't. */
 static bool
 trial_resolve(const struct request *q, struct address *a)
@@ -12612,7 +12621,7 @@ trial_resolve(const struct request *q, struct address *a)
 static void
 trial_cache(struct exchange *x, struct request *q)
 {
-	struct lookup l = { .fd = -1, .reuse = REUSE_VALIDATED };
+	struct lookup l;
 	struct control asked = control_parse(&q->head);
 	const struct rule *rule = cache_rule(x, q, NULL, 0);
 
@@ -12620,7 +12629,6 @@ trial_cache(struct exchange *x, struct request *q)
 		trial_print("cache", "none", rule);
 		return;
 	}
-	l.b = buffer_take();
 	lookup_run(x, q, &asked, &l);
 	trial_print("cache",
 	    l.reuse != REUSE_VALIDATED ? "answers" :
@@ -12666,24 +12674,22 @@ trial_run(char *words)
 	request_note(&x, &q);
 	exchange_view(&x, &q, &v);
 	verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
-	route = rules_judge(rules_now, GROUP_ROUTE, &v);
-	if ((route.truth == TRUTH_OPEN ||
-		(verdict.truth == TRUTH_OPEN && route.rule == NULL)) &&
+	route_judge(&x, &v);
+	if ((x.facts.route_open ||
+		(verdict.truth == TRUTH_OPEN && exchange_parent(&x) == NULL)) &&
 	    v.address == NULL && trial_resolve(&q, &a)) {
 		v.address = &a;
 		v.known |= FACT_ADDRESS;
-		verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
-		route = rules_judge(rules_now, GROUP_ROUTE, &v);
-	}
+		route_judge(&x, &v);
+	} else
+		exchange_view(&x, &q, &v);
+	verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
+	route = rules_judge(rules_now, GROUP_ROUTE, &v);
 	trial_print("access",
 	    verdict.truth == TRUTH_YES ? access[verdict.rule->action] :
 					 "open, the response decides",
 	    verdict.rule);
-	trial_print("route",
-	    route.truth == TRUTH_OPEN             ? "open" :
-		route.rule && route.rule->parents ? "via a parent" :
-						    "direct",
-	    route.rule);
+	trial_route(exchange_parent(&x), route.rule);
 	if (options.cache != NULL)
 		trial_cache(&x, &q);
 	buffer_give(&head);
