@@ -5033,7 +5033,7 @@ dead_port() {
 untouched() {
 	for untouched_file in "$1".[0-9] "$1".[0-9][0-9]; do
 		[ ! -s "$untouched_file" ] || fail "${play_title-}:" \
-		    "the server got $(head -c 100 "$untouched_file")"
+		    "the server got $(head -c 100 "$untouched_file" | "$peer" show)"
 	done
 }
 
@@ -6905,7 +6905,8 @@ END
 
 # A TLS greeting for a server, as text for a script: hello [NAME [N [PAD]]];
 # with N bytes in a first record and the rest in a second, unless N is 0; with
-# PAD bytes of padding before the name.
+# -N bytes in each record if N is below 0; with PAD bytes of padding before the
+# name.
 hello() {
 	awk -v name="${1-}" -v first="${2-0}" -v pad="${3-0}" '
 	function num(v, bytes,   hex) {
@@ -6934,7 +6935,13 @@ hello() {
 		    num(length(extensions) / 2, 2) extensions
 		all = "01" num(length(body) / 2, 3) body
 		n = length(all) / 2
-		if (first > 0)
+		if (first < 0) {
+			rest = all
+			for (all = ""; rest != ""; rest = substr(rest, 2 * i + 1)) {
+				i = length(rest) / 2 > -first ? -first : length(rest) / 2
+				all = all "160301" num(i, 2) substr(rest, 1, 2 * i)
+			}
+		} else if (first > 0)
 			all = "160301" num(first, 2) substr(all, 1, 2 * first) \
 			    "160301" num(n - first, 2) substr(all, 2 * first + 1)
 		else
@@ -8263,6 +8270,26 @@ END
 		client until pong
 		sees   pong
 END
+	done
+}
+
+test_rules_sni_records() { # sni: in a greeting of many small records
+	start_rules <<'END'
+deny sni films.example
+END
+	for n in 50 20 8 4 2 1; do
+		play -n "records of $n bytes" <<END
+		origin eof
+		client send CONNECT any.example:%p HTTP/1.1\\nHost: x\\n\\n
+		client answer head
+		client send $(hello films.example -$n)
+		client stall 300
+		client shut
+		client eof
+		log    "CONNECT any.example:%p HTTP/1.1" 200
+END
+		untouched o$plays
+		last_line ' end=rule'
 	done
 }
 
