@@ -1301,7 +1301,8 @@ text_copy(struct text t, char *to, size_t size)
 {
 	size_t n = t.len < size ? t.len : size - 1;
 
-	memcpy(to, t.at, n);
+	if (n > 0)
+		memcpy(to, t.at, n);
 	to[n] = '\0';
 	return n == t.len && strlen(to) == n;
 }
