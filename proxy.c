@@ -8949,6 +8949,8 @@ parent_next(struct exchange *x)
 	if (f->parent->next == NULL)
 		return false;
 	f->parent = f->parent->next;
+	/* Without a parent the address is known, and to be judged. */
+	f->open = f->open || exchange_parent(x) == NULL;
 	exchange_drop_tries(x);
 	conn_close(&x->server, false);
 	f->next = f->addresses = 0;
@@ -11316,6 +11318,8 @@ relay_resume(struct exchange *x)
 	conn_close(&x->server, false);
 	fetch_leave(x);
 	f->orphan = f->local = f->cached = false;
+	/* It may lead to another address than that of what was followed. */
+	f->open = true;
 	f->next = 0;
 	exchange_enter(x, PHASE_RESOLVE);
 }
