@@ -1301,7 +1301,8 @@ text_copy(struct text t, char *to, size_t size)
 {
 	size_t n = t.len < size ? t.len : size - 1;
 
-	memcpy(to, t.at, n);
+	if (n > 0)
+		memcpy(to, t.at, n);
 	to[n] = '\0';
 	return n == t.len && strlen(to) == n;
 }
@@ -8948,6 +8949,8 @@ parent_next(struct exchange *x)
 	if (f->parent->next == NULL)
 		return false;
 	f->parent = f->parent->next;
+	/* Without a parent the address is known, and to be judged. */
+	f->open = f->open || exchange_parent(x) == NULL;
 	exchange_drop_tries(x);
 	conn_close(&x->server, false);
 	f->next = f->addresses = 0;
@@ -11315,6 +11318,8 @@ relay_resume(struct exchange *x)
 	conn_close(&x->server, false);
 	fetch_leave(x);
 	f->orphan = f->local = f->cached = false;
+	/* It may lead to another address than that of what was followed. */
+	f->open = true;
 	f->next = 0;
 	exchange_enter(x, PHASE_RESOLVE);
 }

@@ -14092,6 +14092,8 @@ test_regress_upload_left() { # an early answer or a reset ends an upload that is
 	echo "${says#* }" >> .pids
 	head="POST http://127.0.0.1:${says% *}/ HTTP/1.1|Host: x"
 	"$other" upload 16 "$proxy" "$head|Transfer-Encoding: chunked||" 1800
+	# So small a window can take the origin its ten seconds.
+	wait_for 12 '[ "$(grep -c "end=" log)" -ge 16 ]'
 	served
 	stop_proxy
 	[ "$(grep -c '" \(413\|502\) [0-9]* .* end=' log)" = 16 ] ||
