@@ -7275,6 +7275,37 @@ END
 	gives 200 http://other.example:%p/ || fail "no route: $(head -n 1 a)"
 }
 
+test_rules_via_judged() { # via: what goes another way in the end is judged by its address
+	dead_port
+	plain_origin o
+	start_rules <<END
+via http://$dead direct host a.example 127.0.0.1
+via http://$dead direct host b.example
+deny 451 address 127.0.0.0/8 not host b.example
+END
+	for url in http://a.example:%p/ http://%O/; do
+		gives 451 "$url" || fail "$url: $(head -n 1 a)"
+	done
+	for target in a.example:%p %O; do
+		asks CONNECT "$target"
+		head -n 1 a | grep ' 451 ' > /dev/null ||
+			fail "CONNECT $target: $(head -n 1 a)"
+	done
+	untouched o
+	gives 200 http://b.example:%p/ || fail "b: $(head -n 1 a)"
+	me=$("$peer" myself) || return 0
+	start_rules -l "$me:0" <<END
+via http://$dead direct
+allow client $me
+END
+	rm -f o.*
+	plain_origin o
+	for url in http://a.example:%p/ http://127.0.0.1:%p/; do
+		gives 403 "$url" || fail "guards: $url: $(head -n 1 a)"
+	done
+	untouched o
+}
+
 test_rules_via_option() { # -x is a route behind those of the rules
 	origin h <<'END'
 head
