@@ -8938,6 +8938,8 @@ parent_next(struct exchange *x)
 	f->parent = f->parent->next;
 	exchange_drop_tries(x);
 	conn_close(&x->server, false);
+	/* What this one does not look up, the next may: all is judged anew. */
+	f->open = true;
 	f->next = f->addresses = 0;
 	f->asked = 0;
 	f->greeting = GREETING_BEGIN;

@@ -9920,6 +9920,23 @@ test_match_hello() { # a ClientHello: cut, split, changed at every byte
 	match_unit hello
 }
 
+test_regress_rules_fallback() { # a parent is gone: going directly, addresses are judged
+	me=$("$peer" myself) || skip "this machine has no address but loopback"
+	start_names 127.0.0.1 -- -l "$me:0" \
+	    -e 'via http://127.0.0.1:1 direct' -e "allow client $me"
+	play -n 'a name of loopback, by the way behind the parent' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\nevil
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees   HTTP/1.1 403 Forbidden
+	sees   HTTP/1.1 403 Forbidden
+	gets!~ .
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
