@@ -9916,7 +9916,8 @@ resolve_step(struct exchange *x)
 
 	if (!resolve_host(x, parent ? text_of(parent->host) : f->host,
 		parent ? parent->port : f->port))
-		return x->phase != PHASE_RESOLVE;
+		return x->phase != PHASE_RESOLVE ||
+		    exchange_parent(x) != parent;
 	if (f->route_open)
 		resolve_route(x);
 	else

@@ -9937,6 +9937,23 @@ test_regress_rules_fallback() { # a parent is gone: going directly, addresses ar
 END
 }
 
+test_regress_rules_parent_name() { # a parent whose name has no address: the next one, at once
+	origin p <<'END'
+head
+send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+END
+	start_proxy -e "via http://nowhere.invalid:1 http://$origin"
+	play -n 'the next' <<'END'
+	client send GET http://dest.invalid/ HTTP/1.1\nHost: dest.invalid\n\n
+	client answer
+	sees   ok
+	log    200 2 .* total=N
+END
+	tr ' ' '\n' < log | sed -n 's/^total=//p' > times
+	read -r ms < times
+	[ "$ms" -lt 10000 ] || fail "that took $ms ms"
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
