@@ -4538,14 +4538,31 @@ rewrites_collect(const struct rules *rules, enum rule_group group,
 	}
 }
 
-/* True if a line of w takes fields of that name away, or replaces them. */
+/*
+ * True if a rule may touch fields of that name: none that frames or routes
+ * the message.  A star may stand for the rest of a name.
+ */
+static bool
+name_is_free(struct text name)
+{
+	static const char *const fixed[] = { "Max-Forwards", "Content-Range",
+		"Expect", "Trailer", NULL };
+
+	return text_is_token(name) && !text_is(name, "*") &&
+	    !name_is_among(name, fields_of_hop) && !name_is_among(name, fixed);
+}
+
+/*
+ * True if a line of w takes fields of that name away, or replaces them; not
+ * those that no rule may touch, be it by a star.
+ */
 static bool
 rewrites_take(const struct rewrites *w, struct text name)
 {
 	const struct value *value;
 	size_t i;
 
-	for (i = 0; i < w->n; i++) {
+	for (i = 0; i < w->n && name_is_free(name); i++) {
 		if (w->list[i]->action == ACTION_SET &&
 		    text_same(w->list[i]->name, name))
 			return true;
@@ -5375,21 +5392,6 @@ action_cache(struct parser *p, struct rule *rule)
 		    "cache: a duration such as 90s, 15m, 1h or 7d "
 		    "is missing");
 	p->at++;
-}
-
-/*
- * True if a rule may touch fields of that name: none that frames or routes
- * the message.  A star may stand for the rest of a name; those fields are
- * not touched then either, see rewrites_take().
- */
-static bool
-name_is_free(struct text name)
-{
-	static const char *const fixed[] = { "Max-Forwards", "Content-Range",
-		"Expect", "Trailer", NULL };
-
-	return text_is_token(name) && !text_is(name, "*") &&
-	    !name_is_among(name, fields_of_hop) && !name_is_among(name, fixed);
 }
 
 /* Takes the name of a field for a rule. */

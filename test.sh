@@ -9954,6 +9954,32 @@ END
 	[ "$ms" -lt 10000 ] || fail "that took $ms ms"
 }
 
+test_regress_rules_star() { # unset with a star leaves alone what frames or routes
+	start_proxy -e 'unset response C* X-*' -e 'unset request C* E* T*'
+	play 'a body of a length, kept connection' <<'END'
+	origin head
+	origin send HTTP/1.1 206 Partial Content\nContent-Type: text/x\nX-A: b\nContent-Range: bytes 0-1/9\nContent-Length: 2\n\nok
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\nyes
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nCookie: c\nRange: bytes=0-1\n\n
+	client answer
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nTrailer: x\nExpect: 100-continue\nContent-Length: 2\n\nup
+	client answer
+	client quiet 100
+	sees   Content-Range: bytes 0-1/9
+	sees   Content-Length: 2
+	sees   okHTTP/1.1 200 OK
+	sees   Content-Length: 3
+	sees   yes
+	sees!~ ^(X-A|Content-Type):
+	gets!~ ^Cookie:
+	gets   Trailer: x
+	gets+  Expect: 100-continue
+	gets+  Content-Length: 2
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
