@@ -4552,32 +4552,56 @@ name_is_free(struct text name)
 	    !name_is_among(name, fields_of_hop) && !name_is_among(name, fixed);
 }
 
+/* True if a line takes fields of that name away, or replaces them. */
+static bool
+rule_takes(const struct rule *rule, struct text name)
+{
+	const struct value *value;
+
+	if (rule->action == ACTION_SET && text_same(rule->name, name))
+		return true;
+	for (value = rule->names; value != NULL; value = value->next) {
+		struct text t = value->text, n = name;
+
+		if (t.at[t.len - 1] == '*') {
+			t.len--;
+			n.len = n.len < t.len ? n.len : t.len;
+		}
+		if (text_same(t, n))
+			return true;
+	}
+	return false;
+}
+
 /*
- * True if a line of w takes fields of that name away, or replaces them; not
+ * True if a line of w, from the one numbered first on, takes such fields; not
  * those that no rule may touch, be it by a star.
  */
 static bool
+rewrites_take_from(const struct rewrites *w, size_t first, struct text name)
+{
+	bool taken = false;
+
+	for (; first < w->n && !taken; first++)
+		taken = rule_takes(w->list[first], name);
+	return taken && name_is_free(name);
+}
+
+/* The same for all of its lines. */
+static bool
 rewrites_take(const struct rewrites *w, struct text name)
 {
-	const struct value *value;
-	size_t i;
+	return rewrites_take_from(w, 0, name);
+}
 
-	for (i = 0; i < w->n && name_is_free(name); i++) {
-		if (w->list[i]->action == ACTION_SET &&
-		    text_same(w->list[i]->name, name))
-			return true;
-		for (value = w->list[i]->names; value != NULL;
-		     value = value->next) {
-			struct text t = value->text;
-
-			if (t.at[t.len - 1] == '*' ? name.len >= t.len - 1 &&
-				    text_same(text_cut(t.at, t.len - 1),
-					text_cut(name.at, t.len - 1)) :
-						     text_same(t, name))
-				return true;
-		}
-	}
-	return false;
+/* The field that line i of w puts in; false: none, or a later one takes it. */
+static bool
+rewrites_put(const struct rewrites *w, size_t i, struct field *field)
+{
+	field->name = w->list[i]->name;
+	field->value = w->list[i]->words;
+	return w->list[i]->action != ACTION_UNSET &&
+	    !rewrites_take_from(w, i + 1, field->name);
 }
 
 /* The fields that the lines of w put in, as lines into b. */
@@ -4587,12 +4611,9 @@ rewrites_append(const struct rewrites *w, struct buffer *b)
 	struct field field;
 	size_t i;
 
-	for (i = 0; i < w->n; i++) {
-		field.name = w->list[i]->name;
-		field.value = w->list[i]->words;
-		if (w->list[i]->action != ACTION_UNSET)
+	for (i = 0; i < w->n; i++)
+		if (rewrites_put(w, i, &field))
 			field_append(b, &field);
-	}
 }
 
 /* True if a line of w takes something away. */
@@ -6290,6 +6311,7 @@ static void
 variant_append(const struct request *q, struct text vary, struct buffer *b)
 {
 	const struct rewrites *w = &q->rewrites;
+	struct field field;
 	struct text name;
 	size_t i;
 
@@ -6302,10 +6324,9 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 				value_append(b, name, q->head.fields[i].value,
 				    &first);
 		for (i = 0; i < w->n; i++)
-			if (w->list[i]->action != ACTION_UNSET &&
-			    text_same(w->list[i]->name, name))
-				value_append(b, name, w->list[i]->words,
-				    &first);
+			if (rewrites_put(w, i, &field) &&
+			    text_same(field.name, name))
+				value_append(b, name, field.value, &first);
 		buffer_append(b, text_of(";"));
 	}
 }

@@ -9980,6 +9980,28 @@ test_regress_rules_star() { # unset with a star leaves alone what frames or rout
 END
 }
 
+test_regress_rules_order() { # lines that rewrite apply in their order
+	start_proxy -e 'set request X-A 1' -e 'set request X-A 2' \
+	    -e 'add request X-A 3' -e 'set request X-B 1' \
+	    -e 'unset request X-B X-C' -e 'add request X-C 1' \
+	    -e 'set response X-D 1' -e 'unset response X-*' \
+	    -e 'add response X-E 1'
+	play 'set, add, unset' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nX-D: 0\nX-E: 0\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-A: 0\nX-B: 0\nX-C: 0\n\n
+	client answer
+	gets#  2 ^X-A:
+	gets   X-A: 2
+	gets+  X-A: 3
+	gets+  X-C: 1
+	gets#  1 ^X-C:
+	gets!~ ^X-B:
+	sees#  1 ^X-
+	sees   X-E: 1
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
