@@ -8653,6 +8653,8 @@ access_refuse(struct exchange *x, const struct request *q)
 	(void)snprintf(detail, sizeof(detail),
 	    "To let it in, start the proxy with: -e 'allow client %s'", peer);
 	x->facts.close = x->facts.close || !x->up.done;
+	/* What is stored does not stand in for this. */
+	entry_close(x);
 	if (rule->action == ACTION_DROP)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
 	else if (rule->action == ACTION_LOGIN)

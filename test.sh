@@ -10002,6 +10002,25 @@ test_regress_rules_order() { # lines that rewrite apply in their order
 END
 }
 
+test_regress_rules_rescue() { # who is denied with 503 gets no stale entry instead
+	start_names 127.0.0.1 -- -c "$T/cache" -e 'allow field request X-In .' \
+	    -e 'deny 503 "no" address 127.0.0.0/8'
+	play -n 'the client would take it stale if there is an error' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 4\n\none\l
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\nX-In: 1\n\n
+	client answer
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\nCache-Control: stale-if-error=999\n\n
+	client answer
+	sees   one\l
+	sees   HTTP/1.1 503 Service Unavailable
+	sees!~ hit
+	sees#  1 ^one
+	log    200 4 .* miss=stored
+	log    503 .* end=done rule=-e:2 why=
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
