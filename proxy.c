@@ -661,7 +661,8 @@ struct facts {
 	const struct account *user; /* who logged in, or NULL */
 	struct buffer *answer;      /* see access_response() */
 	struct address server;      /* the one in use */
-	struct address list[ADDRESSES_MAX]; /* of the next hop */
+	/* Of the next hop; of an entry that answers, the first: its server. */
+	struct address list[ADDRESSES_MAX];
 	bool cached;                        /* the answer comes from an entry */
 	bool validated;                     /* the server was asked about it */
 	int forward_status;                 /* what it said, 0: nothing */
@@ -7003,6 +7004,15 @@ draft_keys(struct exchange *x, const struct request *q,
 	return !d->keys->overflow && !d->list->overflow;
 }
 
+/* The parent that an exchange goes through, NULL if none. */
+static struct parent *
+exchange_parent(const struct exchange *x)
+{
+	struct parent *parent = x->facts.parent;
+
+	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
+}
+
 /* The region of a new entry, but for its first line. */
 static bool
 draft_region(struct exchange *x, const struct response *r, struct draft *d)
@@ -7010,7 +7020,7 @@ draft_region(struct exchange *x, const struct response *r, struct draft *d)
 	struct facts *f = &x->facts;
 	char server[ADDRESS_TEXT] = "-";
 
-	if (f->parent == NULL)
+	if (exchange_parent(x) == NULL)
 		address_print(&f->server, server);
 	d->e.server = text_of(server);
 	d->e.requested = f->requested;
@@ -8544,18 +8554,38 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 
 /* ---- what the rules say ---- */
 
-/* The parent that an exchange goes through, NULL if none. */
-static struct parent *
-exchange_parent(const struct exchange *x)
+/* The address in the words of address_print(); none, of family 0: `-`. */
+static struct address
+address_read(struct text t)
 {
-	struct parent *parent = x->facts.parent;
+	struct target target;
+	struct address a;
 
-	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
+	memset(&a, 0, sizeof(a));
+	if (authority_parse(t, 0, &target) == 1)
+		(void)address_parse(target.host, target.port, &a);
+	return a;
+}
+
+/*
+ * What they know of a server's address is a, which must stay; of family 0:
+ * nothing, and never.  One in the URL is known anyway.
+ */
+static void
+view_source(struct view *v, const struct address *a)
+{
+	if (v->address == &v->literal)
+		return;
+	v->address = a->family ? a : NULL;
+	v->known &= ~(unsigned)FACT_ADDRESS;
+	v->known |= a->family ? FACT_ADDRESS : 0U;
+	v->never |= a->family ? 0U : FACT_ADDRESS;
 }
 
 /*
  * What the rules may know of a request so far, into v; q must stay.  With a
- * parent, the server's address is known only if the URL has it in figures.
+ * parent, the server's address is known only if the URL has it in figures;
+ * that of an entry is the one that it came from.
  */
 static void
 exchange_view(const struct exchange *x, const struct request *q, struct view *v)
@@ -8579,6 +8609,8 @@ exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 	v->passed = x->down.payload + x->down.ready;
 	if (address_parse(host, v->port, &v->literal))
 		v->address = &v->literal;
+	else if (f->cached)
+		view_source(v, &f->list[0]);
 	else if (exchange_parent(x) != NULL && !f->route_open)
 		v->never |= FACT_ADDRESS;
 	else if (f->server.family == AF_INET || f->server.family == AF_INET6)
@@ -8790,11 +8822,11 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	exchange_request(x, &q);
 	(void)response_parse(buffer_text(f->answer), q.method, &r);
 	exchange_view(x, &q, &v);
-	view_response(&v, &r, response_length(&r));
-	if (whole) {
-		v.known |= FACT_LENGTH | FACT_BODY;
+	view_response(&v, &r, f->cached ? f->body : response_length(&r));
+	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
-	}
+	if (whole)
+		v.known |= FACT_LENGTH | FACT_BODY;
 	if (!whole && found == f->found && (v.known & FACT_LENGTH))
 		return true;
 	verdict = rules_judge(f->rules, GROUP_ACCESS, &v);
@@ -8809,12 +8841,13 @@ access_body(struct exchange *x, struct text piece, bool whole)
 
 /*
  * The line that says how a request, or its response if r is not NULL, is to
- * be cached; NULL: none does.
+ * be cached; NULL: none does.  e: the entry that r is the head of, or NULL.
  */
 static const struct rule *
 cache_rule(const struct exchange *x, const struct request *q,
-    const struct response *r, uint64_t length)
+    const struct response *r, const struct entry *e)
 {
+	struct address source;
 	struct verdict verdict;
 	struct view v;
 
@@ -8822,17 +8855,24 @@ cache_rule(const struct exchange *x, const struct request *q,
 		return NULL;
 	exchange_view(x, q, &v);
 	if (r != NULL)
-		view_response(&v, r, length);
+		view_response(&v, r, e ? e->body : response_length(r));
+	if (e != NULL) {
+		source = address_read(e->server);
+		view_source(&v, &source);
+	}
 	verdict = rules_judge(x->facts.rules, GROUP_CACHE, &v);
 	return verdict.truth == TRUTH_YES ? verdict.rule : NULL;
 }
 
-/* How long a response is fresh: as a rule says, or else as it says itself. */
+/*
+ * How long an entry, whose head is r, is fresh: as a rule says, or else as it
+ * says itself.
+ */
 static struct lifetime
 exchange_lifetime(const struct exchange *x, const struct request *q,
-    const struct response *r, uint64_t length)
+    const struct response *r, const struct entry *e)
 {
-	const struct rule *rule = cache_rule(x, q, r, length);
+	const struct rule *rule = cache_rule(x, q, r, e);
 
 	if (rule != NULL && rule->action == ACTION_CACHE)
 		return (struct lifetime){ rule->seconds, "a rule" };
@@ -8840,16 +8880,6 @@ exchange_lifetime(const struct exchange *x, const struct request *q,
 }
 
 /* ---- entries that answer ---- */
-
-/* The address in the words of address_print(); false: `-`. */
-static bool
-address_read(struct text t, struct address *a)
-{
-	struct target target;
-
-	return authority_parse(t, 0, &target) == 1 &&
-	    address_parse(target.host, target.port, a);
-}
 
 /*
  * Makes the entry whose beginning is in b the server: its head is parsed and
@@ -8860,7 +8890,6 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 {
 	struct conn *s = &x->server;
 	struct facts *f = &x->facts;
-	struct address server;
 	struct response r;
 	struct request q;
 	struct view v;
@@ -8873,22 +8902,22 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 	s->exchange = x;
 	s->readable = s->hung = true;
 	s->in = b;
+	f->cached = true;
+	/* What was judged is the way to the server, not where this is from. */
+	f->open = f->open || f->addresses > 0;
+	f->addresses = 0;
+	f->list[0] = address_read(e->server);
 	if (f->open) {
 		exchange_request(x, &q);
 		(void)response_parse(e->head, q.method, &r);
 		exchange_view(x, &q, &v);
-		if (v.address == NULL && address_read(e->server, &server)) {
-			v.address = &server;
-			v.known |= FACT_ADDRESS;
-		}
-		v.never |= FACT_ADDRESS;
 		view_response(&v, &r, e->body);
 		if (!access_response(x, &r, e->head, &v))
 			return;
 	}
 	b->start = (size_t)(e->head.at - b->data);
 	entry_touch(fd, e->key, e->variant);
-	f->local = f->cached = true;
+	f->local = true;
 	f->body = e->body;
 	f->region = (uint32_t)e->region;
 	exchange_enter(x, PHASE_RESPONSE);
@@ -8913,7 +8942,7 @@ cache_serve_open(struct exchange *x, const char *hit)
 	f->hit = hit;
 	f->age = e.age + (now.wall > e.responded ? now.wall - e.responded : 0);
 	exchange_request(x, &q);
-	f->ttl = exchange_lifetime(x, &q, &r, e.body).seconds - f->age;
+	f->ttl = exchange_lifetime(x, &q, &r, &e).seconds - f->age;
 	f->has_entry = false;
 	cache_serve(x, f->entry, b, &e);
 	return true;
@@ -8939,7 +8968,7 @@ cache_rescue(struct exchange *x, bool answered)
 		return false;
 	exchange_request(x, &q);
 	age = e.age + (int64_t)now.wall - e.responded;
-	lifetime = exchange_lifetime(x, &q, &r, e.body).seconds;
+	lifetime = exchange_lifetime(x, &q, &r, &e).seconds;
 	asked = control_parse(&q.head);
 	control = control_parse(&r.head);
 	good = e.responded <= now.wall + CLOCK_STEP_S &&
@@ -9454,7 +9483,7 @@ lookup_fits(const struct exchange *x, const struct request *q, struct lookup *l)
 
 	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1)
 		return false;
-	rule = cache_rule(x, q, &l->r, l->e.body);
+	rule = cache_rule(x, q, &l->r, &l->e);
 	if (rule != NULL && rule->action == ACTION_NOCACHE)
 		return false;
 	return l->r.status != 206 ||
@@ -9472,7 +9501,7 @@ lookup_judge(struct exchange *x, const struct request *q,
 {
 	struct facts *f = &x->facts;
 	struct control control = control_parse(&l->r.head);
-	struct lifetime lifetime = exchange_lifetime(x, q, &l->r, l->e.body);
+	struct lifetime lifetime = exchange_lifetime(x, q, &l->r, &l->e);
 
 	f->age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
@@ -9685,7 +9714,7 @@ request_is_cacheable(struct exchange *x, const struct request *q)
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NONE)
 		return false;
-	rule = cache_rule(x, q, NULL, 0);
+	rule = cache_rule(x, q, NULL, NULL);
 	x->facts.nocache = rule != NULL && rule->action == ACTION_NOCACHE;
 	return !x->facts.nocache;
 }
@@ -10787,7 +10816,7 @@ cache_note(struct exchange *x, const struct response *r)
 	    f->method == METHOD_OPTIONS)
 		return;
 	exchange_request(x, &q);
-	rule = cache_rule(x, &q, r, response_length(r));
+	rule = cache_rule(x, &q, r, NULL);
 	if (f->method != METHOD_GET && f->method != METHOD_HEAD) {
 		if (r->status >= 200 && r->status < 400)
 			cache_invalidate(x, r);
@@ -10971,7 +11000,7 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 		bool good;
 
 		exchange_request(x, &q);
-		rule = cache_rule(x, &q, NULL, 0);
+		rule = cache_rule(x, &q, NULL, NULL);
 		good = entry_freshen(x, &q, r, rule ? rule->seconds : -1, path);
 		f->keep_server = response_keeps_server(x, r);
 		buffer_drop(x->server.in, n);
@@ -12642,7 +12671,7 @@ trial_cache(struct exchange *x, struct request *q)
 {
 	struct lookup l = { .fd = -1, .reuse = REUSE_VALIDATED };
 	struct control asked = control_parse(&q->head);
-	const struct rule *rule = cache_rule(x, q, NULL, 0);
+	const struct rule *rule = cache_rule(x, q, NULL, NULL);
 
 	if (!request_is_cacheable(x, q)) {
 		trial_print("cache", "none", rule);

@@ -10021,6 +10021,91 @@ test_regress_rules_rescue() { # who is denied with 503 gets no stale entry inste
 END
 }
 
+test_regress_rules_cached_body() { # a text in the body of what the cache answers
+	start_names 127.0.0.1 -- -c "$T/cache" -e 'allow field request X-In .' \
+	    -e 'allow address 10.0.0.0/8' -e 'deny "evil" body evil'
+	play -n 'beside a line that asks for the address' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 10\n\nxxevilxxx\l
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\nX-In: 1\n\n
+	client answer
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client eof
+	sees   xxevilxxx\l
+	sees   HTTP/1.1 200 OK
+	sees~  ^-- end eof
+	sees#  1 evil
+	log    miss=stored
+	log    hit=fresh .* end=rule rule=-e:3 why=
+END
+}
+
+test_regress_rules_validated() { # an entry that is validated is judged by where it came from
+	me=$("$peer" myself) || skip "this machine has no address but loopback"
+	name=a start_names 127.0.0.1 -- -c "$T/cache"
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 7\n\nsecret\l
+END
+	client a <<'END'
+send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+answer
+END
+	ended o.1
+	stop_proxy
+	port=$origin_port
+	origin e -a "$me" -p "$port" <<'END'
+head
+send HTTP/1.1 304 Not Modified\nETag: "a"\nCache-Control: max-age=60\n\n
+loop
+END
+	start_names "$me" -- -c "$T/cache" -l "$me:0" -e "allow client $me"
+	client b <<'END'
+send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+answer
+END
+	seen b <<'END'
+= HTTP/1.1 403 Forbidden
+! secret\l
+END
+}
+
+test_regress_rules_cache_address() { # lines about the cache know where an entry came from
+	start_names 127.0.0.1 -- -c "$T/cache" -e 'cache 1h address 127.0.0.0/8'
+	play -n 'a lifetime' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nETag: "a"\nContent-Length: 3\n\nok\l
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees   ok\l
+	sees   ok\l
+	gets#  1 ^GET
+	log    200 3 .* miss=stored
+	log    200 3 .* hit=fresh
+END
+	start_names 127.0.0.1 -- -c "$T/cache" \
+	    -e 'nocache address 127.0.0.0/8 field request X-No .' \
+	    -e 'via http://127.0.0.1:1 direct'
+	play -n 'nocache; an entry that came directly after all' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 3\n\nok\l
+	origin loop
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\nX-No: 1\n\n
+	client answer
+	sees#  3 ^ok
+	gets#  2 ^GET
+	log    200 3 .* miss=stored
+	log    200 3 .* hit=fresh
+	log    200 3
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
