@@ -9105,7 +9105,7 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			flow_decode(f, from->in, from->eof);
 		if (f == &x->down && x->facts.skip > 0)
 			exchange_skip(x);
-		if (f == &x->down && x->facts.answer != NULL &&
+		if (f == &x->down && x->facts.answer != NULL && !f->done &&
 		    !exchange_seek(x, old))
 			return true;
 		if (f == &x->down && x->facts.storing && f->ready > old)

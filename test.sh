@@ -10106,6 +10106,28 @@ END
 END
 }
 
+test_regress_rules_not_modified() { # an answer without its body is no body without the text
+	start_cache -e 'allow field request X-In .' \
+	    -e 'deny "not ours" not body OURS'
+	play -n 'a 304 from an entry' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nETag: "a"\nContent-Length: 6\n\nOURS!\l
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-In: 1\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-None-Match: "a"\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: close\n\n
+	client eof
+	sees   OURS!\l
+	sees   HTTP/1.1 304 Not Modified
+	sees   OURS!\l
+	log    miss=stored
+	log    304 0 .* hit=fresh
+	log    200 6 .* hit=fresh
+	log!   why=
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
