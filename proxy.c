@@ -8630,7 +8630,7 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 	v->length = length;
 	if (length != UINT64_MAX)
 		v->known |= FACT_LENGTH;
-	if (bare)
+	if (bare || length == 0)
 		v->known |= FACT_LENGTH | FACT_BODY;
 	if (bare && length == UINT64_MAX)
 		v->length = 0;

@@ -10128,6 +10128,18 @@ test_regress_rules_not_modified() { # an answer without its body is no body with
 END
 }
 
+test_regress_rules_empty() { # a body of no bytes is judged before it is sent
+	start_cache -e 'deny "empty" not body x'
+	play -n 'Content-Length: 0' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 0\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 403 Forbidden
+	log    403 .* rule=-e:1
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
