@@ -11058,8 +11058,10 @@ static void
 response_tunnel(struct exchange *x, const struct response *r, size_t n)
 {
 	x->facts.tunnel = true;
-	if (!response_pass(x, r, n))
+	if (!response_pass(x, r, n)) {
+		x->facts.tunnel = false;
 		return;
+	}
 	x->facts.status = r->status;
 	tunnel_start(x);
 }

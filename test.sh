@@ -10140,6 +10140,26 @@ test_regress_rules_empty() { # a body of no bytes is judged before it is sent
 END
 }
 
+test_regress_rules_upgrade_head() { # the head of a 101 does not fit any more: a page, no tunnel
+	start_proxy -e "add response X-More $(printf '%0300d' 0)"
+	n=$((room_max - 120))
+	play '101' <<END
+	origin head
+	origin send HTTP/1.1 101 Switching Protocols\nUpgrade: x\nConnection: Upgrade\nX-Long: \{$n:y}\n\n
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\nyes
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nUpgrade: x\nConnection: Upgrade\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 502 Bad Gateway
+	sees   yes
+	log    502 .* why="the answer's head is too long"
+	log    200 3
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
