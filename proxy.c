@@ -2616,6 +2616,7 @@ target_parse(struct text t, enum method method, struct target *target)
 	size_t i;
 
 	memset(target, 0, sizeof(*target));
+	target->host = text_cut(t.at, 0);
 	for (i = 0; i < t.len; i++)
 		if ((unsigned char)t.at[i] <= ' ' || t.at[i] == 0x7f)
 			return -REFUSE_CONTROL;

@@ -10160,6 +10160,17 @@ test_regress_rules_upgrade_head() { # the head of a 101 does not fit any more: a
 END
 }
 
+test_regress_rules_asterisk() { # OPTIONS * has no host to judge
+	echo evil.example > bad
+	start_proxy -e 'deny host .example' -e 'deny url "^http://x/"' \
+	    -e "deny list $T/bad" -e 'deny address 10.0.0.0/8'
+	play 'OPTIONS *' <<'END'
+	client send OPTIONS * HTTP/1.1\nHost: x\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
