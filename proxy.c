@@ -8544,6 +8544,7 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 	}
 	exchange_drop_tries(x);
 	store_drop(x);
+	buffer_give(&f->answer);
 	page_refusal(x, refusal, detail);
 	f->cached = false;
 	if (x->server.in == NULL) {
@@ -8799,7 +8800,10 @@ access_response(struct exchange *x, const struct response *r, struct text head,
 	memset(f->answer->data, 0, NEEDLES_MAX);
 	f->answer->start = f->answer->end = NEEDLES_MAX;
 	buffer_append(f->answer, head);
-	return true;
+	if (f->answer->overflow == 0)
+		return true;
+	exchange_deny(x, REFUSE_ANSWER_LONG, "");
+	return false;
 }
 
 /*

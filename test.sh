@@ -10171,6 +10171,22 @@ test_regress_rules_asterisk() { # OPTIONS * has no host to judge
 END
 }
 
+test_regress_rules_answer_head() { # the longest heads are judged with their body too
+	start_proxy -e 'deny type text/evil body evil' -e 'unset response X'
+	k=$((room_max - 30))
+	while [ $k -lt $room_max ]; do
+		play -n "of $k bytes" <<END
+		origin head
+		origin send HTTP/1.1 200 OK\nContent-Type: text/evil\nContent-Length: 4\nX: \{$((k - 67)):y}\n\nevil
+		client send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: close\n\n
+		client eof
+		sees!  evil
+		log    why=
+END
+		k=$((k + 3))
+	done
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
