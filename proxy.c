@@ -4386,14 +4386,15 @@ match_type(const struct value *value, struct view *v)
 	return text_same(type, wanted);
 }
 
-/* What has passed may tell before the length is known. */
+/* What has passed may tell before the length is known, if it ever can be. */
 static bool
 match_size(const struct value *value, struct view *v)
 {
 	uint64_t limit = value->as.numbers.first;
 
 	if (!(v->known & FACT_LENGTH))
-		return value->above && v->passed > limit;
+		return value->above && v->passed > limit &&
+		    !(v->never & FACT_LENGTH);
 	return value->above ? v->length > limit : v->length < limit;
 }
 

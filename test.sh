@@ -10187,6 +10187,24 @@ END
 	done
 }
 
+test_regress_rules_tunnel_size() { # a tunnel has no size, whatever has passed
+	start_proxy -e 'deny size >1' -e 'deny sni evil.test'
+	play -n 'a server that talks first' <<'END'
+	origin send hello, client
+	origin until pong
+	origin send fine
+	origin eof
+	client send CONNECT %O HTTP/1.1\nHost: %O\n\n
+	client until client
+	client send pong
+	client until fine
+	client shut
+	client eof
+	sees~  fine
+	log    end=client
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
