@@ -11367,6 +11367,8 @@ relay_resume(struct exchange *x)
 	conn_close(&x->server, false);
 	fetch_leave(x);
 	f->orphan = f->local = f->cached = false;
+	/* What was judged is where the first part came from. */
+	f->open = true;
 	f->next = 0;
 	exchange_enter(x, PHASE_RESOLVE);
 }
