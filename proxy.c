@@ -11051,6 +11051,7 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 		return;
 	}
 	flow_start(d, r->framing, old.to, r->length);
+	d->bare = old.bare;
 	f->skip = d->payload = old.payload;
 	f->keep_server = response_keeps_server(x, r);
 	buffer_drop(x->server.in, n);

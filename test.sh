@@ -10205,6 +10205,38 @@ test_regress_rules_tunnel_size() { # a tunnel has no size, whatever has passed
 END
 }
 
+test_regress_rules_resumed_trailer() { # the rest of an answer brings no trailer that a line takes away
+	start_cache -e 'unset response X-Secret'
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nTransfer-Encoding: chunked\n\n4\nfour\n
+await more
+reset
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nTransfer-Encoding: chunked\n\n8\nfourfive\n0\nX-Secret: 1\n\n
+END
+	client_bg a <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+until four
+touch began
+eof
+END
+	wait_for 10 '[ -f began ]'
+	client_bg b <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\nTE: trailers\nConnection: TE, close\n\n
+until four
+touch more
+eof
+END
+	ended b
+	seen b <<'END'
+~ five
+~ ^-- end eof
+!~ X-Secret
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
