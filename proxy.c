@@ -4479,6 +4479,32 @@ rule_refuses(const struct rule *rule, const struct view *v)
 }
 
 /*
+ * One line of a group.  Where a request goes and what it says can't wait for
+ * the answer, nor for what is said in a tunnel; and how an answer is cached
+ * not for the end of it.
+ */
+static enum truth
+line_judge(const struct rule *rule, enum rule_group group, struct view *v)
+{
+	static const unsigned late[GROUPS] = {
+		[GROUP_ROUTE] =
+		    FACT_RESPONSE | FACT_LENGTH | FACT_BODY | FACT_SNI,
+		[GROUP_SOURCE] =
+		    FACT_RESPONSE | FACT_LENGTH | FACT_BODY | FACT_SNI,
+		[GROUP_CACHE] = FACT_BODY,
+		[GROUP_REQUEST] =
+		    FACT_RESPONSE | FACT_LENGTH | FACT_BODY | FACT_SNI,
+	};
+	unsigned never = v->never;
+	enum truth truth;
+
+	v->never |= late[group];
+	truth = rule_judge(rule, v);
+	v->never = never;
+	return truth;
+}
+
+/*
  * The lines of a group: the first that holds decides.  One that is open makes
  * the verdict open, unless all that may still decide refuse: then nothing has
  * to be found out.
@@ -4491,7 +4517,7 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 	bool open = false, refuses = true;
 
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = rule_judge(rule, v);
+		enum truth truth = line_judge(rule, group, v);
 
 		if (truth == TRUTH_NO)
 			continue;
@@ -4533,7 +4559,7 @@ rewrites_collect(const struct rules *rules, enum rule_group group,
 	w->n = 0;
 	w->open = false;
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = rule_judge(rule, v);
+		enum truth truth = line_judge(rule, group, v);
 
 		if (truth == TRUTH_YES && w->n < REWRITES_MAX)
 			w->list[w->n++] = rule;

@@ -10237,6 +10237,24 @@ END
 END
 }
 
+test_regress_rules_never() { # a way can't wait for the answer: such lines do not hold
+	origin p <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 2\n\nok
+END
+	start_cache -x "http://$origin" -e 'direct type text/html' \
+	    -e 'from 127.9.9.9 status 200' -e 'set request X-A b status 200'
+	play -n 'via the parent, and stored' <<'END'
+	client send GET http://dest.invalid/ HTTP/1.1\nHost: dest.invalid\n\n
+	client answer
+	client send GET http://dest.invalid/ HTTP/1.1\nHost: dest.invalid\n\n
+	client answer
+	sees   ok
+	log    miss=stored
+	log    hit=fresh
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
