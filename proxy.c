@@ -5364,6 +5364,10 @@ parent_parse(struct text t, struct parent *p)
 	const char *why;
 
 	memset(p, 0, sizeof(*p));
+	/* What is shown of a line is masked up to one of these. */
+	if (text_find(t, ' ') < t.len || text_find(t, '\t') < t.len ||
+	    text_find(t, '"') < t.len)
+		return "a blank or a quote in it; write it as %XX";
 	p->id = ++id;
 	p->kind = text_starts(t, "http://") ? PARENT_HTTP : PARENT_SOCKS;
 	if (p->kind == PARENT_SOCKS && !text_starts(t, "socks5://") &&

@@ -10255,6 +10255,20 @@ END
 END
 }
 
+test_regress_rules_secret() { # no way to write a parent's password shows it
+	for url in 'http://me:se cret@127.0.0.1:1' 'http://me:s3"cret@127.0.0.1:1' \
+	    'socks5://me:a b"c cret@127.0.0.1:1'; do
+		quoted=$(printf '%s\n' "$url" | sed 's/"/\\"/g')
+		run_proxy -n -v -e "via \"$quoted\""
+		grep cret out errors > /dev/null &&
+			fail "$url: $(cat out errors)"
+		run_proxy -n -v -x "$url"
+		grep cret out errors > /dev/null &&
+			fail "-x $url: $(cat out errors)"
+	done
+	:
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
