@@ -4221,11 +4221,11 @@ host_matches(struct text pattern, struct text name)
 	return text_same(pattern, name);
 }
 
-/* A text as the string that regexec(3) wants; cut if it is very long. */
+/* A text from a head as the string that regexec(3) wants. */
 static bool
 regex_matches(const regex_t *regex, struct text t)
 {
-	static char string[LINE_MAX_BYTES + 1];
+	static char string[BUFFER_SIZE];
 
 	(void)text_copy(t, string, sizeof(string));
 	return regexec(regex, string, 0, NULL, 0) == 0;

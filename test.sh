@@ -10269,6 +10269,16 @@ test_regress_rules_secret() { # no way to write a parent's password shows it
 	:
 }
 
+test_regress_rules_field_long() { # a field is looked at to its end
+	start_proxy -e 'deny field request X-A evil'
+	n=$((room_max - 300))
+	play 'the last bytes' <<END
+	client send GET http://127.0.0.1:1/ HTTP/1.1\nHost: x\nX-A: \{$n:y}evil\n\n
+	client answer
+	sees   HTTP/1.1 403 Forbidden
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
