@@ -6140,6 +6140,21 @@ freshness_lifetime(const struct response *r, bool explicit_only)
 	return l;
 }
 
+/* True if the request, as it is sent, has a login, be it put in by a rule. */
+static bool
+request_has_login(const struct request *q)
+{
+	bool has = head_field(&q->head, "Authorization") != NULL;
+	struct field field;
+	size_t i;
+
+	for (i = 0; i < q->rewrites.n; i++)
+		has = has ||
+		    (rewrites_put(&q->rewrites, i, &field) &&
+			text_is(field.name, "Authorization"));
+	return has;
+}
+
 /*
  * May the response be stored, and reused by others? (RFC 9111 section 3)  The
  * answer to a POST may if it says that it is what a GET would get (RFC 9110
@@ -6176,8 +6191,7 @@ response_is_storable(const struct request *q, const struct response *r,
 		return false;
 	if (head_lists(&r->head, "Vary", text_of("*")))
 		return false;
-	if (head_field(&q->head, "Authorization") != NULL &&
-	    !control.is_public && control.s_maxage < 0 &&
+	if (request_has_login(q) && !control.is_public && control.s_maxage < 0 &&
 	    !control.must_revalidate)
 		return false;
 	if (given >= 0)

@@ -10279,6 +10279,23 @@ test_regress_rules_field_long() { # a field is looked at to its end
 END
 }
 
+test_regress_rules_login_stored() { # what belongs to a login that a rule puts in is not stored
+	start_cache -e 'set request Authorization "Basic eDp5" field request X-In .'
+	play 'for those who have it' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 7\n\nsecret\l
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 5\n\nnone\l
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-In: 1\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   secret\l
+	sees   none\l
+	gets#  1 ^Authorization: Basic eDp5$
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
