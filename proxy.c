@@ -6194,7 +6194,9 @@ response_is_storable(const struct request *q, const struct response *r,
 	if (request_has_login(q) && !control.is_public && control.s_maxage < 0 &&
 	    !control.must_revalidate)
 		return false;
-	if (given >= 0)
+	if (given >= 0 &&
+	    (lifetime >= 0 || control.is_public ||
+		status_is_heuristic(r->status)))
 		lifetime = given;
 	if (lifetime >= 0)
 		return validator || lifetime > 0;

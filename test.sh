@@ -10296,6 +10296,36 @@ test_regress_rules_login_stored() { # what belongs to a login that a rule puts i
 END
 }
 
+test_regress_rules_cache_what() { # `cache' is about what may be stored: no error, no way to a login
+	start_cache -e 'cache 1h'
+	play 'an error, a redirection, a page' <<'END'
+	origin head
+	origin send HTTP/1.1 502 No\nETag: "a"\nContent-Length: 3\n\nno\l
+	origin head
+	origin send HTTP/1.1 302 There\nLocation: /login\nETag: "a"\nContent-Length: 3\n\ngo\l
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\nok\l
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees   no\l
+	sees+~ ^HTTP/1.1 302
+	sees   go\l
+	sees   ok\l
+	sees   ok\l
+	gets#  3 ^GET
+	log    502 3 .* miss=uri-miss
+	log    302 3 .* miss=uri-miss
+	log    200 3 .* miss=stored
+	log    200 3 .* hit=fresh
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
