@@ -9030,13 +9030,17 @@ cache_rescue(struct exchange *x, bool answered)
 	return good && cache_serve_open(x, "stale");
 }
 
-/* The next parent of a rule, if there is one: true if it is tried now. */
+/*
+ * The next parent of a rule, if there is one: true if it is tried now.  That a
+ * server can't be reached, directly or by a parent that was, blames nobody.
+ */
 static bool
 parent_next(struct exchange *x)
 {
 	struct facts *f = &x->facts;
 
-	if (f->parent == NULL || f->status != 0)
+	if (exchange_parent(x) == NULL || f->status != 0 ||
+	    f->greeting == GREETING_REPLY)
 		return false;
 	f->parent->failed = now.ms;
 	if (f->parent->next == NULL)

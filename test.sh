@@ -10326,6 +10326,38 @@ test_regress_rules_cache_what() { # `cache' is about what may be stored: no erro
 END
 }
 
+test_regress_rules_parent_blamed() { # a server that is gone is not the parents' fault
+	start_proxy -v -e 'via http://127.0.0.1:1 direct'
+	play -n 'the way behind the last parent stays' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://127.0.0.1:2/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees~  ^HTTP/1.1 502
+	sees   ok
+	err#   1 trying 127.0.0.1:1$
+END
+	proxy_bin=$quick_bin
+	built "$quick_bin"
+	origin s <<'END'
+want 3
+send \x05\0
+want 10
+stall 3000
+END
+	start_proxy -e "via socks5://$origin direct"
+	play -n 'nor that of one who was asked and is silent' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\nevil
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees~  ^HTTP/1.1 504
+	gets!~ .
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
