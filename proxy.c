@@ -1018,7 +1018,7 @@ struct view {
 	const struct address *client;  /* who asks */
 	struct text user;              /* logged in as; `at` is NULL: nobody */
 	const struct request *request; /* what for */
-	struct text host; /* of the URL, without a dot at its end */
+	struct text host; /* of the URL, without dots at its end */
 	unsigned port;    /* of the URL */
 	const struct address *address;   /* the server's, if known */
 	struct address literal;          /* where `address` may point */
@@ -4208,6 +4208,15 @@ list_has(const struct list *list, struct text host)
 }
 
 /* ---- judging ---- */
+
+/* A host without the dots at its end. */
+static struct text
+host_bare(struct text host)
+{
+	while (host.len > 0 && host.at[host.len - 1] == '.')
+		host.len--;
+	return host;
+}
 
 /* True if name is what pattern says: `.x` is all below x, else the same. */
 static bool
@@ -8640,14 +8649,12 @@ static void
 exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 {
 	const struct facts *f = &x->facts;
-	struct text host = q->target.host;
+	struct text host = host_bare(q->target.host);
 
 	memset(v, 0, sizeof(*v));
 	v->never = q->method == METHOD_CONNECT ?
 	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
 	    FACT_SNI;
-	if (host.len > 1 && host.at[host.len - 1] == '.')
-		host.len--;
 	v->client = &x->peer;
 	if (f->user != NULL)
 		v->user = f->user->user;
@@ -9900,14 +9907,17 @@ resolve_name(struct exchange *x, const char *host, unsigned port)
 	return true;
 }
 
-/* The addresses of a host, in figures or a name; false as resolve_name(). */
+/*
+ * The addresses of a host, in figures or a name; false as resolve_name().  In
+ * figures it is what rules took it for.
+ */
 static bool
 resolve_host(struct exchange *x, struct text host, unsigned port)
 {
 	struct facts *f = &x->facts;
 	char string[HOST_MAX + 1];
 
-	if (address_parse(host, port, &f->list[0])) {
+	if (address_parse(host_bare(host), port, &f->list[0])) {
 		f->addresses = 1;
 		f->resolved = now.ms;
 		return true;

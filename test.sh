@@ -10358,6 +10358,18 @@ END
 END
 }
 
+test_regress_rules_dots() { # dots at the end of a host do not count, however many
+	start_proxy -e 'deny host evil.test 127.0.0.1' \
+	    -e 'deny address 127.0.0.2'
+	for host in evil.test. evil.test.. EVIL.test.. 127.0.0.1. 127.0.0.2..; do
+		play -n "$host" <<END
+		client send GET http://$host/ HTTP/1.1\nHost: x\n\n
+		client answer
+		sees   HTTP/1.1 403 Forbidden
+END
+	done
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
