@@ -12664,8 +12664,7 @@ trial_build(struct exchange *x, char *words, struct account *user,
 {
 	char *word = words + strcspn(words, " "), *value, *url = words;
 	const char *method = NULL;
-	bool https = text_starts(text_of(words), "https://");
-	size_t n = strlen("https://"), end;
+	struct text target;
 
 	x->peer.family = AF_UNIX;
 	while (*word != '\0') {
@@ -12687,14 +12686,15 @@ trial_build(struct exchange *x, char *words, struct account *user,
 			    url, word, value);
 		word = value + strcspn(value, " ");
 	}
-	end = n + strcspn(url + (https ? n : 0), "/?");
-	if (https)
+	if (text_starts(text_of(url), "https://")) {
+		url += strlen("https://");
+		target = text_cut(url, strcspn(url, "/?"));
+		/* What is behind an IPv6 address, or all of another host. */
+		url += *url == '[' ? text_find(target, ']') : 0;
 		buffer_print(head, "CONNECT %.*s%s HTTP/1.1\r\n",
-		    (int)(end - n), url + n,
-		    text_find(text_cut(url + n, end - n), ':') < end - n ?
-			"" :
-			":443");
-	else
+		    (int)target.len, target.at,
+		    strcspn(url, ":") < strcspn(url, "/?") ? "" : ":443");
+	} else
 		buffer_print(head, "%.*s %s HTTP/1.1\r\n",
 		    method ? (int)strcspn(method, " ") : 3,
 		    method ? method : "GET", url);
@@ -12761,6 +12761,60 @@ trial_cache(struct exchange *x, struct request *q)
 }
 
 /*
+ * What access and route come to, as far as it is known.  If the route asked
+ * for the server's address, that is known even if the route is a parent.
+ */
+static void
+trial_judge(struct exchange *x, const struct request *q, struct verdict *access,
+    struct verdict *route)
+{
+	struct facts *f = &x->facts;
+	bool asked = f->route_open;
+	struct view v;
+
+	f->parent = NULL;
+	exchange_view(x, q, &v);
+	*route = rules_judge(f->rules, GROUP_ROUTE, &v);
+	f->route_open = route->truth == TRUTH_OPEN;
+	f->parent = route->truth == TRUTH_YES ? route->rule->parents : NULL;
+	exchange_view(x, q, &v);
+	if (asked && f->server.family != 0)
+		view_source(&v, &f->server);
+	*access = rules_judge(f->rules, GROUP_ACCESS, &v);
+}
+
+/* True if a line that is open asks for the server's address. */
+static bool
+trial_wants(const struct exchange *x, const struct request *q)
+{
+	const struct rule *rule = x->facts.rules->first[GROUP_ACCESS];
+	struct view v;
+
+	exchange_view(x, q, &v);
+	for (; rule != NULL; rule = rule->next)
+		if ((rule->needs & FACT_ADDRESS) &&
+		    rule_judge(rule, &v) == TRUTH_OPEN)
+			return (v.never & FACT_ADDRESS) == 0;
+	return false;
+}
+
+/* The way: the first of its parents, as in a line but without its login. */
+static void
+trial_route(const struct verdict *route)
+{
+	const struct parent *p = route->rule ? route->rule->parents : NULL;
+	const char *mark = p && strchr(p->host, ':') ? "[]" : "";
+	char words[HOST_MAX + 40] = "direct";
+
+	if (p != NULL)
+		(void)snprintf(words, sizeof(words), "via %s://%.1s%s%s:%u",
+		    p->kind == PARENT_HTTP ? "http" : "socks5", mark, p->host,
+		    mark[0] ? mark + 1 : "", p->port);
+	trial_print("route", route->truth == TRUTH_OPEN ? "open" : words,
+	    route->rule);
+}
+
+/*
  * One -T: what would happen.  The server's name is looked up if, and only if,
  * the verdict depends on its address.  True if it is not denied.
  */
@@ -12775,9 +12829,9 @@ trial_run(char *words)
 	struct account user = { NULL, { NULL, 0 }, { NULL, 0 } };
 	struct verdict verdict, route;
 	struct exchange x;
-	struct address a;
 	struct request q;
 	struct view v;
+	bool denied;
 
 	memset(&x, 0, sizeof(x));
 	if (head == NULL)
@@ -12792,30 +12846,22 @@ trial_run(char *words)
 		usage("-T %s: not a URL that begins with http:// or https://",
 		    words);
 	request_note(&x, &q);
-	exchange_view(&x, &q, &v);
-	verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
-	route = rules_judge(rules_now, GROUP_ROUTE, &v);
+	trial_judge(&x, &q, &verdict, &route);
 	if ((route.truth == TRUTH_OPEN ||
-		(verdict.truth == TRUTH_OPEN && route.rule == NULL)) &&
-	    v.address == NULL && trial_resolve(&q, &a)) {
-		v.address = &a;
-		v.known |= FACT_ADDRESS;
-		verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
-		route = rules_judge(rules_now, GROUP_ROUTE, &v);
-	}
+		(verdict.truth == TRUTH_OPEN && trial_wants(&x, &q))) &&
+	    trial_resolve(&q, &x.facts.server))
+		trial_judge(&x, &q, &verdict, &route);
 	trial_print("access",
 	    verdict.truth == TRUTH_YES ? access[verdict.rule->action] :
 					 "open, the response decides",
 	    verdict.rule);
-	trial_print("route",
-	    route.truth == TRUTH_OPEN             ? "open" :
-		route.rule && route.rule->parents ? "via a parent" :
-						    "direct",
-	    route.rule);
+	trial_route(&route);
+	exchange_view(&x, &q, &v);
+	denied = verdict.truth == TRUTH_YES && rule_refuses(verdict.rule, &v);
 	if (options.cache != NULL)
 		trial_cache(&x, &q);
 	buffer_give(&head);
-	return verdict.truth != TRUTH_YES || !rule_refuses(verdict.rule, &v);
+	return !denied;
 }
 
 /* All -T; exit status 1 if one is denied. */

@@ -10370,6 +10370,24 @@ END
 	done
 }
 
+test_regress_rules_trial() { # -T tells what the proxy would do
+	run_proxy -e 'deny type text/html' -T http://nowhere.invalid/
+	grep 'address:' out && fail "it looks up a name that no line asks for"
+	grep 'access: open' out || fail "$(cat out)"
+	run_proxy -x http://127.0.0.1:1 -e 'deny address 127.0.0.0/8' \
+	    -T http://localhost/
+	{ [ $status = 0 ] && grep 'access: allow' out &&
+		grep 'route: via http://127.0.0.1:1 (' out; } ||
+		fail "with a parent: $(cat out)"
+	run_proxy -x 'socks5://me:cret@[::1]:1' -e 'direct host x.test' \
+	    -T 'https://[2001:db8::1]/' -T http://x.test/
+	{ [ $status = 0 ] && grep 'via socks5://\[::1\]:1 (' out &&
+		grep 'route: direct (' out; } || fail "IPv6: $(cat out errors)"
+	grep cret out && fail "the password: $(cat out)"
+	run_proxy -e 'deny address 127.0.0.0/8' -T http://localhost/
+	[ $status = 1 ] || fail "by its address: $(cat out)"
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
