@@ -663,9 +663,9 @@ struct facts {
 	struct address server;      /* the one in use */
 	/* Of the next hop; of an entry that answers, the first: its server. */
 	struct address list[ADDRESSES_MAX];
-	bool cached;                        /* the answer comes from an entry */
-	bool validated;                     /* the server was asked about it */
-	int forward_status;                 /* what it said, 0: nothing */
+	bool cached;        /* the answer comes from an entry */
+	bool validated;     /* the server was asked about it */
+	int forward_status; /* what it said, 0: nothing */
 	bool has_entry;     /* the next one is open, to be validated */
 	bool storing;       /* the one after it is being written */
 	bool spoiled;       /* and is out of date before it is done */
@@ -1018,10 +1018,10 @@ struct view {
 	const struct address *client;  /* who asks */
 	struct text user;              /* logged in as; `at` is NULL: nobody */
 	const struct request *request; /* what for */
-	struct text host; /* of the URL, without dots at its end */
-	unsigned port;    /* of the URL */
-	const struct address *address;   /* the server's, if known */
-	struct address literal;          /* where `address` may point */
+	struct text host;              /* of the URL, without dots at its end */
+	unsigned port;                 /* of the URL */
+	const struct address *address; /* the server's, if known */
+	struct address literal;        /* where `address` may point */
 	const struct response *response; /* its answer, if known */
 	uint64_t length;                 /* of the body, if known */
 	uint64_t passed;                 /* of it so far */
@@ -4496,13 +4496,13 @@ static enum truth
 line_judge(const struct rule *rule, enum rule_group group, struct view *v)
 {
 	static const unsigned late[GROUPS] = {
-		[GROUP_ROUTE] =
-		    FACT_RESPONSE | FACT_LENGTH | FACT_BODY | FACT_SNI,
-		[GROUP_SOURCE] =
-		    FACT_RESPONSE | FACT_LENGTH | FACT_BODY | FACT_SNI,
+		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY |
+		    FACT_SNI,
+		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY |
+		    FACT_SNI,
 		[GROUP_CACHE] = FACT_BODY,
-		[GROUP_REQUEST] =
-		    FACT_RESPONSE | FACT_LENGTH | FACT_BODY | FACT_SNI,
+		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY |
+		    FACT_SNI,
 	};
 	unsigned never = v->never;
 	enum truth truth;
@@ -6200,8 +6200,8 @@ response_is_storable(const struct request *q, const struct response *r,
 		return false;
 	if (head_lists(&r->head, "Vary", text_of("*")))
 		return false;
-	if (request_has_login(q) && !control.is_public && control.s_maxage < 0 &&
-	    !control.must_revalidate)
+	if (request_has_login(q) && !control.is_public &&
+	    control.s_maxage < 0 && !control.must_revalidate)
 		return false;
 	if (given >= 0 &&
 	    (lifetime >= 0 || control.is_public ||
