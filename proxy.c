@@ -661,10 +661,11 @@ struct facts {
 	const struct account *user; /* who logged in, or NULL */
 	struct buffer *answer;      /* see access_response() */
 	struct address server;      /* the one in use */
-	struct address list[ADDRESSES_MAX]; /* of the next hop */
-	bool cached;                        /* the answer comes from an entry */
-	bool validated;                     /* the server was asked about it */
-	int forward_status;                 /* what it said, 0: nothing */
+	/* Of the next hop; of an entry that answers, the first: its server. */
+	struct address list[ADDRESSES_MAX];
+	bool cached;        /* the answer comes from an entry */
+	bool validated;     /* the server was asked about it */
+	int forward_status; /* what it said, 0: nothing */
 	bool has_entry;     /* the next one is open, to be validated */
 	bool storing;       /* the one after it is being written */
 	bool spoiled;       /* and is out of date before it is done */
@@ -1017,10 +1018,10 @@ struct view {
 	const struct address *client;  /* who asks */
 	struct text user;              /* logged in as; `at` is NULL: nobody */
 	const struct request *request; /* what for */
-	struct text host; /* of the URL, without a dot at its end */
-	unsigned port;    /* of the URL */
-	const struct address *address;   /* the server's, if known */
-	struct address literal;          /* where `address` may point */
+	struct text host;              /* of the URL, without dots at its end */
+	unsigned port;                 /* of the URL */
+	const struct address *address; /* the server's, if known */
+	struct address literal;        /* where `address` may point */
 	const struct response *response; /* its answer, if known */
 	uint64_t length;                 /* of the body, if known */
 	uint64_t passed;                 /* of it so far */
@@ -2616,6 +2617,7 @@ target_parse(struct text t, enum method method, struct target *target)
 	size_t i;
 
 	memset(target, 0, sizeof(*target));
+	target->host = text_cut(t.at, 0);
 	for (i = 0; i < t.len; i++)
 		if ((unsigned char)t.at[i] <= ' ' || t.at[i] == 0x7f)
 			return -REFUSE_CONTROL;
@@ -4210,6 +4212,15 @@ list_has(const struct list *list, struct text host)
 
 /* ---- judging ---- */
 
+/* A host without the dots at its end. */
+static struct text
+host_bare(struct text host)
+{
+	while (host.len > 0 && host.at[host.len - 1] == '.')
+		host.len--;
+	return host;
+}
+
 /* True if name is what pattern says: `.x` is all below x, else the same. */
 static bool
 host_matches(struct text pattern, struct text name)
@@ -4222,11 +4233,11 @@ host_matches(struct text pattern, struct text name)
 	return text_same(pattern, name);
 }
 
-/* A text as the string that regexec(3) wants; cut if it is very long. */
+/* A text from a head as the string that regexec(3) wants. */
 static bool
 regex_matches(const regex_t *regex, struct text t)
 {
-	static char string[LINE_MAX_BYTES + 1];
+	static char string[BUFFER_SIZE];
 
 	(void)text_copy(t, string, sizeof(string));
 	return regexec(regex, string, 0, NULL, 0) == 0;
@@ -4387,14 +4398,15 @@ match_type(const struct value *value, struct view *v)
 	return text_same(type, wanted);
 }
 
-/* What has passed may tell before the length is known. */
+/* What has passed may tell before the length is known, if it ever can be. */
 static bool
 match_size(const struct value *value, struct view *v)
 {
 	uint64_t limit = value->as.numbers.first;
 
 	if (!(v->known & FACT_LENGTH))
-		return value->above && v->passed > limit;
+		return value->above && v->passed > limit &&
+		    !(v->never & FACT_LENGTH);
 	return value->above ? v->length > limit : v->length < limit;
 }
 
@@ -4479,6 +4491,32 @@ rule_refuses(const struct rule *rule, const struct view *v)
 }
 
 /*
+ * One line of a group.  Where a request goes and what it says can't wait for
+ * the answer, nor for what is said in a tunnel; and how an answer is cached
+ * not for the end of it.
+ */
+static enum truth
+line_judge(const struct rule *rule, enum rule_group group, struct view *v)
+{
+	static const unsigned late[GROUPS] = {
+		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY |
+		    FACT_SNI,
+		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY |
+		    FACT_SNI,
+		[GROUP_CACHE] = FACT_BODY,
+		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY |
+		    FACT_SNI,
+	};
+	unsigned never = v->never;
+	enum truth truth;
+
+	v->never |= late[group];
+	truth = rule_judge(rule, v);
+	v->never = never;
+	return truth;
+}
+
+/*
  * The lines of a group: the first that holds decides.  One that is open makes
  * the verdict open, unless all that may still decide refuse: then nothing has
  * to be found out.
@@ -4491,7 +4529,7 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 	bool open = false, refuses = true;
 
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = rule_judge(rule, v);
+		enum truth truth = line_judge(rule, group, v);
 
 		if (truth == TRUTH_NO)
 			continue;
@@ -4533,7 +4571,7 @@ rewrites_collect(const struct rules *rules, enum rule_group group,
 	w->n = 0;
 	w->open = false;
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = rule_judge(rule, v);
+		enum truth truth = line_judge(rule, group, v);
 
 		if (truth == TRUTH_YES && w->n < REWRITES_MAX)
 			w->list[w->n++] = rule;
@@ -4541,29 +4579,70 @@ rewrites_collect(const struct rules *rules, enum rule_group group,
 	}
 }
 
-/* True if a line of w takes fields of that name away, or replaces them. */
+/*
+ * True if a rule may touch fields of that name: none that frames or routes
+ * the message.  A star may stand for the rest of a name.
+ */
+static bool
+name_is_free(struct text name)
+{
+	static const char *const fixed[] = { "Max-Forwards", "Content-Range",
+		"Expect", "Trailer", NULL };
+
+	return text_is_token(name) && !text_is(name, "*") &&
+	    !name_is_among(name, fields_of_hop) && !name_is_among(name, fixed);
+}
+
+/* True if a line takes fields of that name away, or replaces them. */
+static bool
+rule_takes(const struct rule *rule, struct text name)
+{
+	const struct value *value;
+
+	if (rule->action == ACTION_SET && text_same(rule->name, name))
+		return true;
+	for (value = rule->names; value != NULL; value = value->next) {
+		struct text t = value->text, n = name;
+
+		if (t.at[t.len - 1] == '*') {
+			t.len--;
+			n.len = n.len < t.len ? n.len : t.len;
+		}
+		if (text_same(t, n))
+			return true;
+	}
+	return false;
+}
+
+/*
+ * True if a line of w, from the one numbered first on, takes such fields; not
+ * those that no rule may touch, be it by a star.
+ */
+static bool
+rewrites_take_from(const struct rewrites *w, size_t first, struct text name)
+{
+	bool taken = false;
+
+	for (; first < w->n && !taken; first++)
+		taken = rule_takes(w->list[first], name);
+	return taken && name_is_free(name);
+}
+
+/* The same for all of its lines. */
 static bool
 rewrites_take(const struct rewrites *w, struct text name)
 {
-	const struct value *value;
-	size_t i;
+	return rewrites_take_from(w, 0, name);
+}
 
-	for (i = 0; i < w->n; i++) {
-		if (w->list[i]->action == ACTION_SET &&
-		    text_same(w->list[i]->name, name))
-			return true;
-		for (value = w->list[i]->names; value != NULL;
-		     value = value->next) {
-			struct text t = value->text;
-
-			if (t.at[t.len - 1] == '*' ? name.len >= t.len - 1 &&
-				    text_same(text_cut(t.at, t.len - 1),
-					text_cut(name.at, t.len - 1)) :
-						     text_same(t, name))
-				return true;
-		}
-	}
-	return false;
+/* The field that line i of w puts in; false: none, or a later one takes it. */
+static bool
+rewrites_put(const struct rewrites *w, size_t i, struct field *field)
+{
+	field->name = w->list[i]->name;
+	field->value = w->list[i]->words;
+	return w->list[i]->action != ACTION_UNSET &&
+	    !rewrites_take_from(w, i + 1, field->name);
 }
 
 /* The fields that the lines of w put in, as lines into b. */
@@ -4573,12 +4652,9 @@ rewrites_append(const struct rewrites *w, struct buffer *b)
 	struct field field;
 	size_t i;
 
-	for (i = 0; i < w->n; i++) {
-		field.name = w->list[i]->name;
-		field.value = w->list[i]->words;
-		if (w->list[i]->action != ACTION_UNSET)
+	for (i = 0; i < w->n; i++)
+		if (rewrites_put(w, i, &field))
 			field_append(b, &field);
-	}
 }
 
 /* True if a line of w takes something away. */
@@ -5300,6 +5376,10 @@ parent_parse(struct text t, struct parent *p)
 	const char *why;
 
 	memset(p, 0, sizeof(*p));
+	/* What is shown of a line is masked up to one of these. */
+	if (text_find(t, ' ') < t.len || text_find(t, '\t') < t.len ||
+	    text_find(t, '"') < t.len)
+		return "a blank or a quote in it; write it as %XX";
 	p->id = ++id;
 	p->kind = text_starts(t, "http://") ? PARENT_HTTP : PARENT_SOCKS;
 	if (p->kind == PARENT_SOCKS && !text_starts(t, "socks5://") &&
@@ -5378,21 +5458,6 @@ action_cache(struct parser *p, struct rule *rule)
 		    "cache: a duration such as 90s, 15m, 1h or 7d "
 		    "is missing");
 	p->at++;
-}
-
-/*
- * True if a rule may touch fields of that name: none that frames or routes
- * the message.  A star may stand for the rest of a name; those fields are
- * not touched then either, see rewrites_take().
- */
-static bool
-name_is_free(struct text name)
-{
-	static const char *const fixed[] = { "Max-Forwards", "Content-Range",
-		"Expect", "Trailer", NULL };
-
-	return text_is_token(name) && !text_is(name, "*") &&
-	    !name_is_among(name, fields_of_hop) && !name_is_among(name, fixed);
 }
 
 /* Takes the name of a field for a rule. */
@@ -6097,6 +6162,21 @@ freshness_lifetime(const struct response *r, bool explicit_only)
 	return l;
 }
 
+/* True if the request, as it is sent, has a login, be it put in by a rule. */
+static bool
+request_has_login(const struct request *q)
+{
+	bool has = head_field(&q->head, "Authorization") != NULL;
+	struct field field;
+	size_t i;
+
+	for (i = 0; i < q->rewrites.n; i++)
+		has = has ||
+		    (rewrites_put(&q->rewrites, i, &field) &&
+			text_is(field.name, "Authorization"));
+	return has;
+}
+
 /*
  * May the response be stored, and reused by others? (RFC 9111 section 3)  The
  * answer to a POST may if it says that it is what a GET would get (RFC 9110
@@ -6133,11 +6213,12 @@ response_is_storable(const struct request *q, const struct response *r,
 		return false;
 	if (head_lists(&r->head, "Vary", text_of("*")))
 		return false;
-	if (head_field(&q->head, "Authorization") != NULL &&
-	    !control.is_public && control.s_maxage < 0 &&
-	    !control.must_revalidate)
+	if (request_has_login(q) && !control.is_public &&
+	    control.s_maxage < 0 && !control.must_revalidate)
 		return false;
-	if (given >= 0)
+	if (given >= 0 &&
+	    (lifetime >= 0 || control.is_public ||
+		status_is_heuristic(r->status)))
 		lifetime = given;
 	if (lifetime >= 0)
 		return validator || lifetime > 0;
@@ -6301,6 +6382,7 @@ static void
 variant_append(const struct request *q, struct text vary, struct buffer *b)
 {
 	const struct rewrites *w = &q->rewrites;
+	struct field field;
 	struct text name;
 	size_t i;
 
@@ -6313,10 +6395,9 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 				value_append(b, name, q->head.fields[i].value,
 				    &first);
 		for (i = 0; i < w->n; i++)
-			if (w->list[i]->action != ACTION_UNSET &&
-			    text_same(w->list[i]->name, name))
-				value_append(b, name, w->list[i]->words,
-				    &first);
+			if (rewrites_put(w, i, &field) &&
+			    text_same(field.name, name))
+				value_append(b, name, field.value, &first);
 		buffer_append(b, text_of(";"));
 	}
 }
@@ -6994,15 +7075,25 @@ draft_keys(struct exchange *x, const struct request *q,
 	return !d->keys->overflow && !d->list->overflow;
 }
 
+/* The parent that an exchange goes through, NULL if none. */
+static struct parent *
+exchange_parent(const struct exchange *x)
+{
+	struct parent *parent = x->facts.parent;
+
+	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
+}
+
 /* The region of a new entry, but for its first line. */
 static bool
 draft_region(struct exchange *x, const struct response *r, struct draft *d)
 {
 	struct facts *f = &x->facts;
 
-	if (f->parent == NULL)
+	(void)text_copy(text_of("-"), d->server, sizeof(d->server));
+	if (exchange_parent(x) == NULL)
 		address_print(&f->server, d->server);
-	d->e.server = text_of(f->parent == NULL ? d->server : "-");
+	d->e.server = text_of(d->server);
 	d->e.requested = f->requested;
 	d->e.responded = now.wall;
 	d->e.age = initial_age(r, f->requested, now.wall);
@@ -8523,6 +8614,7 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 	}
 	exchange_drop_tries(x);
 	store_drop(x);
+	buffer_give(&f->answer);
 	page_refusal(x, refusal, detail);
 	f->cached = false;
 	if (x->server.in == NULL) {
@@ -8534,31 +8626,49 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 
 /* ---- what the rules say ---- */
 
-/* The parent that an exchange goes through, NULL if none. */
-static struct parent *
-exchange_parent(const struct exchange *x)
+/* The address in the words of address_print(); none, of family 0: `-`. */
+static struct address
+address_read(struct text t)
 {
-	struct parent *parent = x->facts.parent;
+	struct target target;
+	struct address a;
 
-	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
+	memset(&a, 0, sizeof(a));
+	if (authority_parse(t, 0, &target) == 1)
+		(void)address_parse(target.host, target.port, &a);
+	return a;
+}
+
+/*
+ * What they know of a server's address is a, which must stay; of family 0:
+ * nothing, and never.  One in the URL is known anyway.
+ */
+static void
+view_source(struct view *v, const struct address *a)
+{
+	if (v->address == &v->literal)
+		return;
+	v->address = a->family ? a : NULL;
+	v->known &= ~(unsigned)FACT_ADDRESS;
+	v->known |= a->family ? FACT_ADDRESS : 0U;
+	v->never |= a->family ? 0U : FACT_ADDRESS;
 }
 
 /*
  * What the rules may know of a request so far, into v; q must stay.  With a
- * parent, the server's address is known only if the URL has it in figures.
+ * parent, the server's address is known only if the URL has it in figures;
+ * that of an entry is the one that it came from.
  */
 static void
 exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 {
 	const struct facts *f = &x->facts;
-	struct text host = q->target.host;
+	struct text host = host_bare(q->target.host);
 
 	memset(v, 0, sizeof(*v));
 	v->never = q->method == METHOD_CONNECT ?
 	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
 	    FACT_SNI;
-	if (host.len > 1 && host.at[host.len - 1] == '.')
-		host.len--;
 	v->client = &x->peer;
 	if (f->user != NULL)
 		v->user = f->user->user;
@@ -8569,6 +8679,8 @@ exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 	v->passed = x->down.payload + x->down.ready;
 	if (address_parse(host, v->port, &v->literal))
 		v->address = &v->literal;
+	else if (f->cached)
+		view_source(v, &f->list[0]);
 	else if (exchange_parent(x) != NULL && !f->route_open)
 		v->never |= FACT_ADDRESS;
 	else if (f->server.family == AF_INET || f->server.family == AF_INET6)
@@ -8588,7 +8700,7 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 	v->length = length;
 	if (length != UINT64_MAX)
 		v->known |= FACT_LENGTH;
-	if (bare)
+	if (bare || length == 0)
 		v->known |= FACT_LENGTH | FACT_BODY;
 	if (bare && length == UINT64_MAX)
 		v->length = 0;
@@ -8643,6 +8755,8 @@ access_refuse(struct exchange *x, const struct request *q)
 	(void)snprintf(detail, sizeof(detail),
 	    "To let it in, start the proxy with: -e 'allow client %s'", peer);
 	x->facts.close = x->facts.close || !x->up.done;
+	/* What is stored does not stand in for this. */
+	entry_close(x);
 	if (rule->action == ACTION_DROP)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
 	else if (rule->action == ACTION_LOGIN)
@@ -8754,7 +8868,10 @@ access_response(struct exchange *x, const struct response *r, struct text head,
 	memset(f->answer->data, 0, NEEDLES_MAX);
 	f->answer->start = f->answer->end = NEEDLES_MAX;
 	buffer_append(f->answer, head);
-	return true;
+	if (f->answer->overflow == 0)
+		return true;
+	exchange_deny(x, REFUSE_ANSWER_LONG, "");
+	return false;
 }
 
 /*
@@ -8778,11 +8895,11 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	exchange_request(x, &q);
 	(void)response_parse(buffer_text(f->answer), q.method, &r);
 	exchange_view(x, &q, &v);
-	view_response(&v, &r, response_length(&r));
-	if (whole) {
-		v.known |= FACT_LENGTH | FACT_BODY;
+	view_response(&v, &r, f->cached ? f->body : response_length(&r));
+	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
-	}
+	if (whole)
+		v.known |= FACT_LENGTH | FACT_BODY;
 	if (!whole && found == f->found && (v.known & FACT_LENGTH))
 		return true;
 	verdict = rules_judge(f->rules, GROUP_ACCESS, &v);
@@ -8797,12 +8914,13 @@ access_body(struct exchange *x, struct text piece, bool whole)
 
 /*
  * The line that says how a request, or its response if r is not NULL, is to
- * be cached; NULL: none does.
+ * be cached; NULL: none does.  e: the entry that r is the head of, or NULL.
  */
 static const struct rule *
 cache_rule(const struct exchange *x, const struct request *q,
-    const struct response *r, uint64_t length)
+    const struct response *r, const struct entry *e)
 {
+	struct address source;
 	struct verdict verdict;
 	struct view v;
 
@@ -8810,17 +8928,24 @@ cache_rule(const struct exchange *x, const struct request *q,
 		return NULL;
 	exchange_view(x, q, &v);
 	if (r != NULL)
-		view_response(&v, r, length);
+		view_response(&v, r, e ? e->body : response_length(r));
+	if (e != NULL) {
+		source = address_read(e->server);
+		view_source(&v, &source);
+	}
 	verdict = rules_judge(x->facts.rules, GROUP_CACHE, &v);
 	return verdict.truth == TRUTH_YES ? verdict.rule : NULL;
 }
 
-/* How long a response is fresh: as a rule says, or else as it says itself. */
+/*
+ * How long an entry, whose head is r, is fresh: as a rule says, or else as it
+ * says itself.
+ */
 static struct lifetime
 exchange_lifetime(const struct exchange *x, const struct request *q,
-    const struct response *r, uint64_t length)
+    const struct response *r, const struct entry *e)
 {
-	const struct rule *rule = cache_rule(x, q, r, length);
+	const struct rule *rule = cache_rule(x, q, r, e);
 
 	if (rule != NULL && rule->action == ACTION_CACHE)
 		return (struct lifetime){ rule->seconds, "a rule" };
@@ -8828,16 +8953,6 @@ exchange_lifetime(const struct exchange *x, const struct request *q,
 }
 
 /* ---- entries that answer ---- */
-
-/* The address in the words of address_print(); false: `-`. */
-static bool
-address_read(struct text t, struct address *a)
-{
-	struct target target;
-
-	return authority_parse(t, 0, &target) == 1 &&
-	    address_parse(target.host, target.port, a);
-}
 
 /*
  * Makes the entry whose beginning is in b the server: its head is parsed and
@@ -8848,7 +8963,6 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 {
 	struct conn *s = &x->server;
 	struct facts *f = &x->facts;
-	struct address server;
 	struct response r;
 	struct request q;
 	struct view v;
@@ -8861,22 +8975,22 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 	s->exchange = x;
 	s->readable = s->hung = true;
 	s->in = b;
+	f->cached = true;
+	/* What was judged is the way to the server, not where this is from. */
+	f->open = f->open || f->addresses > 0;
+	f->addresses = 0;
+	f->list[0] = address_read(e->server);
 	if (f->open) {
 		exchange_request(x, &q);
 		(void)response_parse(e->head, q.method, &r);
 		exchange_view(x, &q, &v);
-		if (v.address == NULL && address_read(e->server, &server)) {
-			v.address = &server;
-			v.known |= FACT_ADDRESS;
-		}
-		v.never |= FACT_ADDRESS;
 		view_response(&v, &r, e->body);
 		if (!access_response(x, &r, e->head, &v))
 			return;
 	}
 	b->start = (size_t)(e->head.at - b->data);
 	entry_touch(fd, e->key, e->variant);
-	f->local = f->cached = true;
+	f->local = true;
 	f->body = e->body;
 	f->region = (uint32_t)e->region;
 	exchange_enter(x, PHASE_RESPONSE);
@@ -8901,7 +9015,7 @@ cache_serve_open(struct exchange *x, const char *hit)
 	f->hit = hit;
 	f->age = e.age + (now.wall > e.responded ? now.wall - e.responded : 0);
 	exchange_request(x, &q);
-	f->ttl = exchange_lifetime(x, &q, &r, e.body).seconds - f->age;
+	f->ttl = exchange_lifetime(x, &q, &r, &e).seconds - f->age;
 	f->has_entry = false;
 	cache_serve(x, f->entry, b, &e);
 	return true;
@@ -8927,7 +9041,7 @@ cache_rescue(struct exchange *x, bool answered)
 		return false;
 	exchange_request(x, &q);
 	age = e.age + (int64_t)now.wall - e.responded;
-	lifetime = exchange_lifetime(x, &q, &r, e.body).seconds;
+	lifetime = exchange_lifetime(x, &q, &r, &e).seconds;
 	asked = control_parse(&q.head);
 	control = control_parse(&r.head);
 	good = e.responded <= now.wall + CLOCK_STEP_S &&
@@ -8937,13 +9051,17 @@ cache_rescue(struct exchange *x, bool answered)
 	return good && cache_serve_open(x, "stale");
 }
 
-/* The next parent of a rule, if there is one: true if it is tried now. */
+/*
+ * The next parent of a rule, if there is one: true if it is tried now.  That a
+ * server can't be reached, directly or by a parent that was, blames nobody.
+ */
 static bool
 parent_next(struct exchange *x)
 {
 	struct facts *f = &x->facts;
 
-	if (f->parent == NULL || f->status != 0)
+	if (exchange_parent(x) == NULL || f->status != 0 ||
+	    f->greeting == GREETING_REPLY)
 		return false;
 	f->parent->failed = now.ms;
 	if (f->parent->next == NULL)
@@ -8953,6 +9071,8 @@ parent_next(struct exchange *x)
 	f->open = f->open || exchange_parent(x) == NULL;
 	exchange_drop_tries(x);
 	conn_close(&x->server, false);
+	/* What this one does not look up, the next may: all is judged anew. */
+	f->open = true;
 	f->next = f->addresses = 0;
 	f->asked = 0;
 	f->greeting = GREETING_BEGIN;
@@ -9064,7 +9184,7 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			flow_decode(f, from->in, from->eof);
 		if (f == &x->down && x->facts.skip > 0)
 			exchange_skip(x);
-		if (f == &x->down && x->facts.answer != NULL &&
+		if (f == &x->down && x->facts.answer != NULL && !f->done &&
 		    !exchange_seek(x, old))
 			return true;
 		if (f == &x->down && x->facts.storing && f->ready > old)
@@ -9442,7 +9562,7 @@ lookup_fits(const struct exchange *x, const struct request *q, struct lookup *l)
 
 	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1)
 		return false;
-	rule = cache_rule(x, q, &l->r, l->e.body);
+	rule = cache_rule(x, q, &l->r, &l->e);
 	if (rule != NULL && rule->action == ACTION_NOCACHE)
 		return false;
 	return l->r.status != 206 ||
@@ -9460,7 +9580,7 @@ lookup_judge(struct exchange *x, const struct request *q,
 {
 	struct facts *f = &x->facts;
 	struct control control = control_parse(&l->r.head);
-	struct lifetime lifetime = exchange_lifetime(x, q, &l->r, l->e.body);
+	struct lifetime lifetime = exchange_lifetime(x, q, &l->r, &l->e);
 
 	f->age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
@@ -9673,7 +9793,7 @@ request_is_cacheable(struct exchange *x, const struct request *q)
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NONE)
 		return false;
-	rule = cache_rule(x, q, NULL, 0);
+	rule = cache_rule(x, q, NULL, NULL);
 	x->facts.nocache = rule != NULL && rule->action == ACTION_NOCACHE;
 	return !x->facts.nocache;
 }
@@ -9803,14 +9923,17 @@ resolve_name(struct exchange *x, const char *host, unsigned port)
 	return true;
 }
 
-/* The addresses of a host, in figures or a name; false as resolve_name(). */
+/*
+ * The addresses of a host, in figures or a name; false as resolve_name().  In
+ * figures it is what rules took it for.
+ */
 static bool
 resolve_host(struct exchange *x, struct text host, unsigned port)
 {
 	struct facts *f = &x->facts;
 	char string[HOST_MAX + 1];
 
-	if (address_parse(host, port, &f->list[0])) {
+	if (address_parse(host_bare(host), port, &f->list[0])) {
 		f->addresses = 1;
 		f->resolved = now.ms;
 		return true;
@@ -9929,7 +10052,8 @@ resolve_step(struct exchange *x)
 
 	if (!resolve_host(x, parent ? text_of(parent->host) : f->host,
 		parent ? parent->port : f->port))
-		return x->phase != PHASE_RESOLVE;
+		return x->phase != PHASE_RESOLVE ||
+		    exchange_parent(x) != parent;
 	if (f->route_open)
 		resolve_route(x);
 	else
@@ -10774,7 +10898,7 @@ cache_note(struct exchange *x, const struct response *r)
 	    f->method == METHOD_OPTIONS)
 		return;
 	exchange_request(x, &q);
-	rule = cache_rule(x, &q, r, response_length(r));
+	rule = cache_rule(x, &q, r, NULL);
 	if (f->method != METHOD_GET && f->method != METHOD_HEAD) {
 		if (r->status >= 200 && r->status < 400)
 			cache_invalidate(x, r);
@@ -10958,7 +11082,7 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 		bool good;
 
 		exchange_request(x, &q);
-		rule = cache_rule(x, &q, NULL, 0);
+		rule = cache_rule(x, &q, NULL, NULL);
 		good = entry_freshen(x, &q, r, rule ? rule->seconds : -1, path);
 		f->keep_server = response_keeps_server(x, r);
 		buffer_drop(x->server.in, n);
@@ -11003,6 +11127,7 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 		return;
 	}
 	flow_start(d, r->framing, old.to, r->length);
+	d->bare = old.bare;
 	f->skip = d->payload = old.payload;
 	f->keep_server = response_keeps_server(x, r);
 	buffer_drop(x->server.in, n);
@@ -11016,8 +11141,10 @@ static void
 response_tunnel(struct exchange *x, const struct response *r, size_t n)
 {
 	x->facts.tunnel = true;
-	if (!response_pass(x, r, n))
+	if (!response_pass(x, r, n)) {
+		x->facts.tunnel = false;
 		return;
+	}
 	x->facts.status = r->status;
 	tunnel_start(x);
 }
@@ -11318,7 +11445,7 @@ relay_resume(struct exchange *x)
 	conn_close(&x->server, false);
 	fetch_leave(x);
 	f->orphan = f->local = f->cached = false;
-	/* It may lead to another address than that of what was followed. */
+	/* What was judged is where the first part came from. */
 	f->open = true;
 	f->next = 0;
 	exchange_enter(x, PHASE_RESOLVE);
@@ -12537,8 +12664,7 @@ trial_build(struct exchange *x, char *words, struct account *user,
 {
 	char *word = words + strcspn(words, " "), *value, *url = words;
 	const char *method = NULL;
-	bool https = text_starts(text_of(words), "https://");
-	size_t n = strlen("https://"), end;
+	struct text target;
 
 	x->peer.family = AF_UNIX;
 	while (*word != '\0') {
@@ -12560,14 +12686,15 @@ trial_build(struct exchange *x, char *words, struct account *user,
 			    url, word, value);
 		word = value + strcspn(value, " ");
 	}
-	end = n + strcspn(url + (https ? n : 0), "/?");
-	if (https)
+	if (text_starts(text_of(url), "https://")) {
+		url += strlen("https://");
+		target = text_cut(url, strcspn(url, "/?"));
+		/* What is behind an IPv6 address, or all of another host. */
+		url += *url == '[' ? text_find(target, ']') : 0;
 		buffer_print(head, "CONNECT %.*s%s HTTP/1.1\r\n",
-		    (int)(end - n), url + n,
-		    text_find(text_cut(url + n, end - n), ':') < end - n ?
-			"" :
-			":443");
-	else
+		    (int)target.len, target.at,
+		    strcspn(url, ":") < strcspn(url, "/?") ? "" : ":443");
+	} else
 		buffer_print(head, "%.*s %s HTTP/1.1\r\n",
 		    method ? (int)strcspn(method, " ") : 3,
 		    method ? method : "GET", url);
@@ -12586,19 +12713,6 @@ trial_print(const char *what, const char *word, const struct rule *rule)
 		printf(" (%s: %s)", name, rule->text);
 	}
 	printf("\n");
-}
-
-/* By which way a trial's request would go. */
-static void
-trial_route(const struct parent *parent, const struct rule *rule)
-{
-	char words[HOST_MAX + 32] = "direct";
-
-	if (parent != NULL)
-		(void)snprintf(words, sizeof(words), "via %s://%s:%u",
-		    parent->kind == PARENT_HTTP ? "http" : "socks5",
-		    parent->host, parent->port);
-	trial_print("route", words, rule);
 }
 
 /* Looks up the name of a trial's server; false, having said so, if it can't. */
@@ -12628,7 +12742,7 @@ trial_cache(struct exchange *x, struct request *q)
 {
 	struct lookup l;
 	struct control asked = control_parse(&q->head);
-	const struct rule *rule = cache_rule(x, q, NULL, 0);
+	const struct rule *rule = cache_rule(x, q, NULL, NULL);
 
 	if (!request_is_cacheable(x, q)) {
 		trial_print("cache", "none", rule);
@@ -12646,6 +12760,60 @@ trial_cache(struct exchange *x, struct request *q)
 }
 
 /*
+ * What access and route come to, as far as it is known.  If the route asked
+ * for the server's address, that is known even if the route is a parent.
+ */
+static void
+trial_judge(struct exchange *x, const struct request *q, struct verdict *access,
+    struct verdict *route)
+{
+	struct facts *f = &x->facts;
+	bool asked = f->route_open;
+	struct view v;
+
+	f->parent = NULL;
+	exchange_view(x, q, &v);
+	*route = rules_judge(f->rules, GROUP_ROUTE, &v);
+	f->route_open = route->truth == TRUTH_OPEN;
+	f->parent = route->truth == TRUTH_YES ? route->rule->parents : NULL;
+	exchange_view(x, q, &v);
+	if (asked && f->server.family != 0)
+		view_source(&v, &f->server);
+	*access = rules_judge(f->rules, GROUP_ACCESS, &v);
+}
+
+/* True if a line that is open asks for the server's address. */
+static bool
+trial_wants(const struct exchange *x, const struct request *q)
+{
+	const struct rule *rule = x->facts.rules->first[GROUP_ACCESS];
+	struct view v;
+
+	exchange_view(x, q, &v);
+	for (; rule != NULL; rule = rule->next)
+		if ((rule->needs & FACT_ADDRESS) &&
+		    rule_judge(rule, &v) == TRUTH_OPEN)
+			return (v.never & FACT_ADDRESS) == 0;
+	return false;
+}
+
+/* The way: the first of its parents, as in a line but without its login. */
+static void
+trial_route(const struct verdict *route)
+{
+	const struct parent *p = route->rule ? route->rule->parents : NULL;
+	const char *mark = p && strchr(p->host, ':') ? "[]" : "";
+	char words[HOST_MAX + 40] = "direct";
+
+	if (p != NULL)
+		(void)snprintf(words, sizeof(words), "via %s://%.1s%s%s:%u",
+		    p->kind == PARENT_HTTP ? "http" : "socks5", mark, p->host,
+		    mark[0] ? mark + 1 : "", p->port);
+	trial_print("route", route->truth == TRUTH_OPEN ? "open" : words,
+	    route->rule);
+}
+
+/*
  * One -T: what would happen.  The server's name is looked up if, and only if,
  * the verdict depends on its address.  True if it is not denied.
  */
@@ -12660,9 +12828,9 @@ trial_run(char *words)
 	struct account user = { NULL, { NULL, 0 }, { NULL, 0 } };
 	struct verdict verdict, route;
 	struct exchange x;
-	struct address a;
 	struct request q;
 	struct view v;
+	bool denied;
 
 	memset(&x, 0, sizeof(x));
 	if (head == NULL)
@@ -12677,28 +12845,22 @@ trial_run(char *words)
 		usage("-T %s: not a URL that begins with http:// or https://",
 		    words);
 	request_note(&x, &q);
-	exchange_view(&x, &q, &v);
-	verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
-	route_judge(&x, &v);
-	if ((x.facts.route_open ||
-		(verdict.truth == TRUTH_OPEN && exchange_parent(&x) == NULL)) &&
-	    v.address == NULL && trial_resolve(&q, &a)) {
-		v.address = &a;
-		v.known |= FACT_ADDRESS;
-		route_judge(&x, &v);
-	} else
-		exchange_view(&x, &q, &v);
-	verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
-	route = rules_judge(rules_now, GROUP_ROUTE, &v);
+	trial_judge(&x, &q, &verdict, &route);
+	if ((route.truth == TRUTH_OPEN ||
+		(verdict.truth == TRUTH_OPEN && trial_wants(&x, &q))) &&
+	    trial_resolve(&q, &x.facts.server))
+		trial_judge(&x, &q, &verdict, &route);
 	trial_print("access",
 	    verdict.truth == TRUTH_YES ? access[verdict.rule->action] :
 					 "open, the response decides",
 	    verdict.rule);
-	trial_route(exchange_parent(&x), route.rule);
+	trial_route(&route);
+	exchange_view(&x, &q, &v);
+	denied = verdict.truth == TRUTH_YES && rule_refuses(verdict.rule, &v);
 	if (options.cache != NULL)
 		trial_cache(&x, &q);
 	buffer_give(&head);
-	return verdict.truth != TRUTH_YES || !rule_refuses(verdict.rule, &v);
+	return !denied;
 }
 
 /* All -T; exit status 1 if one is denied. */

@@ -13737,6 +13737,474 @@ test_match_hello() { # a ClientHello: cut, split, changed at every byte
 	match_unit hello
 }
 
+test_regress_rules_fallback() { # a parent is gone: going directly, addresses are judged
+	me=$("$peer" myself) || skip "this machine has no address but loopback"
+	start_names 127.0.0.1 -- -l "$me:0" \
+	    -e 'via http://127.0.0.1:1 direct' -e "allow client $me"
+	play -n 'a name of loopback, by the way behind the parent' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\nevil
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees   HTTP/1.1 403 Forbidden
+	sees   HTTP/1.1 403 Forbidden
+	gets!~ .
+END
+}
+
+test_regress_rules_parent_name() { # a parent whose name has no address: the next one, at once
+	origin p <<'END'
+head
+send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+END
+	start_proxy -e "via http://nowhere.invalid:1 http://$origin"
+	play -n 'the next' <<'END'
+	client send GET http://dest.invalid/ HTTP/1.1\nHost: dest.invalid\n\n
+	client answer
+	sees   ok
+	log    200 2 .* total=N
+END
+	tr ' ' '\n' < log | sed -n 's/^total=//p' > times
+	read -r ms < times
+	[ "$ms" -lt 10000 ] || fail "that took $ms ms"
+}
+
+test_regress_rules_star() { # unset with a star leaves alone what frames or routes
+	start_proxy -e 'unset response C* X-*' -e 'unset request C* E* T*'
+	play 'a body of a length, kept connection' <<'END'
+	origin head
+	origin send HTTP/1.1 206 Partial Content\nContent-Type: text/x\nX-A: b\nContent-Range: bytes 0-1/9\nContent-Length: 2\n\nok
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\nyes
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nCookie: c\nRange: bytes=0-1\n\n
+	client answer
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nTrailer: x\nExpect: 100-continue\nContent-Length: 2\n\nup
+	client answer
+	client quiet 100
+	sees   Content-Range: bytes 0-1/9
+	sees   Content-Length: 2
+	sees   okHTTP/1.1 200 OK
+	sees   Content-Length: 3
+	sees   yes
+	sees!~ ^(X-A|Content-Type):
+	gets!~ ^Cookie:
+	gets   Trailer: x
+	gets+  Expect: 100-continue
+	gets+  Content-Length: 2
+END
+}
+
+test_regress_rules_order() { # lines that rewrite apply in their order
+	start_proxy -e 'set request X-A 1' -e 'set request X-A 2' \
+	    -e 'add request X-A 3' -e 'set request X-B 1' \
+	    -e 'unset request X-B X-C' -e 'add request X-C 1' \
+	    -e 'set response X-D 1' -e 'unset response X-*' \
+	    -e 'add response X-E 1'
+	play 'set, add, unset' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nX-D: 0\nX-E: 0\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-A: 0\nX-B: 0\nX-C: 0\n\n
+	client answer
+	gets#  2 ^X-A:
+	gets   X-A: 2
+	gets+  X-A: 3
+	gets+  X-C: 1
+	gets#  1 ^X-C:
+	gets!~ ^X-B:
+	sees#  1 ^X-
+	sees   X-E: 1
+END
+}
+
+test_regress_rules_rescue() { # who is denied with 503 gets no stale entry instead
+	start_names 127.0.0.1 -- -c "$T/cache" -e 'allow field request X-In .' \
+	    -e 'deny 503 "no" address 127.0.0.0/8'
+	play -n 'the client would take it stale if there is an error' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 4\n\none\l
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\nX-In: 1\n\n
+	client answer
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\nCache-Control: stale-if-error=999\n\n
+	client answer
+	sees   one\l
+	sees   HTTP/1.1 503 Service Unavailable
+	sees!~ hit
+	sees#  1 ^one
+	log    200 4 .* miss=stored
+	log    503 .* end=done rule=-e:2 why=
+END
+}
+
+test_regress_rules_cached_body() { # a text in the body of what the cache answers
+	start_names 127.0.0.1 -- -c "$T/cache" -e 'allow field request X-In .' \
+	    -e 'allow address 10.0.0.0/8' -e 'deny "evil" body evil'
+	play -n 'beside a line that asks for the address' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 10\n\nxxevilxxx\l
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\nX-In: 1\n\n
+	client answer
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client eof
+	sees   xxevilxxx\l
+	sees   HTTP/1.1 200 OK
+	sees~  ^-- end eof
+	sees#  1 evil
+	log    miss=stored
+	log    hit=fresh .* end=rule rule=-e:3 why=
+END
+}
+
+test_regress_rules_validated() { # an entry that is validated is judged by where it came from
+	me=$("$peer" myself) || skip "this machine has no address but loopback"
+	name=a start_names 127.0.0.1 -- -c "$T/cache"
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 7\n\nsecret\l
+END
+	client a <<'END'
+send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+answer
+END
+	ended o.1
+	stop_proxy
+	port=$origin_port
+	origin e -a "$me" -p "$port" <<'END'
+head
+send HTTP/1.1 304 Not Modified\nETag: "a"\nCache-Control: max-age=60\n\n
+loop
+END
+	start_names "$me" -- -c "$T/cache" -l "$me:0" -e "allow client $me"
+	client b <<'END'
+send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+answer
+END
+	seen b <<'END'
+= HTTP/1.1 403 Forbidden
+! secret\l
+END
+}
+
+test_regress_rules_cache_address() { # lines about the cache know where an entry came from
+	start_names 127.0.0.1 -- -c "$T/cache" -e 'cache 1h address 127.0.0.0/8'
+	play -n 'a lifetime' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nETag: "a"\nContent-Length: 3\n\nok\l
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees   ok\l
+	sees   ok\l
+	gets#  1 ^GET
+	log    200 3 .* miss=stored
+	log    200 3 .* hit=fresh
+END
+	start_names 127.0.0.1 -- -c "$T/cache" \
+	    -e 'nocache address 127.0.0.0/8 field request X-No .' \
+	    -e 'via http://127.0.0.1:1 direct'
+	play -n 'nocache; an entry that came directly after all' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 3\n\nok\l
+	origin loop
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\nX-No: 1\n\n
+	client answer
+	sees#  3 ^ok
+	gets#  2 ^GET
+	log    200 3 .* miss=stored
+	log    200 3 .* hit=fresh
+	log    200 3
+END
+}
+
+test_regress_rules_not_modified() { # an answer without its body is no body without the text
+	start_cache -e 'allow field request X-In .' \
+	    -e 'deny "not ours" not body OURS'
+	play -n 'a 304 from an entry' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nETag: "a"\nContent-Length: 6\n\nOURS!\l
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-In: 1\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-None-Match: "a"\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: close\n\n
+	client eof
+	sees   OURS!\l
+	sees   HTTP/1.1 304 Not Modified
+	sees   OURS!\l
+	log    miss=stored
+	log    304 0 .* hit=fresh
+	log    200 6 .* hit=fresh
+	log!   why=
+END
+}
+
+test_regress_rules_empty() { # a body of no bytes is judged before it is sent
+	start_cache -e 'deny "empty" not body x'
+	play -n 'Content-Length: 0' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 0\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 403 Forbidden
+	log    403 .* rule=-e:1
+END
+}
+
+test_regress_rules_upgrade_head() { # the head of a 101 does not fit any more: a page, no tunnel
+	start_proxy -e "add response X-More $(printf '%0300d' 0)"
+	n=$((room_max - 120))
+	play '101' <<END
+	origin head
+	origin send HTTP/1.1 101 Switching Protocols\nUpgrade: x\nConnection: Upgrade\nX-Long: \{$n:y}\n\n
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\nyes
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nUpgrade: x\nConnection: Upgrade\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 502 Bad Gateway
+	sees   yes
+	log    502 .* why="the answer's head is too long"
+	log    200 3
+END
+}
+
+test_regress_rules_asterisk() { # OPTIONS * has no host to judge
+	echo evil.example > bad
+	start_proxy -e 'deny host .example' -e 'deny url "^http://x/"' \
+	    -e "deny list $T/bad" -e 'deny address 10.0.0.0/8'
+	play 'OPTIONS *' <<'END'
+	client send OPTIONS * HTTP/1.1\nHost: x\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+END
+}
+
+test_regress_rules_answer_head() { # the longest heads are judged with their body too
+	start_proxy -e 'deny type text/evil body evil' -e 'unset response X'
+	k=$((room_max - 30))
+	while [ $k -lt $room_max ]; do
+		play -n "of $k bytes" <<END
+		origin head
+		origin send HTTP/1.1 200 OK\nContent-Type: text/evil\nContent-Length: 4\nX: \{$((k - 67)):y}\n\nevil
+		client send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: close\n\n
+		client eof
+		sees!  evil
+		log    why=
+END
+		k=$((k + 3))
+	done
+}
+
+test_regress_rules_tunnel_size() { # a tunnel has no size, whatever has passed
+	start_proxy -e 'deny size >1' -e 'deny sni evil.test'
+	play -n 'a server that talks first' <<'END'
+	origin send hello, client
+	origin until pong
+	origin send fine
+	origin eof
+	client send CONNECT %O HTTP/1.1\nHost: %O\n\n
+	client until client
+	client send pong
+	client until fine
+	client shut
+	client eof
+	sees~  fine
+	log    end=client
+END
+}
+
+test_regress_rules_resumed_trailer() { # the rest of an answer brings no trailer that a line takes away
+	start_cache -e 'unset response X-Secret'
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nTransfer-Encoding: chunked\n\n4\nfour\n
+await more
+reset
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nTransfer-Encoding: chunked\n\n8\nfourfive\n0\nX-Secret: 1\n\n
+END
+	client_bg a <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+until four
+touch began
+eof
+END
+	wait_for 10 '[ -f began ]'
+	client_bg b <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\nTE: trailers\nConnection: TE, close\n\n
+until four
+touch more
+eof
+END
+	ended b
+	seen b <<'END'
+~ five
+~ ^-- end eof
+!~ X-Secret
+END
+}
+
+test_regress_rules_never() { # a way can't wait for the answer: such lines do not hold
+	origin p <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 2\n\nok
+END
+	start_cache -x "http://$origin" -e 'direct type text/html' \
+	    -e 'from 127.9.9.9 status 200' -e 'set request X-A b status 200'
+	play -n 'via the parent, and stored' <<'END'
+	client send GET http://dest.invalid/ HTTP/1.1\nHost: dest.invalid\n\n
+	client answer
+	client send GET http://dest.invalid/ HTTP/1.1\nHost: dest.invalid\n\n
+	client answer
+	sees   ok
+	log    miss=stored
+	log    hit=fresh
+END
+}
+
+test_regress_rules_secret() { # no way to write a parent's password shows it
+	for url in 'http://me:se cret@127.0.0.1:1' 'http://me:s3"cret@127.0.0.1:1' \
+	    'socks5://me:a b"c cret@127.0.0.1:1'; do
+		quoted=$(printf '%s\n' "$url" | sed 's/"/\\"/g')
+		run_proxy -n -v -e "via \"$quoted\""
+		grep cret out errors > /dev/null &&
+			fail "$url: $(cat out errors)"
+		run_proxy -n -v -x "$url"
+		grep cret out errors > /dev/null &&
+			fail "-x $url: $(cat out errors)"
+	done
+	:
+}
+
+test_regress_rules_field_long() { # a field is looked at to its end
+	start_proxy -e 'deny field request X-A evil'
+	n=$((room_max - 300))
+	play 'the last bytes' <<END
+	client send GET http://127.0.0.1:1/ HTTP/1.1\nHost: x\nX-A: \{$n:y}evil\n\n
+	client answer
+	sees   HTTP/1.1 403 Forbidden
+END
+}
+
+test_regress_rules_login_stored() { # what belongs to a login that a rule puts in is not stored
+	start_cache -e 'set request Authorization "Basic eDp5" field request X-In .'
+	play 'for those who have it' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 7\n\nsecret\l
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 5\n\nnone\l
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-In: 1\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   secret\l
+	sees   none\l
+	gets#  1 ^Authorization: Basic eDp5$
+END
+}
+
+test_regress_rules_cache_what() { # `cache' is about what may be stored: no error, no way to a login
+	start_cache -e 'cache 1h'
+	play 'an error, a redirection, a page' <<'END'
+	origin head
+	origin send HTTP/1.1 502 No\nETag: "a"\nContent-Length: 3\n\nno\l
+	origin head
+	origin send HTTP/1.1 302 There\nLocation: /login\nETag: "a"\nContent-Length: 3\n\ngo\l
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\nok\l
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees   no\l
+	sees+~ ^HTTP/1.1 302
+	sees   go\l
+	sees   ok\l
+	sees   ok\l
+	gets#  3 ^GET
+	log    502 3 .* miss=uri-miss
+	log    302 3 .* miss=uri-miss
+	log    200 3 .* miss=stored
+	log    200 3 .* hit=fresh
+END
+}
+
+test_regress_rules_parent_blamed() { # a server that is gone is not the parents' fault
+	start_proxy -v -e 'via http://127.0.0.1:1 direct'
+	play -n 'the way behind the last parent stays' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://127.0.0.1:2/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees~  ^HTTP/1.1 502
+	sees   ok
+	err#   1 trying 127.0.0.1:1$
+END
+	proxy_bin=$quick_bin
+	built "$quick_bin"
+	origin s <<'END'
+want 3
+send \x05\0
+want 10
+stall 3000
+END
+	start_proxy -e "via socks5://$origin direct"
+	play -n 'nor that of one who was asked and is silent' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\nevil
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees~  ^HTTP/1.1 504
+	gets!~ .
+END
+}
+
+test_regress_rules_dots() { # dots at the end of a host do not count, however many
+	start_proxy -e 'deny host evil.test 127.0.0.1' \
+	    -e 'deny address 127.0.0.2'
+	for host in evil.test. evil.test.. EVIL.test.. 127.0.0.1. 127.0.0.2..; do
+		play -n "$host" <<END
+		client send GET http://$host/ HTTP/1.1\nHost: x\n\n
+		client answer
+		sees   HTTP/1.1 403 Forbidden
+END
+	done
+}
+
+test_regress_rules_trial() { # -T tells what the proxy would do
+	run_proxy -e 'deny type text/html' -T http://nowhere.invalid/
+	grep 'address:' out && fail "it looks up a name that no line asks for"
+	grep 'access: open' out || fail "$(cat out)"
+	run_proxy -x http://127.0.0.1:1 -e 'deny address 127.0.0.0/8' \
+	    -T http://localhost/
+	{ [ $status = 0 ] && grep 'access: allow' out &&
+		grep 'route: via http://127.0.0.1:1 (' out; } ||
+		fail "with a parent: $(cat out)"
+	run_proxy -x 'socks5://me:cret@[::1]:1' -e 'direct host x.test' \
+	    -T 'https://[2001:db8::1]/' -T http://x.test/
+	{ [ $status = 0 ] && grep 'via socks5://\[::1\]:1 (' out &&
+		grep 'route: direct (' out; } || fail "IPv6: $(cat out errors)"
+	grep cret out && fail "the password: $(cat out)"
+	run_proxy -e 'deny address 127.0.0.0/8' -T http://localhost/
+	[ $status = 1 ] || fail "by its address: $(cat out)"
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
