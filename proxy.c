@@ -1870,6 +1870,16 @@ conn_write(struct conn *c)
 	return false;
 }
 
+/* Drops a head of n bytes, which was read, from the front of `in`. */
+static void
+conn_drop_head(struct conn *c, size_t n)
+{
+	buffer_drop(c->in, n);
+	c->seen = 0;
+	if (buffer_len(c->in) == 0)
+		buffer_give(&c->in);
+}
+
 /* `out`, made if there is none; NULL and deaf without memory. */
 static struct buffer *
 conn_out(struct conn *c)
@@ -10665,10 +10675,7 @@ response_pass(struct exchange *x, const struct response *r, size_t n)
 		return false;
 	}
 	trace_head(x, ">c", buffer_text(out));
-	buffer_drop(s->in, n);
-	s->seen = 0;
-	if (buffer_len(s->in) == 0)
-		buffer_give(&s->in);
+	conn_drop_head(s, n);
 	return true;
 }
 
@@ -10724,12 +10731,8 @@ response_interim(struct exchange *x, const struct response *r, size_t n)
 		exchange_refuse(x, REFUSE_INTERIM, "");
 	else if (x->facts.minor == 1 && x->facts.status == 0)
 		(void)response_pass(x, r, n);
-	else {
-		buffer_drop(x->server.in, n);
-		x->server.seen = 0;
-		if (buffer_len(x->server.in) == 0)
-			buffer_give(&x->server.in);
-	}
+	else
+		conn_drop_head(&x->server, n);
 }
 
 /*
@@ -10946,10 +10949,7 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 		rule = cache_rule(x, &q, NULL, 0);
 		good = entry_freshen(x, &q, r, rule ? rule->seconds : -1, path);
 		f->keep_server = response_keeps_server(x, r);
-		buffer_drop(x->server.in, n);
-		x->server.seen = 0;
-		if (buffer_len(x->server.in) == 0)
-			buffer_give(&x->server.in);
+		conn_drop_head(&x->server, n);
 		exchange_release(x);
 		if (good && cache_serve_open(x, "validated"))
 			return true;
@@ -10990,9 +10990,7 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 	flow_start(d, r->framing, old.to, r->length);
 	f->skip = d->payload = old.payload;
 	f->keep_server = response_keeps_server(x, r);
-	buffer_drop(x->server.in, n);
-	if (buffer_len(x->server.in) == 0)
-		buffer_give(&x->server.in);
+	conn_drop_head(&x->server, n);
 	exchange_enter(x, PHASE_RELAY);
 }
 

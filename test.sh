@@ -8080,6 +8080,46 @@ END
 END
 }
 
+# Two clients for one answer of BYTES, which is cut off once both have some of
+# it; the second one's request goes to the origin again.  The origin's script
+# is on standard input: followed BYTES ['fields of the second\n']
+followed() {
+	rm -f cut a a.* b b.* o.[0-9]*
+	origin o
+	getter a /x "$1"
+	taken a.some
+	getter b /x "$1" "${2-}"
+	taken b.some
+	asked 1
+	touch cut
+}
+
+test_regress_cache_resumed_kept() { # the connection on which a follower got the rest serves others
+	start_cache
+	pad=$(printf '%0600d' 0)
+	followed 3000 <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 3000\n\n
+fill 1500
+await cut
+close
+---
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nX-Pad: $pad\nContent-Length: 3000\n\n
+fill 3000
+head
+send HTTP/1.1 200 OK\nContent-Length: 5\n\nhello
+END
+	ends b '^eof$'
+	client_bg c <<'END'
+send GET http://%O/y HTTP/1.1\nHost: %O\n\n
+until hello
+END
+	wait_for 5 '[ -s c.end ]' || fail "its head is not seen"
+	ends c '^open$'
+	asked 2
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
