@@ -7011,15 +7011,36 @@ draft_region(struct exchange *x, const struct response *r, struct draft *d)
 	return f->region > 0;
 }
 
-/* What tells that two answers have the same payload; 0: nothing does. */
+/*
+ * Last-Modified, if it stands for one payload only: it might have changed once
+ * more in the second in which it was sent (RFC 9110 section 8.8.2.2).
+ */
+static struct text
+modified_strong(const struct head *h)
+{
+	int64_t modified = head_date(h, "Last-Modified");
+	int64_t date = head_date(h, "Date");
+
+	return modified != -1 && modified < (date == -1 ? now.wall : date) ?
+	    head_value(h, "Last-Modified") :
+	    text_of("");
+}
+
+/*
+ * What tells that two answers have the same payload, byte for byte; 0: nothing
+ * does.  A weak entity tag says that it may differ, and without a tag the same
+ * date may be that of several codings.
+ */
 static uint64_t
 response_validator(const struct response *r)
 {
 	struct text t = head_value(&r->head, "ETag");
 
+	if (t.len == 0)
+		t = modified_strong(&r->head);
 	if (t.len == 0 || text_starts(t, "W/"))
-		t = head_value(&r->head, "Last-Modified");
-	return t.len == 0 ? 0 : key_hash(t);
+		return 0;
+	return hash_text(key_hash(t), head_value(&r->head, "Content-Encoding"));
 }
 
 /* Makes the temporary file of a new entry and writes its region. */
@@ -7577,8 +7598,7 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 	if (condition.len > 0 &&
 	    (text_starts(condition, "W/") ||
 		(!text_equals(condition, head_value(&r->head, "ETag")) &&
-		    !text_equals(condition,
-			head_value(&r->head, "Last-Modified")))))
+		    !text_equals(condition, modified_strong(&r->head)))))
 		return 0;
 	t = text_from(t, strlen("bytes="));
 	dash = text_find(t, '-');

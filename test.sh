@@ -8120,6 +8120,55 @@ END
 	asked 2
 }
 
+# The answer is cut off while another client follows, and comes again with
+# other bytes: mixed 'first fields\n' 'second fields\n'
+mixed() {
+	what="$1 then $2"
+	followed 3000 <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n$1Content-Length: 3000\n\n
+fill 1500
+await cut
+close
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\n$2Content-Length: 3000\n\n
+fill 3000
+END
+	ends b '^(eof|reset) skip'
+	asked 2
+}
+
+test_regress_cache_mixture() { # who follows never gets the rest of what may be another version
+	start_cache
+	modified='Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
+	mixed "${modified}ETag: W/\"a\"\n" "${modified}ETag: W/\"b\"\n"
+	mixed "$modified" "${modified}Content-Encoding: gzip\n"
+	mixed 'ETag: "a"\n' 'ETag: "a"\nContent-Encoding: gzip\n'
+	# It may have changed once more in that second.
+	same=$(date -u '+%a, %d %b %Y %H:%M:%S GMT')
+	same="Last-Modified: $same\nDate: $same\n"
+	mixed "$same" "$same"
+}
+
+test_regress_cache_if_range() { # a date that is no strong validator joins no parts
+	start_cache
+	same=$(date -u '+%a, %d %b %Y %H:%M:%S GMT')
+	play 'If-Range: the second in which it was sent' <<END
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=999\nLast-Modified: $same\n
+	origin send Date: $same\nContent-Length: 10\n\nabcdefghij
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n
+	client send If-Range: $same\n\n
+	client answer
+	sees~  ^abcdefghijHTTP/1.1 200
+	sees   abcdefghij
+	gets#  1 ^GET
+END
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
