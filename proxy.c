@@ -8993,7 +8993,10 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 	exchange_deny(x, refusal, detail);
 }
 
-/* Drops from what is ready the payload that the client has had before. */
+/*
+ * Drops from what is ready the payload that the client has had before.  What
+ * ends within that is not the same payload.
+ */
 static void
 exchange_skip(struct exchange *x)
 {
@@ -9003,13 +9006,17 @@ exchange_skip(struct exchange *x)
 
 	if (n > x->facts.skip)
 		n = (size_t)x->facts.skip;
-	if (n == 0)
-		return;
-	buffer_drop(from->in, n);
-	if (buffer_len(from->in) == 0)
-		buffer_give(&from->in);
-	f->ready -= n;
-	x->facts.skip -= n;
+	if (n > 0) {
+		buffer_drop(from->in, n);
+		if (buffer_len(from->in) == 0)
+			buffer_give(&from->in);
+		f->ready -= n;
+		x->facts.skip -= n;
+	}
+	if (f->whole && x->facts.skip > 0) {
+		f->whole = false;
+		f->broken = true;
+	}
 }
 
 /*

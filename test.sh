@@ -8169,6 +8169,30 @@ test_regress_cache_if_range() { # a date that is no strong validator joins no pa
 END
 }
 
+test_regress_cache_resumed_short() { # what comes again and ends too early is no end
+	start_cache
+	for what in chunks close; do
+		case $what in
+		chunks) how='Transfer-Encoding: chunked\n\n3E8' end='send \n0\n\n' ;;
+		close) how='' end='' ;;
+		esac
+		followed 3000 <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nTransfer-Encoding: chunked\n\nBB8\n
+fill 1500
+await cut
+close
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\n$how\n
+fill 1000
+$end
+END
+		ends b '^reset skip'
+		asked 2
+	done
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
