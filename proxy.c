@@ -6811,6 +6811,27 @@ fetch_begin(struct exchange *x)
 }
 
 /*
+ * y follows a fetch that came to its end.  If that was not known beforehand it
+ * is now, and a file that ends earlier was cut.
+ */
+static void
+follow_end(struct exchange *y, bool whole)
+{
+	struct facts *f = &y->facts;
+
+	f->orphan = f->grows && !whole;
+	if (f->grows && whole && f->body == UINT64_MAX) {
+		f->body = f->stored;
+		if (y->phase == PHASE_RELAY && y->down.from == FRAMING_CLOSE) {
+			y->down.from = FRAMING_LENGTH;
+			y->down.left =
+			    f->stored - y->down.payload - y->down.ready;
+		}
+	}
+	f->grows = false;
+}
+
+/*
  * Runs those who follow x.  ended: there will be no more of it; they have the
  * whole, or else must see how to get the rest themselves.
  */
@@ -6826,10 +6847,8 @@ fetch_tell(const struct exchange *x, bool ended, bool whole)
 			continue;
 		y->server.readable = y->facts.grows;
 		y->facts.stored = x->facts.stored;
-		if (ended) {
-			y->facts.orphan = y->facts.grows && !whole;
-			y->facts.grows = false;
-		}
+		if (ended)
+			follow_end(y, whole);
 		exchange_queue(y);
 	}
 }
@@ -9035,7 +9054,13 @@ exchange_read(struct exchange *x, struct conn *from)
 		from->readable = false;
 		return false;
 	}
-	return conn_read_some(from, max > BUFFER_ROOM ? BUFFER_ROOM : max);
+	if (!conn_read_some(from, max > BUFFER_ROOM ? BUFFER_ROOM : max))
+		return false;
+	/* It was all there: somebody has cut the file. */
+	if (from->eof)
+		from->error = EIO;
+	from->eof = false;
+	return true;
 }
 
 /*

@@ -8193,6 +8193,37 @@ END
 	done
 }
 
+test_regress_cache_cut_follower() { # a file cut under one who follows: the answer is visibly short
+	start_cache
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nTransfer-Encoding: chunked\n\n7A1200\n
+fill 4000000
+await more
+fill 4000000
+send \n0\n\n
+END
+	getter a /x 8000000
+	taken a.some
+	client_bg b <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\nConnection: close\n\n
+until \n\n
+touch b.began
+await go
+until \n0\n\n
+END
+	taken b.began
+	touch more
+	ends a '^eof$'
+	entry
+	# More than what is on its way already.
+	cut_to 7900000 "$entry_file"
+	touch go
+	ended b
+	grep -E '^(eof|reset) until' b.end > /dev/null || fail "$(cat b.end)"
+	asked 1
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
