@@ -6870,15 +6870,17 @@ fetch_end(struct exchange *x, bool whole)
 	x->facts.followers = 0;
 }
 
-/* x follows nobody any more. */
+/* x follows nobody any more; the fetch may then be nobody's. */
 static void
 fetch_leave(struct exchange *x)
 {
 	struct exchange *y;
 
 	for (y = cache.fetches; y != NULL && x->facts.leader; y = y->next)
-		if (y->facts.fetch == x->facts.leader)
+		if (y->facts.fetch == x->facts.leader) {
 			y->facts.followers--;
+			exchange_queue(y);
+		}
 	x->facts.leader = 0;
 }
 
@@ -11318,17 +11320,28 @@ relay_uploads(const struct exchange *x)
 }
 
 /*
- * The client left.  What is being stored is fetched to its end all the same if
- * others follow it, or if most of it is there; for nobody, then.
+ * True if what x fetches is worth its end without x's client: it is stored,
+ * and others follow it, or most of it is there, or it is a refresh.
  */
+static bool
+relay_is_wanted(const struct exchange *x)
+{
+	const struct facts *f = &x->facts;
+
+	if (x->refresh && f->end == END_DONE)
+		return f->storing || f->cached;
+	return f->storing && x->up.done &&
+	    (f->followers > 0 ||
+		(f->length != UINT64_MAX && f->stored >= f->length / 2));
+}
+
+/* The client left.  If the fetch is wanted, it goes on, for nobody then. */
 static bool
 relay_goes_on(struct exchange *x)
 {
 	struct facts *f = &x->facts;
 
-	if (!f->storing || !x->up.done ||
-	    (f->followers == 0 &&
-		(f->length == UINT64_MAX || f->stored < f->length / 2)))
+	if (!relay_is_wanted(x))
 		return false;
 	conn_close(&x->client, false);
 	x->client.exchange = x;
@@ -11376,6 +11389,8 @@ relay_step(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (x->down.done && c->out == NULL && !relay_uploads(x))
 		exchange_finish(x);
+	else if (x->refresh && !relay_is_wanted(x))
+		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (x->facts.orphan && !s->readable && s->in == NULL &&
 	    c->out == NULL)
 		relay_resume(x);

@@ -8224,6 +8224,62 @@ END
 	asked 1
 }
 
+test_regress_cache_for_nobody() { # an answer that nobody wants and that is not stored is not fetched
+	start_cache -s 1M
+	for what in followed refresh; do
+		rm -f freed o.[0-9]*
+		{
+			[ $what = followed ] || cat <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=0, stale-while-revalidate=99\nETag: "a"\nContent-Length: 5\n\nhello
+---
+END
+			control='max-age=999'
+			[ $what = followed ] || control=no-store
+			cat <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: $control\nTransfer-Encoding: chunked\n\n989680\n
+fill 10000
+eof
+touch freed
+END
+		} > script
+		origin o < script
+		case $what in
+		followed)
+			# The first one leaves first.
+			for n in a b; do
+				rm -f $n $n.*
+				client_bg $n <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+touch $n.head
+await $n.leave
+reset
+END
+				taken $n.head
+			done
+			asked 1
+			for n in a b; do
+				touch $n.leave
+				ended $n
+				served
+			done
+			;;
+		refresh)
+			client c <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until hello
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until hello
+END
+			ends c '^open$'
+			;;
+		esac
+		wait_for 5 '[ -f freed ]' || fail "$what: it is fetched for nobody"
+	done
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
