@@ -9334,7 +9334,7 @@ request_passed_here(const struct request *r)
 }
 
 /*
- * The head of a request for what q asked for: without its conditions and its
+ * The head of a GET for what q asked for: without its conditions and its
  * wishes, and without its login, so that the answer is good for all.
  */
 static void
@@ -9344,7 +9344,8 @@ refresh_build(const struct request *q, struct buffer *b)
 		"Authorization", "Range", "If-Range", NULL };
 	size_t i;
 
-	buffer_append(b, q->head.line);
+	buffer_append(b, text_of("GET"));
+	buffer_append(b, text_from(q->head.line, q->name.len));
 	buffer_append(b, text_of("\r\n"));
 	for (i = 0; i < q->head.n; i++)
 		if (!name_is_among(q->head.fields[i].name, wishes) &&
@@ -9395,6 +9396,8 @@ cache_refresh(const struct exchange *x, const struct request *q)
 	y->refresh = true;
 	y->phase = PHASE_REQUEST;
 	y->since = now.ms;
+	y->facts.key = x->facts.key;
+	fetch_begin(y);
 	exchange_queue(y);
 }
 
@@ -9682,7 +9685,7 @@ cache_answer(struct exchange *x, const struct request *q)
 		(void)text_copy(text_of(l.path + strlen(options.cache)),
 		    x->note, sizeof(x->note));
 	}
-	if (common)
+	if (common && f->fetch == 0)
 		fetch_begin(x);
 	return false;
 }

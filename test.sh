@@ -8280,6 +8280,50 @@ END
 	done
 }
 
+test_regress_cache_one_refresh() { # many at once on a stale entry: one refresh, and it is a GET
+	start_cache
+	for what in GET HEAD; do
+		rm -f c c.* o.[0-9]*
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=0, stale-while-revalidate=99\nETag: "a"\nContent-Length: 5\n\nhello
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "b"\nContent-Length: 5\n\nagain
+END
+		client c <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+until hello
+END
+		# They all come in one turn of the proxy.
+		for n in 1 2 3 4 5 6; do
+			rm -f r$n r$n.*
+			client_bg r$n <<END
+touch r$n.open
+await go
+send $what http://%O/ HTTP/1.1\nHost: %O\n\n
+until \n\n
+END
+			taken r$n.open
+		done
+		kill -STOP "$proxy_pid"
+		touch go
+		"$peer" sleep 500
+		kill -CONT "$proxy_pid"
+		for n in 1 2 3 4 5 6; do
+			ends r$n '^open$'
+		done
+		rm -f go
+		reached o 2
+		served
+		asked 2
+		got o <<'END'
+= -- connection 2
+= GET / HTTP/1.1
+END
+	done
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
