@@ -11323,8 +11323,8 @@ relay_uploads(const struct exchange *x)
 }
 
 /*
- * True if what x fetches is worth its end without x's client: it is stored,
- * and others follow it, or most of it is there, or it is a refresh.
+ * True if what x fetches is worth its end without x's client: it is stored, or
+ * may yet be, and others follow it, or most of it is there; or it is a refresh.
  */
 static bool
 relay_is_wanted(const struct exchange *x)
@@ -11333,6 +11333,8 @@ relay_is_wanted(const struct exchange *x)
 
 	if (x->refresh && f->end == END_DONE)
 		return f->storing || f->cached;
+	if (x->phase < PHASE_RELAY)
+		return f->followers > 0 && x->up.done;
 	return f->storing && x->up.done &&
 	    (f->followers > 0 ||
 		(f->length != UINT64_MAX && f->stored >= f->length / 2));
@@ -11599,7 +11601,7 @@ exchange_overhear(struct exchange *x)
 	if (c->in == NULL && (x->up.done || x->phase < PHASE_RESPONSE))
 		(void)conn_read(c);
 	if (!x->facts.tunnel && (c->error || (c->hung && !c->shut)) &&
-	    !(x->phase == PHASE_RELAY && relay_goes_on(x)))
+	    !relay_goes_on(x))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 }
 

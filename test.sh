@@ -8324,6 +8324,55 @@ END
 	done
 }
 
+test_regress_cache_gone_early() { # the first client leaves before the head comes: the others wait on
+	start_cache
+	for what in stored private; do
+		rm -f go [abc] [abc].* o.[0-9]*
+		case $what in
+		stored) control=max-age=999 n=1 ;;
+		private) control=private n=3 ;;
+		esac
+		origin o <<END
+head
+await go
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: $control\nContent-Length: 5\n\nhello
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: $control\nContent-Length: 5\n\nhello
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: $control\nContent-Length: 5\n\nhello
+END
+		client_bg a <<END
+send GET http://%O/$what HTTP/1.1\nHost: %O\n\n
+await leave
+reset
+END
+		reached o 1
+		for c in b c; do
+			client_bg $c <<END
+send GET http://%O/$what HTTP/1.1\nHost: %O\n\n
+touch $c.sent
+until hello
+END
+			taken $c.sent
+		done
+		touch leave
+		ended a
+		rm leave
+		served
+		asked 1
+		touch go
+		ends b '^open$'
+		ends c '^open$'
+		asked $n
+		logged <<'END'
+#1 end=client$
+END
+		log_from=$(($(wc -l < log) + 1))
+	done
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
