@@ -9444,6 +9444,21 @@ follow_is_safe(const struct facts *f)
 	    posix_fallocate(f->store, 0, (off_t)(f->region + f->length)) == 0;
 }
 
+/* True if e's key is that of x's target, and not only hashed to the same. */
+static bool
+key_fits(const struct exchange *x, const struct entry *e)
+{
+	struct buffer *b = buffer_take();
+	bool fits = b != NULL;
+
+	if (fits) {
+		key_append(x, b);
+		fits = text_equals(buffer_text(b), e->key);
+	}
+	buffer_give(&b);
+	return fits;
+}
+
 /*
  * Opens what another exchange is storing for x's target, if it is the variant
  * that q asks for: its region is there but for the first line, and its body
@@ -9467,6 +9482,7 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 		if (fd == -1)
 			continue;
 		if (region_read(fd, f->region, l->b, &l->e) &&
+		    key_fits(x, &l->e) &&
 		    response_parse(l->e.head, METHOD_GET, &l->r) == 1 &&
 		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
 		    lseek(fd, (off_t)f->region, SEEK_SET) != -1) {

@@ -8373,6 +8373,64 @@ END
 	done
 }
 
+test_regress_cache_collision() { # two URLs with one hash: neither client gets the other's answer
+	[ -f "$here/proxy.c" ] || skip "no proxy.c beside test.sh"
+	cat > follow.c <<'EOF_FOLLOW'
+#define main proxy_main
+#include "proxy.c"
+#undef main
+
+/* Whether a client that asks for path follows what /a is being stored for. */
+static bool
+follows(struct exchange *y, const char *path)
+{
+	static struct exchange x;
+	struct lookup l = { .b = buffer_take() };
+	struct request q;
+	int fd;
+
+	memset(&x, 0, sizeof(x));
+	(void)request_parse(text_of("GET http://a.test/ HTTP/1.1\r\n"
+				    "Host: a.test\r\n\r\n"), &q);
+	x.facts.host = text_of("a.test");
+	x.facts.port = 80;
+	x.facts.path = text_of(path);
+	x.facts.key = y->facts.key;
+	fd = follow_open(&x, &q, &l);
+	buffer_give(&l.b);
+	if (fd != -1)
+		(void)close(fd);
+	return fd != -1;
+}
+
+int
+main(void)
+{
+	static struct exchange y;
+	struct response r;
+	struct request q;
+
+	clock_read();
+	options.cache = ".";
+	(void)request_parse(text_of("GET http://a.test/a HTTP/1.1\r\n"
+				    "Host: a.test\r\n\r\n"), &q);
+	(void)response_parse(text_of("HTTP/1.1 200 OK\r\nETag: \"a\"\r\n"
+				     "Content-Length: 9\r\n\r\n"),
+	    METHOD_GET, &r);
+	y.facts.host = text_of("a.test");
+	y.facts.port = 80;
+	y.facts.path = text_of("/a");
+	store_begin(&y, &q, &r);
+	if (!y.facts.storing || !follows(&y, "/a"))
+		return 2;
+	return follows(&y, "/b");
+}
+EOF_FOLLOW
+	build "$T/follow" follow.c
+	built "$T/follow"
+	"$T/follow" || fail "status $?"
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
