@@ -11118,7 +11118,7 @@ response_accept(struct exchange *x, size_t n)
 		return;
 	else if (f->cached)
 		response_from_entry(x, &r, n);
-	else if (!f->local && f->status == 0 &&
+	else if (!f->local && f->answer == NULL &&
 	    (r.status >= 200 || r.status == 101) &&
 	    !response_passes(x, &r, head))
 		return;
@@ -11375,7 +11375,8 @@ relay_goes_on(struct exchange *x)
 
 /*
  * What x follows was given up, and x has passed on all that there was of it:
- * asks the server for the same itself.
+ * asks the server for the same itself.  The rules knew only the address of
+ * the one that was followed, so they are asked about those to come.
  */
 static void
 relay_resume(struct exchange *x)
@@ -11386,6 +11387,8 @@ relay_resume(struct exchange *x)
 	conn_close(&x->server, false);
 	fetch_leave(x);
 	f->orphan = f->local = f->cached = false;
+	f->open = true;
+	f->answered = 0;
 	f->next = 0;
 	exchange_enter(x, PHASE_RESOLVE);
 }

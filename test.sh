@@ -8431,6 +8431,43 @@ EOF_FOLLOW
 	"$T/follow" || fail "status $?"
 }
 
+test_regress_cache_resumed_rules() { # the rest is not asked for where the rules forbid it
+	second_address
+	start_names $second 127.0.0.1 -- -c "$T/cache" -e "deny address $second"
+	cat > o.script <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 3000\n\n
+fill 1500
+await cut
+close
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 3000\n\n
+fill 3000
+END
+	says=
+	for n in 1 2 3 4 5; do
+		says=$("$peer" origin -a $second forbidden < /dev/null) ||
+			skip "no origin on $second"
+		echo "${says#* }" >> .pids
+		origin_port=${says% *}
+		says=$("$peer" origin -a 127.0.0.1 -p "$origin_port" o \
+		    < o.script 2> o.err) && break
+	done
+	[ -n "$says" ] || fail "no port that is free on both addresses"
+	echo "${says#* }" >> .pids
+	origin=two.test:$origin_port
+	getter a /x 3000
+	taken a.some
+	getter b /x 3000
+	taken b.some
+	asked 1
+	touch cut
+	ends b '^eof$'
+	asked 2
+	[ ! -e forbidden.1 ] || fail "the forbidden address is asked"
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
