@@ -6870,6 +6870,46 @@ fetch_end(struct exchange *x, bool whole)
 	x->facts.followers = 0;
 }
 
+/*
+ * The fetch of x, which stores it, becomes that of y, which is new and has no
+ * client; x is one of those who follow it.
+ */
+static void
+fetch_move(struct exchange *x, struct exchange *y)
+{
+	struct exchange **at = &cache.fetches;
+	struct facts *f = &x->facts;
+
+	y->facts = (struct facts){ .method = f->method,
+		.status = f->status,
+		.close = true,
+		.end = END_CLIENT,
+		.server = f->server,
+		.storing = true,
+		.spoiled = f->spoiled,
+		.fetch = f->fetch,
+		.followers = f->followers + 1,
+		.key = f->key,
+		.length = f->length,
+		.validator = f->validator,
+		.store = f->store,
+		.region = f->region,
+		.stored = f->stored,
+		.region_rest = f->region_rest };
+	memcpy(y->note, x->note, sizeof(y->note));
+	while (*at != x)
+		at = &(*at)->next;
+	*at = y;
+	y->next = x->next;
+	x->next = NULL;
+	f->leader = f->fetch;
+	f->fetch = 0;
+	f->followers = 0;
+	f->storing = false;
+	f->grows = true;
+	f->body = f->length;
+}
+
 /* x follows nobody any more; the fetch may then be nobody's. */
 static void
 fetch_leave(struct exchange *x)
@@ -9366,6 +9406,41 @@ fetch_for(uint64_t key)
 	return NULL;
 }
 
+/* A slot with no connection yet, or NULL if all are taken. */
+static struct exchange *
+exchange_take(void)
+{
+	struct exchange *x = exchanges.free;
+
+	if (exchanges.busy == exchanges.n)
+		return NULL;
+	if (x != NULL)
+		exchanges.free = x->next;
+	else
+		x = &exchanges.slots[exchanges.used++];
+	memset(x, 0, offsetof(struct exchange, note));
+	conn_clear(&x->server);
+	conn_clear(&x->client);
+	exchanges.busy++;
+	return x;
+}
+
+/* A slot for what is done for nobody: its client is no socket. */
+static struct exchange *
+exchange_take_refresh(const struct exchange *x)
+{
+	struct exchange *y = exchange_take();
+
+	if (y == NULL)
+		return NULL;
+	y->client.eof = true;
+	y->client.exchange = y;
+	y->peer = x->peer;
+	y->refresh = true;
+	exchange_queue(y);
+	return y;
+}
+
 /*
  * Fetches the same request again for nobody, so that the entry is validated:
  * an exchange whose client is no socket.  Once at a time; without a free slot
@@ -9374,31 +9449,22 @@ fetch_for(uint64_t key)
 static void
 cache_refresh(const struct exchange *x, const struct request *q)
 {
-	struct exchange *y = exchanges.free;
 	struct buffer *head;
+	struct exchange *y;
 
-	if (fetch_for(x->facts.key) != NULL || exchanges.busy == exchanges.n ||
-	    (head = buffer_take()) == NULL)
+	if (fetch_for(x->facts.key) != NULL || (head = buffer_take()) == NULL)
 		return;
-	if (y != NULL)
-		exchanges.free = y->next;
-	else
-		y = &exchanges.slots[exchanges.used++];
-	memset(y, 0, offsetof(struct exchange, note));
-	conn_clear(&y->server);
-	conn_clear(&y->client);
-	exchanges.busy++;
+	y = exchange_take_refresh(x);
+	if (y == NULL) {
+		buffer_give(&head);
+		return;
+	}
 	refresh_build(q, head);
 	y->client.in = head;
-	y->client.eof = true;
-	y->client.exchange = y;
-	y->peer = x->peer;
-	y->refresh = true;
 	y->phase = PHASE_REQUEST;
 	y->since = now.ms;
 	y->facts.key = x->facts.key;
 	fetch_begin(y);
-	exchange_queue(y);
 }
 
 /* What was found for a request in the cache. */
@@ -9491,6 +9557,7 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 			x->facts.leader = f->fetch;
 			x->facts.stored = f->stored;
 			f->followers++;
+			exchange_queue(y);
 		} else {
 			(void)close(fd);
 			fd = -1;
@@ -11207,12 +11274,14 @@ response_step(struct exchange *x)
 
 /*
  * Writes the log line, keeps or closes the server's connection, and forgets
- * the facts: the slot is ready for the next request.
+ * the facts: the slot is ready for the next request.  No request of its own,
+ * no line: see relay_part().
  */
 static void
 exchange_end(struct exchange *x)
 {
-	log_exchange(x);
+	if (x->facts.start)
+		log_exchange(x);
 	exchange_release(x);
 	store_drop(x);
 	fetch_leave(x);
@@ -11374,6 +11443,73 @@ relay_goes_on(struct exchange *x)
 }
 
 /*
+ * What x fetches is y's from now on: the server's connection, the file, and
+ * those who follow, of whom x is one.  What x has not passed on yet of its
+ * payload it reads from fd, the file.
+ */
+static void
+relay_hand_over(struct exchange *x, struct exchange *y, int fd)
+{
+	struct conn *s = &x->server;
+	struct flow old = x->down;
+	struct facts *f = &x->facts;
+
+	if (old.ready > 0)
+		buffer_drop(s->in, old.ready);
+	if (s->in != NULL && buffer_len(s->in) == 0)
+		buffer_give(&s->in);
+	conn_move(s, &y->server, ROLE_SERVER, y);
+	y->up = x->up;
+	y->down = old;
+	y->down.ready = 0;
+	y->down.to = FRAMING_CLOSE;
+	fetch_move(x, y);
+	f->keep_server = false;
+	s->fd = fd;
+	s->role = ROLE_FILE;
+	s->exchange = x;
+	s->readable = s->hung = true;
+	flow_start(&x->down,
+	    f->length == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH, old.to,
+	    f->length - old.payload);
+	x->down.payload = old.payload;
+	x->down.bare = old.bare;
+}
+
+/*
+ * x's client does not keep up with what others follow: the fetch goes on in a
+ * slot of its own, and x follows it too.  Not if x might then get less than it
+ * would have: what could neither be asked for again nor has room for sure.
+ */
+static void
+relay_part(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	struct exchange *y;
+	char path[CACHE_PATH];
+	int fd;
+
+	if (!f->storing || f->followers == 0 || f->answer != NULL ||
+	    x->refresh || !x->up.done || x->down.whole || x->down.broken ||
+	    (f->validator == 0 && f->length == UINT64_MAX))
+		return;
+	store_path(f->fetch, path);
+	fd = open(path, O_RDONLY);
+	if (fd == -1)
+		return;
+	y = lseek(fd, (off_t)(f->region + x->down.payload), SEEK_SET) == -1 ?
+	    NULL :
+	    exchange_take_refresh(x);
+	if (y == NULL) {
+		(void)close(fd);
+		return;
+	}
+	trace(x, "the client is slower than others: it follows, too");
+	relay_hand_over(x, y, fd);
+	exchange_enter(y, PHASE_RELAY);
+}
+
+/*
  * What x follows was given up, and x has passed on all that there was of it:
  * asks the server for the same itself.  The rules knew only the address of
  * the one that was followed, so they are asked about those to come.
@@ -11409,6 +11545,8 @@ relay_step(struct exchange *x)
 		moved = true;
 	if (x->facts.tunnel)
 		return tunnel_judge(x) || moved;
+	if (c->out != NULL)
+		relay_part(x);
 	if ((c->error || c->deaf) && !relay_goes_on(x))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (x->down.done && c->out == NULL && !relay_uploads(x))
@@ -11665,15 +11803,9 @@ exchange_run(struct exchange *x)
 static void
 exchange_open(int fd, const struct address *peer)
 {
-	struct exchange *x = exchanges.free;
+	struct exchange *x = exchange_take();
 
-	if (x != NULL)
-		exchanges.free = x->next;
-	else
-		x = &exchanges.slots[exchanges.used++];
-	memset(x, 0, offsetof(struct exchange, note));
-	conn_clear(&x->server);
-	exchanges.busy++;
+	assert(x != NULL);
 	if (!conn_open(&x->client, ROLE_CLIENT, fd, x)) {
 		exchange_close(x, false);
 		return;

@@ -8468,6 +8468,105 @@ END
 	[ ! -e forbidden.1 ] || fail "the forbidden address is asked"
 }
 
+test_regress_cache_slow_first() { # a first client that does not read holds up nobody who follows
+	start_cache
+	for what in length chunks; do
+		rm -f go [ab] [ab].* o.[0-9]*
+		case $what in
+		length) how='Content-Length: 16000000\n\n' end= ;;
+		chunks)
+			how='ETag: "a"\nTransfer-Encoding: chunked\n\nF42400\n'
+			end='send \n0\n\n'
+			;;
+		esac
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n$how
+fill 16000000
+$end
+END
+		client_bg a <<END
+send GET http://%O/$what HTTP/1.0\n\n
+until \n\n
+touch a.head
+await go
+skip 16000000
+eof
+END
+		taken a.head
+		getter b /$what 16000000
+		ends b '^eof$'
+		touch go
+		ends a '^eof$'
+		asked 1
+		logged <<'END'
+#1 200 16000000 .* miss=stored .* end=done$
+#1 200 16000000 .* hit=collapsed .* end=done$
+END
+		log_from=$(($(wc -l < log) + 1))
+	done
+}
+
+test_regress_cache_slow_first_gone() { # the same when all leave, or the server cuts it off
+	start_cache
+	for what in leave cut; do
+		# Of what is left most has not come.
+		[ $what = cut ] && total=16000000 || total=40000000
+		rm -f go cut freed [ab] [ab].* o.[0-9]*
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nContent-Length: $total\n\n
+fill 15900000
+await cut
+$([ $what = cut ] || echo eof)
+touch freed
+close
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 16000000\n\n
+fill 16000000
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 16000000\n\n
+fill 16000000
+END
+		for n in a b; do
+			client_bg $n <<END
+send GET http://%O/$what HTTP/1.0\n\n
+until \n\n
+touch $n.head
+$([ $n = a ] || echo skip 15800000)
+touch $n.some
+await go
+$([ $what = cut ] || echo reset)
+skip $([ $n = a ] && echo 16000000 || echo 200000)
+eof
+END
+			taken $n.head
+		done
+		taken b.some
+		asked 1
+		case $what in
+		leave)
+			touch go
+			ended a
+			ended b
+			touch cut
+			wait_for 5 '[ -f freed ]' || fail "it is fetched for nobody"
+			;;
+		cut)
+			touch cut go
+			ends a '^eof$'
+			ends b '^eof$'
+			asked 3
+			;;
+		esac
+		wait_for 5 '[ -z "$(find cache -name "tmp*")" ]' ||
+			fail "$what: left: $(find cache -name 'tmp*')"
+		served
+	done
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
