@@ -7396,13 +7396,28 @@ merged_head_append(const struct response *old, const struct head *news,
 	buffer_append(b, text_of("\r\n"));
 }
 
+/* True if two responses vary by the same fields. */
+static bool
+vary_same(const struct response *a, const struct response *b)
+{
+	struct buffer *one = buffer_take(), *two = buffer_take();
+	bool same = one != NULL && two != NULL && vary_append(a, one) &&
+	    vary_append(b, two) &&
+	    text_equals(buffer_text(one), buffer_text(two));
+
+	buffer_give(&one);
+	buffer_give(&two);
+	return same;
+}
+
 /*
  * A 304 came: the region is written anew in its place, with the merged head.
- * What may not be stored as it is now, or has no room, is unlinked; but a
- * request that may not have its answer stored leaves the entry as it is.  This
- * exchange answers from what it has open.  given: its lifetime if a rule says
- * so, else -1.  False if the 304 is about another version (RFC 9111 section
- * 4.3.4), or the entry is damaged.
+ * What may not be stored as it is now, or under this name, since it varies by
+ * other fields, or has no room, is unlinked; but a request that may not have
+ * its answer stored leaves the entry as it is.  This exchange answers from what
+ * it has open.  given: its lifetime if a rule says so, else -1.  False if the
+ * 304 is about another version (RFC 9111 section 4.3.4), or the entry is
+ * damaged.
  */
 static bool
 entry_freshen(struct exchange *x, const struct request *q,
@@ -7412,7 +7427,7 @@ entry_freshen(struct exchange *x, const struct request *q,
 	struct text etag = head_value(&news->head, "ETag");
 	struct control asked = control_parse(&q->head);
 	bool aloof = asked.no_store || head_field(&q->head, "Authorization");
-	struct response r;
+	struct response r, merged;
 	struct entry e;
 	struct buffer *old = entry_load(f->entry, &e, &r);
 	struct buffer *b = buffer_take(), *head = buffer_take();
@@ -7426,8 +7441,10 @@ entry_freshen(struct exchange *x, const struct request *q,
 		e.responded = now.wall;
 		e.age = initial_age(news, f->requested, now.wall);
 		if (!head->overflow &&
-		    response_parse(buffer_text(head), METHOD_GET, &r) == 1 &&
-		    response_is_storable(q, &r, given) &&
+		    response_parse(buffer_text(head), METHOD_GET, &merged) ==
+			1 &&
+		    response_is_storable(q, &merged, given) &&
+		    vary_same(&r, &merged) &&
 		    region_build(b, &e, buffer_text(head), e.region) > 0) {
 			region_seal(b, e.body);
 			(void)write_at(f->entry, buffer_text(b), 0);

@@ -8567,6 +8567,32 @@ END
 	done
 }
 
+test_regress_cache_vary_304() { # a 304 with another Vary: what it leaves is no answer for others
+	start_cache
+	play 'Vary comes with the 304' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=0\nETag: "a"\nContent-Length: 3\n\none
+	origin next
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nVary: X-A\n\n
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "b"\nVary: X-A\nContent-Length: 3\n\ntwo
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-A: 1\n\n
+	client until one
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-A: 1\n\n
+	client until one
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-A: 2\n\n
+	client answer
+	sees~  ^Cache-Status: proxy-ID; fwd=stale; fwd-status=304
+	sees   two
+	gets   -- connection 2
+	gets   If-None-Match: "a"
+	gets   -- connection 3
+	gets   X-A: 2
+END
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
