@@ -11122,6 +11122,9 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	f->outdated = !failed &&
 	    !((f->method == METHOD_HEAD || r->status == 206) &&
 		entry_resembles(x, r));
+	/* The part is not to take the place of the whole. */
+	if (r->status == 206 && !f->outdated)
+		f->nocache = true;
 	entry_close(x);
 	return false;
 }

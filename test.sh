@@ -8593,6 +8593,34 @@ test_regress_cache_vary_304() { # a 304 with another Vary: what it leaves is no 
 END
 }
 
+test_regress_cache_part_of_whole() { # a part of what is stored whole does not push it out
+	start_cache
+	play 'stale, then a part of it, then all of it' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=0\nETag: "a"\nContent-Length: 5\n\nhello
+	origin next
+	origin head
+	origin send HTTP/1.1 206 Partial Content\nConnection: close\nCache-Control: max-age=999\nETag: "a"\n
+	origin send Content-Range: bytes 0-1/5\nContent-Length: 2\n\nhe
+	origin next
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client until hello
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=0-1\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client until hello
+	sees~  HTTP/1.1 206 Partial Content
+	sees~  ^Cache-Status: proxy-ID; fwd=stale; fwd-status=304
+	gets   -- connection 3
+	gets   If-None-Match: "a"
+	log    200 5 .* miss=stored
+	log    206 2
+	log    200 5 .* hit=validated
+END
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
