@@ -1872,6 +1872,16 @@ conn_write(struct conn *c)
 	return false;
 }
 
+/* Drops a head of n bytes, which was read, from the front of `in`. */
+static void
+conn_drop_head(struct conn *c, size_t n)
+{
+	buffer_drop(c->in, n);
+	c->seen = 0;
+	if (buffer_len(c->in) == 0)
+		buffer_give(&c->in);
+}
+
 /* `out`, made if there is none; NULL and deaf without memory. */
 static struct buffer *
 conn_out(struct conn *c)
@@ -6895,6 +6905,27 @@ fetch_begin(struct exchange *x)
 }
 
 /*
+ * y follows a fetch that came to its end.  If that was not known beforehand it
+ * is now, and a file that ends earlier was cut.
+ */
+static void
+follow_end(struct exchange *y, bool whole)
+{
+	struct facts *f = &y->facts;
+
+	f->orphan = f->grows && !whole;
+	if (f->grows && whole && f->body == UINT64_MAX) {
+		f->body = f->stored;
+		if (y->phase == PHASE_RELAY && y->down.from == FRAMING_CLOSE) {
+			y->down.from = FRAMING_LENGTH;
+			y->down.left =
+			    f->stored - y->down.payload - y->down.ready;
+		}
+	}
+	f->grows = false;
+}
+
+/*
  * Runs those who follow x.  ended: there will be no more of it; they have the
  * whole, or else must see how to get the rest themselves.
  */
@@ -6910,10 +6941,8 @@ fetch_tell(const struct exchange *x, bool ended, bool whole)
 			continue;
 		y->server.readable = y->facts.grows;
 		y->facts.stored = x->facts.stored;
-		if (ended) {
-			y->facts.orphan = y->facts.grows && !whole;
-			y->facts.grows = false;
-		}
+		if (ended)
+			follow_end(y, whole);
 		exchange_queue(y);
 	}
 }
@@ -6935,15 +6964,57 @@ fetch_end(struct exchange *x, bool whole)
 	x->facts.followers = 0;
 }
 
-/* x follows nobody any more. */
+/*
+ * The fetch of x, which stores it, becomes that of y, which is new and has no
+ * client; x is one of those who follow it.
+ */
+static void
+fetch_move(struct exchange *x, struct exchange *y)
+{
+	struct exchange **at = &cache.fetches;
+	struct facts *f = &x->facts;
+
+	y->facts = (struct facts){ .method = f->method,
+		.status = f->status,
+		.close = true,
+		.end = END_CLIENT,
+		.server = f->server,
+		.storing = true,
+		.spoiled = f->spoiled,
+		.fetch = f->fetch,
+		.followers = f->followers + 1,
+		.key = f->key,
+		.length = f->length,
+		.validator = f->validator,
+		.store = f->store,
+		.region = f->region,
+		.stored = f->stored,
+		.region_rest = f->region_rest };
+	memcpy(y->note, x->note, sizeof(y->note));
+	while (*at != x)
+		at = &(*at)->next;
+	*at = y;
+	y->next = x->next;
+	x->next = NULL;
+	f->leader = f->fetch;
+	f->fetch = 0;
+	f->followers = 0;
+	f->storing = false;
+	f->grows = true;
+	f->body = f->length;
+}
+
+/* x follows nobody any more; the fetch may then be nobody's. */
 static void
 fetch_leave(struct exchange *x)
 {
 	struct exchange *y;
 
 	for (y = cache.fetches; y != NULL && x->facts.leader; y = y->next)
-		if (y->facts.fetch == x->facts.leader)
+		if (y->facts.fetch == x->facts.leader) {
 			y->facts.followers--;
+			exchange_queue(y);
+		}
 	x->facts.leader = 0;
 }
 
@@ -7105,15 +7176,36 @@ draft_region(struct exchange *x, const struct response *r, struct draft *d)
 	return f->region > 0;
 }
 
-/* What tells that two answers have the same payload; 0: nothing does. */
+/*
+ * Last-Modified, if it stands for one payload only: it might have changed once
+ * more in the second in which it was sent (RFC 9110 section 8.8.2.2).
+ */
+static struct text
+modified_strong(const struct head *h)
+{
+	int64_t modified = head_date(h, "Last-Modified");
+	int64_t date = head_date(h, "Date");
+
+	return modified != -1 && modified < (date == -1 ? now.wall : date) ?
+	    head_value(h, "Last-Modified") :
+	    text_of("");
+}
+
+/*
+ * What tells that two answers have the same payload, byte for byte; 0: nothing
+ * does.  A weak entity tag says that it may differ, and without a tag the same
+ * date may be that of several codings.
+ */
 static uint64_t
 response_validator(const struct response *r)
 {
 	struct text t = head_value(&r->head, "ETag");
 
+	if (t.len == 0)
+		t = modified_strong(&r->head);
 	if (t.len == 0 || text_starts(t, "W/"))
-		t = head_value(&r->head, "Last-Modified");
-	return t.len == 0 ? 0 : key_hash(t);
+		return 0;
+	return hash_text(key_hash(t), head_value(&r->head, "Content-Encoding"));
 }
 
 /* Makes the temporary file of a new entry and writes its region. */
@@ -7408,13 +7500,28 @@ merged_head_append(const struct response *old, const struct head *news,
 	buffer_append(b, text_of("\r\n"));
 }
 
+/* True if two responses vary by the same fields. */
+static bool
+vary_same(const struct response *a, const struct response *b)
+{
+	struct buffer *one = buffer_take(), *two = buffer_take();
+	bool same = one != NULL && two != NULL && vary_append(a, one) &&
+	    vary_append(b, two) &&
+	    text_equals(buffer_text(one), buffer_text(two));
+
+	buffer_give(&one);
+	buffer_give(&two);
+	return same;
+}
+
 /*
  * A 304 came: the region is written anew in its place, with the merged head.
- * What may not be stored as it is now, or has no room, is unlinked; but a
- * request that may not have its answer stored leaves the entry as it is.  This
- * exchange answers from what it has open.  given: its lifetime if a rule says
- * so, else -1.  False if the 304 is about another version (RFC 9111 section
- * 4.3.4), or the entry is damaged.
+ * What may not be stored as it is now, or under this name, since it varies by
+ * other fields, or has no room, is unlinked; but a request that may not have
+ * its answer stored leaves the entry as it is.  This exchange answers from what
+ * it has open.  given: its lifetime if a rule says so, else -1.  False if the
+ * 304 is about another version (RFC 9111 section 4.3.4), or the entry is
+ * damaged.
  */
 static bool
 entry_freshen(struct exchange *x, const struct request *q,
@@ -7424,7 +7531,7 @@ entry_freshen(struct exchange *x, const struct request *q,
 	struct text etag = head_value(&news->head, "ETag");
 	struct control asked = control_parse(&q->head);
 	bool aloof = asked.no_store || head_field(&q->head, "Authorization");
-	struct response r;
+	struct response r, merged;
 	struct entry e;
 	struct buffer *old = entry_load(f->entry, &e, &r);
 	struct buffer *b = buffer_take(), *head = buffer_take();
@@ -7438,8 +7545,10 @@ entry_freshen(struct exchange *x, const struct request *q,
 		e.responded = now.wall;
 		e.age = initial_age(news, f->requested, now.wall);
 		if (!head->overflow &&
-		    response_parse(buffer_text(head), METHOD_GET, &r) == 1 &&
-		    response_is_storable(q, &r, given) &&
+		    response_parse(buffer_text(head), METHOD_GET, &merged) ==
+			1 &&
+		    response_is_storable(q, &merged, given) &&
+		    vary_same(&r, &merged) &&
 		    region_build(b, &e, buffer_text(head), e.region) > 0) {
 			region_seal(b, e.body);
 			(void)write_at(f->entry, buffer_text(b), 0);
@@ -7671,8 +7780,7 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 	if (condition.len > 0 &&
 	    (text_starts(condition, "W/") ||
 		(!text_equals(condition, head_value(&r->head, "ETag")) &&
-		    !text_equals(condition,
-			head_value(&r->head, "Last-Modified")))))
+		    !text_equals(condition, modified_strong(&r->head)))))
 		return 0;
 	t = text_from(t, strlen("bytes="));
 	dash = text_find(t, '-');
@@ -9098,7 +9206,10 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 	exchange_deny(x, refusal, detail);
 }
 
-/* Drops from what is ready the payload that the client has had before. */
+/*
+ * Drops from what is ready the payload that the client has had before.  What
+ * ends within that is not the same payload.
+ */
 static void
 exchange_skip(struct exchange *x)
 {
@@ -9108,13 +9219,17 @@ exchange_skip(struct exchange *x)
 
 	if (n > x->facts.skip)
 		n = (size_t)x->facts.skip;
-	if (n == 0)
-		return;
-	buffer_drop(from->in, n);
-	if (buffer_len(from->in) == 0)
-		buffer_give(&from->in);
-	f->ready -= n;
-	x->facts.skip -= n;
+	if (n > 0) {
+		buffer_drop(from->in, n);
+		if (buffer_len(from->in) == 0)
+			buffer_give(&from->in);
+		f->ready -= n;
+		x->facts.skip -= n;
+	}
+	if (f->whole && x->facts.skip > 0) {
+		f->whole = false;
+		f->broken = true;
+	}
 }
 
 /*
@@ -9133,7 +9248,13 @@ exchange_read(struct exchange *x, struct conn *from)
 		from->readable = false;
 		return false;
 	}
-	return conn_read_some(from, max > BUFFER_ROOM ? BUFFER_ROOM : max);
+	if (!conn_read_some(from, max > BUFFER_ROOM ? BUFFER_ROOM : max))
+		return false;
+	/* It was all there: somebody has cut the file. */
+	if (from->eof)
+		from->error = EIO;
+	from->eof = false;
+	return true;
 }
 
 /*
@@ -9405,7 +9526,7 @@ request_passed_here(const struct request *r)
 }
 
 /*
- * The head of a request for what q asked for: without its conditions and its
+ * The head of a GET for what q asked for: without its conditions and its
  * wishes, and without its login, so that the answer is good for all.
  */
 static void
@@ -9415,7 +9536,8 @@ refresh_build(const struct request *q, struct buffer *b)
 		"Authorization", "Range", "If-Range", NULL };
 	size_t i;
 
-	buffer_append(b, q->head.line);
+	buffer_append(b, text_of("GET"));
+	buffer_append(b, text_from(q->head.line, q->name.len));
 	buffer_append(b, text_of("\r\n"));
 	for (i = 0; i < q->head.n; i++)
 		if (!name_is_among(q->head.fields[i].name, wishes) &&
@@ -9436,6 +9558,41 @@ fetch_for(uint64_t key)
 	return NULL;
 }
 
+/* A slot with no connection yet, or NULL if all are taken. */
+static struct exchange *
+exchange_take(void)
+{
+	struct exchange *x = exchanges.free;
+
+	if (exchanges.busy == exchanges.n)
+		return NULL;
+	if (x != NULL)
+		exchanges.free = x->next;
+	else
+		x = &exchanges.slots[exchanges.used++];
+	memset(x, 0, offsetof(struct exchange, note));
+	conn_clear(&x->server);
+	conn_clear(&x->client);
+	exchanges.busy++;
+	return x;
+}
+
+/* A slot for what is done for nobody: its client is no socket. */
+static struct exchange *
+exchange_take_refresh(const struct exchange *x)
+{
+	struct exchange *y = exchange_take();
+
+	if (y == NULL)
+		return NULL;
+	y->client.eof = true;
+	y->client.exchange = y;
+	y->peer = x->peer;
+	y->refresh = true;
+	exchange_queue(y);
+	return y;
+}
+
 /*
  * Fetches the same request again for nobody, so that the entry is validated:
  * an exchange whose client is no socket.  Once at a time; without a free slot
@@ -9444,29 +9601,22 @@ fetch_for(uint64_t key)
 static void
 cache_refresh(const struct exchange *x, const struct request *q)
 {
-	struct exchange *y = exchanges.free;
 	struct buffer *head;
+	struct exchange *y;
 
-	if (fetch_for(x->facts.key) != NULL || exchanges.busy == exchanges.n ||
-	    (head = buffer_take()) == NULL)
+	if (fetch_for(x->facts.key) != NULL || (head = buffer_take()) == NULL)
 		return;
-	if (y != NULL)
-		exchanges.free = y->next;
-	else
-		y = &exchanges.slots[exchanges.used++];
-	memset(y, 0, offsetof(struct exchange, note));
-	conn_clear(&y->server);
-	conn_clear(&y->client);
-	exchanges.busy++;
+	y = exchange_take_refresh(x);
+	if (y == NULL) {
+		buffer_give(&head);
+		return;
+	}
 	refresh_build(q, head);
 	y->client.in = head;
-	y->client.eof = true;
-	y->client.exchange = y;
-	y->peer = x->peer;
-	y->refresh = true;
 	y->phase = PHASE_REQUEST;
 	y->since = now.ms;
-	exchange_queue(y);
+	y->facts.key = x->facts.key;
+	fetch_begin(y);
 }
 
 /* What was found for a request in the cache. */
@@ -9512,6 +9662,21 @@ follow_is_safe(const struct facts *f)
 	    posix_fallocate(f->store, 0, (off_t)(f->region + f->length)) == 0;
 }
 
+/* True if e's key is that of x's target, and not only hashed to the same. */
+static bool
+key_fits(const struct exchange *x, const struct entry *e)
+{
+	struct buffer *b = buffer_take();
+	bool fits = b != NULL;
+
+	if (fits) {
+		key_append(x, b);
+		fits = text_equals(buffer_text(b), e->key);
+	}
+	buffer_give(&b);
+	return fits;
+}
+
 /*
  * Opens what another exchange is storing for x's target, if it is the variant
  * that q asks for: its region is there but for the first line, and its body
@@ -9535,6 +9700,7 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 		if (fd == -1)
 			continue;
 		if (region_read(fd, f->region, l->b, &l->e) &&
+		    key_fits(x, &l->e) &&
 		    response_parse(l->e.head, METHOD_GET, &l->r) == 1 &&
 		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
 		    lseek(fd, (off_t)f->region, SEEK_SET) != -1) {
@@ -9543,6 +9709,7 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 			x->facts.leader = f->fetch;
 			x->facts.stored = f->stored;
 			f->followers++;
+			exchange_queue(y);
 		} else {
 			(void)close(fd);
 			fd = -1;
@@ -9753,7 +9920,7 @@ cache_answer(struct exchange *x, const struct request *q)
 		(void)text_copy(text_of(l.path + strlen(options.cache)),
 		    x->note, sizeof(x->note));
 	}
-	if (common)
+	if (common && f->fetch == 0)
 		fetch_begin(x);
 	return false;
 }
@@ -10804,10 +10971,7 @@ response_pass(struct exchange *x, const struct response *r, size_t n)
 		return false;
 	}
 	trace_head(x, ">c", buffer_text(out));
-	buffer_drop(s->in, n);
-	s->seen = 0;
-	if (buffer_len(s->in) == 0)
-		buffer_give(&s->in);
+	conn_drop_head(s, n);
 	return true;
 }
 
@@ -10863,12 +11027,8 @@ response_interim(struct exchange *x, const struct response *r, size_t n)
 		exchange_refuse(x, REFUSE_INTERIM, "");
 	else if (x->facts.minor == 1 && x->facts.status == 0)
 		(void)response_pass(x, r, n);
-	else {
-		buffer_drop(x->server.in, n);
-		x->server.seen = 0;
-		if (buffer_len(x->server.in) == 0)
-			buffer_give(&x->server.in);
-	}
+	else
+		conn_drop_head(&x->server, n);
 }
 
 /*
@@ -11085,10 +11245,7 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 		rule = cache_rule(x, &q, NULL, NULL);
 		good = entry_freshen(x, &q, r, rule ? rule->seconds : -1, path);
 		f->keep_server = response_keeps_server(x, r);
-		buffer_drop(x->server.in, n);
-		x->server.seen = 0;
-		if (buffer_len(x->server.in) == 0)
-			buffer_give(&x->server.in);
+		conn_drop_head(&x->server, n);
 		exchange_release(x);
 		if (good && cache_serve_open(x, "validated"))
 			return true;
@@ -11104,6 +11261,9 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	f->outdated = !failed &&
 	    !((f->method == METHOD_HEAD || r->status == 206) &&
 		entry_resembles(x, r));
+	/* The part is not to take the place of the whole. */
+	if (r->status == 206 && !f->outdated)
+		f->nocache = true;
 	entry_close(x);
 	return false;
 }
@@ -11130,9 +11290,7 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 	d->bare = old.bare;
 	f->skip = d->payload = old.payload;
 	f->keep_server = response_keeps_server(x, r);
-	buffer_drop(x->server.in, n);
-	if (buffer_len(x->server.in) == 0)
-		buffer_give(&x->server.in);
+	conn_drop_head(&x->server, n);
 	exchange_enter(x, PHASE_RELAY);
 }
 
@@ -11161,7 +11319,7 @@ response_passes(struct exchange *x, const struct response *r, struct text head)
 	struct view v;
 
 	if (!f->open || f->method == METHOD_CONNECT || f->local ||
-	    f->status != 0 || (r->status < 200 && r->status != 101))
+	    f->answer != NULL || (r->status < 200 && r->status != 101))
 		return true;
 	exchange_request(x, &q);
 	exchange_view(x, &q, &v);
@@ -11279,12 +11437,14 @@ response_step(struct exchange *x)
 
 /*
  * Writes the log line, keeps or closes the server's connection, and forgets
- * the facts: the slot is ready for the next request.
+ * the facts: the slot is ready for the next request.  No request of its own,
+ * no line: see relay_part().
  */
 static void
 exchange_end(struct exchange *x)
 {
-	log_exchange(x);
+	if (x->facts.start)
+		log_exchange(x);
 	exchange_release(x);
 	store_drop(x);
 	fetch_leave(x);
@@ -11411,17 +11571,30 @@ relay_uploads(const struct exchange *x)
 }
 
 /*
- * The client left.  What is being stored is fetched to its end all the same if
- * others follow it, or if most of it is there; for nobody, then.
+ * True if what x fetches is worth its end without x's client: it is stored, or
+ * may yet be, and others follow it, or most of it is there; or it is a refresh.
  */
+static bool
+relay_is_wanted(const struct exchange *x)
+{
+	const struct facts *f = &x->facts;
+
+	if (x->refresh && f->end == END_DONE)
+		return f->storing || f->cached;
+	if (x->phase < PHASE_RELAY)
+		return f->followers > 0 && x->up.done;
+	return f->storing && x->up.done &&
+	    (f->followers > 0 ||
+		(f->length != UINT64_MAX && f->stored >= f->length / 2));
+}
+
+/* The client left.  If the fetch is wanted, it goes on, for nobody then. */
 static bool
 relay_goes_on(struct exchange *x)
 {
 	struct facts *f = &x->facts;
 
-	if (!f->storing || !x->up.done ||
-	    (f->followers == 0 &&
-		(f->length == UINT64_MAX || f->stored < f->length / 2)))
+	if (!relay_is_wanted(x))
 		return false;
 	conn_close(&x->client, false);
 	x->client.exchange = x;
@@ -11433,8 +11606,76 @@ relay_goes_on(struct exchange *x)
 }
 
 /*
+ * What x fetches is y's from now on: the server's connection, the file, and
+ * those who follow, of whom x is one.  What x has not passed on yet of its
+ * payload it reads from fd, the file.
+ */
+static void
+relay_hand_over(struct exchange *x, struct exchange *y, int fd)
+{
+	struct conn *s = &x->server;
+	struct flow old = x->down;
+	struct facts *f = &x->facts;
+
+	if (old.ready > 0)
+		buffer_drop(s->in, old.ready);
+	if (s->in != NULL && buffer_len(s->in) == 0)
+		buffer_give(&s->in);
+	conn_move(s, &y->server, ROLE_SERVER, y);
+	y->up = x->up;
+	y->down = old;
+	y->down.ready = 0;
+	y->down.to = FRAMING_CLOSE;
+	fetch_move(x, y);
+	f->keep_server = false;
+	s->fd = fd;
+	s->role = ROLE_FILE;
+	s->exchange = x;
+	s->readable = s->hung = true;
+	flow_start(&x->down,
+	    f->length == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH, old.to,
+	    f->length - old.payload);
+	x->down.payload = old.payload;
+	x->down.bare = old.bare;
+}
+
+/*
+ * x's client does not keep up with what others follow: the fetch goes on in a
+ * slot of its own, and x follows it too.  Not if x might then get less than it
+ * would have: what could neither be asked for again nor has room for sure.
+ */
+static void
+relay_part(struct exchange *x)
+{
+	struct facts *f = &x->facts;
+	struct exchange *y;
+	char path[CACHE_PATH];
+	int fd;
+
+	if (!f->storing || f->followers == 0 || f->answer != NULL ||
+	    x->refresh || !x->up.done || x->down.whole || x->down.broken ||
+	    (f->validator == 0 && f->length == UINT64_MAX))
+		return;
+	store_path(f->fetch, path);
+	fd = open(path, O_RDONLY);
+	if (fd == -1)
+		return;
+	y = lseek(fd, (off_t)(f->region + x->down.payload), SEEK_SET) == -1 ?
+	    NULL :
+	    exchange_take_refresh(x);
+	if (y == NULL) {
+		(void)close(fd);
+		return;
+	}
+	trace(x, "the client is slower than others: it follows, too");
+	relay_hand_over(x, y, fd);
+	exchange_enter(y, PHASE_RELAY);
+}
+
+/*
  * What x follows was given up, and x has passed on all that there was of it:
- * asks the server for the same itself.
+ * asks the server for the same itself.  The rules knew only the address of
+ * the one that was followed, so they are asked about those to come.
  */
 static void
 relay_resume(struct exchange *x)
@@ -11445,8 +11686,8 @@ relay_resume(struct exchange *x)
 	conn_close(&x->server, false);
 	fetch_leave(x);
 	f->orphan = f->local = f->cached = false;
-	/* What was judged is where the first part came from. */
 	f->open = true;
+	f->answered = 0;
 	f->next = 0;
 	exchange_enter(x, PHASE_RESOLVE);
 }
@@ -11467,10 +11708,14 @@ relay_step(struct exchange *x)
 		moved = true;
 	if (x->facts.tunnel)
 		return tunnel_judge(x) || moved;
+	if (c->out != NULL)
+		relay_part(x);
 	if ((c->error || c->deaf) && !relay_goes_on(x))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (x->down.done && c->out == NULL && !relay_uploads(x))
 		exchange_finish(x);
+	else if (x->refresh && !relay_is_wanted(x))
+		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (x->facts.orphan && !s->readable && s->in == NULL &&
 	    c->out == NULL)
 		relay_resume(x);
@@ -11676,7 +11921,7 @@ exchange_overhear(struct exchange *x)
 	if (c->in == NULL && (x->up.done || x->phase < PHASE_RESPONSE))
 		(void)conn_read(c);
 	if (!x->facts.tunnel && (c->error || (c->hung && !c->shut)) &&
-	    !(x->phase == PHASE_RELAY && relay_goes_on(x)))
+	    !relay_goes_on(x))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 }
 
@@ -11721,15 +11966,9 @@ exchange_run(struct exchange *x)
 static void
 exchange_open(int fd, const struct address *peer)
 {
-	struct exchange *x = exchanges.free;
+	struct exchange *x = exchange_take();
 
-	if (x != NULL)
-		exchanges.free = x->next;
-	else
-		x = &exchanges.slots[exchanges.used++];
-	memset(x, 0, offsetof(struct exchange, note));
-	conn_clear(&x->server);
-	exchanges.busy++;
+	assert(x != NULL);
 	if (!conn_open(&x->client, ROLE_CLIENT, fd, x)) {
 		exchange_close(x, false);
 		return;

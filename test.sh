@@ -11897,6 +11897,547 @@ END
 END
 }
 
+# Two clients for one answer of BYTES, which is cut off once both have some of
+# it; the second one's request goes to the origin again.  The origin's script
+# is on standard input: followed BYTES ['fields of the second\n']
+followed() {
+	rm -f cut a a.* b b.* o.[0-9]*
+	origin o
+	getter a /x "$1"
+	taken a.some
+	getter b /x "$1" "${2-}"
+	taken b.some
+	asked 1
+	touch cut
+}
+
+test_regress_cache_resumed_kept() { # the connection on which a follower got the rest serves others
+	start_cache
+	pad=$(printf '%0600d' 0)
+	followed 3000 <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 3000\n\n
+fill 1500
+await cut
+close
+---
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nX-Pad: $pad\nContent-Length: 3000\n\n
+fill 3000
+head
+send HTTP/1.1 200 OK\nContent-Length: 5\n\nhello
+END
+	ends b '^eof$'
+	client_bg c <<'END'
+send GET http://%O/y HTTP/1.1\nHost: %O\n\n
+until hello
+END
+	wait_for 5 '[ -s c.end ]' || fail "its head is not seen"
+	ends c '^open$'
+	asked 2
+}
+
+# The answer is cut off while another client follows, and comes again with
+# other bytes: mixed 'first fields\n' 'second fields\n'
+mixed() {
+	what="$1 then $2"
+	followed 3000 <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n$1Content-Length: 3000\n\n
+fill 1500
+await cut
+close
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\n$2Content-Length: 3000\n\n
+fill 3000
+END
+	ends b '^(eof|reset) skip'
+	asked 2
+}
+
+test_regress_cache_mixture() { # who follows never gets the rest of what may be another version
+	start_cache
+	modified='Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
+	mixed "${modified}ETag: W/\"a\"\n" "${modified}ETag: W/\"b\"\n"
+	mixed "$modified" "${modified}Content-Encoding: gzip\n"
+	mixed 'ETag: "a"\n' 'ETag: "a"\nContent-Encoding: gzip\n'
+	# It may have changed once more in that second.
+	same=$(date -u '+%a, %d %b %Y %H:%M:%S GMT')
+	same="Last-Modified: $same\nDate: $same\n"
+	mixed "$same" "$same"
+}
+
+test_regress_cache_if_range() { # a date that is no strong validator joins no parts
+	start_cache
+	same=$(date -u '+%a, %d %b %Y %H:%M:%S GMT')
+	play 'If-Range: the second in which it was sent' <<END
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=999\nLast-Modified: $same\n
+	origin send Date: $same\nContent-Length: 10\n\nabcdefghij
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=2-4\n
+	client send If-Range: $same\n\n
+	client answer
+	sees~  ^abcdefghijHTTP/1.1 200
+	sees   abcdefghij
+	gets#  1 ^GET
+END
+}
+
+test_regress_cache_resumed_short() { # what comes again and ends too early is no end
+	start_cache
+	for what in chunks close; do
+		case $what in
+		chunks) how='Transfer-Encoding: chunked\n\n3E8' end='send \n0\n\n' ;;
+		close) how='' end='' ;;
+		esac
+		followed 3000 <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nTransfer-Encoding: chunked\n\nBB8\n
+fill 1500
+await cut
+close
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\n$how\n
+fill 1000
+$end
+END
+		ends b '^reset skip'
+		asked 2
+	done
+}
+
+test_regress_cache_cut_follower() { # a file cut under one who follows: the answer is visibly short
+	start_cache
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nTransfer-Encoding: chunked\n\n7A1200\n
+fill 4000000
+await more
+fill 4000000
+send \n0\n\n
+END
+	getter a /x 8000000
+	taken a.some
+	client_bg b <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\nConnection: close\n\n
+until \n\n
+touch b.began
+await go
+until \n0\n\n
+END
+	taken b.began
+	touch more
+	ends a '^eof$'
+	entry
+	# More than what is on its way already.
+	cut_to 7900000 "$entry_file"
+	touch go
+	ended b
+	grep -E '^(eof|reset) until' b.end > /dev/null || fail "$(cat b.end)"
+	asked 1
+}
+
+test_regress_cache_for_nobody() { # an answer that nobody wants and that is not stored is not fetched
+	start_cache -s 1M
+	for what in followed refresh; do
+		rm -f freed o.[0-9]*
+		{
+			[ $what = followed ] || cat <<'END'
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=0, stale-while-revalidate=99\nETag: "a"\nContent-Length: 5\n\nhello
+---
+END
+			control='max-age=999'
+			[ $what = followed ] || control=no-store
+			cat <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: $control\nTransfer-Encoding: chunked\n\n989680\n
+fill 10000
+eof
+touch freed
+END
+		} > script
+		origin o < script
+		case $what in
+		followed)
+			# The first one leaves first.
+			for n in a b; do
+				rm -f $n $n.*
+				client_bg $n <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n
+touch $n.head
+await $n.leave
+reset
+END
+				taken $n.head
+			done
+			asked 1
+			for n in a b; do
+				touch $n.leave
+				ended $n
+				served
+			done
+			;;
+		refresh)
+			client c <<'END'
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until hello
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until hello
+END
+			ends c '^open$'
+			;;
+		esac
+		wait_for 5 '[ -f freed ]' || fail "$what: it is fetched for nobody"
+	done
+}
+
+test_regress_cache_one_refresh() { # many at once on a stale entry: one refresh, and it is a GET
+	start_cache
+	for what in GET HEAD; do
+		rm -f c c.* o.[0-9]*
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=0, stale-while-revalidate=99\nETag: "a"\nContent-Length: 5\n\nhello
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "b"\nContent-Length: 5\n\nagain
+END
+		client c <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+until hello
+END
+		# They all come in one turn of the proxy.
+		for n in 1 2 3 4 5 6; do
+			rm -f r$n r$n.*
+			client_bg r$n <<END
+touch r$n.open
+await go
+send $what http://%O/ HTTP/1.1\nHost: %O\n\n
+until \n\n
+END
+			taken r$n.open
+		done
+		kill -STOP "$proxy_pid"
+		touch go
+		"$peer" sleep 500
+		kill -CONT "$proxy_pid"
+		for n in 1 2 3 4 5 6; do
+			ends r$n '^open$'
+		done
+		rm -f go
+		reached o 2
+		served
+		asked 2
+		got o <<'END'
+= -- connection 2
+= GET / HTTP/1.1
+END
+	done
+}
+
+test_regress_cache_gone_early() { # the first client leaves before the head comes: the others wait on
+	start_cache
+	for what in stored private; do
+		rm -f go [abc] [abc].* o.[0-9]*
+		case $what in
+		stored) control=max-age=999 n=1 ;;
+		private) control=private n=3 ;;
+		esac
+		origin o <<END
+head
+await go
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: $control\nContent-Length: 5\n\nhello
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: $control\nContent-Length: 5\n\nhello
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: $control\nContent-Length: 5\n\nhello
+END
+		client_bg a <<END
+send GET http://%O/$what HTTP/1.1\nHost: %O\n\n
+await leave
+reset
+END
+		reached o 1
+		for c in b c; do
+			client_bg $c <<END
+send GET http://%O/$what HTTP/1.1\nHost: %O\n\n
+touch $c.sent
+until hello
+END
+			taken $c.sent
+		done
+		touch leave
+		ended a
+		rm leave
+		served
+		asked 1
+		touch go
+		ends b '^open$'
+		ends c '^open$'
+		asked $n
+		logged <<'END'
+#1 end=client$
+END
+		log_from=$(($(wc -l < log) + 1))
+	done
+}
+
+test_regress_cache_collision() { # two URLs with one hash: neither client gets the other's answer
+	[ -f "$here/proxy.c" ] || skip "no proxy.c beside test.sh"
+	cat > follow.c <<'EOF_FOLLOW'
+#define main proxy_main
+#include "proxy.c"
+#undef main
+
+/* Whether a client that asks for path follows what /a is being stored for. */
+static bool
+follows(struct exchange *y, const char *path)
+{
+	static struct exchange x;
+	struct lookup l = { .b = buffer_take() };
+	struct request q;
+	int fd;
+
+	memset(&x, 0, sizeof(x));
+	(void)request_parse(text_of("GET http://a.test/ HTTP/1.1\r\n"
+				    "Host: a.test\r\n\r\n"), &q);
+	x.facts.host = text_of("a.test");
+	x.facts.port = 80;
+	x.facts.path = text_of(path);
+	x.facts.key = y->facts.key;
+	fd = follow_open(&x, &q, &l);
+	buffer_give(&l.b);
+	if (fd != -1)
+		(void)close(fd);
+	return fd != -1;
+}
+
+int
+main(void)
+{
+	static struct exchange y;
+	struct response r;
+	struct request q;
+
+	clock_read();
+	options.cache = ".";
+	(void)request_parse(text_of("GET http://a.test/a HTTP/1.1\r\n"
+				    "Host: a.test\r\n\r\n"), &q);
+	(void)response_parse(text_of("HTTP/1.1 200 OK\r\nETag: \"a\"\r\n"
+				     "Content-Length: 9\r\n\r\n"),
+	    METHOD_GET, &r);
+	y.facts.host = text_of("a.test");
+	y.facts.port = 80;
+	y.facts.path = text_of("/a");
+	store_begin(&y, &q, &r);
+	if (!y.facts.storing || !follows(&y, "/a"))
+		return 2;
+	return follows(&y, "/b");
+}
+EOF_FOLLOW
+	build "$T/follow" follow.c
+	built "$T/follow"
+	"$T/follow" || fail "status $?"
+}
+
+test_regress_cache_resumed_rules() { # the rest is not asked for where the rules forbid it
+	second_address
+	start_names $second 127.0.0.1 -- -c "$T/cache" -e "deny address $second"
+	cat > o.script <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 3000\n\n
+fill 1500
+await cut
+close
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 3000\n\n
+fill 3000
+END
+	says=
+	for n in 1 2 3 4 5; do
+		says=$("$peer" origin -a $second forbidden < /dev/null) ||
+			skip "no origin on $second"
+		echo "${says#* }" >> .pids
+		origin_port=${says% *}
+		says=$("$peer" origin -a 127.0.0.1 -p "$origin_port" o \
+		    < o.script 2> o.err) && break
+	done
+	[ -n "$says" ] || fail "no port that is free on both addresses"
+	echo "${says#* }" >> .pids
+	origin=two.test:$origin_port
+	getter a /x 3000
+	taken a.some
+	getter b /x 3000
+	taken b.some
+	asked 1
+	touch cut
+	ends b '^eof$'
+	asked 2
+	[ ! -e forbidden.1 ] || fail "the forbidden address is asked"
+}
+
+test_regress_cache_slow_first() { # a first client that does not read holds up nobody who follows
+	start_cache
+	for what in length chunks; do
+		rm -f go [ab] [ab].* o.[0-9]*
+		case $what in
+		length) how='Content-Length: 16000000\n\n' end= ;;
+		chunks)
+			how='ETag: "a"\nTransfer-Encoding: chunked\n\nF42400\n'
+			end='send \n0\n\n'
+			;;
+		esac
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\n$how
+fill 16000000
+$end
+END
+		client_bg a <<END
+send GET http://%O/$what HTTP/1.0\n\n
+until \n\n
+touch a.head
+await go
+skip 16000000
+eof
+END
+		taken a.head
+		getter b /$what 16000000
+		ends b '^eof$'
+		touch go
+		ends a '^eof$'
+		asked 1
+		logged <<'END'
+#1 200 16000000 .* miss=stored .* end=done$
+#1 200 16000000 .* hit=collapsed .* end=done$
+END
+		log_from=$(($(wc -l < log) + 1))
+	done
+}
+
+test_regress_cache_slow_first_gone() { # the same when all leave, or the server cuts it off
+	start_cache
+	for what in leave cut; do
+		# Of what is left most has not come.
+		[ $what = cut ] && total=16000000 || total=40000000
+		rm -f go cut freed [ab] [ab].* o.[0-9]*
+		origin o <<END
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\nContent-Length: $total\n\n
+fill 15900000
+await cut
+$([ $what = cut ] || echo eof)
+touch freed
+close
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 16000000\n\n
+fill 16000000
+---
+head
+send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 16000000\n\n
+fill 16000000
+END
+		for n in a b; do
+			client_bg $n <<END
+send GET http://%O/$what HTTP/1.0\n\n
+until \n\n
+touch $n.head
+$([ $n = a ] || echo skip 15800000)
+touch $n.some
+await go
+$([ $what = cut ] || echo reset)
+skip $([ $n = a ] && echo 16000000 || echo 200000)
+eof
+END
+			taken $n.head
+		done
+		taken b.some
+		asked 1
+		case $what in
+		leave)
+			touch go
+			ended a
+			ended b
+			touch cut
+			wait_for 5 '[ -f freed ]' || fail "it is fetched for nobody"
+			;;
+		cut)
+			touch cut go
+			ends a '^eof$'
+			ends b '^eof$'
+			asked 3
+			;;
+		esac
+		wait_for 5 '[ -z "$(find cache -name "tmp*")" ]' ||
+			fail "$what: left: $(find cache -name 'tmp*')"
+		served
+	done
+}
+
+test_regress_cache_vary_304() { # a 304 with another Vary: what it leaves is no answer for others
+	start_cache
+	play 'Vary comes with the 304' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=0\nETag: "a"\nContent-Length: 3\n\none
+	origin next
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nVary: X-A\n\n
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "b"\nVary: X-A\nContent-Length: 3\n\ntwo
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-A: 1\n\n
+	client until one
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-A: 1\n\n
+	client until one
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-A: 2\n\n
+	client answer
+	sees~  ^Cache-Status: proxy-ID; fwd=stale; fwd-status=304
+	sees   two
+	gets   -- connection 2
+	gets   If-None-Match: "a"
+	gets   -- connection 3
+	gets   X-A: 2
+END
+}
+
+test_regress_cache_part_of_whole() { # a part of what is stored whole does not push it out
+	start_cache
+	play 'stale, then a part of it, then all of it' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=0\nETag: "a"\nContent-Length: 5\n\nhello
+	origin next
+	origin head
+	origin send HTTP/1.1 206 Partial Content\nConnection: close\nCache-Control: max-age=999\nETag: "a"\n
+	origin send Content-Range: bytes 0-1/5\nContent-Length: 2\n\nhe
+	origin next
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client until hello
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=0-1\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client until hello
+	sees~  HTTP/1.1 206 Partial Content
+	sees~  ^Cache-Status: proxy-ID; fwd=stale; fwd-status=304
+	gets   -- connection 3
+	gets   If-None-Match: "a"
+	log    200 5 .* miss=stored
+	log    206 2
+	log    200 5 .* hit=validated
+END
+}
+
 # ---- Cache: unit tables ------------------------------------------------------
 
 # proxy.c with another main: what the cache's pure functions make of heads,
