@@ -8593,29 +8593,51 @@ response_length(const struct response *r)
 }
 
 /*
- * The request of an exchange, understood anew, and what rules change in it
- * before it is sent.  So that a text can be sought in the response, it must
- * not be compressed.
+ * The request of an exchange, as its head says; what request_parse() says of
+ * it.  Steps of one exchange mostly follow each other, so the last one that
+ * was parsed stays until another is asked for: no two have the same number.
  */
-static void
-exchange_request(struct exchange *x, struct request *q)
+static int
+exchange_parse(const struct exchange *x, struct request **request)
+{
+	static struct request last;
+	static uint64_t number;
+	static int verdict;
+
+	if (number != x->number)
+		verdict = request_parse(buffer_text(x->facts.head), &last);
+	number = x->number;
+	assert(last.head.line.at == buffer_text(x->facts.head).at);
+	*request = &last;
+	return verdict;
+}
+
+/*
+ * The request of an exchange, and what rules change in it, as things are,
+ * before it is sent; see exchange_parse() for how long it stays.  So that a
+ * text can be sought in the response, it must not be compressed.
+ */
+static const struct request *
+exchange_request(const struct exchange *x)
 {
 	static struct value encoding;
 	static struct rule plain = { .action = ACTION_UNSET,
 		.names = &encoding };
 	const struct rules *r = x->facts.rules;
+	struct request *q;
 	struct view v;
 
-	(void)request_parse(buffer_text(x->facts.head), q);
+	(void)exchange_parse(x, &q);
 	q->rewrites.n = 0;
 	q->rewrites.open = false;
 	if (r == NULL || (r->first[GROUP_REQUEST] == NULL && !r->needles_n))
-		return;
+		return q;
 	exchange_view(x, q, &v);
 	rewrites_collect(r, GROUP_REQUEST, &v, &q->rewrites);
 	encoding.text = text_of("Accept-Encoding");
 	if (rules_seek_body(r, &v))
 		q->rewrites.list[q->rewrites.n++] = &plain;
+	return q;
 }
 
 /* A rule refused the exchange: by a page, a question, or not a word. */
@@ -8697,7 +8719,7 @@ route_judge(struct exchange *x, struct view *v)
  * False if it was refused.
  */
 static bool
-access_begin(struct exchange *x, struct request *q)
+access_begin(struct exchange *x, const struct request *q)
 {
 	struct facts *f = &x->facts;
 	struct view v;
@@ -8710,8 +8732,7 @@ access_begin(struct exchange *x, struct request *q)
 	if (!access_judge(x, &v))
 		return false;
 	route_judge(x, &v);
-	exchange_request(x, q);
-	f->nocache = q->rewrites.open;
+	f->nocache = exchange_request(x)->rewrites.open;
 	return true;
 }
 
@@ -8756,15 +8777,15 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	unsigned i, found = f->found;
 	struct verdict verdict;
 	struct response r;
-	struct request q;
+	const struct request *q;
 	struct view v;
 
 	for (i = 0; i < f->rules->needles_n; i++)
 		if (needle_scan(f->rules->needles[i], states + i, piece))
 			f->found |= 1U << i;
-	exchange_request(x, &q);
-	(void)response_parse(buffer_text(f->answer), q.method, &r);
-	exchange_view(x, &q, &v);
+	q = exchange_request(x);
+	(void)response_parse(buffer_text(f->answer), q->method, &r);
+	exchange_view(x, q, &v);
 	view_response(&v, &r, response_length(&r));
 	if (whole) {
 		v.known |= FACT_LENGTH | FACT_BODY;
@@ -8837,7 +8858,7 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 	struct facts *f = &x->facts;
 	struct address server;
 	struct response r;
-	struct request q;
+	const struct request *q;
 	struct view v;
 
 	exchange_drop_tries(x);
@@ -8849,9 +8870,9 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 	s->readable = s->hung = true;
 	s->in = b;
 	if (f->open) {
-		exchange_request(x, &q);
-		(void)response_parse(e->head, q.method, &r);
-		exchange_view(x, &q, &v);
+		q = exchange_request(x);
+		(void)response_parse(e->head, q->method, &r);
+		exchange_view(x, q, &v);
 		if (v.address == NULL && address_read(e->server, &server)) {
 			v.address = &server;
 			v.known |= FACT_ADDRESS;
@@ -8875,7 +8896,7 @@ cache_serve_open(struct exchange *x, const char *hit)
 {
 	struct facts *f = &x->facts;
 	struct response r;
-	struct request q;
+	const struct request *q;
 	struct entry e;
 	struct buffer *b = entry_load(f->entry, &e, &r);
 
@@ -8887,8 +8908,8 @@ cache_serve_open(struct exchange *x, const char *hit)
 	}
 	f->hit = hit;
 	f->age = e.age + (now.wall > e.responded ? now.wall - e.responded : 0);
-	exchange_request(x, &q);
-	f->ttl = exchange_lifetime(x, &q, &r, e.body).seconds - f->age;
+	q = exchange_request(x);
+	f->ttl = exchange_lifetime(x, q, &r, e.body).seconds - f->age;
 	f->has_entry = false;
 	cache_serve(x, f->entry, b, &e);
 	return true;
@@ -8905,17 +8926,17 @@ cache_rescue(struct exchange *x, bool answered)
 	struct control asked, control;
 	struct buffer *b;
 	struct response r;
-	struct request q;
+	const struct request *q;
 	struct entry e;
 	int64_t age, lifetime;
 	bool good;
 
 	if (!f->has_entry || (b = entry_load(f->entry, &e, &r)) == NULL)
 		return false;
-	exchange_request(x, &q);
+	q = exchange_request(x);
 	age = e.age + (int64_t)now.wall - e.responded;
-	lifetime = exchange_lifetime(x, &q, &r, e.body).seconds;
-	asked = control_parse(&q.head);
+	lifetime = exchange_lifetime(x, q, &r, e.body).seconds;
+	asked = control_parse(&q->head);
 	control = control_parse(&r.head);
 	good = e.responded <= now.wall + CLOCK_STEP_S &&
 	    reuse_on_error(&asked, &control,
@@ -9627,12 +9648,12 @@ cache_answer(struct exchange *x, const struct request *q)
 static void
 collapse_end(struct exchange *x)
 {
-	struct request r;
+	const struct request *r;
 
 	fetch_leave(x);
 	x->facts.alone = true;
-	exchange_request(x, &r);
-	if (!cache_answer(x, &r))
+	r = exchange_request(x);
+	if (!cache_answer(x, r))
 		exchange_enter(x, PHASE_RESOLVE);
 }
 
@@ -9667,7 +9688,7 @@ request_is_cacheable(struct exchange *x, const struct request *q)
 static void
 request_accept(struct exchange *x, size_t n)
 {
-	struct request r;
+	struct request *r;
 	int verdict, last;
 
 	if (!request_take(x, n)) {
@@ -9676,28 +9697,28 @@ request_accept(struct exchange *x, size_t n)
 	}
 	request_hide_login(x->facts.head);
 	trace_head(x, "c>", buffer_text(x->facts.head));
-	verdict = request_parse(buffer_text(x->facts.head), &r);
-	request_note(x, &r);
-	if (r.name.len == 0)
-		x->facts.uri = r.head.line;
-	last = request_is_last(&r);
+	verdict = exchange_parse(x, &r);
+	request_note(x, r);
+	if (r->name.len == 0)
+		x->facts.uri = r->head.line;
+	last = request_is_last(r);
 	if (verdict != 1 || last < 0) {
 		x->facts.close = true;
 		exchange_refuse(x,
 		    (enum refusal)(verdict != 1 ? -verdict : -last), "");
-	} else if (r.target.form == FORM_ORIGIN)
-		request_local(x, &r);
-	else if (!access_begin(x, &r))
+	} else if (r->target.form == FORM_ORIGIN)
+		request_local(x, r);
+	else if (!access_begin(x, r))
 		return;
 	else if (last) {
-		if (r.method == METHOD_TRACE)
-			page_trace(x, &r);
+		if (r->method == METHOD_TRACE)
+			page_trace(x, r);
 		else
 			page_options(x);
 		exchange_enter(x, PHASE_RESPONSE);
-	} else if (request_passed_here(&r))
+	} else if (request_passed_here(r))
 		exchange_refuse(x, REFUSE_LOOP_VIA, "");
-	else if (!request_is_cacheable(x, &r) || !cache_answer(x, &r))
+	else if (!request_is_cacheable(x, r) || !cache_answer(x, r))
 		exchange_enter(x, PHASE_RESOLVE);
 }
 
@@ -9858,11 +9879,11 @@ resolve_judge(struct exchange *x)
 	char detail[DETAIL_MAX];
 	struct verdict verdict;
 	enum refusal refusal;
-	struct request q;
+	const struct request *q;
 	struct view v;
 
-	exchange_request(x, &q);
-	exchange_view(x, &q, &v);
+	q = exchange_request(x);
+	exchange_view(x, q, &v);
 	if (exchange_parent(x) != NULL && f->open && !access_judge(x, &v))
 		return;
 	if (exchange_parent(x) == NULL && f->addresses > 0) {
@@ -9875,7 +9896,7 @@ resolve_judge(struct exchange *x)
 	if (refusal == REFUSE_NONE)
 		exchange_enter(x, PHASE_CONNECT);
 	else if (refusal == REFUSE_RULE)
-		access_refuse(x, &q);
+		access_refuse(x, q);
 	else {
 		(void)snprintf(detail, sizeof(detail), "%.*s port %u",
 		    (int)f->host.len, f->host.at, f->port);
@@ -9888,11 +9909,11 @@ static void
 resolve_route(struct exchange *x)
 {
 	struct facts *f = &x->facts;
-	struct request q;
+	const struct request *q;
 	struct view v;
 
-	exchange_request(x, &q);
-	exchange_view(x, &q, &v);
+	q = exchange_request(x);
+	exchange_view(x, q, &v);
 	v.address = &f->list[0];
 	v.known |= FACT_ADDRESS;
 	route_judge(x, &v);
@@ -10283,7 +10304,7 @@ request_build(struct exchange *x, const struct request *r, struct buffer *b)
 static void
 exchange_send(struct exchange *x)
 {
-	struct request r;
+	const struct request *r;
 	struct buffer *out = conn_out(&x->server);
 
 	x->facts.connected = now.ms;
@@ -10292,8 +10313,8 @@ exchange_send(struct exchange *x)
 		exchange_refuse(x, REFUSE_MEMORY, "");
 		return;
 	}
-	exchange_request(x, &r);
-	request_build(x, &r, out);
+	r = exchange_request(x);
+	request_build(x, r, out);
 	if (out->overflow) {
 		exchange_refuse(x, REFUSE_HEAD_LONG, "");
 		return;
@@ -10593,15 +10614,15 @@ response_rewrites(struct exchange *x, const struct response *r,
     struct rewrites *w)
 {
 	struct facts *f = &x->facts;
-	struct request q;
+	const struct request *q;
 	struct view v;
 
 	w->n = 0;
 	if (f->rules == NULL || f->rules->first[GROUP_RESPONSE] == NULL ||
 	    (f->local && !f->cached))
 		return;
-	exchange_request(x, &q);
-	exchange_view(x, &q, &v);
+	q = exchange_request(x);
+	exchange_view(x, q, &v);
 	view_response(&v, r, f->cached ? f->body : response_length(r));
 	rewrites_collect(f->rules, GROUP_RESPONSE, &v, w);
 	x->down.bare = rewrites_strip(w);
@@ -10753,23 +10774,23 @@ cache_note(struct exchange *x, const struct response *r)
 	struct facts *f = &x->facts;
 	const struct rule *rule;
 	char path[CACHE_PATH];
-	struct request q;
+	const struct request *q;
 
 	if (f->method == METHOD_CONNECT || f->method == METHOD_TRACE ||
 	    f->method == METHOD_OPTIONS)
 		return;
-	exchange_request(x, &q);
-	rule = cache_rule(x, &q, r, response_length(r));
+	q = exchange_request(x);
+	rule = cache_rule(x, q, r, response_length(r));
 	if (f->method != METHOD_GET && f->method != METHOD_HEAD) {
 		if (r->status >= 200 && r->status < 400)
 			cache_invalidate(x, r);
 	}
 	if ((f->forward != NULL || f->method == METHOD_POST) && !f->nocache &&
 	    (rule == NULL || rule->action == ACTION_CACHE) &&
-	    response_is_storable(&q, r, rule ? rule->seconds : -1) &&
+	    response_is_storable(q, r, rule ? rule->seconds : -1) &&
 	    (r->framing != FRAMING_LENGTH ||
 		r->length + cache.making <= options.cache_size / 4))
-		store_begin(x, &q, r);
+		store_begin(x, q, r);
 	if (f->storing)
 		f->hit = "stored";
 	if (f->fetch && f->storing == key_is_lone(f->key))
@@ -10843,22 +10864,22 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 {
 	struct facts *f = &x->facts;
 	struct range range = { 0, f->body };
-	struct request q;
+	const struct request *q;
 	char extra[256];
 	size_t used;
 	int part;
 
-	exchange_request(x, &q);
+	q = exchange_request(x);
 	r->framing = f->method == METHOD_HEAD ? FRAMING_NONE :
 	    f->body == UINT64_MAX             ? FRAMING_CLOSE :
 						FRAMING_LENGTH;
 	part = f->grows || f->method != METHOD_GET ?
 	    0 :
-	    range_parse(&q.head, r, f->body, &range);
+	    range_parse(&q->head, r, f->body, &range);
 	(void)snprintf(extra, sizeof(extra), "Age: %lld\r\n",
 	    (long long)f->age);
 	used = strlen(extra);
-	if (r->status == 200 && request_is_satisfied(&q.head, r)) {
+	if (r->status == 200 && request_is_satisfied(&q->head, r)) {
 		r->status = 304;
 		r->framing = FRAMING_NONE;
 	} else if (part == -1) {
@@ -10931,7 +10952,7 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	    (r->status >= 502 && r->status <= 504);
 	struct facts *f = &x->facts;
 	char path[CACHE_PATH];
-	struct request q;
+	const struct request *q;
 
 	if (!f->has_entry || f->cached || r->status < 200)
 		return false;
@@ -10942,9 +10963,9 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 		const struct rule *rule;
 		bool good;
 
-		exchange_request(x, &q);
-		rule = cache_rule(x, &q, NULL, 0);
-		good = entry_freshen(x, &q, r, rule ? rule->seconds : -1, path);
+		q = exchange_request(x);
+		rule = cache_rule(x, q, NULL, 0);
+		good = entry_freshen(x, q, r, rule ? rule->seconds : -1, path);
 		f->keep_server = response_keeps_server(x, r);
 		buffer_drop(x->server.in, n);
 		x->server.seen = 0;
@@ -11011,13 +11032,13 @@ response_tunnel(struct exchange *x, const struct response *r, size_t n)
 static bool
 response_passes(struct exchange *x, const struct response *r, struct text head)
 {
-	struct request q;
+	const struct request *q;
 	struct view v;
 
 	if (!x->facts.open || x->facts.method == METHOD_CONNECT)
 		return true;
-	exchange_request(x, &q);
-	exchange_view(x, &q, &v);
+	q = exchange_request(x);
+	exchange_view(x, q, &v);
 	view_response(&v, r, response_length(r));
 	return access_response(x, r, head, &v);
 }
@@ -11229,7 +11250,7 @@ tunnel_greet(struct exchange *x)
 	struct conn *c = &x->client;
 	struct facts *f = &x->facts;
 	char name[HOST_MAX + 1] = "";
-	struct request q;
+	const struct request *q;
 	struct view v;
 	int hello = 0;
 
@@ -11242,8 +11263,8 @@ tunnel_greet(struct exchange *x)
 	if (hello == 1)
 		tunnel_note(x, text_of(name));
 	if (f->open) {
-		exchange_request(x, &q);
-		exchange_view(x, &q, &v);
+		q = exchange_request(x);
+		exchange_view(x, q, &v);
 		v.known |= FACT_SNI;
 		v.never |= FACT_ADDRESS;
 		v.sni = text_of(name);
