@@ -165,6 +165,8 @@ enum limit {
 	/* A trailer section; what is put around it and its fields, at most. */
 	TRAILER_GROWTH = 128 + 8,
 	TRAILER_MAX = BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM - TRAILER_GROWTH,
+	/* Decimal digits of 2^64. */
+	NUMBER_DIGITS = 20,
 	/* Fields in a head: browsers send 20, the worst sites answer 60. */
 	FIELDS_MAX = 128,
 	/* A DNS name has at most 253 characters. */
@@ -1377,6 +1379,27 @@ number_parse(struct text t, uint64_t max, uint64_t *value)
 }
 
 /*
+ * Writes n in decimal, NUMBER_DIGITS bytes at most and no NUL; returns where
+ * it ends.  printf(3) takes ten times as long, and heads and log lines are
+ * full of numbers.
+ */
+static char *
+number_print(char *to, uint64_t n)
+{
+	uint64_t rest = n;
+	char *end;
+
+	do
+		to++;
+	while ((rest /= 10) > 0);
+	end = to;
+	do
+		*--to = (char)('0' + n % 10);
+	while ((n /= 10) > 0);
+	return end;
+}
+
+/*
  * The one of n names, of three letters each, that t begins with, in any case
  * (RFC 9111 section 4.2); -1: none.
  */
@@ -1583,6 +1606,16 @@ buffer_print(struct buffer *b, const char *format, ...)
 		b->overflow += n < 0 ? 1 : (size_t)n;
 	else
 		b->end += (size_t)n;
+}
+
+/* Appends n in decimal. */
+static void
+buffer_number(struct buffer *b, uint64_t n)
+{
+	char digits[NUMBER_DIGITS];
+	char *end = number_print(digits, n);
+
+	buffer_append(b, text_cut(digits, (size_t)(end - digits)));
 }
 
 /* Appends t with all that could split or fake a line as %XX; max bytes. */
@@ -1983,26 +2016,34 @@ address_parse(struct text host, unsigned port, struct address *a)
 static void
 address_host(const struct address *a, char *to)
 {
-	if (a->family == AF_UNIX)
-		(void)text_copy(text_of("unix"), to, ADDRESS_TEXT);
-	else if (a->family == 0 ||
-	    inet_ntop(a->family, a->octets, to, ADDRESS_TEXT) == NULL)
-		(void)text_copy(text_of("-"), to, ADDRESS_TEXT);
+	size_t i;
+
+	if (a->family == AF_INET)
+		for (i = 0; i < 4; i++) {
+			to = number_print(to, a->octets[i]);
+			*to++ = i < 3 ? '.' : '\0';
+		}
+	else if (a->family != AF_INET6 ||
+	    inet_ntop(AF_INET6, a->octets, to, INET6_ADDRSTRLEN) == NULL)
+		(void)text_copy(text_of(a->family == AF_UNIX ? "unix" : "-"),
+		    to, sizeof("unix"));
 }
 
 /* Writes address:port; to has ADDRESS_TEXT bytes. */
 static void
 address_print(const struct address *a, char *to)
 {
-	char host[ADDRESS_TEXT];
+	bool six = a->family == AF_INET6;
 
-	address_host(a, host);
-	if (a->family == AF_INET6)
-		(void)snprintf(to, ADDRESS_TEXT, "[%.60s]:%u", host, a->port);
-	else if (a->family == AF_INET)
-		(void)snprintf(to, ADDRESS_TEXT, "%.60s:%u", host, a->port);
-	else
-		(void)text_copy(text_of(host), to, ADDRESS_TEXT);
+	to[0] = '[';
+	address_host(a, to + six);
+	if (!six && a->family != AF_INET)
+		return;
+	to += strlen(to);
+	if (six)
+		*to++ = ']';
+	*to++ = ':';
+	*number_print(to, a->port) = '\0';
 }
 
 /* The same family, address and port. */
@@ -2869,6 +2910,35 @@ field_append(struct buffer *b, const struct field *field)
 	buffer_append(b, field->name);
 	buffer_append(b, text_of(": "));
 	buffer_append(b, field->value);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* Appends a status line; status has three digits. */
+static void
+status_append(struct buffer *b, int status, struct text reason)
+{
+	buffer_append(b, text_of("HTTP/1.1 "));
+	buffer_number(b, (uint64_t)status);
+	buffer_append(b, text_of(" "));
+	buffer_append(b, reason);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* Appends Content-Length. */
+static void
+length_append(struct buffer *b, uint64_t length)
+{
+	buffer_append(b, text_of("Content-Length: "));
+	buffer_number(b, length);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* Appends Via, for a message that came as HTTP/1.minor. */
+static void
+via_append(struct buffer *b, unsigned minor)
+{
+	buffer_append(b, text_of(minor ? "Via: 1.1 " : "Via: 1.0 "));
+	buffer_append(b, text_of(pseudonym));
 	buffer_append(b, text_of("\r\n"));
 }
 
@@ -6232,7 +6302,8 @@ key_append(const struct exchange *x, struct buffer *b)
 
 	buffer_append(b, text_of("http://"));
 	lower_append(b, f->host);
-	buffer_print(b, ":%u", f->port);
+	buffer_append(b, text_of(":"));
+	buffer_number(b, f->port);
 	if (f->path.len == 0 || *f->path.at != '/')
 		buffer_append(b, text_of("/"));
 	buffer_append(b, f->path);
@@ -6764,9 +6835,7 @@ stored_head_append(const struct response *r, struct buffer *b)
 {
 	size_t i;
 
-	buffer_print(b, "HTTP/1.1 %03d ", r->status);
-	buffer_append(b, r->reason);
-	buffer_append(b, text_of("\r\n"));
+	status_append(b, r->status, r->reason);
 	for (i = 0; i < r->head.n; i++)
 		if (field_passes(&r->head, i))
 			field_append(b, &r->head.fields[i]);
@@ -8027,14 +8096,15 @@ log_date(void)
 	return text;
 }
 
-/* Appends " name=ms", or "-" for a step that did not take place. */
+/* Appends name and milliseconds, or "-" for a step that did not take place. */
 static void
 log_time(struct buffer *b, const char *name, int64_t from, int64_t to)
 {
-	if (from == 0 || to == 0)
-		buffer_print(b, " %s=-", name);
+	buffer_append(b, text_of(name));
+	if (from == 0 || to < from)
+		buffer_append(b, text_of("-"));
 	else
-		buffer_print(b, " %s=%lld", name, (long long)(to - from));
+		buffer_number(b, (uint64_t)(to - from));
 }
 
 /* Where the first line of a head that could not be parsed goes in full. */
@@ -8045,7 +8115,8 @@ log_request(struct buffer *b, const struct facts *f)
 		buffer_escape(b, f->name, BUFFER_ROOM / 16);
 		buffer_append(b, text_of(" "));
 		buffer_escape(b, f->uri, BUFFER_ROOM / 2);
-		buffer_print(b, " HTTP/1.%u\"", f->minor);
+		buffer_append(b,
+		    text_of(f->minor ? " HTTP/1.1\"" : " HTTP/1.0\""));
 	} else {
 		buffer_append(b, text_of("- "));
 		buffer_escape(b, f->uri, BUFFER_ROOM / 4);
@@ -8095,24 +8166,36 @@ log_exchange(const struct exchange *x)
 		return;
 	address_host(&x->peer, peer);
 	address_print(&f->server, server);
-	buffer_print(b, "%s - ", peer);
+	buffer_append(b, text_of(peer));
+	buffer_append(b, text_of(" - "));
 	buffer_escape(b, f->user ? f->user->user : text_of(""), CREDENTIAL_MAX);
-	buffer_print(b, " [%s] \"", log_date());
+	buffer_append(b, text_of(" ["));
+	buffer_append(b, text_of(log_date()));
+	buffer_append(b, text_of("] \""));
 	log_request(b, f);
-	buffer_print(b, " %d %llu \"", log_status(f),
-	    (unsigned long long)x->down.payload);
+	buffer_append(b, text_of(" "));
+	buffer_number(b, (uint64_t)log_status(f));
+	buffer_append(b, text_of(" "));
+	buffer_number(b, x->down.payload);
+	buffer_append(b, text_of(" \""));
 	buffer_escape(b, f->referer, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\" \""));
 	buffer_escape(b, f->agent, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\""));
-	if (f->hit != NULL)
-		buffer_print(b, " %s=%s", f->cached ? "hit" : "miss", f->hit);
-	buffer_print(b, " up=%llu", (unsigned long long)x->up.payload);
-	log_time(b, "dns", f->asked, f->resolved);
-	log_time(b, "connect", f->reused ? 0 : f->resolved, f->connected);
-	log_time(b, "first", f->connected, f->local ? 0 : f->answered);
-	log_time(b, "total", f->start, now.ms);
-	buffer_print(b, " server=%s end=%s", server, ends[f->end]);
+	if (f->hit != NULL) {
+		buffer_append(b, text_of(f->cached ? " hit=" : " miss="));
+		buffer_append(b, text_of(f->hit));
+	}
+	buffer_append(b, text_of(" up="));
+	buffer_number(b, x->up.payload);
+	log_time(b, " dns=", f->asked, f->resolved);
+	log_time(b, " connect=", f->reused ? 0 : f->resolved, f->connected);
+	log_time(b, " first=", f->connected, f->local ? 0 : f->answered);
+	log_time(b, " total=", f->start, now.ms);
+	buffer_append(b, text_of(" server="));
+	buffer_append(b, text_of(server));
+	buffer_append(b, text_of(" end="));
+	buffer_append(b, text_of(ends[f->end]));
 	log_rule(b, x);
 	if (f->refusal)
 		buffer_print(b, " why=\"%s\"", refusals[f->refusal].words);
@@ -9952,12 +10035,18 @@ exchange_target(const struct exchange *x, char *to)
 {
 	const struct facts *f = &x->facts;
 	bool literal = text_find(f->host, ':') < f->host.len;
-	int n = snprintf(to, HOST_MAX + 10, literal ? "[%.*s]" : "%.*s",
-	    (int)f->host.len, f->host.at);
 
-	if (f->port != 80 || f->method == METHOD_CONNECT)
-		(void)snprintf(to + n, (size_t)(HOST_MAX + 10 - n), ":%u",
-		    f->port);
+	if (literal)
+		*to++ = '[';
+	memcpy(to, f->host.at, f->host.len);
+	to += f->host.len;
+	if (literal)
+		*to++ = ']';
+	if (f->port != 80 || f->method == METHOD_CONNECT) {
+		*to++ = ':';
+		to = number_print(to, f->port);
+	}
+	*to = '\0';
 }
 
 /* Where a connection to address leads, and how; see struct hop. */
@@ -10154,7 +10243,9 @@ host_append(const struct exchange *x, struct buffer *b)
 	char target[HOST_MAX + 10];
 
 	exchange_target(x, target);
-	buffer_print(b, "Host: %s\r\n", target);
+	buffer_append(b, text_of("Host: "));
+	buffer_append(b, text_of(target));
+	buffer_append(b, text_of("\r\n"));
 }
 
 /* The request line for the next hop: a parent gets the whole target. */
@@ -10218,8 +10309,7 @@ request_field_append(struct exchange *x, const struct request *r, size_t i,
 	if (text_is(field->name, "Content-Length")) {
 		if (field == head_field(&r->head, "Content-Length") &&
 		    r->method != METHOD_CONNECT)
-			buffer_print(b, "Content-Length: %llu\r\n",
-			    (unsigned long long)r->length);
+			length_append(b, r->length);
 	} else if (text_is(field->name, "Max-Forwards") &&
 	    (r->method == METHOD_TRACE || r->method == METHOD_OPTIONS)) {
 		if (number_parse(field->value, INT32_MAX, &hops) && hops > 0)
@@ -10295,7 +10385,7 @@ request_build(struct exchange *x, const struct request *r, struct buffer *b)
 	rewrites_append(&r->rewrites, b);
 	x->up.bare = rewrites_strip(&r->rewrites);
 	if (!rewrites_take(&r->rewrites, text_of("Via")))
-		buffer_print(b, "Via: 1.%u %s\r\n", r->minor, pseudonym);
+		via_append(b, r->minor);
 	connection_append(x, r, b);
 	buffer_append(b, text_of("\r\n"));
 }
@@ -10574,8 +10664,7 @@ response_field_append(const struct exchange *x, const struct response *r,
 		else if (head_field(&r->head, "Transfer-Encoding") != NULL ||
 		    head_length(&r->head, &length) != 1)
 			return;
-		buffer_print(b, "Content-Length: %llu\r\n",
-		    (unsigned long long)length);
+		length_append(b, length);
 	} else if (field_passes(&r->head, i) ||
 	    (r->status == 407 && text_is(field->name, "Proxy-Authenticate")))
 		field_append(b, field);
@@ -10589,7 +10678,8 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 
 	bool collapsed = f->cached && (f->leader || f->alone);
 
-	buffer_print(b, "Cache-Status: %s", pseudonym);
+	buffer_append(b, text_of("Cache-Status: "));
+	buffer_append(b, text_of(pseudonym));
 	if (f->cached && !f->validated && !collapsed)
 		buffer_append(b, text_of("; hit"));
 	else
@@ -10600,9 +10690,12 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 				 "method");
 	if (f->forward_status)
 		buffer_print(b, "; fwd-status=%d", f->forward_status);
-	if (f->cached)
-		buffer_print(b, "; ttl=%lld%s", (long long)f->ttl,
-		    collapsed ? "; collapsed" : "");
+	if (f->cached) {
+		buffer_append(b, text_of(f->ttl < 0 ? "; ttl=-" : "; ttl="));
+		buffer_number(b, (uint64_t)(f->ttl < 0 ? -f->ttl : f->ttl));
+	}
+	if (f->cached && collapsed)
+		buffer_append(b, text_of("; collapsed"));
 	if (f->storing)
 		buffer_append(b, text_of("; stored"));
 	buffer_append(b, text_of("\r\n"));
@@ -10638,9 +10731,7 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 
 	response_rewrites(x, r, &w);
 
-	buffer_print(b, "HTTP/1.1 %03d ", r->status);
-	buffer_append(b, r->reason);
-	buffer_append(b, text_of("\r\n"));
+	status_append(b, r->status, r->reason);
 	for (i = 0; i < r->head.n; i++)
 		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))
 			field_append(b, &r->head.fields[i]);
@@ -10652,7 +10743,7 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 		buffer_print(b, "Date: %s\r\n", date_now());
 	if ((!x->facts.local || x->facts.cached) &&
 	    !rewrites_take(&w, text_of("Via")))
-		buffer_print(b, "Via: 1.%u %s\r\n", r->minor, pseudonym);
+		via_append(b, r->minor);
 	buffer_append(b, r->extra);
 	if (options.cache != NULL && r->status >= 200 && !x->facts.tunnel)
 		cache_status_append(x, b);

@@ -11145,6 +11145,14 @@ unit_numbers(void)
 		{ "a", 99, false, 0 }, { ":", 99, false, 0 },
 		{ "/", 99, false, 0 },
 	};
+	static const struct {
+		const char *s;
+		uint64_t value;
+	} printed[] = {
+		{ "0", 0 }, { "9", 9 }, { "10", 10 }, { "99", 99 },
+		{ "100", 100 }, { "65535", 65535 },
+		{ "18446744073709551615", UINT64_MAX },
+	};
 	size_t i;
 
 	for (i = 0; i < COUNT(table); i++) {
@@ -11154,6 +11162,14 @@ unit_numbers(void)
 
 		if (ok != table[i].ok || value != (ok ? table[i].value : 12345))
 			unit_fail("number", table[i].s, (long)value);
+	}
+	for (i = 0; i < COUNT(printed); i++) {
+		size_t n = strlen(printed[i].s);
+		char *to = guarded(n);
+
+		if (number_print(to, printed[i].value) != to + n ||
+		    memcmp(to, printed[i].s, n) != 0)
+			unit_fail("printed", printed[i].s, 0);
 	}
 }
 
