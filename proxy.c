@@ -1618,19 +1618,32 @@ buffer_number(struct buffer *b, uint64_t n)
 	buffer_append(b, text_cut(digits, (size_t)(end - digits)));
 }
 
+/* True if c could split or fake a line. */
+static bool
+is_escaped(char c)
+{
+	return c < 33 || c > 126 || c == '"' || c == '\\';
+}
+
 /* Appends t with all that could split or fake a line as %XX; max bytes. */
 static void
 buffer_escape(struct buffer *b, struct text t, size_t max)
 {
-	size_t i, limit = b->end + max;
+	static const char digits[] = "0123456789ABCDEF";
+	size_t i = 0, limit = b->end + max;
 
-	for (i = 0; i < t.len && b->end + 6 < limit; i++) {
-		unsigned char c = (unsigned char)t.at[i];
+	while (i < t.len && b->end + 6 < limit) {
+		size_t start = i, room = limit - 6 - b->end;
+		char code[3] = "%";
 
-		if (c < 33 || c > 126 || c == '"' || c == '\\')
-			buffer_print(b, "%%%02X", c);
-		else
-			buffer_append(b, text_cut(t.at + i, 1));
+		while (i < t.len && i - start < room && !is_escaped(t.at[i]))
+			i++;
+		buffer_append(b, text_cut(t.at + start, i - start));
+		if (i == start) {
+			code[1] = digits[(unsigned char)t.at[i] >> 4];
+			code[2] = digits[t.at[i++] & 15];
+			buffer_append(b, text_cut(code, sizeof(code)));
+		}
 	}
 	if (i < t.len)
 		buffer_append(b, text_of("..."));
@@ -8762,8 +8775,10 @@ access_judge(struct exchange *x, struct view *v)
 	if (verdict.truth != TRUTH_YES)
 		return true;
 	f->rule = verdict.rule;
-	rule_name(f->rule, name);
-	trace(x, "decided by %s: %s", name, f->rule->text);
+	if (options.verbose > 0) {
+		rule_name(f->rule, name);
+		trace(x, "decided by %s: %s", name, f->rule->text);
+	}
 	if (!rule_refuses(f->rule, v))
 		return true;
 	access_refuse(x, v->request);
