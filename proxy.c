@@ -1326,7 +1326,8 @@ is_alnum(char c)
 static bool
 is_token_char(char c)
 {
-	return is_alnum(c) || (c != '\0' && strchr("!#$%&'*+-.^_`|~", c));
+	return is_alnum(c) || c == '-' ||
+	    (c != '\0' && strchr("!#$%&'*+.^_`|~", c));
 }
 
 /* True if t is a token, the form of methods and field names. */
@@ -2443,10 +2444,11 @@ head_parse(struct text t, struct head *h)
 static const struct field *
 head_field(const struct head *h, const char *name)
 {
+	struct text wanted = text_of(name);
 	size_t i;
 
 	for (i = 0; i < h->n; i++)
-		if (text_is(h->fields[i].name, name))
+		if (text_same(h->fields[i].name, wanted))
 			return &h->fields[i];
 	return NULL;
 }
@@ -2492,12 +2494,13 @@ list_next(struct text *rest, struct text *member)
 static bool
 head_lists(const struct head *h, const char *name, struct text word)
 {
+	struct text wanted = text_of(name);
 	size_t i;
 
 	for (i = 0; i < h->n; i++) {
 		struct text rest = h->fields[i].value, member;
 
-		if (!text_is(h->fields[i].name, name))
+		if (!text_same(h->fields[i].name, wanted))
 			continue;
 		while (list_next(&rest, &member))
 			if (text_same(member, word))
@@ -2894,12 +2897,16 @@ static const char *const fields_of_body[] = { "Content-Length",
 static const char *const fields_of_condition[] = { "If-None-Match",
 	"If-Modified-Since", "If-Match", "If-Unmodified-Since", NULL };
 
-/* True if list, which ends in NULL, has name. */
+/*
+ * True if list, which ends in NULL, has name.  Every field of every head is
+ * looked for in lists, so it pays to see first whether two begin alike.
+ */
 static bool
 name_is_among(struct text name, const char *const *list)
 {
-	for (; *list != NULL; list++)
-		if (text_is(name, *list))
+	for (; *list != NULL && name.len > 0; list++)
+		if (((name.at[0] ^ **list) & ~('a' ^ 'A')) == 0 &&
+		    text_is(name, *list))
 			return true;
 	return false;
 }
@@ -5984,12 +5991,14 @@ date_parse(struct text t)
 static int64_t
 head_date(const struct head *h, const char *name)
 {
-	const struct field *field = head_field(h, name);
-	size_t i, n = 0;
+	const struct field *field = head_field(h, name), *other = field;
 
-	for (i = 0; i < h->n; i++)
-		n += text_is(h->fields[i].name, name);
-	return n == 1 ? date_parse(field->value) : -1;
+	if (field == NULL)
+		return -1;
+	while (++other < h->fields + h->n)
+		if (text_same(other->name, field->name))
+			return -1;
+	return date_parse(field->value);
 }
 
 /* delta-seconds (RFC 9111 section 1.2.2): too large is 2^31, wrong is 0. */
@@ -6140,15 +6149,16 @@ static struct lifetime
 freshness_lifetime(const struct response *r, bool explicit_only)
 {
 	struct control control = control_parse(&r->head);
-	int64_t date = head_date(&r->head, "Date");
-	int64_t expires = head_date(&r->head, "Expires");
-	int64_t modified = head_date(&r->head, "Last-Modified");
 	struct lifetime l = { -1, "nothing says how long" };
+	int64_t date, expires, modified;
 
 	if (control.s_maxage >= 0)
 		return (struct lifetime){ control.s_maxage, "s-maxage" };
 	if (control.max_age >= 0)
 		return (struct lifetime){ control.max_age, "max-age" };
+	date = head_date(&r->head, "Date");
+	expires = head_date(&r->head, "Expires");
+	modified = head_date(&r->head, "Last-Modified");
 	if (head_field(&r->head, "Expires") != NULL) {
 		if (date == -1)
 			date = now.wall;
@@ -7611,8 +7621,7 @@ static bool
 request_is_satisfied(const struct head *q, const struct response *r)
 {
 	struct text etag = head_value(&r->head, "ETag"), rest, member;
-	int64_t since = head_date(q, "If-Modified-Since");
-	int64_t modified = head_date(&r->head, "Last-Modified");
+	int64_t since = head_date(q, "If-Modified-Since"), modified;
 	bool some = false;
 	size_t i;
 
@@ -7625,9 +7634,12 @@ request_is_satisfied(const struct head *q, const struct response *r)
 			if (text_is(member, "*") || etag_same(member, etag))
 				return true;
 	}
+	if (some || since == -1)
+		return false;
+	modified = head_date(&r->head, "Last-Modified");
 	if (modified == -1)
 		modified = head_date(&r->head, "Date");
-	return !some && since != -1 && modified != -1 && modified <= since;
+	return modified != -1 && modified <= since;
 }
 
 /*
