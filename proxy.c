@@ -686,7 +686,7 @@ struct facts {
 	uint32_t region;    /* bytes of its region */
 	uint64_t body;      /* bytes of the entry's body */
 	uint64_t stored;    /* of the new one's, or of the leader's, so far */
-	uint64_t region_rest; /* the sum of its region so far */
+	uint64_t region_rest; /* the sum of its region but its first line */
 	int64_t requested;    /* wall clock: when the server was asked */
 	int64_t ttl;          /* seconds the entry is still fresh */
 	int64_t age;          /* its age in seconds */
@@ -1398,6 +1398,38 @@ number_print(char *to, uint64_t n)
 		*--to = (char)('0' + n % 10);
 	while ((n /= 10) > 0);
 	return end;
+}
+
+/* Writes the lowest 4 * n bits of a number as n hex digits, and no NUL. */
+static char *
+hex_print(char *to, uint64_t bits, size_t n)
+{
+	size_t i;
+
+	for (i = n; i > 0; bits >>= 4)
+		to[--i] = "0123456789abcdef"[bits & 15];
+	return to + n;
+}
+
+/* Eight bytes as a number, the lowest first: one load to most compilers. */
+static uint64_t
+word_read(const char *at)
+{
+	const unsigned char *p = (const unsigned char *)at;
+
+	return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 |
+	    (uint64_t)p[3] << 24 | (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 |
+	    (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
+}
+
+/* The same of t, which is shorter: filled up with zeros. */
+static uint64_t
+word_last(struct text t)
+{
+	char bytes[8] = { 0 };
+
+	memcpy(bytes, t.at, t.len);
+	return word_read(bytes);
 }
 
 /*
@@ -3809,17 +3841,6 @@ sip_rounds(uint64_t v[4], int n)
 	}
 }
 
-/* The first n bytes of t, 8 at most, as a number; the lowest is the first. */
-static uint64_t
-sip_word(struct text t, size_t n)
-{
-	uint64_t word = 0;
-
-	while (n-- > 0)
-		word = word << 8 | (unsigned char)t.at[n];
-	return word;
-}
-
 /* SipHash-2-4 of t (Aumasson and Bernstein, 2012). */
 static uint64_t
 sip_hash(const uint64_t key[2], struct text t)
@@ -3830,12 +3851,12 @@ sip_hash(const uint64_t key[2], struct text t)
 	uint64_t word, length = (uint64_t)t.len << 56;
 
 	for (; t.len >= 8; t = text_from(t, 8)) {
-		word = sip_word(t, 8);
+		word = word_read(t.at);
 		v[3] ^= word;
 		sip_rounds(v, 2);
 		v[0] ^= word;
 	}
-	word = length | sip_word(t, t.len);
+	word = length | word_last(t);
 	v[3] ^= word;
 	sip_rounds(v, 2);
 	v[0] ^= word;
@@ -6348,10 +6369,14 @@ entry_path(struct text key, struct text variant, char *to)
 
 	first = hash_text(first, variant);
 	second = hash_text(second, variant);
-	(void)snprintf(to, CACHE_PATH, "%.900s/%02x/%014llx%016llx",
-	    options.cache, (unsigned)(first >> 56),
-	    (unsigned long long)(first & 0xffffffffffffffU),
-	    (unsigned long long)second);
+	(void)text_copy(text_of(options.cache), to, 901);
+	to += strlen(to);
+	*to++ = '/';
+	to = hex_print(to, first >> 56, 2);
+	*to++ = '/';
+	to = hex_print(to, first, 14);
+	to = hex_print(to, second, 16);
+	*to = '\0';
 }
 
 /* One value of a field for variant_append(). */
@@ -6472,31 +6497,49 @@ vary_append(const struct response *r, struct buffer *b)
  *   ...
  *
  * and the body follows.  The sum covers the region and the numbers in its
- * first line.  A file that says where variants are to be found has no head
- * but `vary:` and a token, which is part of the variants' names: those of an
- * older token are never found again.
+ * first line, see region_sum().  A file that says where variants are to be
+ * found has no head but `vary:` and a token, which is part of the variants'
+ * names: those of an older token are never found again.
  */
 
-/* The sum of a region: all behind its first line, and the numbers in that. */
+/* A sum goes on with a word: FNV-1a, but no change may be lost at the top. */
 static uint64_t
-region_sum(struct text rest, size_t region, uint64_t body)
+sum_word(uint64_t sum, uint64_t word)
 {
-	char numbers[64];
-
-	(void)snprintf(numbers, sizeof(numbers), "%lu %llu",
-	    (unsigned long)region, (unsigned long long)body);
-	return hash_text(hash_text(14695981039346656037U, rest),
-	    text_of(numbers));
+	sum = (sum ^ word) * 1099511628211U;
+	return sum ^ sum >> 32;
 }
 
-/* Writes a region's first line to `to`, which has REGION_LINE + 1 bytes. */
+/* The sum of what is behind the first line of a region. */
+static uint64_t
+region_sum(struct text rest)
+{
+	uint64_t sum = 14695981039346656037U;
+
+	for (; rest.len >= 8; rest = text_from(rest, 8))
+		sum = sum_word(sum, word_read(rest.at));
+	return sum_word(sum, word_last(rest));
+}
+
+/*
+ * Writes a region's first line to `to`, which has REGION_LINE + 1 bytes; sum
+ * is that of the rest.
+ */
 static void
 region_line(char *to, size_t region, uint64_t body, uint64_t sum)
 {
-	(void)snprintf(to, REGION_LINE + 1,
-	    "proxy-cache 1 region %06lu body %020llu sum %016llx\n",
-	    (unsigned long)(region % 1000000), (unsigned long long)body,
-	    (unsigned long long)sum);
+	char digits[NUMBER_DIGITS];
+	size_t n;
+
+	memcpy(to,
+	    "proxy-cache 1 region 000000 body 00000000000000000000 sum "
+	    "0000000000000000\n",
+	    REGION_LINE + 1);
+	n = (size_t)(number_print(digits, region % 1000000) - digits);
+	memcpy(to + 27 - n, digits, n);
+	n = (size_t)(number_print(digits, body) - digits);
+	memcpy(to + 53 - n, digits, n);
+	(void)hex_print(to + 58, sum_word(sum_word(sum, region), body), 16);
 }
 
 /* A line `name: value` of a region, taken from *rest; false: another one. */
@@ -6553,7 +6596,7 @@ region_parse(struct text rest, struct entry *e)
 static bool
 entry_parse(struct text t, struct entry *e)
 {
-	uint64_t region, sum;
+	uint64_t region;
 	char line[REGION_LINE + 1];
 	struct text rest;
 
@@ -6565,8 +6608,7 @@ entry_parse(struct text t, struct entry *e)
 		return false;
 	e->region = (size_t)region;
 	rest = text_cut(t.at + REGION_LINE, e->region - REGION_LINE);
-	sum = region_sum(rest, e->region, e->body);
-	region_line(line, e->region, e->body, sum);
+	region_line(line, e->region, e->body, region_sum(rest));
 	return memcmp(line, t.at, REGION_LINE) == 0 && region_parse(rest, e);
 }
 
@@ -6723,10 +6765,9 @@ region_seal(struct buffer *b, uint64_t body)
 {
 	size_t n = buffer_len(b);
 	char line[REGION_LINE + 1];
-	uint64_t sum =
-	    region_sum(text_from(buffer_text(b), REGION_LINE), n, body);
 
-	region_line(line, n, body, sum);
+	region_line(line, n, body,
+	    region_sum(text_from(buffer_text(b), REGION_LINE)));
 	memcpy(b->data + b->start, line, REGION_LINE);
 }
 
@@ -7117,8 +7158,7 @@ store_open(struct exchange *x, const struct response *r, const struct draft *d)
 	store_path(f->fetch, path);
 	f->store = open(path, O_RDWR | O_CREAT | O_EXCL, 0600);
 	f->storing = f->store != -1;
-	f->region_rest =
-	    hash_text(14695981039346656037U, text_from(region, REGION_LINE));
+	f->region_rest = region_sum(text_from(region, REGION_LINE));
 	f->stored = 0;
 	f->validator = response_validator(r);
 	f->length = r->framing == FRAMING_LENGTH ? r->length :
@@ -7224,15 +7264,11 @@ static void
 store_finish(struct exchange *x)
 {
 	struct facts *f = &x->facts;
-	char line[REGION_LINE + 1], numbers[64], from[CACHE_PATH];
-	char to[CACHE_PATH];
+	char line[REGION_LINE + 1], from[CACHE_PATH], to[CACHE_PATH];
 
 	if (!f->storing)
 		return;
-	(void)snprintf(numbers, sizeof(numbers), "%lu %llu",
-	    (unsigned long)f->region, (unsigned long long)f->stored);
-	region_line(line, f->region, f->stored,
-	    hash_text(f->region_rest, text_of(numbers)));
+	region_line(line, f->region, f->stored, f->region_rest);
 	store_path(f->fetch, from);
 	(void)snprintf(to, sizeof(to), "%s%s", options.cache, x->note);
 	entry_directory(to);
