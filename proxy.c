@@ -4406,9 +4406,12 @@ match_port(const struct value *value, struct view *v)
 	    v->port <= value->as.numbers.last;
 }
 
-/* The whole URL, its host in small letters; it is made once for a view. */
-static bool
-match_url(const struct value *value, struct view *v)
+/*
+ * The whole URL, its host in small letters; for CONNECT host:port.  Good until
+ * the next call.
+ */
+static const char *
+view_url(const struct view *v)
 {
 	static char url[LINE_MAX_BYTES + HOST_MAX + 32];
 	const struct request *q = v->request;
@@ -4419,19 +4422,25 @@ match_url(const struct value *value, struct view *v)
 	char host[HOST_MAX + 1];
 	size_t i;
 
-	if (v->url == NULL) {
-		(void)text_copy(v->host, host, sizeof(host));
-		for (i = 0; host[i] != '\0'; i++)
-			host[i] = (char)tolower((unsigned char)host[i]);
-		if (connect || v->port != 80)
-			(void)snprintf(port, sizeof(port), ":%u", v->port);
-		(void)snprintf(url, sizeof(url), "%s%s%s%s%s%s%.*s",
-		    connect ? "" : "http://", bracket ? "[" : "", host,
-		    bracket ? "]" : "", port,
-		    connect || (path.len > 0 && *path.at == '/') ? "" : "/",
-		    (int)path.len, path.at);
-		v->url = url;
-	}
+	(void)text_copy(v->host, host, sizeof(host));
+	for (i = 0; host[i] != '\0'; i++)
+		host[i] = (char)tolower((unsigned char)host[i]);
+	if (connect || v->port != 80)
+		(void)snprintf(port, sizeof(port), ":%u", v->port);
+	(void)snprintf(url, sizeof(url), "%s%s%s%s%s%s%.*s",
+	    connect ? "" : "http://", bracket ? "[" : "", host,
+	    bracket ? "]" : "", port,
+	    connect || (path.len > 0 && *path.at == '/') ? "" : "/",
+	    (int)path.len, path.at);
+	return url;
+}
+
+/* The whole URL, which is made once for a view. */
+static bool
+match_url(const struct value *value, struct view *v)
+{
+	if (v->url == NULL)
+		v->url = view_url(v);
 	return regexec(&value->as.regex, v->url, 0, NULL, 0) == 0;
 }
 
@@ -6659,12 +6668,12 @@ entry_open(const char *path, struct text key, struct text variant,
 }
 
 /*
- * Finds the entry for a request.  Its beginning is in b, its descriptor is
- * returned; -1 if there is none.  path, of CACHE_PATH bytes, is where it was
- * last looked for.
+ * Finds the entry for a request, and notes its key.  Its beginning is in b,
+ * its descriptor is returned; -1 if there is none.  path, of CACHE_PATH bytes,
+ * is where it was last looked for.
  */
 static int
-entry_find(const struct exchange *x, const struct request *q, struct buffer *b,
+entry_find(struct exchange *x, const struct request *q, struct buffer *b,
     struct entry *e, char *path)
 {
 	struct buffer *keys = buffer_take();
@@ -6677,6 +6686,7 @@ entry_find(const struct exchange *x, const struct request *q, struct buffer *b,
 		return -1;
 	key_append(x, keys);
 	key = buffer_text(keys);
+	x->facts.key = key_hash(key);
 	split = keys->end;
 	entry_path(key, text_cut("", 0), path);
 	fd = entry_open(path, key, text_cut("", 0), b, e);
@@ -9645,8 +9655,6 @@ lookup_run(struct exchange *x, const struct request *q,
 	f->forward = "uri-miss";
 	if (l->b == NULL)
 		return;
-	key_append(x, l->b);
-	f->key = key_hash(buffer_text(l->b));
 	l->fd = entry_find(x, q, l->b, &l->e, l->path);
 	if (l->fd == -1 && l->e.vary.at != NULL)
 		f->forward = "vary-miss";
@@ -10807,6 +10815,11 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	if ((!x->facts.local || x->facts.cached) &&
 	    !rewrites_take(&w, text_of("Via")))
 		via_append(b, r->minor);
+	if (x->facts.cached) {
+		buffer_append(b, text_of("Age: "));
+		buffer_number(b, (uint64_t)x->facts.age);
+		buffer_append(b, text_of("\r\n"));
+	}
 	buffer_append(b, r->extra);
 	if (options.cache != NULL && r->status >= 200 && !x->facts.tunnel)
 		cache_status_append(x, b);
@@ -11019,8 +11032,7 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 	struct facts *f = &x->facts;
 	struct range range = { 0, f->body };
 	const struct request *q;
-	char extra[256];
-	size_t used;
+	char extra[256] = "", *end;
 	int part;
 
 	q = exchange_request(x);
@@ -11030,30 +11042,29 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 	part = f->grows || f->method != METHOD_GET ?
 	    0 :
 	    range_parse(&q->head, r, f->body, &range);
-	(void)snprintf(extra, sizeof(extra), "Age: %lld\r\n",
-	    (long long)f->age);
-	used = strlen(extra);
 	if (r->status == 200 && request_is_satisfied(&q->head, r)) {
 		r->status = 304;
 		r->framing = FRAMING_NONE;
 	} else if (part == -1) {
 		r->status = 416;
 		r->framing = FRAMING_NONE;
-		(void)snprintf(extra + used, sizeof(extra) - used,
+		(void)snprintf(extra, sizeof(extra),
 		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
 		    (unsigned long long)f->body);
 	} else if (part == 1) {
 		r->status = 206;
-		(void)snprintf(extra + used, sizeof(extra) - used,
+		(void)snprintf(extra, sizeof(extra),
 		    "Content-Range: bytes %llu-%llu/%llu\r\n"
 		    "Content-Length: %llu\r\n",
 		    (unsigned long long)range.first,
 		    (unsigned long long)(range.first + range.length - 1),
 		    (unsigned long long)f->body,
 		    (unsigned long long)range.length);
-	} else if (r->status != 204 && f->body != UINT64_MAX)
-		(void)snprintf(extra + used, sizeof(extra) - used,
-		    "Content-Length: %llu\r\n", (unsigned long long)f->body);
+	} else if (r->status != 204 && f->body != UINT64_MAX) {
+		memcpy(extra, "Content-Length: ", 16);
+		end = number_print(extra + 16, f->body);
+		memcpy(end, "\r\n", 3);
+	}
 	if (r->status == 304 || r->status == 416 || r->status == 206)
 		r->reason = text_of(status_reason(r->status));
 	r->extra = text_of(extra);
