@@ -9562,12 +9562,15 @@ follow_is_safe(const struct facts *f)
 static int
 follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 {
-	struct exchange *y;
+	struct buffer *key = buffer_take();
+	struct exchange *y = key == NULL ? NULL : cache.fetches;
 	struct facts *f;
 	char path[CACHE_PATH];
 	int fd = -1;
 
-	for (y = cache.fetches; y != NULL && fd == -1; y = y->next) {
+	if (key != NULL)
+		key_append(x, key);
+	for (; y != NULL && fd == -1; y = y->next) {
 		f = &y->facts;
 		if (!f->storing || f->spoiled || f->key != x->facts.key ||
 		    (f->length == UINT64_MAX && key_is_lone(f->key)))
@@ -9577,6 +9580,7 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 		if (fd == -1)
 			continue;
 		if (region_read(fd, f->region, l->b, &l->e) &&
+		    text_equals(l->e.key, buffer_text(key)) &&
 		    response_parse(l->e.head, METHOD_GET, &l->r) == 1 &&
 		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
 		    lseek(fd, (off_t)f->region, SEEK_SET) != -1) {
@@ -9590,6 +9594,7 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 			fd = -1;
 		}
 	}
+	buffer_give(&key);
 	return fd;
 }
 
