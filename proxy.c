@@ -738,6 +738,7 @@ struct other {
 	struct conn conn; /* ROLE_TRY or ROLE_KEPT */
 	struct hop hop;   /* where it leads */
 	int64_t since;    /* ms: idle since then */
+	int64_t since_us; /* the same time in us, which tells turns apart */
 };
 
 /* One of the places where clients come in. */
@@ -1071,7 +1072,7 @@ static struct rules *rules_now; /* those in force */
 /* The clocks, read once a turn. */
 static struct {
 	int64_t ms;  /* monotonic: durations and deadlines */
-	int64_t us;  /* the same clock: what a poll costs */
+	int64_t us;  /* the same clock: what a poll costs; tells turns apart */
 	time_t wall; /* dates */
 } now;
 
@@ -2189,6 +2190,7 @@ other_keep(struct conn *c, const struct hop *hop)
 	conn_move(c, &o->conn, ROLE_KEPT, NULL);
 	o->hop = *hop;
 	o->since = now.ms;
+	o->since_us = now.us;
 	conn_watch(&o->conn, POLLIN);
 	if (o->since + KEPT_SERVER_MS < exchanges.wake)
 		exchanges.wake = o->since + KEPT_SERVER_MS;
@@ -10184,7 +10186,7 @@ other_is_quiet(const struct other *o)
 {
 	struct pollfd fd = { .fd = o->conn.fd, .events = POLLIN };
 
-	return (o->conn.place < poll_set.hot && o->since < now.ms) ||
+	return (o->conn.place < poll_set.hot && o->since_us < now.us) ||
 	    poll(&fd, 1, 0) == 0;
 }
 
