@@ -165,6 +165,8 @@ enum limit {
 	/* A trailer section; what is put around it and its fields, at most. */
 	TRAILER_GROWTH = 128 + 8,
 	TRAILER_MAX = BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM - TRAILER_GROWTH,
+	/* Decimal digits of 2^64. */
+	NUMBER_DIGITS = 20,
 	/* Fields in a head: browsers send 20, the worst sites answer 60. */
 	FIELDS_MAX = 128,
 	/* A DNS name has at most 253 characters. */
@@ -685,7 +687,7 @@ struct facts {
 	uint32_t region;    /* bytes of its region */
 	uint64_t body;      /* bytes of the entry's body */
 	uint64_t stored;    /* of the new one's, or of the leader's, so far */
-	uint64_t region_rest; /* the sum of its region so far */
+	uint64_t region_rest; /* the sum of its region but its first line */
 	int64_t requested;    /* wall clock: when the server was asked */
 	int64_t ttl;          /* seconds the entry is still fresh */
 	int64_t age;          /* its age in seconds */
@@ -737,6 +739,7 @@ struct other {
 	struct conn conn; /* ROLE_TRY or ROLE_KEPT */
 	struct hop hop;   /* where it leads */
 	int64_t since;    /* ms: idle since then */
+	int64_t since_us; /* the same time in us, which tells turns apart */
 };
 
 /* One of the places where clients come in. */
@@ -1070,7 +1073,7 @@ static struct rules *rules_now; /* those in force */
 /* The clocks, read once a turn. */
 static struct {
 	int64_t ms;  /* monotonic: durations and deadlines */
-	int64_t us;  /* the same clock: what a poll costs */
+	int64_t us;  /* the same clock: what a poll costs; tells turns apart */
 	time_t wall; /* dates */
 } now;
 
@@ -1326,7 +1329,8 @@ is_alnum(char c)
 static bool
 is_token_char(char c)
 {
-	return is_alnum(c) || (c != '\0' && strchr("!#$%&'*+-.^_`|~", c));
+	return is_alnum(c) || c == '-' ||
+	    (c != '\0' && strchr("!#$%&'*+.^_`|~", c));
 }
 
 /* True if t is a token, the form of methods and field names. */
@@ -1376,6 +1380,59 @@ number_parse(struct text t, uint64_t max, uint64_t *value)
 		return false;
 	*value = sum;
 	return true;
+}
+
+/*
+ * Writes n in decimal, NUMBER_DIGITS bytes at most and no NUL; returns where
+ * it ends.  printf(3) takes ten times as long, and heads and log lines are
+ * full of numbers.
+ */
+static char *
+number_print(char *to, uint64_t n)
+{
+	uint64_t rest = n;
+	char *end;
+
+	do
+		to++;
+	while ((rest /= 10) > 0);
+	end = to;
+	do
+		*--to = (char)('0' + n % 10);
+	while ((n /= 10) > 0);
+	return end;
+}
+
+/* Writes the lowest 4 * n bits of a number as n hex digits, and no NUL. */
+static char *
+hex_print(char *to, uint64_t bits, size_t n)
+{
+	size_t i;
+
+	for (i = n; i > 0; bits >>= 4)
+		to[--i] = "0123456789abcdef"[bits & 15];
+	return to + n;
+}
+
+/* Eight bytes as a number, the lowest first: one load to most compilers. */
+static uint64_t
+word_read(const char *at)
+{
+	const unsigned char *p = (const unsigned char *)at;
+
+	return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 |
+	    (uint64_t)p[3] << 24 | (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 |
+	    (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
+}
+
+/* The same of t, which is shorter: filled up with zeros. */
+static uint64_t
+word_last(struct text t)
+{
+	char bytes[8] = { 0 };
+
+	memcpy(bytes, t.at, t.len);
+	return word_read(bytes);
 }
 
 /*
@@ -1587,19 +1644,42 @@ buffer_print(struct buffer *b, const char *format, ...)
 		b->end += (size_t)n;
 }
 
+/* Appends n in decimal. */
+static void
+buffer_number(struct buffer *b, uint64_t n)
+{
+	char digits[NUMBER_DIGITS];
+	char *end = number_print(digits, n);
+
+	buffer_append(b, text_cut(digits, (size_t)(end - digits)));
+}
+
+/* True if c could split or fake a line. */
+static bool
+is_escaped(char c)
+{
+	return c < 33 || c > 126 || c == '"' || c == '\\';
+}
+
 /* Appends t with all that could split or fake a line as %XX; max bytes. */
 static void
 buffer_escape(struct buffer *b, struct text t, size_t max)
 {
-	size_t i, limit = b->end + max;
+	static const char digits[] = "0123456789ABCDEF";
+	size_t i = 0, limit = b->end + max;
 
-	for (i = 0; i < t.len && b->end + 6 < limit; i++) {
-		unsigned char c = (unsigned char)t.at[i];
+	while (i < t.len && b->end + 6 < limit) {
+		size_t start = i, room = limit - 6 - b->end;
+		char code[3] = "%";
 
-		if (c < 33 || c > 126 || c == '"' || c == '\\')
-			buffer_print(b, "%%%02X", c);
-		else
-			buffer_append(b, text_cut(t.at + i, 1));
+		while (i < t.len && i - start < room && !is_escaped(t.at[i]))
+			i++;
+		buffer_append(b, text_cut(t.at + start, i - start));
+		if (i == start) {
+			code[1] = digits[(unsigned char)t.at[i] >> 4];
+			code[2] = digits[t.at[i++] & 15];
+			buffer_append(b, text_cut(code, sizeof(code)));
+		}
 	}
 	if (i < t.len)
 		buffer_append(b, text_of("..."));
@@ -1995,26 +2075,34 @@ address_parse(struct text host, unsigned port, struct address *a)
 static void
 address_host(const struct address *a, char *to)
 {
-	if (a->family == AF_UNIX)
-		(void)text_copy(text_of("unix"), to, ADDRESS_TEXT);
-	else if (a->family == 0 ||
-	    inet_ntop(a->family, a->octets, to, ADDRESS_TEXT) == NULL)
-		(void)text_copy(text_of("-"), to, ADDRESS_TEXT);
+	size_t i;
+
+	if (a->family == AF_INET)
+		for (i = 0; i < 4; i++) {
+			to = number_print(to, a->octets[i]);
+			*to++ = i < 3 ? '.' : '\0';
+		}
+	else if (a->family != AF_INET6 ||
+	    inet_ntop(AF_INET6, a->octets, to, INET6_ADDRSTRLEN) == NULL)
+		(void)text_copy(text_of(a->family == AF_UNIX ? "unix" : "-"),
+		    to, sizeof("unix"));
 }
 
 /* Writes address:port; to has ADDRESS_TEXT bytes. */
 static void
 address_print(const struct address *a, char *to)
 {
-	char host[ADDRESS_TEXT];
+	bool six = a->family == AF_INET6;
 
-	address_host(a, host);
-	if (a->family == AF_INET6)
-		(void)snprintf(to, ADDRESS_TEXT, "[%.60s]:%u", host, a->port);
-	else if (a->family == AF_INET)
-		(void)snprintf(to, ADDRESS_TEXT, "%.60s:%u", host, a->port);
-	else
-		(void)text_copy(text_of(host), to, ADDRESS_TEXT);
+	to[0] = '[';
+	address_host(a, to + six);
+	if (!six && a->family != AF_INET)
+		return;
+	to += strlen(to);
+	if (six)
+		*to++ = ']';
+	*to++ = ':';
+	*number_print(to, a->port) = '\0';
 }
 
 /* The same family, address and port. */
@@ -2114,6 +2202,7 @@ other_keep(struct conn *c, const struct hop *hop)
 	conn_move(c, &o->conn, ROLE_KEPT, NULL);
 	o->hop = *hop;
 	o->since = now.ms;
+	o->since_us = now.us;
 	conn_watch(&o->conn, POLLIN);
 	if (o->since + KEPT_SERVER_MS < exchanges.wake)
 		exchanges.wake = o->since + KEPT_SERVER_MS;
@@ -2401,10 +2490,11 @@ head_parse(struct text t, struct head *h)
 static const struct field *
 head_field(const struct head *h, const char *name)
 {
+	struct text wanted = text_of(name);
 	size_t i;
 
 	for (i = 0; i < h->n; i++)
-		if (text_is(h->fields[i].name, name))
+		if (text_same(h->fields[i].name, wanted))
 			return &h->fields[i];
 	return NULL;
 }
@@ -2450,12 +2540,13 @@ list_next(struct text *rest, struct text *member)
 static bool
 head_lists(const struct head *h, const char *name, struct text word)
 {
+	struct text wanted = text_of(name);
 	size_t i;
 
 	for (i = 0; i < h->n; i++) {
 		struct text rest = h->fields[i].value, member;
 
-		if (!text_is(h->fields[i].name, name))
+		if (!text_same(h->fields[i].name, wanted))
 			continue;
 		while (list_next(&rest, &member))
 			if (text_same(member, word))
@@ -2853,12 +2944,16 @@ static const char *const fields_of_body[] = { "Content-Length",
 static const char *const fields_of_condition[] = { "If-None-Match",
 	"If-Modified-Since", "If-Match", "If-Unmodified-Since", NULL };
 
-/* True if list, which ends in NULL, has name. */
+/*
+ * True if list, which ends in NULL, has name.  Every field of every head is
+ * looked for in lists, so it pays to see first whether two begin alike.
+ */
 static bool
 name_is_among(struct text name, const char *const *list)
 {
-	for (; *list != NULL; list++)
-		if (text_is(name, *list))
+	for (; *list != NULL && name.len > 0; list++)
+		if (((name.at[0] ^ **list) & ~('a' ^ 'A')) == 0 &&
+		    text_is(name, *list))
 			return true;
 	return false;
 }
@@ -2882,6 +2977,35 @@ field_append(struct buffer *b, const struct field *field)
 	buffer_append(b, field->name);
 	buffer_append(b, text_of(": "));
 	buffer_append(b, field->value);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* Appends a status line; status has three digits. */
+static void
+status_append(struct buffer *b, int status, struct text reason)
+{
+	buffer_append(b, text_of("HTTP/1.1 "));
+	buffer_number(b, (uint64_t)status);
+	buffer_append(b, text_of(" "));
+	buffer_append(b, reason);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* Appends Content-Length. */
+static void
+length_append(struct buffer *b, uint64_t length)
+{
+	buffer_append(b, text_of("Content-Length: "));
+	buffer_number(b, length);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* Appends Via, for a message that came as HTTP/1.minor. */
+static void
+via_append(struct buffer *b, unsigned minor)
+{
+	buffer_append(b, text_of(minor ? "Via: 1.1 " : "Via: 1.0 "));
+	buffer_append(b, text_of(pseudonym));
 	buffer_append(b, text_of("\r\n"));
 }
 
@@ -3734,17 +3858,6 @@ sip_rounds(uint64_t v[4], int n)
 	}
 }
 
-/* The first n bytes of t, 8 at most, as a number; the lowest is the first. */
-static uint64_t
-sip_word(struct text t, size_t n)
-{
-	uint64_t word = 0;
-
-	while (n-- > 0)
-		word = word << 8 | (unsigned char)t.at[n];
-	return word;
-}
-
 /* SipHash-2-4 of t (Aumasson and Bernstein, 2012). */
 static uint64_t
 sip_hash(const uint64_t key[2], struct text t)
@@ -3755,12 +3868,12 @@ sip_hash(const uint64_t key[2], struct text t)
 	uint64_t word, length = (uint64_t)t.len << 56;
 
 	for (; t.len >= 8; t = text_from(t, 8)) {
-		word = sip_word(t, 8);
+		word = word_read(t.at);
 		v[3] ^= word;
 		sip_rounds(v, 2);
 		v[0] ^= word;
 	}
-	word = length | sip_word(t, t.len);
+	word = length | word_last(t);
 	v[3] ^= word;
 	sip_rounds(v, 2);
 	v[0] ^= word;
@@ -4319,9 +4432,12 @@ match_port(const struct value *value, struct view *v)
 	    v->port <= value->as.numbers.last;
 }
 
-/* The whole URL, its host in small letters; it is made once for a view. */
-static bool
-match_url(const struct value *value, struct view *v)
+/*
+ * The whole URL, its host in small letters; for CONNECT host:port.  Good until
+ * the next call.
+ */
+static const char *
+view_url(const struct view *v)
 {
 	static char url[LINE_MAX_BYTES + HOST_MAX + 32];
 	const struct request *q = v->request;
@@ -4332,19 +4448,25 @@ match_url(const struct value *value, struct view *v)
 	char host[HOST_MAX + 1];
 	size_t i;
 
-	if (v->url == NULL) {
-		(void)text_copy(v->host, host, sizeof(host));
-		for (i = 0; host[i] != '\0'; i++)
-			host[i] = (char)tolower((unsigned char)host[i]);
-		if (connect || v->port != 80)
-			(void)snprintf(port, sizeof(port), ":%u", v->port);
-		(void)snprintf(url, sizeof(url), "%s%s%s%s%s%s%.*s",
-		    connect ? "" : "http://", bracket ? "[" : "", host,
-		    bracket ? "]" : "", port,
-		    connect || (path.len > 0 && *path.at == '/') ? "" : "/",
-		    (int)path.len, path.at);
-		v->url = url;
-	}
+	(void)text_copy(v->host, host, sizeof(host));
+	for (i = 0; host[i] != '\0'; i++)
+		host[i] = (char)tolower((unsigned char)host[i]);
+	if (connect || v->port != 80)
+		(void)snprintf(port, sizeof(port), ":%u", v->port);
+	(void)snprintf(url, sizeof(url), "%s%s%s%s%s%s%.*s",
+	    connect ? "" : "http://", bracket ? "[" : "", host,
+	    bracket ? "]" : "", port,
+	    connect || (path.len > 0 && *path.at == '/') ? "" : "/",
+	    (int)path.len, path.at);
+	return url;
+}
+
+/* The whole URL, which is made once for a view. */
+static bool
+match_url(const struct value *value, struct view *v)
+{
+	if (v->url == NULL)
+		v->url = view_url(v);
 	return regexec(&value->as.regex, v->url, 0, NULL, 0) == 0;
 }
 
@@ -5989,12 +6111,14 @@ date_parse(struct text t)
 static int64_t
 head_date(const struct head *h, const char *name)
 {
-	const struct field *field = head_field(h, name);
-	size_t i, n = 0;
+	const struct field *field = head_field(h, name), *other = field;
 
-	for (i = 0; i < h->n; i++)
-		n += text_is(h->fields[i].name, name);
-	return n == 1 ? date_parse(field->value) : -1;
+	if (field == NULL)
+		return -1;
+	while (++other < h->fields + h->n)
+		if (text_same(other->name, field->name))
+			return -1;
+	return date_parse(field->value);
 }
 
 /* delta-seconds (RFC 9111 section 1.2.2): too large is 2^31, wrong is 0. */
@@ -6145,15 +6269,16 @@ static struct lifetime
 freshness_lifetime(const struct response *r, bool explicit_only)
 {
 	struct control control = control_parse(&r->head);
-	int64_t date = head_date(&r->head, "Date");
-	int64_t expires = head_date(&r->head, "Expires");
-	int64_t modified = head_date(&r->head, "Last-Modified");
 	struct lifetime l = { -1, "nothing says how long" };
+	int64_t date, expires, modified;
 
 	if (control.s_maxage >= 0)
 		return (struct lifetime){ control.s_maxage, "s-maxage" };
 	if (control.max_age >= 0)
 		return (struct lifetime){ control.max_age, "max-age" };
+	date = head_date(&r->head, "Date");
+	expires = head_date(&r->head, "Expires");
+	modified = head_date(&r->head, "Last-Modified");
 	if (head_field(&r->head, "Expires") != NULL) {
 		if (date == -1)
 			date = now.wall;
@@ -6336,7 +6461,8 @@ key_append(const struct exchange *x, struct buffer *b)
 
 	buffer_append(b, text_of("http://"));
 	lower_append(b, f->host);
-	buffer_print(b, ":%u", f->port);
+	buffer_append(b, text_of(":"));
+	buffer_number(b, f->port);
 	if (f->path.len == 0 || *f->path.at != '/')
 		buffer_append(b, text_of("/"));
 	buffer_append(b, f->path);
@@ -6358,10 +6484,14 @@ entry_path(struct text key, struct text variant, char *to)
 
 	first = hash_text(first, variant);
 	second = hash_text(second, variant);
-	(void)snprintf(to, CACHE_PATH, "%.900s/%02x/%014llx%016llx",
-	    options.cache, (unsigned)(first >> 56),
-	    (unsigned long long)(first & 0xffffffffffffffU),
-	    (unsigned long long)second);
+	(void)text_copy(text_of(options.cache), to, 901);
+	to += strlen(to);
+	*to++ = '/';
+	to = hex_print(to, first >> 56, 2);
+	*to++ = '/';
+	to = hex_print(to, first, 14);
+	to = hex_print(to, second, 16);
+	*to = '\0';
 }
 
 /* One value of a field for variant_append(). */
@@ -6482,31 +6612,49 @@ vary_append(const struct response *r, struct buffer *b)
  *   ...
  *
  * and the body follows.  The sum covers the region and the numbers in its
- * first line.  A file that says where variants are to be found has no head
- * but `vary:` and a token, which is part of the variants' names: those of an
- * older token are never found again.
+ * first line, see region_sum().  A file that says where variants are to be
+ * found has no head but `vary:` and a token, which is part of the variants'
+ * names: those of an older token are never found again.
  */
 
-/* The sum of a region: all behind its first line, and the numbers in that. */
+/* A sum goes on with a word: FNV-1a, but no change may be lost at the top. */
 static uint64_t
-region_sum(struct text rest, size_t region, uint64_t body)
+sum_word(uint64_t sum, uint64_t word)
 {
-	char numbers[64];
-
-	(void)snprintf(numbers, sizeof(numbers), "%lu %llu",
-	    (unsigned long)region, (unsigned long long)body);
-	return hash_text(hash_text(14695981039346656037U, rest),
-	    text_of(numbers));
+	sum = (sum ^ word) * 1099511628211U;
+	return sum ^ sum >> 32;
 }
 
-/* Writes a region's first line to `to`, which has REGION_LINE + 1 bytes. */
+/* The sum of what is behind the first line of a region. */
+static uint64_t
+region_sum(struct text rest)
+{
+	uint64_t sum = 14695981039346656037U;
+
+	for (; rest.len >= 8; rest = text_from(rest, 8))
+		sum = sum_word(sum, word_read(rest.at));
+	return sum_word(sum, word_last(rest));
+}
+
+/*
+ * Writes a region's first line to `to`, which has REGION_LINE + 1 bytes; sum
+ * is that of the rest.
+ */
 static void
 region_line(char *to, size_t region, uint64_t body, uint64_t sum)
 {
-	(void)snprintf(to, REGION_LINE + 1,
-	    "proxy-cache 1 region %06lu body %020llu sum %016llx\n",
-	    (unsigned long)(region % 1000000), (unsigned long long)body,
-	    (unsigned long long)sum);
+	char digits[NUMBER_DIGITS];
+	size_t n;
+
+	memcpy(to,
+	    "proxy-cache 1 region 000000 body 00000000000000000000 sum "
+	    "0000000000000000\n",
+	    REGION_LINE + 1);
+	n = (size_t)(number_print(digits, region % 1000000) - digits);
+	memcpy(to + 27 - n, digits, n);
+	n = (size_t)(number_print(digits, body) - digits);
+	memcpy(to + 53 - n, digits, n);
+	(void)hex_print(to + 58, sum_word(sum_word(sum, region), body), 16);
 }
 
 /* A line `name: value` of a region, taken from *rest; false: another one. */
@@ -6563,7 +6711,7 @@ region_parse(struct text rest, struct entry *e)
 static bool
 entry_parse(struct text t, struct entry *e)
 {
-	uint64_t region, sum;
+	uint64_t region;
 	char line[REGION_LINE + 1];
 	struct text rest;
 
@@ -6575,8 +6723,7 @@ entry_parse(struct text t, struct entry *e)
 		return false;
 	e->region = (size_t)region;
 	rest = text_cut(t.at + REGION_LINE, e->region - REGION_LINE);
-	sum = region_sum(rest, e->region, e->body);
-	region_line(line, e->region, e->body, sum);
+	region_line(line, e->region, e->body, region_sum(rest));
 	return memcmp(line, t.at, REGION_LINE) == 0 && region_parse(rest, e);
 }
 
@@ -6627,12 +6774,12 @@ entry_open(const char *path, struct text key, struct text variant,
 }
 
 /*
- * Finds the entry for a request.  Its beginning is in b, its descriptor is
- * returned; -1 if there is none.  path, of CACHE_PATH bytes, is where it was
- * last looked for.
+ * Finds the entry for a request, and notes its key.  Its beginning is in b,
+ * its descriptor is returned; -1 if there is none.  path, of CACHE_PATH bytes,
+ * is where it was last looked for.
  */
 static int
-entry_find(const struct exchange *x, const struct request *q, struct buffer *b,
+entry_find(struct exchange *x, const struct request *q, struct buffer *b,
     struct entry *e, char *path)
 {
 	struct buffer *keys = buffer_take();
@@ -6645,6 +6792,7 @@ entry_find(const struct exchange *x, const struct request *q, struct buffer *b,
 		return -1;
 	key_append(x, keys);
 	key = buffer_text(keys);
+	x->facts.key = key_hash(key);
 	split = keys->end;
 	entry_path(key, text_cut("", 0), path);
 	fd = entry_open(path, key, text_cut("", 0), b, e);
@@ -6733,10 +6881,9 @@ region_seal(struct buffer *b, uint64_t body)
 {
 	size_t n = buffer_len(b);
 	char line[REGION_LINE + 1];
-	uint64_t sum =
-	    region_sum(text_from(buffer_text(b), REGION_LINE), n, body);
 
-	region_line(line, n, body, sum);
+	region_line(line, n, body,
+	    region_sum(text_from(buffer_text(b), REGION_LINE)));
 	memcpy(b->data + b->start, line, REGION_LINE);
 }
 
@@ -6868,9 +7015,7 @@ stored_head_append(const struct response *r, struct buffer *b)
 {
 	size_t i;
 
-	buffer_print(b, "HTTP/1.1 %03d ", r->status);
-	buffer_append(b, r->reason);
-	buffer_append(b, text_of("\r\n"));
+	status_append(b, r->status, r->reason);
 	for (i = 0; i < r->head.n; i++)
 		if (field_passes(&r->head, i))
 			field_append(b, &r->head.fields[i]);
@@ -7221,8 +7366,7 @@ store_open(struct exchange *x, const struct response *r, const struct draft *d)
 	store_path(f->fetch, path);
 	f->store = open(path, O_RDWR | O_CREAT | O_EXCL, 0600);
 	f->storing = f->store != -1;
-	f->region_rest =
-	    hash_text(14695981039346656037U, text_from(region, REGION_LINE));
+	f->region_rest = region_sum(text_from(region, REGION_LINE));
 	f->stored = 0;
 	f->validator = response_validator(r);
 	f->length = r->framing == FRAMING_LENGTH ? r->length :
@@ -7328,15 +7472,11 @@ static void
 store_finish(struct exchange *x)
 {
 	struct facts *f = &x->facts;
-	char line[REGION_LINE + 1], numbers[64], from[CACHE_PATH];
-	char to[CACHE_PATH];
+	char line[REGION_LINE + 1], from[CACHE_PATH], to[CACHE_PATH];
 
 	if (!f->storing)
 		return;
-	(void)snprintf(numbers, sizeof(numbers), "%lu %llu",
-	    (unsigned long)f->region, (unsigned long long)f->stored);
-	region_line(line, f->region, f->stored,
-	    hash_text(f->region_rest, text_of(numbers)));
+	region_line(line, f->region, f->stored, f->region_rest);
 	store_path(f->fetch, from);
 	(void)snprintf(to, sizeof(to), "%s%s", options.cache, x->note);
 	entry_directory(to);
@@ -7742,8 +7882,7 @@ static bool
 request_is_satisfied(const struct head *q, const struct response *r)
 {
 	struct text etag = head_value(&r->head, "ETag"), rest, member;
-	int64_t since = head_date(q, "If-Modified-Since");
-	int64_t modified = head_date(&r->head, "Last-Modified");
+	int64_t since = head_date(q, "If-Modified-Since"), modified;
 	bool some = false;
 	size_t i;
 
@@ -7756,9 +7895,12 @@ request_is_satisfied(const struct head *q, const struct response *r)
 			if (text_is(member, "*") || etag_same(member, etag))
 				return true;
 	}
+	if (some || since == -1)
+		return false;
+	modified = head_date(&r->head, "Last-Modified");
 	if (modified == -1)
 		modified = head_date(&r->head, "Date");
-	return !some && since != -1 && modified != -1 && modified <= since;
+	return modified != -1 && modified <= since;
 }
 
 /*
@@ -8239,14 +8381,15 @@ log_date(void)
 	return text;
 }
 
-/* Appends " name=ms", or "-" for a step that did not take place. */
+/* Appends name and milliseconds, or "-" for a step that did not take place. */
 static void
 log_time(struct buffer *b, const char *name, int64_t from, int64_t to)
 {
-	if (from == 0 || to == 0)
-		buffer_print(b, " %s=-", name);
+	buffer_append(b, text_of(name));
+	if (from == 0 || to < from)
+		buffer_append(b, text_of("-"));
 	else
-		buffer_print(b, " %s=%lld", name, (long long)(to - from));
+		buffer_number(b, (uint64_t)(to - from));
 }
 
 /* Where the first line of a head that could not be parsed goes in full. */
@@ -8257,7 +8400,8 @@ log_request(struct buffer *b, const struct facts *f)
 		buffer_escape(b, f->name, BUFFER_ROOM / 16);
 		buffer_append(b, text_of(" "));
 		buffer_escape(b, f->uri, BUFFER_ROOM / 2);
-		buffer_print(b, " HTTP/1.%u\"", f->minor);
+		buffer_append(b,
+		    text_of(f->minor ? " HTTP/1.1\"" : " HTTP/1.0\""));
 	} else {
 		buffer_append(b, text_of("- "));
 		buffer_escape(b, f->uri, BUFFER_ROOM / 4);
@@ -8307,24 +8451,36 @@ log_exchange(const struct exchange *x)
 		return;
 	address_host(&x->peer, peer);
 	address_print(&f->server, server);
-	buffer_print(b, "%s - ", peer);
+	buffer_append(b, text_of(peer));
+	buffer_append(b, text_of(" - "));
 	buffer_escape(b, f->user ? f->user->user : text_of(""), CREDENTIAL_MAX);
-	buffer_print(b, " [%s] \"", log_date());
+	buffer_append(b, text_of(" ["));
+	buffer_append(b, text_of(log_date()));
+	buffer_append(b, text_of("] \""));
 	log_request(b, f);
-	buffer_print(b, " %d %llu \"", log_status(f),
-	    (unsigned long long)x->down.payload);
+	buffer_append(b, text_of(" "));
+	buffer_number(b, (uint64_t)log_status(f));
+	buffer_append(b, text_of(" "));
+	buffer_number(b, x->down.payload);
+	buffer_append(b, text_of(" \""));
 	buffer_escape(b, f->referer, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\" \""));
 	buffer_escape(b, f->agent, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\""));
-	if (f->hit != NULL)
-		buffer_print(b, " %s=%s", f->cached ? "hit" : "miss", f->hit);
-	buffer_print(b, " up=%llu", (unsigned long long)x->up.payload);
-	log_time(b, "dns", f->asked, f->resolved);
-	log_time(b, "connect", f->reused ? 0 : f->resolved, f->connected);
-	log_time(b, "first", f->connected, f->local ? 0 : f->answered);
-	log_time(b, "total", f->start, now.ms);
-	buffer_print(b, " server=%s end=%s", server, ends[f->end]);
+	if (f->hit != NULL) {
+		buffer_append(b, text_of(f->cached ? " hit=" : " miss="));
+		buffer_append(b, text_of(f->hit));
+	}
+	buffer_append(b, text_of(" up="));
+	buffer_number(b, x->up.payload);
+	log_time(b, " dns=", f->asked, f->resolved);
+	log_time(b, " connect=", f->reused ? 0 : f->resolved, f->connected);
+	log_time(b, " first=", f->connected, f->local ? 0 : f->answered);
+	log_time(b, " total=", f->start, now.ms);
+	buffer_append(b, text_of(" server="));
+	buffer_append(b, text_of(server));
+	buffer_append(b, text_of(" end="));
+	buffer_append(b, text_of(ends[f->end]));
 	log_rule(b, x);
 	if (f->refusal)
 		buffer_print(b, " why=\"%s\"", refusals[f->refusal].words);
@@ -8826,29 +8982,51 @@ response_length(const struct response *r)
 }
 
 /*
- * The request of an exchange, understood anew, and what rules change in it
- * before it is sent.  So that a text can be sought in the response, it must
- * not be compressed.
+ * The request of an exchange, as its head says; what request_parse() says of
+ * it.  Steps of one exchange mostly follow each other, so the last one that
+ * was parsed stays until another is asked for: no two have the same number.
  */
-static void
-exchange_request(struct exchange *x, struct request *q)
+static int
+exchange_parse(const struct exchange *x, struct request **request)
+{
+	static struct request last;
+	static uint64_t number;
+	static int verdict;
+
+	if (number != x->number)
+		verdict = request_parse(buffer_text(x->facts.head), &last);
+	number = x->number;
+	assert(last.head.line.at == buffer_text(x->facts.head).at);
+	*request = &last;
+	return verdict;
+}
+
+/*
+ * The request of an exchange, and what rules change in it, as things are,
+ * before it is sent; see exchange_parse() for how long it stays.  So that a
+ * text can be sought in the response, it must not be compressed.
+ */
+static const struct request *
+exchange_request(const struct exchange *x)
 {
 	static struct value encoding;
 	static struct rule plain = { .action = ACTION_UNSET,
 		.names = &encoding };
 	const struct rules *r = x->facts.rules;
+	struct request *q;
 	struct view v;
 
-	(void)request_parse(buffer_text(x->facts.head), q);
+	(void)exchange_parse(x, &q);
 	q->rewrites.n = 0;
 	q->rewrites.open = false;
 	if (r == NULL || (r->first[GROUP_REQUEST] == NULL && !r->needles_n))
-		return;
+		return q;
 	exchange_view(x, q, &v);
 	rewrites_collect(r, GROUP_REQUEST, &v, &q->rewrites);
 	encoding.text = text_of("Accept-Encoding");
 	if (rules_seek_body(r, &v))
 		q->rewrites.list[q->rewrites.n++] = &plain;
+	return q;
 }
 
 /* A rule refused the exchange: by a page, a question, or not a word. */
@@ -8892,8 +9070,10 @@ access_judge(struct exchange *x, struct view *v)
 	if (verdict.truth != TRUTH_YES)
 		return true;
 	f->rule = verdict.rule;
-	rule_name(f->rule, name);
-	trace(x, "decided by %s: %s", name, f->rule->text);
+	if (options.verbose > 0) {
+		rule_name(f->rule, name);
+		trace(x, "decided by %s: %s", name, f->rule->text);
+	}
 	if (!rule_refuses(f->rule, v))
 		return true;
 	access_refuse(x, v->request);
@@ -8932,7 +9112,7 @@ route_judge(struct exchange *x, struct view *v)
  * False if it was refused.
  */
 static bool
-access_begin(struct exchange *x, struct request *q)
+access_begin(struct exchange *x, const struct request *q)
 {
 	struct facts *f = &x->facts;
 	struct view v;
@@ -8945,8 +9125,7 @@ access_begin(struct exchange *x, struct request *q)
 	if (!access_judge(x, &v))
 		return false;
 	route_judge(x, &v);
-	exchange_request(x, q);
-	f->nocache = q->rewrites.open;
+	f->nocache = exchange_request(x)->rewrites.open;
 	return true;
 }
 
@@ -8994,15 +9173,15 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	unsigned i, found = f->found;
 	struct verdict verdict;
 	struct response r;
-	struct request q;
+	const struct request *q;
 	struct view v;
 
 	for (i = 0; i < f->rules->needles_n; i++)
 		if (needle_scan(f->rules->needles[i], states + i, piece))
 			f->found |= 1U << i;
-	exchange_request(x, &q);
-	(void)response_parse(buffer_text(f->answer), q.method, &r);
-	exchange_view(x, &q, &v);
+	q = exchange_request(x);
+	(void)response_parse(buffer_text(f->answer), q->method, &r);
+	exchange_view(x, q, &v);
 	view_response(&v, &r, f->cached ? f->body : response_length(&r));
 	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
@@ -9072,7 +9251,7 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 	struct conn *s = &x->server;
 	struct facts *f = &x->facts;
 	struct response r;
-	struct request q;
+	const struct request *q;
 	struct view v;
 
 	exchange_drop_tries(x);
@@ -9089,9 +9268,9 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 	f->addresses = 0;
 	f->list[0] = address_read(e->server);
 	if (f->open) {
-		exchange_request(x, &q);
-		(void)response_parse(e->head, q.method, &r);
-		exchange_view(x, &q, &v);
+		q = exchange_request(x);
+		(void)response_parse(e->head, q->method, &r);
+		exchange_view(x, q, &v);
 		view_response(&v, &r, e->body);
 		if (!access_response(x, &r, e->head, &v))
 			return;
@@ -9110,7 +9289,7 @@ cache_serve_open(struct exchange *x, const char *hit)
 {
 	struct facts *f = &x->facts;
 	struct response r;
-	struct request q;
+	const struct request *q;
 	struct entry e;
 	struct buffer *b = entry_load(f->entry, &e, &r);
 
@@ -9122,8 +9301,8 @@ cache_serve_open(struct exchange *x, const char *hit)
 	}
 	f->hit = hit;
 	f->age = e.age + (now.wall > e.responded ? now.wall - e.responded : 0);
-	exchange_request(x, &q);
-	f->ttl = exchange_lifetime(x, &q, &r, &e).seconds - f->age;
+	q = exchange_request(x);
+	f->ttl = exchange_lifetime(x, q, &r, &e).seconds - f->age;
 	f->has_entry = false;
 	cache_serve(x, f->entry, b, &e);
 	return true;
@@ -9140,17 +9319,17 @@ cache_rescue(struct exchange *x, bool answered)
 	struct control asked, control;
 	struct buffer *b;
 	struct response r;
-	struct request q;
+	const struct request *q;
 	struct entry e;
 	int64_t age, lifetime;
 	bool good;
 
 	if (!f->has_entry || (b = entry_load(f->entry, &e, &r)) == NULL)
 		return false;
-	exchange_request(x, &q);
+	q = exchange_request(x);
 	age = e.age + (int64_t)now.wall - e.responded;
-	lifetime = exchange_lifetime(x, &q, &r, &e).seconds;
-	asked = control_parse(&q.head);
+	lifetime = exchange_lifetime(x, q, &r, &e).seconds;
+	asked = control_parse(&q->head);
 	control = control_parse(&r.head);
 	good = e.responded <= now.wall + CLOCK_STEP_S &&
 	    reuse_on_error(&asked, &control,
@@ -9784,8 +9963,6 @@ lookup_run(struct exchange *x, const struct request *q,
 	l->b = buffer_take();
 	if (l->b == NULL)
 		return;
-	key_append(x, l->b);
-	f->key = key_hash(buffer_text(l->b));
 	l->fd = entry_find(x, q, l->b, &l->e, l->path);
 	if (l->fd == -1 && l->e.vary.at != NULL)
 		f->forward = "vary-miss";
@@ -9929,12 +10106,12 @@ cache_answer(struct exchange *x, const struct request *q)
 static void
 collapse_end(struct exchange *x)
 {
-	struct request r;
+	const struct request *r;
 
 	fetch_leave(x);
 	x->facts.alone = true;
-	exchange_request(x, &r);
-	if (!cache_answer(x, &r))
+	r = exchange_request(x);
+	if (!cache_answer(x, r))
 		exchange_enter(x, PHASE_RESOLVE);
 }
 
@@ -9969,7 +10146,7 @@ request_is_cacheable(struct exchange *x, const struct request *q)
 static void
 request_accept(struct exchange *x, size_t n)
 {
-	struct request r;
+	struct request *r;
 	int verdict, last;
 
 	if (!request_take(x, n)) {
@@ -9978,28 +10155,28 @@ request_accept(struct exchange *x, size_t n)
 	}
 	request_hide_login(x->facts.head);
 	trace_head(x, "c>", buffer_text(x->facts.head));
-	verdict = request_parse(buffer_text(x->facts.head), &r);
-	request_note(x, &r);
-	if (r.name.len == 0)
-		x->facts.uri = r.head.line;
-	last = request_is_last(&r);
+	verdict = exchange_parse(x, &r);
+	request_note(x, r);
+	if (r->name.len == 0)
+		x->facts.uri = r->head.line;
+	last = request_is_last(r);
 	if (verdict != 1 || last < 0) {
 		x->facts.close = true;
 		exchange_refuse(x,
 		    (enum refusal)(verdict != 1 ? -verdict : -last), "");
-	} else if (r.target.form == FORM_ORIGIN)
-		request_local(x, &r);
-	else if (!access_begin(x, &r))
+	} else if (r->target.form == FORM_ORIGIN)
+		request_local(x, r);
+	else if (!access_begin(x, r))
 		return;
 	else if (last) {
-		if (r.method == METHOD_TRACE)
-			page_trace(x, &r);
+		if (r->method == METHOD_TRACE)
+			page_trace(x, r);
 		else
 			page_options(x);
 		exchange_enter(x, PHASE_RESPONSE);
-	} else if (request_passed_here(&r))
+	} else if (request_passed_here(r))
 		exchange_refuse(x, REFUSE_LOOP_VIA, "");
-	else if (!request_is_cacheable(x, &r) || !cache_answer(x, &r))
+	else if (!request_is_cacheable(x, r) || !cache_answer(x, r))
 		exchange_enter(x, PHASE_RESOLVE);
 }
 
@@ -10163,11 +10340,11 @@ resolve_judge(struct exchange *x)
 	char detail[DETAIL_MAX];
 	struct verdict verdict;
 	enum refusal refusal;
-	struct request q;
+	const struct request *q;
 	struct view v;
 
-	exchange_request(x, &q);
-	exchange_view(x, &q, &v);
+	q = exchange_request(x);
+	exchange_view(x, q, &v);
 	if (exchange_parent(x) != NULL && f->open && !access_judge(x, &v))
 		return;
 	if (exchange_parent(x) == NULL && f->addresses > 0) {
@@ -10180,7 +10357,7 @@ resolve_judge(struct exchange *x)
 	if (refusal == REFUSE_NONE)
 		exchange_enter(x, PHASE_CONNECT);
 	else if (refusal == REFUSE_RULE)
-		access_refuse(x, &q);
+		access_refuse(x, q);
 	else {
 		(void)snprintf(detail, sizeof(detail), "%.*s port %u",
 		    (int)f->host.len, f->host.at, f->port);
@@ -10193,11 +10370,11 @@ static void
 resolve_route(struct exchange *x)
 {
 	struct facts *f = &x->facts;
-	struct request q;
+	const struct request *q;
 	struct view v;
 
-	exchange_request(x, &q);
-	exchange_view(x, &q, &v);
+	q = exchange_request(x);
+	exchange_view(x, q, &v);
 	v.address = &f->list[0];
 	v.known |= FACT_ADDRESS;
 	route_judge(x, &v);
@@ -10237,12 +10414,18 @@ exchange_target(const struct exchange *x, char *to)
 {
 	const struct facts *f = &x->facts;
 	bool literal = text_find(f->host, ':') < f->host.len;
-	int n = snprintf(to, HOST_MAX + 10, literal ? "[%.*s]" : "%.*s",
-	    (int)f->host.len, f->host.at);
 
-	if (f->port != 80 || f->method == METHOD_CONNECT)
-		(void)snprintf(to + n, (size_t)(HOST_MAX + 10 - n), ":%u",
-		    f->port);
+	if (literal)
+		*to++ = '[';
+	memcpy(to, f->host.at, f->host.len);
+	to += f->host.len;
+	if (literal)
+		*to++ = ']';
+	if (f->port != 80 || f->method == METHOD_CONNECT) {
+		*to++ = ':';
+		to = number_print(to, f->port);
+	}
+	*to = '\0';
 }
 
 /* Where a connection to address leads, and how; see struct hop. */
@@ -10304,7 +10487,7 @@ other_is_quiet(const struct other *o)
 {
 	struct pollfd fd = { .fd = o->conn.fd, .events = POLLIN };
 
-	return (o->conn.place < poll_set.hot && o->since < now.ms) ||
+	return (o->conn.place < poll_set.hot && o->since_us < now.us) ||
 	    poll(&fd, 1, 0) == 0;
 }
 
@@ -10439,7 +10622,9 @@ host_append(const struct exchange *x, struct buffer *b)
 	char target[HOST_MAX + 10];
 
 	exchange_target(x, target);
-	buffer_print(b, "Host: %s\r\n", target);
+	buffer_append(b, text_of("Host: "));
+	buffer_append(b, text_of(target));
+	buffer_append(b, text_of("\r\n"));
 }
 
 /* The request line for the next hop: a parent gets the whole target. */
@@ -10503,8 +10688,7 @@ request_field_append(struct exchange *x, const struct request *r, size_t i,
 	if (text_is(field->name, "Content-Length")) {
 		if (field == head_field(&r->head, "Content-Length") &&
 		    r->method != METHOD_CONNECT)
-			buffer_print(b, "Content-Length: %llu\r\n",
-			    (unsigned long long)r->length);
+			length_append(b, r->length);
 	} else if (text_is(field->name, "Max-Forwards") &&
 	    (r->method == METHOD_TRACE || r->method == METHOD_OPTIONS)) {
 		if (number_parse(field->value, INT32_MAX, &hops) && hops > 0)
@@ -10580,7 +10764,7 @@ request_build(struct exchange *x, const struct request *r, struct buffer *b)
 	rewrites_append(&r->rewrites, b);
 	x->up.bare = rewrites_strip(&r->rewrites);
 	if (!rewrites_take(&r->rewrites, text_of("Via")))
-		buffer_print(b, "Via: 1.%u %s\r\n", r->minor, pseudonym);
+		via_append(b, r->minor);
 	connection_append(x, r, b);
 	buffer_append(b, text_of("\r\n"));
 }
@@ -10589,7 +10773,7 @@ request_build(struct exchange *x, const struct request *r, struct buffer *b)
 static void
 exchange_send(struct exchange *x)
 {
-	struct request r;
+	const struct request *r;
 	struct buffer *out = conn_out(&x->server);
 
 	x->facts.connected = now.ms;
@@ -10598,8 +10782,8 @@ exchange_send(struct exchange *x)
 		exchange_refuse(x, REFUSE_MEMORY, "");
 		return;
 	}
-	exchange_request(x, &r);
-	request_build(x, &r, out);
+	r = exchange_request(x);
+	request_build(x, r, out);
 	if (out->overflow) {
 		exchange_refuse(x, REFUSE_HEAD_LONG, "");
 		return;
@@ -10859,8 +11043,7 @@ response_field_append(const struct exchange *x, const struct response *r,
 		else if (head_field(&r->head, "Transfer-Encoding") != NULL ||
 		    head_length(&r->head, &length) != 1)
 			return;
-		buffer_print(b, "Content-Length: %llu\r\n",
-		    (unsigned long long)length);
+		length_append(b, length);
 	} else if (field_passes(&r->head, i) ||
 	    (r->status == 407 && text_is(field->name, "Proxy-Authenticate")))
 		field_append(b, field);
@@ -10874,7 +11057,8 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 
 	bool collapsed = f->cached && (f->leader || f->alone);
 
-	buffer_print(b, "Cache-Status: %s", pseudonym);
+	buffer_append(b, text_of("Cache-Status: "));
+	buffer_append(b, text_of(pseudonym));
 	if (f->cached && !f->validated && !collapsed)
 		buffer_append(b, text_of("; hit"));
 	else
@@ -10885,9 +11069,12 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 				 "method");
 	if (f->forward_status)
 		buffer_print(b, "; fwd-status=%d", f->forward_status);
-	if (f->cached)
-		buffer_print(b, "; ttl=%lld%s", (long long)f->ttl,
-		    collapsed ? "; collapsed" : "");
+	if (f->cached) {
+		buffer_append(b, text_of(f->ttl < 0 ? "; ttl=-" : "; ttl="));
+		buffer_number(b, (uint64_t)(f->ttl < 0 ? -f->ttl : f->ttl));
+	}
+	if (f->cached && collapsed)
+		buffer_append(b, text_of("; collapsed"));
 	if (f->storing)
 		buffer_append(b, text_of("; stored"));
 	buffer_append(b, text_of("\r\n"));
@@ -10899,15 +11086,15 @@ response_rewrites(struct exchange *x, const struct response *r,
     struct rewrites *w)
 {
 	struct facts *f = &x->facts;
-	struct request q;
+	const struct request *q;
 	struct view v;
 
 	w->n = 0;
 	if (f->rules == NULL || f->rules->first[GROUP_RESPONSE] == NULL ||
 	    (f->local && !f->cached))
 		return;
-	exchange_request(x, &q);
-	exchange_view(x, &q, &v);
+	q = exchange_request(x);
+	exchange_view(x, q, &v);
 	view_response(&v, r, f->cached ? f->body : response_length(r));
 	rewrites_collect(f->rules, GROUP_RESPONSE, &v, w);
 	x->down.bare = rewrites_strip(w);
@@ -10923,9 +11110,7 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 
 	response_rewrites(x, r, &w);
 
-	buffer_print(b, "HTTP/1.1 %03d ", r->status);
-	buffer_append(b, r->reason);
-	buffer_append(b, text_of("\r\n"));
+	status_append(b, r->status, r->reason);
 	for (i = 0; i < r->head.n; i++)
 		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))
 			field_append(b, &r->head.fields[i]);
@@ -10937,7 +11122,12 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 		buffer_print(b, "Date: %s\r\n", date_now());
 	if ((!x->facts.local || x->facts.cached) &&
 	    !rewrites_take(&w, text_of("Via")))
-		buffer_print(b, "Via: 1.%u %s\r\n", r->minor, pseudonym);
+		via_append(b, r->minor);
+	if (x->facts.cached) {
+		buffer_append(b, text_of("Age: "));
+		buffer_number(b, (uint64_t)x->facts.age);
+		buffer_append(b, text_of("\r\n"));
+	}
 	buffer_append(b, r->extra);
 	if (options.cache != NULL && r->status >= 200 && !x->facts.tunnel)
 		cache_status_append(x, b);
@@ -11052,23 +11242,23 @@ cache_note(struct exchange *x, const struct response *r)
 	struct facts *f = &x->facts;
 	const struct rule *rule;
 	char path[CACHE_PATH];
-	struct request q;
+	const struct request *q;
 
 	if (f->method == METHOD_CONNECT || f->method == METHOD_TRACE ||
 	    f->method == METHOD_OPTIONS)
 		return;
-	exchange_request(x, &q);
-	rule = cache_rule(x, &q, r, NULL);
+	q = exchange_request(x);
+	rule = cache_rule(x, q, r, NULL);
 	if (f->method != METHOD_GET && f->method != METHOD_HEAD) {
 		if (r->status >= 200 && r->status < 400)
 			cache_invalidate(x, r);
 	}
 	if ((f->forward != NULL || f->method == METHOD_POST) && !f->nocache &&
 	    (rule == NULL || rule->action == ACTION_CACHE) &&
-	    response_is_storable(&q, r, rule ? rule->seconds : -1) &&
+	    response_is_storable(q, r, rule ? rule->seconds : -1) &&
 	    (r->framing != FRAMING_LENGTH ||
 		r->length + cache.making <= options.cache_size / 4))
-		store_begin(x, &q, r);
+		store_begin(x, q, r);
 	if (f->storing)
 		f->hit = "stored";
 	if (f->fetch && f->storing == key_is_lone(f->key))
@@ -11142,42 +11332,40 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 {
 	struct facts *f = &x->facts;
 	struct range range = { 0, f->body };
-	struct request q;
-	char extra[256];
-	size_t used;
+	const struct request *q;
+	char extra[256] = "", *end;
 	int part;
 
-	exchange_request(x, &q);
+	q = exchange_request(x);
 	r->framing = f->method == METHOD_HEAD ? FRAMING_NONE :
 	    f->body == UINT64_MAX             ? FRAMING_CLOSE :
 						FRAMING_LENGTH;
 	part = f->grows || f->method != METHOD_GET ?
 	    0 :
-	    range_parse(&q.head, r, f->body, &range);
-	(void)snprintf(extra, sizeof(extra), "Age: %lld\r\n",
-	    (long long)f->age);
-	used = strlen(extra);
-	if (r->status == 200 && request_is_satisfied(&q.head, r)) {
+	    range_parse(&q->head, r, f->body, &range);
+	if (r->status == 200 && request_is_satisfied(&q->head, r)) {
 		r->status = 304;
 		r->framing = FRAMING_NONE;
 	} else if (part == -1) {
 		r->status = 416;
 		r->framing = FRAMING_NONE;
-		(void)snprintf(extra + used, sizeof(extra) - used,
+		(void)snprintf(extra, sizeof(extra),
 		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
 		    (unsigned long long)f->body);
 	} else if (part == 1) {
 		r->status = 206;
-		(void)snprintf(extra + used, sizeof(extra) - used,
+		(void)snprintf(extra, sizeof(extra),
 		    "Content-Range: bytes %llu-%llu/%llu\r\n"
 		    "Content-Length: %llu\r\n",
 		    (unsigned long long)range.first,
 		    (unsigned long long)(range.first + range.length - 1),
 		    (unsigned long long)f->body,
 		    (unsigned long long)range.length);
-	} else if (r->status != 204 && f->body != UINT64_MAX)
-		(void)snprintf(extra + used, sizeof(extra) - used,
-		    "Content-Length: %llu\r\n", (unsigned long long)f->body);
+	} else if (r->status != 204 && f->body != UINT64_MAX) {
+		memcpy(extra, "Content-Length: ", 16);
+		end = number_print(extra + 16, f->body);
+		memcpy(end, "\r\n", 3);
+	}
 	if (r->status == 304 || r->status == 416 || r->status == 206)
 		r->reason = text_of(status_reason(r->status));
 	r->extra = text_of(extra);
@@ -11230,7 +11418,7 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	    (r->status >= 502 && r->status <= 504);
 	struct facts *f = &x->facts;
 	char path[CACHE_PATH];
-	struct request q;
+	const struct request *q;
 
 	if (!f->has_entry || f->cached || r->status < 200)
 		return false;
@@ -11241,9 +11429,9 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 		const struct rule *rule;
 		bool good;
 
-		exchange_request(x, &q);
-		rule = cache_rule(x, &q, NULL, NULL);
-		good = entry_freshen(x, &q, r, rule ? rule->seconds : -1, path);
+		q = exchange_request(x);
+		rule = cache_rule(x, q, NULL, NULL);
+		good = entry_freshen(x, q, r, rule ? rule->seconds : -1, path);
 		f->keep_server = response_keeps_server(x, r);
 		conn_drop_head(&x->server, n);
 		exchange_release(x);
@@ -11315,14 +11503,14 @@ static bool
 response_passes(struct exchange *x, const struct response *r, struct text head)
 {
 	const struct facts *f = &x->facts;
-	struct request q;
+	const struct request *q;
 	struct view v;
 
 	if (!f->open || f->method == METHOD_CONNECT || f->local ||
 	    f->answer != NULL || (r->status < 200 && r->status != 101))
 		return true;
-	exchange_request(x, &q);
-	exchange_view(x, &q, &v);
+	q = exchange_request(x);
+	exchange_view(x, q, &v);
 	view_response(&v, r, response_length(r));
 	return access_response(x, r, head, &v);
 }
@@ -11532,7 +11720,7 @@ tunnel_greet(struct exchange *x)
 	struct conn *c = &x->client;
 	struct facts *f = &x->facts;
 	char name[HOST_MAX + 1] = "";
-	struct request q;
+	const struct request *q;
 	struct view v;
 	int hello = 0;
 
@@ -11545,8 +11733,8 @@ tunnel_greet(struct exchange *x)
 	if (hello == 1)
 		tunnel_note(x, text_of(name));
 	if (f->open) {
-		exchange_request(x, &q);
-		exchange_view(x, &q, &v);
+		q = exchange_request(x);
+		exchange_view(x, q, &v);
 		v.known |= FACT_SNI;
 		v.never |= FACT_ADDRESS;
 		v.sni = text_of(name);

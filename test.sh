@@ -15973,6 +15973,14 @@ unit_numbers(void)
 		{ "a", 99, false, 0 }, { ":", 99, false, 0 },
 		{ "/", 99, false, 0 },
 	};
+	static const struct {
+		const char *s;
+		uint64_t value;
+	} printed[] = {
+		{ "0", 0 }, { "9", 9 }, { "10", 10 }, { "99", 99 },
+		{ "100", 100 }, { "65535", 65535 },
+		{ "18446744073709551615", UINT64_MAX },
+	};
 	size_t i;
 
 	for (i = 0; i < COUNT(table); i++) {
@@ -15982,6 +15990,14 @@ unit_numbers(void)
 
 		if (ok != table[i].ok || value != (ok ? table[i].value : 12345))
 			unit_fail("number", table[i].s, (long)value);
+	}
+	for (i = 0; i < COUNT(printed); i++) {
+		size_t n = strlen(printed[i].s);
+		char *to = guarded(n);
+
+		if (number_print(to, printed[i].value) != to + n ||
+		    memcmp(to, printed[i].s, n) != 0)
+			unit_fail("printed", printed[i].s, 0);
 	}
 }
 
@@ -18837,12 +18853,13 @@ bench_load() { # FILE: writes the source of the load tool
  *     writes its port to FILE and answers GET .../N with N bytes, kept alive,
  *     until it is killed. What is below /keep/ may be cached; how often it
  *     was asked for that is a long in FILE.asked.
- * load client [-c] [-n] [-k N] [-r] [-x PROXY-PORT]
+ * load client [-c] [-d HOST] [-n] [-k N] [-r] [-x PROXY-PORT]
  *     PORT CONNS REQUESTS MS SIZE
  *     asks that origin for SIZE bytes over CONNS connections at once, until
  *     REQUESTS are answered or MS have passed; -n: a new connection for each,
- *     -c: by CONNECT, -k: for one of N objects that may be cached, in turn or
- *     (-r) at random. Prints requests, seconds, errors (also a size that is
+ *     -c: by CONNECT, -d: by this name for it, which the proxy must know how to
+ *     reach, -k: for one of N objects that may be cached, in turn or (-r) at
+ *     random. Prints requests, seconds, errors (also a size that is
  *     not SIZE) and its own microseconds of processor time.
  * load idle PROXY-PORT PORT CONNS FILE
  *     opens CONNS tunnels, writes how many stand to FILE, and keeps them
@@ -18883,6 +18900,7 @@ static struct conn *conns[CONNS_MAX + 1];
 static char bytes[1 << 18];
 static int proxy_port, origin_port, by_connect, anew, at_random;
 static char request[320];
+static const char *host;
 static long errors, body_size, objects;
 static unsigned long *asked;
 static char date[40];
@@ -18994,7 +19012,9 @@ request_make(void)
 {
 	char to[64] = "", object[32] = "";
 
-	if (proxy_port && !by_connect)
+	if (proxy_port && !by_connect && host)
+		snprintf(to, sizeof to, "http://%s", host);
+	else if (proxy_port && !by_connect)
 		snprintf(to, sizeof to, "http://127.0.0.1:%d", origin_port);
 	if (objects)
 		snprintf(object, sizeof object, "keep/%ld/", object_next());
@@ -19282,8 +19302,9 @@ main(int argc, char **argv)
 	if (argc < 7 || strcmp(argv[1], "client") != 0)
 		return 2;
 	optind = 2;
-	while ((opt = getopt(argc, argv, "ck:nrx:")) != -1) {
+	while ((opt = getopt(argc, argv, "cd:k:nrx:")) != -1) {
 		by_connect |= opt == 'c';
+		host = opt == 'd' ? optarg : host;
 		anew |= opt == 'n';
 		at_random |= opt == 'r';
 		objects = opt == 'k' ? atol(optarg) : objects;
@@ -19601,6 +19622,65 @@ bench_caches() {
 	bench_table big 'Hit: GET 16 MiB, one object, 1 kept connection' MiB 16
 }
 
+# A thousand hosts, a hundred expressions, and a million domains that look like
+# those of lists for blocking; the rules for them, and a filter of tinyproxy.
+bench_rules_write() {
+	awk 'BEGIN {
+		for (i = 0; i < 1000; i++)
+			print "deny host ads" i ".example" > "1000-hosts.rules"
+		for (i = 0; i < 25; i++)
+			print "deny url ^http://ads" i "[.][a-z0-9.-]+/\n" \
+				"deny url /(banner|popup)" i "/.*[.](gif|js)$\n" \
+				"deny url [?&]track" i "=[0-9a-f]+\n" \
+				"deny url [.]stat" i "[.](com|net|org)/" \
+				> "100-urls.rules"
+		print "deny list domains" > "million-list.rules"
+		subs = split("ads. www. cdn. click. t.img. metrics. x-", sub_)
+		tops = split("com net de co.uk info xyz com.br ru", top)
+		for (i = 0; i < 1000000; i++)
+			printf "%s%c%s%d.%s\n", sub_[i % (subs + 2) + 1],
+				97 + i % 26, i % 3 ? "track-" : "ad", i,
+				top[int(i / 7) % tops + 1] > "domains"
+	}'
+}
+
+# With rules of which none holds. The origin is the parent of all, so that any
+# name can be asked for.
+bench_rules() {
+	bench_clear
+	bench_rules_write
+	for name in proxy 1000-hosts 100-urls million-list; do
+		[ "$name" != proxy ] || : > proxy.rules
+		start_proxy -x "http://127.0.0.1:$origin" -f "$name.rules"
+		bench_add "$name" "${proxy##*:}" "$proxy_pid"
+		bench_bare=${bench_bare:-$(bench_resident "$proxy_pid")}
+	done
+	bench_bytes=$((($(bench_resident "$proxy_pid") - bench_bare) * 1024))
+	real_ports
+	if have tinyproxy; then
+		printf '%s\n' "Port $real_p1" 'Listen 127.0.0.1' 'MaxClients 100' \
+			'LogLevel Critical' "Upstream http 127.0.0.1:$origin" \
+			"Filter \"$T/domains\"" 'FilterType fnmatch' > tinyproxy.conf
+		spawn tinyproxy.out tinyproxy -d -c tinyproxy.conf
+		bench_add tinyproxy "$real_p1" "$spawned"
+	fi
+	round=0
+	while [ $((round += 1)) -le "$bench_rounds" ]; do
+		for name in direct $bench_names; do
+			bench_one rules "$name" '-d cdn.static.news.example.com' 32 \
+				1000000 "$bench_ms" 1024
+		done
+	done
+	echo
+	echo "Rules that don't hold: none at all; lines with a host each; lines with"
+	echo "a regular expression each for the URL; a list of a million domains for"
+	echo "a host of five labels, in proxy and as tinyproxy's Filter (fnmatch)."
+	sed -n 's/^proxy: domains: /The list: /p' million-list.err
+	awk -v bytes="$bench_bytes" 'BEGIN {
+		printf "Resident memory: %.1f bytes a domain\n", bytes / 1000000 }'
+	bench_table rules 'GET 1 KiB through a parent, 32 kept connections' request 1
+}
+
 bench_end() {
 	cat .fail .skip 2> /dev/null
 	cat .pids .proxies 2> /dev/null | while read -r pid; do
@@ -19649,6 +19729,7 @@ bench() (
 	bench_table tunnel 'GET 256 MiB through CONNECT, one' MiB 256
 	bench_tunnels
 	bench_caches
+	bench_rules
 	bench_status=0
 )
 
