@@ -271,8 +271,12 @@ enum limit {
 	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
 	/* What one word of a rule may take: a parent is the largest. */
 	RULE_WORD_BYTES = 1536,
-	/* The memory of rules grows by this at least. */
-	BLOCK_SIZE = 65536,
+	/*
+	 * The memory of rules grows by this at least.  It is reserved for the
+	 * worst that a line may be, and only used is what it is: a block has
+	 * to be large beside that.
+	 */
+	BLOCK_SIZE = 1 << 20,
 	/* -f and -e. */
 	SOURCES_MAX = 64,
 	/* `file:line` for the log. */

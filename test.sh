@@ -10388,6 +10388,25 @@ test_regress_rules_trial() { # -T tells what the proxy would do
 	[ $status = 1 ] || fail "by its address: $(cat out)"
 }
 
+test_regress_rules_memory() { # rules take no more memory the oftener they are read
+	have ps || skip "no ps"
+	i=0
+	while [ $i -lt 1000 ]; do
+		echo "deny \"this is reason number $i\" host a$i.example b$i.example c$i.example method GET POST port 80 8080"
+		i=$((i + 1))
+	done > rules
+	start_proxy -f rules
+	size=$(ps -o vsz= -p "$proxy_pid") || skip "ps has no vsz"
+	for n in 1 2 3; do
+		kill -HUP "$proxy_pid"
+		"$peer" sleep 500
+	done
+	served
+	more=$(ps -o vsz= -p "$proxy_pid")
+	[ $((more - size)) -lt 20000 ] ||
+		fail "it had $size KiB and now has $more KiB"
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
