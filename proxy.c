@@ -5674,8 +5674,9 @@ users_read(struct parser *p)
 		    path);
 	p->file = path;
 	p->line = 0;
-	while (!p->bad && users != NULL && line_read(p, users))
-		account_parse(p, text_of(p->text));
+	if (!p->bad)
+		while (line_read(p, users))
+			account_parse(p, text_of(p->text));
 	if (users != NULL)
 		(void)fclose(users);
 	p->file = file;

@@ -10407,6 +10407,15 @@ test_regress_rules_memory() { # rules take no more memory the oftener they are r
 		fail "it had $size KiB and now has $more KiB"
 }
 
+test_regress_rules_users_all() { # all wrong lines of a file of users are told at once
+	printf 'a:b\nnobody\nc:d\nelse\n' > users
+	chmod 600 users
+	run_proxy -n -e "users $T/users"
+	[ $status = 2 ] || fail "status $status"
+	grep 'users:2: ' errors && grep 'users:4: ' errors ||
+		fail "$(cat errors)"
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
