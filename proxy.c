@@ -4383,20 +4383,30 @@ match_status(const struct value *value, struct view *v)
 	    (uint64_t)v->response->status <= value->as.numbers.last;
 }
 
-/* type/subtype, or type followed by a star, without parameters. */
+/*
+ * type/subtype, or type followed by a star, without parameters.  If a server
+ * names several, some clients take the first and some the last: each counts.
+ */
 static bool
 match_type(const struct value *value, struct view *v)
 {
-	struct text type = head_value(&v->response->head, "Content-Type");
-	struct text wanted = value->text;
+	const struct head *h = &v->response->head;
+	struct text wanted = value->text, type;
+	bool star = wanted.at[wanted.len - 1] == '*';
+	size_t i;
 
-	type = text_trim(text_cut(type.at, text_find(type, ';')));
-	if (wanted.at[wanted.len - 1] == '*') {
-		wanted.len--;
-		if (type.len > wanted.len)
+	wanted.len -= star;
+	for (i = 0; i < h->n; i++) {
+		type = h->fields[i].value;
+		if (!text_is(h->fields[i].name, "Content-Type"))
+			continue;
+		type = text_trim(text_cut(type.at, text_find(type, ';')));
+		if (star && type.len > wanted.len)
 			type.len = wanted.len;
+		if (text_same(type, wanted))
+			return true;
 	}
-	return text_same(type, wanted);
+	return false;
 }
 
 /* What has passed may tell before the length is known, if it ever can be. */

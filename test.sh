@@ -10416,6 +10416,18 @@ test_regress_rules_users_all() { # all wrong lines of a file of users are told a
 		fail "$(cat errors)"
 }
 
+test_regress_rules_types() { # of several types each counts
+	start_proxy -e 'deny type application/x-evil'
+	play 'the last is what browsers take' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Type: text/plain\nContent-Type: application/x-evil; a=b\nContent-Length: 4\n\nevil
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 403 Forbidden
+	sees!  evil
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
