@@ -8617,7 +8617,10 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 	store_drop(x);
 	buffer_give(&f->answer);
 	page_refusal(x, refusal, detail);
-	f->cached = false;
+	/* Neither an entry nor another's fetch is the answer any more. */
+	f->hit = f->cached ? NULL : f->hit;
+	f->cached = f->grows = f->orphan = false;
+	fetch_leave(x);
 	if (x->server.in == NULL) {
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 		return;

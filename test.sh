@@ -10428,6 +10428,21 @@ test_regress_rules_types() { # of several types each counts
 END
 }
 
+test_regress_rules_denied_hit() { # the log of an entry that is denied tells of no hit and no miss
+	start_cache -e 'deny type text/evil not field request X-In .'
+	play 'from the cache' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Type: text/evil\nCache-Control: max-age=99\nContent-Length: 4\n\nevil
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-In: 1\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^evilHTTP/1.1 403 Forbidden
+	log    200 4 .* miss=stored
+	log    403 [0-9]+ "-" "-" up=0 .* end=done rule=-e:1
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
