@@ -12192,7 +12192,7 @@ option_size(const char *argument)
  * A copy of an argument, which then has no password in it any more: it would
  * show in the list of processes.
  */
-static const char *
+static char *
 option_secret(char *argument)
 {
 	char *copy = strdup(argument), *at, *end;
@@ -12213,13 +12213,14 @@ option_secret(char *argument)
 static const char *
 option_parent(char *argument)
 {
-	const char *url = option_secret(argument);
+	char *url = option_secret(argument);
 	size_t size = strlen(url) + sizeof("via \"\"");
 	char *line = malloc(size);
 
 	if (line == NULL)
 		die("no memory");
 	(void)snprintf(line, size, "via \"%s\"", url);
+	free(url);
 	return line;
 }
 
