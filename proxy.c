@@ -5736,11 +5736,11 @@ static void
 lines_built_in(struct parser *p, unsigned first, unsigned n)
 {
 	static const char *const lines[] = {
-		"deny \"only clients on the proxy's machine may go to this "
-		"address\" not client local address 127.0.0.0/8 ::1 0.0.0.0/8 "
-		":: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8",
-		"deny \"CONNECT goes to port 443 only\" not client local "
-		"method CONNECT not port 443",
+		("deny \"only clients on the proxy's machine may go to this "
+		 "address\" not client local address 127.0.0.0/8 ::1 0.0.0.0/8 "
+		 ":: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8"),
+		("deny \"CONNECT goes to port 443 only\" not client local "
+		 "method CONNECT not port 443"),
 		"allow client local",
 		"deny \"this client may not use the proxy\"",
 	};
