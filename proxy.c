@@ -273,8 +273,12 @@ enum limit {
 	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
 	/* What one word of a rule may take: a parent is the largest. */
 	RULE_WORD_BYTES = 1536,
-	/* The memory of rules grows by this at least. */
-	BLOCK_SIZE = 65536,
+	/*
+	 * The memory of rules grows by this at least.  It is reserved for the
+	 * worst that a line may be, and only used is what it is: a block has
+	 * to be large beside that.
+	 */
+	BLOCK_SIZE = 1 << 20,
 	/* -f and -e. */
 	SOURCES_MAX = 64,
 	/* `file:line` for the log. */
@@ -4514,20 +4518,30 @@ match_status(const struct value *value, struct view *v)
 	    (uint64_t)v->response->status <= value->as.numbers.last;
 }
 
-/* type/subtype, or type followed by a star, without parameters. */
+/*
+ * type/subtype, or type followed by a star, without parameters.  If a server
+ * names several, some clients take the first and some the last: each counts.
+ */
 static bool
 match_type(const struct value *value, struct view *v)
 {
-	struct text type = head_value(&v->response->head, "Content-Type");
-	struct text wanted = value->text;
+	const struct head *h = &v->response->head;
+	struct text wanted = value->text, type;
+	bool star = wanted.at[wanted.len - 1] == '*';
+	size_t i;
 
-	type = text_trim(text_cut(type.at, text_find(type, ';')));
-	if (wanted.at[wanted.len - 1] == '*') {
-		wanted.len--;
-		if (type.len > wanted.len)
+	wanted.len -= star;
+	for (i = 0; i < h->n; i++) {
+		type = h->fields[i].value;
+		if (!text_is(h->fields[i].name, "Content-Type"))
+			continue;
+		type = text_trim(text_cut(type.at, text_find(type, ';')));
+		if (star && type.len > wanted.len)
 			type.len = wanted.len;
+		if (text_same(type, wanted))
+			return true;
 	}
-	return text_same(type, wanted);
+	return false;
 }
 
 /* What has passed may tell before the length is known, if it ever can be. */
@@ -5815,8 +5829,9 @@ users_read(struct parser *p)
 		    path);
 	p->file = path;
 	p->line = 0;
-	while (!p->bad && users != NULL && line_read(p, users))
-		account_parse(p, text_of(p->text));
+	if (!p->bad)
+		while (line_read(p, users))
+			account_parse(p, text_of(p->text));
 	if (users != NULL)
 		(void)fclose(users);
 	p->file = file;
@@ -8880,7 +8895,10 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 	store_drop(x);
 	buffer_give(&f->answer);
 	page_refusal(x, refusal, detail);
-	f->cached = false;
+	/* Neither an entry nor another's fetch is the answer any more. */
+	f->hit = f->cached ? NULL : f->hit;
+	f->cached = f->grows = f->orphan = false;
+	fetch_leave(x);
 	if (x->server.in == NULL) {
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 		return;

@@ -14746,6 +14746,61 @@ test_regress_rules_trial() { # -T tells what the proxy would do
 	[ $status = 1 ] || fail "by its address: $(cat out)"
 }
 
+test_regress_rules_memory() { # rules take no more memory the oftener they are read
+	have ps || skip "no ps"
+	i=0
+	while [ $i -lt 1000 ]; do
+		echo "deny \"this is reason number $i\" host a$i.example b$i.example c$i.example method GET POST port 80 8080"
+		i=$((i + 1))
+	done > rules
+	start_proxy -f rules
+	size=$(ps -o vsz= -p "$proxy_pid") || skip "ps has no vsz"
+	for n in 1 2 3; do
+		kill -HUP "$proxy_pid"
+		"$peer" sleep 500
+	done
+	served
+	more=$(ps -o vsz= -p "$proxy_pid")
+	[ $((more - size)) -lt 20000 ] ||
+		fail "it had $size KiB and now has $more KiB"
+}
+
+test_regress_rules_users_all() { # all wrong lines of a file of users are told at once
+	printf 'a:b\nnobody\nc:d\nelse\n' > users
+	chmod 600 users
+	run_proxy -n -e "users $T/users"
+	[ $status = 2 ] || fail "status $status"
+	grep 'users:2: ' errors && grep 'users:4: ' errors ||
+		fail "$(cat errors)"
+}
+
+test_regress_rules_types() { # of several types each counts
+	start_proxy -e 'deny type application/x-evil'
+	play 'the last is what browsers take' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Type: text/plain\nContent-Type: application/x-evil; a=b\nContent-Length: 4\n\nevil
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 403 Forbidden
+	sees!  evil
+END
+}
+
+test_regress_rules_denied_hit() { # the log of an entry that is denied tells of no hit and no miss
+	start_cache -e 'deny type text/evil not field request X-In .'
+	play 'from the cache' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Type: text/evil\nCache-Control: max-age=99\nContent-Length: 4\n\nevil
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-In: 1\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^evilHTTP/1.1 403 Forbidden
+	log    200 4 .* miss=stored
+	log    403 [0-9]+ "-" "-" up=0 .* end=done rule=-e:1
+END
+}
+
 # ---- 19. Promises kept under odd conditions ---------------------------------
 
 # Builds into $work what only some tests need, once for all of them:
