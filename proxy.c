@@ -521,6 +521,7 @@ enum refusal {
 	REFUSE_FOREIGN,
 	REFUSE_USER,
 	REFUSE_PASSWORD,
+	REFUSE_GREETING,
 	REFUSE_NAME,
 	REFUSE_NAME_SLOW,
 	REFUSE_FAMILY,
@@ -940,10 +941,11 @@ enum truth {
 
 /* One value of a condition. */
 struct value {
-	struct value *next;     /* of the same condition */
-	struct text text;       /* as it was written, quotes undone */
-	bool special;           /* a word with a meaning: local, mismatch, * */
-	bool above;             /* of a size: above the number, not below */
+	struct value *next; /* of the same condition */
+	struct text text;   /* as it was written, quotes undone */
+	bool bare;          /* it was written without quotes */
+	bool special;       /* a bare word with a meaning: local, mismatch, * */
+	bool above;         /* of a size: above the number, not below */
 	bool request, response; /* of a field: whose */
 	struct text name;       /* of it */
 	union {
@@ -2318,6 +2320,8 @@ static const struct {
 	    "a user and password are needed" },
 	[REFUSE_PASSWORD] = { 407, "http_request_denied",
 	    "wrong user or password" },
+	[REFUSE_GREETING] = { 403, "http_request_denied",
+	    "a TLS greeting that can't be read, and rules ask for its name" },
 	[REFUSE_NAME] = { 502, "dns_error", "the name lookup failed" },
 	[REFUSE_NAME_SLOW] = { 504, "dns_timeout",
 	    "the name lookup took too long" },
@@ -2376,8 +2380,10 @@ status_reason(int status)
 		{ 405, "Method Not Allowed" },
 		{ 407, "Proxy Authentication Required" },
 		{ 408, "Request Timeout" },
+		{ 410, "Gone" },
 		{ 414, "URI Too Long" },
 		{ 416, "Range Not Satisfiable" },
+		{ 429, "Too Many Requests" },
 		{ 431, "Request Header Fields Too Large" },
 		{ 451, "Unavailable For Legal Reasons" },
 		{ 501, "Not Implemented" },
@@ -5095,7 +5101,7 @@ static bool
 value_network(struct parser *p, struct condition *c, struct value *value)
 {
 	(void)p;
-	value->special = c->subject == SUBJECT_CLIENT &&
+	value->special = c->subject == SUBJECT_CLIENT && value->bare &&
 	    text_is(value->text, "local");
 	return value->special || network_parse(value->text, &value->as.network);
 }
@@ -5107,7 +5113,7 @@ value_user(struct parser *p, struct condition *c, struct value *value)
 	(void)c;
 	if (!p->rules->logins)
 		parser_error(p, "nobody can log in: no line `users' before it");
-	value->special = text_is(value->text, "*");
+	value->special = value->bare && text_is(value->text, "*");
 	return true;
 }
 
@@ -5137,7 +5143,8 @@ value_host(struct parser *p, struct condition *c, struct value *value)
 	size_t i;
 
 	(void)p;
-	value->special = c->subject == SUBJECT_SNI && text_is(*t, "mismatch");
+	value->special = c->subject == SUBJECT_SNI && value->bare &&
+	    text_is(*t, "mismatch");
 	if (t->len > 1 && t->at[0] == '*')
 		*t = text_from(*t, 1);
 	if (t->len > 1 && t->at[t->len - 1] == '.')
@@ -5382,6 +5389,7 @@ condition_values(struct parser *p, struct condition *c)
 
 		p->at++;
 		value->text = rules_copy(p->rules, word->t);
+		value->bare = !word->quoted;
 		if (value_parsers[c->subject](p, c, value)) {
 			*end = value;
 			end = &value->next;
@@ -11730,7 +11738,8 @@ tunnel_note(struct exchange *x, struct text name)
 /*
  * Looks at what a tunnel's client says first, before any of it is passed on.
  * True if it may pass.  Only if rules are open is all of a greeting waited
- * for; by what is none they are judged as by one without a name.
+ * for; by what is none they are judged as by one without a name.  TLS that can't
+ * be read does not pass then: its server might read it.
  */
 static bool
 tunnel_greet(struct exchange *x)
@@ -11748,6 +11757,10 @@ tunnel_greet(struct exchange *x)
 	if (hello == 0 && !c->eof && !c->error && (f->open || c->in == NULL))
 		return false;
 	f->greeted = true;
+	if (hello == -1 && f->open && *buffer_text(c->in).at == 22) {
+		exchange_abort(x, END_RULE, REFUSE_GREETING);
+		return false;
+	}
 	if (hello == 1)
 		tunnel_note(x, text_of(name));
 	if (f->open) {
