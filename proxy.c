@@ -661,10 +661,11 @@ struct facts {
 	const struct account *user; /* who logged in, or NULL */
 	struct buffer *answer;      /* see access_response() */
 	struct address server;      /* the one in use */
-	struct address list[ADDRESSES_MAX]; /* of the next hop */
-	bool cached;                        /* the answer comes from an entry */
-	bool validated;                     /* the server was asked about it */
-	int forward_status;                 /* what it said, 0: nothing */
+	/* Of the next hop; of an entry that answers, the first: its server. */
+	struct address list[ADDRESSES_MAX];
+	bool cached;        /* the answer comes from an entry */
+	bool validated;     /* the server was asked about it */
+	int forward_status; /* what it said, 0: nothing */
 	bool has_entry;     /* the next one is open, to be validated */
 	bool storing;       /* the one after it is being written */
 	bool spoiled;       /* and is out of date before it is done */
@@ -1017,10 +1018,10 @@ struct view {
 	const struct address *client;  /* who asks */
 	struct text user;              /* logged in as; `at` is NULL: nobody */
 	const struct request *request; /* what for */
-	struct text host; /* of the URL, without a dot at its end */
-	unsigned port;    /* of the URL */
-	const struct address *address;   /* the server's, if known */
-	struct address literal;          /* where `address` may point */
+	struct text host;              /* of the URL, without dots at its end */
+	unsigned port;                 /* of the URL */
+	const struct address *address; /* the server's, if known */
+	struct address literal;        /* where `address` may point */
 	const struct response *response; /* its answer, if known */
 	uint64_t length;                 /* of the body, if known */
 	uint64_t passed;                 /* of it so far */
@@ -1301,7 +1302,8 @@ text_copy(struct text t, char *to, size_t size)
 {
 	size_t n = t.len < size ? t.len : size - 1;
 
-	memcpy(to, t.at, n);
+	if (n > 0)
+		memcpy(to, t.at, n);
 	to[n] = '\0';
 	return n == t.len && strlen(to) == n;
 }
@@ -2625,6 +2627,7 @@ target_parse(struct text t, enum method method, struct target *target)
 	size_t i;
 
 	memset(target, 0, sizeof(*target));
+	target->host = text_cut(t.at, 0);
 	for (i = 0; i < t.len; i++)
 		if ((unsigned char)t.at[i] <= ' ' || t.at[i] == 0x7f)
 			return -REFUSE_CONTROL;
@@ -3455,7 +3458,9 @@ duration_parse(struct text t, int64_t *seconds)
 static unsigned char
 needle_step(const struct needle *n, unsigned char matched, char c)
 {
+	assert(matched < n->len);
 	while (matched > 0 && n->text[matched] != c)
+		/* cppcheck-suppress arrayIndexOutOfBoundsCond ; never 256 */
 		matched = n->next[matched];
 	return (unsigned char)(matched + (n->text[matched] == c));
 }
@@ -4217,6 +4222,15 @@ list_has(const struct list *list, struct text host)
 
 /* ---- judging ---- */
 
+/* A host without the dots at its end. */
+static struct text
+host_bare(struct text host)
+{
+	while (host.len > 0 && host.at[host.len - 1] == '.')
+		host.len--;
+	return host;
+}
+
 /* True if name is what pattern says: `.x` is all below x, else the same. */
 static bool
 host_matches(struct text pattern, struct text name)
@@ -4229,11 +4243,11 @@ host_matches(struct text pattern, struct text name)
 	return text_same(pattern, name);
 }
 
-/* A text as the string that regexec(3) wants; cut if it is very long. */
+/* A text from a head as the string that regexec(3) wants. */
 static bool
 regex_matches(const regex_t *regex, struct text t)
 {
-	static char string[LINE_MAX_BYTES + 1];
+	static char string[BUFFER_SIZE];
 
 	(void)text_copy(t, string, sizeof(string));
 	return regexec(regex, string, 0, NULL, 0) == 0;
@@ -4394,14 +4408,15 @@ match_type(const struct value *value, struct view *v)
 	return text_same(type, wanted);
 }
 
-/* What has passed may tell before the length is known. */
+/* What has passed may tell before the length is known, if it ever can be. */
 static bool
 match_size(const struct value *value, struct view *v)
 {
 	uint64_t limit = value->as.numbers.first;
 
 	if (!(v->known & FACT_LENGTH))
-		return value->above && v->passed > limit;
+		return value->above && v->passed > limit &&
+		    !(v->never & FACT_LENGTH);
 	return value->above ? v->length > limit : v->length < limit;
 }
 
@@ -4486,6 +4501,32 @@ rule_refuses(const struct rule *rule, const struct view *v)
 }
 
 /*
+ * One line of a group.  Where a request goes and what it says can't wait for
+ * the answer, nor for what is said in a tunnel; and how an answer is cached
+ * not for the end of it.
+ */
+static enum truth
+line_judge(const struct rule *rule, enum rule_group group, struct view *v)
+{
+	static const unsigned late[GROUPS] = {
+		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY |
+		    FACT_SNI,
+		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY |
+		    FACT_SNI,
+		[GROUP_CACHE] = FACT_BODY,
+		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY |
+		    FACT_SNI,
+	};
+	unsigned never = v->never;
+	enum truth truth;
+
+	v->never |= late[group];
+	truth = rule_judge(rule, v);
+	v->never = never;
+	return truth;
+}
+
+/*
  * The lines of a group: the first that holds decides.  One that is open makes
  * the verdict open, unless all that may still decide refuse: then nothing has
  * to be found out.
@@ -4498,7 +4539,7 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 	bool open = false, refuses = true;
 
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = rule_judge(rule, v);
+		enum truth truth = line_judge(rule, group, v);
 
 		if (truth == TRUTH_NO)
 			continue;
@@ -4540,7 +4581,7 @@ rewrites_collect(const struct rules *rules, enum rule_group group,
 	w->n = 0;
 	w->open = false;
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = rule_judge(rule, v);
+		enum truth truth = line_judge(rule, group, v);
 
 		if (truth == TRUTH_YES && w->n < REWRITES_MAX)
 			w->list[w->n++] = rule;
@@ -4548,29 +4589,70 @@ rewrites_collect(const struct rules *rules, enum rule_group group,
 	}
 }
 
-/* True if a line of w takes fields of that name away, or replaces them. */
+/*
+ * True if a rule may touch fields of that name: none that frames or routes
+ * the message.  A star may stand for the rest of a name.
+ */
+static bool
+name_is_free(struct text name)
+{
+	static const char *const fixed[] = { "Max-Forwards", "Content-Range",
+		"Expect", "Trailer", NULL };
+
+	return text_is_token(name) && !text_is(name, "*") &&
+	    !name_is_among(name, fields_of_hop) && !name_is_among(name, fixed);
+}
+
+/* True if a line takes fields of that name away, or replaces them. */
+static bool
+rule_takes(const struct rule *rule, struct text name)
+{
+	const struct value *value;
+
+	if (rule->action == ACTION_SET && text_same(rule->name, name))
+		return true;
+	for (value = rule->names; value != NULL; value = value->next) {
+		struct text t = value->text, n = name;
+
+		if (t.at[t.len - 1] == '*') {
+			t.len--;
+			n.len = n.len < t.len ? n.len : t.len;
+		}
+		if (text_same(t, n))
+			return true;
+	}
+	return false;
+}
+
+/*
+ * True if a line of w, from the one numbered first on, takes such fields; not
+ * those that no rule may touch, be it by a star.
+ */
+static bool
+rewrites_take_from(const struct rewrites *w, size_t first, struct text name)
+{
+	bool taken = false;
+
+	for (; first < w->n && !taken; first++)
+		taken = rule_takes(w->list[first], name);
+	return taken && name_is_free(name);
+}
+
+/* The same for all of its lines. */
 static bool
 rewrites_take(const struct rewrites *w, struct text name)
 {
-	const struct value *value;
-	size_t i;
+	return rewrites_take_from(w, 0, name);
+}
 
-	for (i = 0; i < w->n; i++) {
-		if (w->list[i]->action == ACTION_SET &&
-		    text_same(w->list[i]->name, name))
-			return true;
-		for (value = w->list[i]->names; value != NULL;
-		     value = value->next) {
-			struct text t = value->text;
-
-			if (t.at[t.len - 1] == '*' ? name.len >= t.len - 1 &&
-				    text_same(text_cut(t.at, t.len - 1),
-					text_cut(name.at, t.len - 1)) :
-						     text_same(t, name))
-				return true;
-		}
-	}
-	return false;
+/* The field that line i of w puts in; false: none, or a later one takes it. */
+static bool
+rewrites_put(const struct rewrites *w, size_t i, struct field *field)
+{
+	field->name = w->list[i]->name;
+	field->value = w->list[i]->words;
+	return w->list[i]->action != ACTION_UNSET &&
+	    !rewrites_take_from(w, i + 1, field->name);
 }
 
 /* The fields that the lines of w put in, as lines into b. */
@@ -4580,12 +4662,9 @@ rewrites_append(const struct rewrites *w, struct buffer *b)
 	struct field field;
 	size_t i;
 
-	for (i = 0; i < w->n; i++) {
-		field.name = w->list[i]->name;
-		field.value = w->list[i]->words;
-		if (w->list[i]->action != ACTION_UNSET)
+	for (i = 0; i < w->n; i++)
+		if (rewrites_put(w, i, &field))
 			field_append(b, &field);
-	}
 }
 
 /* True if a line of w takes something away. */
@@ -5307,6 +5386,10 @@ parent_parse(struct text t, struct parent *p)
 	const char *why;
 
 	memset(p, 0, sizeof(*p));
+	/* What is shown of a line is masked up to one of these. */
+	if (text_find(t, ' ') < t.len || text_find(t, '\t') < t.len ||
+	    text_find(t, '"') < t.len)
+		return "a blank or a quote in it; write it as %XX";
 	p->id = ++id;
 	p->kind = text_starts(t, "http://") ? PARENT_HTTP : PARENT_SOCKS;
 	if (p->kind == PARENT_SOCKS && !text_starts(t, "socks5://") &&
@@ -5387,21 +5470,6 @@ action_cache(struct parser *p, struct rule *rule)
 	p->at++;
 }
 
-/*
- * True if a rule may touch fields of that name: none that frames or routes
- * the message.  A star may stand for the rest of a name; those fields are
- * not touched then either, see rewrites_take().
- */
-static bool
-name_is_free(struct text name)
-{
-	static const char *const fixed[] = { "Max-Forwards", "Content-Range",
-		"Expect", "Trailer", NULL };
-
-	return text_is_token(name) && !text_is(name, "*") &&
-	    !name_is_among(name, fields_of_hop) && !name_is_among(name, fixed);
-}
-
 /* Takes the name of a field for a rule. */
 static struct text
 action_name(struct parser *p)
@@ -5480,15 +5548,11 @@ action_group(struct parser *p, enum rule_group group)
 	return group;
 }
 
-/*
- * A copy of a line for those who ask which rules are in force: without blanks
- * around it and without passwords.
- */
-static const char *
-rule_text(struct rules *rules, const char *line)
+/* Overwrites the logins in all URLs of a string. */
+static void
+secret_hide(char *at)
 {
-	struct text t = rules_copy(rules, text_trim(text_of(line)));
-	char *at = (char *)(uintptr_t)t.at, *end;
+	char *end;
 
 	for (; (at = strstr(at, "://")) != NULL; at = end) {
 		at += 3;
@@ -5497,7 +5561,21 @@ rule_text(struct rules *rules, const char *line)
 			end--;
 		memset(at, '*', (size_t)(end - at));
 	}
-	return t.at;
+}
+
+/*
+ * A copy of a line for those who ask which rules are in force: without blanks
+ * around it and without passwords.
+ */
+static const char *
+rule_text(struct rules *rules, const char *line)
+{
+	struct text t = text_trim(text_of(line));
+	char *copy = rules_cut(rules, t.len + 1);
+
+	(void)text_copy(t, copy, t.len + 1);
+	secret_hide(copy);
+	return copy;
 }
 
 /* A line that is a rule, its words being split; `text` is all of it. */
@@ -5505,12 +5583,12 @@ static void
 rule_parse(struct parser *p, const char *text)
 {
 	struct rule *rule = rules_cut(p->rules, sizeof(*rule));
-	size_t i, n = sizeof(actions) / sizeof(actions[0]);
+	size_t i = 0, last = sizeof(actions) / sizeof(actions[0]) - 1;
 	enum rule_group group;
 
-	for (i = 0; i < n && !parser_takes(p, actions[i].word); i++)
-		continue;
-	if (i == n) {
+	while (i < last && !text_is(p->words[0].t, actions[i].word))
+		i++;
+	if (!parser_takes(p, actions[i].word)) {
 		parser_error(p, "%.*s: not an action", (int)p->words[0].t.len,
 		    p->words[0].t.at);
 		return;
@@ -5666,11 +5744,11 @@ static void
 lines_built_in(struct parser *p, unsigned first, unsigned n)
 {
 	static const char *const lines[] = {
-		"deny \"only clients on the proxy's machine may go to this "
-		"address\" not client local address 127.0.0.0/8 ::1 0.0.0.0/8 "
-		":: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8",
-		"deny \"CONNECT goes to port 443 only\" not client local "
-		"method CONNECT not port 443",
+		("deny \"only clients on the proxy's machine may go to this "
+		 "address\" not client local address 127.0.0.0/8 ::1 "
+		 "0.0.0.0/8 :: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8"),
+		("deny \"CONNECT goes to port 443 only\" not client local "
+		 "method CONNECT not port 443"),
 		"allow client local",
 		"deny \"this client may not use the proxy\"",
 	};
@@ -6094,6 +6172,21 @@ freshness_lifetime(const struct response *r, bool explicit_only)
 	return l;
 }
 
+/* True if the request, as it is sent, has a login, be it put in by a rule. */
+static bool
+request_has_login(const struct request *q)
+{
+	bool has = head_field(&q->head, "Authorization") != NULL;
+	struct field field;
+	size_t i;
+
+	for (i = 0; i < q->rewrites.n; i++)
+		has = has ||
+		    (rewrites_put(&q->rewrites, i, &field) &&
+			text_is(field.name, "Authorization"));
+	return has;
+}
+
 /*
  * May the response be stored, and reused by others? (RFC 9111 section 3)  The
  * answer to a POST may if it says that it is what a GET would get (RFC 9110
@@ -6130,11 +6223,12 @@ response_is_storable(const struct request *q, const struct response *r,
 		return false;
 	if (head_lists(&r->head, "Vary", text_of("*")))
 		return false;
-	if (head_field(&q->head, "Authorization") != NULL &&
-	    !control.is_public && control.s_maxage < 0 &&
-	    !control.must_revalidate)
+	if (request_has_login(q) && !control.is_public &&
+	    control.s_maxage < 0 && !control.must_revalidate)
 		return false;
-	if (given >= 0)
+	if (given >= 0 &&
+	    (lifetime >= 0 || control.is_public ||
+		status_is_heuristic(r->status)))
 		lifetime = given;
 	if (lifetime >= 0)
 		return validator || lifetime > 0;
@@ -6298,6 +6392,7 @@ static void
 variant_append(const struct request *q, struct text vary, struct buffer *b)
 {
 	const struct rewrites *w = &q->rewrites;
+	struct field field;
 	struct text name;
 	size_t i;
 
@@ -6310,10 +6405,9 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 				value_append(b, name, q->head.fields[i].value,
 				    &first);
 		for (i = 0; i < w->n; i++)
-			if (w->list[i]->action != ACTION_UNSET &&
-			    text_same(w->list[i]->name, name))
-				value_append(b, name, w->list[i]->words,
-				    &first);
+			if (rewrites_put(w, i, &field) &&
+			    text_same(field.name, name))
+				value_append(b, name, field.value, &first);
 		buffer_append(b, text_of(";"));
 	}
 }
@@ -6987,10 +7081,11 @@ cache_has_room(void)
 
 /* What a new entry is made from. */
 struct draft {
-	struct entry e;        /* slices of keys */
-	struct buffer *keys;   /* key and variant */
-	struct buffer *list;   /* Vary, then the head */
-	struct buffer *region; /* what is written */
+	struct entry e;            /* slices of keys */
+	struct buffer *keys;       /* key and variant */
+	struct buffer *list;       /* Vary, then the head */
+	struct buffer *region;     /* what is written */
+	char server[ADDRESS_TEXT]; /* for e */
 };
 
 /*
@@ -7051,16 +7146,25 @@ draft_keys(struct exchange *x, const struct request *q,
 	return !d->keys->overflow && !d->list->overflow;
 }
 
+/* The parent that an exchange goes through, NULL if none. */
+static struct parent *
+exchange_parent(const struct exchange *x)
+{
+	struct parent *parent = x->facts.parent;
+
+	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
+}
+
 /* The region of a new entry, but for its first line. */
 static bool
 draft_region(struct exchange *x, const struct response *r, struct draft *d)
 {
 	struct facts *f = &x->facts;
-	char server[ADDRESS_TEXT] = "-";
 
-	if (f->parent == NULL)
-		address_print(&f->server, server);
-	d->e.server = text_of(server);
+	(void)text_copy(text_of("-"), d->server, sizeof(d->server));
+	if (exchange_parent(x) == NULL)
+		address_print(&f->server, d->server);
+	d->e.server = text_of(d->server);
 	d->e.requested = f->requested;
 	d->e.responded = now.wall;
 	d->e.age = initial_age(r, f->requested, now.wall);
@@ -8618,6 +8722,7 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 	}
 	exchange_drop_tries(x);
 	store_drop(x);
+	buffer_give(&f->answer);
 	page_refusal(x, refusal, detail);
 	f->cached = false;
 	if (x->server.in == NULL) {
@@ -8629,31 +8734,49 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 
 /* ---- what the rules say ---- */
 
-/* The parent that an exchange goes through, NULL if none. */
-static struct parent *
-exchange_parent(const struct exchange *x)
+/* The address in the words of address_print(); none, of family 0: `-`. */
+static struct address
+address_read(struct text t)
 {
-	struct parent *parent = x->facts.parent;
+	struct target target;
+	struct address a;
 
-	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
+	memset(&a, 0, sizeof(a));
+	if (authority_parse(t, 0, &target) == 1)
+		(void)address_parse(target.host, target.port, &a);
+	return a;
+}
+
+/*
+ * What they know of a server's address is a, which must stay; of family 0:
+ * nothing, and never.  One in the URL is known anyway.
+ */
+static void
+view_source(struct view *v, const struct address *a)
+{
+	if (v->address == &v->literal)
+		return;
+	v->address = a->family ? a : NULL;
+	v->known &= ~(unsigned)FACT_ADDRESS;
+	v->known |= a->family ? FACT_ADDRESS : 0U;
+	v->never |= a->family ? 0U : FACT_ADDRESS;
 }
 
 /*
  * What the rules may know of a request so far, into v; q must stay.  With a
- * parent, the server's address is known only if the URL has it in figures.
+ * parent, the server's address is known only if the URL has it in figures;
+ * that of an entry is the one that it came from.
  */
 static void
 exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 {
 	const struct facts *f = &x->facts;
-	struct text host = q->target.host;
+	struct text host = host_bare(q->target.host);
 
 	memset(v, 0, sizeof(*v));
 	v->never = q->method == METHOD_CONNECT ?
 	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
 	    FACT_SNI;
-	if (host.len > 1 && host.at[host.len - 1] == '.')
-		host.len--;
 	v->client = &x->peer;
 	if (f->user != NULL)
 		v->user = f->user->user;
@@ -8664,6 +8787,8 @@ exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 	v->passed = x->down.payload + x->down.ready;
 	if (address_parse(host, v->port, &v->literal))
 		v->address = &v->literal;
+	else if (f->cached)
+		view_source(v, &f->list[0]);
 	else if (exchange_parent(x) != NULL && !f->route_open)
 		v->never |= FACT_ADDRESS;
 	else if (f->server.family == AF_INET || f->server.family == AF_INET6)
@@ -8683,7 +8808,7 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 	v->length = length;
 	if (length != UINT64_MAX)
 		v->known |= FACT_LENGTH;
-	if (bare)
+	if (bare || length == 0)
 		v->known |= FACT_LENGTH | FACT_BODY;
 	if (bare && length == UINT64_MAX)
 		v->length = 0;
@@ -8738,6 +8863,8 @@ access_refuse(struct exchange *x, const struct request *q)
 	(void)snprintf(detail, sizeof(detail),
 	    "To let it in, start the proxy with: -e 'allow client %s'", peer);
 	x->facts.close = x->facts.close || !x->up.done;
+	/* What is stored does not stand in for this. */
+	entry_close(x);
 	if (rule->action == ACTION_DROP)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
 	else if (rule->action == ACTION_LOGIN)
@@ -8849,7 +8976,10 @@ access_response(struct exchange *x, const struct response *r, struct text head,
 	memset(f->answer->data, 0, NEEDLES_MAX);
 	f->answer->start = f->answer->end = NEEDLES_MAX;
 	buffer_append(f->answer, head);
-	return true;
+	if (f->answer->overflow == 0)
+		return true;
+	exchange_deny(x, REFUSE_ANSWER_LONG, "");
+	return false;
 }
 
 /*
@@ -8873,11 +9003,11 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	exchange_request(x, &q);
 	(void)response_parse(buffer_text(f->answer), q.method, &r);
 	exchange_view(x, &q, &v);
-	view_response(&v, &r, response_length(&r));
-	if (whole) {
-		v.known |= FACT_LENGTH | FACT_BODY;
+	view_response(&v, &r, f->cached ? f->body : response_length(&r));
+	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
-	}
+	if (whole)
+		v.known |= FACT_LENGTH | FACT_BODY;
 	if (!whole && found == f->found && (v.known & FACT_LENGTH))
 		return true;
 	verdict = rules_judge(f->rules, GROUP_ACCESS, &v);
@@ -8892,12 +9022,13 @@ access_body(struct exchange *x, struct text piece, bool whole)
 
 /*
  * The line that says how a request, or its response if r is not NULL, is to
- * be cached; NULL: none does.
+ * be cached; NULL: none does.  e: the entry that r is the head of, or NULL.
  */
 static const struct rule *
 cache_rule(const struct exchange *x, const struct request *q,
-    const struct response *r, uint64_t length)
+    const struct response *r, const struct entry *e)
 {
+	struct address source;
 	struct verdict verdict;
 	struct view v;
 
@@ -8905,17 +9036,24 @@ cache_rule(const struct exchange *x, const struct request *q,
 		return NULL;
 	exchange_view(x, q, &v);
 	if (r != NULL)
-		view_response(&v, r, length);
+		view_response(&v, r, e ? e->body : response_length(r));
+	if (e != NULL) {
+		source = address_read(e->server);
+		view_source(&v, &source);
+	}
 	verdict = rules_judge(x->facts.rules, GROUP_CACHE, &v);
 	return verdict.truth == TRUTH_YES ? verdict.rule : NULL;
 }
 
-/* How long a response is fresh: as a rule says, or else as it says itself. */
+/*
+ * How long an entry, whose head is r, is fresh: as a rule says, or else as it
+ * says itself.
+ */
 static struct lifetime
 exchange_lifetime(const struct exchange *x, const struct request *q,
-    const struct response *r, uint64_t length)
+    const struct response *r, const struct entry *e)
 {
-	const struct rule *rule = cache_rule(x, q, r, length);
+	const struct rule *rule = cache_rule(x, q, r, e);
 
 	if (rule != NULL && rule->action == ACTION_CACHE)
 		return (struct lifetime){ rule->seconds, "a rule" };
@@ -8923,16 +9061,6 @@ exchange_lifetime(const struct exchange *x, const struct request *q,
 }
 
 /* ---- entries that answer ---- */
-
-/* The address in the words of address_print(); false: `-`. */
-static bool
-address_read(struct text t, struct address *a)
-{
-	struct target target;
-
-	return authority_parse(t, 0, &target) == 1 &&
-	    address_parse(target.host, target.port, a);
-}
 
 /*
  * Makes the entry whose beginning is in b the server: its head is parsed and
@@ -8943,7 +9071,6 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 {
 	struct conn *s = &x->server;
 	struct facts *f = &x->facts;
-	struct address server;
 	struct response r;
 	struct request q;
 	struct view v;
@@ -8956,22 +9083,22 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 	s->exchange = x;
 	s->readable = s->hung = true;
 	s->in = b;
+	f->cached = true;
+	/* What was judged is the way to the server, not where this is from. */
+	f->open = f->open || f->addresses > 0;
+	f->addresses = 0;
+	f->list[0] = address_read(e->server);
 	if (f->open) {
 		exchange_request(x, &q);
 		(void)response_parse(e->head, q.method, &r);
 		exchange_view(x, &q, &v);
-		if (v.address == NULL && address_read(e->server, &server)) {
-			v.address = &server;
-			v.known |= FACT_ADDRESS;
-		}
-		v.never |= FACT_ADDRESS;
 		view_response(&v, &r, e->body);
 		if (!access_response(x, &r, e->head, &v))
 			return;
 	}
 	b->start = (size_t)(e->head.at - b->data);
 	entry_touch(fd, e->key, e->variant);
-	f->local = f->cached = true;
+	f->local = true;
 	f->body = e->body;
 	f->region = (uint32_t)e->region;
 	exchange_enter(x, PHASE_RESPONSE);
@@ -8996,7 +9123,7 @@ cache_serve_open(struct exchange *x, const char *hit)
 	f->hit = hit;
 	f->age = e.age + (now.wall > e.responded ? now.wall - e.responded : 0);
 	exchange_request(x, &q);
-	f->ttl = exchange_lifetime(x, &q, &r, e.body).seconds - f->age;
+	f->ttl = exchange_lifetime(x, &q, &r, &e).seconds - f->age;
 	f->has_entry = false;
 	cache_serve(x, f->entry, b, &e);
 	return true;
@@ -9022,7 +9149,7 @@ cache_rescue(struct exchange *x, bool answered)
 		return false;
 	exchange_request(x, &q);
 	age = e.age + (int64_t)now.wall - e.responded;
-	lifetime = exchange_lifetime(x, &q, &r, e.body).seconds;
+	lifetime = exchange_lifetime(x, &q, &r, &e).seconds;
 	asked = control_parse(&q.head);
 	control = control_parse(&r.head);
 	good = e.responded <= now.wall + CLOCK_STEP_S &&
@@ -9032,20 +9159,28 @@ cache_rescue(struct exchange *x, bool answered)
 	return good && cache_serve_open(x, "stale");
 }
 
-/* The next parent of a rule, if there is one: true if it is tried now. */
+/*
+ * The next parent of a rule, if there is one: true if it is tried now.  That a
+ * server can't be reached, directly or by a parent that was, blames nobody.
+ */
 static bool
 parent_next(struct exchange *x)
 {
 	struct facts *f = &x->facts;
 
-	if (f->parent == NULL || f->status != 0)
+	if (exchange_parent(x) == NULL || f->status != 0 ||
+	    f->greeting == GREETING_REPLY)
 		return false;
 	f->parent->failed = now.ms;
 	if (f->parent->next == NULL)
 		return false;
 	f->parent = f->parent->next;
+	/* Without a parent the address is known, and to be judged. */
+	f->open = f->open || exchange_parent(x) == NULL;
 	exchange_drop_tries(x);
 	conn_close(&x->server, false);
+	/* What this one does not look up, the next may: all is judged anew. */
+	f->open = true;
 	f->next = f->addresses = 0;
 	f->asked = 0;
 	f->greeting = GREETING_BEGIN;
@@ -9170,7 +9305,7 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			flow_decode(f, from->in, from->eof);
 		if (f == &x->down && x->facts.skip > 0)
 			exchange_skip(x);
-		if (f == &x->down && x->facts.answer != NULL &&
+		if (f == &x->down && x->facts.answer != NULL && !f->done &&
 		    !exchange_seek(x, old))
 			return true;
 		if (f == &x->down && x->facts.storing && f->ready > old)
@@ -9594,7 +9729,7 @@ lookup_fits(const struct exchange *x, const struct request *q, struct lookup *l)
 
 	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1)
 		return false;
-	rule = cache_rule(x, q, &l->r, l->e.body);
+	rule = cache_rule(x, q, &l->r, &l->e);
 	if (rule != NULL && rule->action == ACTION_NOCACHE)
 		return false;
 	return l->r.status != 206 ||
@@ -9612,7 +9747,7 @@ lookup_judge(struct exchange *x, const struct request *q,
 {
 	struct facts *f = &x->facts;
 	struct control control = control_parse(&l->r.head);
-	struct lifetime lifetime = exchange_lifetime(x, q, &l->r, l->e.body);
+	struct lifetime lifetime = exchange_lifetime(x, q, &l->r, &l->e);
 
 	f->age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
@@ -9635,7 +9770,7 @@ lookup_judge(struct exchange *x, const struct request *q,
 			     "to be validated");
 }
 
-/* Looks in the cache and among the fetches under way. */
+/* Looks in the cache; l needs not be set.  Whoever asked gives l->b back. */
 static void
 lookup_run(struct exchange *x, const struct request *q,
     const struct control *asked, struct lookup *l)
@@ -9643,6 +9778,10 @@ lookup_run(struct exchange *x, const struct request *q,
 	struct facts *f = &x->facts;
 
 	f->forward = "uri-miss";
+	l->fd = -1;
+	l->e.vary.at = NULL;
+	l->reuse = REUSE_VALIDATED;
+	l->b = buffer_take();
 	if (l->b == NULL)
 		return;
 	key_append(x, l->b);
@@ -9757,10 +9896,6 @@ cache_answer(struct exchange *x, const struct request *q)
 	bool common = request_is_common(q, &asked);
 	struct lookup l;
 
-	l.fd = -1;
-	l.b = buffer_take();
-	l.e.vary.at = NULL;
-	l.reuse = REUSE_VALIDATED;
 	lookup_run(x, q, &asked, &l);
 	if (l.reuse == REUSE_VALIDATED)
 		lookup_follow(x, q, &asked, &l);
@@ -9825,7 +9960,7 @@ request_is_cacheable(struct exchange *x, const struct request *q)
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NONE)
 		return false;
-	rule = cache_rule(x, q, NULL, 0);
+	rule = cache_rule(x, q, NULL, NULL);
 	x->facts.nocache = rule != NULL && rule->action == ACTION_NOCACHE;
 	return !x->facts.nocache;
 }
@@ -9955,14 +10090,17 @@ resolve_name(struct exchange *x, const char *host, unsigned port)
 	return true;
 }
 
-/* The addresses of a host, in figures or a name; false as resolve_name(). */
+/*
+ * The addresses of a host, in figures or a name; false as resolve_name().  In
+ * figures it is what rules took it for.
+ */
 static bool
 resolve_host(struct exchange *x, struct text host, unsigned port)
 {
 	struct facts *f = &x->facts;
 	char string[HOST_MAX + 1];
 
-	if (address_parse(host, port, &f->list[0])) {
+	if (address_parse(host_bare(host), port, &f->list[0])) {
 		f->addresses = 1;
 		f->resolved = now.ms;
 		return true;
@@ -10081,7 +10219,8 @@ resolve_step(struct exchange *x)
 
 	if (!resolve_host(x, parent ? text_of(parent->host) : f->host,
 		parent ? parent->port : f->port))
-		return x->phase != PHASE_RESOLVE;
+		return x->phase != PHASE_RESOLVE ||
+		    exchange_parent(x) != parent;
 	if (f->route_open)
 		resolve_route(x);
 	else
@@ -10919,7 +11058,7 @@ cache_note(struct exchange *x, const struct response *r)
 	    f->method == METHOD_OPTIONS)
 		return;
 	exchange_request(x, &q);
-	rule = cache_rule(x, &q, r, response_length(r));
+	rule = cache_rule(x, &q, r, NULL);
 	if (f->method != METHOD_GET && f->method != METHOD_HEAD) {
 		if (r->status >= 200 && r->status < 400)
 			cache_invalidate(x, r);
@@ -11103,7 +11242,7 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 		bool good;
 
 		exchange_request(x, &q);
-		rule = cache_rule(x, &q, NULL, 0);
+		rule = cache_rule(x, &q, NULL, NULL);
 		good = entry_freshen(x, &q, r, rule ? rule->seconds : -1, path);
 		f->keep_server = response_keeps_server(x, r);
 		conn_drop_head(&x->server, n);
@@ -11148,6 +11287,7 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 		return;
 	}
 	flow_start(d, r->framing, old.to, r->length);
+	d->bare = old.bare;
 	f->skip = d->payload = old.payload;
 	f->keep_server = response_keeps_server(x, r);
 	conn_drop_head(&x->server, n);
@@ -11159,20 +11299,27 @@ static void
 response_tunnel(struct exchange *x, const struct response *r, size_t n)
 {
 	x->facts.tunnel = true;
-	if (!response_pass(x, r, n))
+	if (!response_pass(x, r, n)) {
+		x->facts.tunnel = false;
 		return;
+	}
 	x->facts.status = r->status;
 	tunnel_start(x);
 }
 
-/* True if the rules, as far as they are open, let the server's answer pass. */
+/*
+ * True if the rules, as far as they are open, let the server's answer pass;
+ * what an entry or the proxy itself answers was judged before.
+ */
 static bool
 response_passes(struct exchange *x, const struct response *r, struct text head)
 {
+	const struct facts *f = &x->facts;
 	struct request q;
 	struct view v;
 
-	if (!x->facts.open || x->facts.method == METHOD_CONNECT)
+	if (!f->open || f->method == METHOD_CONNECT || f->local ||
+	    f->answer != NULL || (r->status < 200 && r->status != 101))
 		return true;
 	exchange_request(x, &q);
 	exchange_view(x, &q, &v);
@@ -11201,14 +11348,10 @@ response_accept(struct exchange *x, size_t n)
 		exchange_refuse(x,
 		    exchange_is_relayed(x) ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
 		    "");
-	else if (response_validates(x, &r, n))
-		return;
+	else if (response_validates(x, &r, n) || !response_passes(x, &r, head))
+		trace(x, "this answer is not for the client");
 	else if (f->cached)
 		response_from_entry(x, &r, n);
-	else if (!f->local && f->answer == NULL &&
-	    (r.status >= 200 || r.status == 101) &&
-	    !response_passes(x, &r, head))
-		return;
 	else if (r.status == 101 && (!f->upgrade || !x->up.done))
 		exchange_refuse(x, REFUSE_UPGRADE, "");
 	else if (r.status == 101 ||
@@ -12284,37 +12427,20 @@ option_size(const char *argument)
 }
 
 /*
- * A copy of an argument, which then has no password in it any more: it would
- * show in the list of processes.
+ * A copy of an argument, behind what stands for it in a line.  The argument
+ * then has no password in it any more: it would show in the list of processes.
  */
 static const char *
-option_secret(char *argument)
+option_line(const char *action, char *argument)
 {
-	char *copy = strdup(argument), *at, *end;
-
-	if (copy == NULL)
-		die("no memory");
-	for (at = argument; (at = strstr(at, "://")) != NULL; at = end) {
-		at += 3;
-		end = at + strcspn(at, " \t\"");
-		while (end > at && *end != '@')
-			end--;
-		memset(at, '*', (size_t)(end - at));
-	}
-	return copy;
-}
-
-/* -x: it stands for a line. */
-static const char *
-option_parent(char *argument)
-{
-	const char *url = option_secret(argument);
-	size_t size = strlen(url) + sizeof("via \"\"");
+	size_t size = strlen(action) + strlen(argument) + 1;
 	char *line = malloc(size);
 
 	if (line == NULL)
 		die("no memory");
-	(void)snprintf(line, size, "via \"%s\"", url);
+	else
+		(void)snprintf(line, size, "%s%s", action, argument);
+	secret_hide(argument);
 	return line;
 }
 
@@ -12325,7 +12451,7 @@ option_source(bool line, char *argument)
 	if (options.sources_n == SOURCES_MAX)
 		usage("-e and -f: %d times at most", SOURCES_MAX);
 	options.sources[options.sources_n].line = line;
-	options.sources[options.sources_n++].at = option_secret(argument);
+	options.sources[options.sources_n++].at = option_line("", argument);
 }
 
 /* -V: the version, and the limits that this build was given. */
@@ -12414,7 +12540,7 @@ options_parse(int argc, char **argv)
 			option_version();
 			break;
 		case 'x':
-			options.via = option_parent(optarg);
+			options.via = option_line("via ", optarg);
 			break;
 		case ':':
 			usage("-%c needs an argument", optopt);
@@ -12777,8 +12903,7 @@ trial_build(struct exchange *x, char *words, struct account *user,
 {
 	char *word = words + strcspn(words, " "), *value, *url = words;
 	const char *method = NULL;
-	bool https = text_starts(text_of(words), "https://");
-	size_t n = strlen("https://"), end;
+	struct text target;
 
 	x->peer.family = AF_UNIX;
 	while (*word != '\0') {
@@ -12800,14 +12925,15 @@ trial_build(struct exchange *x, char *words, struct account *user,
 			    url, word, value);
 		word = value + strcspn(value, " ");
 	}
-	end = n + strcspn(url + (https ? n : 0), "/?");
-	if (https)
+	if (text_starts(text_of(url), "https://")) {
+		url += strlen("https://");
+		target = text_cut(url, strcspn(url, "/?"));
+		/* What is behind an IPv6 address, or all of another host. */
+		url += *url == '[' ? text_find(target, ']') : 0;
 		buffer_print(head, "CONNECT %.*s%s HTTP/1.1\r\n",
-		    (int)(end - n), url + n,
-		    text_find(text_cut(url + n, end - n), ':') < end - n ?
-			"" :
-			":443");
-	else
+		    (int)target.len, target.at,
+		    strcspn(url, ":") < strcspn(url, "/?") ? "" : ":443");
+	} else
 		buffer_print(head, "%.*s %s HTTP/1.1\r\n",
 		    method ? (int)strcspn(method, " ") : 3,
 		    method ? method : "GET", url);
@@ -12853,15 +12979,14 @@ trial_resolve(const struct request *q, struct address *a)
 static void
 trial_cache(struct exchange *x, struct request *q)
 {
-	struct lookup l = { .fd = -1, .reuse = REUSE_VALIDATED };
+	struct lookup l;
 	struct control asked = control_parse(&q->head);
-	const struct rule *rule = cache_rule(x, q, NULL, 0);
+	const struct rule *rule = cache_rule(x, q, NULL, NULL);
 
 	if (!request_is_cacheable(x, q)) {
 		trial_print("cache", "none", rule);
 		return;
 	}
-	l.b = buffer_take();
 	lookup_run(x, q, &asked, &l);
 	trial_print("cache",
 	    l.reuse != REUSE_VALIDATED ? "answers" :
@@ -12871,6 +12996,60 @@ trial_cache(struct exchange *x, struct request *q)
 	if (l.fd != -1)
 		(void)close(l.fd);
 	buffer_give(&l.b);
+}
+
+/*
+ * What access and route come to, as far as it is known.  If the route asked
+ * for the server's address, that is known even if the route is a parent.
+ */
+static void
+trial_judge(struct exchange *x, const struct request *q, struct verdict *access,
+    struct verdict *route)
+{
+	struct facts *f = &x->facts;
+	bool asked = f->route_open;
+	struct view v;
+
+	f->parent = NULL;
+	exchange_view(x, q, &v);
+	*route = rules_judge(f->rules, GROUP_ROUTE, &v);
+	f->route_open = route->truth == TRUTH_OPEN;
+	f->parent = route->truth == TRUTH_YES ? route->rule->parents : NULL;
+	exchange_view(x, q, &v);
+	if (asked && f->server.family != 0)
+		view_source(&v, &f->server);
+	*access = rules_judge(f->rules, GROUP_ACCESS, &v);
+}
+
+/* True if a line that is open asks for the server's address. */
+static bool
+trial_wants(const struct exchange *x, const struct request *q)
+{
+	const struct rule *rule = x->facts.rules->first[GROUP_ACCESS];
+	struct view v;
+
+	exchange_view(x, q, &v);
+	for (; rule != NULL; rule = rule->next)
+		if ((rule->needs & FACT_ADDRESS) &&
+		    rule_judge(rule, &v) == TRUTH_OPEN)
+			return (v.never & FACT_ADDRESS) == 0;
+	return false;
+}
+
+/* The way: the first of its parents, as in a line but without its login. */
+static void
+trial_route(const struct verdict *route)
+{
+	const struct parent *p = route->rule ? route->rule->parents : NULL;
+	const char *mark = p && strchr(p->host, ':') ? "[]" : "";
+	char words[HOST_MAX + 40] = "direct";
+
+	if (p != NULL)
+		(void)snprintf(words, sizeof(words), "via %s://%.1s%s%s:%u",
+		    p->kind == PARENT_HTTP ? "http" : "socks5", mark, p->host,
+		    mark[0] ? mark + 1 : "", p->port);
+	trial_print("route", route->truth == TRUTH_OPEN ? "open" : words,
+	    route->rule);
 }
 
 /*
@@ -12888,9 +13067,9 @@ trial_run(char *words)
 	struct account user = { NULL, { NULL, 0 }, { NULL, 0 } };
 	struct verdict verdict, route;
 	struct exchange x;
-	struct address a;
 	struct request q;
 	struct view v;
+	bool denied;
 
 	memset(&x, 0, sizeof(x));
 	if (head == NULL)
@@ -12905,30 +13084,22 @@ trial_run(char *words)
 		usage("-T %s: not a URL that begins with http:// or https://",
 		    words);
 	request_note(&x, &q);
-	exchange_view(&x, &q, &v);
-	verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
-	route = rules_judge(rules_now, GROUP_ROUTE, &v);
+	trial_judge(&x, &q, &verdict, &route);
 	if ((route.truth == TRUTH_OPEN ||
-		(verdict.truth == TRUTH_OPEN && route.rule == NULL)) &&
-	    v.address == NULL && trial_resolve(&q, &a)) {
-		v.address = &a;
-		v.known |= FACT_ADDRESS;
-		verdict = rules_judge(rules_now, GROUP_ACCESS, &v);
-		route = rules_judge(rules_now, GROUP_ROUTE, &v);
-	}
+		(verdict.truth == TRUTH_OPEN && trial_wants(&x, &q))) &&
+	    trial_resolve(&q, &x.facts.server))
+		trial_judge(&x, &q, &verdict, &route);
 	trial_print("access",
 	    verdict.truth == TRUTH_YES ? access[verdict.rule->action] :
 					 "open, the response decides",
 	    verdict.rule);
-	trial_print("route",
-	    route.truth == TRUTH_OPEN             ? "open" :
-		route.rule && route.rule->parents ? "via a parent" :
-						    "direct",
-	    route.rule);
+	trial_route(&route);
+	exchange_view(&x, &q, &v);
+	denied = verdict.truth == TRUTH_YES && rule_refuses(verdict.rule, &v);
 	if (options.cache != NULL)
 		trial_cache(&x, &q);
 	buffer_give(&head);
-	return verdict.truth != TRUTH_YES || !rule_refuses(verdict.rule, &v);
+	return !denied;
 }
 
 /* All -T; exit status 1 if one is denied. */
