@@ -11738,8 +11738,8 @@ tunnel_note(struct exchange *x, struct text name)
 /*
  * Looks at what a tunnel's client says first, before any of it is passed on.
  * True if it may pass.  Only if rules are open is all of a greeting waited
- * for; by what is none they are judged as by one without a name.  TLS that can't
- * be read does not pass then: its server might read it.
+ * for; by what is none they are judged as by one without a name.  TLS that
+ * can't be read does not pass then: its server might read it.
  */
 static bool
 tunnel_greet(struct exchange *x)

@@ -7023,6 +7023,27 @@ END
 	served
 }
 
+test_rules_sni_broken() { # sni: TLS that can't be read does not pass
+	start_rules <<'END'
+deny sni films.example
+END
+	n=0
+	for hello in '\x16\x03\x01\0\x05hello' '\x16\x03\x01\0\0' \
+	    '\x16\x03\x01\0\x04\x01\0\0\0' '\x16\x03\x01\xff\xff\x01'; do
+		n=$((n + 1))
+		play -n "greeting $n" <<END
+		origin eof
+		client send CONNECT any.example:%p HTTP/1.1\\nHost: x\\n\\n
+		client answer head
+		client send $hello
+		client eof
+		sees~  ^HTTP/1.1 200
+		gets!~ ^[^-]
+		log    CONNECT any.example:%p .* end=rule .*why="a TLS greeting
+END
+	done
+}
+
 test_rules_sni_passes() { # sni: what is not denied arrives unchanged
 	start_rules <<'END'
 deny sni films.example .series.example
@@ -7035,8 +7056,7 @@ END
 	    "send $(hello other.example 60)" \
 	    "chop 1 1 $(hello other.example 5)" \
 	    "send $(hello)" \
-	    'send SSH-2.0-x\nmore' 'send \x16\x03\x01\0\x05hello' \
-	    'send \x16\x03\x01\0\0' 'send \x16\x03\x01\0\x04\x01\0\0\0' \
+	    'send SSH-2.0-x\nmore' \
 	    'send GET / HTTP/1.1\nHost: films.example\n\n' \
 	    'chop 1 1 films.example films.example'; do
 		n=$((n + 1))
