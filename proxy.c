@@ -11388,7 +11388,7 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 		    (unsigned long long)f->body,
 		    (unsigned long long)range.length);
 	} else if (r->status != 204 && f->body != UINT64_MAX) {
-		memcpy(extra, "Content-Length: ", 16);
+		memcpy(extra, "Content-Length: ", 17);
 		end = number_print(extra + 16, f->body);
 		memcpy(end, "\r\n", 3);
 	}
@@ -11917,7 +11917,7 @@ relay_step(struct exchange *x)
 {
 	struct conn *c = &x->client, *s = &x->server;
 	bool greeted = !x->facts.tunnel || x->facts.greeted || tunnel_greet(x);
-	bool moved;
+	bool moved, gone, done;
 
 	if (x->phase == PHASE_FREE)
 		return true;
@@ -11929,12 +11929,12 @@ relay_step(struct exchange *x)
 		return tunnel_judge(x) || moved;
 	if (c->out != NULL)
 		relay_part(x);
-	if ((c->error || c->deaf) && !relay_goes_on(x))
+	gone = (c->error || c->deaf) && !relay_goes_on(x);
+	done = x->down.done && c->out == NULL && !relay_uploads(x);
+	if (gone || (x->refresh && !done && !relay_is_wanted(x)))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
-	else if (x->down.done && c->out == NULL && !relay_uploads(x))
+	else if (done)
 		exchange_finish(x);
-	else if (x->refresh && !relay_is_wanted(x))
-		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (x->facts.orphan && !s->readable && s->in == NULL &&
 	    c->out == NULL)
 		relay_resume(x);
