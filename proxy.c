@@ -11273,6 +11273,9 @@ cache_note(struct exchange *x, const struct response *r)
 	if (f->method == METHOD_CONNECT || f->method == METHOD_TRACE ||
 	    f->method == METHOD_OPTIONS)
 		return;
+	/* Where the entry is that was validated, before the note is reused. */
+	(void)snprintf(path, sizeof(path), "%.800s%.100s", options.cache,
+	    x->note);
 	q = exchange_request(x);
 	rule = cache_rule(x, q, r, NULL);
 	if (f->method != METHOD_GET && f->method != METHOD_HEAD) {
@@ -11292,8 +11295,6 @@ cache_note(struct exchange *x, const struct response *r)
 	if (f->storing)
 		return;
 	fetch_end(x, false);
-	(void)snprintf(path, sizeof(path), "%.800s%.100s", options.cache,
-	    x->note);
 	if (f->outdated)
 		(void)unlink(path);
 }
