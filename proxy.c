@@ -11389,8 +11389,9 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 		    (unsigned long long)f->body,
 		    (unsigned long long)range.length);
 	} else if (r->status != 204 && f->body != UINT64_MAX) {
-		memcpy(extra, "Content-Length: ", 17);
-		end = number_print(extra + 16, f->body);
+		(void)text_copy(text_of("Content-Length: "), extra,
+		    sizeof(extra));
+		end = number_print(extra + strlen(extra), f->body);
 		memcpy(end, "\r\n", 3);
 	}
 	if (r->status == 304 || r->status == 416 || r->status == 206)
