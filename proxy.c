@@ -6,14 +6,14 @@
  * one line about it.  One process, one loop around poll(2), nothing in the
  * loop blocks.
  *
- *   client bytes -> whole head -> parse -> cache? --hit-----------+
- *                                            |miss, stale         |
- *              resolve -> may it go to this address? -> connect   |
- *                                                         |       v
- *                          request out -> response head --+-> response
- *                                                                 |
- *   log line <- finish <- client <- framing <- payload (copied <--+
- *                                    to the entry if it is stored)
+ *   client bytes -> whole head -> parse -> rules -> cache? --hit--+
+ *                                                     |miss, stale |
+ *              resolve -> rules on the address -> connect          |
+ *                                                         |        v
+ *                          request out -> response head --+-> rules
+ *                                                                  |
+ *   log line <- finish <- client <- framing <- rules <- payload <--+
+ *                                  (copied to the entry if it is stored)
  *
  * Four nouns carry it.  An EXCHANGE is one request and its response.  It
  * ties two CONNS, `client` and `server`, each a descriptor with what has
@@ -24,7 +24,8 @@
  * framing off on arrival and puts its own on at departure; received framing
  * is never copied.  Two flows, `up` and `down`, run side by side in one
  * exchange; a tunnel is two flows without framing.  RULES say who may go
- * where.
+ * where, by which way, and what may come back; they are asked again as more
+ * becomes known.
  *
  * An exchange walks through phases.  Each has one step function, named in
  * the table of exchange_run(); only exchange_enter() changes the phase:
@@ -53,7 +54,8 @@
  * It reads from top to bottom: each section uses only those above it, main
  * is last.  RFC 9110 (semantics), 9111 (caching), 9112 (messages), 8305
  * (happy eyeballs), 9209 (Proxy-Status), 9211 (Cache-Status), 5861 (stale
- * content), 1928 and 1929 (SOCKS5), 7617 (Basic).
+ * content), 1928 and 1929 (SOCKS5), 7617 (Basic), 8446 and 6066 (the name in
+ * a TLS greeting).
  *
  * Sections: 1 system and limits, 2 vocabulary, 3 small tools, 4 buffers,
  * 5 conns, 6 heads, 7 bodies and flows, 8 rules, 9 cache, 10 names, 11 log
