@@ -74,6 +74,11 @@
 #define _DARWIN_C_SOURCE 1
 #define __BSD_VISIBLE 1
 
+/* glibc's regex.h has an array parameter in a form that tcc does not take. */
+#ifdef __TINYC__
+#define _REGEX_NELTS(n)
+#endif
+
 #include <sys/types.h>
 
 #include <sys/resource.h>

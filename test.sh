@@ -5058,7 +5058,7 @@ test_rules_words() { # blanks, quotes, escapes, comments
 END
 	last_line ' rule=rules:5( |$)' ' why='
 	gives 200 http://two.example:%p/ || fail "a comment is no comment"
-	gives 403 http://two.example:%p/ 'X-A: #b c.d\n' || fail '"#" or \\'
+	gives 403 http://two.example:%p/ 'X-A: #b c.d\n' || fail "a quoted # or a backslash"
 	gives 200 http://two.example:%p/ 'X-A: #b cxd\n' || fail '\\.'
 	gives 410 http://two.example:%p/ 'X-A: a#b\n' || fail 'a#b'
 	gives 411 http://port:%p/ || fail '"port" is no word'
@@ -5283,8 +5283,8 @@ test_rules_wrong() { # all wrong lines are named, with file and line; nothing st
 	    named rules > missed
 	[ ! -s missed ] || fail "$(wc -l < missed) wrong lines are not" \
 	    "reported once: $(head -c 1500 missed | tr '\n' '|')"
-	for byte in '\001' '\r' '\033' '\177'; do
-		printf "allow\nset request X-A \"a${byte}b\"\n" > rules
+	for byte in '\001' '\r' '\033' '\0177'; do
+		printf 'allow\nset request X-A "a%b"\n' "${byte}b" > rules
 		check_rules
 		[ $status = 2 ] && grep '^proxy: rules:2: .' errors > /dev/null ||
 			fail "the byte $byte: $status, $(cat errors)"
@@ -7360,11 +7360,11 @@ END
 	done
 	for file in o.[0-9]; do
 		want=127.0.0.1
-		grep '^GET /second' $file > /dev/null && want=127.0.0.2
-		[ "$(cat $file.peer)" = $want ] ||
-			fail "$file comes from $(cat $file.peer), not $want"
-		grep '^GET /second' $file > /dev/null &&
-		    grep '^GET / ' $file > /dev/null &&
+		grep '^GET /second' "$file" > /dev/null && want=127.0.0.2
+		[ "$(cat "$file.peer")" = "$want" ] ||
+			fail "$file comes from $(cat "$file.peer"), not $want"
+		grep '^GET /second' "$file" > /dev/null &&
+		    grep '^GET / ' "$file" > /dev/null &&
 			fail "one connection for both"
 	done
 	start_rules -b 127.0.0.1 <<'END'
@@ -8535,7 +8535,7 @@ login not user bob
 deny
 END
 		[ "$mine" = "$me" ] && want=200 || want=407
-		gives $want http://%O/ || fail "$mine: $(head -n 1 a)"
+		gives "$want" http://%O/ || fail "$mine: $(head -n 1 a)"
 		asks POST http://%O/ 'Content-Length: 0\n'
 		head -n 1 a | grep ' 407 ' > /dev/null || fail "$(head -n 1 a)"
 		asks POST http://%O/ "Content-Length: 0\nProxy-Authorization: \
@@ -12072,7 +12072,7 @@ send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=0, stale-while-r
 ---
 END
 			control='max-age=999'
-			[ $what = followed ] || control=no-store
+			[ $what = followed ] || control='no-store'
 			cat <<END
 head
 send HTTP/1.1 200 OK\nCache-Control: $control\nTransfer-Encoding: chunked\n\n989680\n
@@ -14327,8 +14327,8 @@ END
 	sees   ok
 	log    200 2 .* total=N
 END
-	tr ' ' '\n' < log | sed -n 's/^total=//p' > times
-	read -r ms < times
+	tr ' ' '\n' < log | sed -n 's/^total=//p' > took
+	read -r ms < took
 	[ "$ms" -lt 10000 ] || fail "that took $ms ms"
 }
 
@@ -14552,7 +14552,7 @@ END
 test_regress_rules_answer_head() { # the longest heads are judged with their body too
 	start_proxy -e 'deny type text/evil body evil' -e 'unset response X'
 	k=$((room_max - 30))
-	while [ $k -lt $room_max ]; do
+	while [ $k -lt "$room_max" ]; do
 		play -n "of $k bytes" <<END
 		origin head
 		origin send HTTP/1.1 200 OK\nContent-Type: text/evil\nContent-Length: 4\nX: \{$((k - 67)):y}\n\nevil
