@@ -5821,6 +5821,25 @@ line_read(struct parser *p, FILE *file)
 	return !p->bad && (c != EOF || n > 0) && line_reserve(p, n);
 }
 
+/*
+ * Opens a file of lines.  NULL, and said so, if it can't be read; once the
+ * proxy serves, it must be a file: what has a writer might have to be waited
+ * for.
+ */
+static FILE *
+parser_open(struct parser *p, const char *path, struct stat *status)
+{
+	FILE *file = NULL;
+
+	if (stat(path, status) == -1)
+		parser_error(p, "%.200s: %s", path, strerror(errno));
+	else if (p->old != NULL && !S_ISREG(status->st_mode))
+		parser_error(p, "%.200s: not a file", path);
+	else if ((file = fopen(path, "r")) == NULL)
+		parser_error(p, "%.200s: %s", path, strerror(errno));
+	return file;
+}
+
 /* `users FILE`: reads it; what it says is wrong there is said of it. */
 static void
 users_read(struct parser *p)
@@ -5836,12 +5855,9 @@ users_read(struct parser *p)
 		parser_error(p, "users: it wants the name of one file");
 		return;
 	}
-	users = fopen(path, "r");
-	if (users == NULL || fstat(fileno(users), &status) == -1)
-		parser_error(p, "users: %.200s: %s", path, strerror(errno));
-	else if (status.st_mode & (S_IRWXG | S_IRWXO))
-		parser_error(p, "users: others may read %.200s: chmod 600",
-		    path);
+	users = parser_open(p, path, &status);
+	if (users != NULL && (status.st_mode & (S_IRWXG | S_IRWXO)))
+		parser_error(p, "others may read %.200s: chmod 600", path);
 	p->file = path;
 	p->line = 0;
 	if (!p->bad)
@@ -5939,21 +5955,21 @@ guards_put_first(struct parser *p)
 static void
 file_read(struct parser *p, const char *path)
 {
-	FILE *file = fopen(path, "r");
+	struct stat status;
+	FILE *file;
 
-	p->file = path;
+	p->file = "-f";
 	p->line = 0;
 	p->bad = false;
-	if (file == NULL) {
-		parser_error(p, "%s", strerror(errno));
-		return;
-	}
-	while (line_read(p, file)) {
+	file = parser_open(p, path, &status);
+	p->file = path;
+	while (file != NULL && line_read(p, file)) {
 		line_parse(p);
 		if (p->guard)
 			guards_put(p);
 	}
-	(void)fclose(file);
+	if (file != NULL)
+		(void)fclose(file);
 }
 
 /* The lines that options stand for. */
@@ -8898,7 +8914,7 @@ static void
 exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 {
 	struct facts *f = &x->facts;
-	bool ruled = refusal_is_ruled(x, refusal);
+	bool ruled = refusal >= REFUSE_GUARDED && refusal <= REFUSE_PASSWORD;
 
 	f->refusal = refusal;
 	f->open = false;
@@ -9387,8 +9403,6 @@ parent_next(struct exchange *x)
 	if (f->parent->next == NULL)
 		return false;
 	f->parent = f->parent->next;
-	/* Without a parent the address is known, and to be judged. */
-	f->open = f->open || exchange_parent(x) == NULL;
 	exchange_drop_tries(x);
 	conn_close(&x->server, false);
 	/* What this one does not look up, the next may: all is judged anew. */

@@ -8042,6 +8042,12 @@ END
 	wait_for 5 "[ \$(grep -c '^proxy: .*rules' err) -gt $said ]" ||
 		fail "a file that is gone is not mentioned: $(cat err)"
 	gives 451 http://a.example:%p/ || fail "the file is gone: $(head -n 1 a)"
+	mkfifo rules
+	kill -HUP "$proxy_pid"
+	wait_for 5 'grep "rules: not a file" err > /dev/null' ||
+		fail "a pipe is not refused: $(tail -n 1 err)"
+	gives 451 http://a.example:%p/ || fail "a pipe: $(head -n 1 a)"
+	rm rules
 	echo 'deny 410 host a.example' > rules
 	kill -HUP "$proxy_pid"
 	wait_for 5 'gives 410 http://a.example:%p/' || fail "right rules again"
