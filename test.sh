@@ -12216,12 +12216,10 @@ END
 	done
 }
 
-test_regress_cache_collision() { # two URLs with one hash: neither client gets the other's answer
-	[ -f "$here/proxy.c" ] || skip "no proxy.c beside test.sh"
-	cat > follow.c <<'EOF_FOLLOW'
-#define main proxy_main
-#include "proxy.c"
-#undef main
+# Two URLs that are made to have one hash.
+write_collision_unit() {
+	cat <<'EOF_UNIT'
+#include "unit.h"
 
 /* Whether a client that asks for path follows what /a is being stored for. */
 static bool
@@ -12246,14 +12244,13 @@ follows(struct exchange *y, const char *path)
 	return fd != -1;
 }
 
-int
-main(void)
+static void
+unit_follow(void)
 {
 	static struct exchange y;
 	struct response r;
 	struct request q;
 
-	clock_read();
 	options.cache = ".";
 	(void)request_parse(text_of("GET http://a.test/a HTTP/1.1\r\n"
 				    "Host: a.test\r\n\r\n"), &q);
@@ -12265,13 +12262,19 @@ main(void)
 	y.facts.path = text_of("/a");
 	store_begin(&y, &q, &r);
 	if (!y.facts.storing || !follows(&y, "/a"))
-		return 2;
-	return follows(&y, "/b");
+		unit_fail("not followed", "/a", "", y.facts.storing);
+	else if (follows(&y, "/b"))
+		unit_fail("followed", "/b", "", 1);
 }
-EOF_FOLLOW
-	build "$T/follow" follow.c
-	built "$T/follow"
-	"$T/follow" || fail "status $?"
+
+const struct unit_table units[] = {
+	{ "follow", unit_follow }, { NULL, NULL },
+};
+EOF_UNIT
+}
+
+test_regress_cache_collision() { # two URLs with one hash: neither client gets the other's answer
+	unit collision follow
 }
 
 test_regress_cache_resumed_rules() { # the rest is not asked for where the rules forbid it
@@ -12464,33 +12467,55 @@ test_regress_cache_part_of_whole() { # a part of what is stored whole does not p
 END
 }
 
-# ---- Cache: unit tables ------------------------------------------------------
+# ---- Unit tables: what they have in common -----------------------------------
 
-# proxy.c with another main: what the cache's pure functions make of heads,
-# times and files, each right before a page that can't be touched.
-write_cache_unit() {
-	cat > "$work/cacheunit.c" <<'EOF_UNIT'
+# What a unit program begins with: proxy.c with another main, which runs one
+# of the program's tables.  Bytes can end right before a page that can't be
+# touched; there are two such places.
+write_unit_head() {
+	cat > "$work/unit.h" <<'EOF_UNIT'
 #define main proxy_main
 #include "proxy.c"
 #undef main
 #include <sys/mman.h>
 
-enum { PAGES = 4 * 65536 };
+enum { PAGES = 8 * 65536 };
 
 #define COUNT(table) (sizeof(table) / sizeof((table)[0]))
+
+/* The program's tables; the last one has no name. */
+extern const struct unit_table {
+	const char *name;
+	void (*run)(void);
+} units[];
 
 static int failures;
 
 static void
-unit_fail(const char *what, const char *input, const char *more, long long got)
+unit_print(const char *s, const char *end)
 {
-	printf("%s: %s | %s: %lld\n", what, input, more, got);
-	failures++;
+	size_t i;
+
+	for (i = 0; s[i] != '\0' && i < 200; i++)
+		printf(s[i] < ' ' || s[i] > '~' ? "\\x%02x" : "%c",
+		    (unsigned char)s[i]);
+	printf("%s", end);
 }
 
-/* The n bytes of s, right before a page; there are two such places. */
-static struct text
-at_guard(int place, const char *s, size_t n)
+static void
+unit_fail(const char *what, const char *input, const char *more, long long got)
+{
+	if (failures++ >= 20)
+		return;
+	unit_print(what, ": ");
+	unit_print(input, " | ");
+	unit_print(more, ": ");
+	printf("%lld\n", got);
+}
+
+/* Memory for n bytes that ends at a guard. */
+static char *
+guarded(int place, size_t n)
 {
 	static char *ends[2];
 
@@ -12504,9 +12529,62 @@ at_guard(int place, const char *s, size_t n)
 			exit(77);
 		ends[place] = p + PAGES - 65536;
 	}
-	memmove(ends[place] - n, s, n);
-	return text_cut(ends[place] - n, n);
+	return ends[place] - n;
 }
+
+/* The n bytes of s, right before a guard. */
+static struct text
+at_guard(int place, const char *s, size_t n)
+{
+	char *p = guarded(place, n);
+
+	memmove(p, s, n);
+	return text_cut(p, n);
+}
+
+static struct text
+string_at_guard(const char *s)
+{
+	return at_guard(0, s, strlen(s));
+}
+
+int
+main(int argc, char **argv)
+{
+	const struct unit_table *u;
+
+	(void)proxy_main;
+	(void)string_at_guard;	/* not every program needs it */
+	clock_read();
+	now.wall = 1795315380;
+	for (u = units; u->name != NULL; u++)
+		if (argc == 2 && strcmp(argv[1], u->name) == 0) {
+			u->run();
+			return failures > 0;
+		}
+	return 2;
+}
+EOF_UNIT
+}
+
+# Runs a table of a unit program, which the first test that comes here builds:
+# unit PROGRAM TABLE
+unit() {
+	need_source
+	built_once "unit-$1" "write_$1_unit"
+	"$work/unit-$1" "$2" > unit.out 2>&1
+	status=$?
+	[ $status != 77 ] || skip "no memory or disk for it"
+	[ $status = 0 ] || fail "status $status: $(head -n 5 unit.out)"
+}
+
+# ---- Cache: unit tables ------------------------------------------------------
+
+# What the cache's pure functions make of heads, times and files, each right
+# before a page that can't be touched.
+write_cache_unit() {
+	cat <<'EOF_UNIT'
+#include "unit.h"
 
 /* A request and a response from their first line and fields. */
 static void
@@ -12516,7 +12594,7 @@ read_request(const char *line, const char *fields, struct request *q)
 
 	(void)snprintf(s, sizeof(s), "%s HTTP/1.1\r\nHost: h:8\r\n%s\r\n", line,
 	    fields);
-	if (request_parse(at_guard(0, s, strlen(s)), q) != 1)
+	if (request_parse(string_at_guard(s), q) != 1)
 		unit_fail("no request", line, fields, 0);
 }
 
@@ -12649,8 +12727,7 @@ unit_seconds(void)
 	size_t i;
 
 	for (i = 0; i < COUNT(table); i++) {
-		long long got =
-		    seconds_parse(at_guard(0, table[i].s, strlen(table[i].s)));
+		long long got = seconds_parse(string_at_guard(table[i].s));
 
 		if (got != table[i].want)
 			unit_fail("seconds", table[i].s, "", got);
@@ -13229,142 +13306,68 @@ unit_entries(void)
 	buffer_give(&b);
 }
 
-int
-main(int argc, char **argv)
-{
-	static const struct {
-		const char *name;
-		void (*run)(void);
-	} units[] = {
-		{ "dates", unit_dates }, { "seconds", unit_seconds },
-		{ "controls", unit_controls }, { "lifetimes", unit_lifetimes },
-		{ "ages", unit_ages }, { "reuse", unit_reuse },
-		{ "storable", unit_storable }, { "ranges", unit_ranges },
-		{ "conditions", unit_conditions },
-		{ "variants", unit_variants }, { "entries", unit_entries },
-	};
-	size_t i;
-
-	(void)proxy_main;
-	clock_read();
-	now.wall = 1795315380;
-	for (i = 0; i < COUNT(units); i++)
-		if (argc == 2 && strcmp(argv[1], units[i].name) == 0) {
-			units[i].run();
-			return failures > 0;
-		}
-	return 2;
-}
+const struct unit_table units[] = {
+	{ "dates", unit_dates }, { "seconds", unit_seconds },
+	{ "controls", unit_controls }, { "lifetimes", unit_lifetimes },
+	{ "ages", unit_ages }, { "reuse", unit_reuse },
+	{ "storable", unit_storable }, { "ranges", unit_ranges },
+	{ "conditions", unit_conditions }, { "variants", unit_variants },
+	{ "entries", unit_entries }, { NULL, NULL },
+};
 EOF_UNIT
 }
 
-# Runs one table; the first test that comes here builds the program.
-cache_unit() {
-	[ -f "$here/proxy.c" ] || skip "no proxy.c beside test.sh"
-	if mkdir "$work/cacheunit.taken" 2> /dev/null; then
-		write_cache_unit
-		build "$work/cacheunit" "$work/cacheunit.c"
-	fi
-	built "$work/cacheunit"
-	"$work/cacheunit" "$1" > unit.out 2>&1
-	status=$?
-	[ $status != 77 ] || skip "no memory with a guard page"
-	[ $status = 0 ] || fail "status $status: $(head -n 5 unit.out)"
-}
-
 test_cache_unit_dates() { # three forms of dates, and what is none
-	cache_unit dates
+	unit cache dates
 }
 
 test_cache_unit_seconds() { # delta-seconds: digits only, saturating
-	cache_unit seconds
+	unit cache seconds
 }
 
 test_cache_unit_controls() { # Cache-Control and Pragma
-	cache_unit controls
+	unit cache controls
 }
 
 test_cache_unit_lifetimes() { # how long a response is fresh
-	cache_unit lifetimes
+	unit cache lifetimes
 }
 
 test_cache_unit_ages() { # how old it was when it came
-	cache_unit ages
+	unit cache ages
 }
 
 test_cache_unit_reuse() { # fresh, stale, meanwhile, to be validated; on errors
-	cache_unit reuse
+	unit cache reuse
 }
 
 test_cache_unit_storable() { # what may be stored
-	cache_unit storable
+	unit cache storable
 }
 
 test_cache_unit_ranges() { # the one range, none, or not to be satisfied
-	cache_unit ranges
+	unit cache ranges
 }
 
 test_cache_unit_conditions() { # If-None-Match and If-Modified-Since
-	cache_unit conditions
+	unit cache conditions
 }
 
 test_cache_unit_variants() { # variants and names of entries
-	cache_unit variants
+	unit cache variants
 }
 
 test_cache_unit_entries() { # every byte of an entry's region changed, or cut
-	cache_unit entries
+	unit cache entries
 }
 
 # ---- Matchers: unit tables ---------------------------------------------------
 
-# proxy.c with another main: what rules are made of.  All input ends right
-# before a page that can't be touched.
+# What rules are made of.  All input ends right before a page that can't be
+# touched.
 write_match_unit() {
-	cat > "$work/matchunit.c" <<'EOF_UNIT'
-#define main proxy_main
-#include "proxy.c"
-#undef main
-#include <sys/mman.h>
-
-enum { PAGES = 2 * 65536 };
-
-#define COUNT(table) (sizeof(table) / sizeof((table)[0]))
-
-static int failures;
-
-static void
-unit_fail(const char *what, const char *input, const char *more, long long got)
-{
-	printf("%s: %s | %s: %lld\n", what, input, more, got);
-	failures++;
-}
-
-/* The n bytes of s, right before a page that can't be touched. */
-static struct text
-at_guard(const char *s, size_t n)
-{
-	static char *end;
-
-	if (end == NULL) {
-		int zero = open("/dev/zero", O_RDWR);
-		char *p = mmap(NULL, PAGES, PROT_READ | PROT_WRITE,
-		    MAP_PRIVATE, zero, 0);
-
-		if (p == MAP_FAILED ||
-		    mprotect(p + PAGES - 65536, 65536, PROT_NONE) == -1)
-			exit(77);
-		end = p + PAGES - 65536;
-	}
-	memmove(end - n, s, n);
-	return text_cut(end - n, n);
-}
-
-static struct text
-string_at_guard(const char *s)
-{
-	return at_guard(s, strlen(s));
-}
+	cat <<'EOF_UNIT'
+#include "unit.h"
 
 static void
 unit_networks(void)
@@ -13553,7 +13556,7 @@ unit_hours(void)
 		    to != table[i].to)
 			unit_fail("hours", s, "", from * 10000 + to);
 		for (n = 0; ok && n < strlen(s); n++)
-			if (hours_parse(at_guard(s, n), &from, &to))
+			if (hours_parse(at_guard(0, s, n), &from, &to))
 				unit_fail("hours", s, "cut", (long long)n);
 	}
 }
@@ -13717,8 +13720,8 @@ unit_numbers(void)
 		    (table[i].seconds != -1) || seconds != table[i].seconds)
 			unit_fail("duration", s, "", seconds);
 	}
-	if (size_parse(at_guard("1\0", 2), &size) ||
-	    duration_parse(at_guard("1\0", 2), &seconds))
+	if (size_parse(at_guard(0, "1\0", 2), &size) ||
+	    duration_parse(at_guard(0, "1\0", 2), &seconds))
 		unit_fail("size", "1", "and a NUL", 1);
 }
 
@@ -13748,21 +13751,21 @@ needle_try(const char *needle, const char *s)
 	for (a = 0; a <= n; a++)
 		for (b = a; b <= n; b++) {
 			state = 0;
-			has = needle_scan(&found, &state, at_guard(s, a));
+			has = needle_scan(&found, &state, at_guard(0, s, a));
 			if (has != (want <= a))
 				unit_fail(needle, s, "first", (long long)a);
 			has = needle_scan(&found, &state,
-			    at_guard(s + a, b - a));
+			    at_guard(0, s + a, b - a));
 			if (has != (want <= b))
 				unit_fail(needle, s, "second", (long long)b);
 			has = needle_scan(&found, &state,
-			    at_guard(s + b, n - b));
+			    at_guard(0, s + b, n - b));
 			if (has != (want <= n) || has != (state == found.len))
 				unit_fail(needle, s, "third", (long long)a);
 		}
 	state = 0;
 	for (a = 0; a < n; a++)
-		if (needle_scan(&found, &state, at_guard(s + a, 1)) !=
+		if (needle_scan(&found, &state, at_guard(0, s + a, 1)) !=
 		    (want <= a + 1))
 			unit_fail(needle, s, "byte", (long long)a);
 }
@@ -13826,7 +13829,7 @@ unit_needles(void)
 	/* The longest; one more is refused, and so is none. */
 	memset(s, 'a', sizeof(s));
 	s[254] = 'b';
-	if (!needle_make(&n, at_guard(s, 255)) || n.len != 255)
+	if (!needle_make(&n, at_guard(0, s, 255)) || n.len != 255)
 		unit_fail("needle", "255 bytes", "", n.len);
 	s[254] = 'a';
 	s[700] = 'b';
@@ -13894,14 +13897,14 @@ hello_try(const char *what, const char *s, size_t n, int want,
     const char *want_name)
 {
 	char name[HOST_MAX + 1] = "?";
-	int got = hello_name(at_guard(s, n), name, sizeof(name));
+	int got = hello_name(at_guard(0, s, n), name, sizeof(name));
 	int before = 0;
 	size_t i;
 
 	if (got != want || strcmp(name, want_name) != 0)
 		unit_fail("hello", what, name, got);
 	for (i = 0; i < n; i++) {
-		got = hello_name(at_guard(s, i), name, sizeof(name));
+		got = hello_name(at_guard(0, s, i), name, sizeof(name));
 		if ((before != 0 && got != before) || (got != 0 && got != want)
 		    || (got != 1 && name[0] != '\0'))
 			unit_fail("hello", what, "cut", (long long)i);
@@ -13921,7 +13924,7 @@ hello_mutate(const char *whole, size_t n)
 		for (c = 0; c < 256; c++) {
 			memcpy(s, whole, n);
 			s[i] = (char)c;
-			got = hello_name(at_guard(s, n), name, sizeof(name));
+			got = hello_name(at_guard(0, s, n), name, sizeof(name));
 			if (got < -1 || got > 1 || (got != 1 && name[0]))
 				unit_fail("changed", "", name, (long long)i);
 			for (k = 0; name[k] != '\0'; k++)
@@ -13948,18 +13951,19 @@ hello_split(const char *message, size_t n, const char *want_name)
 			len = record_put(s, message, a);
 			len += record_put(s + len, message + a, b - a);
 			len += record_put(s + len, message + b, n - b);
-			if (hello_name(at_guard(s, len), name, sizeof(name)) !=
-			    1 || strcmp(name, want_name) != 0)
+			if (hello_name(at_guard(0, s, len), name,
+			    sizeof(name)) != 1 ||
+			    strcmp(name, want_name) != 0)
 				unit_fail("three records", name, "",
 				    (long long)a);
 			/* Another type of record amid them; an empty one. */
 			s[a + 5] = 21;
-			if (hello_name(at_guard(s, a + 6), name,
+			if (hello_name(at_guard(0, s, a + 6), name,
 			    sizeof(name)) != -1)
 				unit_fail("alert", name, "", (long long)a);
 			s[a + 5] = 22;
 			s[a + 8] = s[a + 9] = 0;
-			if (hello_name(at_guard(s, a + 10), name,
+			if (hello_name(at_guard(0, s, a + 10), name,
 			    sizeof(name)) != -1)
 				unit_fail("empty record", name, "",
 				    (long long)a);
@@ -13977,7 +13981,7 @@ hello_records(const char *message, size_t len, size_t n)
 	for (i = 0; i + 1 < n; i++)
 		at += record_put(s + at, message + i, 1);
 	at += record_put(s + at, message + i, len - i);
-	return hello_name(at_guard(s, at), name, sizeof(name));
+	return hello_name(at_guard(0, s, at), name, sizeof(name));
 }
 
 /* Version, random; no session, one cipher suite, no compression. */
@@ -14146,12 +14150,12 @@ unit_hosts(void)
 		start = hex_bytes(hex, s);
 		for (i = 0; i < len; i++)
 			s[start + i] = i % 2 ? '.' : 'A';
-		if (hello_name(at_guard(s, start + len), name,
+		if (hello_name(at_guard(0, s, start + len), name,
 		    sizeof(name)) != (len <= HOST_MAX ? 1 : -1) ||
 		    strlen(name) != (len > HOST_MAX ? 0 :
 		    len % 2 ? len : len - 1))
 			unit_fail("host", name, "length", (long long)len);
-		if (hello_name(at_guard(s, start + len), name, 8) !=
+		if (hello_name(at_guard(0, s, start + len), name, 8) !=
 		    (len < 8 ? 1 : -1))
 			unit_fail("host", name, "small", (long long)len);
 	}
@@ -14206,10 +14210,10 @@ unit_longest(void)
 		for (i = 0; i + 1 < HELLO_RECORDS_MAX; i++)
 			n += record_put(s + n, message + i, 1);
 		n += record_put(s + n, message + i, len + 4 - i);
-		got = hello_name(at_guard(s, n), name, sizeof(name));
+		got = hello_name(at_guard(0, s, n), name, sizeof(name));
 		if (got != (fits ? 1 : -1))
 			unit_fail("longest", "whole", "", got);
-		got = hello_name(at_guard(s, n - 1), name, sizeof(name));
+		got = hello_name(at_guard(0, s, n - 1), name, sizeof(name));
 		if (got != (fits ? 0 : -1))
 			unit_fail("longest", "but one byte", "", got);
 		/* Who waits for the rest has room for it. */
@@ -14229,7 +14233,7 @@ unit_hello(void)
 	for (i = 0; i < n; i++) {
 		char none[HOST_MAX + 1] = "?";
 
-		if (hello_name(at_guard(s, i), none, sizeof(none)) != 0)
+		if (hello_name(at_guard(0, s, i), none, sizeof(none)) != 0)
 			unit_fail("openssl", none, "cut", (long long)i);
 	}
 	memset(s + n, 0x47, 20);
@@ -14246,62 +14250,32 @@ unit_hello(void)
 	unit_longest();
 }
 
-int
-main(int argc, char **argv)
-{
-	static const struct {
-		const char *name;
-		void (*run)(void);
-	} units[] = {
-		{ "networks", unit_networks }, { "times", unit_times },
-		{ "numbers", unit_numbers }, { "needles", unit_needles },
-		{ "hello", unit_hello },
-	};
-	size_t i;
-
-	(void)proxy_main;
-	for (i = 0; i < COUNT(units); i++)
-		if (argc == 2 && strcmp(argv[1], units[i].name) == 0) {
-			units[i].run();
-			return failures > 0;
-		}
-	return 2;
-}
+const struct unit_table units[] = {
+	{ "networks", unit_networks }, { "times", unit_times },
+	{ "numbers", unit_numbers }, { "needles", unit_needles },
+	{ "hello", unit_hello }, { NULL, NULL },
+};
 EOF_UNIT
 }
 
-# Runs one table; the first test that comes here builds the program.
-match_unit() {
-	[ -f "$here/proxy.c" ] || skip "no proxy.c beside test.sh"
-	if mkdir "$work/matchunit.taken" 2> /dev/null; then
-		write_match_unit
-		build "$work/matchunit" "$work/matchunit.c"
-	fi
-	built "$work/matchunit"
-	"$work/matchunit" "$1" > unit.out 2>&1
-	status=$?
-	[ $status != 77 ] || skip "no memory with a guard page"
-	[ $status = 0 ] || fail "status $status: $(head -n 5 unit.out)"
-}
-
 test_match_networks() { # networks: read, masked, what is in them
-	match_unit networks
+	unit match networks
 }
 
 test_match_times() { # days and hours, over midnight, each minute of the week
-	match_unit times
+	unit match times
 }
 
 test_match_numbers() { # ranges, sizes, durations: range-checked
-	match_unit numbers
+	unit match numbers
 }
 
 test_match_needles() { # bytes in a stream: every split gives the same
-	match_unit needles
+	unit match needles
 }
 
 test_match_hello() { # a ClientHello: cut, split, changed at every byte
-	match_unit hello
+	unit match hello
 }
 
 test_regress_rules_fallback() { # a parent is gone: going directly, addresses are judged
@@ -15960,66 +15934,12 @@ END
 
 # ---- 20. Unit tables --------------------------------------------------------
 
-# A program that is proxy.c with another main: tables of what its pure parts
-# make of bytes.  All input ends right before a page that can't be touched,
-# and every split of every message must give the same result.
-write_unit() {
-	cat > "$work/unit.c" <<'EOF_UNIT'
-#define main proxy_main
-#include "proxy.c"
-#undef main
-#include <sys/mman.h>
-
-enum { PAGES = 8 * 65536 };
-
-static char *page_end;	/* nothing behind it can be touched */
-static int failures;
-
-#define COUNT(table) (sizeof(table) / sizeof((table)[0]))
-
-static void
-unit_fail(const char *what, const char *input, long got)
-{
-	printf("%s: \"", what);
-	for (; *input != '\0' && failures < 20; input++)
-		printf(*input < ' ' || *input > '~' ? "\\x%02x" : "%c",
-		    (unsigned char)*input);
-	printf("\": %ld\n", got);
-	failures++;
-}
-
-/* Memory for n bytes that ends at the guard. */
-static char *
-guarded(size_t n)
-{
-	if (page_end == NULL) {
-		int zero = open("/dev/zero", O_RDWR);
-		char *p = mmap(NULL, PAGES, PROT_READ | PROT_WRITE,
-		    MAP_PRIVATE, zero, 0);
-
-		if (p == MAP_FAILED ||
-		    mprotect(p + PAGES - 65536, 65536, PROT_NONE) == -1)
-			exit(77);
-		page_end = p + PAGES - 65536;
-	}
-	return page_end - n;
-}
-
-/* The n bytes of a message, right before the guard. */
-static struct text
-at_guard(const char *s, size_t n)
-{
-	char *p = guarded(n);
-
-	memmove(p, s, n);
-	return text_cut(p, n);
-}
-
-static struct text
-string_at_guard(const char *s)
-{
-	return at_guard(s, strlen(s));
-}
+# What the pure parts of proxy.c make of bytes.  All input ends right before a
+# page that can't be touched, and every split of every message must give the
+# same result.
+write_parts_unit() {
+	cat <<'EOF_UNIT'
+#include "unit.h"
 
 /* The status that a verdict stands for; 200 for 1, 0 for 0. */
 static int
@@ -16070,15 +15990,15 @@ unit_numbers(void)
 		    table[i].max, &value);
 
 		if (ok != table[i].ok || value != (ok ? table[i].value : 12345))
-			unit_fail("number", table[i].s, (long)value);
+			unit_fail("number", table[i].s, "", (long long)value);
 	}
 	for (i = 0; i < COUNT(printed); i++) {
 		size_t n = strlen(printed[i].s);
-		char *to = guarded(n);
+		char *to = guarded(0, n);
 
 		if (number_print(to, printed[i].value) != to + n ||
 		    memcmp(to, printed[i].s, n) != 0)
-			unit_fail("printed", printed[i].s, 0);
+			unit_fail("printed", printed[i].s, "", 0);
 	}
 }
 
@@ -16101,7 +16021,8 @@ unit_dates(void)
 	for (i = 0; i < COUNT(table); i++) {
 		now.wall = table[i].wall;
 		if (strcmp(date_now(), table[i].date) != 0)
-			unit_fail("date", date_now(), (long)table[i].wall);
+			unit_fail("date", date_now(), "",
+			    (long long)table[i].wall);
 	}
 }
 
@@ -16141,7 +16062,7 @@ unit_texts(void)
 		buffer_escape(b, string_at_guard(escapes[i].from),
 		    escapes[i].max);
 		if (!text_same(buffer_text(b), text_of(escapes[i].to)))
-			unit_fail("escape", escapes[i].from, 0);
+			unit_fail("escape", escapes[i].from, "", 0);
 	}
 	for (i = 0; i < COUNT(base64); i++) {
 		char coded[64];
@@ -16149,7 +16070,7 @@ unit_texts(void)
 
 		base64_encode(t.at, t.len, coded);
 		if (strcmp(coded, base64[i].coded) != 0)
-			unit_fail("base64", coded, (long)i);
+			unit_fail("base64", coded, "", (long long)i);
 	}
 	for (i = 0; i < COUNT(lists); i++) {
 		struct text rest = string_at_guard(lists[i].list), member;
@@ -16161,7 +16082,7 @@ unit_texts(void)
 			n++;
 		}
 		if (n != lists[i].n || !text_is(last, lists[i].member))
-			unit_fail("list", lists[i].list, n);
+			unit_fail("list", lists[i].list, "", n);
 	}
 	buffer_give(&b);
 }
@@ -16232,10 +16153,10 @@ unit_addresses(void)
 			address_print(&a, print);
 		if (ok != (table[i].print != NULL) ||
 		    (ok && strcmp(print, table[i].print) != 0))
-			unit_fail("address", table[i].host, ok);
+			unit_fail("address", table[i].host, "", ok);
 		else if (ok && (is_guarded(&a) != table[i].guarded ||
 		    address_is_loopback(&a) != table[i].loopback))
-			unit_fail("address rule", table[i].host,
+			unit_fail("address rule", table[i].host, "",
 			    is_guarded(&a));
 	}
 }
@@ -16307,14 +16228,14 @@ unit_targets(void)
 		    string_at_guard(table[i].uri), table[i].method, &target));
 
 		if (status != table[i].status)
-			unit_fail("target", table[i].uri, status);
+			unit_fail("target", table[i].uri, "", status);
 		else if (status == 200 && (target.port != table[i].port ||
 		    (target.host.len > 0) != (table[i].host[0] != '\0') ||
 		    (target.host.len > 0 &&
 		    !text_is(target.host, table[i].host)) ||
 		    !text_same(target.path, text_of(table[i].path))))
-			unit_fail("target's parts", table[i].uri,
-			    (long)target.port);
+			unit_fail("target's parts", table[i].uri, "",
+			    (long long)target.port);
 	}
 }
 
@@ -16379,24 +16300,27 @@ unit_requests(void)
 	for (i = 0; i < COUNT(requests); i++) {
 		const char *head = requests[i].head;
 		size_t len = strlen(head);
-		int status = status_of(request_parse(at_guard(head, len), &r));
+		int status = status_of(
+		    request_parse(at_guard(0, head, len), &r));
 
 		if (status != requests[i].status)
-			unit_fail("request", head, status);
+			unit_fail("request", head, "", status);
 		else if (status == 200 && (r.framing != requests[i].framing ||
 		    (r.framing == FRAMING_LENGTH &&
 		    r.length != requests[i].length)))
-			unit_fail("request's framing", head, (long)r.length);
+			unit_fail("request's framing", head, "",
+			    (long long)r.length);
 		/* Its end is found at its last byte, from every start. */
 		for (n = 0; n <= len; n++) {
 			int found = 0, whole;
 
 			seen = 0;
 			if (n < len)
-				found = head_find(at_guard(head, n), &seen);
-			whole = head_find(at_guard(head, len), &seen);
+				found = head_find(at_guard(0, head, n), &seen);
+			whole = head_find(at_guard(0, head, len), &seen);
 			if (found != 0 || whole != (int)len)
-				unit_fail("end of head", head, (long)n);
+				unit_fail("end of head", head, "",
+				    (long long)n);
 		}
 	}
 }
@@ -16419,20 +16343,23 @@ unit_mutations(void)
 				memcpy(copy, requests[i].head, len + 1);
 				copy[at] = (char)c;
 				seen = 0;
-				found = head_find(at_guard(copy, len), &seen);
+				found = head_find(at_guard(0, copy, len),
+				    &seen);
 				if (found <= 0)
 					continue;
-				verdict = request_parse(at_guard(copy,
+				verdict = request_parse(at_guard(0, copy,
 				    (size_t)found), &r);
 				if (verdict != 1 && (status_of(verdict) < 400 ||
 				    status_of(verdict) > 599))
-					unit_fail("mutation", copy, verdict);
+					unit_fail("mutation", copy, "",
+					    verdict);
 				if (verdict == 1 && (c < 9 || c == 127))
-					unit_fail("control byte", copy, c);
-				verdict = response_parse(at_guard(copy,
+					unit_fail("control byte", copy, "", c);
+				verdict = response_parse(at_guard(0, copy,
 				    (size_t)found), METHOD_GET, &answer);
 				if (verdict == 1)
-					unit_fail("response", copy, verdict);
+					unit_fail("response", copy, "",
+					    verdict);
 			}
 	}
 }
@@ -16497,13 +16424,13 @@ unit_responses(void)
 		    table[i].method, &r);
 
 		if ((verdict == 1) != table[i].ok)
-			unit_fail("response", table[i].head, verdict);
+			unit_fail("response", table[i].head, "", verdict);
 		else if (verdict == 1 && (r.status != table[i].status ||
 		    r.framing != table[i].framing ||
 		    (r.framing == FRAMING_LENGTH &&
 		    r.length != table[i].length)))
-			unit_fail("response's framing", table[i].head,
-			    (long)r.framing);
+			unit_fail("response's framing", table[i].head, "",
+			    (long long)r.framing);
 	}
 }
 
@@ -16531,7 +16458,7 @@ static void
 decode_pieces(enum framing framing, uint64_t length, const char *s,
     const size_t *cut, size_t cuts, struct outcome *o)
 {
-	struct buffer *b = (struct buffer *)(void *)guarded(sizeof(*b));
+	struct buffer *b = (struct buffer *)(void *)guarded(0, sizeof(*b));
 	struct flow f;
 	size_t at = 0, i;
 
@@ -16633,8 +16560,8 @@ unit_bodies(void)
 					    text_of(table[i].payload)) ||
 					    (table[i].over != SIZE_MAX &&
 					    o.over != table[i].over))
-						unit_fail("body", s,
-						    (long)(cut[0] * 1000 +
+						unit_fail("body", s, "",
+						    (long long)(cut[0] * 1000 +
 						    cut[1]));
 				}
 		for (cut[0] = 0; cut[0] < n; cut[0]++) {
@@ -16646,7 +16573,8 @@ unit_bodies(void)
 			decode_pieces(table[i].framing, table[i].length, s, all,
 			    n, &o);
 			if (o.whole != table[i].whole)
-				unit_fail("body, byte by byte", s, (long)n);
+				unit_fail("body, byte by byte", s, "",
+				    (long long)n);
 			break;
 		}
 	}
@@ -16769,115 +16697,78 @@ unit_encoding(void)
 						    (unsigned long)pieces[in],
 						    (unsigned long)to,
 						    (unsigned long)pieces[out]);
-						unit_fail("encoding", what, 0);
+						unit_fail("encoding", what, "",
+						    0);
 					}
 	/* All ways in which a full buffer may be the last. */
 	for (n = BUFFER_ROOM - 64; n < BUFFER_ROOM + 64; n++)
 		for (out = 1; out < 40; out += 13)
 			if (!encode_whole(FRAMING_LENGTH, FRAMING_CHUNKED, n,
 			    BUFFER_ROOM, BUFFER_ROOM - 40 + out))
-				unit_fail("full buffer", "", (long)n);
+				unit_fail("full buffer", "", "", (long long)n);
 }
 
-int
-main(int argc, char **argv)
-{
-	static const struct {
-		const char *name;
-		void (*run)(void);
-	} units[] = {
-		{ "numbers", unit_numbers }, { "dates", unit_dates },
-		{ "texts", unit_texts }, { "addresses", unit_addresses },
-		{ "targets", unit_targets }, { "requests", unit_requests },
-		{ "mutations", unit_mutations },
-		{ "responses", unit_responses }, { "bodies", unit_bodies },
-		{ "encoding", unit_encoding },
-	};
-	size_t i;
-
-	(void)proxy_main;
-	clock_read();
-	for (i = 0; i < COUNT(units); i++)
-		if (argc == 2 && strcmp(argv[1], units[i].name) == 0) {
-			units[i].run();
-			return failures > 0;
-		}
-	return 2;
-}
+const struct unit_table units[] = {
+	{ "numbers", unit_numbers }, { "dates", unit_dates },
+	{ "texts", unit_texts }, { "addresses", unit_addresses },
+	{ "targets", unit_targets }, { "requests", unit_requests },
+	{ "mutations", unit_mutations }, { "responses", unit_responses },
+	{ "bodies", unit_bodies }, { "encoding", unit_encoding },
+	{ NULL, NULL },
+};
 EOF_UNIT
 }
 
-# Runs one table.
-unit() {
-	built "$work/unit"
-	"$work/unit" "$1" > unit.out 2>&1
-	status=$?
-	[ $status != 77 ] || skip "no memory with a guard page"
-	[ $status = 0 ] || fail "status $status: $(head -n 3 unit.out)"
-}
-
 test_unit_numbers() { # numbers: digits only, range-checked
-	unit numbers
+	unit parts numbers
 }
 
 test_unit_dates() { # dates as RFC 9110 has them
-	unit dates
+	unit parts dates
 }
 
 test_unit_texts() { # escapes, base64, lists
-	unit texts
+	unit parts texts
 }
 
 test_unit_addresses() { # addresses: read, printed, guarded
-	unit addresses
+	unit parts addresses
 }
 
 test_unit_targets() { # the four forms of a target
-	unit targets
+	unit parts targets
 }
 
 test_unit_requests() { # request heads, and where they end
-	unit requests
+	unit parts requests
 }
 
 test_unit_mutations() { # each byte of each head replaced by each other
-	unit mutations
+	unit parts mutations
 }
 
 test_unit_responses() { # response heads
-	unit responses
+	unit parts responses
 }
 
 test_unit_bodies() { # bodies: every split gives the same result
-	unit bodies
+	unit parts bodies
 }
 
 test_unit_encoding() { # bodies leave whole, however slowly
-	unit encoding
+	unit parts encoding
 }
 
 # ---- Lists of domains: unit tables -------------------------------------------
 
-# proxy.c with another main: what it makes of files in the formats of lists.
+# What becomes of files in the formats of lists.
 write_list_unit() {
-	cat > "$work/listunit.c" <<'EOF_UNIT'
-#define main proxy_main
-#include "proxy.c"
-#undef main
+	cat <<'EOF_UNIT'
+#include "unit.h"
 
 enum { MILLION = 1000000 };
 
-#define COUNT(table) (sizeof(table) / sizeof((table)[0]))
-
-static int failures;
 static bool timed = true;	/* false: this build is slow by design */
-
-static void
-unit_fail(const char *what, const char *input, const char *more, long long got)
-{
-	if (failures++ < 20)
-		printf("%s: %.200s | %.200s: %lld\n", what, input, more, got);
-}
 
 /* Makes the file `list` of n bytes. */
 static void
@@ -17546,64 +17437,41 @@ unit_million(void)
 			unit_fail("thrice", host, "", (long long)i);
 	}
 	list_free(&list);
+	(void)remove("list");
 }
 
-int
-main(int argc, char **argv)
+static void
+unit_untimed(void)
 {
-	static const struct {
-		const char *name;
-		void (*run)(void);
-	} units[] = {
-		{ "formats", all_formats }, { "cover", unit_cover },
-		{ "bad", unit_bad }, { "million", unit_million },
-	};
-	size_t i;
-
-	(void)proxy_main;
-	timed = argc == 2;
-	for (i = 0; i < COUNT(units); i++)
-		if (argc > 1 && strcmp(argv[1], units[i].name) == 0) {
-			units[i].run();
-			return failures > 0;
-		}
-	return 2;
+	timed = false;
+	unit_million();
 }
+
+const struct unit_table units[] = {
+	{ "formats", all_formats }, { "cover", unit_cover },
+	{ "bad", unit_bad }, { "million", unit_million },
+	{ "untimed", unit_untimed }, { NULL, NULL },
+};
 EOF_UNIT
 }
 
-# Runs one table; the first test that comes here builds the program.
-list_unit() {
-	[ -f "$here/proxy.c" ] || skip "no proxy.c beside test.sh"
-	if mkdir "$work/listunit.taken" 2> /dev/null; then
-		write_list_unit
-		build "$work/listunit" "$work/listunit.c"
-	fi
-	built "$work/listunit"
-	"$work/listunit" "$@" > unit.out 2>&1
-	status=$?
-	rm -f list
-	[ $status != 77 ] || skip "no room for a list"
-	[ $status = 0 ] || fail "status $status: $(head -n 5 unit.out)"
-}
-
 test_list_formats() { # lines of every format, limits, borders of the reader's buffer
-	list_unit formats
+	unit list formats
 }
 
 test_list_cover() { # labels, case, dots, exceptions, addresses; the hash
-	list_unit cover
+	unit list cover
 }
 
 test_list_bad() { # files that are refused, and one that changes meanwhile
-	list_unit bad
+	unit list bad
 }
 
 test_list_million() { # a million domains: soon loaded, 16 bytes each, 1 us a label
 	if sanitized; then
-		list_unit million untimed
+		unit list untimed
 	else
-		list_unit million
+		unit list million
 	fi
 }
 
@@ -19865,11 +19733,10 @@ fi
 proxy_bin=${PROXY:-$work/proxy}
 quick_bin=$work/quick
 write_names
-write_unit
+write_unit_head
 {
 	# shellcheck disable=SC2086 # flags are words
 	build "$quick_bin" "$here/proxy.c" $quick_flags
-	build "$work/unit" "$work/unit.c"
 	build "$work/names" "$work/names.c"
 	# shellcheck disable=SC2086
 	build "$work/quick-names" "$work/names.c" $quick_flags
