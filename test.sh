@@ -16524,6 +16524,7 @@ unit_bodies(void)
 		{ C, "FFFFFFFFFFFFFFFF\r\nhello", "", SIZE_MAX, false },
 		{ C, "5\nhello\r\n0\r\n\r\n", "", SIZE_MAX, false },
 		{ C, "5\rhello\r\n0\r\n\r\n", "", SIZE_MAX, false },
+		{ C, "5\r\nhelloX\n0\r\n\r\n", "hello", SIZE_MAX, false },
 		{ C, "5\r\nhelloX\r\n0\r\n\r\n", "hello", SIZE_MAX, false },
 		{ C, "5\r\nhello\r0\r\n\r\n", "hello", SIZE_MAX, false },
 		{ C, "5\r\nhello\n0\r\n\r\n", "hello", SIZE_MAX, false },
