@@ -8461,6 +8461,23 @@ END
 
 # Examples by task, as the manual has them.
 
+test_rules_example_manual() { # the examples of the manual are right, each by itself
+	need_source
+	[ -f "$here/proxy.1" ] || skip "no proxy.1 beside test.sh"
+	echo ads.example | tee ads.txt > trackers.txt
+	echo alice:wonder > people
+	chmod 600 people
+	sed -n '/^\.Ss Rules by task/,/^\.Sh/p' "$here/proxy.1" |
+		sed 's/\\e/\\/g' |
+		awk '/^\.Bd/ { n++; inside = 1; next } /^\.Ed/ { inside = 0 }
+		    inside { print > ("example." n) } END { print n }' > count
+	[ "$(cat count)" -ge 7 ] || fail "$(cat count) examples"
+	for example in example.*; do
+		run_proxy -n -f "$example"
+		[ $status = 0 ] || fail "$(cat errors)"
+	done
+}
+
 test_rules_example_ads() { # block advertisements by a downloaded list
 	plain_origin
 	cat > ads.txt <<'END'
