@@ -5829,13 +5829,16 @@ line_read(struct parser *p, FILE *file)
 static FILE *
 parser_open(struct parser *p, const char *path, struct stat *status)
 {
+	bool found = stat(path, status) != -1;
 	FILE *file = NULL;
 
-	if (stat(path, status) == -1)
-		parser_error(p, "%.200s: %s", path, strerror(errno));
-	else if (p->old != NULL && !S_ISREG(status->st_mode))
+	if (found && p->old != NULL && !S_ISREG(status->st_mode)) {
 		parser_error(p, "%.200s: not a file", path);
-	else if ((file = fopen(path, "r")) == NULL)
+		return NULL;
+	}
+	if (found)
+		file = fopen(path, "r");
+	if (file == NULL)
 		parser_error(p, "%.200s: %s", path, strerror(errno));
 	return file;
 }
