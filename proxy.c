@@ -11765,7 +11765,8 @@ tunnel_note(struct exchange *x, struct text name)
  * Looks at what a tunnel's client says first, before any of it is passed on.
  * True if it may pass.  Only if rules are open is all of a greeting waited
  * for; by what is none they are judged as by one without a name.  TLS that
- * can't be read does not pass then: its server might read it.
+ * can't be read, or that the client left in the middle of, does not pass then:
+ * its server might read it.
  */
 static bool
 tunnel_greet(struct exchange *x)
@@ -11783,7 +11784,8 @@ tunnel_greet(struct exchange *x)
 	if (hello == 0 && !c->eof && !c->error && (f->open || c->in == NULL))
 		return false;
 	f->greeted = true;
-	if (hello == -1 && f->open && *buffer_text(c->in).at == 22) {
+	if (hello != 1 && f->open && c->in != NULL &&
+	    *buffer_text(c->in).at == 22) {
 		exchange_abort(x, END_RULE, REFUSE_GREETING);
 		return false;
 	}

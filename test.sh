@@ -7120,11 +7120,11 @@ END
 	origin send pong
 	client send CONNECT any.example:%p HTTP/1.1\nHost: x\n\n
 	client answer head
-	client send \x16\x03\x01
+	client send \x15\x03\x01
 	client shut
 	client eof
 	sees   pong
-	gets   \x16\x03\x01
+	gets   \x15\x03\x01
 END
 }
 
@@ -14822,6 +14822,23 @@ test_regress_rules_denied_hit() { # the log of an entry that is denied tells of 
 	log    200 4 .* miss=stored
 	log    403 [0-9]+ "-" "-" up=0 .* end=done rule=-e:1
 END
+}
+
+test_regress_rules_sni_cut() { # a greeting that was cut behind its name does not pass
+	start_proxy -e 'deny sni films.example'
+	whole=$(hello films.example)
+	for cut in 1 5 12; do
+		play -n "$cut bytes less" <<END
+		origin eof
+		client send CONNECT %O HTTP/1.1\nHost: x\n\n
+		client answer head
+		client send $(printf '%s' "$whole" | cut -c "1-$((${#whole} - 4 * cut))")
+		client shut
+		client eof
+		gets!~ ^[^-]
+		log    CONNECT %O .* end=rule .*why="a TLS greeting
+END
+	done
 }
 
 # ---- 19. Promises kept under odd conditions ---------------------------------
