@@ -617,7 +617,7 @@ enum end {
 enum phase {
 	PHASE_FREE,     /* no client */
 	PHASE_REQUEST,  /* waiting for a request's head */
-	PHASE_COLLAPSE, /* waiting for what another gets from the same URL */
+	PHASE_COLLAPSE, /* waiting for what another fetches from the same URL */
 	PHASE_RESOLVE,  /* finding out the server's addresses */
 	PHASE_CONNECT,  /* connecting to one of them */
 	PHASE_GREET,    /* shaking hands with a SOCKS5 parent */
