@@ -1708,6 +1708,15 @@ buffer_drop(struct buffer *b, size_t n)
 	b->start += n;
 }
 
+/* Drops the first n bytes of *b, and gives it back if those were all. */
+static void
+buffer_use(struct buffer **b, size_t n)
+{
+	buffer_drop(*b, n);
+	if (buffer_len(*b) == 0)
+		buffer_give(b);
+}
+
 /* Moves the bytes to the front if the tail is used up. */
 static void
 buffer_compact(struct buffer *b)
@@ -1969,10 +1978,8 @@ conn_write(struct conn *c)
 static void
 conn_drop_head(struct conn *c, size_t n)
 {
-	buffer_drop(c->in, n);
+	buffer_use(&c->in, n);
 	c->seen = 0;
-	if (buffer_len(c->in) == 0)
-		buffer_give(&c->in);
 }
 
 /* `out`, made if there is none; NULL and deaf without memory. */
@@ -3276,9 +3283,7 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
 		if (conn_out(to) == NULL)
 			return false;
 		n = flow_append(f, from->in, to->out);
-		buffer_drop(from->in, n);
-		if (buffer_len(from->in) == 0)
-			buffer_give(&from->in);
+		buffer_use(&from->in, n);
 	}
 	f->ready -= n;
 	f->payload += n;
@@ -3291,12 +3296,10 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
 			return n > 0;
 		trailer_encode(f, from->in, to->out);
 	}
-	if (f->trailer > 0)
-		buffer_drop(from->in, f->trailer);
+	if (from->in != NULL)
+		buffer_use(&from->in, f->trailer);
 	f->trailer = 0;
 	f->done = true;
-	if (from->in != NULL && buffer_len(from->in) == 0)
-		buffer_give(&from->in);
 	return true;
 }
 
@@ -9449,9 +9452,7 @@ exchange_skip(struct exchange *x)
 	if (n > x->facts.skip)
 		n = (size_t)x->facts.skip;
 	if (n > 0) {
-		buffer_drop(from->in, n);
-		if (buffer_len(from->in) == 0)
-			buffer_give(&from->in);
+		buffer_use(&from->in, n);
 		f->ready -= n;
 		x->facts.skip -= n;
 	}
@@ -10239,12 +10240,8 @@ request_begin(struct exchange *x)
 {
 	struct conn *c = &x->client;
 
-	while (c->in != NULL && text_starts(buffer_text(c->in), "\r\n")) {
-		buffer_drop(c->in, 2);
-		c->seen = 0;
-		if (buffer_len(c->in) == 0)
-			buffer_give(&c->in);
-	}
+	while (c->in != NULL && text_starts(buffer_text(c->in), "\r\n"))
+		conn_drop_head(c, 2);
 	if (c->in == NULL)
 		x->facts.start = 0;
 	else if (x->facts.start == 0) {
@@ -11046,9 +11043,7 @@ greet_step(struct exchange *x)
 	n = greet_length(x->facts.greeting, t);
 	if (n > 0 && t.len >= n) {
 		memcpy(message, t.at, n);
-		buffer_drop(s->in, n);
-		if (buffer_len(s->in) == 0)
-			buffer_give(&s->in);
+		buffer_use(&s->in, n);
 		greet_answer(x, text_cut(message, n));
 		return true;
 	}
@@ -11864,10 +11859,8 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 	struct flow old = x->down;
 	struct facts *f = &x->facts;
 
-	if (old.ready > 0)
-		buffer_drop(s->in, old.ready);
-	if (s->in != NULL && buffer_len(s->in) == 0)
-		buffer_give(&s->in);
+	if (s->in != NULL)
+		buffer_use(&s->in, old.ready);
 	conn_move(s, &y->server, ROLE_SERVER, y);
 	y->up = x->up;
 	y->down = old;
