@@ -6509,15 +6509,15 @@ lower_append(struct buffer *b, struct text t)
 static void
 key_append(const struct exchange *x, struct buffer *b)
 {
-	const struct facts *f = &x->facts;
+	const struct request *q = x->request;
 
 	buffer_append(b, text_of("http://"));
-	lower_append(b, f->host);
+	lower_append(b, q->target.host);
 	buffer_append(b, text_of(":"));
-	buffer_number(b, f->port);
-	if (f->path.len == 0 || *f->path.at != '/')
+	buffer_number(b, q->target.port);
+	if (q->target.path.len == 0 || *q->target.path.at != '/')
 		buffer_append(b, text_of("/"));
-	buffer_append(b, f->path);
+	buffer_append(b, q->target.path);
 }
 
 /* 64 bits that stand for a key. */
@@ -6844,7 +6844,7 @@ entry_find(struct exchange *x, const struct request *q, struct buffer *b,
 		return -1;
 	key_append(x, keys);
 	key = buffer_text(keys);
-	x->facts.key = key_hash(key);
+	x->request->caching.key = key_hash(key);
 	split = keys->end;
 	entry_path(key, text_cut("", 0), path);
 	fd = entry_open(path, key, text_cut("", 0), b, e);
@@ -7056,9 +7056,9 @@ marker_put(struct text key, struct text vary, struct text token)
 static void
 entry_close(struct exchange *x)
 {
-	if (x->facts.has_entry)
-		(void)close(x->facts.entry);
-	x->facts.has_entry = false;
+	if (x->request->caching.has_entry)
+		(void)close(x->request->caching.entry);
+	x->request->caching.has_entry = false;
 }
 
 /* What of a response head is stored, into b: no framing, nothing of a hop. */
@@ -7096,7 +7096,7 @@ exchange_queue(struct exchange *x)
 static void
 fetch_begin(struct exchange *x)
 {
-	x->facts.fetch = ++cache.serial;
+	x->request->caching.fetch = ++cache.serial;
 	x->next = cache.fetches;
 	cache.fetches = x;
 }
@@ -7108,18 +7108,18 @@ fetch_begin(struct exchange *x)
 static void
 follow_end(struct exchange *y, bool whole)
 {
-	struct facts *f = &y->facts;
+	struct request *q = y->request;
 
-	f->orphan = f->grows && !whole;
-	if (f->grows && whole && f->body == UINT64_MAX) {
-		f->body = f->stored;
+	q->orphan = q->grows && !whole;
+	if (q->grows && whole && q->caching.body == UINT64_MAX) {
+		q->caching.body = q->caching.stored;
 		if (y->phase == PHASE_RELAY && y->down.from == FRAMING_CLOSE) {
 			y->down.from = FRAMING_LENGTH;
 			y->down.left =
-			    f->stored - y->down.payload - y->down.ready;
+			    q->caching.stored - y->down.payload - y->down.ready;
 		}
 	}
-	f->grows = false;
+	q->grows = false;
 }
 
 /*
@@ -7131,13 +7131,13 @@ fetch_tell(const struct exchange *x, bool ended, bool whole)
 {
 	struct exchange *y;
 
-	if (x->facts.followers == 0)
+	if (x->request->caching.followers == 0)
 		return;
 	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++) {
-		if (y->phase == PHASE_FREE || y->facts.leader != x->facts.fetch)
+		if (y->phase == PHASE_FREE || y->request->caching.leader != x->request->caching.fetch)
 			continue;
-		y->server.readable = y->facts.grows;
-		y->facts.stored = x->facts.stored;
+		y->server.readable = y->request->grows;
+		y->request->caching.stored = x->request->caching.stored;
 		if (ended)
 			follow_end(y, whole);
 		exchange_queue(y);
@@ -7150,15 +7150,15 @@ fetch_end(struct exchange *x, bool whole)
 {
 	struct exchange **at = &cache.fetches;
 
-	if (x->facts.fetch == 0)
+	if (x->request->caching.fetch == 0)
 		return;
 	while (*at != x)
 		at = &(*at)->next;
 	*at = x->next;
 	x->next = NULL;
 	fetch_tell(x, true, whole);
-	x->facts.fetch = 0;
-	x->facts.followers = 0;
+	x->request->caching.fetch = 0;
+	x->request->caching.followers = 0;
 }
 
 /*
@@ -7169,36 +7169,36 @@ static void
 fetch_move(struct exchange *x, struct exchange *y)
 {
 	struct exchange **at = &cache.fetches;
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 
-	y->facts = (struct facts){ .method = f->method,
-		.status = f->status,
+	y->facts = (struct facts){ .method = q->method,
+		.status = x->record.status,
 		.close = true,
 		.end = END_CLIENT,
-		.server = f->server,
+		.server = x->record.server,
 		.storing = true,
-		.spoiled = f->spoiled,
-		.fetch = f->fetch,
-		.followers = f->followers + 1,
-		.key = f->key,
-		.length = f->length,
-		.validator = f->validator,
-		.store = f->store,
-		.region = f->region,
-		.stored = f->stored,
-		.region_rest = f->region_rest };
+		.spoiled = q->caching.spoiled,
+		.fetch = q->caching.fetch,
+		.followers = q->caching.followers + 1,
+		.key = q->caching.key,
+		.length = q->caching.length,
+		.validator = q->caching.validator,
+		.store = q->caching.store,
+		.region = q->caching.region,
+		.stored = q->caching.stored,
+		.region_rest = q->caching.region_rest };
 	memcpy(y->note, x->note, sizeof(y->note));
 	while (*at != x)
 		at = &(*at)->next;
 	*at = y;
 	y->next = x->next;
 	x->next = NULL;
-	f->leader = f->fetch;
-	f->fetch = 0;
-	f->followers = 0;
-	f->storing = false;
-	f->grows = true;
-	f->body = f->length;
+	q->caching.leader = q->caching.fetch;
+	q->caching.fetch = 0;
+	q->caching.followers = 0;
+	q->caching.storing = false;
+	q->grows = true;
+	q->caching.body = q->caching.length;
 }
 
 /* x follows nobody any more; the fetch may then be nobody's. */
@@ -7207,12 +7207,12 @@ fetch_leave(struct exchange *x)
 {
 	struct exchange *y;
 
-	for (y = cache.fetches; y != NULL && x->facts.leader; y = y->next)
-		if (y->facts.fetch == x->facts.leader) {
-			y->facts.followers--;
+	for (y = cache.fetches; y != NULL && x->request->caching.leader; y = y->next)
+		if (y->request->caching.fetch == x->request->caching.leader) {
+			y->request->caching.followers--;
 			exchange_queue(y);
 		}
-	x->facts.leader = 0;
+	x->request->caching.leader = 0;
 }
 
 /* True if answers to that key were lately found not to be storable. */
@@ -7229,20 +7229,20 @@ key_is_lone(uint64_t key)
 static uint64_t
 store_share(const struct exchange *x)
 {
-	const struct facts *f = &x->facts;
+	const struct request *q = x->request;
 
-	return f->length == UINT64_MAX ? f->stored : f->length;
+	return q->caching.length == UINT64_MAX ? q->caching.stored : q->caching.length;
 }
 
 /* Ends storing: the file is left to its name, and the followers are told. */
 static void
 store_close(struct exchange *x, bool whole)
 {
-	if (x->facts.storing) {
+	if (x->request->caching.storing) {
 		cache.making -= store_share(x);
-		(void)close(x->facts.store);
+		(void)close(x->request->caching.store);
 	}
-	x->facts.storing = false;
+	x->request->caching.storing = false;
 	fetch_end(x, whole);
 }
 
@@ -7252,8 +7252,8 @@ store_drop(struct exchange *x)
 {
 	char path[CACHE_PATH];
 
-	if (x->facts.storing) {
-		store_path(x->facts.fetch, path);
+	if (x->request->caching.storing) {
+		store_path(x->request->caching.fetch, path);
 		(void)unlink(path);
 	}
 	store_close(x, false);
@@ -7303,9 +7303,9 @@ token_find(uint64_t hash, struct text key, struct text vary, char *to)
 		(void)text_copy(e.token, to, 64);
 	for (y = cache.fetches; b != NULL && list != NULL && y != NULL;
 	     y = y->next) {
-		if (!y->facts.storing || y->facts.key != hash ||
-		    y->facts.spoiled ||
-		    !region_read(y->facts.store, y->facts.region, b, &e) ||
+		if (!y->request->caching.storing || y->request->caching.key != hash ||
+		    y->request->caching.spoiled ||
+		    !region_read(y->request->caching.store, y->request->caching.region, b, &e) ||
 		    e.variant.len == 0 || !text_equals(e.key, key) ||
 		    response_parse(e.head, METHOD_GET, &r) != 1)
 			continue;
@@ -7328,11 +7328,11 @@ draft_keys(struct exchange *x, const struct request *q,
 
 	key_append(x, d->keys);
 	split = d->keys->end;
-	x->facts.key = key_hash(buffer_text(d->keys));
+	x->request->caching.key = key_hash(buffer_text(d->keys));
 	if (!vary_append(r, d->list))
 		return false;
 	if (buffer_len(d->list) > 0) {
-		token_find(x->facts.key, buffer_text(d->keys),
+		token_find(x->request->caching.key, buffer_text(d->keys),
 		    buffer_text(d->list), token);
 		buffer_print(d->keys, "%s;", token);
 		variant_append(q, buffer_text(d->list), d->keys);
@@ -7347,7 +7347,7 @@ draft_keys(struct exchange *x, const struct request *q,
 static struct parent *
 exchange_parent(const struct exchange *x)
 {
-	struct parent *parent = x->facts.parent;
+	struct parent *parent = x->request->route.parent;
 
 	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
 }
@@ -7356,21 +7356,21 @@ exchange_parent(const struct exchange *x)
 static bool
 draft_region(struct exchange *x, const struct response *r, struct draft *d)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 
 	(void)text_copy(text_of("-"), d->server, sizeof(d->server));
 	if (exchange_parent(x) == NULL)
-		address_print(&f->server, d->server);
+		address_print(&x->record.server, d->server);
 	d->e.server = text_of(d->server);
-	d->e.requested = f->requested;
+	d->e.requested = q->caching.requested;
 	d->e.responded = now.wall;
-	d->e.age = initial_age(r, f->requested, now.wall);
+	d->e.age = initial_age(r, q->caching.requested, now.wall);
 	d->list->end = d->list->start;
 	stored_head_append(r, d->list);
-	f->region = d->list->overflow ?
+	q->caching.region = d->list->overflow ?
 	    0 :
 	    (uint32_t)region_build(d->region, &d->e, buffer_text(d->list), 0);
-	return f->region > 0;
+	return q->caching.region > 0;
 }
 
 /*
@@ -7409,28 +7409,28 @@ response_validator(const struct response *r)
 static void
 store_open(struct exchange *x, const struct response *r, const struct draft *d)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	struct text region = buffer_text(d->region);
 	char path[CACHE_PATH];
 
-	if (f->fetch == 0)
+	if (q->caching.fetch == 0)
 		fetch_begin(x);
-	store_path(f->fetch, path);
-	f->store = open(path, O_RDWR | O_CREAT | O_EXCL, 0600);
-	f->storing = f->store != -1;
-	f->region_rest = region_sum(text_from(region, REGION_LINE));
-	f->stored = 0;
-	f->validator = response_validator(r);
-	f->length = r->framing == FRAMING_LENGTH ? r->length :
+	store_path(q->caching.fetch, path);
+	q->caching.store = open(path, O_RDWR | O_CREAT | O_EXCL, 0600);
+	q->caching.storing = q->caching.store != -1;
+	q->caching.region_rest = region_sum(text_from(region, REGION_LINE));
+	q->caching.stored = 0;
+	q->caching.validator = response_validator(r);
+	q->caching.length = r->framing == FRAMING_LENGTH ? r->length :
 	    r->framing == FRAMING_NONE           ? 0 :
 						   UINT64_MAX;
 	entry_path(d->e.key, d->e.variant, path);
 	(void)text_copy(text_of(path + strlen(options.cache)), x->note,
 	    sizeof(x->note));
-	if (!f->storing)
+	if (!q->caching.storing)
 		return;
 	cache.making += store_share(x);
-	if (!write_at(f->store, region, 0))
+	if (!write_at(q->caching.store, region, 0))
 		store_drop(x);
 }
 
@@ -7454,7 +7454,7 @@ store_begin(struct exchange *x, const struct request *q,
 	buffer_give(&d.keys);
 	buffer_give(&d.list);
 	buffer_give(&d.region);
-	if (x->facts.storing)
+	if (x->request->caching.storing)
 		fetch_tell(x, false, false);
 }
 
@@ -7466,14 +7466,14 @@ store_begin(struct exchange *x, const struct request *q,
 static bool
 store_fits(struct exchange *x, size_t n)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 
-	if (f->length != UINT64_MAX ||
+	if (q->caching.length != UINT64_MAX ||
 	    cache.making + n <= options.cache_size / 4)
 		return true;
-	f->spoiled = true;
-	cache.lone[f->key % CACHE_LONE] = f->key;
-	return f->followers > 0 && f->validator == 0 &&
+	q->caching.spoiled = true;
+	cache.lone[q->caching.key % CACHE_LONE] = q->caching.key;
+	return q->caching.followers > 0 && q->caching.validator == 0 &&
 	    cache.total + cache.making + n <= options.cache_size / 16 * 15;
 }
 
@@ -7481,17 +7481,17 @@ store_fits(struct exchange *x, size_t n)
 static void
 store_append(struct exchange *x, struct text t)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 
-	if (!f->storing)
+	if (!q->caching.storing)
 		return;
 	if (!store_fits(x, t.len) ||
-	    !write_at(f->store, t, (off_t)(f->region + f->stored))) {
+	    !write_at(q->caching.store, t, (off_t)(q->caching.region + q->caching.stored))) {
 		store_drop(x);
 		return;
 	}
-	f->stored += t.len;
-	if (f->length == UINT64_MAX)
+	q->caching.stored += t.len;
+	if (q->caching.length == UINT64_MAX)
 		cache.making += t.len;
 	fetch_tell(x, false, false);
 }
@@ -7508,7 +7508,7 @@ store_mark(const struct exchange *x)
 	struct response r;
 	struct entry e;
 	bool good = b != NULL && list != NULL &&
-	    region_read(x->facts.store, x->facts.region, b, &e);
+	    region_read(x->request->caching.store, x->request->caching.region, b, &e);
 
 	if (good && e.variant.len > 0)
 		good = response_parse(e.head, METHOD_GET, &r) == 1 &&
@@ -7523,18 +7523,18 @@ store_mark(const struct exchange *x)
 static void
 store_finish(struct exchange *x)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	char line[REGION_LINE + 1], from[CACHE_PATH], to[CACHE_PATH];
 
-	if (!f->storing)
+	if (!q->caching.storing)
 		return;
-	region_line(line, f->region, f->stored, f->region_rest);
-	store_path(f->fetch, from);
+	region_line(line, q->caching.region, q->caching.stored, q->caching.region_rest);
+	store_path(q->caching.fetch, from);
 	(void)snprintf(to, sizeof(to), "%s%s", options.cache, x->note);
 	entry_directory(to);
-	if (!f->spoiled && write_at(f->store, text_of(line), 0) &&
+	if (!q->caching.spoiled && write_at(q->caching.store, text_of(line), 0) &&
 	    store_mark(x) && rename(from, to) != -1)
-		cache_grow(f->region + f->stored);
+		cache_grow(q->caching.region + q->caching.stored);
 	else
 		(void)unlink(from);
 	/* Those who follow have the body whole in any case. */
@@ -7560,7 +7560,7 @@ cache_forget(const struct exchange *x)
 	entry_path(buffer_text(b), text_cut("", 0), path);
 	(void)unlink(path);
 	for (y = cache.fetches; y != NULL; y = y->next)
-		y->facts.spoiled = y->facts.spoiled || y->facts.key == key;
+		y->request->caching.spoiled = y->request->caching.spoiled || y->request->caching.key == key;
 	buffer_give(&b);
 }
 
@@ -7573,7 +7573,7 @@ static bool
 reference_resolve(const struct exchange *x, struct text value, struct buffer *b,
     struct text *path)
 {
-	const struct facts *f = &x->facts;
+	const struct request *q = x->request;
 	struct target target;
 	size_t n;
 
@@ -7583,18 +7583,18 @@ reference_resolve(const struct exchange *x, struct text value, struct buffer *b,
 		if (absolute_parse(value, &target) != 1)
 			return false;
 		*path = target.path;
-		return text_same(target.host, f->host) &&
-		    target.port == f->port;
+		return text_same(target.host, q->target.host) &&
+		    target.port == q->target.port;
 	}
 	*path = value;
 	if (*value.at == '/')
 		return true;
 	if (text_starts(value, "./"))
 		value = text_from(value, 2);
-	n = text_find(f->path, '?');
-	while (n > 0 && f->path.at[n - 1] != '/')
+	n = text_find(q->target.path, '?');
+	while (n > 0 && q->target.path.at[n - 1] != '/')
 		n--;
-	buffer_append(b, n > 0 ? text_cut(f->path.at, n) : text_of("/"));
+	buffer_append(b, n > 0 ? text_cut(q->target.path.at, n) : text_of("/"));
 	buffer_append(b, value);
 	*path = buffer_text(b);
 	return !b->overflow;
@@ -7609,7 +7609,7 @@ static void
 cache_invalidate(struct exchange *x, const struct response *r)
 {
 	static const char *const fields[] = { "Location", "Content-Location" };
-	struct text own = x->facts.path, path;
+	struct text own = x->request->target.path, path;
 	size_t i;
 
 	cache_forget(x);
@@ -7620,9 +7620,9 @@ cache_invalidate(struct exchange *x, const struct response *r)
 		value.len = text_find(value, '#');
 		if (b != NULL && value.len > 0 &&
 		    reference_resolve(x, value, b, &path)) {
-			x->facts.path = path;
+			x->request->target.path = path;
 			cache_forget(x);
-			x->facts.path = own;
+			x->request->target.path = own;
 		}
 		buffer_give(&b);
 	}
@@ -7719,13 +7719,12 @@ static bool
 entry_freshen(struct exchange *x, const struct request *q,
     const struct response *news, int64_t given, const char *path)
 {
-	struct facts *f = &x->facts;
 	struct text etag = head_value(&news->head, "ETag");
 	struct control asked = control_parse(&q->head);
 	bool aloof = asked.no_store || head_field(&q->head, "Authorization");
 	struct response r, merged;
 	struct entry e;
-	struct buffer *old = entry_load(f->entry, &e, &r);
+	struct buffer *old = entry_load(x->request->caching.entry, &e, &r);
 	struct buffer *b = buffer_take(), *head = buffer_take();
 	bool good = old != NULL && b != NULL && head != NULL &&
 	    (etag.len == 0 || text_starts(etag, "W/") ||
@@ -7733,9 +7732,9 @@ entry_freshen(struct exchange *x, const struct request *q,
 
 	if (good) {
 		merged_head_append(&r, &news->head, head);
-		e.requested = f->requested;
+		e.requested = x->request->caching.requested;
 		e.responded = now.wall;
-		e.age = initial_age(news, f->requested, now.wall);
+		e.age = initial_age(news, x->request->caching.requested, now.wall);
 		if (!head->overflow &&
 		    response_parse(buffer_text(head), METHOD_GET, &merged) ==
 			1 &&
@@ -7743,7 +7742,7 @@ entry_freshen(struct exchange *x, const struct request *q,
 		    vary_same(&r, &merged) &&
 		    region_build(b, &e, buffer_text(head), e.region) > 0) {
 			region_seal(b, e.body);
-			(void)write_at(f->entry, buffer_text(b), 0);
+			(void)write_at(x->request->caching.entry, buffer_text(b), 0);
 		} else if (!aloof)
 			(void)unlink(path);
 	}
@@ -8475,18 +8474,17 @@ log_status(const struct facts *f)
 static void
 log_rule(struct buffer *b, const struct exchange *x)
 {
-	const struct facts *f = &x->facts;
 	char name[RULE_NAME_MAX];
 
-	if (f->sni_len > 0) {
+	if (x->sni_len > 0) {
 		buffer_append(b, text_of(" sni="));
-		buffer_escape(b, text_cut(x->note + f->sni, f->sni_len),
+		buffer_escape(b, text_cut(x->note + x->sni, x->sni_len),
 		    NOTE_MAX);
 	}
-	if (f->rule == NULL ||
-	    (f->rule->file == built_in && f->rule->action == ACTION_ALLOW))
+	if (x->record.rule == NULL ||
+	    (x->record.rule->file == built_in && x->record.rule->action == ACTION_ALLOW))
 		return;
-	rule_name(f->rule, name);
+	rule_name(x->record.rule, name);
 	buffer_append(b, text_of(" rule="));
 	buffer_escape(b, text_of(name), RULE_NAME_MAX);
 }
@@ -8495,17 +8493,17 @@ log_rule(struct buffer *b, const struct exchange *x)
 static void
 log_exchange(const struct exchange *x)
 {
-	const struct facts *f = &x->facts;
+	const struct request *q = x->request;
 	struct buffer *b = buffer_take();
 	char server[ADDRESS_TEXT], peer[ADDRESS_TEXT];
 
 	if (b == NULL)
 		return;
 	address_host(&x->peer, peer);
-	address_print(&f->server, server);
+	address_print(&x->record.server, server);
 	buffer_append(b, text_of(peer));
 	buffer_append(b, text_of(" - "));
-	buffer_escape(b, f->user ? f->user->user : text_of(""), CREDENTIAL_MAX);
+	buffer_escape(b, x->record.user ? x->record.user->user : text_of(""), CREDENTIAL_MAX);
 	buffer_append(b, text_of(" ["));
 	buffer_append(b, text_of(log_date()));
 	buffer_append(b, text_of("] \""));
@@ -8515,27 +8513,27 @@ log_exchange(const struct exchange *x)
 	buffer_append(b, text_of(" "));
 	buffer_number(b, x->down.payload);
 	buffer_append(b, text_of(" \""));
-	buffer_escape(b, f->referer, BUFFER_ROOM / 8);
+	buffer_escape(b, q->referer, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\" \""));
-	buffer_escape(b, f->agent, BUFFER_ROOM / 8);
+	buffer_escape(b, q->agent, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\""));
-	if (f->hit != NULL) {
-		buffer_append(b, text_of(f->cached ? " hit=" : " miss="));
-		buffer_append(b, text_of(f->hit));
+	if (q->caching.hit != NULL) {
+		buffer_append(b, text_of(q->cached ? " hit=" : " miss="));
+		buffer_append(b, text_of(q->caching.hit));
 	}
 	buffer_append(b, text_of(" up="));
 	buffer_number(b, x->up.payload);
-	log_time(b, " dns=", f->asked, f->resolved);
-	log_time(b, " connect=", f->reused ? 0 : f->resolved, f->connected);
-	log_time(b, " first=", f->connected, f->local ? 0 : f->answered);
-	log_time(b, " total=", f->start, now.ms);
+	log_time(b, " dns=", x->record.asked, x->record.resolved);
+	log_time(b, " connect=", q->route.reused ? 0 : x->record.resolved, x->record.connected);
+	log_time(b, " first=", x->record.connected, q->local ? 0 : x->record.answered);
+	log_time(b, " total=", x->record.start, now.ms);
 	buffer_append(b, text_of(" server="));
 	buffer_append(b, text_of(server));
 	buffer_append(b, text_of(" end="));
-	buffer_append(b, text_of(ends[f->end]));
+	buffer_append(b, text_of(ends[x->record.end]));
 	log_rule(b, x);
-	if (f->refusal)
-		buffer_print(b, " why=\"%s\"", refusals[f->refusal].words);
+	if (x->record.refusal)
+		buffer_print(b, " why=\"%s\"", refusals[x->record.refusal].words);
 	buffer_append(b, text_of("\n"));
 	log_put(b);
 }
@@ -8569,7 +8567,7 @@ trace(const struct exchange *x, const char *format, ...)
 	if (options.verbose == 0)
 		return;
 	n = snprintf(text, sizeof(text), "* %lld ms ",
-	    x->facts.start ? (long long)(now.ms - x->facts.start) : 0LL);
+	    x->record.start ? (long long)(now.ms - x->record.start) : 0LL);
 	va_start(args, format);
 	(void)vsnprintf(text + n, sizeof(text) - (size_t)n, format, args);
 	va_end(args);
@@ -8666,7 +8664,7 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 	conn_close(s, false);
 	s->in = buffer_take();
 	s->eof = true;
-	x->facts.local = true;
+	x->request->local = true;
 	if (s->in == NULL)
 		return;
 	buffer_print(s->in, "HTTP/1.1 %d %s\r\nDate: %s\r\n%s", status,
@@ -8686,14 +8684,14 @@ static bool
 refusal_is_ruled(const struct exchange *x, enum refusal refusal)
 {
 	return (refusal == REFUSE_RULE || refusal == REFUSE_GUARDED) &&
-	    x->facts.rule != NULL && x->facts.rule->status != 0;
+	    x->record.rule != NULL && x->record.rule->status != 0;
 }
 
 /* The status and the words of a refusal. */
 static const char *
 refusal_words(const struct exchange *x, enum refusal refusal, int *status)
 {
-	const struct rule *rule = x->facts.rule;
+	const struct rule *rule = x->record.rule;
 	bool ruled = refusal_is_ruled(x, refusal);
 
 	*status = ruled ? rule->status : refusals[refusal].status;
@@ -8825,7 +8823,7 @@ page_trace(struct exchange *x, const struct request *r)
 	buffer_append(b, text_of("\r\n"));
 	page_make(x, 200, "message/http", "", buffer_text(b));
 	if (b->overflow || (x->server.in != NULL && x->server.in->overflow)) {
-		x->facts.refusal = REFUSE_HEAD_LONG;
+		x->record.refusal = REFUSE_HEAD_LONG;
 		page_refusal(x, REFUSE_HEAD_LONG, "");
 	}
 	buffer_give(&b);
@@ -8865,11 +8863,11 @@ exchange_drop_tries(struct exchange *x)
 {
 	struct other *o;
 
-	for (o = others; x->facts.tries > 0 && o < others + others_used; o++) {
+	for (o = others; x->request->route.tries > 0 && o < others + others_used; o++) {
 		if (o->conn.fd == -1 || o->conn.exchange != x)
 			continue;
 		conn_close(&o->conn, false);
-		x->facts.tries--;
+		x->request->route.tries--;
 	}
 }
 
@@ -8884,9 +8882,9 @@ exchange_close(struct exchange *x, bool reset)
 	exchange_drop_tries(x);
 	conn_close(&x->server, reset);
 	conn_close(&x->client, reset);
-	buffer_give(&x->facts.head);
-	buffer_give(&x->facts.answer);
-	rules_give(&x->facts.rules);
+	buffer_give(&x->request->bytes);
+	buffer_give(&x->request->access.answer);
+	rules_give(&x->rules);
 	x->next = exchanges.free;
 	exchanges.free = x;
 	exchanges.busy--;
@@ -8900,16 +8898,15 @@ exchange_close(struct exchange *x, bool reset)
 static void
 exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 {
-	struct facts *f = &x->facts;
 
-	f->end = end;
-	f->refusal = f->refusal ? f->refusal : refusal;
-	if (f->start)
+	x->record.end = end;
+	x->record.refusal = x->record.refusal ? x->record.refusal : refusal;
+	if (x->record.start)
 		log_exchange(x);
 	trace(x, "ended by %s", ends[end]);
 	exchange_close(x,
-	    f->tunnel ? end == END_RESET :
-			f->status != 0 && x->down.to == FRAMING_CLOSE);
+	    x->tunnel ? end == END_RESET :
+			x->record.status != 0 && x->down.to == FRAMING_CLOSE);
 }
 
 /*
@@ -8919,22 +8916,22 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 static void
 exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	bool ruled = refusal >= REFUSE_GUARDED && refusal <= REFUSE_PASSWORD;
 
-	f->refusal = refusal;
-	f->open = false;
-	if (f->status != 0) {
+	x->record.refusal = refusal;
+	q->access.open = false;
+	if (x->record.status != 0) {
 		exchange_abort(x, ruled ? END_RULE : END_SERVER, refusal);
 		return;
 	}
 	exchange_drop_tries(x);
 	store_drop(x);
-	buffer_give(&f->answer);
+	buffer_give(&q->access.answer);
 	page_refusal(x, refusal, detail);
 	/* Neither an entry nor another's fetch is the answer any more. */
-	f->hit = f->cached ? NULL : f->hit;
-	f->cached = f->grows = f->orphan = false;
+	q->caching.hit = q->cached ? NULL : q->caching.hit;
+	q->cached = q->grows = q->orphan = false;
 	fetch_leave(x);
 	if (x->server.in == NULL) {
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
@@ -8981,7 +8978,6 @@ view_source(struct view *v, const struct address *a)
 static void
 exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 {
-	const struct facts *f = &x->facts;
 	struct text host = host_bare(q->target.host);
 
 	memset(v, 0, sizeof(*v));
@@ -8989,21 +8985,21 @@ exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
 	    FACT_SNI;
 	v->client = &x->peer;
-	if (f->user != NULL)
-		v->user = f->user->user;
+	if (x->record.user != NULL)
+		v->user = x->record.user->user;
 	v->request = q;
 	v->host = host;
 	v->port = q->target.port;
-	v->found = f->found;
+	v->found = x->request->access.found;
 	v->passed = x->down.payload + x->down.ready;
 	if (address_parse(host, v->port, &v->literal))
 		v->address = &v->literal;
-	else if (f->cached)
-		view_source(v, &f->list[0]);
-	else if (exchange_parent(x) != NULL && !f->route_open)
+	else if (x->request->cached)
+		view_source(v, &x->request->route.list[0]);
+	else if (exchange_parent(x) != NULL && !x->request->access.route_open)
 		v->never |= FACT_ADDRESS;
-	else if (f->server.family == AF_INET || f->server.family == AF_INET6)
-		v->address = &f->server;
+	else if (x->record.server.family == AF_INET || x->record.server.family == AF_INET6)
+		v->address = &x->record.server;
 	if (v->address != NULL)
 		v->known |= FACT_ADDRESS;
 }
@@ -9049,9 +9045,9 @@ exchange_parse(const struct exchange *x, struct request **request)
 	static int verdict;
 
 	if (number != x->number)
-		verdict = request_parse(buffer_text(x->facts.head), &last);
+		verdict = request_parse(buffer_text(x->request->bytes), &last);
 	number = x->number;
-	assert(last.head.line.at == buffer_text(x->facts.head).at);
+	assert(last.head.line.at == buffer_text(x->request->bytes).at);
 	*request = &last;
 	return verdict;
 }
@@ -9067,7 +9063,7 @@ exchange_request(const struct exchange *x)
 	static struct value encoding;
 	static struct rule plain = { .action = ACTION_UNSET,
 		.names = &encoding };
-	const struct rules *r = x->facts.rules;
+	const struct rules *r = x->rules;
 	struct request *q;
 	struct view v;
 
@@ -9088,14 +9084,14 @@ exchange_request(const struct exchange *x)
 static void
 access_refuse(struct exchange *x, const struct request *q)
 {
-	const struct rule *rule = x->facts.rule;
+	const struct rule *rule = x->record.rule;
 	char detail[DETAIL_MAX], peer[ADDRESS_TEXT];
 	bool tried = head_field(&q->head, "Proxy-Authorization") != NULL;
 
 	address_host(&x->peer, peer);
 	(void)snprintf(detail, sizeof(detail),
 	    "To let it in, start the proxy with: -e 'allow client %s'", peer);
-	x->facts.close = x->facts.close || !x->up.done;
+	x->close = x->close || !x->up.done;
 	/* What is stored does not stand in for this. */
 	entry_close(x);
 	if (rule->action == ACTION_DROP)
@@ -9117,19 +9113,19 @@ access_refuse(struct exchange *x, const struct request *q)
 static bool
 access_judge(struct exchange *x, struct view *v)
 {
-	struct facts *f = &x->facts;
-	struct verdict verdict = rules_judge(f->rules, GROUP_ACCESS, v);
+	struct request *q = x->request;
+	struct verdict verdict = rules_judge(x->rules, GROUP_ACCESS, v);
 	char name[RULE_NAME_MAX];
 
-	f->open = verdict.truth == TRUTH_OPEN;
+	q->access.open = verdict.truth == TRUTH_OPEN;
 	if (verdict.truth != TRUTH_YES)
 		return true;
-	f->rule = verdict.rule;
+	x->record.rule = verdict.rule;
 	if (options.verbose > 0) {
-		rule_name(f->rule, name);
-		trace(x, "decided by %s: %s", name, f->rule->text);
+		rule_name(x->record.rule, name);
+		trace(x, "decided by %s: %s", name, x->record.rule->text);
 	}
-	if (!rule_refuses(f->rule, v))
+	if (!rule_refuses(x->record.rule, v))
 		return true;
 	access_refuse(x, v->request);
 	return false;
@@ -9151,15 +9147,15 @@ parent_choose(struct parent *first)
 static void
 route_judge(struct exchange *x, struct view *v)
 {
-	struct facts *f = &x->facts;
-	struct verdict verdict = rules_judge(f->rules, GROUP_ROUTE, v);
+	struct request *q = x->request;
+	struct verdict verdict = rules_judge(x->rules, GROUP_ROUTE, v);
 
-	f->route_open = verdict.truth == TRUTH_OPEN;
-	f->parent = verdict.truth == TRUTH_YES ?
+	q->access.route_open = verdict.truth == TRUTH_OPEN;
+	q->route.parent = verdict.truth == TRUTH_YES ?
 	    parent_choose(verdict.rule->parents) :
 	    NULL;
-	if (f->parent != NULL)
-		trace(x, "via %s port %u", f->parent->host, f->parent->port);
+	if (q->route.parent != NULL)
+		trace(x, "via %s port %u", q->route.parent->host, q->route.parent->port);
 }
 
 /*
@@ -9169,18 +9165,17 @@ route_judge(struct exchange *x, struct view *v)
 static bool
 access_begin(struct exchange *x, const struct request *q)
 {
-	struct facts *f = &x->facts;
 	struct view v;
 
-	f->rules = rules_now;
-	f->rules->refs++;
-	if (f->rules->logins)
-		f->user = account_login(f->rules, &q->head);
+	x->rules = rules_now;
+	x->rules->refs++;
+	if (x->rules->logins)
+		x->record.user = account_login(x->rules, &q->head);
 	exchange_view(x, q, &v);
 	if (!access_judge(x, &v))
 		return false;
 	route_judge(x, &v);
-	f->nocache = exchange_request(x)->rewrites.open;
+	x->request->caching.nocache = exchange_request(x)->rewrites.open;
 	return true;
 }
 
@@ -9193,24 +9188,24 @@ static bool
 access_response(struct exchange *x, const struct response *r, struct text head,
     struct view *v)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 
-	if (!f->open)
+	if (!q->access.open)
 		return true;
 	if (!access_judge(x, v))
 		return false;
-	if (!f->open || r->status < 200)
+	if (!q->access.open || r->status < 200)
 		return true;
-	buffer_give(&f->answer);
-	f->answer = buffer_take();
-	if (f->answer == NULL) {
+	buffer_give(&q->access.answer);
+	q->access.answer = buffer_take();
+	if (q->access.answer == NULL) {
 		exchange_deny(x, REFUSE_MEMORY, "");
 		return false;
 	}
-	memset(f->answer->data, 0, NEEDLES_MAX);
-	f->answer->start = f->answer->end = NEEDLES_MAX;
-	buffer_append(f->answer, head);
-	if (f->answer->overflow == 0)
+	memset(q->access.answer->data, 0, NEEDLES_MAX);
+	q->access.answer->start = q->access.answer->end = NEEDLES_MAX;
+	buffer_append(q->access.answer, head);
+	if (q->access.answer->overflow == 0)
 		return true;
 	exchange_deny(x, REFUSE_ANSWER_LONG, "");
 	return false;
@@ -9223,33 +9218,32 @@ access_response(struct exchange *x, const struct response *r, struct text head,
 static bool
 access_body(struct exchange *x, struct text piece, bool whole)
 {
-	struct facts *f = &x->facts;
-	unsigned char *states = (unsigned char *)f->answer->data;
-	unsigned i, found = f->found;
+	unsigned char *states = (unsigned char *)x->request->access.answer->data;
+	unsigned i, found = x->request->access.found;
 	struct verdict verdict;
 	struct response r;
 	const struct request *q;
 	struct view v;
 
-	for (i = 0; i < f->rules->needles_n; i++)
-		if (needle_scan(f->rules->needles[i], states + i, piece))
-			f->found |= 1U << i;
+	for (i = 0; i < x->rules->needles_n; i++)
+		if (needle_scan(x->rules->needles[i], states + i, piece))
+			x->request->access.found |= 1U << i;
 	q = exchange_request(x);
-	(void)response_parse(buffer_text(f->answer), q->method, &r);
+	(void)response_parse(buffer_text(x->request->access.answer), q->method, &r);
 	exchange_view(x, q, &v);
-	view_response(&v, &r, f->cached ? f->body : response_length(&r));
+	view_response(&v, &r, x->request->cached ? x->request->caching.body : response_length(&r));
 	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
 	if (whole)
 		v.known |= FACT_LENGTH | FACT_BODY;
-	if (!whole && found == f->found && (v.known & FACT_LENGTH))
+	if (!whole && found == x->request->access.found && (v.known & FACT_LENGTH))
 		return true;
-	verdict = rules_judge(f->rules, GROUP_ACCESS, &v);
+	verdict = rules_judge(x->rules, GROUP_ACCESS, &v);
 	if (verdict.truth == TRUTH_YES)
-		f->rule = verdict.rule;
+		x->record.rule = verdict.rule;
 	if (whole || verdict.truth == TRUTH_YES) {
-		f->open = false;
-		buffer_give(&f->answer);
+		x->request->access.open = false;
+		buffer_give(&x->request->access.answer);
 	}
 	return verdict.truth != TRUTH_YES || !rule_refuses(verdict.rule, &v);
 }
@@ -9266,7 +9260,7 @@ cache_rule(const struct exchange *x, const struct request *q,
 	struct verdict verdict;
 	struct view v;
 
-	if (x->facts.rules->first[GROUP_CACHE] == NULL)
+	if (x->rules->first[GROUP_CACHE] == NULL)
 		return NULL;
 	exchange_view(x, q, &v);
 	if (r != NULL)
@@ -9275,7 +9269,7 @@ cache_rule(const struct exchange *x, const struct request *q,
 		source = address_read(e->server);
 		view_source(&v, &source);
 	}
-	verdict = rules_judge(x->facts.rules, GROUP_CACHE, &v);
+	verdict = rules_judge(x->rules, GROUP_CACHE, &v);
 	return verdict.truth == TRUTH_YES ? verdict.rule : NULL;
 }
 
@@ -9304,7 +9298,6 @@ static void
 cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 {
 	struct conn *s = &x->server;
-	struct facts *f = &x->facts;
 	struct response r;
 	const struct request *q;
 	struct view v;
@@ -9317,12 +9310,12 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 	s->exchange = x;
 	s->readable = s->hung = true;
 	s->in = b;
-	f->cached = true;
+	x->request->cached = true;
 	/* What was judged is the way to the server, not where this is from. */
-	f->open = f->open || f->addresses > 0;
-	f->addresses = 0;
-	f->list[0] = address_read(e->server);
-	if (f->open) {
+	x->request->access.open = x->request->access.open || x->request->route.n > 0;
+	x->request->route.n = 0;
+	x->request->route.list[0] = address_read(e->server);
+	if (x->request->access.open) {
 		q = exchange_request(x);
 		(void)response_parse(e->head, q->method, &r);
 		exchange_view(x, q, &v);
@@ -9332,9 +9325,9 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 	}
 	b->start = (size_t)(e->head.at - b->data);
 	entry_touch(fd, e->key, e->variant);
-	f->local = true;
-	f->body = e->body;
-	f->region = (uint32_t)e->region;
+	x->request->local = true;
+	x->request->caching.body = e->body;
+	x->request->caching.region = (uint32_t)e->region;
 	exchange_enter(x, PHASE_RESPONSE);
 }
 
@@ -9342,24 +9335,23 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 static bool
 cache_serve_open(struct exchange *x, const char *hit)
 {
-	struct facts *f = &x->facts;
 	struct response r;
 	const struct request *q;
 	struct entry e;
-	struct buffer *b = entry_load(f->entry, &e, &r);
+	struct buffer *b = entry_load(x->request->caching.entry, &e, &r);
 
 	if (b == NULL)
 		return false;
-	if (lseek(f->entry, (off_t)buffer_len(b), SEEK_SET) == -1) {
+	if (lseek(x->request->caching.entry, (off_t)buffer_len(b), SEEK_SET) == -1) {
 		buffer_give(&b);
 		return false;
 	}
-	f->hit = hit;
-	f->age = e.age + (now.wall > e.responded ? now.wall - e.responded : 0);
+	x->request->caching.hit = hit;
+	x->request->caching.age = e.age + (now.wall > e.responded ? now.wall - e.responded : 0);
 	q = exchange_request(x);
-	f->ttl = exchange_lifetime(x, q, &r, &e).seconds - f->age;
-	f->has_entry = false;
-	cache_serve(x, f->entry, b, &e);
+	x->request->caching.ttl = exchange_lifetime(x, q, &r, &e).seconds - x->request->caching.age;
+	x->request->caching.has_entry = false;
+	cache_serve(x, x->request->caching.entry, b, &e);
 	return true;
 }
 
@@ -9370,7 +9362,6 @@ cache_serve_open(struct exchange *x, const char *hit)
 static bool
 cache_rescue(struct exchange *x, bool answered)
 {
-	struct facts *f = &x->facts;
 	struct control asked, control;
 	struct buffer *b;
 	struct response r;
@@ -9379,7 +9370,7 @@ cache_rescue(struct exchange *x, bool answered)
 	int64_t age, lifetime;
 	bool good;
 
-	if (!f->has_entry || (b = entry_load(f->entry, &e, &r)) == NULL)
+	if (!x->request->caching.has_entry || (b = entry_load(x->request->caching.entry, &e, &r)) == NULL)
 		return false;
 	q = exchange_request(x);
 	age = e.age + (int64_t)now.wall - e.responded;
@@ -9400,23 +9391,23 @@ cache_rescue(struct exchange *x, bool answered)
 static bool
 parent_next(struct exchange *x)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 
-	if (exchange_parent(x) == NULL || f->status != 0 ||
-	    f->greeting == GREETING_REPLY)
+	if (exchange_parent(x) == NULL || x->record.status != 0 ||
+	    q->route.greeting == GREETING_REPLY)
 		return false;
-	f->parent->failed = now.ms;
-	if (f->parent->next == NULL)
+	q->route.parent->failed = now.ms;
+	if (q->route.parent->next == NULL)
 		return false;
-	f->parent = f->parent->next;
+	q->route.parent = q->route.parent->next;
 	exchange_drop_tries(x);
 	conn_close(&x->server, false);
 	/* What this one does not look up, the next may: all is judged anew. */
-	f->open = true;
-	f->next = f->addresses = 0;
-	f->asked = 0;
-	f->greeting = GREETING_BEGIN;
-	f->server.family = 0;
+	q->access.open = true;
+	q->route.next = q->route.n = 0;
+	x->record.asked = 0;
+	q->route.greeting = GREETING_BEGIN;
+	x->record.server.family = 0;
 	exchange_enter(x, PHASE_RESOLVE);
 	return true;
 }
@@ -9432,7 +9423,7 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 	if (x->phase < PHASE_RESPONSE && refusal >= REFUSE_NAME &&
 	    refusal <= REFUSE_CONNECT && parent_next(x))
 		return;
-	if (x->facts.status == 0 && refusal >= REFUSE_NAME &&
+	if (x->record.status == 0 && refusal >= REFUSE_NAME &&
 	    refusal <= REFUSE_ANSWER_SLOW && cache_rescue(x, false))
 		return;
 	exchange_deny(x, refusal, detail);
@@ -9449,14 +9440,14 @@ exchange_skip(struct exchange *x)
 	struct conn *from = &x->server;
 	size_t n = f->ready;
 
-	if (n > x->facts.skip)
-		n = (size_t)x->facts.skip;
+	if (n > x->request->caching.skip)
+		n = (size_t)x->request->caching.skip;
 	if (n > 0) {
 		buffer_use(&from->in, n);
 		f->ready -= n;
-		x->facts.skip -= n;
+		x->request->caching.skip -= n;
 	}
-	if (f->whole && x->facts.skip > 0) {
+	if (f->whole && x->request->caching.skip > 0) {
 		f->whole = false;
 		f->broken = true;
 	}
@@ -9469,10 +9460,10 @@ exchange_skip(struct exchange *x)
 static bool
 exchange_read(struct exchange *x, struct conn *from)
 {
-	const struct facts *f = &x->facts;
-	uint64_t max = f->stored - x->down.payload - x->down.ready;
+	const struct request *q = x->request;
+	uint64_t max = q->caching.stored - x->down.payload - x->down.ready;
 
-	if (from != &x->server || (!f->grows && !f->orphan))
+	if (from != &x->server || (!q->grows && !q->orphan))
 		return conn_read(from);
 	if (max == 0) {
 		from->readable = false;
@@ -9508,7 +9499,7 @@ exchange_seek(struct exchange *x, size_t old)
 	f->ready = old;
 	f->whole = false;
 	f->broken = true;
-	x->facts.refusal = REFUSE_RULE;
+	x->record.refusal = REFUSE_RULE;
 	return false;
 }
 
@@ -9533,12 +9524,12 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			break;
 		if (!f->done)
 			flow_decode(f, from->in, from->eof);
-		if (f == &x->down && x->facts.skip > 0)
+		if (f == &x->down && x->request->caching.skip > 0)
 			exchange_skip(x);
-		if (f == &x->down && x->facts.answer != NULL && !f->done &&
+		if (f == &x->down && x->request->access.answer != NULL && !f->done &&
 		    !exchange_seek(x, old))
 			return true;
-		if (f == &x->down && x->facts.storing && f->ready > old)
+		if (f == &x->down && x->request->caching.storing && f->ready > old)
 			store_append(x,
 			    text_cut(from->in->data + from->in->start + old,
 				f->ready - old));
@@ -9612,7 +9603,7 @@ request_take(struct exchange *x, size_t n)
 		    text_cut(head->data + head->start + n, more));
 		head->end -= more;
 	}
-	x->facts.head = head;
+	x->request->bytes = head;
 	x->client.in = rest;
 	x->client.seen = 0;
 	return true;
@@ -9646,12 +9637,12 @@ request_spoil(struct exchange *x)
 	struct text t = buffer_text(x->client.in);
 
 	request_hide_login(x->client.in);
-	x->facts.head = x->client.in;
+	x->request->bytes = x->client.in;
 	x->client.in = NULL;
 	t.len = text_find(t, '\n');
 	if (t.len > 0 && t.at[t.len - 1] == '\r')
 		t.len--;
-	x->facts.uri = t;
+	x->request->uri = t;
 }
 
 /* Refuses what can't be parsed: where the next request begins is unknown. */
@@ -9659,7 +9650,7 @@ static void
 request_reject(struct exchange *x, enum refusal refusal)
 {
 	request_spoil(x);
-	x->facts.close = true;
+	x->close = true;
 	exchange_refuse(x, refusal, "");
 }
 
@@ -9668,22 +9659,22 @@ static void
 request_note(struct exchange *x, const struct request *r)
 {
 	struct text login = head_value(&r->head, "Authorization");
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 
-	f->name = r->name;
-	f->uri = r->uri;
-	f->method = r->method;
-	f->minor = r->minor;
-	f->host = r->target.host;
-	f->port = r->target.port;
-	f->path = r->target.path;
-	f->referer = head_value(&r->head, "Referer");
-	f->agent = head_value(&r->head, "User-Agent");
-	f->close = r->minor == 0 || r->method == METHOD_CONNECT ||
+	q->name = r->name;
+	q->uri = r->uri;
+	q->method = r->method;
+	q->minor = r->minor;
+	q->target.host = r->target.host;
+	q->target.port = r->target.port;
+	q->target.path = r->target.path;
+	q->referer = head_value(&r->head, "Referer");
+	q->agent = head_value(&r->head, "User-Agent");
+	x->close = r->minor == 0 || r->method == METHOD_CONNECT ||
 	    head_lists(&r->head, "Connection", text_of("close"));
-	f->login = text_starts(login, "NTLM") ||
+	q->login = text_starts(login, "NTLM") ||
 	    text_starts(login, "Negotiate");
-	f->upgrade = r->minor == 1 && head_field(&r->head, "Upgrade") &&
+	q->upgrade = r->minor == 1 && head_field(&r->head, "Upgrade") &&
 	    head_lists(&r->head, "Connection", text_of("upgrade")) &&
 	    !head_lists(&r->head, "Upgrade", text_of("h2c"));
 	flow_start(&x->up, r->framing, r->framing, r->length);
@@ -9697,7 +9688,7 @@ request_local(struct exchange *x, const struct request *r)
 	struct target t;
 
 	if (authority_parse(host, 80, &t) != 1 || !page_is_ours(x, &t)) {
-		x->facts.close = true;
+		x->close = true;
 		exchange_refuse(x, REFUSE_NOT_US, "as in http://example.com/");
 	} else if (!text_is(r->uri, "/") && !text_is(r->uri, "/proxy.pac"))
 		exchange_refuse(x, REFUSE_PAGE, "it has / and /proxy.pac");
@@ -9783,7 +9774,7 @@ fetch_for(uint64_t key)
 	struct exchange *y;
 
 	for (y = cache.fetches; y != NULL; y = y->next)
-		if (y->facts.key == key && !y->facts.spoiled)
+		if (y->request->caching.key == key && !y->request->caching.spoiled)
 			return y;
 	return NULL;
 }
@@ -9834,7 +9825,7 @@ cache_refresh(const struct exchange *x, const struct request *q)
 	struct buffer *head;
 	struct exchange *y;
 
-	if (fetch_for(x->facts.key) != NULL || (head = buffer_take()) == NULL)
+	if (fetch_for(x->request->caching.key) != NULL || (head = buffer_take()) == NULL)
 		return;
 	y = exchange_take_refresh(x);
 	if (y == NULL) {
@@ -9845,7 +9836,7 @@ cache_refresh(const struct exchange *x, const struct request *q)
 	y->client.in = head;
 	y->phase = PHASE_REQUEST;
 	y->since = now.ms;
-	y->facts.key = x->facts.key;
+	y->request->caching.key = x->request->caching.key;
 	fetch_begin(y);
 }
 
@@ -9922,7 +9913,7 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 
 	for (y = cache.fetches; y != NULL && fd == -1; y = y->next) {
 		f = &y->facts;
-		if (!f->storing || f->spoiled || f->key != x->facts.key ||
+		if (!f->storing || f->spoiled || f->key != x->request->caching.key ||
 		    (f->length == UINT64_MAX && key_is_lone(f->key)))
 			continue;
 		store_path(f->fetch, path);
@@ -9935,9 +9926,9 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
 		    lseek(fd, (off_t)f->region, SEEK_SET) != -1) {
 			l->e.body = f->length;
-			x->facts.grows = true;
-			x->facts.leader = f->fetch;
-			x->facts.stored = f->stored;
+			x->request->grows = true;
+			x->request->caching.leader = f->fetch;
+			x->request->caching.stored = f->stored;
 			f->followers++;
 			exchange_queue(y);
 		} else {
@@ -9975,20 +9966,19 @@ static void
 lookup_judge(struct exchange *x, const struct request *q,
     const struct control *asked, struct lookup *l)
 {
-	struct facts *f = &x->facts;
 	struct control control = control_parse(&l->r.head);
 	struct lifetime lifetime = exchange_lifetime(x, q, &l->r, &l->e);
 
-	f->age = l->e.age +
+	x->request->caching.age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
-	f->ttl = lifetime.seconds - f->age;
-	f->validator = response_validator(&l->r);
+	x->request->caching.ttl = lifetime.seconds - x->request->caching.age;
+	x->request->caching.validator = response_validator(&l->r);
 	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
 		l->reuse =
-		    reuse_judge(asked, &control, f->age, lifetime.seconds);
-	f->forward = f->ttl > 0 && !control.no_cache ? "request" : "stale";
+		    reuse_judge(asked, &control, x->request->caching.age, lifetime.seconds);
+	x->request->caching.forward = x->request->caching.ttl > 0 && !control.no_cache ? "request" : "stale";
 	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s",
-	    (long long)f->age, f->ttl > 0 ? "<" : ">=",
+	    (long long)x->request->caching.age, x->request->caching.ttl > 0 ? "<" : ">=",
 	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
 	    lifetime.why, control.no_cache ? ", no-cache" : "",
 	    l->reuse == REUSE_FRESH     ? "fresh" :
@@ -9996,7 +9986,7 @@ lookup_judge(struct exchange *x, const struct request *q,
 		l->reuse == REUSE_MEANWHILE ?
 					  "stale, which is good while it is "
 					  "validated" :
-		f->ttl > 0 ? "to be validated, by the client's wish" :
+		x->request->caching.ttl > 0 ? "to be validated, by the client's wish" :
 			     "to be validated");
 }
 
@@ -10005,9 +9995,8 @@ static void
 lookup_run(struct exchange *x, const struct request *q,
     const struct control *asked, struct lookup *l)
 {
-	struct facts *f = &x->facts;
 
-	f->forward = "uri-miss";
+	x->request->caching.forward = "uri-miss";
 	l->fd = -1;
 	l->e.vary.at = NULL;
 	l->reuse = REUSE_VALIDATED;
@@ -10016,7 +10005,7 @@ lookup_run(struct exchange *x, const struct request *q,
 		return;
 	l->fd = entry_find(x, q, l->b, &l->e, l->path);
 	if (l->fd == -1 && l->e.vary.at != NULL)
-		f->forward = "vary-miss";
+		x->request->caching.forward = "vary-miss";
 	if (l->fd != -1 && !lookup_fits(x, q, l)) {
 		(void)close(l->fd);
 		l->fd = -1;
@@ -10033,7 +10022,7 @@ static void
 lookup_follow(struct exchange *x, const struct request *q,
     const struct control *asked, struct lookup *l)
 {
-	const char *forward = x->facts.forward;
+	const char *forward = x->request->caching.forward;
 	int fd = -1;
 
 	if (l->b == NULL || x->refresh || asked->no_store ||
@@ -10043,14 +10032,14 @@ lookup_follow(struct exchange *x, const struct request *q,
 	fd = follow_open(x, q, l);
 	if (fd != -1 && lookup_fits(x, q, l))
 		lookup_judge(x, q, asked, l);
-	x->facts.forward = forward;
+	x->request->caching.forward = forward;
 	if (fd != -1 && l->reuse == REUSE_FRESH) {
 		if (l->fd != -1)
 			(void)close(l->fd);
 		l->fd = fd;
 	} else if (fd != -1) {
 		(void)close(fd);
-		x->facts.grows = false;
+		x->request->grows = false;
 		fetch_leave(x);
 		l->reuse = REUSE_VALIDATED;
 	}
@@ -10083,14 +10072,14 @@ request_is_common(const struct request *q, const struct control *asked)
 static bool
 collapse_begin(struct exchange *x)
 {
-	struct facts *f = &x->facts;
-	struct exchange *y = fetch_for(f->key);
+	struct request *q = x->request;
+	struct exchange *y = fetch_for(q->caching.key);
 
-	if (y == NULL || y->facts.storing || f->alone || x->refresh ||
-	    key_is_lone(f->key))
+	if (y == NULL || y->request->caching.storing || q->caching.alone || x->refresh ||
+	    key_is_lone(q->caching.key))
 		return false;
-	f->leader = y->facts.fetch;
-	y->facts.followers++;
+	q->caching.leader = y->request->caching.fetch;
+	y->request->caching.followers++;
 	exchange_enter(x, PHASE_COLLAPSE);
 	return true;
 }
@@ -10099,9 +10088,8 @@ collapse_begin(struct exchange *x)
 static void
 lookup_serve(struct exchange *x, const struct request *q, struct lookup *l)
 {
-	struct facts *f = &x->facts;
 
-	f->hit = f->grows || (f->alone && l->reuse == REUSE_FRESH) ?
+	x->request->caching.hit = x->request->grows || (x->request->caching.alone && l->reuse == REUSE_FRESH) ?
 	    "collapsed" :
 	    l->reuse == REUSE_FRESH ? "fresh" :
 				      "stale";
@@ -10119,22 +10107,21 @@ static bool
 cache_answer(struct exchange *x, const struct request *q)
 {
 	struct control asked = control_parse(&q->head);
-	struct facts *f = &x->facts;
-	const char *forward = f->forward;
+	const char *forward = x->request->caching.forward;
 	bool common = request_is_common(q, &asked);
 	struct lookup l;
 
 	lookup_run(x, q, &asked, &l);
 	if (l.reuse == REUSE_VALIDATED)
 		lookup_follow(x, q, &asked, &l);
-	if (f->alone)
-		f->forward = forward;
+	if (x->request->caching.alone)
+		x->request->caching.forward = forward;
 	if (l.fd != -1 && l.reuse != REUSE_VALIDATED) {
 		lookup_serve(x, q, &l);
 		return true;
 	}
 	buffer_give(&l.b);
-	f->hit = f->forward;
+	x->request->caching.hit = x->request->caching.forward;
 	if (asked.only_if_cached || (common && collapse_begin(x))) {
 		if (l.fd != -1)
 			(void)close(l.fd);
@@ -10143,12 +10130,12 @@ cache_answer(struct exchange *x, const struct request *q)
 		return true;
 	}
 	if (l.fd != -1) {
-		f->entry = l.fd;
-		f->has_entry = f->validated = true;
+		x->request->caching.entry = l.fd;
+		x->request->caching.has_entry = x->request->caching.validated = true;
 		(void)text_copy(text_of(l.path + strlen(options.cache)),
 		    x->note, sizeof(x->note));
 	}
-	if (common && f->fetch == 0)
+	if (common && x->request->caching.fetch == 0)
 		fetch_begin(x);
 	return false;
 }
@@ -10160,7 +10147,7 @@ collapse_end(struct exchange *x)
 	const struct request *r;
 
 	fetch_leave(x);
-	x->facts.alone = true;
+	x->request->caching.alone = true;
 	r = exchange_request(x);
 	if (!cache_answer(x, r))
 		exchange_enter(x, PHASE_RESOLVE);
@@ -10173,7 +10160,7 @@ collapse_step(struct exchange *x)
 	const struct exchange *y;
 
 	for (y = cache.fetches; y != NULL; y = y->next)
-		if (y->facts.fetch == x->facts.leader && !y->facts.storing)
+		if (y->request->caching.fetch == x->request->caching.leader && !y->request->caching.storing)
 			return false;
 	collapse_end(x);
 	return true;
@@ -10184,13 +10171,13 @@ request_is_cacheable(struct exchange *x, const struct request *q)
 {
 	const struct rule *rule;
 
-	if (options.cache == NULL || x->facts.nocache || x->facts.upgrade ||
+	if (options.cache == NULL || x->request->caching.nocache || x->request->upgrade ||
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NONE)
 		return false;
 	rule = cache_rule(x, q, NULL, NULL);
-	x->facts.nocache = rule != NULL && rule->action == ACTION_NOCACHE;
-	return !x->facts.nocache;
+	x->request->caching.nocache = rule != NULL && rule->action == ACTION_NOCACHE;
+	return !x->request->caching.nocache;
 }
 
 /* A whole head of n bytes has come: understand it and go on. */
@@ -10204,15 +10191,15 @@ request_accept(struct exchange *x, size_t n)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 		return;
 	}
-	request_hide_login(x->facts.head);
-	trace_head(x, "c>", buffer_text(x->facts.head));
+	request_hide_login(x->request->bytes);
+	trace_head(x, "c>", buffer_text(x->request->bytes));
 	verdict = exchange_parse(x, &r);
 	request_note(x, r);
 	if (r->name.len == 0)
-		x->facts.uri = r->head.line;
+		x->request->uri = r->head.line;
 	last = request_is_last(r);
 	if (verdict != 1 || last < 0) {
-		x->facts.close = true;
+		x->close = true;
 		exchange_refuse(x,
 		    (enum refusal)(verdict != 1 ? -verdict : -last), "");
 	} else if (r->target.form == FORM_ORIGIN)
@@ -10243,9 +10230,9 @@ request_begin(struct exchange *x)
 	while (c->in != NULL && text_starts(buffer_text(c->in), "\r\n"))
 		conn_drop_head(c, 2);
 	if (c->in == NULL)
-		x->facts.start = 0;
-	else if (x->facts.start == 0) {
-		x->facts.start = now.ms;
+		x->record.start = 0;
+	else if (x->record.start == 0) {
+		x->record.start = now.ms;
 		x->number = ++exchanges.count;
 	}
 	return c->in != NULL;
@@ -10271,7 +10258,7 @@ request_step(struct exchange *x)
 		request_accept(x, (size_t)n);
 	else if (!c->eof && !c->error)
 		return conn_read(c);
-	else if (x->facts.start) {
+	else if (x->record.start) {
 		request_spoil(x);
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	} else
@@ -10289,12 +10276,12 @@ static bool
 resolve_name(struct exchange *x, const char *host, unsigned port)
 {
 	struct name *name = names_find(host);
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	char detail[DETAIL_MAX];
 	unsigned i;
 
-	f->asked = f->asked ? f->asked : now.ms;
-	f->resolved = now.ms;
+	x->record.asked = x->record.asked ? x->record.asked : now.ms;
+	x->record.resolved = now.ms;
 	if (name == NULL) {
 		exchange_refuse(x, REFUSE_BUSY, "");
 		return false;
@@ -10307,10 +10294,10 @@ resolve_name(struct exchange *x, const char *host, unsigned port)
 		exchange_refuse(x, REFUSE_NAME, detail);
 		return false;
 	}
-	f->addresses = (unsigned char)name->n;
-	memcpy(f->list, name->list, sizeof(f->list));
-	for (i = 0; i < f->addresses; i++)
-		f->list[i].port = (uint16_t)port;
+	q->route.n = (unsigned char)name->n;
+	memcpy(q->route.list, name->list, sizeof(q->route.list));
+	for (i = 0; i < q->route.n; i++)
+		q->route.list[i].port = (uint16_t)port;
 	return true;
 }
 
@@ -10321,12 +10308,12 @@ resolve_name(struct exchange *x, const char *host, unsigned port)
 static bool
 resolve_host(struct exchange *x, struct text host, unsigned port)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	char string[HOST_MAX + 1];
 
-	if (address_parse(host_bare(host), port, &f->list[0])) {
-		f->addresses = 1;
-		f->resolved = now.ms;
+	if (address_parse(host_bare(host), port, &q->route.list[0])) {
+		q->route.n = 1;
+		x->record.resolved = now.ms;
 		return true;
 	}
 	(void)text_copy(host, string, sizeof(string));
@@ -10342,37 +10329,37 @@ static enum refusal
 resolve_strike(struct exchange *x, struct view *v)
 {
 	enum refusal refusal = REFUSE_FAMILY;
-	struct facts *f = &x->facts;
-	bool open = f->open, stays = false;
+	struct request *q = x->request;
+	bool open = q->access.open, stays = false;
 	unsigned char i, kept = 0;
 
-	for (i = 0; i < f->addresses; i++) {
-		struct verdict verdict = { TRUTH_YES, f->rule };
+	for (i = 0; i < q->route.n; i++) {
+		struct verdict verdict = { TRUTH_YES, x->record.rule };
 
-		if (address_is_ours(&f->list[i]))
+		if (address_is_ours(&q->route.list[i]))
 			return REFUSE_LOOP;
-		if (f->from != NULL &&
-		    f->from[f->list[i].family == AF_INET6].family == 0)
+		if (q->route.from != NULL &&
+		    q->route.from[q->route.list[i].family == AF_INET6].family == 0)
 			continue;
-		v->address = &f->list[i];
+		v->address = &q->route.list[i];
 		v->known |= FACT_ADDRESS;
 		if (open && exchange_parent(x) == NULL)
-			verdict = rules_judge(f->rules, GROUP_ACCESS, v);
+			verdict = rules_judge(x->rules, GROUP_ACCESS, v);
 		if (verdict.truth == TRUTH_YES && open &&
 		    exchange_parent(x) == NULL &&
 		    rule_refuses(verdict.rule, v)) {
 			refusal = REFUSE_RULE;
-			f->rule = kept == 0 ? verdict.rule : f->rule;
+			x->record.rule = kept == 0 ? verdict.rule : x->record.rule;
 			continue;
 		}
 		if (kept == 0)
-			f->rule = verdict.rule;
+			x->record.rule = verdict.rule;
 		stays = stays || verdict.truth == TRUTH_OPEN;
-		f->list[kept++] = f->list[i];
+		q->route.list[kept++] = q->route.list[i];
 	}
-	f->addresses = kept;
+	q->route.n = kept;
 	if (exchange_parent(x) == NULL)
-		f->open = stays;
+		q->access.open = stays;
 	return kept ? REFUSE_NONE : refusal;
 }
 
@@ -10383,7 +10370,6 @@ resolve_strike(struct exchange *x, struct view *v)
 static void
 resolve_judge(struct exchange *x)
 {
-	struct facts *f = &x->facts;
 	char detail[DETAIL_MAX];
 	struct verdict verdict;
 	enum refusal refusal;
@@ -10392,14 +10378,14 @@ resolve_judge(struct exchange *x)
 
 	q = exchange_request(x);
 	exchange_view(x, q, &v);
-	if (exchange_parent(x) != NULL && f->open && !access_judge(x, &v))
+	if (exchange_parent(x) != NULL && x->request->access.open && !access_judge(x, &v))
 		return;
-	if (exchange_parent(x) == NULL && f->addresses > 0) {
-		v.address = &f->list[0];
+	if (exchange_parent(x) == NULL && x->request->route.n > 0) {
+		v.address = &x->request->route.list[0];
 		v.known |= FACT_ADDRESS;
 	}
-	verdict = rules_judge(f->rules, GROUP_SOURCE, &v);
-	f->from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
+	verdict = rules_judge(x->rules, GROUP_SOURCE, &v);
+	x->request->route.from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
 	refusal = resolve_strike(x, &v);
 	if (refusal == REFUSE_NONE)
 		exchange_enter(x, PHASE_CONNECT);
@@ -10407,7 +10393,7 @@ resolve_judge(struct exchange *x)
 		access_refuse(x, q);
 	else {
 		(void)snprintf(detail, sizeof(detail), "%.*s port %u",
-		    (int)f->host.len, f->host.at, f->port);
+		    (int)x->request->target.host.len, x->request->target.host.at, x->request->target.port);
 		exchange_refuse(x, refusal, detail);
 	}
 }
@@ -10416,19 +10402,18 @@ resolve_judge(struct exchange *x)
 static void
 resolve_route(struct exchange *x)
 {
-	struct facts *f = &x->facts;
 	const struct request *q;
 	struct view v;
 
 	q = exchange_request(x);
 	exchange_view(x, q, &v);
-	v.address = &f->list[0];
+	v.address = &x->request->route.list[0];
 	v.known |= FACT_ADDRESS;
 	route_judge(x, &v);
-	f->route_open = false;
-	if (exchange_parent(x) != NULL && f->open)
+	x->request->access.route_open = false;
+	if (exchange_parent(x) != NULL && x->request->access.open)
 		(void)access_judge(x, &v);
-	f->asked = 0;
+	x->record.asked = 0;
 }
 
 /*
@@ -10438,14 +10423,14 @@ resolve_route(struct exchange *x)
 static bool
 resolve_step(struct exchange *x)
 {
-	struct facts *f = &x->facts;
-	const struct parent *parent = f->route_open ? NULL : exchange_parent(x);
+	struct request *q = x->request;
+	const struct parent *parent = q->access.route_open ? NULL : exchange_parent(x);
 
-	if (!resolve_host(x, parent ? text_of(parent->host) : f->host,
-		parent ? parent->port : f->port))
+	if (!resolve_host(x, parent ? text_of(parent->host) : q->target.host,
+		parent ? parent->port : q->target.port))
 		return x->phase != PHASE_RESOLVE ||
 		    exchange_parent(x) != parent;
-	if (f->route_open)
+	if (q->access.route_open)
 		resolve_route(x);
 	else
 		resolve_judge(x);
@@ -10459,18 +10444,18 @@ resolve_step(struct exchange *x)
 static void
 exchange_target(const struct exchange *x, char *to)
 {
-	const struct facts *f = &x->facts;
-	bool literal = text_find(f->host, ':') < f->host.len;
+	const struct request *q = x->request;
+	bool literal = text_find(q->target.host, ':') < q->target.host.len;
 
 	if (literal)
 		*to++ = '[';
-	memcpy(to, f->host.at, f->host.len);
-	to += f->host.len;
+	memcpy(to, q->target.host.at, q->target.host.len);
+	to += q->target.host.len;
 	if (literal)
 		*to++ = ']';
-	if (f->port != 80 || f->method == METHOD_CONNECT) {
+	if (q->target.port != 80 || q->method == METHOD_CONNECT) {
 		*to++ = ':';
-		to = number_print(to, f->port);
+		to = number_print(to, q->target.port);
 	}
 	*to = '\0';
 }
@@ -10480,14 +10465,14 @@ static struct hop
 exchange_hop(const struct exchange *x, const struct address *address)
 {
 	const struct parent *parent = exchange_parent(x);
-	const struct facts *f = &x->facts;
+	const struct request *q = x->request;
 	struct hop hop;
 
 	memset(&hop, 0, sizeof(hop));
 	hop.address = *address;
 	hop.parent = parent == NULL ? 0 : parent->id;
-	if (f->from != NULL)
-		hop.from = f->from[address->family == AF_INET6];
+	if (q->route.from != NULL)
+		hop.from = q->route.from[address->family == AF_INET6];
 	if (parent != NULL && parent->kind == PARENT_SOCKS)
 		exchange_target(x, hop.beyond);
 	return hop;
@@ -10520,8 +10505,8 @@ exchange_is_repeatable(const struct exchange *x)
 		[METHOD_CONNECT] = false,
 	};
 
-	return idempotent[x->facts.method] && x->up.from == FRAMING_NONE &&
-	    !x->facts.upgrade;
+	return idempotent[x->request->method] && x->up.from == FRAMING_NONE &&
+	    !x->request->upgrade;
 }
 
 /*
@@ -10542,14 +10527,14 @@ other_is_quiet(const struct other *o)
 static bool
 connect_reuse(struct exchange *x)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	struct other *o = NULL;
 	unsigned i = 0;
 
-	if (f->fresh || !exchange_is_repeatable(x))
+	if (q->route.fresh || !exchange_is_repeatable(x))
 		return false;
-	while (i < f->addresses && o == NULL) {
-		struct hop hop = exchange_hop(x, &f->list[i]);
+	while (i < q->route.n && o == NULL) {
+		struct hop hop = exchange_hop(x, &q->route.list[i]);
 
 		o = other_find(&hop);
 		if (o == NULL)
@@ -10562,8 +10547,8 @@ connect_reuse(struct exchange *x)
 	if (o == NULL)
 		return false;
 	conn_move(&o->conn, &x->server, ROLE_SERVER, x);
-	f->server = o->hop.address;
-	f->reused = true;
+	x->record.server = o->hop.address;
+	q->route.reused = true;
 	return true;
 }
 
@@ -10574,31 +10559,31 @@ connect_reuse(struct exchange *x)
 static void
 connect_next(struct exchange *x)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	static const struct address any;
 	char words[ADDRESS_TEXT];
 	struct other *o;
 
-	f->tried = now.ms;
+	q->route.tried = now.ms;
 	if (x->server.fd != -1) {
 		o = other_take(true);
 		if (o == NULL)
 			conn_close(&x->server, false);
 		else {
 			conn_move(&x->server, &o->conn, ROLE_TRY, x);
-			o->hop.address = f->server;
-			f->tries++;
+			o->hop.address = x->record.server;
+			q->route.tries++;
 		}
 	}
-	f->server = f->list[f->next++];
-	address_print(&f->server, words);
+	x->record.server = q->route.list[q->route.next++];
+	address_print(&x->record.server, words);
 	trace(x, "trying %s", words);
 	x->server.exchange = x;
-	if (conn_connect(&x->server, &f->server,
-		f->from ? &f->from[f->server.family == AF_INET6] : &any))
+	if (conn_connect(&x->server, &x->record.server,
+		q->route.from ? &q->route.from[x->record.server.family == AF_INET6] : &any))
 		conn_watch(&x->server, POLLOUT);
 	else
-		f->connect_errno = errno;
+		q->route.error = errno;
 }
 
 /* Looks at one attempt; true if it is connected, closed if it failed. */
@@ -10613,9 +10598,9 @@ connect_try(struct exchange *x, struct conn *c)
 	if (error == 0)
 		return true;
 	trace(x, "failed: %s", strerror(error));
-	x->facts.connect_errno = error;
+	x->request->route.error = error;
 	if (c->role == ROLE_TRY)
-		x->facts.tries--;
+		x->request->route.tries--;
 	conn_close(c, false);
 	return false;
 }
@@ -10624,18 +10609,18 @@ connect_try(struct exchange *x, struct conn *c)
 static bool
 connect_won(struct exchange *x)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	struct other *o;
 
 	if (connect_try(x, &x->server))
 		return true;
-	for (o = others; f->tries > 0 && o < others + others_used; o++) {
+	for (o = others; q->route.tries > 0 && o < others + others_used; o++) {
 		if (o->conn.exchange != x || !connect_try(x, &o->conn))
 			continue;
 		conn_close(&x->server, false);
 		conn_move(&o->conn, &x->server, ROLE_SERVER, x);
-		f->server = o->hop.address;
-		f->tries--;
+		x->record.server = o->hop.address;
+		q->route.tries--;
 		return true;
 	}
 	return false;
@@ -10654,7 +10639,7 @@ connect_refuse(struct exchange *x, int error)
 		refusal = REFUSE_UNREACHABLE;
 	else if (error == ETIMEDOUT)
 		refusal = REFUSE_CONNECT_SLOW;
-	address_print(&x->facts.server, words);
+	address_print(&x->record.server, words);
 	(void)snprintf(detail, sizeof(detail), "%s: %s", words,
 	    strerror(error));
 	exchange_refuse(x, refusal, detail);
@@ -10720,7 +10705,7 @@ login_append(const struct exchange *x, const struct request *r,
 		    parent->password);
 		base64_encode(plain, (size_t)n, coded);
 		buffer_print(b, "Proxy-Authorization: Basic %s\r\n", coded);
-	} else if (own != NULL && !x->facts.rules->logins)
+	} else if (own != NULL && !x->rules->logins)
 		field_append(b, own);
 }
 
@@ -10743,7 +10728,7 @@ request_field_append(struct exchange *x, const struct request *r, size_t i,
 			    (unsigned long long)hops - 1);
 	} else if (text_is(field->name, "Expect") && r->minor == 0)
 		trace(x, "Expect of an HTTP/1.0 client is ignored");
-	else if (x->facts.has_entry &&
+	else if (x->request->caching.has_entry &&
 	    name_is_among(field->name, fields_of_condition))
 		return;
 	else if (field_passes(&r->head, i) &&
@@ -10758,7 +10743,7 @@ validators_append(struct exchange *x, struct buffer *b)
 	const struct field *field;
 	struct response r;
 	struct entry e;
-	struct buffer *old = entry_load(x->facts.entry, &e, &r);
+	struct buffer *old = entry_load(x->request->caching.entry, &e, &r);
 
 	if (old == NULL)
 		return;
@@ -10784,13 +10769,13 @@ connection_append(const struct exchange *x, const struct request *r,
 
 	if (trailers)
 		buffer_append(b, text_of("TE: trailers\r\n"));
-	for (i = 0; i < r->head.n && x->facts.upgrade; i++)
+	for (i = 0; i < r->head.n && x->request->upgrade; i++)
 		if (text_is(r->head.fields[i].name, "Upgrade"))
 			field_append(b, &r->head.fields[i]);
-	if (trailers || x->facts.upgrade)
+	if (trailers || x->request->upgrade)
 		buffer_print(b, "Connection: %s%s%s\r\n", trailers ? "TE" : "",
-		    trailers && x->facts.upgrade ? ", " : "",
-		    x->facts.upgrade ? "upgrade" : "");
+		    trailers && x->request->upgrade ? ", " : "",
+		    x->request->upgrade ? "upgrade" : "");
 }
 
 /* The whole request head for the next hop, into b. */
@@ -10806,7 +10791,7 @@ request_build(struct exchange *x, const struct request *r, struct buffer *b)
 	if (x->up.to == FRAMING_CHUNKED)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
 	login_append(x, r, b);
-	if (x->facts.has_entry)
+	if (x->request->caching.has_entry)
 		validators_append(x, b);
 	rewrites_append(&r->rewrites, b);
 	x->up.bare = rewrites_strip(&r->rewrites);
@@ -10823,8 +10808,8 @@ exchange_send(struct exchange *x)
 	const struct request *r;
 	struct buffer *out = conn_out(&x->server);
 
-	x->facts.connected = now.ms;
-	x->facts.requested = now.wall;
+	x->record.connected = now.ms;
+	x->request->caching.requested = now.wall;
 	if (out == NULL) {
 		exchange_refuse(x, REFUSE_MEMORY, "");
 		return;
@@ -10848,8 +10833,8 @@ connect_answer(struct exchange *x)
 {
 	struct buffer *early = x->server.in;
 
-	x->facts.connected = now.ms;
-	x->facts.local = true;
+	x->record.connected = now.ms;
+	x->request->local = true;
 	x->server.in = buffer_take();
 	if (x->server.in == NULL) {
 		buffer_give(&early);
@@ -10871,7 +10856,7 @@ connect_answer(struct exchange *x)
 static void
 connect_open(struct exchange *x)
 {
-	if (x->facts.method == METHOD_CONNECT && !exchange_is_relayed(x))
+	if (x->request->method == METHOD_CONNECT && !exchange_is_relayed(x))
 		connect_answer(x);
 	else if (x->server.in != NULL)
 		exchange_refuse(x, REFUSE_EARLY, "");
@@ -10883,10 +10868,10 @@ connect_open(struct exchange *x)
 static bool
 connect_step(struct exchange *x)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	struct conn *s = &x->server;
 
-	if (f->next == 0 && connect_reuse(x)) {
+	if (q->route.next == 0 && connect_reuse(x)) {
 		trace(x, "on a kept connection");
 		exchange_send(x);
 		return true;
@@ -10899,17 +10884,17 @@ connect_step(struct exchange *x)
 			connect_open(x);
 		return true;
 	}
-	if (f->next < f->addresses &&
-	    ((s->fd == -1 && f->tries == 0) ||
-		now.ms - f->tried >= NEXT_TRY_MS)) {
-		unsigned next = f->next;
+	if (q->route.next < q->route.n &&
+	    ((s->fd == -1 && q->route.tries == 0) ||
+		now.ms - q->route.tried >= NEXT_TRY_MS)) {
+		unsigned next = q->route.next;
 
 		connect_next(x);
-		return f->next != next;
+		return q->route.next != next;
 	}
-	if (s->fd != -1 || f->tries > 0)
+	if (s->fd != -1 || q->route.tries > 0)
 		return false;
-	connect_refuse(x, f->connect_errno);
+	connect_refuse(x, q->route.error);
 	return true;
 }
 
@@ -10940,14 +10925,14 @@ greet_login(const struct parent *parent, struct buffer *b)
 static void
 greet_target(const struct exchange *x, struct buffer *b)
 {
-	const struct facts *f = &x->facts;
+	const struct request *q = x->request;
 	unsigned char port[2];
 	struct address a;
 
 	buffer_append(b, text_cut("\5\1\0", 3));
-	if (!address_parse(f->host, f->port, &a)) {
-		buffer_print(b, "\3%c", (int)f->host.len);
-		buffer_append(b, f->host);
+	if (!address_parse(q->target.host, q->target.port, &a)) {
+		buffer_print(b, "\3%c", (int)q->target.host.len);
+		buffer_append(b, q->target.host);
 	} else if (a.family == AF_INET) {
 		buffer_append(b, text_of("\1"));
 		buffer_append(b, text_cut((char *)a.octets, 4));
@@ -10955,8 +10940,8 @@ greet_target(const struct exchange *x, struct buffer *b)
 		buffer_append(b, text_of("\4"));
 		buffer_append(b, text_cut((char *)a.octets, 16));
 	}
-	port[0] = (unsigned char)(f->port >> 8);
-	port[1] = (unsigned char)(f->port & 255);
+	port[0] = (unsigned char)(q->target.port >> 8);
+	port[1] = (unsigned char)(q->target.port & 255);
 	buffer_append(b, text_cut((char *)port, 2));
 }
 
@@ -11002,24 +10987,24 @@ greet_words(unsigned char code)
 static void
 greet_answer(struct exchange *x, struct text t)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	struct buffer *out = conn_out(&x->server);
 	const struct parent *parent = exchange_parent(x);
 	unsigned char code = (unsigned char)t.at[1];
 
 	if (out == NULL)
 		exchange_refuse(x, REFUSE_MEMORY, "");
-	else if (f->greeting == GREETING_METHOD && code == 2 && parent->login) {
+	else if (q->route.greeting == GREETING_METHOD && code == 2 && parent->login) {
 		greet_login(parent, out);
-		f->greeting = GREETING_LOGIN;
-	} else if ((f->greeting == GREETING_METHOD && code == 0) ||
-	    (f->greeting == GREETING_LOGIN && code == 0)) {
+		q->route.greeting = GREETING_LOGIN;
+	} else if ((q->route.greeting == GREETING_METHOD && code == 0) ||
+	    (q->route.greeting == GREETING_LOGIN && code == 0)) {
 		greet_target(x, out);
-		f->greeting = GREETING_REPLY;
-	} else if (f->greeting == GREETING_REPLY && code == 0) {
+		q->route.greeting = GREETING_REPLY;
+	} else if (q->route.greeting == GREETING_REPLY && code == 0) {
 		buffer_give(&x->server.out);
 		connect_open(x);
-	} else if (f->greeting == GREETING_REPLY)
+	} else if (q->route.greeting == GREETING_REPLY)
 		exchange_refuse(x, REFUSE_PARENT, greet_words(code));
 	else
 		exchange_refuse(x, REFUSE_PARENT_LOGIN, "SOCKS5 login failed");
@@ -11034,13 +11019,13 @@ greet_step(struct exchange *x)
 	struct text t;
 	size_t n;
 
-	if (x->facts.greeting == GREETING_BEGIN && conn_out(s) != NULL) {
+	if (x->request->route.greeting == GREETING_BEGIN && conn_out(s) != NULL) {
 		greet_begin(exchange_parent(x), s->out);
-		x->facts.greeting = GREETING_METHOD;
+		x->request->route.greeting = GREETING_METHOD;
 	}
 	(void)conn_write(s);
 	t = s->in == NULL ? text_of("") : buffer_text(s->in);
-	n = greet_length(x->facts.greeting, t);
+	n = greet_length(x->request->route.greeting, t);
 	if (n > 0 && t.len >= n) {
 		memcpy(message, t.at, n);
 		buffer_use(&s->in, n);
@@ -11062,9 +11047,9 @@ greet_step(struct exchange *x)
 static bool
 response_wants_login(const struct exchange *x, const struct response *r)
 {
-	return r->status == 407 && !x->facts.local &&
+	return r->status == 407 && !x->request->local &&
 	    (!exchange_is_relayed(x) || exchange_parent(x)->login ||
-		x->facts.rules->logins);
+		x->rules->logins);
 }
 
 /* One field of the response to the client, or nothing. */
@@ -11073,15 +11058,15 @@ response_field_append(const struct exchange *x, const struct response *r,
     size_t i, struct buffer *b)
 {
 	const struct field *field = &r->head.fields[i];
-	bool bare = response_is_bare(r->status, x->facts.method);
+	bool bare = response_is_bare(r->status, x->request->method);
 	uint64_t length;
 
-	if (x->facts.cached && text_is(field->name, "Age"))
+	if (x->request->cached && text_is(field->name, "Age"))
 		return;
 	if (text_is(field->name, "Content-Length")) {
 		if (field != head_field(&r->head, "Content-Length") ||
 		    r->status < 200 || r->status == 204 ||
-		    (x->facts.method == METHOD_CONNECT && r->status < 300))
+		    (x->request->method == METHOD_CONNECT && r->status < 300))
 			return;
 		if (!bare)
 			length = r->length;
@@ -11098,29 +11083,29 @@ response_field_append(const struct exchange *x, const struct response *r,
 static void
 cache_status_append(const struct exchange *x, struct buffer *b)
 {
-	const struct facts *f = &x->facts;
+	const struct request *q = x->request;
 
-	bool collapsed = f->cached && (f->leader || f->alone);
+	bool collapsed = q->cached && (q->caching.leader || q->caching.alone);
 
 	buffer_append(b, text_of("Cache-Status: "));
 	buffer_append(b, text_of(pseudonym));
-	if (f->cached && !f->validated && !collapsed)
+	if (q->cached && !q->caching.validated && !collapsed)
 		buffer_append(b, text_of("; hit"));
 	else
 		buffer_print(b, "; fwd=%s",
-		    f->forward ? f->forward :
-			f->method == METHOD_GET || f->method == METHOD_HEAD ?
+		    q->caching.forward ? q->caching.forward :
+			q->method == METHOD_GET || q->method == METHOD_HEAD ?
 				 "bypass" :
 				 "method");
-	if (f->forward_status)
-		buffer_print(b, "; fwd-status=%d", f->forward_status);
-	if (f->cached) {
-		buffer_append(b, text_of(f->ttl < 0 ? "; ttl=-" : "; ttl="));
-		buffer_number(b, (uint64_t)(f->ttl < 0 ? -f->ttl : f->ttl));
+	if (q->caching.forward_status)
+		buffer_print(b, "; fwd-status=%d", q->caching.forward_status);
+	if (q->cached) {
+		buffer_append(b, text_of(q->caching.ttl < 0 ? "; ttl=-" : "; ttl="));
+		buffer_number(b, (uint64_t)(q->caching.ttl < 0 ? -q->caching.ttl : q->caching.ttl));
 	}
-	if (f->cached && collapsed)
+	if (q->cached && collapsed)
 		buffer_append(b, text_of("; collapsed"));
-	if (f->storing)
+	if (q->caching.storing)
 		buffer_append(b, text_of("; stored"));
 	buffer_append(b, text_of("\r\n"));
 }
@@ -11130,18 +11115,17 @@ static void
 response_rewrites(struct exchange *x, const struct response *r,
     struct rewrites *w)
 {
-	struct facts *f = &x->facts;
 	const struct request *q;
 	struct view v;
 
 	w->n = 0;
-	if (f->rules == NULL || f->rules->first[GROUP_RESPONSE] == NULL ||
-	    (f->local && !f->cached))
+	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
+	    (x->request->local && !x->request->cached))
 		return;
 	q = exchange_request(x);
 	exchange_view(x, q, &v);
-	view_response(&v, r, f->cached ? f->body : response_length(r));
-	rewrites_collect(f->rules, GROUP_RESPONSE, &v, w);
+	view_response(&v, r, x->request->cached ? x->request->caching.body : response_length(r));
+	rewrites_collect(x->rules, GROUP_RESPONSE, &v, w);
 	x->down.bare = rewrites_strip(w);
 }
 
@@ -11162,25 +11146,25 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 		else if (!rewrites_take(&w, r->head.fields[i].name))
 			response_field_append(x, r, i, b);
 	rewrites_append(&w, b);
-	if (r->status >= 200 && !x->facts.tunnel &&
+	if (r->status >= 200 && !x->tunnel &&
 	    head_field(&r->head, "Date") == NULL)
 		buffer_print(b, "Date: %s\r\n", date_now());
-	if ((!x->facts.local || x->facts.cached) &&
+	if ((!x->request->local || x->request->cached) &&
 	    !rewrites_take(&w, text_of("Via")))
 		via_append(b, r->minor);
-	if (x->facts.cached) {
+	if (x->request->cached) {
 		buffer_append(b, text_of("Age: "));
-		buffer_number(b, (uint64_t)x->facts.age);
+		buffer_number(b, (uint64_t)x->request->caching.age);
 		buffer_append(b, text_of("\r\n"));
 	}
 	buffer_append(b, r->extra);
-	if (options.cache != NULL && r->status >= 200 && !x->facts.tunnel)
+	if (options.cache != NULL && r->status >= 200 && !x->tunnel)
 		cache_status_append(x, b);
 	if (x->down.to == FRAMING_CHUNKED)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
 	if (upgrade)
 		buffer_append(b, text_of("Connection: upgrade\r\n"));
-	if (x->facts.close && r->status >= 200 && !x->facts.tunnel)
+	if (x->close && r->status >= 200 && !x->tunnel)
 		buffer_append(b, text_of("Connection: close\r\n"));
 	buffer_append(b, text_of("\r\n"));
 }
@@ -11214,12 +11198,12 @@ response_pass(struct exchange *x, const struct response *r, size_t n)
 static void
 tunnel_forget(struct exchange *x)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 
-	f->open = false;
-	f->host = f->path = text_of("");
-	buffer_give(&f->head);
-	buffer_give(&f->answer);
+	q->access.open = false;
+	q->target.host = q->target.path = text_of("");
+	buffer_give(&q->bytes);
+	buffer_give(&q->access.answer);
 }
 
 /*
@@ -11230,14 +11214,14 @@ tunnel_forget(struct exchange *x)
 static void
 tunnel_start(struct exchange *x)
 {
-	struct facts *f = &x->facts;
-	struct text *texts[] = { &f->name, &f->uri, &f->agent, &f->referer };
+	struct request *q = x->request;
+	struct text *texts[] = { &q->name, &q->uri, &q->agent, &q->referer };
 	size_t i, used = 0, rest;
 
-	f->greeted = f->method != METHOD_CONNECT;
+	x->greeted = q->method != METHOD_CONNECT;
 
-	f->tunnel = true;
-	f->close = true;
+	x->tunnel = true;
+	x->close = true;
 	for (i = 0; i < sizeof(texts) / sizeof(texts[0]); i++) {
 		rest = sizeof(x->note) - NOTE_SNI - used;
 		if (texts[i]->len > rest)
@@ -11246,7 +11230,7 @@ tunnel_start(struct exchange *x)
 		texts[i]->at = x->note + used;
 		used += texts[i]->len;
 	}
-	if (f->greeted || !f->open)
+	if (x->greeted || !q->access.open)
 		tunnel_forget(x);
 	flow_start(&x->up, FRAMING_CLOSE, FRAMING_CLOSE, 0);
 	flow_start(&x->down, FRAMING_CLOSE, FRAMING_CLOSE, 0);
@@ -11258,9 +11242,9 @@ static void
 response_interim(struct exchange *x, const struct response *r, size_t n)
 {
 	x->moved = now.ms;
-	if (++x->facts.interims > INTERIM_MAX)
+	if (++x->request->interims > INTERIM_MAX)
 		exchange_refuse(x, REFUSE_INTERIM, "");
-	else if (x->facts.minor == 1 && x->facts.status == 0)
+	else if (x->request->minor == 1 && x->record.status == 0)
 		(void)response_pass(x, r, n);
 	else
 		conn_drop_head(&x->server, n);
@@ -11275,7 +11259,7 @@ response_logs_in(const struct exchange *x, const struct response *r)
 {
 	struct text asked = head_value(&r->head, "WWW-Authenticate");
 
-	return x->facts.login || text_starts(asked, "NTLM") ||
+	return x->request->login || text_starts(asked, "NTLM") ||
 	    text_starts(asked, "Negotiate");
 }
 
@@ -11284,37 +11268,36 @@ response_logs_in(const struct exchange *x, const struct response *r)
 static void
 cache_note(struct exchange *x, const struct response *r)
 {
-	struct facts *f = &x->facts;
 	const struct rule *rule;
 	char path[CACHE_PATH];
 	const struct request *q;
 
-	if (f->method == METHOD_CONNECT || f->method == METHOD_TRACE ||
-	    f->method == METHOD_OPTIONS)
+	if (x->request->method == METHOD_CONNECT || x->request->method == METHOD_TRACE ||
+	    x->request->method == METHOD_OPTIONS)
 		return;
 	/* Where the entry is that was validated, before the note is reused. */
 	(void)snprintf(path, sizeof(path), "%.800s%.100s", options.cache,
 	    x->note);
 	q = exchange_request(x);
 	rule = cache_rule(x, q, r, NULL);
-	if (f->method != METHOD_GET && f->method != METHOD_HEAD) {
+	if (x->request->method != METHOD_GET && x->request->method != METHOD_HEAD) {
 		if (r->status >= 200 && r->status < 400)
 			cache_invalidate(x, r);
 	}
-	if ((f->forward != NULL || f->method == METHOD_POST) && !f->nocache &&
+	if ((x->request->caching.forward != NULL || x->request->method == METHOD_POST) && !x->request->caching.nocache &&
 	    (rule == NULL || rule->action == ACTION_CACHE) &&
 	    response_is_storable(q, r, rule ? rule->seconds : -1) &&
 	    (r->framing != FRAMING_LENGTH ||
 		r->length + cache.making <= options.cache_size / 4))
 		store_begin(x, q, r);
-	if (f->storing)
-		f->hit = "stored";
-	if (f->fetch && f->storing == key_is_lone(f->key))
-		cache.lone[f->key % CACHE_LONE] = f->storing ? 0 : f->key;
-	if (f->storing)
+	if (x->request->caching.storing)
+		x->request->caching.hit = "stored";
+	if (x->request->caching.fetch && x->request->caching.storing == key_is_lone(x->request->caching.key))
+		cache.lone[x->request->caching.key % CACHE_LONE] = x->request->caching.storing ? 0 : x->request->caching.key;
+	if (x->request->caching.storing)
 		return;
 	fetch_end(x, false);
-	if (f->outdated)
+	if (x->request->caching.outdated)
 		(void)unlink(path);
 }
 
@@ -11322,7 +11305,7 @@ cache_note(struct exchange *x, const struct response *r)
 static bool
 response_keeps_server(const struct exchange *x, const struct response *r)
 {
-	return !x->facts.local && r->minor == 1 &&
+	return !x->request->local && r->minor == 1 &&
 	    r->framing != FRAMING_CLOSE && !response_logs_in(x, r) &&
 	    !head_lists(&r->head, "Connection", text_of("close"));
 }
@@ -11332,9 +11315,9 @@ static void
 exchange_release(struct exchange *x)
 {
 	struct conn *s = &x->server;
-	struct hop hop = exchange_hop(x, &x->facts.server);
+	struct hop hop = exchange_hop(x, &x->record.server);
 
-	if (x->facts.keep_server && x->up.done && s->fd != -1 &&
+	if (x->request->route.keep && x->up.done && s->fd != -1 &&
 	    s->in == NULL && s->out == NULL && !s->readable && !s->eof &&
 	    !s->error && !s->deaf && !s->hung && !stop_at)
 		other_keep(s, &hop);
@@ -11349,21 +11332,21 @@ exchange_release(struct exchange *x)
 static void
 response_forward(struct exchange *x, const struct response *r, size_t n)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	enum framing to = r->framing;
 
 	if (to == FRAMING_CHUNKED || to == FRAMING_CLOSE)
-		to = f->minor == 1 ? FRAMING_CHUNKED : FRAMING_CLOSE;
-	f->close = f->close || to == FRAMING_CLOSE || !x->up.done || stop_at;
-	f->keep_server = response_keeps_server(x, r);
+		to = q->minor == 1 ? FRAMING_CHUNKED : FRAMING_CLOSE;
+	x->close = x->close || to == FRAMING_CLOSE || !x->up.done || stop_at;
+	q->route.keep = response_keeps_server(x, r);
 	flow_start(&x->down, r->framing, to, r->length);
-	if (!f->local)
-		f->forward_status = r->status;
-	if (options.cache != NULL && !f->local)
+	if (!q->local)
+		q->caching.forward_status = r->status;
+	if (options.cache != NULL && !q->local)
 		cache_note(x, r);
 	if (!response_pass(x, r, n))
 		return;
-	f->status = r->status;
+	x->record.status = r->status;
 	if (x->down.whole)
 		store_finish(x);
 	exchange_enter(x, PHASE_RELAY);
@@ -11376,19 +11359,18 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 static void
 response_from_entry(struct exchange *x, struct response *r, size_t n)
 {
-	struct facts *f = &x->facts;
-	struct range range = { 0, f->body };
+	struct range range = { 0, x->request->caching.body };
 	const struct request *q;
 	char extra[256] = "", *end;
 	int part;
 
 	q = exchange_request(x);
-	r->framing = f->method == METHOD_HEAD ? FRAMING_NONE :
-	    f->body == UINT64_MAX             ? FRAMING_CLOSE :
+	r->framing = x->request->method == METHOD_HEAD ? FRAMING_NONE :
+	    x->request->caching.body == UINT64_MAX             ? FRAMING_CLOSE :
 						FRAMING_LENGTH;
-	part = f->grows || f->method != METHOD_GET ?
+	part = x->request->grows || x->request->method != METHOD_GET ?
 	    0 :
-	    range_parse(&q->head, r, f->body, &range);
+	    range_parse(&q->head, r, x->request->caching.body, &range);
 	if (r->status == 200 && request_is_satisfied(&q->head, r)) {
 		r->status = 304;
 		r->framing = FRAMING_NONE;
@@ -11397,7 +11379,7 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 		r->framing = FRAMING_NONE;
 		(void)snprintf(extra, sizeof(extra),
 		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
-		    (unsigned long long)f->body);
+		    (unsigned long long)x->request->caching.body);
 	} else if (part == 1) {
 		r->status = 206;
 		(void)snprintf(extra, sizeof(extra),
@@ -11405,12 +11387,12 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 		    "Content-Length: %llu\r\n",
 		    (unsigned long long)range.first,
 		    (unsigned long long)(range.first + range.length - 1),
-		    (unsigned long long)f->body,
+		    (unsigned long long)x->request->caching.body,
 		    (unsigned long long)range.length);
-	} else if (r->status != 204 && f->body != UINT64_MAX) {
+	} else if (r->status != 204 && x->request->caching.body != UINT64_MAX) {
 		(void)text_copy(text_of("Content-Length: "), extra,
 		    sizeof(extra));
-		end = number_print(extra + strlen(extra), f->body);
+		end = number_print(extra + strlen(extra), x->request->caching.body);
 		memcpy(end, "\r\n", 3);
 	}
 	if (r->status == 304 || r->status == 416 || r->status == 206)
@@ -11421,7 +11403,7 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 	if (x->phase != PHASE_RELAY || part != 1 || r->status != 206)
 		return;
 	buffer_give(&x->server.in);
-	if (lseek(x->server.fd, (off_t)(f->region + range.first), SEEK_SET) ==
+	if (lseek(x->server.fd, (off_t)(x->request->caching.region + range.first), SEEK_SET) ==
 	    -1)
 		exchange_abort(x, END_SERVER, REFUSE_CUT_SHORT);
 }
@@ -11437,7 +11419,7 @@ entry_resembles(const struct exchange *x, const struct response *r)
 	static const char *const fields[] = { "ETag", "Last-Modified" };
 	struct response old;
 	struct entry e;
-	struct buffer *b = entry_load(x->facts.entry, &e, &old);
+	struct buffer *b = entry_load(x->request->caching.entry, &e, &old);
 	uint64_t length;
 	bool same;
 	size_t i;
@@ -11463,13 +11445,12 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 {
 	bool failed = r->status == 500 ||
 	    (r->status >= 502 && r->status <= 504);
-	struct facts *f = &x->facts;
 	char path[CACHE_PATH];
 	const struct request *q;
 
-	if (!f->has_entry || f->cached || r->status < 200)
+	if (!x->request->caching.has_entry || x->request->cached || r->status < 200)
 		return false;
-	f->forward_status = r->status;
+	x->request->caching.forward_status = r->status;
 	(void)snprintf(path, sizeof(path), "%.800s%.100s", options.cache,
 	    x->note);
 	if (r->status == 304) {
@@ -11479,26 +11460,26 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 		q = exchange_request(x);
 		rule = cache_rule(x, q, NULL, NULL);
 		good = entry_freshen(x, q, r, rule ? rule->seconds : -1, path);
-		f->keep_server = response_keeps_server(x, r);
+		x->request->route.keep = response_keeps_server(x, r);
 		conn_drop_head(&x->server, n);
 		exchange_release(x);
 		if (good && cache_serve_open(x, "validated"))
 			return true;
 		(void)unlink(path);
 		entry_close(x);
-		f->keep_server = false;
-		f->next = 0;
+		x->request->route.keep = false;
+		x->request->route.next = 0;
 		exchange_enter(x, PHASE_CONNECT);
 		return true;
 	}
 	if (failed && cache_rescue(x, true))
 		return true;
-	f->outdated = !failed &&
-	    !((f->method == METHOD_HEAD || r->status == 206) &&
+	x->request->caching.outdated = !failed &&
+	    !((x->request->method == METHOD_HEAD || r->status == 206) &&
 		entry_resembles(x, r));
 	/* The part is not to take the place of the whole. */
-	if (r->status == 206 && !f->outdated)
-		f->nocache = true;
+	if (r->status == 206 && !x->request->caching.outdated)
+		x->request->caching.nocache = true;
 	entry_close(x);
 	return false;
 }
@@ -11511,20 +11492,20 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 static void
 response_resume(struct exchange *x, const struct response *r, size_t n)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	struct flow *d = &x->down, old = *d;
 
-	if (r->status != 200 || f->validator == 0 ||
-	    response_validator(r) != f->validator ||
+	if (r->status != 200 || q->caching.validator == 0 ||
+	    response_validator(r) != q->caching.validator ||
 	    (old.to == FRAMING_LENGTH &&
-		(r->framing != FRAMING_LENGTH || r->length != f->body))) {
+		(r->framing != FRAMING_LENGTH || r->length != q->caching.body))) {
 		exchange_refuse(x, REFUSE_CUT_SHORT, "");
 		return;
 	}
 	flow_start(d, r->framing, old.to, r->length);
 	d->bare = old.bare;
-	f->skip = d->payload = old.payload;
-	f->keep_server = response_keeps_server(x, r);
+	q->caching.skip = d->payload = old.payload;
+	q->route.keep = response_keeps_server(x, r);
 	conn_drop_head(&x->server, n);
 	exchange_enter(x, PHASE_RELAY);
 }
@@ -11533,12 +11514,12 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 static void
 response_tunnel(struct exchange *x, const struct response *r, size_t n)
 {
-	x->facts.tunnel = true;
+	x->tunnel = true;
 	if (!response_pass(x, r, n)) {
-		x->facts.tunnel = false;
+		x->tunnel = false;
 		return;
 	}
-	x->facts.status = r->status;
+	x->record.status = r->status;
 	tunnel_start(x);
 }
 
@@ -11549,12 +11530,11 @@ response_tunnel(struct exchange *x, const struct response *r, size_t n)
 static bool
 response_passes(struct exchange *x, const struct response *r, struct text head)
 {
-	const struct facts *f = &x->facts;
 	const struct request *q;
 	struct view v;
 
-	if (!f->open || f->method == METHOD_CONNECT || f->local ||
-	    f->answer != NULL || (r->status < 200 && r->status != 101))
+	if (!x->request->access.open || x->request->method == METHOD_CONNECT || x->request->local ||
+	    x->request->access.answer != NULL || (r->status < 200 && r->status != 101))
 		return true;
 	q = exchange_request(x);
 	exchange_view(x, q, &v);
@@ -11567,34 +11547,34 @@ static void
 response_accept(struct exchange *x, size_t n)
 {
 	struct text head = text_cut(buffer_text(x->server.in).at, n);
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	struct response r;
 	int verdict;
 
-	if (!f->local)
+	if (!q->local)
 		trace_head(x, "s>", head);
-	verdict = response_parse(head, f->method, &r);
+	verdict = response_parse(head, q->method, &r);
 	if (verdict != 1) {
 		exchange_refuse(x, REFUSE_ANSWER, refusals[-verdict].words);
 		return;
 	}
-	f->answered = f->answered ? f->answered : now.ms;
+	x->record.answered = x->record.answered ? x->record.answered : now.ms;
 	if (response_wants_login(x, &r))
 		exchange_refuse(x,
 		    exchange_is_relayed(x) ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
 		    "");
 	else if (response_validates(x, &r, n) || !response_passes(x, &r, head))
 		trace(x, "this answer is not for the client");
-	else if (f->cached)
+	else if (q->cached)
 		response_from_entry(x, &r, n);
-	else if (r.status == 101 && (!f->upgrade || !x->up.done))
+	else if (r.status == 101 && (!q->upgrade || !x->up.done))
 		exchange_refuse(x, REFUSE_UPGRADE, "");
 	else if (r.status == 101 ||
-	    (f->method == METHOD_CONNECT && r.status / 100 == 2))
+	    (q->method == METHOD_CONNECT && r.status / 100 == 2))
 		response_tunnel(x, &r, n);
 	else if (r.status < 200)
 		response_interim(x, &r, n);
-	else if (f->status != 0)
+	else if (x->record.status != 0)
 		response_resume(x, &r, n);
 	else
 		response_forward(x, &r, n);
@@ -11607,22 +11587,22 @@ response_accept(struct exchange *x, size_t n)
 static void
 response_lost(struct exchange *x)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	int error = x->server.error;
-	bool bytes = x->server.in != NULL || f->interims > 0;
+	bool bytes = x->server.in != NULL || q->interims > 0;
 	char words[ADDRESS_TEXT], detail[DETAIL_MAX];
 
-	if (f->reused && !bytes) {
+	if (q->route.reused && !bytes) {
 		trace(x, "the kept connection was dead");
 		conn_close(&x->server, false);
-		f->reused = false;
-		f->fresh = true;
-		f->next = 0;
-		f->resolved = now.ms;
+		q->route.reused = false;
+		q->route.fresh = true;
+		q->route.next = 0;
+		x->record.resolved = now.ms;
 		exchange_enter(x, PHASE_CONNECT);
 		return;
 	}
-	address_print(&f->server, words);
+	address_print(&x->record.server, words);
 	(void)snprintf(detail, sizeof(detail), "%s%s%s", words,
 	    error ? ": " : "", error ? strerror(error) : "");
 	exchange_refuse(x,
@@ -11640,14 +11620,14 @@ response_step(struct exchange *x)
 	bool moved = false;
 	int n = 0;
 
-	if (s->fd != -1 && !x->facts.local)
+	if (s->fd != -1 && !x->request->local)
 		moved = exchange_pump(x, &x->up, c, s);
 	if (c->error || c->deaf) {
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 		return true;
 	}
-	if (x->up.broken && !x->facts.local) {
-		x->facts.end = c->eof ? END_CLIENT : END_DONE;
+	if (x->up.broken && !x->request->local) {
+		x->record.end = c->eof ? END_CLIENT : END_DONE;
 		exchange_refuse(x, c->eof ? REFUSE_BODY_CUT : REFUSE_BODY, "");
 		return true;
 	}
@@ -11678,15 +11658,15 @@ response_step(struct exchange *x)
 static void
 exchange_end(struct exchange *x)
 {
-	if (x->facts.start)
+	if (x->record.start)
 		log_exchange(x);
 	exchange_release(x);
 	store_drop(x);
 	fetch_leave(x);
 	entry_close(x);
-	buffer_give(&x->facts.head);
-	buffer_give(&x->facts.answer);
-	rules_give(&x->facts.rules);
+	buffer_give(&x->request->bytes);
+	buffer_give(&x->request->access.answer);
+	rules_give(&x->rules);
 	x->facts = (struct facts){ 0 };
 	flow_start(&x->up, FRAMING_NONE, FRAMING_NONE, 0);
 	flow_start(&x->down, FRAMING_NONE, FRAMING_NONE, 0);
@@ -11696,7 +11676,7 @@ exchange_end(struct exchange *x)
 static void
 exchange_finish(struct exchange *x)
 {
-	bool close = x->facts.close || stop_at;
+	bool close = x->close || stop_at;
 
 	exchange_end(x);
 	x->served = true;
@@ -11718,10 +11698,9 @@ static bool
 tunnel_judge(struct exchange *x)
 {
 	struct conn *c = &x->client, *s = &x->server;
-	struct facts *f = &x->facts;
 
-	if (f->end == END_DONE)
-		f->end = c->eof ? END_CLIENT : s->eof ? END_SERVER : END_DONE;
+	if (x->record.end == END_DONE)
+		x->record.end = c->eof ? END_CLIENT : s->eof ? END_SERVER : END_DONE;
 	if ((conn_is_broken(s) && c->out == NULL && x->down.ready == 0) ||
 	    (conn_is_broken(c) && s->out == NULL && x->up.ready == 0)) {
 		exchange_abort(x, END_RESET, REFUSE_NONE);
@@ -11742,18 +11721,18 @@ tunnel_judge(struct exchange *x)
 static void
 tunnel_note(struct exchange *x, struct text name)
 {
-	struct facts *f = &x->facts;
-	struct text host = text_cut(f->uri.at, text_find(f->uri, ':'));
+	struct request *q = x->request;
+	struct text host = text_cut(q->uri.at, text_find(q->uri, ':'));
 
 	if (text_same(name, host))
-		f->sni = (unsigned char)(host.at - x->note);
+		x->sni = (unsigned char)(host.at - x->note);
 	else {
-		f->sni = NOTE_MAX - NOTE_SNI;
+		x->sni = NOTE_MAX - NOTE_SNI;
 		if (name.len > NOTE_SNI)
 			name.len = NOTE_SNI;
-		memcpy(x->note + f->sni, name.at, name.len);
+		memcpy(x->note + x->sni, name.at, name.len);
 	}
-	f->sni_len = (unsigned char)name.len;
+	x->sni_len = (unsigned char)name.len;
 }
 
 /*
@@ -11767,7 +11746,6 @@ static bool
 tunnel_greet(struct exchange *x)
 {
 	struct conn *c = &x->client;
-	struct facts *f = &x->facts;
 	char name[HOST_MAX + 1] = "";
 	const struct request *q;
 	struct view v;
@@ -11776,17 +11754,17 @@ tunnel_greet(struct exchange *x)
 	(void)conn_read(c);
 	if (c->in != NULL)
 		hello = hello_name(buffer_text(c->in), name, sizeof(name));
-	if (hello == 0 && !c->eof && !c->error && (f->open || c->in == NULL))
+	if (hello == 0 && !c->eof && !c->error && (x->request->access.open || c->in == NULL))
 		return false;
-	f->greeted = true;
-	if (hello != 1 && f->open && c->in != NULL &&
+	x->greeted = true;
+	if (hello != 1 && x->request->access.open && c->in != NULL &&
 	    *buffer_text(c->in).at == 22) {
 		exchange_abort(x, END_RULE, REFUSE_GREETING);
 		return false;
 	}
 	if (hello == 1)
 		tunnel_note(x, text_of(name));
-	if (f->open) {
+	if (x->request->access.open) {
 		q = exchange_request(x);
 		exchange_view(x, q, &v);
 		v.known |= FACT_SNI;
@@ -11808,7 +11786,7 @@ relay_uploads(const struct exchange *x)
 {
 	const struct conn *s = &x->server;
 
-	return x->facts.keep_server && !x->up.done && !x->up.broken &&
+	return x->request->route.keep && !x->up.done && !x->up.broken &&
 	    !s->eof && !s->error && !s->deaf && !s->hung;
 }
 
@@ -11819,22 +11797,21 @@ relay_uploads(const struct exchange *x)
 static bool
 relay_is_wanted(const struct exchange *x)
 {
-	const struct facts *f = &x->facts;
+	const struct request *q = x->request;
 
-	if (x->refresh && f->end == END_DONE)
-		return f->storing || f->cached;
+	if (x->refresh && x->record.end == END_DONE)
+		return q->caching.storing || q->cached;
 	if (x->phase < PHASE_RELAY)
-		return f->followers > 0 && x->up.done;
-	return f->storing && x->up.done &&
-	    (f->followers > 0 ||
-		(f->length != UINT64_MAX && f->stored >= f->length / 2));
+		return q->caching.followers > 0 && x->up.done;
+	return q->caching.storing && x->up.done &&
+	    (q->caching.followers > 0 ||
+		(q->caching.length != UINT64_MAX && q->caching.stored >= q->caching.length / 2));
 }
 
 /* The client left.  If the fetch is wanted, it goes on, for nobody then. */
 static bool
 relay_goes_on(struct exchange *x)
 {
-	struct facts *f = &x->facts;
 
 	if (!relay_is_wanted(x))
 		return false;
@@ -11842,8 +11819,8 @@ relay_goes_on(struct exchange *x)
 	x->client.exchange = x;
 	x->client.eof = true;
 	x->refresh = true;
-	f->close = true;
-	f->end = END_CLIENT;
+	x->close = true;
+	x->record.end = END_CLIENT;
 	return true;
 }
 
@@ -11857,7 +11834,7 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 {
 	struct conn *s = &x->server;
 	struct flow old = x->down;
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 
 	if (s->in != NULL)
 		buffer_use(&s->in, old.ready);
@@ -11867,14 +11844,14 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 	y->down.ready = 0;
 	y->down.to = FRAMING_CLOSE;
 	fetch_move(x, y);
-	f->keep_server = false;
+	q->route.keep = false;
 	s->fd = fd;
 	s->role = ROLE_FILE;
 	s->exchange = x;
 	s->readable = s->hung = true;
 	flow_start(&x->down,
-	    f->length == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH, old.to,
-	    f->length - old.payload);
+	    q->caching.length == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH, old.to,
+	    q->caching.length - old.payload);
 	x->down.payload = old.payload;
 	x->down.bare = old.bare;
 }
@@ -11887,20 +11864,20 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 static void
 relay_part(struct exchange *x)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	struct exchange *y;
 	char path[CACHE_PATH];
 	int fd;
 
-	if (!f->storing || f->followers == 0 || f->answer != NULL ||
+	if (!q->caching.storing || q->caching.followers == 0 || q->access.answer != NULL ||
 	    x->refresh || !x->up.done || x->down.whole || x->down.broken ||
-	    (f->validator == 0 && f->length == UINT64_MAX))
+	    (q->caching.validator == 0 && q->caching.length == UINT64_MAX))
 		return;
-	store_path(f->fetch, path);
+	store_path(q->caching.fetch, path);
 	fd = open(path, O_RDONLY);
 	if (fd == -1)
 		return;
-	y = lseek(fd, (off_t)(f->region + x->down.payload), SEEK_SET) == -1 ?
+	y = lseek(fd, (off_t)(q->caching.region + x->down.payload), SEEK_SET) == -1 ?
 	    NULL :
 	    exchange_take_refresh(x);
 	if (y == NULL) {
@@ -11920,15 +11897,15 @@ relay_part(struct exchange *x)
 static void
 relay_resume(struct exchange *x)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 
 	trace(x, "what this follows was given up: asking for the rest");
 	conn_close(&x->server, false);
 	fetch_leave(x);
-	f->orphan = f->local = f->cached = false;
-	f->open = true;
-	f->answered = 0;
-	f->next = 0;
+	q->orphan = q->local = q->cached = false;
+	q->access.open = true;
+	x->record.answered = 0;
+	q->route.next = 0;
 	exchange_enter(x, PHASE_RESOLVE);
 }
 
@@ -11937,7 +11914,7 @@ static bool
 relay_step(struct exchange *x)
 {
 	struct conn *c = &x->client, *s = &x->server;
-	bool greeted = !x->facts.tunnel || x->facts.greeted || tunnel_greet(x);
+	bool greeted = !x->tunnel || x->greeted || tunnel_greet(x);
 	bool moved, gone, done;
 
 	if (x->phase == PHASE_FREE)
@@ -11946,7 +11923,7 @@ relay_step(struct exchange *x)
 	if (greeted && s->fd != -1 && !x->up.broken &&
 	    exchange_pump(x, &x->up, c, s))
 		moved = true;
-	if (x->facts.tunnel)
+	if (x->tunnel)
 		return tunnel_judge(x) || moved;
 	if (c->out != NULL)
 		relay_part(x);
@@ -11956,13 +11933,13 @@ relay_step(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (done)
 		exchange_finish(x);
-	else if (x->facts.orphan && !s->readable && s->in == NULL &&
+	else if (x->request->orphan && !s->readable && s->in == NULL &&
 	    c->out == NULL)
 		relay_resume(x);
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
 	    c->out == NULL)
 		exchange_abort(x,
-		    x->facts.refusal == REFUSE_RULE ? END_RULE : END_SERVER,
+		    x->record.refusal == REFUSE_RULE ? END_RULE : END_SERVER,
 		    REFUSE_CUT_SHORT);
 	else
 		return moved;
@@ -12037,20 +12014,20 @@ exchange_takes_response(const struct exchange *x)
 static int64_t
 exchange_deadline(const struct exchange *x)
 {
-	const struct facts *f = &x->facts;
+	const struct request *q = x->request;
 	const struct conn *c = &x->client, *s = &x->server;
 	bool half = c->error || s->error || c->deaf || s->deaf ||
 	    ((c->eof || s->eof) && c->out == NULL && s->out == NULL);
 
 	switch (x->phase) {
 	case PHASE_REQUEST:
-		if (f->start)
-			return f->start + HEAD_MS;
+		if (x->record.start)
+			return x->record.start + HEAD_MS;
 		return x->since + (x->served ? KEPT_CLIENT_MS : HEAD_MS);
 	case PHASE_CONNECT:
-		if (f->next < f->addresses &&
-		    f->tried + NEXT_TRY_MS < x->since + CONNECT_MS)
-			return f->tried + NEXT_TRY_MS;
+		if (q->route.next < q->route.n &&
+		    q->route.tried + NEXT_TRY_MS < x->since + CONNECT_MS)
+			return q->route.tried + NEXT_TRY_MS;
 		return x->since + CONNECT_MS;
 	case PHASE_COLLAPSE:
 		return x->since + COLLAPSE_MS;
@@ -12061,7 +12038,7 @@ exchange_deadline(const struct exchange *x)
 		return x->moved + (x->up.done ? RESPONSE_MS : options.idle_ms);
 	case PHASE_RELAY:
 		return x->moved +
-		    (f->tunnel && half ? HALF_CLOSED_MS : options.idle_ms);
+		    (x->tunnel && half ? HALF_CLOSED_MS : options.idle_ms);
 	case PHASE_LINGER:
 		return x->since + LINGER_MS;
 	default:
@@ -12073,13 +12050,13 @@ exchange_deadline(const struct exchange *x)
 static void
 exchange_expire(struct exchange *x)
 {
-	struct facts *f = &x->facts;
+	struct request *q = x->request;
 	char detail[ADDRESS_TEXT];
 
-	address_print(&f->server, detail);
+	address_print(&x->record.server, detail);
 	switch (x->phase) {
 	case PHASE_REQUEST:
-		if (f->start)
+		if (x->record.start)
 			request_reject(x, REFUSE_SLOW);
 		else
 			exchange_close(x, false);
@@ -12088,7 +12065,7 @@ exchange_expire(struct exchange *x)
 		collapse_end(x);
 		break;
 	case PHASE_RESOLVE:
-		f->resolved = now.ms;
+		x->record.resolved = now.ms;
 		exchange_refuse(x, REFUSE_NAME_SLOW, "");
 		break;
 	case PHASE_CONNECT:
@@ -12097,8 +12074,8 @@ exchange_expire(struct exchange *x)
 			exchange_refuse(x, REFUSE_CONNECT_SLOW, detail);
 		break;
 	case PHASE_RESPONSE:
-		f->end = END_IDLE;
-		if (x->client.out != NULL || f->local)
+		x->record.end = END_IDLE;
+		if (x->client.out != NULL || q->local)
 			exchange_abort(x, END_IDLE, REFUSE_IDLE);
 		else
 			exchange_refuse(x,
@@ -12108,8 +12085,8 @@ exchange_expire(struct exchange *x)
 		break;
 	case PHASE_RELAY:
 		exchange_abort(x,
-		    f->tunnel && f->end != END_DONE ? END_LIMIT : END_IDLE,
-		    f->tunnel ? REFUSE_NONE : REFUSE_IDLE);
+		    x->tunnel && x->record.end != END_DONE ? END_LIMIT : END_IDLE,
+		    x->tunnel ? REFUSE_NONE : REFUSE_IDLE);
 		break;
 	case PHASE_LINGER:
 		exchange_close(x, false);
@@ -12128,7 +12105,7 @@ exchange_check(const struct exchange *x)
 	if (x->phase == PHASE_FREE) {
 		assert(c->fd == -1 && s->fd == -1 && c->in == NULL &&
 		    c->out == NULL && s->in == NULL && s->out == NULL &&
-		    x->facts.head == NULL && x->facts.tries == 0);
+		    x->request->bytes == NULL && x->request->route.tries == 0);
 		return;
 	}
 	assert(c->fd != -1 || x->refresh);
@@ -12142,7 +12119,7 @@ exchange_check(const struct exchange *x)
 	    (s->in != NULL && buffer_len(s->in) >= x->down.ready));
 	assert(s->fd == -1 ||
 	    (x->phase >= PHASE_CONNECT && x->phase <= PHASE_RELAY));
-	assert(!x->facts.tunnel || x->facts.head == NULL || x->facts.open);
+	assert(!x->tunnel || x->request->bytes == NULL || x->request->access.open);
 	assert(c->out == NULL || c->out->overflow == 0);
 	assert(s->out == NULL || s->out->overflow == 0);
 }
@@ -12160,7 +12137,7 @@ exchange_overhear(struct exchange *x)
 		return;
 	if (c->in == NULL && (x->up.done || x->phase < PHASE_RESPONSE))
 		(void)conn_read(c);
-	if (!x->facts.tunnel && (c->error || (c->hung && !c->shut)) &&
+	if (!x->tunnel && (c->error || (c->hung && !c->shut)) &&
 	    !relay_goes_on(x))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 }
@@ -12462,8 +12439,8 @@ loop_report(void)
 	const struct exchange *x;
 
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
-		const struct facts *f = &x->facts;
-		struct text target = f->tunnel || f->name.len ? f->uri :
+	const struct request *q = x->request;
+		struct text target = x->tunnel || q->name.len ? q->uri :
 								text_of("-");
 		char clean[200], peer[ADDRESS_TEXT];
 
@@ -12506,7 +12483,7 @@ loop_stop(void)
 	}
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++)
 		if (x->phase == PHASE_LINGER ||
-		    (x->phase == PHASE_REQUEST && x->facts.start == 0))
+		    (x->phase == PHASE_REQUEST && x->record.start == 0))
 			exchange_close(x, false);
 }
 
@@ -13231,7 +13208,7 @@ trial_cache(struct exchange *x, struct request *q)
 	trial_print("cache",
 	    l.reuse != REUSE_VALIDATED ? "answers" :
 		l.fd != -1             ? "validates" :
-					 x->facts.forward,
+					 x->request->caching.forward,
 	    rule);
 	if (l.fd != -1)
 		(void)close(l.fd);
@@ -13246,26 +13223,25 @@ static void
 trial_judge(struct exchange *x, const struct request *q, struct verdict *access,
     struct verdict *route)
 {
-	struct facts *f = &x->facts;
-	bool asked = f->route_open;
+	bool asked = x->request->access.route_open;
 	struct view v;
 
-	f->parent = NULL;
+	x->request->route.parent = NULL;
 	exchange_view(x, q, &v);
-	*route = rules_judge(f->rules, GROUP_ROUTE, &v);
-	f->route_open = route->truth == TRUTH_OPEN;
-	f->parent = route->truth == TRUTH_YES ? route->rule->parents : NULL;
+	*route = rules_judge(x->rules, GROUP_ROUTE, &v);
+	x->request->access.route_open = route->truth == TRUTH_OPEN;
+	x->request->route.parent = route->truth == TRUTH_YES ? route->rule->parents : NULL;
 	exchange_view(x, q, &v);
-	if (asked && f->server.family != 0)
-		view_source(&v, &f->server);
-	*access = rules_judge(f->rules, GROUP_ACCESS, &v);
+	if (asked && x->record.server.family != 0)
+		view_source(&v, &x->record.server);
+	*access = rules_judge(x->rules, GROUP_ACCESS, &v);
 }
 
 /* True if a line that is open asks for the server's address. */
 static bool
 trial_wants(const struct exchange *x, const struct request *q)
 {
-	const struct rule *rule = x->facts.rules->first[GROUP_ACCESS];
+	const struct rule *rule = x->rules->first[GROUP_ACCESS];
 	struct view v;
 
 	exchange_view(x, q, &v);
