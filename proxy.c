@@ -204,6 +204,8 @@ enum limit {
 	DESCRIPTORS_OWN = 24,
 	/* Buffers kept for the next use; more go back to the system. */
 	BUFFERS_FREE_MAX = 64,
+	/* The same for requests. */
+	REQUESTS_FREE_MAX = 64,
 	/* Connections served at once unless -m says otherwise. */
 	CONNECTIONS = 1000,
 	CONNECTIONS_MAX = 500000,
@@ -218,7 +220,7 @@ enum limit {
 	COLD_GAP_US = 12000,
 	/* With fewer outside the prefix the whole is always polled. */
 	COLD_MIN = 16,
-	/* What a tunnel keeps for the log: of it, of its greeting. */
+	/* What a tunnel keeps for the log: in all, and of its greeting. */
 	NOTE_MAX = 120,
 	NOTE_SNI = 40,
 	/* Bytes of each piece of payload that -vv shows. */
@@ -243,6 +245,8 @@ enum limit {
 	CACHE_PATH = 1024,
 	/* Fields in Vary; more are not stored. */
 	VARY_MAX = 16,
+	/* Below the cache directory: two digits, and thirty. */
+	ENTRY_PATH = 40,
 	/* The first line of an entry. */
 	REGION_LINE = 75,
 	/* In these parts of the cache's size the sweeper says what is left. */
@@ -349,22 +353,22 @@ enum role {
 
 /* One side of an exchange: a descriptor and the bytes at rest there. */
 struct conn {
-	int fd;         /* -1: none; an answer from memory has none */
-	int error;      /* errno that ended reading, 0 while it lives */
-	unsigned place; /* in the poll set; 0 is nobody's, so: not in it */
-	enum role role; /* what it is for */
-	int64_t event;  /* ms of the last event: hot or cold */
+	int fd;              /* -1: none; an answer from memory has none */
+	int error;           /* errno that ended reading, 0 while it lives */
+	unsigned place;      /* in the poll set; 0 is nobody's, so: not in it */
+	enum role role;      /* what it is for */
+	uint32_t seen;       /* of `in`: searched for a head's end */
+	bool connecting : 1; /* connect(2) is under way */
+	bool readable : 1;   /* a read may bring something */
+	bool writable : 1;   /* a write may take something */
+	bool eof : 1;        /* the other side sends no more */
+	bool shut : 1;       /* we send no more */
+	bool deaf : 1;       /* writing failed: the other side hears no more */
+	bool hung : 1; /* poll said HUP or ERR: nothing more to wait for */
+	int64_t event; /* ms of the last event: hot or cold */
 	struct exchange *exchange; /* whose it is; NULL outside one */
 	struct buffer *in;         /* arrived and not yet used */
 	struct buffer *out;        /* to leave; never empty */
-	size_t seen;               /* of `in`: searched for a head's end */
-	bool connecting;           /* connect(2) is under way */
-	bool readable;             /* a read may bring something */
-	bool writable;             /* a write may take something */
-	bool eof;                  /* the other side sends no more */
-	bool shut;                 /* we send no more */
-	bool deaf; /* writing failed: the other side hears no more */
-	bool hung; /* poll said HUP or ERR: nothing more to wait for */
 };
 
 /* What tells where a body ends (RFC 9112 section 6.3). */
@@ -391,16 +395,16 @@ enum chunk {
 struct flow {
 	enum framing from, to; /* how it is framed where it comes from, goes */
 	enum chunk chunk;      /* where in the chunks the next byte is */
-	unsigned digits;       /* of the chunk size so far */
+	unsigned char digits;  /* of the chunk size so far */
+	bool whole : 1;        /* the end of the message has arrived */
+	bool done : 1;         /* and has been handed on */
+	bool broken : 1;       /* its framing is wrong, or it was cut short */
+	bool bare : 1;         /* it leaves without its trailer fields */
+	uint32_t ready;        /* payload at the front of `in` */
+	uint32_t trailer;      /* bytes of trailer section behind it */
+	uint32_t excess;       /* framing beyond a fair share */
 	uint64_t left;         /* payload to come, of the body or this chunk */
 	uint64_t payload;      /* payload handed on */
-	size_t ready;          /* payload at the front of `in` */
-	size_t trailer;        /* bytes of trailer section behind it */
-	size_t excess;         /* framing beyond a fair share */
-	bool whole;            /* the end of the message has arrived */
-	bool done;             /* and has been handed on */
-	bool broken;           /* its framing is wrong, or it was cut short */
-	bool bare;             /* it leaves without its trailer fields */
 };
 
 /* One line of a head (RFC 9110 section 5.1). */
@@ -450,19 +454,6 @@ struct rewrites {
 	size_t n;                                  /* how many there are */
 	bool open;                                 /* there may be more */
 	const struct rule *list[REWRITES_MAX + 1]; /* in their order */
-};
-
-/* A request head, understood. */
-struct request {
-	struct head head;         /* all its lines */
-	struct text name;         /* the method's */
-	enum method method;       /* the same, if it is one that we know */
-	struct text uri;          /* the target as it came */
-	struct target target;     /* and taken apart */
-	unsigned minor;           /* of HTTP/1.x: 0 or 1 */
-	enum framing framing;     /* of its body */
-	uint64_t length;          /* of it, for FRAMING_LENGTH */
-	struct rewrites rewrites; /* what is changed before it is sent */
 };
 
 /* A response head, understood. */
@@ -635,107 +626,144 @@ enum greeting {
 	GREETING_REPLY   /* whether the target was reached */
 };
 
-/* What is known of one exchange; all zero at its start. */
-struct facts {
-	struct buffer *head;  /* the request's head; what the texts point to */
-	struct text name;     /* the method's */
-	struct text uri;      /* the target as it came, for the log */
-	struct text host;     /* where the request is to go */
-	struct text referer;  /* for the log */
-	struct text agent;    /* the same */
-	unsigned port;        /* beside host */
-	unsigned minor;       /* of the client's HTTP/1.x */
-	enum method method;   /* METHOD_OTHER if it means nothing to us */
-	enum refusal refusal; /* why it failed, or REFUSE_NONE */
-	enum end end;         /* by whom it was ended */
-	enum greeting greeting;        /* how far a SOCKS5 parent is */
-	int status;                    /* sent to the client, 0: none yet */
-	int connect_errno;             /* why the last address failed */
-	unsigned char interims;        /* 1xx responses so far */
-	unsigned char addresses, next; /* of the list below: known, tried */
-	unsigned char tries;           /* connections in table `others` */
-	unsigned char sni, sni_len;    /* where a tunnel's note has its name */
-	bool close;          /* the client's connection ends after this */
-	bool keep_server;    /* the server's may serve another */
-	bool reused;         /* it has served one before */
-	bool fresh;          /* it must be a new one */
-	bool tunnel;         /* two flows without framing */
-	bool upgrade;        /* the client asked to switch protocols */
-	bool login;          /* it holds a login for the whole connection */
-	bool local;          /* answered from memory */
-	bool open;           /* whether it is let pass is not decided yet */
-	bool route_open;     /* by which way is not */
-	bool nocache;        /* the cache has no part in it */
-	bool greeted;        /* of a tunnel: its first bytes were looked at */
-	unsigned found;      /* texts that were found in the body: bits */
-	struct rules *rules; /* by which it goes, or NULL */
-	const struct rule *rule;    /* the one that decided about it, or NULL */
+/* What the rules said of a request; all zero at its start. */
+struct access {
+	bool open;             /* whether it is let pass is not decided yet */
+	bool route_open;       /* by which way is not */
+	unsigned found;        /* texts that were found in the body: bits */
+	struct buffer *answer; /* see access_response() */
+};
+
+/* The way of a request to its server; all zero at its start. */
+struct route {
 	struct parent *parent;      /* to go through, or NULL */
 	const struct address *from; /* to leave by: IPv4, IPv6; NULL: any */
-	const struct account *user; /* who logged in, or NULL */
-	struct buffer *answer;      /* see access_response() */
-	struct address server;      /* the one in use */
+	enum greeting greeting;     /* how far a SOCKS5 parent is */
+	int error;                  /* why the last address failed */
+	unsigned char n, next;      /* addresses: known, tried */
+	unsigned char tries;        /* connections in table `others` */
+	bool reused;                /* the server has served another */
+	bool fresh;                 /* its connection must be a new one */
+	bool keep;                  /* it may serve another */
+	int64_t tried;              /* ms: the last address was tried */
 	/* Of the next hop; of an entry that answers, the first: its server. */
 	struct address list[ADDRESSES_MAX];
-	bool cached;        /* the answer comes from an entry */
-	bool validated;     /* the server was asked about it */
-	int forward_status; /* what it said, 0: nothing */
-	bool has_entry;     /* the next one is open, to be validated */
-	bool storing;       /* the one after it is being written */
-	bool spoiled;       /* and is out of date before it is done */
-	bool grows;         /* the entry is the one that `leader` is storing */
-	bool orphan;        /* and that one has given up storing it */
-	bool alone;         /* it has waited for another in vain */
-	bool outdated;      /* the entry that was validated is of no use now */
-	unsigned followers; /* exchanges that wait for this fetch or read it */
-	uint64_t fetch;     /* in cache.fetches under this serial; 0: not */
-	uint64_t leader;    /* serial of the fetch that this one follows */
-	uint64_t key;       /* hash of the target's key */
-	uint64_t length;    /* of the body being stored; UINT64_MAX: unknown */
-	uint64_t skip;      /* payload that the client has had before */
+};
+
+/* The part of the cache in a request; all zero at its start. */
+struct caching {
+	bool nocache;        /* it has none */
+	bool validated;      /* the server was asked about an entry */
+	bool has_entry;      /* `entry` is open, to be validated */
+	bool outdated;       /* the entry that was validated is of no use now */
+	bool storing;        /* `store` is being written */
+	bool spoiled;        /* and is out of date before it is done */
+	bool alone;          /* it has waited for another in vain */
+	int forward_status;  /* what the server said, 0: nothing */
+	const char *forward; /* why it was asked (RFC 9211) */
+	const char *hit;     /* what of the entry was used, for the log */
+	unsigned followers;  /* exchanges that wait for this fetch or read it */
+	uint64_t fetch;      /* in cache.fetches under this serial; 0: not */
+	uint64_t leader;     /* serial of the fetch that this one follows */
+	uint64_t key;        /* hash of the target's key */
+	uint64_t length;     /* of the body being stored; UINT64_MAX: unknown */
+	uint64_t skip;       /* payload that the client has had before */
 	uint64_t validator; /* hash of what tells that it is the same payload */
 	int entry;          /* descriptor of an entry */
 	int store;          /* of a new one */
 	uint32_t region;    /* bytes of its region */
 	uint64_t body;      /* bytes of the entry's body */
 	uint64_t stored;    /* of the new one's, or of the leader's, so far */
-	uint64_t region_rest; /* the sum of its region but its first line */
-	int64_t requested;    /* wall clock: when the server was asked */
-	int64_t ttl;          /* seconds the entry is still fresh */
-	int64_t age;          /* its age in seconds */
-	const char *forward;  /* why the server was asked (RFC 9211) */
-	const char *hit;      /* what of the entry was used, for the log */
-	struct text path;     /* of the target */
-	int64_t start;        /* ms: the first byte of the request came */
-	int64_t asked;        /* the name was asked for */
-	int64_t resolved;     /* the addresses were known */
-	int64_t tried;        /* the last address was tried */
-	int64_t connected;    /* the request could be sent */
-	int64_t answered;     /* the response head was whole */
+	uint64_t region_rest;  /* the sum of its region but its first line */
+	int64_t requested;     /* wall clock: when the server was asked */
+	int64_t ttl;           /* seconds the entry is still fresh */
+	int64_t age;           /* its age in seconds */
+	char path[ENTRY_PATH]; /* of either, below the cache directory */
 };
 
-/* One slot: a client's connection and what is being done for it. */
+/* When a request came how far: ms, 0: it did not. */
+struct times {
+	int64_t asked;     /* the name was asked for */
+	int64_t resolved;  /* the addresses were known */
+	int64_t connected; /* the request could be sent */
+	int64_t answered;  /* the response head was whole */
+};
+
+/*
+ * One request: from its first byte to its line in the log.  It comes from a
+ * pool, and a client that asks nothing, like a tunnel, has none.
+ */
+struct request {
+	struct request *next;     /* in the list of free ones */
+	struct buffer *bytes;     /* its head; what all texts point to */
+	struct text name;         /* the method's */
+	struct text uri;          /* the target as it came, for the log */
+	struct target target;     /* and taken apart */
+	enum method method;       /* METHOD_OTHER if it means nothing to us */
+	unsigned minor;           /* of HTTP/1.x: 0 or 1 */
+	enum framing framing;     /* of its body */
+	uint64_t length;          /* of it, for FRAMING_LENGTH */
+	unsigned interims;        /* 1xx responses so far */
+	bool upgrade;             /* the client asked to switch protocols */
+	bool login;               /* a login for the whole connection */
+	bool local;               /* answered from memory */
+	bool cached;              /* the answer comes from an entry */
+	bool grows;               /* which the fetch it follows is storing */
+	bool orphan;              /* and that one has given up storing it */
+	struct access access;     /* what the rules said */
+	struct route route;       /* the way to the server */
+	struct caching caching;   /* the part of the cache */
+	struct times times;       /* for the log */
+	struct rewrites rewrites; /* what is changed before it is sent */
+	struct head head;         /* last, since most of it is never touched */
+};
+
+/* What the log says of an exchange. */
+struct record {
+	int64_t start;              /* ms: the request's first byte came */
+	struct address server;      /* the one in use */
+	const struct account *user; /* who logged in, or NULL */
+	const struct rule *rule;    /* the one that decided, or NULL */
+	int status;                 /* sent to the client, 0: none yet */
+	enum refusal refusal;       /* why it failed, or REFUSE_NONE */
+	enum end end;               /* by whom it was ended */
+};
+
+/* What the log says of a tunnel, whose request is gone: texts, cut. */
+struct note {
+	int32_t dns_ms, connect_ms; /* how long it took; -1: it did not */
+	unsigned char name, uri, agent, referer; /* lengths, in this order */
+	unsigned char sni, sni_len; /* where the name in its greeting is */
+	unsigned char minor;        /* of the client's HTTP/1.x */
+	char text[NOTE_MAX];        /* all of them */
+};
+
+/*
+ * One slot: a client's connection and what is being done for it.  A client
+ * that asks nothing, or has a tunnel, costs this and no more.
+ */
 struct exchange {
 	enum phase phase;      /* set by exchange_enter() only */
-	bool refresh;          /* it has no client: see cache_refresh() */
-	bool served;           /* this connection has had an exchange before */
+	bool refresh : 1;      /* it has no client: see cache_refresh() */
+	bool served : 1;       /* this connection has had an exchange before */
+	bool close : 1;        /* the client's connection ends after this */
+	bool tunnel : 1;       /* two flows without framing */
+	bool greeted : 1;      /* of a tunnel: its first bytes were looked at */
+	bool again : 1;        /* is in the list of those to run */
 	uint64_t number;       /* in the trace */
 	int64_t since;         /* ms: when the phase began */
 	int64_t moved;         /* when a byte last moved */
 	int64_t deadline;      /* when to look at it again at the latest */
-	struct exchange *next; /* in the list of free slots, or of fetches */
-	struct address peer;   /* the client's */
-	struct conn client, server; /* its two sides */
-	struct flow up;             /* the request's body, client to server */
-	struct flow down;           /* the response's, server to client */
-	struct facts facts;         /* of the request being served */
-	char note[NOTE_MAX];        /* a tunnel's texts */
-	/*
-	 * The list of those to run.  A slot stays in it when it is freed and
-	 * taken again, so these two outlive the exchange.
-	 */
-	bool again;                  /* is in it */
-	struct exchange *next_again; /* behind it in the list */
+	struct exchange *next; /* of free slots, or of fetches */
+	struct exchange *next_again; /* of those to run */
+	struct address peer;         /* the client's */
+	struct conn client, server;  /* its two sides */
+	struct flow up;              /* the request's body, client to server */
+	struct flow down;            /* the response's, server to client */
+	struct request *request;     /* being served, or NULL */
+	struct rules *rules;         /* by which it goes, or NULL */
+	struct record record;        /* for its line in the log */
+	struct note note;            /* of a tunnel */
 };
 
 /* Where a connection leads, and how. */
@@ -1116,6 +1144,12 @@ static struct {
 	struct buffer *list; /* the last given back is the first */
 	size_t n;            /* how many */
 } buffers_free;
+
+/* Requests that are nobody's now. */
+static struct {
+	struct request *list; /* the last given back is the first */
+	size_t n;             /* how many */
+} requests_free;
 
 static struct other *others;
 static size_t others_n;    /* how many there may be */
@@ -1728,6 +1762,48 @@ buffer_compact(struct buffer *b)
 	memmove(b->data + CHUNK_ROOM, b->data + b->start, n);
 	b->start = CHUNK_ROOM;
 	b->end = CHUNK_ROOM + n;
+}
+
+/*
+ * A request with nothing in it yet, NULL if the system has no memory.  All
+ * but its fields, of which it has none, is zero.
+ */
+static struct request *
+request_new(void)
+{
+	struct request *q = requests_free.list;
+
+	if (q != NULL) {
+		requests_free.list = q->next;
+		requests_free.n--;
+	} else {
+		q = malloc(sizeof(*q));
+		if (q == NULL)
+			return NULL;
+	}
+	memset(q, 0, offsetof(struct request, head));
+	q->head.n = 0;
+	return q;
+}
+
+/* Gives *at back with the buffers it holds, if there is one. */
+static void
+request_drop(struct request **at)
+{
+	struct request *q = *at;
+
+	*at = NULL;
+	if (q == NULL)
+		return;
+	buffer_give(&q->bytes);
+	buffer_give(&q->access.answer);
+	if (requests_free.n >= REQUESTS_FREE_MAX) {
+		free(q);
+		return;
+	}
+	q->next = requests_free.list;
+	requests_free.list = q;
+	requests_free.n++;
 }
 
 /* ---- 5. Conns ---- */
@@ -3096,7 +3172,7 @@ chunk_byte(struct flow *f, char c)
 		    CHUNK_EXCESS_MAX :
 		    (size_t)f->left * 2 + 16;
 
-		f->excess -= f->excess < share ? f->excess : share;
+		f->excess -= f->excess < share ? f->excess : (uint32_t)share;
 		f->chunk = CHUNK_DATA;
 	} else {
 		f->chunk = f->chunk == CHUNK_SIZE_LF ? CHUNK_TRAILER :
@@ -3128,7 +3204,7 @@ trailer_decode(struct flow *f, struct buffer *b)
 		return;
 	}
 	f->whole = true;
-	f->trailer = (size_t)n;
+	f->trailer = (uint32_t)n;
 	if (n == 2) {
 		memmove(b->data + b->start + f->ready,
 		    b->data + b->start + f->ready + 2, t.len - 2);
@@ -3145,7 +3221,7 @@ flow_ready(struct flow *f, struct buffer *b, size_t at, size_t n)
 
 	if (to != at)
 		memmove(b->data + to, b->data + at, n);
-	f->ready += n;
+	f->ready += (uint32_t)n;
 }
 
 /*
@@ -3196,11 +3272,11 @@ flow_decode(struct flow *f, struct buffer *b, bool eof)
 	} else if (f->from == FRAMING_LENGTH) {
 		if (raw > f->left)
 			raw = (size_t)f->left;
-		f->ready += raw;
+		f->ready += (uint32_t)raw;
 		f->left -= raw;
 		f->whole = f->left == 0;
 	} else if (f->from == FRAMING_CLOSE) {
-		f->ready += raw;
+		f->ready += (uint32_t)raw;
 		f->whole = eof;
 	}
 	if (eof && !f->whole)
@@ -3285,7 +3361,7 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
 		n = flow_append(f, from->in, to->out);
 		buffer_use(&from->in, n);
 	}
-	f->ready -= n;
+	f->ready -= (uint32_t)n;
 	f->payload += n;
 	if (!f->whole || f->ready > 0 || f->done)
 		return n > 0;
@@ -7134,7 +7210,8 @@ fetch_tell(const struct exchange *x, bool ended, bool whole)
 	if (x->request->caching.followers == 0)
 		return;
 	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++) {
-		if (y->phase == PHASE_FREE || y->request->caching.leader != x->request->caching.fetch)
+		if (y->phase == PHASE_FREE ||
+		    y->request->caching.leader != x->request->caching.fetch)
 			continue;
 		y->server.readable = y->request->grows;
 		y->request->caching.stored = x->request->caching.stored;
@@ -7169,25 +7246,15 @@ static void
 fetch_move(struct exchange *x, struct exchange *y)
 {
 	struct exchange **at = &cache.fetches;
-	struct request *q = x->request;
+	struct request *q = x->request, *fresh = y->request;
 
-	y->facts = (struct facts){ .method = q->method,
-		.status = x->record.status,
-		.close = true,
-		.end = END_CLIENT,
-		.server = x->record.server,
-		.storing = true,
-		.spoiled = q->caching.spoiled,
-		.fetch = q->caching.fetch,
-		.followers = q->caching.followers + 1,
-		.key = q->caching.key,
-		.length = q->caching.length,
-		.validator = q->caching.validator,
-		.store = q->caching.store,
-		.region = q->caching.region,
-		.stored = q->caching.stored,
-		.region_rest = q->caching.region_rest };
-	memcpy(y->note, x->note, sizeof(y->note));
+	y->record.status = x->record.status;
+	y->record.end = END_CLIENT;
+	y->record.server = x->record.server;
+	y->close = true;
+	fresh->method = q->method;
+	fresh->caching = q->caching;
+	fresh->caching.followers++;
 	while (*at != x)
 		at = &(*at)->next;
 	*at = y;
@@ -7207,7 +7274,8 @@ fetch_leave(struct exchange *x)
 {
 	struct exchange *y;
 
-	for (y = cache.fetches; y != NULL && x->request->caching.leader; y = y->next)
+	for (y = cache.fetches; y != NULL && x->request->caching.leader;
+	     y = y->next)
 		if (y->request->caching.fetch == x->request->caching.leader) {
 			y->request->caching.followers--;
 			exchange_queue(y);
@@ -7231,7 +7299,8 @@ store_share(const struct exchange *x)
 {
 	const struct request *q = x->request;
 
-	return q->caching.length == UINT64_MAX ? q->caching.stored : q->caching.length;
+	return q->caching.length == UINT64_MAX ? q->caching.stored :
+						 q->caching.length;
 }
 
 /* Ends storing: the file is left to its name, and the followers are told. */
@@ -7303,9 +7372,11 @@ token_find(uint64_t hash, struct text key, struct text vary, char *to)
 		(void)text_copy(e.token, to, 64);
 	for (y = cache.fetches; b != NULL && list != NULL && y != NULL;
 	     y = y->next) {
-		if (!y->request->caching.storing || y->request->caching.key != hash ||
+		if (!y->request->caching.storing ||
+		    y->request->caching.key != hash ||
 		    y->request->caching.spoiled ||
-		    !region_read(y->request->caching.store, y->request->caching.region, b, &e) ||
+		    !region_read(y->request->caching.store,
+			y->request->caching.region, b, &e) ||
 		    e.variant.len == 0 || !text_equals(e.key, key) ||
 		    response_parse(e.head, METHOD_GET, &r) != 1)
 			continue;
@@ -7422,11 +7493,11 @@ store_open(struct exchange *x, const struct response *r, const struct draft *d)
 	q->caching.stored = 0;
 	q->caching.validator = response_validator(r);
 	q->caching.length = r->framing == FRAMING_LENGTH ? r->length :
-	    r->framing == FRAMING_NONE           ? 0 :
-						   UINT64_MAX;
+	    r->framing == FRAMING_NONE                   ? 0 :
+							   UINT64_MAX;
 	entry_path(d->e.key, d->e.variant, path);
-	(void)text_copy(text_of(path + strlen(options.cache)), x->note,
-	    sizeof(x->note));
+	(void)text_copy(text_of(path + strlen(options.cache)), q->caching.path,
+	    sizeof(q->caching.path));
 	if (!q->caching.storing)
 		return;
 	cache.making += store_share(x);
@@ -7486,7 +7557,8 @@ store_append(struct exchange *x, struct text t)
 	if (!q->caching.storing)
 		return;
 	if (!store_fits(x, t.len) ||
-	    !write_at(q->caching.store, t, (off_t)(q->caching.region + q->caching.stored))) {
+	    !write_at(q->caching.store, t,
+		(off_t)(q->caching.region + q->caching.stored))) {
 		store_drop(x);
 		return;
 	}
@@ -7508,7 +7580,8 @@ store_mark(const struct exchange *x)
 	struct response r;
 	struct entry e;
 	bool good = b != NULL && list != NULL &&
-	    region_read(x->request->caching.store, x->request->caching.region, b, &e);
+	    region_read(x->request->caching.store, x->request->caching.region,
+		b, &e);
 
 	if (good && e.variant.len > 0)
 		good = response_parse(e.head, METHOD_GET, &r) == 1 &&
@@ -7528,12 +7601,14 @@ store_finish(struct exchange *x)
 
 	if (!q->caching.storing)
 		return;
-	region_line(line, q->caching.region, q->caching.stored, q->caching.region_rest);
+	region_line(line, q->caching.region, q->caching.stored,
+	    q->caching.region_rest);
 	store_path(q->caching.fetch, from);
-	(void)snprintf(to, sizeof(to), "%s%s", options.cache, x->note);
+	(void)snprintf(to, sizeof(to), "%s%s", options.cache, q->caching.path);
 	entry_directory(to);
-	if (!q->caching.spoiled && write_at(q->caching.store, text_of(line), 0) &&
-	    store_mark(x) && rename(from, to) != -1)
+	if (!q->caching.spoiled &&
+	    write_at(q->caching.store, text_of(line), 0) && store_mark(x) &&
+	    rename(from, to) != -1)
 		cache_grow(q->caching.region + q->caching.stored);
 	else
 		(void)unlink(from);
@@ -7560,7 +7635,8 @@ cache_forget(const struct exchange *x)
 	entry_path(buffer_text(b), text_cut("", 0), path);
 	(void)unlink(path);
 	for (y = cache.fetches; y != NULL; y = y->next)
-		y->request->caching.spoiled = y->request->caching.spoiled || y->request->caching.key == key;
+		y->request->caching.spoiled = y->request->caching.spoiled ||
+		    y->request->caching.key == key;
 	buffer_give(&b);
 }
 
@@ -7734,7 +7810,8 @@ entry_freshen(struct exchange *x, const struct request *q,
 		merged_head_append(&r, &news->head, head);
 		e.requested = x->request->caching.requested;
 		e.responded = now.wall;
-		e.age = initial_age(news, x->request->caching.requested, now.wall);
+		e.age =
+		    initial_age(news, x->request->caching.requested, now.wall);
 		if (!head->overflow &&
 		    response_parse(buffer_text(head), METHOD_GET, &merged) ==
 			1 &&
@@ -7742,7 +7819,8 @@ entry_freshen(struct exchange *x, const struct request *q,
 		    vary_same(&r, &merged) &&
 		    region_build(b, &e, buffer_text(head), e.region) > 0) {
 			region_seal(b, e.body);
-			(void)write_at(x->request->caching.entry, buffer_text(b), 0);
+			(void)write_at(x->request->caching.entry,
+			    buffer_text(b), 0);
 		} else if (!aloof)
 			(void)unlink(path);
 	}
@@ -8434,28 +8512,77 @@ log_date(void)
 
 /* Appends name and milliseconds, or "-" for a step that did not take place. */
 static void
-log_time(struct buffer *b, const char *name, int64_t from, int64_t to)
+log_time(struct buffer *b, const char *name, int64_t ms)
 {
 	buffer_append(b, text_of(name));
-	if (from == 0 || to < from)
+	if (ms < 0)
 		buffer_append(b, text_of("-"));
 	else
-		buffer_number(b, (uint64_t)(to - from));
+		buffer_number(b, (uint64_t)ms);
+}
+
+/* What the log says of a request, or of the tunnel that one became. */
+struct quotes {
+	struct text name, uri, agent, referer; /* as the client sent them */
+	unsigned minor;                        /* of its HTTP/1.x */
+	int64_t dns_ms, connect_ms, first_ms;  /* -1: it did not come to it */
+};
+
+/* The time between two steps in ms; -1 if one of them did not take place. */
+static int64_t
+times_between(int64_t from, int64_t to)
+{
+	return from == 0 || to < from ? -1 : to - from;
+}
+
+/* What is to be said of x: slices of its request, or of its note. */
+static struct quotes
+log_quotes(const struct exchange *x)
+{
+	const struct request *q = x->request;
+	const struct note *n = &x->note;
+	struct quotes quotes = { .first_ms = -1 };
+
+	if (q != NULL) {
+		const struct times *t = &q->times;
+
+		quotes.name = q->name;
+		quotes.uri = q->uri;
+		quotes.agent = head_value(&q->head, "User-Agent");
+		quotes.referer = head_value(&q->head, "Referer");
+		quotes.minor = q->minor;
+		quotes.dns_ms = times_between(t->asked, t->resolved);
+		quotes.connect_ms = q->route.reused ?
+		    -1 :
+		    times_between(t->resolved, t->connected);
+		if (!q->local)
+			quotes.first_ms =
+			    times_between(t->connected, t->answered);
+		return quotes;
+	}
+	quotes.name = text_cut(n->text, n->name);
+	quotes.uri = text_cut(n->text + n->name, n->uri);
+	quotes.agent = text_cut(quotes.uri.at + n->uri, n->agent);
+	quotes.referer = text_cut(quotes.agent.at + n->agent, n->referer);
+	quotes.minor = n->minor;
+	quotes.dns_ms = n->dns_ms;
+	quotes.connect_ms = n->connect_ms;
+	return quotes;
 }
 
 /* Where the first line of a head that could not be parsed goes in full. */
 static void
-log_request(struct buffer *b, const struct facts *f)
+log_request(struct buffer *b, const struct quotes *q)
 {
-	if (f->name.len > 0) {
-		buffer_escape(b, f->name, BUFFER_ROOM / 16);
+	if (q->name.len > 0) {
+		buffer_escape(b, q->name, BUFFER_ROOM / 16);
 		buffer_append(b, text_of(" "));
-		buffer_escape(b, f->uri, BUFFER_ROOM / 2);
+		buffer_escape(b, q->uri, BUFFER_ROOM / 2);
 		buffer_append(b,
-		    text_of(f->minor ? " HTTP/1.1\"" : " HTTP/1.0\""));
+		    text_of(q->minor ? " HTTP/1.1\"" : " HTTP/1.0\""));
 	} else {
 		buffer_append(b, text_of("- "));
-		buffer_escape(b, f->uri, BUFFER_ROOM / 4);
+		buffer_escape(b, q->uri, BUFFER_ROOM / 4);
 		buffer_append(b, text_of(" -\""));
 	}
 }
@@ -8465,9 +8592,9 @@ log_request(struct buffer *b, const struct facts *f)
  * one that was dropped 444, as nginx has it.
  */
 static int
-log_status(const struct facts *f)
+log_status(const struct record *r)
 {
-	return f->status ? f->status : f->end == END_RULE ? 444 : 499;
+	return r->status ? r->status : r->end == END_RULE ? 444 : 499;
 }
 
 /* Which line decided, and the name that a tunnel's client greeted with. */
@@ -8476,13 +8603,15 @@ log_rule(struct buffer *b, const struct exchange *x)
 {
 	char name[RULE_NAME_MAX];
 
-	if (x->sni_len > 0) {
+	if (x->note.sni_len > 0) {
 		buffer_append(b, text_of(" sni="));
-		buffer_escape(b, text_cut(x->note + x->sni, x->sni_len),
+		buffer_escape(b,
+		    text_cut(x->note.text + x->note.sni, x->note.sni_len),
 		    NOTE_MAX);
 	}
 	if (x->record.rule == NULL ||
-	    (x->record.rule->file == built_in && x->record.rule->action == ACTION_ALLOW))
+	    (x->record.rule->file == built_in &&
+		x->record.rule->action == ACTION_ALLOW))
 		return;
 	rule_name(x->record.rule, name);
 	buffer_append(b, text_of(" rule="));
@@ -8494,6 +8623,7 @@ static void
 log_exchange(const struct exchange *x)
 {
 	const struct request *q = x->request;
+	struct quotes quotes = log_quotes(x);
 	struct buffer *b = buffer_take();
 	char server[ADDRESS_TEXT], peer[ADDRESS_TEXT];
 
@@ -8503,37 +8633,39 @@ log_exchange(const struct exchange *x)
 	address_print(&x->record.server, server);
 	buffer_append(b, text_of(peer));
 	buffer_append(b, text_of(" - "));
-	buffer_escape(b, x->record.user ? x->record.user->user : text_of(""), CREDENTIAL_MAX);
+	buffer_escape(b, x->record.user ? x->record.user->user : text_of(""),
+	    CREDENTIAL_MAX);
 	buffer_append(b, text_of(" ["));
 	buffer_append(b, text_of(log_date()));
 	buffer_append(b, text_of("] \""));
-	log_request(b, f);
+	log_request(b, &quotes);
 	buffer_append(b, text_of(" "));
-	buffer_number(b, (uint64_t)log_status(f));
+	buffer_number(b, (uint64_t)log_status(&x->record));
 	buffer_append(b, text_of(" "));
 	buffer_number(b, x->down.payload);
 	buffer_append(b, text_of(" \""));
-	buffer_escape(b, q->referer, BUFFER_ROOM / 8);
+	buffer_escape(b, quotes.referer, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\" \""));
-	buffer_escape(b, q->agent, BUFFER_ROOM / 8);
+	buffer_escape(b, quotes.agent, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\""));
-	if (q->caching.hit != NULL) {
+	if (q != NULL && q->caching.hit != NULL) {
 		buffer_append(b, text_of(q->cached ? " hit=" : " miss="));
 		buffer_append(b, text_of(q->caching.hit));
 	}
 	buffer_append(b, text_of(" up="));
 	buffer_number(b, x->up.payload);
-	log_time(b, " dns=", x->record.asked, x->record.resolved);
-	log_time(b, " connect=", q->route.reused ? 0 : x->record.resolved, x->record.connected);
-	log_time(b, " first=", x->record.connected, q->local ? 0 : x->record.answered);
-	log_time(b, " total=", x->record.start, now.ms);
+	log_time(b, " dns=", quotes.dns_ms);
+	log_time(b, " connect=", quotes.connect_ms);
+	log_time(b, " first=", quotes.first_ms);
+	log_time(b, " total=", now.ms - x->record.start);
 	buffer_append(b, text_of(" server="));
 	buffer_append(b, text_of(server));
 	buffer_append(b, text_of(" end="));
 	buffer_append(b, text_of(ends[x->record.end]));
 	log_rule(b, x);
 	if (x->record.refusal)
-		buffer_print(b, " why=\"%s\"", refusals[x->record.refusal].words);
+		buffer_print(b, " why=\"%s\"",
+		    refusals[x->record.refusal].words);
 	buffer_append(b, text_of("\n"));
 	log_put(b);
 }
@@ -8861,14 +8993,28 @@ exchange_enter(struct exchange *x, enum phase phase)
 static void
 exchange_drop_tries(struct exchange *x)
 {
+	struct route *route = &x->request->route;
 	struct other *o;
 
-	for (o = others; x->request->route.tries > 0 && o < others + others_used; o++) {
+	for (o = others; route->tries > 0 && o < others + others_used; o++) {
 		if (o->conn.fd == -1 || o->conn.exchange != x)
 			continue;
 		conn_close(&o->conn, false);
-		x->request->route.tries--;
+		route->tries--;
 	}
+}
+
+/* Lets go of the request and all that it holds, if there is one. */
+static void
+exchange_forget(struct exchange *x)
+{
+	if (x->request == NULL)
+		return;
+	store_drop(x);
+	fetch_leave(x);
+	entry_close(x);
+	exchange_drop_tries(x);
+	request_drop(&x->request);
 }
 
 /* Ends the connection and frees the slot; with reset, so that it is felt. */
@@ -8876,14 +9022,9 @@ static void
 exchange_close(struct exchange *x, bool reset)
 {
 	exchange_enter(x, PHASE_FREE);
-	store_drop(x);
-	fetch_leave(x);
-	entry_close(x);
-	exchange_drop_tries(x);
+	exchange_forget(x);
 	conn_close(&x->server, reset);
 	conn_close(&x->client, reset);
-	buffer_give(&x->request->bytes);
-	buffer_give(&x->request->access.answer);
 	rules_give(&x->rules);
 	x->next = exchanges.free;
 	exchanges.free = x;
@@ -8998,7 +9139,8 @@ exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 		view_source(v, &x->request->route.list[0]);
 	else if (exchange_parent(x) != NULL && !x->request->access.route_open)
 		v->never |= FACT_ADDRESS;
-	else if (x->record.server.family == AF_INET || x->record.server.family == AF_INET6)
+	else if (x->record.server.family == AF_INET ||
+	    x->record.server.family == AF_INET6)
 		v->address = &x->record.server;
 	if (v->address != NULL)
 		v->known |= FACT_ADDRESS;
@@ -9033,51 +9175,27 @@ response_length(const struct response *r)
 }
 
 /*
- * The request of an exchange, as its head says; what request_parse() says of
- * it.  Steps of one exchange mostly follow each other, so the last one that
- * was parsed stays until another is asked for: no two have the same number.
+ * What rules change in the request of an exchange before it is sent, as far
+ * as it is known now.  So that a text can be sought in the response, it must
+ * not be compressed.
  */
-static int
-exchange_parse(const struct exchange *x, struct request **request)
-{
-	static struct request last;
-	static uint64_t number;
-	static int verdict;
-
-	if (number != x->number)
-		verdict = request_parse(buffer_text(x->request->bytes), &last);
-	number = x->number;
-	assert(last.head.line.at == buffer_text(x->request->bytes).at);
-	*request = &last;
-	return verdict;
-}
-
-/*
- * The request of an exchange, and what rules change in it, as things are,
- * before it is sent; see exchange_parse() for how long it stays.  So that a
- * text can be sought in the response, it must not be compressed.
- */
-static const struct request *
-exchange_request(const struct exchange *x)
+static void
+exchange_rewrite(struct exchange *x)
 {
 	static struct value encoding;
 	static struct rule plain = { .action = ACTION_UNSET,
 		.names = &encoding };
 	const struct rules *r = x->rules;
-	struct request *q;
+	struct request *q = x->request;
 	struct view v;
 
-	(void)exchange_parse(x, &q);
-	q->rewrites.n = 0;
-	q->rewrites.open = false;
-	if (r == NULL || (r->first[GROUP_REQUEST] == NULL && !r->needles_n))
-		return q;
+	if (r->first[GROUP_REQUEST] == NULL && !r->needles_n)
+		return;
 	exchange_view(x, q, &v);
 	rewrites_collect(r, GROUP_REQUEST, &v, &q->rewrites);
 	encoding.text = text_of("Accept-Encoding");
 	if (rules_seek_body(r, &v))
 		q->rewrites.list[q->rewrites.n++] = &plain;
-	return q;
 }
 
 /* A rule refused the exchange: by a page, a question, or not a word. */
@@ -9155,7 +9273,8 @@ route_judge(struct exchange *x, struct view *v)
 	    parent_choose(verdict.rule->parents) :
 	    NULL;
 	if (q->route.parent != NULL)
-		trace(x, "via %s port %u", q->route.parent->host, q->route.parent->port);
+		trace(x, "via %s port %u", q->route.parent->host,
+		    q->route.parent->port);
 }
 
 /*
@@ -9175,7 +9294,8 @@ access_begin(struct exchange *x, const struct request *q)
 	if (!access_judge(x, &v))
 		return false;
 	route_judge(x, &v);
-	x->request->caching.nocache = exchange_request(x)->rewrites.open;
+	exchange_rewrite(x);
+	x->request->caching.nocache = x->request->rewrites.open;
 	return true;
 }
 
@@ -9218,7 +9338,8 @@ access_response(struct exchange *x, const struct response *r, struct text head,
 static bool
 access_body(struct exchange *x, struct text piece, bool whole)
 {
-	unsigned char *states = (unsigned char *)x->request->access.answer->data;
+	unsigned char *states =
+	    (unsigned char *)x->request->access.answer->data;
 	unsigned i, found = x->request->access.found;
 	struct verdict verdict;
 	struct response r;
@@ -9228,15 +9349,19 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	for (i = 0; i < x->rules->needles_n; i++)
 		if (needle_scan(x->rules->needles[i], states + i, piece))
 			x->request->access.found |= 1U << i;
-	q = exchange_request(x);
-	(void)response_parse(buffer_text(x->request->access.answer), q->method, &r);
+	q = x->request;
+	(void)response_parse(buffer_text(x->request->access.answer), q->method,
+	    &r);
 	exchange_view(x, q, &v);
-	view_response(&v, &r, x->request->cached ? x->request->caching.body : response_length(&r));
+	view_response(&v, &r,
+	    x->request->cached ? x->request->caching.body :
+				 response_length(&r));
 	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
 	if (whole)
 		v.known |= FACT_LENGTH | FACT_BODY;
-	if (!whole && found == x->request->access.found && (v.known & FACT_LENGTH))
+	if (!whole && found == x->request->access.found &&
+	    (v.known & FACT_LENGTH))
 		return true;
 	verdict = rules_judge(x->rules, GROUP_ACCESS, &v);
 	if (verdict.truth == TRUTH_YES)
@@ -9312,11 +9437,12 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 	s->in = b;
 	x->request->cached = true;
 	/* What was judged is the way to the server, not where this is from. */
-	x->request->access.open = x->request->access.open || x->request->route.n > 0;
+	x->request->access.open = x->request->access.open ||
+	    x->request->route.n > 0;
 	x->request->route.n = 0;
 	x->request->route.list[0] = address_read(e->server);
 	if (x->request->access.open) {
-		q = exchange_request(x);
+		q = x->request;
 		(void)response_parse(e->head, q->method, &r);
 		exchange_view(x, q, &v);
 		view_response(&v, &r, e->body);
@@ -9342,14 +9468,17 @@ cache_serve_open(struct exchange *x, const char *hit)
 
 	if (b == NULL)
 		return false;
-	if (lseek(x->request->caching.entry, (off_t)buffer_len(b), SEEK_SET) == -1) {
+	if (lseek(x->request->caching.entry, (off_t)buffer_len(b), SEEK_SET) ==
+	    -1) {
 		buffer_give(&b);
 		return false;
 	}
 	x->request->caching.hit = hit;
-	x->request->caching.age = e.age + (now.wall > e.responded ? now.wall - e.responded : 0);
-	q = exchange_request(x);
-	x->request->caching.ttl = exchange_lifetime(x, q, &r, &e).seconds - x->request->caching.age;
+	x->request->caching.age =
+	    e.age + (now.wall > e.responded ? now.wall - e.responded : 0);
+	q = x->request;
+	x->request->caching.ttl =
+	    exchange_lifetime(x, q, &r, &e).seconds - x->request->caching.age;
 	x->request->caching.has_entry = false;
 	cache_serve(x, x->request->caching.entry, b, &e);
 	return true;
@@ -9370,9 +9499,10 @@ cache_rescue(struct exchange *x, bool answered)
 	int64_t age, lifetime;
 	bool good;
 
-	if (!x->request->caching.has_entry || (b = entry_load(x->request->caching.entry, &e, &r)) == NULL)
+	if (!x->request->caching.has_entry ||
+	    (b = entry_load(x->request->caching.entry, &e, &r)) == NULL)
 		return false;
-	q = exchange_request(x);
+	q = x->request;
 	age = e.age + (int64_t)now.wall - e.responded;
 	lifetime = exchange_lifetime(x, q, &r, &e).seconds;
 	asked = control_parse(&q->head);
@@ -9405,7 +9535,7 @@ parent_next(struct exchange *x)
 	/* What this one does not look up, the next may: all is judged anew. */
 	q->access.open = true;
 	q->route.next = q->route.n = 0;
-	x->record.asked = 0;
+	x->request->times.asked = 0;
 	q->route.greeting = GREETING_BEGIN;
 	x->record.server.family = 0;
 	exchange_enter(x, PHASE_RESOLVE);
@@ -9444,7 +9574,7 @@ exchange_skip(struct exchange *x)
 		n = (size_t)x->request->caching.skip;
 	if (n > 0) {
 		buffer_use(&from->in, n);
-		f->ready -= n;
+		f->ready -= (uint32_t)n;
 		x->request->caching.skip -= n;
 	}
 	if (f->whole && x->request->caching.skip > 0) {
@@ -9461,10 +9591,11 @@ static bool
 exchange_read(struct exchange *x, struct conn *from)
 {
 	const struct request *q = x->request;
-	uint64_t max = q->caching.stored - x->down.payload - x->down.ready;
+	uint64_t max;
 
-	if (from != &x->server || (!q->grows && !q->orphan))
+	if (from != &x->server || q == NULL || (!q->grows && !q->orphan))
 		return conn_read(from);
+	max = q->caching.stored - x->down.payload - x->down.ready;
 	if (max == 0) {
 		from->readable = false;
 		return false;
@@ -9496,7 +9627,7 @@ exchange_seek(struct exchange *x, size_t old)
 		f->whole))
 		return true;
 	store_drop(x);
-	f->ready = old;
+	f->ready = (uint32_t)old;
 	f->whole = false;
 	f->broken = true;
 	x->record.refusal = REFUSE_RULE;
@@ -9512,6 +9643,7 @@ static bool
 exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
     struct conn *to)
 {
+	struct request *q = f == &x->down ? x->request : NULL;
 	bool moved = false;
 	size_t held;
 	unsigned n;
@@ -9524,16 +9656,16 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			break;
 		if (!f->done)
 			flow_decode(f, from->in, from->eof);
-		if (f == &x->down && x->request->caching.skip > 0)
+		if (q != NULL && q->caching.skip > 0)
 			exchange_skip(x);
-		if (f == &x->down && x->request->access.answer != NULL && !f->done &&
+		if (q != NULL && q->access.answer != NULL && !f->done &&
 		    !exchange_seek(x, old))
 			return true;
-		if (f == &x->down && x->request->caching.storing && f->ready > old)
+		if (q != NULL && q->caching.storing && f->ready > old)
 			store_append(x,
 			    text_cut(from->in->data + from->in->start + old,
 				f->ready - old));
-		if (f == &x->down && f->whole)
+		if (q != NULL && f->whole)
 			store_finish(x);
 		if (options.verbose > 1 && f->ready > old)
 			trace_dump(x, f == &x->up ? "c>s" : "s>c",
@@ -9557,6 +9689,17 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 }
 
 /* ---- requests ---- */
+
+/* The length of the head that c's `in` begins with; as head_find() has it. */
+static int
+conn_head(struct conn *c)
+{
+	size_t seen = c->seen;
+	int n = head_find(buffer_text(c->in), &seen);
+
+	c->seen = (uint32_t)seen;
+	return n;
+}
 
 /* The head in front of b can't become whole: no room is left for it. */
 static bool
@@ -9654,30 +9797,20 @@ request_reject(struct exchange *x, enum refusal refusal)
 	exchange_refuse(x, refusal, "");
 }
 
-/* Notes what later phases and the log need of a request. */
+/* Notes what later phases need of a request, besides itself. */
 static void
-request_note(struct exchange *x, const struct request *r)
+request_note(struct exchange *x, struct request *q)
 {
-	struct text login = head_value(&r->head, "Authorization");
-	struct request *q = x->request;
+	struct text login = head_value(&q->head, "Authorization");
 
-	q->name = r->name;
-	q->uri = r->uri;
-	q->method = r->method;
-	q->minor = r->minor;
-	q->target.host = r->target.host;
-	q->target.port = r->target.port;
-	q->target.path = r->target.path;
-	q->referer = head_value(&r->head, "Referer");
-	q->agent = head_value(&r->head, "User-Agent");
-	x->close = r->minor == 0 || r->method == METHOD_CONNECT ||
-	    head_lists(&r->head, "Connection", text_of("close"));
+	x->close = q->minor == 0 || q->method == METHOD_CONNECT ||
+	    head_lists(&q->head, "Connection", text_of("close"));
 	q->login = text_starts(login, "NTLM") ||
 	    text_starts(login, "Negotiate");
-	q->upgrade = r->minor == 1 && head_field(&r->head, "Upgrade") &&
-	    head_lists(&r->head, "Connection", text_of("upgrade")) &&
-	    !head_lists(&r->head, "Upgrade", text_of("h2c"));
-	flow_start(&x->up, r->framing, r->framing, r->length);
+	q->upgrade = q->minor == 1 && head_field(&q->head, "Upgrade") &&
+	    head_lists(&q->head, "Connection", text_of("upgrade")) &&
+	    !head_lists(&q->head, "Upgrade", text_of("h2c"));
+	flow_start(&x->up, q->framing, q->framing, q->length);
 }
 
 /* A request to ourselves: one of our pages, or a misunderstanding. */
@@ -9774,7 +9907,8 @@ fetch_for(uint64_t key)
 	struct exchange *y;
 
 	for (y = cache.fetches; y != NULL; y = y->next)
-		if (y->request->caching.key == key && !y->request->caching.spoiled)
+		if (y->request->caching.key == key &&
+		    !y->request->caching.spoiled)
 			return y;
 	return NULL;
 }
@@ -9783,7 +9917,8 @@ fetch_for(uint64_t key)
 static struct exchange *
 exchange_take(void)
 {
-	struct exchange *x = exchanges.free;
+	struct exchange *x = exchanges.free, *next_again;
+	bool again;
 
 	if (exchanges.busy == exchanges.n)
 		return NULL;
@@ -9791,7 +9926,12 @@ exchange_take(void)
 		exchanges.free = x->next;
 	else
 		x = &exchanges.slots[exchanges.used++];
-	memset(x, 0, offsetof(struct exchange, note));
+	/* A slot stays among those to run when it is freed and taken again. */
+	again = x->again;
+	next_again = x->next_again;
+	memset(x, 0, offsetof(struct exchange, note.text));
+	x->again = again;
+	x->next_again = next_again;
 	conn_clear(&x->server);
 	conn_clear(&x->client);
 	exchanges.busy++;
@@ -9802,10 +9942,14 @@ exchange_take(void)
 static struct exchange *
 exchange_take_refresh(const struct exchange *x)
 {
-	struct exchange *y = exchange_take();
+	struct request *q = request_new();
+	struct exchange *y = q == NULL ? NULL : exchange_take();
 
-	if (y == NULL)
+	if (y == NULL) {
+		request_drop(&q);
 		return NULL;
+	}
+	y->request = q;
 	y->client.eof = true;
 	y->client.exchange = y;
 	y->peer = x->peer;
@@ -9825,7 +9969,8 @@ cache_refresh(const struct exchange *x, const struct request *q)
 	struct buffer *head;
 	struct exchange *y;
 
-	if (fetch_for(x->request->caching.key) != NULL || (head = buffer_take()) == NULL)
+	if (fetch_for(x->request->caching.key) != NULL ||
+	    (head = buffer_take()) == NULL)
 		return;
 	y = exchange_take_refresh(x);
 	if (y == NULL) {
@@ -9877,7 +10022,7 @@ variant_fits(const struct entry *e, const struct response *r,
  * unknown, store_fits() sees to it.
  */
 static bool
-follow_is_safe(const struct facts *f)
+follow_is_safe(const struct caching *f)
 {
 	return f->validator != 0 || f->length == UINT64_MAX ||
 	    posix_fallocate(f->store, 0, (off_t)(f->region + f->length)) == 0;
@@ -9907,13 +10052,14 @@ static int
 follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 {
 	struct exchange *y;
-	struct facts *f;
+	struct caching *f;
 	char path[CACHE_PATH];
 	int fd = -1;
 
 	for (y = cache.fetches; y != NULL && fd == -1; y = y->next) {
-		f = &y->facts;
-		if (!f->storing || f->spoiled || f->key != x->request->caching.key ||
+		f = &y->request->caching;
+		if (!f->storing || f->spoiled ||
+		    f->key != x->request->caching.key ||
 		    (f->length == UINT64_MAX && key_is_lone(f->key)))
 			continue;
 		store_path(f->fetch, path);
@@ -9974,20 +10120,25 @@ lookup_judge(struct exchange *x, const struct request *q,
 	x->request->caching.ttl = lifetime.seconds - x->request->caching.age;
 	x->request->caching.validator = response_validator(&l->r);
 	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
-		l->reuse =
-		    reuse_judge(asked, &control, x->request->caching.age, lifetime.seconds);
-	x->request->caching.forward = x->request->caching.ttl > 0 && !control.no_cache ? "request" : "stale";
+		l->reuse = reuse_judge(asked, &control, x->request->caching.age,
+		    lifetime.seconds);
+	x->request->caching.forward =
+	    x->request->caching.ttl > 0 && !control.no_cache ? "request" :
+							       "stale";
 	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s",
-	    (long long)x->request->caching.age, x->request->caching.ttl > 0 ? "<" : ">=",
+	    (long long)x->request->caching.age,
+	    x->request->caching.ttl > 0 ? "<" : ">=",
 	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
 	    lifetime.why, control.no_cache ? ", no-cache" : "",
-	    l->reuse == REUSE_FRESH     ? "fresh" :
-		l->reuse == REUSE_STALE ? "stale, which the client takes" :
+	    l->reuse == REUSE_FRESH ? "fresh" :
+		l->reuse == REUSE_STALE ?
+				      "stale, which the client takes" :
 		l->reuse == REUSE_MEANWHILE ?
-					  "stale, which is good while it is "
-					  "validated" :
-		x->request->caching.ttl > 0 ? "to be validated, by the client's wish" :
-			     "to be validated");
+				      "stale, which is good while it is "
+				      "validated" :
+		x->request->caching.ttl > 0 ?
+				      "to be validated, by the client's wish" :
+				      "to be validated");
 }
 
 /* Looks in the cache; l needs not be set.  Whoever asked gives l->b back. */
@@ -10075,8 +10226,8 @@ collapse_begin(struct exchange *x)
 	struct request *q = x->request;
 	struct exchange *y = fetch_for(q->caching.key);
 
-	if (y == NULL || y->request->caching.storing || q->caching.alone || x->refresh ||
-	    key_is_lone(q->caching.key))
+	if (y == NULL || y->request->caching.storing || q->caching.alone ||
+	    x->refresh || key_is_lone(q->caching.key))
 		return false;
 	q->caching.leader = y->request->caching.fetch;
 	y->request->caching.followers++;
@@ -10089,7 +10240,8 @@ static void
 lookup_serve(struct exchange *x, const struct request *q, struct lookup *l)
 {
 
-	x->request->caching.hit = x->request->grows || (x->request->caching.alone && l->reuse == REUSE_FRESH) ?
+	x->request->caching.hit = x->request->grows ||
+		(x->request->caching.alone && l->reuse == REUSE_FRESH) ?
 	    "collapsed" :
 	    l->reuse == REUSE_FRESH ? "fresh" :
 				      "stale";
@@ -10131,9 +10283,10 @@ cache_answer(struct exchange *x, const struct request *q)
 	}
 	if (l.fd != -1) {
 		x->request->caching.entry = l.fd;
-		x->request->caching.has_entry = x->request->caching.validated = true;
+		x->request->caching.has_entry = x->request->caching.validated =
+		    true;
 		(void)text_copy(text_of(l.path + strlen(options.cache)),
-		    x->note, sizeof(x->note));
+		    x->request->caching.path, ENTRY_PATH);
 	}
 	if (common && x->request->caching.fetch == 0)
 		fetch_begin(x);
@@ -10148,7 +10301,7 @@ collapse_end(struct exchange *x)
 
 	fetch_leave(x);
 	x->request->caching.alone = true;
-	r = exchange_request(x);
+	r = x->request;
 	if (!cache_answer(x, r))
 		exchange_enter(x, PHASE_RESOLVE);
 }
@@ -10160,7 +10313,8 @@ collapse_step(struct exchange *x)
 	const struct exchange *y;
 
 	for (y = cache.fetches; y != NULL; y = y->next)
-		if (y->request->caching.fetch == x->request->caching.leader && !y->request->caching.storing)
+		if (y->request->caching.fetch == x->request->caching.leader &&
+		    !y->request->caching.storing)
 			return false;
 	collapse_end(x);
 	return true;
@@ -10171,12 +10325,14 @@ request_is_cacheable(struct exchange *x, const struct request *q)
 {
 	const struct rule *rule;
 
-	if (options.cache == NULL || x->request->caching.nocache || x->request->upgrade ||
+	if (options.cache == NULL || x->request->caching.nocache ||
+	    x->request->upgrade ||
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NONE)
 		return false;
 	rule = cache_rule(x, q, NULL, NULL);
-	x->request->caching.nocache = rule != NULL && rule->action == ACTION_NOCACHE;
+	x->request->caching.nocache = rule != NULL &&
+	    rule->action == ACTION_NOCACHE;
 	return !x->request->caching.nocache;
 }
 
@@ -10184,7 +10340,7 @@ request_is_cacheable(struct exchange *x, const struct request *q)
 static void
 request_accept(struct exchange *x, size_t n)
 {
-	struct request *r;
+	struct request *r = x->request;
 	int verdict, last;
 
 	if (!request_take(x, n)) {
@@ -10193,10 +10349,10 @@ request_accept(struct exchange *x, size_t n)
 	}
 	request_hide_login(x->request->bytes);
 	trace_head(x, "c>", buffer_text(x->request->bytes));
-	verdict = exchange_parse(x, &r);
+	verdict = request_parse(buffer_text(r->bytes), r);
 	request_note(x, r);
 	if (r->name.len == 0)
-		x->request->uri = r->head.line;
+		r->uri = r->head.line;
 	last = request_is_last(r);
 	if (verdict != 1 || last < 0) {
 		x->close = true;
@@ -10229,13 +10385,18 @@ request_begin(struct exchange *x)
 
 	while (c->in != NULL && text_starts(buffer_text(c->in), "\r\n"))
 		conn_drop_head(c, 2);
-	if (c->in == NULL)
+	if (c->in == NULL) {
 		x->record.start = 0;
-	else if (x->record.start == 0) {
+		request_drop(&x->request);
+		return false;
+	}
+	if (x->record.start == 0) {
 		x->record.start = now.ms;
 		x->number = ++exchanges.count;
 	}
-	return c->in != NULL;
+	if (x->request == NULL)
+		x->request = request_new();
+	return x->request != NULL;
 }
 
 /* REQUEST: wait for a whole head. */
@@ -10247,12 +10408,14 @@ request_step(struct exchange *x)
 	int n = 0;
 
 	if (request_begin(x)) {
-		n = head_find(buffer_text(c->in), &c->seen);
+		n = conn_head(c);
 		refusal = request_hopeless(c->in, n > 0);
 		if (refusal == REFUSE_NONE && n < 0)
 			refusal = (enum refusal)(-n);
 	}
-	if (refusal != REFUSE_NONE)
+	if (x->record.start && x->request == NULL)
+		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+	else if (refusal != REFUSE_NONE)
 		request_reject(x, refusal);
 	else if (n > 0)
 		request_accept(x, (size_t)n);
@@ -10280,8 +10443,9 @@ resolve_name(struct exchange *x, const char *host, unsigned port)
 	char detail[DETAIL_MAX];
 	unsigned i;
 
-	x->record.asked = x->record.asked ? x->record.asked : now.ms;
-	x->record.resolved = now.ms;
+	x->request->times.asked =
+	    x->request->times.asked ? x->request->times.asked : now.ms;
+	x->request->times.resolved = now.ms;
 	if (name == NULL) {
 		exchange_refuse(x, REFUSE_BUSY, "");
 		return false;
@@ -10313,7 +10477,7 @@ resolve_host(struct exchange *x, struct text host, unsigned port)
 
 	if (address_parse(host_bare(host), port, &q->route.list[0])) {
 		q->route.n = 1;
-		x->record.resolved = now.ms;
+		x->request->times.resolved = now.ms;
 		return true;
 	}
 	(void)text_copy(host, string, sizeof(string));
@@ -10339,7 +10503,8 @@ resolve_strike(struct exchange *x, struct view *v)
 		if (address_is_ours(&q->route.list[i]))
 			return REFUSE_LOOP;
 		if (q->route.from != NULL &&
-		    q->route.from[q->route.list[i].family == AF_INET6].family == 0)
+		    q->route.from[q->route.list[i].family == AF_INET6].family ==
+			0)
 			continue;
 		v->address = &q->route.list[i];
 		v->known |= FACT_ADDRESS;
@@ -10349,7 +10514,8 @@ resolve_strike(struct exchange *x, struct view *v)
 		    exchange_parent(x) == NULL &&
 		    rule_refuses(verdict.rule, v)) {
 			refusal = REFUSE_RULE;
-			x->record.rule = kept == 0 ? verdict.rule : x->record.rule;
+			x->record.rule = kept == 0 ? verdict.rule :
+						     x->record.rule;
 			continue;
 		}
 		if (kept == 0)
@@ -10376,16 +10542,18 @@ resolve_judge(struct exchange *x)
 	const struct request *q;
 	struct view v;
 
-	q = exchange_request(x);
+	q = x->request;
 	exchange_view(x, q, &v);
-	if (exchange_parent(x) != NULL && x->request->access.open && !access_judge(x, &v))
+	if (exchange_parent(x) != NULL && x->request->access.open &&
+	    !access_judge(x, &v))
 		return;
 	if (exchange_parent(x) == NULL && x->request->route.n > 0) {
 		v.address = &x->request->route.list[0];
 		v.known |= FACT_ADDRESS;
 	}
 	verdict = rules_judge(x->rules, GROUP_SOURCE, &v);
-	x->request->route.from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
+	x->request->route.from =
+	    verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
 	refusal = resolve_strike(x, &v);
 	if (refusal == REFUSE_NONE)
 		exchange_enter(x, PHASE_CONNECT);
@@ -10393,7 +10561,8 @@ resolve_judge(struct exchange *x)
 		access_refuse(x, q);
 	else {
 		(void)snprintf(detail, sizeof(detail), "%.*s port %u",
-		    (int)x->request->target.host.len, x->request->target.host.at, x->request->target.port);
+		    (int)x->request->target.host.len,
+		    x->request->target.host.at, x->request->target.port);
 		exchange_refuse(x, refusal, detail);
 	}
 }
@@ -10405,7 +10574,7 @@ resolve_route(struct exchange *x)
 	const struct request *q;
 	struct view v;
 
-	q = exchange_request(x);
+	q = x->request;
 	exchange_view(x, q, &v);
 	v.address = &x->request->route.list[0];
 	v.known |= FACT_ADDRESS;
@@ -10413,7 +10582,7 @@ resolve_route(struct exchange *x)
 	x->request->access.route_open = false;
 	if (exchange_parent(x) != NULL && x->request->access.open)
 		(void)access_judge(x, &v);
-	x->record.asked = 0;
+	x->request->times.asked = 0;
 }
 
 /*
@@ -10424,7 +10593,8 @@ static bool
 resolve_step(struct exchange *x)
 {
 	struct request *q = x->request;
-	const struct parent *parent = q->access.route_open ? NULL : exchange_parent(x);
+	const struct parent *parent = q->access.route_open ? NULL :
+							     exchange_parent(x);
 
 	if (!resolve_host(x, parent ? text_of(parent->host) : q->target.host,
 		parent ? parent->port : q->target.port))
@@ -10580,7 +10750,9 @@ connect_next(struct exchange *x)
 	trace(x, "trying %s", words);
 	x->server.exchange = x;
 	if (conn_connect(&x->server, &x->record.server,
-		q->route.from ? &q->route.from[x->record.server.family == AF_INET6] : &any))
+		q->route.from ?
+		    &q->route.from[x->record.server.family == AF_INET6] :
+		    &any))
 		conn_watch(&x->server, POLLOUT);
 	else
 		q->route.error = errno;
@@ -10808,13 +10980,15 @@ exchange_send(struct exchange *x)
 	const struct request *r;
 	struct buffer *out = conn_out(&x->server);
 
-	x->record.connected = now.ms;
+	x->request->times.connected = now.ms;
 	x->request->caching.requested = now.wall;
 	if (out == NULL) {
 		exchange_refuse(x, REFUSE_MEMORY, "");
 		return;
 	}
-	r = exchange_request(x);
+	r = x->request;
+	if (r->rewrites.open || x->rules->needles_n > 0)
+		exchange_rewrite(x);
 	request_build(x, r, out);
 	if (out->overflow) {
 		exchange_refuse(x, REFUSE_HEAD_LONG, "");
@@ -10833,7 +11007,7 @@ connect_answer(struct exchange *x)
 {
 	struct buffer *early = x->server.in;
 
-	x->record.connected = now.ms;
+	x->request->times.connected = now.ms;
 	x->request->local = true;
 	x->server.in = buffer_take();
 	if (x->server.in == NULL) {
@@ -10994,7 +11168,8 @@ greet_answer(struct exchange *x, struct text t)
 
 	if (out == NULL)
 		exchange_refuse(x, REFUSE_MEMORY, "");
-	else if (q->route.greeting == GREETING_METHOD && code == 2 && parent->login) {
+	else if (q->route.greeting == GREETING_METHOD && code == 2 &&
+	    parent->login) {
 		greet_login(parent, out);
 		q->route.greeting = GREETING_LOGIN;
 	} else if ((q->route.greeting == GREETING_METHOD && code == 0) ||
@@ -11019,7 +11194,8 @@ greet_step(struct exchange *x)
 	struct text t;
 	size_t n;
 
-	if (x->request->route.greeting == GREETING_BEGIN && conn_out(s) != NULL) {
+	if (x->request->route.greeting == GREETING_BEGIN &&
+	    conn_out(s) != NULL) {
 		greet_begin(exchange_parent(x), s->out);
 		x->request->route.greeting = GREETING_METHOD;
 	}
@@ -11095,13 +11271,16 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 		buffer_print(b, "; fwd=%s",
 		    q->caching.forward ? q->caching.forward :
 			q->method == METHOD_GET || q->method == METHOD_HEAD ?
-				 "bypass" :
-				 "method");
+					 "bypass" :
+					 "method");
 	if (q->caching.forward_status)
 		buffer_print(b, "; fwd-status=%d", q->caching.forward_status);
 	if (q->cached) {
-		buffer_append(b, text_of(q->caching.ttl < 0 ? "; ttl=-" : "; ttl="));
-		buffer_number(b, (uint64_t)(q->caching.ttl < 0 ? -q->caching.ttl : q->caching.ttl));
+		buffer_append(b,
+		    text_of(q->caching.ttl < 0 ? "; ttl=-" : "; ttl="));
+		buffer_number(b,
+		    (uint64_t)(q->caching.ttl < 0 ? -q->caching.ttl :
+						    q->caching.ttl));
 	}
 	if (q->cached && collapsed)
 		buffer_append(b, text_of("; collapsed"));
@@ -11122,9 +11301,10 @@ response_rewrites(struct exchange *x, const struct response *r,
 	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
 	    (x->request->local && !x->request->cached))
 		return;
-	q = exchange_request(x);
+	q = x->request;
 	exchange_view(x, q, &v);
-	view_response(&v, r, x->request->cached ? x->request->caching.body : response_length(r));
+	view_response(&v, r,
+	    x->request->cached ? x->request->caching.body : response_length(r));
 	rewrites_collect(x->rules, GROUP_RESPONSE, &v, w);
 	x->down.bare = rewrites_strip(w);
 }
@@ -11194,44 +11374,44 @@ response_pass(struct exchange *x, const struct response *r, size_t n)
 	return true;
 }
 
-/* A tunnel has no use for the request's head any more. */
-static void
-tunnel_forget(struct exchange *x)
+/* Appends t to the texts of a note, cut to its room; returns its length. */
+static unsigned char
+note_append(struct note *n, size_t *used, struct text t)
 {
-	struct request *q = x->request;
+	size_t room = NOTE_MAX - NOTE_SNI - *used;
 
-	q->access.open = false;
-	q->target.host = q->target.path = text_of("");
-	buffer_give(&q->bytes);
-	buffer_give(&q->access.answer);
+	if (t.len > room)
+		t.len = room;
+	memcpy(n->text + *used, t.at, t.len);
+	*used += t.len;
+	return (unsigned char)t.len;
 }
 
 /*
  * The exchange becomes a tunnel: two flows without framing.  It may be idle
  * for hours, so what the log needs moves to the slot, cut to its size.  If
- * rules ask for the name in its greeting, they need the head a little longer.
+ * rules ask for the name in its greeting, the request stays a little longer.
  */
 static void
 tunnel_start(struct exchange *x)
 {
-	struct request *q = x->request;
-	struct text *texts[] = { &q->name, &q->uri, &q->agent, &q->referer };
-	size_t i, used = 0, rest;
+	struct quotes quotes = log_quotes(x);
+	struct note *n = &x->note;
+	size_t used = 0;
 
-	x->greeted = q->method != METHOD_CONNECT;
-
+	n->name = note_append(n, &used, quotes.name);
+	n->uri = note_append(n, &used, quotes.uri);
+	n->agent = note_append(n, &used, quotes.agent);
+	n->referer = note_append(n, &used, quotes.referer);
+	n->minor = (unsigned char)quotes.minor;
+	n->dns_ms = (int32_t)quotes.dns_ms;
+	n->connect_ms = (int32_t)quotes.connect_ms;
+	n->sni_len = 0;
+	x->greeted = x->request->method != METHOD_CONNECT;
 	x->tunnel = true;
 	x->close = true;
-	for (i = 0; i < sizeof(texts) / sizeof(texts[0]); i++) {
-		rest = sizeof(x->note) - NOTE_SNI - used;
-		if (texts[i]->len > rest)
-			texts[i]->len = rest;
-		memcpy(x->note + used, texts[i]->at, texts[i]->len);
-		texts[i]->at = x->note + used;
-		used += texts[i]->len;
-	}
-	if (x->greeted || !q->access.open)
-		tunnel_forget(x);
+	if (x->greeted || !x->request->access.open)
+		exchange_forget(x);
 	flow_start(&x->up, FRAMING_CLOSE, FRAMING_CLOSE, 0);
 	flow_start(&x->down, FRAMING_CLOSE, FRAMING_CLOSE, 0);
 	exchange_enter(x, PHASE_RELAY);
@@ -11272,19 +11452,23 @@ cache_note(struct exchange *x, const struct response *r)
 	char path[CACHE_PATH];
 	const struct request *q;
 
-	if (x->request->method == METHOD_CONNECT || x->request->method == METHOD_TRACE ||
+	if (x->request->method == METHOD_CONNECT ||
+	    x->request->method == METHOD_TRACE ||
 	    x->request->method == METHOD_OPTIONS)
 		return;
 	/* Where the entry is that was validated, before the note is reused. */
-	(void)snprintf(path, sizeof(path), "%.800s%.100s", options.cache,
-	    x->note);
-	q = exchange_request(x);
+	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache,
+	    x->request->caching.path);
+	q = x->request;
 	rule = cache_rule(x, q, r, NULL);
-	if (x->request->method != METHOD_GET && x->request->method != METHOD_HEAD) {
+	if (x->request->method != METHOD_GET &&
+	    x->request->method != METHOD_HEAD) {
 		if (r->status >= 200 && r->status < 400)
 			cache_invalidate(x, r);
 	}
-	if ((x->request->caching.forward != NULL || x->request->method == METHOD_POST) && !x->request->caching.nocache &&
+	if ((x->request->caching.forward != NULL ||
+		x->request->method == METHOD_POST) &&
+	    !x->request->caching.nocache &&
 	    (rule == NULL || rule->action == ACTION_CACHE) &&
 	    response_is_storable(q, r, rule ? rule->seconds : -1) &&
 	    (r->framing != FRAMING_LENGTH ||
@@ -11292,8 +11476,10 @@ cache_note(struct exchange *x, const struct response *r)
 		store_begin(x, q, r);
 	if (x->request->caching.storing)
 		x->request->caching.hit = "stored";
-	if (x->request->caching.fetch && x->request->caching.storing == key_is_lone(x->request->caching.key))
-		cache.lone[x->request->caching.key % CACHE_LONE] = x->request->caching.storing ? 0 : x->request->caching.key;
+	if (x->request->caching.fetch &&
+	    x->request->caching.storing == key_is_lone(x->request->caching.key))
+		cache.lone[x->request->caching.key % CACHE_LONE] =
+		    x->request->caching.storing ? 0 : x->request->caching.key;
 	if (x->request->caching.storing)
 		return;
 	fetch_end(x, false);
@@ -11315,14 +11501,16 @@ static void
 exchange_release(struct exchange *x)
 {
 	struct conn *s = &x->server;
-	struct hop hop = exchange_hop(x, &x->record.server);
+	struct hop hop;
 
-	if (x->request->route.keep && x->up.done && s->fd != -1 &&
-	    s->in == NULL && s->out == NULL && !s->readable && !s->eof &&
-	    !s->error && !s->deaf && !s->hung && !stop_at)
-		other_keep(s, &hop);
-	else
+	if (x->request == NULL || !x->request->route.keep || !x->up.done ||
+	    s->fd == -1 || s->in != NULL || s->out != NULL || s->readable ||
+	    s->eof || s->error || s->deaf || s->hung || stop_at) {
 		conn_close(s, false);
+		return;
+	}
+	hop = exchange_hop(x, &x->record.server);
+	other_keep(s, &hop);
 }
 
 /*
@@ -11364,10 +11552,10 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 	char extra[256] = "", *end;
 	int part;
 
-	q = exchange_request(x);
+	q = x->request;
 	r->framing = x->request->method == METHOD_HEAD ? FRAMING_NONE :
-	    x->request->caching.body == UINT64_MAX             ? FRAMING_CLOSE :
-						FRAMING_LENGTH;
+	    x->request->caching.body == UINT64_MAX     ? FRAMING_CLOSE :
+							 FRAMING_LENGTH;
 	part = x->request->grows || x->request->method != METHOD_GET ?
 	    0 :
 	    range_parse(&q->head, r, x->request->caching.body, &range);
@@ -11392,7 +11580,8 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 	} else if (r->status != 204 && x->request->caching.body != UINT64_MAX) {
 		(void)text_copy(text_of("Content-Length: "), extra,
 		    sizeof(extra));
-		end = number_print(extra + strlen(extra), x->request->caching.body);
+		end = number_print(extra + strlen(extra),
+		    x->request->caching.body);
 		memcpy(end, "\r\n", 3);
 	}
 	if (r->status == 304 || r->status == 416 || r->status == 206)
@@ -11403,8 +11592,9 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 	if (x->phase != PHASE_RELAY || part != 1 || r->status != 206)
 		return;
 	buffer_give(&x->server.in);
-	if (lseek(x->server.fd, (off_t)(x->request->caching.region + range.first), SEEK_SET) ==
-	    -1)
+	if (lseek(x->server.fd,
+		(off_t)(x->request->caching.region + range.first),
+		SEEK_SET) == -1)
 		exchange_abort(x, END_SERVER, REFUSE_CUT_SHORT);
 }
 
@@ -11446,18 +11636,18 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	bool failed = r->status == 500 ||
 	    (r->status >= 502 && r->status <= 504);
 	char path[CACHE_PATH];
-	const struct request *q;
+	struct request *q = x->request;
 
-	if (!x->request->caching.has_entry || x->request->cached || r->status < 200)
+	if (!x->request->caching.has_entry || x->request->cached ||
+	    r->status < 200)
 		return false;
 	x->request->caching.forward_status = r->status;
-	(void)snprintf(path, sizeof(path), "%.800s%.100s", options.cache,
-	    x->note);
+	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache,
+	    q->caching.path);
 	if (r->status == 304) {
 		const struct rule *rule;
 		bool good;
 
-		q = exchange_request(x);
 		rule = cache_rule(x, q, NULL, NULL);
 		good = entry_freshen(x, q, r, rule ? rule->seconds : -1, path);
 		x->request->route.keep = response_keeps_server(x, r);
@@ -11498,7 +11688,8 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 	if (r->status != 200 || q->caching.validator == 0 ||
 	    response_validator(r) != q->caching.validator ||
 	    (old.to == FRAMING_LENGTH &&
-		(r->framing != FRAMING_LENGTH || r->length != q->caching.body))) {
+		(r->framing != FRAMING_LENGTH ||
+		    r->length != q->caching.body))) {
 		exchange_refuse(x, REFUSE_CUT_SHORT, "");
 		return;
 	}
@@ -11533,10 +11724,11 @@ response_passes(struct exchange *x, const struct response *r, struct text head)
 	const struct request *q;
 	struct view v;
 
-	if (!x->request->access.open || x->request->method == METHOD_CONNECT || x->request->local ||
-	    x->request->access.answer != NULL || (r->status < 200 && r->status != 101))
+	if (!x->request->access.open || x->request->method == METHOD_CONNECT ||
+	    x->request->local || x->request->access.answer != NULL ||
+	    (r->status < 200 && r->status != 101))
 		return true;
-	q = exchange_request(x);
+	q = x->request;
 	exchange_view(x, q, &v);
 	view_response(&v, r, response_length(r));
 	return access_response(x, r, head, &v);
@@ -11558,7 +11750,8 @@ response_accept(struct exchange *x, size_t n)
 		exchange_refuse(x, REFUSE_ANSWER, refusals[-verdict].words);
 		return;
 	}
-	x->record.answered = x->record.answered ? x->record.answered : now.ms;
+	x->request->times.answered =
+	    x->request->times.answered ? x->request->times.answered : now.ms;
 	if (response_wants_login(x, &r))
 		exchange_refuse(x,
 		    exchange_is_relayed(x) ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
@@ -11598,7 +11791,7 @@ response_lost(struct exchange *x)
 		q->route.reused = false;
 		q->route.fresh = true;
 		q->route.next = 0;
-		x->record.resolved = now.ms;
+		x->request->times.resolved = now.ms;
 		exchange_enter(x, PHASE_CONNECT);
 		return;
 	}
@@ -11634,7 +11827,7 @@ response_step(struct exchange *x)
 	if (!conn_write(c))
 		return moved;
 	if (s->in != NULL)
-		n = head_find(buffer_text(s->in), &s->seen);
+		n = conn_head(s);
 	if (n > 0)
 		response_accept(x, (size_t)n);
 	else if (n < 0)
@@ -11661,13 +11854,9 @@ exchange_end(struct exchange *x)
 	if (x->record.start)
 		log_exchange(x);
 	exchange_release(x);
-	store_drop(x);
-	fetch_leave(x);
-	entry_close(x);
-	buffer_give(&x->request->bytes);
-	buffer_give(&x->request->access.answer);
+	exchange_forget(x);
 	rules_give(&x->rules);
-	x->facts = (struct facts){ 0 };
+	x->record = (struct record){ 0 };
 	flow_start(&x->up, FRAMING_NONE, FRAMING_NONE, 0);
 	flow_start(&x->down, FRAMING_NONE, FRAMING_NONE, 0);
 }
@@ -11700,7 +11889,9 @@ tunnel_judge(struct exchange *x)
 	struct conn *c = &x->client, *s = &x->server;
 
 	if (x->record.end == END_DONE)
-		x->record.end = c->eof ? END_CLIENT : s->eof ? END_SERVER : END_DONE;
+		x->record.end = c->eof ? END_CLIENT :
+		    s->eof             ? END_SERVER :
+					 END_DONE;
 	if ((conn_is_broken(s) && c->out == NULL && x->down.ready == 0) ||
 	    (conn_is_broken(c) && s->out == NULL && x->up.ready == 0)) {
 		exchange_abort(x, END_RESET, REFUSE_NONE);
@@ -11721,18 +11912,19 @@ tunnel_judge(struct exchange *x)
 static void
 tunnel_note(struct exchange *x, struct text name)
 {
-	struct request *q = x->request;
-	struct text host = text_cut(q->uri.at, text_find(q->uri, ':'));
+	struct note *n = &x->note;
+	struct text host = text_cut(n->text + n->name, n->uri);
 
+	host.len = text_find(host, ':');
 	if (text_same(name, host))
-		x->sni = (unsigned char)(host.at - x->note);
+		n->sni = n->name;
 	else {
-		x->sni = NOTE_MAX - NOTE_SNI;
+		n->sni = NOTE_MAX - NOTE_SNI;
 		if (name.len > NOTE_SNI)
 			name.len = NOTE_SNI;
-		memcpy(x->note + x->sni, name.at, name.len);
+		memcpy(n->text + n->sni, name.at, name.len);
 	}
-	x->sni_len = (unsigned char)name.len;
+	n->sni_len = (unsigned char)name.len;
 }
 
 /*
@@ -11747,32 +11939,31 @@ tunnel_greet(struct exchange *x)
 {
 	struct conn *c = &x->client;
 	char name[HOST_MAX + 1] = "";
-	const struct request *q;
+	const struct request *q = x->request;
 	struct view v;
 	int hello = 0;
 
 	(void)conn_read(c);
 	if (c->in != NULL)
 		hello = hello_name(buffer_text(c->in), name, sizeof(name));
-	if (hello == 0 && !c->eof && !c->error && (x->request->access.open || c->in == NULL))
+	if (hello == 0 && !c->eof && !c->error && (q != NULL || c->in == NULL))
 		return false;
 	x->greeted = true;
-	if (hello != 1 && x->request->access.open && c->in != NULL &&
+	if (hello != 1 && q != NULL && c->in != NULL &&
 	    *buffer_text(c->in).at == 22) {
 		exchange_abort(x, END_RULE, REFUSE_GREETING);
 		return false;
 	}
 	if (hello == 1)
 		tunnel_note(x, text_of(name));
-	if (x->request->access.open) {
-		q = exchange_request(x);
+	if (q != NULL) {
 		exchange_view(x, q, &v);
 		v.known |= FACT_SNI;
 		v.never |= FACT_ADDRESS;
 		v.sni = text_of(name);
 		if (!access_judge(x, &v))
 			return false;
-		tunnel_forget(x);
+		exchange_forget(x);
 	}
 	return true;
 }
@@ -11805,7 +11996,8 @@ relay_is_wanted(const struct exchange *x)
 		return q->caching.followers > 0 && x->up.done;
 	return q->caching.storing && x->up.done &&
 	    (q->caching.followers > 0 ||
-		(q->caching.length != UINT64_MAX && q->caching.stored >= q->caching.length / 2));
+		(q->caching.length != UINT64_MAX &&
+		    q->caching.stored >= q->caching.length / 2));
 }
 
 /* The client left.  If the fetch is wanted, it goes on, for nobody then. */
@@ -11850,8 +12042,8 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 	s->exchange = x;
 	s->readable = s->hung = true;
 	flow_start(&x->down,
-	    q->caching.length == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH, old.to,
-	    q->caching.length - old.payload);
+	    q->caching.length == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH,
+	    old.to, q->caching.length - old.payload);
 	x->down.payload = old.payload;
 	x->down.bare = old.bare;
 }
@@ -11869,15 +12061,17 @@ relay_part(struct exchange *x)
 	char path[CACHE_PATH];
 	int fd;
 
-	if (!q->caching.storing || q->caching.followers == 0 || q->access.answer != NULL ||
-	    x->refresh || !x->up.done || x->down.whole || x->down.broken ||
+	if (!q->caching.storing || q->caching.followers == 0 ||
+	    q->access.answer != NULL || x->refresh || !x->up.done ||
+	    x->down.whole || x->down.broken ||
 	    (q->caching.validator == 0 && q->caching.length == UINT64_MAX))
 		return;
 	store_path(q->caching.fetch, path);
 	fd = open(path, O_RDONLY);
 	if (fd == -1)
 		return;
-	y = lseek(fd, (off_t)(q->caching.region + x->down.payload), SEEK_SET) == -1 ?
+	y = lseek(fd, (off_t)(q->caching.region + x->down.payload), SEEK_SET) ==
+		-1 ?
 	    NULL :
 	    exchange_take_refresh(x);
 	if (y == NULL) {
@@ -11904,7 +12098,7 @@ relay_resume(struct exchange *x)
 	fetch_leave(x);
 	q->orphan = q->local = q->cached = false;
 	q->access.open = true;
-	x->record.answered = 0;
+	x->request->times.answered = 0;
 	q->route.next = 0;
 	exchange_enter(x, PHASE_RESOLVE);
 }
@@ -12065,7 +12259,7 @@ exchange_expire(struct exchange *x)
 		collapse_end(x);
 		break;
 	case PHASE_RESOLVE:
-		x->record.resolved = now.ms;
+		x->request->times.resolved = now.ms;
 		exchange_refuse(x, REFUSE_NAME_SLOW, "");
 		break;
 	case PHASE_CONNECT:
@@ -12085,7 +12279,8 @@ exchange_expire(struct exchange *x)
 		break;
 	case PHASE_RELAY:
 		exchange_abort(x,
-		    x->tunnel && x->record.end != END_DONE ? END_LIMIT : END_IDLE,
+		    x->tunnel && x->record.end != END_DONE ? END_LIMIT :
+							     END_IDLE,
 		    x->tunnel ? REFUSE_NONE : REFUSE_IDLE);
 		break;
 	case PHASE_LINGER:
@@ -12105,7 +12300,7 @@ exchange_check(const struct exchange *x)
 	if (x->phase == PHASE_FREE) {
 		assert(c->fd == -1 && s->fd == -1 && c->in == NULL &&
 		    c->out == NULL && s->in == NULL && s->out == NULL &&
-		    x->request->bytes == NULL && x->request->route.tries == 0);
+		    x->request == NULL);
 		return;
 	}
 	assert(c->fd != -1 || x->refresh);
@@ -12119,7 +12314,7 @@ exchange_check(const struct exchange *x)
 	    (s->in != NULL && buffer_len(s->in) >= x->down.ready));
 	assert(s->fd == -1 ||
 	    (x->phase >= PHASE_CONNECT && x->phase <= PHASE_RELAY));
-	assert(!x->tunnel || x->request->bytes == NULL || x->request->access.open);
+	assert(!x->tunnel || x->request == NULL || x->request->access.open);
 	assert(c->out == NULL || c->out->overflow == 0);
 	assert(s->out == NULL || s->out->overflow == 0);
 }
@@ -12439,9 +12634,9 @@ loop_report(void)
 	const struct exchange *x;
 
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
-	const struct request *q = x->request;
-		struct text target = x->tunnel || q->name.len ? q->uri :
-								text_of("-");
+		struct quotes quotes = log_quotes(x);
+		struct text target = quotes.name.len ? quotes.uri :
+						       text_of("-");
 		char clean[200], peer[ADDRESS_TEXT];
 
 		if (x->phase == PHASE_FREE)
@@ -13029,18 +13224,18 @@ key_print(const char *url)
 	struct buffer *b = buffer_take();
 	struct exchange x;
 	struct target target = { .host = { "", 0 } };
+	struct request *q = request_new();
 	struct text key;
 
 	if (options.cache == NULL)
 		usage("-k wants -c, the directory to look in");
 	if (absolute_parse(text_of(url), &target) != 1)
 		usage("-k %s: not a URL that begins with http://", url);
-	if (b == NULL)
+	if (b == NULL || q == NULL)
 		return;
 	memset(&x, 0, sizeof(x));
-	x.facts.host = target.host;
-	x.facts.port = target.port;
-	x.facts.path = target.path;
+	q->target = target;
+	x.request = q;
 	key_append(&x, b);
 	key = buffer_text(b);
 	cache_walk(key_visit, &key);
@@ -13230,7 +13425,8 @@ trial_judge(struct exchange *x, const struct request *q, struct verdict *access,
 	exchange_view(x, q, &v);
 	*route = rules_judge(x->rules, GROUP_ROUTE, &v);
 	x->request->access.route_open = route->truth == TRUTH_OPEN;
-	x->request->route.parent = route->truth == TRUTH_YES ? route->rule->parents : NULL;
+	x->request->route.parent =
+	    route->truth == TRUTH_YES ? route->rule->parents : NULL;
 	exchange_view(x, q, &v);
 	if (asked && x->record.server.family != 0)
 		view_source(&v, &x->record.server);
@@ -13283,38 +13479,41 @@ trial_run(char *words)
 	struct account user = { NULL, { NULL, 0 }, { NULL, 0 } };
 	struct verdict verdict, route;
 	struct exchange x;
-	struct request q;
+	struct request *q = request_new();
 	struct view v;
 	bool denied;
 
 	memset(&x, 0, sizeof(x));
-	if (head == NULL)
+	if (head == NULL || q == NULL) {
 		die("no memory");
+		return false;
+	}
 	printf("%s\n", words);
 	trial_build(&x, words, &user, head);
-	x.facts.user = user.user.at ? &user : NULL;
-	x.facts.rules = rules_now;
-	x.facts.head = head;
-	if (request_parse(buffer_text(head), &q) != 1 ||
-	    q.target.form == FORM_ORIGIN)
+	x.record.user = user.user.at ? &user : NULL;
+	x.rules = rules_now;
+	x.request = q;
+	if (request_parse(buffer_text(head), q) != 1 ||
+	    q->target.form == FORM_ORIGIN)
 		usage("-T %s: not a URL that begins with http:// or https://",
 		    words);
-	request_note(&x, &q);
-	trial_judge(&x, &q, &verdict, &route);
+	request_note(&x, q);
+	trial_judge(&x, q, &verdict, &route);
 	if ((route.truth == TRUTH_OPEN ||
-		(verdict.truth == TRUTH_OPEN && trial_wants(&x, &q))) &&
-	    trial_resolve(&q, &x.facts.server))
-		trial_judge(&x, &q, &verdict, &route);
+		(verdict.truth == TRUTH_OPEN && trial_wants(&x, q))) &&
+	    trial_resolve(q, &x.record.server))
+		trial_judge(&x, q, &verdict, &route);
 	trial_print("access",
 	    verdict.truth == TRUTH_YES ? access[verdict.rule->action] :
 					 "open, the response decides",
 	    verdict.rule);
 	trial_route(&route);
-	exchange_view(&x, &q, &v);
+	exchange_view(&x, q, &v);
 	denied = verdict.truth == TRUTH_YES && rule_refuses(verdict.rule, &v);
 	if (options.cache != NULL)
-		trial_cache(&x, &q);
+		trial_cache(&x, q);
 	buffer_give(&head);
+	request_drop(&q);
 	return !denied;
 }
 

@@ -12250,18 +12250,17 @@ follows(struct exchange *y, const char *path)
 {
 	static struct exchange x;
 	struct lookup l = { .b = buffer_take() };
-	struct request q;
 	int fd;
 
 	memset(&x, 0, sizeof(x));
+	x.request = request_new();
 	(void)request_parse(text_of("GET http://a.test/ HTTP/1.1\r\n"
-				    "Host: a.test\r\n\r\n"), &q);
-	x.facts.host = text_of("a.test");
-	x.facts.port = 80;
-	x.facts.path = text_of(path);
-	x.facts.key = y->facts.key;
-	fd = follow_open(&x, &q, &l);
+				    "Host: a.test\r\n\r\n"), x.request);
+	x.request->target.path = text_of(path);
+	x.request->caching.key = y->request->caching.key;
+	fd = follow_open(&x, x.request, &l);
 	buffer_give(&l.b);
+	request_drop(&x.request);
 	if (fd != -1)
 		(void)close(fd);
 	return fd != -1;
@@ -12272,20 +12271,17 @@ unit_follow(void)
 {
 	static struct exchange y;
 	struct response r;
-	struct request q;
+	struct request *q = y.request = request_new();
 
 	options.cache = ".";
 	(void)request_parse(text_of("GET http://a.test/a HTTP/1.1\r\n"
-				    "Host: a.test\r\n\r\n"), &q);
+				    "Host: a.test\r\n\r\n"), q);
 	(void)response_parse(text_of("HTTP/1.1 200 OK\r\nETag: \"a\"\r\n"
 				     "Content-Length: 9\r\n\r\n"),
 	    METHOD_GET, &r);
-	y.facts.host = text_of("a.test");
-	y.facts.port = 80;
-	y.facts.path = text_of("/a");
-	store_begin(&y, &q, &r);
-	if (!y.facts.storing || !follows(&y, "/a"))
-		unit_fail("not followed", "/a", "", y.facts.storing);
+	store_begin(&y, q, &r);
+	if (!q->caching.storing || !follows(&y, "/a"))
+		unit_fail("not followed", "/a", "", q->caching.storing);
 	else if (follows(&y, "/b"))
 		unit_fail("followed", "/b", "", 1);
 }
