@@ -7210,7 +7210,7 @@ fetch_tell(const struct exchange *x, bool ended, bool whole)
 	if (x->request->caching.followers == 0)
 		return;
 	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++) {
-		if (y->phase == PHASE_FREE ||
+		if (y->request == NULL ||
 		    y->request->caching.leader != x->request->caching.fetch)
 			continue;
 		y->server.readable = y->request->grows;
