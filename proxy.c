@@ -49,7 +49,7 @@
  *   3. A flow that has put the end of its message is not in want of bytes.
  *   4. Decoded bytes lie in front of the buffer they arrived in.
  *   5. Only the phases that talk to a server hold a server's descriptor.
- *   6. A tunnel holds no head, unless rules wait for its greeting.
+ *   6. A tunnel has no request.
  *
  * It reads from top to bottom: each section uses only those above it, main
  * is last.  RFC 9110 (semantics), 9111 (caching), 9112 (messages), 8305
@@ -270,15 +270,8 @@ enum limit {
 	LIST_DOMAINS = 100000000,
 	/* A duration in a rule: ten years are as good as for ever. */
 	DURATION_MAX_S = 10 * 365 * DAY_S,
-	/* RFC 8446 section 5.1: the most that one TLS record carries. */
-	RECORD_MAX = 16384,
-	/*
-	 * A ClientHello and the records it comes in: clients send one or two
-	 * records and 2 KiB with the largest key shares.  All of it fits into
-	 * a buffer, so that whoever waits for the rest has room for it.
-	 */
-	HELLO_RECORDS_MAX = 16,
-	HELLO_MAX = BUFFER_SIZE - 1024 < 16384 ? BUFFER_SIZE - 1024 : 16384,
+	/* A ClientHello is sought in this much: clients send 2 KiB at most. */
+	HELLO_MAX = 4096,
 	/* A line of rules, and its words, each with a blank behind it. */
 	RULE_LINE_MAX = 8191,
 	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
@@ -519,7 +512,6 @@ enum refusal {
 	REFUSE_FOREIGN,
 	REFUSE_USER,
 	REFUSE_PASSWORD,
-	REFUSE_GREETING,
 	REFUSE_NAME,
 	REFUSE_NAME_SLOW,
 	REFUSE_FAMILY,
@@ -616,6 +608,13 @@ enum phase {
 	PHASE_RELAY,    /* passing the answer on, or both sides of a tunnel */
 	PHASE_LINGER,   /* done; waiting for the client to close */
 	PHASES
+};
+
+/* Whether an exchange is a tunnel: two flows without framing. */
+enum tunnel {
+	TUNNEL_NONE,   /* it is not */
+	TUNNEL_SILENT, /* its client has not said anything yet */
+	TUNNEL_OPEN    /* bytes go both ways */
 };
 
 /* What a SOCKS5 parent is to say next. */
@@ -744,11 +743,10 @@ struct note {
  */
 struct exchange {
 	enum phase phase;      /* set by exchange_enter() only */
+	enum tunnel tunnel;    /* whether it is one */
 	bool refresh : 1;      /* it has no client: see cache_refresh() */
 	bool served : 1;       /* this connection has had an exchange before */
 	bool close : 1;        /* the client's connection ends after this */
-	bool tunnel : 1;       /* two flows without framing */
-	bool greeted : 1;      /* of a tunnel: its first bytes were looked at */
 	bool again : 1;        /* is in the list of those to run */
 	uint64_t number;       /* in the trace */
 	int64_t since;         /* ms: when the phase began */
@@ -882,15 +880,6 @@ struct needle {
 	unsigned char next[256]; /* matched so far: left on another byte */
 };
 
-/* Where the reader of a TLS ClientHello is. */
-struct hello {
-	struct text rest; /* of the bytes that the client sent */
-	size_t record;    /* of the record it is in: bytes to come */
-	size_t message;   /* of the handshake message: the same */
-	unsigned records; /* begun so far */
-	int verdict;      /* 1 so far so good, 0 rest is too short, -1 wrong */
-};
-
 /* The two lowest bits of a slot in a list; all others are of the hash. */
 enum list_bit {
 	LIST_EXCEPTION =
@@ -942,7 +931,6 @@ enum subject {
 	SUBJECT_CLIENT,
 	SUBJECT_USER,
 	SUBJECT_METHOD,
-	SUBJECT_SCHEME,
 	SUBJECT_HOST,
 	SUBJECT_LIST,
 	SUBJECT_PORT,
@@ -950,7 +938,6 @@ enum subject {
 	SUBJECT_FIELD,
 	SUBJECT_TIME,
 	SUBJECT_ADDRESS,
-	SUBJECT_SNI,
 	SUBJECT_STATUS,
 	SUBJECT_TYPE,
 	SUBJECT_SIZE,
@@ -963,8 +950,7 @@ enum fact {
 	FACT_ADDRESS = 1,  /* the server's address */
 	FACT_RESPONSE = 2, /* the response's head */
 	FACT_LENGTH = 4,   /* the length of its body */
-	FACT_BODY = 8,     /* all of its body */
-	FACT_SNI = 16      /* the server's name in a tunnel's greeting */
+	FACT_BODY = 8      /* all of its body */
 };
 
 /* The three values of a condition, a line, a verdict. */
@@ -1070,7 +1056,6 @@ struct view {
 	uint64_t length;                 /* of the body, if known */
 	uint64_t passed;                 /* of it so far */
 	unsigned found;                  /* needles in it so far: bits */
-	struct text sni;                 /* if known; may be empty */
 	const char *url;                 /* made when it is first asked for */
 	bool timed;                      /* the next is set */
 	struct tm when;                  /* local time, by the same token */
@@ -2410,8 +2395,6 @@ static const struct {
 	    "a user and password are needed" },
 	[REFUSE_PASSWORD] = { 407, "http_request_denied",
 	    "wrong user or password" },
-	[REFUSE_GREETING] = { 403, "http_request_denied",
-	    "a TLS greeting that can't be read, and rules ask for its name" },
 	[REFUSE_NAME] = { 502, "dns_error", "the name lookup failed" },
 	[REFUSE_NAME_SLOW] = { 504, "dns_timeout",
 	    "the name lookup took too long" },
@@ -3722,201 +3705,120 @@ needle_scan(const struct needle *n, unsigned char *state, struct text t)
 	return matched == n->len;
 }
 
-/* Unless it is right, the hello is wrong, if nothing was said before. */
-static void
-hello_require(struct hello *h, bool right)
-{
-	if (h->verdict == 1 && !right)
-		h->verdict = -1;
-}
+/* A part of a TLS message that is read from its front. */
+struct cursor {
+	struct text rest; /* not read yet */
+	bool bad;         /* something was missing; stays */
+};
 
-/*
- * Goes past the header of a record (RFC 8446 section 5.1).  An empty one may
- * not carry a handshake.  As soon as a byte is wrong, it says so.
- */
-static void
-hello_record(struct hello *h)
-{
-	struct text t = h->rest;
-
-	hello_require(h, h->records < HELLO_RECORDS_MAX);
-	hello_require(h, t.len < 1 || t.at[0] == 22);
-	hello_require(h, t.len < 2 || t.at[1] == 3);
-	if (h->verdict != 1)
-		return;
-	if (t.len < 5) {
-		h->verdict = 0;
-		return;
-	}
-	h->record = (size_t)(unsigned char)t.at[3] << 8;
-	h->record += (unsigned char)t.at[4];
-	h->rest = text_from(t, 5);
-	h->records++;
-	hello_require(h, h->record > 0 && h->record <= RECORD_MAX);
-}
-
-/*
- * Takes up to n bytes of the message, as many as lie in one piece: one at
- * least, or none if the verdict is no longer 1.  n is not 0.
- */
-static struct text
-hello_piece(struct hello *h, size_t n)
-{
-	struct text piece;
-
-	hello_require(h, n <= h->message);
-	if (h->record == 0)
-		hello_record(h);
-	if (h->verdict == 1 && h->rest.len == 0)
-		h->verdict = 0;
-	if (h->verdict != 1)
-		n = 0;
-	if (n > h->record)
-		n = h->record;
-	if (n > h->rest.len)
-		n = h->rest.len;
-	piece = text_cut(h->rest.at, n);
-	h->rest = text_from(h->rest, n);
-	h->record -= n;
-	h->message -= n;
-	return piece;
-}
-
-/* Goes past n bytes of the message. */
-static void
-hello_skip(struct hello *h, size_t n)
-{
-	while (n > 0 && h->verdict == 1)
-		n -= hello_piece(h, n).len;
-}
-
-/* Takes a number of n bytes; 0 if they are not there. */
+/* Takes a number of n bytes, the highest first; 0 if they are not there. */
 static size_t
-hello_number(struct hello *h, size_t n)
+cursor_number(struct cursor *c, size_t n)
 {
 	size_t value = 0;
 
-	for (; n > 0; n--) {
-		struct text piece = hello_piece(h, 1);
-
-		if (piece.len == 0)
-			return 0;
-		value = value << 8 | (unsigned char)*piece.at;
+	c->bad = c->bad || c->rest.len < n;
+	for (; n > 0 && !c->bad; n--) {
+		value = value << 8 | (unsigned char)*c->rest.at;
+		c->rest = text_from(c->rest, 1);
 	}
-	return value;
+	return c->bad ? 0 : value;
 }
 
 /*
- * Takes the length, itself of n bytes, of something in the message that has
- * min to max bytes; 0 if it has not.
+ * Takes what has its length in n bytes in front of it (RFC 8446 section 3.4).
+ * Of what is cut short, all that is there.
  */
-static size_t
-hello_length(struct hello *h, size_t n, size_t min, size_t max)
+static struct cursor
+cursor_vector(struct cursor *c, size_t n)
 {
-	size_t len = hello_number(h, n);
+	struct cursor part = { .rest = c->rest };
+	size_t len = cursor_number(c, n);
 
-	hello_require(h, len >= min && len <= max && len <= h->message);
-	return h->verdict == 1 ? len : 0;
+	part.bad = c->bad;
+	part.rest = text_cut(c->rest.at, len < c->rest.len ? len : c->rest.len);
+	c->rest = text_from(c->rest, part.rest.len);
+	return part;
 }
 
 /*
- * Takes a host name of len bytes: in lower case, without the dot behind it.
- * It must be the first, and one that a rule can speak of: no empty labels.
+ * Copies what the records at the start of t carry of the handshake (RFC 8446
+ * section 5.1) to `to`, of HELLO_MAX bytes; nothing if it is none.
  */
-static void
-hello_host(struct hello *h, size_t len, char *name, size_t size)
+static struct text
+hello_gather(struct text t, char *to)
+{
+	struct cursor c = { .rest = t };
+	size_t n = 0;
+
+	while (cursor_number(&c, 1) == 22 && cursor_number(&c, 1) == 3 &&
+	    n < HELLO_MAX) {
+		struct text piece;
+
+		(void)cursor_number(&c, 1);
+		piece = cursor_vector(&c, 2).rest;
+		if (piece.len > HELLO_MAX - n)
+			piece.len = HELLO_MAX - n;
+		memcpy(to + n, piece.at, piece.len);
+		n += piece.len;
+	}
+	return text_cut(to, n);
+}
+
+/* The extensions of the ClientHello t (RFC 8446 section 4.1.2). */
+static struct cursor
+hello_extensions(struct text t)
+{
+	struct cursor c = { .rest = t };
+
+	c.bad = cursor_number(&c, 1) != 1;
+	c = cursor_vector(&c, 3);
+	(void)cursor_number(&c, 2);  /* version */
+	(void)cursor_number(&c, 32); /* random */
+	(void)cursor_vector(&c, 1);  /* session */
+	(void)cursor_vector(&c, 2);  /* ciphers */
+	(void)cursor_vector(&c, 1);  /* compression */
+	return cursor_vector(&c, 2);
+}
+
+/* True if t may be a host's name: letters, digits, dots, hyphens. */
+static bool
+hello_is_host(struct text t)
 {
 	size_t i;
 
-	hello_require(h, len > 0 && len < size && name[0] == '\0');
-	for (i = 0; i < len && h->verdict == 1; i++) {
-		char c = (char)hello_number(h, 1);
-
-		hello_require(h,
-		    is_alnum(c) || c == '-' || c == '_' ||
-			(c == '.' && i > 0 && name[i - 1] != '.'));
-		name[i] = (char)tolower((unsigned char)c);
-	}
-	if (h->verdict == 1)
-		name[name[len - 1] == '.' ? len - 1 : len] = '\0';
+	for (i = 0; i < t.len; i++)
+		if (!is_alnum(t.at[i]) && t.at[i] != '-' && t.at[i] != '_' &&
+		    t.at[i] != '.')
+			return false;
+	return t.len > 0 && t.len <= HOST_MAX;
 }
 
 /*
- * Takes a server_name extension of len bytes (RFC 6066 section 3): a list of
- * names, of which type 0 is a host's.  All types have a length of two bytes.
+ * The name of the server (RFC 6066 section 3) in the TLS ClientHello that t,
+ * the first bytes of a client, begins with; a slice of `flat`, of HELLO_MAX
+ * bytes, and empty if it is not there.  It is the first of its list: no other
+ * type of name has been defined.
  */
-static void
-hello_names(struct hello *h, size_t len, char *name, size_t size)
+static struct text
+hello_name(struct text t, char *flat)
 {
-	size_t end = h->message - len;
-	size_t list = hello_length(h, 2, 1, HELLO_MAX);
+	struct cursor c = hello_extensions(hello_gather(t, flat));
 
-	hello_require(h, h->message == end + list);
-	while (h->verdict == 1 && h->message > end) {
-		size_t type = hello_number(h, 1);
-		size_t n = hello_length(h, 2, 0, HELLO_MAX);
+	while (!c.bad && c.rest.len > 0) {
+		size_t type = cursor_number(&c, 2), len;
+		struct cursor list = cursor_vector(&c, 2);
 
-		hello_require(h, h->message >= end + n);
-		if (type == 0)
-			hello_host(h, n, name, size);
-		else
-			hello_skip(h, n);
-	}
-}
-
-/*
- * Takes the extensions, which end the message (RFC 8446 section 4.2): no
- * type may come twice, and server_name has 0.
- */
-static void
-hello_extensions(struct hello *h, char *name, size_t size)
-{
-	size_t len = hello_length(h, 2, 0, HELLO_MAX);
-	bool named = false;
-
-	hello_require(h, h->message == len);
-	while (h->verdict == 1 && h->message > 0) {
-		size_t type = hello_number(h, 2);
-
-		len = hello_length(h, 2, 0, HELLO_MAX);
-		if (type != 0) {
-			hello_skip(h, len);
+		if (type != 0)
 			continue;
-		}
-		hello_require(h, !named);
-		named = true;
-		hello_names(h, len, name, size);
+		list = cursor_vector(&list, 2);
+		type = cursor_number(&list, 1);
+		len = cursor_number(&list, 2);
+		t = text_cut(list.rest.at, len);
+		if (type == 0 && len <= list.rest.len && hello_is_host(t))
+			return t;
 	}
-}
-
-/*
- * Reads the TLS ClientHello that t, the first bytes of a client, begins with
- * (RFC 8446 section 4.1.2), however it is spread over records.  1: name is
- * the host that server_name has, or "" without one; 0: t is too short to
- * tell; -1: this is none, or not as it must be.  Returned 0, t has less than
- * a buffer has room for.  Without extensions it is one of TLS 1.2 or older.
- */
-static int
-hello_name(struct text t, char *name, size_t size)
-{
-	struct hello h = { .rest = t, .message = 4, .verdict = 1 };
-	size_t ciphers;
-
-	name[0] = '\0';
-	hello_require(&h, hello_number(&h, 1) == 1);
-	h.message = hello_number(&h, 3);
-	hello_require(&h, h.message <= HELLO_MAX);
-	hello_skip(&h, 2 + 32);                     /* version and random */
-	hello_skip(&h, hello_length(&h, 1, 0, 32)); /* session */
-	ciphers = hello_length(&h, 2, 2, HELLO_MAX);
-	hello_require(&h, ciphers % 2 == 0);
-	hello_skip(&h, ciphers);
-	hello_skip(&h, hello_length(&h, 1, 1, 255)); /* compression */
-	if (h.message > 0)
-		hello_extensions(&h, name, size);
-	if (h.verdict != 1)
-		name[0] = '\0';
-	return h.verdict;
+	return text_cut(flat, 0);
 }
 
 /* ---- lists of domains ---- */
@@ -4498,14 +4400,6 @@ match_method(const struct value *value, struct view *v)
 	return text_equals(value->text, v->request->name);
 }
 
-/* https is CONNECT, http all else. */
-static bool
-match_scheme(const struct value *value, struct view *v)
-{
-	return text_is(value->text, "https") ==
-	    (v->request->method == METHOD_CONNECT);
-}
-
 /* The host in the URL. */
 static bool
 match_host(const struct value *value, struct view *v)
@@ -4593,15 +4487,6 @@ match_address(const struct value *value, struct view *v)
 	return network_has(&value->as.network, v->address);
 }
 
-/* The name in a greeting: what it is, or that it is not the host. */
-static bool
-match_sni(const struct value *value, struct view *v)
-{
-	return v->sni.len > 0 &&
-	    (value->special ? !text_same(v->sni, v->host) :
-			      host_matches(value->text, v->sni));
-}
-
 /* The status of the response. */
 static bool
 match_status(const struct value *value, struct view *v)
@@ -4668,7 +4553,6 @@ static const struct {
 	[SUBJECT_CLIENT] = { "client", 0, false, match_client },
 	[SUBJECT_USER] = { "user", 0, false, match_user },
 	[SUBJECT_METHOD] = { "method", 0, false, match_method },
-	[SUBJECT_SCHEME] = { "scheme", 0, false, match_scheme },
 	[SUBJECT_HOST] = { "host", 0, false, match_host },
 	[SUBJECT_LIST] = { "list", 0, false, match_list },
 	[SUBJECT_PORT] = { "port", 0, false, match_port },
@@ -4676,7 +4560,6 @@ static const struct {
 	[SUBJECT_FIELD] = { "field", FACT_RESPONSE, true, match_field },
 	[SUBJECT_TIME] = { "time", 0, false, match_time },
 	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, false, match_address },
-	[SUBJECT_SNI] = { "sni", FACT_SNI, false, match_sni },
 	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, false, match_status },
 	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, false, match_type },
 	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, true,
@@ -4737,13 +4620,10 @@ static enum truth
 line_judge(const struct rule *rule, enum rule_group group, struct view *v)
 {
 	static const unsigned late[GROUPS] = {
-		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY |
-		    FACT_SNI,
-		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY |
-		    FACT_SNI,
+		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
 		[GROUP_CACHE] = FACT_BODY,
-		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY |
-		    FACT_SNI,
+		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
 	};
 	unsigned never = v->never;
 	enum truth truth;
@@ -5212,15 +5092,6 @@ value_method(struct parser *p, struct condition *c, struct value *value)
 	return text_is_token(value->text);
 }
 
-/* One of two. */
-static bool
-value_scheme(struct parser *p, struct condition *c, struct value *value)
-{
-	(void)p;
-	(void)c;
-	return text_is(value->text, "http") || text_is(value->text, "https");
-}
-
 /* A host, or what lies below one; a dot at the end does not count. */
 static bool
 value_host(struct parser *p, struct condition *c, struct value *value)
@@ -5229,8 +5100,7 @@ value_host(struct parser *p, struct condition *c, struct value *value)
 	size_t i;
 
 	(void)p;
-	value->special = c->subject == SUBJECT_SNI && value->bare &&
-	    text_is(*t, "mismatch");
+	(void)c;
 	if (t->len > 1 && t->at[0] == '*')
 		*t = text_from(*t, 1);
 	if (t->len > 1 && t->at[t->len - 1] == '.')
@@ -5448,7 +5318,6 @@ static bool (*const value_parsers[SUBJECTS])(struct parser *,
 	[SUBJECT_CLIENT] = value_network,
 	[SUBJECT_USER] = value_user,
 	[SUBJECT_METHOD] = value_method,
-	[SUBJECT_SCHEME] = value_scheme,
 	[SUBJECT_HOST] = value_host,
 	[SUBJECT_LIST] = value_list,
 	[SUBJECT_PORT] = value_port,
@@ -5456,7 +5325,6 @@ static bool (*const value_parsers[SUBJECTS])(struct parser *,
 	[SUBJECT_FIELD] = value_field,
 	[SUBJECT_TIME] = value_time,
 	[SUBJECT_ADDRESS] = value_network,
-	[SUBJECT_SNI] = value_host,
 	[SUBJECT_STATUS] = value_port,
 	[SUBJECT_TYPE] = value_type,
 	[SUBJECT_SIZE] = value_size,
@@ -9124,7 +8992,7 @@ exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 	memset(v, 0, sizeof(*v));
 	v->never = q->method == METHOD_CONNECT ?
 	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
-	    FACT_SNI;
+	    0U;
 	v->client = &x->peer;
 	if (x->record.user != NULL)
 		v->user = x->record.user->user;
@@ -11389,8 +11257,7 @@ note_append(struct note *n, size_t *used, struct text t)
 
 /*
  * The exchange becomes a tunnel: two flows without framing.  It may be idle
- * for hours, so what the log needs moves to the slot, cut to its size.  If
- * rules ask for the name in its greeting, the request stays a little longer.
+ * for hours, so what the log needs moves to the slot, cut to its size.
  */
 static void
 tunnel_start(struct exchange *x)
@@ -11407,11 +11274,10 @@ tunnel_start(struct exchange *x)
 	n->dns_ms = (int32_t)quotes.dns_ms;
 	n->connect_ms = (int32_t)quotes.connect_ms;
 	n->sni_len = 0;
-	x->greeted = x->request->method != METHOD_CONNECT;
-	x->tunnel = true;
+	x->tunnel = x->request->method == METHOD_CONNECT ? TUNNEL_SILENT :
+							   TUNNEL_OPEN;
 	x->close = true;
-	if (x->greeted || !x->request->access.open)
-		exchange_forget(x);
+	exchange_forget(x);
 	flow_start(&x->up, FRAMING_CLOSE, FRAMING_CLOSE, 0);
 	flow_start(&x->down, FRAMING_CLOSE, FRAMING_CLOSE, 0);
 	exchange_enter(x, PHASE_RELAY);
@@ -11705,9 +11571,9 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 static void
 response_tunnel(struct exchange *x, const struct response *r, size_t n)
 {
-	x->tunnel = true;
+	x->tunnel = TUNNEL_SILENT;
 	if (!response_pass(x, r, n)) {
-		x->tunnel = false;
+		x->tunnel = TUNNEL_NONE;
 		return;
 	}
 	x->record.status = r->status;
@@ -11916,6 +11782,8 @@ tunnel_note(struct exchange *x, struct text name)
 	struct text host = text_cut(n->text + n->name, n->uri);
 
 	host.len = text_find(host, ':');
+	if (name.len == 0)
+		return;
 	if (text_same(name, host))
 		n->sni = n->name;
 	else {
@@ -11928,43 +11796,23 @@ tunnel_note(struct exchange *x, struct text name)
 }
 
 /*
- * Looks at what a tunnel's client says first, before any of it is passed on.
- * True if it may pass.  Only if rules are open is all of a greeting waited
- * for; by what is none they are judged as by one without a name.  TLS that
- * can't be read, or that the client left in the middle of, does not pass then:
- * its server might read it.
+ * Looks at what a tunnel's client says first, for the log.  False if it has
+ * not said anything yet, and still may.
  */
 static bool
-tunnel_greet(struct exchange *x)
+tunnel_listen(struct exchange *x)
 {
+	static char flat[HELLO_MAX];
 	struct conn *c = &x->client;
-	char name[HOST_MAX + 1] = "";
-	const struct request *q = x->request;
-	struct view v;
-	int hello = 0;
 
+	if (x->tunnel != TUNNEL_SILENT)
+		return true;
 	(void)conn_read(c);
+	if (c->in == NULL && !c->eof && !c->error)
+		return false;
 	if (c->in != NULL)
-		hello = hello_name(buffer_text(c->in), name, sizeof(name));
-	if (hello == 0 && !c->eof && !c->error && (q != NULL || c->in == NULL))
-		return false;
-	x->greeted = true;
-	if (hello != 1 && q != NULL && c->in != NULL &&
-	    *buffer_text(c->in).at == 22) {
-		exchange_abort(x, END_RULE, REFUSE_GREETING);
-		return false;
-	}
-	if (hello == 1)
-		tunnel_note(x, text_of(name));
-	if (q != NULL) {
-		exchange_view(x, q, &v);
-		v.known |= FACT_SNI;
-		v.never |= FACT_ADDRESS;
-		v.sni = text_of(name);
-		if (!access_judge(x, &v))
-			return false;
-		exchange_forget(x);
-	}
+		tunnel_note(x, hello_name(buffer_text(c->in), flat));
+	x->tunnel = TUNNEL_OPEN;
 	return true;
 }
 
@@ -12108,13 +11956,11 @@ static bool
 relay_step(struct exchange *x)
 {
 	struct conn *c = &x->client, *s = &x->server;
-	bool greeted = !x->tunnel || x->greeted || tunnel_greet(x);
+	bool heard = !x->tunnel || tunnel_listen(x);
 	bool moved, gone, done;
 
-	if (x->phase == PHASE_FREE)
-		return true;
 	moved = exchange_pump(x, &x->down, s, c);
-	if (greeted && s->fd != -1 && !x->up.broken &&
+	if (heard && s->fd != -1 && !x->up.broken &&
 	    exchange_pump(x, &x->up, c, s))
 		moved = true;
 	if (x->tunnel)
@@ -12314,7 +12160,7 @@ exchange_check(const struct exchange *x)
 	    (s->in != NULL && buffer_len(s->in) >= x->down.ready));
 	assert(s->fd == -1 ||
 	    (x->phase >= PHASE_CONNECT && x->phase <= PHASE_RELAY));
-	assert(!x->tunnel || x->request == NULL || x->request->access.open);
+	assert(!x->tunnel || x->request == NULL);
 	assert(c->out == NULL || c->out->overflow == 0);
 	assert(s->out == NULL || s->out->overflow == 0);
 }
