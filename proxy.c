@@ -169,135 +169,33 @@ enum limit {
 	LINE_WISH = BUFFER_SIZE / 4 > 8192 ? BUFFER_SIZE / 4 : 8192,
 	LINE_MAX_BYTES = LINE_WISH < BUFFER_SIZE - 1024 ? LINE_WISH :
 							  BUFFER_SIZE - 1024,
-	/* A trailer section; what is put around it and its fields, at most. */
-	TRAILER_GROWTH = 128 + 8,
-	TRAILER_MAX = BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM - TRAILER_GROWTH,
-	/* Decimal digits of 2^64. */
-	NUMBER_DIGITS = 20,
 	/* Fields in a head: browsers send 20, the worst sites answer 60. */
 	FIELDS_MAX = 128,
 	/* A DNS name has at most 253 characters. */
 	HOST_MAX = 255,
-	/* Hex digits of a chunk size: 2^64 has 16. */
-	CHUNK_DIGITS_MAX = 16,
-	/* Framing bytes a chunked body may have beyond a fair share. */
-	CHUNK_EXCESS_MAX = BUFFER_SIZE / 2,
 	/* Addresses tried for one name, two of each family. */
 	ADDRESSES_MAX = 4,
-	/* RFC 8305 section 5: the next address is tried after this. */
-	NEXT_TRY_MS = 250,
-	/* Names remembered, and for how long: getaddrinfo tells no TTL. */
-	NAMES_MAX = 256,
-	NAME_KEPT_MS = 60000,
-	NAME_FAILED_MS = 5000,
-	/* Questions asked of the system's resolver at once. */
-	QUESTIONS_MAX = 32,
-	/* A question that hangs in the system's resolver ends after this. */
-	QUESTION_S = 60,
-	QUESTION_MS = 61000,
-	/* 1xx responses before the final one. */
-	INTERIM_MAX = 64,
-	/* Connections outside an exchange: kept idle, or tried in parallel. */
-	OTHERS_MAX = 256,
 	LISTENERS_MAX = 16,
 	/* Descriptors of our own: log, pipes, syslog, standard ones, spare. */
 	DESCRIPTORS_OWN = 24,
-	/* Buffers kept for the next use; more go back to the system. */
-	BUFFERS_FREE_MAX = 64,
-	/* The same for requests. */
-	REQUESTS_FREE_MAX = 64,
 	/* Connections served at once unless -m says otherwise. */
 	CONNECTIONS = 1000,
 	CONNECTIONS_MAX = 500000,
 	DESCRIPTORS_MAX = 1000000,
-	/* Steps, and buffers moved, for one exchange in one turn. */
-	STEPS_MAX = 64,
-	MOVES_MAX = 8,
-	ACCEPTS_MAX = 64,
-	/* Without an event for this long a descriptor leaves the prefix. */
-	COLD_MS = 500,
-	/* The whole poll set is polled again after this at the latest. */
-	COLD_GAP_US = 12000,
-	/* With fewer outside the prefix the whole is always polled. */
-	COLD_MIN = 16,
 	/* What a tunnel keeps for the log: in all, and of its greeting. */
 	NOTE_MAX = 120,
 	NOTE_SNI = 40,
-	/* Bytes of each piece of payload that -vv shows. */
-	DUMP_MAX = 256,
-	/* User name or password of a parent: RFC 1929 has one length byte. */
-	CREDENTIAL_MAX = 255,
-	/* The longest message of a SOCKS5 parent, RFC 1928 section 6. */
-	GREETING_MAX = 7 + 255,
 	/* An address in words: brackets, 45 characters, scope, port. */
 	ADDRESS_TEXT = 80,
 	/* Words about what went wrong, for the page and Proxy-Status. */
 	DETAIL_MAX = 512,
-	/* A guessed freshness lifetime is at most a day. */
-	HEURISTIC_MAX_S = 86400,
 	DAY_S = 86400,
-	/* An entry from further in the future shows that a clock was wrong. */
-	CLOCK_STEP_S = 60,
-	/* The head of an entry grows in steps of this, with some to spare. */
-	CACHE_BLOCK = 512,
-	CACHE_SPARE = 256,
-	/* A path in the cache directory. */
-	CACHE_PATH = 1024,
-	/* Fields in Vary; more are not stored. */
-	VARY_MAX = 16,
 	/* Below the cache directory: two digits, and thirty. */
 	ENTRY_PATH = 40,
-	/* The first line of an entry. */
-	REGION_LINE = 75,
-	/* In these parts of the cache's size the sweeper says what is left. */
-	SWEEP_PARTS = 200,
-	/* What a file takes of a disk is a multiple of this. */
-	CACHE_DISK_BLOCK = 4096,
-	/* Of the disk, this much stays free. */
-	CACHE_FLOOR = 64 << 20,
-	/* Entries of which we know that their recency was written lately. */
-	CACHE_TOUCHED = 1024,
-	/* URLs of which we know that their answers are not to be stored. */
-	CACHE_LONE = 256,
-	/* Recency of an entry is written at most once in this time. */
-	CACHE_TOUCH_S = 600,
-	/* The same without a dot at its end, and each of its labels. */
-	DOMAIN_MAX = 253,
-	LABEL_MAX = 63,
-	/* A line of a list of domains, its LF not counted. */
-	LIST_LINE = 1000,
-	/* Domains in one list: 1.2 GB. */
-	LIST_DOMAINS = 100000000,
-	/* A duration in a rule: ten years are as good as for ever. */
-	DURATION_MAX_S = 10 * 365 * DAY_S,
-	/* A ClientHello is sought in this much: clients send 2 KiB at most. */
-	HELLO_MAX = 4096,
-	/* A line of rules, and its words, each with a blank behind it. */
-	RULE_LINE_MAX = 8191,
-	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
-	/* What one word of a rule may take: a parent is the largest. */
-	RULE_WORD_BYTES = 1536,
-	/*
-	 * The memory of rules grows by this at least.  It is reserved for the
-	 * worst that a line may be, and only used is what it is: a block has
-	 * to be large beside that.
-	 */
-	BLOCK_SIZE = 1 << 20,
 	/* -f and -e. */
 	SOURCES_MAX = 64,
-	/* `file:line` for the log. */
-	RULE_NAME_MAX = 256,
-	/* The words of a page that a rule gives. */
-	REASON_MAX = 200,
-	/* Texts that are sought in bodies; each takes a byte of every slot. */
-	NEEDLES_MAX = 16,
-	/* Lists of domains in all rules, and their paths. */
-	LISTS_MAX = 32,
-	LIST_PATH_MAX = 1023,
 	/* Lines that rewrite requests, and those that rewrite responses. */
 	REWRITES_MAX = 64,
-	/* A parent that could not be reached is passed over for so long. */
-	PARENT_FAILED_MS = 30000,
 	/* An idle tunnel or body unless -t says otherwise. */
 	IDLE_MS = 300000
 };
@@ -536,54 +434,6 @@ enum refusal {
 	REFUSALS
 };
 
-/* Cache-Control of a head (RFC 9111 section 5.2); numbers: -1 is none. */
-struct control {
-	bool no_store, no_cache;      /* of requests and responses */
-	bool is_private, is_public;   /* of responses, as all of this line */
-	bool must_revalidate;         /* stale is no answer */
-	bool proxy_revalidate;        /* the same, and nothing else */
-	bool must_understand;         /* overrides no-store */
-	bool only_if_cached;          /* of requests */
-	int64_t max_age;              /* seconds, as all that follow */
-	int64_t s_maxage;             /* of responses */
-	int64_t min_fresh, max_stale; /* of requests */
-	int64_t while_revalidate;     /* of responses, RFC 5861 */
-	int64_t if_error;             /* the same */
-};
-
-/* What a stored response is good for. */
-enum reuse {
-	REUSE_FRESH,     /* it is the answer */
-	REUSE_STALE,     /* the client takes it stale */
-	REUSE_MEANWHILE, /* it is the answer while it is validated */
-	REUSE_VALIDATED  /* the server is to be asked first */
-};
-
-/* How long a response is fresh. */
-struct lifetime {
-	int64_t seconds; /* from its making; -1: nothing tells */
-	const char *why; /* what tells it: a directive or field */
-};
-
-/* What the region at the start of an entry says: slices of it. */
-struct entry {
-	size_t region;                /* its length */
-	uint64_t body;                /* of the body behind it */
-	struct text key;              /* the URL */
-	struct text variant;          /* the request's values for Vary */
-	struct text vary, token;      /* instead of a head: see vary_put() */
-	struct text head;             /* the response's */
-	int64_t requested, responded; /* wall clock, seconds */
-	int64_t age;                  /* when it came */
-	struct text server;           /* the address that it came from, or - */
-};
-
-/* A part of a body. */
-struct range {
-	uint64_t first;  /* byte */
-	uint64_t length; /* in bytes */
-};
-
 /* Who or what ended an exchange; table `ends` has the log's words. */
 enum end {
 	END_DONE,   /* the response reached the client whole */
@@ -764,307 +614,11 @@ struct exchange {
 	struct note note;            /* of a tunnel */
 };
 
-/* Where a connection leads, and how. */
-struct hop {
-	struct address address;     /* the next hop's */
-	struct address from;        /* ours, if a rule said so */
-	unsigned parent;            /* id of the parent there, 0: none */
-	char beyond[HOST_MAX + 10]; /* host:port behind a SOCKS parent, or "" */
-};
-
-/* A connection outside an exchange's own two; see section 5. */
-struct other {
-	struct conn conn; /* ROLE_TRY or ROLE_KEPT */
-	struct hop hop;   /* where it leads */
-	int64_t since;    /* ms: idle since then */
-	int64_t since_us; /* the same time in us, which tells turns apart */
-};
-
 /* One of the places where clients come in. */
 struct listener {
 	struct conn conn;       /* accepts; carries no bytes */
 	struct address address; /* really bound to: port 0 is none here */
 	const char *path;       /* of a UNIX socket, or NULL */
-};
-
-/* What is known of a name. */
-enum name_state {
-	NAME_EMPTY,  /* no name */
-	NAME_WANTED, /* the question waits to be sent */
-	NAME_ASKED,  /* it was sent */
-	NAME_KNOWN   /* there is an answer, be it that there is no address */
-};
-
-/* A name that was asked for. */
-struct name {
-	char host[HOST_MAX + 1]; /* as the client wrote it */
-	enum name_state state;   /* what is known */
-	int error;               /* of getaddrinfo, 0: there are addresses */
-	unsigned serial; /* of the question, so that a late answer is known */
-	unsigned n;      /* addresses */
-	struct address list[ADDRESSES_MAX]; /* in the order to try them */
-	int64_t until;                      /* ms: good until then */
-};
-
-/* What goes through the helper's pipes: shorter than _POSIX_PIPE_BUF. */
-struct question {
-	unsigned entry;          /* in the table of names */
-	unsigned serial;         /* which of the questions about it */
-	char host[HOST_MAX + 1]; /* the name */
-};
-
-/* What the helper knows of one of its children. */
-struct child {
-	pid_t pid;                /* 0: none */
-	unsigned long turn;       /* the oldest has the smallest */
-	struct question question; /* what it was asked */
-};
-
-/* The answer to a question. */
-struct answer {
-	unsigned entry, serial;             /* of the question */
-	int error;                          /* of getaddrinfo */
-	unsigned n;                         /* addresses */
-	struct address list[ADDRESSES_MAX]; /* in the order to try them */
-};
-
-/* How a parent proxy is spoken to. */
-enum parent_kind {
-	PARENT_NONE,
-	PARENT_HTTP,
-	PARENT_SOCKS
-};
-
-/* A proxy through which requests leave. */
-struct parent {
-	struct parent *next;     /* the one to try if this can't be reached */
-	unsigned id;             /* no other has had it */
-	int64_t failed;          /* ms: it could not be reached, 0: it could */
-	enum parent_kind kind;   /* PARENT_NONE: go without one */
-	char host[HOST_MAX + 1]; /* a name or an address */
-	unsigned port;           /* 1 to 65535 */
-	bool login;              /* the next two were given */
-	char user[CREDENTIAL_MAX + 1];     /* %XX undone */
-	char password[CREDENTIAL_MAX + 1]; /* the same */
-};
-
-/* A block of addresses: all that begin with the same bits. */
-struct network {
-	struct address address; /* without port and scope; other bits are 0 */
-	unsigned bits;          /* that count: to 32, or to 128 for IPv6 */
-};
-
-/* A part of the week. */
-struct span {
-	unsigned days; /* on which it begins: bit 0 Sunday to bit 6 Saturday */
-	int from;      /* minute of the day that is its first, to 1439 */
-	int to;        /* behind its last, to 1440; below from: over midnight */
-};
-
-/* Numbers from first to last. */
-struct numbers {
-	uint64_t first; /* belongs to them */
-	uint64_t last;  /* the same; not below first */
-};
-
-/* A letter that may stand behind a number. */
-struct unit {
-	char letter;     /* in lower case; '\0' ends a list of units */
-	uint64_t factor; /* what one of it is worth */
-};
-
-/* Bytes to look for in a stream (Knuth, Morris, Pratt). */
-struct needle {
-	const char *text;        /* its bytes; whoever made it owns them */
-	unsigned char len;       /* 1 to 255 */
-	unsigned char next[256]; /* matched so far: left on another byte */
-};
-
-/* The two lowest bits of a slot in a list; all others are of the hash. */
-enum list_bit {
-	LIST_EXCEPTION =
-	    1,         /* the name is not covered, whatever else is there */
-	LIST_TAKEN = 2 /* of every name, so that a slot of 0 is empty */
-};
-
-/* The domains of one file.  Their names are gone: only hashes are left. */
-struct list {
-	uint64_t *slots; /* open addressing; NULL while they are counted */
-	size_t size;     /* slots; one at least is empty */
-	size_t room;     /* names that the first of two passes has found */
-	size_t names;    /* found in this pass; the same one may come twice */
-	size_t read;     /* lines */
-	size_t used;     /* names that differ, exceptions too */
-	size_t skipped;  /* lines with something that was not understood */
-	int64_t ms;      /* that loading it took */
-};
-
-/* What a rule does. */
-enum action {
-	ACTION_ALLOW,
-	ACTION_DENY,
-	ACTION_LOGIN,   /* allow if there is a user, else ask for one */
-	ACTION_DROP,    /* close without a word */
-	ACTION_VIA,     /* go through a parent */
-	ACTION_DIRECT,  /* go through none */
-	ACTION_FROM,    /* leave by an address */
-	ACTION_NOCACHE, /* neither answer from the cache nor store */
-	ACTION_CACHE,   /* fresh for so long */
-	ACTION_SET,     /* one field in place of all of its name */
-	ACTION_ADD,     /* one more field */
-	ACTION_UNSET    /* no field of these names */
-};
-
-/* What is decided by the first line that holds; in the last two by all. */
-enum rule_group {
-	GROUP_ACCESS,
-	GROUP_ROUTE,
-	GROUP_SOURCE,
-	GROUP_CACHE,
-	GROUP_REQUEST,  /* rewriting of requests */
-	GROUP_RESPONSE, /* and of responses */
-	GROUPS
-};
-
-/* What a condition asks about; section 8 has a table. */
-enum subject {
-	SUBJECT_CLIENT,
-	SUBJECT_USER,
-	SUBJECT_METHOD,
-	SUBJECT_HOST,
-	SUBJECT_LIST,
-	SUBJECT_PORT,
-	SUBJECT_URL,
-	SUBJECT_FIELD,
-	SUBJECT_TIME,
-	SUBJECT_ADDRESS,
-	SUBJECT_STATUS,
-	SUBJECT_TYPE,
-	SUBJECT_SIZE,
-	SUBJECT_BODY,
-	SUBJECTS
-};
-
-/* What may not be known yet when a line is judged; a set of bits. */
-enum fact {
-	FACT_ADDRESS = 1,  /* the server's address */
-	FACT_RESPONSE = 2, /* the response's head */
-	FACT_LENGTH = 4,   /* the length of its body */
-	FACT_BODY = 8      /* all of its body */
-};
-
-/* The three values of a condition, a line, a verdict. */
-enum truth {
-	TRUTH_NO,
-	TRUTH_YES,
-	TRUTH_OPEN /* it depends on what is not known yet */
-};
-
-/* One value of a condition. */
-struct value {
-	struct value *next; /* of the same condition */
-	struct text text;   /* as it was written, quotes undone */
-	bool bare;          /* it was written without quotes */
-	bool special;       /* a bare word with a meaning: local, mismatch, * */
-	bool above;         /* of a size: above the number, not below */
-	bool request, response; /* of a field: whose */
-	struct text name;       /* of it */
-	union {
-		struct network network;
-		struct numbers numbers;
-		struct span span;
-		regex_t regex;
-		const struct list *list;
-		unsigned needle; /* which of the rules' needles */
-	} as;                    /* by the subject */
-};
-
-/* A part of a rule: one of the values must match, or none if inverted. */
-struct condition {
-	struct condition *next; /* of the same rule */
-	enum subject subject;   /* what it is about */
-	unsigned needs;         /* facts that it takes to tell */
-	bool inverted;          /* `not` stands before it */
-	struct value *values;   /* one at least */
-};
-
-/* One line. */
-struct rule {
-	struct rule *next;  /* of the same group */
-	enum action action; /* what it does if it holds */
-	const char *file;   /* where it stands */
-	unsigned line;      /* there; 0: the file's name says it all */
-	const char *text;   /* as it was written, but for passwords */
-	unsigned needs;     /* facts that its conditions take */
-	struct condition *conditions; /* all must hold */
-	int status;                   /* of ACTION_DENY */
-	struct text name;             /* of a field */
-	struct text words;            /* its value; of ACTION_DENY the reason */
-	struct value *names;          /* of ACTION_UNSET */
-	struct parent *parents; /* of ACTION_VIA, in the order to try them */
-	struct address from[2]; /* of ACTION_FROM: IPv4, IPv6 */
-	int64_t seconds;        /* of ACTION_CACHE */
-};
-
-/* A user and the password. */
-struct account {
-	struct account *next;
-	struct text user, password;
-};
-
-/* A list that rules refer to; the old and the new rules may share it. */
-struct shared_list {
-	struct list list;
-	unsigned refs;                /* rules that use it */
-	char path[LIST_PATH_MAX + 1]; /* as the rules name it */
-};
-
-/* Memory of rules: pieces are cut from it and go all at once. */
-struct block {
-	struct block *next;
-	size_t used, size; /* of data, in bytes */
-	char data[];
-};
-
-/* All lines in force, parsed. */
-struct rules {
-	unsigned refs;              /* exchanges that go by them, and `rules` */
-	unsigned errors;            /* lines that were wrong */
-	struct block *blocks;       /* what all of it is made of */
-	struct rule *first[GROUPS]; /* the lines, by group */
-	struct account *accounts;   /* who may log in */
-	bool logins;                /* `users` was there */
-	bool guarded;               /* the guards were put in */
-	unsigned rewrites[2];       /* lines: of requests, of responses */
-	unsigned needles_n;         /* how many of the next there are */
-	struct needle *needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
-	unsigned lists_n;                    /* how many of the next */
-	struct shared_list *lists[LISTS_MAX];
-};
-
-/* What is known when lines are judged; see exchange_view(). */
-struct view {
-	unsigned known, never;         /* facts: known, and never to be known */
-	const struct address *client;  /* who asks */
-	struct text user;              /* logged in as; `at` is NULL: nobody */
-	const struct request *request; /* what for */
-	struct text host;              /* of the URL, without dots at its end */
-	unsigned port;                 /* of the URL */
-	const struct address *address; /* the server's, if known */
-	struct address literal;        /* where `address` may point */
-	const struct response *response; /* its answer, if known */
-	uint64_t length;                 /* of the body, if known */
-	uint64_t passed;                 /* of it so far */
-	unsigned found;                  /* needles in it so far: bits */
-	const char *url;                 /* made when it is first asked for */
-	bool timed;                      /* the next is set */
-	struct tm when;                  /* local time, by the same token */
-};
-
-/* What the lines of a group come to. */
-struct verdict {
-	enum truth truth;        /* NO: no line holds */
-	const struct rule *rule; /* the one that decides, for YES */
 };
 
 /* What the command line says. */
@@ -1094,24 +648,6 @@ static struct {
 	.idle_ms = IDLE_MS,
 	.cache_size = (uint64_t)256 << 20 };
 
-static struct rules *rules_now; /* those in force */
-
-/* The clocks, read once a turn. */
-static struct {
-	int64_t ms;  /* monotonic: durations and deadlines */
-	int64_t us;  /* the same clock: what a poll costs; tells turns apart */
-	time_t wall; /* dates */
-} now;
-
-/* The poll set: two arrays side by side; see section 5. */
-static struct {
-	struct pollfd *fds;  /* what poll(2) is given */
-	struct conn **conns; /* whose they are */
-	size_t hot;          /* the prefix's end */
-	size_t all;          /* the set's end */
-	size_t size;         /* room */
-} poll_set;
-
 /* The slots; the first connections use the first ones. */
 static struct {
 	struct exchange *slots;
@@ -1124,62 +660,9 @@ static struct {
 	uint64_t count;         /* exchanges so far */
 } exchanges;
 
-/* Buffers that are nobody's now. */
-static struct {
-	struct buffer *list; /* the last given back is the first */
-	size_t n;            /* how many */
-} buffers_free;
-
-/* Requests that are nobody's now. */
-static struct {
-	struct request *list; /* the last given back is the first */
-	size_t n;             /* how many */
-} requests_free;
-
-static struct other *others;
-static size_t others_n;    /* how many there may be */
-static size_t others_used; /* of them were ever used */
 static struct listener listeners[LISTENERS_MAX];
 static size_t listeners_n;
-static int64_t accept_after; /* ms: the system ran out of something */
 
-/* The names that were asked for, and the helper that asks. */
-static struct {
-	struct name table[NAMES_MAX]; /* in no order */
-	struct conn questions;        /* to the helper */
-	struct conn answers;          /* from it */
-	pid_t helper;                 /* its process */
-	unsigned serial;              /* of the last question */
-	int64_t restart; /* ms: when the helper may be started again */
-} names;
-
-/* Where log and trace go. */
-static struct {
-	int fd;                 /* the log's */
-	bool syslog;            /* it goes to syslog(3) instead */
-	bool complained;        /* that it can't be written, was said */
-	bool regular;           /* a file: a write to it never waits */
-	bool colour;            /* the trace has colours */
-	struct buffer *pending; /* lines of this turn */
-	uint64_t lost;          /* lines that nobody took */
-} logs = { .fd = STDOUT_FILENO };
-
-/* The cache directory, and what happens to it. */
-static struct {
-	uint64_t serial;  /* of temporary files and tokens */
-	uint64_t written; /* bytes since the last sweep */
-	uint64_t making;  /* bytes of entries that are not whole yet */
-	uint64_t total;   /* bytes there, as the last sweep and we know */
-	pid_t sweeper;    /* 0: none is at work */
-	struct exchange *fetches;  /* what others may follow */
-	uint64_t lone[CACHE_LONE]; /* keys that nobody should wait for */
-	struct {
-		uint64_t name; /* of the entry's file */
-		time_t when;   /* its recency was written or seen */
-	} touched[CACHE_TOUCHED];
-} cache;
-
-static struct conn signal_conn; /* where signals come out */
 static int signal_pipe[2] = { -1, -1 };
 static int64_t stop_at;    /* ms: draining until then; 0: not asked to stop */
 static char pseudonym[32]; /* our name in Via and Proxy-Status */
@@ -1191,6 +674,18 @@ static char host_name[HOST_MAX + 1]; /* the machine's */
  * Numbers, words, the clock, and the two ways to speak to the user.  They
  * know nothing of HTTP.
  */
+
+enum {
+	/* Decimal digits of 2^64. */
+	NUMBER_DIGITS = 20
+};
+
+/* The clocks, read once a turn. */
+static struct {
+	int64_t ms;  /* monotonic: durations and deadlines */
+	int64_t us;  /* the same clock: what a poll costs; tells turns apart */
+	time_t wall; /* dates */
+} now;
 
 /*
  * Says a line on standard error, unless that would have to wait: a reader
@@ -1578,6 +1073,25 @@ date_now(void)
  * that a busy proxy keeps touching the same memory.
  */
 
+enum {
+	/* Buffers kept for the next use; more go back to the system. */
+	BUFFERS_FREE_MAX = 64,
+	/* The same for requests. */
+	REQUESTS_FREE_MAX = 64
+};
+
+/* Buffers that are nobody's now. */
+static struct {
+	struct buffer *list; /* the last given back is the first */
+	size_t n;            /* how many */
+} buffers_free;
+
+/* Requests that are nobody's now. */
+static struct {
+	struct request *list; /* the last given back is the first */
+	size_t n;             /* how many */
+} requests_free;
+
 /* An empty buffer with room in front of it; NULL if the system has none. */
 static struct buffer *
 buffer_take(void)
@@ -1804,6 +1318,42 @@ request_drop(struct request **at)
  * The loop polls the prefix every turn and the whole only when that is quiet
  * or cheap, so that idle connections cost nothing while others are busy.
  */
+
+enum {
+	/* Connections outside an exchange: kept idle, or tried in parallel. */
+	OTHERS_MAX = 256
+};
+
+/* Where a connection leads, and how. */
+struct hop {
+	struct address address;     /* the next hop's */
+	struct address from;        /* ours, if a rule said so */
+	unsigned parent;            /* id of the parent there, 0: none */
+	char beyond[HOST_MAX + 10]; /* host:port behind a SOCKS parent, or "" */
+};
+
+/* A connection outside an exchange's own two; see section 5. */
+struct other {
+	struct conn conn; /* ROLE_TRY or ROLE_KEPT */
+	struct hop hop;   /* where it leads */
+	int64_t since;    /* ms: idle since then */
+	int64_t since_us; /* the same time in us, which tells turns apart */
+};
+
+/* The poll set: two arrays side by side; see section 5. */
+static struct {
+	struct pollfd *fds;  /* what poll(2) is given */
+	struct conn **conns; /* whose they are */
+	size_t hot;          /* the prefix's end */
+	size_t all;          /* the set's end */
+	size_t size;         /* room */
+} poll_set;
+
+static struct other *others;
+
+static size_t others_n; /* how many there may be */
+
+static size_t others_used; /* of them were ever used */
 
 /* Room for n descriptors.  Place 0 is nobody's. */
 static void
@@ -3103,6 +2653,16 @@ via_append(struct buffer *b, unsigned minor)
  * In `in`: `ready` bytes of payload, then bytes not yet decoded.
  */
 
+enum {
+	/* Hex digits of a chunk size: 2^64 has 16. */
+	CHUNK_DIGITS_MAX = 16,
+	/* Framing bytes a chunked body may have beyond a fair share. */
+	CHUNK_EXCESS_MAX = BUFFER_SIZE / 2,
+	/* A trailer section; what is put around it and its fields, at most. */
+	TRAILER_GROWTH = 128 + 8,
+	TRAILER_MAX = BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM - TRAILER_GROWTH
+};
+
 /* A flow of one message; length counts for FRAMING_LENGTH only. */
 static void
 flow_start(struct flow *f, enum framing from, enum framing to, uint64_t length)
@@ -3370,6 +2930,283 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
  * makes it open, and it is asked again later.  Addresses are judged as they
  * were looked up, and that very address is connected to.
  */
+
+enum {
+	/* User name or password of a parent: RFC 1929 has one length byte. */
+	CREDENTIAL_MAX = 255,
+	/* The same without a dot at its end, and each of its labels. */
+	DOMAIN_MAX = 253,
+	LABEL_MAX = 63,
+	/* A line of a list of domains, its LF not counted. */
+	LIST_LINE = 1000,
+	/* Domains in one list: 1.2 GB. */
+	LIST_DOMAINS = 100000000,
+	/* A duration in a rule: ten years are as good as for ever. */
+	DURATION_MAX_S = 10 * 365 * DAY_S,
+	/* A ClientHello is sought in this much: clients send 2 KiB at most. */
+	HELLO_MAX = 4096,
+	/* A line of rules, and its words, each with a blank behind it. */
+	RULE_LINE_MAX = 8191,
+	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
+	/* What one word of a rule may take: a parent is the largest. */
+	RULE_WORD_BYTES = 1536,
+	/*
+	 * The memory of rules grows by this at least.  It is reserved for the
+	 * worst that a line may be, and only used is what it is: a block has
+	 * to be large beside that.
+	 */
+	BLOCK_SIZE = 1 << 20,
+	/* `file:line` for the log. */
+	RULE_NAME_MAX = 256,
+	/* The words of a page that a rule gives. */
+	REASON_MAX = 200,
+	/* Texts that are sought in bodies; each takes a byte of every slot. */
+	NEEDLES_MAX = 16,
+	/* Lists of domains in all rules, and their paths. */
+	LISTS_MAX = 32,
+	LIST_PATH_MAX = 1023
+};
+
+/* How a parent proxy is spoken to. */
+enum parent_kind {
+	PARENT_NONE,
+	PARENT_HTTP,
+	PARENT_SOCKS
+};
+
+/* A proxy through which requests leave. */
+struct parent {
+	struct parent *next;     /* the one to try if this can't be reached */
+	unsigned id;             /* no other has had it */
+	int64_t failed;          /* ms: it could not be reached, 0: it could */
+	enum parent_kind kind;   /* PARENT_NONE: go without one */
+	char host[HOST_MAX + 1]; /* a name or an address */
+	unsigned port;           /* 1 to 65535 */
+	bool login;              /* the next two were given */
+	char user[CREDENTIAL_MAX + 1];     /* %XX undone */
+	char password[CREDENTIAL_MAX + 1]; /* the same */
+};
+
+/* A block of addresses: all that begin with the same bits. */
+struct network {
+	struct address address; /* without port and scope; other bits are 0 */
+	unsigned bits;          /* that count: to 32, or to 128 for IPv6 */
+};
+
+/* A part of the week. */
+struct span {
+	unsigned days; /* on which it begins: bit 0 Sunday to bit 6 Saturday */
+	int from;      /* minute of the day that is its first, to 1439 */
+	int to;        /* behind its last, to 1440; below from: over midnight */
+};
+
+/* Numbers from first to last. */
+struct numbers {
+	uint64_t first; /* belongs to them */
+	uint64_t last;  /* the same; not below first */
+};
+
+/* A letter that may stand behind a number. */
+struct unit {
+	char letter;     /* in lower case; '\0' ends a list of units */
+	uint64_t factor; /* what one of it is worth */
+};
+
+/* Bytes to look for in a stream (Knuth, Morris, Pratt). */
+struct needle {
+	const char *text;        /* its bytes; whoever made it owns them */
+	unsigned char len;       /* 1 to 255 */
+	unsigned char next[256]; /* matched so far: left on another byte */
+};
+
+/* The two lowest bits of a slot in a list; all others are of the hash. */
+enum list_bit {
+	LIST_EXCEPTION =
+	    1,         /* the name is not covered, whatever else is there */
+	LIST_TAKEN = 2 /* of every name, so that a slot of 0 is empty */
+};
+
+/* The domains of one file.  Their names are gone: only hashes are left. */
+struct list {
+	uint64_t *slots; /* open addressing; NULL while they are counted */
+	size_t size;     /* slots; one at least is empty */
+	size_t room;     /* names that the first of two passes has found */
+	size_t names;    /* found in this pass; the same one may come twice */
+	size_t read;     /* lines */
+	size_t used;     /* names that differ, exceptions too */
+	size_t skipped;  /* lines with something that was not understood */
+	int64_t ms;      /* that loading it took */
+};
+
+/* What a rule does. */
+enum action {
+	ACTION_ALLOW,
+	ACTION_DENY,
+	ACTION_LOGIN,   /* allow if there is a user, else ask for one */
+	ACTION_DROP,    /* close without a word */
+	ACTION_VIA,     /* go through a parent */
+	ACTION_DIRECT,  /* go through none */
+	ACTION_FROM,    /* leave by an address */
+	ACTION_NOCACHE, /* neither answer from the cache nor store */
+	ACTION_CACHE,   /* fresh for so long */
+	ACTION_SET,     /* one field in place of all of its name */
+	ACTION_ADD,     /* one more field */
+	ACTION_UNSET    /* no field of these names */
+};
+
+/* What is decided by the first line that holds; in the last two by all. */
+enum rule_group {
+	GROUP_ACCESS,
+	GROUP_ROUTE,
+	GROUP_SOURCE,
+	GROUP_CACHE,
+	GROUP_REQUEST,  /* rewriting of requests */
+	GROUP_RESPONSE, /* and of responses */
+	GROUPS
+};
+
+/* What a condition asks about; section 8 has a table. */
+enum subject {
+	SUBJECT_CLIENT,
+	SUBJECT_USER,
+	SUBJECT_METHOD,
+	SUBJECT_HOST,
+	SUBJECT_LIST,
+	SUBJECT_PORT,
+	SUBJECT_URL,
+	SUBJECT_FIELD,
+	SUBJECT_TIME,
+	SUBJECT_ADDRESS,
+	SUBJECT_STATUS,
+	SUBJECT_TYPE,
+	SUBJECT_SIZE,
+	SUBJECT_BODY,
+	SUBJECTS
+};
+
+/* What may not be known yet when a line is judged; a set of bits. */
+enum fact {
+	FACT_ADDRESS = 1,  /* the server's address */
+	FACT_RESPONSE = 2, /* the response's head */
+	FACT_LENGTH = 4,   /* the length of its body */
+	FACT_BODY = 8      /* all of its body */
+};
+
+/* The three values of a condition, a line, a verdict. */
+enum truth {
+	TRUTH_NO,
+	TRUTH_YES,
+	TRUTH_OPEN /* it depends on what is not known yet */
+};
+
+/* One value of a condition. */
+struct value {
+	struct value *next; /* of the same condition */
+	struct text text;   /* as it was written, quotes undone */
+	bool bare;          /* it was written without quotes */
+	bool special;       /* a bare word with a meaning: local, mismatch, * */
+	bool above;         /* of a size: above the number, not below */
+	bool request, response; /* of a field: whose */
+	struct text name;       /* of it */
+	union {
+		struct network network;
+		struct numbers numbers;
+		struct span span;
+		regex_t regex;
+		const struct list *list;
+		unsigned needle; /* which of the rules' needles */
+	} as;                    /* by the subject */
+};
+
+/* A part of a rule: one of the values must match, or none if inverted. */
+struct condition {
+	struct condition *next; /* of the same rule */
+	enum subject subject;   /* what it is about */
+	unsigned needs;         /* facts that it takes to tell */
+	bool inverted;          /* `not` stands before it */
+	struct value *values;   /* one at least */
+};
+
+/* One line. */
+struct rule {
+	struct rule *next;  /* of the same group */
+	enum action action; /* what it does if it holds */
+	const char *file;   /* where it stands */
+	unsigned line;      /* there; 0: the file's name says it all */
+	const char *text;   /* as it was written, but for passwords */
+	unsigned needs;     /* facts that its conditions take */
+	struct condition *conditions; /* all must hold */
+	int status;                   /* of ACTION_DENY */
+	struct text name;             /* of a field */
+	struct text words;            /* its value; of ACTION_DENY the reason */
+	struct value *names;          /* of ACTION_UNSET */
+	struct parent *parents; /* of ACTION_VIA, in the order to try them */
+	struct address from[2]; /* of ACTION_FROM: IPv4, IPv6 */
+	int64_t seconds;        /* of ACTION_CACHE */
+};
+
+/* A user and the password. */
+struct account {
+	struct account *next;
+	struct text user, password;
+};
+
+/* A list that rules refer to; the old and the new rules may share it. */
+struct shared_list {
+	struct list list;
+	unsigned refs;                /* rules that use it */
+	char path[LIST_PATH_MAX + 1]; /* as the rules name it */
+};
+
+/* Memory of rules: pieces are cut from it and go all at once. */
+struct block {
+	struct block *next;
+	size_t used, size; /* of data, in bytes */
+	char data[];
+};
+
+/* All lines in force, parsed. */
+struct rules {
+	unsigned refs;              /* exchanges that go by them, and `rules` */
+	unsigned errors;            /* lines that were wrong */
+	struct block *blocks;       /* what all of it is made of */
+	struct rule *first[GROUPS]; /* the lines, by group */
+	struct account *accounts;   /* who may log in */
+	bool logins;                /* `users` was there */
+	bool guarded;               /* the guards were put in */
+	unsigned rewrites[2];       /* lines: of requests, of responses */
+	unsigned needles_n;         /* how many of the next there are */
+	struct needle *needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
+	unsigned lists_n;                    /* how many of the next */
+	struct shared_list *lists[LISTS_MAX];
+};
+
+/* What is known when lines are judged; see exchange_view(). */
+struct view {
+	unsigned known, never;         /* facts: known, and never to be known */
+	const struct address *client;  /* who asks */
+	struct text user;              /* logged in as; `at` is NULL: nobody */
+	const struct request *request; /* what for */
+	struct text host;              /* of the URL, without dots at its end */
+	unsigned port;                 /* of the URL */
+	const struct address *address; /* the server's, if known */
+	struct address literal;        /* where `address` may point */
+	const struct response *response; /* its answer, if known */
+	uint64_t length;                 /* of the body, if known */
+	uint64_t passed;                 /* of it so far */
+	unsigned found;                  /* needles in it so far: bits */
+	const char *url;                 /* made when it is first asked for */
+	bool timed;                      /* the next is set */
+	struct tm when;                  /* local time, by the same token */
+};
+
+/* What the lines of a group come to. */
+struct verdict {
+	enum truth truth;        /* NO: no line holds */
+	const struct rule *rule; /* the one that decides, for YES */
+};
+
+static struct rules *rules_now; /* those in force */
 
 static const char built_in[] = "built-in";
 
@@ -6008,6 +5845,97 @@ rules_print(const struct rules *rules)
  * time.  A file that is not what it should be is a miss, never an error.
  */
 
+enum {
+	/* A guessed freshness lifetime is at most a day. */
+	HEURISTIC_MAX_S = 86400,
+	/* An entry from further in the future shows that a clock was wrong. */
+	CLOCK_STEP_S = 60,
+	/* The head of an entry grows in steps of this, with some to spare. */
+	CACHE_BLOCK = 512,
+	CACHE_SPARE = 256,
+	/* A path in the cache directory. */
+	CACHE_PATH = 1024,
+	/* Fields in Vary; more are not stored. */
+	VARY_MAX = 16,
+	/* The first line of an entry. */
+	REGION_LINE = 75,
+	/* In these parts of the cache's size the sweeper says what is left. */
+	SWEEP_PARTS = 200,
+	/* What a file takes of a disk is a multiple of this. */
+	CACHE_DISK_BLOCK = 4096,
+	/* Of the disk, this much stays free. */
+	CACHE_FLOOR = 64 << 20,
+	/* Entries of which we know that their recency was written lately. */
+	CACHE_TOUCHED = 1024,
+	/* URLs of which we know that their answers are not to be stored. */
+	CACHE_LONE = 256,
+	/* Recency of an entry is written at most once in this time. */
+	CACHE_TOUCH_S = 600
+};
+
+/* Cache-Control of a head (RFC 9111 section 5.2); numbers: -1 is none. */
+struct control {
+	bool no_store, no_cache;      /* of requests and responses */
+	bool is_private, is_public;   /* of responses, as all of this line */
+	bool must_revalidate;         /* stale is no answer */
+	bool proxy_revalidate;        /* the same, and nothing else */
+	bool must_understand;         /* overrides no-store */
+	bool only_if_cached;          /* of requests */
+	int64_t max_age;              /* seconds, as all that follow */
+	int64_t s_maxage;             /* of responses */
+	int64_t min_fresh, max_stale; /* of requests */
+	int64_t while_revalidate;     /* of responses, RFC 5861 */
+	int64_t if_error;             /* the same */
+};
+
+/* What a stored response is good for. */
+enum reuse {
+	REUSE_FRESH,     /* it is the answer */
+	REUSE_STALE,     /* the client takes it stale */
+	REUSE_MEANWHILE, /* it is the answer while it is validated */
+	REUSE_VALIDATED  /* the server is to be asked first */
+};
+
+/* How long a response is fresh. */
+struct lifetime {
+	int64_t seconds; /* from its making; -1: nothing tells */
+	const char *why; /* what tells it: a directive or field */
+};
+
+/* What the region at the start of an entry says: slices of it. */
+struct entry {
+	size_t region;                /* its length */
+	uint64_t body;                /* of the body behind it */
+	struct text key;              /* the URL */
+	struct text variant;          /* the request's values for Vary */
+	struct text vary, token;      /* instead of a head: see vary_put() */
+	struct text head;             /* the response's */
+	int64_t requested, responded; /* wall clock, seconds */
+	int64_t age;                  /* when it came */
+	struct text server;           /* the address that it came from, or - */
+};
+
+/* A part of a body. */
+struct range {
+	uint64_t first;  /* byte */
+	uint64_t length; /* in bytes */
+};
+
+/* The cache directory, and what happens to it. */
+static struct {
+	uint64_t serial;  /* of temporary files and tokens */
+	uint64_t written; /* bytes since the last sweep */
+	uint64_t making;  /* bytes of entries that are not whole yet */
+	uint64_t total;   /* bytes there, as the last sweep and we know */
+	pid_t sweeper;    /* 0: none is at work */
+	struct exchange *fetches;  /* what others may follow */
+	uint64_t lone[CACHE_LONE]; /* keys that nobody should wait for */
+	struct {
+		uint64_t name; /* of the entry's file */
+		time_t when;   /* its recency was written or seen */
+	} touched[CACHE_TOUCHED];
+} cache;
+
 /* Days since 1970 of a date in the Gregorian calendar. */
 static int64_t
 days_from_date(int64_t year, int64_t month, int64_t day)
@@ -7958,6 +7886,69 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
  * pipes, so a write is whole or not at all.
  */
 
+enum {
+	/* Names remembered, and for how long: getaddrinfo tells no TTL. */
+	NAMES_MAX = 256,
+	NAME_KEPT_MS = 60000,
+	NAME_FAILED_MS = 5000,
+	/* Questions asked of the system's resolver at once. */
+	QUESTIONS_MAX = 32,
+	/* A question that hangs in the system's resolver ends after this. */
+	QUESTION_S = 60,
+	QUESTION_MS = 61000
+};
+
+/* What is known of a name. */
+enum name_state {
+	NAME_EMPTY,  /* no name */
+	NAME_WANTED, /* the question waits to be sent */
+	NAME_ASKED,  /* it was sent */
+	NAME_KNOWN   /* there is an answer, be it that there is no address */
+};
+
+/* A name that was asked for. */
+struct name {
+	char host[HOST_MAX + 1]; /* as the client wrote it */
+	enum name_state state;   /* what is known */
+	int error;               /* of getaddrinfo, 0: there are addresses */
+	unsigned serial; /* of the question, so that a late answer is known */
+	unsigned n;      /* addresses */
+	struct address list[ADDRESSES_MAX]; /* in the order to try them */
+	int64_t until;                      /* ms: good until then */
+};
+
+/* What goes through the helper's pipes: shorter than _POSIX_PIPE_BUF. */
+struct question {
+	unsigned entry;          /* in the table of names */
+	unsigned serial;         /* which of the questions about it */
+	char host[HOST_MAX + 1]; /* the name */
+};
+
+/* What the helper knows of one of its children. */
+struct child {
+	pid_t pid;                /* 0: none */
+	unsigned long turn;       /* the oldest has the smallest */
+	struct question question; /* what it was asked */
+};
+
+/* The answer to a question. */
+struct answer {
+	unsigned entry, serial;             /* of the question */
+	int error;                          /* of getaddrinfo */
+	unsigned n;                         /* addresses */
+	struct address list[ADDRESSES_MAX]; /* in the order to try them */
+};
+
+/* The names that were asked for, and the helper that asks. */
+static struct {
+	struct name table[NAMES_MAX]; /* in no order */
+	struct conn questions;        /* to the helper */
+	struct conn answers;          /* from it */
+	pid_t helper;                 /* its process */
+	unsigned serial;              /* of the last question */
+	int64_t restart; /* ms: when the helper may be started again */
+} names;
+
 /*
  * Puts up to ADDRESSES_MAX addresses into the answer, the families taking
  * turns, beginning with the system's favourite (RFC 8305 section 4).
@@ -8255,6 +8246,22 @@ names_find(const char *host)
  * input can split or fake a line.  Neither may stop the proxy: a log that
  * can't be written is said once, and serving goes on.
  */
+
+enum {
+	/* Bytes of each piece of payload that -vv shows. */
+	DUMP_MAX = 256
+};
+
+/* Where log and trace go. */
+static struct {
+	int fd;                 /* the log's */
+	bool syslog;            /* it goes to syslog(3) instead */
+	bool complained;        /* that it can't be written, was said */
+	bool regular;           /* a file: a write to it never waits */
+	bool colour;            /* the trace has colours */
+	struct buffer *pending; /* lines of this turn */
+	uint64_t lost;          /* lines that nobody took */
+} logs = { .fd = STDOUT_FILENO };
 
 static const char *const ends[] = {
 	[END_DONE] = "done",
@@ -8835,6 +8842,20 @@ page_trace(struct exchange *x, const struct request *r)
  * A step does what can be done now and returns true if anything moved; then
  * it, or the step of the phase that it entered, is called again.
  */
+
+enum {
+	/* Steps, and buffers moved, for one exchange in one turn. */
+	STEPS_MAX = 64,
+	MOVES_MAX = 8,
+	/* 1xx responses before the final one. */
+	INTERIM_MAX = 64,
+	/* RFC 8305 section 5: the next address is tried after this. */
+	NEXT_TRY_MS = 250,
+	/* The longest message of a SOCKS5 parent, RFC 1928 section 6. */
+	GREETING_MAX = 7 + 255,
+	/* A parent that could not be reached is passed over for so long. */
+	PARENT_FAILED_MS = 30000
+};
 
 static const char *const phase_names[] = {
 	[PHASE_FREE] = "free",
@@ -12246,6 +12267,20 @@ exchange_open(int fd, const struct address *peer)
  * Waits, notes what happened, runs the exchanges concerned, looks after
  * deadlines, and accepts last.
  */
+
+enum {
+	ACCEPTS_MAX = 64,
+	/* Without an event for this long a descriptor leaves the prefix. */
+	COLD_MS = 500,
+	/* The whole poll set is polled again after this at the latest. */
+	COLD_GAP_US = 12000,
+	/* With fewer outside the prefix the whole is always polled. */
+	COLD_MIN = 16
+};
+
+static int64_t accept_after; /* ms: the system ran out of something */
+
+static struct conn signal_conn; /* where signals come out */
 
 /* How long poll may wait, in ms: to the next deadline; -1: there is none. */
 static int
