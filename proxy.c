@@ -460,6 +460,16 @@ enum phase {
 	PHASES
 };
 
+/* Who answers a request; set by answer_by() only. */
+enum answerer {
+	ANSWER_NONE,   /* nobody yet */
+	ANSWER_SERVER, /* a server that was asked */
+	ANSWER_MEMORY, /* ourselves: a page, the 200 to CONNECT */
+	ANSWER_ENTRY,  /* a whole entry of the cache */
+	ANSWER_FETCH,  /* one that another exchange is still storing */
+	ANSWER_ORPHAN  /* such a one that was given up */
+};
+
 /* Whether an exchange is a tunnel: two flows without framing. */
 enum tunnel {
 	TUNNEL_NONE,   /* it is not */
@@ -510,7 +520,8 @@ struct caching {
 	bool alone;          /* it has waited for another in vain */
 	int forward_status;  /* what the server said, 0: nothing */
 	const char *forward; /* why it was asked (RFC 9211) */
-	const char *hit;     /* what of the entry was used, for the log */
+	const char *hit;     /* what of an entry was used, for the log */
+	const char *miss;    /* or why none was */
 	unsigned followers;  /* exchanges that wait for this fetch or read it */
 	uint64_t fetch;      /* in cache.fetches under this serial; 0: not */
 	uint64_t leader;     /* serial of the fetch that this one follows */
@@ -555,10 +566,7 @@ struct request {
 	unsigned interims;        /* 1xx responses so far */
 	bool upgrade;             /* the client asked to switch protocols */
 	bool login;               /* a login for the whole connection */
-	bool local;               /* answered from memory */
-	bool cached;              /* the answer comes from an entry */
-	bool grows;               /* which the fetch it follows is storing */
-	bool orphan;              /* and that one has given up storing it */
+	enum answerer answerer;   /* who answers it */
 	struct access access;     /* what the rules said */
 	struct route route;       /* the way to the server */
 	struct caching caching;   /* the part of the cache */
@@ -671,8 +679,8 @@ static char host_name[HOST_MAX + 1]; /* the machine's */
 /* ---- 3. Small tools ---- */
 
 /*
- * Numbers, words, the clock, and the two ways to speak to the user.  They
- * know nothing of HTTP.
+ * Numbers, words, the clock, and the ways to speak to the user.  They know
+ * nothing of HTTP.
  */
 
 enum {
@@ -735,6 +743,17 @@ warn(const char *format, ...)
 	say_words(format, args);
 	va_end(args);
 }
+
+/* Where log and trace go. */
+static struct {
+	int fd;                 /* the log's */
+	bool syslog;            /* it goes to syslog(3) instead */
+	bool complained;        /* that it can't be written, was said */
+	bool regular;           /* a file: a write to it never waits */
+	bool colour;            /* the trace has colours */
+	struct buffer *pending; /* lines of this turn */
+	uint64_t lost;          /* lines that nobody took */
+} logs = { .fd = STDOUT_FILENO };
 
 /* Reads both clocks; once a turn, so that all of a turn happens at once. */
 static void
@@ -1049,6 +1068,42 @@ base64_decode(struct text t, char *to, size_t size, size_t *n)
 	return true;
 }
 
+/* A line of the trace, in a colour where there is one. */
+static void
+trace_line(const struct exchange *x, int colour, const char *mark,
+    struct text t)
+{
+	char line[1024];
+	int n = snprintf(line, sizeof(line), "%s#%llu %s%.*s%s\n",
+	    logs.colour ? (colour == 0        ? "\033[2m" :
+				  colour == 1 ? "\033[36m" :
+						"\033[33m") :
+			  "",
+	    (unsigned long long)x->number, mark, t.len > 900 ? 900 : (int)t.len,
+	    t.at, logs.colour ? "\033[0m" : "");
+
+	if (n > 0)
+		say(line, (size_t)n);
+}
+
+/* What the exchange does now, with the time since it began. */
+static void
+trace(const struct exchange *x, const char *format, ...)
+{
+	char text[512];
+	va_list args;
+	int n;
+
+	if (options.verbose == 0)
+		return;
+	n = snprintf(text, sizeof(text), "* %lld ms ",
+	    x->record.start ? (long long)(now.ms - x->record.start) : 0LL);
+	va_start(args, format);
+	(void)vsnprintf(text + n, sizeof(text) - (size_t)n, format, args);
+	va_end(args);
+	trace_line(x, 0, "", text_of(text));
+}
+
 /* The wall clock as RFC 9110 section 5.6.7 wants it; good until next call. */
 static const char *
 date_now(void)
@@ -1303,6 +1358,35 @@ request_drop(struct request **at)
 	q->next = requests_free.list;
 	requests_free.list = q;
 	requests_free.n++;
+}
+
+/* Says who answers x; see enum answerer. */
+static void
+answer_by(struct exchange *x, enum answerer answerer)
+{
+	static const char *const names[] = { "nobody", "the server",
+		"the proxy", "an entry", "a fetch under way",
+		"a fetch that was given up" };
+
+	if (x->request->answerer == answerer)
+		return;
+	x->request->answerer = answerer;
+	trace(x, "answered by %s", names[answerer]);
+}
+
+/* True if the answer is, or was to be, in the cache. */
+static bool
+answer_is_stored(const struct request *q)
+{
+	return q->answerer == ANSWER_ENTRY || q->answerer == ANSWER_FETCH ||
+	    q->answerer == ANSWER_ORPHAN;
+}
+
+/* True if no server is asked for the answer, but for its validation. */
+static bool
+answer_is_local(const struct request *q)
+{
+	return q->answerer == ANSWER_MEMORY || answer_is_stored(q);
 }
 
 /* ---- 5. Conns ---- */
@@ -6982,16 +7066,17 @@ follow_end(struct exchange *y, bool whole)
 {
 	struct request *q = y->request;
 
-	q->orphan = q->grows && !whole;
-	if (q->grows && whole && q->caching.body == UINT64_MAX) {
-		q->caching.body = q->caching.stored;
-		if (y->phase == PHASE_RELAY && y->down.from == FRAMING_CLOSE) {
-			y->down.from = FRAMING_LENGTH;
-			y->down.left =
-			    q->caching.stored - y->down.payload - y->down.ready;
-		}
+	if (q->answerer != ANSWER_FETCH)
+		return;
+	answer_by(y, whole ? ANSWER_ENTRY : ANSWER_ORPHAN);
+	if (!whole || q->caching.body != UINT64_MAX)
+		return;
+	q->caching.body = q->caching.stored;
+	if (y->phase == PHASE_RELAY && y->down.from == FRAMING_CLOSE) {
+		y->down.from = FRAMING_LENGTH;
+		y->down.left =
+		    q->caching.stored - y->down.payload - y->down.ready;
 	}
-	q->grows = false;
 }
 
 /*
@@ -7009,7 +7094,7 @@ fetch_tell(const struct exchange *x, bool ended, bool whole)
 		if (y->request == NULL ||
 		    y->request->caching.leader != x->request->caching.fetch)
 			continue;
-		y->server.readable = y->request->grows;
+		y->server.readable = y->request->answerer == ANSWER_FETCH;
 		y->request->caching.stored = x->request->caching.stored;
 		if (ended)
 			follow_end(y, whole);
@@ -7060,7 +7145,7 @@ fetch_move(struct exchange *x, struct exchange *y)
 	q->caching.fetch = 0;
 	q->caching.followers = 0;
 	q->caching.storing = false;
-	q->grows = true;
+	answer_by(x, ANSWER_FETCH);
 	q->caching.body = q->caching.length;
 }
 
@@ -8252,17 +8337,6 @@ enum {
 	DUMP_MAX = 256
 };
 
-/* Where log and trace go. */
-static struct {
-	int fd;                 /* the log's */
-	bool syslog;            /* it goes to syslog(3) instead */
-	bool complained;        /* that it can't be written, was said */
-	bool regular;           /* a file: a write to it never waits */
-	bool colour;            /* the trace has colours */
-	struct buffer *pending; /* lines of this turn */
-	uint64_t lost;          /* lines that nobody took */
-} logs = { .fd = STDOUT_FILENO };
-
 static const char *const ends[] = {
 	[END_DONE] = "done",
 	[END_CLIENT] = "client",
@@ -8430,7 +8504,7 @@ log_quotes(const struct exchange *x)
 		quotes.connect_ms = q->route.reused ?
 		    -1 :
 		    times_between(t->resolved, t->connected);
-		if (!q->local)
+		if (q->answerer != ANSWER_MEMORY && q->answerer != ANSWER_ENTRY)
 			quotes.first_ms =
 			    times_between(t->connected, t->answered);
 		return quotes;
@@ -8523,9 +8597,10 @@ log_exchange(const struct exchange *x)
 	buffer_append(b, text_of("\" \""));
 	buffer_escape(b, quotes.agent, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\""));
-	if (q != NULL && q->caching.hit != NULL) {
-		buffer_append(b, text_of(q->cached ? " hit=" : " miss="));
-		buffer_append(b, text_of(q->caching.hit));
+	if (q != NULL && (q->caching.hit || q->caching.miss)) {
+		buffer_append(b, text_of(q->caching.hit ? " hit=" : " miss="));
+		buffer_append(b,
+		    text_of(q->caching.hit ? q->caching.hit : q->caching.miss));
 	}
 	buffer_append(b, text_of(" up="));
 	buffer_number(b, x->up.payload);
@@ -8543,42 +8618,6 @@ log_exchange(const struct exchange *x)
 		    refusals[x->record.refusal].words);
 	buffer_append(b, text_of("\n"));
 	log_put(b);
-}
-
-/* A line of the trace, in a colour where there is one. */
-static void
-trace_line(const struct exchange *x, int colour, const char *mark,
-    struct text t)
-{
-	char line[1024];
-	int n = snprintf(line, sizeof(line), "%s#%llu %s%.*s%s\n",
-	    logs.colour ? (colour == 0        ? "\033[2m" :
-				  colour == 1 ? "\033[36m" :
-						"\033[33m") :
-			  "",
-	    (unsigned long long)x->number, mark, t.len > 900 ? 900 : (int)t.len,
-	    t.at, logs.colour ? "\033[0m" : "");
-
-	if (n > 0)
-		say(line, (size_t)n);
-}
-
-/* What the exchange does now, with the time since it began. */
-static void
-trace(const struct exchange *x, const char *format, ...)
-{
-	char text[512];
-	va_list args;
-	int n;
-
-	if (options.verbose == 0)
-		return;
-	n = snprintf(text, sizeof(text), "* %lld ms ",
-	    x->record.start ? (long long)(now.ms - x->record.start) : 0LL);
-	va_start(args, format);
-	(void)vsnprintf(text + n, sizeof(text) - (size_t)n, format, args);
-	va_end(args);
-	trace_line(x, 0, "", text_of(text));
 }
 
 /* The bytes of t that are safe on a terminal, in place of the others `.`. */
@@ -8671,7 +8710,7 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 	conn_close(s, false);
 	s->in = buffer_take();
 	s->eof = true;
-	x->request->local = true;
+	answer_by(x, ANSWER_MEMORY);
 	if (s->in == NULL)
 		return;
 	buffer_print(s->in, "HTTP/1.1 %d %s\r\nDate: %s\r\n%s", status,
@@ -8959,9 +8998,7 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 	store_drop(x);
 	buffer_give(&q->access.answer);
 	page_refusal(x, refusal, detail);
-	/* Neither an entry nor another's fetch is the answer any more. */
-	q->caching.hit = q->cached ? NULL : q->caching.hit;
-	q->cached = q->grows = q->orphan = false;
+	q->caching.hit = NULL;
 	fetch_leave(x);
 	if (x->server.in == NULL) {
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
@@ -9024,7 +9061,7 @@ exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 	v->passed = x->down.payload + x->down.ready;
 	if (address_parse(host, v->port, &v->literal))
 		v->address = &v->literal;
-	else if (x->request->cached)
+	else if (answer_is_stored(x->request))
 		view_source(v, &x->request->route.list[0]);
 	else if (exchange_parent(x) != NULL && !x->request->access.route_open)
 		v->never |= FACT_ADDRESS;
@@ -9243,8 +9280,8 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	    &r);
 	exchange_view(x, q, &v);
 	view_response(&v, &r,
-	    x->request->cached ? x->request->caching.body :
-				 response_length(&r));
+	    answer_is_stored(x->request) ? x->request->caching.body :
+					   response_length(&r));
 	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
 	if (whole)
@@ -9324,7 +9361,6 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 	s->exchange = x;
 	s->readable = s->hung = true;
 	s->in = b;
-	x->request->cached = true;
 	/* What was judged is the way to the server, not where this is from. */
 	x->request->access.open = x->request->access.open ||
 	    x->request->route.n > 0;
@@ -9340,7 +9376,6 @@ cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
 	}
 	b->start = (size_t)(e->head.at - b->data);
 	entry_touch(fd, e->key, e->variant);
-	x->request->local = true;
 	x->request->caching.body = e->body;
 	x->request->caching.region = (uint32_t)e->region;
 	exchange_enter(x, PHASE_RESPONSE);
@@ -9369,6 +9404,7 @@ cache_serve_open(struct exchange *x, const char *hit)
 	x->request->caching.ttl =
 	    exchange_lifetime(x, q, &r, &e).seconds - x->request->caching.age;
 	x->request->caching.has_entry = false;
+	answer_by(x, ANSWER_ENTRY);
 	cache_serve(x, x->request->caching.entry, b, &e);
 	return true;
 }
@@ -9482,7 +9518,8 @@ exchange_read(struct exchange *x, struct conn *from)
 	const struct request *q = x->request;
 	uint64_t max;
 
-	if (from != &x->server || q == NULL || (!q->grows && !q->orphan))
+	if (from != &x->server || q == NULL ||
+	    (q->answerer != ANSWER_FETCH && q->answerer != ANSWER_ORPHAN))
 		return conn_read(from);
 	max = q->caching.stored - x->down.payload - x->down.ready;
 	if (max == 0) {
@@ -9881,6 +9918,7 @@ struct lookup {
 	struct entry e;        /* slices of b */
 	struct response r;     /* the same */
 	enum reuse reuse;      /* what it is good for */
+	bool grows;            /* another exchange is still storing it */
 	char path[CACHE_PATH]; /* where it is, or was last looked for */
 };
 
@@ -9961,7 +9999,7 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
 		    lseek(fd, (off_t)f->region, SEEK_SET) != -1) {
 			l->e.body = f->length;
-			x->request->grows = true;
+			l->grows = true;
 			x->request->caching.leader = f->fetch;
 			x->request->caching.stored = f->stored;
 			f->followers++;
@@ -10038,6 +10076,7 @@ lookup_run(struct exchange *x, const struct request *q,
 
 	x->request->caching.forward = "uri-miss";
 	l->fd = -1;
+	l->grows = false;
 	l->e.vary.at = NULL;
 	l->reuse = REUSE_VALIDATED;
 	l->b = buffer_take();
@@ -10079,7 +10118,7 @@ lookup_follow(struct exchange *x, const struct request *q,
 		l->fd = fd;
 	} else if (fd != -1) {
 		(void)close(fd);
-		x->request->grows = false;
+		l->grows = false;
 		fetch_leave(x);
 		l->reuse = REUSE_VALIDATED;
 	}
@@ -10129,13 +10168,14 @@ static void
 lookup_serve(struct exchange *x, const struct request *q, struct lookup *l)
 {
 
-	x->request->caching.hit = x->request->grows ||
+	x->request->caching.hit = l->grows ||
 		(x->request->caching.alone && l->reuse == REUSE_FRESH) ?
 	    "collapsed" :
 	    l->reuse == REUSE_FRESH ? "fresh" :
 				      "stale";
 	if (l->reuse == REUSE_MEANWHILE)
 		cache_refresh(x, q);
+	answer_by(x, l->grows ? ANSWER_FETCH : ANSWER_ENTRY);
 	cache_serve(x, l->fd, l->b, &l->e);
 }
 
@@ -10162,7 +10202,7 @@ cache_answer(struct exchange *x, const struct request *q)
 		return true;
 	}
 	buffer_give(&l.b);
-	x->request->caching.hit = x->request->caching.forward;
+	x->request->caching.miss = x->request->caching.forward;
 	if (asked.only_if_cached || (common && collapse_begin(x))) {
 		if (l.fd != -1)
 			(void)close(l.fd);
@@ -10884,6 +10924,7 @@ exchange_send(struct exchange *x)
 		return;
 	}
 	trace_head(x, ">s", buffer_text(out));
+	answer_by(x, ANSWER_SERVER);
 	exchange_enter(x, PHASE_RESPONSE);
 }
 
@@ -10897,7 +10938,7 @@ connect_answer(struct exchange *x)
 	struct buffer *early = x->server.in;
 
 	x->request->times.connected = now.ms;
-	x->request->local = true;
+	answer_by(x, ANSWER_MEMORY);
 	x->server.in = buffer_take();
 	if (x->server.in == NULL) {
 		buffer_give(&early);
@@ -11112,7 +11153,7 @@ greet_step(struct exchange *x)
 static bool
 response_wants_login(const struct exchange *x, const struct response *r)
 {
-	return r->status == 407 && !x->request->local &&
+	return r->status == 407 && !answer_is_local(x->request) &&
 	    (!exchange_is_relayed(x) || exchange_parent(x)->login ||
 		x->rules->logins);
 }
@@ -11126,7 +11167,7 @@ response_field_append(const struct exchange *x, const struct response *r,
 	bool bare = response_is_bare(r->status, x->request->method);
 	uint64_t length;
 
-	if (x->request->cached && text_is(field->name, "Age"))
+	if (answer_is_stored(x->request) && text_is(field->name, "Age"))
 		return;
 	if (text_is(field->name, "Content-Length")) {
 		if (field != head_field(&r->head, "Content-Length") ||
@@ -11150,11 +11191,12 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 {
 	const struct request *q = x->request;
 
-	bool collapsed = q->cached && (q->caching.leader || q->caching.alone);
+	bool cached = answer_is_stored(q);
+	bool collapsed = cached && (q->caching.leader || q->caching.alone);
 
 	buffer_append(b, text_of("Cache-Status: "));
 	buffer_append(b, text_of(pseudonym));
-	if (q->cached && !q->caching.validated && !collapsed)
+	if (cached && !q->caching.validated && !collapsed)
 		buffer_append(b, text_of("; hit"));
 	else
 		buffer_print(b, "; fwd=%s",
@@ -11164,14 +11206,14 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 					 "method");
 	if (q->caching.forward_status)
 		buffer_print(b, "; fwd-status=%d", q->caching.forward_status);
-	if (q->cached) {
+	if (cached) {
 		buffer_append(b,
 		    text_of(q->caching.ttl < 0 ? "; ttl=-" : "; ttl="));
 		buffer_number(b,
 		    (uint64_t)(q->caching.ttl < 0 ? -q->caching.ttl :
 						    q->caching.ttl));
 	}
-	if (q->cached && collapsed)
+	if (collapsed)
 		buffer_append(b, text_of("; collapsed"));
 	if (q->caching.storing)
 		buffer_append(b, text_of("; stored"));
@@ -11188,12 +11230,13 @@ response_rewrites(struct exchange *x, const struct response *r,
 
 	w->n = 0;
 	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
-	    (x->request->local && !x->request->cached))
+	    x->request->answerer == ANSWER_MEMORY)
 		return;
 	q = x->request;
 	exchange_view(x, q, &v);
 	view_response(&v, r,
-	    x->request->cached ? x->request->caching.body : response_length(r));
+	    answer_is_stored(x->request) ? x->request->caching.body :
+					   response_length(r));
 	rewrites_collect(x->rules, GROUP_RESPONSE, &v, w);
 	x->down.bare = rewrites_strip(w);
 }
@@ -11218,10 +11261,10 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	if (r->status >= 200 && !x->tunnel &&
 	    head_field(&r->head, "Date") == NULL)
 		buffer_print(b, "Date: %s\r\n", date_now());
-	if ((!x->request->local || x->request->cached) &&
+	if (x->request->answerer != ANSWER_MEMORY &&
 	    !rewrites_take(&w, text_of("Via")))
 		via_append(b, r->minor);
-	if (x->request->cached) {
+	if (answer_is_stored(x->request)) {
 		buffer_append(b, text_of("Age: "));
 		buffer_number(b, (uint64_t)x->request->caching.age);
 		buffer_append(b, text_of("\r\n"));
@@ -11362,7 +11405,7 @@ cache_note(struct exchange *x, const struct response *r)
 		r->length + cache.making <= options.cache_size / 4))
 		store_begin(x, q, r);
 	if (x->request->caching.storing)
-		x->request->caching.hit = "stored";
+		x->request->caching.miss = "stored";
 	if (x->request->caching.fetch &&
 	    x->request->caching.storing == key_is_lone(x->request->caching.key))
 		cache.lone[x->request->caching.key % CACHE_LONE] =
@@ -11378,7 +11421,7 @@ cache_note(struct exchange *x, const struct response *r)
 static bool
 response_keeps_server(const struct exchange *x, const struct response *r)
 {
-	return !x->request->local && r->minor == 1 &&
+	return !answer_is_local(x->request) && r->minor == 1 &&
 	    r->framing != FRAMING_CLOSE && !response_logs_in(x, r) &&
 	    !head_lists(&r->head, "Connection", text_of("close"));
 }
@@ -11415,9 +11458,9 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 	x->close = x->close || to == FRAMING_CLOSE || !x->up.done || stop_at;
 	q->route.keep = response_keeps_server(x, r);
 	flow_start(&x->down, r->framing, to, r->length);
-	if (!q->local)
+	if (!answer_is_local(q))
 		q->caching.forward_status = r->status;
-	if (options.cache != NULL && !q->local)
+	if (options.cache != NULL && !answer_is_local(q))
 		cache_note(x, r);
 	if (!response_pass(x, r, n))
 		return;
@@ -11443,7 +11486,8 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 	r->framing = x->request->method == METHOD_HEAD ? FRAMING_NONE :
 	    x->request->caching.body == UINT64_MAX     ? FRAMING_CLOSE :
 							 FRAMING_LENGTH;
-	part = x->request->grows || x->request->method != METHOD_GET ?
+	part = x->request->answerer == ANSWER_FETCH ||
+		x->request->method != METHOD_GET ?
 	    0 :
 	    range_parse(&q->head, r, x->request->caching.body, &range);
 	if (r->status == 200 && request_is_satisfied(&q->head, r)) {
@@ -11525,7 +11569,7 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	char path[CACHE_PATH];
 	struct request *q = x->request;
 
-	if (!x->request->caching.has_entry || x->request->cached ||
+	if (!x->request->caching.has_entry || answer_is_stored(x->request) ||
 	    r->status < 200)
 		return false;
 	x->request->caching.forward_status = r->status;
@@ -11612,7 +11656,7 @@ response_passes(struct exchange *x, const struct response *r, struct text head)
 	struct view v;
 
 	if (!x->request->access.open || x->request->method == METHOD_CONNECT ||
-	    x->request->local || x->request->access.answer != NULL ||
+	    answer_is_local(x->request) || x->request->access.answer != NULL ||
 	    (r->status < 200 && r->status != 101))
 		return true;
 	q = x->request;
@@ -11630,7 +11674,7 @@ response_accept(struct exchange *x, size_t n)
 	struct response r;
 	int verdict;
 
-	if (!q->local)
+	if (!answer_is_local(q))
 		trace_head(x, "s>", head);
 	verdict = response_parse(head, q->method, &r);
 	if (verdict != 1) {
@@ -11645,7 +11689,7 @@ response_accept(struct exchange *x, size_t n)
 		    "");
 	else if (response_validates(x, &r, n) || !response_passes(x, &r, head))
 		trace(x, "this answer is not for the client");
-	else if (q->cached)
+	else if (answer_is_stored(q))
 		response_from_entry(x, &r, n);
 	else if (r.status == 101 && (!q->upgrade || !x->up.done))
 		exchange_refuse(x, REFUSE_UPGRADE, "");
@@ -11700,13 +11744,13 @@ response_step(struct exchange *x)
 	bool moved = false;
 	int n = 0;
 
-	if (s->fd != -1 && !x->request->local)
+	if (s->fd != -1 && !answer_is_local(x->request))
 		moved = exchange_pump(x, &x->up, c, s);
 	if (c->error || c->deaf) {
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 		return true;
 	}
-	if (x->up.broken && !x->request->local) {
+	if (x->up.broken && !answer_is_local(x->request)) {
 		x->record.end = c->eof ? END_CLIENT : END_DONE;
 		exchange_refuse(x, c->eof ? REFUSE_BODY_CUT : REFUSE_BODY, "");
 		return true;
@@ -11860,7 +11904,7 @@ relay_is_wanted(const struct exchange *x)
 	const struct request *q = x->request;
 
 	if (x->refresh && x->record.end == END_DONE)
-		return q->caching.storing || q->cached;
+		return q->caching.storing || answer_is_stored(q);
 	if (x->phase < PHASE_RELAY)
 		return q->caching.followers > 0 && x->up.done;
 	return q->caching.storing && x->up.done &&
@@ -11965,7 +12009,7 @@ relay_resume(struct exchange *x)
 	trace(x, "what this follows was given up: asking for the rest");
 	conn_close(&x->server, false);
 	fetch_leave(x);
-	q->orphan = q->local = q->cached = false;
+	answer_by(x, ANSWER_NONE);
 	q->access.open = true;
 	x->request->times.answered = 0;
 	q->route.next = 0;
@@ -11994,8 +12038,8 @@ relay_step(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (done)
 		exchange_finish(x);
-	else if (x->request->orphan && !s->readable && s->in == NULL &&
-	    c->out == NULL)
+	else if (x->request->answerer == ANSWER_ORPHAN && !s->readable &&
+	    s->in == NULL && c->out == NULL)
 		relay_resume(x);
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
 	    c->out == NULL)
@@ -12136,7 +12180,7 @@ exchange_expire(struct exchange *x)
 		break;
 	case PHASE_RESPONSE:
 		x->record.end = END_IDLE;
-		if (x->client.out != NULL || q->local)
+		if (x->client.out != NULL || answer_is_local(q))
 			exchange_abort(x, END_IDLE, REFUSE_IDLE);
 		else
 			exchange_refuse(x,
