@@ -527,15 +527,12 @@ struct caching {
 	uint64_t leader;     /* serial of the fetch that this one follows */
 	uint64_t key;        /* hash of the target's key */
 	uint64_t length;     /* of the body being stored; UINT64_MAX: unknown */
-	uint64_t skip;       /* payload that the client has had before */
 	uint64_t validator; /* hash of what tells that it is the same payload */
 	int entry;          /* descriptor of an entry */
 	int store;          /* of a new one */
 	uint32_t region;    /* bytes of its region */
-	uint64_t body;      /* bytes of the entry's body */
 	uint64_t stored;    /* of the new one's, or of the leader's, so far */
 	uint64_t region_rest;  /* the sum of its region but its first line */
-	int64_t requested;     /* wall clock: when the server was asked */
 	int64_t ttl;           /* seconds the entry is still fresh */
 	int64_t age;           /* its age in seconds */
 	char path[ENTRY_PATH]; /* of either, below the cache directory */
@@ -546,6 +543,7 @@ struct times {
 	int64_t asked;     /* the name was asked for */
 	int64_t resolved;  /* the addresses were known */
 	int64_t connected; /* the request could be sent */
+	int64_t requested; /* the same by the wall clock, in seconds */
 	int64_t answered;  /* the response head was whole */
 };
 
@@ -567,6 +565,8 @@ struct request {
 	bool upgrade;             /* the client asked to switch protocols */
 	bool login;               /* a login for the whole connection */
 	enum answerer answerer;   /* who answers it */
+	uint64_t body;            /* of an entry that answers: its bytes */
+	uint64_t skip;            /* payload that the client has had before */
 	struct access access;     /* what the rules said */
 	struct route route;       /* the way to the server */
 	struct caching caching;   /* the part of the cache */
@@ -5904,6 +5904,108 @@ rules_read(const struct rules *old)
 	return rules;
 }
 
+/* ---- what is known ---- */
+
+/* The parent that an exchange goes through, NULL if none. */
+static struct parent *
+exchange_parent(const struct exchange *x)
+{
+	struct parent *parent = x->request->route.parent;
+
+	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
+}
+
+/* The address in the words of address_print(); none, of family 0: `-`. */
+static struct address
+address_read(struct text t)
+{
+	struct target target;
+	struct address a;
+
+	memset(&a, 0, sizeof(a));
+	if (authority_parse(t, 0, &target) == 1)
+		(void)address_parse(target.host, target.port, &a);
+	return a;
+}
+
+/*
+ * What they know of a server's address is a, which must stay; of family 0:
+ * nothing, and never.  One in the URL is known anyway.
+ */
+static void
+view_source(struct view *v, const struct address *a)
+{
+	if (v->address == &v->literal)
+		return;
+	v->address = a->family ? a : NULL;
+	v->known &= ~(unsigned)FACT_ADDRESS;
+	v->known |= a->family ? FACT_ADDRESS : 0U;
+	v->never |= a->family ? 0U : FACT_ADDRESS;
+}
+
+/*
+ * What the rules may know of a request so far, into v; q must stay.  With a
+ * parent, the server's address is known only if the URL has it in figures;
+ * that of an entry is the one that it came from.
+ */
+static void
+exchange_view(const struct exchange *x, const struct request *q, struct view *v)
+{
+	struct text host = host_bare(q->target.host);
+
+	memset(v, 0, sizeof(*v));
+	v->never = q->method == METHOD_CONNECT ?
+	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
+	    0U;
+	v->client = &x->peer;
+	if (x->record.user != NULL)
+		v->user = x->record.user->user;
+	v->request = q;
+	v->host = host;
+	v->port = q->target.port;
+	v->found = x->request->access.found;
+	v->passed = x->down.payload + x->down.ready;
+	if (address_parse(host, v->port, &v->literal))
+		v->address = &v->literal;
+	else if (answer_is_stored(x->request))
+		view_source(v, &x->request->route.list[0]);
+	else if (exchange_parent(x) != NULL && !x->request->access.route_open)
+		v->never |= FACT_ADDRESS;
+	else if (x->record.server.family == AF_INET ||
+	    x->record.server.family == AF_INET6)
+		v->address = &x->record.server;
+	if (v->address != NULL)
+		v->known |= FACT_ADDRESS;
+}
+
+/* What they know once a response has come; length UINT64_MAX: not known. */
+static void
+view_response(struct view *v, const struct response *r, uint64_t length)
+{
+	bool bare = response_is_bare(r->status, v->request->method);
+
+	v->response = r;
+	v->known |= FACT_RESPONSE;
+	v->length = length;
+	if (length != UINT64_MAX)
+		v->known |= FACT_LENGTH;
+	if (bare || length == 0)
+		v->known |= FACT_LENGTH | FACT_BODY;
+	if (bare && length == UINT64_MAX)
+		v->length = 0;
+}
+
+/* The length of a response's body, UINT64_MAX if its head does not tell. */
+static uint64_t
+response_length(const struct response *r)
+{
+	uint64_t length = UINT64_MAX;
+
+	if (head_chunked(&r->head) != 0 || head_length(&r->head, &length) != 1)
+		return UINT64_MAX;
+	return length;
+}
+
 /* All lines in force, group by group, on standard output. */
 static void
 rules_print(const struct rules *rules)
@@ -7069,9 +7171,9 @@ follow_end(struct exchange *y, bool whole)
 	if (q->answerer != ANSWER_FETCH)
 		return;
 	answer_by(y, whole ? ANSWER_ENTRY : ANSWER_ORPHAN);
-	if (!whole || q->caching.body != UINT64_MAX)
+	if (!whole || q->body != UINT64_MAX)
 		return;
-	q->caching.body = q->caching.stored;
+	q->body = q->caching.stored;
 	if (y->phase == PHASE_RELAY && y->down.from == FRAMING_CLOSE) {
 		y->down.from = FRAMING_LENGTH;
 		y->down.left =
@@ -7146,7 +7248,7 @@ fetch_move(struct exchange *x, struct exchange *y)
 	q->caching.followers = 0;
 	q->caching.storing = false;
 	answer_by(x, ANSWER_FETCH);
-	q->caching.body = q->caching.length;
+	q->body = q->caching.length;
 }
 
 /* x follows nobody any more; the fetch may then be nobody's. */
@@ -7295,15 +7397,6 @@ draft_keys(struct exchange *x, const struct request *q,
 	return !d->keys->overflow && !d->list->overflow;
 }
 
-/* The parent that an exchange goes through, NULL if none. */
-static struct parent *
-exchange_parent(const struct exchange *x)
-{
-	struct parent *parent = x->request->route.parent;
-
-	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
-}
-
 /* The region of a new entry, but for its first line. */
 static bool
 draft_region(struct exchange *x, const struct response *r, struct draft *d)
@@ -7314,9 +7407,9 @@ draft_region(struct exchange *x, const struct response *r, struct draft *d)
 	if (exchange_parent(x) == NULL)
 		address_print(&x->record.server, d->server);
 	d->e.server = text_of(d->server);
-	d->e.requested = q->caching.requested;
+	d->e.requested = q->times.requested;
 	d->e.responded = now.wall;
-	d->e.age = initial_age(r, q->caching.requested, now.wall);
+	d->e.age = initial_age(r, q->times.requested, now.wall);
 	d->list->end = d->list->start;
 	stored_head_append(r, d->list);
 	q->caching.region = d->list->overflow ?
@@ -7689,10 +7782,10 @@ entry_freshen(struct exchange *x, const struct request *q,
 
 	if (good) {
 		merged_head_append(&r, &news->head, head);
-		e.requested = x->request->caching.requested;
+		e.requested = x->request->times.requested;
 		e.responded = now.wall;
 		e.age =
-		    initial_age(news, x->request->caching.requested, now.wall);
+		    initial_age(news, x->request->times.requested, now.wall);
 		if (!head->overflow &&
 		    response_parse(buffer_text(head), METHOD_GET, &merged) ==
 			1 &&
@@ -7959,6 +8052,766 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 	range->first = first;
 	range->length = last - first + 1;
 	return 1;
+}
+
+/* ---- what the cache says ---- */
+
+/* What it says to a request, or to a response that came for one. */
+enum cached {
+	CACHED_NO,   /* the server is to be asked, or its answer passed on */
+	CACHED_YES,  /* an entry answers */
+	CACHED_WAIT, /* another exchange is about to get the answer */
+	CACHED_LOST, /* the entry that was validated is gone: ask anew */
+	CACHED_NEVER /* nothing is stored, and nobody may be asked */
+};
+
+/* What was found for a request in the cache. */
+struct lookup {
+	int fd;                /* of the entry, or -1 */
+	struct buffer *b;      /* its beginning */
+	struct entry e;        /* slices of b */
+	struct response r;     /* the same */
+	enum reuse reuse;      /* what it is good for */
+	bool grows;            /* another exchange is still storing it */
+	char path[CACHE_PATH]; /* where it is, or was last looked for */
+};
+
+/*
+ * The line that says how a request, or its response if r is not NULL, is to
+ * be cached; NULL: none does.  e: the entry that r is the head of, or NULL.
+ */
+static const struct rule *
+cache_rule(const struct exchange *x, const struct request *q,
+    const struct response *r, const struct entry *e)
+{
+	struct address source;
+	struct verdict verdict;
+	struct view v;
+
+	if (x->rules->first[GROUP_CACHE] == NULL)
+		return NULL;
+	exchange_view(x, q, &v);
+	if (r != NULL)
+		view_response(&v, r, e ? e->body : response_length(r));
+	if (e != NULL) {
+		source = address_read(e->server);
+		view_source(&v, &source);
+	}
+	verdict = rules_judge(x->rules, GROUP_CACHE, &v);
+	return verdict.truth == TRUTH_YES ? verdict.rule : NULL;
+}
+
+/*
+ * How long an entry, whose head is r, is fresh: as a rule says, or else as it
+ * says itself.
+ */
+static struct lifetime
+exchange_lifetime(const struct exchange *x, const struct request *q,
+    const struct response *r, const struct entry *e)
+{
+	const struct rule *rule = cache_rule(x, q, r, e);
+
+	if (rule != NULL && rule->action == ACTION_CACHE)
+		return (struct lifetime){ rule->seconds, "a rule" };
+	return freshness_lifetime(r, false);
+}
+
+/* The fetch for that key which others may still follow, or NULL. */
+static struct exchange *
+fetch_for(uint64_t key)
+{
+	struct exchange *y;
+
+	for (y = cache.fetches; y != NULL; y = y->next)
+		if (y->request->caching.key == key &&
+		    !y->request->caching.spoiled)
+			return y;
+	return NULL;
+}
+
+/* True if the variant of an entry, whose head is r, is that of q. */
+static bool
+variant_fits(const struct entry *e, const struct response *r,
+    const struct request *q)
+{
+	struct buffer *list = buffer_take(), *b = buffer_take();
+	bool fits = list != NULL && b != NULL;
+
+	if (fits && e->variant.len > 0) {
+		buffer_append(b, entry_token(e));
+		buffer_append(b, text_of(";"));
+		fits = vary_append(r, list);
+		variant_append(q, buffer_text(list), b);
+		fits = fits && !b->overflow && !list->overflow &&
+		    text_equals(buffer_text(b), e->variant);
+	}
+	buffer_give(&list);
+	buffer_give(&b);
+	return fits;
+}
+
+/*
+ * True if one who follows a fetch gets the whole in any case: the rest can be
+ * asked for, or there is room on the disk for all of it, or, its length being
+ * unknown, store_fits() sees to it.
+ */
+static bool
+follow_is_safe(const struct caching *f)
+{
+	return f->validator != 0 || f->length == UINT64_MAX ||
+	    posix_fallocate(f->store, 0, (off_t)(f->region + f->length)) == 0;
+}
+
+/* True if e's key is that of x's target, and not only hashed to the same. */
+static bool
+key_fits(const struct exchange *x, const struct entry *e)
+{
+	struct buffer *b = buffer_take();
+	bool fits = b != NULL;
+
+	if (fits) {
+		key_append(x, b);
+		fits = text_equals(buffer_text(b), e->key);
+	}
+	buffer_give(&b);
+	return fits;
+}
+
+/*
+ * Opens what another exchange is storing for x's target, if it is the variant
+ * that q asks for: its region is there but for the first line, and its body
+ * grows.  Returns the descriptor, to be read from behind the region, or -1.
+ */
+static int
+follow_open(struct exchange *x, const struct request *q, struct lookup *l)
+{
+	struct exchange *y;
+	struct caching *f;
+	char path[CACHE_PATH];
+	int fd = -1;
+
+	for (y = cache.fetches; y != NULL && fd == -1; y = y->next) {
+		f = &y->request->caching;
+		if (!f->storing || f->spoiled ||
+		    f->key != x->request->caching.key ||
+		    (f->length == UINT64_MAX && key_is_lone(f->key)))
+			continue;
+		store_path(f->fetch, path);
+		fd = open(path, O_RDONLY);
+		if (fd == -1)
+			continue;
+		if (region_read(fd, f->region, l->b, &l->e) &&
+		    key_fits(x, &l->e) &&
+		    response_parse(l->e.head, METHOD_GET, &l->r) == 1 &&
+		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
+		    lseek(fd, (off_t)f->region, SEEK_SET) != -1) {
+			l->e.body = f->length;
+			l->grows = true;
+			x->request->caching.leader = f->fetch;
+			x->request->caching.stored = f->stored;
+			f->followers++;
+			exchange_queue(y);
+		} else {
+			(void)close(fd);
+			fd = -1;
+		}
+	}
+	return fd;
+}
+
+/*
+ * True if what was found may answer q at all, by what kind of answer it is and
+ * who asks.
+ */
+static bool
+lookup_fits(const struct exchange *x, const struct request *q, struct lookup *l)
+{
+	const struct rule *rule;
+
+	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1)
+		return false;
+	rule = cache_rule(x, q, &l->r, &l->e);
+	if (rule != NULL && rule->action == ACTION_NOCACHE)
+		return false;
+	return l->r.status != 206 ||
+	    (q->method == METHOD_GET &&
+		head_field(&q->head, "If-Range") == NULL);
+}
+
+/*
+ * What the entry that was found is good for, and what is to be told of it;
+ * the trace gets the reckoning.
+ */
+static void
+lookup_judge(struct exchange *x, const struct request *q,
+    const struct control *asked, struct lookup *l)
+{
+	struct control control = control_parse(&l->r.head);
+	struct lifetime lifetime = exchange_lifetime(x, q, &l->r, &l->e);
+
+	x->request->caching.age = l->e.age +
+	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
+	x->request->caching.ttl = lifetime.seconds - x->request->caching.age;
+	x->request->caching.validator = response_validator(&l->r);
+	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
+		l->reuse = reuse_judge(asked, &control, x->request->caching.age,
+		    lifetime.seconds);
+	x->request->caching.forward =
+	    x->request->caching.ttl > 0 && !control.no_cache ? "request" :
+							       "stale";
+	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s",
+	    (long long)x->request->caching.age,
+	    x->request->caching.ttl > 0 ? "<" : ">=",
+	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
+	    lifetime.why, control.no_cache ? ", no-cache" : "",
+	    l->reuse == REUSE_FRESH ? "fresh" :
+		l->reuse == REUSE_STALE ?
+				      "stale, which the client takes" :
+		l->reuse == REUSE_MEANWHILE ?
+				      "stale, which is good while it is "
+				      "validated" :
+		x->request->caching.ttl > 0 ?
+				      "to be validated, by the client's wish" :
+				      "to be validated");
+}
+
+/* Looks in the cache; l needs not be set.  Whoever asked gives l->b back. */
+static void
+lookup_run(struct exchange *x, const struct request *q,
+    const struct control *asked, struct lookup *l)
+{
+
+	x->request->caching.forward = "uri-miss";
+	l->fd = -1;
+	l->grows = false;
+	l->e.vary.at = NULL;
+	l->reuse = REUSE_VALIDATED;
+	l->b = buffer_take();
+	if (l->b == NULL)
+		return;
+	l->fd = entry_find(x, q, l->b, &l->e, l->path);
+	if (l->fd == -1 && l->e.vary.at != NULL)
+		x->request->caching.forward = "vary-miss";
+	if (l->fd != -1 && !lookup_fits(x, q, l)) {
+		(void)close(l->fd);
+		l->fd = -1;
+	}
+	if (l->fd != -1)
+		lookup_judge(x, q, asked, l);
+}
+
+/*
+ * Looks among the fetches under way, if nothing that is stored will do: what
+ * one of them stores is the answer if it is fresh.
+ */
+static void
+lookup_follow(struct exchange *x, const struct request *q,
+    const struct control *asked, struct lookup *l)
+{
+	const char *forward = x->request->caching.forward;
+	int fd = -1;
+
+	if (l->b == NULL || x->refresh || asked->no_store ||
+	    head_field(&q->head, "Range") != NULL ||
+	    head_field(&q->head, "Authorization") != NULL)
+		return;
+	fd = follow_open(x, q, l);
+	if (fd != -1 && lookup_fits(x, q, l))
+		lookup_judge(x, q, asked, l);
+	x->request->caching.forward = forward;
+	if (fd != -1 && l->reuse == REUSE_FRESH) {
+		if (l->fd != -1)
+			(void)close(l->fd);
+		l->fd = fd;
+	} else if (fd != -1) {
+		(void)close(fd);
+		l->grows = false;
+		fetch_leave(x);
+		l->reuse = REUSE_VALIDATED;
+	}
+}
+
+/*
+ * True if q may wait for what another fetch brings, or be the one that is
+ * waited for: a plain GET, whose answer may well be good for all.
+ */
+static bool
+request_is_common(const struct request *q, const struct control *asked)
+{
+	static const char *const special[] = { "Authorization", "Range",
+		"If-Match", "If-None-Match", "If-Modified-Since",
+		"If-Unmodified-Since", NULL };
+	size_t i;
+
+	for (i = 0; i < q->head.n; i++)
+		if (name_is_among(q->head.fields[i].name, special))
+			return false;
+	return q->method == METHOD_GET && !asked->no_store &&
+	    !asked->no_cache && asked->max_age != 0;
+}
+
+/*
+ * Waits for the head of a fetch for the same key, if there is one; true if so.
+ * Nobody waits twice, nor for what is known not to be storable: those who
+ * wait in vain would be held up one after the other.
+ */
+static bool
+follow_wait(struct exchange *x)
+{
+	struct request *q = x->request;
+	struct exchange *y = fetch_for(q->caching.key);
+
+	if (y == NULL || y->request->caching.storing || q->caching.alone ||
+	    x->refresh || key_is_lone(q->caching.key))
+		return false;
+	q->caching.leader = y->request->caching.fetch;
+	y->request->caching.followers++;
+	return true;
+}
+
+/* True while the head that x waits for has not come. */
+static bool
+cache_waits(const struct exchange *x)
+{
+	const struct exchange *y;
+
+	for (y = cache.fetches; y != NULL; y = y->next)
+		if (y->request->caching.fetch == x->request->caching.leader &&
+		    !y->request->caching.storing)
+			return true;
+	return false;
+}
+
+/* x waits no longer: it is to be looked up once more. */
+static void
+cache_stop_waiting(struct exchange *x)
+{
+	fetch_leave(x);
+	x->request->caching.alone = true;
+}
+
+/* True if the cache may have a part in the answer. */
+static bool
+request_is_cacheable(struct exchange *x)
+{
+	struct request *q = x->request;
+	const struct rule *rule;
+
+	/* What is sent, and so what comes, is not known yet. */
+	q->caching.nocache = q->rewrites.open;
+	if (options.cache == NULL || q->caching.nocache || q->upgrade ||
+	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
+	    q->framing != FRAMING_NONE)
+		return false;
+	rule = cache_rule(x, q, NULL, NULL);
+	q->caching.nocache = rule != NULL && rule->action == ACTION_NOCACHE;
+	return !q->caching.nocache;
+}
+
+/* What was found answers; for the log and Cache-Status. */
+static enum cached
+lookup_answers(struct exchange *x, const struct lookup *l)
+{
+	struct caching *c = &x->request->caching;
+
+	c->hit = l->grows || (c->alone && l->reuse == REUSE_FRESH) ?
+	    "collapsed" :
+	    l->reuse == REUSE_FRESH ? "fresh" :
+				      "stale";
+	fetch_end(x, true);
+	answer_by(x, l->grows ? ANSWER_FETCH : ANSWER_ENTRY);
+	return CACHED_YES;
+}
+
+/*
+ * Looks what is stored for the request of x, or under way.  CACHED_YES: l
+ * answers, whose fd and b the caller takes over; CACHED_WAIT: x follows a
+ * fetch; CACHED_NO: if an entry is to be validated, x keeps it.
+ */
+static enum cached
+cache_find(struct exchange *x, struct lookup *l)
+{
+	struct request *q = x->request;
+	struct caching *c = &q->caching;
+	struct control asked;
+	const char *forward = c->forward;
+	bool common;
+
+	if (!request_is_cacheable(x))
+		return CACHED_NO;
+	asked = control_parse(&q->head);
+	common = request_is_common(q, &asked);
+	lookup_run(x, q, &asked, l);
+	if (l->reuse == REUSE_VALIDATED)
+		lookup_follow(x, q, &asked, l);
+	if (c->alone)
+		c->forward = forward;
+	if (l->fd != -1 && l->reuse != REUSE_VALIDATED)
+		return lookup_answers(x, l);
+	buffer_give(&l->b);
+	c->miss = c->forward;
+	if (asked.only_if_cached || (common && follow_wait(x))) {
+		if (l->fd != -1)
+			(void)close(l->fd);
+		return asked.only_if_cached ? CACHED_NEVER : CACHED_WAIT;
+	}
+	if (l->fd != -1) {
+		c->entry = l->fd;
+		c->has_entry = c->validated = true;
+		(void)text_copy(text_of(l->path + strlen(options.cache)),
+		    c->path, ENTRY_PATH);
+	}
+	if (common && c->fetch == 0)
+		fetch_begin(x);
+	return CACHED_NO;
+}
+
+/*
+ * The entry that was to be validated answers, read anew into l; word: for the
+ * log.  False if it is damaged.
+ */
+static bool
+cache_reopen(struct exchange *x, const char *word, struct lookup *l)
+{
+	struct request *q = x->request;
+	struct caching *c = &q->caching;
+
+	l->b = entry_load(c->entry, &l->e, &l->r);
+	if (l->b == NULL)
+		return false;
+	if (lseek(c->entry, (off_t)buffer_len(l->b), SEEK_SET) == -1) {
+		buffer_give(&l->b);
+		return false;
+	}
+	c->hit = word;
+	c->age = l->e.age +
+	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
+	c->ttl = exchange_lifetime(x, q, &l->r, &l->e).seconds - c->age;
+	c->has_entry = false;
+	l->fd = c->entry;
+	l->reuse = REUSE_FRESH;
+	fetch_end(x, true);
+	answer_by(x, ANSWER_ENTRY);
+	return true;
+}
+
+/*
+ * The server failed, or answered that it did (answered): the entry that was
+ * to be validated may stand in.  True if it does, in l.
+ */
+static bool
+cache_rescue(struct exchange *x, bool answered, struct lookup *l)
+{
+	const struct request *q = x->request;
+	struct control asked, control;
+	int64_t age, lifetime;
+	bool good;
+
+	if (!q->caching.has_entry)
+		return false;
+	l->b = entry_load(q->caching.entry, &l->e, &l->r);
+	if (l->b == NULL)
+		return false;
+	age = l->e.age + (int64_t)now.wall - l->e.responded;
+	lifetime = exchange_lifetime(x, q, &l->r, &l->e).seconds;
+	asked = control_parse(&q->head);
+	control = control_parse(&l->r.head);
+	good = l->e.responded <= now.wall + CLOCK_STEP_S &&
+	    reuse_on_error(&asked, &control,
+		age - (lifetime > 0 ? lifetime : 0), answered);
+	buffer_give(&l->b);
+	return good && cache_reopen(x, "stale", l);
+}
+
+/*
+ * True if the answer to a HEAD, or a part of a body, speaks of what is stored:
+ * the same validators, and of a HEAD the length, as far as it has them (RFC
+ * 9111 section 4.3.5).
+ */
+static bool
+entry_resembles(const struct exchange *x, const struct response *r)
+{
+	static const char *const fields[] = { "ETag", "Last-Modified" };
+	struct response old;
+	struct entry e;
+	struct buffer *b = entry_load(x->request->caching.entry, &e, &old);
+	uint64_t length;
+	bool same;
+	size_t i;
+
+	if (b == NULL)
+		return false;
+	same = r->status == 206 || head_length(&r->head, &length) != 1 ||
+	    length == e.body;
+	for (i = 0; same && i < sizeof(fields) / sizeof(fields[0]); i++)
+		same = text_equals(head_value(&r->head, fields[i]),
+		    head_value(&old.head, fields[i]));
+	buffer_give(&b);
+	return same;
+}
+
+/* A 304 came for the entry at hand; see cache_validate(). */
+static enum cached
+cache_freshen(struct exchange *x, const struct response *r, struct lookup *l)
+{
+	struct request *q = x->request;
+	const struct rule *rule = cache_rule(x, q, NULL, NULL);
+	char path[CACHE_PATH];
+
+	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache,
+	    q->caching.path);
+	if (entry_freshen(x, q, r, rule ? rule->seconds : -1, path) &&
+	    cache_reopen(x, "validated", l))
+		return CACHED_YES;
+	(void)unlink(path);
+	entry_close(x);
+	return CACHED_LOST;
+}
+
+/*
+ * A response came from a server.  If an entry was to be validated, it says
+ * whether that is good (CACHED_YES: it answers, in l), or vanished meanwhile
+ * (CACHED_LOST), or something else takes its place.
+ */
+static enum cached
+cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
+{
+	bool failed = r->status == 500 ||
+	    (r->status >= 502 && r->status <= 504);
+	struct request *q = x->request;
+	struct caching *c = &q->caching;
+
+	if (!c->has_entry || answer_is_stored(q) || r->status < 200)
+		return CACHED_NO;
+	c->forward_status = r->status;
+	if (r->status == 304)
+		return cache_freshen(x, r, l);
+	if (failed && cache_rescue(x, true, l))
+		return CACHED_YES;
+	c->outdated = !failed &&
+	    !((q->method == METHOD_HEAD || r->status == 206) &&
+		entry_resembles(x, r));
+	/* The part is not to take the place of the whole. */
+	if (r->status == 206 && !c->outdated)
+		c->nocache = true;
+	entry_close(x);
+	return CACHED_NO;
+}
+
+/*
+ * A final response comes from a server: it is stored, or those who waited for
+ * it are told that it is not; and it may tell that something stored is no
+ * longer true.
+ */
+static void
+cache_store(struct exchange *x, const struct response *r)
+{
+	struct request *q = x->request;
+	struct caching *c = &q->caching;
+	const struct rule *rule;
+	char path[CACHE_PATH];
+
+	c->forward_status = r->status;
+	if (options.cache == NULL || q->method == METHOD_CONNECT ||
+	    q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)
+		return;
+	/* Where the entry is that was validated: store_begin() has its own. */
+	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache, c->path);
+	rule = cache_rule(x, q, r, NULL);
+	if (q->method != METHOD_GET && q->method != METHOD_HEAD &&
+	    r->status >= 200 && r->status < 400)
+		cache_invalidate(x, r);
+	if ((c->forward != NULL || q->method == METHOD_POST) && !c->nocache &&
+	    (rule == NULL || rule->action == ACTION_CACHE) &&
+	    response_is_storable(q, r, rule ? rule->seconds : -1) &&
+	    (r->framing != FRAMING_LENGTH ||
+		r->length + cache.making <= options.cache_size / 4))
+		store_begin(x, q, r);
+	if (c->storing)
+		c->miss = "stored";
+	if (c->fetch && c->storing == key_is_lone(c->key))
+		cache.lone[c->key % CACHE_LONE] = c->storing ? 0 : c->key;
+	if (c->storing)
+		return;
+	fetch_end(x, false);
+	if (c->outdated)
+		(void)unlink(path);
+}
+
+/* The request of x ends, or somebody else answers it: all is let go of. */
+static void
+cache_leave(struct exchange *x)
+{
+	store_drop(x);
+	fetch_leave(x);
+	entry_close(x);
+	x->request->caching.hit = NULL;
+}
+
+/*
+ * How many bytes of payload may be read of the entry that answers: of one that
+ * is still being stored no more than is there, since room for the rest may
+ * have been made already.
+ */
+static uint64_t
+cache_room(const struct exchange *x)
+{
+	const struct request *q = x->request;
+
+	return q->answerer == ANSWER_FETCH || q->answerer == ANSWER_ORPHAN ?
+	    q->caching.stored - x->down.payload - x->down.ready :
+	    UINT64_MAX;
+}
+
+/*
+ * True if what x fetches is worth its end without x's client: it is stored, or
+ * may yet be, and others follow it, or most of it is there; or it is a refresh.
+ */
+static bool
+cache_wants(const struct exchange *x)
+{
+	const struct caching *c = &x->request->caching;
+
+	if (x->refresh && x->record.end == END_DONE)
+		return c->storing || answer_is_stored(x->request);
+	if (x->phase < PHASE_RELAY)
+		return c->followers > 0 && x->up.done;
+	return c->storing && x->up.done &&
+	    (c->followers > 0 ||
+		(c->length != UINT64_MAX && c->stored >= c->length / 2));
+}
+
+/*
+ * Opens what x stores for others, to be read on from what its own client has;
+ * -1 if nobody follows, or if x might then get less than it would have: what
+ * could neither be asked for again nor has room for sure.
+ */
+static int
+cache_follow_own(const struct exchange *x)
+{
+	const struct caching *c = &x->request->caching;
+	char path[CACHE_PATH];
+	int fd;
+
+	if (!c->storing || c->followers == 0 ||
+	    (c->validator == 0 && c->length == UINT64_MAX))
+		return -1;
+	store_path(c->fetch, path);
+	fd = open(path, O_RDONLY);
+	if (fd != -1 &&
+	    lseek(fd, (off_t)(c->region + x->down.payload), SEEK_SET) == -1) {
+		(void)close(fd);
+		return -1;
+	}
+	return fd;
+}
+
+/* True if r has the payload that x followed until it was given up. */
+static bool
+cache_resembles(const struct exchange *x, const struct response *r)
+{
+	const struct request *q = x->request;
+
+	return r->status == 200 && q->caching.validator != 0 &&
+	    response_validator(r) == q->caching.validator &&
+	    (x->down.to != FRAMING_LENGTH ||
+		(r->framing == FRAMING_LENGTH && r->length == q->body));
+}
+
+/*
+ * Makes of the stored response r what the client is to get: 304 if it has what
+ * is stored, a part of it, or all.  Lines for its head go to `extra`, of size
+ * bytes.  Returns where in the file a part begins, else 0.
+ */
+static uint64_t
+cache_shape(const struct exchange *x, struct response *r, char *extra,
+    size_t size)
+{
+	const struct request *q = x->request;
+	struct range range = { 0, q->body };
+	int part = 0;
+
+	extra[0] = '\0';
+	r->framing = q->method == METHOD_HEAD ? FRAMING_NONE :
+	    q->body == UINT64_MAX             ? FRAMING_CLOSE :
+						FRAMING_LENGTH;
+	if (q->answerer != ANSWER_FETCH && q->method == METHOD_GET)
+		part = range_parse(&q->head, r, q->body, &range);
+	if (r->status == 200 && request_is_satisfied(&q->head, r)) {
+		r->status = 304;
+		r->framing = FRAMING_NONE;
+		part = 0;
+	} else if (part == -1) {
+		r->status = 416;
+		r->framing = FRAMING_NONE;
+		(void)snprintf(extra, size,
+		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
+		    (unsigned long long)q->body);
+	} else if (part == 1) {
+		r->status = 206;
+		(void)snprintf(extra, size,
+		    "Content-Range: bytes %llu-%llu/%llu\r\n"
+		    "Content-Length: %llu\r\n",
+		    (unsigned long long)range.first,
+		    (unsigned long long)(range.first + range.length - 1),
+		    (unsigned long long)q->body,
+		    (unsigned long long)range.length);
+	} else if (r->status != 204 && q->body != UINT64_MAX) {
+		(void)text_copy(text_of("Content-Length: "), extra, size);
+		memcpy(number_print(extra + strlen(extra), q->body), "\r\n", 3);
+	}
+	if (r->status == 304 || r->status == 416 || r->status == 206)
+		r->reason = text_of(status_reason(r->status));
+	r->extra = text_of(extra);
+	r->length = range.length;
+	return part == 1 ? q->caching.region + range.first : 0;
+}
+
+/* Cache-Status (RFC 9211): what the cache did, or why it did nothing. */
+static void
+cache_status_append(const struct exchange *x, struct buffer *b)
+{
+	const struct request *q = x->request;
+
+	bool cached = answer_is_stored(q);
+	bool collapsed = cached && (q->caching.leader || q->caching.alone);
+
+	buffer_append(b, text_of("Cache-Status: "));
+	buffer_append(b, text_of(pseudonym));
+	if (cached && !q->caching.validated && !collapsed)
+		buffer_append(b, text_of("; hit"));
+	else
+		buffer_print(b, "; fwd=%s",
+		    q->caching.forward ? q->caching.forward :
+			q->method == METHOD_GET || q->method == METHOD_HEAD ?
+					 "bypass" :
+					 "method");
+	if (q->caching.forward_status)
+		buffer_print(b, "; fwd-status=%d", q->caching.forward_status);
+	if (cached) {
+		buffer_append(b,
+		    text_of(q->caching.ttl < 0 ? "; ttl=-" : "; ttl="));
+		buffer_number(b,
+		    (uint64_t)(q->caching.ttl < 0 ? -q->caching.ttl :
+						    q->caching.ttl));
+	}
+	if (collapsed)
+		buffer_append(b, text_of("; collapsed"));
+	if (q->caching.storing)
+		buffer_append(b, text_of("; stored"));
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* Appends what the cache did to a line of the log. */
+static void
+cache_log_append(const struct request *q, struct buffer *b)
+{
+	const struct caching *c = &q->caching;
+
+	if (c->hit == NULL && c->miss == NULL)
+		return;
+	buffer_append(b, text_of(c->hit ? " hit=" : " miss="));
+	buffer_append(b, text_of(c->hit ? c->hit : c->miss));
 }
 
 /* ---- 10. Names ---- */
@@ -8597,11 +9450,8 @@ log_exchange(const struct exchange *x)
 	buffer_append(b, text_of("\" \""));
 	buffer_escape(b, quotes.agent, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\""));
-	if (q != NULL && (q->caching.hit || q->caching.miss)) {
-		buffer_append(b, text_of(q->caching.hit ? " hit=" : " miss="));
-		buffer_append(b,
-		    text_of(q->caching.hit ? q->caching.hit : q->caching.miss));
-	}
+	if (q != NULL)
+		cache_log_append(q, b);
 	buffer_append(b, text_of(" up="));
 	buffer_number(b, x->up.payload);
 	log_time(b, " dns=", quotes.dns_ms);
@@ -8938,9 +9788,7 @@ exchange_forget(struct exchange *x)
 {
 	if (x->request == NULL)
 		return;
-	store_drop(x);
-	fetch_leave(x);
-	entry_close(x);
+	cache_leave(x);
 	exchange_drop_tries(x);
 	request_drop(&x->request);
 }
@@ -8995,11 +9843,9 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 		return;
 	}
 	exchange_drop_tries(x);
-	store_drop(x);
+	cache_leave(x);
 	buffer_give(&q->access.answer);
 	page_refusal(x, refusal, detail);
-	q->caching.hit = NULL;
-	fetch_leave(x);
 	if (x->server.in == NULL) {
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 		return;
@@ -9008,97 +9854,6 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 }
 
 /* ---- what the rules say ---- */
-
-/* The address in the words of address_print(); none, of family 0: `-`. */
-static struct address
-address_read(struct text t)
-{
-	struct target target;
-	struct address a;
-
-	memset(&a, 0, sizeof(a));
-	if (authority_parse(t, 0, &target) == 1)
-		(void)address_parse(target.host, target.port, &a);
-	return a;
-}
-
-/*
- * What they know of a server's address is a, which must stay; of family 0:
- * nothing, and never.  One in the URL is known anyway.
- */
-static void
-view_source(struct view *v, const struct address *a)
-{
-	if (v->address == &v->literal)
-		return;
-	v->address = a->family ? a : NULL;
-	v->known &= ~(unsigned)FACT_ADDRESS;
-	v->known |= a->family ? FACT_ADDRESS : 0U;
-	v->never |= a->family ? 0U : FACT_ADDRESS;
-}
-
-/*
- * What the rules may know of a request so far, into v; q must stay.  With a
- * parent, the server's address is known only if the URL has it in figures;
- * that of an entry is the one that it came from.
- */
-static void
-exchange_view(const struct exchange *x, const struct request *q, struct view *v)
-{
-	struct text host = host_bare(q->target.host);
-
-	memset(v, 0, sizeof(*v));
-	v->never = q->method == METHOD_CONNECT ?
-	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
-	    0U;
-	v->client = &x->peer;
-	if (x->record.user != NULL)
-		v->user = x->record.user->user;
-	v->request = q;
-	v->host = host;
-	v->port = q->target.port;
-	v->found = x->request->access.found;
-	v->passed = x->down.payload + x->down.ready;
-	if (address_parse(host, v->port, &v->literal))
-		v->address = &v->literal;
-	else if (answer_is_stored(x->request))
-		view_source(v, &x->request->route.list[0]);
-	else if (exchange_parent(x) != NULL && !x->request->access.route_open)
-		v->never |= FACT_ADDRESS;
-	else if (x->record.server.family == AF_INET ||
-	    x->record.server.family == AF_INET6)
-		v->address = &x->record.server;
-	if (v->address != NULL)
-		v->known |= FACT_ADDRESS;
-}
-
-/* What they know once a response has come; length UINT64_MAX: not known. */
-static void
-view_response(struct view *v, const struct response *r, uint64_t length)
-{
-	bool bare = response_is_bare(r->status, v->request->method);
-
-	v->response = r;
-	v->known |= FACT_RESPONSE;
-	v->length = length;
-	if (length != UINT64_MAX)
-		v->known |= FACT_LENGTH;
-	if (bare || length == 0)
-		v->known |= FACT_LENGTH | FACT_BODY;
-	if (bare && length == UINT64_MAX)
-		v->length = 0;
-}
-
-/* The length of a response's body, UINT64_MAX if its head does not tell. */
-static uint64_t
-response_length(const struct response *r)
-{
-	uint64_t length = UINT64_MAX;
-
-	if (head_chunked(&r->head) != 0 || head_length(&r->head, &length) != 1)
-		return UINT64_MAX;
-	return length;
-}
 
 /*
  * What rules change in the request of an exchange before it is sent, as far
@@ -9221,7 +9976,6 @@ access_begin(struct exchange *x, const struct request *q)
 		return false;
 	route_judge(x, &v);
 	exchange_rewrite(x);
-	x->request->caching.nocache = x->request->rewrites.open;
 	return true;
 }
 
@@ -9280,7 +10034,7 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	    &r);
 	exchange_view(x, q, &v);
 	view_response(&v, &r,
-	    answer_is_stored(x->request) ? x->request->caching.body :
+	    answer_is_stored(x->request) ? x->request->body :
 					   response_length(&r));
 	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
@@ -9299,144 +10053,41 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	return verdict.truth != TRUTH_YES || !rule_refuses(verdict.rule, &v);
 }
 
-/*
- * The line that says how a request, or its response if r is not NULL, is to
- * be cached; NULL: none does.  e: the entry that r is the head of, or NULL.
- */
-static const struct rule *
-cache_rule(const struct exchange *x, const struct request *q,
-    const struct response *r, const struct entry *e)
-{
-	struct address source;
-	struct verdict verdict;
-	struct view v;
-
-	if (x->rules->first[GROUP_CACHE] == NULL)
-		return NULL;
-	exchange_view(x, q, &v);
-	if (r != NULL)
-		view_response(&v, r, e ? e->body : response_length(r));
-	if (e != NULL) {
-		source = address_read(e->server);
-		view_source(&v, &source);
-	}
-	verdict = rules_judge(x->rules, GROUP_CACHE, &v);
-	return verdict.truth == TRUTH_YES ? verdict.rule : NULL;
-}
-
-/*
- * How long an entry, whose head is r, is fresh: as a rule says, or else as it
- * says itself.
- */
-static struct lifetime
-exchange_lifetime(const struct exchange *x, const struct request *q,
-    const struct response *r, const struct entry *e)
-{
-	const struct rule *rule = cache_rule(x, q, r, e);
-
-	if (rule != NULL && rule->action == ACTION_CACHE)
-		return (struct lifetime){ rule->seconds, "a rule" };
-	return freshness_lifetime(r, false);
-}
-
 /* ---- entries that answer ---- */
 
 /*
- * Makes the entry whose beginning is in b the server: its head is parsed and
- * passed on like any other, if the rules let it pass.  Takes over fd and b.
+ * The entry in l is the server: its head is parsed and passed on like any
+ * other, if the rules let it pass.  Takes over its descriptor and buffer.
  */
 static void
-cache_serve(struct exchange *x, int fd, struct buffer *b, const struct entry *e)
+exchange_serve(struct exchange *x, const struct lookup *l)
 {
+	struct request *q = x->request;
 	struct conn *s = &x->server;
-	struct response r;
-	const struct request *q;
 	struct view v;
 
 	exchange_drop_tries(x);
 	conn_close(s, false);
-	fetch_end(x, true);
-	s->fd = fd;
+	s->fd = l->fd;
 	s->role = ROLE_FILE;
 	s->exchange = x;
 	s->readable = s->hung = true;
-	s->in = b;
+	s->in = l->b;
 	/* What was judged is the way to the server, not where this is from. */
-	x->request->access.open = x->request->access.open ||
-	    x->request->route.n > 0;
-	x->request->route.n = 0;
-	x->request->route.list[0] = address_read(e->server);
-	if (x->request->access.open) {
-		q = x->request;
-		(void)response_parse(e->head, q->method, &r);
+	q->access.open = q->access.open || q->route.n > 0;
+	q->route.n = 0;
+	q->route.list[0] = address_read(l->e.server);
+	if (q->access.open) {
 		exchange_view(x, q, &v);
-		view_response(&v, &r, e->body);
-		if (!access_response(x, &r, e->head, &v))
+		view_response(&v, &l->r, l->e.body);
+		if (!access_response(x, &l->r, l->e.head, &v))
 			return;
 	}
-	b->start = (size_t)(e->head.at - b->data);
-	entry_touch(fd, e->key, e->variant);
-	x->request->caching.body = e->body;
-	x->request->caching.region = (uint32_t)e->region;
+	l->b->start = (size_t)(l->e.head.at - l->b->data);
+	entry_touch(l->fd, l->e.key, l->e.variant);
+	q->body = l->e.body;
+	q->caching.region = (uint32_t)l->e.region;
 	exchange_enter(x, PHASE_RESPONSE);
-}
-
-/* Opens the entry anew that was to be validated, and serves it. */
-static bool
-cache_serve_open(struct exchange *x, const char *hit)
-{
-	struct response r;
-	const struct request *q;
-	struct entry e;
-	struct buffer *b = entry_load(x->request->caching.entry, &e, &r);
-
-	if (b == NULL)
-		return false;
-	if (lseek(x->request->caching.entry, (off_t)buffer_len(b), SEEK_SET) ==
-	    -1) {
-		buffer_give(&b);
-		return false;
-	}
-	x->request->caching.hit = hit;
-	x->request->caching.age =
-	    e.age + (now.wall > e.responded ? now.wall - e.responded : 0);
-	q = x->request;
-	x->request->caching.ttl =
-	    exchange_lifetime(x, q, &r, &e).seconds - x->request->caching.age;
-	x->request->caching.has_entry = false;
-	answer_by(x, ANSWER_ENTRY);
-	cache_serve(x, x->request->caching.entry, b, &e);
-	return true;
-}
-
-/*
- * The server failed, or answered that it did (answered): the entry that was
- * to be validated may stand in.  True if it does.
- */
-static bool
-cache_rescue(struct exchange *x, bool answered)
-{
-	struct control asked, control;
-	struct buffer *b;
-	struct response r;
-	const struct request *q;
-	struct entry e;
-	int64_t age, lifetime;
-	bool good;
-
-	if (!x->request->caching.has_entry ||
-	    (b = entry_load(x->request->caching.entry, &e, &r)) == NULL)
-		return false;
-	q = x->request;
-	age = e.age + (int64_t)now.wall - e.responded;
-	lifetime = exchange_lifetime(x, q, &r, &e).seconds;
-	asked = control_parse(&q->head);
-	control = control_parse(&r.head);
-	good = e.responded <= now.wall + CLOCK_STEP_S &&
-	    reuse_on_error(&asked, &control,
-		age - (lifetime > 0 ? lifetime : 0), answered);
-	buffer_give(&b);
-	return good && cache_serve_open(x, "stale");
 }
 
 /*
@@ -9474,14 +10125,17 @@ parent_next(struct exchange *x)
 static void
 exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 {
+	struct lookup l;
+
 	trace(x, "refused: %s (%s)", refusals[refusal].words, detail);
 	if (x->phase < PHASE_RESPONSE && refusal >= REFUSE_NAME &&
 	    refusal <= REFUSE_CONNECT && parent_next(x))
 		return;
 	if (x->record.status == 0 && refusal >= REFUSE_NAME &&
-	    refusal <= REFUSE_ANSWER_SLOW && cache_rescue(x, false))
-		return;
-	exchange_deny(x, refusal, detail);
+	    refusal <= REFUSE_ANSWER_SLOW && cache_rescue(x, false, &l))
+		exchange_serve(x, &l);
+	else
+		exchange_deny(x, refusal, detail);
 }
 
 /*
@@ -9495,14 +10149,14 @@ exchange_skip(struct exchange *x)
 	struct conn *from = &x->server;
 	size_t n = f->ready;
 
-	if (n > x->request->caching.skip)
-		n = (size_t)x->request->caching.skip;
+	if (n > x->request->skip)
+		n = (size_t)x->request->skip;
 	if (n > 0) {
 		buffer_use(&from->in, n);
 		f->ready -= (uint32_t)n;
-		x->request->caching.skip -= n;
+		x->request->skip -= n;
 	}
-	if (f->whole && x->request->caching.skip > 0) {
+	if (f->whole && x->request->skip > 0) {
 		f->whole = false;
 		f->broken = true;
 	}
@@ -9515,13 +10169,12 @@ exchange_skip(struct exchange *x)
 static bool
 exchange_read(struct exchange *x, struct conn *from)
 {
-	const struct request *q = x->request;
-	uint64_t max;
+	uint64_t max = from == &x->server && x->request != NULL ?
+	    cache_room(x) :
+	    UINT64_MAX;
 
-	if (from != &x->server || q == NULL ||
-	    (q->answerer != ANSWER_FETCH && q->answerer != ANSWER_ORPHAN))
+	if (max == UINT64_MAX)
 		return conn_read(from);
-	max = q->caching.stored - x->down.payload - x->down.ready;
 	if (max == 0) {
 		from->readable = false;
 		return false;
@@ -9582,12 +10235,12 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			break;
 		if (!f->done)
 			flow_decode(f, from->in, from->eof);
-		if (q != NULL && q->caching.skip > 0)
+		if (q != NULL && q->skip > 0)
 			exchange_skip(x);
 		if (q != NULL && q->access.answer != NULL && !f->done &&
 		    !exchange_seek(x, old))
 			return true;
-		if (q != NULL && q->caching.storing && f->ready > old)
+		if (q != NULL && f->ready > old)
 			store_append(x,
 			    text_cut(from->in->data + from->in->start + old,
 				f->ready - old));
@@ -9826,19 +10479,6 @@ refresh_build(const struct request *q, struct buffer *b)
 	buffer_append(b, text_of("\r\n"));
 }
 
-/* The fetch for that key which others may still follow, or NULL. */
-static struct exchange *
-fetch_for(uint64_t key)
-{
-	struct exchange *y;
-
-	for (y = cache.fetches; y != NULL; y = y->next)
-		if (y->request->caching.key == key &&
-		    !y->request->caching.spoiled)
-			return y;
-	return NULL;
-}
-
 /* A slot with no connection yet, or NULL if all are taken. */
 static struct exchange *
 exchange_take(void)
@@ -9890,7 +10530,7 @@ exchange_take_refresh(const struct exchange *x)
  * it is not done, the next request for it will.
  */
 static void
-cache_refresh(const struct exchange *x, const struct request *q)
+exchange_refresh(const struct exchange *x)
 {
 	struct buffer *head;
 	struct exchange *y;
@@ -9903,7 +10543,7 @@ cache_refresh(const struct exchange *x, const struct request *q)
 		buffer_give(&head);
 		return;
 	}
-	refresh_build(q, head);
+	refresh_build(x->request, head);
 	y->client.in = head;
 	y->phase = PHASE_REQUEST;
 	y->since = now.ms;
@@ -9911,358 +10551,48 @@ cache_refresh(const struct exchange *x, const struct request *q)
 	fetch_begin(y);
 }
 
-/* What was found for a request in the cache. */
-struct lookup {
-	int fd;                /* of the entry, or -1 */
-	struct buffer *b;      /* its beginning */
-	struct entry e;        /* slices of b */
-	struct response r;     /* the same */
-	enum reuse reuse;      /* what it is good for */
-	bool grows;            /* another exchange is still storing it */
-	char path[CACHE_PATH]; /* where it is, or was last looked for */
-};
-
-/* True if the variant of an entry, whose head is r, is that of q. */
-static bool
-variant_fits(const struct entry *e, const struct response *r,
-    const struct request *q)
-{
-	struct buffer *list = buffer_take(), *b = buffer_take();
-	bool fits = list != NULL && b != NULL;
-
-	if (fits && e->variant.len > 0) {
-		buffer_append(b, entry_token(e));
-		buffer_append(b, text_of(";"));
-		fits = vary_append(r, list);
-		variant_append(q, buffer_text(list), b);
-		fits = fits && !b->overflow && !list->overflow &&
-		    text_equals(buffer_text(b), e->variant);
-	}
-	buffer_give(&list);
-	buffer_give(&b);
-	return fits;
-}
-
 /*
- * True if one who follows a fetch gets the whole in any case: the rest can be
- * asked for, or there is room on the disk for all of it, or, its length being
- * unknown, store_fits() sees to it.
- */
-static bool
-follow_is_safe(const struct caching *f)
-{
-	return f->validator != 0 || f->length == UINT64_MAX ||
-	    posix_fallocate(f->store, 0, (off_t)(f->region + f->length)) == 0;
-}
-
-/* True if e's key is that of x's target, and not only hashed to the same. */
-static bool
-key_fits(const struct exchange *x, const struct entry *e)
-{
-	struct buffer *b = buffer_take();
-	bool fits = b != NULL;
-
-	if (fits) {
-		key_append(x, b);
-		fits = text_equals(buffer_text(b), e->key);
-	}
-	buffer_give(&b);
-	return fits;
-}
-
-/*
- * Opens what another exchange is storing for x's target, if it is the variant
- * that q asks for: its region is there but for the first line, and its body
- * grows.  Returns the descriptor, to be read from behind the region, or -1.
- */
-static int
-follow_open(struct exchange *x, const struct request *q, struct lookup *l)
-{
-	struct exchange *y;
-	struct caching *f;
-	char path[CACHE_PATH];
-	int fd = -1;
-
-	for (y = cache.fetches; y != NULL && fd == -1; y = y->next) {
-		f = &y->request->caching;
-		if (!f->storing || f->spoiled ||
-		    f->key != x->request->caching.key ||
-		    (f->length == UINT64_MAX && key_is_lone(f->key)))
-			continue;
-		store_path(f->fetch, path);
-		fd = open(path, O_RDONLY);
-		if (fd == -1)
-			continue;
-		if (region_read(fd, f->region, l->b, &l->e) &&
-		    key_fits(x, &l->e) &&
-		    response_parse(l->e.head, METHOD_GET, &l->r) == 1 &&
-		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
-		    lseek(fd, (off_t)f->region, SEEK_SET) != -1) {
-			l->e.body = f->length;
-			l->grows = true;
-			x->request->caching.leader = f->fetch;
-			x->request->caching.stored = f->stored;
-			f->followers++;
-			exchange_queue(y);
-		} else {
-			(void)close(fd);
-			fd = -1;
-		}
-	}
-	return fd;
-}
-
-/*
- * True if what was found may answer q at all, by what kind of answer it is and
- * who asks.
- */
-static bool
-lookup_fits(const struct exchange *x, const struct request *q, struct lookup *l)
-{
-	const struct rule *rule;
-
-	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1)
-		return false;
-	rule = cache_rule(x, q, &l->r, &l->e);
-	if (rule != NULL && rule->action == ACTION_NOCACHE)
-		return false;
-	return l->r.status != 206 ||
-	    (q->method == METHOD_GET &&
-		head_field(&q->head, "If-Range") == NULL);
-}
-
-/*
- * What the entry that was found is good for, and what is to be told of it;
- * the trace gets the reckoning.
+ * Asks the cache, and goes on as it says: an entry answers, or the same is
+ * just being fetched, or nothing else may, or the server is asked.
  */
 static void
-lookup_judge(struct exchange *x, const struct request *q,
-    const struct control *asked, struct lookup *l)
+exchange_look_up(struct exchange *x)
 {
-	struct control control = control_parse(&l->r.head);
-	struct lifetime lifetime = exchange_lifetime(x, q, &l->r, &l->e);
-
-	x->request->caching.age = l->e.age +
-	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
-	x->request->caching.ttl = lifetime.seconds - x->request->caching.age;
-	x->request->caching.validator = response_validator(&l->r);
-	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
-		l->reuse = reuse_judge(asked, &control, x->request->caching.age,
-		    lifetime.seconds);
-	x->request->caching.forward =
-	    x->request->caching.ttl > 0 && !control.no_cache ? "request" :
-							       "stale";
-	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s",
-	    (long long)x->request->caching.age,
-	    x->request->caching.ttl > 0 ? "<" : ">=",
-	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
-	    lifetime.why, control.no_cache ? ", no-cache" : "",
-	    l->reuse == REUSE_FRESH ? "fresh" :
-		l->reuse == REUSE_STALE ?
-				      "stale, which the client takes" :
-		l->reuse == REUSE_MEANWHILE ?
-				      "stale, which is good while it is "
-				      "validated" :
-		x->request->caching.ttl > 0 ?
-				      "to be validated, by the client's wish" :
-				      "to be validated");
-}
-
-/* Looks in the cache; l needs not be set.  Whoever asked gives l->b back. */
-static void
-lookup_run(struct exchange *x, const struct request *q,
-    const struct control *asked, struct lookup *l)
-{
-
-	x->request->caching.forward = "uri-miss";
-	l->fd = -1;
-	l->grows = false;
-	l->e.vary.at = NULL;
-	l->reuse = REUSE_VALIDATED;
-	l->b = buffer_take();
-	if (l->b == NULL)
-		return;
-	l->fd = entry_find(x, q, l->b, &l->e, l->path);
-	if (l->fd == -1 && l->e.vary.at != NULL)
-		x->request->caching.forward = "vary-miss";
-	if (l->fd != -1 && !lookup_fits(x, q, l)) {
-		(void)close(l->fd);
-		l->fd = -1;
-	}
-	if (l->fd != -1)
-		lookup_judge(x, q, asked, l);
-}
-
-/*
- * Looks among the fetches under way, if nothing that is stored will do: what
- * one of them stores is the answer if it is fresh.
- */
-static void
-lookup_follow(struct exchange *x, const struct request *q,
-    const struct control *asked, struct lookup *l)
-{
-	const char *forward = x->request->caching.forward;
-	int fd = -1;
-
-	if (l->b == NULL || x->refresh || asked->no_store ||
-	    head_field(&q->head, "Range") != NULL ||
-	    head_field(&q->head, "Authorization") != NULL)
-		return;
-	fd = follow_open(x, q, l);
-	if (fd != -1 && lookup_fits(x, q, l))
-		lookup_judge(x, q, asked, l);
-	x->request->caching.forward = forward;
-	if (fd != -1 && l->reuse == REUSE_FRESH) {
-		if (l->fd != -1)
-			(void)close(l->fd);
-		l->fd = fd;
-	} else if (fd != -1) {
-		(void)close(fd);
-		l->grows = false;
-		fetch_leave(x);
-		l->reuse = REUSE_VALIDATED;
-	}
-}
-
-/*
- * True if q may wait for what another fetch brings, or be the one that is
- * waited for: a plain GET, whose answer may well be good for all.
- */
-static bool
-request_is_common(const struct request *q, const struct control *asked)
-{
-	static const char *const special[] = { "Authorization", "Range",
-		"If-Match", "If-None-Match", "If-Modified-Since",
-		"If-Unmodified-Since", NULL };
-	size_t i;
-
-	for (i = 0; i < q->head.n; i++)
-		if (name_is_among(q->head.fields[i].name, special))
-			return false;
-	return q->method == METHOD_GET && !asked->no_store &&
-	    !asked->no_cache && asked->max_age != 0;
-}
-
-/*
- * Waits for the head of a fetch for the same key, if there is one; true if so.
- * Nobody waits twice, nor for what is known not to be storable: those who
- * wait in vain would be held up one after the other.
- */
-static bool
-collapse_begin(struct exchange *x)
-{
-	struct request *q = x->request;
-	struct exchange *y = fetch_for(q->caching.key);
-
-	if (y == NULL || y->request->caching.storing || q->caching.alone ||
-	    x->refresh || key_is_lone(q->caching.key))
-		return false;
-	q->caching.leader = y->request->caching.fetch;
-	y->request->caching.followers++;
-	exchange_enter(x, PHASE_COLLAPSE);
-	return true;
-}
-
-/* What was found answers. */
-static void
-lookup_serve(struct exchange *x, const struct request *q, struct lookup *l)
-{
-
-	x->request->caching.hit = l->grows ||
-		(x->request->caching.alone && l->reuse == REUSE_FRESH) ?
-	    "collapsed" :
-	    l->reuse == REUSE_FRESH ? "fresh" :
-				      "stale";
-	if (l->reuse == REUSE_MEANWHILE)
-		cache_refresh(x, q);
-	answer_by(x, l->grows ? ANSWER_FETCH : ANSWER_ENTRY);
-	cache_serve(x, l->fd, l->b, &l->e);
-}
-
-/*
- * Looks what is stored for a request.  True if nothing is to be asked, or not
- * yet: the entry answers, only-if-cached says that nothing else may, or the
- * same is just being fetched.
- */
-static bool
-cache_answer(struct exchange *x, const struct request *q)
-{
-	struct control asked = control_parse(&q->head);
-	const char *forward = x->request->caching.forward;
-	bool common = request_is_common(q, &asked);
 	struct lookup l;
 
-	lookup_run(x, q, &asked, &l);
-	if (l.reuse == REUSE_VALIDATED)
-		lookup_follow(x, q, &asked, &l);
-	if (x->request->caching.alone)
-		x->request->caching.forward = forward;
-	if (l.fd != -1 && l.reuse != REUSE_VALIDATED) {
-		lookup_serve(x, q, &l);
-		return true;
+	switch (cache_find(x, &l)) {
+	case CACHED_YES:
+		if (l.reuse == REUSE_MEANWHILE)
+			exchange_refresh(x);
+		exchange_serve(x, &l);
+		break;
+	case CACHED_WAIT:
+		exchange_enter(x, PHASE_COLLAPSE);
+		break;
+	case CACHED_NEVER:
+		exchange_refuse(x, REFUSE_NOT_STORED, "");
+		break;
+	default:
+		exchange_enter(x, PHASE_RESOLVE);
 	}
-	buffer_give(&l.b);
-	x->request->caching.miss = x->request->caching.forward;
-	if (asked.only_if_cached || (common && collapse_begin(x))) {
-		if (l.fd != -1)
-			(void)close(l.fd);
-		if (asked.only_if_cached)
-			exchange_refuse(x, REFUSE_NOT_STORED, "");
-		return true;
-	}
-	if (l.fd != -1) {
-		x->request->caching.entry = l.fd;
-		x->request->caching.has_entry = x->request->caching.validated =
-		    true;
-		(void)text_copy(text_of(l.path + strlen(options.cache)),
-		    x->request->caching.path, ENTRY_PATH);
-	}
-	if (common && x->request->caching.fetch == 0)
-		fetch_begin(x);
-	return false;
 }
 
 /* The waiting is over: looks again, and asks if there is still nothing. */
 static void
 collapse_end(struct exchange *x)
 {
-	const struct request *r;
-
-	fetch_leave(x);
-	x->request->caching.alone = true;
-	r = x->request;
-	if (!cache_answer(x, r))
-		exchange_enter(x, PHASE_RESOLVE);
+	cache_stop_waiting(x);
+	exchange_look_up(x);
 }
 
 /* COLLAPSE: wait for the head that another exchange is to get. */
 static bool
 collapse_step(struct exchange *x)
 {
-	const struct exchange *y;
-
-	for (y = cache.fetches; y != NULL; y = y->next)
-		if (y->request->caching.fetch == x->request->caching.leader &&
-		    !y->request->caching.storing)
-			return false;
+	if (cache_waits(x))
+		return false;
 	collapse_end(x);
 	return true;
-}
-/* True if the cache may have a part in the answer. */
-static bool
-request_is_cacheable(struct exchange *x, const struct request *q)
-{
-	const struct rule *rule;
-
-	if (options.cache == NULL || x->request->caching.nocache ||
-	    x->request->upgrade ||
-	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
-	    q->framing != FRAMING_NONE)
-		return false;
-	rule = cache_rule(x, q, NULL, NULL);
-	x->request->caching.nocache = rule != NULL &&
-	    rule->action == ACTION_NOCACHE;
-	return !x->request->caching.nocache;
 }
 
 /* A whole head of n bytes has come: understand it and go on. */
@@ -10299,8 +10629,8 @@ request_accept(struct exchange *x, size_t n)
 		exchange_enter(x, PHASE_RESPONSE);
 	} else if (request_passed_here(r))
 		exchange_refuse(x, REFUSE_LOOP_VIA, "");
-	else if (!request_is_cacheable(x, r) || !cache_answer(x, r))
-		exchange_enter(x, PHASE_RESOLVE);
+	else
+		exchange_look_up(x);
 }
 
 /*
@@ -10910,7 +11240,7 @@ exchange_send(struct exchange *x)
 	struct buffer *out = conn_out(&x->server);
 
 	x->request->times.connected = now.ms;
-	x->request->caching.requested = now.wall;
+	x->request->times.requested = now.wall;
 	if (out == NULL) {
 		exchange_refuse(x, REFUSE_MEMORY, "");
 		return;
@@ -11185,41 +11515,6 @@ response_field_append(const struct exchange *x, const struct response *r,
 		field_append(b, field);
 }
 
-/* Cache-Status (RFC 9211): what the cache did, or why it did nothing. */
-static void
-cache_status_append(const struct exchange *x, struct buffer *b)
-{
-	const struct request *q = x->request;
-
-	bool cached = answer_is_stored(q);
-	bool collapsed = cached && (q->caching.leader || q->caching.alone);
-
-	buffer_append(b, text_of("Cache-Status: "));
-	buffer_append(b, text_of(pseudonym));
-	if (cached && !q->caching.validated && !collapsed)
-		buffer_append(b, text_of("; hit"));
-	else
-		buffer_print(b, "; fwd=%s",
-		    q->caching.forward ? q->caching.forward :
-			q->method == METHOD_GET || q->method == METHOD_HEAD ?
-					 "bypass" :
-					 "method");
-	if (q->caching.forward_status)
-		buffer_print(b, "; fwd-status=%d", q->caching.forward_status);
-	if (cached) {
-		buffer_append(b,
-		    text_of(q->caching.ttl < 0 ? "; ttl=-" : "; ttl="));
-		buffer_number(b,
-		    (uint64_t)(q->caching.ttl < 0 ? -q->caching.ttl :
-						    q->caching.ttl));
-	}
-	if (collapsed)
-		buffer_append(b, text_of("; collapsed"));
-	if (q->caching.storing)
-		buffer_append(b, text_of("; stored"));
-	buffer_append(b, text_of("\r\n"));
-}
-
 /* What rules change in a response; nothing in one of ours. */
 static void
 response_rewrites(struct exchange *x, const struct response *r,
@@ -11235,7 +11530,7 @@ response_rewrites(struct exchange *x, const struct response *r,
 	q = x->request;
 	exchange_view(x, q, &v);
 	view_response(&v, r,
-	    answer_is_stored(x->request) ? x->request->caching.body :
+	    answer_is_stored(x->request) ? x->request->body :
 					   response_length(r));
 	rewrites_collect(x->rules, GROUP_RESPONSE, &v, w);
 	x->down.bare = rewrites_strip(w);
@@ -11373,50 +11668,6 @@ response_logs_in(const struct exchange *x, const struct response *r)
 	    text_starts(asked, "Negotiate");
 }
 
-/* A final response from the server: is it to be stored, or does it tell that
- * something stored is no longer true? */
-static void
-cache_note(struct exchange *x, const struct response *r)
-{
-	const struct rule *rule;
-	char path[CACHE_PATH];
-	const struct request *q;
-
-	if (x->request->method == METHOD_CONNECT ||
-	    x->request->method == METHOD_TRACE ||
-	    x->request->method == METHOD_OPTIONS)
-		return;
-	/* Where the entry is that was validated, before the note is reused. */
-	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache,
-	    x->request->caching.path);
-	q = x->request;
-	rule = cache_rule(x, q, r, NULL);
-	if (x->request->method != METHOD_GET &&
-	    x->request->method != METHOD_HEAD) {
-		if (r->status >= 200 && r->status < 400)
-			cache_invalidate(x, r);
-	}
-	if ((x->request->caching.forward != NULL ||
-		x->request->method == METHOD_POST) &&
-	    !x->request->caching.nocache &&
-	    (rule == NULL || rule->action == ACTION_CACHE) &&
-	    response_is_storable(q, r, rule ? rule->seconds : -1) &&
-	    (r->framing != FRAMING_LENGTH ||
-		r->length + cache.making <= options.cache_size / 4))
-		store_begin(x, q, r);
-	if (x->request->caching.storing)
-		x->request->caching.miss = "stored";
-	if (x->request->caching.fetch &&
-	    x->request->caching.storing == key_is_lone(x->request->caching.key))
-		cache.lone[x->request->caching.key % CACHE_LONE] =
-		    x->request->caching.storing ? 0 : x->request->caching.key;
-	if (x->request->caching.storing)
-		return;
-	fetch_end(x, false);
-	if (x->request->caching.outdated)
-		(void)unlink(path);
-}
-
 /* True if the server's connection may serve another request after r. */
 static bool
 response_keeps_server(const struct exchange *x, const struct response *r)
@@ -11459,9 +11710,7 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 	q->route.keep = response_keeps_server(x, r);
 	flow_start(&x->down, r->framing, to, r->length);
 	if (!answer_is_local(q))
-		q->caching.forward_status = r->status;
-	if (options.cache != NULL && !answer_is_local(q))
-		cache_note(x, r);
+		cache_store(x, r);
 	if (!response_pass(x, r, n))
 		return;
 	x->record.status = r->status;
@@ -11470,139 +11719,46 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 	exchange_enter(x, PHASE_RELAY);
 }
 
-/*
- * An entry answers: with 304 if the client has what is stored, with a part of
- * it, or with all.
- */
+/* An entry answers, with all of it or with a part. */
 static void
 response_from_entry(struct exchange *x, struct response *r, size_t n)
 {
-	struct range range = { 0, x->request->caching.body };
-	const struct request *q;
-	char extra[256] = "", *end;
-	int part;
+	char extra[256];
+	uint64_t at = cache_shape(x, r, extra, sizeof(extra));
 
-	q = x->request;
-	r->framing = x->request->method == METHOD_HEAD ? FRAMING_NONE :
-	    x->request->caching.body == UINT64_MAX     ? FRAMING_CLOSE :
-							 FRAMING_LENGTH;
-	part = x->request->answerer == ANSWER_FETCH ||
-		x->request->method != METHOD_GET ?
-	    0 :
-	    range_parse(&q->head, r, x->request->caching.body, &range);
-	if (r->status == 200 && request_is_satisfied(&q->head, r)) {
-		r->status = 304;
-		r->framing = FRAMING_NONE;
-	} else if (part == -1) {
-		r->status = 416;
-		r->framing = FRAMING_NONE;
-		(void)snprintf(extra, sizeof(extra),
-		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
-		    (unsigned long long)x->request->caching.body);
-	} else if (part == 1) {
-		r->status = 206;
-		(void)snprintf(extra, sizeof(extra),
-		    "Content-Range: bytes %llu-%llu/%llu\r\n"
-		    "Content-Length: %llu\r\n",
-		    (unsigned long long)range.first,
-		    (unsigned long long)(range.first + range.length - 1),
-		    (unsigned long long)x->request->caching.body,
-		    (unsigned long long)range.length);
-	} else if (r->status != 204 && x->request->caching.body != UINT64_MAX) {
-		(void)text_copy(text_of("Content-Length: "), extra,
-		    sizeof(extra));
-		end = number_print(extra + strlen(extra),
-		    x->request->caching.body);
-		memcpy(end, "\r\n", 3);
-	}
-	if (r->status == 304 || r->status == 416 || r->status == 206)
-		r->reason = text_of(status_reason(r->status));
-	r->extra = text_of(extra);
-	r->length = range.length;
 	response_forward(x, r, n);
-	if (x->phase != PHASE_RELAY || part != 1 || r->status != 206)
+	if (at == 0 || x->phase != PHASE_RELAY)
 		return;
 	buffer_give(&x->server.in);
-	if (lseek(x->server.fd,
-		(off_t)(x->request->caching.region + range.first),
-		SEEK_SET) == -1)
+	if (lseek(x->server.fd, (off_t)at, SEEK_SET) == -1)
 		exchange_abort(x, END_SERVER, REFUSE_CUT_SHORT);
 }
 
 /*
- * True if the answer to a HEAD, or a part of a body, speaks of what is stored:
- * the same validators, and of a HEAD the length, as far as it has them (RFC
- * 9111 section 4.3.5).
- */
-static bool
-entry_resembles(const struct exchange *x, const struct response *r)
-{
-	static const char *const fields[] = { "ETag", "Last-Modified" };
-	struct response old;
-	struct entry e;
-	struct buffer *b = entry_load(x->request->caching.entry, &e, &old);
-	uint64_t length;
-	bool same;
-	size_t i;
-
-	if (b == NULL)
-		return false;
-	same = r->status == 206 || head_length(&r->head, &length) != 1 ||
-	    length == e.body;
-	for (i = 0; same && i < sizeof(fields) / sizeof(fields[0]); i++)
-		same = text_equals(head_value(&r->head, fields[i]),
-		    head_value(&old.head, fields[i]));
-	buffer_give(&b);
-	return same;
-}
-
-/*
- * The entry at hand was validated by a head of n bytes, or something else
- * came, which takes its place.  True if r is not the answer: the entry is, or
- * it vanished and the server is asked anew.
+ * If an entry was to be validated by a head of n bytes: true if r is not the
+ * answer, since the entry is, or it vanished and the server is asked anew.
  */
 static bool
 response_validates(struct exchange *x, const struct response *r, size_t n)
 {
-	bool failed = r->status == 500 ||
-	    (r->status >= 502 && r->status <= 504);
-	char path[CACHE_PATH];
-	struct request *q = x->request;
+	struct lookup l;
+	enum cached cached = cache_validate(x, r, &l);
 
-	if (!x->request->caching.has_entry || answer_is_stored(x->request) ||
-	    r->status < 200)
+	if (cached == CACHED_NO)
 		return false;
-	x->request->caching.forward_status = r->status;
-	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache,
-	    q->caching.path);
 	if (r->status == 304) {
-		const struct rule *rule;
-		bool good;
-
-		rule = cache_rule(x, q, NULL, NULL);
-		good = entry_freshen(x, q, r, rule ? rule->seconds : -1, path);
 		x->request->route.keep = response_keeps_server(x, r);
 		conn_drop_head(&x->server, n);
 		exchange_release(x);
-		if (good && cache_serve_open(x, "validated"))
-			return true;
-		(void)unlink(path);
-		entry_close(x);
-		x->request->route.keep = false;
-		x->request->route.next = 0;
-		exchange_enter(x, PHASE_CONNECT);
+	}
+	if (cached == CACHED_YES) {
+		exchange_serve(x, &l);
 		return true;
 	}
-	if (failed && cache_rescue(x, true))
-		return true;
-	x->request->caching.outdated = !failed &&
-	    !((x->request->method == METHOD_HEAD || r->status == 206) &&
-		entry_resembles(x, r));
-	/* The part is not to take the place of the whole. */
-	if (r->status == 206 && !x->request->caching.outdated)
-		x->request->caching.nocache = true;
-	entry_close(x);
-	return false;
+	x->request->route.keep = false;
+	x->request->route.next = 0;
+	exchange_enter(x, PHASE_CONNECT);
+	return true;
 }
 
 /*
@@ -11616,17 +11772,13 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 	struct request *q = x->request;
 	struct flow *d = &x->down, old = *d;
 
-	if (r->status != 200 || q->caching.validator == 0 ||
-	    response_validator(r) != q->caching.validator ||
-	    (old.to == FRAMING_LENGTH &&
-		(r->framing != FRAMING_LENGTH ||
-		    r->length != q->caching.body))) {
+	if (!cache_resembles(x, r)) {
 		exchange_refuse(x, REFUSE_CUT_SHORT, "");
 		return;
 	}
 	flow_start(d, r->framing, old.to, r->length);
 	d->bare = old.bare;
-	q->caching.skip = d->payload = old.payload;
+	q->skip = d->payload = old.payload;
 	q->route.keep = response_keeps_server(x, r);
 	conn_drop_head(&x->server, n);
 	exchange_enter(x, PHASE_RELAY);
@@ -11894,31 +12046,12 @@ relay_uploads(const struct exchange *x)
 	    !s->eof && !s->error && !s->deaf && !s->hung;
 }
 
-/*
- * True if what x fetches is worth its end without x's client: it is stored, or
- * may yet be, and others follow it, or most of it is there; or it is a refresh.
- */
-static bool
-relay_is_wanted(const struct exchange *x)
-{
-	const struct request *q = x->request;
-
-	if (x->refresh && x->record.end == END_DONE)
-		return q->caching.storing || answer_is_stored(q);
-	if (x->phase < PHASE_RELAY)
-		return q->caching.followers > 0 && x->up.done;
-	return q->caching.storing && x->up.done &&
-	    (q->caching.followers > 0 ||
-		(q->caching.length != UINT64_MAX &&
-		    q->caching.stored >= q->caching.length / 2));
-}
-
 /* The client left.  If the fetch is wanted, it goes on, for nobody then. */
 static bool
 relay_goes_on(struct exchange *x)
 {
 
-	if (!relay_is_wanted(x))
+	if (!cache_wants(x))
 		return false;
 	conn_close(&x->client, false);
 	x->client.exchange = x;
@@ -11955,8 +12088,8 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 	s->exchange = x;
 	s->readable = s->hung = true;
 	flow_start(&x->down,
-	    q->caching.length == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH,
-	    old.to, q->caching.length - old.payload);
+	    q->body == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH, old.to,
+	    q->body - old.payload);
 	x->down.payload = old.payload;
 	x->down.bare = old.bare;
 }
@@ -11969,24 +12102,16 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 static void
 relay_part(struct exchange *x)
 {
-	struct request *q = x->request;
 	struct exchange *y;
-	char path[CACHE_PATH];
 	int fd;
 
-	if (!q->caching.storing || q->caching.followers == 0 ||
-	    q->access.answer != NULL || x->refresh || !x->up.done ||
-	    x->down.whole || x->down.broken ||
-	    (q->caching.validator == 0 && q->caching.length == UINT64_MAX))
+	if (x->request->access.answer != NULL || x->refresh || !x->up.done ||
+	    x->down.whole || x->down.broken)
 		return;
-	store_path(q->caching.fetch, path);
-	fd = open(path, O_RDONLY);
+	fd = cache_follow_own(x);
 	if (fd == -1)
 		return;
-	y = lseek(fd, (off_t)(q->caching.region + x->down.payload), SEEK_SET) ==
-		-1 ?
-	    NULL :
-	    exchange_take_refresh(x);
+	y = exchange_take_refresh(x);
 	if (y == NULL) {
 		(void)close(fd);
 		return;
@@ -12034,7 +12159,7 @@ relay_step(struct exchange *x)
 		relay_part(x);
 	gone = (c->error || c->deaf) && !relay_goes_on(x);
 	done = x->down.done && c->out == NULL && !relay_uploads(x);
-	if (gone || (x->refresh && !done && !relay_is_wanted(x)))
+	if (gone || (x->refresh && !done && !cache_wants(x)))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (done)
 		exchange_finish(x);
@@ -13320,7 +13445,7 @@ trial_cache(struct exchange *x, struct request *q)
 	struct control asked = control_parse(&q->head);
 	const struct rule *rule = cache_rule(x, q, NULL, NULL);
 
-	if (!request_is_cacheable(x, q)) {
+	if (!request_is_cacheable(x)) {
 		trial_print("cache", "none", rule);
 		return;
 	}
