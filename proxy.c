@@ -696,6 +696,57 @@ static struct {
 } now;
 
 /*
+ * read(2) and its like, again if a signal came between: the one place that
+ * knows of EINTR.  They return what the calls do.
+ */
+static ssize_t
+fd_read(int fd, void *to, size_t n)
+{
+	ssize_t got;
+
+	do
+		got = read(fd, to, n);
+	while (got == -1 && errno == EINTR);
+	return got;
+}
+
+/* The same for write(2). */
+static ssize_t
+fd_write(int fd, const void *from, size_t n)
+{
+	ssize_t put;
+
+	do
+		put = write(fd, from, n);
+	while (put == -1 && errno == EINTR);
+	return put;
+}
+
+/* The same for pread(2). */
+static ssize_t
+fd_read_at(int fd, void *to, size_t n, off_t offset)
+{
+	ssize_t got;
+
+	do
+		got = pread(fd, to, n, offset);
+	while (got == -1 && errno == EINTR);
+	return got;
+}
+
+/* The same for pwrite(2). */
+static ssize_t
+fd_write_at(int fd, const void *from, size_t n, off_t offset)
+{
+	ssize_t put;
+
+	do
+		put = pwrite(fd, from, n, offset);
+	while (put == -1 && errno == EINTR);
+	return put;
+}
+
+/*
  * Says a line on standard error, unless that would have to wait: a reader
  * that stalls must not stop the proxy.
  */
@@ -705,7 +756,7 @@ say(const char *line, size_t n)
 	struct pollfd fd = { .fd = STDERR_FILENO, .events = POLLOUT };
 
 	if (poll(&fd, 1, 0) == 1)
-		(void)write(STDERR_FILENO, line, n);
+		(void)fd_write(STDERR_FILENO, line, n);
 }
 
 /* `proxy: ` and the words, as one line. */
@@ -1068,22 +1119,37 @@ base64_decode(struct text t, char *to, size_t size, size_t *n)
 	return true;
 }
 
-/* A line of the trace, in a colour where there is one. */
-static void
-trace_line(const struct exchange *x, int colour, const char *mark,
-    struct text t)
-{
-	char line[1024];
-	int n = snprintf(line, sizeof(line), "%s#%llu %s%.*s%s\n",
-	    logs.colour ? (colour == 0        ? "\033[2m" :
-				  colour == 1 ? "\033[36m" :
-						"\033[33m") :
-			  "",
-	    (unsigned long long)x->number, mark, t.len > 900 ? 900 : (int)t.len,
-	    t.at, logs.colour ? "\033[0m" : "");
+/* The colours of the trace: what we do, what asks, what answers. */
+enum colour {
+	COLOUR_DIM = 2,
+	COLOUR_REQUEST = 36,
+	COLOUR_RESPONSE = 33
+};
 
-	if (n > 0)
-		say(line, (size_t)n);
+/*
+ * A line of the trace, in a colour where there is one.  Of t, 900 bytes at
+ * most, and those that are not safe on a terminal as dots; tail is whole.
+ */
+static void
+trace_line(const struct exchange *x, enum colour colour, const char *mark,
+    struct text t, const char *tail)
+{
+	char line[1024], clean[901];
+	size_t i;
+	int n;
+
+	for (i = 0; i < t.len && i < sizeof(clean) - 1; i++)
+		clean[i] = t.at[i] >= ' ' && t.at[i] <= '~' ? t.at[i] : '.';
+	clean[i] = '\0';
+	if (logs.colour)
+		n = snprintf(line, sizeof(line),
+		    "\033[%dm#%llu %s%s%s\033[0m\n", (int)colour,
+		    (unsigned long long)x->number, mark, clean, tail);
+	else
+		n = snprintf(line, sizeof(line), "#%llu %s%s%s\n",
+		    (unsigned long long)x->number, mark, clean, tail);
+	assert(n > 0 && (size_t)n < sizeof(line));
+	say(line, (size_t)n);
 }
 
 /* What the exchange does now, with the time since it began. */
@@ -1096,12 +1162,14 @@ trace(const struct exchange *x, const char *format, ...)
 
 	if (options.verbose == 0)
 		return;
-	n = snprintf(text, sizeof(text), "* %lld ms ",
-	    x->record.start ? (long long)(now.ms - x->record.start) : 0LL);
+	n = snprintf(text, sizeof(text), "* ");
+	if (x->record.start)
+		n = snprintf(text, sizeof(text), "* %lld ms ",
+		    (long long)(now.ms - x->record.start));
 	va_start(args, format);
 	(void)vsnprintf(text + n, sizeof(text) - (size_t)n, format, args);
 	va_end(args);
-	trace_line(x, 0, "", text_of(text));
+	trace_line(x, COLOUR_DIM, "", text_of(text), "");
 }
 
 /* The wall clock as RFC 9110 section 5.6.7 wants it; good until next call. */
@@ -1617,13 +1685,12 @@ conn_read_some(struct conn *c, size_t max)
 	room = buffer_room(c->in);
 	if (room > max)
 		room = max;
-	n = room ? read(c->fd, c->in->data + c->in->end, room) : 0;
+	n = room ? fd_read(c->fd, c->in->data + c->in->end, room) : 0;
 	if (n > 0)
 		c->in->end += (size_t)n;
 	else if (n == 0 && room)
 		c->eof = true;
-	else if (n == -1 && errno != EAGAIN && errno != EWOULDBLOCK &&
-	    errno != EINTR)
+	else if (n == -1 && errno != EAGAIN && errno != EWOULDBLOCK)
 		c->error = errno;
 	if (n < (ssize_t)room && !c->hung)
 		c->readable = false;
@@ -1656,10 +1723,10 @@ conn_write(struct conn *c)
 	}
 	if (!c->writable && !c->hung)
 		return false;
-	n = write(c->fd, c->out->data + c->out->start, buffer_len(c->out));
+	n = fd_write(c->fd, c->out->data + c->out->start, buffer_len(c->out));
 	if (n > 0)
 		buffer_drop(c->out, (size_t)n);
-	else if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
+	else if (errno != EAGAIN && errno != EWOULDBLOCK)
 		c->deaf = true;
 	if (c->deaf || buffer_len(c->out) == 0) {
 		buffer_give(&c->out);
@@ -3813,7 +3880,7 @@ list_key(void)
 		return key;
 	made = true;
 	fd = open("/dev/urandom", O_RDONLY);
-	if (fd == -1 || read(fd, key, sizeof(key)) == -1)
+	if (fd == -1 || fd_read(fd, key, sizeof(key)) == -1)
 		key[0] = key[1] = 0;
 	if (fd != -1)
 		(void)close(fd);
@@ -6868,7 +6935,7 @@ entry_open(const char *path, struct text key, struct text variant,
 	if (fd == -1)
 		return -1;
 	b->start = b->end = CHUNK_ROOM;
-	n = read(fd, b->data + b->start, buffer_room(b));
+	n = fd_read(fd, b->data + b->start, buffer_room(b));
 	if (n > 0)
 		b->end += (size_t)n;
 	if (n <= 0 || !entry_parse(buffer_text(b), e) ||
@@ -6939,7 +7006,7 @@ static bool
 write_at(int fd, struct text t, off_t offset)
 {
 	while (t.len > 0) {
-		ssize_t n = pwrite(fd, t.at, t.len, offset);
+		ssize_t n = fd_write_at(fd, t.at, t.len, offset);
 
 		if (n <= 0)
 			return false;
@@ -7048,7 +7115,7 @@ region_read(int fd, size_t region, struct buffer *b, struct entry *e)
 	memset(e, 0, sizeof(*e));
 	e->region = region;
 	if (region < REGION_LINE || region > buffer_room(b) ||
-	    pread(fd, b->data + b->start, region, 0) != (ssize_t)region)
+	    fd_read_at(fd, b->data + b->start, region, 0) != (ssize_t)region)
 		return false;
 	b->end += region;
 	return region_parse(text_from(buffer_text(b), REGION_LINE), e);
@@ -7690,7 +7757,7 @@ entry_load(int fd, struct entry *e, struct response *r)
 	ssize_t n = -1;
 
 	if (b != NULL)
-		n = pread(fd, b->data + b->start, buffer_room(b), 0);
+		n = fd_read_at(fd, b->data + b->start, buffer_room(b), 0);
 	if (n > 0)
 		b->end += (size_t)n;
 	if (n <= 0 || !entry_parse(buffer_text(b), e) ||
@@ -8928,7 +8995,7 @@ names_child(const struct question *question, int answers)
 	answer.error = getaddrinfo(question->host, NULL, &hints, &found);
 	if (answer.error == 0)
 		answer_fill(&answer, found);
-	(void)write(answers, &answer, sizeof(answer));
+	(void)fd_write(answers, &answer, sizeof(answer));
 	_exit(0);
 }
 
@@ -8942,7 +9009,7 @@ names_give_up(const struct question *question, int answers)
 	answer.entry = question->entry;
 	answer.serial = question->serial;
 	answer.error = EAI_AGAIN;
-	(void)write(answers, &answer, sizeof(answer));
+	(void)fd_write(answers, &answer, sizeof(answer));
 }
 
 /*
@@ -8983,7 +9050,7 @@ names_helper(int questions, int answers)
 	for (i = 0; i < sizeof(ignored) / sizeof(ignored[0]); i++)
 		(void)signal(ignored[i], SIG_IGN);
 	(void)signal(SIGCHLD, SIG_DFL);
-	for (turn = 0; read(questions, &question, sizeof(question)) ==
+	for (turn = 0; fd_read(questions, &question, sizeof(question)) ==
 	     (ssize_t)sizeof(question);
 	     turn++) {
 		child = names_room(children, answers);
@@ -9090,8 +9157,8 @@ names_ask(void)
 		question.entry = i;
 		question.serial = name->serial = ++names.serial;
 		memcpy(question.host, name->host, sizeof(question.host));
-		full = write(names.questions.fd, &question, sizeof(question)) !=
-		    (ssize_t)sizeof(question);
+		full = fd_write(names.questions.fd, &question,
+			   sizeof(question)) != (ssize_t)sizeof(question);
 		if (!full)
 			name->state = NAME_ASKED;
 	}
@@ -9124,7 +9191,7 @@ names_take(void)
 	bool some = false;
 	ssize_t n;
 
-	while ((n = read(names.answers.fd, &answer, sizeof(answer))) ==
+	while ((n = fd_read(names.answers.fd, &answer, sizeof(answer))) ==
 	    (ssize_t)sizeof(answer)) {
 		assert(answer.entry < NAMES_MAX && answer.n <= ADDRESSES_MAX);
 		name = &names.table[answer.entry];
@@ -9243,7 +9310,7 @@ log_write_some(const char *at, size_t n)
 		if (n > _POSIX_PIPE_BUF)
 			n = _POSIX_PIPE_BUF;
 	}
-	written = write(logs.fd, at, n);
+	written = fd_write(logs.fd, at, n);
 	return written == -1 && errno == EAGAIN ? 0 : written;
 }
 
@@ -9482,32 +9549,36 @@ trace_clean(struct text t, char *to, size_t size)
 }
 
 /*
- * A head, line by line.  mark says between whom: "c>" from the client, ">s"
- * to the server, "s>" from it, ">c" to the client.  Credentials are masked.
+ * A head, or what came in its place, line by line.  mark says between whom:
+ * "c>" from the client, ">s" to the server, "s>" from it, ">c" to the client.
+ * Credentials are masked.
  */
 static void
 trace_head(const struct exchange *x, const char *mark, struct text head)
 {
 	static const char *const secret[] = { "Authorization",
 		"Proxy-Authorization", NULL };
-	int colour = strchr(mark, 'c') == NULL ? 2 : 1;
-	char clean[900], prefix[8];
-	struct text line;
+	enum colour colour = mark[0] == 'c' || mark[1] == 's' ? COLOUR_REQUEST :
+								COLOUR_RESPONSE;
+	char prefix[8];
 
 	if (options.verbose == 0)
 		return;
 	(void)snprintf(prefix, sizeof(prefix), "%s ", mark);
-	while (head.len > 0 && (line = line_next(&head)).len > 0) {
-		size_t colon = text_find(line, ':');
+	while (head.len > 0) {
+		size_t end = text_find(head, '\n');
+		struct text line = text_cut(head.at, end), name;
+		bool hidden;
 
-		line = trace_clean(line, clean, sizeof(clean));
-		if (name_is_among(text_trim(text_cut(clean,
-				      colon < line.len ? colon : line.len)),
-			secret))
-			line.len = (size_t)snprintf(clean + colon,
-				       sizeof(clean) - colon, ": ***") +
-			    colon;
-		trace_line(x, colour, prefix, line);
+		head = text_from(head, end < head.len ? end + 1 : end);
+		if (line.len > 0 && line.at[line.len - 1] == '\r')
+			line.len--;
+		if (line.len == 0)
+			break;
+		name = text_cut(line.at, text_find(line, ':'));
+		hidden = name_is_among(text_trim(name), secret);
+		trace_line(x, colour, prefix, hidden ? name : line,
+		    hidden ? ": ***" : "");
 	}
 }
 
@@ -9515,26 +9586,26 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 static void
 trace_dump(const struct exchange *x, const char *mark, struct text t)
 {
-	char text[96], clean[16];
+	char text[64];
 	size_t at, i;
 
 	trace(x, "%s %lu bytes", mark, (unsigned long)t.len);
 	for (at = 0; at < t.len && at < DUMP_MAX; at += 16) {
 		struct text row = text_from(t, at);
-		int n =
-		    snprintf(text, sizeof(text), "%04lx ", (unsigned long)at);
+		char *to = hex_print(text, at, 4);
 
+		*to++ = ' ';
 		if (row.len > 16)
 			row.len = 16;
-		for (i = 0; i < 16; i++)
-			n += snprintf(text + n, sizeof(text) - (size_t)n,
-			    i < row.len ? " %02x" : "   ",
-			    i < row.len ? (unsigned)(unsigned char)row.at[i] :
-					  0U);
-		row = trace_clean(row, clean, sizeof(clean));
-		(void)snprintf(text + n, sizeof(text) - (size_t)n, "  %.*s",
-		    (int)row.len, row.at);
-		trace_line(x, 0, "", text_of(text));
+		for (i = 0; i < 16; i++) {
+			memcpy(to, "   ", 3);
+			if (i < row.len)
+				(void)hex_print(to + 1,
+				    (unsigned char)row.at[i], 2);
+			to += 3;
+		}
+		memcpy(to, "  ", 3);
+		trace_line(x, COLOUR_DIM, text, row, "");
 	}
 }
 
@@ -10127,7 +10198,8 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 {
 	struct lookup l;
 
-	trace(x, "refused: %s (%s)", refusals[refusal].words, detail);
+	trace(x, "refused: %s%s%s%s", refusals[refusal].words,
+	    detail[0] ? " (" : "", detail, detail[0] ? ")" : "");
 	if (x->phase < PHASE_RESPONSE && refusal >= REFUSE_NAME &&
 	    refusal <= REFUSE_CONNECT && parent_next(x))
 		return;
@@ -12759,7 +12831,7 @@ loop_signals(void)
 	if (!signal_conn.readable)
 		return;
 	signal_conn.readable = false;
-	n = read(signal_conn.fd, signals, sizeof(signals));
+	n = fd_read(signal_conn.fd, signals, sizeof(signals));
 	for (i = 0; i < n; i++) {
 		if (signals[i] == SIGUSR1)
 			loop_report();
@@ -12819,7 +12891,7 @@ signal_note(int number)
 	int saved = errno;
 	char byte = (char)number;
 
-	(void)write(signal_pipe[1], &byte, 1);
+	(void)fd_write(signal_pipe[1], &byte, 1);
 	errno = saved;
 }
 
@@ -13170,7 +13242,7 @@ cache_is_tagged(const char *path)
 
 	if (fd == -1)
 		return false;
-	(void)read(fd, text, sizeof(text) - 1);
+	(void)fd_read(fd, text, sizeof(text) - 1);
 	(void)close(fd);
 	return strcmp(text, cache_tag) == 0;
 }
@@ -13238,7 +13310,7 @@ cache_open(void)
 	(void)closedir(directory);
 	fd = tagged ? -1 : open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
 	if (fd != -1) {
-		(void)write(fd, cache_tag, strlen(cache_tag));
+		(void)fd_write(fd, cache_tag, strlen(cache_tag));
 		(void)close(fd);
 	}
 	/* Nobody knows what is there: the first turn lets it be swept. */
@@ -13256,7 +13328,7 @@ key_visit(const char *path, void *argument)
 	ssize_t n = -1;
 
 	if (fd != -1 && b != NULL)
-		n = read(fd, b->data + b->start, buffer_room(b));
+		n = fd_read(fd, b->data + b->start, buffer_room(b));
 	if (n > 0)
 		b->end += (size_t)n;
 	if (n > 0 && entry_parse(buffer_text(b), &e) && e.key.len == key->len &&
@@ -13335,7 +13407,7 @@ pseudonym_make(void)
 	unsigned long bits = 0;
 	int fd = open("/dev/urandom", O_RDONLY);
 
-	if (fd == -1 || read(fd, &bits, sizeof(bits)) == -1 || bits == 0)
+	if (fd == -1 || fd_read(fd, &bits, sizeof(bits)) == -1 || bits == 0)
 		bits = (unsigned long)now.us * 2654435761UL +
 		    (unsigned long)getpid();
 	if (fd != -1)
