@@ -20,6 +20,9 @@ proxy: proxy.c
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ proxy.c
 
 run: proxy
+	./proxy
+
+run-cache: proxy
 	./proxy -c cache
 
 test:
@@ -41,4 +44,4 @@ uninstall:
 clean:
 	rm -f proxy
 
-.PHONY: all run test bench install uninstall clean
+.PHONY: all run run-cache test bench install uninstall clean

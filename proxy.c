@@ -85,6 +85,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 
@@ -151,6 +152,10 @@
 #endif
 #ifndef DRAIN_MS
 #define DRAIN_MS 5000
+#endif
+/* Where the system's logger listens; /var/run/log on BSD. */
+#ifndef LOG_SOCKET
+#define LOG_SOCKET "/dev/log"
 #endif
 #if BUFFER_SIZE < 4096
 #error "BUFFER_SIZE is 4096 at least: our own pages must fit into a buffer"
@@ -638,6 +643,8 @@ static struct {
 	uint64_t cache_size;  /* bytes */
 	const char *log;      /* NULL or "-": standard output */
 	const char *user;     /* become this one */
+	uid_t uid;            /* who that is */
+	gid_t gid;            /* and the group */
 	const char *via;      /* leave through this parent */
 	const char *from[2];  /* leave by these: IPv4, IPv6 */
 	unsigned connections; /* clients served at once */
@@ -797,13 +804,12 @@ warn(const char *format, ...)
 
 /* Where log and trace go. */
 static struct {
-	int fd;                 /* the log's */
-	bool syslog;            /* it goes to syslog(3) instead */
-	bool complained;        /* that it can't be written, was said */
-	bool regular;           /* a file: a write to it never waits */
-	bool colour;            /* the trace has colours */
-	struct buffer *pending; /* lines of this turn */
-	uint64_t lost;          /* lines that nobody took */
+	int fd;        /* the log's */
+	bool syslog;   /* it is a socket of the system's logger */
+	bool regular;  /* a file: a write to it never waits */
+	bool colour;   /* the trace has colours */
+	bool terminal; /* standard output or error was one at the start */
+	uint64_t lost; /* lines that nobody took, since one was taken */
 } logs = { .fd = STDOUT_FILENO };
 
 /* Reads both clocks; once a turn, so that all of a turn happens at once. */
@@ -1200,13 +1206,17 @@ enum {
 	/* Buffers kept for the next use; more go back to the system. */
 	BUFFERS_FREE_MAX = 64,
 	/* The same for requests. */
-	REQUESTS_FREE_MAX = 64
+	REQUESTS_FREE_MAX = 64,
+	/* Of each, kept for what must be possible without memory: a page. */
+	RESERVED = 4
 };
 
 /* Buffers that are nobody's now. */
 static struct {
-	struct buffer *list; /* the last given back is the first */
-	size_t n;            /* how many */
+	struct buffer *list;    /* the last given back is the first */
+	size_t n;               /* how many */
+	struct buffer *reserve; /* taken when the system has no more */
+	size_t reserved;        /* how many */
 } buffers_free;
 
 /* Requests that are nobody's now. */
@@ -1215,7 +1225,17 @@ static struct {
 	size_t n;             /* how many */
 } requests_free;
 
-/* An empty buffer with room in front of it; NULL if the system has none. */
+/* Empties b, with room in front of it. */
+static struct buffer *
+buffer_clear(struct buffer *b)
+{
+	b->next = NULL;
+	b->start = b->end = CHUNK_ROOM;
+	b->overflow = 0;
+	return b;
+}
+
+/* An empty buffer, NULL if the system has no memory. */
 static struct buffer *
 buffer_take(void)
 {
@@ -1229,10 +1249,24 @@ buffer_take(void)
 		if (b == NULL)
 			return NULL;
 	}
-	b->next = NULL;
-	b->start = b->end = CHUNK_ROOM;
-	b->overflow = 0;
-	return b;
+	return buffer_clear(b);
+}
+
+/*
+ * The same for what is on its way out: a page must be possible without
+ * memory, so it may take of the reserve.
+ */
+static struct buffer *
+buffer_take_out(void)
+{
+	struct buffer *b = buffer_take();
+
+	if (b != NULL || buffers_free.reserve == NULL)
+		return b;
+	b = buffers_free.reserve;
+	buffers_free.reserve = b->next;
+	buffers_free.reserved--;
+	return buffer_clear(b);
 }
 
 /* Gives *b back, if there is one, and forgets it. */
@@ -1244,6 +1278,12 @@ buffer_give(struct buffer **b)
 	*b = NULL;
 	if (old == NULL)
 		return;
+	if (buffers_free.reserved < RESERVED) {
+		old->next = buffers_free.reserve;
+		buffers_free.reserve = old;
+		buffers_free.reserved++;
+		return;
+	}
 	if (buffers_free.n >= BUFFERS_FREE_MAX) {
 		free(old);
 		return;
@@ -1330,9 +1370,12 @@ is_escaped(char c)
 	return c < 33 || c > 126 || c == '"' || c == '\\';
 }
 
-/* Appends t with all that could split or fake a line as %XX; max bytes. */
+/*
+ * Appends t with all that could split or fake a line as %XX, of max bytes at
+ * most; blanks, too, unless they may stay, since it is in quotes.
+ */
 static void
-buffer_escape(struct buffer *b, struct text t, size_t max)
+buffer_escape_all(struct buffer *b, struct text t, size_t max, bool blanks)
 {
 	static const char digits[] = "0123456789ABCDEF";
 	size_t i = 0, limit = b->end + max;
@@ -1341,7 +1384,8 @@ buffer_escape(struct buffer *b, struct text t, size_t max)
 		size_t start = i, room = limit - 6 - b->end;
 		char code[3] = "%";
 
-		while (i < t.len && i - start < room && !is_escaped(t.at[i]))
+		while (i < t.len && i - start < room &&
+		    (!is_escaped(t.at[i]) || (blanks && t.at[i] == ' ')))
 			i++;
 		buffer_append(b, text_cut(t.at + start, i - start));
 		if (i == start) {
@@ -1354,6 +1398,20 @@ buffer_escape(struct buffer *b, struct text t, size_t max)
 		buffer_append(b, text_of("..."));
 	else if (t.len == 0)
 		buffer_append(b, text_of("-"));
+}
+
+/* Appends t as a word of a line. */
+static void
+buffer_escape(struct buffer *b, struct text t, size_t max)
+{
+	buffer_escape_all(b, t, max, false);
+}
+
+/* Appends t as it may stand in quotes. */
+static void
+buffer_quote(struct buffer *b, struct text t, size_t max)
+{
+	buffer_escape_all(b, t, max, true);
 }
 
 /* Drops the first n bytes. */
@@ -1393,15 +1451,17 @@ buffer_compact(struct buffer *b)
 static struct request *
 request_new(void)
 {
-	struct request *q = requests_free.list;
+	struct request *q = NULL;
 
-	if (q != NULL) {
-		requests_free.list = q->next;
-		requests_free.n--;
-	} else {
+	/* Those in reserve only when the system has no more. */
+	if (requests_free.n <= RESERVED)
 		q = malloc(sizeof(*q));
+	if (q == NULL) {
+		q = requests_free.list;
 		if (q == NULL)
 			return NULL;
+		requests_free.list = q->next;
+		requests_free.n--;
 	}
 	memset(q, 0, offsetof(struct request, head));
 	q->head.n = 0;
@@ -1426,6 +1486,26 @@ request_drop(struct request **at)
 	q->next = requests_free.list;
 	requests_free.list = q;
 	requests_free.n++;
+}
+
+/* Fills the reserves; at the start, while there is memory. */
+static void
+reserves_fill(void)
+{
+	struct buffer *b[RESERVED];
+	struct request *q[RESERVED];
+	size_t i;
+
+	for (i = 0; i < RESERVED; i++) {
+		b[i] = buffer_take();
+		q[i] = request_new();
+		if (b[i] == NULL || q[i] == NULL)
+			die("no memory");
+	}
+	for (i = 0; i < RESERVED; i++) {
+		buffer_give(&b[i]);
+		request_drop(&q[i]);
+	}
 }
 
 /* Says who answers x; see enum answerer. */
@@ -1706,6 +1786,26 @@ conn_read(struct conn *c)
 	return conn_read_some(c, BUFFER_ROOM);
 }
 
+/* Reads once and drops what came; true if there is news, as conn_read(). */
+static bool
+conn_drain(struct conn *c)
+{
+	static char scratch[16384];
+	ssize_t n;
+
+	buffer_give(&c->in);
+	if (!c->readable || c->eof || c->error)
+		return false;
+	n = fd_read(c->fd, scratch, sizeof(scratch));
+	if (n == 0)
+		c->eof = true;
+	else if (n == -1 && errno != EAGAIN && errno != EWOULDBLOCK)
+		c->error = errno;
+	if (n < (ssize_t)sizeof(scratch) && !c->hung)
+		c->readable = false;
+	return n > 0 || c->eof || c->error;
+}
+
 /*
  * Writes `out` as far as it goes.  True if nothing is left of it, be it
  * that the other side takes no more (`deaf`).
@@ -1748,7 +1848,7 @@ conn_drop_head(struct conn *c, size_t n)
 static struct buffer *
 conn_out(struct conn *c)
 {
-	if (c->out == NULL && (c->out = buffer_take()) == NULL)
+	if (c->out == NULL && (c->out = buffer_take_out()) == NULL)
 		c->deaf = true;
 	return c->out;
 }
@@ -2630,8 +2730,11 @@ request_parse(struct text t, struct request *r)
 	memset(&r->target, 0, sizeof(r->target));
 	verdict = head_parse(t, &r->head);
 	line = request_line_parse(r->head.line, r);
-	if (line != 1)
+	if (line != 1) {
+		r->name = text_cut(t.at, 0);
+		r->uri = r->head.line;
 		return line;
+	}
 	if (verdict != 1)
 		return verdict;
 	if (r->minor == 0 && head_field(&r->head, "Transfer-Encoding") != NULL)
@@ -9071,32 +9174,37 @@ names_helper(int questions, int answers)
 	_exit(0);
 }
 
-/* Becomes options.user; after this nothing of root's is left. */
+/* Finds the user of -u, by name or number; once, before there are others. */
 static void
-user_become(const char *name)
+user_find(const char *name)
 {
 	const struct passwd *entry;
 	uint64_t number;
-	uid_t uid = (uid_t)-1;
-	gid_t gid = (gid_t)-1;
 
 	if (number_parse(text_of(name), INT32_MAX, &number)) {
 		entry = getpwuid((uid_t)number);
-		uid = (uid_t)number;
-		gid = (gid_t)number;
+		options.uid = (uid_t)number;
+		options.gid = (gid_t)number;
 	} else {
 		entry = getpwnam(name);
 		if (entry == NULL)
 			die("-u %s: no such user", name);
 	}
 	if (entry != NULL) {
-		uid = entry->pw_uid;
-		gid = entry->pw_gid;
+		options.uid = entry->pw_uid;
+		options.gid = entry->pw_gid;
 	}
-	if (setgroups(0, NULL) == -1 || setgid(gid) == -1 || setuid(uid) == -1)
-		die("can't become user %s: %s", name, strerror(errno));
-	if (uid != 0 && setuid(0) != -1)
-		die("can't give up root for user %s", name);
+}
+
+/* Becomes the user of -u; after this nothing of root's is left. */
+static void
+user_become(void)
+{
+	if (setgroups(0, NULL) == -1 || setgid(options.gid) == -1 ||
+	    setuid(options.uid) == -1)
+		die("can't become user %s: %s", options.user, strerror(errno));
+	if (options.uid != 0 && setuid(0) != -1)
+		die("can't give up root for user %s", options.user);
 }
 
 /*
@@ -9124,7 +9232,7 @@ names_start(void)
 		(void)close(down[1]);
 		(void)close(up[0]);
 		if (options.user != NULL && geteuid() == 0)
-			user_become(options.user);
+			user_become();
 		names_helper(down[0], up[1]);
 	}
 	(void)close(down[0]);
@@ -9268,6 +9376,45 @@ static const char *const ends[] = {
 	[END_STOP] = "stop",
 };
 
+/* The lines of this turn; its memory is there whatever happens. */
+static struct buffer log_lines;
+
+/*
+ * A socket of the system's logger, or -1 with errno.  syslog(3) would wait
+ * for a logger that does not read.
+ */
+static int
+log_connect(void)
+{
+	struct sockaddr_un un;
+	int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+
+	memset(&un, 0, sizeof(un));
+	un.sun_family = AF_UNIX;
+	(void)text_copy(text_of(LOG_SOCKET), un.sun_path, sizeof(un.sun_path));
+	if (fd == -1)
+		return -1;
+	if (fcntl(fd, F_SETFL, O_NONBLOCK) != -1 &&
+	    connect(fd, (struct sockaddr *)&un, sizeof(un)) != -1)
+		return fd;
+	(void)close(fd);
+	return -1;
+}
+
+/*
+ * True if the log is open already as options.log names it: after HUP it need
+ * not, and by another user perhaps could not, be opened anew.
+ */
+static bool
+log_is_same(void)
+{
+	struct stat named, open;
+
+	return logs.regular && stat(options.log, &named) != -1 &&
+	    fstat(logs.fd, &open) != -1 && named.st_ino == open.st_ino &&
+	    named.st_dev == open.st_dev;
+}
+
 /* Opens the log that options.log names; false, with errno, if it can't. */
 static bool
 log_open(void)
@@ -9276,41 +9423,88 @@ log_open(void)
 	int fd = STDOUT_FILENO;
 
 	if (options.log != NULL && strcmp(options.log, "syslog") == 0) {
-		openlog("proxy", LOG_PID | LOG_NDELAY, LOG_DAEMON);
 		logs.syslog = true;
-		return true;
-	}
-	if (options.log != NULL && strcmp(options.log, "-") != 0) {
+		fd = log_connect();
+	} else if (options.log != NULL && strcmp(options.log, "-") != 0) {
+		if (log_is_same())
+			return true;
 		fd = open(options.log,
 		    O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK, 0640);
-		if (fd == -1)
-			return false;
 	}
-	if (logs.fd != STDOUT_FILENO)
+	/* A logger that is away may come back. */
+	if (fd == -1 && !logs.syslog)
+		return false;
+	if (logs.fd != STDOUT_FILENO && logs.fd != -1)
 		(void)close(logs.fd);
 	logs.fd = fd;
-	logs.regular = fstat(fd, &status) != -1 && S_ISREG(status.st_mode);
-	logs.complained = false;
+	logs.regular = fd != -1 && fstat(fd, &status) != -1 &&
+	    S_ISREG(status.st_mode);
 	return true;
 }
 
+/* Lines could not be written: says so at the first of them. */
+static void
+log_lose(uint64_t lines, const char *why)
+{
+	if (logs.lost == 0)
+		warn("the log can't be written, lines are lost: %s", why);
+	logs.lost += lines;
+}
+
 /*
- * Writes a little to a descriptor that is no file, if it takes it now.
- * Returns what write(2) does; 0: not now.
+ * Sends the line that t begins with to the system's logger, as syslog(3)
+ * would.  Returns its length, 0 if the logger does not take it now, -1 if it
+ * is away.
  */
 static ssize_t
-log_write_some(const char *at, size_t n)
+log_send(struct text t)
+{
+	static char stamp[40], start[128];
+	struct iovec parts[2];
+	struct msghdr message;
+	struct tm when;
+	ssize_t sent;
+
+	if (localtime_r(&now.wall, &when) != NULL)
+		(void)strftime(stamp, sizeof(stamp), "%b %e %H:%M:%S", &when);
+	(void)snprintf(start, sizeof(start),
+	    "<%d>%s proxy[%ld]: ", (int)(LOG_DAEMON | LOG_INFO), stamp,
+	    (long)getpid());
+	t.len = text_find(t, '\n');
+	memset(&message, 0, sizeof(message));
+	parts[0].iov_base = start;
+	parts[0].iov_len = strlen(start);
+	parts[1].iov_base = (void *)(uintptr_t)t.at;
+	parts[1].iov_len = t.len;
+	message.msg_iov = parts;
+	message.msg_iovlen = 2;
+	sent = sendmsg(logs.fd, &message, 0);
+	if (sent == -1 && errno != EAGAIN && errno != ENOBUFS && log_open())
+		sent = sendmsg(logs.fd, &message, 0);
+	if (sent == -1)
+		return errno == EAGAIN || errno == ENOBUFS ? 0 : -1;
+	return (ssize_t)t.len + 1;
+}
+
+/*
+ * Writes a little of the log, if it is taken now.  Returns how much, 0: not
+ * now, -1: it can't be.
+ */
+static ssize_t
+log_write_some(struct text t)
 {
 	struct pollfd fd = { .fd = logs.fd, .events = POLLOUT };
 	ssize_t written;
 
+	if (logs.syslog)
+		return log_send(t);
 	if (!logs.regular) {
 		if (poll(&fd, 1, 0) == 0)
 			return 0;
-		if (n > _POSIX_PIPE_BUF)
-			n = _POSIX_PIPE_BUF;
+		if (t.len > _POSIX_PIPE_BUF)
+			t.len = _POSIX_PIPE_BUF;
 	}
-	written = fd_write(logs.fd, at, n);
+	written = fd_write(logs.fd, t.at, t.len);
 	return written == -1 && errno == EAGAIN ? 0 : written;
 }
 
@@ -9318,49 +9512,24 @@ log_write_some(const char *at, size_t n)
 static void
 log_flush(void)
 {
-	struct buffer *b = logs.pending;
+	struct buffer *b = &log_lines;
 	ssize_t n = 1;
 
-	while (b != NULL && buffer_len(b) > 0 && n > 0) {
-		n = log_write_some(b->data + b->start, buffer_len(b));
-		if (n > 0) {
-			buffer_drop(b, (size_t)n);
-			logs.complained = false;
-		} else if (n == -1 && !logs.complained) {
-			warn("can't write the log: %s", strerror(errno));
-			logs.complained = true;
-		}
+	while (buffer_len(b) > 0 && n > 0) {
+		n = log_write_some(buffer_text(b));
+		if (n <= 0)
+			break;
+		buffer_drop(b, (size_t)n);
+		if (logs.lost > 0)
+			warn("the log is written again, %llu lines were lost",
+			    (unsigned long long)logs.lost);
+		logs.lost = 0;
 	}
-	if (n == -1 || (b != NULL && buffer_len(b) == 0))
-		buffer_give(&logs.pending);
-}
-
-/* Takes over one line, its newline included. */
-static void
-log_put(struct buffer *line)
-{
-	struct text t = buffer_text(line);
-
-	if (logs.syslog) {
-		syslog(LOG_INFO, "%.*s", (int)t.len - 1, t.at);
-		buffer_give(&line);
-		return;
-	}
-	if (logs.pending != NULL && buffer_room(logs.pending) < t.len) {
-		log_flush();
-		if (logs.pending != NULL)
-			buffer_compact(logs.pending);
-	}
-	if (logs.pending == NULL)
-		logs.pending = line;
-	else if (buffer_room(logs.pending) >= t.len) {
-		buffer_append(logs.pending, t);
-		buffer_give(&line);
-	} else {
-		buffer_give(&line);
-		if (logs.lost++ == 0)
-			warn("the log is not read: lines are lost");
-	}
+	for (; n == -1 && buffer_len(b) > 0;
+	     buffer_drop(b, text_find(buffer_text(b), '\n') + 1))
+		log_lose(1, strerror(errno));
+	if (buffer_len(b) == 0)
+		b->start = b->end = CHUNK_ROOM;
 }
 
 /* The time as the Common Log Format has it; good until next call. */
@@ -9439,21 +9608,17 @@ log_quotes(const struct exchange *x)
 	return quotes;
 }
 
-/* Where the first line of a head that could not be parsed goes in full. */
+/* The request as it was sent, if it could not be parsed its first line. */
 static void
 log_request(struct buffer *b, const struct quotes *q)
 {
 	if (q->name.len > 0) {
 		buffer_escape(b, q->name, BUFFER_ROOM / 16);
 		buffer_append(b, text_of(" "));
-		buffer_escape(b, q->uri, BUFFER_ROOM / 2);
-		buffer_append(b,
-		    text_of(q->minor ? " HTTP/1.1\"" : " HTTP/1.0\""));
-	} else {
-		buffer_append(b, text_of("- "));
-		buffer_escape(b, q->uri, BUFFER_ROOM / 4);
-		buffer_append(b, text_of(" -\""));
 	}
+	buffer_quote(b, q->uri, BUFFER_ROOM / 8 * 3);
+	if (q->name.len > 0)
+		buffer_append(b, text_of(q->minor ? " HTTP/1.1" : " HTTP/1.0"));
 }
 
 /*
@@ -9487,29 +9652,46 @@ log_rule(struct buffer *b, const struct exchange *x)
 	buffer_escape(b, text_of(name), RULE_NAME_MAX);
 }
 
-/* One exchange, in the Combined Log Format with more behind it. */
+/*
+ * The status and the words of a refusal; those of a rule, if it has some of
+ * its own.
+ */
+static const char *
+refusal_words(const struct exchange *x, enum refusal refusal, int *status)
+{
+	const struct rule *rule = x->record.rule;
+	bool ruled = (refusal == REFUSE_RULE || refusal == REFUSE_GUARDED) &&
+	    rule != NULL && rule->status != 0;
+
+	*status = ruled ? rule->status : refusals[refusal].status;
+	return ruled && rule->words.len > 0 ? rule->words.at :
+					      refusals[refusal].words;
+}
+
+/*
+ * Appends the line of x to b, in the Combined Log Format with more behind it.
+ * The longest has room in an empty buffer.
+ */
 static void
-log_exchange(const struct exchange *x)
+log_line(const struct exchange *x, struct buffer *b)
 {
 	const struct request *q = x->request;
+	const struct record *r = &x->record;
 	struct quotes quotes = log_quotes(x);
-	struct buffer *b = buffer_take();
 	char server[ADDRESS_TEXT], peer[ADDRESS_TEXT];
+	int status;
 
-	if (b == NULL)
-		return;
 	address_host(&x->peer, peer);
-	address_print(&x->record.server, server);
+	address_print(&r->server, server);
 	buffer_append(b, text_of(peer));
 	buffer_append(b, text_of(" - "));
-	buffer_escape(b, x->record.user ? x->record.user->user : text_of(""),
-	    CREDENTIAL_MAX);
+	buffer_escape(b, r->user ? r->user->user : text_of(""), CREDENTIAL_MAX);
 	buffer_append(b, text_of(" ["));
 	buffer_append(b, text_of(log_date()));
 	buffer_append(b, text_of("] \""));
 	log_request(b, &quotes);
-	buffer_append(b, text_of(" "));
-	buffer_number(b, (uint64_t)log_status(&x->record));
+	buffer_append(b, text_of("\" "));
+	buffer_number(b, (uint64_t)log_status(r));
 	buffer_append(b, text_of(" "));
 	buffer_number(b, x->down.payload);
 	buffer_append(b, text_of(" \""));
@@ -9524,28 +9706,57 @@ log_exchange(const struct exchange *x)
 	log_time(b, " dns=", quotes.dns_ms);
 	log_time(b, " connect=", quotes.connect_ms);
 	log_time(b, " first=", quotes.first_ms);
-	log_time(b, " total=", now.ms - x->record.start);
+	log_time(b, " total=", now.ms - r->start);
 	buffer_append(b, text_of(" server="));
 	buffer_append(b, text_of(server));
 	buffer_append(b, text_of(" end="));
-	buffer_append(b, text_of(ends[x->record.end]));
+	buffer_append(b, text_of(ends[r->end]));
 	log_rule(b, x);
-	if (x->record.refusal)
-		buffer_print(b, " why=\"%s\"",
-		    refusals[x->record.refusal].words);
+	if (r->refusal) {
+		buffer_append(b, text_of(" why=\""));
+		buffer_quote(b, text_of(refusal_words(x, r->refusal, &status)),
+		    2 * REASON_MAX);
+		buffer_append(b, text_of("\""));
+	}
 	buffer_append(b, text_of("\n"));
-	log_put(b);
 }
 
-/* The bytes of t that are safe on a terminal, in place of the others `.`. */
-static struct text
-trace_clean(struct text t, char *to, size_t size)
+/* One exchange is over: its line goes to those of this turn, or is lost. */
+static void
+log_exchange(const struct exchange *x)
 {
-	size_t i;
+	struct buffer *b = &log_lines;
+	size_t end = b->end;
 
-	for (i = 0; i < t.len && i < size; i++)
-		to[i] = t.at[i] >= ' ' && t.at[i] <= '~' ? t.at[i] : '.';
-	return text_cut(to, i);
+	log_line(x, b);
+	if (b->overflow == 0)
+		return;
+	b->end = end;
+	b->overflow = 0;
+	log_flush();
+	buffer_compact(b);
+	end = b->end;
+	log_line(x, b);
+	if (b->overflow == 0)
+		return;
+	b->end = end;
+	b->overflow = 0;
+	log_lose(1, "it is not read");
+}
+
+/* What ended an exchange, for the trace; on a terminal, a blank line. */
+static void
+trace_end(const struct exchange *x)
+{
+	static const char blank = '\n';
+
+	if (options.verbose == 0)
+		return;
+	trace(x, "ended: %s, %d, %llu bytes up, %llu down", ends[x->record.end],
+	    log_status(&x->record), (unsigned long long)x->up.payload,
+	    (unsigned long long)x->down.payload);
+	if (logs.colour)
+		say(&blank, 1);
 }
 
 /*
@@ -9575,8 +9786,8 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 			line.len--;
 		if (line.len == 0)
 			break;
-		name = text_cut(line.at, text_find(line, ':'));
-		hidden = name_is_among(text_trim(name), secret);
+		name = text_trim(text_cut(line.at, text_find(line, ':')));
+		hidden = name_is_among(name, secret);
 		trace_line(x, colour, prefix, hidden ? name : line,
 		    hidden ? ": ***" : "");
 	}
@@ -9629,7 +9840,7 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 	struct conn *s = &x->server;
 
 	conn_close(s, false);
-	s->in = buffer_take();
+	s->in = buffer_take_out();
 	s->eof = true;
 	answer_by(x, ANSWER_MEMORY);
 	if (s->in == NULL)
@@ -9641,29 +9852,6 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 	buffer_print(s->in, "Content-Length: %lu\r\n\r\n",
 	    (unsigned long)body.len);
 	buffer_append(s->in, body);
-}
-
-/*
- * True if a rule speaks for itself: its status and its reason take the place
- * of those of the refusal.
- */
-static bool
-refusal_is_ruled(const struct exchange *x, enum refusal refusal)
-{
-	return (refusal == REFUSE_RULE || refusal == REFUSE_GUARDED) &&
-	    x->record.rule != NULL && x->record.rule->status != 0;
-}
-
-/* The status and the words of a refusal. */
-static const char *
-refusal_words(const struct exchange *x, enum refusal refusal, int *status)
-{
-	const struct rule *rule = x->record.rule;
-	bool ruled = refusal_is_ruled(x, refusal);
-
-	*status = ruled ? rule->status : refusals[refusal].status;
-	return ruled && rule->words.len > 0 ? rule->words.at :
-					      refusals[refusal].words;
 }
 
 /*
@@ -9705,7 +9893,7 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 static void
 page_index(struct exchange *x, struct text host)
 {
-	char body[1024];
+	char body[HOST_MAX * 6 + 1024];
 	int n = (int)host.len;
 
 	(void)snprintf(body, sizeof(body),
@@ -9891,7 +10079,7 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 	x->record.refusal = x->record.refusal ? x->record.refusal : refusal;
 	if (x->record.start)
 		log_exchange(x);
-	trace(x, "ended by %s", ends[end]);
+	trace_end(x);
 	exchange_close(x,
 	    x->tunnel ? end == END_RESET :
 			x->record.status != 0 && x->down.to == FRAMING_CLOSE);
@@ -10431,6 +10619,7 @@ request_spoil(struct exchange *x)
 	struct text t = buffer_text(x->client.in);
 
 	request_hide_login(x->client.in);
+	trace_head(x, "c>", t);
 	x->request->bytes = x->client.in;
 	x->client.in = NULL;
 	t.len = text_find(t, '\n');
@@ -10682,8 +10871,6 @@ request_accept(struct exchange *x, size_t n)
 	trace_head(x, "c>", buffer_text(x->request->bytes));
 	verdict = request_parse(buffer_text(r->bytes), r);
 	request_note(x, r);
-	if (r->name.len == 0)
-		r->uri = r->head.line;
 	last = request_is_last(r);
 	if (verdict != 1 || last < 0) {
 		x->close = true;
@@ -10730,6 +10917,26 @@ request_begin(struct exchange *x)
 	return x->request != NULL;
 }
 
+/* There is no memory for a request: it is refused unread. */
+static void
+request_starve(struct exchange *x)
+{
+	struct conn *c = &x->client;
+
+	if (x->record.start == 0)
+		x->number = ++exchanges.count;
+	x->record.start = now.ms;
+	x->close = true;
+	c->error = 0;
+	buffer_give(&c->in);
+	if (x->request == NULL)
+		x->request = request_new();
+	if (x->request == NULL)
+		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+	else
+		exchange_refuse(x, REFUSE_MEMORY, "");
+}
+
 /* REQUEST: wait for a whole head. */
 static bool
 request_step(struct exchange *x)
@@ -10744,8 +10951,8 @@ request_step(struct exchange *x)
 		if (refusal == REFUSE_NONE && n < 0)
 			refusal = (enum refusal)(-n);
 	}
-	if (x->record.start && x->request == NULL)
-		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+	if (c->error == ENOMEM || (x->record.start && x->request == NULL))
+		request_starve(x);
 	else if (refusal != REFUSE_NONE)
 		request_reject(x, refusal);
 	else if (n > 0)
@@ -11985,9 +12192,10 @@ response_step(struct exchange *x)
 		n = conn_head(s);
 	if (n > 0)
 		response_accept(x, (size_t)n);
-	else if (n < 0)
+	else if (n < 0) {
+		trace_head(x, "s>", buffer_text(s->in));
 		exchange_refuse(x, REFUSE_ANSWER, refusals[-n].words);
-	else if (s->in != NULL && head_is_hopeless(s->in))
+	} else if (s->in != NULL && head_is_hopeless(s->in))
 		exchange_refuse(x, REFUSE_ANSWER_LONG, "");
 	else if (s->eof || s->error)
 		response_lost(x);
@@ -12006,8 +12214,10 @@ response_step(struct exchange *x)
 static void
 exchange_end(struct exchange *x)
 {
-	if (x->record.start)
+	if (x->record.start) {
 		log_exchange(x);
+		trace_end(x);
+	}
 	exchange_release(x);
 	exchange_forget(x);
 	rules_give(&x->rules);
@@ -12022,16 +12232,13 @@ exchange_finish(struct exchange *x)
 {
 	bool close = x->close || stop_at;
 
+	exchange_enter(x, close ? PHASE_LINGER : PHASE_REQUEST);
 	exchange_end(x);
 	x->served = true;
-	if (!close)
-		exchange_enter(x, PHASE_REQUEST);
-	else if (x->client.eof || x->client.error || x->client.deaf)
+	if (close && (x->client.eof || x->client.error || x->client.deaf))
 		exchange_close(x, false);
-	else {
+	else if (close)
 		conn_shut(&x->client);
-		exchange_enter(x, PHASE_LINGER);
-	}
 }
 
 /*
@@ -12258,9 +12465,8 @@ linger_step(struct exchange *x)
 {
 	struct conn *c = &x->client;
 
-	buffer_give(&c->in);
 	if (!c->eof && !c->error)
-		return conn_read(c);
+		return conn_drain(c);
 	exchange_close(x, false);
 	return true;
 }
@@ -12749,6 +12955,17 @@ loop_accept_all(void)
 		exchanges.wake = accept_after;
 }
 
+/* The bytes of t that are safe on a terminal, in place of the others `.`. */
+static struct text
+trace_clean(struct text t, char *to, size_t size)
+{
+	size_t i;
+
+	for (i = 0; i < t.len && i < size; i++)
+		to[i] = t.at[i] >= ' ' && t.at[i] <= '~' ? t.at[i] : '.';
+	return text_cut(to, i);
+}
+
 /* USR1: one line for each slot in use. */
 static void
 loop_report(void)
@@ -12808,8 +13025,14 @@ loop_stop(void)
 static void
 loop_reload(void)
 {
-	struct rules *fresh = rules_read(rules_now);
+	struct rules *fresh;
 
+	/* Who started it by hand has closed the window. */
+	if (logs.terminal && !isatty(STDOUT_FILENO) && !isatty(STDERR_FILENO)) {
+		loop_stop();
+		return;
+	}
+	fresh = rules_read(rules_now);
 	if (!log_open())
 		warn("can't reopen the log %s: %s", options.log,
 		    strerror(errno));
@@ -12875,7 +13098,8 @@ loop_run(void)
 		loop_cool();
 		cache_sweep();
 		log_flush();
-		if (logs.pending != NULL && exchanges.wake > now.ms + 1000)
+		if (buffer_len(&log_lines) > 0 &&
+		    exchanges.wake > now.ms + 1000)
 			exchanges.wake = now.ms + 1000;
 	}
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++)
@@ -13025,6 +13249,7 @@ static void
 options_parse(int argc, char **argv)
 {
 	static const char letters[] = ":ab:c:e:f:hk:l:m:no:s:t:T:u:vVx:";
+	bool sized = false;
 	int letter;
 
 	opterr = 0;
@@ -13050,6 +13275,7 @@ options_parse(int argc, char **argv)
 			break;
 		case 's':
 			options.cache_size = option_size(optarg);
+			sized = true;
 			break;
 		case 'h':
 			printf("%s", usage_text);
@@ -13086,6 +13312,8 @@ options_parse(int argc, char **argv)
 	}
 	if (optind < argc)
 		usage("%s: not an option", argv[optind]);
+	if (sized && options.cache == NULL)
+		usage("-s: there is no cache without -c directory");
 }
 
 /* Adds a listening socket; NULL or why it can't be. */
@@ -13190,6 +13418,15 @@ listen_host(const char *host, unsigned port, const char **error)
 	return listeners_n - before;
 }
 
+/* What to do about it, if another program listens there. */
+static const char *
+listen_hint(const char *error)
+{
+	return strcmp(error, strerror(EADDRINUSE)) == 0 ?
+	    "; try another port with -l" :
+	    "";
+}
+
 /* One -l: [host:]port or a path; dies if nothing of it can be had. */
 static void
 listen_on(const char *argument)
@@ -13210,7 +13447,8 @@ listen_on(const char *argument)
 	if (number_parse(t, 65535, &port)) {
 		if (listen_host(any ? NULL : "127.0.0.1", (unsigned)port,
 			&error) == 0)
-			die("can't listen on port %s: %s", argument, error);
+			die("can't listen on port %s: %s%s", argument, error,
+			    listen_hint(error));
 		if (!any)
 			(void)listen_host("::1",
 			    listeners[listeners_n - 1].address.port, &error);
@@ -13227,7 +13465,8 @@ listen_on(const char *argument)
 		usage("-l %s: not [host:]port", argument);
 	(void)text_copy(target.host, host, sizeof(host));
 	if (listen_host(host, port ? target.port : 0, &error) == 0)
-		die("can't listen on %s: %s", argument, error);
+		die("can't listen on %s: %s%s", argument, error,
+		    listen_hint(error));
 }
 
 static const char cache_tag[] = "Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -13276,6 +13515,35 @@ cache_knows(const char *name, bool tagged)
 	    (t.len == 2 && hex_value(name[0]) >= 0 && hex_value(name[1]) >= 0);
 }
 
+/* Ends the program if the cache directory holds what is not a cache's. */
+static void
+cache_check(bool tagged)
+{
+	DIR *directory = opendir(options.cache);
+	struct dirent *name;
+
+	errno = directory == NULL ? errno : 0;
+	while (directory != NULL && (name = readdir(directory)) != NULL) {
+		if (!cache_knows(name->d_name, tagged))
+			die("%s is no cache of proxy: it holds %s",
+			    options.cache, name->d_name);
+		errno = 0;
+	}
+	if (errno != 0)
+		die("can't read the cache %s: %s", options.cache,
+		    strerror(errno));
+	(void)closedir(directory);
+}
+
+/* Gives a file of the cache to the user of -u, if there is one. */
+static void
+cache_own(const char *path)
+{
+	if (options.user != NULL && chown(path, options.uid, options.gid) == -1)
+		die("can't give %s to user %s: %s", path, options.user,
+		    strerror(errno));
+}
+
 /*
  * Makes the cache directory, or looks whether it is one: a directory that
  * holds something else must not be filled or swept.
@@ -13284,8 +13552,6 @@ static void
 cache_open(void)
 {
 	char path[CACHE_PATH];
-	struct dirent *name;
-	DIR *directory;
 	bool tagged;
 	int fd;
 
@@ -13294,24 +13560,16 @@ cache_open(void)
 	if (mkdir(options.cache, 0700) == -1 && errno != EEXIST)
 		die("can't make the cache %s: %s", options.cache,
 		    strerror(errno));
-	directory = opendir(options.cache);
-	if (directory == NULL) {
-		die("can't read the cache %s: %s", options.cache,
-		    strerror(errno));
-		return;
-	}
 	(void)snprintf(path, sizeof(path), "%.800s/CACHEDIR.TAG",
 	    options.cache);
 	tagged = cache_is_tagged(path);
-	while ((name = readdir(directory)) != NULL)
-		if (!cache_knows(name->d_name, tagged))
-			die("%s is no cache of proxy: it holds %s",
-			    options.cache, name->d_name);
-	(void)closedir(directory);
+	cache_check(tagged);
+	cache_own(options.cache);
 	fd = tagged ? -1 : open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
 	if (fd != -1) {
 		(void)fd_write(fd, cache_tag, strlen(cache_tag));
 		(void)close(fd);
+		cache_own(path);
 	}
 	/* Nobody knows what is there: the first turn lets it be swept. */
 	cache.written = options.cache_size;
@@ -13661,6 +13919,9 @@ static void
 banner(void)
 {
 	const struct address *first = NULL;
+	const struct rule *rule;
+	/* With a name: a rule that asks for a login lets some in. */
+	struct view nobody = { .user = text_of("-") };
 	char words[ADDRESS_TEXT];
 	bool exposed = false;
 	size_t i;
@@ -13681,25 +13942,62 @@ banner(void)
 		warn("  export http_proxy=http://%s https_proxy=http://%s",
 		    words, words);
 	}
-	if (exposed && options.sources_n == 0)
+	for (rule = rules_now->first[GROUP_ACCESS]; rule; rule = rule->next)
+		if (rule->file != built_in && !rule_refuses(rule, &nobody))
+			exposed = false;
+	if (exposed)
 		warn(
 		    "clients that are not on this machine are refused until "
 		    "a rule lets them in, as in: -e 'allow client 10.0.0.0/8'");
 }
 
 /*
- * The three standard descriptors must be taken, be it by /dev/null: else a
- * client's socket could become the log.
+ * The three standard descriptors must be taken, by /dev/null if need be: else
+ * a client's socket could become the log.  Says so, if it still can, and ends
+ * the program otherwise.
  */
 static void
 standard_open(void)
 {
-	int fd = open("/dev/null", O_RDWR);
+	int fd;
 
-	while (fd != -1 && fd <= STDERR_FILENO)
-		fd = open("/dev/null", O_RDWR);
-	if (fd != -1)
-		(void)close(fd);
+	for (fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+		if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", O_RDWR) != fd)
+			die("standard descriptor %d is closed, and /dev/null "
+			    "can't be opened: %s",
+			    fd, strerror(errno));
+}
+
+/*
+ * Opens the log; it belongs to the user of -u, who may have to open it again
+ * by HUP.
+ */
+static void
+logs_begin(void)
+{
+	log_lines.start = log_lines.end = CHUNK_ROOM;
+	if (!log_open())
+		die("can't open the log %s: %s", options.log, strerror(errno));
+	if (options.user != NULL && logs.regular && logs.fd != STDOUT_FILENO &&
+	    fchown(logs.fd, options.uid, options.gid) == -1)
+		warn("the log %s can't be given to user %s: %s", options.log,
+		    options.user, strerror(errno));
+	logs.colour = isatty(STDERR_FILENO) && getenv("NO_COLOR") == NULL;
+	logs.terminal = isatty(STDOUT_FILENO) || isatty(STDERR_FILENO);
+}
+
+/* Says which files of rules the user of -u can't read again. */
+static void
+user_warn(void)
+{
+	unsigned i;
+
+	for (i = 0; i < options.sources_n; i++)
+		if (!options.sources[i].line &&
+		    access(options.sources[i].at, R_OK) == -1)
+			warn("user %s can't read %s: HUP will not change the "
+			     "rules",
+			    options.user, options.sources[i].at);
 }
 
 /*
@@ -13725,6 +14023,8 @@ main(int argc, char **argv)
 	if (options.trials_n > 0)
 		trials_run();
 	pseudonym_make();
+	if (options.user != NULL)
+		user_find(options.user);
 	if (!names_start())
 		die("no helper for names: %s", strerror(errno));
 	signals_open();
@@ -13732,14 +14032,15 @@ main(int argc, char **argv)
 		listen_on("8080");
 	for (i = 0; i < options.listens; i++)
 		listen_on(options.listen[i]);
-	if (!log_open())
-		die("can't open the log %s: %s", options.log, strerror(errno));
-	logs.colour = isatty(STDERR_FILENO) && getenv("NO_COLOR") == NULL;
-	if (options.user != NULL)
-		user_become(options.user);
+	logs_begin();
 	if (options.cache != NULL)
 		cache_open();
+	if (options.user != NULL) {
+		user_become();
+		user_warn();
+	}
 	tables_open();
+	reserves_fill();
 	banner();
 	conn_watch(&signal_conn, POLLIN);
 	conn_watch(&names.answers, POLLIN);
