@@ -132,8 +132,8 @@
 #ifndef CONNECT_MS
 #define CONNECT_MS 30000
 #endif
-#ifndef RESPONSE_MS
-#define RESPONSE_MS 120000
+#ifndef IDLE_MS
+#define IDLE_MS 300000
 #endif
 #ifndef HALF_CLOSED_MS
 #define HALF_CLOSED_MS 60000
@@ -149,6 +149,9 @@
 #endif
 #ifndef LINGER_MS
 #define LINGER_MS 5000
+#endif
+#ifndef LINGER_ALL_MS
+#define LINGER_ALL_MS 30000
 #endif
 #ifndef DRAIN_MS
 #define DRAIN_MS 5000
@@ -178,8 +181,8 @@ enum limit {
 	FIELDS_MAX = 128,
 	/* A DNS name has at most 253 characters. */
 	HOST_MAX = 255,
-	/* Addresses tried for one name, two of each family. */
-	ADDRESSES_MAX = 4,
+	/* Addresses tried for one name; an answer() is shorter than a pipe. */
+	ADDRESSES_MAX = 16,
 	LISTENERS_MAX = 16,
 	/* Descriptors of our own: log, pipes, syslog, standard ones, spare. */
 	DESCRIPTORS_OWN = 24,
@@ -200,9 +203,7 @@ enum limit {
 	/* -f and -e. */
 	SOURCES_MAX = 64,
 	/* Lines that rewrite requests, and those that rewrite responses. */
-	REWRITES_MAX = 64,
-	/* An idle tunnel or body unless -t says otherwise. */
-	IDLE_MS = 300000
+	REWRITES_MAX = 64
 };
 
 /* ---- 2. Vocabulary ---- */
@@ -568,6 +569,7 @@ struct request {
 	uint64_t length;          /* of it, for FRAMING_LENGTH */
 	unsigned interims;        /* 1xx responses so far */
 	bool upgrade;             /* the client asked to switch protocols */
+	bool kept;                /* it asked in words to keep the connection */
 	bool login;               /* a login for the whole connection */
 	enum answerer answerer;   /* who answers it */
 	uint64_t body;            /* of an entry that answers: its bytes */
@@ -9082,7 +9084,7 @@ answer_fill(struct answer *answer, const struct addrinfo *found)
 	}
 }
 
-/* The child: asks the system and writes one answer. */
+/* The child: asks the system and writes one answer; it then exits with 0. */
 static void
 names_child(const struct question *question, int answers)
 {
@@ -9098,8 +9100,7 @@ names_child(const struct question *question, int answers)
 	answer.error = getaddrinfo(question->host, NULL, &hints, &found);
 	if (answer.error == 0)
 		answer_fill(&answer, found);
-	(void)fd_write(answers, &answer, sizeof(answer));
-	_exit(0);
+	_exit(fd_write(answers, &answer, sizeof(answer)) == -1);
 }
 
 /* A question that no child will answer. */
@@ -9115,6 +9116,22 @@ names_give_up(const struct question *question, int answers)
 	(void)fd_write(answers, &answer, sizeof(answer));
 }
 
+/* Children that ended: those that could not answer have that done for them. */
+static void
+names_reap(struct child *children, int answers)
+{
+	struct child *child;
+	int status;
+
+	for (child = children; child < children + QUESTIONS_MAX; child++)
+		if (child->pid &&
+		    waitpid(child->pid, &status, WNOHANG) == child->pid) {
+			child->pid = 0;
+			if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
+				names_give_up(&child->question, answers);
+		}
+}
+
 /*
  * Room for one more child.  If there are as many as may be, the oldest, which
  * hangs, is given up: a dead name server must not delay other names.
@@ -9125,8 +9142,6 @@ names_room(struct child *children, int answers)
 	struct child *child, *oldest = children;
 
 	for (child = children; child < children + QUESTIONS_MAX; child++) {
-		if (child->pid && waitpid(child->pid, NULL, WNOHANG) != 0)
-			child->pid = 0;
 		if (child->pid == 0)
 			return child;
 		if (child->turn < oldest->turn)
@@ -9138,6 +9153,44 @@ names_room(struct child *children, int answers)
 	return oldest;
 }
 
+/* A child for one question; without one, it is answered at once. */
+static void
+names_fork(struct child *children, const struct question *question,
+    int questions, int answers)
+{
+	static unsigned long turn;
+	struct child *child = names_room(children, answers);
+
+	child->question = *question;
+	child->turn = ++turn;
+	child->pid = fork();
+	if (child->pid == 0) {
+		/* Held open, this would hide the helper's death. */
+		(void)close(questions);
+		(void)signal(SIGCHLD, SIG_DFL);
+		(void)alarm(QUESTION_S);
+		names_child(question, answers);
+	}
+	if (child->pid == -1) {
+		child->pid = 0;
+		names_give_up(question, answers);
+	}
+}
+
+/* Wakes the helper when a child has ended. */
+static int names_ended[2];
+
+/* The handler of SIGCHLD in the helper. */
+static void
+names_note(int number)
+{
+	int saved = errno;
+
+	(void)number;
+	(void)fd_write(names_ended[1], "", 1);
+	errno = saved;
+}
+
 /* The helper: lives as long as the other end of `questions` does. */
 static void
 names_helper(int questions, int answers)
@@ -9145,33 +9198,34 @@ names_helper(int questions, int answers)
 	static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGUSR1,
 		SIGPIPE };
 	static struct child children[QUESTIONS_MAX];
+	struct pollfd fds[2];
 	struct question question;
-	struct child *child;
-	unsigned long turn;
+	char bytes[64];
 	size_t i;
 
 	for (i = 0; i < sizeof(ignored) / sizeof(ignored[0]); i++)
 		(void)signal(ignored[i], SIG_IGN);
-	(void)signal(SIGCHLD, SIG_DFL);
-	for (turn = 0; fd_read(questions, &question, sizeof(question)) ==
-	     (ssize_t)sizeof(question);
-	     turn++) {
-		child = names_room(children, answers);
-		child->question = question;
-		child->turn = turn;
-		child->pid = fork();
-		if (child->pid == 0) {
-			/* Held open, this would hide the helper's death. */
-			(void)close(questions);
-			(void)alarm(QUESTION_S);
-			names_child(&question, answers);
-		}
-		if (child->pid == -1) {
-			child->pid = 0;
-			names_give_up(&question, answers);
-		}
+	if (pipe(names_ended) == -1 ||
+	    fcntl(names_ended[0], F_SETFL, O_NONBLOCK) == -1 ||
+	    fcntl(names_ended[1], F_SETFL, O_NONBLOCK) == -1)
+		_exit(1);
+	(void)signal(SIGCHLD, names_note);
+	fds[0].fd = questions;
+	fds[1].fd = names_ended[0];
+	fds[0].events = fds[1].events = POLLIN;
+	for (;;) {
+		if (poll(fds, 2, -1) == -1)
+			continue;
+		while (fd_read(names_ended[0], bytes, sizeof(bytes)) > 0)
+			continue;
+		names_reap(children, answers);
+		if (fds[0].revents == 0)
+			continue;
+		if (fd_read(questions, &question, sizeof(question)) !=
+		    (ssize_t)sizeof(question))
+			_exit(0);
+		names_fork(children, &question, questions, answers);
 	}
-	_exit(0);
 }
 
 /* Finds the user of -u, by name or number; once, before there are others. */
@@ -10645,6 +10699,8 @@ request_note(struct exchange *x, struct request *q)
 
 	x->close = q->minor == 0 || q->method == METHOD_CONNECT ||
 	    head_lists(&q->head, "Connection", text_of("close"));
+	q->kept = head_lists(&q->head, "Connection", text_of("keep-alive")) ||
+	    head_lists(&q->head, "Proxy-Connection", text_of("keep-alive"));
 	q->login = text_starts(login, "NTLM") ||
 	    text_starts(login, "Negotiate");
 	q->upgrade = q->minor == 1 && head_field(&q->head, "Upgrade") &&
@@ -11350,8 +11406,11 @@ connect_refuse(struct exchange *x, int error)
 	else if (error == ETIMEDOUT)
 		refusal = REFUSE_CONNECT_SLOW;
 	address_print(&x->record.server, words);
-	(void)snprintf(detail, sizeof(detail), "%s: %s", words,
-	    strerror(error));
+	(void)snprintf(detail, sizeof(detail), "%s: %s%s", words,
+	    strerror(error),
+	    x->request->route.from != NULL && error == EADDRINUSE ?
+		" (no local port is left at the address of -b)" :
+		"");
 	exchange_refuse(x, refusal, detail);
 }
 
@@ -12465,9 +12524,13 @@ linger_step(struct exchange *x)
 {
 	struct conn *c = &x->client;
 
-	if (!c->eof && !c->error)
-		return conn_drain(c);
-	exchange_close(x, false);
+	if (c->eof || c->error) {
+		exchange_close(x, false);
+		return true;
+	}
+	if (!conn_drain(c))
+		return false;
+	x->moved = now.ms;
 	return true;
 }
 
@@ -12543,12 +12606,14 @@ exchange_deadline(const struct exchange *x)
 	case PHASE_GREET:
 		return x->since + CONNECT_MS;
 	case PHASE_RESPONSE:
-		return x->moved + (x->up.done ? RESPONSE_MS : options.idle_ms);
+		return x->moved + options.idle_ms;
 	case PHASE_RELAY:
 		return x->moved +
 		    (x->tunnel && half ? HALF_CLOSED_MS : options.idle_ms);
 	case PHASE_LINGER:
-		return x->since + LINGER_MS;
+		return x->moved + LINGER_MS < x->since + LINGER_ALL_MS ?
+		    x->moved + LINGER_MS :
+		    x->since + LINGER_ALL_MS;
 	default:
 		return INT64_MAX;
 	}
@@ -12634,8 +12699,28 @@ exchange_check(const struct exchange *x)
 }
 
 /*
+ * True if x's client has gone.  One that hung can't be answered any more.  One
+ * that sent its end may only be done asking, and then gets its answer; but if
+ * it asked in words for the connection to be kept, which it could not use any
+ * more, it closed it.
+ */
+static bool
+client_is_gone(const struct exchange *x)
+{
+	const struct conn *c = &x->client;
+
+	if (x->tunnel)
+		return false;
+	if (c->error || (c->hung && !c->shut))
+		return true;
+	return c->eof && c->in == NULL && !x->refresh && x->up.done &&
+	    x->request->kept && x->record.status == 0 &&
+	    !answer_is_local(x->request);
+}
+
+/*
  * While a request is being served, the client may send the next, or go: that
- * is read ahead, one buffer of it.  One that hung can't be answered any more.
+ * is read ahead, one buffer of it.
  */
 static void
 exchange_overhear(struct exchange *x)
@@ -12646,8 +12731,7 @@ exchange_overhear(struct exchange *x)
 		return;
 	if (c->in == NULL && (x->up.done || x->phase < PHASE_RESPONSE))
 		(void)conn_read(c);
-	if (!x->tunnel && (c->error || (c->hung && !c->shut)) &&
-	    !relay_goes_on(x))
+	if (client_is_gone(x) && !relay_goes_on(x))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 }
 
@@ -12722,10 +12806,14 @@ enum {
 	/* The whole poll set is polled again after this at the latest. */
 	COLD_GAP_US = 12000,
 	/* With fewer outside the prefix the whole is always polled. */
-	COLD_MIN = 16
+	COLD_MIN = 16,
+	/* All slots are busy: so long nobody looks for an idle one. */
+	CROWDED_MS = 20,
+	/* That all slots are taken is said once in this time. */
+	CROWDED_SAY_MS = 60000
 };
 
-static int64_t accept_after; /* ms: the system ran out of something */
+static int64_t accept_after; /* ms: descriptors or slots have run out */
 
 static struct conn signal_conn; /* where signals come out */
 
@@ -12903,17 +12991,78 @@ loop_names(void)
 		exchanges.wake = now.ms;
 }
 
-/* Takes the clients that wait at one listener, while slots last. */
+/*
+ * How readily x gives way to a new client: one that is done first, then one
+ * between two requests, one that has not sent a byte, one that will send no
+ * more while its server is silent; 0: not at all.
+ */
+static unsigned
+loop_rank(const struct exchange *x)
+{
+	if (x->phase == PHASE_LINGER)
+		return 4;
+	if (x->phase == PHASE_REQUEST && x->record.start == 0)
+		return x->served ? 3 : 2;
+	return x->request != NULL && x->client.eof && !x->refresh &&
+		x->up.done && x->record.status == 0 &&
+		!answer_is_local(x->request) ?
+	    1 :
+	    0;
+}
+
+/*
+ * All slots are taken, and a client waits: the one that gives way most readily
+ * goes, of several the one that has been so for longest.  False if all are
+ * busy; then nobody looks again for a while.
+ */
+static bool
+loop_make_way(void)
+{
+	static int64_t said;
+	struct exchange *x, *first = NULL;
+
+	if (said == 0 || now.ms - said >= CROWDED_SAY_MS) {
+		said = now.ms;
+		warn("all %lu connections are in use (-m): idle clients give "
+		     "way, others wait",
+		    (unsigned long)exchanges.n);
+	}
+	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++)
+		if (x->phase != PHASE_FREE && loop_rank(x) > 0 &&
+		    (first == NULL || loop_rank(x) > loop_rank(first) ||
+			(loop_rank(x) == loop_rank(first) &&
+			    x->since < first->since)))
+			first = x;
+	if (first == NULL) {
+		accept_after = now.ms + CROWDED_MS;
+		return false;
+	}
+	if (first->record.start != 0)
+		exchange_abort(first, END_LIMIT, REFUSE_NONE);
+	else
+		exchange_close(first, false);
+	return true;
+}
+
+/* Takes the clients that wait at one listener, while there are slots. */
 static void
 loop_accept(struct listener *l)
 {
+	struct pollfd waiting = { .fd = l->conn.fd, .events = POLLIN };
 	struct sockaddr_storage storage;
 	struct address peer;
 	unsigned n;
 
-	for (n = 0; n < ACCEPTS_MAX && exchanges.busy < exchanges.n; n++) {
+	for (n = 0; n < ACCEPTS_MAX; n++) {
 		socklen_t len = sizeof(storage);
-		int fd = accept(l->conn.fd, (struct sockaddr *)&storage, &len);
+		int fd;
+
+		if (exchanges.busy == exchanges.n) {
+			l->conn.readable = poll(&waiting, 1, 0) == 1;
+			if (!l->conn.readable || !loop_make_way())
+				return;
+		}
+		fd = accept(l->conn.fd, (struct sockaddr *)&storage, &len);
 
 		if (fd == -1) {
 			if (errno == EMFILE || errno == ENFILE ||
@@ -12933,7 +13082,7 @@ loop_accept(struct listener *l)
 	}
 }
 
-/* All listeners; they wait in turn when all slots are taken. */
+/* All listeners. */
 static void
 loop_accept_all(void)
 {
@@ -12946,10 +13095,7 @@ loop_accept_all(void)
 			continue;
 		if (l->conn.readable && now.ms >= accept_after)
 			loop_accept(l);
-		conn_watch(&l->conn,
-		    exchanges.busy < exchanges.n && now.ms >= accept_after ?
-			POLLIN :
-			0);
+		conn_watch(&l->conn, now.ms >= accept_after ? POLLIN : 0);
 	}
 	if (accept_after > now.ms && accept_after < exchanges.wake)
 		exchanges.wake = accept_after;
@@ -13217,13 +13363,13 @@ static void
 option_version(void)
 {
 	printf("proxy " VERSION "\nbuffer %d\nhead %d\nline %d\nfields %d\n"
-	       "slot %lu\nhead-ms %d\nconnect-ms %d\nresponse-ms %d\n"
+	       "slot %lu\nhead-ms %d\nconnect-ms %d\nidle-ms %d\n"
 	       "half-closed-ms %d\nkept-client-ms %d\nkept-server-ms %d\n"
 	       "collapse-ms %d\nlinger-ms %d\ndrain-ms %d\n",
 	    BUFFER_SIZE, BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM, LINE_MAX_BYTES,
 	    FIELDS_MAX, (unsigned long)sizeof(struct exchange), HEAD_MS,
-	    CONNECT_MS, RESPONSE_MS, HALF_CLOSED_MS, KEPT_CLIENT_MS,
-	    KEPT_SERVER_MS, COLLAPSE_MS, LINGER_MS, DRAIN_MS);
+	    CONNECT_MS, IDLE_MS, HALF_CLOSED_MS, KEPT_CLIENT_MS, KEPT_SERVER_MS,
+	    COLLAPSE_MS, LINGER_MS, DRAIN_MS);
 	exit(0);
 }
 
@@ -13387,7 +13533,7 @@ listen_host(const char *host, unsigned port, const char **error)
 {
 	struct addrinfo hints, *found, *at;
 	size_t before = listeners_n;
-	char service[8];
+	char service[8], words[ADDRESS_TEXT] = "";
 	int failed;
 
 	memset(&hints, 0, sizeof(hints));
@@ -13411,10 +13557,23 @@ listen_host(const char *host, unsigned port, const char **error)
 		len = address_export(&a, &storage);
 		why = listener_add(socket(at->ai_family, SOCK_STREAM, 0),
 		    (struct sockaddr *)&storage, len, NULL);
-		if (why != NULL)
+		if (why == NULL)
+			continue;
+		/* A machine without IPv6 needs no telling. */
+		if (strcmp(why, strerror(EAFNOSUPPORT)) == 0 ||
+		    strcmp(why, strerror(EADDRNOTAVAIL)) == 0) {
 			*error = why;
+			continue;
+		}
+		if (words[0] != '\0')
+			warn("not listening on %s: %s", words, *error);
+		*error = why;
+		address_print(&a, words);
 	}
 	freeaddrinfo(found);
+	/* If it is the only one, it is said by whoever asked. */
+	if (words[0] != '\0' && listeners_n > before)
+		warn("not listening on %s: %s", words, *error);
 	return listeners_n - before;
 }
 
@@ -13449,9 +13608,13 @@ listen_on(const char *argument)
 			&error) == 0)
 			die("can't listen on port %s: %s%s", argument, error,
 			    listen_hint(error));
-		if (!any)
-			(void)listen_host("::1",
-			    listeners[listeners_n - 1].address.port, &error);
+		if (any)
+			return;
+		port = listeners[listeners_n - 1].address.port;
+		if (listen_host("::1", (unsigned)port, &error) == 0 &&
+		    strcmp(error, strerror(EADDRINUSE)) == 0)
+			warn("not listening on [::1]:%u: %s", (unsigned)port,
+			    error);
 		return;
 	}
 	/* authority_parse() wants a port from 1 on; 0 is good here. */

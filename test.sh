@@ -1671,7 +1671,7 @@ play() {
 # The limits of the binary under test: a head fits in $buffer, a request line
 # in $line_max.  The second binary has short time limits, in milliseconds; a
 # loaded machine must manage a request in the shortest of them.
-quick_flags='-DHEAD_MS=1000 -DCONNECT_MS=1500 -DRESPONSE_MS=1000
+quick_flags='-DHEAD_MS=1000 -DCONNECT_MS=1500
 	-DHALF_CLOSED_MS=1000 -DKEPT_CLIENT_MS=1000 -DKEPT_SERVER_MS=1000
 	-DLINGER_MS=1000 -DDRAIN_MS=1000'
 
@@ -1825,6 +1825,17 @@ test_start_user() { # -u: another user after binding
 	[ "$uid" = 65534 ] || fail "runs as ${uid:-?}"
 	served
 	stop_proxy
+}
+
+test_start_one_family() { # of two addresses one is taken: it says so and serves on the other
+	"$peer" origin -a ::1 six < /dev/null > six.port 2> /dev/null ||
+		skip "no IPv6"
+	port=$(cut -d ' ' -f 1 six.port)
+	echo "$(cut -d ' ' -f 2 six.port)" >> .pids
+	start_proxy -l "$port"
+	grep "^proxy: not listening on \[::1\]:$port: " err > /dev/null ||
+		fail "says: $(cat err)"
+	served
 }
 
 test_start_said() { # what is wrong is said once, with what to do about it
@@ -3895,9 +3906,8 @@ test_limit_kept_server() { # an idle kept server connection is closed
 END
 }
 
-test_limit_response_time() { # no response head in time: 504
-	built "$quick_bin"
-	proxy_bin=$quick_bin
+test_limit_response_time() { # no response head in the time of -t: 504
+	start_proxy -t 1
 	play 'nothing' <<'END'
 	origin head
 	origin eof
@@ -4017,10 +4027,123 @@ END
 	served
 }
 
+test_limit_slots_idle() { # all slots taken: idle clients give way, the longest idle first
+	start_proxy -m 4
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+---
+head
+send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+---
+head
+touch busy
+await free
+send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+END
+	: > served.script
+	# A silent one, two between requests, one in the middle.
+	client_bg silent <<'END'
+touch silent.here
+eof
+END
+	wait_for 5 '[ -f silent.here ]'
+	for n in a b; do
+		client_bg $n <<END
+send GET http://%O/$n HTTP/1.1\nHost: %O\n\n
+answer
+touch $n.here
+eof
+END
+		wait_for 5 "[ -f $n.here ]" || fail "$n is not served"
+		"$peer" sleep 50
+	done
+	client_bg c <<'END'
+send GET http://%O/c HTTP/1.1\nHost: %O\n\n
+answer
+END
+	wait_for 5 '[ -f busy ]' || fail "c is not served"
+	for gone in a b to.a to.b; do
+		[ ! -f silent.end ] || fail "a silent one goes before an idle one"
+		client_bg to.$gone <<'END'
+send GET / HTTP/1.1\nHost: %P\n\n
+answer
+eof
+END
+		wait_for 2 "[ -f $gone.end ]" || fail "$gone does not give way"
+		wait_for 2 "grep '^HTTP/1.1 200' to.$gone > /dev/null" ||
+			fail "not served in place of $gone"
+	done
+	# With only silent and busy ones left, the silent one goes.
+	for n in 1 2 3; do
+		client_bg silent$n <<'END'
+touch here
+eof
+END
+	done
+	wait_for 2 '[ -f silent.end ]' || fail "the silent one does not give way"
+	[ ! -f c.end ] || fail "a busy one gives way"
+	touch free
+	ended c
+	grep ok c > /dev/null || fail "c: $(cat c.end)"
+	[ "$(grep -c 'connections are in use' err)" = 1 ] || fail "not said once"
+}
+
+test_limit_linger() { # what is sent after the last answer is read while it comes, and not for ever
+	built "$quick_bin"
+	proxy_bin=$quick_bin
+	start_proxy
+	play -n 'longer than one wait' <<END
+	origin head
+	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\n\\nok
+	origin close
+	client send POST http://%O/ HTTP/1.1\\nHost: %O\\nContent-Length: 1000\\n\\n
+	client chop 1 300 xxxxxxxx
+	client eof
+	sees   HTTP/1.1 200 OK
+	sees~  ^-- end eof
+END
+}
+
+test_client_gives_up() { # a client that asked to keep its connection and closes it has gone: 499
+	play 'kept, and closed' <<'END'
+	origin head
+	origin eof
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nProxy-Connection: Keep-Alive\n\n
+	client stall 100
+	client shut
+	client eof
+	log    "GET http://%O/ HTTP/1.1" 499 0 .* total=N .* end=client
+	gets~  ^-- end (eof|reset)
+END
+	play 'not asked to be kept, and half-closed' <<'END'
+	origin head
+	origin stall 300
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client shut
+	client answer
+	sees   HTTP/1.1 200 OK
+	log    "GET http://%O/ HTTP/1.1" 200 2 .* end=done
+END
+	play 'with the next request already there' <<'END'
+	origin head
+	origin stall 300
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\nConnection: keep-alive\n\nGET http://%O/2 HTTP/1.1\nHost: %O\n\n
+	client shut
+	client answer
+	client answer
+	sees#  2 ^(ok)?HTTP/1.1 200
+END
+}
+
 test_limit_unread_interim() { # interim answers that nobody reads: no spinning
 	built "$quick_bin"
 	proxy_bin=$quick_bin
-	start_proxy -l "$T/p.sock"
+	start_proxy -l "$T/p.sock" -t 1
 	big=$((room_max - 1000))
 	origin o <<END
 head
@@ -4663,6 +4786,8 @@ names_lookup(const char *host, const char *port, const struct addrinfo *hints,
 		return getaddrinfo(host, port, hints, found);
 	if (strcmp(host, "slow.test") == 0)
 		sleep(3600);
+	if (strcmp(host, "crash.test") == 0)
+		_exit(7);
 	memset(&numeric, 0, sizeof(numeric));
 	numeric.ai_socktype = SOCK_STREAM;
 	numeric.ai_flags = AI_NUMERICHOST;
@@ -4711,6 +4836,41 @@ END
 	sees~  ^HTTP/1.1 508
 	log#   1 .
 END
+}
+
+test_names_many() { # all addresses of a name are tried
+	start_names 127.0.0.2 127.0.0.3 127.0.0.4 127.0.0.5 127.0.0.6 127.0.0.7 \
+	    127.0.0.8 127.0.0.9 127.0.0.10 127.0.0.11 127.0.0.12 127.0.0.13 \
+	    127.0.0.14 127.0.0.15 127.0.0.16 127.0.0.1
+	play 'the last of sixteen' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\nConnection: close\n\nok
+	client send GET http://many.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+	log    200 2 .* server=127.0.0.1:%p end=done
+END
+}
+
+test_names_crash() { # a look-up that dies is noticed at once, and leaves no zombie
+	start_names 127.0.0.1
+	for n in 1 2 3; do
+		play 'it dies' <<'END'
+	client send GET http://crash.test:1/ HTTP/1.1\nHost: x\nConnection: close\n\n
+	client answer
+	sees~  ^HTTP/1.1 502
+	log    "GET http://crash.test:1/ HTTP/1.1" 502 .* why="the name lookup failed"
+END
+	done
+	grep -E ' total=[0-9]{1,3} ' log > /dev/null || fail "late: $(cat log)"
+	[ -d /proc/self ] || skip "no /proc"
+	"$peer" sleep 100
+	cat /proc/[0-9]*/stat > stats 2> /dev/null
+	helper=$(awk -v of="$proxy_pid" '$4 == of { print $1 }' stats | head -n 1)
+	[ -n "$helper" ] || fail "no helper"
+	awk -v of="$helper" -v proxy="$proxy_pid" '
+	$3 == "Z" && ($4 == of || $4 == proxy) { exit 1 }' stats ||
+		fail "a zombie is left"
 }
 
 # Starts the build with our names: start_names ADDRESS... [-- OPTION...]
