@@ -6388,7 +6388,8 @@ reuse_judge(const struct control *asked, const struct control *control,
 	int64_t stale = age - (lifetime > 0 ? lifetime : 0);
 	int64_t wanted = lifetime;
 
-	if (asked->no_cache || control->no_cache)
+	/* Clients mean validation by max-age=0, however young the entry is. */
+	if (asked->no_cache || asked->max_age == 0 || control->no_cache)
 		return REUSE_VALIDATED;
 	if (asked->max_age >= 0 && asked->max_age < wanted)
 		wanted = asked->max_age;
@@ -7614,7 +7615,8 @@ field_is_kept(const struct head *news, struct text name)
 
 /*
  * The head of a stored response with the fields of a 304 in place of its own
- * (RFC 9111 section 3.2), into b.
+ * (RFC 9111 section 3.2), into b.  A 304 without Date was made now, so that
+ * age and lifetime count from now (RFC 9110 section 6.6.1).
  */
 static void
 merged_head_append(const struct response *old, const struct head *news,
@@ -7626,13 +7628,16 @@ merged_head_append(const struct response *old, const struct head *news,
 	buffer_append(b, old->reason);
 	buffer_append(b, text_of("\r\n"));
 	for (i = 0; i < old->head.n; i++)
-		if (field_is_kept(news, old->head.fields[i].name))
+		if (field_is_kept(news, old->head.fields[i].name) &&
+		    !text_is(old->head.fields[i].name, "Date"))
 			field_append(b, &old->head.fields[i]);
 	for (i = 0; i < news->n; i++)
 		if (field_passes(news, i) &&
 		    !name_is_among(news->fields[i].name, fields_of_body) &&
 		    !text_is(news->fields[i].name, "Set-Cookie"))
 			field_append(b, &news->fields[i]);
+	if (head_field(news, "Date") == NULL)
+		buffer_print(b, "Date: %s\r\n", date_now());
 	buffer_append(b, text_of("\r\n"));
 }
 
@@ -7903,7 +7908,8 @@ request_is_satisfied(const struct head *q, const struct response *r)
 /*
  * The one range that a request asks for, of a body of so many bytes (RFC 9110
  * section 14.1.2).  1: from and length are set; 0: none, or one that we give
- * the whole for; -1: it can't be satisfied.
+ * the whole for; -1: it can't be satisfied.  Of an empty body a suffix is all
+ * of it, and so is what begins at its start: some clients always ask so.
  */
 static int
 range_parse(const struct head *q, const struct response *r, uint64_t body,
@@ -7928,8 +7934,10 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 	if (dash == 0) {
 		if (!number_parse(text_from(t, 1), INT64_MAX, &first))
 			return 0;
-		if (first == 0 || body == 0)
+		if (first == 0)
 			return -1;
+		if (body == 0)
+			return 0;
 		first = first < body ? body - first : 0;
 	} else {
 		if (!number_parse(text_cut(t.at, dash), INT64_MAX, &first) ||
@@ -7939,7 +7947,9 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 			    last < first)))
 			return 0;
 		if (first >= body)
-			return -1;
+			return body == 0 && first == 0 && dash + 1 == t.len ?
+			    0 :
+			    -1;
 		if (last >= body)
 			last = body - 1;
 	}

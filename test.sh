@@ -9052,6 +9052,26 @@ END
 	log    miss=stored
 	log    hit=fresh
 END
+	play 'a 304 without Date: it was made now' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nDate: Sun, 06 Nov 1994 08:49:37 GMT\nCache-Control: max-age=60\n
+	origin send ETag: "a"\nAge: 100\nContent-Length: 4\n\none\l
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nCache-Control: max-age=999\nETag: "a"\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees#  3 ^Date: 
+	sees#  1 ^Date: Sun, 06 Nov 1994
+	sees#  2 ^Age: [01]$
+	sees#  3 ^one
+	log    miss=stored
+	log    hit=validated
+	log    hit=fresh
+END
 	play 'response no-cache is validated each time' <<'END'
 	origin head
 	origin send HTTP/1.1 200 OK\nConnection: close\nCache-Control: no-cache, max-age=99\nETag: W/"a"\nContent-Length: 4\n\none\l
@@ -9220,6 +9240,18 @@ test_cache_wishes() { # Cache-Control of requests (RFC 9111 section 5.2.1)
 	wishes fresh "$fresh" 'Pragma: no-cache\nCache-Control: max-age=500\n'
 	wishes ask "$fresh" 'Cache-Control: max-age=50\n'
 	wishes ask "$fresh" 'Cache-Control: max-age=0\n'
+	play 'max-age=0 on what has come in the same second' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 4\n\none\l
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\ntwo\l
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nCache-Control: max-age=0\n\n
+	client answer
+	sees   two\l
+	gets#  1 ^If-None-Match: "a"
+END
 	wishes ask "$fresh" 'Cache-Control: max-age=50, max-age=500\n'
 	wishes fresh "$fresh" 'Cache-Control: max-age=500\n'
 	wishes fresh "$fresh" 'Cache-Control: min-fresh=500\n'
@@ -9604,7 +9636,31 @@ test_cache_range() { # ranges of what is stored whole (RFC 9110 section 14)
 	ranges 200 '' abcdefghij 'Range: lines=1-2\n'
 	ranges 200 '' abcdefghij 'Range: bytes=-\n'
 	ranges 200 '' abcdefghij 'Range: bytes=99999999999999999999-\n'
-	served
+	script=
+	while read -r want range; do
+		script="$script
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=$range\n\n
+	client answer
+	log  \" $want 0 .* hit=fresh"
+	done <<'END'
+200 -5
+200 0-
+416 -0
+416 0-0
+416 1-
+END
+	play 'of an empty body' <<END
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=999\nContent-Length: 0\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	$script
+	sees   -- end open
+	sees#  3 ^HTTP/1.1 200 OK
+	sees#  3 ^Content-Range: bytes ./0
+	sees#  6 ^Content-Length: 0
+	gets#  1 ^GET
+END
 }
 
 test_cache_range_miss() { # a part from the server never passes for the whole
@@ -12674,6 +12730,13 @@ unit_reuse(void)
 		{ "max-age=30", "", 29, 60, REUSE_FRESH },
 		{ "max-age=30", "", 31, 60, REUSE_VALIDATED },
 		{ "max-age=0", "", 1, 60, REUSE_VALIDATED },
+		{ "max-age=0", "", 0, 60, REUSE_VALIDATED },
+		{ "max-age=0, min-fresh=0", "", 0, 60, REUSE_VALIDATED },
+		{ "max-age=0, max-stale", "", 0, 0, REUSE_VALIDATED },
+		{ "max-age=0", "stale-while-revalidate=9", 0, 0,
+		    REUSE_VALIDATED },
+		{ "max-age=1", "", 0, 60, REUSE_FRESH },
+		{ "max-age=1", "", 1, 60, REUSE_FRESH },
 		{ "max-age=99", "", 61, 60, REUSE_VALIDATED },
 		{ "max-age=30, max-stale", "", 31, 60, REUSE_VALIDATED },
 		{ "max-age=90, max-stale", "", 70, 60, REUSE_STALE },
@@ -12847,8 +12910,9 @@ unit_ranges(void)
 		{ "bytes=3000000000-", 5000000000ULL, 1, 3000000000ULL,
 		    2000000000ULL },
 		{ "bytes=10-", 10, -1, 0, 0 }, { "bytes=10-20", 10, -1, 0, 0 },
-		{ "bytes=-0", 10, -1, 0, 0 }, { "bytes=0-", 0, -1, 0, 0 },
-		{ "bytes=0-0", 0, -1, 0, 0 }, { "bytes=-5", 0, -1, 0, 0 },
+		{ "bytes=-0", 10, -1, 0, 0 }, { "bytes=-0", 0, -1, 0, 0 },
+		{ "bytes=0-0", 0, -1, 0, 0 }, { "bytes=1-", 0, -1, 0, 0 },
+		{ "bytes=0-", 0, 0, 0, 0 }, { "bytes=-5", 0, 0, 0, 0 },
 		{ "bytes=4-2", 10, 0, 0, 0 }, { "bytes=", 10, 0, 0, 0 },
 		{ "bytes=-", 10, 0, 0, 0 }, { "bytes=--1", 10, 0, 0, 0 },
 		{ "bytes=1--1", 10, 0, 0, 0 }, { "bytes=1", 10, 0, 0, 0 },
