@@ -257,8 +257,13 @@ enum limit {
 	CACHE_FLOOR = 64 << 20,
 	/* Entries of which we know that their recency was written lately. */
 	CACHE_TOUCHED = 1024,
-	/* URLs of which we know that their answers are not to be stored. */
-	CACHE_LONE = 256,
+	/*
+	 * URLs of which we know that their answers are not to be stored: 128
+	 * KiB, of which only what was written to takes memory.
+	 */
+	CACHE_LONE = 16384,
+	/* So many of them share places: a line of a processor's cache. */
+	LONE_WAYS = 8,
 	/* Recency of an entry is written at most once in this time. */
 	CACHE_TOUCH_S = 600,
 	/* The same without a dot at its end, and each of its labels. */
@@ -7156,7 +7161,33 @@ fetch_leave(struct exchange *x)
 static bool
 key_is_lone(uint64_t key)
 {
-	return cache.lone[key % CACHE_LONE] == key;
+	const uint64_t *at =
+	    cache.lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
+	size_t i;
+
+	for (i = 0; i < LONE_WAYS; i++)
+		if (at[i] == key)
+			return true;
+	return false;
+}
+
+/*
+ * Answers to that key were found not to be storable (lone), or to be so.  The
+ * latest is in front of its set; the last of the set gives way.
+ */
+static void
+key_note(uint64_t key, bool lone)
+{
+	uint64_t *at = cache.lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
+	size_t i = 0;
+
+	while (i < LONE_WAYS - 1 && at[i] != key)
+		i++;
+	if (lone) {
+		memmove(at + 1, at, i * sizeof(*at));
+		at[0] = key;
+	} else if (at[i] == key)
+		at[i] = 0;
 }
 
 /*
@@ -7412,7 +7443,7 @@ store_fits(struct exchange *x, size_t n)
 	    cache.making + n <= options.cache_size / 4)
 		return true;
 	q->caching.spoiled = true;
-	cache.lone[q->caching.key % CACHE_LONE] = q->caching.key;
+	key_note(q->caching.key, true);
 	return q->caching.followers > 0 && q->caching.validator == 0 &&
 	    cache.total + cache.making + n <= options.cache_size / 16 * 15;
 }
@@ -11352,10 +11383,8 @@ cache_note(struct exchange *x, const struct response *r)
 		store_begin(x, q, r);
 	if (x->request->caching.storing)
 		x->request->caching.hit = "stored";
-	if (x->request->caching.fetch &&
-	    x->request->caching.storing == key_is_lone(x->request->caching.key))
-		cache.lone[x->request->caching.key % CACHE_LONE] =
-		    x->request->caching.storing ? 0 : x->request->caching.key;
+	if (x->request->caching.fetch)
+		key_note(x->request->caching.key, !x->request->caching.storing);
 	if (x->request->caching.storing)
 		return;
 	fetch_end(x, false);

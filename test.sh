@@ -11173,6 +11173,47 @@ END
 	asked 10
 }
 
+test_cache_collapsed_known() { # what can't be stored is still known after 2000 other URLs
+	start_cache
+	private='HTTP/1.1 200 OK\nCache-Control: private\nContent-Length: 4\n'
+	origin many <<END
+head
+send ${private}\nany\l
+loop
+END
+	awk -v O="$origin" 'BEGIN {
+		for (n = 0; n < 2000; n++)
+			printf "send GET http://%s/%d HTTP/1.1\\nHost: %s\\n\\n\nanswer\n",
+			    O, n, O
+	}' > others
+	for when in quiet await await; do
+		cat <<END
+head
+$when $([ $when = await ] && echo go || echo 0)
+send ${private}Connection: close\n\none\l
+---
+END
+	done > scripts
+	echo close >> scripts
+	origin o < scripts
+	client first <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+answer
+END
+	client others < others
+	grep '^open$' others.end > /dev/null || fail "$(cat others.end)"
+	for n in 1 2; do
+		client_bg c$n <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+answer
+END
+	done
+	wait_for 5 '[ -s o.2 ] && [ -s o.3 ]' || fail "the second waits again"
+	touch go
+	ends c1 '^open$'
+	ends c2 '^open$'
+}
+
 # While one client waits for a head (await) or has a part of the body (grow),
 # a request of another kind goes to the origin at once:
 # alone WHAT 'request to \n\n and its body' [STEP], which reads that body
