@@ -9494,7 +9494,7 @@ exchange_skip(struct exchange *x)
 
 /*
  * Reads from one side; of an entry that is still being stored no more than is
- * there, since room for the rest may have been made already.
+ * there, since the end of the file is not yet the end of the body.
  */
 static bool
 exchange_read(struct exchange *x, struct conn *from)
@@ -9926,15 +9926,22 @@ variant_fits(const struct entry *e, const struct response *r,
 }
 
 /*
- * True if one who follows a fetch gets the whole in any case: the rest can be
- * asked for, or there is room on the disk for all of it, or, its length being
- * unknown, store_fits() sees to it.
+ * True if a follower of this fetch will get the whole: it can ask for the rest
+ * itself, or, the length being unknown, store_fits() sees to it, or the disk
+ * has room for twice all that is in the making, since others write there, too.
+ * If they fill it nevertheless, the follower's answer is visibly cut short.
+ * Reserving the room would exclude that, but some file systems then write
+ * every block, while all other clients wait.
  */
 static bool
 follow_is_safe(const struct caching *f)
 {
-	return f->validator != 0 || f->length == UINT64_MAX ||
-	    posix_fallocate(f->store, 0, (off_t)(f->region + f->length)) == 0;
+	struct statvfs disk;
+
+	if (f->validator != 0 || f->length == UINT64_MAX)
+		return true;
+	return statvfs(options.cache, &disk) != -1 &&
+	    (uint64_t)disk.f_bavail * disk.f_frsize / 2 >= cache.making;
 }
 
 /* True if e's key is that of x's target, and not only hashed to the same. */
@@ -11938,7 +11945,7 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 /*
  * x's client does not keep up with what others follow: the fetch goes on in a
  * slot of its own, and x follows it too.  Not if x might then get less than it
- * would have: what could neither be asked for again nor has room for sure.
+ * would have: what could neither be asked for again nor surely has room.
  */
 static void
 relay_part(struct exchange *x)
@@ -11951,7 +11958,8 @@ relay_part(struct exchange *x)
 	if (!q->caching.storing || q->caching.followers == 0 ||
 	    q->access.answer != NULL || x->refresh || !x->up.done ||
 	    x->down.whole || x->down.broken ||
-	    (q->caching.validator == 0 && q->caching.length == UINT64_MAX))
+	    (q->caching.validator == 0 && q->caching.length == UINT64_MAX) ||
+	    !follow_is_safe(&q->caching))
 		return;
 	store_path(q->caching.fetch, path);
 	fd = open(path, O_RDONLY);
