@@ -510,6 +510,7 @@ enum refusal {
 	REFUSE_PAGE,
 	REFUSE_PAGE_METHOD,
 	REFUSE_NOT_STORED,
+	REFUSE_CONDITION,
 	REFUSE_LOOP_VIA,
 	REFUSE_LOOP,
 	REFUSE_GUARDED,
@@ -2387,6 +2388,8 @@ static const struct {
 	    "the proxy's own pages know GET and HEAD" },
 	[REFUSE_NOT_STORED] = { 504, CLIENT,
 	    "only-if-cached, and nothing fit is stored" },
+	[REFUSE_CONDITION] = { 412, CLIENT,
+	    "what is stored does not meet the request's condition" },
 	[REFUSE_LOOP_VIA] = { 508, "proxy_loop_detected",
 	    "this request has passed here before" },
 	[REFUSE_LOOP] = { 508, "proxy_loop_detected",
@@ -2459,6 +2462,7 @@ status_reason(int status)
 		{ 407, "Proxy Authentication Required" },
 		{ 408, "Request Timeout" },
 		{ 410, "Gone" },
+		{ 412, "Precondition Failed" },
 		{ 414, "URI Too Long" },
 		{ 416, "Range Not Satisfiable" },
 		{ 429, "Too Many Requests" },
@@ -7896,7 +7900,14 @@ cache_sweep(void)
 	_exit(parts < 255 ? (int)parts : 255);
 }
 
-/* A weak comparison of entity tags (RFC 9110 section 8.8.3.2). */
+/* A strong comparison of entity tags (RFC 9110 section 8.8.3.2). */
+static bool
+etag_same_strong(struct text a, struct text b)
+{
+	return text_equals(a, b) && a.len > 0 && !text_starts(a, "W/");
+}
+
+/* A weak one. */
 static bool
 etag_same(struct text a, struct text b)
 {
@@ -7908,28 +7919,66 @@ etag_same(struct text a, struct text b)
 }
 
 /*
+ * Looks for an entity tag in a request's fields of that name: 1 it is there, or
+ * `*` is; 0 it is not; -1 there are no such fields.
+ */
+static int
+condition_has(const struct head *q, const char *name, struct text etag,
+    bool (*same)(struct text, struct text))
+{
+	int verdict = -1;
+	size_t i;
+
+	for (i = 0; i < q->n; i++) {
+		struct text rest = q->fields[i].value, member;
+
+		if (!text_is(q->fields[i].name, name))
+			continue;
+		verdict = 0;
+		while (list_next(&rest, &member))
+			if (text_is(member, "*") || same(member, etag))
+				return 1;
+	}
+	return verdict;
+}
+
+/* True if the request wants an answer from one version only. */
+static bool
+request_is_guarded(const struct head *q)
+{
+	return head_field(q, "If-Match") != NULL ||
+	    head_field(q, "If-Unmodified-Since") != NULL;
+}
+
+/*
+ * True if what is stored meets the request's If-Match or If-Unmodified-Since
+ * (RFC 9110 section 13.2.2, steps 1 and 2); if not, the answer is 412.
+ */
+static bool
+request_is_met(const struct head *q, const struct response *r)
+{
+	int64_t since = head_date(q, "If-Unmodified-Since");
+	int verdict = condition_has(q, "If-Match", head_value(&r->head, "ETag"),
+	    etag_same_strong);
+
+	if (verdict != -1)
+		return verdict == 1;
+	return since == -1 || head_date(&r->head, "Last-Modified") <= since;
+}
+
+/*
  * True if the client has what is stored: its own condition is answered with
  * 304 (RFC 9110 section 13.2.2; If-None-Match wins over If-Modified-Since).
  */
 static bool
 request_is_satisfied(const struct head *q, const struct response *r)
 {
-	struct text etag = head_value(&r->head, "ETag"), rest, member;
 	int64_t since = head_date(q, "If-Modified-Since"), modified;
-	bool some = false;
-	size_t i;
+	int verdict = condition_has(q, "If-None-Match",
+	    head_value(&r->head, "ETag"), etag_same);
 
-	for (i = 0; i < q->n; i++) {
-		if (!text_is(q->fields[i].name, "If-None-Match"))
-			continue;
-		some = true;
-		rest = q->fields[i].value;
-		while (list_next(&rest, &member))
-			if (text_is(member, "*") || etag_same(member, etag))
-				return true;
-	}
-	if (some || since == -1)
-		return false;
+	if (verdict != -1 || since == -1)
+		return verdict == 1;
 	modified = head_date(&r->head, "Last-Modified");
 	if (modified == -1)
 		modified = head_date(&r->head, "Date");
@@ -10197,7 +10246,16 @@ cache_answer(struct exchange *x, const struct request *q)
 			exchange_refuse(x, REFUSE_NOT_STORED, "");
 		return true;
 	}
-	if (l.fd != -1) {
+	if (l.fd != -1 && request_is_guarded(&q->head)) {
+		/*
+		 * Its conditions would give way to ours, and a part of another
+		 * version would seem to meet them: it is passed on as it came,
+		 * and a part is not to take the place of the whole.
+		 */
+		(void)close(l.fd);
+		x->request->caching.nocache = head_field(&q->head, "Range") !=
+		    NULL;
+	} else if (l.fd != -1) {
 		x->request->caching.entry = l.fd;
 		x->request->caching.has_entry = x->request->caching.validated =
 		    true;
@@ -11453,8 +11511,26 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 }
 
 /*
+ * The entry does not meet the request's condition.  The page that says so is
+ * its answer, and counts as a hit.
+ */
+static void
+response_unmet(struct exchange *x)
+{
+	struct request *q = x->request;
+
+	trace(x, "refused: %s", refusals[REFUSE_CONDITION].words);
+	x->record.refusal = REFUSE_CONDITION;
+	q->grows = q->orphan = false;
+	fetch_leave(x);
+	page_refusal(x, REFUSE_CONDITION, "");
+	if (x->server.in == NULL)
+		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+}
+
+/*
  * An entry answers: with 304 if the client has what is stored, with a part of
- * it, or with all.
+ * it, or with all; with 412 if it is not what the client wants.
  */
 static void
 response_from_entry(struct exchange *x, struct response *r, size_t n)
@@ -11465,6 +11541,10 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 	int part;
 
 	q = x->request;
+	if (r->status / 100 == 2 && !request_is_met(&q->head, r)) {
+		response_unmet(x);
+		return;
+	}
 	r->framing = x->request->method == METHOD_HEAD ? FRAMING_NONE :
 	    x->request->caching.body == UINT64_MAX     ? FRAMING_CLOSE :
 							 FRAMING_LENGTH;
@@ -11670,7 +11750,7 @@ response_accept(struct exchange *x, size_t n)
 		    "");
 	else if (response_validates(x, &r, n) || !response_passes(x, &r, head))
 		trace(x, "this answer is not for the client");
-	else if (q->cached)
+	else if (q->cached && x->record.refusal == REFUSE_NONE)
 		response_from_entry(x, &r, n);
 	else if (r.status == 101 && (!q->upgrade || !x->up.done))
 		exchange_refuse(x, REFUSE_UPGRADE, "");

@@ -9205,6 +9205,126 @@ END
 END
 }
 
+test_cache_guards() { # If-Match and If-Unmodified-Since: obeyed, or passed on
+	start_cache
+	date='Sun, 06 Nov 1994 08:49'
+	script=
+	while IFS='|' read -r want fields; do
+		script="$script
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n$fields\n
+	client answer
+	log  \" $want [0-9]+ .* hit=fresh"
+	done <<END
+200|If-Match: "a"\n
+200|If-Match: "b", "a"\n
+200|If-Match: "b"\nIf-Match: "a"\n
+200|If-Match: *\n
+412|If-Match: "b"\n
+412|If-Match: W/"a"\n
+412|If-Match: "A"\n
+412|If-Match: a\n
+200|If-Unmodified-Since: $date:37 GMT\n
+200|If-Unmodified-Since: $date:38 GMT\n
+200|If-Unmodified-Since: yesterday\n
+412|If-Unmodified-Since: $date:36 GMT\n
+200|If-Match: "a"\nIf-Unmodified-Since: $date:36 GMT\n
+412|If-Match: "b"\nIf-Unmodified-Since: $date:38 GMT\n
+412|If-Match: "b"\nIf-None-Match: "a"\n
+304|If-Match: "a"\nIf-None-Match: "a"\n
+412|If-Match: "b"\nRange: bytes=1-2\n
+412|If-Match: "b"\nRange: bytes=9-\n
+206|If-Match: "a"\nRange: bytes=1-2\n
+416|If-Match: "a"\nRange: bytes=9-\n
+END
+	play 'on what is fresh' <<END
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\n
+	origin send Last-Modified: $date:37 GMT\nContent-Length: 4\n\none\l
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	$script
+	client send HEAD http://%O/ HTTP/1.1\nHost: %O\nIf-Match: "b"\n\n
+	client answer head
+	sees   -- end open
+	sees#  10 ^HTTP/1.1 412 Precondition Failed
+	sees#  9 ^412 Precondition Failed: what is stored does not meet
+	sees#  10 ^Proxy-Status: proxy-ID; error=http_request_error;
+	sees#  21 ^Cache-Status: proxy-ID; hit; ttl=
+	gets#  1 ^GET
+	log    "HEAD .* 412 0 .* hit=fresh .* why="what is stored does not meet
+END
+	play 'on what has no validator' <<'END'
+	origin head
+	origin send HTTP/1.1 404 No\nCache-Control: max-age=999\nContent-Length: 4\n\noff\l
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=999\nContent-Length: 4\n\none\l
+	client send GET http://%O/none HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/none HTTP/1.1\nHost: %O\nIf-Match: *\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-Unmodified-Since: Sun, 06 Nov 1994 08:49:37 GMT\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-Match: "a"\n\n
+	client answer
+	sees#  2 ^HTTP/1.1 404
+	sees#  2 ^HTTP/1.1 200
+	sees#  1 ^HTTP/1.1 412
+	gets#  2 ^GET
+END
+	play 'on what is stale they go to the server, with the range' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 10\n\nabcdefghij
+	origin next
+	origin head
+	origin send HTTP/1.1 412 No\nConnection: close\nContent-Length: 4\n\nno!\l
+	origin next
+	origin head
+	origin send HTTP/1.1 206 Partial Content\nConnection: close\nETag: "a"\nCache-Control: max-age=99\n
+	origin send Content-Range: bytes 5-9/10\nContent-Length: 5\n\nfghij
+	origin next
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\nCache-Control: max-age=99\n\n
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nETag: "b"\nCache-Control: max-age=99\nContent-Length: 4\n\nnew\l
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-Match: "a"\nRange: bytes=5-\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-Unmodified-Since: Sun, 06 Nov 1994 08:49:37 GMT\nRange: bytes=5-\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nCache-Control: no-cache\nIf-Match: "b"\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^abcdefghijHTTP/1.1 412 No
+	sees   HTTP/1.1 206 Partial Content
+	sees~  ^fghijHTTP/1.1 200
+	sees~  ^abcdefghijHTTP/1.1 200
+	sees   new\l
+	sees   new\l
+	sees   -- end open
+	gets   -- connection 2
+	gets   If-Match: "a"
+	gets   Range: bytes=5-
+	gets   -- connection 3
+	gets   If-Unmodified-Since: Sun, 06 Nov 1994 08:49:37 GMT
+	gets   Range: bytes=5-
+	gets   -- connection 4
+	gets   If-None-Match: "a"
+	gets   -- connection 5
+	gets   If-Match: "b"
+	gets#  1 ^If-None-Match
+	log    412 4 .* miss=
+	log    206 5 .* miss=
+	log    200 10 .* hit=validated
+END
+}
+
 # One entry, then one request that the entry answers (hit), that the origin
 # is asked for (ask), or 504: wishes WANT 'response fields' 'request fields'
 wishes() {
@@ -13022,6 +13142,27 @@ static void
 unit_conditions(void)
 {
 #define SINCE(s) "If-Modified-Since: " s "\r\n"
+#define UNTIL(s) "If-Unmodified-Since: " s "\r\n"
+	static const struct {
+		const char *asked, *fields;
+		bool want;
+	} guards[] = {
+		{ "", "ETag: \"a\"\r\n", true },
+		{ "If-Match: \"a\"\r\n", "ETag: \"a\"\r\n", true },
+		{ "If-Match: \"b\", \"a\"\r\n", "ETag: \"a\"\r\n", true },
+		{ "If-Match: *\r\n", "", true },
+		{ "If-Match: W/\"a\"\r\n", "ETag: W/\"a\"\r\n", false },
+		{ "If-Match: \"a\"\r\n", "ETag: W/\"a\"\r\n", false },
+		{ "If-Match: \"a\"\r\n", "", false },
+		{ "If-Match:\r\n", "", false },
+		{ UNTIL("Sun, 06 Nov 1994 08:48:37 GMT"), LM, true },
+		{ UNTIL("Sun, 06 Nov 1994 08:48:36 GMT"), LM, false },
+		{ UNTIL("Sun, 06 Nov 1994 08:48:36 GMT"), "", true },
+		{ UNTIL("Sun, 06 Nov 1994 08:48:36 CET"), LM, true },
+		{ "If-Match: \"a\"\r\n"
+		  UNTIL("Sun, 06 Nov 1994 08:48:36 GMT"),
+		    "ETag: \"a\"\r\n" LM, true },
+	};
 	static const struct {
 		const char *asked, *fields;
 		bool want;
@@ -13061,6 +13202,16 @@ unit_conditions(void)
 		if (request_is_satisfied(&q.head, &r) != table[i].want)
 			unit_fail("condition", table[i].asked, table[i].fields,
 			    !table[i].want);
+	}
+	for (i = 0; i < COUNT(guards); i++) {
+		struct response r;
+		struct request q;
+
+		read_request("GET http://h:8/", guards[i].asked, &q);
+		read_response(200, guards[i].fields, &r);
+		if (request_is_met(&q.head, &r) != guards[i].want)
+			unit_fail("guard", guards[i].asked, guards[i].fields,
+			    !guards[i].want);
 	}
 }
 
