@@ -6318,13 +6318,14 @@ request_has_login(const struct request *q)
 }
 
 /*
- * May the response be stored, and reused by others? (RFC 9111 section 3)  The
- * answer to a POST may if it says that it is what a GET would get (RFC 9110
- * section 9.3.3); a part of a body may for those who ask for just that part.
- * given: its lifetime in seconds if a rule says so, else -1.
+ * Why the response may not be stored, and reused by others, in a word for the
+ * log; NULL: it may (RFC 9111 section 3).  The answer to a POST may if it says
+ * that it is what a GET would get (RFC 9110 section 9.3.3); a part of a body
+ * may for those who ask for just that part.  given: its lifetime in seconds if
+ * a rule says so, else -1.
  */
-static bool
-response_is_storable(const struct request *q, const struct response *r,
+static const char *
+response_obstacle(const struct request *q, const struct response *r,
     int64_t given)
 {
 	struct text located = head_value(&r->head, "Content-Location");
@@ -6332,39 +6333,37 @@ response_is_storable(const struct request *q, const struct response *r,
 	struct control control = control_parse(&r->head);
 	bool validator = head_field(&r->head, "ETag") != NULL ||
 	    head_date(&r->head, "Last-Modified") != -1;
+	bool guess = control.is_public || status_is_heuristic(r->status);
 	int64_t lifetime = freshness_lifetime(r, true).seconds;
 
-	if (r->status < 200 || status_is_personal(r->status) ||
-	    asked.no_store || control.is_private)
-		return false;
-	if (head_field(&r->head, "Set-Cookie") != NULL && lifetime <= 0)
-		return false;
 	if (q->method != METHOD_GET &&
 	    (q->method != METHOD_POST || r->status != 200 || lifetime <= 0 ||
 		(!text_equals(located, q->uri) &&
 		    !text_equals(located, q->target.path))))
-		return false;
+		return "method";
+	if (r->status < 200 || status_is_personal(r->status) ||
+	    (control.must_understand && !status_is_understood(r->status)))
+		return "status";
+	if (asked.no_store || (control.no_store && !control.must_understand))
+		return "no-store";
+	if (control.is_private)
+		return "private";
+	if (head_lists(&r->head, "Vary", text_of("*")))
+		return "vary-*";
 	if (r->status == 206 &&
 	    (head_field(&r->head, "Vary") != NULL ||
 		head_field(&q->head, "Range") == NULL))
-		return false;
-	if (control.must_understand ? !status_is_understood(r->status) :
-				      control.no_store)
-		return false;
-	if (head_lists(&r->head, "Vary", text_of("*")))
-		return false;
+		return "range";
 	if (request_has_login(q) && !control.is_public &&
 	    control.s_maxage < 0 && !control.must_revalidate)
-		return false;
-	if (given >= 0 &&
-	    (lifetime >= 0 || control.is_public ||
-		status_is_heuristic(r->status)))
+		return "authorization";
+	if (head_field(&r->head, "Set-Cookie") != NULL && lifetime <= 0)
+		return "set-cookie";
+	if (given >= 0 && (lifetime >= 0 || guess))
 		lifetime = given;
-	if (lifetime >= 0)
-		return validator || lifetime > 0;
-	return validator &&
-	    (control.is_public || status_is_heuristic(r->status)) &&
-	    head_field(&r->head, "Set-Cookie") == NULL;
+	if (lifetime > 0 || (validator && (lifetime == 0 || guess)))
+		return NULL;
+	return lifetime < 0 && !guess ? "status" : "no-lifetime";
 }
 
 /*
@@ -7447,6 +7446,7 @@ store_fits(struct exchange *x, size_t n)
 	    cache.making + n <= options.cache_size / 4)
 		return true;
 	q->caching.spoiled = true;
+	q->caching.hit = "too-large";
 	key_note(q->caching.key, true);
 	return q->caching.followers > 0 && q->caching.validator == 0 &&
 	    cache.total + cache.making + n <= options.cache_size / 16 * 15;
@@ -7460,9 +7460,13 @@ store_append(struct exchange *x, struct text t)
 
 	if (!q->caching.storing)
 		return;
-	if (!store_fits(x, t.len) ||
-	    !write_at(q->caching.store, t,
+	if (!store_fits(x, t.len)) {
+		store_drop(x);
+		return;
+	}
+	if (!write_at(q->caching.store, t,
 		(off_t)(q->caching.region + q->caching.stored))) {
+		q->caching.hit = "no-room";
 		store_drop(x);
 		return;
 	}
@@ -7514,8 +7518,11 @@ store_finish(struct exchange *x)
 	    write_at(q->caching.store, text_of(line), 0) && store_mark(x) &&
 	    rename(from, to) != -1)
 		cache_grow(q->caching.region + q->caching.stored);
-	else
+	else {
+		if (!q->caching.spoiled)
+			q->caching.hit = "no-room";
 		(void)unlink(from);
+	}
 	/* Those who follow have the body whole in any case. */
 	store_close(x, true);
 }
@@ -7538,9 +7545,13 @@ cache_forget(const struct exchange *x)
 	key = key_hash(buffer_text(b));
 	entry_path(buffer_text(b), text_cut("", 0), path);
 	(void)unlink(path);
-	for (y = cache.fetches; y != NULL; y = y->next)
-		y->request->caching.spoiled = y->request->caching.spoiled ||
-		    y->request->caching.key == key;
+	for (y = cache.fetches; y != NULL; y = y->next) {
+		if (y->request->caching.key != key)
+			continue;
+		y->request->caching.spoiled = true;
+		if (y->request->caching.storing)
+			y->request->caching.hit = "outdated";
+	}
 	buffer_give(&b);
 }
 
@@ -7723,7 +7734,7 @@ entry_freshen(struct exchange *x, const struct request *q,
 		if (!head->overflow &&
 		    response_parse(buffer_text(head), METHOD_GET, &merged) ==
 			1 &&
-		    response_is_storable(q, &merged, given) &&
+		    response_obstacle(q, &merged, given) == NULL &&
 		    vary_same(&r, &merged) &&
 		    region_build(b, &e, buffer_text(head), e.region) > 0) {
 			region_seal(b, e.body);
@@ -8608,7 +8619,10 @@ log_exchange(const struct exchange *x)
 	buffer_append(b, text_of("\""));
 	if (q != NULL && q->caching.hit != NULL) {
 		buffer_append(b, text_of(q->cached ? " hit=" : " miss="));
-		buffer_append(b, text_of(q->caching.hit));
+		/* It was to be stored, and has not come to its end. */
+		buffer_append(b,
+		    text_of(
+			q->caching.storing ? "incomplete" : q->caching.hit));
 	}
 	buffer_append(b, text_of(" up="));
 	buffer_number(b, x->up.payload);
@@ -10305,9 +10319,11 @@ request_is_cacheable(struct exchange *x, const struct request *q)
 	    q->framing != FRAMING_NONE)
 		return false;
 	rule = cache_rule(x, q, NULL, NULL);
-	x->request->caching.nocache = rule != NULL &&
-	    rule->action == ACTION_NOCACHE;
-	return !x->request->caching.nocache;
+	if (rule == NULL || rule->action != ACTION_NOCACHE)
+		return true;
+	x->request->caching.nocache = true;
+	x->request->caching.hit = "rule";
+	return false;
 }
 
 /* A whole head of n bytes has come: understand it and go on. */
@@ -11415,12 +11431,33 @@ response_logs_in(const struct exchange *x, const struct response *r)
 	    text_starts(asked, "Negotiate");
 }
 
+/* Why the server's final response is not stored, in a word; NULL: it is. */
+static const char *
+exchange_obstacle(const struct exchange *x, const struct response *r)
+{
+	const struct request *q = x->request;
+	const struct rule *rule = cache_rule(x, q, r, NULL);
+	const char *why;
+
+	if (rule != NULL && rule->action == ACTION_NOCACHE)
+		return "rule";
+	if (q->caching.nocache)
+		return r->status == 206 ? "range" : "rule";
+	if (q->caching.forward == NULL && q->method != METHOD_POST)
+		return "method";
+	why = response_obstacle(q, r, rule ? rule->seconds : -1);
+	if (why != NULL || r->framing != FRAMING_LENGTH ||
+	    r->length + cache.making <= options.cache_size / 4)
+		return why;
+	return r->length > options.cache_size / 4 ? "too-large" : "no-room";
+}
+
 /* A final response from the server: is it to be stored, or does it tell that
  * something stored is no longer true? */
 static void
 cache_note(struct exchange *x, const struct response *r)
 {
-	const struct rule *rule;
+	const char *why;
 	char path[CACHE_PATH];
 	const struct request *q;
 
@@ -11432,22 +11469,23 @@ cache_note(struct exchange *x, const struct response *r)
 	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache,
 	    x->request->caching.path);
 	q = x->request;
-	rule = cache_rule(x, q, r, NULL);
 	if (x->request->method != METHOD_GET &&
 	    x->request->method != METHOD_HEAD) {
 		if (r->status >= 200 && r->status < 400)
 			cache_invalidate(x, r);
 	}
-	if ((x->request->caching.forward != NULL ||
-		x->request->method == METHOD_POST) &&
-	    !x->request->caching.nocache &&
-	    (rule == NULL || rule->action == ACTION_CACHE) &&
-	    response_is_storable(q, r, rule ? rule->seconds : -1) &&
-	    (r->framing != FRAMING_LENGTH ||
-		r->length + cache.making <= options.cache_size / 4))
+	why = exchange_obstacle(x, r);
+	if (why == NULL) {
 		store_begin(x, q, r);
+		why = x->request->caching.storing ? NULL : "no-room";
+	}
+	if (why != NULL)
+		trace(x, "not stored: %s", why);
 	if (x->request->caching.storing)
-		x->request->caching.hit = "stored";
+		x->request->caching.hit =
+		    x->request->caching.spoiled ? "outdated" : "stored";
+	else if (x->request->caching.hit != NULL)
+		x->request->caching.hit = why;
 	if (x->request->caching.fetch)
 		key_note(x->request->caching.key, !x->request->caching.storing);
 	if (x->request->caching.storing)

@@ -8640,8 +8640,10 @@ END
 }
 
 # Two GETs of one URL, the second one without the request fields; the origin is
-# asked for both, and nothing is stored (again: of the first one):
+# asked for both, and nothing is stored (again: of the first one); log and trace
+# tell why, by the word in $keeps_why if it is set:
 # keeps_not WHAT STATUS 'response fields\n' ['request fields\n' [again]]
+keeps_why=
 keeps_not() {
 	play -n "$1: is not stored" <<END
 	origin head
@@ -8656,6 +8658,8 @@ keeps_not() {
 	gets#  2 ^GET /
 	gets!~ ^If-
 	log!   hit=
+	${keeps_why:+log    miss=$keeps_why up=}
+	${keeps_why:+err~   ^#[0-9]+ . [0-9]+ ms not stored: $keeps_why$}
 END
 	[ -n "${5-}" ] || ! grep -r "http://$origin/" "$T/cache" > /dev/null ||
 		fail "$1: there is an entry"
@@ -8747,31 +8751,116 @@ test_cache_stored() { # what may be stored is (RFC 9111 section 3)
 	served
 }
 
-test_cache_not_stored() { # what must not be stored is not
-	start_cache
+test_cache_not_stored() { # what must not be stored is not, and why is told
+	start_cache -v
 	old='Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
 	fresh='Cache-Control: max-age=99\n'
+	keeps_why=no-store
 	keeps_not no-store '200 OK' "${fresh}Cache-Control: no-store\n"
+	keeps_not 'request no-store' '200 OK' "$fresh" 'Cache-Control: no-store\n' again
+	keeps_why=private
 	keeps_not private '200 OK' 'Cache-Control: private, max-age=99\n'
 	keeps_not 'private in capitals' '200 OK' 'Cache-Control: max-age=99,PRIVATE\n'
 	keeps_not 'private with a value' '200 OK' 'Cache-Control: max-age=99, private=x\n'
+	keeps_why=status
 	keeps_not 'must-understand, status unknown' '299 OK' \
 	    'Cache-Control: must-understand, max-age=99\n'
-	keeps_not 'Vary: *' '200 OK' "${fresh}Vary: *\n"
-	keeps_not '* in a list of Vary' '200 OK' "${fresh}Vary: Accept\nVary: X-B, *\n"
-	keeps_not 'Set-Cookie with heuristics' '200 OK' "${old}Set-Cookie: a=b\n"
-	keeps_not 'neither freshness nor validator' '200 OK' 'X-A: b\n'
 	keeps_not 'a status without heuristics' '299 Odd' "$old"
 	keeps_not '500 by heuristics' '500 No' "$old"
-	keeps_not 'Expires: 0, no validator' '200 OK' 'Expires: 0\n'
+	keeps_not '429 with a lifetime' '429 No' "$fresh"
+	keeps_why='vary-[*]'
+	keeps_not 'Vary: *' '200 OK' "${fresh}Vary: *\n"
+	keeps_not '* in a list of Vary' '200 OK' "${fresh}Vary: Accept\nVary: X-B, *\n"
+	keeps_why=set-cookie
+	keeps_not 'Set-Cookie with heuristics' '200 OK' "${old}Set-Cookie: a=b\n"
+	keeps_why=authorization
 	keeps_not Authorization '200 OK' "$fresh" 'Authorization: Basic eDp5\n' again
-	keeps_not 'request no-store' '200 OK' "$fresh" 'Cache-Control: no-store\n' again
+	keeps_why=no-lifetime
+	keeps_not 'neither freshness nor validator' '200 OK' 'X-A: b\n'
+	keeps_not 'Expires: 0, no validator' '200 OK' 'Expires: 0\n'
 	for cache_age in '"99"' 9.9 -9 +9 9x '' 0x9; do
 		keeps_not "max-age=$cache_age" '200 OK' \
 		    "Cache-Control: max-age=$cache_age\n"
 	done
 	keeps_not 'max-age twice' '200 OK' 'Cache-Control: max-age=99, max-age=0\n'
 	served
+}
+
+test_cache_not_stored_why() { # other reasons not to store, in log and trace
+	start_cache -s 1M -v -e 'nocache url /private' -e 'nocache type text/odd'
+	play 'HEAD, a part, a 304, by a rule, too large, cut' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 4\n\n
+	origin head
+	origin send HTTP/1.1 206 Partial Content\nCache-Control: max-age=99\nVary: a\n
+	origin send Content-Range: bytes 1-2/10\nContent-Length: 2\n\nbc
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nETag: "a"\n\n
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 4\n\none\l
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Type: text/odd\nContent-Length: 4\n\none\l
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 300000\n\n\{300000:x}
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nTransfer-Encoding: chunked\n\n493E0\n\{300000:x}\n0\n\n
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 9\n\none
+	client send HEAD http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer head
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=1-2\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-None-Match: "a"\n\n
+	client answer
+	client send GET http://%O/private HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/odd HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/large HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/larger HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/cut HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   -- end eof answer
+	err~   not stored: method$
+	err~   not stored: range$
+	err~   not stored: status$
+	err~   not stored: rule$
+	err~   not stored: rule$
+	err~   not stored: too-large$
+	log    "HEAD [^"]*" 200 0 .* miss=method
+	log    206 2 .* miss=range
+	log    304 0 .* miss=status
+	log    /private .* miss=rule
+	log    /odd .* miss=rule
+	log    /large .* 200 300000 .* miss=too-large
+	log    /larger .* 200 300000 .* miss=too-large
+	log    /cut .* miss=incomplete .* end=server
+END
+	[ -z "$(entries)" ] || fail "there is $(entries)"
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 2000\n\n
+fill 1000
+await more
+fill 1000
+---
+head
+send HTTP/1.1 200 OK\nContent-Length: 0\n\n
+END
+	getter a /x 2000
+	wait_for 5 '[ -f a.some ]' || fail "no answer"
+	client b <<'END'
+send POST http://%O/x HTTP/1.1\nHost: %O\nContent-Length: 0\n\n
+answer
+END
+	touch more
+	ends a '^eof$'
+	logged <<'END'
+~ "GET [^"]*/x HTTP/1.0" 200 2000 .* miss=outdated .* end=done
+END
+	[ -z "$(entries)" ] || fail "there is $(entries)"
 }
 
 test_cache_methods() { # POST, TRACE, OPTIONS, unknown: never from the cache
@@ -10773,8 +10862,8 @@ test_cache_floor() { # on a disk that is nearly full nothing is stored
 	logged <<'END'
 ~ miss=stored
 ~ hit=fresh
-~ 200 10000 .* miss=uri-miss .* end=done
-~ 200 10000 .* miss=uri-miss .* end=done
+~ 200 10000 .* miss=no-room .* end=done
+~ 200 10000 .* miss=no-room .* end=done
 END
 	# There is room again.
 	rm cache/aa
@@ -10815,7 +10904,7 @@ END
 	asked 2
 	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
 	logged <<'END'
-#4 200 2000000 .* end=done
+#4 200 2000000 .* miss=no-room .* end=done
 !~ hit=
 END
 	rm -f o.*
@@ -13015,69 +13104,72 @@ unit_storable(void)
 		const char *line, *asked;
 		int status;
 		const char *fields;
-		bool want;
+		const char *want;	/* NULL: may be stored */
 	} table[] = {
-		{ "GET", "", 200, CC("max-age=9"), true },
-		{ "GET", "", 200, "", false },
-		{ "GET", "", 200, LM, true },
-		{ "GET", "", 200, "ETag: \"a\"\r\n", true },
-		{ "GET", "", 200, DATE "Expires: 0\r\n", false },
-		{ "GET", "", 200, CC("max-age=0"), false },
-		{ "GET", "", 200, CC("max-age=0") "ETag: \"a\"\r\n", true },
-		{ "GET", "", 200, CC("no-cache") "ETag: \"a\"\r\n", true },
-		{ "GET", "", 200, CC("no-store, max-age=9"), false },
-		{ "GET", "", 200, CC("private, max-age=9"), false },
-		{ "GET", "", 200, CC("private=\"x\", max-age=9"), false },
+		{ "GET", "", 200, CC("max-age=9"), NULL },
+		{ "GET", "", 200, "", "no-lifetime" },
+		{ "GET", "", 200, LM, NULL },
+		{ "GET", "", 200, "ETag: \"a\"\r\n", NULL },
+		{ "GET", "", 200, DATE "Expires: 0\r\n",
+		    "no-lifetime" },
+		{ "GET", "", 200, CC("max-age=0"), "no-lifetime" },
+		{ "GET", "", 200, CC("max-age=0") "ETag: \"a\"\r\n", NULL },
+		{ "GET", "", 200, CC("no-cache") "ETag: \"a\"\r\n", NULL },
+		{ "GET", "", 200, CC("no-store, max-age=9"), "no-store" },
+		{ "GET", "", 200, CC("private, max-age=9"), "private" },
+		{ "GET", "", 200, CC("private=\"x\", max-age=9"), "private" },
 		{ "GET", "", 200, CC("no-store, must-understand, max-age=9"),
-		    true },
-		{ "GET", "", 299, CC("must-understand, max-age=9"), false },
-		{ "GET", "", 299, CC("max-age=9"), true },
-		{ "GET", "", 299, LM, false }, { "GET", "", 500, LM, false },
-		{ "GET", "", 299, CC("public") LM, true },
-		{ "GET", "", 404, LM, true }, { "GET", "", 410, LM, true },
-		{ "GET", "", 301, LM, true }, { "GET", "", 302, LM, false },
-		{ "GET", "", 302, CC("max-age=9"), true },
-		{ "GET", "", 304, CC("max-age=9"), false },
-		{ "GET", "", 503, CC("max-age=9"), true },
-		{ "GET", "", 200, CC("max-age=9") "Vary: *\r\n", false },
-		{ "GET", "", 200, CC("max-age=9") "Vary: a, * ,b\r\n", false },
-		{ "GET", "", 200, CC("max-age=9") "Vary: a\r\n", true },
-		{ "GET", "", 200, LM "Set-Cookie: a=b\r\n", false },
+		    NULL },
+		{ "GET", "", 299, CC("must-understand, max-age=9"), "status" },
+		{ "GET", "", 299, CC("max-age=9"), NULL },
+		{ "GET", "", 299, LM, "status" }, { "GET", "", 500, LM, "status" },
+		{ "GET", "", 299, CC("public") LM, NULL },
+		{ "GET", "", 404, LM, NULL }, { "GET", "", 410, LM, NULL },
+		{ "GET", "", 301, LM, NULL }, { "GET", "", 302, LM, "status" },
+		{ "GET", "", 302, CC("max-age=9"), NULL },
+		{ "GET", "", 304, CC("max-age=9"), "status" },
+		{ "GET", "", 503, CC("max-age=9"), NULL },
+		{ "GET", "", 200, CC("max-age=9") "Vary: *\r\n", "vary-*" },
+		{ "GET", "", 200, CC("max-age=9") "Vary: a, * ,b\r\n", "vary-*" },
+		{ "GET", "", 200, CC("max-age=9") "Vary: a\r\n", NULL },
+		{ "GET", "", 200, LM "Set-Cookie: a=b\r\n", "set-cookie" },
 		{ "GET", "", 200, CC("max-age=9") "Set-Cookie: a=b\r\n",
-		    true },
-		{ "GET", CC("no-store"), 200, CC("max-age=9"), false },
-		{ "GET", CC("no-cache"), 200, CC("max-age=9"), true },
-		{ "GET", "Authorization: x\r\n", 200, CC("max-age=9"), false },
-		{ "GET", "Authorization: x\r\n", 200, LM, false },
+		    NULL },
+		{ "GET", CC("no-store"), 200, CC("max-age=9"), "no-store" },
+		{ "GET", CC("no-cache"), 200, CC("max-age=9"), NULL },
+		{ "GET", "Authorization: x\r\n", 200, CC("max-age=9"), "authorization" },
+		{ "GET", "Authorization: x\r\n", 200, LM, "authorization" },
 		{ "GET", "Authorization: x\r\n", 200, CC("public, max-age=9"),
-		    true },
-		{ "GET", "Authorization: x\r\n", 200, CC("s-maxage=9"), true },
+		    NULL },
+		{ "GET", "Authorization: x\r\n", 200, CC("s-maxage=9"), NULL },
 		{ "GET", "Authorization: x\r\n", 200,
-		    CC("must-revalidate, max-age=9"), true },
+		    CC("must-revalidate, max-age=9"), NULL },
 		{ "GET", "Authorization: x\r\n", 200,
-		    CC("public, private, max-age=9"), false },
+		    CC("public, private, max-age=9"), "private" },
 		{ "GET", "", 206, CC("max-age=9")
-		    "Content-Range: bytes 0-1/9\r\n", false },
-		{ "HEAD", "", 200, CC("max-age=9"), false },
-		{ "POST", "", 200, CC("max-age=9"), false },
-		{ "PUT", "", 200, CC("max-age=9"), false },
-		{ "DELETE", "", 200, CC("max-age=9"), false },
-		{ "FOO", "", 200, CC("max-age=9"), false },
-		{ "get", "", 200, CC("max-age=9"), false },
+		    "Content-Range: bytes 0-1/9\r\n", "range" },
+		{ "HEAD", "", 200, CC("max-age=9"), "method" },
+		{ "POST", "", 200, CC("max-age=9"), "method" },
+		{ "PUT", "", 200, CC("max-age=9"), "method" },
+		{ "DELETE", "", 200, CC("max-age=9"), "method" },
+		{ "FOO", "", 200, CC("max-age=9"), "method" },
+		{ "get", "", 200, CC("max-age=9"), "method" },
 	};
 	size_t i;
 
 	for (i = 0; i < COUNT(table); i++) {
 		struct response r;
 		struct request q;
+		const char *got;
 		char line[100];
 
 		(void)snprintf(line, sizeof(line), "%s http://h:8/a",
 		    table[i].line);
 		read_request(line, table[i].asked, &q);
 		read_response(table[i].status, table[i].fields, &r);
-		if (response_is_storable(&q, &r, -1) != table[i].want)
-			unit_fail(table[i].line, table[i].asked,
+		got = response_obstacle(&q, &r, -1);
+		if (strcmp(got ? got : "", table[i].want ? table[i].want : "") != 0)
+			unit_fail(table[i].line, got ? got : "",
 			    table[i].fields, table[i].status);
 	}
 }
@@ -14526,8 +14618,8 @@ test_regress_rules_cache_what() { # `cache' is about what may be stored: no erro
 	sees   ok\l
 	sees   ok\l
 	gets#  3 ^GET
-	log    502 3 .* miss=uri-miss
-	log    302 3 .* miss=uri-miss
+	log    502 3 .* miss=status
+	log    302 3 .* miss=status
 	log    200 3 .* miss=stored
 	log    200 3 .* hit=fresh
 END
