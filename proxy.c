@@ -6357,7 +6357,8 @@ response_obstacle(const struct request *q, const struct response *r,
 	if (request_has_login(q) && !control.is_public &&
 	    control.s_maxage < 0 && !control.must_revalidate)
 		return "authorization";
-	if (head_field(&r->head, "Set-Cookie") != NULL && lifetime <= 0)
+	if (head_field(&r->head, "Set-Cookie") != NULL &&
+	    (lifetime <= 0 || (!control.is_public && control.s_maxage < 0)))
 		return "set-cookie";
 	if (given >= 0 && (lifetime >= 0 || guess))
 		lifetime = given;

@@ -7221,6 +7221,9 @@ test_rules_cache() { # cache DURATION: in place of the lifetime that is told or 
 END
 	done
 	keeps_not 'an answer to a login' '200 OK' '' 'Authorization: Basic eDp5\n' again
+	keeps_not 'a cookie' '200 OK' 'Set-Cookie: a=b\n'
+	keeps_not 'a cookie, max-age' '200 OK' 'Set-Cookie: a=b\nCache-Control: max-age=99\n'
+	keeps 'a cookie, public' '200 OK' 'Set-Cookie: a=b\nCache-Control: public, max-age=99\n'
 	stop_proxy
 	start_cache -e 'cache 1s url /short' -e 'cache 7d url /long'
 	origin o <<'END'
@@ -7354,7 +7357,7 @@ unset response X-If host a.example field response X-Why ^b
 END
 	play -n 'for this host, a miss and a hit' <<'END'
 	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Type: text/html\nserver: one\nServer: two\nX-Add: a\nSet-Cookie: a=b\nset-cookie: c=d\nX-Powered-By: x\nX-Powered: 1\nX-If: 1\nX-Why: bc\nContent-Length: 2\n\nok
+	origin send HTTP/1.1 200 OK\nCache-Control: public, max-age=99\nContent-Type: text/html\nserver: one\nServer: two\nX-Add: a\nSet-Cookie: a=b\nset-cookie: c=d\nX-Powered-By: x\nX-Powered: 1\nX-If: 1\nX-Why: bc\nContent-Length: 2\n\nok
 	client send GET http://a.example:%p/ HTTP/1.1\nHost: x\n\n
 	client answer
 	client send GET http://a.example:%p/ HTTP/1.1\nHost: x\n\n
@@ -8739,7 +8742,8 @@ test_cache_stored() { # what may be stored is (RFC 9111 section 3)
 	keeps 'an unknown status with max-age' '299 Odd' 'Cache-Control: max-age=99\n'
 	keeps 'no-store overridden by must-understand' '200 OK' \
 	    'Cache-Control: no-store, must-understand, max-age=99\n'
-	keeps 'Set-Cookie with max-age' '200 OK' 'Set-Cookie: a=b\nCache-Control: max-age=99\n'
+	keeps 'Set-Cookie with public' '200 OK' 'Set-Cookie: a=b\nCache-Control: public, max-age=99\n'
+	keeps 'Set-Cookie with s-maxage' '200 OK' 'Set-Cookie: a=b\nCache-Control: s-maxage=99\n'
 	keeps 'an unknown directive, odd case' '200 OK' 'Cache-Control: x="no-store, y", MAX-AGE=99\n'
 	keeps 'two lines of Cache-Control' '200 OK' 'Cache-Control: x=y\nCache-Control: max-age=99\n'
 	keeps 'Authorization with public' '200 OK' \
@@ -8773,6 +8777,9 @@ test_cache_not_stored() { # what must not be stored is not, and why is told
 	keeps_not '* in a list of Vary' '200 OK' "${fresh}Vary: Accept\nVary: X-B, *\n"
 	keeps_why=set-cookie
 	keeps_not 'Set-Cookie with heuristics' '200 OK' "${old}Set-Cookie: a=b\n"
+	keeps_not 'Set-Cookie with max-age' '200 OK' "${fresh}Set-Cookie: a=b\n"
+	keeps_not 'Set-Cookie with Expires' '200 OK' 'Expires: Fri, 01 Jan 2100 00:00:00 GMT\nSet-Cookie: a=b\n'
+	keeps_not 'Set-Cookie with public alone' '200 OK' "${old}Cache-Control: public\nSet-Cookie: a=b\n"
 	keeps_why=authorization
 	keeps_not Authorization '200 OK' "$fresh" 'Authorization: Basic eDp5\n' again
 	keeps_why=no-lifetime
@@ -9160,6 +9167,42 @@ END
 	log    miss=stored
 	log    hit=validated
 	log    hit=fresh
+END
+	play 'a cookie that a 304 sets is not kept' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=60\nETag: "a"\nAge: 100\nContent-Length: 4\n\none\l
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nCache-Control: max-age=999\nETag: "a"\nSet-Cookie: a=b\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees#  3 ^one
+	sees!~ ^Set-Cookie
+	log    miss=stored
+	log    hit=validated
+	log    hit=fresh
+END
+	play 'nor one of the entry, once it is not for all' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nCache-Control: public, max-age=60\nETag: "a"\nAge: 100\nSet-Cookie: a=b\nContent-Length: 4\n\none\l
+	origin next
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nConnection: close\nCache-Control: max-age=999\nETag: "a"\n\n
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nContent-Length: 4\n\ntwo\l
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   one\l
+	sees   one\l
+	sees   two\l
 END
 	play 'response no-cache is validated each time' <<'END'
 	origin head
@@ -13134,7 +13177,13 @@ unit_storable(void)
 		{ "GET", "", 200, CC("max-age=9") "Vary: a\r\n", NULL },
 		{ "GET", "", 200, LM "Set-Cookie: a=b\r\n", "set-cookie" },
 		{ "GET", "", 200, CC("max-age=9") "Set-Cookie: a=b\r\n",
+		    "set-cookie" },
+		{ "GET", "", 200, CC("public, max-age=9")
+		    "Set-Cookie: a=b\r\n", NULL },
+		{ "GET", "", 200, CC("s-maxage=9") "Set-Cookie: a=b\r\n",
 		    NULL },
+		{ "GET", "", 200, CC("max-age=0, s-maxage=0") LM
+		    "Set-Cookie: a=b\r\n", "set-cookie" },
 		{ "GET", CC("no-store"), 200, CC("max-age=9"), "no-store" },
 		{ "GET", CC("no-cache"), 200, CC("max-age=9"), NULL },
 		{ "GET", "Authorization: x\r\n", 200, CC("max-age=9"), "authorization" },
