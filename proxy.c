@@ -409,6 +409,7 @@ enum refusal {
 	REFUSE_PAGE,
 	REFUSE_PAGE_METHOD,
 	REFUSE_NOT_STORED,
+	REFUSE_CONDITION,
 	REFUSE_LOOP_VIA,
 	REFUSE_LOOP,
 	REFUSE_GUARDED,
@@ -558,11 +559,12 @@ struct times {
  * pool, and a client that asks nothing, like a tunnel, has none.
  */
 struct request {
-	struct request *next;     /* in the list of free ones */
-	struct buffer *bytes;     /* its head; what all texts point to */
-	struct text name;         /* the method's */
-	struct text uri;          /* the target as it came, for the log */
-	struct target target;     /* and taken apart */
+	struct request *next;         /* in the list of free ones */
+	const struct exchange *owner; /* whose it is */
+	struct buffer *bytes;         /* its head; what all texts point to */
+	struct text name;             /* the method's */
+	struct text uri;              /* the target as it came, for the log */
+	struct target target;         /* and taken apart */
 	enum method method;       /* METHOD_OTHER if it means nothing to us */
 	unsigned minor;           /* of HTTP/1.x: 0 or 1 */
 	enum framing framing;     /* of its body */
@@ -1447,11 +1449,11 @@ buffer_compact(struct buffer *b)
 }
 
 /*
- * A request with nothing in it yet, NULL if the system has no memory.  All
+ * A request of x with nothing in it yet, NULL if the system has no memory.  All
  * but its fields, of which it has none, is zero.
  */
 static struct request *
-request_new(void)
+request_new(const struct exchange *x)
 {
 	struct request *q = NULL;
 
@@ -1466,6 +1468,7 @@ request_new(void)
 		requests_free.n--;
 	}
 	memset(q, 0, offsetof(struct request, head));
+	q->owner = x;
 	q->head.n = 0;
 	return q;
 }
@@ -1500,7 +1503,7 @@ reserves_fill(void)
 
 	for (i = 0; i < RESERVED; i++) {
 		b[i] = buffer_take();
-		q[i] = request_new();
+		q[i] = request_new(NULL);
 		if (b[i] == NULL || q[i] == NULL)
 			die("no memory");
 	}
@@ -2185,6 +2188,8 @@ static const struct {
 	    "the proxy's own pages know GET and HEAD" },
 	[REFUSE_NOT_STORED] = { 504, CLIENT,
 	    "only-if-cached, and nothing fit is stored" },
+	[REFUSE_CONDITION] = { 412, CLIENT,
+	    "what is stored does not meet the request's condition" },
 	[REFUSE_LOOP_VIA] = { 508, "proxy_loop_detected",
 	    "this request has passed here before" },
 	[REFUSE_LOOP] = { 508, "proxy_loop_detected",
@@ -2257,6 +2262,7 @@ status_reason(int status)
 		{ 407, "Proxy Authentication Required" },
 		{ 408, "Request Timeout" },
 		{ 410, "Gone" },
+		{ 412, "Precondition Failed" },
 		{ 414, "URI Too Long" },
 		{ 416, "Range Not Satisfiable" },
 		{ 429, "Too Many Requests" },
@@ -6225,8 +6231,13 @@ enum {
 	CACHE_FLOOR = 64 << 20,
 	/* Entries of which we know that their recency was written lately. */
 	CACHE_TOUCHED = 1024,
-	/* URLs of which we know that their answers are not to be stored. */
-	CACHE_LONE = 256,
+	/*
+	 * URLs of which we know that their answers are not to be stored: 128
+	 * KiB, of which only what was written to takes memory.
+	 */
+	CACHE_LONE = 16384,
+	/* So many of them share places: a line of a processor's cache. */
+	LONE_WAYS = 8,
 	/* Recency of an entry is written at most once in this time. */
 	CACHE_TOUCH_S = 600
 };
@@ -6595,13 +6606,14 @@ request_has_login(const struct request *q)
 }
 
 /*
- * May the response be stored, and reused by others? (RFC 9111 section 3)  The
- * answer to a POST may if it says that it is what a GET would get (RFC 9110
- * section 9.3.3); a part of a body may for those who ask for just that part.
- * given: its lifetime in seconds if a rule says so, else -1.
+ * Why the response may not be stored, and reused by others, in a word for the
+ * log; NULL: it may (RFC 9111 section 3).  The answer to a POST may if it says
+ * that it is what a GET would get (RFC 9110 section 9.3.3); a part of a body
+ * may for those who ask for just that part.  given: its lifetime in seconds if
+ * a rule says so, else -1.
  */
-static bool
-response_is_storable(const struct request *q, const struct response *r,
+static const char *
+response_obstacle(const struct request *q, const struct response *r,
     int64_t given)
 {
 	struct text located = head_value(&r->head, "Content-Location");
@@ -6609,39 +6621,37 @@ response_is_storable(const struct request *q, const struct response *r,
 	struct control control = control_parse(&r->head);
 	bool validator = head_field(&r->head, "ETag") != NULL ||
 	    head_date(&r->head, "Last-Modified") != -1;
+	bool guess = control.is_public || status_is_heuristic(r->status);
 	int64_t lifetime = freshness_lifetime(r, true).seconds;
 
-	if (r->status < 200 || status_is_personal(r->status) ||
-	    asked.no_store || control.is_private)
-		return false;
-	if (head_field(&r->head, "Set-Cookie") != NULL && lifetime <= 0)
-		return false;
 	if (q->method != METHOD_GET &&
 	    (q->method != METHOD_POST || r->status != 200 || lifetime <= 0 ||
 		(!text_equals(located, q->uri) &&
 		    !text_equals(located, q->target.path))))
-		return false;
+		return "method";
+	if (r->status < 200 || status_is_personal(r->status) ||
+	    (control.must_understand && !status_is_understood(r->status)))
+		return "status";
+	if (asked.no_store || (control.no_store && !control.must_understand))
+		return "no-store";
+	if (control.is_private)
+		return "private";
+	if (head_lists(&r->head, "Vary", text_of("*")))
+		return "vary-*";
 	if (r->status == 206 &&
 	    (head_field(&r->head, "Vary") != NULL ||
 		head_field(&q->head, "Range") == NULL))
-		return false;
-	if (control.must_understand ? !status_is_understood(r->status) :
-				      control.no_store)
-		return false;
-	if (head_lists(&r->head, "Vary", text_of("*")))
-		return false;
+		return "range";
 	if (request_has_login(q) && !control.is_public &&
 	    control.s_maxage < 0 && !control.must_revalidate)
-		return false;
-	if (given >= 0 &&
-	    (lifetime >= 0 || control.is_public ||
-		status_is_heuristic(r->status)))
+		return "authorization";
+	if (head_field(&r->head, "Set-Cookie") != NULL && lifetime <= 0)
+		return "set-cookie";
+	if (given >= 0 && (lifetime >= 0 || guess))
 		lifetime = given;
-	if (lifetime >= 0)
-		return validator || lifetime > 0;
-	return validator &&
-	    (control.is_public || status_is_heuristic(r->status)) &&
-	    head_field(&r->head, "Set-Cookie") == NULL;
+	if (lifetime > 0 || (validator && (lifetime == 0 || guess)))
+		return NULL;
+	return lifetime < 0 && !guess ? "status" : "no-lifetime";
 }
 
 /*
@@ -6674,7 +6684,8 @@ reuse_judge(const struct control *asked, const struct control *control,
 	int64_t stale = age - (lifetime > 0 ? lifetime : 0);
 	int64_t wanted = lifetime;
 
-	if (asked->no_cache || control->no_cache)
+	/* Clients mean validation by max-age=0, however young the entry is. */
+	if (asked->no_cache || asked->max_age == 0 || control->no_cache)
 		return REUSE_VALIDATED;
 	if (asked->max_age >= 0 && asked->max_age < wanted)
 		wanted = asked->max_age;
@@ -6795,6 +6806,42 @@ value_append(struct buffer *b, struct text name, struct text value, bool *first)
 }
 
 /*
+ * An answer that sets a cookie without saying that it is meant for all is
+ * stored for the client that it came for.  In its Vary this word, which no
+ * field can have as its name, stands for the client.
+ */
+static const char vary_client[] = ":client";
+
+/* True if a response is stored for one client alone. */
+static bool
+response_is_personal(const struct response *r)
+{
+	struct control control;
+
+	if (head_field(&r->head, "Set-Cookie") == NULL)
+		return false;
+	control = control_parse(&r->head);
+	return !control.is_public && control.s_maxage < 0;
+}
+
+/* The value for vary_client: the client's address, and who has logged in. */
+static void
+client_append(const struct request *q, struct buffer *b)
+{
+	const struct exchange *x = q->owner;
+	char peer[ADDRESS_TEXT] = "-";
+
+	if (x != NULL)
+		address_host(&x->peer, peer);
+	buffer_append(b, text_of("="));
+	buffer_append(b, text_of(peer));
+	if (x != NULL && x->record.user != NULL) {
+		buffer_append(b, text_of(" "));
+		buffer_escape(b, x->record.user->user, CREDENTIAL_MAX);
+	}
+}
+
+/*
  * Appends to b the values that a request, as it is sent, has for the fields of
  * a Vary list: `name=` and the members, each behind its length; lines joined,
  * blanks around commas dropped, in small letters where case means nothing (RFC
@@ -6812,6 +6859,8 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 		bool first = true;
 
 		lower_append(b, name);
+		if (text_is(name, vary_client))
+			client_append(q, b);
 		for (i = 0; i < q->head.n && !rewrites_take(w, name); i++)
 			if (text_same(q->head.fields[i].name, name))
 				value_append(b, name, q->head.fields[i].value,
@@ -6869,6 +6918,9 @@ vary_append(const struct response *r, struct buffer *b)
 	}
 	if (r->status == 206)
 		(void)vary_insert(list, &n, text_of("range"));
+	if (response_is_personal(r) &&
+	    !vary_insert(list, &n, text_of(vary_client)))
+		return false;
 	for (i = 0; i < n; i++) {
 		buffer_append(b, text_of(i > 0 ? "," : ""));
 		lower_append(b, list[i]);
@@ -7442,7 +7494,33 @@ fetch_leave(struct exchange *x)
 static bool
 key_is_lone(uint64_t key)
 {
-	return cache.lone[key % CACHE_LONE] == key;
+	const uint64_t *at =
+	    cache.lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
+	size_t i;
+
+	for (i = 0; i < LONE_WAYS; i++)
+		if (at[i] == key)
+			return true;
+	return false;
+}
+
+/*
+ * Answers to that key were found not to be storable (lone), or to be so.  The
+ * latest is in front of its set; the last of the set gives way.
+ */
+static void
+key_note(uint64_t key, bool lone)
+{
+	uint64_t *at = cache.lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
+	size_t i = 0;
+
+	while (i < LONE_WAYS - 1 && at[i] != key)
+		i++;
+	if (lone) {
+		memmove(at + 1, at, i * sizeof(*at));
+		at[0] = key;
+	} else if (at[i] == key)
+		at[i] = 0;
 }
 
 /*
@@ -7689,7 +7767,8 @@ store_fits(struct exchange *x, size_t n)
 	    cache.making + n <= options.cache_size / 4)
 		return true;
 	q->caching.spoiled = true;
-	cache.lone[q->caching.key % CACHE_LONE] = q->caching.key;
+	q->caching.miss = "too-large";
+	key_note(q->caching.key, true);
 	return q->caching.followers > 0 && q->caching.validator == 0 &&
 	    cache.total + cache.making + n <= options.cache_size / 16 * 15;
 }
@@ -7702,9 +7781,13 @@ store_append(struct exchange *x, struct text t)
 
 	if (!q->caching.storing)
 		return;
-	if (!store_fits(x, t.len) ||
-	    !write_at(q->caching.store, t,
+	if (!store_fits(x, t.len)) {
+		store_drop(x);
+		return;
+	}
+	if (!write_at(q->caching.store, t,
 		(off_t)(q->caching.region + q->caching.stored))) {
+		q->caching.miss = "no-room";
 		store_drop(x);
 		return;
 	}
@@ -7756,8 +7839,11 @@ store_finish(struct exchange *x)
 	    write_at(q->caching.store, text_of(line), 0) && store_mark(x) &&
 	    rename(from, to) != -1)
 		cache_grow(q->caching.region + q->caching.stored);
-	else
+	else {
+		if (!q->caching.spoiled)
+			q->caching.miss = "no-room";
 		(void)unlink(from);
+	}
 	/* Those who follow have the body whole in any case. */
 	store_close(x, true);
 }
@@ -7780,9 +7866,13 @@ cache_forget(const struct exchange *x)
 	key = key_hash(buffer_text(b));
 	entry_path(buffer_text(b), text_cut("", 0), path);
 	(void)unlink(path);
-	for (y = cache.fetches; y != NULL; y = y->next)
-		y->request->caching.spoiled = y->request->caching.spoiled ||
-		    y->request->caching.key == key;
+	for (y = cache.fetches; y != NULL; y = y->next) {
+		if (y->request->caching.key != key)
+			continue;
+		y->request->caching.spoiled = true;
+		if (y->request->caching.storing)
+			y->request->caching.miss = "outdated";
+	}
 	buffer_give(&b);
 }
 
@@ -7892,7 +7982,8 @@ field_is_kept(const struct head *news, struct text name)
 
 /*
  * The head of a stored response with the fields of a 304 in place of its own
- * (RFC 9111 section 3.2), into b.
+ * (RFC 9111 section 3.2), into b.  A 304 without Date was made now, so that
+ * age and lifetime count from now (RFC 9110 section 6.6.1).
  */
 static void
 merged_head_append(const struct response *old, const struct head *news,
@@ -7904,13 +7995,16 @@ merged_head_append(const struct response *old, const struct head *news,
 	buffer_append(b, old->reason);
 	buffer_append(b, text_of("\r\n"));
 	for (i = 0; i < old->head.n; i++)
-		if (field_is_kept(news, old->head.fields[i].name))
+		if (field_is_kept(news, old->head.fields[i].name) &&
+		    !text_is(old->head.fields[i].name, "Date"))
 			field_append(b, &old->head.fields[i]);
 	for (i = 0; i < news->n; i++)
 		if (field_passes(news, i) &&
 		    !name_is_among(news->fields[i].name, fields_of_body) &&
 		    !text_is(news->fields[i].name, "Set-Cookie"))
 			field_append(b, &news->fields[i]);
+	if (head_field(news, "Date") == NULL)
+		buffer_print(b, "Date: %s\r\n", date_now());
 	buffer_append(b, text_of("\r\n"));
 }
 
@@ -7961,7 +8055,7 @@ entry_freshen(struct exchange *x, const struct request *q,
 		if (!head->overflow &&
 		    response_parse(buffer_text(head), METHOD_GET, &merged) ==
 			1 &&
-		    response_is_storable(q, &merged, given) &&
+		    response_obstacle(q, &merged, given) == NULL &&
 		    vary_same(&r, &merged) &&
 		    region_build(b, &e, buffer_text(head), e.region) > 0) {
 			region_seal(b, e.body);
@@ -8138,7 +8232,14 @@ cache_sweep(void)
 	_exit(parts < 255 ? (int)parts : 255);
 }
 
-/* A weak comparison of entity tags (RFC 9110 section 8.8.3.2). */
+/* A strong comparison of entity tags (RFC 9110 section 8.8.3.2). */
+static bool
+etag_same_strong(struct text a, struct text b)
+{
+	return text_equals(a, b) && a.len > 0 && !text_starts(a, "W/");
+}
+
+/* A weak one. */
 static bool
 etag_same(struct text a, struct text b)
 {
@@ -8150,28 +8251,66 @@ etag_same(struct text a, struct text b)
 }
 
 /*
+ * Looks for an entity tag in a request's fields of that name: 1 it is there, or
+ * `*` is; 0 it is not; -1 there are no such fields.
+ */
+static int
+condition_has(const struct head *q, const char *name, struct text etag,
+    bool (*same)(struct text, struct text))
+{
+	int verdict = -1;
+	size_t i;
+
+	for (i = 0; i < q->n; i++) {
+		struct text rest = q->fields[i].value, member;
+
+		if (!text_is(q->fields[i].name, name))
+			continue;
+		verdict = 0;
+		while (list_next(&rest, &member))
+			if (text_is(member, "*") || same(member, etag))
+				return 1;
+	}
+	return verdict;
+}
+
+/* True if the request wants an answer from one version only. */
+static bool
+request_is_guarded(const struct head *q)
+{
+	return head_field(q, "If-Match") != NULL ||
+	    head_field(q, "If-Unmodified-Since") != NULL;
+}
+
+/*
+ * True if what is stored meets the request's If-Match or If-Unmodified-Since
+ * (RFC 9110 section 13.2.2, steps 1 and 2); if not, the answer is 412.
+ */
+static bool
+request_is_met(const struct head *q, const struct response *r)
+{
+	int64_t since = head_date(q, "If-Unmodified-Since");
+	int verdict = condition_has(q, "If-Match", head_value(&r->head, "ETag"),
+	    etag_same_strong);
+
+	if (verdict != -1)
+		return verdict == 1;
+	return since == -1 || head_date(&r->head, "Last-Modified") <= since;
+}
+
+/*
  * True if the client has what is stored: its own condition is answered with
  * 304 (RFC 9110 section 13.2.2; If-None-Match wins over If-Modified-Since).
  */
 static bool
 request_is_satisfied(const struct head *q, const struct response *r)
 {
-	struct text etag = head_value(&r->head, "ETag"), rest, member;
 	int64_t since = head_date(q, "If-Modified-Since"), modified;
-	bool some = false;
-	size_t i;
+	int verdict = condition_has(q, "If-None-Match",
+	    head_value(&r->head, "ETag"), etag_same);
 
-	for (i = 0; i < q->n; i++) {
-		if (!text_is(q->fields[i].name, "If-None-Match"))
-			continue;
-		some = true;
-		rest = q->fields[i].value;
-		while (list_next(&rest, &member))
-			if (text_is(member, "*") || etag_same(member, etag))
-				return true;
-	}
-	if (some || since == -1)
-		return false;
+	if (verdict != -1 || since == -1)
+		return verdict == 1;
 	modified = head_date(&r->head, "Last-Modified");
 	if (modified == -1)
 		modified = head_date(&r->head, "Date");
@@ -8181,7 +8320,8 @@ request_is_satisfied(const struct head *q, const struct response *r)
 /*
  * The one range that a request asks for, of a body of so many bytes (RFC 9110
  * section 14.1.2).  1: from and length are set; 0: none, or one that we give
- * the whole for; -1: it can't be satisfied.
+ * the whole for; -1: it can't be satisfied.  Of an empty body a suffix is all
+ * of it, and so is what begins at its start: some clients always ask so.
  */
 static int
 range_parse(const struct head *q, const struct response *r, uint64_t body,
@@ -8206,8 +8346,10 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 	if (dash == 0) {
 		if (!number_parse(text_from(t, 1), INT64_MAX, &first))
 			return 0;
-		if (first == 0 || body == 0)
+		if (first == 0)
 			return -1;
+		if (body == 0)
+			return 0;
 		first = first < body ? body - first : 0;
 	} else {
 		if (!number_parse(text_cut(t.at, dash), INT64_MAX, &first) ||
@@ -8217,7 +8359,9 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 			    last < first)))
 			return 0;
 		if (first >= body)
-			return -1;
+			return body == 0 && first == 0 && dash + 1 == t.len ?
+			    0 :
+			    -1;
 		if (last >= body)
 			last = body - 1;
 	}
@@ -8323,15 +8467,22 @@ variant_fits(const struct entry *e, const struct response *r,
 }
 
 /*
- * True if one who follows a fetch gets the whole in any case: the rest can be
- * asked for, or there is room on the disk for all of it, or, its length being
- * unknown, store_fits() sees to it.
+ * True if a follower of this fetch will get the whole: it can ask for the rest
+ * itself, or, the length being unknown, store_fits() sees to it, or the disk
+ * has room for twice all that is in the making, since others write there, too.
+ * If they fill it nevertheless, the follower's answer is visibly cut short.
+ * Reserving the room would exclude that, but some file systems then write
+ * every block, while all other clients wait.
  */
 static bool
 follow_is_safe(const struct caching *f)
 {
-	return f->validator != 0 || f->length == UINT64_MAX ||
-	    posix_fallocate(f->store, 0, (off_t)(f->region + f->length)) == 0;
+	struct statvfs disk;
+
+	if (f->validator != 0 || f->length == UINT64_MAX)
+		return true;
+	return statvfs(options.cache, &disk) != -1 &&
+	    (uint64_t)disk.f_bavail * disk.f_frsize / 2 >= cache.making;
 }
 
 /* True if e's key is that of x's target, and not only hashed to the same. */
@@ -8576,8 +8727,11 @@ request_is_cacheable(struct exchange *x)
 	    q->framing != FRAMING_NONE)
 		return false;
 	rule = cache_rule(x, q, NULL, NULL);
-	q->caching.nocache = rule != NULL && rule->action == ACTION_NOCACHE;
-	return !q->caching.nocache;
+	if (rule == NULL || rule->action != ACTION_NOCACHE)
+		return true;
+	q->caching.nocache = true;
+	q->caching.miss = "rule";
+	return false;
 }
 
 /* What was found answers; for the log and Cache-Status. */
@@ -8627,7 +8781,15 @@ cache_find(struct exchange *x, struct lookup *l)
 			(void)close(l->fd);
 		return asked.only_if_cached ? CACHED_NEVER : CACHED_WAIT;
 	}
-	if (l->fd != -1) {
+	if (l->fd != -1 && request_is_guarded(&q->head)) {
+		/*
+		 * Its conditions would give way to ours, and a part of another
+		 * version would seem to meet them: it is passed on as it came,
+		 * and a part is not to take the place of the whole.
+		 */
+		(void)close(l->fd);
+		c->nocache = head_field(&q->head, "Range") != NULL;
+	} else if (l->fd != -1) {
 		c->entry = l->fd;
 		c->has_entry = c->validated = true;
 		(void)text_copy(text_of(l->path + strlen(options.cache)),
@@ -8770,6 +8932,27 @@ cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 	return CACHED_NO;
 }
 
+/* Why the server's final response is not stored, in a word; NULL: it is. */
+static const char *
+cache_obstacle(const struct exchange *x, const struct response *r)
+{
+	const struct request *q = x->request;
+	const struct rule *rule = cache_rule(x, q, r, NULL);
+	const char *why;
+
+	if (rule != NULL && rule->action == ACTION_NOCACHE)
+		return "rule";
+	if (q->caching.nocache)
+		return r->status == 206 ? "range" : "rule";
+	if (q->caching.forward == NULL && q->method != METHOD_POST)
+		return "method";
+	why = response_obstacle(q, r, rule ? rule->seconds : -1);
+	if (why != NULL || r->framing != FRAMING_LENGTH ||
+	    r->length + cache.making <= options.cache_size / 4)
+		return why;
+	return r->length > options.cache_size / 4 ? "too-large" : "no-room";
+}
+
 /*
  * A final response comes from a server: it is stored, or those who waited for
  * it are told that it is not; and it may tell that something stored is no
@@ -8780,8 +8963,8 @@ cache_store(struct exchange *x, const struct response *r)
 {
 	struct request *q = x->request;
 	struct caching *c = &q->caching;
-	const struct rule *rule;
 	char path[CACHE_PATH];
+	const char *why;
 
 	c->forward_status = r->status;
 	if (options.cache == NULL || q->method == METHOD_CONNECT ||
@@ -8789,20 +8972,22 @@ cache_store(struct exchange *x, const struct response *r)
 		return;
 	/* Where the entry is that was validated: store_begin() has its own. */
 	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache, c->path);
-	rule = cache_rule(x, q, r, NULL);
 	if (q->method != METHOD_GET && q->method != METHOD_HEAD &&
 	    r->status >= 200 && r->status < 400)
 		cache_invalidate(x, r);
-	if ((c->forward != NULL || q->method == METHOD_POST) && !c->nocache &&
-	    (rule == NULL || rule->action == ACTION_CACHE) &&
-	    response_is_storable(q, r, rule ? rule->seconds : -1) &&
-	    (r->framing != FRAMING_LENGTH ||
-		r->length + cache.making <= options.cache_size / 4))
+	why = cache_obstacle(x, r);
+	if (why == NULL) {
 		store_begin(x, q, r);
+		why = c->storing ? NULL : "no-room";
+	}
+	if (why != NULL)
+		trace(x, "not stored: %s", why);
 	if (c->storing)
-		c->miss = "stored";
-	if (c->fetch && c->storing == key_is_lone(c->key))
-		cache.lone[c->key % CACHE_LONE] = c->storing ? 0 : c->key;
+		c->miss = c->spoiled ? "outdated" : "stored";
+	else if (c->miss != NULL)
+		c->miss = why;
+	if (c->fetch)
+		key_note(c->key, !c->storing);
 	if (c->storing)
 		return;
 	fetch_end(x, false);
@@ -8866,7 +9051,8 @@ cache_follow_own(const struct exchange *x)
 	int fd;
 
 	if (!c->storing || c->followers == 0 ||
-	    (c->validator == 0 && c->length == UINT64_MAX))
+	    (c->validator == 0 && c->length == UINT64_MAX) ||
+	    !follow_is_safe(c))
 		return -1;
 	store_path(c->fetch, path);
 	fd = open(path, O_RDONLY);
@@ -8945,7 +9131,7 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 {
 	const struct request *q = x->request;
 
-	bool cached = answer_is_stored(q);
+	bool cached = answer_is_stored(q) || q->caching.hit != NULL;
 	bool collapsed = cached && (q->caching.leader || q->caching.alone);
 
 	buffer_append(b, text_of("Cache-Status: "));
@@ -8983,7 +9169,11 @@ cache_log_append(const struct request *q, struct buffer *b)
 	if (c->hit == NULL && c->miss == NULL)
 		return;
 	buffer_append(b, text_of(c->hit ? " hit=" : " miss="));
-	buffer_append(b, text_of(c->hit ? c->hit : c->miss));
+	/* What was to be stored, and has not come to its end, is incomplete. */
+	buffer_append(b,
+	    text_of(c->hit     ? c->hit :
+		    c->storing ? "incomplete" :
+				 c->miss));
 }
 
 /* ---- 10. Names ---- */
@@ -10478,7 +10668,7 @@ exchange_skip(struct exchange *x)
 
 /*
  * Reads from one side; of an entry that is still being stored no more than is
- * there, since room for the rest may have been made already.
+ * there, since the end of the file is not yet the end of the body.
  */
 static bool
 exchange_read(struct exchange *x, struct conn *from)
@@ -10825,7 +11015,7 @@ exchange_take(void)
 static struct exchange *
 exchange_take_refresh(const struct exchange *x)
 {
-	struct request *q = request_new();
+	struct request *q = request_new(NULL);
 	struct exchange *y = q == NULL ? NULL : exchange_take();
 
 	if (y == NULL) {
@@ -10833,6 +11023,7 @@ exchange_take_refresh(const struct exchange *x)
 		return NULL;
 	}
 	y->request = q;
+	q->owner = y;
 	y->client.eof = true;
 	y->client.exchange = y;
 	y->peer = x->peer;
@@ -10969,7 +11160,7 @@ request_begin(struct exchange *x)
 		x->number = ++exchanges.count;
 	}
 	if (x->request == NULL)
-		x->request = request_new();
+		x->request = request_new(x);
 	return x->request != NULL;
 }
 
@@ -10986,7 +11177,7 @@ request_starve(struct exchange *x)
 	c->error = 0;
 	buffer_give(&c->in);
 	if (x->request == NULL)
-		x->request = request_new();
+		x->request = request_new(x);
 	if (x->request == NULL)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 	else
@@ -12057,13 +12248,36 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 	exchange_enter(x, PHASE_RELAY);
 }
 
-/* An entry answers, with all of it or with a part. */
+/*
+ * The entry does not meet the request's condition.  The page that says so is
+ * its answer, and counts as a hit.
+ */
+static void
+response_unmet(struct exchange *x)
+{
+	trace(x, "refused: %s", refusals[REFUSE_CONDITION].words);
+	x->record.refusal = REFUSE_CONDITION;
+	fetch_leave(x);
+	page_refusal(x, REFUSE_CONDITION, "");
+	if (x->server.in == NULL)
+		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+}
+
+/*
+ * An entry answers: with 304 if the client has what is stored, with a part of
+ * it, or with all; with 412 if it is not what the client wants.
+ */
 static void
 response_from_entry(struct exchange *x, struct response *r, size_t n)
 {
 	char extra[256];
-	uint64_t at = cache_shape(x, r, extra, sizeof(extra));
+	uint64_t at;
 
+	if (r->status / 100 == 2 && !request_is_met(&x->request->head, r)) {
+		response_unmet(x);
+		return;
+	}
+	at = cache_shape(x, r, extra, sizeof(extra));
 	response_forward(x, r, n);
 	if (at == 0 || x->phase != PHASE_RELAY)
 		return;
@@ -12435,7 +12649,7 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 /*
  * x's client does not keep up with what others follow: the fetch goes on in a
  * slot of its own, and x follows it too.  Not if x might then get less than it
- * would have: what could neither be asked for again nor has room for sure.
+ * would have: what could neither be asked for again nor surely has room.
  */
 static void
 relay_part(struct exchange *x)
@@ -13767,7 +13981,7 @@ key_print(const char *url)
 	struct buffer *b = buffer_take();
 	struct exchange x;
 	struct target target = { .host = { "", 0 } };
-	struct request *q = request_new();
+	struct request *q = request_new(NULL);
 	struct text key;
 
 	if (options.cache == NULL)
@@ -14022,7 +14236,7 @@ trial_run(char *words)
 	struct account user = { NULL, { NULL, 0 }, { NULL, 0 } };
 	struct verdict verdict, route;
 	struct exchange x;
-	struct request *q = request_new();
+	struct request *q = request_new(NULL);
 	struct view v;
 	bool denied;
 
@@ -14036,6 +14250,7 @@ trial_run(char *words)
 	x.record.user = user.user.at ? &user : NULL;
 	x.rules = rules_now;
 	x.request = q;
+	q->owner = &x;
 	if (request_parse(buffer_text(head), q) != 1 ||
 	    q->target.form == FORM_ORIGIN)
 		usage("-T %s: not a URL that begins with http:// or https://",
