@@ -9180,7 +9180,7 @@ test_cache_cookie() { # an answer that sets a cookie is kept for the one who got
 	start_proxy -c "$T/cache" -e 'users people' -e 'login'
 	alice='Proxy-Authorization: Basic YWxpY2U6YQ=='
 	bob='Proxy-Authorization: Basic Ym9iOmI='
-	play "not meant for all" <<END
+	play -n "not meant for all" <<END
 	origin head
 	origin send HTTP/1.1 200 OK\\nCache-Control: max-age=99\\nSet-Cookie: for=alice\\nContent-Length: 2\\n\\na\\l
 	origin head
@@ -9202,7 +9202,7 @@ test_cache_cookie() { # an answer that sets a cookie is kept for the one who got
 	log    - alice .* hit=fresh
 	log    - bob .* hit=fresh
 END
-	play "meant for all" <<END
+	play -n "meant for all" <<END
 	origin head
 	origin send HTTP/1.1 200 OK\\nCache-Control: public, max-age=99\\nSet-Cookie: for=all\\nContent-Length: 2\\n\\na\\l
 	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n$alice\\n\\n
