@@ -266,6 +266,9 @@ enum limit {
 	LABEL_MAX = 63,
 	/* A line of a list of domains, its LF not counted. */
 	LIST_LINE = 1000,
+	/* A list is read in such pieces, for this long a turn. */
+	LIST_BLOCK = 4096,
+	LIST_STEP_US = 1000,
 	/* Domains in one list: 1.2 GB. */
 	LIST_DOMAINS = 100000000,
 	/* A duration in a rule: ten years are as good as for ever. */
@@ -889,14 +892,21 @@ enum list_bit {
 
 /* The domains of one file.  Their names are gone: only hashes are left. */
 struct list {
-	uint64_t *slots; /* open addressing; NULL while they are counted */
-	size_t size;     /* slots; one at least is empty */
-	size_t room;     /* names that the first of two passes has found */
-	size_t names;    /* found in this pass; the same one may come twice */
-	size_t read;     /* lines */
-	size_t used;     /* names that differ, exceptions too */
-	size_t skipped;  /* lines with something that was not understood */
-	int64_t ms;      /* that loading it took */
+	uint64_t *slots;  /* open addressing; NULL while they are counted */
+	size_t size;      /* slots; one at least is empty */
+	size_t room;      /* names that the first of two passes has found */
+	size_t names;     /* found in this pass; the same one may come twice */
+	size_t read;      /* lines */
+	size_t used;      /* names that differ, exceptions too */
+	size_t skipped;   /* lines with something that was not understood */
+	int64_t ms;       /* from its first step to its last */
+	int64_t begun;    /* us: the time of the first */
+	const char *path; /* of the file */
+	const char *file; /* where the rule stands that names it */
+	unsigned line;    /* there; 0: the file's name says it all */
+	int fd;           /* of the file while it is read, or -1 */
+	size_t len;       /* of the line that is not whole yet */
+	char text[LIST_LINE + 1]; /* that line */
 };
 
 /* What a rule does. */
@@ -1012,13 +1022,6 @@ struct account {
 	struct text user, password;
 };
 
-/* A list that rules refer to; the old and the new rules may share it. */
-struct shared_list {
-	struct list list;
-	unsigned refs;                /* rules that use it */
-	char path[LIST_PATH_MAX + 1]; /* as the rules name it */
-};
-
 /* Memory of rules: pieces are cut from it and go all at once. */
 struct block {
 	struct block *next;
@@ -1039,7 +1042,8 @@ struct rules {
 	unsigned needles_n;         /* how many of the next there are */
 	struct needle *needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
 	unsigned lists_n;                    /* how many of the next */
-	struct shared_list *lists[LISTS_MAX];
+	unsigned lists_read;                 /* of them were read */
+	struct list *lists[LISTS_MAX];
 };
 
 /* What is known when lines are judged; see exchange_view(). */
@@ -1094,7 +1098,8 @@ static struct {
 	.idle_ms = IDLE_MS,
 	.cache_size = (uint64_t)256 << 20 };
 
-static struct rules *rules_now; /* those in force */
+static struct rules *rules_now;  /* those in force */
+static struct rules *rules_next; /* being read to replace them, or NULL */
 
 /* The clocks, read once a turn. */
 static struct {
@@ -1241,14 +1246,21 @@ warn(const char *format, ...)
 	va_end(args);
 }
 
-/* Reads both clocks; once a turn, so that all of a turn happens at once. */
-static void
-clock_read(void)
+/* The monotonic clock in us. */
+static int64_t
+clock_us(void)
 {
 	struct timespec monotonic;
 
 	(void)clock_gettime(CLOCK_MONOTONIC, &monotonic);
-	now.us = (int64_t)monotonic.tv_sec * 1000000 + monotonic.tv_nsec / 1000;
+	return (int64_t)monotonic.tv_sec * 1000000 + monotonic.tv_nsec / 1000;
+}
+
+/* Reads both clocks; once a turn, so that all of a turn happens at once. */
+static void
+clock_read(void)
+{
+	now.us = clock_us();
 	now.ms = now.us / 1000;
 	now.wall = time(NULL);
 }
@@ -3993,22 +4005,6 @@ list_make(struct list *list, size_t n)
 	return list->slots != NULL;
 }
 
-/* Moves to fewer slots if so many names came twice that half are empty. */
-static void
-list_shrink(struct list *list)
-{
-	struct list small = *list;
-	size_t i;
-
-	if (list->size <= 2 * list->used || !list_make(&small, list->used))
-		return;
-	for (i = 0; i < list->size; i++)
-		if (list->slots[i] != 0)
-			*list_slot(&small, list->slots[i]) = list->slots[i];
-	free(list->slots);
-	*list = small;
-}
-
 /*
  * Takes a name in, or an exception; in the first pass it is only counted.
  * Returns false if it is no domain.
@@ -4192,118 +4188,126 @@ list_line(struct list *list, struct text line)
 	return list_add_tree(list, line);
 }
 
+/* The line that was gathered has come to its end. */
+static void
+list_line_end(struct list *list)
+{
+	struct text t = text_cut(list->text, list->len);
+
+	if (list->read++ == 0 && text_starts(t, "\xef\xbb\xbf"))
+		t = text_from(t, 3);
+	if (list->len > LIST_LINE || !list_line(list, t))
+		list->skipped++;
+	list->len = 0;
+}
+
+/* Takes the next bytes of the file; false if a NUL is among them. */
+static bool
+list_take(struct list *list, struct text t)
+{
+	while (t.len > 0) {
+		size_t n = text_find(t, '\n');
+		size_t room = sizeof(list->text) - list->len;
+		size_t kept = n < room ? n : room;
+
+		if (text_find(text_cut(t.at, n), '\0') < n)
+			return false;
+		memcpy(list->text + list->len, t.at, kept);
+		list->len += kept;
+		if (n < t.len) {
+			list_line_end(list);
+			n++;
+		}
+		t = text_from(t, n);
+	}
+	return true;
+}
+
+/* Goes to the start of the file for a pass; false, errno set, if it can't. */
+static bool
+list_rewind(struct list *list)
+{
+	list->names = list->read = list->skipped = list->len = 0;
+	return lseek(list->fd, 0, SEEK_SET) != -1;
+}
+
 /*
- * Reads a line without its LF to `line`, which has LIST_LINE + 1 bytes; of a
- * longer one so many.  Returns 1, 0 at the end or if reading failed, -1 for
- * a NUL in it.
+ * The end of the file has come: after the first pass there are slots for the
+ * second.  Returns as list_step().
  */
 static int
-list_read(FILE *file, char *line, size_t *len)
+list_pass_end(struct list *list, char *why, size_t size)
 {
-	int c = getc_unlocked(file);
-
-	if (c == EOF)
-		return 0;
-	for (*len = 0; c != EOF && c != '\n'; c = getc_unlocked(file)) {
-		if (c == '\0')
-			return -1;
-		if (*len <= LIST_LINE)
-			line[(*len)++] = (char)c;
-	}
-	return 1;
-}
-
-/* Goes through the whole file once; false: it can't be read, why says why. */
-static bool
-list_pass(struct list *list, FILE *file, const char *path, char *why,
-    size_t size)
-{
-	bool sought = fseek(file, 0, SEEK_SET) != -1;
-	char line[LIST_LINE + 1];
-	size_t len;
-	int got = 0;
-
-	list->names = list->read = list->skipped = 0;
-	while (sought && (got = list_read(file, line, &len)) == 1) {
-		struct text t = text_cut(line, len);
-
-		if (list->read++ == 0 && text_starts(t, "\xef\xbb\xbf"))
-			t = text_from(t, 3);
-		if (len > LIST_LINE || !list_line(list, t))
-			list->skipped++;
-	}
-	if (got == -1)
-		(void)snprintf(why, size,
-		    "%s: line %lu: a NUL byte: this is no text", path,
-		    (unsigned long)list->read + 1);
-	else if (!sought || ferror(file))
-		(void)snprintf(why, size, "%s: %s", path, strerror(errno));
-	else
-		return true;
-	return false;
-}
-
-/* Counts the names, makes slots for them, fills these. */
-static bool
-list_fill(struct list *list, FILE *file, const char *path, char *why,
-    size_t size)
-{
-	if (!list_pass(list, file, path, why, size))
-		return false;
-	if (!list_make(list, list->names)) {
-		(void)snprintf(why, size, "%s: no memory for %lu domains", path,
-		    (unsigned long)list->names);
-		return false;
-	}
-	if (!list_pass(list, file, path, why, size))
-		return false;
-	if (list->names != list->room) {
+	if (list->len > 0)
+		list_line_end(list);
+	if (list->slots != NULL && list->names == list->room)
+		return 1;
+	if (list->slots != NULL)
 		(void)snprintf(why, size, "%s: it changed while it was read",
-		    path);
-		return false;
-	}
-	list_shrink(list);
-	return true;
+		    list->path);
+	else if (!list_make(list, list->names))
+		(void)snprintf(why, size, "%s: no memory for %lu domains",
+		    list->path, (unsigned long)list->names);
+	else if (!list_rewind(list))
+		(void)snprintf(why, size, "%s: %s", list->path,
+		    strerror(errno));
+	else
+		return 0;
+	return -1;
+}
+
+/*
+ * Reads one piece of the file, or opens it.  Returns 1 when the list is
+ * complete, 0 if there is more to do, -1 if it can't be had: why, of size
+ * bytes, says why.  A FIFO is refused, not waited for.
+ */
+static int
+list_step(struct list *list, char *why, size_t size)
+{
+	char block[LIST_BLOCK];
+	ssize_t n = -1;
+
+	if (list->fd == -1) {
+		list->begun = clock_us();
+		list->fd = open(list->path, O_RDONLY | O_NONBLOCK);
+		if (list->fd != -1 && list_rewind(list))
+			return 0;
+	} else
+		n = read(list->fd, block, sizeof(block));
+	if (n == 0)
+		return list_pass_end(list, why, size);
+	if (n == -1 && errno == EINTR)
+		return 0;
+	if (n == -1)
+		(void)snprintf(why, size, "%s: %s", list->path,
+		    strerror(errno));
+	else if (!list_take(list, text_cut(block, (size_t)n)))
+		(void)snprintf(why, size,
+		    "%s: line %lu: a NUL byte: this is no text", list->path,
+		    (unsigned long)list->read + 1);
+	else
+		return 0;
+	return -1;
+}
+
+/* The list is read, or not to be had: what only reading needed goes. */
+static void
+list_end(struct list *list)
+{
+	if (list->fd != -1)
+		(void)close(list->fd);
+	list->fd = -1;
+	list->ms = (clock_us() - list->begun) / 1000;
 }
 
 /* Gives the memory back; an empty list is left, which covers nothing. */
 static void
 list_free(struct list *list)
 {
+	list_end(list);
 	free(list->slots);
-	memset(list, 0, sizeof(*list));
-}
-
-/*
- * Loads the file at path; false: why, of size bytes, says why, and nothing
- * is left to be freed.  A FIFO is refused, not waited for.
- */
-static bool
-list_load(struct list *list, const char *path, char *why, size_t size)
-{
-	struct timespec start, end;
-	FILE *file;
-	bool good;
-	int fd;
-
-	(void)clock_gettime(CLOCK_MONOTONIC, &start);
-	memset(list, 0, sizeof(*list));
-	fd = open(path, O_RDONLY | O_NONBLOCK);
-	file = fd == -1 ? NULL : fdopen(fd, "r");
-	if (file == NULL) {
-		(void)snprintf(why, size, "%s: %s", path, strerror(errno));
-		if (fd != -1)
-			(void)close(fd);
-		return false;
-	}
-	good = list_fill(list, file, path, why, size);
-	(void)fclose(file);
-	if (!good)
-		list_free(list);
-	(void)clock_gettime(CLOCK_MONOTONIC, &end);
-	list->ms = (int64_t)(end.tv_sec - start.tv_sec) * 1000 +
-	    (end.tv_nsec - start.tv_nsec) / 1000000;
-	return good;
+	list->slots = NULL;
+	list->size = list->used = 0;
 }
 
 /* True if the list covers host: a name in any case, a dot may end it. */
@@ -4863,17 +4867,26 @@ struct word {
 
 /* What is being read. */
 struct parser {
-	struct rules *rules;     /* where it goes */
-	const struct rules *old; /* what is in force, or NULL */
-	const char *file;        /* where it comes from */
-	unsigned line;           /* there; 0: the name says it all */
-	bool bad;                /* something was wrong with this line */
-	bool guard;              /* it was `guard` */
-	size_t n, at;            /* words, and the next of them */
+	struct rules *rules; /* where it goes */
+	const char *file;    /* where it comes from */
+	unsigned line;       /* there; 0: the name says it all */
+	bool bad;            /* something was wrong with this line */
+	bool guard;          /* it was `guard` */
+	size_t n, at;        /* words, and the next of them */
 	struct word words[WORDS_MAX];
 	char text[RULE_LINE_MAX + 2]; /* the line; the words lie in it */
 	struct rule **end[GROUPS];    /* where the next line goes */
 };
+
+/* Says what is wrong with a line. */
+static void
+line_warn(const char *file, unsigned line, const char *words)
+{
+	if (line > 0)
+		warn("%.400s:%u: %s", file, line, words);
+	else
+		warn("%.400s: %s", file, words);
+}
 
 /* Something is wrong with a line: says where and what; once a line. */
 static void
@@ -4889,10 +4902,7 @@ parser_error(struct parser *p, const char *format, ...)
 	va_start(args, format);
 	(void)vsnprintf(words, sizeof(words), format, args);
 	va_end(args);
-	if (p->line > 0)
-		warn("%.400s:%u: %s", p->file, p->line, words);
-	else
-		warn("%.400s: %s", p->file, words);
+	line_warn(p->file, p->line, words);
 }
 
 /*
@@ -4964,10 +4974,7 @@ rules_give(struct rules **at)
 					    c->subject == SUBJECT_FIELD)
 						regfree(&value->as.regex);
 	for (i = 0; i < rules->lists_n; i++)
-		if (--rules->lists[i]->refs == 0) {
-			list_free(&rules->lists[i]->list);
-			free(rules->lists[i]);
-		}
+		list_free(rules->lists[i]);
 	while (rules->blocks != NULL) {
 		struct block *b = rules->blocks;
 
@@ -5246,69 +5253,32 @@ value_body(struct parser *p, struct condition *c, struct value *value)
 	return true;
 }
 
-/* The list of that path among those of rules, or NULL. */
-static struct shared_list *
-list_find(const struct rules *rules, const char *path)
-{
-	unsigned i;
-
-	for (i = 0; rules != NULL && i < rules->lists_n; i++)
-		if (strcmp(rules->lists[i]->path, path) == 0)
-			return rules->lists[i];
-	return NULL;
-}
-
-/* Reads a list; what was read from there before does if it can't be had. */
-static struct shared_list *
-list_take(struct parser *p, const char *path)
-{
-	struct shared_list *shared = calloc(1, sizeof(*shared));
-	struct shared_list *old = list_find(p->old, path);
-	char why[256];
-
-	if (shared == NULL) {
-		parser_error(p, "%.200s: no memory", path);
-		return NULL;
-	}
-	if (list_load(&shared->list, path, why, sizeof(why))) {
-		(void)text_copy(text_of(path), shared->path,
-		    sizeof(shared->path));
-		warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms", path,
-		    (unsigned long)shared->list.read,
-		    (unsigned long)shared->list.used,
-		    (unsigned long)shared->list.skipped, (long)shared->list.ms);
-		return shared;
-	}
-	free(shared);
-	if (old != NULL)
-		warn("%s; the list stays as it was", why);
-	else
-		parser_error(p, "%s", why);
-	return old;
-}
-
-/* A file of domains. */
+/* A file of domains; it is read when all lines were, see rules_step(). */
 static bool
 value_list(struct parser *p, struct condition *c, struct value *value)
 {
 	struct rules *rules = p->rules;
-	struct shared_list *shared = list_find(rules, value->text.at);
+	struct list *list;
+	unsigned i;
 
 	(void)c;
-	if (value->text.len > LIST_PATH_MAX ||
-	    (shared == NULL && rules->lists_n == LISTS_MAX)) {
+	for (i = 0; i < rules->lists_n; i++)
+		if (text_equals(value->text, text_of(rules->lists[i]->path))) {
+			value->as.list = rules->lists[i];
+			return true;
+		}
+	if (value->text.len > LIST_PATH_MAX || rules->lists_n == LISTS_MAX) {
 		parser_error(p, "list: %d files, of %d bytes, at most",
 		    LISTS_MAX, LIST_PATH_MAX);
 		return false;
 	}
-	if (shared == NULL) {
-		shared = list_take(p, value->text.at);
-		if (shared == NULL)
-			return false;
-		shared->refs++;
-		rules->lists[rules->lists_n++] = shared;
-	}
-	value->as.list = &shared->list;
+	list = rules_cut(rules, sizeof(*list));
+	list->path = value->text.at;
+	list->file = p->file;
+	list->line = p->line;
+	list->fd = -1;
+	rules->lists[rules->lists_n++] = list;
+	value->as.list = list;
 	return true;
 }
 
@@ -5779,7 +5749,7 @@ parser_open(struct parser *p, const char *path, struct stat *status)
 	bool found = stat(path, status) != -1;
 	FILE *file = NULL;
 
-	if (found && p->old != NULL && !S_ISREG(status->st_mode)) {
+	if (found && rules_now != NULL && !S_ISREG(status->st_mode)) {
 		parser_error(p, "%.200s: not a file", path);
 		return NULL;
 	}
@@ -5954,12 +5924,11 @@ options_read(struct parser *p)
 }
 
 /*
- * All lines in force, read anew.  Returns NULL, all that is wrong having been
- * said, if a line is wrong.  old: lists that can't be read are taken over
- * from there; may be NULL.
+ * All lines, read anew.  Those that are wrong were said and counted; the lists
+ * that they name are not read yet.  NULL if there is no memory.
  */
 static struct rules *
-rules_read(const struct rules *old)
+rules_begin(void)
 {
 	static struct parser parser;
 	struct rules *rules = calloc(1, sizeof(*rules));
@@ -5971,14 +5940,65 @@ rules_read(const struct rules *old)
 	}
 	rules->refs = 1;
 	parser.rules = rules;
-	parser.old = old;
 	for (i = 0; i < GROUPS; i++)
 		parser.end[i] = &rules->first[i];
 	options_read(&parser);
 	if (!rules->guarded)
 		guards_put_first(&parser);
 	lines_built_in(&parser, 3, 2);
-	if (rules->errors > 0)
+	return rules;
+}
+
+/* Says how a list was read; got is what list_step() returned last. */
+static void
+list_report(struct rules *rules, const struct list *list, int got,
+    const char *why)
+{
+	if (got == 1)
+		warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms",
+		    list->path, (unsigned long)list->read,
+		    (unsigned long)list->used, (unsigned long)list->skipped,
+		    (long)list->ms);
+	else {
+		line_warn(list->file, list->line, why);
+		rules->errors++;
+	}
+}
+
+/*
+ * Reads on in the lists for LIST_STEP_US: a large one takes many turns of the
+ * loop, and nobody waits for it.  True when all were read.
+ */
+static bool
+rules_step(struct rules *rules)
+{
+	int64_t until = clock_us() + LIST_STEP_US;
+	char why[LIST_PATH_MAX + 128];
+
+	while (rules->lists_read < rules->lists_n) {
+		struct list *list = rules->lists[rules->lists_read];
+		int got = list_step(list, why, sizeof(why));
+
+		if (got != 0) {
+			list_end(list);
+			list_report(rules, list, got, why);
+			rules->lists_read++;
+		}
+		if (clock_us() >= until)
+			break;
+	}
+	return rules->lists_read == rules->lists_n;
+}
+
+/* Lines and lists at once; NULL, all that is wrong having been said. */
+static struct rules *
+rules_read(void)
+{
+	struct rules *rules = rules_begin();
+
+	while (rules != NULL && !rules_step(rules))
+		;
+	if (rules != NULL && rules->errors > 0)
 		rules_give(&rules);
 	return rules;
 }
@@ -12253,7 +12273,7 @@ loop_wait(void)
 {
 	int64_t wait = exchanges.wake - now.ms;
 
-	if (exchanges.again != NULL || wait <= 0)
+	if (exchanges.again != NULL || rules_next != NULL || wait <= 0)
 		return 0;
 	return exchanges.wake == INT64_MAX ? -1 :
 	    wait > INT_MAX                 ? INT_MAX :
@@ -12532,17 +12552,29 @@ loop_stop(void)
 static void
 loop_reload(void)
 {
-	struct rules *fresh = rules_read(rules_now);
-
+	rules_give(&rules_next);
+	rules_next = rules_begin();
+	if (rules_next == NULL)
+		warn("the old rules stay in force");
 	if (!log_open())
 		warn("can't reopen the log %s: %s", options.log,
 		    strerror(errno));
-	if (fresh == NULL) {
+}
+
+/* Goes on reading the next rules; when they are complete, they are in force. */
+static void
+loop_rules(void)
+{
+	if (rules_next == NULL || !rules_step(rules_next))
+		return;
+	if (rules_next->errors > 0) {
 		warn("the old rules stay in force");
+		rules_give(&rules_next);
 		return;
 	}
 	rules_give(&rules_now);
-	rules_now = fresh;
+	rules_now = rules_next;
+	rules_next = NULL;
 }
 
 /* The signals that came. */
@@ -12592,6 +12624,7 @@ loop_run(void)
 		if (loop_note(loop_poll()))
 			loop_kept();
 		loop_signals();
+		loop_rules();
 		loop_names();
 		loop_exchanges();
 		loop_expire();
@@ -13441,7 +13474,7 @@ main(int argc, char **argv)
 	options_parse(argc, argv);
 	if (options.key != NULL)
 		key_print(options.key);
-	rules_now = rules_read(NULL);
+	rules_now = rules_read();
 	if (rules_now == NULL)
 		exit(2);
 	if (options.check)
