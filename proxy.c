@@ -539,6 +539,14 @@ enum refusal {
 	REFUSALS
 };
 
+/* Where the cause of a refusal lies: what may still be tried. */
+enum cause {
+	CAUSE_OTHER, /* nothing */
+	CAUSE_RULE,  /* a rule; nothing */
+	CAUSE_WAY,   /* the server can't be reached: another parent may help */
+	CAUSE_ANSWER /* its answer: as for the way, a stale entry may */
+};
+
 /* Cache-Control of a head (RFC 9111 section 5.2); numbers: -1 is none. */
 struct control {
 	bool no_store, no_cache;      /* of requests and responses */
@@ -1007,6 +1015,7 @@ struct rule {
 	const char *text;   /* as it was written, but for passwords */
 	unsigned needs;     /* facts that its conditions take */
 	struct condition *conditions; /* all must hold */
+	enum refusal refusal;         /* of ACTION_DENY and ACTION_DROP */
 	int status;                   /* of ACTION_DENY */
 	struct text name;             /* of a field */
 	struct text words;            /* its value; of ACTION_DENY the reason */
@@ -2329,11 +2338,12 @@ other_find(const struct hop *hop)
 
 static const struct {
 	int status;
+	enum cause cause;
 	const char *error; /* RFC 9209 section 2.3 */
 	const char *words;
 } refusals[REFUSALS] = {
-#define CLIENT "http_request_error"
-#define SERVER "http_protocol_error"
+#define CLIENT CAUSE_OTHER, "http_request_error"
+#define SERVER CAUSE_OTHER, "http_protocol_error"
 	[REFUSE_BARE_LF] = { 400, CLIENT, "a line does not end in CR LF" },
 	[REFUSE_CONTROL] = { 400, CLIENT, "a control byte in the head" },
 	[REFUSE_TLS] = { 400, CLIENT,
@@ -2387,63 +2397,69 @@ static const struct {
 	[REFUSE_BODY_CUT] = { 400, CLIENT, "the request body was cut short" },
 	[REFUSE_BODY_SLOW] = { 408, CLIENT, "the request body stopped coming" },
 	[REFUSE_SLOW] = { 408, CLIENT, "the request's head came too slowly" },
-	[REFUSE_BUSY] = { 503, "connection_limit_reached",
+	[REFUSE_BUSY] = { 503, CAUSE_OTHER, "connection_limit_reached",
 	    "too many names are being looked up" },
 	[REFUSE_PAGE] = { 404, CLIENT, "the proxy has no such page" },
 	[REFUSE_PAGE_METHOD] = { 405, CLIENT,
 	    "the proxy's own pages know GET and HEAD" },
 	[REFUSE_NOT_STORED] = { 504, CLIENT,
 	    "only-if-cached, and nothing fit is stored" },
-	[REFUSE_LOOP_VIA] = { 508, "proxy_loop_detected",
+	[REFUSE_LOOP_VIA] = { 508, CAUSE_OTHER, "proxy_loop_detected",
 	    "this request has passed here before" },
-	[REFUSE_LOOP] = { 508, "proxy_loop_detected",
+	[REFUSE_LOOP] = { 508, CAUSE_OTHER, "proxy_loop_detected",
 	    "this address is the proxy's own" },
-	[REFUSE_GUARDED] = { 403, "destination_ip_prohibited",
+	[REFUSE_GUARDED] = { 403, CAUSE_RULE, "destination_ip_prohibited",
 	    "a rule forbids this address" },
-	[REFUSE_RULE] = { 403, "http_request_denied", "a rule forbids this" },
-	[REFUSE_FOREIGN] = { 403, "http_request_denied",
+	[REFUSE_RULE] = { 403, CAUSE_RULE, "http_request_denied",
+	    "a rule forbids this" },
+	[REFUSE_FOREIGN] = { 403, CAUSE_RULE, "http_request_denied",
 	    "this client may not use the proxy" },
-	[REFUSE_USER] = { 407, "http_request_denied",
+	[REFUSE_USER] = { 407, CAUSE_RULE, "http_request_denied",
 	    "a user and password are needed" },
-	[REFUSE_PASSWORD] = { 407, "http_request_denied",
+	[REFUSE_PASSWORD] = { 407, CAUSE_RULE, "http_request_denied",
 	    "wrong user or password" },
-	[REFUSE_NAME] = { 502, "dns_error", "the name lookup failed" },
-	[REFUSE_NAME_SLOW] = { 504, "dns_timeout",
+	[REFUSE_NAME] = { 502, CAUSE_WAY, "dns_error",
+	    "the name lookup failed" },
+	[REFUSE_NAME_SLOW] = { 504, CAUSE_WAY, "dns_timeout",
 	    "the name lookup took too long" },
-	[REFUSE_FAMILY] = { 502, "destination_ip_unroutable",
+	[REFUSE_FAMILY] = { 502, CAUSE_WAY, "destination_ip_unroutable",
 	    "no address of the family that it may leave by" },
-	[REFUSE_CONNECTION] = { 502, "connection_refused",
+	[REFUSE_CONNECTION] = { 502, CAUSE_WAY, "connection_refused",
 	    "the connection was refused" },
-	[REFUSE_UNREACHABLE] = { 502, "destination_ip_unroutable",
+	[REFUSE_UNREACHABLE] = { 502, CAUSE_WAY, "destination_ip_unroutable",
 	    "the server can't be reached" },
-	[REFUSE_CONNECT_SLOW] = { 504, "connection_timeout",
+	[REFUSE_CONNECT_SLOW] = { 504, CAUSE_WAY, "connection_timeout",
 	    "connecting took too long" },
-	[REFUSE_CONNECT] = { 502, "destination_unavailable",
+	[REFUSE_CONNECT] = { 502, CAUSE_WAY, "destination_unavailable",
 	    "connecting failed" },
-	[REFUSE_CLOSED] = { 502, "connection_terminated",
+	[REFUSE_CLOSED] = { 502, CAUSE_ANSWER, "connection_terminated",
 	    "the server closed without an answer" },
-	[REFUSE_RESET] = { 502, "connection_terminated",
+	[REFUSE_RESET] = { 502, CAUSE_ANSWER, "connection_terminated",
 	    "the server broke the connection without an answer" },
-	[REFUSE_EARLY] = { 502, SERVER, "an answer before the request" },
-	[REFUSE_ANSWER] = { 502, SERVER, "the answer is not valid HTTP" },
-	[REFUSE_ANSWER_LONG] = { 502, "http_response_header_section_size",
+	[REFUSE_EARLY] = { 502, CAUSE_ANSWER, "http_protocol_error",
+	    "an answer before the request" },
+	[REFUSE_ANSWER] = { 502, CAUSE_ANSWER, "http_protocol_error",
+	    "the answer is not valid HTTP" },
+	[REFUSE_ANSWER_LONG] = { 502, CAUSE_ANSWER,
+	    "http_response_header_section_size",
 	    "the answer's head is too long" },
-	[REFUSE_ANSWER_SLOW] = { 504, "http_response_timeout",
+	[REFUSE_ANSWER_SLOW] = { 504, CAUSE_ANSWER, "http_response_timeout",
 	    "the server did not answer in time" },
 	[REFUSE_INTERIM] = { 502, SERVER, "too many interim answers" },
-	[REFUSE_UPGRADE] = { 502, "http_upgrade_failed",
+	[REFUSE_UPGRADE] = { 502, CAUSE_OTHER, "http_upgrade_failed",
 	    "a switch of protocols that nobody asked for" },
 	[REFUSE_LOGIN] = { 502, SERVER,
 	    "the server asked for a login as if it were a proxy" },
-	[REFUSE_PARENT_LOGIN] = { 502, "proxy_configuration_error",
+	[REFUSE_PARENT_LOGIN] = { 502, CAUSE_OTHER, "proxy_configuration_error",
 	    "the parent proxy does not accept our login" },
-	[REFUSE_PARENT] = { 502, "proxy_internal_response",
+	[REFUSE_PARENT] = { 502, CAUSE_OTHER, "proxy_internal_response",
 	    "the parent proxy did not do as asked" },
-	[REFUSE_CUT_SHORT] = { 502, "http_response_incomplete",
+	[REFUSE_CUT_SHORT] = { 502, CAUSE_OTHER, "http_response_incomplete",
 	    "the answer was cut short" },
-	[REFUSE_IDLE] = { 504, "connection_read_timeout",
+	[REFUSE_IDLE] = { 504, CAUSE_OTHER, "connection_read_timeout",
 	    "no byte moved for too long" },
-	[REFUSE_MEMORY] = { 503, "proxy_internal_error", "out of memory" }
+	[REFUSE_MEMORY] = { 503, CAUSE_OTHER, "proxy_internal_error",
+	    "out of memory" }
 #undef CLIENT
 #undef SERVER
 };
@@ -2859,9 +2875,8 @@ method_parse(struct text t)
 	};
 	size_t i;
 
-	for (i = METHOD_GET; i <= METHOD_CONNECT; i++)
-		if (strlen(methods[i]) == t.len &&
-		    memcmp(methods[i], t.at, t.len) == 0)
+	for (i = 0; i < sizeof(methods) / sizeof(methods[0]); i++)
+		if (methods[i] != NULL && text_equals(t, text_of(methods[i])))
 			return (enum method)i;
 	return METHOD_OTHER;
 }
@@ -3145,7 +3160,8 @@ chunk_byte(struct flow *f, char c)
 		f->left = f->left << 4 | (uint64_t)digit;
 		return ++f->digits <= CHUNK_DIGITS_MAX && f->left <= INT64_MAX;
 	}
-	if (f->chunk <= CHUNK_EXTENSION) {
+	if (f->chunk == CHUNK_SIZE || f->chunk == CHUNK_BLANK ||
+	    f->chunk == CHUNK_EXTENSION) {
 		if (f->digits == 0)
 			return false;
 		if (c == '\r')
@@ -4872,6 +4888,7 @@ struct parser {
 	unsigned line;       /* there; 0: the name says it all */
 	bool bad;            /* something was wrong with this line */
 	bool guard;          /* it was `guard` */
+	bool foreign;        /* it is the one for clients that no rule knows */
 	size_t n, at;        /* words, and the next of them */
 	struct word words[WORDS_MAX];
 	char text[RULE_LINE_MAX + 2]; /* the line; the words lie in it */
@@ -5669,6 +5686,9 @@ rule_parse(struct parser *p, const char *text)
 	if (!p->bad)
 		actions[i].parse(p, rule);
 	conditions_parse(p, rule);
+	rule->refusal = p->foreign     ? REFUSE_FOREIGN :
+	    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED :
+					 REFUSE_RULE;
 	/* A wrong one too: its expressions are to be freed. */
 	rule->next = *p->end[group];
 	*p->end[group] = rule;
@@ -5827,24 +5847,6 @@ line_take(struct parser *p, const char *file, unsigned line, const char *text)
 	}
 }
 
-/* The built-in lines from first on, n of them, counted from 1. */
-static void
-lines_built_in(struct parser *p, unsigned first, unsigned n)
-{
-	static const char *const lines[] = {
-		("deny \"only clients on the proxy's machine may go to this "
-		 "address\" not client local address 127.0.0.0/8 ::1 "
-		 "0.0.0.0/8 :: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8"),
-		("deny \"CONNECT goes to port 443 only\" not client local "
-		 "method CONNECT not port 443"),
-		"allow client local",
-		"deny \"this client may not use the proxy\"",
-	};
-
-	for (; n > 0; n--, first++)
-		line_take(p, built_in, first, lines[first - 1]);
-}
-
 /* The guards, where the line `guard` stands. */
 static void
 guards_put(struct parser *p)
@@ -5854,7 +5856,13 @@ guards_put(struct parser *p)
 
 	p->guard = false;
 	p->rules->guarded = true;
-	lines_built_in(p, 1, 2);
+	line_take(p, built_in, 1,
+	    "deny \"only clients on the proxy's machine may go to this "
+	    "address\" not client local address 127.0.0.0/8 ::1 "
+	    "0.0.0.0/8 :: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8");
+	line_take(p, built_in, 2,
+	    "deny \"CONNECT goes to port 443 only\" not client local "
+	    "method CONNECT not port 443");
 	p->file = file;
 	p->line = line;
 }
@@ -5945,7 +5953,11 @@ rules_begin(void)
 	options_read(&parser);
 	if (!rules->guarded)
 		guards_put_first(&parser);
-	lines_built_in(&parser, 3, 2);
+	line_take(&parser, built_in, 3, "allow client local");
+	parser.foreign = true;
+	line_take(&parser, built_in, 4,
+	    "deny \"this client may not use the proxy\"");
+	parser.foreign = false;
 	return rules;
 }
 
@@ -8946,7 +8958,7 @@ static void
 exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 {
 	struct request *q = x->request;
-	bool ruled = refusal >= REFUSE_GUARDED && refusal <= REFUSE_PASSWORD;
+	bool ruled = refusals[refusal].cause == CAUSE_RULE;
 
 	x->record.refusal = refusal;
 	q->access.open = false;
@@ -9104,12 +9116,9 @@ access_refuse(struct exchange *x, const struct request *q)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
 	else if (rule->action == ACTION_LOGIN)
 		exchange_deny(x, tried ? REFUSE_PASSWORD : REFUSE_USER, "");
-	else if (rule->file == built_in && rule->line == 4)
-		exchange_deny(x, REFUSE_FOREIGN, detail);
 	else
-		exchange_deny(x,
-		    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED : REFUSE_RULE,
-		    "");
+		exchange_deny(x, rule->refusal,
+		    rule->refusal == REFUSE_FOREIGN ? detail : "");
 }
 
 /*
@@ -9437,12 +9446,14 @@ parent_next(struct exchange *x)
 static void
 exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 {
+	enum cause cause = refusals[refusal].cause;
+
 	trace(x, "refused: %s (%s)", refusals[refusal].words, detail);
-	if (x->phase < PHASE_RESPONSE && refusal >= REFUSE_NAME &&
-	    refusal <= REFUSE_CONNECT && parent_next(x))
+	if (x->phase < PHASE_RESPONSE && cause == CAUSE_WAY && parent_next(x))
 		return;
-	if (x->record.status == 0 && refusal >= REFUSE_NAME &&
-	    refusal <= REFUSE_ANSWER_SLOW && cache_rescue(x, false))
+	if (x->record.status == 0 &&
+	    (cause == CAUSE_WAY || cause == CAUSE_ANSWER) &&
+	    cache_rescue(x, false))
 		return;
 	exchange_deny(x, refusal, detail);
 }
@@ -12363,7 +12374,8 @@ loop_cool(void)
 		return;
 	cooled = now.ms;
 	for (i = poll_set.hot - 1; i > 0; i--)
-		if (poll_set.conns[i]->role >= ROLE_CLIENT &&
+		if ((poll_set.conns[i]->exchange != NULL ||
+			poll_set.conns[i]->role == ROLE_KEPT) &&
 		    now.ms - poll_set.conns[i]->event > COLD_MS)
 			poll_cool(poll_set.conns[i]);
 }

@@ -17184,6 +17184,15 @@ test_style_banned() { # calls and words that proxy.c does without
 	grep -n 'goto ' code > found && fail "goto: $(head -n 1 found)"
 	grep -n 'epoll_\|kqueue\|pthread\|typedef\|__attribute__\|__builtin' \
 	    code > found && fail "$(head -n 1 found)"
+	# No meaning by position: limits and phases alone have an order.
+	awk '/^enum [a-z_]+ {/ { on = $2 != "limit" && $2 != "phase" }
+	/^}/ { on = 0 }
+	on && match($0, /[A-Z0-9]+_[A-Z0-9_]+/) {
+		print "[<>]=* *" substr($0, RSTART, RLENGTH) "[^A-Z0-9_]" }' \
+	    code > ordered
+	[ -s ordered ] || fail "no enum is left to look at"
+	grep -n -f ordered code > found &&
+		fail "by position: $(head -n 1 found)"
 	grep main code > found || fail "no code is left to look at"
 }
 
