@@ -587,6 +587,7 @@ struct entry {
 	int64_t requested, responded; /* wall clock, seconds */
 	int64_t age;                  /* when it came */
 	struct text server;           /* the address that it came from, or - */
+	bool counted;                 /* its head did not tell its length */
 };
 
 /* A part of a body. */
@@ -6727,8 +6728,10 @@ region_parse(struct text rest, struct entry *e)
 	    !region_number(&rest, "requested", &e->requested) ||
 	    !region_number(&rest, "responded", &e->responded) ||
 	    !region_number(&rest, "age", &e->age) ||
-	    !region_field(&rest, "server", &e->server) ||
-	    !region_field(&rest, "pad", &pad) || rest.len < 1 ||
+	    !region_field(&rest, "server", &e->server))
+		return false;
+	e->counted = region_field(&rest, "counted", &pad);
+	if (!region_field(&rest, "pad", &pad) || rest.len < 1 ||
 	    *rest.at != '\n')
 		return false;
 	e->head = text_from(rest, 1);
@@ -6889,6 +6892,8 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 	    (long long)e->requested, (long long)e->responded,
 	    (long long)e->age);
 	buffer_append(b, e->server);
+	if (e->counted)
+		buffer_append(b, text_of("\ncounted: yes"));
 	buffer_append(b, text_of("\npad: "));
 	used = buffer_len(b) + 2 + head.len;
 	wanted = region ?
@@ -7336,6 +7341,8 @@ draft_region(struct exchange *x, const struct response *r, struct draft *d)
 	d->e.requested = q->caching.requested;
 	d->e.responded = now.wall;
 	d->e.age = initial_age(r, q->caching.requested, now.wall);
+	d->e.counted = r->framing == FRAMING_CHUNKED ||
+	    r->framing == FRAMING_CLOSE;
 	d->list->end = d->list->start;
 	stored_head_append(r, d->list);
 	q->caching.region = d->list->overflow ?
@@ -9273,6 +9280,9 @@ access_body(struct exchange *x, struct text piece, bool whole)
 /*
  * The line that says how a request, or its response if r is not NULL, is to
  * be cached; NULL: none does.  e: the entry that r is the head of, or NULL.
+ * It is decided when the head has come, and for an entry by what was known
+ * then: a length that the head does not tell never becomes known here, else
+ * what was stored might not be used.
  */
 static const struct rule *
 cache_rule(const struct exchange *x, const struct request *q,
@@ -9285,8 +9295,13 @@ cache_rule(const struct exchange *x, const struct request *q,
 	if (x->rules->first[GROUP_CACHE] == NULL)
 		return NULL;
 	exchange_view(x, q, &v);
-	if (r != NULL)
-		view_response(&v, r, e ? e->body : response_length(r));
+	if (r != NULL) {
+		view_response(&v, r,
+		    e == NULL      ? response_length(r) :
+			e->counted ? UINT64_MAX :
+				     e->body);
+		v.never |= FACT_LENGTH;
+	}
 	if (e != NULL) {
 		source = address_read(e->server);
 		view_source(&v, &source);

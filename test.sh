@@ -7195,6 +7195,51 @@ END
 	done
 }
 
+test_rules_cache_size() { # nocache and cache by size: decided when the head has come
+	start_ruled -c "$T/cache" -e 'nocache size >5 host a.test' \
+	    -e 'cache 2h not size >5 host b.test' -e 'cache 1h'
+	play -n 'a length that is not told is above no size' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n8\nchunked\l\n0\n\n
+	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees#  2 ^chunked
+	gets#  1 ^GET
+	log    200 8 .* miss=stored
+	log    200 8 .* hit=fresh
+END
+	play -n 'nor not above it' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n3\nok\l\n0\n\n
+	client send GET http://b.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://b.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees~  ^Cache-Status: .*ttl=(3600|359[0-9])
+	log    200 3 .* miss=stored
+	log    200 3 .* hit=fresh
+END
+	play -n 'a length that is told' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 6\n\nlarge\l
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 5\n\ntiny\l
+	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees#  1 ^large
+	sees#  2 ^tiny
+	log    200 6 .* miss=uri-miss
+	log    200 5 .* miss=stored
+	log    200 5 .* hit=fresh
+END
+}
+
 test_rules_cache() { # cache DURATION: in place of the lifetime that is told or guessed
 	start_cache -e 'cache 1h host 127.0.0.1'
 	keeps 'no lifetime' '200 OK' ''
