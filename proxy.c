@@ -986,8 +986,8 @@ struct value {
 	bool bare;          /* it was written without quotes */
 	bool special;       /* a bare word with a meaning: local, mismatch, * */
 	bool above;         /* of a size: above the number, not below */
-	bool request, response; /* of a field: whose */
-	struct text name;       /* of it */
+	bool response;      /* of a field: of the response, not the request */
+	struct text name;   /* of it */
 	union {
 		struct network network;
 		struct numbers numbers;
@@ -4481,15 +4481,13 @@ match_url(const struct value *value, struct view *v)
 	return regexec(&value->as.regex, v->url, 0, NULL, 0) == 0;
 }
 
-/* A field of the request, or of the response if that is known. */
+/* A field of the request, or of the response. */
 static bool
 match_field(const struct value *value, struct view *v)
 {
-	if (value->request &&
-	    field_matches(&v->request->head, value->name, &value->as.regex))
-		return true;
-	return value->response && (v->known & FACT_RESPONSE) &&
-	    field_matches(&v->response->head, value->name, &value->as.regex);
+	return field_matches(value->response ? &v->response->head :
+					       &v->request->head,
+	    value->name, &value->as.regex);
 }
 
 /* The local time, read once for a view. */
@@ -4563,29 +4561,46 @@ match_body(const struct value *value, struct view *v)
 
 /*
  * The subjects: what it takes to tell, and how to.  early: what is known so
- * far may tell that it matches, but not that it does not.
+ * far may tell that it matches, but not that it does not.  single: a message
+ * has one, so that two conditions about it can't both match.  wants: what its
+ * values are.
  */
 static const struct {
 	const char *word;
 	unsigned needs;
 	bool early;
+	bool single;
 	bool (*match)(const struct value *, struct view *);
+	const char *wants;
 } subjects[SUBJECTS] = {
-	[SUBJECT_CLIENT] = { "client", 0, false, match_client },
-	[SUBJECT_USER] = { "user", 0, false, match_user },
-	[SUBJECT_METHOD] = { "method", 0, false, match_method },
-	[SUBJECT_HOST] = { "host", 0, false, match_host },
-	[SUBJECT_LIST] = { "list", 0, false, match_list },
-	[SUBJECT_PORT] = { "port", 0, false, match_port },
-	[SUBJECT_URL] = { "url", 0, false, match_url },
-	[SUBJECT_FIELD] = { "field", FACT_RESPONSE, true, match_field },
-	[SUBJECT_TIME] = { "time", 0, false, match_time },
-	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, false, match_address },
-	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, false, match_status },
-	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, false, match_type },
-	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, true,
-	    match_size },
-	[SUBJECT_BODY] = { "body", FACT_BODY, true, match_body },
+	[SUBJECT_CLIENT] = { "client", 0, false, true, match_client,
+	    "an address or a network such as 10.0.0.0/8, or local" },
+	[SUBJECT_USER] = { "user", 0, false, true, match_user,
+	    "names with blanks between them, or * for any user" },
+	[SUBJECT_METHOD] = { "method", 0, false, true, match_method,
+	    "a method in capitals such as GET" },
+	[SUBJECT_HOST] = { "host", 0, false, true, match_host,
+	    "a host without its port such as example.com, or .example.com "
+	    "for all below it" },
+	[SUBJECT_LIST] = { "list", 0, false, false, match_list, "a file" },
+	[SUBJECT_PORT] = { "port", 0, false, true, match_port,
+	    "a port or a range such as 8000-8999" },
+	[SUBJECT_URL] = { "url", 0, false, false, match_url,
+	    "a regular expression" },
+	[SUBJECT_FIELD] = { "field", 0, false, false, match_field,
+	    "a name and a regular expression" },
+	[SUBJECT_TIME] = { "time", 0, false, false, match_time,
+	    "days such as Mon-Fri, hours such as 08:00-17:30, or both" },
+	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, false, true,
+	    match_address, "an address or a network such as 10.0.0.0/8" },
+	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, false, true, match_status,
+	    "a status or a range such as 500-599" },
+	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, false, true, match_type,
+	    "a type such as text/html or video/*" },
+	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, true, false,
+	    match_size, "a size behind < or > such as >10M" },
+	[SUBJECT_BODY] = { "body", FACT_BODY, true, false, match_body,
+	    "a text" },
 };
 
 /*
@@ -4633,29 +4648,6 @@ rule_refuses(const struct rule *rule, const struct view *v)
 }
 
 /*
- * One line of a group.  Where a request goes and what it says can't wait for
- * the answer, nor for what is said in a tunnel; and how an answer is cached
- * not for the end of it.
- */
-static enum truth
-line_judge(const struct rule *rule, enum rule_group group, struct view *v)
-{
-	static const unsigned late[GROUPS] = {
-		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-		[GROUP_CACHE] = FACT_BODY,
-		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-	};
-	unsigned never = v->never;
-	enum truth truth;
-
-	v->never |= late[group];
-	truth = rule_judge(rule, v);
-	v->never = never;
-	return truth;
-}
-
-/*
  * The lines of a group: the first that holds decides.  One that is open makes
  * the verdict open, unless all that may still decide refuse: then nothing has
  * to be found out.
@@ -4668,7 +4660,7 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 	bool open = false, refuses = true;
 
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = line_judge(rule, group, v);
+		enum truth truth = rule_judge(rule, v);
 
 		if (truth == TRUTH_NO)
 			continue;
@@ -4710,7 +4702,7 @@ rewrites_collect(const struct rules *rules, enum rule_group group,
 	w->n = 0;
 	w->open = false;
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = line_judge(rule, group, v);
+		enum truth truth = rule_judge(rule, v);
 
 		if (truth == TRUTH_YES && w->n < REWRITES_MAX)
 			w->list[w->n++] = rule;
@@ -5037,6 +5029,21 @@ parser_takes(struct parser *p, const char *string)
 	return is;
 }
 
+/* A value of `what` should have come, but there is none. */
+static void
+parser_missing(struct parser *p, const char *what)
+{
+	const struct word *word = &p->words[p->at];
+
+	if (p->at == p->n)
+		parser_error(p, "%s: a value is missing", what);
+	else
+		parser_error(p,
+		    "%s: a value is missing: %.*s begins a condition; write "
+		    "it in quotes to make it a value",
+		    what, (int)word->t.len, word->t.at);
+}
+
 /*
  * Takes a quoted word, whose quote is at *t, apart; what it holds is written
  * over what stood there.  False if there is no other quote.
@@ -5105,15 +5112,23 @@ value_user(struct parser *p, struct condition *c, struct value *value)
 	if (!p->rules->logins)
 		parser_error(p, "nobody can log in: no line `users' before it");
 	value->special = value->bare && text_is(value->text, "*");
-	return true;
+	return !value->bare || value->special ||
+	    (text_find(value->text, '*') == value->text.len &&
+		text_find(value->text, ',') == value->text.len);
 }
 
-/* A method. */
+/* A method; in capitals, unless it is quoted. */
 static bool
 value_method(struct parser *p, struct condition *c, struct value *value)
 {
+	size_t i;
+
 	(void)p;
 	(void)c;
+	for (i = 0; i < value->text.len && value->bare; i++)
+		if (islower((unsigned char)value->text.at[i]) ||
+		    value->text.at[i] == '*')
+			return false;
 	return text_is_token(value->text);
 }
 
@@ -5122,11 +5137,12 @@ static bool
 value_host(struct parser *p, struct condition *c, struct value *value)
 {
 	struct text *t = &value->text;
+	struct address a;
 	size_t i;
 
 	(void)p;
 	(void)c;
-	if (t->len > 1 && t->at[0] == '*')
+	if (text_starts(*t, "*."))
 		*t = text_from(*t, 1);
 	if (t->len > 1 && t->at[t->len - 1] == '.')
 		t->len--;
@@ -5135,7 +5151,8 @@ value_host(struct parser *p, struct condition *c, struct value *value)
 	for (i = 0; i < t->len; i++)
 		if (!is_alnum(t->at[i]) && !strchr("-._~:", t->at[i]))
 			return false;
-	return t->len > 0 && t->len <= HOST_MAX && !text_is(*t, ".");
+	return t->len > 0 && t->len <= HOST_MAX && !text_is(*t, ".") &&
+	    (text_find(*t, ':') == t->len || address_parse(*t, 0, &a));
 }
 
 /* A port or a status, or a range. */
@@ -5157,6 +5174,12 @@ value_regex(struct parser *p, struct condition *c, struct value *value)
 	int error;
 
 	(void)c;
+	if (value->text.len > 0 && strchr("*+?", *value->text.at)) {
+		parser_error(p,
+		    "%.200s: an expression can't begin with %c; any text is .*",
+		    value->text.at, *value->text.at);
+		return false;
+	}
 	error =
 	    regcomp(&value->as.regex, value->text.at, REG_EXTENDED | REG_NOSUB);
 	if (error == 0)
@@ -5182,20 +5205,20 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 {
 	const struct word *word = &p->words[p->at - 1];
 
-	value->request = !word->quoted && text_is(word->t, "request");
 	value->response = !word->quoted && text_is(word->t, "response");
-	if (value->request)
-		c->needs = 0;
-	if (value->request || value->response)
+	c->needs = value->response ? FACT_RESPONSE : 0;
+	if (!word->quoted && (value->response || text_is(word->t, "request")))
 		word = parser_take(p);
-	else
-		value->request = value->response = true;
 	if (word != NULL) {
 		value->name = rules_copy(p->rules, word->t);
 		word = parser_take(p);
 	}
-	if (word == NULL || !text_is_token(value->name) ||
-	    parser_value(p) != NULL) {
+	if (word == NULL) {
+		parser_missing(p, "field");
+		return false;
+	}
+	if (!text_is_token(value->name) || parser_value(p) != NULL ||
+	    text_find(value->name, '*') < value->name.len) {
 		parser_error(p, "field: it wants one name and one expression");
 		return false;
 	}
@@ -5203,47 +5226,61 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 	return value_regex(p, c, value);
 }
 
-/* Days, or hours, or hours behind days. */
+/*
+ * Days, or hours, or hours behind days.  More hours are of the same days; so
+ * days behind hours alone would not be what they look like.
+ */
 static bool
 value_time(struct parser *p, struct condition *c, struct value *value)
 {
-	struct span *span = &value->as.span;
+	struct span *span = &value->as.span, all;
+	const struct value *last = c->values;
 	const struct word *word;
 
-	(void)c;
-	span->days = 127;
+	while (last != NULL && last->next != NULL)
+		last = last->next;
+	span->days = last ? last->as.span.days : 127;
 	span->from = 0;
 	span->to = 1440;
 	if (hours_parse(value->text, &span->from, &span->to))
 		return true;
 	if (!days_parse(value->text, &span->days))
 		return false;
+	if (last != NULL && hours_parse(c->values->text, &all.from, &all.to))
+		parser_error(p,
+		    "time: days stand before their hours, as in "
+		    "Mon-Fri 08:00-17:30");
 	word = parser_value(p);
 	if (word != NULL && hours_parse(word->t, &span->from, &span->to))
 		p->at++;
 	return true;
 }
 
-/* type/subtype, or type and a star. */
+/* type/subtype; a star may be all or the end of the latter. */
 static bool
 value_type(struct parser *p, struct condition *c, struct value *value)
 {
 	size_t slash = text_find(value->text, '/');
+	size_t star = text_find(value->text, '*');
 
 	(void)p;
 	(void)c;
 	return slash + 1 < value->text.len &&
+	    (star == value->text.len ||
+		(star > slash && star + 1 == value->text.len)) &&
 	    text_is_token(text_cut(value->text.at, slash)) &&
 	    text_is_token(text_from(value->text, slash + 1));
 }
 
-/* Above or below a size. */
+/* Above or below a size: one of both is true of nearly everything. */
 static bool
 value_size(struct parser *p, struct condition *c, struct value *value)
 {
-	(void)p;
-	(void)c;
 	value->above = value->text.len > 0 && *value->text.at == '>';
+	if (c->values != NULL && c->values->above != value->above)
+		parser_error(p,
+		    "size: of > and < one is enough to match; write size >1M "
+		    "size <5M for what is between");
 	return value->text.len > 0 &&
 	    (value->above || *value->text.at == '<') &&
 	    size_parse(text_from(value->text, 1), &value->as.numbers.first);
@@ -5329,6 +5366,14 @@ condition_values(struct parser *p, struct condition *c)
 	while (!p->bad && (word = parser_value(p)) != NULL) {
 		struct value *value = rules_cut(p->rules, sizeof(*value));
 
+		if (parser_takes(p, "or") || parser_takes(p, "and")) {
+			parser_error(p,
+			    "%.*s: values and conditions follow each other "
+			    "without a word between them; write it in quotes "
+			    "to make it a value",
+			    (int)word->t.len, word->t.at);
+			return;
+		}
 		p->at++;
 		value->text = rules_copy(p->rules, word->t);
 		value->bare = !word->quoted;
@@ -5336,12 +5381,25 @@ condition_values(struct parser *p, struct condition *c)
 			*end = value;
 			end = &value->next;
 		} else
-			parser_error(p, "%s: %.200s is none",
-			    subjects[c->subject].word, value->text.at);
+			parser_error(p, "%s: not valid: %.*s; write %s",
+			    subjects[c->subject].word,
+			    word->t.len < 100 ? (int)word->t.len : 100,
+			    word->t.at, subjects[c->subject].wants);
 	}
 	if (c->values == NULL)
-		parser_error(p, "%s: a value is missing",
-		    subjects[c->subject].word);
+		parser_missing(p, subjects[c->subject].word);
+}
+
+/* True if c and one before it in the line can't both match. */
+static bool
+condition_repeats(const struct rule *rule, const struct condition *c)
+{
+	const struct condition *other;
+
+	for (other = rule->conditions; other != c; other = other->next)
+		if (other->subject == c->subject && !other->inverted)
+			return subjects[c->subject].single && !c->inverted;
+	return false;
 }
 
 /* All conditions of a line, up to its end. */
@@ -5367,9 +5425,41 @@ conditions_parse(struct parser *p, struct rule *rule)
 		*end = c;
 		end = &c->next;
 		c->needs = subjects[c->subject].needs;
+		if (condition_repeats(rule, c))
+			parser_error(p,
+			    "%s: two conditions can't both match; write all "
+			    "values behind one, as in: %s a b",
+			    subjects[c->subject].word,
+			    subjects[c->subject].word);
 		condition_values(p, c);
 		rule->needs |= c->needs;
 	}
+}
+
+/*
+ * Refuses conditions that would never be known in time: where a request goes
+ * and what it says can't wait for the answer, and how an answer is cached or
+ * changed not for its body.
+ */
+static void
+conditions_check(struct parser *p, const struct rule *rule,
+    enum rule_group group)
+{
+	static const unsigned late[GROUPS] = {
+		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+		[GROUP_CACHE] = FACT_BODY,
+		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+		[GROUP_RESPONSE] = FACT_BODY,
+	};
+	const struct condition *c;
+
+	for (c = rule->conditions; c != NULL; c = c->next)
+		if (c->needs & late[group])
+			parser_error(p,
+			    "%s: what it needs of the response is known too "
+			    "late for this rule; leave it out",
+			    subjects[c->subject].word);
 }
 
 /* ---- actions ---- */
@@ -5564,6 +5654,9 @@ action_name(struct parser *p)
 
 	if (word == NULL)
 		parser_error(p, "the name of a field is missing");
+	else if (text_find(word->t, '*') + 1 < word->t.len)
+		parser_error(p, "%.*s: a star stands at the end of a name",
+		    (int)word->t.len, word->t.at);
 	else if (!name_is_free(word->t))
 		parser_error(p, "%.*s: no field that a rule may touch",
 		    (int)word->t.len, word->t.at);
@@ -5687,6 +5780,7 @@ rule_parse(struct parser *p, const char *text)
 	if (!p->bad)
 		actions[i].parse(p, rule);
 	conditions_parse(p, rule);
+	conditions_check(p, rule, group);
 	rule->refusal = p->foreign     ? REFUSE_FOREIGN :
 	    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED :
 					 REFUSE_RULE;
@@ -5694,6 +5788,19 @@ rule_parse(struct parser *p, const char *text)
 	rule->next = *p->end[group];
 	*p->end[group] = rule;
 	p->end[group] = &rule->next;
+}
+
+/* True if t is a hash as crypt(3), htpasswd(1) or LDAP write them. */
+static bool
+secret_is_hash(struct text t)
+{
+	size_t n = 1;
+
+	while (n < t.len && (is_alnum(t.at[n]) || t.at[n] == '-'))
+		n++;
+	return n > 1 && n < t.len &&
+	    ((*t.at == '$' && t.at[n] == '$') ||
+		(*t.at == '{' && t.at[n] == '}'));
 }
 
 /* One `user:password` of a file. */
@@ -5711,6 +5818,12 @@ account_parse(struct parser *p, struct text line)
 	    line.len - colon - 1 > CREDENTIAL_MAX) {
 		parser_error(p, "not user:password, of %d bytes each at most",
 		    CREDENTIAL_MAX);
+		return;
+	}
+	if (secret_is_hash(text_from(line, colon + 1))) {
+		parser_error(p,
+		    "the password looks hashed; write the password itself, "
+		    "which may not begin with $...$ or {...}");
 		return;
 	}
 	account->user = rules_copy(p->rules, text_cut(line.at, colon));
