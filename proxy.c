@@ -760,6 +760,7 @@ struct exchange {
 	bool served : 1;       /* this connection has had an exchange before */
 	bool close : 1;        /* the client's connection ends after this */
 	bool again : 1;        /* is in the list of those to run */
+	bool local : 1;        /* the client is on this machine */
 	uint64_t number;       /* in the trace */
 	int64_t since;         /* ms: when the phase began */
 	int64_t moved;         /* when a byte last moved */
@@ -1060,6 +1061,7 @@ struct rules {
 struct view {
 	unsigned known, never;         /* facts: known, and never to be known */
 	const struct address *client;  /* who asks */
+	bool local;                    /* from this machine */
 	struct text user;              /* logged in as; `at` is NULL: nobody */
 	const struct request *request; /* what for */
 	struct text host;              /* of the URL, without dots at its end */
@@ -1078,7 +1080,8 @@ struct view {
 /* What the lines of a group come to. */
 struct verdict {
 	enum truth truth;        /* NO: no line holds */
-	const struct rule *rule; /* the one that decides, for YES */
+	const struct rule *rule; /* for YES the one that decides, for OPEN */
+				 /* the first that is open */
 };
 
 /* What the command line says. */
@@ -3426,7 +3429,7 @@ address_is_any(const struct address *a)
 	    memcmp(a->octets, none, sizeof(none)) == 0;
 }
 
-/* A client on this machine. */
+/* An address that only this machine can use. */
 static bool
 address_is_local(const struct address *a)
 {
@@ -4402,7 +4405,7 @@ field_matches(const struct head *h, struct text name, const regex_t *regex)
 static bool
 match_client(const struct value *value, struct view *v)
 {
-	return value->special ? address_is_local(v->client) :
+	return value->special ? v->local :
 				network_has(&value->as.network, v->client);
 }
 
@@ -4671,6 +4674,8 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 			verdict.rule = rule;
 			return verdict;
 		}
+		if (!open)
+			verdict.rule = rule;
 		open = true;
 		if (truth == TRUTH_YES || !refuses)
 			break;
@@ -9146,6 +9151,7 @@ exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
 	    0U;
 	v->client = &x->peer;
+	v->local = x->local;
 	if (x->record.user != NULL)
 		v->user = x->record.user->user;
 	v->request = q;
@@ -9980,6 +9986,7 @@ exchange_take_refresh(const struct exchange *x)
 	y->client.eof = true;
 	y->client.exchange = y;
 	y->peer = x->peer;
+	y->local = x->local;
 	y->refresh = true;
 	exchange_queue(y);
 	return y;
@@ -10546,7 +10553,8 @@ resolve_strike(struct exchange *x, struct view *v)
 			continue;
 		}
 		if (kept == 0)
-			x->record.rule = verdict.rule;
+			x->record.rule =
+			    verdict.truth == TRUTH_YES ? verdict.rule : NULL;
 		stays = stays || verdict.truth == TRUTH_OPEN;
 		q->route.list[kept++] = q->route.list[i];
 	}
@@ -12379,6 +12387,26 @@ exchange_run(struct exchange *x)
 		exchanges.wake = x->deadline;
 }
 
+/*
+ * True if the client at the other end of fd is on this machine: then it comes
+ * from an address that is ours only, or from the very one that it goes to.
+ */
+static bool
+peer_is_local(int fd, const struct address *peer)
+{
+	struct sockaddr_storage storage;
+	socklen_t len = sizeof(storage);
+	struct address here;
+
+	if (address_is_local(peer))
+		return true;
+	if (getsockname(fd, (struct sockaddr *)&storage, &len) == -1)
+		return false;
+	here = address_import((struct sockaddr *)&storage);
+	here.port = peer->port;
+	return address_same(&here, peer);
+}
+
 /* A client came: gives it a slot, which there is, and looks what it says. */
 static void
 exchange_open(int fd, const struct address *peer)
@@ -12394,6 +12422,7 @@ exchange_open(int fd, const struct address *peer)
 		conn_nodelay(&x->client);
 	x->client.readable = x->client.writable = true;
 	x->peer = *peer;
+	x->local = peer_is_local(fd, peer);
 	x->number = exchanges.count + 1;
 	exchange_enter(x, PHASE_REQUEST);
 	exchange_run(x);
@@ -13398,7 +13427,8 @@ trial_resolve(const struct request *q, struct address *a)
 	(void)text_copy(q->target.host, host, sizeof(host));
 	error = getaddrinfo(host, NULL, &hints, &found);
 	if (error != 0) {
-		printf("\taddress: %s\n", gai_strerror(error));
+		printf("\taddress: the name lookup failed: %s\n",
+		    gai_strerror(error));
 		return false;
 	}
 	*a = address_import(found->ai_addr);
@@ -13471,7 +13501,8 @@ trial_wants(const struct exchange *x, const struct request *q)
 static void
 trial_route(const struct verdict *route)
 {
-	const struct parent *p = route->rule ? route->rule->parents : NULL;
+	const struct parent *p =
+	    route->truth == TRUTH_YES ? route->rule->parents : NULL;
 	const char *mark = p && strchr(p->host, ':') ? "[]" : "";
 	char words[HOST_MAX + 40] = "direct";
 
@@ -13479,21 +13510,42 @@ trial_route(const struct verdict *route)
 		(void)snprintf(words, sizeof(words), "via %s://%.1s%s%s:%u",
 		    p->kind == PARENT_HTTP ? "http" : "socks5", mark, p->host,
 		    mark[0] ? mark + 1 : "", p->port);
-	trial_print("route", route->truth == TRUTH_OPEN ? "open" : words,
+	trial_print("route",
+	    route->truth == TRUTH_OPEN ? "open, it needs the server's address" :
+					 words,
 	    route->rule);
+}
+
+/* What access comes to; if it is open, what the line lacks that is. */
+static void
+trial_access(const struct verdict *access, struct view *v)
+{
+	static const char *const done[] = { [ACTION_ALLOW] = "allow",
+		[ACTION_DENY] = "deny",
+		[ACTION_LOGIN] = "login",
+		[ACTION_DROP] = "drop" };
+	const struct condition *c = access->rule->conditions;
+	char words[80];
+
+	if (access->truth == TRUTH_YES) {
+		trial_print("access", done[access->rule->action], access->rule);
+		return;
+	}
+	while (c->next != NULL && condition_judge(c, v) != TRUTH_OPEN)
+		c = c->next;
+	(void)snprintf(words, sizeof(words), "open, it needs the %s%s",
+	    c->needs & FACT_ADDRESS ? "server's " : "response's ",
+	    subjects[c->subject].word);
+	trial_print("access", words, access->rule);
 }
 
 /*
  * One -T: what would happen.  The server's name is looked up if, and only if,
- * the verdict depends on its address.  True if it is not denied.
+ * the verdict depends on its address.  Returns the exit status.
  */
-static bool
+static int
 trial_run(char *words)
 {
-	static const char *const access[] = { [ACTION_ALLOW] = "allow",
-		[ACTION_DENY] = "deny",
-		[ACTION_LOGIN] = "login",
-		[ACTION_DROP] = "drop" };
 	struct buffer *head = buffer_take();
 	struct account user = { NULL, { NULL, 0 }, { NULL, 0 } };
 	struct verdict verdict, route;
@@ -13505,10 +13557,11 @@ trial_run(char *words)
 	memset(&x, 0, sizeof(x));
 	if (head == NULL || q == NULL) {
 		die("no memory");
-		return false;
+		return 1;
 	}
 	printf("%s\n", words);
 	trial_build(&x, words, &user, head);
+	x.local = address_is_local(&x.peer);
 	x.record.user = user.user.at ? &user : NULL;
 	x.rules = rules_now;
 	x.request = q;
@@ -13522,35 +13575,35 @@ trial_run(char *words)
 		(verdict.truth == TRUTH_OPEN && trial_wants(&x, q))) &&
 	    trial_resolve(q, &x.record.server))
 		trial_judge(&x, q, &verdict, &route);
-	trial_print("access",
-	    verdict.truth == TRUTH_YES ? access[verdict.rule->action] :
-					 "open, the response decides",
-	    verdict.rule);
-	trial_route(&route);
 	exchange_view(&x, q, &v);
+	trial_access(&verdict, &v);
+	trial_route(&route);
 	denied = verdict.truth == TRUTH_YES && rule_refuses(verdict.rule, &v);
 	if (options.cache != NULL)
 		trial_cache(&x, q);
 	buffer_give(&head);
 	request_drop(&q);
-	return !denied;
+	return denied                                                ? 1 :
+	    verdict.truth == TRUTH_OPEN || route.truth == TRUTH_OPEN ? 3 :
+								       0;
 }
 
-/* All -T; exit status 1 if one is denied. */
+/* All -T; of their exit statuses 1 goes before 3. */
 static void
 trials_run(void)
 {
-	bool good = true;
+	int worst = 0;
 	unsigned i;
 
 	for (i = 0; i < options.trials_n; i++) {
 		char *copy = strdup(options.trials[i]);
+		int status = copy == NULL ? 1 : trial_run(copy);
 
-		if (copy == NULL || !trial_run(copy))
-			good = false;
+		if (worst == 0 || status == 1)
+			worst = status;
 		free(copy);
 	}
-	exit(good ? 0 : 1);
+	exit(worst);
 }
 
 /* Says where we are and how to use it. */

@@ -50,7 +50,7 @@
 set -u
 LC_ALL=C
 export LC_ALL
-unset http_proxy https_proxy HTTPS_PROXY all_proxy no_proxy NO_COLOR PEER_MS
+unset http_proxy https_proxy HTTPS_PROXY all_proxy no_proxy NO_COLOR PEER_MS PEER_FROM
 
 here=$(cd "$(dirname "$0")" && pwd)
 self=$here/$(basename "$0")
@@ -901,6 +901,20 @@ read_stdin(void)
 	return t.bytes;
 }
 
+/* Binds to the IPv4 address $PEER_FROM, if it is set. */
+static int
+dial_from(int fd)
+{
+	struct sockaddr_in in;
+
+	if (getenv("PEER_FROM") == NULL)
+		return 0;
+	memset(&in, 0, sizeof(in));
+	in.sin_family = AF_INET;
+	in.sin_addr.s_addr = inet_addr(getenv("PEER_FROM"));
+	return bind(fd, (struct sockaddr *)&in, sizeof(in));
+}
+
 /* Connects to "/path", "host:port" or "[v6]:port"; numeric only. */
 static int
 dial(const char *where)
@@ -937,7 +951,8 @@ dial(const char *where)
 	if (getaddrinfo(host, colon + 1, &hints, &a) != 0)
 		return -1;
 	fd = socket(a->ai_family, SOCK_STREAM, 0);
-	if (fd != -1 && connect(fd, a->ai_addr, a->ai_addrlen) == -1) {
+	if (fd != -1 && ((a->ai_family == AF_INET && dial_from(fd) == -1) ||
+		connect(fd, a->ai_addr, a->ai_addrlen) == -1)) {
 		close(fd);
 		fd = -1;
 	}
@@ -4521,10 +4536,12 @@ END
 }
 
 test_names_guard() { # who is not local reaches nothing on loopback
-	me=$("$peer" myself) || skip "this machine has no address but loopback"
+	need_me
 	start_proxy -l "$me:0"
 	grep 'a rule lets them in' err > /dev/null ||
 		fail "no warning beyond loopback"
+	stop_proxy
+	start_proxy
 	for host in 127.0.0.1 127.1.2.3 '[::1]' 0.0.0.0 '[::]' 169.254.1.1 \
 	    '[fe80::1]' 224.0.0.1 '[ff02::1]' 255.255.255.255 \
 	    '[::ffff:127.0.0.1]'; do
@@ -4543,7 +4560,7 @@ test_names_guard() { # who is not local reaches nothing on loopback
 		log    " 403 .* why="
 END
 	done
-	start_proxy -l "$me:0" -e "allow client $me"
+	start_proxy -e "allow client $me"
 	play -n 'another address of this machine is no secret' <<END
 	origin -a $me
 	origin head
@@ -5009,9 +5026,12 @@ basic() {
 	printf 'Basic %s' "$(printf '%s' "$1" | "$peer" base64)"
 }
 
-# An address of this machine for clients that are not local, or skips.
+# An address of this machine, or skips; clients come from there.  To a proxy at
+# another address they are not local, as all are that come from elsewhere.
 need_me() {
 	me=$("$peer" myself) || skip "this machine has no address but loopback"
+	PEER_FROM=$me
+	export PEER_FROM
 }
 
 need_second_loopback() {
@@ -5884,6 +5904,35 @@ END
 END
 }
 
+test_rules_client_here() { # local: every address of this machine
+	need_me
+	unset PEER_FROM
+	plain_origin
+	start_proxy -l "$me:0"
+	play -n 'the address that the banner tells works from here' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\nok\l
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send CONNECT %O HTTP/1.1\nHost: x\n\n
+	client answer head
+	sees   ok\l
+	sees~  ^HTTP/1.1 200
+END
+	for from in "$me" 127.0.0.1; do
+		PEER_FROM=$from
+		export PEER_FROM
+		holds 'client local' -l ":0" <<'END'
++ GET http://%O/
+END
+	done
+	start_ruled -e 'deny client local'
+	gives 403 http://%O/ || fail "from 127.0.0.1: $(head -n 1 a)"
+	PEER_FROM=$me
+	gives 403 http://%O/ || fail "from $me: $(head -n 1 a)"
+	last_line ' rule=built-in:1( |$)'
+}
+
 test_rules_client_elsewhere() { # clients that are not local
 	need_me
 	origin far -a "$me" <<'END'
@@ -5891,12 +5940,12 @@ head
 send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 loop
 END
-	start_ruled -l "$me:0" -e "deny 450 client local" -e "allow client $me/32"
+	start_ruled -e "deny 450 client local" -e "allow client $me/32"
 	gives 200 http://%O/ || fail "allowed: $(head -n 1 a)"
 	last_line "^$me - - " ' rule=-e:2( |$)'
-	start_ruled -l "$me:0" -e "deny 450 not client local" -e 'allow'
+	start_ruled -e "deny 450 not client local" -e 'allow'
 	gives 450 http://%O/ || fail "not local: $(head -n 1 a)"
-	start_ruled -l "$me:0" -e "allow client 198.51.100.0/24"
+	start_ruled -e "allow client 198.51.100.0/24"
 	gives 403 http://%O/ || fail "not allowed: $(head -n 1 a)"
 }
 
@@ -6658,7 +6707,7 @@ head
 send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 loop
 END
-	start_rules -l "$me:0" <<'END'
+	start_rules <<'END'
 users people
 login not client 198.51.100.0/24
 END
@@ -7231,7 +7280,8 @@ END
 	untouched o
 	gives 200 http://b.example:%p/ || fail "b: $(head -n 1 a)"
 	me=$("$peer" myself) || return 0
-	start_rules -l "$me:0" <<END
+	need_me
+	start_rules <<END
 via http://$dead direct
 allow client $me
 END
@@ -7646,7 +7696,7 @@ head
 send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 loop
 END
-	start_rules -l "$me:0" <<END
+	start_rules <<END
 allow client $me
 END
 	gives 200 http://%O/ || fail "not allowed: $(head -n 1 a)"
@@ -7664,7 +7714,7 @@ END
 	asks CONNECT %O
 	head -n 1 a | grep ' 403 ' > /dev/null || fail "CONNECT: $(head -n 1 a)"
 	last_line ' rule=built-in:2( |$)'
-	start_rules -l "$me:0" <<END
+	start_rules <<END
 allow client $me address 127.0.0.1 port $near
 allow client $me method CONNECT port $origin_port
 guard
@@ -7694,7 +7744,7 @@ head
 send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 loop
 END
-	start_proxy -l "$me:0"
+	start_proxy
 	gives 403 http://%O/ || fail "GET: $(head -n 1 a)"
 	grep -F "allow client $me" a > /dev/null ||
 		fail "the page does not tell the line to add: $(tail -n 3 a)"
@@ -7702,8 +7752,7 @@ END
 	asks CONNECT "$me:443"
 	head -n 1 a | grep ' 403 ' > /dev/null || fail "CONNECT: $(head -n 1 a)"
 	untouched far
-	stop_proxy
-	start_proxy
+	unset PEER_FROM
 	gives 200 http://%O/ || fail "local: $(head -n 1 a)"
 	asks CONNECT %O
 	head -n 1 a | grep ' 200 ' > /dev/null || fail "local: $(head -n 1 a)"
@@ -7801,9 +7850,9 @@ END
 		fail "access: $(cat out)"
 	grep '^	route: direct$' out > /dev/null || fail "route: $(cat out)"
 	run_proxy -f rules -T http://video.example/
-	[ $status = 0 ] || fail "open: exit status $status: $(cat errors)"
-	grep '^	access: .*open' out > /dev/null ||
-		fail "the type is not said to be open: $(cat out)"
+	[ $status = 3 ] || fail "open: exit status $status: $(cat errors)"
+	grep "^	access: open, it needs the response's type (rules:3: " out \
+	    > /dev/null || fail "the type is not said to be open: $(cat out)"
 	run_proxy -f rules -T http://films.example/
 	[ $status = 1 ] || fail "denied: exit status $status"
 	grep '^	access: deny.*rules:2: deny 451' out > /dev/null ||
@@ -7882,6 +7931,17 @@ test_rules_try_client() { # -T: the edges of networks
 1 2001:db8::7/127 2001:db8::8
 0 ::/0 2001:db8::8
 END
+	# From this machine is who comes from loopback.
+	while read -r want address; do
+		run_proxy -T "http://192.0.2.1/ client $address"
+		[ $status = "$want" ] || fail "$address: exit status $status"
+	done <<'END'
+0 127.0.0.1
+0 127.9.9.9
+0 ::1
+1 10.0.0.1
+1 2001:db8::1
+END
 }
 
 test_rules_try_lookup() { # -T: a name is looked up only if a line asks for its address
@@ -7914,9 +7974,39 @@ test_rules_try_open() { # -T: what the response decides needs no look-up; of a t
 	grep '^	access: allow (built-in:3: ' out > /dev/null ||
 		fail "a tunnel has no type: $(cat out)"
 	run_proxy -e 'deny type a/b' -e 'deny body x' -T http://f.example/
-	[ $status = 0 ] || fail "exit status $status"
-	grep '^	access: .*open' out > /dev/null || fail "prints $(cat out)"
+	[ $status = 3 ] || fail "exit status $status"
+	grep '^	access: open' out > /dev/null || fail "prints $(cat out)"
 	[ ! -s names ] || fail "looked up: $(tr '\n' ' ' < names)"
+	# What is missing; of several verdicts the worst.
+	while read -r fact rule; do
+		run_proxy -e "deny $rule" -T http://192.0.2.9/
+		[ $status = 3 ] || fail "$rule: exit status $status"
+		grep "^	access: open, it needs the response's $fact (-e:1: " \
+		    out > /dev/null || fail "$rule: prints $(cat out)"
+	done <<'END'
+status status 500
+type host 192.0.2.9 not type a/b status 500
+size size >10
+field field response X-A b
+body body x
+END
+	run_proxy -e 'deny type a/b host a' -e 'deny host b' -T http://a/ -T http://c/
+	[ $status = 3 ] || fail "open, then allowed: exit status $status"
+	run_proxy -e 'deny type a/b host a' -e 'deny host b' -T http://a/ -T http://b/
+	[ $status = 1 ] || fail "open, then denied: exit status $status"
+	run_proxy -e 'deny type a/b host a' -e 'deny host b' -T http://b/ -T http://a/
+	[ $status = 1 ] || fail "denied, then open: exit status $status"
+	# A name that can't be looked up.
+	NAME_ADDRESSES=
+	run_proxy -e 'deny address 192.0.2.0/24' -T http://h.example/
+	[ $status = 3 ] || fail "no name: exit status $status: $(cat out)"
+	grep "^	address: the name lookup failed: ." out > /dev/null &&
+		grep "^	access: open, it needs the server's address (-e:1: " \
+		    out > /dev/null || fail "no name: prints $(cat out)"
+	run_proxy -e 'direct address 192.0.2.0/24' -T http://h.example/
+	[ $status = 3 ] || fail "no way: exit status $status: $(cat out)"
+	grep "^	route: open, it needs the server's address (-e:1: " out \
+	    > /dev/null || fail "no way: prints $(cat out)"
 }
 
 test_rules_try_route() { # -T: which parent is told, as in the manual
@@ -8522,7 +8612,7 @@ send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 loop
 END
 	for mine in "$me" 198.51.100.0/24; do
-		start_rules -l "$me:0" <<END
+		start_rules <<END
 users people
 allow client $mine method GET HEAD
 allow user alice
@@ -14090,8 +14180,8 @@ test_match_hello() { # a ClientHello: cut, split, changed at every byte
 }
 
 test_regress_rules_fallback() { # a parent is gone: going directly, addresses are judged
-	me=$("$peer" myself) || skip "this machine has no address but loopback"
-	start_names 127.0.0.1 -- -l "$me:0" \
+	need_me
+	start_names 127.0.0.1 -- \
 	    -e 'via http://127.0.0.1:1 direct' -e "allow client $me"
 	play -n 'a name of loopback, by the way behind the parent' <<'END'
 	origin head
@@ -14210,7 +14300,8 @@ END
 }
 
 test_regress_rules_validated() { # an entry that is validated is judged by where it came from
-	me=$("$peer" myself) || skip "this machine has no address but loopback"
+	need_me
+	unset PEER_FROM
 	name=a start_names 127.0.0.1 -- -c "$T/cache"
 	origin o <<'END'
 head
@@ -14228,7 +14319,8 @@ head
 send HTTP/1.1 304 Not Modified\nETag: "a"\nCache-Control: max-age=60\n\n
 loop
 END
-	start_names "$me" -- -c "$T/cache" -l "$me:0" -e "allow client $me"
+	need_me
+	start_names "$me" -- -c "$T/cache" -e "allow client $me"
 	client b <<'END'
 send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
 answer
@@ -15900,6 +15992,34 @@ is_guarded(const struct address *a)
 	return rule_judge(rules_now->first[GROUP_ACCESS], &v) == TRUTH_YES;
 }
 
+/* Who is on this machine; a socket that is not bound has the address 0.0.0.0. */
+static void
+unit_local(void)
+{
+	static const struct {
+		const char *peer;
+		bool local;
+	} table[] = {
+		{ "127.0.0.1", true }, { "127.9.9.9", true }, { "::1", true },
+		{ "0.0.0.0", true }, { "10.0.0.9", false }, { "::", false },
+		{ "::ffff:127.0.0.1", true }, { "128.0.0.1", false },
+		{ "2001:db8::1", false },
+	};
+	int fd = socket(AF_INET, SOCK_STREAM, 0);
+	struct address peer;
+	size_t i;
+
+	for (i = 0; i < COUNT(table); i++) {
+		(void)address_parse(text_of(table[i].peer), 4242, &peer);
+		if (peer_is_local(fd, &peer) != table[i].local)
+			unit_fail("local", table[i].peer, "", 0);
+	}
+	(void)address_parse(text_of("10.0.0.9"), 4242, &peer);
+	if (peer_is_local(-1, &peer))
+		unit_fail("local", "no socket", "", 0);
+	(void)close(fd);
+}
+
 static void
 unit_addresses(void)
 {
@@ -15937,6 +16057,7 @@ unit_addresses(void)
 	};
 	size_t i;
 
+	unit_local();
 	for (i = 0; i < COUNT(table); i++) {
 		struct address a;
 		char print[ADDRESS_TEXT] = "";
