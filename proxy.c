@@ -441,6 +441,14 @@ enum refusal {
 	REFUSALS
 };
 
+/* Where the cause of a refusal lies: what may still be tried. */
+enum cause {
+	CAUSE_OTHER, /* nothing */
+	CAUSE_RULE,  /* a rule; nothing */
+	CAUSE_WAY,   /* the server can't be reached: another parent may help */
+	CAUSE_ANSWER /* its answer: as for the way, a stale entry may */
+};
+
 /* Who or what ended an exchange; table `ends` has the log's words. */
 enum end {
 	END_DONE,   /* the response reached the client whole */
@@ -615,6 +623,7 @@ struct exchange {
 	bool served : 1;       /* this connection has had an exchange before */
 	bool close : 1;        /* the client's connection ends after this */
 	bool again : 1;        /* is in the list of those to run */
+	bool local : 1;        /* the client is on this machine */
 	uint64_t number;       /* in the trace */
 	int64_t since;         /* ms: when the phase began */
 	int64_t moved;         /* when a byte last moved */
@@ -816,14 +825,21 @@ static struct {
 	uint64_t lost; /* lines that nobody took, since one was taken */
 } logs = { .fd = STDOUT_FILENO };
 
-/* Reads both clocks; once a turn, so that all of a turn happens at once. */
-static void
-clock_read(void)
+/* The monotonic clock in us. */
+static int64_t
+clock_us(void)
 {
 	struct timespec monotonic;
 
 	(void)clock_gettime(CLOCK_MONOTONIC, &monotonic);
-	now.us = (int64_t)monotonic.tv_sec * 1000000 + monotonic.tv_nsec / 1000;
+	return (int64_t)monotonic.tv_sec * 1000000 + monotonic.tv_nsec / 1000;
+}
+
+/* Reads both clocks; once a turn, so that all of a turn happens at once. */
+static void
+clock_read(void)
+{
+	now.us = clock_us();
 	now.ms = now.us / 1000;
 	now.wall = time(NULL);
 }
@@ -2123,11 +2139,12 @@ other_find(const struct hop *hop)
 
 static const struct {
 	int status;
+	enum cause cause;
 	const char *error; /* RFC 9209 section 2.3 */
 	const char *words;
 } refusals[REFUSALS] = {
-#define CLIENT "http_request_error"
-#define SERVER "http_protocol_error"
+#define CLIENT CAUSE_OTHER, "http_request_error"
+#define SERVER CAUSE_OTHER, "http_protocol_error"
 	[REFUSE_BARE_LF] = { 400, CLIENT, "a line does not end in CR LF" },
 	[REFUSE_CONTROL] = { 400, CLIENT, "a control byte in the head" },
 	[REFUSE_TLS] = { 400, CLIENT,
@@ -2181,7 +2198,7 @@ static const struct {
 	[REFUSE_BODY_CUT] = { 400, CLIENT, "the request body was cut short" },
 	[REFUSE_BODY_SLOW] = { 408, CLIENT, "the request body stopped coming" },
 	[REFUSE_SLOW] = { 408, CLIENT, "the request's head came too slowly" },
-	[REFUSE_BUSY] = { 503, "connection_limit_reached",
+	[REFUSE_BUSY] = { 503, CAUSE_OTHER, "connection_limit_reached",
 	    "too many names are being looked up" },
 	[REFUSE_PAGE] = { 404, CLIENT, "the proxy has no such page" },
 	[REFUSE_PAGE_METHOD] = { 405, CLIENT,
@@ -2190,56 +2207,62 @@ static const struct {
 	    "only-if-cached, and nothing fit is stored" },
 	[REFUSE_CONDITION] = { 412, CLIENT,
 	    "what is stored does not meet the request's condition" },
-	[REFUSE_LOOP_VIA] = { 508, "proxy_loop_detected",
+	[REFUSE_LOOP_VIA] = { 508, CAUSE_OTHER, "proxy_loop_detected",
 	    "this request has passed here before" },
-	[REFUSE_LOOP] = { 508, "proxy_loop_detected",
+	[REFUSE_LOOP] = { 508, CAUSE_OTHER, "proxy_loop_detected",
 	    "this address is the proxy's own" },
-	[REFUSE_GUARDED] = { 403, "destination_ip_prohibited",
+	[REFUSE_GUARDED] = { 403, CAUSE_RULE, "destination_ip_prohibited",
 	    "a rule forbids this address" },
-	[REFUSE_RULE] = { 403, "http_request_denied", "a rule forbids this" },
-	[REFUSE_FOREIGN] = { 403, "http_request_denied",
+	[REFUSE_RULE] = { 403, CAUSE_RULE, "http_request_denied",
+	    "a rule forbids this" },
+	[REFUSE_FOREIGN] = { 403, CAUSE_RULE, "http_request_denied",
 	    "this client may not use the proxy" },
-	[REFUSE_USER] = { 407, "http_request_denied",
+	[REFUSE_USER] = { 407, CAUSE_RULE, "http_request_denied",
 	    "a user and password are needed" },
-	[REFUSE_PASSWORD] = { 407, "http_request_denied",
+	[REFUSE_PASSWORD] = { 407, CAUSE_RULE, "http_request_denied",
 	    "wrong user or password" },
-	[REFUSE_NAME] = { 502, "dns_error", "the name lookup failed" },
-	[REFUSE_NAME_SLOW] = { 504, "dns_timeout",
+	[REFUSE_NAME] = { 502, CAUSE_WAY, "dns_error",
+	    "the name lookup failed" },
+	[REFUSE_NAME_SLOW] = { 504, CAUSE_WAY, "dns_timeout",
 	    "the name lookup took too long" },
-	[REFUSE_FAMILY] = { 502, "destination_ip_unroutable",
+	[REFUSE_FAMILY] = { 502, CAUSE_WAY, "destination_ip_unroutable",
 	    "no address of the family that it may leave by" },
-	[REFUSE_CONNECTION] = { 502, "connection_refused",
+	[REFUSE_CONNECTION] = { 502, CAUSE_WAY, "connection_refused",
 	    "the connection was refused" },
-	[REFUSE_UNREACHABLE] = { 502, "destination_ip_unroutable",
+	[REFUSE_UNREACHABLE] = { 502, CAUSE_WAY, "destination_ip_unroutable",
 	    "the server can't be reached" },
-	[REFUSE_CONNECT_SLOW] = { 504, "connection_timeout",
+	[REFUSE_CONNECT_SLOW] = { 504, CAUSE_WAY, "connection_timeout",
 	    "connecting took too long" },
-	[REFUSE_CONNECT] = { 502, "destination_unavailable",
+	[REFUSE_CONNECT] = { 502, CAUSE_WAY, "destination_unavailable",
 	    "connecting failed" },
-	[REFUSE_CLOSED] = { 502, "connection_terminated",
+	[REFUSE_CLOSED] = { 502, CAUSE_ANSWER, "connection_terminated",
 	    "the server closed without an answer" },
-	[REFUSE_RESET] = { 502, "connection_terminated",
+	[REFUSE_RESET] = { 502, CAUSE_ANSWER, "connection_terminated",
 	    "the server broke the connection without an answer" },
-	[REFUSE_EARLY] = { 502, SERVER, "an answer before the request" },
-	[REFUSE_ANSWER] = { 502, SERVER, "the answer is not valid HTTP" },
-	[REFUSE_ANSWER_LONG] = { 502, "http_response_header_section_size",
+	[REFUSE_EARLY] = { 502, CAUSE_ANSWER, "http_protocol_error",
+	    "an answer before the request" },
+	[REFUSE_ANSWER] = { 502, CAUSE_ANSWER, "http_protocol_error",
+	    "the answer is not valid HTTP" },
+	[REFUSE_ANSWER_LONG] = { 502, CAUSE_ANSWER,
+	    "http_response_header_section_size",
 	    "the answer's head is too long" },
-	[REFUSE_ANSWER_SLOW] = { 504, "http_response_timeout",
+	[REFUSE_ANSWER_SLOW] = { 504, CAUSE_ANSWER, "http_response_timeout",
 	    "the server did not answer in time" },
 	[REFUSE_INTERIM] = { 502, SERVER, "too many interim answers" },
-	[REFUSE_UPGRADE] = { 502, "http_upgrade_failed",
+	[REFUSE_UPGRADE] = { 502, CAUSE_OTHER, "http_upgrade_failed",
 	    "a switch of protocols that nobody asked for" },
 	[REFUSE_LOGIN] = { 502, SERVER,
 	    "the server asked for a login as if it were a proxy" },
-	[REFUSE_PARENT_LOGIN] = { 502, "proxy_configuration_error",
+	[REFUSE_PARENT_LOGIN] = { 502, CAUSE_OTHER, "proxy_configuration_error",
 	    "the parent proxy does not accept our login" },
-	[REFUSE_PARENT] = { 502, "proxy_internal_response",
+	[REFUSE_PARENT] = { 502, CAUSE_OTHER, "proxy_internal_response",
 	    "the parent proxy did not do as asked" },
-	[REFUSE_CUT_SHORT] = { 502, "http_response_incomplete",
+	[REFUSE_CUT_SHORT] = { 502, CAUSE_OTHER, "http_response_incomplete",
 	    "the answer was cut short" },
-	[REFUSE_IDLE] = { 504, "connection_read_timeout",
+	[REFUSE_IDLE] = { 504, CAUSE_OTHER, "connection_read_timeout",
 	    "no byte moved for too long" },
-	[REFUSE_MEMORY] = { 503, "proxy_internal_error", "out of memory" }
+	[REFUSE_MEMORY] = { 503, CAUSE_OTHER, "proxy_internal_error",
+	    "out of memory" }
 #undef CLIENT
 #undef SERVER
 };
@@ -2656,9 +2679,8 @@ method_parse(struct text t)
 	};
 	size_t i;
 
-	for (i = METHOD_GET; i <= METHOD_CONNECT; i++)
-		if (strlen(methods[i]) == t.len &&
-		    memcmp(methods[i], t.at, t.len) == 0)
+	for (i = 0; i < sizeof(methods) / sizeof(methods[0]); i++)
+		if (methods[i] != NULL && text_equals(t, text_of(methods[i])))
 			return (enum method)i;
 	return METHOD_OTHER;
 }
@@ -2955,7 +2977,8 @@ chunk_byte(struct flow *f, char c)
 		f->left = f->left << 4 | (uint64_t)digit;
 		return ++f->digits <= CHUNK_DIGITS_MAX && f->left <= INT64_MAX;
 	}
-	if (f->chunk <= CHUNK_EXTENSION) {
+	if (f->chunk == CHUNK_SIZE || f->chunk == CHUNK_BLANK ||
+	    f->chunk == CHUNK_EXTENSION) {
 		if (f->digits == 0)
 			return false;
 		if (c == '\r')
@@ -3201,6 +3224,9 @@ enum {
 	LABEL_MAX = 63,
 	/* A line of a list of domains, its LF not counted. */
 	LIST_LINE = 1000,
+	/* A list is read in such pieces, for this long a turn. */
+	LIST_BLOCK = 4096,
+	LIST_STEP_US = 1000,
 	/* Domains in one list: 1.2 GB. */
 	LIST_DOMAINS = 100000000,
 	/* A duration in a rule: ten years are as good as for ever. */
@@ -3290,14 +3316,21 @@ enum list_bit {
 
 /* The domains of one file.  Their names are gone: only hashes are left. */
 struct list {
-	uint64_t *slots; /* open addressing; NULL while they are counted */
-	size_t size;     /* slots; one at least is empty */
-	size_t room;     /* names that the first of two passes has found */
-	size_t names;    /* found in this pass; the same one may come twice */
-	size_t read;     /* lines */
-	size_t used;     /* names that differ, exceptions too */
-	size_t skipped;  /* lines with something that was not understood */
-	int64_t ms;      /* that loading it took */
+	uint64_t *slots;  /* open addressing; NULL while they are counted */
+	size_t size;      /* slots; one at least is empty */
+	size_t room;      /* names that the first of two passes has found */
+	size_t names;     /* found in this pass; the same one may come twice */
+	size_t read;      /* lines */
+	size_t used;      /* names that differ, exceptions too */
+	size_t skipped;   /* lines with something that was not understood */
+	int64_t ms;       /* from its first step to its last */
+	int64_t begun;    /* us: the time of the first */
+	const char *path; /* of the file */
+	const char *file; /* where the rule stands that names it */
+	unsigned line;    /* there; 0: the file's name says it all */
+	int fd;           /* of the file while it is read, or -1 */
+	size_t len;       /* of the line that is not whole yet */
+	char text[LIST_LINE + 1]; /* that line */
 };
 
 /* What a rule does. */
@@ -3368,8 +3401,8 @@ struct value {
 	bool bare;          /* it was written without quotes */
 	bool special;       /* a bare word with a meaning: local, mismatch, * */
 	bool above;         /* of a size: above the number, not below */
-	bool request, response; /* of a field: whose */
-	struct text name;       /* of it */
+	bool response;      /* of a field: of the response, not the request */
+	struct text name;   /* of it */
 	union {
 		struct network network;
 		struct numbers numbers;
@@ -3398,6 +3431,7 @@ struct rule {
 	const char *text;   /* as it was written, but for passwords */
 	unsigned needs;     /* facts that its conditions take */
 	struct condition *conditions; /* all must hold */
+	enum refusal refusal;         /* of ACTION_DENY and ACTION_DROP */
 	int status;                   /* of ACTION_DENY */
 	struct text name;             /* of a field */
 	struct text words;            /* its value; of ACTION_DENY the reason */
@@ -3411,13 +3445,6 @@ struct rule {
 struct account {
 	struct account *next;
 	struct text user, password;
-};
-
-/* A list that rules refer to; the old and the new rules may share it. */
-struct shared_list {
-	struct list list;
-	unsigned refs;                /* rules that use it */
-	char path[LIST_PATH_MAX + 1]; /* as the rules name it */
 };
 
 /* Memory of rules: pieces are cut from it and go all at once. */
@@ -3440,13 +3467,15 @@ struct rules {
 	unsigned needles_n;         /* how many of the next there are */
 	struct needle *needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
 	unsigned lists_n;                    /* how many of the next */
-	struct shared_list *lists[LISTS_MAX];
+	unsigned lists_read;                 /* of them were read */
+	struct list *lists[LISTS_MAX];
 };
 
 /* What is known when lines are judged; see exchange_view(). */
 struct view {
 	unsigned known, never;         /* facts: known, and never to be known */
 	const struct address *client;  /* who asks */
+	bool local;                    /* from this machine */
 	struct text user;              /* logged in as; `at` is NULL: nobody */
 	const struct request *request; /* what for */
 	struct text host;              /* of the URL, without dots at its end */
@@ -3465,10 +3494,13 @@ struct view {
 /* What the lines of a group come to. */
 struct verdict {
 	enum truth truth;        /* NO: no line holds */
-	const struct rule *rule; /* the one that decides, for YES */
+	const struct rule *rule; /* for YES the one that decides, for OPEN */
+				 /* the first that is open */
 };
 
 static struct rules *rules_now; /* those in force */
+
+static struct rules *rules_next; /* being read to replace them, or NULL */
 
 static const char built_in[] = "built-in";
 
@@ -3496,7 +3528,7 @@ address_is_any(const struct address *a)
 	    memcmp(a->octets, none, sizeof(none)) == 0;
 }
 
-/* A client on this machine. */
+/* An address that only this machine can use. */
 static bool
 address_is_local(const struct address *a)
 {
@@ -4092,22 +4124,6 @@ list_make(struct list *list, size_t n)
 	return list->slots != NULL;
 }
 
-/* Moves to fewer slots if so many names came twice that half are empty. */
-static void
-list_shrink(struct list *list)
-{
-	struct list small = *list;
-	size_t i;
-
-	if (list->size <= 2 * list->used || !list_make(&small, list->used))
-		return;
-	for (i = 0; i < list->size; i++)
-		if (list->slots[i] != 0)
-			*list_slot(&small, list->slots[i]) = list->slots[i];
-	free(list->slots);
-	*list = small;
-}
-
 /*
  * Takes a name in, or an exception; in the first pass it is only counted.
  * Returns false if it is no domain.
@@ -4291,118 +4307,126 @@ list_line(struct list *list, struct text line)
 	return list_add_tree(list, line);
 }
 
+/* The line that was gathered has come to its end. */
+static void
+list_line_end(struct list *list)
+{
+	struct text t = text_cut(list->text, list->len);
+
+	if (list->read++ == 0 && text_starts(t, "\xef\xbb\xbf"))
+		t = text_from(t, 3);
+	if (list->len > LIST_LINE || !list_line(list, t))
+		list->skipped++;
+	list->len = 0;
+}
+
+/* Takes the next bytes of the file; false if a NUL is among them. */
+static bool
+list_take(struct list *list, struct text t)
+{
+	while (t.len > 0) {
+		size_t n = text_find(t, '\n');
+		size_t room = sizeof(list->text) - list->len;
+		size_t kept = n < room ? n : room;
+
+		if (text_find(text_cut(t.at, n), '\0') < n)
+			return false;
+		memcpy(list->text + list->len, t.at, kept);
+		list->len += kept;
+		if (n < t.len) {
+			list_line_end(list);
+			n++;
+		}
+		t = text_from(t, n);
+	}
+	return true;
+}
+
+/* Goes to the start of the file for a pass; false, errno set, if it can't. */
+static bool
+list_rewind(struct list *list)
+{
+	list->names = list->read = list->skipped = list->len = 0;
+	return lseek(list->fd, 0, SEEK_SET) != -1;
+}
+
 /*
- * Reads a line without its LF to `line`, which has LIST_LINE + 1 bytes; of a
- * longer one so many.  Returns 1, 0 at the end or if reading failed, -1 for
- * a NUL in it.
+ * The end of the file has come: after the first pass there are slots for the
+ * second.  Returns as list_step().
  */
 static int
-list_read(FILE *file, char *line, size_t *len)
+list_pass_end(struct list *list, char *why, size_t size)
 {
-	int c = getc_unlocked(file);
-
-	if (c == EOF)
-		return 0;
-	for (*len = 0; c != EOF && c != '\n'; c = getc_unlocked(file)) {
-		if (c == '\0')
-			return -1;
-		if (*len <= LIST_LINE)
-			line[(*len)++] = (char)c;
-	}
-	return 1;
-}
-
-/* Goes through the whole file once; false: it can't be read, why says why. */
-static bool
-list_pass(struct list *list, FILE *file, const char *path, char *why,
-    size_t size)
-{
-	bool sought = fseek(file, 0, SEEK_SET) != -1;
-	char line[LIST_LINE + 1];
-	size_t len;
-	int got = 0;
-
-	list->names = list->read = list->skipped = 0;
-	while (sought && (got = list_read(file, line, &len)) == 1) {
-		struct text t = text_cut(line, len);
-
-		if (list->read++ == 0 && text_starts(t, "\xef\xbb\xbf"))
-			t = text_from(t, 3);
-		if (len > LIST_LINE || !list_line(list, t))
-			list->skipped++;
-	}
-	if (got == -1)
-		(void)snprintf(why, size,
-		    "%s: line %lu: a NUL byte: this is no text", path,
-		    (unsigned long)list->read + 1);
-	else if (!sought || ferror(file))
-		(void)snprintf(why, size, "%s: %s", path, strerror(errno));
-	else
-		return true;
-	return false;
-}
-
-/* Counts the names, makes slots for them, fills these. */
-static bool
-list_fill(struct list *list, FILE *file, const char *path, char *why,
-    size_t size)
-{
-	if (!list_pass(list, file, path, why, size))
-		return false;
-	if (!list_make(list, list->names)) {
-		(void)snprintf(why, size, "%s: no memory for %lu domains", path,
-		    (unsigned long)list->names);
-		return false;
-	}
-	if (!list_pass(list, file, path, why, size))
-		return false;
-	if (list->names != list->room) {
+	if (list->len > 0)
+		list_line_end(list);
+	if (list->slots != NULL && list->names == list->room)
+		return 1;
+	if (list->slots != NULL)
 		(void)snprintf(why, size, "%s: it changed while it was read",
-		    path);
-		return false;
-	}
-	list_shrink(list);
-	return true;
+		    list->path);
+	else if (!list_make(list, list->names))
+		(void)snprintf(why, size, "%s: no memory for %lu domains",
+		    list->path, (unsigned long)list->names);
+	else if (!list_rewind(list))
+		(void)snprintf(why, size, "%s: %s", list->path,
+		    strerror(errno));
+	else
+		return 0;
+	return -1;
+}
+
+/*
+ * Reads one piece of the file, or opens it.  Returns 1 when the list is
+ * complete, 0 if there is more to do, -1 if it can't be had: why, of size
+ * bytes, says why.  A FIFO is refused, not waited for.
+ */
+static int
+list_step(struct list *list, char *why, size_t size)
+{
+	char block[LIST_BLOCK];
+	ssize_t n = -1;
+
+	if (list->fd == -1) {
+		list->begun = clock_us();
+		list->fd = open(list->path, O_RDONLY | O_NONBLOCK);
+		if (list->fd != -1 && list_rewind(list))
+			return 0;
+	} else
+		n = read(list->fd, block, sizeof(block));
+	if (n == 0)
+		return list_pass_end(list, why, size);
+	if (n == -1 && errno == EINTR)
+		return 0;
+	if (n == -1)
+		(void)snprintf(why, size, "%s: %s", list->path,
+		    strerror(errno));
+	else if (!list_take(list, text_cut(block, (size_t)n)))
+		(void)snprintf(why, size,
+		    "%s: line %lu: a NUL byte: this is no text", list->path,
+		    (unsigned long)list->read + 1);
+	else
+		return 0;
+	return -1;
+}
+
+/* The list is read, or not to be had: what only reading needed goes. */
+static void
+list_end(struct list *list)
+{
+	if (list->fd != -1)
+		(void)close(list->fd);
+	list->fd = -1;
+	list->ms = (clock_us() - list->begun) / 1000;
 }
 
 /* Gives the memory back; an empty list is left, which covers nothing. */
 static void
 list_free(struct list *list)
 {
+	list_end(list);
 	free(list->slots);
-	memset(list, 0, sizeof(*list));
-}
-
-/*
- * Loads the file at path; false: why, of size bytes, says why, and nothing
- * is left to be freed.  A FIFO is refused, not waited for.
- */
-static bool
-list_load(struct list *list, const char *path, char *why, size_t size)
-{
-	struct timespec start, end;
-	FILE *file;
-	bool good;
-	int fd;
-
-	(void)clock_gettime(CLOCK_MONOTONIC, &start);
-	memset(list, 0, sizeof(*list));
-	fd = open(path, O_RDONLY | O_NONBLOCK);
-	file = fd == -1 ? NULL : fdopen(fd, "r");
-	if (file == NULL) {
-		(void)snprintf(why, size, "%s: %s", path, strerror(errno));
-		if (fd != -1)
-			(void)close(fd);
-		return false;
-	}
-	good = list_fill(list, file, path, why, size);
-	(void)fclose(file);
-	if (!good)
-		list_free(list);
-	(void)clock_gettime(CLOCK_MONOTONIC, &end);
-	list->ms = (int64_t)(end.tv_sec - start.tv_sec) * 1000 +
-	    (end.tv_nsec - start.tv_nsec) / 1000000;
-	return good;
+	list->slots = NULL;
+	list->size = list->used = 0;
 }
 
 /* True if the list covers host: a name in any case, a dot may end it. */
@@ -4480,7 +4504,7 @@ field_matches(const struct head *h, struct text name, const regex_t *regex)
 static bool
 match_client(const struct value *value, struct view *v)
 {
-	return value->special ? address_is_local(v->client) :
+	return value->special ? v->local :
 				network_has(&value->as.network, v->client);
 }
 
@@ -4559,15 +4583,13 @@ match_url(const struct value *value, struct view *v)
 	return regexec(&value->as.regex, v->url, 0, NULL, 0) == 0;
 }
 
-/* A field of the request, or of the response if that is known. */
+/* A field of the request, or of the response. */
 static bool
 match_field(const struct value *value, struct view *v)
 {
-	if (value->request &&
-	    field_matches(&v->request->head, value->name, &value->as.regex))
-		return true;
-	return value->response && (v->known & FACT_RESPONSE) &&
-	    field_matches(&v->response->head, value->name, &value->as.regex);
+	return field_matches(value->response ? &v->response->head :
+					       &v->request->head,
+	    value->name, &value->as.regex);
 }
 
 /* The local time, read once for a view. */
@@ -4641,29 +4663,46 @@ match_body(const struct value *value, struct view *v)
 
 /*
  * The subjects: what it takes to tell, and how to.  early: what is known so
- * far may tell that it matches, but not that it does not.
+ * far may tell that it matches, but not that it does not.  single: a message
+ * has one, so that two conditions about it can't both match.  wants: what its
+ * values are.
  */
 static const struct {
 	const char *word;
 	unsigned needs;
 	bool early;
+	bool single;
 	bool (*match)(const struct value *, struct view *);
+	const char *wants;
 } subjects[SUBJECTS] = {
-	[SUBJECT_CLIENT] = { "client", 0, false, match_client },
-	[SUBJECT_USER] = { "user", 0, false, match_user },
-	[SUBJECT_METHOD] = { "method", 0, false, match_method },
-	[SUBJECT_HOST] = { "host", 0, false, match_host },
-	[SUBJECT_LIST] = { "list", 0, false, match_list },
-	[SUBJECT_PORT] = { "port", 0, false, match_port },
-	[SUBJECT_URL] = { "url", 0, false, match_url },
-	[SUBJECT_FIELD] = { "field", FACT_RESPONSE, true, match_field },
-	[SUBJECT_TIME] = { "time", 0, false, match_time },
-	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, false, match_address },
-	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, false, match_status },
-	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, false, match_type },
-	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, true,
-	    match_size },
-	[SUBJECT_BODY] = { "body", FACT_BODY, true, match_body },
+	[SUBJECT_CLIENT] = { "client", 0, false, true, match_client,
+	    "an address or a network such as 10.0.0.0/8, or local" },
+	[SUBJECT_USER] = { "user", 0, false, true, match_user,
+	    "names with blanks between them, or * for any user" },
+	[SUBJECT_METHOD] = { "method", 0, false, true, match_method,
+	    "a method in capitals such as GET" },
+	[SUBJECT_HOST] = { "host", 0, false, true, match_host,
+	    "a host without its port such as example.com, or .example.com "
+	    "for all below it" },
+	[SUBJECT_LIST] = { "list", 0, false, false, match_list, "a file" },
+	[SUBJECT_PORT] = { "port", 0, false, true, match_port,
+	    "a port or a range such as 8000-8999" },
+	[SUBJECT_URL] = { "url", 0, false, false, match_url,
+	    "a regular expression" },
+	[SUBJECT_FIELD] = { "field", 0, false, false, match_field,
+	    "a name and a regular expression" },
+	[SUBJECT_TIME] = { "time", 0, false, false, match_time,
+	    "days such as Mon-Fri, hours such as 08:00-17:30, or both" },
+	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, false, true,
+	    match_address, "an address or a network such as 10.0.0.0/8" },
+	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, false, true, match_status,
+	    "a status or a range such as 500-599" },
+	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, false, true, match_type,
+	    "a type such as text/html or video/*" },
+	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, true, false,
+	    match_size, "a size behind < or > such as >10M" },
+	[SUBJECT_BODY] = { "body", FACT_BODY, true, false, match_body,
+	    "a text" },
 };
 
 /*
@@ -4711,29 +4750,6 @@ rule_refuses(const struct rule *rule, const struct view *v)
 }
 
 /*
- * One line of a group.  Where a request goes and what it says can't wait for
- * the answer, nor for what is said in a tunnel; and how an answer is cached
- * not for the end of it.
- */
-static enum truth
-line_judge(const struct rule *rule, enum rule_group group, struct view *v)
-{
-	static const unsigned late[GROUPS] = {
-		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-		[GROUP_CACHE] = FACT_BODY,
-		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-	};
-	unsigned never = v->never;
-	enum truth truth;
-
-	v->never |= late[group];
-	truth = rule_judge(rule, v);
-	v->never = never;
-	return truth;
-}
-
-/*
  * The lines of a group: the first that holds decides.  One that is open makes
  * the verdict open, unless all that may still decide refuse: then nothing has
  * to be found out.
@@ -4746,7 +4762,7 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 	bool open = false, refuses = true;
 
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = line_judge(rule, group, v);
+		enum truth truth = rule_judge(rule, v);
 
 		if (truth == TRUTH_NO)
 			continue;
@@ -4757,6 +4773,8 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 			verdict.rule = rule;
 			return verdict;
 		}
+		if (!open)
+			verdict.rule = rule;
 		open = true;
 		if (truth == TRUTH_YES || !refuses)
 			break;
@@ -4788,7 +4806,7 @@ rewrites_collect(const struct rules *rules, enum rule_group group,
 	w->n = 0;
 	w->open = false;
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = line_judge(rule, group, v);
+		enum truth truth = rule_judge(rule, v);
 
 		if (truth == TRUTH_YES && w->n < REWRITES_MAX)
 			w->list[w->n++] = rule;
@@ -4962,17 +4980,27 @@ struct word {
 
 /* What is being read. */
 struct parser {
-	struct rules *rules;     /* where it goes */
-	const struct rules *old; /* what is in force, or NULL */
-	const char *file;        /* where it comes from */
-	unsigned line;           /* there; 0: the name says it all */
-	bool bad;                /* something was wrong with this line */
-	bool guard;              /* it was `guard` */
-	size_t n, at;            /* words, and the next of them */
+	struct rules *rules; /* where it goes */
+	const char *file;    /* where it comes from */
+	unsigned line;       /* there; 0: the name says it all */
+	bool bad;            /* something was wrong with this line */
+	bool guard;          /* it was `guard` */
+	bool foreign;        /* it is the one for clients that no rule knows */
+	size_t n, at;        /* words, and the next of them */
 	struct word words[WORDS_MAX];
 	char text[RULE_LINE_MAX + 2]; /* the line; the words lie in it */
 	struct rule **end[GROUPS];    /* where the next line goes */
 };
+
+/* Says what is wrong with a line. */
+static void
+line_warn(const char *file, unsigned line, const char *words)
+{
+	if (line > 0)
+		warn("%.400s:%u: %s", file, line, words);
+	else
+		warn("%.400s: %s", file, words);
+}
 
 /* Something is wrong with a line: says where and what; once a line. */
 static void
@@ -4988,10 +5016,7 @@ parser_error(struct parser *p, const char *format, ...)
 	va_start(args, format);
 	(void)vsnprintf(words, sizeof(words), format, args);
 	va_end(args);
-	if (p->line > 0)
-		warn("%.400s:%u: %s", p->file, p->line, words);
-	else
-		warn("%.400s: %s", p->file, words);
+	line_warn(p->file, p->line, words);
 }
 
 /*
@@ -5063,10 +5088,7 @@ rules_give(struct rules **at)
 					    c->subject == SUBJECT_FIELD)
 						regfree(&value->as.regex);
 	for (i = 0; i < rules->lists_n; i++)
-		if (--rules->lists[i]->refs == 0) {
-			list_free(&rules->lists[i]->list);
-			free(rules->lists[i]);
-		}
+		list_free(rules->lists[i]);
 	while (rules->blocks != NULL) {
 		struct block *b = rules->blocks;
 
@@ -5109,6 +5131,21 @@ parser_takes(struct parser *p, const char *string)
 
 	p->at += is;
 	return is;
+}
+
+/* A value of `what` should have come, but there is none. */
+static void
+parser_missing(struct parser *p, const char *what)
+{
+	const struct word *word = &p->words[p->at];
+
+	if (p->at == p->n)
+		parser_error(p, "%s: a value is missing", what);
+	else
+		parser_error(p,
+		    "%s: a value is missing: %.*s begins a condition; write "
+		    "it in quotes to make it a value",
+		    what, (int)word->t.len, word->t.at);
 }
 
 /*
@@ -5179,15 +5216,23 @@ value_user(struct parser *p, struct condition *c, struct value *value)
 	if (!p->rules->logins)
 		parser_error(p, "nobody can log in: no line `users' before it");
 	value->special = value->bare && text_is(value->text, "*");
-	return true;
+	return !value->bare || value->special ||
+	    (text_find(value->text, '*') == value->text.len &&
+		text_find(value->text, ',') == value->text.len);
 }
 
-/* A method. */
+/* A method; in capitals, unless it is quoted. */
 static bool
 value_method(struct parser *p, struct condition *c, struct value *value)
 {
+	size_t i;
+
 	(void)p;
 	(void)c;
+	for (i = 0; i < value->text.len && value->bare; i++)
+		if (islower((unsigned char)value->text.at[i]) ||
+		    value->text.at[i] == '*')
+			return false;
 	return text_is_token(value->text);
 }
 
@@ -5196,11 +5241,12 @@ static bool
 value_host(struct parser *p, struct condition *c, struct value *value)
 {
 	struct text *t = &value->text;
+	struct address a;
 	size_t i;
 
 	(void)p;
 	(void)c;
-	if (t->len > 1 && t->at[0] == '*')
+	if (text_starts(*t, "*."))
 		*t = text_from(*t, 1);
 	if (t->len > 1 && t->at[t->len - 1] == '.')
 		t->len--;
@@ -5209,7 +5255,8 @@ value_host(struct parser *p, struct condition *c, struct value *value)
 	for (i = 0; i < t->len; i++)
 		if (!is_alnum(t->at[i]) && !strchr("-._~:", t->at[i]))
 			return false;
-	return t->len > 0 && t->len <= HOST_MAX && !text_is(*t, ".");
+	return t->len > 0 && t->len <= HOST_MAX && !text_is(*t, ".") &&
+	    (text_find(*t, ':') == t->len || address_parse(*t, 0, &a));
 }
 
 /* A port or a status, or a range. */
@@ -5231,6 +5278,12 @@ value_regex(struct parser *p, struct condition *c, struct value *value)
 	int error;
 
 	(void)c;
+	if (value->text.len > 0 && strchr("*+?", *value->text.at)) {
+		parser_error(p,
+		    "%.200s: an expression can't begin with %c; any text is .*",
+		    value->text.at, *value->text.at);
+		return false;
+	}
 	error =
 	    regcomp(&value->as.regex, value->text.at, REG_EXTENDED | REG_NOSUB);
 	if (error == 0)
@@ -5256,20 +5309,20 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 {
 	const struct word *word = &p->words[p->at - 1];
 
-	value->request = !word->quoted && text_is(word->t, "request");
 	value->response = !word->quoted && text_is(word->t, "response");
-	if (value->request)
-		c->needs = 0;
-	if (value->request || value->response)
+	c->needs = value->response ? FACT_RESPONSE : 0;
+	if (!word->quoted && (value->response || text_is(word->t, "request")))
 		word = parser_take(p);
-	else
-		value->request = value->response = true;
 	if (word != NULL) {
 		value->name = rules_copy(p->rules, word->t);
 		word = parser_take(p);
 	}
-	if (word == NULL || !text_is_token(value->name) ||
-	    parser_value(p) != NULL) {
+	if (word == NULL) {
+		parser_missing(p, "field");
+		return false;
+	}
+	if (!text_is_token(value->name) || parser_value(p) != NULL ||
+	    text_find(value->name, '*') < value->name.len) {
 		parser_error(p, "field: it wants one name and one expression");
 		return false;
 	}
@@ -5277,47 +5330,61 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 	return value_regex(p, c, value);
 }
 
-/* Days, or hours, or hours behind days. */
+/*
+ * Days, or hours, or hours behind days.  More hours are of the same days; so
+ * days behind hours alone would not be what they look like.
+ */
 static bool
 value_time(struct parser *p, struct condition *c, struct value *value)
 {
-	struct span *span = &value->as.span;
+	struct span *span = &value->as.span, all;
+	const struct value *last = c->values;
 	const struct word *word;
 
-	(void)c;
-	span->days = 127;
+	while (last != NULL && last->next != NULL)
+		last = last->next;
+	span->days = last ? last->as.span.days : 127;
 	span->from = 0;
 	span->to = 1440;
 	if (hours_parse(value->text, &span->from, &span->to))
 		return true;
 	if (!days_parse(value->text, &span->days))
 		return false;
+	if (last != NULL && hours_parse(c->values->text, &all.from, &all.to))
+		parser_error(p,
+		    "time: days stand before their hours, as in "
+		    "Mon-Fri 08:00-17:30");
 	word = parser_value(p);
 	if (word != NULL && hours_parse(word->t, &span->from, &span->to))
 		p->at++;
 	return true;
 }
 
-/* type/subtype, or type and a star. */
+/* type/subtype; a star may be all or the end of the latter. */
 static bool
 value_type(struct parser *p, struct condition *c, struct value *value)
 {
 	size_t slash = text_find(value->text, '/');
+	size_t star = text_find(value->text, '*');
 
 	(void)p;
 	(void)c;
 	return slash + 1 < value->text.len &&
+	    (star == value->text.len ||
+		(star > slash && star + 1 == value->text.len)) &&
 	    text_is_token(text_cut(value->text.at, slash)) &&
 	    text_is_token(text_from(value->text, slash + 1));
 }
 
-/* Above or below a size. */
+/* Above or below a size: one of both is true of nearly everything. */
 static bool
 value_size(struct parser *p, struct condition *c, struct value *value)
 {
-	(void)p;
-	(void)c;
 	value->above = value->text.len > 0 && *value->text.at == '>';
+	if (c->values != NULL && c->values->above != value->above)
+		parser_error(p,
+		    "size: of > and < one is enough to match; write size >1M "
+		    "size <5M for what is between");
 	return value->text.len > 0 &&
 	    (value->above || *value->text.at == '<') &&
 	    size_parse(text_from(value->text, 1), &value->as.numbers.first);
@@ -5345,69 +5412,32 @@ value_body(struct parser *p, struct condition *c, struct value *value)
 	return true;
 }
 
-/* The list of that path among those of rules, or NULL. */
-static struct shared_list *
-list_find(const struct rules *rules, const char *path)
-{
-	unsigned i;
-
-	for (i = 0; rules != NULL && i < rules->lists_n; i++)
-		if (strcmp(rules->lists[i]->path, path) == 0)
-			return rules->lists[i];
-	return NULL;
-}
-
-/* Reads a list; what was read from there before does if it can't be had. */
-static struct shared_list *
-list_take(struct parser *p, const char *path)
-{
-	struct shared_list *shared = calloc(1, sizeof(*shared));
-	struct shared_list *old = list_find(p->old, path);
-	char why[256];
-
-	if (shared == NULL) {
-		parser_error(p, "%.200s: no memory", path);
-		return NULL;
-	}
-	if (list_load(&shared->list, path, why, sizeof(why))) {
-		(void)text_copy(text_of(path), shared->path,
-		    sizeof(shared->path));
-		warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms", path,
-		    (unsigned long)shared->list.read,
-		    (unsigned long)shared->list.used,
-		    (unsigned long)shared->list.skipped, (long)shared->list.ms);
-		return shared;
-	}
-	free(shared);
-	if (old != NULL)
-		warn("%s; the list stays as it was", why);
-	else
-		parser_error(p, "%s", why);
-	return old;
-}
-
-/* A file of domains. */
+/* A file of domains; it is read when all lines were, see rules_step(). */
 static bool
 value_list(struct parser *p, struct condition *c, struct value *value)
 {
 	struct rules *rules = p->rules;
-	struct shared_list *shared = list_find(rules, value->text.at);
+	struct list *list;
+	unsigned i;
 
 	(void)c;
-	if (value->text.len > LIST_PATH_MAX ||
-	    (shared == NULL && rules->lists_n == LISTS_MAX)) {
+	for (i = 0; i < rules->lists_n; i++)
+		if (text_equals(value->text, text_of(rules->lists[i]->path))) {
+			value->as.list = rules->lists[i];
+			return true;
+		}
+	if (value->text.len > LIST_PATH_MAX || rules->lists_n == LISTS_MAX) {
 		parser_error(p, "list: %d files, of %d bytes, at most",
 		    LISTS_MAX, LIST_PATH_MAX);
 		return false;
 	}
-	if (shared == NULL) {
-		shared = list_take(p, value->text.at);
-		if (shared == NULL)
-			return false;
-		shared->refs++;
-		rules->lists[rules->lists_n++] = shared;
-	}
-	value->as.list = &shared->list;
+	list = rules_cut(rules, sizeof(*list));
+	list->path = value->text.at;
+	list->file = p->file;
+	list->line = p->line;
+	list->fd = -1;
+	rules->lists[rules->lists_n++] = list;
+	value->as.list = list;
 	return true;
 }
 
@@ -5440,6 +5470,14 @@ condition_values(struct parser *p, struct condition *c)
 	while (!p->bad && (word = parser_value(p)) != NULL) {
 		struct value *value = rules_cut(p->rules, sizeof(*value));
 
+		if (parser_takes(p, "or") || parser_takes(p, "and")) {
+			parser_error(p,
+			    "%.*s: values and conditions follow each other "
+			    "without a word between them; write it in quotes "
+			    "to make it a value",
+			    (int)word->t.len, word->t.at);
+			return;
+		}
 		p->at++;
 		value->text = rules_copy(p->rules, word->t);
 		value->bare = !word->quoted;
@@ -5447,12 +5485,25 @@ condition_values(struct parser *p, struct condition *c)
 			*end = value;
 			end = &value->next;
 		} else
-			parser_error(p, "%s: %.200s is none",
-			    subjects[c->subject].word, value->text.at);
+			parser_error(p, "%s: not valid: %.*s; write %s",
+			    subjects[c->subject].word,
+			    word->t.len < 100 ? (int)word->t.len : 100,
+			    word->t.at, subjects[c->subject].wants);
 	}
 	if (c->values == NULL)
-		parser_error(p, "%s: a value is missing",
-		    subjects[c->subject].word);
+		parser_missing(p, subjects[c->subject].word);
+}
+
+/* True if c and one before it in the line can't both match. */
+static bool
+condition_repeats(const struct rule *rule, const struct condition *c)
+{
+	const struct condition *other;
+
+	for (other = rule->conditions; other != c; other = other->next)
+		if (other->subject == c->subject && !other->inverted)
+			return subjects[c->subject].single && !c->inverted;
+	return false;
 }
 
 /* All conditions of a line, up to its end. */
@@ -5478,9 +5529,41 @@ conditions_parse(struct parser *p, struct rule *rule)
 		*end = c;
 		end = &c->next;
 		c->needs = subjects[c->subject].needs;
+		if (condition_repeats(rule, c))
+			parser_error(p,
+			    "%s: two conditions can't both match; write all "
+			    "values behind one, as in: %s a b",
+			    subjects[c->subject].word,
+			    subjects[c->subject].word);
 		condition_values(p, c);
 		rule->needs |= c->needs;
 	}
+}
+
+/*
+ * Refuses conditions that would never be known in time: where a request goes
+ * and what it says can't wait for the answer, and how an answer is cached or
+ * changed not for its body.
+ */
+static void
+conditions_check(struct parser *p, const struct rule *rule,
+    enum rule_group group)
+{
+	static const unsigned late[GROUPS] = {
+		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+		[GROUP_CACHE] = FACT_BODY,
+		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+		[GROUP_RESPONSE] = FACT_BODY,
+	};
+	const struct condition *c;
+
+	for (c = rule->conditions; c != NULL; c = c->next)
+		if (c->needs & late[group])
+			parser_error(p,
+			    "%s: what it needs of the response is known too "
+			    "late for this rule; leave it out",
+			    subjects[c->subject].word);
 }
 
 /* ---- actions ---- */
@@ -5675,6 +5758,9 @@ action_name(struct parser *p)
 
 	if (word == NULL)
 		parser_error(p, "the name of a field is missing");
+	else if (text_find(word->t, '*') + 1 < word->t.len)
+		parser_error(p, "%.*s: a star stands at the end of a name",
+		    (int)word->t.len, word->t.at);
 	else if (!name_is_free(word->t))
 		parser_error(p, "%.*s: no field that a rule may touch",
 		    (int)word->t.len, word->t.at);
@@ -5798,10 +5884,27 @@ rule_parse(struct parser *p, const char *text)
 	if (!p->bad)
 		actions[i].parse(p, rule);
 	conditions_parse(p, rule);
+	conditions_check(p, rule, group);
+	rule->refusal = p->foreign     ? REFUSE_FOREIGN :
+	    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED :
+					 REFUSE_RULE;
 	/* A wrong one too: its expressions are to be freed. */
 	rule->next = *p->end[group];
 	*p->end[group] = rule;
 	p->end[group] = &rule->next;
+}
+
+/* True if t is a hash as crypt(3), htpasswd(1) or LDAP write them. */
+static bool
+secret_is_hash(struct text t)
+{
+	size_t n = 1;
+
+	while (n < t.len && (is_alnum(t.at[n]) || t.at[n] == '-'))
+		n++;
+	return n > 1 && n < t.len &&
+	    ((*t.at == '$' && t.at[n] == '$') ||
+		(*t.at == '{' && t.at[n] == '}'));
 }
 
 /* One `user:password` of a file. */
@@ -5819,6 +5922,12 @@ account_parse(struct parser *p, struct text line)
 	    line.len - colon - 1 > CREDENTIAL_MAX) {
 		parser_error(p, "not user:password, of %d bytes each at most",
 		    CREDENTIAL_MAX);
+		return;
+	}
+	if (secret_is_hash(text_from(line, colon + 1))) {
+		parser_error(p,
+		    "the password looks hashed; write the password itself, "
+		    "which may not begin with $...$ or {...}");
 		return;
 	}
 	account->user = rules_copy(p->rules, text_cut(line.at, colon));
@@ -5878,7 +5987,7 @@ parser_open(struct parser *p, const char *path, struct stat *status)
 	bool found = stat(path, status) != -1;
 	FILE *file = NULL;
 
-	if (found && p->old != NULL && !S_ISREG(status->st_mode)) {
+	if (found && rules_now != NULL && !S_ISREG(status->st_mode)) {
 		parser_error(p, "%.200s: not a file", path);
 		return NULL;
 	}
@@ -5956,24 +6065,6 @@ line_take(struct parser *p, const char *file, unsigned line, const char *text)
 	}
 }
 
-/* The built-in lines from first on, n of them, counted from 1. */
-static void
-lines_built_in(struct parser *p, unsigned first, unsigned n)
-{
-	static const char *const lines[] = {
-		("deny \"only clients on the proxy's machine may go to this "
-		 "address\" not client local address 127.0.0.0/8 ::1 "
-		 "0.0.0.0/8 :: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8"),
-		("deny \"CONNECT goes to port 443 only\" not client local "
-		 "method CONNECT not port 443"),
-		"allow client local",
-		"deny \"this client may not use the proxy\"",
-	};
-
-	for (; n > 0; n--, first++)
-		line_take(p, built_in, first, lines[first - 1]);
-}
-
 /* The guards, where the line `guard` stands. */
 static void
 guards_put(struct parser *p)
@@ -5983,7 +6074,13 @@ guards_put(struct parser *p)
 
 	p->guard = false;
 	p->rules->guarded = true;
-	lines_built_in(p, 1, 2);
+	line_take(p, built_in, 1,
+	    "deny \"only clients on the proxy's machine may go to this "
+	    "address\" not client local address 127.0.0.0/8 ::1 "
+	    "0.0.0.0/8 :: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8");
+	line_take(p, built_in, 2,
+	    "deny \"CONNECT goes to port 443 only\" not client local "
+	    "method CONNECT not port 443");
 	p->file = file;
 	p->line = line;
 }
@@ -6053,12 +6150,11 @@ options_read(struct parser *p)
 }
 
 /*
- * All lines in force, read anew.  Returns NULL, all that is wrong having been
- * said, if a line is wrong.  old: lists that can't be read are taken over
- * from there; may be NULL.
+ * All lines, read anew.  Those that are wrong were said and counted; the lists
+ * that they name are not read yet.  NULL if there is no memory.
  */
 static struct rules *
-rules_read(const struct rules *old)
+rules_begin(void)
 {
 	static struct parser parser;
 	struct rules *rules = calloc(1, sizeof(*rules));
@@ -6070,14 +6166,69 @@ rules_read(const struct rules *old)
 	}
 	rules->refs = 1;
 	parser.rules = rules;
-	parser.old = old;
 	for (i = 0; i < GROUPS; i++)
 		parser.end[i] = &rules->first[i];
 	options_read(&parser);
 	if (!rules->guarded)
 		guards_put_first(&parser);
-	lines_built_in(&parser, 3, 2);
-	if (rules->errors > 0)
+	line_take(&parser, built_in, 3, "allow client local");
+	parser.foreign = true;
+	line_take(&parser, built_in, 4,
+	    "deny \"this client may not use the proxy\"");
+	parser.foreign = false;
+	return rules;
+}
+
+/* Says how a list was read; got is what list_step() returned last. */
+static void
+list_report(struct rules *rules, const struct list *list, int got,
+    const char *why)
+{
+	if (got == 1)
+		warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms",
+		    list->path, (unsigned long)list->read,
+		    (unsigned long)list->used, (unsigned long)list->skipped,
+		    (long)list->ms);
+	else {
+		line_warn(list->file, list->line, why);
+		rules->errors++;
+	}
+}
+
+/*
+ * Reads on in the lists for LIST_STEP_US: a large one takes many turns of the
+ * loop, and nobody waits for it.  True when all were read.
+ */
+static bool
+rules_step(struct rules *rules)
+{
+	int64_t until = clock_us() + LIST_STEP_US;
+	char why[LIST_PATH_MAX + 128];
+
+	while (rules->lists_read < rules->lists_n) {
+		struct list *list = rules->lists[rules->lists_read];
+		int got = list_step(list, why, sizeof(why));
+
+		if (got != 0) {
+			list_end(list);
+			list_report(rules, list, got, why);
+			rules->lists_read++;
+		}
+		if (clock_us() >= until)
+			break;
+	}
+	return rules->lists_read == rules->lists_n;
+}
+
+/* Lines and lists at once; NULL, all that is wrong having been said. */
+static struct rules *
+rules_read(void)
+{
+	struct rules *rules = rules_begin();
+
+	while (rules != NULL && !rules_step(rules))
+		;
+	if (rules != NULL && rules->errors > 0)
 		rules_give(&rules);
 	return rules;
 }
@@ -6136,6 +6287,7 @@ exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
 	    0U;
 	v->client = &x->peer;
+	v->local = x->local;
 	if (x->record.user != NULL)
 		v->user = x->record.user->user;
 	v->request = q;
@@ -6282,6 +6434,7 @@ struct entry {
 	int64_t requested, responded; /* wall clock, seconds */
 	int64_t age;                  /* when it came */
 	struct text server;           /* the address that it came from, or - */
+	bool counted;                 /* its head did not tell its length */
 };
 
 /* A part of a body. */
@@ -7033,8 +7186,10 @@ region_parse(struct text rest, struct entry *e)
 	    !region_number(&rest, "requested", &e->requested) ||
 	    !region_number(&rest, "responded", &e->responded) ||
 	    !region_number(&rest, "age", &e->age) ||
-	    !region_field(&rest, "server", &e->server) ||
-	    !region_field(&rest, "pad", &pad) || rest.len < 1 ||
+	    !region_field(&rest, "server", &e->server))
+		return false;
+	e->counted = region_field(&rest, "counted", &pad);
+	if (!region_field(&rest, "pad", &pad) || rest.len < 1 ||
 	    *rest.at != '\n')
 		return false;
 	e->head = text_from(rest, 1);
@@ -7195,6 +7350,8 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 	    (long long)e->requested, (long long)e->responded,
 	    (long long)e->age);
 	buffer_append(b, e->server);
+	if (e->counted)
+		buffer_append(b, text_of("\ncounted: yes"));
 	buffer_append(b, text_of("\npad: "));
 	used = buffer_len(b) + 2 + head.len;
 	wanted = region ?
@@ -7660,6 +7817,8 @@ draft_region(struct exchange *x, const struct response *r, struct draft *d)
 	d->e.requested = q->times.requested;
 	d->e.responded = now.wall;
 	d->e.age = initial_age(r, q->times.requested, now.wall);
+	d->e.counted = r->framing == FRAMING_CHUNKED ||
+	    r->framing == FRAMING_CLOSE;
 	d->list->end = d->list->start;
 	stored_head_append(r, d->list);
 	q->caching.region = d->list->overflow ?
@@ -8395,6 +8554,9 @@ struct lookup {
 /*
  * The line that says how a request, or its response if r is not NULL, is to
  * be cached; NULL: none does.  e: the entry that r is the head of, or NULL.
+ * It is decided when the head has come, and for an entry by what was known
+ * then: a length that the head does not tell never becomes known here, else
+ * what was stored might not be used.
  */
 static const struct rule *
 cache_rule(const struct exchange *x, const struct request *q,
@@ -8407,8 +8569,13 @@ cache_rule(const struct exchange *x, const struct request *q,
 	if (x->rules->first[GROUP_CACHE] == NULL)
 		return NULL;
 	exchange_view(x, q, &v);
-	if (r != NULL)
-		view_response(&v, r, e ? e->body : response_length(r));
+	if (r != NULL) {
+		view_response(&v, r,
+		    e == NULL      ? response_length(r) :
+			e->counted ? UINT64_MAX :
+				     e->body);
+		v.never |= FACT_LENGTH;
+	}
 	if (e != NULL) {
 		source = address_read(e->server);
 		view_source(&v, &source);
@@ -10337,7 +10504,7 @@ static void
 exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 {
 	struct request *q = x->request;
-	bool ruled = refusal >= REFUSE_GUARDED && refusal <= REFUSE_PASSWORD;
+	bool ruled = refusals[refusal].cause == CAUSE_RULE;
 
 	x->record.refusal = refusal;
 	q->access.open = false;
@@ -10400,12 +10567,9 @@ access_refuse(struct exchange *x, const struct request *q)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
 	else if (rule->action == ACTION_LOGIN)
 		exchange_deny(x, tried ? REFUSE_PASSWORD : REFUSE_USER, "");
-	else if (rule->file == built_in && rule->line == 4)
-		exchange_deny(x, REFUSE_FOREIGN, detail);
 	else
-		exchange_deny(x,
-		    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED : REFUSE_RULE,
-		    "");
+		exchange_deny(x, rule->refusal,
+		    rule->refusal == REFUSE_FOREIGN ? detail : "");
 }
 
 /*
@@ -10628,15 +10792,16 @@ parent_next(struct exchange *x)
 static void
 exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 {
+	enum cause cause = refusals[refusal].cause;
 	struct lookup l;
 
 	trace(x, "refused: %s%s%s%s", refusals[refusal].words,
 	    detail[0] ? " (" : "", detail, detail[0] ? ")" : "");
-	if (x->phase < PHASE_RESPONSE && refusal >= REFUSE_NAME &&
-	    refusal <= REFUSE_CONNECT && parent_next(x))
+	if (x->phase < PHASE_RESPONSE && cause == CAUSE_WAY && parent_next(x))
 		return;
-	if (x->record.status == 0 && refusal >= REFUSE_NAME &&
-	    refusal <= REFUSE_ANSWER_SLOW && cache_rescue(x, false, &l))
+	if (x->record.status == 0 &&
+	    (cause == CAUSE_WAY || cause == CAUSE_ANSWER) &&
+	    cache_rescue(x, false, &l))
 		exchange_serve(x, &l);
 	else
 		exchange_deny(x, refusal, detail);
@@ -11027,6 +11192,7 @@ exchange_take_refresh(const struct exchange *x)
 	y->client.eof = true;
 	y->client.exchange = y;
 	y->peer = x->peer;
+	y->local = x->local;
 	y->refresh = true;
 	exchange_queue(y);
 	return y;
@@ -11304,7 +11470,8 @@ resolve_strike(struct exchange *x, struct view *v)
 			continue;
 		}
 		if (kept == 0)
-			x->record.rule = verdict.rule;
+			x->record.rule =
+			    verdict.truth == TRUTH_YES ? verdict.rule : NULL;
 		stays = stays || verdict.truth == TRUTH_OPEN;
 		q->route.list[kept++] = q->route.list[i];
 	}
@@ -12986,6 +13153,26 @@ exchange_run(struct exchange *x)
 		exchanges.wake = x->deadline;
 }
 
+/*
+ * True if the client at the other end of fd is on this machine: then it comes
+ * from an address that is ours only, or from the very one that it goes to.
+ */
+static bool
+peer_is_local(int fd, const struct address *peer)
+{
+	struct sockaddr_storage storage;
+	socklen_t len = sizeof(storage);
+	struct address here;
+
+	if (address_is_local(peer))
+		return true;
+	if (getsockname(fd, (struct sockaddr *)&storage, &len) == -1)
+		return false;
+	here = address_import((struct sockaddr *)&storage);
+	here.port = peer->port;
+	return address_same(&here, peer);
+}
+
 /* A client came: gives it a slot, which there is, and looks what it says. */
 static void
 exchange_open(int fd, const struct address *peer)
@@ -13001,6 +13188,7 @@ exchange_open(int fd, const struct address *peer)
 		conn_nodelay(&x->client);
 	x->client.readable = x->client.writable = true;
 	x->peer = *peer;
+	x->local = peer_is_local(fd, peer);
 	x->number = exchanges.count + 1;
 	exchange_enter(x, PHASE_REQUEST);
 	exchange_run(x);
@@ -13037,7 +13225,7 @@ loop_wait(void)
 {
 	int64_t wait = exchanges.wake - now.ms;
 
-	if (exchanges.again != NULL || wait <= 0)
+	if (exchanges.again != NULL || rules_next != NULL || wait <= 0)
 		return 0;
 	return exchanges.wake == INT64_MAX ? -1 :
 	    wait > INT_MAX                 ? INT_MAX :
@@ -13127,7 +13315,8 @@ loop_cool(void)
 		return;
 	cooled = now.ms;
 	for (i = poll_set.hot - 1; i > 0; i--)
-		if (poll_set.conns[i]->role >= ROLE_CLIENT &&
+		if ((poll_set.conns[i]->exchange != NULL ||
+			poll_set.conns[i]->role == ROLE_KEPT) &&
 		    now.ms - poll_set.conns[i]->event > COLD_MS)
 			poll_cool(poll_set.conns[i]);
 }
@@ -13385,23 +13574,34 @@ loop_stop(void)
 static void
 loop_reload(void)
 {
-	struct rules *fresh;
-
 	/* Who started it by hand has closed the window. */
 	if (logs.terminal && !isatty(STDOUT_FILENO) && !isatty(STDERR_FILENO)) {
 		loop_stop();
 		return;
 	}
-	fresh = rules_read(rules_now);
+	rules_give(&rules_next);
+	rules_next = rules_begin();
+	if (rules_next == NULL)
+		warn("the old rules stay in force");
 	if (!log_open())
 		warn("can't reopen the log %s: %s", options.log,
 		    strerror(errno));
-	if (fresh == NULL) {
+}
+
+/* Goes on reading the next rules; when they are complete, they are in force. */
+static void
+loop_rules(void)
+{
+	if (rules_next == NULL || !rules_step(rules_next))
+		return;
+	if (rules_next->errors > 0) {
 		warn("the old rules stay in force");
+		rules_give(&rules_next);
 		return;
 	}
 	rules_give(&rules_now);
-	rules_now = fresh;
+	rules_now = rules_next;
+	rules_next = NULL;
 }
 
 /* The signals that came. */
@@ -13451,6 +13651,7 @@ loop_run(void)
 		if (loop_note(loop_poll()))
 			loop_kept();
 		loop_signals();
+		loop_rules();
 		loop_names();
 		loop_exchanges();
 		loop_expire();
@@ -14136,7 +14337,8 @@ trial_resolve(const struct request *q, struct address *a)
 	(void)text_copy(q->target.host, host, sizeof(host));
 	error = getaddrinfo(host, NULL, &hints, &found);
 	if (error != 0) {
-		printf("\taddress: %s\n", gai_strerror(error));
+		printf("\taddress: the name lookup failed: %s\n",
+		    gai_strerror(error));
 		return false;
 	}
 	*a = address_import(found->ai_addr);
@@ -14209,7 +14411,8 @@ trial_wants(const struct exchange *x, const struct request *q)
 static void
 trial_route(const struct verdict *route)
 {
-	const struct parent *p = route->rule ? route->rule->parents : NULL;
+	const struct parent *p =
+	    route->truth == TRUTH_YES ? route->rule->parents : NULL;
 	const char *mark = p && strchr(p->host, ':') ? "[]" : "";
 	char words[HOST_MAX + 40] = "direct";
 
@@ -14217,21 +14420,42 @@ trial_route(const struct verdict *route)
 		(void)snprintf(words, sizeof(words), "via %s://%.1s%s%s:%u",
 		    p->kind == PARENT_HTTP ? "http" : "socks5", mark, p->host,
 		    mark[0] ? mark + 1 : "", p->port);
-	trial_print("route", route->truth == TRUTH_OPEN ? "open" : words,
+	trial_print("route",
+	    route->truth == TRUTH_OPEN ? "open, it needs the server's address" :
+					 words,
 	    route->rule);
+}
+
+/* What access comes to; if it is open, what the line lacks that is. */
+static void
+trial_access(const struct verdict *access, struct view *v)
+{
+	static const char *const done[] = { [ACTION_ALLOW] = "allow",
+		[ACTION_DENY] = "deny",
+		[ACTION_LOGIN] = "login",
+		[ACTION_DROP] = "drop" };
+	const struct condition *c = access->rule->conditions;
+	char words[80];
+
+	if (access->truth == TRUTH_YES) {
+		trial_print("access", done[access->rule->action], access->rule);
+		return;
+	}
+	while (c->next != NULL && condition_judge(c, v) != TRUTH_OPEN)
+		c = c->next;
+	(void)snprintf(words, sizeof(words), "open, it needs the %s%s",
+	    c->needs & FACT_ADDRESS ? "server's " : "response's ",
+	    subjects[c->subject].word);
+	trial_print("access", words, access->rule);
 }
 
 /*
  * One -T: what would happen.  The server's name is looked up if, and only if,
- * the verdict depends on its address.  True if it is not denied.
+ * the verdict depends on its address.  Returns the exit status.
  */
-static bool
+static int
 trial_run(char *words)
 {
-	static const char *const access[] = { [ACTION_ALLOW] = "allow",
-		[ACTION_DENY] = "deny",
-		[ACTION_LOGIN] = "login",
-		[ACTION_DROP] = "drop" };
 	struct buffer *head = buffer_take();
 	struct account user = { NULL, { NULL, 0 }, { NULL, 0 } };
 	struct verdict verdict, route;
@@ -14243,10 +14467,11 @@ trial_run(char *words)
 	memset(&x, 0, sizeof(x));
 	if (head == NULL || q == NULL) {
 		die("no memory");
-		return false;
+		return 1;
 	}
 	printf("%s\n", words);
 	trial_build(&x, words, &user, head);
+	x.local = address_is_local(&x.peer);
 	x.record.user = user.user.at ? &user : NULL;
 	x.rules = rules_now;
 	x.request = q;
@@ -14261,35 +14486,35 @@ trial_run(char *words)
 		(verdict.truth == TRUTH_OPEN && trial_wants(&x, q))) &&
 	    trial_resolve(q, &x.record.server))
 		trial_judge(&x, q, &verdict, &route);
-	trial_print("access",
-	    verdict.truth == TRUTH_YES ? access[verdict.rule->action] :
-					 "open, the response decides",
-	    verdict.rule);
-	trial_route(&route);
 	exchange_view(&x, q, &v);
+	trial_access(&verdict, &v);
+	trial_route(&route);
 	denied = verdict.truth == TRUTH_YES && rule_refuses(verdict.rule, &v);
 	if (options.cache != NULL)
 		trial_cache(&x, q);
 	buffer_give(&head);
 	request_drop(&q);
-	return !denied;
+	return denied                                                ? 1 :
+	    verdict.truth == TRUTH_OPEN || route.truth == TRUTH_OPEN ? 3 :
+								       0;
 }
 
-/* All -T; exit status 1 if one is denied. */
+/* All -T; of their exit statuses 1 goes before 3. */
 static void
 trials_run(void)
 {
-	bool good = true;
+	int worst = 0;
 	unsigned i;
 
 	for (i = 0; i < options.trials_n; i++) {
 		char *copy = strdup(options.trials[i]);
+		int status = copy == NULL ? 1 : trial_run(copy);
 
-		if (copy == NULL || !trial_run(copy))
-			good = false;
+		if (worst == 0 || status == 1)
+			worst = status;
 		free(copy);
 	}
-	exit(good ? 0 : 1);
+	exit(worst);
 }
 
 /* Says where we are and how to use it. */
@@ -14393,7 +14618,7 @@ main(int argc, char **argv)
 	options_parse(argc, argv);
 	if (options.key != NULL)
 		key_print(options.key);
-	rules_now = rules_read(NULL);
+	rules_now = rules_read();
 	if (rules_now == NULL)
 		exit(2);
 	if (options.check)
