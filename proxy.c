@@ -1533,13 +1533,15 @@ reserves_fill(void)
 static void
 answer_by(struct exchange *x, enum answerer answerer)
 {
+	struct request *q = x->request;
+
 	static const char *const names[] = { "nobody", "the server",
 		"the proxy", "an entry", "a fetch under way",
 		"a fetch that was given up" };
 
-	if (x->request->answerer == answerer)
+	if (q->answerer == answerer)
 		return;
-	x->request->answerer = answerer;
+	q->answerer = answerer;
 	trace(x, "answered by %s", names[answerer]);
 }
 
@@ -6278,8 +6280,9 @@ view_source(struct view *v, const struct address *a)
  * that of an entry is the one that it came from.
  */
 static void
-exchange_view(const struct exchange *x, const struct request *q, struct view *v)
+exchange_view(const struct exchange *x, struct view *v)
 {
+	const struct request *q = x->request;
 	struct text host = host_bare(q->target.host);
 
 	memset(v, 0, sizeof(*v));
@@ -6293,13 +6296,13 @@ exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 	v->request = q;
 	v->host = host;
 	v->port = q->target.port;
-	v->found = x->request->access.found;
+	v->found = q->access.found;
 	v->passed = x->down.payload + x->down.ready;
 	if (address_parse(host, v->port, &v->literal))
 		v->address = &v->literal;
 	else if (answer_is_stored(x->request))
-		view_source(v, &x->request->route.list[0]);
-	else if (exchange_parent(x) != NULL && !x->request->access.route_open)
+		view_source(v, &q->route.list[0]);
+	else if (exchange_parent(x) != NULL && !q->access.route_open)
 		v->never |= FACT_ADDRESS;
 	else if (x->record.server.family == AF_INET ||
 	    x->record.server.family == AF_INET6)
@@ -7268,9 +7271,9 @@ entry_open(const char *path, struct text key, struct text variant,
  * is where it was last looked for.
  */
 static int
-entry_find(struct exchange *x, const struct request *q, struct buffer *b,
-    struct entry *e, char *path)
+entry_find(struct exchange *x, struct buffer *b, struct entry *e, char *path)
 {
+	struct request *q = x->request;
 	struct buffer *keys = buffer_take();
 	struct text key, variant;
 	size_t split;
@@ -7281,7 +7284,7 @@ entry_find(struct exchange *x, const struct request *q, struct buffer *b,
 		return -1;
 	key_append(x, keys);
 	key = buffer_text(keys);
-	x->request->caching.key = key_hash(key);
+	q->caching.key = key_hash(key);
 	split = keys->end;
 	entry_path(key, text_cut("", 0), path);
 	fd = entry_open(path, key, text_cut("", 0), b, e);
@@ -7495,9 +7498,11 @@ marker_put(struct text key, struct text vary, struct text token)
 static void
 entry_close(struct exchange *x)
 {
-	if (x->request->caching.has_entry)
-		(void)close(x->request->caching.entry);
-	x->request->caching.has_entry = false;
+	struct request *q = x->request;
+
+	if (q->caching.has_entry)
+		(void)close(q->caching.entry);
+	q->caching.has_entry = false;
 }
 
 /* What of a response head is stored, into b: no framing, nothing of a hop. */
@@ -7569,16 +7574,17 @@ follow_end(struct exchange *y, bool whole)
 static void
 fetch_tell(const struct exchange *x, bool ended, bool whole)
 {
+	const struct request *q = x->request;
 	struct exchange *y;
 
-	if (x->request->caching.followers == 0)
+	if (q->caching.followers == 0)
 		return;
 	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++) {
 		if (y->request == NULL ||
-		    y->request->caching.leader != x->request->caching.fetch)
+		    y->request->caching.leader != q->caching.fetch)
 			continue;
 		y->server.readable = y->request->answerer == ANSWER_FETCH;
-		y->request->caching.stored = x->request->caching.stored;
+		y->request->caching.stored = q->caching.stored;
 		if (ended)
 			follow_end(y, whole);
 		exchange_queue(y);
@@ -7589,17 +7595,18 @@ fetch_tell(const struct exchange *x, bool ended, bool whole)
 static void
 fetch_end(struct exchange *x, bool whole)
 {
+	struct request *q = x->request;
 	struct exchange **at = &cache.fetches;
 
-	if (x->request->caching.fetch == 0)
+	if (q->caching.fetch == 0)
 		return;
 	while (*at != x)
 		at = &(*at)->next;
 	*at = x->next;
 	x->next = NULL;
 	fetch_tell(x, true, whole);
-	x->request->caching.fetch = 0;
-	x->request->caching.followers = 0;
+	q->caching.fetch = 0;
+	q->caching.followers = 0;
 }
 
 /*
@@ -7636,15 +7643,15 @@ fetch_move(struct exchange *x, struct exchange *y)
 static void
 fetch_leave(struct exchange *x)
 {
+	struct request *q = x->request;
 	struct exchange *y;
 
-	for (y = cache.fetches; y != NULL && x->request->caching.leader;
-	     y = y->next)
-		if (y->request->caching.fetch == x->request->caching.leader) {
+	for (y = cache.fetches; y != NULL && q->caching.leader; y = y->next)
+		if (y->request->caching.fetch == q->caching.leader) {
 			y->request->caching.followers--;
 			exchange_queue(y);
 		}
-	x->request->caching.leader = 0;
+	q->caching.leader = 0;
 }
 
 /* True if answers to that key were lately found not to be storable. */
@@ -7697,11 +7704,13 @@ store_share(const struct exchange *x)
 static void
 store_close(struct exchange *x, bool whole)
 {
-	if (x->request->caching.storing) {
+	struct request *q = x->request;
+
+	if (q->caching.storing) {
 		cache.making -= store_share(x);
-		(void)close(x->request->caching.store);
+		(void)close(q->caching.store);
 	}
-	x->request->caching.storing = false;
+	q->caching.storing = false;
 	fetch_end(x, whole);
 }
 
@@ -7709,10 +7718,11 @@ store_close(struct exchange *x, bool whole)
 static void
 store_drop(struct exchange *x)
 {
+	const struct request *q = x->request;
 	char path[CACHE_PATH];
 
-	if (x->request->caching.storing) {
-		store_path(x->request->caching.fetch, path);
+	if (q->caching.storing) {
+		store_path(q->caching.fetch, path);
 		(void)unlink(path);
 	}
 	store_close(x, false);
@@ -7781,19 +7791,19 @@ token_find(uint64_t hash, struct text key, struct text vary, char *to)
 
 /* Key and variant of a new entry; false if they are too long. */
 static bool
-draft_keys(struct exchange *x, const struct request *q,
-    const struct response *r, struct draft *d)
+draft_keys(struct exchange *x, const struct response *r, struct draft *d)
 {
+	struct request *q = x->request;
 	char token[64];
 	size_t split;
 
 	key_append(x, d->keys);
 	split = d->keys->end;
-	x->request->caching.key = key_hash(buffer_text(d->keys));
+	q->caching.key = key_hash(buffer_text(d->keys));
 	if (!vary_append(r, d->list))
 		return false;
 	if (buffer_len(d->list) > 0) {
-		token_find(x->request->caching.key, buffer_text(d->keys),
+		token_find(q->caching.key, buffer_text(d->keys),
 		    buffer_text(d->list), token);
 		buffer_print(d->keys, "%s;", token);
 		variant_append(q, buffer_text(d->list), d->keys);
@@ -7894,16 +7904,14 @@ store_open(struct exchange *x, const struct response *r, const struct draft *d)
  * who waited for this head hear of it.
  */
 static void
-store_begin(struct exchange *x, const struct request *q,
-    const struct response *r)
+store_begin(struct exchange *x, const struct response *r)
 {
 	struct draft d = { .keys = buffer_take(),
 		.list = buffer_take(),
 		.region = buffer_take() };
 
 	if (d.keys != NULL && d.list != NULL && d.region != NULL &&
-	    cache_has_room() && draft_keys(x, q, r, &d) &&
-	    draft_region(x, r, &d))
+	    cache_has_room() && draft_keys(x, r, &d) && draft_region(x, r, &d))
 		store_open(x, r, &d);
 	buffer_give(&d.keys);
 	buffer_give(&d.list);
@@ -7964,12 +7972,12 @@ store_append(struct exchange *x, struct text t)
 static bool
 store_mark(const struct exchange *x)
 {
+	const struct request *q = x->request;
 	struct buffer *b = buffer_take(), *list = buffer_take();
 	struct response r;
 	struct entry e;
 	bool good = b != NULL && list != NULL &&
-	    region_read(x->request->caching.store, x->request->caching.region,
-		b, &e);
+	    region_read(q->caching.store, q->caching.region, b, &e);
 
 	if (good && e.variant.len > 0)
 		good = response_parse(e.head, METHOD_GET, &r) == 1 &&
@@ -8079,8 +8087,10 @@ reference_resolve(const struct exchange *x, struct text value, struct buffer *b,
 static void
 cache_invalidate(struct exchange *x, const struct response *r)
 {
+	struct request *q = x->request;
+
 	static const char *const fields[] = { "Location", "Content-Location" };
-	struct text own = x->request->target.path, path;
+	struct text own = q->target.path, path;
 	size_t i;
 
 	cache_forget(x);
@@ -8091,9 +8101,9 @@ cache_invalidate(struct exchange *x, const struct response *r)
 		value.len = text_find(value, '#');
 		if (b != NULL && value.len > 0 &&
 		    reference_resolve(x, value, b, &path)) {
-			x->request->target.path = path;
+			q->target.path = path;
 			cache_forget(x);
-			x->request->target.path = own;
+			q->target.path = own;
 		}
 		buffer_give(&b);
 	}
@@ -8191,15 +8201,16 @@ vary_same(const struct response *a, const struct response *b)
  * damaged.
  */
 static bool
-entry_freshen(struct exchange *x, const struct request *q,
-    const struct response *news, int64_t given, const char *path)
+entry_freshen(struct exchange *x, const struct response *news, int64_t given,
+    const char *path)
 {
+	const struct request *q = x->request;
 	struct text etag = head_value(&news->head, "ETag");
 	struct control asked = control_parse(&q->head);
 	bool aloof = asked.no_store || head_field(&q->head, "Authorization");
 	struct response r, merged;
 	struct entry e;
-	struct buffer *old = entry_load(x->request->caching.entry, &e, &r);
+	struct buffer *old = entry_load(q->caching.entry, &e, &r);
 	struct buffer *b = buffer_take(), *head = buffer_take();
 	bool good = old != NULL && b != NULL && head != NULL &&
 	    (etag.len == 0 || text_starts(etag, "W/") ||
@@ -8207,10 +8218,9 @@ entry_freshen(struct exchange *x, const struct request *q,
 
 	if (good) {
 		merged_head_append(&r, &news->head, head);
-		e.requested = x->request->times.requested;
+		e.requested = q->times.requested;
 		e.responded = now.wall;
-		e.age =
-		    initial_age(news, x->request->times.requested, now.wall);
+		e.age = initial_age(news, q->times.requested, now.wall);
 		if (!head->overflow &&
 		    response_parse(buffer_text(head), METHOD_GET, &merged) ==
 			1 &&
@@ -8218,8 +8228,7 @@ entry_freshen(struct exchange *x, const struct request *q,
 		    vary_same(&r, &merged) &&
 		    region_build(b, &e, buffer_text(head), e.region) > 0) {
 			region_seal(b, e.body);
-			(void)write_at(x->request->caching.entry,
-			    buffer_text(b), 0);
+			(void)write_at(q->caching.entry, buffer_text(b), 0);
 		} else if (!aloof)
 			(void)unlink(path);
 	}
@@ -8559,8 +8568,8 @@ struct lookup {
  * what was stored might not be used.
  */
 static const struct rule *
-cache_rule(const struct exchange *x, const struct request *q,
-    const struct response *r, const struct entry *e)
+cache_rule(const struct exchange *x, const struct response *r,
+    const struct entry *e)
 {
 	struct address source;
 	struct verdict verdict;
@@ -8568,7 +8577,7 @@ cache_rule(const struct exchange *x, const struct request *q,
 
 	if (x->rules->first[GROUP_CACHE] == NULL)
 		return NULL;
-	exchange_view(x, q, &v);
+	exchange_view(x, &v);
 	if (r != NULL) {
 		view_response(&v, r,
 		    e == NULL      ? response_length(r) :
@@ -8589,10 +8598,10 @@ cache_rule(const struct exchange *x, const struct request *q,
  * says itself.
  */
 static struct lifetime
-exchange_lifetime(const struct exchange *x, const struct request *q,
-    const struct response *r, const struct entry *e)
+exchange_lifetime(const struct exchange *x, const struct response *r,
+    const struct entry *e)
 {
-	const struct rule *rule = cache_rule(x, q, r, e);
+	const struct rule *rule = cache_rule(x, r, e);
 
 	if (rule != NULL && rule->action == ACTION_CACHE)
 		return (struct lifetime){ rule->seconds, "a rule" };
@@ -8673,8 +8682,9 @@ key_fits(const struct exchange *x, const struct entry *e)
  * grows.  Returns the descriptor, to be read from behind the region, or -1.
  */
 static int
-follow_open(struct exchange *x, const struct request *q, struct lookup *l)
+follow_open(struct exchange *x, struct lookup *l)
 {
+	struct request *q = x->request;
 	struct exchange *y;
 	struct caching *f;
 	char path[CACHE_PATH];
@@ -8682,8 +8692,7 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 
 	for (y = cache.fetches; y != NULL && fd == -1; y = y->next) {
 		f = &y->request->caching;
-		if (!f->storing || f->spoiled ||
-		    f->key != x->request->caching.key ||
+		if (!f->storing || f->spoiled || f->key != q->caching.key ||
 		    (f->length == UINT64_MAX && key_is_lone(f->key)))
 			continue;
 		store_path(f->fetch, path);
@@ -8697,8 +8706,8 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 		    lseek(fd, (off_t)f->region, SEEK_SET) != -1) {
 			l->e.body = f->length;
 			l->grows = true;
-			x->request->caching.leader = f->fetch;
-			x->request->caching.stored = f->stored;
+			q->caching.leader = f->fetch;
+			q->caching.stored = f->stored;
 			f->followers++;
 			exchange_queue(y);
 		} else {
@@ -8714,13 +8723,14 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
  * who asks.
  */
 static bool
-lookup_fits(const struct exchange *x, const struct request *q, struct lookup *l)
+lookup_fits(const struct exchange *x, struct lookup *l)
 {
+	const struct request *q = x->request;
 	const struct rule *rule;
 
 	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1)
 		return false;
-	rule = cache_rule(x, q, &l->r, &l->e);
+	rule = cache_rule(x, &l->r, &l->e);
 	if (rule != NULL && rule->action == ACTION_NOCACHE)
 		return false;
 	return l->r.status != 206 ||
@@ -8733,45 +8743,41 @@ lookup_fits(const struct exchange *x, const struct request *q, struct lookup *l)
  * the trace gets the reckoning.
  */
 static void
-lookup_judge(struct exchange *x, const struct request *q,
-    const struct control *asked, struct lookup *l)
+lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 {
+	struct request *q = x->request;
 	struct control control = control_parse(&l->r.head);
-	struct lifetime lifetime = exchange_lifetime(x, q, &l->r, &l->e);
+	struct lifetime lifetime = exchange_lifetime(x, &l->r, &l->e);
 
-	x->request->caching.age = l->e.age +
+	q->caching.age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
-	x->request->caching.ttl = lifetime.seconds - x->request->caching.age;
-	x->request->caching.validator = response_validator(&l->r);
+	q->caching.ttl = lifetime.seconds - q->caching.age;
+	q->caching.validator = response_validator(&l->r);
 	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
-		l->reuse = reuse_judge(asked, &control, x->request->caching.age,
+		l->reuse = reuse_judge(asked, &control, q->caching.age,
 		    lifetime.seconds);
-	x->request->caching.forward =
-	    x->request->caching.ttl > 0 && !control.no_cache ? "request" :
-							       "stale";
+	q->caching.forward =
+	    q->caching.ttl > 0 && !control.no_cache ? "request" : "stale";
 	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s",
-	    (long long)x->request->caching.age,
-	    x->request->caching.ttl > 0 ? "<" : ">=",
+	    (long long)q->caching.age, q->caching.ttl > 0 ? "<" : ">=",
 	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
 	    lifetime.why, control.no_cache ? ", no-cache" : "",
-	    l->reuse == REUSE_FRESH ? "fresh" :
-		l->reuse == REUSE_STALE ?
-				      "stale, which the client takes" :
+	    l->reuse == REUSE_FRESH     ? "fresh" :
+		l->reuse == REUSE_STALE ? "stale, which the client takes" :
 		l->reuse == REUSE_MEANWHILE ?
-				      "stale, which is good while it is "
-				      "validated" :
-		x->request->caching.ttl > 0 ?
-				      "to be validated, by the client's wish" :
-				      "to be validated");
+					  "stale, which is good while it is "
+					  "validated" :
+		q->caching.ttl > 0 ? "to be validated, by the client's wish" :
+				     "to be validated");
 }
 
 /* Looks in the cache; l needs not be set.  Whoever asked gives l->b back. */
 static void
-lookup_run(struct exchange *x, const struct request *q,
-    const struct control *asked, struct lookup *l)
+lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 {
+	struct request *q = x->request;
 
-	x->request->caching.forward = "uri-miss";
+	q->caching.forward = "uri-miss";
 	l->fd = -1;
 	l->grows = false;
 	l->e.vary.at = NULL;
@@ -8779,15 +8785,15 @@ lookup_run(struct exchange *x, const struct request *q,
 	l->b = buffer_take();
 	if (l->b == NULL)
 		return;
-	l->fd = entry_find(x, q, l->b, &l->e, l->path);
+	l->fd = entry_find(x, l->b, &l->e, l->path);
 	if (l->fd == -1 && l->e.vary.at != NULL)
-		x->request->caching.forward = "vary-miss";
-	if (l->fd != -1 && !lookup_fits(x, q, l)) {
+		q->caching.forward = "vary-miss";
+	if (l->fd != -1 && !lookup_fits(x, l)) {
 		(void)close(l->fd);
 		l->fd = -1;
 	}
 	if (l->fd != -1)
-		lookup_judge(x, q, asked, l);
+		lookup_judge(x, asked, l);
 }
 
 /*
@@ -8795,20 +8801,20 @@ lookup_run(struct exchange *x, const struct request *q,
  * one of them stores is the answer if it is fresh.
  */
 static void
-lookup_follow(struct exchange *x, const struct request *q,
-    const struct control *asked, struct lookup *l)
+lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 {
-	const char *forward = x->request->caching.forward;
+	struct request *q = x->request;
+	const char *forward = q->caching.forward;
 	int fd = -1;
 
 	if (l->b == NULL || x->refresh || asked->no_store ||
 	    head_field(&q->head, "Range") != NULL ||
 	    head_field(&q->head, "Authorization") != NULL)
 		return;
-	fd = follow_open(x, q, l);
-	if (fd != -1 && lookup_fits(x, q, l))
-		lookup_judge(x, q, asked, l);
-	x->request->caching.forward = forward;
+	fd = follow_open(x, l);
+	if (fd != -1 && lookup_fits(x, l))
+		lookup_judge(x, asked, l);
+	q->caching.forward = forward;
 	if (fd != -1 && l->reuse == REUSE_FRESH) {
 		if (l->fd != -1)
 			(void)close(l->fd);
@@ -8893,7 +8899,7 @@ request_is_cacheable(struct exchange *x)
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NONE)
 		return false;
-	rule = cache_rule(x, q, NULL, NULL);
+	rule = cache_rule(x, NULL, NULL);
 	if (rule == NULL || rule->action != ACTION_NOCACHE)
 		return true;
 	q->caching.nocache = true;
@@ -8934,9 +8940,9 @@ cache_find(struct exchange *x, struct lookup *l)
 		return CACHED_NO;
 	asked = control_parse(&q->head);
 	common = request_is_common(q, &asked);
-	lookup_run(x, q, &asked, l);
+	lookup_run(x, &asked, l);
 	if (l->reuse == REUSE_VALIDATED)
-		lookup_follow(x, q, &asked, l);
+		lookup_follow(x, &asked, l);
 	if (c->alone)
 		c->forward = forward;
 	if (l->fd != -1 && l->reuse != REUSE_VALIDATED)
@@ -8987,7 +8993,7 @@ cache_reopen(struct exchange *x, const char *word, struct lookup *l)
 	c->hit = word;
 	c->age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
-	c->ttl = exchange_lifetime(x, q, &l->r, &l->e).seconds - c->age;
+	c->ttl = exchange_lifetime(x, &l->r, &l->e).seconds - c->age;
 	c->has_entry = false;
 	l->fd = c->entry;
 	l->reuse = REUSE_FRESH;
@@ -9014,7 +9020,7 @@ cache_rescue(struct exchange *x, bool answered, struct lookup *l)
 	if (l->b == NULL)
 		return false;
 	age = l->e.age + (int64_t)now.wall - l->e.responded;
-	lifetime = exchange_lifetime(x, q, &l->r, &l->e).seconds;
+	lifetime = exchange_lifetime(x, &l->r, &l->e).seconds;
 	asked = control_parse(&q->head);
 	control = control_parse(&l->r.head);
 	good = l->e.responded <= now.wall + CLOCK_STEP_S &&
@@ -9056,12 +9062,12 @@ static enum cached
 cache_freshen(struct exchange *x, const struct response *r, struct lookup *l)
 {
 	struct request *q = x->request;
-	const struct rule *rule = cache_rule(x, q, NULL, NULL);
+	const struct rule *rule = cache_rule(x, NULL, NULL);
 	char path[CACHE_PATH];
 
 	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache,
 	    q->caching.path);
-	if (entry_freshen(x, q, r, rule ? rule->seconds : -1, path) &&
+	if (entry_freshen(x, r, rule ? rule->seconds : -1, path) &&
 	    cache_reopen(x, "validated", l))
 		return CACHED_YES;
 	(void)unlink(path);
@@ -9104,7 +9110,7 @@ static const char *
 cache_obstacle(const struct exchange *x, const struct response *r)
 {
 	const struct request *q = x->request;
-	const struct rule *rule = cache_rule(x, q, r, NULL);
+	const struct rule *rule = cache_rule(x, r, NULL);
 	const char *why;
 
 	if (rule != NULL && rule->action == ACTION_NOCACHE)
@@ -9144,7 +9150,7 @@ cache_store(struct exchange *x, const struct response *r)
 		cache_invalidate(x, r);
 	why = cache_obstacle(x, r);
 	if (why == NULL) {
-		store_begin(x, q, r);
+		store_begin(x, r);
 		why = c->storing ? NULL : "no-room";
 	}
 	if (why != NULL)
@@ -9194,10 +9200,11 @@ cache_room(const struct exchange *x)
 static bool
 cache_wants(const struct exchange *x)
 {
-	const struct caching *c = &x->request->caching;
+	struct request *q = x->request;
+	const struct caching *c = &q->caching;
 
 	if (x->refresh && x->record.end == END_DONE)
-		return c->storing || answer_is_stored(x->request);
+		return c->storing || answer_is_stored(q);
 	if (x->phase < PHASE_RELAY)
 		return c->followers > 0 && x->up.done;
 	return c->storing && x->up.done &&
@@ -10372,8 +10379,9 @@ page_options(struct exchange *x)
  * for fields with secrets.  One too long to be sent back is refused.
  */
 static void
-page_trace(struct exchange *x, const struct request *r)
+page_trace(struct exchange *x)
 {
+	const struct request *r = x->request;
 	static const char *const secret[] = { "Authorization",
 		"Proxy-Authorization", "Cookie", NULL };
 	struct buffer *b = buffer_take();
@@ -10542,7 +10550,7 @@ exchange_rewrite(struct exchange *x)
 
 	if (r->first[GROUP_REQUEST] == NULL && !r->needles_n)
 		return;
-	exchange_view(x, q, &v);
+	exchange_view(x, &v);
 	rewrites_collect(r, GROUP_REQUEST, &v, &q->rewrites);
 	encoding.text = text_of("Accept-Encoding");
 	if (rules_seek_body(r, &v))
@@ -10551,8 +10559,9 @@ exchange_rewrite(struct exchange *x)
 
 /* A rule refused the exchange: by a page, a question, or not a word. */
 static void
-access_refuse(struct exchange *x, const struct request *q)
+access_refuse(struct exchange *x)
 {
+	const struct request *q = x->request;
 	const struct rule *rule = x->record.rule;
 	char detail[DETAIL_MAX], peer[ADDRESS_TEXT];
 	bool tried = head_field(&q->head, "Proxy-Authorization") != NULL;
@@ -10593,7 +10602,7 @@ access_judge(struct exchange *x, struct view *v)
 	}
 	if (!rule_refuses(x->record.rule, v))
 		return true;
-	access_refuse(x, v->request);
+	access_refuse(x);
 	return false;
 }
 
@@ -10630,15 +10639,16 @@ route_judge(struct exchange *x, struct view *v)
  * False if it was refused.
  */
 static bool
-access_begin(struct exchange *x, const struct request *q)
+access_begin(struct exchange *x)
 {
+	const struct request *q = x->request;
 	struct view v;
 
 	x->rules = rules_now;
 	x->rules->refs++;
 	if (x->rules->logins)
 		x->record.user = account_login(x->rules, &q->head);
-	exchange_view(x, q, &v);
+	exchange_view(x, &v);
 	if (!access_judge(x, &v))
 		return false;
 	route_judge(x, &v);
@@ -10690,32 +10700,28 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	unsigned i, found = x->request->access.found;
 	struct verdict verdict;
 	struct response r;
-	const struct request *q;
+	struct request *q = x->request;
 	struct view v;
 
 	for (i = 0; i < x->rules->needles_n; i++)
 		if (needle_scan(x->rules->needles[i], states + i, piece))
-			x->request->access.found |= 1U << i;
-	q = x->request;
-	(void)response_parse(buffer_text(x->request->access.answer), q->method,
-	    &r);
-	exchange_view(x, q, &v);
+			q->access.found |= 1U << i;
+	(void)response_parse(buffer_text(q->access.answer), q->method, &r);
+	exchange_view(x, &v);
 	view_response(&v, &r,
-	    answer_is_stored(x->request) ? x->request->body :
-					   response_length(&r));
+	    answer_is_stored(x->request) ? q->body : response_length(&r));
 	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
 	if (whole)
 		v.known |= FACT_LENGTH | FACT_BODY;
-	if (!whole && found == x->request->access.found &&
-	    (v.known & FACT_LENGTH))
+	if (!whole && found == q->access.found && (v.known & FACT_LENGTH))
 		return true;
 	verdict = rules_judge(x->rules, GROUP_ACCESS, &v);
 	if (verdict.truth == TRUTH_YES)
 		x->record.rule = verdict.rule;
 	if (whole || verdict.truth == TRUTH_YES) {
-		x->request->access.open = false;
-		buffer_give(&x->request->access.answer);
+		q->access.open = false;
+		buffer_give(&q->access.answer);
 	}
 	return verdict.truth != TRUTH_YES || !rule_refuses(verdict.rule, &v);
 }
@@ -10745,7 +10751,7 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	q->route.n = 0;
 	q->route.list[0] = address_read(l->e.server);
 	if (q->access.open) {
-		exchange_view(x, q, &v);
+		exchange_view(x, &v);
 		view_response(&v, &l->r, l->e.body);
 		if (!access_response(x, &l->r, l->e.head, &v))
 			return;
@@ -10778,7 +10784,7 @@ parent_next(struct exchange *x)
 	/* What this one does not look up, the next may: all is judged anew. */
 	q->access.open = true;
 	q->route.next = q->route.n = 0;
-	x->request->times.asked = 0;
+	q->times.asked = 0;
 	q->route.greeting = GREETING_BEGIN;
 	x->record.server.family = 0;
 	exchange_enter(x, PHASE_RESOLVE);
@@ -10814,18 +10820,19 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 static void
 exchange_skip(struct exchange *x)
 {
+	struct request *q = x->request;
 	struct flow *f = &x->down;
 	struct conn *from = &x->server;
 	size_t n = f->ready;
 
-	if (n > x->request->skip)
-		n = (size_t)x->request->skip;
+	if (n > q->skip)
+		n = (size_t)q->skip;
 	if (n > 0) {
 		buffer_use(&from->in, n);
 		f->ready -= (uint32_t)n;
-		x->request->skip -= n;
+		q->skip -= n;
 	}
-	if (f->whole && x->request->skip > 0) {
+	if (f->whole && q->skip > 0) {
 		f->whole = false;
 		f->broken = true;
 	}
@@ -11025,16 +11032,17 @@ request_hide_login(struct buffer *b)
 static void
 request_spoil(struct exchange *x)
 {
+	struct request *q = x->request;
 	struct text t = buffer_text(x->client.in);
 
 	request_hide_login(x->client.in);
 	trace_head(x, "c>", t);
-	x->request->bytes = x->client.in;
+	q->bytes = x->client.in;
 	x->client.in = NULL;
 	t.len = text_find(t, '\n');
 	if (t.len > 0 && t.at[t.len - 1] == '\r')
 		t.len--;
-	x->request->uri = t;
+	q->uri = t;
 }
 
 /* Refuses what can't be parsed: where the next request begins is unknown. */
@@ -11048,8 +11056,9 @@ request_reject(struct exchange *x, enum refusal refusal)
 
 /* Notes what later phases need of a request, besides itself. */
 static void
-request_note(struct exchange *x, struct request *q)
+request_note(struct exchange *x)
 {
+	struct request *q = x->request;
 	struct text login = head_value(&q->head, "Authorization");
 
 	x->close = q->minor == 0 || q->method == METHOD_CONNECT ||
@@ -11066,8 +11075,9 @@ request_note(struct exchange *x, struct request *q)
 
 /* A request to ourselves: one of our pages, or a misunderstanding. */
 static void
-request_local(struct exchange *x, const struct request *r)
+request_local(struct exchange *x)
 {
+	const struct request *r = x->request;
 	struct text host = head_value(&r->head, "Host");
 	struct target t;
 
@@ -11206,22 +11216,22 @@ exchange_take_refresh(const struct exchange *x)
 static void
 exchange_refresh(const struct exchange *x)
 {
+	const struct request *q = x->request;
 	struct buffer *head;
 	struct exchange *y;
 
-	if (fetch_for(x->request->caching.key) != NULL ||
-	    (head = buffer_take()) == NULL)
+	if (fetch_for(q->caching.key) != NULL || (head = buffer_take()) == NULL)
 		return;
 	y = exchange_take_refresh(x);
 	if (y == NULL) {
 		buffer_give(&head);
 		return;
 	}
-	refresh_build(x->request, head);
+	refresh_build(q, head);
 	y->client.in = head;
 	y->phase = PHASE_REQUEST;
 	y->since = now.ms;
-	y->request->caching.key = x->request->caching.key;
+	y->request->caching.key = q->caching.key;
 	fetch_begin(y);
 }
 
@@ -11283,19 +11293,19 @@ request_accept(struct exchange *x, size_t n)
 	request_hide_login(x->request->bytes);
 	trace_head(x, "c>", buffer_text(x->request->bytes));
 	verdict = request_parse(buffer_text(r->bytes), r);
-	request_note(x, r);
+	request_note(x);
 	last = request_is_last(r);
 	if (verdict != 1 || last < 0) {
 		x->close = true;
 		exchange_refuse(x,
 		    (enum refusal)(verdict != 1 ? -verdict : -last), "");
 	} else if (r->target.form == FORM_ORIGIN)
-		request_local(x, r);
-	else if (!access_begin(x, r))
+		request_local(x);
+	else if (!access_begin(x))
 		return;
 	else if (last) {
 		if (r->method == METHOD_TRACE)
-			page_trace(x, r);
+			page_trace(x);
 		else
 			page_options(x);
 		exchange_enter(x, PHASE_RESPONSE);
@@ -11394,9 +11404,8 @@ resolve_name(struct exchange *x, const char *host, unsigned port)
 	char detail[DETAIL_MAX];
 	unsigned i;
 
-	x->request->times.asked =
-	    x->request->times.asked ? x->request->times.asked : now.ms;
-	x->request->times.resolved = now.ms;
+	q->times.asked = q->times.asked ? q->times.asked : now.ms;
+	q->times.resolved = now.ms;
 	if (name == NULL) {
 		exchange_refuse(x, REFUSE_BUSY, "");
 		return false;
@@ -11428,7 +11437,7 @@ resolve_host(struct exchange *x, struct text host, unsigned port)
 
 	if (address_parse(host_bare(host), port, &q->route.list[0])) {
 		q->route.n = 1;
-		x->request->times.resolved = now.ms;
+		q->times.resolved = now.ms;
 		return true;
 	}
 	(void)text_copy(host, string, sizeof(string));
@@ -11488,33 +11497,30 @@ resolve_strike(struct exchange *x, struct view *v)
 static void
 resolve_judge(struct exchange *x)
 {
+	struct request *q = x->request;
 	char detail[DETAIL_MAX];
 	struct verdict verdict;
 	enum refusal refusal;
-	const struct request *q;
 	struct view v;
 
-	q = x->request;
-	exchange_view(x, q, &v);
-	if (exchange_parent(x) != NULL && x->request->access.open &&
+	exchange_view(x, &v);
+	if (exchange_parent(x) != NULL && q->access.open &&
 	    !access_judge(x, &v))
 		return;
-	if (exchange_parent(x) == NULL && x->request->route.n > 0) {
-		v.address = &x->request->route.list[0];
+	if (exchange_parent(x) == NULL && q->route.n > 0) {
+		v.address = &q->route.list[0];
 		v.known |= FACT_ADDRESS;
 	}
 	verdict = rules_judge(x->rules, GROUP_SOURCE, &v);
-	x->request->route.from =
-	    verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
+	q->route.from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
 	refusal = resolve_strike(x, &v);
 	if (refusal == REFUSE_NONE)
 		exchange_enter(x, PHASE_CONNECT);
 	else if (refusal == REFUSE_RULE)
-		access_refuse(x, q);
+		access_refuse(x);
 	else {
 		(void)snprintf(detail, sizeof(detail), "%.*s port %u",
-		    (int)x->request->target.host.len,
-		    x->request->target.host.at, x->request->target.port);
+		    (int)q->target.host.len, q->target.host.at, q->target.port);
 		exchange_refuse(x, refusal, detail);
 	}
 }
@@ -11523,18 +11529,17 @@ resolve_judge(struct exchange *x)
 static void
 resolve_route(struct exchange *x)
 {
-	const struct request *q;
+	struct request *q = x->request;
 	struct view v;
 
-	q = x->request;
-	exchange_view(x, q, &v);
-	v.address = &x->request->route.list[0];
+	exchange_view(x, &v);
+	v.address = &q->route.list[0];
 	v.known |= FACT_ADDRESS;
 	route_judge(x, &v);
-	x->request->access.route_open = false;
-	if (exchange_parent(x) != NULL && x->request->access.open)
+	q->access.route_open = false;
+	if (exchange_parent(x) != NULL && q->access.open)
 		(void)access_judge(x, &v);
-	x->request->times.asked = 0;
+	q->times.asked = 0;
 }
 
 /*
@@ -11617,6 +11622,7 @@ exchange_is_relayed(const struct exchange *x)
 static bool
 exchange_is_repeatable(const struct exchange *x)
 {
+	const struct request *q = x->request;
 	static const bool idempotent[] = {
 		[METHOD_GET] = true,
 		[METHOD_HEAD] = true,
@@ -11627,8 +11633,8 @@ exchange_is_repeatable(const struct exchange *x)
 		[METHOD_CONNECT] = false,
 	};
 
-	return idempotent[x->request->method] && x->up.from == FRAMING_NONE &&
-	    !x->request->upgrade;
+	return idempotent[q->method] && x->up.from == FRAMING_NONE &&
+	    !q->upgrade;
 }
 
 /*
@@ -11714,6 +11720,7 @@ connect_next(struct exchange *x)
 static bool
 connect_try(struct exchange *x, struct conn *c)
 {
+	struct request *q = x->request;
 	int error;
 
 	if (c->fd == -1 || !c->writable)
@@ -11722,9 +11729,9 @@ connect_try(struct exchange *x, struct conn *c)
 	if (error == 0)
 		return true;
 	trace(x, "failed: %s", strerror(error));
-	x->request->route.error = error;
+	q->route.error = error;
 	if (c->role == ROLE_TRY)
-		x->request->route.tries--;
+		q->route.tries--;
 	conn_close(c, false);
 	return false;
 }
@@ -11788,9 +11795,9 @@ host_append(const struct exchange *x, struct buffer *b)
 
 /* The request line for the next hop: a parent gets the whole target. */
 static void
-request_line_append(const struct exchange *x, const struct request *r,
-    struct buffer *b)
+request_line_append(const struct exchange *x, struct buffer *b)
 {
+	const struct request *r = x->request;
 	struct text path = r->target.path;
 	bool absolute = exchange_is_relayed(x);
 	char target[HOST_MAX + 10];
@@ -11816,9 +11823,9 @@ request_line_append(const struct exchange *x, const struct request *r,
  * was for us.
  */
 static void
-login_append(const struct exchange *x, const struct request *r,
-    struct buffer *b)
+login_append(const struct exchange *x, struct buffer *b)
 {
+	const struct request *r = x->request;
 	const struct parent *parent = exchange_parent(x);
 	char plain[2 * CREDENTIAL_MAX + 2];
 	char coded[4 * (sizeof(plain) + 2) / 3 + 1];
@@ -11838,9 +11845,9 @@ login_append(const struct exchange *x, const struct request *r,
 
 /* One field of the request to the next hop, or nothing. */
 static void
-request_field_append(struct exchange *x, const struct request *r, size_t i,
-    struct buffer *b)
+request_field_append(struct exchange *x, size_t i, struct buffer *b)
 {
+	const struct request *r = x->request;
 	const struct field *field = &r->head.fields[i];
 	uint64_t hops;
 
@@ -11887,9 +11894,9 @@ validators_append(struct exchange *x, struct buffer *b)
 
 /* Connection, and what it names: an upgrade, and the wish for trailers. */
 static void
-connection_append(const struct exchange *x, const struct request *r,
-    struct buffer *b)
+connection_append(const struct exchange *x, struct buffer *b)
 {
+	const struct request *r = x->request;
 	bool trailers = r->minor == 1 && r->method != METHOD_CONNECT &&
 	    head_lists(&r->head, "TE", text_of("trailers"));
 	size_t i;
@@ -11907,24 +11914,25 @@ connection_append(const struct exchange *x, const struct request *r,
 
 /* The whole request head for the next hop, into b. */
 static void
-request_build(struct exchange *x, const struct request *r, struct buffer *b)
+request_build(struct exchange *x, struct buffer *b)
 {
+	const struct request *r = x->request;
 	size_t i;
 
-	request_line_append(x, r, b);
+	request_line_append(x, b);
 	host_append(x, b);
 	for (i = 0; i < r->head.n; i++)
-		request_field_append(x, r, i, b);
+		request_field_append(x, i, b);
 	if (x->up.to == FRAMING_CHUNKED)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
-	login_append(x, r, b);
+	login_append(x, b);
 	if (x->request->caching.has_entry)
 		validators_append(x, b);
 	rewrites_append(&r->rewrites, b);
 	x->up.bare = rewrites_strip(&r->rewrites);
 	if (!rewrites_take(&r->rewrites, text_of("Via")))
 		via_append(b, r->minor);
-	connection_append(x, r, b);
+	connection_append(x, b);
 	buffer_append(b, text_of("\r\n"));
 }
 
@@ -11944,7 +11952,7 @@ exchange_send(struct exchange *x)
 	r = x->request;
 	if (r->rewrites.open || x->rules->needles_n > 0)
 		exchange_rewrite(x);
-	request_build(x, r, out);
+	request_build(x, out);
 	if (out->overflow) {
 		exchange_refuse(x, REFUSE_HEAD_LONG, "");
 		return;
@@ -12145,19 +12153,19 @@ greet_answer(struct exchange *x, struct text t)
 static bool
 greet_step(struct exchange *x)
 {
+	struct request *q = x->request;
 	struct conn *s = &x->server;
 	char message[GREETING_MAX];
 	struct text t;
 	size_t n;
 
-	if (x->request->route.greeting == GREETING_BEGIN &&
-	    conn_out(s) != NULL) {
+	if (q->route.greeting == GREETING_BEGIN && conn_out(s) != NULL) {
 		greet_begin(exchange_parent(x), s->out);
-		x->request->route.greeting = GREETING_METHOD;
+		q->route.greeting = GREETING_METHOD;
 	}
 	(void)conn_write(s);
 	t = s->in == NULL ? text_of("") : buffer_text(s->in);
-	n = greet_length(x->request->route.greeting, t);
+	n = greet_length(q->route.greeting, t);
 	if (n > 0 && t.len >= n) {
 		memcpy(message, t.at, n);
 		buffer_use(&s->in, n);
@@ -12189,16 +12197,17 @@ static void
 response_field_append(const struct exchange *x, const struct response *r,
     size_t i, struct buffer *b)
 {
+	const struct request *q = x->request;
 	const struct field *field = &r->head.fields[i];
-	bool bare = response_is_bare(r->status, x->request->method);
+	bool bare = response_is_bare(r->status, q->method);
 	uint64_t length;
 
-	if (answer_is_stored(x->request) && text_is(field->name, "Age"))
+	if (answer_is_stored(q) && text_is(field->name, "Age"))
 		return;
 	if (text_is(field->name, "Content-Length")) {
 		if (field != head_field(&r->head, "Content-Length") ||
 		    r->status < 200 || r->status == 204 ||
-		    (x->request->method == METHOD_CONNECT && r->status < 300))
+		    (q->method == METHOD_CONNECT && r->status < 300))
 			return;
 		if (!bare)
 			length = r->length;
@@ -12216,18 +12225,16 @@ static void
 response_rewrites(struct exchange *x, const struct response *r,
     struct rewrites *w)
 {
-	const struct request *q;
+	const struct request *q = x->request;
 	struct view v;
 
 	w->n = 0;
 	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
-	    x->request->answerer == ANSWER_MEMORY)
+	    q->answerer == ANSWER_MEMORY)
 		return;
-	q = x->request;
-	exchange_view(x, q, &v);
+	exchange_view(x, &v);
 	view_response(&v, r,
-	    answer_is_stored(x->request) ? x->request->body :
-					   response_length(r));
+	    answer_is_stored(q) ? q->body : response_length(r));
 	rewrites_collect(x->rules, GROUP_RESPONSE, &v, w);
 	x->down.bare = rewrites_strip(w);
 }
@@ -12236,6 +12243,7 @@ response_rewrites(struct exchange *x, const struct response *r,
 static void
 response_build(struct exchange *x, const struct response *r, struct buffer *b)
 {
+	const struct request *q = x->request;
 	bool upgrade = r->status == 101 || r->status == 426;
 	struct rewrites w;
 	size_t i;
@@ -12252,12 +12260,11 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	if (r->status >= 200 && !x->tunnel &&
 	    head_field(&r->head, "Date") == NULL)
 		buffer_print(b, "Date: %s\r\n", date_now());
-	if (x->request->answerer != ANSWER_MEMORY &&
-	    !rewrites_take(&w, text_of("Via")))
+	if (q->answerer != ANSWER_MEMORY && !rewrites_take(&w, text_of("Via")))
 		via_append(b, r->minor);
-	if (answer_is_stored(x->request)) {
+	if (answer_is_stored(q)) {
 		buffer_append(b, text_of("Age: "));
-		buffer_number(b, (uint64_t)x->request->caching.age);
+		buffer_number(b, (uint64_t)q->caching.age);
 		buffer_append(b, text_of("\r\n"));
 	}
 	buffer_append(b, r->extra);
@@ -12342,10 +12349,12 @@ tunnel_start(struct exchange *x)
 static void
 response_interim(struct exchange *x, const struct response *r, size_t n)
 {
+	struct request *q = x->request;
+
 	x->moved = now.ms;
-	if (++x->request->interims > INTERIM_MAX)
+	if (++q->interims > INTERIM_MAX)
 		exchange_refuse(x, REFUSE_INTERIM, "");
-	else if (x->request->minor == 1 && x->record.status == 0)
+	else if (q->minor == 1 && x->record.status == 0)
 		(void)response_pass(x, r, n);
 	else
 		conn_drop_head(&x->server, n);
@@ -12460,13 +12469,14 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 static bool
 response_validates(struct exchange *x, const struct response *r, size_t n)
 {
+	struct request *q = x->request;
 	struct lookup l;
 	enum cached cached = cache_validate(x, r, &l);
 
 	if (cached == CACHED_NO)
 		return false;
 	if (r->status == 304) {
-		x->request->route.keep = response_keeps_server(x, r);
+		q->route.keep = response_keeps_server(x, r);
 		conn_drop_head(&x->server, n);
 		exchange_release(x);
 	}
@@ -12474,8 +12484,8 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 		exchange_serve(x, &l);
 		return true;
 	}
-	x->request->route.keep = false;
-	x->request->route.next = 0;
+	q->route.keep = false;
+	q->route.next = 0;
 	exchange_enter(x, PHASE_CONNECT);
 	return true;
 }
@@ -12523,15 +12533,14 @@ response_tunnel(struct exchange *x, const struct response *r, size_t n)
 static bool
 response_passes(struct exchange *x, const struct response *r, struct text head)
 {
-	const struct request *q;
+	const struct request *q = x->request;
 	struct view v;
 
-	if (!x->request->access.open || x->request->method == METHOD_CONNECT ||
-	    answer_is_local(x->request) || x->request->access.answer != NULL ||
+	if (!q->access.open || q->method == METHOD_CONNECT ||
+	    answer_is_local(q) || q->access.answer != NULL ||
 	    (r->status < 200 && r->status != 101))
 		return true;
-	q = x->request;
-	exchange_view(x, q, &v);
+	exchange_view(x, &v);
 	view_response(&v, r, response_length(r));
 	return access_response(x, r, head, &v);
 }
@@ -12552,8 +12561,7 @@ response_accept(struct exchange *x, size_t n)
 		exchange_refuse(x, REFUSE_ANSWER, refusals[-verdict].words);
 		return;
 	}
-	x->request->times.answered =
-	    x->request->times.answered ? x->request->times.answered : now.ms;
+	q->times.answered = q->times.answered ? q->times.answered : now.ms;
 	if (response_wants_login(x, &r))
 		exchange_refuse(x,
 		    exchange_is_relayed(x) ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
@@ -12593,7 +12601,7 @@ response_lost(struct exchange *x)
 		q->route.reused = false;
 		q->route.fresh = true;
 		q->route.next = 0;
-		x->request->times.resolved = now.ms;
+		q->times.resolved = now.ms;
 		exchange_enter(x, PHASE_CONNECT);
 		return;
 	}
@@ -12611,17 +12619,18 @@ response_lost(struct exchange *x)
 static bool
 response_step(struct exchange *x)
 {
+	const struct request *q = x->request;
 	struct conn *c = &x->client, *s = &x->server;
 	bool moved = false;
 	int n = 0;
 
-	if (s->fd != -1 && !answer_is_local(x->request))
+	if (s->fd != -1 && !answer_is_local(q))
 		moved = exchange_pump(x, &x->up, c, s);
 	if (c->error || c->deaf) {
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 		return true;
 	}
-	if (x->up.broken && !answer_is_local(x->request)) {
+	if (x->up.broken && !answer_is_local(q)) {
 		x->record.end = c->eof ? END_CLIENT : END_DONE;
 		exchange_refuse(x, c->eof ? REFUSE_BODY_CUT : REFUSE_BODY, "");
 		return true;
@@ -12855,7 +12864,7 @@ relay_resume(struct exchange *x)
 	fetch_leave(x);
 	answer_by(x, ANSWER_NONE);
 	q->access.open = true;
-	x->request->times.answered = 0;
+	q->times.answered = 0;
 	q->route.next = 0;
 	exchange_enter(x, PHASE_RESOLVE);
 }
@@ -13019,7 +13028,7 @@ exchange_expire(struct exchange *x)
 		collapse_end(x);
 		break;
 	case PHASE_RESOLVE:
-		x->request->times.resolved = now.ms;
+		q->times.resolved = now.ms;
 		exchange_refuse(x, REFUSE_NAME_SLOW, "");
 		break;
 	case PHASE_CONNECT:
@@ -13088,6 +13097,7 @@ exchange_check(const struct exchange *x)
 static bool
 client_is_gone(const struct exchange *x)
 {
+	const struct request *q = x->request;
 	const struct conn *c = &x->client;
 
 	if (x->tunnel)
@@ -13095,8 +13105,7 @@ client_is_gone(const struct exchange *x)
 	if (c->error || (c->hung && !c->shut))
 		return true;
 	return c->eof && c->in == NULL && !x->refresh && x->up.done &&
-	    x->request->kept && x->record.status == 0 &&
-	    !answer_is_local(x->request);
+	    q->kept && x->record.status == 0 && !answer_is_local(q);
 }
 
 /*
@@ -14348,21 +14357,22 @@ trial_resolve(const struct request *q, struct address *a)
 
 /* What the cache would do. */
 static void
-trial_cache(struct exchange *x, struct request *q)
+trial_cache(struct exchange *x)
 {
+	struct request *q = x->request;
 	struct lookup l;
 	struct control asked = control_parse(&q->head);
-	const struct rule *rule = cache_rule(x, q, NULL, NULL);
+	const struct rule *rule = cache_rule(x, NULL, NULL);
 
 	if (!request_is_cacheable(x)) {
 		trial_print("cache", "none", rule);
 		return;
 	}
-	lookup_run(x, q, &asked, &l);
+	lookup_run(x, &asked, &l);
 	trial_print("cache",
 	    l.reuse != REUSE_VALIDATED ? "answers" :
 		l.fd != -1             ? "validates" :
-					 x->request->caching.forward,
+					 q->caching.forward,
 	    rule);
 	if (l.fd != -1)
 		(void)close(l.fd);
@@ -14374,19 +14384,19 @@ trial_cache(struct exchange *x, struct request *q)
  * for the server's address, that is known even if the route is a parent.
  */
 static void
-trial_judge(struct exchange *x, const struct request *q, struct verdict *access,
-    struct verdict *route)
+trial_judge(struct exchange *x, struct verdict *access, struct verdict *route)
 {
-	bool asked = x->request->access.route_open;
+	struct request *q = x->request;
+	bool asked = q->access.route_open;
 	struct view v;
 
-	x->request->route.parent = NULL;
-	exchange_view(x, q, &v);
+	q->route.parent = NULL;
+	exchange_view(x, &v);
 	*route = rules_judge(x->rules, GROUP_ROUTE, &v);
-	x->request->access.route_open = route->truth == TRUTH_OPEN;
-	x->request->route.parent =
-	    route->truth == TRUTH_YES ? route->rule->parents : NULL;
-	exchange_view(x, q, &v);
+	q->access.route_open = route->truth == TRUTH_OPEN;
+	q->route.parent = route->truth == TRUTH_YES ? route->rule->parents :
+						      NULL;
+	exchange_view(x, &v);
 	if (asked && x->record.server.family != 0)
 		view_source(&v, &x->record.server);
 	*access = rules_judge(x->rules, GROUP_ACCESS, &v);
@@ -14394,12 +14404,12 @@ trial_judge(struct exchange *x, const struct request *q, struct verdict *access,
 
 /* True if a line that is open asks for the server's address. */
 static bool
-trial_wants(const struct exchange *x, const struct request *q)
+trial_wants(const struct exchange *x)
 {
 	const struct rule *rule = x->rules->first[GROUP_ACCESS];
 	struct view v;
 
-	exchange_view(x, q, &v);
+	exchange_view(x, &v);
 	for (; rule != NULL; rule = rule->next)
 		if ((rule->needs & FACT_ADDRESS) &&
 		    rule_judge(rule, &v) == TRUTH_OPEN)
@@ -14480,18 +14490,18 @@ trial_run(char *words)
 	    q->target.form == FORM_ORIGIN)
 		usage("-T %s: not a URL that begins with http:// or https://",
 		    words);
-	request_note(&x, q);
-	trial_judge(&x, q, &verdict, &route);
+	request_note(&x);
+	trial_judge(&x, &verdict, &route);
 	if ((route.truth == TRUTH_OPEN ||
-		(verdict.truth == TRUTH_OPEN && trial_wants(&x, q))) &&
+		(verdict.truth == TRUTH_OPEN && trial_wants(&x))) &&
 	    trial_resolve(q, &x.record.server))
-		trial_judge(&x, q, &verdict, &route);
-	exchange_view(&x, q, &v);
+		trial_judge(&x, &verdict, &route);
+	exchange_view(&x, &v);
 	trial_access(&verdict, &v);
 	trial_route(&route);
 	denied = verdict.truth == TRUTH_YES && rule_refuses(verdict.rule, &v);
 	if (options.cache != NULL)
-		trial_cache(&x, q);
+		trial_cache(&x);
 	buffer_give(&head);
 	request_drop(&q);
 	return denied                                                ? 1 :

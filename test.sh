@@ -13244,7 +13244,7 @@ follows(struct exchange *y, const char *path)
 				    "Host: a.test\r\n\r\n"), x.request);
 	x.request->target.path = text_of(path);
 	x.request->caching.key = y->request->caching.key;
-	fd = follow_open(&x, x.request, &l);
+	fd = follow_open(&x, &l);
 	buffer_give(&l.b);
 	request_drop(&x.request);
 	if (fd != -1)
@@ -13265,7 +13265,7 @@ unit_follow(void)
 	(void)response_parse(text_of("HTTP/1.1 200 OK\r\nETag: \"a\"\r\n"
 				     "Content-Length: 9\r\n\r\n"),
 	    METHOD_GET, &r);
-	store_begin(&y, q, &r);
+	store_begin(&y, &r);
 	if (!q->caching.storing || !follows(&y, "/a"))
 		unit_fail("not followed", "/a", "", q->caching.storing);
 	else if (follows(&y, "/b"))
