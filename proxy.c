@@ -3150,6 +3150,8 @@ chunk_byte(struct flow *f, char c)
 		f->chunk = CHUNK_DATA_LF;
 		return c == '\r';
 	}
+	if (c != '\n')
+		return false;
 	if (f->chunk == CHUNK_SIZE_LF && f->left > 0) {
 		size_t share = f->left > CHUNK_EXCESS_MAX ?
 		    CHUNK_EXCESS_MAX :
@@ -3162,7 +3164,7 @@ chunk_byte(struct flow *f, char c)
 						       CHUNK_SIZE;
 		f->digits = 0;
 	}
-	return c == '\n';
+	return true;
 }
 
 /*
@@ -3177,11 +3179,9 @@ trailer_decode(struct flow *f, struct buffer *b)
 	int n = head_find(t, &seen);
 	struct head h;
 
-	if (n == 0) {
-		f->broken = t.len > TRAILER_MAX;
+	if (n == 0 && t.len <= TRAILER_MAX)
 		return;
-	}
-	if (n < 0 || n > TRAILER_MAX ||
+	if (n <= 0 || n > TRAILER_MAX ||
 	    fields_parse(text_cut(t.at, (size_t)n), &h) != 1) {
 		f->broken = true;
 		return;
@@ -3218,7 +3218,8 @@ chunks_decode(struct flow *f, struct buffer *b)
 
 	while (at < b->end && f->chunk != CHUNK_TRAILER && !f->broken) {
 		if (f->chunk != CHUNK_DATA) {
-			f->broken = !chunk_byte(f, b->data[at++]);
+			if (!chunk_byte(f, b->data[at++]))
+				f->broken = true;
 			continue;
 		}
 		n = b->end - at;
@@ -3234,7 +3235,7 @@ chunks_decode(struct flow *f, struct buffer *b)
 	if (n > 0)
 		memmove(b->data + b->start + f->ready, b->data + at, n);
 	b->end = b->start + f->ready + n;
-	if (f->chunk == CHUNK_TRAILER)
+	if (f->chunk == CHUNK_TRAILER && !f->broken)
 		trailer_decode(f, b);
 }
 
@@ -11973,8 +11974,8 @@ relay_step(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (done)
 		exchange_finish(x);
-	else if (x->request->orphan && !s->readable && s->in == NULL &&
-	    c->out == NULL)
+	else if (x->request->orphan && !x->down.broken && !s->readable &&
+	    s->in == NULL && c->out == NULL)
 		relay_resume(x);
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
 	    c->out == NULL)

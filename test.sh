@@ -3395,6 +3395,7 @@ test_error_response_chunks() { # bad chunks in a response end it visibly
 	miscut '4\levil\n0\n\n'
 	miscut '4\revil\n0\n\n'
 	miscut 'g\nevil\n0\n\n'
+	miscut '0\rX\n'
 	miscut '4 4\nevil\n0\n\n'
 	miscut '4;x=\0\nevil\n0\n\n'
 	miscut '4;x=y\lz\nevil\n0\n\n'
@@ -3686,6 +3687,20 @@ test_bad_chunks() { # chunk sizes, line ends, extensions and trailers
 	done
 	miscut_request '4\ngoodevil\n0\n\n'
 	miscut_request '4\ngood\levil\n0\n\n'
+	play 'a byte for the LF of the last chunk hides no request' <<'END'
+	origin head
+	origin until good\n
+	origin eof
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\n\n4\ngood\n0\rX\nGET http://%O/evil HTTP/1.1\nHost: %O\n\n
+	client eof
+	sees~  ^HTTP/1.1 400
+	sees~  ^-- end (eof|reset)
+	sees#  1 ^HTTP/
+	gets!~ (evil|^0+$)
+	gets!~ ^-- end open
+	log#   1 .
+	log    "POST http://%O/ HTTP/1.1" 400 .* why="
+END
 	for bad in 'X-A : b' ' X-A: b' 'X-A: b\lX-B: c' 'X-A: b\rc' 'X-\0: b' \
 	    'X-A: b\n c' '\{129:X-A: b\n}X-B: c' "X-A: \\{$((buffer * 2)):y}"; do
 		miscut_request "0\\n$bad\\n\\n"
@@ -8828,7 +8843,8 @@ test_cache_incomplete() { # a body cut short is never an entry
 	sees   -- end eof answer
 	log    end=server
 END
-	for cut in '5\nhello\n' '5\nhello\n0\n' '5\nhel' '5\nhello\nx\n'; do
+	for cut in '5\nhello\n' '5\nhello\n0\n' '5\nhel' '5\nhello\nx\n' \
+	    '5\nhello\n0\rX\n'; do
 		play -n "chunks cut: $cut" <<END
 	origin head
 	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nTransfer-Encoding: chunked\n\n$cut
@@ -16144,6 +16160,125 @@ unit_bodies(void)
 	}
 }
 
+/*
+ * What a chunked body is, told without states (RFC 9112 section 7.1): 1 and
+ * where it ends, 0 if it may go on, -1 if it is none; payload has what is of
+ * it until then.
+ */
+static int
+chunks_judge(const char *s, size_t n, size_t *end, char *payload, size_t *sum)
+{
+	size_t at = 0, i, lf;
+	unsigned long long size;
+
+	for (*sum = 0;; at += 2) {
+		for (i = at; i < n && isxdigit((unsigned char)s[i]); i++)
+			continue;
+		if (i - at > 16 || (i == at && i < n))
+			return -1;
+		size = strtoull(s + at, NULL, 16);
+		if (size > INT64_MAX)
+			return -1;
+		while (i < n && (s[i] == ' ' || s[i] == '\t'))
+			i++;
+		if (i < n && s[i] == ';')
+			while (i < n && (s[i] == '\t' ||
+			    (unsigned char)s[i] >= ' '))
+				i++;
+		if (i < n && s[i] != '\r')
+			return -1;
+		if (i + 1 < n && s[i + 1] != '\n')
+			return -1;
+		if (i + 2 > n)
+			return 0;
+		at = i + 2;
+		if (size == 0)
+			break;
+		for (; size > 0 && at < n; size--)
+			payload[(*sum)++] = s[at++];
+		if (at < n && s[at] != '\r')
+			return -1;
+		if (at + 1 < n && s[at + 1] != '\n')
+			return -1;
+		if (at + 2 > n)
+			return 0;
+	}
+	/* Trailer lines: a name, a colon, and nothing that can't be seen. */
+	for (i = at; i < n; i = lf + 1) {
+		for (lf = i; lf < n && s[lf] != '\n'; lf++)
+			continue;
+		if (lf == n)
+			return 0;
+		if (lf == i || s[lf - 1] != '\r')
+			return -1;
+		if (lf == i + 1)
+			break;
+	}
+	if (i == n)
+		return 0;
+	*end = lf + 1;
+	for (; at < i; at = lf + 1) {
+		bool named = false;
+
+		for (lf = at; s[lf] != '\r' || s[lf + 1] != '\n'; lf++) {
+			char c = s[lf];
+
+			if (c == ':' && !named && lf > at)
+				named = true;
+			else if (!named && !isalnum((unsigned char)c) &&
+			    (c == '\0' || !strchr("!#$%&'*+-.^_`|~", c)))
+				return -1;
+			else if (c == 127 || (c != '\t' && c >= 0 && c < ' '))
+				return -1;
+		}
+		if (!named)
+			return -1;
+		lf++;
+	}
+	return 1;
+}
+
+/* Each byte behind each beginning of a body, a request behind it. */
+static void
+unit_chunks(void)
+{
+	static const char *const starts[] = { "", "0", "00", "5", "5 ", "0\t",
+		"5;a", "0;a=\"b", "5\r", "0\r", "0 \r", "0;a\r", "5\r\n",
+		"5\r\nhell", "5\r\nhello", "5\r\nhello\r", "5\r\nhello\r\n",
+		"5\r\nhello\r\n0", "5\r\nhello\r\n0\r",
+		"5\r\nhello\r\n0\r\n", "0\r\n", "0\r\n\r", "0\r\nA",
+		"0\r\nA:", "0\r\nA:b\r", "0\r\nA:b\r\n", "0\r\nA:b\r\n\r",
+		"0000000000000000", "7FFFFFFFFFFFFFFF", "8", NULL };
+	static const char *const rests[] = { "GET / HTTP/1.1\r\n\r\n",
+		"\r\nGET / HTTP/1.1\r\n\r\n", NULL };
+	static struct outcome o;
+	const char *const *start, *const *rest;
+	char s[100], payload[100];
+	size_t n, cut, end, sum;
+	int c, verdict;
+
+	for (start = starts; *start != NULL; start++)
+		for (rest = rests; *rest != NULL; rest++)
+			for (c = 1; c < 256; c++) {
+				snprintf(s, sizeof(s), "%s%c%s", *start, c,
+				    *rest);
+				n = strlen(s);
+				verdict = chunks_judge(s, n, &end, payload,
+				    &sum);
+				for (cut = 0; cut < strlen(*start) + 3; cut++) {
+					decode_pieces(FRAMING_CHUNKED, 0, s,
+					    &cut, 1, &o);
+					if (o.whole != (verdict == 1) ||
+					    o.broken == o.whole ||
+					    o.n != sum || memcmp(o.bytes,
+					    payload, sum) != 0 ||
+					    (o.whole && o.over != n - end))
+						unit_fail("chunks", *start,
+						    *rest, c);
+				}
+			}
+}
+
 /* Undoes the chunks at s; returns the payload's length, -1 if they are bad. */
 static long
 chunks_undo(const char *s, size_t n, char *to)
@@ -16277,8 +16412,8 @@ const struct unit_table units[] = {
 	{ "texts", unit_texts }, { "addresses", unit_addresses },
 	{ "targets", unit_targets }, { "requests", unit_requests },
 	{ "mutations", unit_mutations }, { "responses", unit_responses },
-	{ "bodies", unit_bodies }, { "encoding", unit_encoding },
-	{ NULL, NULL },
+	{ "bodies", unit_bodies }, { "chunks", unit_chunks },
+	{ "encoding", unit_encoding }, { NULL, NULL },
 };
 EOF_UNIT
 }
@@ -16317,6 +16452,10 @@ test_unit_responses() { # response heads
 
 test_unit_bodies() { # bodies: every split gives the same result
 	unit parts bodies
+}
+
+test_unit_chunks() { # each byte behind each beginning of a chunk line
+	unit parts chunks
 }
 
 test_unit_encoding() { # bodies leave whole, however slowly
