@@ -485,7 +485,6 @@ enum refusal {
 	REFUSE_FORM,
 	REFUSE_SCHEME,
 	REFUSE_USERINFO,
-	REFUSE_FRAGMENT,
 	REFUSE_AUTHORITY,
 	REFUSE_PORT,
 	REFUSE_NOT_US,
@@ -1357,12 +1356,18 @@ is_alnum(char c)
 	return is_digit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
 }
 
+/* True if c is one of those bytes; NUL never is, though strchr(3) finds it. */
+static bool
+is_among(char c, const char *bytes)
+{
+	return c != '\0' && strchr(bytes, c) != NULL;
+}
+
 /* tchar of RFC 9110 section 5.6.2. */
 static bool
 is_token_char(char c)
 {
-	return is_alnum(c) || c == '-' ||
-	    (c != '\0' && strchr("!#$%&'*+.^_`|~", c));
+	return is_alnum(c) || is_among(c, "-!#$%&'*+.^_`|~");
 }
 
 /* True if t is a token, the form of methods and field names. */
@@ -1544,9 +1549,9 @@ base64_decode(struct text t, char *to, size_t size, size_t *n)
 	if (t.len % 4 == 1 || t.len / 4 * 3 + 2 > size)
 		return false;
 	for (i = 0, *n = 0; i < t.len; i++) {
-		digit = t.at[i] == '\0' ? NULL : strchr(digits, t.at[i]);
-		if (digit == NULL)
+		if (!is_among(t.at[i], digits))
 			return false;
+		digit = strchr(digits, t.at[i]);
 		bits = (bits << 6 | (unsigned long)(digit - digits)) & 0xffffff;
 		if (i % 4 > 0)
 			to[(*n)++] = (char)(bits >> (6 - i % 4 * 2) & 255);
@@ -1724,6 +1729,14 @@ static void
 buffer_drop(struct buffer *b, size_t n)
 {
 	assert(n <= buffer_len(b));
+	b->start += n;
+}
+
+/* Takes n bytes out of b, behind the first `at`. */
+static void
+buffer_cut(struct buffer *b, size_t at, size_t n)
+{
+	memmove(b->data + b->start + n, b->data + b->start, at);
 	b->start += n;
 }
 
@@ -2353,8 +2366,7 @@ static const struct {
 	[REFUSE_SCHEME] = { 501, CLIENT,
 	    "only http:// goes in the clear; https goes by CONNECT" },
 	[REFUSE_USERINFO] = { 400, CLIENT,
-	    "a user or password in the URL: send them as Authorization" },
-	[REFUSE_FRAGMENT] = { 400, CLIENT, "a fragment (#) in the URL" },
+	    "a user or password that does not belong there" },
 	[REFUSE_AUTHORITY] = { 400, CLIENT, "no valid host in the URL" },
 	[REFUSE_PORT] = { 400, CLIENT, "the port is not one from 1 to 65535" },
 	[REFUSE_NOT_US] = { 400, CLIENT,
@@ -2733,7 +2745,7 @@ host_is_valid(struct text host, bool bracketed)
 		return text_find(host, ':') < host.len &&
 		    address_parse(host, 0, &a);
 	for (i = 0; i < host.len; i++)
-		if (!is_alnum(host.at[i]) && !strchr("-._~", host.at[i]))
+		if (!is_alnum(host.at[i]) && !is_among(host.at[i], "-._~"))
 			return false;
 	return true;
 }
@@ -2772,8 +2784,27 @@ authority_parse(struct text t, unsigned default_port, struct target *target)
 }
 
 /*
+ * The login in an absolute URL, with the `@` behind it; of no bytes if there
+ * is none.  It may hold any byte that does not end an authority.
+ */
+static struct text
+url_login(struct text t)
+{
+	size_t i = 0, start, n = 0;
+
+	while (
+	    i < t.len && t.at[i] != '/' && !text_starts(text_from(t, i), "://"))
+		i++;
+	start = i < t.len && t.at[i] == ':' ? i + strlen("://") : 0;
+	for (i = start; i < t.len && !is_among(t.at[i], "/?"); i++)
+		if (t.at[i] == '@')
+			n = i + 1 - start;
+	return text_cut(t.at + start, n);
+}
+
+/*
  * http://authority/path of an absolute URL (RFC 9110 section 4.2.1); or only
- * //authority/path, which is relative to one.
+ * //authority/path, which is relative to one.  A fragment does not count.
  */
 static int
 absolute_parse(struct text t, struct target *target)
@@ -2785,6 +2816,7 @@ absolute_parse(struct text t, struct target *target)
 	if (!text_starts(t, "//"))
 		return -REFUSE_SCHEME;
 	t = text_from(t, strlen("//"));
+	t.len = text_find(t, '#');
 	for (n = 0; n < t.len && t.at[n] != '/' && t.at[n] != '?'; n++)
 		continue;
 	target->path = text_from(t, n);
@@ -2812,8 +2844,6 @@ target_parse(struct text t, enum method method, struct target *target)
 		    -REFUSE_FORM :
 		    authority_parse(t, 0, target);
 	}
-	if (text_find(t, '#') < t.len)
-		return -REFUSE_FRAGMENT;
 	target->path = t;
 	if (*t.at == '/') {
 		target->form = FORM_ORIGIN;
@@ -2824,8 +2854,9 @@ target_parse(struct text t, enum method method, struct target *target)
 		return method == METHOD_OPTIONS ? 1 : -REFUSE_FORM;
 	}
 	target->form = FORM_ABSOLUTE;
-	for (i = 0; i < t.len && (is_alnum(t.at[i]) || strchr("+-.", t.at[i]));)
-		i++;
+	for (i = 0; i < t.len; i++)
+		if (!is_alnum(t.at[i]) && !is_among(t.at[i], "+-."))
+			break;
 	if (i == 0 || !text_starts(text_from(t, i), "://"))
 		return -REFUSE_FORM;
 	return absolute_parse(t, target);
@@ -5032,7 +5063,7 @@ word_unquote(char **t, struct word *word)
 	word->t.len = (size_t)(to - word->t.at);
 	word->quoted = true;
 	*t = from + 1;
-	return *t[0] == '\0' || strchr(" \t", *t[0]) != NULL;
+	return *t[0] == '\0' || is_among(*t[0], " \t");
 }
 
 /* Splits a line, which it writes into; false if it is wrong. */
@@ -5109,7 +5140,7 @@ value_host(struct parser *p, struct condition *c, struct value *value)
 	if (t->len > 2 && t->at[0] == '[' && t->at[t->len - 1] == ']')
 		*t = text_cut(t->at + 1, t->len - 2);
 	for (i = 0; i < t->len; i++)
-		if (!is_alnum(t->at[i]) && !strchr("-._~:", t->at[i]))
+		if (!is_alnum(t->at[i]) && !is_among(t->at[i], "-._~:"))
 			return false;
 	return t->len > 0 && t->len <= HOST_MAX && !text_is(*t, ".");
 }
@@ -8411,6 +8442,7 @@ log_quotes(const struct exchange *x)
 	const struct request *q = x->request;
 	const struct note *n = &x->note;
 	struct quotes quotes = { .first_ms = -1 };
+	struct text login;
 
 	if (q != NULL) {
 		const struct times *t = &q->times;
@@ -8419,6 +8451,10 @@ log_quotes(const struct exchange *x)
 		quotes.uri = q->uri;
 		quotes.agent = head_value(&q->head, "User-Agent");
 		quotes.referer = head_value(&q->head, "Referer");
+		login = url_login(quotes.referer);
+		if (login.len > 0)
+			quotes.referer = text_from(quotes.referer,
+			    (size_t)(login.at - quotes.referer.at) + login.len);
 		quotes.minor = q->minor;
 		quotes.dns_ms = times_between(t->asked, t->resolved);
 		quotes.connect_ms = q->route.reused ?
@@ -9622,33 +9658,51 @@ request_take(struct exchange *x, size_t n)
 }
 
 /*
- * Overwrites a login in the authority of the request line that b begins with.
- * Such a request is refused, and neither log nor trace may tell the secret.
+ * Takes the login and the fragment out of the URL in the request line that b
+ * begins with: they are not for the server (RFC 9110 sections 4.2.4, 7.1),
+ * and neither log nor trace may tell the secret.  What is no valid login, or
+ * stands in a CONNECT, is overwritten, and the request will be refused.
  */
 static void
-request_hide_login(struct buffer *b)
+request_clean(struct buffer *b)
 {
-	struct text line = buffer_text(b);
-	size_t i, from;
+	bool connect = text_starts(buffer_text(b), "CONNECT ");
+	struct text line = buffer_text(b), login;
+	size_t from, at, end, i = 0;
 
 	line.len = text_find(line, '\n');
-	from = text_find(line, ' ');
-	from += from < line.len;
-	for (i = from; i + 2 < line.len && line.at[i] != '/'; i++)
-		if (memcmp(line.at + i, "://", 3) == 0)
-			from = i + 3;
-	for (i = from; i < line.len && !strchr("/?", line.at[i]); i++)
-		if (line.at[i] == '@')
-			memset(b->data + b->start + from, '*', i - from);
+	for (from = 0; from < line.len && !is_among(line.at[from], " \t");)
+		from++;
+	from = from < line.len ? from + 1 : 0;
+	login = url_login(text_from(line, from));
+	at = (size_t)(login.at - line.at);
+	while (i < login.len &&
+	    (is_alnum(login.at[i]) ||
+		is_among(login.at[i], "-._~%!$&'()*+,;=:")))
+		i++;
+	if (login.len > 0 && (connect || i + 1 < login.len))
+		memset(b->data + b->start + at, '*', login.len - 1);
+	else {
+		buffer_cut(b, at, login.len);
+		line = text_from(line, login.len);
+	}
+	for (at = from; at < line.len && !is_among(line.at[at], " #"); at++)
+		continue;
+	for (end = at; end < line.len && !is_among(line.at[end], " \r"); end++)
+		if (!text_is_clean(text_cut(line.at + end, 1)))
+			return;
+	if (!connect && at < line.len && line.at[at] == '#')
+		buffer_cut(b, at, end - at);
 }
 
 /* What came, when it is no request: the log gets its first line. */
 static void
 request_spoil(struct exchange *x)
 {
-	struct text t = buffer_text(x->client.in);
+	struct text t;
 
-	request_hide_login(x->client.in);
+	request_clean(x->client.in);
+	t = buffer_text(x->client.in);
 	x->request->bytes = x->client.in;
 	x->client.in = NULL;
 	t.len = text_find(t, '\n');
@@ -10216,7 +10270,7 @@ request_accept(struct exchange *x, size_t n)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 		return;
 	}
-	request_hide_login(x->request->bytes);
+	request_clean(x->request->bytes);
 	trace_head(x, "c>", buffer_text(x->request->bytes));
 	verdict = request_parse(buffer_text(r->bytes), r);
 	request_note(x, r);
@@ -13070,18 +13124,19 @@ key_print(const char *url)
 {
 	struct buffer *b = buffer_take();
 	struct exchange x;
-	struct target target = { .host = { "", 0 } };
 	struct request *q = request_new();
 	struct text key;
 
 	if (options.cache == NULL)
 		usage("-k wants -c, the directory to look in");
-	if (absolute_parse(text_of(url), &target) != 1)
-		usage("-k %s: not a URL that begins with http://", url);
-	if (b == NULL || q == NULL)
+	if (b == NULL || q == NULL || (q->bytes = buffer_take()) == NULL)
 		return;
+	buffer_print(q->bytes, "GET %s HTTP/1.0\r\n\r\n", url);
+	request_clean(q->bytes);
+	if (request_parse(buffer_text(q->bytes), q) != 1 ||
+	    q->target.form != FORM_ABSOLUTE)
+		usage("-k %s: not a URL that begins with http://", url);
 	memset(&x, 0, sizeof(x));
-	q->target = target;
 	x.request = q;
 	key_append(&x, b);
 	key = buffer_text(b);
@@ -13162,7 +13217,7 @@ trial_build(struct exchange *x, char *words, struct account *user,
 {
 	char *word = words + strcspn(words, " "), *value, *url = words;
 	const char *method = NULL;
-	struct text target;
+	struct text target, login;
 
 	x->peer.family = AF_UNIX;
 	while (*word != '\0') {
@@ -13185,18 +13240,20 @@ trial_build(struct exchange *x, char *words, struct account *user,
 		word = value + strcspn(value, " ");
 	}
 	if (text_starts(text_of(url), "https://")) {
-		url += strlen("https://");
-		target = text_cut(url, strcspn(url, "/?"));
+		login = url_login(text_of(url));
+		url += strlen("https://") + login.len;
+		target = text_cut(url, strcspn(url, "/?#"));
 		/* What is behind an IPv6 address, or all of another host. */
 		url += *url == '[' ? text_find(target, ']') : 0;
 		buffer_print(head, "CONNECT %.*s%s HTTP/1.1\r\n",
 		    (int)target.len, target.at,
-		    strcspn(url, ":") < strcspn(url, "/?") ? "" : ":443");
+		    strcspn(url, ":") < strcspn(url, "/?#") ? "" : ":443");
 	} else
 		buffer_print(head, "%.*s %s HTTP/1.1\r\n",
 		    method ? (int)strcspn(method, " ") : 3,
 		    method ? method : "GET", url);
 	buffer_append(head, text_of("Host: x\r\n\r\n"));
+	request_clean(head);
 }
 
 /* Where a verdict comes from, behind what it says. */

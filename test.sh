@@ -2206,6 +2206,54 @@ END
 END
 }
 
+test_forward_login() { # a login and a fragment in the URL are taken off, and told nobody
+	start_proxy -vv
+	for url in bob:s3cret@%O/a @%O/a bob@%O/a "b-._~%21!\$&'()*+,;=:b@%O/a" \
+	    %O/a# %O/a#part %O/a#p@q/?x#y bob:s3cret@%O/a#part; do
+		play -n "$url" <<END
+		origin head
+		origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+		client send GET http://$url HTTP/1.1\nHost: %O\nX-A: b\n\n
+		client answer
+		sees   ok
+		gets   GET /a HTTP/1.1
+		gets+  Host: %O
+		gets   X-A: b
+		gets!~ ([#@]|^Authorization|s3cret|part)
+		log    "GET http://%O/a HTTP/1.1" 200
+END
+		! grep -e s3cret -e part log err || fail "$url is told"
+	done
+	play 'without a path; a query has an @ of its own' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\nmore
+	client send GET http://bob:s3cret@%O HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://bob@%O?a@b#c HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   more
+	gets   GET / HTTP/1.1
+	gets   GET /?a@b HTTP/1.1
+	log    "GET http://%O HTTP/1.1" 200
+	log    "GET http://%O[?]a@b HTTP/1.1" 200
+END
+	play 'a TRACE that ends here' <<'END'
+	client send TRACE http://bob:s3cret@%O/x#y HTTP/1.1\nHost: %O\nMax-Forwards: 0\n\n
+	client answer
+	sees   TRACE http://%O/x HTTP/1.1
+END
+	play 'the login in a Referer is not logged' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nReferer: http://bob:s3cret@ref.example/a@b\n\n
+	client answer
+	gets   Referer: http://bob:s3cret@ref.example/a@b
+	log    200 2 "ref.example/a@b" "-"
+END
+}
+
 test_forward_options_trace() { # Max-Forwards; OPTIONS *
 	play 'counted down' <<'END'
 	origin head
@@ -3544,10 +3592,14 @@ test_bad_request_line() { # request lines that are none
 }
 
 test_bad_url() { # URLs that a proxy must not take
-	refused 400 'GET http://user:pw@%O/ HTTP/1.1\nHost: %O\n\n'
-	refused 400 'GET http://user@%O/ HTTP/1.1\nHost: %O\n\n'
-	refused 400 'GET http://@%O/ HTTP/1.1\nHost: %O\n\n'
-	refused 400 'GET http://%O/#part HTTP/1.1\nHost: %O\n\n'
+	refused 400 'GET http://a@b@%O/ HTTP/1.1\nHost: %O\n\n'
+	refused 400 'GET http://a\\@%O/ HTTP/1.1\nHost: %O\n\n'
+	refused 400 'GET http://127.0.0.1#@%O/ HTTP/1.1\nHost: %O\n\n'
+	refused 400 'GET http://%O/#\0 HTTP/1.1\nHost: %O\n\n'
+	refused 400 'GET http://%O/#\x7f HTTP/1.1\nHost: %O\n\n'
+	refused 400 'GET # HTTP/1.1\nHost: %O\n\n'
+	refused 400 'CONNECT user:pw@%O HTTP/1.1\nHost: %O\n\n'
+	refused 400 'CONNECT %O#part HTTP/1.1\nHost: %O\n\n'
 	refused 400 'GET http:///x HTTP/1.1\nHost: %O\n\n'
 	refused 400 'GET http://:%p/x HTTP/1.1\nHost: %O\n\n'
 	refused 400 'GET http:/%O/ HTTP/1.1\nHost: %O\n\n'
@@ -3563,7 +3615,7 @@ test_bad_url() { # URLs that a proxy must not take
 		refused 400 "CONNECT 127.0.0.1:$port HTTP/1.1\\nHost: x\\n\\n"
 	done
 	for host in '[::1' '::1' '[::1]x' '[x]' '[]' '[::1%25lo]' 'a b' 'a"b' \
-	    'a<b' 'a\\b' 'a\0b' 'a\xe4b' 'a,b' 'a@b'; do
+	    'a<b' 'a\\b' 'a\0b' 'a\xe4b' 'a,b' 'a@'; do
 		refused 400 "GET http://$host:80/ HTTP/1.1\\nHost: x\\n\\n"
 		refused 400 "CONNECT $host:80 HTTP/1.1\\nHost: x\\n\\n"
 	done
@@ -7672,10 +7724,14 @@ END
 	run_proxy -e 'deny url ^example.com:443$' -T https://example.com/
 	[ $status = 1 ] || fail "https is a CONNECT: exit status $status"
 	for url in 'https://[2001:db8::1]/' 'https://[2001:db8::1]:443/x?y:z' \
-	    'https://192.0.2.9/a:b' https://example.com; do
+	    'https://192.0.2.9/a:b' https://example.com \
+	    'https://bob:pw@[2001:db8::1]/' 'https://example.com#x:1'; do
 		run_proxy -e 'deny port 443' -T "$url"
 		[ $status = 1 ] || fail "$url: exit status $status: $(cat errors)"
 	done
+	run_proxy -e 'deny url ^http://example.com/a$' \
+	    -T 'http://bob:pw@example.com/a#b'
+	[ $status = 1 ] || fail "login and fragment: exit status $status"
 	run_proxy -T http://example.com/
 	[ $status = 0 ] || fail "without rules: exit status $status"
 	run_proxy -e 'deny port x' -T http://example.com/
@@ -10740,7 +10796,8 @@ END
 	find cache -type f -exec grep -l -x -F "key: http://$host:80/v" {} + |
 		sort > want
 	for url in "HTTP://$host/v" http://SOME.example/v "http://$host:80/v" \
-	    HTTP://Some.Example:80/v "http://$host:080/v"; do
+	    HTTP://Some.Example:80/v "http://$host:080/v" \
+	    "http://bob:pw@$host/v#part"; do
 		purged "$url"
 	done
 	find cache -type f -exec grep -l -x -F "key: http://$host:80/" {} + |
@@ -15049,9 +15106,12 @@ END
 
 test_regress_credentials() { # a password in a URL is neither logged nor traced nor sent back
 	start_proxy -vv
-	for request in 'GET http://bob:s3cret@%O/ HTTP/1.1\nHost: %O' \
-	    'GET http://bob:s3cret@%O HTTP/1.1\nHost: %O' \
-	    'GET http://s3cret@%O/?a@b HTTP/1.1\nHost: %O' \
+	for request in 'GET http://bob:s3 cret@%O/ HTTP/1.1\nHost: %O' \
+	    'GET http://bob:s3cret#@%O HTTP/1.1\nHost: %O' \
+	    'GET http://"s3cret@%O/?a@b HTTP/1.1\nHost: %O' \
+	    'GET\thttp://bob:s3cret@%O/ HTTP/1.1\nHost: %O' \
+	    'http://bob:s3cret@%O/' \
+	    'GET http://%O/#s3cret HTTP/1.1\nHost: %O\nX-A : b' \
 	    'CONNECT bob:s3cret@%O HTTP/1.1\nHost: %O' \
 	    'GET http://bob:s3cret@%O:x/ HTTP/1.1\nHost: %O' \
 	    'GET http://bob:s3cret@%O/ HTTP/1.1\nHost: %O\nX-A : b' \
@@ -15777,7 +15837,8 @@ unit_targets(void)
 		{ METHOD_GET, "http://a:b/", 400, "", 0, "" },
 		{ METHOD_GET, "http://a@b/", 400, "", 0, "" },
 		{ METHOD_GET, "http://a:b@c/", 400, "", 0, "" },
-		{ METHOD_GET, "http://a/#", 400, "", 0, "" },
+		{ METHOD_GET, "http://a/b#c", 200, "a", 80, "/b" },
+		{ METHOD_GET, "http://a#c@d/", 200, "a", 80, "" },
 		{ METHOD_GET, "http://[/", 400, "", 0, "" },
 		{ METHOD_GET, "http://[]/", 400, "", 0, "" },
 		{ METHOD_GET, "http://[a]/", 400, "", 0, "" },
