@@ -449,9 +449,23 @@ struct rewrites {
 	const struct rule *list[REWRITES_MAX + 1]; /* in their order */
 };
 
+/*
+ * What was put right in a server's head: bits.  What leaves is written anew,
+ * so that nobody behind us can read it in another way.
+ */
+enum mend {
+	MEND_LF = 1,       /* LF alone ended a line */
+	MEND_BLANK = 2,    /* blanks before a colon */
+	MEND_COLON = 4,    /* a line without one */
+	MEND_IDENTITY = 8, /* Transfer-Encoding: identity */
+	MEND_LENGTH = 16,  /* Content-Length beside chunked */
+	MENDS = 5          /* how many bits there are */
+};
+
 /* A response head, understood. */
 struct response {
 	struct head head;     /* all its lines */
+	unsigned mended;      /* of enum mend */
 	int status;           /* 100 to 999 */
 	struct text reason;   /* what the server calls it */
 	struct text extra;    /* lines of ours for it */
@@ -2489,35 +2503,45 @@ status_reason(int status)
 /*
  * Looks for the end of a head: an empty line.  *seen says how far it was
  * looked for before.  Returns the head's length with that line, 0 if it is
- * not there yet, or minus a refusal.  Every line ends in CR LF, though RFC
- * 9112 section 2.2 would let us take LF: two readings are one too many.
+ * not there yet, or minus a refusal.  Every line of a client's ends in CR LF,
+ * though RFC 9112 section 2.2 would let us take LF: two readings are one too
+ * many.  A server's may end in LF (lenient).
  */
 static int
-head_find(struct text t, size_t *seen)
+head_find(struct text t, size_t *seen, bool lenient)
 {
 	const char *lf;
 
 	while (*seen < t.len &&
 	    (lf = memchr(t.at + *seen, '\n', t.len - *seen)) != NULL) {
-		size_t i = (size_t)(lf - t.at);
+		size_t i = (size_t)(lf - t.at), n = i + 1;
 
-		if (i == 0 || t.at[i - 1] != '\r')
+		if (i > 0 && t.at[i - 1] == '\r')
+			i--;
+		else if (!lenient)
 			return -REFUSE_BARE_LF;
-		*seen = i + 1;
-		if (i == 1 || t.at[i - 2] == '\n')
-			return (int)(i + 1);
+		*seen = n;
+		if (i == 0 || t.at[i - 1] == '\n')
+			return (int)n;
 	}
 	*seen = t.len;
 	return 0;
 }
 
-/* The next line of *rest without its CR LF; *rest goes on behind it. */
+/*
+ * The next line of *rest without its CR LF or LF; *rest goes on behind it.
+ * mended, if not NULL, notes a line that ends in LF alone.
+ */
 static struct text
-line_next(struct text *rest)
+line_next(struct text *rest, unsigned *mended)
 {
 	size_t n = text_find(*rest, '\n');
-	struct text line = text_cut(rest->at, n ? n - 1 : 0);
+	struct text line = text_cut(rest->at, n);
 
+	if (n > 0 && line.at[n - 1] == '\r')
+		line.len--;
+	else if (mended != NULL)
+		*mended |= MEND_LF;
 	*rest = text_from(*rest, n < rest->len ? n + 1 : n);
 	return line;
 }
@@ -2537,9 +2561,12 @@ text_is_clean(struct text t)
 	return true;
 }
 
-/* One field line (RFC 9112 section 5). */
+/*
+ * One field line (RFC 9112 section 5).  Returns 1; 0: it is to be dropped; or
+ * minus a refusal.  mended: what is put right, or NULL if nothing may be.
+ */
 static int
-field_parse(struct text line, struct field *field)
+field_parse(struct text line, struct field *field, unsigned *mended)
 {
 	size_t colon = text_find(line, ':');
 
@@ -2547,38 +2574,47 @@ field_parse(struct text line, struct field *field)
 		return -REFUSE_FOLDED;
 	if (!text_is_clean(line))
 		return -REFUSE_CONTROL;
-	if (colon == line.len)
+	if (colon == line.len && mended == NULL)
 		return -REFUSE_FIELD;
-	field->name = text_cut(line.at, colon);
+	if (colon == line.len) {
+		*mended |= MEND_COLON;
+		return 0;
+	}
+	field->name = text_trim(text_cut(line.at, colon));
 	field->value = text_trim(text_from(line, colon + 1));
-	if (text_trim(field->name).len != colon)
+	if (field->name.len != colon && mended == NULL)
 		return -REFUSE_COLON;
+	if (field->name.len != colon)
+		*mended |= MEND_BLANK;
 	return text_is_token(field->name) ? 1 : -REFUSE_FIELD;
 }
 
-/* All field lines up to the empty one that ends t. */
+/* All field lines up to the empty one that ends t; see field_parse(). */
 static int
-fields_parse(struct text t, struct head *h)
+fields_parse(struct text t, struct head *h, unsigned *mended)
 {
 	struct text line;
+	struct field field;
 	int verdict;
 
-	for (h->n = 0; (line = line_next(&t)).len > 0; h->n++) {
-		if (h->n == FIELDS_MAX)
-			return -REFUSE_FIELDS_MANY;
-		verdict = field_parse(line, &h->fields[h->n]);
-		if (verdict != 1)
+	for (h->n = 0; (line = line_next(&t, mended)).len > 0;) {
+		verdict = field_parse(line, &field, mended);
+		if (verdict < 0)
 			return verdict;
+		if (verdict == 1 && h->n == FIELDS_MAX)
+			return -REFUSE_FIELDS_MANY;
+		if (verdict == 1)
+			h->fields[h->n++] = field;
 	}
 	return 1;
 }
 
-/* Splits a whole head, as head_find() found it. */
+/* Splits a whole head, as head_find() found it; see field_parse(). */
 static int
-head_parse(struct text t, struct head *h)
+head_parse(struct text t, struct head *h, unsigned *mended)
 {
-	h->line = line_next(&t);
-	return fields_parse(t, h);
+	h->line = line_next(&t, mended);
+	return fields_parse(t, h, mended);
 }
 
 /* The first field of that name, or NULL. */
@@ -2601,6 +2637,26 @@ head_value(const struct head *h, const char *name)
 	const struct field *field = head_field(h, name);
 
 	return field == NULL ? text_of("") : field->value;
+}
+
+/*
+ * Drops the fields of that name; with a value, only those that have it.  True
+ * if there were any.
+ */
+static bool
+head_drop(struct head *h, const char *name, const char *value)
+{
+	size_t i, kept = 0, n = h->n;
+
+	for (i = 0; i < n; i++)
+		if (!text_is(h->fields[i].name, name) ||
+		    (value != NULL && !text_is(h->fields[i].value, value))) {
+			if (kept < i)
+				h->fields[kept] = h->fields[i];
+			kept++;
+		}
+	h->n = kept;
+	return kept < n;
 }
 
 /*
@@ -2711,18 +2767,19 @@ head_chunked(const struct head *h)
 
 /*
  * How a body is framed by its head; the caller knows what no framing means.
- * Both at once is how requests are smuggled: refused (DESIGN's reading of
- * RFC 9112 section 6.3, item 3).
+ * Both at once is how requests are smuggled: refused; of a server (lenient)
+ * chunked wins (RFC 9112 section 6.3, item 3).
  */
 static int
-head_framing(const struct head *h, enum framing *framing, uint64_t *length)
+head_framing(const struct head *h, enum framing *framing, uint64_t *length,
+    bool lenient)
 {
 	int chunked = head_chunked(h);
 	int counted = head_length(h, length);
 
 	if (chunked < 0)
 		return chunked;
-	if (chunked && head_field(h, "Content-Length") != NULL)
+	if (chunked && !lenient && head_field(h, "Content-Length") != NULL)
 		return -REFUSE_BOTH;
 	if (counted < 0)
 		return counted;
@@ -2958,7 +3015,7 @@ request_parse(struct text t, struct request *r)
 	r->length = 0;
 	r->rewrites.n = 0;
 	memset(&r->target, 0, sizeof(r->target));
-	verdict = head_parse(t, &r->head);
+	verdict = head_parse(t, &r->head, NULL);
 	line = request_line_parse(r->head.line, r);
 	if (line != 1)
 		return line;
@@ -2966,7 +3023,7 @@ request_parse(struct text t, struct request *r)
 		return verdict;
 	if (r->minor == 0 && head_field(&r->head, "Transfer-Encoding") != NULL)
 		return -REFUSE_CODING_OLD;
-	verdict = head_framing(&r->head, &r->framing, &r->length);
+	verdict = head_framing(&r->head, &r->framing, &r->length, false);
 	if (verdict != 1)
 		return verdict;
 	if (r->framing == FRAMING_LENGTH && r->length == 0)
@@ -3007,13 +3064,17 @@ response_is_bare(int status, enum method method)
 	    status == 304 || (method == METHOD_CONNECT && status < 300);
 }
 
-/* A whole response head to a request of that method. */
+/*
+ * A whole response head to a request of that method.  What can be put right
+ * is, in r->head too, so that nobody else has to know of it.
+ */
 static int
 response_parse(struct text t, enum method method, struct response *r)
 {
-	int verdict = head_parse(t, &r->head);
-	int line;
+	int verdict, line;
 
+	r->mended = 0;
+	verdict = head_parse(t, &r->head, &r->mended);
 	r->status = 0;
 	r->length = 0;
 	r->extra = text_cut(t.at, 0);
@@ -3021,11 +3082,18 @@ response_parse(struct text t, enum method method, struct response *r)
 	line = status_line_parse(r->head.line, r);
 	if (line != 1)
 		return line;
-	if (verdict != 1 || response_is_bare(r->status, method))
+	if (verdict != 1)
 		return verdict;
-	verdict = head_framing(&r->head, &r->framing, &r->length);
-	if (verdict == 1 && r->framing == FRAMING_NONE)
-		r->framing = FRAMING_CLOSE;
+	if (head_drop(&r->head, "Transfer-Encoding", "identity"))
+		r->mended |= MEND_IDENTITY;
+	if (!response_is_bare(r->status, method)) {
+		verdict = head_framing(&r->head, &r->framing, &r->length, true);
+		if (r->framing == FRAMING_NONE)
+			r->framing = FRAMING_CLOSE;
+	}
+	if (head_field(&r->head, "Transfer-Encoding") != NULL &&
+	    head_drop(&r->head, "Content-Length", NULL))
+		r->mended |= MEND_LENGTH;
 	return verdict;
 }
 
@@ -3141,7 +3209,7 @@ flow_start(struct flow *f, enum framing from, enum framing to, uint64_t length)
 	memset(f, 0, sizeof(*f));
 	f->from = from;
 	f->to = to;
-	f->left = length;
+	f->left = from == FRAMING_LENGTH ? length : 0;
 	f->whole = from == FRAMING_NONE ||
 	    (from == FRAMING_LENGTH && length == 0);
 	f->done = from == FRAMING_NONE;
@@ -3207,13 +3275,13 @@ trailer_decode(struct flow *f, struct buffer *b)
 {
 	struct text t = text_from(buffer_text(b), f->ready);
 	size_t seen = 0;
-	int n = head_find(t, &seen);
+	int n = head_find(t, &seen, false);
 	struct head h;
 
 	if (n == 0 && t.len <= TRAILER_MAX)
 		return;
 	if (n <= 0 || n > TRAILER_MAX ||
-	    fields_parse(text_cut(t.at, (size_t)n), &h) != 1) {
+	    fields_parse(text_cut(t.at, (size_t)n), &h, NULL) != 1) {
 		f->broken = true;
 		return;
 	}
@@ -3309,7 +3377,7 @@ trailer_encode(struct flow *f, const struct buffer *in, struct buffer *out)
 	h.n = 0;
 	if (f->trailer > 0 && !f->bare)
 		(void)fields_parse(text_cut(in->data + in->start, f->trailer),
-		    &h);
+		    &h, NULL);
 	for (i = 0; i < h.n; i++)
 		if (field_passes(&h, i) &&
 		    !name_is_among(h.fields[i].name, fields_not_late))
@@ -8638,7 +8706,7 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 	if (options.verbose == 0)
 		return;
 	(void)snprintf(prefix, sizeof(prefix), "%s ", mark);
-	while (head.len > 0 && (line = line_next(&head)).len > 0) {
+	while (head.len > 0 && (line = line_next(&head, NULL)).len > 0) {
 		size_t colon = text_find(line, ':');
 
 		line = trace_clean(line, clean, sizeof(clean));
@@ -9074,7 +9142,7 @@ response_length(const struct response *r)
 {
 	uint64_t length = UINT64_MAX;
 
-	if (head_chunked(&r->head) != 0 || head_length(&r->head, &length) != 1)
+	if (head_length(&r->head, &length) != 1)
 		return UINT64_MAX;
 	return length;
 }
@@ -9595,12 +9663,15 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 
 /* ---- requests ---- */
 
-/* The length of the head that c's `in` begins with; as head_find() has it. */
+/*
+ * The length of the head in c's `in`, with `skip` bytes in front of it; as
+ * head_find() has it.
+ */
 static int
-conn_head(struct conn *c)
+conn_head(struct conn *c, size_t skip, bool lenient)
 {
-	size_t seen = c->seen;
-	int n = head_find(buffer_text(c->in), &seen);
+	size_t seen = c->seen > skip ? c->seen : skip;
+	int n = head_find(buffer_text(c->in), &seen, lenient);
 
 	c->seen = (uint32_t)seen;
 	return n;
@@ -10331,7 +10402,7 @@ request_step(struct exchange *x)
 	int n = 0;
 
 	if (request_begin(x)) {
-		n = conn_head(c);
+		n = conn_head(c, 0, false);
 		refusal = request_hopeless(c->in, n > 0);
 		if (refusal == REFUSE_NONE && n < 0)
 			refusal = (enum refusal)(-n);
@@ -11169,8 +11240,7 @@ response_field_append(const struct exchange *x, const struct response *r,
 			return;
 		if (!bare)
 			length = r->length;
-		else if (head_field(&r->head, "Transfer-Encoding") != NULL ||
-		    head_length(&r->head, &length) != 1)
+		else if (head_length(&r->head, &length) != 1)
 			return;
 		length_append(b, length);
 	} else if (field_passes(&r->head, i) ||
@@ -11413,7 +11483,8 @@ static bool
 response_keeps_server(const struct exchange *x, const struct response *r)
 {
 	return !x->request->local && r->minor == 1 &&
-	    r->framing != FRAMING_CLOSE && !response_logs_in(x, r) &&
+	    !(r->mended & MEND_LENGTH) && r->framing != FRAMING_CLOSE &&
+	    !response_logs_in(x, r) &&
 	    !head_lists(&r->head, "Connection", text_of("close"));
 }
 
@@ -11655,6 +11726,43 @@ response_passes(struct exchange *x, const struct response *r, struct text head)
 	return access_response(x, r, head, &v);
 }
 
+/*
+ * Asks again on a new connection: a kept one may end, or still bring bytes of
+ * an older answer, just when it is used (RFC 9112 section 9.3.1).  Once, since
+ * the new one is not a kept one.
+ */
+static void
+response_retry(struct exchange *x, const char *why)
+{
+	struct request *q = x->request;
+
+	trace(x, "the kept connection %s", why);
+	conn_close(&x->server, false);
+	q->route.reused = false;
+	q->route.fresh = true;
+	q->route.next = 0;
+	q->times.resolved = now.ms;
+	exchange_enter(x, PHASE_CONNECT);
+}
+
+/* Tells the trace what was put right in a server's head. */
+static void
+response_tell_mended(const struct exchange *x, unsigned mended)
+{
+	static const char *const words[MENDS] = {
+		"LF alone ended a line: taken as CR LF",
+		"blanks before a colon: removed",
+		"a line without a colon: dropped",
+		"Transfer-Encoding: identity: ignored",
+		"Content-Length beside Transfer-Encoding: dropped",
+	};
+	unsigned i;
+
+	for (i = 0; i < MENDS; i++)
+		if (mended >> i & 1)
+			trace(x, "the server's head: %s", words[i]);
+}
+
 /* A whole head of n bytes has come from whoever answers. */
 static void
 response_accept(struct exchange *x, size_t n)
@@ -11667,6 +11775,12 @@ response_accept(struct exchange *x, size_t n)
 	if (!q->local)
 		trace_head(x, "s>", head);
 	verdict = response_parse(head, q->method, &r);
+	if (q->route.reused && !q->local && q->interims == 0 &&
+	    (verdict == -REFUSE_STATUS_LINE || r.status == 408)) {
+		response_retry(x, "brought no answer to this");
+		return;
+	}
+	response_tell_mended(x, r.mended);
 	if (verdict != 1) {
 		exchange_refuse(x, REFUSE_ANSWER, refusals[-verdict].words);
 		return;
@@ -11695,25 +11809,29 @@ response_accept(struct exchange *x, size_t n)
 }
 
 /*
- * The server went away without an answer.  On a kept connection that is no
- * surprise: it is asked again on a new one, once (RFC 9112 section 9.3.1).
+ * The length of an empty line before a status line: one is passed over.  Some
+ * servers end a body with it, beyond its length.
  */
+static size_t
+response_skip(const struct conn *s)
+{
+	struct text t = s->in == NULL ? text_of("") : buffer_text(s->in);
+
+	return text_starts(t, "\r\n") ? 2 : text_starts(t, "\n") ? 1 : 0;
+}
+
+/* The server went away without an answer; of a kept one that is no surprise. */
 static void
 response_lost(struct exchange *x)
 {
+	struct conn *s = &x->server;
 	struct request *q = x->request;
-	int error = x->server.error;
-	bool bytes = x->server.in != NULL || q->interims > 0;
+	int error = s->error;
+	bool bytes = buffer_held(s->in) > response_skip(s) || q->interims > 0;
 	char words[ADDRESS_TEXT], detail[DETAIL_MAX];
 
 	if (q->route.reused && !bytes) {
-		trace(x, "the kept connection was dead");
-		conn_close(&x->server, false);
-		q->route.reused = false;
-		q->route.fresh = true;
-		q->route.next = 0;
-		x->request->times.resolved = now.ms;
-		exchange_enter(x, PHASE_CONNECT);
+		response_retry(x, "was dead");
 		return;
 	}
 	address_print(&x->record.server, words);
@@ -11732,6 +11850,7 @@ response_step(struct exchange *x)
 {
 	struct conn *c = &x->client, *s = &x->server;
 	bool moved = false;
+	size_t skip;
 	int n = 0;
 
 	if (s->fd != -1 && !x->request->local)
@@ -11747,13 +11866,13 @@ response_step(struct exchange *x)
 	}
 	if (!conn_write(c))
 		return moved;
+	skip = response_skip(s);
 	if (s->in != NULL)
-		n = conn_head(s);
-	if (n > 0)
-		response_accept(x, (size_t)n);
-	else if (n < 0)
-		exchange_refuse(x, REFUSE_ANSWER, refusals[-n].words);
-	else if (s->in != NULL && head_is_hopeless(s->in))
+		n = conn_head(s, skip, true);
+	if (n > 0) {
+		buffer_drop(s->in, skip);
+		response_accept(x, (size_t)n - skip);
+	} else if (s->in != NULL && head_is_hopeless(s->in))
 		exchange_refuse(x, REFUSE_ANSWER_LONG, "");
 	else if (s->eof || s->error)
 		response_lost(x);

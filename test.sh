@@ -3243,6 +3243,102 @@ END
 END
 }
 
+test_server_strays() { # what an older answer left on a kept connection is not the next one
+	for stray in '0\n\n' 'ok' '\n\n' '\n0\n' 'ok\n\n' \
+	    'HTTP/1.1 408 Request Timeout\nConnection: close\nContent-Length: 4\n\nevil'; do
+		play "behind the next request: $stray" <<END
+		origin head
+		origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+		origin head
+		origin send ${stray}HTTP/1.1 200 OK\nContent-Length: 4\n\nevil
+		origin eof
+		origin next
+		origin head
+		origin send HTTP/1.1 200 OK\nContent-Length: 5\n\nagain
+		client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+		client answer
+		client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
+		client answer
+		sees   again
+		sees!~ (evil|^HTTP/1.1 [45])
+		gets#  2 ^-- connection
+		gets#  2 ^GET /2
+		log#   2 "GET
+		log    /2 HTTP/1.1" 200 5 .* end=done
+END
+	done
+	for empty in '\n' '\l'; do
+		play "one empty line: $empty" <<END
+		origin head
+		origin send ${empty}HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+		origin head
+		origin chop 1 5 ${empty}HTTP/1.1 200 OK\nContent-Length: 4\n\ngood
+		client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+		client answer
+		client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
+		client answer
+		sees   Content-Length: 2
+		sees~  ^okHTTP/1.1 200 OK
+		sees   good
+		gets#  1 ^-- connection
+END
+	done
+	play 'an empty line, and the end' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin head
+	origin send \n
+	origin close
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 5\n\nagain
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   again
+END
+	play 'two empty lines on a new connection are no answer' <<'END'
+	origin head
+	origin send \n\nHTTP/1.1 200 OK\nContent-Length: 4\n\nevil
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 502 Bad Gateway
+	sees!~ evil
+	gets#  1 ^-- connection
+END
+	play 'asked again only once' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin head
+	origin send HTTP/1.1 408 Request Timeout\nContent-Length: 0\n\n
+	origin eof
+	origin next
+	origin head
+	origin send HTTP/1.1 408 Request Timeout\nContent-Length: 4\n\nlate
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  HTTP/1.1 408
+	sees   late
+	gets#  2 ^-- connection
+	log    /2 HTTP/1.1" 408 4
+END
+	play 'not behind an interim answer' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin head
+	origin send HTTP/1.1 103 Early\n\nodd\n\n
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 502 Bad Gateway
+	gets#  1 ^-- connection
+END
+}
+
 test_server_excess() { # nor is one with bytes behind a read's very end
 	length=$((room_max - 42))
 	[ ${#length} = 5 ] || length=$((length + 1))
@@ -3368,20 +3464,19 @@ test_error_response_fields() { # bad fields in a response get a 502
 	    'Content-Length: 9223372036854775808' \
 	    'Content-Length: 99999999999999999999999999999999999999' \
 	    'Content-Length: 4\nContent-Length: 5' \
-	    'Content-Length: 4\nTransfer-Encoding: chunked' \
-	    'Transfer-Encoding: chunked\nContent-Length: 4' \
+	    'Content-Length: 4\nTransfer-Encoding: chunked\nContent-Length: 5' \
+	    'Transfer-Encoding: chunked\nContent-Length: x' \
 	    'Transfer-Encoding: xchunked' 'Transfer-Encoding: chunked, chunked' \
 	    'Transfer-Encoding: chunked\nTransfer-Encoding: chunked' \
 	    'Transfer-Encoding: gzip, chunked' 'Transfer-Encoding: chunked, gzip' \
-	    'Transfer-Encoding: identity' 'Transfer-Encoding:' \
+	    'Transfer-Encoding: identity, chunked' 'Transfer-Encoding:' \
 	    'Transfer-Encoding: chunked;q=1' 'Transfer-Encoding: "chunked"' \
-	    'Transfer-Encoding : chunked' 'Content-Length : 4' 'X-A : b' \
-	    ' X-A: b' 'X-A: b\n c: d' 'X-A: b\n\tc' 'X-A' ': b' 'X A: b' \
-	    'X-A: b\rX-C: d' 'X-A: b\lX-C: d' 'X-A: \0' 'X-\0: b' \
+	    'Transfer-Encoding : gzip' 'Content-Length : x' 'X A : b' ' : b' \
+	    ' X-A: b' ' X-A' 'X-A: b\n c: d' 'X-A: b\n\tc' ': b' 'X A: b' \
+	    'X-A: b\rX-C: d' 'X-A: b\l c' 'X-A: b\r' 'X-A\0' 'X-A: \0' 'X-\0: b' \
 	    'X-A: b\x01' 'X-A: b\x7f' 'X-\x01: b' 'X-\x80: b' 'X(A): b'; do
 		garbled "HTTP/1.1 200 OK\\nX-First: 1\\n$bad\\n\\nevil"
 	done
-	garbled 'HTTP/1.1 200 OK\nX-A: b\l\levil'
 	garbled 'HTTP/1.1 200 O\0K\nContent-Length: 4\n\nevil'
 	garbled 'HTTP/1.1 200 O\rK\nContent-Length: 4\n\nevil'
 	garbled "HTTP/1.1 200 OK\\n\\{129:X-A: b\\n}Content-Length: 4\\n\\nevil"
@@ -3409,6 +3504,137 @@ END
 	sees   X-A: \xff\x09b
 	sees   good
 	gets   X-A: \xe4
+END
+}
+
+# A head of a server that is put right and told in the trace, once:
+# mended WORDS HEAD BODY
+mended() {
+	play -n "put right: $2" <<END
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\n$2$3
+	origin close
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+	sees   X-A: b
+	sees   Cache-Status: proxy-ID; hit; ttl=99
+	sees!~ (^Content-Length: 9|: identity|^X-A[ \t]|odd|evil)
+	sees~  good
+	gets#  1 ^GET
+	log    200 4 .* end=done
+	log    200 4 .* hit=fresh
+	err#   1 the server's head: $1
+	err#   1 the server's head
+END
+	sed '1,/^$/d' "$(entries)" | sed "/^$cr\$/,\$d" > stored
+	grep "^X-A: b$cr\$" stored > /dev/null || fail "$2: not stored"
+	! grep -e ' :' -e odd -e '^Content-Length' -e identity \
+	    -e "[^$cr]\$" stored || fail "$2: stored as it came"
+	rm -r cache/??
+}
+
+test_error_response_mended() { # what a server gets wrong, and no one can misunderstand, is put right
+	cr=$(printf '\r')
+	start_cache -v
+	length='Content-Length: 4\n'
+	mended 'LF alone' "X-A: b\\l$length\\n" good
+	mended 'LF alone' "X-A: b\\n${length}\\l" good
+	mended 'LF alone' 'X-A: b\lContent-Length: 4\l\l' good
+	mended 'blanks before a colon' "X-A \\t : b\\n$length\\n" good
+	mended 'blanks before a colon' 'X-A: b\nContent-Length : 4\n\n' good
+	mended 'blanks before a colon' 'X-A: b\nTransfer-Encoding : chunked\n\n' \
+	    '4\ngood\n0\n\n'
+	mended 'a line without a colon' "odd\\nX-A: b\\nodd odd\\n$length\\n" good
+	mended 'Transfer-Encoding: identity' \
+	    "X-A: b\\nTransfer-Encoding: Identity\\n$length\\n" good
+	mended 'Transfer-Encoding: identity' \
+	    'Transfer-Encoding: identity\nX-A: b\nTransfer-Encoding: chunked\n\n' \
+	    '4\ngood\n0\n\n'
+	mended 'Content-Length beside' \
+	    'X-A: b\nContent-Length: 9\nTransfer-Encoding: chunked\n\n' \
+	    '4\ngood\n0\n\n'
+	stop_proxy
+	start_proxy
+	play 'LF alone everywhere, to the close' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\lX-A: b\l\lgood\n
+	origin close
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+	sees+  X-A: b
+	sees   good
+END
+	play 'LF alone, byte by byte' <<'END'
+	origin head
+	origin chop 1 1 HTTP/1.1 200 OK\lX-A: b\lContent-Length: 4\r\l\lgood
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   X-A: b
+	sees~  ^good
+END
+	play 'Content-Length beside chunked: the connection is not used again' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nContent-Length: 0\n\n4\ngood\n0\n\n
+	origin eof
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\nmore
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees#  1 ^Content-Length
+	sees   more
+	gets#  2 ^-- connection
+END
+	play 'of answers without a body too' <<'END'
+	origin head
+	origin send HTTP/1.1 103 Early\lX-A : 103\lodd\l\lHTTP/1.1 200 OK\lX-A : 200\nContent-Length : 5\n\l
+	origin head
+	origin send HTTP/1.1 304 Not\lX-A : 304\nTransfer-Encoding: identity\n\l
+	origin head
+	origin send HTTP/1.1 204 No\lX-A : 204\nTransfer-Encoding: chunked\nContent-Length: 5\n\l
+	origin eof
+	client send HEAD http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer head
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   X-A: 103
+	sees   HTTP/1.1 200 OK
+	sees   X-A: 200
+	sees+  Content-Length: 5
+	sees   HTTP/1.1 304 Not
+	sees+  X-A: 304
+	sees   HTTP/1.1 204 No
+	sees+  X-A: 204
+	sees!~ (odd|identity|chunked)
+	sees#  1 ^Content-Length
+	log#   3 end=done
+END
+	# A parent that speaks HTTP is a server like others.
+	stop_proxy
+	origin parent <<'END'
+head
+send HTTP/1.0 200 OK\lX-A : b\l\l
+want 4
+send pong
+eof
+END
+	start_proxy -x "http://$origin"
+	play -n 'a CONNECT by a parent' <<'END'
+	client send CONNECT a.example:443 HTTP/1.1\nHost: x\n\n
+	client answer head
+	client send ping
+	client until pong
+	sees~  ^HTTP/1.1 200
+	sees+  X-A: b
+	sees   pong
 END
 }
 
@@ -15956,8 +16182,10 @@ unit_requests(void)
 
 			seen = 0;
 			if (n < len)
-				found = head_find(at_guard(0, head, n), &seen);
-			whole = head_find(at_guard(0, head, len), &seen);
+				found = head_find(at_guard(0, head, n), &seen,
+				    false);
+			whole = head_find(at_guard(0, head, len), &seen,
+			    false);
 			if (found != 0 || whole != (int)len)
 				unit_fail("end of head", head, "",
 				    (long long)n);
@@ -15984,7 +16212,7 @@ unit_mutations(void)
 				copy[at] = (char)c;
 				seen = 0;
 				found = head_find(at_guard(0, copy, len),
-				    &seen);
+				    &seen, false);
 				if (found <= 0)
 					continue;
 				verdict = request_parse(at_guard(0, copy,
@@ -16040,11 +16268,28 @@ unit_responses(void)
 		{ METHOD_GET, "HTTP/1.1 100 Go\r\n\r\n", true, 100,
 		    FRAMING_NONE, 0 },
 		{ METHOD_GET, OK "Content-Length: 5\r\nTransfer-Encoding: "
+		    "chunked\r\n\r\n", true, 200, FRAMING_CHUNKED, 0 },
+		{ METHOD_GET, OK "Content-Length: 5, 6\r\nTransfer-Encoding: "
 		    "chunked\r\n\r\n", false, 0, 0, 0 },
+		{ METHOD_GET, OK "Transfer-Encoding: identity\r\n"
+		    "Content-Length: 5\r\n\r\n", true, 200, FRAMING_LENGTH, 5 },
+		{ METHOD_GET, OK "Transfer-Encoding: identity\r\n\r\n", true,
+		    200, FRAMING_CLOSE, 0 },
+		{ METHOD_GET, OK "Transfer-Encoding: identity, chunked\r\n\r\n",
+		    false, 0, 0, 0 },
+		{ METHOD_GET, "HTTP/1.1 200 OK\nContent-Length: 5\n\n", true,
+		    200, FRAMING_LENGTH, 5 },
+		{ METHOD_GET, OK "A\r\nContent-Length\t : 5\n\r\n", true, 200,
+		    FRAMING_LENGTH, 5 },
+		{ METHOD_GET, OK " A: b\n\n", false, 0, 0, 0 },
+		{ METHOD_GET, OK "A: b\r\r\n\r\n", false, 0, 0, 0 },
+		{ METHOD_GET, OK "A: b\rB: c\r\n\r\n", false, 0, 0, 0 },
+		{ METHOD_GET, OK ": b\r\n\r\n", false, 0, 0, 0 },
 		{ METHOD_GET, OK "Content-Length: x\r\n\r\n", false, 0, 0, 0 },
 		{ METHOD_GET, OK "Transfer-Encoding: x\r\n\r\n", false, 0, 0,
 		    0 },
-		{ METHOD_GET, OK "A : b\r\n\r\n", false, 0, 0, 0 },
+		{ METHOD_GET, OK "A : b\r\n\r\n", true, 200, FRAMING_CLOSE,
+		    0 },
 		{ METHOD_GET, "HTTP/1.1 20 OK\r\n\r\n", false, 0, 0, 0 },
 		{ METHOD_GET, "HTTP/1.1 2000\r\n\r\n", false, 0, 0, 0 },
 		{ METHOD_GET, "HTTP/1.1  200\r\n\r\n", false, 0, 0, 0 },
@@ -16057,9 +16302,12 @@ unit_responses(void)
 #undef OK
 	};
 	static struct response r;
-	size_t i;
+	size_t i, n, at, seen;
+	char copy[256];
+	int c;
 
 	for (i = 0; i < COUNT(table); i++) {
+		size_t len = strlen(table[i].head);
 		int verdict = response_parse(string_at_guard(table[i].head),
 		    table[i].method, &r);
 
@@ -16071,6 +16319,40 @@ unit_responses(void)
 		    r.length != table[i].length)))
 			unit_fail("response's framing", table[i].head, "",
 			    (long long)r.framing);
+		/* Its end is found at its last byte, from every start. */
+		for (n = 0; n <= len; n++) {
+			int found = 0, whole;
+
+			seen = 0;
+			if (n < len)
+				found = head_find(at_guard(0, table[i].head, n),
+				    &seen, true);
+			whole = head_find(at_guard(0, table[i].head, len),
+			    &seen, true);
+			if (found != 0 || whole != (int)len)
+				unit_fail("end of head", table[i].head, "",
+				    (long long)n);
+		}
+		/* Each byte replaced by each other: what is left is clean. */
+		for (at = 0; at < len; at++)
+			for (c = 0; c < 256; c++) {
+				memcpy(copy, table[i].head, len + 1);
+				copy[at] = (char)c;
+				seen = 0;
+				verdict = head_find(at_guard(0, copy, len),
+				    &seen, true);
+				if (verdict > 0)
+					verdict = response_parse(at_guard(0,
+					    copy, (size_t)verdict),
+					    table[i].method, &r);
+				for (n = 0; verdict == 1 && n < r.head.n; n++)
+					if (!text_is_token(
+					    r.head.fields[n].name) ||
+					    !text_is_clean(
+					    r.head.fields[n].value))
+						unit_fail("response's field",
+						    copy, "", c);
+			}
 	}
 }
 
