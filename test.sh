@@ -3479,7 +3479,7 @@ test_error_response_fields() { # bad fields in a response get a 502
 	done
 	garbled 'HTTP/1.1 200 O\0K\nContent-Length: 4\n\nevil'
 	garbled 'HTTP/1.1 200 O\rK\nContent-Length: 4\n\nevil'
-	garbled "HTTP/1.1 200 OK\\n\\{129:X-A: b\\n}Content-Length: 4\\n\\nevil"
+	garbled "HTTP/1.1 200 OK\\n\\{401:X-A: b\\n}Content-Length: 4\\n\\nevil"
 	garbled "HTTP/1.1 200 OK\\nX-A: \\{$buffer:a}\\nContent-Length: 4\\n\\nevil"
 	play 'equal repeats of Content-Length merge' <<'END'
 	origin head
@@ -3685,7 +3685,7 @@ test_error_response_chunks() { # bad chunks in a response end it visibly
 	log    "GET http://%O/ HTTP/1.1" (200|502) .* why="
 END
 	for bad in 'X-A : b' ' X-A: b' 'X-A: b\lX-B: c' 'X-A: b\rc' 'X-\0: b' \
-	    '\{129:X-A: b\n}X-B: c' "X-A: \\{$((buffer * 2)):y}"; do
+	    '\{401:X-A: b\n}X-B: c' "X-A: \\{$((buffer * 2)):y}"; do
 		play "trailer $bad" <<END
 		origin head
 		origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n4\ngood\n0\n
@@ -3980,7 +3980,7 @@ test_bad_chunks() { # chunk sizes, line ends, extensions and trailers
 	log    "POST http://%O/ HTTP/1.1" 400 .* why="
 END
 	for bad in 'X-A : b' ' X-A: b' 'X-A: b\lX-B: c' 'X-A: b\rc' 'X-\0: b' \
-	    'X-A: b\n c' '\{129:X-A: b\n}X-B: c' "X-A: \\{$((buffer * 2)):y}"; do
+	    'X-A: b\n c' '\{401:X-A: b\n}X-B: c' "X-A: \\{$((buffer * 2)):y}"; do
 		miscut_request "0\\n$bad\\n\\n"
 	done
 }
@@ -4078,18 +4078,33 @@ END
 	refused 431 "GET http://%O/ HTTP/1.1\\nHost: %O\\n\\{$buffer:X-A: b\\n}"
 }
 
-test_limit_fields() { # 128 fields pass, 129: 431
-	play '128' <<'END'
+test_limit_board() { # the buffers that README has for boards take what the web sends
+	size=$(sed -n 's/.*CPPFLAGS=-DBUFFER_SIZE=\([0-9]*\).*/\1/p' "$here/README")
+	build "$T/board" "$here/proxy.c" -O0 "-UBUFFER_SIZE" "-DBUFFER_SIZE=$size"
+	built "$T/board"
+	proxy_bin=$T/board
+	play "$size" <<'END'
 	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\{127:X-A: b\n}\nok
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\{127:X-A: b\n}\n
+	origin send HTTP/1.1 200 OK\nX-A: \{15700:a}\nContent-Length: 2\n\nok
+	client send GET http://%O/\{7960:a} HTTP/1.1\nHost: %O\nX-A: \{7700:a}\n\n
 	client answer
 	sees   HTTP/1.1 200 OK
 	sees   ok
-	sees#  127 ^X-A: b$
-	gets#  127 ^X-A: b$
 END
-	refused 431 'GET http://%O/ HTTP/1.1\nHost: %O\n\{128:X-A: b\n}\n'
+}
+
+test_limit_fields() { # 400 fields pass, 401: 431
+	play '400' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\{399:X-A: b\n}\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\{399:X-A: b\n}\n
+	client answer
+	sees   HTTP/1.1 200 OK
+	sees   ok
+	sees#  399 ^X-A: b$
+	gets#  399 ^X-A: b$
+END
+	refused 431 'GET http://%O/ HTTP/1.1\nHost: %O\n\{400:X-A: b\n}\n'
 }
 
 test_limit_head_time() { # a head that takes too long: 408
