@@ -1208,6 +1208,18 @@ static char host_name[HOST_MAX + 1]; /* the machine's */
  */
 
 /*
+ * Writes what may be lost: once, whatever comes of it.  The one place where a
+ * result is passed over that <unistd.h> may want to be used.
+ */
+static void
+write_once(int fd, const void *at, size_t n)
+{
+	ssize_t written = write(fd, at, n);
+
+	(void)written;
+}
+
+/*
  * Says a line on standard error, unless that would have to wait: a reader
  * that stalls must not stop the proxy.
  */
@@ -1217,7 +1229,7 @@ say(const char *line, size_t n)
 	struct pollfd fd = { .fd = STDERR_FILENO, .events = POLLOUT };
 
 	if (poll(&fd, 1, 0) == 1)
-		(void)write(STDERR_FILENO, line, n);
+		write_once(STDERR_FILENO, line, n);
 }
 
 /* `proxy: ` and the words, as one line. */
@@ -1583,7 +1595,8 @@ date_now(void)
 	static time_t written;
 	struct tm parts;
 
-	if (written != now.wall && gmtime_r(&now.wall, &parts) != NULL) {
+	if ((written != now.wall || text[0] == '\0') &&
+	    gmtime_r(&now.wall, &parts) != NULL) {
 		(void)strftime(text, sizeof(text), "%a, %d %b %Y %H:%M:%S GMT",
 		    &parts);
 		written = now.wall;
@@ -1924,18 +1937,25 @@ conn_watch(struct conn *c, int events)
 	poll_set.fds[c->place].events = (short)events;
 }
 
-/* A conn for fd, which must not block from now on; closes it on failure. */
+/*
+ * A conn for fd, which must not block from now on.  False, with errno, if it
+ * can't be had; fd is closed then.
+ */
 static bool
 conn_open(struct conn *c, enum role role, int fd, struct exchange *x)
 {
+	int failed;
+
 	memset(c, 0, sizeof(*c));
 	c->fd = fd;
 	c->role = role;
 	c->exchange = x;
 	if (fcntl(fd, F_SETFL, O_NONBLOCK) != -1)
 		return true;
+	failed = errno;
 	(void)close(fd);
 	c->fd = -1;
+	errno = failed;
 	return false;
 }
 
@@ -6196,18 +6216,19 @@ date_parse(struct text t)
 		date_time(&t, ' ', &d);
 		if (!text_is(t, "GMT"))
 			return -1;
-	} else if (comma < t.len && comma > 5 && t.len > comma + 2) {
+	} else if (comma > 5 && t.len > comma + 2 && t.at[comma + 1] == ' ') {
 		t = text_from(t, comma + 2);
 		d.day = digits_next(&t, 2, '-');
 		date_month(&t, '-', &d);
 		d.year = digits_next(&t, 2, ' ');
 		date_time(&t, ' ', &d);
-		if (!text_is(t, "GMT") || gmtime_r(&now.wall, &parts) == NULL)
+		if (d.year == -1 || !text_is(t, "GMT") ||
+		    gmtime_r(&now.wall, &parts) == NULL)
 			return -1;
 		year = parts.tm_year + (int64_t)1900;
 		d.year += year - year % 100;
 		d.year -= d.year > year + 50 ? 100 : 0;
-	} else if (comma == t.len && t.len == 24) {
+	} else if (comma == t.len && t.len == 24 && t.at[3] == ' ') {
 		char day[2];
 
 		t = text_from(t, 4);
@@ -8127,7 +8148,7 @@ names_child(const struct question *question, int answers)
 	answer.error = getaddrinfo(question->host, NULL, &hints, &found);
 	if (answer.error == 0)
 		answer_fill(&answer, found);
-	(void)write(answers, &answer, sizeof(answer));
+	write_once(answers, &answer, sizeof(answer));
 	_exit(0);
 }
 
@@ -8141,7 +8162,7 @@ names_give_up(const struct question *question, int answers)
 	answer.entry = question->entry;
 	answer.serial = question->serial;
 	answer.error = EAI_AGAIN;
-	(void)write(answers, &answer, sizeof(answer));
+	write_once(answers, &answer, sizeof(answer));
 }
 
 /*
@@ -8261,12 +8282,16 @@ names_start(void)
 	}
 	(void)close(down[0]);
 	(void)close(up[1]);
-	if (names.helper != -1 &&
-	    conn_open(&names.questions, ROLE_QUESTIONS, down[1], NULL) &&
-	    conn_open(&names.answers, ROLE_ANSWERS, up[0], NULL))
-		return true;
-	(void)close(down[1]);
-	(void)close(up[0]);
+	if (names.helper == -1)
+		(void)close(down[1]);
+	else if (conn_open(&names.questions, ROLE_QUESTIONS, down[1], NULL)) {
+		if (conn_open(&names.answers, ROLE_ANSWERS, up[0], NULL))
+			return true;
+		up[0] = -1;
+		conn_close(&names.questions, false);
+	}
+	if (up[0] != -1)
+		(void)close(up[0]);
 	conn_clear(&names.questions);
 	conn_clear(&names.answers);
 	return false;
@@ -8498,7 +8523,8 @@ log_date(void)
 	static time_t written;
 	struct tm parts;
 
-	if (written != now.wall && localtime_r(&now.wall, &parts) != NULL) {
+	if ((written != now.wall || text[0] == '\0') &&
+	    localtime_r(&now.wall, &parts) != NULL) {
 		(void)strftime(text, sizeof(text), "%d/%b/%Y:%H:%M:%S %z",
 		    &parts);
 		written = now.wall;
@@ -8667,7 +8693,8 @@ log_exchange(const struct exchange *x)
 	if (x->record.refusal)
 		buffer_print(b, " why=\"%s\"",
 		    refusals[x->record.refusal].words);
-	buffer_append(b, text_of("\n"));
+	/* In the room kept free: a line ends, even if not all of it fitted. */
+	b->data[b->end++] = '\n';
 	log_put(b);
 }
 
@@ -12817,7 +12844,7 @@ signal_note(int number)
 	int saved = errno;
 	char byte = (char)number;
 
-	(void)write(signal_pipe[1], &byte, 1);
+	write_once(signal_pipe[1], &byte, 1);
 	errno = saved;
 }
 
@@ -13029,13 +13056,14 @@ listener_add(int fd, const struct sockaddr *at, socklen_t len, const char *path)
 	if (at->sa_family == AF_INET6)
 		(void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on,
 		    sizeof(on));
-	if (bind(fd, at, len) == -1 || listen(fd, SOMAXCONN) == -1 ||
-	    !conn_open(&l->conn, ROLE_LISTENER, fd, NULL)) {
+	if (bind(fd, at, len) == -1 || listen(fd, SOMAXCONN) == -1) {
 		int error = errno;
 
 		(void)close(fd);
 		return strerror(error);
 	}
+	if (!conn_open(&l->conn, ROLE_LISTENER, fd, NULL))
+		return strerror(errno);
 	l->path = path;
 	if (path == NULL) {
 		struct sockaddr_storage bound;
@@ -13165,12 +13193,14 @@ cache_is_tagged(const char *path)
 {
 	char text[sizeof(cache_tag)] = { 0 };
 	int fd = open(path, O_RDONLY | O_NONBLOCK);
+	bool tagged;
 
 	if (fd == -1)
 		return false;
-	(void)read(fd, text, sizeof(text) - 1);
+	tagged = read(fd, text, sizeof(text) - 1) > 0 &&
+	    strcmp(text, cache_tag) == 0;
 	(void)close(fd);
-	return strcmp(text, cache_tag) == 0;
+	return tagged;
 }
 
 /*
@@ -13236,7 +13266,7 @@ cache_open(void)
 	(void)closedir(directory);
 	fd = tagged ? -1 : open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
 	if (fd != -1) {
-		(void)write(fd, cache_tag, strlen(cache_tag));
+		write_once(fd, cache_tag, strlen(cache_tag));
 		(void)close(fd);
 	}
 	/* Nobody knows what is there: the first turn lets it be swept. */

@@ -12719,6 +12719,10 @@ unit_dates(void)
 		{ "Sun, 06 Nov 1994 08:49 GMT", -1 },
 		{ "Sun, +6 Nov 1994 08:49:37 GMT", -1 },
 		{ "Sunday, 06-Nov-1994 08:49:37 GMT", -1 },
+		{ "Sunday, 06-Nov-08:49:37 GMT", -1 },
+		{ "Sunday, 06-Nov-x4 08:49:37 GMT", -1 },
+		{ "Sunday,x06-Nov-94 08:49:37 GMT", -1 },
+		{ "SunxNov  6 08:49:37 1994", -1 },
 		{ "Sunday, 06 Nov 94 08:49:37 GMT", -1 },
 		{ "Sunday, 06-Nov-94 08:49:37 CET", -1 },
 		{ "Sun, 06-Nov-94 08:49:37 GMT", -1 },
@@ -15889,6 +15893,7 @@ unit_dates(void)
 		time_t wall;
 		const char *date;
 	} table[] = {
+		{ 0, "Thu, 01 Jan 1970 00:00:00 GMT" },
 		{ 784111777, "Sun, 06 Nov 1994 08:49:37 GMT" },
 		{ 0, "Thu, 01 Jan 1970 00:00:00 GMT" },
 		{ 951782399, "Mon, 28 Feb 2000 23:59:59 GMT" },
@@ -15902,6 +15907,9 @@ unit_dates(void)
 		now.wall = table[i].wall;
 		if (strcmp(date_now(), table[i].date) != 0)
 			unit_fail("date", date_now(), "",
+			    (long long)table[i].wall);
+		if (strlen(log_date()) != strlen("01/Jan/1970:00:00:00 +0000"))
+			unit_fail("the log's date", log_date(), "",
 			    (long long)table[i].wall);
 	}
 }
@@ -16041,6 +16049,40 @@ unit_addresses(void)
 	}
 }
 
+/* The longest line of the log ends like every other. */
+static void
+unit_line(void)
+{
+	static char quotes[BUFFER_ROOM], name[300];
+	static struct account user;
+	static struct rule rule = { .file = name, .line = 1000000,
+		.action = ACTION_DENY };
+	static struct exchange x;
+	struct text t;
+
+	memset(quotes, '"', sizeof(quotes) - 1);
+	memset(name, '"', sizeof(name) - 1);
+	user.user = text_of(name);
+	x.record = (struct record){ .user = &user, .rule = &rule,
+		.refusal = REFUSE_CUT_SHORT };
+	x.peer.family = x.record.server.family = AF_INET6;
+	memset(x.peer.octets, 0xff, 16);
+	memset(x.record.server.octets, 0xff, 16);
+	x.request = request_new();
+	x.request->name = x.request->uri = text_of(quotes);
+	x.request->head.n = 2;
+	x.request->head.fields[0].name = text_of("User-Agent");
+	x.request->head.fields[1].name = text_of("Referer");
+	x.request->head.fields[0].value = text_of(quotes);
+	x.request->head.fields[1].value = text_of(quotes);
+	x.up.payload = x.down.payload = UINT64_MAX;
+	log_exchange(&x);
+	t = buffer_text(logs.pending);
+	if (text_find(t, '\n') + 1 != t.len || t.len < BUFFER_ROOM / 2)
+		unit_fail("line", "", "", (long long)t.len);
+	request_drop(&x.request);
+}
+
 static void
 unit_targets(void)
 {
@@ -16101,8 +16143,12 @@ unit_targets(void)
 		{ METHOD_CONNECT, "u@a:1", 400, "", 0, "" },
 		{ METHOD_CONNECT, "http://a:1", 400, "", 0, "" },
 	};
+	struct target of_nul;
 	size_t i;
 
+	if (host_is_valid(at_guard(0, "a\0b", 3), false) ||
+	    target_parse(at_guard(0, "a\0://b/", 8), METHOD_GET, &of_nul) == 1)
+		unit_fail("NUL", "", "", 0);
 	for (i = 0; i < COUNT(table); i++) {
 		struct target target;
 		int status = status_of(target_parse(
@@ -16767,7 +16813,8 @@ unit_encoding(void)
 
 const struct unit_table units[] = {
 	{ "numbers", unit_numbers }, { "dates", unit_dates },
-	{ "texts", unit_texts }, { "addresses", unit_addresses },
+	{ "texts", unit_texts }, { "line", unit_line },
+	{ "addresses", unit_addresses },
 	{ "targets", unit_targets }, { "requests", unit_requests },
 	{ "mutations", unit_mutations }, { "responses", unit_responses },
 	{ "bodies", unit_bodies }, { "chunks", unit_chunks },
@@ -16786,6 +16833,10 @@ test_unit_dates() { # dates as RFC 9110 has them
 
 test_unit_texts() { # escapes, base64, lists
 	unit parts texts
+}
+
+test_unit_line() { # the longest line of the log ends like every other
+	unit parts line
 }
 
 test_unit_addresses() { # addresses: read, printed, guarded
