@@ -1673,7 +1673,7 @@ play() {
 # loaded machine must manage a request in the shortest of them.
 quick_flags='-DHEAD_MS=1000 -DCONNECT_MS=1500
 	-DHALF_CLOSED_MS=1000 -DKEPT_CLIENT_MS=1000 -DKEPT_SERVER_MS=1000
-	-DLINGER_MS=1000 -DDRAIN_MS=1000'
+	-DLINGER_MS=1000 -DLINGER_ALL_MS=2000 -DDRAIN_MS=1000'
 
 read_limits() {
 	buffer=$("$proxy_bin" -V | sed -n 's/^buffer \([0-9]*\).*/\1/p')
@@ -4089,6 +4089,53 @@ END
 	[ "$(grep -c 'connections are in use' err)" = 1 ] || fail "not said once"
 }
 
+test_limit_slots_burst() { # more clients at once than slots: who has just come does not give way
+	start_proxy -m 4
+	origin o <<'END'
+head
+stall 20
+send HTTP/1.1 200 OK\nContent-Length: 2\nConnection: close\n\nok
+END
+	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+		client_bg c$n <<'END'
+stall 200
+send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: close\n\n
+answer
+END
+	done
+	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+		ended c$n
+		grep '^HTTP/1.1 200' c$n > /dev/null ||
+			fail "client $n of 20: $(cat c$n.end)"
+	done
+	grep 'all 4 connections are in use (-m)' err > /dev/null || fail "not said"
+}
+
+test_limit_slots_silent() { # all slots taken: who half-closed gives way when its server is silent, not at once
+	start_proxy -m 1
+	origin o <<'END'
+head
+touch asked
+eof
+END
+	client_bg half <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+shut
+eof
+END
+	wait_for 5 '[ -f asked ]' || fail "not asked"
+	client_bg new <<'END'
+send GET / HTTP/1.1\nHost: %P\nConnection: close\n\n
+answer
+END
+	"$peer" sleep 500
+	[ ! -f half.end ] || fail "it gives way at once"
+	wait_for 3 '[ -f half.end ]' || fail "it does not give way"
+	wait_for 3 "grep '^HTTP/1.1 200' new > /dev/null" || fail "not served"
+	wait_for 3 "grep ' 499 0 .* end=limit' log > /dev/null" ||
+		fail "log: $(cat log)"
+}
+
 test_limit_linger() { # what is sent after the last answer is read while it comes, and not for ever
 	built "$quick_bin"
 	proxy_bin=$quick_bin
@@ -4098,10 +4145,20 @@ test_limit_linger() { # what is sent after the last answer is read while it come
 	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\n\\nok
 	origin close
 	client send POST http://%O/ HTTP/1.1\\nHost: %O\\nContent-Length: 1000\\n\\n
-	client chop 1 300 xxxxxxxx
+	client chop 1 300 xxxxx
 	client eof
 	sees   HTTP/1.1 200 OK
 	sees~  ^-- end eof
+END
+	play -n 'longer than all of them may take' <<END
+	origin head
+	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\n\\nok
+	origin close
+	client send POST http://%O/ HTTP/1.1\\nHost: %O\\nContent-Length: 1000\\n\\n
+	client answer
+	client chop 1 300 xxxxxxxxxx
+	sees   HTTP/1.1 200 OK
+	sees~  ^-- end broken chop
 END
 }
 
