@@ -4142,21 +4142,21 @@ test_limit_linger() { # what is sent after the last answer is read while it come
 	start_proxy
 	play -n 'longer than one wait' <<END
 	origin head
-	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\n\\nok
+	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\nConnection: close\\n\\nok
 	origin close
 	client send POST http://%O/ HTTP/1.1\\nHost: %O\\nContent-Length: 1000\\n\\n
-	client chop 1 300 xxxxx
+	client chop 1 550 xxxx
 	client eof
 	sees   HTTP/1.1 200 OK
 	sees~  ^-- end eof
 END
 	play -n 'longer than all of them may take' <<END
 	origin head
-	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\n\\nok
+	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\nConnection: close\\n\\nok
 	origin close
 	client send POST http://%O/ HTTP/1.1\\nHost: %O\\nContent-Length: 1000\\n\\n
 	client answer
-	client chop 1 300 xxxxxxxxxx
+	client chop 1 550 xxxxxx
 	sees   HTTP/1.1 200 OK
 	sees~  ^-- end broken chop
 END
@@ -4195,6 +4195,118 @@ END
 	client answer
 	sees#  2 ^(ok)?HTTP/1.1 200
 END
+}
+
+test_client_gives_up_early() { # the same before its request was sent, and with a body
+	says=$("$peer" deaf deaf) || skip "cannot make a port that does not answer"
+	echo "${says#* }" >> .pids
+	start_names 127.0.0.1
+	play 'while the name is looked up' <<'END'
+	client send GET http://slow.test/ HTTP/1.1\nHost: x\nConnection: Keep-Alive\n\n
+	client stall 100
+	client shut
+	client eof
+	log    "GET http://slow.test/ HTTP/1.1" 499 0 .* end=client
+END
+	play 'a tunnel that is not open yet' <<'END'
+	client send CONNECT slow.test:443 HTTP/1.1\nHost: x\nProxy-Connection: Keep-Alive\n\n
+	client stall 100
+	client shut
+	client eof
+	log    "CONNECT slow.test:443 HTTP/1.1" 499 0 .* end=client
+END
+	play 'while it is being connected' <<END
+	client send GET http://127.0.0.1:${says% *}/ HTTP/1.1\\nHost: x\\nConnection: Keep-Alive\\n\\n
+	client stall 100
+	client shut
+	client eof
+	log    "GET http://127.0.0.1:${says% *}/ HTTP/1.1" 499 0 .* end=client
+END
+	play 'its body has been sent' <<'END'
+	origin head
+	origin want 4
+	origin eof
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\nContent-Length: 4\n\nbody
+	client stall 100
+	client shut
+	client eof
+	log    "POST http://%O/ HTTP/1.1" 499 0 .* up=4 .* end=client
+	gets~  ^-- end (eof|reset)
+END
+}
+
+test_client_gives_up_parent() { # the same while a SOCKS parent says nothing
+	origin o <<'END'
+want 3
+eof
+END
+	start_proxy -x "socks5://$origin"
+	client c <<'END'
+send GET http://example.test/ HTTP/1.1\nHost: x\nConnection: keep-alive\n\n
+stall 100
+shut
+eof
+END
+	log_from=1
+	logged <<'END'
+~ "GET http://example.test/ HTTP/1.1" 499 0 .* end=client
+END
+}
+
+test_client_gives_up_unix() { # at a UNIX socket: one that closes has gone, one that half-closes has not
+	start_proxy -l "$T/p.sock"
+	play 'closed' <<'END'
+	origin head
+	origin eof
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client stall 100
+	client close
+	log    "GET http://%O/ HTTP/1.1" 499 0 .* end=client
+	gets~  ^-- end (eof|reset)
+END
+	play 'half-closed' <<'END'
+	origin head
+	origin stall 200
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client shut
+	client answer
+	sees   HTTP/1.1 200 OK
+END
+}
+
+test_client_gives_up_shared() { # a fetch that others follow goes on without its first client
+	start_proxy -c cache
+	origin o <<'END'
+head
+touch asked
+await go
+send HTTP/1.1 200 OK\nCache-Control: max-age=60\nContent-Length: 2\n\nok
+END
+	client_bg first <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
+await leave
+shut
+eof
+END
+	wait_for 5 '[ -f asked ]' || fail "not asked"
+	client_bg second <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
+answer
+END
+	client third <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
+stall 100
+shut
+eof
+END
+	grep ' 499 0 .* end=client' log > /dev/null || fail "log: $(cat log)"
+	touch leave
+	ended first
+	touch go
+	ended second
+	grep '^HTTP/1.1 200' second > /dev/null || fail "$(cat second.end)"
+	[ ! -f o.2 ] || fail "it was asked twice"
 }
 
 test_limit_unread_interim() { # interim answers that nobody reads: no spinning
