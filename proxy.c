@@ -13546,6 +13546,9 @@ signals_open(void)
 	action.sa_handler = SIG_IGN;
 	(void)sigaction(SIGPIPE, &action, NULL);
 	(void)sigaction(SIGXFSZ, &action, NULL);
+	/* If it was ignored, children could not be waited for. */
+	action.sa_handler = SIG_DFL;
+	(void)sigaction(SIGCHLD, &action, NULL);
 }
 
 /* ---- 15. Main: options, startup ---- */

@@ -1397,7 +1397,12 @@ main(int argc, char **argv)
 		return main_myself();
 	else if (strcmp(mode, "base64") == 0)
 		return main_base64();
-	else if (strcmp(mode, "clock") == 0)
+	else if (strcmp(mode, "childless") == 0 && argc > 1) {
+		/* The command inherits that SIGCHLD is ignored. */
+		signal(SIGCHLD, SIG_IGN);
+		execv(argv[1], argv + 1);
+		return 127;
+	} else if (strcmp(mode, "clock") == 0)
 		printf("%ld\n", now_ms());
 	else if (strcmp(mode, "show") == 0)
 		return main_show();
@@ -11519,6 +11524,16 @@ END
 	wait_for 5 '[ "$(disk_use)" -le 256 ]' ||
 		fail "$(disk_use) KiB of 256 in $(entries | wc -l) files"
 	served
+}
+
+test_cache_sweep_childless() { # started with SIGCHLD ignored, it sweeps more than once
+	proxy_wrap="$peer childless"
+	start_cache -s 1M
+	proxy_wrap=
+	many_origin 20000
+	get_many 1 90
+	wait_for 5 'get_many 91 91; [ "$(there 91 91)" = 1 ]' ||
+		fail "nothing is stored any more: $(disk_use) KiB"
 }
 
 test_cache_sweep_restart() { # a directory that is too full is swept at the start
