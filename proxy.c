@@ -11583,11 +11583,15 @@ connect_won(struct exchange *x)
 	return false;
 }
 
-/* No address is left: say why the last one failed. */
+/*
+ * No address is left: say why the last one failed.  What fails at our own end
+ * of the connection, where -b or a rule chose it, names that.
+ */
 static void
 connect_refuse(struct exchange *x, int error)
 {
-	char detail[DETAIL_MAX], words[ADDRESS_TEXT];
+	const struct address *from = x->request->route.from;
+	char detail[DETAIL_MAX], words[ADDRESS_TEXT], ours[ADDRESS_TEXT];
 	enum refusal refusal = REFUSE_CONNECT;
 
 	if (error == ECONNREFUSED)
@@ -11597,11 +11601,16 @@ connect_refuse(struct exchange *x, int error)
 	else if (error == ETIMEDOUT)
 		refusal = REFUSE_CONNECT_SLOW;
 	address_print(&x->record.server, words);
-	(void)snprintf(detail, sizeof(detail), "%s: %s%s", words,
-	    strerror(error),
-	    x->request->route.from != NULL && error == EADDRINUSE ?
-		" (no local port is left at the address of -b)" :
-		"");
+	if (from != NULL && (error == EADDRINUSE || error == EADDRNOTAVAIL)) {
+		address_host(&from[x->record.server.family == AF_INET6], ours);
+		(void)snprintf(detail, sizeof(detail),
+		    "%s: %s: %s %s (-b or from)", words, strerror(error),
+		    error == EADDRINUSE ? "no local port is left at" :
+					  "this machine can't use",
+		    ours);
+	} else
+		(void)snprintf(detail, sizeof(detail), "%s: %s", words,
+		    strerror(error));
 	exchange_refuse(x, refusal, detail);
 }
 
@@ -13823,10 +13832,11 @@ listen_host(const char *host, unsigned port, const char **error)
 		    (struct sockaddr *)&storage, len, NULL);
 		if (why == NULL)
 			continue;
-		/* A machine without IPv6 needs no telling. */
+		/* That IPv6 is missing is said only if it is all. */
 		if (strcmp(why, strerror(EAFNOSUPPORT)) == 0 ||
 		    strcmp(why, strerror(EADDRNOTAVAIL)) == 0) {
-			*error = why;
+			if (words[0] == '\0')
+				*error = why;
 			continue;
 		}
 		if (words[0] != '\0')

@@ -1841,6 +1841,25 @@ test_start_one_family() { # of two addresses one is taken: it says so and serves
 	grep "^proxy: not listening on \[::1\]:$port: " err > /dev/null ||
 		fail "says: $(cat err)"
 	served
+	stop_proxy
+	start_proxy -l ":$port"
+	grep "^proxy: not listening on \[::\]:$port: " err > /dev/null ||
+		fail "-l :port says: $(cat err)"
+	proxy=127.0.0.1:$port
+	served
+}
+
+test_start_no_address() { # of two addresses one is taken, one not ours: the first is said
+	origin o <<'END'
+eof
+END
+	NAME_ADDRESSES="127.0.0.1 192.0.2.77"
+	export NAME_ADDRESSES
+	built "$work/names"
+	proxy_bin=$work/names
+	run_proxy -l "two.test:$origin_port"
+	[ $status = 1 ] || fail "status $status"
+	grep 'try another port' errors > /dev/null || fail "says: $(cat errors)"
 }
 
 test_start_said() { # what is wrong is said once, with what to do about it
@@ -4944,6 +4963,8 @@ write_names() {
 #define _DEFAULT_SOURCE 1
 #include <sys/types.h>
 #include <sys/socket.h>
+#include <netinet/in.h>
+#include <errno.h>
 #include <netdb.h>
 #include <stdlib.h>
 #include <string.h>
@@ -4979,7 +5000,22 @@ names_lookup(const char *host, const char *port, const struct addrinfo *hints,
 	return *found == NULL ? EAI_NONAME : 0;
 }
 
+/* At 127.0.0.99 no local port is left. */
+static int
+names_bind(int fd, const struct sockaddr *address, socklen_t len)
+{
+	const struct sockaddr_in *in = (const struct sockaddr_in *)address;
+
+	if (address->sa_family == AF_INET &&
+	    in->sin_addr.s_addr == htonl(0x7f000063)) {
+		errno = EADDRINUSE;
+		return -1;
+	}
+	return bind(fd, address, len);
+}
+
 #define getaddrinfo names_lookup
+#define bind names_bind
 #include "proxy.c"
 EOF_NAMES
 }
@@ -5199,6 +5235,27 @@ END
 		[ "$(cat o1.$n.peer)" = 127.0.0.2 ] ||
 			fail "connection $n comes from $(cat o1.$n.peer)"
 	done
+}
+
+test_names_outgoing_fails() { # -b: the refusal says that no port is left there, or that it is not ours
+	start_names 127.0.0.1 -- -b 127.0.0.99
+	play -n 'no port' <<'END'
+	origin eof
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^HTTP/1.1 502
+	sees~  %O: .*: no local port is left at 127.0.0.99 \(-b or from\)
+	log    502 .* server=%O end=done why=
+END
+	stop_proxy
+	start_proxy -b 192.0.2.77
+	play -n 'not ours' <<'END'
+	origin eof
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^HTTP/1.1 502
+	sees~  %O: .*: this machine can't use 192.0.2.77 \(-b or from\)
+END
 }
 
 test_names_guard() { # who is not local reaches nothing on loopback
