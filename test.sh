@@ -8963,7 +8963,7 @@ start_cache() {
 
 # What is in the cache; temporary files too.
 entries() {
-	find "$T/cache" -type f ! -name CACHEDIR.TAG
+	find "$T/cache" -type f ! -name CACHEDIR.TAG ! -name unswept
 }
 
 # Two GETs of one URL; the origin is asked once, the second one is a hit:
