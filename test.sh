@@ -10803,25 +10803,35 @@ test_cache_sweep() { # what was used least recently goes, and nothing without ne
 	[ "$hits" = 23 ] || fail "$hits hits, not 23"
 }
 
+# KiB of the disk that the directory takes with all that is in it.
+disk_use_all() {
+	du -s -k cache 2> /dev/null | awk '{ print $1 }'
+}
+
+# The cache of 1 MiB never takes more while a process fills it many times over:
+# overfilled WHAT PID
+overfilled() {
+	overfilled_most=0
+	while kill -0 "$2" 2> /dev/null; do
+		overfilled_now=$(disk_use_all)
+		[ "$overfilled_now" -le "$overfilled_most" ] ||
+			overfilled_most=$overfilled_now
+		[ "$overfilled_most" -le 1024 ] || break
+	done
+	wait "$2" || fail "$(cat "$T/.fail")"
+	[ "$overfilled_most" -le 1024 ] ||
+		fail "$1: $overfilled_most KiB of 1024"
+	echo "$1: at most $overfilled_most KiB"
+	[ "$overfilled_most" -gt 300 ] || fail "$1: only $overfilled_most KiB"
+}
+
 # Fills the cache of 1 MiB many times over while it is looked at:
 # overfill WHAT BYTES COUNT ['response fields\n']
 overfill() {
 	what=$1
 	many_origin "$2" "${4-}"
-	rm -f many.end
 	(get_many 1 "$3") &
-	overfill_pid=$!
-	overfill_most=0
-	until [ -f many.end ]; do
-		overfill_now=$(disk_use)
-		[ "$overfill_now" -le "$overfill_most" ] ||
-			overfill_most=$overfill_now
-		[ "$overfill_most" -le 1024 ] || break
-	done
-	wait $overfill_pid || fail "$(cat "$T/.fail")"
-	[ "$overfill_most" -le 1024 ] || fail "$what: $overfill_most KiB of 1024"
-	echo "$what: at most $overfill_most KiB"
-	[ "$overfill_most" -gt 300 ] || fail "$what: only $overfill_most KiB"
+	overfilled "$1" $!
 }
 
 test_cache_sweep_size() { # the directory is never larger than -s
@@ -10830,6 +10840,98 @@ test_cache_sweep_size() { # the directory is never larger than -s
 	overfill 'large objects' 250000 60
 	overfill 'small objects' 10 2000
 	overfill 'small objects with Vary' 10 1000 'Vary: X-A\n'
+	served
+}
+
+# A build that is slow to open a directory while the file "slow" exists, and
+# can't read one to its end while "unreadable" does.
+write_walks() {
+	cat <<'EOF_WALKS'
+#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE 1
+#define _FILE_OFFSET_BITS 64
+#define _TIME_BITS 64
+#include <sys/types.h>
+#include <dirent.h>
+#include <errno.h>
+#include <poll.h>
+#include <unistd.h>
+
+static DIR *
+walks_opendir(const char *path)
+{
+	if (access("slow", F_OK) == 0)
+		(void)poll(NULL, 0, 5);
+	return opendir(path);
+}
+
+static struct dirent *
+walks_readdir(DIR *directory)
+{
+	int saved = errno;
+
+	if (access("unreadable", F_OK) == 0) {
+		errno = EOVERFLOW;
+		return NULL;
+	}
+	errno = saved;
+	return readdir(directory);
+}
+
+#define opendir walks_opendir
+#define readdir walks_readdir
+#include "proxy.c"
+EOF_WALKS
+}
+
+# Starts it with that: start_walks OPTION...
+start_walks() {
+	need_source
+	built_once walks write_walks
+	proxy_bin=$work/walks
+	start_cache "$@"
+}
+
+# Forty answers of unknown length, each 60000 bytes, five at once.
+get_chunked() {
+	for chunked_n in 1 2 3 4 5; do
+		awk -v client="$chunked_n" 'BEGIN {
+			for (n = 1; n <= 8; n++)
+				printf "send GET http://%%O/%d-%d HTTP/1.1\\n" \
+				    "Host: %%O\\n\\n\nanswer\n", client, n
+		}' > "chunked$chunked_n.steps"
+		client_bg "chunked$chunked_n" < "chunked$chunked_n.steps"
+	done
+	for chunked_n in 1 2 3 4 5; do
+		wait_for 15 '[ -f "chunked$chunked_n.end" ]'
+		grep '^open$' "chunked$chunked_n.end" > /dev/null ||
+			fail "$what: $(cat "chunked$chunked_n.end")"
+	done
+}
+
+test_cache_sweep_slow() { # however long the sweeper takes: never larger than -s
+	: > slow
+	start_walks -s 1M
+	overfill 'middling objects' 20000 38
+	overfill 'large objects' 250000 5
+	overfill 'small objects' 10 300
+	what='chunks'
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=9999\nTransfer-Encoding: chunked\n\nEA60\n
+chop 20000 10 \{60000:x}
+send \n0\n\n
+loop
+END
+	get_chunked &
+	overfilled "$what" $!
+	rm slow
+	# A sweeper in time: all goes on.
+	wait_for 10 '[ "$(disk_use_all)" -le 720 ]' ||
+		fail "$(disk_use_all) KiB stay"
+	many_origin 20000
+	get_many 1 8
+	[ "$(there 1 8)" = 8 ] || fail "$(there 1 8) of 8 are stored"
 	served
 }
 
