@@ -8435,6 +8435,8 @@ sweep_reap(void)
 	}
 	if (waitpid(cache.sweeper, NULL, WNOHANG) != 0)
 		cache.sweeper = 0;
+	else if (exchanges.wake > now.ms + 50)
+		exchanges.wake = now.ms + 50;
 }
 
 /* The sweeper: a child that tells its parent what is left. */

@@ -10935,6 +10935,121 @@ END
 	served
 }
 
+test_cache_unreadable() { # a directory that can't be read to its end is an error, never empty
+	start_walks -s 1M
+	stop_proxy
+	: > unreadable
+	run_proxy -c cache -l 127.0.0.1:0
+	[ "$status" = 1 ] || fail "status $status"
+	grep "^proxy: can't read the cache cache: " errors > /dev/null ||
+		fail "says $(cat errors)"
+	run_proxy -c cache -k http://x/
+	[ "$status" = 1 ] || fail "-k: status $status"
+	grep "^proxy: can't read the cache cache: " errors > /dev/null ||
+		fail "-k: says $(cat errors)"
+	rm unreadable
+	start_cache -s 1M
+	: > unreadable
+	# What is there can't be known: it is not stored without end.
+	overfill 'unreadable' 20000 60
+	grep -c "^proxy: can't read the cache " err > said
+	[ "$(cat said)" = 1 ] || fail "said $(cat said) times: $(cat err)"
+	served
+}
+
+# The descriptors of a process, but for the standard ones and those that it
+# has from us, each what it is.
+descriptors() {
+	for descriptor in /proc/"$1"/fd/*; do
+		descriptor_is=$(readlink "$descriptor")
+		[ "${descriptor##*/}" -le 2 ] ||
+			[ "$descriptor_is" = "$(readlink \
+			    "/proc/$$/fd/${descriptor##*/}")" ] ||
+			printf '%s\n' "$descriptor_is"
+	done
+}
+
+# The processes that the proxy has as children.
+proxy_children() {
+	ps -A -o pid= -o ppid= 2> /dev/null |
+		awk -v parent="$proxy_pid" '$2 == parent { print $1 }'
+}
+
+test_cache_descriptors() { # sweeper and helper hold nothing open that is not theirs
+	[ -d /proc/self/fd ] || skip "no /proc"
+	have ps || skip "no ps"
+	start_walks -s 1M -o "$T/access"
+	wait_for 5 '[ "$(proxy_children | wc -l)" = 1 ]' ||
+		fail "children: $(proxy_children)"
+	helper=$(proxy_children)
+	origin long <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=9\nTransfer-Encoding: chunked\n\n1\nx\n
+await over
+END
+	client_bg c <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+until x
+touch begun
+await over
+END
+	wait_for 10 '[ -f begun ]' || fail "$(cat c.end)"
+	descriptors "$proxy_pid" > all
+	grep 'cache/tmp' all > /dev/null && grep socket: all > /dev/null ||
+		fail "the proxy has $(cat all)"
+	: > slow
+	many_origin 20000
+	get_many 1 5
+	wait_for 2 '[ "$(proxy_children | wc -l)" = 2 ]' || fail "no sweeper"
+	descriptors "$(proxy_children | grep -v "^$helper\$")" > sweeper
+	rm slow
+	grep '^pipe:' sweeper > /dev/null || fail "sweeper: no pipe to report by"
+	grep -v '^pipe:' sweeper | grep -v '/cache/..$' > more &&
+		fail "the sweeper has $(cat more)"
+	[ "$(grep -c pipe: sweeper)" = 1 ] || fail "sweeper: $(cat sweeper)"
+	kill -KILL "$helper"
+	wait_for 5 'proxy_children | grep -v "^$helper\$" > children' ||
+		fail "no other helper"
+	# The sweeper may still be at work.
+	wait_for 10 '[ "$(proxy_children | wc -l)" = 1 ]'
+	descriptors "$(proxy_children)" > second
+	[ "$(grep -c '^pipe:' second)" = 2 ] && [ "$(wc -l < second)" = 2 ] ||
+		fail "the helper has $(cat second)"
+	touch over
+	served
+}
+
+# Temporary files: those of processes that are gone go at the start, those of
+# others when they are old; until then they count.
+test_cache_temporary() { # temporary files of others count, and go when they are old
+	cat > own <<'END'
+: > cache/tmp.$$.1
+exec "$@"
+END
+	start_cache -s 1M
+	stop_proxy
+	spawn other "$peer" sleep 60000
+	: > "cache/tmp.$spawned.1"
+	aged 2 "cache/tmp.$spawned.1"
+	head -c 700000 /dev/zero > "cache/tmp.$spawned.2"
+	proxy_wrap="sh own"
+	start_cache -s 1M
+	proxy_wrap=
+	[ ! -e "cache/tmp.$spawned.1" ] || fail "an old file is still there"
+	[ ! -e "cache/tmp.$proxy_pid.1" ] || fail "one of our number is there"
+	[ -e "cache/tmp.$spawned.2" ] || fail "what may be written is gone"
+	overfill 'with a file of 684 KiB' 20000 60
+	[ -e "cache/tmp.$spawned.2" ] || fail "what may be written is gone"
+	stop_proxy
+	start_cache -s 1M
+	aged 2 "cache/tmp.$spawned.2"
+	# This makes the sweeper look again.
+	get_many 1 60
+	wait_for 5 '[ ! -e "cache/tmp.$spawned.2" ]' ||
+		fail "an old file is never removed"
+	served
+}
+
 test_cache_sweep_markers() { # what turned out too large leaves nothing behind, Vary or not
 	start_cache -s 256K
 	origin o <<'END'
@@ -11018,6 +11133,36 @@ small_disk() {
 	mount -t tmpfs -o "size=$1" tmpfs "$T/cache" 2> mount.err ||
 		skip "no tmpfs: $(head -n 1 mount.err)"
 	trap 'reap; umount "$T/cache" || umount -l "$T/cache"' EXIT
+}
+
+test_cache_disk_inodes() { # no inodes left: the oldest entries make room
+	small_disk 16M,nr_inodes=300
+	start_cache
+	many_origin 10
+	get_many 1 320
+	[ "$(entries | wc -l)" -lt 320 ] || skip "inodes have no limit here"
+	wait_for 5 '[ "$(entries | wc -l)" -lt 220 ]' ||
+		fail "$(entries | wc -l) entries, nothing goes"
+	get_many 1001 1010
+	[ "$(there 1001 1010)" = 10 ] || fail "$(there 1001 1010) of 10 are stored"
+	[ "$(grep -c '^proxy: the disk, not -s, limits the cache' err)" = 1 ] ||
+		fail "says $(cat err)"
+	served
+}
+
+test_cache_disk_small() { # a disk smaller than -s: the oldest entries make room
+	small_disk 2M
+	start_cache
+	many_origin 20000
+	get_many 1 90
+	wait_for 5 '[ "$(disk_use)" -lt 1500 ]' || fail "$(disk_use) KiB stay"
+	n=$(entries | wc -l)
+	get_many 201 205
+	[ "$(there 201 205)" = 5 ] || fail "$(there 201 205) of 5 are stored"
+	[ "$n" -gt 20 ] || fail "only $n stay"
+	[ "$(grep -c '^proxy: the disk, not -s, limits the cache' err)" = 1 ] ||
+		fail "says $(cat err)"
+	served
 }
 
 # So many KiB are still free on it.
