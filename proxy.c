@@ -6261,7 +6261,7 @@ enum {
 	VARY_MAX = 16,
 	/* The first line of an entry. */
 	REGION_LINE = 75,
-	/* What a file takes of a disk is a multiple of this, or of more. */
+	/* What a file takes of a disk is a multiple of this, or the tag's. */
 	CACHE_DISK_BLOCK = 4096,
 	/* What its name takes of a directory, at most. */
 	CACHE_NAME = 128,
@@ -13891,16 +13891,17 @@ cache_own(const char *path)
  * earlier run ended before its first sweep did, as the file unswept tells.
  */
 static void
-cache_assume(bool fresh)
+cache_assume(const char *tag, bool fresh)
 {
 	char path[CACHE_PATH];
-	struct statvfs disk;
+	struct stat status;
 	int fd;
 
-	if (statvfs(options.cache, &disk) != -1 &&
-	    disk.f_frsize > CACHE_DISK_BLOCK)
-		cache.block = disk.f_frsize;
-	/* Files of an earlier process with our number have others. */
+	/* What a file system calls its block may be something else. */
+	if (stat(tag, &status) != -1 &&
+	    (uint64_t)status.st_blocks * 512 > cache.block)
+		cache.block = (uint64_t)status.st_blocks * 512;
+	/* An earlier process that had our number made files of others. */
 	cache.serial = (uint64_t)now.wall << 20 | (uint64_t)(now.us & 0xfffff);
 	/* The first turn lets it be swept. */
 	cache.written = options.cache_size;
@@ -13945,7 +13946,7 @@ cache_open(void)
 		(void)close(fd);
 		cache_own(path);
 	}
-	cache_assume(fd != -1);
+	cache_assume(path, fd != -1);
 }
 
 /* Prints the path if the file is an entry of the key. */

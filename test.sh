@@ -13588,6 +13588,60 @@ unit_variants(void)
 		}
 }
 
+/* Writes a file of n bytes; what for is said when the result is not want. */
+static void
+unit_put(const char *what, size_t n, bool want)
+{
+	struct buffer *b = buffer_take();
+	bool good;
+
+	memset(b->data + b->end, 'x', n);
+	b->end += n;
+	good = file_put("./00/entry", b);
+	if (good != want)
+		unit_fail("room", what, "", good);
+	buffer_give(&b);
+}
+
+/* What is assumed at the start; nothing is stored beyond it. */
+static void
+unit_room(void)
+{
+	char path[CACHE_PATH];
+
+	options.cache = ".";
+	options.cache_size = (uint64_t)32 << 12;
+	cache_assume("", true);
+	if (cache.total + 20000 > cache.limit || cache.limit != 30 << 12)
+		unit_fail("room", "in a new directory", "", cache.limit);
+	cache_assume("", false);
+	if (cache.total != 30 << 12 || cache.limit != 31 << 12)
+		unit_fail("room", "at the start", "", cache.total);
+	unit_put("a block with its directory, of one", 100, false);
+	if (cache.lack != LACK_SIZE)
+		unit_fail("room", "the lack is not seen", "", cache.lack);
+	cache_assume("", false);
+	if (cache.total != 32 << 12)
+		unit_fail("room", "a run that did not sweep", "", cache.total);
+	sweep_note(&(struct report){ .bytes = 10 << 12 });
+	if (cache.limit != 30 << 12 || cache.lack != LACK_NONE)
+		unit_fail("room", "after a sweep", "", cache.limit);
+	if (access("unswept", F_OK) == 0)
+		unit_fail("room", "unswept stays", "", 0);
+	cache.total = 28 << 12;
+	unit_put("one block and its directory", 4096, true);
+	if (cache.total < 30 << 12)
+		unit_fail("room", "less than was taken", "", cache.total);
+	unit_put("one more", 1, false);
+	/* A serial whose file is there already. */
+	cache.total = 0;
+	store_path(cache.serial + 1, path);
+	(void)close(open(path, O_WRONLY | O_CREAT, 0600));
+	unit_put("a name that is taken", 1, true);
+	if (access(path, F_OK) == 0)
+		unit_fail("room", "the temporary file stays", path, 0);
+}
+
 static void
 unit_entries(void)
 {
@@ -13649,7 +13703,7 @@ const struct unit_table units[] = {
 	{ "ages", unit_ages }, { "reuse", unit_reuse },
 	{ "storable", unit_storable }, { "ranges", unit_ranges },
 	{ "conditions", unit_conditions }, { "variants", unit_variants },
-	{ "entries", unit_entries }, { NULL, NULL },
+	{ "entries", unit_entries }, { "room", unit_room }, { NULL, NULL },
 };
 EOF_UNIT
 }
@@ -13696,6 +13750,10 @@ test_cache_unit_variants() { # variants and names of entries
 
 test_cache_unit_entries() { # every byte of an entry's region changed, or cut
 	unit cache entries
+}
+
+test_cache_unit_room() { # what is stored while little is known of what is there
+	unit cache room
 }
 
 # ---- Matchers: unit tables ---------------------------------------------------
