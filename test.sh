@@ -50,7 +50,7 @@
 set -u
 LC_ALL=C
 export LC_ALL
-unset http_proxy https_proxy HTTPS_PROXY all_proxy no_proxy NO_COLOR PEER_MS
+unset http_proxy https_proxy HTTPS_PROXY all_proxy no_proxy NO_COLOR PEER_MS PEER_FROM
 
 here=$(cd "$(dirname "$0")" && pwd)
 self=$here/$(basename "$0")
@@ -901,6 +901,20 @@ read_stdin(void)
 	return t.bytes;
 }
 
+/* Binds to the IPv4 address $PEER_FROM, if it is set. */
+static int
+dial_from(int fd)
+{
+	struct sockaddr_in in;
+
+	if (getenv("PEER_FROM") == NULL)
+		return 0;
+	memset(&in, 0, sizeof(in));
+	in.sin_family = AF_INET;
+	in.sin_addr.s_addr = inet_addr(getenv("PEER_FROM"));
+	return bind(fd, (struct sockaddr *)&in, sizeof(in));
+}
+
 /* Connects to "/path", "host:port" or "[v6]:port"; numeric only. */
 static int
 dial(const char *where)
@@ -937,7 +951,8 @@ dial(const char *where)
 	if (getaddrinfo(host, colon + 1, &hints, &a) != 0)
 		return -1;
 	fd = socket(a->ai_family, SOCK_STREAM, 0);
-	if (fd != -1 && connect(fd, a->ai_addr, a->ai_addrlen) == -1) {
+	if (fd != -1 && ((a->ai_family == AF_INET && dial_from(fd) == -1) ||
+		connect(fd, a->ai_addr, a->ai_addrlen) == -1)) {
 		close(fd);
 		fd = -1;
 	}
@@ -1671,7 +1686,7 @@ play() {
 # The limits of the binary under test: a head fits in $buffer, a request line
 # in $line_max.  The second binary has short time limits, in milliseconds; a
 # loaded machine must manage a request in the shortest of them.
-quick_flags='-DHEAD_MS=1000 -DCONNECT_MS=1500 -DRESPONSE_MS=1000
+quick_flags='-DHEAD_MS=1000 -DCONNECT_MS=1500
 	-DHALF_CLOSED_MS=1000 -DKEPT_CLIENT_MS=1000 -DKEPT_SERVER_MS=1000
 	-DLINGER_MS=1000 -DDRAIN_MS=1000'
 
@@ -1825,6 +1840,17 @@ test_start_user() { # -u: another user after binding
 	[ "$uid" = 65534 ] || fail "runs as ${uid:-?}"
 	served
 	stop_proxy
+}
+
+test_start_one_family() { # of two addresses one is taken: it says so and serves on the other
+	"$peer" origin -a ::1 six < /dev/null > six.port 2> /dev/null ||
+		skip "no IPv6"
+	port=$(cut -d ' ' -f 1 six.port)
+	echo "$(cut -d ' ' -f 2 six.port)" >> .pids
+	start_proxy -l "$port"
+	grep "^proxy: not listening on \[::1\]:$port: " err > /dev/null ||
+		fail "says: $(cat err)"
+	served
 }
 
 test_start_said() { # what is wrong is said once, with what to do about it
@@ -3895,9 +3921,8 @@ test_limit_kept_server() { # an idle kept server connection is closed
 END
 }
 
-test_limit_response_time() { # no response head in time: 504
-	built "$quick_bin"
-	proxy_bin=$quick_bin
+test_limit_response_time() { # no response head in the time of -t: 504
+	start_proxy -t 1
 	play 'nothing' <<'END'
 	origin head
 	origin eof
@@ -4017,10 +4042,123 @@ END
 	served
 }
 
+test_limit_slots_idle() { # all slots taken: idle clients give way, the longest idle first
+	start_proxy -m 4
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+---
+head
+send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+---
+head
+touch busy
+await free
+send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+END
+	: > served.script
+	# A silent one, two between requests, one in the middle.
+	client_bg silent <<'END'
+touch silent.here
+eof
+END
+	wait_for 5 '[ -f silent.here ]'
+	for n in a b; do
+		client_bg $n <<END
+send GET http://%O/$n HTTP/1.1\nHost: %O\n\n
+answer
+touch $n.here
+eof
+END
+		wait_for 5 "[ -f $n.here ]" || fail "$n is not served"
+		"$peer" sleep 50
+	done
+	client_bg c <<'END'
+send GET http://%O/c HTTP/1.1\nHost: %O\n\n
+answer
+END
+	wait_for 5 '[ -f busy ]' || fail "c is not served"
+	for gone in a b to.a to.b; do
+		[ ! -f silent.end ] || fail "a silent one goes before an idle one"
+		client_bg to.$gone <<'END'
+send GET / HTTP/1.1\nHost: %P\n\n
+answer
+eof
+END
+		wait_for 2 "[ -f $gone.end ]" || fail "$gone does not give way"
+		wait_for 2 "grep '^HTTP/1.1 200' to.$gone > /dev/null" ||
+			fail "not served in place of $gone"
+	done
+	# With only silent and busy ones left, the silent one goes.
+	for n in 1 2 3; do
+		client_bg silent$n <<'END'
+touch here
+eof
+END
+	done
+	wait_for 2 '[ -f silent.end ]' || fail "the silent one does not give way"
+	[ ! -f c.end ] || fail "a busy one gives way"
+	touch free
+	ended c
+	grep ok c > /dev/null || fail "c: $(cat c.end)"
+	[ "$(grep -c 'connections are in use' err)" = 1 ] || fail "not said once"
+}
+
+test_limit_linger() { # what is sent after the last answer is read while it comes, and not for ever
+	built "$quick_bin"
+	proxy_bin=$quick_bin
+	start_proxy
+	play -n 'longer than one wait' <<END
+	origin head
+	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\n\\nok
+	origin close
+	client send POST http://%O/ HTTP/1.1\\nHost: %O\\nContent-Length: 1000\\n\\n
+	client chop 1 300 xxxxxxxx
+	client eof
+	sees   HTTP/1.1 200 OK
+	sees~  ^-- end eof
+END
+}
+
+test_client_gives_up() { # a client that asked to keep its connection and closes it has gone: 499
+	play 'kept, and closed' <<'END'
+	origin head
+	origin eof
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nProxy-Connection: Keep-Alive\n\n
+	client stall 100
+	client shut
+	client eof
+	log    "GET http://%O/ HTTP/1.1" 499 0 .* total=N .* end=client
+	gets~  ^-- end (eof|reset)
+END
+	play 'not asked to be kept, and half-closed' <<'END'
+	origin head
+	origin stall 300
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client shut
+	client answer
+	sees   HTTP/1.1 200 OK
+	log    "GET http://%O/ HTTP/1.1" 200 2 .* end=done
+END
+	play 'with the next request already there' <<'END'
+	origin head
+	origin stall 300
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\nConnection: keep-alive\n\nGET http://%O/2 HTTP/1.1\nHost: %O\n\n
+	client shut
+	client answer
+	client answer
+	sees#  2 ^(ok)?HTTP/1.1 200
+END
+}
+
 test_limit_unread_interim() { # interim answers that nobody reads: no spinning
 	built "$quick_bin"
 	proxy_bin=$quick_bin
-	start_proxy -l "$T/p.sock"
+	start_proxy -l "$T/p.sock" -t 1
 	big=$((room_max - 1000))
 	origin o <<END
 head
@@ -4663,6 +4801,8 @@ names_lookup(const char *host, const char *port, const struct addrinfo *hints,
 		return getaddrinfo(host, port, hints, found);
 	if (strcmp(host, "slow.test") == 0)
 		sleep(3600);
+	if (strcmp(host, "crash.test") == 0)
+		_exit(7);
 	memset(&numeric, 0, sizeof(numeric));
 	numeric.ai_socktype = SOCK_STREAM;
 	numeric.ai_flags = AI_NUMERICHOST;
@@ -4711,6 +4851,41 @@ END
 	sees~  ^HTTP/1.1 508
 	log#   1 .
 END
+}
+
+test_names_many() { # all addresses of a name are tried
+	start_names 127.0.0.2 127.0.0.3 127.0.0.4 127.0.0.5 127.0.0.6 127.0.0.7 \
+	    127.0.0.8 127.0.0.9 127.0.0.10 127.0.0.11 127.0.0.12 127.0.0.13 \
+	    127.0.0.14 127.0.0.15 127.0.0.16 127.0.0.1
+	play 'the last of sixteen' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\nConnection: close\n\nok
+	client send GET http://many.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+	log    200 2 .* server=127.0.0.1:%p end=done
+END
+}
+
+test_names_crash() { # a look-up that dies is noticed at once, and leaves no zombie
+	start_names 127.0.0.1
+	for n in 1 2 3; do
+		play 'it dies' <<'END'
+	client send GET http://crash.test:1/ HTTP/1.1\nHost: x\nConnection: close\n\n
+	client answer
+	sees~  ^HTTP/1.1 502
+	log    "GET http://crash.test:1/ HTTP/1.1" 502 .* why="the name lookup failed"
+END
+	done
+	grep -E ' total=[0-9]{1,3} ' log > /dev/null || fail "late: $(cat log)"
+	[ -d /proc/self ] || skip "no /proc"
+	"$peer" sleep 100
+	cat /proc/[0-9]*/stat > stats 2> /dev/null
+	helper=$(awk -v of="$proxy_pid" '$4 == of { print $1 }' stats | head -n 1)
+	[ -n "$helper" ] || fail "no helper"
+	awk -v of="$helper" -v proxy="$proxy_pid" '
+	$3 == "Z" && ($4 == of || $4 == proxy) { exit 1 }' stats ||
+		fail "a zombie is left"
 }
 
 # Starts the build with our names: start_names ADDRESS... [-- OPTION...]
@@ -4868,10 +5043,12 @@ END
 }
 
 test_names_guard() { # who is not local reaches nothing on loopback
-	me=$("$peer" myself) || skip "this machine has no address but loopback"
+	need_me
 	start_proxy -l "$me:0"
 	grep 'a rule lets them in' err > /dev/null ||
 		fail "no warning beyond loopback"
+	stop_proxy
+	start_proxy
 	for host in 127.0.0.1 127.1.2.3 '[::1]' 0.0.0.0 '[::]' 169.254.1.1 \
 	    '[fe80::1]' 224.0.0.1 '[ff02::1]' 255.255.255.255 \
 	    '[::ffff:127.0.0.1]'; do
@@ -4890,7 +5067,7 @@ test_names_guard() { # who is not local reaches nothing on loopback
 		log    " 403 .* why="
 END
 	done
-	start_proxy -l "$me:0" -e "allow client $me"
+	start_proxy -e "allow client $me"
 	play -n 'another address of this machine is no secret' <<END
 	origin -a $me
 	origin head
@@ -5356,9 +5533,12 @@ basic() {
 	printf 'Basic %s' "$(printf '%s' "$1" | "$peer" base64)"
 }
 
-# An address of this machine for clients that are not local, or skips.
+# An address of this machine, or skips; clients come from there.  To a proxy at
+# another address they are not local, as all are that come from elsewhere.
 need_me() {
 	me=$("$peer" myself) || skip "this machine has no address but loopback"
+	PEER_FROM=$me
+	export PEER_FROM
 }
 
 need_second_loopback() {
@@ -5644,6 +5824,119 @@ test_rules_wrong() { # all wrong lines are named, with file and line; nothing st
 	done < some
 }
 
+# Rules that could never do what was meant, and what must be said of each.
+meant_lines() {
+	cat <<'END'
+deny host *example.com	not valid: \*example\.com; write a host .*\.example\.com
+deny host ex*mple.com	not valid.*write a host
+deny host example.*	not valid.*write a host
+deny host *	not valid.*write a host
+deny host a.example:8080	without its port
+deny host http://a.example/	write a host
+deny host a.example,b.example	write a host
+deny host a host b	two conditions can't both match.*host a b
+deny host a or host b	^or: .*without a word between
+deny host a or b	^or: .*quotes
+deny host a and port 80	^and: .*without a word between
+deny or host a	not a status|not an action|no status
+deny port 80 and 443	^and: 
+deny client 10.0.0.1 client 10.0.0.2	two conditions can't both match.*client a b
+deny port 80 host a port 443	two conditions can't both match.*port a b
+deny method GET method HEAD	two conditions.*method a b
+deny address 10.0.0.0/8 address 172.16.0.0/12	two conditions.*address a b
+deny status 404 status 500	two conditions.*status a b
+deny type text/html type text/css	two conditions.*type a b
+deny method get	not valid: get; write a method in capitals
+deny method Post	method in capitals
+deny method P*	method in capitals
+deny method GET,POST	method in capitals
+deny type */html	write a type such as
+deny type te*t/html	write a type such as
+deny type text/h*l	write a type such as
+deny type */*	write a type such as
+deny type *	write a type such as
+deny type html	write a type such as
+deny size >1M <5M	write size >1M size <5M
+deny size 10M	not valid: 10M; write a size behind < or >
+deny url *.mp4	can't begin with \*
+deny url +x	can't begin with \+
+deny field X-A *x	can't begin with \*
+deny field X-* a	one name
+deny time 08:00-17:00 Mon-Fri	days stand before their hours, as in Mon-Fri 08:00
+deny time 08:00-09:00 10:00-11:00 Sat	days stand before their hours
+deny client 10.*	an address or a network such as
+deny address a.example	an address or a network such as
+deny port 80,443	a port or a range such as
+deny status 5xx	a status or a range such as
+deny field Host x	Host begins a condition; write it in quotes
+deny field request Host x	Host begins a condition; write it in quotes
+deny field X-A time	time begins a condition; write it in quotes
+deny host host	host begins a condition; write it in quotes
+deny host not	not begins a condition; write it in quotes
+deny body type	type begins a condition; write it in quotes
+unset request *-For	a star stands at the end
+unset request X-*-For X-A	a star stands at the end
+unset response X-A *-For	a star stands at the end
+via http://127.0.0.1:1 status 500	^status: .*too late
+via http://127.0.0.1:1 not type text/html	^type: .*too late
+direct size >1M	^size: .*too late
+direct host a body x	^body: .*too late
+direct field response X-A b	^field: .*too late
+from 127.0.0.1 status 200	^status: .*too late
+set request X-A b status 200	^status: .*too late
+unset request X-A field response X-B c	^field: .*too late
+cache 1h body x	^body: .*too late
+nocache not body x	^body: .*too late
+set response X-A b body x	^body: .*too late
+END
+}
+
+test_rules_meant() { # what can't do what was meant is refused, with what to write
+	meant_lines | sed 's/	.*//' > rules
+	check_rules
+	[ $status = 2 ] || fail "exit status $status"
+	meant_lines | sed 's/.*	//' > wants
+	n=0
+	while IFS= read -r want; do
+		n=$((n + 1))
+		sed -n "s/^proxy: rules:$n: //p" errors > said
+		[ "$(wc -l < said)" = 1 ] && grep -E -e "$want" said > /dev/null ||
+			fail "$(sed -n "${n}p" rules): says $(cat said)"
+	done < wants
+	[ $n -gt 50 ] || fail "no rows"
+	# What looks alike and does what was meant.
+	people
+	cat > rules <<'END'
+users people
+deny user alice not user bob
+deny user alice user bob
+deny user al*
+deny user alice,bob
+deny user "al*" "a,b" *
+deny not host a not host b host .example.com
+deny host .example.com not host www.example.com
+deny host [::1] ::1 *.example.com "or" "and" "host"
+deny url a url b not url c
+deny list l list l
+deny field X-A a field X-A b field "Host" "host"
+deny size >1 size <5
+deny size >1 >2
+deny time Mon-Fri time 08:00-17:00
+deny time 08:00-09:00 10:00-11:00
+deny time Sat 09:00-10:00 11:00-12:00 Sun 09:00-10:00
+deny method "get" M-SEARCH
+deny type text/* text/x-*
+unset request X-* X-A
+via http://127.0.0.1:1 address 10.0.0.0/8 field X-A b
+cache 1h size >5 type text/html status 200
+set response X-A b status 200 size >5
+END
+	echo x.example > l
+	check_rules
+	sed -n 's/^proxy: rules:\([0-9]*\):.*/\1/p' errors | tr '\n' ' ' > named
+	[ "$(cat named)" = '3 4 5 ' ] || fail "says $(cat errors)"
+}
+
 test_rules_wrong_options() { # -e is named with its number, several files with theirs
 	echo 'deny time x' > one
 	printf 'allow\nallow\ndeny port x\n' > two
@@ -5730,6 +6023,30 @@ test_rules_wrong_users() { # login and user need users; others may not read them
 	check_rules
 	[ $status = 2 ] || fail "a line without a colon: exit status $status"
 	grep wonder errors > /dev/null && fail "a password is shown"
+	# Passwords that look hashed, and some that do not.
+	cat > broken <<'END'
+alice:$1$wonder$KTnRyxV5vxwK7K3tmIJ7H.
+alice:$2y$05$wonderc7K3tmIJ7H
+alice:$6$wonder$x
+alice:$y$j9T$wonder$x
+alice:$apr1$wonder$x
+alice:{SHA}wonder=
+alice:{SSHA}wonder=
+bob:$
+bob:$$
+bob:$5
+bob:a$6$b$
+bob:$5 and $6
+bob:{
+bob:{}
+bob:{a b}
+bob:
+END
+	check_rules
+	[ "$(grep -c '^proxy: broken:[1-7]: .*hashed; write the password' \
+	    errors)" = 7 ] && [ "$(wc -l < errors)" = 7 ] ||
+		fail "hashed: says $(cat errors)"
+	grep wonder errors > /dev/null && fail "a hash is shown"
 	:
 }
 
@@ -6094,6 +6411,35 @@ END
 END
 }
 
+test_rules_client_here() { # local: every address of this machine
+	need_me
+	unset PEER_FROM
+	plain_origin
+	start_proxy -l "$me:0"
+	play -n 'the address that the banner tells works from here' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\nok\l
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send CONNECT %O HTTP/1.1\nHost: x\n\n
+	client answer head
+	sees   ok\l
+	sees~  ^HTTP/1.1 200
+END
+	for from in "$me" 127.0.0.1; do
+		PEER_FROM=$from
+		export PEER_FROM
+		holds 'client local' -l ":0" <<'END'
++ GET http://%O/
+END
+	done
+	start_ruled -e 'deny client local'
+	gives 403 http://%O/ || fail "from 127.0.0.1: $(head -n 1 a)"
+	PEER_FROM=$me
+	gives 403 http://%O/ || fail "from $me: $(head -n 1 a)"
+	last_line ' rule=built-in:1( |$)'
+}
+
 test_rules_client_elsewhere() { # clients that are not local
 	need_me
 	origin far -a "$me" <<'END'
@@ -6101,12 +6447,12 @@ head
 send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 loop
 END
-	start_ruled -l "$me:0" -e "deny 450 client local" -e "allow client $me/32"
+	start_ruled -e "deny 450 client local" -e "allow client $me/32"
 	gives 200 http://%O/ || fail "allowed: $(head -n 1 a)"
 	last_line "^$me - - " ' rule=-e:2( |$)'
-	start_ruled -l "$me:0" -e "deny 450 not client local" -e 'allow'
+	start_ruled -e "deny 450 not client local" -e 'allow'
 	gives 450 http://%O/ || fail "not local: $(head -n 1 a)"
-	start_ruled -l "$me:0" -e "allow client 198.51.100.0/24"
+	start_ruled -e "allow client 198.51.100.0/24"
 	gives 403 http://%O/ || fail "not allowed: $(head -n 1 a)"
 }
 
@@ -6220,7 +6566,7 @@ END
 END
 }
 
-test_rules_field() { # field: of the request, of the response, of either
+test_rules_field() { # field: of the request; with response, of that
 	plain_origin
 	holds 'field request user-agent ^curl/' <<'END'
 + GET http://%O/ User-Agent: curl/8\n
@@ -6249,8 +6595,14 @@ END
 - 200 OK\n
 END
 	holds_answer 'field X-A b' <<'END'
-+ 200 OK\nX-A: b\n
-- 200 OK\nX-B: b\n
+- 200 OK\nX-A: b\n
+END
+	start_ruled -e 'deny not field X-A b'
+	play -n 'it is denied before anything is sent' <<'END'
+	client send GET http://127.0.0.1:1/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees~  ^HTTP/1.1 403
+	log    rule=-e:1
 END
 	holds_answer 'field request Server .' <<'END'
 - 200 OK\nServer: nginx\n
@@ -6315,6 +6667,7 @@ test_rules_time() { # time: days, hours, both
 	now - "$(day_in 1) $hours"
 	now - "$today $later"
 	now - "$today $later $(day_in 1) $hours"
+	now - "$(day_in 1) $later $hours"
 	now + "$(day_in 1) $later $today $hours"
 	now + "$(clock_in 120)-$(clock_in 60)"
 }
@@ -6861,7 +7214,7 @@ head
 send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 loop
 END
-	start_rules -l "$me:0" <<'END'
+	start_rules <<'END'
 users people
 login not client 198.51.100.0/24
 END
@@ -7434,7 +7787,8 @@ END
 	untouched o
 	gives 200 http://b.example:%p/ || fail "b: $(head -n 1 a)"
 	me=$("$peer" myself) || return 0
-	start_rules -l "$me:0" <<END
+	need_me
+	start_rules <<END
 via http://$dead direct
 allow client $me
 END
@@ -7542,6 +7896,51 @@ END
 	done
 }
 
+test_rules_cache_size() { # nocache and cache by size: decided when the head has come
+	start_ruled -c "$T/cache" -e 'nocache size >5 host a.test' \
+	    -e 'cache 2h not size >5 host b.test' -e 'cache 1h'
+	play -n 'a length that is not told is above no size' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n8\nchunked\l\n0\n\n
+	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees#  2 ^chunked
+	gets#  1 ^GET
+	log    200 8 .* miss=stored
+	log    200 8 .* hit=fresh
+END
+	play -n 'nor not above it' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n3\nok\l\n0\n\n
+	client send GET http://b.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://b.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees~  ^Cache-Status: .*ttl=(3600|359[0-9])
+	log    200 3 .* miss=stored
+	log    200 3 .* hit=fresh
+END
+	play -n 'a length that is told' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 6\n\nlarge\l
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 5\n\ntiny\l
+	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
+	client answer
+	sees#  1 ^large
+	sees#  2 ^tiny
+	log    200 6 .* miss=rule
+	log    200 5 .* miss=stored
+	log    200 5 .* hit=fresh
+END
+}
+
 test_rules_cache() { # cache DURATION: in place of the lifetime that is told or guessed
 	start_cache -e 'cache 1h host 127.0.0.1'
 	keeps 'no lifetime' '200 OK' ''
@@ -7568,6 +7967,8 @@ test_rules_cache() { # cache DURATION: in place of the lifetime that is told or 
 END
 	done
 	keeps_not 'an answer to a login' '200 OK' '' 'Authorization: Basic eDp5\n' again
+	keeps_not 'a cookie' '200 OK' 'Set-Cookie: a=b\n'
+	keeps 'a cookie, public' '200 OK' 'Set-Cookie: a=b\nCache-Control: public, max-age=99\n'
 	stop_proxy
 	start_cache -e 'cache 1s url /short' -e 'cache 7d url /long'
 	origin o <<'END'
@@ -7701,7 +8102,7 @@ unset response X-If host a.example field response X-Why ^b
 END
 	play -n 'for this host, a miss and a hit' <<'END'
 	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Type: text/html\nserver: one\nServer: two\nX-Add: a\nSet-Cookie: a=b\nset-cookie: c=d\nX-Powered-By: x\nX-Powered: 1\nX-If: 1\nX-Why: bc\nContent-Length: 2\n\nok
+	origin send HTTP/1.1 200 OK\nCache-Control: public, max-age=99\nContent-Type: text/html\nserver: one\nServer: two\nX-Add: a\nSet-Cookie: a=b\nset-cookie: c=d\nX-Powered-By: x\nX-Powered: 1\nX-If: 1\nX-Why: bc\nContent-Length: 2\n\nok
 	client send GET http://a.example:%p/ HTTP/1.1\nHost: x\n\n
 	client answer
 	client send GET http://a.example:%p/ HTTP/1.1\nHost: x\n\n
@@ -7804,7 +8205,7 @@ head
 send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 loop
 END
-	start_rules -l "$me:0" <<END
+	start_rules <<END
 allow client $me
 END
 	gives 200 http://%O/ || fail "not allowed: $(head -n 1 a)"
@@ -7822,7 +8223,7 @@ END
 	asks CONNECT %O
 	head -n 1 a | grep ' 403 ' > /dev/null || fail "CONNECT: $(head -n 1 a)"
 	last_line ' rule=built-in:2( |$)'
-	start_rules -l "$me:0" <<END
+	start_rules <<END
 allow client $me address 127.0.0.1 port $near
 allow client $me method CONNECT port $origin_port
 guard
@@ -7852,7 +8253,7 @@ head
 send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 loop
 END
-	start_proxy -l "$me:0"
+	start_proxy
 	gives 403 http://%O/ || fail "GET: $(head -n 1 a)"
 	grep -F "allow client $me" a > /dev/null ||
 		fail "the page does not tell the line to add: $(tail -n 3 a)"
@@ -7860,8 +8261,7 @@ END
 	asks CONNECT "$me:443"
 	head -n 1 a | grep ' 403 ' > /dev/null || fail "CONNECT: $(head -n 1 a)"
 	untouched far
-	stop_proxy
-	start_proxy
+	unset PEER_FROM
 	gives 200 http://%O/ || fail "local: $(head -n 1 a)"
 	asks CONNECT %O
 	head -n 1 a | grep ' 200 ' > /dev/null || fail "local: $(head -n 1 a)"
@@ -7959,9 +8359,9 @@ END
 		fail "access: $(cat out)"
 	grep '^	route: direct$' out > /dev/null || fail "route: $(cat out)"
 	run_proxy -f rules -T http://video.example/
-	[ $status = 0 ] || fail "open: exit status $status: $(cat errors)"
-	grep '^	access: .*open' out > /dev/null ||
-		fail "the type is not said to be open: $(cat out)"
+	[ $status = 3 ] || fail "open: exit status $status: $(cat errors)"
+	grep "^	access: open, it needs the response's type (rules:3: " out \
+	    > /dev/null || fail "the type is not said to be open: $(cat out)"
 	run_proxy -f rules -T http://films.example/
 	[ $status = 1 ] || fail "denied: exit status $status"
 	grep '^	access: deny.*rules:2: deny 451' out > /dev/null ||
@@ -8040,6 +8440,17 @@ test_rules_try_client() { # -T: the edges of networks
 1 2001:db8::7/127 2001:db8::8
 0 ::/0 2001:db8::8
 END
+	# From this machine is who comes from loopback.
+	while read -r want address; do
+		run_proxy -T "http://192.0.2.1/ client $address"
+		[ $status = "$want" ] || fail "$address: exit status $status"
+	done <<'END'
+0 127.0.0.1
+0 127.9.9.9
+0 ::1
+1 10.0.0.1
+1 2001:db8::1
+END
 }
 
 test_rules_try_lookup() { # -T: a name is looked up only if a line asks for its address
@@ -8072,9 +8483,39 @@ test_rules_try_open() { # -T: what the response decides needs no look-up; of a t
 	grep '^	access: allow (built-in:3: ' out > /dev/null ||
 		fail "a tunnel has no type: $(cat out)"
 	run_proxy -e 'deny type a/b' -e 'deny body x' -T http://f.example/
-	[ $status = 0 ] || fail "exit status $status"
-	grep '^	access: .*open' out > /dev/null || fail "prints $(cat out)"
+	[ $status = 3 ] || fail "exit status $status"
+	grep '^	access: open' out > /dev/null || fail "prints $(cat out)"
 	[ ! -s names ] || fail "looked up: $(tr '\n' ' ' < names)"
+	# What is missing; of several verdicts the worst.
+	while read -r fact rule; do
+		run_proxy -e "deny $rule" -T http://192.0.2.9/
+		[ $status = 3 ] || fail "$rule: exit status $status"
+		grep "^	access: open, it needs the response's $fact (-e:1: " \
+		    out > /dev/null || fail "$rule: prints $(cat out)"
+	done <<'END'
+status status 500
+type host 192.0.2.9 not type a/b status 500
+size size >10
+field field response X-A b
+body body x
+END
+	run_proxy -e 'deny type a/b host a' -e 'deny host b' -T http://a/ -T http://c/
+	[ $status = 3 ] || fail "open, then allowed: exit status $status"
+	run_proxy -e 'deny type a/b host a' -e 'deny host b' -T http://a/ -T http://b/
+	[ $status = 1 ] || fail "open, then denied: exit status $status"
+	run_proxy -e 'deny type a/b host a' -e 'deny host b' -T http://b/ -T http://a/
+	[ $status = 1 ] || fail "denied, then open: exit status $status"
+	# A name that can't be looked up.
+	NAME_ADDRESSES=
+	run_proxy -e 'deny address 192.0.2.0/24' -T http://h.example/
+	[ $status = 3 ] || fail "no name: exit status $status: $(cat out)"
+	grep "^	address: the name lookup failed: ." out > /dev/null &&
+		grep "^	access: open, it needs the server's address (-e:1: " \
+		    out > /dev/null || fail "no name: prints $(cat out)"
+	run_proxy -e 'direct address 192.0.2.0/24' -T http://h.example/
+	[ $status = 3 ] || fail "no way: exit status $status: $(cat out)"
+	grep "^	route: open, it needs the server's address (-e:1: " out \
+	    > /dev/null || fail "no way: prints $(cat out)"
 }
 
 test_rules_try_route() { # -T: which parent is told, as in the manual
@@ -8174,7 +8615,7 @@ END
 	stop_proxy
 }
 
-test_rules_hup_list() { # HUP: lists are read anew; one that is gone stays as it was
+test_rules_hup_list() { # HUP: lists are read anew; one that can't be read is a wrong line
 	plain_origin
 	echo one.example > ads
 	start_rules <<'END'
@@ -8188,14 +8629,73 @@ END
 	mv ads gone
 	echo 'deny 451 host three.example' >> rules
 	kill -HUP "$proxy_pid"
-	wait_for 5 'gives 451 http://three.example:%p/' ||
-		fail "rules are not read anew while a list is gone: $(tail -n 2 err)"
-	gives 403 http://two.example:%p/ || fail "the list is lost: $(head -n 1 a)"
-	grep '^proxy: .*ads' err > /dev/null || fail "it is not mentioned"
+	wait_for 5 'grep "the old rules stay" err > /dev/null' ||
+		fail "a list that is gone: $(tail -n 2 err)"
+	grep '^proxy: rules:1: ads: .' err > /dev/null ||
+		fail "it is not named: $(tail -n 2 err)"
+	gives 403 http://two.example:%p/ || fail "the old rules: $(head -n 1 a)"
+	gives 200 http://three.example:%p/ || fail "half of the new: $(head -n 1 a)"
 	mv gone ads
 	echo one.example >> ads
 	kill -HUP "$proxy_pid"
 	wait_for 5 'gives 403 http://one.example:%p/' || fail "not read again"
+	gives 451 http://three.example:%p/ || fail "the new line: $(head -n 1 a)"
+}
+
+# A list of so many domains: ads_make N > FILE
+ads_make() {
+	awk -v n="$1" 'BEGIN { for (i = 0; i < n; i++)
+		print "0.0.0.0 host" i ".ads.example" }'
+}
+
+# Starts a proxy whose log goes where its standard error goes.
+merged() {
+	exec "$@" >> err 2>> err
+}
+
+test_rules_hup_serves() { # HUP: requests are answered while a large list is read anew
+	echo small.example > small
+	ads_make 200000 > large
+	# Log and standard error go to one file, whose order tells.
+	proxy_wrap=merged
+	start_ruled -e 'deny list small large'
+	proxy_wrap=
+	client_bg many <<'END'
+send GET http://host7.ads.example/ HTTP/1.1\nHost: x\n\n
+answer
+loop
+END
+	wait_for 10 'grep "\"GET .* 403 " err > /dev/null' || fail "no client"
+	kill -HUP "$proxy_pid"
+	wait_for 30 '[ "$(grep -c "^proxy: large: " err)" = 2 ]' ||
+		fail "not read anew: $(grep '^proxy:' err)"
+	stop_proxy
+	served=$(awk '/^proxy: small: / { began++ }
+		/^proxy: large: / { done++ }
+		/"GET .* 403 / && began == 2 && done == 1 { n++ }
+		END { print n + 0 }' err)
+	[ "$served" -ge 3 ] || fail "$served requests meanwhile"
+}
+
+test_rules_hup_twice() { # HUP while a list is read: that reading starts over
+	echo small.example > small
+	ads_make 200000 > large
+	start_ruled -e 'deny list small large'
+	kill -HUP "$proxy_pid"
+	wait_for 10 '[ "$(grep -c "^proxy: small: " err)" = 2 ]' ||
+		fail "not read anew: $(cat err)"
+	ads_make 1000 > next
+	mv next large
+	kill -HUP "$proxy_pid"
+	wait_for 10 'grep "^proxy: large: 1000 lines" err > /dev/null' ||
+		fail "the new list is not read: $(cat err)"
+	gives 403 http://host999.ads.example/ || fail "$(head -n 1 a)"
+	open=$(ls "/proc/$proxy_pid/fd" 2> /dev/null | wc -l)
+	kill -HUP "$proxy_pid"
+	wait_for 10 '[ "$(grep -c "^proxy: large: 1000 lines" err)" = 2 ]' ||
+		fail "not read a third time: $(cat err)"
+	[ "$(ls "/proc/$proxy_pid/fd" 2> /dev/null | wc -l)" = "$open" ] ||
+		fail "a descriptor stays open"
 }
 
 test_rules_hup_users() { # HUP: users and passwords are read anew
@@ -8621,7 +9121,7 @@ send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 loop
 END
 	for mine in "$me" 198.51.100.0/24; do
-		start_rules -l "$me:0" <<END
+		start_rules <<END
 users people
 allow client $mine method GET HEAD
 allow user alice
@@ -8851,13 +9351,13 @@ test_resources_start() { # at start: under 1 MiB private
 	[ "$used" -lt 1024 ] || fail "$used KiB"
 }
 
-test_resources_size() { # cc -Os, stripped: under 168 KiB
+test_resources_size() { # cc -Os, stripped: under 176 KiB
 	sanitized && skip "a sanitizer build says nothing"
 	have strip || skip "no strip"
 	$cc -Os -o small "$here/proxy.c" 2> small.err || fail "$(cat small.err)"
 	strip small || skip "strip cannot strip"
 	size=$(wc -c < small)
-	[ "$size" -lt 172032 ] || fail "$size bytes"
+	[ "$size" -lt 180224 ] || fail "$size bytes"
 }
 
 test_resources_slow_readers() { # who does not read costs two buffers at most
@@ -8987,8 +9487,10 @@ END
 }
 
 # Two GETs of one URL, the second one without the request fields; the origin is
-# asked for both, and nothing is stored (again: of the first one):
+# asked for both, and nothing is stored (again: of the first one); log and trace
+# tell why, by the word in $keeps_why if it is set:
 # keeps_not WHAT STATUS 'response fields\n' ['request fields\n' [again]]
+keeps_why=
 keeps_not() {
 	play -n "$1: is not stored" <<END
 	origin head
@@ -9003,9 +9505,52 @@ keeps_not() {
 	gets#  2 ^GET /
 	gets!~ ^If-
 	log!   hit=
+	${keeps_why:+log    miss=$keeps_why up=}
+	${keeps_why:+err~   ^#[0-9]+ . [0-9]+ ms not stored: $keeps_why$}
 END
 	[ -n "${5-}" ] || ! grep -r "http://$origin/" "$T/cache" > /dev/null ||
 		fail "$1: there is an entry"
+}
+
+test_cache_cookie() { # an answer that sets a cookie is kept for the one who got it
+	printf 'alice:a\nbob:b\n' > people
+	chmod 600 people
+	start_proxy -c "$T/cache" -e 'users people' -e 'login'
+	alice='Proxy-Authorization: Basic YWxpY2U6YQ=='
+	bob='Proxy-Authorization: Basic Ym9iOmI='
+	play -n "not meant for all" <<END
+	origin head
+	origin send HTTP/1.1 200 OK\\nCache-Control: max-age=99\\nSet-Cookie: for=alice\\nContent-Length: 2\\n\\na\\l
+	origin head
+	origin send HTTP/1.1 200 OK\\nCache-Control: max-age=99\\nSet-Cookie: for=bob\\nContent-Length: 2\\n\\nb\\l
+	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n$alice\\n\\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n$bob\\n\\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n$alice\\n\\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n$bob\\n\\n
+	client answer
+	sees   Set-Cookie: for=alice
+	sees   Set-Cookie: for=bob
+	sees   Set-Cookie: for=alice
+	sees   Set-Cookie: for=bob
+	log    - alice .* miss=stored
+	log    - bob .* miss=stored
+	log    - alice .* hit=fresh
+	log    - bob .* hit=fresh
+END
+	play -n "meant for all" <<END
+	origin head
+	origin send HTTP/1.1 200 OK\\nCache-Control: public, max-age=99\\nSet-Cookie: for=all\\nContent-Length: 2\\n\\na\\l
+	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n$alice\\n\\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n$bob\\n\\n
+	client answer
+	sees#  2 ^Set-Cookie: for=all
+	log    - alice .* miss=stored
+	log    - bob .* hit=fresh
+END
 }
 
 test_cache_hit() { # a miss, then hits without the origin
@@ -9082,7 +9627,8 @@ test_cache_stored() { # what may be stored is (RFC 9111 section 3)
 	keeps 'an unknown status with max-age' '299 Odd' 'Cache-Control: max-age=99\n'
 	keeps 'no-store overridden by must-understand' '200 OK' \
 	    'Cache-Control: no-store, must-understand, max-age=99\n'
-	keeps 'Set-Cookie with max-age' '200 OK' 'Set-Cookie: a=b\nCache-Control: max-age=99\n'
+	keeps 'Set-Cookie with public' '200 OK' 'Set-Cookie: a=b\nCache-Control: public, max-age=99\n'
+	keeps 'Set-Cookie with s-maxage' '200 OK' 'Set-Cookie: a=b\nCache-Control: s-maxage=99\n'
 	keeps 'an unknown directive, odd case' '200 OK' 'Cache-Control: x="no-store, y", MAX-AGE=99\n'
 	keeps 'two lines of Cache-Control' '200 OK' 'Cache-Control: x=y\nCache-Control: max-age=99\n'
 	keeps 'Authorization with public' '200 OK' \
@@ -9094,31 +9640,117 @@ test_cache_stored() { # what may be stored is (RFC 9111 section 3)
 	served
 }
 
-test_cache_not_stored() { # what must not be stored is not
-	start_cache
+test_cache_not_stored() { # what must not be stored is not, and why is told
+	start_cache -v
 	old='Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
 	fresh='Cache-Control: max-age=99\n'
+	keeps_why=no-store
 	keeps_not no-store '200 OK' "${fresh}Cache-Control: no-store\n"
+	keeps_not 'request no-store' '200 OK' "$fresh" 'Cache-Control: no-store\n' again
+	keeps_why=private
 	keeps_not private '200 OK' 'Cache-Control: private, max-age=99\n'
 	keeps_not 'private in capitals' '200 OK' 'Cache-Control: max-age=99,PRIVATE\n'
 	keeps_not 'private with a value' '200 OK' 'Cache-Control: max-age=99, private=x\n'
+	keeps_why=status
 	keeps_not 'must-understand, status unknown' '299 OK' \
 	    'Cache-Control: must-understand, max-age=99\n'
-	keeps_not 'Vary: *' '200 OK' "${fresh}Vary: *\n"
-	keeps_not '* in a list of Vary' '200 OK' "${fresh}Vary: Accept\nVary: X-B, *\n"
-	keeps_not 'Set-Cookie with heuristics' '200 OK' "${old}Set-Cookie: a=b\n"
-	keeps_not 'neither freshness nor validator' '200 OK' 'X-A: b\n'
 	keeps_not 'a status without heuristics' '299 Odd' "$old"
 	keeps_not '500 by heuristics' '500 No' "$old"
-	keeps_not 'Expires: 0, no validator' '200 OK' 'Expires: 0\n'
+	keeps_not '429 with a lifetime' '429 No' "$fresh"
+	keeps_why='vary-[*]'
+	keeps_not 'Vary: *' '200 OK' "${fresh}Vary: *\n"
+	keeps_not '* in a list of Vary' '200 OK' "${fresh}Vary: Accept\nVary: X-B, *\n"
+	keeps_why=set-cookie
+	keeps_not 'Set-Cookie with heuristics' '200 OK' "${old}Set-Cookie: a=b\n"
+	keeps_not 'Set-Cookie with public alone' '200 OK' "${old}Cache-Control: public\nSet-Cookie: a=b\n"
+	keeps_why=authorization
 	keeps_not Authorization '200 OK' "$fresh" 'Authorization: Basic eDp5\n' again
-	keeps_not 'request no-store' '200 OK' "$fresh" 'Cache-Control: no-store\n' again
+	keeps_why=no-lifetime
+	keeps_not 'neither freshness nor validator' '200 OK' 'X-A: b\n'
+	keeps_not 'Expires: 0, no validator' '200 OK' 'Expires: 0\n'
 	for cache_age in '"99"' 9.9 -9 +9 9x '' 0x9; do
 		keeps_not "max-age=$cache_age" '200 OK' \
 		    "Cache-Control: max-age=$cache_age\n"
 	done
 	keeps_not 'max-age twice' '200 OK' 'Cache-Control: max-age=99, max-age=0\n'
 	served
+}
+
+test_cache_not_stored_why() { # other reasons not to store, in log and trace
+	start_cache -s 1M -v -e 'nocache url /private' -e 'nocache type text/odd'
+	play 'HEAD, a part, a 304, by a rule, too large, cut' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 4\n\n
+	origin head
+	origin send HTTP/1.1 206 Partial Content\nCache-Control: max-age=99\nVary: a\n
+	origin send Content-Range: bytes 1-2/10\nContent-Length: 2\n\nbc
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nETag: "a"\n\n
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 4\n\none\l
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Type: text/odd\nContent-Length: 4\n\none\l
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 300000\n\n\{300000:x}
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nTransfer-Encoding: chunked\n\n493E0\n\{300000:x}\n0\n\n
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 9\n\none
+	client send HEAD http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer head
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=1-2\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-None-Match: "a"\n\n
+	client answer
+	client send GET http://%O/private HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/odd HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/large HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/larger HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/cut HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   -- end eof answer
+	err~   not stored: method$
+	err~   not stored: range$
+	err~   not stored: status$
+	err~   not stored: rule$
+	err~   not stored: rule$
+	err~   not stored: too-large$
+	log    "HEAD [^"]*" 200 0 .* miss=method
+	log    206 2 .* miss=range
+	log    304 0 .* miss=status
+	log    /private .* miss=rule
+	log    /odd .* miss=rule
+	log    /large .* 200 300000 .* miss=too-large
+	log    /larger .* 200 300000 .* miss=too-large
+	log    /cut .* miss=incomplete .* end=server
+END
+	[ -z "$(entries)" ] || fail "there is $(entries)"
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 2000\n\n
+fill 1000
+await more
+fill 1000
+---
+head
+send HTTP/1.1 200 OK\nContent-Length: 0\n\n
+END
+	getter a /x 2000
+	wait_for 5 '[ -f a.some ]' || fail "no answer"
+	client b <<'END'
+send POST http://%O/x HTTP/1.1\nHost: %O\nContent-Length: 0\n\n
+answer
+END
+	touch more
+	ends a '^eof$'
+	logged <<'END'
+~ "GET [^"]*/x HTTP/1.0" 200 2000 .* miss=outdated .* end=done
+END
+	[ -z "$(entries)" ] || fail "there is $(entries)"
 }
 
 test_cache_methods() { # POST, TRACE, OPTIONS, unknown: never from the cache
@@ -9399,6 +10031,62 @@ END
 	log    miss=stored
 	log    hit=fresh
 END
+	play 'a 304 without Date: it was made now' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nDate: Sun, 06 Nov 1994 08:49:37 GMT\nCache-Control: max-age=60\n
+	origin send ETag: "a"\nAge: 100\nContent-Length: 4\n\none\l
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nCache-Control: max-age=999\nETag: "a"\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees#  3 ^Date: 
+	sees#  1 ^Date: Sun, 06 Nov 1994
+	sees#  2 ^Age: [01]$
+	sees#  3 ^one
+	log    miss=stored
+	log    hit=validated
+	log    hit=fresh
+END
+	play 'a cookie that a 304 sets is not kept' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=60\nETag: "a"\nAge: 100\nContent-Length: 4\n\none\l
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nCache-Control: max-age=999\nETag: "a"\nSet-Cookie: a=b\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees#  3 ^one
+	sees!~ ^Set-Cookie
+	log    miss=stored
+	log    hit=validated
+	log    hit=fresh
+END
+	play 'nor one of the entry, once it is not for all' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nCache-Control: public, max-age=60\nETag: "a"\nAge: 100\nSet-Cookie: a=b\nContent-Length: 4\n\none\l
+	origin next
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nConnection: close\nCache-Control: max-age=999\nETag: "a"\n\n
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nContent-Length: 4\n\ntwo\l
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   one\l
+	sees   one\l
+	sees   two\l
+END
 	play 'response no-cache is validated each time' <<'END'
 	origin head
 	origin send HTTP/1.1 200 OK\nConnection: close\nCache-Control: no-cache, max-age=99\nETag: W/"a"\nContent-Length: 4\n\none\l
@@ -9532,6 +10220,126 @@ END
 END
 }
 
+test_cache_guards() { # If-Match and If-Unmodified-Since: obeyed, or passed on
+	start_cache
+	date='Sun, 06 Nov 1994 08:49'
+	script=
+	while IFS='|' read -r want fields; do
+		script="$script
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n$fields\n
+	client answer
+	log  \" $want [0-9]+ .* hit=fresh"
+	done <<END
+200|If-Match: "a"\n
+200|If-Match: "b", "a"\n
+200|If-Match: "b"\nIf-Match: "a"\n
+200|If-Match: *\n
+412|If-Match: "b"\n
+412|If-Match: W/"a"\n
+412|If-Match: "A"\n
+412|If-Match: a\n
+200|If-Unmodified-Since: $date:37 GMT\n
+200|If-Unmodified-Since: $date:38 GMT\n
+200|If-Unmodified-Since: yesterday\n
+412|If-Unmodified-Since: $date:36 GMT\n
+200|If-Match: "a"\nIf-Unmodified-Since: $date:36 GMT\n
+412|If-Match: "b"\nIf-Unmodified-Since: $date:38 GMT\n
+412|If-Match: "b"\nIf-None-Match: "a"\n
+304|If-Match: "a"\nIf-None-Match: "a"\n
+412|If-Match: "b"\nRange: bytes=1-2\n
+412|If-Match: "b"\nRange: bytes=9-\n
+206|If-Match: "a"\nRange: bytes=1-2\n
+416|If-Match: "a"\nRange: bytes=9-\n
+END
+	play 'on what is fresh' <<END
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\n
+	origin send Last-Modified: $date:37 GMT\nContent-Length: 4\n\none\l
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	$script
+	client send HEAD http://%O/ HTTP/1.1\nHost: %O\nIf-Match: "b"\n\n
+	client answer head
+	sees   -- end open
+	sees#  10 ^HTTP/1.1 412 Precondition Failed
+	sees#  9 ^412 Precondition Failed: what is stored does not meet
+	sees#  10 ^Proxy-Status: proxy-ID; error=http_request_error;
+	sees#  21 ^Cache-Status: proxy-ID; hit; ttl=
+	gets#  1 ^GET
+	log    "HEAD .* 412 0 .* hit=fresh .* why="what is stored does not meet
+END
+	play 'on what has no validator' <<'END'
+	origin head
+	origin send HTTP/1.1 404 No\nCache-Control: max-age=999\nContent-Length: 4\n\noff\l
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=999\nContent-Length: 4\n\none\l
+	client send GET http://%O/none HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/none HTTP/1.1\nHost: %O\nIf-Match: *\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-Unmodified-Since: Sun, 06 Nov 1994 08:49:37 GMT\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-Match: "a"\n\n
+	client answer
+	sees#  2 ^HTTP/1.1 404
+	sees#  2 ^HTTP/1.1 200
+	sees#  1 ^HTTP/1.1 412
+	gets#  2 ^GET
+END
+	play 'on what is stale they go to the server, with the range' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 10\n\nabcdefghij
+	origin next
+	origin head
+	origin send HTTP/1.1 412 No\nConnection: close\nContent-Length: 4\n\nno!\l
+	origin next
+	origin head
+	origin send HTTP/1.1 206 Partial Content\nConnection: close\nETag: "a"\nCache-Control: max-age=99\n
+	origin send Content-Range: bytes 5-9/10\nContent-Length: 5\n\nfghij
+	origin next
+	origin head
+	origin send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\nCache-Control: max-age=99\n\n
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nConnection: close\nETag: "b"\nCache-Control: max-age=99\nContent-Length: 4\n\nnew\l
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-Match: "a"\nRange: bytes=5-\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-Unmodified-Since: Sun, 06 Nov 1994 08:49:37 GMT\nRange: bytes=5-\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nCache-Control: no-cache\nIf-Match: "b"\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^abcdefghijHTTP/1.1 412 No
+	sees   HTTP/1.1 206 Partial Content
+	sees~  ^fghijHTTP/1.1 200
+	sees~  ^abcdefghijHTTP/1.1 200
+	sees   new\l
+	sees   new\l
+	sees   -- end open
+	gets   -- connection 2
+	gets   If-Match: "a"
+	gets   Range: bytes=5-
+	gets   -- connection 3
+	gets   If-Unmodified-Since: Sun, 06 Nov 1994 08:49:37 GMT
+	gets   Range: bytes=5-
+	gets   -- connection 4
+	gets   If-None-Match: "a"
+	gets   -- connection 5
+	gets   If-Match: "b"
+	gets#  1 ^If-None-Match
+	log    412 4 .* miss=
+	log    206 5 .* miss=
+	log    200 10 .* hit=validated
+END
+}
+
 # One entry, then one request that the entry answers (hit), that the origin
 # is asked for (ask), or 504: wishes WANT 'response fields' 'request fields'
 wishes() {
@@ -9567,6 +10375,18 @@ test_cache_wishes() { # Cache-Control of requests (RFC 9111 section 5.2.1)
 	wishes fresh "$fresh" 'Pragma: no-cache\nCache-Control: max-age=500\n'
 	wishes ask "$fresh" 'Cache-Control: max-age=50\n'
 	wishes ask "$fresh" 'Cache-Control: max-age=0\n'
+	play 'max-age=0 on what has come in the same second' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 4\n\none\l
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\ntwo\l
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nCache-Control: max-age=0\n\n
+	client answer
+	sees   two\l
+	gets#  1 ^If-None-Match: "a"
+END
 	wishes ask "$fresh" 'Cache-Control: max-age=50, max-age=500\n'
 	wishes fresh "$fresh" 'Cache-Control: max-age=500\n'
 	wishes fresh "$fresh" 'Cache-Control: min-fresh=500\n'
@@ -9951,7 +10771,31 @@ test_cache_range() { # ranges of what is stored whole (RFC 9110 section 14)
 	ranges 200 '' abcdefghij 'Range: lines=1-2\n'
 	ranges 200 '' abcdefghij 'Range: bytes=-\n'
 	ranges 200 '' abcdefghij 'Range: bytes=99999999999999999999-\n'
-	served
+	script=
+	while read -r want range; do
+		script="$script
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=$range\n\n
+	client answer
+	log  \" $want 0 .* hit=fresh"
+	done <<'END'
+200 -5
+200 0-
+416 -0
+416 0-0
+416 1-
+END
+	play 'of an empty body' <<END
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=999\nContent-Length: 0\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	$script
+	sees   -- end open
+	sees#  3 ^HTTP/1.1 200 OK
+	sees#  3 ^Content-Range: bytes ./0
+	sees#  6 ^Content-Length: 0
+	gets#  1 ^GET
+END
 }
 
 test_cache_range_miss() { # a part from the server never passes for the whole
@@ -11191,8 +12035,8 @@ test_cache_floor() { # on a disk that is nearly full nothing is stored
 	logged <<'END'
 ~ miss=stored
 ~ hit=fresh
-~ 200 10000 .* miss=uri-miss .* end=done
-~ 200 10000 .* miss=uri-miss .* end=done
+~ 200 10000 .* miss=no-room .* end=done
+~ 200 10000 .* miss=no-room .* end=done
 END
 	# There is room again.
 	rm cache/aa
@@ -11233,7 +12077,7 @@ END
 	asked 2
 	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
 	logged <<'END'
-#4 200 2000000 .* end=done
+#4 200 2000000 .* miss=no-room .* end=done
 !~ hit=
 END
 	rm -f o.*
@@ -11248,34 +12092,40 @@ END
 test_cache_floor_follower() { # nor the answer of a client that follows
 	small_disk 1M
 	start_cache
-	origin o <<'END'
+	# What can't be asked for again is not followed where there is no room.
+	for what in 'ETag: "a"\n' ''; do
+		rm -f more some? c? c?.end o.*
+		head='HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\n'
+		origin o <<END
 head
-send HTTP/1.1 200 OK\nConnection: close\nETag: "a"\nCache-Control: max-age=999\nContent-Length: 2000000\n\n
+send $head${what}Content-Length: 2000000\n\n
 fill 100000
 await more
 fill 1900000
 ---
 head
-send HTTP/1.1 200 OK\nConnection: close\nETag: "a"\nCache-Control: max-age=999\nContent-Length: 2000000\n\n
+send $head${what}Content-Length: 2000000\n\n
 fill 2000000
 END
-	for n in 1 2; do
-		client_bg c$n <<END
+		for n in 1 2; do
+			client_bg c$n <<END
 send GET http://%O/x HTTP/1.1\nHost: %O\n\n
 until \n\n
 skip 100000
 touch some$n
 skip 1900000
 END
-		wait_for 15 "[ -f some$n ]" || fail "client $n has nothing"
+			wait_for 15 "[ -f some$n ]" || fail "client $n has nothing"
+		done
+		asked $((${#what} > 0 ? 1 : 2))
+		touch more
+		for n in 1 2; do
+			ended c$n
+			grep '^open$' c$n.end > /dev/null ||
+				fail "$n: $(cat c$n.end)"
+		done
+		wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
 	done
-	asked 1
-	touch more
-	for n in 1 2; do
-		ended c$n
-		grep '^open$' c$n.end > /dev/null || fail "$n: $(cat c$n.end)"
-	done
-	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
 	served
 }
 
@@ -11711,6 +12561,47 @@ END
 	asked 10
 }
 
+test_cache_collapsed_known() { # what can't be stored is still known after 2000 other URLs
+	start_cache
+	private='HTTP/1.1 200 OK\nCache-Control: private\nContent-Length: 4\n'
+	origin many <<END
+head
+send ${private}\nany\l
+loop
+END
+	awk -v O="$origin" 'BEGIN {
+		for (n = 0; n < 2000; n++)
+			printf "send GET http://%s/%d HTTP/1.1\\nHost: %s\\n\\n\nanswer\n",
+			    O, n, O
+	}' > others
+	for when in quiet await await; do
+		cat <<END
+head
+$when $([ $when = await ] && echo go || echo 0)
+send ${private}Connection: close\n\none\l
+---
+END
+	done > scripts
+	echo close >> scripts
+	origin o < scripts
+	client first <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+answer
+END
+	client others < others
+	grep '^open$' others.end > /dev/null || fail "$(cat others.end)"
+	for n in 1 2; do
+		client_bg c$n <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+answer
+END
+	done
+	wait_for 5 '[ -s o.2 ] && [ -s o.3 ]' || fail "the second waits again"
+	touch go
+	ends c1 '^open$'
+	ends c2 '^open$'
+}
+
 # While one client waits for a head (await) or has a part of the body (grow),
 # a request of another kind goes to the origin at once:
 # alone WHAT 'request to \n\n and its body' [STEP], which reads that body
@@ -11900,6 +12791,30 @@ END
 		ends b$n '^eof$'
 	done
 	served
+}
+
+test_cache_collapsed_room() { # one who follows takes no room on the disk in advance
+	start_cache
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=999\nContent-Length: 50000000\n\n
+fill 100000
+await end
+END
+	for n in 1 2; do
+		client_bg c$n <<END
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+until \n\n
+skip 100000
+touch some$n
+await end
+END
+		wait_for 15 "[ -f some$n ]" || fail "client $n has nothing"
+	done
+	asked 1
+	n=$(du -k cache/tmp.* | awk '{ print $1 }')
+	[ "$n" -lt 1000 ] || fail "$n KiB for 100 KB"
+	touch end
 }
 
 test_cache_collapsed_gone() { # the first client leaves: the others get all, and it is stored
@@ -12571,12 +13486,12 @@ follows(struct exchange *y, const char *path)
 	int fd;
 
 	memset(&x, 0, sizeof(x));
-	x.request = request_new();
+	x.request = request_new(&x);
 	(void)request_parse(text_of("GET http://a.test/ HTTP/1.1\r\n"
 				    "Host: a.test\r\n\r\n"), x.request);
 	x.request->target.path = text_of(path);
 	x.request->caching.key = y->request->caching.key;
-	fd = follow_open(&x, x.request, &l);
+	fd = follow_open(&x, &l);
 	buffer_give(&l.b);
 	request_drop(&x.request);
 	if (fd != -1)
@@ -12589,7 +13504,7 @@ unit_follow(void)
 {
 	static struct exchange y;
 	struct response r;
-	struct request *q = y.request = request_new();
+	struct request *q = y.request = request_new(&y);
 
 	options.cache = ".";
 	(void)request_parse(text_of("GET http://a.test/a HTTP/1.1\r\n"
@@ -12597,7 +13512,7 @@ unit_follow(void)
 	(void)response_parse(text_of("HTTP/1.1 200 OK\r\nETag: \"a\"\r\n"
 				     "Content-Length: 9\r\n\r\n"),
 	    METHOD_GET, &r);
-	store_begin(&y, q, &r);
+	store_begin(&y, &r);
 	if (!q->caching.storing || !follows(&y, "/a"))
 		unit_fail("not followed", "/a", "", q->caching.storing);
 	else if (follows(&y, "/b"))
@@ -13268,6 +14183,13 @@ unit_reuse(void)
 		{ "max-age=30", "", 29, 60, REUSE_FRESH },
 		{ "max-age=30", "", 31, 60, REUSE_VALIDATED },
 		{ "max-age=0", "", 1, 60, REUSE_VALIDATED },
+		{ "max-age=0", "", 0, 60, REUSE_VALIDATED },
+		{ "max-age=0, min-fresh=0", "", 0, 60, REUSE_VALIDATED },
+		{ "max-age=0, max-stale", "", 0, 0, REUSE_VALIDATED },
+		{ "max-age=0", "stale-while-revalidate=9", 0, 0,
+		    REUSE_VALIDATED },
+		{ "max-age=1", "", 0, 60, REUSE_FRESH },
+		{ "max-age=1", "", 1, 60, REUSE_FRESH },
 		{ "max-age=99", "", 61, 60, REUSE_VALIDATED },
 		{ "max-age=30, max-stale", "", 31, 60, REUSE_VALIDATED },
 		{ "max-age=90, max-stale", "", 70, 60, REUSE_STALE },
@@ -13355,69 +14277,78 @@ unit_storable(void)
 		const char *line, *asked;
 		int status;
 		const char *fields;
-		bool want;
+		const char *want;	/* NULL: may be stored */
 	} table[] = {
-		{ "GET", "", 200, CC("max-age=9"), true },
-		{ "GET", "", 200, "", false },
-		{ "GET", "", 200, LM, true },
-		{ "GET", "", 200, "ETag: \"a\"\r\n", true },
-		{ "GET", "", 200, DATE "Expires: 0\r\n", false },
-		{ "GET", "", 200, CC("max-age=0"), false },
-		{ "GET", "", 200, CC("max-age=0") "ETag: \"a\"\r\n", true },
-		{ "GET", "", 200, CC("no-cache") "ETag: \"a\"\r\n", true },
-		{ "GET", "", 200, CC("no-store, max-age=9"), false },
-		{ "GET", "", 200, CC("private, max-age=9"), false },
-		{ "GET", "", 200, CC("private=\"x\", max-age=9"), false },
+		{ "GET", "", 200, CC("max-age=9"), NULL },
+		{ "GET", "", 200, "", "no-lifetime" },
+		{ "GET", "", 200, LM, NULL },
+		{ "GET", "", 200, "ETag: \"a\"\r\n", NULL },
+		{ "GET", "", 200, DATE "Expires: 0\r\n",
+		    "no-lifetime" },
+		{ "GET", "", 200, CC("max-age=0"), "no-lifetime" },
+		{ "GET", "", 200, CC("max-age=0") "ETag: \"a\"\r\n", NULL },
+		{ "GET", "", 200, CC("no-cache") "ETag: \"a\"\r\n", NULL },
+		{ "GET", "", 200, CC("no-store, max-age=9"), "no-store" },
+		{ "GET", "", 200, CC("private, max-age=9"), "private" },
+		{ "GET", "", 200, CC("private=\"x\", max-age=9"), "private" },
 		{ "GET", "", 200, CC("no-store, must-understand, max-age=9"),
-		    true },
-		{ "GET", "", 299, CC("must-understand, max-age=9"), false },
-		{ "GET", "", 299, CC("max-age=9"), true },
-		{ "GET", "", 299, LM, false }, { "GET", "", 500, LM, false },
-		{ "GET", "", 299, CC("public") LM, true },
-		{ "GET", "", 404, LM, true }, { "GET", "", 410, LM, true },
-		{ "GET", "", 301, LM, true }, { "GET", "", 302, LM, false },
-		{ "GET", "", 302, CC("max-age=9"), true },
-		{ "GET", "", 304, CC("max-age=9"), false },
-		{ "GET", "", 503, CC("max-age=9"), true },
-		{ "GET", "", 200, CC("max-age=9") "Vary: *\r\n", false },
-		{ "GET", "", 200, CC("max-age=9") "Vary: a, * ,b\r\n", false },
-		{ "GET", "", 200, CC("max-age=9") "Vary: a\r\n", true },
-		{ "GET", "", 200, LM "Set-Cookie: a=b\r\n", false },
+		    NULL },
+		{ "GET", "", 299, CC("must-understand, max-age=9"), "status" },
+		{ "GET", "", 299, CC("max-age=9"), NULL },
+		{ "GET", "", 299, LM, "status" }, { "GET", "", 500, LM, "status" },
+		{ "GET", "", 299, CC("public") LM, NULL },
+		{ "GET", "", 404, LM, NULL }, { "GET", "", 410, LM, NULL },
+		{ "GET", "", 301, LM, NULL }, { "GET", "", 302, LM, "status" },
+		{ "GET", "", 302, CC("max-age=9"), NULL },
+		{ "GET", "", 304, CC("max-age=9"), "status" },
+		{ "GET", "", 503, CC("max-age=9"), NULL },
+		{ "GET", "", 200, CC("max-age=9") "Vary: *\r\n", "vary-*" },
+		{ "GET", "", 200, CC("max-age=9") "Vary: a, * ,b\r\n", "vary-*" },
+		{ "GET", "", 200, CC("max-age=9") "Vary: a\r\n", NULL },
+		{ "GET", "", 200, LM "Set-Cookie: a=b\r\n", "set-cookie" },
 		{ "GET", "", 200, CC("max-age=9") "Set-Cookie: a=b\r\n",
-		    true },
-		{ "GET", CC("no-store"), 200, CC("max-age=9"), false },
-		{ "GET", CC("no-cache"), 200, CC("max-age=9"), true },
-		{ "GET", "Authorization: x\r\n", 200, CC("max-age=9"), false },
-		{ "GET", "Authorization: x\r\n", 200, LM, false },
+		    NULL },
+		{ "GET", "", 200, CC("public, max-age=9")
+		    "Set-Cookie: a=b\r\n", NULL },
+		{ "GET", "", 200, CC("s-maxage=9") "Set-Cookie: a=b\r\n",
+		    NULL },
+		{ "GET", "", 200, CC("max-age=0, s-maxage=0") LM
+		    "Set-Cookie: a=b\r\n", "set-cookie" },
+		{ "GET", CC("no-store"), 200, CC("max-age=9"), "no-store" },
+		{ "GET", CC("no-cache"), 200, CC("max-age=9"), NULL },
+		{ "GET", "Authorization: x\r\n", 200, CC("max-age=9"), "authorization" },
+		{ "GET", "Authorization: x\r\n", 200, LM, "authorization" },
 		{ "GET", "Authorization: x\r\n", 200, CC("public, max-age=9"),
-		    true },
-		{ "GET", "Authorization: x\r\n", 200, CC("s-maxage=9"), true },
+		    NULL },
+		{ "GET", "Authorization: x\r\n", 200, CC("s-maxage=9"), NULL },
 		{ "GET", "Authorization: x\r\n", 200,
-		    CC("must-revalidate, max-age=9"), true },
+		    CC("must-revalidate, max-age=9"), NULL },
 		{ "GET", "Authorization: x\r\n", 200,
-		    CC("public, private, max-age=9"), false },
+		    CC("public, private, max-age=9"), "private" },
 		{ "GET", "", 206, CC("max-age=9")
-		    "Content-Range: bytes 0-1/9\r\n", false },
-		{ "HEAD", "", 200, CC("max-age=9"), false },
-		{ "POST", "", 200, CC("max-age=9"), false },
-		{ "PUT", "", 200, CC("max-age=9"), false },
-		{ "DELETE", "", 200, CC("max-age=9"), false },
-		{ "FOO", "", 200, CC("max-age=9"), false },
-		{ "get", "", 200, CC("max-age=9"), false },
+		    "Content-Range: bytes 0-1/9\r\n", "range" },
+		{ "HEAD", "", 200, CC("max-age=9"), "method" },
+		{ "POST", "", 200, CC("max-age=9"), "method" },
+		{ "PUT", "", 200, CC("max-age=9"), "method" },
+		{ "DELETE", "", 200, CC("max-age=9"), "method" },
+		{ "FOO", "", 200, CC("max-age=9"), "method" },
+		{ "get", "", 200, CC("max-age=9"), "method" },
 	};
 	size_t i;
 
 	for (i = 0; i < COUNT(table); i++) {
 		struct response r;
 		struct request q;
+		const char *got;
 		char line[100];
 
 		(void)snprintf(line, sizeof(line), "%s http://h:8/a",
 		    table[i].line);
 		read_request(line, table[i].asked, &q);
 		read_response(table[i].status, table[i].fields, &r);
-		if (response_is_storable(&q, &r, -1) != table[i].want)
-			unit_fail(table[i].line, table[i].asked,
+		got = response_obstacle(&q, &r, -1);
+		if (strcmp(got ? got : "", table[i].want ? table[i].want : "") != 0)
+			unit_fail(table[i].line, got ? got : "",
 			    table[i].fields, table[i].status);
 	}
 }
@@ -13441,8 +14372,9 @@ unit_ranges(void)
 		{ "bytes=3000000000-", 5000000000ULL, 1, 3000000000ULL,
 		    2000000000ULL },
 		{ "bytes=10-", 10, -1, 0, 0 }, { "bytes=10-20", 10, -1, 0, 0 },
-		{ "bytes=-0", 10, -1, 0, 0 }, { "bytes=0-", 0, -1, 0, 0 },
-		{ "bytes=0-0", 0, -1, 0, 0 }, { "bytes=-5", 0, -1, 0, 0 },
+		{ "bytes=-0", 10, -1, 0, 0 }, { "bytes=-0", 0, -1, 0, 0 },
+		{ "bytes=0-0", 0, -1, 0, 0 }, { "bytes=1-", 0, -1, 0, 0 },
+		{ "bytes=0-", 0, 0, 0, 0 }, { "bytes=-5", 0, 0, 0, 0 },
 		{ "bytes=4-2", 10, 0, 0, 0 }, { "bytes=", 10, 0, 0, 0 },
 		{ "bytes=-", 10, 0, 0, 0 }, { "bytes=--1", 10, 0, 0, 0 },
 		{ "bytes=1--1", 10, 0, 0, 0 }, { "bytes=1", 10, 0, 0, 0 },
@@ -13481,6 +14413,27 @@ static void
 unit_conditions(void)
 {
 #define SINCE(s) "If-Modified-Since: " s "\r\n"
+#define UNTIL(s) "If-Unmodified-Since: " s "\r\n"
+	static const struct {
+		const char *asked, *fields;
+		bool want;
+	} guards[] = {
+		{ "", "ETag: \"a\"\r\n", true },
+		{ "If-Match: \"a\"\r\n", "ETag: \"a\"\r\n", true },
+		{ "If-Match: \"b\", \"a\"\r\n", "ETag: \"a\"\r\n", true },
+		{ "If-Match: *\r\n", "", true },
+		{ "If-Match: W/\"a\"\r\n", "ETag: W/\"a\"\r\n", false },
+		{ "If-Match: \"a\"\r\n", "ETag: W/\"a\"\r\n", false },
+		{ "If-Match: \"a\"\r\n", "", false },
+		{ "If-Match:\r\n", "", false },
+		{ UNTIL("Sun, 06 Nov 1994 08:48:37 GMT"), LM, true },
+		{ UNTIL("Sun, 06 Nov 1994 08:48:36 GMT"), LM, false },
+		{ UNTIL("Sun, 06 Nov 1994 08:48:36 GMT"), "", true },
+		{ UNTIL("Sun, 06 Nov 1994 08:48:36 CET"), LM, true },
+		{ "If-Match: \"a\"\r\n"
+		  UNTIL("Sun, 06 Nov 1994 08:48:36 GMT"),
+		    "ETag: \"a\"\r\n" LM, true },
+	};
 	static const struct {
 		const char *asked, *fields;
 		bool want;
@@ -13520,6 +14473,16 @@ unit_conditions(void)
 		if (request_is_satisfied(&q.head, &r) != table[i].want)
 			unit_fail("condition", table[i].asked, table[i].fields,
 			    !table[i].want);
+	}
+	for (i = 0; i < COUNT(guards); i++) {
+		struct response r;
+		struct request q;
+
+		read_request("GET http://h:8/", guards[i].asked, &q);
+		read_response(200, guards[i].fields, &r);
+		if (request_is_met(&q.head, &r) != guards[i].want)
+			unit_fail("guard", guards[i].asked, guards[i].fields,
+			    !guards[i].want);
 	}
 }
 
@@ -14494,8 +15457,8 @@ test_match_hello() { # a ClientHello: cut, split, changed at every byte
 }
 
 test_regress_rules_fallback() { # a parent is gone: going directly, addresses are judged
-	me=$("$peer" myself) || skip "this machine has no address but loopback"
-	start_names 127.0.0.1 -- -l "$me:0" \
+	need_me
+	start_names 127.0.0.1 -- \
 	    -e 'via http://127.0.0.1:1 direct' -e "allow client $me"
 	play -n 'a name of loopback, by the way behind the parent' <<'END'
 	origin head
@@ -14614,7 +15577,8 @@ END
 }
 
 test_regress_rules_validated() { # an entry that is validated is judged by where it came from
-	me=$("$peer" myself) || skip "this machine has no address but loopback"
+	need_me
+	unset PEER_FROM
 	name=a start_names 127.0.0.1 -- -c "$T/cache"
 	origin o <<'END'
 head
@@ -14632,7 +15596,8 @@ head
 send HTTP/1.1 304 Not Modified\nETag: "a"\nCache-Control: max-age=60\n\n
 loop
 END
-	start_names "$me" -- -c "$T/cache" -l "$me:0" -e "allow client $me"
+	need_me
+	start_names "$me" -- -c "$T/cache" -e "allow client $me"
 	client b <<'END'
 send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
 answer
@@ -14810,24 +15775,6 @@ END
 END
 }
 
-test_regress_rules_never() { # a way can't wait for the answer: such lines do not hold
-	origin p <<'END'
-head
-send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 2\n\nok
-END
-	start_cache -x "http://$origin" -e 'direct type text/html' \
-	    -e 'from 127.9.9.9 status 200' -e 'set request X-A b status 200'
-	play -n 'via the parent, and stored' <<'END'
-	client send GET http://dest.invalid/ HTTP/1.1\nHost: dest.invalid\n\n
-	client answer
-	client send GET http://dest.invalid/ HTTP/1.1\nHost: dest.invalid\n\n
-	client answer
-	sees   ok
-	log    miss=stored
-	log    hit=fresh
-END
-}
-
 test_regress_rules_secret() { # no way to write a parent's password shows it
 	for url in 'http://me:se cret@127.0.0.1:1' 'http://me:s3"cret@127.0.0.1:1' \
 	    'socks5://me:a b"c cret@127.0.0.1:1'; do
@@ -14892,8 +15839,8 @@ test_regress_rules_cache_what() { # `cache' is about what may be stored: no erro
 	sees   ok\l
 	sees   ok\l
 	gets#  3 ^GET
-	log    502 3 .* miss=uri-miss
-	log    302 3 .* miss=uri-miss
+	log    502 3 .* miss=status
+	log    302 3 .* miss=status
 	log    200 3 .* miss=stored
 	log    200 3 .* hit=fresh
 END
@@ -16311,7 +17258,7 @@ is_guarded(const struct address *a)
 	struct view v;
 
 	if (rules_now == NULL)
-		rules_now = rules_read(NULL);
+		rules_now = rules_read();
 	memset(&q, 0, sizeof(q));
 	memset(&v, 0, sizeof(v));
 	(void)address_parse(text_of("10.0.0.9"), 0, &client);
@@ -16320,6 +17267,34 @@ is_guarded(const struct address *a)
 	v.address = a;
 	v.known = FACT_ADDRESS;
 	return rule_judge(rules_now->first[GROUP_ACCESS], &v) == TRUTH_YES;
+}
+
+/* Who is on this machine; a socket that is not bound has the address 0.0.0.0. */
+static void
+unit_local(void)
+{
+	static const struct {
+		const char *peer;
+		bool local;
+	} table[] = {
+		{ "127.0.0.1", true }, { "127.9.9.9", true }, { "::1", true },
+		{ "0.0.0.0", true }, { "10.0.0.9", false }, { "::", false },
+		{ "::ffff:127.0.0.1", true }, { "128.0.0.1", false },
+		{ "2001:db8::1", false },
+	};
+	int fd = socket(AF_INET, SOCK_STREAM, 0);
+	struct address peer;
+	size_t i;
+
+	for (i = 0; i < COUNT(table); i++) {
+		(void)address_parse(text_of(table[i].peer), 4242, &peer);
+		if (peer_is_local(fd, &peer) != table[i].local)
+			unit_fail("local", table[i].peer, "", 0);
+	}
+	(void)address_parse(text_of("10.0.0.9"), 4242, &peer);
+	if (peer_is_local(-1, &peer))
+		unit_fail("local", "no socket", "", 0);
+	(void)close(fd);
 }
 
 static void
@@ -16359,6 +17334,7 @@ unit_addresses(void)
 	};
 	size_t i;
 
+	unit_local();
 	for (i = 0; i < COUNT(table); i++) {
 		struct address a;
 		char print[ADDRESS_TEXT] = "";
@@ -16996,6 +17972,23 @@ file_make(const char *bytes, size_t n)
 		unit_fail("cannot write", "list", strerror(errno), 0);
 }
 
+/* Loads the file at path at once; false: why says why, nothing is left. */
+static bool
+list_load(struct list *list, const char *path, char *why, size_t size)
+{
+	int got;
+
+	memset(list, 0, sizeof(*list));
+	list->path = path;
+	list->fd = -1;
+	while ((got = list_step(list, why, size)) == 0)
+		;
+	list_end(list);
+	if (got == -1)
+		list_free(list);
+	return got == 1;
+}
+
 /* Loads bytes that are fine. */
 static void
 list_from(struct list *list, const char *bytes, size_t n)
@@ -17007,7 +18000,7 @@ list_from(struct list *list, const char *bytes, size_t n)
 		unit_fail("refused", bytes, why, (long long)n);
 	if (list->used + 1 > list->size && list->used > 0)
 		unit_fail("full", bytes, "", (long long)list->used);
-	if (8 * list->size > 16 * list->used + 8)
+	if (8 * list->size > 16 * list->names + 8)
 		unit_fail("large", bytes, "", (long long)list->size);
 }
 
@@ -17381,7 +18374,6 @@ refused(const char *path, const char *words)
 	struct list list;
 	char why[300] = "";
 
-	memset(&list, 0x55, sizeof(list));
 	if (list_load(&list, path, why, sizeof(why)))
 		unit_fail("taken", path, words, 0);
 	else if (strcmp(why, words) != 0)
@@ -17403,22 +18395,23 @@ bad_changes(void)
 		for (k = 0; k < COUNT(files); k++) {
 			struct list list;
 			char why[200] = "";
-			FILE *f;
+			int got;
 
 			memset(&list, 0, sizeof(list));
+			list.path = "list";
+			list.fd = -1;
 			file_make(files[i], strlen(files[i]));
-			f = fopen("list", "r");
-			if (f == NULL ||
-			    !list_pass(&list, f, "list", why, sizeof(why)) ||
-			    !list_make(&list, list.names))
-				exit(77);
+			while (list.slots == NULL)
+				if (list_step(&list, why, sizeof(why)) != 0)
+					exit(77);
 			file_make(files[k], strlen(files[k]));
-			if (!list_pass(&list, f, "list", why, sizeof(why)) ||
-			    (list.names == list.room) != (i == k) ||
-			    list.used >= list.size)
+			while ((got = list_step(&list, why,
+				    sizeof(why))) == 0)
+				;
+			if ((got == 1) != (i == k) || list.used >= list.size ||
+			    (got == -1 && strstr(why, ": it changed") == NULL))
 				unit_fail("changed", files[i], files[k],
 				    (long long)list.used);
-			(void)fclose(f);
 			list_free(&list);
 		}
 }
@@ -17641,10 +18634,10 @@ unit_million(void)
 	}
 	million_ask(&list);
 	list_free(&list);
-	/* All that comes thrice takes no more room than what comes once. */
+	/* What comes thrice is one domain. */
 	million_make(10000, 3);
 	if (!list_load(&list, "list", why, sizeof(why)) || list.read != 30000 ||
-	    list.used != 10000 || list.size > 20000 || list.size < 13333)
+	    list.used != 10000)
 		unit_fail("thrice", why, "", (long long)list.size);
 	for (i = 0; i < 20000; i++) {
 		size_t n = domain_make(host, sizeof(host), i);
@@ -17753,13 +18746,22 @@ test_style_banned() { # calls and words that proxy.c does without
 	for word in goto strcpy strcat strncpy strncat sprintf vsprintf gets \
 	    atoi atol atoll strtok sscanf scanf alloca splice sendfile \
 	    accept4 memmem setjmp longjmp system popen gethostbyname err errx \
-	    warnx select; do
+	    warnx select posix_fallocate; do
 		grep -n "\(^\|[^a-z_0-9.>]\)$word *(" code > found &&
 			fail "$word: $(head -n 1 found)"
 	done
 	grep -n 'goto ' code > found && fail "goto: $(head -n 1 found)"
 	grep -n 'epoll_\|kqueue\|pthread\|typedef\|__attribute__\|__builtin' \
 	    code > found && fail "$(head -n 1 found)"
+	# No meaning by position: limits and phases alone have an order.
+	awk '/^enum [a-z_]+ {/ { on = $2 != "limit" && $2 != "phase" }
+	/^}/ { on = 0 }
+	on && match($0, /[A-Z0-9]+_[A-Z0-9_]+/) {
+		print "[<>]=* *" substr($0, RSTART, RLENGTH) "[^A-Z0-9_]" }' \
+	    code > ordered
+	[ -s ordered ] || fail "no enum is left to look at"
+	grep -n -f ordered code > found &&
+		fail "by position: $(head -n 1 found)"
 	grep main code > found || fail "no code is left to look at"
 }
 
