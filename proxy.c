@@ -74,6 +74,14 @@
 #define _DARWIN_C_SOURCE 1
 #define __BSD_VISIBLE 1
 
+/*
+ * On 32-bit systems too, files have sizes and inode numbers of 64 bits, as
+ * otherwise readdir(3) and stat(2) fail on large ones, and time goes on after
+ * 2038.
+ */
+#define _FILE_OFFSET_BITS 64
+#define _TIME_BITS 64
+
 /* glibc's regex.h has an array parameter in a form that tcc does not take. */
 #ifdef __TINYC__
 #define _REGEX_NELTS(n)
@@ -241,6 +249,7 @@ enum role {
 	ROLE_SIGNALS,   /* the pipe that signal handlers write to */
 	ROLE_QUESTIONS, /* to the names helper */
 	ROLE_ANSWERS,   /* from it */
+	ROLE_REPORT,    /* from the sweeper of the cache */
 	ROLE_CLIENT,    /* the client of an exchange */
 	ROLE_SERVER,    /* its server */
 	ROLE_FILE,      /* an entry that answers instead */
@@ -562,6 +571,7 @@ struct caching {
 	int store;          /* of a new one */
 	uint32_t region;    /* bytes of its region */
 	uint64_t stored;    /* of the new one's, or of the leader's, so far */
+	uint64_t share;     /* of the disk that the new one is to take: bytes */
 	uint64_t region_rest;  /* the sum of its region but its first line */
 	int64_t ttl;           /* seconds the entry is still fresh */
 	int64_t age;           /* its age in seconds */
@@ -1730,6 +1740,42 @@ conn_watch(struct conn *c, int events)
 	poll_set.fds[c->place].events = (short)events;
 }
 
+static int fd_highest; /* no descriptor that outlives a turn was above it */
+
+/* Notes a descriptor, or -1, that is to stay open, and returns it. */
+static int
+fd_note(int fd)
+{
+	if (fd > fd_highest)
+		fd_highest = fd;
+	return fd;
+}
+
+/* pipe(2); both ends are noted. */
+static bool
+pipe_open(int fds[2])
+{
+	if (pipe(fds) == -1)
+		return false;
+	(void)fd_note(fds[0]);
+	(void)fd_note(fds[1]);
+	return true;
+}
+
+/*
+ * In a child: closes all but a, b and the standard descriptors.  What it held
+ * open, a peer would not see closed, and the disk could not have back.
+ */
+static void
+fds_close(int a, int b)
+{
+	int fd;
+
+	for (fd = STDERR_FILENO + 1; fd <= fd_highest; fd++)
+		if (fd != a && fd != b)
+			(void)close(fd);
+}
+
 /*
  * A conn for fd, which must not block from now on.  False, with errno, if it
  * can't be had; fd is closed then.
@@ -1740,7 +1786,7 @@ conn_open(struct conn *c, enum role role, int fd, struct exchange *x)
 	int failed;
 
 	memset(c, 0, sizeof(*c));
-	c->fd = fd;
+	c->fd = fd_note(fd);
 	c->role = role;
 	c->exchange = x;
 	if (fcntl(fd, F_SETFL, O_NONBLOCK) != -1)
@@ -6514,10 +6560,14 @@ enum {
 	VARY_MAX = 16,
 	/* The first line of an entry. */
 	REGION_LINE = 75,
-	/* In these parts of the cache's size the sweeper says what is left. */
-	SWEEP_PARTS = 200,
-	/* What a file takes of a disk is a multiple of this. */
+	/* What a file takes of a disk is a multiple of this, or the tag's. */
 	CACHE_DISK_BLOCK = 4096,
+	/* What its name takes of a directory, at most. */
+	CACHE_NAME = 128,
+	/* A temporary file that was not written for so long is nobody's. */
+	TEMPORARY_S = 3600,
+	/* Sweeps for lack of room are at least so far apart. */
+	SWEEP_GAP_MS = 10000,
 	/* Of the disk, this much stays free. */
 	CACHE_FLOOR = 64 << 20,
 	/* Entries of which we know that their recency was written lately. */
@@ -6582,20 +6632,40 @@ struct range {
 	uint64_t length; /* in bytes */
 };
 
-/* The cache directory, and what happens to it. */
+/* Why something could not be stored, so that the sweeper is to make room. */
+enum lack {
+	LACK_NONE, /* there was room */
+	LACK_SIZE, /* -s allows no more */
+	LACK_DISK  /* the disk has no more */
+};
+
+/*
+ * The cache directory, and what happens to it.  Bytes are those of whole
+ * blocks, as du(1) counts them.  What is there is never known exactly, since a
+ * sweep takes its time; but `total` is never less.
+ */
 static struct {
-	uint64_t serial;  /* of temporary files and tokens */
-	uint64_t written; /* bytes since the last sweep */
-	uint64_t making;  /* bytes of entries that are not whole yet */
-	uint64_t total;   /* bytes there, as the last sweep and we know */
-	pid_t sweeper;    /* 0: none is at work */
+	uint64_t serial;    /* of temporary files and tokens */
+	uint64_t block;     /* a file takes a multiple of this */
+	uint64_t written;   /* bytes since the last sweep began */
+	uint64_t making;    /* bytes of entries that are not whole yet */
+	uint64_t total;     /* bytes of all else that is there */
+	uint64_t limit;     /* nothing is stored that brings both above this */
+	pid_t sweeper;      /* 0: none is at work */
+	struct conn report; /* what it has to say */
+	enum lack lack;     /* since the last sweep began */
+	int64_t lack_ms;    /* that leads to no sweep before this */
+	bool said_disk;     /* that the disk is the limit */
+	bool said_unread;   /* that the directory could not be read */
 	struct exchange *fetches;  /* what others may follow */
 	uint64_t lone[CACHE_LONE]; /* keys that nobody should wait for */
 	struct {
 		uint64_t name; /* of the entry's file */
 		time_t when;   /* its recency was written or seen */
 	} touched[CACHE_TOUCHED];
-} cache;
+} cache = { .block = CACHE_DISK_BLOCK,
+	.limit = UINT64_MAX,
+	.report = { .fd = -1 } };
 
 /* Days since 1970 of a date in the Gregorian calendar. */
 static int64_t
@@ -7384,7 +7454,7 @@ entry_open(const char *path, struct text key, struct text variant,
 
 	if (fd == -1 && (errno == EACCES || errno == EROFS))
 		fd = open(path, O_RDONLY | O_NONBLOCK);
-	if (fd == -1)
+	if (fd_note(fd) == -1)
 		return -1;
 	b->start = b->end = CHUNK_ROOM;
 	n = fd_read(fd, b->data + b->start, buffer_room(b));
@@ -7442,6 +7512,54 @@ entry_find(struct exchange *x, struct buffer *b, struct entry *e, char *path)
 	return fd;
 }
 
+/* What a file of n bytes takes of the disk. */
+static uint64_t
+disk_bytes(uint64_t n)
+{
+	return (n + cache.block - 1) / cache.block * cache.block;
+}
+
+/* So many bytes of the disk were taken for good. */
+static void
+cache_grow(uint64_t n)
+{
+	cache.written += n;
+	cache.total += n;
+}
+
+/*
+ * True if n more bytes of the disk may be taken: -s is never exceeded, however
+ * long the sweeper takes.
+ */
+static bool
+cache_fits(uint64_t n)
+{
+	if (cache.total + cache.making + n <= cache.limit)
+		return true;
+	if (cache.lack == LACK_NONE)
+		cache.lack = LACK_SIZE;
+	return false;
+}
+
+/* The disk has no room: the sweeper is to make some. */
+static void
+cache_lacks_disk(const char *why)
+{
+	cache.lack = LACK_DISK;
+	if (!cache.said_disk)
+		warn("the disk, not -s, limits the cache %s: %s", options.cache,
+		    why);
+	cache.said_disk = true;
+}
+
+/* A call failed that was to take more of the disk: was that for lack of it? */
+static void
+disk_failed(void)
+{
+	if (errno == ENOSPC || errno == EDQUOT)
+		cache_lacks_disk(strerror(errno));
+}
+
 /* Makes the directory that path is in, if it is not there. */
 static void
 entry_directory(const char *path)
@@ -7450,7 +7568,10 @@ entry_directory(const char *path)
 
 	(void)text_copy(text_of(path), directory, sizeof(directory));
 	*strrchr(directory, '/') = '\0';
-	(void)mkdir(directory, 0700);
+	if (mkdir(directory, 0700) != -1)
+		cache_grow(cache.block);
+	else
+		disk_failed();
 }
 
 /* Writes all of t to fd at offset; false if it can't. */
@@ -7526,13 +7647,49 @@ store_path(uint64_t serial, char *to)
 	    (long)getpid(), (unsigned long long)serial);
 }
 
-/* A file of n bytes was written; it takes whole blocks of the disk. */
-static void
-cache_grow(uint64_t n)
+/*
+ * Makes the temporary file of a serial, whose path is then in path.  Returns
+ * its descriptor or -1.  No two have the same serial: a file that is there is
+ * of an earlier process that had our number.
+ */
+static int
+temporary_open(uint64_t serial, char *path)
 {
-	n = (n + CACHE_DISK_BLOCK - 1) / CACHE_DISK_BLOCK * CACHE_DISK_BLOCK;
-	cache.written += n;
-	cache.total += n;
+	int flags = O_RDWR | O_CREAT | O_EXCL, fd;
+
+	store_path(serial, path);
+	fd = open(path, flags, 0600);
+	if (fd == -1 && errno == EEXIST && unlink(path) != -1)
+		fd = open(path, flags, 0600);
+	if (fd == -1)
+		disk_failed();
+	return fd_note(fd);
+}
+
+/*
+ * A temporary file, n bytes long and still open, becomes the entry at path.
+ * The sweeper may remove an empty directory at any time.
+ */
+static bool
+temporary_place(const char *temporary, int fd, uint64_t n, const char *path)
+{
+	struct stat status;
+	uint64_t bytes = disk_bytes(n);
+	bool good = rename(temporary, path) != -1;
+
+	if (!good && errno == ENOENT) {
+		entry_directory(path);
+		good = rename(temporary, path) != -1;
+	}
+	if (!good) {
+		disk_failed();
+		return false;
+	}
+	if (fstat(fd, &status) != -1 &&
+	    (uint64_t)status.st_blocks * 512 > bytes)
+		bytes = (uint64_t)status.st_blocks * 512;
+	cache_grow(bytes + CACHE_NAME);
+	return true;
 }
 
 /* Writes what is in b as the file at path, whole or not at all. */
@@ -7540,22 +7697,21 @@ static bool
 file_put(const char *path, const struct buffer *b)
 {
 	char temporary[CACHE_PATH];
-	int fd;
+	bool good = false;
+	int fd = -1;
 
-	store_path(++cache.serial, temporary);
-	fd = open(temporary, O_RDWR | O_CREAT | O_EXCL, 0600);
+	if (cache_fits(disk_bytes(buffer_len(b)) + cache.block))
+		fd = temporary_open(++cache.serial, temporary);
 	if (fd == -1)
 		return false;
-	if (write_at(fd, buffer_text(b), 0)) {
-		(void)close(fd);
-		cache_grow(buffer_len(b));
-		entry_directory(path);
-		if (rename(temporary, path) != -1)
-			return true;
-	} else
-		(void)close(fd);
-	(void)unlink(temporary);
-	return false;
+	if (write_at(fd, buffer_text(b), 0))
+		good = temporary_place(temporary, fd, buffer_len(b), path);
+	else
+		disk_failed();
+	if (!good)
+		(void)unlink(temporary);
+	(void)close(fd);
+	return good;
 }
 
 /*
@@ -7824,19 +7980,6 @@ key_note(uint64_t key, bool lone)
 		at[i] = 0;
 }
 
-/*
- * What x stores of all that is in the making: its length if that is known
- * beforehand, so that there is room for the rest.
- */
-static uint64_t
-store_share(const struct exchange *x)
-{
-	const struct request *q = x->request;
-
-	return q->caching.length == UINT64_MAX ? q->caching.stored :
-						 q->caching.length;
-}
-
 /* Ends storing: the file is left to its name, and the followers are told. */
 static void
 store_close(struct exchange *x, bool whole)
@@ -7844,7 +7987,7 @@ store_close(struct exchange *x, bool whole)
 	struct request *q = x->request;
 
 	if (q->caching.storing) {
-		cache.making -= store_share(x);
+		cache.making -= q->caching.share;
 		(void)close(q->caching.store);
 	}
 	q->caching.storing = false;
@@ -7865,21 +8008,18 @@ store_drop(struct exchange *x)
 	store_close(x, false);
 }
 
-/*
- * True if the disk has room beyond the floor, and the sweeper, if it is at
- * work, is not being left behind.
- */
+/* True if the disk has room beyond the floor. */
 static bool
-cache_has_room(void)
+disk_has_room(void)
 {
 	struct statvfs disk;
 
-	if (cache.sweeper > 0 && cache.written >= options.cache_size / 16 &&
-	    cache.total + cache.making > options.cache_size / 16 * 15)
-		return false;
-	return statvfs(options.cache, &disk) == -1 ||
+	if (statvfs(options.cache, &disk) == -1 ||
 	    (uint64_t)disk.f_bavail * disk.f_frsize > CACHE_FLOOR ||
-	    disk.f_bavail > disk.f_blocks / 20;
+	    disk.f_bavail > disk.f_blocks / 20)
+		return true;
+	cache_lacks_disk("it is nearly full");
+	return false;
 }
 
 /* What a new entry is made from. */
@@ -8016,9 +8156,6 @@ store_open(struct exchange *x, const struct response *r, const struct draft *d)
 
 	if (q->caching.fetch == 0)
 		fetch_begin(x);
-	store_path(q->caching.fetch, path);
-	q->caching.store = open(path, O_RDWR | O_CREAT | O_EXCL, 0600);
-	q->caching.storing = q->caching.store != -1;
 	q->caching.region_rest = region_sum(text_from(region, REGION_LINE));
 	q->caching.stored = 0;
 	q->caching.validator = response_validator(r);
@@ -8028,11 +8165,21 @@ store_open(struct exchange *x, const struct response *r, const struct draft *d)
 	entry_path(d->e.key, d->e.variant, path);
 	(void)text_copy(text_of(path + strlen(options.cache)), q->caching.path,
 	    sizeof(q->caching.path));
+	/* With the directory that it may need. */
+	q->caching.share = cache.block +
+	    disk_bytes(region.len +
+		(q->caching.length == UINT64_MAX ? 0 : q->caching.length));
+	if (!cache_fits(q->caching.share))
+		return;
+	q->caching.store = temporary_open(q->caching.fetch, path);
+	q->caching.storing = q->caching.store != -1;
 	if (!q->caching.storing)
 		return;
-	cache.making += store_share(x);
-	if (!write_at(q->caching.store, region, 0))
+	cache.making += q->caching.share;
+	if (!write_at(q->caching.store, region, 0)) {
+		disk_failed();
 		store_drop(x);
+	}
 }
 
 /*
@@ -8048,7 +8195,7 @@ store_begin(struct exchange *x, const struct response *r)
 		.region = buffer_take() };
 
 	if (d.keys != NULL && d.list != NULL && d.region != NULL &&
-	    cache_has_room() && draft_keys(x, r, &d) && draft_region(x, r, &d))
+	    disk_has_room() && draft_keys(x, r, &d) && draft_region(x, r, &d))
 		store_open(x, r, &d);
 	buffer_give(&d.keys);
 	buffer_give(&d.list);
@@ -8058,23 +8205,28 @@ store_begin(struct exchange *x, const struct response *r)
 }
 
 /*
- * True if n more bytes of a body may be stored.  All that are in the making
- * take a quarter of the cache at most; what turns out to be longer will not
- * stay, but goes on for those who follow it and could not ask for the rest.
+ * True if a body whose length is not known may take n more bytes of the disk.
+ * All that are in the making take a quarter of the cache at most; what turns
+ * out to be longer will not stay, but goes on for those who follow it and
+ * could not ask for the rest.
  */
 static bool
-store_fits(struct exchange *x, size_t n)
+store_fits(struct exchange *x, uint64_t n)
 {
 	struct request *q = x->request;
 
-	if (q->caching.length != UINT64_MAX ||
-	    cache.making + n <= options.cache_size / 4)
+	if (cache.making + n > options.cache_size / 4) {
+		q->caching.spoiled = true;
+		q->caching.miss = "too-large";
+		key_note(q->caching.key, true);
+		if (q->caching.followers == 0 || q->caching.validator != 0)
+			return false;
+	}
+	if (cache_fits(n))
 		return true;
-	q->caching.spoiled = true;
-	q->caching.miss = "too-large";
-	key_note(q->caching.key, true);
-	return q->caching.followers > 0 && q->caching.validator == 0 &&
-	    cache.total + cache.making + n <= options.cache_size / 16 * 15;
+	if (!q->caching.spoiled)
+		q->caching.miss = "no-room";
+	return false;
 }
 
 /* Stores a piece of payload; an entry that can't be had costs nothing else. */
@@ -8082,22 +8234,25 @@ static void
 store_append(struct exchange *x, struct text t)
 {
 	struct request *q = x->request;
+	uint64_t end = q->caching.region + q->caching.stored, n = 0;
 
 	if (!q->caching.storing)
 		return;
-	if (!store_fits(x, t.len)) {
+	if (q->caching.length == UINT64_MAX)
+		n = disk_bytes(end + t.len) - disk_bytes(end);
+	if (n > 0 && !store_fits(x, n)) {
 		store_drop(x);
 		return;
 	}
-	if (!write_at(q->caching.store, t,
-		(off_t)(q->caching.region + q->caching.stored))) {
+	if (!write_at(q->caching.store, t, (off_t)end)) {
+		disk_failed();
 		q->caching.miss = "no-room";
 		store_drop(x);
 		return;
 	}
 	q->caching.stored += t.len;
-	if (q->caching.length == UINT64_MAX)
-		cache.making += t.len;
+	q->caching.share += n;
+	cache.making += n;
 	fetch_tell(x, false, false);
 }
 
@@ -8131,6 +8286,7 @@ store_finish(struct exchange *x)
 {
 	struct request *q = x->request;
 	char line[REGION_LINE + 1], from[CACHE_PATH], to[CACHE_PATH];
+	bool good;
 
 	if (!q->caching.storing)
 		return;
@@ -8138,16 +8294,14 @@ store_finish(struct exchange *x)
 	    q->caching.region_rest);
 	store_path(q->caching.fetch, from);
 	(void)snprintf(to, sizeof(to), "%s%s", options.cache, q->caching.path);
-	entry_directory(to);
-	if (!q->caching.spoiled &&
+	good = !q->caching.spoiled &&
 	    write_at(q->caching.store, text_of(line), 0) && store_mark(x) &&
-	    rename(from, to) != -1)
-		cache_grow(q->caching.region + q->caching.stored);
-	else {
-		if (!q->caching.spoiled)
-			q->caching.miss = "no-room";
+	    temporary_place(from, q->caching.store,
+		q->caching.region + q->caching.stored, to);
+	if (!good && !q->caching.spoiled)
+		q->caching.miss = "no-room";
+	if (!good)
 		(void)unlink(from);
-	}
 	/* Those who follow have the body whole in any case. */
 	store_close(x, true);
 }
@@ -8397,36 +8551,99 @@ entry_touch(int fd, struct text key, struct text variant)
 		(void)futimens(fd, NULL);
 }
 
-/* Calls visit for each file in the cache's directories. */
-static void
-cache_walk(void (*visit)(const char *path, void *argument), void *argument)
+/*
+ * Calls visit for each name in a directory.  False, with errno, if it can't be
+ * read to its end: an error is no end.
+ */
+static bool
+directory_walk(const char *at, void (*visit)(const char *path, void *argument),
+    void *argument)
 {
 	char path[CACHE_PATH + 64];
-	struct dirent *name;
-	DIR *directory;
+	DIR *directory = opendir(at);
+	const struct dirent *name;
+	int error;
+
+	if (directory == NULL)
+		return false;
+	for (errno = 0; (name = readdir(directory)) != NULL; errno = 0) {
+		if (strcmp(name->d_name, ".") == 0 ||
+		    strcmp(name->d_name, "..") == 0)
+			continue;
+		(void)snprintf(path, sizeof(path), "%.803s/%.255s", at,
+		    name->d_name);
+		visit(path, argument);
+	}
+	error = errno;
+	(void)closedir(directory);
+	errno = error;
+	return error == 0;
+}
+
+/*
+ * The same for all that is in the cache: first the directories of entries,
+ * then what lies beside them, and they.
+ */
+static bool
+cache_walk(void (*visit)(const char *path, void *argument), void *argument)
+{
+	char path[CACHE_PATH];
+	int error = 0;
 	unsigned i;
 
-	for (i = 0; i < 256; i++) {
-		(void)snprintf(path, sizeof(path), "%s/%02x", options.cache, i);
-		directory = opendir(path);
-		while (
-		    directory != NULL && (name = readdir(directory)) != NULL) {
-			(void)snprintf(path, sizeof(path), "%s/%02x/%.40s",
-			    options.cache, i, name->d_name);
-			if (name->d_name[0] != '.')
-				visit(path, argument);
-		}
-		if (directory != NULL)
-			(void)closedir(directory);
+	for (i = 0; i <= 256; i++) {
+		(void)snprintf(path, sizeof(path),
+		    i < 256 ? "%.800s/%02x" : "%.800s", options.cache, i);
+		if (!directory_walk(path, visit, argument) && errno != ENOENT &&
+		    errno != ENOTDIR)
+			error = errno;
 	}
+	errno = error;
+	return error == 0;
 }
+
+/* The process that a file of that name was made by; 0: it is not temporary. */
+static pid_t
+temporary_owner(const char *name)
+{
+	struct text t = text_of(name);
+	uint64_t pid;
+
+	if (strncmp(name, "tmp.", 4) != 0)
+		return 0;
+	t = text_from(t, 4);
+	t.len = text_find(t, '.');
+	return number_parse(t, INT32_MAX, &pid) ? (pid_t)pid : 0;
+}
+
+/* True if nobody can be writing a temporary file any more, by its age. */
+static bool
+temporary_is_old(const struct stat *status)
+{
+	return now.wall - status->st_mtime >= TEMPORARY_S;
+}
+
+/* Some entries. */
+struct amount {
+	uint64_t bytes; /* that they take of the disk */
+	uint64_t count; /* how many they are */
+};
 
 /* The sweeper's books: how much there is of what age. */
 struct sweep {
-	uint64_t total;    /* bytes on the disk */
-	uint64_t ages[64]; /* of them, by age: see sweep_age() */
-	unsigned cut;      /* older ones go, those of this age while need be */
-	bool remove;       /* the second pass */
+	pid_t owner;            /* whose temporary files are counted already */
+	uint64_t bytes;         /* all that there is */
+	struct amount ages[64]; /* entries, by age: see sweep_age() */
+	struct amount most;     /* may stay */
+	struct amount kept;     /* will stay */
+	unsigned cut; /* older ones go, those of this age while need be */
+	bool remove;  /* the second pass */
+};
+
+/* What the sweeper tells: shorter than _POSIX_PIPE_BUF. */
+struct report {
+	int error;      /* the directory could not be read, 0: it could */
+	uint64_t bytes; /* that there are now */
 };
 
 /* A file's age as a small number that grows with its logarithm. */
@@ -8441,100 +8658,245 @@ sweep_age(const struct stat *status)
 	return n;
 }
 
-/* One file: counted in the first pass, perhaps removed in the second. */
+/* Takes n from a number that may have missed it. */
+static void
+sweep_less(uint64_t *number, uint64_t n)
+{
+	*number -= n < *number ? n : *number;
+}
+
+/* True if more is kept than may stay. */
+static bool
+sweep_exceeds(const struct sweep *sweep)
+{
+	return sweep->kept.bytes > sweep->most.bytes ||
+	    sweep->kept.count > sweep->most.count;
+}
+
+/* One entry: counted in the first pass, perhaps removed in the second. */
+static void
+sweep_entry(struct sweep *sweep, const char *path, const struct stat *status)
+{
+	uint64_t bytes = (uint64_t)status->st_blocks * 512;
+	unsigned age = sweep_age(status);
+
+	if (!sweep->remove) {
+		sweep->bytes += bytes;
+		sweep->ages[age].bytes += bytes;
+		sweep->ages[age].count++;
+		return;
+	}
+	if (age < sweep->cut || (age == sweep->cut && !sweep_exceeds(sweep)) ||
+	    unlink(path) == -1)
+		return;
+	sweep_less(&sweep->bytes, bytes);
+	if (age == sweep->cut) {
+		sweep_less(&sweep->kept.bytes, bytes);
+		sweep_less(&sweep->kept.count, 1);
+	}
+}
+
+/* What is no entry: temporary files, directories, our tag. */
+static void
+sweep_other(struct sweep *sweep, const char *path, const struct stat *status)
+{
+	const char *name = path + strlen(options.cache) + 1;
+	pid_t owner = temporary_owner(name);
+	uint64_t bytes = (uint64_t)status->st_blocks * 512;
+
+	if (!sweep->remove) {
+		if (owner != 0 && temporary_is_old(status))
+			(void)unlink(path);
+		else if (owner != sweep->owner)
+			sweep->bytes += bytes;
+	} else if (S_ISDIR(status->st_mode) && strlen(name) == 2 &&
+	    rmdir(path) != -1)
+		sweep_less(&sweep->bytes, bytes);
+}
+
+/* Whatever is in the cache. */
 static void
 sweep_visit(const char *path, void *argument)
 {
-	struct sweep *sweep = argument;
+	const char *slash = strchr(path + strlen(options.cache) + 1, '/');
 	struct stat status;
-	uint64_t bytes;
-	unsigned age;
 
-	if (lstat(path, &status) == -1 || !S_ISREG(status.st_mode))
+	if (lstat(path, &status) == -1)
 		return;
-	age = sweep_age(&status);
-	bytes = (uint64_t)status.st_blocks * 512;
-	if (!sweep->remove) {
-		sweep->total += bytes;
-		sweep->ages[age] += bytes;
-	} else if (age > sweep->cut)
-		(void)unlink(path);
-	else if (age == sweep->cut && sweep->total > options.cache_size / 8 * 5)
-		sweep->total -= unlink(path) != -1 ? bytes : 0;
+	if (slash != NULL && slash[1] != '.' && S_ISREG(status.st_mode))
+		sweep_entry(argument, path, &status);
+	else
+		sweep_other(argument, path, &status);
 }
 
-/*
- * Brings the cache down to five eighths of its size by removing what was used
- * least recently: one pass counts, one removes.  Memory does not depend on
- * the number of entries.  Returns what is left, in bytes.
- */
-static uint64_t
-sweep_run(void)
+/* What may stay, and how old it may be. */
+static void
+sweep_plan(struct sweep *sweep, bool disk)
 {
-	struct sweep sweep = { 0 };
-	uint64_t kept = 0;
+	struct amount *kept = &sweep->kept;
+	uint64_t entries = 0;
 	unsigned age;
 
-	cache_walk(sweep_visit, &sweep);
-	if (sweep.total <= options.cache_size / 8 * 5)
-		return sweep.total;
-	for (; sweep.cut < 63; sweep.cut++) {
-		kept += sweep.ages[sweep.cut];
-		if (kept > options.cache_size / 8 * 5)
+	for (age = 0; age < 64; age++) {
+		entries += sweep->ages[age].bytes;
+		kept->count += sweep->ages[age].count;
+	}
+	sweep->most.bytes = options.cache_size / 8 * 5;
+	sweep->most.count = UINT64_MAX;
+	if (disk && sweep->bytes / 8 * 5 < sweep->most.bytes)
+		sweep->most.bytes = sweep->bytes / 8 * 5;
+	if (disk)
+		sweep->most.count = kept->count * 5 / 8;
+	kept->bytes = sweep->bytes;
+	if (!sweep_exceeds(sweep))
+		return;
+	sweep->remove = true;
+	kept->bytes -= entries;
+	kept->count = 0;
+	for (; sweep->cut < 63; sweep->cut++) {
+		kept->bytes += sweep->ages[sweep->cut].bytes;
+		kept->count += sweep->ages[sweep->cut].count;
+		if (sweep_exceeds(sweep))
 			break;
 	}
-	for (age = sweep.cut + 1; age < 64; age++)
-		sweep.total -= sweep.ages[age];
-	sweep.remove = true;
-	cache_walk(sweep_visit, &sweep);
-	return sweep.total;
 }
 
 /*
- * The sweeper is done: its exit status says how much is left, in parts of
- * SWEEP_PARTS of the cache's size; what was written since it began it may not
- * have seen.
+ * Brings the cache down to five eighths of its size, or of what is there if
+ * the disk has no room for more, by removing what was used least recently: one
+ * pass counts, one removes.  Memory does not depend on the number of entries.
  */
+static void
+sweep_run(struct sweep *sweep, bool disk, struct report *report)
+{
+	struct stat status;
+
+	if (stat(options.cache, &status) != -1)
+		sweep->bytes += (uint64_t)status.st_blocks * 512;
+	if (!cache_walk(sweep_visit, sweep))
+		report->error = errno;
+	sweep_plan(sweep, disk);
+	if (sweep->remove)
+		(void)cache_walk(sweep_visit, sweep);
+	report->bytes = sweep->bytes;
+}
+
+/* A file that says that the cache may be fuller than a run leaves it. */
+static void
+cache_unswept(char *path)
+{
+	(void)snprintf(path, CACHE_PATH, "%.900s/unswept", options.cache);
+}
+
+/*
+ * What the sweeper has found.  What was written since it began it may not have
+ * seen.  Nothing is known if it came to no end.
+ */
+static void
+sweep_note(const struct report *report)
+{
+	char path[CACHE_PATH];
+
+	if (report->error != 0) {
+		if (!cache.said_unread)
+			warn("can't read the cache %s: %s", options.cache,
+			    strerror(report->error));
+		cache.said_unread = true;
+		return;
+	}
+	cache.said_unread = false;
+	cache.total = report->bytes + cache.written;
+	if (cache.lack == LACK_SIZE)
+		cache.lack = LACK_NONE;
+	if (cache.limit == options.cache_size / 16 * 15)
+		return;
+	cache.limit = options.cache_size / 16 * 15;
+	cache_unswept(path);
+	(void)unlink(path);
+}
+
+/* Hears the sweeper, and buries it. */
 static void
 sweep_reap(void)
 {
-	int status;
+	struct report report;
+	ssize_t n;
 
-	if (waitpid(cache.sweeper, &status, WNOHANG) != cache.sweeper)
+	if (cache.report.fd != -1) {
+		if (!cache.report.readable)
+			return;
+		cache.report.readable = false;
+		n = fd_read(cache.report.fd, &report, sizeof(report));
+		if (n == -1 && errno == EAGAIN)
+			return;
+		conn_close(&cache.report, false);
+		if (n == (ssize_t)sizeof(report))
+			sweep_note(&report);
+	}
+	if (waitpid(cache.sweeper, NULL, WNOHANG) != 0)
+		cache.sweeper = 0;
+	else if (exchanges.wake > now.ms + 50)
+		exchanges.wake = now.ms + 50;
+}
+
+/* The sweeper: a child that tells its parent what is left. */
+static void
+sweeper_main(int fd, pid_t owner, bool disk)
+{
+	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
+	struct sweep sweep = { .owner = owner };
+	struct report report;
+	size_t i;
+
+	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
+		(void)signal(caught[i], SIG_DFL);
+	fds_close(fd, fd);
+	memset(&report, 0, sizeof(report));
+	sweep_run(&sweep, disk, &report);
+	(void)fd_write(fd, &report, sizeof(report));
+	_exit(0);
+}
+
+/* Lets a child sweep. */
+static void
+sweep_start(void)
+{
+	bool disk = cache.lack == LACK_DISK;
+	pid_t owner = getpid();
+	int fds[2];
+
+	if (cache.lack != LACK_NONE)
+		cache.lack_ms = now.ms + SWEEP_GAP_MS;
+	cache.written = 0;
+	cache.lack = LACK_NONE;
+	if (!pipe_open(fds))
 		return;
-	cache.sweeper = 0;
-	if (WIFEXITED(status))
-		cache.total = (options.cache_size / SWEEP_PARTS + 1) *
-			(uint64_t)WEXITSTATUS(status) +
-		    cache.written;
+	cache.sweeper = fork();
+	if (cache.sweeper == 0)
+		sweeper_main(fds[1], owner, disk);
+	(void)close(fds[1]);
+	if (!conn_open(&cache.report, ROLE_REPORT, fds[0], NULL))
+		return;
+	conn_watch(&cache.report, POLLIN);
+	if (cache.sweeper == -1)
+		conn_close(&cache.report, false);
 }
 
 /*
- * Lets a child sweep, when enough was written since the last time.  With what
- * one object may take, the cache then stays below its size.
+ * Has the cache swept when enough was written since the last time, or when
+ * there was no room.  With what may be in the making, it then stays below its
+ * limit, unless the sweeper is slow.
  */
 static void
 cache_sweep(void)
 {
-	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
-	uint64_t parts;
-	size_t i;
-
 	if (cache.sweeper > 0)
 		sweep_reap();
-	if (options.cache == NULL || cache.sweeper > 0 ||
-	    cache.written < options.cache_size / 16)
+	if (options.cache == NULL || cache.sweeper > 0)
 		return;
-	cache.written = 0;
-	cache.sweeper = fork();
-	if (cache.sweeper != 0)
-		return;
-	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
-		(void)signal(caught[i], SIG_DFL);
-	for (i = 1; i < poll_set.all; i++)
-		(void)close(poll_set.conns[i]->fd);
-	parts = sweep_run() / (options.cache_size / SWEEP_PARTS + 1) + 1;
-	_exit(parts < 255 ? (int)parts : 255);
+	if (cache.written > options.cache_size / 16 ||
+	    (cache.lack != LACK_NONE && now.ms >= cache.lack_ms))
+		sweep_start();
 }
 
 /* A strong comparison of entity tags (RFC 9110 section 8.8.3.2). */
@@ -8781,9 +9143,10 @@ variant_fits(const struct entry *e, const struct response *r,
 
 /*
  * True if a follower of this fetch will get the whole: it can ask for the rest
- * itself, or, the length being unknown, store_fits() sees to it, or the disk
- * has room for twice all that is in the making, since others write there, too.
- * If they fill it nevertheless, the follower's answer is visibly cut short.
+ * itself, or, the length being unknown, -s has room for the most that it may
+ * be, or the disk has room for twice all that is in the making, since others
+ * write there, too.  If they fill it nevertheless, the follower's answer is
+ * visibly cut short.
  * Reserving the room would exclude that, but some file systems then write
  * every block, while all other clients wait.
  */
@@ -8792,8 +9155,11 @@ follow_is_safe(const struct caching *f)
 {
 	struct statvfs disk;
 
-	if (f->validator != 0 || f->length == UINT64_MAX)
+	if (f->validator != 0)
 		return true;
+	if (f->length == UINT64_MAX)
+		return f->share >= options.cache_size / 4 ||
+		    cache_fits(options.cache_size / 4 - f->share);
 	return statvfs(options.cache, &disk) != -1 &&
 	    (uint64_t)disk.f_bavail * disk.f_frsize / 2 >= cache.making;
 }
@@ -9762,30 +10128,22 @@ user_become(void)
 		die("can't give up root for user %s", options.user);
 }
 
-/*
- * Starts the helper.  Called again if it died: then the child must let go of
- * every descriptor that is not its own.
- */
+/* Starts the helper; called again if it died. */
 static bool
 names_start(void)
 {
 	int down[2], up[2];
-	size_t i;
 
-	if (pipe(down) == -1)
+	if (!pipe_open(down))
 		return false;
-	if (pipe(up) == -1) {
+	if (!pipe_open(up)) {
 		(void)close(down[0]);
 		(void)close(down[1]);
 		return false;
 	}
 	names.helper = fork();
 	if (names.helper == 0) {
-		for (i = 1; i < poll_set.all; i++)
-			(void)close(poll_set.conns[i]->fd);
-		(void)close(signal_pipe[1]);
-		(void)close(down[1]);
-		(void)close(up[0]);
+		fds_close(down[0], up[1]);
 		if (options.user != NULL && geteuid() == 0)
 			user_become();
 		names_helper(down[0], up[1]);
@@ -9995,7 +10353,7 @@ log_open(void)
 		return false;
 	if (logs.fd != STDOUT_FILENO && logs.fd != -1)
 		(void)close(logs.fd);
-	logs.fd = fd;
+	logs.fd = fd_note(fd);
 	logs.regular = fd != -1 && fstat(fd, &status) != -1 &&
 	    S_ISREG(status.st_mode);
 	return true;
@@ -13968,7 +14326,7 @@ signals_open(void)
 	struct sigaction action;
 	size_t i;
 
-	if (pipe(signal_pipe) == -1 ||
+	if (!pipe_open(signal_pipe) ||
 	    fcntl(signal_pipe[1], F_SETFL, O_NONBLOCK) == -1 ||
 	    !conn_open(&signal_conn, ROLE_SIGNALS, signal_pipe[0], NULL))
 		die("no pipe for signals: %s", strerror(errno));
@@ -14353,51 +14711,37 @@ cache_is_tagged(const char *path)
 
 /*
  * True if a file of that name may be in a cache.  What a crashed proxy left
- * half written is removed; what a living one writes stays.
+ * half written is removed; what a living one writes stays.  We are writing
+ * nothing yet.
  */
 static bool
-cache_knows(const char *name, bool tagged)
+cache_knows(const char *path, const char *name, bool tagged)
 {
-	char path[CACHE_PATH];
-	struct text t = text_of(name);
-	uint64_t pid;
+	pid_t owner = temporary_owner(name);
+	struct stat status;
 
-	if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0)
-		return true;
 	if (!tagged)
 		return false;
-	if (text_starts(t, "tmp.")) {
-		t = text_from(t, strlen("tmp."));
-		t.len = text_find(t, '.');
-		(void)snprintf(path, sizeof(path), "%.800s/%.100s",
-		    options.cache, name);
-		if (number_parse(t, INT32_MAX, &pid) && pid > 0 &&
-		    kill((pid_t)pid, 0) == -1 && errno == ESRCH)
-			(void)unlink(path);
-		return true;
-	}
-	return strcmp(name, "CACHEDIR.TAG") == 0 ||
-	    (t.len == 2 && hex_value(name[0]) >= 0 && hex_value(name[1]) >= 0);
+	if (owner > 0 &&
+	    (owner == getpid() || (kill(owner, 0) == -1 && errno == ESRCH) ||
+		(lstat(path, &status) != -1 && temporary_is_old(&status))))
+		(void)unlink(path);
+	return strncmp(name, "tmp.", 4) == 0 || strcmp(name, "unswept") == 0 ||
+	    strcmp(name, "CACHEDIR.TAG") == 0 ||
+	    (strlen(name) == 2 && hex_value(name[0]) >= 0 &&
+		hex_value(name[1]) >= 0);
 }
 
-/* Ends the program if the cache directory holds what is not a cache's. */
+/* Ends the program if a file is not a cache's. */
 static void
-cache_check(bool tagged)
+cache_check(const char *path, void *argument)
 {
-	DIR *directory = opendir(options.cache);
-	struct dirent *name;
+	const bool *tagged = argument;
+	const char *name = path + strlen(options.cache) + 1;
 
-	errno = directory == NULL ? errno : 0;
-	while (directory != NULL && (name = readdir(directory)) != NULL) {
-		if (!cache_knows(name->d_name, tagged))
-			die("%s is no cache of proxy: it holds %s",
-			    options.cache, name->d_name);
-		errno = 0;
-	}
-	if (errno != 0)
-		die("can't read the cache %s: %s", options.cache,
-		    strerror(errno));
-	(void)closedir(directory);
+	if (!cache_knows(path, name, *tagged))
+		die("%s is no cache of proxy: it holds %s", options.cache,
+		    name);
 }
 
 /* Gives a file of the cache to the user of -u, if there is one. */
@@ -14407,6 +14751,38 @@ cache_own(const char *path)
 	if (options.user != NULL && chown(path, options.uid, options.gid) == -1)
 		die("can't give %s to user %s: %s", path, options.user,
 		    strerror(errno));
+}
+
+/*
+ * What may be there until the first sweep has told.  A run never uses the last
+ * sixteenth, so that half of it is there for what is stored before; unless an
+ * earlier run ended before its first sweep did, as the file unswept tells.
+ */
+static void
+cache_assume(const char *tag, bool fresh)
+{
+	char path[CACHE_PATH];
+	struct stat status;
+	int fd;
+
+	/* What a file system calls its block may be something else. */
+	if (stat(tag, &status) != -1 &&
+	    (uint64_t)status.st_blocks * 512 > cache.block)
+		cache.block = (uint64_t)status.st_blocks * 512;
+	/* An earlier process that had our number made files of others. */
+	cache.serial = (uint64_t)now.wall << 20 | (uint64_t)(now.us & 0xfffff);
+	/* The first turn lets it be swept. */
+	cache.written = options.cache_size;
+	cache.total = 2 * cache.block;
+	cache.limit = options.cache_size / 16 * 15;
+	if (fresh)
+		return;
+	cache_unswept(path);
+	fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
+	cache.total = fd != -1 ? cache.limit : options.cache_size;
+	cache.limit = options.cache_size / 32 * 31;
+	if (fd != -1)
+		(void)close(fd);
 }
 
 /*
@@ -14428,7 +14804,9 @@ cache_open(void)
 	(void)snprintf(path, sizeof(path), "%.800s/CACHEDIR.TAG",
 	    options.cache);
 	tagged = cache_is_tagged(path);
-	cache_check(tagged);
+	if (!directory_walk(options.cache, cache_check, &tagged))
+		die("can't read the cache %s: %s", options.cache,
+		    strerror(errno));
 	cache_own(options.cache);
 	fd = tagged ? -1 : open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
 	if (fd != -1) {
@@ -14436,8 +14814,7 @@ cache_open(void)
 		(void)close(fd);
 		cache_own(path);
 	}
-	/* Nobody knows what is there: the first turn lets it be swept. */
-	cache.written = options.cache_size;
+	cache_assume(path, fd != -1);
 }
 
 /* Prints the path if the file is an entry of the key. */
@@ -14484,7 +14861,9 @@ key_print(const char *url)
 	x.request = q;
 	key_append(&x, b);
 	key = buffer_text(b);
-	cache_walk(key_visit, &key);
+	if (!cache_walk(key_visit, &key))
+		die("can't read the cache %s: %s", options.cache,
+		    strerror(errno));
 	exit(0);
 }
 

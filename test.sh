@@ -10006,7 +10006,7 @@ start_cache() {
 
 # What is in the cache; temporary files too.
 entries() {
-	find "$T/cache" -type f ! -name CACHEDIR.TAG
+	find "$T/cache" -type f ! -name CACHEDIR.TAG ! -name unswept
 }
 
 # Two GETs of one URL; the origin is asked once, the second one is a hit:
@@ -12191,25 +12191,35 @@ test_cache_sweep() { # what was used least recently goes, and nothing without ne
 	[ "$hits" = 23 ] || fail "$hits hits, not 23"
 }
 
+# KiB of the disk that the directory takes with all that is in it.
+disk_use_all() {
+	du -s -k cache 2> /dev/null | awk '{ print $1 }'
+}
+
+# The cache of 1 MiB never takes more while a process fills it many times over:
+# overfilled WHAT PID
+overfilled() {
+	overfilled_most=0
+	while kill -0 "$2" 2> /dev/null; do
+		overfilled_now=$(disk_use_all)
+		[ "$overfilled_now" -le "$overfilled_most" ] ||
+			overfilled_most=$overfilled_now
+		[ "$overfilled_most" -le 1024 ] || break
+	done
+	wait "$2" || fail "$(cat "$T/.fail")"
+	[ "$overfilled_most" -le 1024 ] ||
+		fail "$1: $overfilled_most KiB of 1024"
+	echo "$1: at most $overfilled_most KiB"
+	[ "$overfilled_most" -gt 300 ] || fail "$1: only $overfilled_most KiB"
+}
+
 # Fills the cache of 1 MiB many times over while it is looked at:
 # overfill WHAT BYTES COUNT ['response fields\n']
 overfill() {
 	what=$1
 	many_origin "$2" "${4-}"
-	rm -f many.end
 	(get_many 1 "$3") &
-	overfill_pid=$!
-	overfill_most=0
-	until [ -f many.end ]; do
-		overfill_now=$(disk_use)
-		[ "$overfill_now" -le "$overfill_most" ] ||
-			overfill_most=$overfill_now
-		[ "$overfill_most" -le 1024 ] || break
-	done
-	wait $overfill_pid || fail "$(cat "$T/.fail")"
-	[ "$overfill_most" -le 1024 ] || fail "$what: $overfill_most KiB of 1024"
-	echo "$what: at most $overfill_most KiB"
-	[ "$overfill_most" -gt 300 ] || fail "$what: only $overfill_most KiB"
+	overfilled "$1" $!
 }
 
 test_cache_sweep_size() { # the directory is never larger than -s
@@ -12218,6 +12228,213 @@ test_cache_sweep_size() { # the directory is never larger than -s
 	overfill 'large objects' 250000 60
 	overfill 'small objects' 10 2000
 	overfill 'small objects with Vary' 10 1000 'Vary: X-A\n'
+	served
+}
+
+# A build that is slow to open a directory while the file "slow" exists, and
+# can't read one to its end while "unreadable" does.
+write_walks() {
+	cat <<'EOF_WALKS'
+#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE 1
+#define _FILE_OFFSET_BITS 64
+#define _TIME_BITS 64
+#include <sys/types.h>
+#include <dirent.h>
+#include <errno.h>
+#include <poll.h>
+#include <unistd.h>
+
+static DIR *
+walks_opendir(const char *path)
+{
+	if (access("slow", F_OK) == 0)
+		(void)poll(NULL, 0, 5);
+	return opendir(path);
+}
+
+static struct dirent *
+walks_readdir(DIR *directory)
+{
+	int saved = errno;
+
+	if (access("unreadable", F_OK) == 0) {
+		errno = EOVERFLOW;
+		return NULL;
+	}
+	errno = saved;
+	return readdir(directory);
+}
+
+#define opendir walks_opendir
+#define readdir walks_readdir
+#include "proxy.c"
+EOF_WALKS
+}
+
+# Starts it with that: start_walks OPTION...
+start_walks() {
+	need_source
+	built_once walks write_walks
+	proxy_bin=$work/walks
+	start_cache "$@"
+}
+
+# Forty answers of unknown length, each 60000 bytes, five at once.
+get_chunked() {
+	for chunked_n in 1 2 3 4 5; do
+		awk -v client="$chunked_n" 'BEGIN {
+			for (n = 1; n <= 8; n++)
+				printf "send GET http://%%O/%d-%d HTTP/1.1\\n" \
+				    "Host: %%O\\n\\n\nanswer\n", client, n
+		}' > "chunked$chunked_n.steps"
+		client_bg "chunked$chunked_n" < "chunked$chunked_n.steps"
+	done
+	for chunked_n in 1 2 3 4 5; do
+		wait_for 15 '[ -f "chunked$chunked_n.end" ]'
+		grep '^open$' "chunked$chunked_n.end" > /dev/null ||
+			fail "$what: $(cat "chunked$chunked_n.end")"
+	done
+}
+
+test_cache_sweep_slow() { # however long the sweeper takes: never larger than -s
+	: > slow
+	start_walks -s 1M
+	overfill 'middling objects' 20000 38
+	overfill 'large objects' 250000 5
+	overfill 'small objects' 10 300
+	what='chunks'
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=9999\nTransfer-Encoding: chunked\n\nEA60\n
+chop 20000 10 \{60000:x}
+send \n0\n\n
+loop
+END
+	get_chunked &
+	overfilled "$what" $!
+	rm slow
+	# A sweeper in time: all goes on.
+	wait_for 10 '[ "$(disk_use_all)" -le 720 ]' ||
+		fail "$(disk_use_all) KiB stay"
+	many_origin 20000
+	get_many 1 8
+	[ "$(there 1 8)" = 8 ] || fail "$(there 1 8) of 8 are stored"
+	served
+}
+
+test_cache_unreadable() { # a directory that can't be read to its end is an error, never empty
+	start_walks -s 1M
+	stop_proxy
+	: > unreadable
+	run_proxy -c cache -l 127.0.0.1:0
+	[ "$status" = 1 ] || fail "status $status"
+	grep "^proxy: can't read the cache cache: " errors > /dev/null ||
+		fail "says $(cat errors)"
+	run_proxy -c cache -k http://x/
+	[ "$status" = 1 ] || fail "-k: status $status"
+	grep "^proxy: can't read the cache cache: " errors > /dev/null ||
+		fail "-k: says $(cat errors)"
+	rm unreadable
+	start_cache -s 1M
+	: > unreadable
+	# What is there can't be known: it is not stored without end.
+	overfill 'unreadable' 20000 60
+	grep -c "^proxy: can't read the cache " err > said
+	[ "$(cat said)" = 1 ] || fail "said $(cat said) times: $(cat err)"
+	served
+}
+
+# The descriptors of a process, but for the standard ones and those that it
+# has from us, each what it is.
+descriptors() {
+	for descriptor in /proc/"$1"/fd/*; do
+		descriptor_is=$(readlink "$descriptor")
+		[ "${descriptor##*/}" -le 2 ] ||
+			[ "$descriptor_is" = "$(readlink \
+			    "/proc/$$/fd/${descriptor##*/}")" ] ||
+			printf '%s\n' "$descriptor_is"
+	done
+}
+
+# The processes that the proxy has as children.
+proxy_children() {
+	ps -A -o pid= -o ppid= 2> /dev/null |
+		awk -v parent="$proxy_pid" '$2 == parent { print $1 }'
+}
+
+test_cache_descriptors() { # sweeper and helper hold nothing open that is not theirs
+	[ -d /proc/self/fd ] || skip "no /proc"
+	have ps || skip "no ps"
+	start_walks -s 1M -o "$T/access"
+	wait_for 5 '[ "$(proxy_children | wc -l)" = 1 ]' ||
+		fail "children: $(proxy_children)"
+	helper=$(proxy_children)
+	origin long <<'END'
+head
+send HTTP/1.1 200 OK\nCache-Control: max-age=9\nTransfer-Encoding: chunked\n\n1\nx\n
+await over
+END
+	client_bg c <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+until x
+touch begun
+await over
+END
+	wait_for 10 '[ -f begun ]' || fail "$(cat c.end)"
+	descriptors "$proxy_pid" > all
+	grep 'cache/tmp' all > /dev/null && grep socket: all > /dev/null ||
+		fail "the proxy has $(cat all)"
+	: > slow
+	many_origin 20000
+	get_many 1 5
+	wait_for 2 '[ "$(proxy_children | wc -l)" = 2 ]' || fail "no sweeper"
+	descriptors "$(proxy_children | grep -v "^$helper\$")" > sweeper
+	rm slow
+	grep '^pipe:' sweeper > /dev/null || fail "sweeper: no pipe to report by"
+	grep -v '^pipe:' sweeper | grep -v '/cache/..$' > more &&
+		fail "the sweeper has $(cat more)"
+	[ "$(grep -c pipe: sweeper)" = 1 ] || fail "sweeper: $(cat sweeper)"
+	kill -KILL "$helper"
+	wait_for 5 'proxy_children | grep -v "^$helper\$" > children' ||
+		fail "no other helper"
+	# The sweeper may still be at work.
+	wait_for 10 '[ "$(proxy_children | wc -l)" = 1 ]'
+	descriptors "$(proxy_children)" > second
+	[ "$(grep -c '^pipe:' second)" = 2 ] && [ "$(wc -l < second)" = 2 ] ||
+		fail "the helper has $(cat second)"
+	touch over
+	served
+}
+
+# Temporary files: those of processes that are gone go at the start, those of
+# others when they are old; until then they count.
+test_cache_temporary() { # temporary files of others count, and go when they are old
+	cat > own <<'END'
+: > cache/tmp.$$.1
+exec "$@"
+END
+	start_cache -s 1M
+	stop_proxy
+	spawn other "$peer" sleep 60000
+	: > "cache/tmp.$spawned.1"
+	aged 2 "cache/tmp.$spawned.1"
+	head -c 700000 /dev/zero > "cache/tmp.$spawned.2"
+	proxy_wrap="sh own"
+	start_cache -s 1M
+	proxy_wrap=
+	[ ! -e "cache/tmp.$spawned.1" ] || fail "an old file is still there"
+	[ ! -e "cache/tmp.$proxy_pid.1" ] || fail "one of our number is there"
+	[ -e "cache/tmp.$spawned.2" ] || fail "what may be written is gone"
+	overfill 'with a file of 684 KiB' 20000 60
+	[ -e "cache/tmp.$spawned.2" ] || fail "what may be written is gone"
+	stop_proxy
+	start_cache -s 1M
+	aged 2 "cache/tmp.$spawned.2"
+	# This makes the sweeper look again.
+	get_many 1 60
+	wait_for 5 '[ ! -e "cache/tmp.$spawned.2" ]' ||
+		fail "an old file is never removed"
 	served
 }
 
@@ -12314,6 +12531,36 @@ small_disk() {
 	mount -t tmpfs -o "size=$1" tmpfs "$T/cache" 2> mount.err ||
 		skip "no tmpfs: $(head -n 1 mount.err)"
 	trap 'reap; umount "$T/cache" || umount -l "$T/cache"' EXIT
+}
+
+test_cache_disk_inodes() { # no inodes left: the oldest entries make room
+	small_disk 16M,nr_inodes=300
+	start_cache
+	many_origin 10
+	get_many 1 320
+	[ "$(entries | wc -l)" -lt 320 ] || skip "inodes have no limit here"
+	wait_for 5 '[ "$(entries | wc -l)" -lt 220 ]' ||
+		fail "$(entries | wc -l) entries, nothing goes"
+	get_many 1001 1010
+	[ "$(there 1001 1010)" = 10 ] || fail "$(there 1001 1010) of 10 are stored"
+	[ "$(grep -c '^proxy: the disk, not -s, limits the cache' err)" = 1 ] ||
+		fail "says $(cat err)"
+	served
+}
+
+test_cache_disk_small() { # a disk smaller than -s: the oldest entries make room
+	small_disk 2M
+	start_cache
+	many_origin 20000
+	get_many 1 90
+	wait_for 5 '[ "$(disk_use)" -lt 1500 ]' || fail "$(disk_use) KiB stay"
+	n=$(entries | wc -l)
+	get_many 201 205
+	[ "$(there 201 205)" = 5 ] || fail "$(there 201 205) of 5 are stored"
+	[ "$n" -gt 20 ] || fail "only $n stay"
+	[ "$(grep -c '^proxy: the disk, not -s, limits the cache' err)" = 1 ] ||
+		fail "says $(cat err)"
+	served
 }
 
 # So many KiB are still free on it.
@@ -14863,6 +15110,60 @@ unit_variants(void)
 		}
 }
 
+/* Writes a file of n bytes; what for is said when the result is not want. */
+static void
+unit_put(const char *what, size_t n, bool want)
+{
+	struct buffer *b = buffer_take();
+	bool good;
+
+	memset(b->data + b->end, 'x', n);
+	b->end += n;
+	good = file_put("./00/entry", b);
+	if (good != want)
+		unit_fail("room", what, "", good);
+	buffer_give(&b);
+}
+
+/* What is assumed at the start; nothing is stored beyond it. */
+static void
+unit_room(void)
+{
+	char path[CACHE_PATH];
+
+	options.cache = ".";
+	options.cache_size = (uint64_t)32 << 12;
+	cache_assume("", true);
+	if (cache.total + 20000 > cache.limit || cache.limit != 30 << 12)
+		unit_fail("room", "in a new directory", "", cache.limit);
+	cache_assume("", false);
+	if (cache.total != 30 << 12 || cache.limit != 31 << 12)
+		unit_fail("room", "at the start", "", cache.total);
+	unit_put("a block with its directory, of one", 100, false);
+	if (cache.lack != LACK_SIZE)
+		unit_fail("room", "the lack is not seen", "", cache.lack);
+	cache_assume("", false);
+	if (cache.total != 32 << 12)
+		unit_fail("room", "a run that did not sweep", "", cache.total);
+	sweep_note(&(struct report){ .bytes = 10 << 12 });
+	if (cache.limit != 30 << 12 || cache.lack != LACK_NONE)
+		unit_fail("room", "after a sweep", "", cache.limit);
+	if (access("unswept", F_OK) == 0)
+		unit_fail("room", "unswept stays", "", 0);
+	cache.total = 28 << 12;
+	unit_put("one block and its directory", 4096, true);
+	if (cache.total < 30 << 12)
+		unit_fail("room", "less than was taken", "", cache.total);
+	unit_put("one more", 1, false);
+	/* A serial whose file is there already. */
+	cache.total = 0;
+	store_path(cache.serial + 1, path);
+	(void)close(open(path, O_WRONLY | O_CREAT, 0600));
+	unit_put("a name that is taken", 1, true);
+	if (access(path, F_OK) == 0)
+		unit_fail("room", "the temporary file stays", path, 0);
+}
+
 static void
 unit_entries(void)
 {
@@ -14924,7 +15225,7 @@ const struct unit_table units[] = {
 	{ "ages", unit_ages }, { "reuse", unit_reuse },
 	{ "storable", unit_storable }, { "ranges", unit_ranges },
 	{ "conditions", unit_conditions }, { "variants", unit_variants },
-	{ "entries", unit_entries }, { NULL, NULL },
+	{ "entries", unit_entries }, { "room", unit_room }, { NULL, NULL },
 };
 EOF_UNIT
 }
@@ -14971,6 +15272,10 @@ test_cache_unit_variants() { # variants and names of entries
 
 test_cache_unit_entries() { # every byte of an entry's region changed, or cut
 	unit cache entries
+}
+
+test_cache_unit_room() { # what is stored while little is known of what is there
+	unit cache room
 }
 
 # ---- Matchers: unit tables ---------------------------------------------------
