@@ -185,8 +185,8 @@ enum limit {
 	LINE_WISH = BUFFER_SIZE / 4 > 8192 ? BUFFER_SIZE / 4 : 8192,
 	LINE_MAX_BYTES = LINE_WISH < BUFFER_SIZE - 1024 ? LINE_WISH :
 							  BUFFER_SIZE - 1024,
-	/* Fields in a head: browsers send 20, the worst sites answer 60. */
-	FIELDS_MAX = 128,
+	/* Fields in a head: sites have sent 200; a parsed one has 32 bytes. */
+	FIELDS_MAX = 400,
 	/* A DNS name has at most 253 characters. */
 	HOST_MAX = 255,
 	/* Addresses tried for one name; an answer() is shorter than a pipe. */
@@ -321,8 +321,10 @@ struct field {
 
 /* A head, split: slices of the bytes it was parsed from. */
 struct head {
-	struct text line;                /* the start line */
-	size_t n;                        /* how many fields there are */
+	struct text line; /* the start line */
+	size_t n;         /* how many fields there are */
+	/* Of each a bit: a field Connection names it. */
+	unsigned char nominated[(FIELDS_MAX + 7) / 8];
 	struct field fields[FIELDS_MAX]; /* in the order in which they came */
 };
 
@@ -362,9 +364,23 @@ struct rewrites {
 	const struct rule *list[REWRITES_MAX + 1]; /* in their order */
 };
 
+/*
+ * What was put right in a server's head: bits.  What leaves is written anew,
+ * so that nobody behind us can read it in another way.
+ */
+enum mend {
+	MEND_LF = 1,       /* LF alone ended a line */
+	MEND_BLANK = 2,    /* blanks before a colon */
+	MEND_COLON = 4,    /* a line without one */
+	MEND_IDENTITY = 8, /* Transfer-Encoding: identity */
+	MEND_LENGTH = 16,  /* Content-Length beside chunked */
+	MENDS = 5          /* how many bits there are */
+};
+
 /* A response head, understood. */
 struct response {
 	struct head head;     /* all its lines */
+	unsigned mended;      /* of enum mend */
 	int status;           /* 100 to 999 */
 	struct text reason;   /* what the server calls it */
 	struct text extra;    /* lines of ours for it */
@@ -398,7 +414,6 @@ enum refusal {
 	REFUSE_FORM,
 	REFUSE_SCHEME,
 	REFUSE_USERINFO,
-	REFUSE_FRAGMENT,
 	REFUSE_AUTHORITY,
 	REFUSE_PORT,
 	REFUSE_NOT_US,
@@ -958,12 +973,18 @@ is_alnum(char c)
 	return is_digit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
 }
 
+/* True if c is one of those bytes; NUL never is, though strchr(3) finds it. */
+static bool
+is_among(char c, const char *bytes)
+{
+	return c != '\0' && strchr(bytes, c) != NULL;
+}
+
 /* tchar of RFC 9110 section 5.6.2. */
 static bool
 is_token_char(char c)
 {
-	return is_alnum(c) || c == '-' ||
-	    (c != '\0' && strchr("!#$%&'*+.^_`|~", c));
+	return is_alnum(c) || is_among(c, "-!#$%&'*+.^_`|~");
 }
 
 /* True if t is a token, the form of methods and field names. */
@@ -1145,9 +1166,9 @@ base64_decode(struct text t, char *to, size_t size, size_t *n)
 	if (t.len % 4 == 1 || t.len / 4 * 3 + 2 > size)
 		return false;
 	for (i = 0, *n = 0; i < t.len; i++) {
-		digit = t.at[i] == '\0' ? NULL : strchr(digits, t.at[i]);
-		if (digit == NULL)
+		if (!is_among(t.at[i], digits))
 			return false;
+		digit = strchr(digits, t.at[i]);
 		bits = (bits << 6 | (unsigned long)(digit - digits)) & 0xffffff;
 		if (i % 4 > 0)
 			to[(*n)++] = (char)(bits >> (6 - i % 4 * 2) & 255);
@@ -1216,7 +1237,8 @@ date_now(void)
 	static time_t written;
 	struct tm parts;
 
-	if (written != now.wall && gmtime_r(&now.wall, &parts) != NULL) {
+	if ((written != now.wall || text[0] == '\0') &&
+	    gmtime_r(&now.wall, &parts) != NULL) {
 		(void)strftime(text, sizeof(text), "%a, %d %b %Y %H:%M:%S GMT",
 		    &parts);
 		written = now.wall;
@@ -1449,6 +1471,14 @@ static void
 buffer_drop(struct buffer *b, size_t n)
 {
 	assert(n <= buffer_len(b));
+	b->start += n;
+}
+
+/* Takes n bytes out of b, behind the first `at`. */
+static void
+buffer_cut(struct buffer *b, size_t at, size_t n)
+{
+	memmove(b->data + b->start + n, b->data + b->start, at);
 	b->start += n;
 }
 
@@ -1746,18 +1776,25 @@ fds_close(int a, int b)
 			(void)close(fd);
 }
 
-/* A conn for fd, which must not block from now on; closes it on failure. */
+/*
+ * A conn for fd, which must not block from now on.  False, with errno, if it
+ * can't be had; fd is closed then.
+ */
 static bool
 conn_open(struct conn *c, enum role role, int fd, struct exchange *x)
 {
+	int failed;
+
 	memset(c, 0, sizeof(*c));
 	c->fd = fd_note(fd);
 	c->role = role;
 	c->exchange = x;
 	if (fcntl(fd, F_SETFL, O_NONBLOCK) != -1)
 		return true;
+	failed = errno;
 	(void)close(fd);
 	c->fd = -1;
+	errno = failed;
 	return false;
 }
 
@@ -2224,8 +2261,7 @@ static const struct {
 	[REFUSE_SCHEME] = { 501, CLIENT,
 	    "only http:// goes in the clear; https goes by CONNECT" },
 	[REFUSE_USERINFO] = { 400, CLIENT,
-	    "a user or password in the URL: send them as Authorization" },
-	[REFUSE_FRAGMENT] = { 400, CLIENT, "a fragment (#) in the URL" },
+	    "a user or password that does not belong there" },
 	[REFUSE_AUTHORITY] = { 400, CLIENT, "no valid host in the URL" },
 	[REFUSE_PORT] = { 400, CLIENT, "the port is not one from 1 to 65535" },
 	[REFUSE_NOT_US] = { 400, CLIENT,
@@ -2357,35 +2393,45 @@ status_reason(int status)
 /*
  * Looks for the end of a head: an empty line.  *seen says how far it was
  * looked for before.  Returns the head's length with that line, 0 if it is
- * not there yet, or minus a refusal.  Every line ends in CR LF, though RFC
- * 9112 section 2.2 would let us take LF: two readings are one too many.
+ * not there yet, or minus a refusal.  Every line of a client's ends in CR LF,
+ * though RFC 9112 section 2.2 would let us take LF: two readings are one too
+ * many.  A server's may end in LF (lenient).
  */
 static int
-head_find(struct text t, size_t *seen)
+head_find(struct text t, size_t *seen, bool lenient)
 {
 	const char *lf;
 
 	while (*seen < t.len &&
 	    (lf = memchr(t.at + *seen, '\n', t.len - *seen)) != NULL) {
-		size_t i = (size_t)(lf - t.at);
+		size_t i = (size_t)(lf - t.at), n = i + 1;
 
-		if (i == 0 || t.at[i - 1] != '\r')
+		if (i > 0 && t.at[i - 1] == '\r')
+			i--;
+		else if (!lenient)
 			return -REFUSE_BARE_LF;
-		*seen = i + 1;
-		if (i == 1 || t.at[i - 2] == '\n')
-			return (int)(i + 1);
+		*seen = n;
+		if (i == 0 || t.at[i - 1] == '\n')
+			return (int)n;
 	}
 	*seen = t.len;
 	return 0;
 }
 
-/* The next line of *rest without its CR LF; *rest goes on behind it. */
+/*
+ * The next line of *rest without its CR LF or LF; *rest goes on behind it.
+ * mended, if not NULL, notes a line that ends in LF alone.
+ */
 static struct text
-line_next(struct text *rest)
+line_next(struct text *rest, unsigned *mended)
 {
 	size_t n = text_find(*rest, '\n');
-	struct text line = text_cut(rest->at, n ? n - 1 : 0);
+	struct text line = text_cut(rest->at, n);
 
+	if (n > 0 && line.at[n - 1] == '\r')
+		line.len--;
+	else if (mended != NULL)
+		*mended |= MEND_LF;
 	*rest = text_from(*rest, n < rest->len ? n + 1 : n);
 	return line;
 }
@@ -2405,9 +2451,12 @@ text_is_clean(struct text t)
 	return true;
 }
 
-/* One field line (RFC 9112 section 5). */
+/*
+ * One field line (RFC 9112 section 5).  Returns 1; 0: it is to be dropped; or
+ * minus a refusal.  mended: what is put right, or NULL if nothing may be.
+ */
 static int
-field_parse(struct text line, struct field *field)
+field_parse(struct text line, struct field *field, unsigned *mended)
 {
 	size_t colon = text_find(line, ':');
 
@@ -2415,60 +2464,19 @@ field_parse(struct text line, struct field *field)
 		return -REFUSE_FOLDED;
 	if (!text_is_clean(line))
 		return -REFUSE_CONTROL;
-	if (colon == line.len)
+	if (colon == line.len && mended == NULL)
 		return -REFUSE_FIELD;
-	field->name = text_cut(line.at, colon);
-	field->value = text_trim(text_from(line, colon + 1));
-	if (text_trim(field->name).len != colon)
-		return -REFUSE_COLON;
-	return text_is_token(field->name) ? 1 : -REFUSE_FIELD;
-}
-
-/* All field lines up to the empty one that ends t. */
-static int
-fields_parse(struct text t, struct head *h)
-{
-	struct text line;
-	int verdict;
-
-	for (h->n = 0; (line = line_next(&t)).len > 0; h->n++) {
-		if (h->n == FIELDS_MAX)
-			return -REFUSE_FIELDS_MANY;
-		verdict = field_parse(line, &h->fields[h->n]);
-		if (verdict != 1)
-			return verdict;
+	if (colon == line.len) {
+		*mended |= MEND_COLON;
+		return 0;
 	}
-	return 1;
-}
-
-/* Splits a whole head, as head_find() found it. */
-static int
-head_parse(struct text t, struct head *h)
-{
-	h->line = line_next(&t);
-	return fields_parse(t, h);
-}
-
-/* The first field of that name, or NULL. */
-static const struct field *
-head_field(const struct head *h, const char *name)
-{
-	struct text wanted = text_of(name);
-	size_t i;
-
-	for (i = 0; i < h->n; i++)
-		if (text_same(h->fields[i].name, wanted))
-			return &h->fields[i];
-	return NULL;
-}
-
-/* The value of the first field of that name; empty if there is none. */
-static struct text
-head_value(const struct head *h, const char *name)
-{
-	const struct field *field = head_field(h, name);
-
-	return field == NULL ? text_of("") : field->value;
+	field->name = text_trim(text_cut(line.at, colon));
+	field->value = text_trim(text_from(line, colon + 1));
+	if (field->name.len != colon && mended == NULL)
+		return -REFUSE_COLON;
+	if (field->name.len != colon)
+		*mended |= MEND_BLANK;
+	return text_is_token(field->name) ? 1 : -REFUSE_FIELD;
 }
 
 /*
@@ -2497,6 +2505,102 @@ list_next(struct text *rest, struct text *member)
 		*rest = text_from(*rest, i < rest->len ? i + 1 : i);
 	} while (member->len == 0 && rest->len > 0);
 	return member->len > 0;
+}
+
+/*
+ * Marks the fields that Connection names (RFC 9110 section 7.6.1).  Once for a
+ * head: for each field anew, a long list could keep us busy.
+ */
+static void
+head_nominate(struct head *h)
+{
+	struct text rest, member;
+	size_t i, k;
+
+	memset(h->nominated, 0, sizeof(h->nominated));
+	for (i = 0; i < h->n; i++) {
+		if (!text_is(h->fields[i].name, "Connection"))
+			continue;
+		rest = h->fields[i].value;
+		while (list_next(&rest, &member))
+			for (k = 0; k < h->n; k++)
+				if (text_same(h->fields[k].name, member))
+					h->nominated[k / 8] |=
+					    (unsigned char)(1U << k % 8);
+	}
+}
+
+/* All field lines up to the empty one that ends t; see field_parse(). */
+static int
+fields_parse(struct text t, struct head *h, unsigned *mended)
+{
+	struct text line;
+	struct field field;
+	int verdict;
+
+	for (h->n = 0; (line = line_next(&t, mended)).len > 0;) {
+		verdict = field_parse(line, &field, mended);
+		if (verdict < 0)
+			return verdict;
+		if (verdict == 1 && h->n == FIELDS_MAX)
+			return -REFUSE_FIELDS_MANY;
+		if (verdict == 1)
+			h->fields[h->n++] = field;
+	}
+	head_nominate(h);
+	return 1;
+}
+
+/* Splits a whole head, as head_find() found it; see field_parse(). */
+static int
+head_parse(struct text t, struct head *h, unsigned *mended)
+{
+	h->line = line_next(&t, mended);
+	return fields_parse(t, h, mended);
+}
+
+/* The first field of that name, or NULL. */
+static const struct field *
+head_field(const struct head *h, const char *name)
+{
+	struct text wanted = text_of(name);
+	size_t i;
+
+	for (i = 0; i < h->n; i++)
+		if (text_same(h->fields[i].name, wanted))
+			return &h->fields[i];
+	return NULL;
+}
+
+/* The value of the first field of that name; empty if there is none. */
+static struct text
+head_value(const struct head *h, const char *name)
+{
+	const struct field *field = head_field(h, name);
+
+	return field == NULL ? text_of("") : field->value;
+}
+
+/*
+ * Drops the fields of that name; with a value, only those that have it.  True
+ * if there were any.
+ */
+static bool
+head_drop(struct head *h, const char *name, const char *value)
+{
+	size_t i, kept = 0, n = h->n;
+
+	for (i = 0; i < n; i++)
+		if (!text_is(h->fields[i].name, name) ||
+		    (value != NULL && !text_is(h->fields[i].value, value))) {
+			if (kept < i)
+				h->fields[kept] = h->fields[i];
+			kept++;
+		}
+	h->n = kept;
+	if (kept < n)
+		head_nominate(h);
+	return kept < n;
 }
 
 /* True if a field called name has word as a member of its list. */
@@ -2579,18 +2683,19 @@ head_chunked(const struct head *h)
 
 /*
  * How a body is framed by its head; the caller knows what no framing means.
- * Both at once is how requests are smuggled: refused (DESIGN's reading of
- * RFC 9112 section 6.3, item 3).
+ * Both at once is how requests are smuggled: refused; of a server (lenient)
+ * chunked wins (RFC 9112 section 6.3, item 3).
  */
 static int
-head_framing(const struct head *h, enum framing *framing, uint64_t *length)
+head_framing(const struct head *h, enum framing *framing, uint64_t *length,
+    bool lenient)
 {
 	int chunked = head_chunked(h);
 	int counted = head_length(h, length);
 
 	if (chunked < 0)
 		return chunked;
-	if (chunked && head_field(h, "Content-Length") != NULL)
+	if (chunked && !lenient && head_field(h, "Content-Length") != NULL)
 		return -REFUSE_BOTH;
 	if (counted < 0)
 		return counted;
@@ -2613,7 +2718,7 @@ host_is_valid(struct text host, bool bracketed)
 		return text_find(host, ':') < host.len &&
 		    address_parse(host, 0, &a);
 	for (i = 0; i < host.len; i++)
-		if (!is_alnum(host.at[i]) && !strchr("-._~", host.at[i]))
+		if (!is_alnum(host.at[i]) && !is_among(host.at[i], "-._~"))
 			return false;
 	return true;
 }
@@ -2652,8 +2757,27 @@ authority_parse(struct text t, unsigned default_port, struct target *target)
 }
 
 /*
+ * The login in an absolute URL, with the `@` behind it; of no bytes if there
+ * is none.  It may hold any byte that does not end an authority.
+ */
+static struct text
+url_login(struct text t)
+{
+	size_t i = 0, start, n = 0;
+
+	while (
+	    i < t.len && t.at[i] != '/' && !text_starts(text_from(t, i), "://"))
+		i++;
+	start = i < t.len && t.at[i] == ':' ? i + strlen("://") : 0;
+	for (i = start; i < t.len && !is_among(t.at[i], "/?"); i++)
+		if (t.at[i] == '@')
+			n = i + 1 - start;
+	return text_cut(t.at + start, n);
+}
+
+/*
  * http://authority/path of an absolute URL (RFC 9110 section 4.2.1); or only
- * //authority/path, which is relative to one.
+ * //authority/path, which is relative to one.  A fragment does not count.
  */
 static int
 absolute_parse(struct text t, struct target *target)
@@ -2665,6 +2789,7 @@ absolute_parse(struct text t, struct target *target)
 	if (!text_starts(t, "//"))
 		return -REFUSE_SCHEME;
 	t = text_from(t, strlen("//"));
+	t.len = text_find(t, '#');
 	for (n = 0; n < t.len && t.at[n] != '/' && t.at[n] != '?'; n++)
 		continue;
 	target->path = text_from(t, n);
@@ -2692,8 +2817,6 @@ target_parse(struct text t, enum method method, struct target *target)
 		    -REFUSE_FORM :
 		    authority_parse(t, 0, target);
 	}
-	if (text_find(t, '#') < t.len)
-		return -REFUSE_FRAGMENT;
 	target->path = t;
 	if (*t.at == '/') {
 		target->form = FORM_ORIGIN;
@@ -2704,8 +2827,9 @@ target_parse(struct text t, enum method method, struct target *target)
 		return method == METHOD_OPTIONS ? 1 : -REFUSE_FORM;
 	}
 	target->form = FORM_ABSOLUTE;
-	for (i = 0; i < t.len && (is_alnum(t.at[i]) || strchr("+-.", t.at[i]));)
-		i++;
+	for (i = 0; i < t.len; i++)
+		if (!is_alnum(t.at[i]) && !is_among(t.at[i], "+-."))
+			break;
 	if (i == 0 || !text_starts(text_from(t, i), "://"))
 		return -REFUSE_FORM;
 	return absolute_parse(t, target);
@@ -2806,7 +2930,7 @@ request_parse(struct text t, struct request *r)
 	r->length = 0;
 	r->rewrites.n = 0;
 	memset(&r->target, 0, sizeof(r->target));
-	verdict = head_parse(t, &r->head);
+	verdict = head_parse(t, &r->head, NULL);
 	line = request_line_parse(r->head.line, r);
 	if (line != 1) {
 		r->name = text_cut(t.at, 0);
@@ -2817,7 +2941,7 @@ request_parse(struct text t, struct request *r)
 		return verdict;
 	if (r->minor == 0 && head_field(&r->head, "Transfer-Encoding") != NULL)
 		return -REFUSE_CODING_OLD;
-	verdict = head_framing(&r->head, &r->framing, &r->length);
+	verdict = head_framing(&r->head, &r->framing, &r->length, false);
 	if (verdict != 1)
 		return verdict;
 	if (r->framing == FRAMING_LENGTH && r->length == 0)
@@ -2858,13 +2982,17 @@ response_is_bare(int status, enum method method)
 	    status == 304 || (method == METHOD_CONNECT && status < 300);
 }
 
-/* A whole response head to a request of that method. */
+/*
+ * A whole response head to a request of that method.  What can be put right
+ * is, in r->head too, so that nobody else has to know of it.
+ */
 static int
 response_parse(struct text t, enum method method, struct response *r)
 {
-	int verdict = head_parse(t, &r->head);
-	int line;
+	int verdict, line;
 
+	r->mended = 0;
+	verdict = head_parse(t, &r->head, &r->mended);
 	r->status = 0;
 	r->length = 0;
 	r->extra = text_cut(t.at, 0);
@@ -2872,11 +3000,18 @@ response_parse(struct text t, enum method method, struct response *r)
 	line = status_line_parse(r->head.line, r);
 	if (line != 1)
 		return line;
-	if (verdict != 1 || response_is_bare(r->status, method))
+	if (verdict != 1)
 		return verdict;
-	verdict = head_framing(&r->head, &r->framing, &r->length);
-	if (verdict == 1 && r->framing == FRAMING_NONE)
-		r->framing = FRAMING_CLOSE;
+	if (head_drop(&r->head, "Transfer-Encoding", "identity"))
+		r->mended |= MEND_IDENTITY;
+	if (!response_is_bare(r->status, method)) {
+		verdict = head_framing(&r->head, &r->framing, &r->length, true);
+		if (r->framing == FRAMING_NONE)
+			r->framing = FRAMING_CLOSE;
+	}
+	if (head_field(&r->head, "Transfer-Encoding") != NULL &&
+	    head_drop(&r->head, "Content-Length", NULL))
+		r->mended |= MEND_LENGTH;
 	return verdict;
 }
 
@@ -2932,7 +3067,7 @@ field_passes(const struct head *h, size_t i)
 	if (name_is_among(name, fields_of_hop))
 		return false;
 	return name_is_among(name, fields_of_route) ||
-	    !head_lists(h, "Connection", name);
+	    !(h->nominated[i / 8] >> i % 8 & 1);
 }
 
 /* Appends a field as a line. */
@@ -3002,7 +3137,7 @@ flow_start(struct flow *f, enum framing from, enum framing to, uint64_t length)
 	memset(f, 0, sizeof(*f));
 	f->from = from;
 	f->to = to;
-	f->left = length;
+	f->left = from == FRAMING_LENGTH ? length : 0;
 	f->whole = from == FRAMING_NONE ||
 	    (from == FRAMING_LENGTH && length == 0);
 	f->done = from == FRAMING_NONE;
@@ -3043,6 +3178,8 @@ chunk_byte(struct flow *f, char c)
 		f->chunk = CHUNK_DATA_LF;
 		return c == '\r';
 	}
+	if (c != '\n')
+		return false;
 	if (f->chunk == CHUNK_SIZE_LF && f->left > 0) {
 		size_t share = f->left > CHUNK_EXCESS_MAX ?
 		    CHUNK_EXCESS_MAX :
@@ -3055,7 +3192,7 @@ chunk_byte(struct flow *f, char c)
 						       CHUNK_SIZE;
 		f->digits = 0;
 	}
-	return c == '\n';
+	return true;
 }
 
 /*
@@ -3067,15 +3204,13 @@ trailer_decode(struct flow *f, struct buffer *b)
 {
 	struct text t = text_from(buffer_text(b), f->ready);
 	size_t seen = 0;
-	int n = head_find(t, &seen);
+	int n = head_find(t, &seen, false);
 	struct head h;
 
-	if (n == 0) {
-		f->broken = t.len > TRAILER_MAX;
+	if (n == 0 && t.len <= TRAILER_MAX)
 		return;
-	}
-	if (n < 0 || n > TRAILER_MAX ||
-	    fields_parse(text_cut(t.at, (size_t)n), &h) != 1) {
+	if (n <= 0 || n > TRAILER_MAX ||
+	    fields_parse(text_cut(t.at, (size_t)n), &h, NULL) != 1) {
 		f->broken = true;
 		return;
 	}
@@ -3111,7 +3246,8 @@ chunks_decode(struct flow *f, struct buffer *b)
 
 	while (at < b->end && f->chunk != CHUNK_TRAILER && !f->broken) {
 		if (f->chunk != CHUNK_DATA) {
-			f->broken = !chunk_byte(f, b->data[at++]);
+			if (!chunk_byte(f, b->data[at++]))
+				f->broken = true;
 			continue;
 		}
 		n = b->end - at;
@@ -3127,7 +3263,7 @@ chunks_decode(struct flow *f, struct buffer *b)
 	if (n > 0)
 		memmove(b->data + b->start + f->ready, b->data + at, n);
 	b->end = b->start + f->ready + n;
-	if (f->chunk == CHUNK_TRAILER)
+	if (f->chunk == CHUNK_TRAILER && !f->broken)
 		trailer_decode(f, b);
 }
 
@@ -3170,7 +3306,7 @@ trailer_encode(struct flow *f, const struct buffer *in, struct buffer *out)
 	h.n = 0;
 	if (f->trailer > 0 && !f->bare)
 		(void)fields_parse(text_cut(in->data + in->start, f->trailer),
-		    &h);
+		    &h, NULL);
 	for (i = 0; i < h.n; i++)
 		if (field_passes(&h, i) &&
 		    !name_is_among(h.fields[i].name, fields_not_late))
@@ -5215,7 +5351,7 @@ word_unquote(char **t, struct word *word)
 	word->t.len = (size_t)(to - word->t.at);
 	word->quoted = true;
 	*t = from + 1;
-	return *t[0] == '\0' || strchr(" \t", *t[0]) != NULL;
+	return *t[0] == '\0' || is_among(*t[0], " \t");
 }
 
 /* Splits a line, which it writes into; false if it is wrong. */
@@ -5301,7 +5437,7 @@ value_host(struct parser *p, struct condition *c, struct value *value)
 	if (t->len > 2 && t->at[0] == '[' && t->at[t->len - 1] == ']')
 		*t = text_cut(t->at + 1, t->len - 2);
 	for (i = 0; i < t->len; i++)
-		if (!is_alnum(t->at[i]) && !strchr("-._~:", t->at[i]))
+		if (!is_alnum(t->at[i]) && !is_among(t->at[i], "-._~:"))
 			return false;
 	return t->len > 0 && t->len <= HOST_MAX && !text_is(*t, ".") &&
 	    (text_find(*t, ':') == t->len || address_parse(*t, 0, &a));
@@ -6380,7 +6516,7 @@ response_length(const struct response *r)
 {
 	uint64_t length = UINT64_MAX;
 
-	if (head_chunked(&r->head) != 0 || head_length(&r->head, &length) != 1)
+	if (head_length(&r->head, &length) != 1)
 		return UINT64_MAX;
 	return length;
 }
@@ -6591,18 +6727,19 @@ date_parse(struct text t)
 		date_time(&t, ' ', &d);
 		if (!text_is(t, "GMT"))
 			return -1;
-	} else if (comma < t.len && comma > 5 && t.len > comma + 2) {
+	} else if (comma > 5 && t.len > comma + 2 && t.at[comma + 1] == ' ') {
 		t = text_from(t, comma + 2);
 		d.day = digits_next(&t, 2, '-');
 		date_month(&t, '-', &d);
 		d.year = digits_next(&t, 2, ' ');
 		date_time(&t, ' ', &d);
-		if (!text_is(t, "GMT") || gmtime_r(&now.wall, &parts) == NULL)
+		if (d.year == -1 || !text_is(t, "GMT") ||
+		    gmtime_r(&now.wall, &parts) == NULL)
 			return -1;
 		year = parts.tm_year + (int64_t)1900;
 		d.year += year - year % 100;
 		d.year -= d.year > year + 50 ? 100 : 0;
-	} else if (comma == t.len && t.len == 24) {
+	} else if (comma == t.len && t.len == 24 && t.at[3] == ' ') {
 		char day[2];
 
 		t = text_from(t, 4);
@@ -10013,12 +10150,16 @@ names_start(void)
 	}
 	(void)close(down[0]);
 	(void)close(up[1]);
-	if (names.helper != -1 &&
-	    conn_open(&names.questions, ROLE_QUESTIONS, down[1], NULL) &&
-	    conn_open(&names.answers, ROLE_ANSWERS, up[0], NULL))
-		return true;
-	(void)close(down[1]);
-	(void)close(up[0]);
+	if (names.helper == -1)
+		(void)close(down[1]);
+	else if (conn_open(&names.questions, ROLE_QUESTIONS, down[1], NULL)) {
+		if (conn_open(&names.answers, ROLE_ANSWERS, up[0], NULL))
+			return true;
+		up[0] = -1;
+		conn_close(&names.questions, false);
+	}
+	if (up[0] != -1)
+		(void)close(up[0]);
 	conn_clear(&names.questions);
 	conn_clear(&names.answers);
 	return false;
@@ -10316,7 +10457,8 @@ log_date(void)
 	static time_t written;
 	struct tm parts;
 
-	if (written != now.wall && localtime_r(&now.wall, &parts) != NULL) {
+	if ((written != now.wall || text[0] == '\0') &&
+	    localtime_r(&now.wall, &parts) != NULL) {
 		(void)strftime(text, sizeof(text), "%d/%b/%Y:%H:%M:%S %z",
 		    &parts);
 		written = now.wall;
@@ -10356,6 +10498,7 @@ log_quotes(const struct exchange *x)
 	const struct request *q = x->request;
 	const struct note *n = &x->note;
 	struct quotes quotes = { .first_ms = -1 };
+	struct text login;
 
 	if (q != NULL) {
 		const struct times *t = &q->times;
@@ -10364,6 +10507,10 @@ log_quotes(const struct exchange *x)
 		quotes.uri = q->uri;
 		quotes.agent = head_value(&q->head, "User-Agent");
 		quotes.referer = head_value(&q->head, "Referer");
+		login = url_login(quotes.referer);
+		if (login.len > 0)
+			quotes.referer = text_from(quotes.referer,
+			    (size_t)(login.at - quotes.referer.at) + login.len);
 		quotes.minor = q->minor;
 		quotes.dns_ms = times_between(t->asked, t->resolved);
 		quotes.connect_ms = q->route.reused ?
@@ -11303,12 +11450,15 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 
 /* ---- requests ---- */
 
-/* The length of the head that c's `in` begins with; as head_find() has it. */
+/*
+ * The length of the head in c's `in`, with `skip` bytes in front of it; as
+ * head_find() has it.
+ */
 static int
-conn_head(struct conn *c)
+conn_head(struct conn *c, size_t skip, bool lenient)
 {
-	size_t seen = c->seen;
-	int n = head_find(buffer_text(c->in), &seen);
+	size_t seen = c->seen > skip ? c->seen : skip;
+	int n = head_find(buffer_text(c->in), &seen, lenient);
 
 	c->seen = (uint32_t)seen;
 	return n;
@@ -11366,24 +11516,41 @@ request_take(struct exchange *x, size_t n)
 }
 
 /*
- * Overwrites a login in the authority of the request line that b begins with.
- * Such a request is refused, and neither log nor trace may tell the secret.
+ * Takes the login and the fragment out of the URL in the request line that b
+ * begins with: they are not for the server (RFC 9110 sections 4.2.4, 7.1),
+ * and neither log nor trace may tell the secret.  What is no valid login, or
+ * stands in a CONNECT, is overwritten, and the request will be refused.
  */
 static void
-request_hide_login(struct buffer *b)
+request_clean(struct buffer *b)
 {
-	struct text line = buffer_text(b);
-	size_t i, from;
+	bool connect = text_starts(buffer_text(b), "CONNECT ");
+	struct text line = buffer_text(b), login;
+	size_t from, at, end, i = 0;
 
 	line.len = text_find(line, '\n');
-	from = text_find(line, ' ');
-	from += from < line.len;
-	for (i = from; i + 2 < line.len && line.at[i] != '/'; i++)
-		if (memcmp(line.at + i, "://", 3) == 0)
-			from = i + 3;
-	for (i = from; i < line.len && !strchr("/?", line.at[i]); i++)
-		if (line.at[i] == '@')
-			memset(b->data + b->start + from, '*', i - from);
+	for (from = 0; from < line.len && !is_among(line.at[from], " \t");)
+		from++;
+	from = from < line.len ? from + 1 : 0;
+	login = url_login(text_from(line, from));
+	at = (size_t)(login.at - line.at);
+	while (i < login.len &&
+	    (is_alnum(login.at[i]) ||
+		is_among(login.at[i], "-._~%!$&'()*+,;=:")))
+		i++;
+	if (login.len > 0 && (connect || i + 1 < login.len))
+		memset(b->data + b->start + at, '*', login.len - 1);
+	else {
+		buffer_cut(b, at, login.len);
+		line = text_from(line, login.len);
+	}
+	for (at = from; at < line.len && !is_among(line.at[at], " #"); at++)
+		continue;
+	for (end = at; end < line.len && !is_among(line.at[end], " \r"); end++)
+		if (!text_is_clean(text_cut(line.at + end, 1)))
+			return;
+	if (!connect && at < line.len && line.at[at] == '#')
+		buffer_cut(b, at, end - at);
 }
 
 /* What came, when it is no request: the log gets its first line. */
@@ -11391,9 +11558,10 @@ static void
 request_spoil(struct exchange *x)
 {
 	struct request *q = x->request;
-	struct text t = buffer_text(x->client.in);
+	struct text t;
 
-	request_hide_login(x->client.in);
+	request_clean(x->client.in);
+	t = buffer_text(x->client.in);
 	trace_head(x, "c>", t);
 	q->bytes = x->client.in;
 	x->client.in = NULL;
@@ -11648,7 +11816,7 @@ request_accept(struct exchange *x, size_t n)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 		return;
 	}
-	request_hide_login(x->request->bytes);
+	request_clean(x->request->bytes);
 	trace_head(x, "c>", buffer_text(x->request->bytes));
 	verdict = request_parse(buffer_text(r->bytes), r);
 	request_note(x);
@@ -11727,7 +11895,7 @@ request_step(struct exchange *x)
 	int n = 0;
 
 	if (request_begin(x)) {
-		n = conn_head(c);
+		n = conn_head(c, 0, false);
 		refusal = request_hopeless(c->in, n > 0);
 		if (refusal == REFUSE_NONE && n < 0)
 			refusal = (enum refusal)(-n);
@@ -12569,8 +12737,7 @@ response_field_append(const struct exchange *x, const struct response *r,
 			return;
 		if (!bare)
 			length = r->length;
-		else if (head_field(&r->head, "Transfer-Encoding") != NULL ||
-		    head_length(&r->head, &length) != 1)
+		else if (head_length(&r->head, &length) != 1)
 			return;
 		length_append(b, length);
 	} else if (field_passes(&r->head, i) ||
@@ -12736,7 +12903,8 @@ static bool
 response_keeps_server(const struct exchange *x, const struct response *r)
 {
 	return !answer_is_local(x->request) && r->minor == 1 &&
-	    r->framing != FRAMING_CLOSE && !response_logs_in(x, r) &&
+	    !(r->mended & MEND_LENGTH) && r->framing != FRAMING_CLOSE &&
+	    !response_logs_in(x, r) &&
 	    !head_lists(&r->head, "Connection", text_of("close"));
 }
 
@@ -12903,6 +13071,43 @@ response_passes(struct exchange *x, const struct response *r, struct text head)
 	return access_response(x, r, head, &v);
 }
 
+/*
+ * Asks again on a new connection: a kept one may end, or still bring bytes of
+ * an older answer, just when it is used (RFC 9112 section 9.3.1).  Once, since
+ * the new one is not a kept one.
+ */
+static void
+response_retry(struct exchange *x, const char *why)
+{
+	struct request *q = x->request;
+
+	trace(x, "the kept connection %s", why);
+	conn_close(&x->server, false);
+	q->route.reused = false;
+	q->route.fresh = true;
+	q->route.next = 0;
+	q->times.resolved = now.ms;
+	exchange_enter(x, PHASE_CONNECT);
+}
+
+/* Tells the trace what was put right in a server's head. */
+static void
+response_tell_mended(const struct exchange *x, unsigned mended)
+{
+	static const char *const words[MENDS] = {
+		"LF alone ended a line: taken as CR LF",
+		"blanks before a colon: removed",
+		"a line without a colon: dropped",
+		"Transfer-Encoding: identity: ignored",
+		"Content-Length beside Transfer-Encoding: dropped",
+	};
+	unsigned i;
+
+	for (i = 0; i < MENDS; i++)
+		if (mended >> i & 1)
+			trace(x, "the server's head: %s", words[i]);
+}
+
 /* A whole head of n bytes has come from whoever answers. */
 static void
 response_accept(struct exchange *x, size_t n)
@@ -12915,6 +13120,12 @@ response_accept(struct exchange *x, size_t n)
 	if (!answer_is_local(q))
 		trace_head(x, "s>", head);
 	verdict = response_parse(head, q->method, &r);
+	if (q->route.reused && !answer_is_local(q) && q->interims == 0 &&
+	    (verdict == -REFUSE_STATUS_LINE || r.status == 408)) {
+		response_retry(x, "brought no answer to this");
+		return;
+	}
+	response_tell_mended(x, r.mended);
 	if (verdict != 1) {
 		exchange_refuse(x, REFUSE_ANSWER, refusals[-verdict].words);
 		return;
@@ -12942,25 +13153,29 @@ response_accept(struct exchange *x, size_t n)
 }
 
 /*
- * The server went away without an answer.  On a kept connection that is no
- * surprise: it is asked again on a new one, once (RFC 9112 section 9.3.1).
+ * The length of an empty line before a status line: one is passed over.  Some
+ * servers end a body with it, beyond its length.
  */
+static size_t
+response_skip(const struct conn *s)
+{
+	struct text t = s->in == NULL ? text_of("") : buffer_text(s->in);
+
+	return text_starts(t, "\r\n") ? 2 : text_starts(t, "\n") ? 1 : 0;
+}
+
+/* The server went away without an answer; of a kept one that is no surprise. */
 static void
 response_lost(struct exchange *x)
 {
+	struct conn *s = &x->server;
 	struct request *q = x->request;
-	int error = x->server.error;
-	bool bytes = x->server.in != NULL || q->interims > 0;
+	int error = s->error;
+	bool bytes = buffer_held(s->in) > response_skip(s) || q->interims > 0;
 	char words[ADDRESS_TEXT], detail[DETAIL_MAX];
 
 	if (q->route.reused && !bytes) {
-		trace(x, "the kept connection was dead");
-		conn_close(&x->server, false);
-		q->route.reused = false;
-		q->route.fresh = true;
-		q->route.next = 0;
-		q->times.resolved = now.ms;
-		exchange_enter(x, PHASE_CONNECT);
+		response_retry(x, "was dead");
 		return;
 	}
 	address_print(&x->record.server, words);
@@ -12980,6 +13195,7 @@ response_step(struct exchange *x)
 	const struct request *q = x->request;
 	struct conn *c = &x->client, *s = &x->server;
 	bool moved = false;
+	size_t skip;
 	int n = 0;
 
 	if (s->fd != -1 && !answer_is_local(q))
@@ -12995,13 +13211,12 @@ response_step(struct exchange *x)
 	}
 	if (!conn_write(c))
 		return moved;
+	skip = response_skip(s);
 	if (s->in != NULL)
-		n = conn_head(s);
-	if (n > 0)
-		response_accept(x, (size_t)n);
-	else if (n < 0) {
-		trace_head(x, "s>", buffer_text(s->in));
-		exchange_refuse(x, REFUSE_ANSWER, refusals[-n].words);
+		n = conn_head(s, skip, true);
+	if (n > 0) {
+		buffer_drop(s->in, skip);
+		response_accept(x, (size_t)n - skip);
 	} else if (s->in != NULL && head_is_hopeless(s->in))
 		exchange_refuse(x, REFUSE_ANSWER_LONG, "");
 	else if (s->eof || s->error)
@@ -13249,8 +13464,8 @@ relay_step(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (done)
 		exchange_finish(x);
-	else if (x->request->answerer == ANSWER_ORPHAN && !s->readable &&
-	    s->in == NULL && c->out == NULL)
+	else if (x->request->answerer == ANSWER_ORPHAN && !x->down.broken &&
+	    !s->readable && s->in == NULL && c->out == NULL)
 		relay_resume(x);
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
 	    c->out == NULL)
@@ -14259,13 +14474,14 @@ listener_add(int fd, const struct sockaddr *at, socklen_t len, const char *path)
 	if (at->sa_family == AF_INET6)
 		(void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on,
 		    sizeof(on));
-	if (bind(fd, at, len) == -1 || listen(fd, SOMAXCONN) == -1 ||
-	    !conn_open(&l->conn, ROLE_LISTENER, fd, NULL)) {
+	if (bind(fd, at, len) == -1 || listen(fd, SOMAXCONN) == -1) {
 		int error = errno;
 
 		(void)close(fd);
 		return strerror(error);
 	}
+	if (!conn_open(&l->conn, ROLE_LISTENER, fd, NULL))
+		return strerror(errno);
 	l->path = path;
 	if (path == NULL) {
 		struct sockaddr_storage bound;
@@ -14423,12 +14639,14 @@ cache_is_tagged(const char *path)
 {
 	char text[sizeof(cache_tag)] = { 0 };
 	int fd = open(path, O_RDONLY | O_NONBLOCK);
+	bool tagged;
 
 	if (fd == -1)
 		return false;
-	(void)fd_read(fd, text, sizeof(text) - 1);
+	tagged = fd_read(fd, text, sizeof(text) - 1) > 0 &&
+	    strcmp(text, cache_tag) == 0;
 	(void)close(fd);
-	return strcmp(text, cache_tag) == 0;
+	return tagged;
 }
 
 /*
@@ -14567,18 +14785,19 @@ key_print(const char *url)
 {
 	struct buffer *b = buffer_take();
 	struct exchange x;
-	struct target target = { .host = { "", 0 } };
 	struct request *q = request_new(NULL);
 	struct text key;
 
 	if (options.cache == NULL)
 		usage("-k wants -c, the directory to look in");
-	if (absolute_parse(text_of(url), &target) != 1)
-		usage("-k %s: not a URL that begins with http://", url);
-	if (b == NULL || q == NULL)
+	if (b == NULL || q == NULL || (q->bytes = buffer_take()) == NULL)
 		return;
+	buffer_print(q->bytes, "GET %s HTTP/1.0\r\n\r\n", url);
+	request_clean(q->bytes);
+	if (request_parse(buffer_text(q->bytes), q) != 1 ||
+	    q->target.form != FORM_ABSOLUTE)
+		usage("-k %s: not a URL that begins with http://", url);
 	memset(&x, 0, sizeof(x));
-	q->target = target;
 	x.request = q;
 	key_append(&x, b);
 	key = buffer_text(b);
@@ -14661,7 +14880,7 @@ trial_build(struct exchange *x, char *words, struct account *user,
 {
 	char *word = words + strcspn(words, " "), *value, *url = words;
 	const char *method = NULL;
-	struct text target;
+	struct text target, login;
 
 	x->peer.family = AF_UNIX;
 	while (*word != '\0') {
@@ -14684,18 +14903,20 @@ trial_build(struct exchange *x, char *words, struct account *user,
 		word = value + strcspn(value, " ");
 	}
 	if (text_starts(text_of(url), "https://")) {
-		url += strlen("https://");
-		target = text_cut(url, strcspn(url, "/?"));
+		login = url_login(text_of(url));
+		url += strlen("https://") + login.len;
+		target = text_cut(url, strcspn(url, "/?#"));
 		/* What is behind an IPv6 address, or all of another host. */
 		url += *url == '[' ? text_find(target, ']') : 0;
 		buffer_print(head, "CONNECT %.*s%s HTTP/1.1\r\n",
 		    (int)target.len, target.at,
-		    strcspn(url, ":") < strcspn(url, "/?") ? "" : ":443");
+		    strcspn(url, ":") < strcspn(url, "/?#") ? "" : ":443");
 	} else
 		buffer_print(head, "%.*s %s HTTP/1.1\r\n",
 		    method ? (int)strcspn(method, " ") : 3,
 		    method ? method : "GET", url);
 	buffer_append(head, text_of("Host: x\r\n\r\n"));
+	request_clean(head);
 }
 
 /* Where a verdict comes from, behind what it says. */

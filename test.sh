@@ -2267,6 +2267,54 @@ END
 END
 }
 
+test_forward_login() { # a login and a fragment in the URL are taken off, and told nobody
+	start_proxy -vv
+	for url in bob:s3cret@%O/a @%O/a bob@%O/a "b-._~%21!\$&'()*+,;=:b@%O/a" \
+	    %O/a# %O/a#part %O/a#p@q/?x#y bob:s3cret@%O/a#part; do
+		play -n "$url" <<END
+		origin head
+		origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+		client send GET http://$url HTTP/1.1\nHost: %O\nX-A: b\n\n
+		client answer
+		sees   ok
+		gets   GET /a HTTP/1.1
+		gets+  Host: %O
+		gets   X-A: b
+		gets!~ ([#@]|^Authorization|s3cret|part)
+		log    "GET http://%O/a HTTP/1.1" 200
+END
+		! grep -e s3cret -e part log err || fail "$url is told"
+	done
+	play 'without a path; a query has an @ of its own' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\nmore
+	client send GET http://bob:s3cret@%O HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://bob@%O?a@b#c HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   more
+	gets   GET / HTTP/1.1
+	gets   GET /?a@b HTTP/1.1
+	log    "GET http://%O HTTP/1.1" 200
+	log    "GET http://%O[?]a@b HTTP/1.1" 200
+END
+	play 'a TRACE that ends here' <<'END'
+	client send TRACE http://bob:s3cret@%O/x#y HTTP/1.1\nHost: %O\nMax-Forwards: 0\n\n
+	client answer
+	sees   TRACE http://%O/x HTTP/1.1
+END
+	play 'the login in a Referer is not logged' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nReferer: http://bob:s3cret@ref.example/a@b\n\n
+	client answer
+	gets   Referer: http://bob:s3cret@ref.example/a@b
+	log    200 2 "ref.example/a@b" "-"
+END
+}
+
 test_forward_options_trace() { # Max-Forwards; OPTIONS *
 	play 'counted down' <<'END'
 	origin head
@@ -3256,6 +3304,102 @@ END
 END
 }
 
+test_server_strays() { # what an older answer left on a kept connection is not the next one
+	for stray in '0\n\n' 'ok' '\n\n' '\n0\n' 'ok\n\n' \
+	    'HTTP/1.1 408 Request Timeout\nConnection: close\nContent-Length: 4\n\nevil'; do
+		play "behind the next request: $stray" <<END
+		origin head
+		origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+		origin head
+		origin send ${stray}HTTP/1.1 200 OK\nContent-Length: 4\n\nevil
+		origin eof
+		origin next
+		origin head
+		origin send HTTP/1.1 200 OK\nContent-Length: 5\n\nagain
+		client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+		client answer
+		client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
+		client answer
+		sees   again
+		sees!~ (evil|^HTTP/1.1 [45])
+		gets#  2 ^-- connection
+		gets#  2 ^GET /2
+		log#   2 "GET
+		log    /2 HTTP/1.1" 200 5 .* end=done
+END
+	done
+	for empty in '\n' '\l'; do
+		play "one empty line: $empty" <<END
+		origin head
+		origin send ${empty}HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+		origin head
+		origin chop 1 5 ${empty}HTTP/1.1 200 OK\nContent-Length: 4\n\ngood
+		client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+		client answer
+		client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
+		client answer
+		sees   Content-Length: 2
+		sees~  ^okHTTP/1.1 200 OK
+		sees   good
+		gets#  1 ^-- connection
+END
+	done
+	play 'an empty line, and the end' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin head
+	origin send \n
+	origin close
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 5\n\nagain
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   again
+END
+	play 'two empty lines on a new connection are no answer' <<'END'
+	origin head
+	origin send \n\nHTTP/1.1 200 OK\nContent-Length: 4\n\nevil
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 502 Bad Gateway
+	sees!~ evil
+	gets#  1 ^-- connection
+END
+	play 'asked again only once' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin head
+	origin send HTTP/1.1 408 Request Timeout\nContent-Length: 0\n\n
+	origin eof
+	origin next
+	origin head
+	origin send HTTP/1.1 408 Request Timeout\nContent-Length: 4\n\nlate
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  HTTP/1.1 408
+	sees   late
+	gets#  2 ^-- connection
+	log    /2 HTTP/1.1" 408 4
+END
+	play 'not behind an interim answer' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin head
+	origin send HTTP/1.1 103 Early\n\nodd\n\n
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 502 Bad Gateway
+	gets#  1 ^-- connection
+END
+}
+
 test_server_excess() { # nor is one with bytes behind a read's very end
 	length=$((room_max - 42))
 	[ ${#length} = 5 ] || length=$((length + 1))
@@ -3381,23 +3525,22 @@ test_error_response_fields() { # bad fields in a response get a 502
 	    'Content-Length: 9223372036854775808' \
 	    'Content-Length: 99999999999999999999999999999999999999' \
 	    'Content-Length: 4\nContent-Length: 5' \
-	    'Content-Length: 4\nTransfer-Encoding: chunked' \
-	    'Transfer-Encoding: chunked\nContent-Length: 4' \
+	    'Content-Length: 4\nTransfer-Encoding: chunked\nContent-Length: 5' \
+	    'Transfer-Encoding: chunked\nContent-Length: x' \
 	    'Transfer-Encoding: xchunked' 'Transfer-Encoding: chunked, chunked' \
 	    'Transfer-Encoding: chunked\nTransfer-Encoding: chunked' \
 	    'Transfer-Encoding: gzip, chunked' 'Transfer-Encoding: chunked, gzip' \
-	    'Transfer-Encoding: identity' 'Transfer-Encoding:' \
+	    'Transfer-Encoding: identity, chunked' 'Transfer-Encoding:' \
 	    'Transfer-Encoding: chunked;q=1' 'Transfer-Encoding: "chunked"' \
-	    'Transfer-Encoding : chunked' 'Content-Length : 4' 'X-A : b' \
-	    ' X-A: b' 'X-A: b\n c: d' 'X-A: b\n\tc' 'X-A' ': b' 'X A: b' \
-	    'X-A: b\rX-C: d' 'X-A: b\lX-C: d' 'X-A: \0' 'X-\0: b' \
+	    'Transfer-Encoding : gzip' 'Content-Length : x' 'X A : b' ' : b' \
+	    ' X-A: b' ' X-A' 'X-A: b\n c: d' 'X-A: b\n\tc' ': b' 'X A: b' \
+	    'X-A: b\rX-C: d' 'X-A: b\l c' 'X-A: b\r' 'X-A\0' 'X-A: \0' 'X-\0: b' \
 	    'X-A: b\x01' 'X-A: b\x7f' 'X-\x01: b' 'X-\x80: b' 'X(A): b'; do
 		garbled "HTTP/1.1 200 OK\\nX-First: 1\\n$bad\\n\\nevil"
 	done
-	garbled 'HTTP/1.1 200 OK\nX-A: b\l\levil'
 	garbled 'HTTP/1.1 200 O\0K\nContent-Length: 4\n\nevil'
 	garbled 'HTTP/1.1 200 O\rK\nContent-Length: 4\n\nevil'
-	garbled "HTTP/1.1 200 OK\\n\\{129:X-A: b\\n}Content-Length: 4\\n\\nevil"
+	garbled "HTTP/1.1 200 OK\\n\\{401:X-A: b\\n}Content-Length: 4\\n\\nevil"
 	garbled "HTTP/1.1 200 OK\\nX-A: \\{$buffer:a}\\nContent-Length: 4\\n\\nevil"
 	play 'equal repeats of Content-Length merge' <<'END'
 	origin head
@@ -3422,6 +3565,137 @@ END
 	sees   X-A: \xff\x09b
 	sees   good
 	gets   X-A: \xe4
+END
+}
+
+# A head of a server that is put right and told in the trace, once:
+# mended WORDS HEAD BODY
+mended() {
+	play -n "put right: $2" <<END
+	origin head
+	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\n$2$3
+	origin close
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+	sees   X-A: b
+	sees   Cache-Status: proxy-ID; hit; ttl=99
+	sees!~ (^Content-Length: 9|: identity|^X-A[ \t]|odd|evil)
+	sees~  good
+	gets#  1 ^GET
+	log    200 4 .* end=done
+	log    200 4 .* hit=fresh
+	err#   1 the server's head: $1
+	err#   1 the server's head
+END
+	sed '1,/^$/d' "$(entries)" | sed "/^$cr\$/,\$d" > stored
+	grep "^X-A: b$cr\$" stored > /dev/null || fail "$2: not stored"
+	! grep -e ' :' -e odd -e '^Content-Length' -e identity \
+	    -e "[^$cr]\$" stored || fail "$2: stored as it came"
+	rm -r cache/??
+}
+
+test_error_response_mended() { # what a server gets wrong, and no one can misunderstand, is put right
+	cr=$(printf '\r')
+	start_cache -v
+	length='Content-Length: 4\n'
+	mended 'LF alone' "X-A: b\\l$length\\n" good
+	mended 'LF alone' "X-A: b\\n${length}\\l" good
+	mended 'LF alone' 'X-A: b\lContent-Length: 4\l\l' good
+	mended 'blanks before a colon' "X-A \\t : b\\n$length\\n" good
+	mended 'blanks before a colon' 'X-A: b\nContent-Length : 4\n\n' good
+	mended 'blanks before a colon' 'X-A: b\nTransfer-Encoding : chunked\n\n' \
+	    '4\ngood\n0\n\n'
+	mended 'a line without a colon' "odd\\nX-A: b\\nodd odd\\n$length\\n" good
+	mended 'Transfer-Encoding: identity' \
+	    "X-A: b\\nTransfer-Encoding: Identity\\n$length\\n" good
+	mended 'Transfer-Encoding: identity' \
+	    'Transfer-Encoding: identity\nX-A: b\nTransfer-Encoding: chunked\n\n' \
+	    '4\ngood\n0\n\n'
+	mended 'Content-Length beside' \
+	    'X-A: b\nContent-Length: 9\nTransfer-Encoding: chunked\n\n' \
+	    '4\ngood\n0\n\n'
+	stop_proxy
+	start_proxy
+	play 'LF alone everywhere, to the close' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\lX-A: b\l\lgood\n
+	origin close
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+	sees+  X-A: b
+	sees   good
+END
+	play 'LF alone, byte by byte' <<'END'
+	origin head
+	origin chop 1 1 HTTP/1.1 200 OK\lX-A: b\lContent-Length: 4\r\l\lgood
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   X-A: b
+	sees~  ^good
+END
+	play 'Content-Length beside chunked: the connection is not used again' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nContent-Length: 0\n\n4\ngood\n0\n\n
+	origin eof
+	origin next
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\nmore
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees#  1 ^Content-Length
+	sees   more
+	gets#  2 ^-- connection
+END
+	play 'of answers without a body too' <<'END'
+	origin head
+	origin send HTTP/1.1 103 Early\lX-A : 103\lodd\l\lHTTP/1.1 200 OK\lX-A : 200\nContent-Length : 5\n\l
+	origin head
+	origin send HTTP/1.1 304 Not\lX-A : 304\nTransfer-Encoding: identity\n\l
+	origin head
+	origin send HTTP/1.1 204 No\lX-A : 204\nTransfer-Encoding: chunked\nContent-Length: 5\n\l
+	origin eof
+	client send HEAD http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer head
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees   X-A: 103
+	sees   HTTP/1.1 200 OK
+	sees   X-A: 200
+	sees+  Content-Length: 5
+	sees   HTTP/1.1 304 Not
+	sees+  X-A: 304
+	sees   HTTP/1.1 204 No
+	sees+  X-A: 204
+	sees!~ (odd|identity|chunked)
+	sees#  1 ^Content-Length
+	log#   3 end=done
+END
+	# A parent that speaks HTTP is a server like others.
+	stop_proxy
+	origin parent <<'END'
+head
+send HTTP/1.0 200 OK\lX-A : b\l\l
+want 4
+send pong
+eof
+END
+	start_proxy -x "http://$origin"
+	play -n 'a CONNECT by a parent' <<'END'
+	client send CONNECT a.example:443 HTTP/1.1\nHost: x\n\n
+	client answer head
+	client send ping
+	client until pong
+	sees~  ^HTTP/1.1 200
+	sees+  X-A: b
+	sees   pong
 END
 }
 
@@ -3456,6 +3730,7 @@ test_error_response_chunks() { # bad chunks in a response end it visibly
 	miscut '4\levil\n0\n\n'
 	miscut '4\revil\n0\n\n'
 	miscut 'g\nevil\n0\n\n'
+	miscut '0\rX\n'
 	miscut '4 4\nevil\n0\n\n'
 	miscut '4;x=\0\nevil\n0\n\n'
 	miscut '4;x=y\lz\nevil\n0\n\n'
@@ -3471,7 +3746,7 @@ test_error_response_chunks() { # bad chunks in a response end it visibly
 	log    "GET http://%O/ HTTP/1.1" (200|502) .* why="
 END
 	for bad in 'X-A : b' ' X-A: b' 'X-A: b\lX-B: c' 'X-A: b\rc' 'X-\0: b' \
-	    '\{129:X-A: b\n}X-B: c' "X-A: \\{$((buffer * 2)):y}"; do
+	    '\{401:X-A: b\n}X-B: c' "X-A: \\{$((buffer * 2)):y}"; do
 		play "trailer $bad" <<END
 		origin head
 		origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n4\ngood\n0\n
@@ -3604,10 +3879,14 @@ test_bad_request_line() { # request lines that are none
 }
 
 test_bad_url() { # URLs that a proxy must not take
-	refused 400 'GET http://user:pw@%O/ HTTP/1.1\nHost: %O\n\n'
-	refused 400 'GET http://user@%O/ HTTP/1.1\nHost: %O\n\n'
-	refused 400 'GET http://@%O/ HTTP/1.1\nHost: %O\n\n'
-	refused 400 'GET http://%O/#part HTTP/1.1\nHost: %O\n\n'
+	refused 400 'GET http://a@b@%O/ HTTP/1.1\nHost: %O\n\n'
+	refused 400 'GET http://a\\@%O/ HTTP/1.1\nHost: %O\n\n'
+	refused 400 'GET http://127.0.0.1#@%O/ HTTP/1.1\nHost: %O\n\n'
+	refused 400 'GET http://%O/#\0 HTTP/1.1\nHost: %O\n\n'
+	refused 400 'GET http://%O/#\x7f HTTP/1.1\nHost: %O\n\n'
+	refused 400 'GET # HTTP/1.1\nHost: %O\n\n'
+	refused 400 'CONNECT user:pw@%O HTTP/1.1\nHost: %O\n\n'
+	refused 400 'CONNECT %O#part HTTP/1.1\nHost: %O\n\n'
 	refused 400 'GET http:///x HTTP/1.1\nHost: %O\n\n'
 	refused 400 'GET http://:%p/x HTTP/1.1\nHost: %O\n\n'
 	refused 400 'GET http:/%O/ HTTP/1.1\nHost: %O\n\n'
@@ -3623,7 +3902,7 @@ test_bad_url() { # URLs that a proxy must not take
 		refused 400 "CONNECT 127.0.0.1:$port HTTP/1.1\\nHost: x\\n\\n"
 	done
 	for host in '[::1' '::1' '[::1]x' '[x]' '[]' '[::1%25lo]' 'a b' 'a"b' \
-	    'a<b' 'a\\b' 'a\0b' 'a\xe4b' 'a,b' 'a@b'; do
+	    'a<b' 'a\\b' 'a\0b' 'a\xe4b' 'a,b' 'a@'; do
 		refused 400 "GET http://$host:80/ HTTP/1.1\\nHost: x\\n\\n"
 		refused 400 "CONNECT $host:80 HTTP/1.1\\nHost: x\\n\\n"
 	done
@@ -3747,8 +4026,22 @@ test_bad_chunks() { # chunk sizes, line ends, extensions and trailers
 	done
 	miscut_request '4\ngoodevil\n0\n\n'
 	miscut_request '4\ngood\levil\n0\n\n'
+	play 'a byte for the LF of the last chunk hides no request' <<'END'
+	origin head
+	origin until good\n
+	origin eof
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\n\n4\ngood\n0\rX\nGET http://%O/evil HTTP/1.1\nHost: %O\n\n
+	client eof
+	sees~  ^HTTP/1.1 400
+	sees~  ^-- end (eof|reset)
+	sees#  1 ^HTTP/
+	gets!~ (evil|^0+$)
+	gets!~ ^-- end open
+	log#   1 .
+	log    "POST http://%O/ HTTP/1.1" 400 .* why="
+END
 	for bad in 'X-A : b' ' X-A: b' 'X-A: b\lX-B: c' 'X-A: b\rc' 'X-\0: b' \
-	    'X-A: b\n c' '\{129:X-A: b\n}X-B: c' "X-A: \\{$((buffer * 2)):y}"; do
+	    'X-A: b\n c' '\{401:X-A: b\n}X-B: c' "X-A: \\{$((buffer * 2)):y}"; do
 		miscut_request "0\\n$bad\\n\\n"
 	done
 }
@@ -3846,18 +4139,33 @@ END
 	refused 431 "GET http://%O/ HTTP/1.1\\nHost: %O\\n\\{$buffer:X-A: b\\n}"
 }
 
-test_limit_fields() { # 128 fields pass, 129: 431
-	play '128' <<'END'
+test_limit_board() { # the buffers that README has for boards take what the web sends
+	size=$(sed -n 's/.*CPPFLAGS=-DBUFFER_SIZE=\([0-9]*\).*/\1/p' "$here/README")
+	build "$T/board" "$here/proxy.c" -O0 "-UBUFFER_SIZE" "-DBUFFER_SIZE=$size"
+	built "$T/board"
+	proxy_bin=$T/board
+	play "$size" <<'END'
 	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\{127:X-A: b\n}\nok
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\{127:X-A: b\n}\n
+	origin send HTTP/1.1 200 OK\nX-A: \{15700:a}\nContent-Length: 2\n\nok
+	client send GET http://%O/\{7960:a} HTTP/1.1\nHost: %O\nX-A: \{7700:a}\n\n
 	client answer
 	sees   HTTP/1.1 200 OK
 	sees   ok
-	sees#  127 ^X-A: b$
-	gets#  127 ^X-A: b$
 END
-	refused 431 'GET http://%O/ HTTP/1.1\nHost: %O\n\{128:X-A: b\n}\n'
+}
+
+test_limit_fields() { # 400 fields pass, 401: 431
+	play '400' <<'END'
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\{399:X-A: b\n}\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\{399:X-A: b\n}\n
+	client answer
+	sees   HTTP/1.1 200 OK
+	sees   ok
+	sees#  399 ^X-A: b$
+	gets#  399 ^X-A: b$
+END
+	refused 431 'GET http://%O/ HTTP/1.1\nHost: %O\n\{400:X-A: b\n}\n'
 }
 
 test_limit_head_time() { # a head that takes too long: 408
@@ -8404,10 +8712,14 @@ END
 	run_proxy -e 'deny url ^example.com:443$' -T https://example.com/
 	[ $status = 1 ] || fail "https is a CONNECT: exit status $status"
 	for url in 'https://[2001:db8::1]/' 'https://[2001:db8::1]:443/x?y:z' \
-	    'https://192.0.2.9/a:b' https://example.com; do
+	    'https://192.0.2.9/a:b' https://example.com \
+	    'https://bob:pw@[2001:db8::1]/' 'https://example.com#x:1'; do
 		run_proxy -e 'deny port 443' -T "$url"
 		[ $status = 1 ] || fail "$url: exit status $status: $(cat errors)"
 	done
+	run_proxy -e 'deny url ^http://example.com/a$' \
+	    -T 'http://bob:pw@example.com/a#b'
+	[ $status = 1 ] || fail "login and fragment: exit status $status"
 	run_proxy -T http://example.com/
 	[ $status = 0 ] || fail "without rules: exit status $status"
 	run_proxy -e 'deny port x' -T http://example.com/
@@ -9807,7 +10119,8 @@ test_cache_incomplete() { # a body cut short is never an entry
 	sees   -- end eof answer
 	log    end=server
 END
-	for cut in '5\nhello\n' '5\nhello\n0\n' '5\nhel' '5\nhello\nx\n'; do
+	for cut in '5\nhello\n' '5\nhello\n0\n' '5\nhel' '5\nhello\nx\n' \
+	    '5\nhello\n0\rX\n'; do
 		play -n "chunks cut: $cut" <<END
 	origin head
 	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nTransfer-Encoding: chunked\n\n$cut
@@ -12171,7 +12484,8 @@ END
 	find cache -type f -exec grep -l -x -F "key: http://$host:80/v" {} + |
 		sort > want
 	for url in "HTTP://$host/v" http://SOME.example/v "http://$host:80/v" \
-	    HTTP://Some.Example:80/v "http://$host:080/v"; do
+	    HTTP://Some.Example:80/v "http://$host:080/v" \
+	    "http://bob:pw@$host/v#part"; do
 		purged "$url"
 	done
 	find cache -type f -exec grep -l -x -F "key: http://$host:80/" {} + |
@@ -13917,6 +14231,10 @@ unit_dates(void)
 		{ "Sun, 06 Nov 1994 08:49 GMT", -1 },
 		{ "Sun, +6 Nov 1994 08:49:37 GMT", -1 },
 		{ "Sunday, 06-Nov-1994 08:49:37 GMT", -1 },
+		{ "Sunday, 06-Nov-08:49:37 GMT", -1 },
+		{ "Sunday, 06-Nov-x4 08:49:37 GMT", -1 },
+		{ "Sunday,x06-Nov-94 08:49:37 GMT", -1 },
+		{ "SunxNov  6 08:49:37 1994", -1 },
 		{ "Sunday, 06 Nov 94 08:49:37 GMT", -1 },
 		{ "Sunday, 06-Nov-94 08:49:37 CET", -1 },
 		{ "Sun, 06-Nov-94 08:49:37 GMT", -1 },
@@ -16635,9 +16953,12 @@ END
 
 test_regress_credentials() { # a password in a URL is neither logged nor traced nor sent back
 	start_proxy -vv
-	for request in 'GET http://bob:s3cret@%O/ HTTP/1.1\nHost: %O' \
-	    'GET http://bob:s3cret@%O HTTP/1.1\nHost: %O' \
-	    'GET http://s3cret@%O/?a@b HTTP/1.1\nHost: %O' \
+	for request in 'GET http://bob:s3 cret@%O/ HTTP/1.1\nHost: %O' \
+	    'GET http://bob:s3cret#@%O HTTP/1.1\nHost: %O' \
+	    'GET http://"s3cret@%O/?a@b HTTP/1.1\nHost: %O' \
+	    'GET\thttp://bob:s3cret@%O/ HTTP/1.1\nHost: %O' \
+	    'http://bob:s3cret@%O/' \
+	    'GET http://%O/#s3cret HTTP/1.1\nHost: %O\nX-A : b' \
 	    'CONNECT bob:s3cret@%O HTTP/1.1\nHost: %O' \
 	    'GET http://bob:s3cret@%O:x/ HTTP/1.1\nHost: %O' \
 	    'GET http://bob:s3cret@%O/ HTTP/1.1\nHost: %O\nX-A : b' \
@@ -17174,6 +17495,7 @@ unit_dates(void)
 		time_t wall;
 		const char *date;
 	} table[] = {
+		{ 0, "Thu, 01 Jan 1970 00:00:00 GMT" },
 		{ 784111777, "Sun, 06 Nov 1994 08:49:37 GMT" },
 		{ 0, "Thu, 01 Jan 1970 00:00:00 GMT" },
 		{ 951782399, "Mon, 28 Feb 2000 23:59:59 GMT" },
@@ -17187,6 +17509,9 @@ unit_dates(void)
 		now.wall = table[i].wall;
 		if (strcmp(date_now(), table[i].date) != 0)
 			unit_fail("date", date_now(), "",
+			    (long long)table[i].wall);
+		if (strlen(log_date()) != strlen("01/Jan/1970:00:00:00 +0000"))
+			unit_fail("the log's date", log_date(), "",
 			    (long long)table[i].wall);
 	}
 }
@@ -17355,6 +17680,41 @@ unit_addresses(void)
 	}
 }
 
+/* The longest line of the log ends like every other. */
+static void
+unit_line(void)
+{
+	static char quotes[BUFFER_ROOM], name[300];
+	static struct account user;
+	static struct rule rule = { .file = name, .line = 1000000,
+		.action = ACTION_DENY };
+	static struct exchange x;
+	struct text t;
+
+	memset(quotes, '"', sizeof(quotes) - 1);
+	memset(name, '"', sizeof(name) - 1);
+	user.user = text_of(name);
+	x.record = (struct record){ .user = &user, .rule = &rule,
+		.refusal = REFUSE_CUT_SHORT };
+	x.peer.family = x.record.server.family = AF_INET6;
+	memset(x.peer.octets, 0xff, 16);
+	memset(x.record.server.octets, 0xff, 16);
+	x.request = request_new(&x);
+	x.request->name = x.request->uri = text_of(quotes);
+	x.request->head.n = 2;
+	x.request->head.fields[0].name = text_of("User-Agent");
+	x.request->head.fields[1].name = text_of("Referer");
+	x.request->head.fields[0].value = text_of(quotes);
+	x.request->head.fields[1].value = text_of(quotes);
+	x.up.payload = x.down.payload = UINT64_MAX;
+	log_lines.start = log_lines.end = CHUNK_ROOM;
+	log_exchange(&x);
+	t = buffer_text(&log_lines);
+	if (text_find(t, '\n') + 1 != t.len || t.len < BUFFER_ROOM / 2)
+		unit_fail("line", "", "", (long long)t.len);
+	request_drop(&x.request);
+}
+
 static void
 unit_targets(void)
 {
@@ -17392,7 +17752,8 @@ unit_targets(void)
 		{ METHOD_GET, "http://a:b/", 400, "", 0, "" },
 		{ METHOD_GET, "http://a@b/", 400, "", 0, "" },
 		{ METHOD_GET, "http://a:b@c/", 400, "", 0, "" },
-		{ METHOD_GET, "http://a/#", 400, "", 0, "" },
+		{ METHOD_GET, "http://a/b#c", 200, "a", 80, "/b" },
+		{ METHOD_GET, "http://a#c@d/", 200, "a", 80, "" },
 		{ METHOD_GET, "http://[/", 400, "", 0, "" },
 		{ METHOD_GET, "http://[]/", 400, "", 0, "" },
 		{ METHOD_GET, "http://[a]/", 400, "", 0, "" },
@@ -17414,8 +17775,12 @@ unit_targets(void)
 		{ METHOD_CONNECT, "u@a:1", 400, "", 0, "" },
 		{ METHOD_CONNECT, "http://a:1", 400, "", 0, "" },
 	};
+	struct target of_nul;
 	size_t i;
 
+	if (host_is_valid(at_guard(0, "a\0b", 3), false) ||
+	    target_parse(at_guard(0, "a\0://b/", 8), METHOD_GET, &of_nul) == 1)
+		unit_fail("NUL", "", "", 0);
 	for (i = 0; i < COUNT(table); i++) {
 		struct target target;
 		int status = status_of(target_parse(
@@ -17510,8 +17875,10 @@ unit_requests(void)
 
 			seen = 0;
 			if (n < len)
-				found = head_find(at_guard(0, head, n), &seen);
-			whole = head_find(at_guard(0, head, len), &seen);
+				found = head_find(at_guard(0, head, n), &seen,
+				    false);
+			whole = head_find(at_guard(0, head, len), &seen,
+			    false);
 			if (found != 0 || whole != (int)len)
 				unit_fail("end of head", head, "",
 				    (long long)n);
@@ -17538,7 +17905,7 @@ unit_mutations(void)
 				copy[at] = (char)c;
 				seen = 0;
 				found = head_find(at_guard(0, copy, len),
-				    &seen);
+				    &seen, false);
 				if (found <= 0)
 					continue;
 				verdict = request_parse(at_guard(0, copy,
@@ -17594,11 +17961,28 @@ unit_responses(void)
 		{ METHOD_GET, "HTTP/1.1 100 Go\r\n\r\n", true, 100,
 		    FRAMING_NONE, 0 },
 		{ METHOD_GET, OK "Content-Length: 5\r\nTransfer-Encoding: "
+		    "chunked\r\n\r\n", true, 200, FRAMING_CHUNKED, 0 },
+		{ METHOD_GET, OK "Content-Length: 5, 6\r\nTransfer-Encoding: "
 		    "chunked\r\n\r\n", false, 0, 0, 0 },
+		{ METHOD_GET, OK "Transfer-Encoding: identity\r\n"
+		    "Content-Length: 5\r\n\r\n", true, 200, FRAMING_LENGTH, 5 },
+		{ METHOD_GET, OK "Transfer-Encoding: identity\r\n\r\n", true,
+		    200, FRAMING_CLOSE, 0 },
+		{ METHOD_GET, OK "Transfer-Encoding: identity, chunked\r\n\r\n",
+		    false, 0, 0, 0 },
+		{ METHOD_GET, "HTTP/1.1 200 OK\nContent-Length: 5\n\n", true,
+		    200, FRAMING_LENGTH, 5 },
+		{ METHOD_GET, OK "A\r\nContent-Length\t : 5\n\r\n", true, 200,
+		    FRAMING_LENGTH, 5 },
+		{ METHOD_GET, OK " A: b\n\n", false, 0, 0, 0 },
+		{ METHOD_GET, OK "A: b\r\r\n\r\n", false, 0, 0, 0 },
+		{ METHOD_GET, OK "A: b\rB: c\r\n\r\n", false, 0, 0, 0 },
+		{ METHOD_GET, OK ": b\r\n\r\n", false, 0, 0, 0 },
 		{ METHOD_GET, OK "Content-Length: x\r\n\r\n", false, 0, 0, 0 },
 		{ METHOD_GET, OK "Transfer-Encoding: x\r\n\r\n", false, 0, 0,
 		    0 },
-		{ METHOD_GET, OK "A : b\r\n\r\n", false, 0, 0, 0 },
+		{ METHOD_GET, OK "A : b\r\n\r\n", true, 200, FRAMING_CLOSE,
+		    0 },
 		{ METHOD_GET, "HTTP/1.1 20 OK\r\n\r\n", false, 0, 0, 0 },
 		{ METHOD_GET, "HTTP/1.1 2000\r\n\r\n", false, 0, 0, 0 },
 		{ METHOD_GET, "HTTP/1.1  200\r\n\r\n", false, 0, 0, 0 },
@@ -17611,9 +17995,12 @@ unit_responses(void)
 #undef OK
 	};
 	static struct response r;
-	size_t i;
+	size_t i, n, at, seen;
+	char copy[256];
+	int c;
 
 	for (i = 0; i < COUNT(table); i++) {
+		size_t len = strlen(table[i].head);
 		int verdict = response_parse(string_at_guard(table[i].head),
 		    table[i].method, &r);
 
@@ -17625,6 +18012,40 @@ unit_responses(void)
 		    r.length != table[i].length)))
 			unit_fail("response's framing", table[i].head, "",
 			    (long long)r.framing);
+		/* Its end is found at its last byte, from every start. */
+		for (n = 0; n <= len; n++) {
+			int found = 0, whole;
+
+			seen = 0;
+			if (n < len)
+				found = head_find(at_guard(0, table[i].head, n),
+				    &seen, true);
+			whole = head_find(at_guard(0, table[i].head, len),
+			    &seen, true);
+			if (found != 0 || whole != (int)len)
+				unit_fail("end of head", table[i].head, "",
+				    (long long)n);
+		}
+		/* Each byte replaced by each other: what is left is clean. */
+		for (at = 0; at < len; at++)
+			for (c = 0; c < 256; c++) {
+				memcpy(copy, table[i].head, len + 1);
+				copy[at] = (char)c;
+				seen = 0;
+				verdict = head_find(at_guard(0, copy, len),
+				    &seen, true);
+				if (verdict > 0)
+					verdict = response_parse(at_guard(0,
+					    copy, (size_t)verdict),
+					    table[i].method, &r);
+				for (n = 0; verdict == 1 && n < r.head.n; n++)
+					if (!text_is_token(
+					    r.head.fields[n].name) ||
+					    !text_is_clean(
+					    r.head.fields[n].value))
+						unit_fail("response's field",
+						    copy, "", c);
+			}
 	}
 }
 
@@ -17775,6 +18196,125 @@ unit_bodies(void)
 	}
 }
 
+/*
+ * What a chunked body is, told without states (RFC 9112 section 7.1): 1 and
+ * where it ends, 0 if it may go on, -1 if it is none; payload has what is of
+ * it until then.
+ */
+static int
+chunks_judge(const char *s, size_t n, size_t *end, char *payload, size_t *sum)
+{
+	size_t at = 0, i, lf;
+	unsigned long long size;
+
+	for (*sum = 0;; at += 2) {
+		for (i = at; i < n && isxdigit((unsigned char)s[i]); i++)
+			continue;
+		if (i - at > 16 || (i == at && i < n))
+			return -1;
+		size = strtoull(s + at, NULL, 16);
+		if (size > INT64_MAX)
+			return -1;
+		while (i < n && (s[i] == ' ' || s[i] == '\t'))
+			i++;
+		if (i < n && s[i] == ';')
+			while (i < n && (s[i] == '\t' ||
+			    (unsigned char)s[i] >= ' '))
+				i++;
+		if (i < n && s[i] != '\r')
+			return -1;
+		if (i + 1 < n && s[i + 1] != '\n')
+			return -1;
+		if (i + 2 > n)
+			return 0;
+		at = i + 2;
+		if (size == 0)
+			break;
+		for (; size > 0 && at < n; size--)
+			payload[(*sum)++] = s[at++];
+		if (at < n && s[at] != '\r')
+			return -1;
+		if (at + 1 < n && s[at + 1] != '\n')
+			return -1;
+		if (at + 2 > n)
+			return 0;
+	}
+	/* Trailer lines: a name, a colon, and nothing that can't be seen. */
+	for (i = at; i < n; i = lf + 1) {
+		for (lf = i; lf < n && s[lf] != '\n'; lf++)
+			continue;
+		if (lf == n)
+			return 0;
+		if (lf == i || s[lf - 1] != '\r')
+			return -1;
+		if (lf == i + 1)
+			break;
+	}
+	if (i == n)
+		return 0;
+	*end = lf + 1;
+	for (; at < i; at = lf + 1) {
+		bool named = false;
+
+		for (lf = at; s[lf] != '\r' || s[lf + 1] != '\n'; lf++) {
+			char c = s[lf];
+
+			if (c == ':' && !named && lf > at)
+				named = true;
+			else if (!named && !isalnum((unsigned char)c) &&
+			    (c == '\0' || !strchr("!#$%&'*+-.^_`|~", c)))
+				return -1;
+			else if (c == 127 || (c != '\t' && c >= 0 && c < ' '))
+				return -1;
+		}
+		if (!named)
+			return -1;
+		lf++;
+	}
+	return 1;
+}
+
+/* Each byte behind each beginning of a body, a request behind it. */
+static void
+unit_chunks(void)
+{
+	static const char *const starts[] = { "", "0", "00", "5", "5 ", "0\t",
+		"5;a", "0;a=\"b", "5\r", "0\r", "0 \r", "0;a\r", "5\r\n",
+		"5\r\nhell", "5\r\nhello", "5\r\nhello\r", "5\r\nhello\r\n",
+		"5\r\nhello\r\n0", "5\r\nhello\r\n0\r",
+		"5\r\nhello\r\n0\r\n", "0\r\n", "0\r\n\r", "0\r\nA",
+		"0\r\nA:", "0\r\nA:b\r", "0\r\nA:b\r\n", "0\r\nA:b\r\n\r",
+		"0000000000000000", "7FFFFFFFFFFFFFFF", "8", NULL };
+	static const char *const rests[] = { "GET / HTTP/1.1\r\n\r\n",
+		"\r\nGET / HTTP/1.1\r\n\r\n", NULL };
+	static struct outcome o;
+	const char *const *start, *const *rest;
+	char s[100], payload[100];
+	size_t n, cut, end, sum;
+	int c, verdict;
+
+	for (start = starts; *start != NULL; start++)
+		for (rest = rests; *rest != NULL; rest++)
+			for (c = 1; c < 256; c++) {
+				snprintf(s, sizeof(s), "%s%c%s", *start, c,
+				    *rest);
+				n = strlen(s);
+				verdict = chunks_judge(s, n, &end, payload,
+				    &sum);
+				for (cut = 0; cut < strlen(*start) + 3; cut++) {
+					decode_pieces(FRAMING_CHUNKED, 0, s,
+					    &cut, 1, &o);
+					if (o.whole != (verdict == 1) ||
+					    o.broken == o.whole ||
+					    o.n != sum || memcmp(o.bytes,
+					    payload, sum) != 0 ||
+					    (o.whole && o.over != n - end))
+						unit_fail("chunks", *start,
+						    *rest, c);
+				}
+			}
+}
+
 /* Undoes the chunks at s; returns the payload's length, -1 if they are bad. */
 static long
 chunks_undo(const char *s, size_t n, char *to)
@@ -17905,11 +18445,12 @@ unit_encoding(void)
 
 const struct unit_table units[] = {
 	{ "numbers", unit_numbers }, { "dates", unit_dates },
-	{ "texts", unit_texts }, { "addresses", unit_addresses },
+	{ "texts", unit_texts }, { "line", unit_line },
+	{ "addresses", unit_addresses },
 	{ "targets", unit_targets }, { "requests", unit_requests },
 	{ "mutations", unit_mutations }, { "responses", unit_responses },
-	{ "bodies", unit_bodies }, { "encoding", unit_encoding },
-	{ NULL, NULL },
+	{ "bodies", unit_bodies }, { "chunks", unit_chunks },
+	{ "encoding", unit_encoding }, { NULL, NULL },
 };
 EOF_UNIT
 }
@@ -17924,6 +18465,10 @@ test_unit_dates() { # dates as RFC 9110 has them
 
 test_unit_texts() { # escapes, base64, lists
 	unit parts texts
+}
+
+test_unit_line() { # the longest line of the log ends like every other
+	unit parts line
 }
 
 test_unit_addresses() { # addresses: read, printed, guarded
@@ -17948,6 +18493,10 @@ test_unit_responses() { # response heads
 
 test_unit_bodies() { # bodies: every split gives the same result
 	unit parts bodies
+}
+
+test_unit_chunks() { # each byte behind each beginning of a chunk line
+	unit parts chunks
 }
 
 test_unit_encoding() { # bodies leave whole, however slowly
