@@ -9461,6 +9461,8 @@ names_start(void)
 	int down[2], up[2];
 	size_t i;
 
+	assert(sizeof(struct question) <= _POSIX_PIPE_BUF &&
+	    sizeof(struct answer) <= _POSIX_PIPE_BUF);
 	if (pipe(down) == -1)
 		return false;
 	if (pipe(up) == -1) {
