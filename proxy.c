@@ -6657,12 +6657,7 @@ static struct {
 	int64_t lack_ms;    /* that leads to no sweep before this */
 	bool said_disk;     /* that the disk is the limit */
 	bool said_unread;   /* that the directory could not be read */
-	struct exchange *fetches;  /* what others may follow */
-	uint64_t lone[CACHE_LONE]; /* keys that nobody should wait for */
-	struct {
-		uint64_t name; /* of the entry's file */
-		time_t when;   /* its recency was written or seen */
-	} touched[CACHE_TOUCHED];
+	struct exchange *fetches; /* what others may follow */
 } cache = { .block = CACHE_DISK_BLOCK,
 	.limit = UINT64_MAX,
 	.report = { .fd = -1 } };
@@ -7947,12 +7942,15 @@ fetch_leave(struct exchange *x)
 	q->caching.leader = 0;
 }
 
+/* Keys that nobody should wait for; memory only where it is written to. */
+static uint64_t cache_lone[CACHE_LONE];
+
 /* True if answers to that key were lately found not to be storable. */
 static bool
 key_is_lone(uint64_t key)
 {
 	const uint64_t *at =
-	    cache.lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
+	    cache_lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
 	size_t i;
 
 	for (i = 0; i < LONE_WAYS; i++)
@@ -7968,7 +7966,7 @@ key_is_lone(uint64_t key)
 static void
 key_note(uint64_t key, bool lone)
 {
-	uint64_t *at = cache.lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
+	uint64_t *at = cache_lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
 	size_t i = 0;
 
 	while (i < LONE_WAYS - 1 && at[i] != key)
@@ -8529,6 +8527,12 @@ entry_freshen(struct exchange *x, const struct response *news, int64_t given,
 	return good;
 }
 
+/* Entries of which we know that their recency was written lately. */
+static struct {
+	uint64_t name; /* of the entry's file */
+	time_t when;   /* its recency was written or seen */
+} cache_touched[CACHE_TOUCHED];
+
 /*
  * An entry was used: its file's time says so, for the sweeper, and is written
  * only if it is older than CACHE_TOUCH_S.  The table spares asking for it.
@@ -8541,11 +8545,11 @@ entry_touch(int fd, struct text key, struct text variant)
 	size_t i = (size_t)(name % CACHE_TOUCHED);
 	struct stat status;
 
-	if (cache.touched[i].name == name &&
-	    now.wall - cache.touched[i].when < CACHE_TOUCH_S)
+	if (cache_touched[i].name == name &&
+	    now.wall - cache_touched[i].when < CACHE_TOUCH_S)
 		return;
-	cache.touched[i].name = name;
-	cache.touched[i].when = now.wall;
+	cache_touched[i].name = name;
+	cache_touched[i].when = now.wall;
 	if (fstat(fd, &status) != -1 &&
 	    now.wall - status.st_mtime >= CACHE_TOUCH_S)
 		(void)futimens(fd, NULL);
@@ -10134,6 +10138,8 @@ names_start(void)
 {
 	int down[2], up[2];
 
+	assert(sizeof(struct question) <= _POSIX_PIPE_BUF &&
+	    sizeof(struct answer) <= _POSIX_PIPE_BUF);
 	if (!pipe_open(down))
 		return false;
 	if (!pipe_open(up)) {
