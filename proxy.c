@@ -3398,11 +3398,7 @@ enum truth {
 struct value {
 	struct value *next; /* of the same condition */
 	struct text text;   /* as it was written, quotes undone */
-	bool bare;          /* it was written without quotes */
-	bool special;       /* a bare word with a meaning: local, mismatch, * */
-	bool above;         /* of a size: above the number, not below */
-	bool response;      /* of a field: of the response, not the request */
-	struct text name;   /* of it */
+	bool any;           /* the bare word of its subject: local or * */
 	union {
 		struct network network;
 		struct numbers numbers;
@@ -3419,7 +3415,9 @@ struct condition {
 	enum subject subject;   /* what it is about */
 	unsigned needs;         /* facts that it takes to tell */
 	bool inverted;          /* `not` stands before it */
-	struct value *values;   /* one at least */
+	bool response;        /* of a field: of the response, not the request */
+	struct text name;     /* of it */
+	struct value *values; /* one at least */
 };
 
 /* One line. */
@@ -3740,6 +3738,13 @@ numbers_parse(struct text t, uint64_t max, struct numbers *r)
 		return false;
 	*r = range;
 	return true;
+}
+
+/* True if n is one of the numbers. */
+static bool
+numbers_have(const struct numbers *r, uint64_t n)
+{
+	return n >= r->first && n <= r->last;
 }
 
 /* A number and at most one of the units, in either case; none above max. */
@@ -4500,70 +4505,23 @@ field_matches(const struct head *h, struct text name, const regex_t *regex)
 	return false;
 }
 
-/* The client is in a network, or local. */
-static bool
-match_client(const struct value *value, struct view *v)
-{
-	return value->special ? v->local :
-				network_has(&value->as.network, v->client);
-}
-
-/* The client has logged in, as one user or as any. */
-static bool
-match_user(const struct value *value, struct view *v)
-{
-	return v->user.at != NULL &&
-	    (value->special || text_equals(value->text, v->user));
-}
-
-/* The method, as it was sent. */
-static bool
-match_method(const struct value *value, struct view *v)
-{
-	return text_equals(value->text, v->request->name);
-}
-
-/* The host in the URL. */
-static bool
-match_host(const struct value *value, struct view *v)
-{
-	return host_matches(value->text, v->host);
-}
-
-/* The same, in a list of domains. */
-static bool
-match_list(const struct value *value, struct view *v)
-{
-	return list_has(value->as.list, v->host);
-}
-
-/* The port in the URL. */
-static bool
-match_port(const struct value *value, struct view *v)
-{
-	return v->port >= value->as.numbers.first &&
-	    v->port <= value->as.numbers.last;
-}
-
 /*
- * The whole URL, its host in small letters; for CONNECT host:port.  Good until
- * the next call.
+ * The URL of the request, its host in lower case; for CONNECT host:port.
+ * Made once for a view, and valid until another view asks.
  */
 static const char *
-view_url(const struct view *v)
+view_url(struct view *v)
 {
 	static char url[LINE_MAX_BYTES + HOST_MAX + 32];
 	const struct request *q = v->request;
 	bool connect = q->method == METHOD_CONNECT;
 	bool bracket = text_find(v->host, ':') < v->host.len;
 	struct text path = q->target.path;
-	char port[16] = "";
-	char host[HOST_MAX + 1];
-	size_t i;
+	char port[16] = "", host[HOST_MAX + 1] = "";
 
-	(void)text_copy(v->host, host, sizeof(host));
-	for (i = 0; host[i] != '\0'; i++)
-		host[i] = (char)tolower((unsigned char)host[i]);
+	if (v->url != NULL)
+		return v->url;
+	(void)domain_lower(v->host, host);
 	if (connect || v->port != 80)
 		(void)snprintf(port, sizeof(port), ":%u", v->port);
 	(void)snprintf(url, sizeof(url), "%s%s%s%s%s%s%.*s",
@@ -4571,49 +4529,8 @@ view_url(const struct view *v)
 	    bracket ? "]" : "", port,
 	    connect || (path.len > 0 && *path.at == '/') ? "" : "/",
 	    (int)path.len, path.at);
+	v->url = url;
 	return url;
-}
-
-/* The whole URL, which is made once for a view. */
-static bool
-match_url(const struct value *value, struct view *v)
-{
-	if (v->url == NULL)
-		v->url = view_url(v);
-	return regexec(&value->as.regex, v->url, 0, NULL, 0) == 0;
-}
-
-/* A field of the request, or of the response. */
-static bool
-match_field(const struct value *value, struct view *v)
-{
-	return field_matches(value->response ? &v->response->head :
-					       &v->request->head,
-	    value->name, &value->as.regex);
-}
-
-/* The local time, read once for a view. */
-static bool
-match_time(const struct value *value, struct view *v)
-{
-	if (!v->timed)
-		v->timed = localtime_r(&now.wall, &v->when) != NULL;
-	return v->timed && span_has(&value->as.span, &v->when);
-}
-
-/* The server is in a network. */
-static bool
-match_address(const struct value *value, struct view *v)
-{
-	return network_has(&value->as.network, v->address);
-}
-
-/* The status of the response. */
-static bool
-match_status(const struct value *value, struct view *v)
-{
-	return (uint64_t)v->response->status >= value->as.numbers.first &&
-	    (uint64_t)v->response->status <= value->as.numbers.last;
 }
 
 /*
@@ -4621,16 +4538,15 @@ match_status(const struct value *value, struct view *v)
  * names several, some clients take the first and some the last: each counts.
  */
 static bool
-match_type(const struct value *value, struct view *v)
+type_matches(const struct head *h, struct text wanted)
 {
-	const struct head *h = &v->response->head;
-	struct text wanted = value->text, type;
 	bool star = wanted.at[wanted.len - 1] == '*';
 	size_t i;
 
 	wanted.len -= star;
 	for (i = 0; i < h->n; i++) {
-		type = h->fields[i].value;
+		struct text type = h->fields[i].value;
+
 		if (!text_is(h->fields[i].name, "Content-Type"))
 			continue;
 		type = text_trim(text_cut(type.at, text_find(type, ';')));
@@ -4642,72 +4558,105 @@ match_type(const struct value *value, struct view *v)
 	return false;
 }
 
-/* What has passed may tell before the length is known, if it ever can be. */
+/*
+ * True if a value of the condition is what v shows.  That a body is too long,
+ * or that a text is in it, may be seen before all of it has passed.
+ */
 static bool
-match_size(const struct value *value, struct view *v)
+value_matches(const struct condition *c, const struct value *value,
+    struct view *v)
 {
-	uint64_t limit = value->as.numbers.first;
-
-	if (!(v->known & FACT_LENGTH))
-		return value->above && v->passed > limit &&
+	switch (c->subject) {
+	case SUBJECT_CLIENT:
+		return value->any ? v->local :
+				    network_has(&value->as.network, v->client);
+	case SUBJECT_USER:
+		return v->user.at != NULL &&
+		    (value->any || text_equals(value->text, v->user));
+	case SUBJECT_METHOD:
+		return text_equals(value->text, v->request->name);
+	case SUBJECT_HOST:
+		return host_matches(value->text, v->host);
+	case SUBJECT_LIST:
+		return list_has(value->as.list, v->host);
+	case SUBJECT_PORT:
+		return numbers_have(&value->as.numbers, v->port);
+	case SUBJECT_URL:
+		return regexec(&value->as.regex, view_url(v), 0, NULL, 0) == 0;
+	case SUBJECT_FIELD:
+		return field_matches(c->response ? &v->response->head :
+						   &v->request->head,
+		    c->name, &value->as.regex);
+	case SUBJECT_TIME:
+		v->timed = v->timed || localtime_r(&now.wall, &v->when) != NULL;
+		return v->timed && span_has(&value->as.span, &v->when);
+	case SUBJECT_ADDRESS:
+		return network_has(&value->as.network, v->address);
+	case SUBJECT_STATUS:
+		return numbers_have(&value->as.numbers,
+		    (uint64_t)v->response->status);
+	case SUBJECT_TYPE:
+		return type_matches(&v->response->head, value->text);
+	case SUBJECT_SIZE:
+		if (v->known & FACT_LENGTH)
+			return numbers_have(&value->as.numbers, v->length);
+		return value->as.numbers.last == UINT64_MAX &&
+		    v->passed >= value->as.numbers.first &&
 		    !(v->never & FACT_LENGTH);
-	return value->above ? v->length > limit : v->length < limit;
-}
-
-/* A text was found in what has passed of the body. */
-static bool
-match_body(const struct value *value, struct view *v)
-{
-	return v->found >> value->as.needle & 1;
+	case SUBJECT_BODY:
+		return v->found >> value->as.needle & 1;
+	case SUBJECTS:
+		break;
+	}
+	return false;
 }
 
 /*
- * The subjects: what it takes to tell, and how to.  early: what is known so
- * far may tell that it matches, but not that it does not.  single: a message
- * has one, so that two conditions about it can't both match.  wants: what its
+ * The subjects: the facts that they need; single: a message has one, so that
+ * two conditions about it can't both match; any: the word that means more
+ * unless it is quoted; max: the largest of their numbers; wants: what their
  * values are.
  */
 static const struct {
 	const char *word;
 	unsigned needs;
-	bool early;
 	bool single;
-	bool (*match)(const struct value *, struct view *);
+	const char *any;
+	uint64_t max;
 	const char *wants;
 } subjects[SUBJECTS] = {
-	[SUBJECT_CLIENT] = { "client", 0, false, true, match_client,
+	[SUBJECT_CLIENT] = { "client", 0, true, "local", 0,
 	    "an address or a network such as 10.0.0.0/8, or local" },
-	[SUBJECT_USER] = { "user", 0, false, true, match_user,
+	[SUBJECT_USER] = { "user", 0, true, "*", 0,
 	    "names with blanks between them, or * for any user" },
-	[SUBJECT_METHOD] = { "method", 0, false, true, match_method,
+	[SUBJECT_METHOD] = { "method", 0, true, NULL, 0,
 	    "a method in capitals such as GET" },
-	[SUBJECT_HOST] = { "host", 0, false, true, match_host,
+	[SUBJECT_HOST] = { "host", 0, true, NULL, 0,
 	    "a host without its port such as example.com, or .example.com "
 	    "for all below it" },
-	[SUBJECT_LIST] = { "list", 0, false, false, match_list, "a file" },
-	[SUBJECT_PORT] = { "port", 0, false, true, match_port,
+	[SUBJECT_LIST] = { "list", 0, false, NULL, 0, "a file" },
+	[SUBJECT_PORT] = { "port", 0, true, NULL, 65535,
 	    "a port or a range such as 8000-8999" },
-	[SUBJECT_URL] = { "url", 0, false, false, match_url,
-	    "a regular expression" },
-	[SUBJECT_FIELD] = { "field", 0, false, false, match_field,
+	[SUBJECT_URL] = { "url", 0, false, NULL, 0, "a regular expression" },
+	[SUBJECT_FIELD] = { "field", 0, false, NULL, 0,
 	    "a name and a regular expression" },
-	[SUBJECT_TIME] = { "time", 0, false, false, match_time,
+	[SUBJECT_TIME] = { "time", 0, false, NULL, 0,
 	    "days such as Mon-Fri, hours such as 08:00-17:30, or both" },
-	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, false, true,
-	    match_address, "an address or a network such as 10.0.0.0/8" },
-	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, false, true, match_status,
+	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, true, NULL, 0,
+	    "an address or a network such as 10.0.0.0/8" },
+	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, true, NULL, 999,
 	    "a status or a range such as 500-599" },
-	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, false, true, match_type,
+	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, true, NULL, 0,
 	    "a type such as text/html or video/*" },
-	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, true, false,
-	    match_size, "a size behind < or > such as >10M" },
-	[SUBJECT_BODY] = { "body", FACT_BODY, true, false, match_body,
-	    "a text" },
+	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, false, NULL, 0,
+	    "a size behind < or > such as >10M" },
+	[SUBJECT_BODY] = { "body", FACT_BODY, false, NULL, 0, "a text" },
 };
 
 /*
- * One condition.  What can't ever be known makes it not hold, inverted or
- * not.
+ * One condition.  If a fact that it needs can never be known, it does not
+ * match, inverted or not.  What has passed of a body may tell that it matches,
+ * but not that it does not.
  */
 static enum truth
 condition_judge(const struct condition *c, struct view *v)
@@ -4716,9 +4665,9 @@ condition_judge(const struct condition *c, struct view *v)
 	const struct value *value = c->values;
 	bool hit = false;
 
-	if (missing == 0 || subjects[c->subject].early)
+	if ((missing & (FACT_ADDRESS | FACT_RESPONSE)) == 0)
 		for (; value != NULL && !hit; value = value->next)
-			hit = subjects[c->subject].match(value, v);
+			hit = value_matches(c, value, v);
 	if (missing != 0 && !hit)
 		return missing & v->never ? TRUTH_NO : TRUTH_OPEN;
 	return hit != c->inverted ? TRUTH_YES : TRUTH_NO;
@@ -5122,6 +5071,16 @@ parser_value(struct parser *p)
 	return word;
 }
 
+/* Takes the next word if it is a value. */
+static const struct word *
+parser_take(struct parser *p)
+{
+	const struct word *word = parser_value(p);
+
+	p->at += word != NULL;
+	return word;
+}
+
 /* Takes the next word if it is this one, and is not quoted. */
 static bool
 parser_takes(struct parser *p, const char *string)
@@ -5198,54 +5157,34 @@ parser_split(struct parser *p, char *line)
 
 /* ---- the values of conditions ---- */
 
-/* A network; of a client, local is one. */
-static bool
-value_network(struct parser *p, struct condition *c, struct value *value)
+/* Refuses a rule that asks for a user if there are none. */
+static void
+parser_logins(struct parser *p)
 {
-	(void)p;
-	value->special = c->subject == SUBJECT_CLIENT && value->bare &&
-	    text_is(value->text, "local");
-	return value->special || network_parse(value->text, &value->as.network);
-}
-
-/* The name of a user, or any. */
-static bool
-value_user(struct parser *p, struct condition *c, struct value *value)
-{
-	(void)c;
 	if (!p->rules->logins)
 		parser_error(p, "nobody can log in: no line `users' before it");
-	value->special = value->bare && text_is(value->text, "*");
-	return !value->bare || value->special ||
-	    (text_find(value->text, '*') == value->text.len &&
-		text_find(value->text, ',') == value->text.len);
 }
 
 /* A method; in capitals, unless it is quoted. */
 static bool
-value_method(struct parser *p, struct condition *c, struct value *value)
+method_fits(const struct word *word)
 {
 	size_t i;
 
-	(void)p;
-	(void)c;
-	for (i = 0; i < value->text.len && value->bare; i++)
-		if (islower((unsigned char)value->text.at[i]) ||
-		    value->text.at[i] == '*')
+	for (i = 0; i < word->t.len && !word->quoted; i++)
+		if (islower((unsigned char)word->t.at[i]) ||
+		    word->t.at[i] == '*')
 			return false;
-	return text_is_token(value->text);
+	return text_is_token(word->t);
 }
 
 /* A host, or what lies below one; a dot at the end does not count. */
 static bool
-value_host(struct parser *p, struct condition *c, struct value *value)
+host_parse(struct text *t)
 {
-	struct text *t = &value->text;
 	struct address a;
 	size_t i;
 
-	(void)p;
-	(void)c;
 	if (text_starts(*t, "*."))
 		*t = text_from(*t, 1);
 	if (t->len > 1 && t->at[t->len - 1] == '.')
@@ -5259,25 +5198,13 @@ value_host(struct parser *p, struct condition *c, struct value *value)
 	    (text_find(*t, ':') == t->len || address_parse(*t, 0, &a));
 }
 
-/* A port or a status, or a range. */
-static bool
-value_port(struct parser *p, struct condition *c, struct value *value)
-{
-	(void)p;
-	return numbers_parse(value->text,
-		   c->subject == SUBJECT_PORT ? 65535 : 999,
-		   &value->as.numbers) &&
-	    value->as.numbers.first > 0;
-}
-
 /* Compiles a regular expression of a condition. */
 static bool
-value_regex(struct parser *p, struct condition *c, struct value *value)
+regex_parse(struct parser *p, struct value *value)
 {
 	char words[200];
 	int error;
 
-	(void)c;
 	if (value->text.len > 0 && strchr("*+?", *value->text.at)) {
 		parser_error(p,
 		    "%.200s: an expression can't begin with %c; any text is .*",
@@ -5293,41 +5220,31 @@ value_regex(struct parser *p, struct condition *c, struct value *value)
 	return false;
 }
 
-/* Takes the next word if it is a value. */
-static const struct word *
-parser_take(struct parser *p)
-{
-	const struct word *word = parser_value(p);
-
-	p->at += word != NULL;
-	return word;
-}
-
 /* [request|response] NAME REGEX; the word that came is the first of it. */
 static bool
 value_field(struct parser *p, struct condition *c, struct value *value)
 {
 	const struct word *word = &p->words[p->at - 1];
 
-	value->response = !word->quoted && text_is(word->t, "response");
-	c->needs = value->response ? FACT_RESPONSE : 0;
-	if (!word->quoted && (value->response || text_is(word->t, "request")))
+	c->response = !word->quoted && text_is(word->t, "response");
+	c->needs = c->response ? FACT_RESPONSE : 0;
+	if (!word->quoted && (c->response || text_is(word->t, "request")))
 		word = parser_take(p);
 	if (word != NULL) {
-		value->name = rules_copy(p->rules, word->t);
+		c->name = rules_copy(p->rules, word->t);
 		word = parser_take(p);
 	}
 	if (word == NULL) {
 		parser_missing(p, "field");
 		return false;
 	}
-	if (!text_is_token(value->name) || parser_value(p) != NULL ||
-	    text_find(value->name, '*') < value->name.len) {
+	if (!text_is_token(c->name) || parser_value(p) != NULL ||
+	    text_find(c->name, '*') < c->name.len) {
 		parser_error(p, "field: it wants one name and one expression");
 		return false;
 	}
 	value->text = rules_copy(p->rules, word->t);
-	return value_regex(p, c, value);
+	return regex_parse(p, value);
 }
 
 /*
@@ -5335,7 +5252,7 @@ value_field(struct parser *p, struct condition *c, struct value *value)
  * days behind hours alone would not be what they look like.
  */
 static bool
-value_time(struct parser *p, struct condition *c, struct value *value)
+time_parse(struct parser *p, const struct condition *c, struct value *value)
 {
 	struct span *span = &value->as.span, all;
 	const struct value *last = c->values;
@@ -5362,42 +5279,43 @@ value_time(struct parser *p, struct condition *c, struct value *value)
 
 /* type/subtype; a star may be all or the end of the latter. */
 static bool
-value_type(struct parser *p, struct condition *c, struct value *value)
+type_parse(struct text t)
 {
-	size_t slash = text_find(value->text, '/');
-	size_t star = text_find(value->text, '*');
+	size_t slash = text_find(t, '/'), star = text_find(t, '*');
 
-	(void)p;
-	(void)c;
-	return slash + 1 < value->text.len &&
-	    (star == value->text.len ||
-		(star > slash && star + 1 == value->text.len)) &&
-	    text_is_token(text_cut(value->text.at, slash)) &&
-	    text_is_token(text_from(value->text, slash + 1));
+	return slash + 1 < t.len &&
+	    (star == t.len || (star > slash && star + 1 == t.len)) &&
+	    text_is_token(text_cut(t.at, slash)) &&
+	    text_is_token(text_from(t, slash + 1));
 }
 
-/* Above or below a size: one of both is true of nearly everything. */
+/* >n or <n, as a range; one of both is true of nearly everything. */
 static bool
-value_size(struct parser *p, struct condition *c, struct value *value)
+bound_parse(struct parser *p, const struct condition *c, struct value *value)
 {
-	value->above = value->text.len > 0 && *value->text.at == '>';
-	if (c->values != NULL && c->values->above != value->above)
+	struct numbers *r = &value->as.numbers;
+	bool above = text_starts(value->text, ">");
+
+	if (c->values != NULL &&
+	    (c->values->as.numbers.last == UINT64_MAX) != above)
 		parser_error(p,
 		    "size: of > and < one is enough to match; write size >1M "
 		    "size <5M for what is between");
-	return value->text.len > 0 &&
-	    (value->above || *value->text.at == '<') &&
-	    size_parse(text_from(value->text, 1), &value->as.numbers.first);
+	if ((!above && !text_starts(value->text, "<")) ||
+	    !size_parse(text_from(value->text, 1), &r->first))
+		return false;
+	r->last = above ? UINT64_MAX : r->first - (r->first > 0);
+	r->first = above ? r->first + 1 : r->first == 0;
+	return true;
 }
 
 /* A text to be sought; each has its own place in an exchange. */
 static bool
-value_body(struct parser *p, struct condition *c, struct value *value)
+needle_parse(struct parser *p, struct value *value)
 {
 	struct rules *rules = p->rules;
 	struct needle *needle;
 
-	(void)c;
 	if (rules->needles_n == NEEDLES_MAX) {
 		parser_error(p, "body: more than %d texts", NEEDLES_MAX);
 		return false;
@@ -5414,13 +5332,12 @@ value_body(struct parser *p, struct condition *c, struct value *value)
 
 /* A file of domains; it is read when all lines were, see rules_step(). */
 static bool
-value_list(struct parser *p, struct condition *c, struct value *value)
+list_parse(struct parser *p, struct value *value)
 {
 	struct rules *rules = p->rules;
 	struct list *list;
 	unsigned i;
 
-	(void)c;
 	for (i = 0; i < rules->lists_n; i++)
 		if (text_equals(value->text, text_of(rules->lists[i]->path))) {
 			value->as.list = rules->lists[i];
@@ -5441,24 +5358,56 @@ value_list(struct parser *p, struct condition *c, struct value *value)
 	return true;
 }
 
-/* How the values of each subject are understood. */
-static bool (*const value_parsers[SUBJECTS])(struct parser *,
-    struct condition *, struct value *) = {
-	[SUBJECT_CLIENT] = value_network,
-	[SUBJECT_USER] = value_user,
-	[SUBJECT_METHOD] = value_method,
-	[SUBJECT_HOST] = value_host,
-	[SUBJECT_LIST] = value_list,
-	[SUBJECT_PORT] = value_port,
-	[SUBJECT_URL] = value_regex,
-	[SUBJECT_FIELD] = value_field,
-	[SUBJECT_TIME] = value_time,
-	[SUBJECT_ADDRESS] = value_network,
-	[SUBJECT_STATUS] = value_port,
-	[SUBJECT_TYPE] = value_type,
-	[SUBJECT_SIZE] = value_size,
-	[SUBJECT_BODY] = value_body,
-};
+/*
+ * Reads one value, which is what `word` says, and maybe the words that belong
+ * to it.  False if it is not what the subject wants.
+ */
+static bool
+value_parse(struct parser *p, struct condition *c, const struct word *word,
+    struct value *value)
+{
+	struct text t = value->text;
+
+	value->any = !word->quoted && subjects[c->subject].any != NULL &&
+	    text_is(t, subjects[c->subject].any);
+	if (c->subject == SUBJECT_USER)
+		parser_logins(p);
+	if (value->any)
+		return true;
+	switch (c->subject) {
+	case SUBJECT_CLIENT:
+	case SUBJECT_ADDRESS:
+		return network_parse(t, &value->as.network);
+	case SUBJECT_USER:
+		return word->quoted || strpbrk(t.at, "*,") == NULL;
+	case SUBJECT_METHOD:
+		return method_fits(word);
+	case SUBJECT_HOST:
+		return host_parse(&value->text);
+	case SUBJECT_LIST:
+		return list_parse(p, value);
+	case SUBJECT_PORT:
+	case SUBJECT_STATUS:
+		return numbers_parse(t, subjects[c->subject].max,
+			   &value->as.numbers) &&
+		    value->as.numbers.first > 0;
+	case SUBJECT_URL:
+		return regex_parse(p, value);
+	case SUBJECT_FIELD:
+		return value_field(p, c, value);
+	case SUBJECT_TIME:
+		return time_parse(p, c, value);
+	case SUBJECT_TYPE:
+		return type_parse(t);
+	case SUBJECT_SIZE:
+		return bound_parse(p, c, value);
+	case SUBJECT_BODY:
+		return needle_parse(p, value);
+	case SUBJECTS:
+		break;
+	}
+	return false;
+}
 
 /* The values of a condition, up to the next subject. */
 static void
@@ -5467,21 +5416,18 @@ condition_values(struct parser *p, struct condition *c)
 	struct value **end = &c->values;
 	const struct word *word;
 
-	while (!p->bad && (word = parser_value(p)) != NULL) {
+	while (!p->bad && (word = parser_take(p)) != NULL) {
 		struct value *value = rules_cut(p->rules, sizeof(*value));
 
-		if (parser_takes(p, "or") || parser_takes(p, "and")) {
+		value->text = rules_copy(p->rules, word->t);
+		if (!word->quoted &&
+		    (text_is(word->t, "or") || text_is(word->t, "and")))
 			parser_error(p,
-			    "%.*s: values and conditions follow each other "
+			    "%s: values and conditions follow each other "
 			    "without a word between them; write it in quotes "
 			    "to make it a value",
-			    (int)word->t.len, word->t.at);
-			return;
-		}
-		p->at++;
-		value->text = rules_copy(p->rules, word->t);
-		value->bare = !word->quoted;
-		if (value_parsers[c->subject](p, c, value)) {
+			    value->text.at);
+		else if (value_parse(p, c, word, value)) {
 			*end = value;
 			end = &value->next;
 		} else
@@ -5572,8 +5518,8 @@ conditions_check(struct parser *p, const struct rule *rule,
 static void
 action_plain(struct parser *p, struct rule *rule)
 {
-	if (rule->action == ACTION_LOGIN && !p->rules->logins)
-		parser_error(p, "nobody can log in: no line `users' before it");
+	if (rule->action == ACTION_LOGIN)
+		parser_logins(p);
 }
 
 /* deny [status] ["reason"] */
