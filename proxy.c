@@ -3236,14 +3236,6 @@ enum {
 	/* A line of rules, and its words, each with a blank behind it. */
 	RULE_LINE_MAX = 8191,
 	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
-	/* What one word of a rule may take: a parent is the largest. */
-	RULE_WORD_BYTES = 1536,
-	/*
-	 * The memory of rules grows by this at least.  It is reserved for the
-	 * worst that a line may be, and only used is what it is: a block has
-	 * to be large beside that.
-	 */
-	BLOCK_SIZE = 1 << 20,
 	/* `file:line` for the log. */
 	RULE_NAME_MAX = 256,
 	/* The words of a page that a rule gives. */
@@ -3403,7 +3395,7 @@ struct value {
 		struct network network;
 		struct numbers numbers;
 		struct span span;
-		regex_t regex;
+		const regex_t *regex;
 		const struct list *list;
 		unsigned needle; /* which of the rules' needles */
 	} as;                    /* by the subject */
@@ -3445,22 +3437,21 @@ struct account {
 	struct text user, password;
 };
 
-/* Memory of rules: pieces are cut from it and go all at once. */
-struct block {
-	struct block *next;
-	size_t used, size; /* of data, in bytes */
-	char data[];
+/* What rules are made of: all pieces go at once. */
+struct piece {
+	struct piece *next;
+	void (*drop)(void *); /* what else is to be done then, or NULL */
+	uint64_t data[];      /* as aligned as anything here must be */
 };
 
 /* All lines in force, parsed. */
 struct rules {
 	unsigned refs;              /* exchanges that go by them, and `rules` */
 	unsigned errors;            /* lines that were wrong */
-	struct block *blocks;       /* what all of it is made of */
+	struct piece *pieces;       /* what all of it is made of */
 	struct rule *first[GROUPS]; /* the lines, by group */
 	struct account *accounts;   /* who may log in */
 	bool logins;                /* `users` was there */
-	bool guarded;               /* the guards were put in */
 	unsigned rewrites[2];       /* lines: of requests, of responses */
 	unsigned needles_n;         /* how many of the next there are */
 	struct needle *needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
@@ -4434,6 +4425,13 @@ list_free(struct list *list)
 	list->size = list->used = 0;
 }
 
+/* The same, as parser_new() wants it. */
+static void
+list_drop(void *list)
+{
+	list_free(list);
+}
+
 /* True if the list covers host: a name in any case, a dot may end it. */
 static bool
 list_has(const struct list *list, struct text host)
@@ -4582,11 +4580,11 @@ value_matches(const struct condition *c, const struct value *value,
 	case SUBJECT_PORT:
 		return numbers_have(&value->as.numbers, v->port);
 	case SUBJECT_URL:
-		return regexec(&value->as.regex, view_url(v), 0, NULL, 0) == 0;
+		return regexec(value->as.regex, view_url(v), 0, NULL, 0) == 0;
 	case SUBJECT_FIELD:
 		return field_matches(c->response ? &v->response->head :
 						   &v->request->head,
-		    c->name, &value->as.regex);
+		    c->name, value->as.regex);
 	case SUBJECT_TIME:
 		v->timed = v->timed || localtime_r(&now.wall, &v->when) != NULL;
 		return v->timed && span_has(&value->as.span, &v->when);
@@ -4933,12 +4931,11 @@ struct parser {
 	const char *file;    /* where it comes from */
 	unsigned line;       /* there; 0: the name says it all */
 	bool bad;            /* something was wrong with this line */
-	bool guard;          /* it was `guard` */
-	bool foreign;        /* it is the one for clients that no rule knows */
 	size_t n, at;        /* words, and the next of them */
 	struct word words[WORDS_MAX];
 	char text[RULE_LINE_MAX + 2]; /* the line; the words lie in it */
 	struct rule **end[GROUPS];    /* where the next line goes */
+	struct rule **guard;          /* where the guards go, or NULL */
 };
 
 /* Says what is wrong with a line. */
@@ -4969,49 +4966,33 @@ parser_error(struct parser *p, const char *format, ...)
 }
 
 /*
- * Makes sure that n bytes can be cut from the rules' memory without asking
- * the system; false if it has none.
+ * n zeroed bytes that go with the rules, and first drop() of them unless it is
+ * NULL.  Without memory the line is wrong; returns NULL.
  */
-static bool
-rules_reserve(struct rules *rules, size_t n)
-{
-	struct block *b = rules->blocks;
-
-	if (b != NULL && b->size - b->used >= n)
-		return true;
-	n = n > BLOCK_SIZE ? n : BLOCK_SIZE;
-	b = malloc(sizeof(*b) + n);
-	if (b == NULL)
-		return false;
-	b->used = 0;
-	b->size = n;
-	b->next = rules->blocks;
-	rules->blocks = b;
-	return true;
-}
-
-/* Cuts n zeroed bytes from what was reserved. */
 static void *
-rules_cut(struct rules *rules, size_t n)
+parser_new(struct parser *p, size_t n, void (*drop)(void *))
 {
-	struct block *b = rules->blocks;
-	void *at = b->data + b->used;
+	struct piece *piece = calloc(1, sizeof(*piece) + n);
 
-	n = (n + 15) / 16 * 16;
-	assert(b->size - b->used >= n);
-	memset(at, 0, n);
-	b->used += n;
-	return at;
+	if (piece == NULL) {
+		parser_error(p, "no memory");
+		return NULL;
+	}
+	piece->drop = drop;
+	piece->next = p->rules->pieces;
+	p->rules->pieces = piece;
+	return piece->data;
 }
 
-/* A copy of t in the rules' memory, with a NUL behind it. */
+/* A copy of t that goes with the rules, with a NUL behind it. */
 static struct text
-rules_copy(struct rules *rules, struct text t)
+parser_copy(struct parser *p, struct text t)
 {
-	char *to = rules_cut(rules, t.len + 1);
+	char *to = parser_new(p, t.len + 1, NULL);
 
-	if (t.len > 0)
-		memcpy(to, t.at, t.len);
+	if (to == NULL)
+		return text_of("");
+	(void)text_copy(t, to, t.len + 1);
 	return text_cut(to, t.len);
 }
 
@@ -5020,29 +5001,16 @@ static void
 rules_give(struct rules **at)
 {
 	struct rules *rules = *at;
-	const struct rule *rule;
-	struct condition *c;
-	struct value *value;
-	unsigned i;
+	struct piece *piece;
 
 	*at = NULL;
 	if (rules == NULL || --rules->refs > 0)
 		return;
-	for (i = 0; i < GROUPS; i++)
-		for (rule = rules->first[i]; rule; rule = rule->next)
-			for (c = rule->conditions; c; c = c->next)
-				for (value = c->values; value;
-				     value = value->next)
-					if (c->subject == SUBJECT_URL ||
-					    c->subject == SUBJECT_FIELD)
-						regfree(&value->as.regex);
-	for (i = 0; i < rules->lists_n; i++)
-		list_free(rules->lists[i]);
-	while (rules->blocks != NULL) {
-		struct block *b = rules->blocks;
-
-		rules->blocks = b->next;
-		free(b);
+	while ((piece = rules->pieces) != NULL) {
+		rules->pieces = piece->next;
+		if (piece->drop != NULL)
+			piece->drop(piece->data);
+		free(piece);
 	}
 	free(rules);
 }
@@ -5198,25 +5166,40 @@ host_parse(struct text *t)
 	    (text_find(*t, ':') == t->len || address_parse(*t, 0, &a));
 }
 
+/* regfree(3), as parser_new() wants it. */
+static void
+regex_drop(void *regex)
+{
+	regfree(regex);
+}
+
 /* Compiles a regular expression of a condition. */
 static bool
 regex_parse(struct parser *p, struct value *value)
 {
+	struct text t = value->text;
 	char words[200];
+	regex_t *regex;
 	int error;
 
-	if (value->text.len > 0 && strchr("*+?", *value->text.at)) {
+	if (t.len > 0 && strchr("*+?", *t.at)) {
 		parser_error(p,
 		    "%.200s: an expression can't begin with %c; any text is .*",
-		    value->text.at, *value->text.at);
+		    t.at, *t.at);
 		return false;
 	}
-	error =
-	    regcomp(&value->as.regex, value->text.at, REG_EXTENDED | REG_NOSUB);
-	if (error == 0)
+	regex = parser_new(p, sizeof(*regex), NULL);
+	if (regex == NULL)
+		return false;
+	error = regcomp(regex, t.at, REG_EXTENDED | REG_NOSUB);
+	if (error == 0) {
+		/* The piece that was made last. */
+		p->rules->pieces->drop = regex_drop;
+		value->as.regex = regex;
 		return true;
-	(void)regerror(error, &value->as.regex, words, sizeof(words));
-	parser_error(p, "%.200s: %s", value->text.at, words);
+	}
+	(void)regerror(error, regex, words, sizeof(words));
+	parser_error(p, "%.200s: %s", t.at, words);
 	return false;
 }
 
@@ -5231,7 +5214,7 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 	if (!word->quoted && (c->response || text_is(word->t, "request")))
 		word = parser_take(p);
 	if (word != NULL) {
-		c->name = rules_copy(p->rules, word->t);
+		c->name = parser_copy(p, word->t);
 		word = parser_take(p);
 	}
 	if (word == NULL) {
@@ -5243,7 +5226,7 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 		parser_error(p, "field: it wants one name and one expression");
 		return false;
 	}
-	value->text = rules_copy(p->rules, word->t);
+	value->text = parser_copy(p, word->t);
 	return regex_parse(p, value);
 }
 
@@ -5320,7 +5303,9 @@ needle_parse(struct parser *p, struct value *value)
 		parser_error(p, "body: more than %d texts", NEEDLES_MAX);
 		return false;
 	}
-	needle = rules_cut(rules, sizeof(*needle));
+	needle = parser_new(p, sizeof(*needle), NULL);
+	if (needle == NULL)
+		return false;
 	if (!needle_make(needle, value->text)) {
 		parser_error(p, "body: a text has 1 to 255 bytes");
 		return false;
@@ -5348,7 +5333,9 @@ list_parse(struct parser *p, struct value *value)
 		    LISTS_MAX, LIST_PATH_MAX);
 		return false;
 	}
-	list = rules_cut(rules, sizeof(*list));
+	list = parser_new(p, sizeof(*list), list_drop);
+	if (list == NULL)
+		return false;
 	list->path = value->text.at;
 	list->file = p->file;
 	list->line = p->line;
@@ -5417,9 +5404,11 @@ condition_values(struct parser *p, struct condition *c)
 	const struct word *word;
 
 	while (!p->bad && (word = parser_take(p)) != NULL) {
-		struct value *value = rules_cut(p->rules, sizeof(*value));
+		struct value *value = parser_new(p, sizeof(*value), NULL);
 
-		value->text = rules_copy(p->rules, word->t);
+		if (value == NULL)
+			return;
+		value->text = parser_copy(p, word->t);
 		if (!word->quoted &&
 		    (text_is(word->t, "or") || text_is(word->t, "and")))
 			parser_error(p,
@@ -5459,9 +5448,11 @@ conditions_parse(struct parser *p, struct rule *rule)
 	struct condition **end = &rule->conditions;
 
 	while (!p->bad && p->at < p->n) {
-		struct condition *c = rules_cut(p->rules, sizeof(*c));
+		struct condition *c = parser_new(p, sizeof(*c), NULL);
 		const struct word *word;
 
+		if (c == NULL)
+			return;
 		c->inverted = parser_takes(p, "not");
 		word = &p->words[p->at];
 		c->subject = p->at < p->n ? subject_find(word) : SUBJECTS;
@@ -5544,7 +5535,7 @@ action_deny(struct parser *p, struct rule *rule)
 	if (word == NULL || !word->quoted)
 		return;
 	p->at++;
-	rule->words = rules_copy(p->rules, word->t);
+	rule->words = parser_copy(p, word->t);
 	if (word->t.len > REASON_MAX || !text_is_clean(word->t))
 		parser_error(p, "deny: a reason is a line of %d bytes at most",
 		    REASON_MAX);
@@ -5645,8 +5636,10 @@ action_via(struct parser *p, struct rule *rule)
 	bool last = false;
 
 	while (!p->bad && (word = parser_value(p)) != NULL) {
-		struct parent *parent = rules_cut(p->rules, sizeof(*parent));
+		struct parent *parent = parser_new(p, sizeof(*parent), NULL);
 
+		if (parent == NULL)
+			return;
 		p->at++;
 		if (last)
 			parser_error(p, "via: nothing goes behind `direct'");
@@ -5710,7 +5703,7 @@ action_name(struct parser *p)
 	else if (!name_is_free(word->t))
 		parser_error(p, "%.*s: no field that a rule may touch",
 		    (int)word->t.len, word->t.at);
-	return word == NULL ? text_of("") : rules_copy(p->rules, word->t);
+	return word == NULL ? text_of("") : parser_copy(p, word->t);
 }
 
 /* set, add request|response NAME VALUE; unset request|response NAME ... */
@@ -5722,7 +5715,9 @@ action_rewrite(struct parser *p, struct rule *rule)
 
 	if (rule->action == ACTION_UNSET) {
 		do {
-			*end = rules_cut(p->rules, sizeof(**end));
+			*end = parser_new(p, sizeof(**end), NULL);
+			if (*end == NULL)
+				return;
 			(*end)->text = action_name(p);
 			end = &(*end)->next;
 		} while (!p->bad && parser_value(p) != NULL);
@@ -5733,7 +5728,7 @@ action_rewrite(struct parser *p, struct rule *rule)
 	if (word == NULL || !text_is_clean(word->t))
 		parser_error(p, "a value without control bytes is missing");
 	else
-		rule->words = rules_copy(p->rules, text_trim(word->t));
+		rule->words = parser_copy(p, text_trim(word->t));
 	if (text_find(rule->name, '*') < rule->name.len)
 		parser_error(p, "only unset knows *");
 }
@@ -5797,11 +5792,13 @@ secret_hide(char *at)
  * around it and without passwords.
  */
 static const char *
-rule_text(struct rules *rules, const char *line)
+rule_text(struct parser *p, const char *line)
 {
 	struct text t = text_trim(text_of(line));
-	char *copy = rules_cut(rules, t.len + 1);
+	char *copy = parser_new(p, t.len + 1, NULL);
 
+	if (copy == NULL)
+		return "";
 	(void)text_copy(t, copy, t.len + 1);
 	secret_hide(copy);
 	return copy;
@@ -5811,12 +5808,14 @@ rule_text(struct rules *rules, const char *line)
 static void
 rule_parse(struct parser *p, const char *text)
 {
-	struct rule *rule = rules_cut(p->rules, sizeof(*rule));
+	struct rule *rule = parser_new(p, sizeof(*rule), NULL);
 	size_t i = 0, last = sizeof(actions) / sizeof(actions[0]) - 1;
 	enum rule_group group;
 
 	while (i < last && !text_is(p->words[0].t, actions[i].word))
 		i++;
+	if (rule == NULL)
+		return;
 	if (!parser_takes(p, actions[i].word)) {
 		parser_error(p, "%.*s: not an action", (int)p->words[0].t.len,
 		    p->words[0].t.at);
@@ -5831,10 +5830,11 @@ rule_parse(struct parser *p, const char *text)
 		actions[i].parse(p, rule);
 	conditions_parse(p, rule);
 	conditions_check(p, rule, group);
-	rule->refusal = p->foreign     ? REFUSE_FOREIGN :
+	/* The built-in rule without conditions is for all other clients. */
+	rule->refusal = p->file == built_in && rule->conditions == NULL ?
+	    REFUSE_FOREIGN :
 	    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED :
 					 REFUSE_RULE;
-	/* A wrong one too: its expressions are to be freed. */
 	rule->next = *p->end[group];
 	*p->end[group] = rule;
 	p->end[group] = &rule->next;
@@ -5858,7 +5858,7 @@ static void
 account_parse(struct parser *p, struct text line)
 {
 	size_t colon = text_find(line, ':');
-	struct account *account = rules_cut(p->rules, sizeof(*account));
+	struct account *account;
 
 	if (line.len > 0 && line.at[line.len - 1] == '\r')
 		line.len--;
@@ -5876,24 +5876,13 @@ account_parse(struct parser *p, struct text line)
 		    "which may not begin with $...$ or {...}");
 		return;
 	}
-	account->user = rules_copy(p->rules, text_cut(line.at, colon));
-	account->password = rules_copy(p->rules, text_from(line, colon + 1));
+	account = parser_new(p, sizeof(*account), NULL);
+	if (account == NULL)
+		return;
+	account->user = parser_copy(p, text_cut(line.at, colon));
+	account->password = parser_copy(p, text_from(line, colon + 1));
 	account->next = p->rules->accounts;
 	p->rules->accounts = account;
-}
-
-/*
- * Makes sure that there is memory for what a line of n bytes may be made of;
- * false if there is none.
- */
-static bool
-line_reserve(struct parser *p, size_t n)
-{
-	if (rules_reserve(p->rules,
-		4096 + 8 * n + (n / 2 + 1) * RULE_WORD_BYTES))
-		return true;
-	parser_error(p, "no memory");
-	return false;
 }
 
 /*
@@ -5919,7 +5908,7 @@ line_read(struct parser *p, FILE *file)
 	p->text[n] = '\0';
 	if (!text_is_clean(text_cut(p->text, n)))
 		parser_error(p, "a control byte: this is no text");
-	return !p->bad && (c != EOF || n > 0) && line_reserve(p, n);
+	return !p->bad && (c != EOF || n > 0);
 }
 
 /*
@@ -5977,18 +5966,18 @@ users_read(struct parser *p)
 static void
 line_parse(struct parser *p)
 {
-	const char *text = rule_text(p->rules, p->text);
+	const char *text = rule_text(p, p->text);
 
-	if (!parser_split(p, p->text) || p->n == 0)
+	if (p->bad || !parser_split(p, p->text) || p->n == 0)
 		return;
 	if (parser_takes(p, "users"))
 		users_read(p);
 	else if (!parser_takes(p, "guard"))
 		rule_parse(p, text);
-	else if (p->n > 1 || p->rules->guarded)
+	else if (p->n > 1 || p->guard != NULL)
 		parser_error(p, "guard: it stands alone, and once");
 	else
-		p->guard = true;
+		p->guard = p->end[GROUP_ACCESS];
 }
 
 /* A line that stands in no file. */
@@ -6005,42 +5994,10 @@ line_take(struct parser *p, const char *file, unsigned line, const char *text)
 		    "not a line of %d bytes at most, or a control "
 		    "byte in it",
 		    RULE_LINE_MAX);
-	else if (line_reserve(p, n)) {
+	else {
 		memcpy(p->text, text, n + 1);
 		line_parse(p);
 	}
-}
-
-/* The guards, where the line `guard` stands. */
-static void
-guards_put(struct parser *p)
-{
-	const char *file = p->file;
-	unsigned line = p->line;
-
-	p->guard = false;
-	p->rules->guarded = true;
-	line_take(p, built_in, 1,
-	    "deny \"only clients on the proxy's machine may go to this "
-	    "address\" not client local address 127.0.0.0/8 ::1 "
-	    "0.0.0.0/8 :: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8");
-	line_take(p, built_in, 2,
-	    "deny \"CONNECT goes to port 443 only\" not client local "
-	    "method CONNECT not port 443");
-	p->file = file;
-	p->line = line;
-}
-
-/* The guards, before all other lines. */
-static void
-guards_put_first(struct parser *p)
-{
-	struct rule **end = p->end[GROUP_ACCESS];
-
-	p->end[GROUP_ACCESS] = &p->rules->first[GROUP_ACCESS];
-	guards_put(p);
-	if (end != &p->rules->first[GROUP_ACCESS])
-		p->end[GROUP_ACCESS] = end;
 }
 
 /* All lines of a file. */
@@ -6055,11 +6012,8 @@ file_read(struct parser *p, const char *path)
 	p->bad = false;
 	file = parser_open(p, path, &status);
 	p->file = path;
-	while (file != NULL && line_read(p, file)) {
+	while (file != NULL && line_read(p, file))
 		line_parse(p);
-		if (p->guard)
-			guards_put(p);
-	}
 	if (file != NULL)
 		(void)fclose(file);
 }
@@ -6076,8 +6030,6 @@ options_read(struct parser *p)
 			file_read(p, options.sources[i].at);
 		else
 			line_take(p, "-e", ++lines, options.sources[i].at);
-		if (p->guard)
-			guards_put(p);
 	}
 	if (options.via != NULL)
 		line_take(p, "-x", 0, options.via);
@@ -6093,6 +6045,26 @@ options_read(struct parser *p)
 		    "True-Client-IP X-Cluster-Client-IP X-Originating-IP "
 		    "X-Remote-IP X-Remote-Addr X-ProxyUser-IP Proxy-Client-IP "
 		    "CF-Connecting-IP Fastly-Client-IP X-UIDH");
+}
+
+/*
+ * The rules that nobody wrote: those behind all others, and the guards, which
+ * stand where the line `guard` was, else before all others.
+ */
+static void
+rules_built_in(struct parser *p)
+{
+	line_take(p, built_in, 3, "allow client local");
+	line_take(p, built_in, 4, "deny \"this client may not use the proxy\"");
+	p->end[GROUP_ACCESS] = p->guard ? p->guard :
+					  &p->rules->first[GROUP_ACCESS];
+	line_take(p, built_in, 1,
+	    "deny \"only clients on the proxy's machine may go to this "
+	    "address\" not client local address 127.0.0.0/8 ::1 "
+	    "0.0.0.0/8 :: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8");
+	line_take(p, built_in, 2,
+	    "deny \"CONNECT goes to port 443 only\" not client local "
+	    "method CONNECT not port 443");
 }
 
 /*
@@ -6112,16 +6084,11 @@ rules_begin(void)
 	}
 	rules->refs = 1;
 	parser.rules = rules;
+	parser.guard = NULL;
 	for (i = 0; i < GROUPS; i++)
 		parser.end[i] = &rules->first[i];
 	options_read(&parser);
-	if (!rules->guarded)
-		guards_put_first(&parser);
-	line_take(&parser, built_in, 3, "allow client local");
-	parser.foreign = true;
-	line_take(&parser, built_in, 4,
-	    "deny \"this client may not use the proxy\"");
-	parser.foreign = false;
+	rules_built_in(&parser);
 	return rules;
 }
 
