@@ -3308,20 +3308,19 @@ enum list_bit {
 
 /* The domains of one file.  Their names are gone: only hashes are left. */
 struct list {
-	uint64_t *slots;  /* open addressing; NULL while they are counted */
-	size_t size;      /* slots; one at least is empty */
-	size_t room;      /* names that the first of two passes has found */
-	size_t names;     /* found in this pass; the same one may come twice */
-	size_t read;      /* lines */
-	size_t used;      /* names that differ, exceptions too */
-	size_t skipped;   /* lines with something that was not understood */
-	int64_t ms;       /* from its first step to its last */
-	int64_t begun;    /* us: the time of the first */
-	const char *path; /* of the file */
-	const char *file; /* where the rule stands that names it */
-	unsigned line;    /* there; 0: the file's name says it all */
-	int fd;           /* of the file while it is read, or -1 */
-	size_t len;       /* of the line that is not whole yet */
+	uint64_t *slots;   /* open addressing; NULL while they are counted */
+	size_t size;       /* slots; one at least is empty */
+	size_t room;       /* names that the first of two passes has found */
+	size_t names;      /* found in this pass; the same one may come twice */
+	size_t read;       /* lines */
+	size_t used;       /* names that differ, exceptions too */
+	size_t skipped;    /* lines with something that was not understood */
+	int64_t ms;        /* from its first step to its last */
+	int64_t begun;     /* us: the time of the first */
+	const char *path;  /* of the file */
+	const char *where; /* `file:line` of the rule that names it */
+	int fd;            /* of the file while it is read, or -1 */
+	size_t len;        /* of the line that is not whole yet */
 	char text[LIST_LINE + 1]; /* that line */
 };
 
@@ -3416,8 +3415,8 @@ struct condition {
 struct rule {
 	struct rule *next;  /* of the same group */
 	enum action action; /* what it does if it holds */
-	const char *file;   /* where it stands */
-	unsigned line;      /* there; 0: the file's name says it all */
+	const char *where;  /* `file:line`, or the name of an option */
+	bool built_in;      /* nobody wrote it */
 	const char *text;   /* as it was written, but for passwords */
 	unsigned needs;     /* facts that its conditions take */
 	struct condition *conditions; /* all must hold */
@@ -4851,17 +4850,6 @@ rewrites_strip(const struct rewrites *w)
 	return false;
 }
 
-/* `file:line` of a line, into to, which has RULE_NAME_MAX bytes. */
-static void
-rule_name(const struct rule *rule, char *to)
-{
-	if (rule->line > 0)
-		(void)snprintf(to, RULE_NAME_MAX, "%.200s:%u", rule->file,
-		    rule->line);
-	else
-		(void)snprintf(to, RULE_NAME_MAX, "%.200s", rule->file);
-}
-
 /* ---- users (RFC 7617) ---- */
 
 /*
@@ -4938,14 +4926,15 @@ struct parser {
 	struct rule **guard;          /* where the guards go, or NULL */
 };
 
-/* Says what is wrong with a line. */
-static void
-line_warn(const char *file, unsigned line, const char *words)
+/* `file:line` of the line that is being read; good until the next call. */
+static const char *
+parser_where(const struct parser *p)
 {
-	if (line > 0)
-		warn("%.400s:%u: %s", file, line, words);
-	else
-		warn("%.400s: %s", file, words);
+	static char where[RULE_NAME_MAX];
+
+	(void)snprintf(where, sizeof(where), p->line ? "%.200s:%u" : "%.200s",
+	    p->file, p->line);
+	return where;
 }
 
 /* Something is wrong with a line: says where and what; once a line. */
@@ -4962,7 +4951,7 @@ parser_error(struct parser *p, const char *format, ...)
 	va_start(args, format);
 	(void)vsnprintf(words, sizeof(words), format, args);
 	va_end(args);
-	line_warn(p->file, p->line, words);
+	warn("%s: %s", parser_where(p), words);
 }
 
 /*
@@ -5337,8 +5326,7 @@ list_parse(struct parser *p, struct value *value)
 	if (list == NULL)
 		return false;
 	list->path = value->text.at;
-	list->file = p->file;
-	list->line = p->line;
+	list->where = parser_copy(p, text_of(parser_where(p))).at;
 	list->fd = -1;
 	rules->lists[rules->lists_n++] = list;
 	value->as.list = list;
@@ -5822,8 +5810,8 @@ rule_parse(struct parser *p, const char *text)
 		return;
 	}
 	rule->action = actions[i].action;
-	rule->file = p->file;
-	rule->line = p->line;
+	rule->where = parser_copy(p, text_of(parser_where(p))).at;
+	rule->built_in = p->file == built_in;
 	rule->text = text;
 	group = action_group(p, actions[i].group);
 	if (!p->bad)
@@ -5831,7 +5819,7 @@ rule_parse(struct parser *p, const char *text)
 	conditions_parse(p, rule);
 	conditions_check(p, rule, group);
 	/* The built-in rule without conditions is for all other clients. */
-	rule->refusal = p->file == built_in && rule->conditions == NULL ?
+	rule->refusal = rule->built_in && rule->conditions == NULL ?
 	    REFUSE_FOREIGN :
 	    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED :
 					 REFUSE_RULE;
@@ -6103,7 +6091,7 @@ list_report(struct rules *rules, const struct list *list, int got,
 		    (unsigned long)list->used, (unsigned long)list->skipped,
 		    (long)list->ms);
 	else {
-		line_warn(list->file, list->line, why);
+		warn("%s: %s", list->where, why);
 		rules->errors++;
 	}
 }
@@ -6254,14 +6242,11 @@ static void
 rules_print(const struct rules *rules)
 {
 	const struct rule *rule;
-	char name[RULE_NAME_MAX];
 	unsigned i;
 
 	for (i = 0; i < GROUPS; i++)
-		for (rule = rules->first[i]; rule != NULL; rule = rule->next) {
-			rule_name(rule, name);
-			printf("%s: %s\n", name, rule->text);
-		}
+		for (rule = rules->first[i]; rule != NULL; rule = rule->next)
+			printf("%s: %s\n", rule->where, rule->text);
 }
 
 /* ---- 9. Cache ---- */
@@ -9959,8 +9944,6 @@ log_status(const struct record *r)
 static void
 log_rule(struct buffer *b, const struct exchange *x)
 {
-	char name[RULE_NAME_MAX];
-
 	if (x->note.sni_len > 0) {
 		buffer_append(b, text_of(" sni="));
 		buffer_escape(b,
@@ -9968,12 +9951,11 @@ log_rule(struct buffer *b, const struct exchange *x)
 		    NOTE_MAX);
 	}
 	if (x->record.rule == NULL ||
-	    (x->record.rule->file == built_in &&
+	    (x->record.rule->built_in &&
 		x->record.rule->action == ACTION_ALLOW))
 		return;
-	rule_name(x->record.rule, name);
 	buffer_append(b, text_of(" rule="));
-	buffer_escape(b, text_of(name), RULE_NAME_MAX);
+	buffer_escape(b, text_of(x->record.rule->where), RULE_NAME_MAX);
 }
 
 /*
@@ -10494,16 +10476,13 @@ access_judge(struct exchange *x, struct view *v)
 {
 	struct request *q = x->request;
 	struct verdict verdict = rules_judge(x->rules, GROUP_ACCESS, v);
-	char name[RULE_NAME_MAX];
 
 	q->access.open = verdict.truth == TRUTH_OPEN;
 	if (verdict.truth != TRUTH_YES)
 		return true;
 	x->record.rule = verdict.rule;
-	if (options.verbose > 0) {
-		rule_name(x->record.rule, name);
-		trace(x, "decided by %s: %s", name, x->record.rule->text);
-	}
+	trace(x, "decided by %s: %s", x->record.rule->where,
+	    x->record.rule->text);
 	if (!rule_refuses(x->record.rule, v))
 		return true;
 	access_refuse(x, v->request);
@@ -14227,13 +14206,9 @@ trial_build(struct exchange *x, char *words, struct account *user,
 static void
 trial_print(const char *what, const char *word, const struct rule *rule)
 {
-	char name[RULE_NAME_MAX];
-
 	printf("\t%s: %s", what, word);
-	if (rule != NULL) {
-		rule_name(rule, name);
-		printf(" (%s: %s)", name, rule->text);
-	}
+	if (rule != NULL)
+		printf(" (%s: %s)", rule->where, rule->text);
 	printf("\n");
 }
 
@@ -14459,7 +14434,7 @@ banner(void)
 		    words, words);
 	}
 	for (rule = rules_now->first[GROUP_ACCESS]; rule; rule = rule->next)
-		if (rule->file != built_in && !rule_refuses(rule, &nobody))
+		if (!rule->built_in && !rule_refuses(rule, &nobody))
 			exposed = false;
 	if (exposed)
 		warn(
