@@ -1058,6 +1058,17 @@ word_last(struct text t)
 	return word_read(bytes);
 }
 
+/* 64 bits of FNV-1a over t, going on from hash. */
+static uint64_t
+hash_text(uint64_t hash, struct text t)
+{
+	size_t i;
+
+	for (i = 0; i < t.len; i++)
+		hash = (hash ^ (unsigned char)t.at[i]) * 1099511628211U;
+	return hash;
+}
+
 /*
  * The one of n names, of three letters each, that t begins with, in any case
  * (RFC 9111 section 4.2); -1: none.
@@ -3954,76 +3965,9 @@ hello_name(struct text t, char *flat)
  * dnsmasq, of Adblock, also mixed.  A name in a list covers itself and all
  * that is below it; an exception wins over every name of its list.  A line
  * that is not understood blocks nothing and is counted.  A million domains
- * take 12 MB, for only hashes are kept.  Their key is secret: who could make
- * a name with the hash of a listed one could have it blocked.
+ * take 12 MB, for only hashes are kept.  The hash is no secret: somebody could
+ * make a name of their own that is taken for a listed one, and have it blocked.
  */
-
-/* x with its bits turned left by n, 1 to 63. */
-static uint64_t
-bits_turn(uint64_t x, unsigned n)
-{
-	return x << n | x >> (64 - n);
-}
-
-/* n rounds of SipHash over its state. */
-static void
-sip_rounds(uint64_t v[4], int n)
-{
-	while (n-- > 0) {
-		v[0] += v[1];
-		v[2] += v[3];
-		v[1] = bits_turn(v[1], 13) ^ v[0];
-		v[3] = bits_turn(v[3], 16) ^ v[2];
-		v[0] = bits_turn(v[0], 32) + v[3];
-		v[2] += v[1];
-		v[3] = bits_turn(v[3], 21) ^ v[0];
-		v[1] = bits_turn(v[1], 17) ^ v[2];
-		v[2] = bits_turn(v[2], 32);
-	}
-}
-
-/* SipHash-2-4 of t (Aumasson and Bernstein, 2012). */
-static uint64_t
-sip_hash(const uint64_t key[2], struct text t)
-{
-	uint64_t v[4] = { key[0] ^ 0x736f6d6570736575U,
-		key[1] ^ 0x646f72616e646f6dU, key[0] ^ 0x6c7967656e657261U,
-		key[1] ^ 0x7465646279746573U };
-	uint64_t word, length = (uint64_t)t.len << 56;
-
-	for (; t.len >= 8; t = text_from(t, 8)) {
-		word = word_read(t.at);
-		v[3] ^= word;
-		sip_rounds(v, 2);
-		v[0] ^= word;
-	}
-	word = length | word_last(t);
-	v[3] ^= word;
-	sip_rounds(v, 2);
-	v[0] ^= word;
-	v[2] ^= 0xff;
-	sip_rounds(v, 4);
-	return v[0] ^ v[1] ^ v[2] ^ v[3];
-}
-
-/* The key of all lists of this process; zeros if the system has none. */
-static const uint64_t *
-list_key(void)
-{
-	static uint64_t key[2];
-	static bool made;
-	int fd;
-
-	if (made)
-		return key;
-	made = true;
-	fd = open("/dev/urandom", O_RDONLY);
-	if (fd == -1 || fd_read(fd, key, sizeof(key)) == -1)
-		key[0] = key[1] = 0;
-	if (fd != -1)
-		(void)close(fd);
-	return key;
-}
 
 /*
  * True if t is an address rather than a name: a colon, or a last label that
@@ -4091,8 +4035,11 @@ domain_lower(struct text t, char *to)
 static uint64_t
 list_hash(struct text name)
 {
-	return (sip_hash(list_key(), name) & ~(uint64_t)LIST_EXCEPTION) |
-	    LIST_TAKEN;
+	uint64_t hash = hash_text(14695981039346656037U, name);
+
+	/* list_slot() goes by the high bits, which the last bytes hardly touch. */
+	hash = (hash ^ hash >> 32) * 0x9e3779b97f4a7c15U;
+	return (hash & ~(uint64_t)LIST_EXCEPTION) | LIST_TAKEN;
 }
 
 /* The slot where hash is, or the empty one where it would be. */
@@ -6773,17 +6720,6 @@ reuse_on_error(const struct control *asked, const struct control *control,
 }
 
 /* ---- the names of entries ---- */
-
-/* 64 bits of FNV-1a over t, going on from hash. */
-static uint64_t
-hash_text(uint64_t hash, struct text t)
-{
-	size_t i;
-
-	for (i = 0; i < t.len; i++)
-		hash = (hash ^ (unsigned char)t.at[i]) * 1099511628211U;
-	return hash;
-}
 
 /* Appends t in small letters. */
 static void
