@@ -346,11 +346,14 @@ struct target {
 	struct text path; /* and query, as it came; may lack its slash */
 };
 
-/* Rules that change a message, see rewrites_collect(). */
+/* What rules make of a head, see rules_rewrite(). */
 struct rewrites {
-	size_t n;                                  /* how many there are */
-	bool open;                                 /* there may be more */
-	const struct rule *list[REWRITES_MAX + 1]; /* in their order */
+	bool taken[FIELDS_MAX]; /* field i of the head is not sent */
+	bool strips;            /* fields may be taken: trailers are too */
+	bool via;               /* Via is: none of ours is added */
+	bool undecided;         /* rules may change more */
+	size_t n;               /* how many of the next there are */
+	struct field fields[REWRITES_MAX]; /* that are sent behind the rest */
 };
 
 /* A response head, understood. */
@@ -2767,7 +2770,7 @@ request_parse(struct text t, struct request *r)
 	r->minor = 1;
 	r->framing = FRAMING_NONE;
 	r->length = 0;
-	r->rewrites.n = 0;
+	memset(&r->rewrites, 0, sizeof(r->rewrites));
 	memset(&r->target, 0, sizeof(r->target));
 	verdict = head_parse(t, &r->head);
 	line = request_line_parse(r->head.line, r);
@@ -4689,24 +4692,6 @@ rules_seek_body(const struct rules *rules, struct view *v)
 	return false;
 }
 
-/* All lines of a rewriting group that hold, into w. */
-static void
-rewrites_collect(const struct rules *rules, enum rule_group group,
-    struct view *v, struct rewrites *w)
-{
-	const struct rule *rule;
-
-	w->n = 0;
-	w->open = false;
-	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = rule_judge(rule, v);
-
-		if (truth == TRUTH_YES && w->n < REWRITES_MAX)
-			w->list[w->n++] = rule;
-		w->open = w->open || truth == TRUTH_OPEN;
-	}
-}
-
 /*
  * True if a rule may touch fields of that name: none that frames or routes
  * the message.  A star may stand for the rest of a name.
@@ -4721,80 +4706,78 @@ name_is_free(struct text name)
 	    !name_is_among(name, fields_of_hop) && !name_is_among(name, fixed);
 }
 
-/* True if a line takes fields of that name away, or replaces them. */
+/*
+ * True if a rule takes fields of that name away, or replaces them; never those
+ * that no rule may touch, even if a star stands for them.
+ */
 static bool
 rule_takes(const struct rule *rule, struct text name)
 {
-	const struct value *value;
+	bool takes = rule->action == ACTION_SET && text_same(rule->name, name);
+	const struct value *value = rule->names;
 
-	if (rule->action == ACTION_SET && text_same(rule->name, name))
-		return true;
-	for (value = rule->names; value != NULL; value = value->next) {
+	for (; value != NULL && !takes; value = value->next) {
 		struct text t = value->text, n = name;
 
 		if (t.at[t.len - 1] == '*') {
 			t.len--;
 			n.len = n.len < t.len ? n.len : t.len;
 		}
-		if (text_same(t, n))
-			return true;
+		takes = text_same(t, n);
 	}
-	return false;
+	return takes && name_is_free(name);
+}
+
+/* Takes from a head, and from what rules put in so far, what a rule takes. */
+static void
+rewrites_take(struct rewrites *w, const struct rule *rule, const struct head *h)
+{
+	size_t i, n = 0;
+
+	w->strips = true;
+	w->via = w->via || rule_takes(rule, text_of("Via"));
+	for (i = 0; i < h->n; i++)
+		if (!w->taken[i])
+			w->taken[i] = rule_takes(rule, h->fields[i].name);
+	for (i = 0; i < w->n; i++)
+		if (!rule_takes(rule, w->fields[i].name))
+			w->fields[n++] = w->fields[i];
+	w->n = n;
 }
 
 /*
- * True if a line of w, from the one numbered first on, takes such fields; not
- * those that no rule may touch, be it by a star.
+ * Applies all rules of a rewriting group that match, in their order, to the
+ * head that v shows.  So that a text can be sought in the response, it must
+ * not be compressed.
  */
-static bool
-rewrites_take_from(const struct rewrites *w, size_t first, struct text name)
-{
-	bool taken = false;
-
-	for (; first < w->n && !taken; first++)
-		taken = rule_takes(w->list[first], name);
-	return taken && name_is_free(name);
-}
-
-/* The same for all of its lines. */
-static bool
-rewrites_take(const struct rewrites *w, struct text name)
-{
-	return rewrites_take_from(w, 0, name);
-}
-
-/* The field that line i of w puts in; false: none, or a later one takes it. */
-static bool
-rewrites_put(const struct rewrites *w, size_t i, struct field *field)
-{
-	field->name = w->list[i]->name;
-	field->value = w->list[i]->words;
-	return w->list[i]->action != ACTION_UNSET &&
-	    !rewrites_take_from(w, i + 1, field->name);
-}
-
-/* The fields that the lines of w put in, as lines into b. */
 static void
-rewrites_append(const struct rewrites *w, struct buffer *b)
+rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
+    struct rewrites *w)
 {
-	struct field field;
-	size_t i;
+	static struct value encoding;
+	static struct rule plain = { .action = ACTION_UNSET,
+		.names = &encoding };
+	const struct head *h = group == GROUP_REQUEST ? &v->request->head :
+							&v->response->head;
+	const struct rule *rule;
 
-	for (i = 0; i < w->n; i++)
-		if (rewrites_put(w, i, &field))
-			field_append(b, &field);
-}
+	memset(w, 0, sizeof(*w));
+	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
+		enum truth truth = rule_judge(rule, v);
 
-/* True if a line of w takes something away. */
-static bool
-rewrites_strip(const struct rewrites *w)
-{
-	size_t i;
-
-	for (i = 0; i < w->n; i++)
-		if (w->list[i]->action != ACTION_ADD)
-			return true;
-	return false;
+		w->undecided = w->undecided || truth == TRUTH_OPEN;
+		if (truth != TRUTH_YES)
+			continue;
+		if (rule->action != ACTION_ADD)
+			rewrites_take(w, rule, h);
+		if (rule->action != ACTION_UNSET) {
+			w->fields[w->n].name = rule->name;
+			w->fields[w->n++].value = rule->words;
+		}
+	}
+	encoding.text = text_of("Accept-Encoding");
+	if (group == GROUP_REQUEST && rules_seek_body(rules, v))
+		rewrites_take(w, &plain, h);
 }
 
 /* ---- users (RFC 7617) ---- */
@@ -6593,13 +6576,11 @@ static bool
 request_has_login(const struct request *q)
 {
 	bool has = head_field(&q->head, "Authorization") != NULL;
-	struct field field;
 	size_t i;
 
 	for (i = 0; i < q->rewrites.n; i++)
 		has = has ||
-		    (rewrites_put(&q->rewrites, i, &field) &&
-			text_is(field.name, "Authorization"));
+		    text_is(q->rewrites.fields[i].name, "Authorization");
 	return has;
 }
 
@@ -6838,7 +6819,6 @@ static void
 variant_append(const struct request *q, struct text vary, struct buffer *b)
 {
 	const struct rewrites *w = &q->rewrites;
-	struct field field;
 	struct text name;
 	size_t i;
 
@@ -6848,14 +6828,15 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 		lower_append(b, name);
 		if (text_is(name, vary_client))
 			client_append(q, b);
-		for (i = 0; i < q->head.n && !rewrites_take(w, name); i++)
-			if (text_same(q->head.fields[i].name, name))
+		for (i = 0; i < q->head.n; i++)
+			if (!w->taken[i] &&
+			    text_same(q->head.fields[i].name, name))
 				value_append(b, name, q->head.fields[i].value,
 				    &first);
 		for (i = 0; i < w->n; i++)
-			if (rewrites_put(w, i, &field) &&
-			    text_same(field.name, name))
-				value_append(b, name, field.value, &first);
+			if (text_same(w->fields[i].name, name))
+				value_append(b, name, w->fields[i].value,
+				    &first);
 		buffer_append(b, text_of(";"));
 	}
 }
@@ -8722,7 +8703,7 @@ request_is_cacheable(struct exchange *x)
 	const struct rule *rule;
 
 	/* What is sent, and so what comes, is not known yet. */
-	q->caching.nocache = q->rewrites.open;
+	q->caching.nocache = q->rewrites.undecided;
 	if (options.cache == NULL || q->caching.nocache || q->upgrade ||
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NONE)
@@ -10358,15 +10339,11 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 
 /*
  * What rules change in the request of an exchange before it is sent, as far
- * as it is known now.  So that a text can be sought in the response, it must
- * not be compressed.
+ * as it is known now.
  */
 static void
 exchange_rewrite(struct exchange *x)
 {
-	static struct value encoding;
-	static struct rule plain = { .action = ACTION_UNSET,
-		.names = &encoding };
 	const struct rules *r = x->rules;
 	struct request *q = x->request;
 	struct view v;
@@ -10374,10 +10351,7 @@ exchange_rewrite(struct exchange *x)
 	if (r->first[GROUP_REQUEST] == NULL && !r->needles_n)
 		return;
 	exchange_view(x, q, &v);
-	rewrites_collect(r, GROUP_REQUEST, &v, &q->rewrites);
-	encoding.text = text_of("Accept-Encoding");
-	if (rules_seek_body(r, &v))
-		q->rewrites.list[q->rewrites.n++] = &plain;
+	rules_rewrite(r, GROUP_REQUEST, &v, &q->rewrites);
 }
 
 /* A rule refused the exchange: by a page, a question, or not a word. */
@@ -11686,8 +11660,7 @@ request_field_append(struct exchange *x, const struct request *r, size_t i,
 	else if (x->request->caching.has_entry &&
 	    name_is_among(field->name, fields_of_condition))
 		return;
-	else if (field_passes(&r->head, i) &&
-	    !rewrites_take(&r->rewrites, field->name))
+	else if (field_passes(&r->head, i) && !r->rewrites.taken[i])
 		field_append(b, field);
 }
 
@@ -11748,9 +11721,10 @@ request_build(struct exchange *x, const struct request *r, struct buffer *b)
 	login_append(x, r, b);
 	if (x->request->caching.has_entry)
 		validators_append(x, b);
-	rewrites_append(&r->rewrites, b);
-	x->up.bare = rewrites_strip(&r->rewrites);
-	if (!rewrites_take(&r->rewrites, text_of("Via")))
+	for (i = 0; i < r->rewrites.n; i++)
+		field_append(b, &r->rewrites.fields[i]);
+	x->up.bare = r->rewrites.strips;
+	if (!r->rewrites.via)
 		via_append(b, r->minor);
 	connection_append(x, r, b);
 	buffer_append(b, text_of("\r\n"));
@@ -11770,7 +11744,7 @@ exchange_send(struct exchange *x)
 		return;
 	}
 	r = x->request;
-	if (r->rewrites.open || x->rules->needles_n > 0)
+	if (r->rewrites.undecided || x->rules->needles_n > 0)
 		exchange_rewrite(x);
 	request_build(x, r, out);
 	if (out->overflow) {
@@ -12047,7 +12021,7 @@ response_rewrites(struct exchange *x, const struct response *r,
 	const struct request *q;
 	struct view v;
 
-	w->n = 0;
+	memset(w, 0, sizeof(*w));
 	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
 	    x->request->answerer == ANSWER_MEMORY)
 		return;
@@ -12056,8 +12030,8 @@ response_rewrites(struct exchange *x, const struct response *r,
 	view_response(&v, r,
 	    answer_is_stored(x->request) ? x->request->body :
 					   response_length(r));
-	rewrites_collect(x->rules, GROUP_RESPONSE, &v, w);
-	x->down.bare = rewrites_strip(w);
+	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
+	x->down.bare = w->strips;
 }
 
 /* The response head for the client, into b. */
@@ -12074,14 +12048,14 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	for (i = 0; i < r->head.n; i++)
 		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))
 			field_append(b, &r->head.fields[i]);
-		else if (!rewrites_take(&w, r->head.fields[i].name))
+		else if (!w.taken[i])
 			response_field_append(x, r, i, b);
-	rewrites_append(&w, b);
+	for (i = 0; i < w.n; i++)
+		field_append(b, &w.fields[i]);
 	if (r->status >= 200 && !x->tunnel &&
 	    head_field(&r->head, "Date") == NULL)
 		buffer_print(b, "Date: %s\r\n", date_now());
-	if (x->request->answerer != ANSWER_MEMORY &&
-	    !rewrites_take(&w, text_of("Via")))
+	if (x->request->answerer != ANSWER_MEMORY && !w.via)
 		via_append(b, r->minor);
 	if (answer_is_stored(x->request)) {
 		buffer_append(b, text_of("Age: "));
