@@ -203,7 +203,9 @@ enum limit {
 	/* -f and -e. */
 	SOURCES_MAX = 64,
 	/* Lines that rewrite requests, and those that rewrite responses. */
-	REWRITES_MAX = 64
+	REWRITES_MAX = 64,
+	/* A user's name or password: RFC 1929 has one length byte. */
+	CREDENTIAL_MAX = 255
 };
 
 /* ---- 2. Vocabulary ---- */
@@ -1070,6 +1072,72 @@ hash_text(uint64_t hash, struct text t)
 	for (i = 0; i < t.len; i++)
 		hash = (hash ^ (unsigned char)t.at[i]) * 1099511628211U;
 	return hash;
+}
+
+/* A letter that may stand behind a number. */
+struct unit {
+	char letter;     /* in lower case; '\0' ends a list of units */
+	uint64_t factor; /* what one of it is worth */
+};
+
+/* A number and at most one of the units, in either case; none above max. */
+static bool
+amount_parse(struct text t, const struct unit *units, uint64_t max,
+    uint64_t *value)
+{
+	int last = t.len ? tolower((unsigned char)t.at[t.len - 1]) : '\0';
+	uint64_t count;
+
+	while (units->letter != '\0' && units->letter != last)
+		units++;
+	if (units->letter == '\0')
+		return number_parse(t, max, value);
+	t.len--;
+	if (!number_parse(t, max / units->factor, &count))
+		return false;
+	*value = count * units->factor;
+	return true;
+}
+
+/* Bytes, or with a K, M, G behind them. */
+static bool
+size_parse(struct text t, uint64_t *value)
+{
+	static const struct unit units[] = { { 'k', 1 << 10 }, { 'm', 1 << 20 },
+		{ 'g', 1 << 30 }, { '\0', 0 } };
+
+	return amount_parse(t, units, INT64_MAX, value);
+}
+
+/* Overwrites the logins in all URLs of a string. */
+static void
+secret_hide(char *at)
+{
+	char *end;
+
+	for (; (at = strstr(at, "://")) != NULL; at = end) {
+		at += 3;
+		end = at + strcspn(at, " \t\"");
+		while (end > at && *end != '@')
+			end--;
+		memset(at, '*', (size_t)(end - at));
+	}
+}
+
+/*
+ * True if both are the same.  How long it takes tells nothing but the length
+ * of a, which whoever asks knows.
+ */
+static bool
+secret_same(struct text a, struct text b)
+{
+	unsigned char differ = a.len != b.len;
+	size_t i;
+
+	for (i = 0; i < a.len; i++)
+		differ |= (unsigned char)(a.at[i] ^
+		    (b.len > 0 ? b.at[i % b.len] : 1));
+	return differ == 0;
 }
 
 /*
@@ -2030,6 +2098,74 @@ address_same(const struct address *a, const struct address *b)
 	    memcmp(a->octets, b->octets, sizeof(a->octets)) == 0;
 }
 
+/* 127.0.0.0/8 and ::1. */
+static bool
+address_is_loopback(const struct address *a)
+{
+	static const unsigned char loopback6[16] = { [15] = 1 };
+
+	if (a->family == AF_INET)
+		return a->octets[0] == 127;
+	return a->family == AF_INET6 &&
+	    memcmp(a->octets, loopback6, sizeof(loopback6)) == 0;
+}
+
+/* 0.0.0.0 and ::, which connect to this machine. */
+static bool
+address_is_any(const struct address *a)
+{
+	static const unsigned char none[16];
+
+	if (a->family == AF_INET)
+		return a->octets[0] == 0;
+	return a->family == AF_INET6 &&
+	    memcmp(a->octets, none, sizeof(none)) == 0;
+}
+
+/* An address that only this machine can use. */
+static bool
+address_is_local(const struct address *a)
+{
+	return a->family == AF_UNIX || address_is_loopback(a);
+}
+
+/* True if a is an address of this machine: one that can be bound to. */
+static bool
+address_is_here(const struct address *a)
+{
+	struct address probe = *a;
+	struct sockaddr_storage storage;
+	int fd = socket(a->family, SOCK_DGRAM, 0);
+	socklen_t len;
+	bool here;
+
+	if (fd == -1)
+		return false;
+	probe.port = 0;
+	len = address_export(&probe, &storage);
+	here = bind(fd, (struct sockaddr *)&storage, len) != -1;
+	(void)close(fd);
+	return here;
+}
+
+/* True if a connection to a would arrive at one of our own listeners. */
+static bool
+address_is_ours(const struct address *a)
+{
+	size_t i;
+
+	for (i = 0; i < listeners_n; i++) {
+		const struct address *l = &listeners[i].address;
+
+		if (l->family != a->family || l->port != a->port)
+			continue;
+		if (address_same(l, a) || address_is_any(a) ||
+		    (address_is_any(l) && address_is_here(a)))
+			return true;
+	}
+	return false;
+}
+
 /*
  * Begins to connect c to an address, from one of ours unless its family is 0.
  * False, with errno, if it failed at once.
@@ -2940,6 +3076,39 @@ via_append(struct buffer *b, unsigned minor)
 	buffer_append(b, text_of("\r\n"));
 }
 
+/* A host without the dots at its end. */
+static struct text
+host_bare(struct text host)
+{
+	while (host.len > 0 && host.at[host.len - 1] == '.')
+		host.len--;
+	return host;
+}
+
+/* The address in the words of address_print(); none, of family 0: `-`. */
+static struct address
+address_read(struct text t)
+{
+	struct target target;
+	struct address a;
+
+	memset(&a, 0, sizeof(a));
+	if (authority_parse(t, 0, &target) == 1)
+		(void)address_parse(target.host, target.port, &a);
+	return a;
+}
+
+/* The length of a response's body, UINT64_MAX if its head does not tell. */
+static uint64_t
+response_length(const struct response *r)
+{
+	uint64_t length = UINT64_MAX;
+
+	if (head_chunked(&r->head) != 0 || head_length(&r->head, &length) != 1)
+		return UINT64_MAX;
+	return length;
+}
+
 /* ---- 7. Bodies and flows: where a message ends ---- */
 
 /*
@@ -3221,45 +3390,7 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
 	return true;
 }
 
-/* ---- 8. Rules: who may go where ---- */
-
-/*
- * A rule is one line: an action and its conditions.  Here they are read and
- * judged.  Judging is pure: a view in, a verdict out; what is not known yet
- * makes it open, and it is asked again later.  Addresses are judged as they
- * were looked up, and that very address is connected to.
- */
-
-enum {
-	/* User name or password of a parent: RFC 1929 has one length byte. */
-	CREDENTIAL_MAX = 255,
-	/* The same without a dot at its end, and each of its labels. */
-	DOMAIN_MAX = 253,
-	LABEL_MAX = 63,
-	/* A line of a list of domains, its LF not counted. */
-	LIST_LINE = 1000,
-	/* A list is read in such pieces, for this long a turn. */
-	LIST_BLOCK = 4096,
-	LIST_STEP_US = 1000,
-	/* Domains in one list: 1.2 GB. */
-	LIST_DOMAINS = 100000000,
-	/* A duration in a rule: ten years are as good as for ever. */
-	DURATION_MAX_S = 10 * 365 * DAY_S,
-	/* A ClientHello is sought in this much: clients send 2 KiB at most. */
-	HELLO_MAX = 4096,
-	/* A line of rules, and its words, each with a blank behind it. */
-	RULE_LINE_MAX = 8191,
-	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
-	/* `file:line` for the log. */
-	RULE_NAME_MAX = 256,
-	/* The words of a page that a rule gives. */
-	REASON_MAX = 200,
-	/* Texts that are sought in bodies; each takes a byte of every slot. */
-	NEEDLES_MAX = 16,
-	/* Lists of domains in all rules, and their paths. */
-	LISTS_MAX = 32,
-	LIST_PATH_MAX = 1023
-};
+/* ---- the way of a request ---- */
 
 /* How a parent proxy is spoken to. */
 enum parent_kind {
@@ -3281,6 +3412,51 @@ struct parent {
 	char password[CREDENTIAL_MAX + 1]; /* the same */
 };
 
+/* The parent that an exchange goes through, NULL if none. */
+static struct parent *
+exchange_parent(const struct exchange *x)
+{
+	struct parent *parent = x->request->route.parent;
+
+	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
+}
+
+/* ---- 8. Rules: who may go where ---- */
+
+/*
+ * A rule is one line: an action and its conditions.  Here they are read and
+ * judged.  Judging is pure: a view in, a verdict out; what is not known yet
+ * makes it open, and it is asked again later.  Addresses are judged as they
+ * were looked up, and that very address is connected to.
+ */
+
+enum {
+	/* The same without a dot at its end, and each of its labels. */
+	DOMAIN_MAX = 253,
+	LABEL_MAX = 63,
+	/* A line of a list of domains, its LF not counted. */
+	LIST_LINE = 1000,
+	/* A list is read in such pieces, for this long a turn. */
+	LIST_BLOCK = 4096,
+	LIST_STEP_US = 1000,
+	/* Domains in one list: 1.2 GB. */
+	LIST_DOMAINS = 100000000,
+	/* A duration in a rule: ten years are as good as for ever. */
+	DURATION_MAX_S = 10 * 365 * DAY_S,
+	/* A line of rules, and its words, each with a blank behind it. */
+	RULE_LINE_MAX = 8191,
+	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
+	/* `file:line` for the log. */
+	RULE_NAME_MAX = 256,
+	/* The words of a page that a rule gives. */
+	REASON_MAX = 200,
+	/* Texts that are sought in bodies; each takes a byte of every slot. */
+	NEEDLES_MAX = 16,
+	/* Lists of domains in all rules, and their paths. */
+	LISTS_MAX = 32,
+	LIST_PATH_MAX = 1023
+};
+
 /* A block of addresses: all that begin with the same bits. */
 struct network {
 	struct address address; /* without port and scope; other bits are 0 */
@@ -3298,12 +3474,6 @@ struct span {
 struct numbers {
 	uint64_t first; /* belongs to them */
 	uint64_t last;  /* the same; not below first */
-};
-
-/* A letter that may stand behind a number. */
-struct unit {
-	char letter;     /* in lower case; '\0' ends a list of units */
-	uint64_t factor; /* what one of it is worth */
 };
 
 /* Bytes to look for in a stream (Knuth, Morris, Pratt). */
@@ -3506,74 +3676,6 @@ static struct rules *rules_next; /* being read to replace them, or NULL */
 
 static const char built_in[] = "built-in";
 
-/* 127.0.0.0/8 and ::1. */
-static bool
-address_is_loopback(const struct address *a)
-{
-	static const unsigned char loopback6[16] = { [15] = 1 };
-
-	if (a->family == AF_INET)
-		return a->octets[0] == 127;
-	return a->family == AF_INET6 &&
-	    memcmp(a->octets, loopback6, sizeof(loopback6)) == 0;
-}
-
-/* 0.0.0.0 and ::, which connect to this machine. */
-static bool
-address_is_any(const struct address *a)
-{
-	static const unsigned char none[16];
-
-	if (a->family == AF_INET)
-		return a->octets[0] == 0;
-	return a->family == AF_INET6 &&
-	    memcmp(a->octets, none, sizeof(none)) == 0;
-}
-
-/* An address that only this machine can use. */
-static bool
-address_is_local(const struct address *a)
-{
-	return a->family == AF_UNIX || address_is_loopback(a);
-}
-
-/* True if a is an address of this machine: one that can be bound to. */
-static bool
-address_is_here(const struct address *a)
-{
-	struct address probe = *a;
-	struct sockaddr_storage storage;
-	int fd = socket(a->family, SOCK_DGRAM, 0);
-	socklen_t len;
-	bool here;
-
-	if (fd == -1)
-		return false;
-	probe.port = 0;
-	len = address_export(&probe, &storage);
-	here = bind(fd, (struct sockaddr *)&storage, len) != -1;
-	(void)close(fd);
-	return here;
-}
-
-/* True if a connection to a would arrive at one of our own listeners. */
-static bool
-address_is_ours(const struct address *a)
-{
-	size_t i;
-
-	for (i = 0; i < listeners_n; i++) {
-		const struct address *l = &listeners[i].address;
-
-		if (l->family != a->family || l->port != a->port)
-			continue;
-		if (address_same(l, a) || address_is_any(a) ||
-		    (address_is_any(l) && address_is_here(a)))
-			return true;
-	}
-	return false;
-}
-
 /* ---- matchers ---- */
 
 /*
@@ -3751,35 +3853,6 @@ numbers_have(const struct numbers *r, uint64_t n)
 	return n >= r->first && n <= r->last;
 }
 
-/* A number and at most one of the units, in either case; none above max. */
-static bool
-amount_parse(struct text t, const struct unit *units, uint64_t max,
-    uint64_t *value)
-{
-	int last = t.len ? tolower((unsigned char)t.at[t.len - 1]) : '\0';
-	uint64_t count;
-
-	while (units->letter != '\0' && units->letter != last)
-		units++;
-	if (units->letter == '\0')
-		return number_parse(t, max, value);
-	t.len--;
-	if (!number_parse(t, max / units->factor, &count))
-		return false;
-	*value = count * units->factor;
-	return true;
-}
-
-/* Bytes, or with a K, M, G behind them. */
-static bool
-size_parse(struct text t, uint64_t *value)
-{
-	static const struct unit units[] = { { 'k', 1 << 10 }, { 'm', 1 << 20 },
-		{ 'g', 1 << 30 }, { '\0', 0 } };
-
-	return amount_parse(t, units, INT64_MAX, value);
-}
-
 /* Seconds, or with an s, m, h, d behind them. */
 static bool
 duration_parse(struct text t, int64_t *seconds)
@@ -3843,122 +3916,6 @@ needle_scan(const struct needle *n, unsigned char *state, struct text t)
 	}
 	*state = matched;
 	return matched == n->len;
-}
-
-/* A part of a TLS message that is read from its front. */
-struct cursor {
-	struct text rest; /* not read yet */
-	bool bad;         /* something was missing; stays */
-};
-
-/* Takes a number of n bytes, the highest first; 0 if they are not there. */
-static size_t
-cursor_number(struct cursor *c, size_t n)
-{
-	size_t value = 0;
-
-	c->bad = c->bad || c->rest.len < n;
-	for (; n > 0 && !c->bad; n--) {
-		value = value << 8 | (unsigned char)*c->rest.at;
-		c->rest = text_from(c->rest, 1);
-	}
-	return c->bad ? 0 : value;
-}
-
-/*
- * Takes what has its length in n bytes in front of it (RFC 8446 section 3.4).
- * Of what is cut short, all that is there.
- */
-static struct cursor
-cursor_vector(struct cursor *c, size_t n)
-{
-	struct cursor part = { .rest = c->rest };
-	size_t len = cursor_number(c, n);
-
-	part.bad = c->bad;
-	part.rest = text_cut(c->rest.at, len < c->rest.len ? len : c->rest.len);
-	c->rest = text_from(c->rest, part.rest.len);
-	return part;
-}
-
-/*
- * Copies what the records at the start of t carry of the handshake (RFC 8446
- * section 5.1) to `to`, of HELLO_MAX bytes; nothing if it is none.
- */
-static struct text
-hello_gather(struct text t, char *to)
-{
-	struct cursor c = { .rest = t };
-	size_t n = 0;
-
-	while (cursor_number(&c, 1) == 22 && cursor_number(&c, 1) == 3 &&
-	    n < HELLO_MAX) {
-		struct text piece;
-
-		(void)cursor_number(&c, 1);
-		piece = cursor_vector(&c, 2).rest;
-		if (piece.len > HELLO_MAX - n)
-			piece.len = HELLO_MAX - n;
-		memcpy(to + n, piece.at, piece.len);
-		n += piece.len;
-	}
-	return text_cut(to, n);
-}
-
-/* The extensions of the ClientHello t (RFC 8446 section 4.1.2). */
-static struct cursor
-hello_extensions(struct text t)
-{
-	struct cursor c = { .rest = t };
-
-	c.bad = cursor_number(&c, 1) != 1;
-	c = cursor_vector(&c, 3);
-	(void)cursor_number(&c, 2);  /* version */
-	(void)cursor_number(&c, 32); /* random */
-	(void)cursor_vector(&c, 1);  /* session */
-	(void)cursor_vector(&c, 2);  /* ciphers */
-	(void)cursor_vector(&c, 1);  /* compression */
-	return cursor_vector(&c, 2);
-}
-
-/* True if t may be a host's name: letters, digits, dots, hyphens. */
-static bool
-hello_is_host(struct text t)
-{
-	size_t i;
-
-	for (i = 0; i < t.len; i++)
-		if (!is_alnum(t.at[i]) && t.at[i] != '-' && t.at[i] != '_' &&
-		    t.at[i] != '.')
-			return false;
-	return t.len > 0 && t.len <= HOST_MAX;
-}
-
-/*
- * The name of the server (RFC 6066 section 3) in the TLS ClientHello that t,
- * the first bytes of a client, begins with; a slice of `flat`, of HELLO_MAX
- * bytes, and empty if it is not there.  It is the first of its list: no other
- * type of name has been defined.
- */
-static struct text
-hello_name(struct text t, char *flat)
-{
-	struct cursor c = hello_extensions(hello_gather(t, flat));
-
-	while (!c.bad && c.rest.len > 0) {
-		size_t type = cursor_number(&c, 2), len;
-		struct cursor list = cursor_vector(&c, 2);
-
-		if (type != 0)
-			continue;
-		list = cursor_vector(&list, 2);
-		type = cursor_number(&list, 1);
-		len = cursor_number(&list, 2);
-		t = text_cut(list.rest.at, len);
-		if (type == 0 && len <= list.rest.len && hello_is_host(t))
-			return t;
-	}
-	return text_cut(flat, 0);
 }
 
 /* ---- lists of domains ---- */
@@ -4408,15 +4365,6 @@ list_has(const struct list *list, struct text host)
 
 /* ---- judging ---- */
 
-/* A host without the dots at its end. */
-static struct text
-host_bare(struct text host)
-{
-	while (host.len > 0 && host.at[host.len - 1] == '.')
-		host.len--;
-	return host;
-}
-
 /* True if name is what pattern says: `.x` is all below x, else the same. */
 static bool
 host_matches(struct text pattern, struct text name)
@@ -4781,22 +4729,6 @@ rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
 }
 
 /* ---- users (RFC 7617) ---- */
-
-/*
- * True if both are the same.  How long it takes tells nothing but the length
- * of a, which whoever asks knows.
- */
-static bool
-secret_same(struct text a, struct text b)
-{
-	unsigned char differ = a.len != b.len;
-	size_t i;
-
-	for (i = 0; i < a.len; i++)
-		differ |= (unsigned char)(a.at[i] ^
-		    (b.len > 0 ? b.at[i % b.len] : 1));
-	return differ == 0;
-}
 
 /* The user of that password, NULL if there is none. */
 static const struct account *
@@ -5690,21 +5622,6 @@ action_group(struct parser *p, enum rule_group group)
 	return group;
 }
 
-/* Overwrites the logins in all URLs of a string. */
-static void
-secret_hide(char *at)
-{
-	char *end;
-
-	for (; (at = strstr(at, "://")) != NULL; at = end) {
-		at += 3;
-		end = at + strcspn(at, " \t\"");
-		while (end > at && *end != '@')
-			end--;
-		memset(at, '*', (size_t)(end - at));
-	}
-}
-
 /*
  * A copy of a line for those who ask which rules are in force: without blanks
  * around it and without passwords.
@@ -6066,28 +5983,6 @@ rules_read(void)
 
 /* ---- what is known ---- */
 
-/* The parent that an exchange goes through, NULL if none. */
-static struct parent *
-exchange_parent(const struct exchange *x)
-{
-	struct parent *parent = x->request->route.parent;
-
-	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
-}
-
-/* The address in the words of address_print(); none, of family 0: `-`. */
-static struct address
-address_read(struct text t)
-{
-	struct target target;
-	struct address a;
-
-	memset(&a, 0, sizeof(a));
-	if (authority_parse(t, 0, &target) == 1)
-		(void)address_parse(target.host, target.port, &a);
-	return a;
-}
-
 /*
  * What they know of a server's address is a, which must stay; of family 0:
  * nothing, and never.  One in the URL is known anyway.
@@ -6154,17 +6049,6 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 		v->known |= FACT_LENGTH | FACT_BODY;
 	if (bare && length == UINT64_MAX)
 		v->length = 0;
-}
-
-/* The length of a response's body, UINT64_MAX if its head does not tell. */
-static uint64_t
-response_length(const struct response *r)
-{
-	uint64_t length = UINT64_MAX;
-
-	if (head_chunked(&r->head) != 0 || head_length(&r->head, &length) != 1)
-		return UINT64_MAX;
-	return length;
 }
 
 /* All lines in force, group by group, on standard output. */
@@ -10041,6 +9925,129 @@ trace_dump(const struct exchange *x, const char *mark, struct text t)
 		memcpy(to, "  ", 3);
 		trace_line(x, COLOUR_DIM, text, row, "");
 	}
+}
+
+/* ---- the name in a tunnel's greeting, for the log ---- */
+
+enum {
+	/* A ClientHello is sought in this much: clients send 2 KiB at most. */
+	HELLO_MAX = 4096
+};
+
+/* A part of a TLS message that is read from its front. */
+struct cursor {
+	struct text rest; /* not read yet */
+	bool bad;         /* something was missing; stays */
+};
+
+/* Takes a number of n bytes, the highest first; 0 if they are not there. */
+static size_t
+cursor_number(struct cursor *c, size_t n)
+{
+	size_t value = 0;
+
+	c->bad = c->bad || c->rest.len < n;
+	for (; n > 0 && !c->bad; n--) {
+		value = value << 8 | (unsigned char)*c->rest.at;
+		c->rest = text_from(c->rest, 1);
+	}
+	return c->bad ? 0 : value;
+}
+
+/*
+ * Takes what has its length in n bytes in front of it (RFC 8446 section 3.4).
+ * Of what is cut short, all that is there.
+ */
+static struct cursor
+cursor_vector(struct cursor *c, size_t n)
+{
+	struct cursor part = { .rest = c->rest };
+	size_t len = cursor_number(c, n);
+
+	part.bad = c->bad;
+	part.rest = text_cut(c->rest.at, len < c->rest.len ? len : c->rest.len);
+	c->rest = text_from(c->rest, part.rest.len);
+	return part;
+}
+
+/*
+ * Copies what the records at the start of t carry of the handshake (RFC 8446
+ * section 5.1) to `to`, of HELLO_MAX bytes; nothing if it is none.
+ */
+static struct text
+hello_gather(struct text t, char *to)
+{
+	struct cursor c = { .rest = t };
+	size_t n = 0;
+
+	while (cursor_number(&c, 1) == 22 && cursor_number(&c, 1) == 3 &&
+	    n < HELLO_MAX) {
+		struct text piece;
+
+		(void)cursor_number(&c, 1);
+		piece = cursor_vector(&c, 2).rest;
+		if (piece.len > HELLO_MAX - n)
+			piece.len = HELLO_MAX - n;
+		memcpy(to + n, piece.at, piece.len);
+		n += piece.len;
+	}
+	return text_cut(to, n);
+}
+
+/* The extensions of the ClientHello t (RFC 8446 section 4.1.2). */
+static struct cursor
+hello_extensions(struct text t)
+{
+	struct cursor c = { .rest = t };
+
+	c.bad = cursor_number(&c, 1) != 1;
+	c = cursor_vector(&c, 3);
+	(void)cursor_number(&c, 2);  /* version */
+	(void)cursor_number(&c, 32); /* random */
+	(void)cursor_vector(&c, 1);  /* session */
+	(void)cursor_vector(&c, 2);  /* ciphers */
+	(void)cursor_vector(&c, 1);  /* compression */
+	return cursor_vector(&c, 2);
+}
+
+/* True if t may be a host's name: letters, digits, dots, hyphens. */
+static bool
+hello_is_host(struct text t)
+{
+	size_t i;
+
+	for (i = 0; i < t.len; i++)
+		if (!is_alnum(t.at[i]) && t.at[i] != '-' && t.at[i] != '_' &&
+		    t.at[i] != '.')
+			return false;
+	return t.len > 0 && t.len <= HOST_MAX;
+}
+
+/*
+ * The name of the server (RFC 6066 section 3) in the TLS ClientHello that t,
+ * the first bytes of a client, begins with; a slice of `flat`, of HELLO_MAX
+ * bytes, and empty if it is not there.  It is the first of its list: no other
+ * type of name has been defined.
+ */
+static struct text
+hello_name(struct text t, char *flat)
+{
+	struct cursor c = hello_extensions(hello_gather(t, flat));
+
+	while (!c.bad && c.rest.len > 0) {
+		size_t type = cursor_number(&c, 2), len;
+		struct cursor list = cursor_vector(&c, 2);
+
+		if (type != 0)
+			continue;
+		list = cursor_vector(&list, 2);
+		type = cursor_number(&list, 1);
+		len = cursor_number(&list, 2);
+		t = text_cut(list.rest.at, len);
+		if (type == 0 && len <= list.rest.len && hello_is_host(t))
+			return t;
+	}
+	return text_cut(flat, 0);
 }
 
 /* ---- 12. Local pages ---- */
