@@ -211,7 +211,9 @@ enum limit {
 	/* -f and -e. */
 	SOURCES_MAX = 64,
 	/* Lines that rewrite requests, and those that rewrite responses. */
-	REWRITES_MAX = 64
+	REWRITES_MAX = 64,
+	/* A user's name or password: RFC 1929 has one length byte. */
+	CREDENTIAL_MAX = 255
 };
 
 /* ---- 2. Vocabulary ---- */
@@ -357,11 +359,14 @@ struct target {
 	struct text path; /* and query, as it came; may lack its slash */
 };
 
-/* Rules that change a message, see rewrites_collect(). */
+/* What rules make of a head, see rules_rewrite(). */
 struct rewrites {
-	size_t n;                                  /* how many there are */
-	bool open;                                 /* there may be more */
-	const struct rule *list[REWRITES_MAX + 1]; /* in their order */
+	bool taken[FIELDS_MAX]; /* field i of the head is not sent */
+	bool strips;            /* fields may be taken: trailers are too */
+	bool via;               /* Via is: none of ours is added */
+	bool undecided;         /* rules may change more */
+	size_t n;               /* how many of the next there are */
+	struct field fields[REWRITES_MAX]; /* that are sent behind the rest */
 };
 
 /*
@@ -1087,6 +1092,83 @@ word_last(struct text t)
 
 	memcpy(bytes, t.at, t.len);
 	return word_read(bytes);
+}
+
+/* 64 bits of FNV-1a over t, going on from hash. */
+static uint64_t
+hash_text(uint64_t hash, struct text t)
+{
+	size_t i;
+
+	for (i = 0; i < t.len; i++)
+		hash = (hash ^ (unsigned char)t.at[i]) * 1099511628211U;
+	return hash;
+}
+
+/* A letter that may stand behind a number. */
+struct unit {
+	char letter;     /* in lower case; '\0' ends a list of units */
+	uint64_t factor; /* what one of it is worth */
+};
+
+/* A number and at most one of the units, in either case; none above max. */
+static bool
+amount_parse(struct text t, const struct unit *units, uint64_t max,
+    uint64_t *value)
+{
+	int last = t.len ? tolower((unsigned char)t.at[t.len - 1]) : '\0';
+	uint64_t count;
+
+	while (units->letter != '\0' && units->letter != last)
+		units++;
+	if (units->letter == '\0')
+		return number_parse(t, max, value);
+	t.len--;
+	if (!number_parse(t, max / units->factor, &count))
+		return false;
+	*value = count * units->factor;
+	return true;
+}
+
+/* Bytes, or with a K, M, G behind them. */
+static bool
+size_parse(struct text t, uint64_t *value)
+{
+	static const struct unit units[] = { { 'k', 1 << 10 }, { 'm', 1 << 20 },
+		{ 'g', 1 << 30 }, { '\0', 0 } };
+
+	return amount_parse(t, units, INT64_MAX, value);
+}
+
+/* Overwrites the logins in all URLs of a string. */
+static void
+secret_hide(char *at)
+{
+	char *end;
+
+	for (; (at = strstr(at, "://")) != NULL; at = end) {
+		at += 3;
+		end = at + strcspn(at, " \t\"");
+		while (end > at && *end != '@')
+			end--;
+		memset(at, '*', (size_t)(end - at));
+	}
+}
+
+/*
+ * True if both are the same.  How long it takes tells nothing but the length
+ * of a, which whoever asks knows.
+ */
+static bool
+secret_same(struct text a, struct text b)
+{
+	unsigned char differ = a.len != b.len;
+	size_t i;
+
+	for (i = 0; i < a.len; i++)
+		differ |= (unsigned char)(a.at[i] ^
+		    (b.len > 0 ? b.at[i % b.len] : 1));
+	return differ == 0;
 }
 
 /*
@@ -2101,6 +2183,74 @@ address_same(const struct address *a, const struct address *b)
 	    memcmp(a->octets, b->octets, sizeof(a->octets)) == 0;
 }
 
+/* 127.0.0.0/8 and ::1. */
+static bool
+address_is_loopback(const struct address *a)
+{
+	static const unsigned char loopback6[16] = { [15] = 1 };
+
+	if (a->family == AF_INET)
+		return a->octets[0] == 127;
+	return a->family == AF_INET6 &&
+	    memcmp(a->octets, loopback6, sizeof(loopback6)) == 0;
+}
+
+/* 0.0.0.0 and ::, which connect to this machine. */
+static bool
+address_is_any(const struct address *a)
+{
+	static const unsigned char none[16];
+
+	if (a->family == AF_INET)
+		return a->octets[0] == 0;
+	return a->family == AF_INET6 &&
+	    memcmp(a->octets, none, sizeof(none)) == 0;
+}
+
+/* An address that only this machine can use. */
+static bool
+address_is_local(const struct address *a)
+{
+	return a->family == AF_UNIX || address_is_loopback(a);
+}
+
+/* True if a is an address of this machine: one that can be bound to. */
+static bool
+address_is_here(const struct address *a)
+{
+	struct address probe = *a;
+	struct sockaddr_storage storage;
+	int fd = socket(a->family, SOCK_DGRAM, 0);
+	socklen_t len;
+	bool here;
+
+	if (fd == -1)
+		return false;
+	probe.port = 0;
+	len = address_export(&probe, &storage);
+	here = bind(fd, (struct sockaddr *)&storage, len) != -1;
+	(void)close(fd);
+	return here;
+}
+
+/* True if a connection to a would arrive at one of our own listeners. */
+static bool
+address_is_ours(const struct address *a)
+{
+	size_t i;
+
+	for (i = 0; i < listeners_n; i++) {
+		const struct address *l = &listeners[i].address;
+
+		if (l->family != a->family || l->port != a->port)
+			continue;
+		if (address_same(l, a) || address_is_any(a) ||
+		    (address_is_any(l) && address_is_here(a)))
+			return true;
+	}
+	return false;
+}
+
 /*
  * Begins to connect c to an address, from one of ours unless its family is 0.
  * False, with errno, if it failed at once.
@@ -2928,7 +3078,7 @@ request_parse(struct text t, struct request *r)
 	r->minor = 1;
 	r->framing = FRAMING_NONE;
 	r->length = 0;
-	r->rewrites.n = 0;
+	memset(&r->rewrites, 0, sizeof(r->rewrites));
 	memset(&r->target, 0, sizeof(r->target));
 	verdict = head_parse(t, &r->head, NULL);
 	line = request_line_parse(r->head.line, r);
@@ -3107,6 +3257,39 @@ via_append(struct buffer *b, unsigned minor)
 	buffer_append(b, text_of(minor ? "Via: 1.1 " : "Via: 1.0 "));
 	buffer_append(b, text_of(pseudonym));
 	buffer_append(b, text_of("\r\n"));
+}
+
+/* A host without the dots at its end. */
+static struct text
+host_bare(struct text host)
+{
+	while (host.len > 0 && host.at[host.len - 1] == '.')
+		host.len--;
+	return host;
+}
+
+/* The address in the words of address_print(); none, of family 0: `-`. */
+static struct address
+address_read(struct text t)
+{
+	struct target target;
+	struct address a;
+
+	memset(&a, 0, sizeof(a));
+	if (authority_parse(t, 0, &target) == 1)
+		(void)address_parse(target.host, target.port, &a);
+	return a;
+}
+
+/* The length of a response's body, UINT64_MAX if its head does not tell. */
+static uint64_t
+response_length(const struct response *r)
+{
+	uint64_t length = UINT64_MAX;
+
+	if (head_length(&r->head, &length) != 1)
+		return UINT64_MAX;
+	return length;
 }
 
 /* ---- 7. Bodies and flows: where a message ends ---- */
@@ -3391,53 +3574,7 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
 	return true;
 }
 
-/* ---- 8. Rules: who may go where ---- */
-
-/*
- * A rule is one line: an action and its conditions.  Here they are read and
- * judged.  Judging is pure: a view in, a verdict out; what is not known yet
- * makes it open, and it is asked again later.  Addresses are judged as they
- * were looked up, and that very address is connected to.
- */
-
-enum {
-	/* User name or password of a parent: RFC 1929 has one length byte. */
-	CREDENTIAL_MAX = 255,
-	/* The same without a dot at its end, and each of its labels. */
-	DOMAIN_MAX = 253,
-	LABEL_MAX = 63,
-	/* A line of a list of domains, its LF not counted. */
-	LIST_LINE = 1000,
-	/* A list is read in such pieces, for this long a turn. */
-	LIST_BLOCK = 4096,
-	LIST_STEP_US = 1000,
-	/* Domains in one list: 1.2 GB. */
-	LIST_DOMAINS = 100000000,
-	/* A duration in a rule: ten years are as good as for ever. */
-	DURATION_MAX_S = 10 * 365 * DAY_S,
-	/* A ClientHello is sought in this much: clients send 2 KiB at most. */
-	HELLO_MAX = 4096,
-	/* A line of rules, and its words, each with a blank behind it. */
-	RULE_LINE_MAX = 8191,
-	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
-	/* What one word of a rule may take: a parent is the largest. */
-	RULE_WORD_BYTES = 1536,
-	/*
-	 * The memory of rules grows by this at least.  It is reserved for the
-	 * worst that a line may be, and only used is what it is: a block has
-	 * to be large beside that.
-	 */
-	BLOCK_SIZE = 1 << 20,
-	/* `file:line` for the log. */
-	RULE_NAME_MAX = 256,
-	/* The words of a page that a rule gives. */
-	REASON_MAX = 200,
-	/* Texts that are sought in bodies; each takes a byte of every slot. */
-	NEEDLES_MAX = 16,
-	/* Lists of domains in all rules, and their paths. */
-	LISTS_MAX = 32,
-	LIST_PATH_MAX = 1023
-};
+/* ---- the way of a request ---- */
 
 /* How a parent proxy is spoken to. */
 enum parent_kind {
@@ -3459,6 +3596,51 @@ struct parent {
 	char password[CREDENTIAL_MAX + 1]; /* the same */
 };
 
+/* The parent that an exchange goes through, NULL if none. */
+static struct parent *
+exchange_parent(const struct exchange *x)
+{
+	struct parent *parent = x->request->route.parent;
+
+	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
+}
+
+/* ---- 8. Rules: who may go where ---- */
+
+/*
+ * A rule is one line: an action and its conditions.  Here they are read and
+ * judged.  Judging is pure: a view in, a verdict out; what is not known yet
+ * makes it open, and it is asked again later.  Addresses are judged as they
+ * were looked up, and that very address is connected to.
+ */
+
+enum {
+	/* The same without a dot at its end, and each of its labels. */
+	DOMAIN_MAX = 253,
+	LABEL_MAX = 63,
+	/* A line of a list of domains, its LF not counted. */
+	LIST_LINE = 1000,
+	/* A list is read in such pieces, for this long a turn. */
+	LIST_BLOCK = 4096,
+	LIST_STEP_US = 1000,
+	/* Domains in one list: 1.2 GB. */
+	LIST_DOMAINS = 100000000,
+	/* A duration in a rule: ten years are as good as for ever. */
+	DURATION_MAX_S = 10 * 365 * DAY_S,
+	/* A line of rules, and its words, each with a blank behind it. */
+	RULE_LINE_MAX = 8191,
+	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
+	/* `file:line` for the log. */
+	RULE_NAME_MAX = 256,
+	/* The words of a page that a rule gives. */
+	REASON_MAX = 200,
+	/* Texts that are sought in bodies; each takes a byte of every slot. */
+	NEEDLES_MAX = 16,
+	/* Lists of domains in all rules, and their paths. */
+	LISTS_MAX = 32,
+	LIST_PATH_MAX = 1023
+};
+
 /* A block of addresses: all that begin with the same bits. */
 struct network {
 	struct address address; /* without port and scope; other bits are 0 */
@@ -3478,12 +3660,6 @@ struct numbers {
 	uint64_t last;  /* the same; not below first */
 };
 
-/* A letter that may stand behind a number. */
-struct unit {
-	char letter;     /* in lower case; '\0' ends a list of units */
-	uint64_t factor; /* what one of it is worth */
-};
-
 /* Bytes to look for in a stream (Knuth, Morris, Pratt). */
 struct needle {
 	const char *text;        /* its bytes; whoever made it owns them */
@@ -3500,20 +3676,19 @@ enum list_bit {
 
 /* The domains of one file.  Their names are gone: only hashes are left. */
 struct list {
-	uint64_t *slots;  /* open addressing; NULL while they are counted */
-	size_t size;      /* slots; one at least is empty */
-	size_t room;      /* names that the first of two passes has found */
-	size_t names;     /* found in this pass; the same one may come twice */
-	size_t read;      /* lines */
-	size_t used;      /* names that differ, exceptions too */
-	size_t skipped;   /* lines with something that was not understood */
-	int64_t ms;       /* from its first step to its last */
-	int64_t begun;    /* us: the time of the first */
-	const char *path; /* of the file */
-	const char *file; /* where the rule stands that names it */
-	unsigned line;    /* there; 0: the file's name says it all */
-	int fd;           /* of the file while it is read, or -1 */
-	size_t len;       /* of the line that is not whole yet */
+	uint64_t *slots;   /* open addressing; NULL while they are counted */
+	size_t size;       /* slots; one at least is empty */
+	size_t room;       /* names that the first of two passes has found */
+	size_t names;      /* found in this pass; the same one may come twice */
+	size_t read;       /* lines */
+	size_t used;       /* names that differ, exceptions too */
+	size_t skipped;    /* lines with something that was not understood */
+	int64_t ms;        /* from its first step to its last */
+	int64_t begun;     /* us: the time of the first */
+	const char *path;  /* of the file */
+	const char *where; /* `file:line` of the rule that names it */
+	int fd;            /* of the file while it is read, or -1 */
+	size_t len;        /* of the line that is not whole yet */
 	char text[LIST_LINE + 1]; /* that line */
 };
 
@@ -3582,16 +3757,12 @@ enum truth {
 struct value {
 	struct value *next; /* of the same condition */
 	struct text text;   /* as it was written, quotes undone */
-	bool bare;          /* it was written without quotes */
-	bool special;       /* a bare word with a meaning: local, mismatch, * */
-	bool above;         /* of a size: above the number, not below */
-	bool response;      /* of a field: of the response, not the request */
-	struct text name;   /* of it */
+	bool any;           /* the bare word of its subject: local or * */
 	union {
 		struct network network;
 		struct numbers numbers;
 		struct span span;
-		regex_t regex;
+		const regex_t *regex;
 		const struct list *list;
 		unsigned needle; /* which of the rules' needles */
 	} as;                    /* by the subject */
@@ -3603,15 +3774,17 @@ struct condition {
 	enum subject subject;   /* what it is about */
 	unsigned needs;         /* facts that it takes to tell */
 	bool inverted;          /* `not` stands before it */
-	struct value *values;   /* one at least */
+	bool response;        /* of a field: of the response, not the request */
+	struct text name;     /* of it */
+	struct value *values; /* one at least */
 };
 
 /* One line. */
 struct rule {
 	struct rule *next;  /* of the same group */
 	enum action action; /* what it does if it holds */
-	const char *file;   /* where it stands */
-	unsigned line;      /* there; 0: the file's name says it all */
+	const char *where;  /* `file:line`, or the name of an option */
+	bool built_in;      /* nobody wrote it */
 	const char *text;   /* as it was written, but for passwords */
 	unsigned needs;     /* facts that its conditions take */
 	struct condition *conditions; /* all must hold */
@@ -3631,22 +3804,21 @@ struct account {
 	struct text user, password;
 };
 
-/* Memory of rules: pieces are cut from it and go all at once. */
-struct block {
-	struct block *next;
-	size_t used, size; /* of data, in bytes */
-	char data[];
+/* What rules are made of: all pieces go at once. */
+struct piece {
+	struct piece *next;
+	void (*drop)(void *); /* what else is to be done then, or NULL */
+	uint64_t data[];      /* as aligned as anything here must be */
 };
 
 /* All lines in force, parsed. */
 struct rules {
 	unsigned refs;              /* exchanges that go by them, and `rules` */
 	unsigned errors;            /* lines that were wrong */
-	struct block *blocks;       /* what all of it is made of */
+	struct piece *pieces;       /* what all of it is made of */
 	struct rule *first[GROUPS]; /* the lines, by group */
 	struct account *accounts;   /* who may log in */
 	bool logins;                /* `users` was there */
-	bool guarded;               /* the guards were put in */
 	unsigned rewrites[2];       /* lines: of requests, of responses */
 	unsigned needles_n;         /* how many of the next there are */
 	struct needle *needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
@@ -3687,74 +3859,6 @@ static struct rules *rules_now; /* those in force */
 static struct rules *rules_next; /* being read to replace them, or NULL */
 
 static const char built_in[] = "built-in";
-
-/* 127.0.0.0/8 and ::1. */
-static bool
-address_is_loopback(const struct address *a)
-{
-	static const unsigned char loopback6[16] = { [15] = 1 };
-
-	if (a->family == AF_INET)
-		return a->octets[0] == 127;
-	return a->family == AF_INET6 &&
-	    memcmp(a->octets, loopback6, sizeof(loopback6)) == 0;
-}
-
-/* 0.0.0.0 and ::, which connect to this machine. */
-static bool
-address_is_any(const struct address *a)
-{
-	static const unsigned char none[16];
-
-	if (a->family == AF_INET)
-		return a->octets[0] == 0;
-	return a->family == AF_INET6 &&
-	    memcmp(a->octets, none, sizeof(none)) == 0;
-}
-
-/* An address that only this machine can use. */
-static bool
-address_is_local(const struct address *a)
-{
-	return a->family == AF_UNIX || address_is_loopback(a);
-}
-
-/* True if a is an address of this machine: one that can be bound to. */
-static bool
-address_is_here(const struct address *a)
-{
-	struct address probe = *a;
-	struct sockaddr_storage storage;
-	int fd = socket(a->family, SOCK_DGRAM, 0);
-	socklen_t len;
-	bool here;
-
-	if (fd == -1)
-		return false;
-	probe.port = 0;
-	len = address_export(&probe, &storage);
-	here = bind(fd, (struct sockaddr *)&storage, len) != -1;
-	(void)close(fd);
-	return here;
-}
-
-/* True if a connection to a would arrive at one of our own listeners. */
-static bool
-address_is_ours(const struct address *a)
-{
-	size_t i;
-
-	for (i = 0; i < listeners_n; i++) {
-		const struct address *l = &listeners[i].address;
-
-		if (l->family != a->family || l->port != a->port)
-			continue;
-		if (address_same(l, a) || address_is_any(a) ||
-		    (address_is_any(l) && address_is_here(a)))
-			return true;
-	}
-	return false;
-}
 
 /* ---- matchers ---- */
 
@@ -3926,33 +4030,11 @@ numbers_parse(struct text t, uint64_t max, struct numbers *r)
 	return true;
 }
 
-/* A number and at most one of the units, in either case; none above max. */
+/* True if n is one of the numbers. */
 static bool
-amount_parse(struct text t, const struct unit *units, uint64_t max,
-    uint64_t *value)
+numbers_have(const struct numbers *r, uint64_t n)
 {
-	int last = t.len ? tolower((unsigned char)t.at[t.len - 1]) : '\0';
-	uint64_t count;
-
-	while (units->letter != '\0' && units->letter != last)
-		units++;
-	if (units->letter == '\0')
-		return number_parse(t, max, value);
-	t.len--;
-	if (!number_parse(t, max / units->factor, &count))
-		return false;
-	*value = count * units->factor;
-	return true;
-}
-
-/* Bytes, or with a K, M, G behind them. */
-static bool
-size_parse(struct text t, uint64_t *value)
-{
-	static const struct unit units[] = { { 'k', 1 << 10 }, { 'm', 1 << 20 },
-		{ 'g', 1 << 30 }, { '\0', 0 } };
-
-	return amount_parse(t, units, INT64_MAX, value);
+	return n >= r->first && n <= r->last;
 }
 
 /* Seconds, or with an s, m, h, d behind them. */
@@ -4020,122 +4102,6 @@ needle_scan(const struct needle *n, unsigned char *state, struct text t)
 	return matched == n->len;
 }
 
-/* A part of a TLS message that is read from its front. */
-struct cursor {
-	struct text rest; /* not read yet */
-	bool bad;         /* something was missing; stays */
-};
-
-/* Takes a number of n bytes, the highest first; 0 if they are not there. */
-static size_t
-cursor_number(struct cursor *c, size_t n)
-{
-	size_t value = 0;
-
-	c->bad = c->bad || c->rest.len < n;
-	for (; n > 0 && !c->bad; n--) {
-		value = value << 8 | (unsigned char)*c->rest.at;
-		c->rest = text_from(c->rest, 1);
-	}
-	return c->bad ? 0 : value;
-}
-
-/*
- * Takes what has its length in n bytes in front of it (RFC 8446 section 3.4).
- * Of what is cut short, all that is there.
- */
-static struct cursor
-cursor_vector(struct cursor *c, size_t n)
-{
-	struct cursor part = { .rest = c->rest };
-	size_t len = cursor_number(c, n);
-
-	part.bad = c->bad;
-	part.rest = text_cut(c->rest.at, len < c->rest.len ? len : c->rest.len);
-	c->rest = text_from(c->rest, part.rest.len);
-	return part;
-}
-
-/*
- * Copies what the records at the start of t carry of the handshake (RFC 8446
- * section 5.1) to `to`, of HELLO_MAX bytes; nothing if it is none.
- */
-static struct text
-hello_gather(struct text t, char *to)
-{
-	struct cursor c = { .rest = t };
-	size_t n = 0;
-
-	while (cursor_number(&c, 1) == 22 && cursor_number(&c, 1) == 3 &&
-	    n < HELLO_MAX) {
-		struct text piece;
-
-		(void)cursor_number(&c, 1);
-		piece = cursor_vector(&c, 2).rest;
-		if (piece.len > HELLO_MAX - n)
-			piece.len = HELLO_MAX - n;
-		memcpy(to + n, piece.at, piece.len);
-		n += piece.len;
-	}
-	return text_cut(to, n);
-}
-
-/* The extensions of the ClientHello t (RFC 8446 section 4.1.2). */
-static struct cursor
-hello_extensions(struct text t)
-{
-	struct cursor c = { .rest = t };
-
-	c.bad = cursor_number(&c, 1) != 1;
-	c = cursor_vector(&c, 3);
-	(void)cursor_number(&c, 2);  /* version */
-	(void)cursor_number(&c, 32); /* random */
-	(void)cursor_vector(&c, 1);  /* session */
-	(void)cursor_vector(&c, 2);  /* ciphers */
-	(void)cursor_vector(&c, 1);  /* compression */
-	return cursor_vector(&c, 2);
-}
-
-/* True if t may be a host's name: letters, digits, dots, hyphens. */
-static bool
-hello_is_host(struct text t)
-{
-	size_t i;
-
-	for (i = 0; i < t.len; i++)
-		if (!is_alnum(t.at[i]) && t.at[i] != '-' && t.at[i] != '_' &&
-		    t.at[i] != '.')
-			return false;
-	return t.len > 0 && t.len <= HOST_MAX;
-}
-
-/*
- * The name of the server (RFC 6066 section 3) in the TLS ClientHello that t,
- * the first bytes of a client, begins with; a slice of `flat`, of HELLO_MAX
- * bytes, and empty if it is not there.  It is the first of its list: no other
- * type of name has been defined.
- */
-static struct text
-hello_name(struct text t, char *flat)
-{
-	struct cursor c = hello_extensions(hello_gather(t, flat));
-
-	while (!c.bad && c.rest.len > 0) {
-		size_t type = cursor_number(&c, 2), len;
-		struct cursor list = cursor_vector(&c, 2);
-
-		if (type != 0)
-			continue;
-		list = cursor_vector(&list, 2);
-		type = cursor_number(&list, 1);
-		len = cursor_number(&list, 2);
-		t = text_cut(list.rest.at, len);
-		if (type == 0 && len <= list.rest.len && hello_is_host(t))
-			return t;
-	}
-	return text_cut(flat, 0);
-}
-
 /* ---- lists of domains ---- */
 
 /*
@@ -4143,76 +4109,9 @@ hello_name(struct text t, char *flat)
  * dnsmasq, of Adblock, also mixed.  A name in a list covers itself and all
  * that is below it; an exception wins over every name of its list.  A line
  * that is not understood blocks nothing and is counted.  A million domains
- * take 12 MB, for only hashes are kept.  Their key is secret: who could make
- * a name with the hash of a listed one could have it blocked.
+ * take 12 MB, for only hashes are kept.  The hash is no secret: somebody could
+ * make a name of their own that is taken for a listed one, and have it blocked.
  */
-
-/* x with its bits turned left by n, 1 to 63. */
-static uint64_t
-bits_turn(uint64_t x, unsigned n)
-{
-	return x << n | x >> (64 - n);
-}
-
-/* n rounds of SipHash over its state. */
-static void
-sip_rounds(uint64_t v[4], int n)
-{
-	while (n-- > 0) {
-		v[0] += v[1];
-		v[2] += v[3];
-		v[1] = bits_turn(v[1], 13) ^ v[0];
-		v[3] = bits_turn(v[3], 16) ^ v[2];
-		v[0] = bits_turn(v[0], 32) + v[3];
-		v[2] += v[1];
-		v[3] = bits_turn(v[3], 21) ^ v[0];
-		v[1] = bits_turn(v[1], 17) ^ v[2];
-		v[2] = bits_turn(v[2], 32);
-	}
-}
-
-/* SipHash-2-4 of t (Aumasson and Bernstein, 2012). */
-static uint64_t
-sip_hash(const uint64_t key[2], struct text t)
-{
-	uint64_t v[4] = { key[0] ^ 0x736f6d6570736575U,
-		key[1] ^ 0x646f72616e646f6dU, key[0] ^ 0x6c7967656e657261U,
-		key[1] ^ 0x7465646279746573U };
-	uint64_t word, length = (uint64_t)t.len << 56;
-
-	for (; t.len >= 8; t = text_from(t, 8)) {
-		word = word_read(t.at);
-		v[3] ^= word;
-		sip_rounds(v, 2);
-		v[0] ^= word;
-	}
-	word = length | word_last(t);
-	v[3] ^= word;
-	sip_rounds(v, 2);
-	v[0] ^= word;
-	v[2] ^= 0xff;
-	sip_rounds(v, 4);
-	return v[0] ^ v[1] ^ v[2] ^ v[3];
-}
-
-/* The key of all lists of this process; zeros if the system has none. */
-static const uint64_t *
-list_key(void)
-{
-	static uint64_t key[2];
-	static bool made;
-	int fd;
-
-	if (made)
-		return key;
-	made = true;
-	fd = open("/dev/urandom", O_RDONLY);
-	if (fd == -1 || fd_read(fd, key, sizeof(key)) == -1)
-		key[0] = key[1] = 0;
-	if (fd != -1)
-		(void)close(fd);
-	return key;
-}
 
 /*
  * True if t is an address rather than a name: a colon, or a last label that
@@ -4280,8 +4179,11 @@ domain_lower(struct text t, char *to)
 static uint64_t
 list_hash(struct text name)
 {
-	return (sip_hash(list_key(), name) & ~(uint64_t)LIST_EXCEPTION) |
-	    LIST_TAKEN;
+	uint64_t hash = hash_text(14695981039346656037U, name);
+
+	/* list_slot() goes by the high bits, which the last bytes hardly touch. */
+	hash = (hash ^ hash >> 32) * 0x9e3779b97f4a7c15U;
+	return (hash & ~(uint64_t)LIST_EXCEPTION) | LIST_TAKEN;
 }
 
 /* The slot where hash is, or the empty one where it would be. */
@@ -4613,6 +4515,13 @@ list_free(struct list *list)
 	list->size = list->used = 0;
 }
 
+/* The same, as parser_new() wants it. */
+static void
+list_drop(void *list)
+{
+	list_free(list);
+}
+
 /* True if the list covers host: a name in any case, a dot may end it. */
 static bool
 list_has(const struct list *list, struct text host)
@@ -4639,15 +4548,6 @@ list_has(const struct list *list, struct text host)
 }
 
 /* ---- judging ---- */
-
-/* A host without the dots at its end. */
-static struct text
-host_bare(struct text host)
-{
-	while (host.len > 0 && host.at[host.len - 1] == '.')
-		host.len--;
-	return host;
-}
 
 /* True if name is what pattern says: `.x` is all below x, else the same. */
 static bool
@@ -4684,70 +4584,23 @@ field_matches(const struct head *h, struct text name, const regex_t *regex)
 	return false;
 }
 
-/* The client is in a network, or local. */
-static bool
-match_client(const struct value *value, struct view *v)
-{
-	return value->special ? v->local :
-				network_has(&value->as.network, v->client);
-}
-
-/* The client has logged in, as one user or as any. */
-static bool
-match_user(const struct value *value, struct view *v)
-{
-	return v->user.at != NULL &&
-	    (value->special || text_equals(value->text, v->user));
-}
-
-/* The method, as it was sent. */
-static bool
-match_method(const struct value *value, struct view *v)
-{
-	return text_equals(value->text, v->request->name);
-}
-
-/* The host in the URL. */
-static bool
-match_host(const struct value *value, struct view *v)
-{
-	return host_matches(value->text, v->host);
-}
-
-/* The same, in a list of domains. */
-static bool
-match_list(const struct value *value, struct view *v)
-{
-	return list_has(value->as.list, v->host);
-}
-
-/* The port in the URL. */
-static bool
-match_port(const struct value *value, struct view *v)
-{
-	return v->port >= value->as.numbers.first &&
-	    v->port <= value->as.numbers.last;
-}
-
 /*
- * The whole URL, its host in small letters; for CONNECT host:port.  Good until
- * the next call.
+ * The URL of the request, its host in lower case; for CONNECT host:port.
+ * Made once for a view, and valid until another view asks.
  */
 static const char *
-view_url(const struct view *v)
+view_url(struct view *v)
 {
 	static char url[LINE_MAX_BYTES + HOST_MAX + 32];
 	const struct request *q = v->request;
 	bool connect = q->method == METHOD_CONNECT;
 	bool bracket = text_find(v->host, ':') < v->host.len;
 	struct text path = q->target.path;
-	char port[16] = "";
-	char host[HOST_MAX + 1];
-	size_t i;
+	char port[16] = "", host[HOST_MAX + 1] = "";
 
-	(void)text_copy(v->host, host, sizeof(host));
-	for (i = 0; host[i] != '\0'; i++)
-		host[i] = (char)tolower((unsigned char)host[i]);
+	if (v->url != NULL)
+		return v->url;
+	(void)domain_lower(v->host, host);
 	if (connect || v->port != 80)
 		(void)snprintf(port, sizeof(port), ":%u", v->port);
 	(void)snprintf(url, sizeof(url), "%s%s%s%s%s%s%.*s",
@@ -4755,49 +4608,8 @@ view_url(const struct view *v)
 	    bracket ? "]" : "", port,
 	    connect || (path.len > 0 && *path.at == '/') ? "" : "/",
 	    (int)path.len, path.at);
+	v->url = url;
 	return url;
-}
-
-/* The whole URL, which is made once for a view. */
-static bool
-match_url(const struct value *value, struct view *v)
-{
-	if (v->url == NULL)
-		v->url = view_url(v);
-	return regexec(&value->as.regex, v->url, 0, NULL, 0) == 0;
-}
-
-/* A field of the request, or of the response. */
-static bool
-match_field(const struct value *value, struct view *v)
-{
-	return field_matches(value->response ? &v->response->head :
-					       &v->request->head,
-	    value->name, &value->as.regex);
-}
-
-/* The local time, read once for a view. */
-static bool
-match_time(const struct value *value, struct view *v)
-{
-	if (!v->timed)
-		v->timed = localtime_r(&now.wall, &v->when) != NULL;
-	return v->timed && span_has(&value->as.span, &v->when);
-}
-
-/* The server is in a network. */
-static bool
-match_address(const struct value *value, struct view *v)
-{
-	return network_has(&value->as.network, v->address);
-}
-
-/* The status of the response. */
-static bool
-match_status(const struct value *value, struct view *v)
-{
-	return (uint64_t)v->response->status >= value->as.numbers.first &&
-	    (uint64_t)v->response->status <= value->as.numbers.last;
 }
 
 /*
@@ -4805,16 +4617,15 @@ match_status(const struct value *value, struct view *v)
  * names several, some clients take the first and some the last: each counts.
  */
 static bool
-match_type(const struct value *value, struct view *v)
+type_matches(const struct head *h, struct text wanted)
 {
-	const struct head *h = &v->response->head;
-	struct text wanted = value->text, type;
 	bool star = wanted.at[wanted.len - 1] == '*';
 	size_t i;
 
 	wanted.len -= star;
 	for (i = 0; i < h->n; i++) {
-		type = h->fields[i].value;
+		struct text type = h->fields[i].value;
+
 		if (!text_is(h->fields[i].name, "Content-Type"))
 			continue;
 		type = text_trim(text_cut(type.at, text_find(type, ';')));
@@ -4826,72 +4637,105 @@ match_type(const struct value *value, struct view *v)
 	return false;
 }
 
-/* What has passed may tell before the length is known, if it ever can be. */
+/*
+ * True if a value of the condition is what v shows.  That a body is too long,
+ * or that a text is in it, may be seen before all of it has passed.
+ */
 static bool
-match_size(const struct value *value, struct view *v)
+value_matches(const struct condition *c, const struct value *value,
+    struct view *v)
 {
-	uint64_t limit = value->as.numbers.first;
-
-	if (!(v->known & FACT_LENGTH))
-		return value->above && v->passed > limit &&
+	switch (c->subject) {
+	case SUBJECT_CLIENT:
+		return value->any ? v->local :
+				    network_has(&value->as.network, v->client);
+	case SUBJECT_USER:
+		return v->user.at != NULL &&
+		    (value->any || text_equals(value->text, v->user));
+	case SUBJECT_METHOD:
+		return text_equals(value->text, v->request->name);
+	case SUBJECT_HOST:
+		return host_matches(value->text, v->host);
+	case SUBJECT_LIST:
+		return list_has(value->as.list, v->host);
+	case SUBJECT_PORT:
+		return numbers_have(&value->as.numbers, v->port);
+	case SUBJECT_URL:
+		return regexec(value->as.regex, view_url(v), 0, NULL, 0) == 0;
+	case SUBJECT_FIELD:
+		return field_matches(c->response ? &v->response->head :
+						   &v->request->head,
+		    c->name, value->as.regex);
+	case SUBJECT_TIME:
+		v->timed = v->timed || localtime_r(&now.wall, &v->when) != NULL;
+		return v->timed && span_has(&value->as.span, &v->when);
+	case SUBJECT_ADDRESS:
+		return network_has(&value->as.network, v->address);
+	case SUBJECT_STATUS:
+		return numbers_have(&value->as.numbers,
+		    (uint64_t)v->response->status);
+	case SUBJECT_TYPE:
+		return type_matches(&v->response->head, value->text);
+	case SUBJECT_SIZE:
+		if (v->known & FACT_LENGTH)
+			return numbers_have(&value->as.numbers, v->length);
+		return value->as.numbers.last == UINT64_MAX &&
+		    v->passed >= value->as.numbers.first &&
 		    !(v->never & FACT_LENGTH);
-	return value->above ? v->length > limit : v->length < limit;
-}
-
-/* A text was found in what has passed of the body. */
-static bool
-match_body(const struct value *value, struct view *v)
-{
-	return v->found >> value->as.needle & 1;
+	case SUBJECT_BODY:
+		return v->found >> value->as.needle & 1;
+	case SUBJECTS:
+		break;
+	}
+	return false;
 }
 
 /*
- * The subjects: what it takes to tell, and how to.  early: what is known so
- * far may tell that it matches, but not that it does not.  single: a message
- * has one, so that two conditions about it can't both match.  wants: what its
+ * The subjects: the facts that they need; single: a message has one, so that
+ * two conditions about it can't both match; any: the word that means more
+ * unless it is quoted; max: the largest of their numbers; wants: what their
  * values are.
  */
 static const struct {
 	const char *word;
 	unsigned needs;
-	bool early;
 	bool single;
-	bool (*match)(const struct value *, struct view *);
+	const char *any;
+	uint64_t max;
 	const char *wants;
 } subjects[SUBJECTS] = {
-	[SUBJECT_CLIENT] = { "client", 0, false, true, match_client,
+	[SUBJECT_CLIENT] = { "client", 0, true, "local", 0,
 	    "an address or a network such as 10.0.0.0/8, or local" },
-	[SUBJECT_USER] = { "user", 0, false, true, match_user,
+	[SUBJECT_USER] = { "user", 0, true, "*", 0,
 	    "names with blanks between them, or * for any user" },
-	[SUBJECT_METHOD] = { "method", 0, false, true, match_method,
+	[SUBJECT_METHOD] = { "method", 0, true, NULL, 0,
 	    "a method in capitals such as GET" },
-	[SUBJECT_HOST] = { "host", 0, false, true, match_host,
+	[SUBJECT_HOST] = { "host", 0, true, NULL, 0,
 	    "a host without its port such as example.com, or .example.com "
 	    "for all below it" },
-	[SUBJECT_LIST] = { "list", 0, false, false, match_list, "a file" },
-	[SUBJECT_PORT] = { "port", 0, false, true, match_port,
+	[SUBJECT_LIST] = { "list", 0, false, NULL, 0, "a file" },
+	[SUBJECT_PORT] = { "port", 0, true, NULL, 65535,
 	    "a port or a range such as 8000-8999" },
-	[SUBJECT_URL] = { "url", 0, false, false, match_url,
-	    "a regular expression" },
-	[SUBJECT_FIELD] = { "field", 0, false, false, match_field,
+	[SUBJECT_URL] = { "url", 0, false, NULL, 0, "a regular expression" },
+	[SUBJECT_FIELD] = { "field", 0, false, NULL, 0,
 	    "a name and a regular expression" },
-	[SUBJECT_TIME] = { "time", 0, false, false, match_time,
+	[SUBJECT_TIME] = { "time", 0, false, NULL, 0,
 	    "days such as Mon-Fri, hours such as 08:00-17:30, or both" },
-	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, false, true,
-	    match_address, "an address or a network such as 10.0.0.0/8" },
-	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, false, true, match_status,
+	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, true, NULL, 0,
+	    "an address or a network such as 10.0.0.0/8" },
+	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, true, NULL, 999,
 	    "a status or a range such as 500-599" },
-	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, false, true, match_type,
+	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, true, NULL, 0,
 	    "a type such as text/html or video/*" },
-	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, true, false,
-	    match_size, "a size behind < or > such as >10M" },
-	[SUBJECT_BODY] = { "body", FACT_BODY, true, false, match_body,
-	    "a text" },
+	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, false, NULL, 0,
+	    "a size behind < or > such as >10M" },
+	[SUBJECT_BODY] = { "body", FACT_BODY, false, NULL, 0, "a text" },
 };
 
 /*
- * One condition.  What can't ever be known makes it not hold, inverted or
- * not.
+ * One condition.  If a fact that it needs can never be known, it does not
+ * match, inverted or not.  What has passed of a body may tell that it matches,
+ * but not that it does not.
  */
 static enum truth
 condition_judge(const struct condition *c, struct view *v)
@@ -4900,9 +4744,9 @@ condition_judge(const struct condition *c, struct view *v)
 	const struct value *value = c->values;
 	bool hit = false;
 
-	if (missing == 0 || subjects[c->subject].early)
+	if ((missing & (FACT_ADDRESS | FACT_RESPONSE)) == 0)
 		for (; value != NULL && !hit; value = value->next)
-			hit = subjects[c->subject].match(value, v);
+			hit = value_matches(c, value, v);
 	if (missing != 0 && !hit)
 		return missing & v->never ? TRUTH_NO : TRUTH_OPEN;
 	return hit != c->inverted ? TRUTH_YES : TRUTH_NO;
@@ -4980,24 +4824,6 @@ rules_seek_body(const struct rules *rules, struct view *v)
 	return false;
 }
 
-/* All lines of a rewriting group that hold, into w. */
-static void
-rewrites_collect(const struct rules *rules, enum rule_group group,
-    struct view *v, struct rewrites *w)
-{
-	const struct rule *rule;
-
-	w->n = 0;
-	w->open = false;
-	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = rule_judge(rule, v);
-
-		if (truth == TRUTH_YES && w->n < REWRITES_MAX)
-			w->list[w->n++] = rule;
-		w->open = w->open || truth == TRUTH_OPEN;
-	}
-}
-
 /*
  * True if a rule may touch fields of that name: none that frames or routes
  * the message.  A star may stand for the rest of a name.
@@ -5012,110 +4838,81 @@ name_is_free(struct text name)
 	    !name_is_among(name, fields_of_hop) && !name_is_among(name, fixed);
 }
 
-/* True if a line takes fields of that name away, or replaces them. */
+/*
+ * True if a rule takes fields of that name away, or replaces them; never those
+ * that no rule may touch, even if a star stands for them.
+ */
 static bool
 rule_takes(const struct rule *rule, struct text name)
 {
-	const struct value *value;
+	bool takes = rule->action == ACTION_SET && text_same(rule->name, name);
+	const struct value *value = rule->names;
 
-	if (rule->action == ACTION_SET && text_same(rule->name, name))
-		return true;
-	for (value = rule->names; value != NULL; value = value->next) {
+	for (; value != NULL && !takes; value = value->next) {
 		struct text t = value->text, n = name;
 
 		if (t.at[t.len - 1] == '*') {
 			t.len--;
 			n.len = n.len < t.len ? n.len : t.len;
 		}
-		if (text_same(t, n))
-			return true;
+		takes = text_same(t, n);
 	}
-	return false;
+	return takes && name_is_free(name);
+}
+
+/* Takes from a head, and from what rules put in so far, what a rule takes. */
+static void
+rewrites_take(struct rewrites *w, const struct rule *rule, const struct head *h)
+{
+	size_t i, n = 0;
+
+	w->strips = true;
+	w->via = w->via || rule_takes(rule, text_of("Via"));
+	for (i = 0; i < h->n; i++)
+		if (!w->taken[i])
+			w->taken[i] = rule_takes(rule, h->fields[i].name);
+	for (i = 0; i < w->n; i++)
+		if (!rule_takes(rule, w->fields[i].name))
+			w->fields[n++] = w->fields[i];
+	w->n = n;
 }
 
 /*
- * True if a line of w, from the one numbered first on, takes such fields; not
- * those that no rule may touch, be it by a star.
+ * Applies all rules of a rewriting group that match, in their order, to the
+ * head that v shows.  So that a text can be sought in the response, it must
+ * not be compressed.
  */
-static bool
-rewrites_take_from(const struct rewrites *w, size_t first, struct text name)
-{
-	bool taken = false;
-
-	for (; first < w->n && !taken; first++)
-		taken = rule_takes(w->list[first], name);
-	return taken && name_is_free(name);
-}
-
-/* The same for all of its lines. */
-static bool
-rewrites_take(const struct rewrites *w, struct text name)
-{
-	return rewrites_take_from(w, 0, name);
-}
-
-/* The field that line i of w puts in; false: none, or a later one takes it. */
-static bool
-rewrites_put(const struct rewrites *w, size_t i, struct field *field)
-{
-	field->name = w->list[i]->name;
-	field->value = w->list[i]->words;
-	return w->list[i]->action != ACTION_UNSET &&
-	    !rewrites_take_from(w, i + 1, field->name);
-}
-
-/* The fields that the lines of w put in, as lines into b. */
 static void
-rewrites_append(const struct rewrites *w, struct buffer *b)
+rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
+    struct rewrites *w)
 {
-	struct field field;
-	size_t i;
+	static struct value encoding;
+	static struct rule plain = { .action = ACTION_UNSET,
+		.names = &encoding };
+	const struct head *h = group == GROUP_REQUEST ? &v->request->head :
+							&v->response->head;
+	const struct rule *rule;
 
-	for (i = 0; i < w->n; i++)
-		if (rewrites_put(w, i, &field))
-			field_append(b, &field);
-}
+	memset(w, 0, sizeof(*w));
+	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
+		enum truth truth = rule_judge(rule, v);
 
-/* True if a line of w takes something away. */
-static bool
-rewrites_strip(const struct rewrites *w)
-{
-	size_t i;
-
-	for (i = 0; i < w->n; i++)
-		if (w->list[i]->action != ACTION_ADD)
-			return true;
-	return false;
-}
-
-/* `file:line` of a line, into to, which has RULE_NAME_MAX bytes. */
-static void
-rule_name(const struct rule *rule, char *to)
-{
-	if (rule->line > 0)
-		(void)snprintf(to, RULE_NAME_MAX, "%.200s:%u", rule->file,
-		    rule->line);
-	else
-		(void)snprintf(to, RULE_NAME_MAX, "%.200s", rule->file);
+		w->undecided = w->undecided || truth == TRUTH_OPEN;
+		if (truth != TRUTH_YES)
+			continue;
+		if (rule->action != ACTION_ADD)
+			rewrites_take(w, rule, h);
+		if (rule->action != ACTION_UNSET) {
+			w->fields[w->n].name = rule->name;
+			w->fields[w->n++].value = rule->words;
+		}
+	}
+	encoding.text = text_of("Accept-Encoding");
+	if (group == GROUP_REQUEST && rules_seek_body(rules, v))
+		rewrites_take(w, &plain, h);
 }
 
 /* ---- users (RFC 7617) ---- */
-
-/*
- * True if both are the same.  How long it takes tells nothing but the length
- * of a, which whoever asks knows.
- */
-static bool
-secret_same(struct text a, struct text b)
-{
-	unsigned char differ = a.len != b.len;
-	size_t i;
-
-	for (i = 0; i < a.len; i++)
-		differ |= (unsigned char)(a.at[i] ^
-		    (b.len > 0 ? b.at[i % b.len] : 1));
-	return differ == 0;
-}
 
 /* The user of that password, NULL if there is none. */
 static const struct account *
@@ -5168,22 +4965,22 @@ struct parser {
 	const char *file;    /* where it comes from */
 	unsigned line;       /* there; 0: the name says it all */
 	bool bad;            /* something was wrong with this line */
-	bool guard;          /* it was `guard` */
-	bool foreign;        /* it is the one for clients that no rule knows */
 	size_t n, at;        /* words, and the next of them */
 	struct word words[WORDS_MAX];
 	char text[RULE_LINE_MAX + 2]; /* the line; the words lie in it */
 	struct rule **end[GROUPS];    /* where the next line goes */
+	struct rule **guard;          /* where the guards go, or NULL */
 };
 
-/* Says what is wrong with a line. */
-static void
-line_warn(const char *file, unsigned line, const char *words)
+/* `file:line` of the line that is being read; good until the next call. */
+static const char *
+parser_where(const struct parser *p)
 {
-	if (line > 0)
-		warn("%.400s:%u: %s", file, line, words);
-	else
-		warn("%.400s: %s", file, words);
+	static char where[RULE_NAME_MAX];
+
+	(void)snprintf(where, sizeof(where), p->line ? "%.200s:%u" : "%.200s",
+	    p->file, p->line);
+	return where;
 }
 
 /* Something is wrong with a line: says where and what; once a line. */
@@ -5200,53 +4997,37 @@ parser_error(struct parser *p, const char *format, ...)
 	va_start(args, format);
 	(void)vsnprintf(words, sizeof(words), format, args);
 	va_end(args);
-	line_warn(p->file, p->line, words);
+	warn("%s: %s", parser_where(p), words);
 }
 
 /*
- * Makes sure that n bytes can be cut from the rules' memory without asking
- * the system; false if it has none.
+ * n zeroed bytes that go with the rules, and first drop() of them unless it is
+ * NULL.  Without memory the line is wrong; returns NULL.
  */
-static bool
-rules_reserve(struct rules *rules, size_t n)
-{
-	struct block *b = rules->blocks;
-
-	if (b != NULL && b->size - b->used >= n)
-		return true;
-	n = n > BLOCK_SIZE ? n : BLOCK_SIZE;
-	b = malloc(sizeof(*b) + n);
-	if (b == NULL)
-		return false;
-	b->used = 0;
-	b->size = n;
-	b->next = rules->blocks;
-	rules->blocks = b;
-	return true;
-}
-
-/* Cuts n zeroed bytes from what was reserved. */
 static void *
-rules_cut(struct rules *rules, size_t n)
+parser_new(struct parser *p, size_t n, void (*drop)(void *))
 {
-	struct block *b = rules->blocks;
-	void *at = b->data + b->used;
+	struct piece *piece = calloc(1, sizeof(*piece) + n);
 
-	n = (n + 15) / 16 * 16;
-	assert(b->size - b->used >= n);
-	memset(at, 0, n);
-	b->used += n;
-	return at;
+	if (piece == NULL) {
+		parser_error(p, "no memory");
+		return NULL;
+	}
+	piece->drop = drop;
+	piece->next = p->rules->pieces;
+	p->rules->pieces = piece;
+	return piece->data;
 }
 
-/* A copy of t in the rules' memory, with a NUL behind it. */
+/* A copy of t that goes with the rules, with a NUL behind it. */
 static struct text
-rules_copy(struct rules *rules, struct text t)
+parser_copy(struct parser *p, struct text t)
 {
-	char *to = rules_cut(rules, t.len + 1);
+	char *to = parser_new(p, t.len + 1, NULL);
 
-	if (t.len > 0)
-		memcpy(to, t.at, t.len);
+	if (to == NULL)
+		return text_of("");
+	(void)text_copy(t, to, t.len + 1);
 	return text_cut(to, t.len);
 }
 
@@ -5255,29 +5036,16 @@ static void
 rules_give(struct rules **at)
 {
 	struct rules *rules = *at;
-	const struct rule *rule;
-	struct condition *c;
-	struct value *value;
-	unsigned i;
+	struct piece *piece;
 
 	*at = NULL;
 	if (rules == NULL || --rules->refs > 0)
 		return;
-	for (i = 0; i < GROUPS; i++)
-		for (rule = rules->first[i]; rule; rule = rule->next)
-			for (c = rule->conditions; c; c = c->next)
-				for (value = c->values; value;
-				     value = value->next)
-					if (c->subject == SUBJECT_URL ||
-					    c->subject == SUBJECT_FIELD)
-						regfree(&value->as.regex);
-	for (i = 0; i < rules->lists_n; i++)
-		list_free(rules->lists[i]);
-	while (rules->blocks != NULL) {
-		struct block *b = rules->blocks;
-
-		rules->blocks = b->next;
-		free(b);
+	while ((piece = rules->pieces) != NULL) {
+		rules->pieces = piece->next;
+		if (piece->drop != NULL)
+			piece->drop(piece->data);
+		free(piece);
 	}
 	free(rules);
 }
@@ -5303,6 +5071,16 @@ parser_value(struct parser *p)
 	if (p->at == p->n || subject_find(word) != SUBJECTS ||
 	    (!word->quoted && text_is(word->t, "not")))
 		return NULL;
+	return word;
+}
+
+/* Takes the next word if it is a value. */
+static const struct word *
+parser_take(struct parser *p)
+{
+	const struct word *word = parser_value(p);
+
+	p->at += word != NULL;
 	return word;
 }
 
@@ -5382,54 +5160,34 @@ parser_split(struct parser *p, char *line)
 
 /* ---- the values of conditions ---- */
 
-/* A network; of a client, local is one. */
-static bool
-value_network(struct parser *p, struct condition *c, struct value *value)
+/* Refuses a rule that asks for a user if there are none. */
+static void
+parser_logins(struct parser *p)
 {
-	(void)p;
-	value->special = c->subject == SUBJECT_CLIENT && value->bare &&
-	    text_is(value->text, "local");
-	return value->special || network_parse(value->text, &value->as.network);
-}
-
-/* The name of a user, or any. */
-static bool
-value_user(struct parser *p, struct condition *c, struct value *value)
-{
-	(void)c;
 	if (!p->rules->logins)
 		parser_error(p, "nobody can log in: no line `users' before it");
-	value->special = value->bare && text_is(value->text, "*");
-	return !value->bare || value->special ||
-	    (text_find(value->text, '*') == value->text.len &&
-		text_find(value->text, ',') == value->text.len);
 }
 
 /* A method; in capitals, unless it is quoted. */
 static bool
-value_method(struct parser *p, struct condition *c, struct value *value)
+method_fits(const struct word *word)
 {
 	size_t i;
 
-	(void)p;
-	(void)c;
-	for (i = 0; i < value->text.len && value->bare; i++)
-		if (islower((unsigned char)value->text.at[i]) ||
-		    value->text.at[i] == '*')
+	for (i = 0; i < word->t.len && !word->quoted; i++)
+		if (islower((unsigned char)word->t.at[i]) ||
+		    word->t.at[i] == '*')
 			return false;
-	return text_is_token(value->text);
+	return text_is_token(word->t);
 }
 
 /* A host, or what lies below one; a dot at the end does not count. */
 static bool
-value_host(struct parser *p, struct condition *c, struct value *value)
+host_parse(struct text *t)
 {
-	struct text *t = &value->text;
 	struct address a;
 	size_t i;
 
-	(void)p;
-	(void)c;
 	if (text_starts(*t, "*."))
 		*t = text_from(*t, 1);
 	if (t->len > 1 && t->at[t->len - 1] == '.')
@@ -5443,48 +5201,41 @@ value_host(struct parser *p, struct condition *c, struct value *value)
 	    (text_find(*t, ':') == t->len || address_parse(*t, 0, &a));
 }
 
-/* A port or a status, or a range. */
-static bool
-value_port(struct parser *p, struct condition *c, struct value *value)
+/* regfree(3), as parser_new() wants it. */
+static void
+regex_drop(void *regex)
 {
-	(void)p;
-	return numbers_parse(value->text,
-		   c->subject == SUBJECT_PORT ? 65535 : 999,
-		   &value->as.numbers) &&
-	    value->as.numbers.first > 0;
+	regfree(regex);
 }
 
 /* Compiles a regular expression of a condition. */
 static bool
-value_regex(struct parser *p, struct condition *c, struct value *value)
+regex_parse(struct parser *p, struct value *value)
 {
+	struct text t = value->text;
 	char words[200];
+	regex_t *regex;
 	int error;
 
-	(void)c;
-	if (value->text.len > 0 && strchr("*+?", *value->text.at)) {
+	if (t.len > 0 && strchr("*+?", *t.at)) {
 		parser_error(p,
 		    "%.200s: an expression can't begin with %c; any text is .*",
-		    value->text.at, *value->text.at);
+		    t.at, *t.at);
 		return false;
 	}
-	error =
-	    regcomp(&value->as.regex, value->text.at, REG_EXTENDED | REG_NOSUB);
-	if (error == 0)
+	regex = parser_new(p, sizeof(*regex), NULL);
+	if (regex == NULL)
+		return false;
+	error = regcomp(regex, t.at, REG_EXTENDED | REG_NOSUB);
+	if (error == 0) {
+		/* The piece that was made last. */
+		p->rules->pieces->drop = regex_drop;
+		value->as.regex = regex;
 		return true;
-	(void)regerror(error, &value->as.regex, words, sizeof(words));
-	parser_error(p, "%.200s: %s", value->text.at, words);
+	}
+	(void)regerror(error, regex, words, sizeof(words));
+	parser_error(p, "%.200s: %s", t.at, words);
 	return false;
-}
-
-/* Takes the next word if it is a value. */
-static const struct word *
-parser_take(struct parser *p)
-{
-	const struct word *word = parser_value(p);
-
-	p->at += word != NULL;
-	return word;
 }
 
 /* [request|response] NAME REGEX; the word that came is the first of it. */
@@ -5493,25 +5244,25 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 {
 	const struct word *word = &p->words[p->at - 1];
 
-	value->response = !word->quoted && text_is(word->t, "response");
-	c->needs = value->response ? FACT_RESPONSE : 0;
-	if (!word->quoted && (value->response || text_is(word->t, "request")))
+	c->response = !word->quoted && text_is(word->t, "response");
+	c->needs = c->response ? FACT_RESPONSE : 0;
+	if (!word->quoted && (c->response || text_is(word->t, "request")))
 		word = parser_take(p);
 	if (word != NULL) {
-		value->name = rules_copy(p->rules, word->t);
+		c->name = parser_copy(p, word->t);
 		word = parser_take(p);
 	}
 	if (word == NULL) {
 		parser_missing(p, "field");
 		return false;
 	}
-	if (!text_is_token(value->name) || parser_value(p) != NULL ||
-	    text_find(value->name, '*') < value->name.len) {
+	if (!text_is_token(c->name) || parser_value(p) != NULL ||
+	    text_find(c->name, '*') < c->name.len) {
 		parser_error(p, "field: it wants one name and one expression");
 		return false;
 	}
-	value->text = rules_copy(p->rules, word->t);
-	return value_regex(p, c, value);
+	value->text = parser_copy(p, word->t);
+	return regex_parse(p, value);
 }
 
 /*
@@ -5519,7 +5270,7 @@ value_field(struct parser *p, struct condition *c, struct value *value)
  * days behind hours alone would not be what they look like.
  */
 static bool
-value_time(struct parser *p, struct condition *c, struct value *value)
+time_parse(struct parser *p, const struct condition *c, struct value *value)
 {
 	struct span *span = &value->as.span, all;
 	const struct value *last = c->values;
@@ -5546,47 +5297,50 @@ value_time(struct parser *p, struct condition *c, struct value *value)
 
 /* type/subtype; a star may be all or the end of the latter. */
 static bool
-value_type(struct parser *p, struct condition *c, struct value *value)
+type_parse(struct text t)
 {
-	size_t slash = text_find(value->text, '/');
-	size_t star = text_find(value->text, '*');
+	size_t slash = text_find(t, '/'), star = text_find(t, '*');
 
-	(void)p;
-	(void)c;
-	return slash + 1 < value->text.len &&
-	    (star == value->text.len ||
-		(star > slash && star + 1 == value->text.len)) &&
-	    text_is_token(text_cut(value->text.at, slash)) &&
-	    text_is_token(text_from(value->text, slash + 1));
+	return slash + 1 < t.len &&
+	    (star == t.len || (star > slash && star + 1 == t.len)) &&
+	    text_is_token(text_cut(t.at, slash)) &&
+	    text_is_token(text_from(t, slash + 1));
 }
 
-/* Above or below a size: one of both is true of nearly everything. */
+/* >n or <n, as a range; one of both is true of nearly everything. */
 static bool
-value_size(struct parser *p, struct condition *c, struct value *value)
+bound_parse(struct parser *p, const struct condition *c, struct value *value)
 {
-	value->above = value->text.len > 0 && *value->text.at == '>';
-	if (c->values != NULL && c->values->above != value->above)
+	struct numbers *r = &value->as.numbers;
+	bool above = text_starts(value->text, ">");
+
+	if (c->values != NULL &&
+	    (c->values->as.numbers.last == UINT64_MAX) != above)
 		parser_error(p,
 		    "size: of > and < one is enough to match; write size >1M "
 		    "size <5M for what is between");
-	return value->text.len > 0 &&
-	    (value->above || *value->text.at == '<') &&
-	    size_parse(text_from(value->text, 1), &value->as.numbers.first);
+	if ((!above && !text_starts(value->text, "<")) ||
+	    !size_parse(text_from(value->text, 1), &r->first))
+		return false;
+	r->last = above ? UINT64_MAX : r->first - (r->first > 0);
+	r->first = above ? r->first + 1 : r->first == 0;
+	return true;
 }
 
 /* A text to be sought; each has its own place in an exchange. */
 static bool
-value_body(struct parser *p, struct condition *c, struct value *value)
+needle_parse(struct parser *p, struct value *value)
 {
 	struct rules *rules = p->rules;
 	struct needle *needle;
 
-	(void)c;
 	if (rules->needles_n == NEEDLES_MAX) {
 		parser_error(p, "body: more than %d texts", NEEDLES_MAX);
 		return false;
 	}
-	needle = rules_cut(rules, sizeof(*needle));
+	needle = parser_new(p, sizeof(*needle), NULL);
+	if (needle == NULL)
+		return false;
 	if (!needle_make(needle, value->text)) {
 		parser_error(p, "body: a text has 1 to 255 bytes");
 		return false;
@@ -5598,13 +5352,12 @@ value_body(struct parser *p, struct condition *c, struct value *value)
 
 /* A file of domains; it is read when all lines were, see rules_step(). */
 static bool
-value_list(struct parser *p, struct condition *c, struct value *value)
+list_parse(struct parser *p, struct value *value)
 {
 	struct rules *rules = p->rules;
 	struct list *list;
 	unsigned i;
 
-	(void)c;
 	for (i = 0; i < rules->lists_n; i++)
 		if (text_equals(value->text, text_of(rules->lists[i]->path))) {
 			value->as.list = rules->lists[i];
@@ -5615,34 +5368,67 @@ value_list(struct parser *p, struct condition *c, struct value *value)
 		    LISTS_MAX, LIST_PATH_MAX);
 		return false;
 	}
-	list = rules_cut(rules, sizeof(*list));
+	list = parser_new(p, sizeof(*list), list_drop);
+	if (list == NULL)
+		return false;
 	list->path = value->text.at;
-	list->file = p->file;
-	list->line = p->line;
+	list->where = parser_copy(p, text_of(parser_where(p))).at;
 	list->fd = -1;
 	rules->lists[rules->lists_n++] = list;
 	value->as.list = list;
 	return true;
 }
 
-/* How the values of each subject are understood. */
-static bool (*const value_parsers[SUBJECTS])(struct parser *,
-    struct condition *, struct value *) = {
-	[SUBJECT_CLIENT] = value_network,
-	[SUBJECT_USER] = value_user,
-	[SUBJECT_METHOD] = value_method,
-	[SUBJECT_HOST] = value_host,
-	[SUBJECT_LIST] = value_list,
-	[SUBJECT_PORT] = value_port,
-	[SUBJECT_URL] = value_regex,
-	[SUBJECT_FIELD] = value_field,
-	[SUBJECT_TIME] = value_time,
-	[SUBJECT_ADDRESS] = value_network,
-	[SUBJECT_STATUS] = value_port,
-	[SUBJECT_TYPE] = value_type,
-	[SUBJECT_SIZE] = value_size,
-	[SUBJECT_BODY] = value_body,
-};
+/*
+ * Reads one value, which is what `word` says, and maybe the words that belong
+ * to it.  False if it is not what the subject wants.
+ */
+static bool
+value_parse(struct parser *p, struct condition *c, const struct word *word,
+    struct value *value)
+{
+	struct text t = value->text;
+
+	value->any = !word->quoted && subjects[c->subject].any != NULL &&
+	    text_is(t, subjects[c->subject].any);
+	if (c->subject == SUBJECT_USER)
+		parser_logins(p);
+	if (value->any)
+		return true;
+	switch (c->subject) {
+	case SUBJECT_CLIENT:
+	case SUBJECT_ADDRESS:
+		return network_parse(t, &value->as.network);
+	case SUBJECT_USER:
+		return word->quoted || strpbrk(t.at, "*,") == NULL;
+	case SUBJECT_METHOD:
+		return method_fits(word);
+	case SUBJECT_HOST:
+		return host_parse(&value->text);
+	case SUBJECT_LIST:
+		return list_parse(p, value);
+	case SUBJECT_PORT:
+	case SUBJECT_STATUS:
+		return numbers_parse(t, subjects[c->subject].max,
+			   &value->as.numbers) &&
+		    value->as.numbers.first > 0;
+	case SUBJECT_URL:
+		return regex_parse(p, value);
+	case SUBJECT_FIELD:
+		return value_field(p, c, value);
+	case SUBJECT_TIME:
+		return time_parse(p, c, value);
+	case SUBJECT_TYPE:
+		return type_parse(t);
+	case SUBJECT_SIZE:
+		return bound_parse(p, c, value);
+	case SUBJECT_BODY:
+		return needle_parse(p, value);
+	case SUBJECTS:
+		break;
+	}
+	return false;
+}
 
 /* The values of a condition, up to the next subject. */
 static void
@@ -5651,21 +5437,20 @@ condition_values(struct parser *p, struct condition *c)
 	struct value **end = &c->values;
 	const struct word *word;
 
-	while (!p->bad && (word = parser_value(p)) != NULL) {
-		struct value *value = rules_cut(p->rules, sizeof(*value));
+	while (!p->bad && (word = parser_take(p)) != NULL) {
+		struct value *value = parser_new(p, sizeof(*value), NULL);
 
-		if (parser_takes(p, "or") || parser_takes(p, "and")) {
+		if (value == NULL)
+			return;
+		value->text = parser_copy(p, word->t);
+		if (!word->quoted &&
+		    (text_is(word->t, "or") || text_is(word->t, "and")))
 			parser_error(p,
-			    "%.*s: values and conditions follow each other "
+			    "%s: values and conditions follow each other "
 			    "without a word between them; write it in quotes "
 			    "to make it a value",
-			    (int)word->t.len, word->t.at);
-			return;
-		}
-		p->at++;
-		value->text = rules_copy(p->rules, word->t);
-		value->bare = !word->quoted;
-		if (value_parsers[c->subject](p, c, value)) {
+			    value->text.at);
+		else if (value_parse(p, c, word, value)) {
 			*end = value;
 			end = &value->next;
 		} else
@@ -5697,9 +5482,11 @@ conditions_parse(struct parser *p, struct rule *rule)
 	struct condition **end = &rule->conditions;
 
 	while (!p->bad && p->at < p->n) {
-		struct condition *c = rules_cut(p->rules, sizeof(*c));
+		struct condition *c = parser_new(p, sizeof(*c), NULL);
 		const struct word *word;
 
+		if (c == NULL)
+			return;
 		c->inverted = parser_takes(p, "not");
 		word = &p->words[p->at];
 		c->subject = p->at < p->n ? subject_find(word) : SUBJECTS;
@@ -5756,8 +5543,8 @@ conditions_check(struct parser *p, const struct rule *rule,
 static void
 action_plain(struct parser *p, struct rule *rule)
 {
-	if (rule->action == ACTION_LOGIN && !p->rules->logins)
-		parser_error(p, "nobody can log in: no line `users' before it");
+	if (rule->action == ACTION_LOGIN)
+		parser_logins(p);
 }
 
 /* deny [status] ["reason"] */
@@ -5782,7 +5569,7 @@ action_deny(struct parser *p, struct rule *rule)
 	if (word == NULL || !word->quoted)
 		return;
 	p->at++;
-	rule->words = rules_copy(p->rules, word->t);
+	rule->words = parser_copy(p, word->t);
 	if (word->t.len > REASON_MAX || !text_is_clean(word->t))
 		parser_error(p, "deny: a reason is a line of %d bytes at most",
 		    REASON_MAX);
@@ -5883,8 +5670,10 @@ action_via(struct parser *p, struct rule *rule)
 	bool last = false;
 
 	while (!p->bad && (word = parser_value(p)) != NULL) {
-		struct parent *parent = rules_cut(p->rules, sizeof(*parent));
+		struct parent *parent = parser_new(p, sizeof(*parent), NULL);
 
+		if (parent == NULL)
+			return;
 		p->at++;
 		if (last)
 			parser_error(p, "via: nothing goes behind `direct'");
@@ -5948,7 +5737,7 @@ action_name(struct parser *p)
 	else if (!name_is_free(word->t))
 		parser_error(p, "%.*s: no field that a rule may touch",
 		    (int)word->t.len, word->t.at);
-	return word == NULL ? text_of("") : rules_copy(p->rules, word->t);
+	return word == NULL ? text_of("") : parser_copy(p, word->t);
 }
 
 /* set, add request|response NAME VALUE; unset request|response NAME ... */
@@ -5960,7 +5749,9 @@ action_rewrite(struct parser *p, struct rule *rule)
 
 	if (rule->action == ACTION_UNSET) {
 		do {
-			*end = rules_cut(p->rules, sizeof(**end));
+			*end = parser_new(p, sizeof(**end), NULL);
+			if (*end == NULL)
+				return;
 			(*end)->text = action_name(p);
 			end = &(*end)->next;
 		} while (!p->bad && parser_value(p) != NULL);
@@ -5971,7 +5762,7 @@ action_rewrite(struct parser *p, struct rule *rule)
 	if (word == NULL || !text_is_clean(word->t))
 		parser_error(p, "a value without control bytes is missing");
 	else
-		rule->words = rules_copy(p->rules, text_trim(word->t));
+		rule->words = parser_copy(p, text_trim(word->t));
 	if (text_find(rule->name, '*') < rule->name.len)
 		parser_error(p, "only unset knows *");
 }
@@ -6015,31 +5806,18 @@ action_group(struct parser *p, enum rule_group group)
 	return group;
 }
 
-/* Overwrites the logins in all URLs of a string. */
-static void
-secret_hide(char *at)
-{
-	char *end;
-
-	for (; (at = strstr(at, "://")) != NULL; at = end) {
-		at += 3;
-		end = at + strcspn(at, " \t\"");
-		while (end > at && *end != '@')
-			end--;
-		memset(at, '*', (size_t)(end - at));
-	}
-}
-
 /*
  * A copy of a line for those who ask which rules are in force: without blanks
  * around it and without passwords.
  */
 static const char *
-rule_text(struct rules *rules, const char *line)
+rule_text(struct parser *p, const char *line)
 {
 	struct text t = text_trim(text_of(line));
-	char *copy = rules_cut(rules, t.len + 1);
+	char *copy = parser_new(p, t.len + 1, NULL);
 
+	if (copy == NULL)
+		return "";
 	(void)text_copy(t, copy, t.len + 1);
 	secret_hide(copy);
 	return copy;
@@ -6049,30 +5827,33 @@ rule_text(struct rules *rules, const char *line)
 static void
 rule_parse(struct parser *p, const char *text)
 {
-	struct rule *rule = rules_cut(p->rules, sizeof(*rule));
+	struct rule *rule = parser_new(p, sizeof(*rule), NULL);
 	size_t i = 0, last = sizeof(actions) / sizeof(actions[0]) - 1;
 	enum rule_group group;
 
 	while (i < last && !text_is(p->words[0].t, actions[i].word))
 		i++;
+	if (rule == NULL)
+		return;
 	if (!parser_takes(p, actions[i].word)) {
 		parser_error(p, "%.*s: not an action", (int)p->words[0].t.len,
 		    p->words[0].t.at);
 		return;
 	}
 	rule->action = actions[i].action;
-	rule->file = p->file;
-	rule->line = p->line;
+	rule->where = parser_copy(p, text_of(parser_where(p))).at;
+	rule->built_in = p->file == built_in;
 	rule->text = text;
 	group = action_group(p, actions[i].group);
 	if (!p->bad)
 		actions[i].parse(p, rule);
 	conditions_parse(p, rule);
 	conditions_check(p, rule, group);
-	rule->refusal = p->foreign     ? REFUSE_FOREIGN :
+	/* The built-in rule without conditions is for all other clients. */
+	rule->refusal = rule->built_in && rule->conditions == NULL ?
+	    REFUSE_FOREIGN :
 	    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED :
 					 REFUSE_RULE;
-	/* A wrong one too: its expressions are to be freed. */
 	rule->next = *p->end[group];
 	*p->end[group] = rule;
 	p->end[group] = &rule->next;
@@ -6096,7 +5877,7 @@ static void
 account_parse(struct parser *p, struct text line)
 {
 	size_t colon = text_find(line, ':');
-	struct account *account = rules_cut(p->rules, sizeof(*account));
+	struct account *account;
 
 	if (line.len > 0 && line.at[line.len - 1] == '\r')
 		line.len--;
@@ -6114,24 +5895,13 @@ account_parse(struct parser *p, struct text line)
 		    "which may not begin with $...$ or {...}");
 		return;
 	}
-	account->user = rules_copy(p->rules, text_cut(line.at, colon));
-	account->password = rules_copy(p->rules, text_from(line, colon + 1));
+	account = parser_new(p, sizeof(*account), NULL);
+	if (account == NULL)
+		return;
+	account->user = parser_copy(p, text_cut(line.at, colon));
+	account->password = parser_copy(p, text_from(line, colon + 1));
 	account->next = p->rules->accounts;
 	p->rules->accounts = account;
-}
-
-/*
- * Makes sure that there is memory for what a line of n bytes may be made of;
- * false if there is none.
- */
-static bool
-line_reserve(struct parser *p, size_t n)
-{
-	if (rules_reserve(p->rules,
-		4096 + 8 * n + (n / 2 + 1) * RULE_WORD_BYTES))
-		return true;
-	parser_error(p, "no memory");
-	return false;
 }
 
 /*
@@ -6157,7 +5927,7 @@ line_read(struct parser *p, FILE *file)
 	p->text[n] = '\0';
 	if (!text_is_clean(text_cut(p->text, n)))
 		parser_error(p, "a control byte: this is no text");
-	return !p->bad && (c != EOF || n > 0) && line_reserve(p, n);
+	return !p->bad && (c != EOF || n > 0);
 }
 
 /*
@@ -6215,18 +5985,18 @@ users_read(struct parser *p)
 static void
 line_parse(struct parser *p)
 {
-	const char *text = rule_text(p->rules, p->text);
+	const char *text = rule_text(p, p->text);
 
-	if (!parser_split(p, p->text) || p->n == 0)
+	if (p->bad || !parser_split(p, p->text) || p->n == 0)
 		return;
 	if (parser_takes(p, "users"))
 		users_read(p);
 	else if (!parser_takes(p, "guard"))
 		rule_parse(p, text);
-	else if (p->n > 1 || p->rules->guarded)
+	else if (p->n > 1 || p->guard != NULL)
 		parser_error(p, "guard: it stands alone, and once");
 	else
-		p->guard = true;
+		p->guard = p->end[GROUP_ACCESS];
 }
 
 /* A line that stands in no file. */
@@ -6243,42 +6013,10 @@ line_take(struct parser *p, const char *file, unsigned line, const char *text)
 		    "not a line of %d bytes at most, or a control "
 		    "byte in it",
 		    RULE_LINE_MAX);
-	else if (line_reserve(p, n)) {
+	else {
 		memcpy(p->text, text, n + 1);
 		line_parse(p);
 	}
-}
-
-/* The guards, where the line `guard` stands. */
-static void
-guards_put(struct parser *p)
-{
-	const char *file = p->file;
-	unsigned line = p->line;
-
-	p->guard = false;
-	p->rules->guarded = true;
-	line_take(p, built_in, 1,
-	    "deny \"only clients on the proxy's machine may go to this "
-	    "address\" not client local address 127.0.0.0/8 ::1 "
-	    "0.0.0.0/8 :: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8");
-	line_take(p, built_in, 2,
-	    "deny \"CONNECT goes to port 443 only\" not client local "
-	    "method CONNECT not port 443");
-	p->file = file;
-	p->line = line;
-}
-
-/* The guards, before all other lines. */
-static void
-guards_put_first(struct parser *p)
-{
-	struct rule **end = p->end[GROUP_ACCESS];
-
-	p->end[GROUP_ACCESS] = &p->rules->first[GROUP_ACCESS];
-	guards_put(p);
-	if (end != &p->rules->first[GROUP_ACCESS])
-		p->end[GROUP_ACCESS] = end;
 }
 
 /* All lines of a file. */
@@ -6293,11 +6031,8 @@ file_read(struct parser *p, const char *path)
 	p->bad = false;
 	file = parser_open(p, path, &status);
 	p->file = path;
-	while (file != NULL && line_read(p, file)) {
+	while (file != NULL && line_read(p, file))
 		line_parse(p);
-		if (p->guard)
-			guards_put(p);
-	}
 	if (file != NULL)
 		(void)fclose(file);
 }
@@ -6314,8 +6049,6 @@ options_read(struct parser *p)
 			file_read(p, options.sources[i].at);
 		else
 			line_take(p, "-e", ++lines, options.sources[i].at);
-		if (p->guard)
-			guards_put(p);
 	}
 	if (options.via != NULL)
 		line_take(p, "-x", 0, options.via);
@@ -6331,6 +6064,26 @@ options_read(struct parser *p)
 		    "True-Client-IP X-Cluster-Client-IP X-Originating-IP "
 		    "X-Remote-IP X-Remote-Addr X-ProxyUser-IP Proxy-Client-IP "
 		    "CF-Connecting-IP Fastly-Client-IP X-UIDH");
+}
+
+/*
+ * The rules that nobody wrote: those behind all others, and the guards, which
+ * stand where the line `guard` was, else before all others.
+ */
+static void
+rules_built_in(struct parser *p)
+{
+	line_take(p, built_in, 3, "allow client local");
+	line_take(p, built_in, 4, "deny \"this client may not use the proxy\"");
+	p->end[GROUP_ACCESS] = p->guard ? p->guard :
+					  &p->rules->first[GROUP_ACCESS];
+	line_take(p, built_in, 1,
+	    "deny \"only clients on the proxy's machine may go to this "
+	    "address\" not client local address 127.0.0.0/8 ::1 "
+	    "0.0.0.0/8 :: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8");
+	line_take(p, built_in, 2,
+	    "deny \"CONNECT goes to port 443 only\" not client local "
+	    "method CONNECT not port 443");
 }
 
 /*
@@ -6350,16 +6103,11 @@ rules_begin(void)
 	}
 	rules->refs = 1;
 	parser.rules = rules;
+	parser.guard = NULL;
 	for (i = 0; i < GROUPS; i++)
 		parser.end[i] = &rules->first[i];
 	options_read(&parser);
-	if (!rules->guarded)
-		guards_put_first(&parser);
-	line_take(&parser, built_in, 3, "allow client local");
-	parser.foreign = true;
-	line_take(&parser, built_in, 4,
-	    "deny \"this client may not use the proxy\"");
-	parser.foreign = false;
+	rules_built_in(&parser);
 	return rules;
 }
 
@@ -6374,7 +6122,7 @@ list_report(struct rules *rules, const struct list *list, int got,
 		    (unsigned long)list->used, (unsigned long)list->skipped,
 		    (long)list->ms);
 	else {
-		line_warn(list->file, list->line, why);
+		warn("%s: %s", list->where, why);
 		rules->errors++;
 	}
 }
@@ -6418,28 +6166,6 @@ rules_read(void)
 }
 
 /* ---- what is known ---- */
-
-/* The parent that an exchange goes through, NULL if none. */
-static struct parent *
-exchange_parent(const struct exchange *x)
-{
-	struct parent *parent = x->request->route.parent;
-
-	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
-}
-
-/* The address in the words of address_print(); none, of family 0: `-`. */
-static struct address
-address_read(struct text t)
-{
-	struct target target;
-	struct address a;
-
-	memset(&a, 0, sizeof(a));
-	if (authority_parse(t, 0, &target) == 1)
-		(void)address_parse(target.host, target.port, &a);
-	return a;
-}
 
 /*
  * What they know of a server's address is a, which must stay; of family 0:
@@ -6510,30 +6236,16 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 		v->length = 0;
 }
 
-/* The length of a response's body, UINT64_MAX if its head does not tell. */
-static uint64_t
-response_length(const struct response *r)
-{
-	uint64_t length = UINT64_MAX;
-
-	if (head_length(&r->head, &length) != 1)
-		return UINT64_MAX;
-	return length;
-}
-
 /* All lines in force, group by group, on standard output. */
 static void
 rules_print(const struct rules *rules)
 {
 	const struct rule *rule;
-	char name[RULE_NAME_MAX];
 	unsigned i;
 
 	for (i = 0; i < GROUPS; i++)
-		for (rule = rules->first[i]; rule != NULL; rule = rule->next) {
-			rule_name(rule, name);
-			printf("%s: %s\n", name, rule->text);
-		}
+		for (rule = rules->first[i]; rule != NULL; rule = rule->next)
+			printf("%s: %s\n", rule->where, rule->text);
 }
 
 /* ---- 9. Cache ---- */
@@ -6953,13 +6665,11 @@ static bool
 request_has_login(const struct request *q)
 {
 	bool has = head_field(&q->head, "Authorization") != NULL;
-	struct field field;
 	size_t i;
 
 	for (i = 0; i < q->rewrites.n; i++)
 		has = has ||
-		    (rewrites_put(&q->rewrites, i, &field) &&
-			text_is(field.name, "Authorization"));
+		    text_is(q->rewrites.fields[i].name, "Authorization");
 	return has;
 }
 
@@ -7081,17 +6791,6 @@ reuse_on_error(const struct control *asked, const struct control *control,
 
 /* ---- the names of entries ---- */
 
-/* 64 bits of FNV-1a over t, going on from hash. */
-static uint64_t
-hash_text(uint64_t hash, struct text t)
-{
-	size_t i;
-
-	for (i = 0; i < t.len; i++)
-		hash = (hash ^ (unsigned char)t.at[i]) * 1099511628211U;
-	return hash;
-}
-
 /* Appends t in small letters. */
 static void
 lower_append(struct buffer *b, struct text t)
@@ -7209,7 +6908,6 @@ static void
 variant_append(const struct request *q, struct text vary, struct buffer *b)
 {
 	const struct rewrites *w = &q->rewrites;
-	struct field field;
 	struct text name;
 	size_t i;
 
@@ -7219,14 +6917,15 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 		lower_append(b, name);
 		if (text_is(name, vary_client))
 			client_append(q, b);
-		for (i = 0; i < q->head.n && !rewrites_take(w, name); i++)
-			if (text_same(q->head.fields[i].name, name))
+		for (i = 0; i < q->head.n; i++)
+			if (!w->taken[i] &&
+			    text_same(q->head.fields[i].name, name))
 				value_append(b, name, q->head.fields[i].value,
 				    &first);
 		for (i = 0; i < w->n; i++)
-			if (rewrites_put(w, i, &field) &&
-			    text_same(field.name, name))
-				value_append(b, name, field.value, &first);
+			if (text_same(w->fields[i].name, name))
+				value_append(b, name, w->fields[i].value,
+				    &first);
 		buffer_append(b, text_of(";"));
 	}
 }
@@ -9401,7 +9100,7 @@ request_is_cacheable(struct exchange *x)
 	const struct rule *rule;
 
 	/* What is sent, and so what comes, is not known yet. */
-	q->caching.nocache = q->rewrites.open;
+	q->caching.nocache = q->rewrites.undecided;
 	if (options.cache == NULL || q->caching.nocache || q->upgrade ||
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NONE)
@@ -10564,8 +10263,6 @@ log_status(const struct record *r)
 static void
 log_rule(struct buffer *b, const struct exchange *x)
 {
-	char name[RULE_NAME_MAX];
-
 	if (x->note.sni_len > 0) {
 		buffer_append(b, text_of(" sni="));
 		buffer_escape(b,
@@ -10573,12 +10270,11 @@ log_rule(struct buffer *b, const struct exchange *x)
 		    NOTE_MAX);
 	}
 	if (x->record.rule == NULL ||
-	    (x->record.rule->file == built_in &&
+	    (x->record.rule->built_in &&
 		x->record.rule->action == ACTION_ALLOW))
 		return;
-	rule_name(x->record.rule, name);
 	buffer_append(b, text_of(" rule="));
-	buffer_escape(b, text_of(name), RULE_NAME_MAX);
+	buffer_escape(b, text_of(x->record.rule->where), RULE_NAME_MAX);
 }
 
 /*
@@ -10747,6 +10443,129 @@ trace_dump(const struct exchange *x, const char *mark, struct text t)
 		memcpy(to, "  ", 3);
 		trace_line(x, COLOUR_DIM, text, row, "");
 	}
+}
+
+/* ---- the name in a tunnel's greeting, for the log ---- */
+
+enum {
+	/* A ClientHello is sought in this much: clients send 2 KiB at most. */
+	HELLO_MAX = 4096
+};
+
+/* A part of a TLS message that is read from its front. */
+struct cursor {
+	struct text rest; /* not read yet */
+	bool bad;         /* something was missing; stays */
+};
+
+/* Takes a number of n bytes, the highest first; 0 if they are not there. */
+static size_t
+cursor_number(struct cursor *c, size_t n)
+{
+	size_t value = 0;
+
+	c->bad = c->bad || c->rest.len < n;
+	for (; n > 0 && !c->bad; n--) {
+		value = value << 8 | (unsigned char)*c->rest.at;
+		c->rest = text_from(c->rest, 1);
+	}
+	return c->bad ? 0 : value;
+}
+
+/*
+ * Takes what has its length in n bytes in front of it (RFC 8446 section 3.4).
+ * Of what is cut short, all that is there.
+ */
+static struct cursor
+cursor_vector(struct cursor *c, size_t n)
+{
+	struct cursor part = { .rest = c->rest };
+	size_t len = cursor_number(c, n);
+
+	part.bad = c->bad;
+	part.rest = text_cut(c->rest.at, len < c->rest.len ? len : c->rest.len);
+	c->rest = text_from(c->rest, part.rest.len);
+	return part;
+}
+
+/*
+ * Copies what the records at the start of t carry of the handshake (RFC 8446
+ * section 5.1) to `to`, of HELLO_MAX bytes; nothing if it is none.
+ */
+static struct text
+hello_gather(struct text t, char *to)
+{
+	struct cursor c = { .rest = t };
+	size_t n = 0;
+
+	while (cursor_number(&c, 1) == 22 && cursor_number(&c, 1) == 3 &&
+	    n < HELLO_MAX) {
+		struct text piece;
+
+		(void)cursor_number(&c, 1);
+		piece = cursor_vector(&c, 2).rest;
+		if (piece.len > HELLO_MAX - n)
+			piece.len = HELLO_MAX - n;
+		memcpy(to + n, piece.at, piece.len);
+		n += piece.len;
+	}
+	return text_cut(to, n);
+}
+
+/* The extensions of the ClientHello t (RFC 8446 section 4.1.2). */
+static struct cursor
+hello_extensions(struct text t)
+{
+	struct cursor c = { .rest = t };
+
+	c.bad = cursor_number(&c, 1) != 1;
+	c = cursor_vector(&c, 3);
+	(void)cursor_number(&c, 2);  /* version */
+	(void)cursor_number(&c, 32); /* random */
+	(void)cursor_vector(&c, 1);  /* session */
+	(void)cursor_vector(&c, 2);  /* ciphers */
+	(void)cursor_vector(&c, 1);  /* compression */
+	return cursor_vector(&c, 2);
+}
+
+/* True if t may be a host's name: letters, digits, dots, hyphens. */
+static bool
+hello_is_host(struct text t)
+{
+	size_t i;
+
+	for (i = 0; i < t.len; i++)
+		if (!is_alnum(t.at[i]) && t.at[i] != '-' && t.at[i] != '_' &&
+		    t.at[i] != '.')
+			return false;
+	return t.len > 0 && t.len <= HOST_MAX;
+}
+
+/*
+ * The name of the server (RFC 6066 section 3) in the TLS ClientHello that t,
+ * the first bytes of a client, begins with; a slice of `flat`, of HELLO_MAX
+ * bytes, and empty if it is not there.  It is the first of its list: no other
+ * type of name has been defined.
+ */
+static struct text
+hello_name(struct text t, char *flat)
+{
+	struct cursor c = hello_extensions(hello_gather(t, flat));
+
+	while (!c.bad && c.rest.len > 0) {
+		size_t type = cursor_number(&c, 2), len;
+		struct cursor list = cursor_vector(&c, 2);
+
+		if (type != 0)
+			continue;
+		list = cursor_vector(&list, 2);
+		type = cursor_number(&list, 1);
+		len = cursor_number(&list, 2);
+		t = text_cut(list.rest.at, len);
+		if (type == 0 && len <= list.rest.len && hello_is_host(t))
+			return t;
+	}
+	return text_cut(flat, 0);
 }
 
 /* ---- 12. Local pages ---- */
@@ -11046,15 +10865,11 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 
 /*
  * What rules change in the request of an exchange before it is sent, as far
- * as it is known now.  So that a text can be sought in the response, it must
- * not be compressed.
+ * as it is known now.
  */
 static void
 exchange_rewrite(struct exchange *x)
 {
-	static struct value encoding;
-	static struct rule plain = { .action = ACTION_UNSET,
-		.names = &encoding };
 	const struct rules *r = x->rules;
 	struct request *q = x->request;
 	struct view v;
@@ -11062,10 +10877,7 @@ exchange_rewrite(struct exchange *x)
 	if (r->first[GROUP_REQUEST] == NULL && !r->needles_n)
 		return;
 	exchange_view(x, &v);
-	rewrites_collect(r, GROUP_REQUEST, &v, &q->rewrites);
-	encoding.text = text_of("Accept-Encoding");
-	if (rules_seek_body(r, &v))
-		q->rewrites.list[q->rewrites.n++] = &plain;
+	rules_rewrite(r, GROUP_REQUEST, &v, &q->rewrites);
 }
 
 /* A rule refused the exchange: by a page, a question, or not a word. */
@@ -11101,16 +10913,13 @@ access_judge(struct exchange *x, struct view *v)
 {
 	struct request *q = x->request;
 	struct verdict verdict = rules_judge(x->rules, GROUP_ACCESS, v);
-	char name[RULE_NAME_MAX];
 
 	q->access.open = verdict.truth == TRUTH_OPEN;
 	if (verdict.truth != TRUTH_YES)
 		return true;
 	x->record.rule = verdict.rule;
-	if (options.verbose > 0) {
-		rule_name(x->record.rule, name);
-		trace(x, "decided by %s: %s", name, x->record.rule->text);
-	}
+	trace(x, "decided by %s: %s", x->record.rule->where,
+	    x->record.rule->text);
 	if (!rule_refuses(x->record.rule, v))
 		return true;
 	access_refuse(x);
@@ -12406,8 +12215,7 @@ request_field_append(struct exchange *x, size_t i, struct buffer *b)
 	else if (x->request->caching.has_entry &&
 	    name_is_among(field->name, fields_of_condition))
 		return;
-	else if (field_passes(&r->head, i) &&
-	    !rewrites_take(&r->rewrites, field->name))
+	else if (field_passes(&r->head, i) && !r->rewrites.taken[i])
 		field_append(b, field);
 }
 
@@ -12469,9 +12277,10 @@ request_build(struct exchange *x, struct buffer *b)
 	login_append(x, b);
 	if (x->request->caching.has_entry)
 		validators_append(x, b);
-	rewrites_append(&r->rewrites, b);
-	x->up.bare = rewrites_strip(&r->rewrites);
-	if (!rewrites_take(&r->rewrites, text_of("Via")))
+	for (i = 0; i < r->rewrites.n; i++)
+		field_append(b, &r->rewrites.fields[i]);
+	x->up.bare = r->rewrites.strips;
+	if (!r->rewrites.via)
 		via_append(b, r->minor);
 	connection_append(x, b);
 	buffer_append(b, text_of("\r\n"));
@@ -12491,7 +12300,7 @@ exchange_send(struct exchange *x)
 		return;
 	}
 	r = x->request;
-	if (r->rewrites.open || x->rules->needles_n > 0)
+	if (r->rewrites.undecided || x->rules->needles_n > 0)
 		exchange_rewrite(x);
 	request_build(x, out);
 	if (out->overflow) {
@@ -12768,15 +12577,15 @@ response_rewrites(struct exchange *x, const struct response *r,
 	const struct request *q = x->request;
 	struct view v;
 
-	w->n = 0;
+	memset(w, 0, sizeof(*w));
 	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
 	    q->answerer == ANSWER_MEMORY)
 		return;
 	exchange_view(x, &v);
 	view_response(&v, r,
 	    answer_is_stored(q) ? q->body : response_length(r));
-	rewrites_collect(x->rules, GROUP_RESPONSE, &v, w);
-	x->down.bare = rewrites_strip(w);
+	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
+	x->down.bare = w->strips;
 }
 
 /* The response head for the client, into b. */
@@ -12794,13 +12603,14 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	for (i = 0; i < r->head.n; i++)
 		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))
 			field_append(b, &r->head.fields[i]);
-		else if (!rewrites_take(&w, r->head.fields[i].name))
+		else if (!w.taken[i])
 			response_field_append(x, r, i, b);
-	rewrites_append(&w, b);
+	for (i = 0; i < w.n; i++)
+		field_append(b, &w.fields[i]);
 	if (r->status >= 200 && !x->tunnel &&
 	    head_field(&r->head, "Date") == NULL)
 		buffer_print(b, "Date: %s\r\n", date_now());
-	if (q->answerer != ANSWER_MEMORY && !rewrites_take(&w, text_of("Via")))
+	if (q->answerer != ANSWER_MEMORY && !w.via)
 		via_append(b, r->minor);
 	if (answer_is_stored(q)) {
 		buffer_append(b, text_of("Age: "));
@@ -14989,13 +14799,9 @@ trial_build(struct exchange *x, char *words, struct account *user,
 static void
 trial_print(const char *what, const char *word, const struct rule *rule)
 {
-	char name[RULE_NAME_MAX];
-
 	printf("\t%s: %s", what, word);
-	if (rule != NULL) {
-		rule_name(rule, name);
-		printf(" (%s: %s)", name, rule->text);
-	}
+	if (rule != NULL)
+		printf(" (%s: %s)", rule->where, rule->text);
 	printf("\n");
 }
 
@@ -15222,7 +15028,7 @@ banner(void)
 		    words, words);
 	}
 	for (rule = rules_now->first[GROUP_ACCESS]; rule; rule = rule->next)
-		if (rule->file != built_in && !rule_refuses(rule, &nobody))
+		if (!rule->built_in && !rule_refuses(rule, &nobody))
 			exposed = false;
 	if (exposed)
 		warn(
