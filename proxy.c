@@ -15,41 +15,71 @@
  *   log line <- finish <- client <- framing <- rules <- payload <--+
  *                                  (copied to the entry if it is stored)
  *
- * Four nouns carry it.  An EXCHANGE is one request and its response.  It
- * ties two CONNS, `client` and `server`, each a descriptor with what has
- * arrived (`in`) and what is to leave (`out`).  The server is whoever
- * answers: a socket, a cache entry's file, or memory (an error page, our own
- * pages, the 200 to a CONNECT); its answer is read, judged, forwarded and
- * logged by the same lines.  A FLOW is one message in motion: it takes the
- * framing off on arrival and puts its own on at departure; received framing
- * is never copied.  Two flows, `up` and `down`, run side by side in one
- * exchange; a tunnel is two flows without framing.  RULES say who may go
- * where, by which way, and what may come back; they are asked again as more
- * becomes known.
+ * Four nouns carry it.  An EXCHANGE is a client's connection and what is being
+ * done for it.  It ties two CONNS, `client` and `server`, each a descriptor
+ * with what has arrived (`in`) and what is to leave (`out`).  The server is
+ * whoever answers: a socket, a cache entry's file, or memory (an error page,
+ * our own pages, the 200 to a CONNECT); its answer is read, judged, forwarded
+ * and logged by the same lines.  A FLOW is one message in motion: it takes the
+ * framing off on arrival and puts its own on at departure; received framing is
+ * never copied.  Two flows, `up` and `down`, run side by side in one exchange;
+ * a tunnel is two flows without framing.  RULES say who may go where, by which
+ * route, and what may come back; they are asked again as more becomes known.
+ *
+ * Three lifetimes, three structs.  An EXCHANGE is a slot of at most 512 bytes:
+ * an idle client and an idle tunnel cost this and nothing more.  A REQUEST
+ * lives from its first byte to its line in the log, comes from a pool, is
+ * parsed once, and holds, each in a struct of its own, what the rules said
+ * (access), the way to the server (route), and the part of the cache
+ * (caching).  An ENTRY is a file of the cache, and exists only there.
  *
  * An exchange walks through phases.  Each has one step function, named in
  * the table of exchange_run(); only exchange_enter() changes the phase:
  *
- *   FREE --exchange_open--> REQUEST --request_accept--> COLLAPSE, RESOLVE
+ *   FREE --exchange_open--> REQUEST --request_accept, exchange_look_up-->
+ *      COLLAPSE (another fetches the same), RESOLVE
  *   COLLAPSE --collapse_end--> RESOLVE (if nobody else brought the answer)
  *   RESOLVE --resolve_step--> CONNECT --connect_step--> GREET (SOCKS parent)
  *   CONNECT, GREET --exchange_send--> RESPONSE
  *   RESPONSE --response_forward, tunnel_start--> RELAY
- *   RESPONSE --response_lost--> CONNECT (a kept connection was dead)
+ *   RESPONSE --response_retry--> CONNECT (a kept connection was no good)
  *   any before RELAY --exchange_refuse, page_make--> RESPONSE (from memory)
- *   REQUEST, COLLAPSE, RESPONSE --cache_serve--> RESPONSE (from an entry)
+ *   REQUEST, COLLAPSE, RESPONSE --exchange_serve--> RESPONSE (from an entry)
  *   RELAY --relay_resume--> RESOLVE (what it followed was given up)
  *   RELAY --exchange_finish--> REQUEST, LINGER or FREE
  *   any --exchange_abort, exchange_close--> FREE
  *
+ * Three walks, each the names of functions in the order in which they run:
+ *
+ * walk miss: loop_accept, exchange_open, exchange_run, request_step,
+ *   request_accept, request_parse, access_begin, rules_judge,
+ *   exchange_look_up, cache_find, resolve_step, connect_step, connect_next,
+ *   exchange_send, request_build, response_step, response_accept,
+ *   response_parse, response_forward, cache_store, response_pass,
+ *   response_build, relay_step, exchange_pump, flow_decode, store_append,
+ *   flow_encode, exchange_finish, log_exchange.
+ * walk hit: loop_accept, exchange_open, request_step, request_accept,
+ *   access_begin, exchange_look_up, cache_find, entry_find, lookup_judge,
+ *   exchange_serve, response_step, response_accept, response_from_entry,
+ *   cache_shape, response_forward, response_build, relay_step,
+ *   exchange_finish, log_exchange.
+ * walk connect: loop_accept, exchange_open, request_step, request_accept,
+ *   access_begin, resolve_step, connect_step, connect_answer, response_step,
+ *   response_accept, response_tunnel, tunnel_start, relay_step,
+ *   tunnel_listen, exchange_pump, tunnel_judge, exchange_end, log_exchange.
+ *
  * What always holds (exchange_check() looks at each after every turn):
  *
- *   1. A free slot has no descriptor and no buffer.
+ *   1. A free slot has no descriptor, no buffer and no request.
  *   2. A buffer in `out` is never empty: nothing to send, no buffer.
  *   3. A flow that has put the end of its message is not in want of bytes.
  *   4. Decoded bytes lie in front of the buffer they arrived in.
  *   5. Only the phases that talk to a server hold a server's descriptor.
  *   6. A tunnel has no request.
+ *   7. What is in `out` is whole: nothing of it was cut for want of room.
+ *   8. An exchange without a client's descriptor fetches for others.
+ *   9. Its phase says whether there is a request: from RESOLVE to RESPONSE.
+ *  10. Of an entry that is being stored no more is read than is there.
  *
  * It reads from top to bottom: each section uses only those above it, main
  * is last.  RFC 9110 (semantics), 9111 (caching), 9112 (messages), 8305
@@ -57,9 +87,9 @@
  * content), 1928 and 1929 (SOCKS5), 7617 (Basic), 8446 and 6066 (the name in
  * a TLS greeting).
  *
- * Sections: 1 system and limits, 2 vocabulary, 3 small tools, 4 buffers,
- * 5 conns, 6 heads, 7 bodies and flows, 8 rules, 9 cache, 10 names, 11 log
- * and trace, 12 local pages, 13 exchange, 14 loop, 15 main.
+ * Sections: 1 system and limits, 2 vocabulary, 3 small tools, 4 buffers and
+ * requests, 5 conns, 6 heads, 7 bodies and flows, 8 rules, 9 cache, 10 names,
+ * 11 log and trace, 12 local pages, 13 exchange, 14 loop, 15 main.
  */
 
 /* ---- 1. System and limits ---- */
@@ -1328,7 +1358,7 @@ date_now(void)
 	return text;
 }
 
-/* ---- 4. Buffers ---- */
+/* ---- 4. Buffers and requests ---- */
 
 /*
  * All bytes at rest lie in buffers of one size.  A conn holds one only
@@ -2361,6 +2391,17 @@ other_find(const struct hop *hop)
 		    (found == NULL || o->since > found->since))
 			found = o;
 	return found;
+}
+
+/* Puts x among those to be run, once. */
+static void
+exchange_queue(struct exchange *x)
+{
+	if (x->again)
+		return;
+	x->again = true;
+	x->next_again = exchanges.again;
+	exchanges.again = x;
 }
 
 /* ---- 6. Heads: start lines and fields ---- */
@@ -4181,7 +4222,7 @@ list_hash(struct text name)
 {
 	uint64_t hash = hash_text(14695981039346656037U, name);
 
-	/* list_slot() goes by the high bits, which the last bytes hardly touch. */
+	/* list_slot() uses the high bits, which the last bytes hardly touch. */
 	hash = (hash ^ hash >> 32) * 0x9e3779b97f4a7c15U;
 	return (hash & ~(uint64_t)LIST_EXCEPTION) | LIST_TAKEN;
 }
@@ -6803,19 +6844,17 @@ lower_append(struct buffer *b, struct text t)
 			b->data[i] = (char)(b->data[i] - 'A' + 'a');
 }
 
-/* The key of the exchange's target: its URL in one form, into b. */
+/* The key of a target: its URL in one form, into b. */
 static void
-key_append(const struct exchange *x, struct buffer *b)
+key_append(const struct target *t, struct buffer *b)
 {
-	const struct request *q = x->request;
-
 	buffer_append(b, text_of("http://"));
-	lower_append(b, q->target.host);
+	lower_append(b, t->host);
 	buffer_append(b, text_of(":"));
-	buffer_number(b, q->target.port);
-	if (q->target.path.len == 0 || *q->target.path.at != '/')
+	buffer_number(b, t->port);
+	if (t->path.len == 0 || *t->path.at != '/')
 		buffer_append(b, text_of("/"));
-	buffer_append(b, q->target.path);
+	buffer_append(b, t->path);
 }
 
 /* 64 bits that stand for a key. */
@@ -7183,7 +7222,7 @@ entry_find(struct exchange *x, struct buffer *b, struct entry *e, char *path)
 	path[0] = '\0';
 	if (keys == NULL)
 		return -1;
-	key_append(x, keys);
+	key_append(&x->request->target, keys);
 	key = buffer_text(keys);
 	q->caching.key = key_hash(key);
 	split = keys->end;
@@ -7507,17 +7546,6 @@ stored_head_append(const struct response *r, struct buffer *b)
 	buffer_append(b, text_of("\r\n"));
 }
 
-/* Puts x among those to be run, once. */
-static void
-exchange_queue(struct exchange *x)
-{
-	if (x->again)
-		return;
-	x->again = true;
-	x->next_again = exchanges.again;
-	exchanges.again = x;
-}
-
 /*
  * Fetches: exchanges that ask a server for what may be stored.  Others that
  * want the same wait for its head, then read what is stored as it grows.
@@ -7771,7 +7799,7 @@ draft_keys(struct exchange *x, const struct response *r, struct draft *d)
 	char token[64];
 	size_t split;
 
-	key_append(x, d->keys);
+	key_append(&x->request->target, d->keys);
 	split = d->keys->end;
 	q->caching.key = key_hash(buffer_text(d->keys));
 	if (!vary_append(r, d->list))
@@ -8004,11 +8032,11 @@ store_finish(struct exchange *x)
 }
 
 /*
- * Drops what is stored under the exchange's own target; what is just being
+ * Drops what is stored of a target; what is just being
  * fetched there may be of before, so it will not stay.
  */
 static void
-cache_forget(const struct exchange *x)
+cache_forget(const struct target *target)
 {
 	struct buffer *b = buffer_take();
 	struct exchange *y;
@@ -8017,7 +8045,7 @@ cache_forget(const struct exchange *x)
 
 	if (b == NULL)
 		return;
-	key_append(x, b);
+	key_append(target, b);
 	key = key_hash(buffer_text(b));
 	entry_path(buffer_text(b), text_cut("", 0), path);
 	(void)unlink(path);
@@ -8037,10 +8065,9 @@ cache_forget(const struct exchange *x)
  * server.
  */
 static bool
-reference_resolve(const struct exchange *x, struct text value, struct buffer *b,
+reference_resolve(const struct target *own, struct text value, struct buffer *b,
     struct text *path)
 {
-	const struct request *q = x->request;
 	struct target target;
 	size_t n;
 
@@ -8050,18 +8077,18 @@ reference_resolve(const struct exchange *x, struct text value, struct buffer *b,
 		if (absolute_parse(value, &target) != 1)
 			return false;
 		*path = target.path;
-		return text_same(target.host, q->target.host) &&
-		    target.port == q->target.port;
+		return text_same(target.host, own->host) &&
+		    target.port == own->port;
 	}
 	*path = value;
 	if (*value.at == '/')
 		return true;
 	if (text_starts(value, "./"))
 		value = text_from(value, 2);
-	n = text_find(q->target.path, '?');
-	while (n > 0 && q->target.path.at[n - 1] != '/')
+	n = text_find(own->path, '?');
+	while (n > 0 && own->path.at[n - 1] != '/')
 		n--;
-	buffer_append(b, n > 0 ? text_cut(q->target.path.at, n) : text_of("/"));
+	buffer_append(b, n > 0 ? text_cut(own->path.at, n) : text_of("/"));
 	buffer_append(b, value);
 	*path = buffer_text(b);
 	return !b->overflow;
@@ -8073,26 +8100,21 @@ reference_resolve(const struct exchange *x, struct text value, struct buffer *b,
  * (RFC 9111 section 4.4).
  */
 static void
-cache_invalidate(struct exchange *x, const struct response *r)
+cache_invalidate(const struct target *own, const struct response *r)
 {
-	struct request *q = x->request;
-
 	static const char *const fields[] = { "Location", "Content-Location" };
-	struct text own = q->target.path, path;
+	struct target other = *own;
 	size_t i;
 
-	cache_forget(x);
+	cache_forget(own);
 	for (i = 0; i < sizeof(fields) / sizeof(fields[0]); i++) {
 		struct text value = head_value(&r->head, fields[i]);
 		struct buffer *b = buffer_take();
 
 		value.len = text_find(value, '#');
 		if (b != NULL && value.len > 0 &&
-		    reference_resolve(x, value, b, &path)) {
-			q->target.path = path;
-			cache_forget(x);
-			q->target.path = own;
-		}
+		    reference_resolve(own, value, b, &other.path))
+			cache_forget(&other);
 		buffer_give(&b);
 	}
 }
@@ -8875,7 +8897,7 @@ key_fits(const struct exchange *x, const struct entry *e)
 	bool fits = b != NULL;
 
 	if (fits) {
-		key_append(x, b);
+		key_append(&x->request->target, b);
 		fits = text_equals(buffer_text(b), e->key);
 	}
 	buffer_give(&b);
@@ -9353,7 +9375,7 @@ cache_store(struct exchange *x, const struct response *r)
 	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache, c->path);
 	if (q->method != METHOD_GET && q->method != METHOD_HEAD &&
 	    r->status >= 200 && r->status < 400)
-		cache_invalidate(x, r);
+		cache_invalidate(&q->target, r);
 	why = cache_obstacle(x, r);
 	if (why == NULL) {
 		store_begin(x, r);
@@ -9554,6 +9576,174 @@ cache_log_append(const struct request *q, struct buffer *b)
 	    text_of(c->hit     ? c->hit :
 		    c->storing ? "incomplete" :
 				 c->miss));
+}
+
+/* ---- the directory ---- */
+
+static const char cache_tag[] = "Signature: 8a477f597d28d172789f06886806bc55\n"
+				"# A cache of proxy; all of it may go.\n";
+
+/* True if the cache directory holds our tag. */
+static bool
+cache_is_tagged(const char *path)
+{
+	char text[sizeof(cache_tag)] = { 0 };
+	int fd = open(path, O_RDONLY | O_NONBLOCK);
+	bool tagged;
+
+	if (fd == -1)
+		return false;
+	tagged = fd_read(fd, text, sizeof(text) - 1) > 0 &&
+	    strcmp(text, cache_tag) == 0;
+	(void)close(fd);
+	return tagged;
+}
+
+/*
+ * True if a file of that name may be in a cache.  What a crashed proxy left
+ * half written is removed; what a living one writes stays.  We are writing
+ * nothing yet.
+ */
+static bool
+cache_knows(const char *path, const char *name, bool tagged)
+{
+	pid_t owner = temporary_owner(name);
+	struct stat status;
+
+	if (!tagged)
+		return false;
+	if (owner > 0 &&
+	    (owner == getpid() || (kill(owner, 0) == -1 && errno == ESRCH) ||
+		(lstat(path, &status) != -1 && temporary_is_old(&status))))
+		(void)unlink(path);
+	return strncmp(name, "tmp.", 4) == 0 || strcmp(name, "unswept") == 0 ||
+	    strcmp(name, "CACHEDIR.TAG") == 0 ||
+	    (strlen(name) == 2 && hex_value(name[0]) >= 0 &&
+		hex_value(name[1]) >= 0);
+}
+
+/* Ends the program if a file is not a cache's. */
+static void
+cache_check(const char *path, void *argument)
+{
+	const bool *tagged = argument;
+	const char *name = path + strlen(options.cache) + 1;
+
+	if (!cache_knows(path, name, *tagged))
+		die("%s is no cache of proxy: it holds %s", options.cache,
+		    name);
+}
+
+/* Gives a file of the cache to the user of -u, if there is one. */
+static void
+cache_own(const char *path)
+{
+	if (options.user != NULL && chown(path, options.uid, options.gid) == -1)
+		die("can't give %s to user %s: %s", path, options.user,
+		    strerror(errno));
+}
+
+/*
+ * What may be there until the first sweep has told.  A run never uses the last
+ * sixteenth, so that half of it is there for what is stored before; unless an
+ * earlier run ended before its first sweep did, as the file unswept tells.
+ */
+static void
+cache_assume(const char *tag, bool fresh)
+{
+	char path[CACHE_PATH];
+	struct stat status;
+	int fd;
+
+	/* What a file system calls its block may be something else. */
+	if (stat(tag, &status) != -1 &&
+	    (uint64_t)status.st_blocks * 512 > cache.block)
+		cache.block = (uint64_t)status.st_blocks * 512;
+	/* An earlier process that had our number made files of others. */
+	cache.serial = (uint64_t)now.wall << 20 | (uint64_t)(now.us & 0xfffff);
+	/* The first turn lets it be swept. */
+	cache.written = options.cache_size;
+	cache.total = 2 * cache.block;
+	cache.limit = options.cache_size / 16 * 15;
+	if (fresh)
+		return;
+	cache_unswept(path);
+	fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
+	cache.total = fd != -1 ? cache.limit : options.cache_size;
+	cache.limit = options.cache_size / 32 * 31;
+	if (fd != -1)
+		(void)close(fd);
+}
+
+/*
+ * Makes the cache directory, or looks whether it is one: a directory that
+ * holds something else must not be filled or swept.
+ */
+static void
+cache_open(void)
+{
+	char path[CACHE_PATH];
+	bool tagged;
+	int fd;
+
+	if (strlen(options.cache) > CACHE_PATH - 300)
+		die("-c: the path is too long");
+	if (mkdir(options.cache, 0700) == -1 && errno != EEXIST)
+		die("can't make the cache %s: %s", options.cache,
+		    strerror(errno));
+	(void)snprintf(path, sizeof(path), "%.800s/CACHEDIR.TAG",
+	    options.cache);
+	tagged = cache_is_tagged(path);
+	if (!directory_walk(options.cache, cache_check, &tagged))
+		die("can't read the cache %s: %s", options.cache,
+		    strerror(errno));
+	cache_own(options.cache);
+	fd = tagged ? -1 : open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
+	if (fd != -1) {
+		(void)fd_write(fd, cache_tag, strlen(cache_tag));
+		(void)close(fd);
+		cache_own(path);
+	}
+	cache_assume(path, fd != -1);
+}
+
+/* Prints the path if the file is an entry of the key. */
+static void
+key_visit(const char *path, void *argument)
+{
+	const struct text *key = argument;
+	struct buffer *b = buffer_take();
+	struct entry e;
+	int fd = open(path, O_RDONLY | O_NONBLOCK);
+	ssize_t n = -1;
+
+	if (fd != -1 && b != NULL)
+		n = fd_read(fd, b->data + b->start, buffer_room(b));
+	if (n > 0)
+		b->end += (size_t)n;
+	if (n > 0 && entry_parse(buffer_text(b), &e) && e.key.len == key->len &&
+	    memcmp(e.key.at, key->at, key->len) == 0)
+		printf("%s\n", path);
+	if (fd != -1)
+		(void)close(fd);
+	buffer_give(&b);
+}
+
+/* Prints the paths of the entries of a URL. */
+static void
+cache_print(const struct target *target)
+{
+	struct buffer *b = buffer_take();
+	struct text key;
+
+	if (b == NULL)
+		return;
+	key_append(target, b);
+	key = buffer_text(b);
+	if (!cache_walk(key_visit, &key))
+		die("can't read the cache %s: %s", options.cache,
+		    strerror(errno));
+	buffer_give(&b);
 }
 
 /* ---- 10. Names ---- */
@@ -13482,6 +13672,10 @@ exchange_check(const struct exchange *x)
 	assert(s->fd == -1 ||
 	    (x->phase >= PHASE_CONNECT && x->phase <= PHASE_RELAY));
 	assert(!x->tunnel || x->request == NULL);
+	assert(x->request != NULL || x->tunnel || x->phase == PHASE_REQUEST ||
+	    x->phase == PHASE_LINGER);
+	assert(x->request == NULL || cache_room(x) == UINT64_MAX ||
+	    cache_room(x) <= x->request->caching.stored);
 	assert(c->out == NULL || c->out->overflow == 0);
 	assert(s->out == NULL || s->out->overflow == 0);
 }
@@ -14506,184 +14700,22 @@ listen_on(const char *argument)
 		    listen_hint(error));
 }
 
-static const char cache_tag[] = "Signature: 8a477f597d28d172789f06886806bc55\n"
-				"# A cache of proxy; all of it may go.\n";
-
-/* True if the cache directory holds our tag. */
-static bool
-cache_is_tagged(const char *path)
-{
-	char text[sizeof(cache_tag)] = { 0 };
-	int fd = open(path, O_RDONLY | O_NONBLOCK);
-	bool tagged;
-
-	if (fd == -1)
-		return false;
-	tagged = fd_read(fd, text, sizeof(text) - 1) > 0 &&
-	    strcmp(text, cache_tag) == 0;
-	(void)close(fd);
-	return tagged;
-}
-
-/*
- * True if a file of that name may be in a cache.  What a crashed proxy left
- * half written is removed; what a living one writes stays.  We are writing
- * nothing yet.
- */
-static bool
-cache_knows(const char *path, const char *name, bool tagged)
-{
-	pid_t owner = temporary_owner(name);
-	struct stat status;
-
-	if (!tagged)
-		return false;
-	if (owner > 0 &&
-	    (owner == getpid() || (kill(owner, 0) == -1 && errno == ESRCH) ||
-		(lstat(path, &status) != -1 && temporary_is_old(&status))))
-		(void)unlink(path);
-	return strncmp(name, "tmp.", 4) == 0 || strcmp(name, "unswept") == 0 ||
-	    strcmp(name, "CACHEDIR.TAG") == 0 ||
-	    (strlen(name) == 2 && hex_value(name[0]) >= 0 &&
-		hex_value(name[1]) >= 0);
-}
-
-/* Ends the program if a file is not a cache's. */
-static void
-cache_check(const char *path, void *argument)
-{
-	const bool *tagged = argument;
-	const char *name = path + strlen(options.cache) + 1;
-
-	if (!cache_knows(path, name, *tagged))
-		die("%s is no cache of proxy: it holds %s", options.cache,
-		    name);
-}
-
-/* Gives a file of the cache to the user of -u, if there is one. */
-static void
-cache_own(const char *path)
-{
-	if (options.user != NULL && chown(path, options.uid, options.gid) == -1)
-		die("can't give %s to user %s: %s", path, options.user,
-		    strerror(errno));
-}
-
-/*
- * What may be there until the first sweep has told.  A run never uses the last
- * sixteenth, so that half of it is there for what is stored before; unless an
- * earlier run ended before its first sweep did, as the file unswept tells.
- */
-static void
-cache_assume(const char *tag, bool fresh)
-{
-	char path[CACHE_PATH];
-	struct stat status;
-	int fd;
-
-	/* What a file system calls its block may be something else. */
-	if (stat(tag, &status) != -1 &&
-	    (uint64_t)status.st_blocks * 512 > cache.block)
-		cache.block = (uint64_t)status.st_blocks * 512;
-	/* An earlier process that had our number made files of others. */
-	cache.serial = (uint64_t)now.wall << 20 | (uint64_t)(now.us & 0xfffff);
-	/* The first turn lets it be swept. */
-	cache.written = options.cache_size;
-	cache.total = 2 * cache.block;
-	cache.limit = options.cache_size / 16 * 15;
-	if (fresh)
-		return;
-	cache_unswept(path);
-	fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
-	cache.total = fd != -1 ? cache.limit : options.cache_size;
-	cache.limit = options.cache_size / 32 * 31;
-	if (fd != -1)
-		(void)close(fd);
-}
-
-/*
- * Makes the cache directory, or looks whether it is one: a directory that
- * holds something else must not be filled or swept.
- */
-static void
-cache_open(void)
-{
-	char path[CACHE_PATH];
-	bool tagged;
-	int fd;
-
-	if (strlen(options.cache) > CACHE_PATH - 300)
-		die("-c: the path is too long");
-	if (mkdir(options.cache, 0700) == -1 && errno != EEXIST)
-		die("can't make the cache %s: %s", options.cache,
-		    strerror(errno));
-	(void)snprintf(path, sizeof(path), "%.800s/CACHEDIR.TAG",
-	    options.cache);
-	tagged = cache_is_tagged(path);
-	if (!directory_walk(options.cache, cache_check, &tagged))
-		die("can't read the cache %s: %s", options.cache,
-		    strerror(errno));
-	cache_own(options.cache);
-	fd = tagged ? -1 : open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
-	if (fd != -1) {
-		(void)fd_write(fd, cache_tag, strlen(cache_tag));
-		(void)close(fd);
-		cache_own(path);
-	}
-	cache_assume(path, fd != -1);
-}
-
-/* Prints the path if the file is an entry of the key. */
-static void
-key_visit(const char *path, void *argument)
-{
-	const struct text *key = argument;
-	struct buffer *b = buffer_take();
-	struct entry e;
-	int fd = open(path, O_RDONLY | O_NONBLOCK);
-	ssize_t n = -1;
-
-	if (fd != -1 && b != NULL)
-		n = fd_read(fd, b->data + b->start, buffer_room(b));
-	if (n > 0)
-		b->end += (size_t)n;
-	if (n > 0 && entry_parse(buffer_text(b), &e) && e.key.len == key->len &&
-	    memcmp(e.key.at, key->at, key->len) == 0)
-		printf("%s\n", path);
-	if (fd != -1)
-		(void)close(fd);
-	buffer_give(&b);
-}
-
 /* -k: the files of a URL, on standard output; then the end. */
 static void
 key_print(const char *url)
 {
-	struct buffer *b = buffer_take();
-	struct exchange x;
 	struct request *q = request_new(NULL);
-	struct text key;
 
 	if (options.cache == NULL)
 		usage("-k wants -c, the directory to look in");
-	if (b == NULL || q == NULL || (q->bytes = buffer_take()) == NULL) {
-		buffer_give(&b);
-		request_drop(&q);
-		die("no memory");
+	if (q == NULL || (q->bytes = buffer_take()) == NULL)
 		return;
-	}
 	buffer_print(q->bytes, "GET %s HTTP/1.0\r\n\r\n", url);
 	request_clean(q->bytes);
 	if (request_parse(buffer_text(q->bytes), q) != 1 ||
 	    q->target.form != FORM_ABSOLUTE)
 		usage("-k %s: not a URL that begins with http://", url);
-	memset(&x, 0, sizeof(x));
-	x.request = q;
-	key_append(&x, b);
-	key = buffer_text(b);
-	if (!cache_walk(key_visit, &key))
-		die("can't read the cache %s: %s", options.cache,
-		    strerror(errno));
+	cache_print(&q->target);
 	exit(0);
 }
 
