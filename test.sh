@@ -5122,7 +5122,7 @@ END
 	play 'times to the end' <<'END'
 	origin head
 	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\no
-	origin stall 60
+	origin stall 150
 	origin send k
 	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
 	client answer
