@@ -5427,6 +5427,26 @@ check_rules() {
 	run_proxy -n -f rules
 }
 
+# These rules must be wrong, and each ERE must be said: wrong RULES ERE...
+wrong() {
+	wrong_rules=$1
+	printf "$wrong_rules" > rules
+	shift
+	check_rules
+	[ $status = 2 ] || fail "$wrong_rules: exit status $status"
+	for wrong_ere; do
+		grep -E "^proxy: $wrong_ere" errors > /dev/null ||
+			fail "$wrong_rules: says $(head -c 300 errors)"
+	done
+}
+
+# These must be right: right RULES
+right() {
+	printf "$1" > rules
+	check_rules
+	[ $status = 0 ] || fail "$1: $(cat errors)"
+}
+
 # An origin that answers all requests alike, over any number of connections.
 plain_origin() {
 	origin "${1-plain}" <<'END'
@@ -5454,6 +5474,13 @@ END
 gives() {
 	asks GET "$2" "${3-}"
 	[ "$(sed -n '1s/^HTTP.1.1 \([0-9]*\) .*/\1/p' a)" = "$1" ]
+}
+
+# One request that must get this status: want STATUS METHOD URL ['FIELDS\n']
+want() {
+	asks "$2" "$3" "${4-}"
+	head -n 1 a | grep "^HTTP/1.1 $1 " > /dev/null ||
+		fail "${play_title-} $2 $3: $(head -n 1 a), not $1"
 }
 
 # What asks has got: 450 if the rule of holds held.
@@ -5511,9 +5538,13 @@ END
 	done
 }
 
-# The value of Proxy-Authorization for a login.
+# The value of Proxy-Authorization for a login, and all of that field.
 basic() {
 	printf 'Basic %s' "$(printf '%s' "$1" | "$peer" base64)"
+}
+
+login() {
+	printf 'Proxy-Authorization: %s\\n' "$(basic "$1")"
 }
 
 # An address of this machine for clients that are not local, or skips.
@@ -5815,6 +5846,7 @@ head_say(struct buffer *b, const char *but)
 			say_text(line);
 	}
 	said[strlen(said) - (said[0] ? 2 : 0)] = '\0';
+	say_row(said[0] ? "" : "-");
 	buffer_give(&b);
 }
 
@@ -5823,6 +5855,7 @@ row_sends(struct text in)
 {
 	struct buffer *b = buffer_take();
 
+	(void)strcpy(pseudonym, "p");
 	if (!case_make(in))
 		return;
 	exchange_rewrite(&exchange);
@@ -5835,6 +5868,7 @@ row_gives(struct text in)
 {
 	struct buffer *b = buffer_take();
 
+	(void)strcpy(pseudonym, "p");
 	if (!case_make(in))
 		return;
 	answer_by(&exchange, ANSWER_SERVER);
@@ -5975,9 +6009,7 @@ rule deny 452 user * host known.example
 ask GET http://a/ user alice = allow
 ask GET http://known.example/ user alice = deny 452
 END
-	echo 'allow client "local"' > rules
-	check_rules
-	[ $status = 2 ] || fail 'client "local" is no network'
+	wrong 'allow client "local"\n'
 }
 
 test_rules_line_length() { # 8191 bytes pass, 8192 do not
@@ -5990,13 +6022,10 @@ test_rules_line_length() { # 8191 bytes pass, 8192 do not
 			print s
 		}' > rules
 		check_rules
-		if [ $n -le 8191 ]; then
-			[ $status = 0 ] || fail "$n bytes: $(head -n 1 errors)"
-		else
-			[ $status = 2 ] || fail "$n bytes: exit status $status"
-			grep '^proxy: rules:2: .' errors > /dev/null ||
-				fail "$n bytes: says $(head -c 200 errors)"
-		fi
+		[ $status = $((n > 8191 ? 2 : 0)) ] ||
+			fail "$n bytes: exit status $status"
+		[ $n -le 8191 ] || grep '^proxy: rules:2: .' errors > /dev/null ||
+			fail "$n bytes: says $(head -c 200 errors)"
 		[ "$(wc -l < errors)" = $((n > 8191)) ] ||
 			fail "$n bytes: says $(head -c 300 errors)"
 	done
@@ -6005,11 +6034,12 @@ test_rules_line_length() { # 8191 bytes pass, 8192 do not
 		while (length(s) < 8160)
 			s = s " host" ++i ".example"
 		printf "%s long.example", s
-	}' > first
-	start_rules < first
-	plain_origin
-	gives 451 http://long.example:%p/ || fail "the last value of a long line"
-	gives 200 http://short.example:%p/ || fail "another"
+	}' > rules
+	tries -f rules <<'END'
+http://long.example/ = 1 deny rules:1
+http://host99.example/ = 1 deny rules:1
+http://short.example/ = 0 allow
+END
 }
 
 # Lines of rules that are wrong, each in one way.
@@ -6203,81 +6233,50 @@ test_rules_wrong_options() { # -e is named with its number, several files with t
 			fail "$where is not named: $(cat errors)"
 	done
 	[ "$(wc -l < errors)" = 4 ] || fail "says $(cat errors)"
-	run_proxy -n -e ''
-	[ $status = 0 ] || fail "an empty -e: $(cat errors)"
-	run_proxy -n -e '# deny'
-	[ $status = 0 ] || fail "-e with a comment: $(cat errors)"
+	for line in '' '# deny'; do
+		run_proxy -n -e "$line"
+		[ $status = 0 ] || fail "-e '$line': $(cat errors)"
+	done
 	run_proxy -f
 	[ $status = 2 ] || fail "-f without a file: exit status $status"
 }
 
 test_rules_wrong_files() { # missing, binary and unreadable files
-	run_proxy -n -f none
-	[ $status != 0 ] || fail "a missing file: exit status 0"
-	grep '^proxy: .*none.*: .' errors > /dev/null ||
-		fail "a missing file: says $(cat errors)"
 	mkdir directory
-	run_proxy -n -f directory
-	[ $status != 0 ] || fail "a directory passes"
-	grep '^proxy: .*directory' errors > /dev/null ||
-		fail "a directory: says $(cat errors)"
-	printf 'allow\nallow host a\0b\nallow\n' > rules
-	check_rules
-	[ $status = 2 ] || fail "NUL: exit status $status"
-	grep '^proxy: rules:2: .' errors > /dev/null ||
-		fail "NUL: says $(cat errors)"
+	for file in none directory; do
+		run_proxy -n -f $file
+		[ $status != 0 ] && grep "^proxy: .*$file" errors > /dev/null ||
+			fail "$file: exit status $status, $(cat errors)"
+	done
+	wrong 'allow\nallow host a\000b\nallow\n' 'rules:2: .'
 	head -c 20000 "$peer" > rules
 	check_rules
-	[ $status = 2 ] || fail "a program: exit status $status"
-	grep '^proxy: rules:1: .' errors > /dev/null ||
-		fail "a program: says $(head -n 1 errors)"
+	[ $status = 2 ] && grep '^proxy: rules:1: .' errors > /dev/null ||
+		fail "a program: exit status $status, $(head -n 1 errors)"
 	tr -d '\n\040-\176' < errors > odd
 	[ ! -s odd ] || fail "a program: standard error gets its bytes"
-	printf 'allow\ndeny list none\n' > rules
-	check_rules
-	[ $status = 2 ] || fail "a missing list: exit status $status"
-	grep '^proxy: rules:2: .*none' errors > /dev/null ||
-		fail "a missing list: says $(cat errors)"
-	printf 'allow\n\nusers none\n' > rules
-	check_rules
-	[ $status = 2 ] || fail "missing users: exit status $status"
-	grep '^proxy: rules:3: .*none' errors > /dev/null ||
-		fail "missing users: says $(cat errors)"
+	wrong 'allow\ndeny list none\n' 'rules:2: .*none'
+	wrong 'allow\n\nusers none\n' 'rules:3: .*none'
 }
 
 test_rules_wrong_users() { # login and user need users; others may not read them
-	printf 'allow\nlogin\n' > rules
-	check_rules
-	[ $status = 2 ] || fail "login without users: exit status $status"
-	grep '^proxy: rules:2: .*users' errors > /dev/null ||
-		fail "login without users: says $(cat errors)"
-	printf 'deny not user alice\n' > rules
-	check_rules
-	[ $status = 2 ] || fail "user without users: exit status $status"
-	grep '^proxy: rules:1: .*users' errors > /dev/null ||
-		fail "user without users: says $(cat errors)"
+	wrong 'allow\nlogin\n' 'rules:2: .*users'
+	wrong 'deny not user alice\n' 'rules:1: .*users'
 	echo alice:wonder > people
 	for mode in 644 640 604; do
 		chmod $mode people
-		printf 'users people\nlogin\n' > rules
-		check_rules
-		[ $status = 2 ] || fail "mode $mode: exit status $status"
-		grep '^proxy: rules:1: ..*' errors > /dev/null ||
-			fail "mode $mode: says $(cat errors)"
+		wrong 'users people\nlogin\n' 'rules:1: ..*'
 	done
 	for mode in 600 400; do
 		chmod $mode people
-		printf 'users people\nlogin\n' > rules
-		check_rules
-		[ $status = 0 ] || fail "mode $mode: $(cat errors)"
+		right 'users people\nlogin\n'
 	done
 	run_proxy -n -e 'users people' -e 'login'
 	[ $status = 0 ] || fail "by -e: $(cat errors)"
-	printf '# people\nalice:wonder\nnobody\n' > broken
+	# All wrong lines are told at once.
+	printf '# people\nalice:wonder\nnobody\na:b\nelse\n' > broken
 	chmod 600 broken
-	printf 'users broken\nlogin\n' > rules
-	check_rules
-	[ $status = 2 ] || fail "a line without a colon: exit status $status"
+	wrong 'users broken\nlogin\n' broken:3: broken:5:
 	grep wonder errors > /dev/null && fail "a password is shown"
 	:
 }
@@ -6384,16 +6383,15 @@ test_rules_built_in() { # the built-in lines, around those of the user; guard mo
 	NR == 3 && /^built-in:3: allow client local/ { ok++ }
 	NR == 4 && /^built-in:4: deny ".*"/ { ok++ }
 	END { exit ok != 4 || NR != 4 }' out || fail "prints $(cat out)"
-	printf 'allow host a.example\ndeny host b.example\n' > rules
-	run_proxy -n -v -f rules
-	sed 's/^\([^ ]*\): .*/\1/' out | tr '\n' ' ' > order
-	grep '^built-in:1 built-in:2 rules:1 rules:2 built-in:3 built-in:4 $' \
-	    order > /dev/null || fail "order: $(cat order)"
-	printf 'allow host a.example\nguard\ndeny host b.example\n' > rules
-	run_proxy -n -v -f rules
-	sed 's/^\([^ ]*\): .*/\1/' out | grep -v '^rules:2$' | tr '\n' ' ' > order
-	grep '^rules:1 built-in:1 built-in:2 rules:3 built-in:3 built-in:4 $' \
-	    order > /dev/null || fail "order with guard: $(cat order)"
+	while IFS='|' read -r rules order; do
+		printf "$rules" > rules
+		run_proxy -n -v -f rules
+		sed 's/^\([^ ]*\): .*/\1/' out | tr '\n' ' ' > order
+		grep -x "$order " order > /dev/null || fail "$rules: $(cat order)"
+	done <<'END'
+allow host a.example\ndeny host b.example\n|built-in:1 built-in:2 rules:1 rules:2 built-in:3 built-in:4
+allow host a.example\nguard\ndeny host b.example\n|rules:1 built-in:1 built-in:2 rules:3 built-in:3 built-in:4
+END
 }
 
 test_rules_short_options() { # -x, -b and -a are lines behind all others
@@ -6408,6 +6406,17 @@ test_rules_short_options() { # -x, -b and -a are lines behind all others
 		mine=$(grep -n '^rules:2: ' out | sed 's/:.*//')
 		[ "$line" -gt "$mine" ] || fail "$text is before the rules"
 	done
+	# No way to write a parent's password shows it.
+	for url in 'http://me:se cret@127.0.0.1:1' 'http://me:s3"cret@127.0.0.1:1' \
+	    'socks5://me:a b"c cret@127.0.0.1:1'; do
+		quoted=$(printf '%s\n' "$url" | sed 's/"/\\"/g')
+		run_proxy -n -v -e "via \"$quoted\""
+		cat out errors > both
+		run_proxy -n -v -x "$url"
+		grep cret both out errors > /dev/null &&
+			fail "$url: $(cat both out errors)"
+	done
+	:
 }
 
 test_rules_first() { # the first line that holds decides, in each group
@@ -6491,9 +6500,9 @@ deny 451 host both.example
 deny address 10.0.0.0/8
 END
 	: > names
-	gives 451 http://both.example:%p/ || fail "both refuse"
+	want 451 GET http://both.example:%p/
 	asks CONNECT both.example:%p
-	gives 200 http://good.example:%p/ || fail "by address: $(head -n 1 a)"
+	want 200 GET http://good.example:%p/
 	grep both names > /dev/null && fail "looked up: $(tr '\n' ' ' < names)"
 	grep good.example names > /dev/null || fail "good.example is not asked"
 }
@@ -6517,13 +6526,13 @@ ${#says}\\n\\n$says" loop > $says.script
 	done
 	[ -n "$says" ] || fail "no port that is free on both addresses"
 	echo "${says#* }" >> .pids
-	gives 200 http://c.example:%p/ || fail "none denied: $(head -n 1 a)"
+	want 200 GET http://c.example:%p/
 	grep no a > /dev/null || fail "the first address is not the first"
-	gives 200 http://a.example:%p/ || fail "one denied: $(head -n 1 a)"
+	want 200 GET http://a.example:%p/
 	grep yes a > /dev/null || fail "a denied address is tried"
 	asks CONNECT a.example:%p
 	last_line '^.* "CONNECT a.example' " server=127.0.0.1:$origin_port "
-	gives 403 http://b.example:%p/ || fail "both denied: $(head -n 1 a)"
+	want 403 GET http://b.example:%p/
 	last_line ' rule=rules:2( |$)'
 	grep -i '^Proxy-Status: .*error=destination_ip_prohibited' a > /dev/null ||
 		fail "both denied: $(grep -i '^Proxy-Status' a)"
@@ -6555,12 +6564,27 @@ no client ::2/127 127.0.0.1
 given GET http://a/ client /a/socket
 yes client local
 no client 127.0.0.0/8 ::1
+if client 10.0.0.0/8 192.0.2.128/25 192.0.2.7 2001:db8::/33 2001:db9::7
+yes GET http://a/ client 10.0.0.0 | GET http://a/ client 10.255.255.255
+no GET http://a/ client 9.255.255.255 | GET http://a/ client 11.0.0.0
+yes GET http://a/ client 192.0.2.128 | GET http://a/ client 192.0.2.7
+no GET http://a/ client 192.0.2.127 | GET http://a/ client 192.0.2.8
+yes GET http://a/ client 2001:db8:7fff:: | GET http://a/ client 2001:db9::7
+no GET http://a/ client 2001:db8:8000:: | GET http://a/ client 2001:db9::8
+if client 192.0.2.7/32 0.0.0.0/0 2001:db8::/32 2001:db8::7/127
+yes GET http://a/ client 192.0.2.7 | GET http://a/ client 203.0.113.1
+yes GET http://a/ client 2001:db8:ffff:ffff::1
+no GET http://a/ client 2001:db9::
+if client 0.0.0.0/0 2001:db8::7/127
+no GET http://a/ client 2001:db8::8 | GET http://a/ client ::1
+if client ::/0
+yes GET http://a/ client 2001:db8::8
 END
 	start_ruled -l "$T/p.sock" -e 'deny 450 client local'
-	gives 450 http://a.test/ || fail "a UNIX socket: $(head -n 1 a)"
+	want 450 GET http://a.test/
 	have_ipv6 || return 0
 	start_ruled -l '[::1]:0' -e 'deny 450 client ::1'
-	gives 450 http://a.test/ || fail "IPv6: $(head -n 1 a)"
+	want 450 GET http://a.test/
 }
 
 test_rules_client_elsewhere() { # clients that are not local
@@ -6571,12 +6595,12 @@ send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 loop
 END
 	start_ruled -l "$me:0" -e "deny 450 client local" -e "allow client $me/32"
-	gives 200 http://%O/ || fail "allowed: $(head -n 1 a)"
+	want 200 GET http://%O/
 	last_line "^$me - - " ' rule=-e:2( |$)'
 	start_ruled -l "$me:0" -e "deny 450 not client local" -e 'allow'
-	gives 450 http://%O/ || fail "not local: $(head -n 1 a)"
+	want 450 GET http://%O/
 	start_ruled -l "$me:0" -e "allow client 198.51.100.0/24"
-	gives 403 http://%O/ || fail "not allowed: $(head -n 1 a)"
+	want 403 GET http://%O/
 }
 
 test_rules_method() { # method: as it is sent
@@ -6950,8 +6974,8 @@ test_rules_deny_cached() { # what is stored is judged anew
 head
 send HTTP/1.1 200 OK\nContent-Type: text/html\nCache-Control: max-age=999\nX-A: b\nContent-Length: 9\n\nnot clean
 END
-	gives 200 http://o.example:%p/ || fail "$(head -n 1 a)"
-	gives 200 http://o.example:%p/ || fail "$(head -n 1 a)"
+	want 200 GET http://o.example:%p/
+	want 200 GET http://o.example:%p/
 	logged <<'END'
 ~ hit=fresh
 END
@@ -6959,16 +6983,14 @@ END
 	    'size <100' 'host o.example' 'address 127.0.0.0/8' \
 	    'not address 10.0.0.0/8'; do
 		start_ruled -c "$T/cache" -e "deny $condition"
-		gives 403 http://o.example:%p/ ||
-			fail "$condition: $(head -n 1 a)"
+		want 403 GET http://o.example:%p/
 		grep 'not clean' a > /dev/null && fail "$condition: the body comes"
 		last_line ' 403 ' ' rule=-e:1( |$)'
 	done
 	for condition in 'type text/plain' 'not status 200' \
 	    'field response X-A c' 'size >100' 'address 10.0.0.0/8'; do
 		start_ruled -c "$T/cache" -e "deny $condition"
-		gives 200 http://o.example:%p/ ||
-			fail "$condition: $(head -n 1 a)"
+		want 200 GET http://o.example:%p/
 		last_line ' hit=fresh '
 	done
 	start_ruled -c "$T/cache" -e 'deny body "t cle"'
@@ -7084,30 +7106,22 @@ END
 	for wrong in alice:wonde alice:wonder2 alice:Wonder alice: :wonder \
 	    'alice' Alice:wonder dave:wonder 'bob:a' 'bob:a:bA' \
 	    '# user:password' ':' 'alice:wonder:'; do
-		gives 407 http://%O/ "Proxy-Authorization: $(basic "$wrong")\n" ||
-			fail "$wrong: $(head -n 1 a)"
+		want 407 GET http://%O/ "$(login "$wrong")"
 		last_line ' 407 .* why="wrong user or password"' '^127.0.0.1 - - '
 	done
 	for wrong in 'Basic' 'Basic !!!' 'Bearer abc' "x$alice" 'Basic =' \
 	    "Basic ${alice#Basic }x" "$alice, $alice" 'Digest username="alice"'; do
-		gives 407 http://%O/ "Proxy-Authorization: $wrong\n" ||
-			fail "$wrong: $(head -n 1 a)"
+		want 407 GET http://%O/ "Proxy-Authorization: $wrong\n"
 	done
-	asks GET http://%O/ "Authorization: $alice\n"
-	head -n 1 a | grep ' 407 ' > /dev/null || fail "Authorization is another's"
-	gives 200 http://%O/ "Proxy-Authorization: basic   ${alice#Basic }\n" ||
-		fail "small letters, more blanks: $(head -n 1 a)"
-	gives 200 http://%O/ "Proxy-Authorization: $(basic 'bob:a:b%41')\n" ||
-		fail "colons and % in a password: $(head -n 1 a)"
-	gives 200 http://%O/ "Proxy-Authorization: $(basic 'eve: pass word #1')\n" ||
-		fail "blanks and # in a password: $(head -n 1 a)"
-	gives 200 http://%O/ "Proxy-Authorization: \
-$(basic "$(printf 'j\303\274rgen:gr\303\274n')")\n" ||
-		fail "a user in UTF-8: $(head -n 1 a)"
+	want 407 GET http://%O/ "Authorization: $alice\n"
+	want 200 GET http://%O/ "Proxy-Authorization: basic   ${alice#Basic }\n"
+	want 200 GET http://%O/ "$(login 'bob:a:b%41')"
+	want 200 GET http://%O/ "$(login 'eve: pass word #1')"
+	want 200 GET http://%O/ "Proxy-Authorization: \
+$(basic "$(printf 'j\303\274rgen:gr\303\274n')")\n"
 	last_line '^127.0.0.1 - j%[Cc]3%[Bb][Cc]rgen \['
-	gives 403 http://closed.example:%p/ \
-	    "Proxy-Authorization: $(basic carol:x)\n" ||
-		fail "a user who is denied: $(head -n 1 a)"
+	want 403 GET http://closed.example:%p/ \
+	    "$(login carol:x)"
 	last_line '^127.0.0.1 - carol \[' ' rule=rules:2( |$)'
 	grep -e wonder -e "${alice#Basic }" log err > /dev/null &&
 		fail "the log or standard error has a password"
@@ -7152,7 +7166,7 @@ END
 	plain_origin
 	alice=$(basic alice:wonder)
 	for user in alice:wonder alice:wonderful; do
-		asks GET http://%O/ "Proxy-Authorization: $(basic $user)\n"
+		asks GET http://%O/ "$(login $user)"
 	done
 	grep -e wonder -e "${alice#Basic }" err log > /dev/null &&
 		fail "a password is seen: $(grep -h -e wonder -e \
@@ -7198,9 +7212,9 @@ login
 via http://$origin host .plain.example
 via http://me:pw@$origin
 END
-	alice="Proxy-Authorization: $(basic alice:wonder)\n"
-	gives 200 http://a.plain.example/ "$alice" || fail "$(head -n 1 a)"
-	gives 200 http://b.example/ "$alice" || fail "$(head -n 1 a)"
+	alice="$(login alice:wonder)"
+	want 200 GET http://a.plain.example/ "$alice"
+	want 200 GET http://b.example/ "$alice"
 	asks CONNECT a.plain.example:443 "$alice"
 	cat p.[0-9] > all
 	grep "$(basic alice:wonder)" all > /dev/null &&
@@ -7223,15 +7237,13 @@ END
 users people
 login not client 198.51.100.0/24
 END
-	gives 407 http://%O/ || fail "not asked: $(head -n 1 a)"
-	gives 200 http://%O/ "Proxy-Authorization: $(basic alice:wonder)\n" ||
-		fail "not let in: $(head -n 1 a)"
+	want 407 GET http://%O/
+	want 200 GET http://%O/ "$(login alice:wonder)"
 	last_line "^$me - alice " ' rule=rules:2( |$)'
 	gives 407 http://127.0.0.1:%p/ || gives 403 http://127.0.0.1:%p/ ||
 		fail "the guards are passed: $(head -n 1 a)"
-	gives 403 http://127.0.0.1:%p/ \
-	    "Proxy-Authorization: $(basic alice:wonder)\n" ||
-		fail "a user passes the guards: $(head -n 1 a)"
+	want 403 GET http://127.0.0.1:%p/ \
+	    "$(login alice:wonder)"
 }
 
 test_rules_size() { # size: told beforehand, or counted
@@ -7562,9 +7574,8 @@ deny body virus host virus.example
 END
 	plain_origin o
 	for host in virus other; do
-		gives 200 http://$host.example:%p/$host \
-		    'Accept-Encoding: gzip\nAccept: */*\naccept-encoding: br\n' ||
-			fail "$host: $(head -n 1 a)"
+		want 200 GET http://$host.example:%p/$host \
+		    'Accept-Encoding: gzip\nAccept: */*\naccept-encoding: br\n'
 	done
 	cat o.[0-9] | "$peer" show > heads
 	awk '/^GET/ { at = $2 } tolower($0) ~ /^accept-encoding/ { n[at]++ }
@@ -7725,11 +7736,11 @@ END
 = CONNECT far.intern.example:443 HTTP/1.1
 END
 	[ ! -s names ] || fail "looked up: $(cat names)"
-	gives 200 http://near.intern.example:%p/ || fail "direct: $(head -n 1 a)"
+	want 200 GET http://near.intern.example:%p/
 	last_line " server=$origin "
 	# Kept connections serve their own route only.
 	for path in /direct /via /direct /via; do
-		gives 200 http://par.example:%p$path || fail "$path: $(head -n 1 a)"
+		want 200 GET http://par.example:%p$path
 		case $path in
 		/via) last_line " server=$h " ;;
 		*) last_line " server=$origin " ;;
@@ -7754,23 +7765,20 @@ via http://$dead host one.example
 END
 	plain_origin
 	for host in two odd; do
-		gives 200 http://$host.example:%p/ || fail "$host: $(head -n 1 a)"
+		want 200 GET http://$host.example:%p/
 		grep '^X-By: h' a > /dev/null || fail "$host: not by the second"
 		last_line " server=$h "
-		asks CONNECT $host.example:443
-		head -n 1 a | grep ' 200 ' > /dev/null ||
-			fail "CONNECT $host: $(head -n 1 a)"
+		want 200 CONNECT $host.example:443
 		last_line '"CONNECT ' " server=$h "
 	done
-	gives 200 http://last.example:%p/ || fail "direct: $(head -n 1 a)"
+	want 200 GET http://last.example:%p/
 	last_line " server=$origin "
-	asks POST http://last.example:%p/ 'Content-Length: 0\n'
-	head -n 1 a | grep ' 200 ' > /dev/null || fail "POST: $(head -n 1 a)"
+	want 200 POST http://last.example:%p/ 'Content-Length: 0\n'
 	for host in none one; do
-		gives 502 http://$host.example:%p/ || fail "$host: $(head -n 1 a)"
+		want 502 GET http://$host.example:%p/
 		last_line ' why="'
 	done
-	gives 200 http://other.example:%p/ || fail "no route: $(head -n 1 a)"
+	want 200 GET http://other.example:%p/
 }
 
 test_rules_via_judged() { # via: what goes another way in the end is judged by its address
@@ -7782,15 +7790,13 @@ via http://$dead direct host b.example
 deny 451 address 127.0.0.0/8 not host b.example
 END
 	for url in http://a.example:%p/ http://%O/; do
-		gives 451 "$url" || fail "$url: $(head -n 1 a)"
+		want 451 GET "$url"
 	done
 	for target in a.example:%p %O; do
-		asks CONNECT "$target"
-		head -n 1 a | grep ' 451 ' > /dev/null ||
-			fail "CONNECT $target: $(head -n 1 a)"
+		want 451 CONNECT "$target"
 	done
 	untouched o
-	gives 200 http://b.example:%p/ || fail "b: $(head -n 1 a)"
+	want 200 GET http://b.example:%p/
 	me=$("$peer" myself) || return 0
 	start_rules -l "$me:0" <<END
 via http://$dead direct
@@ -7799,7 +7805,7 @@ END
 	rm -f o.*
 	plain_origin o
 	for url in http://a.example:%p/ http://127.0.0.1:%p/; do
-		gives 403 "$url" || fail "guards: $url: $(head -n 1 a)"
+		want 403 GET "$url"
 	done
 	untouched o
 }
@@ -7815,9 +7821,9 @@ END
 direct host .near.example
 END
 	plain_origin
-	gives 200 http://a.near.example:%p/ || fail "$(head -n 1 a)"
+	want 200 GET http://a.near.example:%p/
 	grep X-By a > /dev/null && fail "direct does not win"
-	gives 200 http://far.example/ || fail "$(head -n 1 a)"
+	want 200 GET http://far.example/
 	grep '^X-By: h' a > /dev/null || fail "-x is not used"
 }
 
@@ -7834,7 +7840,7 @@ loop
 END
 	# What is kept from one address does not serve another.
 	for path in / /second / /second; do
-		gives 200 http://x.example:%p$path || fail "$(head -n 1 a)"
+		want 200 GET http://x.example:%p$path
 	done
 	for file in o.[0-9]; do
 		want=127.0.0.1
@@ -7865,8 +7871,8 @@ END
 from 127.0.0.2 url /four
 from 127.0.0.2 ::1 url /both
 END
-	gives 502 http://%O/four || fail "IPv6 from IPv4: $(head -n 1 a)"
-	gives 200 http://%O/both || fail "one of each: $(head -n 1 a)"
+	want 502 GET http://%O/four
+	want 200 GET http://%O/both
 	[ "$(cat six.1.peer)" = ::1 ] || fail "comes from $(cat six.1.peer)"
 }
 
@@ -7878,13 +7884,13 @@ head
 send $plain
 loop
 END
-	gives 200 http://%O/one || fail "$(head -n 1 a)"
-	gives 200 http://%O/one || fail "$(head -n 1 a)"
+	want 200 GET http://%O/one
+	want 200 GET http://%O/one
 	last_line ' hit=fresh '
 	log_from=$(($(wc -l < log) + 1))
 	start_ruled -c "$T/cache" -e 'nocache not url /three'
 	for path in /one /two /three /one /two /three; do
-		gives 200 http://%O$path || fail "$path: $(head -n 1 a)"
+		want 200 GET http://%O$path
 	done
 	logged <<'END'
 #2 /one HTTP
@@ -7934,11 +7940,11 @@ send HTTP/1.1 200 OK\nCache-Control: max-age=9999\nContent-Length: 2\n\nok
 loop
 END
 	for path in /short /long /other; do
-		gives 200 http://%O$path || fail "$(head -n 1 a)"
+		want 200 GET http://%O$path
 	done
 	"$peer" sleep 2200
 	for path in /short /long /other; do
-		gives 200 http://%O$path || fail "$(head -n 1 a)"
+		want 200 GET http://%O$path
 	done
 	cat o.[0-9]* > all
 	[ "$(grep -c '^GET /short' all)" = 2 ] || fail "1s lasts longer"
@@ -7951,100 +7957,82 @@ END
 }
 
 test_rules_rewrite_request() { # set, add, unset: what the server gets
-	start_rules <<'END'
-set request X-One 1 host a.example
-set request x-set "new value" host a.example
-add request X-Add added host a.example
-unset request Referer X-Forwarded-* X-None host a.example
-unset request X-Gone host a.example
-add request X-Gone back host a.example
-set request X-Other 1 host other.example
-unset request Via host c.example
-unset request Cookie method POST
+	rows <<'END'
+rule set request X-One 1 host a.example
+rule set request x-set "new value" host a.example
+rule add request X-Add added host a.example
+rule unset request Referer X-Forwarded-* X-None host a.example
+rule unset request X-Gone host a.example
+rule add request X-Gone back host a.example
+rule set request X-Other 1 host other.example
+rule unset request Via host c.example
+rule unset request Cookie method POST
+sends GET http://a.example/ X-Set: 1\nX-Keep: 1\nx-SET: 2\nX-Add: a\nReferer: http://x/\nx-forwarded-for: 1\nX-Forwarded-Proto: x\nX-Forwarded: 1\nX-Gone: 1\nCookie: a=b\nx-gone: 2\nX-ADD: b = X-Keep: 1\nX-Add: a\nX-Forwarded: 1\nCookie: a=b\nX-ADD: b\nX-One: 1\nx-set: new value\nX-Add: added\nX-Gone: back\nVia: 1.1 p
+sends GET http://b.example/ X-Set: 1\nReferer: http://x/\nX-Forwarded-For: 1\nX-Gone: 1\nCookie: a=b = X-Set: 1\nReferer: http://x/\nX-Forwarded-For: 1\nX-Gone: 1\nCookie: a=b\nVia: 1.1 p
+sends POST http://b.example/ Cookie: a=b\nContent-Length: 0 = Content-Length: 0\nVia: 1.1 p
+sends GET http://c.example/ Via: 1.0 fred = -
 END
-	play 'for this host' <<'END'
+	start_rules <<'END'
+set request X-One 1
+unset request Referer X-Forwarded-*
+unset request Via host c.example
+END
+	play 'on the wire' <<'END'
 	origin head
 	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://a.example:%p/ HTTP/1.1\nHost: x\nX-Set: 1\nX-Keep: 1\nx-SET: 2\nX-Add: a\nReferer: http://x/\nx-forwarded-for: 1\nX-Forwarded-Proto: x\nX-Forwarded: 1\nX-Gone: 1\nCookie: a=b\nx-gone: 2\nX-ADD: b\n\n
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://a.example:%p/ HTTP/1.1\nHost: x\nX-Keep: 1\nReferer: http://x/\nx-forwarded-for: 1\nCookie: a=b\n\n
+	client answer
+	client send GET http://c.example:%p/ HTTP/1.1\nHost: x\nVia: 1.0 fred\n\n
 	client answer
 	sees~  ^HTTP/1.1 200
 	gets   GET / HTTP/1.1
-	gets   Host: a.example:%p
-	gets#  1 ^[Xx]-[Oo]ne: 1$
-	gets#  1 ^[Xx]-[Ss][Ee][Tt]:
-	gets#  1 ^[Xx]-[Ss]et: new value$
-	gets#  3 ^X-A(dd|DD):
-	gets#  1 ^X-Add: added$
-	gets#  1 ^[Xx]-[Gg]one: 
-	gets#  1 ^X-Gone: back$
-	gets#  1 ^X-Forwarded: 1$
-	gets#  1 ^X-Keep: 1$
-	gets#  1 ^Cookie: a=b$
-	gets#  1 ^Via: 
-	gets!~ ^([Xx]-[Ff]orwarded-|Referer|X-Other)
-END
-	"$peer" show < o1.1 | awk '/^X-ADD: b/ { b = NR } /^X-Add: added/ { exit !b }' ||
-		fail "what is added is not behind the others"
-	play 'for no other' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://b.example:%p/ HTTP/1.1\nHost: x\nX-Set: 1\nReferer: http://x/\nX-Forwarded-For: 1\nX-Gone: 1\nCookie: a=b\n\n
-	client answer
-	client send POST http://b.example:%p/ HTTP/1.1\nHost: x\nCookie: a=b\nContent-Length: 0\n\n
-	client answer
-	gets   GET / HTTP/1.1
-	gets   X-Set: 1
-	gets+  Referer: http://x/
-	gets+  X-Forwarded-For: 1
-	gets+  X-Gone: 1
+	gets+  Host: a.example:%p
+	gets+  X-Keep: 1
 	gets+  Cookie: a=b
-	gets#  1 ^Cookie
-	gets!~ ^X-(One|Add|Other)
-END
-	play 'Via' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://c.example:%p/ HTTP/1.1\nHost: x\nVia: 1.0 fred\n\n
-	client answer
-	gets!~ ^Via
+	gets+  X-One: 1
+	gets#  1 ^Via: 
+	gets   GET / HTTP/1.1
+	gets!~ ^([Xx]-[Ff]orwarded-|Referer)
 END
 }
 
 test_rules_rewrite_order() { # all lines that hold apply, in their order
-	start_rules <<'END'
-set request X-Twice first
-set request X-Twice second
-add request X-Lost in
-unset request x-lost
-set request X-Set-Lost in
-unset request X-Set-*
-unset request X-Back
-set request X-Back again
-add request X-Both 1
-add request X-Both 2
-set response X-Twice first
-set response x-twice second
-add response X-Lost in
-unset response X-Lost
-END
-	play 'both ways' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nX-Twice: old\nX-Lost: old\nContent-Length: 2\n\nok
-	client send GET http://a.example:%p/ HTTP/1.1\nHost: x\nX-Both: 0\nX-Lost: old\n\n
-	client answer
-	sees#  1 ^[Xx]-[Tt]wice: 
-	sees#  1 ^[Xx]-[Tt]wice: second$
-	sees!~ ^X-Lost
-	gets#  3 ^X-Both: 
-	gets   X-Both: 0
-	gets   X-Both: 1
-	gets   X-Both: 2
-	gets#  1 ^X-Twice: 
-	gets#  1 ^X-Twice: second$
-	gets#  1 ^X-Back: again$
-	gets!~ ^X-(Set-)?Lost
+	rows <<'END'
+rule set request X-Twice first
+rule set request X-Twice second
+rule add request X-Lost in
+rule unset request x-lost
+rule set request X-Set-Lost in
+rule unset request X-Set-*
+rule unset request X-Back
+rule set request X-Back again
+rule add request X-Both 1
+rule add request X-Both 2
+rule set response X-Twice first
+rule set response x-twice second
+rule add response X-Lost in
+rule unset response X-Lost
+sends GET http://a/ X-Both: 0\nX-Lost: old = X-Both: 0\nX-Twice: second\nX-Back: again\nX-Both: 1\nX-Both: 2\nVia: 1.1 p
+gives > 200 X-Twice: old\nX-Lost: old\nContent-Length: 2 = Content-Length: 2\nx-twice: second\nVia: 1.1 p
+rule set request X-A 1
+rule set request X-A 2
+rule add request X-A 3
+rule set request X-B 1
+rule unset request X-B X-C
+rule add request X-C 1
+rule set response X-D 1
+rule unset response X-*
+rule add response X-E 1
+sends GET http://a/ X-A: 0\nX-B: 0\nX-C: 0 = X-A: 2\nX-A: 3\nX-C: 1\nVia: 1.1 p
+gives > 200 X-D: 0\nX-E: 0\nContent-Length: 2 = Content-Length: 2\nX-E: 1\nVia: 1.1 p
+# A star leaves alone what frames or routes.
+rule unset response C* X-*
+rule unset request C* E* T*
+gives > 206 Content-Type: text/x\nX-A: b\nContent-Range: bytes 0-1/9\nContent-Length: 2 = Content-Range: bytes 0-1/9\nContent-Length: 2\nVia: 1.1 p
+sends GET http://a/ Cookie: c\nRange: bytes=0-1 = Range: bytes=0-1\nVia: 1.1 p
+sends POST http://a/ Trailer: x\nExpect: 100-continue\nContent-Length: 2 = Trailer: x\nExpect: 100-continue\nContent-Length: 2\nVia: 1.1 p
 END
 }
 
@@ -8165,20 +8153,19 @@ END
 	start_rules -l "$me:0" <<END
 allow client $me
 END
-	gives 200 http://%O/ || fail "not allowed: $(head -n 1 a)"
+	want 200 GET http://%O/
 	last_line ' rule=rules:1( |$)'
 	for host in 127.0.0.1 127.1.2.3 0.0.0.0 169.254.169.254 224.0.0.1 \
 	    255.255.255.255 '[::1]' '[::]' '[fe80::1]' '[ff02::1]' \
 	    '[::ffff:127.0.0.1]' near.example 127.1 2130706433 0x7f000001 \
 	    0177.0.0.1; do
-		gives 403 "http://$host:$near/" || fail "$host: $(head -n 1 a)"
+		want 403 GET "http://$host:$near/"
 		last_line ' rule=built-in:1( |$)' ' why="'
 		grep 'error=destination_ip_prohibited' a > /dev/null ||
 			fail "$host: $(grep Proxy-Status a)"
 	done
 	untouched near
-	asks CONNECT %O
-	head -n 1 a | grep ' 403 ' > /dev/null || fail "CONNECT: $(head -n 1 a)"
+	want 403 CONNECT %O
 	last_line ' rule=built-in:2( |$)'
 	start_rules -l "$me:0" <<END
 allow client $me address 127.0.0.1 port $near
@@ -8186,20 +8173,15 @@ allow client $me method CONNECT port $origin_port
 guard
 allow client $me
 END
-	gives 200 "http://127.0.0.1:$near/" || fail "opened: $(head -n 1 a)"
+	want 200 GET "http://127.0.0.1:$near/"
 	last_line ' rule=rules:1( |$)'
-	gives 200 "http://near.example:$near/" || fail "by name: $(head -n 1 a)"
-	gives 403 "http://127.0.0.1:$((near - 1))/" ||
-		fail "another port: $(head -n 1 a)"
-	gives 403 "http://127.0.0.3:$near/" || fail "another address: $(head -n 1 a)"
+	want 200 GET "http://near.example:$near/"
+	want 403 GET "http://127.0.0.1:$((near - 1))/"
+	want 403 GET "http://127.0.0.3:$near/"
 	last_line ' rule=built-in:1( |$)'
-	asks CONNECT %O
-	head -n 1 a | grep ' 200 ' > /dev/null ||
-		fail "CONNECT opened: $(head -n 1 a)"
-	asks CONNECT "$me:1"
-	head -n 1 a | grep ' 403 ' > /dev/null ||
-		fail "CONNECT to another port: $(head -n 1 a)"
-	gives 200 http://%O/ || fail "behind the guards: $(head -n 1 a)"
+	want 200 CONNECT %O
+	want 403 CONNECT "$me:1"
+	want 200 GET http://%O/
 	last_line ' rule=rules:4( |$)'
 }
 
@@ -8211,18 +8193,16 @@ send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 loop
 END
 	start_proxy -l "$me:0"
-	gives 403 http://%O/ || fail "GET: $(head -n 1 a)"
+	want 403 GET http://%O/
 	grep -F "allow client $me" a > /dev/null ||
 		fail "the page does not tell the line to add: $(tail -n 3 a)"
 	last_line "^$me - - " ' rule=built-in:4( |$)' ' why="'
-	asks CONNECT "$me:443"
-	head -n 1 a | grep ' 403 ' > /dev/null || fail "CONNECT: $(head -n 1 a)"
+	want 403 CONNECT "$me:443"
 	untouched far
 	stop_proxy
 	start_proxy
-	gives 200 http://%O/ || fail "local: $(head -n 1 a)"
-	asks CONNECT %O
-	head -n 1 a | grep ' 200 ' > /dev/null || fail "local: $(head -n 1 a)"
+	want 200 GET http://%O/
+	want 200 CONNECT %O
 	logged <<'END'
 #2 ^127.0.0.1 .* 200 
 !~ ^127.0.0.1 .* rule=
@@ -8230,7 +8210,6 @@ END
 }
 
 test_rules_list() { # list: all formats, what lies below, exceptions
-	plain_origin
 	cat > ads <<'END'
 # hosts
 ! a comment
@@ -8254,48 +8233,47 @@ example.org##.ad
 END
 	printf 'crlf.example\r\n||crlf2.example^\r\nlast.example' >> ads
 	echo other.example > more.list
-	start_rules <<'END'
-deny list ads more.list
-END
+	{
+		echo 'rule deny list ads more.list'
+		for host in one two three four five six www.seven www.eight nine \
+		    ten eleven www.one a.b.five WWW.Eleven xgood.five crlf crlf2 \
+		    last a.last other bad.good1.eleven; do
+			echo "ask GET http://$host.example/ = deny 403 at -e:1"
+		done
+		echo 'ask GET http://one.example./ = deny 403'
+		echo 'ask CONNECT www.eleven.example:443 = deny 403'
+		for host in good.eleven www.good.eleven good.five xone part \
+		    example comment; do
+			echo "ask GET http://$host.example/ = allow"
+		done
+		echo 'ask GET http://example.org/ = allow'
+		echo 'rule deny not list more.list'
+		echo 'ask GET http://www.other.example/ = allow'
+		echo 'ask GET http://one.example/ = deny 403'
+	} > list.rows
+	rows < list.rows
+	plain_origin
+	start_ruled -e 'deny list ads more.list'
 	grep '^proxy: .*ads.*[0-9]' err > /dev/null ||
 		fail "nothing is said of it: $(grep ads err)"
-	for host in one two three four five six www.seven www.eight nine ten \
-	    eleven www.one a.b.five WWW.Eleven xgood.five crlf crlf2 last \
-	    a.last other bad.good1.eleven; do
-		gives 403 http://$host.example:%p/ || fail "$host: $(head -n 1 a)"
-		last_line ' rule=rules:1( |$)'
-	done
-	gives 403 http://one.example.:%p/ || fail "a dot: $(head -n 1 a)"
-	for host in good.eleven www.good.eleven good.five xone part example \
-	    comment; do
-		gives 200 http://$host.example:%p/ || fail "$host: $(head -n 1 a)"
-	done
-	gives 200 http://example.org:%p/ || fail "example.org: $(head -n 1 a)"
-	asks CONNECT www.eleven.example:%p
-	head -n 1 a | grep ' 403 ' > /dev/null || fail "CONNECT: $(head -n 1 a)"
-	start_rules <<'END'
-deny not list more.list
-END
-	gives 200 http://www.other.example:%p/ || fail "not: $(head -n 1 a)"
-	gives 403 http://one.example:%p/ || fail "not: $(head -n 1 a)"
+	want 403 GET http://a.last.example:%p/
+	want 200 GET http://good.five.example:%p/
 }
 
 test_rules_list_large() { # list: 200000 domains are read at once, and all hold
 	awk 'BEGIN { for (i = 0; i < 200000; i++)
 		print "0.0.0.0 host" i * 7 % 200000 ".ads" i % 100 ".example" }' > ads
-	plain_origin
 	before=$("$peer" clock)
-	start_rules <<'END'
-deny list ads
-END
+	start_proxy -e 'deny list ads'
 	sanitized || [ $(($("$peer" clock) - before)) -lt 5000 ] ||
 		fail "start took $(($("$peer" clock) - before)) ms"
 	grep '^proxy: .*ads.*200000' err > /dev/null || fail "says $(grep ads err)"
-	sed -n -e 's/.* //' -e '1p;77777p;123456p;$p' ads > some
-	while read -r host; do
-		gives 403 "http://$host:%p/" || fail "$host: $(head -n 1 a)"
-	done < some
-	gives 200 http://host1.ads0.example.org:%p/ || fail "$(head -n 1 a)"
+	{
+		echo 'rule deny list ads'
+		sed -n -e 's/.* //' -e '1p;77777p;123456p;$p' ads |
+			sed 's|.*|ask GET http://&/ = deny 403|'
+		echo 'ask GET http://host1.ads0.example.org/ = allow'
+	} | rows
 }
 
 test_rules_try() { # -T: what would happen, and the exit status
@@ -8310,93 +8288,58 @@ deny method POST host q.example
 via socks5://me:s3cret@127.0.0.1:9050 host .onion
 via http://127.0.0.1:3128 direct host via.example
 END
-	run_proxy -f rules -T http://example.com/
-	[ $status = 0 ] || fail "exit status $status: $(cat errors)"
-	[ "$(sed -n 1p out)" = http://example.com/ ] || fail "prints $(cat out)"
-	grep '^	access: allow (built-in:3: allow client local)$' out > /dev/null ||
-		fail "access: $(cat out)"
-	grep '^	route: direct$' out > /dev/null || fail "route: $(cat out)"
-	run_proxy -f rules -T http://video.example/
-	[ $status = 0 ] || fail "open: exit status $status: $(cat errors)"
-	grep '^	access: .*open' out > /dev/null ||
-		fail "the type is not said to be open: $(cat out)"
-	run_proxy -f rules -T http://films.example/
-	[ $status = 1 ] || fail "denied: exit status $status"
-	grep '^	access: deny.*rules:2: deny 451' out > /dev/null ||
-		fail "denied: $(cat out)"
+	tries -f rules <<'END'
+http://example.com/ = 0 allow built-in:3 direct
+http://video.example/ = 0 open, the response decides direct
+http://films.example/ = 1 deny rules:2
+https://x.onion/ client 10.1.2.3 = 0 allow rules:4 via socks5://127.0.0.1:9050 rules:7
+http://example.com/ client 192.0.2.1 = 1 deny built-in:4
+http://192.0.2.9/ client 192.0.2.1 user alice = 0 allow rules:5
+http://192.0.2.9/ user bob client 192.0.2.1 = 1 deny
+http://q.example/ method POST = 1 deny rules:6
+http://q.example/ = 0 allow built-in:3
+http://via.example/ = 0 allow built-in:3 via http://127.0.0.1:3128 rules:8
+nonsense = 2
+http://x/ client x = 2
+http://x/ colour red = 2
+http://x/ client = 2
+ftp://x/ = 2
+END
 	run_proxy -f rules -T http://example.com/ -T 'https://x.onion/ client 10.1.2.3'
 	[ $status = 0 ] || fail "two: exit status $status"
-	[ "$(grep -c '^http' out)" = 2 ] || fail "two: $(cat out)"
-	grep '^https://x.onion/ client 10.1.2.3$' out > /dev/null ||
+	[ "$(grep -c '^http' out)" = 2 ] && [ "$(sed -n 1p out)" = http://example.com/ ] &&
+		grep '^https://x.onion/ client 10.1.2.3$' out > /dev/null ||
 		fail "two: $(cat out)"
-	grep '^	access: allow (rules:4: allow client 10.0.0.0/8)' out > /dev/null ||
-		fail "not local: $(cat out)"
-	grep '^	route: via .*(rules:7: via socks5://' out > /dev/null ||
-		fail "via: $(cat out)"
+	grep '^	access: allow (built-in:3: allow client local)$' out > /dev/null ||
+		fail "access: $(cat out)"
 	grep s3cret out > /dev/null && fail "a password is printed"
 	run_proxy -f rules -T http://films.example/ -T http://example.com/
 	[ $status = 1 ] || fail "one of two denied: exit status $status"
-	run_proxy -f rules -T 'http://example.com/ client 192.0.2.1'
-	[ $status = 1 ] || fail "nobody: exit status $status"
-	grep '^	access: deny.*built-in:4' out > /dev/null || fail "nobody: $(cat out)"
-	run_proxy -f rules -T 'http://192.0.2.9/ client 192.0.2.1 user alice'
-	[ $status = 0 ] || fail "alice: exit status $status: $(cat out errors)"
-	grep '^	access: .*rules:5: allow user alice' out > /dev/null ||
-		fail "alice: $(cat out)"
-	run_proxy -f rules -T 'http://192.0.2.9/ user bob client 192.0.2.1'
-	[ $status = 1 ] || fail "bob: exit status $status"
-	run_proxy -f rules -T 'http://q.example/ method POST'
-	[ $status = 1 ] || fail "POST: exit status $status"
-	run_proxy -f rules -T http://q.example/
-	[ $status = 0 ] || fail "GET: exit status $status"
-	run_proxy -f rules -T http://via.example/
-	grep '^	route: via .*(rules:8: via http://127.0.0.1:3128' out > /dev/null ||
-		fail "via: $(cat out)"
-	for wrong in nonsense 'http://x/ client x' 'http://x/ colour red' \
-	    'http://x/ client' 'ftp://x/'; do
-		run_proxy -f rules -T "$wrong"
-		[ $status = 2 ] || fail "$wrong: exit status $status"
-	done
-	run_proxy -e 'deny port 8443' -T https://example.com:8443/
-	[ $status = 1 ] || fail "https with a port: exit status $status"
-	run_proxy -e 'deny url ^example.com:443$' -T https://example.com/
-	[ $status = 1 ] || fail "https is a CONNECT: exit status $status"
-	for url in 'https://[2001:db8::1]/' 'https://[2001:db8::1]:443/x?y:z' \
-	    'https://192.0.2.9/a:b' https://example.com; do
-		run_proxy -e 'deny port 443' -T "$url"
-		[ $status = 1 ] || fail "$url: exit status $status: $(cat errors)"
-	done
-	run_proxy -T http://example.com/
-	[ $status = 0 ] || fail "without rules: exit status $status"
-	run_proxy -e 'deny port x' -T http://example.com/
-	[ $status = 2 ] || fail "with wrong rules: exit status $status"
+	grep '^	access: deny.*rules:2: deny 451' out > /dev/null ||
+		fail "denied: $(cat out)"
+	tries -e 'deny port 8443' -e 'deny url ^example.com:443$' \
+	    -e 'deny host 2001:db8::1 192.0.2.9 port 443' <<'END'
+https://example.com:8443/ = 1 deny -e:1
+https://example.com/ = 1 deny -e:2
+https://example.com = 1 deny -e:2
+https://[2001:db8::1]/ = 1 deny -e:3
+https://[2001:db8::1]:443/x?y:z = 1 deny -e:3
+https://192.0.2.9/a:b = 1 deny -e:3
+END
+	tries <<'END'
+http://example.com/ = 0 allow
+END
+	tries -e 'deny port x' <<'END'
+http://example.com/ = 2
+END
 }
 
-test_rules_try_client() { # -T: the edges of networks
-	while read -r want network address; do
-		run_proxy -e "allow client $network" \
-		    -T "http://192.0.2.1/ client $address"
-		[ $status = "$want" ] ||
-			fail "$address in $network: exit status $status"
-	done <<'END'
-0 10.0.0.0/8 10.0.0.0
-0 10.0.0.0/8 10.255.255.255
-1 10.0.0.0/8 9.255.255.255
-1 10.0.0.0/8 11.0.0.0
-0 192.0.2.128/25 192.0.2.128
-1 192.0.2.128/25 192.0.2.127
-0 192.0.2.7 192.0.2.7
-0 192.0.2.7/32 192.0.2.7
-1 192.0.2.7 192.0.2.8
-0 0.0.0.0/0 203.0.113.1
-1 0.0.0.0/0 2001:db8::1
-0 2001:db8::/32 2001:db8:ffff:ffff::1
-1 2001:db8::/32 2001:db9::
-0 2001:db8::/33 2001:db8:7fff::
-1 2001:db8::/33 2001:db8:8000::
-0 2001:db8::7 2001:db8::7
-1 2001:db8::7/127 2001:db8::8
-0 ::/0 2001:db8::8
+test_rules_try_client() { # -T: the edges of a network
+	tries -e 'allow client 192.0.2.128/25 2001:db8::/33' <<'END'
+http://192.0.2.1/ client 192.0.2.128 = 0 allow -e:1
+http://192.0.2.1/ client 192.0.2.127 = 1 deny built-in:4
+http://192.0.2.1/ client 2001:db8:7fff:: = 0 allow -e:1
+http://192.0.2.1/ client 2001:db8:8000:: = 1 deny built-in:4
 END
 }
 
@@ -8406,39 +8349,42 @@ test_rules_try_lookup() { # -T: a name is looked up only if a line asks for its 
 	NAME_ADDRESSES=192.0.2.7
 	export NAME_ADDRESSES
 	: > names
-	run_proxy -e 'deny host a.example' -T http://a.example/ -T http://b.example/
+	tries -e 'deny host a.example' -e 'deny type text/html a/b' -e 'deny body x' <<'END'
+http://a.example/ = 1 deny
+http://b.example/ = 0 open, the response decides direct
+https://g.example/ = 0 allow built-in:3
+END
+	tries -e 'deny host e.example' -e 'deny address 192.0.2.0/24' <<'END'
+http://e.example/ = 1 deny -e:1
+END
 	[ ! -s names ] || fail "looked up: $(cat names)"
-	run_proxy -e 'deny address 192.0.2.0/24' -T http://c.example/
-	[ $status = 1 ] || fail "exit status $status: $(cat out)"
+	tries -e 'deny address 192.0.2.0/24' <<'END'
+http://c.example/ = 1 deny -e:1
+END
 	grep c.example names > /dev/null || fail "not looked up"
-	run_proxy -e 'deny address 10.0.0.0/8' -T http://d.example/
-	[ $status = 0 ] || fail "exit status $status: $(cat out)"
-	: > names
-	run_proxy -e 'deny host e.example' -e 'deny address 192.0.2.0/24' \
-	    -T http://e.example/
-	[ $status = 1 ] || fail "denied anyway: exit status $status"
-	[ ! -s names ] || fail "denied anyway, but looked up"
-}
-
-test_rules_try_open() { # -T: what the response decides needs no look-up; of a tunnel it is nothing
-	built_once rule-names write_rule_names
-	proxy_bin=$work/rule-names
-	NAME_ADDRESSES=192.0.2.7
-	export NAME_ADDRESSES
-	: > names
-	run_proxy -e 'deny type a/b' -e 'deny body x' -T https://g.example/
-	grep '^	access: allow (built-in:3: ' out > /dev/null ||
-		fail "a tunnel has no type: $(cat out)"
-	run_proxy -e 'deny type a/b' -e 'deny body x' -T http://f.example/
-	[ $status = 0 ] || fail "exit status $status"
-	grep '^	access: .*open' out > /dev/null || fail "prints $(cat out)"
-	[ ! -s names ] || fail "looked up: $(tr '\n' ' ' < names)"
+	tries -e 'deny address 10.0.0.0/8' <<'END'
+http://d.example/ = 0 allow
+END
+	run_proxy -e 'deny type text/html' -T http://nowhere.invalid/
+	grep 'address:' out && fail "it looks up a name that no line asks for"
+	:
 }
 
 test_rules_try_route() { # -T: which parent is told, as in the manual
-	run_proxy -e 'via socks5://127.0.0.1:9050 host .onion' -T https://x.onion/
-	grep '^	route: via socks5://127.0.0.1:9050 (-e:1: via socks5://' out \
-	    > /dev/null || fail "prints $(cat out)"
+	tries -e 'via socks5://127.0.0.1:9050 host .onion' <<'END'
+https://x.onion/ = 0 allow built-in:3 via socks5://127.0.0.1:9050 -e:1
+END
+	tries -x http://127.0.0.1:1 -e 'deny address 127.0.0.0/8' <<'END'
+http://localhost/ = 0 allow built-in:3 via http://127.0.0.1:1 -x
+END
+	tries -x 'socks5://me:cret@[::1]:1' -e 'direct host x.test' <<'END'
+https://[2001:db8::1]/ = 0 allow built-in:3 via socks5://[::1]:1 -x
+http://x.test/ = 0 allow built-in:3 direct -e:1
+END
+	grep cret out && fail "the password: $(cat out)"
+	tries -e 'deny address 127.0.0.0/8' <<'END'
+http://localhost/ = 1 deny -e:1
+END
 }
 
 test_rules_hup() { # HUP: new rules for new requests, the old ones for those under way
@@ -8474,8 +8420,8 @@ answer
 END
 	wait_for 10 '[ -f asked ] && [ -f asked2 ]' || fail "not under way"
 	origin_port=$plain_port
-	gives 403 http://a.example:%p/ || fail "before: $(head -n 1 a)"
-	gives 200 http://b.example:%p/ || fail "before: $(head -n 1 a)"
+	want 403 GET http://a.example:%p/
+	want 200 GET http://b.example:%p/
 	cat > rules <<'END'
 
 deny 451 host b.example
@@ -8485,7 +8431,7 @@ END
 	kill -HUP "$proxy_pid"
 	wait_for 5 'gives 451 http://b.example:%p/' || fail "the old rules stay"
 	last_line ' rule=rules:2( |$)'
-	gives 200 http://a.example:%p/ || fail "the old ones hold: $(head -n 1 a)"
+	want 200 GET http://a.example:%p/
 	touch go
 	ended under_way
 	ended kept
@@ -8512,19 +8458,19 @@ END
 	kill -HUP "$proxy_pid"
 	wait_for 5 'grep "^proxy: rules:3: ." err > /dev/null' ||
 		fail "the line is not named: $(cat err)"
-	gives 451 http://a.example:%p/ || fail "the old rules: $(head -n 1 a)"
-	gives 200 http://b.example:%p/ || fail "half of the new: $(head -n 1 a)"
+	want 451 GET http://a.example:%p/
+	want 200 GET http://b.example:%p/
 	said=$(grep -c '^proxy: .*rules' err)
 	mv rules rules.away
 	kill -HUP "$proxy_pid"
 	wait_for 5 "[ \$(grep -c '^proxy: .*rules' err) -gt $said ]" ||
 		fail "a file that is gone is not mentioned: $(cat err)"
-	gives 451 http://a.example:%p/ || fail "the file is gone: $(head -n 1 a)"
+	want 451 GET http://a.example:%p/
 	mkfifo rules
 	kill -HUP "$proxy_pid"
 	wait_for 5 'grep "rules: not a file" err > /dev/null' ||
 		fail "a pipe is not refused: $(tail -n 1 err)"
-	gives 451 http://a.example:%p/ || fail "a pipe: $(head -n 1 a)"
+	want 451 GET http://a.example:%p/
 	rm rules
 	echo 'deny 410 host a.example' > rules
 	kill -HUP "$proxy_pid"
@@ -8538,17 +8484,17 @@ test_rules_hup_list() { # HUP: lists are read anew; one that is gone stays as it
 	start_rules <<'END'
 deny list ads
 END
-	gives 403 http://one.example:%p/ || fail "before: $(head -n 1 a)"
+	want 403 GET http://one.example:%p/
 	echo two.example > ads
 	kill -HUP "$proxy_pid"
 	wait_for 5 'gives 403 http://two.example:%p/' || fail "not read anew"
-	gives 200 http://one.example:%p/ || fail "the old list: $(head -n 1 a)"
+	want 200 GET http://one.example:%p/
 	mv ads gone
 	echo 'deny 451 host three.example' >> rules
 	kill -HUP "$proxy_pid"
 	wait_for 5 'gives 451 http://three.example:%p/' ||
 		fail "rules are not read anew while a list is gone: $(tail -n 2 err)"
-	gives 403 http://two.example:%p/ || fail "the list is lost: $(head -n 1 a)"
+	want 403 GET http://two.example:%p/
 	grep '^proxy: .*ads' err > /dev/null || fail "it is not mentioned"
 	mv gone ads
 	echo one.example >> ads
@@ -8563,38 +8509,30 @@ test_rules_hup_users() { # HUP: users and passwords are read anew
 users people
 login
 END
-	gives 200 http://%O/ "Proxy-Authorization: $(basic alice:wonder)\n" ||
-		fail "before: $(head -n 1 a)"
+	want 200 GET http://%O/ "$(login alice:wonder)"
 	printf 'alice:new\ndave:x\n' > people
 	kill -HUP "$proxy_pid"
 	wait_for 5 'gives 200 http://%O/ \
-	    "Proxy-Authorization: $(basic alice:new)\n"' || fail "the new password"
-	gives 407 http://%O/ "Proxy-Authorization: $(basic alice:wonder)\n" ||
-		fail "the old password: $(head -n 1 a)"
-	gives 407 http://%O/ "Proxy-Authorization: $(basic bob:a:b%41)\n" ||
-		fail "a user who is gone: $(head -n 1 a)"
-	gives 200 http://%O/ "Proxy-Authorization: $(basic dave:x)\n" ||
-		fail "a new user: $(head -n 1 a)"
+	    "$(login alice:new)"' || fail "the new password"
+	want 407 GET http://%O/ "$(login alice:wonder)"
+	want 407 GET http://%O/ "$(login bob:a:b%41)"
+	want 200 GET http://%O/ "$(login dave:x)"
 	chmod 644 people
 	kill -HUP "$proxy_pid"
 	wait_for 5 'grep "^proxy: rules:1: ." err > /dev/null' ||
 		fail "users that others may read are not refused"
-	gives 200 http://%O/ "Proxy-Authorization: $(basic dave:x)\n" ||
-		fail "the old users: $(head -n 1 a)"
+	want 200 GET http://%O/ "$(login dave:x)"
 }
 
 test_rules_options() { # -f and -e more than once, with each other
-	plain_origin
 	echo 'deny 451 host a.example' > one
 	printf '\nallow host b.example\n' > two
-	start_ruled -f one -f two -e 'deny 410 host a.example b.example' \
-	    -e 'deny 411 host c.example'
-	gives 451 http://a.example:%p/ || fail "a: $(head -n 1 a)"
-	last_line ' rule=one:1( |$)'
-	gives 200 http://b.example:%p/ || fail "b: $(head -n 1 a)"
-	last_line ' rule=two:2( |$)'
-	gives 411 http://c.example:%p/ || fail "c: $(head -n 1 a)"
-	last_line ' rule=-e:2( |$)'
+	tries -f one -f two -e 'deny 410 host a.example b.example' \
+	    -e 'deny 411 host c.example' <<'END'
+http://a.example/ = 1 deny one:1
+http://b.example/ = 0 allow two:2
+http://c.example/ = 1 deny -e:2
+END
 }
 
 test_rules_kept_server() { # a kept connection is judged like a new one, and rewritten once
@@ -8642,7 +8580,7 @@ END
 	gets#  3 ^X-Add: once$
 END
 	plain_origin
-	gives 200 http://d.example:%p/ || fail "$(head -n 1 a)"
+	want 200 GET http://d.example:%p/
 	echo 'deny 451 address 127.0.0.0/8' > rules
 	kill -HUP "$proxy_pid"
 	wait_for 5 'gives 451 http://d.example:%p/' ||
@@ -8675,10 +8613,9 @@ via http://$h host relay.example
 END
 	theirs="Proxy-Authorization: Basic eDp5\n"
 	for host in last next relay; do
-		gives 200 http://$host.example:%p/ "$theirs" ||
-			fail "$host: $(head -n 1 a)"
+		want 200 GET http://$host.example:%p/ "$theirs"
 	done
-	gives 200 http://abcdef.onion/ "$theirs" || fail "socks: $(head -n 1 a)"
+	want 200 GET http://abcdef.onion/ "$theirs"
 	grep -i '^Proxy-Auth' o.[0-9] s.[0-9] > /dev/null &&
 		fail "a server gets a login for a proxy"
 	cat h.[0-9] > all
@@ -8769,10 +8706,10 @@ head
 send HTTP/1.1 304 Not\nCache-Control: max-age=0\nETag: "a"\n\n
 loop
 END
-	gives 200 http://o.example:%p/ || fail "$(head -n 1 a)"
+	want 200 GET http://o.example:%p/
 	start_ruled -c "$T/cache" -e 'deny type text/html url \?type' \
 	    -e 'deny type text/html'
-	gives 403 http://o.example:%p/ || fail "by type: $(head -n 1 a)"
+	want 403 GET http://o.example:%p/
 	start_ruled -c "$T/cache" -e 'deny body "t cle"'
 	asks GET http://o.example:%p/
 	grep 'not clean' a > /dev/null && fail "the body passes"
@@ -8786,11 +8723,11 @@ test_rules_odd_names() { # odd names of files, users and reasons split no line
 	    > 'my "rules"'
 	start_ruled -f 'my "rules"'
 	plain_origin
-	gives 200 http://a.example:%p/ \
-	    "Proxy-Authorization: $(basic 'a"b c:x')\n" || fail "$(head -n 1 a)"
+	want 200 GET http://a.example:%p/ \
+	    "$(login 'a"b c:x')"
 	last_line '^127.0.0.1 - a%22b%20c \[' \
 	    ' rule=my%20%22rules%22:3( |$)'
-	gives 403 http://b.example:%p/ || fail "$(head -n 1 a)"
+	want 403 GET http://b.example:%p/
 	last_line ' rule=my%20%22rules%22:2( |$)'
 	grep "$(printf '^403 Forbidden: say "k\303\266nnte" \\\\ x')" a > /dev/null ||
 		fail "the page says $(tail -n 1 a)"
@@ -8853,39 +8790,40 @@ loop
 END
 		want=403
 		[ $at = 127.0.0.1 ] || want=200
-		gives $want http://x.example:%p/ || fail "$at: $(head -n 1 a)"
-		gives $want http://x.example:%p/ ||
-			fail "$at, kept: $(head -n 1 a)"
+		want $want GET http://x.example:%p/
+		want $want GET http://x.example:%p/
 	done
 }
 
 test_rules_evasion() { # other ways to write a host or a URL evade no line
-	plain_origin
 	echo shows.example > shows.list
-	start_rules <<'END'
-deny 451 host films.example
-deny 451 list shows.list
-deny 451 url ^http://[^/]*/secret
+	rows <<'END'
+rule deny 451 host films.example
+rule deny 451 list shows.list
+rule deny 451 url ^http://[^/]*/secret
+rule deny 450 address 127.0.0.2
+ask GET http://films.example/ | GET http://films.EXAMPLE/ | GET http://films.example./ = deny 451
+ask GET http://films.example..:1/ | GET http://shows.example..:1/ = deny 451
+ask CONNECT films.example:1 | CONNECT films.EXAMPLE:1 | CONNECT films.example.:1 = deny 451
+ask GET http://shows.example/ | GET http://shows.EXAMPLE/ | GET http://shows.example./ = deny 451
+ask CONNECT shows.example:1 | CONNECT shows.EXAMPLE:1 | CONNECT shows.example.:1 = deny 451
+ask GET http://films%2eexample/ | GET http://films.example%00/ | GET http://films.example%20/ = 400
+ask CONNECT films%2eexample:1 | CONNECT films.example%00:1 | CONNECT films.example%20:1 = 400
+ask GET http://shows%2eexample/ | GET http://shows.example%00/ | GET http://shows.example%20/ = 400
+ask CONNECT shows%2eexample:1 | CONNECT shows.example%00:1 | CONNECT shows.example%20:1 = 400
+ask GET http://x@films.example/ | GET http://x@shows.example/ = 400
+ask CONNECT x@films.example:1 | CONNECT x@shows.example:1 = 400
+ask GET http://a.example:8080/secret | GET HTTP://A.example:8080/secret = deny 451
+ask GET http://a.example.:8080/secret | GET http://a.example:08080/secret = deny 451
+ask GET http://127.0.0.2../ | GET http://127.0.0.2./ | CONNECT 127.0.0.2.:1 = deny 450
 END
-	for name in films shows; do
-		for host in $name.example $name.EXAMPLE $name.example. \
-		    $name%2eexample $name.example%00 \
-		    x@$name.example $name.example%20; do
-			for method in GET CONNECT; do
-				url=http://$host:%p/
-				[ $method = GET ] || url=$host:%p
-				asks $method "$url"
-				head -n 1 a | grep '^HTTP/1.1 4' > /dev/null ||
-					fail "$method $url: $(head -n 1 a)"
-			done
-		done
-	done
-	for url in http://a.example:%p/secret HTTP://A.example:%p/secret \
-	    http://a.example.:%p/secret http://a.example:0%p/secret; do
-		asks GET "$url"
-		head -n 1 a | grep '^HTTP/1.1 4' > /dev/null ||
-			fail "$url: $(head -n 1 a)"
-	done
+	start_ruled -e 'deny host .example' -e 'deny url "^http://x/"' \
+	    -e 'deny list shows.list' -e 'deny address 10.0.0.0/8'
+	play 'OPTIONS * has no host to judge' <<'END'
+	client send OPTIONS * HTTP/1.1\nHost: x\n\n
+	client answer
+	sees   HTTP/1.1 200 OK
+END
 }
 
 # Examples by task, as the manual has them.
@@ -8920,11 +8858,9 @@ deny list ads.txt
 END
 	for row in '403 www.ads.example' '403 tracker.example' \
 	    '200 shop.tracker.example' '200 news.example'; do
-		gives "${row% *}" "http://${row#* }:%p/" ||
-			fail "$row: $(head -n 1 a)"
+		want "${row% *}" GET "http://${row#* }:%p/"
 	done
-	asks CONNECT pixel.tracker.example:443
-	head -n 1 a | grep ' 403 ' > /dev/null || fail "CONNECT: $(head -n 1 a)"
+	want 403 CONNECT pixel.tracker.example:443
 	echo '||news.example^' >> ads.txt
 	kill -HUP "$proxy_pid"
 	wait_for 5 'gives 403 http://news.example:%p/' || fail "a new list"
@@ -8939,13 +8875,12 @@ deny 451 "not in the evening" host .games.example time $(clock_in 60)-$(clock_in
 deny "not on this day" host .news.example time $(day_in 2)-$(day_in 4)
 deny size >100M time $(clock_in -60)-$(clock_in 60)
 END
-	gives 451 http://www.films.example:%p/ || fail "films: $(head -n 1 a)"
+	want 451 GET http://www.films.example:%p/
 	grep 'not at work' a > /dev/null || fail "the page tells no reason"
-	asks CONNECT www.films.example:443
-	head -n 1 a | grep ' 451 ' > /dev/null || fail "CONNECT: $(head -n 1 a)"
-	gives 200 http://www.games.example:%p/ || fail "games: $(head -n 1 a)"
-	gives 200 http://www.news.example:%p/ || fail "news: $(head -n 1 a)"
-	gives 200 http://work.example:%p/ || fail "work: $(head -n 1 a)"
+	want 451 CONNECT www.films.example:443
+	want 200 GET http://www.games.example:%p/
+	want 200 GET http://www.news.example:%p/
+	want 200 GET http://work.example:%p/
 }
 
 test_rules_example_sandbox() { # a build sandbox reaches what it needs, nothing else
@@ -8956,16 +8891,13 @@ allow method CONNECT host git.example port 443 $origin_port
 deny "not in the sandbox"
 END
 	: > names
-	gives 200 http://eu.packages.example:%p/x.tar || fail "$(head -n 1 a)"
-	asks CONNECT git.example:%p
-	head -n 1 a | grep ' 200 ' > /dev/null || fail "CONNECT: $(head -n 1 a)"
-	gives 403 http://evil.example:%p/ || fail "evil: $(head -n 1 a)"
+	want 200 GET http://eu.packages.example:%p/x.tar
+	want 200 CONNECT git.example:%p
+	want 403 GET http://evil.example:%p/
 	grep 'not in the sandbox' a > /dev/null || fail "no reason"
-	gives 403 http://secret-data.evil.example:%p/ || fail "$(head -n 1 a)"
-	asks POST http://eu.packages.example:%p/ 'Content-Length: 0\n'
-	head -n 1 a | grep ' 403 ' > /dev/null || fail "POST: $(head -n 1 a)"
-	asks CONNECT git.example:22
-	head -n 1 a | grep ' 403 ' > /dev/null || fail "port 22: $(head -n 1 a)"
+	want 403 GET http://secret-data.evil.example:%p/
+	want 403 POST http://eu.packages.example:%p/ 'Content-Length: 0\n'
+	want 403 CONNECT git.example:22
 	grep evil names > /dev/null && fail "data leaks by look-ups"
 	:
 }
@@ -8987,15 +8919,12 @@ login not user bob
 deny
 END
 		[ "$mine" = "$me" ] && want=200 || want=407
-		gives "$want" http://%O/ || fail "$mine: $(head -n 1 a)"
-		asks POST http://%O/ 'Content-Length: 0\n'
-		head -n 1 a | grep ' 407 ' > /dev/null || fail "$(head -n 1 a)"
-		asks POST http://%O/ "Content-Length: 0\nProxy-Authorization: \
+		want "$want" GET http://%O/
+		want 407 POST http://%O/ 'Content-Length: 0\n'
+		want 200 POST http://%O/ "Content-Length: 0\nProxy-Authorization: \
 $(basic alice:wonder)\n"
-		head -n 1 a | grep ' 200 ' > /dev/null || fail "$(head -n 1 a)"
-		asks POST http://%O/ "Content-Length: 0\nProxy-Authorization: \
+		want 403 POST http://%O/ "Content-Length: 0\nProxy-Authorization: \
 $(basic 'bob:a:b%41')\n"
-		head -n 1 a | grep ' 403 ' > /dev/null || fail "$(head -n 1 a)"
 	done
 }
 
@@ -9021,13 +8950,13 @@ via socks5://$tor host .onion
 via http://me:pw@$office direct host intranet.example
 END
 	: > names
-	gives 200 http://onionsite.onion/ || fail "onion: $(head -n 1 a)"
+	want 200 GET http://onionsite.onion/
 	grep '^X-By: tor' a > /dev/null || fail "not through SOCKS"
-	gives 200 http://intranet.example/ || fail "intranet: $(head -n 1 a)"
+	want 200 GET http://intranet.example/
 	grep '^X-By: office' a > /dev/null || fail "not through the parent"
 	grep "$(basic me:pw)" office.1 > /dev/null || fail "no login"
 	[ ! -s names ] || fail "looked up: $(cat names)"
-	gives 200 http://web.example:%p/ || fail "web: $(head -n 1 a)"
+	want 200 GET http://web.example:%p/
 	grep X-By a > /dev/null && fail "all goes through a parent"
 	:
 }
@@ -14726,54 +14655,6 @@ END
 	[ "$ms" -lt 10000 ] || fail "that took $ms ms"
 }
 
-test_regress_rules_star() { # unset with a star leaves alone what frames or routes
-	start_proxy -e 'unset response C* X-*' -e 'unset request C* E* T*'
-	play 'a body of a length, kept connection' <<'END'
-	origin head
-	origin send HTTP/1.1 206 Partial Content\nContent-Type: text/x\nX-A: b\nContent-Range: bytes 0-1/9\nContent-Length: 2\n\nok
-	origin next
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\nyes
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nCookie: c\nRange: bytes=0-1\n\n
-	client answer
-	client send POST http://%O/ HTTP/1.1\nHost: %O\nTrailer: x\nExpect: 100-continue\nContent-Length: 2\n\nup
-	client answer
-	client quiet 100
-	sees   Content-Range: bytes 0-1/9
-	sees   Content-Length: 2
-	sees   okHTTP/1.1 200 OK
-	sees   Content-Length: 3
-	sees   yes
-	sees!~ ^(X-A|Content-Type):
-	gets!~ ^Cookie:
-	gets   Trailer: x
-	gets+  Expect: 100-continue
-	gets+  Content-Length: 2
-END
-}
-
-test_regress_rules_order() { # lines that rewrite apply in their order
-	start_proxy -e 'set request X-A 1' -e 'set request X-A 2' \
-	    -e 'add request X-A 3' -e 'set request X-B 1' \
-	    -e 'unset request X-B X-C' -e 'add request X-C 1' \
-	    -e 'set response X-D 1' -e 'unset response X-*' \
-	    -e 'add response X-E 1'
-	play 'set, add, unset' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nX-D: 0\nX-E: 0\nContent-Length: 2\n\nok
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-A: 0\nX-B: 0\nX-C: 0\n\n
-	client answer
-	gets#  2 ^X-A:
-	gets   X-A: 2
-	gets+  X-A: 3
-	gets+  X-C: 1
-	gets#  1 ^X-C:
-	gets!~ ^X-B:
-	sees#  1 ^X-
-	sees   X-E: 1
-END
-}
-
 test_regress_rules_rescue() { # who is denied with 503 gets no stale entry instead
 	start_names 127.0.0.1 -- -c "$T/cache" -e 'allow field request X-In .' \
 	    -e 'deny 503 "no" address 127.0.0.0/8'
@@ -14932,17 +14813,6 @@ test_regress_rules_upgrade_head() { # the head of a 101 does not fit any more: a
 END
 }
 
-test_regress_rules_asterisk() { # OPTIONS * has no host to judge
-	echo evil.example > bad
-	start_proxy -e 'deny host .example' -e 'deny url "^http://x/"' \
-	    -e "deny list $T/bad" -e 'deny address 10.0.0.0/8'
-	play 'OPTIONS *' <<'END'
-	client send OPTIONS * HTTP/1.1\nHost: x\n\n
-	client answer
-	sees   HTTP/1.1 200 OK
-END
-}
-
 test_regress_rules_answer_head() { # the longest heads are judged with their body too
 	start_proxy -e 'deny type text/evil body evil' -e 'unset response X'
 	k=$((room_max - 30))
@@ -15027,20 +14897,6 @@ END
 END
 }
 
-test_regress_rules_secret() { # no way to write a parent's password shows it
-	for url in 'http://me:se cret@127.0.0.1:1' 'http://me:s3"cret@127.0.0.1:1' \
-	    'socks5://me:a b"c cret@127.0.0.1:1'; do
-		quoted=$(printf '%s\n' "$url" | sed 's/"/\\"/g')
-		run_proxy -n -v -e "via \"$quoted\""
-		grep cret out errors > /dev/null &&
-			fail "$url: $(cat out errors)"
-		run_proxy -n -v -x "$url"
-		grep cret out errors > /dev/null &&
-			fail "-x $url: $(cat out errors)"
-	done
-	:
-}
-
 test_regress_rules_login_stored() { # what belongs to a login that a rule puts in is not stored
 	start_cache -e 'set request Authorization "Basic eDp5" field request X-In .'
 	play 'for those who have it' <<'END'
@@ -15120,36 +14976,6 @@ END
 END
 }
 
-test_regress_rules_dots() { # dots at the end of a host do not count, however many
-	start_proxy -e 'deny host evil.test 127.0.0.1' \
-	    -e 'deny address 127.0.0.2'
-	for host in evil.test. evil.test.. EVIL.test.. 127.0.0.1. 127.0.0.2..; do
-		play -n "$host" <<END
-		client send GET http://$host/ HTTP/1.1\nHost: x\n\n
-		client answer
-		sees   HTTP/1.1 403 Forbidden
-END
-	done
-}
-
-test_regress_rules_trial() { # -T tells what the proxy would do
-	run_proxy -e 'deny type text/html' -T http://nowhere.invalid/
-	grep 'address:' out && fail "it looks up a name that no line asks for"
-	grep 'access: open' out || fail "$(cat out)"
-	run_proxy -x http://127.0.0.1:1 -e 'deny address 127.0.0.0/8' \
-	    -T http://localhost/
-	{ [ $status = 0 ] && grep 'access: allow' out &&
-		grep 'route: via http://127.0.0.1:1 (' out; } ||
-		fail "with a parent: $(cat out)"
-	run_proxy -x 'socks5://me:cret@[::1]:1' -e 'direct host x.test' \
-	    -T 'https://[2001:db8::1]/' -T http://x.test/
-	{ [ $status = 0 ] && grep 'via socks5://\[::1\]:1 (' out &&
-		grep 'route: direct (' out; } || fail "IPv6: $(cat out errors)"
-	grep cret out && fail "the password: $(cat out)"
-	run_proxy -e 'deny address 127.0.0.0/8' -T http://localhost/
-	[ $status = 1 ] || fail "by its address: $(cat out)"
-}
-
 test_regress_rules_memory() { # rules take no more memory the oftener they are read
 	have ps || skip "no ps"
 	i=0
@@ -15167,15 +14993,6 @@ test_regress_rules_memory() { # rules take no more memory the oftener they are r
 	more=$(ps -o vsz= -p "$proxy_pid")
 	[ $((more - size)) -lt 20000 ] ||
 		fail "it had $size KiB and now has $more KiB"
-}
-
-test_regress_rules_users_all() { # all wrong lines of a file of users are told at once
-	printf 'a:b\nnobody\nc:d\nelse\n' > users
-	chmod 600 users
-	run_proxy -n -e "users $T/users"
-	[ $status = 2 ] || fail "status $status"
-	grep 'users:2: ' errors && grep 'users:4: ' errors ||
-		fail "$(cat errors)"
 }
 
 test_regress_rules_denied_hit() { # the log of an entry that is denied tells of no hit and no miss
