@@ -5447,9 +5447,11 @@ right() {
 	[ $status = 0 ] || fail "$1: $(cat errors)"
 }
 
-# An origin that answers all requests alike, over any number of connections.
+# An origin that answers all requests alike, over any number of connections:
+# plain_origin [NAME [-a ADDRESS]]
 plain_origin() {
-	origin "${1-plain}" <<'END'
+	[ $# -gt 0 ] || set -- plain
+	origin "$@" <<'END'
 head
 send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 loop
@@ -5604,6 +5606,9 @@ tries() {
 #   caches   cache SECONDS, nocache
 #   sends    the head that goes to the server, but for its line and Host
 #   gives    the response's fields for the client, but for Date
+#
+# `login USER:PASSWORD' is the user who logs in; login:field has all of the
+# field's value.
 #
 # After `if CONDITION', rows `yes' and `no' have such things for which it holds
 # or not, and the other way round with `not' before it; `never' has those for
@@ -5953,7 +5958,7 @@ row_never(struct text in)
 	both_ask(in, false, false);
 }
 
-/* Who logs in with USER:PASSWORD, or login:raw with that Authorization. */
+/* Who logs in with USER:PASSWORD; login:field has all of the field. */
 static void
 row_login(struct text in)
 {
@@ -7103,29 +7108,27 @@ END
 	log    ^127.0.0.1 - - \[DATE\] "GET http://%O/3 HTTP/1.1" 407 .*why="a user and password are needed"
 	log    ^127.0.0.1 - - \[DATE\] "GET http://free.example:%p/4 HTTP/1.1" 200 2 .*rule=rules:3
 END
-	for wrong in alice:wonde alice:wonder2 alice:Wonder alice: :wonder \
-	    'alice' Alice:wonder dave:wonder 'bob:a' 'bob:a:bA' \
-	    '# user:password' ':' 'alice:wonder:'; do
-		want 407 GET http://%O/ "$(login "$wrong")"
-		last_line ' 407 .* why="wrong user or password"' '^127.0.0.1 - - '
-	done
-	for wrong in 'Basic' 'Basic !!!' 'Bearer abc' "x$alice" 'Basic =' \
-	    "Basic ${alice#Basic }x" "$alice, $alice" 'Digest username="alice"'; do
-		want 407 GET http://%O/ "Proxy-Authorization: $wrong\n"
-	done
+	want 407 GET http://%O/ "$(login alice:wonde)"
+	last_line ' 407 .* why="wrong user or password"' '^127.0.0.1 - - '
 	want 407 GET http://%O/ "Authorization: $alice\n"
-	want 200 GET http://%O/ "Proxy-Authorization: basic   ${alice#Basic }\n"
-	want 200 GET http://%O/ "$(login 'bob:a:b%41')"
-	want 200 GET http://%O/ "$(login 'eve: pass word #1')"
-	want 200 GET http://%O/ "Proxy-Authorization: \
-$(basic "$(printf 'j\303\274rgen:gr\303\274n')")\n"
+	want 200 GET http://%O/ "$(login "$(printf 'j\303\274rgen:gr\303\274n')")"
 	last_line '^127.0.0.1 - j%[Cc]3%[Bb][Cc]rgen \['
-	want 403 GET http://closed.example:%p/ \
-	    "$(login carol:x)"
+	want 403 GET http://closed.example:%p/ "$(login carol:x)"
 	last_line '^127.0.0.1 - carol \[' ' rule=rules:2( |$)'
 	grep -e wonder -e "${alice#Basic }" log err > /dev/null &&
 		fail "the log or standard error has a password"
-	:
+	rows <<END
+rule users people
+login alice:wonder = alice
+login bob:a:b%41 = bob
+login eve: pass word #1 = eve
+login alice:wonde | alice:wonder2 | alice:Wonder | alice: | :wonder | alice = -
+login Alice:wonder | dave:wonder | bob:a | bob:a:bA | # user:password | : = -
+login alice:wonder: = -
+login:field basic   ${alice#Basic } = alice
+login:field Basic | Basic !!! | Bearer abc | x$alice | Basic = | ${alice}x = -
+login:field $alice, $alice | Digest username="alice" = -
+END
 }
 
 test_rules_login_connect() { # login: a tunnel
@@ -7248,20 +7251,7 @@ END
 
 test_rules_size() { # size: told beforehand, or counted
 	start_ruled -c "$T/cache" -e 'deny size >1000 host big.example' \
-	    -e 'deny size <10 host small.example' -e 'deny size >2K host k.example'
-	for row in '200 big 1000' '403 big 1001' '200 small 10' '403 small 9' \
-	    '200 k 2000' '200 k 2048' '403 k 2049' '403 k 3000'; do
-		# shellcheck disable=SC2086 # words
-		set -- $row
-		play -n "$2, $3 bytes by length" <<END
-		origin head
-		origin send HTTP/1.1 200 OK\\nContent-Length: $3\\n\\n\\{$3:x}
-		client send GET http://$2.example:%p/ HTTP/1.1\\nHost: x\\n\\n
-		client answer
-		sees~  ^HTTP/1.1 $1 
-		log    " $1 
-END
-	done
+	    -e 'deny size <10 host small.example'
 	play -n 'chunked, enough' <<'END'
 	origin head
 	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n1f4\n\{500:x}\n1f4\n\{500:y}\n
@@ -7325,17 +7315,22 @@ END
 		grep -r "big.example:[0-9]*/$url" cache > /dev/null &&
 			fail "what was cut off is stored"
 	done
-	holds_answer 'size <10' <<'END'
-+ 200 OK\n
+	rows <<'END'
+rule deny size >1000 host big.example
+rule deny size <10 host small.example
+rule deny size >2K host k.example
+ask GET http://big.example/ > 200 Content-Length: 1000 = allow
+ask GET http://big.example/ > 200 Content-Length: 1001 = deny 403 at -e:1
+ask GET http://small.example/ > 200 Content-Length: 10 = allow
+ask GET http://small.example/ > 200 Content-Length: 9 = deny 403 at -e:2
+ask GET http://k.example/ > 200 Content-Length: 2000 = allow
+ask GET http://k.example/ > 200 Content-Length: 2048 = allow
+ask GET http://k.example/ > 200 Content-Length: 2049 = deny 403 at -e:3
+ask GET http://k.example/ > 200 = open
+given > 200 Content-Length: 2
+yes size <10 | size >1
+no size <2 | size >2 | size <1 | size >1K | size >1M | size >1G
 END
-	holds_answer 'size >1' <<'END'
-+ 200 OK\n
-END
-	for size in '<2' '>2' '<1' '>1K' '>1M' '>1G'; do
-		holds_answer "size $size" <<'END'
-- 200 OK\n
-END
-	done
 }
 
 # The harmless text that all scanners know, in two halves for them not to find
@@ -8138,51 +8133,47 @@ END
 }
 
 test_rules_guards() { # who is not local: loopback and CONNECT ports are guarded
+	rows <<'END'
+rule allow client 192.0.2.1
+ask GET http://198.51.100.7/ client 192.0.2.1 = allow at -e:1
+ask GET http://127.0.0.1/ client 192.0.2.1 | GET http://127.1.2.3/ client 192.0.2.1 = deny 403 at built-in:1
+ask GET http://0.0.0.0/ client 192.0.2.1 | GET http://169.254.169.254/ client 192.0.2.1 = deny 403 at built-in:1
+ask GET http://224.0.0.1/ client 192.0.2.1 | GET http://255.255.255.255/ client 192.0.2.1 = deny 403 at built-in:1
+ask GET http://[::1]/ client 192.0.2.1 | GET http://[::]/ client 192.0.2.1 = deny 403 at built-in:1
+ask GET http://[fe80::1]/ client 192.0.2.1 | GET http://[ff02::1]/ client 192.0.2.1 = deny 403 at built-in:1
+ask GET http://[::ffff:127.0.0.1]/ client 192.0.2.1 = deny 403 at built-in:1
+ask CONNECT 198.51.100.7:80 client 192.0.2.1 = deny 403 at built-in:2
+ask CONNECT 198.51.100.7:443 client 192.0.2.1 = allow at -e:1
+rule allow client 192.0.2.1 address 127.0.0.1 port 8080
+rule allow client 192.0.2.1 method CONNECT port 8443
+rule guard
+rule allow client 192.0.2.1
+ask GET http://127.0.0.1:8080/ client 192.0.2.1 = allow at -e:1
+ask GET http://near:8080/ client 192.0.2.1 address 127.0.0.1 = allow at -e:1
+ask GET http://127.0.0.1:8079/ client 192.0.2.1 | GET http://127.0.0.3:8080/ client 192.0.2.1 = deny 403 at built-in:1
+ask CONNECT 198.51.100.7:8443 client 192.0.2.1 = allow at -e:2
+ask CONNECT 198.51.100.7:1 client 192.0.2.1 = deny 403 at built-in:2
+ask GET http://198.51.100.7/ client 192.0.2.1 = allow at -e:4
+END
 	need_me
-	origin near <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-loop
-END
+	plain_origin near
 	near=$origin_port
-	origin far -a "$me" <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-loop
-END
-	start_rules -l "$me:0" <<END
-allow client $me
-END
-	want 200 GET http://%O/
-	last_line ' rule=rules:1( |$)'
-	for host in 127.0.0.1 127.1.2.3 0.0.0.0 169.254.169.254 224.0.0.1 \
-	    255.255.255.255 '[::1]' '[::]' '[fe80::1]' '[ff02::1]' \
-	    '[::ffff:127.0.0.1]' near.example 127.1 2130706433 0x7f000001 \
-	    0177.0.0.1; do
+	start_ruled -l "$me:0" -e "allow client $me"
+	for host in 127.0.0.1 near.example 127.1 2130706433 0x7f000001 0177.0.0.1; do
 		want 403 GET "http://$host:$near/"
 		last_line ' rule=built-in:1( |$)' ' why="'
 		grep 'error=destination_ip_prohibited' a > /dev/null ||
 			fail "$host: $(grep Proxy-Status a)"
 	done
 	untouched near
-	want 403 CONNECT %O
-	last_line ' rule=built-in:2( |$)'
-	start_rules -l "$me:0" <<END
-allow client $me address 127.0.0.1 port $near
-allow client $me method CONNECT port $origin_port
-guard
-allow client $me
-END
-	want 200 GET "http://127.0.0.1:$near/"
-	last_line ' rule=rules:1( |$)'
-	want 200 GET "http://near.example:$near/"
-	want 403 GET "http://127.0.0.1:$((near - 1))/"
-	want 403 GET "http://127.0.0.3:$near/"
-	last_line ' rule=built-in:1( |$)'
-	want 200 CONNECT %O
 	want 403 CONNECT "$me:1"
+	last_line ' rule=built-in:2( |$)'
+	plain_origin far -a "$me"
 	want 200 GET http://%O/
-	last_line ' rule=rules:4( |$)'
+	last_line ' rule=-e:1( |$)'
+	start_ruled -l "$me:0" \
+	    -e "allow client $me address 127.0.0.1 port $near" -e guard
+	want 200 GET "http://near.example:$near/"
 }
 
 test_rules_nobody_else() { # without any line: this machine only
@@ -8846,176 +8837,98 @@ test_rules_example_manual() { # the examples of the manual are right, each by it
 }
 
 test_rules_example_ads() { # block advertisements by a downloaded list
-	plain_origin
 	cat > ads.txt <<'END'
 ! Title: Ads
 ||ads.example^
 ||tracker.example^
 @@||shop.tracker.example^
 END
-	start_rules <<'END'
-deny list ads.txt
+	rows <<'END'
+rule deny list ads.txt
+ask GET http://www.ads.example/ | GET http://tracker.example/ = deny 403
+ask CONNECT pixel.tracker.example:443 = deny 403
+ask GET http://shop.tracker.example/ | GET http://news.example/ = allow
 END
-	for row in '403 www.ads.example' '403 tracker.example' \
-	    '200 shop.tracker.example' '200 news.example'; do
-		want "${row% *}" GET "http://${row#* }:%p/"
-	done
-	want 403 CONNECT pixel.tracker.example:443
-	echo '||news.example^' >> ads.txt
-	kill -HUP "$proxy_pid"
-	wait_for 5 'gives 403 http://news.example:%p/' || fail "a new list"
 }
 
 test_rules_example_office() { # an office in working hours
-	plain_origin
-	local_clock 12:00
-	start_rules <<END
-deny 451 "not at work" host .films.example time $(day_in 0) $(clock_in -60)-$(clock_in 60)
-deny 451 "not in the evening" host .games.example time $(clock_in 60)-$(clock_in 300)
-deny "not on this day" host .news.example time $(day_in 2)-$(day_in 4)
-deny size >100M time $(clock_in -60)-$(clock_in 60)
+	rows <<'END'
+rule deny 451 "not at work" host .films.example time Mon-Fri 08:00-17:30
+rule deny 451 "not in the evening" host .games.example time 20:00-23:00
+rule deny "not on this day" host .news.example time Sat,Sun
+rule deny size >100M time Mon-Fri 08:00-17:30
+ask GET http://www.films.example/ time Wed,12:00 | CONNECT www.films.example:443 time Wed,12:00 = deny 451 at -e:1
+ask GET http://www.games.example/ time Wed,12:00 = open
+ask GET http://www.games.example/ time Wed,12:00 > 200 Content-Length: 2 = allow
+ask GET http://www.news.example/ time Wed,12:00 > 200 Content-Length: 2 = allow
+ask GET http://work.example/ time Wed,12:00 > 200 Content-Length: 104857601 = deny 403 at -e:4
+ask GET http://work.example/ time Wed,18:00 | GET http://www.films.example/ time Wed,18:00 = allow
+ask GET http://www.games.example/ time Wed,22:00 = deny 451 at -e:2
+ask GET http://www.news.example/ time Sun,12:00 = deny 403 at -e:3
 END
-	want 451 GET http://www.films.example:%p/
-	grep 'not at work' a > /dev/null || fail "the page tells no reason"
-	want 451 CONNECT www.films.example:443
-	want 200 GET http://www.games.example:%p/
-	want 200 GET http://www.news.example:%p/
-	want 200 GET http://work.example:%p/
 }
 
 test_rules_example_sandbox() { # a build sandbox reaches what it needs, nothing else
-	plain_origin
-	start_rules <<END
-allow method GET HEAD host .packages.example packages.example port $origin_port
-allow method CONNECT host git.example port 443 $origin_port
-deny "not in the sandbox"
+	rows <<'END'
+rule allow method GET HEAD host .packages.example packages.example port 80
+rule allow method CONNECT host git.example port 443
+rule deny "not in the sandbox"
+ask GET http://eu.packages.example/x.tar | HEAD http://packages.example/ = allow at -e:1
+ask CONNECT git.example:443 = allow at -e:2
+# At once, so that no data leaks by look-ups.
+ask GET http://evil.example/ | GET http://secret-data.evil.example/ = deny 403 at -e:3
+ask POST http://eu.packages.example/ | CONNECT git.example:22 = deny 403 at -e:3
 END
-	: > names
-	want 200 GET http://eu.packages.example:%p/x.tar
-	want 200 CONNECT git.example:%p
-	want 403 GET http://evil.example:%p/
-	grep 'not in the sandbox' a > /dev/null || fail "no reason"
-	want 403 GET http://secret-data.evil.example:%p/
-	want 403 POST http://eu.packages.example:%p/ 'Content-Length: 0\n'
-	want 403 CONNECT git.example:22
-	grep evil names > /dev/null && fail "data leaks by look-ups"
-	:
 }
 
 test_rules_example_internet() { # only these networks and users from the Internet
-	need_me
 	people
-	origin o -a "$me" <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-loop
+	rows <<'END'
+rule users people
+rule allow client 192.0.2.7 method GET HEAD
+rule allow user alice
+rule login not user bob
+rule deny
+ask GET http://198.51.100.7/ client 192.0.2.7 = allow at -e:2
+ask GET http://198.51.100.7/ client 192.0.2.8 | POST http://198.51.100.7/ client 192.0.2.7 = login
+ask POST http://198.51.100.7/ client 192.0.2.7 user alice = allow at -e:3
+ask GET http://198.51.100.7/ client 192.0.2.8 user carol = allow at -e:4
+ask POST http://198.51.100.7/ client 192.0.2.8 user bob = deny 403 at -e:5
 END
-	for mine in "$me" 198.51.100.0/24; do
-		start_rules -l "$me:0" <<END
-users people
-allow client $mine method GET HEAD
-allow user alice
-login not user bob
-deny
-END
-		[ "$mine" = "$me" ] && want=200 || want=407
-		want "$want" GET http://%O/
-		want 407 POST http://%O/ 'Content-Length: 0\n'
-		want 200 POST http://%O/ "Content-Length: 0\nProxy-Authorization: \
-$(basic alice:wonder)\n"
-		want 403 POST http://%O/ "Content-Length: 0\nProxy-Authorization: \
-$(basic 'bob:a:b%41')\n"
-	done
 }
 
 test_rules_example_chain() { # .onion through SOCKS, one site through another parent
-	origin tor <<'END'
-want 3
-send \x05\0
-want 22
-send \x05\0\0\x01\0\0\0\0\0\0
-head
-send HTTP/1.1 200 OK\nX-By: tor\nContent-Length: 2\n\nok
+	rows <<'END'
+rule via socks5://tor:9050 host .onion
+rule via http://me:pw@office:3128 direct host intranet.example
+route GET http://onionsite.onion/ | CONNECT onionsite.onion:443 = via socks5://tor:9050 at -e:1
+route GET http://intranet.example/ = via http://office:3128 direct at -e:2
+route GET http://web.example/ = none
 END
-	tor=$origin
-	origin office <<'END'
-head
-send HTTP/1.1 200 OK\nX-By: office\nContent-Length: 2\n\nok
-loop
-END
-	office=$origin
-	plain_origin
-	start_rules <<END
-via socks5://$tor host .onion
-via http://me:pw@$office direct host intranet.example
-END
-	: > names
-	want 200 GET http://onionsite.onion/
-	grep '^X-By: tor' a > /dev/null || fail "not through SOCKS"
-	want 200 GET http://intranet.example/
-	grep '^X-By: office' a > /dev/null || fail "not through the parent"
-	grep "$(basic me:pw)" office.1 > /dev/null || fail "no login"
-	[ ! -s names ] || fail "looked up: $(cat names)"
-	want 200 GET http://web.example:%p/
-	grep X-By a > /dev/null && fail "all goes through a parent"
-	:
 }
 
 test_rules_example_executables() { # refuse programs by name, type and content
-	start_rules <<'END'
-deny "no programs" url \.(exe|msi|scr)(\?.*)?$
-deny "no programs" type application/x-msdownload application/x-dosexec
-deny "no programs" body "This program cannot be run in DOS mode"
-END
-	play 'by each' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Type: application/x-dosexec\nContent-Length: 2\n\nMZ
-	origin next
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Type: image/png\nContent-Length: 100\n\nMZ
-	origin stall 200
-	origin send This program cannot be run in DOS mode
-	client send GET http://%O/a/setup.exe?x HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://%O/a HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://%O/picture.png HTTP/1.1\nHost: x\n\n
-	client answer
-	sees~  ^HTTP/1.1 403
-	sees~  ^403 Forbidden: no programs
-	sees~  HTTP/1.1 403
-	sees~  HTTP/1.1 200
-	sees~  ^-- end (eof|reset) answer
-	sees!~ DOS mode
-	log    setup.exe.* 403 .*rule=rules:1
-	log    /a HTTP/1.1" 403 .*rule=rules:2
-	log    picture.png HTTP/1.1" 200 .* end=rule
+	rows <<'END'
+rule deny "no programs" url \.(exe|msi|scr)(\?.*)?$
+rule deny "no programs" type application/x-msdownload application/x-dosexec
+rule deny "no programs" body "This program cannot be run in DOS mode"
+ask GET http://a/a/setup.exe?x = deny 403 at -e:1
+ask GET http://a/a = open
+ask GET http://a/a > 200 Content-Type: application/x-dosexec\nContent-Length: 2 = deny 403 at -e:2
+ask GET http://a/picture.png > 200 Content-Type: image/png\nContent-Length: 100 = open
 END
 }
 
 test_rules_example_privacy() { # privacy for everybody
 	echo tracker.example > trackers.txt
-	start_rules <<'END'
-unset request Referer From Via Forwarded X-Forwarded-* Cookie
-set request User-Agent "Mozilla/5.0"
-unset response Set-Cookie
-deny list trackers.txt
-END
-	play 'both ways' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nSet-Cookie: id=1\nContent-Length: 2\n\nok
-	client send GET http://web.example:%p/ HTTP/1.1\nHost: x\nReferer: http://x/\nFrom: a@b\nCookie: id=1\nX-Forwarded-For: 1\nUser-Agent: Special/1\nAccept: */*\n\n
-	client answer
-	client send GET http://tracker.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	sees   HTTP/1.1 200 OK
-	sees~  HTTP/1.1 403
-	sees!~ ^Set-Cookie
-	gets   GET / HTTP/1.1
-	gets   Accept: */*
-	gets#  1 ^User-Agent: 
-	gets#  1 ^User-Agent: Mozilla/5.0$
-	gets!~ ^(Referer|From|Via|Cookie|X-Forwarded-For):
+	rows <<'END'
+rule unset request Referer From Via Forwarded X-Forwarded-* Cookie
+rule set request User-Agent "Mozilla/5.0"
+rule unset response Set-Cookie
+rule deny list trackers.txt
+sends GET http://web.example/ Referer: http://x/\nFrom: a@b\nCookie: id=1\nX-Forwarded-For: 1\nUser-Agent: Special/1\nAccept: */* = Accept: */*\nUser-Agent: Mozilla/5.0
+gives GET http://web.example/ > 200 Set-Cookie: id=1\nContent-Length: 2 = Content-Length: 2\nVia: 1.1 p
+ask GET http://tracker.example/ = deny 403
 END
 }
 
