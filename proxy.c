@@ -177,8 +177,8 @@ enum limit {
 	LINE_WISH = BUFFER_SIZE / 4 > 8192 ? BUFFER_SIZE / 4 : 8192,
 	LINE_MAX_BYTES = LINE_WISH < BUFFER_SIZE - 1024 ? LINE_WISH :
 							  BUFFER_SIZE - 1024,
-	/* Fields in a head: browsers send 20, the worst sites answer 60. */
-	FIELDS_MAX = 128,
+	/* Fields in a head: sites have sent 200; a parsed one has 32 bytes. */
+	FIELDS_MAX = 400,
 	/* A DNS name has at most 253 characters. */
 	HOST_MAX = 255,
 	/* Addresses tried for one name; an answer() is shorter than a pipe. */
@@ -312,8 +312,10 @@ struct field {
 
 /* A head, split: slices of the bytes it was parsed from. */
 struct head {
-	struct text line;                /* the start line */
-	size_t n;                        /* how many fields there are */
+	struct text line; /* the start line */
+	size_t n;         /* how many fields there are */
+	/* Of each a bit: a field Connection names it. */
+	unsigned char nominated[(FIELDS_MAX + 7) / 8];
 	struct field fields[FIELDS_MAX]; /* in the order in which they came */
 };
 
@@ -353,9 +355,23 @@ struct rewrites {
 	const struct rule *list[REWRITES_MAX + 1]; /* in their order */
 };
 
+/*
+ * What was put right in a server's head: bits.  What leaves is written anew,
+ * so that nobody behind us can read it in another way.
+ */
+enum mend {
+	MEND_LF = 1,       /* LF alone ended a line */
+	MEND_BLANK = 2,    /* blanks before a colon */
+	MEND_COLON = 4,    /* a line without one */
+	MEND_IDENTITY = 8, /* Transfer-Encoding: identity */
+	MEND_LENGTH = 16,  /* Content-Length beside chunked */
+	MENDS = 5          /* how many bits there are */
+};
+
 /* A response head, understood. */
 struct response {
 	struct head head;     /* all its lines */
+	unsigned mended;      /* of enum mend */
 	int status;           /* 100 to 999 */
 	struct text reason;   /* what the server calls it */
 	struct text extra;    /* lines of ours for it */
@@ -389,7 +405,6 @@ enum refusal {
 	REFUSE_FORM,
 	REFUSE_SCHEME,
 	REFUSE_USERINFO,
-	REFUSE_FRAGMENT,
 	REFUSE_AUTHORITY,
 	REFUSE_PORT,
 	REFUSE_NOT_US,
@@ -409,6 +424,7 @@ enum refusal {
 	REFUSE_PAGE,
 	REFUSE_PAGE_METHOD,
 	REFUSE_NOT_STORED,
+	REFUSE_CONDITION,
 	REFUSE_LOOP_VIA,
 	REFUSE_LOOP,
 	REFUSE_GUARDED,
@@ -438,6 +454,14 @@ enum refusal {
 	REFUSE_IDLE,
 	REFUSE_MEMORY,
 	REFUSALS
+};
+
+/* Where the cause of a refusal lies: what may still be tried. */
+enum cause {
+	CAUSE_OTHER, /* nothing */
+	CAUSE_RULE,  /* a rule; nothing */
+	CAUSE_WAY,   /* the server can't be reached: another parent may help */
+	CAUSE_ANSWER /* its answer: as for the way, a stale entry may */
 };
 
 /* Who or what ended an exchange; table `ends` has the log's words. */
@@ -558,11 +582,12 @@ struct times {
  * pool, and a client that asks nothing, like a tunnel, has none.
  */
 struct request {
-	struct request *next;     /* in the list of free ones */
-	struct buffer *bytes;     /* its head; what all texts point to */
-	struct text name;         /* the method's */
-	struct text uri;          /* the target as it came, for the log */
-	struct target target;     /* and taken apart */
+	struct request *next;         /* in the list of free ones */
+	const struct exchange *owner; /* whose it is */
+	struct buffer *bytes;         /* its head; what all texts point to */
+	struct text name;             /* the method's */
+	struct text uri;              /* the target as it came, for the log */
+	struct target target;         /* and taken apart */
 	enum method method;       /* METHOD_OTHER if it means nothing to us */
 	unsigned minor;           /* of HTTP/1.x: 0 or 1 */
 	enum framing framing;     /* of its body */
@@ -613,6 +638,7 @@ struct exchange {
 	bool served : 1;       /* this connection has had an exchange before */
 	bool close : 1;        /* the client's connection ends after this */
 	bool again : 1;        /* is in the list of those to run */
+	bool local : 1;        /* the client is on this machine */
 	uint64_t number;       /* in the trace */
 	int64_t since;         /* ms: when the phase began */
 	int64_t moved;         /* when a byte last moved */
@@ -814,14 +840,21 @@ static struct {
 	uint64_t lost; /* lines that nobody took, since one was taken */
 } logs = { .fd = STDOUT_FILENO };
 
-/* Reads both clocks; once a turn, so that all of a turn happens at once. */
-static void
-clock_read(void)
+/* The monotonic clock in us. */
+static int64_t
+clock_us(void)
 {
 	struct timespec monotonic;
 
 	(void)clock_gettime(CLOCK_MONOTONIC, &monotonic);
-	now.us = (int64_t)monotonic.tv_sec * 1000000 + monotonic.tv_nsec / 1000;
+	return (int64_t)monotonic.tv_sec * 1000000 + monotonic.tv_nsec / 1000;
+}
+
+/* Reads both clocks; once a turn, so that all of a turn happens at once. */
+static void
+clock_read(void)
+{
+	now.us = clock_us();
 	now.ms = now.us / 1000;
 	now.wall = time(NULL);
 }
@@ -930,12 +963,18 @@ is_alnum(char c)
 	return is_digit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
 }
 
+/* True if c is one of those bytes; NUL never is, though strchr(3) finds it. */
+static bool
+is_among(char c, const char *bytes)
+{
+	return c != '\0' && strchr(bytes, c) != NULL;
+}
+
 /* tchar of RFC 9110 section 5.6.2. */
 static bool
 is_token_char(char c)
 {
-	return is_alnum(c) || c == '-' ||
-	    (c != '\0' && strchr("!#$%&'*+.^_`|~", c));
+	return is_alnum(c) || is_among(c, "-!#$%&'*+.^_`|~");
 }
 
 /* True if t is a token, the form of methods and field names. */
@@ -1117,9 +1156,9 @@ base64_decode(struct text t, char *to, size_t size, size_t *n)
 	if (t.len % 4 == 1 || t.len / 4 * 3 + 2 > size)
 		return false;
 	for (i = 0, *n = 0; i < t.len; i++) {
-		digit = t.at[i] == '\0' ? NULL : strchr(digits, t.at[i]);
-		if (digit == NULL)
+		if (!is_among(t.at[i], digits))
 			return false;
+		digit = strchr(digits, t.at[i]);
 		bits = (bits << 6 | (unsigned long)(digit - digits)) & 0xffffff;
 		if (i % 4 > 0)
 			to[(*n)++] = (char)(bits >> (6 - i % 4 * 2) & 255);
@@ -1188,7 +1227,8 @@ date_now(void)
 	static time_t written;
 	struct tm parts;
 
-	if (written != now.wall && gmtime_r(&now.wall, &parts) != NULL) {
+	if ((written != now.wall || text[0] == '\0') &&
+	    gmtime_r(&now.wall, &parts) != NULL) {
 		(void)strftime(text, sizeof(text), "%a, %d %b %Y %H:%M:%S GMT",
 		    &parts);
 		written = now.wall;
@@ -1424,6 +1464,14 @@ buffer_drop(struct buffer *b, size_t n)
 	b->start += n;
 }
 
+/* Takes n bytes out of b, behind the first `at`. */
+static void
+buffer_cut(struct buffer *b, size_t at, size_t n)
+{
+	memmove(b->data + b->start + n, b->data + b->start, at);
+	b->start += n;
+}
+
 /* Drops the first n bytes of *b, and gives it back if those were all. */
 static void
 buffer_use(struct buffer **b, size_t n)
@@ -1447,11 +1495,11 @@ buffer_compact(struct buffer *b)
 }
 
 /*
- * A request with nothing in it yet, NULL if the system has no memory.  All
+ * A request of x with nothing in it yet, NULL if the system has no memory.  All
  * but its fields, of which it has none, is zero.
  */
 static struct request *
-request_new(void)
+request_new(const struct exchange *x)
 {
 	struct request *q = NULL;
 
@@ -1466,6 +1514,7 @@ request_new(void)
 		requests_free.n--;
 	}
 	memset(q, 0, offsetof(struct request, head));
+	q->owner = x;
 	q->head.n = 0;
 	return q;
 }
@@ -1500,7 +1549,7 @@ reserves_fill(void)
 
 	for (i = 0; i < RESERVED; i++) {
 		b[i] = buffer_take();
-		q[i] = request_new();
+		q[i] = request_new(NULL);
 		if (b[i] == NULL || q[i] == NULL)
 			die("no memory");
 	}
@@ -1514,13 +1563,15 @@ reserves_fill(void)
 static void
 answer_by(struct exchange *x, enum answerer answerer)
 {
+	struct request *q = x->request;
+
 	static const char *const names[] = { "nobody", "the server",
 		"the proxy", "an entry", "a fetch under way",
 		"a fetch that was given up" };
 
-	if (x->request->answerer == answerer)
+	if (q->answerer == answerer)
 		return;
-	x->request->answerer = answerer;
+	q->answerer = answerer;
 	trace(x, "answered by %s", names[answerer]);
 }
 
@@ -1679,18 +1730,25 @@ conn_watch(struct conn *c, int events)
 	poll_set.fds[c->place].events = (short)events;
 }
 
-/* A conn for fd, which must not block from now on; closes it on failure. */
+/*
+ * A conn for fd, which must not block from now on.  False, with errno, if it
+ * can't be had; fd is closed then.
+ */
 static bool
 conn_open(struct conn *c, enum role role, int fd, struct exchange *x)
 {
+	int failed;
+
 	memset(c, 0, sizeof(*c));
 	c->fd = fd;
 	c->role = role;
 	c->exchange = x;
 	if (fcntl(fd, F_SETFL, O_NONBLOCK) != -1)
 		return true;
+	failed = errno;
 	(void)close(fd);
 	c->fd = -1;
+	errno = failed;
 	return false;
 }
 
@@ -2120,11 +2178,12 @@ other_find(const struct hop *hop)
 
 static const struct {
 	int status;
+	enum cause cause;
 	const char *error; /* RFC 9209 section 2.3 */
 	const char *words;
 } refusals[REFUSALS] = {
-#define CLIENT "http_request_error"
-#define SERVER "http_protocol_error"
+#define CLIENT CAUSE_OTHER, "http_request_error"
+#define SERVER CAUSE_OTHER, "http_protocol_error"
 	[REFUSE_BARE_LF] = { 400, CLIENT, "a line does not end in CR LF" },
 	[REFUSE_CONTROL] = { 400, CLIENT, "a control byte in the head" },
 	[REFUSE_TLS] = { 400, CLIENT,
@@ -2156,8 +2215,7 @@ static const struct {
 	[REFUSE_SCHEME] = { 501, CLIENT,
 	    "only http:// goes in the clear; https goes by CONNECT" },
 	[REFUSE_USERINFO] = { 400, CLIENT,
-	    "a user or password in the URL: send them as Authorization" },
-	[REFUSE_FRAGMENT] = { 400, CLIENT, "a fragment (#) in the URL" },
+	    "a user or password that does not belong there" },
 	[REFUSE_AUTHORITY] = { 400, CLIENT, "no valid host in the URL" },
 	[REFUSE_PORT] = { 400, CLIENT, "the port is not one from 1 to 65535" },
 	[REFUSE_NOT_US] = { 400, CLIENT,
@@ -2178,63 +2236,71 @@ static const struct {
 	[REFUSE_BODY_CUT] = { 400, CLIENT, "the request body was cut short" },
 	[REFUSE_BODY_SLOW] = { 408, CLIENT, "the request body stopped coming" },
 	[REFUSE_SLOW] = { 408, CLIENT, "the request's head came too slowly" },
-	[REFUSE_BUSY] = { 503, "connection_limit_reached",
+	[REFUSE_BUSY] = { 503, CAUSE_OTHER, "connection_limit_reached",
 	    "too many names are being looked up" },
 	[REFUSE_PAGE] = { 404, CLIENT, "the proxy has no such page" },
 	[REFUSE_PAGE_METHOD] = { 405, CLIENT,
 	    "the proxy's own pages know GET and HEAD" },
 	[REFUSE_NOT_STORED] = { 504, CLIENT,
 	    "only-if-cached, and nothing fit is stored" },
-	[REFUSE_LOOP_VIA] = { 508, "proxy_loop_detected",
+	[REFUSE_CONDITION] = { 412, CLIENT,
+	    "what is stored does not meet the request's condition" },
+	[REFUSE_LOOP_VIA] = { 508, CAUSE_OTHER, "proxy_loop_detected",
 	    "this request has passed here before" },
-	[REFUSE_LOOP] = { 508, "proxy_loop_detected",
+	[REFUSE_LOOP] = { 508, CAUSE_OTHER, "proxy_loop_detected",
 	    "this address is the proxy's own" },
-	[REFUSE_GUARDED] = { 403, "destination_ip_prohibited",
+	[REFUSE_GUARDED] = { 403, CAUSE_RULE, "destination_ip_prohibited",
 	    "a rule forbids this address" },
-	[REFUSE_RULE] = { 403, "http_request_denied", "a rule forbids this" },
-	[REFUSE_FOREIGN] = { 403, "http_request_denied",
+	[REFUSE_RULE] = { 403, CAUSE_RULE, "http_request_denied",
+	    "a rule forbids this" },
+	[REFUSE_FOREIGN] = { 403, CAUSE_RULE, "http_request_denied",
 	    "this client may not use the proxy" },
-	[REFUSE_USER] = { 407, "http_request_denied",
+	[REFUSE_USER] = { 407, CAUSE_RULE, "http_request_denied",
 	    "a user and password are needed" },
-	[REFUSE_PASSWORD] = { 407, "http_request_denied",
+	[REFUSE_PASSWORD] = { 407, CAUSE_RULE, "http_request_denied",
 	    "wrong user or password" },
-	[REFUSE_NAME] = { 502, "dns_error", "the name lookup failed" },
-	[REFUSE_NAME_SLOW] = { 504, "dns_timeout",
+	[REFUSE_NAME] = { 502, CAUSE_WAY, "dns_error",
+	    "the name lookup failed" },
+	[REFUSE_NAME_SLOW] = { 504, CAUSE_WAY, "dns_timeout",
 	    "the name lookup took too long" },
-	[REFUSE_FAMILY] = { 502, "destination_ip_unroutable",
+	[REFUSE_FAMILY] = { 502, CAUSE_WAY, "destination_ip_unroutable",
 	    "no address of the family that it may leave by" },
-	[REFUSE_CONNECTION] = { 502, "connection_refused",
+	[REFUSE_CONNECTION] = { 502, CAUSE_WAY, "connection_refused",
 	    "the connection was refused" },
-	[REFUSE_UNREACHABLE] = { 502, "destination_ip_unroutable",
+	[REFUSE_UNREACHABLE] = { 502, CAUSE_WAY, "destination_ip_unroutable",
 	    "the server can't be reached" },
-	[REFUSE_CONNECT_SLOW] = { 504, "connection_timeout",
+	[REFUSE_CONNECT_SLOW] = { 504, CAUSE_WAY, "connection_timeout",
 	    "connecting took too long" },
-	[REFUSE_CONNECT] = { 502, "destination_unavailable",
+	[REFUSE_CONNECT] = { 502, CAUSE_WAY, "destination_unavailable",
 	    "connecting failed" },
-	[REFUSE_CLOSED] = { 502, "connection_terminated",
+	[REFUSE_CLOSED] = { 502, CAUSE_ANSWER, "connection_terminated",
 	    "the server closed without an answer" },
-	[REFUSE_RESET] = { 502, "connection_terminated",
+	[REFUSE_RESET] = { 502, CAUSE_ANSWER, "connection_terminated",
 	    "the server broke the connection without an answer" },
-	[REFUSE_EARLY] = { 502, SERVER, "an answer before the request" },
-	[REFUSE_ANSWER] = { 502, SERVER, "the answer is not valid HTTP" },
-	[REFUSE_ANSWER_LONG] = { 502, "http_response_header_section_size",
+	[REFUSE_EARLY] = { 502, CAUSE_ANSWER, "http_protocol_error",
+	    "an answer before the request" },
+	[REFUSE_ANSWER] = { 502, CAUSE_ANSWER, "http_protocol_error",
+	    "the answer is not valid HTTP" },
+	[REFUSE_ANSWER_LONG] = { 502, CAUSE_ANSWER,
+	    "http_response_header_section_size",
 	    "the answer's head is too long" },
-	[REFUSE_ANSWER_SLOW] = { 504, "http_response_timeout",
+	[REFUSE_ANSWER_SLOW] = { 504, CAUSE_ANSWER, "http_response_timeout",
 	    "the server did not answer in time" },
 	[REFUSE_INTERIM] = { 502, SERVER, "too many interim answers" },
-	[REFUSE_UPGRADE] = { 502, "http_upgrade_failed",
+	[REFUSE_UPGRADE] = { 502, CAUSE_OTHER, "http_upgrade_failed",
 	    "a switch of protocols that nobody asked for" },
 	[REFUSE_LOGIN] = { 502, SERVER,
 	    "the server asked for a login as if it were a proxy" },
-	[REFUSE_PARENT_LOGIN] = { 502, "proxy_configuration_error",
+	[REFUSE_PARENT_LOGIN] = { 502, CAUSE_OTHER, "proxy_configuration_error",
 	    "the parent proxy does not accept our login" },
-	[REFUSE_PARENT] = { 502, "proxy_internal_response",
+	[REFUSE_PARENT] = { 502, CAUSE_OTHER, "proxy_internal_response",
 	    "the parent proxy did not do as asked" },
-	[REFUSE_CUT_SHORT] = { 502, "http_response_incomplete",
+	[REFUSE_CUT_SHORT] = { 502, CAUSE_OTHER, "http_response_incomplete",
 	    "the answer was cut short" },
-	[REFUSE_IDLE] = { 504, "connection_read_timeout",
+	[REFUSE_IDLE] = { 504, CAUSE_OTHER, "connection_read_timeout",
 	    "no byte moved for too long" },
-	[REFUSE_MEMORY] = { 503, "proxy_internal_error", "out of memory" }
+	[REFUSE_MEMORY] = { 503, CAUSE_OTHER, "proxy_internal_error",
+	    "out of memory" }
 #undef CLIENT
 #undef SERVER
 };
@@ -2257,6 +2323,7 @@ status_reason(int status)
 		{ 407, "Proxy Authentication Required" },
 		{ 408, "Request Timeout" },
 		{ 410, "Gone" },
+		{ 412, "Precondition Failed" },
 		{ 414, "URI Too Long" },
 		{ 416, "Range Not Satisfiable" },
 		{ 429, "Too Many Requests" },
@@ -2280,35 +2347,45 @@ status_reason(int status)
 /*
  * Looks for the end of a head: an empty line.  *seen says how far it was
  * looked for before.  Returns the head's length with that line, 0 if it is
- * not there yet, or minus a refusal.  Every line ends in CR LF, though RFC
- * 9112 section 2.2 would let us take LF: two readings are one too many.
+ * not there yet, or minus a refusal.  Every line of a client's ends in CR LF,
+ * though RFC 9112 section 2.2 would let us take LF: two readings are one too
+ * many.  A server's may end in LF (lenient).
  */
 static int
-head_find(struct text t, size_t *seen)
+head_find(struct text t, size_t *seen, bool lenient)
 {
 	const char *lf;
 
 	while (*seen < t.len &&
 	    (lf = memchr(t.at + *seen, '\n', t.len - *seen)) != NULL) {
-		size_t i = (size_t)(lf - t.at);
+		size_t i = (size_t)(lf - t.at), n = i + 1;
 
-		if (i == 0 || t.at[i - 1] != '\r')
+		if (i > 0 && t.at[i - 1] == '\r')
+			i--;
+		else if (!lenient)
 			return -REFUSE_BARE_LF;
-		*seen = i + 1;
-		if (i == 1 || t.at[i - 2] == '\n')
-			return (int)(i + 1);
+		*seen = n;
+		if (i == 0 || t.at[i - 1] == '\n')
+			return (int)n;
 	}
 	*seen = t.len;
 	return 0;
 }
 
-/* The next line of *rest without its CR LF; *rest goes on behind it. */
+/*
+ * The next line of *rest without its CR LF or LF; *rest goes on behind it.
+ * mended, if not NULL, notes a line that ends in LF alone.
+ */
 static struct text
-line_next(struct text *rest)
+line_next(struct text *rest, unsigned *mended)
 {
 	size_t n = text_find(*rest, '\n');
-	struct text line = text_cut(rest->at, n ? n - 1 : 0);
+	struct text line = text_cut(rest->at, n);
 
+	if (n > 0 && line.at[n - 1] == '\r')
+		line.len--;
+	else if (mended != NULL)
+		*mended |= MEND_LF;
 	*rest = text_from(*rest, n < rest->len ? n + 1 : n);
 	return line;
 }
@@ -2328,9 +2405,12 @@ text_is_clean(struct text t)
 	return true;
 }
 
-/* One field line (RFC 9112 section 5). */
+/*
+ * One field line (RFC 9112 section 5).  Returns 1; 0: it is to be dropped; or
+ * minus a refusal.  mended: what is put right, or NULL if nothing may be.
+ */
 static int
-field_parse(struct text line, struct field *field)
+field_parse(struct text line, struct field *field, unsigned *mended)
 {
 	size_t colon = text_find(line, ':');
 
@@ -2338,60 +2418,19 @@ field_parse(struct text line, struct field *field)
 		return -REFUSE_FOLDED;
 	if (!text_is_clean(line))
 		return -REFUSE_CONTROL;
-	if (colon == line.len)
+	if (colon == line.len && mended == NULL)
 		return -REFUSE_FIELD;
-	field->name = text_cut(line.at, colon);
-	field->value = text_trim(text_from(line, colon + 1));
-	if (text_trim(field->name).len != colon)
-		return -REFUSE_COLON;
-	return text_is_token(field->name) ? 1 : -REFUSE_FIELD;
-}
-
-/* All field lines up to the empty one that ends t. */
-static int
-fields_parse(struct text t, struct head *h)
-{
-	struct text line;
-	int verdict;
-
-	for (h->n = 0; (line = line_next(&t)).len > 0; h->n++) {
-		if (h->n == FIELDS_MAX)
-			return -REFUSE_FIELDS_MANY;
-		verdict = field_parse(line, &h->fields[h->n]);
-		if (verdict != 1)
-			return verdict;
+	if (colon == line.len) {
+		*mended |= MEND_COLON;
+		return 0;
 	}
-	return 1;
-}
-
-/* Splits a whole head, as head_find() found it. */
-static int
-head_parse(struct text t, struct head *h)
-{
-	h->line = line_next(&t);
-	return fields_parse(t, h);
-}
-
-/* The first field of that name, or NULL. */
-static const struct field *
-head_field(const struct head *h, const char *name)
-{
-	struct text wanted = text_of(name);
-	size_t i;
-
-	for (i = 0; i < h->n; i++)
-		if (text_same(h->fields[i].name, wanted))
-			return &h->fields[i];
-	return NULL;
-}
-
-/* The value of the first field of that name; empty if there is none. */
-static struct text
-head_value(const struct head *h, const char *name)
-{
-	const struct field *field = head_field(h, name);
-
-	return field == NULL ? text_of("") : field->value;
+	field->name = text_trim(text_cut(line.at, colon));
+	field->value = text_trim(text_from(line, colon + 1));
+	if (field->name.len != colon && mended == NULL)
+		return -REFUSE_COLON;
+	if (field->name.len != colon)
+		*mended |= MEND_BLANK;
+	return text_is_token(field->name) ? 1 : -REFUSE_FIELD;
 }
 
 /*
@@ -2420,6 +2459,102 @@ list_next(struct text *rest, struct text *member)
 		*rest = text_from(*rest, i < rest->len ? i + 1 : i);
 	} while (member->len == 0 && rest->len > 0);
 	return member->len > 0;
+}
+
+/*
+ * Marks the fields that Connection names (RFC 9110 section 7.6.1).  Once for a
+ * head: for each field anew, a long list could keep us busy.
+ */
+static void
+head_nominate(struct head *h)
+{
+	struct text rest, member;
+	size_t i, k;
+
+	memset(h->nominated, 0, sizeof(h->nominated));
+	for (i = 0; i < h->n; i++) {
+		if (!text_is(h->fields[i].name, "Connection"))
+			continue;
+		rest = h->fields[i].value;
+		while (list_next(&rest, &member))
+			for (k = 0; k < h->n; k++)
+				if (text_same(h->fields[k].name, member))
+					h->nominated[k / 8] |=
+					    (unsigned char)(1U << k % 8);
+	}
+}
+
+/* All field lines up to the empty one that ends t; see field_parse(). */
+static int
+fields_parse(struct text t, struct head *h, unsigned *mended)
+{
+	struct text line;
+	struct field field;
+	int verdict;
+
+	for (h->n = 0; (line = line_next(&t, mended)).len > 0;) {
+		verdict = field_parse(line, &field, mended);
+		if (verdict < 0)
+			return verdict;
+		if (verdict == 1 && h->n == FIELDS_MAX)
+			return -REFUSE_FIELDS_MANY;
+		if (verdict == 1)
+			h->fields[h->n++] = field;
+	}
+	head_nominate(h);
+	return 1;
+}
+
+/* Splits a whole head, as head_find() found it; see field_parse(). */
+static int
+head_parse(struct text t, struct head *h, unsigned *mended)
+{
+	h->line = line_next(&t, mended);
+	return fields_parse(t, h, mended);
+}
+
+/* The first field of that name, or NULL. */
+static const struct field *
+head_field(const struct head *h, const char *name)
+{
+	struct text wanted = text_of(name);
+	size_t i;
+
+	for (i = 0; i < h->n; i++)
+		if (text_same(h->fields[i].name, wanted))
+			return &h->fields[i];
+	return NULL;
+}
+
+/* The value of the first field of that name; empty if there is none. */
+static struct text
+head_value(const struct head *h, const char *name)
+{
+	const struct field *field = head_field(h, name);
+
+	return field == NULL ? text_of("") : field->value;
+}
+
+/*
+ * Drops the fields of that name; with a value, only those that have it.  True
+ * if there were any.
+ */
+static bool
+head_drop(struct head *h, const char *name, const char *value)
+{
+	size_t i, kept = 0, n = h->n;
+
+	for (i = 0; i < n; i++)
+		if (!text_is(h->fields[i].name, name) ||
+		    (value != NULL && !text_is(h->fields[i].value, value))) {
+			if (kept < i)
+				h->fields[kept] = h->fields[i];
+			kept++;
+		}
+	h->n = kept;
+	if (kept < n)
+		head_nominate(h);
+	return kept < n;
 }
 
 /* True if a field called name has word as a member of its list. */
@@ -2502,18 +2637,19 @@ head_chunked(const struct head *h)
 
 /*
  * How a body is framed by its head; the caller knows what no framing means.
- * Both at once is how requests are smuggled: refused (DESIGN's reading of
- * RFC 9112 section 6.3, item 3).
+ * Both at once is how requests are smuggled: refused; of a server (lenient)
+ * chunked wins (RFC 9112 section 6.3, item 3).
  */
 static int
-head_framing(const struct head *h, enum framing *framing, uint64_t *length)
+head_framing(const struct head *h, enum framing *framing, uint64_t *length,
+    bool lenient)
 {
 	int chunked = head_chunked(h);
 	int counted = head_length(h, length);
 
 	if (chunked < 0)
 		return chunked;
-	if (chunked && head_field(h, "Content-Length") != NULL)
+	if (chunked && !lenient && head_field(h, "Content-Length") != NULL)
 		return -REFUSE_BOTH;
 	if (counted < 0)
 		return counted;
@@ -2536,7 +2672,7 @@ host_is_valid(struct text host, bool bracketed)
 		return text_find(host, ':') < host.len &&
 		    address_parse(host, 0, &a);
 	for (i = 0; i < host.len; i++)
-		if (!is_alnum(host.at[i]) && !strchr("-._~", host.at[i]))
+		if (!is_alnum(host.at[i]) && !is_among(host.at[i], "-._~"))
 			return false;
 	return true;
 }
@@ -2575,8 +2711,27 @@ authority_parse(struct text t, unsigned default_port, struct target *target)
 }
 
 /*
+ * The login in an absolute URL, with the `@` behind it; of no bytes if there
+ * is none.  It may hold any byte that does not end an authority.
+ */
+static struct text
+url_login(struct text t)
+{
+	size_t i = 0, start, n = 0;
+
+	while (
+	    i < t.len && t.at[i] != '/' && !text_starts(text_from(t, i), "://"))
+		i++;
+	start = i < t.len && t.at[i] == ':' ? i + strlen("://") : 0;
+	for (i = start; i < t.len && !is_among(t.at[i], "/?"); i++)
+		if (t.at[i] == '@')
+			n = i + 1 - start;
+	return text_cut(t.at + start, n);
+}
+
+/*
  * http://authority/path of an absolute URL (RFC 9110 section 4.2.1); or only
- * //authority/path, which is relative to one.
+ * //authority/path, which is relative to one.  A fragment does not count.
  */
 static int
 absolute_parse(struct text t, struct target *target)
@@ -2588,6 +2743,7 @@ absolute_parse(struct text t, struct target *target)
 	if (!text_starts(t, "//"))
 		return -REFUSE_SCHEME;
 	t = text_from(t, strlen("//"));
+	t.len = text_find(t, '#');
 	for (n = 0; n < t.len && t.at[n] != '/' && t.at[n] != '?'; n++)
 		continue;
 	target->path = text_from(t, n);
@@ -2615,8 +2771,6 @@ target_parse(struct text t, enum method method, struct target *target)
 		    -REFUSE_FORM :
 		    authority_parse(t, 0, target);
 	}
-	if (text_find(t, '#') < t.len)
-		return -REFUSE_FRAGMENT;
 	target->path = t;
 	if (*t.at == '/') {
 		target->form = FORM_ORIGIN;
@@ -2627,8 +2781,9 @@ target_parse(struct text t, enum method method, struct target *target)
 		return method == METHOD_OPTIONS ? 1 : -REFUSE_FORM;
 	}
 	target->form = FORM_ABSOLUTE;
-	for (i = 0; i < t.len && (is_alnum(t.at[i]) || strchr("+-.", t.at[i]));)
-		i++;
+	for (i = 0; i < t.len; i++)
+		if (!is_alnum(t.at[i]) && !is_among(t.at[i], "+-."))
+			break;
 	if (i == 0 || !text_starts(text_from(t, i), "://"))
 		return -REFUSE_FORM;
 	return absolute_parse(t, target);
@@ -2650,9 +2805,8 @@ method_parse(struct text t)
 	};
 	size_t i;
 
-	for (i = METHOD_GET; i <= METHOD_CONNECT; i++)
-		if (strlen(methods[i]) == t.len &&
-		    memcmp(methods[i], t.at, t.len) == 0)
+	for (i = 0; i < sizeof(methods) / sizeof(methods[0]); i++)
+		if (methods[i] != NULL && text_equals(t, text_of(methods[i])))
 			return (enum method)i;
 	return METHOD_OTHER;
 }
@@ -2730,7 +2884,7 @@ request_parse(struct text t, struct request *r)
 	r->length = 0;
 	r->rewrites.n = 0;
 	memset(&r->target, 0, sizeof(r->target));
-	verdict = head_parse(t, &r->head);
+	verdict = head_parse(t, &r->head, NULL);
 	line = request_line_parse(r->head.line, r);
 	if (line != 1) {
 		r->name = text_cut(t.at, 0);
@@ -2741,7 +2895,7 @@ request_parse(struct text t, struct request *r)
 		return verdict;
 	if (r->minor == 0 && head_field(&r->head, "Transfer-Encoding") != NULL)
 		return -REFUSE_CODING_OLD;
-	verdict = head_framing(&r->head, &r->framing, &r->length);
+	verdict = head_framing(&r->head, &r->framing, &r->length, false);
 	if (verdict != 1)
 		return verdict;
 	if (r->framing == FRAMING_LENGTH && r->length == 0)
@@ -2782,13 +2936,17 @@ response_is_bare(int status, enum method method)
 	    status == 304 || (method == METHOD_CONNECT && status < 300);
 }
 
-/* A whole response head to a request of that method. */
+/*
+ * A whole response head to a request of that method.  What can be put right
+ * is, in r->head too, so that nobody else has to know of it.
+ */
 static int
 response_parse(struct text t, enum method method, struct response *r)
 {
-	int verdict = head_parse(t, &r->head);
-	int line;
+	int verdict, line;
 
+	r->mended = 0;
+	verdict = head_parse(t, &r->head, &r->mended);
 	r->status = 0;
 	r->length = 0;
 	r->extra = text_cut(t.at, 0);
@@ -2796,11 +2954,18 @@ response_parse(struct text t, enum method method, struct response *r)
 	line = status_line_parse(r->head.line, r);
 	if (line != 1)
 		return line;
-	if (verdict != 1 || response_is_bare(r->status, method))
+	if (verdict != 1)
 		return verdict;
-	verdict = head_framing(&r->head, &r->framing, &r->length);
-	if (verdict == 1 && r->framing == FRAMING_NONE)
-		r->framing = FRAMING_CLOSE;
+	if (head_drop(&r->head, "Transfer-Encoding", "identity"))
+		r->mended |= MEND_IDENTITY;
+	if (!response_is_bare(r->status, method)) {
+		verdict = head_framing(&r->head, &r->framing, &r->length, true);
+		if (r->framing == FRAMING_NONE)
+			r->framing = FRAMING_CLOSE;
+	}
+	if (head_field(&r->head, "Transfer-Encoding") != NULL &&
+	    head_drop(&r->head, "Content-Length", NULL))
+		r->mended |= MEND_LENGTH;
 	return verdict;
 }
 
@@ -2856,7 +3021,7 @@ field_passes(const struct head *h, size_t i)
 	if (name_is_among(name, fields_of_hop))
 		return false;
 	return name_is_among(name, fields_of_route) ||
-	    !head_lists(h, "Connection", name);
+	    !(h->nominated[i / 8] >> i % 8 & 1);
 }
 
 /* Appends a field as a line. */
@@ -2926,7 +3091,7 @@ flow_start(struct flow *f, enum framing from, enum framing to, uint64_t length)
 	memset(f, 0, sizeof(*f));
 	f->from = from;
 	f->to = to;
-	f->left = length;
+	f->left = from == FRAMING_LENGTH ? length : 0;
 	f->whole = from == FRAMING_NONE ||
 	    (from == FRAMING_LENGTH && length == 0);
 	f->done = from == FRAMING_NONE;
@@ -2949,7 +3114,8 @@ chunk_byte(struct flow *f, char c)
 		f->left = f->left << 4 | (uint64_t)digit;
 		return ++f->digits <= CHUNK_DIGITS_MAX && f->left <= INT64_MAX;
 	}
-	if (f->chunk <= CHUNK_EXTENSION) {
+	if (f->chunk == CHUNK_SIZE || f->chunk == CHUNK_BLANK ||
+	    f->chunk == CHUNK_EXTENSION) {
 		if (f->digits == 0)
 			return false;
 		if (c == '\r')
@@ -2966,6 +3132,8 @@ chunk_byte(struct flow *f, char c)
 		f->chunk = CHUNK_DATA_LF;
 		return c == '\r';
 	}
+	if (c != '\n')
+		return false;
 	if (f->chunk == CHUNK_SIZE_LF && f->left > 0) {
 		size_t share = f->left > CHUNK_EXCESS_MAX ?
 		    CHUNK_EXCESS_MAX :
@@ -2978,7 +3146,7 @@ chunk_byte(struct flow *f, char c)
 						       CHUNK_SIZE;
 		f->digits = 0;
 	}
-	return c == '\n';
+	return true;
 }
 
 /*
@@ -2990,15 +3158,13 @@ trailer_decode(struct flow *f, struct buffer *b)
 {
 	struct text t = text_from(buffer_text(b), f->ready);
 	size_t seen = 0;
-	int n = head_find(t, &seen);
+	int n = head_find(t, &seen, false);
 	struct head h;
 
-	if (n == 0) {
-		f->broken = t.len > TRAILER_MAX;
+	if (n == 0 && t.len <= TRAILER_MAX)
 		return;
-	}
-	if (n < 0 || n > TRAILER_MAX ||
-	    fields_parse(text_cut(t.at, (size_t)n), &h) != 1) {
+	if (n <= 0 || n > TRAILER_MAX ||
+	    fields_parse(text_cut(t.at, (size_t)n), &h, NULL) != 1) {
 		f->broken = true;
 		return;
 	}
@@ -3034,7 +3200,8 @@ chunks_decode(struct flow *f, struct buffer *b)
 
 	while (at < b->end && f->chunk != CHUNK_TRAILER && !f->broken) {
 		if (f->chunk != CHUNK_DATA) {
-			f->broken = !chunk_byte(f, b->data[at++]);
+			if (!chunk_byte(f, b->data[at++]))
+				f->broken = true;
 			continue;
 		}
 		n = b->end - at;
@@ -3050,7 +3217,7 @@ chunks_decode(struct flow *f, struct buffer *b)
 	if (n > 0)
 		memmove(b->data + b->start + f->ready, b->data + at, n);
 	b->end = b->start + f->ready + n;
-	if (f->chunk == CHUNK_TRAILER)
+	if (f->chunk == CHUNK_TRAILER && !f->broken)
 		trailer_decode(f, b);
 }
 
@@ -3093,7 +3260,7 @@ trailer_encode(struct flow *f, const struct buffer *in, struct buffer *out)
 	h.n = 0;
 	if (f->trailer > 0 && !f->bare)
 		(void)fields_parse(text_cut(in->data + in->start, f->trailer),
-		    &h);
+		    &h, NULL);
 	for (i = 0; i < h.n; i++)
 		if (field_passes(&h, i) &&
 		    !name_is_among(h.fields[i].name, fields_not_late))
@@ -3195,6 +3362,9 @@ enum {
 	LABEL_MAX = 63,
 	/* A line of a list of domains, its LF not counted. */
 	LIST_LINE = 1000,
+	/* A list is read in such pieces, for this long a turn. */
+	LIST_BLOCK = 4096,
+	LIST_STEP_US = 1000,
 	/* Domains in one list: 1.2 GB. */
 	LIST_DOMAINS = 100000000,
 	/* A duration in a rule: ten years are as good as for ever. */
@@ -3284,14 +3454,21 @@ enum list_bit {
 
 /* The domains of one file.  Their names are gone: only hashes are left. */
 struct list {
-	uint64_t *slots; /* open addressing; NULL while they are counted */
-	size_t size;     /* slots; one at least is empty */
-	size_t room;     /* names that the first of two passes has found */
-	size_t names;    /* found in this pass; the same one may come twice */
-	size_t read;     /* lines */
-	size_t used;     /* names that differ, exceptions too */
-	size_t skipped;  /* lines with something that was not understood */
-	int64_t ms;      /* that loading it took */
+	uint64_t *slots;  /* open addressing; NULL while they are counted */
+	size_t size;      /* slots; one at least is empty */
+	size_t room;      /* names that the first of two passes has found */
+	size_t names;     /* found in this pass; the same one may come twice */
+	size_t read;      /* lines */
+	size_t used;      /* names that differ, exceptions too */
+	size_t skipped;   /* lines with something that was not understood */
+	int64_t ms;       /* from its first step to its last */
+	int64_t begun;    /* us: the time of the first */
+	const char *path; /* of the file */
+	const char *file; /* where the rule stands that names it */
+	unsigned line;    /* there; 0: the file's name says it all */
+	int fd;           /* of the file while it is read, or -1 */
+	size_t len;       /* of the line that is not whole yet */
+	char text[LIST_LINE + 1]; /* that line */
 };
 
 /* What a rule does. */
@@ -3362,8 +3539,8 @@ struct value {
 	bool bare;          /* it was written without quotes */
 	bool special;       /* a bare word with a meaning: local, mismatch, * */
 	bool above;         /* of a size: above the number, not below */
-	bool request, response; /* of a field: whose */
-	struct text name;       /* of it */
+	bool response;      /* of a field: of the response, not the request */
+	struct text name;   /* of it */
 	union {
 		struct network network;
 		struct numbers numbers;
@@ -3392,6 +3569,7 @@ struct rule {
 	const char *text;   /* as it was written, but for passwords */
 	unsigned needs;     /* facts that its conditions take */
 	struct condition *conditions; /* all must hold */
+	enum refusal refusal;         /* of ACTION_DENY and ACTION_DROP */
 	int status;                   /* of ACTION_DENY */
 	struct text name;             /* of a field */
 	struct text words;            /* its value; of ACTION_DENY the reason */
@@ -3405,13 +3583,6 @@ struct rule {
 struct account {
 	struct account *next;
 	struct text user, password;
-};
-
-/* A list that rules refer to; the old and the new rules may share it. */
-struct shared_list {
-	struct list list;
-	unsigned refs;                /* rules that use it */
-	char path[LIST_PATH_MAX + 1]; /* as the rules name it */
 };
 
 /* Memory of rules: pieces are cut from it and go all at once. */
@@ -3434,13 +3605,15 @@ struct rules {
 	unsigned needles_n;         /* how many of the next there are */
 	struct needle *needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
 	unsigned lists_n;                    /* how many of the next */
-	struct shared_list *lists[LISTS_MAX];
+	unsigned lists_read;                 /* of them were read */
+	struct list *lists[LISTS_MAX];
 };
 
 /* What is known when lines are judged; see exchange_view(). */
 struct view {
 	unsigned known, never;         /* facts: known, and never to be known */
 	const struct address *client;  /* who asks */
+	bool local;                    /* from this machine */
 	struct text user;              /* logged in as; `at` is NULL: nobody */
 	const struct request *request; /* what for */
 	struct text host;              /* of the URL, without dots at its end */
@@ -3459,10 +3632,13 @@ struct view {
 /* What the lines of a group come to. */
 struct verdict {
 	enum truth truth;        /* NO: no line holds */
-	const struct rule *rule; /* the one that decides, for YES */
+	const struct rule *rule; /* for YES the one that decides, for OPEN */
+				 /* the first that is open */
 };
 
 static struct rules *rules_now; /* those in force */
+
+static struct rules *rules_next; /* being read to replace them, or NULL */
 
 static const char built_in[] = "built-in";
 
@@ -3490,7 +3666,7 @@ address_is_any(const struct address *a)
 	    memcmp(a->octets, none, sizeof(none)) == 0;
 }
 
-/* A client on this machine. */
+/* An address that only this machine can use. */
 static bool
 address_is_local(const struct address *a)
 {
@@ -4086,22 +4262,6 @@ list_make(struct list *list, size_t n)
 	return list->slots != NULL;
 }
 
-/* Moves to fewer slots if so many names came twice that half are empty. */
-static void
-list_shrink(struct list *list)
-{
-	struct list small = *list;
-	size_t i;
-
-	if (list->size <= 2 * list->used || !list_make(&small, list->used))
-		return;
-	for (i = 0; i < list->size; i++)
-		if (list->slots[i] != 0)
-			*list_slot(&small, list->slots[i]) = list->slots[i];
-	free(list->slots);
-	*list = small;
-}
-
 /*
  * Takes a name in, or an exception; in the first pass it is only counted.
  * Returns false if it is no domain.
@@ -4285,118 +4445,126 @@ list_line(struct list *list, struct text line)
 	return list_add_tree(list, line);
 }
 
+/* The line that was gathered has come to its end. */
+static void
+list_line_end(struct list *list)
+{
+	struct text t = text_cut(list->text, list->len);
+
+	if (list->read++ == 0 && text_starts(t, "\xef\xbb\xbf"))
+		t = text_from(t, 3);
+	if (list->len > LIST_LINE || !list_line(list, t))
+		list->skipped++;
+	list->len = 0;
+}
+
+/* Takes the next bytes of the file; false if a NUL is among them. */
+static bool
+list_take(struct list *list, struct text t)
+{
+	while (t.len > 0) {
+		size_t n = text_find(t, '\n');
+		size_t room = sizeof(list->text) - list->len;
+		size_t kept = n < room ? n : room;
+
+		if (text_find(text_cut(t.at, n), '\0') < n)
+			return false;
+		memcpy(list->text + list->len, t.at, kept);
+		list->len += kept;
+		if (n < t.len) {
+			list_line_end(list);
+			n++;
+		}
+		t = text_from(t, n);
+	}
+	return true;
+}
+
+/* Goes to the start of the file for a pass; false, errno set, if it can't. */
+static bool
+list_rewind(struct list *list)
+{
+	list->names = list->read = list->skipped = list->len = 0;
+	return lseek(list->fd, 0, SEEK_SET) != -1;
+}
+
 /*
- * Reads a line without its LF to `line`, which has LIST_LINE + 1 bytes; of a
- * longer one so many.  Returns 1, 0 at the end or if reading failed, -1 for
- * a NUL in it.
+ * The end of the file has come: after the first pass there are slots for the
+ * second.  Returns as list_step().
  */
 static int
-list_read(FILE *file, char *line, size_t *len)
+list_pass_end(struct list *list, char *why, size_t size)
 {
-	int c = getc_unlocked(file);
-
-	if (c == EOF)
-		return 0;
-	for (*len = 0; c != EOF && c != '\n'; c = getc_unlocked(file)) {
-		if (c == '\0')
-			return -1;
-		if (*len <= LIST_LINE)
-			line[(*len)++] = (char)c;
-	}
-	return 1;
-}
-
-/* Goes through the whole file once; false: it can't be read, why says why. */
-static bool
-list_pass(struct list *list, FILE *file, const char *path, char *why,
-    size_t size)
-{
-	bool sought = fseek(file, 0, SEEK_SET) != -1;
-	char line[LIST_LINE + 1];
-	size_t len;
-	int got = 0;
-
-	list->names = list->read = list->skipped = 0;
-	while (sought && (got = list_read(file, line, &len)) == 1) {
-		struct text t = text_cut(line, len);
-
-		if (list->read++ == 0 && text_starts(t, "\xef\xbb\xbf"))
-			t = text_from(t, 3);
-		if (len > LIST_LINE || !list_line(list, t))
-			list->skipped++;
-	}
-	if (got == -1)
-		(void)snprintf(why, size,
-		    "%s: line %lu: a NUL byte: this is no text", path,
-		    (unsigned long)list->read + 1);
-	else if (!sought || ferror(file))
-		(void)snprintf(why, size, "%s: %s", path, strerror(errno));
-	else
-		return true;
-	return false;
-}
-
-/* Counts the names, makes slots for them, fills these. */
-static bool
-list_fill(struct list *list, FILE *file, const char *path, char *why,
-    size_t size)
-{
-	if (!list_pass(list, file, path, why, size))
-		return false;
-	if (!list_make(list, list->names)) {
-		(void)snprintf(why, size, "%s: no memory for %lu domains", path,
-		    (unsigned long)list->names);
-		return false;
-	}
-	if (!list_pass(list, file, path, why, size))
-		return false;
-	if (list->names != list->room) {
+	if (list->len > 0)
+		list_line_end(list);
+	if (list->slots != NULL && list->names == list->room)
+		return 1;
+	if (list->slots != NULL)
 		(void)snprintf(why, size, "%s: it changed while it was read",
-		    path);
-		return false;
-	}
-	list_shrink(list);
-	return true;
+		    list->path);
+	else if (!list_make(list, list->names))
+		(void)snprintf(why, size, "%s: no memory for %lu domains",
+		    list->path, (unsigned long)list->names);
+	else if (!list_rewind(list))
+		(void)snprintf(why, size, "%s: %s", list->path,
+		    strerror(errno));
+	else
+		return 0;
+	return -1;
+}
+
+/*
+ * Reads one piece of the file, or opens it.  Returns 1 when the list is
+ * complete, 0 if there is more to do, -1 if it can't be had: why, of size
+ * bytes, says why.  A FIFO is refused, not waited for.
+ */
+static int
+list_step(struct list *list, char *why, size_t size)
+{
+	char block[LIST_BLOCK];
+	ssize_t n = -1;
+
+	if (list->fd == -1) {
+		list->begun = clock_us();
+		list->fd = open(list->path, O_RDONLY | O_NONBLOCK);
+		if (list->fd != -1 && list_rewind(list))
+			return 0;
+	} else
+		n = read(list->fd, block, sizeof(block));
+	if (n == 0)
+		return list_pass_end(list, why, size);
+	if (n == -1 && errno == EINTR)
+		return 0;
+	if (n == -1)
+		(void)snprintf(why, size, "%s: %s", list->path,
+		    strerror(errno));
+	else if (!list_take(list, text_cut(block, (size_t)n)))
+		(void)snprintf(why, size,
+		    "%s: line %lu: a NUL byte: this is no text", list->path,
+		    (unsigned long)list->read + 1);
+	else
+		return 0;
+	return -1;
+}
+
+/* The list is read, or not to be had: what only reading needed goes. */
+static void
+list_end(struct list *list)
+{
+	if (list->fd != -1)
+		(void)close(list->fd);
+	list->fd = -1;
+	list->ms = (clock_us() - list->begun) / 1000;
 }
 
 /* Gives the memory back; an empty list is left, which covers nothing. */
 static void
 list_free(struct list *list)
 {
+	list_end(list);
 	free(list->slots);
-	memset(list, 0, sizeof(*list));
-}
-
-/*
- * Loads the file at path; false: why, of size bytes, says why, and nothing
- * is left to be freed.  A FIFO is refused, not waited for.
- */
-static bool
-list_load(struct list *list, const char *path, char *why, size_t size)
-{
-	struct timespec start, end;
-	FILE *file;
-	bool good;
-	int fd;
-
-	(void)clock_gettime(CLOCK_MONOTONIC, &start);
-	memset(list, 0, sizeof(*list));
-	fd = open(path, O_RDONLY | O_NONBLOCK);
-	file = fd == -1 ? NULL : fdopen(fd, "r");
-	if (file == NULL) {
-		(void)snprintf(why, size, "%s: %s", path, strerror(errno));
-		if (fd != -1)
-			(void)close(fd);
-		return false;
-	}
-	good = list_fill(list, file, path, why, size);
-	(void)fclose(file);
-	if (!good)
-		list_free(list);
-	(void)clock_gettime(CLOCK_MONOTONIC, &end);
-	list->ms = (int64_t)(end.tv_sec - start.tv_sec) * 1000 +
-	    (end.tv_nsec - start.tv_nsec) / 1000000;
-	return good;
+	list->slots = NULL;
+	list->size = list->used = 0;
 }
 
 /* True if the list covers host: a name in any case, a dot may end it. */
@@ -4474,7 +4642,7 @@ field_matches(const struct head *h, struct text name, const regex_t *regex)
 static bool
 match_client(const struct value *value, struct view *v)
 {
-	return value->special ? address_is_local(v->client) :
+	return value->special ? v->local :
 				network_has(&value->as.network, v->client);
 }
 
@@ -4553,15 +4721,13 @@ match_url(const struct value *value, struct view *v)
 	return regexec(&value->as.regex, v->url, 0, NULL, 0) == 0;
 }
 
-/* A field of the request, or of the response if that is known. */
+/* A field of the request, or of the response. */
 static bool
 match_field(const struct value *value, struct view *v)
 {
-	if (value->request &&
-	    field_matches(&v->request->head, value->name, &value->as.regex))
-		return true;
-	return value->response && (v->known & FACT_RESPONSE) &&
-	    field_matches(&v->response->head, value->name, &value->as.regex);
+	return field_matches(value->response ? &v->response->head :
+					       &v->request->head,
+	    value->name, &value->as.regex);
 }
 
 /* The local time, read once for a view. */
@@ -4635,29 +4801,46 @@ match_body(const struct value *value, struct view *v)
 
 /*
  * The subjects: what it takes to tell, and how to.  early: what is known so
- * far may tell that it matches, but not that it does not.
+ * far may tell that it matches, but not that it does not.  single: a message
+ * has one, so that two conditions about it can't both match.  wants: what its
+ * values are.
  */
 static const struct {
 	const char *word;
 	unsigned needs;
 	bool early;
+	bool single;
 	bool (*match)(const struct value *, struct view *);
+	const char *wants;
 } subjects[SUBJECTS] = {
-	[SUBJECT_CLIENT] = { "client", 0, false, match_client },
-	[SUBJECT_USER] = { "user", 0, false, match_user },
-	[SUBJECT_METHOD] = { "method", 0, false, match_method },
-	[SUBJECT_HOST] = { "host", 0, false, match_host },
-	[SUBJECT_LIST] = { "list", 0, false, match_list },
-	[SUBJECT_PORT] = { "port", 0, false, match_port },
-	[SUBJECT_URL] = { "url", 0, false, match_url },
-	[SUBJECT_FIELD] = { "field", FACT_RESPONSE, true, match_field },
-	[SUBJECT_TIME] = { "time", 0, false, match_time },
-	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, false, match_address },
-	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, false, match_status },
-	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, false, match_type },
-	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, true,
-	    match_size },
-	[SUBJECT_BODY] = { "body", FACT_BODY, true, match_body },
+	[SUBJECT_CLIENT] = { "client", 0, false, true, match_client,
+	    "an address or a network such as 10.0.0.0/8, or local" },
+	[SUBJECT_USER] = { "user", 0, false, true, match_user,
+	    "names with blanks between them, or * for any user" },
+	[SUBJECT_METHOD] = { "method", 0, false, true, match_method,
+	    "a method in capitals such as GET" },
+	[SUBJECT_HOST] = { "host", 0, false, true, match_host,
+	    "a host without its port such as example.com, or .example.com "
+	    "for all below it" },
+	[SUBJECT_LIST] = { "list", 0, false, false, match_list, "a file" },
+	[SUBJECT_PORT] = { "port", 0, false, true, match_port,
+	    "a port or a range such as 8000-8999" },
+	[SUBJECT_URL] = { "url", 0, false, false, match_url,
+	    "a regular expression" },
+	[SUBJECT_FIELD] = { "field", 0, false, false, match_field,
+	    "a name and a regular expression" },
+	[SUBJECT_TIME] = { "time", 0, false, false, match_time,
+	    "days such as Mon-Fri, hours such as 08:00-17:30, or both" },
+	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, false, true,
+	    match_address, "an address or a network such as 10.0.0.0/8" },
+	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, false, true, match_status,
+	    "a status or a range such as 500-599" },
+	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, false, true, match_type,
+	    "a type such as text/html or video/*" },
+	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, true, false,
+	    match_size, "a size behind < or > such as >10M" },
+	[SUBJECT_BODY] = { "body", FACT_BODY, true, false, match_body,
+	    "a text" },
 };
 
 /*
@@ -4705,29 +4888,6 @@ rule_refuses(const struct rule *rule, const struct view *v)
 }
 
 /*
- * One line of a group.  Where a request goes and what it says can't wait for
- * the answer, nor for what is said in a tunnel; and how an answer is cached
- * not for the end of it.
- */
-static enum truth
-line_judge(const struct rule *rule, enum rule_group group, struct view *v)
-{
-	static const unsigned late[GROUPS] = {
-		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-		[GROUP_CACHE] = FACT_BODY,
-		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-	};
-	unsigned never = v->never;
-	enum truth truth;
-
-	v->never |= late[group];
-	truth = rule_judge(rule, v);
-	v->never = never;
-	return truth;
-}
-
-/*
  * The lines of a group: the first that holds decides.  One that is open makes
  * the verdict open, unless all that may still decide refuse: then nothing has
  * to be found out.
@@ -4740,7 +4900,7 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 	bool open = false, refuses = true;
 
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = line_judge(rule, group, v);
+		enum truth truth = rule_judge(rule, v);
 
 		if (truth == TRUTH_NO)
 			continue;
@@ -4751,6 +4911,8 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 			verdict.rule = rule;
 			return verdict;
 		}
+		if (!open)
+			verdict.rule = rule;
 		open = true;
 		if (truth == TRUTH_YES || !refuses)
 			break;
@@ -4782,7 +4944,7 @@ rewrites_collect(const struct rules *rules, enum rule_group group,
 	w->n = 0;
 	w->open = false;
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = line_judge(rule, group, v);
+		enum truth truth = rule_judge(rule, v);
 
 		if (truth == TRUTH_YES && w->n < REWRITES_MAX)
 			w->list[w->n++] = rule;
@@ -4956,17 +5118,27 @@ struct word {
 
 /* What is being read. */
 struct parser {
-	struct rules *rules;     /* where it goes */
-	const struct rules *old; /* what is in force, or NULL */
-	const char *file;        /* where it comes from */
-	unsigned line;           /* there; 0: the name says it all */
-	bool bad;                /* something was wrong with this line */
-	bool guard;              /* it was `guard` */
-	size_t n, at;            /* words, and the next of them */
+	struct rules *rules; /* where it goes */
+	const char *file;    /* where it comes from */
+	unsigned line;       /* there; 0: the name says it all */
+	bool bad;            /* something was wrong with this line */
+	bool guard;          /* it was `guard` */
+	bool foreign;        /* it is the one for clients that no rule knows */
+	size_t n, at;        /* words, and the next of them */
 	struct word words[WORDS_MAX];
 	char text[RULE_LINE_MAX + 2]; /* the line; the words lie in it */
 	struct rule **end[GROUPS];    /* where the next line goes */
 };
+
+/* Says what is wrong with a line. */
+static void
+line_warn(const char *file, unsigned line, const char *words)
+{
+	if (line > 0)
+		warn("%.400s:%u: %s", file, line, words);
+	else
+		warn("%.400s: %s", file, words);
+}
 
 /* Something is wrong with a line: says where and what; once a line. */
 static void
@@ -4982,10 +5154,7 @@ parser_error(struct parser *p, const char *format, ...)
 	va_start(args, format);
 	(void)vsnprintf(words, sizeof(words), format, args);
 	va_end(args);
-	if (p->line > 0)
-		warn("%.400s:%u: %s", p->file, p->line, words);
-	else
-		warn("%.400s: %s", p->file, words);
+	line_warn(p->file, p->line, words);
 }
 
 /*
@@ -5057,10 +5226,7 @@ rules_give(struct rules **at)
 					    c->subject == SUBJECT_FIELD)
 						regfree(&value->as.regex);
 	for (i = 0; i < rules->lists_n; i++)
-		if (--rules->lists[i]->refs == 0) {
-			list_free(&rules->lists[i]->list);
-			free(rules->lists[i]);
-		}
+		list_free(rules->lists[i]);
 	while (rules->blocks != NULL) {
 		struct block *b = rules->blocks;
 
@@ -5105,6 +5271,21 @@ parser_takes(struct parser *p, const char *string)
 	return is;
 }
 
+/* A value of `what` should have come, but there is none. */
+static void
+parser_missing(struct parser *p, const char *what)
+{
+	const struct word *word = &p->words[p->at];
+
+	if (p->at == p->n)
+		parser_error(p, "%s: a value is missing", what);
+	else
+		parser_error(p,
+		    "%s: a value is missing: %.*s begins a condition; write "
+		    "it in quotes to make it a value",
+		    what, (int)word->t.len, word->t.at);
+}
+
 /*
  * Takes a quoted word, whose quote is at *t, apart; what it holds is written
  * over what stood there.  False if there is no other quote.
@@ -5124,7 +5305,7 @@ word_unquote(char **t, struct word *word)
 	word->t.len = (size_t)(to - word->t.at);
 	word->quoted = true;
 	*t = from + 1;
-	return *t[0] == '\0' || strchr(" \t", *t[0]) != NULL;
+	return *t[0] == '\0' || is_among(*t[0], " \t");
 }
 
 /* Splits a line, which it writes into; false if it is wrong. */
@@ -5173,15 +5354,23 @@ value_user(struct parser *p, struct condition *c, struct value *value)
 	if (!p->rules->logins)
 		parser_error(p, "nobody can log in: no line `users' before it");
 	value->special = value->bare && text_is(value->text, "*");
-	return true;
+	return !value->bare || value->special ||
+	    (text_find(value->text, '*') == value->text.len &&
+		text_find(value->text, ',') == value->text.len);
 }
 
-/* A method. */
+/* A method; in capitals, unless it is quoted. */
 static bool
 value_method(struct parser *p, struct condition *c, struct value *value)
 {
+	size_t i;
+
 	(void)p;
 	(void)c;
+	for (i = 0; i < value->text.len && value->bare; i++)
+		if (islower((unsigned char)value->text.at[i]) ||
+		    value->text.at[i] == '*')
+			return false;
 	return text_is_token(value->text);
 }
 
@@ -5190,20 +5379,22 @@ static bool
 value_host(struct parser *p, struct condition *c, struct value *value)
 {
 	struct text *t = &value->text;
+	struct address a;
 	size_t i;
 
 	(void)p;
 	(void)c;
-	if (t->len > 1 && t->at[0] == '*')
+	if (text_starts(*t, "*."))
 		*t = text_from(*t, 1);
 	if (t->len > 1 && t->at[t->len - 1] == '.')
 		t->len--;
 	if (t->len > 2 && t->at[0] == '[' && t->at[t->len - 1] == ']')
 		*t = text_cut(t->at + 1, t->len - 2);
 	for (i = 0; i < t->len; i++)
-		if (!is_alnum(t->at[i]) && !strchr("-._~:", t->at[i]))
+		if (!is_alnum(t->at[i]) && !is_among(t->at[i], "-._~:"))
 			return false;
-	return t->len > 0 && t->len <= HOST_MAX && !text_is(*t, ".");
+	return t->len > 0 && t->len <= HOST_MAX && !text_is(*t, ".") &&
+	    (text_find(*t, ':') == t->len || address_parse(*t, 0, &a));
 }
 
 /* A port or a status, or a range. */
@@ -5225,6 +5416,12 @@ value_regex(struct parser *p, struct condition *c, struct value *value)
 	int error;
 
 	(void)c;
+	if (value->text.len > 0 && strchr("*+?", *value->text.at)) {
+		parser_error(p,
+		    "%.200s: an expression can't begin with %c; any text is .*",
+		    value->text.at, *value->text.at);
+		return false;
+	}
 	error =
 	    regcomp(&value->as.regex, value->text.at, REG_EXTENDED | REG_NOSUB);
 	if (error == 0)
@@ -5250,20 +5447,20 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 {
 	const struct word *word = &p->words[p->at - 1];
 
-	value->request = !word->quoted && text_is(word->t, "request");
 	value->response = !word->quoted && text_is(word->t, "response");
-	if (value->request)
-		c->needs = 0;
-	if (value->request || value->response)
+	c->needs = value->response ? FACT_RESPONSE : 0;
+	if (!word->quoted && (value->response || text_is(word->t, "request")))
 		word = parser_take(p);
-	else
-		value->request = value->response = true;
 	if (word != NULL) {
 		value->name = rules_copy(p->rules, word->t);
 		word = parser_take(p);
 	}
-	if (word == NULL || !text_is_token(value->name) ||
-	    parser_value(p) != NULL) {
+	if (word == NULL) {
+		parser_missing(p, "field");
+		return false;
+	}
+	if (!text_is_token(value->name) || parser_value(p) != NULL ||
+	    text_find(value->name, '*') < value->name.len) {
 		parser_error(p, "field: it wants one name and one expression");
 		return false;
 	}
@@ -5271,47 +5468,61 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 	return value_regex(p, c, value);
 }
 
-/* Days, or hours, or hours behind days. */
+/*
+ * Days, or hours, or hours behind days.  More hours are of the same days; so
+ * days behind hours alone would not be what they look like.
+ */
 static bool
 value_time(struct parser *p, struct condition *c, struct value *value)
 {
-	struct span *span = &value->as.span;
+	struct span *span = &value->as.span, all;
+	const struct value *last = c->values;
 	const struct word *word;
 
-	(void)c;
-	span->days = 127;
+	while (last != NULL && last->next != NULL)
+		last = last->next;
+	span->days = last ? last->as.span.days : 127;
 	span->from = 0;
 	span->to = 1440;
 	if (hours_parse(value->text, &span->from, &span->to))
 		return true;
 	if (!days_parse(value->text, &span->days))
 		return false;
+	if (last != NULL && hours_parse(c->values->text, &all.from, &all.to))
+		parser_error(p,
+		    "time: days stand before their hours, as in "
+		    "Mon-Fri 08:00-17:30");
 	word = parser_value(p);
 	if (word != NULL && hours_parse(word->t, &span->from, &span->to))
 		p->at++;
 	return true;
 }
 
-/* type/subtype, or type and a star. */
+/* type/subtype; a star may be all or the end of the latter. */
 static bool
 value_type(struct parser *p, struct condition *c, struct value *value)
 {
 	size_t slash = text_find(value->text, '/');
+	size_t star = text_find(value->text, '*');
 
 	(void)p;
 	(void)c;
 	return slash + 1 < value->text.len &&
+	    (star == value->text.len ||
+		(star > slash && star + 1 == value->text.len)) &&
 	    text_is_token(text_cut(value->text.at, slash)) &&
 	    text_is_token(text_from(value->text, slash + 1));
 }
 
-/* Above or below a size. */
+/* Above or below a size: one of both is true of nearly everything. */
 static bool
 value_size(struct parser *p, struct condition *c, struct value *value)
 {
-	(void)p;
-	(void)c;
 	value->above = value->text.len > 0 && *value->text.at == '>';
+	if (c->values != NULL && c->values->above != value->above)
+		parser_error(p,
+		    "size: of > and < one is enough to match; write size >1M "
+		    "size <5M for what is between");
 	return value->text.len > 0 &&
 	    (value->above || *value->text.at == '<') &&
 	    size_parse(text_from(value->text, 1), &value->as.numbers.first);
@@ -5339,69 +5550,32 @@ value_body(struct parser *p, struct condition *c, struct value *value)
 	return true;
 }
 
-/* The list of that path among those of rules, or NULL. */
-static struct shared_list *
-list_find(const struct rules *rules, const char *path)
-{
-	unsigned i;
-
-	for (i = 0; rules != NULL && i < rules->lists_n; i++)
-		if (strcmp(rules->lists[i]->path, path) == 0)
-			return rules->lists[i];
-	return NULL;
-}
-
-/* Reads a list; what was read from there before does if it can't be had. */
-static struct shared_list *
-list_take(struct parser *p, const char *path)
-{
-	struct shared_list *shared = calloc(1, sizeof(*shared));
-	struct shared_list *old = list_find(p->old, path);
-	char why[256];
-
-	if (shared == NULL) {
-		parser_error(p, "%.200s: no memory", path);
-		return NULL;
-	}
-	if (list_load(&shared->list, path, why, sizeof(why))) {
-		(void)text_copy(text_of(path), shared->path,
-		    sizeof(shared->path));
-		warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms", path,
-		    (unsigned long)shared->list.read,
-		    (unsigned long)shared->list.used,
-		    (unsigned long)shared->list.skipped, (long)shared->list.ms);
-		return shared;
-	}
-	free(shared);
-	if (old != NULL)
-		warn("%s; the list stays as it was", why);
-	else
-		parser_error(p, "%s", why);
-	return old;
-}
-
-/* A file of domains. */
+/* A file of domains; it is read when all lines were, see rules_step(). */
 static bool
 value_list(struct parser *p, struct condition *c, struct value *value)
 {
 	struct rules *rules = p->rules;
-	struct shared_list *shared = list_find(rules, value->text.at);
+	struct list *list;
+	unsigned i;
 
 	(void)c;
-	if (value->text.len > LIST_PATH_MAX ||
-	    (shared == NULL && rules->lists_n == LISTS_MAX)) {
+	for (i = 0; i < rules->lists_n; i++)
+		if (text_equals(value->text, text_of(rules->lists[i]->path))) {
+			value->as.list = rules->lists[i];
+			return true;
+		}
+	if (value->text.len > LIST_PATH_MAX || rules->lists_n == LISTS_MAX) {
 		parser_error(p, "list: %d files, of %d bytes, at most",
 		    LISTS_MAX, LIST_PATH_MAX);
 		return false;
 	}
-	if (shared == NULL) {
-		shared = list_take(p, value->text.at);
-		if (shared == NULL)
-			return false;
-		shared->refs++;
-		rules->lists[rules->lists_n++] = shared;
-	}
-	value->as.list = &shared->list;
+	list = rules_cut(rules, sizeof(*list));
+	list->path = value->text.at;
+	list->file = p->file;
+	list->line = p->line;
+	list->fd = -1;
+	rules->lists[rules->lists_n++] = list;
+	value->as.list = list;
 	return true;
 }
 
@@ -5434,6 +5608,14 @@ condition_values(struct parser *p, struct condition *c)
 	while (!p->bad && (word = parser_value(p)) != NULL) {
 		struct value *value = rules_cut(p->rules, sizeof(*value));
 
+		if (parser_takes(p, "or") || parser_takes(p, "and")) {
+			parser_error(p,
+			    "%.*s: values and conditions follow each other "
+			    "without a word between them; write it in quotes "
+			    "to make it a value",
+			    (int)word->t.len, word->t.at);
+			return;
+		}
 		p->at++;
 		value->text = rules_copy(p->rules, word->t);
 		value->bare = !word->quoted;
@@ -5441,12 +5623,25 @@ condition_values(struct parser *p, struct condition *c)
 			*end = value;
 			end = &value->next;
 		} else
-			parser_error(p, "%s: %.200s is none",
-			    subjects[c->subject].word, value->text.at);
+			parser_error(p, "%s: not valid: %.*s; write %s",
+			    subjects[c->subject].word,
+			    word->t.len < 100 ? (int)word->t.len : 100,
+			    word->t.at, subjects[c->subject].wants);
 	}
 	if (c->values == NULL)
-		parser_error(p, "%s: a value is missing",
-		    subjects[c->subject].word);
+		parser_missing(p, subjects[c->subject].word);
+}
+
+/* True if c and one before it in the line can't both match. */
+static bool
+condition_repeats(const struct rule *rule, const struct condition *c)
+{
+	const struct condition *other;
+
+	for (other = rule->conditions; other != c; other = other->next)
+		if (other->subject == c->subject && !other->inverted)
+			return subjects[c->subject].single && !c->inverted;
+	return false;
 }
 
 /* All conditions of a line, up to its end. */
@@ -5472,9 +5667,41 @@ conditions_parse(struct parser *p, struct rule *rule)
 		*end = c;
 		end = &c->next;
 		c->needs = subjects[c->subject].needs;
+		if (condition_repeats(rule, c))
+			parser_error(p,
+			    "%s: two conditions can't both match; write all "
+			    "values behind one, as in: %s a b",
+			    subjects[c->subject].word,
+			    subjects[c->subject].word);
 		condition_values(p, c);
 		rule->needs |= c->needs;
 	}
+}
+
+/*
+ * Refuses conditions that would never be known in time: where a request goes
+ * and what it says can't wait for the answer, and how an answer is cached or
+ * changed not for its body.
+ */
+static void
+conditions_check(struct parser *p, const struct rule *rule,
+    enum rule_group group)
+{
+	static const unsigned late[GROUPS] = {
+		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+		[GROUP_CACHE] = FACT_BODY,
+		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+		[GROUP_RESPONSE] = FACT_BODY,
+	};
+	const struct condition *c;
+
+	for (c = rule->conditions; c != NULL; c = c->next)
+		if (c->needs & late[group])
+			parser_error(p,
+			    "%s: what it needs of the response is known too "
+			    "late for this rule; leave it out",
+			    subjects[c->subject].word);
 }
 
 /* ---- actions ---- */
@@ -5669,6 +5896,9 @@ action_name(struct parser *p)
 
 	if (word == NULL)
 		parser_error(p, "the name of a field is missing");
+	else if (text_find(word->t, '*') + 1 < word->t.len)
+		parser_error(p, "%.*s: a star stands at the end of a name",
+		    (int)word->t.len, word->t.at);
 	else if (!name_is_free(word->t))
 		parser_error(p, "%.*s: no field that a rule may touch",
 		    (int)word->t.len, word->t.at);
@@ -5792,10 +6022,27 @@ rule_parse(struct parser *p, const char *text)
 	if (!p->bad)
 		actions[i].parse(p, rule);
 	conditions_parse(p, rule);
+	conditions_check(p, rule, group);
+	rule->refusal = p->foreign     ? REFUSE_FOREIGN :
+	    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED :
+					 REFUSE_RULE;
 	/* A wrong one too: its expressions are to be freed. */
 	rule->next = *p->end[group];
 	*p->end[group] = rule;
 	p->end[group] = &rule->next;
+}
+
+/* True if t is a hash as crypt(3), htpasswd(1) or LDAP write them. */
+static bool
+secret_is_hash(struct text t)
+{
+	size_t n = 1;
+
+	while (n < t.len && (is_alnum(t.at[n]) || t.at[n] == '-'))
+		n++;
+	return n > 1 && n < t.len &&
+	    ((*t.at == '$' && t.at[n] == '$') ||
+		(*t.at == '{' && t.at[n] == '}'));
 }
 
 /* One `user:password` of a file. */
@@ -5813,6 +6060,12 @@ account_parse(struct parser *p, struct text line)
 	    line.len - colon - 1 > CREDENTIAL_MAX) {
 		parser_error(p, "not user:password, of %d bytes each at most",
 		    CREDENTIAL_MAX);
+		return;
+	}
+	if (secret_is_hash(text_from(line, colon + 1))) {
+		parser_error(p,
+		    "the password looks hashed; write the password itself, "
+		    "which may not begin with $...$ or {...}");
 		return;
 	}
 	account->user = rules_copy(p->rules, text_cut(line.at, colon));
@@ -5872,7 +6125,7 @@ parser_open(struct parser *p, const char *path, struct stat *status)
 	bool found = stat(path, status) != -1;
 	FILE *file = NULL;
 
-	if (found && p->old != NULL && !S_ISREG(status->st_mode)) {
+	if (found && rules_now != NULL && !S_ISREG(status->st_mode)) {
 		parser_error(p, "%.200s: not a file", path);
 		return NULL;
 	}
@@ -5950,24 +6203,6 @@ line_take(struct parser *p, const char *file, unsigned line, const char *text)
 	}
 }
 
-/* The built-in lines from first on, n of them, counted from 1. */
-static void
-lines_built_in(struct parser *p, unsigned first, unsigned n)
-{
-	static const char *const lines[] = {
-		("deny \"only clients on the proxy's machine may go to this "
-		 "address\" not client local address 127.0.0.0/8 ::1 "
-		 "0.0.0.0/8 :: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8"),
-		("deny \"CONNECT goes to port 443 only\" not client local "
-		 "method CONNECT not port 443"),
-		"allow client local",
-		"deny \"this client may not use the proxy\"",
-	};
-
-	for (; n > 0; n--, first++)
-		line_take(p, built_in, first, lines[first - 1]);
-}
-
 /* The guards, where the line `guard` stands. */
 static void
 guards_put(struct parser *p)
@@ -5977,7 +6212,13 @@ guards_put(struct parser *p)
 
 	p->guard = false;
 	p->rules->guarded = true;
-	lines_built_in(p, 1, 2);
+	line_take(p, built_in, 1,
+	    "deny \"only clients on the proxy's machine may go to this "
+	    "address\" not client local address 127.0.0.0/8 ::1 "
+	    "0.0.0.0/8 :: 169.254.0.0/16 fe80::/10 224.0.0.0/3 ff00::/8");
+	line_take(p, built_in, 2,
+	    "deny \"CONNECT goes to port 443 only\" not client local "
+	    "method CONNECT not port 443");
 	p->file = file;
 	p->line = line;
 }
@@ -6047,12 +6288,11 @@ options_read(struct parser *p)
 }
 
 /*
- * All lines in force, read anew.  Returns NULL, all that is wrong having been
- * said, if a line is wrong.  old: lists that can't be read are taken over
- * from there; may be NULL.
+ * All lines, read anew.  Those that are wrong were said and counted; the lists
+ * that they name are not read yet.  NULL if there is no memory.
  */
 static struct rules *
-rules_read(const struct rules *old)
+rules_begin(void)
 {
 	static struct parser parser;
 	struct rules *rules = calloc(1, sizeof(*rules));
@@ -6064,14 +6304,69 @@ rules_read(const struct rules *old)
 	}
 	rules->refs = 1;
 	parser.rules = rules;
-	parser.old = old;
 	for (i = 0; i < GROUPS; i++)
 		parser.end[i] = &rules->first[i];
 	options_read(&parser);
 	if (!rules->guarded)
 		guards_put_first(&parser);
-	lines_built_in(&parser, 3, 2);
-	if (rules->errors > 0)
+	line_take(&parser, built_in, 3, "allow client local");
+	parser.foreign = true;
+	line_take(&parser, built_in, 4,
+	    "deny \"this client may not use the proxy\"");
+	parser.foreign = false;
+	return rules;
+}
+
+/* Says how a list was read; got is what list_step() returned last. */
+static void
+list_report(struct rules *rules, const struct list *list, int got,
+    const char *why)
+{
+	if (got == 1)
+		warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms",
+		    list->path, (unsigned long)list->read,
+		    (unsigned long)list->used, (unsigned long)list->skipped,
+		    (long)list->ms);
+	else {
+		line_warn(list->file, list->line, why);
+		rules->errors++;
+	}
+}
+
+/*
+ * Reads on in the lists for LIST_STEP_US: a large one takes many turns of the
+ * loop, and nobody waits for it.  True when all were read.
+ */
+static bool
+rules_step(struct rules *rules)
+{
+	int64_t until = clock_us() + LIST_STEP_US;
+	char why[LIST_PATH_MAX + 128];
+
+	while (rules->lists_read < rules->lists_n) {
+		struct list *list = rules->lists[rules->lists_read];
+		int got = list_step(list, why, sizeof(why));
+
+		if (got != 0) {
+			list_end(list);
+			list_report(rules, list, got, why);
+			rules->lists_read++;
+		}
+		if (clock_us() >= until)
+			break;
+	}
+	return rules->lists_read == rules->lists_n;
+}
+
+/* Lines and lists at once; NULL, all that is wrong having been said. */
+static struct rules *
+rules_read(void)
+{
+	struct rules *rules = rules_begin();
+
+	while (rules != NULL && !rules_step(rules))
+		;
+	if (rules != NULL && rules->errors > 0)
 		rules_give(&rules);
 	return rules;
 }
@@ -6121,8 +6416,9 @@ view_source(struct view *v, const struct address *a)
  * that of an entry is the one that it came from.
  */
 static void
-exchange_view(const struct exchange *x, const struct request *q, struct view *v)
+exchange_view(const struct exchange *x, struct view *v)
 {
+	const struct request *q = x->request;
 	struct text host = host_bare(q->target.host);
 
 	memset(v, 0, sizeof(*v));
@@ -6130,18 +6426,19 @@ exchange_view(const struct exchange *x, const struct request *q, struct view *v)
 	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
 	    0U;
 	v->client = &x->peer;
+	v->local = x->local;
 	if (x->record.user != NULL)
 		v->user = x->record.user->user;
 	v->request = q;
 	v->host = host;
 	v->port = q->target.port;
-	v->found = x->request->access.found;
+	v->found = q->access.found;
 	v->passed = x->down.payload + x->down.ready;
 	if (address_parse(host, v->port, &v->literal))
 		v->address = &v->literal;
 	else if (answer_is_stored(x->request))
-		view_source(v, &x->request->route.list[0]);
-	else if (exchange_parent(x) != NULL && !x->request->access.route_open)
+		view_source(v, &q->route.list[0]);
+	else if (exchange_parent(x) != NULL && !q->access.route_open)
 		v->never |= FACT_ADDRESS;
 	else if (x->record.server.family == AF_INET ||
 	    x->record.server.family == AF_INET6)
@@ -6173,7 +6470,7 @@ response_length(const struct response *r)
 {
 	uint64_t length = UINT64_MAX;
 
-	if (head_chunked(&r->head) != 0 || head_length(&r->head, &length) != 1)
+	if (head_length(&r->head, &length) != 1)
 		return UINT64_MAX;
 	return length;
 }
@@ -6225,8 +6522,13 @@ enum {
 	CACHE_FLOOR = 64 << 20,
 	/* Entries of which we know that their recency was written lately. */
 	CACHE_TOUCHED = 1024,
-	/* URLs of which we know that their answers are not to be stored. */
-	CACHE_LONE = 256,
+	/*
+	 * URLs of which we know that their answers are not to be stored: 128
+	 * KiB, of which only what was written to takes memory.
+	 */
+	CACHE_LONE = 16384,
+	/* So many of them share places: a line of a processor's cache. */
+	LONE_WAYS = 8,
 	/* Recency of an entry is written at most once in this time. */
 	CACHE_TOUCH_S = 600
 };
@@ -6271,6 +6573,7 @@ struct entry {
 	int64_t requested, responded; /* wall clock, seconds */
 	int64_t age;                  /* when it came */
 	struct text server;           /* the address that it came from, or - */
+	bool counted;                 /* its head did not tell its length */
 };
 
 /* A part of a body. */
@@ -6354,18 +6657,19 @@ date_parse(struct text t)
 		date_time(&t, ' ', &d);
 		if (!text_is(t, "GMT"))
 			return -1;
-	} else if (comma < t.len && comma > 5 && t.len > comma + 2) {
+	} else if (comma > 5 && t.len > comma + 2 && t.at[comma + 1] == ' ') {
 		t = text_from(t, comma + 2);
 		d.day = digits_next(&t, 2, '-');
 		date_month(&t, '-', &d);
 		d.year = digits_next(&t, 2, ' ');
 		date_time(&t, ' ', &d);
-		if (!text_is(t, "GMT") || gmtime_r(&now.wall, &parts) == NULL)
+		if (d.year == -1 || !text_is(t, "GMT") ||
+		    gmtime_r(&now.wall, &parts) == NULL)
 			return -1;
 		year = parts.tm_year + (int64_t)1900;
 		d.year += year - year % 100;
 		d.year -= d.year > year + 50 ? 100 : 0;
-	} else if (comma == t.len && t.len == 24) {
+	} else if (comma == t.len && t.len == 24 && t.at[3] == ' ') {
 		char day[2];
 
 		t = text_from(t, 4);
@@ -6595,13 +6899,14 @@ request_has_login(const struct request *q)
 }
 
 /*
- * May the response be stored, and reused by others? (RFC 9111 section 3)  The
- * answer to a POST may if it says that it is what a GET would get (RFC 9110
- * section 9.3.3); a part of a body may for those who ask for just that part.
- * given: its lifetime in seconds if a rule says so, else -1.
+ * Why the response may not be stored, and reused by others, in a word for the
+ * log; NULL: it may (RFC 9111 section 3).  The answer to a POST may if it says
+ * that it is what a GET would get (RFC 9110 section 9.3.3); a part of a body
+ * may for those who ask for just that part.  given: its lifetime in seconds if
+ * a rule says so, else -1.
  */
-static bool
-response_is_storable(const struct request *q, const struct response *r,
+static const char *
+response_obstacle(const struct request *q, const struct response *r,
     int64_t given)
 {
 	struct text located = head_value(&r->head, "Content-Location");
@@ -6609,39 +6914,37 @@ response_is_storable(const struct request *q, const struct response *r,
 	struct control control = control_parse(&r->head);
 	bool validator = head_field(&r->head, "ETag") != NULL ||
 	    head_date(&r->head, "Last-Modified") != -1;
+	bool guess = control.is_public || status_is_heuristic(r->status);
 	int64_t lifetime = freshness_lifetime(r, true).seconds;
 
-	if (r->status < 200 || status_is_personal(r->status) ||
-	    asked.no_store || control.is_private)
-		return false;
-	if (head_field(&r->head, "Set-Cookie") != NULL && lifetime <= 0)
-		return false;
 	if (q->method != METHOD_GET &&
 	    (q->method != METHOD_POST || r->status != 200 || lifetime <= 0 ||
 		(!text_equals(located, q->uri) &&
 		    !text_equals(located, q->target.path))))
-		return false;
+		return "method";
+	if (r->status < 200 || status_is_personal(r->status) ||
+	    (control.must_understand && !status_is_understood(r->status)))
+		return "status";
+	if (asked.no_store || (control.no_store && !control.must_understand))
+		return "no-store";
+	if (control.is_private)
+		return "private";
+	if (head_lists(&r->head, "Vary", text_of("*")))
+		return "vary-*";
 	if (r->status == 206 &&
 	    (head_field(&r->head, "Vary") != NULL ||
 		head_field(&q->head, "Range") == NULL))
-		return false;
-	if (control.must_understand ? !status_is_understood(r->status) :
-				      control.no_store)
-		return false;
-	if (head_lists(&r->head, "Vary", text_of("*")))
-		return false;
+		return "range";
 	if (request_has_login(q) && !control.is_public &&
 	    control.s_maxage < 0 && !control.must_revalidate)
-		return false;
-	if (given >= 0 &&
-	    (lifetime >= 0 || control.is_public ||
-		status_is_heuristic(r->status)))
+		return "authorization";
+	if (head_field(&r->head, "Set-Cookie") != NULL && lifetime <= 0)
+		return "set-cookie";
+	if (given >= 0 && (lifetime >= 0 || guess))
 		lifetime = given;
-	if (lifetime >= 0)
-		return validator || lifetime > 0;
-	return validator &&
-	    (control.is_public || status_is_heuristic(r->status)) &&
-	    head_field(&r->head, "Set-Cookie") == NULL;
+	if (lifetime > 0 || (validator && (lifetime == 0 || guess)))
+		return NULL;
+	return lifetime < 0 && !guess ? "status" : "no-lifetime";
 }
 
 /*
@@ -6674,7 +6977,8 @@ reuse_judge(const struct control *asked, const struct control *control,
 	int64_t stale = age - (lifetime > 0 ? lifetime : 0);
 	int64_t wanted = lifetime;
 
-	if (asked->no_cache || control->no_cache)
+	/* Clients mean validation by max-age=0, however young the entry is. */
+	if (asked->no_cache || asked->max_age == 0 || control->no_cache)
 		return REUSE_VALIDATED;
 	if (asked->max_age >= 0 && asked->max_age < wanted)
 		wanted = asked->max_age;
@@ -6795,6 +7099,42 @@ value_append(struct buffer *b, struct text name, struct text value, bool *first)
 }
 
 /*
+ * An answer that sets a cookie without saying that it is meant for all is
+ * stored for the client that it came for.  In its Vary this word, which no
+ * field can have as its name, stands for the client.
+ */
+static const char vary_client[] = ":client";
+
+/* True if a response is stored for one client alone. */
+static bool
+response_is_personal(const struct response *r)
+{
+	struct control control;
+
+	if (head_field(&r->head, "Set-Cookie") == NULL)
+		return false;
+	control = control_parse(&r->head);
+	return !control.is_public && control.s_maxage < 0;
+}
+
+/* The value for vary_client: the client's address, and who has logged in. */
+static void
+client_append(const struct request *q, struct buffer *b)
+{
+	const struct exchange *x = q->owner;
+	char peer[ADDRESS_TEXT] = "-";
+
+	if (x != NULL)
+		address_host(&x->peer, peer);
+	buffer_append(b, text_of("="));
+	buffer_append(b, text_of(peer));
+	if (x != NULL && x->record.user != NULL) {
+		buffer_append(b, text_of(" "));
+		buffer_escape(b, x->record.user->user, CREDENTIAL_MAX);
+	}
+}
+
+/*
  * Appends to b the values that a request, as it is sent, has for the fields of
  * a Vary list: `name=` and the members, each behind its length; lines joined,
  * blanks around commas dropped, in small letters where case means nothing (RFC
@@ -6812,6 +7152,8 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 		bool first = true;
 
 		lower_append(b, name);
+		if (text_is(name, vary_client))
+			client_append(q, b);
 		for (i = 0; i < q->head.n && !rewrites_take(w, name); i++)
 			if (text_same(q->head.fields[i].name, name))
 				value_append(b, name, q->head.fields[i].value,
@@ -6869,6 +7211,9 @@ vary_append(const struct response *r, struct buffer *b)
 	}
 	if (r->status == 206)
 		(void)vary_insert(list, &n, text_of("range"));
+	if (response_is_personal(r) &&
+	    !vary_insert(list, &n, text_of(vary_client)))
+		return false;
 	for (i = 0; i < n; i++) {
 		buffer_append(b, text_of(i > 0 ? "," : ""));
 		lower_append(b, list[i]);
@@ -6981,8 +7326,10 @@ region_parse(struct text rest, struct entry *e)
 	    !region_number(&rest, "requested", &e->requested) ||
 	    !region_number(&rest, "responded", &e->responded) ||
 	    !region_number(&rest, "age", &e->age) ||
-	    !region_field(&rest, "server", &e->server) ||
-	    !region_field(&rest, "pad", &pad) || rest.len < 1 ||
+	    !region_field(&rest, "server", &e->server))
+		return false;
+	e->counted = region_field(&rest, "counted", &pad);
+	if (!region_field(&rest, "pad", &pad) || rest.len < 1 ||
 	    *rest.at != '\n')
 		return false;
 	e->head = text_from(rest, 1);
@@ -7061,9 +7408,9 @@ entry_open(const char *path, struct text key, struct text variant,
  * is where it was last looked for.
  */
 static int
-entry_find(struct exchange *x, const struct request *q, struct buffer *b,
-    struct entry *e, char *path)
+entry_find(struct exchange *x, struct buffer *b, struct entry *e, char *path)
 {
+	struct request *q = x->request;
 	struct buffer *keys = buffer_take();
 	struct text key, variant;
 	size_t split;
@@ -7074,7 +7421,7 @@ entry_find(struct exchange *x, const struct request *q, struct buffer *b,
 		return -1;
 	key_append(x, keys);
 	key = buffer_text(keys);
-	x->request->caching.key = key_hash(key);
+	q->caching.key = key_hash(key);
 	split = keys->end;
 	entry_path(key, text_cut("", 0), path);
 	fd = entry_open(path, key, text_cut("", 0), b, e);
@@ -7143,6 +7490,8 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 	    (long long)e->requested, (long long)e->responded,
 	    (long long)e->age);
 	buffer_append(b, e->server);
+	if (e->counted)
+		buffer_append(b, text_of("\ncounted: yes"));
 	buffer_append(b, text_of("\npad: "));
 	used = buffer_len(b) + 2 + head.len;
 	wanted = region ?
@@ -7286,9 +7635,11 @@ marker_put(struct text key, struct text vary, struct text token)
 static void
 entry_close(struct exchange *x)
 {
-	if (x->request->caching.has_entry)
-		(void)close(x->request->caching.entry);
-	x->request->caching.has_entry = false;
+	struct request *q = x->request;
+
+	if (q->caching.has_entry)
+		(void)close(q->caching.entry);
+	q->caching.has_entry = false;
 }
 
 /* What of a response head is stored, into b: no framing, nothing of a hop. */
@@ -7360,16 +7711,17 @@ follow_end(struct exchange *y, bool whole)
 static void
 fetch_tell(const struct exchange *x, bool ended, bool whole)
 {
+	const struct request *q = x->request;
 	struct exchange *y;
 
-	if (x->request->caching.followers == 0)
+	if (q->caching.followers == 0)
 		return;
 	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++) {
 		if (y->request == NULL ||
-		    y->request->caching.leader != x->request->caching.fetch)
+		    y->request->caching.leader != q->caching.fetch)
 			continue;
 		y->server.readable = y->request->answerer == ANSWER_FETCH;
-		y->request->caching.stored = x->request->caching.stored;
+		y->request->caching.stored = q->caching.stored;
 		if (ended)
 			follow_end(y, whole);
 		exchange_queue(y);
@@ -7380,17 +7732,18 @@ fetch_tell(const struct exchange *x, bool ended, bool whole)
 static void
 fetch_end(struct exchange *x, bool whole)
 {
+	struct request *q = x->request;
 	struct exchange **at = &cache.fetches;
 
-	if (x->request->caching.fetch == 0)
+	if (q->caching.fetch == 0)
 		return;
 	while (*at != x)
 		at = &(*at)->next;
 	*at = x->next;
 	x->next = NULL;
 	fetch_tell(x, true, whole);
-	x->request->caching.fetch = 0;
-	x->request->caching.followers = 0;
+	q->caching.fetch = 0;
+	q->caching.followers = 0;
 }
 
 /*
@@ -7427,22 +7780,48 @@ fetch_move(struct exchange *x, struct exchange *y)
 static void
 fetch_leave(struct exchange *x)
 {
+	struct request *q = x->request;
 	struct exchange *y;
 
-	for (y = cache.fetches; y != NULL && x->request->caching.leader;
-	     y = y->next)
-		if (y->request->caching.fetch == x->request->caching.leader) {
+	for (y = cache.fetches; y != NULL && q->caching.leader; y = y->next)
+		if (y->request->caching.fetch == q->caching.leader) {
 			y->request->caching.followers--;
 			exchange_queue(y);
 		}
-	x->request->caching.leader = 0;
+	q->caching.leader = 0;
 }
 
 /* True if answers to that key were lately found not to be storable. */
 static bool
 key_is_lone(uint64_t key)
 {
-	return cache.lone[key % CACHE_LONE] == key;
+	const uint64_t *at =
+	    cache.lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
+	size_t i;
+
+	for (i = 0; i < LONE_WAYS; i++)
+		if (at[i] == key)
+			return true;
+	return false;
+}
+
+/*
+ * Answers to that key were found not to be storable (lone), or to be so.  The
+ * latest is in front of its set; the last of the set gives way.
+ */
+static void
+key_note(uint64_t key, bool lone)
+{
+	uint64_t *at = cache.lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
+	size_t i = 0;
+
+	while (i < LONE_WAYS - 1 && at[i] != key)
+		i++;
+	if (lone) {
+		memmove(at + 1, at, i * sizeof(*at));
+		at[0] = key;
+	} else if (at[i] == key)
+		at[i] = 0;
 }
 
 /*
@@ -7462,11 +7841,13 @@ store_share(const struct exchange *x)
 static void
 store_close(struct exchange *x, bool whole)
 {
-	if (x->request->caching.storing) {
+	struct request *q = x->request;
+
+	if (q->caching.storing) {
 		cache.making -= store_share(x);
-		(void)close(x->request->caching.store);
+		(void)close(q->caching.store);
 	}
-	x->request->caching.storing = false;
+	q->caching.storing = false;
 	fetch_end(x, whole);
 }
 
@@ -7474,10 +7855,11 @@ store_close(struct exchange *x, bool whole)
 static void
 store_drop(struct exchange *x)
 {
+	const struct request *q = x->request;
 	char path[CACHE_PATH];
 
-	if (x->request->caching.storing) {
-		store_path(x->request->caching.fetch, path);
+	if (q->caching.storing) {
+		store_path(q->caching.fetch, path);
 		(void)unlink(path);
 	}
 	store_close(x, false);
@@ -7546,19 +7928,19 @@ token_find(uint64_t hash, struct text key, struct text vary, char *to)
 
 /* Key and variant of a new entry; false if they are too long. */
 static bool
-draft_keys(struct exchange *x, const struct request *q,
-    const struct response *r, struct draft *d)
+draft_keys(struct exchange *x, const struct response *r, struct draft *d)
 {
+	struct request *q = x->request;
 	char token[64];
 	size_t split;
 
 	key_append(x, d->keys);
 	split = d->keys->end;
-	x->request->caching.key = key_hash(buffer_text(d->keys));
+	q->caching.key = key_hash(buffer_text(d->keys));
 	if (!vary_append(r, d->list))
 		return false;
 	if (buffer_len(d->list) > 0) {
-		token_find(x->request->caching.key, buffer_text(d->keys),
+		token_find(q->caching.key, buffer_text(d->keys),
 		    buffer_text(d->list), token);
 		buffer_print(d->keys, "%s;", token);
 		variant_append(q, buffer_text(d->list), d->keys);
@@ -7582,6 +7964,8 @@ draft_region(struct exchange *x, const struct response *r, struct draft *d)
 	d->e.requested = q->times.requested;
 	d->e.responded = now.wall;
 	d->e.age = initial_age(r, q->times.requested, now.wall);
+	d->e.counted = r->framing == FRAMING_CHUNKED ||
+	    r->framing == FRAMING_CLOSE;
 	d->list->end = d->list->start;
 	stored_head_append(r, d->list);
 	q->caching.region = d->list->overflow ?
@@ -7657,16 +8041,14 @@ store_open(struct exchange *x, const struct response *r, const struct draft *d)
  * who waited for this head hear of it.
  */
 static void
-store_begin(struct exchange *x, const struct request *q,
-    const struct response *r)
+store_begin(struct exchange *x, const struct response *r)
 {
 	struct draft d = { .keys = buffer_take(),
 		.list = buffer_take(),
 		.region = buffer_take() };
 
 	if (d.keys != NULL && d.list != NULL && d.region != NULL &&
-	    cache_has_room() && draft_keys(x, q, r, &d) &&
-	    draft_region(x, r, &d))
+	    cache_has_room() && draft_keys(x, r, &d) && draft_region(x, r, &d))
 		store_open(x, r, &d);
 	buffer_give(&d.keys);
 	buffer_give(&d.list);
@@ -7689,7 +8071,8 @@ store_fits(struct exchange *x, size_t n)
 	    cache.making + n <= options.cache_size / 4)
 		return true;
 	q->caching.spoiled = true;
-	cache.lone[q->caching.key % CACHE_LONE] = q->caching.key;
+	q->caching.miss = "too-large";
+	key_note(q->caching.key, true);
 	return q->caching.followers > 0 && q->caching.validator == 0 &&
 	    cache.total + cache.making + n <= options.cache_size / 16 * 15;
 }
@@ -7702,9 +8085,13 @@ store_append(struct exchange *x, struct text t)
 
 	if (!q->caching.storing)
 		return;
-	if (!store_fits(x, t.len) ||
-	    !write_at(q->caching.store, t,
+	if (!store_fits(x, t.len)) {
+		store_drop(x);
+		return;
+	}
+	if (!write_at(q->caching.store, t,
 		(off_t)(q->caching.region + q->caching.stored))) {
+		q->caching.miss = "no-room";
 		store_drop(x);
 		return;
 	}
@@ -7722,12 +8109,12 @@ store_append(struct exchange *x, struct text t)
 static bool
 store_mark(const struct exchange *x)
 {
+	const struct request *q = x->request;
 	struct buffer *b = buffer_take(), *list = buffer_take();
 	struct response r;
 	struct entry e;
 	bool good = b != NULL && list != NULL &&
-	    region_read(x->request->caching.store, x->request->caching.region,
-		b, &e);
+	    region_read(q->caching.store, q->caching.region, b, &e);
 
 	if (good && e.variant.len > 0)
 		good = response_parse(e.head, METHOD_GET, &r) == 1 &&
@@ -7756,8 +8143,11 @@ store_finish(struct exchange *x)
 	    write_at(q->caching.store, text_of(line), 0) && store_mark(x) &&
 	    rename(from, to) != -1)
 		cache_grow(q->caching.region + q->caching.stored);
-	else
+	else {
+		if (!q->caching.spoiled)
+			q->caching.miss = "no-room";
 		(void)unlink(from);
+	}
 	/* Those who follow have the body whole in any case. */
 	store_close(x, true);
 }
@@ -7780,9 +8170,13 @@ cache_forget(const struct exchange *x)
 	key = key_hash(buffer_text(b));
 	entry_path(buffer_text(b), text_cut("", 0), path);
 	(void)unlink(path);
-	for (y = cache.fetches; y != NULL; y = y->next)
-		y->request->caching.spoiled = y->request->caching.spoiled ||
-		    y->request->caching.key == key;
+	for (y = cache.fetches; y != NULL; y = y->next) {
+		if (y->request->caching.key != key)
+			continue;
+		y->request->caching.spoiled = true;
+		if (y->request->caching.storing)
+			y->request->caching.miss = "outdated";
+	}
 	buffer_give(&b);
 }
 
@@ -7830,8 +8224,10 @@ reference_resolve(const struct exchange *x, struct text value, struct buffer *b,
 static void
 cache_invalidate(struct exchange *x, const struct response *r)
 {
+	struct request *q = x->request;
+
 	static const char *const fields[] = { "Location", "Content-Location" };
-	struct text own = x->request->target.path, path;
+	struct text own = q->target.path, path;
 	size_t i;
 
 	cache_forget(x);
@@ -7842,9 +8238,9 @@ cache_invalidate(struct exchange *x, const struct response *r)
 		value.len = text_find(value, '#');
 		if (b != NULL && value.len > 0 &&
 		    reference_resolve(x, value, b, &path)) {
-			x->request->target.path = path;
+			q->target.path = path;
 			cache_forget(x);
-			x->request->target.path = own;
+			q->target.path = own;
 		}
 		buffer_give(&b);
 	}
@@ -7892,7 +8288,8 @@ field_is_kept(const struct head *news, struct text name)
 
 /*
  * The head of a stored response with the fields of a 304 in place of its own
- * (RFC 9111 section 3.2), into b.
+ * (RFC 9111 section 3.2), into b.  A 304 without Date was made now, so that
+ * age and lifetime count from now (RFC 9110 section 6.6.1).
  */
 static void
 merged_head_append(const struct response *old, const struct head *news,
@@ -7904,13 +8301,16 @@ merged_head_append(const struct response *old, const struct head *news,
 	buffer_append(b, old->reason);
 	buffer_append(b, text_of("\r\n"));
 	for (i = 0; i < old->head.n; i++)
-		if (field_is_kept(news, old->head.fields[i].name))
+		if (field_is_kept(news, old->head.fields[i].name) &&
+		    !text_is(old->head.fields[i].name, "Date"))
 			field_append(b, &old->head.fields[i]);
 	for (i = 0; i < news->n; i++)
 		if (field_passes(news, i) &&
 		    !name_is_among(news->fields[i].name, fields_of_body) &&
 		    !text_is(news->fields[i].name, "Set-Cookie"))
 			field_append(b, &news->fields[i]);
+	if (head_field(news, "Date") == NULL)
+		buffer_print(b, "Date: %s\r\n", date_now());
 	buffer_append(b, text_of("\r\n"));
 }
 
@@ -7938,15 +8338,16 @@ vary_same(const struct response *a, const struct response *b)
  * damaged.
  */
 static bool
-entry_freshen(struct exchange *x, const struct request *q,
-    const struct response *news, int64_t given, const char *path)
+entry_freshen(struct exchange *x, const struct response *news, int64_t given,
+    const char *path)
 {
+	const struct request *q = x->request;
 	struct text etag = head_value(&news->head, "ETag");
 	struct control asked = control_parse(&q->head);
 	bool aloof = asked.no_store || head_field(&q->head, "Authorization");
 	struct response r, merged;
 	struct entry e;
-	struct buffer *old = entry_load(x->request->caching.entry, &e, &r);
+	struct buffer *old = entry_load(q->caching.entry, &e, &r);
 	struct buffer *b = buffer_take(), *head = buffer_take();
 	bool good = old != NULL && b != NULL && head != NULL &&
 	    (etag.len == 0 || text_starts(etag, "W/") ||
@@ -7954,19 +8355,17 @@ entry_freshen(struct exchange *x, const struct request *q,
 
 	if (good) {
 		merged_head_append(&r, &news->head, head);
-		e.requested = x->request->times.requested;
+		e.requested = q->times.requested;
 		e.responded = now.wall;
-		e.age =
-		    initial_age(news, x->request->times.requested, now.wall);
+		e.age = initial_age(news, q->times.requested, now.wall);
 		if (!head->overflow &&
 		    response_parse(buffer_text(head), METHOD_GET, &merged) ==
 			1 &&
-		    response_is_storable(q, &merged, given) &&
+		    response_obstacle(q, &merged, given) == NULL &&
 		    vary_same(&r, &merged) &&
 		    region_build(b, &e, buffer_text(head), e.region) > 0) {
 			region_seal(b, e.body);
-			(void)write_at(x->request->caching.entry,
-			    buffer_text(b), 0);
+			(void)write_at(q->caching.entry, buffer_text(b), 0);
 		} else if (!aloof)
 			(void)unlink(path);
 	}
@@ -8138,7 +8537,14 @@ cache_sweep(void)
 	_exit(parts < 255 ? (int)parts : 255);
 }
 
-/* A weak comparison of entity tags (RFC 9110 section 8.8.3.2). */
+/* A strong comparison of entity tags (RFC 9110 section 8.8.3.2). */
+static bool
+etag_same_strong(struct text a, struct text b)
+{
+	return text_equals(a, b) && a.len > 0 && !text_starts(a, "W/");
+}
+
+/* A weak one. */
 static bool
 etag_same(struct text a, struct text b)
 {
@@ -8150,28 +8556,66 @@ etag_same(struct text a, struct text b)
 }
 
 /*
+ * Looks for an entity tag in a request's fields of that name: 1 it is there, or
+ * `*` is; 0 it is not; -1 there are no such fields.
+ */
+static int
+condition_has(const struct head *q, const char *name, struct text etag,
+    bool (*same)(struct text, struct text))
+{
+	int verdict = -1;
+	size_t i;
+
+	for (i = 0; i < q->n; i++) {
+		struct text rest = q->fields[i].value, member;
+
+		if (!text_is(q->fields[i].name, name))
+			continue;
+		verdict = 0;
+		while (list_next(&rest, &member))
+			if (text_is(member, "*") || same(member, etag))
+				return 1;
+	}
+	return verdict;
+}
+
+/* True if the request wants an answer from one version only. */
+static bool
+request_is_guarded(const struct head *q)
+{
+	return head_field(q, "If-Match") != NULL ||
+	    head_field(q, "If-Unmodified-Since") != NULL;
+}
+
+/*
+ * True if what is stored meets the request's If-Match or If-Unmodified-Since
+ * (RFC 9110 section 13.2.2, steps 1 and 2); if not, the answer is 412.
+ */
+static bool
+request_is_met(const struct head *q, const struct response *r)
+{
+	int64_t since = head_date(q, "If-Unmodified-Since");
+	int verdict = condition_has(q, "If-Match", head_value(&r->head, "ETag"),
+	    etag_same_strong);
+
+	if (verdict != -1)
+		return verdict == 1;
+	return since == -1 || head_date(&r->head, "Last-Modified") <= since;
+}
+
+/*
  * True if the client has what is stored: its own condition is answered with
  * 304 (RFC 9110 section 13.2.2; If-None-Match wins over If-Modified-Since).
  */
 static bool
 request_is_satisfied(const struct head *q, const struct response *r)
 {
-	struct text etag = head_value(&r->head, "ETag"), rest, member;
 	int64_t since = head_date(q, "If-Modified-Since"), modified;
-	bool some = false;
-	size_t i;
+	int verdict = condition_has(q, "If-None-Match",
+	    head_value(&r->head, "ETag"), etag_same);
 
-	for (i = 0; i < q->n; i++) {
-		if (!text_is(q->fields[i].name, "If-None-Match"))
-			continue;
-		some = true;
-		rest = q->fields[i].value;
-		while (list_next(&rest, &member))
-			if (text_is(member, "*") || etag_same(member, etag))
-				return true;
-	}
-	if (some || since == -1)
-		return false;
+	if (verdict != -1 || since == -1)
+		return verdict == 1;
 	modified = head_date(&r->head, "Last-Modified");
 	if (modified == -1)
 		modified = head_date(&r->head, "Date");
@@ -8181,7 +8625,8 @@ request_is_satisfied(const struct head *q, const struct response *r)
 /*
  * The one range that a request asks for, of a body of so many bytes (RFC 9110
  * section 14.1.2).  1: from and length are set; 0: none, or one that we give
- * the whole for; -1: it can't be satisfied.
+ * the whole for; -1: it can't be satisfied.  Of an empty body a suffix is all
+ * of it, and so is what begins at its start: some clients always ask so.
  */
 static int
 range_parse(const struct head *q, const struct response *r, uint64_t body,
@@ -8206,8 +8651,10 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 	if (dash == 0) {
 		if (!number_parse(text_from(t, 1), INT64_MAX, &first))
 			return 0;
-		if (first == 0 || body == 0)
+		if (first == 0)
 			return -1;
+		if (body == 0)
+			return 0;
 		first = first < body ? body - first : 0;
 	} else {
 		if (!number_parse(text_cut(t.at, dash), INT64_MAX, &first) ||
@@ -8217,7 +8664,9 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 			    last < first)))
 			return 0;
 		if (first >= body)
-			return -1;
+			return body == 0 && first == 0 && dash + 1 == t.len ?
+			    0 :
+			    -1;
 		if (last >= body)
 			last = body - 1;
 	}
@@ -8251,10 +8700,13 @@ struct lookup {
 /*
  * The line that says how a request, or its response if r is not NULL, is to
  * be cached; NULL: none does.  e: the entry that r is the head of, or NULL.
+ * It is decided when the head has come, and for an entry by what was known
+ * then: a length that the head does not tell never becomes known here, else
+ * what was stored might not be used.
  */
 static const struct rule *
-cache_rule(const struct exchange *x, const struct request *q,
-    const struct response *r, const struct entry *e)
+cache_rule(const struct exchange *x, const struct response *r,
+    const struct entry *e)
 {
 	struct address source;
 	struct verdict verdict;
@@ -8262,9 +8714,14 @@ cache_rule(const struct exchange *x, const struct request *q,
 
 	if (x->rules->first[GROUP_CACHE] == NULL)
 		return NULL;
-	exchange_view(x, q, &v);
-	if (r != NULL)
-		view_response(&v, r, e ? e->body : response_length(r));
+	exchange_view(x, &v);
+	if (r != NULL) {
+		view_response(&v, r,
+		    e == NULL      ? response_length(r) :
+			e->counted ? UINT64_MAX :
+				     e->body);
+		v.never |= FACT_LENGTH;
+	}
 	if (e != NULL) {
 		source = address_read(e->server);
 		view_source(&v, &source);
@@ -8278,10 +8735,10 @@ cache_rule(const struct exchange *x, const struct request *q,
  * says itself.
  */
 static struct lifetime
-exchange_lifetime(const struct exchange *x, const struct request *q,
-    const struct response *r, const struct entry *e)
+exchange_lifetime(const struct exchange *x, const struct response *r,
+    const struct entry *e)
 {
-	const struct rule *rule = cache_rule(x, q, r, e);
+	const struct rule *rule = cache_rule(x, r, e);
 
 	if (rule != NULL && rule->action == ACTION_CACHE)
 		return (struct lifetime){ rule->seconds, "a rule" };
@@ -8323,15 +8780,22 @@ variant_fits(const struct entry *e, const struct response *r,
 }
 
 /*
- * True if one who follows a fetch gets the whole in any case: the rest can be
- * asked for, or there is room on the disk for all of it, or, its length being
- * unknown, store_fits() sees to it.
+ * True if a follower of this fetch will get the whole: it can ask for the rest
+ * itself, or, the length being unknown, store_fits() sees to it, or the disk
+ * has room for twice all that is in the making, since others write there, too.
+ * If they fill it nevertheless, the follower's answer is visibly cut short.
+ * Reserving the room would exclude that, but some file systems then write
+ * every block, while all other clients wait.
  */
 static bool
 follow_is_safe(const struct caching *f)
 {
-	return f->validator != 0 || f->length == UINT64_MAX ||
-	    posix_fallocate(f->store, 0, (off_t)(f->region + f->length)) == 0;
+	struct statvfs disk;
+
+	if (f->validator != 0 || f->length == UINT64_MAX)
+		return true;
+	return statvfs(options.cache, &disk) != -1 &&
+	    (uint64_t)disk.f_bavail * disk.f_frsize / 2 >= cache.making;
 }
 
 /* True if e's key is that of x's target, and not only hashed to the same. */
@@ -8355,8 +8819,9 @@ key_fits(const struct exchange *x, const struct entry *e)
  * grows.  Returns the descriptor, to be read from behind the region, or -1.
  */
 static int
-follow_open(struct exchange *x, const struct request *q, struct lookup *l)
+follow_open(struct exchange *x, struct lookup *l)
 {
+	struct request *q = x->request;
 	struct exchange *y;
 	struct caching *f;
 	char path[CACHE_PATH];
@@ -8364,8 +8829,7 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 
 	for (y = cache.fetches; y != NULL && fd == -1; y = y->next) {
 		f = &y->request->caching;
-		if (!f->storing || f->spoiled ||
-		    f->key != x->request->caching.key ||
+		if (!f->storing || f->spoiled || f->key != q->caching.key ||
 		    (f->length == UINT64_MAX && key_is_lone(f->key)))
 			continue;
 		store_path(f->fetch, path);
@@ -8379,8 +8843,8 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
 		    lseek(fd, (off_t)f->region, SEEK_SET) != -1) {
 			l->e.body = f->length;
 			l->grows = true;
-			x->request->caching.leader = f->fetch;
-			x->request->caching.stored = f->stored;
+			q->caching.leader = f->fetch;
+			q->caching.stored = f->stored;
 			f->followers++;
 			exchange_queue(y);
 		} else {
@@ -8396,13 +8860,14 @@ follow_open(struct exchange *x, const struct request *q, struct lookup *l)
  * who asks.
  */
 static bool
-lookup_fits(const struct exchange *x, const struct request *q, struct lookup *l)
+lookup_fits(const struct exchange *x, struct lookup *l)
 {
+	const struct request *q = x->request;
 	const struct rule *rule;
 
 	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1)
 		return false;
-	rule = cache_rule(x, q, &l->r, &l->e);
+	rule = cache_rule(x, &l->r, &l->e);
 	if (rule != NULL && rule->action == ACTION_NOCACHE)
 		return false;
 	return l->r.status != 206 ||
@@ -8415,45 +8880,41 @@ lookup_fits(const struct exchange *x, const struct request *q, struct lookup *l)
  * the trace gets the reckoning.
  */
 static void
-lookup_judge(struct exchange *x, const struct request *q,
-    const struct control *asked, struct lookup *l)
+lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 {
+	struct request *q = x->request;
 	struct control control = control_parse(&l->r.head);
-	struct lifetime lifetime = exchange_lifetime(x, q, &l->r, &l->e);
+	struct lifetime lifetime = exchange_lifetime(x, &l->r, &l->e);
 
-	x->request->caching.age = l->e.age +
+	q->caching.age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
-	x->request->caching.ttl = lifetime.seconds - x->request->caching.age;
-	x->request->caching.validator = response_validator(&l->r);
+	q->caching.ttl = lifetime.seconds - q->caching.age;
+	q->caching.validator = response_validator(&l->r);
 	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
-		l->reuse = reuse_judge(asked, &control, x->request->caching.age,
+		l->reuse = reuse_judge(asked, &control, q->caching.age,
 		    lifetime.seconds);
-	x->request->caching.forward =
-	    x->request->caching.ttl > 0 && !control.no_cache ? "request" :
-							       "stale";
+	q->caching.forward =
+	    q->caching.ttl > 0 && !control.no_cache ? "request" : "stale";
 	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s",
-	    (long long)x->request->caching.age,
-	    x->request->caching.ttl > 0 ? "<" : ">=",
+	    (long long)q->caching.age, q->caching.ttl > 0 ? "<" : ">=",
 	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
 	    lifetime.why, control.no_cache ? ", no-cache" : "",
-	    l->reuse == REUSE_FRESH ? "fresh" :
-		l->reuse == REUSE_STALE ?
-				      "stale, which the client takes" :
+	    l->reuse == REUSE_FRESH     ? "fresh" :
+		l->reuse == REUSE_STALE ? "stale, which the client takes" :
 		l->reuse == REUSE_MEANWHILE ?
-				      "stale, which is good while it is "
-				      "validated" :
-		x->request->caching.ttl > 0 ?
-				      "to be validated, by the client's wish" :
-				      "to be validated");
+					  "stale, which is good while it is "
+					  "validated" :
+		q->caching.ttl > 0 ? "to be validated, by the client's wish" :
+				     "to be validated");
 }
 
 /* Looks in the cache; l needs not be set.  Whoever asked gives l->b back. */
 static void
-lookup_run(struct exchange *x, const struct request *q,
-    const struct control *asked, struct lookup *l)
+lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 {
+	struct request *q = x->request;
 
-	x->request->caching.forward = "uri-miss";
+	q->caching.forward = "uri-miss";
 	l->fd = -1;
 	l->grows = false;
 	l->e.vary.at = NULL;
@@ -8461,15 +8922,15 @@ lookup_run(struct exchange *x, const struct request *q,
 	l->b = buffer_take();
 	if (l->b == NULL)
 		return;
-	l->fd = entry_find(x, q, l->b, &l->e, l->path);
+	l->fd = entry_find(x, l->b, &l->e, l->path);
 	if (l->fd == -1 && l->e.vary.at != NULL)
-		x->request->caching.forward = "vary-miss";
-	if (l->fd != -1 && !lookup_fits(x, q, l)) {
+		q->caching.forward = "vary-miss";
+	if (l->fd != -1 && !lookup_fits(x, l)) {
 		(void)close(l->fd);
 		l->fd = -1;
 	}
 	if (l->fd != -1)
-		lookup_judge(x, q, asked, l);
+		lookup_judge(x, asked, l);
 }
 
 /*
@@ -8477,20 +8938,20 @@ lookup_run(struct exchange *x, const struct request *q,
  * one of them stores is the answer if it is fresh.
  */
 static void
-lookup_follow(struct exchange *x, const struct request *q,
-    const struct control *asked, struct lookup *l)
+lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 {
-	const char *forward = x->request->caching.forward;
+	struct request *q = x->request;
+	const char *forward = q->caching.forward;
 	int fd = -1;
 
 	if (l->b == NULL || x->refresh || asked->no_store ||
 	    head_field(&q->head, "Range") != NULL ||
 	    head_field(&q->head, "Authorization") != NULL)
 		return;
-	fd = follow_open(x, q, l);
-	if (fd != -1 && lookup_fits(x, q, l))
-		lookup_judge(x, q, asked, l);
-	x->request->caching.forward = forward;
+	fd = follow_open(x, l);
+	if (fd != -1 && lookup_fits(x, l))
+		lookup_judge(x, asked, l);
+	q->caching.forward = forward;
 	if (fd != -1 && l->reuse == REUSE_FRESH) {
 		if (l->fd != -1)
 			(void)close(l->fd);
@@ -8575,9 +9036,12 @@ request_is_cacheable(struct exchange *x)
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NONE)
 		return false;
-	rule = cache_rule(x, q, NULL, NULL);
-	q->caching.nocache = rule != NULL && rule->action == ACTION_NOCACHE;
-	return !q->caching.nocache;
+	rule = cache_rule(x, NULL, NULL);
+	if (rule == NULL || rule->action != ACTION_NOCACHE)
+		return true;
+	q->caching.nocache = true;
+	q->caching.miss = "rule";
+	return false;
 }
 
 /* What was found answers; for the log and Cache-Status. */
@@ -8613,9 +9077,9 @@ cache_find(struct exchange *x, struct lookup *l)
 		return CACHED_NO;
 	asked = control_parse(&q->head);
 	common = request_is_common(q, &asked);
-	lookup_run(x, q, &asked, l);
+	lookup_run(x, &asked, l);
 	if (l->reuse == REUSE_VALIDATED)
-		lookup_follow(x, q, &asked, l);
+		lookup_follow(x, &asked, l);
 	if (c->alone)
 		c->forward = forward;
 	if (l->fd != -1 && l->reuse != REUSE_VALIDATED)
@@ -8627,7 +9091,15 @@ cache_find(struct exchange *x, struct lookup *l)
 			(void)close(l->fd);
 		return asked.only_if_cached ? CACHED_NEVER : CACHED_WAIT;
 	}
-	if (l->fd != -1) {
+	if (l->fd != -1 && request_is_guarded(&q->head)) {
+		/*
+		 * Its conditions would give way to ours, and a part of another
+		 * version would seem to meet them: it is passed on as it came,
+		 * and a part is not to take the place of the whole.
+		 */
+		(void)close(l->fd);
+		c->nocache = head_field(&q->head, "Range") != NULL;
+	} else if (l->fd != -1) {
 		c->entry = l->fd;
 		c->has_entry = c->validated = true;
 		(void)text_copy(text_of(l->path + strlen(options.cache)),
@@ -8658,7 +9130,7 @@ cache_reopen(struct exchange *x, const char *word, struct lookup *l)
 	c->hit = word;
 	c->age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
-	c->ttl = exchange_lifetime(x, q, &l->r, &l->e).seconds - c->age;
+	c->ttl = exchange_lifetime(x, &l->r, &l->e).seconds - c->age;
 	c->has_entry = false;
 	l->fd = c->entry;
 	l->reuse = REUSE_FRESH;
@@ -8685,7 +9157,7 @@ cache_rescue(struct exchange *x, bool answered, struct lookup *l)
 	if (l->b == NULL)
 		return false;
 	age = l->e.age + (int64_t)now.wall - l->e.responded;
-	lifetime = exchange_lifetime(x, q, &l->r, &l->e).seconds;
+	lifetime = exchange_lifetime(x, &l->r, &l->e).seconds;
 	asked = control_parse(&q->head);
 	control = control_parse(&l->r.head);
 	good = l->e.responded <= now.wall + CLOCK_STEP_S &&
@@ -8727,12 +9199,12 @@ static enum cached
 cache_freshen(struct exchange *x, const struct response *r, struct lookup *l)
 {
 	struct request *q = x->request;
-	const struct rule *rule = cache_rule(x, q, NULL, NULL);
+	const struct rule *rule = cache_rule(x, NULL, NULL);
 	char path[CACHE_PATH];
 
 	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache,
 	    q->caching.path);
-	if (entry_freshen(x, q, r, rule ? rule->seconds : -1, path) &&
+	if (entry_freshen(x, r, rule ? rule->seconds : -1, path) &&
 	    cache_reopen(x, "validated", l))
 		return CACHED_YES;
 	(void)unlink(path);
@@ -8770,6 +9242,27 @@ cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 	return CACHED_NO;
 }
 
+/* Why the server's final response is not stored, in a word; NULL: it is. */
+static const char *
+cache_obstacle(const struct exchange *x, const struct response *r)
+{
+	const struct request *q = x->request;
+	const struct rule *rule = cache_rule(x, r, NULL);
+	const char *why;
+
+	if (rule != NULL && rule->action == ACTION_NOCACHE)
+		return "rule";
+	if (q->caching.nocache)
+		return r->status == 206 ? "range" : "rule";
+	if (q->caching.forward == NULL && q->method != METHOD_POST)
+		return "method";
+	why = response_obstacle(q, r, rule ? rule->seconds : -1);
+	if (why != NULL || r->framing != FRAMING_LENGTH ||
+	    r->length + cache.making <= options.cache_size / 4)
+		return why;
+	return r->length > options.cache_size / 4 ? "too-large" : "no-room";
+}
+
 /*
  * A final response comes from a server: it is stored, or those who waited for
  * it are told that it is not; and it may tell that something stored is no
@@ -8780,8 +9273,8 @@ cache_store(struct exchange *x, const struct response *r)
 {
 	struct request *q = x->request;
 	struct caching *c = &q->caching;
-	const struct rule *rule;
 	char path[CACHE_PATH];
+	const char *why;
 
 	c->forward_status = r->status;
 	if (options.cache == NULL || q->method == METHOD_CONNECT ||
@@ -8789,20 +9282,22 @@ cache_store(struct exchange *x, const struct response *r)
 		return;
 	/* Where the entry is that was validated: store_begin() has its own. */
 	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache, c->path);
-	rule = cache_rule(x, q, r, NULL);
 	if (q->method != METHOD_GET && q->method != METHOD_HEAD &&
 	    r->status >= 200 && r->status < 400)
 		cache_invalidate(x, r);
-	if ((c->forward != NULL || q->method == METHOD_POST) && !c->nocache &&
-	    (rule == NULL || rule->action == ACTION_CACHE) &&
-	    response_is_storable(q, r, rule ? rule->seconds : -1) &&
-	    (r->framing != FRAMING_LENGTH ||
-		r->length + cache.making <= options.cache_size / 4))
-		store_begin(x, q, r);
+	why = cache_obstacle(x, r);
+	if (why == NULL) {
+		store_begin(x, r);
+		why = c->storing ? NULL : "no-room";
+	}
+	if (why != NULL)
+		trace(x, "not stored: %s", why);
 	if (c->storing)
-		c->miss = "stored";
-	if (c->fetch && c->storing == key_is_lone(c->key))
-		cache.lone[c->key % CACHE_LONE] = c->storing ? 0 : c->key;
+		c->miss = c->spoiled ? "outdated" : "stored";
+	else if (c->miss != NULL)
+		c->miss = why;
+	if (c->fetch)
+		key_note(c->key, !c->storing);
 	if (c->storing)
 		return;
 	fetch_end(x, false);
@@ -8842,10 +9337,11 @@ cache_room(const struct exchange *x)
 static bool
 cache_wants(const struct exchange *x)
 {
-	const struct caching *c = &x->request->caching;
+	struct request *q = x->request;
+	const struct caching *c = &q->caching;
 
 	if (x->refresh && x->record.end == END_DONE)
-		return c->storing || answer_is_stored(x->request);
+		return c->storing || answer_is_stored(q);
 	if (x->phase < PHASE_RELAY)
 		return c->followers > 0 && x->up.done;
 	return c->storing && x->up.done &&
@@ -8866,7 +9362,8 @@ cache_follow_own(const struct exchange *x)
 	int fd;
 
 	if (!c->storing || c->followers == 0 ||
-	    (c->validator == 0 && c->length == UINT64_MAX))
+	    (c->validator == 0 && c->length == UINT64_MAX) ||
+	    !follow_is_safe(c))
 		return -1;
 	store_path(c->fetch, path);
 	fd = open(path, O_RDONLY);
@@ -8945,7 +9442,7 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 {
 	const struct request *q = x->request;
 
-	bool cached = answer_is_stored(q);
+	bool cached = answer_is_stored(q) || q->caching.hit != NULL;
 	bool collapsed = cached && (q->caching.leader || q->caching.alone);
 
 	buffer_append(b, text_of("Cache-Status: "));
@@ -8983,7 +9480,11 @@ cache_log_append(const struct request *q, struct buffer *b)
 	if (c->hit == NULL && c->miss == NULL)
 		return;
 	buffer_append(b, text_of(c->hit ? " hit=" : " miss="));
-	buffer_append(b, text_of(c->hit ? c->hit : c->miss));
+	/* What was to be stored, and has not come to its end, is incomplete. */
+	buffer_append(b,
+	    text_of(c->hit     ? c->hit :
+		    c->storing ? "incomplete" :
+				 c->miss));
 }
 
 /* ---- 10. Names ---- */
@@ -9291,12 +9792,16 @@ names_start(void)
 	}
 	(void)close(down[0]);
 	(void)close(up[1]);
-	if (names.helper != -1 &&
-	    conn_open(&names.questions, ROLE_QUESTIONS, down[1], NULL) &&
-	    conn_open(&names.answers, ROLE_ANSWERS, up[0], NULL))
-		return true;
-	(void)close(down[1]);
-	(void)close(up[0]);
+	if (names.helper == -1)
+		(void)close(down[1]);
+	else if (conn_open(&names.questions, ROLE_QUESTIONS, down[1], NULL)) {
+		if (conn_open(&names.answers, ROLE_ANSWERS, up[0], NULL))
+			return true;
+		up[0] = -1;
+		conn_close(&names.questions, false);
+	}
+	if (up[0] != -1)
+		(void)close(up[0]);
 	conn_clear(&names.questions);
 	conn_clear(&names.answers);
 	return false;
@@ -9594,7 +10099,8 @@ log_date(void)
 	static time_t written;
 	struct tm parts;
 
-	if (written != now.wall && localtime_r(&now.wall, &parts) != NULL) {
+	if ((written != now.wall || text[0] == '\0') &&
+	    localtime_r(&now.wall, &parts) != NULL) {
 		(void)strftime(text, sizeof(text), "%d/%b/%Y:%H:%M:%S %z",
 		    &parts);
 		written = now.wall;
@@ -9634,6 +10140,7 @@ log_quotes(const struct exchange *x)
 	const struct request *q = x->request;
 	const struct note *n = &x->note;
 	struct quotes quotes = { .first_ms = -1 };
+	struct text login;
 
 	if (q != NULL) {
 		const struct times *t = &q->times;
@@ -9642,6 +10149,10 @@ log_quotes(const struct exchange *x)
 		quotes.uri = q->uri;
 		quotes.agent = head_value(&q->head, "User-Agent");
 		quotes.referer = head_value(&q->head, "Referer");
+		login = url_login(quotes.referer);
+		if (login.len > 0)
+			quotes.referer = text_from(quotes.referer,
+			    (size_t)(login.at - quotes.referer.at) + login.len);
 		quotes.minor = q->minor;
 		quotes.dns_ms = times_between(t->asked, t->resolved);
 		quotes.connect_ms = q->route.reused ?
@@ -10015,8 +10526,9 @@ page_options(struct exchange *x)
  * for fields with secrets.  One too long to be sent back is refused.
  */
 static void
-page_trace(struct exchange *x, const struct request *r)
+page_trace(struct exchange *x)
 {
+	const struct request *r = x->request;
 	static const char *const secret[] = { "Authorization",
 		"Proxy-Authorization", "Cookie", NULL };
 	struct buffer *b = buffer_take();
@@ -10147,7 +10659,7 @@ static void
 exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 {
 	struct request *q = x->request;
-	bool ruled = refusal >= REFUSE_GUARDED && refusal <= REFUSE_PASSWORD;
+	bool ruled = refusals[refusal].cause == CAUSE_RULE;
 
 	x->record.refusal = refusal;
 	q->access.open = false;
@@ -10185,7 +10697,7 @@ exchange_rewrite(struct exchange *x)
 
 	if (r->first[GROUP_REQUEST] == NULL && !r->needles_n)
 		return;
-	exchange_view(x, q, &v);
+	exchange_view(x, &v);
 	rewrites_collect(r, GROUP_REQUEST, &v, &q->rewrites);
 	encoding.text = text_of("Accept-Encoding");
 	if (rules_seek_body(r, &v))
@@ -10194,8 +10706,9 @@ exchange_rewrite(struct exchange *x)
 
 /* A rule refused the exchange: by a page, a question, or not a word. */
 static void
-access_refuse(struct exchange *x, const struct request *q)
+access_refuse(struct exchange *x)
 {
+	const struct request *q = x->request;
 	const struct rule *rule = x->record.rule;
 	char detail[DETAIL_MAX], peer[ADDRESS_TEXT];
 	bool tried = head_field(&q->head, "Proxy-Authorization") != NULL;
@@ -10210,12 +10723,9 @@ access_refuse(struct exchange *x, const struct request *q)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
 	else if (rule->action == ACTION_LOGIN)
 		exchange_deny(x, tried ? REFUSE_PASSWORD : REFUSE_USER, "");
-	else if (rule->file == built_in && rule->line == 4)
-		exchange_deny(x, REFUSE_FOREIGN, detail);
 	else
-		exchange_deny(x,
-		    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED : REFUSE_RULE,
-		    "");
+		exchange_deny(x, rule->refusal,
+		    rule->refusal == REFUSE_FOREIGN ? detail : "");
 }
 
 /*
@@ -10239,7 +10749,7 @@ access_judge(struct exchange *x, struct view *v)
 	}
 	if (!rule_refuses(x->record.rule, v))
 		return true;
-	access_refuse(x, v->request);
+	access_refuse(x);
 	return false;
 }
 
@@ -10276,15 +10786,16 @@ route_judge(struct exchange *x, struct view *v)
  * False if it was refused.
  */
 static bool
-access_begin(struct exchange *x, const struct request *q)
+access_begin(struct exchange *x)
 {
+	const struct request *q = x->request;
 	struct view v;
 
 	x->rules = rules_now;
 	x->rules->refs++;
 	if (x->rules->logins)
 		x->record.user = account_login(x->rules, &q->head);
-	exchange_view(x, q, &v);
+	exchange_view(x, &v);
 	if (!access_judge(x, &v))
 		return false;
 	route_judge(x, &v);
@@ -10336,32 +10847,28 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	unsigned i, found = x->request->access.found;
 	struct verdict verdict;
 	struct response r;
-	const struct request *q;
+	struct request *q = x->request;
 	struct view v;
 
 	for (i = 0; i < x->rules->needles_n; i++)
 		if (needle_scan(x->rules->needles[i], states + i, piece))
-			x->request->access.found |= 1U << i;
-	q = x->request;
-	(void)response_parse(buffer_text(x->request->access.answer), q->method,
-	    &r);
-	exchange_view(x, q, &v);
+			q->access.found |= 1U << i;
+	(void)response_parse(buffer_text(q->access.answer), q->method, &r);
+	exchange_view(x, &v);
 	view_response(&v, &r,
-	    answer_is_stored(x->request) ? x->request->body :
-					   response_length(&r));
+	    answer_is_stored(x->request) ? q->body : response_length(&r));
 	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
 	if (whole)
 		v.known |= FACT_LENGTH | FACT_BODY;
-	if (!whole && found == x->request->access.found &&
-	    (v.known & FACT_LENGTH))
+	if (!whole && found == q->access.found && (v.known & FACT_LENGTH))
 		return true;
 	verdict = rules_judge(x->rules, GROUP_ACCESS, &v);
 	if (verdict.truth == TRUTH_YES)
 		x->record.rule = verdict.rule;
 	if (whole || verdict.truth == TRUTH_YES) {
-		x->request->access.open = false;
-		buffer_give(&x->request->access.answer);
+		q->access.open = false;
+		buffer_give(&q->access.answer);
 	}
 	return verdict.truth != TRUTH_YES || !rule_refuses(verdict.rule, &v);
 }
@@ -10391,7 +10898,7 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	q->route.n = 0;
 	q->route.list[0] = address_read(l->e.server);
 	if (q->access.open) {
-		exchange_view(x, q, &v);
+		exchange_view(x, &v);
 		view_response(&v, &l->r, l->e.body);
 		if (!access_response(x, &l->r, l->e.head, &v))
 			return;
@@ -10424,7 +10931,7 @@ parent_next(struct exchange *x)
 	/* What this one does not look up, the next may: all is judged anew. */
 	q->access.open = true;
 	q->route.next = q->route.n = 0;
-	x->request->times.asked = 0;
+	q->times.asked = 0;
 	q->route.greeting = GREETING_BEGIN;
 	x->record.server.family = 0;
 	exchange_enter(x, PHASE_RESOLVE);
@@ -10438,15 +10945,16 @@ parent_next(struct exchange *x)
 static void
 exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 {
+	enum cause cause = refusals[refusal].cause;
 	struct lookup l;
 
 	trace(x, "refused: %s%s%s%s", refusals[refusal].words,
 	    detail[0] ? " (" : "", detail, detail[0] ? ")" : "");
-	if (x->phase < PHASE_RESPONSE && refusal >= REFUSE_NAME &&
-	    refusal <= REFUSE_CONNECT && parent_next(x))
+	if (x->phase < PHASE_RESPONSE && cause == CAUSE_WAY && parent_next(x))
 		return;
-	if (x->record.status == 0 && refusal >= REFUSE_NAME &&
-	    refusal <= REFUSE_ANSWER_SLOW && cache_rescue(x, false, &l))
+	if (x->record.status == 0 &&
+	    (cause == CAUSE_WAY || cause == CAUSE_ANSWER) &&
+	    cache_rescue(x, false, &l))
 		exchange_serve(x, &l);
 	else
 		exchange_deny(x, refusal, detail);
@@ -10459,18 +10967,19 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 static void
 exchange_skip(struct exchange *x)
 {
+	struct request *q = x->request;
 	struct flow *f = &x->down;
 	struct conn *from = &x->server;
 	size_t n = f->ready;
 
-	if (n > x->request->skip)
-		n = (size_t)x->request->skip;
+	if (n > q->skip)
+		n = (size_t)q->skip;
 	if (n > 0) {
 		buffer_use(&from->in, n);
 		f->ready -= (uint32_t)n;
-		x->request->skip -= n;
+		q->skip -= n;
 	}
-	if (f->whole && x->request->skip > 0) {
+	if (f->whole && q->skip > 0) {
 		f->whole = false;
 		f->broken = true;
 	}
@@ -10478,7 +10987,7 @@ exchange_skip(struct exchange *x)
 
 /*
  * Reads from one side; of an entry that is still being stored no more than is
- * there, since room for the rest may have been made already.
+ * there, since the end of the file is not yet the end of the body.
  */
 static bool
 exchange_read(struct exchange *x, struct conn *from)
@@ -10583,12 +11092,15 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 
 /* ---- requests ---- */
 
-/* The length of the head that c's `in` begins with; as head_find() has it. */
+/*
+ * The length of the head in c's `in`, with `skip` bytes in front of it; as
+ * head_find() has it.
+ */
 static int
-conn_head(struct conn *c)
+conn_head(struct conn *c, size_t skip, bool lenient)
 {
-	size_t seen = c->seen;
-	int n = head_find(buffer_text(c->in), &seen);
+	size_t seen = c->seen > skip ? c->seen : skip;
+	int n = head_find(buffer_text(c->in), &seen, lenient);
 
 	c->seen = (uint32_t)seen;
 	return n;
@@ -10646,40 +11158,59 @@ request_take(struct exchange *x, size_t n)
 }
 
 /*
- * Overwrites a login in the authority of the request line that b begins with.
- * Such a request is refused, and neither log nor trace may tell the secret.
+ * Takes the login and the fragment out of the URL in the request line that b
+ * begins with: they are not for the server (RFC 9110 sections 4.2.4, 7.1),
+ * and neither log nor trace may tell the secret.  What is no valid login, or
+ * stands in a CONNECT, is overwritten, and the request will be refused.
  */
 static void
-request_hide_login(struct buffer *b)
+request_clean(struct buffer *b)
 {
-	struct text line = buffer_text(b);
-	size_t i, from;
+	bool connect = text_starts(buffer_text(b), "CONNECT ");
+	struct text line = buffer_text(b), login;
+	size_t from, at, end, i = 0;
 
 	line.len = text_find(line, '\n');
-	from = text_find(line, ' ');
-	from += from < line.len;
-	for (i = from; i + 2 < line.len && line.at[i] != '/'; i++)
-		if (memcmp(line.at + i, "://", 3) == 0)
-			from = i + 3;
-	for (i = from; i < line.len && !strchr("/?", line.at[i]); i++)
-		if (line.at[i] == '@')
-			memset(b->data + b->start + from, '*', i - from);
+	for (from = 0; from < line.len && !is_among(line.at[from], " \t");)
+		from++;
+	from = from < line.len ? from + 1 : 0;
+	login = url_login(text_from(line, from));
+	at = (size_t)(login.at - line.at);
+	while (i < login.len &&
+	    (is_alnum(login.at[i]) ||
+		is_among(login.at[i], "-._~%!$&'()*+,;=:")))
+		i++;
+	if (login.len > 0 && (connect || i + 1 < login.len))
+		memset(b->data + b->start + at, '*', login.len - 1);
+	else {
+		buffer_cut(b, at, login.len);
+		line = text_from(line, login.len);
+	}
+	for (at = from; at < line.len && !is_among(line.at[at], " #"); at++)
+		continue;
+	for (end = at; end < line.len && !is_among(line.at[end], " \r"); end++)
+		if (!text_is_clean(text_cut(line.at + end, 1)))
+			return;
+	if (!connect && at < line.len && line.at[at] == '#')
+		buffer_cut(b, at, end - at);
 }
 
 /* What came, when it is no request: the log gets its first line. */
 static void
 request_spoil(struct exchange *x)
 {
-	struct text t = buffer_text(x->client.in);
+	struct request *q = x->request;
+	struct text t;
 
-	request_hide_login(x->client.in);
+	request_clean(x->client.in);
+	t = buffer_text(x->client.in);
 	trace_head(x, "c>", t);
-	x->request->bytes = x->client.in;
+	q->bytes = x->client.in;
 	x->client.in = NULL;
 	t.len = text_find(t, '\n');
 	if (t.len > 0 && t.at[t.len - 1] == '\r')
 		t.len--;
-	x->request->uri = t;
+	q->uri = t;
 }
 
 /* Refuses what can't be parsed: where the next request begins is unknown. */
@@ -10693,8 +11224,9 @@ request_reject(struct exchange *x, enum refusal refusal)
 
 /* Notes what later phases need of a request, besides itself. */
 static void
-request_note(struct exchange *x, struct request *q)
+request_note(struct exchange *x)
 {
+	struct request *q = x->request;
 	struct text login = head_value(&q->head, "Authorization");
 
 	x->close = q->minor == 0 || q->method == METHOD_CONNECT ||
@@ -10711,8 +11243,9 @@ request_note(struct exchange *x, struct request *q)
 
 /* A request to ourselves: one of our pages, or a misunderstanding. */
 static void
-request_local(struct exchange *x, const struct request *r)
+request_local(struct exchange *x)
 {
+	const struct request *r = x->request;
 	struct text host = head_value(&r->head, "Host");
 	struct target t;
 
@@ -10825,7 +11358,7 @@ exchange_take(void)
 static struct exchange *
 exchange_take_refresh(const struct exchange *x)
 {
-	struct request *q = request_new();
+	struct request *q = request_new(NULL);
 	struct exchange *y = q == NULL ? NULL : exchange_take();
 
 	if (y == NULL) {
@@ -10833,9 +11366,11 @@ exchange_take_refresh(const struct exchange *x)
 		return NULL;
 	}
 	y->request = q;
+	q->owner = y;
 	y->client.eof = true;
 	y->client.exchange = y;
 	y->peer = x->peer;
+	y->local = x->local;
 	y->refresh = true;
 	exchange_queue(y);
 	return y;
@@ -10849,22 +11384,22 @@ exchange_take_refresh(const struct exchange *x)
 static void
 exchange_refresh(const struct exchange *x)
 {
+	const struct request *q = x->request;
 	struct buffer *head;
 	struct exchange *y;
 
-	if (fetch_for(x->request->caching.key) != NULL ||
-	    (head = buffer_take()) == NULL)
+	if (fetch_for(q->caching.key) != NULL || (head = buffer_take()) == NULL)
 		return;
 	y = exchange_take_refresh(x);
 	if (y == NULL) {
 		buffer_give(&head);
 		return;
 	}
-	refresh_build(x->request, head);
+	refresh_build(q, head);
 	y->client.in = head;
 	y->phase = PHASE_REQUEST;
 	y->since = now.ms;
-	y->request->caching.key = x->request->caching.key;
+	y->request->caching.key = q->caching.key;
 	fetch_begin(y);
 }
 
@@ -10923,22 +11458,22 @@ request_accept(struct exchange *x, size_t n)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 		return;
 	}
-	request_hide_login(x->request->bytes);
+	request_clean(x->request->bytes);
 	trace_head(x, "c>", buffer_text(x->request->bytes));
 	verdict = request_parse(buffer_text(r->bytes), r);
-	request_note(x, r);
+	request_note(x);
 	last = request_is_last(r);
 	if (verdict != 1 || last < 0) {
 		x->close = true;
 		exchange_refuse(x,
 		    (enum refusal)(verdict != 1 ? -verdict : -last), "");
 	} else if (r->target.form == FORM_ORIGIN)
-		request_local(x, r);
-	else if (!access_begin(x, r))
+		request_local(x);
+	else if (!access_begin(x))
 		return;
 	else if (last) {
 		if (r->method == METHOD_TRACE)
-			page_trace(x, r);
+			page_trace(x);
 		else
 			page_options(x);
 		exchange_enter(x, PHASE_RESPONSE);
@@ -10969,7 +11504,7 @@ request_begin(struct exchange *x)
 		x->number = ++exchanges.count;
 	}
 	if (x->request == NULL)
-		x->request = request_new();
+		x->request = request_new(x);
 	return x->request != NULL;
 }
 
@@ -10986,7 +11521,7 @@ request_starve(struct exchange *x)
 	c->error = 0;
 	buffer_give(&c->in);
 	if (x->request == NULL)
-		x->request = request_new();
+		x->request = request_new(x);
 	if (x->request == NULL)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 	else
@@ -11002,7 +11537,7 @@ request_step(struct exchange *x)
 	int n = 0;
 
 	if (request_begin(x)) {
-		n = conn_head(c);
+		n = conn_head(c, 0, false);
 		refusal = request_hopeless(c->in, n > 0);
 		if (refusal == REFUSE_NONE && n < 0)
 			refusal = (enum refusal)(-n);
@@ -11037,9 +11572,8 @@ resolve_name(struct exchange *x, const char *host, unsigned port)
 	char detail[DETAIL_MAX];
 	unsigned i;
 
-	x->request->times.asked =
-	    x->request->times.asked ? x->request->times.asked : now.ms;
-	x->request->times.resolved = now.ms;
+	q->times.asked = q->times.asked ? q->times.asked : now.ms;
+	q->times.resolved = now.ms;
 	if (name == NULL) {
 		exchange_refuse(x, REFUSE_BUSY, "");
 		return false;
@@ -11071,7 +11605,7 @@ resolve_host(struct exchange *x, struct text host, unsigned port)
 
 	if (address_parse(host_bare(host), port, &q->route.list[0])) {
 		q->route.n = 1;
-		x->request->times.resolved = now.ms;
+		q->times.resolved = now.ms;
 		return true;
 	}
 	(void)text_copy(host, string, sizeof(string));
@@ -11113,7 +11647,8 @@ resolve_strike(struct exchange *x, struct view *v)
 			continue;
 		}
 		if (kept == 0)
-			x->record.rule = verdict.rule;
+			x->record.rule =
+			    verdict.truth == TRUTH_YES ? verdict.rule : NULL;
 		stays = stays || verdict.truth == TRUTH_OPEN;
 		q->route.list[kept++] = q->route.list[i];
 	}
@@ -11130,33 +11665,30 @@ resolve_strike(struct exchange *x, struct view *v)
 static void
 resolve_judge(struct exchange *x)
 {
+	struct request *q = x->request;
 	char detail[DETAIL_MAX];
 	struct verdict verdict;
 	enum refusal refusal;
-	const struct request *q;
 	struct view v;
 
-	q = x->request;
-	exchange_view(x, q, &v);
-	if (exchange_parent(x) != NULL && x->request->access.open &&
+	exchange_view(x, &v);
+	if (exchange_parent(x) != NULL && q->access.open &&
 	    !access_judge(x, &v))
 		return;
-	if (exchange_parent(x) == NULL && x->request->route.n > 0) {
-		v.address = &x->request->route.list[0];
+	if (exchange_parent(x) == NULL && q->route.n > 0) {
+		v.address = &q->route.list[0];
 		v.known |= FACT_ADDRESS;
 	}
 	verdict = rules_judge(x->rules, GROUP_SOURCE, &v);
-	x->request->route.from =
-	    verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
+	q->route.from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
 	refusal = resolve_strike(x, &v);
 	if (refusal == REFUSE_NONE)
 		exchange_enter(x, PHASE_CONNECT);
 	else if (refusal == REFUSE_RULE)
-		access_refuse(x, q);
+		access_refuse(x);
 	else {
 		(void)snprintf(detail, sizeof(detail), "%.*s port %u",
-		    (int)x->request->target.host.len,
-		    x->request->target.host.at, x->request->target.port);
+		    (int)q->target.host.len, q->target.host.at, q->target.port);
 		exchange_refuse(x, refusal, detail);
 	}
 }
@@ -11165,18 +11697,17 @@ resolve_judge(struct exchange *x)
 static void
 resolve_route(struct exchange *x)
 {
-	const struct request *q;
+	struct request *q = x->request;
 	struct view v;
 
-	q = x->request;
-	exchange_view(x, q, &v);
-	v.address = &x->request->route.list[0];
+	exchange_view(x, &v);
+	v.address = &q->route.list[0];
 	v.known |= FACT_ADDRESS;
 	route_judge(x, &v);
-	x->request->access.route_open = false;
-	if (exchange_parent(x) != NULL && x->request->access.open)
+	q->access.route_open = false;
+	if (exchange_parent(x) != NULL && q->access.open)
 		(void)access_judge(x, &v);
-	x->request->times.asked = 0;
+	q->times.asked = 0;
 }
 
 /*
@@ -11259,6 +11790,7 @@ exchange_is_relayed(const struct exchange *x)
 static bool
 exchange_is_repeatable(const struct exchange *x)
 {
+	const struct request *q = x->request;
 	static const bool idempotent[] = {
 		[METHOD_GET] = true,
 		[METHOD_HEAD] = true,
@@ -11269,8 +11801,8 @@ exchange_is_repeatable(const struct exchange *x)
 		[METHOD_CONNECT] = false,
 	};
 
-	return idempotent[x->request->method] && x->up.from == FRAMING_NONE &&
-	    !x->request->upgrade;
+	return idempotent[q->method] && x->up.from == FRAMING_NONE &&
+	    !q->upgrade;
 }
 
 /*
@@ -11356,6 +11888,7 @@ connect_next(struct exchange *x)
 static bool
 connect_try(struct exchange *x, struct conn *c)
 {
+	struct request *q = x->request;
 	int error;
 
 	if (c->fd == -1 || !c->writable)
@@ -11364,9 +11897,9 @@ connect_try(struct exchange *x, struct conn *c)
 	if (error == 0)
 		return true;
 	trace(x, "failed: %s", strerror(error));
-	x->request->route.error = error;
+	q->route.error = error;
 	if (c->role == ROLE_TRY)
-		x->request->route.tries--;
+		q->route.tries--;
 	conn_close(c, false);
 	return false;
 }
@@ -11430,9 +11963,9 @@ host_append(const struct exchange *x, struct buffer *b)
 
 /* The request line for the next hop: a parent gets the whole target. */
 static void
-request_line_append(const struct exchange *x, const struct request *r,
-    struct buffer *b)
+request_line_append(const struct exchange *x, struct buffer *b)
 {
+	const struct request *r = x->request;
 	struct text path = r->target.path;
 	bool absolute = exchange_is_relayed(x);
 	char target[HOST_MAX + 10];
@@ -11458,9 +11991,9 @@ request_line_append(const struct exchange *x, const struct request *r,
  * was for us.
  */
 static void
-login_append(const struct exchange *x, const struct request *r,
-    struct buffer *b)
+login_append(const struct exchange *x, struct buffer *b)
 {
+	const struct request *r = x->request;
 	const struct parent *parent = exchange_parent(x);
 	char plain[2 * CREDENTIAL_MAX + 2];
 	char coded[4 * (sizeof(plain) + 2) / 3 + 1];
@@ -11480,9 +12013,9 @@ login_append(const struct exchange *x, const struct request *r,
 
 /* One field of the request to the next hop, or nothing. */
 static void
-request_field_append(struct exchange *x, const struct request *r, size_t i,
-    struct buffer *b)
+request_field_append(struct exchange *x, size_t i, struct buffer *b)
 {
+	const struct request *r = x->request;
 	const struct field *field = &r->head.fields[i];
 	uint64_t hops;
 
@@ -11529,9 +12062,9 @@ validators_append(struct exchange *x, struct buffer *b)
 
 /* Connection, and what it names: an upgrade, and the wish for trailers. */
 static void
-connection_append(const struct exchange *x, const struct request *r,
-    struct buffer *b)
+connection_append(const struct exchange *x, struct buffer *b)
 {
+	const struct request *r = x->request;
 	bool trailers = r->minor == 1 && r->method != METHOD_CONNECT &&
 	    head_lists(&r->head, "TE", text_of("trailers"));
 	size_t i;
@@ -11549,24 +12082,25 @@ connection_append(const struct exchange *x, const struct request *r,
 
 /* The whole request head for the next hop, into b. */
 static void
-request_build(struct exchange *x, const struct request *r, struct buffer *b)
+request_build(struct exchange *x, struct buffer *b)
 {
+	const struct request *r = x->request;
 	size_t i;
 
-	request_line_append(x, r, b);
+	request_line_append(x, b);
 	host_append(x, b);
 	for (i = 0; i < r->head.n; i++)
-		request_field_append(x, r, i, b);
+		request_field_append(x, i, b);
 	if (x->up.to == FRAMING_CHUNKED)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
-	login_append(x, r, b);
+	login_append(x, b);
 	if (x->request->caching.has_entry)
 		validators_append(x, b);
 	rewrites_append(&r->rewrites, b);
 	x->up.bare = rewrites_strip(&r->rewrites);
 	if (!rewrites_take(&r->rewrites, text_of("Via")))
 		via_append(b, r->minor);
-	connection_append(x, r, b);
+	connection_append(x, b);
 	buffer_append(b, text_of("\r\n"));
 }
 
@@ -11586,7 +12120,7 @@ exchange_send(struct exchange *x)
 	r = x->request;
 	if (r->rewrites.open || x->rules->needles_n > 0)
 		exchange_rewrite(x);
-	request_build(x, r, out);
+	request_build(x, out);
 	if (out->overflow) {
 		exchange_refuse(x, REFUSE_HEAD_LONG, "");
 		return;
@@ -11787,19 +12321,19 @@ greet_answer(struct exchange *x, struct text t)
 static bool
 greet_step(struct exchange *x)
 {
+	struct request *q = x->request;
 	struct conn *s = &x->server;
 	char message[GREETING_MAX];
 	struct text t;
 	size_t n;
 
-	if (x->request->route.greeting == GREETING_BEGIN &&
-	    conn_out(s) != NULL) {
+	if (q->route.greeting == GREETING_BEGIN && conn_out(s) != NULL) {
 		greet_begin(exchange_parent(x), s->out);
-		x->request->route.greeting = GREETING_METHOD;
+		q->route.greeting = GREETING_METHOD;
 	}
 	(void)conn_write(s);
 	t = s->in == NULL ? text_of("") : buffer_text(s->in);
-	n = greet_length(x->request->route.greeting, t);
+	n = greet_length(q->route.greeting, t);
 	if (n > 0 && t.len >= n) {
 		memcpy(message, t.at, n);
 		buffer_use(&s->in, n);
@@ -11831,21 +12365,21 @@ static void
 response_field_append(const struct exchange *x, const struct response *r,
     size_t i, struct buffer *b)
 {
+	const struct request *q = x->request;
 	const struct field *field = &r->head.fields[i];
-	bool bare = response_is_bare(r->status, x->request->method);
+	bool bare = response_is_bare(r->status, q->method);
 	uint64_t length;
 
-	if (answer_is_stored(x->request) && text_is(field->name, "Age"))
+	if (answer_is_stored(q) && text_is(field->name, "Age"))
 		return;
 	if (text_is(field->name, "Content-Length")) {
 		if (field != head_field(&r->head, "Content-Length") ||
 		    r->status < 200 || r->status == 204 ||
-		    (x->request->method == METHOD_CONNECT && r->status < 300))
+		    (q->method == METHOD_CONNECT && r->status < 300))
 			return;
 		if (!bare)
 			length = r->length;
-		else if (head_field(&r->head, "Transfer-Encoding") != NULL ||
-		    head_length(&r->head, &length) != 1)
+		else if (head_length(&r->head, &length) != 1)
 			return;
 		length_append(b, length);
 	} else if (field_passes(&r->head, i) ||
@@ -11858,18 +12392,16 @@ static void
 response_rewrites(struct exchange *x, const struct response *r,
     struct rewrites *w)
 {
-	const struct request *q;
+	const struct request *q = x->request;
 	struct view v;
 
 	w->n = 0;
 	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
-	    x->request->answerer == ANSWER_MEMORY)
+	    q->answerer == ANSWER_MEMORY)
 		return;
-	q = x->request;
-	exchange_view(x, q, &v);
+	exchange_view(x, &v);
 	view_response(&v, r,
-	    answer_is_stored(x->request) ? x->request->body :
-					   response_length(r));
+	    answer_is_stored(q) ? q->body : response_length(r));
 	rewrites_collect(x->rules, GROUP_RESPONSE, &v, w);
 	x->down.bare = rewrites_strip(w);
 }
@@ -11878,6 +12410,7 @@ response_rewrites(struct exchange *x, const struct response *r,
 static void
 response_build(struct exchange *x, const struct response *r, struct buffer *b)
 {
+	const struct request *q = x->request;
 	bool upgrade = r->status == 101 || r->status == 426;
 	struct rewrites w;
 	size_t i;
@@ -11894,12 +12427,11 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	if (r->status >= 200 && !x->tunnel &&
 	    head_field(&r->head, "Date") == NULL)
 		buffer_print(b, "Date: %s\r\n", date_now());
-	if (x->request->answerer != ANSWER_MEMORY &&
-	    !rewrites_take(&w, text_of("Via")))
+	if (q->answerer != ANSWER_MEMORY && !rewrites_take(&w, text_of("Via")))
 		via_append(b, r->minor);
-	if (answer_is_stored(x->request)) {
+	if (answer_is_stored(q)) {
 		buffer_append(b, text_of("Age: "));
-		buffer_number(b, (uint64_t)x->request->caching.age);
+		buffer_number(b, (uint64_t)q->caching.age);
 		buffer_append(b, text_of("\r\n"));
 	}
 	buffer_append(b, r->extra);
@@ -11984,10 +12516,12 @@ tunnel_start(struct exchange *x)
 static void
 response_interim(struct exchange *x, const struct response *r, size_t n)
 {
+	struct request *q = x->request;
+
 	x->moved = now.ms;
-	if (++x->request->interims > INTERIM_MAX)
+	if (++q->interims > INTERIM_MAX)
 		exchange_refuse(x, REFUSE_INTERIM, "");
-	else if (x->request->minor == 1 && x->record.status == 0)
+	else if (q->minor == 1 && x->record.status == 0)
 		(void)response_pass(x, r, n);
 	else
 		conn_drop_head(&x->server, n);
@@ -12011,7 +12545,8 @@ static bool
 response_keeps_server(const struct exchange *x, const struct response *r)
 {
 	return !answer_is_local(x->request) && r->minor == 1 &&
-	    r->framing != FRAMING_CLOSE && !response_logs_in(x, r) &&
+	    !(r->mended & MEND_LENGTH) && r->framing != FRAMING_CLOSE &&
+	    !response_logs_in(x, r) &&
 	    !head_lists(&r->head, "Connection", text_of("close"));
 }
 
@@ -12057,13 +12592,36 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 	exchange_enter(x, PHASE_RELAY);
 }
 
-/* An entry answers, with all of it or with a part. */
+/*
+ * The entry does not meet the request's condition.  The page that says so is
+ * its answer, and counts as a hit.
+ */
+static void
+response_unmet(struct exchange *x)
+{
+	trace(x, "refused: %s", refusals[REFUSE_CONDITION].words);
+	x->record.refusal = REFUSE_CONDITION;
+	fetch_leave(x);
+	page_refusal(x, REFUSE_CONDITION, "");
+	if (x->server.in == NULL)
+		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+}
+
+/*
+ * An entry answers: with 304 if the client has what is stored, with a part of
+ * it, or with all; with 412 if it is not what the client wants.
+ */
 static void
 response_from_entry(struct exchange *x, struct response *r, size_t n)
 {
 	char extra[256];
-	uint64_t at = cache_shape(x, r, extra, sizeof(extra));
+	uint64_t at;
 
+	if (r->status / 100 == 2 && !request_is_met(&x->request->head, r)) {
+		response_unmet(x);
+		return;
+	}
+	at = cache_shape(x, r, extra, sizeof(extra));
 	response_forward(x, r, n);
 	if (at == 0 || x->phase != PHASE_RELAY)
 		return;
@@ -12079,13 +12637,14 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 static bool
 response_validates(struct exchange *x, const struct response *r, size_t n)
 {
+	struct request *q = x->request;
 	struct lookup l;
 	enum cached cached = cache_validate(x, r, &l);
 
 	if (cached == CACHED_NO)
 		return false;
 	if (r->status == 304) {
-		x->request->route.keep = response_keeps_server(x, r);
+		q->route.keep = response_keeps_server(x, r);
 		conn_drop_head(&x->server, n);
 		exchange_release(x);
 	}
@@ -12093,8 +12652,8 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 		exchange_serve(x, &l);
 		return true;
 	}
-	x->request->route.keep = false;
-	x->request->route.next = 0;
+	q->route.keep = false;
+	q->route.next = 0;
 	exchange_enter(x, PHASE_CONNECT);
 	return true;
 }
@@ -12142,17 +12701,53 @@ response_tunnel(struct exchange *x, const struct response *r, size_t n)
 static bool
 response_passes(struct exchange *x, const struct response *r, struct text head)
 {
-	const struct request *q;
+	const struct request *q = x->request;
 	struct view v;
 
-	if (!x->request->access.open || x->request->method == METHOD_CONNECT ||
-	    answer_is_local(x->request) || x->request->access.answer != NULL ||
+	if (!q->access.open || q->method == METHOD_CONNECT ||
+	    answer_is_local(q) || q->access.answer != NULL ||
 	    (r->status < 200 && r->status != 101))
 		return true;
-	q = x->request;
-	exchange_view(x, q, &v);
+	exchange_view(x, &v);
 	view_response(&v, r, response_length(r));
 	return access_response(x, r, head, &v);
+}
+
+/*
+ * Asks again on a new connection: a kept one may end, or still bring bytes of
+ * an older answer, just when it is used (RFC 9112 section 9.3.1).  Once, since
+ * the new one is not a kept one.
+ */
+static void
+response_retry(struct exchange *x, const char *why)
+{
+	struct request *q = x->request;
+
+	trace(x, "the kept connection %s", why);
+	conn_close(&x->server, false);
+	q->route.reused = false;
+	q->route.fresh = true;
+	q->route.next = 0;
+	q->times.resolved = now.ms;
+	exchange_enter(x, PHASE_CONNECT);
+}
+
+/* Tells the trace what was put right in a server's head. */
+static void
+response_tell_mended(const struct exchange *x, unsigned mended)
+{
+	static const char *const words[MENDS] = {
+		"LF alone ended a line: taken as CR LF",
+		"blanks before a colon: removed",
+		"a line without a colon: dropped",
+		"Transfer-Encoding: identity: ignored",
+		"Content-Length beside Transfer-Encoding: dropped",
+	};
+	unsigned i;
+
+	for (i = 0; i < MENDS; i++)
+		if (mended >> i & 1)
+			trace(x, "the server's head: %s", words[i]);
 }
 
 /* A whole head of n bytes has come from whoever answers. */
@@ -12167,12 +12762,17 @@ response_accept(struct exchange *x, size_t n)
 	if (!answer_is_local(q))
 		trace_head(x, "s>", head);
 	verdict = response_parse(head, q->method, &r);
+	if (q->route.reused && !answer_is_local(q) && q->interims == 0 &&
+	    (verdict == -REFUSE_STATUS_LINE || r.status == 408)) {
+		response_retry(x, "brought no answer to this");
+		return;
+	}
+	response_tell_mended(x, r.mended);
 	if (verdict != 1) {
 		exchange_refuse(x, REFUSE_ANSWER, refusals[-verdict].words);
 		return;
 	}
-	x->request->times.answered =
-	    x->request->times.answered ? x->request->times.answered : now.ms;
+	q->times.answered = q->times.answered ? q->times.answered : now.ms;
 	if (response_wants_login(x, &r))
 		exchange_refuse(x,
 		    exchange_is_relayed(x) ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
@@ -12195,25 +12795,29 @@ response_accept(struct exchange *x, size_t n)
 }
 
 /*
- * The server went away without an answer.  On a kept connection that is no
- * surprise: it is asked again on a new one, once (RFC 9112 section 9.3.1).
+ * The length of an empty line before a status line: one is passed over.  Some
+ * servers end a body with it, beyond its length.
  */
+static size_t
+response_skip(const struct conn *s)
+{
+	struct text t = s->in == NULL ? text_of("") : buffer_text(s->in);
+
+	return text_starts(t, "\r\n") ? 2 : text_starts(t, "\n") ? 1 : 0;
+}
+
+/* The server went away without an answer; of a kept one that is no surprise. */
 static void
 response_lost(struct exchange *x)
 {
+	struct conn *s = &x->server;
 	struct request *q = x->request;
-	int error = x->server.error;
-	bool bytes = x->server.in != NULL || q->interims > 0;
+	int error = s->error;
+	bool bytes = buffer_held(s->in) > response_skip(s) || q->interims > 0;
 	char words[ADDRESS_TEXT], detail[DETAIL_MAX];
 
 	if (q->route.reused && !bytes) {
-		trace(x, "the kept connection was dead");
-		conn_close(&x->server, false);
-		q->route.reused = false;
-		q->route.fresh = true;
-		q->route.next = 0;
-		x->request->times.resolved = now.ms;
-		exchange_enter(x, PHASE_CONNECT);
+		response_retry(x, "was dead");
 		return;
 	}
 	address_print(&x->record.server, words);
@@ -12230,30 +12834,31 @@ response_lost(struct exchange *x)
 static bool
 response_step(struct exchange *x)
 {
+	const struct request *q = x->request;
 	struct conn *c = &x->client, *s = &x->server;
 	bool moved = false;
+	size_t skip;
 	int n = 0;
 
-	if (s->fd != -1 && !answer_is_local(x->request))
+	if (s->fd != -1 && !answer_is_local(q))
 		moved = exchange_pump(x, &x->up, c, s);
 	if (c->error || c->deaf) {
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 		return true;
 	}
-	if (x->up.broken && !answer_is_local(x->request)) {
+	if (x->up.broken && !answer_is_local(q)) {
 		x->record.end = c->eof ? END_CLIENT : END_DONE;
 		exchange_refuse(x, c->eof ? REFUSE_BODY_CUT : REFUSE_BODY, "");
 		return true;
 	}
 	if (!conn_write(c))
 		return moved;
+	skip = response_skip(s);
 	if (s->in != NULL)
-		n = conn_head(s);
-	if (n > 0)
-		response_accept(x, (size_t)n);
-	else if (n < 0) {
-		trace_head(x, "s>", buffer_text(s->in));
-		exchange_refuse(x, REFUSE_ANSWER, refusals[-n].words);
+		n = conn_head(s, skip, true);
+	if (n > 0) {
+		buffer_drop(s->in, skip);
+		response_accept(x, (size_t)n - skip);
 	} else if (s->in != NULL && head_is_hopeless(s->in))
 		exchange_refuse(x, REFUSE_ANSWER_LONG, "");
 	else if (s->eof || s->error)
@@ -12435,7 +13040,7 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 /*
  * x's client does not keep up with what others follow: the fetch goes on in a
  * slot of its own, and x follows it too.  Not if x might then get less than it
- * would have: what could neither be asked for again nor has room for sure.
+ * would have: what could neither be asked for again nor surely has room.
  */
 static void
 relay_part(struct exchange *x)
@@ -12474,7 +13079,7 @@ relay_resume(struct exchange *x)
 	fetch_leave(x);
 	answer_by(x, ANSWER_NONE);
 	q->access.open = true;
-	x->request->times.answered = 0;
+	q->times.answered = 0;
 	q->route.next = 0;
 	exchange_enter(x, PHASE_RESOLVE);
 }
@@ -12501,8 +13106,8 @@ relay_step(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (done)
 		exchange_finish(x);
-	else if (x->request->answerer == ANSWER_ORPHAN && !s->readable &&
-	    s->in == NULL && c->out == NULL)
+	else if (x->request->answerer == ANSWER_ORPHAN && !x->down.broken &&
+	    !s->readable && s->in == NULL && c->out == NULL)
 		relay_resume(x);
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
 	    c->out == NULL)
@@ -12638,7 +13243,7 @@ exchange_expire(struct exchange *x)
 		collapse_end(x);
 		break;
 	case PHASE_RESOLVE:
-		x->request->times.resolved = now.ms;
+		q->times.resolved = now.ms;
 		exchange_refuse(x, REFUSE_NAME_SLOW, "");
 		break;
 	case PHASE_CONNECT:
@@ -12707,6 +13312,7 @@ exchange_check(const struct exchange *x)
 static bool
 client_is_gone(const struct exchange *x)
 {
+	const struct request *q = x->request;
 	const struct conn *c = &x->client;
 
 	if (x->tunnel)
@@ -12714,8 +13320,7 @@ client_is_gone(const struct exchange *x)
 	if (c->error || (c->hung && !c->shut))
 		return true;
 	return c->eof && c->in == NULL && !x->refresh && x->up.done &&
-	    x->request->kept && x->record.status == 0 &&
-	    !answer_is_local(x->request);
+	    q->kept && x->record.status == 0 && !answer_is_local(q);
 }
 
 /*
@@ -12772,6 +13377,26 @@ exchange_run(struct exchange *x)
 		exchanges.wake = x->deadline;
 }
 
+/*
+ * True if the client at the other end of fd is on this machine: then it comes
+ * from an address that is ours only, or from the very one that it goes to.
+ */
+static bool
+peer_is_local(int fd, const struct address *peer)
+{
+	struct sockaddr_storage storage;
+	socklen_t len = sizeof(storage);
+	struct address here;
+
+	if (address_is_local(peer))
+		return true;
+	if (getsockname(fd, (struct sockaddr *)&storage, &len) == -1)
+		return false;
+	here = address_import((struct sockaddr *)&storage);
+	here.port = peer->port;
+	return address_same(&here, peer);
+}
+
 /* A client came: gives it a slot, which there is, and looks what it says. */
 static void
 exchange_open(int fd, const struct address *peer)
@@ -12787,6 +13412,7 @@ exchange_open(int fd, const struct address *peer)
 		conn_nodelay(&x->client);
 	x->client.readable = x->client.writable = true;
 	x->peer = *peer;
+	x->local = peer_is_local(fd, peer);
 	x->number = exchanges.count + 1;
 	exchange_enter(x, PHASE_REQUEST);
 	exchange_run(x);
@@ -12823,7 +13449,7 @@ loop_wait(void)
 {
 	int64_t wait = exchanges.wake - now.ms;
 
-	if (exchanges.again != NULL || wait <= 0)
+	if (exchanges.again != NULL || rules_next != NULL || wait <= 0)
 		return 0;
 	return exchanges.wake == INT64_MAX ? -1 :
 	    wait > INT_MAX                 ? INT_MAX :
@@ -12913,7 +13539,8 @@ loop_cool(void)
 		return;
 	cooled = now.ms;
 	for (i = poll_set.hot - 1; i > 0; i--)
-		if (poll_set.conns[i]->role >= ROLE_CLIENT &&
+		if ((poll_set.conns[i]->exchange != NULL ||
+			poll_set.conns[i]->role == ROLE_KEPT) &&
 		    now.ms - poll_set.conns[i]->event > COLD_MS)
 			poll_cool(poll_set.conns[i]);
 }
@@ -13171,23 +13798,34 @@ loop_stop(void)
 static void
 loop_reload(void)
 {
-	struct rules *fresh;
-
 	/* Who started it by hand has closed the window. */
 	if (logs.terminal && !isatty(STDOUT_FILENO) && !isatty(STDERR_FILENO)) {
 		loop_stop();
 		return;
 	}
-	fresh = rules_read(rules_now);
+	rules_give(&rules_next);
+	rules_next = rules_begin();
+	if (rules_next == NULL)
+		warn("the old rules stay in force");
 	if (!log_open())
 		warn("can't reopen the log %s: %s", options.log,
 		    strerror(errno));
-	if (fresh == NULL) {
+}
+
+/* Goes on reading the next rules; when they are complete, they are in force. */
+static void
+loop_rules(void)
+{
+	if (rules_next == NULL || !rules_step(rules_next))
+		return;
+	if (rules_next->errors > 0) {
 		warn("the old rules stay in force");
+		rules_give(&rules_next);
 		return;
 	}
 	rules_give(&rules_now);
-	rules_now = fresh;
+	rules_now = rules_next;
+	rules_next = NULL;
 }
 
 /* The signals that came. */
@@ -13237,6 +13875,7 @@ loop_run(void)
 		if (loop_note(loop_poll()))
 			loop_kept();
 		loop_signals();
+		loop_rules();
 		loop_names();
 		loop_exchanges();
 		loop_expire();
@@ -13477,13 +14116,14 @@ listener_add(int fd, const struct sockaddr *at, socklen_t len, const char *path)
 	if (at->sa_family == AF_INET6)
 		(void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on,
 		    sizeof(on));
-	if (bind(fd, at, len) == -1 || listen(fd, SOMAXCONN) == -1 ||
-	    !conn_open(&l->conn, ROLE_LISTENER, fd, NULL)) {
+	if (bind(fd, at, len) == -1 || listen(fd, SOMAXCONN) == -1) {
 		int error = errno;
 
 		(void)close(fd);
 		return strerror(error);
 	}
+	if (!conn_open(&l->conn, ROLE_LISTENER, fd, NULL))
+		return strerror(errno);
 	l->path = path;
 	if (path == NULL) {
 		struct sockaddr_storage bound;
@@ -13641,12 +14281,14 @@ cache_is_tagged(const char *path)
 {
 	char text[sizeof(cache_tag)] = { 0 };
 	int fd = open(path, O_RDONLY | O_NONBLOCK);
+	bool tagged;
 
 	if (fd == -1)
 		return false;
-	(void)fd_read(fd, text, sizeof(text) - 1);
+	tagged = fd_read(fd, text, sizeof(text) - 1) > 0 &&
+	    strcmp(text, cache_tag) == 0;
 	(void)close(fd);
-	return strcmp(text, cache_tag) == 0;
+	return tagged;
 }
 
 /*
@@ -13766,18 +14408,19 @@ key_print(const char *url)
 {
 	struct buffer *b = buffer_take();
 	struct exchange x;
-	struct target target = { .host = { "", 0 } };
-	struct request *q = request_new();
+	struct request *q = request_new(NULL);
 	struct text key;
 
 	if (options.cache == NULL)
 		usage("-k wants -c, the directory to look in");
-	if (absolute_parse(text_of(url), &target) != 1)
-		usage("-k %s: not a URL that begins with http://", url);
-	if (b == NULL || q == NULL)
+	if (b == NULL || q == NULL || (q->bytes = buffer_take()) == NULL)
 		return;
+	buffer_print(q->bytes, "GET %s HTTP/1.0\r\n\r\n", url);
+	request_clean(q->bytes);
+	if (request_parse(buffer_text(q->bytes), q) != 1 ||
+	    q->target.form != FORM_ABSOLUTE)
+		usage("-k %s: not a URL that begins with http://", url);
 	memset(&x, 0, sizeof(x));
-	q->target = target;
 	x.request = q;
 	key_append(&x, b);
 	key = buffer_text(b);
@@ -13858,7 +14501,7 @@ trial_build(struct exchange *x, char *words, struct account *user,
 {
 	char *word = words + strcspn(words, " "), *value, *url = words;
 	const char *method = NULL;
-	struct text target;
+	struct text target, login;
 
 	x->peer.family = AF_UNIX;
 	while (*word != '\0') {
@@ -13881,18 +14524,20 @@ trial_build(struct exchange *x, char *words, struct account *user,
 		word = value + strcspn(value, " ");
 	}
 	if (text_starts(text_of(url), "https://")) {
-		url += strlen("https://");
-		target = text_cut(url, strcspn(url, "/?"));
+		login = url_login(text_of(url));
+		url += strlen("https://") + login.len;
+		target = text_cut(url, strcspn(url, "/?#"));
 		/* What is behind an IPv6 address, or all of another host. */
 		url += *url == '[' ? text_find(target, ']') : 0;
 		buffer_print(head, "CONNECT %.*s%s HTTP/1.1\r\n",
 		    (int)target.len, target.at,
-		    strcspn(url, ":") < strcspn(url, "/?") ? "" : ":443");
+		    strcspn(url, ":") < strcspn(url, "/?#") ? "" : ":443");
 	} else
 		buffer_print(head, "%.*s %s HTTP/1.1\r\n",
 		    method ? (int)strcspn(method, " ") : 3,
 		    method ? method : "GET", url);
 	buffer_append(head, text_of("Host: x\r\n\r\n"));
+	request_clean(head);
 }
 
 /* Where a verdict comes from, behind what it says. */
@@ -13922,7 +14567,8 @@ trial_resolve(const struct request *q, struct address *a)
 	(void)text_copy(q->target.host, host, sizeof(host));
 	error = getaddrinfo(host, NULL, &hints, &found);
 	if (error != 0) {
-		printf("\taddress: %s\n", gai_strerror(error));
+		printf("\taddress: the name lookup failed: %s\n",
+		    gai_strerror(error));
 		return false;
 	}
 	*a = address_import(found->ai_addr);
@@ -13932,21 +14578,22 @@ trial_resolve(const struct request *q, struct address *a)
 
 /* What the cache would do. */
 static void
-trial_cache(struct exchange *x, struct request *q)
+trial_cache(struct exchange *x)
 {
+	struct request *q = x->request;
 	struct lookup l;
 	struct control asked = control_parse(&q->head);
-	const struct rule *rule = cache_rule(x, q, NULL, NULL);
+	const struct rule *rule = cache_rule(x, NULL, NULL);
 
 	if (!request_is_cacheable(x)) {
 		trial_print("cache", "none", rule);
 		return;
 	}
-	lookup_run(x, q, &asked, &l);
+	lookup_run(x, &asked, &l);
 	trial_print("cache",
 	    l.reuse != REUSE_VALIDATED ? "answers" :
 		l.fd != -1             ? "validates" :
-					 x->request->caching.forward,
+					 q->caching.forward,
 	    rule);
 	if (l.fd != -1)
 		(void)close(l.fd);
@@ -13958,19 +14605,19 @@ trial_cache(struct exchange *x, struct request *q)
  * for the server's address, that is known even if the route is a parent.
  */
 static void
-trial_judge(struct exchange *x, const struct request *q, struct verdict *access,
-    struct verdict *route)
+trial_judge(struct exchange *x, struct verdict *access, struct verdict *route)
 {
-	bool asked = x->request->access.route_open;
+	struct request *q = x->request;
+	bool asked = q->access.route_open;
 	struct view v;
 
-	x->request->route.parent = NULL;
-	exchange_view(x, q, &v);
+	q->route.parent = NULL;
+	exchange_view(x, &v);
 	*route = rules_judge(x->rules, GROUP_ROUTE, &v);
-	x->request->access.route_open = route->truth == TRUTH_OPEN;
-	x->request->route.parent =
-	    route->truth == TRUTH_YES ? route->rule->parents : NULL;
-	exchange_view(x, q, &v);
+	q->access.route_open = route->truth == TRUTH_OPEN;
+	q->route.parent = route->truth == TRUTH_YES ? route->rule->parents :
+						      NULL;
+	exchange_view(x, &v);
 	if (asked && x->record.server.family != 0)
 		view_source(&v, &x->record.server);
 	*access = rules_judge(x->rules, GROUP_ACCESS, &v);
@@ -13978,12 +14625,12 @@ trial_judge(struct exchange *x, const struct request *q, struct verdict *access,
 
 /* True if a line that is open asks for the server's address. */
 static bool
-trial_wants(const struct exchange *x, const struct request *q)
+trial_wants(const struct exchange *x)
 {
 	const struct rule *rule = x->rules->first[GROUP_ACCESS];
 	struct view v;
 
-	exchange_view(x, q, &v);
+	exchange_view(x, &v);
 	for (; rule != NULL; rule = rule->next)
 		if ((rule->needs & FACT_ADDRESS) &&
 		    rule_judge(rule, &v) == TRUTH_OPEN)
@@ -13995,7 +14642,8 @@ trial_wants(const struct exchange *x, const struct request *q)
 static void
 trial_route(const struct verdict *route)
 {
-	const struct parent *p = route->rule ? route->rule->parents : NULL;
+	const struct parent *p =
+	    route->truth == TRUTH_YES ? route->rule->parents : NULL;
 	const char *mark = p && strchr(p->host, ':') ? "[]" : "";
 	char words[HOST_MAX + 40] = "direct";
 
@@ -14003,78 +14651,101 @@ trial_route(const struct verdict *route)
 		(void)snprintf(words, sizeof(words), "via %s://%.1s%s%s:%u",
 		    p->kind == PARENT_HTTP ? "http" : "socks5", mark, p->host,
 		    mark[0] ? mark + 1 : "", p->port);
-	trial_print("route", route->truth == TRUTH_OPEN ? "open" : words,
+	trial_print("route",
+	    route->truth == TRUTH_OPEN ? "open, it needs the server's address" :
+					 words,
 	    route->rule);
+}
+
+/* What access comes to; if it is open, what the line lacks that is. */
+static void
+trial_access(const struct verdict *access, struct view *v)
+{
+	static const char *const done[] = { [ACTION_ALLOW] = "allow",
+		[ACTION_DENY] = "deny",
+		[ACTION_LOGIN] = "login",
+		[ACTION_DROP] = "drop" };
+	const struct condition *c = access->rule->conditions;
+	char words[80];
+
+	if (access->truth == TRUTH_YES) {
+		trial_print("access", done[access->rule->action], access->rule);
+		return;
+	}
+	while (c->next != NULL && condition_judge(c, v) != TRUTH_OPEN)
+		c = c->next;
+	(void)snprintf(words, sizeof(words), "open, it needs the %s%s",
+	    c->needs & FACT_ADDRESS ? "server's " : "response's ",
+	    subjects[c->subject].word);
+	trial_print("access", words, access->rule);
 }
 
 /*
  * One -T: what would happen.  The server's name is looked up if, and only if,
- * the verdict depends on its address.  True if it is not denied.
+ * the verdict depends on its address.  Returns the exit status.
  */
-static bool
+static int
 trial_run(char *words)
 {
-	static const char *const access[] = { [ACTION_ALLOW] = "allow",
-		[ACTION_DENY] = "deny",
-		[ACTION_LOGIN] = "login",
-		[ACTION_DROP] = "drop" };
 	struct buffer *head = buffer_take();
 	struct account user = { NULL, { NULL, 0 }, { NULL, 0 } };
 	struct verdict verdict, route;
 	struct exchange x;
-	struct request *q = request_new();
+	struct request *q = request_new(NULL);
 	struct view v;
 	bool denied;
 
 	memset(&x, 0, sizeof(x));
 	if (head == NULL || q == NULL) {
 		die("no memory");
-		return false;
+		return 1;
 	}
 	printf("%s\n", words);
 	trial_build(&x, words, &user, head);
+	x.local = address_is_local(&x.peer);
 	x.record.user = user.user.at ? &user : NULL;
 	x.rules = rules_now;
 	x.request = q;
+	q->owner = &x;
 	if (request_parse(buffer_text(head), q) != 1 ||
 	    q->target.form == FORM_ORIGIN)
 		usage("-T %s: not a URL that begins with http:// or https://",
 		    words);
-	request_note(&x, q);
-	trial_judge(&x, q, &verdict, &route);
+	request_note(&x);
+	trial_judge(&x, &verdict, &route);
 	if ((route.truth == TRUTH_OPEN ||
-		(verdict.truth == TRUTH_OPEN && trial_wants(&x, q))) &&
+		(verdict.truth == TRUTH_OPEN && trial_wants(&x))) &&
 	    trial_resolve(q, &x.record.server))
-		trial_judge(&x, q, &verdict, &route);
-	trial_print("access",
-	    verdict.truth == TRUTH_YES ? access[verdict.rule->action] :
-					 "open, the response decides",
-	    verdict.rule);
+		trial_judge(&x, &verdict, &route);
+	exchange_view(&x, &v);
+	trial_access(&verdict, &v);
 	trial_route(&route);
-	exchange_view(&x, q, &v);
 	denied = verdict.truth == TRUTH_YES && rule_refuses(verdict.rule, &v);
 	if (options.cache != NULL)
-		trial_cache(&x, q);
+		trial_cache(&x);
 	buffer_give(&head);
 	request_drop(&q);
-	return !denied;
+	return denied                                                ? 1 :
+	    verdict.truth == TRUTH_OPEN || route.truth == TRUTH_OPEN ? 3 :
+								       0;
 }
 
-/* All -T; exit status 1 if one is denied. */
+/* All -T; of their exit statuses 1 goes before 3. */
 static void
 trials_run(void)
 {
-	bool good = true;
+	int worst = 0;
 	unsigned i;
 
 	for (i = 0; i < options.trials_n; i++) {
 		char *copy = strdup(options.trials[i]);
+		int status = copy == NULL ? 1 : trial_run(copy);
 
-		if (copy == NULL || !trial_run(copy))
-			good = false;
+		if (worst == 0 || status == 1)
+			worst = status;
 		free(copy);
 	}
-	exit(good ? 0 : 1);
+	exit(worst);
 }
 
 /* Says where we are and how to use it. */
@@ -14178,7 +14849,7 @@ main(int argc, char **argv)
 	options_parse(argc, argv);
 	if (options.key != NULL)
 		key_print(options.key);
-	rules_now = rules_read(NULL);
+	rules_now = rules_read();
 	if (rules_now == NULL)
 		exit(2);
 	if (options.check)
