@@ -5755,7 +5755,7 @@ check_rules() {
 # These rules must be wrong, and each ERE must be said: wrong RULES ERE...
 wrong() {
 	wrong_rules=$1
-	printf "$wrong_rules" > rules
+	printf '%b' "$wrong_rules" > rules
 	shift
 	check_rules
 	[ $status = 2 ] || fail "$wrong_rules: exit status $status"
@@ -5767,7 +5767,7 @@ wrong() {
 
 # These must be right: right RULES
 right() {
-	printf "$1" > rules
+	printf '%b' "$1" > rules
 	check_rules
 	[ $status = 0 ] || fail "$1: $(cat errors)"
 }
@@ -5808,61 +5808,6 @@ want() {
 	asks "$2" "$3" "${4-}"
 	head -n 1 a | grep "^HTTP/1.1 $1 " > /dev/null ||
 		fail "${play_title-} $2 $3: $(head -n 1 a), not $1"
-}
-
-# What asks has got: 450 if the rule of holds held.
-held() {
-	held_line=$(head -n 1 a | tr -d '\r')
-	case "$1 $held_line" in
-	'+ HTTP/1.1 450'*) ;;
-	'- HTTP/1.1 450'*) return 1 ;;
-	'- HTTP/1.1 '*) ;;
-	*) return 1 ;;
-	esac
-}
-
-# + for -, - for +.
-other() {
-	[ "$1" = + ] && echo - || echo +
-}
-
-# One condition, and requests for which it must hold (+) or not (-), and the
-# other way round with "not" before it: holds 'CONDITION' [OPTION...]
-#	+ METHOD URL [FIELDS\n]
-holds() {
-	holds_what=$1
-	shift
-	cat > holds.rows
-	for holds_not in '' 'not '; do
-		start_ruled -e "deny 450 $holds_not$holds_what" "$@"
-		while read -r mark method url fields; do
-			[ -z "$holds_not" ] || mark=$(other "$mark")
-			asks "$method" "$url" "$fields"
-			held "$mark" || fail "$holds_not$holds_what:" \
-			    "$mark $method $url $fields: $held_line"
-		done < holds.rows
-	done
-}
-
-# The same with heads of responses: holds_answer 'CONDITION' [OPTION...]
-#	+ STATUS REASON\n[FIELDS\n]
-holds_answer() {
-	holds_what=$1
-	shift
-	cat > holds.rows
-	for holds_not in '' 'not '; do
-		start_ruled -e "deny 450 $holds_not$holds_what" "$@"
-		while read -r mark head; do
-			[ -z "$holds_not" ] || mark=$(other "$mark")
-			origin h <<END
-head
-send HTTP/1.1 ${head}Content-Length: 2\\n\\nok
-END
-			asks GET "http://$origin/"
-			held "$mark" || fail "$holds_not$holds_what:" \
-			    "$mark $head: $held_line"
-		done < holds.rows
-	done
 }
 
 # The value of Proxy-Authorization for a login, and all of that field.
@@ -6855,7 +6800,7 @@ test_rules_built_in() { # the built-in lines, around those of the user; guard mo
 	NR == 4 && /^built-in:4: deny ".*"/ { ok++ }
 	END { exit ok != 4 || NR != 4 }' out || fail "prints $(cat out)"
 	while IFS='|' read -r rules order; do
-		printf "$rules" > rules
+		printf '%b' "$rules" > rules
 		run_proxy -n -v -f rules
 		sed 's/^\([^ ]*\): .*/\1/' out | tr '\n' ' ' > order
 		grep -x "$order " order > /dev/null || fail "$rules: $(cat order)"
@@ -7200,32 +7145,6 @@ no > 200 Server: nginx
 if field request X-A evil
 yes GET http://a/ X-A: \\{$n:y}evil
 END
-}
-
-# Sets TZ so that it is now about HH:MM on the day that UTC has: local_clock HH:MM
-local_clock() {
-	TZ=$(date -u +%H:%M | awk -F: -v at="$1" '{
-		split(at, to)
-		d = to[1] * 60 + to[2] - $1 * 60 - $2
-		sign = d < 0 ? "+" : "-"
-		d = d < 0 ? -d : d
-		printf "LOC%s%d:%02d", sign, int(d / 60), d % 60
-	}')
-	export TZ
-}
-
-# The local time so many minutes from now.
-clock_in() {
-	date +%H:%M | awk -F: -v n="$1" '{
-		m = ($1 * 60 + $2 + n + 2880) % 1440
-		printf "%02d:%02d", int(m / 60), m % 60 }'
-}
-
-# The day of the week so many days from now.
-day_in() {
-	date +%u | awk -v n="$1" '{
-		split("Mon Tue Wed Thu Fri Sat Sun", day, " ")
-		print day[($1 - 1 + n + 14) % 7 + 1] }'
 }
 
 test_rules_time() { # time: days, hours, both
@@ -9124,12 +9043,13 @@ test_rules_hup_twice() { # HUP while a list is read: that reading starts over
 	wait_for 10 'grep "^proxy: large: 1000 lines" err > /dev/null' ||
 		fail "the new list is not read: $(cat err)"
 	gives 403 http://host999.ads.example/ || fail "$(head -n 1 a)"
-	open=$(ls "/proc/$proxy_pid/fd" 2> /dev/null | wc -l)
+	set -- "/proc/$proxy_pid/fd/"*
+	open=$#
 	kill -HUP "$proxy_pid"
 	wait_for 10 '[ "$(grep -c "^proxy: large: 1000 lines" err)" = 2 ]' ||
 		fail "not read a third time: $(cat err)"
-	[ "$(ls "/proc/$proxy_pid/fd" 2> /dev/null | wc -l)" = "$open" ] ||
-		fail "a descriptor stays open"
+	set -- "/proc/$proxy_pid/fd/"*
+	[ $# = "$open" ] || fail "a descriptor stays open"
 }
 
 test_rules_hup_users() { # HUP: users and passwords are read anew
@@ -13895,6 +13815,12 @@ at_guard(int place, const char *s, size_t n)
 	return text_cut(p, n);
 }
 
+static struct text
+string_at_guard(const char *s)
+{
+	return at_guard(0, s, strlen(s));
+}
+
 /* What a row says. */
 static void
 say_row(const char *format, ...)
@@ -14037,8 +13963,8 @@ main(int argc, char **argv)
 EOF_UNIT
 }
 
-# Runs a table of a unit program, which the first test that comes here builds:
-# unit PROGRAM TABLE
+# Runs checks of a unit program, which the first test that comes here builds,
+# and those of the rows on standard input: unit PROGRAM [CHECK...]
 unit() {
 	need_source
 	built_once "unit-$1" "write_$1_unit"
@@ -14050,17 +13976,16 @@ unit() {
 	[ $status = 0 ] || fail "status $status: $(head -n 5 unit.out)"
 }
 
-# Holds the rows on standard input against what proxy.c makes of them, and runs
-# checks: rows [CHECK...]
+# Holds the rows on standard input against what proxy.c makes of them.
 rows() {
-	unit tables "$@"
+	unit tables
 }
 
 # All rows in one program: what the functions tables_* of this file print, and
 # a list of what is in there.
 write_tables_unit() {
 	echo '#include "unit.h"'
-	for tables_part in $(sed -n 's/^\(tables_[a-z]*\)() {.*/\1/p' "$self"); do
+	sed -n 's/^\(tables_[a-z]*\)() {.*/\1/p' "$self" | while read -r tables_part; do
 		"$tables_part"
 	done > tables.c
 	cat tables.c
