@@ -159,6 +159,13 @@ stop_proxy() {
 	proxy=
 }
 
+# Opens a pipe that nobody reads, as descriptor 9: pipe_open NAME
+pipe_open() {
+	have mkfifo || skip "no mkfifo"
+	mkfifo "$1" || skip "mkfifo cannot"
+	exec 9<> "$1"
+}
+
 # The proxy accepts nobody any more.
 closed() {
 	wait_for 3 '"$peer" client "$proxy" late < /dev/null
@@ -4141,8 +4148,8 @@ test_names_lookup() { # a name is looked up, timed, and remembered
 	client answer
 	client send GET http://TWO.test:%p/ HTTP/1.1\nHost: two.test\n\n
 	client answer
-	client send CONNECT two.test:%p HTTP/1.1\nHost: two.test\n\n
-	client answer head ; shut ; eof
+	ask    CONNECT two.test:%p
+	client shut ; eof
 	sees#  3 ^(ok)?HTTP/1.1 200
 	gets   Host: two.test:%p
 	gets   Host: TWO.test:%p
@@ -4151,10 +4158,8 @@ test_names_lookup() { # a name is looked up, timed, and remembered
 	log    "CONNECT two.test:%p HTTP/1.1" 200 .* server=%O end=
 END
 	play 'our own address under another name is a loop' <<END
-	client send GET http://two.test:${proxy##*:}/ HTTP/1.1\nHost: x\n\n
-	client answer
-	sees~  ^HTTP/1.1 508
-	log#   1 .
+	ask    http://two.test:${proxy##*:}/ = 508
+	log#   1 "GET http://two
 END
 }
 
@@ -4176,18 +4181,16 @@ test_names_slow() { # a name server that is silent delays nobody else
 	start_names 127.0.0.1
 	for n in 1 2 3 4 5 6 7 8 9; do
 		client_bg s$n <<'END'
-send GET http://slow.test/ HTTP/1.1\nHost: x\n\n
-touch asked ; answer
+send GET http://slow.test/ HTTP/1.1\nHost: x\n\n ; touch asked ; answer
 END
 	done
-	wait_for 10 '[ -f asked ]'
+	comes asked
 	"$peer" sleep 100
 	before=$("$peer" clock)
-	play -n 'another name' <<'END'
+	play 'another name' <<'END'
 	reply  200 Connection: close | ok
 	ask    http://two.test:%p/ = 200 | ok
 END
-	served
 	[ $(($("$peer" clock) - before)) -lt 8000 ] || fail "delayed"
 	[ ! -f s1.end ] || fail "slow.test has an answer: $(head -n 1 s1)"
 }
@@ -4203,28 +4206,46 @@ END
 }
 
 test_names_helper_dies() { # without its helper the proxy starts another
-	have ps || skip "no ps"
 	start_names 127.0.0.1
-	ps -A -o pid= -o ppid= > list 2> /dev/null || skip "no ps -A -o"
-	helper=$(awk -v parent="$proxy_pid" '$2 == parent { print $1; exit }' list)
-	[ -n "$helper" ] || fail "no helper process"
+	find_helper
 	kill -KILL "$helper"
 	"$peer" sleep 100
-	play 'a name after that' <<'END'
-	reply  200 Connection: close | ok
-	ask    http://two.test:%p/ = 200 | ok
-END
+	name_known two.test
+	served
+}
+
+# True if loopback has this address.
+address_here() {
+	address_says=$("$peer" origin -a "$1" try 2> /dev/null < /dev/null) &&
+		kill "${address_says#* }"
 }
 
 # Where a second address of the machine's loopback is, or skips.
 second_address() {
 	for second in 127.0.0.2 ::1; do
-		second_says=$("$peer" origin -a $second second \
-		    2> /dev/null < /dev/null) || continue
-		kill "${second_says#* }"
-		return
+		address_here $second && return
 	done
 	skip "loopback has one address only"
+}
+
+# A deaf port or an origin at the second address, and at the same port of
+# 127.0.0.1 the origin o with the script on standard input:
+# twins deaf|origin NAME
+twins() {
+	cat > o.script
+	# Somebody may have the port on one of them.
+	for _ in 1 2 3 4 5; do
+		twins_says=$("$peer" "$1" -a "$second" "$2" < /dev/null) ||
+			skip "no $1 at $second"
+		echo "${twins_says#* }" >> .pids
+		origin_port=${twins_says% *}
+		twins_says=$("$peer" origin -a 127.0.0.1 -p "$origin_port" o \
+		    < o.script 2> o.err) && break
+	done
+	[ -n "$twins_says" ] || fail "no port that is free on both addresses"
+	echo "${twins_says#* }" >> .pids
+	origin_name=o
+	origin=127.0.0.1:$origin_port
 }
 
 test_names_refused_address() { # the next address is tried when one refuses
@@ -4239,29 +4260,14 @@ END
 
 test_names_dead_address() { # a dead first address costs at most 300 ms
 	second_address
-	cat > o.script <<'END'
+	twins deaf deaf <<'END'
 reply 200 Connection: close | ok
 END
-	# The same port on both addresses; somebody may have it on one.
-	for n in 1 2 3 4 5; do
-		says=$("$peer" deaf -a $second deaf) ||
-			skip "cannot make a port that does not answer"
-		echo "${says#* }" >> .pids
-		origin_port=${says% *}
-		says=$("$peer" origin -a 127.0.0.1 -p "$origin_port" o \
-		    < o.script 2> o.err) && break
-	done
-	[ -n "$says" ] || fail "no port that is free on both addresses"
-	echo "${says#* }" >> .pids
-	origin=127.0.0.1:$origin_port
 	start_names $second 127.0.0.1
 	# The best of some tries: the machine may be busy.
 	for n in 1 2 3 4 5 6; do
-		client c$n <<'END'
-ask http://two.test:%p/
-END
-		seen c$n <<'END'
-= ok
+		play -n 'the second answers' <<'END'
+	ask    http://two.test:%p/ = 200 | ok
 END
 		took=$(sed -n 's/.* connect=\([0-9]*\) .*/\1/p' log | sort -n |
 		    head -n 1)
@@ -4275,9 +4281,7 @@ END
 }
 
 test_names_outgoing() { # -b: the address that servers see
-	"$peer" origin -a 127.0.0.2 try > try.port < /dev/null 2> /dev/null ||
-		skip "no 127.0.0.2 here"
-	kill "$(sed 's/.* //' try.port)"
+	address_here 127.0.0.2 || skip "no 127.0.0.2 here"
 	start_proxy -b 127.0.0.2
 	play 'GET and CONNECT' <<'END'
 	reply  200 | ok
@@ -4338,11 +4342,10 @@ test_parent_http() { # -x http://: plain and CONNECT, nothing looked up here
 reply 200 | ok
 reply 200 | ok
 ---
-head ; send HTTP/1.1 200 Fine\nX-Parent: 1\n\npong
-want 4
+head ; send HTTP/1.1 200 Fine\nX-Parent: 1\n\npong ; want 4
 ---
 reply 403 No | no
-eof
+head ; say 200 | evil
 ---
 head ; close
 END
@@ -4357,6 +4360,20 @@ END
 	log    "GET http://dest.invalid:81\?b HTTP/1.1" 200 2 .* connect=- .* server=$parent end=done
 	log    "CONNECT dest.invalid:443 HTTP/1.1" 200 4 .* up=4 .* server=$parent end=
 END
+	play -n 'CONNECT that the parent refuses: what follows is no request' <<'END'
+	client send CONNECT dest.invalid:443 HTTP/1.1\nHost: x\n\nGET http://dest.invalid/evil HTTP/1.1\nHost: dest.invalid\n\n
+	client eof
+	sees~  ^HTTP/1.1 (403|502)
+	sees!~ ^HTTP/1.1 200
+	sees!~ evil
+	sees~  ^-- end (eof|reset)
+	log#   1 .
+	log    "CONNECT dest.invalid:443 HTTP/1.1" (403|502)
+END
+	play -n 'a parent that closes' <<'END'
+	ask    CONNECT dest.invalid:443 = 502
+	log    "CONNECT dest.invalid:443 HTTP/1.1" 502 .* why="
+END
 	got p <<'END'
 = GET http://dest.invalid/a HTTP/1.1
 + Host: dest.invalid
@@ -4367,17 +4384,7 @@ END
 = Host: dest.invalid:443
 = ping
 !~ ^Proxy-Authorization
-END
-	play -n 'CONNECT that the parent refuses' <<'END'
-	client send CONNECT dest.invalid:443 HTTP/1.1\nHost: x\n\nping
-	client answer
-	sees~  ^HTTP/1.1 (403|502)
-	sees!~ ^HTTP/1.1 200
-	log    "CONNECT dest.invalid:443 HTTP/1.1" (403|502)
-END
-	play -n 'a parent that closes' <<'END'
-	ask    CONNECT dest.invalid:443 = 502
-	log    "CONNECT dest.invalid:443 HTTP/1.1" 502 .* why="
+!~ evil
 END
 }
 
@@ -4432,10 +4439,7 @@ END
 }
 
 test_parent_down() { # a parent that is not there: 502 that names it
-	origin gone < /dev/null
-	kill "${origin_says#* }"
-	wait_for 5 '"$peer" client "$origin" dead < /dev/null
-		grep refused dead.end > /dev/null' || fail "cannot free a port"
+	nobody
 	start_proxy -x "http://$origin"
 	play -n 'down' <<'END'
 	ask    http://dest.invalid/ = 502
@@ -8147,6 +8151,35 @@ need_memory() {
 	[ "$(private_memory)" -gt 0 ] || skip "/proc/PID/smaps knows nothing"
 }
 
+# Lets strace look at the proxy that starts next.
+need_calls() {
+	sanitized && skip "a sanitizer build says nothing"
+	have strace || skip "no strace"
+	strace -D -o strace.try true 2> /dev/null ||
+		skip "strace may not trace, or has no -D"
+	proxy_wrap="strace -D -o all.calls"
+}
+
+# In a play: the calls from here on, until the client has made the file done,
+# go to the file calls, but for what is written to the log.
+count_calls() {
+	count_from=$(($(wc -l < all.calls) + 1))
+	touch counted
+	comes "done"
+	tail -n "+$count_from" all.calls > calls
+	logs=$(grep -c '^write(1, "127' calls)
+	grep -v '^write(1, "127' calls > calls~
+	mv calls~ calls
+}
+
+# How many of them are of these kinds: calls ERE; of others: calls -v ERE
+calls() {
+	case $1 in
+	-v) grep -v -c -E "^($2)\\(" calls ;;
+	*) grep -c -E "^($1)\\(" calls ;;
+	esac
+}
+
 # Opens 5000 connections with one request each and compares.
 hold_many() {
 	many=5000
@@ -8159,16 +8192,13 @@ hold_many() {
 	esac
 	# shellcheck disable=SC3045 # where it is missing, nothing is lost
 	ulimit -S -n "$files" 2> /dev/null
-	says=$("$peer" echo echo) || fail "no echo"
-	echo "${says#* }" >> .pids
-	origin=127.0.0.1:${says% *}
+	echoes
 	start_proxy -m 6000
 	need_memory
 	served
 	before=$(private_memory)
-	"$peer" hold $many "$proxy" hold "$(printf '%s\n' "$1" | addresses)" \
-	    2> hold.err &
-	echo $! >> .pids
+	spawn hold.err "$peer" hold $many "$proxy" hold \
+	    "$(printf '%s\n' "$1" | addresses)"
 	wait_for 50 '[ -f hold.ready ] || [ -s hold.err ]' ||
 		fail "5000 connections take too long"
 	[ ! -s hold.err ] || fail "$(cat hold.err)"
@@ -8212,70 +8242,49 @@ test_resources_slow_readers() { # who does not read costs two buffers at most
 	need_memory
 	served
 	before=$(private_memory)
-	origin o <<'END'
-reply 200 Content-Length: 1073741824
-stuff 1073741824 ; touch stuffed1 ; stall 60000
+	play 'one each way' <<'END'
+	reply  200 Content-Length: 1073741824
+	origin stuff 1073741824 ; touch stuffed1 ; await over
+	origin next
+	origin head ; await over
+	a: send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; await over
+	do comes stuffed1
+	b: send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 1073741824\n\n
+	b: stuff 1073741824 ; touch stuffed2 ; await over
+	do comes stuffed2
+	do after=$(private_memory)
+	do touch over
 END
-	client_bg c1 <<'END'
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; await over
-END
-	wait_for 20 '[ -f stuffed1 ]' || fail "the origin never stops"
-	origin o2 <<'END'
-head ; await over
-END
-	client_bg c2 <<'END'
-send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 1073741824\n\n
-stuff 1073741824 ; touch stuffed2 ; await over
-END
-	wait_for 20 '[ -f stuffed2 ]' || fail "the client never stops"
-	after=$(private_memory)
 	# Two buffers for each of the two, and two pages of other things.
 	[ $((after - before)) -le $(((buffer * 4 + 16384) / 1024)) ] ||
 		fail "$((after - before)) KiB for two exchanges"
-	touch over
-	[ "$(cat o.1.stuffed)" -lt 1073741824 ] || fail "all was taken"
-	served
+	[ "$(cat o1.1.stuffed)" -lt 1073741824 ] || fail "all was taken"
 }
 
 test_resources_calls() { # a small GET: 4 transfers, and the log's write
-	sanitized && skip "a sanitizer build says nothing"
-	have strace || skip "no strace"
-	strace -o strace.try true 2> /dev/null || skip "strace may not trace"
-	strace -D -o strace.try true 2> /dev/null || skip "strace has no -D"
-	origin o <<'END'
-replies 200 | \{1024:x}
-END
-	proxy_wrap="strace -D -o calls"
+	need_calls
 	start_proxy
-	client_bg c <<'END'
-ask /first
-stall 300 ; touch warm ; await counted ; ask /1
-ask /2
-stall 300 ; ask /3
-ask /4
-stall 300 ; touch done ; await over
+	play -n 'four of them' <<'END'
+	replies 200 | \{1024:x}
+	a: ask /first = 200
+	a: stall 300 ; touch warm ; await counted
+	a: ask /1 = 200
+	a: ask /2 = 200
+	a: stall 300
+	a: ask /3 = 200
+	a: ask /4 = 200
+	a: stall 300 ; touch done ; await over
+	do comes warm
+	do count_calls
+	do touch over
+	log    /4 HTTP/1.1" 200 1024 .* connect=- .* end=done
 END
-	wait_for 20 '[ -f warm ]' || fail "no answer"
-	skipped_calls=$(wc -l < calls)
-	touch counted
-	wait_for 20 '[ -f done ]' || fail "no more answers"
-	logged <<'END'
-~ /4 HTTP/1.1" 200 1024 .* connect=- .* end=done
-END
-	tail -n "+$((skipped_calls + 1))" calls > counted_calls
-	touch over
-	logs=$(grep -c '^write(1, "127' counted_calls)
-	transfers=$(grep -v '^write(1, "127' counted_calls |
-	    grep -c -E '^(p?readv?|p?writev?|recv[a-z]*|send[a-z]*)\(')
-	others=$(grep -v -c -E \
-	    '^(p?readv?|p?writev?|recv[a-z]*|send[a-z]*|poll|ppoll)\(' \
-	    counted_calls)
+	transfers=$(calls 'p?readv?|p?writev?|recv[a-z]*|send[a-z]*')
+	others=$(calls -v 'p?readv?|p?writev?|recv[a-z]*|send[a-z]*|poll|ppoll')
 	[ "$logs" -ge 1 ] && [ "$logs" -le 4 ] || fail "$logs writes to the log"
 	[ "$transfers" = 16 ] ||
 		fail "4 requests took $transfers transfers instead of 16"
-	[ "$others" -le 4 ] || fail "$others other calls: $(grep -v -E \
-	    '^(p?readv?|p?writev?|recv[a-z]*|send[a-z]*|poll|ppoll)\(' \
-	    counted_calls | head -n 3)"
+	[ "$others" -le 4 ] || fail "$others other calls: $(cut -c1-40 calls)"
 }
 
 # ---- Cache: plays ------------------------------------------------------------
@@ -9698,49 +9707,33 @@ END
 }
 
 test_cache_calls() { # a small hit: one read, an open, two reads, a write, a close
-	sanitized && skip "a sanitizer build says nothing"
-	have strace || skip "no strace"
-	strace -D -o strace.try true 2> /dev/null || skip "strace may not trace"
-	origin o <<'END'
-reply 200 Cache-Control: max-age=999 | \{1024:x}
-END
-	proxy_wrap="strace -D -o calls"
+	need_calls
 	start_cache
-	client_bg c <<'END'
-ask /
-ask /
-stall 300 ; touch warm ; await counted ; ask /
-ask /
-ask /
-ask /
-stall 300 ; touch done ; await over
+	play -n 'four hits' <<'END'
+	reply  200 Cache-Control: max-age=999 | \{1024:x}
+	a: ask / = 200
+	a: ask / = 200; hit
+	a: stall 300 ; touch warm ; await counted
+	a: ask / = 200; hit
+	a: ask / = 200; hit
+	a: ask / = 200; hit
+	a: ask / = 200; hit
+	a: stall 300 ; touch done ; await over
+	do comes warm
+	do count_calls
+	do touch over
+	log#   5 " 200 1024 .* hit=fresh
 END
-	wait_for 20 '[ -f warm ]' || fail "no answer"
-	skipped_calls=$(wc -l < calls)
-	touch counted
-	wait_for 20 '[ -f done ]' || fail "no more answers"
-	logged <<'END'
-#5 " 200 1024 .* hit=fresh
-END
-	tail -n "+$((skipped_calls + 1))" calls | grep -v '^write(1, "127' \
-	    > counted_calls
-	touch over
-	opens=$(grep -c '^open' counted_calls)
-	closes=$(grep -c '^close(' counted_calls)
-	reads=$(grep -c -E '^(p?readv?|recv[a-z]*)\(' counted_calls)
-	writes=$(grep -c -E '^(p?writev?|send[a-z]*)\(' counted_calls)
-	others=$(grep -v -c -E \
-	    '^(open|close|p?readv?|recv|p?writev?|send|p?poll|epoll)' counted_calls)
-	[ "$opens" = 4 ] || fail "4 hits took $opens opens"
-	[ "$closes" = 4 ] || fail "4 hits took $closes closes"
-	[ "$writes" = 4 ] || fail "4 hits took $writes writes"
+	for call in 'open|openat' close 'p?writev?|send[a-z]*'; do
+		[ "$(calls "$call")" = 4 ] ||
+			fail "4 hits took $(calls "$call") of $call"
+	done
 	# A read that finds nothing more may stand before a poll.
-	[ "$reads" -ge 8 ] && [ "$reads" -le 12 ] || fail "4 hits took $reads" \
-		"reads: $(grep -E '^(p?readv?|recv)' counted_calls | cut -c1-40 |
-		head -n 8)"
-	[ "$others" = 0 ] || fail "$others other calls: $(grep -v -E \
-	    '^(open|close|p?readv?|recv|p?writev?|send|p?poll|epoll)' \
-	    counted_calls | head -n 3)"
+	reads=$(calls 'p?readv?|recv[a-z]*')
+	[ "$reads" -ge 8 ] && [ "$reads" -le 12 ] ||
+		fail "4 hits took $reads reads: $(cut -c1-40 calls)"
+	others=$(calls -v 'open|openat|close|p?readv?|recv[a-z]*|p?writev?|send[a-z]*|p?poll|epoll[a-z_]*')
+	[ "$others" = 0 ] || fail "$others other calls: $(cut -c1-40 calls)"
 }
 
 # Gets /FROM to /TO from the origin at hand on one connection:
@@ -13934,20 +13927,16 @@ test_regress_flood() { # refused clients that never stop sending keep nobody out
 	other_ends
 	built_once hasty write_hasty -UBUFFER_SIZE -ULINGER_MS
 	proxy_bin=$work/hasty
-	start_proxy
-	origin o <<'END'
-reply 200 Content-Length: 1000000000
-stuff 1000000000
+	play -n 'beside a download' <<'END'
+	reply  200 Content-Length: 1000000000
+	origin stuff 1000000000
+	a: send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until \n\n ; skip 1000000000
+	do "$other" flood "$proxy" 1800
+	do patience 3000
+	do served
+	do stop_proxy
+	a: sees~ ^-- end
 END
-	client_bg c <<'END'
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until \n\n
-skip 1000000000
-END
-	"$other" flood "$proxy" 1800
-	PEER_MS=3000
-	export PEER_MS
-	served
-	stop_proxy
 }
 
 test_regress_socks_early() { # bytes behind a SOCKS reply are no answer to what was not asked yet
@@ -13985,10 +13974,7 @@ END
 		[ $((n % 2)) != 0 ] || end=shut
 		client_bg c$n "$where" <<END
 ask CONNECT %O
-want 40000
-stall $((n * 20))
-$end
-stall 50
+want 40000 ; stall $((n * 20)) ; $end ; stall 50
 END
 	done
 	for n in 1 2 3 4 5 6; do
@@ -14005,10 +13991,7 @@ END
 }
 
 test_regress_connect_refused() { # what follows a refused CONNECT is no request
-	origin gone < /dev/null
-	kill "${origin_says#* }"
-	wait_for 5 '"$peer" client "$origin" dead < /dev/null
-		grep refused dead.end > /dev/null' || fail "cannot free a port"
+	nobody
 	dead=$origin
 	for early in 'GET http://%O/evil HTTP/1.1\nHost: %O\n\n' \
 	    '\x16\x03\x01\x00\x05\x01\x00\x00\x01\xfc'; do
@@ -14030,24 +14013,6 @@ END
 		refused 400 \
 		    "CONNECT %O HTTP/1.1\\nHost: %O\\n$field\\n\\n$evil"
 	done
-}
-
-test_regress_connect_parent() { # the same if it is a parent that refuses
-	start_with http <<'END'
-reply 403 No | no
-reply 200 | evil
-END
-	play -n 'refused by the parent' <<'END'
-	client send CONNECT dest.invalid:443 HTTP/1.1\nHost: x\n\nGET http://dest.invalid/evil HTTP/1.1\nHost: dest.invalid\n\n
-	client eof
-	sees~  ^HTTP/1.1 (403|502)
-	sees!~ evil
-	sees~  ^-- end (eof|reset)
-	log#   1 .
-END
-	got p <<'END'
-!~ evil
-END
 }
 
 # Answers that end while the client's buffer is full to the brim: brim KIND.
@@ -14201,8 +14166,7 @@ END
 test_regress_early_101() { # a server may not switch before it has the whole request
 	play 'in a chunk' <<'END'
 	origin head ; until hel
-	origin send HTTP/1.1 101 Switching\nUpgrade: odd\nConnection: upgrade\n\n
-	origin eof
+	origin send HTTP/1.1 101 Switching\nUpgrade: odd\nConnection: upgrade\n\n ; eof
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nUpgrade: odd\nConnection: upgrade\nTransfer-Encoding: chunked\n\n5\nhel
 	client until \n\n ; send lo\n0\n\nraw ; eof
 	sees~  ^HTTP/1.1 502
@@ -14229,14 +14193,10 @@ test_regress_login() { # a login of a connection (NTLM, Negotiate) serves no oth
 		reply  200 | alice
 		origin next
 		reply  200 | nobody
-		ask    / Authorization: $scheme TlRMTVNTUAAD = 200 | alice
-END
-		client other <<'END'
-ask /
-END
-		seen other <<'END'
-= nobody
-!~ alice
+		a: ask / Authorization: $scheme TlRMTVNTUAAD = 200 | alice
+		a: ends open
+		b: ask / = 200 | nobody
+		b: sees!~ alice
 END
 	done
 }
@@ -14244,16 +14204,14 @@ END
 test_regress_anonymous_trailers() { # -a: trailers tell nothing about the client either
 	start_proxy -a
 	play 'personal fields as trailers' <<'END'
-	origin head ; until \n0\n ; until \n ; stall 50
-	origin say 200 | ok
+	origin head ; until \n0\n ; until \n ; stall 50 ; say 200 | ok
 	ask    POST / Connection: X-Priv\nTransfer-Encoding: chunked | 4\ngood\n0\nX-Forwarded-For: 10.1.2.3\nx-forwarded-host: x\nFrom: me@x\nForwarded: for=1\nReferer: http://x/\nUser-Agent: play\nVia: 1.0 fred\nX-Real-IP: 1\nClient-IP: 1\n\n = 200
 	gets   good
 	gets!~ ^(Via|From|Referer|User-Agent|Forwarded|[Xx]-[Ff]orw.*|X-Real-IP|Client-IP):
 END
 	stop_proxy
 	play 'without -a, too: what routes or sets conditions' <<'END'
-	origin head ; until \n0\n ; until \n ; stall 50
-	origin say 200 | ok
+	origin head ; until \n0\n ; until \n ; stall 50 ; say 200 | ok
 	ask    POST / Transfer-Encoding: chunked | 4\ngood\n0\nIf-Match: x\nIf-None-Match: x\nForwarded: for=1\nX-Forwarded-For: 10.1.2.3\n\n = 200
 	gets   good
 	gets!~ ^(If-.*|Forwarded|X-Forwarded-For):
@@ -14261,52 +14219,32 @@ END
 }
 
 test_regress_slow_reader() { # a half-closed tunnel lasts as long as bytes flow, however slowly
-	built "$quick_bin"
-	proxy_bin=$quick_bin
+	quick
 	start_proxy -l "$T/p.sock"
 	size=1500000
-	script=$(i=0
-	while i=$((i + 1)) && [ $i -le 40 ]; do
-		printf 'skip 4000\nstall 50\n'
-	done)
-	origin o <<END
-want 5 ; fill $size
+	play 'the client reads slowly' <<END
+	origin want 5 ; fill $size
+	ask    CONNECT %O = 200
+	client send hello ; shut
+	$(awk 'BEGIN { while (n++ < 40) print "client skip 4000 ; stall 50" }')
+	client skip $((size - 160000)) ; eof
+	sees   -- end eof
+	log    "CONNECT %O HTTP/1.1" 200 $size .* up=5 .* end=client
 END
-	client c <<END
-ask CONNECT %O
-send hello ; shut
-$script
-skip $((size - 160000))
-eof
-END
-	[ "$(cat c.end)" = eof ] || fail "the client sees: $(cat c.end)"
-	logged <<END
-~ "CONNECT %O HTTP/1.1" 200 $size .* up=5 .* end=client
-END
-	served
 }
 
 test_regress_reset_after_end() { # a server resets after its end of stream: the client feels it
-	start_proxy
-	origin o <<'END'
-close
+	play 'bytes for a server that is gone' <<'END'
+	origin close
+	a: ask CONNECT %O
+	a: stall 200 ; send a ; touch sent ; await felt
+	a: send b ; stall 100 ; send c ; stall 100 ; send d
+	a: sees~ ^-- end broken
+	do comes sent
+	do wait_for 3 'grep "CONNECT .* end=" log' || fail "the tunnel lives on"
+	do touch felt
+	log    "CONNECT %O HTTP/1.1" 200 0 .* up=1 .* end=(reset|server)
 END
-	client_bg c <<'END'
-ask CONNECT %O
-stall 200 ; send a ; touch sent ; await felt ; send b
-stall 100 ; send c ; stall 100 ; send d
-END
-	wait_for 10 '[ -f sent ]' || fail "no tunnel"
-	wait_for 3 'grep "CONNECT .* end=" log > /dev/null' ||
-		fail "the tunnel lives on"
-	touch felt
-	ended c
-	grep broken c.end > /dev/null ||
-		fail "the client can go on: $(cat c.end)"
-	logged <<'END'
-~ "CONNECT %O HTTP/1.1" 200 0 .* up=1 .* end=(reset|server)
-END
-	served
 }
 
 # Requests whose lines fill a pipe and more: fill_log N, into the log.
@@ -14321,15 +14259,12 @@ END
 }
 
 test_regress_log_pipe() { # a log on a pipe that nobody reads: serving goes on, lines come when it is read
-	have mkfifo || skip "no mkfifo"
-	mkfifo pipe || skip "mkfifo cannot"
-	exec 9<> pipe
+	pipe_open pipe
 	start_proxy -o "$T/pipe" 9>&-
 	fill_log 150
 	served 9>&-
 	rests "the log's pipe full"
-	cat < pipe > lines 9>&- &
-	echo $! >> .pids
+	spawn lines cat pipe 9>&-
 	exec 9>&-
 	"$peer" sleep 1700
 	before=$(wc -l < lines)
@@ -14343,9 +14278,7 @@ test_regress_log_pipe() { # a log on a pipe that nobody reads: serving goes on, 
 }
 
 test_regress_log_pipe_term() { # the same, and TERM: exit 0
-	have mkfifo || skip "no mkfifo"
-	mkfifo pipe || skip "mkfifo cannot"
-	exec 9<> pipe
+	pipe_open pipe
 	start_proxy -o "$T/pipe" 9>&-
 	fill_log 150
 	served 9>&-
@@ -14354,15 +14287,12 @@ test_regress_log_pipe_term() { # the same, and TERM: exit 0
 }
 
 test_regress_log_fifo() { # HUP with a log whose reader has gone: serving goes on
-	have mkfifo || skip "no mkfifo"
-	mkfifo pipe || skip "mkfifo cannot"
-	exec 9<> pipe
+	pipe_open pipe
 	start_proxy -o "$T/pipe" 9>&-
 	served 9>&-
 	exec 9>&-
 	kill -HUP "$proxy_pid"
-	PEER_MS=3000
-	export PEER_MS
+	patience 3000
 	"$peer" sleep 100
 	served 9>&-
 	served 9>&-
@@ -14370,19 +14300,16 @@ test_regress_log_fifo() { # HUP with a log whose reader has gone: serving goes o
 }
 
 test_regress_err_pipe() { # words on a pipe that nobody reads: serving goes on, TERM works
-	have mkfifo || skip "no mkfifo"
-	mkfifo words || skip "mkfifo cannot"
-	exec 9<> words
+	pipe_open words
 	"$proxy_bin" -v -l "$T/p.sock" -o "$T/log" 2> words 9>&- &
 	proxy_pid=$!
 	echo "$proxy_pid" >> .proxies
 	wait_for 10 '[ -S p.sock ]' || fail "does not start"
-	PEER_MS=3000
-	export PEER_MS
-	long=$(printf '%03000d' 0)
-	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25; do
-		client c "$T/p.sock" <<END
-send GET /$long HTTP/1.1\\nHost: x\\nX-A: $long\\nConnection: close\\n\\n
+	patience 3000
+	n=0
+	while [ $((n += 1)) -le 25 ]; do
+		client c "$T/p.sock" <<'END'
+send GET /\{3000:0} HTTP/1.1\nHost: x\nX-A: \{3000:0}\nConnection: close\n\n
 eof
 END
 		[ "$(cat c.end)" = eof ] || fail "request $n: $(cat c.end)"
@@ -14433,8 +14360,7 @@ start_forks() {
 
 # A name must be known, soon: name_known NAME
 name_known() {
-	PEER_MS=3000
-	export PEER_MS
+	patience 3000
 	play -n "the name $1" <<END
 	reply  200 Connection: close | ok
 	ask    http://$1:%p/ = 200 | ok
@@ -14454,10 +14380,9 @@ test_regress_helper_hangs() { # the helper dies while a question hangs: names wo
 	start_names 127.0.0.1
 	find_helper
 	client_bg s <<'END'
-send GET http://slow.test/ HTTP/1.1\nHost: x\n\n
-touch asked ; answer
+send GET http://slow.test/ HTTP/1.1\nHost: x\n\n ; touch asked ; answer
 END
-	wait_for 10 '[ -f asked ]'
+	comes asked
 	"$peer" sleep 200
 	kill -KILL "$helper"
 	name_known two.test
@@ -14469,8 +14394,7 @@ test_regress_helper_forks() { # a helper that cannot fork: said at once, no desc
 	start_forks 127.0.0.1
 	name_known one.test
 	: > nofork
-	PEER_MS=3000
-	export PEER_MS
+	patience 3000
 	play -n 'no child for this name' <<'END'
 	ask    http://two.test:1/ = 50[24]
 	sees~  ^Proxy-Status: proxy-ID; error=dns_(error|timeout)
@@ -14502,24 +14426,14 @@ test_regress_hanging_names() { # forty names that hang keep no other name waitin
 
 test_regress_dead_addresses() { # many attempts at dead addresses delay no living one
 	other_ends
-	for a in 127.0.0.2 127.0.0.3; do
-		"$peer" origin -a $a try > try.port < /dev/null 2> /dev/null ||
-			skip "no $a here"
-		kill "$(sed 's/.* //' try.port)"
-	done
-	says=$("$peer" deaf -a 127.0.0.2 deaf) ||
-		skip "cannot make a port that does not answer"
-	echo "${says#* }" >> .pids
-	dead=${says% *}
-	for a in 127.0.0.3 127.0.0.1; do
-		says=$("$peer" deaf -a $a -p "$dead" deaf) ||
-			skip "cannot make a second one"
-		echo "${says#* }" >> .pids
-	done
-	says=$("$peer" deaf -a 127.0.0.2 deaf) ||
-		skip "cannot make a third one"
-	echo "${says#* }" >> .pids
-	live=${says% *}
+	address_here 127.0.0.2 && address_here 127.0.0.3 ||
+		skip "no 127.0.0.2 or 127.0.0.3 here"
+	deaf -a 127.0.0.2
+	dead=$origin_port
+	deaf -a 127.0.0.3 -p "$dead"
+	deaf -a 127.0.0.1 -p "$dead"
+	deaf -a 127.0.0.2
+	live=$origin_port
 	# shellcheck disable=SC3045 # where it is missing, the test is skipped
 	ulimit -n 256 2> /dev/null || skip "no ulimit -n"
 	start_names 127.0.0.2 127.0.0.3 127.0.0.1 -- -m 90
@@ -14530,16 +14444,11 @@ END
 	    "PATCH http://two.test:$dead/ HTTP/1.1|Host: x||"
 	wait_for 10 '[ -f dead.ready ]' || fail "$(cat many)"
 	"$peer" sleep 700
-	origin o -a 127.0.0.1 -p "$live" <<'END'
-reply 200 Connection: close | ok
-END
-	PEER_MS=4000
-	export PEER_MS
-	client c <<'END'
-ask http://two.test:%p/
-END
-	seen c <<'END'
-= ok
+	patience 4000
+	play 'a living one' <<END
+	origin -a 127.0.0.1 -p $live
+	reply  200 Connection: close | ok
+	ask    http://two.test:%p/ = 200 | ok
 END
 	touch dead.over
 	served
@@ -14566,25 +14475,19 @@ test_regress_password_hidden() { # a parent's password is not among the proxy's 
 test_regress_few_busy() { # idle tunnels take nothing from the few that are busy
 	sanitized && skip "a sanitizer build says nothing"
 	other_ends
-	says=$("$peer" echo echo) || fail "no echo"
-	echo "${says#* }" >> .pids
+	echoes
 	# shellcheck disable=SC3045 # where it is missing, nothing is lost
 	ulimit -S -n "$(ulimit -H -n)" 2> /dev/null
 	start_proxy -m 3000
 	spawn many "$other" many 1500 "$proxy" idle \
-	    "CONNECT 127.0.0.1:${says% *} HTTP/1.1|Host: x||"
+	    "CONNECT $origin HTTP/1.1|Host: x||"
 	wait_for 20 '[ -f idle.ready ]' || skip "cannot open 1500 connections"
 	origin o <<'END'
 replies 200 | ok
 END
 	"$peer" sleep 700
 	before=$(processor_time)
-	requests=0
-	while [ $requests -lt 400 ]; do
-		printf '%s\nanswer\n' \
-		    'send GET http://%O/ HTTP/1.1\nHost: %O\n\n'
-		requests=$((requests + 1))
-	done | client c
+	awk 'BEGIN { while (n++ < 400) print "ask /" }' | client c
 	used=$(($(processor_time) - before))
 	[ "$used" -lt 40 ] ||
 		fail "400 requests beside 1500 idle tunnels took $used/100 s"
