@@ -1036,7 +1036,7 @@ play(struct talk *t, const char *script)
 {
 	const char *s = script;
 
-	while (*s != '\0' && t->end[0] == '\0') {
+	while (*(s += strspn(s, " \t")) != '\0' && t->end[0] == '\0') {
 		size_t n = step_len(s);
 		char *step = grow(NULL, n + 1), *word, *arg;
 
@@ -1632,6 +1632,7 @@ EOF_PEER
 origin() {
 	origin_name=$1
 	shift
+	rm -f "$origin_name".[0-9]*
 	origin_says=$("$peer" origin "$@" "$origin_name") ||
 		fail "no origin $*"
 	origin_port=${origin_says% *}
@@ -1652,12 +1653,14 @@ addresses() {
 # Plays the script on standard input against the proxy, or against WHERE, in
 # the foreground: client NAME [WHERE]
 client() {
+	rm -f "$1" "$1".*
 	addresses > "$1.script"
 	"$peer" client "${2-$proxy}" "$1" "${origin-}" < "$1.script"
 }
 
 # The same in the background.
 client_bg() {
+	rm -f "$1" "$1".*
 	addresses > "$1.script"
 	"$peer" client "${2-$proxy}" "$1" "${origin-}" < "$1.script" &
 	echo $! >> .pids
@@ -1986,7 +1989,6 @@ play() {
 		case $play_what in
 		front) client "c$plays" < $p.client ;;
 		begin)
-			rm -f "$play_who" "$play_who".*
 			client_bg "$play_who" < "$p.$play_who.client"
 			play_clients="$play_clients $play_who"
 			;;
@@ -9187,16 +9189,14 @@ fill ${1-10000}
 END
 }
 
-# Gets /x from that origin; the body must be whole and right: get_fresh [BYTES]
+# Gets /x from that origin, in whole and right: get_fresh [BYTES [PATH]]
 get_fresh() {
 	rm -f g g.end
 	client g <<END
-send GET http://%O/x HTTP/1.1\nHost: %O\nConnection: close\n\n
-until \n\n
-skip ${1-10000}
-eof
+send GET http://%O${2-/x} HTTP/1.1\nHost: %O\nConnection: close\n\n
+until \n\n ; skip ${1-10000} ; eof
 END
-	grep '^eof$' g.end > /dev/null || fail "${what-}: $(cat g.end)"
+	ends g '^eof$'
 	head -n 1 g | grep '^HTTP/1.1 200' > /dev/null ||
 		fail "${what-}: $(head -n 1 g)"
 }
@@ -9204,7 +9204,7 @@ END
 # So many requests have reached the origin.
 asked() {
 	asked_n=0
-	while [ -f "o.$((asked_n + 1))" ]; do
+	while [ -f "$origin_name.$((asked_n + 1))" ]; do
 		asked_n=$((asked_n + 1))
 	done
 	[ "$asked_n" = "$1" ] ||
@@ -9328,12 +9328,11 @@ test_cache_damaged_body() { # an entry whose body is cut: short once at most
 		cut_to $((region + left)) "$entry_file"
 		rm -f s s.end
 		client s <<'END'
-send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n
-skip 10000 ; stall 20
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n
+until \n\n ; skip 10000 ; stall 20
 END
 		# Whole from the origin, or the connection ends in the middle.
-		grep -E '^(open|eof skip 10000|reset skip 10000)$' s.end > /dev/null ||
-			fail "$left bytes left: $(cat s.end)"
+		ends s '^(open|eof skip 10000|reset skip 10000)$'
 		what="after $left bytes were left"
 		get_fresh
 		get_fresh
@@ -9364,7 +9363,7 @@ test_cache_odd_files() { # a directory, a link to itself, a pipe: a miss
 		asked $n
 		served
 	done
-	[ -z "$(find cache -name 'tmp*')" ] || fail "$(find cache -name 'tmp*')"
+	nothing_left
 }
 
 test_cache_deleted() { # an entry or the whole directory may go at any time
@@ -9393,26 +9392,23 @@ test_cache_slow_reader() { # an entry deleted, replaced or cut under a reader
 	for n in 1 2 3; do
 		client_bg slow$n <<END
 send GET http://%O/x HTTP/1.1\nHost: %O\nConnection: close\n\n
-until \n\n ; touch began$n ; await go$n ; skip 8000000
-eof
+until \n\n ; touch began$n ; await go$n ; skip 8000000 ; eof
 END
 	done
-	wait_for 10 '[ -f began1 ] && [ -f began2 ] && [ -f began3 ]' ||
-		fail "no answer began"
+	comes began1 began2 began3
 	entry
 	mv "$entry_file" moved
 	touch go1
-	ended slow1
-	grep '^eof$' slow1.end > /dev/null || fail "deleted: $(cat slow1.end)"
+	what=deleted
+	ends slow1 '^eof$'
 	get_fresh 8000000
 	touch go2
-	ended slow2
-	grep '^eof$' slow2.end > /dev/null || fail "replaced: $(cat slow2.end)"
+	what=replaced
+	ends slow2 '^eof$'
 	cut_to 6000 moved
 	touch go3
-	ended slow3
-	grep -E '^(eof|reset) skip' slow3.end > /dev/null ||
-		fail "cut: $(cat slow3.end)"
+	what='cut short'
+	ends slow3 '^(eof|reset) skip'
 	served
 }
 
@@ -9434,23 +9430,19 @@ END
 
 test_cache_killed() { # kill -9 while an entry is stored: none is there
 	start_cache
-	origin half <<'END'
-reply 200 Connection: close\nCache-Control: max-age=999\nContent-Length: 1000000
-fill 500000 ; await over
----
-reply 200 Connection: close\nCache-Control: max-age=999\nContent-Length: 1000000
-fill 1000000
+	play -n 'half of it' <<'END'
+	reply  200 Connection: close\nCache-Control: max-age=999\nContent-Length: 1000000
+	origin fill 500000 ; await over
+	origin next
+	reply  200 Connection: close\nCache-Control: max-age=999\nContent-Length: 1000000
+	origin fill 1000000
+	a: send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n
+	a: skip 500000 ; await over
+	do wait_for 10 '[ -n "$(find cache -name "tmp*" -size +100)" ]' || fail "nothing is being stored"
+	do kill -9 "$proxy_pid"
+	do wait "$proxy_pid"; : > .proxies
+	do touch over
 END
-	client_bg c <<'END'
-send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n
-skip 500000 ; await over
-END
-	wait_for 10 '[ -n "$(find cache -name "tmp*" -size +100)" ]' ||
-		fail "nothing is being stored"
-	kill -9 "$proxy_pid"
-	wait "$proxy_pid"
-	: > .proxies
-	touch over
 	start_cache
 	[ -z "$(entries)" ] || fail "there is $(entries)"
 	get_fresh 1000000
@@ -9469,14 +9461,12 @@ reply 200 Connection: close\nCache-Control: max-age=999\nContent-Length: 1000000
 fill 1000000
 END
 	client c <<'END'
-send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n
-skip 50000 ; reset
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n ; skip 50000 ; reset
 END
 	touch go
 	get_fresh 1000000
 	get_fresh 1000000
-	wait_for 5 '[ -z "$(find cache -name "tmp*")" ]' ||
-		fail "left: $(find cache -name 'tmp*')"
+	nothing_left
 	served
 }
 
@@ -9494,13 +9484,12 @@ END
 	get_fresh 200000
 	get_fresh 200000
 	asked 2
-	[ -z "$(entries)" ] || fail "there is $(entries)"
+	nothing_stored
 	logged <<'END'
 ~ 200 200000 .* end=done
 ~ 200 200000 .* end=done
 !~ hit=
 END
-	rm -f o.*
 	what='what fits'
 	fresh_origin 9000
 	get_fresh 9000
@@ -9523,13 +9512,7 @@ test_cache_read_only() { # a directory that can't be written costs the entry onl
 	get_fresh
 	what='a new one'
 	chmod -R a-w cache
-	client h <<'END'
-send GET http://%O/y HTTP/1.1\nHost: %O\n\n ; until \n\n
-skip 10000
-END
-	seen h <<'END'
-= -- end open
-END
+	get_fresh 10000 /y
 	get_fresh
 	chmod -R u+w cache
 	asked 2
@@ -9542,31 +9525,31 @@ END
 
 test_cache_large() { # more than a quarter of -s is passed on, not stored
 	start_cache -s 1M
+	what='by length'
 	fresh_origin 300000
 	get_fresh 300000
 	get_fresh 300000
 	asked 2
-	[ -z "$(entries)" ] || fail "by length: $(entries)"
+	nothing_stored
+	what='to the close'
 	origin o <<'END'
 reply 200 Cache-Control: max-age=999
 fill 300000
 END
-	rm -f o.*
 	for n in 1 2; do
 		client c$n <<'END'
-send GET http://%O/x HTTP/1.0\n\n ; until \n\n ; skip 300000
-eof
+send GET http://%O/x HTTP/1.0\n\n ; until \n\n ; skip 300000 ; eof
 END
-		grep '^eof$' c$n.end > /dev/null || fail "$(cat c$n.end)"
+		ends c$n '^eof$'
 	done
 	asked 2
-	[ -z "$(entries)" ] || fail "to the close: $(entries)"
-	rm -f o.*
+	nothing_stored
+	what='200000 of 1M'
 	fresh_origin 200000
 	get_fresh 200000
 	get_fresh 200000
 	asked 1
-	[ -n "$(entries)" ] || fail "200000 of 1M is not stored"
+	[ -n "$(entries)" ] || fail "$what is not stored"
 	served
 }
 
@@ -9600,10 +9583,9 @@ END
 	done
 	touch start
 	for n in 1 2 3 4; do
-		ended m$n
-		grep '^eof$' m$n.end > /dev/null || fail "$(cat m$n.end)"
+		ends m$n '^eof$'
 	done
-	[ -z "$(find cache -name 'tmp*')" ] || fail "$(find cache -name 'tmp*')"
+	nothing_left
 	served
 }
 
@@ -9870,7 +9852,7 @@ test_cache_floor() { # on a disk that is nearly full nothing is stored
 	get_fresh
 	get_fresh
 	asked 3
-	[ -z "$(find cache -name 'tmp*')" ] || fail "$(find cache -name 'tmp*')"
+	nothing_left
 	logged <<'END'
 ~ miss=stored
 ~ hit=fresh
@@ -9893,27 +9875,24 @@ test_cache_floor_middle() { # a disk that gets full while storing costs the entr
 	get_fresh 2000000
 	get_fresh 2000000
 	asked 2
-	[ -z "$(entries)" ] || fail "there is $(entries)"
-	rm -f o.*
+	nothing_stored
 	what=chunks
 	origin o <<'END'
-reply 200 Connection: close\nCache-Control: max-age=999\nTransfer-Encoding: chunked | F4240\n
-fill 1000000 ; send \nF4240\n ; fill 1000000 ; send \n0\n\n
+reply 200 Connection: close\nCache-Control: max-age=999\nTransfer-Encoding: chunked
+send F4240\n ; fill 1000000 ; send \nF4240\n ; fill 1000000 ; send \n0\n\n
 END
 	for n in 1 2; do
 		client c$n <<'END'
-send GET http://%O/x HTTP/1.0\n\n ; until \n\n ; skip 2000000
-eof
+send GET http://%O/x HTTP/1.0\n\n ; until \n\n ; skip 2000000 ; eof
 END
-		grep '^eof$' c$n.end > /dev/null || fail "$what: $(cat c$n.end)"
+		ends c$n '^eof$'
 	done
 	asked 2
-	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+	nothing_stored
 	logged <<'END'
 #4 200 2000000 .* end=done
 !~ hit=
 END
-	rm -f o.*
 	what='what fits'
 	fresh_origin 9000
 	get_fresh 9000
@@ -9932,20 +9911,15 @@ fill 100000 ; await more ; fill 1900000
 reply 200 Connection: close\nETag: "a"\nCache-Control: max-age=999\nContent-Length: 2000000
 fill 2000000
 END
-	for n in 1 2; do
-		client_bg c$n <<END
-send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n
-skip 100000 ; touch some$n ; skip 1900000
-END
-		wait_for 15 "[ -f some$n ]" || fail "client $n has nothing"
+	for c in a b; do
+		getter $c /x 2000000
+		comes $c.some
 	done
 	asked 1
 	touch more
-	for n in 1 2; do
-		ended c$n
-		grep '^open$' c$n.end > /dev/null || fail "$n: $(cat c$n.end)"
-	done
-	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+	ends a '^eof$'
+	ends b '^eof$'
+	nothing_stored
 	served
 }
 
@@ -9969,11 +9943,9 @@ END
 	    http://$host:8080/v http://other.example/v"
 	for url in $urls; do
 		for a in 1 2 3; do
-			client c <<END
-send GET $url HTTP/1.1\nHost: x\nX-A: $a\n\n ; answer
-END
+			echo "ask $url X-A: $a"
 		done
-	done
+	done | client c
 	[ "$(entries | wc -l)" -eq 24 ] || fail "$(entries | wc -l) files"
 	for url in $urls; do
 		key=$(echo "$url" | sed 's|example/|example:80/|')
@@ -9993,11 +9965,9 @@ END
 	for url in "http://$host/" "http://$host" "HTTP://$host:80"; do
 		purged "$url"
 	done
-	client c <<END
-ask http://SOME.Example:80/v X-A: 2
-END
-	logged <<'END'
-~ hit=fresh
+	play -n 'it is still there' <<END
+	ask    http://SOME.Example:80/v X-A: 2 = 200; hit
+	log    hit=fresh
 END
 	# shellcheck disable=SC2046 # paths are words
 	rm $(cd "$T" && "$proxy_bin" -c cache -k "http://$host/v")
@@ -10006,20 +9976,15 @@ END
 	    http://none.example/v "http://$host:81/v" "http://$host/v?"; do
 		purged "$url"
 	done
-	log_from=$(($(wc -l < log) + 1))
-	for a in 1 1 2; do
-		client c <<END
-ask http://$host/v X-A: $a
-END
-	done
-	client c <<END
-ask http://$host/vv X-A: 3
-END
-	logged <<'END'
-~ miss=stored
-+~ hit=fresh
-+~ miss=stored
-+~ /vv .* hit=fresh
+	play -n 'gone, but not the others' <<END
+	ask    http://$host/v X-A: 1 = 200
+	ask    http://$host/v X-A: 1 = 200
+	ask    http://$host/v X-A: 2 = 200
+	ask    http://$host/vv X-A: 3 = 200
+	log    miss=stored
+	log+~  hit=fresh
+	log+~  miss=stored
+	log+~  /vv .* hit=fresh
 END
 }
 
@@ -10177,44 +10142,35 @@ test_cache_collapsed() { # two clients, one request; both are served as it comes
 	for what in length chunks close; do
 		rm -f go more
 		case $what in
-		length) how='Content-Length: 300000\n\n' middle='' end='' ;;
+		length) how='Content-Length: 300000' middle='' end='' ;;
 		chunks)
-			how='Transfer-Encoding: chunked\n\n249F0\n'
-			middle='send \n249F0\n'
-			end='send \n0\n\n'
+			how='Transfer-Encoding: chunked | 249F0\n'
+			middle='send \n249F0\n ;' end='; send \n0\n\n'
 			;;
-		close) how='Connection: close\n\n' middle='' end=close ;;
+		close) how='Connection: close' middle='' end='; close' ;;
 		esac
-		origin "o$what" <<END
-head ; await go
-send HTTP/1.1 200 OK\nCache-Control: max-age=999\nX-A: b\n$how
-fill 150000 ; await more
-$middle
-fill 150000
-$end
+		origin o <<END
+head ; await go ; say 200 Cache-Control: max-age=999\nX-A: b\n$how
+fill 150000 ; await more ; $middle fill 150000 $end
 END
-		getter "a$what" /x 300000
+		getter a /x 300000
 		reached 1
-		getter "b$what" /x 300000
-		taken "b$what.sent"
-		[ ! -f "o$what.2" ] || fail "$what: the origin is asked twice"
+		getter b /x 300000
+		taken b.sent
+		asked 1
 		touch go
 		# Both have what is there while the rest has not come yet.
-		wait_for 15 "[ -f a$what.some ] && [ -f b$what.some ]" ||
-			fail "$what: the answer does not come as it grows"
-		[ ! -f "a$what.end" ] && [ ! -f "b$what.end" ] ||
-			fail "$what: $(cat "a$what.end" "b$what.end")"
+		comes a.some b.some
+		[ ! -f a.end ] && [ ! -f b.end ] ||
+			fail "$what: $(cat a.end b.end)"
 		touch more
-		ends "a$what" '^eof$'
-		ends "b$what" '^eof$'
-		[ ! -f "o$what.2" ] || fail "$what: the origin is asked twice"
-		collapsed "b$what"
-		client "c$what" <<'END'
-send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n
-skip 300000
-END
-		ends "c$what" '^open$'
-		[ ! -f "o$what.2" ] || fail "$what: it is not stored"
+		ends a '^eof$'
+		ends b '^eof$'
+		asked 1
+		collapsed b
+		getter c /x 300000
+		ends c '^eof$'
+		asked 1
 		log_from=$(($(wc -l < log) + 1))
 	done
 }
@@ -10225,21 +10181,21 @@ test_cache_collapsed_growing() { # who comes in the middle of a chunked answer f
 reply 200 Cache-Control: max-age=999\nTransfer-Encoding: chunked | 5\nfirst\n
 await more ; send 6\nsecond\n ; await last ; send 5\nthird\n0\n\n
 END
-	for n in 1 2 3; do
-		client_bg c$n <<END
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until first
-touch first$n ; until second ; touch second$n ; until third
-until \n0\n\n ; ask /
+	for c in a b c; do
+		client_bg $c <<END
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+until first ; touch $c.first ; until second ; touch $c.second
+until third ; until \n0\n\n ; ask /
 END
-		taken first$n
+		taken $c.first
 	done
 	asked 1
 	touch more
-	taken second1 second2 second3
+	taken a.second b.second c.second
 	touch last
-	for n in 1 2 3; do
-		ends c$n '^open$'
-		seen c$n <<'END'
+	for c in a b c; do
+		ends $c '^open$'
+		seen $c <<'END'
 #1 ^Transfer-Encoding: chunked$
 #1 ^Content-Length
 ~ first
@@ -10253,82 +10209,53 @@ END
 	logged <<'END'
 #1 200 16 .* miss=stored .* end=done$
 #2 200 16 .* hit=collapsed .* end=done$
-END
-	logged <<'END'
 #3 200 16 .* hit=fresh .* end=done$
 END
 }
 
 test_cache_collapsed_private() { # what can't be stored is fetched for each
 	start_cache
-	for what in private no-store 'no cache wish' 404; do
-		rm -f go asked ./*.sent
-		control='Cache-Control: max-age=999\n'
-		status='200 OK'
-		case $what in
-		private) control='Cache-Control: private, max-age=999\n' ;;
-		no-store) control='Cache-Control: no-store\n' ;;
-		'no cache wish') control= ;;
-		404) control='' status='404 No' ;;
-		esac
-		rm -f o.[0-9]*
-		origin o <<END
-head ; touch asked ; await go
-send HTTP/1.1 $status\nConnection: close\n${control}Content-Length: 4\n\none\l
----
-head
-send HTTP/1.1 $status\nConnection: close\n${control}Content-Length: 4\n\ntwo\l
+	for what in '200 OK\nCache-Control: private, max-age=999' \
+	    '200 OK\nCache-Control: no-store' '200 OK\n' '404 No\n'; do
+		rm -f asked go
+		play -n "$what" <<END
+	origin head ; touch asked ; await go
+	origin say $what\nConnection: close | one\l
+	origin next
+	reply  $what\nConnection: close | two\l
+	a: send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	a: touch a.sent ; answer
+	a: sees HTTP/1.1 ${what%%\\*}
+	a: sees one\l
+	do taken a.sent asked
+	b: send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	b: touch b.sent ; answer
+	b: sees HTTP/1.1 ${what%%\\*}
+	b: sees!~ ^Cache-Status:.*(collapsed|hit)
+	b: sees two\l
+	do taken b.sent
+	do asked 1
+	do touch go
+	a: ends ^open$
+	b: ends ^open$
+	do asked 2
+	log!   hit=
 END
-		for c in a b; do
-			rm -f $c $c.end
-			client_bg $c <<END
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; touch $c.sent
-answer
-END
-			taken $c.sent asked
-		done
-		[ ! -f o.2 ] || fail "$what: the second does not wait"
-		touch go
-		ends a '^open$'
-		ends b '^open$'
-		seen a <<END
-= HTTP/1.1 $status
-= one\l
-END
-		seen b <<END
-= HTTP/1.1 $status
-!~ ^Cache-Status:.*(collapsed|hit)
-END
-		seen b <<'END'
-= two\l
-END
-		asked 2
 	done
-	logged <<'END'
-!~ hit=
-END
 }
 
 test_cache_collapsed_many() { # ten at once on what can't be stored wait for one answer, not for nine
 	start_cache
-	{
-		cat <<'END'
+	origin o <<'END'
 head ; touch asked ; await go ; stall 300
 say 200 Connection: close\nCache-Control: private | one\l
-END
-		for n in 2 3 4 5 6 7 8 9 10; do
-			cat <<'END'
 ---
 head ; await all ; stall 300
 say 200 Connection: close\nCache-Control: private | two\l
 END
-		done
-	} > scripts
-	origin o < scripts
 	for n in 1 2 3 4 5 6 7 8 9 10; do
 		client_bg c$n <<END
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; touch sent$n
-answer
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; touch sent$n ; answer
 END
 		taken sent$n asked
 	done
@@ -10349,55 +10276,43 @@ END
 }
 
 # While one client waits for a head (await) or has a part of the body (grow),
-# a request of another kind goes to the origin at once:
-# alone WHAT 'request to \n\n and its body' [STEP], which reads that body
+# a request of another kind goes to the origin at once, ask STEP:
+# alone WHAT STEP [READ], which reads its body
 alone() {
 	for alone_when in await grow; do
 		what="$1, $alone_when"
-		rm -f asked go last a a.* b b.* o.[0-9]*
-		alone_head='HTTP/1.1 200 OK\nConnection: close\nCache-Control: public, max-age=999\n'
-		origin o <<END
-head ; touch asked
-$([ $alone_when = grow ] || echo await go)
-send ${alone_head}Content-Length: 300000\n\n
-fill 150000 ; await go ; fill 150000
----
-head
-${3-}
-send ${alone_head}Content-Length: 4\n\ntwo\l
+		rm -f asked go
+		play -n "$what" <<END
+	origin head ; touch asked
+	origin $([ $alone_when = grow ] || echo await go)
+	origin say 200 Connection: close\nCache-Control: public, max-age=999\nContent-Length: 300000
+	origin fill 150000 ; await go ; fill 150000
+	origin next
+	origin head ; ${3-}
+	origin say 200 Connection: close\nCache-Control: public, max-age=999 | two\l
+	do getter a /x 300000
+	do taken asked a.sent
+	do [ $alone_when = await ] || taken a.some
+	b: ask $2 = 200 | two\l
+	b: sees!~ ^Cache-Status:.*(collapsed|hit)
+	b: ends ^open$
+	do asked 2
+	do touch go
+	do ends a '^eof$'
+	do asked 2
+	log!   hit=
 END
-		getter a /x 300000
-		taken asked a.sent
-		[ $alone_when = await ] || taken a.some
-		client b <<END
-send $2 ; answer
-END
-		ends b '^open$'
-		seen b <<'END'
-~ ^HTTP/1.1 200
-!~ ^Cache-Status:.*(collapsed|hit)
-END
-		seen b <<'END'
-= two\l
-END
-		asked 2
-		touch go
-		ends a '^eof$'
-		asked 2
 	done
 }
 
 test_cache_collapsed_never() { # uploads, ranges, logins and no-store neither wait nor follow
 	start_cache
-	alone POST 'POST http://%O/x HTTP/1.1\nHost: %O\nContent-Length: 3\n\nabc' 'want 3'
-	alone PUT 'PUT http://%O/x HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\n\n3\nabc\n0\n\n' 'until \n0\n\n'
-	alone 'GET with a body' 'GET http://%O/x HTTP/1.1\nHost: %O\nContent-Length: 3\n\nabc' 'want 3'
-	alone Range 'GET http://%O/x HTTP/1.1\nHost: %O\nRange: bytes=1-4\n\n'
-	alone Authorization 'GET http://%O/x HTTP/1.1\nHost: %O\nAuthorization: Basic eDp5\n\n'
-	alone no-store 'GET http://%O/x HTTP/1.1\nHost: %O\nCache-Control: no-store\n\n'
-	logged <<'END'
-!~ hit=
-END
+	alone POST 'POST /x | abc' 'want 3'
+	alone PUT 'PUT /x Transfer-Encoding: chunked | 3\nabc\n0\n\n' 'until \n0\n\n'
+	alone 'GET with a body' '/x | abc' 'want 3'
+	alone Range '/x Range: bytes=1-4'
+	alone Authorization '/x Authorization: Basic eDp5'
+	alone no-store '/x Cache-Control: no-store'
 }
 
 # The fetch breaks off while another client follows, which then asks on its
@@ -10405,29 +10320,23 @@ END
 # whole or short, HOW length (as without) or chunks, BYTES what comes then
 broken() {
 	what="$1: $2 then $3, ${4-length}"
-	rm -f cut [abcd] [abcd].* o.[0-9]*
+	rm -f cut
+	broken_short='^(eof|reset) skip'
 	case ${4-length} in
-	length)
-		broken_how='Content-Length: 300000\n\n'
-		broken_end=
-		broken_short='^(eof|reset) skip'
-		;;
+	length) broken_how='Content-Length: 300000' broken_end= ;;
 	chunks)
-		broken_how='Transfer-Encoding: chunked\n\n493E0\n'
+		broken_how='Transfer-Encoding: chunked | 493E0\n'
+		broken_end='; send \n0\n\n'
 		# To an HTTP/1.0 client only a reset tells.
 		broken_short='^reset skip'
-		broken_end='send \n0\n\n'
 		;;
 	esac
 	origin o <<END
-head ; send HTTP/1.1 200 OK\nCache-Control: max-age=999\n$2$broken_how
+reply 200 Cache-Control: max-age=999\n$2$broken_how
 fill 150000 ; await cut ; close
 ---
-head
-send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\n$3$broken_how
-fill ${5-300000}
-${5+close}
-$broken_end
+reply 200 Connection: close\nCache-Control: max-age=999\n$3$broken_how
+fill ${5-300000} ${5+; close} $broken_end
 ---
 reply 200 Connection: close\nCache-Control: max-age=999\nContent-Length: 300000
 fill 300000
@@ -10445,12 +10354,11 @@ END
 	esac
 	asked 2
 	# What is stored then is whole.
-	getter c /x 300000
-	ends c '^eof$'
-	getter d /x 300000
-	ends d '^eof$'
-	wait_for 5 '[ -z "$(find cache -name "tmp*")" ]' ||
-		fail "$what: left: $(find cache -name 'tmp*')"
+	for c in c d; do
+		getter $c /x 300000
+		ends $c '^eof$'
+	done
+	nothing_left
 	served
 }
 
@@ -10473,16 +10381,13 @@ test_cache_collapsed_broken() { # the fetch breaks off: who follows goes on alon
 test_cache_collapsed_large() { # what grows too large is not stored, and whole for those who follow
 	for etag in 'ETag: "a"\n' ''; do
 		what="with ${etag:-no ETag}"
-		rm -rf cache
-		rm -f more a a.* b b.* o.[0-9]*
+		rm -rf cache more
 		start_cache -s 1M
 		origin o <<END
-head
-send HTTP/1.1 200 OK\nCache-Control: max-age=999\n${etag}Transfer-Encoding: chunked\n\n927C0\n
+reply 200 Cache-Control: max-age=999\n${etag}Transfer-Encoding: chunked | 927C0\n
 fill 100000 ; await more ; fill 500000 ; send \n0\n\n
 ---
-head
-send HTTP/1.1 200 OK\nCache-Control: max-age=999\n${etag}Transfer-Encoding: chunked\n\n927C0\n
+reply 200 Cache-Control: max-age=999\n${etag}Transfer-Encoding: chunked | 927C0\n
 fill 600000 ; send \n0\n\n
 END
 		getter a /x 600000
@@ -10493,7 +10398,7 @@ END
 		touch more
 		ends a '^eof$'
 		ends b '^eof$'
-		wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+		nothing_stored
 		served
 		stop_proxy
 	done
@@ -10523,27 +10428,32 @@ END
 	served
 }
 
+# A client in the background that gets /x until there is a head (NAME.head), and
+# resets the connection once it may leave (NAME.leave): leaver NAME
+leaver() {
+	client_bg "$1" <<END
+send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n
+touch $1.head ; await $1.leave ; reset
+END
+	taken "$1.head"
+}
+
 test_cache_collapsed_gone() { # the first client leaves: the others get all, and it is stored
 	start_cache
 	for what in length chunks; do
-		rm -f more leave a a.* b b.* g g.* o.[0-9]*
+		rm -f more
 		case $what in
-		length) how='Content-Length: 300000\n\n' end= ;;
-		chunks) how='Transfer-Encoding: chunked\n\n493E0\n' end='send \n0\n\n' ;;
+		length) how='Content-Length: 300000' end= ;;
+		chunks) how='Transfer-Encoding: chunked | 493E0\n' end='; send \n0\n\n' ;;
 		esac
 		origin o <<END
-head ; send HTTP/1.1 200 OK\nCache-Control: max-age=999\n$how
-fill 100000 ; await more ; fill 200000
-$end
+reply 200 Cache-Control: max-age=999\n$how
+fill 100000 ; await more ; fill 200000 $end
 END
-		client_bg a <<'END'
-send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n
-touch a.head ; await leave ; reset
-END
-		taken a.head
+		leaver a
 		getter b /x 300000
 		taken b.some
-		touch leave
+		touch a.leave
 		ended a
 		served
 		touch more
@@ -10563,28 +10473,23 @@ test_cache_collapsed_all_gone() { # when all have left early, the fetch ends
 reply 200 Cache-Control: max-age=999\nContent-Length: 1000000
 fill 100000 ; eof ; touch freed
 END
-	for n in a b; do
-		client_bg $n <<END
-send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n
-touch $n.head ; await $n.leave ; reset
-END
-		taken $n.head
-	done
+	leaver a
+	leaver b
 	asked 1
 	for n in b a; do
 		touch $n.leave
 		ended $n
 		taken $n.end
 	done
-	wait_for 10 '[ -f freed ]' || fail "it is fetched for nobody"
-	wait_for 5 '[ -z "$(entries)" ]' || fail "there is $(entries)"
+	comes freed
+	nothing_stored
 }
 
 test_cache_collapsed_vary() { # variants: the same one follows, another one goes on its own
 	start_cache
 	origin o <<'END'
 head ; touch asked ; await go
-send HTTP/1.1 200 OK\nCache-Control: max-age=999\nVary: X-A\nContent-Length: 300000\n\n
+say 200 Cache-Control: max-age=999\nVary: X-A\nContent-Length: 300000
 fill 150000 ; await more ; fill 150000
 ---
 head ; touch asked2
@@ -10626,13 +10531,18 @@ END
 #2 miss=stored .* end=done$
 #2 hit=collapsed .* end=done$
 END
-	client e <<'END'
-ask /x X-A: 2
-send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 1\n\n
-until \n\n ; skip 300000
+	play -n 'both are there' <<'END'
+	ask    /x X-A: 2 = 200; hit
+	client send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 1\n\n
+	client until \n\n ; skip 300000
 END
-	ends e '^open$'
-	asked 2
+	ended "c$plays"
+	[ ! -f o.3 ] || fail "the origin is asked again"
+}
+
+# The entries of the origin at hand, whatever their paths.
+entries_here() {
+	find cache -type f -exec grep -l "^key: http://$origin/" {} +
 }
 
 test_cache_vary_cut() { # an answer with Vary that is cut short leaves the older entry as it was
@@ -10642,35 +10552,24 @@ test_cache_vary_cut() { # an answer with Vary that is cut short leaves the older
 		fresh) age=0 wish='no-cache' ;;
 		stale) age=500 wish='x' ;;
 		esac
-		rm -f o.[0-9]*
-		origin o <<END
-reply 200 Connection: close\nCache-Control: max-age=99\nAge: $age\nETag: "a" | one\l
----
-reply 200 Connection: close\nCache-Control: max-age=99\nVary: X-A\nETag: "b"\nContent-Length: 10 | other
+		play -n "$what" <<END
+	reply  200 Connection: close\nCache-Control: max-age=99\nAge: $age\nETag: "a" | one\l
+	reply  200 Connection: close\nCache-Control: max-age=99\nVary: X-A\nETag: "b"\nContent-Length: 10 | other
+	a: ask /x = 200 | one\l
+	a: ends ^open$
+	do entries_here > there
+	do [ "\$(wc -l < there)" -eq 1 ]
+	do cp "\$(cat there)" before
+	b: ask /x X-A: 1\nCache-Control: $wish
+	b: sees~ ^-- end (eof|reset) answer
+	b: ends .
+	do asked 2
+	do entries_here | cmp - there > /dev/null || fail "$what: the entry is gone"
+	do cmp before "\$(cat there)" > /dev/null || fail "$what: the entry has changed"
+	c: ask /x X-A: 1\nCache-Control: max-stale, only-if-cached = 200 OK | one\l
+	c: ends .
+	do asked 2
 END
-		client a <<'END'
-ask /x
-END
-		find cache -type f -exec grep -l "^key: http://$origin/" {} + > there
-		[ "$(wc -l < there)" -eq 1 ] || fail "$what: $(cat there)"
-		cp "$(cat there)" before
-		client b <<END
-ask /x X-A: 1\nCache-Control: $wish
-END
-		ends b '^(eof|reset) answer'
-		asked 2
-		find cache -type f -exec grep -l "^key: http://$origin/" {} + |
-			cmp - there > /dev/null || fail "$what: the entry is gone"
-		cmp before "$(cat there)" > /dev/null ||
-			fail "$what: the entry has changed"
-		client c <<'END'
-ask /x X-A: 1\nCache-Control: max-stale, only-if-cached
-END
-		seen c <<'END'
-= HTTP/1.1 200 OK
-= one\l
-END
-		asked 2
 	done
 }
 
@@ -10682,47 +10581,27 @@ END
 refreshes() {
 	for refreshes_by in ${3:-304 200}; do
 		what="$2: refreshed by $refreshes_by"
-		play_title=$what
-		rm -f o.[0-9]* c c.* d d.*
 		case $refreshes_by in
-		304) refreshes_body='\n' refreshes_see=one ;;
-		*) refreshes_body='Content-Length: 4\n\ntwo\l' refreshes_see=two ;;
+		304) refreshes_body='' refreshes_see=one ;;
+		*) refreshes_body='| two\l' refreshes_see=two ;;
 		esac
-		origin o <<END
-reply 200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60, stale-while-revalidate=999${4-} | one\l
----
-head
-send HTTP/1.1 $refreshes_by X\nConnection: close\nETag: "a"\nCache-Control: max-age=888${4-}\n$refreshes_body
+		play -n "$what" <<END
+	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60, stale-while-revalidate=999${4-} | one\l
+	reply  $refreshes_by X\nConnection: close\nETag: "a"\nCache-Control: max-age=888${4-} $refreshes_body
+	c: ask /x = 200 | one\l
+	c: ask /x $2 = $1; .*hit
+	c: ends ^open$
+	do reached 2
+	do wait_for 10 'e=\$(entry_of x) && [ -f "\$e" ] && grep -l "max-age=888" "\$e" > found' || fail "not refreshed"
+	d: ask /x = 200; hit; ttl= | $refreshes_see\l
+	d: ends .
+	do asked 2
+	gets   -- connection 2
+	gets   GET /x HTTP/1.1
+	gets#  1 ^If-None-Match: 
+	gets#  1 ^If-None-Match: "a"$
+	gets!~ ^(Cache-Control|Pragma|Range|If-(Range|Match|Modified-Since|Unmodified-Since)):
 END
-		client c <<END
-ask /x
-send GET http://%O/x HTTP/1.1\nHost: %O\n$2\n ; answer
-END
-		ends c '^open$'
-		sed '1,/one/d' c > second
-		head -n 1 second | grep "^HTTP/1.1 $1" > /dev/null ||
-			fail "$what: $(head -n 1 second)"
-		grep '^Cache-Status: .*; hit' second > /dev/null ||
-			fail "$what: $(grep '^Cache-Status' second)"
-		reached 2
-		got o <<'END'
-= -- connection 2
-= GET /x HTTP/1.1
-#1 ^If-None-Match: 
-#1 ^If-None-Match: "a"$
-!~ ^(Cache-Control|Pragma|Range|If-(Range|Match|Modified-Since|Unmodified-Since)):
-END
-		wait_for 10 'e=$(entry_of x) && [ -f "$e" ] && grep -l \
-		    "max-age=888" "$e" > found' || fail "$what: not refreshed"
-		client d <<'END'
-ask /x
-END
-		seen d <<END
-~ ^HTTP/1.1 200
-~ ^Cache-Status: proxy-ID; hit; ttl=
-= $refreshes_see\l
-END
-		asked 2
 	done
 }
 
@@ -10748,34 +10627,19 @@ test_cache_refresh() { # the request in the background has nothing of the client
 
 test_cache_no_store_validates() { # a client's no-store that validates an entry leaves it there
 	start_cache
-	for what in 'Cache-Control: no-store\n' 'Cache-Control: no-cache, no-store\n' \
+	for fields in 'Cache-Control: no-store\n' 'Cache-Control: no-cache, no-store\n' \
 	    'Authorization: Basic eDp5\n'; do
-		play_title=$what
-		rm -f o.[0-9]*
-		origin o <<'END'
-reply 200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | one\l
----
-reply 304 Connection: close\nETag: "a"\nCache-Control: max-age=60
+		play -n "$fields" <<END
+	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | one\l
+	reply  304 Connection: close\nETag: "a"\nCache-Control: max-age=60
+	a: ask /x = 200 OK | one\l
+	a: ask /x $fields = 200 OK | one\l
+	a: ends ^open$
+	do asked 2
+	b: ask /x Cache-Control: max-stale, only-if-cached = 200 OK | one\l
+	b: ends .
+	do asked 2
 END
-		client c <<END
-ask /x
-send GET http://%O/x HTTP/1.1\nHost: %O\n$what\n
-answer
-END
-		ends c '^open$'
-		seen c <<'END'
-#2 ^HTTP/1.1 200 OK
-#2 ^one
-END
-		asked 2
-		client d <<'END'
-ask /x Cache-Control: max-stale, only-if-cached
-END
-		seen d <<'END'
-= HTTP/1.1 200 OK
-= one\l
-END
-		asked 2
 	done
 }
 
@@ -10827,7 +10691,7 @@ END
 # it; the second one's request goes to the origin again.  The origin's script
 # is on standard input: followed BYTES ['fields of the second\n']
 followed() {
-	rm -f cut a a.* b b.* o.[0-9]*
+	rm -f cut
 	origin o
 	getter a /x "$1"
 	taken a.some
@@ -10839,21 +10703,19 @@ followed() {
 
 test_regress_cache_resumed_kept() { # the connection on which a follower got the rest serves others
 	start_cache
-	pad=$(printf '%0600d' 0)
-	followed 3000 <<END
+	followed 3000 <<'END'
 reply 200 Cache-Control: max-age=999\nETag: "a"\nContent-Length: 3000
 fill 1500 ; await cut ; close
 ---
-reply 200 Cache-Control: max-age=999\nETag: "a"\nX-Pad: $pad\nContent-Length: 3000
+reply 200 Cache-Control: max-age=999\nETag: "a"\nX-Pad: \{600:0}\nContent-Length: 3000
 fill 3000
 reply 200 | hello
 END
 	ends b '^eof$'
-	client_bg c <<'END'
-send GET http://%O/y HTTP/1.1\nHost: %O\n\n ; until hello
+	patience 5000
+	play -n 'its head is seen' <<'END'
+	client send GET http://%O/y HTTP/1.1\nHost: %O\n\n ; until hello
 END
-	wait_for 5 '[ -s c.end ]' || fail "its head is not seen"
-	ends c '^open$'
 	asked 2
 }
 
@@ -10888,17 +10750,18 @@ test_regress_cache_resumed_short() { # what comes again and ends too early is no
 	start_cache
 	for what in chunks close; do
 		case $what in
-		chunks) how='Transfer-Encoding: chunked\n\n3E8' end='send \n0\n\n' ;;
+		chunks)
+			how='Transfer-Encoding: chunked | 3E8\n'
+			end='; send \n0\n\n'
+			;;
 		close) how='' end='' ;;
 		esac
 		followed 3000 <<END
 reply 200 Cache-Control: max-age=999\nETag: "a"\nTransfer-Encoding: chunked | BB8\n
 fill 1500 ; await cut ; close
 ---
-head
-send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\n$how\n
-fill 1000
-$end
+reply 200 Connection: close\nCache-Control: max-age=999\nETag: "a"\n$how
+fill 1000 $end
 END
 		ends b '^reset skip'
 		asked 2
@@ -10924,76 +10787,50 @@ END
 	# More than what is on its way already.
 	cut_to 7900000 "$entry_file"
 	touch go
-	ended b
-	grep -E '^(eof|reset) until' b.end > /dev/null || fail "$(cat b.end)"
+	ends b '^(eof|reset) until'
 	asked 1
 }
 
 test_regress_cache_for_nobody() { # an answer that nobody wants and that is not stored is not fetched
 	start_cache -s 1M
-	for what in followed refresh; do
-		rm -f freed o.[0-9]*
-		{
-			[ $what = followed ] || cat <<'END'
-reply 200 Connection: close\nCache-Control: max-age=0, stale-while-revalidate=99\nETag: "a" | hello
----
+	what=followed
+	origin o <<'END'
+reply 200 Cache-Control: max-age=999\nTransfer-Encoding: chunked | 989680\n
+fill 10000 ; eof ; touch freed1
 END
-			control='max-age=999'
-			[ $what = followed ] || control='no-store'
-			cat <<END
-reply 200 Cache-Control: $control\nTransfer-Encoding: chunked | 989680\n
-fill 10000 ; eof ; touch freed
-END
-		} > script
-		origin o < script
-		case $what in
-		followed)
-			# The first one leaves first.
-			for n in a b; do
-				rm -f $n $n.*
-				client_bg $n <<END
-send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n
-touch $n.head ; await $n.leave ; reset
-END
-				taken $n.head
-			done
-			asked 1
-			for n in a b; do
-				touch $n.leave
-				ended $n
-				served
-			done
-			;;
-		refresh)
-			client c <<'END'
-send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until hello
-send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until hello
-END
-			ends c '^open$'
-			;;
-		esac
-		wait_for 5 '[ -f freed ]' || fail "$what: it is fetched for nobody"
+	# The first one leaves first.
+	leaver a
+	leaver b
+	asked 1
+	for n in a b; do
+		touch $n.leave
+		ended $n
+		served
 	done
+	comes freed1
+	play -n 'a refresh' <<'END'
+	reply  200 Connection: close\nCache-Control: max-age=0, stale-while-revalidate=99\nETag: "a" | hello
+	reply  200 Cache-Control: no-store\nTransfer-Encoding: chunked | 989680\n
+	origin fill 10000 ; eof ; touch freed2
+	ask    /x = 200 | hello
+	ask    /x = 200 | hello
+END
+	comes freed2
 }
 
 test_regress_cache_one_refresh() { # many at once on a stale entry: one refresh, and it is a GET
 	start_cache
 	for what in GET HEAD; do
-		rm -f c c.* o.[0-9]*
-		origin o <<END
-reply 200 Connection: close\nCache-Control: max-age=0, stale-while-revalidate=99\nETag: "a" | hello
----
-reply 200 Connection: close\nCache-Control: max-age=999\nETag: "b" | again
-END
-		client c <<'END'
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until hello
+		play -n "$what" <<'END'
+	reply  200 Connection: close\nCache-Control: max-age=0, stale-while-revalidate=99\nETag: "a" | hello
+	reply  200 Connection: close\nCache-Control: max-age=999\nETag: "b" | again
+	ask    / = 200 | hello
 END
 		# They all come in one turn of the proxy.
 		for n in 1 2 3 4 5 6; do
-			rm -f r$n r$n.*
 			client_bg r$n <<END
-touch r$n.open ; await go ; send $what http://%O/ HTTP/1.1\nHost: %O\n\n
-until \n\n
+touch r$n.open ; await go
+send $what http://%O/ HTTP/1.1\nHost: %O\n\n ; until \n\n
 END
 			taken r$n.open
 		done
@@ -11005,10 +10842,11 @@ END
 			ends r$n '^open$'
 		done
 		rm -f go
+		origin_name=o$plays
 		reached 2
 		served
 		asked 2
-		got o <<'END'
+		got "o$plays" <<'END'
 = -- connection 2
 = GET / HTTP/1.1
 END
@@ -11018,43 +10856,34 @@ END
 test_regress_cache_gone_early() { # the first client leaves before the head comes: the others wait on
 	start_cache
 	for what in stored private; do
-		rm -f go [abc] [abc].* o.[0-9]*
+		rm -f go leave
 		case $what in
 		stored) control=max-age=999 n=1 ;;
 		private) control=private n=3 ;;
 		esac
-		origin o <<END
-head ; await go ; say 200 Connection: close\nCache-Control: $control | hello
----
-reply 200 Connection: close\nCache-Control: $control | hello
----
-reply 200 Connection: close\nCache-Control: $control | hello
+		play -n "$what" <<END
+	origin head ; await go
+	origin say 200 Connection: close\nCache-Control: $control | hello
+	origin next
+	reply  200 Connection: close\nCache-Control: $control | hello
+	a: send GET http://%O/$what HTTP/1.1\nHost: %O\n\n ; await leave ; reset
+	do reached 1
+	b: send GET http://%O/$what HTTP/1.1\nHost: %O\n\n
+	b: touch b.sent ; until hello
+	do taken b.sent
+	c: send GET http://%O/$what HTTP/1.1\nHost: %O\n\n
+	c: touch c.sent ; until hello
+	do taken c.sent
+	do touch leave
+	a: ends .
+	do served
+	do asked 1
+	do touch go
+	b: ends ^open$
+	c: ends ^open$
+	do asked $n
+	log#   1 end=client$
 END
-		client_bg a <<END
-send GET http://%O/$what HTTP/1.1\nHost: %O\n\n
-await leave ; reset
-END
-		reached 1
-		for c in b c; do
-			client_bg $c <<END
-send GET http://%O/$what HTTP/1.1\nHost: %O\n\n
-touch $c.sent ; until hello
-END
-			taken $c.sent
-		done
-		touch leave
-		ended a
-		rm leave
-		served
-		asked 1
-		touch go
-		ends b '^open$'
-		ends c '^open$'
-		asked $n
-		logged <<'END'
-#1 end=client$
-END
-		log_from=$(($(wc -l < log) + 1))
 	done
 }
 
@@ -11118,24 +10947,13 @@ test_regress_cache_collision() { # two URLs with one hash: neither client gets t
 test_regress_cache_resumed_rules() { # the rest is not asked for where the rules forbid it
 	second_address
 	start_names $second 127.0.0.1 -- -c "$T/cache" -e "deny address $second"
-	cat > o.script <<'END'
+	twins origin forbidden <<'END'
 reply 200 Cache-Control: max-age=999\nETag: "a"\nContent-Length: 3000
 fill 1500 ; await cut ; close
 ---
 reply 200 Connection: close\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 3000
 fill 3000
 END
-	says=
-	for n in 1 2 3 4 5; do
-		says=$("$peer" origin -a $second forbidden < /dev/null) ||
-			skip "no origin on $second"
-		echo "${says#* }" >> .pids
-		origin_port=${says% *}
-		says=$("$peer" origin -a 127.0.0.1 -p "$origin_port" o \
-		    < o.script 2> o.err) && break
-	done
-	[ -n "$says" ] || fail "no port that is free on both addresses"
-	echo "${says#* }" >> .pids
 	origin=two.test:$origin_port
 	getter a /x 3000
 	taken a.some
@@ -11151,34 +10969,28 @@ END
 test_regress_cache_slow_first() { # a first client that does not read holds up nobody who follows
 	start_cache
 	for what in length chunks; do
-		rm -f go [ab] [ab].* o.[0-9]*
+		rm -f go
 		case $what in
-		length) how='Content-Length: 16000000\n\n' end= ;;
+		length) how='Content-Length: 16000000' end= ;;
 		chunks)
-			how='ETag: "a"\nTransfer-Encoding: chunked\n\nF42400\n'
-			end='send \n0\n\n'
+			how='ETag: "a"\nTransfer-Encoding: chunked | F42400\n'
+			end='; send \n0\n\n'
 			;;
 		esac
-		origin o <<END
-head ; send HTTP/1.1 200 OK\nCache-Control: max-age=999\n$how
-fill 16000000
-$end
+		play -n "$what" <<END
+	reply  200 Cache-Control: max-age=999\n$how
+	origin fill 16000000 $end
+	a: send GET http://%O/$what HTTP/1.0\n\n ; until \n\n ; touch a.head
+	a: await go ; skip 16000000 ; eof
+	do taken a.head
+	do getter b /$what 16000000
+	do ends b '^eof$'
+	do touch go
+	a: ends ^eof$
+	do asked 1
+	log#   1 200 16000000 .* miss=stored .* end=done$
+	log#   1 200 16000000 .* hit=collapsed .* end=done$
 END
-		client_bg a <<END
-send GET http://%O/$what HTTP/1.0\n\n ; until \n\n
-touch a.head ; await go ; skip 16000000 ; eof
-END
-		taken a.head
-		getter b /$what 16000000
-		ends b '^eof$'
-		touch go
-		ends a '^eof$'
-		asked 1
-		logged <<'END'
-#1 200 16000000 .* miss=stored .* end=done$
-#1 200 16000000 .* hit=collapsed .* end=done$
-END
-		log_from=$(($(wc -l < log) + 1))
 	done
 }
 
@@ -11187,7 +10999,7 @@ test_regress_cache_slow_first_gone() { # the same when all leave, or the server 
 	for what in leave cut; do
 		# Of what is left most has not come.
 		[ $what = cut ] && total=16000000 || total=40000000
-		rm -f go cut freed [ab] [ab].* o.[0-9]*
+		rm -f go cut freed
 		origin o <<END
 reply 200 Cache-Control: max-age=999\nETag: "a"\nContent-Length: $total
 fill 15900000 ; await cut
@@ -11196,14 +11008,10 @@ touch freed ; close
 ---
 reply 200 Connection: close\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 16000000
 fill 16000000
----
-reply 200 Connection: close\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 16000000
-fill 16000000
 END
 		for n in a b; do
 			client_bg $n <<END
-send GET http://%O/$what HTTP/1.0\n\n ; until \n\n
-touch $n.head
+send GET http://%O/$what HTTP/1.0\n\n ; until \n\n ; touch $n.head
 $([ $n = a ] || echo skip 15800000)
 touch $n.some ; await go
 $([ $what = cut ] || echo reset)
@@ -11220,7 +11028,7 @@ END
 			ended a
 			ended b
 			touch cut
-			wait_for 5 '[ -f freed ]' || fail "it is fetched for nobody"
+			comes freed
 			;;
 		cut)
 			touch cut go
@@ -11229,8 +11037,7 @@ END
 			asked 3
 			;;
 		esac
-		wait_for 5 '[ -z "$(find cache -name "tmp*")" ]' ||
-			fail "$what: left: $(find cache -name 'tmp*')"
+		nothing_left
 		served
 	done
 }
