@@ -6658,12 +6658,7 @@ static struct {
 	int64_t lack_ms;    /* that leads to no sweep before this */
 	bool said_disk;     /* that the disk is the limit */
 	bool said_unread;   /* that the directory could not be read */
-	struct exchange *fetches;  /* what others may follow */
-	uint64_t lone[CACHE_LONE]; /* keys that nobody should wait for */
-	struct {
-		uint64_t name; /* of the entry's file */
-		time_t when;   /* its recency was written or seen */
-	} touched[CACHE_TOUCHED];
+	struct exchange *fetches; /* what others may follow */
 } cache = { .block = CACHE_DISK_BLOCK,
 	.limit = UINT64_MAX,
 	.report = { .fd = -1 } };
@@ -7948,12 +7943,15 @@ fetch_leave(struct exchange *x)
 	q->caching.leader = 0;
 }
 
+/* Keys that nobody should wait for; memory only where it is written to. */
+static uint64_t cache_lone[CACHE_LONE];
+
 /* True if answers to that key were lately found not to be storable. */
 static bool
 key_is_lone(uint64_t key)
 {
 	const uint64_t *at =
-	    cache.lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
+	    cache_lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
 	size_t i;
 
 	for (i = 0; i < LONE_WAYS; i++)
@@ -7969,7 +7967,7 @@ key_is_lone(uint64_t key)
 static void
 key_note(uint64_t key, bool lone)
 {
-	uint64_t *at = cache.lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
+	uint64_t *at = cache_lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
 	size_t i = 0;
 
 	while (i < LONE_WAYS - 1 && at[i] != key)
@@ -8530,6 +8528,12 @@ entry_freshen(struct exchange *x, const struct response *news, int64_t given,
 	return good;
 }
 
+/* Entries of which we know that their recency was written lately. */
+static struct {
+	uint64_t name; /* of the entry's file */
+	time_t when;   /* its recency was written or seen */
+} cache_touched[CACHE_TOUCHED];
+
 /*
  * An entry was used: its file's time says so, for the sweeper, and is written
  * only if it is older than CACHE_TOUCH_S.  The table spares asking for it.
@@ -8542,11 +8546,11 @@ entry_touch(int fd, struct text key, struct text variant)
 	size_t i = (size_t)(name % CACHE_TOUCHED);
 	struct stat status;
 
-	if (cache.touched[i].name == name &&
-	    now.wall - cache.touched[i].when < CACHE_TOUCH_S)
+	if (cache_touched[i].name == name &&
+	    now.wall - cache_touched[i].when < CACHE_TOUCH_S)
 		return;
-	cache.touched[i].name = name;
-	cache.touched[i].when = now.wall;
+	cache_touched[i].name = name;
+	cache_touched[i].when = now.wall;
 	if (fstat(fd, &status) != -1 &&
 	    now.wall - status.st_mtime >= CACHE_TOUCH_S)
 		(void)futimens(fd, NULL);
@@ -10135,6 +10139,8 @@ names_start(void)
 {
 	int down[2], up[2];
 
+	assert(sizeof(struct question) <= _POSIX_PIPE_BUF &&
+	    sizeof(struct answer) <= _POSIX_PIPE_BUF);
 	if (!pipe_open(down))
 		return false;
 	if (!pipe_open(up)) {
@@ -12284,11 +12290,15 @@ connect_won(struct exchange *x)
 	return false;
 }
 
-/* No address is left: say why the last one failed. */
+/*
+ * No address is left: say why the last one failed.  What fails at our own end
+ * of the connection, where -b or a rule chose it, names that.
+ */
 static void
 connect_refuse(struct exchange *x, int error)
 {
-	char detail[DETAIL_MAX], words[ADDRESS_TEXT];
+	const struct address *from = x->request->route.from;
+	char detail[DETAIL_MAX], words[ADDRESS_TEXT], ours[ADDRESS_TEXT];
 	enum refusal refusal = REFUSE_CONNECT;
 
 	if (error == ECONNREFUSED)
@@ -12298,11 +12308,16 @@ connect_refuse(struct exchange *x, int error)
 	else if (error == ETIMEDOUT)
 		refusal = REFUSE_CONNECT_SLOW;
 	address_print(&x->record.server, words);
-	(void)snprintf(detail, sizeof(detail), "%s: %s%s", words,
-	    strerror(error),
-	    x->request->route.from != NULL && error == EADDRINUSE ?
-		" (no local port is left at the address of -b)" :
-		"");
+	if (from != NULL && (error == EADDRINUSE || error == EADDRNOTAVAIL)) {
+		address_host(&from[x->record.server.family == AF_INET6], ours);
+		(void)snprintf(detail, sizeof(detail),
+		    "%s: %s: %s %s (-b or from)", words, strerror(error),
+		    error == EADDRINUSE ? "no local port is left at" :
+					  "this machine can't use",
+		    ours);
+	} else
+		(void)snprintf(detail, sizeof(detail), "%s: %s", words,
+		    strerror(error));
 	exchange_refuse(x, refusal, detail);
 }
 
@@ -13792,13 +13807,21 @@ enum {
 	COLD_GAP_US = 12000,
 	/* With fewer outside the prefix the whole is always polled. */
 	COLD_MIN = 16,
-	/* All slots are busy: so long nobody looks for an idle one. */
+	/*
+	 * All slots are busy: so long nobody looks for an idle one, and for
+	 * another ms for each of so many slots.
+	 */
 	CROWDED_MS = 20,
+	CROWDED_SLOTS = 1000,
+	/* A client is silent after this: more than a round trip takes. */
+	SILENT_MS = 1000,
 	/* That all slots are taken is said once in this time. */
 	CROWDED_SAY_MS = 60000
 };
 
-static int64_t accept_after; /* ms: descriptors or slots have run out */
+static int64_t accept_after; /* ms: descriptors have run out until then */
+
+static int64_t crowded_until; /* ms: no slot is looked for until then */
 
 static struct conn signal_conn; /* where signals come out */
 
@@ -13978,34 +14001,61 @@ loop_names(void)
 }
 
 /*
- * How readily x gives way to a new client: one that is done first, then one
+ * How readily x gives way to a new client: one that lingers first, then one
  * between two requests, one that has not sent a byte, one that will send no
- * more while its server is silent; 0: not at all.
+ * more while its server is silent; 0: not at all.  But for the second, who may
+ * come again at any time, it must have been so for a while: a client that has
+ * just come is about to speak.
  */
 static unsigned
 loop_rank(const struct exchange *x)
 {
+	bool waits = x->phase == PHASE_REQUEST && x->record.start == 0 &&
+	    !x->refresh;
+
+	if (waits && x->served)
+		return 3;
+	if (now.ms - x->moved < SILENT_MS)
+		return 0;
 	if (x->phase == PHASE_LINGER)
 		return 4;
-	if (x->phase == PHASE_REQUEST && x->record.start == 0)
-		return x->served ? 3 : 2;
+	if (waits)
+		return 2;
 	return x->request != NULL && x->client.eof && !x->refresh &&
 		x->up.done && x->record.status == 0 &&
-		!answer_is_local(x->request) ?
+		!answer_is_local(x->request) && !cache_wants(x) ?
 	    1 :
 	    0;
 }
 
+/* The one that gives way most readily, of several the longest so; or NULL. */
+static struct exchange *
+loop_idlest(void)
+{
+	struct exchange *x, *first = NULL;
+	unsigned rank, best = 0;
+
+	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
+		rank = x->phase == PHASE_FREE ? 0 : loop_rank(x);
+		if (rank > best ||
+		    (rank > 0 && rank == best && x->moved < first->moved)) {
+			first = x;
+			best = rank;
+		}
+	}
+	return first;
+}
+
 /*
- * All slots are taken, and a client waits: the one that gives way most readily
- * goes, of several the one that has been so for longest.  False if all are
- * busy; then nobody looks again for a while.
+ * All slots are taken, and a client waits: makes one free.  False if all are
+ * busy, then nobody looks again for a while; or if the idlest has just spoken.
  */
 static bool
 loop_make_way(void)
 {
 	static int64_t said;
-	struct exchange *x, *first = NULL;
+	struct exchange *x = loop_idlest();
+	struct pollfd news = { .events = POLLIN };
 
 	if (said == 0 || now.ms - said >= CROWDED_SAY_MS) {
 		said = now.ms;
@@ -14013,28 +14063,43 @@ loop_make_way(void)
 		     "way, others wait",
 		    (unsigned long)exchanges.n);
 	}
-	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++)
-		if (x->phase != PHASE_FREE && loop_rank(x) > 0 &&
-		    (first == NULL || loop_rank(x) > loop_rank(first) ||
-			(loop_rank(x) == loop_rank(first) &&
-			    x->since < first->since)))
-			first = x;
-	if (first == NULL) {
-		accept_after = now.ms + CROWDED_MS;
+	if (x == NULL) {
+		crowded_until = now.ms + CROWDED_MS +
+		    (int64_t)(exchanges.used / CROWDED_SLOTS);
 		return false;
 	}
-	if (first->record.start != 0)
-		exchange_abort(first, END_LIMIT, REFUSE_NONE);
-	else
-		exchange_close(first, false);
+	news.fd = x->client.fd;
+	if (x->request != NULL)
+		exchange_abort(x, END_LIMIT, REFUSE_NONE);
+	else if (poll(&news, 1, 0) == 0)
+		exchange_close(x, false);
+	else {
+		x->client.readable = true;
+		exchange_queue(x);
+		return false;
+	}
 	return true;
 }
 
-/* Takes the clients that wait at one listener, while there are slots. */
+/* All slots are taken: true if a client waits at l, and one was made free. */
+static bool
+loop_make_room(struct listener *l)
+{
+	struct pollfd waiting = { .fd = l->conn.fd, .events = POLLIN };
+
+	if (now.ms < crowded_until)
+		return false;
+	l->conn.readable = poll(&waiting, 1, 0) == 1;
+	return l->conn.readable && loop_make_way();
+}
+
+/*
+ * Takes the clients that wait at one listener, while there are slots.  One at
+ * most is made free in a turn: to find it, all are looked at.
+ */
 static void
 loop_accept(struct listener *l)
 {
-	struct pollfd waiting = { .fd = l->conn.fd, .events = POLLIN };
 	struct sockaddr_storage storage;
 	struct address peer;
 	unsigned n;
@@ -14043,13 +14108,10 @@ loop_accept(struct listener *l)
 		socklen_t len = sizeof(storage);
 		int fd;
 
-		if (exchanges.busy == exchanges.n) {
-			l->conn.readable = poll(&waiting, 1, 0) == 1;
-			if (!l->conn.readable || !loop_make_way())
-				return;
-		}
+		if (exchanges.busy == exchanges.n &&
+		    (n > 0 || !loop_make_room(l)))
+			return;
 		fd = accept(l->conn.fd, (struct sockaddr *)&storage, &len);
-
 		if (fd == -1) {
 			if (errno == EMFILE || errno == ENFILE ||
 			    errno == ENOBUFS || errno == ENOMEM) {
@@ -14068,23 +14130,23 @@ loop_accept(struct listener *l)
 	}
 }
 
-/* All listeners. */
+/* All listeners; those that can't be served are not waited for. */
 static void
 loop_accept_all(void)
 {
+	int64_t after;
 	size_t i;
 
-	for (i = 0; i < listeners_n; i++) {
-		struct listener *l = &listeners[i];
-
-		if (l->conn.fd == -1)
-			continue;
-		if (l->conn.readable && now.ms >= accept_after)
-			loop_accept(l);
-		conn_watch(&l->conn, now.ms >= accept_after ? POLLIN : 0);
-	}
-	if (accept_after > now.ms && accept_after < exchanges.wake)
-		exchanges.wake = accept_after;
+	for (i = 0; i < listeners_n; i++)
+		if (listeners[i].conn.readable && now.ms >= accept_after)
+			loop_accept(&listeners[i]);
+	after = exchanges.busy < exchanges.n || accept_after > crowded_until ?
+	    accept_after :
+	    crowded_until;
+	for (i = 0; i < listeners_n; i++)
+		conn_watch(&listeners[i].conn, now.ms >= after ? POLLIN : 0);
+	if (after > now.ms && after < exchanges.wake)
+		exchanges.wake = after;
 }
 
 /* The bytes of t that are safe on a terminal, in place of the others `.`. */
@@ -14283,6 +14345,9 @@ signals_open(void)
 	action.sa_handler = SIG_IGN;
 	(void)sigaction(SIGPIPE, &action, NULL);
 	(void)sigaction(SIGXFSZ, &action, NULL);
+	/* If it was ignored, children could not be waited for. */
+	action.sa_handler = SIG_DFL;
+	(void)sigaction(SIGCHLD, &action, NULL);
 }
 
 /* ---- 15. Main: options, startup ---- */
@@ -14558,10 +14623,11 @@ listen_host(const char *host, unsigned port, const char **error)
 		    (struct sockaddr *)&storage, len, NULL);
 		if (why == NULL)
 			continue;
-		/* A machine without IPv6 needs no telling. */
+		/* That IPv6 is missing is said only if it is all. */
 		if (strcmp(why, strerror(EAFNOSUPPORT)) == 0 ||
 		    strcmp(why, strerror(EADDRNOTAVAIL)) == 0) {
-			*error = why;
+			if (words[0] == '\0')
+				*error = why;
 			continue;
 		}
 		if (words[0] != '\0')

@@ -1412,7 +1412,12 @@ main(int argc, char **argv)
 		return main_myself();
 	else if (strcmp(mode, "base64") == 0)
 		return main_base64();
-	else if (strcmp(mode, "clock") == 0)
+	else if (strcmp(mode, "childless") == 0 && argc > 1) {
+		/* The command inherits that SIGCHLD is ignored. */
+		signal(SIGCHLD, SIG_IGN);
+		execv(argv[1], argv + 1);
+		return 127;
+	} else if (strcmp(mode, "clock") == 0)
 		printf("%ld\n", now_ms());
 	else if (strcmp(mode, "show") == 0)
 		return main_show();
@@ -1688,7 +1693,7 @@ play() {
 # loaded machine must manage a request in the shortest of them.
 quick_flags='-DHEAD_MS=1000 -DCONNECT_MS=1500
 	-DHALF_CLOSED_MS=1000 -DKEPT_CLIENT_MS=1000 -DKEPT_SERVER_MS=1000
-	-DLINGER_MS=1000 -DDRAIN_MS=1000'
+	-DLINGER_MS=1000 -DLINGER_ALL_MS=2000 -DDRAIN_MS=1000'
 
 read_limits() {
 	buffer=$("$proxy_bin" -V | sed -n 's/^buffer \([0-9]*\).*/\1/p')
@@ -1851,6 +1856,25 @@ test_start_one_family() { # of two addresses one is taken: it says so and serves
 	grep "^proxy: not listening on \[::1\]:$port: " err > /dev/null ||
 		fail "says: $(cat err)"
 	served
+	stop_proxy
+	start_proxy -l ":$port"
+	grep "^proxy: not listening on \[::\]:$port: " err > /dev/null ||
+		fail "-l :port says: $(cat err)"
+	proxy=127.0.0.1:$port
+	served
+}
+
+test_start_no_address() { # of two addresses one is taken, one not ours: the first is said
+	origin o <<'END'
+eof
+END
+	NAME_ADDRESSES="127.0.0.1 192.0.2.77"
+	export NAME_ADDRESSES
+	built "$work/names"
+	proxy_bin=$work/names
+	run_proxy -l "two.test:$origin_port"
+	[ $status = 1 ] || fail "status $status"
+	grep 'try another port' errors > /dev/null || fail "says: $(cat errors)"
 }
 
 test_start_said() { # what is wrong is said once, with what to do about it
@@ -4412,19 +4436,76 @@ END
 	[ "$(grep -c 'connections are in use' err)" = 1 ] || fail "not said once"
 }
 
+test_limit_slots_burst() { # more clients at once than slots: who has just come does not give way
+	start_proxy -m 4
+	origin o <<'END'
+head
+stall 20
+send HTTP/1.1 200 OK\nContent-Length: 2\nConnection: close\n\nok
+END
+	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+		client_bg c$n <<'END'
+stall 200
+send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: close\n\n
+answer
+END
+	done
+	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+		ended c$n
+		grep '^HTTP/1.1 200' c$n > /dev/null ||
+			fail "client $n of 20: $(cat c$n.end)"
+	done
+	grep 'all 4 connections are in use (-m)' err > /dev/null || fail "not said"
+}
+
+test_limit_slots_silent() { # all slots taken: who half-closed gives way when its server is silent, not at once
+	start_proxy -m 1
+	origin o <<'END'
+head
+touch asked
+eof
+END
+	client_bg half <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+shut
+eof
+END
+	wait_for 5 '[ -f asked ]' || fail "not asked"
+	client_bg new <<'END'
+send GET / HTTP/1.1\nHost: %P\nConnection: close\n\n
+answer
+END
+	"$peer" sleep 500
+	[ ! -f half.end ] || fail "it gives way at once"
+	wait_for 3 '[ -f half.end ]' || fail "it does not give way"
+	wait_for 3 "grep '^HTTP/1.1 200' new > /dev/null" || fail "not served"
+	wait_for 3 "grep ' 499 0 .* end=limit' log > /dev/null" ||
+		fail "log: $(cat log)"
+}
+
 test_limit_linger() { # what is sent after the last answer is read while it comes, and not for ever
 	built "$quick_bin"
 	proxy_bin=$quick_bin
 	start_proxy
 	play -n 'longer than one wait' <<END
 	origin head
-	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\n\\nok
+	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\nConnection: close\\n\\nok
 	origin close
 	client send POST http://%O/ HTTP/1.1\\nHost: %O\\nContent-Length: 1000\\n\\n
-	client chop 1 300 xxxxxxxx
+	client chop 1 550 xxxx
 	client eof
 	sees   HTTP/1.1 200 OK
 	sees~  ^-- end eof
+END
+	play -n 'longer than all of them may take' <<END
+	origin head
+	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\nConnection: close\\n\\nok
+	origin close
+	client send POST http://%O/ HTTP/1.1\\nHost: %O\\nContent-Length: 1000\\n\\n
+	client answer
+	client chop 1 550 xxxxxx
+	sees   HTTP/1.1 200 OK
+	sees~  ^-- end broken chop
 END
 }
 
@@ -4461,6 +4542,118 @@ END
 	client answer
 	sees#  2 ^(ok)?HTTP/1.1 200
 END
+}
+
+test_client_gives_up_early() { # the same before its request was sent, and with a body
+	says=$("$peer" deaf deaf) || skip "cannot make a port that does not answer"
+	echo "${says#* }" >> .pids
+	start_names 127.0.0.1
+	play 'while the name is looked up' <<'END'
+	client send GET http://slow.test/ HTTP/1.1\nHost: x\nConnection: Keep-Alive\n\n
+	client stall 100
+	client shut
+	client eof
+	log    "GET http://slow.test/ HTTP/1.1" 499 0 .* end=client
+END
+	play 'a tunnel that is not open yet' <<'END'
+	client send CONNECT slow.test:443 HTTP/1.1\nHost: x\nProxy-Connection: Keep-Alive\n\n
+	client stall 100
+	client shut
+	client eof
+	log    "CONNECT slow.test:443 HTTP/1.1" 499 0 .* end=client
+END
+	play 'while it is being connected' <<END
+	client send GET http://127.0.0.1:${says% *}/ HTTP/1.1\\nHost: x\\nConnection: Keep-Alive\\n\\n
+	client stall 100
+	client shut
+	client eof
+	log    "GET http://127.0.0.1:${says% *}/ HTTP/1.1" 499 0 .* end=client
+END
+	play 'its body has been sent' <<'END'
+	origin head
+	origin want 4
+	origin eof
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\nContent-Length: 4\n\nbody
+	client stall 100
+	client shut
+	client eof
+	log    "POST http://%O/ HTTP/1.1" 499 0 .* up=4 .* end=client
+	gets~  ^-- end (eof|reset)
+END
+}
+
+test_client_gives_up_parent() { # the same while a SOCKS parent says nothing
+	origin o <<'END'
+want 3
+eof
+END
+	start_proxy -x "socks5://$origin"
+	client c <<'END'
+send GET http://example.test/ HTTP/1.1\nHost: x\nConnection: keep-alive\n\n
+stall 100
+shut
+eof
+END
+	log_from=1
+	logged <<'END'
+~ "GET http://example.test/ HTTP/1.1" 499 0 .* end=client
+END
+}
+
+test_client_gives_up_unix() { # at a UNIX socket: one that closes has gone, one that half-closes has not
+	start_proxy -l "$T/p.sock"
+	play 'closed' <<'END'
+	origin head
+	origin eof
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client stall 100
+	client close
+	log    "GET http://%O/ HTTP/1.1" 499 0 .* end=client
+	gets~  ^-- end (eof|reset)
+END
+	play 'half-closed' <<'END'
+	origin head
+	origin stall 200
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client shut
+	client answer
+	sees   HTTP/1.1 200 OK
+END
+}
+
+test_client_gives_up_shared() { # a fetch that others follow goes on without its first client
+	start_proxy -c cache
+	origin o <<'END'
+head
+touch asked
+await go
+send HTTP/1.1 200 OK\nCache-Control: max-age=60\nContent-Length: 2\n\nok
+END
+	client_bg first <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
+await leave
+shut
+eof
+END
+	wait_for 5 '[ -f asked ]' || fail "not asked"
+	client_bg second <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
+answer
+END
+	client third <<'END'
+send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
+stall 100
+shut
+eof
+END
+	grep ' 499 0 .* end=client' log > /dev/null || fail "log: $(cat log)"
+	touch leave
+	ended first
+	touch go
+	ended second
+	grep '^HTTP/1.1 200' second > /dev/null || fail "$(cat second.end)"
+	[ ! -f o.2 ] || fail "it was asked twice"
 }
 
 test_limit_unread_interim() { # interim answers that nobody reads: no spinning
@@ -5093,6 +5286,8 @@ write_names() {
 #define _DEFAULT_SOURCE 1
 #include <sys/types.h>
 #include <sys/socket.h>
+#include <netinet/in.h>
+#include <errno.h>
 #include <netdb.h>
 #include <stdlib.h>
 #include <string.h>
@@ -5128,7 +5323,22 @@ names_lookup(const char *host, const char *port, const struct addrinfo *hints,
 	return *found == NULL ? EAI_NONAME : 0;
 }
 
+/* At 127.0.0.99 no local port is left. */
+static int
+names_bind(int fd, const struct sockaddr *address, socklen_t len)
+{
+	const struct sockaddr_in *in = (const struct sockaddr_in *)address;
+
+	if (address->sa_family == AF_INET &&
+	    in->sin_addr.s_addr == htonl(0x7f000063)) {
+		errno = EADDRINUSE;
+		return -1;
+	}
+	return bind(fd, address, len);
+}
+
 #define getaddrinfo names_lookup
+#define bind names_bind
 #include "proxy.c"
 EOF_NAMES
 }
@@ -5348,6 +5558,27 @@ END
 		[ "$(cat o1.$n.peer)" = 127.0.0.2 ] ||
 			fail "connection $n comes from $(cat o1.$n.peer)"
 	done
+}
+
+test_names_outgoing_fails() { # -b: the refusal says that no port is left there, or that it is not ours
+	start_names 127.0.0.1 -- -b 127.0.0.99
+	play -n 'no port' <<'END'
+	origin eof
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^HTTP/1.1 502
+	sees~  %O: .*: no local port is left at 127.0.0.99 \(-b or from\)
+	log    502 .* server=%O end=done why=
+END
+	stop_proxy
+	start_proxy -b 192.0.2.77
+	play -n 'not ours' <<'END'
+	origin eof
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	client answer
+	sees~  ^HTTP/1.1 502
+	sees~  %O: .*: this machine can't use 192.0.2.77 \(-b or from\)
+END
 }
 
 test_names_guard() { # who is not local reaches nothing on loopback
@@ -12146,8 +12377,8 @@ test_cache_descriptors() { # sweeper and helper hold nothing open that is not th
 	wait_for 5 '[ "$(proxy_children | wc -l)" = 1 ]' ||
 		fail "children: $(proxy_children)"
 	helper=$(proxy_children)
-	# It was there before all else.
-	helper_n=$(descriptors "$helper" | wc -l)
+	# To the proxy, from it, and one of its own with two ends.
+	helper_n=4
 	origin long <<'END'
 head
 send HTTP/1.1 200 OK\nCache-Control: max-age=9\nTransfer-Encoding: chunked\n\n1\nx\n
@@ -12221,6 +12452,16 @@ END
 	wait_for 5 '[ "$(disk_use)" -le 256 ]' ||
 		fail "$(disk_use) KiB of 256 in $(entries | wc -l) files"
 	served
+}
+
+test_cache_sweep_childless() { # started with SIGCHLD ignored, it sweeps more than once
+	proxy_wrap="$peer childless"
+	start_cache -s 1M
+	proxy_wrap=
+	many_origin 20000
+	get_many 1 90
+	wait_for 5 'get_many 91 91; [ "$(there 91 91)" = 1 ]' ||
+		fail "nothing is stored any more: $(disk_use) KiB"
 }
 
 test_cache_sweep_restart() { # a directory that is too full is swept at the start
