@@ -12358,8 +12358,8 @@ descriptors() {
 }
 
 # True if a process has N pipes and no more, but for a directory that it reads:
-# holds PID N
-holds() {
+# has_pipes PID N
+has_pipes() {
 	descriptors "$1" | grep -v '/cache/..$' > held
 	[ "$(grep -c '^pipe:' held)" = "$2" ] && [ "$(wc -l < held)" = "$2" ]
 }
@@ -12399,13 +12399,13 @@ END
 	get_many 1 5
 	wait_for 2 '[ "$(proxy_children | wc -l)" = 2 ]' || fail "no sweeper"
 	sweeper=$(proxy_children | grep -v "^$helper\$")
-	wait_for 1 'holds "$sweeper" 1' || fail "the sweeper has $(cat held)"
+	wait_for 1 'has_pipes "$sweeper" 1' || fail "the sweeper has $(cat held)"
 	rm slow
 	kill -KILL "$helper"
 	wait_for 10 '[ "$(proxy_children | grep -v -x -c -e "$helper" \
 	    -e "$sweeper")" = 1 ]' || fail "no other helper"
 	helper=$(proxy_children | grep -v -x -e "$helper" -e "$sweeper")
-	wait_for 2 'holds "$helper" "$helper_n"' || fail "the helper has $(cat held)"
+	wait_for 2 'has_pipes "$helper" "$helper_n"' || fail "the helper has $(cat held)"
 	touch over
 	served
 }
