@@ -12224,10 +12224,10 @@ overfill() {
 
 test_cache_sweep_size() { # the directory is never larger than -s
 	start_cache -s 1M
-	overfill 'middling objects' 20000 600
-	overfill 'large objects' 250000 60
-	overfill 'small objects' 10 2000
-	overfill 'small objects with Vary' 10 1000 'Vary: X-A\n'
+	overfill 'middling objects' 20000 200
+	overfill 'large objects' 250000 30
+	overfill 'small objects' 10 800
+	overfill 'small objects with Vary' 10 400 'Vary: X-A\n'
 	served
 }
 
@@ -12249,7 +12249,7 @@ static DIR *
 walks_opendir(const char *path)
 {
 	if (access("slow", F_OK) == 0)
-		(void)poll(NULL, 0, 5);
+		(void)poll(NULL, 0, 3);
 	return opendir(path);
 }
 
