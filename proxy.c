@@ -1875,8 +1875,9 @@ pipe_open(int fds[2])
 }
 
 /*
- * In a child: closes all but a, b and the standard descriptors.  What it held
- * open, a peer would not see closed, and the disk could not have back.
+ * In a child: closes all but a, b and the standard descriptors.  A socket that
+ * it held open would not close for its peer, and a file that was removed would
+ * keep its blocks.
  */
 static void
 fds_close(int a, int b)
@@ -8306,8 +8307,8 @@ directory_walk(const char *at, void (*visit)(const char *path, void *argument),
 }
 
 /*
- * The same for all that is in the cache: first the directories of entries,
- * then what lies beside them, and they.
+ * The same for all that is in the cache: the directories of entries, then the
+ * one above them.
  */
 static bool
 cache_walk(void (*visit)(const char *path, void *argument), void *argument)
@@ -8540,7 +8541,7 @@ sweep_note(const struct report *report)
 	(void)unlink(path);
 }
 
-/* Hears the sweeper, and buries it. */
+/* Reads the sweeper's report when it is there, and then waits for its end. */
 static void
 sweep_reap(void)
 {
@@ -9659,7 +9660,7 @@ cache_assume(const char *tag, bool fresh)
 	if (stat(tag, &status) != -1 &&
 	    (uint64_t)status.st_blocks * 512 > cache.block)
 		cache.block = (uint64_t)status.st_blocks * 512;
-	/* An earlier process that had our number made files of others. */
+	/* Not those of an earlier process that had our number. */
 	cache.serial = (uint64_t)now.wall << 20 | (uint64_t)(now.us & 0xfffff);
 	/* The first turn lets it be swept. */
 	cache.written = options.cache_size;
