@@ -3424,10 +3424,15 @@ exchange_parent(const struct exchange *x)
 /* ---- 8. Rules: who may go where ---- */
 
 /*
- * A rule is one line: an action and its conditions.  Here they are read and
- * judged.  Judging is pure: a view in, a verdict out; what is not known yet
- * makes it open, and it is asked again later.  Addresses are judged as they
- * were looked up, and that very address is connected to.
+ * A rule is an action and its conditions; the first rule that matches decides.
+ * Here rules are read and judged.  Judging is pure: a view in, a verdict out.
+ * A rule that needs a fact that is not known yet is undecided, and is judged
+ * again later.  An address is judged as it was looked up, and that very
+ * address is connected to.
+ *
+ * Door: rules_read, rules_reload, rules_step, rules_take, rules_give,
+ * rules_let_in, exchange_view, view_source, rules_judge, rule_lacks,
+ * rules_rewrite, rules_seek.
  */
 
 enum {
@@ -3588,6 +3593,7 @@ struct value {
 struct condition {
 	struct condition *next; /* of the same rule */
 	enum subject subject;   /* what it is about */
+	const char *word;       /* that names it */
 	unsigned needs;         /* facts that it takes to tell */
 	bool inverted;          /* `not` stands before it */
 	bool response;        /* of a field: of the response, not the request */
@@ -3668,6 +3674,7 @@ struct verdict {
 	enum truth truth;        /* NO: no line holds */
 	const struct rule *rule; /* for YES the one that decides, for OPEN */
 				 /* the first that is open */
+	bool refuses;            /* YES, and it lets nobody pass */
 };
 
 static struct rules *rules_now; /* those in force */
@@ -4601,30 +4608,59 @@ rule_refuses(const struct rule *rule, const struct view *v)
 static struct verdict
 rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 {
-	struct verdict verdict = { TRUTH_NO, NULL };
+	struct verdict verdict = { TRUTH_NO, NULL, false };
 	const struct rule *rule;
-	bool open = false, refuses = true;
+	bool refuses = group == GROUP_ACCESS;
 
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
 		enum truth truth = rule_judge(rule, v);
 
 		if (truth == TRUTH_NO)
 			continue;
-		refuses = refuses && group == GROUP_ACCESS &&
-		    rule_refuses(rule, v);
-		if (truth == TRUTH_YES && (!open || refuses)) {
+		refuses = refuses && rule_refuses(rule, v);
+		if (truth == TRUTH_YES &&
+		    (verdict.truth == TRUTH_NO || refuses)) {
 			verdict.truth = TRUTH_YES;
 			verdict.rule = rule;
+			verdict.refuses = refuses;
 			return verdict;
 		}
-		if (!open)
+		if (verdict.truth == TRUTH_NO)
 			verdict.rule = rule;
-		open = true;
+		verdict.truth = TRUTH_OPEN;
 		if (truth == TRUTH_YES || !refuses)
 			break;
 	}
-	verdict.truth = open ? TRUTH_OPEN : TRUTH_NO;
 	return verdict;
+}
+
+/* Condition of a rule that is open: the first that is.  NULL: it is not. */
+static const struct condition *
+rule_lacks(const struct rule *rule, struct view *v)
+{
+	const struct condition *c = rule->conditions;
+
+	if (rule_judge(rule, v) != TRUTH_OPEN)
+		return NULL;
+	while (condition_judge(c, v) != TRUTH_OPEN)
+		c = c->next;
+	return c;
+}
+
+/*
+ * Seeks in the next bytes of a body; states has NEEDLES_MAX bytes for what of
+ * each text the body ends with, 0 at its beginning.  Returns those that were
+ * found, now or before, as bits.
+ */
+static unsigned
+rules_seek(const struct rules *rules, unsigned char *states, struct text piece)
+{
+	unsigned i, found = 0;
+
+	for (i = 0; i < rules->needles_n; i++)
+		if (needle_scan(rules->needles[i], states + i, piece))
+			found |= 1U << i;
+	return found;
 }
 
 /* True if a line about the body may concern what v shows. */
@@ -5271,12 +5307,11 @@ condition_values(struct parser *p, struct condition *c)
 			end = &value->next;
 		} else
 			parser_error(p, "%s: not valid: %.*s; write %s",
-			    subjects[c->subject].word,
-			    word->t.len < 100 ? (int)word->t.len : 100,
+			    c->word, word->t.len < 100 ? (int)word->t.len : 100,
 			    word->t.at, subjects[c->subject].wants);
 	}
 	if (c->values == NULL)
-		parser_missing(p, subjects[c->subject].word);
+		parser_missing(p, c->word);
 }
 
 /* True if c and one before it in the line can't both match. */
@@ -5316,12 +5351,12 @@ conditions_parse(struct parser *p, struct rule *rule)
 		*end = c;
 		end = &c->next;
 		c->needs = subjects[c->subject].needs;
+		c->word = subjects[c->subject].word;
 		if (condition_repeats(rule, c))
 			parser_error(p,
 			    "%s: two conditions can't both match; write all "
 			    "values behind one, as in: %s a b",
-			    subjects[c->subject].word,
-			    subjects[c->subject].word);
+			    c->word, c->word);
 		condition_values(p, c);
 		rule->needs |= c->needs;
 	}
@@ -5350,7 +5385,7 @@ conditions_check(struct parser *p, const struct rule *rule,
 			parser_error(p,
 			    "%s: what it needs of the response is known too "
 			    "late for this rule; leave it out",
-			    subjects[c->subject].word);
+			    c->word);
 }
 
 /* ---- actions ---- */
@@ -5948,7 +5983,7 @@ list_report(struct rules *rules, const struct list *list, int got,
  * loop, and nobody waits for it.  True when all were read.
  */
 static bool
-rules_step(struct rules *rules)
+rules_read_lists(struct rules *rules)
 {
 	int64_t until = clock_us() + LIST_STEP_US;
 	char why[LIST_PATH_MAX + 128];
@@ -5968,17 +6003,91 @@ rules_step(struct rules *rules)
 	return rules->lists_read == rules->lists_n;
 }
 
-/* Lines and lists at once; NULL, all that is wrong having been said. */
-static struct rules *
-rules_read(void)
+/* All lines in force, group by group, on standard output. */
+static void
+rules_print(const struct rules *rules)
+{
+	const struct rule *rule;
+	unsigned i;
+
+	for (i = 0; i < GROUPS; i++)
+		for (rule = rules->first[i]; rule != NULL; rule = rule->next)
+			printf("%s: %s\n", rule->where, rule->text);
+}
+
+/*
+ * Reads all rules at the start, and prints them if they are right.  False if
+ * they are not: what is wrong was said.
+ */
+static bool
+rules_read(bool print)
 {
 	struct rules *rules = rules_begin();
 
-	while (rules != NULL && !rules_step(rules))
+	while (rules != NULL && !rules_read_lists(rules))
 		;
 	if (rules != NULL && rules->errors > 0)
 		rules_give(&rules);
-	return rules;
+	if (rules != NULL && print)
+		rules_print(rules);
+	rules_now = rules;
+	return rules != NULL;
+}
+
+/* Begins to read all rules anew; those in force stay so meanwhile. */
+static void
+rules_reload(void)
+{
+	rules_give(&rules_next);
+	rules_next = rules_begin();
+	if (rules_next == NULL)
+		warn("the old rules stay in force");
+}
+
+/*
+ * Goes on reading what rules_reload() began; when it is complete, it is in
+ * force.  True if there is more to read.
+ */
+static bool
+rules_step(void)
+{
+	if (rules_next == NULL || !rules_read_lists(rules_next))
+		return rules_next != NULL;
+	if (rules_next->errors > 0) {
+		warn("the old rules stay in force");
+		rules_give(&rules_next);
+		return false;
+	}
+	rules_give(&rules_now);
+	rules_now = rules_next;
+	rules_next = NULL;
+	return false;
+}
+
+/*
+ * The rules in force for a request with this head, to be given back; and who
+ * logged in with it, if anybody can.
+ */
+static struct rules *
+rules_take(const struct head *h, const struct account **user)
+{
+	if (rules_now->logins)
+		*user = account_login(rules_now, h);
+	rules_now->refs++;
+	return rules_now;
+}
+
+/* True if a rule that somebody wrote may let clients in. */
+static bool
+rules_let_in(void)
+{
+	const struct view v = { .user = text_of("-") };
+	const struct rule *rule = rules_now->first[GROUP_ACCESS];
+
+	for (; rule != NULL; rule = rule->next)
+		if (!rule->built_in && !rule_refuses(rule, &v))
+			return true;
+	return false;
 }
 
 /* ---- what is known ---- */
@@ -5998,42 +6107,6 @@ view_source(struct view *v, const struct address *a)
 	v->never |= a->family ? 0U : FACT_ADDRESS;
 }
 
-/*
- * What the rules may know of a request so far, into v; q must stay.  With a
- * parent, the server's address is known only if the URL has it in figures;
- * that of an entry is the one that it came from.
- */
-static void
-exchange_view(const struct exchange *x, const struct request *q, struct view *v)
-{
-	struct text host = host_bare(q->target.host);
-
-	memset(v, 0, sizeof(*v));
-	v->never = q->method == METHOD_CONNECT ?
-	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
-	    0U;
-	v->client = &x->peer;
-	v->local = x->local;
-	if (x->record.user != NULL)
-		v->user = x->record.user->user;
-	v->request = q;
-	v->host = host;
-	v->port = q->target.port;
-	v->found = x->request->access.found;
-	v->passed = x->down.payload + x->down.ready;
-	if (address_parse(host, v->port, &v->literal))
-		v->address = &v->literal;
-	else if (answer_is_stored(x->request))
-		view_source(v, &x->request->route.list[0]);
-	else if (exchange_parent(x) != NULL && !x->request->access.route_open)
-		v->never |= FACT_ADDRESS;
-	else if (x->record.server.family == AF_INET ||
-	    x->record.server.family == AF_INET6)
-		v->address = &x->record.server;
-	if (v->address != NULL)
-		v->known |= FACT_ADDRESS;
-}
-
 /* What they know once a response has come; length UINT64_MAX: not known. */
 static void
 view_response(struct view *v, const struct response *r, uint64_t length)
@@ -6051,16 +6124,42 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 		v->length = 0;
 }
 
-/* All lines in force, group by group, on standard output. */
+/*
+ * What the rules may know of a request so far, into v; q must stay.  r is the
+ * response if one has come, and length that of its body, UINT64_MAX if it is
+ * not known.  With a parent, the server's address is known only if the URL has
+ * it in figures; that of an entry is the one that it came from.
+ */
 static void
-rules_print(const struct rules *rules)
+exchange_view(const struct exchange *x, const struct request *q,
+    const struct response *r, uint64_t length, struct view *v)
 {
-	const struct rule *rule;
-	unsigned i;
-
-	for (i = 0; i < GROUPS; i++)
-		for (rule = rules->first[i]; rule != NULL; rule = rule->next)
-			printf("%s: %s\n", rule->where, rule->text);
+	memset(v, 0, sizeof(*v));
+	v->never = q->method == METHOD_CONNECT ?
+	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
+	    0U;
+	v->client = &x->peer;
+	v->local = x->local;
+	if (x->record.user != NULL)
+		v->user = x->record.user->user;
+	v->request = q;
+	v->host = host_bare(q->target.host);
+	v->port = q->target.port;
+	v->found = x->request->access.found;
+	v->passed = x->down.payload + x->down.ready;
+	if (address_parse(v->host, v->port, &v->literal))
+		v->address = &v->literal;
+	else if (answer_is_stored(x->request))
+		view_source(v, &x->request->route.list[0]);
+	else if (exchange_parent(x) != NULL && !x->request->access.route_open)
+		v->never |= FACT_ADDRESS;
+	else if (x->record.server.family == AF_INET ||
+	    x->record.server.family == AF_INET6)
+		v->address = &x->record.server;
+	if (v->address != NULL)
+		v->known |= FACT_ADDRESS;
+	if (r != NULL)
+		view_response(v, r, length);
 }
 
 /* ---- 9. Cache ---- */
@@ -8261,20 +8360,19 @@ static const struct rule *
 cache_rule(const struct exchange *x, const struct request *q,
     const struct response *r, const struct entry *e)
 {
+	uint64_t length = UINT64_MAX;
 	struct address source;
 	struct verdict verdict;
 	struct view v;
 
 	if (x->rules->first[GROUP_CACHE] == NULL)
 		return NULL;
-	exchange_view(x, q, &v);
-	if (r != NULL) {
-		view_response(&v, r,
-		    e == NULL      ? response_length(r) :
-			e->counted ? UINT64_MAX :
-				     e->body);
-		v.never |= FACT_LENGTH;
-	}
+	if (r != NULL)
+		length = e == NULL ? response_length(r) :
+		    e->counted     ? UINT64_MAX :
+				     e->body;
+	exchange_view(x, q, r, length, &v);
+	v.never |= r != NULL ? FACT_LENGTH : 0U;
 	if (e != NULL) {
 		source = address_read(e->server);
 		view_source(&v, &source);
@@ -10357,7 +10455,7 @@ exchange_rewrite(struct exchange *x)
 
 	if (r->first[GROUP_REQUEST] == NULL && !r->needles_n)
 		return;
-	exchange_view(x, q, &v);
+	exchange_view(x, q, NULL, 0, &v);
 	rules_rewrite(r, GROUP_REQUEST, &v, &q->rewrites);
 }
 
@@ -10400,7 +10498,7 @@ access_judge(struct exchange *x, struct view *v)
 	x->record.rule = verdict.rule;
 	trace(x, "decided by %s: %s", x->record.rule->where,
 	    x->record.rule->text);
-	if (!rule_refuses(x->record.rule, v))
+	if (!verdict.refuses)
 		return true;
 	access_refuse(x, v->request);
 	return false;
@@ -10443,11 +10541,8 @@ access_begin(struct exchange *x, const struct request *q)
 {
 	struct view v;
 
-	x->rules = rules_now;
-	x->rules->refs++;
-	if (x->rules->logins)
-		x->record.user = account_login(x->rules, &q->head);
-	exchange_view(x, q, &v);
+	x->rules = rules_take(&q->head, &x->record.user);
+	exchange_view(x, q, NULL, 0, &v);
 	if (!access_judge(x, &v))
 		return false;
 	route_judge(x, &v);
@@ -10496,22 +10591,20 @@ access_body(struct exchange *x, struct text piece, bool whole)
 {
 	unsigned char *states =
 	    (unsigned char *)x->request->access.answer->data;
-	unsigned i, found = x->request->access.found;
+	unsigned found = x->request->access.found;
 	struct verdict verdict;
 	struct response r;
 	const struct request *q;
 	struct view v;
 
-	for (i = 0; i < x->rules->needles_n; i++)
-		if (needle_scan(x->rules->needles[i], states + i, piece))
-			x->request->access.found |= 1U << i;
+	x->request->access.found |= rules_seek(x->rules, states, piece);
 	q = x->request;
 	(void)response_parse(buffer_text(x->request->access.answer), q->method,
 	    &r);
-	exchange_view(x, q, &v);
-	view_response(&v, &r,
+	exchange_view(x, q, &r,
 	    answer_is_stored(x->request) ? x->request->body :
-					   response_length(&r));
+					   response_length(&r),
+	    &v);
 	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
 	if (whole)
@@ -10526,7 +10619,7 @@ access_body(struct exchange *x, struct text piece, bool whole)
 		x->request->access.open = false;
 		buffer_give(&x->request->access.answer);
 	}
-	return verdict.truth != TRUTH_YES || !rule_refuses(verdict.rule, &v);
+	return !verdict.refuses;
 }
 
 /* ---- entries that answer ---- */
@@ -10554,8 +10647,7 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	q->route.n = 0;
 	q->route.list[0] = address_read(l->e.server);
 	if (q->access.open) {
-		exchange_view(x, q, &v);
-		view_response(&v, &l->r, l->e.body);
+		exchange_view(x, q, &l->r, l->e.body, &v);
 		if (!access_response(x, &l->r, l->e.head, &v))
 			return;
 	}
@@ -11258,7 +11350,7 @@ resolve_strike(struct exchange *x, struct view *v)
 	unsigned char i, kept = 0;
 
 	for (i = 0; i < q->route.n; i++) {
-		struct verdict verdict = { TRUTH_YES, x->record.rule };
+		struct verdict verdict = { TRUTH_YES, x->record.rule, false };
 
 		if (address_is_ours(&q->route.list[i]))
 			return REFUSE_LOOP;
@@ -11270,9 +11362,7 @@ resolve_strike(struct exchange *x, struct view *v)
 		v->known |= FACT_ADDRESS;
 		if (open && exchange_parent(x) == NULL)
 			verdict = rules_judge(x->rules, GROUP_ACCESS, v);
-		if (verdict.truth == TRUTH_YES && open &&
-		    exchange_parent(x) == NULL &&
-		    rule_refuses(verdict.rule, v)) {
+		if (verdict.refuses) {
 			refusal = REFUSE_RULE;
 			x->record.rule = kept == 0 ? verdict.rule :
 						     x->record.rule;
@@ -11304,7 +11394,7 @@ resolve_judge(struct exchange *x)
 	struct view v;
 
 	q = x->request;
-	exchange_view(x, q, &v);
+	exchange_view(x, q, NULL, 0, &v);
 	if (exchange_parent(x) != NULL && x->request->access.open &&
 	    !access_judge(x, &v))
 		return;
@@ -11336,7 +11426,7 @@ resolve_route(struct exchange *x)
 	struct view v;
 
 	q = x->request;
-	exchange_view(x, q, &v);
+	exchange_view(x, q, NULL, 0, &v);
 	v.address = &x->request->route.list[0];
 	v.known |= FACT_ADDRESS;
 	route_judge(x, &v);
@@ -12033,10 +12123,10 @@ response_rewrites(struct exchange *x, const struct response *r,
 	    x->request->answerer == ANSWER_MEMORY)
 		return;
 	q = x->request;
-	exchange_view(x, q, &v);
-	view_response(&v, r,
+	exchange_view(x, q, r,
 	    answer_is_stored(x->request) ? x->request->body :
-					   response_length(r));
+					   response_length(r),
+	    &v);
 	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
 	x->down.bare = w->strips;
 }
@@ -12340,8 +12430,7 @@ response_passes(struct exchange *x, const struct response *r, struct text head)
 	    (r->status < 200 && r->status != 101))
 		return true;
 	q = x->request;
-	exchange_view(x, q, &v);
-	view_response(&v, r, response_length(r));
+	exchange_view(x, q, r, response_length(r), &v);
 	return access_response(x, r, head, &v);
 }
 
@@ -13028,13 +13117,15 @@ static int64_t accept_after; /* ms: descriptors or slots have run out */
 
 static struct conn signal_conn; /* where signals come out */
 
+static bool rules_unread; /* new rules are read, a piece a turn */
+
 /* How long poll may wait, in ms: to the next deadline; -1: there is none. */
 static int
 loop_wait(void)
 {
 	int64_t wait = exchanges.wake - now.ms;
 
-	if (exchanges.again != NULL || rules_next != NULL || wait <= 0)
+	if (exchanges.again != NULL || rules_unread || wait <= 0)
 		return 0;
 	return exchanges.wake == INT64_MAX ? -1 :
 	    wait > INT_MAX                 ? INT_MAX :
@@ -13388,29 +13479,10 @@ loop_reload(void)
 		loop_stop();
 		return;
 	}
-	rules_give(&rules_next);
-	rules_next = rules_begin();
-	if (rules_next == NULL)
-		warn("the old rules stay in force");
+	rules_reload();
 	if (!log_open())
 		warn("can't reopen the log %s: %s", options.log,
 		    strerror(errno));
-}
-
-/* Goes on reading the next rules; when they are complete, they are in force. */
-static void
-loop_rules(void)
-{
-	if (rules_next == NULL || !rules_step(rules_next))
-		return;
-	if (rules_next->errors > 0) {
-		warn("the old rules stay in force");
-		rules_give(&rules_next);
-		return;
-	}
-	rules_give(&rules_now);
-	rules_now = rules_next;
-	rules_next = NULL;
 }
 
 /* The signals that came. */
@@ -13460,7 +13532,7 @@ loop_run(void)
 		if (loop_note(loop_poll()))
 			loop_kept();
 		loop_signals();
-		loop_rules();
+		rules_unread = rules_step();
 		loop_names();
 		loop_exchanges();
 		loop_expire();
@@ -14063,15 +14135,6 @@ pseudonym_make(void)
 		host_name[0] = '\0';
 }
 
-/* -n: all is right; with -v, what is in force. */
-static void
-check_end(void)
-{
-	if (options.verbose > 0)
-		rules_print(rules_now);
-	exit(0);
-}
-
 /*
  * The head of the request that a -T describes: a URL, and behind it `client
  * ADDRESS`, `user NAME`, `method NAME`.
@@ -14186,15 +14249,15 @@ trial_judge(struct exchange *x, const struct request *q, struct verdict *access,
 	struct view v;
 
 	x->request->route.parent = NULL;
-	exchange_view(x, q, &v);
+	exchange_view(x, q, NULL, 0, &v);
 	*route = rules_judge(x->rules, GROUP_ROUTE, &v);
-	x->request->access.route_open = route->truth == TRUTH_OPEN;
+	x->request->access.route_open = route->truth == TRUTH_OPEN ||
+	    (asked && x->record.server.family != 0);
 	x->request->route.parent =
 	    route->truth == TRUTH_YES ? route->rule->parents : NULL;
-	exchange_view(x, q, &v);
-	if (asked && x->record.server.family != 0)
-		view_source(&v, &x->record.server);
+	exchange_view(x, q, NULL, 0, &v);
 	*access = rules_judge(x->rules, GROUP_ACCESS, &v);
+	x->request->access.route_open = route->truth == TRUTH_OPEN;
 }
 
 /* True if a line that is open asks for the server's address. */
@@ -14204,10 +14267,10 @@ trial_wants(const struct exchange *x, const struct request *q)
 	const struct rule *rule = x->rules->first[GROUP_ACCESS];
 	struct view v;
 
-	exchange_view(x, q, &v);
+	exchange_view(x, q, NULL, 0, &v);
 	for (; rule != NULL; rule = rule->next)
 		if ((rule->needs & FACT_ADDRESS) &&
-		    rule_judge(rule, &v) == TRUTH_OPEN)
+		    rule_lacks(rule, &v) != NULL)
 			return (v.never & FACT_ADDRESS) == 0;
 	return false;
 }
@@ -14239,18 +14302,17 @@ trial_access(const struct verdict *access, struct view *v)
 		[ACTION_DENY] = "deny",
 		[ACTION_LOGIN] = "login",
 		[ACTION_DROP] = "drop" };
-	const struct condition *c = access->rule->conditions;
+	const struct condition *c;
 	char words[80];
 
 	if (access->truth == TRUTH_YES) {
 		trial_print("access", done[access->rule->action], access->rule);
 		return;
 	}
-	while (c->next != NULL && condition_judge(c, v) != TRUTH_OPEN)
-		c = c->next;
+	c = rule_lacks(access->rule, v);
+	assert(c != NULL);
 	(void)snprintf(words, sizeof(words), "open, it needs the %s%s",
-	    c->needs & FACT_ADDRESS ? "server's " : "response's ",
-	    subjects[c->subject].word);
+	    c->needs & FACT_ADDRESS ? "server's " : "response's ", c->word);
 	trial_print("access", words, access->rule);
 }
 
@@ -14277,8 +14339,8 @@ trial_run(char *words)
 	printf("%s\n", words);
 	trial_build(&x, words, &user, head);
 	x.local = address_is_local(&x.peer);
+	x.rules = rules_take(&q->head, &x.record.user);
 	x.record.user = user.user.at ? &user : NULL;
-	x.rules = rules_now;
 	x.request = q;
 	q->owner = &x;
 	if (request_parse(buffer_text(head), q) != 1 ||
@@ -14291,10 +14353,10 @@ trial_run(char *words)
 		(verdict.truth == TRUTH_OPEN && trial_wants(&x, q))) &&
 	    trial_resolve(q, &x.record.server))
 		trial_judge(&x, q, &verdict, &route);
-	exchange_view(&x, q, &v);
+	exchange_view(&x, q, NULL, 0, &v);
 	trial_access(&verdict, &v);
 	trial_route(&route);
-	denied = verdict.truth == TRUTH_YES && rule_refuses(verdict.rule, &v);
+	denied = verdict.refuses;
 	if (options.cache != NULL)
 		trial_cache(&x, q);
 	buffer_give(&head);
@@ -14327,9 +14389,7 @@ static void
 banner(void)
 {
 	const struct address *first = NULL;
-	const struct rule *rule;
 	/* With a name: a rule that asks for a login lets some in. */
-	struct view nobody = { .user = text_of("-") };
 	char words[ADDRESS_TEXT];
 	bool exposed = false;
 	size_t i;
@@ -14350,10 +14410,7 @@ banner(void)
 		warn("  export http_proxy=http://%s https_proxy=http://%s",
 		    words, words);
 	}
-	for (rule = rules_now->first[GROUP_ACCESS]; rule; rule = rule->next)
-		if (!rule->built_in && !rule_refuses(rule, &nobody))
-			exposed = false;
-	if (exposed)
+	if (exposed && !rules_let_in())
 		warn(
 		    "clients that are not on this machine are refused until "
 		    "a rule lets them in, as in: -e 'allow client 10.0.0.0/8'");
@@ -14423,11 +14480,10 @@ main(int argc, char **argv)
 	options_parse(argc, argv);
 	if (options.key != NULL)
 		key_print(options.key);
-	rules_now = rules_read();
-	if (rules_now == NULL)
+	if (!rules_read(options.check && options.verbose > 0))
 		exit(2);
 	if (options.check)
-		check_end();
+		exit(0);
 	if (options.trials_n > 0)
 		trials_run();
 	pseudonym_make();
