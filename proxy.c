@@ -3439,7 +3439,7 @@ enum {
 	/* The same without a dot at its end, and each of its labels. */
 	DOMAIN_MAX = 253,
 	LABEL_MAX = 63,
-	/* A line of a list of domains, its LF not counted. */
+	/* A line of a list of domains, without its LF. */
 	LIST_LINE = 1000,
 	/* A list is read in such pieces, for this long a turn. */
 	LIST_BLOCK = 4096,
@@ -3448,7 +3448,7 @@ enum {
 	LIST_DOMAINS = 100000000,
 	/* A duration in a rule: ten years are as good as for ever. */
 	DURATION_MAX_S = 10 * 365 * DAY_S,
-	/* A line of rules, and its words, each with a blank behind it. */
+	/* A rule in bytes, and its words, each followed by a blank. */
 	RULE_LINE_MAX = 8191,
 	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
 	/* `file:line` for the log. */
@@ -3472,7 +3472,7 @@ struct network {
 struct span {
 	unsigned days; /* on which it begins: bit 0 Sunday to bit 6 Saturday */
 	int from;      /* minute of the day that is its first, to 1439 */
-	int to;        /* behind its last, to 1440; below from: over midnight */
+	int to;        /* end, to 1440; if it is below from: past midnight */
 };
 
 /* Numbers from first to last. */
@@ -3483,7 +3483,7 @@ struct numbers {
 
 /* Bytes to look for in a stream (Knuth, Morris, Pratt). */
 struct needle {
-	const char *text;        /* its bytes; whoever made it owns them */
+	const char *text;        /* its bytes; they belong to the caller */
 	unsigned char len;       /* 1 to 255 */
 	unsigned char next[256]; /* matched so far: left on another byte */
 };
@@ -3503,33 +3503,33 @@ struct list {
 	size_t names;      /* found in this pass; the same one may come twice */
 	size_t read;       /* lines */
 	size_t used;       /* names that differ, exceptions too */
-	size_t skipped;    /* lines with something that was not understood */
+	size_t skipped;    /* lines that were not understood in full */
 	int64_t ms;        /* from its first step to its last */
 	int64_t begun;     /* us: the time of the first */
 	const char *path;  /* of the file */
 	const char *where; /* `file:line` of the rule that names it */
 	int fd;            /* of the file while it is read, or -1 */
-	size_t len;        /* of the line that is not whole yet */
+	size_t len;        /* of the line that is not complete yet */
 	char text[LIST_LINE + 1]; /* that line */
 };
 
-/* What a rule does. */
+/* The effect of a rule. */
 enum action {
 	ACTION_ALLOW,
 	ACTION_DENY,
 	ACTION_LOGIN,   /* allow if there is a user, else ask for one */
-	ACTION_DROP,    /* close without a word */
+	ACTION_DROP,    /* close without an answer */
 	ACTION_VIA,     /* go through a parent */
 	ACTION_DIRECT,  /* go through none */
 	ACTION_FROM,    /* leave by an address */
 	ACTION_NOCACHE, /* neither answer from the cache nor store */
-	ACTION_CACHE,   /* fresh for so long */
+	ACTION_CACHE,   /* fresh for this long */
 	ACTION_SET,     /* one field in place of all of its name */
 	ACTION_ADD,     /* one more field */
 	ACTION_UNSET    /* no field of these names */
 };
 
-/* What is decided by the first line that holds; in the last two by all. */
+/* In each group the first rule that matches decides; in the last two all do. */
 enum rule_group {
 	GROUP_ACCESS,
 	GROUP_ROUTE,
@@ -3540,7 +3540,7 @@ enum rule_group {
 	GROUPS
 };
 
-/* What a condition asks about; section 8 has a table. */
+/* The subject of a condition; see the table `subjects'. */
 enum subject {
 	SUBJECT_CLIENT,
 	SUBJECT_USER,
@@ -3559,7 +3559,7 @@ enum subject {
 	SUBJECTS
 };
 
-/* What may not be known yet when a line is judged; a set of bits. */
+/* Facts that may not be known yet when a rule is judged; bits of a set. */
 enum fact {
 	FACT_ADDRESS = 1,  /* the server's address */
 	FACT_RESPONSE = 2, /* the response's head */
@@ -3567,11 +3567,11 @@ enum fact {
 	FACT_BODY = 8      /* all of its body */
 };
 
-/* The three values of a condition, a line, a verdict. */
+/* The three values of a condition, a rule, a verdict. */
 enum truth {
 	TRUTH_NO,
 	TRUTH_YES,
-	TRUTH_OPEN /* it depends on what is not known yet */
+	TRUTH_UNDECIDED /* it depends on a fact that is not known yet */
 };
 
 /* One value of a condition. */
@@ -3592,7 +3592,7 @@ struct value {
 /* A part of a rule: one of the values must match, or none if inverted. */
 struct condition {
 	struct condition *next; /* of the same rule */
-	enum subject subject;   /* what it is about */
+	enum subject subject;   /* that it tests */
 	const char *word;       /* that names it */
 	unsigned needs;         /* facts that it takes to tell */
 	bool inverted;          /* `not` stands before it */
@@ -3601,15 +3601,15 @@ struct condition {
 	struct value *values; /* one at least */
 };
 
-/* One line. */
+/* A rule. */
 struct rule {
 	struct rule *next;  /* of the same group */
-	enum action action; /* what it does if it holds */
+	enum action action; /* its effect if it matches */
 	const char *where;  /* `file:line`, or the name of an option */
-	bool built_in;      /* nobody wrote it */
+	bool built_in;      /* it is not the user's */
 	const char *text;   /* as it was written, but for passwords */
 	unsigned needs;     /* facts that its conditions take */
-	struct condition *conditions; /* all must hold */
+	struct condition *conditions; /* all must match */
 	enum refusal refusal;         /* of ACTION_DENY and ACTION_DROP */
 	int status;                   /* of ACTION_DENY */
 	struct text name;             /* of a field */
@@ -3626,22 +3626,22 @@ struct account {
 	struct text user, password;
 };
 
-/* What rules are made of: all pieces go at once. */
+/* The memory of rules: all pieces are freed at once. */
 struct piece {
 	struct piece *next;
-	void (*drop)(void *); /* what else is to be done then, or NULL */
+	void (*drop)(void *); /* called before that, or NULL */
 	uint64_t data[];      /* as aligned as anything here must be */
 };
 
-/* All lines in force, parsed. */
+/* A set of rules, parsed. */
 struct rules {
-	unsigned refs;              /* exchanges that go by them, and `rules` */
-	unsigned errors;            /* lines that were wrong */
-	struct piece *pieces;       /* what all of it is made of */
-	struct rule *first[GROUPS]; /* the lines, by group */
+	unsigned refs;              /* exchanges that use them, and rules_now */
+	unsigned errors;            /* rules that were wrong */
+	struct piece *pieces;       /* their memory */
+	struct rule *first[GROUPS]; /* by group */
 	struct account *accounts;   /* who may log in */
 	bool logins;                /* `users` was there */
-	unsigned rewrites[2];       /* lines: of requests, of responses */
+	unsigned rewrites[2];       /* how many: of requests, of responses */
 	unsigned needles_n;         /* how many of the next there are */
 	struct needle *needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
 	unsigned lists_n;                    /* how many of the next */
@@ -3649,13 +3649,13 @@ struct rules {
 	struct list *lists[LISTS_MAX];
 };
 
-/* What is known when lines are judged; see exchange_view(). */
+/* The facts that rules are judged by; see exchange_view(). */
 struct view {
-	unsigned known, never;         /* facts: known, and never to be known */
-	const struct address *client;  /* who asks */
-	bool local;                    /* from this machine */
-	struct text user;              /* logged in as; `at` is NULL: nobody */
-	const struct request *request; /* what for */
+	unsigned known, never;        /* facts: known, and never to be known */
+	const struct address *client; /* who asks */
+	bool local;                   /* from this machine */
+	struct text user; /* the client's login; `at` is NULL: none */
+	const struct request *request; /* to be judged */
 	struct text host;              /* of the URL, without dots at its end */
 	unsigned port;                 /* of the URL */
 	const struct address *address; /* the server's, if known */
@@ -3669,12 +3669,12 @@ struct view {
 	struct tm when;                  /* local time, by the same token */
 };
 
-/* What the lines of a group come to. */
+/* The result of judging a group. */
 struct verdict {
-	enum truth truth;        /* NO: no line holds */
-	const struct rule *rule; /* for YES the one that decides, for OPEN */
-				 /* the first that is open */
-	bool refuses;            /* YES, and it lets nobody pass */
+	enum truth truth;        /* NO: no rule matches */
+	const struct rule *rule; /* if YES the one that decides, else the */
+				 /* first that is undecided, or NULL */
+	bool refuses;            /* YES, and the rule is a denial */
 };
 
 static struct rules *rules_now; /* those in force */
@@ -3686,10 +3686,9 @@ static const char built_in[] = "built-in";
 /* ---- matchers ---- */
 
 /*
- * What rules are made of: networks, times, numbers, bytes in a payload, the
- * name in a TLS ClientHello.  Pure: each reads its text, or says whether
- * something is in what was read, and touches nothing else.  Where a parser
- * returns false it leaves its result alone.
+ * The values in rules: networks, times, numbers, texts in a body.  Pure: each
+ * function parses a text, or tests whether a value matches, and changes nothing
+ * else.  A parser that returns false has not changed its result.
  */
 
 /* Sets all but the first n->bits bits of n's address to 0. */
@@ -3707,9 +3706,9 @@ network_mask(struct network *n)
 }
 
 /*
- * An address, or one with the number of bits that count behind a slash.
- * IPv4 in IPv6's clothes becomes IPv4, as address_import() has it; then the
- * 96 bits in front must count.
+ * An address, or one with a slash and the number of bits that count.  An
+ * IPv4-mapped IPv6 address becomes IPv4, as in address_import(); then the
+ * first 96 bits must count.
  */
 static bool
 network_parse(struct text t, struct network *n)
@@ -3748,7 +3747,7 @@ network_has(const struct network *n, const struct address *a)
 		    0);
 }
 
-/* 0 for Sunday to 6, -1 for what is no day. */
+/* 0 for Sunday to 6, or -1 if t is not a day. */
 static int
 day_index(struct text t)
 {
@@ -3792,7 +3791,7 @@ days_parse(struct text t, unsigned *days)
 	return true;
 }
 
-/* Takes hh:mm with c behind it: a minute of the day, to 1440, or -1. */
+/* Takes hh:mm and the c after it: a minute of the day, to 1440, or -1. */
 static int
 minute_next(struct text *t, char c)
 {
@@ -3804,7 +3803,7 @@ minute_next(struct text *t, char c)
 	return (int)(hour * 60 + minute);
 }
 
-/* hh:mm-hh:mm: the first minute, and the one behind the last. */
+/* hh:mm-hh:mm: the first minute, and the one after the last. */
 static bool
 hours_parse(struct text t, int *from, int *to)
 {
@@ -3819,8 +3818,8 @@ hours_parse(struct text t, int *from, int *to)
 }
 
 /*
- * True if `when` is in s.  What lies behind a midnight belongs to the day on
- * which it began: 22:00-06:00 of Fri ends on Saturday.
+ * True if `when` is in s.  A range past midnight belongs to the day on
+ * which it begins: 22:00-06:00 of Fri ends on Saturday.
  */
 static bool
 span_has(const struct span *s, const struct tm *when)
@@ -3860,7 +3859,7 @@ numbers_have(const struct numbers *r, uint64_t n)
 	return n >= r->first && n <= r->last;
 }
 
-/* Seconds, or with an s, m, h, d behind them. */
+/* A number of seconds, or one followed by s, m, h or d. */
 static bool
 duration_parse(struct text t, int64_t *seconds)
 {
@@ -3875,8 +3874,8 @@ duration_parse(struct text t, int64_t *seconds)
 }
 
 /*
- * How many bytes of n match when c comes behind the first `matched` of them,
- * which are not all.
+ * How many bytes of n match when c follows the first `matched` of them, which
+ * are not all.
  */
 static unsigned char
 needle_step(const struct needle *n, unsigned char matched, char c)
@@ -3975,7 +3974,7 @@ domain_is_valid(struct text t)
 	return label > 0 && t.len <= DOMAIN_MAX && !domain_is_numeric(t);
 }
 
-/* t without its first label and the dot behind it. */
+/* t without its first label and the dot after it. */
 static struct text
 domain_parent(struct text t)
 {
@@ -3998,7 +3997,7 @@ domain_lower(struct text t, char *to)
 	return text_cut(to, t.len);
 }
 
-/* What stands in the slot of a name in small letters. */
+/* The value in the slot of a name in lower case. */
 static uint64_t
 list_hash(struct text name)
 {
@@ -4067,7 +4066,7 @@ list_add_tree(struct list *list, struct text name)
 	return list_add(list, name, false);
 }
 
-/* Cuts the first word off rest, and the blanks behind it. */
+/* Cuts off the first word of rest, and the blanks after it. */
 static struct text
 word_next(struct text *rest)
 {
@@ -4195,7 +4194,7 @@ list_strip(struct text line)
 	return text_trim(line);
 }
 
-/* Takes in what a line names; false: something is not understood. */
+/* Adds the names in a line; false: something is not understood. */
 static bool
 list_line(struct list *list, struct text line)
 {
@@ -4216,7 +4215,7 @@ list_line(struct list *list, struct text line)
 	return list_add_tree(list, line);
 }
 
-/* The line that was gathered has come to its end. */
+/* Parses the line that was gathered, which is complete. */
 static void
 list_line_end(struct list *list)
 {
@@ -4318,7 +4317,7 @@ list_step(struct list *list, char *why, size_t size)
 	return -1;
 }
 
-/* The list is read, or not to be had: what only reading needed goes. */
+/* Reading the list has ended: closes its file. */
 static void
 list_end(struct list *list)
 {
@@ -4372,7 +4371,7 @@ list_has(const struct list *list, struct text host)
 
 /* ---- judging ---- */
 
-/* True if name is what pattern says: `.x` is all below x, else the same. */
+/* True if the pattern matches: `.x` is every name below x, else the same. */
 static bool
 host_matches(struct text pattern, struct text name)
 {
@@ -4557,8 +4556,8 @@ static const struct {
 
 /*
  * One condition.  If a fact that it needs can never be known, it does not
- * match, inverted or not.  What has passed of a body may tell that it matches,
- * but not that it does not.
+ * match, inverted or not.  The part of a body that has passed can show that it
+ * matches, but not that it does not.
  */
 static enum truth
 condition_judge(const struct condition *c, struct view *v)
@@ -4571,11 +4570,11 @@ condition_judge(const struct condition *c, struct view *v)
 		for (; value != NULL && !hit; value = value->next)
 			hit = value_matches(c, value, v);
 	if (missing != 0 && !hit)
-		return missing & v->never ? TRUTH_NO : TRUTH_OPEN;
+		return missing & v->never ? TRUTH_NO : TRUTH_UNDECIDED;
 	return hit != c->inverted ? TRUTH_YES : TRUTH_NO;
 }
 
-/* One line: all its conditions must hold. */
+/* One rule: all its conditions must match. */
 static enum truth
 rule_judge(const struct rule *rule, struct view *v)
 {
@@ -4586,13 +4585,13 @@ rule_judge(const struct rule *rule, struct view *v)
 		truth = condition_judge(c, v);
 		if (truth == TRUTH_NO)
 			return TRUTH_NO;
-		if (truth == TRUTH_OPEN)
-			all = TRUTH_OPEN;
+		if (truth == TRUTH_UNDECIDED)
+			all = TRUTH_UNDECIDED;
 	}
 	return all;
 }
 
-/* True if the line, of the access group, lets nobody pass as things are. */
+/* True if the rule, of the access group, denies the request that v shows. */
 static bool
 rule_refuses(const struct rule *rule, const struct view *v)
 {
@@ -4601,9 +4600,9 @@ rule_refuses(const struct rule *rule, const struct view *v)
 }
 
 /*
- * The lines of a group: the first that holds decides.  One that is open makes
- * the verdict open, unless all that may still decide refuse: then nothing has
- * to be found out.
+ * The rules of a group: the first that matches decides.  If one before it is
+ * undecided, so is the verdict, unless every rule that could still decide is a
+ * denial: then no more facts are needed.
  */
 static struct verdict
 rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
@@ -4627,30 +4626,30 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 		}
 		if (verdict.truth == TRUTH_NO)
 			verdict.rule = rule;
-		verdict.truth = TRUTH_OPEN;
+		verdict.truth = TRUTH_UNDECIDED;
 		if (truth == TRUTH_YES || !refuses)
 			break;
 	}
 	return verdict;
 }
 
-/* Condition of a rule that is open: the first that is.  NULL: it is not. */
+/* The first undecided condition of an undecided rule, NULL of another. */
 static const struct condition *
 rule_lacks(const struct rule *rule, struct view *v)
 {
 	const struct condition *c = rule->conditions;
 
-	if (rule_judge(rule, v) != TRUTH_OPEN)
+	if (rule_judge(rule, v) != TRUTH_UNDECIDED)
 		return NULL;
-	while (condition_judge(c, v) != TRUTH_OPEN)
+	while (condition_judge(c, v) != TRUTH_UNDECIDED)
 		c = c->next;
 	return c;
 }
 
 /*
- * Seeks in the next bytes of a body; states has NEEDLES_MAX bytes for what of
- * each text the body ends with, 0 at its beginning.  Returns those that were
- * found, now or before, as bits.
+ * Looks for the texts of `body` in the next bytes of a body.  states has
+ * NEEDLES_MAX bytes, which are 0 at first.  Returns the texts that were found,
+ * now or before, as bits.
  */
 static unsigned
 rules_seek(const struct rules *rules, unsigned char *states, struct text piece)
@@ -4663,7 +4662,7 @@ rules_seek(const struct rules *rules, unsigned char *states, struct text piece)
 	return found;
 }
 
-/* True if a line about the body may concern what v shows. */
+/* True if a rule about the body may match the response to what v shows. */
 static bool
 rules_seek_body(const struct rules *rules, struct view *v)
 {
@@ -4712,7 +4711,7 @@ rule_takes(const struct rule *rule, struct text name)
 	return takes && name_is_free(name);
 }
 
-/* Takes from a head, and from what rules put in so far, what a rule takes. */
+/* Removes the fields that a rule takes: of the head, and of earlier rules. */
 static void
 rewrites_take(struct rewrites *w, const struct rule *rule, const struct head *h)
 {
@@ -4749,7 +4748,7 @@ rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
 		enum truth truth = rule_judge(rule, v);
 
-		w->undecided = w->undecided || truth == TRUTH_OPEN;
+		w->undecided = w->undecided || truth == TRUTH_UNDECIDED;
 		if (truth != TRUTH_YES)
 			continue;
 		if (rule->action != ACTION_ADD)
@@ -4766,7 +4765,7 @@ rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
 
 /* ---- users (RFC 7617) ---- */
 
-/* The user of that password, NULL if there is none. */
+/* The user with that password, or NULL. */
 static const struct account *
 account_find(const struct rules *rules, struct text user, struct text password)
 {
@@ -4805,26 +4804,26 @@ account_login(const struct rules *rules, const struct head *h)
 
 /* ---- reading rules ---- */
 
-/* A word of a line. */
+/* A word of a rule. */
 struct word {
 	struct text t;
 	bool quoted; /* it has no meaning of its own */
 };
 
-/* What is being read. */
+/* The rule that is being read. */
 struct parser {
-	struct rules *rules; /* where it goes */
-	const char *file;    /* where it comes from */
-	unsigned line;       /* there; 0: the name says it all */
-	bool bad;            /* something was wrong with this line */
+	struct rules *rules; /* to which it is added */
+	const char *file;    /* in which it stands */
+	unsigned line;       /* in it, or 0 if it has only one */
+	bool bad;            /* something is wrong with it */
 	size_t n, at;        /* words, and the next of them */
 	struct word words[WORDS_MAX];
-	char text[RULE_LINE_MAX + 2]; /* the line; the words lie in it */
-	struct rule **end[GROUPS];    /* where the next line goes */
+	char text[RULE_LINE_MAX + 2]; /* the words lie in it */
+	struct rule **end[GROUPS];    /* where the next rule goes */
 	struct rule **guard;          /* where the guards go, or NULL */
 };
 
-/* `file:line` of the line that is being read; good until the next call. */
+/* `file:line` of the rule that is being read; valid until the next call. */
 static const char *
 parser_where(const struct parser *p)
 {
@@ -4835,7 +4834,7 @@ parser_where(const struct parser *p)
 	return where;
 }
 
-/* Something is wrong with a line: says where and what; once a line. */
+/* Reports that a rule is wrong, and where; only once for each rule. */
 static void
 parser_error(struct parser *p, const char *format, ...)
 {
@@ -4853,8 +4852,8 @@ parser_error(struct parser *p, const char *format, ...)
 }
 
 /*
- * n zeroed bytes that go with the rules, and first drop() of them unless it is
- * NULL.  Without memory the line is wrong; returns NULL.
+ * n zeroed bytes that are freed with the rules, after a call of drop() unless
+ * it is NULL.  NULL if there is no memory, which makes the rule wrong.
  */
 static void *
 parser_new(struct parser *p, size_t n, void (*drop)(void *))
@@ -4871,7 +4870,7 @@ parser_new(struct parser *p, size_t n, void (*drop)(void *))
 	return piece->data;
 }
 
-/* A copy of t that goes with the rules, with a NUL behind it. */
+/* A copy of t, with a NUL after it, that is freed with the rules. */
 static struct text
 parser_copy(struct parser *p, struct text t)
 {
@@ -4883,7 +4882,7 @@ parser_copy(struct parser *p, struct text t)
 	return text_cut(to, t.len);
 }
 
-/* Nobody goes by these rules any more if this was the last who did. */
+/* Ends one use of the rules; after the last they are freed. */
 static void
 rules_give(struct rules **at)
 {
@@ -4947,7 +4946,7 @@ parser_takes(struct parser *p, const char *string)
 	return is;
 }
 
-/* A value of `what` should have come, but there is none. */
+/* Reports that a value of `what` is missing. */
 static void
 parser_missing(struct parser *p, const char *what)
 {
@@ -4963,8 +4962,8 @@ parser_missing(struct parser *p, const char *what)
 }
 
 /*
- * Takes a quoted word, whose quote is at *t, apart; what it holds is written
- * over what stood there.  False if there is no other quote.
+ * Undoes the quotes of a word, whose first is at *t, in place.  False if there
+ * is no second quote.
  */
 static bool
 word_unquote(char **t, struct word *word)
@@ -4984,7 +4983,7 @@ word_unquote(char **t, struct word *word)
 	return *t[0] == '\0' || strchr(" \t", *t[0]) != NULL;
 }
 
-/* Splits a line, which it writes into; false if it is wrong. */
+/* Splits a rule, which is overwritten, into words; false if it is wrong. */
 static bool
 parser_split(struct parser *p, char *line)
 {
@@ -5033,7 +5032,7 @@ method_fits(const struct word *word)
 	return text_is_token(word->t);
 }
 
-/* A host, or what lies below one; a dot at the end does not count. */
+/* A host, or all hosts below one; a dot at the end does not count. */
 static bool
 host_parse(struct text *t)
 {
@@ -5118,8 +5117,8 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 }
 
 /*
- * Days, or hours, or hours behind days.  More hours are of the same days; so
- * days behind hours alone would not be what they look like.
+ * Days, or hours, or days followed by hours.  More hours are of the same days;
+ * so days that follow hours alone would be misread.
  */
 static bool
 time_parse(struct parser *p, const struct condition *c, struct value *value)
@@ -5202,7 +5201,7 @@ needle_parse(struct parser *p, struct value *value)
 	return true;
 }
 
-/* A file of domains; it is read when all lines were, see rules_step(). */
+/* A file of domains; it is read after all rules, see rules_read_lists(). */
 static bool
 list_parse(struct parser *p, struct value *value)
 {
@@ -5232,8 +5231,8 @@ list_parse(struct parser *p, struct value *value)
 }
 
 /*
- * Reads one value, which is what `word` says, and maybe the words that belong
- * to it.  False if it is not what the subject wants.
+ * Parses one value: `word`, and the words after it that belong to it.  False
+ * if the subject can't have this value.
  */
 static bool
 value_parse(struct parser *p, struct condition *c, const struct word *word,
@@ -5314,7 +5313,7 @@ condition_values(struct parser *p, struct condition *c)
 		parser_missing(p, c->word);
 }
 
-/* True if c and one before it in the line can't both match. */
+/* True if c and an earlier condition of the rule can't both match. */
 static bool
 condition_repeats(const struct rule *rule, const struct condition *c)
 {
@@ -5326,7 +5325,7 @@ condition_repeats(const struct rule *rule, const struct condition *c)
 	return false;
 }
 
-/* All conditions of a line, up to its end. */
+/* All conditions of a rule, up to its end. */
 static void
 conditions_parse(struct parser *p, struct rule *rule)
 {
@@ -5363,9 +5362,9 @@ conditions_parse(struct parser *p, struct rule *rule)
 }
 
 /*
- * Refuses conditions that would never be known in time: where a request goes
- * and what it says can't wait for the answer, and how an answer is cached or
- * changed not for its body.
+ * Refuses conditions that would never be known in time: the route and the
+ * fields of a request can't depend on the response, nor the caching and the
+ * fields of a response on its body.
  */
 static void
 conditions_check(struct parser *p, const struct rule *rule,
@@ -5449,8 +5448,8 @@ credential_parse(struct text t, char *to)
 }
 
 /*
- * The login in front of a parent's host, up to the last @, which it takes
- * from t.  Returns NULL, or what is wrong.
+ * Takes the login before a parent's host, up to the last @, from t.  Returns
+ * NULL, or the error.
  */
 static const char *
 parent_login(struct text *t, struct parent *p)
@@ -5477,8 +5476,8 @@ parent_login(struct text *t, struct parent *p)
 }
 
 /*
- * http:// or socks5://, [user:password@]host:port.  Returns NULL, or what is
- * wrong; never the password.
+ * http:// or socks5://, [user:password@]host:port.  Returns NULL, or the
+ * error, which never shows the password.
  */
 static const char *
 parent_parse(struct text t, struct parent *p)
@@ -5488,7 +5487,7 @@ parent_parse(struct text t, struct parent *p)
 	const char *why;
 
 	memset(p, 0, sizeof(*p));
-	/* What is shown of a line is masked up to one of these. */
+	/* secret_hide() masks a login up to one of these. */
 	if (text_find(t, ' ') < t.len || text_find(t, '\t') < t.len ||
 	    text_find(t, '"') < t.len)
 		return "a blank or a quote in it; write it as %XX";
@@ -5658,8 +5657,8 @@ action_group(struct parser *p, enum rule_group group)
 }
 
 /*
- * A copy of a line for those who ask which rules are in force: without blanks
- * around it and without passwords.
+ * A copy of a rule to be shown to users: without blanks around it and without
+ * passwords.
  */
 static const char *
 rule_text(struct parser *p, const char *line)
@@ -5674,7 +5673,7 @@ rule_text(struct parser *p, const char *line)
 	return copy;
 }
 
-/* A line that is a rule, its words being split; `text` is all of it. */
+/* A rule with an action, split into words; `text` is all of it. */
 static void
 rule_parse(struct parser *p, const char *text)
 {
@@ -5756,8 +5755,8 @@ account_parse(struct parser *p, struct text line)
 }
 
 /*
- * Reads the next line of a file into p->text.  False at the end, or if it is
- * wrong in a way that leaves nothing to go on with.
+ * Reads the next line of a file into p->text.  False at the end, or if the
+ * rest of the file can't be read as text.
  */
 static bool
 line_read(struct parser *p, FILE *file)
@@ -5782,9 +5781,8 @@ line_read(struct parser *p, FILE *file)
 }
 
 /*
- * Opens a file of lines.  NULL, and said so, if it can't be read; once the
- * proxy serves, it must be a file: what has a writer might have to be waited
- * for.
+ * Opens a text file.  Returns NULL, and reports it, if it can't be read.  Once
+ * the proxy serves, it must be a regular file, since reading a pipe may block.
  */
 static FILE *
 parser_open(struct parser *p, const char *path, struct stat *status)
@@ -5803,7 +5801,7 @@ parser_open(struct parser *p, const char *path, struct stat *status)
 	return file;
 }
 
-/* `users FILE`: reads it; what it says is wrong there is said of it. */
+/* `users FILE`: reads the file; errors in it are reported with its name. */
 static void
 users_read(struct parser *p)
 {
@@ -5832,7 +5830,7 @@ users_read(struct parser *p)
 	p->line = line;
 }
 
-/* The line in p->text, whatever it is. */
+/* Parses p->text: a rule, `users`, `guard`, or nothing. */
 static void
 line_parse(struct parser *p)
 {
@@ -5850,7 +5848,7 @@ line_parse(struct parser *p)
 		p->guard = p->end[GROUP_ACCESS];
 }
 
-/* A line that stands in no file. */
+/* A rule that stands in no file. */
 static void
 line_take(struct parser *p, const char *file, unsigned line, const char *text)
 {
@@ -5870,7 +5868,7 @@ line_take(struct parser *p, const char *file, unsigned line, const char *text)
 	}
 }
 
-/* All lines of a file. */
+/* All rules of a file. */
 static void
 file_read(struct parser *p, const char *path)
 {
@@ -5888,7 +5886,7 @@ file_read(struct parser *p, const char *path)
 		(void)fclose(file);
 }
 
-/* The lines that options stand for. */
+/* The rules that are given, or implied, by options. */
 static void
 options_read(struct parser *p)
 {
@@ -5918,8 +5916,8 @@ options_read(struct parser *p)
 }
 
 /*
- * The rules that nobody wrote: those behind all others, and the guards, which
- * stand where the line `guard` was, else before all others.
+ * The built-in rules: those after all others, and the two guards, which stand
+ * where `guard` was, else before all others.
  */
 static void
 rules_built_in(struct parser *p)
@@ -5938,8 +5936,8 @@ rules_built_in(struct parser *p)
 }
 
 /*
- * All lines, read anew.  Those that are wrong were said and counted; the lists
- * that they name are not read yet.  NULL if there is no memory.
+ * All rules, read anew.  Those that are wrong are reported and counted; the
+ * lists that they name are not read yet.  NULL if there is no memory.
  */
 static struct rules *
 rules_begin(void)
@@ -5962,7 +5960,7 @@ rules_begin(void)
 	return rules;
 }
 
-/* Says how a list was read; got is what list_step() returned last. */
+/* Reports how a list was read; got is the last result of list_step(). */
 static void
 list_report(struct rules *rules, const struct list *list, int got,
     const char *why)
@@ -5979,8 +5977,8 @@ list_report(struct rules *rules, const struct list *list, int got,
 }
 
 /*
- * Reads on in the lists for LIST_STEP_US: a large one takes many turns of the
- * loop, and nobody waits for it.  True when all were read.
+ * Reads the lists for LIST_STEP_US at most: a large one takes many turns of
+ * the loop, and no exchange waits for it.  True when all were read.
  */
 static bool
 rules_read_lists(struct rules *rules)
@@ -6003,7 +6001,7 @@ rules_read_lists(struct rules *rules)
 	return rules->lists_read == rules->lists_n;
 }
 
-/* All lines in force, group by group, on standard output. */
+/* Prints all rules, group by group. */
 static void
 rules_print(const struct rules *rules)
 {
@@ -6017,7 +6015,7 @@ rules_print(const struct rules *rules)
 
 /*
  * Reads all rules at the start, and prints them if they are right.  False if
- * they are not: what is wrong was said.
+ * not; the errors were reported.
  */
 static bool
 rules_read(bool print)
@@ -6045,8 +6043,8 @@ rules_reload(void)
 }
 
 /*
- * Goes on reading what rules_reload() began; when it is complete, it is in
- * force.  True if there is more to read.
+ * Continues what rules_reload() began; the new rules are in force when all
+ * were read.  True if there is more to read.
  */
 static bool
 rules_step(void)
@@ -6065,8 +6063,8 @@ rules_step(void)
 }
 
 /*
- * The rules in force for a request with this head, to be given back; and who
- * logged in with it, if anybody can.
+ * The rules in force, for a request with this head; rules_give() ends their
+ * use.  *user becomes the user who logs in with it, if there are users.
  */
 static struct rules *
 rules_take(const struct head *h, const struct account **user)
@@ -6093,8 +6091,8 @@ rules_let_in(void)
 /* ---- what is known ---- */
 
 /*
- * What they know of a server's address is a, which must stay; of family 0:
- * nothing, and never.  One in the URL is known anyway.
+ * Sets the server's address to a, which must outlive v; if its family is 0,
+ * the address will never be known.  An address in the URL is known anyway.
  */
 static void
 view_source(struct view *v, const struct address *a)
@@ -6107,7 +6105,7 @@ view_source(struct view *v, const struct address *a)
 	v->never |= a->family ? 0U : FACT_ADDRESS;
 }
 
-/* What they know once a response has come; length UINT64_MAX: not known. */
+/* Adds the response and the length of its body, UINT64_MAX if not known. */
 static void
 view_response(struct view *v, const struct response *r, uint64_t length)
 {
@@ -6125,10 +6123,10 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 }
 
 /*
- * What the rules may know of a request so far, into v; q must stay.  r is the
- * response if one has come, and length that of its body, UINT64_MAX if it is
+ * Sets v to the facts that are known of a request so far; q must outlive v.
+ * r is the response or NULL, and length that of its body, UINT64_MAX if it is
  * not known.  With a parent, the server's address is known only if the URL has
- * it in figures; that of an entry is the one that it came from.
+ * a numeric host; an entry has the address that it came from.
  */
 static void
 exchange_view(const struct exchange *x, const struct request *q,
@@ -10492,7 +10490,7 @@ access_judge(struct exchange *x, struct view *v)
 	struct request *q = x->request;
 	struct verdict verdict = rules_judge(x->rules, GROUP_ACCESS, v);
 
-	q->access.open = verdict.truth == TRUTH_OPEN;
+	q->access.open = verdict.truth == TRUTH_UNDECIDED;
 	if (verdict.truth != TRUTH_YES)
 		return true;
 	x->record.rule = verdict.rule;
@@ -10523,7 +10521,7 @@ route_judge(struct exchange *x, struct view *v)
 	struct request *q = x->request;
 	struct verdict verdict = rules_judge(x->rules, GROUP_ROUTE, v);
 
-	q->access.route_open = verdict.truth == TRUTH_OPEN;
+	q->access.route_open = verdict.truth == TRUTH_UNDECIDED;
 	q->route.parent = verdict.truth == TRUTH_YES ?
 	    parent_choose(verdict.rule->parents) :
 	    NULL;
@@ -11371,7 +11369,7 @@ resolve_strike(struct exchange *x, struct view *v)
 		if (kept == 0)
 			x->record.rule =
 			    verdict.truth == TRUTH_YES ? verdict.rule : NULL;
-		stays = stays || verdict.truth == TRUTH_OPEN;
+		stays = stays || verdict.truth == TRUTH_UNDECIDED;
 		q->route.list[kept++] = q->route.list[i];
 	}
 	q->route.n = kept;
@@ -14251,13 +14249,13 @@ trial_judge(struct exchange *x, const struct request *q, struct verdict *access,
 	x->request->route.parent = NULL;
 	exchange_view(x, q, NULL, 0, &v);
 	*route = rules_judge(x->rules, GROUP_ROUTE, &v);
-	x->request->access.route_open = route->truth == TRUTH_OPEN ||
+	x->request->access.route_open = route->truth == TRUTH_UNDECIDED ||
 	    (asked && x->record.server.family != 0);
 	x->request->route.parent =
 	    route->truth == TRUTH_YES ? route->rule->parents : NULL;
 	exchange_view(x, q, NULL, 0, &v);
 	*access = rules_judge(x->rules, GROUP_ACCESS, &v);
-	x->request->access.route_open = route->truth == TRUTH_OPEN;
+	x->request->access.route_open = route->truth == TRUTH_UNDECIDED;
 }
 
 /* True if a line that is open asks for the server's address. */
@@ -14289,8 +14287,9 @@ trial_route(const struct verdict *route)
 		    p->kind == PARENT_HTTP ? "http" : "socks5", mark, p->host,
 		    mark[0] ? mark + 1 : "", p->port);
 	trial_print("route",
-	    route->truth == TRUTH_OPEN ? "open, it needs the server's address" :
-					 words,
+	    route->truth == TRUTH_UNDECIDED ?
+		"open, it needs the server's address" :
+		words,
 	    route->rule);
 }
 
@@ -14349,8 +14348,8 @@ trial_run(char *words)
 		    words);
 	request_note(&x, q);
 	trial_judge(&x, q, &verdict, &route);
-	if ((route.truth == TRUTH_OPEN ||
-		(verdict.truth == TRUTH_OPEN && trial_wants(&x, q))) &&
+	if ((route.truth == TRUTH_UNDECIDED ||
+		(verdict.truth == TRUTH_UNDECIDED && trial_wants(&x, q))) &&
 	    trial_resolve(q, &x.record.server))
 		trial_judge(&x, q, &verdict, &route);
 	exchange_view(&x, q, NULL, 0, &v);
@@ -14361,9 +14360,10 @@ trial_run(char *words)
 		trial_cache(&x, q);
 	buffer_give(&head);
 	request_drop(&q);
-	return denied                                                ? 1 :
-	    verdict.truth == TRUTH_OPEN || route.truth == TRUTH_OPEN ? 3 :
-								       0;
+	return denied ? 1 :
+	    verdict.truth == TRUTH_UNDECIDED || route.truth == TRUTH_UNDECIDED ?
+			3 :
+			0;
 }
 
 /* All -T; of their exit statuses 1 goes before 3. */
