@@ -4327,21 +4327,19 @@ list_end(struct list *list)
 	list->ms = (clock_us() - list->begun) / 1000;
 }
 
-/* Gives the memory back; an empty list is left, which covers nothing. */
+/*
+ * Frees what a list points to, as parser_new() wants it; an empty list is left,
+ * which covers nothing.
+ */
 static void
-list_free(struct list *list)
+list_free(void *at)
 {
+	struct list *list = at;
+
 	list_end(list);
 	free(list->slots);
 	list->slots = NULL;
 	list->size = list->used = 0;
-}
-
-/* The same, as parser_new() wants it. */
-static void
-list_drop(void *list)
-{
-	list_free(list);
 }
 
 /* True if the list covers host: a name in any case, a dot may end it. */
@@ -5219,7 +5217,7 @@ list_parse(struct parser *p, struct value *value)
 		    LISTS_MAX, LIST_PATH_MAX);
 		return false;
 	}
-	list = parser_new(p, sizeof(*list), list_drop);
+	list = parser_new(p, sizeof(*list), list_free);
 	if (list == NULL)
 		return false;
 	list->path = value->text.at;
@@ -5960,22 +5958,6 @@ rules_begin(void)
 	return rules;
 }
 
-/* Reports how a list was read; got is the last result of list_step(). */
-static void
-list_report(struct rules *rules, const struct list *list, int got,
-    const char *why)
-{
-	if (got == 1)
-		warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms",
-		    list->path, (unsigned long)list->read,
-		    (unsigned long)list->used, (unsigned long)list->skipped,
-		    (long)list->ms);
-	else {
-		warn("%s: %s", list->where, why);
-		rules->errors++;
-	}
-}
-
 /*
  * Reads the lists for LIST_STEP_US at most: a large one takes many turns of
  * the loop, and no exchange waits for it.  True when all were read.
@@ -5986,17 +5968,23 @@ rules_read_lists(struct rules *rules)
 	int64_t until = clock_us() + LIST_STEP_US;
 	char why[LIST_PATH_MAX + 128];
 
-	while (rules->lists_read < rules->lists_n) {
+	while (rules->lists_read < rules->lists_n && clock_us() < until) {
 		struct list *list = rules->lists[rules->lists_read];
 		int got = list_step(list, why, sizeof(why));
 
-		if (got != 0) {
-			list_end(list);
-			list_report(rules, list, got, why);
-			rules->lists_read++;
+		if (got == 0)
+			continue;
+		rules->lists_read++;
+		list_end(list);
+		if (got == 1)
+			warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms",
+			    list->path, (unsigned long)list->read,
+			    (unsigned long)list->used,
+			    (unsigned long)list->skipped, (long)list->ms);
+		else {
+			warn("%s: %s", list->where, why);
+			rules->errors++;
 		}
-		if (clock_us() >= until)
-			break;
 	}
 	return rules->lists_read == rules->lists_n;
 }
