@@ -4003,7 +4003,7 @@ list_hash(struct text name)
 {
 	uint64_t hash = hash_text(14695981039346656037U, name);
 
-	/* list_slot() goes by the high bits, which the last bytes hardly touch. */
+	/* list_slot() uses the high bits, which FNV-1a mixes least. */
 	hash = (hash ^ hash >> 32) * 0x9e3779b97f4a7c15U;
 	return (hash & ~(uint64_t)LIST_EXCEPTION) | LIST_TAKEN;
 }
