@@ -14346,6 +14346,7 @@ trial_run(char *words)
 	denied = verdict.refuses;
 	if (options.cache != NULL)
 		trial_cache(&x, q);
+	rules_give(&x.rules);
 	buffer_give(&head);
 	request_drop(&q);
 	return denied ? 1 :
