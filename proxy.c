@@ -3650,17 +3650,22 @@ exchange_parent(const struct exchange *x)
 /* ---- 8. Rules: who may go where ---- */
 
 /*
- * A rule is one line: an action and its conditions.  Here they are read and
- * judged.  Judging is pure: a view in, a verdict out; what is not known yet
- * makes it open, and it is asked again later.  Addresses are judged as they
- * were looked up, and that very address is connected to.
+ * A rule is an action and its conditions; the first rule that matches decides.
+ * Here rules are read and judged.  Judging is pure: a view in, a verdict out.
+ * A rule that needs a fact that is not known yet is undecided, and is judged
+ * again later.  An address is judged as it was looked up, and that very
+ * address is connected to.
+ *
+ * Door: rules_read, rules_reload, rules_step, rules_take, rules_give,
+ * rules_let_in, exchange_view, view_source, rules_judge, rule_lacks,
+ * rules_rewrite, rules_seek.
  */
 
 enum {
 	/* The same without a dot at its end, and each of its labels. */
 	DOMAIN_MAX = 253,
 	LABEL_MAX = 63,
-	/* A line of a list of domains, its LF not counted. */
+	/* A line of a list of domains, without its LF. */
 	LIST_LINE = 1000,
 	/* A list is read in such pieces, for this long a turn. */
 	LIST_BLOCK = 4096,
@@ -3669,7 +3674,7 @@ enum {
 	LIST_DOMAINS = 100000000,
 	/* A duration in a rule: ten years are as good as for ever. */
 	DURATION_MAX_S = 10 * 365 * DAY_S,
-	/* A line of rules, and its words, each with a blank behind it. */
+	/* A rule in bytes, and its words, each followed by a blank. */
 	RULE_LINE_MAX = 8191,
 	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
 	/* `file:line` for the log. */
@@ -3693,7 +3698,7 @@ struct network {
 struct span {
 	unsigned days; /* on which it begins: bit 0 Sunday to bit 6 Saturday */
 	int from;      /* minute of the day that is its first, to 1439 */
-	int to;        /* behind its last, to 1440; below from: over midnight */
+	int to;        /* end, to 1440; if it is below from: past midnight */
 };
 
 /* Numbers from first to last. */
@@ -3704,7 +3709,7 @@ struct numbers {
 
 /* Bytes to look for in a stream (Knuth, Morris, Pratt). */
 struct needle {
-	const char *text;        /* its bytes; whoever made it owns them */
+	const char *text;        /* its bytes; they belong to the caller */
 	unsigned char len;       /* 1 to 255 */
 	unsigned char next[256]; /* matched so far: left on another byte */
 };
@@ -3724,33 +3729,33 @@ struct list {
 	size_t names;      /* found in this pass; the same one may come twice */
 	size_t read;       /* lines */
 	size_t used;       /* names that differ, exceptions too */
-	size_t skipped;    /* lines with something that was not understood */
+	size_t skipped;    /* lines that were not understood in full */
 	int64_t ms;        /* from its first step to its last */
 	int64_t begun;     /* us: the time of the first */
 	const char *path;  /* of the file */
 	const char *where; /* `file:line` of the rule that names it */
 	int fd;            /* of the file while it is read, or -1 */
-	size_t len;        /* of the line that is not whole yet */
+	size_t len;        /* of the line that is not complete yet */
 	char text[LIST_LINE + 1]; /* that line */
 };
 
-/* What a rule does. */
+/* The effect of a rule. */
 enum action {
 	ACTION_ALLOW,
 	ACTION_DENY,
 	ACTION_LOGIN,   /* allow if there is a user, else ask for one */
-	ACTION_DROP,    /* close without a word */
+	ACTION_DROP,    /* close without an answer */
 	ACTION_VIA,     /* go through a parent */
 	ACTION_DIRECT,  /* go through none */
 	ACTION_FROM,    /* leave by an address */
 	ACTION_NOCACHE, /* neither answer from the cache nor store */
-	ACTION_CACHE,   /* fresh for so long */
+	ACTION_CACHE,   /* fresh for this long */
 	ACTION_SET,     /* one field in place of all of its name */
 	ACTION_ADD,     /* one more field */
 	ACTION_UNSET    /* no field of these names */
 };
 
-/* What is decided by the first line that holds; in the last two by all. */
+/* In each group the first rule that matches decides; in the last two all do. */
 enum rule_group {
 	GROUP_ACCESS,
 	GROUP_ROUTE,
@@ -3761,7 +3766,7 @@ enum rule_group {
 	GROUPS
 };
 
-/* What a condition asks about; section 8 has a table. */
+/* The subject of a condition; see the table `subjects'. */
 enum subject {
 	SUBJECT_CLIENT,
 	SUBJECT_USER,
@@ -3780,7 +3785,7 @@ enum subject {
 	SUBJECTS
 };
 
-/* What may not be known yet when a line is judged; a set of bits. */
+/* Facts that may not be known yet when a rule is judged; bits of a set. */
 enum fact {
 	FACT_ADDRESS = 1,  /* the server's address */
 	FACT_RESPONSE = 2, /* the response's head */
@@ -3788,11 +3793,11 @@ enum fact {
 	FACT_BODY = 8      /* all of its body */
 };
 
-/* The three values of a condition, a line, a verdict. */
+/* The three values of a condition, a rule, a verdict. */
 enum truth {
 	TRUTH_NO,
 	TRUTH_YES,
-	TRUTH_OPEN /* it depends on what is not known yet */
+	TRUTH_UNDECIDED /* it depends on a fact that is not known yet */
 };
 
 /* One value of a condition. */
@@ -3813,7 +3818,8 @@ struct value {
 /* A part of a rule: one of the values must match, or none if inverted. */
 struct condition {
 	struct condition *next; /* of the same rule */
-	enum subject subject;   /* what it is about */
+	enum subject subject;   /* that it tests */
+	const char *word;       /* that names it */
 	unsigned needs;         /* facts that it takes to tell */
 	bool inverted;          /* `not` stands before it */
 	bool response;        /* of a field: of the response, not the request */
@@ -3821,15 +3827,15 @@ struct condition {
 	struct value *values; /* one at least */
 };
 
-/* One line. */
+/* A rule. */
 struct rule {
 	struct rule *next;  /* of the same group */
-	enum action action; /* what it does if it holds */
+	enum action action; /* its effect if it matches */
 	const char *where;  /* `file:line`, or the name of an option */
-	bool built_in;      /* nobody wrote it */
+	bool built_in;      /* it is not the user's */
 	const char *text;   /* as it was written, but for passwords */
 	unsigned needs;     /* facts that its conditions take */
-	struct condition *conditions; /* all must hold */
+	struct condition *conditions; /* all must match */
 	enum refusal refusal;         /* of ACTION_DENY and ACTION_DROP */
 	int status;                   /* of ACTION_DENY */
 	struct text name;             /* of a field */
@@ -3846,22 +3852,22 @@ struct account {
 	struct text user, password;
 };
 
-/* What rules are made of: all pieces go at once. */
+/* The memory of rules: all pieces are freed at once. */
 struct piece {
 	struct piece *next;
-	void (*drop)(void *); /* what else is to be done then, or NULL */
+	void (*drop)(void *); /* called before that, or NULL */
 	uint64_t data[];      /* as aligned as anything here must be */
 };
 
-/* All lines in force, parsed. */
+/* A set of rules, parsed. */
 struct rules {
-	unsigned refs;              /* exchanges that go by them, and `rules` */
-	unsigned errors;            /* lines that were wrong */
-	struct piece *pieces;       /* what all of it is made of */
-	struct rule *first[GROUPS]; /* the lines, by group */
+	unsigned refs;              /* exchanges that use them, and rules_now */
+	unsigned errors;            /* rules that were wrong */
+	struct piece *pieces;       /* their memory */
+	struct rule *first[GROUPS]; /* by group */
 	struct account *accounts;   /* who may log in */
 	bool logins;                /* `users` was there */
-	unsigned rewrites[2];       /* lines: of requests, of responses */
+	unsigned rewrites[2];       /* how many: of requests, of responses */
 	unsigned needles_n;         /* how many of the next there are */
 	struct needle *needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
 	unsigned lists_n;                    /* how many of the next */
@@ -3869,13 +3875,13 @@ struct rules {
 	struct list *lists[LISTS_MAX];
 };
 
-/* What is known when lines are judged; see exchange_view(). */
+/* The facts that rules are judged by; see exchange_view(). */
 struct view {
-	unsigned known, never;         /* facts: known, and never to be known */
-	const struct address *client;  /* who asks */
-	bool local;                    /* from this machine */
-	struct text user;              /* logged in as; `at` is NULL: nobody */
-	const struct request *request; /* what for */
+	unsigned known, never;        /* facts: known, and never to be known */
+	const struct address *client; /* who asks */
+	bool local;                   /* from this machine */
+	struct text user; /* the client's login; `at` is NULL: none */
+	const struct request *request; /* to be judged */
 	struct text host;              /* of the URL, without dots at its end */
 	unsigned port;                 /* of the URL */
 	const struct address *address; /* the server's, if known */
@@ -3889,11 +3895,12 @@ struct view {
 	struct tm when;                  /* local time, by the same token */
 };
 
-/* What the lines of a group come to. */
+/* The result of judging a group. */
 struct verdict {
-	enum truth truth;        /* NO: no line holds */
-	const struct rule *rule; /* for YES the one that decides, for OPEN */
-				 /* the first that is open */
+	enum truth truth;        /* NO: no rule matches */
+	const struct rule *rule; /* if YES the one that decides, else the */
+				 /* first that is undecided, or NULL */
+	bool refuses;            /* YES, and the rule is a denial */
 };
 
 static struct rules *rules_now; /* those in force */
@@ -3905,10 +3912,9 @@ static const char built_in[] = "built-in";
 /* ---- matchers ---- */
 
 /*
- * What rules are made of: networks, times, numbers, bytes in a payload, the
- * name in a TLS ClientHello.  Pure: each reads its text, or says whether
- * something is in what was read, and touches nothing else.  Where a parser
- * returns false it leaves its result alone.
+ * The values in rules: networks, times, numbers, texts in a body.  Pure: each
+ * function parses a text, or tests whether a value matches, and changes nothing
+ * else.  A parser that returns false has not changed its result.
  */
 
 /* Sets all but the first n->bits bits of n's address to 0. */
@@ -3926,9 +3932,9 @@ network_mask(struct network *n)
 }
 
 /*
- * An address, or one with the number of bits that count behind a slash.
- * IPv4 in IPv6's clothes becomes IPv4, as address_import() has it; then the
- * 96 bits in front must count.
+ * An address, or one with a slash and the number of bits that count.  An
+ * IPv4-mapped IPv6 address becomes IPv4, as in address_import(); then the
+ * first 96 bits must count.
  */
 static bool
 network_parse(struct text t, struct network *n)
@@ -3967,7 +3973,7 @@ network_has(const struct network *n, const struct address *a)
 		    0);
 }
 
-/* 0 for Sunday to 6, -1 for what is no day. */
+/* 0 for Sunday to 6, or -1 if t is not a day. */
 static int
 day_index(struct text t)
 {
@@ -4011,7 +4017,7 @@ days_parse(struct text t, unsigned *days)
 	return true;
 }
 
-/* Takes hh:mm with c behind it: a minute of the day, to 1440, or -1. */
+/* Takes hh:mm and the c after it: a minute of the day, to 1440, or -1. */
 static int
 minute_next(struct text *t, char c)
 {
@@ -4023,7 +4029,7 @@ minute_next(struct text *t, char c)
 	return (int)(hour * 60 + minute);
 }
 
-/* hh:mm-hh:mm: the first minute, and the one behind the last. */
+/* hh:mm-hh:mm: the first minute, and the one after the last. */
 static bool
 hours_parse(struct text t, int *from, int *to)
 {
@@ -4038,8 +4044,8 @@ hours_parse(struct text t, int *from, int *to)
 }
 
 /*
- * True if `when` is in s.  What lies behind a midnight belongs to the day on
- * which it began: 22:00-06:00 of Fri ends on Saturday.
+ * True if `when` is in s.  A range past midnight belongs to the day on
+ * which it begins: 22:00-06:00 of Fri ends on Saturday.
  */
 static bool
 span_has(const struct span *s, const struct tm *when)
@@ -4079,7 +4085,7 @@ numbers_have(const struct numbers *r, uint64_t n)
 	return n >= r->first && n <= r->last;
 }
 
-/* Seconds, or with an s, m, h, d behind them. */
+/* A number of seconds, or one followed by s, m, h or d. */
 static bool
 duration_parse(struct text t, int64_t *seconds)
 {
@@ -4094,8 +4100,8 @@ duration_parse(struct text t, int64_t *seconds)
 }
 
 /*
- * How many bytes of n match when c comes behind the first `matched` of them,
- * which are not all.
+ * How many bytes of n match when c follows the first `matched` of them, which
+ * are not all.
  */
 static unsigned char
 needle_step(const struct needle *n, unsigned char matched, char c)
@@ -4194,7 +4200,7 @@ domain_is_valid(struct text t)
 	return label > 0 && t.len <= DOMAIN_MAX && !domain_is_numeric(t);
 }
 
-/* t without its first label and the dot behind it. */
+/* t without its first label and the dot after it. */
 static struct text
 domain_parent(struct text t)
 {
@@ -4217,13 +4223,13 @@ domain_lower(struct text t, char *to)
 	return text_cut(to, t.len);
 }
 
-/* What stands in the slot of a name in small letters. */
+/* The value in the slot of a name in lower case. */
 static uint64_t
 list_hash(struct text name)
 {
 	uint64_t hash = hash_text(14695981039346656037U, name);
 
-	/* list_slot() uses the high bits, which the last bytes hardly touch. */
+	/* list_slot() uses the high bits, which FNV-1a mixes least. */
 	hash = (hash ^ hash >> 32) * 0x9e3779b97f4a7c15U;
 	return (hash & ~(uint64_t)LIST_EXCEPTION) | LIST_TAKEN;
 }
@@ -4286,7 +4292,7 @@ list_add_tree(struct list *list, struct text name)
 	return list_add(list, name, false);
 }
 
-/* Cuts the first word off rest, and the blanks behind it. */
+/* Cuts off the first word of rest, and the blanks after it. */
 static struct text
 word_next(struct text *rest)
 {
@@ -4414,7 +4420,7 @@ list_strip(struct text line)
 	return text_trim(line);
 }
 
-/* Takes in what a line names; false: something is not understood. */
+/* Adds the names in a line; false: something is not understood. */
 static bool
 list_line(struct list *list, struct text line)
 {
@@ -4435,7 +4441,7 @@ list_line(struct list *list, struct text line)
 	return list_add_tree(list, line);
 }
 
-/* The line that was gathered has come to its end. */
+/* Parses the line that was gathered, which is complete. */
 static void
 list_line_end(struct list *list)
 {
@@ -4537,7 +4543,7 @@ list_step(struct list *list, char *why, size_t size)
 	return -1;
 }
 
-/* The list is read, or not to be had: what only reading needed goes. */
+/* Reading the list has ended: closes its file. */
 static void
 list_end(struct list *list)
 {
@@ -4547,21 +4553,19 @@ list_end(struct list *list)
 	list->ms = (clock_us() - list->begun) / 1000;
 }
 
-/* Gives the memory back; an empty list is left, which covers nothing. */
+/*
+ * Frees what a list points to, as parser_new() wants it; an empty list is left,
+ * which covers nothing.
+ */
 static void
-list_free(struct list *list)
+list_free(void *at)
 {
+	struct list *list = at;
+
 	list_end(list);
 	free(list->slots);
 	list->slots = NULL;
 	list->size = list->used = 0;
-}
-
-/* The same, as parser_new() wants it. */
-static void
-list_drop(void *list)
-{
-	list_free(list);
 }
 
 /* True if the list covers host: a name in any case, a dot may end it. */
@@ -4591,7 +4595,7 @@ list_has(const struct list *list, struct text host)
 
 /* ---- judging ---- */
 
-/* True if name is what pattern says: `.x` is all below x, else the same. */
+/* True if the pattern matches: `.x` is every name below x, else the same. */
 static bool
 host_matches(struct text pattern, struct text name)
 {
@@ -4776,8 +4780,8 @@ static const struct {
 
 /*
  * One condition.  If a fact that it needs can never be known, it does not
- * match, inverted or not.  What has passed of a body may tell that it matches,
- * but not that it does not.
+ * match, inverted or not.  The part of a body that has passed can show that it
+ * matches, but not that it does not.
  */
 static enum truth
 condition_judge(const struct condition *c, struct view *v)
@@ -4790,11 +4794,11 @@ condition_judge(const struct condition *c, struct view *v)
 		for (; value != NULL && !hit; value = value->next)
 			hit = value_matches(c, value, v);
 	if (missing != 0 && !hit)
-		return missing & v->never ? TRUTH_NO : TRUTH_OPEN;
+		return missing & v->never ? TRUTH_NO : TRUTH_UNDECIDED;
 	return hit != c->inverted ? TRUTH_YES : TRUTH_NO;
 }
 
-/* One line: all its conditions must hold. */
+/* One rule: all its conditions must match. */
 static enum truth
 rule_judge(const struct rule *rule, struct view *v)
 {
@@ -4805,13 +4809,13 @@ rule_judge(const struct rule *rule, struct view *v)
 		truth = condition_judge(c, v);
 		if (truth == TRUTH_NO)
 			return TRUTH_NO;
-		if (truth == TRUTH_OPEN)
-			all = TRUTH_OPEN;
+		if (truth == TRUTH_UNDECIDED)
+			all = TRUTH_UNDECIDED;
 	}
 	return all;
 }
 
-/* True if the line, of the access group, lets nobody pass as things are. */
+/* True if the rule, of the access group, denies the request that v shows. */
 static bool
 rule_refuses(const struct rule *rule, const struct view *v)
 {
@@ -4820,40 +4824,69 @@ rule_refuses(const struct rule *rule, const struct view *v)
 }
 
 /*
- * The lines of a group: the first that holds decides.  One that is open makes
- * the verdict open, unless all that may still decide refuse: then nothing has
- * to be found out.
+ * The rules of a group: the first that matches decides.  If one before it is
+ * undecided, so is the verdict, unless every rule that could still decide is a
+ * denial: then no more facts are needed.
  */
 static struct verdict
 rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 {
-	struct verdict verdict = { TRUTH_NO, NULL };
+	struct verdict verdict = { TRUTH_NO, NULL, false };
 	const struct rule *rule;
-	bool open = false, refuses = true;
+	bool refuses = group == GROUP_ACCESS;
 
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
 		enum truth truth = rule_judge(rule, v);
 
 		if (truth == TRUTH_NO)
 			continue;
-		refuses = refuses && group == GROUP_ACCESS &&
-		    rule_refuses(rule, v);
-		if (truth == TRUTH_YES && (!open || refuses)) {
+		refuses = refuses && rule_refuses(rule, v);
+		if (truth == TRUTH_YES &&
+		    (verdict.truth == TRUTH_NO || refuses)) {
 			verdict.truth = TRUTH_YES;
 			verdict.rule = rule;
+			verdict.refuses = refuses;
 			return verdict;
 		}
-		if (!open)
+		if (verdict.truth == TRUTH_NO)
 			verdict.rule = rule;
-		open = true;
+		verdict.truth = TRUTH_UNDECIDED;
 		if (truth == TRUTH_YES || !refuses)
 			break;
 	}
-	verdict.truth = open ? TRUTH_OPEN : TRUTH_NO;
 	return verdict;
 }
 
-/* True if a line about the body may concern what v shows. */
+/* The first undecided condition of an undecided rule, NULL of another. */
+static const struct condition *
+rule_lacks(const struct rule *rule, struct view *v)
+{
+	const struct condition *c = rule->conditions;
+
+	if (rule_judge(rule, v) != TRUTH_UNDECIDED)
+		return NULL;
+	while (condition_judge(c, v) != TRUTH_UNDECIDED)
+		c = c->next;
+	return c;
+}
+
+/*
+ * Looks for the texts of `body` in the next bytes of a body.  states has
+ * NEEDLES_MAX bytes, which are 0 at first.  Returns the texts that were found,
+ * now or before, as bits.
+ */
+static unsigned
+rules_seek(const struct rules *rules, unsigned char *states, struct text piece)
+{
+	unsigned i, found = 0;
+
+	for (i = 0; i < rules->needles_n; i++)
+		if (needle_scan(rules->needles[i], states + i, piece))
+			found |= 1U << i;
+	return found;
+}
+
+/* True if a rule about the body may match the response to what v shows. */
 static bool
 rules_seek_body(const struct rules *rules, struct view *v)
 {
@@ -4902,7 +4935,7 @@ rule_takes(const struct rule *rule, struct text name)
 	return takes && name_is_free(name);
 }
 
-/* Takes from a head, and from what rules put in so far, what a rule takes. */
+/* Removes the fields that a rule takes: of the head, and of earlier rules. */
 static void
 rewrites_take(struct rewrites *w, const struct rule *rule, const struct head *h)
 {
@@ -4939,7 +4972,7 @@ rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
 		enum truth truth = rule_judge(rule, v);
 
-		w->undecided = w->undecided || truth == TRUTH_OPEN;
+		w->undecided = w->undecided || truth == TRUTH_UNDECIDED;
 		if (truth != TRUTH_YES)
 			continue;
 		if (rule->action != ACTION_ADD)
@@ -4956,7 +4989,7 @@ rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
 
 /* ---- users (RFC 7617) ---- */
 
-/* The user of that password, NULL if there is none. */
+/* The user with that password, or NULL. */
 static const struct account *
 account_find(const struct rules *rules, struct text user, struct text password)
 {
@@ -4995,26 +5028,26 @@ account_login(const struct rules *rules, const struct head *h)
 
 /* ---- reading rules ---- */
 
-/* A word of a line. */
+/* A word of a rule. */
 struct word {
 	struct text t;
 	bool quoted; /* it has no meaning of its own */
 };
 
-/* What is being read. */
+/* The rule that is being read. */
 struct parser {
-	struct rules *rules; /* where it goes */
-	const char *file;    /* where it comes from */
-	unsigned line;       /* there; 0: the name says it all */
-	bool bad;            /* something was wrong with this line */
+	struct rules *rules; /* to which it is added */
+	const char *file;    /* in which it stands */
+	unsigned line;       /* in it, or 0 if it has only one */
+	bool bad;            /* something is wrong with it */
 	size_t n, at;        /* words, and the next of them */
 	struct word words[WORDS_MAX];
-	char text[RULE_LINE_MAX + 2]; /* the line; the words lie in it */
-	struct rule **end[GROUPS];    /* where the next line goes */
+	char text[RULE_LINE_MAX + 2]; /* the words lie in it */
+	struct rule **end[GROUPS];    /* where the next rule goes */
 	struct rule **guard;          /* where the guards go, or NULL */
 };
 
-/* `file:line` of the line that is being read; good until the next call. */
+/* `file:line` of the rule that is being read; valid until the next call. */
 static const char *
 parser_where(const struct parser *p)
 {
@@ -5025,7 +5058,7 @@ parser_where(const struct parser *p)
 	return where;
 }
 
-/* Something is wrong with a line: says where and what; once a line. */
+/* Reports that a rule is wrong, and where; only once for each rule. */
 static void
 parser_error(struct parser *p, const char *format, ...)
 {
@@ -5043,8 +5076,8 @@ parser_error(struct parser *p, const char *format, ...)
 }
 
 /*
- * n zeroed bytes that go with the rules, and first drop() of them unless it is
- * NULL.  Without memory the line is wrong; returns NULL.
+ * n zeroed bytes that are freed with the rules, after a call of drop() unless
+ * it is NULL.  NULL if there is no memory, which makes the rule wrong.
  */
 static void *
 parser_new(struct parser *p, size_t n, void (*drop)(void *))
@@ -5061,7 +5094,7 @@ parser_new(struct parser *p, size_t n, void (*drop)(void *))
 	return piece->data;
 }
 
-/* A copy of t that goes with the rules, with a NUL behind it. */
+/* A copy of t, with a NUL after it, that is freed with the rules. */
 static struct text
 parser_copy(struct parser *p, struct text t)
 {
@@ -5073,7 +5106,7 @@ parser_copy(struct parser *p, struct text t)
 	return text_cut(to, t.len);
 }
 
-/* Nobody goes by these rules any more if this was the last who did. */
+/* Ends one use of the rules; after the last they are freed. */
 static void
 rules_give(struct rules **at)
 {
@@ -5137,7 +5170,7 @@ parser_takes(struct parser *p, const char *string)
 	return is;
 }
 
-/* A value of `what` should have come, but there is none. */
+/* Reports that a value of `what` is missing. */
 static void
 parser_missing(struct parser *p, const char *what)
 {
@@ -5153,8 +5186,8 @@ parser_missing(struct parser *p, const char *what)
 }
 
 /*
- * Takes a quoted word, whose quote is at *t, apart; what it holds is written
- * over what stood there.  False if there is no other quote.
+ * Undoes the quotes of a word, whose first is at *t, in place.  False if there
+ * is no second quote.
  */
 static bool
 word_unquote(char **t, struct word *word)
@@ -5174,7 +5207,7 @@ word_unquote(char **t, struct word *word)
 	return *t[0] == '\0' || is_among(*t[0], " \t");
 }
 
-/* Splits a line, which it writes into; false if it is wrong. */
+/* Splits a rule, which is overwritten, into words; false if it is wrong. */
 static bool
 parser_split(struct parser *p, char *line)
 {
@@ -5223,7 +5256,7 @@ method_fits(const struct word *word)
 	return text_is_token(word->t);
 }
 
-/* A host, or what lies below one; a dot at the end does not count. */
+/* A host, or all hosts below one; a dot at the end does not count. */
 static bool
 host_parse(struct text *t)
 {
@@ -5308,8 +5341,8 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 }
 
 /*
- * Days, or hours, or hours behind days.  More hours are of the same days; so
- * days behind hours alone would not be what they look like.
+ * Days, or hours, or days followed by hours.  More hours are of the same days;
+ * so days that follow hours alone would be misread.
  */
 static bool
 time_parse(struct parser *p, const struct condition *c, struct value *value)
@@ -5392,7 +5425,7 @@ needle_parse(struct parser *p, struct value *value)
 	return true;
 }
 
-/* A file of domains; it is read when all lines were, see rules_step(). */
+/* A file of domains; it is read after all rules, see rules_read_lists(). */
 static bool
 list_parse(struct parser *p, struct value *value)
 {
@@ -5410,7 +5443,7 @@ list_parse(struct parser *p, struct value *value)
 		    LISTS_MAX, LIST_PATH_MAX);
 		return false;
 	}
-	list = parser_new(p, sizeof(*list), list_drop);
+	list = parser_new(p, sizeof(*list), list_free);
 	if (list == NULL)
 		return false;
 	list->path = value->text.at;
@@ -5422,8 +5455,8 @@ list_parse(struct parser *p, struct value *value)
 }
 
 /*
- * Reads one value, which is what `word` says, and maybe the words that belong
- * to it.  False if it is not what the subject wants.
+ * Parses one value: `word`, and the words after it that belong to it.  False
+ * if the subject can't have this value.
  */
 static bool
 value_parse(struct parser *p, struct condition *c, const struct word *word,
@@ -5497,15 +5530,14 @@ condition_values(struct parser *p, struct condition *c)
 			end = &value->next;
 		} else
 			parser_error(p, "%s: not valid: %.*s; write %s",
-			    subjects[c->subject].word,
-			    word->t.len < 100 ? (int)word->t.len : 100,
+			    c->word, word->t.len < 100 ? (int)word->t.len : 100,
 			    word->t.at, subjects[c->subject].wants);
 	}
 	if (c->values == NULL)
-		parser_missing(p, subjects[c->subject].word);
+		parser_missing(p, c->word);
 }
 
-/* True if c and one before it in the line can't both match. */
+/* True if c and an earlier condition of the rule can't both match. */
 static bool
 condition_repeats(const struct rule *rule, const struct condition *c)
 {
@@ -5517,7 +5549,7 @@ condition_repeats(const struct rule *rule, const struct condition *c)
 	return false;
 }
 
-/* All conditions of a line, up to its end. */
+/* All conditions of a rule, up to its end. */
 static void
 conditions_parse(struct parser *p, struct rule *rule)
 {
@@ -5542,21 +5574,21 @@ conditions_parse(struct parser *p, struct rule *rule)
 		*end = c;
 		end = &c->next;
 		c->needs = subjects[c->subject].needs;
+		c->word = subjects[c->subject].word;
 		if (condition_repeats(rule, c))
 			parser_error(p,
 			    "%s: two conditions can't both match; write all "
 			    "values behind one, as in: %s a b",
-			    subjects[c->subject].word,
-			    subjects[c->subject].word);
+			    c->word, c->word);
 		condition_values(p, c);
 		rule->needs |= c->needs;
 	}
 }
 
 /*
- * Refuses conditions that would never be known in time: where a request goes
- * and what it says can't wait for the answer, and how an answer is cached or
- * changed not for its body.
+ * Refuses conditions that would never be known in time: the route and the
+ * fields of a request can't depend on the response, nor the caching and the
+ * fields of a response on its body.
  */
 static void
 conditions_check(struct parser *p, const struct rule *rule,
@@ -5576,7 +5608,7 @@ conditions_check(struct parser *p, const struct rule *rule,
 			parser_error(p,
 			    "%s: what it needs of the response is known too "
 			    "late for this rule; leave it out",
-			    subjects[c->subject].word);
+			    c->word);
 }
 
 /* ---- actions ---- */
@@ -5640,8 +5672,8 @@ credential_parse(struct text t, char *to)
 }
 
 /*
- * The login in front of a parent's host, up to the last @, which it takes
- * from t.  Returns NULL, or what is wrong.
+ * Takes the login before a parent's host, up to the last @, from t.  Returns
+ * NULL, or the error.
  */
 static const char *
 parent_login(struct text *t, struct parent *p)
@@ -5668,8 +5700,8 @@ parent_login(struct text *t, struct parent *p)
 }
 
 /*
- * http:// or socks5://, [user:password@]host:port.  Returns NULL, or what is
- * wrong; never the password.
+ * http:// or socks5://, [user:password@]host:port.  Returns NULL, or the
+ * error, which never shows the password.
  */
 static const char *
 parent_parse(struct text t, struct parent *p)
@@ -5679,7 +5711,7 @@ parent_parse(struct text t, struct parent *p)
 	const char *why;
 
 	memset(p, 0, sizeof(*p));
-	/* What is shown of a line is masked up to one of these. */
+	/* secret_hide() masks a login up to one of these. */
 	if (text_find(t, ' ') < t.len || text_find(t, '\t') < t.len ||
 	    text_find(t, '"') < t.len)
 		return "a blank or a quote in it; write it as %XX";
@@ -5849,8 +5881,8 @@ action_group(struct parser *p, enum rule_group group)
 }
 
 /*
- * A copy of a line for those who ask which rules are in force: without blanks
- * around it and without passwords.
+ * A copy of a rule to be shown to users: without blanks around it and without
+ * passwords.
  */
 static const char *
 rule_text(struct parser *p, const char *line)
@@ -5865,7 +5897,7 @@ rule_text(struct parser *p, const char *line)
 	return copy;
 }
 
-/* A line that is a rule, its words being split; `text` is all of it. */
+/* A rule with an action, split into words; `text` is all of it. */
 static void
 rule_parse(struct parser *p, const char *text)
 {
@@ -5947,8 +5979,8 @@ account_parse(struct parser *p, struct text line)
 }
 
 /*
- * Reads the next line of a file into p->text.  False at the end, or if it is
- * wrong in a way that leaves nothing to go on with.
+ * Reads the next line of a file into p->text.  False at the end, or if the
+ * rest of the file can't be read as text.
  */
 static bool
 line_read(struct parser *p, FILE *file)
@@ -5973,9 +6005,8 @@ line_read(struct parser *p, FILE *file)
 }
 
 /*
- * Opens a file of lines.  NULL, and said so, if it can't be read; once the
- * proxy serves, it must be a file: what has a writer might have to be waited
- * for.
+ * Opens a text file.  Returns NULL, and reports it, if it can't be read.  Once
+ * the proxy serves, it must be a regular file, since reading a pipe may block.
  */
 static FILE *
 parser_open(struct parser *p, const char *path, struct stat *status)
@@ -5994,7 +6025,7 @@ parser_open(struct parser *p, const char *path, struct stat *status)
 	return file;
 }
 
-/* `users FILE`: reads it; what it says is wrong there is said of it. */
+/* `users FILE`: reads the file; errors in it are reported with its name. */
 static void
 users_read(struct parser *p)
 {
@@ -6023,7 +6054,7 @@ users_read(struct parser *p)
 	p->line = line;
 }
 
-/* The line in p->text, whatever it is. */
+/* Parses p->text: a rule, `users`, `guard`, or nothing. */
 static void
 line_parse(struct parser *p)
 {
@@ -6041,7 +6072,7 @@ line_parse(struct parser *p)
 		p->guard = p->end[GROUP_ACCESS];
 }
 
-/* A line that stands in no file. */
+/* A rule that stands in no file. */
 static void
 line_take(struct parser *p, const char *file, unsigned line, const char *text)
 {
@@ -6061,7 +6092,7 @@ line_take(struct parser *p, const char *file, unsigned line, const char *text)
 	}
 }
 
-/* All lines of a file. */
+/* All rules of a file. */
 static void
 file_read(struct parser *p, const char *path)
 {
@@ -6079,7 +6110,7 @@ file_read(struct parser *p, const char *path)
 		(void)fclose(file);
 }
 
-/* The lines that options stand for. */
+/* The rules that are given, or implied, by options. */
 static void
 options_read(struct parser *p)
 {
@@ -6109,8 +6140,8 @@ options_read(struct parser *p)
 }
 
 /*
- * The rules that nobody wrote: those behind all others, and the guards, which
- * stand where the line `guard` was, else before all others.
+ * The built-in rules: those after all others, and the two guards, which stand
+ * where `guard` was, else before all others.
  */
 static void
 rules_built_in(struct parser *p)
@@ -6129,8 +6160,8 @@ rules_built_in(struct parser *p)
 }
 
 /*
- * All lines, read anew.  Those that are wrong were said and counted; the lists
- * that they name are not read yet.  NULL if there is no memory.
+ * All rules, read anew.  Those that are wrong are reported and counted; the
+ * lists that they name are not read yet.  NULL if there is no memory.
  */
 static struct rules *
 rules_begin(void)
@@ -6153,65 +6184,129 @@ rules_begin(void)
 	return rules;
 }
 
-/* Says how a list was read; got is what list_step() returned last. */
-static void
-list_report(struct rules *rules, const struct list *list, int got,
-    const char *why)
-{
-	if (got == 1)
-		warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms",
-		    list->path, (unsigned long)list->read,
-		    (unsigned long)list->used, (unsigned long)list->skipped,
-		    (long)list->ms);
-	else {
-		warn("%s: %s", list->where, why);
-		rules->errors++;
-	}
-}
-
 /*
- * Reads on in the lists for LIST_STEP_US: a large one takes many turns of the
- * loop, and nobody waits for it.  True when all were read.
+ * Reads the lists for LIST_STEP_US at most: a large one takes many turns of
+ * the loop, and no exchange waits for it.  True when all were read.
  */
 static bool
-rules_step(struct rules *rules)
+rules_read_lists(struct rules *rules)
 {
 	int64_t until = clock_us() + LIST_STEP_US;
 	char why[LIST_PATH_MAX + 128];
 
-	while (rules->lists_read < rules->lists_n) {
+	while (rules->lists_read < rules->lists_n && clock_us() < until) {
 		struct list *list = rules->lists[rules->lists_read];
 		int got = list_step(list, why, sizeof(why));
 
-		if (got != 0) {
-			list_end(list);
-			list_report(rules, list, got, why);
-			rules->lists_read++;
+		if (got == 0)
+			continue;
+		rules->lists_read++;
+		list_end(list);
+		if (got == 1)
+			warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms",
+			    list->path, (unsigned long)list->read,
+			    (unsigned long)list->used,
+			    (unsigned long)list->skipped, (long)list->ms);
+		else {
+			warn("%s: %s", list->where, why);
+			rules->errors++;
 		}
-		if (clock_us() >= until)
-			break;
 	}
 	return rules->lists_read == rules->lists_n;
 }
 
-/* Lines and lists at once; NULL, all that is wrong having been said. */
-static struct rules *
-rules_read(void)
+/* Prints all rules, group by group. */
+static void
+rules_print(const struct rules *rules)
+{
+	const struct rule *rule;
+	unsigned i;
+
+	for (i = 0; i < GROUPS; i++)
+		for (rule = rules->first[i]; rule != NULL; rule = rule->next)
+			printf("%s: %s\n", rule->where, rule->text);
+}
+
+/*
+ * Reads all rules at the start, and prints them if they are right.  False if
+ * not; the errors were reported.
+ */
+static bool
+rules_read(bool print)
 {
 	struct rules *rules = rules_begin();
 
-	while (rules != NULL && !rules_step(rules))
+	while (rules != NULL && !rules_read_lists(rules))
 		;
 	if (rules != NULL && rules->errors > 0)
 		rules_give(&rules);
-	return rules;
+	if (rules != NULL && print)
+		rules_print(rules);
+	rules_now = rules;
+	return rules != NULL;
+}
+
+/* Begins to read all rules anew; those in force stay so meanwhile. */
+static void
+rules_reload(void)
+{
+	rules_give(&rules_next);
+	rules_next = rules_begin();
+	if (rules_next == NULL)
+		warn("the old rules stay in force");
+}
+
+/*
+ * Continues what rules_reload() began; the new rules are in force when all
+ * were read.  True if there is more to read.
+ */
+static bool
+rules_step(void)
+{
+	if (rules_next == NULL || !rules_read_lists(rules_next))
+		return rules_next != NULL;
+	if (rules_next->errors > 0) {
+		warn("the old rules stay in force");
+		rules_give(&rules_next);
+		return false;
+	}
+	rules_give(&rules_now);
+	rules_now = rules_next;
+	rules_next = NULL;
+	return false;
+}
+
+/*
+ * The rules in force, for a request with this head; rules_give() ends their
+ * use.  *user becomes the user who logs in with it, if there are users.
+ */
+static struct rules *
+rules_take(const struct head *h, const struct account **user)
+{
+	if (rules_now->logins)
+		*user = account_login(rules_now, h);
+	rules_now->refs++;
+	return rules_now;
+}
+
+/* True if a rule that somebody wrote may let clients in. */
+static bool
+rules_let_in(void)
+{
+	const struct view v = { .user = text_of("-") };
+	const struct rule *rule = rules_now->first[GROUP_ACCESS];
+
+	for (; rule != NULL; rule = rule->next)
+		if (!rule->built_in && !rule_refuses(rule, &v))
+			return true;
+	return false;
 }
 
 /* ---- what is known ---- */
 
 /*
- * What they know of a server's address is a, which must stay; of family 0:
- * nothing, and never.  One in the URL is known anyway.
+ * Sets the server's address to a, which must outlive v; if its family is 0,
+ * the address will never be known.  An address in the URL is known anyway.
  */
 static void
 view_source(struct view *v, const struct address *a)
@@ -6224,44 +6319,7 @@ view_source(struct view *v, const struct address *a)
 	v->never |= a->family ? 0U : FACT_ADDRESS;
 }
 
-/*
- * What the rules may know of a request so far, into v; q must stay.  With a
- * parent, the server's address is known only if the URL has it in figures;
- * that of an entry is the one that it came from.
- */
-static void
-exchange_view(const struct exchange *x, struct view *v)
-{
-	const struct request *q = x->request;
-	struct text host = host_bare(q->target.host);
-
-	memset(v, 0, sizeof(*v));
-	v->never = q->method == METHOD_CONNECT ?
-	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
-	    0U;
-	v->client = &x->peer;
-	v->local = x->local;
-	if (x->record.user != NULL)
-		v->user = x->record.user->user;
-	v->request = q;
-	v->host = host;
-	v->port = q->target.port;
-	v->found = q->access.found;
-	v->passed = x->down.payload + x->down.ready;
-	if (address_parse(host, v->port, &v->literal))
-		v->address = &v->literal;
-	else if (answer_is_stored(x->request))
-		view_source(v, &q->route.list[0]);
-	else if (exchange_parent(x) != NULL && !q->access.route_open)
-		v->never |= FACT_ADDRESS;
-	else if (x->record.server.family == AF_INET ||
-	    x->record.server.family == AF_INET6)
-		v->address = &x->record.server;
-	if (v->address != NULL)
-		v->known |= FACT_ADDRESS;
-}
-
-/* What they know once a response has come; length UINT64_MAX: not known. */
+/* Adds the response and the length of its body, UINT64_MAX if not known. */
 static void
 view_response(struct view *v, const struct response *r, uint64_t length)
 {
@@ -6278,16 +6336,44 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 		v->length = 0;
 }
 
-/* All lines in force, group by group, on standard output. */
+/*
+ * Sets v to the facts that are known of a request so far; x must outlive v.
+ * r is the response or NULL, and length that of its body, UINT64_MAX if it is
+ * not known.  With a parent, the server's address is known only if the URL has
+ * a numeric host; an entry has the address that it came from.
+ */
 static void
-rules_print(const struct rules *rules)
+exchange_view(const struct exchange *x, const struct response *r,
+    uint64_t length, struct view *v)
 {
-	const struct rule *rule;
-	unsigned i;
+	const struct request *q = x->request;
 
-	for (i = 0; i < GROUPS; i++)
-		for (rule = rules->first[i]; rule != NULL; rule = rule->next)
-			printf("%s: %s\n", rule->where, rule->text);
+	memset(v, 0, sizeof(*v));
+	v->never = q->method == METHOD_CONNECT ?
+	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
+	    0U;
+	v->client = &x->peer;
+	v->local = x->local;
+	if (x->record.user != NULL)
+		v->user = x->record.user->user;
+	v->request = q;
+	v->host = host_bare(q->target.host);
+	v->port = q->target.port;
+	v->found = q->access.found;
+	v->passed = x->down.payload + x->down.ready;
+	if (address_parse(v->host, v->port, &v->literal))
+		v->address = &v->literal;
+	else if (answer_is_stored(q))
+		view_source(v, &q->route.list[0]);
+	else if (exchange_parent(x) != NULL && !q->access.route_open)
+		v->never |= FACT_ADDRESS;
+	else if (x->record.server.family == AF_INET ||
+	    x->record.server.family == AF_INET6)
+		v->address = &x->record.server;
+	if (v->address != NULL)
+		v->known |= FACT_ADDRESS;
+	if (r != NULL)
+		view_response(v, r, length);
 }
 
 /* ---- 9. Cache ---- */
@@ -8796,20 +8882,19 @@ static const struct rule *
 cache_rule(const struct exchange *x, const struct response *r,
     const struct entry *e)
 {
+	uint64_t length = UINT64_MAX;
 	struct address source;
 	struct verdict verdict;
 	struct view v;
 
 	if (x->rules->first[GROUP_CACHE] == NULL)
 		return NULL;
-	exchange_view(x, &v);
-	if (r != NULL) {
-		view_response(&v, r,
-		    e == NULL      ? response_length(r) :
-			e->counted ? UINT64_MAX :
-				     e->body);
-		v.never |= FACT_LENGTH;
-	}
+	if (r != NULL)
+		length = e == NULL ? response_length(r) :
+		    e->counted     ? UINT64_MAX :
+				     e->body;
+	exchange_view(x, r, length, &v);
+	v.never |= r != NULL ? FACT_LENGTH : 0U;
 	if (e != NULL) {
 		source = address_read(e->server);
 		view_source(&v, &source);
@@ -11067,7 +11152,7 @@ exchange_rewrite(struct exchange *x)
 
 	if (r->first[GROUP_REQUEST] == NULL && !r->needles_n)
 		return;
-	exchange_view(x, &v);
+	exchange_view(x, NULL, 0, &v);
 	rules_rewrite(r, GROUP_REQUEST, &v, &q->rewrites);
 }
 
@@ -11105,13 +11190,13 @@ access_judge(struct exchange *x, struct view *v)
 	struct request *q = x->request;
 	struct verdict verdict = rules_judge(x->rules, GROUP_ACCESS, v);
 
-	q->access.open = verdict.truth == TRUTH_OPEN;
+	q->access.open = verdict.truth == TRUTH_UNDECIDED;
 	if (verdict.truth != TRUTH_YES)
 		return true;
 	x->record.rule = verdict.rule;
 	trace(x, "decided by %s: %s", x->record.rule->where,
 	    x->record.rule->text);
-	if (!rule_refuses(x->record.rule, v))
+	if (!verdict.refuses)
 		return true;
 	access_refuse(x);
 	return false;
@@ -11136,7 +11221,7 @@ route_judge(struct exchange *x, struct view *v)
 	struct request *q = x->request;
 	struct verdict verdict = rules_judge(x->rules, GROUP_ROUTE, v);
 
-	q->access.route_open = verdict.truth == TRUTH_OPEN;
+	q->access.route_open = verdict.truth == TRUTH_UNDECIDED;
 	q->route.parent = verdict.truth == TRUTH_YES ?
 	    parent_choose(verdict.rule->parents) :
 	    NULL;
@@ -11155,11 +11240,8 @@ access_begin(struct exchange *x)
 	const struct request *q = x->request;
 	struct view v;
 
-	x->rules = rules_now;
-	x->rules->refs++;
-	if (x->rules->logins)
-		x->record.user = account_login(x->rules, &q->head);
-	exchange_view(x, &v);
+	x->rules = rules_take(&q->head, &x->record.user);
+	exchange_view(x, NULL, 0, &v);
 	if (!access_judge(x, &v))
 		return false;
 	route_judge(x, &v);
@@ -11208,19 +11290,16 @@ access_body(struct exchange *x, struct text piece, bool whole)
 {
 	unsigned char *states =
 	    (unsigned char *)x->request->access.answer->data;
-	unsigned i, found = x->request->access.found;
+	unsigned found = x->request->access.found;
 	struct verdict verdict;
 	struct response r;
 	struct request *q = x->request;
 	struct view v;
 
-	for (i = 0; i < x->rules->needles_n; i++)
-		if (needle_scan(x->rules->needles[i], states + i, piece))
-			q->access.found |= 1U << i;
+	q->access.found |= rules_seek(x->rules, states, piece);
 	(void)response_parse(buffer_text(q->access.answer), q->method, &r);
-	exchange_view(x, &v);
-	view_response(&v, &r,
-	    answer_is_stored(x->request) ? q->body : response_length(&r));
+	exchange_view(x, &r,
+	    answer_is_stored(q) ? q->body : response_length(&r), &v);
 	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
 	if (whole)
@@ -11234,7 +11313,7 @@ access_body(struct exchange *x, struct text piece, bool whole)
 		q->access.open = false;
 		buffer_give(&q->access.answer);
 	}
-	return verdict.truth != TRUTH_YES || !rule_refuses(verdict.rule, &v);
+	return !verdict.refuses;
 }
 
 /* ---- entries that answer ---- */
@@ -11262,8 +11341,7 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	q->route.n = 0;
 	q->route.list[0] = address_read(l->e.server);
 	if (q->access.open) {
-		exchange_view(x, &v);
-		view_response(&v, &l->r, l->e.body);
+		exchange_view(x, &l->r, l->e.body, &v);
 		if (!access_response(x, &l->r, l->e.head, &v))
 			return;
 	}
@@ -11990,7 +12068,7 @@ resolve_strike(struct exchange *x, struct view *v)
 	unsigned char i, kept = 0;
 
 	for (i = 0; i < q->route.n; i++) {
-		struct verdict verdict = { TRUTH_YES, x->record.rule };
+		struct verdict verdict = { TRUTH_YES, x->record.rule, false };
 
 		if (address_is_ours(&q->route.list[i]))
 			return REFUSE_LOOP;
@@ -12002,9 +12080,7 @@ resolve_strike(struct exchange *x, struct view *v)
 		v->known |= FACT_ADDRESS;
 		if (open && exchange_parent(x) == NULL)
 			verdict = rules_judge(x->rules, GROUP_ACCESS, v);
-		if (verdict.truth == TRUTH_YES && open &&
-		    exchange_parent(x) == NULL &&
-		    rule_refuses(verdict.rule, v)) {
+		if (verdict.refuses) {
 			refusal = REFUSE_RULE;
 			x->record.rule = kept == 0 ? verdict.rule :
 						     x->record.rule;
@@ -12013,7 +12089,7 @@ resolve_strike(struct exchange *x, struct view *v)
 		if (kept == 0)
 			x->record.rule =
 			    verdict.truth == TRUTH_YES ? verdict.rule : NULL;
-		stays = stays || verdict.truth == TRUTH_OPEN;
+		stays = stays || verdict.truth == TRUTH_UNDECIDED;
 		q->route.list[kept++] = q->route.list[i];
 	}
 	q->route.n = kept;
@@ -12035,7 +12111,7 @@ resolve_judge(struct exchange *x)
 	enum refusal refusal;
 	struct view v;
 
-	exchange_view(x, &v);
+	exchange_view(x, NULL, 0, &v);
 	if (exchange_parent(x) != NULL && q->access.open &&
 	    !access_judge(x, &v))
 		return;
@@ -12064,7 +12140,7 @@ resolve_route(struct exchange *x)
 	struct request *q = x->request;
 	struct view v;
 
-	exchange_view(x, &v);
+	exchange_view(x, NULL, 0, &v);
 	v.address = &q->route.list[0];
 	v.known |= FACT_ADDRESS;
 	route_judge(x, &v);
@@ -12772,9 +12848,8 @@ response_rewrites(struct exchange *x, const struct response *r,
 	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
 	    q->answerer == ANSWER_MEMORY)
 		return;
-	exchange_view(x, &v);
-	view_response(&v, r,
-	    answer_is_stored(q) ? q->body : response_length(r));
+	exchange_view(x, r, answer_is_stored(q) ? q->body : response_length(r),
+	    &v);
 	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
 	x->down.bare = w->strips;
 }
@@ -13082,8 +13157,7 @@ response_passes(struct exchange *x, const struct response *r, struct text head)
 	    answer_is_local(q) || q->access.answer != NULL ||
 	    (r->status < 200 && r->status != 101))
 		return true;
-	exchange_view(x, &v);
-	view_response(&v, r, response_length(r));
+	exchange_view(x, r, response_length(r), &v);
 	return access_response(x, r, head, &v);
 }
 
@@ -13829,13 +13903,15 @@ static int64_t crowded_until; /* ms: no slot is looked for until then */
 
 static struct conn signal_conn; /* where signals come out */
 
+static bool rules_unread; /* new rules are read, a piece a turn */
+
 /* How long poll may wait, in ms: to the next deadline; -1: there is none. */
 static int
 loop_wait(void)
 {
 	int64_t wait = exchanges.wake - now.ms;
 
-	if (exchanges.again != NULL || rules_next != NULL || wait <= 0)
+	if (exchanges.again != NULL || rules_unread || wait <= 0)
 		return 0;
 	return exchanges.wake == INT64_MAX ? -1 :
 	    wait > INT_MAX                 ? INT_MAX :
@@ -14228,29 +14304,10 @@ loop_reload(void)
 		loop_stop();
 		return;
 	}
-	rules_give(&rules_next);
-	rules_next = rules_begin();
-	if (rules_next == NULL)
-		warn("the old rules stay in force");
+	rules_reload();
 	if (!log_open())
 		warn("can't reopen the log %s: %s", options.log,
 		    strerror(errno));
-}
-
-/* Goes on reading the next rules; when they are complete, they are in force. */
-static void
-loop_rules(void)
-{
-	if (rules_next == NULL || !rules_step(rules_next))
-		return;
-	if (rules_next->errors > 0) {
-		warn("the old rules stay in force");
-		rules_give(&rules_next);
-		return;
-	}
-	rules_give(&rules_now);
-	rules_now = rules_next;
-	rules_next = NULL;
 }
 
 /* The signals that came. */
@@ -14300,7 +14357,7 @@ loop_run(void)
 		if (loop_note(loop_poll()))
 			loop_kept();
 		loop_signals();
-		loop_rules();
+		rules_unread = rules_step();
 		loop_names();
 		loop_exchanges();
 		loop_expire();
@@ -14774,15 +14831,6 @@ pseudonym_make(void)
 		host_name[0] = '\0';
 }
 
-/* -n: all is right; with -v, what is in force. */
-static void
-check_end(void)
-{
-	if (options.verbose > 0)
-		rules_print(rules_now);
-	exit(0);
-}
-
 /*
  * The head of the request that a -T describes: a URL, and behind it `client
  * ADDRESS`, `user NAME`, `method NAME`.
@@ -14900,15 +14948,15 @@ trial_judge(struct exchange *x, struct verdict *access, struct verdict *route)
 	struct view v;
 
 	q->route.parent = NULL;
-	exchange_view(x, &v);
+	exchange_view(x, NULL, 0, &v);
 	*route = rules_judge(x->rules, GROUP_ROUTE, &v);
-	q->access.route_open = route->truth == TRUTH_OPEN;
+	q->access.route_open = route->truth == TRUTH_UNDECIDED ||
+	    (asked && x->record.server.family != 0);
 	q->route.parent = route->truth == TRUTH_YES ? route->rule->parents :
 						      NULL;
-	exchange_view(x, &v);
-	if (asked && x->record.server.family != 0)
-		view_source(&v, &x->record.server);
+	exchange_view(x, NULL, 0, &v);
 	*access = rules_judge(x->rules, GROUP_ACCESS, &v);
+	x->request->access.route_open = route->truth == TRUTH_UNDECIDED;
 }
 
 /* True if a line that is open asks for the server's address. */
@@ -14918,10 +14966,10 @@ trial_wants(const struct exchange *x)
 	const struct rule *rule = x->rules->first[GROUP_ACCESS];
 	struct view v;
 
-	exchange_view(x, &v);
+	exchange_view(x, NULL, 0, &v);
 	for (; rule != NULL; rule = rule->next)
 		if ((rule->needs & FACT_ADDRESS) &&
-		    rule_judge(rule, &v) == TRUTH_OPEN)
+		    rule_lacks(rule, &v) != NULL)
 			return (v.never & FACT_ADDRESS) == 0;
 	return false;
 }
@@ -14940,8 +14988,9 @@ trial_route(const struct verdict *route)
 		    p->kind == PARENT_HTTP ? "http" : "socks5", mark, p->host,
 		    mark[0] ? mark + 1 : "", p->port);
 	trial_print("route",
-	    route->truth == TRUTH_OPEN ? "open, it needs the server's address" :
-					 words,
+	    route->truth == TRUTH_UNDECIDED ?
+		"open, it needs the server's address" :
+		words,
 	    route->rule);
 }
 
@@ -14953,18 +15002,17 @@ trial_access(const struct verdict *access, struct view *v)
 		[ACTION_DENY] = "deny",
 		[ACTION_LOGIN] = "login",
 		[ACTION_DROP] = "drop" };
-	const struct condition *c = access->rule->conditions;
+	const struct condition *c;
 	char words[80];
 
 	if (access->truth == TRUTH_YES) {
 		trial_print("access", done[access->rule->action], access->rule);
 		return;
 	}
-	while (c->next != NULL && condition_judge(c, v) != TRUTH_OPEN)
-		c = c->next;
+	c = rule_lacks(access->rule, v);
+	assert(c != NULL);
 	(void)snprintf(words, sizeof(words), "open, it needs the %s%s",
-	    c->needs & FACT_ADDRESS ? "server's " : "response's ",
-	    subjects[c->subject].word);
+	    c->needs & FACT_ADDRESS ? "server's " : "response's ", c->word);
 	trial_print("access", words, access->rule);
 }
 
@@ -14991,8 +15039,8 @@ trial_run(char *words)
 	printf("%s\n", words);
 	trial_build(&x, words, &user, head);
 	x.local = address_is_local(&x.peer);
+	x.rules = rules_take(&q->head, &x.record.user);
 	x.record.user = user.user.at ? &user : NULL;
-	x.rules = rules_now;
 	x.request = q;
 	q->owner = &x;
 	if (request_parse(buffer_text(head), q) != 1 ||
@@ -15001,21 +15049,23 @@ trial_run(char *words)
 		    words);
 	request_note(&x);
 	trial_judge(&x, &verdict, &route);
-	if ((route.truth == TRUTH_OPEN ||
-		(verdict.truth == TRUTH_OPEN && trial_wants(&x))) &&
+	if ((route.truth == TRUTH_UNDECIDED ||
+		(verdict.truth == TRUTH_UNDECIDED && trial_wants(&x))) &&
 	    trial_resolve(q, &x.record.server))
 		trial_judge(&x, &verdict, &route);
-	exchange_view(&x, &v);
+	exchange_view(&x, NULL, 0, &v);
 	trial_access(&verdict, &v);
 	trial_route(&route);
-	denied = verdict.truth == TRUTH_YES && rule_refuses(verdict.rule, &v);
+	denied = verdict.refuses;
 	if (options.cache != NULL)
 		trial_cache(&x);
+	rules_give(&x.rules);
 	buffer_give(&head);
 	request_drop(&q);
-	return denied                                                ? 1 :
-	    verdict.truth == TRUTH_OPEN || route.truth == TRUTH_OPEN ? 3 :
-								       0;
+	return denied ? 1 :
+	    verdict.truth == TRUTH_UNDECIDED || route.truth == TRUTH_UNDECIDED ?
+			3 :
+			0;
 }
 
 /* All -T; of their exit statuses 1 goes before 3. */
@@ -15041,9 +15091,7 @@ static void
 banner(void)
 {
 	const struct address *first = NULL;
-	const struct rule *rule;
 	/* With a name: a rule that asks for a login lets some in. */
-	struct view nobody = { .user = text_of("-") };
 	char words[ADDRESS_TEXT];
 	bool exposed = false;
 	size_t i;
@@ -15064,10 +15112,7 @@ banner(void)
 		warn("  export http_proxy=http://%s https_proxy=http://%s",
 		    words, words);
 	}
-	for (rule = rules_now->first[GROUP_ACCESS]; rule; rule = rule->next)
-		if (!rule->built_in && !rule_refuses(rule, &nobody))
-			exposed = false;
-	if (exposed)
+	if (exposed && !rules_let_in())
 		warn(
 		    "clients that are not on this machine are refused until "
 		    "a rule lets them in, as in: -e 'allow client 10.0.0.0/8'");
@@ -15137,11 +15182,10 @@ main(int argc, char **argv)
 	options_parse(argc, argv);
 	if (options.key != NULL)
 		key_print(options.key);
-	rules_now = rules_read();
-	if (rules_now == NULL)
+	if (!rules_read(options.check && options.verbose > 0))
 		exit(2);
 	if (options.check)
-		check_end();
+		exit(0);
 	if (options.trials_n > 0)
 		trials_run();
 	pseudonym_make();

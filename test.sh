@@ -16459,7 +16459,7 @@ is_guarded(const struct address *a)
 	struct view v;
 
 	if (rules_now == NULL)
-		rules_now = rules_read();
+		(void)rules_read(false);
 	memset(&q, 0, sizeof(q));
 	memset(&v, 0, sizeof(v));
 	(void)address_parse(text_of("10.0.0.9"), 0, &client);
