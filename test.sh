@@ -12244,7 +12244,7 @@ END
 		for (n = 0; n < 2000; n++)
 			printf "send GET http://%s/%d HTTP/1.1\\nHost: %s\\n\\n\nanswer\n",
 			    O, n, O
-	}' > others
+	}' > others.in
 	for when in quiet await await; do
 		cat <<END
 head
@@ -12259,7 +12259,7 @@ END
 send GET http://%O/ HTTP/1.1\nHost: %O\n\n
 answer
 END
-	client others < others
+	client others < others.in
 	grep '^open$' others.end > /dev/null || fail "$(cat others.end)"
 	for n in 1 2; do
 		client_bg c$n <<'END'
