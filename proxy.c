@@ -4861,10 +4861,11 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 static const struct condition *
 rule_lacks(const struct rule *rule, struct view *v)
 {
-	const struct condition *c = rule->conditions;
+	const struct condition *c;
 
-	if (rule_judge(rule, v) != TRUTH_UNDECIDED)
+	if (rule == NULL || rule_judge(rule, v) != TRUTH_UNDECIDED)
 		return NULL;
+	c = rule->conditions;
 	while (condition_judge(c, v) != TRUTH_UNDECIDED)
 		c = c->next;
 	return c;
@@ -10044,6 +10045,7 @@ names_helper(int questions, int answers)
 	static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGUSR1,
 		SIGPIPE };
 	static struct child children[QUESTIONS_MAX];
+	struct sigaction action;
 	struct pollfd fds[2];
 	struct question question;
 	char bytes[64];
@@ -10055,7 +10057,11 @@ names_helper(int questions, int answers)
 	    fcntl(names_ended[0], F_SETFL, O_NONBLOCK) == -1 ||
 	    fcntl(names_ended[1], F_SETFL, O_NONBLOCK) == -1)
 		_exit(1);
-	(void)signal(SIGCHLD, names_note);
+	memset(&action, 0, sizeof(action));
+	(void)sigemptyset(&action.sa_mask);
+	action.sa_handler = names_note;
+	action.sa_flags = SA_RESTART;
+	(void)sigaction(SIGCHLD, &action, NULL);
 	fds[0].fd = questions;
 	fds[1].fd = names_ended[0];
 	fds[0].events = fds[1].events = POLLIN;
@@ -10520,7 +10526,7 @@ log_request(struct buffer *b, const struct quotes *q)
 		buffer_escape(b, q->name, BUFFER_ROOM / 16);
 		buffer_append(b, text_of(" "));
 	}
-	buffer_quote(b, q->uri, BUFFER_ROOM / 8 * 3);
+	buffer_quote(b, q->uri, (size_t)BUFFER_ROOM / 8 * 3);
 	if (q->name.len > 0)
 		buffer_append(b, text_of(q->minor ? " HTTP/1.1" : " HTTP/1.0"));
 }
@@ -10616,7 +10622,7 @@ log_line(const struct exchange *x, struct buffer *b)
 	if (r->refusal) {
 		buffer_append(b, text_of(" why=\""));
 		buffer_quote(b, text_of(refusal_words(x, r->refusal, &status)),
-		    2 * REASON_MAX);
+		    (size_t)2 * REASON_MAX);
 		buffer_append(b, text_of("\""));
 	}
 	buffer_append(b, text_of("\n"));
@@ -10774,8 +10780,8 @@ hello_gather(struct text t, char *to)
 	struct cursor c = { .rest = t };
 	size_t n = 0;
 
-	while (cursor_number(&c, 1) == 22 && cursor_number(&c, 1) == 3 &&
-	    n < HELLO_MAX) {
+	/* Type 22, version 3.x. */
+	while (cursor_number(&c, 2) == 0x1603 && n < HELLO_MAX) {
 		struct text piece;
 
 		(void)cursor_number(&c, 1);
@@ -14894,7 +14900,7 @@ trial_print(const char *what, const char *word, const struct rule *rule)
 static bool
 trial_resolve(const struct request *q, struct address *a)
 {
-	struct addrinfo hints, *found;
+	struct addrinfo hints, *found = NULL;
 	char host[HOST_MAX + 1];
 	int error;
 

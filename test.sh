@@ -5834,9 +5834,13 @@ static bool judged;			/* the next rule is the first */
 static struct rules *
 rules_make(void)
 {
+	struct rules *rules;
+
 	if (!rules_read(false))
 		unit_fail("wrong rules", options.sources[0].at, "", 0);
-	return rules_now;
+	rules = rules_now;
+	rules_now = NULL;
+	return rules;
 }
 
 static void
