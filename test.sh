@@ -5834,12 +5834,12 @@ static bool judged;			/* the next rule is the first */
 static struct rules *
 rules_make(void)
 {
-	struct rules *rules;
+	struct rules *old = rules_now, *rules;
 
 	if (!rules_read(false))
 		unit_fail("wrong rules", options.sources[0].at, "", 0);
 	rules = rules_now;
-	rules_now = NULL;
+	rules_now = old;
 	return rules;
 }
 
