@@ -14772,8 +14772,11 @@ key_print(const char *url)
 
 	if (options.cache == NULL)
 		usage("-k wants -c, the directory to look in");
-	if (q == NULL || (q->bytes = buffer_take()) == NULL)
+	if (q == NULL || (q->bytes = buffer_take()) == NULL) {
+		request_drop(&q);
+		die("no memory");
 		return;
+	}
 	buffer_print(q->bytes, "GET %s HTTP/1.0\r\n\r\n", url);
 	request_clean(q->bytes);
 	if (request_parse(buffer_text(q->bytes), q) != 1 ||
