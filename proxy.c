@@ -15042,6 +15042,8 @@ trial_run(char *words)
 
 	memset(&x, 0, sizeof(x));
 	if (head == NULL || q == NULL) {
+		buffer_give(&head);
+		request_drop(&q);
 		die("no memory");
 		return 1;
 	}
