@@ -194,7 +194,7 @@
 #ifndef DRAIN_MS
 #define DRAIN_MS 5000
 #endif
-/* Where the system's logger listens; /var/run/log on BSD. */
+/* Where the system's logger listens; those of BSD are tried after it. */
 #ifndef LOG_SOCKET
 #define LOG_SOCKET "/dev/log"
 #endif
@@ -826,17 +826,49 @@ fd_write_at(int fd, const void *from, size_t n, off_t offset)
 	return put;
 }
 
+/* The same for getc(3). */
+static int
+file_byte(FILE *file)
+{
+	int c;
+
+	while ((c = getc(file)) == EOF && ferror(file) && errno == EINTR)
+		clearerr(file);
+	return c;
+}
+
 /*
- * Says a line on standard error, unless that would have to wait: a reader
+ * True if fd takes at least _POSIX_PIPE_BUF bytes now, so that to write them
+ * does not block.  Of a terminal, only if it was opened by terminal_open().
+ */
+static bool
+fd_writable(int fd)
+{
+	struct pollfd poll_fd = { .fd = fd, .events = POLLOUT };
+	int n;
+
+	do
+		n = poll(&poll_fd, 1, 0);
+	while (n == -1 && errno == EINTR);
+	return n == 1;
+}
+
+/*
+ * Writes a line to standard error, as far as that does not block: a reader
  * that stalls must not stop the proxy.
  */
 static void
 say(const char *line, size_t n)
 {
-	struct pollfd fd = { .fd = STDERR_FILENO, .events = POLLOUT };
+	while (n > 0 && fd_writable(STDERR_FILENO)) {
+		size_t piece = n < _POSIX_PIPE_BUF ? n : _POSIX_PIPE_BUF;
+		ssize_t put = fd_write(STDERR_FILENO, line, piece);
 
-	if (poll(&fd, 1, 0) == 1)
-		(void)fd_write(STDERR_FILENO, line, n);
+		if (put <= 0)
+			return;
+		line += put;
+		n -= (size_t)put;
+	}
 }
 
 /* `proxy: ` and the words, as one line. */
@@ -1417,11 +1449,11 @@ buffer_take(void)
 }
 
 /*
- * The same for what is on its way out: a page must be possible without
- * memory, so it may take of the reserve.
+ * The same for a page of the proxy's own, which must be possible without
+ * memory: takes from the reserve then.
  */
 static struct buffer *
-buffer_take_out(void)
+buffer_take_reserved(void)
 {
 	struct buffer *b = buffer_take();
 
@@ -1617,24 +1649,26 @@ buffer_compact(struct buffer *b)
 }
 
 /*
- * A request of x with nothing in it yet, NULL if the system has no memory.  All
- * but its fields, of which it has none, is zero.
+ * A request of x with nothing in it yet.  All but its fields, of which it has
+ * none, is zero.  If the system has no memory, NULL, or with `reserved` one
+ * from the reserve, for a refusal.
  */
 static struct request *
-request_new(const struct exchange *x)
+request_new(const struct exchange *x, bool reserved)
 {
 	struct request *q = NULL;
 
-	/* Those in reserve only when the system has no more. */
 	if (requests_free.n <= RESERVED)
 		q = malloc(sizeof(*q));
-	if (q == NULL) {
+	if (q == NULL && (reserved || requests_free.n > RESERVED)) {
 		q = requests_free.list;
 		if (q == NULL)
 			return NULL;
 		requests_free.list = q->next;
 		requests_free.n--;
 	}
+	if (q == NULL)
+		return NULL;
 	memset(q, 0, offsetof(struct request, head));
 	q->owner = x;
 	q->head.n = 0;
@@ -1671,7 +1705,7 @@ reserves_fill(void)
 
 	for (i = 0; i < RESERVED; i++) {
 		b[i] = buffer_take();
-		q[i] = request_new(NULL);
+		q[i] = request_new(NULL, false);
 		if (b[i] == NULL || q[i] == NULL)
 			die("no memory");
 	}
@@ -2063,12 +2097,23 @@ conn_drop_head(struct conn *c, size_t n)
 	c->seen = 0;
 }
 
-/* `out`, made if there is none; NULL and deaf without memory. */
+/*
+ * `out`, made if there is none.  Without memory NULL, and c is in error; only
+ * a page of the proxy's own takes from the reserve on its way to the client.
+ */
 static struct buffer *
 conn_out(struct conn *c)
 {
-	if (c->out == NULL && (c->out = buffer_take_out()) == NULL)
+	const struct request *q = c->exchange->request;
+	bool page = c->role == ROLE_CLIENT && q != NULL &&
+	    q->answerer == ANSWER_MEMORY;
+
+	if (c->out == NULL)
+		c->out = page ? buffer_take_reserved() : buffer_take();
+	if (c->out == NULL) {
+		c->error = ENOMEM;
 		c->deaf = true;
+	}
 	return c->out;
 }
 
@@ -4526,11 +4571,9 @@ list_step(struct list *list, char *why, size_t size)
 		if (list->fd != -1 && list_rewind(list))
 			return 0;
 	} else
-		n = read(list->fd, block, sizeof(block));
+		n = fd_read(list->fd, block, sizeof(block));
 	if (n == 0)
 		return list_pass_end(list, why, size);
-	if (n == -1 && errno == EINTR)
-		return 0;
 	if (n == -1)
 		(void)snprintf(why, size, "%s: %s", list->path,
 		    strerror(errno));
@@ -5991,7 +6034,7 @@ line_read(struct parser *p, FILE *file)
 
 	p->line++;
 	p->bad = false;
-	while ((c = getc(file)) != EOF && c != '\n' && n <= RULE_LINE_MAX)
+	while ((c = file_byte(file)) != EOF && c != '\n' && n <= RULE_LINE_MAX)
 		p->text[n++] = (char)c;
 	if (c == EOF && ferror(file))
 		parser_error(p, "%s", strerror(errno));
@@ -6255,6 +6298,30 @@ rules_reload(void)
 	rules_next = rules_begin();
 	if (rules_next == NULL)
 		warn("the old rules stay in force");
+}
+
+/*
+ * True if all files that the rules stand in, or name, can be read again; those
+ * that can't are reported.
+ */
+static bool
+rules_can_reload(void)
+{
+	struct rules *rules = rules_begin();
+	bool can = rules != NULL && rules->errors == 0;
+	unsigned i;
+
+	for (i = 0; rules != NULL && i < rules->lists_n; i++) {
+		const struct list *list = rules->lists[i];
+
+		if (access(list->path, R_OK) == -1) {
+			warn("%s: %s: %s", list->where, list->path,
+			    strerror(errno));
+			can = false;
+		}
+	}
+	rules_give(&rules);
+	return can;
 }
 
 /*
@@ -9721,11 +9788,14 @@ cache_check(const char *path, void *argument)
 		    name);
 }
 
-/* Gives a file of the cache to the user of -u, if there is one. */
+/*
+ * Gives fd, the file or directory at path, to the user of -u, if there is
+ * one.  It is open: the path may lead elsewhere when that user moves it.
+ */
 static void
-cache_own(const char *path)
+cache_own(int fd, const char *path)
 {
-	if (options.user != NULL && chown(path, options.uid, options.gid) == -1)
+	if (options.user != NULL && fchown(fd, options.uid, options.gid) == -1)
 		die("can't give %s to user %s: %s", path, options.user,
 		    strerror(errno));
 }
@@ -9784,12 +9854,16 @@ cache_open(void)
 	if (!directory_walk(options.cache, cache_check, &tagged))
 		die("can't read the cache %s: %s", options.cache,
 		    strerror(errno));
-	cache_own(options.cache);
+	fd = open(options.cache, O_RDONLY | O_DIRECTORY);
+	if (fd != -1) {
+		cache_own(fd, options.cache);
+		(void)close(fd);
+	}
 	fd = tagged ? -1 : open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
 	if (fd != -1) {
 		(void)fd_write(fd, cache_tag, strlen(cache_tag));
+		cache_own(fd, path);
 		(void)close(fd);
-		cache_own(path);
 	}
 	cache_assume(path, fd != -1);
 }
@@ -10290,18 +10364,25 @@ static struct buffer log_lines;
 static int
 log_connect(void)
 {
+	static const char *const paths[] = { LOG_SOCKET, "/var/run/log",
+		"/var/run/syslog" };
 	struct sockaddr_un un;
-	int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+	int fd = socket(AF_UNIX, SOCK_DGRAM, 0), error;
+	size_t i;
 
+	if (fd == -1 || fcntl(fd, F_SETFL, O_NONBLOCK) == -1)
+		return fd;
 	memset(&un, 0, sizeof(un));
 	un.sun_family = AF_UNIX;
-	(void)text_copy(text_of(LOG_SOCKET), un.sun_path, sizeof(un.sun_path));
-	if (fd == -1)
-		return -1;
-	if (fcntl(fd, F_SETFL, O_NONBLOCK) != -1 &&
-	    connect(fd, (struct sockaddr *)&un, sizeof(un)) != -1)
-		return fd;
+	for (i = 0; i < sizeof(paths) / sizeof(paths[0]); i++) {
+		(void)text_copy(text_of(paths[i]), un.sun_path,
+		    sizeof(un.sun_path));
+		if (connect(fd, (struct sockaddr *)&un, sizeof(un)) != -1)
+			return fd;
+	}
+	error = errno;
 	(void)close(fd);
+	errno = error;
 	return -1;
 }
 
@@ -10357,8 +10438,8 @@ log_lose(uint64_t lines, const char *why)
 
 /*
  * Sends the line that t begins with to the system's logger, as syslog(3)
- * would.  Returns its length, 0 if the logger does not take it now, -1 if it
- * is away.
+ * would, cut if it is longer than a datagram may be.  Returns its length, 0 if
+ * the logger does not take it now, -1 if it is away.
  */
 static ssize_t
 log_send(struct text t)
@@ -10383,8 +10464,13 @@ log_send(struct text t)
 	message.msg_iov = parts;
 	message.msg_iovlen = 2;
 	sent = sendmsg(logs.fd, &message, 0);
-	if (sent == -1 && errno != EAGAIN && errno != ENOBUFS && log_open())
+	if (sent == -1 && errno != EAGAIN && errno != ENOBUFS &&
+	    errno != EMSGSIZE && log_open())
 		sent = sendmsg(logs.fd, &message, 0);
+	while (sent == -1 && errno == EMSGSIZE && parts[1].iov_len > 1) {
+		parts[1].iov_len /= 2;
+		sent = sendmsg(logs.fd, &message, 0);
+	}
 	if (sent == -1)
 		return errno == EAGAIN || errno == ENOBUFS ? 0 : -1;
 	return (ssize_t)t.len + 1;
@@ -10397,13 +10483,12 @@ log_send(struct text t)
 static ssize_t
 log_write_some(struct text t)
 {
-	struct pollfd fd = { .fd = logs.fd, .events = POLLOUT };
 	ssize_t written;
 
 	if (logs.syslog)
 		return log_send(t);
 	if (!logs.regular) {
-		if (poll(&fd, 1, 0) == 0)
+		if (!fd_writable(logs.fd))
 			return 0;
 		if (t.len > _POSIX_PIPE_BUF)
 			t.len = _POSIX_PIPE_BUF;
@@ -10651,17 +10736,38 @@ log_exchange(const struct exchange *x)
 	log_lose(1, "it is not read");
 }
 
-/* What ended an exchange, for the trace; on a terminal, a blank line. */
+/* The program ends: says how many lines were lost, those left among them. */
+static void
+log_end(void)
+{
+	struct text rest;
+
+	log_flush();
+	rest = buffer_text(&log_lines);
+	for (; rest.len > 0; rest = text_from(rest, text_find(rest, '\n') + 1))
+		logs.lost++;
+	if (logs.lost > 0)
+		warn("%llu lines of the log were lost",
+		    (unsigned long long)logs.lost);
+}
+
+/*
+ * The last line of an exchange in the trace: what ended it, and why it was
+ * refused.  On a terminal, a blank line follows.
+ */
 static void
 trace_end(const struct exchange *x)
 {
 	static const char blank = '\n';
+	const struct record *r = &x->record;
+	int status;
 
 	if (options.verbose == 0)
 		return;
-	trace(x, "ended: %s, %d, %llu bytes up, %llu down", ends[x->record.end],
-	    log_status(&x->record), (unsigned long long)x->up.payload,
-	    (unsigned long long)x->down.payload);
+	trace(x, "ended: %s, %d, %llu bytes up, %llu down%s%s", ends[r->end],
+	    log_status(r), (unsigned long long)x->up.payload,
+	    (unsigned long long)x->down.payload, r->refusal ? ", " : "",
+	    r->refusal ? refusal_words(x, r->refusal, &status) : "");
 	if (logs.colour)
 		say(&blank, 1);
 }
@@ -10679,6 +10785,7 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 	enum colour colour = mark[0] == 'c' || mark[1] == 's' ? COLOUR_REQUEST :
 								COLOUR_RESPONSE;
 	char prefix[8];
+	bool hidden = false;
 
 	if (options.verbose == 0)
 		return;
@@ -10686,7 +10793,7 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 	while (head.len > 0) {
 		size_t end = text_find(head, '\n');
 		struct text line = text_cut(head.at, end), name;
-		bool hidden;
+		bool folded = hidden && end > 0 && is_among(*line.at, " \t");
 
 		head = text_from(head, end < head.len ? end + 1 : end);
 		if (line.len > 0 && line.at[line.len - 1] == '\r')
@@ -10694,9 +10801,12 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 		if (line.len == 0)
 			break;
 		name = text_trim(text_cut(line.at, text_find(line, ':')));
-		hidden = name_is_among(name, secret);
-		trace_line(x, colour, prefix, hidden ? name : line,
-		    hidden ? ": ***" : "");
+		hidden = folded || name_is_among(name, secret);
+		if (folded)
+			trace_line(x, colour, prefix, text_of(""), " ***");
+		else
+			trace_line(x, colour, prefix, hidden ? name : line,
+			    hidden ? ": ***" : "");
 	}
 }
 
@@ -10870,7 +10980,7 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 	struct conn *s = &x->server;
 
 	conn_close(s, false);
-	s->in = buffer_take_out();
+	s->in = buffer_take_reserved();
 	s->eof = true;
 	answer_by(x, ANSWER_MEMORY);
 	if (s->in == NULL)
@@ -11052,7 +11162,9 @@ static const char *const phase_names[] = {
 static void
 exchange_enter(struct exchange *x, enum phase phase)
 {
-	trace(x, "%s -> %s", phase_names[x->phase], phase_names[phase]);
+	/* The end of an exchange has been told; its connection ends later. */
+	if (phase != PHASE_FREE || x->record.start)
+		trace(x, "%s -> %s", phase_names[x->phase], phase_names[phase]);
 	x->phase = phase;
 	x->since = x->moved = now.ms;
 }
@@ -11089,6 +11201,8 @@ exchange_close(struct exchange *x, bool reset)
 {
 	exchange_enter(x, PHASE_FREE);
 	exchange_forget(x);
+	if (x->record.start)
+		trace_end(x);
 	conn_close(&x->server, reset);
 	conn_close(&x->client, reset);
 	rules_give(&x->rules);
@@ -11105,12 +11219,16 @@ exchange_close(struct exchange *x, bool reset)
 static void
 exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 {
+	bool starved = x->client.error == ENOMEM || x->server.error == ENOMEM;
 
+	if (starved && x->record.refusal == REFUSE_NONE) {
+		end = END_LIMIT;
+		refusal = REFUSE_MEMORY;
+	}
 	x->record.end = end;
 	x->record.refusal = x->record.refusal ? x->record.refusal : refusal;
 	if (x->record.start)
 		log_exchange(x);
-	trace_end(x);
 	exchange_close(x,
 	    x->tunnel ? end == END_RESET :
 			x->record.status != 0 && x->down.to == FRAMING_CLOSE);
@@ -11126,6 +11244,8 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 	struct request *q = x->request;
 	bool ruled = refusals[refusal].cause == CAUSE_RULE;
 
+	if (x->server.error == ENOMEM)
+		refusal = REFUSE_MEMORY;
 	x->record.refusal = refusal;
 	q->access.open = false;
 	if (x->record.status != 0) {
@@ -11806,7 +11926,7 @@ exchange_take(void)
 static struct exchange *
 exchange_take_refresh(const struct exchange *x)
 {
-	struct request *q = request_new(NULL);
+	struct request *q = request_new(NULL, false);
 	struct exchange *y = q == NULL ? NULL : exchange_take();
 
 	if (y == NULL) {
@@ -11952,7 +12072,7 @@ request_begin(struct exchange *x)
 		x->number = ++exchanges.count;
 	}
 	if (x->request == NULL)
-		x->request = request_new(x);
+		x->request = request_new(x, false);
 	return x->request != NULL;
 }
 
@@ -11969,7 +12089,7 @@ request_starve(struct exchange *x)
 	c->error = 0;
 	buffer_give(&c->in);
 	if (x->request == NULL)
-		x->request = request_new(x);
+		x->request = request_new(x, true);
 	if (x->request == NULL)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 	else
@@ -13332,12 +13452,12 @@ response_step(struct exchange *x)
 static void
 exchange_end(struct exchange *x)
 {
-	if (x->record.start) {
+	if (x->record.start)
 		log_exchange(x);
-		trace_end(x);
-	}
 	exchange_release(x);
 	exchange_forget(x);
+	if (x->record.start)
+		trace_end(x);
 	rules_give(&x->rules);
 	x->record = (struct record){ 0 };
 	flow_start(&x->up, FRAMING_NONE, FRAMING_NONE, 0);
@@ -14285,7 +14405,7 @@ loop_stop(void)
 	size_t i;
 
 	if (stop_at) {
-		log_flush();
+		log_end();
 		exit(0);
 	}
 	stop_at = now.ms + DRAIN_MS;
@@ -14378,7 +14498,7 @@ loop_run(void)
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++)
 		if (x->phase != PHASE_FREE)
 			exchange_abort(x, END_STOP, REFUSE_NONE);
-	log_flush();
+	log_end();
 }
 
 /* The handler of all signals: the loop does the rest. */
@@ -14628,6 +14748,19 @@ listener_add(int fd, const struct sockaddr *at, socklen_t len, const char *path)
 	return NULL;
 }
 
+/*
+ * Advice on an error of bind(2), for the end of a message: another program
+ * has that `place`, a port or a path.
+ */
+static const char *
+listen_hint(const char *error, const char *place)
+{
+	static char words[60];
+
+	(void)snprintf(words, sizeof(words), "; try another %s with -l", place);
+	return strcmp(error, strerror(EADDRINUSE)) == 0 ? words : "";
+}
+
 /* A UNIX socket; one that a dead proxy left behind gives way. */
 static void
 listen_path(const char *path)
@@ -14652,7 +14785,8 @@ listen_path(const char *path)
 	error = listener_add(socket(AF_UNIX, SOCK_STREAM, 0),
 	    (struct sockaddr *)&un, sizeof(un), path);
 	if (error != NULL)
-		die("can't listen on %s: %s", path, error);
+		die("can't listen on %s: %s%s", path, error,
+		    listen_hint(error, "path"));
 }
 
 /*
@@ -14709,15 +14843,6 @@ listen_host(const char *host, unsigned port, const char **error)
 	return listeners_n - before;
 }
 
-/* What to do about it, if another program listens there. */
-static const char *
-listen_hint(const char *error)
-{
-	return strcmp(error, strerror(EADDRINUSE)) == 0 ?
-	    "; try another port with -l" :
-	    "";
-}
-
 /* One -l: [host:]port or a path; dies if nothing of it can be had. */
 static void
 listen_on(const char *argument)
@@ -14739,7 +14864,7 @@ listen_on(const char *argument)
 		if (listen_host(any ? NULL : "127.0.0.1", (unsigned)port,
 			&error) == 0)
 			die("can't listen on port %s: %s%s", argument, error,
-			    listen_hint(error));
+			    listen_hint(error, "port"));
 		if (any)
 			return;
 		port = listeners[listeners_n - 1].address.port;
@@ -14761,14 +14886,14 @@ listen_on(const char *argument)
 	(void)text_copy(target.host, host, sizeof(host));
 	if (listen_host(host, port ? target.port : 0, &error) == 0)
 		die("can't listen on %s: %s%s", argument, error,
-		    listen_hint(error));
+		    listen_hint(error, "port"));
 }
 
 /* -k: the files of a URL, on standard output; then the end. */
 static void
 key_print(const char *url)
 {
-	struct request *q = request_new(NULL);
+	struct request *q = request_new(NULL, false);
 
 	if (options.cache == NULL)
 		usage("-k wants -c, the directory to look in");
@@ -15036,7 +15161,7 @@ trial_run(char *words)
 	struct account user = { NULL, { NULL, 0 }, { NULL, 0 } };
 	struct verdict verdict, route;
 	struct exchange x;
-	struct request *q = request_new(NULL);
+	struct request *q = request_new(NULL, false);
 	struct view v;
 	bool denied;
 
@@ -15147,35 +15272,87 @@ standard_open(void)
 }
 
 /*
- * Opens the log; it belongs to the user of -u, who may have to open it again
- * by HUP.
+ * If fd is a terminal, opens it anew as one that does not block: a terminal
+ * that is stopped, or that nobody reads, must not stop the proxy.  Whoever
+ * shares the old descriptor keeps theirs as it is.
  */
+static void
+terminal_open(int fd)
+{
+	const char *name = isatty(fd) ? ttyname(fd) : NULL;
+	int terminal = -1;
+
+	if (name != NULL)
+		terminal = open(name, O_WRONLY | O_NONBLOCK | O_NOCTTY);
+	if (terminal == -1)
+		return;
+	(void)dup2(terminal, fd);
+	(void)close(terminal);
+}
+
+/*
+ * Gives the log to the user of -u, who may have to open it again by HUP.  Not
+ * through a link, which that user may have made: it could lead to any file.
+ */
+static void
+logs_own(void)
+{
+	struct stat named, open;
+
+	if (logs.fd == STDOUT_FILENO || !logs.regular ||
+	    fstat(logs.fd, &open) == -1 || open.st_uid == options.uid)
+		return;
+	if (lstat(options.log, &named) == -1 || named.st_ino != open.st_ino ||
+	    named.st_dev != open.st_dev || open.st_nlink != 1)
+		warn("the log %s is a link, or has several: it is not given to "
+		     "user %s",
+		    options.log, options.user);
+	else if (fchown(logs.fd, options.uid, options.gid) == -1)
+		warn("the log %s can't be given to user %s: %s", options.log,
+		    options.user, strerror(errno));
+}
+
+/* Opens the log, and finds out where log and trace go. */
 static void
 logs_begin(void)
 {
 	log_lines.start = log_lines.end = CHUNK_ROOM;
+	terminal_open(STDOUT_FILENO);
+	terminal_open(STDERR_FILENO);
 	if (!log_open())
 		die("can't open the log %s: %s", options.log, strerror(errno));
-	if (options.user != NULL && logs.regular && logs.fd != STDOUT_FILENO &&
-	    fchown(logs.fd, options.uid, options.gid) == -1)
-		warn("the log %s can't be given to user %s: %s", options.log,
-		    options.user, strerror(errno));
+	if (options.user != NULL)
+		logs_own();
 	logs.colour = isatty(STDERR_FILENO) && getenv("NO_COLOR") == NULL;
 	logs.terminal = isatty(STDOUT_FILENO) || isatty(STDERR_FILENO);
 }
 
-/* Says which files of rules the user of -u can't read again. */
+/* Warns, once, of a directory of the cache that the user of -u can't write. */
+static void
+user_warn_cache(const char *path, void *argument)
+{
+	bool *warned = argument;
+
+	if (*warned || strlen(path) != strlen(options.cache) + strlen("/00") ||
+	    access(path, W_OK) != -1)
+		return;
+	*warned = true;
+	warn("user %s can't write %s: chown -R %s %s", options.user, path,
+	    options.user, options.cache);
+}
+
+/* Warns of files that the user of -u can't use. */
 static void
 user_warn(void)
 {
-	unsigned i;
+	bool warned = false;
 
-	for (i = 0; i < options.sources_n; i++)
-		if (!options.sources[i].line &&
-		    access(options.sources[i].at, R_OK) == -1)
-			warn("user %s can't read %s: HUP will not change the "
-			     "rules",
-			    options.user, options.sources[i].at);
+	if (!rules_can_reload())
+		warn("user %s can't read the rules again: HUP will not change "
+		     "them",
+		    options.user);
+	if (options.cache != NULL)
+		(void)directory_walk(options.cache, user_warn_cache, &warned);
 }
 
 /*

@@ -4963,7 +4963,7 @@ test_trace_end() { # -v: what can't be parsed is shown, and one line says what e
 	sees~  ^HTTP/1.1 400
 	err~   ^#[0-9]+ c> GET /a b HTTP/1\.1$
 	err~   refused: the request line is not METHOD URL HTTP/1\.1$
-	err~   ^#[0-9]+ \* [0-9]+ ms ended: done, 400, 0 bytes up, [0-9]+ down$
+	err~   ^#[0-9]+ \* [0-9]+ ms ended: done, 400, 0 bytes up, [0-9]+ down, the request line is not METHOD URL HTTP/1.1$
 	log    "GET /a b HTTP/1.1" 400
 END
 	play 'no response' <<'END'
@@ -9474,6 +9474,292 @@ test_rules_cost_urls() { # 100 url lines cost a request less than 50 us
 	awk 'BEGIN { for (i = 0; i < 100; i++)
 		print "deny url ^http://[a-z.]*host" i "\\.example/(ads|banner)" }' > lines
 	cheap < lines
+}
+
+# ---- Terminals, loggers and users that do not behave -------------------------
+
+test_trace_folded() { # the trace shows no part of a folded Authorization
+	start_proxy -v
+	client c <<'END'
+send GET http://127.0.0.1:1/ HTTP/1.1\nHost: x\nAuthorization: Basic\n c2VjcmV0\n\tbW9yZQ==\nX: shown\n\n
+eof
+END
+	wait_for 5 'grep "ended:" err > /dev/null' || fail "no trace"
+	grep -e c2VjcmV0 -e bW9yZQ err && fail "a credential is shown"
+	grep 'X: shown' err > /dev/null || fail "the next field is hidden"
+}
+
+# Runs a program on a terminal; once that has told an address, prints it and
+# reads no more of what the program writes there, until killed.
+write_stalled_terminal() {
+	cat <<'EOF_STALLED'
+#define _XOPEN_SOURCE 700
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static pid_t pid;
+
+static void
+ended(int number)
+{
+	kill(pid, SIGTERM);
+	_exit(number);
+}
+
+int
+main(int argc, char **argv)
+{
+	int master = posix_openpt(O_RDWR | O_NOCTTY);
+	static char said[4096];
+	size_t n = 0;
+	char *at;
+
+	(void)argc;
+	if (master == -1 || grantpt(master) == -1 || unlockpt(master) == -1)
+		return 77;
+	pid = fork();
+	if (pid == 0) {
+		int slave;
+
+		setsid();
+		slave = open(ptsname(master), O_RDWR);
+		close(master);
+		dup2(slave, 0);
+		dup2(slave, 1);
+		dup2(slave, 2);
+		close(slave);
+		execv(argv[1], argv + 1);
+		_exit(9);
+	}
+	signal(SIGTERM, ended);
+	while ((at = strstr(said, "listening on ")) == NULL ||
+	    strchr(at, '\n') == NULL)
+		if (read(master, said + n++, 1) != 1 || n == sizeof(said) - 1)
+			return 2;
+	printf("%.*s\n", (int)strcspn(at + 13, "\r\n"), at + 13);
+	fflush(stdout);
+	for (;;)
+		pause();
+}
+EOF_STALLED
+}
+
+test_log_terminal_stalls() { # a terminal that nobody reads stops neither log nor trace nor service
+	write_stalled_terminal > terminal.c
+	# shellcheck disable=SC2086 # flags are words
+	"$cc" $cflags -o terminal terminal.c || fail "cc"
+	spawn said ./terminal "$proxy_bin" -v -l 127.0.0.1:0
+	wait_for 20 '[ -s said ]' || skip "no terminals here"
+	proxy=$(cat said)
+	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+		"$peer" client "$proxy" c$n <<'END' || fail "no answer $n"
+send OPTIONS * HTTP/1.1\nHost: x\n\n
+answer
+send OPTIONS * HTTP/1.1\nHost: x\n\n
+answer
+send OPTIONS * HTTP/1.1\nHost: x\n\n
+answer
+END
+		grep '^HTTP/1.1 200' c$n > /dev/null || fail "answer $n: $(cat c$n)"
+	done
+}
+
+test_log_syslog_long() { # a line longer than the logger's datagrams is cut, not lost
+	have strace || skip "no strace"
+	strace -D -o strace.try -e inject=read:error=EINTR:when=999 true \
+	    2> /dev/null || skip "strace can't inject"
+	sanitized && skip "a sanitizer build says nothing"
+	write_logger > logger.c
+	# shellcheck disable=SC2086 # flags are words
+	"$cc" $cflags -o logger logger.c && "$cc" $cflags \
+	    "-DLOG_SOCKET=\"$T/socket\"" -o proxy "$here/proxy.c" ||
+		fail "cc"
+	spawn logged ./logger "$T/socket" 9
+	wait_for 5 'grep ready logged' > /dev/null || fail "no logger"
+	proxy_bin=./proxy
+	proxy_wrap="strace -D -o calls -e inject=sendmsg:error=EMSGSIZE:when=1"
+	start_proxy -o syslog
+	served
+	wait_for 5 'grep 127.0.0.1 logged > /dev/null' || fail "lost"
+	grep 'end=done' logged && fail "not cut"
+	served
+	wait_for 5 'grep end=done logged > /dev/null' || fail "the next is lost"
+	proxy_pid=
+}
+
+test_log_end() { # lines that nobody read when the proxy ends are counted
+	pipe_open pipe
+	"$proxy_bin" -l 127.0.0.1:0 > pipe 2> err 9<&- &
+	proxy_pid=$!
+	echo "$proxy_pid" >> .proxies
+	wait_for 15 'grep "^proxy: listening" err > /dev/null' || fail "no start"
+	proxy=$(sed -n 's/^proxy: listening on //p' err)
+	long=$(printf '%03000d' 0)
+	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28; do
+		printf 'send GET /%s HTTP/1.1\\nHost: x\\nConnection: close\\n\\n\neof\n' "$long" |
+			"$peer" client "$proxy" c$n
+	done
+	kill -TERM "$proxy_pid"
+	wait_exit "$proxy_pid" 10 || fail "exit status"
+	: > .proxies
+	grep '^proxy: [1-9][0-9]* lines of the log were lost' err > /dev/null ||
+		fail "says: $(cat err)"
+}
+
+test_rules_interrupted() { # reading rules, lists and users goes on after a signal
+	have strace || skip "no strace"
+	sanitized && skip "a sanitizer build says nothing"
+	strace -D -o strace.try -e inject=read:error=EINTR:when=999 true \
+	    2> /dev/null || skip "strace can't inject"
+	printf 'u:p\n' > users
+	chmod 600 users
+	echo ads.example > list
+	printf 'users users\ndeny "listed" list %s\n' "$T/list" > rules
+	# What the libraries read comes first: each read in turn fails once.
+	for n in 1 2 3 4 5 6 7 8; do
+		strace -P "$T/rules" -P "$T/users" -P "$T/list" -o calls \
+		    -e inject=read:error=EINTR:when=$n "$proxy_bin" -n \
+		    -f "$T/rules" > out 2>&1 || fail "read $n: $(cat out)"
+	done
+	grep EINTR calls > /dev/null || grep -c read calls > /dev/null ||
+		fail "nothing was read"
+}
+
+test_start_user_links() { # with -u, nothing is given to the user through a link
+	[ "$(id -u)" = 0 ] || skip "not root"
+	chmod 755 "$T" "$work"
+	mkdir logs
+	chown nobody logs
+	: > secret
+	ln -s "$T/secret" logs/soft
+	ln secret logs/hard
+	for link in soft hard; do
+		start_proxy -u nobody -o "$T/logs/$link"
+		# shellcheck disable=SC2012 # names are known
+		[ "$(ls -l secret | awk '{ print $3 }')" = root ] ||
+			fail "$link: given away"
+		grep "logs/$link is a link" err > /dev/null || fail "not said"
+		stop_proxy
+	done
+}
+
+test_start_user_reload() { # with -u, files that the user can't read again or write are named at the start
+	[ "$(id -u)" = 0 ] || skip "not root"
+	chmod 755 "$T" "$work"
+	echo ads.example > list
+	printf 'u:p\n' > users
+	chmod 600 list users
+	start_proxy -u nobody -e "users $T/users" -e "deny list $T/list"
+	grep "^proxy: .*$T/users: Permission denied" err > /dev/null ||
+		fail "users: $(cat err)"
+	grep "^proxy: .*$T/list: Permission denied" err > /dev/null ||
+		fail "list: $(cat err)"
+	grep '^proxy: user nobody can.t read the rules again' err > /dev/null ||
+		fail "not summed up: $(cat err)"
+	stop_proxy
+	chown nobody list users
+	mkdir -p cache/ab
+	mkdir tmp
+	start_proxy -c "$T/tmp" -u nobody -e "users $T/users"
+	grep 'rules again' err && fail "warns without need"
+	stop_proxy
+	mkdir tmp/ab
+	start_proxy -c "$T/tmp" -u nobody
+	grep "^proxy: user nobody can.t write $T/tmp/ab: chown -R nobody" err \
+	    > /dev/null || fail "cache: $(cat err)"
+}
+
+test_start_path_used() { # a UNIX socket in use: the message says what to do
+	start_proxy -l "$T/socket"
+	run_proxy -l "$T/socket"
+	[ $status = 1 ] || fail "status $status"
+	grep 'in use; try another path with -l' errors > /dev/null ||
+		fail "says: $(cat errors)"
+}
+
+# Clients that ask and do not read, N of them, and then one after the other
+# LATE more, whose first lines are printed: stalled PORT ORIGIN N LATE
+write_stalled() {
+	cat <<'EOF_STALLED'
+#include <sys/socket.h>
+#include <netinet/in.h>
+#include <arpa/inet.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static int
+ask(char **argv)
+{
+	struct sockaddr_in in;
+	struct timeval wait = { 10, 0 };
+	int fd = socket(AF_INET, SOCK_STREAM, 0), size = 4096;
+	char text[256];
+
+	memset(&in, 0, sizeof(in));
+	in.sin_family = AF_INET;
+	in.sin_port = htons((unsigned short)atoi(argv[1]));
+	in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof(wait));
+	setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
+	(void)snprintf(text, sizeof(text), "GET http://%s/ HTTP/1.1\r\n"
+	    "Host: %s\r\nConnection: close\r\n\r\n", argv[2], argv[2]);
+	if (connect(fd, (struct sockaddr *)&in, sizeof(in)) ||
+	    send(fd, text, strlen(text), MSG_NOSIGNAL) < 0)
+		puts("broken");
+	return fd;
+}
+
+int
+main(int argc, char **argv)
+{
+	int i;
+
+	(void)argc;
+	for (i = 0; i < atoi(argv[3]); i++)
+		(void)ask(argv);
+	sleep(2);
+	for (i = 0; i < atoi(argv[4]); i++) {
+		char text[16] = "";
+		int fd = ask(argv);
+		ssize_t got = recv(fd, text, 12, MSG_WAITALL);
+
+		printf("%.*s\n", got > 0 ? (int)got : 0, text);
+		close(fd);
+	}
+	return 0;
+}
+EOF_STALLED
+}
+
+test_log_memory_first() { # memory that transfers have taken up leaves enough to refuse others
+	sanitized && skip "a sanitizer build takes all memory"
+	[ "$buffer" -ge 65536 ] || skip "small buffers leave memory"
+	write_stalled > stalled.c
+	# shellcheck disable=SC2086 # flags are words
+	"$cc" $cflags -o stalled stalled.c || fail "cc"
+	cat > limited <<'END'
+#!/bin/sh
+ulimit -v 12000
+exec "$@"
+END
+	chmod 755 limited
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nContent-Length: 20000000\n\n
+fill 20000000
+END
+	proxy_wrap=./limited start_proxy
+	./stalled "${proxy##*:}" "127.0.0.1:$origin_port" 120 10 > answers
+	[ "$(grep -c '^HTTP/1.1 503' answers)" = 10 ] ||
+		fail "answers: $(sort answers | uniq -c | tr '\n' ' ')"
+	wait_for 10 '[ "$(grep -c "\" 503 " log)" -ge 10 ]' ||
+		fail "not in the log"
 }
 
 # ---- 18. Resources ----------------------------------------------------------
