@@ -1648,31 +1648,41 @@ buffer_compact(struct buffer *b)
 	b->end = CHUNK_ROOM + n;
 }
 
-/*
- * A request of x with nothing in it yet.  All but its fields, of which it has
- * none, is zero.  If the system has no memory, NULL, or with `reserved` one
- * from the reserve, for a refusal.
- */
+/* Makes q, which may be NULL, a request of x; all but its fields is zero. */
 static struct request *
-request_new(const struct exchange *x, bool reserved)
+request_clear(struct request *q, const struct exchange *x)
 {
-	struct request *q = NULL;
-
-	if (requests_free.n <= RESERVED)
-		q = malloc(sizeof(*q));
-	if (q == NULL && (reserved || requests_free.n > RESERVED)) {
-		q = requests_free.list;
-		if (q == NULL)
-			return NULL;
-		requests_free.list = q->next;
-		requests_free.n--;
-	}
 	if (q == NULL)
 		return NULL;
 	memset(q, 0, offsetof(struct request, head));
 	q->owner = x;
 	q->head.n = 0;
 	return q;
+}
+
+/* The last of the free requests, if there are more than `keep`, or NULL. */
+static struct request *
+request_pop(size_t keep)
+{
+	struct request *q = requests_free.list;
+
+	if (requests_free.n <= keep)
+		return NULL;
+	requests_free.list = q->next;
+	requests_free.n--;
+	return q;
+}
+
+/*
+ * A request of x with nothing in it yet.  NULL if the system has no memory:
+ * those in reserve are for refusals.
+ */
+static struct request *
+request_new(const struct exchange *x)
+{
+	struct request *q = request_pop(RESERVED);
+
+	return request_clear(q != NULL ? q : malloc(sizeof(*q)), x);
 }
 
 /* Gives *at back with the buffers it holds, if there is one. */
@@ -1705,7 +1715,7 @@ reserves_fill(void)
 
 	for (i = 0; i < RESERVED; i++) {
 		b[i] = buffer_take();
-		q[i] = request_new(NULL, false);
+		q[i] = request_new(NULL);
 		if (b[i] == NULL || q[i] == NULL)
 			die("no memory");
 	}
@@ -2098,22 +2108,18 @@ conn_drop_head(struct conn *c, size_t n)
 }
 
 /*
- * `out`, made if there is none.  Without memory NULL, and c is in error; only
- * a page of the proxy's own takes from the reserve on its way to the client.
+ * `out`, made if there is none.  NULL if there is no memory; only a page of
+ * the proxy's own takes from the reserve on its way to the client.
  */
 static struct buffer *
 conn_out(struct conn *c)
 {
-	const struct request *q = c->exchange->request;
+	const struct request *q = c->exchange ? c->exchange->request : NULL;
 	bool page = c->role == ROLE_CLIENT && q != NULL &&
 	    q->answerer == ANSWER_MEMORY;
 
 	if (c->out == NULL)
 		c->out = page ? buffer_take_reserved() : buffer_take();
-	if (c->out == NULL) {
-		c->error = ENOMEM;
-		c->deaf = true;
-	}
 	return c->out;
 }
 
@@ -3638,8 +3644,10 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
 		to->out = from->in;
 		from->in = NULL;
 	} else if (n > 0) {
-		if (conn_out(to) == NULL)
+		if (conn_out(to) == NULL) {
+			to->error = ENOMEM;
 			return false;
+		}
 		n = flow_append(f, from->in, to->out);
 		buffer_use(&from->in, n);
 	}
@@ -3649,7 +3657,9 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
 		return n > 0;
 	assert(f->trailer == 0 || from->in != NULL);
 	if (f->to == FRAMING_CHUNKED) {
-		if (conn_out(to) == NULL ||
+		if (conn_out(to) == NULL)
+			to->error = ENOMEM;
+		if (to->out == NULL ||
 		    buffer_room(to->out) < f->trailer + TRAILER_GROWTH)
 			return n > 0;
 		trailer_encode(f, from->in, to->out);
@@ -11926,7 +11936,7 @@ exchange_take(void)
 static struct exchange *
 exchange_take_refresh(const struct exchange *x)
 {
-	struct request *q = request_new(NULL, false);
+	struct request *q = request_new(NULL);
 	struct exchange *y = q == NULL ? NULL : exchange_take();
 
 	if (y == NULL) {
@@ -12023,7 +12033,7 @@ request_accept(struct exchange *x, size_t n)
 	int verdict, last;
 
 	if (!request_take(x, n)) {
-		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+		x->client.error = ENOMEM;
 		return;
 	}
 	request_clean(x->request->bytes);
@@ -12072,7 +12082,7 @@ request_begin(struct exchange *x)
 		x->number = ++exchanges.count;
 	}
 	if (x->request == NULL)
-		x->request = request_new(x, false);
+		x->request = request_new(x);
 	return x->request != NULL;
 }
 
@@ -12089,7 +12099,7 @@ request_starve(struct exchange *x)
 	c->error = 0;
 	buffer_give(&c->in);
 	if (x->request == NULL)
-		x->request = request_new(x, true);
+		x->request = request_clear(request_pop(0), x);
 	if (x->request == NULL)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 	else
@@ -12915,6 +12925,10 @@ greet_step(struct exchange *x)
 		greet_answer(x, text_cut(message, n));
 		return true;
 	}
+	if (s->out == NULL && q->route.greeting == GREETING_BEGIN) {
+		exchange_refuse(x, REFUSE_MEMORY, "");
+		return true;
+	}
 	if (n == 0 || s->eof || s->error || s->deaf) {
 		exchange_refuse(x, REFUSE_PARENT,
 		    n == 0 ? "it does not speak SOCKS5" :
@@ -13031,10 +13045,12 @@ response_pass(struct exchange *x, const struct response *r, size_t n)
 	struct conn *s = &x->server;
 	struct buffer *out = conn_out(&x->client);
 
-	if (out == NULL) {
+	if (out == NULL && x->request->answerer == ANSWER_MEMORY)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+	else if (out == NULL)
+		exchange_refuse(x, REFUSE_MEMORY, "");
+	if (out == NULL)
 		return false;
-	}
 	response_build(x, r, out);
 	if (out->overflow) {
 		buffer_give(&x->client.out);
@@ -14893,7 +14909,7 @@ listen_on(const char *argument)
 static void
 key_print(const char *url)
 {
-	struct request *q = request_new(NULL, false);
+	struct request *q = request_new(NULL);
 
 	if (options.cache == NULL)
 		usage("-k wants -c, the directory to look in");
@@ -15161,7 +15177,7 @@ trial_run(char *words)
 	struct account user = { NULL, { NULL, 0 }, { NULL, 0 } };
 	struct verdict verdict, route;
 	struct exchange x;
-	struct request *q = request_new(NULL, false);
+	struct request *q = request_new(NULL);
 	struct view v;
 	bool denied;
 
