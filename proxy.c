@@ -6367,7 +6367,28 @@ rules_take(const struct head *h, const struct account **user)
 	return rules_now;
 }
 
-/* True if a rule that somebody wrote may let clients in. */
+/* True if only clients on this machine can match the rule. */
+static bool
+rule_is_local(const struct rule *rule)
+{
+	const struct condition *c;
+	const struct value *value;
+
+	for (c = rule->conditions; c != NULL; c = c->next) {
+		if (c->subject != SUBJECT_CLIENT || c->inverted)
+			continue;
+		value = c->values;
+		while (value != NULL &&
+		    (value->any ||
+			address_is_local(&value->as.network.address)))
+			value = value->next;
+		if (value == NULL)
+			return true;
+	}
+	return false;
+}
+
+/* True if a rule that somebody wrote may let in clients from elsewhere. */
 static bool
 rules_let_in(void)
 {
@@ -6375,7 +6396,8 @@ rules_let_in(void)
 	const struct rule *rule = rules_now->first[GROUP_ACCESS];
 
 	for (; rule != NULL; rule = rule->next)
-		if (!rule->built_in && !rule_refuses(rule, &v))
+		if (!rule->built_in && !rule_refuses(rule, &v) &&
+		    !rule_is_local(rule))
 			return true;
 	return false;
 }
@@ -14631,11 +14653,12 @@ option_version(void)
 	printf("proxy " VERSION "\nbuffer %d\nhead %d\nline %d\nfields %d\n"
 	       "slot %lu\nhead-ms %d\nconnect-ms %d\nidle-ms %d\n"
 	       "half-closed-ms %d\nkept-client-ms %d\nkept-server-ms %d\n"
-	       "collapse-ms %d\nlinger-ms %d\ndrain-ms %d\n",
+	       "collapse-ms %d\nlinger-ms %d\ndrain-ms %d\nname-ms %d\n"
+	       "name-failed-ms %d\n",
 	    BUFFER_SIZE, BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM, LINE_MAX_BYTES,
 	    FIELDS_MAX, (unsigned long)sizeof(struct exchange), HEAD_MS,
 	    CONNECT_MS, IDLE_MS, HALF_CLOSED_MS, KEPT_CLIENT_MS, KEPT_SERVER_MS,
-	    COLLAPSE_MS, LINGER_MS, DRAIN_MS);
+	    COLLAPSE_MS, LINGER_MS, DRAIN_MS, NAME_KEPT_MS, NAME_FAILED_MS);
 	exit(0);
 }
 

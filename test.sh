@@ -9673,6 +9673,49 @@ test_start_user_reload() { # with -u, files that the user can't read again or wr
 	    > /dev/null || fail "cache: $(cat err)"
 }
 
+test_start_exposed() { # the hint about clients from elsewhere stays until a rule lets some in
+	for rule in 'allow client local' 'allow client 127.0.0.0/8 ::1' \
+	    'deny client 192.0.2.1' 'allow port 80 client local'; do
+		start_proxy -l 0.0.0.0:0 -e "$rule"
+		grep 'clients that are not on this machine are refused' err \
+		    > /dev/null || fail "$rule: no hint"
+		stop_proxy
+	done
+	for rule in 'allow client 192.0.2.0/24' 'allow not client 192.0.2.1' \
+	    'allow client local 192.0.2.1' allow 'allow client 0.0.0.0/0'; do
+		start_proxy -l 0.0.0.0:0 -e "$rule"
+		grep 'clients that are not on this machine are refused' err &&
+			fail "$rule: a hint"
+		stop_proxy
+	done
+}
+
+test_style_limits() { # LIMITS in the manual has the figures that -V prints
+	"$proxy_bin" -V > version
+	while IFS='|' read -r name text; do
+		value=$(sed -n "s/^$name //p" version)
+		case $name in
+		*-ms) value=$((value / 1000))' s' ;;
+		esac
+		grep "^\.It $text .* $value[ ,]" "$here/proxy.1" > /dev/null ||
+			fail "$text: -V says $name $value"
+	done <<'END'
+fields|fields in a head
+head-ms|whole head of a request
+connect-ms|connecting, all addresses
+idle-ms|idle body, idle tunnel
+half-closed-ms|half-closed tunnel, idle
+kept-client-ms|idle kept connection to a client
+kept-server-ms|idle kept connection to a server
+collapse-ms|waiting for a fetch under way
+linger-ms|after the last response
+name-ms|a name is remembered
+name-failed-ms|a name is remembered
+END
+	# All but drain-ms, of SIGNALS.
+	[ "$(grep -c -e '-ms ' version)" = 11 ] || fail "-V has limits not looked at"
+}
+
 test_start_path_used() { # a UNIX socket in use: the message says what to do
 	start_proxy -l "$T/socket"
 	run_proxy -l "$T/socket"
