@@ -6,7 +6,7 @@
  * one line about it.  One process, one loop around poll(2), nothing in the
  * loop blocks.
  *
- *   client bytes -> whole head -> parse -> rules -> cache? --hit--+
+ *   client bytes -> whole head -> parse -> rules -> cache? --hit---+
  *                                                     |miss, stale |
  *              resolve -> rules on the address -> connect          |
  *                                                         |        v
@@ -17,7 +17,7 @@
  *
  * Four nouns carry it.  An EXCHANGE is a client's connection and what is being
  * done for it.  It ties two CONNS, `client` and `server`, each a descriptor
- * with what has arrived (`in`) and what is to leave (`out`).  The server is
+ * with the bytes that have arrived (`in`) and those to be sent (`out`).  The server is
  * whoever answers: a socket, a cache entry's file, or memory (an error page,
  * our own pages, the 200 to a CONNECT); its answer is read, judged, forwarded
  * and logged by the same lines.  A FLOW is one message in motion: it takes the
@@ -72,14 +72,14 @@
  *
  *   1. A free slot has no descriptor, no buffer and no request.
  *   2. A buffer in `out` is never empty: nothing to send, no buffer.
- *   3. A flow that has put the end of its message is not in want of bytes.
+ *   3. A flow that has sent the end of its message waits for no bytes.
  *   4. Decoded bytes lie in front of the buffer they arrived in.
  *   5. Only the phases that talk to a server hold a server's descriptor.
  *   6. A tunnel has no request.
- *   7. What is in `out` is whole: nothing of it was cut for want of room.
+ *   7. Nothing in `out` was cut because a buffer was full.
  *   8. An exchange without a client's descriptor fetches for others.
  *   9. Its phase says whether there is a request: from RESOLVE to RESPONSE.
- *  10. Of an entry that is being stored no more is read than is there.
+ *  10. A follower never reads more of an entry than its leader has stored.
  *
  * It reads from top to bottom: each section uses only those above it, main
  * is last.  RFC 9110 (semantics), 9111 (caching), 9112 (messages), 8305
@@ -156,10 +156,10 @@
 #include <unistd.h>
 
 /*
- * What a board or a test may want to change at compile time (-DNAME=value).
- * A buffer is the most that is read or written at once and the largest head
- * that is understood.  Of 16, 32 and 64 KiB the last is the fastest by far for
- * large bodies and no slower for small ones; what is idle holds none.
+ * Values that a board or a test may change at compile time (-DNAME=value).
+ * The size of a buffer limits one read or write, and the size of a head.  Of
+ * 16, 32 and 64 KiB the last is the fastest by far for large bodies and no
+ * slower for small ones.  An idle connection holds no buffer.
  */
 #ifndef BUFFER_SIZE
 #define BUFFER_SIZE 65536
@@ -205,42 +205,42 @@
 #define VERSION "0.1"
 
 enum limit {
-	/* What a buffer spends on itself; the whole is BUFFER_SIZE. */
+	/* Bytes of data in a buffer; the whole struct has BUFFER_SIZE. */
 	BUFFER_ROOM = BUFFER_SIZE - 4 * (int)sizeof(size_t),
-	/* Kept free in front of payload: 8 hex digits and CRLF. */
+	/* Kept free in front of the data: 8 hex digits and CRLF. */
 	CHUNK_ROOM = 10,
-	/* Kept free behind it: CRLF, "0" CRLF CRLF, and some to spare. */
+	/* Kept free behind them: CRLF, "0" CRLF CRLF, and some to spare. */
 	TAIL_ROOM = 16,
 	/* RFC 9112 section 3 asks for 8000 bytes of request line at least. */
 	LINE_WISH = BUFFER_SIZE / 4 > 8192 ? BUFFER_SIZE / 4 : 8192,
 	LINE_MAX_BYTES = LINE_WISH < BUFFER_SIZE - 1024 ? LINE_WISH :
 							  BUFFER_SIZE - 1024,
-	/* Fields in a head: sites have sent 200; a parsed one has 32 bytes. */
+	/* Fields in a head: sites have sent 200; each takes 32 bytes. */
 	FIELDS_MAX = 400,
 	/* A DNS name has at most 253 characters. */
 	HOST_MAX = 255,
-	/* Addresses tried for one name; an answer() is shorter than a pipe. */
+	/* Addresses tried for one name; all fit into one write to a pipe. */
 	ADDRESSES_MAX = 16,
 	LISTENERS_MAX = 16,
-	/* Descriptors of our own: log, pipes, syslog, standard ones, spare. */
+	/* Descriptors of the proxy itself: log, pipes, standard ones, spare. */
 	DESCRIPTORS_OWN = 24,
 	/* Connections served at once unless -m says otherwise. */
 	CONNECTIONS = 1000,
 	CONNECTIONS_MAX = 500000,
 	DESCRIPTORS_MAX = 1000000,
-	/* What a tunnel keeps for the log: in all, and of its greeting. */
+	/* Bytes that a tunnel keeps for the log: in all, and of its SNI. */
 	NOTE_MAX = 120,
 	NOTE_SNI = 40,
-	/* An address in words: brackets, 45 characters, scope, port. */
+	/* An address as text: brackets, 45 characters, scope, port. */
 	ADDRESS_TEXT = 80,
-	/* Words about what went wrong, for the page and Proxy-Status. */
+	/* The details of a refusal, for the page and Proxy-Status. */
 	DETAIL_MAX = 512,
 	DAY_S = 86400,
-	/* Below the cache directory: two digits, and thirty. */
+	/* A path below the cache directory: 2 and 30 hex digits. */
 	ENTRY_PATH = 40,
-	/* -f and -e. */
+	/* Options -f and -e. */
 	SOURCES_MAX = 64,
-	/* Lines that rewrite requests, and those that rewrite responses. */
+	/* Rules that rewrite requests, and rules that rewrite responses. */
 	REWRITES_MAX = 64,
 	/* A user's name or password: RFC 1929 has one length byte. */
 	CREDENTIAL_MAX = 255
@@ -759,8 +759,10 @@ static char host_name[HOST_MAX + 1]; /* the machine's */
 /* ---- 3. Small tools ---- */
 
 /*
- * Numbers, words, the clock, and the ways to speak to the user.  They know
- * nothing of HTTP.
+ * Numbers, texts, the clock, and messages to the user.  They know nothing of
+ * HTTP.
+ *
+ * Door: everything here.
  */
 
 enum {
@@ -768,16 +770,16 @@ enum {
 	NUMBER_DIGITS = 20
 };
 
-/* The clocks, read once a turn. */
+/* The clocks, read once in each turn of the loop. */
 static struct {
 	int64_t ms;  /* monotonic: durations and deadlines */
-	int64_t us;  /* the same clock: what a poll costs; tells turns apart */
+	int64_t us;  /* the same in us: measures a poll, tells turns apart */
 	time_t wall; /* dates */
 } now;
 
 /*
- * read(2) and its like, again if a signal came between: the one place that
- * knows of EINTR.  They return what the calls do.
+ * read(2) and its like, repeated if a signal interrupts them: the only code
+ * that handles EINTR.  The results are those of the system calls.
  */
 static ssize_t
 fd_read(int fd, void *to, size_t n)
@@ -871,7 +873,7 @@ say(const char *line, size_t n)
 	}
 }
 
-/* `proxy: ` and the words, as one line. */
+/* Writes `proxy: ` and a message to standard error, as one line. */
 static void
 say_words(const char *format, va_list args)
 {
@@ -884,7 +886,7 @@ say_words(const char *format, va_list args)
 	say(line, n + 1);
 }
 
-/* At startup: the system refused something we need. */
+/* Ends the program at startup: the system refused something it needs. */
 static void
 die(const char *format, ...)
 {
@@ -896,7 +898,7 @@ die(const char *format, ...)
 	exit(1);
 }
 
-/* Something is worth knowing, and serving goes on. */
+/* Writes a message to standard error; serving goes on. */
 static void
 warn(const char *format, ...)
 {
@@ -907,14 +909,14 @@ warn(const char *format, ...)
 	va_end(args);
 }
 
-/* Where log and trace go. */
+/* The destinations of log and trace. */
 static struct {
-	int fd;        /* the log's */
-	bool syslog;   /* it is a socket of the system's logger */
-	bool regular;  /* a file: a write to it never waits */
+	int fd;        /* of the log */
+	bool syslog;   /* fd is a socket of the system's logger */
+	bool regular;  /* fd is a regular file: a write never blocks */
 	bool colour;   /* the trace has colours */
 	bool terminal; /* standard output or error was one at the start */
-	uint64_t lost; /* lines that nobody took, since one was taken */
+	uint64_t lost; /* lines lost since the last that was written */
 } logs = { .fd = STDOUT_FILENO };
 
 /* The monotonic clock in us. */
@@ -927,7 +929,7 @@ clock_us(void)
 	return (int64_t)monotonic.tv_sec * 1000000 + monotonic.tv_nsec / 1000;
 }
 
-/* Reads both clocks; once a turn, so that all of a turn happens at once. */
+/* Reads both clocks.  Within a turn of the loop, time does not change. */
 static void
 clock_read(void)
 {
@@ -945,7 +947,7 @@ text_of(const char *string)
 	return t;
 }
 
-/* The n bytes at `at`. */
+/* The n bytes at `at` as a text. */
 static struct text
 text_cut(const char *at, size_t n)
 {
@@ -984,7 +986,7 @@ text_equals(struct text a, struct text b)
 	return a.len == b.len && (a.len == 0 || memcmp(a.at, b.at, a.len) == 0);
 }
 
-/* Where c first stands in t, or t.len. */
+/* The index of the first c in t, or t.len. */
 static size_t
 text_find(struct text t, char c)
 {
@@ -993,7 +995,7 @@ text_find(struct text t, char c)
 	return at == NULL ? t.len : (size_t)(at - t.at);
 }
 
-/* What is left of t without its first n bytes. */
+/* t without its first n bytes. */
 static struct text
 text_from(struct text t, size_t n)
 {
@@ -1012,8 +1014,8 @@ text_trim(struct text t)
 }
 
 /*
- * Writes t as a string of size bytes, cut if it has to be; returns false if
- * it was cut or holds a NUL.
+ * Copies t to a string of size bytes.  Returns false if it was cut, or has a
+ * NUL in it.
  */
 static bool
 text_copy(struct text t, char *to, size_t size)
@@ -1026,7 +1028,7 @@ text_copy(struct text t, char *to, size_t size)
 	return n == t.len && strlen(to) == n;
 }
 
-/* DIGIT of RFC 5234, whatever the locale. */
+/* DIGIT of RFC 5234, in any locale. */
 static bool
 is_digit(char c)
 {
@@ -1040,7 +1042,7 @@ is_alnum(char c)
 	return is_digit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
 }
 
-/* True if c is one of those bytes; NUL never is, though strchr(3) finds it. */
+/* True if c is among the bytes; NUL is not, though strchr(3) finds it. */
 static bool
 is_among(char c, const char *bytes)
 {
@@ -1054,7 +1056,7 @@ is_token_char(char c)
 	return is_alnum(c) || is_among(c, "-!#$%&'*+.^_`|~");
 }
 
-/* True if t is a token, the form of methods and field names. */
+/* True if t is a token, as methods and field names are. */
 static bool
 text_is_token(struct text t)
 {
@@ -1066,7 +1068,7 @@ text_is_token(struct text t)
 	return t.len > 0;
 }
 
-/* What a hex digit is worth, -1 for anything else. */
+/* The value of a hex digit, -1 for any other character. */
 static int
 hex_value(char c)
 {
@@ -1080,8 +1082,8 @@ hex_value(char c)
 }
 
 /*
- * The one way in for a number from outside: decimal digits only, at most
- * max.  Returns false, and leaves value alone, for anything else.
+ * Parses every number that comes from outside: decimal digits only, at most
+ * max.  Returns false, and does not change value, for anything else.
  */
 static bool
 number_parse(struct text t, uint64_t max, uint64_t *value)
@@ -1124,7 +1126,10 @@ number_print(char *to, uint64_t n)
 	return end;
 }
 
-/* Writes the lowest 4 * n bits of a number as n hex digits, and no NUL. */
+/*
+ * Writes the lowest 4 * n bits of a number as n hex digits and no NUL; returns
+ * where they end.
+ */
 static char *
 hex_print(char *to, uint64_t bits, size_t n)
 {
@@ -1135,7 +1140,7 @@ hex_print(char *to, uint64_t bits, size_t n)
 	return to + n;
 }
 
-/* Eight bytes as a number, the lowest first: one load to most compilers. */
+/* Eight bytes as a number, lowest first; compilers make it one load. */
 static uint64_t
 word_read(const char *at)
 {
@@ -1146,7 +1151,7 @@ word_read(const char *at)
 	    (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
 }
 
-/* The same of t, which is shorter: filled up with zeros. */
+/* The same for t of less than eight bytes, padded with zeros. */
 static uint64_t
 word_last(struct text t)
 {
@@ -1156,7 +1161,7 @@ word_last(struct text t)
 	return word_read(bytes);
 }
 
-/* 64 bits of FNV-1a over t, going on from hash. */
+/* The 64-bit FNV-1a hash of t, continued from hash. */
 static uint64_t
 hash_text(uint64_t hash, struct text t)
 {
@@ -1167,13 +1172,13 @@ hash_text(uint64_t hash, struct text t)
 	return hash;
 }
 
-/* A letter that may stand behind a number. */
+/* A unit that may follow a number. */
 struct unit {
 	char letter;     /* in lower case; '\0' ends a list of units */
-	uint64_t factor; /* what one of it is worth */
+	uint64_t factor; /* by which the number is multiplied */
 };
 
-/* A number and at most one of the units, in either case; none above max. */
+/* Parses a number with at most one unit, in either case; at most max. */
 static bool
 amount_parse(struct text t, const struct unit *units, uint64_t max,
     uint64_t *value)
@@ -1192,7 +1197,7 @@ amount_parse(struct text t, const struct unit *units, uint64_t max,
 	return true;
 }
 
-/* Bytes, or with a K, M, G behind them. */
+/* Parses a number of bytes, or of K, M, G. */
 static bool
 size_parse(struct text t, uint64_t *value)
 {
@@ -1202,7 +1207,7 @@ size_parse(struct text t, uint64_t *value)
 	return amount_parse(t, units, INT64_MAX, value);
 }
 
-/* Overwrites the logins in all URLs of a string. */
+/* Overwrites the credentials in all URLs of a string. */
 static void
 secret_hide(char *at)
 {
@@ -1218,8 +1223,8 @@ secret_hide(char *at)
 }
 
 /*
- * True if both are the same.  How long it takes tells nothing but the length
- * of a, which whoever asks knows.
+ * True if both are the same.  The time it takes depends only on the length of
+ * a, which the asking side knows.
  */
 static bool
 secret_same(struct text a, struct text b)
@@ -1234,8 +1239,8 @@ secret_same(struct text a, struct text b)
 }
 
 /*
- * The one of n names, of three letters each, that t begins with, in any case
- * (RFC 9111 section 4.2); -1: none.
+ * The index of the name that t begins with, in any case (RFC 9111 section
+ * 4.2), in a list of n names of three letters each; -1 if there is none.
  */
 static int
 name_index(struct text t, const char *list, int n)
@@ -1249,8 +1254,8 @@ name_index(struct text t, const char *list, int n)
 }
 
 /*
- * Takes from t the next n digits, which must be followed by c ('\0': by
- * nothing); -1 if they are not there.
+ * Takes n digits from the front of t, and c, which must follow them ('\0':
+ * nothing may follow); -1 if t does not begin so.
  */
 static int64_t
 digits_next(struct text *t, size_t n, char c)
@@ -1266,8 +1271,8 @@ digits_next(struct text *t, size_t n, char c)
 }
 
 /*
- * Writes the n bytes at `from` in base64 with its end mark; `to` has room
- * for 4 * (n + 2) / 3 + 1 bytes (RFC 4648 section 4).
+ * Encodes the n bytes at `from` in base64 (RFC 4648 section 4), with padding
+ * and NUL; `to` has room for 4 * (n + 2) / 3 + 1 bytes.
  */
 static void
 base64_encode(const char *from, size_t n, char *to)
@@ -1293,8 +1298,8 @@ base64_encode(const char *from, size_t n, char *to)
 }
 
 /*
- * Decodes t into to, of size bytes; *n is how many there are.  False if it is
- * not base64, or too long.
+ * Decodes t into `to`, of size bytes; *n becomes the number of bytes.  False
+ * if t is not base64, or too long.
  */
 static bool
 base64_decode(struct text t, char *to, size_t size, size_t *n)
@@ -1320,7 +1325,7 @@ base64_decode(struct text t, char *to, size_t size, size_t *n)
 	return true;
 }
 
-/* The colours of the trace: what we do, what asks, what answers. */
+/* The colours of the trace: steps, requests, responses. */
 enum colour {
 	COLOUR_DIM = 2,
 	COLOUR_REQUEST = 36,
@@ -1328,8 +1333,8 @@ enum colour {
 };
 
 /*
- * A line of the trace, in a colour where there is one.  Of t, 900 bytes at
- * most, and those that are not safe on a terminal as dots; tail is whole.
+ * Writes a line of the trace, coloured on a terminal: mark, at most 900 bytes
+ * of t, with dots for those that are not safe on a terminal, and tail.
  */
 static void
 trace_line(const struct exchange *x, enum colour colour, const char *mark,
@@ -1353,7 +1358,7 @@ trace_line(const struct exchange *x, enum colour colour, const char *mark,
 	say(line, (size_t)n);
 }
 
-/* What the exchange does now, with the time since it began. */
+/* Traces a step of the exchange, with the milliseconds since its start. */
 static void
 trace(const struct exchange *x, const char *format, ...)
 {
@@ -1373,7 +1378,7 @@ trace(const struct exchange *x, const char *format, ...)
 	trace_line(x, COLOUR_DIM, "", text_of(text), "");
 }
 
-/* The wall clock as RFC 9110 section 5.6.7 wants it; good until next call. */
+/* The wall clock as in RFC 9110 section 5.6.7; valid until the next call. */
 static const char *
 date_now(void)
 {
@@ -1393,35 +1398,38 @@ date_now(void)
 /* ---- 4. Buffers and requests ---- */
 
 /*
- * All bytes at rest lie in buffers of one size.  A conn holds one only
- * while bytes rest in it.  The list of free ones is last in, first out, so
- * that a busy proxy keeps touching the same memory.
+ * All bytes that wait lie in buffers of one size.  A conn holds a buffer only
+ * while bytes wait in it.  The list of free buffers is last in, first out, so
+ * that a busy proxy uses the same memory again.  Requests have such a list as
+ * well.  A few of both are kept in reserve: a refusal needs no new memory.
+ *
+ * Door: everything here.
  */
 
 enum {
-	/* Buffers kept for the next use; more go back to the system. */
+	/* Free buffers kept for the next use; more go back to the system. */
 	BUFFERS_FREE_MAX = 64,
 	/* The same for requests. */
 	REQUESTS_FREE_MAX = 64,
-	/* Of each, kept for what must be possible without memory: a page. */
+	/* Of each, kept for refusals when the system has no memory. */
 	RESERVED = 4
 };
 
-/* Buffers that are nobody's now. */
+/* Free buffers. */
 static struct {
-	struct buffer *list;    /* the last given back is the first */
-	size_t n;               /* how many */
-	struct buffer *reserve; /* taken when the system has no more */
-	size_t reserved;        /* how many */
+	struct buffer *list;    /* the last that was given back is first */
+	size_t n;               /* length of the list */
+	struct buffer *reserve; /* for refusals without memory */
+	size_t reserved;        /* length of the reserve */
 } buffers_free;
 
-/* Requests that are nobody's now. */
+/* Free requests; the last RESERVED are for refusals. */
 static struct {
-	struct request *list; /* the last given back is the first */
-	size_t n;             /* how many */
+	struct request *list; /* the last that was given back is first */
+	size_t n;             /* length of the list */
 } requests_free;
 
-/* Empties b, with room in front of it. */
+/* Empties b, with room for a chunk's size in front. */
 static struct buffer *
 buffer_clear(struct buffer *b)
 {
@@ -1431,7 +1439,7 @@ buffer_clear(struct buffer *b)
 	return b;
 }
 
-/* An empty buffer, NULL if the system has no memory. */
+/* An empty buffer, which the caller owns; NULL if there is no memory. */
 static struct buffer *
 buffer_take(void)
 {
@@ -1465,7 +1473,7 @@ buffer_take_reserved(void)
 	return buffer_clear(b);
 }
 
-/* Gives *b back, if there is one, and forgets it. */
+/* Gives *b back, if there is one; *b becomes NULL. */
 static void
 buffer_give(struct buffer **b)
 {
@@ -1489,28 +1497,28 @@ buffer_give(struct buffer **b)
 	buffers_free.n++;
 }
 
-/* How many bytes rest in b. */
+/* The number of bytes in b. */
 static size_t
 buffer_len(const struct buffer *b)
 {
 	return b->end - b->start;
 }
 
-/* How many bytes rest in b, which may be none. */
+/* The number of bytes in b, which may be NULL. */
 static size_t
 buffer_held(const struct buffer *b)
 {
 	return b == NULL ? 0 : buffer_len(b);
 }
 
-/* The bytes in b, as long as nothing is done to it. */
+/* The bytes in b; valid until b is changed. */
 static struct text
 buffer_text(const struct buffer *b)
 {
 	return text_cut(b->data + b->start, b->end - b->start);
 }
 
-/* How much may still be appended, the tail kept free. */
+/* The number of bytes that may be appended; the tail stays free. */
 static size_t
 buffer_room(const struct buffer *b)
 {
@@ -1519,7 +1527,7 @@ buffer_room(const struct buffer *b)
 	    0;
 }
 
-/* Appends t whole, or notes that it did not fit. */
+/* Appends t whole; if it does not fit, only counts it in overflow. */
 static void
 buffer_append(struct buffer *b, struct text t)
 {
@@ -1532,7 +1540,7 @@ buffer_append(struct buffer *b, struct text t)
 	b->end += t.len;
 }
 
-/* Appends as printf(3) does; what does not fit whole is not there at all. */
+/* Appends as printf(3) does; what does not fit whole is not appended. */
 static void
 buffer_print(struct buffer *b, const char *format, ...)
 {
@@ -1559,7 +1567,7 @@ buffer_number(struct buffer *b, uint64_t n)
 	buffer_append(b, text_cut(digits, (size_t)(end - digits)));
 }
 
-/* True if c could split or fake a line. */
+/* True if c could split or forge a line of the log. */
 static bool
 is_escaped(char c)
 {
@@ -1567,8 +1575,8 @@ is_escaped(char c)
 }
 
 /*
- * Appends t with all that could split or fake a line as %XX, of max bytes at
- * most; blanks, too, unless they may stay, since it is in quotes.
+ * Appends at most max bytes of t, and writes those that could split or forge a
+ * line as %XX.  With `blanks`, blanks stay, since the text is in quotes.
  */
 static void
 buffer_escape_all(struct buffer *b, struct text t, size_t max, bool blanks)
@@ -1603,7 +1611,7 @@ buffer_escape(struct buffer *b, struct text t, size_t max)
 	buffer_escape_all(b, t, max, false);
 }
 
-/* Appends t as it may stand in quotes. */
+/* Appends t as a text in quotes. */
 static void
 buffer_quote(struct buffer *b, struct text t, size_t max)
 {
@@ -1618,7 +1626,7 @@ buffer_drop(struct buffer *b, size_t n)
 	b->start += n;
 }
 
-/* Takes n bytes out of b, behind the first `at`. */
+/* Removes n bytes of b that follow the first `at`. */
 static void
 buffer_cut(struct buffer *b, size_t at, size_t n)
 {
@@ -1635,7 +1643,7 @@ buffer_use(struct buffer **b, size_t n)
 		buffer_give(b);
 }
 
-/* Moves the bytes to the front if the tail is used up. */
+/* Moves the bytes to the front if there is no room behind them. */
 static void
 buffer_compact(struct buffer *b)
 {
@@ -1685,7 +1693,7 @@ request_new(const struct exchange *x)
 	return request_clear(q != NULL ? q : malloc(sizeof(*q)), x);
 }
 
-/* Gives *at back with the buffers it holds, if there is one. */
+/* Gives *at back with its buffers, if there is one; it becomes NULL. */
 static void
 request_drop(struct request **at)
 {
@@ -1705,7 +1713,7 @@ request_drop(struct request **at)
 	requests_free.n++;
 }
 
-/* Fills the reserves; at the start, while there is memory. */
+/* Fills the reserves at the start. */
 static void
 reserves_fill(void)
 {
@@ -1725,7 +1733,7 @@ reserves_fill(void)
 	}
 }
 
-/* Says who answers x; see enum answerer. */
+/* Sets who answers the request of x. */
 static void
 answer_by(struct exchange *x, enum answerer answerer)
 {
@@ -1763,11 +1771,18 @@ answer_is_local(const struct request *q)
  * connection, and the poll set that says when to.
  *
  * Try first, poll later: `readable` and `writable` say whether a call is
- * worth its price.  A short read or write clears them, poll sets them again.
+ * likely to succeed.  A short read or write clears them, poll sets them again.
  *
  * The poll set has the recently active descriptors as its prefix, [0, hot).
- * The loop polls the prefix every turn and the whole only when that is quiet
- * or cheap, so that idle connections cost nothing while others are busy.
+ * The loop polls the prefix every turn, and the whole set only when the prefix
+ * is quiet or the whole is cheap: idle connections cost nothing while others
+ * are busy.
+ *
+ * Connections without a place in an exchange are in the table `others`: those
+ * kept idle for the next request, and further addresses of a server that are
+ * tried at the same time.
+ *
+ * Door: everything here but poll_move and poll_swap.
  */
 
 enum {
@@ -1775,11 +1790,11 @@ enum {
 	OTHERS_MAX = 256
 };
 
-/* Where a connection leads, and how. */
+/* Where a connection leads. */
 struct hop {
 	struct address address;     /* the next hop's */
-	struct address from;        /* ours, if a rule said so */
-	unsigned parent;            /* id of the parent there, 0: none */
+	struct address from;        /* our end, if a rule says so */
+	unsigned parent;            /* id of the parent there; 0: none */
 	char beyond[HOST_MAX + 10]; /* host:port behind a SOCKS parent, or "" */
 };
 
@@ -1806,7 +1821,7 @@ static size_t others_n; /* how many there may be */
 
 static size_t others_used; /* of them were ever used */
 
-/* Room for n descriptors.  Place 0 is nobody's. */
+/* Makes room for n descriptors.  Place 0 stays unused. */
 static void
 poll_set_open(size_t n)
 {
@@ -1819,7 +1834,7 @@ poll_set_open(size_t n)
 	poll_set.hot = poll_set.all = 1;
 }
 
-/* Moves what is at place from to place to. */
+/* Moves a descriptor to another place. */
 static void
 poll_move(size_t from, size_t to)
 {
@@ -1843,7 +1858,7 @@ poll_swap(size_t a, size_t b)
 	c->place = (unsigned)b;
 }
 
-/* Into the prefix: something happened there. */
+/* Moves c into the prefix: it had an event. */
 static void
 poll_warm(struct conn *c)
 {
@@ -1852,7 +1867,7 @@ poll_warm(struct conn *c)
 		poll_swap(c->place, poll_set.hot++);
 }
 
-/* Out of the prefix. */
+/* Moves c out of the prefix. */
 static void
 poll_cool(struct conn *c)
 {
@@ -1860,7 +1875,7 @@ poll_cool(struct conn *c)
 	poll_swap(c->place, --poll_set.hot);
 }
 
-/* Takes c out of the set, if it is there. */
+/* Removes c from the set, if it is there. */
 static void
 poll_remove(struct conn *c)
 {
@@ -1875,8 +1890,9 @@ poll_remove(struct conn *c)
 }
 
 /*
- * What to wait for at c.  A conn that hung is looked at no more: poll would
- * say so again and again.  Whoever has work left there finds out by trying.
+ * Sets the events to wait for at c.  After a hangup there is nothing to wait
+ * for: poll would return at once each time.  What is left there is found by
+ * trying.
  */
 static void
 conn_watch(struct conn *c, int events)
@@ -1896,9 +1912,9 @@ conn_watch(struct conn *c, int events)
 	poll_set.fds[c->place].events = (short)events;
 }
 
-static int fd_highest; /* no descriptor that outlives a turn was above it */
+static int fd_highest; /* of the descriptors that outlive a turn */
 
-/* Notes a descriptor, or -1, that is to stay open, and returns it. */
+/* Records a descriptor, or -1, that is to stay open, and returns it. */
 static int
 fd_note(int fd)
 {
@@ -1907,7 +1923,7 @@ fd_note(int fd)
 	return fd;
 }
 
-/* pipe(2); both ends are noted. */
+/* Opens a pipe; both ends are recorded. */
 static bool
 pipe_open(int fds[2])
 {
@@ -1919,8 +1935,8 @@ pipe_open(int fds[2])
 }
 
 /*
- * In a child: closes all but a, b and the standard descriptors.  A socket that
- * it held open would not close for its peer, and a file that was removed would
+ * In a child process: closes all descriptors but a, b and the standard ones.
+ * Otherwise a socket would stay open for its peer, and a removed file would
  * keep its blocks.
  */
 static void
@@ -1934,8 +1950,8 @@ fds_close(int a, int b)
 }
 
 /*
- * A conn for fd, which must not block from now on.  False, with errno, if it
- * can't be had; fd is closed then.
+ * Makes c a conn of fd, which c owns from now on, and which does not block.
+ * False, with errno, if that fails; fd is closed then.
  */
 static bool
 conn_open(struct conn *c, enum role role, int fd, struct exchange *x)
@@ -1955,7 +1971,7 @@ conn_open(struct conn *c, enum role role, int fd, struct exchange *x)
 	return false;
 }
 
-/* A conn that is none. */
+/* Marks c as unused. */
 static void
 conn_clear(struct conn *c)
 {
@@ -1964,8 +1980,8 @@ conn_clear(struct conn *c)
 }
 
 /*
- * Closes c and gives its buffers back.  With reset, the other side is told
- * that something is missing (a TCP reset instead of a FIN).
+ * Closes c and gives its buffers back.  With reset, the peer gets a TCP reset
+ * instead of a FIN, and so knows that something is missing.
  */
 static void
 conn_close(struct conn *c, bool reset)
@@ -1984,9 +2000,7 @@ conn_close(struct conn *c, bool reset)
 	conn_clear(c);
 }
 
-/*
- * c's connection, with its buffers, becomes to's.  c is none afterwards.
- */
+/* Moves the connection of c and its buffers to `to`; c becomes unused. */
 static void
 conn_move(struct conn *c, struct conn *to, enum role role, struct exchange *x)
 {
@@ -1998,7 +2012,7 @@ conn_move(struct conn *c, struct conn *to, enum role role, struct exchange *x)
 	conn_clear(c);
 }
 
-/* We send no more. */
+/* Half-closes c: the proxy sends no more. */
 static void
 conn_shut(struct conn *c)
 {
@@ -2008,9 +2022,8 @@ conn_shut(struct conn *c)
 }
 
 /*
- * Reads once into `in`, behind what is there, max bytes at most.  True if
- * there is news: bytes, the end, or an error.  False: nothing came, or there
- * is no room.
+ * Reads once, at most max bytes, and appends them to `in`.  True if bytes, the
+ * end or an error came; false if nothing came, or there is no room.
  */
 static bool
 conn_read_some(struct conn *c, size_t max)
@@ -2042,14 +2055,14 @@ conn_read_some(struct conn *c, size_t max)
 	return n > 0 || c->eof || c->error;
 }
 
-/* As much as a buffer takes. */
+/* Reads once, as much as the buffer takes. */
 static bool
 conn_read(struct conn *c)
 {
 	return conn_read_some(c, BUFFER_ROOM);
 }
 
-/* Reads once and drops what came; true if there is news, as conn_read(). */
+/* Reads once and drops the bytes; returns as conn_read() does. */
 static bool
 conn_drain(struct conn *c)
 {
@@ -2070,8 +2083,8 @@ conn_drain(struct conn *c)
 }
 
 /*
- * Writes `out` as far as it goes.  True if nothing is left of it, be it
- * that the other side takes no more (`deaf`).
+ * Writes as much of `out` as the socket takes.  True if nothing is left, also
+ * when the peer no longer accepts data (`deaf`).
  */
 static bool
 conn_write(struct conn *c)
@@ -2099,7 +2112,7 @@ conn_write(struct conn *c)
 	return false;
 }
 
-/* Drops a head of n bytes, which was read, from the front of `in`. */
+/* Drops a head of n bytes from the front of `in`. */
 static void
 conn_drop_head(struct conn *c, size_t n)
 {
@@ -2124,8 +2137,8 @@ conn_out(struct conn *c)
 }
 
 /*
- * True if the other side is gone, and not in good order.  One that hung after
- * its end, while we were not done, has reset.
+ * True if the peer closed the connection abnormally.  A hangup after its end,
+ * before the proxy has closed its side, is a reset.
  */
 static bool
 conn_is_broken(const struct conn *c)
@@ -2134,7 +2147,7 @@ conn_is_broken(const struct conn *c)
 	    (c->hung && c->eof && !c->shut);
 }
 
-/* Small messages leave at once: nobody gains from Nagle's algorithm here. */
+/* Switches Nagle's algorithm off: small messages leave at once. */
 static void
 conn_nodelay(struct conn *c)
 {
@@ -2143,11 +2156,7 @@ conn_nodelay(struct conn *c)
 	(void)setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
 }
 
-/*
- * Addresses.  Ours is one struct for both families, compared with memcmp.
- */
-
-/* The system's form of a; returns its length. */
+/* Converts a to the system's form; returns its length. */
 static socklen_t
 address_export(const struct address *a, struct sockaddr_storage *to)
 {
@@ -2169,8 +2178,8 @@ address_export(const struct address *a, struct sockaddr_storage *to)
 }
 
 /*
- * Ours of the system's form.  An IPv4 address in IPv6's clothes becomes the
- * IPv4 address that it is, so that one comparison sees through them.
+ * Converts an address from the system's form.  An IPv4-mapped IPv6 address
+ * becomes an IPv4 address, so that rules and comparisons see one form only.
  */
 static struct address
 address_import(const struct sockaddr *from)
@@ -2199,7 +2208,7 @@ address_import(const struct sockaddr *from)
 	return a;
 }
 
-/* Reads a numeric address; false if host is a name. */
+/* Parses a numeric address; false if host is a name. */
 static bool
 address_parse(struct text host, unsigned port, struct address *a)
 {
@@ -2257,7 +2266,7 @@ address_print(const struct address *a, char *to)
 	*number_print(to, a->port) = '\0';
 }
 
-/* The same family, address and port. */
+/* True if family, address and port are the same. */
 static bool
 address_same(const struct address *a, const struct address *b)
 {
@@ -2265,7 +2274,7 @@ address_same(const struct address *a, const struct address *b)
 	    memcmp(a->octets, b->octets, sizeof(a->octets)) == 0;
 }
 
-/* 127.0.0.0/8 and ::1. */
+/* True for 127.0.0.0/8 and ::1. */
 static bool
 address_is_loopback(const struct address *a)
 {
@@ -2277,7 +2286,7 @@ address_is_loopback(const struct address *a)
 	    memcmp(a->octets, loopback6, sizeof(loopback6)) == 0;
 }
 
-/* 0.0.0.0 and ::, which connect to this machine. */
+/* True for 0.0.0.0/8 and ::, which connect to this machine. */
 static bool
 address_is_any(const struct address *a)
 {
@@ -2289,14 +2298,14 @@ address_is_any(const struct address *a)
 	    memcmp(a->octets, none, sizeof(none)) == 0;
 }
 
-/* An address that only this machine can use. */
+/* True for an address that only this machine can use. */
 static bool
 address_is_local(const struct address *a)
 {
 	return a->family == AF_UNIX || address_is_loopback(a);
 }
 
-/* True if a is an address of this machine: one that can be bound to. */
+/* True if a is an address of this machine: it can be bound to. */
 static bool
 address_is_here(const struct address *a)
 {
@@ -2315,7 +2324,7 @@ address_is_here(const struct address *a)
 	return here;
 }
 
-/* True if a connection to a would arrive at one of our own listeners. */
+/* True if a connection to a would arrive at one of the listeners. */
 static bool
 address_is_ours(const struct address *a)
 {
@@ -2334,8 +2343,8 @@ address_is_ours(const struct address *a)
 }
 
 /*
- * Begins to connect c to an address, from one of ours unless its family is 0.
- * False, with errno, if it failed at once.
+ * Begins to connect c to an address, from a local address unless its family
+ * is 0.  False, with errno, if it fails at once.
  */
 static bool
 conn_connect(struct conn *c, const struct address *to,
@@ -2367,7 +2376,7 @@ conn_connect(struct conn *c, const struct address *to,
 	return false;
 }
 
-/* Once c turned writable: 0 if it is connected, or why it is not. */
+/* When c has become writable: 0 if it is connected, or the errno. */
 static int
 conn_connect_error(struct conn *c)
 {
@@ -2382,11 +2391,9 @@ conn_connect_error(struct conn *c)
 }
 
 /*
- * Others: connections that belong to no exchange's own two.  Either a kept
- * one, idle between two exchanges, or one being tried beside x->server.
+ * A free place in `others`, NULL if there is none.  With `needed`, the
+ * connection that has been idle longest is closed for it.
  */
-
-/* A free entry; an idle connection gives way to one that is needed now. */
 static struct other *
 other_take(bool needed)
 {
@@ -2407,8 +2414,8 @@ other_take(bool needed)
 }
 
 /*
- * Takes over c, which leads to hop, for the next request that goes there;
- * closes it if there is no room.
+ * Keeps c, which leads to hop, for the next request that goes there, or closes
+ * it if there is no place; c becomes unused.
  */
 static void
 other_keep(struct conn *c, const struct hop *hop)
@@ -2428,7 +2435,7 @@ other_keep(struct conn *c, const struct hop *hop)
 		exchanges.wake = o->since + KEPT_SERVER_MS;
 }
 
-/* The idle connection that leads there and was used last, or NULL. */
+/* The idle connection to hop that was used last, or NULL. */
 static struct other *
 other_find(const struct hop *hop)
 {
@@ -2445,7 +2452,7 @@ other_find(const struct hop *hop)
 	return found;
 }
 
-/* Puts x among those to be run, once. */
+/* Puts x into the list of exchanges to be run, if it is not there. */
 static void
 exchange_queue(struct exchange *x)
 {
@@ -10365,9 +10372,13 @@ names_find(const char *host)
 /* ---- 11. Log and trace ---- */
 
 /*
- * The log has one line an exchange, the trace (-v) tells each step.  No
- * input can split or fake a line.  Neither may stop the proxy: a log that
- * can't be written is said once, and serving goes on.
+ * The log has one line for each exchange, the trace (-v) has one for each
+ * step.  No input can split or forge a line.  Neither may stop the proxy: when
+ * the log can't be written, this is said once, lines are counted, and serving
+ * goes on.
+ *
+ * Door: log_lines, log_open, log_flush, log_quotes, refusal_words,
+ * log_exchange, log_end, trace_end, trace_head, trace_dump, hello_name.
  */
 
 enum {
@@ -10386,7 +10397,7 @@ static const char *const ends[] = {
 	[END_STOP] = "stop",
 };
 
-/* The lines of this turn; its memory is there whatever happens. */
+/* The lines of this turn; it needs no memory from the system. */
 static struct buffer log_lines;
 
 /*
@@ -10419,8 +10430,8 @@ log_connect(void)
 }
 
 /*
- * True if the log is open already as options.log names it: after HUP it need
- * not, and by another user perhaps could not, be opened anew.
+ * True if the open log is still the file that options.log names: then HUP need
+ * not open it again, which the user of -u perhaps could not.
  */
 static bool
 log_is_same(void)
@@ -10432,7 +10443,7 @@ log_is_same(void)
 	    named.st_dev == open.st_dev;
 }
 
-/* Opens the log that options.log names; false, with errno, if it can't. */
+/* Opens the log that options.log names; false, with errno, on failure. */
 static bool
 log_open(void)
 {
@@ -10459,7 +10470,7 @@ log_open(void)
 	return true;
 }
 
-/* Lines could not be written: says so at the first of them. */
+/* Counts lines that could not be written; the first is reported. */
 static void
 log_lose(uint64_t lines, const char *why)
 {
@@ -10509,8 +10520,8 @@ log_send(struct text t)
 }
 
 /*
- * Writes a little of the log, if it is taken now.  Returns how much, 0: not
- * now, -1: it can't be.
+ * Writes a piece of the log.  Returns its length, 0 if it would block now, -1
+ * with errno if it fails.
  */
 static ssize_t
 log_write_some(struct text t)
@@ -10529,7 +10540,7 @@ log_write_some(struct text t)
 	return written == -1 && errno == EAGAIN ? 0 : written;
 }
 
-/* Writes the lines of this turn; once a turn, so that many cost one call. */
+/* Writes the lines of this turn: many lines cost one system call. */
 static void
 log_flush(void)
 {
@@ -10553,7 +10564,7 @@ log_flush(void)
 		b->start = b->end = CHUNK_ROOM;
 }
 
-/* The time as the Common Log Format has it; good until next call. */
+/* The time in the Common Log Format; valid until the next call. */
 static const char *
 log_date(void)
 {
@@ -10570,7 +10581,7 @@ log_date(void)
 	return text;
 }
 
-/* Appends name and milliseconds, or "-" for a step that did not take place. */
+/* Appends a name and milliseconds, or "-" if the step did not happen. */
 static void
 log_time(struct buffer *b, const char *name, int64_t ms)
 {
@@ -10581,21 +10592,21 @@ log_time(struct buffer *b, const char *name, int64_t ms)
 		buffer_number(b, (uint64_t)ms);
 }
 
-/* What the log says of a request, or of the tunnel that one became. */
+/* The parts of a log line that come from a request, or from a tunnel's note. */
 struct quotes {
 	struct text name, uri, agent, referer; /* as the client sent them */
 	unsigned minor;                        /* of its HTTP/1.x */
-	int64_t dns_ms, connect_ms, first_ms;  /* -1: it did not come to it */
+	int64_t dns_ms, connect_ms, first_ms;  /* -1: it did not happen */
 };
 
-/* The time between two steps in ms; -1 if one of them did not take place. */
+/* The milliseconds between two steps; -1 if one of them did not happen. */
 static int64_t
 times_between(int64_t from, int64_t to)
 {
 	return from == 0 || to < from ? -1 : to - from;
 }
 
-/* What is to be said of x: slices of its request, or of its note. */
+/* Slices of the request of x, or of its note, for the log. */
 static struct quotes
 log_quotes(const struct exchange *x)
 {
@@ -10635,7 +10646,7 @@ log_quotes(const struct exchange *x)
 	return quotes;
 }
 
-/* The request as it was sent, if it could not be parsed its first line. */
+/* Appends the request line as it was sent. */
 static void
 log_request(struct buffer *b, const struct quotes *q)
 {
@@ -10649,8 +10660,8 @@ log_request(struct buffer *b, const struct quotes *q)
 }
 
 /*
- * The status of an exchange.  A client that left before an answer gets 499,
- * one that was dropped 444, as nginx has it.
+ * The status of an exchange.  As in nginx, 499 means that the client left
+ * before an answer, 444 that it was dropped.
  */
 static int
 log_status(const struct record *r)
@@ -10658,7 +10669,7 @@ log_status(const struct record *r)
 	return r->status ? r->status : r->end == END_RULE ? 444 : 499;
 }
 
-/* Which line decided, and the name that a tunnel's client greeted with. */
+/* Appends the rule that decided, and the SNI of a tunnel. */
 static void
 log_rule(struct buffer *b, const struct exchange *x)
 {
@@ -10676,10 +10687,7 @@ log_rule(struct buffer *b, const struct exchange *x)
 	buffer_escape(b, text_of(x->record.rule->where), RULE_NAME_MAX);
 }
 
-/*
- * The status and the words of a refusal; those of a rule, if it has some of
- * its own.
- */
+/* The status and the words of a refusal; a rule may have its own. */
 static const char *
 refusal_words(const struct exchange *x, enum refusal refusal, int *status)
 {
@@ -10693,8 +10701,8 @@ refusal_words(const struct exchange *x, enum refusal refusal, int *status)
 }
 
 /*
- * Appends the line of x to b, in the Combined Log Format with more behind it.
- * The longest has room in an empty buffer.
+ * Appends the line of x to b, in the Combined Log Format, followed by fields
+ * of our own.  The longest line fits into an empty buffer.
  */
 static void
 log_line(const struct exchange *x, struct buffer *b)
@@ -10745,7 +10753,7 @@ log_line(const struct exchange *x, struct buffer *b)
 	buffer_append(b, text_of("\n"));
 }
 
-/* One exchange is over: its line goes to those of this turn, or is lost. */
+/* Adds the line of an exchange that has ended to those of this turn. */
 static void
 log_exchange(const struct exchange *x)
 {
@@ -10768,7 +10776,7 @@ log_exchange(const struct exchange *x)
 	log_lose(1, "it is not read");
 }
 
-/* The program ends: says how many lines were lost, those left among them. */
+/* At the end of the program: reports lost lines, and those still unwritten. */
 static void
 log_end(void)
 {
@@ -10805,9 +10813,9 @@ trace_end(const struct exchange *x)
 }
 
 /*
- * A head, or what came in its place, line by line.  mark says between whom:
- * "c>" from the client, ">s" to the server, "s>" from it, ">c" to the client.
- * Credentials are masked.
+ * Traces a head, or what came in its place, line by line.  mark gives its
+ * direction: "c>" from the client, ">s" to the server, "s>" from the server,
+ * ">c" to the client.  Credentials are masked.
  */
 static void
 trace_head(const struct exchange *x, const char *mark, struct text head)
@@ -10842,7 +10850,7 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 	}
 }
 
-/* A piece of payload, as hex and ASCII, 16 bytes a line, DUMP_MAX at most. */
+/* Traces DUMP_MAX bytes of payload in hex and ASCII, 16 bytes a line. */
 static void
 trace_dump(const struct exchange *x, const char *mark, struct text t)
 {
@@ -10869,20 +10877,20 @@ trace_dump(const struct exchange *x, const char *mark, struct text t)
 	}
 }
 
-/* ---- the name in a tunnel's greeting, for the log ---- */
+/* ---- the server name in a TLS ClientHello, for the log ---- */
 
 enum {
-	/* A ClientHello is sought in this much: clients send 2 KiB at most. */
+	/* Bytes of a ClientHello that are read: clients send at most 2 KiB. */
 	HELLO_MAX = 4096
 };
 
-/* A part of a TLS message that is read from its front. */
+/* A part of a TLS message, read from its front. */
 struct cursor {
 	struct text rest; /* not read yet */
-	bool bad;         /* something was missing; stays */
+	bool bad;         /* bytes were missing; sticky */
 };
 
-/* Takes a number of n bytes, the highest first; 0 if they are not there. */
+/* Takes a number of n bytes, highest first; 0 if they are missing. */
 static size_t
 cursor_number(struct cursor *c, size_t n)
 {
@@ -10897,8 +10905,8 @@ cursor_number(struct cursor *c, size_t n)
 }
 
 /*
- * Takes what has its length in n bytes in front of it (RFC 8446 section 3.4).
- * Of what is cut short, all that is there.
+ * Takes a vector, which has its length in n bytes in front of it (RFC 8446
+ * section 3.4).  Of a truncated vector, takes all bytes that are there.
  */
 static struct cursor
 cursor_vector(struct cursor *c, size_t n)
@@ -10913,8 +10921,8 @@ cursor_vector(struct cursor *c, size_t n)
 }
 
 /*
- * Copies what the records at the start of t carry of the handshake (RFC 8446
- * section 5.1) to `to`, of HELLO_MAX bytes; nothing if it is none.
+ * Copies the handshake message in the records at the start of t (RFC 8446
+ * section 5.1) to `to`, of HELLO_MAX bytes.  Empty if t is no handshake.
  */
 static struct text
 hello_gather(struct text t, char *to)
@@ -10952,7 +10960,7 @@ hello_extensions(struct text t)
 	return cursor_vector(&c, 2);
 }
 
-/* True if t may be a host's name: letters, digits, dots, hyphens. */
+/* True if t may be a host name: letters, digits, dots, hyphens. */
 static bool
 hello_is_host(struct text t)
 {
@@ -10966,10 +10974,9 @@ hello_is_host(struct text t)
 }
 
 /*
- * The name of the server (RFC 6066 section 3) in the TLS ClientHello that t,
- * the first bytes of a client, begins with; a slice of `flat`, of HELLO_MAX
- * bytes, and empty if it is not there.  It is the first of its list: no other
- * type of name has been defined.
+ * The server name (RFC 6066 section 3) in the TLS ClientHello at the start of
+ * t, a client's first bytes.  A slice of `flat`, of HELLO_MAX bytes; empty if
+ * there is none.  It is the first of its list: no other type is defined.
  */
 static struct text
 hello_name(struct text t, char *flat)
