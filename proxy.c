@@ -17,14 +17,15 @@
  *
  * Four nouns carry it.  An EXCHANGE is a client's connection and what is being
  * done for it.  It ties two CONNS, `client` and `server`, each a descriptor
- * with the bytes that have arrived (`in`) and those to be sent (`out`).  The server is
- * whoever answers: a socket, a cache entry's file, or memory (an error page,
- * our own pages, the 200 to a CONNECT); its answer is read, judged, forwarded
- * and logged by the same lines.  A FLOW is one message in motion: it takes the
- * framing off on arrival and puts its own on at departure; received framing is
- * never copied.  Two flows, `up` and `down`, run side by side in one exchange;
- * a tunnel is two flows without framing.  RULES say who may go where, by which
- * route, and what may come back; they are asked again as more becomes known.
+ * with the bytes that have arrived (`in`) and those to be sent (`out`).  The
+ * server is whoever answers: a socket, a cache entry's file, or memory (an
+ * error page, the proxy's own pages, the 200 to a CONNECT); its answer is
+ * read, judged, forwarded and logged by the same lines.  A FLOW is one message
+ * in motion: it removes the framing on arrival and adds its own on departure;
+ * received framing is never copied.  Two flows, `up` and `down`, run side by
+ * side in one exchange; a tunnel is two flows that copy bytes until they end.
+ * RULES say who may go where, by which route, and what may come back; they are
+ * asked again as more becomes known.
  *
  * Three lifetimes, three structs.  An EXCHANGE is a slot of at most 512 bytes:
  * an idle client and an idle tunnel cost this and nothing more.  A REQUEST
@@ -14758,7 +14759,7 @@ options_parse(int argc, char **argv)
 		usage("-s: there is no cache without -c directory");
 }
 
-/* Adds a listening socket; NULL or why it can't be. */
+/* Adds a listening socket; returns NULL, or why that failed. */
 static const char *
 listener_add(int fd, const struct sockaddr *at, socklen_t len, const char *path)
 {
@@ -14807,7 +14808,9 @@ listen_hint(const char *error, const char *place)
 	return strcmp(error, strerror(EADDRINUSE)) == 0 ? words : "";
 }
 
-/* A UNIX socket; one that a dead proxy left behind gives way. */
+/*
+ * Listens on a UNIX socket; removes one that a dead proxy has left behind.
+ */
 static void
 listen_path(const char *path)
 {
@@ -14836,8 +14839,9 @@ listen_path(const char *path)
 }
 
 /*
- * All addresses of host (NULL: of this machine), at port; port 0 becomes the
- * one that the first address got.  Returns how many it is listening on.
+ * Listens on all addresses of host (NULL: of this machine).  With port 0, all
+ * use the port that the first gets.  Returns the number of addresses; *error
+ * becomes why one failed.
  */
 static size_t
 listen_host(const char *host, unsigned port, const char **error)
@@ -14870,7 +14874,7 @@ listen_host(const char *host, unsigned port, const char **error)
 		    (struct sockaddr *)&storage, len, NULL);
 		if (why == NULL)
 			continue;
-		/* That IPv6 is missing is said only if it is all. */
+		/* A missing IPv6 is reported only if nothing else is there. */
 		if (strcmp(why, strerror(EAFNOSUPPORT)) == 0 ||
 		    strcmp(why, strerror(EADDRNOTAVAIL)) == 0) {
 			if (words[0] == '\0')
@@ -14883,13 +14887,13 @@ listen_host(const char *host, unsigned port, const char **error)
 		address_print(&a, words);
 	}
 	freeaddrinfo(found);
-	/* If it is the only one, it is said by whoever asked. */
+	/* If it is the only one, the caller reports it. */
 	if (words[0] != '\0' && listeners_n > before)
 		warn("not listening on %s: %s", words, *error);
 	return listeners_n - before;
 }
 
-/* One -l: [host:]port or a path; dies if nothing of it can be had. */
+/* One -l: [host:]port or a path; ends the program if none can be bound. */
 static void
 listen_on(const char *argument)
 {
@@ -14920,7 +14924,7 @@ listen_on(const char *argument)
 			    error);
 		return;
 	}
-	/* authority_parse() wants a port from 1 on; 0 is good here. */
+	/* authority_parse() takes ports from 1; here 0 is valid. */
 	host[0] = '\0';
 	port = 0;
 	if (t.len > 2 && memcmp(t.at + t.len - 2, ":0", 2) == 0)
@@ -14958,9 +14962,8 @@ key_print(const char *url)
 }
 
 /*
- * Takes as many descriptors as the system gives, and makes the tables. Each
- * slot may use two, and a third for an entry, so that running out of them
- * can't happen.
+ * Raises the limit of descriptors and allocates the tables.  A slot uses at
+ * most two descriptors, and a third with a cache: the limit can't be reached.
  */
 static void
 tables_open(void)
@@ -14993,7 +14996,7 @@ tables_open(void)
 	    2 * exchanges.n + others_n + DESCRIPTORS_OWN + listeners_n);
 }
 
-/* Our names: the machine's, and one for Via that does not tell it. */
+/* Makes our names: the host name, and a pseudonym for Via that hides it. */
 static void
 pseudonym_make(void)
 {
@@ -15268,12 +15271,11 @@ trials_run(void)
 	exit(worst);
 }
 
-/* Says where we are and how to use it. */
+/* Prints the addresses and how to use them. */
 static void
 banner(void)
 {
 	const struct address *first = NULL;
-	/* With a name: a rule that asks for a login lets some in. */
 	char words[ADDRESS_TEXT];
 	bool exposed = false;
 	size_t i;
@@ -15301,9 +15303,8 @@ banner(void)
 }
 
 /*
- * The three standard descriptors must be taken, by /dev/null if need be: else
- * a client's socket could become the log.  Says so, if it still can, and ends
- * the program otherwise.
+ * Opens /dev/null for each standard descriptor that is closed: otherwise a
+ * client's socket could become the log.  Ends the program if that fails.
  */
 static void
 standard_open(void)
@@ -15318,9 +15319,9 @@ standard_open(void)
 }
 
 /*
- * If fd is a terminal, opens it anew as one that does not block: a terminal
- * that is stopped, or that nobody reads, must not stop the proxy.  Whoever
- * shares the old descriptor keeps theirs as it is.
+ * If fd is a terminal, opens it again without blocking: a terminal that is
+ * stopped, or that nobody reads, must not stop the proxy.  Other processes
+ * that share the old descriptor are not affected.
  */
 static void
 terminal_open(int fd)
@@ -15358,7 +15359,7 @@ logs_own(void)
 		    options.user, strerror(errno));
 }
 
-/* Opens the log, and finds out where log and trace go. */
+/* Opens the log, and looks whether log and trace go to a terminal. */
 static void
 logs_begin(void)
 {
@@ -15402,8 +15403,8 @@ user_warn(void)
 }
 
 /*
- * The order matters: the names helper is forked before there is a socket, and
- * sockets and log are opened before root is given up.
+ * The order matters: the names helper is forked before any socket exists, and
+ * sockets and the log are opened before root is given up.
  */
 int
 main(int argc, char **argv)
