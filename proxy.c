@@ -237,9 +237,11 @@ enum limit {
 	/* The details of a refusal, for the page and Proxy-Status. */
 	DETAIL_MAX = 512,
 	DAY_S = 86400,
+	/* The most that the cache takes unless -s says otherwise: MiB. */
+	CACHE_MIB = 256,
 	/* A path below the cache directory: 2 and 30 hex digits. */
 	ENTRY_PATH = 40,
-	/* Options -f and -e. */
+	/* How often -e and -f may be given, or another such option. */
 	SOURCES_MAX = 64,
 	/* Rules that rewrite requests, and rules that rewrite responses. */
 	REWRITES_MAX = 64,
@@ -708,34 +710,38 @@ struct listener {
 	const char *path;       /* of a UNIX socket, or NULL */
 };
 
-/* What the command line says. */
+/* Arguments of an option that may be given often. */
+struct strings {
+	const char *at[SOURCES_MAX];
+	size_t n;
+};
+
+/* What the command line says; see option_table. */
 static struct {
-	const char *listen[LISTENERS_MAX]; /* each -l */
-	size_t listens;                    /* how many there were */
-	const char *cache;                 /* the directory, or NULL */
-	const char *key;      /* print the entries of this URL, no more */
-	uint64_t cache_size;  /* bytes */
-	const char *log;      /* NULL or "-": standard output */
-	const char *user;     /* become this one */
-	uid_t uid;            /* who that is */
-	gid_t gid;            /* and the group */
-	const char *via;      /* leave through this parent */
-	const char *from[2];  /* leave by these: IPv4, IPv6 */
-	unsigned connections; /* clients served at once */
-	int64_t idle_ms;      /* a tunnel or body without a byte */
-	int verbose;          /* how many -v */
-	bool anonymous;       /* tell servers nothing */
-	bool check;           /* only look whether all is right */
+	struct strings listen; /* each -l */
+	struct strings trials; /* each -T */
+	const char *cache;     /* the directory, or NULL */
+	const char *key;       /* print the entries of this URL, no more */
+	uint64_t cache_size;   /* bytes */
+	const char *log;       /* NULL or "-": standard output */
+	const char *user;      /* become this one */
+	uid_t uid;             /* who that is */
+	gid_t gid;             /* and the group */
+	const char *via;       /* leave through this parent */
+	const char *from[2];   /* leave by these: IPv4, IPv6 */
+	uint64_t connections;  /* clients served at once */
+	uint64_t idle_s;       /* -t, 0: not given */
+	int64_t idle_ms;       /* a tunnel or body without a byte */
+	unsigned verbose;      /* how many -v */
+	bool anonymous;        /* tell servers nothing */
+	bool check;            /* only look whether all is right */
+	bool help, version;    /* print that and exit */
 	struct {
-		bool line;               /* a rule, not a file of them */
-		const char *at;          /* it, or its path */
-	} sources[SOURCES_MAX];          /* -f and -e in their order */
-	unsigned sources_n;              /* how many there were */
-	const char *trials[SOURCES_MAX]; /* each -T */
-	unsigned trials_n;               /* how many there were */
-} options = { .connections = CONNECTIONS,
-	.idle_ms = IDLE_MS,
-	.cache_size = (uint64_t)256 << 20 };
+		bool line;      /* a rule, not a file of them */
+		const char *at; /* it, or its path */
+	} sources[SOURCES_MAX]; /* -f and -e in their order */
+	unsigned sources_n;     /* how many there were */
+} options = { .connections = CONNECTIONS, .idle_ms = IDLE_MS };
 
 /* The slots; the first connections use the first ones. */
 static struct {
@@ -14585,10 +14591,13 @@ signals_open(void)
 
 /* ---- 15. Main: options, startup ---- */
 
-static const char usage_text[] =
-    "usage: proxy [-ahnvV] [-b address] [-c directory] [-e rule] [-f file]\n"
-    "             [-k url] [-l [host:]port | -l /path] [-m n] [-o file]\n"
-    "             [-s size] [-t seconds] [-T url] [-u user] [-x url]\n";
+/*
+ * Reads the command line, starts all that must be there before the loop runs,
+ * and answers -h, -V, -n, -k and -T.  A new option is a row of option_table, a
+ * member of `options`, and an item in the manual.
+ *
+ * Door: main.
+ */
 
 /* The command line is wrong. */
 static void
@@ -14599,36 +14608,86 @@ usage(const char *format, ...)
 	va_start(args, format);
 	say_words(format, args);
 	va_end(args);
-	fprintf(stderr, "%s", usage_text);
+	fprintf(stderr, "usage: proxy [option ...]; proxy -h lists them\n");
 	exit(2);
 }
 
-/* A number of an option, from min to max. */
-static uint64_t
-option_number(int letter, const char *argument, uint64_t min, uint64_t max)
-{
-	uint64_t value = 0;
+/* An option: a row of option_table. */
+struct option {
+	char letter;
+	const char *argument; /* as -h names it; NULL: it has none */
+	const char *help;     /* one line */
+	void (*set)(const struct option *, char *argument);
+	void *target;         /* what set() changes, or NULL */
+	uint64_t least, most; /* of a number */
+};
 
-	if (!number_parse(text_of(argument), max, &value) || value < min)
-		usage("-%c %s: not a number from %llu to %llu", letter,
-		    argument, (unsigned long long)min, (unsigned long long)max);
-	return value;
+/* Options without an argument. */
+static void
+option_flag(const struct option *o, char *argument)
+{
+	bool *target = o->target;
+
+	(void)argument;
+	*target = true;
 }
 
-/* -s: bytes, or with a K, M, G behind it. */
-static uint64_t
-option_size(const char *argument)
+/* The same, counted. */
+static void
+option_count(const struct option *o, char *argument)
 {
-	uint64_t value = 0;
+	unsigned *target = o->target;
 
-	if (!size_parse(text_of(argument), &value) || value == 0)
-		usage("-s %s: not a size such as 500M", argument);
-	return value;
+	(void)argument;
+	++*target;
+}
+
+/* A name; the last one counts. */
+static void
+option_name(const struct option *o, char *argument)
+{
+	const char **target = o->target;
+
+	*target = argument;
+}
+
+/* One more of several names. */
+static void
+option_more(const struct option *o, char *argument)
+{
+	struct strings *target = o->target;
+
+	if (target->n == SOURCES_MAX)
+		usage("-%c: %d times at most", o->letter, SOURCES_MAX);
+	target->at[target->n++] = argument;
+}
+
+/* A number. */
+static void
+option_number(const struct option *o, char *argument)
+{
+	uint64_t *target = o->target;
+
+	if (!number_parse(text_of(argument), o->most, target) ||
+	    *target < o->least)
+		usage("-%c %s: not a number from %llu to %llu", o->letter,
+		    argument, (unsigned long long)o->least,
+		    (unsigned long long)o->most);
+}
+
+/* A number of bytes, or of K, M, G. */
+static void
+option_size(const struct option *o, char *argument)
+{
+	uint64_t *target = o->target;
+
+	if (!size_parse(text_of(argument), target) || *target == 0)
+		usage("-%c %s: not a size such as 500M", o->letter, argument);
 }
 
 /*
- * A copy of an argument, behind what stands for it in a line.  The argument
- * then has no password in it any more: it would show in the list of processes.
+ * A copy of an argument, behind the first word of a rule.  The argument then
+ * has no password in it any more: the list of processes would show it.
  */
 static const char *
 option_line(const char *action, char *argument)
@@ -14644,17 +14703,86 @@ option_line(const char *action, char *argument)
 	return line;
 }
 
+/* -x: a rule of its own. */
+static void
+option_via(const struct option *o, char *argument)
+{
+	(void)o;
+	options.via = option_line("via ", argument);
+}
+
+/* -b: one address of each family. */
+static void
+option_from(const struct option *o, char *argument)
+{
+	(void)o;
+	options.from[strchr(argument, ':') != NULL] = argument;
+}
+
 /* -e and -f. */
 static void
-option_source(bool line, char *argument)
+option_source(const struct option *o, char *argument)
 {
 	if (options.sources_n == SOURCES_MAX)
 		usage("-e and -f: %d times at most", SOURCES_MAX);
-	options.sources[options.sources_n].line = line;
+	options.sources[options.sources_n].line = o->letter == 'e';
 	options.sources[options.sources_n++].at = option_line("", argument);
 }
 
-/* -V: the version, and the limits that this build was given. */
+static const struct option option_table[] = {
+	{ 'a', NULL, "tell servers nothing about the client or the proxy",
+	    option_flag, &options.anonymous, 0, 0 },
+	{ 'b', "address", "connect to servers from this address", option_from,
+	    NULL, 0, 0 },
+	{ 'c', "directory", "cache responses in this directory", option_name,
+	    &options.cache, 0, 0 },
+	{ 'e', "rule", "add a rule", option_source, NULL, 0, 0 },
+	{ 'f', "file", "add the rules of a file", option_source, NULL, 0, 0 },
+	{ 'h', NULL, "print this and exit", option_flag, &options.help, 0, 0 },
+	{ 'k', "url", "print the paths of a URL's cache entries and exit",
+	    option_name, &options.key, 0, 0 },
+	{ 'l', "address", "listen on [host:]port, or on the UNIX socket /path",
+	    option_more, &options.listen, 0, 0 },
+	{ 'm', "n", "serve at most n clients at once", option_number,
+	    &options.connections, 1, CONNECTIONS_MAX },
+	{ 'n', NULL, "check options and rules and exit", option_flag,
+	    &options.check, 0, 0 },
+	{ 'o', "file", "append the log to a file, - or syslog", option_name,
+	    &options.log, 0, 0 },
+	{ 's', "size", "limit the cache to a size such as 500M", option_size,
+	    &options.cache_size, 0, 0 },
+	{ 't', "seconds", "close a connection without a byte for so long",
+	    option_number, &options.idle_s, 1, 1000000000 },
+	{ 'T', "url", "print what the rules say to a request and exit",
+	    option_more, &options.trials, 0, 0 },
+	{ 'u', "user", "become this user once the sockets are open",
+	    option_name, &options.user, 0, 0 },
+	{ 'V', NULL, "print the version and the limits and exit", option_flag,
+	    &options.version, 0, 0 },
+	{ 'v', NULL, "trace each request; twice: payload, too", option_count,
+	    &options.verbose, 0, 0 },
+	{ 'x', "url", "send everything through the proxy http:// or socks5://",
+	    option_via, NULL, 0, 0 },
+};
+
+enum {
+	OPTIONS = sizeof(option_table) / sizeof(option_table[0])
+};
+
+/* -h: a line for each option. */
+static void
+option_help(void)
+{
+	size_t i;
+
+	printf("usage: proxy [option ...]\n\n");
+	for (i = 0; i < OPTIONS; i++)
+		printf("  -%c %-10s %s\n", option_table[i].letter,
+		    option_table[i].argument ? option_table[i].argument : "",
+		    option_table[i].help);
+}
+
+/* -V: the version, and the limits of this build. */
 static void
 option_version(void)
 {
@@ -14667,96 +14795,49 @@ option_version(void)
 	    FIELDS_MAX, (unsigned long)sizeof(struct exchange), HEAD_MS,
 	    CONNECT_MS, IDLE_MS, HALF_CLOSED_MS, KEPT_CLIENT_MS, KEPT_SERVER_MS,
 	    COLLAPSE_MS, LINGER_MS, DRAIN_MS, NAME_KEPT_MS, NAME_FAILED_MS);
-	exit(0);
 }
 
-/* Options that name something; false if it is none of them. */
-static bool
-option_name(int letter, const char *name)
+/* Sets the option of that letter; an error if there is none. */
+static void
+option_set(int letter, char *argument)
 {
-	if (letter == 'c')
-		options.cache = name;
-	else if (letter == 'k')
-		options.key = name;
-	else if (letter == 'o')
-		options.log = name;
-	else if (letter == 'u')
-		options.user = name;
+	const struct option *o = option_table;
+
+	while (o < option_table + OPTIONS && o->letter != letter)
+		o++;
+	if (letter == ':')
+		usage("-%c needs an argument", optopt);
+	else if (o == option_table + OPTIONS)
+		usage("no option -%c", optopt);
 	else
-		return false;
-	return true;
+		o->set(o, argument);
 }
 
-/* The command line into `options`; says what is wrong and exits 2. */
+/* Reads the command line into `options`; if it is wrong, exits with 2. */
 static void
 options_parse(int argc, char **argv)
 {
-	static const char letters[] = ":ab:c:e:f:hk:l:m:no:s:t:T:u:vVx:";
-	bool sized = false;
+	char letters[2 * OPTIONS + 2] = ":";
 	int letter;
+	size_t i, n = 1;
 
-	opterr = 0;
-	while ((letter = getopt(argc, argv, letters)) != -1) {
-		switch (letter) {
-		case 'a':
-			options.anonymous = true;
-			break;
-		case 'b':
-			options.from[strchr(optarg, ':') != NULL] = optarg;
-			break;
-		case 'e':
-		case 'f':
-			option_source(letter == 'e', optarg);
-			break;
-		case 'n':
-			options.check = true;
-			break;
-		case 'T':
-			if (options.trials_n == SOURCES_MAX)
-				usage("-T: %d times at most", SOURCES_MAX);
-			options.trials[options.trials_n++] = optarg;
-			break;
-		case 's':
-			options.cache_size = option_size(optarg);
-			sized = true;
-			break;
-		case 'h':
-			printf("%s", usage_text);
-			exit(0);
-		case 'l':
-			if (options.listens == LISTENERS_MAX)
-				usage("-l: %d times at most", LISTENERS_MAX);
-			options.listen[options.listens++] = optarg;
-			break;
-		case 'm':
-			options.connections = (unsigned)option_number('m',
-			    optarg, 1, CONNECTIONS_MAX);
-			break;
-		case 't':
-			options.idle_ms = 1000 *
-			    (int64_t)option_number('t', optarg, 1, 1000000000);
-			break;
-		case 'v':
-			options.verbose++;
-			break;
-		case 'V':
-			option_version();
-			break;
-		case 'x':
-			options.via = option_line("via ", optarg);
-			break;
-		case ':':
-			usage("-%c needs an argument", optopt);
-			break;
-		default:
-			if (!option_name(letter, optarg))
-				usage("no option -%c", optopt);
-		}
+	for (i = 0; i < OPTIONS; i++) {
+		letters[n++] = option_table[i].letter;
+		if (option_table[i].argument != NULL)
+			letters[n++] = ':';
 	}
+	letters[n] = '\0';
+	opterr = 0;
+	while ((letter = getopt(argc, argv, letters)) != -1)
+		option_set(letter, optarg);
 	if (optind < argc)
 		usage("%s: not an option", argv[optind]);
-	if (sized && options.cache == NULL)
+	if (options.cache_size != 0 && options.cache == NULL)
 		usage("-s: there is no cache without -c directory");
+	if (options.cache_size == 0)
+		options.cache_size = (uint64_t)CACHE_MIB << 20;
+	if (options.idle_s != 0)
+		options.idle_ms = (int64_t)options.idle_s * 1000;
 }
 
 /* Adds a listening socket; returns NULL, or why that failed. */
@@ -14939,25 +15020,26 @@ listen_on(const char *argument)
 		    listen_hint(error, "port"));
 }
 
-/* -k: the files of a URL, on standard output; then the end. */
+/* -k: prints the paths of a URL's entries, and ends the program. */
 static void
 key_print(const char *url)
 {
-	struct request *q = request_new(NULL);
+	struct text t = text_of(url), login = url_login(t);
+	struct buffer *b = buffer_take();
+	struct target target;
 
 	if (options.cache == NULL)
-		usage("-k wants -c, the directory to look in");
-	if (q == NULL || (q->bytes = buffer_take()) == NULL) {
-		request_drop(&q);
+		usage("-k needs -c, the directory to look in");
+	if (b == NULL) {
 		die("no memory");
 		return;
 	}
-	buffer_print(q->bytes, "GET %s HTTP/1.0\r\n\r\n", url);
-	request_clean(q->bytes);
-	if (request_parse(buffer_text(q->bytes), q) != 1 ||
-	    q->target.form != FORM_ABSOLUTE)
+	buffer_append(b, text_cut(url, (size_t)(login.at - url)));
+	buffer_append(b, text_of(login.at + login.len));
+	if (b->overflow || !text_is_clean(t) || !text_starts(t, "http://") ||
+	    absolute_parse(buffer_text(b), &target) != 1)
 		usage("-k %s: not a URL that begins with http://", url);
-	cache_print(&q->target);
+	cache_print(&target);
 	exit(0);
 }
 
@@ -14983,7 +15065,7 @@ tables_open(void)
 	fds -= DESCRIPTORS_OWN + listeners_n;
 	others_n = fds / 8 < OTHERS_MAX ? fds / 8 : OTHERS_MAX;
 	n = (fds - others_n) / (options.cache != NULL ? 3 : 2);
-	exchanges.n = n < options.connections ? n : options.connections;
+	exchanges.n = n < options.connections ? n : (size_t)options.connections;
 	exchanges.slots = calloc(exchanges.n, sizeof(*exchanges.slots));
 	others = calloc(others_n, sizeof(*others));
 	if (exchanges.slots == NULL || others == NULL)
@@ -15258,10 +15340,10 @@ static void
 trials_run(void)
 {
 	int worst = 0;
-	unsigned i;
+	size_t i;
 
-	for (i = 0; i < options.trials_n; i++) {
-		char *copy = strdup(options.trials[i]);
+	for (i = 0; i < options.trials.n; i++) {
+		char *copy = strdup(options.trials.at[i]);
 		int status = copy == NULL ? 1 : trial_run(copy);
 
 		if (worst == 0 || status == 1)
@@ -15415,13 +15497,17 @@ main(int argc, char **argv)
 	clock_read();
 	tzset();
 	options_parse(argc, argv);
+	if (options.help || options.version) {
+		(options.help ? option_help : option_version)();
+		exit(0);
+	}
 	if (options.key != NULL)
 		key_print(options.key);
 	if (!rules_read(options.check && options.verbose > 0))
 		exit(2);
 	if (options.check)
 		exit(0);
-	if (options.trials_n > 0)
+	if (options.trials.n > 0)
 		trials_run();
 	pseudonym_make();
 	if (options.user != NULL)
@@ -15429,10 +15515,10 @@ main(int argc, char **argv)
 	if (!names_start())
 		die("no helper for names: %s", strerror(errno));
 	signals_open();
-	if (options.listens == 0)
+	if (options.listen.n == 0)
 		listen_on("8080");
-	for (i = 0; i < options.listens; i++)
-		listen_on(options.listen[i]);
+	for (i = 0; i < options.listen.n; i++)
+		listen_on(options.listen.at[i]);
 	logs_begin();
 	if (options.cache != NULL)
 		cache_open();
