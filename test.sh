@@ -16201,7 +16201,7 @@ brim_read() {
 
 test_regress_last_chunk() { # the end of an answer comes, however full the buffers are
 	start_proxy -l "$T/p.sock"
-	PEER_MS=8000
+	PEER_MS=30000
 	export PEER_MS
 	for kind in eof last trailer; do
 		brim $kind
