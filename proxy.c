@@ -252,118 +252,120 @@ enum limit {
 /* ---- 2. Vocabulary ---- */
 
 /*
- * All structs and enums, then the few variables of the file.  Nothing here
- * does anything.
+ * The nouns that several sections share, and the variables of the program.
+ * There is no code here.
+ *
+ * Door: everything here.
  */
 
-/* Bytes that somebody else owns: a slice of a head, mostly. */
+/* Bytes that something else owns: mostly a slice of a head. */
 struct text {
 	const char *at; /* not a string: no NUL ends it */
 	size_t len;     /* in bytes */
 };
 
-/* An Internet address and port; family 0 is none, AF_UNIX has no more. */
+/* An address and port; compared with memcmp(3), so all padding is zero. */
 struct address {
-	uint16_t family;          /* AF_INET, AF_INET6 */
-	uint16_t port;            /* host order */
-	uint32_t scope;           /* of an IPv6 link-local address */
-	unsigned char octets[16]; /* network order; 4 used for IPv4, rest 0 */
+	uint16_t family; /* AF_INET, AF_INET6, AF_UNIX; 0: no address */
+	uint16_t port;   /* in host order */
+	uint32_t scope;  /* of an IPv6 link-local address */
+	unsigned char octets[16]; /* in network order; IPv4 uses four */
 };
 
-/* Bytes at rest: data[start] up to data[end]. */
+/* Bytes that wait: data[start] up to data[end]. */
 struct buffer {
 	struct buffer *next; /* in the free list */
-	size_t start, end;   /* where the bytes lie in data */
+	size_t start, end;   /* positions of the bytes in data */
 	size_t overflow;     /* bytes that did not fit; sticky */
 	char data[BUFFER_ROOM];
 };
 
-/* Whose a descriptor is: what the loop does when something happens there. */
+/* The use of a descriptor: says what the loop does after an event. */
 enum role {
-	ROLE_LISTENER,  /* a socket that clients come to */
+	ROLE_LISTENER,  /* a socket that accepts clients */
 	ROLE_SIGNALS,   /* the pipe that signal handlers write to */
-	ROLE_QUESTIONS, /* to the names helper */
-	ROLE_ANSWERS,   /* from it */
-	ROLE_REPORT,    /* from the sweeper of the cache */
+	ROLE_QUESTIONS, /* the pipe to the names helper */
+	ROLE_ANSWERS,   /* the pipe from the names helper */
+	ROLE_REPORT,    /* the pipe from the sweeper of the cache */
 	ROLE_CLIENT,    /* the client of an exchange */
-	ROLE_SERVER,    /* its server */
-	ROLE_FILE,      /* an entry that answers instead */
+	ROLE_SERVER,    /* the server of an exchange */
+	ROLE_FILE,      /* an entry of the cache that answers instead */
 	ROLE_TRY,       /* another address of the same server, being tried */
-	ROLE_KEPT       /* a server's connection between two exchanges */
+	ROLE_KEPT       /* a connection to a server between two exchanges */
 };
 
-/* One side of an exchange: a descriptor and the bytes at rest there. */
+/* One side of an exchange: a descriptor and the bytes that wait there. */
 struct conn {
-	int fd;              /* -1: none; an answer from memory has none */
-	int error;           /* errno that ended reading, 0 while it lives */
-	unsigned place;      /* in the poll set; 0 is nobody's, so: not in it */
-	enum role role;      /* what it is for */
-	uint32_t seen;       /* of `in`: searched for a head's end */
+	int fd;              /* -1: no descriptor, as for an answer in memory */
+	int error;           /* errno that ended reading, or 0 */
+	unsigned place;      /* in the poll set; 0: not in it */
+	enum role role;      /* its use */
+	uint32_t seen;       /* bytes of `in` searched for the end of a head */
 	bool connecting : 1; /* connect(2) is under way */
-	bool readable : 1;   /* a read may bring something */
-	bool writable : 1;   /* a write may take something */
-	bool eof : 1;        /* the other side sends no more */
-	bool shut : 1;       /* we send no more */
-	bool deaf : 1;       /* writing failed: the other side hears no more */
-	bool hung : 1; /* poll said HUP or ERR: nothing more to wait for */
-	int64_t event; /* ms of the last event: hot or cold */
-	struct exchange *exchange; /* whose it is; NULL outside one */
-	struct buffer *in;         /* arrived and not yet used */
-	struct buffer *out;        /* to leave; never empty */
+	bool readable : 1;   /* a read may succeed */
+	bool writable : 1;   /* a write may succeed */
+	bool eof : 1;        /* the peer sends no more */
+	bool shut : 1;       /* the proxy sends no more */
+	bool deaf : 1;       /* a write failed: the peer accepts no more */
+	bool hung : 1; /* poll reported HUP or ERR: wait for nothing more */
+	int64_t event; /* ms: the last event; says whether it is active */
+	struct exchange *exchange; /* that it belongs to, or NULL */
+	struct buffer *in;         /* bytes that arrived and are not used yet */
+	struct buffer *out;        /* bytes to be sent; NULL, or not empty */
 };
 
-/* What tells where a body ends (RFC 9112 section 6.3). */
+/* How the end of a body is known (RFC 9112 section 6.3). */
 enum framing {
 	FRAMING_NONE,    /* no body */
 	FRAMING_LENGTH,  /* Content-Length */
 	FRAMING_CHUNKED, /* Transfer-Encoding: chunked */
-	FRAMING_CLOSE    /* up to the end of the connection */
+	FRAMING_CLOSE    /* the body ends with the connection */
 };
 
-/* Where in a chunked body the next byte belongs (RFC 9112 section 7.1). */
+/* The part of a chunked body that the next byte belongs to (RFC 9112 7.1). */
 enum chunk {
-	CHUNK_SIZE,      /* among the hex digits */
-	CHUNK_BLANK,     /* behind them; only an extension may follow */
-	CHUNK_EXTENSION, /* up to the end of the line; ignored */
+	CHUNK_SIZE,      /* the hex digits of a size */
+	CHUNK_BLANK,     /* blanks behind them; an extension may follow */
+	CHUNK_EXTENSION, /* a chunk extension, which is ignored */
 	CHUNK_SIZE_LF,   /* the LF that ends the line */
-	CHUNK_DATA,      /* among the payload */
-	CHUNK_DATA_CR,   /* the CR behind it */
-	CHUNK_DATA_LF,   /* and its LF */
-	CHUNK_TRAILER    /* behind the last chunk, which is empty */
+	CHUNK_DATA,      /* payload */
+	CHUNK_DATA_CR,   /* the CR behind the payload */
+	CHUNK_DATA_LF,   /* the LF behind that */
+	CHUNK_TRAILER    /* the trailer section, behind the last chunk */
 };
 
-/* One message's body on its way from one conn to the other. */
+/* The body of one message on its way from one conn to the other. */
 struct flow {
-	enum framing from, to; /* how it is framed where it comes from, goes */
-	enum chunk chunk;      /* where in the chunks the next byte is */
+	enum framing from, to; /* its framing on arrival and on departure */
+	enum chunk chunk;      /* the part that the next byte belongs to */
 	unsigned char digits;  /* of the chunk size so far */
 	bool whole : 1;        /* the end of the message has arrived */
-	bool done : 1;         /* and has been handed on */
-	bool broken : 1;       /* its framing is wrong, or it was cut short */
-	bool bare : 1;         /* it leaves without its trailer fields */
-	uint32_t ready;        /* payload at the front of `in` */
-	uint32_t trailer;      /* bytes of trailer section behind it */
-	uint32_t excess;       /* framing beyond a fair share */
-	uint64_t left;         /* payload to come, of the body or this chunk */
-	uint64_t payload;      /* payload handed on */
+	bool done : 1;         /* the end of the message has been passed on */
+	bool broken : 1;       /* the framing is wrong, or the body truncated */
+	bool bare : 1;         /* trailer fields are not passed on */
+	uint32_t ready;        /* bytes of payload at the front of `in` */
+	uint32_t trailer;      /* bytes of trailer section behind them */
+	uint32_t excess;       /* bytes of framing beyond a fair share */
+	uint64_t left;         /* bytes to come, of the body or this chunk */
+	uint64_t payload;      /* bytes of payload passed on */
 };
 
-/* One line of a head (RFC 9110 section 5.1). */
+/* A field of a head (RFC 9110 section 5.1). */
 struct field {
 	struct text name;  /* a token */
 	struct text value; /* without the blanks around it */
 };
 
-/* A head, split: slices of the bytes it was parsed from. */
+/* A head, parsed: slices of the bytes that it came in. */
 struct head {
 	struct text line; /* the start line */
-	size_t n;         /* how many fields there are */
-	/* Of each a bit: a field Connection names it. */
+	size_t n;         /* number of fields */
+	/* One bit for each field: Connection nominates it. */
 	unsigned char nominated[(FIELDS_MAX + 7) / 8];
-	struct field fields[FIELDS_MAX]; /* in the order in which they came */
+	struct field fields[FIELDS_MAX]; /* in the order of arrival */
 };
 
-/* Methods that mean something to a proxy; all others are passed on alike. */
+/* Methods that a proxy treats specially; all others are passed on alike. */
 enum method {
 	METHOD_OTHER,
 	METHOD_GET,
@@ -378,56 +380,56 @@ enum method {
 
 /* The four forms of a target (RFC 9112 section 3.2). */
 enum form {
-	FORM_ORIGIN,    /* /path: a request to ourselves */
+	FORM_ORIGIN,    /* /path: a request to the proxy itself */
 	FORM_ABSOLUTE,  /* http://host/path */
-	FORM_AUTHORITY, /* host:port, of CONNECT */
-	FORM_ASTERISK   /* *, of OPTIONS */
+	FORM_AUTHORITY, /* host:port, with CONNECT */
+	FORM_ASTERISK   /* *, with OPTIONS */
 };
 
-/* Where a request is to go. */
+/* The target of a request. */
 struct target {
-	enum form form;   /* which of the four it came in */
+	enum form form;   /* in which it came */
 	struct text host; /* without brackets */
 	unsigned port;    /* 1 to 65535 */
-	struct text path; /* and query, as it came; may lack its slash */
+	struct text path; /* with the query, as it came; may lack its slash */
 };
 
-/* What rules make of a head, see rules_rewrite(). */
+/* The changes that rules make to a head, see rules_rewrite(). */
 struct rewrites {
 	bool taken[FIELDS_MAX]; /* field i of the head is not sent */
-	bool strips;            /* fields may be taken: trailers are too */
-	bool via;               /* Via is: none of ours is added */
-	bool undecided;         /* rules may change more */
-	size_t n;               /* how many of the next there are */
-	struct field fields[REWRITES_MAX]; /* that are sent behind the rest */
+	bool strips;            /* rules remove fields: trailers go, too */
+	bool via;               /* rules remove Via: the proxy adds none */
+	bool undecided;         /* rules may change more later */
+	size_t n;               /* number of fields that are added */
+	struct field fields[REWRITES_MAX]; /* sent behind the others */
 };
 
 /*
- * What was put right in a server's head: bits.  What leaves is written anew,
- * so that nobody behind us can read it in another way.
+ * Repairs to a server's head: bits.  The head that leaves is written anew, so
+ * that no client can read it in another way.
  */
 enum mend {
 	MEND_LF = 1,       /* LF alone ended a line */
 	MEND_BLANK = 2,    /* blanks before a colon */
-	MEND_COLON = 4,    /* a line without one */
+	MEND_COLON = 4,    /* a line without a colon */
 	MEND_IDENTITY = 8, /* Transfer-Encoding: identity */
 	MEND_LENGTH = 16,  /* Content-Length beside chunked */
-	MENDS = 5          /* how many bits there are */
+	MENDS = 5          /* number of bits */
 };
 
-/* A response head, understood. */
+/* A response head, parsed. */
 struct response {
-	struct head head;     /* all its lines */
-	unsigned mended;      /* of enum mend */
+	struct head head;     /* its lines */
+	unsigned mended;      /* bits of enum mend */
 	int status;           /* 100 to 999 */
-	struct text reason;   /* what the server calls it */
-	struct text extra;    /* lines of ours for it */
+	struct text reason;   /* the reason phrase */
+	struct text extra;    /* lines that the proxy adds */
 	unsigned minor;       /* of HTTP/1.x: 0 or 1 */
-	enum framing framing; /* of its body */
-	uint64_t length;      /* of it, for FRAMING_LENGTH */
+	enum framing framing; /* of the body */
+	uint64_t length;      /* of the body, with FRAMING_LENGTH */
 };
 
-/* Why an exchange did not go as asked; table `refusals` has the words. */
+/* Why an exchange failed; the table `refusals` has the words. */
 enum refusal {
 	REFUSE_NONE,
 	REFUSE_BARE_LF,
@@ -503,86 +505,86 @@ enum refusal {
 	REFUSALS
 };
 
-/* Where the cause of a refusal lies: what may still be tried. */
+/* The cause of a refusal: says what may still be tried. */
 enum cause {
 	CAUSE_OTHER, /* nothing */
-	CAUSE_RULE,  /* a rule; nothing */
-	CAUSE_WAY,   /* the server can't be reached: another parent may help */
-	CAUSE_ANSWER /* its answer: as for the way, a stale entry may */
+	CAUSE_RULE,  /* a rule decided: nothing */
+	CAUSE_WAY,   /* the server can't be reached: try another parent */
+	CAUSE_ANSWER /* its answer is wrong: also try a stale entry */
 };
 
-/* Who or what ended an exchange; table `ends` has the log's words. */
+/* What ended an exchange; the table `ends` has the words for the log. */
 enum end {
-	END_DONE,   /* the response reached the client whole */
-	END_CLIENT, /* the client went first */
-	END_SERVER, /* the server went first */
-	END_IDLE,   /* nothing moved for too long */
-	END_RESET,  /* one side broke its connection */
-	END_LIMIT,  /* a limit of ours: half-closed time, memory */
+	END_DONE,   /* the client has the whole response */
+	END_CLIENT, /* the client closed first */
+	END_SERVER, /* the server closed first */
+	END_IDLE,   /* idle timeout */
+	END_RESET,  /* one side reset its connection */
+	END_LIMIT,  /* a limit of the proxy: half-closed time, memory */
 	END_RULE,   /* a rule cut it off, or dropped it */
-	END_STOP    /* we were told to stop */
+	END_STOP    /* the proxy was told to stop */
 };
 
-/* What an exchange is at; section 13 has a step function for each. */
+/* The phases of an exchange; section 13 has a step function for each. */
 enum phase {
 	PHASE_FREE,     /* no client */
-	PHASE_REQUEST,  /* waiting for a request's head */
-	PHASE_COLLAPSE, /* waiting for what another fetches from the same URL */
-	PHASE_RESOLVE,  /* finding out the server's addresses */
-	PHASE_CONNECT,  /* connecting to one of them */
-	PHASE_GREET,    /* shaking hands with a SOCKS5 parent */
-	PHASE_RESPONSE, /* sending the request, waiting for the answer's head */
-	PHASE_RELAY,    /* passing the answer on, or both sides of a tunnel */
-	PHASE_LINGER,   /* done; waiting for the client to close */
+	PHASE_REQUEST,  /* waits for the head of a request */
+	PHASE_COLLAPSE, /* waits for the fetch of another exchange */
+	PHASE_RESOLVE,  /* looks up the addresses of the server */
+	PHASE_CONNECT,  /* connects to one of them */
+	PHASE_GREET,    /* shakes hands with a SOCKS5 parent */
+	PHASE_RESPONSE, /* sends the request, waits for the response's head */
+	PHASE_RELAY,    /* passes on the response, or a tunnel's bytes */
+	PHASE_LINGER,   /* is done, waits for the client to close */
 	PHASES
 };
 
 /* Who answers a request; set by answer_by() only. */
 enum answerer {
-	ANSWER_NONE,   /* nobody yet */
-	ANSWER_SERVER, /* a server that was asked */
-	ANSWER_MEMORY, /* ourselves: a page, the 200 to CONNECT */
-	ANSWER_ENTRY,  /* a whole entry of the cache */
-	ANSWER_FETCH,  /* one that another exchange is still storing */
-	ANSWER_ORPHAN  /* such a one that was given up */
+	ANSWER_NONE,   /* not known yet */
+	ANSWER_SERVER, /* a server */
+	ANSWER_MEMORY, /* the proxy itself: a page, the 200 to CONNECT */
+	ANSWER_ENTRY,  /* a complete entry of the cache */
+	ANSWER_FETCH,  /* an entry that another exchange is still storing */
+	ANSWER_ORPHAN  /* such an entry after its fetch was given up */
 };
 
-/* Whether an exchange is a tunnel: two flows without framing. */
+/* Whether an exchange is a tunnel. */
 enum tunnel {
-	TUNNEL_NONE,   /* it is not */
-	TUNNEL_SILENT, /* its client has not said anything yet */
-	TUNNEL_OPEN    /* bytes go both ways */
+	TUNNEL_NONE,   /* no tunnel */
+	TUNNEL_SILENT, /* a tunnel whose client has sent nothing yet */
+	TUNNEL_OPEN    /* a tunnel with bytes in both directions */
 };
 
-/* What a SOCKS5 parent is to say next. */
+/* The message of a SOCKS5 parent that comes next. */
 enum greeting {
-	GREETING_BEGIN,  /* nothing: we have not begun */
-	GREETING_METHOD, /* which way to log in it takes */
-	GREETING_LOGIN,  /* whether it knows us */
-	GREETING_REPLY   /* whether the target was reached */
+	GREETING_BEGIN,  /* none: the handshake has not begun */
+	GREETING_METHOD, /* its choice of a login method */
+	GREETING_LOGIN,  /* whether it accepts the login */
+	GREETING_REPLY   /* whether it reached the target */
 };
 
-/* What the rules said of a request; all zero at its start. */
+/* What the rules say to a request; all zero at its start. */
 struct access {
-	bool open;             /* whether it is let pass is not decided yet */
-	bool route_open;       /* by which way is not */
-	unsigned found;        /* texts that were found in the body: bits */
+	bool open;             /* whether it may pass is undecided */
+	bool route_open;       /* which way it takes is undecided */
+	unsigned found;        /* texts found in the body: bits */
 	struct buffer *answer; /* see access_response() */
 };
 
 /* The way of a request to its server; all zero at its start. */
 struct route {
-	struct parent *parent;      /* to go through, or NULL */
-	const struct address *from; /* to leave by: IPv4, IPv6; NULL: any */
-	enum greeting greeting;     /* how far a SOCKS5 parent is */
-	int error;                  /* why the last address failed */
+	struct parent *parent;      /* the upstream proxy, or NULL */
+	const struct address *from; /* local addresses: IPv4, IPv6; or NULL */
+	enum greeting greeting;     /* state of a SOCKS5 handshake */
+	int error;                  /* errno of the last address */
 	unsigned char n, next;      /* addresses: known, tried */
 	unsigned char tries;        /* connections in table `others` */
-	bool reused;                /* the server has served another */
-	bool fresh;                 /* its connection must be a new one */
-	bool keep;                  /* it may serve another */
+	bool reused;                /* the connection has served a request */
+	bool fresh;                 /* the connection must be a new one */
+	bool keep;                  /* the connection may be used again */
 	int64_t tried;              /* ms: the last address was tried */
-	/* Of the next hop; of an entry that answers, the first: its server. */
+	/* Of the next hop; for a cache entry, the first is its server's. */
 	struct address list[ADDRESSES_MAX];
 };
 
@@ -616,97 +618,97 @@ struct caching {
 	char path[ENTRY_PATH]; /* of either, below the cache directory */
 };
 
-/* When a request came how far: ms, 0: it did not. */
+/* When a request reached each step: ms, 0: not yet. */
 struct times {
-	int64_t asked;     /* the name was asked for */
+	int64_t asked;     /* the name lookup began */
 	int64_t resolved;  /* the addresses were known */
 	int64_t connected; /* the request could be sent */
 	int64_t requested; /* the same by the wall clock, in seconds */
-	int64_t answered;  /* the response head was whole */
+	int64_t answered;  /* the response head was complete */
 };
 
 /*
- * One request: from its first byte to its line in the log.  It comes from a
- * pool, and a client that asks nothing, like a tunnel, has none.
+ * One request, from its first byte to its line in the log.  It comes from a
+ * pool; an idle client and a tunnel have no request.
  */
 struct request {
-	struct request *next;         /* in the list of free ones */
-	const struct exchange *owner; /* whose it is */
-	struct buffer *bytes;         /* its head; what all texts point to */
-	struct text name;             /* the method's */
+	struct request *next;         /* in the list of free requests */
+	const struct exchange *owner; /* that serves it */
+	struct buffer *bytes;         /* its head; all texts point into it */
+	struct text name;             /* of the method */
 	struct text uri;              /* the target as it came, for the log */
-	struct target target;         /* and taken apart */
-	enum method method;       /* METHOD_OTHER if it means nothing to us */
+	struct target target;         /* the target, parsed */
+	enum method method;       /* METHOD_OTHER for those passed on alike */
 	unsigned minor;           /* of HTTP/1.x: 0 or 1 */
-	enum framing framing;     /* of its body */
-	uint64_t length;          /* of it, for FRAMING_LENGTH */
+	enum framing framing;     /* of the body */
+	uint64_t length;          /* of the body, with FRAMING_LENGTH */
 	unsigned interims;        /* 1xx responses so far */
 	bool upgrade;             /* the client asked to switch protocols */
-	bool kept;                /* it asked in words to keep the connection */
-	bool login;               /* a login for the whole connection */
+	bool kept;                /* it has Connection: keep-alive */
+	bool login;               /* it has a login for the connection */
 	enum answerer answerer;   /* who answers it */
-	uint64_t body;            /* of an entry that answers: its bytes */
-	uint64_t skip;            /* payload that the client has had before */
-	struct access access;     /* what the rules said */
+	uint64_t body;            /* length of the entry that answers */
+	uint64_t skip;            /* payload that the client already has */
+	struct access access;     /* what the rules say */
 	struct route route;       /* the way to the server */
 	struct caching caching;   /* the part of the cache */
 	struct times times;       /* for the log */
-	struct rewrites rewrites; /* what is changed before it is sent */
-	struct head head;         /* last, since most of it is never touched */
+	struct rewrites rewrites; /* changes before it is sent */
+	struct head head;         /* last, since most of it is never used */
 };
 
 /* What the log says of an exchange. */
 struct record {
 	int64_t start;              /* ms: the request's first byte came */
-	struct address server;      /* the one in use */
-	const struct account *user; /* who logged in, or NULL */
-	const struct rule *rule;    /* the one that decided, or NULL */
+	struct address server;      /* in use */
+	const struct account *user; /* who has logged in, or NULL */
+	const struct rule *rule;    /* that decided, or NULL */
 	int status;                 /* sent to the client, 0: none yet */
 	enum refusal refusal;       /* why it failed, or REFUSE_NONE */
-	enum end end;               /* by whom it was ended */
+	enum end end;               /* what ended it */
 };
 
-/* What the log says of a tunnel, whose request is gone: texts, cut. */
+/* What the log says of a tunnel, which has no request: texts, cut. */
 struct note {
-	int32_t dns_ms, connect_ms; /* how long it took; -1: it did not */
+	int32_t dns_ms, connect_ms; /* durations; -1: no such step */
 	unsigned char name, uri, agent, referer; /* lengths, in this order */
-	unsigned char sni, sni_len; /* where the name in its greeting is */
+	unsigned char sni, sni_len; /* position and length of the SNI */
 	unsigned char minor;        /* of the client's HTTP/1.x */
-	char text[NOTE_MAX];        /* all of them */
+	char text[NOTE_MAX];        /* the texts, one behind the other */
 };
 
 /*
- * One slot: a client's connection and what is being done for it.  A client
- * that asks nothing, or has a tunnel, costs this and no more.
+ * One slot: a client's connection and the work done for it.  An idle client
+ * and a tunnel cost a slot and nothing more.
  */
 struct exchange {
 	enum phase phase;      /* set by exchange_enter() only */
 	enum tunnel tunnel;    /* whether it is one */
 	bool refresh : 1;      /* it has no client: see cache_refresh() */
-	bool served : 1;       /* this connection has had an exchange before */
+	bool served : 1;       /* the client had a response before */
 	bool close : 1;        /* the client's connection ends after this */
-	bool again : 1;        /* is in the list of those to run */
+	bool again : 1;        /* it is in the list of those to be run */
 	bool local : 1;        /* the client is on this machine */
 	uint64_t number;       /* in the trace */
-	int64_t since;         /* ms: when the phase began */
-	int64_t moved;         /* when a byte last moved */
-	int64_t deadline;      /* when to look at it again at the latest */
-	struct exchange *next; /* of free slots, or of fetches */
-	struct exchange *next_again; /* of those to run */
-	struct address peer;         /* the client's */
+	int64_t since;         /* ms: the phase began */
+	int64_t moved;         /* ms: a byte last moved */
+	int64_t deadline;      /* ms: it is run again at the latest */
+	struct exchange *next; /* in the list of free slots, or of fetches */
+	struct exchange *next_again; /* in the list of those to be run */
+	struct address peer;         /* of the client */
 	struct conn client, server;  /* its two sides */
 	struct flow up;              /* the request's body, client to server */
 	struct flow down;            /* the response's, server to client */
 	struct request *request;     /* being served, or NULL */
-	struct rules *rules;         /* by which it goes, or NULL */
+	struct rules *rules;         /* in force for it, or NULL */
 	struct record record;        /* for its line in the log */
 	struct note note;            /* of a tunnel */
 };
 
-/* One of the places where clients come in. */
+/* An address on which the proxy listens. */
 struct listener {
 	struct conn conn;       /* accepts; carries no bytes */
-	struct address address; /* really bound to: port 0 is none here */
+	struct address address; /* that is bound: its port is never 0 */
 	const char *path;       /* of a UNIX socket, or NULL */
 };
 
@@ -746,11 +748,11 @@ static struct {
 /* The slots; the first connections use the first ones. */
 static struct {
 	struct exchange *slots;
-	size_t n;    /* how many there are */
-	size_t used; /* of them were ever used: the others were never touched */
-	size_t busy; /* have a client now */
-	struct exchange *free;  /* those used before and not now */
-	struct exchange *again; /* those to be run in this turn */
+	size_t n;               /* number of slots */
+	size_t used;            /* slots that were ever used, all in front */
+	size_t busy;            /* slots with a client now */
+	struct exchange *free;  /* used before, free now */
+	struct exchange *again; /* to be run in this turn */
 	int64_t wake;           /* ms: the earliest deadline, or earlier */
 	uint64_t count;         /* exchanges so far */
 } exchanges;
@@ -759,9 +761,9 @@ static struct listener listeners[LISTENERS_MAX];
 static size_t listeners_n;
 
 static int signal_pipe[2] = { -1, -1 };
-static int64_t stop_at;    /* ms: draining until then; 0: not asked to stop */
-static char pseudonym[32]; /* our name in Via and Proxy-Status */
-static char host_name[HOST_MAX + 1]; /* the machine's */
+static int64_t stop_at;    /* ms: draining ends; 0: not told to stop */
+static char pseudonym[32]; /* name of the proxy in Via and Proxy-Status */
+static char host_name[HOST_MAX + 1]; /* of the machine */
 
 /* ---- 3. Small tools ---- */
 
