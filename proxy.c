@@ -14619,14 +14619,14 @@ struct option {
 	char letter;
 	const char *argument; /* as -h names it; NULL: it has none */
 	const char *help;     /* one line */
-	void (*set)(const struct option *, char *argument);
+	void (*set)(const struct option *, const char *argument);
 	void *target;         /* what set() changes, or NULL */
 	uint64_t least, most; /* of a number */
 };
 
 /* Options without an argument. */
 static void
-option_flag(const struct option *o, char *argument)
+option_flag(const struct option *o, const char *argument)
 {
 	bool *target = o->target;
 
@@ -14636,7 +14636,7 @@ option_flag(const struct option *o, char *argument)
 
 /* The same, counted. */
 static void
-option_count(const struct option *o, char *argument)
+option_count(const struct option *o, const char *argument)
 {
 	unsigned *target = o->target;
 
@@ -14646,7 +14646,7 @@ option_count(const struct option *o, char *argument)
 
 /* A name; the last one counts. */
 static void
-option_name(const struct option *o, char *argument)
+option_name(const struct option *o, const char *argument)
 {
 	const char **target = o->target;
 
@@ -14655,7 +14655,7 @@ option_name(const struct option *o, char *argument)
 
 /* One more of several names. */
 static void
-option_more(const struct option *o, char *argument)
+option_more(const struct option *o, const char *argument)
 {
 	struct strings *target = o->target;
 
@@ -14666,7 +14666,7 @@ option_more(const struct option *o, char *argument)
 
 /* A number. */
 static void
-option_number(const struct option *o, char *argument)
+option_number(const struct option *o, const char *argument)
 {
 	uint64_t *target = o->target;
 
@@ -14679,7 +14679,7 @@ option_number(const struct option *o, char *argument)
 
 /* A number of bytes, or of K, M, G. */
 static void
-option_size(const struct option *o, char *argument)
+option_size(const struct option *o, const char *argument)
 {
 	uint64_t *target = o->target;
 
@@ -14687,35 +14687,24 @@ option_size(const struct option *o, char *argument)
 		usage("-%c %s: not a size such as 500M", o->letter, argument);
 }
 
-/*
- * A copy of an argument, behind the first word of a rule.  The argument then
- * has no password in it any more: the list of processes would show it.
- */
-static const char *
-option_line(const char *action, char *argument)
-{
-	size_t size = strlen(action) + strlen(argument) + 1;
-	char *line = malloc(size);
-
-	if (line == NULL)
-		die("no memory");
-	else
-		(void)snprintf(line, size, "%s%s", action, argument);
-	secret_hide(argument);
-	return line;
-}
-
 /* -x: a rule of its own. */
 static void
-option_via(const struct option *o, char *argument)
+option_via(const struct option *o, const char *argument)
 {
+	size_t size = strlen("via ") + strlen(argument) + 1;
+	char *rule = malloc(size);
+
 	(void)o;
-	options.via = option_line("via ", argument);
+	if (rule == NULL)
+		die("no memory");
+	else
+		(void)snprintf(rule, size, "via %s", argument);
+	options.via = rule;
 }
 
 /* -b: one address of each family. */
 static void
-option_from(const struct option *o, char *argument)
+option_from(const struct option *o, const char *argument)
 {
 	(void)o;
 	options.from[strchr(argument, ':') != NULL] = argument;
@@ -14723,12 +14712,12 @@ option_from(const struct option *o, char *argument)
 
 /* -e and -f. */
 static void
-option_source(const struct option *o, char *argument)
+option_source(const struct option *o, const char *argument)
 {
 	if (options.sources_n == SOURCES_MAX)
 		usage("-e and -f: %d times at most", SOURCES_MAX);
 	options.sources[options.sources_n].line = o->letter == 'e';
-	options.sources[options.sources_n++].at = option_line("", argument);
+	options.sources[options.sources_n++].at = argument;
 }
 
 static const struct option option_table[] = {
@@ -14799,20 +14788,31 @@ option_version(void)
 	    COLLAPSE_MS, LINGER_MS, DRAIN_MS, NAME_KEPT_MS, NAME_FAILED_MS);
 }
 
-/* Sets the option of that letter; an error if there is none. */
+/*
+ * Sets the option of that letter; an error if there is none.  The argument
+ * itself then has no password in it: the list of processes would show it.
+ */
 static void
 option_set(int letter, char *argument)
 {
 	const struct option *o = option_table;
+	char *copy = NULL;
 
 	while (o < option_table + OPTIONS && o->letter != letter)
 		o++;
 	if (letter == ':')
 		usage("-%c needs an argument", optopt);
-	else if (o == option_table + OPTIONS)
+	if (o == option_table + OPTIONS) {
 		usage("no option -%c", optopt);
-	else
-		o->set(o, argument);
+		return;
+	}
+	if (o->argument != NULL) {
+		copy = strdup(argument);
+		if (copy == NULL)
+			die("no memory");
+		secret_hide(argument);
+	}
+	o->set(o, copy);
 }
 
 /* Reads the command line into `options`; if it is wrong, exits with 2. */

@@ -9699,7 +9699,7 @@ test_style_limits() { # LIMITS in the manual has the figures that -V prints
 		case $name in
 		*-ms) value=$((value / 1000))' s' ;;
 		esac
-		grep "^\.It $text .* $value[ ,]" "$here/proxy.1" > /dev/null ||
+		grep "^\.It $text .* ${value}[ ,]" "$here/proxy.1" > /dev/null ||
 			fail "$text: -V says $name $value"
 	done <<'END'
 fields|fields in a head
