@@ -737,6 +737,7 @@ static struct {
 	unsigned verbose;      /* how many -v */
 	bool anonymous;        /* tell servers nothing */
 	bool check;            /* only look whether all is right */
+	char **command;        /* run it, with its arguments; or NULL */
 	bool help, version;    /* print that and exit */
 	struct {
 		bool line;      /* a rule, not a file of them */
@@ -927,6 +928,14 @@ static struct {
 	bool terminal; /* standard output or error was one at the start */
 	uint64_t lost; /* lines lost since the last that was written */
 } logs = { .fd = STDOUT_FILENO };
+
+/* Sums over all exchanges that have ended. */
+static struct {
+	uint64_t exchanges; /* lines of the log */
+	uint64_t refused;   /* by the proxy, for whatever reason */
+	uint64_t hits;      /* answered from the cache */
+	uint64_t up, down;  /* payload in bytes: of requests, of responses */
+} totals;
 
 /* The monotonic clock in us. */
 static int64_t
@@ -10457,12 +10466,14 @@ static bool
 log_open(void)
 {
 	struct stat status;
-	int fd = STDOUT_FILENO;
+	int fd = options.command ? STDERR_FILENO : STDOUT_FILENO;
 
-	if (options.log != NULL && strcmp(options.log, "syslog") == 0) {
+	if (options.log != NULL && strcmp(options.log, "-") == 0)
+		fd = STDOUT_FILENO;
+	else if (options.log != NULL && strcmp(options.log, "syslog") == 0) {
 		logs.syslog = true;
 		fd = log_connect();
-	} else if (options.log != NULL && strcmp(options.log, "-") != 0) {
+	} else if (options.log != NULL) {
 		if (log_is_same())
 			return true;
 		fd = open(options.log,
@@ -10471,7 +10482,7 @@ log_open(void)
 	/* A logger that is away may come back. */
 	if (fd == -1 && !logs.syslog)
 		return false;
-	if (logs.fd != STDOUT_FILENO && logs.fd != -1)
+	if (logs.fd > STDERR_FILENO)
 		(void)close(logs.fd);
 	logs.fd = fd_note(fd);
 	logs.regular = fd != -1 && fstat(fd, &status) != -1 &&
@@ -10769,6 +10780,11 @@ log_exchange(const struct exchange *x)
 	struct buffer *b = &log_lines;
 	size_t end = b->end;
 
+	totals.exchanges++;
+	totals.refused += x->record.refusal != REFUSE_NONE;
+	totals.hits += x->request != NULL && x->request->caching.hit != NULL;
+	totals.up += x->up.payload;
+	totals.down += x->down.payload;
 	log_line(x, b);
 	if (b->overflow == 0)
 		return;
@@ -14074,7 +14090,11 @@ enum {
 	/* A client is silent after this: more than a round trip takes. */
 	SILENT_MS = 1000,
 	/* That all slots are taken is said once in this time. */
-	CROWDED_SAY_MS = 60000
+	CROWDED_SAY_MS = 60000,
+	/* Exchanges that are left when the command ends may go on so long. */
+	COMMAND_DRAIN_MS = 1000,
+	/* Of the byte of a signal: the terminal sent it, or the system. */
+	SIGNAL_TERMINAL = 128
 };
 
 static int64_t accept_after; /* ms: descriptors have run out until then */
@@ -14451,9 +14471,9 @@ loop_report(void)
 	    (unsigned long long)exchanges.count);
 }
 
-/* TERM or INT: no more clients; those in the middle may finish. */
+/* Accepts no more clients; those in the middle have drain_ms to finish. */
 static void
-loop_stop(void)
+loop_stop(int64_t drain_ms)
 {
 	struct exchange *x;
 	size_t i;
@@ -14462,7 +14482,7 @@ loop_stop(void)
 		log_end();
 		exit(0);
 	}
-	stop_at = now.ms + DRAIN_MS;
+	stop_at = now.ms + drain_ms;
 	exchanges.wake = now.ms;
 	for (i = 0; i < listeners_n; i++) {
 		if (listeners[i].path != NULL)
@@ -14481,7 +14501,7 @@ loop_reload(void)
 {
 	/* Who started it by hand has closed the window. */
 	if (logs.terminal && !isatty(STDOUT_FILENO) && !isatty(STDERR_FILENO)) {
-		loop_stop();
+		loop_stop(DRAIN_MS);
 		return;
 	}
 	rules_reload();
@@ -14490,11 +14510,47 @@ loop_reload(void)
 		    strerror(errno));
 }
 
-/* The signals that came. */
+/* The command that the proxy runs, and whose end is its own. */
+static struct {
+	pid_t pid;       /* 0: it does not run */
+	int status;      /* of the proxy when it has ended */
+	int standard[2]; /* its standard output and error; see logs_begin() */
+} command = { .standard = { -1, -1 } };
+
+/* Ends the proxy if the command has ended: it has the same exit status. */
+static void
+command_reap(void)
+{
+	int status;
+
+	if (command.pid == 0 ||
+	    waitpid(command.pid, &status, WNOHANG) != command.pid)
+		return;
+	command.pid = 0;
+	command.status = WIFEXITED(status) ? WEXITSTATUS(status) :
+					     128 + WTERMSIG(status);
+	if (!stop_at)
+		loop_stop(COMMAND_DRAIN_MS);
+}
+
+/*
+ * INT or TERM.  A command gets it instead, and the proxy waits for its end; one
+ * that the terminal sent has reached the command already.
+ */
+static void
+loop_end(int number, bool terminal)
+{
+	if (command.pid == 0)
+		loop_stop(DRAIN_MS);
+	else if (!terminal)
+		(void)kill(command.pid, number);
+}
+
+/* The signals that came: a byte for each, see signal_note(). */
 static void
 loop_signals(void)
 {
-	char signals[16];
+	unsigned char signals[16];
 	ssize_t n, i;
 
 	if (!signal_conn.readable)
@@ -14502,12 +14558,16 @@ loop_signals(void)
 	signal_conn.readable = false;
 	n = fd_read(signal_conn.fd, signals, sizeof(signals));
 	for (i = 0; i < n; i++) {
-		if (signals[i] == SIGUSR1)
+		int number = signals[i] & ~SIGNAL_TERMINAL;
+
+		if (number == SIGUSR1)
 			loop_report();
-		else if (signals[i] == SIGHUP)
+		else if (number == SIGHUP)
 			loop_reload();
-		else if (signals[i] == SIGTERM || signals[i] == SIGINT)
-			loop_stop();
+		else if (number == SIGCHLD)
+			command_reap();
+		else if (number == SIGTERM || number == SIGINT)
+			loop_end(number, signals[i] & SIGNAL_TERMINAL);
 	}
 }
 
@@ -14555,13 +14615,19 @@ loop_run(void)
 	log_end();
 }
 
-/* The handler of all signals: the loop does the rest. */
+/*
+ * The handler of all signals: writes a byte to the loop, with SIGNAL_TERMINAL
+ * in it if no process sent the signal.
+ */
 static void
-signal_note(int number)
+signal_note(int number, siginfo_t *info, void *context)
 {
 	int saved = errno;
-	char byte = (char)number;
+	unsigned char byte = (unsigned char)number;
 
+	(void)context;
+	if (info->si_code > 0)
+		byte |= SIGNAL_TERMINAL;
 	(void)fd_write(signal_pipe[1], &byte, 1);
 	errno = saved;
 }
@@ -14570,7 +14636,8 @@ signal_note(int number)
 static void
 signals_open(void)
 {
-	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
+	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT,
+		SIGCHLD };
 	struct sigaction action;
 	size_t i;
 
@@ -14580,15 +14647,14 @@ signals_open(void)
 		die("no pipe for signals: %s", strerror(errno));
 	memset(&action, 0, sizeof(action));
 	(void)sigemptyset(&action.sa_mask);
-	action.sa_handler = signal_note;
+	action.sa_sigaction = signal_note;
+	action.sa_flags = SA_SIGINFO | SA_NOCLDSTOP;
 	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
 		(void)sigaction(caught[i], &action, NULL);
+	action.sa_flags = 0;
 	action.sa_handler = SIG_IGN;
 	(void)sigaction(SIGPIPE, &action, NULL);
 	(void)sigaction(SIGXFSZ, &action, NULL);
-	/* If it was ignored, children could not be waited for. */
-	action.sa_handler = SIG_DFL;
-	(void)sigaction(SIGCHLD, &action, NULL);
 }
 
 /* ---- 15. Main: options, startup ---- */
@@ -14610,7 +14676,9 @@ usage(const char *format, ...)
 	va_start(args, format);
 	say_words(format, args);
 	va_end(args);
-	fprintf(stderr, "usage: proxy [option ...]; proxy -h lists them\n");
+	fprintf(stderr,
+	    "usage: proxy [option ...] [-- command [argument ...]]; "
+	    "proxy -h lists the options\n");
 	exit(2);
 }
 
@@ -14766,7 +14834,7 @@ option_help(void)
 {
 	size_t i;
 
-	printf("usage: proxy [option ...]\n\n");
+	printf("usage: proxy [option ...] [-- command [argument ...]]\n\n");
 	for (i = 0; i < OPTIONS; i++)
 		printf("  -%c %-10s %s\n", option_table[i].letter,
 		    option_table[i].argument ? option_table[i].argument : "",
@@ -14832,8 +14900,13 @@ options_parse(int argc, char **argv)
 	opterr = 0;
 	while ((letter = getopt(argc, argv, letters)) != -1)
 		option_set(letter, optarg);
-	if (optind < argc)
-		usage("%s: not an option", argv[optind]);
+	if (optind > 1 && strcmp(argv[optind - 1], "--") == 0) {
+		options.command = argv + optind;
+		if (optind == argc)
+			usage("--: a command must follow");
+	} else if (optind < argc)
+		usage("%s: not an option; a command stands behind --",
+		    argv[optind]);
 	if (options.cache_size != 0 && options.cache == NULL)
 		usage("-s: there is no cache without -c directory");
 	if (options.cache_size == 0)
@@ -15028,7 +15101,7 @@ key_print(const char *url)
 {
 	struct text t = text_of(url), login = url_login(t);
 	struct buffer *b = buffer_take();
-	struct target target;
+	struct target target = { .host = { NULL, 0 } };
 
 	if (options.cache == NULL)
 		usage("-k needs -c, the directory to look in");
@@ -15374,7 +15447,7 @@ banner(void)
 			first = a;
 		exposed = exposed || !address_is_local(a);
 	}
-	if (first != NULL) {
+	if (first != NULL && options.command == NULL) {
 		address_print(first, words);
 		warn("  curl -x http://%s http://example.com/", words);
 		warn("  export http_proxy=http://%s https_proxy=http://%s",
@@ -15430,7 +15503,7 @@ logs_own(void)
 {
 	struct stat named, open;
 
-	if (logs.fd == STDOUT_FILENO || !logs.regular ||
+	if (logs.fd <= STDERR_FILENO || !logs.regular ||
 	    fstat(logs.fd, &open) == -1 || open.st_uid == options.uid)
 		return;
 	if (lstat(options.log, &named) == -1 || named.st_ino != open.st_ino ||
@@ -15447,9 +15520,15 @@ logs_own(void)
 static void
 logs_begin(void)
 {
+	int fd;
+
 	log_lines.start = log_lines.end = CHUNK_ROOM;
-	terminal_open(STDOUT_FILENO);
-	terminal_open(STDERR_FILENO);
+	for (fd = STDOUT_FILENO; fd <= STDERR_FILENO; fd++) {
+		if (options.command != NULL)
+			command.standard[fd - STDOUT_FILENO] =
+			    fd_note(fcntl(fd, F_DUPFD, STDERR_FILENO + 1));
+		terminal_open(fd);
+	}
 	if (!log_open())
 		die("can't open the log %s: %s", options.log, strerror(errno));
 	if (options.user != NULL)
@@ -15487,6 +15566,75 @@ user_warn(void)
 }
 
 /*
+ * In the child that becomes the command: it finds the proxy in its environment
+ * and has the descriptors and signals that the proxy was given.
+ */
+static void
+command_run(const char *url)
+{
+	static const char *const set[] = { "http_proxy", "https_proxy",
+		"HTTPS_PROXY", "no_proxy", "NO_PROXY" };
+	static const int changed[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT,
+		SIGCHLD, SIGPIPE, SIGXFSZ };
+	size_t i;
+	int error;
+
+	for (i = 0; i < sizeof(set) / sizeof(set[0]); i++)
+		if (setenv(set[i], i < 3 ? url : "", 1) == -1)
+			_exit(126);
+	for (i = 0; i < sizeof(changed) / sizeof(changed[0]); i++)
+		(void)signal(changed[i], SIG_DFL);
+	for (i = 0; i < 2; i++)
+		(void)dup2(command.standard[i], STDOUT_FILENO + (int)i);
+	fds_close(-1, -1);
+	(void)execvp(options.command[0], options.command);
+	error = errno;
+	warn("can't run %s: %s", options.command[0], strerror(error));
+	_exit(error == ENOENT ? 127 : 126);
+}
+
+/*
+ * Starts the command.  It reaches the proxy by the first address that is no
+ * path; one that stands for all addresses is reached by loopback.
+ */
+static void
+command_start(void)
+{
+	char words[ADDRESS_TEXT], url[ADDRESS_TEXT + 8];
+	struct address a;
+	size_t i = 0;
+
+	while (i < listeners_n && listeners[i].path != NULL)
+		i++;
+	if (i == listeners_n)
+		die("a command can't use a proxy that listens on a path only");
+	a = listeners[i].address;
+	if (address_is_any(&a))
+		a.octets[a.family == AF_INET ? 0 : 15] =
+		    a.family == AF_INET ? 127 : 1;
+	if (a.family == AF_INET && a.octets[0] == 127 && a.octets[3] == 0)
+		a.octets[3] = 1;
+	address_print(&a, words);
+	(void)snprintf(url, sizeof(url), "http://%s", words);
+	command.pid = fork();
+	if (command.pid == -1)
+		die("can't run %s: %s", options.command[0], strerror(errno));
+	if (command.pid == 0)
+		command_run(url);
+}
+
+/* The command has ended: sums up what it did. */
+static void
+command_end(void)
+{
+	warn("%llu requests, %llu refused, %llu from the cache, %llu bytes up, "
+	     "%llu down",
+	    (unsigned long long)totals.exchanges,
+	    (unsigned long long)totals.refused, (unsigned long long)totals.hits,
+	    (unsigned long long)totals.up, (unsigned long long)totals.down);
+}
+
+/*
  * The order matters: the names helper is forked before any socket exists, and
  * sockets and the log are opened before root is given up.
  */
@@ -15518,7 +15666,7 @@ main(int argc, char **argv)
 		die("no helper for names: %s", strerror(errno));
 	signals_open();
 	if (options.listen.n == 0)
-		listen_on("8080");
+		listen_on(options.command ? "127.0.0.1:0" : "8080");
 	for (i = 0; i < options.listen.n; i++)
 		listen_on(options.listen.at[i]);
 	logs_begin();
@@ -15533,7 +15681,11 @@ main(int argc, char **argv)
 	banner();
 	conn_watch(&signal_conn, POLLIN);
 	conn_watch(&names.answers, POLLIN);
+	if (options.command != NULL)
+		command_start();
 	loop_accept_all();
 	loop_run();
-	return 0;
+	if (options.command != NULL)
+		command_end();
+	return command.status;
 }

@@ -9718,6 +9718,98 @@ END
 	[ "$(grep -c -e '-ms ' version)" = 11 ] || fail "-V has limits not looked at"
 }
 
+# Runs the proxy with a command, for ten seconds: sets $status, files out, err.
+command_proxy() {
+	"$proxy_bin" "$@" > out 2> err < /dev/null &
+	wait_exit $! 10
+	status=$?
+}
+
+test_command_run() { # -- COMMAND: it finds the proxy, has its own output, and its status is the proxy's
+	origin o <<'END'
+replies 200 | hello
+END
+	cat > script <<'END'
+echo "out $1"
+echo "http_proxy=$http_proxy https_proxy=$https_proxy HTTPS_PROXY=$HTTPS_PROXY"
+echo "no=$no_proxy$NO_PROXY."
+printf 'ask http://%s/\nask http://%s/\n' "$ORIGIN" "$ORIGIN" |
+	"$PEER" client "${http_proxy#http://}" c
+exit 5
+END
+	ORIGIN=127.0.0.1:$origin_port PEER=$peer NO_PROXY=x \
+	    command_proxy -- sh script "a b"
+	[ $status = 5 ] || fail "status $status: $(cat err)"
+	sed -n 1p out | grep '^out a b$' > /dev/null || fail "out: $(cat out)"
+	url=$(sed -n 's/^proxy: listening on /http:\/\//p' err)
+	[ "$(sed -n 2p out)" = "http_proxy=$url https_proxy=$url HTTPS_PROXY=$url" ] ||
+		fail "environment: $(cat out), $url"
+	[ "$(sed -n 3p out)" = no=. ] || fail "no_proxy: $(cat out)"
+	[ "$(grep -c '" 200 5 .* end=done' err)" = 2 ] || fail "log: $(cat err)"
+	tail -n 1 err | grep '^proxy: 2 requests, 0 refused, 0 from the cache, 0 bytes up, 10 down$' \
+	    > /dev/null || fail "sum: $(tail -n 1 err)"
+	ORIGIN=127.0.0.1:$origin_port PEER=$peer \
+	    command_proxy -o "$T/file" -- sh script
+	[ "$(grep -c end=done file)" = 2 ] || fail "-o: $(cat file)"
+	grep end=done err && fail "-o: standard error has it, too"
+	command_proxy -o - -l 0.0.0.0:0 -- sh -c 'echo "$http_proxy"'
+	grep '^http://127.0.0.1:[1-9]' out > /dev/null || fail "any: $(cat out)"
+}
+
+test_command_status() { # -- COMMAND: 126, 127, 128 + n, and no command at all
+	command_proxy -- /nonexistent/command
+	[ $status = 127 ] || fail "no such command: $status"
+	grep "^proxy: can't run /nonexistent/command: No such" err > /dev/null ||
+		fail "not said: $(cat err)"
+	command_proxy -- "$T"
+	[ $status = 126 ] || fail "a directory: $status"
+	command_proxy -- sh -c 'kill -KILL $$'
+	[ $status = 137 ] || fail "killed: $status"
+	command_proxy --
+	[ $status = 2 ] || fail "no command: $status"
+	command_proxy -l "$T/socket" -- true
+	[ $status = 1 ] && grep 'path only' err > /dev/null ||
+		fail "a path: $status, $(cat err)"
+	command_proxy sh -c true
+	[ $status = 2 ] || fail "without --: $status"
+}
+
+test_command_signals() { # -- COMMAND: TERM reaches it, and the proxy waits for its end
+	cat > script <<'END'
+trap 'echo term; "$PEER" sleep 300; echo end; exit 3' TERM
+touch ready
+while :; do "$PEER" sleep 50; done
+END
+	PEER=$peer "$proxy_bin" -- sh script > out 2> err < /dev/null &
+	proxy_pid=$!
+	echo "$proxy_pid" >> .proxies
+	wait_for 10 '[ -f ready ]' || fail "does not run"
+	kill -TERM "$proxy_pid"
+	wait_exit "$proxy_pid" 10
+	[ "$wait_status" = 3 ] || fail "status $wait_status"
+	[ "$(tr '\n' ' ' < out)" = "term end " ] || fail "out: $(cat out)"
+	: > .proxies
+}
+
+test_command_rest() { # -- COMMAND: what it left under way gets a second, no more
+	origin o <<'END'
+head
+send HTTP/1.1 200 OK\nContent-Length: 10\n\nhello
+stall 9000
+END
+	cat > script <<'END'
+printf 'send GET http://%s/ HTTP/1.1\\nHost: x\\n\\n\nuntil hello\ntouch got\neof\n' "$ORIGIN" |
+	"$PEER" client "${http_proxy#http://}" c > /dev/null 2>&1 &
+while [ ! -f got ]; do "$PEER" sleep 20; done
+exit 0
+END
+	began=$("$peer" clock)
+	ORIGIN=127.0.0.1:$origin_port PEER=$peer command_proxy -- sh script
+	[ $status = 0 ] || fail "status $status: $(cat err)"
+	[ $(($("$peer" clock) - began)) -lt 6000 ] || fail "it waits for long"
+	grep '" 200 5 .* end=stop' err > /dev/null || fail "log: $(cat err)"
+}
+
 test_start_path_used() { # a UNIX socket in use: the message says what to do
 	start_proxy -l "$T/socket"
 	run_proxy -l "$T/socket"
