@@ -11048,6 +11048,33 @@ static const char *const phase_names[] = {
 	[PHASE_LINGER] = "linger",
 };
 
+/* ---- from phase to phase, and the end ---- */
+
+/* A slot with no connection yet, or NULL if all are taken. */
+static struct exchange *
+exchange_take(void)
+{
+	struct exchange *x = exchanges.free, *next_again;
+	bool again;
+
+	if (exchanges.busy == exchanges.n)
+		return NULL;
+	if (x != NULL)
+		exchanges.free = x->next;
+	else
+		x = &exchanges.slots[exchanges.used++];
+	/* A slot stays among those to run when it is freed and taken again. */
+	again = x->again;
+	next_again = x->next_again;
+	memset(x, 0, offsetof(struct exchange, note.text));
+	x->again = again;
+	x->next_again = next_again;
+	conn_clear(&x->server);
+	conn_clear(&x->client);
+	exchanges.busy++;
+	return x;
+}
+
 /* The one place where a phase changes. */
 static void
 exchange_enter(struct exchange *x, enum phase phase)
@@ -11322,7 +11349,7 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	return !verdict.refuses;
 }
 
-/* ---- entries that answer ---- */
+/* ---- who else may answer ---- */
 
 /*
  * The entry in l is the server: its head is parsed and passed on like any
@@ -11408,137 +11435,7 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 		exchange_deny(x, refusal, detail);
 }
 
-/*
- * Drops from what is ready the payload that the client has had before.  What
- * ends within that is not the same payload.
- */
-static void
-exchange_skip(struct exchange *x)
-{
-	struct request *q = x->request;
-	struct flow *f = &x->down;
-	struct conn *from = &x->server;
-	size_t n = f->ready;
-
-	if (n > q->skip)
-		n = (size_t)q->skip;
-	if (n > 0) {
-		buffer_use(&from->in, n);
-		f->ready -= (uint32_t)n;
-		q->skip -= n;
-	}
-	if (f->whole && q->skip > 0) {
-		f->whole = false;
-		f->broken = true;
-	}
-}
-
-/*
- * Reads from one side; of an entry that is still being stored no more than is
- * there, since the end of the file is not yet the end of the body.
- */
-static bool
-exchange_read(struct exchange *x, struct conn *from)
-{
-	uint64_t max = from == &x->server && x->request != NULL ?
-	    cache_room(x) :
-	    UINT64_MAX;
-
-	if (max == UINT64_MAX)
-		return conn_read(from);
-	if (max == 0) {
-		from->readable = false;
-		return false;
-	}
-	if (!conn_read_some(from, max > BUFFER_ROOM ? BUFFER_ROOM : max))
-		return false;
-	/* It was all there: somebody has cut the file. */
-	if (from->eof)
-		from->error = EIO;
-	from->eof = false;
-	return true;
-}
-
-/*
- * Lets the rules see what of the body has come behind the first old bytes.
- * If they forbid it, that piece is dropped, and the flow is broken.
- */
-static bool
-exchange_seek(struct exchange *x, size_t old)
-{
-	struct buffer *in = x->server.in;
-	struct flow *f = &x->down;
-
-	if ((f->ready == old && !f->whole) ||
-	    access_body(x,
-		f->ready > old ?
-		    text_cut(in->data + in->start + old, f->ready - old) :
-		    text_of(""),
-		f->whole))
-		return true;
-	store_drop(x);
-	f->ready = (uint32_t)old;
-	f->whole = false;
-	f->broken = true;
-	x->record.refusal = REFUSE_RULE;
-	return false;
-}
-
-/*
- * Moves a message along until one side has to wait.  Framing, payload and
- * the end of it are put into `out` before it is written, so that a small
- * message is one write.
- */
-static bool
-exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
-    struct conn *to)
-{
-	struct request *q = f == &x->down ? x->request : NULL;
-	bool moved = false;
-	size_t held;
-	unsigned n;
-
-	for (n = 0; n < MOVES_MAX && !to->deaf; n++) {
-		size_t old = f->ready;
-
-		if (to->out != NULL && !to->writable && !to->hung &&
-		    to->fd != -1)
-			break;
-		if (!f->done)
-			flow_decode(f, from->in, from->eof);
-		if (q != NULL && q->skip > 0)
-			exchange_skip(x);
-		if (q != NULL && q->access.answer != NULL && !f->done &&
-		    !exchange_seek(x, old))
-			return true;
-		if (q != NULL && f->ready > old)
-			store_append(x,
-			    text_cut(from->in->data + from->in->start + old,
-				f->ready - old));
-		if (q != NULL && f->whole)
-			store_finish(x);
-		if (options.verbose > 1 && f->ready > old)
-			trace_dump(x, f == &x->up ? "c>s" : "s>c",
-			    text_cut(from->in->data + from->in->start + old,
-				f->ready - old));
-		if (f->ready == 0 && !f->whole && !f->broken &&
-		    exchange_read(x, from) && !from->error) {
-			moved = true;
-			continue;
-		}
-		if (!f->done && flow_encode(f, from, to))
-			moved = true;
-		held = buffer_held(to->out);
-		(void)conn_write(to);
-		if (buffer_held(to->out) < held)
-			x->moved = now.ms;
-		if (to->out || f->done || (f->ready == 0 && !f->whole))
-			break;
-	}
-	return moved;
-}
-
-/* ---- requests ---- */
+/* ---- REQUEST: a whole head; who may answer it? ---- */
 
 /*
  * The length of the head in c's `in`, with `skip` bytes in front of it; as
@@ -11777,31 +11674,6 @@ refresh_build(const struct request *q, struct buffer *b)
 	buffer_append(b, text_of("\r\n"));
 }
 
-/* A slot with no connection yet, or NULL if all are taken. */
-static struct exchange *
-exchange_take(void)
-{
-	struct exchange *x = exchanges.free, *next_again;
-	bool again;
-
-	if (exchanges.busy == exchanges.n)
-		return NULL;
-	if (x != NULL)
-		exchanges.free = x->next;
-	else
-		x = &exchanges.slots[exchanges.used++];
-	/* A slot stays among those to run when it is freed and taken again. */
-	again = x->again;
-	next_again = x->next_again;
-	memset(x, 0, offsetof(struct exchange, note.text));
-	x->again = again;
-	x->next_again = next_again;
-	conn_clear(&x->server);
-	conn_clear(&x->client);
-	exchanges.busy++;
-	return x;
-}
-
 /* A slot for what is done for nobody: its client is no socket. */
 static struct exchange *
 exchange_take_refresh(const struct exchange *x)
@@ -12006,7 +11878,7 @@ request_step(struct exchange *x)
 	return true;
 }
 
-/* ---- finding the server ---- */
+/* ---- RESOLVE: the addresses of the next hop ---- */
 
 /*
  * The addresses of host, a name, into the facts' list.  False if they are not
@@ -12178,6 +12050,8 @@ resolve_step(struct exchange *x)
 	return true;
 }
 
+/* ---- the head for the server ---- */
+
 /*
  * host[:port] of the target, as a URL has it: port 80 goes without saying,
  * but for CONNECT.  to has HOST_MAX + 10 bytes.
@@ -12201,6 +12075,172 @@ exchange_target(const struct exchange *x, char *to)
 	*to = '\0';
 }
 
+/* True if requests go whole to a parent that speaks HTTP. */
+static bool
+exchange_is_relayed(const struct exchange *x)
+{
+	const struct parent *parent = exchange_parent(x);
+
+	return parent != NULL && parent->kind == PARENT_HTTP;
+}
+
+/* `Host: host[:port]`, from the target and nothing else. */
+static void
+host_append(const struct exchange *x, struct buffer *b)
+{
+	char target[HOST_MAX + 10];
+
+	exchange_target(x, target);
+	buffer_append(b, text_of("Host: "));
+	buffer_append(b, text_of(target));
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* The request line for the next hop: a parent gets the whole target. */
+static void
+request_line_append(const struct exchange *x, struct buffer *b)
+{
+	const struct request *r = x->request;
+	struct text path = r->target.path;
+	bool absolute = exchange_is_relayed(x);
+	char target[HOST_MAX + 10];
+
+	buffer_append(b, r->name);
+	buffer_append(b, text_of(" "));
+	if (r->method == METHOD_CONNECT || absolute) {
+		exchange_target(x, target);
+		buffer_print(b, "%s%s",
+		    r->method == METHOD_CONNECT ? "" : "http://", target);
+	}
+	if (r->method == METHOD_OPTIONS && path.len == 0)
+		buffer_append(b, text_of(absolute ? "" : "*"));
+	else if (r->method != METHOD_CONNECT &&
+	    (path.len == 0 || *path.at == '?'))
+		buffer_append(b, text_of("/"));
+	buffer_append(b, path);
+	buffer_append(b, text_of(" HTTP/1.1\r\n"));
+}
+
+/*
+ * The login for an HTTP parent: ours, or else the client's own, unless that
+ * was for us.
+ */
+static void
+login_append(const struct exchange *x, struct buffer *b)
+{
+	const struct request *r = x->request;
+	const struct parent *parent = exchange_parent(x);
+	char plain[2 * CREDENTIAL_MAX + 2];
+	char coded[4 * (sizeof(plain) + 2) / 3 + 1];
+	const struct field *own = head_field(&r->head, "Proxy-Authorization");
+	int n;
+
+	if (!exchange_is_relayed(x))
+		return;
+	if (parent->login) {
+		n = snprintf(plain, sizeof(plain), "%s:%s", parent->user,
+		    parent->password);
+		base64_encode(plain, (size_t)n, coded);
+		buffer_print(b, "Proxy-Authorization: Basic %s\r\n", coded);
+	} else if (own != NULL && !x->rules->logins)
+		field_append(b, own);
+}
+
+/* One field of the request to the next hop, or nothing. */
+static void
+request_field_append(struct exchange *x, size_t i, struct buffer *b)
+{
+	const struct request *r = x->request;
+	const struct field *field = &r->head.fields[i];
+	uint64_t hops;
+
+	if (text_is(field->name, "Content-Length")) {
+		if (field == head_field(&r->head, "Content-Length") &&
+		    r->method != METHOD_CONNECT)
+			length_append(b, r->length);
+	} else if (text_is(field->name, "Max-Forwards") &&
+	    (r->method == METHOD_TRACE || r->method == METHOD_OPTIONS)) {
+		if (number_parse(field->value, INT32_MAX, &hops) && hops > 0)
+			buffer_print(b, "Max-Forwards: %llu\r\n",
+			    (unsigned long long)hops - 1);
+	} else if (text_is(field->name, "Expect") && r->minor == 0)
+		trace(x, "Expect of an HTTP/1.0 client is ignored");
+	else if (x->request->caching.has_entry &&
+	    name_is_among(field->name, fields_of_condition))
+		return;
+	else if (field_passes(&r->head, i) && !r->rewrites.taken[i])
+		field_append(b, field);
+}
+
+/* The validators of the entry at hand (RFC 9111 section 4.3.1). */
+static void
+validators_append(struct exchange *x, struct buffer *b)
+{
+	const struct field *field;
+	struct response r;
+	struct entry e;
+	struct buffer *old = entry_load(x->request->caching.entry, &e, &r);
+
+	if (old == NULL)
+		return;
+	field = head_field(&r.head, "ETag");
+	if (field != NULL)
+		buffer_print(b, "If-None-Match: %.*s\r\n",
+		    (int)field->value.len, field->value.at);
+	field = head_field(&r.head, "Last-Modified");
+	if (field != NULL)
+		buffer_print(b, "If-Modified-Since: %.*s\r\n",
+		    (int)field->value.len, field->value.at);
+	buffer_give(&old);
+}
+
+/* Connection, and what it names: an upgrade, and the wish for trailers. */
+static void
+connection_append(const struct exchange *x, struct buffer *b)
+{
+	const struct request *r = x->request;
+	bool trailers = r->minor == 1 && r->method != METHOD_CONNECT &&
+	    head_lists(&r->head, "TE", text_of("trailers"));
+	size_t i;
+
+	if (trailers)
+		buffer_append(b, text_of("TE: trailers\r\n"));
+	for (i = 0; i < r->head.n && x->request->upgrade; i++)
+		if (text_is(r->head.fields[i].name, "Upgrade"))
+			field_append(b, &r->head.fields[i]);
+	if (trailers || x->request->upgrade)
+		buffer_print(b, "Connection: %s%s%s\r\n", trailers ? "TE" : "",
+		    trailers && x->request->upgrade ? ", " : "",
+		    x->request->upgrade ? "upgrade" : "");
+}
+
+/* The whole request head for the next hop, into b. */
+static void
+request_build(struct exchange *x, struct buffer *b)
+{
+	const struct request *r = x->request;
+	size_t i;
+
+	request_line_append(x, b);
+	host_append(x, b);
+	for (i = 0; i < r->head.n; i++)
+		request_field_append(x, i, b);
+	if (x->up.to == FRAMING_CHUNKED)
+		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
+	login_append(x, b);
+	if (x->request->caching.has_entry)
+		validators_append(x, b);
+	for (i = 0; i < r->rewrites.n; i++)
+		field_append(b, &r->rewrites.fields[i]);
+	x->up.bare = r->rewrites.strips;
+	if (!r->rewrites.via)
+		via_append(b, r->minor);
+	connection_append(x, b);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* ---- CONNECT: one address after the other ---- */
+
 /* Where a connection to address leads, and how; see struct hop. */
 static struct hop
 exchange_hop(const struct exchange *x, const struct address *address)
@@ -12217,15 +12257,6 @@ exchange_hop(const struct exchange *x, const struct address *address)
 	if (parent != NULL && parent->kind == PARENT_SOCKS)
 		exchange_target(x, hop.beyond);
 	return hop;
-}
-
-/* True if requests go whole to a parent that speaks HTTP. */
-static bool
-exchange_is_relayed(const struct exchange *x)
-{
-	const struct parent *parent = exchange_parent(x);
-
-	return parent != NULL && parent->kind == PARENT_HTTP;
 }
 
 /*
@@ -12402,163 +12433,6 @@ connect_refuse(struct exchange *x, int error)
 	exchange_refuse(x, refusal, detail);
 }
 
-/* ---- asking the server ---- */
-
-/* `Host: host[:port]`, from the target and nothing else. */
-static void
-host_append(const struct exchange *x, struct buffer *b)
-{
-	char target[HOST_MAX + 10];
-
-	exchange_target(x, target);
-	buffer_append(b, text_of("Host: "));
-	buffer_append(b, text_of(target));
-	buffer_append(b, text_of("\r\n"));
-}
-
-/* The request line for the next hop: a parent gets the whole target. */
-static void
-request_line_append(const struct exchange *x, struct buffer *b)
-{
-	const struct request *r = x->request;
-	struct text path = r->target.path;
-	bool absolute = exchange_is_relayed(x);
-	char target[HOST_MAX + 10];
-
-	buffer_append(b, r->name);
-	buffer_append(b, text_of(" "));
-	if (r->method == METHOD_CONNECT || absolute) {
-		exchange_target(x, target);
-		buffer_print(b, "%s%s",
-		    r->method == METHOD_CONNECT ? "" : "http://", target);
-	}
-	if (r->method == METHOD_OPTIONS && path.len == 0)
-		buffer_append(b, text_of(absolute ? "" : "*"));
-	else if (r->method != METHOD_CONNECT &&
-	    (path.len == 0 || *path.at == '?'))
-		buffer_append(b, text_of("/"));
-	buffer_append(b, path);
-	buffer_append(b, text_of(" HTTP/1.1\r\n"));
-}
-
-/*
- * The login for an HTTP parent: ours, or else the client's own, unless that
- * was for us.
- */
-static void
-login_append(const struct exchange *x, struct buffer *b)
-{
-	const struct request *r = x->request;
-	const struct parent *parent = exchange_parent(x);
-	char plain[2 * CREDENTIAL_MAX + 2];
-	char coded[4 * (sizeof(plain) + 2) / 3 + 1];
-	const struct field *own = head_field(&r->head, "Proxy-Authorization");
-	int n;
-
-	if (!exchange_is_relayed(x))
-		return;
-	if (parent->login) {
-		n = snprintf(plain, sizeof(plain), "%s:%s", parent->user,
-		    parent->password);
-		base64_encode(plain, (size_t)n, coded);
-		buffer_print(b, "Proxy-Authorization: Basic %s\r\n", coded);
-	} else if (own != NULL && !x->rules->logins)
-		field_append(b, own);
-}
-
-/* One field of the request to the next hop, or nothing. */
-static void
-request_field_append(struct exchange *x, size_t i, struct buffer *b)
-{
-	const struct request *r = x->request;
-	const struct field *field = &r->head.fields[i];
-	uint64_t hops;
-
-	if (text_is(field->name, "Content-Length")) {
-		if (field == head_field(&r->head, "Content-Length") &&
-		    r->method != METHOD_CONNECT)
-			length_append(b, r->length);
-	} else if (text_is(field->name, "Max-Forwards") &&
-	    (r->method == METHOD_TRACE || r->method == METHOD_OPTIONS)) {
-		if (number_parse(field->value, INT32_MAX, &hops) && hops > 0)
-			buffer_print(b, "Max-Forwards: %llu\r\n",
-			    (unsigned long long)hops - 1);
-	} else if (text_is(field->name, "Expect") && r->minor == 0)
-		trace(x, "Expect of an HTTP/1.0 client is ignored");
-	else if (x->request->caching.has_entry &&
-	    name_is_among(field->name, fields_of_condition))
-		return;
-	else if (field_passes(&r->head, i) && !r->rewrites.taken[i])
-		field_append(b, field);
-}
-
-/* The validators of the entry at hand (RFC 9111 section 4.3.1). */
-static void
-validators_append(struct exchange *x, struct buffer *b)
-{
-	const struct field *field;
-	struct response r;
-	struct entry e;
-	struct buffer *old = entry_load(x->request->caching.entry, &e, &r);
-
-	if (old == NULL)
-		return;
-	field = head_field(&r.head, "ETag");
-	if (field != NULL)
-		buffer_print(b, "If-None-Match: %.*s\r\n",
-		    (int)field->value.len, field->value.at);
-	field = head_field(&r.head, "Last-Modified");
-	if (field != NULL)
-		buffer_print(b, "If-Modified-Since: %.*s\r\n",
-		    (int)field->value.len, field->value.at);
-	buffer_give(&old);
-}
-
-/* Connection, and what it names: an upgrade, and the wish for trailers. */
-static void
-connection_append(const struct exchange *x, struct buffer *b)
-{
-	const struct request *r = x->request;
-	bool trailers = r->minor == 1 && r->method != METHOD_CONNECT &&
-	    head_lists(&r->head, "TE", text_of("trailers"));
-	size_t i;
-
-	if (trailers)
-		buffer_append(b, text_of("TE: trailers\r\n"));
-	for (i = 0; i < r->head.n && x->request->upgrade; i++)
-		if (text_is(r->head.fields[i].name, "Upgrade"))
-			field_append(b, &r->head.fields[i]);
-	if (trailers || x->request->upgrade)
-		buffer_print(b, "Connection: %s%s%s\r\n", trailers ? "TE" : "",
-		    trailers && x->request->upgrade ? ", " : "",
-		    x->request->upgrade ? "upgrade" : "");
-}
-
-/* The whole request head for the next hop, into b. */
-static void
-request_build(struct exchange *x, struct buffer *b)
-{
-	const struct request *r = x->request;
-	size_t i;
-
-	request_line_append(x, b);
-	host_append(x, b);
-	for (i = 0; i < r->head.n; i++)
-		request_field_append(x, i, b);
-	if (x->up.to == FRAMING_CHUNKED)
-		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
-	login_append(x, b);
-	if (x->request->caching.has_entry)
-		validators_append(x, b);
-	for (i = 0; i < r->rewrites.n; i++)
-		field_append(b, &r->rewrites.fields[i]);
-	x->up.bare = r->rewrites.strips;
-	if (!r->rewrites.via)
-		via_append(b, r->minor);
-	connection_append(x, b);
-	buffer_append(b, text_of("\r\n"));
-}
-
 /* Sends the head to the server, x->server being connected. */
 static void
 exchange_send(struct exchange *x)
@@ -12659,7 +12533,7 @@ connect_step(struct exchange *x)
 	return true;
 }
 
-/* ---- a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
+/* ---- GREET: a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
 
 /* Our first words: the ways to log in that we know. */
 static void
@@ -12804,16 +12678,139 @@ greet_step(struct exchange *x)
 	return conn_read_some(s, GREETING_MAX);
 }
 
-/* ---- responses ---- */
+/* ---- a body from one side to the other ---- */
 
-/* True if the server asks for a login that we must not pass on as ours. */
-static bool
-response_wants_login(const struct exchange *x, const struct response *r)
+/*
+ * Drops from what is ready the payload that the client has had before.  What
+ * ends within that is not the same payload.
+ */
+static void
+exchange_skip(struct exchange *x)
 {
-	return r->status == 407 && !answer_is_local(x->request) &&
-	    (!exchange_is_relayed(x) || exchange_parent(x)->login ||
-		x->rules->logins);
+	struct request *q = x->request;
+	struct flow *f = &x->down;
+	struct conn *from = &x->server;
+	size_t n = f->ready;
+
+	if (n > q->skip)
+		n = (size_t)q->skip;
+	if (n > 0) {
+		buffer_use(&from->in, n);
+		f->ready -= (uint32_t)n;
+		q->skip -= n;
+	}
+	if (f->whole && q->skip > 0) {
+		f->whole = false;
+		f->broken = true;
+	}
 }
+
+/*
+ * Reads from one side; of an entry that is still being stored no more than is
+ * there, since the end of the file is not yet the end of the body.
+ */
+static bool
+exchange_read(struct exchange *x, struct conn *from)
+{
+	uint64_t max = from == &x->server && x->request != NULL ?
+	    cache_room(x) :
+	    UINT64_MAX;
+
+	if (max == UINT64_MAX)
+		return conn_read(from);
+	if (max == 0) {
+		from->readable = false;
+		return false;
+	}
+	if (!conn_read_some(from, max > BUFFER_ROOM ? BUFFER_ROOM : max))
+		return false;
+	/* It was all there: somebody has cut the file. */
+	if (from->eof)
+		from->error = EIO;
+	from->eof = false;
+	return true;
+}
+
+/*
+ * Lets the rules see what of the body has come behind the first old bytes.
+ * If they forbid it, that piece is dropped, and the flow is broken.
+ */
+static bool
+exchange_seek(struct exchange *x, size_t old)
+{
+	struct buffer *in = x->server.in;
+	struct flow *f = &x->down;
+
+	if ((f->ready == old && !f->whole) ||
+	    access_body(x,
+		f->ready > old ?
+		    text_cut(in->data + in->start + old, f->ready - old) :
+		    text_of(""),
+		f->whole))
+		return true;
+	store_drop(x);
+	f->ready = (uint32_t)old;
+	f->whole = false;
+	f->broken = true;
+	x->record.refusal = REFUSE_RULE;
+	return false;
+}
+
+/*
+ * Moves a message along until one side has to wait.  Framing, payload and
+ * the end of it are put into `out` before it is written, so that a small
+ * message is one write.
+ */
+static bool
+exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
+    struct conn *to)
+{
+	struct request *q = f == &x->down ? x->request : NULL;
+	bool moved = false;
+	size_t held;
+	unsigned n;
+
+	for (n = 0; n < MOVES_MAX && !to->deaf; n++) {
+		size_t old = f->ready;
+
+		if (to->out != NULL && !to->writable && !to->hung &&
+		    to->fd != -1)
+			break;
+		if (!f->done)
+			flow_decode(f, from->in, from->eof);
+		if (q != NULL && q->skip > 0)
+			exchange_skip(x);
+		if (q != NULL && q->access.answer != NULL && !f->done &&
+		    !exchange_seek(x, old))
+			return true;
+		if (q != NULL && f->ready > old)
+			store_append(x,
+			    text_cut(from->in->data + from->in->start + old,
+				f->ready - old));
+		if (q != NULL && f->whole)
+			store_finish(x);
+		if (options.verbose > 1 && f->ready > old)
+			trace_dump(x, f == &x->up ? "c>s" : "s>c",
+			    text_cut(from->in->data + from->in->start + old,
+				f->ready - old));
+		if (f->ready == 0 && !f->whole && !f->broken &&
+		    exchange_read(x, from) && !from->error) {
+			moved = true;
+			continue;
+		}
+		if (!f->done && flow_encode(f, from, to))
+			moved = true;
+		held = buffer_held(to->out);
+		(void)conn_write(to);
+		if (buffer_held(to->out) < held)
+			x->moved = now.ms;
+		if (to->out || f->done || (f->ready == 0 && !f->whole))
+			break;
+	}
+	return moved;
+}
+
+/* ---- the head for the client ---- */
 
 /* One field of the response to the client, or nothing. */
 static void
@@ -12924,6 +12921,17 @@ response_pass(struct exchange *x, const struct response *r, size_t n)
 	trace_head(x, ">c", buffer_text(out));
 	conn_drop_head(s, n);
 	return true;
+}
+
+/* ---- RESPONSE: the head of the answer ---- */
+
+/* True if the server asks for a login that we must not pass on as ours. */
+static bool
+response_wants_login(const struct exchange *x, const struct response *r)
+{
+	return r->status == 407 && !answer_is_local(x->request) &&
+	    (!exchange_is_relayed(x) || exchange_parent(x)->login ||
+		x->rules->logins);
 }
 
 /* Appends t to the texts of a note, cut to its room; returns its length. */
@@ -13322,7 +13330,7 @@ response_step(struct exchange *x)
 	return true;
 }
 
-/* ---- relaying ---- */
+/* ---- RELAY: the body, or both sides of a tunnel ---- */
 
 /*
  * Writes the log line, keeps or closes the server's connection, and forgets
@@ -13573,6 +13581,8 @@ relay_step(struct exchange *x)
 	return true;
 }
 
+/* ---- LINGER: until the client has closed ---- */
+
 /*
  * LINGER: we have said our last word; what the client still sends is read
  * and dropped, for if it met a closed socket, the reset could overtake the
@@ -13593,15 +13603,7 @@ linger_step(struct exchange *x)
 	return true;
 }
 
-/* FREE: nothing to do. */
-static bool
-free_step(struct exchange *x)
-{
-	(void)x;
-	return false;
-}
-
-/* ---- what an exchange waits for ---- */
+/* ---- all phases: what they wait for, and the turn ---- */
 
 /*
  * What to wait for at c: only for what said that it would block (see section
@@ -13796,6 +13798,14 @@ exchange_overhear(struct exchange *x)
 		(void)conn_read(c);
 	if (client_is_gone(x) && !relay_goes_on(x))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
+}
+
+/* FREE: nothing to do. */
+static bool
+free_step(struct exchange *x)
+{
+	(void)x;
+	return false;
 }
 
 /*
