@@ -12535,49 +12535,54 @@ connect_step(struct exchange *x)
 
 /* ---- GREET: a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
 
-/* Our first words: the ways to log in that we know. */
+/* Our words that go with a state of the handshake. */
 static void
-greet_begin(const struct parent *parent, struct buffer *b)
+greet_append(const struct exchange *x, struct buffer *b)
 {
-	buffer_append(b,
-	    parent->login ? text_cut("\5\2\0\2", 4) : text_cut("\5\1\0", 3));
-}
-
-/* User and password, each behind its length (RFC 1929 section 2). */
-static void
-greet_login(const struct parent *parent, struct buffer *b)
-{
-	struct text user = text_of(parent->user);
-	struct text password = text_of(parent->password);
-
-	buffer_print(b, "\1%c", (int)user.len);
-	buffer_append(b, user);
-	buffer_print(b, "%c", (int)password.len);
-	buffer_append(b, password);
-}
-
-/* Asks for the target, by name: looking it up is the parent's part. */
-static void
-greet_target(const struct exchange *x, struct buffer *b)
-{
-	const struct request *q = x->request;
-	unsigned char port[2];
+	const struct parent *parent = exchange_parent(x);
+	const struct target *t = &x->request->target;
+	int host_len = (int)t->host.len;
 	struct address a;
 
-	buffer_append(b, text_cut("\5\1\0", 3));
-	if (!address_parse(q->target.host, q->target.port, &a)) {
-		buffer_print(b, "\3%c", (int)q->target.host.len);
-		buffer_append(b, q->target.host);
-	} else if (a.family == AF_INET) {
-		buffer_append(b, text_of("\1"));
-		buffer_append(b, text_cut((char *)a.octets, 4));
-	} else {
-		buffer_append(b, text_of("\4"));
-		buffer_append(b, text_cut((char *)a.octets, 16));
+	switch (x->request->route.greeting) {
+	case GREETING_METHOD:
+		buffer_append(b,
+		    parent->login ? text_cut("\5\2\0\2", 4) :
+				    text_cut("\5\1\0", 3));
+		break;
+	case GREETING_LOGIN:
+		/* Each behind its length (RFC 1929 section 2). */
+		buffer_print(b, "\1%c%s%c%s", (int)strlen(parent->user),
+		    parent->user, (int)strlen(parent->password),
+		    parent->password);
+		break;
+	default:
+		/* A name as a name: looking it up is the parent's part. */
+		buffer_append(b, text_cut("\5\1\0", 3));
+		if (!address_parse(t->host, t->port, &a))
+			buffer_print(b, "\3%c%.*s", host_len, host_len,
+			    t->host.at);
+		else {
+			bool six = a.family == AF_INET6;
+
+			buffer_append(b, text_of(six ? "\4" : "\1"));
+			buffer_append(b,
+			    text_cut((char *)a.octets, six ? 16 : 4));
+		}
+		buffer_print(b, "%c%c", (int)(t->port >> 8),
+		    (int)(t->port & 255));
 	}
-	port[0] = (unsigned char)(q->target.port >> 8);
-	port[1] = (unsigned char)(q->target.port & 255);
-	buffer_append(b, text_cut((char *)port, 2));
+}
+
+/* Our next words; then the parent is to say `next`. */
+static void
+greet_say(struct exchange *x, enum greeting next)
+{
+	x->request->route.greeting = next;
+	if (conn_out(&x->server) == NULL)
+		exchange_refuse(x, REFUSE_MEMORY, "");
+	else
+		greet_append(x, x->server.out);
 }
 
 /*
@@ -12618,30 +12623,21 @@ greet_words(unsigned char code)
 							 "an unknown reply";
 }
 
-/* The parent said t, a whole message: our answer into b, or a refusal. */
+/* The parent said something whole, and this code in it. */
 static void
-greet_answer(struct exchange *x, struct text t)
+greet_answer(struct exchange *x, unsigned char code)
 {
-	struct request *q = x->request;
-	struct buffer *out = conn_out(&x->server);
-	const struct parent *parent = exchange_parent(x);
-	unsigned char code = (unsigned char)t.at[1];
+	enum greeting greeting = x->request->route.greeting;
 
-	if (out == NULL)
-		exchange_refuse(x, REFUSE_MEMORY, "");
-	else if (q->route.greeting == GREETING_METHOD && code == 2 &&
-	    parent->login) {
-		greet_login(parent, out);
-		q->route.greeting = GREETING_LOGIN;
-	} else if ((q->route.greeting == GREETING_METHOD && code == 0) ||
-	    (q->route.greeting == GREETING_LOGIN && code == 0)) {
-		greet_target(x, out);
-		q->route.greeting = GREETING_REPLY;
-	} else if (q->route.greeting == GREETING_REPLY && code == 0) {
-		buffer_give(&x->server.out);
+	if (greeting == GREETING_REPLY && code == 0)
 		connect_open(x);
-	} else if (q->route.greeting == GREETING_REPLY)
+	else if (greeting == GREETING_REPLY)
 		exchange_refuse(x, REFUSE_PARENT, greet_words(code));
+	else if (code == 0)
+		greet_say(x, GREETING_REPLY);
+	else if (greeting == GREETING_METHOD && code == 2 &&
+	    exchange_parent(x)->login)
+		greet_say(x, GREETING_LOGIN);
 	else
 		exchange_refuse(x, REFUSE_PARENT_LOGIN, "SOCKS5 login failed");
 }
@@ -12650,32 +12646,30 @@ greet_answer(struct exchange *x, struct text t)
 static bool
 greet_step(struct exchange *x)
 {
-	struct request *q = x->request;
+	enum greeting greeting = x->request->route.greeting;
 	struct conn *s = &x->server;
-	char message[GREETING_MAX];
 	struct text t;
 	size_t n;
 
-	if (q->route.greeting == GREETING_BEGIN && conn_out(s) != NULL) {
-		greet_begin(exchange_parent(x), s->out);
-		q->route.greeting = GREETING_METHOD;
+	if (greeting == GREETING_BEGIN) {
+		greet_say(x, GREETING_METHOD);
+		return true;
 	}
 	(void)conn_write(s);
 	t = s->in == NULL ? text_of("") : buffer_text(s->in);
-	n = greet_length(q->route.greeting, t);
+	n = greet_length(greeting, t);
 	if (n > 0 && t.len >= n) {
-		memcpy(message, t.at, n);
+		unsigned char code = (unsigned char)t.at[1];
+
 		buffer_use(&s->in, n);
-		greet_answer(x, text_cut(message, n));
-		return true;
-	}
-	if (n == 0 || s->eof || s->error || s->deaf) {
-		exchange_refuse(x, REFUSE_PARENT,
-		    n == 0 ? "it does not speak SOCKS5" :
-			     "it closed the connection");
-		return true;
-	}
-	return conn_read_some(s, GREETING_MAX);
+		greet_answer(x, code);
+	} else if (n == 0)
+		exchange_refuse(x, REFUSE_PARENT, "it does not speak SOCKS5");
+	else if (s->eof || s->error || s->deaf)
+		exchange_refuse(x, REFUSE_PARENT, "it closed the connection");
+	else
+		return conn_read_some(s, GREETING_MAX);
+	return true;
 }
 
 /* ---- a body from one side to the other ---- */
