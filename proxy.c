@@ -11144,6 +11144,19 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 }
 
 /*
+ * The answer was made in memory: it goes the way of every answer.  If there
+ * was no memory for it, the exchange ends.
+ */
+static void
+exchange_answer(struct exchange *x)
+{
+	if (x->server.in == NULL)
+		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+	else
+		exchange_enter(x, PHASE_RESPONSE);
+}
+
+/*
  * Refuses the request, whatever was done for it so far.  Once a response
  * head has gone out, the only refusal is to end.
  */
@@ -11163,11 +11176,7 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 	cache_leave(x);
 	buffer_give(&q->access.answer);
 	page_refusal(x, refusal, detail);
-	if (x->server.in == NULL) {
-		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
-		return;
-	}
-	exchange_enter(x, PHASE_RESPONSE);
+	exchange_answer(x);
 }
 
 /* ---- what the rules say ---- */
@@ -11213,26 +11222,29 @@ access_refuse(struct exchange *x)
 		    rule->refusal == REFUSE_FOREIGN ? detail : "");
 }
 
-/*
- * Judges whether the exchange may pass, by what is known now.  False if it
- * was refused; if it is not decided yet, it stays open.
- */
+/* True if a rule refuses, by what v knows; undecided, it stays open. */
+static bool
+access_is_refused(struct exchange *x, struct view *v)
+{
+	struct verdict verdict = rules_judge(x->rules, GROUP_ACCESS, v);
+
+	x->request->access.open = verdict.truth == TRUTH_UNDECIDED;
+	if (verdict.truth != TRUTH_YES)
+		return false;
+	x->record.rule = verdict.rule;
+	trace(x, "decided by %s: %s", verdict.rule->where, verdict.rule->text);
+	return verdict.refuses;
+}
+
+/* False if the exchange may not pass, by what v knows, and was refused. */
 static bool
 access_judge(struct exchange *x, struct view *v)
 {
-	struct request *q = x->request;
-	struct verdict verdict = rules_judge(x->rules, GROUP_ACCESS, v);
+	bool refused = access_is_refused(x, v);
 
-	q->access.open = verdict.truth == TRUTH_UNDECIDED;
-	if (verdict.truth != TRUTH_YES)
-		return true;
-	x->record.rule = verdict.rule;
-	trace(x, "decided by %s: %s", x->record.rule->where,
-	    x->record.rule->text);
-	if (!verdict.refuses)
-		return true;
-	access_refuse(x);
-	return false;
+	if (refused)
+		access_refuse(x);
+	return !refused;
 }
 
 /* Of the parents of a rule the first that was not lately out of reach. */
@@ -11282,35 +11294,45 @@ access_begin(struct exchange *x)
 	return true;
 }
 
+/* Sets v to what is known once the answer is r. */
+static void
+answer_view(const struct exchange *x, const struct response *r, struct view *v)
+{
+	const struct request *q = x->request;
+
+	exchange_view(x, r, answer_is_stored(q) ? q->body : response_length(r),
+	    v);
+}
+
 /*
- * A response has come, as v shows it.  False if it was refused.  If it is
+ * An answer has come: r, parsed from head.  False if it was refused.  If it is
  * still open, the head is kept for the time when the body tells more, and in
  * front of it, a byte for each text, how much of that was found so far.
  */
 static bool
-access_response(struct exchange *x, const struct response *r, struct text head,
-    struct view *v)
+access_response(struct exchange *x, const struct response *r, struct text head)
 {
-	struct request *q = x->request;
+	struct access *access = &x->request->access;
+	struct buffer *b;
+	struct view v;
 
-	if (!q->access.open)
+	if (!access->open)
 		return true;
-	if (!access_judge(x, v))
+	answer_view(x, r, &v);
+	if (!access_judge(x, &v))
 		return false;
-	if (!q->access.open || r->status < 200)
+	if (!access->open || r->status < 200)
 		return true;
-	buffer_give(&q->access.answer);
-	q->access.answer = buffer_take();
-	if (q->access.answer == NULL) {
-		exchange_deny(x, REFUSE_MEMORY, "");
-		return false;
+	buffer_give(&access->answer);
+	access->answer = b = buffer_take();
+	if (b != NULL) {
+		memset(b->data, 0, NEEDLES_MAX);
+		b->start = b->end = NEEDLES_MAX;
+		buffer_append(b, head);
+		if (b->overflow == 0)
+			return true;
 	}
-	memset(q->access.answer->data, 0, NEEDLES_MAX);
-	q->access.answer->start = q->access.answer->end = NEEDLES_MAX;
-	buffer_append(q->access.answer, head);
-	if (q->access.answer->overflow == 0)
-		return true;
-	exchange_deny(x, REFUSE_ANSWER_LONG, "");
+	exchange_deny(x, b ? REFUSE_ANSWER_LONG : REFUSE_MEMORY, "");
 	return false;
 }
 
@@ -11321,32 +11343,29 @@ access_response(struct exchange *x, const struct response *r, struct text head,
 static bool
 access_body(struct exchange *x, struct text piece, bool whole)
 {
-	unsigned char *states =
-	    (unsigned char *)x->request->access.answer->data;
-	unsigned found = x->request->access.found;
-	struct verdict verdict;
+	struct access *access = &x->request->access;
+	unsigned found = access->found;
 	struct response r;
-	struct request *q = x->request;
 	struct view v;
+	bool refused;
 
-	q->access.found |= rules_seek(x->rules, states, piece);
-	(void)response_parse(buffer_text(q->access.answer), q->method, &r);
-	exchange_view(x, &r,
-	    answer_is_stored(q) ? q->body : response_length(&r), &v);
+	access->found |=
+	    rules_seek(x->rules, (unsigned char *)access->answer->data, piece);
+	(void)response_parse(buffer_text(access->answer), x->request->method,
+	    &r);
+	answer_view(x, &r, &v);
 	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
 	if (whole)
 		v.known |= FACT_LENGTH | FACT_BODY;
-	if (!whole && found == q->access.found && (v.known & FACT_LENGTH))
+	else if (found == access->found && (v.known & FACT_LENGTH))
 		return true;
-	verdict = rules_judge(x->rules, GROUP_ACCESS, &v);
-	if (verdict.truth == TRUTH_YES)
-		x->record.rule = verdict.rule;
-	if (whole || verdict.truth == TRUTH_YES) {
-		q->access.open = false;
-		buffer_give(&q->access.answer);
+	refused = access_is_refused(x, &v);
+	if (whole || !access->open) {
+		access->open = false;
+		buffer_give(&access->answer);
 	}
-	return !verdict.refuses;
+	return !refused;
 }
 
 /* ---- who else may answer ---- */
@@ -11360,7 +11379,6 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 {
 	struct request *q = x->request;
 	struct conn *s = &x->server;
-	struct view v;
 
 	exchange_drop_tries(x);
 	conn_close(s, false);
@@ -11373,16 +11391,30 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	q->access.open = q->access.open || q->route.n > 0;
 	q->route.n = 0;
 	q->route.list[0] = address_read(l->e.server);
-	if (q->access.open) {
-		exchange_view(x, &l->r, l->e.body, &v);
-		if (!access_response(x, &l->r, l->e.head, &v))
-			return;
-	}
+	q->body = l->e.body;
+	if (!access_response(x, &l->r, l->e.head))
+		return;
 	l->b->start = (size_t)(l->e.head.at - l->b->data);
 	entry_touch(l->fd, l->e.key, l->e.variant);
-	q->body = l->e.body;
 	q->caching.region = (uint32_t)l->e.region;
 	exchange_enter(x, PHASE_RESPONSE);
+}
+
+/*
+ * Begins the way to a server anew: with the addresses (RESOLVE), or with the
+ * connection to one of them (CONNECT).
+ */
+static void
+route_again(struct exchange *x, enum phase phase)
+{
+	struct route *route = &x->request->route;
+
+	exchange_drop_tries(x);
+	conn_close(&x->server, false);
+	route->next = 0;
+	route->greeting = GREETING_BEGIN;
+	route->reused = route->keep = false;
+	exchange_enter(x, phase);
 }
 
 /*
@@ -11401,15 +11433,11 @@ parent_next(struct exchange *x)
 	if (q->route.parent->next == NULL)
 		return false;
 	q->route.parent = q->route.parent->next;
-	exchange_drop_tries(x);
-	conn_close(&x->server, false);
 	/* What this one does not look up, the next may: all is judged anew. */
 	q->access.open = true;
-	q->route.next = q->route.n = 0;
 	q->times.asked = 0;
-	q->route.greeting = GREETING_BEGIN;
 	x->record.server.family = 0;
-	exchange_enter(x, PHASE_RESOLVE);
+	route_again(x, PHASE_RESOLVE);
 	return true;
 }
 
@@ -11590,23 +11618,20 @@ request_note(struct exchange *x)
 static void
 request_local(struct exchange *x)
 {
-	const struct request *r = x->request;
-	struct text host = head_value(&r->head, "Host");
+	const struct request *q = x->request;
+	struct text host = head_value(&q->head, "Host");
 	struct target t;
 
 	if (authority_parse(host, 80, &t) != 1 || !page_is_ours(x, &t)) {
 		x->close = true;
 		exchange_refuse(x, REFUSE_NOT_US, "as in http://example.com/");
-	} else if (!text_is(r->uri, "/") && !text_is(r->uri, "/proxy.pac"))
+	} else if (!text_is(q->uri, "/") && !text_is(q->uri, "/proxy.pac"))
 		exchange_refuse(x, REFUSE_PAGE, "it has / and /proxy.pac");
-	else if (r->method != METHOD_GET && r->method != METHOD_HEAD)
+	else if (q->method != METHOD_GET && q->method != METHOD_HEAD)
 		exchange_refuse(x, REFUSE_PAGE_METHOD, "");
 	else {
-		if (text_is(r->uri, "/"))
-			page_index(x, host);
-		else
-			page_pac(x, host);
-		exchange_enter(x, PHASE_RESPONSE);
+		(text_is(q->uri, "/") ? page_index : page_pac)(x, host);
+		exchange_answer(x);
 	}
 }
 
@@ -11771,33 +11796,30 @@ collapse_step(struct exchange *x)
 static void
 request_accept(struct exchange *x, size_t n)
 {
-	struct request *r = x->request;
+	struct request *q = x->request;
 	int verdict, last;
 
 	if (!request_take(x, n)) {
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 		return;
 	}
-	request_clean(x->request->bytes);
-	trace_head(x, "c>", buffer_text(x->request->bytes));
-	verdict = request_parse(buffer_text(r->bytes), r);
+	request_clean(q->bytes);
+	trace_head(x, "c>", buffer_text(q->bytes));
+	verdict = request_parse(buffer_text(q->bytes), q);
 	request_note(x);
-	last = request_is_last(r);
+	last = request_is_last(q);
 	if (verdict != 1 || last < 0) {
 		x->close = true;
 		exchange_refuse(x,
 		    (enum refusal)(verdict != 1 ? -verdict : -last), "");
-	} else if (r->target.form == FORM_ORIGIN)
+	} else if (q->target.form == FORM_ORIGIN)
 		request_local(x);
 	else if (!access_begin(x))
 		return;
 	else if (last) {
-		if (r->method == METHOD_TRACE)
-			page_trace(x);
-		else
-			page_options(x);
-		exchange_enter(x, PHASE_RESPONSE);
-	} else if (request_passed_here(r))
+		(q->method == METHOD_TRACE ? page_trace : page_options)(x);
+		exchange_answer(x);
+	} else if (request_passed_here(q))
 		exchange_refuse(x, REFUSE_LOOP_VIA, "");
 	else
 		exchange_look_up(x);
@@ -11881,55 +11903,49 @@ request_step(struct exchange *x)
 /* ---- RESOLVE: the addresses of the next hop ---- */
 
 /*
- * The addresses of host, a name, into the facts' list.  False if they are not
- * known: not yet, or the request was refused for it.
+ * The addresses of a host, in figures or a name, into the route: 1 if they are
+ * there, 0 if they are not known yet, -1 if the request was refused for it.
+ * In figures it is what rules took it for.
  */
-static bool
-resolve_name(struct exchange *x, const char *host, unsigned port)
+static int
+resolve_host(struct exchange *x, struct text host, unsigned port)
 {
-	struct name *name = names_find(host);
 	struct request *q = x->request;
-	char detail[DETAIL_MAX];
+	char words[HOST_MAX + 1], detail[DETAIL_MAX];
+	struct name *name;
 	unsigned i;
 
-	q->times.asked = q->times.asked ? q->times.asked : now.ms;
 	q->times.resolved = now.ms;
-	if (name == NULL) {
-		exchange_refuse(x, REFUSE_BUSY, "");
-		return false;
+	if (address_parse(host_bare(host), port, &q->route.list[0])) {
+		q->route.n = 1;
+		return 1;
 	}
-	if (name->state != NAME_KNOWN)
-		return false;
-	if (name->error) {
-		(void)snprintf(detail, sizeof(detail), "%s: %s", host,
-		    gai_strerror(name->error));
-		exchange_refuse(x, REFUSE_NAME, detail);
-		return false;
+	q->times.asked = q->times.asked ? q->times.asked : now.ms;
+	(void)text_copy(host, words, sizeof(words));
+	name = names_find(words);
+	if (name != NULL && name->state != NAME_KNOWN)
+		return 0;
+	if (name == NULL || name->error) {
+		(void)snprintf(detail, sizeof(detail), "%s: %s", words,
+		    name ? gai_strerror(name->error) : "");
+		exchange_refuse(x, name ? REFUSE_NAME : REFUSE_BUSY,
+		    name ? detail : "");
+		return -1;
 	}
 	q->route.n = (unsigned char)name->n;
 	memcpy(q->route.list, name->list, sizeof(q->route.list));
 	for (i = 0; i < q->route.n; i++)
 		q->route.list[i].port = (uint16_t)port;
-	return true;
+	return 1;
 }
 
-/*
- * The addresses of a host, in figures or a name; false as resolve_name().  In
- * figures it is what rules took it for.
- */
-static bool
-resolve_host(struct exchange *x, struct text host, unsigned port)
+/* Our own address for a connection to another: any, if no rule names one. */
+static const struct address *
+route_from(const struct route *route, const struct address *to)
 {
-	struct request *q = x->request;
-	char string[HOST_MAX + 1];
+	static const struct address any;
 
-	if (address_parse(host_bare(host), port, &q->route.list[0])) {
-		q->route.n = 1;
-		q->times.resolved = now.ms;
-		return true;
-	}
-	(void)text_copy(host, string, sizeof(string));
-	return resolve_name(x, string, port);
+	return route->from ? &route->from[to->family == AF_INET6] : &any;
 }
 
 /*
@@ -11940,38 +11956,35 @@ resolve_host(struct exchange *x, struct text host, unsigned port)
 static enum refusal
 resolve_strike(struct exchange *x, struct view *v)
 {
-	enum refusal refusal = REFUSE_FAMILY;
 	struct request *q = x->request;
-	bool open = q->access.open, stays = false;
+	struct route *route = &q->route;
+	enum refusal refusal = REFUSE_FAMILY;
+	bool direct = exchange_parent(x) == NULL, stays = false;
 	unsigned char i, kept = 0;
 
-	for (i = 0; i < q->route.n; i++) {
+	for (i = 0; i < route->n; i++) {
+		const struct address *to = &route->list[i];
 		struct verdict verdict = { TRUTH_YES, x->record.rule, false };
 
-		if (address_is_ours(&q->route.list[i]))
+		if (address_is_ours(to))
 			return REFUSE_LOOP;
-		if (q->route.from != NULL &&
-		    q->route.from[q->route.list[i].family == AF_INET6].family ==
-			0)
+		if (route->from != NULL && route_from(route, to)->family == 0)
 			continue;
-		v->address = &q->route.list[i];
-		v->known |= FACT_ADDRESS;
-		if (open && exchange_parent(x) == NULL)
+		view_source(v, to);
+		if (direct && q->access.open)
 			verdict = rules_judge(x->rules, GROUP_ACCESS, v);
-		if (verdict.refuses) {
-			refusal = REFUSE_RULE;
-			x->record.rule = kept == 0 ? verdict.rule :
-						     x->record.rule;
-			continue;
-		}
 		if (kept == 0)
 			x->record.rule =
 			    verdict.truth == TRUTH_YES ? verdict.rule : NULL;
+		if (verdict.refuses) {
+			refusal = REFUSE_RULE;
+			continue;
+		}
 		stays = stays || verdict.truth == TRUTH_UNDECIDED;
-		q->route.list[kept++] = q->route.list[i];
+		route->list[kept++] = *to;
 	}
-	q->route.n = kept;
-	if (exchange_parent(x) == NULL)
+	route->n = kept;
+	if (direct)
 		q->access.open = stays;
 	return kept ? REFUSE_NONE : refusal;
 }
@@ -11984,19 +11997,17 @@ static void
 resolve_judge(struct exchange *x)
 {
 	struct request *q = x->request;
+	bool direct = exchange_parent(x) == NULL;
 	char detail[DETAIL_MAX];
 	struct verdict verdict;
 	enum refusal refusal;
 	struct view v;
 
 	exchange_view(x, NULL, 0, &v);
-	if (exchange_parent(x) != NULL && q->access.open &&
-	    !access_judge(x, &v))
+	if (!direct && q->access.open && !access_judge(x, &v))
 		return;
-	if (exchange_parent(x) == NULL && q->route.n > 0) {
-		v.address = &q->route.list[0];
-		v.known |= FACT_ADDRESS;
-	}
+	if (direct && q->route.n > 0)
+		view_source(&v, &q->route.list[0]);
 	verdict = rules_judge(x->rules, GROUP_SOURCE, &v);
 	q->route.from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
 	refusal = resolve_strike(x, &v);
@@ -12019,8 +12030,7 @@ resolve_route(struct exchange *x)
 	struct view v;
 
 	exchange_view(x, NULL, 0, &v);
-	v.address = &q->route.list[0];
-	v.known |= FACT_ADDRESS;
+	view_source(&v, &q->route.list[0]);
 	route_judge(x, &v);
 	q->access.route_open = false;
 	if (exchange_parent(x) != NULL && q->access.open)
@@ -12036,18 +12046,15 @@ static bool
 resolve_step(struct exchange *x)
 {
 	struct request *q = x->request;
-	const struct parent *parent = q->access.route_open ? NULL :
-							     exchange_parent(x);
+	bool open = q->access.route_open;
+	const struct parent *parent = open ? NULL : exchange_parent(x);
+	int known = parent ?
+	    resolve_host(x, text_of(parent->host), parent->port) :
+	    resolve_host(x, q->target.host, q->target.port);
 
-	if (!resolve_host(x, parent ? text_of(parent->host) : q->target.host,
-		parent ? parent->port : q->target.port))
-		return x->phase != PHASE_RESOLVE ||
-		    exchange_parent(x) != parent;
-	if (q->access.route_open)
-		resolve_route(x);
-	else
-		resolve_judge(x);
-	return true;
+	if (known == 1)
+		(open ? resolve_route : resolve_judge)(x);
+	return known != 0;
 }
 
 /* ---- the head for the server ---- */
@@ -12838,15 +12845,13 @@ static void
 response_rewrites(struct exchange *x, const struct response *r,
     struct rewrites *w)
 {
-	const struct request *q = x->request;
 	struct view v;
 
 	memset(w, 0, sizeof(*w));
 	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
-	    q->answerer == ANSWER_MEMORY)
+	    x->request->answerer == ANSWER_MEMORY)
 		return;
-	exchange_view(x, r, answer_is_stored(q) ? q->body : response_length(r),
-	    &v);
+	answer_view(x, r, &v);
 	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
 	x->down.bare = w->strips;
 }
@@ -13050,32 +13055,21 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 }
 
 /*
- * The entry does not meet the request's condition.  The page that says so is
- * its answer, and counts as a hit.
- */
-static void
-response_unmet(struct exchange *x)
-{
-	trace(x, "refused: %s", refusals[REFUSE_CONDITION].words);
-	x->record.refusal = REFUSE_CONDITION;
-	fetch_leave(x);
-	page_refusal(x, REFUSE_CONDITION, "");
-	if (x->server.in == NULL)
-		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
-}
-
-/*
  * An entry answers: with 304 if the client has what is stored, with a part of
- * it, or with all; with 412 if it is not what the client wants.
+ * it, or with all; with 412 if it is not what the client wants, which counts
+ * as a hit.
  */
 static void
 response_from_entry(struct exchange *x, struct response *r, size_t n)
 {
+	const char *hit = x->request->caching.hit;
 	char extra[256];
 	uint64_t at;
 
 	if (r->status / 100 == 2 && !request_is_met(&x->request->head, r)) {
-		response_unmet(x);
+		exchange_refuse(x, REFUSE_CONDITION, "");
+		if (x->request != NULL)
+			x->request->caching.hit = hit;
 		return;
 	}
 	at = cache_shape(x, r, extra, sizeof(extra));
@@ -13094,24 +13088,20 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 static bool
 response_validates(struct exchange *x, const struct response *r, size_t n)
 {
-	struct request *q = x->request;
 	struct lookup l;
 	enum cached cached = cache_validate(x, r, &l);
 
 	if (cached == CACHED_NO)
 		return false;
 	if (r->status == 304) {
-		q->route.keep = response_keeps_server(x, r);
+		x->request->route.keep = response_keeps_server(x, r);
 		conn_drop_head(&x->server, n);
 		exchange_release(x);
 	}
-	if (cached == CACHED_YES) {
+	if (cached == CACHED_YES)
 		exchange_serve(x, &l);
-		return true;
-	}
-	q->route.keep = false;
-	q->route.next = 0;
-	exchange_enter(x, PHASE_CONNECT);
+	else
+		route_again(x, PHASE_CONNECT);
 	return true;
 }
 
@@ -13159,14 +13149,10 @@ static bool
 response_passes(struct exchange *x, const struct response *r, struct text head)
 {
 	const struct request *q = x->request;
-	struct view v;
 
-	if (!q->access.open || q->method == METHOD_CONNECT ||
-	    answer_is_local(q) || q->access.answer != NULL ||
-	    (r->status < 200 && r->status != 101))
-		return true;
-	exchange_view(x, r, response_length(r), &v);
-	return access_response(x, r, head, &v);
+	return q->method == METHOD_CONNECT || answer_is_local(q) ||
+	    q->access.answer != NULL || (r->status < 200 && r->status != 101) ||
+	    access_response(x, r, head);
 }
 
 /*
@@ -13177,15 +13163,10 @@ response_passes(struct exchange *x, const struct response *r, struct text head)
 static void
 response_retry(struct exchange *x, const char *why)
 {
-	struct request *q = x->request;
-
 	trace(x, "the kept connection %s", why);
-	conn_close(&x->server, false);
-	q->route.reused = false;
-	q->route.fresh = true;
-	q->route.next = 0;
-	q->times.resolved = now.ms;
-	exchange_enter(x, PHASE_CONNECT);
+	x->request->route.fresh = true;
+	x->request->times.resolved = now.ms;
+	route_again(x, PHASE_CONNECT);
 }
 
 /* Tells the trace what was put right in a server's head. */
@@ -13531,13 +13512,11 @@ relay_resume(struct exchange *x)
 	struct request *q = x->request;
 
 	trace(x, "what this follows was given up: asking for the rest");
-	conn_close(&x->server, false);
 	fetch_leave(x);
 	answer_by(x, ANSWER_NONE);
 	q->access.open = true;
 	q->times.answered = 0;
-	q->route.next = 0;
-	exchange_enter(x, PHASE_RESOLVE);
+	route_again(x, PHASE_RESOLVE);
 }
 
 /* RELAY: both flows side by side. */
