@@ -12091,41 +12091,32 @@ exchange_is_relayed(const struct exchange *x)
 	return parent != NULL && parent->kind == PARENT_HTTP;
 }
 
-/* `Host: host[:port]`, from the target and nothing else. */
-static void
-host_append(const struct exchange *x, struct buffer *b)
-{
-	char target[HOST_MAX + 10];
-
-	exchange_target(x, target);
-	buffer_append(b, text_of("Host: "));
-	buffer_append(b, text_of(target));
-	buffer_append(b, text_of("\r\n"));
-}
-
-/* The request line for the next hop: a parent gets the whole target. */
+/*
+ * The request line and Host, from the target and nothing else; a parent gets
+ * the whole target.
+ */
 static void
 request_line_append(const struct exchange *x, struct buffer *b)
 {
-	const struct request *r = x->request;
-	struct text path = r->target.path;
-	bool absolute = exchange_is_relayed(x);
+	const struct request *q = x->request;
+	struct text path = q->target.path;
+	bool connect = q->method == METHOD_CONNECT;
+	bool relayed = exchange_is_relayed(x);
 	char target[HOST_MAX + 10];
 
-	buffer_append(b, r->name);
-	buffer_append(b, text_of(" "));
-	if (r->method == METHOD_CONNECT || absolute) {
-		exchange_target(x, target);
-		buffer_print(b, "%s%s",
-		    r->method == METHOD_CONNECT ? "" : "http://", target);
-	}
-	if (r->method == METHOD_OPTIONS && path.len == 0)
-		buffer_append(b, text_of(absolute ? "" : "*"));
-	else if (r->method != METHOD_CONNECT &&
-	    (path.len == 0 || *path.at == '?'))
+	exchange_target(x, target);
+	buffer_append(b, q->name);
+	buffer_append(b, text_of(relayed && !connect ? " http://" : " "));
+	if (relayed || connect)
+		buffer_append(b, text_of(target));
+	if (q->method == METHOD_OPTIONS && path.len == 0)
+		buffer_append(b, text_of(relayed ? "" : "*"));
+	else if (!connect && (path.len == 0 || *path.at == '?'))
 		buffer_append(b, text_of("/"));
 	buffer_append(b, path);
-	buffer_append(b, text_of(" HTTP/1.1\r\n"));
+	buffer_append(b, text_of(" HTTP/1.1\r\nHost: "));
+	buffer_append(b, text_of(target));
+	buffer_append(b, text_of("\r\n"));
 }
 
 /*
@@ -12135,15 +12126,13 @@ request_line_append(const struct exchange *x, struct buffer *b)
 static void
 login_append(const struct exchange *x, struct buffer *b)
 {
-	const struct request *r = x->request;
 	const struct parent *parent = exchange_parent(x);
+	const struct field *own =
+	    head_field(&x->request->head, "Proxy-Authorization");
 	char plain[2 * CREDENTIAL_MAX + 2];
 	char coded[4 * (sizeof(plain) + 2) / 3 + 1];
-	const struct field *own = head_field(&r->head, "Proxy-Authorization");
 	int n;
 
-	if (!exchange_is_relayed(x))
-		return;
 	if (parent->login) {
 		n = snprintf(plain, sizeof(plain), "%s:%s", parent->user,
 		    parent->password);
@@ -12157,25 +12146,24 @@ login_append(const struct exchange *x, struct buffer *b)
 static void
 request_field_append(struct exchange *x, size_t i, struct buffer *b)
 {
-	const struct request *r = x->request;
-	const struct field *field = &r->head.fields[i];
+	const struct request *q = x->request;
+	const struct field *field = &q->head.fields[i];
 	uint64_t hops;
 
 	if (text_is(field->name, "Content-Length")) {
-		if (field == head_field(&r->head, "Content-Length") &&
-		    r->method != METHOD_CONNECT)
-			length_append(b, r->length);
+		if (field == head_field(&q->head, "Content-Length") &&
+		    q->method != METHOD_CONNECT)
+			length_append(b, q->length);
 	} else if (text_is(field->name, "Max-Forwards") &&
-	    (r->method == METHOD_TRACE || r->method == METHOD_OPTIONS)) {
+	    (q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)) {
 		if (number_parse(field->value, INT32_MAX, &hops) && hops > 0)
 			buffer_print(b, "Max-Forwards: %llu\r\n",
 			    (unsigned long long)hops - 1);
-	} else if (text_is(field->name, "Expect") && r->minor == 0)
+	} else if (text_is(field->name, "Expect") && q->minor == 0)
 		trace(x, "Expect of an HTTP/1.0 client is ignored");
-	else if (x->request->caching.has_entry &&
-	    name_is_among(field->name, fields_of_condition))
-		return;
-	else if (field_passes(&r->head, i) && !r->rewrites.taken[i])
+	else if (field_passes(&q->head, i) && !q->rewrites.taken[i] &&
+	    !(q->caching.has_entry &&
+		name_is_among(field->name, fields_of_condition)))
 		field_append(b, field);
 }
 
@@ -12183,66 +12171,66 @@ request_field_append(struct exchange *x, size_t i, struct buffer *b)
 static void
 validators_append(struct exchange *x, struct buffer *b)
 {
-	const struct field *field;
+	static const char *const pairs[][2] = {
+		{ "ETag", "If-None-Match" },
+		{ "Last-Modified", "If-Modified-Since" },
+	};
 	struct response r;
 	struct entry e;
 	struct buffer *old = entry_load(x->request->caching.entry, &e, &r);
+	size_t i;
 
-	if (old == NULL)
-		return;
-	field = head_field(&r.head, "ETag");
-	if (field != NULL)
-		buffer_print(b, "If-None-Match: %.*s\r\n",
-		    (int)field->value.len, field->value.at);
-	field = head_field(&r.head, "Last-Modified");
-	if (field != NULL)
-		buffer_print(b, "If-Modified-Since: %.*s\r\n",
-		    (int)field->value.len, field->value.at);
+	for (i = 0; old != NULL && i < sizeof(pairs) / sizeof(pairs[0]); i++) {
+		struct field field = { text_of(pairs[i][1]),
+			head_value(&r.head, pairs[i][0]) };
+
+		if (head_field(&r.head, pairs[i][0]) != NULL)
+			field_append(b, &field);
+	}
 	buffer_give(&old);
 }
 
 /* Connection, and what it names: an upgrade, and the wish for trailers. */
 static void
-connection_append(const struct exchange *x, struct buffer *b)
+connection_append(const struct request *q, struct buffer *b)
 {
-	const struct request *r = x->request;
-	bool trailers = r->minor == 1 && r->method != METHOD_CONNECT &&
-	    head_lists(&r->head, "TE", text_of("trailers"));
+	bool trailers = q->minor == 1 && q->method != METHOD_CONNECT &&
+	    head_lists(&q->head, "TE", text_of("trailers"));
 	size_t i;
 
 	if (trailers)
 		buffer_append(b, text_of("TE: trailers\r\n"));
-	for (i = 0; i < r->head.n && x->request->upgrade; i++)
-		if (text_is(r->head.fields[i].name, "Upgrade"))
-			field_append(b, &r->head.fields[i]);
-	if (trailers || x->request->upgrade)
+	for (i = 0; i < q->head.n && q->upgrade; i++)
+		if (text_is(q->head.fields[i].name, "Upgrade"))
+			field_append(b, &q->head.fields[i]);
+	if (trailers || q->upgrade)
 		buffer_print(b, "Connection: %s%s%s\r\n", trailers ? "TE" : "",
-		    trailers && x->request->upgrade ? ", " : "",
-		    x->request->upgrade ? "upgrade" : "");
+		    trailers && q->upgrade ? ", " : "",
+		    q->upgrade ? "upgrade" : "");
 }
 
 /* The whole request head for the next hop, into b. */
 static void
 request_build(struct exchange *x, struct buffer *b)
 {
-	const struct request *r = x->request;
+	const struct request *q = x->request;
 	size_t i;
 
 	request_line_append(x, b);
-	host_append(x, b);
-	for (i = 0; i < r->head.n; i++)
+	for (i = 0; i < q->head.n; i++)
 		request_field_append(x, i, b);
 	if (x->up.to == FRAMING_CHUNKED)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
-	login_append(x, b);
-	if (x->request->caching.has_entry)
+	if (exchange_is_relayed(x))
+		login_append(x, b);
+	if (q->caching.has_entry)
 		validators_append(x, b);
-	for (i = 0; i < r->rewrites.n; i++)
-		field_append(b, &r->rewrites.fields[i]);
-	x->up.bare = r->rewrites.strips;
-	if (!r->rewrites.via)
-		via_append(b, r->minor);
-	connection_append(x, b);
+	for (i = 0; i < q->rewrites.n; i++)
+		field_append(b, &q->rewrites.fields[i]);
+	x->up.bare = q->rewrites.strips;
+	if (!q->rewrites.via)
+		via_append(b, q->minor);
+	connection_append(q, b);
 	buffer_append(b, text_of("\r\n"));
 }
 
@@ -12253,14 +12241,12 @@ static struct hop
 exchange_hop(const struct exchange *x, const struct address *address)
 {
 	const struct parent *parent = exchange_parent(x);
-	const struct request *q = x->request;
 	struct hop hop;
 
 	memset(&hop, 0, sizeof(hop));
 	hop.address = *address;
 	hop.parent = parent == NULL ? 0 : parent->id;
-	if (q->route.from != NULL)
-		hop.from = q->route.from[address->family == AF_INET6];
+	hop.from = *route_from(&x->request->route, address);
 	if (parent != NULL && parent->kind == PARENT_SOCKS)
 		exchange_target(x, hop.beyond);
 	return hop;
@@ -12269,23 +12255,15 @@ exchange_hop(const struct exchange *x, const struct address *address)
 /*
  * True if the request may go on a kept connection: one that could be sent
  * again, since the server may close that connection at any time (RFC 9112
- * section 9.3.1).
+ * section 9.3.1).  That its method is idempotent is known of some only.
  */
 static bool
 exchange_is_repeatable(const struct exchange *x)
 {
 	const struct request *q = x->request;
-	static const bool idempotent[] = {
-		[METHOD_GET] = true,
-		[METHOD_HEAD] = true,
-		[METHOD_PUT] = true,
-		[METHOD_DELETE] = true,
-		[METHOD_OPTIONS] = true,
-		[METHOD_TRACE] = true,
-		[METHOD_CONNECT] = false,
-	};
 
-	return idempotent[q->method] && x->up.from == FRAMING_NONE &&
+	return q->method != METHOD_OTHER && q->method != METHOD_POST &&
+	    q->method != METHOD_CONNECT && x->up.from == FRAMING_NONE &&
 	    !q->upgrade;
 }
 
@@ -12307,29 +12285,26 @@ other_is_quiet(const struct other *o)
 static bool
 connect_reuse(struct exchange *x)
 {
-	struct request *q = x->request;
-	struct other *o = NULL;
-	unsigned i = 0;
+	struct route *route = &x->request->route;
+	struct other *o;
+	unsigned i;
 
-	if (q->route.fresh || !exchange_is_repeatable(x))
+	if (route->next > 0 || route->fresh || !exchange_is_repeatable(x))
 		return false;
-	while (i < q->route.n && o == NULL) {
-		struct hop hop = exchange_hop(x, &q->route.list[i]);
+	for (i = 0; i < route->n; i++) {
+		struct hop hop = exchange_hop(x, &route->list[i]);
 
-		o = other_find(&hop);
-		if (o == NULL)
-			i++;
-		else if (!other_is_quiet(o)) {
+		while ((o = other_find(&hop)) != NULL && !other_is_quiet(o))
 			conn_close(&o->conn, false);
-			o = NULL;
-		}
+		if (o == NULL)
+			continue;
+		conn_move(&o->conn, &x->server, ROLE_SERVER, x);
+		x->record.server = hop.address;
+		route->reused = true;
+		trace(x, "on a kept connection");
+		return true;
 	}
-	if (o == NULL)
-		return false;
-	conn_move(&o->conn, &x->server, ROLE_SERVER, x);
-	x->record.server = o->hop.address;
-	q->route.reused = true;
-	return true;
+	return false;
 }
 
 /*
@@ -12339,40 +12314,34 @@ connect_reuse(struct exchange *x)
 static void
 connect_next(struct exchange *x)
 {
-	struct request *q = x->request;
-	static const struct address any;
+	struct route *route = &x->request->route;
+	struct conn *s = &x->server;
+	const struct address *to = &x->record.server;
+	struct other *o = s->fd == -1 ? NULL : other_take(true);
 	char words[ADDRESS_TEXT];
-	struct other *o;
 
-	q->route.tried = now.ms;
-	if (x->server.fd != -1) {
-		o = other_take(true);
-		if (o == NULL)
-			conn_close(&x->server, false);
-		else {
-			conn_move(&x->server, &o->conn, ROLE_TRY, x);
-			o->hop.address = x->record.server;
-			q->route.tries++;
-		}
+	if (o != NULL) {
+		conn_move(s, &o->conn, ROLE_TRY, x);
+		o->hop.address = *to;
+		route->tries++;
 	}
-	x->record.server = q->route.list[q->route.next++];
-	address_print(&x->record.server, words);
+	conn_close(s, false);
+	route->tried = now.ms;
+	x->record.server = route->list[route->next++];
+	address_print(to, words);
 	trace(x, "trying %s", words);
-	x->server.exchange = x;
-	if (conn_connect(&x->server, &x->record.server,
-		q->route.from ?
-		    &q->route.from[x->record.server.family == AF_INET6] :
-		    &any))
-		conn_watch(&x->server, POLLOUT);
+	s->exchange = x;
+	if (conn_connect(s, to, route_from(route, to)))
+		conn_watch(s, POLLOUT);
 	else
-		q->route.error = errno;
+		route->error = errno;
 }
 
 /* Looks at one attempt; true if it is connected, closed if it failed. */
 static bool
 connect_try(struct exchange *x, struct conn *c)
 {
-	struct request *q = x->request;
+	struct route *route = &x->request->route;
 	int error;
 
 	if (c->fd == -1 || !c->writable)
@@ -12381,9 +12350,9 @@ connect_try(struct exchange *x, struct conn *c)
 	if (error == 0)
 		return true;
 	trace(x, "failed: %s", strerror(error));
-	q->route.error = error;
+	route->error = error;
 	if (c->role == ROLE_TRY)
-		q->route.tries--;
+		route->tries--;
 	conn_close(c, false);
 	return false;
 }
@@ -12392,18 +12361,18 @@ connect_try(struct exchange *x, struct conn *c)
 static bool
 connect_won(struct exchange *x)
 {
-	struct request *q = x->request;
+	struct route *route = &x->request->route;
 	struct other *o;
 
 	if (connect_try(x, &x->server))
 		return true;
-	for (o = others; q->route.tries > 0 && o < others + others_used; o++) {
+	for (o = others; route->tries > 0 && o < others + others_used; o++) {
 		if (o->conn.exchange != x || !connect_try(x, &o->conn))
 			continue;
 		conn_close(&x->server, false);
 		conn_move(&o->conn, &x->server, ROLE_SERVER, x);
 		x->record.server = o->hop.address;
-		q->route.tries--;
+		route->tries--;
 		return true;
 	}
 	return false;
@@ -12414,51 +12383,52 @@ connect_won(struct exchange *x)
  * of the connection, where -b or a rule chose it, names that.
  */
 static void
-connect_refuse(struct exchange *x, int error)
+connect_refuse(struct exchange *x)
 {
-	const struct address *from = x->request->route.from;
+	const struct route *route = &x->request->route;
+	const struct address *to = &x->record.server;
+	int error = route->error;
+	bool taken = error == EADDRINUSE;
 	char detail[DETAIL_MAX], words[ADDRESS_TEXT], ours[ADDRESS_TEXT];
-	enum refusal refusal = REFUSE_CONNECT;
+	size_t n;
 
-	if (error == ECONNREFUSED)
-		refusal = REFUSE_CONNECTION;
-	else if (error == ENETUNREACH || error == EHOSTUNREACH)
-		refusal = REFUSE_UNREACHABLE;
-	else if (error == ETIMEDOUT)
-		refusal = REFUSE_CONNECT_SLOW;
-	address_print(&x->record.server, words);
-	if (from != NULL && (error == EADDRINUSE || error == EADDRNOTAVAIL)) {
-		address_host(&from[x->record.server.family == AF_INET6], ours);
-		(void)snprintf(detail, sizeof(detail),
-		    "%s: %s: %s %s (-b or from)", words, strerror(error),
-		    error == EADDRINUSE ? "no local port is left at" :
-					  "this machine can't use",
+	address_print(to, words);
+	n = (size_t)snprintf(detail, sizeof(detail), "%s: %s", words,
+	    strerror(error));
+	if (route->from != NULL && n < sizeof(detail) &&
+	    (taken || error == EADDRNOTAVAIL)) {
+		address_host(route_from(route, to), ours);
+		(void)snprintf(detail + n, sizeof(detail) - n,
+		    ": %s %s (-b or from)",
+		    taken ? "no local port is left at" :
+			    "this machine can't use",
 		    ours);
-	} else
-		(void)snprintf(detail, sizeof(detail), "%s: %s", words,
-		    strerror(error));
-	exchange_refuse(x, refusal, detail);
+	}
+	exchange_refuse(x,
+	    error == ECONNREFUSED ? REFUSE_CONNECTION :
+		error == ENETUNREACH || error == EHOSTUNREACH ?
+				    REFUSE_UNREACHABLE :
+		error == ETIMEDOUT ? REFUSE_CONNECT_SLOW :
+				     REFUSE_CONNECT,
+	    detail);
 }
 
 /* Sends the head to the server, x->server being connected. */
 static void
 exchange_send(struct exchange *x)
 {
-	const struct request *r;
+	struct request *q = x->request;
 	struct buffer *out = conn_out(&x->server);
 
-	x->request->times.connected = now.ms;
-	x->request->times.requested = now.wall;
-	if (out == NULL) {
-		exchange_refuse(x, REFUSE_MEMORY, "");
-		return;
+	q->times.connected = now.ms;
+	q->times.requested = now.wall;
+	if (out != NULL) {
+		if (q->rewrites.undecided || x->rules->needles_n > 0)
+			exchange_rewrite(x);
+		request_build(x, out);
 	}
-	r = x->request;
-	if (r->rewrites.undecided || x->rules->needles_n > 0)
-		exchange_rewrite(x);
-	request_build(x, out);
-	if (out->overflow) {
-		exchange_refuse(x, REFUSE_HEAD_LONG, "");
+	if (out == NULL || out->overflow) {
+		exchange_refuse(x, out ? REFUSE_HEAD_LONG : REFUSE_MEMORY, "");
 		return;
 	}
 	trace_head(x, ">s", buffer_text(out));
@@ -12473,22 +12443,20 @@ exchange_send(struct exchange *x)
 static void
 connect_answer(struct exchange *x)
 {
-	struct buffer *early = x->server.in;
+	struct buffer *early = x->server.in, *b = buffer_take();
 
 	x->request->times.connected = now.ms;
 	answer_by(x, ANSWER_MEMORY);
-	x->server.in = buffer_take();
-	if (x->server.in == NULL) {
-		buffer_give(&early);
+	x->server.in = b;
+	if (b != NULL) {
+		buffer_append(b,
+		    text_of("HTTP/1.1 200 Connection established\r\n\r\n"));
+		if (early != NULL)
+			buffer_append(b, buffer_text(early));
+		exchange_enter(x, PHASE_RESPONSE);
+	} else
 		exchange_refuse(x, REFUSE_MEMORY, "");
-		return;
-	}
-	buffer_append(x->server.in,
-	    text_of("HTTP/1.1 200 Connection established\r\n\r\n"));
-	if (early != NULL)
-		buffer_append(x->server.in, buffer_text(early));
 	buffer_give(&early);
-	exchange_enter(x, PHASE_RESPONSE);
 }
 
 /*
@@ -12510,11 +12478,10 @@ connect_open(struct exchange *x)
 static bool
 connect_step(struct exchange *x)
 {
-	struct request *q = x->request;
-	struct conn *s = &x->server;
+	struct route *route = &x->request->route;
+	bool pending;
 
-	if (q->route.next == 0 && connect_reuse(x)) {
-		trace(x, "on a kept connection");
+	if (connect_reuse(x)) {
 		exchange_send(x);
 		return true;
 	}
@@ -12526,17 +12493,14 @@ connect_step(struct exchange *x)
 			connect_open(x);
 		return true;
 	}
-	if (q->route.next < q->route.n &&
-	    ((s->fd == -1 && q->route.tries == 0) ||
-		now.ms - q->route.tried >= NEXT_TRY_MS)) {
-		unsigned next = q->route.next;
-
-		connect_next(x);
-		return q->route.next != next;
-	}
-	if (s->fd != -1 || q->route.tries > 0)
+	pending = x->server.fd != -1 || route->tries > 0;
+	if (pending &&
+	    (route->next == route->n || now.ms - route->tried < NEXT_TRY_MS))
 		return false;
-	connect_refuse(x, q->route.error);
+	if (route->next < route->n)
+		connect_next(x);
+	else
+		connect_refuse(x);
 	return true;
 }
 
