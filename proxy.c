@@ -11075,6 +11075,13 @@ exchange_take(void)
 	return x;
 }
 
+/* The earlier of two times. */
+static int64_t
+least(int64_t a, int64_t b)
+{
+	return a < b ? a : b;
+}
+
 /* The one place where a phase changes. */
 static void
 exchange_enter(struct exchange *x, enum phase phase)
@@ -11370,6 +11377,16 @@ access_body(struct exchange *x, struct text piece, bool whole)
 
 /* ---- who else may answer ---- */
 
+/* c, which is closed, becomes an entry's file for x. */
+static void
+conn_file(struct conn *c, int fd, struct exchange *x)
+{
+	c->fd = fd;
+	c->role = ROLE_FILE;
+	c->exchange = x;
+	c->readable = c->hung = true;
+}
+
 /*
  * The entry in l is the server: its head is parsed and passed on like any
  * other, if the rules let it pass.  Takes over its descriptor and buffer.
@@ -11378,15 +11395,11 @@ static void
 exchange_serve(struct exchange *x, const struct lookup *l)
 {
 	struct request *q = x->request;
-	struct conn *s = &x->server;
 
 	exchange_drop_tries(x);
-	conn_close(s, false);
-	s->fd = l->fd;
-	s->role = ROLE_FILE;
-	s->exchange = x;
-	s->readable = s->hung = true;
-	s->in = l->b;
+	conn_close(&x->server, false);
+	conn_file(&x->server, l->fd, x);
+	x->server.in = l->b;
 	/* What was judged is the way to the server, not where this is from. */
 	q->access.open = q->access.open || q->route.n > 0;
 	q->route.n = 0;
@@ -11699,21 +11712,28 @@ refresh_build(const struct request *q, struct buffer *b)
 	buffer_append(b, text_of("\r\n"));
 }
 
-/* A slot for what is done for nobody: its client is no socket. */
+/*
+ * A slot for what is done for nobody: its client is no socket.  NULL without a
+ * free slot.  Takes over head, the request that it begins with, or NULL.
+ */
 static struct exchange *
-exchange_take_refresh(const struct exchange *x)
+exchange_take_refresh(const struct exchange *x, struct buffer *head)
 {
 	struct request *q = request_new(NULL);
 	struct exchange *y = q == NULL ? NULL : exchange_take();
 
 	if (y == NULL) {
+		buffer_give(&head);
 		request_drop(&q);
 		return NULL;
 	}
+	y->phase = PHASE_REQUEST;
+	y->since = now.ms;
 	y->request = q;
 	q->owner = y;
 	y->client.eof = true;
 	y->client.exchange = y;
+	y->client.in = head;
 	y->peer = x->peer;
 	y->local = x->local;
 	y->refresh = true;
@@ -11730,20 +11750,16 @@ static void
 exchange_refresh(const struct exchange *x)
 {
 	const struct request *q = x->request;
-	struct buffer *head;
+	bool busy = fetch_for(q->caching.key) != NULL;
+	struct buffer *head = busy ? NULL : buffer_take();
 	struct exchange *y;
 
-	if (fetch_for(q->caching.key) != NULL || (head = buffer_take()) == NULL)
+	if (head == NULL)
 		return;
-	y = exchange_take_refresh(x);
-	if (y == NULL) {
-		buffer_give(&head);
-		return;
-	}
 	refresh_build(q, head);
-	y->client.in = head;
-	y->phase = PHASE_REQUEST;
-	y->since = now.ms;
+	y = exchange_take_refresh(x, head);
+	if (y == NULL)
+		return;
 	y->request->caching.key = q->caching.key;
 	fetch_begin(y);
 }
@@ -11774,21 +11790,17 @@ exchange_look_up(struct exchange *x)
 	}
 }
 
-/* The waiting is over: looks again, and asks if there is still nothing. */
-static void
-collapse_end(struct exchange *x)
-{
-	cache_stop_waiting(x);
-	exchange_look_up(x);
-}
-
-/* COLLAPSE: wait for the head that another exchange is to get. */
+/*
+ * COLLAPSE: waits, not for ever, for the head that another exchange is to get;
+ * then looks again, and asks if there is still nothing.
+ */
 static bool
 collapse_step(struct exchange *x)
 {
-	if (cache_waits(x))
+	if (cache_waits(x) && now.ms < x->since + COLLAPSE_MS)
 		return false;
-	collapse_end(x);
+	cache_stop_waiting(x);
+	exchange_look_up(x);
 	return true;
 }
 
@@ -11825,9 +11837,22 @@ request_accept(struct exchange *x, size_t n)
 		exchange_look_up(x);
 }
 
+/* The clock of a request starts at its first byte.  False without memory. */
+static bool
+request_start(struct exchange *x)
+{
+	if (x->record.start == 0) {
+		x->record.start = x->since = now.ms;
+		x->number = ++exchanges.count;
+	}
+	if (x->request == NULL)
+		x->request = request_new(x);
+	return x->request != NULL;
+}
+
 /*
- * Drops empty lines before a request (RFC 9112 section 2.2), and starts the
- * clock at the first byte of one.  False if there is none.
+ * Drops empty lines before a request (RFC 9112 section 2.2).  False if nothing
+ * else has come, or there is no memory for it.
  */
 static bool
 request_begin(struct exchange *x)
@@ -11836,38 +11861,24 @@ request_begin(struct exchange *x)
 
 	while (c->in != NULL && text_starts(buffer_text(c->in), "\r\n"))
 		conn_drop_head(c, 2);
-	if (c->in == NULL) {
-		x->record.start = 0;
-		request_drop(&x->request);
-		return false;
-	}
-	if (x->record.start == 0) {
-		x->record.start = now.ms;
-		x->number = ++exchanges.count;
-	}
-	if (x->request == NULL)
-		x->request = request_new(x);
-	return x->request != NULL;
+	if (c->in != NULL)
+		return request_start(x);
+	x->record.start = 0;
+	request_drop(&x->request);
+	return false;
 }
 
 /* There is no memory for a request: it is refused unread. */
 static void
 request_starve(struct exchange *x)
 {
-	struct conn *c = &x->client;
-
-	if (x->record.start == 0)
-		x->number = ++exchanges.count;
-	x->record.start = now.ms;
 	x->close = true;
-	c->error = 0;
-	buffer_give(&c->in);
-	if (x->request == NULL)
-		x->request = request_new(x);
-	if (x->request == NULL)
-		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
-	else
+	x->client.error = 0;
+	buffer_give(&x->client.in);
+	if (request_start(x))
 		exchange_refuse(x, REFUSE_MEMORY, "");
+	else
+		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 }
 
 /* REQUEST: wait for a whole head. */
@@ -12654,16 +12665,12 @@ exchange_skip(struct exchange *x)
 {
 	struct request *q = x->request;
 	struct flow *f = &x->down;
-	struct conn *from = &x->server;
-	size_t n = f->ready;
+	size_t n = f->ready < q->skip ? f->ready : (size_t)q->skip;
 
-	if (n > q->skip)
-		n = (size_t)q->skip;
-	if (n > 0) {
-		buffer_use(&from->in, n);
-		f->ready -= (uint32_t)n;
-		q->skip -= n;
-	}
+	if (n > 0)
+		buffer_use(&x->server.in, n);
+	f->ready -= (uint32_t)n;
+	q->skip -= n;
 	if (f->whole && q->skip > 0) {
 		f->whole = false;
 		f->broken = true;
@@ -12677,16 +12684,14 @@ exchange_skip(struct exchange *x)
 static bool
 exchange_read(struct exchange *x, struct conn *from)
 {
-	uint64_t max = from == &x->server && x->request != NULL ?
-	    cache_room(x) :
-	    UINT64_MAX;
+	uint64_t max = UINT64_MAX;
 
+	if (from == &x->server && x->request != NULL)
+		max = cache_room(x);
 	if (max == UINT64_MAX)
 		return conn_read(from);
-	if (max == 0) {
+	if (max == 0)
 		from->readable = false;
-		return false;
-	}
 	if (!conn_read_some(from, max > BUFFER_ROOM ? BUFFER_ROOM : max))
 		return false;
 	/* It was all there: somebody has cut the file. */
@@ -12697,28 +12702,30 @@ exchange_read(struct exchange *x, struct conn *from)
 }
 
 /*
- * Lets the rules see what of the body has come behind the first old bytes.
- * If they forbid it, that piece is dropped, and the flow is broken.
+ * A piece of a body has come, or its end: rules, the entry that is stored and
+ * the trace see it.  If rules forbid it, it is dropped, and the flow is broken.
  */
-static bool
-exchange_seek(struct exchange *x, size_t old)
+static void
+exchange_see(struct exchange *x, struct flow *f, struct text piece)
 {
-	struct buffer *in = x->server.in;
-	struct flow *f = &x->down;
+	struct request *q = f == &x->down ? x->request : NULL;
+	bool news = !f->done && (piece.len > 0 || f->whole);
 
-	if ((f->ready == old && !f->whole) ||
-	    access_body(x,
-		f->ready > old ?
-		    text_cut(in->data + in->start + old, f->ready - old) :
-		    text_of(""),
-		f->whole))
-		return true;
-	store_drop(x);
-	f->ready = (uint32_t)old;
-	f->whole = false;
-	f->broken = true;
-	x->record.refusal = REFUSE_RULE;
-	return false;
+	if (q != NULL && q->access.answer != NULL && news &&
+	    !access_body(x, piece, f->whole)) {
+		store_drop(x);
+		f->ready -= (uint32_t)piece.len;
+		f->whole = false;
+		f->broken = true;
+		x->record.refusal = REFUSE_RULE;
+		return;
+	}
+	if (q != NULL && piece.len > 0)
+		store_append(x, piece);
+	if (q != NULL && f->whole)
+		store_finish(x);
+	if (options.verbose > 1 && piece.len > 0)
+		trace_dump(x, f == &x->up ? "c>s" : "s>c", piece);
 }
 
 /*
@@ -12730,34 +12737,24 @@ static bool
 exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
     struct conn *to)
 {
-	struct request *q = f == &x->down ? x->request : NULL;
 	bool moved = false;
-	size_t held;
 	unsigned n;
 
 	for (n = 0; n < MOVES_MAX && !to->deaf; n++) {
-		size_t old = f->ready;
+		size_t old = f->ready, held;
 
 		if (to->out != NULL && !to->writable && !to->hung &&
 		    to->fd != -1)
 			break;
 		if (!f->done)
 			flow_decode(f, from->in, from->eof);
-		if (q != NULL && q->skip > 0)
+		if (f == &x->down && x->request != NULL && x->request->skip > 0)
 			exchange_skip(x);
-		if (q != NULL && q->access.answer != NULL && !f->done &&
-		    !exchange_seek(x, old))
-			return true;
-		if (q != NULL && f->ready > old)
-			store_append(x,
-			    text_cut(from->in->data + from->in->start + old,
-				f->ready - old));
-		if (q != NULL && f->whole)
-			store_finish(x);
-		if (options.verbose > 1 && f->ready > old)
-			trace_dump(x, f == &x->up ? "c>s" : "s>c",
-			    text_cut(from->in->data + from->in->start + old,
-				f->ready - old));
+		exchange_see(x, f,
+		    f->ready > old ?
+			text_cut(from->in->data + from->in->start + old,
+			    f->ready - old) :
+			text_of(""));
 		if (f->ready == 0 && !f->whole && !f->broken &&
 		    exchange_read(x, from) && !from->error) {
 			moved = true;
@@ -13415,7 +13412,7 @@ static void
 relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 {
 	struct conn *s = &x->server;
-	struct flow old = x->down;
+	struct flow *d = &x->down, old = *d;
 	struct request *q = x->request;
 
 	if (s->in != NULL)
@@ -13427,15 +13424,11 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 	y->down.to = FRAMING_CLOSE;
 	fetch_move(x, y);
 	q->route.keep = false;
-	s->fd = fd;
-	s->role = ROLE_FILE;
-	s->exchange = x;
-	s->readable = s->hung = true;
-	flow_start(&x->down,
-	    q->body == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH, old.to,
-	    q->body - old.payload);
-	x->down.payload = old.payload;
-	x->down.bare = old.bare;
+	conn_file(s, fd, x);
+	flow_start(d, q->body == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH,
+	    old.to, q->body - old.payload);
+	d->payload = old.payload;
+	d->bare = old.bare;
 }
 
 /*
@@ -13455,7 +13448,7 @@ relay_part(struct exchange *x)
 	fd = cache_follow_own(x);
 	if (fd == -1)
 		return;
-	y = exchange_take_refresh(x);
+	y = exchange_take_refresh(x, NULL);
 	if (y == NULL) {
 		(void)close(fd);
 		return;
@@ -13529,15 +13522,13 @@ static bool
 linger_step(struct exchange *x)
 {
 	struct conn *c = &x->client;
+	bool ended = c->eof || c->error, news = !ended && conn_drain(c);
 
-	if (c->eof || c->error) {
+	if (ended)
 		exchange_close(x, false);
-		return true;
-	}
-	if (!conn_drain(c))
-		return false;
-	x->moved = now.ms;
-	return true;
+	else if (news)
+		x->moved = now.ms;
+	return ended || news;
 }
 
 /* ---- all phases: what they wait for, and the turn ---- */
@@ -13583,35 +13574,33 @@ exchange_takes_response(const struct exchange *x)
 static int64_t
 exchange_deadline(const struct exchange *x)
 {
-	const struct request *q = x->request;
 	const struct conn *c = &x->client, *s = &x->server;
 	bool half = c->error || s->error || c->deaf || s->deaf ||
 	    ((c->eof || s->eof) && c->out == NULL && s->out == NULL);
+	const struct route *route;
 
 	switch (x->phase) {
 	case PHASE_REQUEST:
-		if (x->record.start)
-			return x->record.start + HEAD_MS;
-		return x->since + (x->served ? KEPT_CLIENT_MS : HEAD_MS);
-	case PHASE_CONNECT:
-		if (q->route.next < q->route.n &&
-		    q->route.tried + NEXT_TRY_MS < x->since + CONNECT_MS)
-			return q->route.tried + NEXT_TRY_MS;
-		return x->since + CONNECT_MS;
+		return x->since +
+		    (x->served && x->record.start == 0 ? KEPT_CLIENT_MS :
+							 HEAD_MS);
 	case PHASE_COLLAPSE:
 		return x->since + COLLAPSE_MS;
+	case PHASE_CONNECT:
+		route = &x->request->route;
+		if (route->next < route->n)
+			return least(route->tried + NEXT_TRY_MS,
+			    x->since + CONNECT_MS);
+		/* FALLTHROUGH */
 	case PHASE_RESOLVE:
 	case PHASE_GREET:
 		return x->since + CONNECT_MS;
 	case PHASE_RESPONSE:
-		return x->moved + options.idle_ms;
 	case PHASE_RELAY:
 		return x->moved +
 		    (x->tunnel && half ? HALF_CLOSED_MS : options.idle_ms);
 	case PHASE_LINGER:
-		return x->moved + LINGER_MS < x->since + LINGER_ALL_MS ?
-		    x->moved + LINGER_MS :
-		    x->since + LINGER_ALL_MS;
+		return least(x->moved + LINGER_MS, x->since + LINGER_ALL_MS);
 	default:
 		return INT64_MAX;
 	}
@@ -13621,7 +13610,6 @@ exchange_deadline(const struct exchange *x)
 static void
 exchange_expire(struct exchange *x)
 {
-	struct request *q = x->request;
 	char detail[ADDRESS_TEXT];
 
 	address_print(&x->record.server, detail);
@@ -13632,11 +13620,8 @@ exchange_expire(struct exchange *x)
 		else
 			exchange_close(x, false);
 		break;
-	case PHASE_COLLAPSE:
-		collapse_end(x);
-		break;
 	case PHASE_RESOLVE:
-		q->times.resolved = now.ms;
+		x->request->times.resolved = now.ms;
 		exchange_refuse(x, REFUSE_NAME_SLOW, "");
 		break;
 	case PHASE_CONNECT:
@@ -13646,7 +13631,7 @@ exchange_expire(struct exchange *x)
 		break;
 	case PHASE_RESPONSE:
 		x->record.end = END_IDLE;
-		if (x->client.out != NULL || answer_is_local(q))
+		if (x->client.out != NULL || answer_is_local(x->request))
 			exchange_abort(x, END_IDLE, REFUSE_IDLE);
 		else
 			exchange_refuse(x,
@@ -13737,14 +13722,6 @@ exchange_overhear(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 }
 
-/* FREE: nothing to do. */
-static bool
-free_step(struct exchange *x)
-{
-	(void)x;
-	return false;
-}
-
 /*
  * Runs x until nothing moves, or it had its share of this turn; then sets
  * what it waits for.
@@ -13753,7 +13730,6 @@ static void
 exchange_run(struct exchange *x)
 {
 	static bool (*const steps[PHASES])(struct exchange *) = {
-		[PHASE_FREE] = free_step,
 		[PHASE_REQUEST] = request_step,
 		[PHASE_COLLAPSE] = collapse_step,
 		[PHASE_RESOLVE] = resolve_step,
@@ -13763,23 +13739,21 @@ exchange_run(struct exchange *x)
 		[PHASE_RELAY] = relay_step,
 		[PHASE_LINGER] = linger_step,
 	};
-	unsigned n;
+	struct conn *c = &x->client, *s = &x->server;
+	unsigned n = 0;
 
-	for (n = 0; n < STEPS_MAX && steps[x->phase](x); n++)
-		continue;
+	while (n < STEPS_MAX && steps[x->phase] && steps[x->phase](x))
+		n++;
 	exchange_overhear(x);
 	exchange_check(x);
 	if (x->phase == PHASE_FREE)
 		return;
 	if (n == STEPS_MAX)
 		exchange_queue(x);
-	conn_watch(&x->client,
-	    conn_events(&x->client, exchange_takes_request(x)));
-	conn_watch(&x->server,
-	    conn_events(&x->server, exchange_takes_response(x)));
+	conn_watch(c, conn_events(c, exchange_takes_request(x)));
+	conn_watch(s, conn_events(s, exchange_takes_response(x)));
 	x->deadline = exchange_deadline(x);
-	if (x->deadline < exchanges.wake)
-		exchanges.wake = x->deadline;
+	exchanges.wake = least(exchanges.wake, x->deadline);
 }
 
 /*
