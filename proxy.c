@@ -1296,6 +1296,21 @@ enum colour {
 };
 
 /*
+ * The start of t as a string, with `.` for what is not safe on a terminal; to
+ * has `size` bytes.
+ */
+static const char *
+text_printable(struct text t, char *to, size_t size)
+{
+	size_t i;
+
+	for (i = 0; i < t.len && i < size - 1; i++)
+		to[i] = t.at[i] >= ' ' && t.at[i] <= '~' ? t.at[i] : '.';
+	to[i] = '\0';
+	return to;
+}
+
+/*
  * A line of the trace, in a colour where there is one.  Of t, 900 bytes at
  * most, and those that are not safe on a terminal as dots; tail is whole.
  */
@@ -1304,12 +1319,9 @@ trace_line(const struct exchange *x, enum colour colour, const char *mark,
     struct text t, const char *tail)
 {
 	char line[1024], clean[901];
-	size_t i;
 	int n;
 
-	for (i = 0; i < t.len && i < sizeof(clean) - 1; i++)
-		clean[i] = t.at[i] >= ' ' && t.at[i] <= '~' ? t.at[i] : '.';
-	clean[i] = '\0';
+	(void)text_printable(t, clean, sizeof(clean));
 	if (logs.colour)
 		n = snprintf(line, sizeof(line),
 		    "\033[%dm#%llu %s%s%s\033[0m\n", (int)colour,
@@ -13836,13 +13848,11 @@ static bool rules_unread; /* new rules are read, a piece a turn */
 static int
 loop_wait(void)
 {
-	int64_t wait = exchanges.wake - now.ms;
+	int64_t wait = least(exchanges.wake - now.ms, INT_MAX);
 
 	if (exchanges.again != NULL || rules_unread || wait <= 0)
 		return 0;
-	return exchanges.wake == INT64_MAX ? -1 :
-	    wait > INT_MAX                 ? INT_MAX :
-					     (int)wait;
+	return exchanges.wake == INT64_MAX ? -1 : (int)wait;
 }
 
 /*
@@ -13858,8 +13868,7 @@ loop_poll(void)
 	static int64_t polled_us, cost_us;
 	static bool busy, more;
 	bool large = poll_set.all - poll_set.hot > COLD_MIN;
-	int64_t gap_us = 5 * cost_us < COLD_GAP_US ? 5 * cost_us : COLD_GAP_US;
-	int64_t due_us = polled_us + gap_us - now.us;
+	int64_t due_us = polled_us + least(5 * cost_us, COLD_GAP_US) - now.us;
 	int wait = loop_wait(), n;
 	size_t i;
 
@@ -13934,24 +13943,31 @@ loop_cool(void)
 			poll_cool(poll_set.conns[i]);
 }
 
-/* Closes kept connections that spoke, closed, or were idle for too long. */
+/*
+ * Closes kept connections that spoke, closed, or were idle for too long; the
+ * others are looked at again when they will have been.
+ */
 static void
 loop_kept(void)
 {
 	struct other *o;
 
-	for (o = others; o < others + others_used; o++)
-		if (o->conn.fd != -1 && o->conn.role == ROLE_KEPT &&
-		    (o->conn.readable || o->conn.hung ||
-			now.ms - o->since >= KEPT_SERVER_MS))
+	for (o = others; o < others + others_used; o++) {
+		int64_t end = o->since + KEPT_SERVER_MS;
+
+		if (o->conn.fd == -1 || o->conn.role != ROLE_KEPT)
+			continue;
+		if (o->conn.readable || o->conn.hung || end <= now.ms)
 			conn_close(&o->conn, false);
+		else
+			exchanges.wake = least(exchanges.wake, end);
+	}
 }
 
 /* The time of the next deadline is come: whose is it, and which is next? */
 static void
 loop_expire(void)
 {
-	const struct other *o;
 	struct exchange *x;
 
 	if (now.ms < exchanges.wake)
@@ -13963,21 +13979,17 @@ loop_expire(void)
 		if (x->deadline <= now.ms) {
 			exchange_expire(x);
 			exchange_run(x);
-		} else if (x->deadline < exchanges.wake)
-			exchanges.wake = x->deadline;
+		} else
+			exchanges.wake = least(exchanges.wake, x->deadline);
 	}
 	loop_kept();
-	for (o = others; o < others + others_used; o++)
-		if (o->conn.fd != -1 && o->conn.role == ROLE_KEPT &&
-		    o->since + KEPT_SERVER_MS < exchanges.wake)
-			exchanges.wake = o->since + KEPT_SERVER_MS;
-	if (names.questions.fd == -1) {
-		if (now.ms >= names.restart && names_start()) {
-			conn_watch(&names.answers, POLLIN);
-			names_ask();
-		} else if (now.ms + 1000 < exchanges.wake)
-			exchanges.wake = now.ms + 1000;
-	}
+	if (names.questions.fd != -1)
+		return;
+	if (now.ms >= names.restart && names_start()) {
+		conn_watch(&names.answers, POLLIN);
+		names_ask();
+	} else
+		exchanges.wake = least(exchanges.wake, now.ms + 1000);
 }
 
 /* Answers of the names helper: runs whoever waits for a name. */
@@ -14022,17 +14034,15 @@ loop_rank(const struct exchange *x)
 
 	if (waits && x->served)
 		return 3;
-	if (now.ms - x->moved < SILENT_MS)
+	if (x->phase == PHASE_FREE || now.ms - x->moved < SILENT_MS)
 		return 0;
 	if (x->phase == PHASE_LINGER)
 		return 4;
 	if (waits)
 		return 2;
 	return x->request != NULL && x->client.eof && !x->refresh &&
-		x->up.done && x->record.status == 0 &&
-		!answer_is_local(x->request) && !cache_wants(x) ?
-	    1 :
-	    0;
+	    x->up.done && x->record.status == 0 &&
+	    !answer_is_local(x->request) && !cache_wants(x);
 }
 
 /* The one that gives way most readily, of several the longest so; or NULL. */
@@ -14040,64 +14050,58 @@ static struct exchange *
 loop_idlest(void)
 {
 	struct exchange *x, *first = NULL;
-	unsigned rank, best = 0;
+	unsigned rank, best = 1;
 
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
-		rank = x->phase == PHASE_FREE ? 0 : loop_rank(x);
-		if (rank > best ||
-		    (rank > 0 && rank == best && x->moved < first->moved)) {
-			first = x;
-			best = rank;
-		}
+		rank = loop_rank(x);
+		if (rank < best ||
+		    (rank == best && first != NULL && x->moved >= first->moved))
+			continue;
+		first = x;
+		best = rank;
 	}
 	return first;
 }
 
 /*
- * All slots are taken, and a client waits: makes one free.  False if all are
- * busy, then nobody looks again for a while; or if the idlest has just spoken.
+ * All slots are taken: true if a client waits at l, and a slot was made free.
+ * If all are busy, nobody looks again for a while; nor is one made free if the
+ * idlest has just spoken.
  */
 static bool
-loop_make_way(void)
+loop_make_room(struct listener *l)
 {
 	static int64_t said;
-	struct exchange *x = loop_idlest();
-	struct pollfd news = { .events = POLLIN };
+	struct pollfd fd = { .fd = l->conn.fd, .events = POLLIN };
+	struct exchange *x;
 
+	if (now.ms < crowded_until)
+		return false;
+	l->conn.readable = poll(&fd, 1, 0) == 1;
+	if (!l->conn.readable)
+		return false;
 	if (said == 0 || now.ms - said >= CROWDED_SAY_MS) {
 		said = now.ms;
 		warn("all %lu connections are in use (-m): idle clients give "
 		     "way, others wait",
 		    (unsigned long)exchanges.n);
 	}
+	x = loop_idlest();
 	if (x == NULL) {
 		crowded_until = now.ms + CROWDED_MS +
 		    (int64_t)(exchanges.used / CROWDED_SLOTS);
 		return false;
 	}
-	news.fd = x->client.fd;
+	fd.fd = x->client.fd;
 	if (x->request != NULL)
 		exchange_abort(x, END_LIMIT, REFUSE_NONE);
-	else if (poll(&news, 1, 0) == 0)
+	else if (poll(&fd, 1, 0) == 0)
 		exchange_close(x, false);
 	else {
 		x->client.readable = true;
 		exchange_queue(x);
-		return false;
 	}
-	return true;
-}
-
-/* All slots are taken: true if a client waits at l, and one was made free. */
-static bool
-loop_make_room(struct listener *l)
-{
-	struct pollfd waiting = { .fd = l->conn.fd, .events = POLLIN };
-
-	if (now.ms < crowded_until)
-		return false;
-	l->conn.readable = poll(&waiting, 1, 0) == 1;
-	return l->conn.readable && loop_make_way();
+	return exchanges.busy < exchanges.n;
 }
 
 /*
@@ -14107,11 +14111,11 @@ loop_make_room(struct listener *l)
 static void
 loop_accept(struct listener *l)
 {
-	struct sockaddr_storage storage;
-	struct address peer;
 	unsigned n;
 
 	for (n = 0; n < ACCEPTS_MAX; n++) {
+		struct address peer = { .family = AF_UNIX };
+		struct sockaddr_storage storage;
 		socklen_t len = sizeof(storage);
 		int fd;
 
@@ -14128,10 +14132,7 @@ loop_accept(struct listener *l)
 			l->conn.readable = false;
 			return;
 		}
-		if (l->path != NULL) {
-			memset(&peer, 0, sizeof(peer));
-			peer.family = AF_UNIX;
-		} else
+		if (l->path == NULL)
 			peer = address_import((struct sockaddr *)&storage);
 		exchange_open(fd, &peer);
 	}
@@ -14152,19 +14153,8 @@ loop_accept_all(void)
 	    crowded_until;
 	for (i = 0; i < listeners_n; i++)
 		conn_watch(&listeners[i].conn, now.ms >= after ? POLLIN : 0);
-	if (after > now.ms && after < exchanges.wake)
-		exchanges.wake = after;
-}
-
-/* The bytes of t that are safe on a terminal, in place of the others `.`. */
-static struct text
-trace_clean(struct text t, char *to, size_t size)
-{
-	size_t i;
-
-	for (i = 0; i < t.len && i < size; i++)
-		to[i] = t.at[i] >= ' ' && t.at[i] <= '~' ? t.at[i] : '.';
-	return text_cut(to, i);
+	if (after > now.ms)
+		exchanges.wake = least(exchanges.wake, after);
 }
 
 /* USR1: one line for each slot in use. */
@@ -14174,23 +14164,22 @@ loop_report(void)
 	const struct exchange *x;
 
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
+		const struct conn *c = &x->client, *s = &x->server;
 		struct quotes quotes = log_quotes(x);
-		struct text target = quotes.name.len ? quotes.uri :
-						       text_of("-");
-		char clean[200], peer[ADDRESS_TEXT];
+		char target[200], peer[ADDRESS_TEXT];
 
 		if (x->phase == PHASE_FREE)
 			continue;
-		target = trace_clean(target, clean, sizeof(clean));
 		address_print(&x->peer, peer);
-		warn("#%llu %s %s %.*s client in %lu out %lu server in %lu "
+		warn("#%llu %s %s %s client in %lu out %lu server in %lu "
 		     "out %lu deadline %lld s",
 		    (unsigned long long)x->number, phase_names[x->phase], peer,
-		    (int)target.len, target.at,
-		    (unsigned long)buffer_held(x->client.in),
-		    (unsigned long)buffer_held(x->client.out),
-		    (unsigned long)buffer_held(x->server.in),
-		    (unsigned long)buffer_held(x->server.out),
+		    text_printable(quotes.name.len ? quotes.uri : text_of("-"),
+			target, sizeof(target)),
+		    (unsigned long)buffer_held(c->in),
+		    (unsigned long)buffer_held(c->out),
+		    (unsigned long)buffer_held(s->in),
+		    (unsigned long)buffer_held(s->out),
 		    (long long)(x->deadline - now.ms) / 1000);
 	}
 	warn("%lu of %lu connections in use, %llu exchanges so far",
@@ -14241,6 +14230,12 @@ loop_reload(void)
 static void
 loop_signals(void)
 {
+	static void (*const handlers[])(void) = {
+		[SIGUSR1] = loop_report,
+		[SIGHUP] = loop_reload,
+		[SIGTERM] = loop_stop,
+		[SIGINT] = loop_stop,
+	};
 	char signals[16];
 	ssize_t n, i;
 
@@ -14248,14 +14243,8 @@ loop_signals(void)
 		return;
 	signal_conn.readable = false;
 	n = fd_read(signal_conn.fd, signals, sizeof(signals));
-	for (i = 0; i < n; i++) {
-		if (signals[i] == SIGUSR1)
-			loop_report();
-		else if (signals[i] == SIGHUP)
-			loop_reload();
-		else if (signals[i] == SIGTERM || signals[i] == SIGINT)
-			loop_stop();
-	}
+	for (i = 0; i < n; i++)
+		handlers[(unsigned char)signals[i]]();
 }
 
 /* Runs the exchanges to which something happened. */
@@ -14292,14 +14281,33 @@ loop_run(void)
 		loop_cool();
 		cache_sweep();
 		log_flush();
-		if (buffer_len(&log_lines) > 0 &&
-		    exchanges.wake > now.ms + 1000)
-			exchanges.wake = now.ms + 1000;
+		if (buffer_len(&log_lines) > 0)
+			exchanges.wake = least(exchanges.wake, now.ms + 1000);
 	}
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++)
 		if (x->phase != PHASE_FREE)
 			exchange_abort(x, END_STOP, REFUSE_NONE);
 	log_flush();
+}
+
+/* ---- 15. Main: options, startup ---- */
+
+static const char usage_text[] =
+    "usage: proxy [-ahnvV] [-b address] [-c directory] [-e rule] [-f file]\n"
+    "             [-k url] [-l [host:]port | -l /path] [-m n] [-o file]\n"
+    "             [-s size] [-t seconds] [-T url] [-u user] [-x url]\n";
+
+/* The command line is wrong. */
+static void
+usage(const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	say_words(format, args);
+	va_end(args);
+	fprintf(stderr, "%s", usage_text);
+	exit(2);
 }
 
 /* The handler of all signals: the loop does the rest. */
@@ -14336,26 +14344,6 @@ signals_open(void)
 	/* If it was ignored, children could not be waited for. */
 	action.sa_handler = SIG_DFL;
 	(void)sigaction(SIGCHLD, &action, NULL);
-}
-
-/* ---- 15. Main: options, startup ---- */
-
-static const char usage_text[] =
-    "usage: proxy [-ahnvV] [-b address] [-c directory] [-e rule] [-f file]\n"
-    "             [-k url] [-l [host:]port | -l /path] [-m n] [-o file]\n"
-    "             [-s size] [-t seconds] [-T url] [-u user] [-x url]\n";
-
-/* The command line is wrong. */
-static void
-usage(const char *format, ...)
-{
-	va_list args;
-
-	va_start(args, format);
-	say_words(format, args);
-	va_end(args);
-	fprintf(stderr, "%s", usage_text);
-	exit(2);
 }
 
 /* A number of an option, from min to max. */
