@@ -2160,6 +2160,18 @@ address_import(const struct sockaddr *from)
 	return a;
 }
 
+/* The address of fd's own end; its family is 0 if there is none. */
+static struct address
+address_bound(int fd)
+{
+	struct sockaddr_storage storage;
+	socklen_t len = sizeof(storage);
+
+	memset(&storage, 0, sizeof(storage));
+	(void)getsockname(fd, (struct sockaddr *)&storage, &len);
+	return address_import((struct sockaddr *)&storage);
+}
+
 /* Reads a numeric address; false if host is a name. */
 static bool
 address_parse(struct text host, unsigned port, struct address *a)
@@ -2255,6 +2267,19 @@ static bool
 address_is_local(const struct address *a)
 {
 	return a->family == AF_UNIX || address_is_loopback(a);
+}
+
+/*
+ * True if the client at the other end of fd is on this machine: then it comes
+ * from an address that is ours only, or from the very one that it goes to.
+ */
+static bool
+peer_is_local(int fd, const struct address *peer)
+{
+	struct address here = address_bound(fd);
+
+	here.port = peer->port;
+	return address_is_local(peer) || address_same(&here, peer);
 }
 
 /* True if a is an address of this machine: one that can be bound to. */
@@ -3281,6 +3306,19 @@ field_append(struct buffer *b, const struct field *field)
 	buffer_append(b, field->name);
 	buffer_append(b, text_of(": "));
 	buffer_append(b, field->value);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* Appends the fields of h but those that `without` names, and the empty line. */
+static void
+fields_append(struct buffer *b, const struct head *h,
+    const char *const *without)
+{
+	size_t i;
+
+	for (i = 0; i < h->n; i++)
+		if (!name_is_among(h->fields[i].name, without))
+			field_append(b, &h->fields[i]);
 	buffer_append(b, text_of("\r\n"));
 }
 
@@ -10968,16 +11006,11 @@ page_pac(struct exchange *x, struct text host)
 static bool
 page_is_ours(const struct exchange *x, const struct target *t)
 {
-	struct sockaddr_storage storage;
-	socklen_t len = sizeof(storage);
-	struct address here, named;
+	struct address here = address_bound(x->client.fd), named;
 	size_t label = strcspn(host_name, ".");
 
 	if (x->peer.family == AF_UNIX)
 		return true;
-	if (getsockname(x->client.fd, (struct sockaddr *)&storage, &len) == -1)
-		return false;
-	here = address_import((struct sockaddr *)&storage);
 	if (here.port != t->port)
 		return false;
 	if (address_parse(t->host, t->port, &named))
@@ -11009,16 +11042,12 @@ page_trace(struct exchange *x)
 	static const char *const secret[] = { "Authorization",
 		"Proxy-Authorization", "Cookie", NULL };
 	struct buffer *b = buffer_take();
-	size_t i;
 
 	if (b == NULL)
 		return;
 	buffer_append(b, r->head.line);
 	buffer_append(b, text_of("\r\n"));
-	for (i = 0; i < r->head.n; i++)
-		if (!name_is_among(r->head.fields[i].name, secret))
-			field_append(b, &r->head.fields[i]);
-	buffer_append(b, text_of("\r\n"));
+	fields_append(b, &r->head, secret);
 	page_make(x, 200, "message/http", "", buffer_text(b));
 	if (b->overflow || (x->server.in != NULL && x->server.in->overflow)) {
 		x->record.refusal = REFUSE_HEAD_LONG;
@@ -11704,27 +11733,6 @@ request_passed_here(const struct request *r)
 }
 
 /*
- * The head of a GET for what q asked for: without its conditions and its
- * wishes, and without its login, so that the answer is good for all.
- */
-static void
-refresh_build(const struct request *q, struct buffer *b)
-{
-	static const char *const wishes[] = { "Cache-Control", "Pragma",
-		"Authorization", "Range", "If-Range", NULL };
-	size_t i;
-
-	buffer_append(b, text_of("GET"));
-	buffer_append(b, text_from(q->head.line, q->name.len));
-	buffer_append(b, text_of("\r\n"));
-	for (i = 0; i < q->head.n; i++)
-		if (!name_is_among(q->head.fields[i].name, wishes) &&
-		    !name_is_among(q->head.fields[i].name, fields_of_condition))
-			field_append(b, &q->head.fields[i]);
-	buffer_append(b, text_of("\r\n"));
-}
-
-/*
  * A slot for what is done for nobody: its client is no socket.  NULL without a
  * free slot.  Takes over head, the request that it begins with, or NULL.
  */
@@ -11761,6 +11769,10 @@ exchange_take_refresh(const struct exchange *x, struct buffer *head)
 static void
 exchange_refresh(const struct exchange *x)
 {
+	static const char *const personal[] = { "Cache-Control", "Pragma",
+		"Authorization", "Range", "If-Range", "If-Match",
+		"If-None-Match", "If-Modified-Since", "If-Unmodified-Since",
+		NULL };
 	const struct request *q = x->request;
 	bool busy = fetch_for(q->caching.key) != NULL;
 	struct buffer *head = busy ? NULL : buffer_take();
@@ -11768,7 +11780,11 @@ exchange_refresh(const struct exchange *x)
 
 	if (head == NULL)
 		return;
-	refresh_build(q, head);
+	/* Without wishes, conditions and login: the answer is good for all. */
+	buffer_append(head, text_of("GET"));
+	buffer_append(head, text_from(q->head.line, q->name.len));
+	buffer_append(head, text_of("\r\n"));
+	fields_append(head, &q->head, personal);
 	y = exchange_take_refresh(x, head);
 	if (y == NULL)
 		return;
@@ -12090,19 +12106,13 @@ static void
 exchange_target(const struct exchange *x, char *to)
 {
 	const struct request *q = x->request;
-	bool literal = text_find(q->target.host, ':') < q->target.host.len;
+	struct text host = q->target.host;
+	bool literal = text_find(host, ':') < host.len;
+	int n = snprintf(to, HOST_MAX + 3, literal ? "[%.*s]" : "%.*s",
+	    (int)host.len, host.at);
 
-	if (literal)
-		*to++ = '[';
-	memcpy(to, q->target.host.at, q->target.host.len);
-	to += q->target.host.len;
-	if (literal)
-		*to++ = ']';
-	if (q->target.port != 80 || q->method == METHOD_CONNECT) {
-		*to++ = ':';
-		to = number_print(to, q->target.port);
-	}
-	*to = '\0';
+	if (q->target.port != 80 || q->method == METHOD_CONNECT)
+		(void)snprintf(to + n, 7, ":%u", q->target.port);
 }
 
 /* True if requests go whole to a parent that speaks HTTP. */
@@ -13768,26 +13778,6 @@ exchange_run(struct exchange *x)
 	exchanges.wake = least(exchanges.wake, x->deadline);
 }
 
-/*
- * True if the client at the other end of fd is on this machine: then it comes
- * from an address that is ours only, or from the very one that it goes to.
- */
-static bool
-peer_is_local(int fd, const struct address *peer)
-{
-	struct sockaddr_storage storage;
-	socklen_t len = sizeof(storage);
-	struct address here;
-
-	if (address_is_local(peer))
-		return true;
-	if (getsockname(fd, (struct sockaddr *)&storage, &len) == -1)
-		return false;
-	here = address_import((struct sockaddr *)&storage);
-	here.port = peer->port;
-	return address_same(&here, peer);
-}
-
 /* A client came: gives it a slot, which there is, and looks what it says. */
 static void
 exchange_open(int fd, const struct address *peer)
@@ -14525,14 +14515,7 @@ listener_add(int fd, const struct sockaddr *at, socklen_t len, const char *path)
 	if (!conn_open(&l->conn, ROLE_LISTENER, fd, NULL))
 		return strerror(errno);
 	l->path = path;
-	if (path == NULL) {
-		struct sockaddr_storage bound;
-
-		len = sizeof(bound);
-		if (getsockname(fd, (struct sockaddr *)&bound, &len) != -1)
-			l->address = address_import((struct sockaddr *)&bound);
-	} else
-		l->address.family = AF_UNIX;
+	l->address = address_bound(fd);
 	listeners_n++;
 	return NULL;
 }
