@@ -11180,7 +11180,6 @@ exchange_close(struct exchange *x, bool reset)
 static void
 exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 {
-
 	x->record.end = end;
 	x->record.refusal = x->record.refusal ? x->record.refusal : refusal;
 	if (x->record.start)
@@ -12845,11 +12844,12 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 {
 	const struct request *q = x->request;
 	bool upgrade = r->status == 101 || r->status == 426;
+	bool tunnel = q->method == METHOD_CONNECT && r->status < 300;
+	bool final = r->status >= 200 && !tunnel;
 	struct rewrites w;
 	size_t i;
 
 	response_rewrites(x, r, &w);
-
 	status_append(b, r->status, r->reason);
 	for (i = 0; i < r->head.n; i++)
 		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))
@@ -12858,24 +12858,20 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 			response_field_append(x, r, i, b);
 	for (i = 0; i < w.n; i++)
 		field_append(b, &w.fields[i]);
-	if (r->status >= 200 && !x->tunnel &&
-	    head_field(&r->head, "Date") == NULL)
+	if (final && head_field(&r->head, "Date") == NULL)
 		buffer_print(b, "Date: %s\r\n", date_now());
 	if (q->answerer != ANSWER_MEMORY && !w.via)
 		via_append(b, r->minor);
-	if (answer_is_stored(q)) {
-		buffer_append(b, text_of("Age: "));
-		buffer_number(b, (uint64_t)q->caching.age);
-		buffer_append(b, text_of("\r\n"));
-	}
+	if (answer_is_stored(q))
+		buffer_print(b, "Age: %lld\r\n", (long long)q->caching.age);
 	buffer_append(b, r->extra);
-	if (options.cache != NULL && r->status >= 200 && !x->tunnel)
+	if (final && options.cache != NULL)
 		cache_status_append(x, b);
 	if (x->down.to == FRAMING_CHUNKED)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
 	if (upgrade)
 		buffer_append(b, text_of("Connection: upgrade\r\n"));
-	if (x->close && r->status >= 200 && !x->tunnel)
+	if (final && x->close)
 		buffer_append(b, text_of("Connection: close\r\n"));
 	buffer_append(b, text_of("\r\n"));
 }
@@ -13115,11 +13111,8 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 static void
 response_tunnel(struct exchange *x, const struct response *r, size_t n)
 {
-	x->tunnel = TUNNEL_SILENT;
-	if (!response_pass(x, r, n)) {
-		x->tunnel = TUNNEL_NONE;
+	if (!response_pass(x, r, n))
 		return;
-	}
 	x->record.status = r->status;
 	tunnel_start(x);
 }
@@ -13413,7 +13406,6 @@ relay_uploads(const struct exchange *x)
 static bool
 relay_goes_on(struct exchange *x)
 {
-
 	if (!cache_wants(x))
 		return false;
 	conn_close(&x->client, false);
@@ -13679,32 +13671,31 @@ exchange_expire(struct exchange *x)
 static void
 exchange_check(const struct exchange *x)
 {
-	const struct conn *c = &x->client, *s = &x->server;
+	const struct conn *const conns[] = { &x->client, &x->server };
+	const struct flow *const flows[] = { &x->up, &x->down };
+	const struct request *q = x->request;
+	size_t i;
 
-	if (x->phase == PHASE_FREE) {
-		assert(c->fd == -1 && s->fd == -1 && c->in == NULL &&
-		    c->out == NULL && s->in == NULL && s->out == NULL &&
-		    x->request == NULL);
-		return;
+	for (i = 0; i < 2; i++) {
+		const struct conn *c = conns[i];
+		const struct flow *f = flows[i];
+
+		assert(x->phase != PHASE_FREE ||
+		    (c->fd == -1 && c->in == NULL && c->out == NULL));
+		assert(c->out == NULL ||
+		    (buffer_len(c->out) > 0 && c->out->overflow == 0));
+		assert(!f->done || (f->whole && f->ready == 0));
+		assert(
+		    buffer_held(c->in) >= f->ready || x->phase == PHASE_FREE);
 	}
-	assert(c->fd != -1 || x->refresh);
-	assert(c->out == NULL || buffer_len(c->out) > 0);
-	assert(s->out == NULL || buffer_len(s->out) > 0);
-	assert(!x->up.done || (x->up.whole && x->up.ready == 0));
-	assert(!x->down.done || (x->down.whole && x->down.ready == 0));
-	assert(x->up.ready == 0 ||
-	    (c->in != NULL && buffer_len(c->in) >= x->up.ready));
-	assert(x->down.ready == 0 ||
-	    (s->in != NULL && buffer_len(s->in) >= x->down.ready));
-	assert(s->fd == -1 ||
+	assert(x->client.fd != -1 || x->refresh || x->phase == PHASE_FREE);
+	assert(x->server.fd == -1 ||
 	    (x->phase >= PHASE_CONNECT && x->phase <= PHASE_RELAY));
-	assert(!x->tunnel || x->request == NULL);
-	assert(x->request != NULL || x->tunnel || x->phase == PHASE_REQUEST ||
+	assert(q == NULL || (x->phase != PHASE_FREE && !x->tunnel));
+	assert(q != NULL || x->tunnel || x->phase < PHASE_COLLAPSE ||
 	    x->phase == PHASE_LINGER);
-	assert(x->request == NULL || cache_room(x) == UINT64_MAX ||
-	    cache_room(x) <= x->request->caching.stored);
-	assert(c->out == NULL || c->out->overflow == 0);
-	assert(s->out == NULL || s->out->overflow == 0);
+	assert(q == NULL || cache_room(x) == UINT64_MAX ||
+	    cache_room(x) <= q->caching.stored);
 }
 
 /*
