@@ -10568,6 +10568,56 @@ log_quotes(const struct exchange *x)
 	return quotes;
 }
 
+/*
+ * Keeps what is to be said of x, cut to its room, for when it will have no
+ * request.
+ */
+static void
+log_note(struct exchange *x)
+{
+	struct quotes quotes = log_quotes(x);
+	struct note *n = &x->note;
+	const struct text texts[] = { quotes.name, quotes.uri, quotes.agent,
+		quotes.referer };
+	unsigned char *const lens[] = { &n->name, &n->uri, &n->agent,
+		&n->referer };
+	size_t used = 0, i;
+
+	for (i = 0; i < sizeof(lens) / sizeof(lens[0]); i++) {
+		size_t room = NOTE_MAX - NOTE_SNI - used;
+		size_t len = texts[i].len < room ? texts[i].len : room;
+
+		memcpy(n->text + used, texts[i].at, len);
+		*lens[i] = (unsigned char)len;
+		used += len;
+	}
+	n->minor = (unsigned char)quotes.minor;
+	n->dns_ms = (int32_t)quotes.dns_ms;
+	n->connect_ms = (int32_t)quotes.connect_ms;
+	n->sni_len = 0;
+}
+
+/* Keeps the name in a tunnel's greeting for the log, cut to its room. */
+static void
+log_note_name(struct exchange *x, struct text name)
+{
+	struct note *n = &x->note;
+	struct text host = text_cut(n->text + n->name, n->uri);
+
+	host.len = text_find(host, ':');
+	if (name.len == 0)
+		return;
+	if (text_same(name, host))
+		n->sni = n->name;
+	else {
+		n->sni = NOTE_MAX - NOTE_SNI;
+		if (name.len > NOTE_SNI)
+			name.len = NOTE_SNI;
+		memcpy(n->text + n->sni, name.at, name.len);
+	}
+	n->sni_len = (unsigned char)name.len;
+}
+
 /* The request as it was sent, if it could not be parsed its first line. */
 static void
 log_request(struct buffer *b, const struct quotes *q)
@@ -12912,19 +12962,6 @@ response_wants_login(const struct exchange *x, const struct response *r)
 		x->rules->logins);
 }
 
-/* Appends t to the texts of a note, cut to its room; returns its length. */
-static unsigned char
-note_append(struct note *n, size_t *used, struct text t)
-{
-	size_t room = NOTE_MAX - NOTE_SNI - *used;
-
-	if (t.len > room)
-		t.len = room;
-	memcpy(n->text + *used, t.at, t.len);
-	*used += t.len;
-	return (unsigned char)t.len;
-}
-
 /*
  * The exchange becomes a tunnel: two flows without framing.  It may be idle
  * for hours, so what the log needs moves to the slot, cut to its size.
@@ -12932,18 +12969,7 @@ note_append(struct note *n, size_t *used, struct text t)
 static void
 tunnel_start(struct exchange *x)
 {
-	struct quotes quotes = log_quotes(x);
-	struct note *n = &x->note;
-	size_t used = 0;
-
-	n->name = note_append(n, &used, quotes.name);
-	n->uri = note_append(n, &used, quotes.uri);
-	n->agent = note_append(n, &used, quotes.agent);
-	n->referer = note_append(n, &used, quotes.referer);
-	n->minor = (unsigned char)quotes.minor;
-	n->dns_ms = (int32_t)quotes.dns_ms;
-	n->connect_ms = (int32_t)quotes.connect_ms;
-	n->sni_len = 0;
+	log_note(x);
 	x->tunnel = x->request->method == METHOD_CONNECT ? TUNNEL_SILENT :
 							   TUNNEL_OPEN;
 	x->close = true;
@@ -13347,27 +13373,6 @@ tunnel_judge(struct exchange *x)
 	return true;
 }
 
-/* Keeps the name in a tunnel's greeting for the log, cut to its room. */
-static void
-tunnel_note(struct exchange *x, struct text name)
-{
-	struct note *n = &x->note;
-	struct text host = text_cut(n->text + n->name, n->uri);
-
-	host.len = text_find(host, ':');
-	if (name.len == 0)
-		return;
-	if (text_same(name, host))
-		n->sni = n->name;
-	else {
-		n->sni = NOTE_MAX - NOTE_SNI;
-		if (name.len > NOTE_SNI)
-			name.len = NOTE_SNI;
-		memcpy(n->text + n->sni, name.at, name.len);
-	}
-	n->sni_len = (unsigned char)name.len;
-}
-
 /*
  * Looks at what a tunnel's client says first, for the log.  False if it has
  * not said anything yet, and still may.
@@ -13384,7 +13389,7 @@ tunnel_listen(struct exchange *x)
 	if (c->in == NULL && !c->eof && !c->error)
 		return false;
 	if (c->in != NULL)
-		tunnel_note(x, hello_name(buffer_text(c->in), flat));
+		log_note_name(x, hello_name(buffer_text(c->in), flat));
 	x->tunnel = TUNNEL_OPEN;
 	return true;
 }
