@@ -89,7 +89,7 @@
  *
  * Sections: 1 system and limits, 2 vocabulary, 3 small tools, 4 buffers and
  * requests, 5 conns, 6 heads, 7 bodies and flows, 8 rules, 9 cache, 10 names,
- * 11 log and trace, 12 local pages, 13 exchange, 14 loop, 15 main.
+ * 11 log and trace, 12 heads and pages, 13 exchange, 14 loop, 15 main.
  */
 
 /* ---- 1. System and limits ---- */
@@ -10950,7 +10950,376 @@ hello_name(struct text t, char *flat)
 	return text_cut(flat, 0);
 }
 
-/* ---- 12. Local pages ---- */
+/* ---- 12. Heads and pages: the words of the proxy ---- */
+
+/*
+ * All that the proxy says in its own words: the head of a request for the next
+ * hop, that of a response for the client, the handshake with a SOCKS5 parent,
+ * and the pages that it answers with itself.  Each is put into a buffer here
+ * and sent by section 13; nothing here says when, or to whom.
+ */
+
+/* ---- the head for the server ---- */
+
+/* True if requests go whole to a parent that speaks HTTP. */
+static bool
+exchange_is_relayed(const struct exchange *x)
+{
+	const struct parent *parent = exchange_parent(x);
+
+	return parent != NULL && parent->kind == PARENT_HTTP;
+}
+
+/*
+ * host[:port] of the target, as a URL has it: port 80 goes without saying,
+ * but for CONNECT.  to has HOST_MAX + 10 bytes.
+ */
+static void
+exchange_target(const struct exchange *x, char *to)
+{
+	const struct request *q = x->request;
+	struct text host = q->target.host;
+	bool literal = text_find(host, ':') < host.len;
+	int n = snprintf(to, HOST_MAX + 3, literal ? "[%.*s]" : "%.*s",
+	    (int)host.len, host.at);
+
+	if (q->target.port != 80 || q->method == METHOD_CONNECT)
+		(void)snprintf(to + n, 7, ":%u", q->target.port);
+}
+
+/*
+ * What rules change in the request of an exchange before it is sent, as far
+ * as it is known now.
+ */
+static void
+exchange_rewrite(struct exchange *x)
+{
+	const struct rules *r = x->rules;
+	struct request *q = x->request;
+	struct view v;
+
+	if (r->first[GROUP_REQUEST] == NULL && !r->needles_n)
+		return;
+	exchange_view(x, NULL, 0, &v);
+	rules_rewrite(r, GROUP_REQUEST, &v, &q->rewrites);
+}
+
+/*
+ * The request line and Host, from the target and nothing else; a parent gets
+ * the whole target.
+ */
+static void
+request_line_append(const struct exchange *x, struct buffer *b)
+{
+	const struct request *q = x->request;
+	struct text path = q->target.path;
+	bool connect = q->method == METHOD_CONNECT;
+	bool relayed = exchange_is_relayed(x);
+	char target[HOST_MAX + 10];
+
+	exchange_target(x, target);
+	buffer_append(b, q->name);
+	buffer_append(b, text_of(relayed && !connect ? " http://" : " "));
+	if (relayed || connect)
+		buffer_append(b, text_of(target));
+	if (q->method == METHOD_OPTIONS && path.len == 0)
+		buffer_append(b, text_of(relayed ? "" : "*"));
+	else if (!connect && (path.len == 0 || *path.at == '?'))
+		buffer_append(b, text_of("/"));
+	buffer_append(b, path);
+	buffer_append(b, text_of(" HTTP/1.1\r\nHost: "));
+	buffer_append(b, text_of(target));
+	buffer_append(b, text_of("\r\n"));
+}
+
+/*
+ * The login for an HTTP parent: ours, or else the client's own, unless that
+ * was for us.
+ */
+static void
+login_append(const struct exchange *x, struct buffer *b)
+{
+	const struct parent *parent = exchange_parent(x);
+	const struct field *own =
+	    head_field(&x->request->head, "Proxy-Authorization");
+	char plain[2 * CREDENTIAL_MAX + 2];
+	char coded[4 * (sizeof(plain) + 2) / 3 + 1];
+	int n;
+
+	if (parent->login) {
+		n = snprintf(plain, sizeof(plain), "%s:%s", parent->user,
+		    parent->password);
+		base64_encode(plain, (size_t)n, coded);
+		buffer_print(b, "Proxy-Authorization: Basic %s\r\n", coded);
+	} else if (own != NULL && !x->rules->logins)
+		field_append(b, own);
+}
+
+/* One field of the request to the next hop, or nothing. */
+static void
+request_field_append(struct exchange *x, size_t i, struct buffer *b)
+{
+	const struct request *q = x->request;
+	const struct field *field = &q->head.fields[i];
+	uint64_t hops;
+
+	if (text_is(field->name, "Content-Length")) {
+		if (field == head_field(&q->head, "Content-Length") &&
+		    q->method != METHOD_CONNECT)
+			length_append(b, q->length);
+	} else if (text_is(field->name, "Max-Forwards") &&
+	    (q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)) {
+		if (number_parse(field->value, INT32_MAX, &hops) && hops > 0)
+			buffer_print(b, "Max-Forwards: %llu\r\n",
+			    (unsigned long long)hops - 1);
+	} else if (text_is(field->name, "Expect") && q->minor == 0)
+		trace(x, "Expect of an HTTP/1.0 client is ignored");
+	else if (field_passes(&q->head, i) && !q->rewrites.taken[i] &&
+	    !(q->caching.has_entry &&
+		name_is_among(field->name, fields_of_condition)))
+		field_append(b, field);
+}
+
+/* The validators of the entry at hand (RFC 9111 section 4.3.1). */
+static void
+validators_append(struct exchange *x, struct buffer *b)
+{
+	static const char *const pairs[][2] = {
+		{ "ETag", "If-None-Match" },
+		{ "Last-Modified", "If-Modified-Since" },
+	};
+	struct response r;
+	struct entry e;
+	struct buffer *old = entry_load(x->request->caching.entry, &e, &r);
+	size_t i;
+
+	for (i = 0; old != NULL && i < sizeof(pairs) / sizeof(pairs[0]); i++) {
+		struct field field = { text_of(pairs[i][1]),
+			head_value(&r.head, pairs[i][0]) };
+
+		if (head_field(&r.head, pairs[i][0]) != NULL)
+			field_append(b, &field);
+	}
+	buffer_give(&old);
+}
+
+/* Connection, and what it names: an upgrade, and the wish for trailers. */
+static void
+connection_append(const struct request *q, struct buffer *b)
+{
+	bool trailers = q->minor == 1 && q->method != METHOD_CONNECT &&
+	    head_lists(&q->head, "TE", text_of("trailers"));
+	size_t i;
+
+	if (trailers)
+		buffer_append(b, text_of("TE: trailers\r\n"));
+	for (i = 0; i < q->head.n && q->upgrade; i++)
+		if (text_is(q->head.fields[i].name, "Upgrade"))
+			field_append(b, &q->head.fields[i]);
+	if (trailers || q->upgrade)
+		buffer_print(b, "Connection: %s%s%s\r\n", trailers ? "TE" : "",
+		    trailers && q->upgrade ? ", " : "",
+		    q->upgrade ? "upgrade" : "");
+}
+
+/* The whole request head for the next hop, into b. */
+static void
+request_build(struct exchange *x, struct buffer *b)
+{
+	const struct request *q = x->request;
+	size_t i;
+
+	request_line_append(x, b);
+	for (i = 0; i < q->head.n; i++)
+		request_field_append(x, i, b);
+	if (x->up.to == FRAMING_CHUNKED)
+		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
+	if (exchange_is_relayed(x))
+		login_append(x, b);
+	if (q->caching.has_entry)
+		validators_append(x, b);
+	for (i = 0; i < q->rewrites.n; i++)
+		field_append(b, &q->rewrites.fields[i]);
+	x->up.bare = q->rewrites.strips;
+	if (!q->rewrites.via)
+		via_append(b, q->minor);
+	connection_append(q, b);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* ---- the head for the client ---- */
+
+/* Sets v to what is known once the answer is r. */
+static void
+answer_view(const struct exchange *x, const struct response *r, struct view *v)
+{
+	const struct request *q = x->request;
+
+	exchange_view(x, r, answer_is_stored(q) ? q->body : response_length(r),
+	    v);
+}
+
+/* One field of the response to the client, or nothing. */
+static void
+response_field_append(const struct exchange *x, const struct response *r,
+    size_t i, struct buffer *b)
+{
+	const struct request *q = x->request;
+	const struct field *field = &r->head.fields[i];
+	bool bare = response_is_bare(r->status, q->method);
+	uint64_t length;
+
+	if (answer_is_stored(q) && text_is(field->name, "Age"))
+		return;
+	if (text_is(field->name, "Content-Length")) {
+		if (field != head_field(&r->head, "Content-Length") ||
+		    r->status < 200 || r->status == 204 ||
+		    (q->method == METHOD_CONNECT && r->status < 300))
+			return;
+		if (!bare)
+			length = r->length;
+		else if (head_length(&r->head, &length) != 1)
+			return;
+		length_append(b, length);
+	} else if (field_passes(&r->head, i) ||
+	    (r->status == 407 && text_is(field->name, "Proxy-Authenticate")))
+		field_append(b, field);
+}
+
+/* What rules change in a response; nothing in one of ours. */
+static void
+response_rewrites(struct exchange *x, const struct response *r,
+    struct rewrites *w)
+{
+	struct view v;
+
+	memset(w, 0, sizeof(*w));
+	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
+	    x->request->answerer == ANSWER_MEMORY)
+		return;
+	answer_view(x, r, &v);
+	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
+	x->down.bare = w->strips;
+}
+
+/* The response head for the client, into b. */
+static void
+response_build(struct exchange *x, const struct response *r, struct buffer *b)
+{
+	const struct request *q = x->request;
+	bool upgrade = r->status == 101 || r->status == 426;
+	bool tunnel = q->method == METHOD_CONNECT && r->status < 300;
+	bool final = r->status >= 200 && !tunnel;
+	struct rewrites w;
+	size_t i;
+
+	response_rewrites(x, r, &w);
+	status_append(b, r->status, r->reason);
+	for (i = 0; i < r->head.n; i++)
+		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))
+			field_append(b, &r->head.fields[i]);
+		else if (!w.taken[i])
+			response_field_append(x, r, i, b);
+	for (i = 0; i < w.n; i++)
+		field_append(b, &w.fields[i]);
+	if (final && head_field(&r->head, "Date") == NULL)
+		buffer_print(b, "Date: %s\r\n", date_now());
+	if (q->answerer != ANSWER_MEMORY && !w.via)
+		via_append(b, r->minor);
+	if (answer_is_stored(q))
+		buffer_print(b, "Age: %lld\r\n", (long long)q->caching.age);
+	buffer_append(b, r->extra);
+	if (final && options.cache != NULL)
+		cache_status_append(x, b);
+	if (x->down.to == FRAMING_CHUNKED)
+		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
+	if (upgrade)
+		buffer_append(b, text_of("Connection: upgrade\r\n"));
+	if (final && x->close)
+		buffer_append(b, text_of("Connection: close\r\n"));
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* ---- the handshake with a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
+
+/* Our words that go with a state of the handshake. */
+static void
+greet_append(const struct exchange *x, struct buffer *b)
+{
+	const struct parent *parent = exchange_parent(x);
+	const struct target *t = &x->request->target;
+	int host_len = (int)t->host.len;
+	struct address a;
+
+	switch (x->request->route.greeting) {
+	case GREETING_METHOD:
+		buffer_append(b,
+		    parent->login ? text_cut("\5\2\0\2", 4) :
+				    text_cut("\5\1\0", 3));
+		break;
+	case GREETING_LOGIN:
+		/* Each behind its length (RFC 1929 section 2). */
+		buffer_print(b, "\1%c%s%c%s", (int)strlen(parent->user),
+		    parent->user, (int)strlen(parent->password),
+		    parent->password);
+		break;
+	default:
+		/* A name as a name: looking it up is the parent's part. */
+		buffer_append(b, text_cut("\5\1\0", 3));
+		if (!address_parse(t->host, t->port, &a))
+			buffer_print(b, "\3%c%.*s", host_len, host_len,
+			    t->host.at);
+		else {
+			bool six = a.family == AF_INET6;
+
+			buffer_append(b, text_of(six ? "\4" : "\1"));
+			buffer_append(b,
+			    text_cut((char *)a.octets, six ? 16 : 4));
+		}
+		buffer_print(b, "%c%c", (int)(t->port >> 8),
+		    (int)(t->port & 255));
+	}
+}
+
+/*
+ * How long the parent's next message is, by what came of it; more than came
+ * if that can't be told yet, 0 if it is none.
+ */
+static size_t
+greet_length(enum greeting greeting, struct text t)
+{
+	unsigned char type = t.len > 3 ? (unsigned char)t.at[3] : 1;
+
+	if (t.len < 2)
+		return 2;
+	if (greeting != GREETING_REPLY)
+		return t.at[0] == (greeting == GREETING_LOGIN ? 1 : 5) ? 2 : 0;
+	if (t.at[0] != 5)
+		return 0;
+	if (t.at[1] != 0)
+		return 2;
+	if (t.len < 5)
+		return 5;
+	return type == 1 ? 10 :
+	    type == 4    ? 22 :
+	    type == 3    ? 7 + (size_t)(unsigned char)t.at[4] :
+			   0;
+}
+
+/* The words for a reply code of RFC 1928 section 6. */
+static const char *
+greet_words(unsigned char code)
+{
+	static const char *const words[] = { "no error", "it failed",
+		"not allowed by its rules", "network unreachable",
+		"host unreachable", "connection refused", "TTL expired",
+		"it does not know CONNECT", "it does not know this address" };
+
+	return code < sizeof(words) / sizeof(words[0]) ? words[code] :
+							 "an unknown reply";
+}
+
+/* ---- pages ---- */
 
 /*
  * What the proxy answers itself: refusals, its own two pages, OPTIONS and
@@ -11278,23 +11647,6 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 
 /* ---- what the rules say ---- */
 
-/*
- * What rules change in the request of an exchange before it is sent, as far
- * as it is known now.
- */
-static void
-exchange_rewrite(struct exchange *x)
-{
-	const struct rules *r = x->rules;
-	struct request *q = x->request;
-	struct view v;
-
-	if (r->first[GROUP_REQUEST] == NULL && !r->needles_n)
-		return;
-	exchange_view(x, NULL, 0, &v);
-	rules_rewrite(r, GROUP_REQUEST, &v, &q->rewrites);
-}
-
 /* A rule refused the exchange: by a page, a question, or not a word. */
 static void
 access_refuse(struct exchange *x)
@@ -11389,16 +11741,6 @@ access_begin(struct exchange *x)
 	route_judge(x, &v);
 	exchange_rewrite(x);
 	return true;
-}
-
-/* Sets v to what is known once the answer is r. */
-static void
-answer_view(const struct exchange *x, const struct response *r, struct view *v)
-{
-	const struct request *q = x->request;
-
-	exchange_view(x, r, answer_is_stored(q) ? q->body : response_length(r),
-	    v);
 }
 
 /*
@@ -12145,177 +12487,6 @@ resolve_step(struct exchange *x)
 	return known != 0;
 }
 
-/* ---- the head for the server ---- */
-
-/*
- * host[:port] of the target, as a URL has it: port 80 goes without saying,
- * but for CONNECT.  to has HOST_MAX + 10 bytes.
- */
-static void
-exchange_target(const struct exchange *x, char *to)
-{
-	const struct request *q = x->request;
-	struct text host = q->target.host;
-	bool literal = text_find(host, ':') < host.len;
-	int n = snprintf(to, HOST_MAX + 3, literal ? "[%.*s]" : "%.*s",
-	    (int)host.len, host.at);
-
-	if (q->target.port != 80 || q->method == METHOD_CONNECT)
-		(void)snprintf(to + n, 7, ":%u", q->target.port);
-}
-
-/* True if requests go whole to a parent that speaks HTTP. */
-static bool
-exchange_is_relayed(const struct exchange *x)
-{
-	const struct parent *parent = exchange_parent(x);
-
-	return parent != NULL && parent->kind == PARENT_HTTP;
-}
-
-/*
- * The request line and Host, from the target and nothing else; a parent gets
- * the whole target.
- */
-static void
-request_line_append(const struct exchange *x, struct buffer *b)
-{
-	const struct request *q = x->request;
-	struct text path = q->target.path;
-	bool connect = q->method == METHOD_CONNECT;
-	bool relayed = exchange_is_relayed(x);
-	char target[HOST_MAX + 10];
-
-	exchange_target(x, target);
-	buffer_append(b, q->name);
-	buffer_append(b, text_of(relayed && !connect ? " http://" : " "));
-	if (relayed || connect)
-		buffer_append(b, text_of(target));
-	if (q->method == METHOD_OPTIONS && path.len == 0)
-		buffer_append(b, text_of(relayed ? "" : "*"));
-	else if (!connect && (path.len == 0 || *path.at == '?'))
-		buffer_append(b, text_of("/"));
-	buffer_append(b, path);
-	buffer_append(b, text_of(" HTTP/1.1\r\nHost: "));
-	buffer_append(b, text_of(target));
-	buffer_append(b, text_of("\r\n"));
-}
-
-/*
- * The login for an HTTP parent: ours, or else the client's own, unless that
- * was for us.
- */
-static void
-login_append(const struct exchange *x, struct buffer *b)
-{
-	const struct parent *parent = exchange_parent(x);
-	const struct field *own =
-	    head_field(&x->request->head, "Proxy-Authorization");
-	char plain[2 * CREDENTIAL_MAX + 2];
-	char coded[4 * (sizeof(plain) + 2) / 3 + 1];
-	int n;
-
-	if (parent->login) {
-		n = snprintf(plain, sizeof(plain), "%s:%s", parent->user,
-		    parent->password);
-		base64_encode(plain, (size_t)n, coded);
-		buffer_print(b, "Proxy-Authorization: Basic %s\r\n", coded);
-	} else if (own != NULL && !x->rules->logins)
-		field_append(b, own);
-}
-
-/* One field of the request to the next hop, or nothing. */
-static void
-request_field_append(struct exchange *x, size_t i, struct buffer *b)
-{
-	const struct request *q = x->request;
-	const struct field *field = &q->head.fields[i];
-	uint64_t hops;
-
-	if (text_is(field->name, "Content-Length")) {
-		if (field == head_field(&q->head, "Content-Length") &&
-		    q->method != METHOD_CONNECT)
-			length_append(b, q->length);
-	} else if (text_is(field->name, "Max-Forwards") &&
-	    (q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)) {
-		if (number_parse(field->value, INT32_MAX, &hops) && hops > 0)
-			buffer_print(b, "Max-Forwards: %llu\r\n",
-			    (unsigned long long)hops - 1);
-	} else if (text_is(field->name, "Expect") && q->minor == 0)
-		trace(x, "Expect of an HTTP/1.0 client is ignored");
-	else if (field_passes(&q->head, i) && !q->rewrites.taken[i] &&
-	    !(q->caching.has_entry &&
-		name_is_among(field->name, fields_of_condition)))
-		field_append(b, field);
-}
-
-/* The validators of the entry at hand (RFC 9111 section 4.3.1). */
-static void
-validators_append(struct exchange *x, struct buffer *b)
-{
-	static const char *const pairs[][2] = {
-		{ "ETag", "If-None-Match" },
-		{ "Last-Modified", "If-Modified-Since" },
-	};
-	struct response r;
-	struct entry e;
-	struct buffer *old = entry_load(x->request->caching.entry, &e, &r);
-	size_t i;
-
-	for (i = 0; old != NULL && i < sizeof(pairs) / sizeof(pairs[0]); i++) {
-		struct field field = { text_of(pairs[i][1]),
-			head_value(&r.head, pairs[i][0]) };
-
-		if (head_field(&r.head, pairs[i][0]) != NULL)
-			field_append(b, &field);
-	}
-	buffer_give(&old);
-}
-
-/* Connection, and what it names: an upgrade, and the wish for trailers. */
-static void
-connection_append(const struct request *q, struct buffer *b)
-{
-	bool trailers = q->minor == 1 && q->method != METHOD_CONNECT &&
-	    head_lists(&q->head, "TE", text_of("trailers"));
-	size_t i;
-
-	if (trailers)
-		buffer_append(b, text_of("TE: trailers\r\n"));
-	for (i = 0; i < q->head.n && q->upgrade; i++)
-		if (text_is(q->head.fields[i].name, "Upgrade"))
-			field_append(b, &q->head.fields[i]);
-	if (trailers || q->upgrade)
-		buffer_print(b, "Connection: %s%s%s\r\n", trailers ? "TE" : "",
-		    trailers && q->upgrade ? ", " : "",
-		    q->upgrade ? "upgrade" : "");
-}
-
-/* The whole request head for the next hop, into b. */
-static void
-request_build(struct exchange *x, struct buffer *b)
-{
-	const struct request *q = x->request;
-	size_t i;
-
-	request_line_append(x, b);
-	for (i = 0; i < q->head.n; i++)
-		request_field_append(x, i, b);
-	if (x->up.to == FRAMING_CHUNKED)
-		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
-	if (exchange_is_relayed(x))
-		login_append(x, b);
-	if (q->caching.has_entry)
-		validators_append(x, b);
-	for (i = 0; i < q->rewrites.n; i++)
-		field_append(b, &q->rewrites.fields[i]);
-	x->up.bare = q->rewrites.strips;
-	if (!q->rewrites.via)
-		via_append(b, q->minor);
-	connection_append(q, b);
-	buffer_append(b, text_of("\r\n"));
-}
-
 /* ---- CONNECT: one address after the other ---- */
 
 /* Where a connection to address leads, and how; see struct hop. */
@@ -12588,45 +12759,6 @@ connect_step(struct exchange *x)
 
 /* ---- GREET: a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
 
-/* Our words that go with a state of the handshake. */
-static void
-greet_append(const struct exchange *x, struct buffer *b)
-{
-	const struct parent *parent = exchange_parent(x);
-	const struct target *t = &x->request->target;
-	int host_len = (int)t->host.len;
-	struct address a;
-
-	switch (x->request->route.greeting) {
-	case GREETING_METHOD:
-		buffer_append(b,
-		    parent->login ? text_cut("\5\2\0\2", 4) :
-				    text_cut("\5\1\0", 3));
-		break;
-	case GREETING_LOGIN:
-		/* Each behind its length (RFC 1929 section 2). */
-		buffer_print(b, "\1%c%s%c%s", (int)strlen(parent->user),
-		    parent->user, (int)strlen(parent->password),
-		    parent->password);
-		break;
-	default:
-		/* A name as a name: looking it up is the parent's part. */
-		buffer_append(b, text_cut("\5\1\0", 3));
-		if (!address_parse(t->host, t->port, &a))
-			buffer_print(b, "\3%c%.*s", host_len, host_len,
-			    t->host.at);
-		else {
-			bool six = a.family == AF_INET6;
-
-			buffer_append(b, text_of(six ? "\4" : "\1"));
-			buffer_append(b,
-			    text_cut((char *)a.octets, six ? 16 : 4));
-		}
-		buffer_print(b, "%c%c", (int)(t->port >> 8),
-		    (int)(t->port & 255));
-	}
-}
-
 /* Our next words; then the parent is to say `next`. */
 static void
 greet_say(struct exchange *x, enum greeting next)
@@ -12636,44 +12768,6 @@ greet_say(struct exchange *x, enum greeting next)
 		exchange_refuse(x, REFUSE_MEMORY, "");
 	else
 		greet_append(x, x->server.out);
-}
-
-/*
- * How long the parent's next message is, by what came of it; more than came
- * if that can't be told yet, 0 if it is none.
- */
-static size_t
-greet_length(enum greeting greeting, struct text t)
-{
-	unsigned char type = t.len > 3 ? (unsigned char)t.at[3] : 1;
-
-	if (t.len < 2)
-		return 2;
-	if (greeting != GREETING_REPLY)
-		return t.at[0] == (greeting == GREETING_LOGIN ? 1 : 5) ? 2 : 0;
-	if (t.at[0] != 5)
-		return 0;
-	if (t.at[1] != 0)
-		return 2;
-	if (t.len < 5)
-		return 5;
-	return type == 1 ? 10 :
-	    type == 4    ? 22 :
-	    type == 3    ? 7 + (size_t)(unsigned char)t.at[4] :
-			   0;
-}
-
-/* The words for a reply code of RFC 1928 section 6. */
-static const char *
-greet_words(unsigned char code)
-{
-	static const char *const words[] = { "no error", "it failed",
-		"not allowed by its rules", "network unreachable",
-		"host unreachable", "connection refused", "TTL expired",
-		"it does not know CONNECT", "it does not know this address" };
-
-	return code < sizeof(words) / sizeof(words[0]) ? words[code] :
-							 "an unknown reply";
 }
 
 /* The parent said something whole, and this code in it. */
@@ -12841,89 +12935,6 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			break;
 	}
 	return moved;
-}
-
-/* ---- the head for the client ---- */
-
-/* One field of the response to the client, or nothing. */
-static void
-response_field_append(const struct exchange *x, const struct response *r,
-    size_t i, struct buffer *b)
-{
-	const struct request *q = x->request;
-	const struct field *field = &r->head.fields[i];
-	bool bare = response_is_bare(r->status, q->method);
-	uint64_t length;
-
-	if (answer_is_stored(q) && text_is(field->name, "Age"))
-		return;
-	if (text_is(field->name, "Content-Length")) {
-		if (field != head_field(&r->head, "Content-Length") ||
-		    r->status < 200 || r->status == 204 ||
-		    (q->method == METHOD_CONNECT && r->status < 300))
-			return;
-		if (!bare)
-			length = r->length;
-		else if (head_length(&r->head, &length) != 1)
-			return;
-		length_append(b, length);
-	} else if (field_passes(&r->head, i) ||
-	    (r->status == 407 && text_is(field->name, "Proxy-Authenticate")))
-		field_append(b, field);
-}
-
-/* What rules change in a response; nothing in one of ours. */
-static void
-response_rewrites(struct exchange *x, const struct response *r,
-    struct rewrites *w)
-{
-	struct view v;
-
-	memset(w, 0, sizeof(*w));
-	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
-	    x->request->answerer == ANSWER_MEMORY)
-		return;
-	answer_view(x, r, &v);
-	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
-	x->down.bare = w->strips;
-}
-
-/* The response head for the client, into b. */
-static void
-response_build(struct exchange *x, const struct response *r, struct buffer *b)
-{
-	const struct request *q = x->request;
-	bool upgrade = r->status == 101 || r->status == 426;
-	bool tunnel = q->method == METHOD_CONNECT && r->status < 300;
-	bool final = r->status >= 200 && !tunnel;
-	struct rewrites w;
-	size_t i;
-
-	response_rewrites(x, r, &w);
-	status_append(b, r->status, r->reason);
-	for (i = 0; i < r->head.n; i++)
-		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))
-			field_append(b, &r->head.fields[i]);
-		else if (!w.taken[i])
-			response_field_append(x, r, i, b);
-	for (i = 0; i < w.n; i++)
-		field_append(b, &w.fields[i]);
-	if (final && head_field(&r->head, "Date") == NULL)
-		buffer_print(b, "Date: %s\r\n", date_now());
-	if (q->answerer != ANSWER_MEMORY && !w.via)
-		via_append(b, r->minor);
-	if (answer_is_stored(q))
-		buffer_print(b, "Age: %lld\r\n", (long long)q->caching.age);
-	buffer_append(b, r->extra);
-	if (final && options.cache != NULL)
-		cache_status_append(x, b);
-	if (x->down.to == FRAMING_CHUNKED)
-		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
-	if (upgrade)
-		buffer_append(b, text_of("Connection: upgrade\r\n"));
-	if (final && x->close)
-		buffer_append(b, text_of("Connection: close\r\n"));
-	buffer_append(b, text_of("\r\n"));
 }
 
 /*
