@@ -875,6 +875,13 @@ warn(const char *format, ...)
 	va_end(args);
 }
 
+/* The earlier of two times. */
+static int64_t
+least(int64_t a, int64_t b)
+{
+	return a < b ? a : b;
+}
+
 /* Where log and trace go. */
 static struct {
 	int fd;        /* the log's */
@@ -1864,6 +1871,22 @@ conn_watch(struct conn *c, int events)
 	poll_set.fds[c->place].events = (short)events;
 }
 
+/*
+ * What to wait for at c: only for what said that it would block (see section
+ * 5).  room: bytes that come now can be taken.
+ */
+static int
+conn_events(const struct conn *c, bool room)
+{
+	int events = 0;
+
+	if ((c->out != NULL || c->connecting) && !c->writable)
+		events |= POLLOUT;
+	if (room && !c->connecting && !c->readable && !c->eof && !c->error)
+		events |= POLLIN;
+	return events;
+}
+
 static int fd_highest; /* no descriptor that outlives a turn was above it */
 
 /* Notes a descriptor, or -1, that is to stay open, and returns it. */
@@ -1929,6 +1952,16 @@ conn_clear(struct conn *c)
 {
 	memset(c, 0, sizeof(*c));
 	c->fd = -1;
+}
+
+/* c, which is closed, becomes an entry's file for x. */
+static void
+conn_file(struct conn *c, int fd, struct exchange *x)
+{
+	c->fd = fd;
+	c->role = ROLE_FILE;
+	c->exchange = x;
+	c->readable = c->hung = true;
 }
 
 /*
@@ -2410,8 +2443,7 @@ other_keep(struct conn *c, const struct hop *hop)
 	o->since = now.ms;
 	o->since_us = now.us;
 	conn_watch(&o->conn, POLLIN);
-	if (o->since + KEPT_SERVER_MS < exchanges.wake)
-		exchanges.wake = o->since + KEPT_SERVER_MS;
+	exchanges.wake = least(exchanges.wake, o->since + KEPT_SERVER_MS);
 }
 
 /* The idle connection that leads there and was used last, or NULL. */
@@ -2429,6 +2461,20 @@ other_find(const struct hop *hop)
 		    (found == NULL || o->since > found->since))
 			found = o;
 	return found;
+}
+
+/*
+ * True if nothing came on a kept connection.  Those in the prefix of the poll
+ * set were asked this turn, unless they were kept in it.  What comes without
+ * a request is no answer (RFC 9112 section 9.2).
+ */
+static bool
+other_is_quiet(const struct other *o)
+{
+	struct pollfd fd = { .fd = o->conn.fd, .events = POLLIN };
+
+	return (o->conn.place < poll_set.hot && o->since_us < now.us) ||
+	    poll(&fd, 1, 0) == 0;
 }
 
 /* Puts x among those to be run, once. */
@@ -3382,6 +3428,128 @@ response_length(const struct response *r)
 	if (head_length(&r->head, &length) != 1)
 		return UINT64_MAX;
 	return length;
+}
+
+/*
+ * The length of the head in c's `in`, with `skip` bytes in front of it; as
+ * head_find() has it.
+ */
+static int
+conn_head(struct conn *c, size_t skip, bool lenient)
+{
+	size_t seen = c->seen > skip ? c->seen : skip;
+	int n = head_find(buffer_text(c->in), &seen, lenient);
+
+	c->seen = (uint32_t)seen;
+	return n;
+}
+
+/* The head in front of b can't become whole: no room is left for it. */
+static bool
+head_is_hopeless(const struct buffer *b)
+{
+	return buffer_room(b) == 0 && b->start <= CHUNK_ROOM;
+}
+
+/*
+ * The first bytes are no HTTP, or too many: the refusal, or none yet.  Other
+ * protocols are known by their first byte and would never send an empty line.
+ */
+static enum refusal
+request_hopeless(const struct buffer *b, bool whole)
+{
+	struct text t = buffer_text(b);
+
+	if (t.at[0] == 0x16)
+		return REFUSE_TLS;
+	if (t.at[0] == 4 || t.at[0] == 5)
+		return REFUSE_SOCKS;
+	if (!is_token_char(t.at[0]) && t.at[0] != '\r')
+		return REFUSE_BINARY;
+	if (text_find(t, '\n') > LINE_MAX_BYTES)
+		return REFUSE_LINE_LONG;
+	return !whole && head_is_hopeless(b) ? REFUSE_HEAD_LONG : REFUSE_NONE;
+}
+
+/*
+ * Takes the login and the fragment out of the URL in the request line that b
+ * begins with: they are not for the server (RFC 9110 sections 4.2.4, 7.1),
+ * and neither log nor trace may tell the secret.  What is no valid login, or
+ * stands in a CONNECT, is overwritten, and the request will be refused.
+ */
+static void
+request_clean(struct buffer *b)
+{
+	bool connect = text_starts(buffer_text(b), "CONNECT ");
+	struct text line = buffer_text(b), login;
+	size_t from, at, end, i = 0;
+
+	line.len = text_find(line, '\n');
+	for (from = 0; from < line.len && !is_among(line.at[from], " \t");)
+		from++;
+	from = from < line.len ? from + 1 : 0;
+	login = url_login(text_from(line, from));
+	at = (size_t)(login.at - line.at);
+	while (i < login.len &&
+	    (is_alnum(login.at[i]) ||
+		is_among(login.at[i], "-._~%!$&'()*+,;=:")))
+		i++;
+	if (login.len > 0 && (connect || i + 1 < login.len))
+		memset(b->data + b->start + at, '*', login.len - 1);
+	else {
+		buffer_cut(b, at, login.len);
+		line = text_from(line, login.len);
+	}
+	for (at = from; at < line.len && !is_among(line.at[at], " #"); at++)
+		continue;
+	for (end = at; end < line.len && !is_among(line.at[end], " \r"); end++)
+		if (!text_is_clean(text_cut(line.at + end, 1)))
+			return;
+	if (!connect && at < line.len && line.at[at] == '#')
+		buffer_cut(b, at, end - at);
+}
+
+/*
+ * Max-Forwards (RFC 9110 section 7.6.2) counts for TRACE and OPTIONS only.
+ * True if the request ends here; -refusal if it is no number.
+ */
+static int
+request_is_last(const struct request *r)
+{
+	const struct field *field = head_field(&r->head, "Max-Forwards");
+	uint64_t hops;
+
+	if (r->target.form == FORM_ASTERISK)
+		return 1;
+	if (field == NULL ||
+	    (r->method != METHOD_TRACE && r->method != METHOD_OPTIONS))
+		return 0;
+	if (!number_parse(field->value, INT32_MAX, &hops))
+		return -REFUSE_HOPS;
+	return hops == 0;
+}
+
+/* True if our own name is in Via: this request has passed here before. */
+static bool
+request_passed_here(const struct request *r)
+{
+	size_t i;
+
+	for (i = 0; i < r->head.n; i++) {
+		struct text rest = r->head.fields[i].value, member;
+
+		if (!text_is(r->head.fields[i].name, "Via"))
+			continue;
+		while (list_next(&rest, &member)) {
+			size_t blank = text_find(member, ' ');
+			struct text name = text_trim(text_from(member, blank));
+
+			name.len = text_find(name, ' ');
+			if (text_is(name, pseudonym))
+				return true;
+		}
+	}
+	return false;
 }
 
 /* ---- 7. Bodies and flows: where a message ends ---- */
@@ -10800,6 +10968,24 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 	}
 }
 
+/* Tells the trace what was put right in a server's head. */
+static void
+trace_mended(const struct exchange *x, unsigned mended)
+{
+	static const char *const words[MENDS] = {
+		"LF alone ended a line: taken as CR LF",
+		"blanks before a colon: removed",
+		"a line without a colon: dropped",
+		"Transfer-Encoding: identity: ignored",
+		"Content-Length beside Transfer-Encoding: dropped",
+	};
+	unsigned i;
+
+	for (i = 0; i < MENDS; i++)
+		if (mended >> i & 1)
+			trace(x, "the server's head: %s", words[i]);
+}
+
 /* A piece of payload, as hex and ASCII, 16 bytes a line, DUMP_MAX at most. */
 static void
 trace_dump(const struct exchange *x, const char *mark, struct text t)
@@ -11535,13 +11721,6 @@ exchange_take(void)
 	return x;
 }
 
-/* The earlier of two times. */
-static int64_t
-least(int64_t a, int64_t b)
-{
-	return a < b ? a : b;
-}
-
 /* The one place where a phase changes. */
 static void
 exchange_enter(struct exchange *x, enum phase phase)
@@ -11809,16 +11988,6 @@ access_body(struct exchange *x, struct text piece, bool whole)
 
 /* ---- who else may answer ---- */
 
-/* c, which is closed, becomes an entry's file for x. */
-static void
-conn_file(struct conn *c, int fd, struct exchange *x)
-{
-	c->fd = fd;
-	c->role = ROLE_FILE;
-	c->exchange = x;
-	c->readable = c->hung = true;
-}
-
 /*
  * The entry in l is the server: its head is parsed and passed on like any
  * other, if the rules let it pass.  Takes over its descriptor and buffer.
@@ -11911,47 +12080,6 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 /* ---- REQUEST: a whole head; who may answer it? ---- */
 
 /*
- * The length of the head in c's `in`, with `skip` bytes in front of it; as
- * head_find() has it.
- */
-static int
-conn_head(struct conn *c, size_t skip, bool lenient)
-{
-	size_t seen = c->seen > skip ? c->seen : skip;
-	int n = head_find(buffer_text(c->in), &seen, lenient);
-
-	c->seen = (uint32_t)seen;
-	return n;
-}
-
-/* The head in front of b can't become whole: no room is left for it. */
-static bool
-head_is_hopeless(const struct buffer *b)
-{
-	return buffer_room(b) == 0 && b->start <= CHUNK_ROOM;
-}
-
-/*
- * The first bytes are no HTTP, or too many: the refusal, or none yet.  Other
- * protocols are known by their first byte and would never send an empty line.
- */
-static enum refusal
-request_hopeless(const struct buffer *b, bool whole)
-{
-	struct text t = buffer_text(b);
-
-	if (t.at[0] == 0x16)
-		return REFUSE_TLS;
-	if (t.at[0] == 4 || t.at[0] == 5)
-		return REFUSE_SOCKS;
-	if (!is_token_char(t.at[0]) && t.at[0] != '\r')
-		return REFUSE_BINARY;
-	if (text_find(t, '\n') > LINE_MAX_BYTES)
-		return REFUSE_LINE_LONG;
-	return !whole && head_is_hopeless(b) ? REFUSE_HEAD_LONG : REFUSE_NONE;
-}
-
-/*
  * Takes the first n bytes of what the client sent as the head of this
  * exchange; what follows them stays in `in`.  False without memory.
  */
@@ -11973,44 +12101,6 @@ request_take(struct exchange *x, size_t n)
 	x->client.in = rest;
 	x->client.seen = 0;
 	return true;
-}
-
-/*
- * Takes the login and the fragment out of the URL in the request line that b
- * begins with: they are not for the server (RFC 9110 sections 4.2.4, 7.1),
- * and neither log nor trace may tell the secret.  What is no valid login, or
- * stands in a CONNECT, is overwritten, and the request will be refused.
- */
-static void
-request_clean(struct buffer *b)
-{
-	bool connect = text_starts(buffer_text(b), "CONNECT ");
-	struct text line = buffer_text(b), login;
-	size_t from, at, end, i = 0;
-
-	line.len = text_find(line, '\n');
-	for (from = 0; from < line.len && !is_among(line.at[from], " \t");)
-		from++;
-	from = from < line.len ? from + 1 : 0;
-	login = url_login(text_from(line, from));
-	at = (size_t)(login.at - line.at);
-	while (i < login.len &&
-	    (is_alnum(login.at[i]) ||
-		is_among(login.at[i], "-._~%!$&'()*+,;=:")))
-		i++;
-	if (login.len > 0 && (connect || i + 1 < login.len))
-		memset(b->data + b->start + at, '*', login.len - 1);
-	else {
-		buffer_cut(b, at, login.len);
-		line = text_from(line, login.len);
-	}
-	for (at = from; at < line.len && !is_among(line.at[at], " #"); at++)
-		continue;
-	for (end = at; end < line.len && !is_among(line.at[end], " \r"); end++)
-		if (!text_is_clean(text_cut(line.at + end, 1)))
-			return;
-	if (!connect && at < line.len && line.at[at] == '#')
-		buffer_cut(b, at, end - at);
 }
 
 /* What came, when it is no request: the log gets its first line. */
@@ -12078,49 +12168,6 @@ request_local(struct exchange *x)
 		(text_is(q->uri, "/") ? page_index : page_pac)(x, host);
 		exchange_answer(x);
 	}
-}
-
-/*
- * Max-Forwards (RFC 9110 section 7.6.2) counts for TRACE and OPTIONS only.
- * True if the request ends here; -refusal if it is no number.
- */
-static int
-request_is_last(const struct request *r)
-{
-	const struct field *field = head_field(&r->head, "Max-Forwards");
-	uint64_t hops;
-
-	if (r->target.form == FORM_ASTERISK)
-		return 1;
-	if (field == NULL ||
-	    (r->method != METHOD_TRACE && r->method != METHOD_OPTIONS))
-		return 0;
-	if (!number_parse(field->value, INT32_MAX, &hops))
-		return -REFUSE_HOPS;
-	return hops == 0;
-}
-
-/* True if our own name is in Via: this request has passed here before. */
-static bool
-request_passed_here(const struct request *r)
-{
-	size_t i;
-
-	for (i = 0; i < r->head.n; i++) {
-		struct text rest = r->head.fields[i].value, member;
-
-		if (!text_is(r->head.fields[i].name, "Via"))
-			continue;
-		while (list_next(&rest, &member)) {
-			size_t blank = text_find(member, ' ');
-			struct text name = text_trim(text_from(member, blank));
-
-			name.len = text_find(name, ' ');
-			if (text_is(name, pseudonym))
-				return true;
-		}
-	}
-	return false;
 }
 
 /*
@@ -12518,20 +12565,6 @@ exchange_is_repeatable(const struct exchange *x)
 	return q->method != METHOD_OTHER && q->method != METHOD_POST &&
 	    q->method != METHOD_CONNECT && x->up.from == FRAMING_NONE &&
 	    !q->upgrade;
-}
-
-/*
- * True if nothing came on a kept connection.  Those in the prefix of the poll
- * set were asked this turn, unless they were kept in it.  What comes without
- * a request is no answer (RFC 9112 section 9.2).
- */
-static bool
-other_is_quiet(const struct other *o)
-{
-	struct pollfd fd = { .fd = o->conn.fd, .events = POLLIN };
-
-	return (o->conn.place < poll_set.hot && o->since_us < now.us) ||
-	    poll(&fd, 1, 0) == 0;
 }
 
 /* Takes a kept connection to one of the addresses, if there is one. */
@@ -13182,24 +13215,6 @@ response_retry(struct exchange *x, const char *why)
 	route_again(x, PHASE_CONNECT);
 }
 
-/* Tells the trace what was put right in a server's head. */
-static void
-response_tell_mended(const struct exchange *x, unsigned mended)
-{
-	static const char *const words[MENDS] = {
-		"LF alone ended a line: taken as CR LF",
-		"blanks before a colon: removed",
-		"a line without a colon: dropped",
-		"Transfer-Encoding: identity: ignored",
-		"Content-Length beside Transfer-Encoding: dropped",
-	};
-	unsigned i;
-
-	for (i = 0; i < MENDS; i++)
-		if (mended >> i & 1)
-			trace(x, "the server's head: %s", words[i]);
-}
-
 /* A whole head of n bytes has come from whoever answers. */
 static void
 response_accept(struct exchange *x, size_t n)
@@ -13217,7 +13232,7 @@ response_accept(struct exchange *x, size_t n)
 		response_retry(x, "brought no answer to this");
 		return;
 	}
-	response_tell_mended(x, r.mended);
+	trace_mended(x, r.mended);
 	if (verdict != 1) {
 		exchange_refuse(x, REFUSE_ANSWER, refusals[-verdict].words);
 		return;
@@ -13562,22 +13577,6 @@ linger_step(struct exchange *x)
 }
 
 /* ---- all phases: what they wait for, and the turn ---- */
-
-/*
- * What to wait for at c: only for what said that it would block (see section
- * 5).  room: bytes that come now can be taken.
- */
-static int
-conn_events(const struct conn *c, bool room)
-{
-	int events = 0;
-
-	if ((c->out != NULL || c->connecting) && !c->writable)
-		events |= POLLOUT;
-	if (room && !c->connecting && !c->readable && !c->eof && !c->error)
-		events |= POLLIN;
-	return events;
-}
 
 /* True if the next step would read from the client. */
 static bool
