@@ -3431,6 +3431,18 @@ response_length(const struct response *r)
 }
 
 /*
+ * True if a field of h logs in the connection rather than the request, as NTLM
+ * and Negotiate do: then it must not serve another client.
+ */
+static bool
+head_logs_in(const struct head *h, const char *name)
+{
+	struct text value = head_value(h, name);
+
+	return text_starts(value, "NTLM") || text_starts(value, "Negotiate");
+}
+
+/*
  * The length of the head in c's `in`, with `skip` bytes in front of it; as
  * head_find() has it.
  */
@@ -12135,14 +12147,12 @@ static void
 request_note(struct exchange *x)
 {
 	struct request *q = x->request;
-	struct text login = head_value(&q->head, "Authorization");
 
 	x->close = q->minor == 0 || q->method == METHOD_CONNECT ||
 	    head_lists(&q->head, "Connection", text_of("close"));
 	q->kept = head_lists(&q->head, "Connection", text_of("keep-alive")) ||
 	    head_lists(&q->head, "Proxy-Connection", text_of("keep-alive"));
-	q->login = text_starts(login, "NTLM") ||
-	    text_starts(login, "Negotiate");
+	q->login = head_logs_in(&q->head, "Authorization");
 	q->upgrade = q->minor == 1 && head_field(&q->head, "Upgrade") &&
 	    head_lists(&q->head, "Connection", text_of("upgrade")) &&
 	    !head_lists(&q->head, "Upgrade", text_of("h2c"));
@@ -12238,22 +12248,17 @@ static void
 exchange_look_up(struct exchange *x)
 {
 	struct lookup l;
+	enum cached cached = cache_find(x, &l);
 
-	switch (cache_find(x, &l)) {
-	case CACHED_YES:
+	if (cached == CACHED_YES) {
 		if (l.reuse == REUSE_MEANWHILE)
 			exchange_refresh(x);
 		exchange_serve(x, &l);
-		break;
-	case CACHED_WAIT:
-		exchange_enter(x, PHASE_COLLAPSE);
-		break;
-	case CACHED_NEVER:
+	} else if (cached == CACHED_NEVER)
 		exchange_refuse(x, REFUSE_NOT_STORED, "");
-		break;
-	default:
-		exchange_enter(x, PHASE_RESOLVE);
-	}
+	else
+		exchange_enter(x,
+		    cached == CACHED_WAIT ? PHASE_COLLAPSE : PHASE_RESOLVE);
 }
 
 /*
@@ -12723,41 +12728,32 @@ exchange_send(struct exchange *x)
 }
 
 /*
- * A CONNECT has reached its server: we answer ourselves.  What the server
- * may have said already, behind a SOCKS parent's reply, follows the answer.
- */
-static void
-connect_answer(struct exchange *x)
-{
-	struct buffer *early = x->server.in, *b = buffer_take();
-
-	x->request->times.connected = now.ms;
-	answer_by(x, ANSWER_MEMORY);
-	x->server.in = b;
-	if (b != NULL) {
-		buffer_append(b,
-		    text_of("HTTP/1.1 200 Connection established\r\n\r\n"));
-		if (early != NULL)
-			buffer_append(b, buffer_text(early));
-		exchange_enter(x, PHASE_RESPONSE);
-	} else
-		exchange_refuse(x, REFUSE_MEMORY, "");
-	buffer_give(&early);
-}
-
-/*
- * The way to the target is open.  Bytes that are there before the request
- * was sent are no answer to it (RFC 9112 section 9.2).
+ * The way to the target is open.  A CONNECT is answered by us; what the server
+ * may have said already, behind a SOCKS parent's reply, follows.  In front of
+ * the answer to another request there can be nothing (RFC 9112 section 9.2).
  */
 static void
 connect_open(struct exchange *x)
 {
-	if (x->request->method == METHOD_CONNECT && !exchange_is_relayed(x))
-		connect_answer(x);
-	else if (x->server.in != NULL)
-		exchange_refuse(x, REFUSE_EARLY, "");
-	else
-		exchange_send(x);
+	struct buffer *early = x->server.in, *b;
+
+	if (x->request->method != METHOD_CONNECT || exchange_is_relayed(x)) {
+		if (early != NULL)
+			exchange_refuse(x, REFUSE_EARLY, "");
+		else
+			exchange_send(x);
+		return;
+	}
+	x->request->times.connected = now.ms;
+	answer_by(x, ANSWER_MEMORY);
+	x->server.in = b = buffer_take_out();
+	if (b != NULL)
+		buffer_append(b,
+		    text_of("HTTP/1.1 200 Connection established\r\n\r\n"));
+	if (b != NULL && early != NULL)
+		buffer_append(b, buffer_text(early));
+	buffer_give(&early);
+	exchange_answer(x);
 }
 
 /* CONNECT: the addresses one after the other, the next after 250 ms. */
@@ -13038,26 +13034,15 @@ response_interim(struct exchange *x, const struct response *r, size_t n)
 		conn_drop_head(&x->server, n);
 }
 
-/*
- * True if a login was for the connection rather than for the request, as
- * NTLM's and Negotiate's are: it must not serve another client.
- */
-static bool
-response_logs_in(const struct exchange *x, const struct response *r)
-{
-	struct text asked = head_value(&r->head, "WWW-Authenticate");
-
-	return x->request->login || text_starts(asked, "NTLM") ||
-	    text_starts(asked, "Negotiate");
-}
-
 /* True if the server's connection may serve another request after r. */
 static bool
 response_keeps_server(const struct exchange *x, const struct response *r)
 {
-	return !answer_is_local(x->request) && r->minor == 1 &&
+	const struct request *q = x->request;
+
+	return !answer_is_local(q) && r->minor == 1 &&
 	    !(r->mended & MEND_LENGTH) && r->framing != FRAMING_CLOSE &&
-	    !response_logs_in(x, r) &&
+	    !q->login && !head_logs_in(&r->head, "WWW-Authenticate") &&
 	    !head_lists(&r->head, "Connection", text_of("close"));
 }
 
