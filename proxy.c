@@ -38,12 +38,13 @@
  *
  *   FREE --exchange_open--> REQUEST --request_accept, exchange_look_up-->
  *      COLLAPSE (another fetches the same), RESOLVE
- *   COLLAPSE --collapse_end--> RESOLVE (if nobody else brought the answer)
+ *   COLLAPSE --collapse_step--> RESOLVE (if nobody else brought the answer)
  *   RESOLVE --resolve_step--> CONNECT --connect_step--> GREET (SOCKS parent)
- *   CONNECT, GREET --exchange_send--> RESPONSE
+ *   CONNECT, GREET --connect_open, exchange_send--> RESPONSE
  *   RESPONSE --response_forward, tunnel_start--> RELAY
  *   RESPONSE --response_retry--> CONNECT (a kept connection was no good)
- *   any before RELAY --exchange_refuse, page_make--> RESPONSE (from memory)
+ *   RESOLVE, CONNECT, GREET --parent_next--> RESOLVE (by another parent)
+ *   any before RELAY --exchange_refuse, exchange_answer--> RESPONSE (a page)
  *   REQUEST, COLLAPSE, RESPONSE --exchange_serve--> RESPONSE (from an entry)
  *   RELAY --relay_resume--> RESOLVE (what it followed was given up)
  *   RELAY --exchange_finish--> REQUEST, LINGER or FREE
@@ -64,7 +65,7 @@
  *   cache_shape, response_forward, response_build, relay_step,
  *   exchange_finish, log_exchange.
  * walk connect: loop_accept, exchange_open, request_step, request_accept,
- *   access_begin, resolve_step, connect_step, connect_answer, response_step,
+ *   access_begin, resolve_step, connect_step, connect_open, response_step,
  *   response_accept, response_tunnel, tunnel_start, relay_step,
  *   tunnel_listen, exchange_pump, tunnel_judge, exchange_end, log_exchange.
  *
@@ -11155,6 +11156,10 @@ hello_name(struct text t, char *flat)
  * hop, that of a response for the client, the handshake with a SOCKS5 parent,
  * and the pages that it answers with itself.  Each is put into a buffer here
  * and sent by section 13; nothing here says when, or to whom.
+ *
+ * Door: request_build, exchange_rewrite, exchange_is_relayed, exchange_target,
+ * response_build, answer_view, greet_append, greet_length, greet_words,
+ * page_refusal, page_index, page_pac, page_is_ours, page_options, page_trace.
  */
 
 /* ---- the head for the server ---- */
@@ -11676,8 +11681,17 @@ page_trace(struct exchange *x)
 /* ---- 13. Exchange: the phases, one step each ---- */
 
 /*
- * A step does what can be done now and returns true if anything moved; then
- * it, or the step of the phase that it entered, is called again.
+ * The story of a request.  Under a subheading for each phase, in the order in
+ * which they come, the functions that it needs lead to its step.  A step does
+ * what can be done now and returns true if anything moved; then it, or the
+ * step of the phase that it entered, is called again.  One that has to wait
+ * returns false, and exchange_run() sets what for.
+ *
+ * A step must never wait itself.  Nor are messages parsed, put into words or
+ * written here: the sections above do that, this one decides what is next.
+ *
+ * Door: exchange_open, exchange_run, exchange_expire, exchange_close,
+ * exchange_abort, request_note, phase_names.
  */
 
 enum {
@@ -13794,7 +13808,10 @@ exchange_open(int fd, const struct address *peer)
 
 /*
  * Waits, notes what happened, runs the exchanges concerned, looks after
- * deadlines, and accepts last.
+ * deadlines, and accepts last.  poll(2) is the only call that may wait, and
+ * nothing here knows how an exchange is served.
+ *
+ * Door: loop_run, loop_accept_all, signal_conn.
  */
 
 enum {
@@ -13817,13 +13834,10 @@ enum {
 	CROWDED_SAY_MS = 60000
 };
 
-static int64_t accept_after; /* ms: descriptors have run out until then */
-
-static int64_t crowded_until; /* ms: no slot is looked for until then */
-
+static int64_t accept_after;    /* ms: descriptors have run out until then */
+static int64_t crowded_until;   /* ms: no slot is looked for until then */
+static bool rules_unread;       /* new rules are read, a piece a turn */
 static struct conn signal_conn; /* where signals come out */
-
-static bool rules_unread; /* new rules are read, a piece a turn */
 
 /* How long poll may wait, in ms: to the next deadline; -1: there is none. */
 static int
@@ -13924,10 +13938,7 @@ loop_cool(void)
 			poll_cool(poll_set.conns[i]);
 }
 
-/*
- * Closes kept connections that spoke, closed, or were idle for too long; the
- * others are looked at again when they will have been.
- */
+/* Closes kept connections that spoke, ended, or were idle for too long. */
 static void
 loop_kept(void)
 {
@@ -14129,9 +14140,9 @@ loop_accept_all(void)
 	for (i = 0; i < listeners_n; i++)
 		if (listeners[i].conn.readable && now.ms >= accept_after)
 			loop_accept(&listeners[i]);
-	after = exchanges.busy < exchanges.n || accept_after > crowded_until ?
-	    accept_after :
-	    crowded_until;
+	after = accept_after;
+	if (exchanges.busy == exchanges.n && crowded_until > after)
+		after = crowded_until;
 	for (i = 0; i < listeners_n; i++)
 		conn_watch(&listeners[i].conn, now.ms >= after ? POLLIN : 0);
 	if (after > now.ms)
@@ -14237,7 +14248,6 @@ loop_exchanges(void)
 	exchanges.again = NULL;
 	for (; x != NULL; x = next) {
 		next = x->next_again;
-		assert(x->again);
 		x->again = false;
 		exchange_run(x);
 	}
