@@ -3356,7 +3356,7 @@ field_append(struct buffer *b, const struct field *field)
 	buffer_append(b, text_of("\r\n"));
 }
 
-/* Appends the fields of h but those that `without` names, and the empty line. */
+/* Appends the fields of h but those that `without` names; an empty line. */
 static void
 fields_append(struct buffer *b, const struct head *h,
     const char *const *without)
