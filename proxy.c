@@ -39,12 +39,13 @@
  *
  *   FREE --exchange_open--> REQUEST --request_accept, exchange_look_up-->
  *      COLLAPSE (another fetches the same), RESOLVE
- *   COLLAPSE --collapse_end--> RESOLVE (if nobody else brought the answer)
+ *   COLLAPSE --collapse_step--> RESOLVE (if nobody else brought the answer)
  *   RESOLVE --resolve_step--> CONNECT --connect_step--> GREET (SOCKS parent)
- *   CONNECT, GREET --exchange_send--> RESPONSE
+ *   CONNECT, GREET --connect_open, exchange_send--> RESPONSE
  *   RESPONSE --response_forward, tunnel_start--> RELAY
  *   RESPONSE --response_retry--> CONNECT (a kept connection was no good)
- *   any before RELAY --exchange_refuse, page_make--> RESPONSE (from memory)
+ *   RESOLVE, CONNECT, GREET --parent_next--> RESOLVE (by another parent)
+ *   any before RELAY --exchange_refuse, exchange_answer--> RESPONSE (a page)
  *   REQUEST, COLLAPSE, RESPONSE --exchange_serve--> RESPONSE (from an entry)
  *   RELAY --relay_resume--> RESOLVE (what it followed was given up)
  *   RELAY --exchange_finish--> REQUEST, LINGER or FREE
@@ -65,7 +66,7 @@
  *   cache_shape, response_forward, response_build, relay_step,
  *   exchange_finish, log_exchange.
  * walk connect: loop_accept, exchange_open, request_step, request_accept,
- *   access_begin, resolve_step, connect_step, connect_answer, response_step,
+ *   access_begin, resolve_step, connect_step, connect_open, response_step,
  *   response_accept, response_tunnel, tunnel_start, relay_step,
  *   tunnel_listen, exchange_pump, tunnel_judge, exchange_end, log_exchange.
  *
@@ -90,7 +91,7 @@
  *
  * Sections: 1 system and limits, 2 vocabulary, 3 small tools, 4 buffers and
  * requests, 5 conns, 6 heads, 7 bodies and flows, 8 rules, 9 cache, 10 names,
- * 11 log and trace, 12 local pages, 13 exchange, 14 loop, 15 main.
+ * 11 log and trace, 12 heads and pages, 13 exchange, 14 loop, 15 main.
  */
 
 /* ---- 1. System and limits ---- */
@@ -919,6 +920,13 @@ warn(const char *format, ...)
 	va_end(args);
 }
 
+/* The earlier of two times. */
+static int64_t
+least(int64_t a, int64_t b)
+{
+	return a < b ? a : b;
+}
+
 /* The destinations of log and trace. */
 static struct {
 	int fd;        /* of the log */
@@ -1351,6 +1359,21 @@ enum colour {
 };
 
 /*
+ * The start of t as a string, with `.` for what is not safe on a terminal; to
+ * has `size` bytes.
+ */
+static const char *
+text_printable(struct text t, char *to, size_t size)
+{
+	size_t i;
+
+	for (i = 0; i < t.len && i < size - 1; i++)
+		to[i] = t.at[i] >= ' ' && t.at[i] <= '~' ? t.at[i] : '.';
+	to[i] = '\0';
+	return to;
+}
+
+/*
  * Writes a line of the trace, coloured on a terminal: mark, at most 900 bytes
  * of t, with dots for those that are not safe on a terminal, and tail.
  */
@@ -1359,12 +1382,9 @@ trace_line(const struct exchange *x, enum colour colour, const char *mark,
     struct text t, const char *tail)
 {
 	char line[1024], clean[901];
-	size_t i;
 	int n;
 
-	for (i = 0; i < t.len && i < sizeof(clean) - 1; i++)
-		clean[i] = t.at[i] >= ' ' && t.at[i] <= '~' ? t.at[i] : '.';
-	clean[i] = '\0';
+	(void)text_printable(t, clean, sizeof(clean));
 	if (logs.colour)
 		n = snprintf(line, sizeof(line),
 		    "\033[%dm#%llu %s%s%s\033[0m\n", (int)colour,
@@ -1930,6 +1950,22 @@ conn_watch(struct conn *c, int events)
 	poll_set.fds[c->place].events = (short)events;
 }
 
+/*
+ * What to wait for at c: only for what said that it would block (see section
+ * 5).  room: bytes that come now can be taken.
+ */
+static int
+conn_events(const struct conn *c, bool room)
+{
+	int events = 0;
+
+	if ((c->out != NULL || c->connecting) && !c->writable)
+		events |= POLLOUT;
+	if (room && !c->connecting && !c->readable && !c->eof && !c->error)
+		events |= POLLIN;
+	return events;
+}
+
 static int fd_highest; /* of the descriptors that outlive a turn */
 
 /* Records a descriptor, or -1, that is to stay open, and returns it. */
@@ -1995,6 +2031,16 @@ conn_clear(struct conn *c)
 {
 	memset(c, 0, sizeof(*c));
 	c->fd = -1;
+}
+
+/* c, which is closed, becomes an entry's file for x. */
+static void
+conn_file(struct conn *c, int fd, struct exchange *x)
+{
+	c->fd = fd;
+	c->role = ROLE_FILE;
+	c->exchange = x;
+	c->readable = c->hung = true;
 }
 
 /*
@@ -2226,6 +2272,18 @@ address_import(const struct sockaddr *from)
 	return a;
 }
 
+/* The address of fd's own end; its family is 0 if there is none. */
+static struct address
+address_bound(int fd)
+{
+	struct sockaddr_storage storage;
+	socklen_t len = sizeof(storage);
+
+	memset(&storage, 0, sizeof(storage));
+	(void)getsockname(fd, (struct sockaddr *)&storage, &len);
+	return address_import((struct sockaddr *)&storage);
+}
+
 /* Parses a numeric address; false if host is a name. */
 static bool
 address_parse(struct text host, unsigned port, struct address *a)
@@ -2321,6 +2379,19 @@ static bool
 address_is_local(const struct address *a)
 {
 	return a->family == AF_UNIX || address_is_loopback(a);
+}
+
+/*
+ * True if the client at the other end of fd is on this machine: then it comes
+ * from an address that is ours only, or from the very one that it goes to.
+ */
+static bool
+peer_is_local(int fd, const struct address *peer)
+{
+	struct address here = address_bound(fd);
+
+	here.port = peer->port;
+	return address_is_local(peer) || address_same(&here, peer);
 }
 
 /* True if a is an address of this machine: it can be bound to. */
@@ -2449,8 +2520,7 @@ other_keep(struct conn *c, const struct hop *hop)
 	o->since = now.ms;
 	o->since_us = now.us;
 	conn_watch(&o->conn, POLLIN);
-	if (o->since + KEPT_SERVER_MS < exchanges.wake)
-		exchanges.wake = o->since + KEPT_SERVER_MS;
+	exchanges.wake = least(exchanges.wake, o->since + KEPT_SERVER_MS);
 }
 
 /* The idle connection to hop that was used last, or NULL. */
@@ -2468,6 +2538,20 @@ other_find(const struct hop *hop)
 		    (found == NULL || o->since > found->since))
 			found = o;
 	return found;
+}
+
+/*
+ * True if nothing came on a kept connection.  Those in the prefix of the poll
+ * set were asked this turn, unless they were kept in it.  What comes without
+ * a request is no answer (RFC 9112 section 9.2).
+ */
+static bool
+other_is_quiet(const struct other *o)
+{
+	struct pollfd fd = { .fd = o->conn.fd, .events = POLLIN };
+
+	return (o->conn.place < poll_set.hot && o->since_us < now.us) ||
+	    poll(&fd, 1, 0) == 0;
 }
 
 /* Puts x into the list of exchanges to be run, if it is not there. */
@@ -3348,6 +3432,19 @@ field_append(struct buffer *b, const struct field *field)
 	buffer_append(b, text_of("\r\n"));
 }
 
+/* Appends the fields of h but those that `without` names; an empty line. */
+static void
+fields_append(struct buffer *b, const struct head *h,
+    const char *const *without)
+{
+	size_t i;
+
+	for (i = 0; i < h->n; i++)
+		if (!name_is_among(h->fields[i].name, without))
+			field_append(b, &h->fields[i]);
+	buffer_append(b, text_of("\r\n"));
+}
+
 /* Appends a status line; status has three digits. */
 static void
 status_append(struct buffer *b, int status, struct text reason)
@@ -3408,6 +3505,140 @@ response_length(const struct response *r)
 	if (head_length(&r->head, &length) != 1)
 		return UINT64_MAX;
 	return length;
+}
+
+/*
+ * True if a field of h logs in the connection rather than the request, as NTLM
+ * and Negotiate do: then it must not serve another client.
+ */
+static bool
+head_logs_in(const struct head *h, const char *name)
+{
+	struct text value = head_value(h, name);
+
+	return text_starts(value, "NTLM") || text_starts(value, "Negotiate");
+}
+
+/*
+ * The length of the head in c's `in`, with `skip` bytes in front of it; as
+ * head_find() has it.
+ */
+static int
+conn_head(struct conn *c, size_t skip, bool lenient)
+{
+	size_t seen = c->seen > skip ? c->seen : skip;
+	int n = head_find(buffer_text(c->in), &seen, lenient);
+
+	c->seen = (uint32_t)seen;
+	return n;
+}
+
+/* The head in front of b can't become whole: no room is left for it. */
+static bool
+head_is_hopeless(const struct buffer *b)
+{
+	return buffer_room(b) == 0 && b->start <= CHUNK_ROOM;
+}
+
+/*
+ * The first bytes are no HTTP, or too many: the refusal, or none yet.  Other
+ * protocols are known by their first byte and would never send an empty line.
+ */
+static enum refusal
+request_hopeless(const struct buffer *b, bool whole)
+{
+	struct text t = buffer_text(b);
+
+	if (t.at[0] == 0x16)
+		return REFUSE_TLS;
+	if (t.at[0] == 4 || t.at[0] == 5)
+		return REFUSE_SOCKS;
+	if (!is_token_char(t.at[0]) && t.at[0] != '\r')
+		return REFUSE_BINARY;
+	if (text_find(t, '\n') > LINE_MAX_BYTES)
+		return REFUSE_LINE_LONG;
+	return !whole && head_is_hopeless(b) ? REFUSE_HEAD_LONG : REFUSE_NONE;
+}
+
+/*
+ * Takes the login and the fragment out of the URL in the request line that b
+ * begins with: they are not for the server (RFC 9110 sections 4.2.4, 7.1),
+ * and neither log nor trace may tell the secret.  What is no valid login, or
+ * stands in a CONNECT, is overwritten, and the request will be refused.
+ */
+static void
+request_clean(struct buffer *b)
+{
+	bool connect = text_starts(buffer_text(b), "CONNECT ");
+	struct text line = buffer_text(b), login;
+	size_t from, at, end, i = 0;
+
+	line.len = text_find(line, '\n');
+	for (from = 0; from < line.len && !is_among(line.at[from], " \t");)
+		from++;
+	from = from < line.len ? from + 1 : 0;
+	login = url_login(text_from(line, from));
+	at = (size_t)(login.at - line.at);
+	while (i < login.len &&
+	    (is_alnum(login.at[i]) ||
+		is_among(login.at[i], "-._~%!$&'()*+,;=:")))
+		i++;
+	if (login.len > 0 && (connect || i + 1 < login.len))
+		memset(b->data + b->start + at, '*', login.len - 1);
+	else {
+		buffer_cut(b, at, login.len);
+		line = text_from(line, login.len);
+	}
+	for (at = from; at < line.len && !is_among(line.at[at], " #"); at++)
+		continue;
+	for (end = at; end < line.len && !is_among(line.at[end], " \r"); end++)
+		if (!text_is_clean(text_cut(line.at + end, 1)))
+			return;
+	if (!connect && at < line.len && line.at[at] == '#')
+		buffer_cut(b, at, end - at);
+}
+
+/*
+ * Max-Forwards (RFC 9110 section 7.6.2) counts for TRACE and OPTIONS only.
+ * True if the request ends here; -refusal if it is no number.
+ */
+static int
+request_is_last(const struct request *r)
+{
+	const struct field *field = head_field(&r->head, "Max-Forwards");
+	uint64_t hops;
+
+	if (r->target.form == FORM_ASTERISK)
+		return 1;
+	if (field == NULL ||
+	    (r->method != METHOD_TRACE && r->method != METHOD_OPTIONS))
+		return 0;
+	if (!number_parse(field->value, INT32_MAX, &hops))
+		return -REFUSE_HOPS;
+	return hops == 0;
+}
+
+/* True if our own name is in Via: this request has passed here before. */
+static bool
+request_passed_here(const struct request *r)
+{
+	size_t i;
+
+	for (i = 0; i < r->head.n; i++) {
+		struct text rest = r->head.fields[i].value, member;
+
+		if (!text_is(r->head.fields[i].name, "Via"))
+			continue;
+		while (list_next(&rest, &member)) {
+			size_t blank = text_find(member, ' ');
+			struct text name = text_trim(text_from(member, blank));
+
+			name.len = text_find(name, ' ');
+			if (text_is(name, pseudonym))
+				return true;
+		}
+	}
+	return false;
 }
 
 /* ---- 7. Bodies and flows: where a message ends ---- */
@@ -10666,6 +10897,56 @@ log_quotes(const struct exchange *x)
 	return quotes;
 }
 
+/*
+ * Keeps what is to be said of x, cut to its room, for when it will have no
+ * request.
+ */
+static void
+log_note(struct exchange *x)
+{
+	struct quotes quotes = log_quotes(x);
+	struct note *n = &x->note;
+	const struct text texts[] = { quotes.name, quotes.uri, quotes.agent,
+		quotes.referer };
+	unsigned char *const lens[] = { &n->name, &n->uri, &n->agent,
+		&n->referer };
+	size_t used = 0, i;
+
+	for (i = 0; i < sizeof(lens) / sizeof(lens[0]); i++) {
+		size_t room = NOTE_MAX - NOTE_SNI - used;
+		size_t len = texts[i].len < room ? texts[i].len : room;
+
+		memcpy(n->text + used, texts[i].at, len);
+		*lens[i] = (unsigned char)len;
+		used += len;
+	}
+	n->minor = (unsigned char)quotes.minor;
+	n->dns_ms = (int32_t)quotes.dns_ms;
+	n->connect_ms = (int32_t)quotes.connect_ms;
+	n->sni_len = 0;
+}
+
+/* Keeps the name in a tunnel's greeting for the log, cut to its room. */
+static void
+log_note_name(struct exchange *x, struct text name)
+{
+	struct note *n = &x->note;
+	struct text host = text_cut(n->text + n->name, n->uri);
+
+	host.len = text_find(host, ':');
+	if (name.len == 0)
+		return;
+	if (text_same(name, host))
+		n->sni = n->name;
+	else {
+		n->sni = NOTE_MAX - NOTE_SNI;
+		if (name.len > NOTE_SNI)
+			name.len = NOTE_SNI;
+		memcpy(n->text + n->sni, name.at, name.len);
+	}
+	n->sni_len = (unsigned char)name.len;
+}
+
 /* Appends the request line as it was sent. */
 static void
 log_request(struct buffer *b, const struct quotes *q)
@@ -10875,6 +11156,24 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 	}
 }
 
+/* Tells the trace what was put right in a server's head. */
+static void
+trace_mended(const struct exchange *x, unsigned mended)
+{
+	static const char *const words[MENDS] = {
+		"LF alone ended a line: taken as CR LF",
+		"blanks before a colon: removed",
+		"a line without a colon: dropped",
+		"Transfer-Encoding: identity: ignored",
+		"Content-Length beside Transfer-Encoding: dropped",
+	};
+	unsigned i;
+
+	for (i = 0; i < MENDS; i++)
+		if (mended >> i & 1)
+			trace(x, "the server's head: %s", words[i]);
+}
+
 /* Traces DUMP_MAX bytes of payload in hex and ASCII, 16 bytes a line. */
 static void
 trace_dump(const struct exchange *x, const char *mark, struct text t)
@@ -11024,7 +11323,380 @@ hello_name(struct text t, char *flat)
 	return text_cut(flat, 0);
 }
 
-/* ---- 12. Local pages ---- */
+/* ---- 12. Heads and pages: the words of the proxy ---- */
+
+/*
+ * All that the proxy says in its own words: the head of a request for the next
+ * hop, that of a response for the client, the handshake with a SOCKS5 parent,
+ * and the pages that it answers with itself.  Each is put into a buffer here
+ * and sent by section 13; nothing here says when, or to whom.
+ *
+ * Door: request_build, exchange_rewrite, exchange_is_relayed, exchange_target,
+ * response_build, answer_view, greet_append, greet_length, greet_words,
+ * page_refusal, page_index, page_pac, page_is_ours, page_options, page_trace.
+ */
+
+/* ---- the head for the server ---- */
+
+/* True if requests go whole to a parent that speaks HTTP. */
+static bool
+exchange_is_relayed(const struct exchange *x)
+{
+	const struct parent *parent = exchange_parent(x);
+
+	return parent != NULL && parent->kind == PARENT_HTTP;
+}
+
+/*
+ * host[:port] of the target, as a URL has it: port 80 goes without saying,
+ * but for CONNECT.  to has HOST_MAX + 10 bytes.
+ */
+static void
+exchange_target(const struct exchange *x, char *to)
+{
+	const struct request *q = x->request;
+	struct text host = q->target.host;
+	bool literal = text_find(host, ':') < host.len;
+	int n = snprintf(to, HOST_MAX + 3, literal ? "[%.*s]" : "%.*s",
+	    (int)host.len, host.at);
+
+	if (q->target.port != 80 || q->method == METHOD_CONNECT)
+		(void)snprintf(to + n, 7, ":%u", q->target.port);
+}
+
+/*
+ * What rules change in the request of an exchange before it is sent, as far
+ * as it is known now.
+ */
+static void
+exchange_rewrite(struct exchange *x)
+{
+	const struct rules *r = x->rules;
+	struct request *q = x->request;
+	struct view v;
+
+	if (r->first[GROUP_REQUEST] == NULL && !r->needles_n)
+		return;
+	exchange_view(x, NULL, 0, &v);
+	rules_rewrite(r, GROUP_REQUEST, &v, &q->rewrites);
+}
+
+/*
+ * The request line and Host, from the target and nothing else; a parent gets
+ * the whole target.
+ */
+static void
+request_line_append(const struct exchange *x, struct buffer *b)
+{
+	const struct request *q = x->request;
+	struct text path = q->target.path;
+	bool connect = q->method == METHOD_CONNECT;
+	bool relayed = exchange_is_relayed(x);
+	char target[HOST_MAX + 10];
+
+	exchange_target(x, target);
+	buffer_append(b, q->name);
+	buffer_append(b, text_of(relayed && !connect ? " http://" : " "));
+	if (relayed || connect)
+		buffer_append(b, text_of(target));
+	if (q->method == METHOD_OPTIONS && path.len == 0)
+		buffer_append(b, text_of(relayed ? "" : "*"));
+	else if (!connect && (path.len == 0 || *path.at == '?'))
+		buffer_append(b, text_of("/"));
+	buffer_append(b, path);
+	buffer_append(b, text_of(" HTTP/1.1\r\nHost: "));
+	buffer_append(b, text_of(target));
+	buffer_append(b, text_of("\r\n"));
+}
+
+/*
+ * The login for an HTTP parent: ours, or else the client's own, unless that
+ * was for us.
+ */
+static void
+login_append(const struct exchange *x, struct buffer *b)
+{
+	const struct parent *parent = exchange_parent(x);
+	const struct field *own =
+	    head_field(&x->request->head, "Proxy-Authorization");
+	char plain[2 * CREDENTIAL_MAX + 2];
+	char coded[4 * (sizeof(plain) + 2) / 3 + 1];
+	int n;
+
+	if (parent->login) {
+		n = snprintf(plain, sizeof(plain), "%s:%s", parent->user,
+		    parent->password);
+		base64_encode(plain, (size_t)n, coded);
+		buffer_print(b, "Proxy-Authorization: Basic %s\r\n", coded);
+	} else if (own != NULL && !x->rules->logins)
+		field_append(b, own);
+}
+
+/* One field of the request to the next hop, or nothing. */
+static void
+request_field_append(struct exchange *x, size_t i, struct buffer *b)
+{
+	const struct request *q = x->request;
+	const struct field *field = &q->head.fields[i];
+	uint64_t hops;
+
+	if (text_is(field->name, "Content-Length")) {
+		if (field == head_field(&q->head, "Content-Length") &&
+		    q->method != METHOD_CONNECT)
+			length_append(b, q->length);
+	} else if (text_is(field->name, "Max-Forwards") &&
+	    (q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)) {
+		if (number_parse(field->value, INT32_MAX, &hops) && hops > 0)
+			buffer_print(b, "Max-Forwards: %llu\r\n",
+			    (unsigned long long)hops - 1);
+	} else if (text_is(field->name, "Expect") && q->minor == 0)
+		trace(x, "Expect of an HTTP/1.0 client is ignored");
+	else if (field_passes(&q->head, i) && !q->rewrites.taken[i] &&
+	    !(q->caching.has_entry &&
+		name_is_among(field->name, fields_of_condition)))
+		field_append(b, field);
+}
+
+/* The validators of the entry at hand (RFC 9111 section 4.3.1). */
+static void
+validators_append(struct exchange *x, struct buffer *b)
+{
+	static const char *const pairs[][2] = {
+		{ "ETag", "If-None-Match" },
+		{ "Last-Modified", "If-Modified-Since" },
+	};
+	struct response r;
+	struct entry e;
+	struct buffer *old = entry_load(x->request->caching.entry, &e, &r);
+	size_t i;
+
+	for (i = 0; old != NULL && i < sizeof(pairs) / sizeof(pairs[0]); i++) {
+		struct field field = { text_of(pairs[i][1]),
+			head_value(&r.head, pairs[i][0]) };
+
+		if (head_field(&r.head, pairs[i][0]) != NULL)
+			field_append(b, &field);
+	}
+	buffer_give(&old);
+}
+
+/* Connection, and what it names: an upgrade, and the wish for trailers. */
+static void
+connection_append(const struct request *q, struct buffer *b)
+{
+	bool trailers = q->minor == 1 && q->method != METHOD_CONNECT &&
+	    head_lists(&q->head, "TE", text_of("trailers"));
+	size_t i;
+
+	if (trailers)
+		buffer_append(b, text_of("TE: trailers\r\n"));
+	for (i = 0; i < q->head.n && q->upgrade; i++)
+		if (text_is(q->head.fields[i].name, "Upgrade"))
+			field_append(b, &q->head.fields[i]);
+	if (trailers || q->upgrade)
+		buffer_print(b, "Connection: %s%s%s\r\n", trailers ? "TE" : "",
+		    trailers && q->upgrade ? ", " : "",
+		    q->upgrade ? "upgrade" : "");
+}
+
+/* The whole request head for the next hop, into b. */
+static void
+request_build(struct exchange *x, struct buffer *b)
+{
+	const struct request *q = x->request;
+	size_t i;
+
+	request_line_append(x, b);
+	for (i = 0; i < q->head.n; i++)
+		request_field_append(x, i, b);
+	if (x->up.to == FRAMING_CHUNKED)
+		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
+	if (exchange_is_relayed(x))
+		login_append(x, b);
+	if (q->caching.has_entry)
+		validators_append(x, b);
+	for (i = 0; i < q->rewrites.n; i++)
+		field_append(b, &q->rewrites.fields[i]);
+	x->up.bare = q->rewrites.strips;
+	if (!q->rewrites.via)
+		via_append(b, q->minor);
+	connection_append(q, b);
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* ---- the head for the client ---- */
+
+/* Sets v to what is known once the answer is r. */
+static void
+answer_view(const struct exchange *x, const struct response *r, struct view *v)
+{
+	const struct request *q = x->request;
+
+	exchange_view(x, r, answer_is_stored(q) ? q->body : response_length(r),
+	    v);
+}
+
+/* One field of the response to the client, or nothing. */
+static void
+response_field_append(const struct exchange *x, const struct response *r,
+    size_t i, struct buffer *b)
+{
+	const struct request *q = x->request;
+	const struct field *field = &r->head.fields[i];
+	bool bare = response_is_bare(r->status, q->method);
+	uint64_t length;
+
+	if (answer_is_stored(q) && text_is(field->name, "Age"))
+		return;
+	if (text_is(field->name, "Content-Length")) {
+		if (field != head_field(&r->head, "Content-Length") ||
+		    r->status < 200 || r->status == 204 ||
+		    (q->method == METHOD_CONNECT && r->status < 300))
+			return;
+		if (!bare)
+			length = r->length;
+		else if (head_length(&r->head, &length) != 1)
+			return;
+		length_append(b, length);
+	} else if (field_passes(&r->head, i) ||
+	    (r->status == 407 && text_is(field->name, "Proxy-Authenticate")))
+		field_append(b, field);
+}
+
+/* What rules change in a response; nothing in one of ours. */
+static void
+response_rewrites(struct exchange *x, const struct response *r,
+    struct rewrites *w)
+{
+	struct view v;
+
+	memset(w, 0, sizeof(*w));
+	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
+	    x->request->answerer == ANSWER_MEMORY)
+		return;
+	answer_view(x, r, &v);
+	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
+	x->down.bare = w->strips;
+}
+
+/* The response head for the client, into b. */
+static void
+response_build(struct exchange *x, const struct response *r, struct buffer *b)
+{
+	const struct request *q = x->request;
+	bool upgrade = r->status == 101 || r->status == 426;
+	bool tunnel = q->method == METHOD_CONNECT && r->status < 300;
+	bool final = r->status >= 200 && !tunnel;
+	struct rewrites w;
+	size_t i;
+
+	response_rewrites(x, r, &w);
+	status_append(b, r->status, r->reason);
+	for (i = 0; i < r->head.n; i++)
+		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))
+			field_append(b, &r->head.fields[i]);
+		else if (!w.taken[i])
+			response_field_append(x, r, i, b);
+	for (i = 0; i < w.n; i++)
+		field_append(b, &w.fields[i]);
+	if (final && head_field(&r->head, "Date") == NULL)
+		buffer_print(b, "Date: %s\r\n", date_now());
+	if (q->answerer != ANSWER_MEMORY && !w.via)
+		via_append(b, r->minor);
+	if (answer_is_stored(q))
+		buffer_print(b, "Age: %lld\r\n", (long long)q->caching.age);
+	buffer_append(b, r->extra);
+	if (final && options.cache != NULL)
+		cache_status_append(x, b);
+	if (x->down.to == FRAMING_CHUNKED)
+		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
+	if (upgrade)
+		buffer_append(b, text_of("Connection: upgrade\r\n"));
+	if (final && x->close)
+		buffer_append(b, text_of("Connection: close\r\n"));
+	buffer_append(b, text_of("\r\n"));
+}
+
+/* ---- the handshake with a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
+
+/* Our words that go with a state of the handshake. */
+static void
+greet_append(const struct exchange *x, struct buffer *b)
+{
+	const struct parent *parent = exchange_parent(x);
+	const struct target *t = &x->request->target;
+	int host_len = (int)t->host.len;
+	struct address a;
+
+	switch (x->request->route.greeting) {
+	case GREETING_METHOD:
+		buffer_append(b,
+		    parent->login ? text_cut("\5\2\0\2", 4) :
+				    text_cut("\5\1\0", 3));
+		break;
+	case GREETING_LOGIN:
+		/* Each behind its length (RFC 1929 section 2). */
+		buffer_print(b, "\1%c%s%c%s", (int)strlen(parent->user),
+		    parent->user, (int)strlen(parent->password),
+		    parent->password);
+		break;
+	default:
+		/* A name as a name: looking it up is the parent's part. */
+		buffer_append(b, text_cut("\5\1\0", 3));
+		if (!address_parse(t->host, t->port, &a))
+			buffer_print(b, "\3%c%.*s", host_len, host_len,
+			    t->host.at);
+		else {
+			bool six = a.family == AF_INET6;
+
+			buffer_append(b, text_of(six ? "\4" : "\1"));
+			buffer_append(b,
+			    text_cut((char *)a.octets, six ? 16 : 4));
+		}
+		buffer_print(b, "%c%c", (int)(t->port >> 8),
+		    (int)(t->port & 255));
+	}
+}
+
+/*
+ * How long the parent's next message is, by what came of it; more than came
+ * if that can't be told yet, 0 if it is none.
+ */
+static size_t
+greet_length(enum greeting greeting, struct text t)
+{
+	unsigned char type = t.len > 3 ? (unsigned char)t.at[3] : 1;
+
+	if (t.len < 2)
+		return 2;
+	if (greeting != GREETING_REPLY)
+		return t.at[0] == (greeting == GREETING_LOGIN ? 1 : 5) ? 2 : 0;
+	if (t.at[0] != 5)
+		return 0;
+	if (t.at[1] != 0)
+		return 2;
+	if (t.len < 5)
+		return 5;
+	return type == 1 ? 10 :
+	    type == 4    ? 22 :
+	    type == 3    ? 7 + (size_t)(unsigned char)t.at[4] :
+			   0;
+}
+
+/* The words for a reply code of RFC 1928 section 6. */
+static const char *
+greet_words(unsigned char code)
+{
+	static const char *const words[] = { "no error", "it failed",
+		"not allowed by its rules", "network unreachable",
+		"host unreachable", "connection refused", "TTL expired",
+		"it does not know CONNECT", "it does not know this address" };
+
+	return code < sizeof(words) / sizeof(words[0]) ? words[code] :
+							 "an unknown reply";
+}
+
+/* ---- pages ---- */
 
 /*
  * What the proxy answers itself: refusals, its own two pages, OPTIONS and
@@ -11130,16 +11802,11 @@ page_pac(struct exchange *x, struct text host)
 static bool
 page_is_ours(const struct exchange *x, const struct target *t)
 {
-	struct sockaddr_storage storage;
-	socklen_t len = sizeof(storage);
-	struct address here, named;
+	struct address here = address_bound(x->client.fd), named;
 	size_t label = strcspn(host_name, ".");
 
 	if (x->peer.family == AF_UNIX)
 		return true;
-	if (getsockname(x->client.fd, (struct sockaddr *)&storage, &len) == -1)
-		return false;
-	here = address_import((struct sockaddr *)&storage);
 	if (here.port != t->port)
 		return false;
 	if (address_parse(t->host, t->port, &named))
@@ -11171,16 +11838,12 @@ page_trace(struct exchange *x)
 	static const char *const secret[] = { "Authorization",
 		"Proxy-Authorization", "Cookie", NULL };
 	struct buffer *b = buffer_take();
-	size_t i;
 
 	if (b == NULL)
 		return;
 	buffer_append(b, r->head.line);
 	buffer_append(b, text_of("\r\n"));
-	for (i = 0; i < r->head.n; i++)
-		if (!name_is_among(r->head.fields[i].name, secret))
-			field_append(b, &r->head.fields[i]);
-	buffer_append(b, text_of("\r\n"));
+	fields_append(b, &r->head, secret);
 	page_make(x, 200, "message/http", "", buffer_text(b));
 	if (b->overflow || (x->server.in != NULL && x->server.in->overflow)) {
 		x->record.refusal = REFUSE_HEAD_LONG;
@@ -11192,8 +11855,17 @@ page_trace(struct exchange *x)
 /* ---- 13. Exchange: the phases, one step each ---- */
 
 /*
- * A step does what can be done now and returns true if anything moved; then
- * it, or the step of the phase that it entered, is called again.
+ * The story of a request.  Under a subheading for each phase, in the order in
+ * which they come, the functions that it needs lead to its step.  A step does
+ * what can be done now and returns true if anything moved; then it, or the
+ * step of the phase that it entered, is called again.  One that has to wait
+ * returns false, and exchange_run() sets what for.
+ *
+ * A step must never wait itself.  Nor are messages parsed, put into words or
+ * written here: the sections above do that, this one decides what is next.
+ *
+ * Door: exchange_open, exchange_run, exchange_expire, exchange_close,
+ * exchange_abort, request_note, phase_names.
  */
 
 enum {
@@ -11221,6 +11893,33 @@ static const char *const phase_names[] = {
 	[PHASE_RELAY] = "relay",
 	[PHASE_LINGER] = "linger",
 };
+
+/* ---- from phase to phase, and the end ---- */
+
+/* A slot with no connection yet, or NULL if all are taken. */
+static struct exchange *
+exchange_take(void)
+{
+	struct exchange *x = exchanges.free, *next_again;
+	bool again;
+
+	if (exchanges.busy == exchanges.n)
+		return NULL;
+	if (x != NULL)
+		exchanges.free = x->next;
+	else
+		x = &exchanges.slots[exchanges.used++];
+	/* A slot stays among those to run when it is freed and taken again. */
+	again = x->again;
+	next_again = x->next_again;
+	memset(x, 0, offsetof(struct exchange, note.text));
+	x->again = again;
+	x->next_again = next_again;
+	conn_clear(&x->server);
+	conn_clear(&x->client);
+	exchanges.busy++;
+	return x;
+}
 
 /* The one place where a phase changes. */
 static void
@@ -11299,6 +11998,19 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 }
 
 /*
+ * The answer was made in memory: it goes the way of every answer.  If there
+ * was no memory for it, the exchange ends.
+ */
+static void
+exchange_answer(struct exchange *x)
+{
+	if (x->server.in == NULL)
+		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
+	else
+		exchange_enter(x, PHASE_RESPONSE);
+}
+
+/*
  * Refuses the request, whatever was done for it so far.  Once a response
  * head has gone out, the only refusal is to end.
  */
@@ -11320,31 +12032,10 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 	cache_leave(x);
 	buffer_give(&q->access.answer);
 	page_refusal(x, refusal, detail);
-	if (x->server.in == NULL) {
-		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
-		return;
-	}
-	exchange_enter(x, PHASE_RESPONSE);
+	exchange_answer(x);
 }
 
 /* ---- what the rules say ---- */
-
-/*
- * What rules change in the request of an exchange before it is sent, as far
- * as it is known now.
- */
-static void
-exchange_rewrite(struct exchange *x)
-{
-	const struct rules *r = x->rules;
-	struct request *q = x->request;
-	struct view v;
-
-	if (r->first[GROUP_REQUEST] == NULL && !r->needles_n)
-		return;
-	exchange_view(x, NULL, 0, &v);
-	rules_rewrite(r, GROUP_REQUEST, &v, &q->rewrites);
-}
 
 /* A rule refused the exchange: by a page, a question, or not a word. */
 static void
@@ -11370,26 +12061,29 @@ access_refuse(struct exchange *x)
 		    rule->refusal == REFUSE_FOREIGN ? detail : "");
 }
 
-/*
- * Judges whether the exchange may pass, by what is known now.  False if it
- * was refused; if it is not decided yet, it stays open.
- */
+/* True if a rule refuses, by what v knows; undecided, it stays open. */
+static bool
+access_is_refused(struct exchange *x, struct view *v)
+{
+	struct verdict verdict = rules_judge(x->rules, GROUP_ACCESS, v);
+
+	x->request->access.open = verdict.truth == TRUTH_UNDECIDED;
+	if (verdict.truth != TRUTH_YES)
+		return false;
+	x->record.rule = verdict.rule;
+	trace(x, "decided by %s: %s", verdict.rule->where, verdict.rule->text);
+	return verdict.refuses;
+}
+
+/* False if the exchange may not pass, by what v knows, and was refused. */
 static bool
 access_judge(struct exchange *x, struct view *v)
 {
-	struct request *q = x->request;
-	struct verdict verdict = rules_judge(x->rules, GROUP_ACCESS, v);
+	bool refused = access_is_refused(x, v);
 
-	q->access.open = verdict.truth == TRUTH_UNDECIDED;
-	if (verdict.truth != TRUTH_YES)
-		return true;
-	x->record.rule = verdict.rule;
-	trace(x, "decided by %s: %s", x->record.rule->where,
-	    x->record.rule->text);
-	if (!verdict.refuses)
-		return true;
-	access_refuse(x);
-	return false;
+	if (refused)
+		access_refuse(x);
+	return !refused;
 }
 
 /* Of the parents of a rule the first that was not lately out of reach. */
@@ -11440,34 +12134,34 @@ access_begin(struct exchange *x)
 }
 
 /*
- * A response has come, as v shows it.  False if it was refused.  If it is
+ * An answer has come: r, parsed from head.  False if it was refused.  If it is
  * still open, the head is kept for the time when the body tells more, and in
  * front of it, a byte for each text, how much of that was found so far.
  */
 static bool
-access_response(struct exchange *x, const struct response *r, struct text head,
-    struct view *v)
+access_response(struct exchange *x, const struct response *r, struct text head)
 {
-	struct request *q = x->request;
+	struct access *access = &x->request->access;
+	struct buffer *b;
+	struct view v;
 
-	if (!q->access.open)
+	if (!access->open)
 		return true;
-	if (!access_judge(x, v))
+	answer_view(x, r, &v);
+	if (!access_judge(x, &v))
 		return false;
-	if (!q->access.open || r->status < 200)
+	if (!access->open || r->status < 200)
 		return true;
-	buffer_give(&q->access.answer);
-	q->access.answer = buffer_take();
-	if (q->access.answer == NULL) {
-		exchange_deny(x, REFUSE_MEMORY, "");
-		return false;
+	buffer_give(&access->answer);
+	access->answer = b = buffer_take();
+	if (b != NULL) {
+		memset(b->data, 0, NEEDLES_MAX);
+		b->start = b->end = NEEDLES_MAX;
+		buffer_append(b, head);
+		if (b->overflow == 0)
+			return true;
 	}
-	memset(q->access.answer->data, 0, NEEDLES_MAX);
-	q->access.answer->start = q->access.answer->end = NEEDLES_MAX;
-	buffer_append(q->access.answer, head);
-	if (q->access.answer->overflow == 0)
-		return true;
-	exchange_deny(x, REFUSE_ANSWER_LONG, "");
+	exchange_deny(x, b ? REFUSE_ANSWER_LONG : REFUSE_MEMORY, "");
 	return false;
 }
 
@@ -11478,35 +12172,32 @@ access_response(struct exchange *x, const struct response *r, struct text head,
 static bool
 access_body(struct exchange *x, struct text piece, bool whole)
 {
-	unsigned char *states =
-	    (unsigned char *)x->request->access.answer->data;
-	unsigned found = x->request->access.found;
-	struct verdict verdict;
+	struct access *access = &x->request->access;
+	unsigned found = access->found;
 	struct response r;
-	struct request *q = x->request;
 	struct view v;
+	bool refused;
 
-	q->access.found |= rules_seek(x->rules, states, piece);
-	(void)response_parse(buffer_text(q->access.answer), q->method, &r);
-	exchange_view(x, &r,
-	    answer_is_stored(q) ? q->body : response_length(&r), &v);
+	access->found |=
+	    rules_seek(x->rules, (unsigned char *)access->answer->data, piece);
+	(void)response_parse(buffer_text(access->answer), x->request->method,
+	    &r);
+	answer_view(x, &r, &v);
 	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
 	if (whole)
 		v.known |= FACT_LENGTH | FACT_BODY;
-	if (!whole && found == q->access.found && (v.known & FACT_LENGTH))
+	else if (found == access->found && (v.known & FACT_LENGTH))
 		return true;
-	verdict = rules_judge(x->rules, GROUP_ACCESS, &v);
-	if (verdict.truth == TRUTH_YES)
-		x->record.rule = verdict.rule;
-	if (whole || verdict.truth == TRUTH_YES) {
-		q->access.open = false;
-		buffer_give(&q->access.answer);
+	refused = access_is_refused(x, &v);
+	if (whole || !access->open) {
+		access->open = false;
+		buffer_give(&access->answer);
 	}
-	return !verdict.refuses;
+	return !refused;
 }
 
-/* ---- entries that answer ---- */
+/* ---- who else may answer ---- */
 
 /*
  * The entry in l is the server: its head is parsed and passed on like any
@@ -11516,30 +12207,39 @@ static void
 exchange_serve(struct exchange *x, const struct lookup *l)
 {
 	struct request *q = x->request;
-	struct conn *s = &x->server;
-	struct view v;
 
 	exchange_drop_tries(x);
-	conn_close(s, false);
-	s->fd = l->fd;
-	s->role = ROLE_FILE;
-	s->exchange = x;
-	s->readable = s->hung = true;
-	s->in = l->b;
+	conn_close(&x->server, false);
+	conn_file(&x->server, l->fd, x);
+	x->server.in = l->b;
 	/* What was judged is the way to the server, not where this is from. */
 	q->access.open = q->access.open || q->route.n > 0;
 	q->route.n = 0;
 	q->route.list[0] = address_read(l->e.server);
-	if (q->access.open) {
-		exchange_view(x, &l->r, l->e.body, &v);
-		if (!access_response(x, &l->r, l->e.head, &v))
-			return;
-	}
+	q->body = l->e.body;
+	if (!access_response(x, &l->r, l->e.head))
+		return;
 	l->b->start = (size_t)(l->e.head.at - l->b->data);
 	entry_touch(l->fd, l->e.key, l->e.variant);
-	q->body = l->e.body;
 	q->caching.region = (uint32_t)l->e.region;
 	exchange_enter(x, PHASE_RESPONSE);
+}
+
+/*
+ * Begins the way to a server anew: with the addresses (RESOLVE), or with the
+ * connection to one of them (CONNECT).
+ */
+static void
+route_again(struct exchange *x, enum phase phase)
+{
+	struct route *route = &x->request->route;
+
+	exchange_drop_tries(x);
+	conn_close(&x->server, false);
+	route->next = 0;
+	route->greeting = GREETING_BEGIN;
+	route->reused = route->keep = false;
+	exchange_enter(x, phase);
 }
 
 /*
@@ -11558,15 +12258,11 @@ parent_next(struct exchange *x)
 	if (q->route.parent->next == NULL)
 		return false;
 	q->route.parent = q->route.parent->next;
-	exchange_drop_tries(x);
-	conn_close(&x->server, false);
 	/* What this one does not look up, the next may: all is judged anew. */
 	q->access.open = true;
-	q->route.next = q->route.n = 0;
 	q->times.asked = 0;
-	q->route.greeting = GREETING_BEGIN;
 	x->record.server.family = 0;
-	exchange_enter(x, PHASE_RESOLVE);
+	route_again(x, PHASE_RESOLVE);
 	return true;
 }
 
@@ -11592,178 +12288,7 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 		exchange_deny(x, refusal, detail);
 }
 
-/*
- * Drops from what is ready the payload that the client has had before.  What
- * ends within that is not the same payload.
- */
-static void
-exchange_skip(struct exchange *x)
-{
-	struct request *q = x->request;
-	struct flow *f = &x->down;
-	struct conn *from = &x->server;
-	size_t n = f->ready;
-
-	if (n > q->skip)
-		n = (size_t)q->skip;
-	if (n > 0) {
-		buffer_use(&from->in, n);
-		f->ready -= (uint32_t)n;
-		q->skip -= n;
-	}
-	if (f->whole && q->skip > 0) {
-		f->whole = false;
-		f->broken = true;
-	}
-}
-
-/*
- * Reads from one side; of an entry that is still being stored no more than is
- * there, since the end of the file is not yet the end of the body.
- */
-static bool
-exchange_read(struct exchange *x, struct conn *from)
-{
-	uint64_t max = from == &x->server && x->request != NULL ?
-	    cache_room(x) :
-	    UINT64_MAX;
-
-	if (max == UINT64_MAX)
-		return conn_read(from);
-	if (max == 0) {
-		from->readable = false;
-		return false;
-	}
-	if (!conn_read_some(from, max > BUFFER_ROOM ? BUFFER_ROOM : max))
-		return false;
-	/* It was all there: somebody has cut the file. */
-	if (from->eof)
-		from->error = EIO;
-	from->eof = false;
-	return true;
-}
-
-/*
- * Lets the rules see what of the body has come behind the first old bytes.
- * If they forbid it, that piece is dropped, and the flow is broken.
- */
-static bool
-exchange_seek(struct exchange *x, size_t old)
-{
-	struct buffer *in = x->server.in;
-	struct flow *f = &x->down;
-
-	if ((f->ready == old && !f->whole) ||
-	    access_body(x,
-		f->ready > old ?
-		    text_cut(in->data + in->start + old, f->ready - old) :
-		    text_of(""),
-		f->whole))
-		return true;
-	store_drop(x);
-	f->ready = (uint32_t)old;
-	f->whole = false;
-	f->broken = true;
-	x->record.refusal = REFUSE_RULE;
-	return false;
-}
-
-/*
- * Moves a message along until one side has to wait.  Framing, payload and
- * the end of it are put into `out` before it is written, so that a small
- * message is one write.
- */
-static bool
-exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
-    struct conn *to)
-{
-	struct request *q = f == &x->down ? x->request : NULL;
-	bool moved = false;
-	size_t held;
-	unsigned n;
-
-	for (n = 0; n < MOVES_MAX && !to->deaf; n++) {
-		size_t old = f->ready;
-
-		if (to->out != NULL && !to->writable && !to->hung &&
-		    to->fd != -1)
-			break;
-		if (!f->done)
-			flow_decode(f, from->in, from->eof);
-		if (q != NULL && q->skip > 0)
-			exchange_skip(x);
-		if (q != NULL && q->access.answer != NULL && !f->done &&
-		    !exchange_seek(x, old))
-			return true;
-		if (q != NULL && f->ready > old)
-			store_append(x,
-			    text_cut(from->in->data + from->in->start + old,
-				f->ready - old));
-		if (q != NULL && f->whole)
-			store_finish(x);
-		if (options.verbose > 1 && f->ready > old)
-			trace_dump(x, f == &x->up ? "c>s" : "s>c",
-			    text_cut(from->in->data + from->in->start + old,
-				f->ready - old));
-		if (f->ready == 0 && !f->whole && !f->broken &&
-		    exchange_read(x, from) && !from->error) {
-			moved = true;
-			continue;
-		}
-		if (!f->done && flow_encode(f, from, to))
-			moved = true;
-		held = buffer_held(to->out);
-		(void)conn_write(to);
-		if (buffer_held(to->out) < held)
-			x->moved = now.ms;
-		if (to->out || f->done || (f->ready == 0 && !f->whole))
-			break;
-	}
-	return moved;
-}
-
-/* ---- requests ---- */
-
-/*
- * The length of the head in c's `in`, with `skip` bytes in front of it; as
- * head_find() has it.
- */
-static int
-conn_head(struct conn *c, size_t skip, bool lenient)
-{
-	size_t seen = c->seen > skip ? c->seen : skip;
-	int n = head_find(buffer_text(c->in), &seen, lenient);
-
-	c->seen = (uint32_t)seen;
-	return n;
-}
-
-/* The head in front of b can't become whole: no room is left for it. */
-static bool
-head_is_hopeless(const struct buffer *b)
-{
-	return buffer_room(b) == 0 && b->start <= CHUNK_ROOM;
-}
-
-/*
- * The first bytes are no HTTP, or too many: the refusal, or none yet.  Other
- * protocols are known by their first byte and would never send an empty line.
- */
-static enum refusal
-request_hopeless(const struct buffer *b, bool whole)
-{
-	struct text t = buffer_text(b);
-
-	if (t.at[0] == 0x16)
-		return REFUSE_TLS;
-	if (t.at[0] == 4 || t.at[0] == 5)
-		return REFUSE_SOCKS;
-	if (!is_token_char(t.at[0]) && t.at[0] != '\r')
-		return REFUSE_BINARY;
-	if (text_find(t, '\n') > LINE_MAX_BYTES)
-		return REFUSE_LINE_LONG;
-	return !whole && head_is_hopeless(b) ? REFUSE_HEAD_LONG : REFUSE_NONE;
-}
+/* ---- REQUEST: a whole head; who may answer it? ---- */
 
 /*
  * Takes the first n bytes of what the client sent as the head of this
@@ -11787,44 +12312,6 @@ request_take(struct exchange *x, size_t n)
 	x->client.in = rest;
 	x->client.seen = 0;
 	return true;
-}
-
-/*
- * Takes the login and the fragment out of the URL in the request line that b
- * begins with: they are not for the server (RFC 9110 sections 4.2.4, 7.1),
- * and neither log nor trace may tell the secret.  What is no valid login, or
- * stands in a CONNECT, is overwritten, and the request will be refused.
- */
-static void
-request_clean(struct buffer *b)
-{
-	bool connect = text_starts(buffer_text(b), "CONNECT ");
-	struct text line = buffer_text(b), login;
-	size_t from, at, end, i = 0;
-
-	line.len = text_find(line, '\n');
-	for (from = 0; from < line.len && !is_among(line.at[from], " \t");)
-		from++;
-	from = from < line.len ? from + 1 : 0;
-	login = url_login(text_from(line, from));
-	at = (size_t)(login.at - line.at);
-	while (i < login.len &&
-	    (is_alnum(login.at[i]) ||
-		is_among(login.at[i], "-._~%!$&'()*+,;=:")))
-		i++;
-	if (login.len > 0 && (connect || i + 1 < login.len))
-		memset(b->data + b->start + at, '*', login.len - 1);
-	else {
-		buffer_cut(b, at, login.len);
-		line = text_from(line, login.len);
-	}
-	for (at = from; at < line.len && !is_among(line.at[at], " #"); at++)
-		continue;
-	for (end = at; end < line.len && !is_among(line.at[end], " \r"); end++)
-		if (!text_is_clean(text_cut(line.at + end, 1)))
-			return;
-	if (!connect && at < line.len && line.at[at] == '#')
-		buffer_cut(b, at, end - at);
 }
 
 /* What came, when it is no request: the log gets its first line. */
@@ -11859,14 +12346,12 @@ static void
 request_note(struct exchange *x)
 {
 	struct request *q = x->request;
-	struct text login = head_value(&q->head, "Authorization");
 
 	x->close = q->minor == 0 || q->method == METHOD_CONNECT ||
 	    head_lists(&q->head, "Connection", text_of("close"));
 	q->kept = head_lists(&q->head, "Connection", text_of("keep-alive")) ||
 	    head_lists(&q->head, "Proxy-Connection", text_of("keep-alive"));
-	q->login = text_starts(login, "NTLM") ||
-	    text_starts(login, "Negotiate");
+	q->login = head_logs_in(&q->head, "Authorization");
 	q->upgrade = q->minor == 1 && head_field(&q->head, "Upgrade") &&
 	    head_lists(&q->head, "Connection", text_of("upgrade")) &&
 	    !head_lists(&q->head, "Upgrade", text_of("h2c"));
@@ -11877,130 +12362,45 @@ request_note(struct exchange *x)
 static void
 request_local(struct exchange *x)
 {
-	const struct request *r = x->request;
-	struct text host = head_value(&r->head, "Host");
+	const struct request *q = x->request;
+	struct text host = head_value(&q->head, "Host");
 	struct target t;
 
 	if (authority_parse(host, 80, &t) != 1 || !page_is_ours(x, &t)) {
 		x->close = true;
 		exchange_refuse(x, REFUSE_NOT_US, "as in http://example.com/");
-	} else if (!text_is(r->uri, "/") && !text_is(r->uri, "/proxy.pac"))
+	} else if (!text_is(q->uri, "/") && !text_is(q->uri, "/proxy.pac"))
 		exchange_refuse(x, REFUSE_PAGE, "it has / and /proxy.pac");
-	else if (r->method != METHOD_GET && r->method != METHOD_HEAD)
+	else if (q->method != METHOD_GET && q->method != METHOD_HEAD)
 		exchange_refuse(x, REFUSE_PAGE_METHOD, "");
 	else {
-		if (text_is(r->uri, "/"))
-			page_index(x, host);
-		else
-			page_pac(x, host);
-		exchange_enter(x, PHASE_RESPONSE);
+		(text_is(q->uri, "/") ? page_index : page_pac)(x, host);
+		exchange_answer(x);
 	}
 }
 
 /*
- * Max-Forwards (RFC 9110 section 7.6.2) counts for TRACE and OPTIONS only.
- * True if the request ends here; -refusal if it is no number.
+ * A slot for what is done for nobody: its client is no socket.  NULL without a
+ * free slot.  Takes over head, the request that it begins with, or NULL.
  */
-static int
-request_is_last(const struct request *r)
-{
-	const struct field *field = head_field(&r->head, "Max-Forwards");
-	uint64_t hops;
-
-	if (r->target.form == FORM_ASTERISK)
-		return 1;
-	if (field == NULL ||
-	    (r->method != METHOD_TRACE && r->method != METHOD_OPTIONS))
-		return 0;
-	if (!number_parse(field->value, INT32_MAX, &hops))
-		return -REFUSE_HOPS;
-	return hops == 0;
-}
-
-/* True if our own name is in Via: this request has passed here before. */
-static bool
-request_passed_here(const struct request *r)
-{
-	size_t i;
-
-	for (i = 0; i < r->head.n; i++) {
-		struct text rest = r->head.fields[i].value, member;
-
-		if (!text_is(r->head.fields[i].name, "Via"))
-			continue;
-		while (list_next(&rest, &member)) {
-			size_t blank = text_find(member, ' ');
-			struct text name = text_trim(text_from(member, blank));
-
-			name.len = text_find(name, ' ');
-			if (text_is(name, pseudonym))
-				return true;
-		}
-	}
-	return false;
-}
-
-/*
- * The head of a GET for what q asked for: without its conditions and its
- * wishes, and without its login, so that the answer is good for all.
- */
-static void
-refresh_build(const struct request *q, struct buffer *b)
-{
-	static const char *const wishes[] = { "Cache-Control", "Pragma",
-		"Authorization", "Range", "If-Range", NULL };
-	size_t i;
-
-	buffer_append(b, text_of("GET"));
-	buffer_append(b, text_from(q->head.line, q->name.len));
-	buffer_append(b, text_of("\r\n"));
-	for (i = 0; i < q->head.n; i++)
-		if (!name_is_among(q->head.fields[i].name, wishes) &&
-		    !name_is_among(q->head.fields[i].name, fields_of_condition))
-			field_append(b, &q->head.fields[i]);
-	buffer_append(b, text_of("\r\n"));
-}
-
-/* A slot with no connection yet, or NULL if all are taken. */
 static struct exchange *
-exchange_take(void)
-{
-	struct exchange *x = exchanges.free, *next_again;
-	bool again;
-
-	if (exchanges.busy == exchanges.n)
-		return NULL;
-	if (x != NULL)
-		exchanges.free = x->next;
-	else
-		x = &exchanges.slots[exchanges.used++];
-	/* A slot stays among those to run when it is freed and taken again. */
-	again = x->again;
-	next_again = x->next_again;
-	memset(x, 0, offsetof(struct exchange, note.text));
-	x->again = again;
-	x->next_again = next_again;
-	conn_clear(&x->server);
-	conn_clear(&x->client);
-	exchanges.busy++;
-	return x;
-}
-
-/* A slot for what is done for nobody: its client is no socket. */
-static struct exchange *
-exchange_take_refresh(const struct exchange *x)
+exchange_take_refresh(const struct exchange *x, struct buffer *head)
 {
 	struct request *q = request_new(NULL);
 	struct exchange *y = q == NULL ? NULL : exchange_take();
 
 	if (y == NULL) {
+		buffer_give(&head);
 		request_drop(&q);
 		return NULL;
 	}
+	y->phase = PHASE_REQUEST;
+	y->since = now.ms;
 	y->request = q;
 	q->owner = y;
 	y->client.eof = true;
 	y->client.exchange = y;
+	y->client.in = head;
 	y->peer = x->peer;
 	y->local = x->local;
 	y->refresh = true;
@@ -12016,21 +12416,25 @@ exchange_take_refresh(const struct exchange *x)
 static void
 exchange_refresh(const struct exchange *x)
 {
+	static const char *const personal[] = { "Cache-Control", "Pragma",
+		"Authorization", "Range", "If-Range", "If-Match",
+		"If-None-Match", "If-Modified-Since", "If-Unmodified-Since",
+		NULL };
 	const struct request *q = x->request;
-	struct buffer *head;
+	bool busy = fetch_for(q->caching.key) != NULL;
+	struct buffer *head = busy ? NULL : buffer_take();
 	struct exchange *y;
 
-	if (fetch_for(q->caching.key) != NULL || (head = buffer_take()) == NULL)
+	if (head == NULL)
 		return;
-	y = exchange_take_refresh(x);
-	if (y == NULL) {
-		buffer_give(&head);
+	/* Without wishes, conditions and login: the answer is good for all. */
+	buffer_append(head, text_of("GET"));
+	buffer_append(head, text_from(q->head.line, q->name.len));
+	buffer_append(head, text_of("\r\n"));
+	fields_append(head, &q->head, personal);
+	y = exchange_take_refresh(x, head);
+	if (y == NULL)
 		return;
-	}
-	refresh_build(q, head);
-	y->client.in = head;
-	y->phase = PHASE_REQUEST;
-	y->since = now.ms;
 	y->request->caching.key = q->caching.key;
 	fetch_begin(y);
 }
@@ -12043,39 +12447,30 @@ static void
 exchange_look_up(struct exchange *x)
 {
 	struct lookup l;
+	enum cached cached = cache_find(x, &l);
 
-	switch (cache_find(x, &l)) {
-	case CACHED_YES:
+	if (cached == CACHED_YES) {
 		if (l.reuse == REUSE_MEANWHILE)
 			exchange_refresh(x);
 		exchange_serve(x, &l);
-		break;
-	case CACHED_WAIT:
-		exchange_enter(x, PHASE_COLLAPSE);
-		break;
-	case CACHED_NEVER:
+	} else if (cached == CACHED_NEVER)
 		exchange_refuse(x, REFUSE_NOT_STORED, "");
-		break;
-	default:
-		exchange_enter(x, PHASE_RESOLVE);
-	}
+	else
+		exchange_enter(x,
+		    cached == CACHED_WAIT ? PHASE_COLLAPSE : PHASE_RESOLVE);
 }
 
-/* The waiting is over: looks again, and asks if there is still nothing. */
-static void
-collapse_end(struct exchange *x)
-{
-	cache_stop_waiting(x);
-	exchange_look_up(x);
-}
-
-/* COLLAPSE: wait for the head that another exchange is to get. */
+/*
+ * COLLAPSE: waits, not for ever, for the head that another exchange is to get;
+ * then looks again, and asks if there is still nothing.
+ */
 static bool
 collapse_step(struct exchange *x)
 {
-	if (cache_waits(x))
+	if (cache_waits(x) && now.ms < x->since + COLLAPSE_MS)
 		return false;
-	collapse_end(x);
+	cache_stop_waiting(x);
+	exchange_look_up(x);
 	return true;
 }
 
@@ -12083,41 +12478,51 @@ collapse_step(struct exchange *x)
 static void
 request_accept(struct exchange *x, size_t n)
 {
-	struct request *r = x->request;
+	struct request *q = x->request;
 	int verdict, last;
 
 	if (!request_take(x, n)) {
 		x->client.error = ENOMEM;
 		return;
 	}
-	request_clean(x->request->bytes);
-	trace_head(x, "c>", buffer_text(x->request->bytes));
-	verdict = request_parse(buffer_text(r->bytes), r);
+	request_clean(q->bytes);
+	trace_head(x, "c>", buffer_text(q->bytes));
+	verdict = request_parse(buffer_text(q->bytes), q);
 	request_note(x);
-	last = request_is_last(r);
+	last = request_is_last(q);
 	if (verdict != 1 || last < 0) {
 		x->close = true;
 		exchange_refuse(x,
 		    (enum refusal)(verdict != 1 ? -verdict : -last), "");
-	} else if (r->target.form == FORM_ORIGIN)
+	} else if (q->target.form == FORM_ORIGIN)
 		request_local(x);
 	else if (!access_begin(x))
 		return;
 	else if (last) {
-		if (r->method == METHOD_TRACE)
-			page_trace(x);
-		else
-			page_options(x);
-		exchange_enter(x, PHASE_RESPONSE);
-	} else if (request_passed_here(r))
+		(q->method == METHOD_TRACE ? page_trace : page_options)(x);
+		exchange_answer(x);
+	} else if (request_passed_here(q))
 		exchange_refuse(x, REFUSE_LOOP_VIA, "");
 	else
 		exchange_look_up(x);
 }
 
+/* The clock of a request starts at its first byte.  False without memory. */
+static bool
+request_start(struct exchange *x)
+{
+	if (x->record.start == 0) {
+		x->record.start = x->since = now.ms;
+		x->number = ++exchanges.count;
+	}
+	if (x->request == NULL)
+		x->request = request_new(x);
+	return x->request != NULL;
+}
+
 /*
- * Drops empty lines before a request (RFC 9112 section 2.2), and starts the
- * clock at the first byte of one.  False if there is none.
+ * Drops empty lines before a request (RFC 9112 section 2.2).  False if nothing
+ * else has come, or there is no memory for it.
  */
 static bool
 request_begin(struct exchange *x)
@@ -12126,38 +12531,26 @@ request_begin(struct exchange *x)
 
 	while (c->in != NULL && text_starts(buffer_text(c->in), "\r\n"))
 		conn_drop_head(c, 2);
-	if (c->in == NULL) {
-		x->record.start = 0;
-		request_drop(&x->request);
-		return false;
-	}
-	if (x->record.start == 0) {
-		x->record.start = now.ms;
-		x->number = ++exchanges.count;
-	}
-	if (x->request == NULL)
-		x->request = request_new(x);
-	return x->request != NULL;
+	if (c->in != NULL)
+		return request_start(x);
+	x->record.start = 0;
+	request_drop(&x->request);
+	return false;
 }
 
 /* There is no memory for a request: it is refused unread. */
 static void
 request_starve(struct exchange *x)
 {
-	struct conn *c = &x->client;
-
-	if (x->record.start == 0)
-		x->number = ++exchanges.count;
-	x->record.start = now.ms;
 	x->close = true;
-	c->error = 0;
-	buffer_give(&c->in);
+	x->client.error = 0;
+	buffer_give(&x->client.in);
 	if (x->request == NULL)
 		x->request = request_clear(request_pop(0), x);
-	if (x->request == NULL)
-		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
-	else
+	if (request_start(x))
 		exchange_refuse(x, REFUSE_MEMORY, "");
+	else
+		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 }
 
 /* REQUEST: wait for a whole head. */
@@ -12190,58 +12583,52 @@ request_step(struct exchange *x)
 	return true;
 }
 
-/* ---- finding the server ---- */
+/* ---- RESOLVE: the addresses of the next hop ---- */
 
 /*
- * The addresses of host, a name, into the facts' list.  False if they are not
- * known: not yet, or the request was refused for it.
+ * The addresses of a host, in figures or a name, into the route: 1 if they are
+ * there, 0 if they are not known yet, -1 if the request was refused for it.
+ * In figures it is what rules took it for.
  */
-static bool
-resolve_name(struct exchange *x, const char *host, unsigned port)
+static int
+resolve_host(struct exchange *x, struct text host, unsigned port)
 {
-	struct name *name = names_find(host);
 	struct request *q = x->request;
-	char detail[DETAIL_MAX];
+	char words[HOST_MAX + 1], detail[DETAIL_MAX];
+	struct name *name;
 	unsigned i;
 
-	q->times.asked = q->times.asked ? q->times.asked : now.ms;
 	q->times.resolved = now.ms;
-	if (name == NULL) {
-		exchange_refuse(x, REFUSE_BUSY, "");
-		return false;
+	if (address_parse(host_bare(host), port, &q->route.list[0])) {
+		q->route.n = 1;
+		return 1;
 	}
-	if (name->state != NAME_KNOWN)
-		return false;
-	if (name->error) {
-		(void)snprintf(detail, sizeof(detail), "%s: %s", host,
-		    gai_strerror(name->error));
-		exchange_refuse(x, REFUSE_NAME, detail);
-		return false;
+	q->times.asked = q->times.asked ? q->times.asked : now.ms;
+	(void)text_copy(host, words, sizeof(words));
+	name = names_find(words);
+	if (name != NULL && name->state != NAME_KNOWN)
+		return 0;
+	if (name == NULL || name->error) {
+		(void)snprintf(detail, sizeof(detail), "%s: %s", words,
+		    name ? gai_strerror(name->error) : "");
+		exchange_refuse(x, name ? REFUSE_NAME : REFUSE_BUSY,
+		    name ? detail : "");
+		return -1;
 	}
 	q->route.n = (unsigned char)name->n;
 	memcpy(q->route.list, name->list, sizeof(q->route.list));
 	for (i = 0; i < q->route.n; i++)
 		q->route.list[i].port = (uint16_t)port;
-	return true;
+	return 1;
 }
 
-/*
- * The addresses of a host, in figures or a name; false as resolve_name().  In
- * figures it is what rules took it for.
- */
-static bool
-resolve_host(struct exchange *x, struct text host, unsigned port)
+/* Our own address for a connection to another: any, if no rule names one. */
+static const struct address *
+route_from(const struct route *route, const struct address *to)
 {
-	struct request *q = x->request;
-	char string[HOST_MAX + 1];
+	static const struct address any;
 
-	if (address_parse(host_bare(host), port, &q->route.list[0])) {
-		q->route.n = 1;
-		q->times.resolved = now.ms;
-		return true;
-	}
-	(void)text_copy(host, string, sizeof(string));
-	return resolve_name(x, string, port);
+	return route->from ? &route->from[to->family == AF_INET6] : &any;
 }
 
 /*
@@ -12252,38 +12639,35 @@ resolve_host(struct exchange *x, struct text host, unsigned port)
 static enum refusal
 resolve_strike(struct exchange *x, struct view *v)
 {
-	enum refusal refusal = REFUSE_FAMILY;
 	struct request *q = x->request;
-	bool open = q->access.open, stays = false;
+	struct route *route = &q->route;
+	enum refusal refusal = REFUSE_FAMILY;
+	bool direct = exchange_parent(x) == NULL, stays = false;
 	unsigned char i, kept = 0;
 
-	for (i = 0; i < q->route.n; i++) {
+	for (i = 0; i < route->n; i++) {
+		const struct address *to = &route->list[i];
 		struct verdict verdict = { TRUTH_YES, x->record.rule, false };
 
-		if (address_is_ours(&q->route.list[i]))
+		if (address_is_ours(to))
 			return REFUSE_LOOP;
-		if (q->route.from != NULL &&
-		    q->route.from[q->route.list[i].family == AF_INET6].family ==
-			0)
+		if (route->from != NULL && route_from(route, to)->family == 0)
 			continue;
-		v->address = &q->route.list[i];
-		v->known |= FACT_ADDRESS;
-		if (open && exchange_parent(x) == NULL)
+		view_source(v, to);
+		if (direct && q->access.open)
 			verdict = rules_judge(x->rules, GROUP_ACCESS, v);
-		if (verdict.refuses) {
-			refusal = REFUSE_RULE;
-			x->record.rule = kept == 0 ? verdict.rule :
-						     x->record.rule;
-			continue;
-		}
 		if (kept == 0)
 			x->record.rule =
 			    verdict.truth == TRUTH_YES ? verdict.rule : NULL;
+		if (verdict.refuses) {
+			refusal = REFUSE_RULE;
+			continue;
+		}
 		stays = stays || verdict.truth == TRUTH_UNDECIDED;
-		q->route.list[kept++] = q->route.list[i];
+		route->list[kept++] = *to;
 	}
-	q->route.n = kept;
-	if (exchange_parent(x) == NULL)
+	route->n = kept;
+	if (direct)
 		q->access.open = stays;
 	return kept ? REFUSE_NONE : refusal;
 }
@@ -12296,19 +12680,17 @@ static void
 resolve_judge(struct exchange *x)
 {
 	struct request *q = x->request;
+	bool direct = exchange_parent(x) == NULL;
 	char detail[DETAIL_MAX];
 	struct verdict verdict;
 	enum refusal refusal;
 	struct view v;
 
 	exchange_view(x, NULL, 0, &v);
-	if (exchange_parent(x) != NULL && q->access.open &&
-	    !access_judge(x, &v))
+	if (!direct && q->access.open && !access_judge(x, &v))
 		return;
-	if (exchange_parent(x) == NULL && q->route.n > 0) {
-		v.address = &q->route.list[0];
-		v.known |= FACT_ADDRESS;
-	}
+	if (direct && q->route.n > 0)
+		view_source(&v, &q->route.list[0]);
 	verdict = rules_judge(x->rules, GROUP_SOURCE, &v);
 	q->route.from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
 	refusal = resolve_strike(x, &v);
@@ -12331,8 +12713,7 @@ resolve_route(struct exchange *x)
 	struct view v;
 
 	exchange_view(x, NULL, 0, &v);
-	v.address = &q->route.list[0];
-	v.known |= FACT_ADDRESS;
+	view_source(&v, &q->route.list[0]);
 	route_judge(x, &v);
 	q->access.route_open = false;
 	if (exchange_parent(x) != NULL && q->access.open)
@@ -12348,134 +12729,74 @@ static bool
 resolve_step(struct exchange *x)
 {
 	struct request *q = x->request;
-	const struct parent *parent = q->access.route_open ? NULL :
-							     exchange_parent(x);
+	bool open = q->access.route_open;
+	const struct parent *parent = open ? NULL : exchange_parent(x);
+	int known = parent ?
+	    resolve_host(x, text_of(parent->host), parent->port) :
+	    resolve_host(x, q->target.host, q->target.port);
 
-	if (!resolve_host(x, parent ? text_of(parent->host) : q->target.host,
-		parent ? parent->port : q->target.port))
-		return x->phase != PHASE_RESOLVE ||
-		    exchange_parent(x) != parent;
-	if (q->access.route_open)
-		resolve_route(x);
-	else
-		resolve_judge(x);
-	return true;
+	if (known == 1)
+		(open ? resolve_route : resolve_judge)(x);
+	return known != 0;
 }
 
-/*
- * host[:port] of the target, as a URL has it: port 80 goes without saying,
- * but for CONNECT.  to has HOST_MAX + 10 bytes.
- */
-static void
-exchange_target(const struct exchange *x, char *to)
-{
-	const struct request *q = x->request;
-	bool literal = text_find(q->target.host, ':') < q->target.host.len;
-
-	if (literal)
-		*to++ = '[';
-	memcpy(to, q->target.host.at, q->target.host.len);
-	to += q->target.host.len;
-	if (literal)
-		*to++ = ']';
-	if (q->target.port != 80 || q->method == METHOD_CONNECT) {
-		*to++ = ':';
-		to = number_print(to, q->target.port);
-	}
-	*to = '\0';
-}
+/* ---- CONNECT: one address after the other ---- */
 
 /* Where a connection to address leads, and how; see struct hop. */
 static struct hop
 exchange_hop(const struct exchange *x, const struct address *address)
 {
 	const struct parent *parent = exchange_parent(x);
-	const struct request *q = x->request;
 	struct hop hop;
 
 	memset(&hop, 0, sizeof(hop));
 	hop.address = *address;
 	hop.parent = parent == NULL ? 0 : parent->id;
-	if (q->route.from != NULL)
-		hop.from = q->route.from[address->family == AF_INET6];
+	hop.from = *route_from(&x->request->route, address);
 	if (parent != NULL && parent->kind == PARENT_SOCKS)
 		exchange_target(x, hop.beyond);
 	return hop;
 }
 
-/* True if requests go whole to a parent that speaks HTTP. */
-static bool
-exchange_is_relayed(const struct exchange *x)
-{
-	const struct parent *parent = exchange_parent(x);
-
-	return parent != NULL && parent->kind == PARENT_HTTP;
-}
-
 /*
  * True if the request may go on a kept connection: one that could be sent
  * again, since the server may close that connection at any time (RFC 9112
- * section 9.3.1).
+ * section 9.3.1).  That its method is idempotent is known of some only.
  */
 static bool
 exchange_is_repeatable(const struct exchange *x)
 {
 	const struct request *q = x->request;
-	static const bool idempotent[] = {
-		[METHOD_GET] = true,
-		[METHOD_HEAD] = true,
-		[METHOD_PUT] = true,
-		[METHOD_DELETE] = true,
-		[METHOD_OPTIONS] = true,
-		[METHOD_TRACE] = true,
-		[METHOD_CONNECT] = false,
-	};
 
-	return idempotent[q->method] && x->up.from == FRAMING_NONE &&
+	return q->method != METHOD_OTHER && q->method != METHOD_POST &&
+	    q->method != METHOD_CONNECT && x->up.from == FRAMING_NONE &&
 	    !q->upgrade;
-}
-
-/*
- * True if nothing came on a kept connection.  Those in the prefix of the poll
- * set were asked this turn, unless they were kept in it.  What comes without
- * a request is no answer (RFC 9112 section 9.2).
- */
-static bool
-other_is_quiet(const struct other *o)
-{
-	struct pollfd fd = { .fd = o->conn.fd, .events = POLLIN };
-
-	return (o->conn.place < poll_set.hot && o->since_us < now.us) ||
-	    poll(&fd, 1, 0) == 0;
 }
 
 /* Takes a kept connection to one of the addresses, if there is one. */
 static bool
 connect_reuse(struct exchange *x)
 {
-	struct request *q = x->request;
-	struct other *o = NULL;
-	unsigned i = 0;
+	struct route *route = &x->request->route;
+	struct other *o;
+	unsigned i;
 
-	if (q->route.fresh || !exchange_is_repeatable(x))
+	if (route->next > 0 || route->fresh || !exchange_is_repeatable(x))
 		return false;
-	while (i < q->route.n && o == NULL) {
-		struct hop hop = exchange_hop(x, &q->route.list[i]);
+	for (i = 0; i < route->n; i++) {
+		struct hop hop = exchange_hop(x, &route->list[i]);
 
-		o = other_find(&hop);
-		if (o == NULL)
-			i++;
-		else if (!other_is_quiet(o)) {
+		while ((o = other_find(&hop)) != NULL && !other_is_quiet(o))
 			conn_close(&o->conn, false);
-			o = NULL;
-		}
+		if (o == NULL)
+			continue;
+		conn_move(&o->conn, &x->server, ROLE_SERVER, x);
+		x->record.server = hop.address;
+		route->reused = true;
+		trace(x, "on a kept connection");
+		return true;
 	}
-	if (o == NULL)
-		return false;
-	conn_move(&o->conn, &x->server, ROLE_SERVER, x);
-	x->record.server = o->hop.address;
-	q->route.reused = true;
-	return true;
+	return false;
 }
 
 /*
@@ -12485,40 +12806,34 @@ connect_reuse(struct exchange *x)
 static void
 connect_next(struct exchange *x)
 {
-	struct request *q = x->request;
-	static const struct address any;
+	struct route *route = &x->request->route;
+	struct conn *s = &x->server;
+	const struct address *to = &x->record.server;
+	struct other *o = s->fd == -1 ? NULL : other_take(true);
 	char words[ADDRESS_TEXT];
-	struct other *o;
 
-	q->route.tried = now.ms;
-	if (x->server.fd != -1) {
-		o = other_take(true);
-		if (o == NULL)
-			conn_close(&x->server, false);
-		else {
-			conn_move(&x->server, &o->conn, ROLE_TRY, x);
-			o->hop.address = x->record.server;
-			q->route.tries++;
-		}
+	if (o != NULL) {
+		conn_move(s, &o->conn, ROLE_TRY, x);
+		o->hop.address = *to;
+		route->tries++;
 	}
-	x->record.server = q->route.list[q->route.next++];
-	address_print(&x->record.server, words);
+	conn_close(s, false);
+	route->tried = now.ms;
+	x->record.server = route->list[route->next++];
+	address_print(to, words);
 	trace(x, "trying %s", words);
-	x->server.exchange = x;
-	if (conn_connect(&x->server, &x->record.server,
-		q->route.from ?
-		    &q->route.from[x->record.server.family == AF_INET6] :
-		    &any))
-		conn_watch(&x->server, POLLOUT);
+	s->exchange = x;
+	if (conn_connect(s, to, route_from(route, to)))
+		conn_watch(s, POLLOUT);
 	else
-		q->route.error = errno;
+		route->error = errno;
 }
 
 /* Looks at one attempt; true if it is connected, closed if it failed. */
 static bool
 connect_try(struct exchange *x, struct conn *c)
 {
-	struct request *q = x->request;
+	struct route *route = &x->request->route;
 	int error;
 
 	if (c->fd == -1 || !c->writable)
@@ -12527,9 +12842,9 @@ connect_try(struct exchange *x, struct conn *c)
 	if (error == 0)
 		return true;
 	trace(x, "failed: %s", strerror(error));
-	q->route.error = error;
+	route->error = error;
 	if (c->role == ROLE_TRY)
-		q->route.tries--;
+		route->tries--;
 	conn_close(c, false);
 	return false;
 }
@@ -12538,18 +12853,18 @@ connect_try(struct exchange *x, struct conn *c)
 static bool
 connect_won(struct exchange *x)
 {
-	struct request *q = x->request;
+	struct route *route = &x->request->route;
 	struct other *o;
 
 	if (connect_try(x, &x->server))
 		return true;
-	for (o = others; q->route.tries > 0 && o < others + others_used; o++) {
+	for (o = others; route->tries > 0 && o < others + others_used; o++) {
 		if (o->conn.exchange != x || !connect_try(x, &o->conn))
 			continue;
 		conn_close(&x->server, false);
 		conn_move(&o->conn, &x->server, ROLE_SERVER, x);
 		x->record.server = o->hop.address;
-		q->route.tries--;
+		route->tries--;
 		return true;
 	}
 	return false;
@@ -12560,208 +12875,52 @@ connect_won(struct exchange *x)
  * of the connection, where -b or a rule chose it, names that.
  */
 static void
-connect_refuse(struct exchange *x, int error)
+connect_refuse(struct exchange *x)
 {
-	const struct address *from = x->request->route.from;
+	const struct route *route = &x->request->route;
+	const struct address *to = &x->record.server;
+	int error = route->error;
+	bool taken = error == EADDRINUSE;
 	char detail[DETAIL_MAX], words[ADDRESS_TEXT], ours[ADDRESS_TEXT];
-	enum refusal refusal = REFUSE_CONNECT;
+	size_t n;
 
-	if (error == ECONNREFUSED)
-		refusal = REFUSE_CONNECTION;
-	else if (error == ENETUNREACH || error == EHOSTUNREACH)
-		refusal = REFUSE_UNREACHABLE;
-	else if (error == ETIMEDOUT)
-		refusal = REFUSE_CONNECT_SLOW;
-	address_print(&x->record.server, words);
-	if (from != NULL && (error == EADDRINUSE || error == EADDRNOTAVAIL)) {
-		address_host(&from[x->record.server.family == AF_INET6], ours);
-		(void)snprintf(detail, sizeof(detail),
-		    "%s: %s: %s %s (-b or from)", words, strerror(error),
-		    error == EADDRINUSE ? "no local port is left at" :
-					  "this machine can't use",
+	address_print(to, words);
+	n = (size_t)snprintf(detail, sizeof(detail), "%s: %s", words,
+	    strerror(error));
+	if (route->from != NULL && n < sizeof(detail) &&
+	    (taken || error == EADDRNOTAVAIL)) {
+		address_host(route_from(route, to), ours);
+		(void)snprintf(detail + n, sizeof(detail) - n,
+		    ": %s %s (-b or from)",
+		    taken ? "no local port is left at" :
+			    "this machine can't use",
 		    ours);
-	} else
-		(void)snprintf(detail, sizeof(detail), "%s: %s", words,
-		    strerror(error));
-	exchange_refuse(x, refusal, detail);
-}
-
-/* ---- asking the server ---- */
-
-/* `Host: host[:port]`, from the target and nothing else. */
-static void
-host_append(const struct exchange *x, struct buffer *b)
-{
-	char target[HOST_MAX + 10];
-
-	exchange_target(x, target);
-	buffer_append(b, text_of("Host: "));
-	buffer_append(b, text_of(target));
-	buffer_append(b, text_of("\r\n"));
-}
-
-/* The request line for the next hop: a parent gets the whole target. */
-static void
-request_line_append(const struct exchange *x, struct buffer *b)
-{
-	const struct request *r = x->request;
-	struct text path = r->target.path;
-	bool absolute = exchange_is_relayed(x);
-	char target[HOST_MAX + 10];
-
-	buffer_append(b, r->name);
-	buffer_append(b, text_of(" "));
-	if (r->method == METHOD_CONNECT || absolute) {
-		exchange_target(x, target);
-		buffer_print(b, "%s%s",
-		    r->method == METHOD_CONNECT ? "" : "http://", target);
 	}
-	if (r->method == METHOD_OPTIONS && path.len == 0)
-		buffer_append(b, text_of(absolute ? "" : "*"));
-	else if (r->method != METHOD_CONNECT &&
-	    (path.len == 0 || *path.at == '?'))
-		buffer_append(b, text_of("/"));
-	buffer_append(b, path);
-	buffer_append(b, text_of(" HTTP/1.1\r\n"));
-}
-
-/*
- * The login for an HTTP parent: ours, or else the client's own, unless that
- * was for us.
- */
-static void
-login_append(const struct exchange *x, struct buffer *b)
-{
-	const struct request *r = x->request;
-	const struct parent *parent = exchange_parent(x);
-	char plain[2 * CREDENTIAL_MAX + 2];
-	char coded[4 * (sizeof(plain) + 2) / 3 + 1];
-	const struct field *own = head_field(&r->head, "Proxy-Authorization");
-	int n;
-
-	if (!exchange_is_relayed(x))
-		return;
-	if (parent->login) {
-		n = snprintf(plain, sizeof(plain), "%s:%s", parent->user,
-		    parent->password);
-		base64_encode(plain, (size_t)n, coded);
-		buffer_print(b, "Proxy-Authorization: Basic %s\r\n", coded);
-	} else if (own != NULL && !x->rules->logins)
-		field_append(b, own);
-}
-
-/* One field of the request to the next hop, or nothing. */
-static void
-request_field_append(struct exchange *x, size_t i, struct buffer *b)
-{
-	const struct request *r = x->request;
-	const struct field *field = &r->head.fields[i];
-	uint64_t hops;
-
-	if (text_is(field->name, "Content-Length")) {
-		if (field == head_field(&r->head, "Content-Length") &&
-		    r->method != METHOD_CONNECT)
-			length_append(b, r->length);
-	} else if (text_is(field->name, "Max-Forwards") &&
-	    (r->method == METHOD_TRACE || r->method == METHOD_OPTIONS)) {
-		if (number_parse(field->value, INT32_MAX, &hops) && hops > 0)
-			buffer_print(b, "Max-Forwards: %llu\r\n",
-			    (unsigned long long)hops - 1);
-	} else if (text_is(field->name, "Expect") && r->minor == 0)
-		trace(x, "Expect of an HTTP/1.0 client is ignored");
-	else if (x->request->caching.has_entry &&
-	    name_is_among(field->name, fields_of_condition))
-		return;
-	else if (field_passes(&r->head, i) && !r->rewrites.taken[i])
-		field_append(b, field);
-}
-
-/* The validators of the entry at hand (RFC 9111 section 4.3.1). */
-static void
-validators_append(struct exchange *x, struct buffer *b)
-{
-	const struct field *field;
-	struct response r;
-	struct entry e;
-	struct buffer *old = entry_load(x->request->caching.entry, &e, &r);
-
-	if (old == NULL)
-		return;
-	field = head_field(&r.head, "ETag");
-	if (field != NULL)
-		buffer_print(b, "If-None-Match: %.*s\r\n",
-		    (int)field->value.len, field->value.at);
-	field = head_field(&r.head, "Last-Modified");
-	if (field != NULL)
-		buffer_print(b, "If-Modified-Since: %.*s\r\n",
-		    (int)field->value.len, field->value.at);
-	buffer_give(&old);
-}
-
-/* Connection, and what it names: an upgrade, and the wish for trailers. */
-static void
-connection_append(const struct exchange *x, struct buffer *b)
-{
-	const struct request *r = x->request;
-	bool trailers = r->minor == 1 && r->method != METHOD_CONNECT &&
-	    head_lists(&r->head, "TE", text_of("trailers"));
-	size_t i;
-
-	if (trailers)
-		buffer_append(b, text_of("TE: trailers\r\n"));
-	for (i = 0; i < r->head.n && x->request->upgrade; i++)
-		if (text_is(r->head.fields[i].name, "Upgrade"))
-			field_append(b, &r->head.fields[i]);
-	if (trailers || x->request->upgrade)
-		buffer_print(b, "Connection: %s%s%s\r\n", trailers ? "TE" : "",
-		    trailers && x->request->upgrade ? ", " : "",
-		    x->request->upgrade ? "upgrade" : "");
-}
-
-/* The whole request head for the next hop, into b. */
-static void
-request_build(struct exchange *x, struct buffer *b)
-{
-	const struct request *r = x->request;
-	size_t i;
-
-	request_line_append(x, b);
-	host_append(x, b);
-	for (i = 0; i < r->head.n; i++)
-		request_field_append(x, i, b);
-	if (x->up.to == FRAMING_CHUNKED)
-		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
-	login_append(x, b);
-	if (x->request->caching.has_entry)
-		validators_append(x, b);
-	for (i = 0; i < r->rewrites.n; i++)
-		field_append(b, &r->rewrites.fields[i]);
-	x->up.bare = r->rewrites.strips;
-	if (!r->rewrites.via)
-		via_append(b, r->minor);
-	connection_append(x, b);
-	buffer_append(b, text_of("\r\n"));
+	exchange_refuse(x,
+	    error == ECONNREFUSED ? REFUSE_CONNECTION :
+		error == ENETUNREACH || error == EHOSTUNREACH ?
+				    REFUSE_UNREACHABLE :
+		error == ETIMEDOUT ? REFUSE_CONNECT_SLOW :
+				     REFUSE_CONNECT,
+	    detail);
 }
 
 /* Sends the head to the server, x->server being connected. */
 static void
 exchange_send(struct exchange *x)
 {
-	const struct request *r;
+	struct request *q = x->request;
 	struct buffer *out = conn_out(&x->server);
 
-	x->request->times.connected = now.ms;
-	x->request->times.requested = now.wall;
-	if (out == NULL) {
-		exchange_refuse(x, REFUSE_MEMORY, "");
-		return;
+	q->times.connected = now.ms;
+	q->times.requested = now.wall;
+	if (out != NULL) {
+		if (q->rewrites.undecided || x->rules->needles_n > 0)
+			exchange_rewrite(x);
+		request_build(x, out);
 	}
-	r = x->request;
-	if (r->rewrites.undecided || x->rules->needles_n > 0)
-		exchange_rewrite(x);
-	request_build(x, out);
-	if (out->overflow) {
-		exchange_refuse(x, REFUSE_HEAD_LONG, "");
+	if (out == NULL || out->overflow) {
+		exchange_refuse(x, out ? REFUSE_HEAD_LONG : REFUSE_MEMORY, "");
 		return;
 	}
 	trace_head(x, ">s", buffer_text(out));
@@ -12770,54 +12929,42 @@ exchange_send(struct exchange *x)
 }
 
 /*
- * A CONNECT has reached its server: we answer ourselves.  What the server
- * may have said already, behind a SOCKS parent's reply, follows the answer.
- */
-static void
-connect_answer(struct exchange *x)
-{
-	struct buffer *early = x->server.in;
-
-	x->request->times.connected = now.ms;
-	answer_by(x, ANSWER_MEMORY);
-	x->server.in = buffer_take();
-	if (x->server.in == NULL) {
-		buffer_give(&early);
-		exchange_refuse(x, REFUSE_MEMORY, "");
-		return;
-	}
-	buffer_append(x->server.in,
-	    text_of("HTTP/1.1 200 Connection established\r\n\r\n"));
-	if (early != NULL)
-		buffer_append(x->server.in, buffer_text(early));
-	buffer_give(&early);
-	exchange_enter(x, PHASE_RESPONSE);
-}
-
-/*
- * The way to the target is open.  Bytes that are there before the request
- * was sent are no answer to it (RFC 9112 section 9.2).
+ * The way to the target is open.  A CONNECT is answered by us; what the server
+ * may have said already, behind a SOCKS parent's reply, follows.  In front of
+ * the answer to another request there can be nothing (RFC 9112 section 9.2).
  */
 static void
 connect_open(struct exchange *x)
 {
-	if (x->request->method == METHOD_CONNECT && !exchange_is_relayed(x))
-		connect_answer(x);
-	else if (x->server.in != NULL)
-		exchange_refuse(x, REFUSE_EARLY, "");
-	else
-		exchange_send(x);
+	struct buffer *early = x->server.in, *b;
+
+	if (x->request->method != METHOD_CONNECT || exchange_is_relayed(x)) {
+		if (early != NULL)
+			exchange_refuse(x, REFUSE_EARLY, "");
+		else
+			exchange_send(x);
+		return;
+	}
+	x->request->times.connected = now.ms;
+	answer_by(x, ANSWER_MEMORY);
+	x->server.in = b = buffer_take_reserved();
+	if (b != NULL)
+		buffer_append(b,
+		    text_of("HTTP/1.1 200 Connection established\r\n\r\n"));
+	if (b != NULL && early != NULL)
+		buffer_append(b, buffer_text(early));
+	buffer_give(&early);
+	exchange_answer(x);
 }
 
 /* CONNECT: the addresses one after the other, the next after 250 ms. */
 static bool
 connect_step(struct exchange *x)
 {
-	struct request *q = x->request;
-	struct conn *s = &x->server;
+	struct route *route = &x->request->route;
+	bool pending;
 
-	if (q->route.next == 0 && connect_reuse(x)) {
-		trace(x, "on a kept connection");
+	if (connect_reuse(x)) {
 		exchange_send(x);
 		return true;
 	}
@@ -12829,129 +12976,45 @@ connect_step(struct exchange *x)
 			connect_open(x);
 		return true;
 	}
-	if (q->route.next < q->route.n &&
-	    ((s->fd == -1 && q->route.tries == 0) ||
-		now.ms - q->route.tried >= NEXT_TRY_MS)) {
-		unsigned next = q->route.next;
-
-		connect_next(x);
-		return q->route.next != next;
-	}
-	if (s->fd != -1 || q->route.tries > 0)
+	pending = x->server.fd != -1 || route->tries > 0;
+	if (pending &&
+	    (route->next == route->n || now.ms - route->tried < NEXT_TRY_MS))
 		return false;
-	connect_refuse(x, q->route.error);
+	if (route->next < route->n)
+		connect_next(x);
+	else
+		connect_refuse(x);
 	return true;
 }
 
-/* ---- a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
+/* ---- GREET: a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
 
-/* Our first words: the ways to log in that we know. */
+/* Our next words; then the parent is to say `next`. */
 static void
-greet_begin(const struct parent *parent, struct buffer *b)
+greet_say(struct exchange *x, enum greeting next)
 {
-	buffer_append(b,
-	    parent->login ? text_cut("\5\2\0\2", 4) : text_cut("\5\1\0", 3));
-}
-
-/* User and password, each behind its length (RFC 1929 section 2). */
-static void
-greet_login(const struct parent *parent, struct buffer *b)
-{
-	struct text user = text_of(parent->user);
-	struct text password = text_of(parent->password);
-
-	buffer_print(b, "\1%c", (int)user.len);
-	buffer_append(b, user);
-	buffer_print(b, "%c", (int)password.len);
-	buffer_append(b, password);
-}
-
-/* Asks for the target, by name: looking it up is the parent's part. */
-static void
-greet_target(const struct exchange *x, struct buffer *b)
-{
-	const struct request *q = x->request;
-	unsigned char port[2];
-	struct address a;
-
-	buffer_append(b, text_cut("\5\1\0", 3));
-	if (!address_parse(q->target.host, q->target.port, &a)) {
-		buffer_print(b, "\3%c", (int)q->target.host.len);
-		buffer_append(b, q->target.host);
-	} else if (a.family == AF_INET) {
-		buffer_append(b, text_of("\1"));
-		buffer_append(b, text_cut((char *)a.octets, 4));
-	} else {
-		buffer_append(b, text_of("\4"));
-		buffer_append(b, text_cut((char *)a.octets, 16));
-	}
-	port[0] = (unsigned char)(q->target.port >> 8);
-	port[1] = (unsigned char)(q->target.port & 255);
-	buffer_append(b, text_cut((char *)port, 2));
-}
-
-/*
- * How long the parent's next message is, by what came of it; more than came
- * if that can't be told yet, 0 if it is none.
- */
-static size_t
-greet_length(enum greeting greeting, struct text t)
-{
-	unsigned char type = t.len > 3 ? (unsigned char)t.at[3] : 1;
-
-	if (t.len < 2)
-		return 2;
-	if (greeting != GREETING_REPLY)
-		return t.at[0] == (greeting == GREETING_LOGIN ? 1 : 5) ? 2 : 0;
-	if (t.at[0] != 5)
-		return 0;
-	if (t.at[1] != 0)
-		return 2;
-	if (t.len < 5)
-		return 5;
-	return type == 1 ? 10 :
-	    type == 4    ? 22 :
-	    type == 3    ? 7 + (size_t)(unsigned char)t.at[4] :
-			   0;
-}
-
-/* The words for a reply code of RFC 1928 section 6. */
-static const char *
-greet_words(unsigned char code)
-{
-	static const char *const words[] = { "no error", "it failed",
-		"not allowed by its rules", "network unreachable",
-		"host unreachable", "connection refused", "TTL expired",
-		"it does not know CONNECT", "it does not know this address" };
-
-	return code < sizeof(words) / sizeof(words[0]) ? words[code] :
-							 "an unknown reply";
-}
-
-/* The parent said t, a whole message: our answer into b, or a refusal. */
-static void
-greet_answer(struct exchange *x, struct text t)
-{
-	struct request *q = x->request;
-	struct buffer *out = conn_out(&x->server);
-	const struct parent *parent = exchange_parent(x);
-	unsigned char code = (unsigned char)t.at[1];
-
-	if (out == NULL)
+	x->request->route.greeting = next;
+	if (conn_out(&x->server) == NULL)
 		exchange_refuse(x, REFUSE_MEMORY, "");
-	else if (q->route.greeting == GREETING_METHOD && code == 2 &&
-	    parent->login) {
-		greet_login(parent, out);
-		q->route.greeting = GREETING_LOGIN;
-	} else if ((q->route.greeting == GREETING_METHOD && code == 0) ||
-	    (q->route.greeting == GREETING_LOGIN && code == 0)) {
-		greet_target(x, out);
-		q->route.greeting = GREETING_REPLY;
-	} else if (q->route.greeting == GREETING_REPLY && code == 0) {
-		buffer_give(&x->server.out);
+	else
+		greet_append(x, x->server.out);
+}
+
+/* The parent said something whole, and this code in it. */
+static void
+greet_answer(struct exchange *x, unsigned char code)
+{
+	enum greeting greeting = x->request->route.greeting;
+
+	if (greeting == GREETING_REPLY && code == 0)
 		connect_open(x);
-	} else if (q->route.greeting == GREETING_REPLY)
+	else if (greeting == GREETING_REPLY)
 		exchange_refuse(x, REFUSE_PARENT, greet_words(code));
+	else if (code == 0)
+		greet_say(x, GREETING_REPLY);
+	else if (greeting == GREETING_METHOD && code == 2 &&
+	    exchange_parent(x)->login)
+		greet_say(x, GREETING_LOGIN);
 	else
 		exchange_refuse(x, REFUSE_PARENT_LOGIN, "SOCKS5 login failed");
 }
@@ -12960,133 +13023,148 @@ greet_answer(struct exchange *x, struct text t)
 static bool
 greet_step(struct exchange *x)
 {
-	struct request *q = x->request;
+	enum greeting greeting = x->request->route.greeting;
 	struct conn *s = &x->server;
-	char message[GREETING_MAX];
 	struct text t;
 	size_t n;
 
-	if (q->route.greeting == GREETING_BEGIN && conn_out(s) != NULL) {
-		greet_begin(exchange_parent(x), s->out);
-		q->route.greeting = GREETING_METHOD;
+	if (greeting == GREETING_BEGIN) {
+		greet_say(x, GREETING_METHOD);
+		return true;
 	}
 	(void)conn_write(s);
 	t = s->in == NULL ? text_of("") : buffer_text(s->in);
-	n = greet_length(q->route.greeting, t);
+	n = greet_length(greeting, t);
 	if (n > 0 && t.len >= n) {
-		memcpy(message, t.at, n);
+		unsigned char code = (unsigned char)t.at[1];
+
 		buffer_use(&s->in, n);
-		greet_answer(x, text_cut(message, n));
-		return true;
-	}
-	if (s->out == NULL && q->route.greeting == GREETING_BEGIN) {
-		exchange_refuse(x, REFUSE_MEMORY, "");
-		return true;
-	}
-	if (n == 0 || s->eof || s->error || s->deaf) {
-		exchange_refuse(x, REFUSE_PARENT,
-		    n == 0 ? "it does not speak SOCKS5" :
-			     "it closed the connection");
-		return true;
-	}
-	return conn_read_some(s, GREETING_MAX);
+		greet_answer(x, code);
+	} else if (n == 0)
+		exchange_refuse(x, REFUSE_PARENT, "it does not speak SOCKS5");
+	else if (s->eof || s->error || s->deaf)
+		exchange_refuse(x, REFUSE_PARENT, "it closed the connection");
+	else
+		return conn_read_some(s, GREETING_MAX);
+	return true;
 }
 
-/* ---- responses ---- */
+/* ---- a body from one side to the other ---- */
 
-/* True if the server asks for a login that we must not pass on as ours. */
+/*
+ * Drops from what is ready the payload that the client has had before.  What
+ * ends within that is not the same payload.
+ */
+static void
+exchange_skip(struct exchange *x)
+{
+	struct request *q = x->request;
+	struct flow *f = &x->down;
+	size_t n = f->ready < q->skip ? f->ready : (size_t)q->skip;
+
+	if (n > 0)
+		buffer_use(&x->server.in, n);
+	f->ready -= (uint32_t)n;
+	q->skip -= n;
+	if (f->whole && q->skip > 0) {
+		f->whole = false;
+		f->broken = true;
+	}
+}
+
+/*
+ * Reads from one side; of an entry that is still being stored no more than is
+ * there, since the end of the file is not yet the end of the body.
+ */
 static bool
-response_wants_login(const struct exchange *x, const struct response *r)
+exchange_read(struct exchange *x, struct conn *from)
 {
-	return r->status == 407 && !answer_is_local(x->request) &&
-	    (!exchange_is_relayed(x) || exchange_parent(x)->login ||
-		x->rules->logins);
+	uint64_t max = UINT64_MAX;
+
+	if (from == &x->server && x->request != NULL)
+		max = cache_room(x);
+	if (max == UINT64_MAX)
+		return conn_read(from);
+	if (max == 0)
+		from->readable = false;
+	if (!conn_read_some(from, max > BUFFER_ROOM ? BUFFER_ROOM : max))
+		return false;
+	/* It was all there: somebody has cut the file. */
+	if (from->eof)
+		from->error = EIO;
+	from->eof = false;
+	return true;
 }
 
-/* One field of the response to the client, or nothing. */
+/*
+ * A piece of a body has come, or its end: rules, the entry that is stored and
+ * the trace see it.  If rules forbid it, it is dropped, and the flow is broken.
+ */
 static void
-response_field_append(const struct exchange *x, const struct response *r,
-    size_t i, struct buffer *b)
+exchange_see(struct exchange *x, struct flow *f, struct text piece)
 {
-	const struct request *q = x->request;
-	const struct field *field = &r->head.fields[i];
-	bool bare = response_is_bare(r->status, q->method);
-	uint64_t length;
+	struct request *q = f == &x->down ? x->request : NULL;
+	bool news = !f->done && (piece.len > 0 || f->whole);
 
-	if (answer_is_stored(q) && text_is(field->name, "Age"))
+	if (q != NULL && q->access.answer != NULL && news &&
+	    !access_body(x, piece, f->whole)) {
+		store_drop(x);
+		f->ready -= (uint32_t)piece.len;
+		f->whole = false;
+		f->broken = true;
+		x->record.refusal = REFUSE_RULE;
 		return;
-	if (text_is(field->name, "Content-Length")) {
-		if (field != head_field(&r->head, "Content-Length") ||
-		    r->status < 200 || r->status == 204 ||
-		    (q->method == METHOD_CONNECT && r->status < 300))
-			return;
-		if (!bare)
-			length = r->length;
-		else if (head_length(&r->head, &length) != 1)
-			return;
-		length_append(b, length);
-	} else if (field_passes(&r->head, i) ||
-	    (r->status == 407 && text_is(field->name, "Proxy-Authenticate")))
-		field_append(b, field);
-}
-
-/* What rules change in a response; nothing in one of ours. */
-static void
-response_rewrites(struct exchange *x, const struct response *r,
-    struct rewrites *w)
-{
-	const struct request *q = x->request;
-	struct view v;
-
-	memset(w, 0, sizeof(*w));
-	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
-	    q->answerer == ANSWER_MEMORY)
-		return;
-	exchange_view(x, r, answer_is_stored(q) ? q->body : response_length(r),
-	    &v);
-	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
-	x->down.bare = w->strips;
-}
-
-/* The response head for the client, into b. */
-static void
-response_build(struct exchange *x, const struct response *r, struct buffer *b)
-{
-	const struct request *q = x->request;
-	bool upgrade = r->status == 101 || r->status == 426;
-	struct rewrites w;
-	size_t i;
-
-	response_rewrites(x, r, &w);
-
-	status_append(b, r->status, r->reason);
-	for (i = 0; i < r->head.n; i++)
-		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))
-			field_append(b, &r->head.fields[i]);
-		else if (!w.taken[i])
-			response_field_append(x, r, i, b);
-	for (i = 0; i < w.n; i++)
-		field_append(b, &w.fields[i]);
-	if (r->status >= 200 && !x->tunnel &&
-	    head_field(&r->head, "Date") == NULL)
-		buffer_print(b, "Date: %s\r\n", date_now());
-	if (q->answerer != ANSWER_MEMORY && !w.via)
-		via_append(b, r->minor);
-	if (answer_is_stored(q)) {
-		buffer_append(b, text_of("Age: "));
-		buffer_number(b, (uint64_t)q->caching.age);
-		buffer_append(b, text_of("\r\n"));
 	}
-	buffer_append(b, r->extra);
-	if (options.cache != NULL && r->status >= 200 && !x->tunnel)
-		cache_status_append(x, b);
-	if (x->down.to == FRAMING_CHUNKED)
-		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
-	if (upgrade)
-		buffer_append(b, text_of("Connection: upgrade\r\n"));
-	if (x->close && r->status >= 200 && !x->tunnel)
-		buffer_append(b, text_of("Connection: close\r\n"));
-	buffer_append(b, text_of("\r\n"));
+	if (q != NULL && piece.len > 0)
+		store_append(x, piece);
+	if (q != NULL && f->whole)
+		store_finish(x);
+	if (options.verbose > 1 && piece.len > 0)
+		trace_dump(x, f == &x->up ? "c>s" : "s>c", piece);
+}
+
+/*
+ * Moves a message along until one side has to wait.  Framing, payload and
+ * the end of it are put into `out` before it is written, so that a small
+ * message is one write.
+ */
+static bool
+exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
+    struct conn *to)
+{
+	bool moved = false;
+	unsigned n;
+
+	for (n = 0; n < MOVES_MAX && !to->deaf; n++) {
+		size_t old = f->ready, held;
+
+		if (to->out != NULL && !to->writable && !to->hung &&
+		    to->fd != -1)
+			break;
+		if (!f->done)
+			flow_decode(f, from->in, from->eof);
+		if (f == &x->down && x->request != NULL && x->request->skip > 0)
+			exchange_skip(x);
+		exchange_see(x, f,
+		    f->ready > old ?
+			text_cut(from->in->data + from->in->start + old,
+			    f->ready - old) :
+			text_of(""));
+		if (f->ready == 0 && !f->whole && !f->broken &&
+		    exchange_read(x, from) && !from->error) {
+			moved = true;
+			continue;
+		}
+		if (!f->done && flow_encode(f, from, to))
+			moved = true;
+		held = buffer_held(to->out);
+		(void)conn_write(to);
+		if (buffer_held(to->out) < held)
+			x->moved = now.ms;
+		if (to->out || f->done || (f->ready == 0 && !f->whole))
+			break;
+	}
+	return moved;
 }
 
 /*
@@ -13116,17 +13194,15 @@ response_pass(struct exchange *x, const struct response *r, size_t n)
 	return true;
 }
 
-/* Appends t to the texts of a note, cut to its room; returns its length. */
-static unsigned char
-note_append(struct note *n, size_t *used, struct text t)
-{
-	size_t room = NOTE_MAX - NOTE_SNI - *used;
+/* ---- RESPONSE: the head of the answer ---- */
 
-	if (t.len > room)
-		t.len = room;
-	memcpy(n->text + *used, t.at, t.len);
-	*used += t.len;
-	return (unsigned char)t.len;
+/* True if the server asks for a login that we must not pass on as ours. */
+static bool
+response_wants_login(const struct exchange *x, const struct response *r)
+{
+	return r->status == 407 && !answer_is_local(x->request) &&
+	    (!exchange_is_relayed(x) || exchange_parent(x)->login ||
+		x->rules->logins);
 }
 
 /*
@@ -13136,18 +13212,7 @@ note_append(struct note *n, size_t *used, struct text t)
 static void
 tunnel_start(struct exchange *x)
 {
-	struct quotes quotes = log_quotes(x);
-	struct note *n = &x->note;
-	size_t used = 0;
-
-	n->name = note_append(n, &used, quotes.name);
-	n->uri = note_append(n, &used, quotes.uri);
-	n->agent = note_append(n, &used, quotes.agent);
-	n->referer = note_append(n, &used, quotes.referer);
-	n->minor = (unsigned char)quotes.minor;
-	n->dns_ms = (int32_t)quotes.dns_ms;
-	n->connect_ms = (int32_t)quotes.connect_ms;
-	n->sni_len = 0;
+	log_note(x);
 	x->tunnel = x->request->method == METHOD_CONNECT ? TUNNEL_SILENT :
 							   TUNNEL_OPEN;
 	x->close = true;
@@ -13172,26 +13237,15 @@ response_interim(struct exchange *x, const struct response *r, size_t n)
 		conn_drop_head(&x->server, n);
 }
 
-/*
- * True if a login was for the connection rather than for the request, as
- * NTLM's and Negotiate's are: it must not serve another client.
- */
-static bool
-response_logs_in(const struct exchange *x, const struct response *r)
-{
-	struct text asked = head_value(&r->head, "WWW-Authenticate");
-
-	return x->request->login || text_starts(asked, "NTLM") ||
-	    text_starts(asked, "Negotiate");
-}
-
 /* True if the server's connection may serve another request after r. */
 static bool
 response_keeps_server(const struct exchange *x, const struct response *r)
 {
-	return !answer_is_local(x->request) && r->minor == 1 &&
+	const struct request *q = x->request;
+
+	return !answer_is_local(q) && r->minor == 1 &&
 	    !(r->mended & MEND_LENGTH) && r->framing != FRAMING_CLOSE &&
-	    !response_logs_in(x, r) &&
+	    !q->login && !head_logs_in(&r->head, "WWW-Authenticate") &&
 	    !head_lists(&r->head, "Connection", text_of("close"));
 }
 
@@ -13238,32 +13292,21 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 }
 
 /*
- * The entry does not meet the request's condition.  The page that says so is
- * its answer, and counts as a hit.
- */
-static void
-response_unmet(struct exchange *x)
-{
-	trace(x, "refused: %s", refusals[REFUSE_CONDITION].words);
-	x->record.refusal = REFUSE_CONDITION;
-	fetch_leave(x);
-	page_refusal(x, REFUSE_CONDITION, "");
-	if (x->server.in == NULL)
-		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
-}
-
-/*
  * An entry answers: with 304 if the client has what is stored, with a part of
- * it, or with all; with 412 if it is not what the client wants.
+ * it, or with all; with 412 if it is not what the client wants, which counts
+ * as a hit.
  */
 static void
 response_from_entry(struct exchange *x, struct response *r, size_t n)
 {
+	const char *hit = x->request->caching.hit;
 	char extra[256];
 	uint64_t at;
 
 	if (r->status / 100 == 2 && !request_is_met(&x->request->head, r)) {
-		response_unmet(x);
+		exchange_refuse(x, REFUSE_CONDITION, "");
+		if (x->request != NULL)
+			x->request->caching.hit = hit;
 		return;
 	}
 	at = cache_shape(x, r, extra, sizeof(extra));
@@ -13282,24 +13325,20 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 static bool
 response_validates(struct exchange *x, const struct response *r, size_t n)
 {
-	struct request *q = x->request;
 	struct lookup l;
 	enum cached cached = cache_validate(x, r, &l);
 
 	if (cached == CACHED_NO)
 		return false;
 	if (r->status == 304) {
-		q->route.keep = response_keeps_server(x, r);
+		x->request->route.keep = response_keeps_server(x, r);
 		conn_drop_head(&x->server, n);
 		exchange_release(x);
 	}
-	if (cached == CACHED_YES) {
+	if (cached == CACHED_YES)
 		exchange_serve(x, &l);
-		return true;
-	}
-	q->route.keep = false;
-	q->route.next = 0;
-	exchange_enter(x, PHASE_CONNECT);
+	else
+		route_again(x, PHASE_CONNECT);
 	return true;
 }
 
@@ -13330,11 +13369,8 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 static void
 response_tunnel(struct exchange *x, const struct response *r, size_t n)
 {
-	x->tunnel = TUNNEL_SILENT;
-	if (!response_pass(x, r, n)) {
-		x->tunnel = TUNNEL_NONE;
+	if (!response_pass(x, r, n))
 		return;
-	}
 	x->record.status = r->status;
 	tunnel_start(x);
 }
@@ -13347,14 +13383,10 @@ static bool
 response_passes(struct exchange *x, const struct response *r, struct text head)
 {
 	const struct request *q = x->request;
-	struct view v;
 
-	if (!q->access.open || q->method == METHOD_CONNECT ||
-	    answer_is_local(q) || q->access.answer != NULL ||
-	    (r->status < 200 && r->status != 101))
-		return true;
-	exchange_view(x, r, response_length(r), &v);
-	return access_response(x, r, head, &v);
+	return q->method == METHOD_CONNECT || answer_is_local(q) ||
+	    q->access.answer != NULL || (r->status < 200 && r->status != 101) ||
+	    access_response(x, r, head);
 }
 
 /*
@@ -13365,33 +13397,10 @@ response_passes(struct exchange *x, const struct response *r, struct text head)
 static void
 response_retry(struct exchange *x, const char *why)
 {
-	struct request *q = x->request;
-
 	trace(x, "the kept connection %s", why);
-	conn_close(&x->server, false);
-	q->route.reused = false;
-	q->route.fresh = true;
-	q->route.next = 0;
-	q->times.resolved = now.ms;
-	exchange_enter(x, PHASE_CONNECT);
-}
-
-/* Tells the trace what was put right in a server's head. */
-static void
-response_tell_mended(const struct exchange *x, unsigned mended)
-{
-	static const char *const words[MENDS] = {
-		"LF alone ended a line: taken as CR LF",
-		"blanks before a colon: removed",
-		"a line without a colon: dropped",
-		"Transfer-Encoding: identity: ignored",
-		"Content-Length beside Transfer-Encoding: dropped",
-	};
-	unsigned i;
-
-	for (i = 0; i < MENDS; i++)
-		if (mended >> i & 1)
-			trace(x, "the server's head: %s", words[i]);
+	x->request->route.fresh = true;
+	x->request->times.resolved = now.ms;
+	route_again(x, PHASE_CONNECT);
 }
 
 /* A whole head of n bytes has come from whoever answers. */
@@ -13411,7 +13420,7 @@ response_accept(struct exchange *x, size_t n)
 		response_retry(x, "brought no answer to this");
 		return;
 	}
-	response_tell_mended(x, r.mended);
+	trace_mended(x, r.mended);
 	if (verdict != 1) {
 		exchange_refuse(x, REFUSE_ANSWER, refusals[-verdict].words);
 		return;
@@ -13512,7 +13521,7 @@ response_step(struct exchange *x)
 	return true;
 }
 
-/* ---- relaying ---- */
+/* ---- RELAY: the body, or both sides of a tunnel ---- */
 
 /*
  * Writes the log line, keeps or closes the server's connection, and forgets
@@ -13578,27 +13587,6 @@ tunnel_judge(struct exchange *x)
 	return true;
 }
 
-/* Keeps the name in a tunnel's greeting for the log, cut to its room. */
-static void
-tunnel_note(struct exchange *x, struct text name)
-{
-	struct note *n = &x->note;
-	struct text host = text_cut(n->text + n->name, n->uri);
-
-	host.len = text_find(host, ':');
-	if (name.len == 0)
-		return;
-	if (text_same(name, host))
-		n->sni = n->name;
-	else {
-		n->sni = NOTE_MAX - NOTE_SNI;
-		if (name.len > NOTE_SNI)
-			name.len = NOTE_SNI;
-		memcpy(n->text + n->sni, name.at, name.len);
-	}
-	n->sni_len = (unsigned char)name.len;
-}
-
 /*
  * Looks at what a tunnel's client says first, for the log.  False if it has
  * not said anything yet, and still may.
@@ -13615,7 +13603,7 @@ tunnel_listen(struct exchange *x)
 	if (c->in == NULL && !c->eof && !c->error)
 		return false;
 	if (c->in != NULL)
-		tunnel_note(x, hello_name(buffer_text(c->in), flat));
+		log_note_name(x, hello_name(buffer_text(c->in), flat));
 	x->tunnel = TUNNEL_OPEN;
 	return true;
 }
@@ -13637,7 +13625,6 @@ relay_uploads(const struct exchange *x)
 static bool
 relay_goes_on(struct exchange *x)
 {
-
 	if (!cache_wants(x))
 		return false;
 	conn_close(&x->client, false);
@@ -13658,7 +13645,7 @@ static void
 relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 {
 	struct conn *s = &x->server;
-	struct flow old = x->down;
+	struct flow *d = &x->down, old = *d;
 	struct request *q = x->request;
 
 	if (s->in != NULL)
@@ -13670,15 +13657,11 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 	y->down.to = FRAMING_CLOSE;
 	fetch_move(x, y);
 	q->route.keep = false;
-	s->fd = fd;
-	s->role = ROLE_FILE;
-	s->exchange = x;
-	s->readable = s->hung = true;
-	flow_start(&x->down,
-	    q->body == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH, old.to,
-	    q->body - old.payload);
-	x->down.payload = old.payload;
-	x->down.bare = old.bare;
+	conn_file(s, fd, x);
+	flow_start(d, q->body == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH,
+	    old.to, q->body - old.payload);
+	d->payload = old.payload;
+	d->bare = old.bare;
 }
 
 /*
@@ -13698,7 +13681,7 @@ relay_part(struct exchange *x)
 	fd = cache_follow_own(x);
 	if (fd == -1)
 		return;
-	y = exchange_take_refresh(x);
+	y = exchange_take_refresh(x, NULL);
 	if (y == NULL) {
 		(void)close(fd);
 		return;
@@ -13719,13 +13702,11 @@ relay_resume(struct exchange *x)
 	struct request *q = x->request;
 
 	trace(x, "what this follows was given up: asking for the rest");
-	conn_close(&x->server, false);
 	fetch_leave(x);
 	answer_by(x, ANSWER_NONE);
 	q->access.open = true;
 	q->times.answered = 0;
-	q->route.next = 0;
-	exchange_enter(x, PHASE_RESOLVE);
+	route_again(x, PHASE_RESOLVE);
 }
 
 /* RELAY: both flows side by side. */
@@ -13763,6 +13744,8 @@ relay_step(struct exchange *x)
 	return true;
 }
 
+/* ---- LINGER: until the client has closed ---- */
+
 /*
  * LINGER: we have said our last word; what the client still sends is read
  * and dropped, for if it met a closed socket, the reset could overtake the
@@ -13772,42 +13755,16 @@ static bool
 linger_step(struct exchange *x)
 {
 	struct conn *c = &x->client;
+	bool ended = c->eof || c->error, news = !ended && conn_drain(c);
 
-	if (c->eof || c->error) {
+	if (ended)
 		exchange_close(x, false);
-		return true;
-	}
-	if (!conn_drain(c))
-		return false;
-	x->moved = now.ms;
-	return true;
+	else if (news)
+		x->moved = now.ms;
+	return ended || news;
 }
 
-/* FREE: nothing to do. */
-static bool
-free_step(struct exchange *x)
-{
-	(void)x;
-	return false;
-}
-
-/* ---- what an exchange waits for ---- */
-
-/*
- * What to wait for at c: only for what said that it would block (see section
- * 5).  room: bytes that come now can be taken.
- */
-static int
-conn_events(const struct conn *c, bool room)
-{
-	int events = 0;
-
-	if ((c->out != NULL || c->connecting) && !c->writable)
-		events |= POLLOUT;
-	if (room && !c->connecting && !c->readable && !c->eof && !c->error)
-		events |= POLLIN;
-	return events;
-}
+/* ---- all phases: what they wait for, and the turn ---- */
 
 /* True if the next step would read from the client. */
 static bool
@@ -13834,35 +13791,33 @@ exchange_takes_response(const struct exchange *x)
 static int64_t
 exchange_deadline(const struct exchange *x)
 {
-	const struct request *q = x->request;
 	const struct conn *c = &x->client, *s = &x->server;
 	bool half = c->error || s->error || c->deaf || s->deaf ||
 	    ((c->eof || s->eof) && c->out == NULL && s->out == NULL);
+	const struct route *route;
 
 	switch (x->phase) {
 	case PHASE_REQUEST:
-		if (x->record.start)
-			return x->record.start + HEAD_MS;
-		return x->since + (x->served ? KEPT_CLIENT_MS : HEAD_MS);
-	case PHASE_CONNECT:
-		if (q->route.next < q->route.n &&
-		    q->route.tried + NEXT_TRY_MS < x->since + CONNECT_MS)
-			return q->route.tried + NEXT_TRY_MS;
-		return x->since + CONNECT_MS;
+		return x->since +
+		    (x->served && x->record.start == 0 ? KEPT_CLIENT_MS :
+							 HEAD_MS);
 	case PHASE_COLLAPSE:
 		return x->since + COLLAPSE_MS;
+	case PHASE_CONNECT:
+		route = &x->request->route;
+		if (route->next < route->n)
+			return least(route->tried + NEXT_TRY_MS,
+			    x->since + CONNECT_MS);
+		/* FALLTHROUGH */
 	case PHASE_RESOLVE:
 	case PHASE_GREET:
 		return x->since + CONNECT_MS;
 	case PHASE_RESPONSE:
-		return x->moved + options.idle_ms;
 	case PHASE_RELAY:
 		return x->moved +
 		    (x->tunnel && half ? HALF_CLOSED_MS : options.idle_ms);
 	case PHASE_LINGER:
-		return x->moved + LINGER_MS < x->since + LINGER_ALL_MS ?
-		    x->moved + LINGER_MS :
-		    x->since + LINGER_ALL_MS;
+		return least(x->moved + LINGER_MS, x->since + LINGER_ALL_MS);
 	default:
 		return INT64_MAX;
 	}
@@ -13872,7 +13827,6 @@ exchange_deadline(const struct exchange *x)
 static void
 exchange_expire(struct exchange *x)
 {
-	struct request *q = x->request;
 	char detail[ADDRESS_TEXT];
 
 	address_print(&x->record.server, detail);
@@ -13883,11 +13837,8 @@ exchange_expire(struct exchange *x)
 		else
 			exchange_close(x, false);
 		break;
-	case PHASE_COLLAPSE:
-		collapse_end(x);
-		break;
 	case PHASE_RESOLVE:
-		q->times.resolved = now.ms;
+		x->request->times.resolved = now.ms;
 		exchange_refuse(x, REFUSE_NAME_SLOW, "");
 		break;
 	case PHASE_CONNECT:
@@ -13897,7 +13848,7 @@ exchange_expire(struct exchange *x)
 		break;
 	case PHASE_RESPONSE:
 		x->record.end = END_IDLE;
-		if (x->client.out != NULL || answer_is_local(q))
+		if (x->client.out != NULL || answer_is_local(x->request))
 			exchange_abort(x, END_IDLE, REFUSE_IDLE);
 		else
 			exchange_refuse(x,
@@ -13923,32 +13874,31 @@ exchange_expire(struct exchange *x)
 static void
 exchange_check(const struct exchange *x)
 {
-	const struct conn *c = &x->client, *s = &x->server;
+	const struct conn *const conns[] = { &x->client, &x->server };
+	const struct flow *const flows[] = { &x->up, &x->down };
+	const struct request *q = x->request;
+	size_t i;
 
-	if (x->phase == PHASE_FREE) {
-		assert(c->fd == -1 && s->fd == -1 && c->in == NULL &&
-		    c->out == NULL && s->in == NULL && s->out == NULL &&
-		    x->request == NULL);
-		return;
+	for (i = 0; i < 2; i++) {
+		const struct conn *c = conns[i];
+		const struct flow *f = flows[i];
+
+		assert(x->phase != PHASE_FREE ||
+		    (c->fd == -1 && c->in == NULL && c->out == NULL));
+		assert(c->out == NULL ||
+		    (buffer_len(c->out) > 0 && c->out->overflow == 0));
+		assert(!f->done || (f->whole && f->ready == 0));
+		assert(
+		    buffer_held(c->in) >= f->ready || x->phase == PHASE_FREE);
 	}
-	assert(c->fd != -1 || x->refresh);
-	assert(c->out == NULL || buffer_len(c->out) > 0);
-	assert(s->out == NULL || buffer_len(s->out) > 0);
-	assert(!x->up.done || (x->up.whole && x->up.ready == 0));
-	assert(!x->down.done || (x->down.whole && x->down.ready == 0));
-	assert(x->up.ready == 0 ||
-	    (c->in != NULL && buffer_len(c->in) >= x->up.ready));
-	assert(x->down.ready == 0 ||
-	    (s->in != NULL && buffer_len(s->in) >= x->down.ready));
-	assert(s->fd == -1 ||
+	assert(x->client.fd != -1 || x->refresh || x->phase == PHASE_FREE);
+	assert(x->server.fd == -1 ||
 	    (x->phase >= PHASE_CONNECT && x->phase <= PHASE_RELAY));
-	assert(!x->tunnel || x->request == NULL);
-	assert(x->request != NULL || x->tunnel || x->phase == PHASE_REQUEST ||
+	assert(q == NULL || (x->phase != PHASE_FREE && !x->tunnel));
+	assert(q != NULL || x->tunnel || x->phase < PHASE_COLLAPSE ||
 	    x->phase == PHASE_LINGER);
-	assert(x->request == NULL || cache_room(x) == UINT64_MAX ||
-	    cache_room(x) <= x->request->caching.stored);
-	assert(c->out == NULL || c->out->overflow == 0);
-	assert(s->out == NULL || s->out->overflow == 0);
+	assert(q == NULL || cache_room(x) == UINT64_MAX ||
+	    cache_room(x) <= q->caching.stored);
 }
 
 /*
@@ -13996,7 +13946,6 @@ static void
 exchange_run(struct exchange *x)
 {
 	static bool (*const steps[PHASES])(struct exchange *) = {
-		[PHASE_FREE] = free_step,
 		[PHASE_REQUEST] = request_step,
 		[PHASE_COLLAPSE] = collapse_step,
 		[PHASE_RESOLVE] = resolve_step,
@@ -14006,43 +13955,21 @@ exchange_run(struct exchange *x)
 		[PHASE_RELAY] = relay_step,
 		[PHASE_LINGER] = linger_step,
 	};
-	unsigned n;
+	struct conn *c = &x->client, *s = &x->server;
+	unsigned n = 0;
 
-	for (n = 0; n < STEPS_MAX && steps[x->phase](x); n++)
-		continue;
+	while (n < STEPS_MAX && steps[x->phase] && steps[x->phase](x))
+		n++;
 	exchange_overhear(x);
 	exchange_check(x);
 	if (x->phase == PHASE_FREE)
 		return;
 	if (n == STEPS_MAX)
 		exchange_queue(x);
-	conn_watch(&x->client,
-	    conn_events(&x->client, exchange_takes_request(x)));
-	conn_watch(&x->server,
-	    conn_events(&x->server, exchange_takes_response(x)));
+	conn_watch(c, conn_events(c, exchange_takes_request(x)));
+	conn_watch(s, conn_events(s, exchange_takes_response(x)));
 	x->deadline = exchange_deadline(x);
-	if (x->deadline < exchanges.wake)
-		exchanges.wake = x->deadline;
-}
-
-/*
- * True if the client at the other end of fd is on this machine: then it comes
- * from an address that is ours only, or from the very one that it goes to.
- */
-static bool
-peer_is_local(int fd, const struct address *peer)
-{
-	struct sockaddr_storage storage;
-	socklen_t len = sizeof(storage);
-	struct address here;
-
-	if (address_is_local(peer))
-		return true;
-	if (getsockname(fd, (struct sockaddr *)&storage, &len) == -1)
-		return false;
-	here = address_import((struct sockaddr *)&storage);
-	here.port = peer->port;
-	return address_same(&here, peer);
+	exchanges.wake = least(exchanges.wake, x->deadline);
 }
 
 /* A client came: gives it a slot, which there is, and looks what it says. */
@@ -14070,7 +13997,10 @@ exchange_open(int fd, const struct address *peer)
 
 /*
  * Waits, notes what happened, runs the exchanges concerned, looks after
- * deadlines, and accepts last.
+ * deadlines, and accepts last.  poll(2) is the only call that may wait, and
+ * nothing here knows how an exchange is served.
+ *
+ * Door: loop_run, loop_accept_all, signal_conn.
  */
 
 enum {
@@ -14097,25 +14027,20 @@ enum {
 	SIGNAL_TERMINAL = 128
 };
 
-static int64_t accept_after; /* ms: descriptors have run out until then */
-
-static int64_t crowded_until; /* ms: no slot is looked for until then */
-
+static int64_t accept_after;    /* ms: descriptors have run out until then */
+static int64_t crowded_until;   /* ms: no slot is looked for until then */
+static bool rules_unread;       /* new rules are read, a piece a turn */
 static struct conn signal_conn; /* where signals come out */
-
-static bool rules_unread; /* new rules are read, a piece a turn */
 
 /* How long poll may wait, in ms: to the next deadline; -1: there is none. */
 static int
 loop_wait(void)
 {
-	int64_t wait = exchanges.wake - now.ms;
+	int64_t wait = least(exchanges.wake - now.ms, INT_MAX);
 
 	if (exchanges.again != NULL || rules_unread || wait <= 0)
 		return 0;
-	return exchanges.wake == INT64_MAX ? -1 :
-	    wait > INT_MAX                 ? INT_MAX :
-					     (int)wait;
+	return exchanges.wake == INT64_MAX ? -1 : (int)wait;
 }
 
 /*
@@ -14131,8 +14056,7 @@ loop_poll(void)
 	static int64_t polled_us, cost_us;
 	static bool busy, more;
 	bool large = poll_set.all - poll_set.hot > COLD_MIN;
-	int64_t gap_us = 5 * cost_us < COLD_GAP_US ? 5 * cost_us : COLD_GAP_US;
-	int64_t due_us = polled_us + gap_us - now.us;
+	int64_t due_us = polled_us + least(5 * cost_us, COLD_GAP_US) - now.us;
 	int wait = loop_wait(), n;
 	size_t i;
 
@@ -14207,24 +14131,28 @@ loop_cool(void)
 			poll_cool(poll_set.conns[i]);
 }
 
-/* Closes kept connections that spoke, closed, or were idle for too long. */
+/* Closes kept connections that spoke, ended, or were idle for too long. */
 static void
 loop_kept(void)
 {
 	struct other *o;
 
-	for (o = others; o < others + others_used; o++)
-		if (o->conn.fd != -1 && o->conn.role == ROLE_KEPT &&
-		    (o->conn.readable || o->conn.hung ||
-			now.ms - o->since >= KEPT_SERVER_MS))
+	for (o = others; o < others + others_used; o++) {
+		int64_t end = o->since + KEPT_SERVER_MS;
+
+		if (o->conn.fd == -1 || o->conn.role != ROLE_KEPT)
+			continue;
+		if (o->conn.readable || o->conn.hung || end <= now.ms)
 			conn_close(&o->conn, false);
+		else
+			exchanges.wake = least(exchanges.wake, end);
+	}
 }
 
 /* The time of the next deadline is come: whose is it, and which is next? */
 static void
 loop_expire(void)
 {
-	const struct other *o;
 	struct exchange *x;
 
 	if (now.ms < exchanges.wake)
@@ -14236,21 +14164,17 @@ loop_expire(void)
 		if (x->deadline <= now.ms) {
 			exchange_expire(x);
 			exchange_run(x);
-		} else if (x->deadline < exchanges.wake)
-			exchanges.wake = x->deadline;
+		} else
+			exchanges.wake = least(exchanges.wake, x->deadline);
 	}
 	loop_kept();
-	for (o = others; o < others + others_used; o++)
-		if (o->conn.fd != -1 && o->conn.role == ROLE_KEPT &&
-		    o->since + KEPT_SERVER_MS < exchanges.wake)
-			exchanges.wake = o->since + KEPT_SERVER_MS;
-	if (names.questions.fd == -1) {
-		if (now.ms >= names.restart && names_start()) {
-			conn_watch(&names.answers, POLLIN);
-			names_ask();
-		} else if (now.ms + 1000 < exchanges.wake)
-			exchanges.wake = now.ms + 1000;
-	}
+	if (names.questions.fd != -1)
+		return;
+	if (now.ms >= names.restart && names_start()) {
+		conn_watch(&names.answers, POLLIN);
+		names_ask();
+	} else
+		exchanges.wake = least(exchanges.wake, now.ms + 1000);
 }
 
 /* Answers of the names helper: runs whoever waits for a name. */
@@ -14295,17 +14219,15 @@ loop_rank(const struct exchange *x)
 
 	if (waits && x->served)
 		return 3;
-	if (now.ms - x->moved < SILENT_MS)
+	if (x->phase == PHASE_FREE || now.ms - x->moved < SILENT_MS)
 		return 0;
 	if (x->phase == PHASE_LINGER)
 		return 4;
 	if (waits)
 		return 2;
 	return x->request != NULL && x->client.eof && !x->refresh &&
-		x->up.done && x->record.status == 0 &&
-		!answer_is_local(x->request) && !cache_wants(x) ?
-	    1 :
-	    0;
+	    x->up.done && x->record.status == 0 &&
+	    !answer_is_local(x->request) && !cache_wants(x);
 }
 
 /* The one that gives way most readily, of several the longest so; or NULL. */
@@ -14313,64 +14235,58 @@ static struct exchange *
 loop_idlest(void)
 {
 	struct exchange *x, *first = NULL;
-	unsigned rank, best = 0;
+	unsigned rank, best = 1;
 
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
-		rank = x->phase == PHASE_FREE ? 0 : loop_rank(x);
-		if (rank > best ||
-		    (rank > 0 && rank == best && x->moved < first->moved)) {
-			first = x;
-			best = rank;
-		}
+		rank = loop_rank(x);
+		if (rank < best ||
+		    (rank == best && first != NULL && x->moved >= first->moved))
+			continue;
+		first = x;
+		best = rank;
 	}
 	return first;
 }
 
 /*
- * All slots are taken, and a client waits: makes one free.  False if all are
- * busy, then nobody looks again for a while; or if the idlest has just spoken.
+ * All slots are taken: true if a client waits at l, and a slot was made free.
+ * If all are busy, nobody looks again for a while; nor is one made free if the
+ * idlest has just spoken.
  */
 static bool
-loop_make_way(void)
+loop_make_room(struct listener *l)
 {
 	static int64_t said;
-	struct exchange *x = loop_idlest();
-	struct pollfd news = { .events = POLLIN };
+	struct pollfd fd = { .fd = l->conn.fd, .events = POLLIN };
+	struct exchange *x;
 
+	if (now.ms < crowded_until)
+		return false;
+	l->conn.readable = poll(&fd, 1, 0) == 1;
+	if (!l->conn.readable)
+		return false;
 	if (said == 0 || now.ms - said >= CROWDED_SAY_MS) {
 		said = now.ms;
 		warn("all %lu connections are in use (-m): idle clients give "
 		     "way, others wait",
 		    (unsigned long)exchanges.n);
 	}
+	x = loop_idlest();
 	if (x == NULL) {
 		crowded_until = now.ms + CROWDED_MS +
 		    (int64_t)(exchanges.used / CROWDED_SLOTS);
 		return false;
 	}
-	news.fd = x->client.fd;
+	fd.fd = x->client.fd;
 	if (x->request != NULL)
 		exchange_abort(x, END_LIMIT, REFUSE_NONE);
-	else if (poll(&news, 1, 0) == 0)
+	else if (poll(&fd, 1, 0) == 0)
 		exchange_close(x, false);
 	else {
 		x->client.readable = true;
 		exchange_queue(x);
-		return false;
 	}
-	return true;
-}
-
-/* All slots are taken: true if a client waits at l, and one was made free. */
-static bool
-loop_make_room(struct listener *l)
-{
-	struct pollfd waiting = { .fd = l->conn.fd, .events = POLLIN };
-
-	if (now.ms < crowded_until)
-		return false;
-	l->conn.readable = poll(&waiting, 1, 0) == 1;
-	return l->conn.readable && loop_make_way();
+	return exchanges.busy < exchanges.n;
 }
 
 /*
@@ -14380,11 +14296,11 @@ loop_make_room(struct listener *l)
 static void
 loop_accept(struct listener *l)
 {
-	struct sockaddr_storage storage;
-	struct address peer;
 	unsigned n;
 
 	for (n = 0; n < ACCEPTS_MAX; n++) {
+		struct address peer = { .family = AF_UNIX };
+		struct sockaddr_storage storage;
 		socklen_t len = sizeof(storage);
 		int fd;
 
@@ -14401,10 +14317,7 @@ loop_accept(struct listener *l)
 			l->conn.readable = false;
 			return;
 		}
-		if (l->path != NULL) {
-			memset(&peer, 0, sizeof(peer));
-			peer.family = AF_UNIX;
-		} else
+		if (l->path == NULL)
 			peer = address_import((struct sockaddr *)&storage);
 		exchange_open(fd, &peer);
 	}
@@ -14420,24 +14333,13 @@ loop_accept_all(void)
 	for (i = 0; i < listeners_n; i++)
 		if (listeners[i].conn.readable && now.ms >= accept_after)
 			loop_accept(&listeners[i]);
-	after = exchanges.busy < exchanges.n || accept_after > crowded_until ?
-	    accept_after :
-	    crowded_until;
+	after = accept_after;
+	if (exchanges.busy == exchanges.n && crowded_until > after)
+		after = crowded_until;
 	for (i = 0; i < listeners_n; i++)
 		conn_watch(&listeners[i].conn, now.ms >= after ? POLLIN : 0);
-	if (after > now.ms && after < exchanges.wake)
-		exchanges.wake = after;
-}
-
-/* The bytes of t that are safe on a terminal, in place of the others `.`. */
-static struct text
-trace_clean(struct text t, char *to, size_t size)
-{
-	size_t i;
-
-	for (i = 0; i < t.len && i < size; i++)
-		to[i] = t.at[i] >= ' ' && t.at[i] <= '~' ? t.at[i] : '.';
-	return text_cut(to, i);
+	if (after > now.ms)
+		exchanges.wake = least(exchanges.wake, after);
 }
 
 /* USR1: one line for each slot in use. */
@@ -14447,23 +14349,22 @@ loop_report(void)
 	const struct exchange *x;
 
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
+		const struct conn *c = &x->client, *s = &x->server;
 		struct quotes quotes = log_quotes(x);
-		struct text target = quotes.name.len ? quotes.uri :
-						       text_of("-");
-		char clean[200], peer[ADDRESS_TEXT];
+		char target[200], peer[ADDRESS_TEXT];
 
 		if (x->phase == PHASE_FREE)
 			continue;
-		target = trace_clean(target, clean, sizeof(clean));
 		address_print(&x->peer, peer);
-		warn("#%llu %s %s %.*s client in %lu out %lu server in %lu "
+		warn("#%llu %s %s %s client in %lu out %lu server in %lu "
 		     "out %lu deadline %lld s",
 		    (unsigned long long)x->number, phase_names[x->phase], peer,
-		    (int)target.len, target.at,
-		    (unsigned long)buffer_held(x->client.in),
-		    (unsigned long)buffer_held(x->client.out),
-		    (unsigned long)buffer_held(x->server.in),
-		    (unsigned long)buffer_held(x->server.out),
+		    text_printable(quotes.name.len ? quotes.uri : text_of("-"),
+			target, sizeof(target)),
+		    (unsigned long)buffer_held(c->in),
+		    (unsigned long)buffer_held(c->out),
+		    (unsigned long)buffer_held(s->in),
+		    (unsigned long)buffer_held(s->out),
 		    (long long)(x->deadline - now.ms) / 1000);
 	}
 	warn("%lu of %lu connections in use, %llu exchanges so far",
@@ -14580,7 +14481,6 @@ loop_exchanges(void)
 	exchanges.again = NULL;
 	for (; x != NULL; x = next) {
 		next = x->next_again;
-		assert(x->again);
 		x->again = false;
 		exchange_run(x);
 	}
@@ -14605,14 +14505,38 @@ loop_run(void)
 		loop_cool();
 		cache_sweep();
 		log_flush();
-		if (buffer_len(&log_lines) > 0 &&
-		    exchanges.wake > now.ms + 1000)
-			exchanges.wake = now.ms + 1000;
+		if (buffer_len(&log_lines) > 0)
+			exchanges.wake = least(exchanges.wake, now.ms + 1000);
 	}
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++)
 		if (x->phase != PHASE_FREE)
 			exchange_abort(x, END_STOP, REFUSE_NONE);
 	log_end();
+}
+
+/* ---- 15. Main: options, startup ---- */
+
+/*
+ * Reads the command line, starts all that must be there before the loop runs,
+ * and answers -h, -V, -n, -k and -T.  A new option is a row of option_table, a
+ * member of `options`, and an item in the manual.
+ *
+ * Door: main.
+ */
+
+/* The command line is wrong. */
+static void
+usage(const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	say_words(format, args);
+	va_end(args);
+	fprintf(stderr,
+	    "usage: proxy [option ...] [-- command [argument ...]]; "
+	    "proxy -h lists the options\n");
+	exit(2);
 }
 
 /*
@@ -14655,31 +14579,6 @@ signals_open(void)
 	action.sa_handler = SIG_IGN;
 	(void)sigaction(SIGPIPE, &action, NULL);
 	(void)sigaction(SIGXFSZ, &action, NULL);
-}
-
-/* ---- 15. Main: options, startup ---- */
-
-/*
- * Reads the command line, starts all that must be there before the loop runs,
- * and answers -h, -V, -n, -k and -T.  A new option is a row of option_table, a
- * member of `options`, and an item in the manual.
- *
- * Door: main.
- */
-
-/* The command line is wrong. */
-static void
-usage(const char *format, ...)
-{
-	va_list args;
-
-	va_start(args, format);
-	say_words(format, args);
-	va_end(args);
-	fprintf(stderr,
-	    "usage: proxy [option ...] [-- command [argument ...]]; "
-	    "proxy -h lists the options\n");
-	exit(2);
 }
 
 /* An option: a row of option_table. */
@@ -14939,14 +14838,7 @@ listener_add(int fd, const struct sockaddr *at, socklen_t len, const char *path)
 	if (!conn_open(&l->conn, ROLE_LISTENER, fd, NULL))
 		return strerror(errno);
 	l->path = path;
-	if (path == NULL) {
-		struct sockaddr_storage bound;
-
-		len = sizeof(bound);
-		if (getsockname(fd, (struct sockaddr *)&bound, &len) != -1)
-			l->address = address_import((struct sockaddr *)&bound);
-	} else
-		l->address.family = AF_UNIX;
+	l->address = address_bound(fd);
 	listeners_n++;
 	return NULL;
 }
