@@ -10906,17 +10906,17 @@ log_note(struct exchange *x)
 {
 	struct quotes quotes = log_quotes(x);
 	struct note *n = &x->note;
-	const struct text texts[] = { quotes.name, quotes.uri, quotes.agent,
-		quotes.referer };
+	const struct text *const texts[] = { &quotes.name, &quotes.uri,
+		&quotes.agent, &quotes.referer };
 	unsigned char *const lens[] = { &n->name, &n->uri, &n->agent,
 		&n->referer };
 	size_t used = 0, i;
 
 	for (i = 0; i < sizeof(lens) / sizeof(lens[0]); i++) {
 		size_t room = NOTE_MAX - NOTE_SNI - used;
-		size_t len = texts[i].len < room ? texts[i].len : room;
+		size_t len = texts[i]->len < room ? texts[i]->len : room;
 
-		memcpy(n->text + used, texts[i].at, len);
+		memcpy(n->text + used, texts[i]->at, len);
 		*lens[i] = (unsigned char)len;
 		used += len;
 	}
@@ -11471,11 +11471,11 @@ validators_append(struct exchange *x, struct buffer *b)
 	size_t i;
 
 	for (i = 0; old != NULL && i < sizeof(pairs) / sizeof(pairs[0]); i++) {
-		struct field field = { text_of(pairs[i][1]),
-			head_value(&r.head, pairs[i][0]) };
+		const struct field *field = head_field(&r.head, pairs[i][0]);
 
-		if (head_field(&r.head, pairs[i][0]) != NULL)
-			field_append(b, &field);
+		if (field != NULL)
+			buffer_print(b, "%s: %.*s\r\n", pairs[i][1],
+			    (int)field->value.len, field->value.at);
 	}
 	buffer_give(&old);
 }
