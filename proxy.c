@@ -2482,7 +2482,13 @@ exchange_queue(struct exchange *x)
  * Parsers return 1 if the input is good, 0 if more bytes are needed or nothing
  * is there, and minus a refusal if it is wrong.
  *
- * Door: @DOOR6@
+ * Door: refusals, status_reason, head_find, text_split, text_is_clean,
+ * list_next, fields_parse, head_field, head_value, head_lists, head_length,
+ * authority_parse, url_login, absolute_parse, url_parse, method_parse,
+ * request_parse, response_is_bare, response_parse, fields_of_hop,
+ * fields_not_late, fields_of_body, fields_of_condition, name_is_among,
+ * field_passes, field_append, status_append, length_append, via_append,
+ * host_bare, address_read, response_length.
  */
 
 static const struct {
@@ -3036,23 +3042,51 @@ url_login(struct text t)
 	return login;
 }
 
+/* Reads authority/path, as in a URL behind `//`.  A fragment is ignored. */
+static int
+place_parse(struct text t, unsigned default_port, struct target *target)
+{
+	struct text authority;
+
+	t = text_until(t, "#");
+	authority = text_until(t, "/?");
+	target->path = text_from(t, authority.len);
+	return authority_parse(authority, default_port, target);
+}
+
 /*
  * Reads http://authority/path, an absolute URL (RFC 9110 section 4.2.1), or
- * //authority/path, which is relative to such a URL.  A fragment is ignored.
+ * //authority/path, which is relative to such a URL.
  */
 static int
 absolute_parse(struct text t, struct target *target)
 {
-	struct text authority;
-
 	if (text_starts(t, "http:"))
 		t = text_from(t, strlen("http:"));
 	if (!text_starts(t, "//"))
 		return -REFUSE_SCHEME;
-	t = text_from(text_split(&t, '#'), strlen("//"));
-	authority = text_until(t, "/?");
-	target->path = text_from(t, authority.len);
-	return authority_parse(authority, 80, target);
+	return place_parse(text_from(t, strlen("//")), 80, target);
+}
+
+/*
+ * Reads the URL of an option, http or https, and ignores a login in it.  For
+ * https the target is that of a CONNECT.  False if it is not such a URL.
+ */
+static bool
+url_parse(struct text url, struct target *target)
+{
+	struct text login = url_login(url);
+	bool tls = text_starts(url, "https://");
+
+	memset(target, 0, sizeof(*target));
+	if (!text_is_clean(url) || (!tls && !text_starts(url, "http://")))
+		return false;
+	url = text_from(url, (size_t)(login.at + login.len - url.at));
+	if (place_parse(url, tls ? 443 : 80, target) != 1)
+		return false;
+	target->form = tls ? FORM_AUTHORITY : FORM_ABSOLUTE;
+	target->path.len = tls ? 0 : target->path.len;
+	return true;
 }
 
 /*
@@ -3393,7 +3427,7 @@ response_length(const struct response *r)
  * In `in`: `ready` bytes of payload, then the trailer section, if it is whole,
  * then bytes that are not decoded yet.
  *
- * Door: @DOOR7@
+ * Door: flow_start, flow_decode, flow_encode, exchange_parent.
  */
 
 enum {
@@ -3421,54 +3455,41 @@ flow_start(struct flow *f, enum framing from, enum framing to, uint64_t length)
 }
 
 /*
- * The line with a chunk's size is at its end: data follows, or the trailer
- * section.  Each chunk may spend 16 bytes of framing, and two for each byte of
- * payload; all that is more adds up in `excess`, which has a limit, so that
- * extensions can't keep the proxy busy.
+ * Takes a byte of chunk framing (RFC 9112 section 7.1); false if it is wrong.
+ * Each chunk may spend 16 bytes of framing, and two for each byte of payload;
+ * all that is more adds up in `excess`, which has a limit, so that extensions
+ * can't keep the proxy busy.
  */
-static void
-chunk_start(struct flow *f)
-{
-	uint64_t share = f->left > CHUNK_EXCESS_MAX ? CHUNK_EXCESS_MAX :
-						      f->left * 2 + 16;
-
-	f->chunk = f->left > 0 ? CHUNK_DATA : CHUNK_TRAILER;
-	if (f->left > 0)
-		f->excess -= f->excess < share ? f->excess : (uint32_t)share;
-	f->digits = 0;
-}
-
-/* Takes a byte of a chunk's size line, but the LF; false if it is wrong. */
 static bool
-chunk_line_byte(struct flow *f, char c)
+chunk_byte(struct flow *f, char c)
 {
 	int digit = hex_value(c);
+	uint64_t share;
 
+	if (++f->excess > CHUNK_EXCESS_MAX)
+		return false;
 	if (f->chunk == CHUNK_SIZE && digit >= 0) {
 		f->left = f->left << 4 | (uint64_t)digit;
 		return ++f->digits <= CHUNK_DIGITS_MAX && f->left <= INT64_MAX;
 	}
-	if (c == '\r')
-		f->chunk = CHUNK_SIZE_LF;
-	else if (c == ';')
-		f->chunk = CHUNK_EXTENSION;
-	else if (f->chunk != CHUNK_EXTENSION) {
-		f->chunk = CHUNK_BLANK;
-		return f->digits > 0 && (c == ' ' || c == '\t');
-	}
-	return f->digits > 0 &&
-	    (c == '\r' || c == '\t' || (unsigned char)c >= ' ');
-}
-
-/* Takes a byte of chunk framing (RFC 9112 section 7.1); false: it is wrong. */
-static bool
-chunk_byte(struct flow *f, char c)
-{
-	if (++f->excess > CHUNK_EXCESS_MAX)
-		return false;
 	switch (f->chunk) {
+	case CHUNK_SIZE:
+	case CHUNK_BLANK:
+		f->chunk = c == '\r' ? CHUNK_SIZE_LF :
+		    c == ';'         ? CHUNK_EXTENSION :
+				       CHUNK_BLANK;
+		return f->digits > 0 && is_among(c, "\r; \t");
+	case CHUNK_EXTENSION:
+		if (c == '\r')
+			f->chunk = CHUNK_SIZE_LF;
+		return c == '\r' || c == '\t' || (unsigned char)c >= ' ';
 	case CHUNK_SIZE_LF:
-		chunk_start(f);
+		share = f->left == 0           ? 0 :
+		    f->left < CHUNK_EXCESS_MAX ? f->left * 2 + 16 :
+						 CHUNK_EXCESS_MAX;
+		f->excess -= f->excess < share ? f->excess : (uint32_t)share;
+		f->chunk = f->left > 0 ? CHUNK_DATA : CHUNK_TRAILER;
+		f->digits = 0;
 		return c == '\n';
 	case CHUNK_DATA_CR:
 		f->chunk = CHUNK_DATA_LF;
@@ -3477,7 +3498,7 @@ chunk_byte(struct flow *f, char c)
 		f->chunk = CHUNK_SIZE;
 		return c == '\n';
 	default:
-		return chunk_line_byte(f, c);
+		return false;
 	}
 }
 
@@ -3714,8 +3735,8 @@ exchange_parent(const struct exchange *x)
  * address is connected to.
  *
  * Door: rules_read, rules_reload, rules_step, rules_take, rules_give,
- * rules_let_in, exchange_view, view_source, rules_judge, rule_lacks,
- * rules_rewrite, rules_seek.
+ * rules_let_in, view_source, view_begin, exchange_view, rules_judge,
+ * rule_lacks, rules_rewrite, rules_seek.
  */
 
 enum {
@@ -6439,6 +6460,29 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 }
 
 /*
+ * Sets v to the facts that are known of a request at once; q and client must
+ * outlive v.  local: the client is on this machine.
+ */
+static void
+view_begin(struct view *v, const struct request *q,
+    const struct address *client, bool local)
+{
+	memset(v, 0, sizeof(*v));
+	v->never = q->method == METHOD_CONNECT ?
+	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
+	    0U;
+	v->client = client;
+	v->local = local;
+	v->request = q;
+	v->host = host_bare(q->target.host);
+	v->port = q->target.port;
+	if (address_parse(v->host, v->port, &v->literal)) {
+		v->address = &v->literal;
+		v->known |= FACT_ADDRESS;
+	}
+}
+
+/*
  * Sets v to the facts that are known of a request so far; x must outlive v.
  * r is the response or NULL, and length that of its body, UINT64_MAX if it is
  * not known.  With a parent, the server's address is known only if the URL has
@@ -6450,30 +6494,19 @@ exchange_view(const struct exchange *x, const struct response *r,
 {
 	const struct request *q = x->request;
 
-	memset(v, 0, sizeof(*v));
-	v->never = q->method == METHOD_CONNECT ?
-	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
-	    0U;
-	v->client = &x->peer;
-	v->local = x->local;
+	view_begin(v, q, &x->peer, x->local);
 	if (x->record.user != NULL)
 		v->user = x->record.user->user;
-	v->request = q;
-	v->host = host_bare(q->target.host);
-	v->port = q->target.port;
 	v->found = q->access.found;
 	v->passed = x->down.payload + x->down.ready;
-	if (address_parse(v->host, v->port, &v->literal))
-		v->address = &v->literal;
-	else if (answer_is_stored(q))
+	if (v->address == NULL && answer_is_stored(q))
 		view_source(v, &q->route.list[0]);
-	else if (exchange_parent(x) != NULL && !q->access.route_open)
+	else if (v->address == NULL && exchange_parent(x) != NULL &&
+	    !q->access.route_open)
 		v->never |= FACT_ADDRESS;
 	else if (x->record.server.family == AF_INET ||
 	    x->record.server.family == AF_INET6)
-		v->address = &x->record.server;
-	if (v->address != NULL)
-		v->known |= FACT_ADDRESS;
+		view_source(v, &x->record.server);
 	if (r != NULL)
 		view_response(v, r, length);
 }
@@ -9950,7 +9983,8 @@ cache_print(const struct target *target)
  * delays only the requests that need it.  Questions and answers are records
  * shorter than _POSIX_PIPE_BUF on two pipes: a write is whole or fails.
  *
- * Door: @DOOR10@
+ * Door: names, user_find, user_become, names_start, names_ask, names_lost,
+ * names_take, names_find.
  */
 
 enum {
@@ -10990,10 +11024,14 @@ hello_name(struct text t, char *flat)
 /* ---- 12. Local pages ---- */
 
 /*
- * What the proxy answers itself: refusals, its own two pages, OPTIONS and
- * TRACE that end here.  Each is a whole response in memory, which then goes
- * the way of every response.  Nothing of the request is echoed but a host
- * whose characters were checked.
+ * Makes the answers of the proxy itself: refusals, its two pages, and OPTIONS
+ * and TRACE that end here.  Each is a whole response in memory, which then
+ * goes the way of every response.  Nothing here sends a byte, and a page
+ * repeats nothing of a request but a host whose characters were checked; only
+ * TRACE repeats the request.
+ *
+ * Door: page_refusal, page_index, page_pac, page_is_ours, page_options,
+ * page_trace.
  */
 
 /*
@@ -11022,24 +11060,22 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 }
 
 /*
- * A refusal: its words, then the details.  Proxy-Status (RFC 9209) says the
- * same to machines; its strings hold neither quotes nor backslashes.
+ * Makes a refusal: its words, then the details.  Proxy-Status (RFC 9209) says
+ * the same to machines; its strings have neither quotes nor backslashes.
  */
 static void
 page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 {
 	char fields[DETAIL_MAX + 384], body[DETAIL_MAX + REASON_MAX + 64];
-	char clean[DETAIL_MAX];
+	char clean[DETAIL_MAX], *c;
 	int status;
 	const char *words = refusal_words(x, refusal, &status);
-	const char *from = detail[0] ? detail : words;
-	size_t i;
 
-	for (i = 0; i < sizeof(clean) - 1 && from[i] != '\0'; i++)
-		clean[i] = from[i] < ' ' || from[i] > '~' ? '?' :
-		    from[i] == '"' || from[i] == '\\'     ? '\'' :
-							    from[i];
-	clean[i] = '\0';
+	(void)snprintf(clean, sizeof(clean), "%s", *detail ? detail : words);
+	for (c = clean; *c != '\0'; c++)
+		*c = is_among(*c, "\"\\") ? '\'' :
+		    *c < ' ' || *c > '~'  ? '?' :
+					    *c;
 	(void)snprintf(fields, sizeof(fields),
 	    "Proxy-Status: %s; error=%s; details=\"%s\"\r\n"
 	    "Cache-Control: no-store\r\n%s%s%s",
@@ -11050,8 +11086,8 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 			    "charset=\"UTF-8\"\r\n" :
 			    "");
 	(void)snprintf(body, sizeof(body), "%d %s: %s\n%s%s", status,
-	    status_reason(status), words, detail[0] ? clean : "",
-	    detail[0] ? "\n" : "");
+	    status_reason(status), words, *detail ? clean : "",
+	    *detail ? "\n" : "");
 	page_make(x, status, "text/plain; charset=utf-8", fields,
 	    text_of(body));
 }
@@ -15005,20 +15041,11 @@ listen_on(const char *argument)
 static void
 key_print(const char *url)
 {
-	struct text t = text_of(url), login = url_login(t);
-	struct buffer *b = buffer_take();
 	struct target target;
 
 	if (options.cache == NULL)
 		usage("-k needs -c, the directory to look in");
-	if (b == NULL) {
-		die("no memory");
-		return;
-	}
-	buffer_append(b, text_cut(url, (size_t)(login.at - url)));
-	buffer_append(b, text_of(login.at + login.len));
-	if (b->overflow || !text_is_clean(t) || !text_starts(t, "http://") ||
-	    absolute_parse(buffer_text(b), &target) != 1)
+	if (!url_parse(text_of(url), &target) || target.form != FORM_ABSOLUTE)
 		usage("-k %s: not a URL that begins with http://", url);
 	cache_print(&target);
 	exit(0);
@@ -15077,56 +15104,62 @@ pseudonym_make(void)
 		host_name[0] = '\0';
 }
 
+/* A -T: a request that is judged, but never made. */
+struct trial {
+	struct request request;
+	struct address client;
+	struct rules *rules;
+	struct view view; /* of these three */
+	struct verdict access, route;
+};
+
 /*
- * The head of the request that a -T describes: a URL, and behind it `client
- * ADDRESS`, `user NAME`, `method NAME`.
+ * Reads the words of a -T: a URL, and behind it `client ADDRESS`, `user NAME`,
+ * `method NAME`.
  */
 static void
-trial_build(struct exchange *x, char *words, struct account *user,
-    struct buffer *head)
+trial_parse(struct trial *t, const char *words)
 {
-	char *word = words + strcspn(words, " "), *value, *url = words;
-	const char *method = NULL;
-	struct text target, login;
+	struct text rest = text_of(words), user = { NULL, 0 };
+	struct request *q = &t->request;
 
-	x->peer.family = AF_UNIX;
-	while (*word != '\0') {
-		*word++ = '\0';
-		value = word + strcspn(word, " ");
-		if (*value != '\0')
-			*value++ = '\0';
-		if (strcmp(word, "client") == 0 &&
-		    address_parse(text_cut(value, strcspn(value, " ")), 0,
-			&x->peer))
-			;
-		else if (strcmp(word, "user") == 0)
-			user->user = text_cut(value, strcspn(value, " "));
-		else if (strcmp(word, "method") == 0)
-			method = value;
+	memset(q, 0, sizeof(*q));
+	memset(&t->client, 0, sizeof(t->client));
+	t->client.family = AF_UNIX;
+	q->minor = 1;
+	q->name = text_of("GET");
+	q->uri = text_split(&rest, ' ');
+	while (rest.len > 0) {
+		struct text word = text_split(&rest, ' ');
+		struct text value = text_split(&rest, ' ');
+
+		if (text_equals(word, text_of("client")) &&
+		    address_parse(value, 0, &t->client))
+			continue;
+		else if (text_equals(word, text_of("user")))
+			user = value;
+		else if (text_equals(word, text_of("method")))
+			q->name = value;
 		else
-			usage("-T %s: %s %s is none of: client ADDRESS, user "
-			      "NAME, method NAME",
-			    url, word, value);
-		word = value + strcspn(value, " ");
+			usage("-T %.*s: %.*s %.*s is none of: client ADDRESS, "
+			      "user NAME, method NAME",
+			    (int)q->uri.len, words, (int)word.len, word.at,
+			    (int)value.len, value.at);
 	}
-	if (text_starts(text_of(url), "https://")) {
-		login = url_login(text_of(url));
-		url += strlen("https://") + login.len;
-		target = text_cut(url, strcspn(url, "/?#"));
-		/* What is behind an IPv6 address, or all of another host. */
-		url += *url == '[' ? text_find(target, ']') : 0;
-		buffer_print(head, "CONNECT %.*s%s HTTP/1.1\r\n",
-		    (int)target.len, target.at,
-		    strcspn(url, ":") < strcspn(url, "/?#") ? "" : ":443");
-	} else
-		buffer_print(head, "%.*s %s HTTP/1.1\r\n",
-		    method ? (int)strcspn(method, " ") : 3,
-		    method ? method : "GET", url);
-	buffer_append(head, text_of("Host: x\r\n\r\n"));
-	request_clean(head);
+	q->method = method_parse(q->name);
+	if (!url_parse(q->uri, &q->target) || !text_is_token(q->name) ||
+	    (q->method == METHOD_CONNECT && q->target.form == FORM_ABSOLUTE))
+		usage("-T %.*s: not a URL that begins with http:// or https://",
+		    (int)q->uri.len, words);
+	if (q->target.form == FORM_AUTHORITY) {
+		q->method = METHOD_CONNECT;
+		q->name = text_of("CONNECT");
+	}
+	view_begin(&t->view, q, &t->client, address_is_local(&t->client));
+	t->view.user = user;
 }
 
-/* Where a verdict comes from, behind what it says. */
+/* Prints a verdict, and the rule that it comes from. */
 static void
 trial_print(const char *what, const char *word, const struct rule *rule)
 {
@@ -15136,9 +15169,9 @@ trial_print(const char *what, const char *word, const struct rule *rule)
 	printf("\n");
 }
 
-/* Looks up the name of a trial's server; false, having said so, if it can't. */
+/* Looks up the server's name; false if that fails, which is printed. */
 static bool
-trial_resolve(const struct request *q, struct address *a)
+trial_resolve(const struct trial *t, struct address *a)
 {
 	struct addrinfo hints, *found = NULL;
 	char host[HOST_MAX + 1];
@@ -15146,7 +15179,7 @@ trial_resolve(const struct request *q, struct address *a)
 
 	memset(&hints, 0, sizeof(hints));
 	hints.ai_socktype = SOCK_STREAM;
-	(void)text_copy(q->target.host, host, sizeof(host));
+	(void)text_copy(t->request.target.host, host, sizeof(host));
 	error = getaddrinfo(host, NULL, &hints, &found);
 	if (error != 0) {
 		printf("\taddress: the name lookup failed: %s\n",
@@ -15158,69 +15191,43 @@ trial_resolve(const struct request *q, struct address *a)
 	return true;
 }
 
-/* What the cache would do. */
-static void
-trial_cache(struct exchange *x)
-{
-	struct request *q = x->request;
-	struct lookup l;
-	struct control asked = control_parse(&q->head);
-	const struct rule *rule = cache_rule(x, NULL, NULL);
-
-	if (!request_is_cacheable(x)) {
-		trial_print("cache", "none", rule);
-		return;
-	}
-	lookup_run(x, &asked, &l);
-	trial_print("cache",
-	    l.reuse != REUSE_VALIDATED ? "answers" :
-		l.fd != -1             ? "validates" :
-					 q->caching.forward,
-	    rule);
-	if (l.fd != -1)
-		(void)close(l.fd);
-	buffer_give(&l.b);
-}
-
 /*
- * What access and route come to, as far as it is known.  If the route asked
- * for the server's address, that is known even if the route is a parent.
+ * Judges access and route by what is known.  A parent looks the server's name
+ * up itself, so the address stays unknown unless the route needed it.
  */
 static void
-trial_judge(struct exchange *x, struct verdict *access, struct verdict *route)
+trial_judge(struct trial *t)
 {
-	struct request *q = x->request;
-	bool asked = q->access.route_open;
-	struct view v;
+	const struct parent *parent = NULL;
 
-	q->route.parent = NULL;
-	exchange_view(x, NULL, 0, &v);
-	*route = rules_judge(x->rules, GROUP_ROUTE, &v);
-	q->access.route_open = route->truth == TRUTH_UNDECIDED ||
-	    (asked && x->record.server.family != 0);
-	q->route.parent = route->truth == TRUTH_YES ? route->rule->parents :
-						      NULL;
-	exchange_view(x, NULL, 0, &v);
-	*access = rules_judge(x->rules, GROUP_ACCESS, &v);
-	x->request->access.route_open = route->truth == TRUTH_UNDECIDED;
+	t->route = rules_judge(t->rules, GROUP_ROUTE, &t->view);
+	if (t->route.truth == TRUTH_YES)
+		parent = t->route.rule->parents;
+	if (parent != NULL && parent->kind != PARENT_NONE &&
+	    t->view.address == NULL)
+		t->view.never |= FACT_ADDRESS;
+	t->access = rules_judge(t->rules, GROUP_ACCESS, &t->view);
 }
 
-/* True if a line that is open asks for the server's address. */
+/* True if a verdict is open because the server's address is not known yet. */
 static bool
-trial_wants(const struct exchange *x)
+trial_needs_address(struct trial *t)
 {
-	const struct rule *rule = x->rules->first[GROUP_ACCESS];
-	struct view v;
+	const struct rule *rule = t->rules->first[GROUP_ACCESS];
 
-	exchange_view(x, NULL, 0, &v);
-	for (; rule != NULL; rule = rule->next)
-		if ((rule->needs & FACT_ADDRESS) &&
-		    rule_lacks(rule, &v) != NULL)
-			return (v.never & FACT_ADDRESS) == 0;
-	return false;
+	if (t->route.truth == TRUTH_UNDECIDED)
+		return true;
+	if (t->access.truth != TRUTH_UNDECIDED ||
+	    (t->view.never & FACT_ADDRESS))
+		return false;
+	while (rule != NULL &&
+	    (!(rule->needs & FACT_ADDRESS) ||
+		rule_lacks(rule, &t->view) == NULL))
+		rule = rule->next;
+	return rule != NULL;
 }
 
-/* The way: the first of its parents, as in a line but without its login. */
+/* Prints the route: the first of its parents, without the login. */
 static void
 trial_route(const struct verdict *route)
 {
@@ -15240,7 +15247,7 @@ trial_route(const struct verdict *route)
 	    route->rule);
 }
 
-/* What access comes to; if it is open, what the line lacks that is. */
+/* Prints whether the request is let in; if that is open, what is missing. */
 static void
 trial_access(const struct verdict *access, struct view *v)
 {
@@ -15262,58 +15269,63 @@ trial_access(const struct verdict *access, struct view *v)
 	trial_print("access", words, access->rule);
 }
 
+/* Prints what the cache would do.  A look-up needs an exchange as its frame. */
+static void
+trial_cache(struct trial *t)
+{
+	struct request *q = &t->request;
+	struct control asked = control_parse(&q->head);
+	struct exchange x = { .request = q, .rules = t->rules };
+	const struct rule *rule;
+	struct lookup l;
+
+	x.peer = t->client;
+	x.local = t->view.local;
+	rule = cache_rule(&x, NULL, NULL);
+	if (!request_is_cacheable(&x)) {
+		trial_print("cache", "none", rule);
+		return;
+	}
+	lookup_run(&x, &asked, &l);
+	trial_print("cache",
+	    l.reuse != REUSE_VALIDATED ? "answers" :
+		l.fd != -1             ? "validates" :
+					 q->caching.forward,
+	    rule);
+	if (l.fd != -1)
+		(void)close(l.fd);
+	buffer_give(&l.b);
+}
+
 /*
- * One -T: what would happen.  The server's name is looked up if, and only if,
- * the verdict depends on its address.  Returns the exit status.
+ * One -T: prints what would happen.  The server's name is looked up if, and
+ * only if, a verdict depends on its address.  Returns the exit status.
  */
 static int
-trial_run(char *words)
+trial_run(const char *words)
 {
-	struct buffer *head = buffer_take();
-	struct account user = { NULL, { NULL, 0 }, { NULL, 0 } };
-	struct verdict verdict, route;
-	struct exchange x;
-	struct request *q = request_new(NULL);
-	struct view v;
-	bool denied;
+	const struct account *user;
+	struct address address;
+	struct trial t;
 
-	memset(&x, 0, sizeof(x));
-	if (head == NULL || q == NULL) {
-		buffer_give(&head);
-		request_drop(&q);
-		die("no memory");
-		return 1;
-	}
 	printf("%s\n", words);
-	trial_build(&x, words, &user, head);
-	x.local = address_is_local(&x.peer);
-	x.rules = rules_take(&q->head, &x.record.user);
-	x.record.user = user.user.at ? &user : NULL;
-	x.request = q;
-	q->owner = &x;
-	if (request_parse(buffer_text(head), q) != 1 ||
-	    q->target.form == FORM_ORIGIN)
-		usage("-T %s: not a URL that begins with http:// or https://",
-		    words);
-	request_note(&x);
-	trial_judge(&x, &verdict, &route);
-	if ((route.truth == TRUTH_UNDECIDED ||
-		(verdict.truth == TRUTH_UNDECIDED && trial_wants(&x))) &&
-	    trial_resolve(q, &x.record.server))
-		trial_judge(&x, &verdict, &route);
-	exchange_view(&x, NULL, 0, &v);
-	trial_access(&verdict, &v);
-	trial_route(&route);
-	denied = verdict.refuses;
+	trial_parse(&t, words);
+	t.rules = rules_take(&t.request.head, &user);
+	trial_judge(&t);
+	if (trial_needs_address(&t) && trial_resolve(&t, &address)) {
+		view_source(&t.view, &address);
+		trial_judge(&t);
+	}
+	trial_access(&t.access, &t.view);
+	trial_route(&t.route);
 	if (options.cache != NULL)
-		trial_cache(&x);
-	rules_give(&x.rules);
-	buffer_give(&head);
-	request_drop(&q);
-	return denied ? 1 :
-	    verdict.truth == TRUTH_UNDECIDED || route.truth == TRUTH_UNDECIDED ?
-			3 :
-			0;
+		trial_cache(&t);
+	rules_give(&t.rules);
+	return t.access.refuses ? 1 :
+	    t.access.truth == TRUTH_UNDECIDED ||
+		t.route.truth == TRUTH_UNDECIDED ?
+				  3 :
+				  0;
 }
 
 /* All -T; of their exit statuses 1 goes before 3. */
@@ -15324,12 +15336,10 @@ trials_run(void)
 	size_t i;
 
 	for (i = 0; i < options.trials.n; i++) {
-		char *copy = strdup(options.trials.at[i]);
-		int status = copy == NULL ? 1 : trial_run(copy);
+		int status = trial_run(options.trials.at[i]);
 
 		if (worst == 0 || status == 1)
 			worst = status;
-		free(copy);
 	}
 	exit(worst);
 }
