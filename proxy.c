@@ -2499,7 +2499,12 @@ static const struct {
 } refusals[REFUSALS] = {
 #define BAD 400, CAUSE_OTHER, "http_request_error"
 #define CLIENT CAUSE_OTHER, "http_request_error"
-#define SERVER CAUSE_OTHER, "http_protocol_error"
+#define BAD_ANSWER 502, CAUSE_OTHER, "http_protocol_error"
+#define DENIED 403, CAUSE_RULE, "http_request_denied"
+#define LOGIN 407, CAUSE_RULE, "http_request_denied"
+#define LOOP 508, CAUSE_OTHER, "proxy_loop_detected"
+#define UNROUTABLE 502, CAUSE_WAY, "destination_ip_unroutable"
+#define ENDED 502, CAUSE_ANSWER, "connection_terminated"
 	[REFUSE_BARE_LF] = { BAD, "a line does not end in CR LF" },
 	[REFUSE_CONTROL] = { BAD, "a control byte in the head" },
 	[REFUSE_TLS] = { BAD,
@@ -2511,7 +2516,7 @@ static const struct {
 	    "this is not HTTP: a request line was expected" },
 	[REFUSE_HTTP2] = { BAD, "HTTP/2 came where HTTP/1.1 was expected" },
 	[REFUSE_LINE] = { BAD, "the request line is not METHOD URL HTTP/1.1" },
-	[REFUSE_STATUS_LINE] = { 502, SERVER,
+	[REFUSE_STATUS_LINE] = { BAD_ANSWER,
 	    "no status line of HTTP/1 at its start" },
 	[REFUSE_METHOD] = { BAD, "the method is not a word" },
 	[REFUSE_VERSION] = { 505, CLIENT, "only HTTP/1.0 and 1.1 are spoken" },
@@ -2558,37 +2563,29 @@ static const struct {
 	    "only-if-cached, and nothing fit is stored" },
 	[REFUSE_CONDITION] = { 412, CLIENT,
 	    "what is stored does not meet the request's condition" },
-	[REFUSE_LOOP_VIA] = { 508, CAUSE_OTHER, "proxy_loop_detected",
-	    "this request has passed here before" },
-	[REFUSE_LOOP] = { 508, CAUSE_OTHER, "proxy_loop_detected",
-	    "this address is the proxy's own" },
+	[REFUSE_LOOP_VIA] = { LOOP, "this request has passed here before" },
+	[REFUSE_LOOP] = { LOOP, "this address is the proxy's own" },
 	[REFUSE_GUARDED] = { 403, CAUSE_RULE, "destination_ip_prohibited",
 	    "a rule forbids this address" },
-	[REFUSE_RULE] = { 403, CAUSE_RULE, "http_request_denied",
-	    "a rule forbids this" },
-	[REFUSE_FOREIGN] = { 403, CAUSE_RULE, "http_request_denied",
-	    "this client may not use the proxy" },
-	[REFUSE_USER] = { 407, CAUSE_RULE, "http_request_denied",
-	    "a user and password are needed" },
-	[REFUSE_PASSWORD] = { 407, CAUSE_RULE, "http_request_denied",
-	    "wrong user or password" },
+	[REFUSE_RULE] = { DENIED, "a rule forbids this" },
+	[REFUSE_FOREIGN] = { DENIED, "this client may not use the proxy" },
+	[REFUSE_USER] = { LOGIN, "a user and password are needed" },
+	[REFUSE_PASSWORD] = { LOGIN, "wrong user or password" },
 	[REFUSE_NAME] = { 502, CAUSE_WAY, "dns_error",
 	    "the name lookup failed" },
 	[REFUSE_NAME_SLOW] = { 504, CAUSE_WAY, "dns_timeout",
 	    "the name lookup took too long" },
-	[REFUSE_FAMILY] = { 502, CAUSE_WAY, "destination_ip_unroutable",
+	[REFUSE_FAMILY] = { UNROUTABLE,
 	    "no address of the family that it may leave by" },
 	[REFUSE_CONNECTION] = { 502, CAUSE_WAY, "connection_refused",
 	    "the connection was refused" },
-	[REFUSE_UNREACHABLE] = { 502, CAUSE_WAY, "destination_ip_unroutable",
-	    "the server can't be reached" },
+	[REFUSE_UNREACHABLE] = { UNROUTABLE, "the server can't be reached" },
 	[REFUSE_CONNECT_SLOW] = { 504, CAUSE_WAY, "connection_timeout",
 	    "connecting took too long" },
 	[REFUSE_CONNECT] = { 502, CAUSE_WAY, "destination_unavailable",
 	    "connecting failed" },
-	[REFUSE_CLOSED] = { 502, CAUSE_ANSWER, "connection_terminated",
-	    "the server closed without an answer" },
-	[REFUSE_RESET] = { 502, CAUSE_ANSWER, "connection_terminated",
+	[REFUSE_CLOSED] = { ENDED, "the server closed without an answer" },
+	[REFUSE_RESET] = { ENDED,
 	    "the server broke the connection without an answer" },
 	[REFUSE_EARLY] = { 502, CAUSE_ANSWER, "http_protocol_error",
 	    "an answer before the request" },
@@ -2599,10 +2596,10 @@ static const struct {
 	    "the answer's head is too long" },
 	[REFUSE_ANSWER_SLOW] = { 504, CAUSE_ANSWER, "http_response_timeout",
 	    "the server did not answer in time" },
-	[REFUSE_INTERIM] = { 502, SERVER, "too many interim answers" },
+	[REFUSE_INTERIM] = { BAD_ANSWER, "too many interim answers" },
 	[REFUSE_UPGRADE] = { 502, CAUSE_OTHER, "http_upgrade_failed",
 	    "a switch of protocols that nobody asked for" },
-	[REFUSE_LOGIN] = { 502, SERVER,
+	[REFUSE_LOGIN] = { BAD_ANSWER,
 	    "the server asked for a login as if it were a proxy" },
 	[REFUSE_PARENT_LOGIN] = { 502, CAUSE_OTHER, "proxy_configuration_error",
 	    "the parent proxy does not accept our login" },
@@ -2614,12 +2611,9 @@ static const struct {
 	    "no byte moved for too long" },
 	[REFUSE_MEMORY] = { 503, CAUSE_OTHER, "proxy_internal_error",
 	    "out of memory" }
-#undef BAD
-#undef CLIENT
-#undef SERVER
 };
 
-/* The status texts; others go without, as RFC 9112 section 4 allows. */
+/* The reason of a status; empty for others, as RFC 9112 section 4 allows. */
 static const char *
 status_reason(int status)
 {
