@@ -314,10 +314,10 @@ struct conn {
 
 /* What tells where a body ends (RFC 9112 section 6.3). */
 enum framing {
-	FRAMING_NONE,    /* no body */
+	FRAMING_NO_BODY, /* there is no body */
 	FRAMING_LENGTH,  /* Content-Length */
 	FRAMING_CHUNKED, /* Transfer-Encoding: chunked */
-	FRAMING_CLOSE    /* up to the end of the connection */
+	FRAMING_CLOSE    /* it ends when the connection does */
 };
 
 /* Where in a chunked body the next byte belongs (RFC 9112 section 7.1). */
@@ -547,7 +547,7 @@ enum answerer {
 	ANSWER_ORPHAN  /* such a one that was given up */
 };
 
-/* Whether an exchange is a tunnel: two flows without framing. */
+/* Whether an exchange is a tunnel: two flows that end at the close. */
 enum tunnel {
 	TUNNEL_NONE,   /* it is not */
 	TUNNEL_SILENT, /* its client has not said anything yet */
@@ -3202,7 +3202,7 @@ request_parse(struct text t, struct request *r)
 
 	r->method = METHOD_OTHER;
 	r->minor = 1;
-	r->framing = FRAMING_NONE;
+	r->framing = FRAMING_NO_BODY;
 	r->length = 0;
 	memset(&r->rewrites, 0, sizeof(r->rewrites));
 	memset(&r->target, 0, sizeof(r->target));
@@ -3221,8 +3221,8 @@ request_parse(struct text t, struct request *r)
 	if (verdict != 1)
 		return verdict;
 	if (r->framing == FRAMING_LENGTH && r->length == 0)
-		r->framing = FRAMING_NONE;
-	if (r->method == METHOD_CONNECT && r->framing != FRAMING_NONE)
+		r->framing = FRAMING_NO_BODY;
+	if (r->method == METHOD_CONNECT && r->framing != FRAMING_NO_BODY)
 		return -REFUSE_CONNECT_BODY;
 	return request_host_check(r);
 }
@@ -3273,7 +3273,7 @@ response_parse(struct text t, enum method method, struct response *r)
 	r->status = 0;
 	r->length = 0;
 	r->extra = text_cut(t.at, 0);
-	r->framing = FRAMING_NONE;
+	r->framing = FRAMING_NO_BODY;
 	line = status_line_parse(r->head.line, r);
 	if (line != 1)
 		return line;
@@ -3445,7 +3445,7 @@ flow_start(struct flow *f, enum framing from, enum framing to, uint64_t length)
 	    from == FRAMING_CLOSE        ? UINT64_MAX :
 					   0;
 	f->whole = from != FRAMING_CHUNKED && f->left == 0;
-	f->done = from == FRAMING_NONE;
+	f->done = from == FRAMING_NO_BODY;
 }
 
 /*
@@ -8101,7 +8101,7 @@ store_open(struct exchange *x, const struct response *r, const struct draft *d)
 	q->caching.stored = 0;
 	q->caching.validator = response_validator(r);
 	q->caching.length = r->framing == FRAMING_LENGTH ? r->length :
-	    r->framing == FRAMING_NONE                   ? 0 :
+	    r->framing == FRAMING_NO_BODY                ? 0 :
 							   UINT64_MAX;
 	entry_path(d->e.key, d->e.variant, path);
 	(void)text_copy(text_of(path + strlen(options.cache)), q->caching.path,
@@ -9340,7 +9340,7 @@ request_is_cacheable(struct exchange *x)
 	q->caching.nocache = q->rewrites.undecided;
 	if (options.cache == NULL || q->caching.nocache || q->upgrade ||
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
-	    q->framing != FRAMING_NONE)
+	    q->framing != FRAMING_NO_BODY)
 		return false;
 	rule = cache_rule(x, NULL, NULL);
 	if (rule == NULL || rule->action != ACTION_NOCACHE)
@@ -9707,18 +9707,18 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 	int part = 0;
 
 	extra[0] = '\0';
-	r->framing = q->method == METHOD_HEAD ? FRAMING_NONE :
+	r->framing = q->method == METHOD_HEAD ? FRAMING_NO_BODY :
 	    q->body == UINT64_MAX             ? FRAMING_CLOSE :
 						FRAMING_LENGTH;
 	if (q->answerer != ANSWER_FETCH && q->method == METHOD_GET)
 		part = range_parse(&q->head, r, q->body, &range);
 	if (r->status == 200 && request_is_satisfied(&q->head, r)) {
 		r->status = 304;
-		r->framing = FRAMING_NONE;
+		r->framing = FRAMING_NO_BODY;
 		part = 0;
 	} else if (part == -1) {
 		r->status = 416;
-		r->framing = FRAMING_NONE;
+		r->framing = FRAMING_NO_BODY;
 		(void)snprintf(extra, size,
 		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
 		    (unsigned long long)q->body);
@@ -12424,7 +12424,7 @@ exchange_is_repeatable(const struct exchange *x)
 		[METHOD_CONNECT] = false,
 	};
 
-	return idempotent[q->method] && x->up.from == FRAMING_NONE &&
+	return idempotent[q->method] && x->up.from == FRAMING_NO_BODY &&
 	    !q->upgrade;
 }
 
@@ -13123,7 +13123,7 @@ note_append(struct note *n, size_t *used, struct text t)
 }
 
 /*
- * The exchange becomes a tunnel: two flows without framing.  It may be idle
+ * The exchange becomes a tunnel: two flows that end at the close.  It may idle
  * for hours, so what the log needs moves to the slot, cut to its size.
  */
 static void
@@ -13523,8 +13523,8 @@ exchange_end(struct exchange *x)
 		trace_end(x);
 	rules_give(&x->rules);
 	x->record = (struct record){ 0 };
-	flow_start(&x->up, FRAMING_NONE, FRAMING_NONE, 0);
-	flow_start(&x->down, FRAMING_NONE, FRAMING_NONE, 0);
+	flow_start(&x->up, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
+	flow_start(&x->down, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
 }
 
 /* A response has reached the client whole: on to the next request, or out. */
