@@ -317,7 +317,7 @@ struct conn {
 
 /* How the end of a body is known (RFC 9112 section 6.3). */
 enum framing {
-	FRAMING_NONE,    /* no body */
+	FRAMING_NO_BODY, /* there is no body */
 	FRAMING_LENGTH,  /* Content-Length */
 	FRAMING_CHUNKED, /* Transfer-Encoding: chunked */
 	FRAMING_CLOSE    /* the body ends with the connection */
@@ -2568,10 +2568,22 @@ exchange_queue(struct exchange *x)
 /* ---- 6. Heads: start lines and fields ---- */
 
 /*
- * Pure functions over the bytes of a whole head.  One lexer serves every
- * decision, so that no two parts of the program can read a message
- * differently.  Parsers return 1 when done, 0 when they need more, and minus
- * the refusal (whose table has the status) when it is wrong.
+ * Finds a whole head, splits it into a start line and fields, and reads from
+ * it where the message goes and how its body is framed.  Every decision uses
+ * this lexer, so that no two parts of the program can read a message
+ * differently.  Nothing here reads a connection, changes an exchange or takes
+ * memory: bytes in, values out.
+ *
+ * Parsers return 1 if the input is good, 0 if more bytes are needed or nothing
+ * is there, and minus a refusal if it is wrong.
+ *
+ * Door: refusals, status_reason, head_find, text_split, text_is_clean,
+ * list_next, fields_parse, head_field, head_value, head_lists, head_length,
+ * authority_parse, url_login, absolute_parse, url_parse, method_parse,
+ * request_parse, response_is_bare, response_parse, fields_of_hop,
+ * fields_not_late, fields_of_body, fields_of_condition, name_is_among,
+ * field_passes, field_append, status_append, length_append, via_append,
+ * host_bare, address_read, response_length.
  */
 
 static const struct {
@@ -2580,58 +2592,61 @@ static const struct {
 	const char *error; /* RFC 9209 section 2.3 */
 	const char *words;
 } refusals[REFUSALS] = {
+#define BAD 400, CAUSE_OTHER, "http_request_error"
 #define CLIENT CAUSE_OTHER, "http_request_error"
-#define SERVER CAUSE_OTHER, "http_protocol_error"
-	[REFUSE_BARE_LF] = { 400, CLIENT, "a line does not end in CR LF" },
-	[REFUSE_CONTROL] = { 400, CLIENT, "a control byte in the head" },
-	[REFUSE_TLS] = { 400, CLIENT,
+#define BAD_ANSWER 502, CAUSE_OTHER, "http_protocol_error"
+#define DENIED 403, CAUSE_RULE, "http_request_denied"
+#define LOGIN 407, CAUSE_RULE, "http_request_denied"
+#define LOOP 508, CAUSE_OTHER, "proxy_loop_detected"
+#define UNROUTABLE 502, CAUSE_WAY, "destination_ip_unroutable"
+#define ENDED 502, CAUSE_ANSWER, "connection_terminated"
+	[REFUSE_BARE_LF] = { BAD, "a line does not end in CR LF" },
+	[REFUSE_CONTROL] = { BAD, "a control byte in the head" },
+	[REFUSE_TLS] = { BAD,
 	    "TLS came where plain HTTP was expected: use http:// for the "
 	    "address of the proxy" },
-	[REFUSE_SOCKS] = { 400, CLIENT,
+	[REFUSE_SOCKS] = { BAD,
 	    "SOCKS came where HTTP was expected: make this an HTTP proxy" },
-	[REFUSE_BINARY] = { 400, CLIENT,
+	[REFUSE_BINARY] = { BAD,
 	    "this is not HTTP: a request line was expected" },
-	[REFUSE_HTTP2] = { 400, CLIENT,
-	    "HTTP/2 came where HTTP/1.1 was expected" },
-	[REFUSE_LINE] = { 400, CLIENT,
-	    "the request line is not METHOD URL HTTP/1.1" },
-	[REFUSE_STATUS_LINE] = { 502, SERVER,
+	[REFUSE_HTTP2] = { BAD, "HTTP/2 came where HTTP/1.1 was expected" },
+	[REFUSE_LINE] = { BAD, "the request line is not METHOD URL HTTP/1.1" },
+	[REFUSE_STATUS_LINE] = { BAD_ANSWER,
 	    "no status line of HTTP/1 at its start" },
-	[REFUSE_METHOD] = { 400, CLIENT, "the method is not a word" },
+	[REFUSE_METHOD] = { BAD, "the method is not a word" },
 	[REFUSE_VERSION] = { 505, CLIENT, "only HTTP/1.0 and 1.1 are spoken" },
 	[REFUSE_LINE_LONG] = { 414, CLIENT, "the request line is too long" },
 	[REFUSE_HEAD_LONG] = { 431, CLIENT, "the head is too long" },
 	[REFUSE_FIELDS_MANY] = { 431, CLIENT, "too many fields in the head" },
-	[REFUSE_FIELD] = { 400, CLIENT, "a field is not name: value" },
-	[REFUSE_COLON] = { 400, CLIENT, "a blank before a field's colon" },
-	[REFUSE_FOLDED] = { 400, CLIENT, "a folded field" },
-	[REFUSE_NO_HOST] = { 400, CLIENT, "HTTP/1.1 without a Host field" },
-	[REFUSE_HOSTS] = { 400, CLIENT, "more than one Host field" },
-	[REFUSE_HOST] = { 400, CLIENT, "the Host field is not host:port" },
-	[REFUSE_FORM] = { 400, CLIENT,
+	[REFUSE_FIELD] = { BAD, "a field is not name: value" },
+	[REFUSE_COLON] = { BAD, "a blank before a field's colon" },
+	[REFUSE_FOLDED] = { BAD, "a folded field" },
+	[REFUSE_NO_HOST] = { BAD, "HTTP/1.1 without a Host field" },
+	[REFUSE_HOSTS] = { BAD, "more than one Host field" },
+	[REFUSE_HOST] = { BAD, "the Host field is not host:port" },
+	[REFUSE_FORM] = { BAD,
 	    "the target's form does not go with the method" },
 	[REFUSE_SCHEME] = { 501, CLIENT,
 	    "only http:// goes in the clear; https goes by CONNECT" },
-	[REFUSE_USERINFO] = { 400, CLIENT,
+	[REFUSE_USERINFO] = { BAD,
 	    "a user or password that does not belong there" },
-	[REFUSE_AUTHORITY] = { 400, CLIENT, "no valid host in the URL" },
-	[REFUSE_PORT] = { 400, CLIENT, "the port is not one from 1 to 65535" },
-	[REFUSE_NOT_US] = { 400, CLIENT,
+	[REFUSE_AUTHORITY] = { BAD, "no valid host in the URL" },
+	[REFUSE_PORT] = { BAD, "the port is not one from 1 to 65535" },
+	[REFUSE_NOT_US] = { BAD,
 	    "this is a proxy: the request line must hold the whole URL" },
-	[REFUSE_LENGTH] = { 400, CLIENT, "Content-Length is not a number" },
-	[REFUSE_LENGTHS] = { 400, CLIENT, "Content-Lengths that differ" },
-	[REFUSE_BOTH] = { 400, CLIENT,
-	    "both Content-Length and Transfer-Encoding" },
+	[REFUSE_LENGTH] = { BAD, "Content-Length is not a number" },
+	[REFUSE_LENGTHS] = { BAD, "Content-Lengths that differ" },
+	[REFUSE_BOTH] = { BAD, "both Content-Length and Transfer-Encoding" },
 	[REFUSE_CODING] = { 501, CLIENT,
 	    "a transfer coding other than chunked" },
-	[REFUSE_CODING_TWICE] = { 400, CLIENT,
+	[REFUSE_CODING_TWICE] = { BAD,
 	    "Transfer-Encoding is not chunked, once, last" },
-	[REFUSE_CODING_OLD] = { 400, CLIENT,
+	[REFUSE_CODING_OLD] = { BAD,
 	    "Transfer-Encoding in an HTTP/1.0 request" },
-	[REFUSE_HOPS] = { 400, CLIENT, "Max-Forwards is not a number" },
-	[REFUSE_CONNECT_BODY] = { 400, CLIENT, "a CONNECT with a body" },
-	[REFUSE_BODY] = { 400, CLIENT, "broken chunks in the request body" },
-	[REFUSE_BODY_CUT] = { 400, CLIENT, "the request body was cut short" },
+	[REFUSE_HOPS] = { BAD, "Max-Forwards is not a number" },
+	[REFUSE_CONNECT_BODY] = { BAD, "a CONNECT with a body" },
+	[REFUSE_BODY] = { BAD, "broken chunks in the request body" },
+	[REFUSE_BODY_CUT] = { BAD, "the request body was cut short" },
 	[REFUSE_BODY_SLOW] = { 408, CLIENT, "the request body stopped coming" },
 	[REFUSE_SLOW] = { 408, CLIENT, "the request's head came too slowly" },
 	[REFUSE_BUSY] = { 503, CAUSE_OTHER, "connection_limit_reached",
@@ -2643,37 +2658,29 @@ static const struct {
 	    "only-if-cached, and nothing fit is stored" },
 	[REFUSE_CONDITION] = { 412, CLIENT,
 	    "what is stored does not meet the request's condition" },
-	[REFUSE_LOOP_VIA] = { 508, CAUSE_OTHER, "proxy_loop_detected",
-	    "this request has passed here before" },
-	[REFUSE_LOOP] = { 508, CAUSE_OTHER, "proxy_loop_detected",
-	    "this address is the proxy's own" },
+	[REFUSE_LOOP_VIA] = { LOOP, "this request has passed here before" },
+	[REFUSE_LOOP] = { LOOP, "this address is the proxy's own" },
 	[REFUSE_GUARDED] = { 403, CAUSE_RULE, "destination_ip_prohibited",
 	    "a rule forbids this address" },
-	[REFUSE_RULE] = { 403, CAUSE_RULE, "http_request_denied",
-	    "a rule forbids this" },
-	[REFUSE_FOREIGN] = { 403, CAUSE_RULE, "http_request_denied",
-	    "this client may not use the proxy" },
-	[REFUSE_USER] = { 407, CAUSE_RULE, "http_request_denied",
-	    "a user and password are needed" },
-	[REFUSE_PASSWORD] = { 407, CAUSE_RULE, "http_request_denied",
-	    "wrong user or password" },
+	[REFUSE_RULE] = { DENIED, "a rule forbids this" },
+	[REFUSE_FOREIGN] = { DENIED, "this client may not use the proxy" },
+	[REFUSE_USER] = { LOGIN, "a user and password are needed" },
+	[REFUSE_PASSWORD] = { LOGIN, "wrong user or password" },
 	[REFUSE_NAME] = { 502, CAUSE_WAY, "dns_error",
 	    "the name lookup failed" },
 	[REFUSE_NAME_SLOW] = { 504, CAUSE_WAY, "dns_timeout",
 	    "the name lookup took too long" },
-	[REFUSE_FAMILY] = { 502, CAUSE_WAY, "destination_ip_unroutable",
+	[REFUSE_FAMILY] = { UNROUTABLE,
 	    "no address of the family that it may leave by" },
 	[REFUSE_CONNECTION] = { 502, CAUSE_WAY, "connection_refused",
 	    "the connection was refused" },
-	[REFUSE_UNREACHABLE] = { 502, CAUSE_WAY, "destination_ip_unroutable",
-	    "the server can't be reached" },
+	[REFUSE_UNREACHABLE] = { UNROUTABLE, "the server can't be reached" },
 	[REFUSE_CONNECT_SLOW] = { 504, CAUSE_WAY, "connection_timeout",
 	    "connecting took too long" },
 	[REFUSE_CONNECT] = { 502, CAUSE_WAY, "destination_unavailable",
 	    "connecting failed" },
-	[REFUSE_CLOSED] = { 502, CAUSE_ANSWER, "connection_terminated",
-	    "the server closed without an answer" },
-	[REFUSE_RESET] = { 502, CAUSE_ANSWER, "connection_terminated",
+	[REFUSE_CLOSED] = { ENDED, "the server closed without an answer" },
+	[REFUSE_RESET] = { ENDED,
 	    "the server broke the connection without an answer" },
 	[REFUSE_EARLY] = { 502, CAUSE_ANSWER, "http_protocol_error",
 	    "an answer before the request" },
@@ -2684,10 +2691,10 @@ static const struct {
 	    "the answer's head is too long" },
 	[REFUSE_ANSWER_SLOW] = { 504, CAUSE_ANSWER, "http_response_timeout",
 	    "the server did not answer in time" },
-	[REFUSE_INTERIM] = { 502, SERVER, "too many interim answers" },
+	[REFUSE_INTERIM] = { BAD_ANSWER, "too many interim answers" },
 	[REFUSE_UPGRADE] = { 502, CAUSE_OTHER, "http_upgrade_failed",
 	    "a switch of protocols that nobody asked for" },
-	[REFUSE_LOGIN] = { 502, SERVER,
+	[REFUSE_LOGIN] = { BAD_ANSWER,
 	    "the server asked for a login as if it were a proxy" },
 	[REFUSE_PARENT_LOGIN] = { 502, CAUSE_OTHER, "proxy_configuration_error",
 	    "the parent proxy does not accept our login" },
@@ -2699,11 +2706,9 @@ static const struct {
 	    "no byte moved for too long" },
 	[REFUSE_MEMORY] = { 503, CAUSE_OTHER, "proxy_internal_error",
 	    "out of memory" }
-#undef CLIENT
-#undef SERVER
 };
 
-/* The status texts; others go without, as RFC 9112 section 4 allows. */
+/* The reason of a status; empty for others, as RFC 9112 section 4 allows. */
 static const char *
 status_reason(int status)
 {
@@ -2743,69 +2748,75 @@ status_reason(int status)
 }
 
 /*
- * Looks for the end of a head: an empty line.  *seen says how far it was
- * looked for before.  Returns the head's length with that line, 0 if it is
- * not there yet, or minus a refusal.  Every line of a client's ends in CR LF,
- * though RFC 9112 section 2.2 would let us take LF: two readings are one too
- * many.  A server's may end in LF (lenient).
+ * Looks for the end of a head, an empty line; *seen is how many bytes were
+ * searched before.  Returns the length of the head with that line, 0 if it is
+ * not there yet, or minus a refusal.  Every line of a client must end in CR LF,
+ * though RFC 9112 section 2.2 would allow LF: two ways to read a head are one
+ * too many.  Lines of a server may end in LF (lenient).
  */
 static int
 head_find(struct text t, size_t *seen, bool lenient)
 {
-	const char *lf;
+	while (*seen < t.len) {
+		size_t i = *seen + text_find(text_from(t, *seen), '\n');
 
-	while (*seen < t.len &&
-	    (lf = memchr(t.at + *seen, '\n', t.len - *seen)) != NULL) {
-		size_t i = (size_t)(lf - t.at), n = i + 1;
-
+		*seen = i < t.len ? i + 1 : i;
+		if (i == t.len)
+			break;
 		if (i > 0 && t.at[i - 1] == '\r')
 			i--;
 		else if (!lenient)
 			return -REFUSE_BARE_LF;
-		*seen = n;
 		if (i == 0 || t.at[i - 1] == '\n')
-			return (int)n;
+			return (int)*seen;
 	}
-	*seen = t.len;
 	return 0;
 }
 
+/* The bytes of *rest in front of the first c; *rest goes on behind that. */
+static struct text
+text_split(struct text *rest, char c)
+{
+	size_t n = text_find(*rest, c);
+	struct text piece = text_cut(rest->at, n);
+
+	*rest = text_from(*rest, n < rest->len ? n + 1 : n);
+	return piece;
+}
+
 /*
- * The next line of *rest without its CR LF or LF; *rest goes on behind it.
- * mended, if not NULL, notes a line that ends in LF alone.
+ * The next line of *rest without its CR LF or LF; *rest goes on behind it.  If
+ * mended is not NULL, a line that ends in LF alone is noted there.
  */
 static struct text
 line_next(struct text *rest, unsigned *mended)
 {
-	size_t n = text_find(*rest, '\n');
-	struct text line = text_cut(rest->at, n);
+	struct text line = text_split(rest, '\n');
 
-	if (n > 0 && line.at[n - 1] == '\r')
+	if (line.len > 0 && line.at[line.len - 1] == '\r')
 		line.len--;
 	else if (mended != NULL)
 		*mended |= MEND_LF;
-	*rest = text_from(*rest, n < rest->len ? n + 1 : n);
 	return line;
 }
 
-/* True if t holds nothing but visible bytes, blanks and tabs. */
+/* True if t has no control bytes but tabs. */
 static bool
 text_is_clean(struct text t)
 {
 	size_t i;
 
-	for (i = 0; i < t.len; i++) {
-		unsigned char c = (unsigned char)t.at[i];
-
-		if ((c < ' ' && c != '\t') || c == 0x7f)
+	for (i = 0; i < t.len; i++)
+		if (((unsigned char)t.at[i] < ' ' && t.at[i] != '\t') ||
+		    t.at[i] == 0x7f)
 			return false;
-	}
 	return true;
 }
 
 /*
- * One field line (RFC 9112 section 5).  Returns 1; 0: it is to be dropped; or
- * minus a refusal.  mended: what is put right, or NULL if nothing may be.
+ * Reads a field line (RFC 9112 section 5).  Returns 1; 0 if the line is to be
+ * dropped; or minus a refusal.  Repairs are noted in mended; if that is NULL,
+ * nothing is repaired.
  */
 static int
 field_parse(struct text line, struct field *field, unsigned *mended)
@@ -2832,27 +2843,40 @@ field_parse(struct text line, struct field *field, unsigned *mended)
 }
 
 /*
- * The next member of a comma-separated list (RFC 9110 section 5.6.1), empty
- * ones passed over; false at its end.  A comma in a quoted string does not
+ * The next field of that name, behind `last`, or the first one if last is
+ * NULL.  NULL: there are no more.
+ */
+static const struct field *
+field_next(const struct head *h, const char *name, const struct field *last)
+{
+	const struct field *field = last == NULL ? h->fields : last + 1;
+
+	for (; field < h->fields + h->n; field++)
+		if (text_is(field->name, name))
+			return field;
+	return NULL;
+}
+
+/*
+ * The next member of a comma-separated list (RFC 9110 section 5.6.1); empty
+ * ones are skipped.  False at its end.  A comma in a quoted string does not
  * count.
  */
 static bool
 list_next(struct text *rest, struct text *member)
 {
-	bool quoted = false;
-	size_t i;
-
 	do {
+		bool quoted = false;
+		size_t i;
+
 		for (i = 0; i < rest->len; i++) {
+			if (!quoted && rest->at[i] == ',')
+				break;
 			if (rest->at[i] == '"')
 				quoted = !quoted;
-			else if (quoted && rest->at[i] == '\\')
+			if (quoted && rest->at[i] == '\\' && i + 1 < rest->len)
 				i++;
-			else if (!quoted && rest->at[i] == ',')
-				break;
 		}
-		if (i > rest->len)
-			i = rest->len;
 		*member = text_trim(text_cut(rest->at, i));
 		*rest = text_from(*rest, i < rest->len ? i + 1 : i);
 	} while (member->len == 0 && rest->len > 0);
@@ -2861,28 +2885,25 @@ list_next(struct text *rest, struct text *member)
 
 /*
  * Marks the fields that Connection names (RFC 9110 section 7.6.1).  Once for a
- * head: for each field anew, a long list could keep us busy.
+ * head: to read a long list again for each field would take too long.
  */
 static void
 head_nominate(struct head *h)
 {
+	const struct field *field = NULL;
 	struct text rest, member;
-	size_t i, k;
+	size_t i;
 
 	memset(h->nominated, 0, sizeof(h->nominated));
-	for (i = 0; i < h->n; i++) {
-		if (!text_is(h->fields[i].name, "Connection"))
-			continue;
-		rest = h->fields[i].value;
-		while (list_next(&rest, &member))
-			for (k = 0; k < h->n; k++)
-				if (text_same(h->fields[k].name, member))
-					h->nominated[k / 8] |=
-					    (unsigned char)(1U << k % 8);
-	}
+	while ((field = field_next(h, "Connection", field)) != NULL)
+		for (rest = field->value; list_next(&rest, &member);)
+			for (i = 0; i < h->n; i++)
+				if (text_same(h->fields[i].name, member))
+					h->nominated[i / 8] |=
+					    (unsigned char)(1U << i % 8);
 }
 
-/* All field lines up to the empty one that ends t; see field_parse(). */
+/* Reads the field lines up to the empty line that ends t; see field_parse(). */
 static int
 fields_parse(struct text t, struct head *h, unsigned *mended)
 {
@@ -2915,16 +2936,10 @@ head_parse(struct text t, struct head *h, unsigned *mended)
 static const struct field *
 head_field(const struct head *h, const char *name)
 {
-	struct text wanted = text_of(name);
-	size_t i;
-
-	for (i = 0; i < h->n; i++)
-		if (text_same(h->fields[i].name, wanted))
-			return &h->fields[i];
-	return NULL;
+	return field_next(h, name, NULL);
 }
 
-/* The value of the first field of that name; empty if there is none. */
+/* The value of the first field of that name; empty if there is no field. */
 static struct text
 head_value(const struct head *h, const char *name)
 {
@@ -2940,103 +2955,86 @@ head_value(const struct head *h, const char *name)
 static bool
 head_drop(struct head *h, const char *name, const char *value)
 {
-	size_t i, kept = 0, n = h->n;
+	size_t i, n = h->n;
 
-	for (i = 0; i < n; i++)
+	for (h->n = i = 0; i < n; i++)
 		if (!text_is(h->fields[i].name, name) ||
-		    (value != NULL && !text_is(h->fields[i].value, value))) {
-			if (kept < i)
-				h->fields[kept] = h->fields[i];
-			kept++;
-		}
-	h->n = kept;
-	if (kept < n)
+		    (value != NULL && !text_is(h->fields[i].value, value)))
+			h->fields[h->n++] = h->fields[i];
+	if (h->n < n)
 		head_nominate(h);
-	return kept < n;
+	return h->n < n;
 }
 
-/* True if a field called name has word as a member of its list. */
+/* True if a field of that name has word as a member of its list. */
 static bool
 head_lists(const struct head *h, const char *name, struct text word)
 {
-	struct text wanted = text_of(name);
-	size_t i;
+	const struct field *field = NULL;
+	struct text rest, member;
 
-	for (i = 0; i < h->n; i++) {
-		struct text rest = h->fields[i].value, member;
-
-		if (!text_same(h->fields[i].name, wanted))
-			continue;
-		while (list_next(&rest, &member))
+	while ((field = field_next(h, name, field)) != NULL)
+		for (rest = field->value; list_next(&rest, &member);)
 			if (text_same(member, word))
 				return true;
-	}
 	return false;
 }
 
 /*
- * Content-Length (RFC 9112 section 6.3, item 5): digits, one value; equal
- * repeats, in one line or several, are one.  0: there is none.
+ * Reads Content-Length (RFC 9112 section 6.3, item 5): digits, and one value;
+ * equal repeats, in one line or several, count as one.  0: no such field.
  */
 static int
 head_length(const struct head *h, uint64_t *length)
 {
+	const struct field *field = NULL;
 	int found = 0;
-	size_t i;
 
-	for (i = 0; i < h->n; i++) {
-		struct text rest = h->fields[i].value;
+	while ((field = field_next(h, "Content-Length", field)) != NULL) {
+		struct text rest = field->value;
 		uint64_t value;
-		size_t comma;
 		bool more;
 
-		if (!text_is(h->fields[i].name, "Content-Length"))
-			continue;
 		do {
-			comma = text_find(rest, ',');
-			if (!number_parse(text_trim(text_cut(rest.at, comma)),
+			more = text_find(rest, ',') < rest.len;
+			if (!number_parse(text_trim(text_split(&rest, ',')),
 				INT64_MAX, &value))
 				return -REFUSE_LENGTH;
 			if (found && value != *length)
 				return -REFUSE_LENGTHS;
 			*length = value;
 			found = 1;
-			more = comma < rest.len;
-			rest = text_from(rest, comma + more);
 		} while (more);
 	}
 	return found;
 }
 
 /*
- * Transfer-Encoding (RFC 9112 section 6.1): `chunked`, once, and nothing
- * else, since we could not undo it.  1: chunked, 0: there is none.
+ * Reads Transfer-Encoding (RFC 9112 section 6.1): `chunked`, once, and nothing
+ * else, since the proxy can't decode more.  0: no such field.
  */
 static int
 head_chunked(const struct head *h)
 {
+	const struct field *field = NULL;
 	int found = 0;
-	size_t i;
 
-	for (i = 0; i < h->n; i++) {
-		if (!text_is(h->fields[i].name, "Transfer-Encoding"))
-			continue;
-		if (found)
+	while ((field = field_next(h, "Transfer-Encoding", field)) != NULL) {
+		if (found++ ||
+		    (text_starts(field->value, "chunked") &&
+			field->value.len > strlen("chunked")))
 			return -REFUSE_CODING_TWICE;
-		if (text_starts(h->fields[i].value, "chunked") &&
-		    h->fields[i].value.len > strlen("chunked"))
-			return -REFUSE_CODING_TWICE;
-		if (!text_is(h->fields[i].value, "chunked"))
+		if (!text_is(field->value, "chunked"))
 			return -REFUSE_CODING;
-		found = 1;
 	}
 	return found;
 }
 
 /*
- * How a body is framed by its head; the caller knows what no framing means.
- * Both at once is how requests are smuggled: refused; of a server (lenient)
- * chunked wins (RFC 9112 section 6.3, item 3).
+ * Reads how a head frames its body.  If no field says so, *framing stays: a
+ * request then has no body, and a response's goes on to the close.  Both
+ * fields at once are how requests are smuggled: that is refused, but from a
+ * server (lenient) chunked wins (RFC 9112 section 6.3, item 3).
  */
 static int
 head_framing(const struct head *h, enum framing *framing, uint64_t *length,
@@ -3051,9 +3049,8 @@ head_framing(const struct head *h, enum framing *framing, uint64_t *length,
 		return -REFUSE_BOTH;
 	if (counted < 0)
 		return counted;
-	*framing = chunked ? FRAMING_CHUNKED :
-	    counted        ? FRAMING_LENGTH :
-			     FRAMING_NONE;
+	if (chunked || counted)
+		*framing = chunked ? FRAMING_CHUNKED : FRAMING_LENGTH;
 	return 1;
 }
 
@@ -3076,101 +3073,132 @@ host_is_valid(struct text host, bool bracketed)
 }
 
 /*
- * host[:port] or [IPv6][:port].  Without a port it is default_port, and an
- * error if that is 0.
+ * Reads host[:port] or [IPv6][:port].  Without a port, default_port is taken;
+ * if that is 0, the port must be there.
  */
 static int
 authority_parse(struct text t, unsigned default_port, struct target *target)
 {
-	bool bracketed = t.len > 0 && *t.at == '[';
-	size_t end = text_find(t, bracketed ? ']' : ':');
-	struct text port = text_from(t, end);
+	bool bracketed = text_starts(t, "[");
+	struct text rest = text_from(t, bracketed);
 	uint64_t value = default_port;
 
 	if (text_find(t, '@') < t.len)
 		return -REFUSE_USERINFO;
-	target->host = text_cut(t.at, end);
-	if (bracketed) {
-		if (end == t.len)
-			return -REFUSE_AUTHORITY;
-		target->host = text_cut(t.at + 1, end - 1);
-		port = text_from(t, end + 1);
-	}
-	if (!host_is_valid(target->host, bracketed))
+	target->host =
+	    text_cut(rest.at, text_find(rest, bracketed ? ']' : ':'));
+	rest = text_from(rest, target->host.len);
+	if (!host_is_valid(target->host, bracketed) ||
+	    (bracketed && rest.len == 0))
 		return -REFUSE_AUTHORITY;
-	if (port.len > 0 && *port.at != ':')
+	rest = text_from(rest, bracketed);
+	if (rest.len > 0 && *rest.at != ':')
 		return -REFUSE_AUTHORITY;
-	if (port.len > 1 && !number_parse(text_from(port, 1), 65535, &value))
-		return -REFUSE_PORT;
-	if (value == 0)
+	if ((rest.len > 1 &&
+		!number_parse(text_from(rest, 1), 65535, &value)) ||
+	    value == 0)
 		return -REFUSE_PORT;
 	target->port = (unsigned)value;
 	return 1;
 }
 
+/* The part of t in front of the first of those bytes. */
+static struct text
+text_until(struct text t, const char *bytes)
+{
+	size_t n = 0;
+
+	while (n < t.len && !is_among(t.at[n], bytes))
+		n++;
+	return text_cut(t.at, n);
+}
+
 /*
- * The login in an absolute URL, with the `@` behind it; of no bytes if there
- * is none.  It may hold any byte that does not end an authority.
+ * The login in a URL, with the `@` behind it; it is empty if there is no login.
+ * It may hold any byte that does not end an authority.
  */
 static struct text
 url_login(struct text t)
 {
-	size_t i = 0, start, n = 0;
+	size_t slash = text_find(t, '/');
+	struct text login;
 
-	while (
-	    i < t.len && t.at[i] != '/' && !text_starts(text_from(t, i), "://"))
-		i++;
-	start = i < t.len && t.at[i] == ':' ? i + strlen("://") : 0;
-	for (i = start; i < t.len && !is_among(t.at[i], "/?"); i++)
-		if (t.at[i] == '@')
-			n = i + 1 - start;
-	return text_cut(t.at + start, n);
+	if (slash > 0 && text_starts(text_from(t, slash - 1), "://"))
+		t = text_from(t, slash + 2);
+	login = text_until(t, "/?");
+	while (login.len > 0 && login.at[login.len - 1] != '@')
+		login.len--;
+	return login;
+}
+
+/* Reads authority/path, as in a URL behind `//`.  A fragment is ignored. */
+static int
+place_parse(struct text t, unsigned default_port, struct target *target)
+{
+	struct text authority;
+
+	t = text_until(t, "#");
+	authority = text_until(t, "/?");
+	target->path = text_from(t, authority.len);
+	return authority_parse(authority, default_port, target);
 }
 
 /*
- * http://authority/path of an absolute URL (RFC 9110 section 4.2.1); or only
- * //authority/path, which is relative to one.  A fragment does not count.
+ * Reads http://authority/path, an absolute URL (RFC 9110 section 4.2.1), or
+ * //authority/path, which is relative to such a URL.
  */
 static int
 absolute_parse(struct text t, struct target *target)
 {
-	size_t n;
-
 	if (text_starts(t, "http:"))
 		t = text_from(t, strlen("http:"));
 	if (!text_starts(t, "//"))
 		return -REFUSE_SCHEME;
-	t = text_from(t, strlen("//"));
-	t.len = text_find(t, '#');
-	for (n = 0; n < t.len && t.at[n] != '/' && t.at[n] != '?'; n++)
-		continue;
-	target->path = text_from(t, n);
-	return authority_parse(text_cut(t.at, n), 80, target);
+	return place_parse(text_from(t, strlen("//")), 80, target);
 }
 
 /*
- * The target in its four forms (RFC 9112 section 3.2).  Bytes beyond ASCII
- * pass, as clients do send them; blanks can't be here, controls may not.
+ * Reads the URL of an option, http or https, and ignores a login in it.  For
+ * https the target is that of a CONNECT.  False if it is not such a URL.
+ */
+static bool
+url_parse(struct text url, struct target *target)
+{
+	struct text login = url_login(url);
+	bool tls = text_starts(url, "https://");
+
+	memset(target, 0, sizeof(*target));
+	if (!text_is_clean(url) || (!tls && !text_starts(url, "http://")))
+		return false;
+	url = text_from(url, (size_t)(login.at + login.len - url.at));
+	if (place_parse(url, tls ? 443 : 80, target) != 1)
+		return false;
+	target->form = tls ? FORM_AUTHORITY : FORM_ABSOLUTE;
+	target->path.len = tls ? 0 : target->path.len;
+	return true;
+}
+
+/*
+ * Reads the target in its four forms (RFC 9112 section 3.2).  Bytes beyond
+ * ASCII pass, as clients do send them; blanks and control bytes do not.
  */
 static int
 target_parse(struct text t, enum method method, struct target *target)
 {
-	size_t i;
+	struct text rest = t;
 
 	memset(target, 0, sizeof(*target));
-	target->host = text_cut(t.at, 0);
-	for (i = 0; i < t.len; i++)
-		if ((unsigned char)t.at[i] <= ' ' || t.at[i] == 0x7f)
-			return -REFUSE_CONTROL;
+	target->host = target->path = text_cut(t.at, 0);
+	if (text_until(t, " \t").len < t.len || !text_is_clean(t))
+		return -REFUSE_CONTROL;
 	if (method == METHOD_CONNECT) {
 		target->form = FORM_AUTHORITY;
-		target->path = text_cut(t.at, 0);
 		return text_find(t, '/') < t.len ?
 		    -REFUSE_FORM :
 		    authority_parse(t, 0, target);
 	}
 	target->path = t;
-	if (*t.at == '/') {
+	if (text_starts(t, "/")) {
 		target->form = FORM_ORIGIN;
 		return 1;
 	}
@@ -3179,19 +3207,20 @@ target_parse(struct text t, enum method method, struct target *target)
 		return method == METHOD_OPTIONS ? 1 : -REFUSE_FORM;
 	}
 	target->form = FORM_ABSOLUTE;
-	for (i = 0; i < t.len; i++)
-		if (!is_alnum(t.at[i]) && !is_among(t.at[i], "+-."))
-			break;
-	if (i == 0 || !text_starts(text_from(t, i), "://"))
+	while (
+	    rest.len > 0 && (is_alnum(*rest.at) || is_among(*rest.at, "+-.")))
+		rest = text_from(rest, 1);
+	if (rest.len == t.len || !text_starts(rest, "://"))
 		return -REFUSE_FORM;
 	return absolute_parse(t, target);
 }
 
-/* The method by its name, which is case-sensitive (RFC 9110 9.1). */
+/* The method of that name; the case of its letters counts (RFC 9110 9.1). */
 static enum method
 method_parse(struct text t)
 {
 	static const char *const methods[] = {
+		[METHOD_OTHER] = "",
 		[METHOD_GET] = "GET",
 		[METHOD_HEAD] = "HEAD",
 		[METHOD_POST] = "POST",
@@ -3201,15 +3230,14 @@ method_parse(struct text t)
 		[METHOD_TRACE] = "TRACE",
 		[METHOD_CONNECT] = "CONNECT",
 	};
-	size_t i;
+	size_t i = sizeof(methods) / sizeof(methods[0]) - 1;
 
-	for (i = 0; i < sizeof(methods) / sizeof(methods[0]); i++)
-		if (methods[i] != NULL && text_equals(t, text_of(methods[i])))
-			return (enum method)i;
-	return METHOD_OTHER;
+	while (i > 0 && !text_equals(t, text_of(methods[i])))
+		i--;
+	return (enum method)i;
 }
 
-/* HTTP/1.0 or 1.x at t (RFC 9112 section 2.3); 1 and the minor version. */
+/* Reads HTTP/1.x (RFC 9112 section 2.3); *minor is 1 for all but HTTP/1.0. */
 static int
 version_parse(struct text t, unsigned *minor)
 {
@@ -3222,25 +3250,22 @@ version_parse(struct text t, unsigned *minor)
 	return 1;
 }
 
-/* METHOD SP target SP version: one blank each, no more. */
+/* Reads METHOD SP target SP version: one blank each, no more. */
 static int
 request_line_parse(struct text line, struct request *r)
 {
-	size_t first = text_find(line, ' ');
-	struct text rest =
-	    text_from(line, first < line.len ? first + 1 : first);
-	size_t second = text_find(rest, ' ');
+	struct text rest = line;
 	int verdict;
 
 	if (text_is(line, "PRI * HTTP/2.0"))
 		return -REFUSE_HTTP2;
 	if (!text_is_clean(line))
 		return -REFUSE_CONTROL;
-	if (first == line.len || second == rest.len || second == 0)
+	r->name = text_split(&rest, ' ');
+	r->uri = text_split(&rest, ' ');
+	if (r->uri.len == 0)
 		return -REFUSE_LINE;
-	r->name = text_cut(line.at, first);
-	r->uri = text_cut(rest.at, second);
-	verdict = version_parse(text_from(rest, second + 1), &r->minor);
+	verdict = version_parse(rest, &r->minor);
 	if (verdict != 1)
 		return verdict;
 	if (!text_is_token(r->name))
@@ -3249,36 +3274,30 @@ request_line_parse(struct text line, struct request *r)
 	return target_parse(r->uri, r->method, &r->target);
 }
 
-/* RFC 9112 section 3.2: one Host field, and it is a host. */
+/* Checks Host (RFC 9112 section 3.2): one field, and its value is a host. */
 static int
 request_host_check(const struct request *r)
 {
+	const struct field *host = head_field(&r->head, "Host");
 	struct target target;
-	int hosts = 0;
-	size_t i;
 
-	for (i = 0; i < r->head.n; i++) {
-		if (!text_is(r->head.fields[i].name, "Host"))
-			continue;
-		if (hosts++)
-			return -REFUSE_HOSTS;
-		if (r->head.fields[i].value.len > 0 &&
-		    authority_parse(r->head.fields[i].value, 80, &target) != 1)
-			return -REFUSE_HOST;
-	}
-	return hosts || r->minor == 0 ? 1 : -REFUSE_NO_HOST;
+	if (host == NULL)
+		return r->minor == 0 ? 1 : -REFUSE_NO_HOST;
+	if (host->value.len > 0 &&
+	    authority_parse(host->value, 80, &target) != 1)
+		return -REFUSE_HOST;
+	return field_next(&r->head, "Host", host) == NULL ? 1 : -REFUSE_HOSTS;
 }
 
-/* A whole request head.  What is understood before a refusal stays in r. */
+/* Reads a whole request head.  What is read before a refusal stays in r. */
 static int
 request_parse(struct text t, struct request *r)
 {
 	int verdict, line;
 
-	r->name = r->uri = text_cut(t.at, 0);
 	r->method = METHOD_OTHER;
 	r->minor = 1;
-	r->framing = FRAMING_NONE;
+	r->framing = FRAMING_NO_BODY;
 	r->length = 0;
 	memset(&r->rewrites, 0, sizeof(r->rewrites));
 	memset(&r->target, 0, sizeof(r->target));
@@ -3297,34 +3316,35 @@ request_parse(struct text t, struct request *r)
 	if (verdict != 1)
 		return verdict;
 	if (r->framing == FRAMING_LENGTH && r->length == 0)
-		r->framing = FRAMING_NONE;
-	if (r->method == METHOD_CONNECT && r->framing != FRAMING_NONE)
+		r->framing = FRAMING_NO_BODY;
+	if (r->method == METHOD_CONNECT && r->framing != FRAMING_NO_BODY)
 		return -REFUSE_CONNECT_BODY;
 	return request_host_check(r);
 }
 
 /*
- * HTTP/1.x SP status [SP reason].  RFC 9112 section 4 wants the second blank
- * even without a reason; many servers do not send it then.
+ * Reads HTTP/1.x SP status [SP reason].  RFC 9112 section 4 wants the second
+ * blank even without a reason; many servers do not send it then.
  */
 static int
 status_line_parse(struct text line, struct response *r)
 {
+	struct text rest = line, code;
 	uint64_t status;
 
-	if (line.len < 12 || line.at[8] != ' ' ||
-	    (line.len > 12 && line.at[12] != ' ') || !text_is_clean(line) ||
-	    version_parse(text_cut(line.at, 8), &r->minor) != 1 ||
-	    !number_parse(text_cut(line.at + 9, 3), 999, &status) ||
-	    status < 100)
+	if (version_parse(text_split(&rest, ' '), &r->minor) != 1)
+		return -REFUSE_STATUS_LINE;
+	code = text_split(&rest, ' ');
+	if (code.len != 3 || !number_parse(code, 999, &status) ||
+	    status < 100 || !text_is_clean(line))
 		return -REFUSE_STATUS_LINE;
 	r->status = (int)status;
-	r->reason = text_from(line, line.len > 12 ? 13 : 12);
+	r->reason = rest;
 	return 1;
 }
 
 /*
- * Whether a response has no body whatever its fields say (RFC 9112 section
+ * True if a response has no body whatever its fields say (RFC 9112 section
  * 6.3, items 1 and 2).
  */
 static bool
@@ -3335,8 +3355,8 @@ response_is_bare(int status, enum method method)
 }
 
 /*
- * A whole response head to a request of that method.  What can be put right
- * is, in r->head too, so that nobody else has to know of it.
+ * Reads a whole response head; method is that of the request.  Repairs change
+ * r->head too, so that nothing else has to know of them.
  */
 static int
 response_parse(struct text t, enum method method, struct response *r)
@@ -3348,7 +3368,7 @@ response_parse(struct text t, enum method method, struct response *r)
 	r->status = 0;
 	r->length = 0;
 	r->extra = text_cut(t.at, 0);
-	r->framing = FRAMING_NONE;
+	r->framing = FRAMING_NO_BODY;
 	line = status_line_parse(r->head.line, r);
 	if (line != 1)
 		return line;
@@ -3357,9 +3377,8 @@ response_parse(struct text t, enum method method, struct response *r)
 	if (head_drop(&r->head, "Transfer-Encoding", "identity"))
 		r->mended |= MEND_IDENTITY;
 	if (!response_is_bare(r->status, method)) {
+		r->framing = FRAMING_CLOSE;
 		verdict = head_framing(&r->head, &r->framing, &r->length, true);
-		if (r->framing == FRAMING_NONE)
-			r->framing = FRAMING_CLOSE;
 	}
 	if (head_field(&r->head, "Transfer-Encoding") != NULL &&
 	    head_drop(&r->head, "Content-Length", NULL))
@@ -3368,19 +3387,19 @@ response_parse(struct text t, enum method method, struct response *r)
 }
 
 /*
- * Fields that concern one connection only, and those that we make ourselves
- * (RFC 9110 section 7.6.1).
+ * Fields for one connection only, and those that the proxy writes itself (RFC
+ * 9110 section 7.6.1).
  */
 static const char *const fields_of_hop[] = { "Connection", "Proxy-Connection",
 	"Keep-Alive", "TE", "Transfer-Encoding", "Upgrade", "HTTP2-Settings",
 	"Proxy-Authorization", "Proxy-Authenticate",
 	"Proxy-Authentication-Info", "Content-Length", "Host", NULL };
 
-/* What Connection can't take away: it frames or routes the message. */
+/* Fields that frame or route the message: Connection can't remove them. */
 static const char *const fields_of_route[] = { "Via", "Max-Forwards",
 	"Content-Range", "Content-Encoding", "Expect", "Trailer", NULL };
 
-/* What a trailer can't bring (RFC 9110 section 6.5.1). */
+/* Fields that a trailer can't bring (RFC 9110 section 6.5.1). */
 static const char *const fields_not_late[] = { "Authorization", "Set-Cookie",
 	"Cache-Control", "Content-Encoding", "Content-Type", "Content-Range",
 	"Expect", "Max-Forwards", "Trailer", "Via", "Location", "Vary", "Age",
@@ -3388,17 +3407,17 @@ static const char *const fields_not_late[] = { "Authorization", "Set-Cookie",
 	"If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since",
 	"If-Range", "WWW-Authenticate", "Referer", "From", NULL };
 
-/* What describes the body; a 304 has none to describe. */
+/* Fields that describe the body, which a 304 does not have. */
 static const char *const fields_of_body[] = { "Content-Length",
 	"Content-Encoding", "Content-Type", "Content-Range", NULL };
 
-/* A request's conditions: ours take their place when we validate. */
+/* A request's conditions; a validation has others in their place. */
 static const char *const fields_of_condition[] = { "If-None-Match",
 	"If-Modified-Since", "If-Match", "If-Unmodified-Since", NULL };
 
 /*
  * True if list, which ends in NULL, has name.  Every field of every head is
- * looked for in lists, so it pays to see first whether two begin alike.
+ * sought in lists, so the first letters are compared before all is.
  */
 static bool
 name_is_among(struct text name, const char *const *list)
@@ -3449,9 +3468,7 @@ fields_append(struct buffer *b, const struct head *h,
 static void
 status_append(struct buffer *b, int status, struct text reason)
 {
-	buffer_append(b, text_of("HTTP/1.1 "));
-	buffer_number(b, (uint64_t)status);
-	buffer_append(b, text_of(" "));
+	buffer_print(b, "HTTP/1.1 %d ", status);
 	buffer_append(b, reason);
 	buffer_append(b, text_of("\r\n"));
 }
@@ -3460,18 +3477,14 @@ status_append(struct buffer *b, int status, struct text reason)
 static void
 length_append(struct buffer *b, uint64_t length)
 {
-	buffer_append(b, text_of("Content-Length: "));
-	buffer_number(b, length);
-	buffer_append(b, text_of("\r\n"));
+	buffer_print(b, "Content-Length: %llu\r\n", (unsigned long long)length);
 }
 
 /* Appends Via, for a message that came as HTTP/1.minor. */
 static void
 via_append(struct buffer *b, unsigned minor)
 {
-	buffer_append(b, text_of(minor ? "Via: 1.1 " : "Via: 1.0 "));
-	buffer_append(b, text_of(pseudonym));
-	buffer_append(b, text_of("\r\n"));
+	buffer_print(b, "Via: 1.%u %s\r\n", minor ? 1U : 0U, pseudonym);
 }
 
 /* A host without the dots at its end. */
@@ -3483,7 +3496,7 @@ host_bare(struct text host)
 	return host;
 }
 
-/* The address in the words of address_print(); none, of family 0: `-`. */
+/* The address that address_print() wrote; `-` is one of family 0. */
 static struct address
 address_read(struct text t)
 {
@@ -3496,15 +3509,13 @@ address_read(struct text t)
 	return a;
 }
 
-/* The length of a response's body, UINT64_MAX if its head does not tell. */
+/* The length of a response's body; UINT64_MAX: its head does not say it. */
 static uint64_t
 response_length(const struct response *r)
 {
-	uint64_t length = UINT64_MAX;
+	uint64_t length;
 
-	if (head_length(&r->head, &length) != 1)
-		return UINT64_MAX;
-	return length;
+	return head_length(&r->head, &length) == 1 ? length : UINT64_MAX;
 }
 
 /*
@@ -3644,47 +3655,52 @@ request_passed_here(const struct request *r)
 /* ---- 7. Bodies and flows: where a message ends ---- */
 
 /*
- * Framing comes off where a message arrives and goes on where it departs;
- * what arrived as framing is never copied.  Payload is decoded in place: it
- * comes to lie in front of the buffer it arrived in, and if nothing but
- * payload is in that buffer, the whole buffer changes hands.
+ * A body leaves its framing where it arrives and gets a new one where it
+ * departs; received framing is never passed on.  Payload is decoded in place:
+ * it moves to the front of the buffer in which it arrived, and if a buffer has
+ * nothing but payload, the whole buffer changes hands.
  *
- * In `in`: `ready` bytes of payload, then bytes not yet decoded.
+ * In `in`: `ready` bytes of payload, then the trailer section, if it is whole,
+ * then bytes that are not decoded yet.
+ *
+ * Door: flow_start, flow_decode, flow_encode, exchange_parent.
  */
 
 enum {
 	/* Hex digits of a chunk size: 2^64 has 16. */
 	CHUNK_DIGITS_MAX = 16,
-	/* Framing bytes a chunked body may have beyond a fair share. */
+	/* Framing bytes that a body may have beyond a fair share. */
 	CHUNK_EXCESS_MAX = BUFFER_SIZE / 2,
-	/* A trailer section; what is put around it and its fields, at most. */
+	/* At most this is written around a trailer section and its fields. */
 	TRAILER_GROWTH = 128 + 8,
 	TRAILER_MAX = BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM - TRAILER_GROWTH
 };
 
-/* A flow of one message; length counts for FRAMING_LENGTH only. */
+/* Begins the flow of one message; length is for FRAMING_LENGTH only. */
 static void
 flow_start(struct flow *f, enum framing from, enum framing to, uint64_t length)
 {
 	memset(f, 0, sizeof(*f));
 	f->from = from;
 	f->to = to;
-	f->left = from == FRAMING_LENGTH ? length : 0;
-	f->whole = from == FRAMING_NONE ||
-	    (from == FRAMING_LENGTH && length == 0);
-	f->done = from == FRAMING_NONE;
+	f->left = from == FRAMING_LENGTH ? length :
+	    from == FRAMING_CLOSE        ? UINT64_MAX :
+					   0;
+	f->whole = from != FRAMING_CHUNKED && f->left == 0;
+	f->done = from == FRAMING_NO_BODY;
 }
 
 /*
- * One byte of chunk framing (RFC 9112 section 7.1); false if it is wrong.
- * Each chunk may spend 16 bytes of framing and two for each of payload; what
- * is beyond adds up to CHUNK_EXCESS_MAX at most, so that nobody keeps us
- * busy with extensions.
+ * Takes a byte of chunk framing (RFC 9112 section 7.1); false if it is wrong.
+ * Each chunk may spend 16 bytes of framing, and two for each byte of payload;
+ * all that is more adds up in `excess`, which has a limit, so that extensions
+ * can't keep the proxy busy.
  */
 static bool
 chunk_byte(struct flow *f, char c)
 {
 	int digit = hex_value(c);
+	uint64_t share;
 
 	if (++f->excess > CHUNK_EXCESS_MAX)
 		return false;
@@ -3692,43 +3708,38 @@ chunk_byte(struct flow *f, char c)
 		f->left = f->left << 4 | (uint64_t)digit;
 		return ++f->digits <= CHUNK_DIGITS_MAX && f->left <= INT64_MAX;
 	}
-	if (f->chunk == CHUNK_SIZE || f->chunk == CHUNK_BLANK ||
-	    f->chunk == CHUNK_EXTENSION) {
-		if (f->digits == 0)
-			return false;
+	switch (f->chunk) {
+	case CHUNK_SIZE:
+	case CHUNK_BLANK:
+		f->chunk = c == '\r' ? CHUNK_SIZE_LF :
+		    c == ';'         ? CHUNK_EXTENSION :
+				       CHUNK_BLANK;
+		return f->digits > 0 && is_among(c, "\r; \t");
+	case CHUNK_EXTENSION:
 		if (c == '\r')
 			f->chunk = CHUNK_SIZE_LF;
-		else if (c == ';')
-			f->chunk = CHUNK_EXTENSION;
-		else if (f->chunk != CHUNK_EXTENSION) {
-			f->chunk = CHUNK_BLANK;
-			return c == ' ' || c == '\t';
-		}
 		return c == '\r' || c == '\t' || (unsigned char)c >= ' ';
-	}
-	if (f->chunk == CHUNK_DATA_CR) {
+	case CHUNK_SIZE_LF:
+		share = f->left == 0           ? 0 :
+		    f->left < CHUNK_EXCESS_MAX ? f->left * 2 + 16 :
+						 CHUNK_EXCESS_MAX;
+		f->excess -= f->excess < share ? f->excess : (uint32_t)share;
+		f->chunk = f->left > 0 ? CHUNK_DATA : CHUNK_TRAILER;
+		f->digits = 0;
+		return c == '\n';
+	case CHUNK_DATA_CR:
 		f->chunk = CHUNK_DATA_LF;
 		return c == '\r';
-	}
-	if (c != '\n')
+	case CHUNK_DATA_LF:
+		f->chunk = CHUNK_SIZE;
+		return c == '\n';
+	default:
 		return false;
-	if (f->chunk == CHUNK_SIZE_LF && f->left > 0) {
-		size_t share = f->left > CHUNK_EXCESS_MAX ?
-		    CHUNK_EXCESS_MAX :
-		    (size_t)f->left * 2 + 16;
-
-		f->excess -= f->excess < share ? f->excess : (uint32_t)share;
-		f->chunk = CHUNK_DATA;
-	} else {
-		f->chunk = f->chunk == CHUNK_SIZE_LF ? CHUNK_TRAILER :
-						       CHUNK_SIZE;
-		f->digits = 0;
 	}
-	return true;
 }
 
 /*
- * The trailer section lies in t, perhaps not all of it yet.  An empty one
+ * Takes the trailer section, of which b may have a part only.  An empty one
  * is dropped at once; another stays behind the payload until its turn.
  */
 static void
@@ -3741,35 +3752,18 @@ trailer_decode(struct flow *f, struct buffer *b)
 
 	if (n == 0 && t.len <= TRAILER_MAX)
 		return;
-	if (n <= 0 || n > TRAILER_MAX ||
-	    fields_parse(text_cut(t.at, (size_t)n), &h, NULL) != 1) {
-		f->broken = true;
-		return;
-	}
-	f->whole = true;
-	f->trailer = (uint32_t)n;
-	if (n == 2) {
-		memmove(b->data + b->start + f->ready,
-		    b->data + b->start + f->ready + 2, t.len - 2);
-		b->end -= 2;
-		f->trailer = 0;
-	}
-}
-
-/* Takes n bytes of payload, at `at` in b, to the end of what is ready. */
-static void
-flow_ready(struct flow *f, struct buffer *b, size_t at, size_t n)
-{
-	size_t to = b->start + f->ready;
-
-	if (to != at)
-		memmove(b->data + to, b->data + at, n);
-	f->ready += (uint32_t)n;
+	f->whole = n > 0 && n <= TRAILER_MAX &&
+	    fields_parse(text_cut(t.at, (size_t)n), &h, NULL) == 1;
+	f->broken = !f->whole;
+	if (n == 2)
+		buffer_cut(b, f->ready, 2);
+	else if (f->whole)
+		f->trailer = (uint32_t)n;
 }
 
 /*
  * Takes chunks apart: payload moves to the front, framing is forgotten, and
- * what can't be decoded yet follows the payload.
+ * bytes that can't be decoded yet follow the payload.
  */
 static void
 chunks_decode(struct flow *f, struct buffer *b)
@@ -3778,14 +3772,15 @@ chunks_decode(struct flow *f, struct buffer *b)
 
 	while (at < b->end && f->chunk != CHUNK_TRAILER && !f->broken) {
 		if (f->chunk != CHUNK_DATA) {
-			if (!chunk_byte(f, b->data[at++]))
-				f->broken = true;
+			f->broken = !chunk_byte(f, b->data[at++]);
 			continue;
 		}
 		n = b->end - at;
 		if (n > f->left)
 			n = (size_t)f->left;
-		flow_ready(f, b, at, n);
+		if (at != b->start + f->ready)
+			memmove(b->data + b->start + f->ready, b->data + at, n);
+		f->ready += (uint32_t)n;
 		at += n;
 		f->left -= n;
 		if (f->left == 0)
@@ -3800,9 +3795,9 @@ chunks_decode(struct flow *f, struct buffer *b)
 }
 
 /*
- * Takes the framing off what has arrived at b (NULL: nothing).  Sets whole
- * at the message's end, and broken if the framing is wrong or the sender
- * stops (eof) before that end.
+ * Takes the framing off the bytes in b (NULL: no bytes).  Sets `whole` at the
+ * message's end, and `broken` if the framing is wrong or the sender stops
+ * (eof) before that end.
  */
 static void
 flow_decode(struct flow *f, struct buffer *b, bool eof)
@@ -3811,23 +3806,21 @@ flow_decode(struct flow *f, struct buffer *b, bool eof)
 
 	if (f->whole || f->broken)
 		return;
-	if (f->from == FRAMING_CHUNKED && b != NULL) {
-		chunks_decode(f, b);
-	} else if (f->from == FRAMING_LENGTH) {
+	if (f->from == FRAMING_CHUNKED) {
+		if (b != NULL)
+			chunks_decode(f, b);
+	} else {
 		if (raw > f->left)
 			raw = (size_t)f->left;
 		f->ready += (uint32_t)raw;
 		f->left -= raw;
-		f->whole = f->left == 0;
-	} else if (f->from == FRAMING_CLOSE) {
-		f->ready += (uint32_t)raw;
-		f->whole = eof;
+		f->whole = f->left == 0 || (f->from == FRAMING_CLOSE && eof);
 	}
 	if (eof && !f->whole)
 		f->broken = true;
 }
 
-/* The end of a chunked message, with the trailer fields that may pass. */
+/* Appends the end of a chunked message, with the trailer fields that pass. */
 static void
 trailer_encode(struct flow *f, const struct buffer *in, struct buffer *out)
 {
@@ -3862,11 +3855,11 @@ chunk_wrap(struct buffer *b)
 }
 
 /*
- * Moves ready payload from `in` into an `out` that holds something, or that
- * can't have the whole buffer; returns how much fitted.
+ * Copies payload from `in` to an `out` that can't have the whole buffer;
+ * returns how many bytes fitted.
  */
 static size_t
-flow_append(struct flow *f, struct buffer *in, struct buffer *out)
+flow_append(const struct flow *f, const struct buffer *in, struct buffer *out)
 {
 	bool chunked = f->to == FRAMING_CHUNKED;
 	size_t spare = chunked ? CHUNK_ROOM + 2 : 0;
@@ -3886,8 +3879,31 @@ flow_append(struct flow *f, struct buffer *in, struct buffer *out)
 }
 
 /*
- * Puts the message's own framing on what is ready and hands it over to `to`.
- * True if anything moved; false if it has to wait for `out` to drain.
+ * Writes the end of a message, once all its payload has moved.  False if it
+ * has to wait for `out` to drain.
+ */
+static bool
+flow_end(struct flow *f, struct conn *from, struct conn *to)
+{
+	assert(f->trailer == 0 || from->in != NULL);
+	if (f->to == FRAMING_CHUNKED) {
+		if (conn_out(to) == NULL)
+			to->error = ENOMEM;
+		if (to->out == NULL ||
+		    buffer_room(to->out) < f->trailer + TRAILER_GROWTH)
+			return false;
+		trailer_encode(f, from->in, to->out);
+	}
+	if (from->in != NULL)
+		buffer_use(&from->in, f->trailer);
+	f->trailer = 0;
+	f->done = true;
+	return true;
+}
+
+/*
+ * Puts the message's new framing on the payload that is ready and hands it to
+ * `to`.  True if anything moved; false if it has to wait for `out` to drain.
  */
 static bool
 flow_encode(struct flow *f, struct conn *from, struct conn *to)
@@ -3909,22 +3925,9 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
 	}
 	f->ready -= (uint32_t)n;
 	f->payload += n;
-	if (!f->whole || f->ready > 0 || f->done)
-		return n > 0;
-	assert(f->trailer == 0 || from->in != NULL);
-	if (f->to == FRAMING_CHUNKED) {
-		if (conn_out(to) == NULL)
-			to->error = ENOMEM;
-		if (to->out == NULL ||
-		    buffer_room(to->out) < f->trailer + TRAILER_GROWTH)
-			return n > 0;
-		trailer_encode(f, from->in, to->out);
-	}
-	if (from->in != NULL)
-		buffer_use(&from->in, f->trailer);
-	f->trailer = 0;
-	f->done = true;
-	return true;
+	if (f->whole && f->ready == 0 && !f->done && flow_end(f, from, to))
+		return true;
+	return n > 0;
 }
 
 /* ---- the way of a request ---- */
@@ -3968,8 +3971,8 @@ exchange_parent(const struct exchange *x)
  * address is connected to.
  *
  * Door: rules_read, rules_reload, rules_step, rules_take, rules_give,
- * rules_let_in, exchange_view, view_source, rules_judge, rule_lacks,
- * rules_rewrite, rules_seek.
+ * rules_let_in, view_source, view_begin, exchange_view, rules_judge,
+ * rule_lacks, rules_rewrite, rules_seek.
  */
 
 enum {
@@ -6693,6 +6696,29 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 }
 
 /*
+ * Sets v to the facts that are known of a request at once; q and client must
+ * outlive v.  local: the client is on this machine.
+ */
+static void
+view_begin(struct view *v, const struct request *q,
+    const struct address *client, bool local)
+{
+	memset(v, 0, sizeof(*v));
+	v->never = q->method == METHOD_CONNECT ?
+	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
+	    0U;
+	v->client = client;
+	v->local = local;
+	v->request = q;
+	v->host = host_bare(q->target.host);
+	v->port = q->target.port;
+	if (address_parse(v->host, v->port, &v->literal)) {
+		v->address = &v->literal;
+		v->known |= FACT_ADDRESS;
+	}
+}
+
+/*
  * Sets v to the facts that are known of a request so far; x must outlive v.
  * r is the response or NULL, and length that of its body, UINT64_MAX if it is
  * not known.  With a parent, the server's address is known only if the URL has
@@ -6704,30 +6730,19 @@ exchange_view(const struct exchange *x, const struct response *r,
 {
 	const struct request *q = x->request;
 
-	memset(v, 0, sizeof(*v));
-	v->never = q->method == METHOD_CONNECT ?
-	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
-	    0U;
-	v->client = &x->peer;
-	v->local = x->local;
+	view_begin(v, q, &x->peer, x->local);
 	if (x->record.user != NULL)
 		v->user = x->record.user->user;
-	v->request = q;
-	v->host = host_bare(q->target.host);
-	v->port = q->target.port;
 	v->found = q->access.found;
 	v->passed = x->down.payload + x->down.ready;
-	if (address_parse(v->host, v->port, &v->literal))
-		v->address = &v->literal;
-	else if (answer_is_stored(q))
+	if (v->address == NULL && answer_is_stored(q))
 		view_source(v, &q->route.list[0]);
-	else if (exchange_parent(x) != NULL && !q->access.route_open)
+	else if (v->address == NULL && exchange_parent(x) != NULL &&
+	    !q->access.route_open)
 		v->never |= FACT_ADDRESS;
 	else if (x->record.server.family == AF_INET ||
 	    x->record.server.family == AF_INET6)
-		v->address = &x->record.server;
-	if (v->address != NULL)
-		v->known |= FACT_ADDRESS;
+		view_source(v, &x->record.server);
 	if (r != NULL)
 		view_response(v, r, length);
 }
@@ -8328,7 +8343,7 @@ store_open(struct exchange *x, const struct response *r, const struct draft *d)
 	q->caching.stored = 0;
 	q->caching.validator = response_validator(r);
 	q->caching.length = r->framing == FRAMING_LENGTH ? r->length :
-	    r->framing == FRAMING_NONE                   ? 0 :
+	    r->framing == FRAMING_NO_BODY                ? 0 :
 							   UINT64_MAX;
 	entry_path(d->e.key, d->e.variant, path);
 	(void)text_copy(text_of(path + strlen(options.cache)), q->caching.path,
@@ -9567,7 +9582,7 @@ request_is_cacheable(struct exchange *x)
 	q->caching.nocache = q->rewrites.undecided;
 	if (options.cache == NULL || q->caching.nocache || q->upgrade ||
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
-	    q->framing != FRAMING_NONE)
+	    q->framing != FRAMING_NO_BODY)
 		return false;
 	rule = cache_rule(x, NULL, NULL);
 	if (rule == NULL || rule->action != ACTION_NOCACHE)
@@ -9934,18 +9949,18 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 	int part = 0;
 
 	extra[0] = '\0';
-	r->framing = q->method == METHOD_HEAD ? FRAMING_NONE :
+	r->framing = q->method == METHOD_HEAD ? FRAMING_NO_BODY :
 	    q->body == UINT64_MAX             ? FRAMING_CLOSE :
 						FRAMING_LENGTH;
 	if (q->answerer != ANSWER_FETCH && q->method == METHOD_GET)
 		part = range_parse(&q->head, r, q->body, &range);
 	if (r->status == 200 && request_is_satisfied(&q->head, r)) {
 		r->status = 304;
-		r->framing = FRAMING_NONE;
+		r->framing = FRAMING_NO_BODY;
 		part = 0;
 	} else if (part == -1) {
 		r->status = 416;
-		r->framing = FRAMING_NONE;
+		r->framing = FRAMING_NO_BODY;
 		(void)snprintf(extra, size,
 		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
 		    (unsigned long long)q->body);
@@ -10198,67 +10213,77 @@ cache_print(const struct target *target)
 /* ---- 10. Names ---- */
 
 /*
- * getaddrinfo(3) may take a minute, and the loop must not.  A helper process,
- * forked before there is any socket, forks one short-lived child for each
- * question, so that a slow name delays nobody but those who ask for it.
- * Questions and answers are records shorter than _POSIX_PIPE_BUF on two
- * pipes, so a write is whole or not at all.
+ * Finds the addresses of names.  getaddrinfo(3) may take a minute, and the
+ * loop must never wait for it.  A helper process, forked before any socket is
+ * open, forks one short-lived child for each question, so that a slow name
+ * delays only the requests that need it.  Questions and answers are records
+ * shorter than _POSIX_PIPE_BUF on two pipes: a write is whole or fails.
+ *
+ * Door: names, user_find, user_become, names_start, names_ask, names_lost,
+ * names_take, names_find.
  */
 
 enum {
-	/* Names remembered, and for how long: getaddrinfo tells no TTL. */
+	/* Names that are kept, and for how long: getaddrinfo gives no TTL. */
 	NAMES_MAX = 256,
 	NAME_KEPT_MS = 60000,
 	NAME_FAILED_MS = 5000,
-	/* Questions asked of the system's resolver at once. */
+	/* Children of the helper at once. */
 	QUESTIONS_MAX = 32,
-	/* A question that hangs in the system's resolver ends after this. */
+	/* A child that hangs in the system's resolver ends after this. */
 	QUESTION_S = 60,
-	QUESTION_MS = 61000
+	QUESTION_MS = 61000,
+	/* The helper looks for dead children at least so often. */
+	REAP_MS = 1000
 };
 
-/* What is known of a name. */
-enum name_state {
-	NAME_EMPTY,  /* no name */
-	NAME_WANTED, /* the question waits to be sent */
-	NAME_ASKED,  /* it was sent */
-	NAME_KNOWN   /* there is an answer, be it that there is no address */
+/* Which question it is: a late answer to an older one is ignored. */
+struct ticket {
+	unsigned entry;  /* in the table of names */
+	unsigned serial; /* no other question has it */
 };
 
-/* A name that was asked for. */
-struct name {
-	char host[HOST_MAX + 1]; /* as the client wrote it */
-	enum name_state state;   /* what is known */
-	int error;               /* of getaddrinfo, 0: there are addresses */
-	unsigned serial; /* of the question, so that a late answer is known */
-	unsigned n;      /* addresses */
-	struct address list[ADDRESSES_MAX]; /* in the order to try them */
-	int64_t until;                      /* ms: good until then */
-};
-
-/* What goes through the helper's pipes: shorter than _POSIX_PIPE_BUF. */
+/* A question to the helper. */
 struct question {
-	unsigned entry;          /* in the table of names */
-	unsigned serial;         /* which of the questions about it */
+	struct ticket ticket;
 	char host[HOST_MAX + 1]; /* the name */
 };
 
-/* What the helper knows of one of its children. */
-struct child {
-	pid_t pid;                /* 0: none */
-	unsigned long turn;       /* the oldest has the smallest */
-	struct question question; /* what it was asked */
-};
-
-/* The answer to a question. */
+/* Its answer. */
 struct answer {
-	unsigned entry, serial;             /* of the question */
+	struct ticket ticket;               /* of the question */
 	int error;                          /* of getaddrinfo */
 	unsigned n;                         /* addresses */
 	struct address list[ADDRESSES_MAX]; /* in the order to try them */
 };
 
-/* The names that were asked for, and the helper that asks. */
+/* How far the look-up of a name is. */
+enum name_state {
+	NAME_EMPTY,  /* no name */
+	NAME_WANTED, /* the question waits to be sent */
+	NAME_ASKED,  /* it was sent */
+	NAME_KNOWN   /* the answer is here: addresses or an error */
+};
+
+/* A name that was asked for. */
+struct name {
+	char host[HOST_MAX + 1]; /* as the client wrote it */
+	enum name_state state;   /* how far it is */
+	unsigned serial;         /* of the question */
+	int error;               /* of getaddrinfo, 0: there are addresses */
+	unsigned n;              /* addresses */
+	struct address list[ADDRESSES_MAX]; /* in the order to try them */
+	int64_t until;                      /* ms: valid until then */
+};
+
+/* A child of the helper. */
+struct child {
+	pid_t pid;            /* 0: this slot is free */
+	unsigned long turn;   /* the oldest child has the smallest */
+	struct ticket ticket; /* of its question */
+};
+
+/* The names, and the helper. */
 static struct {
 	struct name table[NAMES_MAX]; /* in no order */
 	struct conn questions;        /* to the helper */
@@ -10269,84 +10294,92 @@ static struct {
 } names;
 
 /*
- * Puts up to ADDRESSES_MAX addresses into the answer, the families taking
- * turns, beginning with the system's favourite (RFC 8305 section 4).
+ * Puts up to ADDRESSES_MAX addresses into the answer.  The families take
+ * turns, the system's favourite first (RFC 8305 section 4).
  */
 static void
 answer_fill(struct answer *answer, const struct addrinfo *found)
 {
-	int first = found->ai_family;
 	const struct addrinfo *turn[2] = { found, found };
-	unsigned which = 0;
+	int first = found->ai_family;
+	unsigned other = 0;
 
-	while (answer->n < ADDRESSES_MAX && (turn[0] || turn[1])) {
-		const struct addrinfo **at = &turn[which];
+	for (; answer->n < ADDRESSES_MAX && (turn[0] || turn[1]); other ^= 1) {
+		const struct addrinfo *at = turn[other];
 
-		while (*at && ((*at)->ai_family == first) != (which == 0))
-			*at = (*at)->ai_next;
-		if (*at) {
-			answer->list[answer->n++] =
-			    address_import((*at)->ai_addr);
-			*at = (*at)->ai_next;
-		}
-		which = !which;
+		while (at != NULL && (at->ai_family != first) != other)
+			at = at->ai_next;
+		if (at != NULL)
+			answer->list[answer->n++] = address_import(at->ai_addr);
+		turn[other] = at != NULL ? at->ai_next : NULL;
 	}
 }
 
-/* The child: asks the system and writes one answer; it then exits with 0. */
-static void
-names_child(const struct question *question, int answers)
+/*
+ * Writes the answer to a question: the addresses found, or the error, if that
+ * is not 0.  False if that fails.
+ */
+static bool
+answer_write(int fd, const struct ticket *ticket, int error,
+    const struct addrinfo *found)
 {
-	struct addrinfo hints, *found = NULL;
 	struct answer answer;
 
 	memset(&answer, 0, sizeof(answer));
+	answer.ticket = *ticket;
+	answer.error = error;
+	if (error == 0)
+		answer_fill(&answer, found);
+	return fd_write(fd, &answer, sizeof(answer)) != -1;
+}
+
+/* The child: asks the system, and exits with 0 if its answer is written. */
+static void
+child_run(const struct question *question, int answers)
+{
+	struct addrinfo hints, *found = NULL;
+	int error;
+
 	memset(&hints, 0, sizeof(hints));
 	hints.ai_family = AF_UNSPEC;
 	hints.ai_socktype = SOCK_STREAM;
-	answer.entry = question->entry;
-	answer.serial = question->serial;
-	answer.error = getaddrinfo(question->host, NULL, &hints, &found);
-	if (answer.error == 0)
-		answer_fill(&answer, found);
-	_exit(fd_write(answers, &answer, sizeof(answer)) == -1);
-}
-
-/* A question that no child will answer. */
-static void
-names_give_up(const struct question *question, int answers)
-{
-	struct answer answer;
-
-	memset(&answer, 0, sizeof(answer));
-	answer.entry = question->entry;
-	answer.serial = question->serial;
-	answer.error = EAI_AGAIN;
-	(void)fd_write(answers, &answer, sizeof(answer));
-}
-
-/* Children that ended: those that could not answer have that done for them. */
-static void
-names_reap(struct child *children, int answers)
-{
-	struct child *child;
-	int status;
-
-	for (child = children; child < children + QUESTIONS_MAX; child++)
-		if (child->pid &&
-		    waitpid(child->pid, &status, WNOHANG) == child->pid) {
-			child->pid = 0;
-			if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
-				names_give_up(&child->question, answers);
-		}
+	(void)alarm(QUESTION_S);
+	error = getaddrinfo(question->host, NULL, &hints, &found);
+	_exit(!answer_write(answers, &question->ticket, error, found));
 }
 
 /*
- * Room for one more child.  If there are as many as may be, the oldest, which
- * hangs, is given up: a dead name server must not delay other names.
+ * Takes note of children that have ended, and answers in place of those that
+ * could not.  True if there are others.
+ */
+static bool
+children_reap(struct child *children, int answers)
+{
+	struct child *child;
+	bool some = false;
+	int status;
+
+	for (child = children; child < children + QUESTIONS_MAX; child++) {
+		if (child->pid == 0)
+			continue;
+		if (waitpid(child->pid, &status, WNOHANG) != child->pid) {
+			some = true;
+			continue;
+		}
+		child->pid = 0;
+		if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
+			(void)answer_write(answers, &child->ticket, EAI_AGAIN,
+			    NULL);
+	}
+	return some;
+}
+
+/*
+ * Returns a free slot.  If all are in use, the oldest child, which hangs, is
+ * ended: a dead name server must not delay other names.
  */
 static struct child *
-names_room(struct child *children, int answers)
+child_slot(struct child *children, int answers)
 {
 	struct child *child, *oldest = children;
 
@@ -10358,87 +10391,69 @@ names_room(struct child *children, int answers)
 	}
 	(void)kill(oldest->pid, SIGKILL);
 	(void)waitpid(oldest->pid, NULL, 0);
-	names_give_up(&oldest->question, answers);
+	(void)answer_write(answers, &oldest->ticket, EAI_AGAIN, NULL);
 	return oldest;
 }
 
-/* A child for one question; without one, it is answered at once. */
+/* Forks a child for a question; if that fails, answers at once. */
 static void
-names_fork(struct child *children, const struct question *question,
+child_fork(struct child *children, const struct question *question,
     int questions, int answers)
 {
 	static unsigned long turn;
-	struct child *child = names_room(children, answers);
+	struct child *child = child_slot(children, answers);
 
-	child->question = *question;
+	child->ticket = question->ticket;
 	child->turn = ++turn;
 	child->pid = fork();
 	if (child->pid == 0) {
 		/* Held open, this would hide the helper's death. */
 		(void)close(questions);
 		(void)signal(SIGCHLD, SIG_DFL);
-		(void)alarm(QUESTION_S);
-		names_child(question, answers);
+		child_run(question, answers);
 	}
 	if (child->pid == -1) {
 		child->pid = 0;
-		names_give_up(question, answers);
+		(void)answer_write(answers, &question->ticket, EAI_AGAIN, NULL);
 	}
 }
 
-/* Wakes the helper when a child has ended. */
-static int names_ended[2];
-
-/* The handler of SIGCHLD in the helper. */
+/* The handler of SIGCHLD in the helper: it interrupts poll(2). */
 static void
-names_note(int number)
+child_ended(int number)
 {
-	int saved = errno;
-
 	(void)number;
-	(void)fd_write(names_ended[1], "", 1);
-	errno = saved;
 }
 
 /* The helper: lives as long as the other end of `questions` does. */
 static void
-names_helper(int questions, int answers)
+helper_run(int questions, int answers)
 {
 	static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGUSR1,
 		SIGPIPE };
 	static struct child children[QUESTIONS_MAX];
 	struct sigaction action;
-	struct pollfd fds[2];
+	struct pollfd pollfd = { questions, POLLIN, 0 };
 	struct question question;
-	char bytes[64];
 	size_t i;
 
 	for (i = 0; i < sizeof(ignored) / sizeof(ignored[0]); i++)
 		(void)signal(ignored[i], SIG_IGN);
-	if (pipe(names_ended) == -1 ||
-	    fcntl(names_ended[0], F_SETFL, O_NONBLOCK) == -1 ||
-	    fcntl(names_ended[1], F_SETFL, O_NONBLOCK) == -1)
-		_exit(1);
 	memset(&action, 0, sizeof(action));
 	(void)sigemptyset(&action.sa_mask);
-	action.sa_handler = names_note;
+	action.sa_handler = child_ended;
 	action.sa_flags = SA_RESTART;
 	(void)sigaction(SIGCHLD, &action, NULL);
-	fds[0].fd = questions;
-	fds[1].fd = names_ended[0];
-	fds[0].events = fds[1].events = POLLIN;
 	for (;;) {
-		if (poll(fds, 2, -1) == -1)
-			continue;
-		while (fd_read(names_ended[0], bytes, sizeof(bytes)) > 0)
-			continue;
-		names_reap(children, answers);
-		if (fds[0].revents == 0)
+		/* The limit is for a child that ends just before poll(2). */
+		bool some = children_reap(children, answers);
+
+		if (poll(&pollfd, 1, some ? REAP_MS : -1) <= 0)
 			continue;
 		if (fd_read(questions, &question, sizeof(question)) !=
 		    (ssize_t)sizeof(question))
 			_exit(0);
-		names_fork(children, &question, questions, answers);
+		child_fork(children, &question, questions, answers);
 	}
 }
 
@@ -10475,11 +10490,12 @@ user_become(void)
 		die("can't give up root for user %s", options.user);
 }
 
-/* Starts the helper; called again if it died. */
+/* Starts the helper, also in place of one that died; false, with errno: no. */
 static bool
 names_start(void)
 {
 	int down[2], up[2];
+	bool good;
 
 	assert(sizeof(struct question) <= _POSIX_PIPE_BUF &&
 	    sizeof(struct answer) <= _POSIX_PIPE_BUF);
@@ -10495,52 +10511,46 @@ names_start(void)
 		fds_close(down[0], up[1]);
 		if (options.user != NULL && geteuid() == 0)
 			user_become();
-		names_helper(down[0], up[1]);
+		helper_run(down[0], up[1]);
 	}
 	(void)close(down[0]);
 	(void)close(up[1]);
-	if (names.helper == -1)
-		(void)close(down[1]);
-	else if (conn_open(&names.questions, ROLE_QUESTIONS, down[1], NULL)) {
-		if (conn_open(&names.answers, ROLE_ANSWERS, up[0], NULL))
-			return true;
-		up[0] = -1;
-		conn_close(&names.questions, false);
-	}
-	if (up[0] != -1)
-		(void)close(up[0]);
-	conn_clear(&names.questions);
-	conn_clear(&names.answers);
+	good = conn_open(&names.questions, ROLE_QUESTIONS, down[1], NULL);
+	good = conn_open(&names.answers, ROLE_ANSWERS, up[0], NULL) && good;
+	if (good && names.helper != -1)
+		return true;
+	conn_close(&names.questions, false);
+	conn_close(&names.answers, false);
 	return false;
 }
 
-/* Sends the questions that wait; those that don't fit go on waiting. */
+/* Sends the questions that wait; those that do not fit go on waiting. */
 static void
 names_ask(void)
 {
 	struct question question;
-	struct name *name;
+	struct name *name = names.table;
 	bool full = false;
-	unsigned i;
 
-	for (i = 0; i < NAMES_MAX && !full && names.questions.fd != -1; i++) {
-		name = &names.table[i];
+	for (; name < names.table + NAMES_MAX && names.questions.fd != -1;
+	     name++) {
 		if (name->state != NAME_WANTED)
 			continue;
 		memset(&question, 0, sizeof(question));
-		question.entry = i;
-		question.serial = name->serial = ++names.serial;
+		question.ticket.entry = (unsigned)(name - names.table);
+		question.ticket.serial = name->serial = ++names.serial;
 		memcpy(question.host, name->host, sizeof(question.host));
 		full = fd_write(names.questions.fd, &question,
 			   sizeof(question)) != (ssize_t)sizeof(question);
-		if (!full)
-			name->state = NAME_ASKED;
+		if (full)
+			break;
+		name->state = NAME_ASKED;
 	}
 	if (poll_set.fds != NULL)
 		conn_watch(&names.questions, full ? POLLOUT : 0);
 }
 
-/* The helper died: what was asked is asked again of the next, soon. */
+/* The helper died: open questions are for the next one, which starts soon. */
 static void
 names_lost(void)
 {
@@ -10567,14 +10577,16 @@ names_take(void)
 
 	while ((n = fd_read(names.answers.fd, &answer, sizeof(answer))) ==
 	    (ssize_t)sizeof(answer)) {
-		assert(answer.entry < NAMES_MAX && answer.n <= ADDRESSES_MAX);
-		name = &names.table[answer.entry];
-		if (name->state != NAME_ASKED || name->serial != answer.serial)
+		assert(answer.ticket.entry < NAMES_MAX &&
+		    answer.n <= ADDRESSES_MAX);
+		name = &names.table[answer.ticket.entry];
+		if (name->state != NAME_ASKED ||
+		    name->serial != answer.ticket.serial)
 			continue;
+		if (answer.error == 0 && answer.n == 0)
+			answer.error = EAI_NONAME;
 		name->state = NAME_KNOWN;
-		name->error = answer.error ? answer.error :
-		    answer.n               ? 0 :
-					     EAI_NONAME;
+		name->error = answer.error;
 		name->n = answer.n;
 		memcpy(name->list, answer.list, sizeof(name->list));
 		name->until =
@@ -10587,8 +10599,8 @@ names_take(void)
 }
 
 /*
- * What is known of host: its entry, known or asked for by now.  NULL if all
- * entries wait for an answer.
+ * Returns the entry of a host, whose addresses are known, or asked for by now.
+ * NULL if all entries wait for an answer.
  */
 static struct name *
 names_find(const char *host)
@@ -10596,17 +10608,14 @@ names_find(const char *host)
 	struct name *name, *best = NULL;
 
 	for (name = names.table; name < names.table + NAMES_MAX; name++) {
-		bool old = name->until <= now.ms;
-
-		if (name->state == NAME_ASKED && old)
+		if (name->state != NAME_WANTED && name->until <= now.ms)
 			name->state = NAME_EMPTY;
 		if (name->state != NAME_EMPTY &&
-		    strcasecmp(name->host, host) == 0 &&
-		    !(name->state == NAME_KNOWN && old))
+		    strcasecmp(name->host, host) == 0)
 			return name;
-		if (name->state == NAME_EMPTY || name->state == NAME_KNOWN)
-			if (best == NULL || name->until < best->until)
-				best = name;
+		if ((name->state == NAME_EMPTY || name->state == NAME_KNOWN) &&
+		    (best == NULL || name->until < best->until))
+			best = name;
 	}
 	if (best == NULL)
 		return NULL;
@@ -11699,10 +11708,14 @@ greet_words(unsigned char code)
 /* ---- pages ---- */
 
 /*
- * What the proxy answers itself: refusals, its own two pages, OPTIONS and
- * TRACE that end here.  Each is a whole response in memory, which then goes
- * the way of every response.  Nothing of the request is echoed but a host
- * whose characters were checked.
+ * Makes the answers of the proxy itself: refusals, its two pages, and OPTIONS
+ * and TRACE that end here.  Each is a whole response in memory, which then
+ * goes the way of every response.  Nothing here sends a byte, and a page
+ * repeats nothing of a request but a host whose characters were checked; only
+ * TRACE repeats the request.
+ *
+ * Door: page_refusal, page_index, page_pac, page_is_ours, page_options,
+ * page_trace.
  */
 
 /*
@@ -11731,24 +11744,22 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 }
 
 /*
- * A refusal: its words, then the details.  Proxy-Status (RFC 9209) says the
- * same to machines; its strings hold neither quotes nor backslashes.
+ * Makes a refusal: its words, then the details.  Proxy-Status (RFC 9209) says
+ * the same to machines; its strings have neither quotes nor backslashes.
  */
 static void
 page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 {
 	char fields[DETAIL_MAX + 384], body[DETAIL_MAX + REASON_MAX + 64];
-	char clean[DETAIL_MAX];
+	char clean[DETAIL_MAX], *c;
 	int status;
 	const char *words = refusal_words(x, refusal, &status);
-	const char *from = detail[0] ? detail : words;
-	size_t i;
 
-	for (i = 0; i < sizeof(clean) - 1 && from[i] != '\0'; i++)
-		clean[i] = from[i] < ' ' || from[i] > '~' ? '?' :
-		    from[i] == '"' || from[i] == '\\'     ? '\'' :
-							    from[i];
-	clean[i] = '\0';
+	(void)snprintf(clean, sizeof(clean), "%s", *detail ? detail : words);
+	for (c = clean; *c != '\0'; c++)
+		*c = is_among(*c, "\"\\") ? '\'' :
+		    *c < ' ' || *c > '~'  ? '?' :
+					    *c;
 	(void)snprintf(fields, sizeof(fields),
 	    "Proxy-Status: %s; error=%s; details=\"%s\"\r\n"
 	    "Cache-Control: no-store\r\n%s%s%s",
@@ -11759,8 +11770,8 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 			    "charset=\"UTF-8\"\r\n" :
 			    "");
 	(void)snprintf(body, sizeof(body), "%d %s: %s\n%s%s", status,
-	    status_reason(status), words, detail[0] ? clean : "",
-	    detail[0] ? "\n" : "");
+	    status_reason(status), words, *detail ? clean : "",
+	    *detail ? "\n" : "");
 	page_make(x, status, "text/plain; charset=utf-8", fields,
 	    text_of(body));
 }
@@ -12769,7 +12780,7 @@ exchange_is_repeatable(const struct exchange *x)
 	const struct request *q = x->request;
 
 	return q->method != METHOD_OTHER && q->method != METHOD_POST &&
-	    q->method != METHOD_CONNECT && x->up.from == FRAMING_NONE &&
+	    q->method != METHOD_CONNECT && x->up.from == FRAMING_NO_BODY &&
 	    !q->upgrade;
 }
 
@@ -13206,7 +13217,7 @@ response_wants_login(const struct exchange *x, const struct response *r)
 }
 
 /*
- * The exchange becomes a tunnel: two flows without framing.  It may be idle
+ * The exchange becomes a tunnel: two flows that end at the close.  It may idle
  * for hours, so what the log needs moves to the slot, cut to its size.
  */
 static void
@@ -13539,8 +13550,8 @@ exchange_end(struct exchange *x)
 		trace_end(x);
 	rules_give(&x->rules);
 	x->record = (struct record){ 0 };
-	flow_start(&x->up, FRAMING_NONE, FRAMING_NONE, 0);
-	flow_start(&x->down, FRAMING_NONE, FRAMING_NONE, 0);
+	flow_start(&x->up, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
+	flow_start(&x->down, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
 }
 
 /* A response has reached the client whole: on to the next request, or out. */
@@ -14991,20 +15002,11 @@ listen_on(const char *argument)
 static void
 key_print(const char *url)
 {
-	struct text t = text_of(url), login = url_login(t);
-	struct buffer *b = buffer_take();
-	struct target target = { .host = { NULL, 0 } };
+	struct target target;
 
 	if (options.cache == NULL)
 		usage("-k needs -c, the directory to look in");
-	if (b == NULL) {
-		die("no memory");
-		return;
-	}
-	buffer_append(b, text_cut(url, (size_t)(login.at - url)));
-	buffer_append(b, text_of(login.at + login.len));
-	if (b->overflow || !text_is_clean(t) || !text_starts(t, "http://") ||
-	    absolute_parse(buffer_text(b), &target) != 1)
+	if (!url_parse(text_of(url), &target) || target.form != FORM_ABSOLUTE)
 		usage("-k %s: not a URL that begins with http://", url);
 	cache_print(&target);
 	exit(0);
@@ -15063,56 +15065,62 @@ pseudonym_make(void)
 		host_name[0] = '\0';
 }
 
+/* A -T: a request that is judged, but never made. */
+struct trial {
+	struct request request;
+	struct address client;
+	struct rules *rules;
+	struct view view; /* of these three */
+	struct verdict access, route;
+};
+
 /*
- * The head of the request that a -T describes: a URL, and behind it `client
- * ADDRESS`, `user NAME`, `method NAME`.
+ * Reads the words of a -T: a URL, and behind it `client ADDRESS`, `user NAME`,
+ * `method NAME`.
  */
 static void
-trial_build(struct exchange *x, char *words, struct account *user,
-    struct buffer *head)
+trial_parse(struct trial *t, const char *words)
 {
-	char *word = words + strcspn(words, " "), *value, *url = words;
-	const char *method = NULL;
-	struct text target, login;
+	struct text rest = text_of(words), user = { NULL, 0 };
+	struct request *q = &t->request;
 
-	x->peer.family = AF_UNIX;
-	while (*word != '\0') {
-		*word++ = '\0';
-		value = word + strcspn(word, " ");
-		if (*value != '\0')
-			*value++ = '\0';
-		if (strcmp(word, "client") == 0 &&
-		    address_parse(text_cut(value, strcspn(value, " ")), 0,
-			&x->peer))
-			;
-		else if (strcmp(word, "user") == 0)
-			user->user = text_cut(value, strcspn(value, " "));
-		else if (strcmp(word, "method") == 0)
-			method = value;
+	memset(q, 0, sizeof(*q));
+	memset(&t->client, 0, sizeof(t->client));
+	t->client.family = AF_UNIX;
+	q->minor = 1;
+	q->name = text_of("GET");
+	q->uri = text_split(&rest, ' ');
+	while (rest.len > 0) {
+		struct text word = text_split(&rest, ' ');
+		struct text value = text_split(&rest, ' ');
+
+		if (text_equals(word, text_of("client")) &&
+		    address_parse(value, 0, &t->client))
+			continue;
+		else if (text_equals(word, text_of("user")))
+			user = value;
+		else if (text_equals(word, text_of("method")))
+			q->name = value;
 		else
-			usage("-T %s: %s %s is none of: client ADDRESS, user "
-			      "NAME, method NAME",
-			    url, word, value);
-		word = value + strcspn(value, " ");
+			usage("-T %.*s: %.*s %.*s is none of: client ADDRESS, "
+			      "user NAME, method NAME",
+			    (int)q->uri.len, words, (int)word.len, word.at,
+			    (int)value.len, value.at);
 	}
-	if (text_starts(text_of(url), "https://")) {
-		login = url_login(text_of(url));
-		url += strlen("https://") + login.len;
-		target = text_cut(url, strcspn(url, "/?#"));
-		/* What is behind an IPv6 address, or all of another host. */
-		url += *url == '[' ? text_find(target, ']') : 0;
-		buffer_print(head, "CONNECT %.*s%s HTTP/1.1\r\n",
-		    (int)target.len, target.at,
-		    strcspn(url, ":") < strcspn(url, "/?#") ? "" : ":443");
-	} else
-		buffer_print(head, "%.*s %s HTTP/1.1\r\n",
-		    method ? (int)strcspn(method, " ") : 3,
-		    method ? method : "GET", url);
-	buffer_append(head, text_of("Host: x\r\n\r\n"));
-	request_clean(head);
+	q->method = method_parse(q->name);
+	if (!url_parse(q->uri, &q->target) || !text_is_token(q->name) ||
+	    (q->method == METHOD_CONNECT && q->target.form == FORM_ABSOLUTE))
+		usage("-T %.*s: not a URL that begins with http:// or https://",
+		    (int)q->uri.len, words);
+	if (q->target.form == FORM_AUTHORITY) {
+		q->method = METHOD_CONNECT;
+		q->name = text_of("CONNECT");
+	}
+	view_begin(&t->view, q, &t->client, address_is_local(&t->client));
+	t->view.user = user;
 }
 
-/* Where a verdict comes from, behind what it says. */
+/* Prints a verdict, and the rule that it comes from. */
 static void
 trial_print(const char *what, const char *word, const struct rule *rule)
 {
@@ -15122,9 +15130,9 @@ trial_print(const char *what, const char *word, const struct rule *rule)
 	printf("\n");
 }
 
-/* Looks up the name of a trial's server; false, having said so, if it can't. */
+/* Looks up the server's name; false if that fails, which is printed. */
 static bool
-trial_resolve(const struct request *q, struct address *a)
+trial_resolve(const struct trial *t, struct address *a)
 {
 	struct addrinfo hints, *found = NULL;
 	char host[HOST_MAX + 1];
@@ -15132,7 +15140,7 @@ trial_resolve(const struct request *q, struct address *a)
 
 	memset(&hints, 0, sizeof(hints));
 	hints.ai_socktype = SOCK_STREAM;
-	(void)text_copy(q->target.host, host, sizeof(host));
+	(void)text_copy(t->request.target.host, host, sizeof(host));
 	error = getaddrinfo(host, NULL, &hints, &found);
 	if (error != 0) {
 		printf("\taddress: the name lookup failed: %s\n",
@@ -15144,69 +15152,43 @@ trial_resolve(const struct request *q, struct address *a)
 	return true;
 }
 
-/* What the cache would do. */
-static void
-trial_cache(struct exchange *x)
-{
-	struct request *q = x->request;
-	struct lookup l;
-	struct control asked = control_parse(&q->head);
-	const struct rule *rule = cache_rule(x, NULL, NULL);
-
-	if (!request_is_cacheable(x)) {
-		trial_print("cache", "none", rule);
-		return;
-	}
-	lookup_run(x, &asked, &l);
-	trial_print("cache",
-	    l.reuse != REUSE_VALIDATED ? "answers" :
-		l.fd != -1             ? "validates" :
-					 q->caching.forward,
-	    rule);
-	if (l.fd != -1)
-		(void)close(l.fd);
-	buffer_give(&l.b);
-}
-
 /*
- * What access and route come to, as far as it is known.  If the route asked
- * for the server's address, that is known even if the route is a parent.
+ * Judges access and route by what is known.  A parent looks the server's name
+ * up itself, so the address stays unknown unless the route needed it.
  */
 static void
-trial_judge(struct exchange *x, struct verdict *access, struct verdict *route)
+trial_judge(struct trial *t)
 {
-	struct request *q = x->request;
-	bool asked = q->access.route_open;
-	struct view v;
+	const struct parent *parent = NULL;
 
-	q->route.parent = NULL;
-	exchange_view(x, NULL, 0, &v);
-	*route = rules_judge(x->rules, GROUP_ROUTE, &v);
-	q->access.route_open = route->truth == TRUTH_UNDECIDED ||
-	    (asked && x->record.server.family != 0);
-	q->route.parent = route->truth == TRUTH_YES ? route->rule->parents :
-						      NULL;
-	exchange_view(x, NULL, 0, &v);
-	*access = rules_judge(x->rules, GROUP_ACCESS, &v);
-	x->request->access.route_open = route->truth == TRUTH_UNDECIDED;
+	t->route = rules_judge(t->rules, GROUP_ROUTE, &t->view);
+	if (t->route.truth == TRUTH_YES)
+		parent = t->route.rule->parents;
+	if (parent != NULL && parent->kind != PARENT_NONE &&
+	    t->view.address == NULL)
+		t->view.never |= FACT_ADDRESS;
+	t->access = rules_judge(t->rules, GROUP_ACCESS, &t->view);
 }
 
-/* True if a line that is open asks for the server's address. */
+/* True if a verdict is open because the server's address is not known yet. */
 static bool
-trial_wants(const struct exchange *x)
+trial_needs_address(struct trial *t)
 {
-	const struct rule *rule = x->rules->first[GROUP_ACCESS];
-	struct view v;
+	const struct rule *rule = t->rules->first[GROUP_ACCESS];
 
-	exchange_view(x, NULL, 0, &v);
-	for (; rule != NULL; rule = rule->next)
-		if ((rule->needs & FACT_ADDRESS) &&
-		    rule_lacks(rule, &v) != NULL)
-			return (v.never & FACT_ADDRESS) == 0;
-	return false;
+	if (t->route.truth == TRUTH_UNDECIDED)
+		return true;
+	if (t->access.truth != TRUTH_UNDECIDED ||
+	    (t->view.never & FACT_ADDRESS))
+		return false;
+	while (rule != NULL &&
+	    (!(rule->needs & FACT_ADDRESS) ||
+		rule_lacks(rule, &t->view) == NULL))
+		rule = rule->next;
+	return rule != NULL;
 }
 
-/* The way: the first of its parents, as in a line but without its login. */
+/* Prints the route: the first of its parents, without the login. */
 static void
 trial_route(const struct verdict *route)
 {
@@ -15226,7 +15208,7 @@ trial_route(const struct verdict *route)
 	    route->rule);
 }
 
-/* What access comes to; if it is open, what the line lacks that is. */
+/* Prints whether the request is let in; if that is open, what is missing. */
 static void
 trial_access(const struct verdict *access, struct view *v)
 {
@@ -15248,58 +15230,63 @@ trial_access(const struct verdict *access, struct view *v)
 	trial_print("access", words, access->rule);
 }
 
+/* Prints what the cache would do.  A look-up needs an exchange as its frame. */
+static void
+trial_cache(struct trial *t)
+{
+	struct request *q = &t->request;
+	struct control asked = control_parse(&q->head);
+	struct exchange x = { .request = q, .rules = t->rules };
+	const struct rule *rule;
+	struct lookup l;
+
+	x.peer = t->client;
+	x.local = t->view.local;
+	rule = cache_rule(&x, NULL, NULL);
+	if (!request_is_cacheable(&x)) {
+		trial_print("cache", "none", rule);
+		return;
+	}
+	lookup_run(&x, &asked, &l);
+	trial_print("cache",
+	    l.reuse != REUSE_VALIDATED ? "answers" :
+		l.fd != -1             ? "validates" :
+					 q->caching.forward,
+	    rule);
+	if (l.fd != -1)
+		(void)close(l.fd);
+	buffer_give(&l.b);
+}
+
 /*
- * One -T: what would happen.  The server's name is looked up if, and only if,
- * the verdict depends on its address.  Returns the exit status.
+ * One -T: prints what would happen.  The server's name is looked up if, and
+ * only if, a verdict depends on its address.  Returns the exit status.
  */
 static int
-trial_run(char *words)
+trial_run(const char *words)
 {
-	struct buffer *head = buffer_take();
-	struct account user = { NULL, { NULL, 0 }, { NULL, 0 } };
-	struct verdict verdict, route;
-	struct exchange x;
-	struct request *q = request_new(NULL);
-	struct view v;
-	bool denied;
+	const struct account *user;
+	struct address address;
+	struct trial t;
 
-	memset(&x, 0, sizeof(x));
-	if (head == NULL || q == NULL) {
-		buffer_give(&head);
-		request_drop(&q);
-		die("no memory");
-		return 1;
-	}
 	printf("%s\n", words);
-	trial_build(&x, words, &user, head);
-	x.local = address_is_local(&x.peer);
-	x.rules = rules_take(&q->head, &x.record.user);
-	x.record.user = user.user.at ? &user : NULL;
-	x.request = q;
-	q->owner = &x;
-	if (request_parse(buffer_text(head), q) != 1 ||
-	    q->target.form == FORM_ORIGIN)
-		usage("-T %s: not a URL that begins with http:// or https://",
-		    words);
-	request_note(&x);
-	trial_judge(&x, &verdict, &route);
-	if ((route.truth == TRUTH_UNDECIDED ||
-		(verdict.truth == TRUTH_UNDECIDED && trial_wants(&x))) &&
-	    trial_resolve(q, &x.record.server))
-		trial_judge(&x, &verdict, &route);
-	exchange_view(&x, NULL, 0, &v);
-	trial_access(&verdict, &v);
-	trial_route(&route);
-	denied = verdict.refuses;
+	trial_parse(&t, words);
+	t.rules = rules_take(&t.request.head, &user);
+	trial_judge(&t);
+	if (trial_needs_address(&t) && trial_resolve(&t, &address)) {
+		view_source(&t.view, &address);
+		trial_judge(&t);
+	}
+	trial_access(&t.access, &t.view);
+	trial_route(&t.route);
 	if (options.cache != NULL)
-		trial_cache(&x);
-	rules_give(&x.rules);
-	buffer_give(&head);
-	request_drop(&q);
-	return denied ? 1 :
-	    verdict.truth == TRUTH_UNDECIDED || route.truth == TRUTH_UNDECIDED ?
-			3 :
-			0;
+		trial_cache(&t);
+	rules_give(&t.rules);
+	return t.access.refuses ? 1 :
+	    t.access.truth == TRUTH_UNDECIDED ||
+		t.route.truth == TRUTH_UNDECIDED ?
+				  3 :
+				  0;
 }
 
 /* All -T; of their exit statuses 1 goes before 3. */
@@ -15310,12 +15297,10 @@ trials_run(void)
 	size_t i;
 
 	for (i = 0; i < options.trials.n; i++) {
-		char *copy = strdup(options.trials.at[i]);
-		int status = copy == NULL ? 1 : trial_run(copy);
+		int status = trial_run(options.trials.at[i]);
 
 		if (worst == 0 || status == 1)
 			worst = status;
-		free(copy);
 	}
 	exit(worst);
 }

@@ -17101,12 +17101,12 @@ static const struct {
 	uint64_t length;
 } requests[] = {
 #define H "Host: a\r\n"
-	{ "GET http://a/ HTTP/1.1\r\n" H "\r\n", 200, FRAMING_NONE, 0 },
-	{ "GET http://a/ HTTP/1.0\r\n\r\n", 200, FRAMING_NONE, 0 },
+	{ "GET http://a/ HTTP/1.1\r\n" H "\r\n", 200, FRAMING_NO_BODY, 0 },
+	{ "GET http://a/ HTTP/1.0\r\n\r\n", 200, FRAMING_NO_BODY, 0 },
 	{ "GET http://a/ HTTP/1.1\r\n\r\n", 400, 0, 0 },
 	{ "GET http://a/ HTTP/1.1\r\n" H H "\r\n", 400, 0, 0 },
 	{ "X http://a/ HTTP/1.1\r\nhOST:\t a:8\t \r\nA:\r\n\r\n", 200,
-	    FRAMING_NONE, 0 },
+	    FRAMING_NO_BODY, 0 },
 	{ "POST http://a/ HTTP/1.1\r\n" H "Content-Length: 7\r\n\r\n", 200,
 	    FRAMING_LENGTH, 7 },
 	{ "POST http://a/ HTTP/1.1\r\ncontent-length:7,7 , 07\r\n" H "\r\n",
@@ -17136,7 +17136,7 @@ static const struct {
 	{ "GET http://a/ HTTP/1.1\r\n" H "A\r\n\r\n", 400, 0, 0 },
 	{ "GET http://a/ HTTP/1.1\r\n" H "A: \x01\r\n\r\n", 400, 0, 0 },
 	{ "GET http://a/ HTTP/1.1\r\n" H "A: \x80\xff\r\n\r\n", 200,
-	    FRAMING_NONE, 0 },
+	    FRAMING_NO_BODY, 0 },
 	{ "GET http://a/ HTTP/2.0\r\n" H "\r\n", 505, 0, 0 },
 	{ "GET http://a/ HTTP/1.1 \r\n" H "\r\n", 400, 0, 0 },
 	{ "GET  http://a/ HTTP/1.1\r\n" H "\r\n", 400, 0, 0 },
@@ -17245,17 +17245,17 @@ unit_responses(void)
 		{ METHOD_GET, OK "Transfer-Encoding: chunked\r\n\r\n", true,
 		    200, FRAMING_CHUNKED, 0 },
 		{ METHOD_HEAD, OK "Content-Length: 5\r\n\r\n", true, 200,
-		    FRAMING_NONE, 0 },
+		    FRAMING_NO_BODY, 0 },
 		{ METHOD_CONNECT, OK "Content-Length: 5\r\n\r\n", true, 200,
-		    FRAMING_NONE, 0 },
+		    FRAMING_NO_BODY, 0 },
 		{ METHOD_CONNECT, "HTTP/1.1 403 No\r\nContent-Length: 5\r\n"
 		    "\r\n", true, 403, FRAMING_LENGTH, 5 },
 		{ METHOD_GET, "HTTP/1.1 304 No\r\nContent-Length: 5\r\n\r\n",
-		    true, 304, FRAMING_NONE, 0 },
+		    true, 304, FRAMING_NO_BODY, 0 },
 		{ METHOD_GET, "HTTP/1.1 204 No\r\nTransfer-Encoding: chunked"
-		    "\r\n\r\n", true, 204, FRAMING_NONE, 0 },
+		    "\r\n\r\n", true, 204, FRAMING_NO_BODY, 0 },
 		{ METHOD_GET, "HTTP/1.1 100 Go\r\n\r\n", true, 100,
-		    FRAMING_NONE, 0 },
+		    FRAMING_NO_BODY, 0 },
 		{ METHOD_GET, OK "Content-Length: 5\r\nTransfer-Encoding: "
 		    "chunked\r\n\r\n", true, 200, FRAMING_CHUNKED, 0 },
 		{ METHOD_GET, OK "Content-Length: 5, 6\r\nTransfer-Encoding: "
@@ -17407,7 +17407,7 @@ unit_bodies(void)
 		{ FRAMING_LENGTH, 5, "hello more", "hello", 5, true },
 		{ FRAMING_LENGTH, 5, "hell", "hell", 0, false },
 		{ FRAMING_LENGTH, 0, "GET", "", 3, true },
-		{ FRAMING_NONE, 0, "GET", "", 3, true },
+		{ FRAMING_NO_BODY, 0, "GET", "", 3, true },
 		{ FRAMING_CLOSE, 0, "hello", "hello", 0, true },
 		{ FRAMING_CLOSE, 0, "", "", 0, true },
 #define C FRAMING_CHUNKED, 0
