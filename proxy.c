@@ -6630,28 +6630,47 @@ days_from_date(int64_t year, int64_t month, int64_t day)
 	    year_of_era / 100 + day_of_year - 719468;
 }
 
-/* The parts of a date; -1 stands for what was not there. */
-struct date {
-	int64_t year, month, day, hour, minute, second;
+/* The parts of a date: places in an array. */
+enum date_part {
+	YEAR,
+	MONTH,
+	DAY,
+	HOUR,
+	MINUTE,
+	SECOND,
+	DATE_PARTS
 };
 
-/* hh:mm:ss of a date, with c behind it. */
-static void
-date_time(struct text *t, char c, struct date *d)
+/*
+ * Reads t by a form into parts, which are 0.  In the form, small letters stand
+ * for digits of a part, `ooo` for a month's name, `_` for a digit of the day
+ * or a blank, and all other characters for themselves.
+ */
+static bool
+date_match(struct text t, const char *form, int64_t *parts)
 {
-	d->hour = digits_next(t, 2, ':');
-	d->minute = digits_next(t, 2, ':');
-	d->second = digits_next(t, 2, c);
-}
+	static const char letters[] = "yodhms";
 
-/* Takes a month's name with c behind it. */
-static void
-date_month(struct text *t, char c, struct date *d)
-{
-	int month = name_index(*t, "JanFebMarAprMayJunJulAugSepOctNovDec", 12);
+	if (t.len != strlen(form))
+		return false;
+	for (; *form != '\0'; form++, t = text_from(t, 1)) {
+		char want = *form != '_' ? *form : is_digit(*t.at) ? 'd' : ' ';
+		const char *letter = strchr(letters, want);
 
-	d->month = month == -1 || t->len < 4 || t->at[3] != c ? -1 : month + 1;
-	*t = text_from(*t, t->len < 4 ? t->len : 4);
+		if (want == 'o') {
+			parts[MONTH] = 1 +
+			    name_index(t,
+				"JanFebMarAprMayJunJulAugSepOctNovDec", 12);
+			form += 2;
+			t = text_from(t, 2);
+		} else if (letter != NULL && is_digit(*t.at))
+			parts[letter - letters] =
+			    parts[letter - letters] * 10 + *t.at - '0';
+		else if (letter != NULL ||
+		    !text_is(text_cut(t.at, 1), (char[]){ want, '\0' }))
+			return false;
+	}
+	return true;
 }
 
 /*
@@ -6661,55 +6680,33 @@ date_month(struct text *t, char c, struct date *d)
 static int64_t
 date_parse(struct text t)
 {
-	struct date d = { -1, -1, -1, -1, -1, -1 };
+	int64_t d[DATE_PARTS] = { 0 }, year, month;
 	size_t comma = text_find(t, ',');
+	const char *form = comma == t.len ? " ooo _d hh:mm:ss yyyy" :
+	    comma == 3                    ? ", dd ooo yyyy hh:mm:ss GMT" :
+					    ", dd-ooo-yy hh:mm:ss GMT";
 	struct tm parts;
-	int64_t year;
 
-	if (name_index(t, "SunMonTueWedThuFriSat", 7) == -1)
+	if (name_index(t, "SunMonTueWedThuFriSat", 7) == -1 || comma == 4 ||
+	    comma == 5 ||
+	    !date_match(text_from(t, comma == t.len ? 3 : comma), form, d))
 		return -1;
-	if (comma == 3 && t.len == 29 && t.at[4] == ' ') {
-		t = text_from(t, 5);
-		d.day = digits_next(&t, 2, ' ');
-		date_month(&t, ' ', &d);
-		d.year = digits_next(&t, 4, ' ');
-		date_time(&t, ' ', &d);
-		if (!text_is(t, "GMT"))
-			return -1;
-	} else if (comma > 5 && t.len > comma + 2 && t.at[comma + 1] == ' ') {
-		t = text_from(t, comma + 2);
-		d.day = digits_next(&t, 2, '-');
-		date_month(&t, '-', &d);
-		d.year = digits_next(&t, 2, ' ');
-		date_time(&t, ' ', &d);
-		if (d.year == -1 || !text_is(t, "GMT") ||
-		    gmtime_r(&now.wall, &parts) == NULL)
+	if (comma != t.len && comma != 3) {
+		if (gmtime_r(&now.wall, &parts) == NULL)
 			return -1;
 		year = parts.tm_year + (int64_t)1900;
-		d.year += year - year % 100;
-		d.year -= d.year > year + 50 ? 100 : 0;
-	} else if (comma == t.len && t.len == 24 && t.at[3] == ' ') {
-		char day[2];
-
-		t = text_from(t, 4);
-		date_month(&t, ' ', &d);
-		day[0] = *t.at == ' ' ? '0' : *t.at;
-		day[1] = t.at[1];
-		t = text_from(t, 2);
-		if (is_digit(day[0]) && is_digit(day[1]) && *t.at == ' ')
-			d.day = (day[0] - '0') * 10 + day[1] - '0';
-		t = text_from(t, 1);
-		date_time(&t, ' ', &d);
-		d.year = digits_next(&t, 4, '\0');
+		d[YEAR] += year - year % 100;
+		d[YEAR] -= d[YEAR] > year + 50 ? 100 : 0;
 	}
-	if (d.year < 1970 || d.month < 1 || d.day < 1 ||
-	    d.day > days_from_date(d.year + d.month / 12, d.month % 12 + 1, 1) -
-		    days_from_date(d.year, d.month, 1) ||
-	    d.hour < 0 || d.hour > 23 || d.minute < 0 || d.minute > 59 ||
-	    d.second < 0 || d.second > 60)
+	year = d[YEAR];
+	month = d[MONTH];
+	if (year < 1970 || month < 1 || d[DAY] < 1 ||
+	    d[DAY] > days_from_date(year + month / 12, month % 12 + 1, 1) -
+		    days_from_date(year, month, 1) ||
+	    d[HOUR] > 23 || d[MINUTE] > 59 || d[SECOND] > 60)
 		return -1;
-	return days_from_date(d.year, d.month, d.day) * DAY_S + d.hour * 3600 +
-	    d.minute * 60 + d.second;
+	return days_from_date(year, month, d[DAY]) * DAY_S + d[HOUR] * 3600 +
+	    d[MINUTE] * 60 + d[SECOND];
 }
 
 /* The date in a field; -1 if there is none, more than one, or it is wrong. */
@@ -6829,38 +6826,27 @@ control_parse(const struct head *h)
 }
 
 /* Statuses that may be reused without being told so (RFC 9110 15.1). */
-static bool
-status_is_heuristic(int status)
-{
-	static const int statuses[] = { 200, 203, 204, 300, 301, 308, 404, 405,
-		410, 414, 501 };
-	size_t i;
-
-	for (i = 0; i < sizeof(statuses) / sizeof(statuses[0]); i++)
-		if (statuses[i] == status)
-			return true;
-	return false;
-}
+static const int heuristic_statuses[] = { 200, 203, 204, 300, 301, 308, 404,
+	405, 410, 414, 501, 0 };
 
 /* Statuses that a request's own fields or haste bring about. */
-static bool
-status_is_personal(int status)
-{
-	static const int statuses[] = { 304, 401, 407, 408, 412, 413, 416, 417,
-		425, 428, 429, 431 };
-	size_t i;
+static const int personal_statuses[] = { 304, 401, 407, 408, 412, 413, 416, 417,
+	425, 428, 429, 431, 0 };
 
-	for (i = 0; i < sizeof(statuses) / sizeof(statuses[0]); i++)
-		if (statuses[i] == status)
-			return true;
-	return false;
+/* True if the list, which ends with 0, has that status. */
+static bool
+status_is_among(int status, const int *list)
+{
+	while (*list != 0 && *list != status)
+		list++;
+	return *list != 0;
 }
 
-/* Whether we know what to do with a status: all of the standards'. */
+/* True if we know the meaning of a status: all of the standards'. */
 static bool
 status_is_understood(int status)
 {
-	return status_is_heuristic(status) ||
+	return status_is_among(status, heuristic_statuses) ||
 	    (status >= 300 && status <= 308) ||
 	    (status >= 400 && status <= 417) || status == 451 ||
 	    (status >= 500 && status <= 505);
@@ -6892,7 +6878,8 @@ freshness_lifetime(const struct response *r, bool explicit_only)
 		return l;
 	}
 	if (explicit_only || modified == -1 || date <= modified ||
-	    (!status_is_heuristic(r->status) && !control.is_public) ||
+	    (!status_is_among(r->status, heuristic_statuses) &&
+		!control.is_public) ||
 	    head_field(&r->head, "Set-Cookie") != NULL)
 		return l;
 	l.seconds = (date - modified) / 10;
@@ -6931,7 +6918,8 @@ response_obstacle(const struct request *q, const struct response *r,
 	struct control control = control_parse(&r->head);
 	bool validator = head_field(&r->head, "ETag") != NULL ||
 	    head_date(&r->head, "Last-Modified") != -1;
-	bool guess = control.is_public || status_is_heuristic(r->status);
+	bool guess = control.is_public ||
+	    status_is_among(r->status, heuristic_statuses);
 	int64_t lifetime = freshness_lifetime(r, true).seconds;
 
 	if (q->method != METHOD_GET &&
@@ -6939,7 +6927,7 @@ response_obstacle(const struct request *q, const struct response *r,
 		(!text_equals(located, q->uri) &&
 		    !text_equals(located, q->target.path))))
 		return "method";
-	if (r->status < 200 || status_is_personal(r->status) ||
+	if (r->status < 200 || status_is_among(r->status, personal_statuses) ||
 	    (control.must_understand && !status_is_understood(r->status)))
 		return "status";
 	if (asked.no_store || (control.no_store && !control.must_understand))
@@ -8825,22 +8813,18 @@ cache_sweep(void)
 		sweep_start();
 }
 
-/* A strong comparison of entity tags (RFC 9110 section 8.8.3.2). */
+/*
+ * Compares entity tags (RFC 9110 section 8.8.3.2), weakly or, as for a part
+ * of a body, strongly.
+ */
 static bool
-etag_same_strong(struct text a, struct text b)
+etag_same(struct text a, struct text b, bool weak)
 {
-	return text_equals(a, b) && a.len > 0 && !text_starts(a, "W/");
-}
-
-/* A weak one. */
-static bool
-etag_same(struct text a, struct text b)
-{
-	if (text_starts(a, "W/"))
+	if (weak && text_starts(a, "W/"))
 		a = text_from(a, 2);
-	if (text_starts(b, "W/"))
+	if (weak && text_starts(b, "W/"))
 		b = text_from(b, 2);
-	return a.len == b.len && a.len > 0 && memcmp(a.at, b.at, a.len) == 0;
+	return text_equals(a, b) && a.len > 0 && !text_starts(a, "W/");
 }
 
 /*
@@ -8849,7 +8833,7 @@ etag_same(struct text a, struct text b)
  */
 static int
 condition_has(const struct head *q, const char *name, struct text etag,
-    bool (*same)(struct text, struct text))
+    bool weak)
 {
 	int verdict = -1;
 	size_t i;
@@ -8861,7 +8845,8 @@ condition_has(const struct head *q, const char *name, struct text etag,
 			continue;
 		verdict = 0;
 		while (list_next(&rest, &member))
-			if (text_is(member, "*") || same(member, etag))
+			if (text_is(member, "*") ||
+			    etag_same(member, etag, weak))
 				return 1;
 	}
 	return verdict;
@@ -8883,8 +8868,8 @@ static bool
 request_is_met(const struct head *q, const struct response *r)
 {
 	int64_t since = head_date(q, "If-Unmodified-Since");
-	int verdict = condition_has(q, "If-Match", head_value(&r->head, "ETag"),
-	    etag_same_strong);
+	int verdict =
+	    condition_has(q, "If-Match", head_value(&r->head, "ETag"), false);
 
 	if (verdict != -1)
 		return verdict == 1;
@@ -8900,7 +8885,7 @@ request_is_satisfied(const struct head *q, const struct response *r)
 {
 	int64_t since = head_date(q, "If-Modified-Since"), modified;
 	int verdict = condition_has(q, "If-None-Match",
-	    head_value(&r->head, "ETag"), etag_same);
+	    head_value(&r->head, "ETag"), true);
 
 	if (verdict != -1 || since == -1)
 		return verdict == 1;
@@ -8912,54 +8897,44 @@ request_is_satisfied(const struct head *q, const struct response *r)
 
 /*
  * The one range that a request asks for, of a body of so many bytes (RFC 9110
- * section 14.1.2).  1: from and length are set; 0: none, or one that we give
- * the whole for; -1: it can't be satisfied.  Of an empty body a suffix is all
- * of it, and so is what begins at its start: some clients always ask so.
+ * section 14.1.2).  1: range is set; 0: there is no range, or the answer to it
+ * is the whole; -1: it can't be satisfied.  Of an empty body a suffix is all
+ * of it, and so is a range without an end: some clients always ask so.
  */
 static int
 range_parse(const struct head *q, const struct response *r, uint64_t body,
     struct range *range)
 {
-	struct text t = head_value(q, "Range");
+	struct text t = head_value(q, "Range"), from, to;
 	struct text condition = head_value(q, "If-Range");
-	uint64_t first = 0, last = body - 1;
-	size_t dash;
+	uint64_t first, last = UINT64_MAX;
+	size_t dash = text_find(t, '-');
 
-	if (!text_starts(t, "bytes=") || r->status != 200)
+	if (!text_starts(t, "bytes=") || r->status != 200 || dash == t.len ||
+	    text_find(t, ',') < t.len)
 		return 0;
 	if (condition.len > 0 &&
 	    (text_starts(condition, "W/") ||
 		(!text_equals(condition, head_value(&r->head, "ETag")) &&
 		    !text_equals(condition, modified_strong(&r->head)))))
 		return 0;
-	t = text_from(t, strlen("bytes="));
-	dash = text_find(t, '-');
-	if (dash == t.len || text_find(t, ',') < t.len)
+	from = text_from(text_cut(t.at, dash), strlen("bytes="));
+	to = text_from(t, dash + 1);
+	if (!number_parse(from.len ? from : to, INT64_MAX, &first))
 		return 0;
-	if (dash == 0) {
-		if (!number_parse(text_from(t, 1), INT64_MAX, &first))
-			return 0;
-		if (first == 0)
-			return -1;
-		if (body == 0)
-			return 0;
+	if (from.len == 0 && first == 0)
+		return -1;
+	if (from.len == 0)
 		first = first < body ? body - first : 0;
-	} else {
-		if (!number_parse(text_cut(t.at, dash), INT64_MAX, &first) ||
-		    (dash + 1 < t.len &&
-			(!number_parse(text_from(t, dash + 1), INT64_MAX,
-			     &last) ||
-			    last < first)))
-			return 0;
-		if (first >= body)
-			return body == 0 && first == 0 && dash + 1 == t.len ?
-			    0 :
-			    -1;
-		if (last >= body)
-			last = body - 1;
-	}
+	else if (to.len > 0 &&
+	    (!number_parse(to, INT64_MAX, &last) || last < first))
+		return 0;
+	if (body == 0 && first == 0 && last == UINT64_MAX)
+		return 0;
+	if (first >= body)
+		return -1;
 	range->first = first;
-	range->length = last - first + 1;
+	range->length = (last < body ? last + 1 : body) - first;
 	return 1;
 }
 
