@@ -39,7 +39,7 @@
  *
  *   FREE --exchange_open--> REQUEST --request_accept, exchange_look_up-->
  *      COLLAPSE (another fetches the same), RESOLVE
- *   COLLAPSE --collapse_end--> RESOLVE (if nobody else brought the answer)
+ *   COLLAPSE --exchange_look_up--> RESOLVE (if nobody else brought the answer)
  *   RESOLVE --resolve_step--> CONNECT --connect_step--> GREET (SOCKS parent)
  *   CONNECT, GREET --exchange_send--> RESPONSE
  *   RESPONSE --response_forward, tunnel_start--> RELAY
@@ -543,8 +543,7 @@ enum answerer {
 	ANSWER_SERVER, /* a server that was asked */
 	ANSWER_MEMORY, /* ourselves: a page, the 200 to CONNECT */
 	ANSWER_ENTRY,  /* a whole entry of the cache */
-	ANSWER_FETCH,  /* one that another exchange is still storing */
-	ANSWER_ORPHAN  /* such a one that was given up */
+	ANSWER_FETCH   /* one that another exchange is still storing */
 };
 
 /* Whether an exchange is a tunnel: two flows without framing. */
@@ -586,34 +585,33 @@ struct route {
 	struct address list[ADDRESSES_MAX];
 };
 
+/* What the cache has done for a request; set by caching_enter() only. */
+enum caching_state {
+	CACHING_NONE,       /* nothing so far */
+	CACHING_BYPASSED,   /* nothing, and the answer is not stored */
+	CACHING_HIT,        /* an entry answers without validation */
+	CACHING_VALIDATES,  /* `entry` is open, the server is asked about it */
+	CACHING_VALIDATED,  /* it answers after the server was asked */
+	CACHING_SUPERSEDED, /* it was validated and is of no use any more */
+};
+
 /* The part of the cache in a request; all zero at its start. */
 struct caching {
-	bool nocache;        /* it has none */
-	bool validated;      /* the server was asked about an entry */
-	bool has_entry;      /* `entry` is open, to be validated */
-	bool outdated;       /* the entry that was validated is of no use now */
-	bool storing;        /* `store` is being written */
-	bool spoiled;        /* and is out of date before it is done */
-	bool alone;          /* it has waited for another in vain */
-	int forward_status;  /* what the server said, 0: nothing */
-	const char *forward; /* why it was asked (RFC 9211) */
-	const char *hit;     /* what of an entry was used, for the log */
-	const char *miss;    /* or why none was */
-	unsigned followers;  /* exchanges that wait for this fetch or read it */
-	uint64_t fetch;      /* in cache.fetches under this serial; 0: not */
-	uint64_t leader;     /* serial of the fetch that this one follows */
-	uint64_t key;        /* hash of the target's key */
-	uint64_t length;     /* of the body being stored; UINT64_MAX: unknown */
-	uint64_t validator; /* hash of what tells that it is the same payload */
-	int entry;          /* descriptor of an entry */
-	int store;          /* of a new one */
-	uint32_t region;    /* bytes of its region */
-	uint64_t stored;    /* of the new one's, or of the leader's, so far */
-	uint64_t share;     /* of the disk that the new one is to take: bytes */
-	uint64_t region_rest;  /* the sum of its region but its first line */
-	int64_t ttl;           /* seconds the entry is still fresh */
-	int64_t age;           /* its age in seconds */
-	char path[ENTRY_PATH]; /* of either, below the cache directory */
+	enum caching_state state; /* set by caching_enter() only */
+	bool collapsed;           /* it waited for a fetch, or reads one */
+	struct fetch *fetch;      /* that it leads, or NULL */
+	struct fetch *follows;    /* that it follows, or NULL */
+	int forward_status;       /* what the server said, 0: nothing */
+	const char *forward;      /* why it was asked (RFC 9211) */
+	const char *hit;          /* what of an entry was used, for the log */
+	const char *miss;         /* or why none was */
+	uint64_t key;             /* hash of the target's key */
+	uint64_t validator;       /* see response_validator() */
+	int entry;                /* descriptor of the entry to be validated */
+	uint32_t region;          /* bytes of the region of one that answers */
+	int64_t ttl;              /* seconds the entry is still fresh */
+	int64_t age;              /* its age in seconds */
+	char path[ENTRY_PATH];    /* of the one that was to be validated */
 };
 
 /* When a request came how far: ms, 0: it did not. */
@@ -691,7 +689,7 @@ struct exchange {
 	int64_t since;         /* ms: when the phase began */
 	int64_t moved;         /* when a byte last moved */
 	int64_t deadline;      /* when to look at it again at the latest */
-	struct exchange *next; /* of free slots, or of fetches */
+	struct exchange *next; /* of free slots */
 	struct exchange *next_again; /* of those to run */
 	struct address peer;         /* the client's */
 	struct conn client, server;  /* its two sides */
@@ -1745,10 +1743,8 @@ static void
 answer_by(struct exchange *x, enum answerer answerer)
 {
 	struct request *q = x->request;
-
 	static const char *const names[] = { "nobody", "the server",
-		"the proxy", "an entry", "a fetch under way",
-		"a fetch that was given up" };
+		"the proxy", "an entry", "a fetch under way" };
 
 	if (q->answerer == answerer)
 		return;
@@ -1760,8 +1756,7 @@ answer_by(struct exchange *x, enum answerer answerer)
 static bool
 answer_is_stored(const struct request *q)
 {
-	return q->answerer == ANSWER_ENTRY || q->answerer == ANSWER_FETCH ||
-	    q->answerer == ANSWER_ORPHAN;
+	return q->answerer == ANSWER_ENTRY || q->answerer == ANSWER_FETCH;
 }
 
 /* True if no server is asked for the answer, but for its validation. */
@@ -1928,6 +1923,15 @@ fd_note(int fd)
 	if (fd > fd_highest)
 		fd_highest = fd;
 	return fd;
+}
+
+/* Closes *fd, unless it is -1, which it then is. */
+static void
+fd_drop(int *fd)
+{
+	if (*fd != -1)
+		(void)close(*fd);
+	*fd = -1;
 }
 
 /* Opens a pipe; both ends are recorded. */
@@ -6530,9 +6534,7 @@ enum {
 	 * URLs of which we know that their answers are not to be stored: 128
 	 * KiB, of which only what was written to takes memory.
 	 */
-	CACHE_LONE = 16384,
-	/* So many of them share places: a line of a processor's cache. */
-	LONE_WAYS = 8,
+	UNCACHEABLE_KEYS = 16384,
 	/* Recency of an entry is written at most once in this time. */
 	CACHE_TOUCH_S = 600
 };
@@ -6611,10 +6613,60 @@ static struct {
 	int64_t lack_ms;    /* that leads to no sweep before this */
 	bool said_disk;     /* that the disk is the limit */
 	bool said_unread;   /* that the directory could not be read */
-	struct exchange *fetches; /* what others may follow */
+	struct fetch *fetches; /* that others may follow */
 } cache = { .block = CACHE_DISK_BLOCK,
 	.limit = UINT64_MAX,
 	.report = { .fd = -1 } };
+
+/* What the cache says to a request, or to a response that came for one. */
+enum cached {
+	CACHED_NO,   /* the server is to be asked, or its answer passed on */
+	CACHED_YES,  /* an entry answers */
+	CACHED_WAIT, /* another exchange is about to get the answer */
+	CACHED_LOST, /* the entry that was validated is gone: ask anew */
+	CACHED_NEVER /* nothing is stored, and nobody may be asked */
+};
+
+/* An entry that was found for a request, or a fetch's that grows. */
+struct lookup {
+	int fd;                /* its file, or -1 */
+	struct buffer *b;      /* its beginning */
+	struct entry e;        /* slices of b */
+	struct response r;     /* the same */
+	enum reuse reuse;      /* what it is good for */
+	bool grows;            /* another exchange is still storing it */
+	const char *forward;   /* why the server is asked (RFC 9211) */
+	char path[CACHE_PATH]; /* where it is, or was last looked for */
+};
+
+/* What a fetch is at; set by fetch_enter() only. */
+enum fetch_state {
+	FETCH_ASKS,     /* the response head has not come: followers wait */
+	FETCH_STORES,   /* the entry grows: followers read it */
+	FETCH_COMPLETE, /* it has ended: the entry is all there */
+	FETCH_FAILED    /* it has ended: there will be no more of it */
+};
+
+/*
+ * A fetch: what its leader gets from a server, and others may follow.  It is
+ * freed when it has neither a leader nor followers.
+ */
+struct fetch {
+	struct fetch *next;      /* in cache.fetches, until it ends */
+	struct exchange *leader; /* NULL: it has ended */
+	enum fetch_state state;  /* set by fetch_enter() only */
+	bool discard;            /* the entry is no good for later requests */
+	unsigned followers;      /* exchanges that wait for it or read it */
+	int fd;                  /* the temporary file, or -1 */
+	uint32_t region;         /* bytes of its region */
+	uint64_t serial;         /* in the name of the temporary file */
+	uint64_t key;            /* hash of the target's key */
+	uint64_t length;         /* of the body; UINT64_MAX: unknown */
+	uint64_t stored;         /* bytes of the body so far */
+	uint64_t share;          /* of the disk that it is to take: bytes */
+	uint64_t validator;      /* see response_validator() */
+	uint64_t region_rest;    /* the sum of its region but its first line */
+};
 
 /* Days since 1970 of a date in the Gregorian calendar. */
 static int64_t
@@ -7158,59 +7210,71 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 	}
 }
 
-/* Puts t into the sorted list of *n texts, once; false if it is full. */
-static bool
-vary_insert(struct text *list, size_t *n, struct text t)
+/* Orders two texts for qsort(3): by their letters, in any case. */
+static int
+name_compare(const void *one, const void *two)
 {
-	size_t i, j;
+	const struct text *a = one, *b = two;
+	int order =
+	    strncasecmp(a->at, b->at, a->len < b->len ? a->len : b->len);
 
-	for (i = 0; i < *n; i++) {
-		size_t len = t.len < list[i].len ? t.len : list[i].len;
-		int order = strncasecmp(list[i].at, t.at, len);
-
-		if (order == 0 && list[i].len == t.len)
-			return true;
-		if (order > 0 || (order == 0 && list[i].len > t.len))
-			break;
-	}
-	if (*n == VARY_MAX)
-		return false;
-	for (j = (*n)++; j > i; j--)
-		list[j] = list[j - 1];
-	list[i] = t;
-	return true;
+	return order != 0 ? order : (a->len > b->len) - (a->len < b->len);
 }
 
 /*
  * All that a response varies by as one list in one form, sorted, into b: its
- * Vary, and for a part of a body the range.  False if it is too long.
+ * Vary, for a part of a body the range, and vary_client.  False if it is too
+ * long.
  */
 static bool
 vary_append(const struct response *r, struct buffer *b)
 {
-	const struct head *h = &r->head;
-	struct text list[VARY_MAX];
-	size_t i, n = 0;
+	struct text list[VARY_MAX + 2], *last = list, *t, member;
+	size_t i;
 
-	for (i = 0; i < h->n; i++) {
-		struct text rest = h->fields[i].value, member;
+	for (i = 0; i < r->head.n; i++) {
+		struct text rest = r->head.fields[i].value;
 
-		if (!text_is(h->fields[i].name, "Vary"))
+		if (!text_is(r->head.fields[i].name, "Vary"))
 			continue;
-		while (list_next(&rest, &member))
-			if (!vary_insert(list, &n, member))
+		while (list_next(&rest, &member)) {
+			if (last == list + VARY_MAX)
 				return false;
+			*last++ = member;
+		}
 	}
 	if (r->status == 206)
-		(void)vary_insert(list, &n, text_of("range"));
-	if (response_is_personal(r) &&
-	    !vary_insert(list, &n, text_of(vary_client)))
-		return false;
-	for (i = 0; i < n; i++) {
-		buffer_append(b, text_of(i > 0 ? "," : ""));
-		lower_append(b, list[i]);
+		*last++ = text_of("range");
+	if (response_is_personal(r))
+		*last++ = text_of(vary_client);
+	qsort(list, (size_t)(last - list), sizeof(*list), name_compare);
+	for (t = list; t < last; t++) {
+		if (t > list && text_same(t[0], t[-1]))
+			continue;
+		buffer_append(b, text_of(t > list ? "," : ""));
+		lower_append(b, *t);
 	}
-	return true;
+	return !b->overflow;
+}
+
+/*
+ * True if e, whose head is r, is the variant for q: the request has the values
+ * that it was stored for.
+ */
+static bool
+variant_fits(const struct entry *e, const struct response *r,
+    const struct request *q)
+{
+	struct buffer *list = buffer_take(), *b = buffer_take();
+	bool fits = list != NULL && b != NULL && vary_append(r, list);
+
+	if (fits) {
+		variant_append(q, buffer_text(list), b);
+		fits = !b->overflow && text_equals(buffer_text(b), e->variant);
+	}
+	buffer_give(&list);
+	buffer_give(&b);
+	return fits;
 }
 
 /* ---- entries ---- */
@@ -7364,74 +7428,88 @@ entry_is_whole(int fd, const struct entry *e, size_t n)
 }
 
 /*
- * Opens the file at path and reads its beginning into b.  Returns the
- * descriptor, or -1 if there is no valid entry for that key and variant.
+ * Reads the beginning of an open file into b and understands it as an entry.
+ * Its region is so long, and without a first line yet; or, if region is 0,
+ * has one, and the file is as long as that says.  False if not.
+ */
+static bool
+entry_read(int fd, size_t region, struct buffer *b, struct entry *e)
+{
+	size_t room = buffer_room(buffer_clear(b));
+	ssize_t n;
+
+	memset(e, 0, sizeof(*e));
+	if (region > room)
+		return false;
+	n = fd_read_at(fd, b->data + b->start, region ? region : room, 0);
+	if (n < REGION_LINE)
+		return false;
+	b->end += (size_t)n;
+	if (region == 0)
+		return entry_parse(buffer_text(b), e) &&
+		    entry_is_whole(fd, e, (size_t)n);
+	e->region = region;
+	return (size_t)n == region &&
+	    region_parse(text_from(buffer_text(b), REGION_LINE), e);
+}
+
+/*
+ * Opens the file at path, whose beginning is then in b: the one way to an
+ * entry, see entry_read().  Returns the descriptor, or -1 if there is no valid
+ * entry for that key.
  */
 static int
-entry_open(const char *path, struct text key, struct text variant,
-    struct buffer *b, struct entry *e)
+entry_open(const char *path, size_t region, struct text key, struct buffer *b,
+    struct entry *e)
 {
 	int fd = open(path, O_RDWR | O_NONBLOCK);
-	ssize_t n;
 
 	if (fd == -1 && (errno == EACCES || errno == EROFS))
 		fd = open(path, O_RDONLY | O_NONBLOCK);
-	if (fd_note(fd) == -1)
-		return -1;
-	b->start = b->end = CHUNK_ROOM;
-	n = fd_read(fd, b->data + b->start, buffer_room(b));
-	if (n > 0)
-		b->end += (size_t)n;
-	if (n <= 0 || !entry_parse(buffer_text(b), e) ||
-	    !entry_is_whole(fd, e, (size_t)n) || e->key.len != key.len ||
-	    memcmp(e->key.at, key.at, key.len) != 0 ||
-	    (e->vary.at == NULL &&
-		(e->variant.len != variant.len ||
-		    memcmp(e->variant.at, variant.at, variant.len) != 0))) {
-		(void)close(fd);
-		return -1;
-	}
+	if (fd_note(fd) != -1 &&
+	    (!entry_read(fd, region, b, e) || !text_equals(e->key, key)))
+		fd_drop(&fd);
 	return fd;
 }
 
 /*
- * Finds the entry for a request, and notes its key.  Its beginning is in b,
- * its descriptor is returned; -1 if there is none.  path, of CACHE_PATH bytes,
+ * Finds the entry for the request of x and sets the request's key.  Its
+ * beginning is in l->b, its descriptor in l->fd, -1 if there is none; l->path
  * is where it was last looked for.
  */
-static int
-entry_find(struct exchange *x, struct buffer *b, struct entry *e, char *path)
+static void
+entry_find(struct exchange *x, struct lookup *l)
 {
 	struct request *q = x->request;
 	struct buffer *keys = buffer_take();
-	struct text key, variant;
-	size_t split;
-	int fd;
+	struct text key, values;
+	size_t split, end;
 
-	path[0] = '\0';
 	if (keys == NULL)
-		return -1;
-	key_append(&x->request->target, keys);
+		return;
+	key_append(&q->target, keys);
 	key = buffer_text(keys);
-	q->caching.key = key_hash(key);
 	split = keys->end;
-	entry_path(key, text_cut("", 0), path);
-	fd = entry_open(path, key, text_cut("", 0), b, e);
-	if (fd != -1 && e->vary.at != NULL) {
-		(void)close(fd);
-		buffer_append(keys, e->token);
+	q->caching.key = key_hash(key);
+	entry_path(key, text_of(""), l->path);
+	l->fd = entry_open(l->path, 0, key, l->b, &l->e);
+	if (l->fd != -1 && l->e.vary.at != NULL) {
+		fd_drop(&l->fd);
+		buffer_append(keys, l->e.token);
 		buffer_append(keys, text_of(";"));
-		variant_append(q, e->vary, keys);
-		variant = text_cut(keys->data + split, keys->end - split);
-		entry_path(key, variant, path);
-		fd = keys->overflow ? -1 : entry_open(path, key, variant, b, e);
-		if (fd != -1 && e->vary.at != NULL) {
-			(void)close(fd);
-			fd = -1;
-		}
+		end = keys->end;
+		variant_append(q, l->e.vary, keys);
+		entry_path(key, text_cut(keys->data + split, keys->end - split),
+		    l->path);
+		values = text_cut(keys->data + end, keys->end - end);
+		if (!keys->overflow)
+			l->fd = entry_open(l->path, 0, key, l->b, &l->e);
+		if (l->fd == -1)
+			l->forward = "vary-miss";
+		else if (!text_equals(l->e.variant, values))
+			fd_drop(&l->fd);
 	}
 	buffer_give(&keys);
-	return fd;
 }
 
 /* What a file of n bytes takes of the disk. */
@@ -7637,87 +7715,41 @@ file_put(const char *path, const struct buffer *b)
 }
 
 /*
- * Reads the region of a file that has no first line yet.  False if it is
- * damaged; e's texts are slices of b.
+ * Gives the token for variants of a key by this Vary list, into token, which
+ * has 64 bytes: that of the marker at the key's own name, which is written, with
+ * a new one, if it does not send there by the same list.  False if it can't be.
  */
 static bool
-region_read(int fd, size_t region, struct buffer *b, struct entry *e)
-{
-	b->start = b->end = CHUNK_ROOM;
-	memset(e, 0, sizeof(*e));
-	e->region = region;
-	if (region < REGION_LINE || region > buffer_room(b) ||
-	    fd_read_at(fd, b->data + b->start, region, 0) != (ssize_t)region)
-		return false;
-	b->end += region;
-	return region_parse(text_from(buffer_text(b), REGION_LINE), e);
-}
-
-/* The token that the variant of an entry begins with. */
-static struct text
-entry_token(const struct entry *e)
-{
-	return text_cut(e->variant.at, text_find(e->variant, ';'));
-}
-
-/* The marker of a key into e, whose texts are slices of b; false: none. */
-static bool
-marker_read(struct text key, struct buffer *b, struct entry *e)
-{
-	char path[CACHE_PATH];
-	int fd;
-
-	entry_path(key, text_cut("", 0), path);
-	fd = entry_open(path, key, text_cut("", 0), b, e);
-	if (fd == -1)
-		return false;
-	(void)close(fd);
-	return e->vary.at != NULL;
-}
-
-/*
- * Makes sure that the file at a key's own name sends to variants by this Vary
- * list and token.  False if it can't, or sends elsewhere by the same list.
- */
-static bool
-marker_put(struct text key, struct text vary, struct text token)
+marker_token(struct text key, struct text vary, char *token)
 {
 	struct buffer *b = buffer_take();
 	char path[CACHE_PATH];
-	struct entry old;
-	bool good = false;
+	struct entry e;
+	bool good;
+	int fd;
 
 	if (b == NULL)
 		return false;
-	if (marker_read(key, b, &old) && text_equals(old.vary, vary))
-		good = text_equals(old.token, token);
+	entry_path(key, text_of(""), path);
+	fd = entry_open(path, 0, key, b, &e);
+	if (fd != -1 && text_equals(e.vary, vary))
+		good = text_copy(e.token, token, 64);
 	else {
-		entry_path(key, text_cut("", 0), path);
-		b->start = b->end = CHUNK_ROOM;
-		b->end += REGION_LINE;
+		(void)snprintf(token, 64, "%llx.%lx.%llx",
+		    (unsigned long long)now.wall, (long)getpid(),
+		    (unsigned long long)++cache.serial);
+		buffer_clear(b)->end += REGION_LINE;
 		buffer_append(b, text_of("key: "));
 		buffer_append(b, key);
 		buffer_append(b, text_of("\nvary: "));
 		buffer_append(b, vary);
-		buffer_append(b, text_of("\ntoken: "));
-		buffer_append(b, token);
-		buffer_append(b, text_of("\n"));
+		buffer_print(b, "\ntoken: %s\n", token);
 		region_seal(b, 0);
 		good = !b->overflow && file_put(path, b);
 	}
+	fd_drop(&fd);
 	buffer_give(&b);
 	return good;
-}
-
-/* Lets go of the entry that was to be validated. */
-static void
-entry_close(struct exchange *x)
-{
-	struct request *q = x->request;
-
-	if (q->caching.has_entry)
-		(void)close(q->caching.entry);
-	q->caching.has_entry = false;
 }
 
 /* What of a response head is stored, into b: no framing, nothing of a hop. */
@@ -7740,186 +7772,208 @@ stored_head_append(const struct response *r, struct buffer *b)
  * want the same wait for its head, then read what is stored as it grows.
  */
 
-/* Makes x's fetch one that others may follow. */
-static void
-fetch_begin(struct exchange *x)
-{
-	x->request->caching.fetch = ++cache.serial;
-	x->next = cache.fetches;
-	cache.fetches = x;
-}
-
 /*
- * y follows a fetch that came to its end.  If that was not known beforehand it
- * is now, and a file that ends earlier was cut.
+ * y follows a fetch whose entry is complete.  If its length was not known
+ * before, it is now, and a file that ends earlier was cut.
  */
 static void
-follow_end(struct exchange *y, bool whole)
+follow_complete(struct exchange *y)
 {
 	struct request *q = y->request;
+	uint64_t stored = q->caching.follows->stored;
 
 	if (q->answerer != ANSWER_FETCH)
 		return;
-	answer_by(y, whole ? ANSWER_ENTRY : ANSWER_ORPHAN);
-	if (!whole || q->body != UINT64_MAX)
+	answer_by(y, ANSWER_ENTRY);
+	if (q->body != UINT64_MAX)
 		return;
-	q->body = q->caching.stored;
+	q->body = stored;
 	if (y->phase == PHASE_RELAY && y->down.from == FRAMING_CLOSE) {
 		y->down.from = FRAMING_LENGTH;
-		y->down.left =
-		    q->caching.stored - y->down.payload - y->down.ready;
+		y->down.left = stored - y->down.payload - y->down.ready;
 	}
 }
 
-/*
- * Runs those who follow x.  ended: there will be no more of it; they have the
- * whole, or else must see how to get the rest themselves.
- */
+/* Runs the followers of a fetch. */
 static void
-fetch_tell(const struct exchange *x, bool ended, bool whole)
+fetch_tell(const struct fetch *f)
 {
-	const struct request *q = x->request;
 	struct exchange *y;
 
-	if (q->caching.followers == 0)
+	if (f->followers == 0)
 		return;
 	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++) {
-		if (y->request == NULL ||
-		    y->request->caching.leader != q->caching.fetch)
+		if (y->request == NULL || y->request->caching.follows != f)
 			continue;
 		y->server.readable = y->request->answerer == ANSWER_FETCH;
-		y->request->caching.stored = q->caching.stored;
-		if (ended)
-			follow_end(y, whole);
+		if (f->state == FETCH_COMPLETE)
+			follow_complete(y);
 		exchange_queue(y);
 	}
 }
 
-/* Nobody may follow x any more. */
+/*
+ * Enters a state of a fetch.  Its followers are run: those who wait for the
+ * head, and those who read the entry.
+ */
 static void
-fetch_end(struct exchange *x, bool whole)
+fetch_enter(struct fetch *f, enum fetch_state state)
 {
-	struct request *q = x->request;
-	struct exchange **at = &cache.fetches;
+	static const char *const names[] = { "asks", "stores", "is complete",
+		"has failed" };
 
-	if (q->caching.fetch == 0)
+	if (f->state != state)
+		trace(f->leader, "the fetch %s", names[state]);
+	f->state = state;
+	fetch_tell(f);
+}
+
+/* Makes x the leader of a fetch for the key of its request. */
+static void
+fetch_begin(struct exchange *x)
+{
+	struct fetch *f = calloc(1, sizeof(*f));
+
+	if (f == NULL)
 		return;
-	while (*at != x)
+	f->leader = x;
+	f->key = x->request->caching.key;
+	f->serial = ++cache.serial;
+	f->fd = -1;
+	f->next = cache.fetches;
+	cache.fetches = f;
+	x->request->caching.fetch = f;
+}
+
+/* Frees a fetch that has neither a leader nor followers. */
+static void
+fetch_free(struct fetch *f)
+{
+	if (f->leader == NULL && f->followers == 0)
+		free(f);
+}
+
+/* Ends the fetch of x, if it leads one: nobody may follow it any more. */
+static void
+fetch_end(struct exchange *x, enum fetch_state state)
+{
+	struct caching *c = &x->request->caching;
+	struct fetch *f = c->fetch, **at = &cache.fetches;
+
+	if (f == NULL)
+		return;
+	while (*at != f)
 		at = &(*at)->next;
-	*at = x->next;
-	x->next = NULL;
-	fetch_tell(x, true, whole);
-	q->caching.fetch = 0;
-	q->caching.followers = 0;
+	*at = f->next;
+	if (f->fd != -1)
+		cache.making -= f->share;
+	fd_drop(&f->fd);
+	fetch_enter(f, state);
+	f->leader = NULL;
+	c->fetch = NULL;
+	fetch_free(f);
+}
+
+/* Makes x a follower of f. */
+static void
+fetch_follow(struct exchange *x, struct fetch *f)
+{
+	x->request->caching.follows = f;
+	f->followers++;
+	exchange_queue(f->leader);
+}
+
+/* x follows nobody any more; nobody may then want the fetch. */
+static void
+fetch_leave(struct exchange *x)
+{
+	struct fetch *f = x->request->caching.follows;
+
+	x->request->caching.follows = NULL;
+	if (f == NULL)
+		return;
+	f->followers--;
+	if (f->leader != NULL)
+		exchange_queue(f->leader);
+	fetch_free(f);
 }
 
 /*
- * The fetch of x, which stores it, becomes that of y, which is new and has no
- * client; x is one of those who follow it.
+ * Detaches the fetch of x from x's client: it becomes that of y, which is new
+ * and has no client, and x is one of its followers.
  */
 static void
-fetch_move(struct exchange *x, struct exchange *y)
+fetch_detach(struct exchange *x, struct exchange *y)
 {
-	struct exchange **at = &cache.fetches;
-	struct request *q = x->request, *fresh = y->request;
+	struct request *q = x->request;
+	struct fetch *f = q->caching.fetch;
 
 	y->record.status = x->record.status;
 	y->record.end = END_CLIENT;
 	y->record.server = x->record.server;
 	y->close = true;
-	fresh->method = q->method;
-	fresh->caching = q->caching;
-	fresh->caching.followers++;
-	while (*at != x)
-		at = &(*at)->next;
-	*at = y;
-	y->next = x->next;
-	x->next = NULL;
-	q->caching.leader = q->caching.fetch;
-	q->caching.fetch = 0;
-	q->caching.followers = 0;
-	q->caching.storing = false;
+	y->request->method = q->method;
+	y->request->caching = q->caching;
+	q->caching.fetch = NULL;
+	q->caching.validator = f->validator;
+	q->body = f->length;
+	f->leader = y;
+	fetch_follow(x, f);
 	answer_by(x, ANSWER_FETCH);
-	q->body = q->caching.length;
-}
-
-/* x follows nobody any more; the fetch may then be nobody's. */
-static void
-fetch_leave(struct exchange *x)
-{
-	struct request *q = x->request;
-	struct exchange *y;
-
-	for (y = cache.fetches; y != NULL && q->caching.leader; y = y->next)
-		if (y->request->caching.fetch == q->caching.leader) {
-			y->request->caching.followers--;
-			exchange_queue(y);
-		}
-	q->caching.leader = 0;
-}
-
-/* Keys that nobody should wait for; memory only where it is written to. */
-static uint64_t cache_lone[CACHE_LONE];
-
-/* True if answers to that key were lately found not to be storable. */
-static bool
-key_is_lone(uint64_t key)
-{
-	const uint64_t *at =
-	    cache_lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
-	size_t i;
-
-	for (i = 0; i < LONE_WAYS; i++)
-		if (at[i] == key)
-			return true;
-	return false;
 }
 
 /*
- * Answers to that key were found not to be storable (lone), or to be so.  The
- * latest is in front of its set; the last of the set gives way.
+ * y, which has no client, is to validate anew what answers x: others may
+ * follow it from now on.
  */
 static void
-key_note(uint64_t key, bool lone)
+cache_refresh(const struct exchange *x, struct exchange *y)
 {
-	uint64_t *at = cache_lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
-	size_t i = 0;
-
-	while (i < LONE_WAYS - 1 && at[i] != key)
-		i++;
-	if (lone) {
-		memmove(at + 1, at, i * sizeof(*at));
-		at[0] = key;
-	} else if (at[i] == key)
-		at[i] = 0;
+	y->request->caching.key = x->request->caching.key;
+	fetch_begin(y);
 }
 
-/* Ends storing: the file is left to its name, and the followers are told. */
+/*
+ * Keys whose answers were lately found to be uncacheable: nobody is to wait
+ * for them.  Memory is taken only where it is written to.
+ */
+static uint64_t uncacheable[UNCACHEABLE_KEYS];
+
+/* True if answers to that key were lately found to be uncacheable. */
+static bool
+key_is_uncacheable(uint64_t key)
+{
+	return uncacheable[key % UNCACHEABLE_KEYS] == key;
+}
+
+/* Remembers whether answers to that key are uncacheable. */
 static void
-store_close(struct exchange *x, bool whole)
+key_remember(uint64_t key, bool is_uncacheable)
 {
-	struct request *q = x->request;
-
-	if (q->caching.storing) {
-		cache.making -= q->caching.share;
-		(void)close(q->caching.store);
-	}
-	q->caching.storing = false;
-	fetch_end(x, whole);
+	if (is_uncacheable || key_is_uncacheable(key))
+		uncacheable[key % UNCACHEABLE_KEYS] = is_uncacheable ? key : 0;
 }
 
-/* Gives up what the exchange fetches for others. */
+/* True if x stores what it fetches. */
+static bool
+cache_stores(const struct exchange *x)
+{
+	const struct fetch *f = x->request->caching.fetch;
+
+	return f != NULL && f->state == FETCH_STORES;
+}
+
+/* Gives up the fetch of x, if it leads one. */
 static void
 store_drop(struct exchange *x)
 {
-	const struct request *q = x->request;
 	char path[CACHE_PATH];
 
-	if (q->caching.storing) {
-		store_path(q->caching.fetch, path);
+	if (cache_stores(x)) {
+		store_path(x->request->caching.fetch->serial, path);
 		(void)unlink(path);
 	}
-	store_close(x, false);
+	fetch_end(x, FETCH_FAILED);
 }
 
 /* True if the disk has room beyond the floor. */
@@ -7936,96 +7990,37 @@ disk_has_room(void)
 	return false;
 }
 
-/* What a new entry is made from. */
-struct draft {
-	struct entry e;            /* slices of keys */
-	struct buffer *keys;       /* key and variant */
-	struct buffer *list;       /* Vary, then the head */
-	struct buffer *region;     /* what is written */
-	char server[ADDRESS_TEXT]; /* for e */
-};
-
 /*
- * The token for variants of a key by this Vary list, into to, which has 64
- * bytes: the one on the disk, or that of a fetch under way, or a new one.
+ * Builds the region of a new entry but for its first line into `region`; keys
+ * and list are for work.  False if it is too long.
  */
-static void
-token_find(uint64_t hash, struct text key, struct text vary, char *to)
-{
-	struct buffer *b = buffer_take(), *list = buffer_take();
-	const struct exchange *y;
-	struct response r;
-	struct entry e;
-
-	(void)snprintf(to, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
-	    (long)getpid(), (unsigned long long)++cache.serial);
-	if (b != NULL && marker_read(key, b, &e) && text_equals(e.vary, vary))
-		(void)text_copy(e.token, to, 64);
-	for (y = cache.fetches; b != NULL && list != NULL && y != NULL;
-	     y = y->next) {
-		if (!y->request->caching.storing ||
-		    y->request->caching.key != hash ||
-		    y->request->caching.spoiled ||
-		    !region_read(y->request->caching.store,
-			y->request->caching.region, b, &e) ||
-		    e.variant.len == 0 || !text_equals(e.key, key) ||
-		    response_parse(e.head, METHOD_GET, &r) != 1)
-			continue;
-		list->end = list->start;
-		if (vary_append(&r, list) &&
-		    text_equals(buffer_text(list), vary))
-			(void)text_copy(entry_token(&e), to, 64);
-	}
-	buffer_give(&b);
-	buffer_give(&list);
-}
-
-/* Key and variant of a new entry; false if they are too long. */
 static bool
-draft_keys(struct exchange *x, const struct response *r, struct draft *d)
+region_draft(struct exchange *x, const struct response *r, struct buffer *keys,
+    struct buffer *list, struct buffer *region)
 {
 	struct request *q = x->request;
-	char token[64];
+	struct entry e = { .requested = q->times.requested,
+		.responded = now.wall,
+		.age = initial_age(r, q->times.requested, now.wall),
+		.counted = r->framing == FRAMING_CHUNKED ||
+		    r->framing == FRAMING_CLOSE };
+	char server[ADDRESS_TEXT] = "-";
 	size_t split;
 
-	key_append(&x->request->target, d->keys);
-	split = d->keys->end;
-	q->caching.key = key_hash(buffer_text(d->keys));
-	if (!vary_append(r, d->list))
+	key_append(&q->target, keys);
+	e.key = buffer_text(keys);
+	split = keys->end;
+	q->caching.key = key_hash(e.key);
+	if (!vary_append(r, list))
 		return false;
-	if (buffer_len(d->list) > 0) {
-		token_find(q->caching.key, buffer_text(d->keys),
-		    buffer_text(d->list), token);
-		buffer_print(d->keys, "%s;", token);
-		variant_append(q, buffer_text(d->list), d->keys);
-	}
-	d->e.key =
-	    text_cut(d->keys->data + d->keys->start, split - d->keys->start);
-	d->e.variant = text_cut(d->keys->data + split, d->keys->end - split);
-	return !d->keys->overflow && !d->list->overflow;
-}
-
-/* The region of a new entry, but for its first line. */
-static bool
-draft_region(struct exchange *x, const struct response *r, struct draft *d)
-{
-	struct request *q = x->request;
-
-	(void)text_copy(text_of("-"), d->server, sizeof(d->server));
+	variant_append(q, buffer_text(list), keys);
+	e.variant = text_cut(keys->data + split, keys->end - split);
 	if (exchange_parent(x) == NULL)
-		address_print(&x->record.server, d->server);
-	d->e.server = text_of(d->server);
-	d->e.requested = q->times.requested;
-	d->e.responded = now.wall;
-	d->e.age = initial_age(r, q->times.requested, now.wall);
-	d->e.counted = r->framing == FRAMING_CHUNKED ||
-	    r->framing == FRAMING_CLOSE;
-	d->list->end = d->list->start;
-	stored_head_append(r, d->list);
-	q->caching.region = d->list->overflow ?
-	    0 :
-	    (uint32_t)region_build(d->region, &d->e, buffer_text(d->list), 0);
-	return q->caching.region > 0;
+		address_print(&x->record.server, server);
+	e.server = text_of(server);
+	stored_head_append(r, buffer_clear(list));
+	return !keys->overflow && !list->overflow &&
+	    region_build(region, &e, buffer_text(list), 0) > 0;
 }
 
 /*
@@ -8060,190 +8055,195 @@ response_validator(const struct response *r)
 	return hash_text(key_hash(t), head_value(&r->head, "Content-Encoding"));
 }
 
-/* Makes the temporary file of a new entry and writes its region. */
-static void
-store_open(struct exchange *x, const struct response *r, const struct draft *d)
+/*
+ * Opens the store of a fetch: makes its temporary file and writes the region
+ * but for its first line, which comes when the body's length is known.
+ */
+static bool
+store_open(struct fetch *f, const struct response *r, struct text region)
 {
-	struct request *q = x->request;
-	struct text region = buffer_text(d->region);
 	char path[CACHE_PATH];
 
-	if (q->caching.fetch == 0)
-		fetch_begin(x);
-	q->caching.region_rest = region_sum(text_from(region, REGION_LINE));
-	q->caching.stored = 0;
-	q->caching.validator = response_validator(r);
-	q->caching.length = r->framing == FRAMING_LENGTH ? r->length :
-	    r->framing == FRAMING_NONE                   ? 0 :
-							   UINT64_MAX;
-	entry_path(d->e.key, d->e.variant, path);
-	(void)text_copy(text_of(path + strlen(options.cache)), q->caching.path,
-	    sizeof(q->caching.path));
+	f->region = (uint32_t)region.len;
+	f->region_rest = region_sum(text_from(region, REGION_LINE));
+	f->validator = response_validator(r);
+	f->length = r->framing == FRAMING_LENGTH ? r->length :
+	    r->framing == FRAMING_NONE           ? 0 :
+						   UINT64_MAX;
 	/* With the directory that it may need. */
-	q->caching.share = cache.block +
-	    disk_bytes(region.len +
-		(q->caching.length == UINT64_MAX ? 0 : q->caching.length));
-	if (!cache_fits(q->caching.share))
-		return;
-	q->caching.store = temporary_open(q->caching.fetch, path);
-	q->caching.storing = q->caching.store != -1;
-	if (!q->caching.storing)
-		return;
-	cache.making += q->caching.share;
-	if (!write_at(q->caching.store, region, 0)) {
-		disk_failed();
-		store_drop(x);
-	}
+	f->share = cache.block +
+	    disk_bytes(region.len + (f->length == UINT64_MAX ? 0 : f->length));
+	if (!cache_fits(f->share))
+		return false;
+	f->fd = temporary_open(f->serial, path);
+	if (f->fd == -1)
+		return false;
+	cache.making += f->share;
+	if (write_at(f->fd, region, 0))
+		return true;
+	disk_failed();
+	(void)unlink(path);
+	return false;
 }
 
 /*
- * Begins to store a response: makes the temporary file and writes the region
- * but for its first line, which comes when the body's length is known.  Those
- * who waited for this head hear of it.
+ * Begins to store a response, and makes a fetch of it if it is none yet.  Those
+ * who waited for this head may read it.  False if it can't be stored.
  */
-static void
+static bool
 store_begin(struct exchange *x, const struct response *r)
 {
-	struct draft d = { .keys = buffer_take(),
-		.list = buffer_take(),
-		.region = buffer_take() };
+	struct buffer *keys = buffer_take(), *list = buffer_take();
+	struct buffer *region = buffer_take();
+	struct caching *c = &x->request->caching;
+	bool good = keys != NULL && list != NULL && region != NULL &&
+	    disk_has_room() && region_draft(x, r, keys, list, region);
 
-	if (d.keys != NULL && d.list != NULL && d.region != NULL &&
-	    disk_has_room() && draft_keys(x, r, &d) && draft_region(x, r, &d))
-		store_open(x, r, &d);
-	buffer_give(&d.keys);
-	buffer_give(&d.list);
-	buffer_give(&d.region);
-	if (x->request->caching.storing)
-		fetch_tell(x, false, false);
+	if (good && c->fetch == NULL)
+		fetch_begin(x);
+	good = good && c->fetch != NULL &&
+	    store_open(c->fetch, r, buffer_text(region));
+	buffer_give(&keys);
+	buffer_give(&list);
+	buffer_give(&region);
+	if (good)
+		fetch_enter(c->fetch, FETCH_STORES);
+	return good;
 }
 
 /*
  * True if a body whose length is not known may take n more bytes of the disk.
- * All that are in the making take a quarter of the cache at most; what turns
- * out to be longer will not stay, but goes on for those who follow it and
- * could not ask for the rest.
+ * All that are in the making take a quarter of the cache at most; an entry that
+ * turns out to be longer will not stay, but goes on for followers who could not
+ * ask for the rest.
  */
 static bool
 store_fits(struct exchange *x, uint64_t n)
 {
-	struct request *q = x->request;
+	struct caching *c = &x->request->caching;
+	struct fetch *f = c->fetch;
 
 	if (cache.making + n > options.cache_size / 4) {
-		q->caching.spoiled = true;
-		q->caching.miss = "too-large";
-		key_note(q->caching.key, true);
-		if (q->caching.followers == 0 || q->caching.validator != 0)
+		f->discard = true;
+		c->miss = "too-large";
+		key_remember(f->key, true);
+		if (f->followers == 0 || f->validator != 0)
 			return false;
 	}
 	if (cache_fits(n))
 		return true;
-	if (!q->caching.spoiled)
-		q->caching.miss = "no-room";
+	if (!f->discard)
+		c->miss = "no-room";
 	return false;
 }
 
-/* Stores a piece of payload; an entry that can't be had costs nothing else. */
-static void
-store_append(struct exchange *x, struct text t)
-{
-	struct request *q = x->request;
-	uint64_t end = q->caching.region + q->caching.stored, n = 0;
-
-	if (!q->caching.storing)
-		return;
-	if (q->caching.length == UINT64_MAX)
-		n = disk_bytes(end + t.len) - disk_bytes(end);
-	if (n > 0 && !store_fits(x, n)) {
-		store_drop(x);
-		return;
-	}
-	if (!write_at(q->caching.store, t, (off_t)end)) {
-		disk_failed();
-		q->caching.miss = "no-room";
-		store_drop(x);
-		return;
-	}
-	q->caching.stored += t.len;
-	q->caching.share += n;
-	cache.making += n;
-	fetch_tell(x, false, false);
-}
-
 /*
- * If what x stored is one of several variants, makes sure that it can be
- * found.  Only now that it is whole: what is stored without variants gives
- * way to it.
+ * The name of the entry that a fetch has stored, into path.  A variant is
+ * marked only now that it is complete: what is stored without variants gives
+ * way to it.  False if it can't be marked.
  */
 static bool
-store_mark(const struct exchange *x)
+store_name(const struct fetch *f, char *path)
 {
-	const struct request *q = x->request;
 	struct buffer *b = buffer_take(), *list = buffer_take();
+	char token[64];
 	struct response r;
 	struct entry e;
 	bool good = b != NULL && list != NULL &&
-	    region_read(q->caching.store, q->caching.region, b, &e);
+	    entry_read(f->fd, f->region, b, &e) &&
+	    response_parse(e.head, METHOD_GET, &r) == 1 &&
+	    vary_append(&r, list);
 
-	if (good && e.variant.len > 0)
-		good = response_parse(e.head, METHOD_GET, &r) == 1 &&
-		    vary_append(&r, list) && !list->overflow &&
-		    marker_put(e.key, buffer_text(list), entry_token(&e));
+	if (good && buffer_len(list) == 0)
+		entry_path(e.key, text_of(""), path);
+	else if (good) {
+		good = marker_token(e.key, buffer_text(list), token);
+		buffer_print(buffer_clear(list), "%s;", token);
+		buffer_append(list, e.variant);
+		entry_path(e.key, buffer_text(list), path);
+	}
 	buffer_give(&b);
 	buffer_give(&list);
 	return good;
 }
 
-/* The body is whole: the entry gets its first line and its name. */
+/* The body is complete: the entry gets its first line and its name. */
 static void
 store_finish(struct exchange *x)
 {
-	struct request *q = x->request;
+	struct caching *c = &x->request->caching;
+	struct fetch *f = c->fetch;
 	char line[REGION_LINE + 1], from[CACHE_PATH], to[CACHE_PATH];
-	bool good;
 
-	if (!q->caching.storing)
-		return;
-	region_line(line, q->caching.region, q->caching.stored,
-	    q->caching.region_rest);
-	store_path(q->caching.fetch, from);
-	(void)snprintf(to, sizeof(to), "%s%s", options.cache, q->caching.path);
-	good = !q->caching.spoiled &&
-	    write_at(q->caching.store, text_of(line), 0) && store_mark(x) &&
-	    temporary_place(from, q->caching.store,
-		q->caching.region + q->caching.stored, to);
-	if (!good && !q->caching.spoiled)
-		q->caching.miss = "no-room";
-	if (!good)
+	region_line(line, f->region, f->stored, f->region_rest);
+	store_path(f->serial, from);
+	if (f->discard || !write_at(f->fd, text_of(line), 0) ||
+	    !store_name(f, to) ||
+	    !temporary_place(from, f->fd, f->region + f->stored, to)) {
 		(void)unlink(from);
+		if (!f->discard)
+			c->miss = "no-room";
+	}
 	/* Those who follow have the body whole in any case. */
-	store_close(x, true);
+	fetch_end(x, FETCH_COMPLETE);
 }
 
 /*
- * Drops what is stored of a target; what is just being
- * fetched there may be of before, so it will not stay.
+ * Stores a piece of payload, and with `whole` its end, if x stores what it
+ * fetches; an entry that can't be had costs nothing else.
+ */
+static void
+cache_append(struct exchange *x, struct text t, bool whole)
+{
+	struct fetch *f = x->request->caching.fetch;
+	uint64_t end, n = 0;
+
+	if (!cache_stores(x))
+		return;
+	end = f->region + f->stored;
+	if (f->length == UINT64_MAX)
+		n = disk_bytes(end + t.len) - disk_bytes(end);
+	if (n > 0 && !store_fits(x, n)) {
+		store_drop(x);
+		return;
+	}
+	if (!write_at(f->fd, t, (off_t)end)) {
+		disk_failed();
+		x->request->caching.miss = "no-room";
+		store_drop(x);
+		return;
+	}
+	f->stored += t.len;
+	f->share += n;
+	cache.making += n;
+	if (whole)
+		store_finish(x);
+	else if (t.len > 0)
+		fetch_tell(f);
+}
+
+/*
+ * Drops what is stored of a target.  What is being fetched there may be older,
+ * so it will not stay.
  */
 static void
 cache_forget(const struct target *target)
 {
 	struct buffer *b = buffer_take();
-	struct exchange *y;
 	char path[CACHE_PATH];
-	uint64_t key;
+	struct fetch *f;
 
 	if (b == NULL)
 		return;
 	key_append(target, b);
-	key = key_hash(buffer_text(b));
-	entry_path(buffer_text(b), text_cut("", 0), path);
+	entry_path(buffer_text(b), text_of(""), path);
 	(void)unlink(path);
-	for (y = cache.fetches; y != NULL; y = y->next) {
-		if (y->request->caching.key != key)
+	for (f = cache.fetches; f != NULL; f = f->next) {
+		if (f->key != key_hash(buffer_text(b)))
 			continue;
-		y->request->caching.spoiled = true;
-		if (y->request->caching.storing)
-			y->request->caching.miss = "outdated";
+		f->discard = true;
+		if (f->state == FETCH_STORES)
+			f->leader->request->caching.miss = "outdated";
 	}
 	buffer_give(&b);
 }
@@ -8308,29 +8308,6 @@ cache_invalidate(const struct target *own, const struct response *r)
 	}
 }
 
-/*
- * Reads the beginning of an open entry anew and understands it.  Returns the
- * buffer that e and r are slices of, which the caller gives back; NULL if it
- * is damaged.
- */
-static struct buffer *
-entry_load(int fd, struct entry *e, struct response *r)
-{
-	struct buffer *b = buffer_take();
-	ssize_t n = -1;
-
-	if (b != NULL)
-		n = fd_read_at(fd, b->data + b->start, buffer_room(b), 0);
-	if (n > 0)
-		b->end += (size_t)n;
-	if (n <= 0 || !entry_parse(buffer_text(b), e) ||
-	    response_parse(e->head, METHOD_GET, r) != 1) {
-		buffer_give(&b);
-		return NULL;
-	}
-	return b;
-}
-
 /* True if a 304 leaves this stored field as it is. */
 static bool
 field_is_kept(const struct head *news, struct text name)
@@ -8374,67 +8351,6 @@ merged_head_append(const struct response *old, const struct head *news,
 	if (head_field(news, "Date") == NULL)
 		buffer_print(b, "Date: %s\r\n", date_now());
 	buffer_append(b, text_of("\r\n"));
-}
-
-/* True if two responses vary by the same fields. */
-static bool
-vary_same(const struct response *a, const struct response *b)
-{
-	struct buffer *one = buffer_take(), *two = buffer_take();
-	bool same = one != NULL && two != NULL && vary_append(a, one) &&
-	    vary_append(b, two) &&
-	    text_equals(buffer_text(one), buffer_text(two));
-
-	buffer_give(&one);
-	buffer_give(&two);
-	return same;
-}
-
-/*
- * A 304 came: the region is written anew in its place, with the merged head.
- * What may not be stored as it is now, or under this name, since it varies by
- * other fields, or has no room, is unlinked; but a request that may not have
- * its answer stored leaves the entry as it is.  This exchange answers from what
- * it has open.  given: its lifetime if a rule says so, else -1.  False if the
- * 304 is about another version (RFC 9111 section 4.3.4), or the entry is
- * damaged.
- */
-static bool
-entry_freshen(struct exchange *x, const struct response *news, int64_t given,
-    const char *path)
-{
-	const struct request *q = x->request;
-	struct text etag = head_value(&news->head, "ETag");
-	struct control asked = control_parse(&q->head);
-	bool aloof = asked.no_store || head_field(&q->head, "Authorization");
-	struct response r, merged;
-	struct entry e;
-	struct buffer *old = entry_load(q->caching.entry, &e, &r);
-	struct buffer *b = buffer_take(), *head = buffer_take();
-	bool good = old != NULL && b != NULL && head != NULL &&
-	    (etag.len == 0 || text_starts(etag, "W/") ||
-		text_equals(etag, head_value(&r.head, "ETag")));
-
-	if (good) {
-		merged_head_append(&r, &news->head, head);
-		e.requested = q->times.requested;
-		e.responded = now.wall;
-		e.age = initial_age(news, q->times.requested, now.wall);
-		if (!head->overflow &&
-		    response_parse(buffer_text(head), METHOD_GET, &merged) ==
-			1 &&
-		    response_obstacle(q, &merged, given) == NULL &&
-		    vary_same(&r, &merged) &&
-		    region_build(b, &e, buffer_text(head), e.region) > 0) {
-			region_seal(b, e.body);
-			(void)write_at(q->caching.entry, buffer_text(b), 0);
-		} else if (!aloof)
-			(void)unlink(path);
-	}
-	buffer_give(&old);
-	buffer_give(&b);
-	buffer_give(&head);
-	return good;
 }
 
 /* Entries of which we know that their recency was written lately. */
@@ -8940,26 +8856,6 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 
 /* ---- what the cache says ---- */
 
-/* What it says to a request, or to a response that came for one. */
-enum cached {
-	CACHED_NO,   /* the server is to be asked, or its answer passed on */
-	CACHED_YES,  /* an entry answers */
-	CACHED_WAIT, /* another exchange is about to get the answer */
-	CACHED_LOST, /* the entry that was validated is gone: ask anew */
-	CACHED_NEVER /* nothing is stored, and nobody may be asked */
-};
-
-/* What was found for a request in the cache. */
-struct lookup {
-	int fd;                /* of the entry, or -1 */
-	struct buffer *b;      /* its beginning */
-	struct entry e;        /* slices of b */
-	struct response r;     /* the same */
-	enum reuse reuse;      /* what it is good for */
-	bool grows;            /* another exchange is still storing it */
-	char path[CACHE_PATH]; /* where it is, or was last looked for */
-};
-
 /*
  * The line that says how a request, or its response if r is not NULL, is to
  * be cached; NULL: none does.  e: the entry that r is the head of, or NULL.
@@ -8992,53 +8888,15 @@ cache_rule(const struct exchange *x, const struct response *r,
 	return verdict.truth == TRUTH_YES ? verdict.rule : NULL;
 }
 
-/*
- * How long an entry, whose head is r, is fresh: as a rule says, or else as it
- * says itself.
- */
-static struct lifetime
-exchange_lifetime(const struct exchange *x, const struct response *r,
-    const struct entry *e)
-{
-	const struct rule *rule = cache_rule(x, r, e);
-
-	if (rule != NULL && rule->action == ACTION_CACHE)
-		return (struct lifetime){ rule->seconds, "a rule" };
-	return freshness_lifetime(r, false);
-}
-
 /* The fetch for that key which others may still follow, or NULL. */
-static struct exchange *
+static struct fetch *
 fetch_for(uint64_t key)
 {
-	struct exchange *y;
+	struct fetch *f = cache.fetches;
 
-	for (y = cache.fetches; y != NULL; y = y->next)
-		if (y->request->caching.key == key &&
-		    !y->request->caching.spoiled)
-			return y;
-	return NULL;
-}
-
-/* True if the variant of an entry, whose head is r, is that of q. */
-static bool
-variant_fits(const struct entry *e, const struct response *r,
-    const struct request *q)
-{
-	struct buffer *list = buffer_take(), *b = buffer_take();
-	bool fits = list != NULL && b != NULL;
-
-	if (fits && e->variant.len > 0) {
-		buffer_append(b, entry_token(e));
-		buffer_append(b, text_of(";"));
-		fits = vary_append(r, list);
-		variant_append(q, buffer_text(list), b);
-		fits = fits && !b->overflow && !list->overflow &&
-		    text_equals(buffer_text(b), e->variant);
-	}
-	buffer_give(&list);
-	buffer_give(&b);
-	return fits;
+	while (f != NULL && (f->key != key || f->discard))
+		f = f->next;
+	return f;
 }
 
 /*
@@ -9051,7 +8909,7 @@ variant_fits(const struct entry *e, const struct response *r,
  * every block, while all other clients wait.
  */
 static bool
-follow_is_safe(const struct caching *f)
+follow_is_safe(const struct fetch *f)
 {
 	struct statvfs disk;
 
@@ -9064,66 +8922,9 @@ follow_is_safe(const struct caching *f)
 	    (uint64_t)disk.f_bavail * disk.f_frsize / 2 >= cache.making;
 }
 
-/* True if e's key is that of x's target, and not only hashed to the same. */
-static bool
-key_fits(const struct exchange *x, const struct entry *e)
-{
-	struct buffer *b = buffer_take();
-	bool fits = b != NULL;
-
-	if (fits) {
-		key_append(&x->request->target, b);
-		fits = text_equals(buffer_text(b), e->key);
-	}
-	buffer_give(&b);
-	return fits;
-}
-
 /*
- * Opens what another exchange is storing for x's target, if it is the variant
- * that q asks for: its region is there but for the first line, and its body
- * grows.  Returns the descriptor, to be read from behind the region, or -1.
- */
-static int
-follow_open(struct exchange *x, struct lookup *l)
-{
-	struct request *q = x->request;
-	struct exchange *y;
-	struct caching *f;
-	char path[CACHE_PATH];
-	int fd = -1;
-
-	for (y = cache.fetches; y != NULL && fd == -1; y = y->next) {
-		f = &y->request->caching;
-		if (!f->storing || f->spoiled || f->key != q->caching.key ||
-		    (f->length == UINT64_MAX && key_is_lone(f->key)))
-			continue;
-		store_path(f->fetch, path);
-		fd = open(path, O_RDONLY);
-		if (fd == -1)
-			continue;
-		if (region_read(fd, f->region, l->b, &l->e) &&
-		    key_fits(x, &l->e) &&
-		    response_parse(l->e.head, METHOD_GET, &l->r) == 1 &&
-		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
-		    lseek(fd, (off_t)f->region, SEEK_SET) != -1) {
-			l->e.body = f->length;
-			l->grows = true;
-			q->caching.leader = f->fetch;
-			q->caching.stored = f->stored;
-			f->followers++;
-			exchange_queue(y);
-		} else {
-			(void)close(fd);
-			fd = -1;
-		}
-	}
-	return fd;
-}
-
-/*
- * True if what was found may answer q at all, by what kind of answer it is and
- * who asks.
+ * True if the entry in l may answer the request at all, by what kind of answer
+ * it is and who asks.
  */
 static bool
 lookup_fits(const struct exchange *x, struct lookup *l)
@@ -9142,61 +8943,107 @@ lookup_fits(const struct exchange *x, struct lookup *l)
 }
 
 /*
- * What the entry that was found is good for, and what is to be told of it;
- * the trace gets the reckoning.
+ * Sets how old the entry in l is and how long it stays fresh; returns what says
+ * that: a rule, or the entry itself.
+ */
+static struct lifetime
+lookup_age(struct exchange *x, const struct lookup *l)
+{
+	struct caching *c = &x->request->caching;
+	const struct rule *rule = cache_rule(x, &l->r, &l->e);
+	struct lifetime lifetime = freshness_lifetime(&l->r, false);
+
+	if (rule != NULL && rule->action == ACTION_CACHE)
+		lifetime = (struct lifetime){ rule->seconds, "a rule" };
+	c->age = l->e.age +
+	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
+	c->ttl = lifetime.seconds - c->age;
+	return lifetime;
+}
+
+/*
+ * Judges what the entry in l is good for; the trace gets the reckoning.
  */
 static void
 lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 {
-	struct request *q = x->request;
+	static const char *const words[] = { [REUSE_FRESH] = "fresh",
+		[REUSE_STALE] = "stale, which the client takes",
+		[REUSE_MEANWHILE] = "stale, which is good while it is "
+				    "validated",
+		[REUSE_VALIDATED] = "to be validated" };
+	struct caching *c = &x->request->caching;
 	struct control control = control_parse(&l->r.head);
-	struct lifetime lifetime = exchange_lifetime(x, &l->r, &l->e);
+	struct lifetime lifetime = lookup_age(x, l);
 
-	q->caching.age = l->e.age +
-	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
-	q->caching.ttl = lifetime.seconds - q->caching.age;
-	q->caching.validator = response_validator(&l->r);
+	c->validator = response_validator(&l->r);
 	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
-		l->reuse = reuse_judge(asked, &control, q->caching.age,
-		    lifetime.seconds);
-	q->caching.forward =
-	    q->caching.ttl > 0 && !control.no_cache ? "request" : "stale";
-	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s",
-	    (long long)q->caching.age, q->caching.ttl > 0 ? "<" : ">=",
+		l->reuse =
+		    reuse_judge(asked, &control, c->age, lifetime.seconds);
+	l->forward = c->ttl > 0 && !control.no_cache ? "request" : "stale";
+	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s%s",
+	    (long long)c->age, c->ttl > 0 ? "<" : ">=",
 	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
-	    lifetime.why, control.no_cache ? ", no-cache" : "",
-	    l->reuse == REUSE_FRESH     ? "fresh" :
-		l->reuse == REUSE_STALE ? "stale, which the client takes" :
-		l->reuse == REUSE_MEANWHILE ?
-					  "stale, which is good while it is "
-					  "validated" :
-		q->caching.ttl > 0 ? "to be validated, by the client's wish" :
-				     "to be validated");
+	    lifetime.why, control.no_cache ? ", no-cache" : "", words[l->reuse],
+	    l->reuse == REUSE_VALIDATED && c->ttl > 0 ?
+		", by the client's wish" :
+		"");
 }
 
-/* Looks in the cache; l needs not be set.  Whoever asked gives l->b back. */
+/*
+ * Looks for a stored entry; l needs not be set.  The caller takes over the
+ * descriptor and the buffer.
+ */
 static void
 lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 {
-	struct request *q = x->request;
-
-	q->caching.forward = "uri-miss";
 	l->fd = -1;
 	l->grows = false;
-	l->e.vary.at = NULL;
 	l->reuse = REUSE_VALIDATED;
+	l->forward = "uri-miss";
 	l->b = buffer_take();
 	if (l->b == NULL)
 		return;
-	l->fd = entry_find(x, l->b, &l->e, l->path);
-	if (l->fd == -1 && l->e.vary.at != NULL)
-		q->caching.forward = "vary-miss";
-	if (l->fd != -1 && !lookup_fits(x, l)) {
-		(void)close(l->fd);
-		l->fd = -1;
-	}
+	entry_find(x, l);
+	if (l->fd != -1 && !lookup_fits(x, l))
+		fd_drop(&l->fd);
 	if (l->fd != -1)
 		lookup_judge(x, asked, l);
+}
+
+/*
+ * Opens what another exchange is storing for x's target, if it is the variant
+ * that x asks for, and follows it.  The region is there but for its first
+ * line, and the body grows.  Returns the descriptor, or -1.
+ */
+static int
+follow_open(struct exchange *x, struct lookup *l)
+{
+	struct request *q = x->request;
+	struct buffer *key = buffer_take();
+	struct fetch *f;
+	char path[CACHE_PATH];
+	int fd = -1;
+
+	if (key == NULL)
+		return -1;
+	key_append(&q->target, key);
+	for (f = cache.fetches; f != NULL && fd == -1; f = f->next) {
+		if (f->state != FETCH_STORES || f->discard ||
+		    f->key != q->caching.key ||
+		    (f->length == UINT64_MAX && key_is_uncacheable(f->key)))
+			continue;
+		store_path(f->serial, path);
+		fd = entry_open(path, f->region, buffer_text(key), l->b, &l->e);
+		l->e.body = f->length;
+		if (fd != -1 && lookup_fits(x, l) &&
+		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f))
+			fetch_follow(x, f);
+		else
+			fd_drop(&fd);
+	}
+	buffer_give(&key);
+	return fd;
 }
 
 /*
@@ -9206,28 +9053,26 @@ lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 static void
 lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 {
-	struct request *q = x->request;
-	const char *forward = q->caching.forward;
-	int fd = -1;
+	const struct request *q = x->request;
+	int fd;
 
 	if (l->b == NULL || x->refresh || asked->no_store ||
 	    head_field(&q->head, "Range") != NULL ||
 	    head_field(&q->head, "Authorization") != NULL)
 		return;
 	fd = follow_open(x, l);
-	if (fd != -1 && lookup_fits(x, l))
-		lookup_judge(x, asked, l);
-	q->caching.forward = forward;
-	if (fd != -1 && l->reuse == REUSE_FRESH) {
-		if (l->fd != -1)
-			(void)close(l->fd);
+	if (fd == -1)
+		return;
+	lookup_judge(x, asked, l);
+	l->grows = l->reuse == REUSE_FRESH;
+	if (l->grows) {
+		fd_drop(&l->fd);
 		l->fd = fd;
-	} else if (fd != -1) {
-		(void)close(fd);
-		l->grows = false;
-		fetch_leave(x);
-		l->reuse = REUSE_VALIDATED;
+		return;
 	}
+	fd_drop(&fd);
+	fetch_leave(x);
+	l->reuse = REUSE_VALIDATED;
 }
 
 /*
@@ -9251,20 +9096,20 @@ request_is_common(const struct request *q, const struct control *asked)
 
 /*
  * Waits for the head of a fetch for the same key, if there is one; true if so.
- * Nobody waits twice, nor for what is known not to be storable: those who
- * wait in vain would be held up one after the other.
+ * Nobody waits twice, nor for what is known to be uncacheable: those who wait
+ * in vain would be held up one after the other.
  */
 static bool
 follow_wait(struct exchange *x)
 {
-	struct request *q = x->request;
-	struct exchange *y = fetch_for(q->caching.key);
+	struct caching *c = &x->request->caching;
+	struct fetch *f = fetch_for(c->key);
 
-	if (y == NULL || y->request->caching.storing || q->caching.alone ||
-	    x->refresh || key_is_lone(q->caching.key))
+	if (f == NULL || f->state != FETCH_ASKS || c->collapsed || x->refresh ||
+	    key_is_uncacheable(c->key))
 		return false;
-	q->caching.leader = y->request->caching.fetch;
-	y->request->caching.followers++;
+	c->collapsed = true;
+	fetch_follow(x, f);
 	return true;
 }
 
@@ -9272,21 +9117,33 @@ follow_wait(struct exchange *x)
 static bool
 cache_waits(const struct exchange *x)
 {
-	const struct exchange *y;
+	const struct fetch *f = x->request->caching.follows;
 
-	for (y = cache.fetches; y != NULL; y = y->next)
-		if (y->request->caching.fetch == x->request->caching.leader &&
-		    !y->request->caching.storing)
-			return true;
-	return false;
+	return f != NULL && f->state == FETCH_ASKS;
 }
 
-/* x waits no longer: it is to be looked up once more. */
-static void
-cache_stop_waiting(struct exchange *x)
+/* True if x follows a fetch that has failed. */
+static bool
+cache_failed(const struct exchange *x)
 {
-	fetch_leave(x);
-	x->request->caching.alone = true;
+	const struct fetch *f = x->request->caching.follows;
+
+	return f != NULL && f->state == FETCH_FAILED;
+}
+
+/* Enters a state of a request in the cache. */
+static void
+caching_enter(struct exchange *x, enum caching_state state)
+{
+	static const char *const names[] = { "does nothing", "is bypassed",
+		"has the answer", "has an entry to validate",
+		"has the answer after validation",
+		"has an entry that is superseded" };
+	struct caching *c = &x->request->caching;
+
+	if (c->state != state)
+		trace(x, "the cache %s", names[state]);
+	c->state = state;
 }
 
 /* True if the cache may have a part in the answer. */
@@ -9297,30 +9154,59 @@ request_is_cacheable(struct exchange *x)
 	const struct rule *rule;
 
 	/* What is sent, and so what comes, is not known yet. */
-	q->caching.nocache = q->rewrites.undecided;
-	if (options.cache == NULL || q->caching.nocache || q->upgrade ||
+	if (options.cache != NULL && q->rewrites.undecided)
+		caching_enter(x, CACHING_BYPASSED);
+	if (options.cache == NULL || q->rewrites.undecided || q->upgrade ||
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NONE)
 		return false;
 	rule = cache_rule(x, NULL, NULL);
 	if (rule == NULL || rule->action != ACTION_NOCACHE)
 		return true;
-	q->caching.nocache = true;
+	caching_enter(x, CACHING_BYPASSED);
 	q->caching.miss = "rule";
 	return false;
 }
 
-/* What was found answers; for the log and Cache-Status. */
+/*
+ * What the cache would do for the request of x, in a word.  For the line that
+ * decides that, see cache_rule().
+ */
+static const char *
+cache_try(struct exchange *x)
+{
+	struct control asked = control_parse(&x->request->head);
+	struct lookup l;
+	const char *word;
+
+	if (!request_is_cacheable(x))
+		return "none";
+	lookup_run(x, &asked, &l);
+	word = l.reuse != REUSE_VALIDATED ? "answers" :
+	    l.fd != -1                    ? "validates" :
+					    l.forward;
+	fd_drop(&l.fd);
+	buffer_give(&l.b);
+	return word;
+}
+
+/*
+ * The entry in l answers; word: for the log.  The caller takes over its
+ * descriptor, to be read from behind the buffer, and the buffer.
+ */
 static enum cached
-lookup_answers(struct exchange *x, const struct lookup *l)
+lookup_answers(struct exchange *x, struct lookup *l, const char *word)
 {
 	struct caching *c = &x->request->caching;
 
-	c->hit = l->grows || (c->alone && l->reuse == REUSE_FRESH) ?
-	    "collapsed" :
-	    l->reuse == REUSE_FRESH ? "fresh" :
-				      "stale";
-	fetch_end(x, true);
+	(void)lseek(l->fd, (off_t)buffer_len(l->b), SEEK_SET);
+	entry_touch(l->fd, l->e.key, l->e.variant);
+	c->hit = word;
+	c->collapsed = c->collapsed || l->grows;
+	caching_enter(x,
+	    c->state == CACHING_VALIDATES ? CACHING_VALIDATED : CACHING_HIT);
+	c->region = (uint32_t)l->e.region;
+	fetch_end(x, FETCH_COMPLETE);
 	answer_by(x, l->grows ? ANSWER_FETCH : ANSWER_ENTRY);
 	return CACHED_YES;
 }
@@ -9336,25 +9222,30 @@ cache_find(struct exchange *x, struct lookup *l)
 	struct request *q = x->request;
 	struct caching *c = &q->caching;
 	struct control asked;
-	const char *forward = c->forward;
 	bool common;
 
+	/* It has waited, if it is not the first time. */
+	fetch_leave(x);
 	if (!request_is_cacheable(x))
 		return CACHED_NO;
 	asked = control_parse(&q->head);
 	common = request_is_common(q, &asked);
 	lookup_run(x, &asked, l);
+	if (!c->collapsed)
+		c->forward = l->forward;
 	if (l->reuse == REUSE_VALIDATED)
 		lookup_follow(x, &asked, l);
-	if (c->alone)
-		c->forward = forward;
+	if (l->reuse == REUSE_MEANWHILE && fetch_for(c->key) != NULL)
+		l->reuse = REUSE_STALE;
 	if (l->fd != -1 && l->reuse != REUSE_VALIDATED)
-		return lookup_answers(x, l);
+		return lookup_answers(x, l,
+		    l->reuse != REUSE_FRESH      ? "stale" :
+			l->grows || c->collapsed ? "collapsed" :
+						   "fresh");
 	buffer_give(&l->b);
 	c->miss = c->forward;
 	if (asked.only_if_cached || (common && follow_wait(x))) {
-		if (l->fd != -1)
-			(void)close(l->fd);
+		fd_drop(&l->fd);
 		return asked.only_if_cached ? CACHED_NEVER : CACHED_WAIT;
 	}
 	if (l->fd != -1 && request_is_guarded(&q->head)) {
@@ -9363,74 +9254,104 @@ cache_find(struct exchange *x, struct lookup *l)
 		 * version would seem to meet them: it is passed on as it came,
 		 * and a part is not to take the place of the whole.
 		 */
-		(void)close(l->fd);
-		c->nocache = head_field(&q->head, "Range") != NULL;
+		fd_drop(&l->fd);
+		if (head_field(&q->head, "Range") != NULL)
+			caching_enter(x, CACHING_BYPASSED);
 	} else if (l->fd != -1) {
 		c->entry = l->fd;
-		c->has_entry = c->validated = true;
+		caching_enter(x, CACHING_VALIDATES);
 		(void)text_copy(text_of(l->path + strlen(options.cache)),
 		    c->path, ENTRY_PATH);
 	}
-	if (common && c->fetch == 0)
+	if (common && c->fetch == NULL)
 		fetch_begin(x);
 	return CACHED_NO;
 }
 
+/* Leaves the entry that was to be validated for another state. */
+static void
+entry_close(struct exchange *x, enum caching_state state)
+{
+	struct caching *c = &x->request->caching;
+
+	if (c->state != CACHING_VALIDATES)
+		return;
+	(void)close(c->entry);
+	caching_enter(x, state);
+}
+
+/* Removes the entry that was validated. */
+static void
+entry_remove(const struct caching *c)
+{
+	char path[CACHE_PATH];
+
+	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache, c->path);
+	(void)unlink(path);
+}
+
 /*
- * The entry that was to be validated answers, read anew into l; word: for the
- * log.  False if it is damaged.
+ * Reads the entry that is to be validated anew into l, whose buffer the caller
+ * gives back.  False, and no buffer, if there is none or it is damaged.
  */
 static bool
-cache_reopen(struct exchange *x, const char *word, struct lookup *l)
+entry_load(const struct exchange *x, struct lookup *l)
 {
-	struct request *q = x->request;
-	struct caching *c = &q->caching;
+	const struct caching *c = &x->request->caching;
 
-	l->b = entry_load(c->entry, &l->e, &l->r);
-	if (l->b == NULL)
-		return false;
-	if (lseek(c->entry, (off_t)buffer_len(l->b), SEEK_SET) == -1) {
-		buffer_give(&l->b);
-		return false;
-	}
-	c->hit = word;
-	c->age = l->e.age +
-	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
-	c->ttl = exchange_lifetime(x, &l->r, &l->e).seconds - c->age;
-	c->has_entry = false;
 	l->fd = c->entry;
+	l->grows = false;
 	l->reuse = REUSE_FRESH;
-	fetch_end(x, true);
-	answer_by(x, ANSWER_ENTRY);
-	return true;
+	l->b = c->state == CACHING_VALIDATES ? buffer_take() : NULL;
+	if (l->b != NULL && entry_read(l->fd, 0, l->b, &l->e) &&
+	    response_parse(l->e.head, METHOD_GET, &l->r) == 1)
+		return true;
+	buffer_give(&l->b);
+	return false;
+}
+
+/* Appends the entry's validators to a request (RFC 9111 section 4.3.1). */
+static void
+cache_validators_append(const struct exchange *x, struct buffer *b)
+{
+	struct lookup l;
+	struct text t;
+
+	if (!entry_load(x, &l))
+		return;
+	t = head_value(&l.r.head, "ETag");
+	if (t.len > 0)
+		buffer_print(b, "If-None-Match: %.*s\r\n", (int)t.len, t.at);
+	t = head_value(&l.r.head, "Last-Modified");
+	if (t.len > 0)
+		buffer_print(b, "If-Modified-Since: %.*s\r\n", (int)t.len,
+		    t.at);
+	buffer_give(&l.b);
 }
 
 /*
  * The server failed, or answered that it did (answered): the entry that was
- * to be validated may stand in.  True if it does, in l.
+ * to be validated may stand in.  CACHED_YES if it does, in l.
  */
-static bool
+static enum cached
 cache_rescue(struct exchange *x, bool answered, struct lookup *l)
 {
 	const struct request *q = x->request;
 	struct control asked, control;
-	int64_t age, lifetime;
-	bool good;
+	struct lifetime lifetime;
 
-	if (!q->caching.has_entry)
-		return false;
-	l->b = entry_load(q->caching.entry, &l->e, &l->r);
-	if (l->b == NULL)
-		return false;
-	age = l->e.age + (int64_t)now.wall - l->e.responded;
-	lifetime = exchange_lifetime(x, &l->r, &l->e).seconds;
+	if (!entry_load(x, l))
+		return CACHED_NO;
+	lifetime = lookup_age(x, l);
 	asked = control_parse(&q->head);
 	control = control_parse(&l->r.head);
-	good = l->e.responded <= now.wall + CLOCK_STEP_S &&
+	if (l->e.responded <= now.wall + CLOCK_STEP_S &&
 	    reuse_on_error(&asked, &control,
-		age - (lifetime > 0 ? lifetime : 0), answered);
+		q->caching.age - (lifetime.seconds > 0 ? lifetime.seconds : 0),
+		answered))
+		return lookup_answers(x, l, "stale");
 	buffer_give(&l->b);
-	return good && cache_reopen(x, "stale", l);
+	return CACHED_NO;
 }
 
 /*
@@ -9442,39 +9363,79 @@ static bool
 entry_resembles(const struct exchange *x, const struct response *r)
 {
 	static const char *const fields[] = { "ETag", "Last-Modified" };
-	struct response old;
-	struct entry e;
-	struct buffer *b = entry_load(x->request->caching.entry, &e, &old);
+	struct lookup l;
 	uint64_t length;
-	bool same;
+	bool same = entry_load(x, &l);
 	size_t i;
 
-	if (b == NULL)
+	if (!same)
 		return false;
 	same = r->status == 206 || head_length(&r->head, &length) != 1 ||
-	    length == e.body;
+	    length == l.e.body;
 	for (i = 0; same && i < sizeof(fields) / sizeof(fields[0]); i++)
 		same = text_equals(head_value(&r->head, fields[i]),
-		    head_value(&old.head, fields[i]));
-	buffer_give(&b);
+		    head_value(&l.r.head, fields[i]));
+	buffer_give(&l.b);
 	return same;
 }
 
-/* A 304 came for the entry at hand; see cache_validate(). */
-static enum cached
-cache_freshen(struct exchange *x, const struct response *r, struct lookup *l)
+/*
+ * Writes the region of the entry in l anew in its place, with the fields of a
+ * 304.  What may not be stored as it is now, or under this name, since it
+ * varies by other fields, or has no room, is removed; but a request that may
+ * not have its answer stored leaves the entry as it is.
+ */
+static void
+entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 {
-	struct request *q = x->request;
+	const struct request *q = x->request;
 	const struct rule *rule = cache_rule(x, NULL, NULL);
-	char path[CACHE_PATH];
+	struct buffer *b = buffer_take(), *head = buffer_take();
+	struct control asked = control_parse(&q->head);
+	struct response merged;
 
-	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache,
-	    q->caching.path);
-	if (entry_freshen(x, r, rule ? rule->seconds : -1, path) &&
-	    cache_reopen(x, "validated", l))
-		return CACHED_YES;
-	(void)unlink(path);
-	entry_close(x);
+	l->e.requested = q->times.requested;
+	l->e.responded = now.wall;
+	l->e.age = initial_age(news, q->times.requested, now.wall);
+	if (head != NULL)
+		merged_head_append(&l->r, &news->head, head);
+	if (b != NULL && head != NULL && !head->overflow &&
+	    response_parse(buffer_text(head), METHOD_GET, &merged) == 1 &&
+	    response_obstacle(q, &merged, rule ? rule->seconds : -1) == NULL &&
+	    variant_fits(&l->e, &merged, q) &&
+	    region_build(b, &l->e, buffer_text(head), l->e.region) > 0) {
+		region_seal(b, l->e.body);
+		(void)write_at(l->fd, buffer_text(b), 0);
+	} else if (!asked.no_store && !head_field(&q->head, "Authorization"))
+		entry_remove(&q->caching);
+	buffer_give(&b);
+	buffer_give(&head);
+}
+
+/*
+ * A 304 came.  CACHED_YES: the entry answers, in l, from what is open.
+ * CACHED_LOST: the 304 is about another version (RFC 9111 section 4.3.4), or
+ * the entry is damaged.
+ */
+static enum cached
+cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
+{
+	struct text etag = head_value(&news->head, "ETag");
+
+	if (entry_load(x, l)) {
+		bool same = etag.len == 0 || text_starts(etag, "W/") ||
+		    text_equals(etag, head_value(&l->r.head, "ETag"));
+
+		if (same)
+			entry_freshen(x, news, l);
+		buffer_give(&l->b);
+		if (same && entry_load(x, l)) {
+			(void)lookup_age(x, l);
+			return lookup_answers(x, l, "validated");
+		}
+	}
+	entry_remove(&x->request->caching);
+	entry_close(x, CACHING_NONE);
 	return CACHED_LOST;
 }
 
@@ -9490,21 +9451,23 @@ cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 	    (r->status >= 502 && r->status <= 504);
 	struct request *q = x->request;
 	struct caching *c = &q->caching;
+	bool same;
 
-	if (!c->has_entry || answer_is_stored(q) || r->status < 200)
+	if (c->state != CACHING_VALIDATES || r->status < 200)
 		return CACHED_NO;
 	c->forward_status = r->status;
 	if (r->status == 304)
 		return cache_freshen(x, r, l);
-	if (failed && cache_rescue(x, true, l))
+	if (failed && cache_rescue(x, true, l) == CACHED_YES)
 		return CACHED_YES;
-	c->outdated = !failed &&
-	    !((q->method == METHOD_HEAD || r->status == 206) &&
+	same = failed ||
+	    ((q->method == METHOD_HEAD || r->status == 206) &&
 		entry_resembles(x, r));
-	/* The part is not to take the place of the whole. */
-	if (r->status == 206 && !c->outdated)
-		c->nocache = true;
-	entry_close(x);
+	/* A part is not to take the place of the whole. */
+	entry_close(x,
+	    !same                ? CACHING_SUPERSEDED :
+		r->status == 206 ? CACHING_BYPASSED :
+				   CACHING_NONE);
 	return CACHED_NO;
 }
 
@@ -9518,7 +9481,7 @@ cache_obstacle(const struct exchange *x, const struct response *r)
 
 	if (rule != NULL && rule->action == ACTION_NOCACHE)
 		return "rule";
-	if (q->caching.nocache)
+	if (q->caching.state == CACHING_BYPASSED)
 		return r->status == 206 ? "range" : "rule";
 	if (q->caching.forward == NULL && q->method != METHOD_POST)
 		return "method";
@@ -9539,36 +9502,30 @@ cache_store(struct exchange *x, const struct response *r)
 {
 	struct request *q = x->request;
 	struct caching *c = &q->caching;
-	char path[CACHE_PATH];
 	const char *why;
 
 	c->forward_status = r->status;
 	if (options.cache == NULL || q->method == METHOD_CONNECT ||
 	    q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)
 		return;
-	/* Where the entry is that was validated: store_begin() has its own. */
-	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache, c->path);
 	if (q->method != METHOD_GET && q->method != METHOD_HEAD &&
 	    r->status >= 200 && r->status < 400)
 		cache_invalidate(&q->target, r);
 	why = cache_obstacle(x, r);
+	if (why == NULL && !store_begin(x, r))
+		why = "no-room";
+	if (c->fetch != NULL)
+		key_remember(c->key, why != NULL);
 	if (why == NULL) {
-		store_begin(x, r);
-		why = c->storing ? NULL : "no-room";
-	}
-	if (why != NULL)
-		trace(x, "not stored: %s", why);
-	if (c->storing)
-		c->miss = c->spoiled ? "outdated" : "stored";
-	else if (c->miss != NULL)
-		c->miss = why;
-	if (c->fetch)
-		key_note(c->key, !c->storing);
-	if (c->storing)
+		c->miss = c->fetch->discard ? "outdated" : "stored";
 		return;
-	fetch_end(x, false);
-	if (c->outdated)
-		(void)unlink(path);
+	}
+	trace(x, "not stored: %s", why);
+	if (c->miss != NULL)
+		c->miss = why;
+	fetch_end(x, FETCH_FAILED);
+	if (c->state == CACHING_SUPERSEDED)
+		entry_remove(c);
 }
 
 /* The request of x ends, or somebody else answers it: all is let go of. */
@@ -9577,7 +9534,7 @@ cache_leave(struct exchange *x)
 {
 	store_drop(x);
 	fetch_leave(x);
-	entry_close(x);
+	entry_close(x, CACHING_NONE);
 	x->request->caching.hit = NULL;
 }
 
@@ -9591,8 +9548,8 @@ cache_room(const struct exchange *x)
 {
 	const struct request *q = x->request;
 
-	return q->answerer == ANSWER_FETCH || q->answerer == ANSWER_ORPHAN ?
-	    q->caching.stored - x->down.payload - x->down.ready :
+	return q->answerer == ANSWER_FETCH ?
+	    q->caching.follows->stored - x->down.payload - x->down.ready :
 	    UINT64_MAX;
 }
 
@@ -9603,16 +9560,15 @@ cache_room(const struct exchange *x)
 static bool
 cache_wants(const struct exchange *x)
 {
-	struct request *q = x->request;
-	const struct caching *c = &q->caching;
+	const struct fetch *f = x->request->caching.fetch;
+	bool stores = cache_stores(x);
 
 	if (x->refresh && x->record.end == END_DONE)
-		return c->storing || answer_is_stored(q);
-	if (x->phase < PHASE_RELAY)
-		return c->followers > 0 && x->up.done;
-	return c->storing && x->up.done &&
-	    (c->followers > 0 ||
-		(c->length != UINT64_MAX && c->stored >= c->length / 2));
+		return stores || answer_is_stored(x->request);
+	if (f == NULL || !x->up.done || (x->phase >= PHASE_RELAY && !stores))
+		return false;
+	return f->followers > 0 ||
+	    (stores && f->length != UINT64_MAX && f->stored >= f->length / 2);
 }
 
 /*
@@ -9623,21 +9579,19 @@ cache_wants(const struct exchange *x)
 static int
 cache_follow_own(const struct exchange *x)
 {
-	const struct caching *c = &x->request->caching;
+	const struct fetch *f = x->request->caching.fetch;
 	char path[CACHE_PATH];
 	int fd;
 
-	if (!c->storing || c->followers == 0 ||
-	    (c->validator == 0 && c->length == UINT64_MAX) ||
-	    !follow_is_safe(c))
+	if (!cache_stores(x) || f->followers == 0 ||
+	    (f->validator == 0 && f->length == UINT64_MAX) ||
+	    !follow_is_safe(f))
 		return -1;
-	store_path(c->fetch, path);
+	store_path(f->serial, path);
 	fd = open(path, O_RDONLY);
 	if (fd != -1 &&
-	    lseek(fd, (off_t)(c->region + x->down.payload), SEEK_SET) == -1) {
-		(void)close(fd);
-		return -1;
-	}
+	    lseek(fd, (off_t)(f->region + x->down.payload), SEEK_SET) == -1)
+		fd_drop(&fd);
 	return fd;
 }
 
@@ -9709,11 +9663,11 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 	const struct request *q = x->request;
 
 	bool cached = answer_is_stored(q) || q->caching.hit != NULL;
-	bool collapsed = cached && (q->caching.leader || q->caching.alone);
+	bool collapsed = cached && q->caching.collapsed;
 
 	buffer_append(b, text_of("Cache-Status: "));
 	buffer_append(b, text_of(pseudonym));
-	if (cached && !q->caching.validated && !collapsed)
+	if (cached && q->caching.state == CACHING_HIT && !collapsed)
 		buffer_append(b, text_of("; hit"));
 	else
 		buffer_print(b, "; fwd=%s",
@@ -9732,7 +9686,7 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 	}
 	if (collapsed)
 		buffer_append(b, text_of("; collapsed"));
-	if (q->caching.storing)
+	if (cache_stores(x))
 		buffer_append(b, text_of("; stored"));
 	buffer_append(b, text_of("\r\n"));
 }
@@ -9748,9 +9702,9 @@ cache_log_append(const struct request *q, struct buffer *b)
 	buffer_append(b, text_of(c->hit ? " hit=" : " miss="));
 	/* What was to be stored, and has not come to its end, is incomplete. */
 	buffer_append(b,
-	    text_of(c->hit     ? c->hit :
-		    c->storing ? "incomplete" :
-				 c->miss));
+	    text_of(c->hit                                      ? c->hit :
+		    c->fetch && c->fetch->state == FETCH_STORES ? "incomplete" :
+								  c->miss));
 }
 
 /* ---- the directory ---- */
@@ -11316,8 +11270,6 @@ access_refuse(struct exchange *x)
 	(void)snprintf(detail, sizeof(detail),
 	    "To let it in, start the proxy with: -e 'allow client %s'", peer);
 	x->close = x->close || !x->up.done;
-	/* What is stored does not stand in for this. */
-	entry_close(x);
 	if (rule->action == ACTION_DROP)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
 	else if (rule->action == ACTION_LOGIN)
@@ -11493,9 +11445,7 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 			return;
 	}
 	l->b->start = (size_t)(l->e.head.at - l->b->data);
-	entry_touch(l->fd, l->e.key, l->e.variant);
 	q->body = l->e.body;
-	q->caching.region = (uint32_t)l->e.region;
 	exchange_enter(x, PHASE_RESPONSE);
 }
 
@@ -11543,7 +11493,7 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 		return;
 	if (x->record.status == 0 &&
 	    (cause == CAUSE_WAY || cause == CAUSE_ANSWER) &&
-	    cache_rescue(x, false, &l))
+	    cache_rescue(x, false, &l) == CACHED_YES)
 		exchange_serve(x, &l);
 	else
 		exchange_deny(x, refusal, detail);
@@ -11653,11 +11603,12 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 		    !exchange_seek(x, old))
 			return true;
 		if (q != NULL && f->ready > old)
-			store_append(x,
+			cache_append(x,
 			    text_cut(from->in->data + from->in->start + old,
-				f->ready - old));
-		if (q != NULL && f->whole)
-			store_finish(x);
+				f->ready - old),
+			    f->whole);
+		else if (q != NULL && f->whole)
+			cache_append(x, text_of(""), true);
 		if (options.verbose > 1 && f->ready > old)
 			trace_dump(x, f == &x->up ? "c>s" : "s>c",
 			    text_cut(from->in->data + from->in->start + old,
@@ -11977,7 +11928,7 @@ exchange_refresh(const struct exchange *x)
 	struct buffer *head;
 	struct exchange *y;
 
-	if (fetch_for(q->caching.key) != NULL || (head = buffer_take()) == NULL)
+	if ((head = buffer_take()) == NULL)
 		return;
 	y = exchange_take_refresh(x);
 	if (y == NULL) {
@@ -11988,8 +11939,7 @@ exchange_refresh(const struct exchange *x)
 	y->client.in = head;
 	y->phase = PHASE_REQUEST;
 	y->since = now.ms;
-	y->request->caching.key = q->caching.key;
-	fetch_begin(y);
+	cache_refresh(x, y);
 }
 
 /*
@@ -12018,21 +11968,13 @@ exchange_look_up(struct exchange *x)
 	}
 }
 
-/* The waiting is over: looks again, and asks if there is still nothing. */
-static void
-collapse_end(struct exchange *x)
-{
-	cache_stop_waiting(x);
-	exchange_look_up(x);
-}
-
 /* COLLAPSE: wait for the head that another exchange is to get. */
 static bool
 collapse_step(struct exchange *x)
 {
 	if (cache_waits(x))
 		return false;
-	collapse_end(x);
+	exchange_look_up(x);
 	return true;
 }
 
@@ -12626,33 +12568,11 @@ request_field_append(struct exchange *x, size_t i, struct buffer *b)
 			    (unsigned long long)hops - 1);
 	} else if (text_is(field->name, "Expect") && r->minor == 0)
 		trace(x, "Expect of an HTTP/1.0 client is ignored");
-	else if (x->request->caching.has_entry &&
+	else if (x->request->caching.state == CACHING_VALIDATES &&
 	    name_is_among(field->name, fields_of_condition))
 		return;
 	else if (field_passes(&r->head, i) && !r->rewrites.taken[i])
 		field_append(b, field);
-}
-
-/* The validators of the entry at hand (RFC 9111 section 4.3.1). */
-static void
-validators_append(struct exchange *x, struct buffer *b)
-{
-	const struct field *field;
-	struct response r;
-	struct entry e;
-	struct buffer *old = entry_load(x->request->caching.entry, &e, &r);
-
-	if (old == NULL)
-		return;
-	field = head_field(&r.head, "ETag");
-	if (field != NULL)
-		buffer_print(b, "If-None-Match: %.*s\r\n",
-		    (int)field->value.len, field->value.at);
-	field = head_field(&r.head, "Last-Modified");
-	if (field != NULL)
-		buffer_print(b, "If-Modified-Since: %.*s\r\n",
-		    (int)field->value.len, field->value.at);
-	buffer_give(&old);
 }
 
 /* Connection, and what it names: an upgrade, and the wish for trailers. */
@@ -12689,8 +12609,7 @@ request_build(struct exchange *x, struct buffer *b)
 	if (x->up.to == FRAMING_CHUNKED)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
 	login_append(x, b);
-	if (x->request->caching.has_entry)
-		validators_append(x, b);
+	cache_validators_append(x, b);
 	for (i = 0; i < r->rewrites.n; i++)
 		field_append(b, &r->rewrites.fields[i]);
 	x->up.bare = r->rewrites.strips;
@@ -13190,7 +13109,7 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 		return;
 	x->record.status = r->status;
 	if (x->down.whole)
-		store_finish(x);
+		cache_append(x, text_of(""), true);
 	exchange_enter(x, PHASE_RELAY);
 }
 
@@ -13625,7 +13544,7 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 	y->down = old;
 	y->down.ready = 0;
 	y->down.to = FRAMING_CLOSE;
-	fetch_move(x, y);
+	fetch_detach(x, y);
 	q->route.keep = false;
 	s->fd = fd;
 	s->role = ROLE_FILE;
@@ -13707,8 +13626,8 @@ relay_step(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (done)
 		exchange_finish(x);
-	else if (x->request->answerer == ANSWER_ORPHAN && !x->down.broken &&
-	    !s->readable && s->in == NULL && c->out == NULL)
+	else if (cache_failed(x) && !x->down.broken && !s->readable &&
+	    s->in == NULL && c->out == NULL)
 		relay_resume(x);
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
 	    c->out == NULL)
@@ -13841,7 +13760,7 @@ exchange_expire(struct exchange *x)
 			exchange_close(x, false);
 		break;
 	case PHASE_COLLAPSE:
-		collapse_end(x);
+		exchange_look_up(x);
 		break;
 	case PHASE_RESOLVE:
 		q->times.resolved = now.ms;
@@ -13903,7 +13822,7 @@ exchange_check(const struct exchange *x)
 	assert(x->request != NULL || x->tunnel || x->phase == PHASE_REQUEST ||
 	    x->phase == PHASE_LINGER);
 	assert(x->request == NULL || cache_room(x) == UINT64_MAX ||
-	    cache_room(x) <= x->request->caching.stored);
+	    cache_room(x) <= INT64_MAX);
 	assert(c->out == NULL || c->out->overflow == 0);
 	assert(s->out == NULL || s->out->overflow == 0);
 }
@@ -15152,30 +15071,6 @@ trial_resolve(const struct request *q, struct address *a)
 	return true;
 }
 
-/* What the cache would do. */
-static void
-trial_cache(struct exchange *x)
-{
-	struct request *q = x->request;
-	struct lookup l;
-	struct control asked = control_parse(&q->head);
-	const struct rule *rule = cache_rule(x, NULL, NULL);
-
-	if (!request_is_cacheable(x)) {
-		trial_print("cache", "none", rule);
-		return;
-	}
-	lookup_run(x, &asked, &l);
-	trial_print("cache",
-	    l.reuse != REUSE_VALIDATED ? "answers" :
-		l.fd != -1             ? "validates" :
-					 q->caching.forward,
-	    rule);
-	if (l.fd != -1)
-		(void)close(l.fd);
-	buffer_give(&l.b);
-}
-
 /*
  * What access and route come to, as far as it is known.  If the route asked
  * for the server's address, that is known even if the route is a parent.
@@ -15300,7 +15195,7 @@ trial_run(char *words)
 	trial_route(&route);
 	denied = verdict.refuses;
 	if (options.cache != NULL)
-		trial_cache(&x);
+		trial_print("cache", cache_try(&x), cache_rule(&x, NULL, NULL));
 	rules_give(&x.rules);
 	buffer_give(&head);
 	request_drop(&q);
