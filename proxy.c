@@ -809,18 +809,6 @@ fd_write(int fd, const void *from, size_t n)
 	return put;
 }
 
-/* The same for pread(2). */
-static ssize_t
-fd_read_at(int fd, void *to, size_t n, off_t offset)
-{
-	ssize_t got;
-
-	do
-		got = pread(fd, to, n, offset);
-	while (got == -1 && errno == EINTR);
-	return got;
-}
-
 /* The same for pwrite(2). */
 static ssize_t
 fd_write_at(int fd, const void *from, size_t n, off_t offset)
@@ -6528,13 +6516,13 @@ enum {
 	SWEEP_GAP_MS = 10000,
 	/* Of the disk, this much stays free. */
 	CACHE_FLOOR = 64 << 20,
-	/* Entries of which we know that their recency was written lately. */
-	CACHE_TOUCHED = 1024,
 	/*
 	 * URLs of which we know that their answers are not to be stored: 128
 	 * KiB, of which only what was written to takes memory.
 	 */
 	UNCACHEABLE_KEYS = 16384,
+	/* Entries of which we know that their recency was written lately. */
+	CACHE_TOUCHED = 1024,
 	/* Recency of an entry is written at most once in this time. */
 	CACHE_TOUCH_S = 600
 };
@@ -7428,7 +7416,7 @@ entry_is_whole(int fd, const struct entry *e, size_t n)
 }
 
 /*
- * Reads the beginning of an open file into b and understands it as an entry.
+ * Reads an open file from its beginning into b and understands it as an entry.
  * Its region is so long, and without a first line yet; or, if region is 0,
  * has one, and the file is as long as that says.  False if not.
  */
@@ -7441,7 +7429,7 @@ entry_read(int fd, size_t region, struct buffer *b, struct entry *e)
 	memset(e, 0, sizeof(*e));
 	if (region > room)
 		return false;
-	n = fd_read_at(fd, b->data + b->start, region ? region : room, 0);
+	n = fd_read(fd, b->data + b->start, region ? region : room);
 	if (n < REGION_LINE)
 		return false;
 	b->end += (size_t)n;
@@ -7716,8 +7704,8 @@ file_put(const char *path, const struct buffer *b)
 
 /*
  * Gives the token for variants of a key by this Vary list, into token, which
- * has 64 bytes: that of the marker at the key's own name, which is written, with
- * a new one, if it does not send there by the same list.  False if it can't be.
+ * has 64 bytes.  The marker at the key's own name has it; if that has another
+ * list, a marker with a new token is written.  False if it can't be.
  */
 static bool
 marker_token(struct text key, struct text vary, char *token)
@@ -8355,7 +8343,7 @@ merged_head_append(const struct response *old, const struct head *news,
 
 /* Entries of which we know that their recency was written lately. */
 static struct {
-	uint64_t name; /* of the entry's file */
+	uint64_t name; /* of the entry: a hash */
 	time_t when;   /* its recency was written or seen */
 } cache_touched[CACHE_TOUCHED];
 
@@ -8364,10 +8352,9 @@ static struct {
  * only if it is older than CACHE_TOUCH_S.  The table spares asking for it.
  */
 static void
-entry_touch(int fd, struct text key, struct text variant)
+entry_touch(int fd, const struct entry *e)
 {
-	uint64_t name =
-	    hash_text(hash_text(14695981039346656037U, key), variant);
+	uint64_t name = hash_text(key_hash(e->key), e->variant);
 	size_t i = (size_t)(name % CACHE_TOUCHED);
 	struct stat status;
 
@@ -8381,28 +8368,56 @@ entry_touch(int fd, struct text key, struct text variant)
 		(void)futimens(fd, NULL);
 }
 
+/* A file in the cache directory. */
+struct file {
+	const char *path;   /* from where we are */
+	const char *name;   /* from the cache directory */
+	bool entry;         /* it may be one, by its place */
+	bool bucket;        /* it is a directory that entries are in */
+	uint64_t bytes;     /* that it takes of the disk */
+	struct stat status; /* all about it */
+};
+
+/* Understands what the file of that path is; false if there is none. */
+static bool
+file_look(struct file *f, const char *path)
+{
+	const char *slash;
+
+	f->path = path;
+	f->name = path + strlen(options.cache) + 1;
+	if (lstat(path, &f->status) == -1)
+		return false;
+	slash = strchr(f->name, '/');
+	f->entry = slash != NULL && slash[1] != '.' &&
+	    S_ISREG(f->status.st_mode);
+	f->bucket = strlen(f->name) == 2 && S_ISDIR(f->status.st_mode);
+	f->bytes = (uint64_t)f->status.st_blocks * 512;
+	return true;
+}
+
 /*
- * Calls visit for each name in a directory.  False, with errno, if it can't be
+ * Calls visit for each file in a directory.  False, with errno, if it can't be
  * read to its end: an error is no end.
  */
 static bool
-directory_walk(const char *at, void (*visit)(const char *path, void *argument),
-    void *argument)
+directory_walk(const char *at,
+    void (*visit)(const struct file *file, void *argument), void *argument)
 {
 	char path[CACHE_PATH + 64];
 	DIR *directory = opendir(at);
 	const struct dirent *name;
+	struct file file;
 	int error;
 
 	if (directory == NULL)
 		return false;
 	for (errno = 0; (name = readdir(directory)) != NULL; errno = 0) {
-		if (strcmp(name->d_name, ".") == 0 ||
-		    strcmp(name->d_name, "..") == 0)
-			continue;
 		(void)snprintf(path, sizeof(path), "%.803s/%.255s", at,
 		    name->d_name);
-		visit(path, argument);
+		if (strcmp(name->d_name, ".") != 0 &&
+		    strcmp(name->d_name, "..") != 0 && file_look(&file, path))
+			visit(&file, argument);
 	}
 	error = errno;
 	(void)closedir(directory);
@@ -8415,7 +8430,8 @@ directory_walk(const char *at, void (*visit)(const char *path, void *argument),
  * one above them.
  */
 static bool
-cache_walk(void (*visit)(const char *path, void *argument), void *argument)
+cache_walk(void (*visit)(const struct file *file, void *argument),
+    void *argument)
 {
 	char path[CACHE_PATH];
 	int error = 0;
@@ -8448,39 +8464,26 @@ temporary_owner(const char *name)
 
 /* True if nobody can be writing a temporary file any more, by its age. */
 static bool
-temporary_is_old(const struct stat *status)
+temporary_is_old(const struct file *f)
 {
-	return now.wall - status->st_mtime >= TEMPORARY_S;
+	return now.wall - f->status.st_mtime >= TEMPORARY_S;
 }
 
-/* Some entries. */
-struct amount {
-	uint64_t bytes; /* that they take of the disk */
-	uint64_t count; /* how many they are */
-};
-
-/* The sweeper's books: how much there is of what age. */
+/* The sweeper's books: how much there is of what age, in bytes. */
 struct sweep {
-	pid_t owner;            /* whose temporary files are counted already */
-	uint64_t bytes;         /* all that there is */
-	struct amount ages[64]; /* entries, by age: see sweep_age() */
-	struct amount most;     /* may stay */
-	struct amount kept;     /* will stay */
-	unsigned cut; /* older ones go, those of this age while need be */
-	bool remove;  /* the second pass */
-};
-
-/* What the sweeper tells: shorter than _POSIX_PIPE_BUF. */
-struct report {
-	int error;      /* the directory could not be read, 0: it could */
-	uint64_t bytes; /* that there are now */
+	pid_t owner;       /* whose temporary files are counted already */
+	uint64_t bytes;    /* all that there is */
+	uint64_t ages[64]; /* entries, by age: see sweep_age() */
+	uint64_t most;     /* may stay */
+	uint64_t kept;     /* will stay */
+	unsigned cut;      /* older ones go, those of this age while need be */
 };
 
 /* A file's age as a small number that grows with its logarithm. */
 static unsigned
-sweep_age(const struct stat *status)
+sweep_age(const struct file *f)
 {
-	int64_t age = now.wall - status->st_mtime;
+	int64_t age = now.wall - f->status.st_mtime;
 	unsigned n = 0;
 
 	for (; age > 0 && n < 60; age -= age / 2 + 1)
@@ -8488,127 +8491,82 @@ sweep_age(const struct stat *status)
 	return n;
 }
 
-/* Takes n from a number that may have missed it. */
+/* The first pass: counts a file. */
 static void
-sweep_less(uint64_t *number, uint64_t n)
+sweep_count(const struct file *f, void *argument)
 {
-	*number -= n < *number ? n : *number;
+	struct sweep *sweep = argument;
+	pid_t owner = temporary_owner(f->name);
+
+	if (owner != 0 && temporary_is_old(f))
+		(void)unlink(f->path);
+	else if (owner == 0 || owner != sweep->owner)
+		sweep->bytes += f->bytes;
+	if (f->entry)
+		sweep->ages[sweep_age(f)] += f->bytes;
 }
 
-/* True if more is kept than may stay. */
-static bool
-sweep_exceeds(const struct sweep *sweep)
-{
-	return sweep->kept.bytes > sweep->most.bytes ||
-	    sweep->kept.count > sweep->most.count;
-}
-
-/* One entry: counted in the first pass, perhaps removed in the second. */
+/* The second pass: removes a file, if it is to go. */
 static void
-sweep_entry(struct sweep *sweep, const char *path, const struct stat *status)
+sweep_remove(const struct file *f, void *argument)
 {
-	uint64_t bytes = (uint64_t)status->st_blocks * 512;
-	unsigned age = sweep_age(status);
+	struct sweep *sweep = argument;
+	unsigned age = sweep_age(f);
+	bool last = f->entry && age == sweep->cut;
 
-	if (!sweep->remove) {
-		sweep->bytes += bytes;
-		sweep->ages[age].bytes += bytes;
-		sweep->ages[age].count++;
+	if (f->bucket ? rmdir(f->path) == -1 :
+			!f->entry || age < sweep->cut ||
+		    (last && sweep->kept <= sweep->most) ||
+		    unlink(f->path) == -1)
 		return;
-	}
-	if (age < sweep->cut || (age == sweep->cut && !sweep_exceeds(sweep)) ||
-	    unlink(path) == -1)
-		return;
-	sweep_less(&sweep->bytes, bytes);
-	if (age == sweep->cut) {
-		sweep_less(&sweep->kept.bytes, bytes);
-		sweep_less(&sweep->kept.count, 1);
-	}
-}
-
-/* What is no entry: temporary files, directories, our tag. */
-static void
-sweep_other(struct sweep *sweep, const char *path, const struct stat *status)
-{
-	const char *name = path + strlen(options.cache) + 1;
-	pid_t owner = temporary_owner(name);
-	uint64_t bytes = (uint64_t)status->st_blocks * 512;
-
-	if (!sweep->remove) {
-		if (owner != 0 && temporary_is_old(status))
-			(void)unlink(path);
-		else if (owner != sweep->owner)
-			sweep->bytes += bytes;
-	} else if (S_ISDIR(status->st_mode) && strlen(name) == 2 &&
-	    rmdir(path) != -1)
-		sweep_less(&sweep->bytes, bytes);
-}
-
-/* Whatever is in the cache. */
-static void
-sweep_visit(const char *path, void *argument)
-{
-	const char *slash = strchr(path + strlen(options.cache) + 1, '/');
-	struct stat status;
-
-	if (lstat(path, &status) == -1)
-		return;
-	if (slash != NULL && slash[1] != '.' && S_ISREG(status.st_mode))
-		sweep_entry(argument, path, &status);
-	else
-		sweep_other(argument, path, &status);
-}
-
-/* What may stay, and how old it may be. */
-static void
-sweep_plan(struct sweep *sweep, bool disk)
-{
-	struct amount *kept = &sweep->kept;
-	uint64_t entries = 0;
-	unsigned age;
-
-	for (age = 0; age < 64; age++) {
-		entries += sweep->ages[age].bytes;
-		kept->count += sweep->ages[age].count;
-	}
-	sweep->most.bytes = options.cache_size / 8 * 5;
-	sweep->most.count = UINT64_MAX;
-	if (disk && sweep->bytes / 8 * 5 < sweep->most.bytes)
-		sweep->most.bytes = sweep->bytes / 8 * 5;
-	if (disk)
-		sweep->most.count = kept->count * 5 / 8;
-	kept->bytes = sweep->bytes;
-	if (!sweep_exceeds(sweep))
-		return;
-	sweep->remove = true;
-	kept->bytes -= entries;
-	kept->count = 0;
-	for (; sweep->cut < 63; sweep->cut++) {
-		kept->bytes += sweep->ages[sweep->cut].bytes;
-		kept->count += sweep->ages[sweep->cut].count;
-		if (sweep_exceeds(sweep))
-			break;
-	}
+	/* The first pass may have missed it. */
+	sweep->bytes -= f->bytes < sweep->bytes ? f->bytes : sweep->bytes;
+	if (last)
+		sweep->kept -= f->bytes < sweep->kept ? f->bytes : sweep->kept;
 }
 
 /*
- * Brings the cache down to five eighths of its size, or of what is there if
- * the disk has no room for more, by removing what was used least recently: one
- * pass counts, one removes.  Memory does not depend on the number of entries.
+ * Decides how much may stay, and so how old it may be: five eighths of the
+ * cache's size, or of what is there if the disk has no room for more.  True if
+ * something has to go.
  */
-static void
-sweep_run(struct sweep *sweep, bool disk, struct report *report)
+static bool
+sweep_plan(struct sweep *sweep, bool disk)
+{
+	unsigned age;
+
+	sweep->most = options.cache_size / 8 * 5;
+	if (disk && sweep->bytes / 8 * 5 < sweep->most)
+		sweep->most = sweep->bytes / 8 * 5;
+	sweep->kept = sweep->bytes;
+	for (age = 0; age < 64; age++)
+		sweep->kept -= sweep->ages[age];
+	while (sweep->cut < 63 &&
+	    (sweep->kept += sweep->ages[sweep->cut]) <= sweep->most)
+		sweep->cut++;
+	return sweep->bytes > sweep->most;
+}
+
+/*
+ * Removes what was used least recently: one pass counts, one removes, so that
+ * memory does not depend on the number of entries.  False, with errno, if the
+ * cache can't be read.
+ */
+static bool
+sweep_run(struct sweep *sweep, bool disk)
 {
 	struct stat status;
+	bool good;
+	int error;
 
 	if (stat(options.cache, &status) != -1)
 		sweep->bytes += (uint64_t)status.st_blocks * 512;
-	if (!cache_walk(sweep_visit, sweep))
-		report->error = errno;
-	sweep_plan(sweep, disk);
-	if (sweep->remove)
-		(void)cache_walk(sweep_visit, sweep);
-	report->bytes = sweep->bytes;
+	good = cache_walk(sweep_count, sweep);
+	error = errno;
+	if (sweep_plan(sweep, disk))
+		(void)cache_walk(sweep_remove, sweep);
+	errno = error;
+	return good;
 }
 
 /* A file that says that the cache may be fuller than a run leaves it. */
@@ -8619,23 +8577,15 @@ cache_unswept(char *path)
 }
 
 /*
- * What the sweeper has found.  What was written since it began it may not have
- * seen.  Nothing is known if it came to no end.
+ * The sweeper has found so many bytes.  What was written since it began it may
+ * not have seen.
  */
 static void
-sweep_note(const struct report *report)
+sweep_note(uint64_t bytes)
 {
 	char path[CACHE_PATH];
 
-	if (report->error != 0) {
-		if (!cache.said_unread)
-			warn("can't read the cache %s: %s", options.cache,
-			    strerror(report->error));
-		cache.said_unread = true;
-		return;
-	}
-	cache.said_unread = false;
-	cache.total = report->bytes + cache.written;
+	cache.total = bytes + cache.written;
 	if (cache.lack == LACK_SIZE)
 		cache.lack = LACK_NONE;
 	if (cache.limit == options.cache_size / 16 * 15)
@@ -8649,19 +8599,21 @@ sweep_note(const struct report *report)
 static void
 sweep_reap(void)
 {
-	struct report report;
+	uint64_t bytes;
 	ssize_t n;
 
 	if (cache.report.fd != -1) {
 		if (!cache.report.readable)
 			return;
 		cache.report.readable = false;
-		n = fd_read(cache.report.fd, &report, sizeof(report));
+		n = fd_read(cache.report.fd, &bytes, sizeof(bytes));
 		if (n == -1 && errno == EAGAIN)
 			return;
 		conn_close(&cache.report, false);
-		if (n == (ssize_t)sizeof(report))
-			sweep_note(&report);
+		/* Nothing is known if it came to no end. */
+		cache.said_unread = n != (ssize_t)sizeof(bytes);
+		if (!cache.said_unread)
+			sweep_note(bytes);
 	}
 	if (waitpid(cache.sweeper, NULL, WNOHANG) != 0)
 		cache.sweeper = 0;
@@ -8669,21 +8621,22 @@ sweep_reap(void)
 		exchanges.wake = now.ms + 50;
 }
 
-/* The sweeper: a child that tells its parent what is left. */
+/* The sweeper: a child that tells its parent how many bytes are left. */
 static void
 sweeper_main(int fd, pid_t owner, bool disk)
 {
 	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
 	struct sweep sweep = { .owner = owner };
-	struct report report;
 	size_t i;
 
 	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
 		(void)signal(caught[i], SIG_DFL);
 	fds_close(fd, fd);
-	memset(&report, 0, sizeof(report));
-	sweep_run(&sweep, disk, &report);
-	(void)fd_write(fd, &report, sizeof(report));
+	if (sweep_run(&sweep, disk))
+		(void)fd_write(fd, &sweep.bytes, sizeof(sweep.bytes));
+	else if (!cache.said_unread)
+		warn("can't read the cache %s: %s", options.cache,
+		    strerror(errno));
 	_exit(0);
 }
 
@@ -9199,8 +9152,7 @@ lookup_answers(struct exchange *x, struct lookup *l, const char *word)
 {
 	struct caching *c = &x->request->caching;
 
-	(void)lseek(l->fd, (off_t)buffer_len(l->b), SEEK_SET);
-	entry_touch(l->fd, l->e.key, l->e.variant);
+	entry_touch(l->fd, &l->e);
 	c->hit = word;
 	c->collapsed = c->collapsed || l->grows;
 	caching_enter(x,
@@ -9303,7 +9255,8 @@ entry_load(const struct exchange *x, struct lookup *l)
 	l->grows = false;
 	l->reuse = REUSE_FRESH;
 	l->b = c->state == CACHING_VALIDATES ? buffer_take() : NULL;
-	if (l->b != NULL && entry_read(l->fd, 0, l->b, &l->e) &&
+	if (l->b != NULL && lseek(l->fd, 0, SEEK_SET) != -1 &&
+	    entry_read(l->fd, 0, l->b, &l->e) &&
 	    response_parse(l->e.head, METHOD_GET, &l->r) == 1)
 		return true;
 	buffer_give(&l->b);
@@ -9712,55 +9665,29 @@ cache_log_append(const struct request *q, struct buffer *b)
 static const char cache_tag[] = "Signature: 8a477f597d28d172789f06886806bc55\n"
 				"# A cache of proxy; all of it may go.\n";
 
-/* True if the cache directory holds our tag. */
-static bool
-cache_is_tagged(const char *path)
-{
-	char text[sizeof(cache_tag)] = { 0 };
-	int fd = open(path, O_RDONLY | O_NONBLOCK);
-	bool tagged;
-
-	if (fd == -1)
-		return false;
-	tagged = fd_read(fd, text, sizeof(text) - 1) > 0 &&
-	    strcmp(text, cache_tag) == 0;
-	(void)close(fd);
-	return tagged;
-}
-
 /*
- * True if a file of that name may be in a cache.  What a crashed proxy left
- * half written is removed; what a living one writes stays.  We are writing
- * nothing yet.
+ * Ends the program if a file is not a cache's.  What a crashed proxy left half
+ * written is removed; what a living one writes stays.  We are writing nothing
+ * yet.
  */
-static bool
-cache_knows(const char *path, const char *name, bool tagged)
-{
-	pid_t owner = temporary_owner(name);
-	struct stat status;
-
-	if (!tagged)
-		return false;
-	if (owner > 0 &&
-	    (owner == getpid() || (kill(owner, 0) == -1 && errno == ESRCH) ||
-		(lstat(path, &status) != -1 && temporary_is_old(&status))))
-		(void)unlink(path);
-	return strncmp(name, "tmp.", 4) == 0 || strcmp(name, "unswept") == 0 ||
-	    strcmp(name, "CACHEDIR.TAG") == 0 ||
-	    (strlen(name) == 2 && hex_value(name[0]) >= 0 &&
-		hex_value(name[1]) >= 0);
-}
-
-/* Ends the program if a file is not a cache's. */
 static void
-cache_check(const char *path, void *argument)
+cache_check(const struct file *f, void *argument)
 {
 	const bool *tagged = argument;
-	const char *name = path + strlen(options.cache) + 1;
+	pid_t owner = temporary_owner(f->name);
 
-	if (!cache_knows(path, name, *tagged))
+	if (!*tagged ||
+	    (strncmp(f->name, "tmp.", 4) != 0 &&
+		strcmp(f->name, "unswept") != 0 &&
+		strcmp(f->name, "CACHEDIR.TAG") != 0 &&
+		(strlen(f->name) != 2 || hex_value(f->name[0]) < 0 ||
+		    hex_value(f->name[1]) < 0)))
 		die("%s is no cache of proxy: it holds %s", options.cache,
-		    name);
+		    f->name);
+	if (owner > 0 &&
+	    (owner == getpid() || (kill(owner, 0) == -1 && errno == ESRCH) ||
+		temporary_is_old(f)))
+		(void)unlink(f->path);
 }
 
 /*
@@ -9814,7 +9741,7 @@ cache_assume(const char *tag, bool fresh)
 static void
 cache_open(void)
 {
-	char path[CACHE_PATH];
+	char path[CACHE_PATH], text[sizeof(cache_tag)] = { 0 };
 	bool tagged;
 	int fd;
 
@@ -9825,43 +9752,41 @@ cache_open(void)
 		    strerror(errno));
 	(void)snprintf(path, sizeof(path), "%.800s/CACHEDIR.TAG",
 	    options.cache);
-	tagged = cache_is_tagged(path);
+	fd = open(path, O_RDONLY | O_NONBLOCK);
+	tagged = fd != -1 && fd_read(fd, text, sizeof(text) - 1) > 0 &&
+	    strcmp(text, cache_tag) == 0;
+	fd_drop(&fd);
 	if (!directory_walk(options.cache, cache_check, &tagged))
 		die("can't read the cache %s: %s", options.cache,
 		    strerror(errno));
 	fd = open(options.cache, O_RDONLY | O_DIRECTORY);
-	if (fd != -1) {
+	if (fd != -1)
 		cache_own(fd, options.cache);
-		(void)close(fd);
-	}
-	fd = tagged ? -1 : open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
+	fd_drop(&fd);
+	if (!tagged)
+		fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
 	if (fd != -1) {
 		(void)fd_write(fd, cache_tag, strlen(cache_tag));
 		cache_own(fd, path);
-		(void)close(fd);
 	}
 	cache_assume(path, fd != -1);
+	fd_drop(&fd);
 }
 
-/* Prints the path if the file is an entry of the key. */
+/* Prints the path of a file if it is an entry of the key. */
 static void
-key_visit(const char *path, void *argument)
+key_visit(const struct file *f, void *argument)
 {
 	const struct text *key = argument;
-	struct buffer *b = buffer_take();
+	struct buffer *b = f->entry ? buffer_take() : NULL;
 	struct entry e;
-	int fd = open(path, O_RDONLY | O_NONBLOCK);
-	ssize_t n = -1;
+	int fd = -1;
 
-	if (fd != -1 && b != NULL)
-		n = fd_read(fd, b->data + b->start, buffer_room(b));
-	if (n > 0)
-		b->end += (size_t)n;
-	if (n > 0 && entry_parse(buffer_text(b), &e) && e.key.len == key->len &&
-	    memcmp(e.key.at, key->at, key->len) == 0)
-		printf("%s\n", path);
+	if (b != NULL)
+		fd = entry_open(f->path, 0, *key, b, &e);
 	if (fd != -1)
-		(void)close(fd);
+		printf("%s\n", f->path);
+	fd_drop(&fd);
 	buffer_give(&b);
 }
 
@@ -15328,15 +15253,14 @@ logs_begin(void)
 
 /* Warns, once, of a directory of the cache that the user of -u can't write. */
 static void
-user_warn_cache(const char *path, void *argument)
+user_warn_cache(const struct file *f, void *argument)
 {
 	bool *warned = argument;
 
-	if (*warned || strlen(path) != strlen(options.cache) + strlen("/00") ||
-	    access(path, W_OK) != -1)
+	if (*warned || !f->bucket || access(f->path, W_OK) != -1)
 		return;
 	*warned = true;
-	warn("user %s can't write %s: chown -R %s %s", options.user, path,
+	warn("user %s can't write %s: chown -R %s %s", options.user, f->path,
 	    options.user, options.cache);
 }
 
