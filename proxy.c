@@ -57,7 +57,7 @@
  *   exchange_look_up, cache_find, resolve_step, connect_step, connect_next,
  *   exchange_send, request_build, response_step, response_accept,
  *   response_parse, response_forward, cache_store, response_pass,
- *   response_build, relay_step, exchange_pump, flow_decode, store_append,
+ *   response_build, relay_step, exchange_pump, flow_decode, cache_append,
  *   flow_encode, exchange_finish, log_exchange.
  * walk hit: loop_accept, exchange_open, request_step, request_accept,
  *   access_begin, exchange_look_up, cache_find, entry_find, lookup_judge,
@@ -6485,11 +6485,38 @@ exchange_view(const struct exchange *x, const struct response *r,
 /* ---- 9. Cache ---- */
 
 /*
- * What one client fetched is given to all (RFC 9111).  First the policy:
- * pure functions from heads and times to a verdict.  Then the entries: one
- * file each, which says in text what it is, under a name hashed from its key.
+ * What one client fetched is given to all (RFC 9111).  First the policy: pure
+ * functions from heads and times to a verdict.  Then the entries: one file
+ * each, which says in text what it is, under a name hashed from its key.
  * There is no index: open(2) is the lookup, and any file may vanish at any
- * time.  A file that is not what it should be is a miss, never an error.
+ * time.  Then the answers to the phases of section 13, and last the sweeper
+ * and the directory.
+ *
+ * It must never serve a file that is not all that it should be: that is a
+ * miss, not an error.  It must never give one client what was meant for
+ * another, nor take more of the disk than -s says, nor let a failure of the
+ * disk cost a client more than a miss.
+ *
+ * Collapsed forwarding.  Several clients often want the same at once, and the
+ * server is asked once.  The exchange that asks is the leader of a fetch; the
+ * others are its followers.  Until the response head has come they wait.  If
+ * the response is stored they read the growing entry, each at its own pace
+ * and through a descriptor of its own, and never beyond what is written.  If
+ * it is uncacheable they ask for themselves, and for a while nobody waits for
+ * that URL again.  When the leader's client leaves, the fetch goes on detached
+ * from it if somebody wants the entry; and when the leader's client is slower
+ * than its followers, the fetch is detached, too, and the leader becomes a
+ * follower.  When a fetch fails, a follower asks the server for the rest, if
+ * a validator shows that the payload is still the same.  If that can't be,
+ * its connection is cut off visibly: nobody is told that a truncated body was
+ * whole.  So nobody may follow a fetch that has neither a validator nor room
+ * for sure.
+ *
+ * Door: cache_open, cache_print, cache_sweep, cache_try, cache_find,
+ * cache_follows, cache_validate, cache_validators_append, cache_store,
+ * cache_append, cache_drop, cache_leave, cache_unfollow, cache_refresh,
+ * cache_follow_own, cache_detach, cache_wants, cache_resembles, cache_room,
+ * cache_shape, cache_status_append, cache_log_append, directory_walk.
  */
 
 enum {
@@ -6653,7 +6680,6 @@ struct fetch {
 	uint64_t stored;         /* bytes of the body so far */
 	uint64_t share;          /* of the disk that it is to take: bytes */
 	uint64_t validator;      /* see response_validator() */
-	uint64_t region_rest;    /* the sum of its region but its first line */
 };
 
 /* Days since 1970 of a date in the Gregorian calendar. */
@@ -6780,50 +6806,43 @@ seconds_parse(struct text t)
 
 /* One directive, its argument being value (NULL: none), into control. */
 static void
-control_note(struct control *control, struct text name, struct text value)
+control_set(struct control *control, struct text name, struct text value)
 {
-	static const struct {
+	const struct {
 		const char *name;
-		size_t offset;
-		bool number;
+		bool *flag;
+		int64_t *seconds;
 	} directives[] = {
-#define DIRECTIVE(name, member, number) \
-	{ name, offsetof(struct control, member), number }
-		DIRECTIVE("no-store", no_store, false),
-		DIRECTIVE("no-cache", no_cache, false),
-		DIRECTIVE("private", is_private, false),
-		DIRECTIVE("public", is_public, false),
-		DIRECTIVE("must-revalidate", must_revalidate, false),
-		DIRECTIVE("proxy-revalidate", proxy_revalidate, false),
-		DIRECTIVE("must-understand", must_understand, false),
-		DIRECTIVE("only-if-cached", only_if_cached, false),
-		DIRECTIVE("max-age", max_age, true),
-		DIRECTIVE("s-maxage", s_maxage, true),
-		DIRECTIVE("min-fresh", min_fresh, true),
-		DIRECTIVE("max-stale", max_stale, true),
-		DIRECTIVE("stale-while-revalidate", while_revalidate, true),
-		DIRECTIVE("stale-if-error", if_error, true),
-#undef DIRECTIVE
+		{ "no-store", &control->no_store, NULL },
+		{ "no-cache", &control->no_cache, NULL },
+		{ "private", &control->is_private, NULL },
+		{ "public", &control->is_public, NULL },
+		{ "must-revalidate", &control->must_revalidate, NULL },
+		{ "proxy-revalidate", &control->proxy_revalidate, NULL },
+		{ "must-understand", &control->must_understand, NULL },
+		{ "only-if-cached", &control->only_if_cached, NULL },
+		{ "max-age", NULL, &control->max_age },
+		{ "s-maxage", NULL, &control->s_maxage },
+		{ "min-fresh", NULL, &control->min_fresh },
+		{ "max-stale", NULL, &control->max_stale },
+		{ "stale-while-revalidate", NULL, &control->while_revalidate },
+		{ "stale-if-error", NULL, &control->if_error },
 	};
+	int64_t given = value.at != NULL ? seconds_parse(value) :
+	    text_is(name, "max-stale")   ? INT32_MAX :
+					   0;
 	size_t i;
 
 	for (i = 0; i < sizeof(directives) / sizeof(directives[0]); i++) {
-		char *at = (char *)control + directives[i].offset;
-		int64_t number, old;
+		bool *flag = directives[i].flag;
+		int64_t *seconds = directives[i].seconds;
 
 		if (!text_is(name, directives[i].name))
 			continue;
-		if (!directives[i].number) {
-			*(bool *)at = true;
-			return;
-		}
-		number = value.at != NULL      ? seconds_parse(value) :
-		    text_is(name, "max-stale") ? INT32_MAX :
-						 0;
-		memcpy(&old, at, sizeof(old));
-		if (old == -1 || number < old)
-			memcpy(at, &number, sizeof(number));
-		return;
+		if (flag != NULL)
+			*flag = true;
+		else if (*seconds == -1 || given < *seconds)
+			*seconds = given;
 	}
 }
 
@@ -6854,7 +6873,7 @@ control_parse(const struct head *h)
 			size_t equals = text_find(member, '=');
 			struct text none = { NULL, 0 };
 
-			control_note(&control, text_cut(member.at, equals),
+			control_set(&control, text_cut(member.at, equals),
 			    equals < member.len ?
 				text_from(member, equals + 1) :
 				none);
@@ -7314,18 +7333,10 @@ region_sum(struct text rest)
 static void
 region_line(char *to, size_t region, uint64_t body, uint64_t sum)
 {
-	char digits[NUMBER_DIGITS];
-	size_t n;
-
-	memcpy(to,
-	    "proxy-cache 1 region 000000 body 00000000000000000000 sum "
-	    "0000000000000000\n",
-	    REGION_LINE + 1);
-	n = (size_t)(number_print(digits, region % 1000000) - digits);
-	memcpy(to + 27 - n, digits, n);
-	n = (size_t)(number_print(digits, body) - digits);
-	memcpy(to + 53 - n, digits, n);
-	(void)hex_print(to + 58, sum_word(sum_word(sum, region), body), 16);
+	(void)snprintf(to, REGION_LINE + 1,
+	    "proxy-cache 1 region %06lu body %020llu sum %016llx\n",
+	    (unsigned long)(region % 1000000), (unsigned long long)body,
+	    (unsigned long long)sum_word(sum_word(sum, region), body));
 }
 
 /* A line `name: value` of a region, taken from *rest; false: another one. */
@@ -7740,17 +7751,50 @@ marker_token(struct text key, struct text vary, char *token)
 	return good;
 }
 
-/* What of a response head is stored, into b: no framing, nothing of a hop. */
-static void
-stored_head_append(const struct response *r, struct buffer *b)
+/* True if a 304 never changes that field of a stored head. */
+static bool
+field_is_fixed(struct text name)
+{
+	return name_is_among(name, fields_of_body) ||
+	    text_is(name, "Set-Cookie");
+}
+
+/* True if a 304 leaves this field of the stored head as it is. */
+static bool
+field_is_kept(const struct head *news, struct text name)
 {
 	size_t i;
 
-	status_append(b, r->status, r->reason);
-	for (i = 0; i < r->head.n; i++)
-		if (field_passes(&r->head, i))
-			field_append(b, &r->head.fields[i]);
-	if (head_field(&r->head, "Date") == NULL)
+	for (i = 0; i < news->n; i++)
+		if (text_same(name, news->fields[i].name))
+			return field_is_fixed(name);
+	return !text_is(name, "Date");
+}
+
+/*
+ * Appends what is stored of a response head: no framing, nothing of a hop.
+ * With old, the stored response that a 304 is about, it is the old head with
+ * the 304's fields in place of its own (RFC 9111 section 3.2).  A response
+ * without Date was made now, so that age and lifetime count from now (RFC 9110
+ * section 6.6.1).
+ */
+static void
+stored_head_append(const struct response *r, const struct response *old,
+    struct buffer *b)
+{
+	const struct head *h = &r->head;
+	size_t i;
+
+	status_append(b, old ? old->status : r->status,
+	    old ? old->reason : r->reason);
+	for (i = 0; old != NULL && i < old->head.n; i++)
+		if (field_is_kept(h, old->head.fields[i].name))
+			field_append(b, &old->head.fields[i]);
+	for (i = 0; i < h->n; i++)
+		if (field_passes(h, i) &&
+		    (old == NULL || !field_is_fixed(h->fields[i].name)))
+			field_append(b, &h->fields[i]);
+	if (head_field(h, "Date") == NULL)
 		buffer_print(b, "Date: %s\r\n", date_now());
 	buffer_append(b, text_of("\r\n"));
 }
@@ -7873,7 +7917,7 @@ fetch_follow(struct exchange *x, struct fetch *f)
 
 /* x follows nobody any more; nobody may then want the fetch. */
 static void
-fetch_leave(struct exchange *x)
+cache_unfollow(struct exchange *x)
 {
 	struct fetch *f = x->request->caching.follows;
 
@@ -7891,7 +7935,7 @@ fetch_leave(struct exchange *x)
  * and has no client, and x is one of its followers.
  */
 static void
-fetch_detach(struct exchange *x, struct exchange *y)
+cache_detach(struct exchange *x, struct exchange *y)
 {
 	struct request *q = x->request;
 	struct fetch *f = q->caching.fetch;
@@ -7953,7 +7997,7 @@ cache_stores(const struct exchange *x)
 
 /* Gives up the fetch of x, if it leads one. */
 static void
-store_drop(struct exchange *x)
+cache_drop(struct exchange *x)
 {
 	char path[CACHE_PATH];
 
@@ -8006,7 +8050,7 @@ region_draft(struct exchange *x, const struct response *r, struct buffer *keys,
 	if (exchange_parent(x) == NULL)
 		address_print(&x->record.server, server);
 	e.server = text_of(server);
-	stored_head_append(r, buffer_clear(list));
+	stored_head_append(r, NULL, buffer_clear(list));
 	return !keys->overflow && !list->overflow &&
 	    region_build(region, &e, buffer_text(list), 0) > 0;
 }
@@ -8053,7 +8097,6 @@ store_open(struct fetch *f, const struct response *r, struct text region)
 	char path[CACHE_PATH];
 
 	f->region = (uint32_t)region.len;
-	f->region_rest = region_sum(text_from(region, REGION_LINE));
 	f->validator = response_validator(r);
 	f->length = r->framing == FRAMING_LENGTH ? r->length :
 	    r->framing == FRAMING_NONE           ? 0 :
@@ -8126,12 +8169,12 @@ store_fits(struct exchange *x, uint64_t n)
 }
 
 /*
- * The name of the entry that a fetch has stored, into path.  A variant is
- * marked only now that it is complete: what is stored without variants gives
- * way to it.  False if it can't be marked.
+ * Gives the entry that a fetch has stored its first line, and its name, into
+ * path.  A variant is marked only now that it is complete: what is stored
+ * without variants gives way to it.  False if it can't be marked.
  */
 static bool
-store_name(const struct fetch *f, char *path)
+store_seal(const struct fetch *f, char *path)
 {
 	struct buffer *b = buffer_take(), *list = buffer_take();
 	char token[64];
@@ -8150,6 +8193,11 @@ store_name(const struct fetch *f, char *path)
 		buffer_append(list, e.variant);
 		entry_path(e.key, buffer_text(list), path);
 	}
+	if (good) {
+		region_seal(b, f->stored);
+		b->end = b->start + REGION_LINE;
+		good = write_at(f->fd, buffer_text(b), 0);
+	}
 	buffer_give(&b);
 	buffer_give(&list);
 	return good;
@@ -8161,12 +8209,10 @@ store_finish(struct exchange *x)
 {
 	struct caching *c = &x->request->caching;
 	struct fetch *f = c->fetch;
-	char line[REGION_LINE + 1], from[CACHE_PATH], to[CACHE_PATH];
+	char from[CACHE_PATH], to[CACHE_PATH];
 
-	region_line(line, f->region, f->stored, f->region_rest);
 	store_path(f->serial, from);
-	if (f->discard || !write_at(f->fd, text_of(line), 0) ||
-	    !store_name(f, to) ||
+	if (f->discard || !store_seal(f, to) ||
 	    !temporary_place(from, f->fd, f->region + f->stored, to)) {
 		(void)unlink(from);
 		if (!f->discard)
@@ -8192,13 +8238,13 @@ cache_append(struct exchange *x, struct text t, bool whole)
 	if (f->length == UINT64_MAX)
 		n = disk_bytes(end + t.len) - disk_bytes(end);
 	if (n > 0 && !store_fits(x, n)) {
-		store_drop(x);
+		cache_drop(x);
 		return;
 	}
 	if (!write_at(f->fd, t, (off_t)end)) {
 		disk_failed();
 		x->request->caching.miss = "no-room";
-		store_drop(x);
+		cache_drop(x);
 		return;
 	}
 	f->stored += t.len;
@@ -8294,51 +8340,6 @@ cache_invalidate(const struct target *own, const struct response *r)
 			cache_forget(&other);
 		buffer_give(&b);
 	}
-}
-
-/* True if a 304 leaves this stored field as it is. */
-static bool
-field_is_kept(const struct head *news, struct text name)
-{
-	static const char *const fixed[] = { "Content-Length",
-		"Content-Encoding", "Content-Type", "Content-Range",
-		"Set-Cookie", NULL };
-	size_t i;
-
-	if (name_is_among(name, fixed))
-		return true;
-	for (i = 0; i < news->n; i++)
-		if (text_same(name, news->fields[i].name))
-			return false;
-	return true;
-}
-
-/*
- * The head of a stored response with the fields of a 304 in place of its own
- * (RFC 9111 section 3.2), into b.  A 304 without Date was made now, so that
- * age and lifetime count from now (RFC 9110 section 6.6.1).
- */
-static void
-merged_head_append(const struct response *old, const struct head *news,
-    struct buffer *b)
-{
-	size_t i;
-
-	buffer_print(b, "HTTP/1.1 %03d ", old->status);
-	buffer_append(b, old->reason);
-	buffer_append(b, text_of("\r\n"));
-	for (i = 0; i < old->head.n; i++)
-		if (field_is_kept(news, old->head.fields[i].name) &&
-		    !text_is(old->head.fields[i].name, "Date"))
-			field_append(b, &old->head.fields[i]);
-	for (i = 0; i < news->n; i++)
-		if (field_passes(news, i) &&
-		    !name_is_among(news->fields[i].name, fields_of_body) &&
-		    !text_is(news->fields[i].name, "Set-Cookie"))
-			field_append(b, &news->fields[i]);
-	if (head_field(news, "Date") == NULL)
-		buffer_print(b, "Date: %s\r\n", date_now());
-	buffer_append(b, text_of("\r\n"));
 }
 
 /* Entries of which we know that their recency was written lately. */
@@ -9024,7 +9025,7 @@ lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 		return;
 	}
 	fd_drop(&fd);
-	fetch_leave(x);
+	cache_unfollow(x);
 	l->reuse = REUSE_VALIDATED;
 }
 
@@ -9066,22 +9067,13 @@ follow_wait(struct exchange *x)
 	return true;
 }
 
-/* True while the head that x waits for has not come. */
+/* True if x follows a fetch that is in that state. */
 static bool
-cache_waits(const struct exchange *x)
+cache_follows(const struct exchange *x, enum fetch_state state)
 {
 	const struct fetch *f = x->request->caching.follows;
 
-	return f != NULL && f->state == FETCH_ASKS;
-}
-
-/* True if x follows a fetch that has failed. */
-static bool
-cache_failed(const struct exchange *x)
-{
-	const struct fetch *f = x->request->caching.follows;
-
-	return f != NULL && f->state == FETCH_FAILED;
+	return f != NULL && f->state == state;
 }
 
 /* Enters a state of a request in the cache. */
@@ -9122,16 +9114,17 @@ request_is_cacheable(struct exchange *x)
 }
 
 /*
- * What the cache would do for the request of x, in a word.  For the line that
- * decides that, see cache_rule().
+ * Says in a word what the cache would do for the request of x, and which rule
+ * decides that, or NULL.
  */
 static const char *
-cache_try(struct exchange *x)
+cache_try(struct exchange *x, const struct rule **rule)
 {
 	struct control asked = control_parse(&x->request->head);
 	struct lookup l;
 	const char *word;
 
+	*rule = cache_rule(x, NULL, NULL);
 	if (!request_is_cacheable(x))
 		return "none";
 	lookup_run(x, &asked, &l);
@@ -9177,7 +9170,7 @@ cache_find(struct exchange *x, struct lookup *l)
 	bool common;
 
 	/* It has waited, if it is not the first time. */
-	fetch_leave(x);
+	cache_unfollow(x);
 	if (!request_is_cacheable(x))
 		return CACHED_NO;
 	asked = control_parse(&q->head);
@@ -9284,7 +9277,7 @@ cache_validators_append(const struct exchange *x, struct buffer *b)
 
 /*
  * The server failed, or answered that it did (answered): the entry that was
- * to be validated may stand in.  CACHED_YES if it does, in l.
+ * to be validated may answer stale.  CACHED_YES if it does, in l.
  */
 static enum cached
 cache_rescue(struct exchange *x, bool answered, struct lookup *l)
@@ -9351,7 +9344,7 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 	l->e.responded = now.wall;
 	l->e.age = initial_age(news, q->times.requested, now.wall);
 	if (head != NULL)
-		merged_head_append(&l->r, &news->head, head);
+		stored_head_append(news, &l->r, head);
 	if (b != NULL && head != NULL && !head->overflow &&
 	    response_parse(buffer_text(head), METHOD_GET, &merged) == 1 &&
 	    response_obstacle(q, &merged, rule ? rule->seconds : -1) == NULL &&
@@ -9393,24 +9386,25 @@ cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 }
 
 /*
- * A response came from a server.  If an entry was to be validated, it says
- * whether that is good (CACHED_YES: it answers, in l), or vanished meanwhile
- * (CACHED_LOST), or something else takes its place.
+ * A response came from a server, or, if r is NULL, the server failed.  If an
+ * entry was to be validated, CACHED_YES: it answers, in l; CACHED_LOST: it
+ * has vanished meanwhile, so the server is asked anew; CACHED_NO: r answers.
  */
 static enum cached
 cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 {
-	bool failed = r->status == 500 ||
-	    (r->status >= 502 && r->status <= 504);
 	struct request *q = x->request;
 	struct caching *c = &q->caching;
-	bool same;
+	bool failed, same;
 
+	if (r == NULL)
+		return cache_rescue(x, false, l);
 	if (c->state != CACHING_VALIDATES || r->status < 200)
 		return CACHED_NO;
 	c->forward_status = r->status;
 	if (r->status == 304)
 		return cache_freshen(x, r, l);
+	failed = r->status == 500 || (r->status >= 502 && r->status <= 504);
 	if (failed && cache_rescue(x, true, l) == CACHED_YES)
 		return CACHED_YES;
 	same = failed ||
@@ -9485,8 +9479,8 @@ cache_store(struct exchange *x, const struct response *r)
 static void
 cache_leave(struct exchange *x)
 {
-	store_drop(x);
-	fetch_leave(x);
+	cache_drop(x);
+	cache_unfollow(x);
 	entry_close(x, CACHING_NONE);
 	x->request->caching.hit = NULL;
 }
@@ -9563,17 +9557,23 @@ cache_resembles(const struct exchange *x, const struct response *r)
 /*
  * Makes of the stored response r what the client is to get: 304 if it has what
  * is stored, a part of it, or all.  Lines for its head go to `extra`, of size
- * bytes.  Returns where in the file a part begins, else 0.
+ * bytes; *at is where in the file a part begins, else 0.  False if r does not
+ * meet the client's condition.
  */
-static uint64_t
+static bool
 cache_shape(const struct exchange *x, struct response *r, char *extra,
-    size_t size)
+    size_t size, uint64_t *at)
 {
 	const struct request *q = x->request;
+	unsigned long long body = q->body;
 	struct range range = { 0, q->body };
 	int part = 0;
+	size_t n;
 
-	extra[0] = '\0';
+	if (r->status / 100 == 2 && !request_is_met(&q->head, r))
+		return false;
+	n = (size_t)snprintf(extra, size, "Age: %lld\r\n",
+	    (long long)q->caching.age);
 	r->framing = q->method == METHOD_HEAD ? FRAMING_NONE :
 	    q->body == UINT64_MAX             ? FRAMING_CLOSE :
 						FRAMING_LENGTH;
@@ -9586,27 +9586,26 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 	} else if (part == -1) {
 		r->status = 416;
 		r->framing = FRAMING_NONE;
-		(void)snprintf(extra, size,
+		(void)snprintf(extra + n, size - n,
 		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
-		    (unsigned long long)q->body);
+		    body);
 	} else if (part == 1) {
 		r->status = 206;
-		(void)snprintf(extra, size,
+		(void)snprintf(extra + n, size - n,
 		    "Content-Range: bytes %llu-%llu/%llu\r\n"
 		    "Content-Length: %llu\r\n",
 		    (unsigned long long)range.first,
-		    (unsigned long long)(range.first + range.length - 1),
-		    (unsigned long long)q->body,
+		    (unsigned long long)(range.first + range.length - 1), body,
 		    (unsigned long long)range.length);
-	} else if (r->status != 204 && q->body != UINT64_MAX) {
-		(void)text_copy(text_of("Content-Length: "), extra, size);
-		memcpy(number_print(extra + strlen(extra), q->body), "\r\n", 3);
-	}
+	} else if (r->status != 204 && q->body != UINT64_MAX)
+		(void)snprintf(extra + n, size - n, "Content-Length: %llu\r\n",
+		    body);
 	if (r->status == 304 || r->status == 416 || r->status == 206)
 		r->reason = text_of(status_reason(r->status));
 	r->extra = text_of(extra);
 	r->length = range.length;
-	return part == 1 ? q->caching.region + range.first : 0;
+	*at = part == 1 ? q->caching.region + range.first : 0;
+	return true;
 }
 
 /* Cache-Status (RFC 9211): what the cache did, or why it did nothing. */
@@ -9614,31 +9613,21 @@ static void
 cache_status_append(const struct exchange *x, struct buffer *b)
 {
 	const struct request *q = x->request;
+	const struct caching *c = &q->caching;
+	bool cached = answer_is_stored(q) || c->hit != NULL;
+	bool hit = cached && c->state == CACHING_HIT && !c->collapsed;
 
-	bool cached = answer_is_stored(q) || q->caching.hit != NULL;
-	bool collapsed = cached && q->caching.collapsed;
-
-	buffer_append(b, text_of("Cache-Status: "));
-	buffer_append(b, text_of(pseudonym));
-	if (cached && q->caching.state == CACHING_HIT && !collapsed)
-		buffer_append(b, text_of("; hit"));
-	else
-		buffer_print(b, "; fwd=%s",
-		    q->caching.forward ? q->caching.forward :
-			q->method == METHOD_GET || q->method == METHOD_HEAD ?
-					 "bypass" :
-					 "method");
-	if (q->caching.forward_status)
-		buffer_print(b, "; fwd-status=%d", q->caching.forward_status);
-	if (cached) {
-		buffer_append(b,
-		    text_of(q->caching.ttl < 0 ? "; ttl=-" : "; ttl="));
-		buffer_number(b,
-		    (uint64_t)(q->caching.ttl < 0 ? -q->caching.ttl :
-						    q->caching.ttl));
-	}
-	if (collapsed)
-		buffer_append(b, text_of("; collapsed"));
+	buffer_print(b, "Cache-Status: %s%s%s", pseudonym,
+	    hit ? "; hit" : "; fwd=",
+	    hit                    ? "" :
+		c->forward != NULL ? c->forward :
+		q->method == METHOD_GET || q->method == METHOD_HEAD ? "bypass" :
+								      "method");
+	if (c->forward_status)
+		buffer_print(b, "; fwd-status=%d", c->forward_status);
+	if (cached)
+		buffer_print(b, "; ttl=%lld%s", (long long)c->ttl,
+		    c->collapsed ? "; collapsed" : "");
 	if (cache_stores(x))
 		buffer_append(b, text_of("; stored"));
 	buffer_append(b, text_of("\r\n"));
@@ -11418,7 +11407,7 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 		return;
 	if (x->record.status == 0 &&
 	    (cause == CAUSE_WAY || cause == CAUSE_ANSWER) &&
-	    cache_rescue(x, false, &l) == CACHED_YES)
+	    cache_validate(x, NULL, &l) == CACHED_YES)
 		exchange_serve(x, &l);
 	else
 		exchange_deny(x, refusal, detail);
@@ -11492,7 +11481,7 @@ exchange_seek(struct exchange *x, size_t old)
 		    text_of(""),
 		f->whole))
 		return true;
-	store_drop(x);
+	cache_drop(x);
 	f->ready = (uint32_t)old;
 	f->whole = false;
 	f->broken = true;
@@ -11897,7 +11886,7 @@ exchange_look_up(struct exchange *x)
 static bool
 collapse_step(struct exchange *x)
 {
-	if (cache_waits(x))
+	if (cache_follows(x, FETCH_ASKS))
 		return false;
 	exchange_look_up(x);
 	return true;
@@ -12873,11 +12862,6 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 		buffer_print(b, "Date: %s\r\n", date_now());
 	if (q->answerer != ANSWER_MEMORY && !w.via)
 		via_append(b, r->minor);
-	if (answer_is_stored(q)) {
-		buffer_append(b, text_of("Age: "));
-		buffer_number(b, (uint64_t)q->caching.age);
-		buffer_append(b, text_of("\r\n"));
-	}
 	buffer_append(b, r->extra);
 	if (options.cache != NULL && r->status >= 200 && !x->tunnel)
 		cache_status_append(x, b);
@@ -13047,7 +13031,7 @@ response_unmet(struct exchange *x)
 {
 	trace(x, "refused: %s", refusals[REFUSE_CONDITION].words);
 	x->record.refusal = REFUSE_CONDITION;
-	fetch_leave(x);
+	cache_unfollow(x);
 	page_refusal(x, REFUSE_CONDITION, "");
 	if (x->server.in == NULL)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
@@ -13063,11 +13047,10 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 	char extra[256];
 	uint64_t at;
 
-	if (r->status / 100 == 2 && !request_is_met(&x->request->head, r)) {
+	if (!cache_shape(x, r, extra, sizeof(extra), &at)) {
 		response_unmet(x);
 		return;
 	}
-	at = cache_shape(x, r, extra, sizeof(extra));
 	response_forward(x, r, n);
 	if (at == 0 || x->phase != PHASE_RELAY)
 		return;
@@ -13469,7 +13452,7 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 	y->down = old;
 	y->down.ready = 0;
 	y->down.to = FRAMING_CLOSE;
-	fetch_detach(x, y);
+	cache_detach(x, y);
 	q->route.keep = false;
 	s->fd = fd;
 	s->role = ROLE_FILE;
@@ -13521,7 +13504,7 @@ relay_resume(struct exchange *x)
 
 	trace(x, "what this follows was given up: asking for the rest");
 	conn_close(&x->server, false);
-	fetch_leave(x);
+	cache_unfollow(x);
 	answer_by(x, ANSWER_NONE);
 	q->access.open = true;
 	q->times.answered = 0;
@@ -13551,8 +13534,8 @@ relay_step(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (done)
 		exchange_finish(x);
-	else if (cache_failed(x) && !x->down.broken && !s->readable &&
-	    s->in == NULL && c->out == NULL)
+	else if (cache_follows(x, FETCH_FAILED) && !x->down.broken &&
+	    !s->readable && s->in == NULL && c->out == NULL)
 		relay_resume(x);
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
 	    c->out == NULL)
@@ -15088,6 +15071,8 @@ trial_run(char *words)
 	struct verdict verdict, route;
 	struct exchange x;
 	struct request *q = request_new(NULL);
+	const struct rule *rule;
+	const char *word;
 	struct view v;
 	bool denied;
 
@@ -15119,8 +15104,10 @@ trial_run(char *words)
 	trial_access(&verdict, &v);
 	trial_route(&route);
 	denied = verdict.refuses;
-	if (options.cache != NULL)
-		trial_print("cache", cache_try(&x), cache_rule(&x, NULL, NULL));
+	if (options.cache != NULL) {
+		word = cache_try(&x, &rule);
+		trial_print("cache", word, rule);
+	}
 	rules_give(&x.rules);
 	buffer_give(&head);
 	request_drop(&q);
