@@ -6682,6 +6682,25 @@ struct fetch {
 	uint64_t validator;      /* see response_validator() */
 };
 
+/* Buffers for work that ends within a call: each has one purpose. */
+enum work {
+	WORK_KEY,     /* see key_of() */
+	WORK_LIST,    /* a list of fields that an answer varies by */
+	WORK_VARIANT, /* the values of a request for it, or a path */
+	WORK_HEAD,    /* a head that is to be stored */
+	WORK_REGION,  /* the region of an entry, or of a marker */
+	WORKS         /* how many there are */
+};
+
+static struct buffer works[WORKS];
+
+/* The buffer for that work, empty: what was in it is gone. */
+static struct buffer *
+work_buffer(enum work work)
+{
+	return buffer_clear(&works[work]);
+}
+
 /* Days since 1970 of a date in the Gregorian calendar. */
 static int64_t
 days_from_date(int64_t year, int64_t month, int64_t day)
@@ -7105,6 +7124,16 @@ key_append(const struct target *t, struct buffer *b)
 	buffer_append(b, t->path);
 }
 
+/* The key of a target, to be used until the next one is made. */
+static struct text
+key_of(const struct target *t)
+{
+	struct buffer *b = work_buffer(WORK_KEY);
+
+	key_append(t, b);
+	return buffer_text(b);
+}
+
 /* 64 bits that stand for a key. */
 static uint64_t
 key_hash(struct text key)
@@ -7265,6 +7294,21 @@ vary_append(const struct response *r, struct buffer *b)
 }
 
 /*
+ * Appends to b the variant by which r answers q, for all that r varies by;
+ * false if it is too long.
+ */
+static bool
+variant_of(const struct request *q, const struct response *r, struct buffer *b)
+{
+	struct buffer *list = work_buffer(WORK_LIST);
+
+	if (!vary_append(r, list))
+		return false;
+	variant_append(q, buffer_text(list), b);
+	return !b->overflow;
+}
+
+/*
  * True if e, whose head is r, is the variant for q: the request has the values
  * that it was stored for.
  */
@@ -7272,16 +7316,9 @@ static bool
 variant_fits(const struct entry *e, const struct response *r,
     const struct request *q)
 {
-	struct buffer *list = buffer_take(), *b = buffer_take();
-	bool fits = list != NULL && b != NULL && vary_append(r, list);
+	struct buffer *b = work_buffer(WORK_VARIANT);
 
-	if (fits) {
-		variant_append(q, buffer_text(list), b);
-		fits = !b->overflow && text_equals(buffer_text(b), e->variant);
-	}
-	buffer_give(&list);
-	buffer_give(&b);
-	return fits;
+	return variant_of(q, r, b) && text_equals(buffer_text(b), e->variant);
 }
 
 /* ---- entries ---- */
@@ -7480,35 +7517,28 @@ static void
 entry_find(struct exchange *x, struct lookup *l)
 {
 	struct request *q = x->request;
-	struct buffer *keys = buffer_take();
-	struct text key, values;
-	size_t split, end;
+	struct buffer *name = work_buffer(WORK_VARIANT);
+	struct text key = key_of(&q->target);
+	size_t token;
 
-	if (keys == NULL)
-		return;
-	key_append(&q->target, keys);
-	key = buffer_text(keys);
-	split = keys->end;
 	q->caching.key = key_hash(key);
 	entry_path(key, text_of(""), l->path);
 	l->fd = entry_open(l->path, 0, key, l->b, &l->e);
-	if (l->fd != -1 && l->e.vary.at != NULL) {
+	if (l->fd == -1 || l->e.vary.at == NULL)
+		return;
+	fd_drop(&l->fd);
+	buffer_append(name, l->e.token);
+	buffer_append(name, text_of(";"));
+	token = buffer_len(name);
+	variant_append(q, l->e.vary, name);
+	entry_path(key, buffer_text(name), l->path);
+	if (!name->overflow)
+		l->fd = entry_open(l->path, 0, key, l->b, &l->e);
+	if (l->fd == -1)
+		l->forward = "vary-miss";
+	else if (!text_equals(l->e.variant,
+		     text_from(buffer_text(name), token)))
 		fd_drop(&l->fd);
-		buffer_append(keys, l->e.token);
-		buffer_append(keys, text_of(";"));
-		end = keys->end;
-		variant_append(q, l->e.vary, keys);
-		entry_path(key, text_cut(keys->data + split, keys->end - split),
-		    l->path);
-		values = text_cut(keys->data + end, keys->end - end);
-		if (!keys->overflow)
-			l->fd = entry_open(l->path, 0, key, l->b, &l->e);
-		if (l->fd == -1)
-			l->forward = "vary-miss";
-		else if (!text_equals(l->e.variant, values))
-			fd_drop(&l->fd);
-	}
-	buffer_give(&keys);
 }
 
 /* What a file of n bytes takes of the disk. */
@@ -7721,34 +7751,28 @@ file_put(const char *path, const struct buffer *b)
 static bool
 marker_token(struct text key, struct text vary, char *token)
 {
-	struct buffer *b = buffer_take();
+	struct buffer *b = work_buffer(WORK_HEAD);
 	char path[CACHE_PATH];
 	struct entry e;
-	bool good;
 	int fd;
 
-	if (b == NULL)
-		return false;
 	entry_path(key, text_of(""), path);
 	fd = entry_open(path, 0, key, b, &e);
-	if (fd != -1 && text_equals(e.vary, vary))
-		good = text_copy(e.token, token, 64);
-	else {
-		(void)snprintf(token, 64, "%llx.%lx.%llx",
-		    (unsigned long long)now.wall, (long)getpid(),
-		    (unsigned long long)++cache.serial);
-		buffer_clear(b)->end += REGION_LINE;
-		buffer_append(b, text_of("key: "));
-		buffer_append(b, key);
-		buffer_append(b, text_of("\nvary: "));
-		buffer_append(b, vary);
-		buffer_print(b, "\ntoken: %s\n", token);
-		region_seal(b, 0);
-		good = !b->overflow && file_put(path, b);
+	if (fd != -1 && text_equals(e.vary, vary)) {
+		(void)close(fd);
+		return text_copy(e.token, token, 64);
 	}
 	fd_drop(&fd);
-	buffer_give(&b);
-	return good;
+	(void)snprintf(token, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
+	    (long)getpid(), (unsigned long long)++cache.serial);
+	buffer_clear(b)->end += REGION_LINE;
+	buffer_append(b, text_of("key: "));
+	buffer_append(b, key);
+	buffer_append(b, text_of("\nvary: "));
+	buffer_append(b, vary);
+	buffer_print(b, "\ntoken: %s\n", token);
+	region_seal(b, 0);
+	return !b->overflow && file_put(path, b);
 }
 
 /* True if a 304 never changes that field of a stored head. */
@@ -8023,36 +8047,34 @@ disk_has_room(void)
 }
 
 /*
- * Builds the region of a new entry but for its first line into `region`; keys
- * and list are for work.  False if it is too long.
+ * Builds the region of a new entry but for its first line into `region`.
+ * False if it is too long.
  */
 static bool
-region_draft(struct exchange *x, const struct response *r, struct buffer *keys,
-    struct buffer *list, struct buffer *region)
+region_draft(struct exchange *x, const struct response *r,
+    struct buffer *region)
 {
 	struct request *q = x->request;
-	struct entry e = { .requested = q->times.requested,
+	struct buffer *variant = work_buffer(WORK_VARIANT);
+	struct buffer *head = work_buffer(WORK_HEAD);
+	char server[ADDRESS_TEXT] = "-";
+	struct entry e = { .key = key_of(&q->target),
+		.requested = q->times.requested,
 		.responded = now.wall,
 		.age = initial_age(r, q->times.requested, now.wall),
 		.counted = r->framing == FRAMING_CHUNKED ||
 		    r->framing == FRAMING_CLOSE };
-	char server[ADDRESS_TEXT] = "-";
-	size_t split;
 
-	key_append(&q->target, keys);
-	e.key = buffer_text(keys);
-	split = keys->end;
 	q->caching.key = key_hash(e.key);
-	if (!vary_append(r, list))
+	if (!variant_of(q, r, variant))
 		return false;
-	variant_append(q, buffer_text(list), keys);
-	e.variant = text_cut(keys->data + split, keys->end - split);
+	e.variant = buffer_text(variant);
 	if (exchange_parent(x) == NULL)
 		address_print(&x->record.server, server);
 	e.server = text_of(server);
-	stored_head_append(r, NULL, buffer_clear(list));
-	return !keys->overflow && !list->overflow &&
-	    region_build(region, &e, buffer_text(list), 0) > 0;
+	stored_head_append(r, NULL, head);
+	return !head->overflow &&
+	    region_build(region, &e, buffer_text(head), 0) > 0;
 }
 
 /*
@@ -8124,22 +8146,17 @@ store_open(struct fetch *f, const struct response *r, struct text region)
 static bool
 store_begin(struct exchange *x, const struct response *r)
 {
-	struct buffer *keys = buffer_take(), *list = buffer_take();
-	struct buffer *region = buffer_take();
+	struct buffer *region = work_buffer(WORK_REGION);
 	struct caching *c = &x->request->caching;
-	bool good = keys != NULL && list != NULL && region != NULL &&
-	    disk_has_room() && region_draft(x, r, keys, list, region);
 
-	if (good && c->fetch == NULL)
+	if (!disk_has_room() || !region_draft(x, r, region))
+		return false;
+	if (c->fetch == NULL)
 		fetch_begin(x);
-	good = good && c->fetch != NULL &&
-	    store_open(c->fetch, r, buffer_text(region));
-	buffer_give(&keys);
-	buffer_give(&list);
-	buffer_give(&region);
-	if (good)
-		fetch_enter(c->fetch, FETCH_STORES);
-	return good;
+	if (c->fetch == NULL || !store_open(c->fetch, r, buffer_text(region)))
+		return false;
+	fetch_enter(c->fetch, FETCH_STORES);
+	return true;
 }
 
 /*
@@ -8176,31 +8193,26 @@ store_fits(struct exchange *x, uint64_t n)
 static bool
 store_seal(const struct fetch *f, char *path)
 {
-	struct buffer *b = buffer_take(), *list = buffer_take();
+	struct buffer *b = work_buffer(WORK_REGION);
+	struct buffer *list = work_buffer(WORK_LIST);
+	struct buffer *name = work_buffer(WORK_VARIANT);
 	char token[64];
 	struct response r;
 	struct entry e;
-	bool good = b != NULL && list != NULL &&
-	    entry_read(f->fd, f->region, b, &e) &&
-	    response_parse(e.head, METHOD_GET, &r) == 1 &&
-	    vary_append(&r, list);
 
-	if (good && buffer_len(list) == 0)
-		entry_path(e.key, text_of(""), path);
-	else if (good) {
-		good = marker_token(e.key, buffer_text(list), token);
-		buffer_print(buffer_clear(list), "%s;", token);
-		buffer_append(list, e.variant);
-		entry_path(e.key, buffer_text(list), path);
+	if (!entry_read(f->fd, f->region, b, &e) ||
+	    response_parse(e.head, METHOD_GET, &r) != 1 ||
+	    !vary_append(&r, list))
+		return false;
+	if (buffer_len(list) > 0) {
+		if (!marker_token(e.key, buffer_text(list), token))
+			return false;
+		buffer_print(name, "%s;", token);
+		buffer_append(name, e.variant);
 	}
-	if (good) {
-		region_seal(b, f->stored);
-		b->end = b->start + REGION_LINE;
-		good = write_at(f->fd, buffer_text(b), 0);
-	}
-	buffer_give(&b);
-	buffer_give(&list);
-	return good;
+	entry_path(e.key, buffer_text(name), path);
+	region_seal(b, f->stored);
+	return write_at(f->fd, text_cut(b->data + b->start, REGION_LINE), 0);
 }
 
 /* The body is complete: the entry gets its first line and its name. */
@@ -8263,23 +8275,19 @@ cache_append(struct exchange *x, struct text t, bool whole)
 static void
 cache_forget(const struct target *target)
 {
-	struct buffer *b = buffer_take();
+	struct text key = key_of(target);
 	char path[CACHE_PATH];
 	struct fetch *f;
 
-	if (b == NULL)
-		return;
-	key_append(target, b);
-	entry_path(buffer_text(b), text_of(""), path);
+	entry_path(key, text_of(""), path);
 	(void)unlink(path);
 	for (f = cache.fetches; f != NULL; f = f->next) {
-		if (f->key != key_hash(buffer_text(b)))
+		if (f->key != key_hash(key))
 			continue;
 		f->discard = true;
 		if (f->state == FETCH_STORES)
 			f->leader->request->caching.miss = "outdated";
 	}
-	buffer_give(&b);
 }
 
 /*
@@ -8332,13 +8340,12 @@ cache_invalidate(const struct target *own, const struct response *r)
 	cache_forget(own);
 	for (i = 0; i < sizeof(fields) / sizeof(fields[0]); i++) {
 		struct text value = head_value(&r->head, fields[i]);
-		struct buffer *b = buffer_take();
 
 		value.len = text_find(value, '#');
-		if (b != NULL && value.len > 0 &&
-		    reference_resolve(own, value, b, &other.path))
+		if (value.len > 0 &&
+		    reference_resolve(own, value, work_buffer(WORK_VARIANT),
+			&other.path))
 			cache_forget(&other);
-		buffer_give(&b);
 	}
 }
 
@@ -8974,30 +8981,27 @@ static int
 follow_open(struct exchange *x, struct lookup *l)
 {
 	struct request *q = x->request;
-	struct buffer *key = buffer_take();
+	struct text key = key_of(&q->target);
 	struct fetch *f;
 	char path[CACHE_PATH];
-	int fd = -1;
+	int fd;
 
-	if (key == NULL)
-		return -1;
-	key_append(&q->target, key);
-	for (f = cache.fetches; f != NULL && fd == -1; f = f->next) {
+	for (f = cache.fetches; f != NULL; f = f->next) {
 		if (f->state != FETCH_STORES || f->discard ||
 		    f->key != q->caching.key ||
 		    (f->length == UINT64_MAX && key_is_uncacheable(f->key)))
 			continue;
 		store_path(f->serial, path);
-		fd = entry_open(path, f->region, buffer_text(key), l->b, &l->e);
+		fd = entry_open(path, f->region, key, l->b, &l->e);
 		l->e.body = f->length;
 		if (fd != -1 && lookup_fits(x, l) &&
-		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f))
+		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f)) {
 			fetch_follow(x, f);
-		else
-			fd_drop(&fd);
+			return fd;
+		}
+		fd_drop(&fd);
 	}
-	buffer_give(&key);
-	return fd;
+	return -1;
 }
 
 /*
@@ -9336,26 +9340,24 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 {
 	const struct request *q = x->request;
 	const struct rule *rule = cache_rule(x, NULL, NULL);
-	struct buffer *b = buffer_take(), *head = buffer_take();
+	struct buffer *region = work_buffer(WORK_REGION);
+	struct buffer *head = work_buffer(WORK_HEAD);
 	struct control asked = control_parse(&q->head);
 	struct response merged;
 
 	l->e.requested = q->times.requested;
 	l->e.responded = now.wall;
 	l->e.age = initial_age(news, q->times.requested, now.wall);
-	if (head != NULL)
-		stored_head_append(news, &l->r, head);
-	if (b != NULL && head != NULL && !head->overflow &&
+	stored_head_append(news, &l->r, head);
+	if (!head->overflow &&
 	    response_parse(buffer_text(head), METHOD_GET, &merged) == 1 &&
 	    response_obstacle(q, &merged, rule ? rule->seconds : -1) == NULL &&
 	    variant_fits(&l->e, &merged, q) &&
-	    region_build(b, &l->e, buffer_text(head), l->e.region) > 0) {
-		region_seal(b, l->e.body);
-		(void)write_at(l->fd, buffer_text(b), 0);
+	    region_build(region, &l->e, buffer_text(head), l->e.region) > 0) {
+		region_seal(region, l->e.body);
+		(void)write_at(l->fd, buffer_text(region), 0);
 	} else if (!asked.no_store && !head_field(&q->head, "Authorization"))
 		entry_remove(&q->caching);
-	buffer_give(&b);
-	buffer_give(&head);
 }
 
 /*
@@ -9767,33 +9769,25 @@ static void
 key_visit(const struct file *f, void *argument)
 {
 	const struct text *key = argument;
-	struct buffer *b = f->entry ? buffer_take() : NULL;
 	struct entry e;
 	int fd = -1;
 
-	if (b != NULL)
-		fd = entry_open(f->path, 0, *key, b, &e);
+	if (f->entry)
+		fd = entry_open(f->path, 0, *key, work_buffer(WORK_REGION), &e);
 	if (fd != -1)
 		printf("%s\n", f->path);
 	fd_drop(&fd);
-	buffer_give(&b);
 }
 
 /* Prints the paths of the entries of a URL. */
 static void
 cache_print(const struct target *target)
 {
-	struct buffer *b = buffer_take();
-	struct text key;
+	struct text key = key_of(target);
 
-	if (b == NULL)
-		return;
-	key_append(target, b);
-	key = buffer_text(b);
 	if (!cache_walk(key_visit, &key))
 		die("can't read the cache %s: %s", options.cache,
 		    strerror(errno));
-	buffer_give(&b);
 }
 
 /* ---- 10. Names ---- */
