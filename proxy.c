@@ -7449,44 +7449,33 @@ entry_parse(struct text t, struct entry *e)
 }
 
 /*
- * True if the file is as long as its first line says; n bytes of it were read
- * at once, which for a small one is the proof.
- */
-static bool
-entry_is_whole(int fd, const struct entry *e, size_t n)
-{
-	uint64_t total = e->region + e->body;
-	struct stat status;
-
-	return n == total ||
-	    (n < total && fstat(fd, &status) != -1 &&
-		(uint64_t)status.st_size == total);
-}
-
-/*
  * Reads an open file from its beginning into b and understands it as an entry.
  * Its region is so long, and without a first line yet; or, if region is 0,
- * has one, and the file is as long as that says.  False if not.
+ * has one, and the file is as long as that says, which for a small one is
+ * known without asking.  False if not.
  */
 static bool
 entry_read(int fd, size_t region, struct buffer *b, struct entry *e)
 {
-	size_t room = buffer_room(buffer_clear(b));
-	ssize_t n;
+	size_t room = buffer_room(buffer_clear(b)), n;
+	ssize_t got = -1;
+	struct stat status;
 
 	memset(e, 0, sizeof(*e));
-	if (region > room)
-		return false;
-	n = fd_read(fd, b->data + b->start, region ? region : room);
-	if (n < REGION_LINE)
-		return false;
-	b->end += (size_t)n;
-	if (region == 0)
-		return entry_parse(buffer_text(b), e) &&
-		    entry_is_whole(fd, e, (size_t)n);
 	e->region = region;
-	return (size_t)n == region &&
-	    region_parse(text_from(buffer_text(b), REGION_LINE), e);
+	if (region <= room)
+		got = fd_read(fd, b->data + b->start, region ? region : room);
+	if (got < REGION_LINE)
+		return false;
+	n = (size_t)got;
+	b->end += n;
+	if (region > 0)
+		return n == region &&
+		    region_parse(text_from(buffer_text(b), REGION_LINE), e);
+	return entry_parse(buffer_text(b), e) &&
+	    (n == e->region + e->body ||
+		(n < e->region + e->body && fstat(fd, &status) != -1 &&
+		    (uint64_t)status.st_size == e->region + e->body));
 }
 
 /*
@@ -7901,14 +7890,6 @@ fetch_begin(struct exchange *x)
 	x->request->caching.fetch = f;
 }
 
-/* Frees a fetch that has neither a leader nor followers. */
-static void
-fetch_free(struct fetch *f)
-{
-	if (f->leader == NULL && f->followers == 0)
-		free(f);
-}
-
 /* Ends the fetch of x, if it leads one: nobody may follow it any more. */
 static void
 fetch_end(struct exchange *x, enum fetch_state state)
@@ -7927,7 +7908,8 @@ fetch_end(struct exchange *x, enum fetch_state state)
 	fetch_enter(f, state);
 	f->leader = NULL;
 	c->fetch = NULL;
-	fetch_free(f);
+	if (f->followers == 0)
+		free(f);
 }
 
 /* Makes x a follower of f. */
@@ -7951,7 +7933,8 @@ cache_unfollow(struct exchange *x)
 	f->followers--;
 	if (f->leader != NULL)
 		exchange_queue(f->leader);
-	fetch_free(f);
+	else if (f->followers == 0)
+		free(f);
 }
 
 /*
@@ -8691,22 +8674,9 @@ cache_sweep(void)
 }
 
 /*
- * Compares entity tags (RFC 9110 section 8.8.3.2), weakly or, as for a part
- * of a body, strongly.
- */
-static bool
-etag_same(struct text a, struct text b, bool weak)
-{
-	if (weak && text_starts(a, "W/"))
-		a = text_from(a, 2);
-	if (weak && text_starts(b, "W/"))
-		b = text_from(b, 2);
-	return text_equals(a, b) && a.len > 0 && !text_starts(a, "W/");
-}
-
-/*
  * Looks for an entity tag in a request's fields of that name: 1 it is there, or
- * `*` is; 0 it is not; -1 there are no such fields.
+ * `*` is; 0 it is not; -1 there are no such fields.  Tags are compared weakly
+ * or strongly (RFC 9110 section 8.8.3.2).
  */
 static int
 condition_has(const struct head *q, const char *name, struct text etag,
@@ -8715,26 +8685,24 @@ condition_has(const struct head *q, const char *name, struct text etag,
 	int verdict = -1;
 	size_t i;
 
+	if (text_starts(etag, "W/"))
+		etag = weak ? text_from(etag, 2) : text_of("");
 	for (i = 0; i < q->n; i++) {
 		struct text rest = q->fields[i].value, member;
 
 		if (!text_is(q->fields[i].name, name))
 			continue;
 		verdict = 0;
-		while (list_next(&rest, &member))
-			if (text_is(member, "*") ||
-			    etag_same(member, etag, weak))
+		while (list_next(&rest, &member)) {
+			if (text_is(member, "*"))
 				return 1;
+			if (weak && text_starts(member, "W/"))
+				member = text_from(member, 2);
+			if (etag.len > 0 && text_equals(member, etag))
+				return 1;
+		}
 	}
 	return verdict;
-}
-
-/* True if the request wants an answer from one version only. */
-static bool
-request_is_guarded(const struct head *q)
-{
-	return head_field(q, "If-Match") != NULL ||
-	    head_field(q, "If-Unmodified-Since") != NULL;
 }
 
 /*
@@ -9197,7 +9165,9 @@ cache_find(struct exchange *x, struct lookup *l)
 		fd_drop(&l->fd);
 		return asked.only_if_cached ? CACHED_NEVER : CACHED_WAIT;
 	}
-	if (l->fd != -1 && request_is_guarded(&q->head)) {
+	if (l->fd != -1 &&
+	    (head_field(&q->head, "If-Match") != NULL ||
+		head_field(&q->head, "If-Unmodified-Since") != NULL)) {
 		/*
 		 * Its conditions would give way to ours, and a part of another
 		 * version would seem to meet them: it is passed on as it came,
