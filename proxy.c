@@ -58,7 +58,7 @@
  *   exchange_look_up, cache_find, resolve_step, connect_step, connect_next,
  *   exchange_send, request_build, response_step, response_accept,
  *   response_parse, response_forward, cache_store, response_pass,
- *   response_build, relay_step, exchange_pump, flow_decode, store_append,
+ *   response_build, relay_step, exchange_pump, flow_decode, cache_append,
  *   flow_encode, exchange_finish, log_exchange.
  * walk hit: loop_accept, exchange_open, request_step, request_accept,
  *   access_begin, exchange_look_up, cache_find, entry_find, lookup_judge,
@@ -546,8 +546,7 @@ enum answerer {
 	ANSWER_SERVER, /* a server */
 	ANSWER_MEMORY, /* the proxy itself: a page, the 200 to CONNECT */
 	ANSWER_ENTRY,  /* a complete entry of the cache */
-	ANSWER_FETCH,  /* an entry that another exchange is still storing */
-	ANSWER_ORPHAN  /* such an entry after its fetch was given up */
+	ANSWER_FETCH   /* an entry that another exchange is still storing */
 };
 
 /* Whether an exchange is a tunnel. */
@@ -589,34 +588,33 @@ struct route {
 	struct address list[ADDRESSES_MAX];
 };
 
+/* What the cache has done for a request; set by caching_enter() only. */
+enum caching_state {
+	CACHING_NONE,       /* nothing so far */
+	CACHING_BYPASSED,   /* nothing, and the answer is not stored */
+	CACHING_HIT,        /* an entry answers without validation */
+	CACHING_VALIDATES,  /* `entry` is open, the server is asked about it */
+	CACHING_VALIDATED,  /* it answers after the server was asked */
+	CACHING_SUPERSEDED, /* it was validated and is of no use any more */
+};
+
 /* The part of the cache in a request; all zero at its start. */
 struct caching {
-	bool nocache;        /* it has none */
-	bool validated;      /* the server was asked about an entry */
-	bool has_entry;      /* `entry` is open, to be validated */
-	bool outdated;       /* the entry that was validated is of no use now */
-	bool storing;        /* `store` is being written */
-	bool spoiled;        /* and is out of date before it is done */
-	bool alone;          /* it has waited for another in vain */
-	int forward_status;  /* what the server said, 0: nothing */
-	const char *forward; /* why it was asked (RFC 9211) */
-	const char *hit;     /* what of an entry was used, for the log */
-	const char *miss;    /* or why none was */
-	unsigned followers;  /* exchanges that wait for this fetch or read it */
-	uint64_t fetch;      /* in cache.fetches under this serial; 0: not */
-	uint64_t leader;     /* serial of the fetch that this one follows */
-	uint64_t key;        /* hash of the target's key */
-	uint64_t length;     /* of the body being stored; UINT64_MAX: unknown */
-	uint64_t validator; /* hash of what tells that it is the same payload */
-	int entry;          /* descriptor of an entry */
-	int store;          /* of a new one */
-	uint32_t region;    /* bytes of its region */
-	uint64_t stored;    /* of the new one's, or of the leader's, so far */
-	uint64_t share;     /* of the disk that the new one is to take: bytes */
-	uint64_t region_rest;  /* the sum of its region but its first line */
-	int64_t ttl;           /* seconds the entry is still fresh */
-	int64_t age;           /* its age in seconds */
-	char path[ENTRY_PATH]; /* of either, below the cache directory */
+	enum caching_state state; /* set by caching_enter() only */
+	bool collapsed;           /* it waited for a fetch, or reads one */
+	struct fetch *fetch;      /* that it leads, or NULL */
+	struct fetch *follows;    /* that it follows, or NULL */
+	int forward_status;       /* what the server said, 0: nothing */
+	const char *forward;      /* why it was asked (RFC 9211) */
+	const char *hit;          /* what of an entry was used, for the log */
+	const char *miss;         /* or why none was */
+	uint64_t key;             /* hash of the target's key */
+	uint64_t validator;       /* see response_validator() */
+	int entry;                /* descriptor of the entry to be validated */
+	uint32_t region;          /* bytes of the region of one that answers */
+	int64_t ttl;              /* seconds the entry is still fresh */
+	int64_t age;              /* its age in seconds */
+	char path[ENTRY_PATH];    /* of the one that was to be validated */
 };
 
 /* When a request reached each step: ms, 0: not yet. */
@@ -694,7 +692,7 @@ struct exchange {
 	int64_t since;         /* ms: the phase began */
 	int64_t moved;         /* ms: a byte last moved */
 	int64_t deadline;      /* ms: it is run again at the latest */
-	struct exchange *next; /* in the list of free slots, or of fetches */
+	struct exchange *next; /* in the list of free slots */
 	struct exchange *next_again; /* in the list of those to be run */
 	struct address peer;         /* of the client */
 	struct conn client, server;  /* its two sides */
@@ -813,18 +811,6 @@ fd_write(int fd, const void *from, size_t n)
 		put = write(fd, from, n);
 	while (put == -1 && errno == EINTR);
 	return put;
-}
-
-/* The same for pread(2). */
-static ssize_t
-fd_read_at(int fd, void *to, size_t n, off_t offset)
-{
-	ssize_t got;
-
-	do
-		got = pread(fd, to, n, offset);
-	while (got == -1 && errno == EINTR);
-	return got;
 }
 
 /* The same for pwrite(2). */
@@ -1776,10 +1762,8 @@ static void
 answer_by(struct exchange *x, enum answerer answerer)
 {
 	struct request *q = x->request;
-
 	static const char *const names[] = { "nobody", "the server",
-		"the proxy", "an entry", "a fetch under way",
-		"a fetch that was given up" };
+		"the proxy", "an entry", "a fetch under way" };
 
 	if (q->answerer == answerer)
 		return;
@@ -1791,8 +1775,7 @@ answer_by(struct exchange *x, enum answerer answerer)
 static bool
 answer_is_stored(const struct request *q)
 {
-	return q->answerer == ANSWER_ENTRY || q->answerer == ANSWER_FETCH ||
-	    q->answerer == ANSWER_ORPHAN;
+	return q->answerer == ANSWER_ENTRY || q->answerer == ANSWER_FETCH;
 }
 
 /* True if no server is asked for the answer, but for its validation. */
@@ -1975,6 +1958,15 @@ fd_note(int fd)
 	if (fd > fd_highest)
 		fd_highest = fd;
 	return fd;
+}
+
+/* Closes *fd, unless it is -1, which it then is. */
+static void
+fd_drop(int *fd)
+{
+	if (*fd != -1)
+		(void)close(*fd);
+	*fd = -1;
 }
 
 /* Opens a pipe; both ends are recorded. */
@@ -6750,11 +6742,38 @@ exchange_view(const struct exchange *x, const struct response *r,
 /* ---- 9. Cache ---- */
 
 /*
- * What one client fetched is given to all (RFC 9111).  First the policy:
- * pure functions from heads and times to a verdict.  Then the entries: one
- * file each, which says in text what it is, under a name hashed from its key.
+ * What one client fetched is given to all (RFC 9111).  First the policy: pure
+ * functions from heads and times to a verdict.  Then the entries: one file
+ * each, which says in text what it is, under a name hashed from its key.
  * There is no index: open(2) is the lookup, and any file may vanish at any
- * time.  A file that is not what it should be is a miss, never an error.
+ * time.  Then the answers to the phases of section 13, and last the sweeper
+ * and the directory.
+ *
+ * It must never serve a file that is not all that it should be: that is a
+ * miss, not an error.  It must never give one client what was meant for
+ * another, nor take more of the disk than -s says, nor let a failure of the
+ * disk cost a client more than a miss.
+ *
+ * Collapsed forwarding.  Several clients often want the same at once, and the
+ * server is asked once.  The exchange that asks is the leader of a fetch; the
+ * others are its followers.  Until the response head has come they wait.  If
+ * the response is stored they read the growing entry, each at its own pace
+ * and through a descriptor of its own, and never beyond what is written.  If
+ * it is uncacheable they ask for themselves, and for a while nobody waits for
+ * that URL again.  When the leader's client leaves, the fetch goes on detached
+ * from it if somebody wants the entry; and when the leader's client is slower
+ * than its followers, the fetch is detached, too, and the leader becomes a
+ * follower.  When a fetch fails, a follower asks the server for the rest, if
+ * a validator shows that the payload is still the same.  If that can't be,
+ * its connection is cut off visibly: nobody is told that a truncated body was
+ * whole.  So nobody may follow a fetch that has neither a validator nor room
+ * for sure.
+ *
+ * Door: cache_open, cache_print, cache_sweep, cache_try, cache_find,
+ * cache_follows, cache_validate, cache_validators_append, cache_store,
+ * cache_append, cache_drop, cache_leave, cache_unfollow, cache_refresh,
+ * cache_follow_own, cache_detach, cache_wants, cache_resembles, cache_room,
+ * cache_shape, cache_status_append, cache_log_append, directory_walk.
  */
 
 enum {
@@ -6781,15 +6800,13 @@ enum {
 	SWEEP_GAP_MS = 10000,
 	/* Of the disk, this much stays free. */
 	CACHE_FLOOR = 64 << 20,
-	/* Entries of which we know that their recency was written lately. */
-	CACHE_TOUCHED = 1024,
 	/*
 	 * URLs of which we know that their answers are not to be stored: 128
 	 * KiB, of which only what was written to takes memory.
 	 */
-	CACHE_LONE = 16384,
-	/* So many of them share places: a line of a processor's cache. */
-	LONE_WAYS = 8,
+	UNCACHEABLE_KEYS = 16384,
+	/* Entries of which we know that their recency was written lately. */
+	CACHE_TOUCHED = 1024,
 	/* Recency of an entry is written at most once in this time. */
 	CACHE_TOUCH_S = 600
 };
@@ -6868,10 +6885,78 @@ static struct {
 	int64_t lack_ms;    /* that leads to no sweep before this */
 	bool said_disk;     /* that the disk is the limit */
 	bool said_unread;   /* that the directory could not be read */
-	struct exchange *fetches; /* what others may follow */
+	struct fetch *fetches; /* that others may follow */
 } cache = { .block = CACHE_DISK_BLOCK,
 	.limit = UINT64_MAX,
 	.report = { .fd = -1 } };
+
+/* What the cache says to a request, or to a response that came for one. */
+enum cached {
+	CACHED_NO,   /* the server is to be asked, or its answer passed on */
+	CACHED_YES,  /* an entry answers */
+	CACHED_WAIT, /* another exchange is about to get the answer */
+	CACHED_LOST, /* the entry that was validated is gone: ask anew */
+	CACHED_NEVER /* nothing is stored, and nobody may be asked */
+};
+
+/* An entry that was found for a request, or a fetch's that grows. */
+struct lookup {
+	int fd;                /* its file, or -1 */
+	struct buffer *b;      /* its beginning */
+	struct entry e;        /* slices of b */
+	struct response r;     /* the same */
+	enum reuse reuse;      /* what it is good for */
+	bool grows;            /* another exchange is still storing it */
+	const char *forward;   /* why the server is asked (RFC 9211) */
+	char path[CACHE_PATH]; /* where it is, or was last looked for */
+};
+
+/* What a fetch is at; set by fetch_enter() only. */
+enum fetch_state {
+	FETCH_ASKS,     /* the response head has not come: followers wait */
+	FETCH_STORES,   /* the entry grows: followers read it */
+	FETCH_COMPLETE, /* it has ended: the entry is all there */
+	FETCH_FAILED    /* it has ended: there will be no more of it */
+};
+
+/*
+ * A fetch: what its leader gets from a server, and others may follow.  It is
+ * freed when it has neither a leader nor followers.
+ */
+struct fetch {
+	struct fetch *next;      /* in cache.fetches, until it ends */
+	struct exchange *leader; /* NULL: it has ended */
+	enum fetch_state state;  /* set by fetch_enter() only */
+	bool discard;            /* the entry is no good for later requests */
+	unsigned followers;      /* exchanges that wait for it or read it */
+	int fd;                  /* the temporary file, or -1 */
+	uint32_t region;         /* bytes of its region */
+	uint64_t serial;         /* in the name of the temporary file */
+	uint64_t key;            /* hash of the target's key */
+	uint64_t length;         /* of the body; UINT64_MAX: unknown */
+	uint64_t stored;         /* bytes of the body so far */
+	uint64_t share;          /* of the disk that it is to take: bytes */
+	uint64_t validator;      /* see response_validator() */
+};
+
+/* Buffers for work that ends within a call: each has one purpose. */
+enum work {
+	WORK_KEY,     /* see key_of() */
+	WORK_LIST,    /* a list of fields that an answer varies by */
+	WORK_VARIANT, /* the values of a request for it, or a path */
+	WORK_HEAD,    /* a head that is to be stored */
+	WORK_REGION,  /* the region of an entry, or of a marker */
+	WORKS         /* how many there are */
+};
+
+static struct buffer works[WORKS];
+
+/* The buffer for that work, empty: what was in it is gone. */
+static struct buffer *
+work_buffer(enum work work)
+{
+	return buffer_clear(&works[work]);
+}
 
 /* Days since 1970 of a date in the Gregorian calendar. */
 static int64_t
@@ -6887,28 +6972,47 @@ days_from_date(int64_t year, int64_t month, int64_t day)
 	    year_of_era / 100 + day_of_year - 719468;
 }
 
-/* The parts of a date; -1 stands for what was not there. */
-struct date {
-	int64_t year, month, day, hour, minute, second;
+/* The parts of a date: places in an array. */
+enum date_part {
+	YEAR,
+	MONTH,
+	DAY,
+	HOUR,
+	MINUTE,
+	SECOND,
+	DATE_PARTS
 };
 
-/* hh:mm:ss of a date, with c behind it. */
-static void
-date_time(struct text *t, char c, struct date *d)
+/*
+ * Reads t by a form into parts, which are 0.  In the form, small letters stand
+ * for digits of a part, `ooo` for a month's name, `_` for a digit of the day
+ * or a blank, and all other characters for themselves.
+ */
+static bool
+date_match(struct text t, const char *form, int64_t *parts)
 {
-	d->hour = digits_next(t, 2, ':');
-	d->minute = digits_next(t, 2, ':');
-	d->second = digits_next(t, 2, c);
-}
+	static const char letters[] = "yodhms";
 
-/* Takes a month's name with c behind it. */
-static void
-date_month(struct text *t, char c, struct date *d)
-{
-	int month = name_index(*t, "JanFebMarAprMayJunJulAugSepOctNovDec", 12);
+	if (t.len != strlen(form))
+		return false;
+	for (; *form != '\0'; form++, t = text_from(t, 1)) {
+		char want = *form != '_' ? *form : is_digit(*t.at) ? 'd' : ' ';
+		const char *letter = strchr(letters, want);
 
-	d->month = month == -1 || t->len < 4 || t->at[3] != c ? -1 : month + 1;
-	*t = text_from(*t, t->len < 4 ? t->len : 4);
+		if (want == 'o') {
+			parts[MONTH] = 1 +
+			    name_index(t,
+				"JanFebMarAprMayJunJulAugSepOctNovDec", 12);
+			form += 2;
+			t = text_from(t, 2);
+		} else if (letter != NULL && is_digit(*t.at))
+			parts[letter - letters] =
+			    parts[letter - letters] * 10 + *t.at - '0';
+		else if (letter != NULL ||
+		    !text_is(text_cut(t.at, 1), (char[]){ want, '\0' }))
+			return false;
+	}
+	return true;
 }
 
 /*
@@ -6918,55 +7022,33 @@ date_month(struct text *t, char c, struct date *d)
 static int64_t
 date_parse(struct text t)
 {
-	struct date d = { -1, -1, -1, -1, -1, -1 };
+	int64_t d[DATE_PARTS] = { 0 }, year, month;
 	size_t comma = text_find(t, ',');
+	const char *form = comma == t.len ? " ooo _d hh:mm:ss yyyy" :
+	    comma == 3                    ? ", dd ooo yyyy hh:mm:ss GMT" :
+					    ", dd-ooo-yy hh:mm:ss GMT";
 	struct tm parts;
-	int64_t year;
 
-	if (name_index(t, "SunMonTueWedThuFriSat", 7) == -1)
+	if (name_index(t, "SunMonTueWedThuFriSat", 7) == -1 || comma == 4 ||
+	    comma == 5 ||
+	    !date_match(text_from(t, comma == t.len ? 3 : comma), form, d))
 		return -1;
-	if (comma == 3 && t.len == 29 && t.at[4] == ' ') {
-		t = text_from(t, 5);
-		d.day = digits_next(&t, 2, ' ');
-		date_month(&t, ' ', &d);
-		d.year = digits_next(&t, 4, ' ');
-		date_time(&t, ' ', &d);
-		if (!text_is(t, "GMT"))
-			return -1;
-	} else if (comma > 5 && t.len > comma + 2 && t.at[comma + 1] == ' ') {
-		t = text_from(t, comma + 2);
-		d.day = digits_next(&t, 2, '-');
-		date_month(&t, '-', &d);
-		d.year = digits_next(&t, 2, ' ');
-		date_time(&t, ' ', &d);
-		if (d.year == -1 || !text_is(t, "GMT") ||
-		    gmtime_r(&now.wall, &parts) == NULL)
+	if (comma != t.len && comma != 3) {
+		if (gmtime_r(&now.wall, &parts) == NULL)
 			return -1;
 		year = parts.tm_year + (int64_t)1900;
-		d.year += year - year % 100;
-		d.year -= d.year > year + 50 ? 100 : 0;
-	} else if (comma == t.len && t.len == 24 && t.at[3] == ' ') {
-		char day[2];
-
-		t = text_from(t, 4);
-		date_month(&t, ' ', &d);
-		day[0] = *t.at == ' ' ? '0' : *t.at;
-		day[1] = t.at[1];
-		t = text_from(t, 2);
-		if (is_digit(day[0]) && is_digit(day[1]) && *t.at == ' ')
-			d.day = (day[0] - '0') * 10 + day[1] - '0';
-		t = text_from(t, 1);
-		date_time(&t, ' ', &d);
-		d.year = digits_next(&t, 4, '\0');
+		d[YEAR] += year - year % 100;
+		d[YEAR] -= d[YEAR] > year + 50 ? 100 : 0;
 	}
-	if (d.year < 1970 || d.month < 1 || d.day < 1 ||
-	    d.day > days_from_date(d.year + d.month / 12, d.month % 12 + 1, 1) -
-		    days_from_date(d.year, d.month, 1) ||
-	    d.hour < 0 || d.hour > 23 || d.minute < 0 || d.minute > 59 ||
-	    d.second < 0 || d.second > 60)
+	year = d[YEAR];
+	month = d[MONTH];
+	if (year < 1970 || month < 1 || d[DAY] < 1 ||
+	    d[DAY] > days_from_date(year + month / 12, month % 12 + 1, 1) -
+		    days_from_date(year, month, 1) ||
+	    d[HOUR] > 23 || d[MINUTE] > 59 || d[SECOND] > 60)
 		return -1;
-	return days_from_date(d.year, d.month, d.day) * DAY_S + d.hour * 3600 +
-	    d.minute * 60 + d.second;
+	return days_from_date(year, month, d[DAY]) * DAY_S + d[HOUR] * 3600 +
+	    d[MINUTE] * 60 + d[SECOND];
 }
 
 /* The date in a field; -1 if there is none, more than one, or it is wrong. */
@@ -7000,50 +7082,43 @@ seconds_parse(struct text t)
 
 /* One directive, its argument being value (NULL: none), into control. */
 static void
-control_note(struct control *control, struct text name, struct text value)
+control_set(struct control *control, struct text name, struct text value)
 {
-	static const struct {
+	const struct {
 		const char *name;
-		size_t offset;
-		bool number;
+		bool *flag;
+		int64_t *seconds;
 	} directives[] = {
-#define DIRECTIVE(name, member, number) \
-	{ name, offsetof(struct control, member), number }
-		DIRECTIVE("no-store", no_store, false),
-		DIRECTIVE("no-cache", no_cache, false),
-		DIRECTIVE("private", is_private, false),
-		DIRECTIVE("public", is_public, false),
-		DIRECTIVE("must-revalidate", must_revalidate, false),
-		DIRECTIVE("proxy-revalidate", proxy_revalidate, false),
-		DIRECTIVE("must-understand", must_understand, false),
-		DIRECTIVE("only-if-cached", only_if_cached, false),
-		DIRECTIVE("max-age", max_age, true),
-		DIRECTIVE("s-maxage", s_maxage, true),
-		DIRECTIVE("min-fresh", min_fresh, true),
-		DIRECTIVE("max-stale", max_stale, true),
-		DIRECTIVE("stale-while-revalidate", while_revalidate, true),
-		DIRECTIVE("stale-if-error", if_error, true),
-#undef DIRECTIVE
+		{ "no-store", &control->no_store, NULL },
+		{ "no-cache", &control->no_cache, NULL },
+		{ "private", &control->is_private, NULL },
+		{ "public", &control->is_public, NULL },
+		{ "must-revalidate", &control->must_revalidate, NULL },
+		{ "proxy-revalidate", &control->proxy_revalidate, NULL },
+		{ "must-understand", &control->must_understand, NULL },
+		{ "only-if-cached", &control->only_if_cached, NULL },
+		{ "max-age", NULL, &control->max_age },
+		{ "s-maxage", NULL, &control->s_maxage },
+		{ "min-fresh", NULL, &control->min_fresh },
+		{ "max-stale", NULL, &control->max_stale },
+		{ "stale-while-revalidate", NULL, &control->while_revalidate },
+		{ "stale-if-error", NULL, &control->if_error },
 	};
+	int64_t given = value.at != NULL ? seconds_parse(value) :
+	    text_is(name, "max-stale")   ? INT32_MAX :
+					   0;
 	size_t i;
 
 	for (i = 0; i < sizeof(directives) / sizeof(directives[0]); i++) {
-		char *at = (char *)control + directives[i].offset;
-		int64_t number, old;
+		bool *flag = directives[i].flag;
+		int64_t *seconds = directives[i].seconds;
 
 		if (!text_is(name, directives[i].name))
 			continue;
-		if (!directives[i].number) {
-			*(bool *)at = true;
-			return;
-		}
-		number = value.at != NULL      ? seconds_parse(value) :
-		    text_is(name, "max-stale") ? INT32_MAX :
-						 0;
-		memcpy(&old, at, sizeof(old));
-		if (old == -1 || number < old)
-			memcpy(at, &number, sizeof(number));
-		return;
+		if (flag != NULL)
+			*flag = true;
+		else if (*seconds == -1 || given < *seconds)
+			*seconds = given;
 	}
 }
 
@@ -7074,7 +7149,7 @@ control_parse(const struct head *h)
 			size_t equals = text_find(member, '=');
 			struct text none = { NULL, 0 };
 
-			control_note(&control, text_cut(member.at, equals),
+			control_set(&control, text_cut(member.at, equals),
 			    equals < member.len ?
 				text_from(member, equals + 1) :
 				none);
@@ -7086,38 +7161,27 @@ control_parse(const struct head *h)
 }
 
 /* Statuses that may be reused without being told so (RFC 9110 15.1). */
-static bool
-status_is_heuristic(int status)
-{
-	static const int statuses[] = { 200, 203, 204, 300, 301, 308, 404, 405,
-		410, 414, 501 };
-	size_t i;
-
-	for (i = 0; i < sizeof(statuses) / sizeof(statuses[0]); i++)
-		if (statuses[i] == status)
-			return true;
-	return false;
-}
+static const int heuristic_statuses[] = { 200, 203, 204, 300, 301, 308, 404,
+	405, 410, 414, 501, 0 };
 
 /* Statuses that a request's own fields or haste bring about. */
-static bool
-status_is_personal(int status)
-{
-	static const int statuses[] = { 304, 401, 407, 408, 412, 413, 416, 417,
-		425, 428, 429, 431 };
-	size_t i;
+static const int personal_statuses[] = { 304, 401, 407, 408, 412, 413, 416, 417,
+	425, 428, 429, 431, 0 };
 
-	for (i = 0; i < sizeof(statuses) / sizeof(statuses[0]); i++)
-		if (statuses[i] == status)
-			return true;
-	return false;
+/* True if the list, which ends with 0, has that status. */
+static bool
+status_is_among(int status, const int *list)
+{
+	while (*list != 0 && *list != status)
+		list++;
+	return *list != 0;
 }
 
-/* Whether we know what to do with a status: all of the standards'. */
+/* True if we know the meaning of a status: all of the standards'. */
 static bool
 status_is_understood(int status)
 {
-	return status_is_heuristic(status) ||
+	return status_is_among(status, heuristic_statuses) ||
 	    (status >= 300 && status <= 308) ||
 	    (status >= 400 && status <= 417) || status == 451 ||
 	    (status >= 500 && status <= 505);
@@ -7149,7 +7213,8 @@ freshness_lifetime(const struct response *r, bool explicit_only)
 		return l;
 	}
 	if (explicit_only || modified == -1 || date <= modified ||
-	    (!status_is_heuristic(r->status) && !control.is_public) ||
+	    (!status_is_among(r->status, heuristic_statuses) &&
+		!control.is_public) ||
 	    head_field(&r->head, "Set-Cookie") != NULL)
 		return l;
 	l.seconds = (date - modified) / 10;
@@ -7188,7 +7253,8 @@ response_obstacle(const struct request *q, const struct response *r,
 	struct control control = control_parse(&r->head);
 	bool validator = head_field(&r->head, "ETag") != NULL ||
 	    head_date(&r->head, "Last-Modified") != -1;
-	bool guess = control.is_public || status_is_heuristic(r->status);
+	bool guess = control.is_public ||
+	    status_is_among(r->status, heuristic_statuses);
 	int64_t lifetime = freshness_lifetime(r, true).seconds;
 
 	if (q->method != METHOD_GET &&
@@ -7196,7 +7262,7 @@ response_obstacle(const struct request *q, const struct response *r,
 		(!text_equals(located, q->uri) &&
 		    !text_equals(located, q->target.path))))
 		return "method";
-	if (r->status < 200 || status_is_personal(r->status) ||
+	if (r->status < 200 || status_is_among(r->status, personal_statuses) ||
 	    (control.must_understand && !status_is_understood(r->status)))
 		return "status";
 	if (asked.no_store || (control.no_store && !control.must_understand))
@@ -7315,6 +7381,16 @@ key_append(const struct target *t, struct buffer *b)
 	buffer_append(b, t->path);
 }
 
+/* The key of a target, to be used until the next one is made. */
+static struct text
+key_of(const struct target *t)
+{
+	struct buffer *b = work_buffer(WORK_KEY);
+
+	key_append(t, b);
+	return buffer_text(b);
+}
+
 /* 64 bits that stand for a key. */
 static uint64_t
 key_hash(struct text key)
@@ -7427,59 +7503,79 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 	}
 }
 
-/* Puts t into the sorted list of *n texts, once; false if it is full. */
-static bool
-vary_insert(struct text *list, size_t *n, struct text t)
+/* Orders two texts for qsort(3): by their letters, in any case. */
+static int
+name_compare(const void *one, const void *two)
 {
-	size_t i, j;
+	const struct text *a = one, *b = two;
+	int order =
+	    strncasecmp(a->at, b->at, a->len < b->len ? a->len : b->len);
 
-	for (i = 0; i < *n; i++) {
-		size_t len = t.len < list[i].len ? t.len : list[i].len;
-		int order = strncasecmp(list[i].at, t.at, len);
-
-		if (order == 0 && list[i].len == t.len)
-			return true;
-		if (order > 0 || (order == 0 && list[i].len > t.len))
-			break;
-	}
-	if (*n == VARY_MAX)
-		return false;
-	for (j = (*n)++; j > i; j--)
-		list[j] = list[j - 1];
-	list[i] = t;
-	return true;
+	return order != 0 ? order : (a->len > b->len) - (a->len < b->len);
 }
 
 /*
  * All that a response varies by as one list in one form, sorted, into b: its
- * Vary, and for a part of a body the range.  False if it is too long.
+ * Vary, for a part of a body the range, and vary_client.  False if it is too
+ * long.
  */
 static bool
 vary_append(const struct response *r, struct buffer *b)
 {
-	const struct head *h = &r->head;
-	struct text list[VARY_MAX];
-	size_t i, n = 0;
+	struct text list[VARY_MAX + 2], *last = list, *t, member;
+	size_t i;
 
-	for (i = 0; i < h->n; i++) {
-		struct text rest = h->fields[i].value, member;
+	for (i = 0; i < r->head.n; i++) {
+		struct text rest = r->head.fields[i].value;
 
-		if (!text_is(h->fields[i].name, "Vary"))
+		if (!text_is(r->head.fields[i].name, "Vary"))
 			continue;
-		while (list_next(&rest, &member))
-			if (!vary_insert(list, &n, member))
+		while (list_next(&rest, &member)) {
+			if (last == list + VARY_MAX)
 				return false;
+			*last++ = member;
+		}
 	}
 	if (r->status == 206)
-		(void)vary_insert(list, &n, text_of("range"));
-	if (response_is_personal(r) &&
-	    !vary_insert(list, &n, text_of(vary_client)))
-		return false;
-	for (i = 0; i < n; i++) {
-		buffer_append(b, text_of(i > 0 ? "," : ""));
-		lower_append(b, list[i]);
+		*last++ = text_of("range");
+	if (response_is_personal(r))
+		*last++ = text_of(vary_client);
+	qsort(list, (size_t)(last - list), sizeof(*list), name_compare);
+	for (t = list; t < last; t++) {
+		if (t > list && text_same(t[0], t[-1]))
+			continue;
+		buffer_append(b, text_of(t > list ? "," : ""));
+		lower_append(b, *t);
 	}
-	return true;
+	return !b->overflow;
+}
+
+/*
+ * Appends to b the variant by which r answers q, for all that r varies by;
+ * false if it is too long.
+ */
+static bool
+variant_of(const struct request *q, const struct response *r, struct buffer *b)
+{
+	struct buffer *list = work_buffer(WORK_LIST);
+
+	if (!vary_append(r, list))
+		return false;
+	variant_append(q, buffer_text(list), b);
+	return !b->overflow;
+}
+
+/*
+ * True if e, whose head is r, is the variant for q: the request has the values
+ * that it was stored for.
+ */
+static bool
+variant_fits(const struct entry *e, const struct response *r,
+    const struct request *q)
+{
+	struct buffer *b = work_buffer(WORK_VARIANT);
+
+	return variant_of(q, r, b) && text_equals(buffer_text(b), e->variant);
 }
 
 /* ---- entries ---- */
@@ -7531,18 +7627,10 @@ region_sum(struct text rest)
 static void
 region_line(char *to, size_t region, uint64_t body, uint64_t sum)
 {
-	char digits[NUMBER_DIGITS];
-	size_t n;
-
-	memcpy(to,
-	    "proxy-cache 1 region 000000 body 00000000000000000000 sum "
-	    "0000000000000000\n",
-	    REGION_LINE + 1);
-	n = (size_t)(number_print(digits, region % 1000000) - digits);
-	memcpy(to + 27 - n, digits, n);
-	n = (size_t)(number_print(digits, body) - digits);
-	memcpy(to + 53 - n, digits, n);
-	(void)hex_print(to + 58, sum_word(sum_word(sum, region), body), 16);
+	(void)snprintf(to, REGION_LINE + 1,
+	    "proxy-cache 1 region %06lu body %020llu sum %016llx\n",
+	    (unsigned long)(region % 1000000), (unsigned long long)body,
+	    (unsigned long long)sum_word(sum_word(sum, region), body));
 }
 
 /* A line `name: value` of a region, taken from *rest; false: another one. */
@@ -7618,89 +7706,85 @@ entry_parse(struct text t, struct entry *e)
 }
 
 /*
- * True if the file is as long as its first line says; n bytes of it were read
- * at once, which for a small one is the proof.
+ * Reads an open file from its beginning into b and understands it as an entry.
+ * Its region is so long, and without a first line yet; or, if region is 0,
+ * has one, and the file is as long as that says, which for a small one is
+ * known without asking.  False if not.
  */
 static bool
-entry_is_whole(int fd, const struct entry *e, size_t n)
+entry_read(int fd, size_t region, struct buffer *b, struct entry *e)
 {
-	uint64_t total = e->region + e->body;
+	size_t room = buffer_room(buffer_clear(b)), n;
+	ssize_t got = -1;
 	struct stat status;
 
-	return n == total ||
-	    (n < total && fstat(fd, &status) != -1 &&
-		(uint64_t)status.st_size == total);
+	memset(e, 0, sizeof(*e));
+	e->region = region;
+	if (region <= room)
+		got = fd_read(fd, b->data + b->start, region ? region : room);
+	if (got < REGION_LINE)
+		return false;
+	n = (size_t)got;
+	b->end += n;
+	if (region > 0)
+		return n == region &&
+		    region_parse(text_from(buffer_text(b), REGION_LINE), e);
+	return entry_parse(buffer_text(b), e) &&
+	    (n == e->region + e->body ||
+		(n < e->region + e->body && fstat(fd, &status) != -1 &&
+		    (uint64_t)status.st_size == e->region + e->body));
 }
 
 /*
- * Opens the file at path and reads its beginning into b.  Returns the
- * descriptor, or -1 if there is no valid entry for that key and variant.
+ * Opens the file at path, whose beginning is then in b: the one way to an
+ * entry, see entry_read().  Returns the descriptor, or -1 if there is no valid
+ * entry for that key.
  */
 static int
-entry_open(const char *path, struct text key, struct text variant,
-    struct buffer *b, struct entry *e)
+entry_open(const char *path, size_t region, struct text key, struct buffer *b,
+    struct entry *e)
 {
 	int fd = open(path, O_RDWR | O_NONBLOCK);
-	ssize_t n;
 
 	if (fd == -1 && (errno == EACCES || errno == EROFS))
 		fd = open(path, O_RDONLY | O_NONBLOCK);
-	if (fd_note(fd) == -1)
-		return -1;
-	b->start = b->end = CHUNK_ROOM;
-	n = fd_read(fd, b->data + b->start, buffer_room(b));
-	if (n > 0)
-		b->end += (size_t)n;
-	if (n <= 0 || !entry_parse(buffer_text(b), e) ||
-	    !entry_is_whole(fd, e, (size_t)n) || e->key.len != key.len ||
-	    memcmp(e->key.at, key.at, key.len) != 0 ||
-	    (e->vary.at == NULL &&
-		(e->variant.len != variant.len ||
-		    memcmp(e->variant.at, variant.at, variant.len) != 0))) {
-		(void)close(fd);
-		return -1;
-	}
+	if (fd_note(fd) != -1 &&
+	    (!entry_read(fd, region, b, e) || !text_equals(e->key, key)))
+		fd_drop(&fd);
 	return fd;
 }
 
 /*
- * Finds the entry for a request, and notes its key.  Its beginning is in b,
- * its descriptor is returned; -1 if there is none.  path, of CACHE_PATH bytes,
+ * Finds the entry for the request of x and sets the request's key.  Its
+ * beginning is in l->b, its descriptor in l->fd, -1 if there is none; l->path
  * is where it was last looked for.
  */
-static int
-entry_find(struct exchange *x, struct buffer *b, struct entry *e, char *path)
+static void
+entry_find(struct exchange *x, struct lookup *l)
 {
 	struct request *q = x->request;
-	struct buffer *keys = buffer_take();
-	struct text key, variant;
-	size_t split;
-	int fd;
+	struct buffer *name = work_buffer(WORK_VARIANT);
+	struct text key = key_of(&q->target);
+	size_t token;
 
-	path[0] = '\0';
-	if (keys == NULL)
-		return -1;
-	key_append(&x->request->target, keys);
-	key = buffer_text(keys);
 	q->caching.key = key_hash(key);
-	split = keys->end;
-	entry_path(key, text_cut("", 0), path);
-	fd = entry_open(path, key, text_cut("", 0), b, e);
-	if (fd != -1 && e->vary.at != NULL) {
-		(void)close(fd);
-		buffer_append(keys, e->token);
-		buffer_append(keys, text_of(";"));
-		variant_append(q, e->vary, keys);
-		variant = text_cut(keys->data + split, keys->end - split);
-		entry_path(key, variant, path);
-		fd = keys->overflow ? -1 : entry_open(path, key, variant, b, e);
-		if (fd != -1 && e->vary.at != NULL) {
-			(void)close(fd);
-			fd = -1;
-		}
-	}
-	buffer_give(&keys);
-	return fd;
+	entry_path(key, text_of(""), l->path);
+	l->fd = entry_open(l->path, 0, key, l->b, &l->e);
+	if (l->fd == -1 || l->e.vary.at == NULL)
+		return;
+	fd_drop(&l->fd);
+	buffer_append(name, l->e.token);
+	buffer_append(name, text_of(";"));
+	token = buffer_len(name);
+	variant_append(q, l->e.vary, name);
+	entry_path(key, buffer_text(name), l->path);
+	if (!name->overflow)
+		l->fd = entry_open(l->path, 0, key, l->b, &l->e);
+	if (l->fd == -1)
+		l->forward = "vary-miss";
+	else if (!text_equals(l->e.variant,
+		     text_from(buffer_text(name), token)))
+		fd_drop(&l->fd);
 }
 
 /* What a file of n bytes takes of the disk. */
@@ -7906,100 +7990,81 @@ file_put(const char *path, const struct buffer *b)
 }
 
 /*
- * Reads the region of a file that has no first line yet.  False if it is
- * damaged; e's texts are slices of b.
+ * Gives the token for variants of a key by this Vary list, into token, which
+ * has 64 bytes.  The marker at the key's own name has it; if that has another
+ * list, a marker with a new token is written.  False if it can't be.
  */
 static bool
-region_read(int fd, size_t region, struct buffer *b, struct entry *e)
+marker_token(struct text key, struct text vary, char *token)
 {
-	b->start = b->end = CHUNK_ROOM;
-	memset(e, 0, sizeof(*e));
-	e->region = region;
-	if (region < REGION_LINE || region > buffer_room(b) ||
-	    fd_read_at(fd, b->data + b->start, region, 0) != (ssize_t)region)
-		return false;
-	b->end += region;
-	return region_parse(text_from(buffer_text(b), REGION_LINE), e);
-}
-
-/* The token that the variant of an entry begins with. */
-static struct text
-entry_token(const struct entry *e)
-{
-	return text_cut(e->variant.at, text_find(e->variant, ';'));
-}
-
-/* The marker of a key into e, whose texts are slices of b; false: none. */
-static bool
-marker_read(struct text key, struct buffer *b, struct entry *e)
-{
+	struct buffer *b = work_buffer(WORK_HEAD);
 	char path[CACHE_PATH];
+	struct entry e;
 	int fd;
 
-	entry_path(key, text_cut("", 0), path);
-	fd = entry_open(path, key, text_cut("", 0), b, e);
-	if (fd == -1)
-		return false;
-	(void)close(fd);
-	return e->vary.at != NULL;
-}
-
-/*
- * Makes sure that the file at a key's own name sends to variants by this Vary
- * list and token.  False if it can't, or sends elsewhere by the same list.
- */
-static bool
-marker_put(struct text key, struct text vary, struct text token)
-{
-	struct buffer *b = buffer_take();
-	char path[CACHE_PATH];
-	struct entry old;
-	bool good = false;
-
-	if (b == NULL)
-		return false;
-	if (marker_read(key, b, &old) && text_equals(old.vary, vary))
-		good = text_equals(old.token, token);
-	else {
-		entry_path(key, text_cut("", 0), path);
-		b->start = b->end = CHUNK_ROOM;
-		b->end += REGION_LINE;
-		buffer_append(b, text_of("key: "));
-		buffer_append(b, key);
-		buffer_append(b, text_of("\nvary: "));
-		buffer_append(b, vary);
-		buffer_append(b, text_of("\ntoken: "));
-		buffer_append(b, token);
-		buffer_append(b, text_of("\n"));
-		region_seal(b, 0);
-		good = !b->overflow && file_put(path, b);
+	entry_path(key, text_of(""), path);
+	fd = entry_open(path, 0, key, b, &e);
+	if (fd != -1 && text_equals(e.vary, vary)) {
+		(void)close(fd);
+		return text_copy(e.token, token, 64);
 	}
-	buffer_give(&b);
-	return good;
+	fd_drop(&fd);
+	(void)snprintf(token, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
+	    (long)getpid(), (unsigned long long)++cache.serial);
+	buffer_clear(b)->end += REGION_LINE;
+	buffer_append(b, text_of("key: "));
+	buffer_append(b, key);
+	buffer_append(b, text_of("\nvary: "));
+	buffer_append(b, vary);
+	buffer_print(b, "\ntoken: %s\n", token);
+	region_seal(b, 0);
+	return !b->overflow && file_put(path, b);
 }
 
-/* Lets go of the entry that was to be validated. */
-static void
-entry_close(struct exchange *x)
+/* True if a 304 never changes that field of a stored head. */
+static bool
+field_is_fixed(struct text name)
 {
-	struct request *q = x->request;
-
-	if (q->caching.has_entry)
-		(void)close(q->caching.entry);
-	q->caching.has_entry = false;
+	return name_is_among(name, fields_of_body) ||
+	    text_is(name, "Set-Cookie");
 }
 
-/* What of a response head is stored, into b: no framing, nothing of a hop. */
-static void
-stored_head_append(const struct response *r, struct buffer *b)
+/* True if a 304 leaves this field of the stored head as it is. */
+static bool
+field_is_kept(const struct head *news, struct text name)
 {
 	size_t i;
 
-	status_append(b, r->status, r->reason);
-	for (i = 0; i < r->head.n; i++)
-		if (field_passes(&r->head, i))
-			field_append(b, &r->head.fields[i]);
-	if (head_field(&r->head, "Date") == NULL)
+	for (i = 0; i < news->n; i++)
+		if (text_same(name, news->fields[i].name))
+			return field_is_fixed(name);
+	return !text_is(name, "Date");
+}
+
+/*
+ * Appends what is stored of a response head: no framing, nothing of a hop.
+ * With old, the stored response that a 304 is about, it is the old head with
+ * the 304's fields in place of its own (RFC 9111 section 3.2).  A response
+ * without Date was made now, so that age and lifetime count from now (RFC 9110
+ * section 6.6.1).
+ */
+static void
+stored_head_append(const struct response *r, const struct response *old,
+    struct buffer *b)
+{
+	const struct head *h = &r->head;
+	size_t i;
+
+	status_append(b, old ? old->status : r->status,
+	    old ? old->reason : r->reason);
+	for (i = 0; old != NULL && i < old->head.n; i++)
+		if (field_is_kept(h, old->head.fields[i].name))
+			field_append(b, &old->head.fields[i]);
+	for (i = 0; i < h->n; i++)
+		if (field_passes(h, i) &&
+		    (old == NULL || !field_is_fixed(h->fields[i].name)))
+			field_append(b, &h->fields[i]);
+	if (head_field(h, "Date") == NULL)
 		buffer_print(b, "Date: %s\r\n", date_now());
 	buffer_append(b, text_of("\r\n"));
 }
@@ -8009,186 +8074,202 @@ stored_head_append(const struct response *r, struct buffer *b)
  * want the same wait for its head, then read what is stored as it grows.
  */
 
-/* Makes x's fetch one that others may follow. */
-static void
-fetch_begin(struct exchange *x)
-{
-	x->request->caching.fetch = ++cache.serial;
-	x->next = cache.fetches;
-	cache.fetches = x;
-}
-
 /*
- * y follows a fetch that came to its end.  If that was not known beforehand it
- * is now, and a file that ends earlier was cut.
+ * y follows a fetch whose entry is complete.  If its length was not known
+ * before, it is now, and a file that ends earlier was cut.
  */
 static void
-follow_end(struct exchange *y, bool whole)
+follow_complete(struct exchange *y)
 {
 	struct request *q = y->request;
+	uint64_t stored = q->caching.follows->stored;
 
 	if (q->answerer != ANSWER_FETCH)
 		return;
-	answer_by(y, whole ? ANSWER_ENTRY : ANSWER_ORPHAN);
-	if (!whole || q->body != UINT64_MAX)
+	answer_by(y, ANSWER_ENTRY);
+	if (q->body != UINT64_MAX)
 		return;
-	q->body = q->caching.stored;
+	q->body = stored;
 	if (y->phase == PHASE_RELAY && y->down.from == FRAMING_CLOSE) {
 		y->down.from = FRAMING_LENGTH;
-		y->down.left =
-		    q->caching.stored - y->down.payload - y->down.ready;
+		y->down.left = stored - y->down.payload - y->down.ready;
 	}
 }
 
-/*
- * Runs those who follow x.  ended: there will be no more of it; they have the
- * whole, or else must see how to get the rest themselves.
- */
+/* Runs the followers of a fetch. */
 static void
-fetch_tell(const struct exchange *x, bool ended, bool whole)
+fetch_tell(const struct fetch *f)
 {
-	const struct request *q = x->request;
 	struct exchange *y;
 
-	if (q->caching.followers == 0)
+	if (f->followers == 0)
 		return;
 	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++) {
-		if (y->request == NULL ||
-		    y->request->caching.leader != q->caching.fetch)
+		if (y->request == NULL || y->request->caching.follows != f)
 			continue;
 		y->server.readable = y->request->answerer == ANSWER_FETCH;
-		y->request->caching.stored = q->caching.stored;
-		if (ended)
-			follow_end(y, whole);
+		if (f->state == FETCH_COMPLETE)
+			follow_complete(y);
 		exchange_queue(y);
 	}
 }
 
-/* Nobody may follow x any more. */
+/*
+ * Enters a state of a fetch.  Its followers are run: those who wait for the
+ * head, and those who read the entry.
+ */
 static void
-fetch_end(struct exchange *x, bool whole)
+fetch_enter(struct fetch *f, enum fetch_state state)
 {
-	struct request *q = x->request;
-	struct exchange **at = &cache.fetches;
+	static const char *const names[] = { "asks", "stores", "is complete",
+		"has failed" };
 
-	if (q->caching.fetch == 0)
+	if (f->state != state)
+		trace(f->leader, "the fetch %s", names[state]);
+	f->state = state;
+	fetch_tell(f);
+}
+
+/* Makes x the leader of a fetch for the key of its request. */
+static void
+fetch_begin(struct exchange *x)
+{
+	struct fetch *f = calloc(1, sizeof(*f));
+
+	if (f == NULL)
 		return;
-	while (*at != x)
+	f->leader = x;
+	f->key = x->request->caching.key;
+	f->serial = ++cache.serial;
+	f->fd = -1;
+	f->next = cache.fetches;
+	cache.fetches = f;
+	x->request->caching.fetch = f;
+}
+
+/* Ends the fetch of x, if it leads one: nobody may follow it any more. */
+static void
+fetch_end(struct exchange *x, enum fetch_state state)
+{
+	struct caching *c = &x->request->caching;
+	struct fetch *f = c->fetch, **at = &cache.fetches;
+
+	if (f == NULL)
+		return;
+	while (*at != f)
 		at = &(*at)->next;
-	*at = x->next;
-	x->next = NULL;
-	fetch_tell(x, true, whole);
-	q->caching.fetch = 0;
-	q->caching.followers = 0;
+	*at = f->next;
+	if (f->fd != -1)
+		cache.making -= f->share;
+	fd_drop(&f->fd);
+	fetch_enter(f, state);
+	f->leader = NULL;
+	c->fetch = NULL;
+	if (f->followers == 0)
+		free(f);
+}
+
+/* Makes x a follower of f. */
+static void
+fetch_follow(struct exchange *x, struct fetch *f)
+{
+	x->request->caching.follows = f;
+	f->followers++;
+	exchange_queue(f->leader);
+}
+
+/* x follows nobody any more; nobody may then want the fetch. */
+static void
+cache_unfollow(struct exchange *x)
+{
+	struct fetch *f = x->request->caching.follows;
+
+	x->request->caching.follows = NULL;
+	if (f == NULL)
+		return;
+	f->followers--;
+	if (f->leader != NULL)
+		exchange_queue(f->leader);
+	else if (f->followers == 0)
+		free(f);
 }
 
 /*
- * The fetch of x, which stores it, becomes that of y, which is new and has no
- * client; x is one of those who follow it.
+ * Detaches the fetch of x from x's client: it becomes that of y, which is new
+ * and has no client, and x is one of its followers.
  */
 static void
-fetch_move(struct exchange *x, struct exchange *y)
+cache_detach(struct exchange *x, struct exchange *y)
 {
-	struct exchange **at = &cache.fetches;
-	struct request *q = x->request, *fresh = y->request;
+	struct request *q = x->request;
+	struct fetch *f = q->caching.fetch;
 
 	y->record.status = x->record.status;
 	y->record.end = END_CLIENT;
 	y->record.server = x->record.server;
 	y->close = true;
-	fresh->method = q->method;
-	fresh->caching = q->caching;
-	fresh->caching.followers++;
-	while (*at != x)
-		at = &(*at)->next;
-	*at = y;
-	y->next = x->next;
-	x->next = NULL;
-	q->caching.leader = q->caching.fetch;
-	q->caching.fetch = 0;
-	q->caching.followers = 0;
-	q->caching.storing = false;
+	y->request->method = q->method;
+	y->request->caching = q->caching;
+	q->caching.fetch = NULL;
+	q->caching.validator = f->validator;
+	q->body = f->length;
+	f->leader = y;
+	fetch_follow(x, f);
 	answer_by(x, ANSWER_FETCH);
-	q->body = q->caching.length;
-}
-
-/* x follows nobody any more; the fetch may then be nobody's. */
-static void
-fetch_leave(struct exchange *x)
-{
-	struct request *q = x->request;
-	struct exchange *y;
-
-	for (y = cache.fetches; y != NULL && q->caching.leader; y = y->next)
-		if (y->request->caching.fetch == q->caching.leader) {
-			y->request->caching.followers--;
-			exchange_queue(y);
-		}
-	q->caching.leader = 0;
-}
-
-/* Keys that nobody should wait for; memory only where it is written to. */
-static uint64_t cache_lone[CACHE_LONE];
-
-/* True if answers to that key were lately found not to be storable. */
-static bool
-key_is_lone(uint64_t key)
-{
-	const uint64_t *at =
-	    cache_lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
-	size_t i;
-
-	for (i = 0; i < LONE_WAYS; i++)
-		if (at[i] == key)
-			return true;
-	return false;
 }
 
 /*
- * Answers to that key were found not to be storable (lone), or to be so.  The
- * latest is in front of its set; the last of the set gives way.
+ * y, which has no client, is to validate anew what answers x: others may
+ * follow it from now on.
  */
 static void
-key_note(uint64_t key, bool lone)
+cache_refresh(const struct exchange *x, struct exchange *y)
 {
-	uint64_t *at = cache_lone + key % (CACHE_LONE / LONE_WAYS) * LONE_WAYS;
-	size_t i = 0;
-
-	while (i < LONE_WAYS - 1 && at[i] != key)
-		i++;
-	if (lone) {
-		memmove(at + 1, at, i * sizeof(*at));
-		at[0] = key;
-	} else if (at[i] == key)
-		at[i] = 0;
+	y->request->caching.key = x->request->caching.key;
+	fetch_begin(y);
 }
 
-/* Ends storing: the file is left to its name, and the followers are told. */
-static void
-store_close(struct exchange *x, bool whole)
-{
-	struct request *q = x->request;
+/*
+ * Keys whose answers were lately found to be uncacheable: nobody is to wait
+ * for them.  Memory is taken only where it is written to.
+ */
+static uint64_t uncacheable[UNCACHEABLE_KEYS];
 
-	if (q->caching.storing) {
-		cache.making -= q->caching.share;
-		(void)close(q->caching.store);
-	}
-	q->caching.storing = false;
-	fetch_end(x, whole);
+/* True if answers to that key were lately found to be uncacheable. */
+static bool
+key_is_uncacheable(uint64_t key)
+{
+	return uncacheable[key % UNCACHEABLE_KEYS] == key;
 }
 
-/* Gives up what the exchange fetches for others. */
+/* Remembers whether answers to that key are uncacheable. */
 static void
-store_drop(struct exchange *x)
+key_remember(uint64_t key, bool is_uncacheable)
 {
-	const struct request *q = x->request;
+	if (is_uncacheable || key_is_uncacheable(key))
+		uncacheable[key % UNCACHEABLE_KEYS] = is_uncacheable ? key : 0;
+}
+
+/* True if x stores what it fetches. */
+static bool
+cache_stores(const struct exchange *x)
+{
+	const struct fetch *f = x->request->caching.fetch;
+
+	return f != NULL && f->state == FETCH_STORES;
+}
+
+/* Gives up the fetch of x, if it leads one. */
+static void
+cache_drop(struct exchange *x)
+{
 	char path[CACHE_PATH];
 
-	if (q->caching.storing) {
-		store_path(q->caching.fetch, path);
+	if (cache_stores(x)) {
+		store_path(x->request->caching.fetch->serial, path);
 		(void)unlink(path);
 	}
-	store_close(x, false);
+	fetch_end(x, FETCH_FAILED);
 }
 
 /* True if the disk has room beyond the floor. */
@@ -8205,96 +8286,35 @@ disk_has_room(void)
 	return false;
 }
 
-/* What a new entry is made from. */
-struct draft {
-	struct entry e;            /* slices of keys */
-	struct buffer *keys;       /* key and variant */
-	struct buffer *list;       /* Vary, then the head */
-	struct buffer *region;     /* what is written */
-	char server[ADDRESS_TEXT]; /* for e */
-};
-
 /*
- * The token for variants of a key by this Vary list, into to, which has 64
- * bytes: the one on the disk, or that of a fetch under way, or a new one.
+ * Builds the region of a new entry but for its first line into `region`.
+ * False if it is too long.
  */
-static void
-token_find(uint64_t hash, struct text key, struct text vary, char *to)
-{
-	struct buffer *b = buffer_take(), *list = buffer_take();
-	const struct exchange *y;
-	struct response r;
-	struct entry e;
-
-	(void)snprintf(to, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
-	    (long)getpid(), (unsigned long long)++cache.serial);
-	if (b != NULL && marker_read(key, b, &e) && text_equals(e.vary, vary))
-		(void)text_copy(e.token, to, 64);
-	for (y = cache.fetches; b != NULL && list != NULL && y != NULL;
-	     y = y->next) {
-		if (!y->request->caching.storing ||
-		    y->request->caching.key != hash ||
-		    y->request->caching.spoiled ||
-		    !region_read(y->request->caching.store,
-			y->request->caching.region, b, &e) ||
-		    e.variant.len == 0 || !text_equals(e.key, key) ||
-		    response_parse(e.head, METHOD_GET, &r) != 1)
-			continue;
-		list->end = list->start;
-		if (vary_append(&r, list) &&
-		    text_equals(buffer_text(list), vary))
-			(void)text_copy(entry_token(&e), to, 64);
-	}
-	buffer_give(&b);
-	buffer_give(&list);
-}
-
-/* Key and variant of a new entry; false if they are too long. */
 static bool
-draft_keys(struct exchange *x, const struct response *r, struct draft *d)
+region_draft(struct exchange *x, const struct response *r,
+    struct buffer *region)
 {
 	struct request *q = x->request;
-	char token[64];
-	size_t split;
+	struct buffer *variant = work_buffer(WORK_VARIANT);
+	struct buffer *head = work_buffer(WORK_HEAD);
+	char server[ADDRESS_TEXT] = "-";
+	struct entry e = { .key = key_of(&q->target),
+		.requested = q->times.requested,
+		.responded = now.wall,
+		.age = initial_age(r, q->times.requested, now.wall),
+		.counted = r->framing == FRAMING_CHUNKED ||
+		    r->framing == FRAMING_CLOSE };
 
-	key_append(&x->request->target, d->keys);
-	split = d->keys->end;
-	q->caching.key = key_hash(buffer_text(d->keys));
-	if (!vary_append(r, d->list))
+	q->caching.key = key_hash(e.key);
+	if (!variant_of(q, r, variant))
 		return false;
-	if (buffer_len(d->list) > 0) {
-		token_find(q->caching.key, buffer_text(d->keys),
-		    buffer_text(d->list), token);
-		buffer_print(d->keys, "%s;", token);
-		variant_append(q, buffer_text(d->list), d->keys);
-	}
-	d->e.key =
-	    text_cut(d->keys->data + d->keys->start, split - d->keys->start);
-	d->e.variant = text_cut(d->keys->data + split, d->keys->end - split);
-	return !d->keys->overflow && !d->list->overflow;
-}
-
-/* The region of a new entry, but for its first line. */
-static bool
-draft_region(struct exchange *x, const struct response *r, struct draft *d)
-{
-	struct request *q = x->request;
-
-	(void)text_copy(text_of("-"), d->server, sizeof(d->server));
+	e.variant = buffer_text(variant);
 	if (exchange_parent(x) == NULL)
-		address_print(&x->record.server, d->server);
-	d->e.server = text_of(d->server);
-	d->e.requested = q->times.requested;
-	d->e.responded = now.wall;
-	d->e.age = initial_age(r, q->times.requested, now.wall);
-	d->e.counted = r->framing == FRAMING_CHUNKED ||
-	    r->framing == FRAMING_CLOSE;
-	d->list->end = d->list->start;
-	stored_head_append(r, d->list);
-	q->caching.region = d->list->overflow ?
-	    0 :
-	    (uint32_t)region_build(d->region, &d->e, buffer_text(d->list), 0);
-	return q->caching.region > 0;
+		address_print(&x->record.server, server);
+	e.server = text_of(server);
+	stored_head_append(r, NULL, head);
+	return !head->overflow &&
+	    region_build(region, &e, buffer_text(head), 0) > 0;
 }
 
 /*
@@ -8329,192 +8349,185 @@ response_validator(const struct response *r)
 	return hash_text(key_hash(t), head_value(&r->head, "Content-Encoding"));
 }
 
-/* Makes the temporary file of a new entry and writes its region. */
-static void
-store_open(struct exchange *x, const struct response *r, const struct draft *d)
+/*
+ * Opens the store of a fetch: makes its temporary file and writes the region
+ * but for its first line, which comes when the body's length is known.
+ */
+static bool
+store_open(struct fetch *f, const struct response *r, struct text region)
 {
-	struct request *q = x->request;
-	struct text region = buffer_text(d->region);
 	char path[CACHE_PATH];
 
-	if (q->caching.fetch == 0)
-		fetch_begin(x);
-	q->caching.region_rest = region_sum(text_from(region, REGION_LINE));
-	q->caching.stored = 0;
-	q->caching.validator = response_validator(r);
-	q->caching.length = r->framing == FRAMING_LENGTH ? r->length :
-	    r->framing == FRAMING_NO_BODY                ? 0 :
-							   UINT64_MAX;
-	entry_path(d->e.key, d->e.variant, path);
-	(void)text_copy(text_of(path + strlen(options.cache)), q->caching.path,
-	    sizeof(q->caching.path));
+	f->region = (uint32_t)region.len;
+	f->validator = response_validator(r);
+	f->length = r->framing == FRAMING_LENGTH ? r->length :
+	    r->framing == FRAMING_NO_BODY        ? 0 :
+						   UINT64_MAX;
 	/* With the directory that it may need. */
-	q->caching.share = cache.block +
-	    disk_bytes(region.len +
-		(q->caching.length == UINT64_MAX ? 0 : q->caching.length));
-	if (!cache_fits(q->caching.share))
-		return;
-	q->caching.store = temporary_open(q->caching.fetch, path);
-	q->caching.storing = q->caching.store != -1;
-	if (!q->caching.storing)
-		return;
-	cache.making += q->caching.share;
-	if (!write_at(q->caching.store, region, 0)) {
-		disk_failed();
-		store_drop(x);
-	}
+	f->share = cache.block +
+	    disk_bytes(region.len + (f->length == UINT64_MAX ? 0 : f->length));
+	if (!cache_fits(f->share))
+		return false;
+	f->fd = temporary_open(f->serial, path);
+	if (f->fd == -1)
+		return false;
+	cache.making += f->share;
+	if (write_at(f->fd, region, 0))
+		return true;
+	disk_failed();
+	(void)unlink(path);
+	return false;
 }
 
 /*
- * Begins to store a response: makes the temporary file and writes the region
- * but for its first line, which comes when the body's length is known.  Those
- * who waited for this head hear of it.
+ * Begins to store a response, and makes a fetch of it if it is none yet.  Those
+ * who waited for this head may read it.  False if it can't be stored.
  */
-static void
+static bool
 store_begin(struct exchange *x, const struct response *r)
 {
-	struct draft d = { .keys = buffer_take(),
-		.list = buffer_take(),
-		.region = buffer_take() };
+	struct buffer *region = work_buffer(WORK_REGION);
+	struct caching *c = &x->request->caching;
 
-	if (d.keys != NULL && d.list != NULL && d.region != NULL &&
-	    disk_has_room() && draft_keys(x, r, &d) && draft_region(x, r, &d))
-		store_open(x, r, &d);
-	buffer_give(&d.keys);
-	buffer_give(&d.list);
-	buffer_give(&d.region);
-	if (x->request->caching.storing)
-		fetch_tell(x, false, false);
+	if (!disk_has_room() || !region_draft(x, r, region))
+		return false;
+	if (c->fetch == NULL)
+		fetch_begin(x);
+	if (c->fetch == NULL || !store_open(c->fetch, r, buffer_text(region)))
+		return false;
+	fetch_enter(c->fetch, FETCH_STORES);
+	return true;
 }
 
 /*
  * True if a body whose length is not known may take n more bytes of the disk.
- * All that are in the making take a quarter of the cache at most; what turns
- * out to be longer will not stay, but goes on for those who follow it and
- * could not ask for the rest.
+ * All that are in the making take a quarter of the cache at most; an entry that
+ * turns out to be longer will not stay, but goes on for followers who could not
+ * ask for the rest.
  */
 static bool
 store_fits(struct exchange *x, uint64_t n)
 {
-	struct request *q = x->request;
+	struct caching *c = &x->request->caching;
+	struct fetch *f = c->fetch;
 
 	if (cache.making + n > options.cache_size / 4) {
-		q->caching.spoiled = true;
-		q->caching.miss = "too-large";
-		key_note(q->caching.key, true);
-		if (q->caching.followers == 0 || q->caching.validator != 0)
+		f->discard = true;
+		c->miss = "too-large";
+		key_remember(f->key, true);
+		if (f->followers == 0 || f->validator != 0)
 			return false;
 	}
 	if (cache_fits(n))
 		return true;
-	if (!q->caching.spoiled)
-		q->caching.miss = "no-room";
+	if (!f->discard)
+		c->miss = "no-room";
 	return false;
 }
 
-/* Stores a piece of payload; an entry that can't be had costs nothing else. */
-static void
-store_append(struct exchange *x, struct text t)
-{
-	struct request *q = x->request;
-	uint64_t end = q->caching.region + q->caching.stored, n = 0;
-
-	if (!q->caching.storing)
-		return;
-	if (q->caching.length == UINT64_MAX)
-		n = disk_bytes(end + t.len) - disk_bytes(end);
-	if (n > 0 && !store_fits(x, n)) {
-		store_drop(x);
-		return;
-	}
-	if (!write_at(q->caching.store, t, (off_t)end)) {
-		disk_failed();
-		q->caching.miss = "no-room";
-		store_drop(x);
-		return;
-	}
-	q->caching.stored += t.len;
-	q->caching.share += n;
-	cache.making += n;
-	fetch_tell(x, false, false);
-}
-
 /*
- * If what x stored is one of several variants, makes sure that it can be
- * found.  Only now that it is whole: what is stored without variants gives
- * way to it.
+ * Gives the entry that a fetch has stored its first line, and its name, into
+ * path.  A variant is marked only now that it is complete: what is stored
+ * without variants gives way to it.  False if it can't be marked.
  */
 static bool
-store_mark(const struct exchange *x)
+store_seal(const struct fetch *f, char *path)
 {
-	const struct request *q = x->request;
-	struct buffer *b = buffer_take(), *list = buffer_take();
+	struct buffer *b = work_buffer(WORK_REGION);
+	struct buffer *list = work_buffer(WORK_LIST);
+	struct buffer *name = work_buffer(WORK_VARIANT);
+	char token[64];
 	struct response r;
 	struct entry e;
-	bool good = b != NULL && list != NULL &&
-	    region_read(q->caching.store, q->caching.region, b, &e);
 
-	if (good && e.variant.len > 0)
-		good = response_parse(e.head, METHOD_GET, &r) == 1 &&
-		    vary_append(&r, list) && !list->overflow &&
-		    marker_put(e.key, buffer_text(list), entry_token(&e));
-	buffer_give(&b);
-	buffer_give(&list);
-	return good;
+	if (!entry_read(f->fd, f->region, b, &e) ||
+	    response_parse(e.head, METHOD_GET, &r) != 1 ||
+	    !vary_append(&r, list))
+		return false;
+	if (buffer_len(list) > 0) {
+		if (!marker_token(e.key, buffer_text(list), token))
+			return false;
+		buffer_print(name, "%s;", token);
+		buffer_append(name, e.variant);
+	}
+	entry_path(e.key, buffer_text(name), path);
+	region_seal(b, f->stored);
+	return write_at(f->fd, text_cut(b->data + b->start, REGION_LINE), 0);
 }
 
-/* The body is whole: the entry gets its first line and its name. */
+/* The body is complete: the entry gets its first line and its name. */
 static void
 store_finish(struct exchange *x)
 {
-	struct request *q = x->request;
-	char line[REGION_LINE + 1], from[CACHE_PATH], to[CACHE_PATH];
-	bool good;
+	struct caching *c = &x->request->caching;
+	struct fetch *f = c->fetch;
+	char from[CACHE_PATH], to[CACHE_PATH];
 
-	if (!q->caching.storing)
-		return;
-	region_line(line, q->caching.region, q->caching.stored,
-	    q->caching.region_rest);
-	store_path(q->caching.fetch, from);
-	(void)snprintf(to, sizeof(to), "%s%s", options.cache, q->caching.path);
-	good = !q->caching.spoiled &&
-	    write_at(q->caching.store, text_of(line), 0) && store_mark(x) &&
-	    temporary_place(from, q->caching.store,
-		q->caching.region + q->caching.stored, to);
-	if (!good && !q->caching.spoiled)
-		q->caching.miss = "no-room";
-	if (!good)
+	store_path(f->serial, from);
+	if (f->discard || !store_seal(f, to) ||
+	    !temporary_place(from, f->fd, f->region + f->stored, to)) {
 		(void)unlink(from);
+		if (!f->discard)
+			c->miss = "no-room";
+	}
 	/* Those who follow have the body whole in any case. */
-	store_close(x, true);
+	fetch_end(x, FETCH_COMPLETE);
 }
 
 /*
- * Drops what is stored of a target; what is just being
- * fetched there may be of before, so it will not stay.
+ * Stores a piece of payload, and with `whole` its end, if x stores what it
+ * fetches; an entry that can't be had costs nothing else.
+ */
+static void
+cache_append(struct exchange *x, struct text t, bool whole)
+{
+	struct fetch *f = x->request->caching.fetch;
+	uint64_t end, n = 0;
+
+	if (!cache_stores(x))
+		return;
+	end = f->region + f->stored;
+	if (f->length == UINT64_MAX)
+		n = disk_bytes(end + t.len) - disk_bytes(end);
+	if (n > 0 && !store_fits(x, n)) {
+		cache_drop(x);
+		return;
+	}
+	if (!write_at(f->fd, t, (off_t)end)) {
+		disk_failed();
+		x->request->caching.miss = "no-room";
+		cache_drop(x);
+		return;
+	}
+	f->stored += t.len;
+	f->share += n;
+	cache.making += n;
+	if (whole)
+		store_finish(x);
+	else if (t.len > 0)
+		fetch_tell(f);
+}
+
+/*
+ * Drops what is stored of a target.  What is being fetched there may be older,
+ * so it will not stay.
  */
 static void
 cache_forget(const struct target *target)
 {
-	struct buffer *b = buffer_take();
-	struct exchange *y;
+	struct text key = key_of(target);
 	char path[CACHE_PATH];
-	uint64_t key;
+	struct fetch *f;
 
-	if (b == NULL)
-		return;
-	key_append(target, b);
-	key = key_hash(buffer_text(b));
-	entry_path(buffer_text(b), text_cut("", 0), path);
+	entry_path(key, text_of(""), path);
 	(void)unlink(path);
-	for (y = cache.fetches; y != NULL; y = y->next) {
-		if (y->request->caching.key != key)
+	for (f = cache.fetches; f != NULL; f = f->next) {
+		if (f->key != key_hash(key))
 			continue;
-		y->request->caching.spoiled = true;
-		if (y->request->caching.storing)
-			y->request->caching.miss = "outdated";
+		f->discard = true;
+		if (f->state == FETCH_STORES)
+			f->leader->request->caching.miss = "outdated";
 	}
-	buffer_give(&b);
 }
 
 /*
@@ -8567,148 +8580,18 @@ cache_invalidate(const struct target *own, const struct response *r)
 	cache_forget(own);
 	for (i = 0; i < sizeof(fields) / sizeof(fields[0]); i++) {
 		struct text value = head_value(&r->head, fields[i]);
-		struct buffer *b = buffer_take();
 
 		value.len = text_find(value, '#');
-		if (b != NULL && value.len > 0 &&
-		    reference_resolve(own, value, b, &other.path))
+		if (value.len > 0 &&
+		    reference_resolve(own, value, work_buffer(WORK_VARIANT),
+			&other.path))
 			cache_forget(&other);
-		buffer_give(&b);
 	}
-}
-
-/*
- * Reads the beginning of an open entry anew and understands it.  Returns the
- * buffer that e and r are slices of, which the caller gives back; NULL if it
- * is damaged.
- */
-static struct buffer *
-entry_load(int fd, struct entry *e, struct response *r)
-{
-	struct buffer *b = buffer_take();
-	ssize_t n = -1;
-
-	if (b != NULL)
-		n = fd_read_at(fd, b->data + b->start, buffer_room(b), 0);
-	if (n > 0)
-		b->end += (size_t)n;
-	if (n <= 0 || !entry_parse(buffer_text(b), e) ||
-	    response_parse(e->head, METHOD_GET, r) != 1) {
-		buffer_give(&b);
-		return NULL;
-	}
-	return b;
-}
-
-/* True if a 304 leaves this stored field as it is. */
-static bool
-field_is_kept(const struct head *news, struct text name)
-{
-	static const char *const fixed[] = { "Content-Length",
-		"Content-Encoding", "Content-Type", "Content-Range",
-		"Set-Cookie", NULL };
-	size_t i;
-
-	if (name_is_among(name, fixed))
-		return true;
-	for (i = 0; i < news->n; i++)
-		if (text_same(name, news->fields[i].name))
-			return false;
-	return true;
-}
-
-/*
- * The head of a stored response with the fields of a 304 in place of its own
- * (RFC 9111 section 3.2), into b.  A 304 without Date was made now, so that
- * age and lifetime count from now (RFC 9110 section 6.6.1).
- */
-static void
-merged_head_append(const struct response *old, const struct head *news,
-    struct buffer *b)
-{
-	size_t i;
-
-	buffer_print(b, "HTTP/1.1 %03d ", old->status);
-	buffer_append(b, old->reason);
-	buffer_append(b, text_of("\r\n"));
-	for (i = 0; i < old->head.n; i++)
-		if (field_is_kept(news, old->head.fields[i].name) &&
-		    !text_is(old->head.fields[i].name, "Date"))
-			field_append(b, &old->head.fields[i]);
-	for (i = 0; i < news->n; i++)
-		if (field_passes(news, i) &&
-		    !name_is_among(news->fields[i].name, fields_of_body) &&
-		    !text_is(news->fields[i].name, "Set-Cookie"))
-			field_append(b, &news->fields[i]);
-	if (head_field(news, "Date") == NULL)
-		buffer_print(b, "Date: %s\r\n", date_now());
-	buffer_append(b, text_of("\r\n"));
-}
-
-/* True if two responses vary by the same fields. */
-static bool
-vary_same(const struct response *a, const struct response *b)
-{
-	struct buffer *one = buffer_take(), *two = buffer_take();
-	bool same = one != NULL && two != NULL && vary_append(a, one) &&
-	    vary_append(b, two) &&
-	    text_equals(buffer_text(one), buffer_text(two));
-
-	buffer_give(&one);
-	buffer_give(&two);
-	return same;
-}
-
-/*
- * A 304 came: the region is written anew in its place, with the merged head.
- * What may not be stored as it is now, or under this name, since it varies by
- * other fields, or has no room, is unlinked; but a request that may not have
- * its answer stored leaves the entry as it is.  This exchange answers from what
- * it has open.  given: its lifetime if a rule says so, else -1.  False if the
- * 304 is about another version (RFC 9111 section 4.3.4), or the entry is
- * damaged.
- */
-static bool
-entry_freshen(struct exchange *x, const struct response *news, int64_t given,
-    const char *path)
-{
-	const struct request *q = x->request;
-	struct text etag = head_value(&news->head, "ETag");
-	struct control asked = control_parse(&q->head);
-	bool aloof = asked.no_store || head_field(&q->head, "Authorization");
-	struct response r, merged;
-	struct entry e;
-	struct buffer *old = entry_load(q->caching.entry, &e, &r);
-	struct buffer *b = buffer_take(), *head = buffer_take();
-	bool good = old != NULL && b != NULL && head != NULL &&
-	    (etag.len == 0 || text_starts(etag, "W/") ||
-		text_equals(etag, head_value(&r.head, "ETag")));
-
-	if (good) {
-		merged_head_append(&r, &news->head, head);
-		e.requested = q->times.requested;
-		e.responded = now.wall;
-		e.age = initial_age(news, q->times.requested, now.wall);
-		if (!head->overflow &&
-		    response_parse(buffer_text(head), METHOD_GET, &merged) ==
-			1 &&
-		    response_obstacle(q, &merged, given) == NULL &&
-		    vary_same(&r, &merged) &&
-		    region_build(b, &e, buffer_text(head), e.region) > 0) {
-			region_seal(b, e.body);
-			(void)write_at(q->caching.entry, buffer_text(b), 0);
-		} else if (!aloof)
-			(void)unlink(path);
-	}
-	buffer_give(&old);
-	buffer_give(&b);
-	buffer_give(&head);
-	return good;
 }
 
 /* Entries of which we know that their recency was written lately. */
 static struct {
-	uint64_t name; /* of the entry's file */
+	uint64_t name; /* of the entry: a hash */
 	time_t when;   /* its recency was written or seen */
 } cache_touched[CACHE_TOUCHED];
 
@@ -8717,10 +8600,9 @@ static struct {
  * only if it is older than CACHE_TOUCH_S.  The table spares asking for it.
  */
 static void
-entry_touch(int fd, struct text key, struct text variant)
+entry_touch(int fd, const struct entry *e)
 {
-	uint64_t name =
-	    hash_text(hash_text(14695981039346656037U, key), variant);
+	uint64_t name = hash_text(key_hash(e->key), e->variant);
 	size_t i = (size_t)(name % CACHE_TOUCHED);
 	struct stat status;
 
@@ -8734,28 +8616,56 @@ entry_touch(int fd, struct text key, struct text variant)
 		(void)futimens(fd, NULL);
 }
 
+/* A file in the cache directory. */
+struct file {
+	const char *path;   /* from where we are */
+	const char *name;   /* from the cache directory */
+	bool entry;         /* it may be one, by its place */
+	bool bucket;        /* it is a directory that entries are in */
+	uint64_t bytes;     /* that it takes of the disk */
+	struct stat status; /* all about it */
+};
+
+/* Understands what the file of that path is; false if there is none. */
+static bool
+file_look(struct file *f, const char *path)
+{
+	const char *slash;
+
+	f->path = path;
+	f->name = path + strlen(options.cache) + 1;
+	if (lstat(path, &f->status) == -1)
+		return false;
+	slash = strchr(f->name, '/');
+	f->entry = slash != NULL && slash[1] != '.' &&
+	    S_ISREG(f->status.st_mode);
+	f->bucket = strlen(f->name) == 2 && S_ISDIR(f->status.st_mode);
+	f->bytes = (uint64_t)f->status.st_blocks * 512;
+	return true;
+}
+
 /*
- * Calls visit for each name in a directory.  False, with errno, if it can't be
+ * Calls visit for each file in a directory.  False, with errno, if it can't be
  * read to its end: an error is no end.
  */
 static bool
-directory_walk(const char *at, void (*visit)(const char *path, void *argument),
-    void *argument)
+directory_walk(const char *at,
+    void (*visit)(const struct file *file, void *argument), void *argument)
 {
 	char path[CACHE_PATH + 64];
 	DIR *directory = opendir(at);
 	const struct dirent *name;
+	struct file file;
 	int error;
 
 	if (directory == NULL)
 		return false;
 	for (errno = 0; (name = readdir(directory)) != NULL; errno = 0) {
-		if (strcmp(name->d_name, ".") == 0 ||
-		    strcmp(name->d_name, "..") == 0)
-			continue;
 		(void)snprintf(path, sizeof(path), "%.803s/%.255s", at,
 		    name->d_name);
-		visit(path, argument);
+		if (strcmp(name->d_name, ".") != 0 &&
+		    strcmp(name->d_name, "..") != 0 && file_look(&file, path))
+			visit(&file, argument);
 	}
 	error = errno;
 	(void)closedir(directory);
@@ -8768,7 +8678,8 @@ directory_walk(const char *at, void (*visit)(const char *path, void *argument),
  * one above them.
  */
 static bool
-cache_walk(void (*visit)(const char *path, void *argument), void *argument)
+cache_walk(void (*visit)(const struct file *file, void *argument),
+    void *argument)
 {
 	char path[CACHE_PATH];
 	int error = 0;
@@ -8801,39 +8712,26 @@ temporary_owner(const char *name)
 
 /* True if nobody can be writing a temporary file any more, by its age. */
 static bool
-temporary_is_old(const struct stat *status)
+temporary_is_old(const struct file *f)
 {
-	return now.wall - status->st_mtime >= TEMPORARY_S;
+	return now.wall - f->status.st_mtime >= TEMPORARY_S;
 }
 
-/* Some entries. */
-struct amount {
-	uint64_t bytes; /* that they take of the disk */
-	uint64_t count; /* how many they are */
-};
-
-/* The sweeper's books: how much there is of what age. */
+/* The sweeper's books: how much there is of what age, in bytes. */
 struct sweep {
-	pid_t owner;            /* whose temporary files are counted already */
-	uint64_t bytes;         /* all that there is */
-	struct amount ages[64]; /* entries, by age: see sweep_age() */
-	struct amount most;     /* may stay */
-	struct amount kept;     /* will stay */
-	unsigned cut; /* older ones go, those of this age while need be */
-	bool remove;  /* the second pass */
-};
-
-/* What the sweeper tells: shorter than _POSIX_PIPE_BUF. */
-struct report {
-	int error;      /* the directory could not be read, 0: it could */
-	uint64_t bytes; /* that there are now */
+	pid_t owner;       /* whose temporary files are counted already */
+	uint64_t bytes;    /* all that there is */
+	uint64_t ages[64]; /* entries, by age: see sweep_age() */
+	uint64_t most;     /* may stay */
+	uint64_t kept;     /* will stay */
+	unsigned cut;      /* older ones go, those of this age while need be */
 };
 
 /* A file's age as a small number that grows with its logarithm. */
 static unsigned
-sweep_age(const struct stat *status)
+sweep_age(const struct file *f)
 {
-	int64_t age = now.wall - status->st_mtime;
+	int64_t age = now.wall - f->status.st_mtime;
 	unsigned n = 0;
 
 	for (; age > 0 && n < 60; age -= age / 2 + 1)
@@ -8841,127 +8739,82 @@ sweep_age(const struct stat *status)
 	return n;
 }
 
-/* Takes n from a number that may have missed it. */
+/* The first pass: counts a file. */
 static void
-sweep_less(uint64_t *number, uint64_t n)
+sweep_count(const struct file *f, void *argument)
 {
-	*number -= n < *number ? n : *number;
+	struct sweep *sweep = argument;
+	pid_t owner = temporary_owner(f->name);
+
+	if (owner != 0 && temporary_is_old(f))
+		(void)unlink(f->path);
+	else if (owner == 0 || owner != sweep->owner)
+		sweep->bytes += f->bytes;
+	if (f->entry)
+		sweep->ages[sweep_age(f)] += f->bytes;
 }
 
-/* True if more is kept than may stay. */
-static bool
-sweep_exceeds(const struct sweep *sweep)
-{
-	return sweep->kept.bytes > sweep->most.bytes ||
-	    sweep->kept.count > sweep->most.count;
-}
-
-/* One entry: counted in the first pass, perhaps removed in the second. */
+/* The second pass: removes a file, if it is to go. */
 static void
-sweep_entry(struct sweep *sweep, const char *path, const struct stat *status)
+sweep_remove(const struct file *f, void *argument)
 {
-	uint64_t bytes = (uint64_t)status->st_blocks * 512;
-	unsigned age = sweep_age(status);
+	struct sweep *sweep = argument;
+	unsigned age = sweep_age(f);
+	bool last = f->entry && age == sweep->cut;
 
-	if (!sweep->remove) {
-		sweep->bytes += bytes;
-		sweep->ages[age].bytes += bytes;
-		sweep->ages[age].count++;
+	if (f->bucket ? rmdir(f->path) == -1 :
+			!f->entry || age < sweep->cut ||
+		    (last && sweep->kept <= sweep->most) ||
+		    unlink(f->path) == -1)
 		return;
-	}
-	if (age < sweep->cut || (age == sweep->cut && !sweep_exceeds(sweep)) ||
-	    unlink(path) == -1)
-		return;
-	sweep_less(&sweep->bytes, bytes);
-	if (age == sweep->cut) {
-		sweep_less(&sweep->kept.bytes, bytes);
-		sweep_less(&sweep->kept.count, 1);
-	}
-}
-
-/* What is no entry: temporary files, directories, our tag. */
-static void
-sweep_other(struct sweep *sweep, const char *path, const struct stat *status)
-{
-	const char *name = path + strlen(options.cache) + 1;
-	pid_t owner = temporary_owner(name);
-	uint64_t bytes = (uint64_t)status->st_blocks * 512;
-
-	if (!sweep->remove) {
-		if (owner != 0 && temporary_is_old(status))
-			(void)unlink(path);
-		else if (owner != sweep->owner)
-			sweep->bytes += bytes;
-	} else if (S_ISDIR(status->st_mode) && strlen(name) == 2 &&
-	    rmdir(path) != -1)
-		sweep_less(&sweep->bytes, bytes);
-}
-
-/* Whatever is in the cache. */
-static void
-sweep_visit(const char *path, void *argument)
-{
-	const char *slash = strchr(path + strlen(options.cache) + 1, '/');
-	struct stat status;
-
-	if (lstat(path, &status) == -1)
-		return;
-	if (slash != NULL && slash[1] != '.' && S_ISREG(status.st_mode))
-		sweep_entry(argument, path, &status);
-	else
-		sweep_other(argument, path, &status);
-}
-
-/* What may stay, and how old it may be. */
-static void
-sweep_plan(struct sweep *sweep, bool disk)
-{
-	struct amount *kept = &sweep->kept;
-	uint64_t entries = 0;
-	unsigned age;
-
-	for (age = 0; age < 64; age++) {
-		entries += sweep->ages[age].bytes;
-		kept->count += sweep->ages[age].count;
-	}
-	sweep->most.bytes = options.cache_size / 8 * 5;
-	sweep->most.count = UINT64_MAX;
-	if (disk && sweep->bytes / 8 * 5 < sweep->most.bytes)
-		sweep->most.bytes = sweep->bytes / 8 * 5;
-	if (disk)
-		sweep->most.count = kept->count * 5 / 8;
-	kept->bytes = sweep->bytes;
-	if (!sweep_exceeds(sweep))
-		return;
-	sweep->remove = true;
-	kept->bytes -= entries;
-	kept->count = 0;
-	for (; sweep->cut < 63; sweep->cut++) {
-		kept->bytes += sweep->ages[sweep->cut].bytes;
-		kept->count += sweep->ages[sweep->cut].count;
-		if (sweep_exceeds(sweep))
-			break;
-	}
+	/* The first pass may have missed it. */
+	sweep->bytes -= f->bytes < sweep->bytes ? f->bytes : sweep->bytes;
+	if (last)
+		sweep->kept -= f->bytes < sweep->kept ? f->bytes : sweep->kept;
 }
 
 /*
- * Brings the cache down to five eighths of its size, or of what is there if
- * the disk has no room for more, by removing what was used least recently: one
- * pass counts, one removes.  Memory does not depend on the number of entries.
+ * Decides how much may stay, and so how old it may be: five eighths of the
+ * cache's size, or of what is there if the disk has no room for more.  True if
+ * something has to go.
  */
-static void
-sweep_run(struct sweep *sweep, bool disk, struct report *report)
+static bool
+sweep_plan(struct sweep *sweep, bool disk)
+{
+	unsigned age;
+
+	sweep->most = options.cache_size / 8 * 5;
+	if (disk && sweep->bytes / 8 * 5 < sweep->most)
+		sweep->most = sweep->bytes / 8 * 5;
+	sweep->kept = sweep->bytes;
+	for (age = 0; age < 64; age++)
+		sweep->kept -= sweep->ages[age];
+	while (sweep->cut < 63 &&
+	    (sweep->kept += sweep->ages[sweep->cut]) <= sweep->most)
+		sweep->cut++;
+	return sweep->bytes > sweep->most;
+}
+
+/*
+ * Removes what was used least recently: one pass counts, one removes, so that
+ * memory does not depend on the number of entries.  False, with errno, if the
+ * cache can't be read.
+ */
+static bool
+sweep_run(struct sweep *sweep, bool disk)
 {
 	struct stat status;
+	bool good;
+	int error;
 
 	if (stat(options.cache, &status) != -1)
 		sweep->bytes += (uint64_t)status.st_blocks * 512;
-	if (!cache_walk(sweep_visit, sweep))
-		report->error = errno;
-	sweep_plan(sweep, disk);
-	if (sweep->remove)
-		(void)cache_walk(sweep_visit, sweep);
-	report->bytes = sweep->bytes;
+	good = cache_walk(sweep_count, sweep);
+	error = errno;
+	if (sweep_plan(sweep, disk))
+		(void)cache_walk(sweep_remove, sweep);
+	errno = error;
+	return good;
 }
 
 /* A file that says that the cache may be fuller than a run leaves it. */
@@ -8972,23 +8825,15 @@ cache_unswept(char *path)
 }
 
 /*
- * What the sweeper has found.  What was written since it began it may not have
- * seen.  Nothing is known if it came to no end.
+ * The sweeper has found so many bytes.  What was written since it began it may
+ * not have seen.
  */
 static void
-sweep_note(const struct report *report)
+sweep_note(uint64_t bytes)
 {
 	char path[CACHE_PATH];
 
-	if (report->error != 0) {
-		if (!cache.said_unread)
-			warn("can't read the cache %s: %s", options.cache,
-			    strerror(report->error));
-		cache.said_unread = true;
-		return;
-	}
-	cache.said_unread = false;
-	cache.total = report->bytes + cache.written;
+	cache.total = bytes + cache.written;
 	if (cache.lack == LACK_SIZE)
 		cache.lack = LACK_NONE;
 	if (cache.limit == options.cache_size / 16 * 15)
@@ -9002,19 +8847,21 @@ sweep_note(const struct report *report)
 static void
 sweep_reap(void)
 {
-	struct report report;
+	uint64_t bytes;
 	ssize_t n;
 
 	if (cache.report.fd != -1) {
 		if (!cache.report.readable)
 			return;
 		cache.report.readable = false;
-		n = fd_read(cache.report.fd, &report, sizeof(report));
+		n = fd_read(cache.report.fd, &bytes, sizeof(bytes));
 		if (n == -1 && errno == EAGAIN)
 			return;
 		conn_close(&cache.report, false);
-		if (n == (ssize_t)sizeof(report))
-			sweep_note(&report);
+		/* Nothing is known if it came to no end. */
+		cache.said_unread = n != (ssize_t)sizeof(bytes);
+		if (!cache.said_unread)
+			sweep_note(bytes);
 	}
 	if (waitpid(cache.sweeper, NULL, WNOHANG) != 0)
 		cache.sweeper = 0;
@@ -9022,21 +8869,22 @@ sweep_reap(void)
 		exchanges.wake = now.ms + 50;
 }
 
-/* The sweeper: a child that tells its parent what is left. */
+/* The sweeper: a child that tells its parent how many bytes are left. */
 static void
 sweeper_main(int fd, pid_t owner, bool disk)
 {
 	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
 	struct sweep sweep = { .owner = owner };
-	struct report report;
 	size_t i;
 
 	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
 		(void)signal(caught[i], SIG_DFL);
 	fds_close(fd, fd);
-	memset(&report, 0, sizeof(report));
-	sweep_run(&sweep, disk, &report);
-	(void)fd_write(fd, &report, sizeof(report));
+	if (sweep_run(&sweep, disk))
+		(void)fd_write(fd, &sweep.bytes, sizeof(sweep.bytes));
+	else if (!cache.said_unread)
+		warn("can't read the cache %s: %s", options.cache,
+		    strerror(errno));
 	_exit(0);
 }
 
@@ -9082,54 +8930,36 @@ cache_sweep(void)
 		sweep_start();
 }
 
-/* A strong comparison of entity tags (RFC 9110 section 8.8.3.2). */
-static bool
-etag_same_strong(struct text a, struct text b)
-{
-	return text_equals(a, b) && a.len > 0 && !text_starts(a, "W/");
-}
-
-/* A weak one. */
-static bool
-etag_same(struct text a, struct text b)
-{
-	if (text_starts(a, "W/"))
-		a = text_from(a, 2);
-	if (text_starts(b, "W/"))
-		b = text_from(b, 2);
-	return a.len == b.len && a.len > 0 && memcmp(a.at, b.at, a.len) == 0;
-}
-
 /*
  * Looks for an entity tag in a request's fields of that name: 1 it is there, or
- * `*` is; 0 it is not; -1 there are no such fields.
+ * `*` is; 0 it is not; -1 there are no such fields.  Tags are compared weakly
+ * or strongly (RFC 9110 section 8.8.3.2).
  */
 static int
 condition_has(const struct head *q, const char *name, struct text etag,
-    bool (*same)(struct text, struct text))
+    bool weak)
 {
 	int verdict = -1;
 	size_t i;
 
+	if (text_starts(etag, "W/"))
+		etag = weak ? text_from(etag, 2) : text_of("");
 	for (i = 0; i < q->n; i++) {
 		struct text rest = q->fields[i].value, member;
 
 		if (!text_is(q->fields[i].name, name))
 			continue;
 		verdict = 0;
-		while (list_next(&rest, &member))
-			if (text_is(member, "*") || same(member, etag))
+		while (list_next(&rest, &member)) {
+			if (text_is(member, "*"))
 				return 1;
+			if (weak && text_starts(member, "W/"))
+				member = text_from(member, 2);
+			if (etag.len > 0 && text_equals(member, etag))
+				return 1;
+		}
 	}
 	return verdict;
-}
-
-/* True if the request wants an answer from one version only. */
-static bool
-request_is_guarded(const struct head *q)
-{
-	return head_field(q, "If-Match") != NULL ||
-	    head_field(q, "If-Unmodified-Since") != NULL;
 }
 
 /*
@@ -9140,8 +8970,8 @@ static bool
 request_is_met(const struct head *q, const struct response *r)
 {
 	int64_t since = head_date(q, "If-Unmodified-Since");
-	int verdict = condition_has(q, "If-Match", head_value(&r->head, "ETag"),
-	    etag_same_strong);
+	int verdict =
+	    condition_has(q, "If-Match", head_value(&r->head, "ETag"), false);
 
 	if (verdict != -1)
 		return verdict == 1;
@@ -9157,7 +8987,7 @@ request_is_satisfied(const struct head *q, const struct response *r)
 {
 	int64_t since = head_date(q, "If-Modified-Since"), modified;
 	int verdict = condition_has(q, "If-None-Match",
-	    head_value(&r->head, "ETag"), etag_same);
+	    head_value(&r->head, "ETag"), true);
 
 	if (verdict != -1 || since == -1)
 		return verdict == 1;
@@ -9169,78 +8999,48 @@ request_is_satisfied(const struct head *q, const struct response *r)
 
 /*
  * The one range that a request asks for, of a body of so many bytes (RFC 9110
- * section 14.1.2).  1: from and length are set; 0: none, or one that we give
- * the whole for; -1: it can't be satisfied.  Of an empty body a suffix is all
- * of it, and so is what begins at its start: some clients always ask so.
+ * section 14.1.2).  1: range is set; 0: there is no range, or the answer to it
+ * is the whole; -1: it can't be satisfied.  Of an empty body a suffix is all
+ * of it, and so is a range without an end: some clients always ask so.
  */
 static int
 range_parse(const struct head *q, const struct response *r, uint64_t body,
     struct range *range)
 {
-	struct text t = head_value(q, "Range");
+	struct text t = head_value(q, "Range"), from, to;
 	struct text condition = head_value(q, "If-Range");
-	uint64_t first = 0, last = body - 1;
-	size_t dash;
+	uint64_t first, last = UINT64_MAX;
+	size_t dash = text_find(t, '-');
 
-	if (!text_starts(t, "bytes=") || r->status != 200)
+	if (!text_starts(t, "bytes=") || r->status != 200 || dash == t.len ||
+	    text_find(t, ',') < t.len)
 		return 0;
 	if (condition.len > 0 &&
 	    (text_starts(condition, "W/") ||
 		(!text_equals(condition, head_value(&r->head, "ETag")) &&
 		    !text_equals(condition, modified_strong(&r->head)))))
 		return 0;
-	t = text_from(t, strlen("bytes="));
-	dash = text_find(t, '-');
-	if (dash == t.len || text_find(t, ',') < t.len)
+	from = text_from(text_cut(t.at, dash), strlen("bytes="));
+	to = text_from(t, dash + 1);
+	if (!number_parse(from.len ? from : to, INT64_MAX, &first))
 		return 0;
-	if (dash == 0) {
-		if (!number_parse(text_from(t, 1), INT64_MAX, &first))
-			return 0;
-		if (first == 0)
-			return -1;
-		if (body == 0)
-			return 0;
+	if (from.len == 0 && first == 0)
+		return -1;
+	if (from.len == 0)
 		first = first < body ? body - first : 0;
-	} else {
-		if (!number_parse(text_cut(t.at, dash), INT64_MAX, &first) ||
-		    (dash + 1 < t.len &&
-			(!number_parse(text_from(t, dash + 1), INT64_MAX,
-			     &last) ||
-			    last < first)))
-			return 0;
-		if (first >= body)
-			return body == 0 && first == 0 && dash + 1 == t.len ?
-			    0 :
-			    -1;
-		if (last >= body)
-			last = body - 1;
-	}
+	else if (to.len > 0 &&
+	    (!number_parse(to, INT64_MAX, &last) || last < first))
+		return 0;
+	if (body == 0 && first == 0 && last == UINT64_MAX)
+		return 0;
+	if (first >= body)
+		return -1;
 	range->first = first;
-	range->length = last - first + 1;
+	range->length = (last < body ? last + 1 : body) - first;
 	return 1;
 }
 
 /* ---- what the cache says ---- */
-
-/* What it says to a request, or to a response that came for one. */
-enum cached {
-	CACHED_NO,   /* the server is to be asked, or its answer passed on */
-	CACHED_YES,  /* an entry answers */
-	CACHED_WAIT, /* another exchange is about to get the answer */
-	CACHED_LOST, /* the entry that was validated is gone: ask anew */
-	CACHED_NEVER /* nothing is stored, and nobody may be asked */
-};
-
-/* What was found for a request in the cache. */
-struct lookup {
-	int fd;                /* of the entry, or -1 */
-	struct buffer *b;      /* its beginning */
-	struct entry e;        /* slices of b */
-	struct response r;     /* the same */
-	enum reuse reuse;      /* what it is good for */
-	bool grows;            /* another exchange is still storing it */
-	char path[CACHE_PATH]; /* where it is, or was last looked for */
-};
 
 /*
  * The line that says how a request, or its response if r is not NULL, is to
@@ -9274,53 +9074,15 @@ cache_rule(const struct exchange *x, const struct response *r,
 	return verdict.truth == TRUTH_YES ? verdict.rule : NULL;
 }
 
-/*
- * How long an entry, whose head is r, is fresh: as a rule says, or else as it
- * says itself.
- */
-static struct lifetime
-exchange_lifetime(const struct exchange *x, const struct response *r,
-    const struct entry *e)
-{
-	const struct rule *rule = cache_rule(x, r, e);
-
-	if (rule != NULL && rule->action == ACTION_CACHE)
-		return (struct lifetime){ rule->seconds, "a rule" };
-	return freshness_lifetime(r, false);
-}
-
 /* The fetch for that key which others may still follow, or NULL. */
-static struct exchange *
+static struct fetch *
 fetch_for(uint64_t key)
 {
-	struct exchange *y;
+	struct fetch *f = cache.fetches;
 
-	for (y = cache.fetches; y != NULL; y = y->next)
-		if (y->request->caching.key == key &&
-		    !y->request->caching.spoiled)
-			return y;
-	return NULL;
-}
-
-/* True if the variant of an entry, whose head is r, is that of q. */
-static bool
-variant_fits(const struct entry *e, const struct response *r,
-    const struct request *q)
-{
-	struct buffer *list = buffer_take(), *b = buffer_take();
-	bool fits = list != NULL && b != NULL;
-
-	if (fits && e->variant.len > 0) {
-		buffer_append(b, entry_token(e));
-		buffer_append(b, text_of(";"));
-		fits = vary_append(r, list);
-		variant_append(q, buffer_text(list), b);
-		fits = fits && !b->overflow && !list->overflow &&
-		    text_equals(buffer_text(b), e->variant);
-	}
-	buffer_give(&list);
-	buffer_give(&b);
-	return fits;
+	while (f != NULL && (f->key != key || f->discard))
+		f = f->next;
+	return f;
 }
 
 /*
@@ -9333,7 +9095,7 @@ variant_fits(const struct entry *e, const struct response *r,
  * every block, while all other clients wait.
  */
 static bool
-follow_is_safe(const struct caching *f)
+follow_is_safe(const struct fetch *f)
 {
 	struct statvfs disk;
 
@@ -9346,66 +9108,9 @@ follow_is_safe(const struct caching *f)
 	    (uint64_t)disk.f_bavail * disk.f_frsize / 2 >= cache.making;
 }
 
-/* True if e's key is that of x's target, and not only hashed to the same. */
-static bool
-key_fits(const struct exchange *x, const struct entry *e)
-{
-	struct buffer *b = buffer_take();
-	bool fits = b != NULL;
-
-	if (fits) {
-		key_append(&x->request->target, b);
-		fits = text_equals(buffer_text(b), e->key);
-	}
-	buffer_give(&b);
-	return fits;
-}
-
 /*
- * Opens what another exchange is storing for x's target, if it is the variant
- * that q asks for: its region is there but for the first line, and its body
- * grows.  Returns the descriptor, to be read from behind the region, or -1.
- */
-static int
-follow_open(struct exchange *x, struct lookup *l)
-{
-	struct request *q = x->request;
-	struct exchange *y;
-	struct caching *f;
-	char path[CACHE_PATH];
-	int fd = -1;
-
-	for (y = cache.fetches; y != NULL && fd == -1; y = y->next) {
-		f = &y->request->caching;
-		if (!f->storing || f->spoiled || f->key != q->caching.key ||
-		    (f->length == UINT64_MAX && key_is_lone(f->key)))
-			continue;
-		store_path(f->fetch, path);
-		fd = open(path, O_RDONLY);
-		if (fd == -1)
-			continue;
-		if (region_read(fd, f->region, l->b, &l->e) &&
-		    key_fits(x, &l->e) &&
-		    response_parse(l->e.head, METHOD_GET, &l->r) == 1 &&
-		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
-		    lseek(fd, (off_t)f->region, SEEK_SET) != -1) {
-			l->e.body = f->length;
-			l->grows = true;
-			q->caching.leader = f->fetch;
-			q->caching.stored = f->stored;
-			f->followers++;
-			exchange_queue(y);
-		} else {
-			(void)close(fd);
-			fd = -1;
-		}
-	}
-	return fd;
-}
-
-/*
- * True if what was found may answer q at all, by what kind of answer it is and
- * who asks.
+ * True if the entry in l may answer the request at all, by what kind of answer
+ * it is and who asks.
  */
 static bool
 lookup_fits(const struct exchange *x, struct lookup *l)
@@ -9424,61 +9129,104 @@ lookup_fits(const struct exchange *x, struct lookup *l)
 }
 
 /*
- * What the entry that was found is good for, and what is to be told of it;
- * the trace gets the reckoning.
+ * Sets how old the entry in l is and how long it stays fresh; returns what says
+ * that: a rule, or the entry itself.
+ */
+static struct lifetime
+lookup_age(struct exchange *x, const struct lookup *l)
+{
+	struct caching *c = &x->request->caching;
+	const struct rule *rule = cache_rule(x, &l->r, &l->e);
+	struct lifetime lifetime = freshness_lifetime(&l->r, false);
+
+	if (rule != NULL && rule->action == ACTION_CACHE)
+		lifetime = (struct lifetime){ rule->seconds, "a rule" };
+	c->age = l->e.age +
+	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
+	c->ttl = lifetime.seconds - c->age;
+	return lifetime;
+}
+
+/*
+ * Judges what the entry in l is good for; the trace gets the reckoning.
  */
 static void
 lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 {
-	struct request *q = x->request;
+	static const char *const words[] = { [REUSE_FRESH] = "fresh",
+		[REUSE_STALE] = "stale, which the client takes",
+		[REUSE_MEANWHILE] = "stale, which is good while it is "
+				    "validated",
+		[REUSE_VALIDATED] = "to be validated" };
+	struct caching *c = &x->request->caching;
 	struct control control = control_parse(&l->r.head);
-	struct lifetime lifetime = exchange_lifetime(x, &l->r, &l->e);
+	struct lifetime lifetime = lookup_age(x, l);
 
-	q->caching.age = l->e.age +
-	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
-	q->caching.ttl = lifetime.seconds - q->caching.age;
-	q->caching.validator = response_validator(&l->r);
+	c->validator = response_validator(&l->r);
 	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
-		l->reuse = reuse_judge(asked, &control, q->caching.age,
-		    lifetime.seconds);
-	q->caching.forward =
-	    q->caching.ttl > 0 && !control.no_cache ? "request" : "stale";
-	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s",
-	    (long long)q->caching.age, q->caching.ttl > 0 ? "<" : ">=",
+		l->reuse =
+		    reuse_judge(asked, &control, c->age, lifetime.seconds);
+	l->forward = c->ttl > 0 && !control.no_cache ? "request" : "stale";
+	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s%s",
+	    (long long)c->age, c->ttl > 0 ? "<" : ">=",
 	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
-	    lifetime.why, control.no_cache ? ", no-cache" : "",
-	    l->reuse == REUSE_FRESH     ? "fresh" :
-		l->reuse == REUSE_STALE ? "stale, which the client takes" :
-		l->reuse == REUSE_MEANWHILE ?
-					  "stale, which is good while it is "
-					  "validated" :
-		q->caching.ttl > 0 ? "to be validated, by the client's wish" :
-				     "to be validated");
+	    lifetime.why, control.no_cache ? ", no-cache" : "", words[l->reuse],
+	    l->reuse == REUSE_VALIDATED && c->ttl > 0 ?
+		", by the client's wish" :
+		"");
 }
 
-/* Looks in the cache; l needs not be set.  Whoever asked gives l->b back. */
+/*
+ * Looks for a stored entry; l needs not be set.  The caller takes over the
+ * descriptor and the buffer.
+ */
 static void
 lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 {
-	struct request *q = x->request;
-
-	q->caching.forward = "uri-miss";
 	l->fd = -1;
 	l->grows = false;
-	l->e.vary.at = NULL;
 	l->reuse = REUSE_VALIDATED;
+	l->forward = "uri-miss";
 	l->b = buffer_take();
 	if (l->b == NULL)
 		return;
-	l->fd = entry_find(x, l->b, &l->e, l->path);
-	if (l->fd == -1 && l->e.vary.at != NULL)
-		q->caching.forward = "vary-miss";
-	if (l->fd != -1 && !lookup_fits(x, l)) {
-		(void)close(l->fd);
-		l->fd = -1;
-	}
+	entry_find(x, l);
+	if (l->fd != -1 && !lookup_fits(x, l))
+		fd_drop(&l->fd);
 	if (l->fd != -1)
 		lookup_judge(x, asked, l);
+}
+
+/*
+ * Opens what another exchange is storing for x's target, if it is the variant
+ * that x asks for, and follows it.  The region is there but for its first
+ * line, and the body grows.  Returns the descriptor, or -1.
+ */
+static int
+follow_open(struct exchange *x, struct lookup *l)
+{
+	struct request *q = x->request;
+	struct text key = key_of(&q->target);
+	struct fetch *f;
+	char path[CACHE_PATH];
+	int fd;
+
+	for (f = cache.fetches; f != NULL; f = f->next) {
+		if (f->state != FETCH_STORES || f->discard ||
+		    f->key != q->caching.key ||
+		    (f->length == UINT64_MAX && key_is_uncacheable(f->key)))
+			continue;
+		store_path(f->serial, path);
+		fd = entry_open(path, f->region, key, l->b, &l->e);
+		l->e.body = f->length;
+		if (fd != -1 && lookup_fits(x, l) &&
+		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f)) {
+			fetch_follow(x, f);
+			return fd;
+		}
+		fd_drop(&fd);
+	}
+	return -1;
 }
 
 /*
@@ -9488,28 +9236,26 @@ lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 static void
 lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 {
-	struct request *q = x->request;
-	const char *forward = q->caching.forward;
-	int fd = -1;
+	const struct request *q = x->request;
+	int fd;
 
 	if (l->b == NULL || x->refresh || asked->no_store ||
 	    head_field(&q->head, "Range") != NULL ||
 	    head_field(&q->head, "Authorization") != NULL)
 		return;
 	fd = follow_open(x, l);
-	if (fd != -1 && lookup_fits(x, l))
-		lookup_judge(x, asked, l);
-	q->caching.forward = forward;
-	if (fd != -1 && l->reuse == REUSE_FRESH) {
-		if (l->fd != -1)
-			(void)close(l->fd);
+	if (fd == -1)
+		return;
+	lookup_judge(x, asked, l);
+	l->grows = l->reuse == REUSE_FRESH;
+	if (l->grows) {
+		fd_drop(&l->fd);
 		l->fd = fd;
-	} else if (fd != -1) {
-		(void)close(fd);
-		l->grows = false;
-		fetch_leave(x);
-		l->reuse = REUSE_VALIDATED;
+		return;
 	}
+	fd_drop(&fd);
+	cache_unfollow(x);
+	l->reuse = REUSE_VALIDATED;
 }
 
 /*
@@ -9533,42 +9279,45 @@ request_is_common(const struct request *q, const struct control *asked)
 
 /*
  * Waits for the head of a fetch for the same key, if there is one; true if so.
- * Nobody waits twice, nor for what is known not to be storable: those who
- * wait in vain would be held up one after the other.
+ * Nobody waits twice, nor for what is known to be uncacheable: those who wait
+ * in vain would be held up one after the other.
  */
 static bool
 follow_wait(struct exchange *x)
 {
-	struct request *q = x->request;
-	struct exchange *y = fetch_for(q->caching.key);
+	struct caching *c = &x->request->caching;
+	struct fetch *f = fetch_for(c->key);
 
-	if (y == NULL || y->request->caching.storing || q->caching.alone ||
-	    x->refresh || key_is_lone(q->caching.key))
+	if (f == NULL || f->state != FETCH_ASKS || c->collapsed || x->refresh ||
+	    key_is_uncacheable(c->key))
 		return false;
-	q->caching.leader = y->request->caching.fetch;
-	y->request->caching.followers++;
+	c->collapsed = true;
+	fetch_follow(x, f);
 	return true;
 }
 
-/* True while the head that x waits for has not come. */
+/* True if x follows a fetch that is in that state. */
 static bool
-cache_waits(const struct exchange *x)
+cache_follows(const struct exchange *x, enum fetch_state state)
 {
-	const struct exchange *y;
+	const struct fetch *f = x->request->caching.follows;
 
-	for (y = cache.fetches; y != NULL; y = y->next)
-		if (y->request->caching.fetch == x->request->caching.leader &&
-		    !y->request->caching.storing)
-			return true;
-	return false;
+	return f != NULL && f->state == state;
 }
 
-/* x waits no longer: it is to be looked up once more. */
+/* Enters a state of a request in the cache. */
 static void
-cache_stop_waiting(struct exchange *x)
+caching_enter(struct exchange *x, enum caching_state state)
 {
-	fetch_leave(x);
-	x->request->caching.alone = true;
+	static const char *const names[] = { "does nothing", "is bypassed",
+		"has the answer", "has an entry to validate",
+		"has the answer after validation",
+		"has an entry that is superseded" };
+	struct caching *c = &x->request->caching;
+
+	if (c->state != state)
+		trace(x, "the cache %s", names[state]);
+	c->state = state;
 }
 
 /* True if the cache may have a part in the answer. */
@@ -9579,30 +9328,59 @@ request_is_cacheable(struct exchange *x)
 	const struct rule *rule;
 
 	/* What is sent, and so what comes, is not known yet. */
-	q->caching.nocache = q->rewrites.undecided;
-	if (options.cache == NULL || q->caching.nocache || q->upgrade ||
+	if (options.cache != NULL && q->rewrites.undecided)
+		caching_enter(x, CACHING_BYPASSED);
+	if (options.cache == NULL || q->rewrites.undecided || q->upgrade ||
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NO_BODY)
 		return false;
 	rule = cache_rule(x, NULL, NULL);
 	if (rule == NULL || rule->action != ACTION_NOCACHE)
 		return true;
-	q->caching.nocache = true;
+	caching_enter(x, CACHING_BYPASSED);
 	q->caching.miss = "rule";
 	return false;
 }
 
-/* What was found answers; for the log and Cache-Status. */
+/*
+ * Says in a word what the cache would do for the request of x, and which rule
+ * decides that, or NULL.
+ */
+static const char *
+cache_try(struct exchange *x, const struct rule **rule)
+{
+	struct control asked = control_parse(&x->request->head);
+	struct lookup l;
+	const char *word;
+
+	*rule = cache_rule(x, NULL, NULL);
+	if (!request_is_cacheable(x))
+		return "none";
+	lookup_run(x, &asked, &l);
+	word = l.reuse != REUSE_VALIDATED ? "answers" :
+	    l.fd != -1                    ? "validates" :
+					    l.forward;
+	fd_drop(&l.fd);
+	buffer_give(&l.b);
+	return word;
+}
+
+/*
+ * The entry in l answers; word: for the log.  The caller takes over its
+ * descriptor, to be read from behind the buffer, and the buffer.
+ */
 static enum cached
-lookup_answers(struct exchange *x, const struct lookup *l)
+lookup_answers(struct exchange *x, struct lookup *l, const char *word)
 {
 	struct caching *c = &x->request->caching;
 
-	c->hit = l->grows || (c->alone && l->reuse == REUSE_FRESH) ?
-	    "collapsed" :
-	    l->reuse == REUSE_FRESH ? "fresh" :
-				      "stale";
-	fetch_end(x, true);
+	entry_touch(l->fd, &l->e);
+	c->hit = word;
+	c->collapsed = c->collapsed || l->grows;
+	caching_enter(x,
+	    c->state == CACHING_VALIDATES ? CACHING_VALIDATED : CACHING_HIT);
+	c->region = (uint32_t)l->e.region;
+	fetch_end(x, FETCH_COMPLETE);
 	answer_by(x, l->grows ? ANSWER_FETCH : ANSWER_ENTRY);
 	return CACHED_YES;
 }
@@ -9618,101 +9396,139 @@ cache_find(struct exchange *x, struct lookup *l)
 	struct request *q = x->request;
 	struct caching *c = &q->caching;
 	struct control asked;
-	const char *forward = c->forward;
 	bool common;
 
+	/* It has waited, if it is not the first time. */
+	cache_unfollow(x);
 	if (!request_is_cacheable(x))
 		return CACHED_NO;
 	asked = control_parse(&q->head);
 	common = request_is_common(q, &asked);
 	lookup_run(x, &asked, l);
+	if (!c->collapsed)
+		c->forward = l->forward;
 	if (l->reuse == REUSE_VALIDATED)
 		lookup_follow(x, &asked, l);
-	if (c->alone)
-		c->forward = forward;
+	if (l->reuse == REUSE_MEANWHILE && fetch_for(c->key) != NULL)
+		l->reuse = REUSE_STALE;
 	if (l->fd != -1 && l->reuse != REUSE_VALIDATED)
-		return lookup_answers(x, l);
+		return lookup_answers(x, l,
+		    l->reuse != REUSE_FRESH      ? "stale" :
+			l->grows || c->collapsed ? "collapsed" :
+						   "fresh");
 	buffer_give(&l->b);
 	c->miss = c->forward;
 	if (asked.only_if_cached || (common && follow_wait(x))) {
-		if (l->fd != -1)
-			(void)close(l->fd);
+		fd_drop(&l->fd);
 		return asked.only_if_cached ? CACHED_NEVER : CACHED_WAIT;
 	}
-	if (l->fd != -1 && request_is_guarded(&q->head)) {
+	if (l->fd != -1 &&
+	    (head_field(&q->head, "If-Match") != NULL ||
+		head_field(&q->head, "If-Unmodified-Since") != NULL)) {
 		/*
 		 * Its conditions would give way to ours, and a part of another
 		 * version would seem to meet them: it is passed on as it came,
 		 * and a part is not to take the place of the whole.
 		 */
-		(void)close(l->fd);
-		c->nocache = head_field(&q->head, "Range") != NULL;
+		fd_drop(&l->fd);
+		if (head_field(&q->head, "Range") != NULL)
+			caching_enter(x, CACHING_BYPASSED);
 	} else if (l->fd != -1) {
 		c->entry = l->fd;
-		c->has_entry = c->validated = true;
+		caching_enter(x, CACHING_VALIDATES);
 		(void)text_copy(text_of(l->path + strlen(options.cache)),
 		    c->path, ENTRY_PATH);
 	}
-	if (common && c->fetch == 0)
+	if (common && c->fetch == NULL)
 		fetch_begin(x);
 	return CACHED_NO;
 }
 
+/* Leaves the entry that was to be validated for another state. */
+static void
+entry_close(struct exchange *x, enum caching_state state)
+{
+	struct caching *c = &x->request->caching;
+
+	if (c->state != CACHING_VALIDATES)
+		return;
+	(void)close(c->entry);
+	caching_enter(x, state);
+}
+
+/* Removes the entry that was validated. */
+static void
+entry_remove(const struct caching *c)
+{
+	char path[CACHE_PATH];
+
+	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache, c->path);
+	(void)unlink(path);
+}
+
 /*
- * The entry that was to be validated answers, read anew into l; word: for the
- * log.  False if it is damaged.
+ * Reads the entry that is to be validated anew into l, whose buffer the caller
+ * gives back.  False, and no buffer, if there is none or it is damaged.
  */
 static bool
-cache_reopen(struct exchange *x, const char *word, struct lookup *l)
+entry_load(const struct exchange *x, struct lookup *l)
 {
-	struct request *q = x->request;
-	struct caching *c = &q->caching;
+	const struct caching *c = &x->request->caching;
 
-	l->b = entry_load(c->entry, &l->e, &l->r);
-	if (l->b == NULL)
-		return false;
-	if (lseek(c->entry, (off_t)buffer_len(l->b), SEEK_SET) == -1) {
-		buffer_give(&l->b);
-		return false;
-	}
-	c->hit = word;
-	c->age = l->e.age +
-	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
-	c->ttl = exchange_lifetime(x, &l->r, &l->e).seconds - c->age;
-	c->has_entry = false;
 	l->fd = c->entry;
+	l->grows = false;
 	l->reuse = REUSE_FRESH;
-	fetch_end(x, true);
-	answer_by(x, ANSWER_ENTRY);
-	return true;
+	l->b = c->state == CACHING_VALIDATES ? buffer_take() : NULL;
+	if (l->b != NULL && lseek(l->fd, 0, SEEK_SET) != -1 &&
+	    entry_read(l->fd, 0, l->b, &l->e) &&
+	    response_parse(l->e.head, METHOD_GET, &l->r) == 1)
+		return true;
+	buffer_give(&l->b);
+	return false;
+}
+
+/* Appends the entry's validators to a request (RFC 9111 section 4.3.1). */
+static void
+cache_validators_append(const struct exchange *x, struct buffer *b)
+{
+	struct lookup l;
+	struct text t;
+
+	if (!entry_load(x, &l))
+		return;
+	t = head_value(&l.r.head, "ETag");
+	if (t.len > 0)
+		buffer_print(b, "If-None-Match: %.*s\r\n", (int)t.len, t.at);
+	t = head_value(&l.r.head, "Last-Modified");
+	if (t.len > 0)
+		buffer_print(b, "If-Modified-Since: %.*s\r\n", (int)t.len,
+		    t.at);
+	buffer_give(&l.b);
 }
 
 /*
  * The server failed, or answered that it did (answered): the entry that was
- * to be validated may stand in.  True if it does, in l.
+ * to be validated may answer stale.  CACHED_YES if it does, in l.
  */
-static bool
+static enum cached
 cache_rescue(struct exchange *x, bool answered, struct lookup *l)
 {
 	const struct request *q = x->request;
 	struct control asked, control;
-	int64_t age, lifetime;
-	bool good;
+	struct lifetime lifetime;
 
-	if (!q->caching.has_entry)
-		return false;
-	l->b = entry_load(q->caching.entry, &l->e, &l->r);
-	if (l->b == NULL)
-		return false;
-	age = l->e.age + (int64_t)now.wall - l->e.responded;
-	lifetime = exchange_lifetime(x, &l->r, &l->e).seconds;
+	if (!entry_load(x, l))
+		return CACHED_NO;
+	lifetime = lookup_age(x, l);
 	asked = control_parse(&q->head);
 	control = control_parse(&l->r.head);
-	good = l->e.responded <= now.wall + CLOCK_STEP_S &&
+	if (l->e.responded <= now.wall + CLOCK_STEP_S &&
 	    reuse_on_error(&asked, &control,
-		age - (lifetime > 0 ? lifetime : 0), answered);
+		q->caching.age - (lifetime.seconds > 0 ? lifetime.seconds : 0),
+		answered))
+		return lookup_answers(x, l, "stale");
 	buffer_give(&l->b);
-	return good && cache_reopen(x, "stale", l);
+	return CACHED_NO;
 }
 
 /*
@@ -9724,69 +9540,110 @@ static bool
 entry_resembles(const struct exchange *x, const struct response *r)
 {
 	static const char *const fields[] = { "ETag", "Last-Modified" };
-	struct response old;
-	struct entry e;
-	struct buffer *b = entry_load(x->request->caching.entry, &e, &old);
+	struct lookup l;
 	uint64_t length;
-	bool same;
+	bool same = entry_load(x, &l);
 	size_t i;
 
-	if (b == NULL)
+	if (!same)
 		return false;
 	same = r->status == 206 || head_length(&r->head, &length) != 1 ||
-	    length == e.body;
+	    length == l.e.body;
 	for (i = 0; same && i < sizeof(fields) / sizeof(fields[0]); i++)
 		same = text_equals(head_value(&r->head, fields[i]),
-		    head_value(&old.head, fields[i]));
-	buffer_give(&b);
+		    head_value(&l.r.head, fields[i]));
+	buffer_give(&l.b);
 	return same;
 }
 
-/* A 304 came for the entry at hand; see cache_validate(). */
-static enum cached
-cache_freshen(struct exchange *x, const struct response *r, struct lookup *l)
+/*
+ * Writes the region of the entry in l anew in its place, with the fields of a
+ * 304.  What may not be stored as it is now, or under this name, since it
+ * varies by other fields, or has no room, is removed; but a request that may
+ * not have its answer stored leaves the entry as it is.
+ */
+static void
+entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 {
-	struct request *q = x->request;
+	const struct request *q = x->request;
 	const struct rule *rule = cache_rule(x, NULL, NULL);
-	char path[CACHE_PATH];
+	struct buffer *region = work_buffer(WORK_REGION);
+	struct buffer *head = work_buffer(WORK_HEAD);
+	struct control asked = control_parse(&q->head);
+	struct response merged;
 
-	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache,
-	    q->caching.path);
-	if (entry_freshen(x, r, rule ? rule->seconds : -1, path) &&
-	    cache_reopen(x, "validated", l))
-		return CACHED_YES;
-	(void)unlink(path);
-	entry_close(x);
+	l->e.requested = q->times.requested;
+	l->e.responded = now.wall;
+	l->e.age = initial_age(news, q->times.requested, now.wall);
+	stored_head_append(news, &l->r, head);
+	if (!head->overflow &&
+	    response_parse(buffer_text(head), METHOD_GET, &merged) == 1 &&
+	    response_obstacle(q, &merged, rule ? rule->seconds : -1) == NULL &&
+	    variant_fits(&l->e, &merged, q) &&
+	    region_build(region, &l->e, buffer_text(head), l->e.region) > 0) {
+		region_seal(region, l->e.body);
+		(void)write_at(l->fd, buffer_text(region), 0);
+	} else if (!asked.no_store && !head_field(&q->head, "Authorization"))
+		entry_remove(&q->caching);
+}
+
+/*
+ * A 304 came.  CACHED_YES: the entry answers, in l, from what is open.
+ * CACHED_LOST: the 304 is about another version (RFC 9111 section 4.3.4), or
+ * the entry is damaged.
+ */
+static enum cached
+cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
+{
+	struct text etag = head_value(&news->head, "ETag");
+
+	if (entry_load(x, l)) {
+		bool same = etag.len == 0 || text_starts(etag, "W/") ||
+		    text_equals(etag, head_value(&l->r.head, "ETag"));
+
+		if (same)
+			entry_freshen(x, news, l);
+		buffer_give(&l->b);
+		if (same && entry_load(x, l)) {
+			(void)lookup_age(x, l);
+			return lookup_answers(x, l, "validated");
+		}
+	}
+	entry_remove(&x->request->caching);
+	entry_close(x, CACHING_NONE);
 	return CACHED_LOST;
 }
 
 /*
- * A response came from a server.  If an entry was to be validated, it says
- * whether that is good (CACHED_YES: it answers, in l), or vanished meanwhile
- * (CACHED_LOST), or something else takes its place.
+ * A response came from a server, or, if r is NULL, the server failed.  If an
+ * entry was to be validated, CACHED_YES: it answers, in l; CACHED_LOST: it
+ * has vanished meanwhile, so the server is asked anew; CACHED_NO: r answers.
  */
 static enum cached
 cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 {
-	bool failed = r->status == 500 ||
-	    (r->status >= 502 && r->status <= 504);
 	struct request *q = x->request;
 	struct caching *c = &q->caching;
+	bool failed, same;
 
-	if (!c->has_entry || answer_is_stored(q) || r->status < 200)
+	if (r == NULL)
+		return cache_rescue(x, false, l);
+	if (c->state != CACHING_VALIDATES || r->status < 200)
 		return CACHED_NO;
 	c->forward_status = r->status;
 	if (r->status == 304)
 		return cache_freshen(x, r, l);
-	if (failed && cache_rescue(x, true, l))
+	failed = r->status == 500 || (r->status >= 502 && r->status <= 504);
+	if (failed && cache_rescue(x, true, l) == CACHED_YES)
 		return CACHED_YES;
-	c->outdated = !failed &&
-	    !((q->method == METHOD_HEAD || r->status == 206) &&
+	same = failed ||
+	    ((q->method == METHOD_HEAD || r->status == 206) &&
 		entry_resembles(x, r));
-	/* The part is not to take the place of the whole. */
-	if (r->status == 206 && !c->outdated)
-		c->nocache = true;
-	entry_close(x);
+	/* A part is not to take the place of the whole. */
+	entry_close(x,
+	    !same                ? CACHING_SUPERSEDED :
+		r->status == 206 ? CACHING_BYPASSED :
+				   CACHING_NONE);
 	return CACHED_NO;
 }
 
@@ -9800,7 +9657,7 @@ cache_obstacle(const struct exchange *x, const struct response *r)
 
 	if (rule != NULL && rule->action == ACTION_NOCACHE)
 		return "rule";
-	if (q->caching.nocache)
+	if (q->caching.state == CACHING_BYPASSED)
 		return r->status == 206 ? "range" : "rule";
 	if (q->caching.forward == NULL && q->method != METHOD_POST)
 		return "method";
@@ -9821,45 +9678,39 @@ cache_store(struct exchange *x, const struct response *r)
 {
 	struct request *q = x->request;
 	struct caching *c = &q->caching;
-	char path[CACHE_PATH];
 	const char *why;
 
 	c->forward_status = r->status;
 	if (options.cache == NULL || q->method == METHOD_CONNECT ||
 	    q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)
 		return;
-	/* Where the entry is that was validated: store_begin() has its own. */
-	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache, c->path);
 	if (q->method != METHOD_GET && q->method != METHOD_HEAD &&
 	    r->status >= 200 && r->status < 400)
 		cache_invalidate(&q->target, r);
 	why = cache_obstacle(x, r);
+	if (why == NULL && !store_begin(x, r))
+		why = "no-room";
+	if (c->fetch != NULL)
+		key_remember(c->key, why != NULL);
 	if (why == NULL) {
-		store_begin(x, r);
-		why = c->storing ? NULL : "no-room";
-	}
-	if (why != NULL)
-		trace(x, "not stored: %s", why);
-	if (c->storing)
-		c->miss = c->spoiled ? "outdated" : "stored";
-	else if (c->miss != NULL)
-		c->miss = why;
-	if (c->fetch)
-		key_note(c->key, !c->storing);
-	if (c->storing)
+		c->miss = c->fetch->discard ? "outdated" : "stored";
 		return;
-	fetch_end(x, false);
-	if (c->outdated)
-		(void)unlink(path);
+	}
+	trace(x, "not stored: %s", why);
+	if (c->miss != NULL)
+		c->miss = why;
+	fetch_end(x, FETCH_FAILED);
+	if (c->state == CACHING_SUPERSEDED)
+		entry_remove(c);
 }
 
 /* The request of x ends, or somebody else answers it: all is let go of. */
 static void
 cache_leave(struct exchange *x)
 {
-	store_drop(x);
-	fetch_leave(x);
-	entry_close(x);
+	cache_drop(x);
+	cache_unfollow(x);
+	entry_close(x, CACHING_NONE);
 	x->request->caching.hit = NULL;
 }
 
@@ -9873,8 +9724,8 @@ cache_room(const struct exchange *x)
 {
 	const struct request *q = x->request;
 
-	return q->answerer == ANSWER_FETCH || q->answerer == ANSWER_ORPHAN ?
-	    q->caching.stored - x->down.payload - x->down.ready :
+	return q->answerer == ANSWER_FETCH ?
+	    q->caching.follows->stored - x->down.payload - x->down.ready :
 	    UINT64_MAX;
 }
 
@@ -9885,16 +9736,15 @@ cache_room(const struct exchange *x)
 static bool
 cache_wants(const struct exchange *x)
 {
-	struct request *q = x->request;
-	const struct caching *c = &q->caching;
+	const struct fetch *f = x->request->caching.fetch;
+	bool stores = cache_stores(x);
 
 	if (x->refresh && x->record.end == END_DONE)
-		return c->storing || answer_is_stored(q);
-	if (x->phase < PHASE_RELAY)
-		return c->followers > 0 && x->up.done;
-	return c->storing && x->up.done &&
-	    (c->followers > 0 ||
-		(c->length != UINT64_MAX && c->stored >= c->length / 2));
+		return stores || answer_is_stored(x->request);
+	if (f == NULL || !x->up.done || (x->phase >= PHASE_RELAY && !stores))
+		return false;
+	return f->followers > 0 ||
+	    (stores && f->length != UINT64_MAX && f->stored >= f->length / 2);
 }
 
 /*
@@ -9905,21 +9755,19 @@ cache_wants(const struct exchange *x)
 static int
 cache_follow_own(const struct exchange *x)
 {
-	const struct caching *c = &x->request->caching;
+	const struct fetch *f = x->request->caching.fetch;
 	char path[CACHE_PATH];
 	int fd;
 
-	if (!c->storing || c->followers == 0 ||
-	    (c->validator == 0 && c->length == UINT64_MAX) ||
-	    !follow_is_safe(c))
+	if (!cache_stores(x) || f->followers == 0 ||
+	    (f->validator == 0 && f->length == UINT64_MAX) ||
+	    !follow_is_safe(f))
 		return -1;
-	store_path(c->fetch, path);
+	store_path(f->serial, path);
 	fd = open(path, O_RDONLY);
 	if (fd != -1 &&
-	    lseek(fd, (off_t)(c->region + x->down.payload), SEEK_SET) == -1) {
-		(void)close(fd);
-		return -1;
-	}
+	    lseek(fd, (off_t)(f->region + x->down.payload), SEEK_SET) == -1)
+		fd_drop(&fd);
 	return fd;
 }
 
@@ -9938,17 +9786,23 @@ cache_resembles(const struct exchange *x, const struct response *r)
 /*
  * Makes of the stored response r what the client is to get: 304 if it has what
  * is stored, a part of it, or all.  Lines for its head go to `extra`, of size
- * bytes.  Returns where in the file a part begins, else 0.
+ * bytes; *at is where in the file a part begins, else 0.  False if r does not
+ * meet the client's condition.
  */
-static uint64_t
+static bool
 cache_shape(const struct exchange *x, struct response *r, char *extra,
-    size_t size)
+    size_t size, uint64_t *at)
 {
 	const struct request *q = x->request;
+	unsigned long long body = q->body;
 	struct range range = { 0, q->body };
 	int part = 0;
+	size_t n;
 
-	extra[0] = '\0';
+	if (r->status / 100 == 2 && !request_is_met(&q->head, r))
+		return false;
+	n = (size_t)snprintf(extra, size, "Age: %lld\r\n",
+	    (long long)q->caching.age);
 	r->framing = q->method == METHOD_HEAD ? FRAMING_NO_BODY :
 	    q->body == UINT64_MAX             ? FRAMING_CLOSE :
 						FRAMING_LENGTH;
@@ -9961,27 +9815,26 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 	} else if (part == -1) {
 		r->status = 416;
 		r->framing = FRAMING_NO_BODY;
-		(void)snprintf(extra, size,
+		(void)snprintf(extra + n, size - n,
 		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
-		    (unsigned long long)q->body);
+		    body);
 	} else if (part == 1) {
 		r->status = 206;
-		(void)snprintf(extra, size,
+		(void)snprintf(extra + n, size - n,
 		    "Content-Range: bytes %llu-%llu/%llu\r\n"
 		    "Content-Length: %llu\r\n",
 		    (unsigned long long)range.first,
-		    (unsigned long long)(range.first + range.length - 1),
-		    (unsigned long long)q->body,
+		    (unsigned long long)(range.first + range.length - 1), body,
 		    (unsigned long long)range.length);
-	} else if (r->status != 204 && q->body != UINT64_MAX) {
-		(void)text_copy(text_of("Content-Length: "), extra, size);
-		memcpy(number_print(extra + strlen(extra), q->body), "\r\n", 3);
-	}
+	} else if (r->status != 204 && q->body != UINT64_MAX)
+		(void)snprintf(extra + n, size - n, "Content-Length: %llu\r\n",
+		    body);
 	if (r->status == 304 || r->status == 416 || r->status == 206)
 		r->reason = text_of(status_reason(r->status));
 	r->extra = text_of(extra);
 	r->length = range.length;
-	return part == 1 ? q->caching.region + range.first : 0;
+	*at = part == 1 ? q->caching.region + range.first : 0;
+	return true;
 }
 
 /* Cache-Status (RFC 9211): what the cache did, or why it did nothing. */
@@ -9989,32 +9842,22 @@ static void
 cache_status_append(const struct exchange *x, struct buffer *b)
 {
 	const struct request *q = x->request;
+	const struct caching *c = &q->caching;
+	bool cached = answer_is_stored(q) || c->hit != NULL;
+	bool hit = cached && c->state == CACHING_HIT && !c->collapsed;
 
-	bool cached = answer_is_stored(q) || q->caching.hit != NULL;
-	bool collapsed = cached && (q->caching.leader || q->caching.alone);
-
-	buffer_append(b, text_of("Cache-Status: "));
-	buffer_append(b, text_of(pseudonym));
-	if (cached && !q->caching.validated && !collapsed)
-		buffer_append(b, text_of("; hit"));
-	else
-		buffer_print(b, "; fwd=%s",
-		    q->caching.forward ? q->caching.forward :
-			q->method == METHOD_GET || q->method == METHOD_HEAD ?
-					 "bypass" :
-					 "method");
-	if (q->caching.forward_status)
-		buffer_print(b, "; fwd-status=%d", q->caching.forward_status);
-	if (cached) {
-		buffer_append(b,
-		    text_of(q->caching.ttl < 0 ? "; ttl=-" : "; ttl="));
-		buffer_number(b,
-		    (uint64_t)(q->caching.ttl < 0 ? -q->caching.ttl :
-						    q->caching.ttl));
-	}
-	if (collapsed)
-		buffer_append(b, text_of("; collapsed"));
-	if (q->caching.storing)
+	buffer_print(b, "Cache-Status: %s%s%s", pseudonym,
+	    hit ? "; hit" : "; fwd=",
+	    hit                    ? "" :
+		c->forward != NULL ? c->forward :
+		q->method == METHOD_GET || q->method == METHOD_HEAD ? "bypass" :
+								      "method");
+	if (c->forward_status)
+		buffer_print(b, "; fwd-status=%d", c->forward_status);
+	if (cached)
+		buffer_print(b, "; ttl=%lld%s", (long long)c->ttl,
+		    c->collapsed ? "; collapsed" : "");
+	if (cache_stores(x))
 		buffer_append(b, text_of("; stored"));
 	buffer_append(b, text_of("\r\n"));
 }
@@ -10030,9 +9873,9 @@ cache_log_append(const struct request *q, struct buffer *b)
 	buffer_append(b, text_of(c->hit ? " hit=" : " miss="));
 	/* What was to be stored, and has not come to its end, is incomplete. */
 	buffer_append(b,
-	    text_of(c->hit     ? c->hit :
-		    c->storing ? "incomplete" :
-				 c->miss));
+	    text_of(c->hit                                      ? c->hit :
+		    c->fetch && c->fetch->state == FETCH_STORES ? "incomplete" :
+								  c->miss));
 }
 
 /* ---- the directory ---- */
@@ -10040,55 +9883,29 @@ cache_log_append(const struct request *q, struct buffer *b)
 static const char cache_tag[] = "Signature: 8a477f597d28d172789f06886806bc55\n"
 				"# A cache of proxy; all of it may go.\n";
 
-/* True if the cache directory holds our tag. */
-static bool
-cache_is_tagged(const char *path)
-{
-	char text[sizeof(cache_tag)] = { 0 };
-	int fd = open(path, O_RDONLY | O_NONBLOCK);
-	bool tagged;
-
-	if (fd == -1)
-		return false;
-	tagged = fd_read(fd, text, sizeof(text) - 1) > 0 &&
-	    strcmp(text, cache_tag) == 0;
-	(void)close(fd);
-	return tagged;
-}
-
 /*
- * True if a file of that name may be in a cache.  What a crashed proxy left
- * half written is removed; what a living one writes stays.  We are writing
- * nothing yet.
+ * Ends the program if a file is not a cache's.  What a crashed proxy left half
+ * written is removed; what a living one writes stays.  We are writing nothing
+ * yet.
  */
-static bool
-cache_knows(const char *path, const char *name, bool tagged)
-{
-	pid_t owner = temporary_owner(name);
-	struct stat status;
-
-	if (!tagged)
-		return false;
-	if (owner > 0 &&
-	    (owner == getpid() || (kill(owner, 0) == -1 && errno == ESRCH) ||
-		(lstat(path, &status) != -1 && temporary_is_old(&status))))
-		(void)unlink(path);
-	return strncmp(name, "tmp.", 4) == 0 || strcmp(name, "unswept") == 0 ||
-	    strcmp(name, "CACHEDIR.TAG") == 0 ||
-	    (strlen(name) == 2 && hex_value(name[0]) >= 0 &&
-		hex_value(name[1]) >= 0);
-}
-
-/* Ends the program if a file is not a cache's. */
 static void
-cache_check(const char *path, void *argument)
+cache_check(const struct file *f, void *argument)
 {
 	const bool *tagged = argument;
-	const char *name = path + strlen(options.cache) + 1;
+	pid_t owner = temporary_owner(f->name);
 
-	if (!cache_knows(path, name, *tagged))
+	if (!*tagged ||
+	    (strncmp(f->name, "tmp.", 4) != 0 &&
+		strcmp(f->name, "unswept") != 0 &&
+		strcmp(f->name, "CACHEDIR.TAG") != 0 &&
+		(strlen(f->name) != 2 || hex_value(f->name[0]) < 0 ||
+		    hex_value(f->name[1]) < 0)))
 		die("%s is no cache of proxy: it holds %s", options.cache,
-		    name);
+		    f->name);
+	if (owner > 0 &&
+	    (owner == getpid() || (kill(owner, 0) == -1 && errno == ESRCH) ||
+		temporary_is_old(f)))
+		(void)unlink(f->path);
 }
 
 /*
@@ -10142,7 +9959,7 @@ cache_assume(const char *tag, bool fresh)
 static void
 cache_open(void)
 {
-	char path[CACHE_PATH];
+	char path[CACHE_PATH], text[sizeof(cache_tag)] = { 0 };
 	bool tagged;
 	int fd;
 
@@ -10153,61 +9970,51 @@ cache_open(void)
 		    strerror(errno));
 	(void)snprintf(path, sizeof(path), "%.800s/CACHEDIR.TAG",
 	    options.cache);
-	tagged = cache_is_tagged(path);
+	fd = open(path, O_RDONLY | O_NONBLOCK);
+	tagged = fd != -1 && fd_read(fd, text, sizeof(text) - 1) > 0 &&
+	    strcmp(text, cache_tag) == 0;
+	fd_drop(&fd);
 	if (!directory_walk(options.cache, cache_check, &tagged))
 		die("can't read the cache %s: %s", options.cache,
 		    strerror(errno));
 	fd = open(options.cache, O_RDONLY | O_DIRECTORY);
-	if (fd != -1) {
+	if (fd != -1)
 		cache_own(fd, options.cache);
-		(void)close(fd);
-	}
-	fd = tagged ? -1 : open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
+	fd_drop(&fd);
+	if (!tagged)
+		fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
 	if (fd != -1) {
 		(void)fd_write(fd, cache_tag, strlen(cache_tag));
 		cache_own(fd, path);
-		(void)close(fd);
 	}
 	cache_assume(path, fd != -1);
+	fd_drop(&fd);
 }
 
-/* Prints the path if the file is an entry of the key. */
+/* Prints the path of a file if it is an entry of the key. */
 static void
-key_visit(const char *path, void *argument)
+key_visit(const struct file *f, void *argument)
 {
 	const struct text *key = argument;
-	struct buffer *b = buffer_take();
 	struct entry e;
-	int fd = open(path, O_RDONLY | O_NONBLOCK);
-	ssize_t n = -1;
+	int fd = -1;
 
-	if (fd != -1 && b != NULL)
-		n = fd_read(fd, b->data + b->start, buffer_room(b));
-	if (n > 0)
-		b->end += (size_t)n;
-	if (n > 0 && entry_parse(buffer_text(b), &e) && e.key.len == key->len &&
-	    memcmp(e.key.at, key->at, key->len) == 0)
-		printf("%s\n", path);
+	if (f->entry)
+		fd = entry_open(f->path, 0, *key, work_buffer(WORK_REGION), &e);
 	if (fd != -1)
-		(void)close(fd);
-	buffer_give(&b);
+		printf("%s\n", f->path);
+	fd_drop(&fd);
 }
 
 /* Prints the paths of the entries of a URL. */
 static void
 cache_print(const struct target *target)
 {
-	struct buffer *b = buffer_take();
-	struct text key;
+	struct text key = key_of(target);
 
-	if (b == NULL)
-		return;
-	key_append(target, b);
-	key = buffer_text(b);
 	if (!cache_walk(key_visit, &key))
 		die("can't read the cache %s: %s", options.cache,
 		    strerror(errno));
-	buffer_give(&b);
 }
 
 /* ---- 10. Names ---- */
@@ -11461,32 +11268,9 @@ request_field_append(struct exchange *x, size_t i, struct buffer *b)
 	} else if (text_is(field->name, "Expect") && q->minor == 0)
 		trace(x, "Expect of an HTTP/1.0 client is ignored");
 	else if (field_passes(&q->head, i) && !q->rewrites.taken[i] &&
-	    !(q->caching.has_entry &&
+	    !(q->caching.state == CACHING_VALIDATES &&
 		name_is_among(field->name, fields_of_condition)))
 		field_append(b, field);
-}
-
-/* The validators of the entry at hand (RFC 9111 section 4.3.1). */
-static void
-validators_append(struct exchange *x, struct buffer *b)
-{
-	static const char *const pairs[][2] = {
-		{ "ETag", "If-None-Match" },
-		{ "Last-Modified", "If-Modified-Since" },
-	};
-	struct response r;
-	struct entry e;
-	struct buffer *old = entry_load(x->request->caching.entry, &e, &r);
-	size_t i;
-
-	for (i = 0; old != NULL && i < sizeof(pairs) / sizeof(pairs[0]); i++) {
-		const struct field *field = head_field(&r.head, pairs[i][0]);
-
-		if (field != NULL)
-			buffer_print(b, "%s: %.*s\r\n", pairs[i][1],
-			    (int)field->value.len, field->value.at);
-	}
-	buffer_give(&old);
 }
 
 /* Connection, and what it names: an upgrade, and the wish for trailers. */
@@ -11522,8 +11306,7 @@ request_build(struct exchange *x, struct buffer *b)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
 	if (exchange_is_relayed(x))
 		login_append(x, b);
-	if (q->caching.has_entry)
-		validators_append(x, b);
+	cache_validators_append(x, b);
 	for (i = 0; i < q->rewrites.n; i++)
 		field_append(b, &q->rewrites.fields[i]);
 	x->up.bare = q->rewrites.strips;
@@ -11612,8 +11395,6 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 		buffer_print(b, "Date: %s\r\n", date_now());
 	if (q->answerer != ANSWER_MEMORY && !w.via)
 		via_append(b, r->minor);
-	if (answer_is_stored(q))
-		buffer_print(b, "Age: %lld\r\n", (long long)q->caching.age);
 	buffer_append(b, r->extra);
 	if (final && options.cache != NULL)
 		cache_status_append(x, b);
@@ -12061,8 +11842,6 @@ access_refuse(struct exchange *x)
 	(void)snprintf(detail, sizeof(detail),
 	    "To let it in, start the proxy with: -e 'allow client %s'", peer);
 	x->close = x->close || !x->up.done;
-	/* What is stored does not stand in for this. */
-	entry_close(x);
 	if (rule->action == ACTION_DROP)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
 	else if (rule->action == ACTION_LOGIN)
@@ -12231,8 +12010,6 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	if (!access_response(x, &l->r, l->e.head))
 		return;
 	l->b->start = (size_t)(l->e.head.at - l->b->data);
-	entry_touch(l->fd, l->e.key, l->e.variant);
-	q->caching.region = (uint32_t)l->e.region;
 	exchange_enter(x, PHASE_RESPONSE);
 }
 
@@ -12293,7 +12070,7 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 		return;
 	if (x->record.status == 0 &&
 	    (cause == CAUSE_WAY || cause == CAUSE_ANSWER) &&
-	    cache_rescue(x, false, &l))
+	    cache_validate(x, NULL, &l) == CACHED_YES)
 		exchange_serve(x, &l);
 	else
 		exchange_deny(x, refusal, detail);
@@ -12432,8 +12209,7 @@ exchange_refresh(const struct exchange *x)
 		"If-None-Match", "If-Modified-Since", "If-Unmodified-Since",
 		NULL };
 	const struct request *q = x->request;
-	bool busy = fetch_for(q->caching.key) != NULL;
-	struct buffer *head = busy ? NULL : buffer_take();
+	struct buffer *head = buffer_take();
 	struct exchange *y;
 
 	if (head == NULL)
@@ -12446,8 +12222,7 @@ exchange_refresh(const struct exchange *x)
 	y = exchange_take_refresh(x, head);
 	if (y == NULL)
 		return;
-	y->request->caching.key = q->caching.key;
-	fetch_begin(y);
+	cache_refresh(x, y);
 }
 
 /*
@@ -12478,9 +12253,8 @@ exchange_look_up(struct exchange *x)
 static bool
 collapse_step(struct exchange *x)
 {
-	if (cache_waits(x) && now.ms < x->since + COLLAPSE_MS)
+	if (cache_follows(x, FETCH_ASKS) && now.ms < x->since + COLLAPSE_MS)
 		return false;
-	cache_stop_waiting(x);
 	exchange_look_up(x);
 	return true;
 }
@@ -13119,17 +12893,15 @@ exchange_see(struct exchange *x, struct flow *f, struct text piece)
 
 	if (q != NULL && q->access.answer != NULL && news &&
 	    !access_body(x, piece, f->whole)) {
-		store_drop(x);
+		cache_drop(x);
 		f->ready -= (uint32_t)piece.len;
 		f->whole = false;
 		f->broken = true;
 		x->record.refusal = REFUSE_RULE;
 		return;
 	}
-	if (q != NULL && piece.len > 0)
-		store_append(x, piece);
-	if (q != NULL && f->whole)
-		store_finish(x);
+	if (q != NULL && (piece.len > 0 || f->whole))
+		cache_append(x, piece, f->whole);
 	if (options.verbose > 1 && piece.len > 0)
 		trace_dump(x, f == &x->up ? "c>s" : "s>c", piece);
 }
@@ -13298,7 +13070,7 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 		return;
 	x->record.status = r->status;
 	if (x->down.whole)
-		store_finish(x);
+		cache_append(x, text_of(""), true);
 	exchange_enter(x, PHASE_RELAY);
 }
 
@@ -13314,13 +13086,12 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 	char extra[256];
 	uint64_t at;
 
-	if (r->status / 100 == 2 && !request_is_met(&x->request->head, r)) {
+	if (!cache_shape(x, r, extra, sizeof(extra), &at)) {
 		exchange_refuse(x, REFUSE_CONDITION, "");
 		if (x->request != NULL)
 			x->request->caching.hit = hit;
 		return;
 	}
-	at = cache_shape(x, r, extra, sizeof(extra));
 	response_forward(x, r, n);
 	if (at == 0 || x->phase != PHASE_RELAY)
 		return;
@@ -13666,7 +13437,7 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 	y->down = old;
 	y->down.ready = 0;
 	y->down.to = FRAMING_CLOSE;
-	fetch_move(x, y);
+	cache_detach(x, y);
 	q->route.keep = false;
 	conn_file(s, fd, x);
 	flow_start(d, q->body == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH,
@@ -13713,7 +13484,7 @@ relay_resume(struct exchange *x)
 	struct request *q = x->request;
 
 	trace(x, "what this follows was given up: asking for the rest");
-	fetch_leave(x);
+	cache_unfollow(x);
 	answer_by(x, ANSWER_NONE);
 	q->access.open = true;
 	q->times.answered = 0;
@@ -13742,7 +13513,7 @@ relay_step(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (done)
 		exchange_finish(x);
-	else if (x->request->answerer == ANSWER_ORPHAN && !x->down.broken &&
+	else if (cache_follows(x, FETCH_FAILED) && !x->down.broken &&
 	    !s->readable && s->in == NULL && c->out == NULL)
 		relay_resume(x);
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
@@ -13909,7 +13680,7 @@ exchange_check(const struct exchange *x)
 	assert(q != NULL || x->tunnel || x->phase < PHASE_COLLAPSE ||
 	    x->phase == PHASE_LINGER);
 	assert(q == NULL || cache_room(x) == UINT64_MAX ||
-	    cache_room(x) <= q->caching.stored);
+	    cache_room(x) <= INT64_MAX);
 }
 
 /*
@@ -15234,28 +15005,14 @@ trial_access(const struct verdict *access, struct view *v)
 static void
 trial_cache(struct trial *t)
 {
-	struct request *q = &t->request;
-	struct control asked = control_parse(&q->head);
-	struct exchange x = { .request = q, .rules = t->rules };
+	struct exchange x = { .request = &t->request, .rules = t->rules };
 	const struct rule *rule;
-	struct lookup l;
+	const char *word;
 
 	x.peer = t->client;
 	x.local = t->view.local;
-	rule = cache_rule(&x, NULL, NULL);
-	if (!request_is_cacheable(&x)) {
-		trial_print("cache", "none", rule);
-		return;
-	}
-	lookup_run(&x, &asked, &l);
-	trial_print("cache",
-	    l.reuse != REUSE_VALIDATED ? "answers" :
-		l.fd != -1             ? "validates" :
-					 q->caching.forward,
-	    rule);
-	if (l.fd != -1)
-		(void)close(l.fd);
-	buffer_give(&l.b);
+	word = cache_try(&x, &rule);
+	trial_print("cache", word, rule);
 }
 
 /*
@@ -15416,15 +15173,14 @@ logs_begin(void)
 
 /* Warns, once, of a directory of the cache that the user of -u can't write. */
 static void
-user_warn_cache(const char *path, void *argument)
+user_warn_cache(const struct file *f, void *argument)
 {
 	bool *warned = argument;
 
-	if (*warned || strlen(path) != strlen(options.cache) + strlen("/00") ||
-	    access(path, W_OK) != -1)
+	if (*warned || !f->bucket || access(f->path, W_OK) != -1)
 		return;
 	*warned = true;
-	warn("user %s can't write %s: chown -R %s %s", options.user, path,
+	warn("user %s can't write %s: chown -R %s %s", options.user, f->path,
 	    options.user, options.cache);
 }
 

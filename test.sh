@@ -13346,10 +13346,12 @@ static bool
 follows(struct exchange *y, const char *path)
 {
 	static struct exchange x;
+	static struct rules none;
 	struct lookup l = { .b = buffer_take() };
 	int fd;
 
 	memset(&x, 0, sizeof(x));
+	x.rules = &none;
 	x.request = request_new(&x);
 	(void)request_parse(text_of("GET http://a.test/ HTTP/1.1\r\n"
 				    "Host: a.test\r\n\r\n"), x.request);
@@ -13376,9 +13378,8 @@ unit_follow(void)
 	(void)response_parse(text_of("HTTP/1.1 200 OK\r\nETag: \"a\"\r\n"
 				     "Content-Length: 9\r\n\r\n"),
 	    METHOD_GET, &r);
-	store_begin(&y, &r);
-	if (!q->caching.storing || !follows(&y, "/a"))
-		unit_fail("not followed", "/a", "", q->caching.storing);
+	if (!store_begin(&y, &r) || !follows(&y, "/a"))
+		unit_fail("not followed", "/a", "", q->caching.fetch != NULL);
 	else if (follows(&y, "/b"))
 		unit_fail("followed", "/b", "", 1);
 }
@@ -14513,7 +14514,7 @@ unit_room(void)
 	cache_assume("", false);
 	if (cache.total != 32 << 12)
 		unit_fail("room", "a run that did not sweep", "", cache.total);
-	sweep_note(&(struct report){ .bytes = 10 << 12 });
+	sweep_note(10 << 12);
 	if (cache.limit != 30 << 12 || cache.lack != LACK_NONE)
 		unit_fail("room", "after a sweep", "", cache.limit);
 	if (access("unswept", F_OK) == 0)
