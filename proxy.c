@@ -2842,9 +2842,10 @@ static const struct field *
 field_next(const struct head *h, const char *name, const struct field *last)
 {
 	const struct field *field = last == NULL ? h->fields : last + 1;
+	struct text wanted = text_of(name);
 
 	for (; field < h->fields + h->n; field++)
-		if (text_is(field->name, name))
+		if (text_same(field->name, wanted))
 			return field;
 	return NULL;
 }
@@ -3098,11 +3099,9 @@ authority_parse(struct text t, unsigned default_port, struct target *target)
 static struct text
 text_until(struct text t, const char *bytes)
 {
-	size_t n = 0;
-
-	while (n < t.len && !is_among(t.at[n], bytes))
-		n++;
-	return text_cut(t.at, n);
+	for (; *bytes != '\0'; bytes++)
+		t.len = text_find(t, *bytes);
+	return t;
 }
 
 /*
@@ -3460,7 +3459,9 @@ fields_append(struct buffer *b, const struct head *h,
 static void
 status_append(struct buffer *b, int status, struct text reason)
 {
-	buffer_print(b, "HTTP/1.1 %d ", status);
+	buffer_append(b, text_of("HTTP/1.1 "));
+	buffer_number(b, (uint64_t)status);
+	buffer_append(b, text_of(" "));
 	buffer_append(b, reason);
 	buffer_append(b, text_of("\r\n"));
 }
@@ -3469,14 +3470,18 @@ status_append(struct buffer *b, int status, struct text reason)
 static void
 length_append(struct buffer *b, uint64_t length)
 {
-	buffer_print(b, "Content-Length: %llu\r\n", (unsigned long long)length);
+	buffer_append(b, text_of("Content-Length: "));
+	buffer_number(b, length);
+	buffer_append(b, text_of("\r\n"));
 }
 
 /* Appends Via, for a message that came as HTTP/1.minor. */
 static void
 via_append(struct buffer *b, unsigned minor)
 {
-	buffer_print(b, "Via: 1.%u %s\r\n", minor ? 1U : 0U, pseudonym);
+	buffer_append(b, text_of(minor ? "Via: 1.1 " : "Via: 1.0 "));
+	buffer_append(b, text_of(pseudonym));
+	buffer_append(b, text_of("\r\n"));
 }
 
 /* A host without the dots at its end. */
