@@ -598,20 +598,21 @@ enum caching_state {
 /* The part of the cache in a request; all zero at its start. */
 struct caching {
 	enum caching_state state; /* set by caching_enter() only */
-	bool collapsed;           /* it waited for a fetch, or reads one */
-	struct fetch *fetch;      /* that it leads, or NULL */
-	struct fetch *follows;    /* that it follows, or NULL */
-	int forward_status;       /* what the server said, 0: nothing */
-	const char *forward;      /* why it was asked (RFC 9211) */
-	const char *hit;          /* what of an entry was used, for the log */
-	const char *miss;         /* or why none was */
-	uint64_t key;             /* hash of the target's key */
-	uint64_t validator;       /* see response_validator() */
-	int entry;                /* descriptor of the entry to be validated */
-	uint32_t region;          /* bytes of the region of one that answers */
-	int64_t ttl;              /* seconds the entry is still fresh */
-	int64_t age;              /* its age in seconds */
-	char path[ENTRY_PATH];    /* of the one that was to be validated */
+	/* private to section 9 */
+	bool collapsed;        /* it waited for a fetch, or reads one */
+	struct fetch *fetch;   /* that it leads, or NULL */
+	struct fetch *follows; /* that it follows, or NULL */
+	int forward_status;    /* what the server said, 0: nothing */
+	const char *forward;   /* why it was asked (RFC 9211) */
+	const char *hit;       /* what of an entry was used, for the log */
+	const char *miss;      /* or why none was */
+	uint64_t key;          /* hash of the target's key */
+	uint64_t validator;    /* see response_validator() */
+	int entry;             /* descriptor of the entry to be validated */
+	uint32_t region;       /* bytes of the region of one that answers */
+	int64_t ttl;           /* seconds the entry is still fresh */
+	int64_t age;           /* its age in seconds */
+	char path[ENTRY_PATH]; /* of the one that was to be validated */
 };
 
 /* When a request came how far: ms, 0: it did not. */
@@ -7814,10 +7815,7 @@ stored_head_append(const struct response *r, const struct response *old,
 	buffer_append(b, text_of("\r\n"));
 }
 
-/*
- * Fetches: exchanges that ask a server for what may be stored.  Others that
- * want the same wait for its head, then read what is stored as it grows.
- */
+/* ---- fetches ---- */
 
 /*
  * y follows a fetch whose entry is complete.  If its length was not known
