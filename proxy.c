@@ -601,20 +601,21 @@ enum caching_state {
 /* The part of the cache in a request; all zero at its start. */
 struct caching {
 	enum caching_state state; /* set by caching_enter() only */
-	bool collapsed;           /* it waited for a fetch, or reads one */
-	struct fetch *fetch;      /* that it leads, or NULL */
-	struct fetch *follows;    /* that it follows, or NULL */
-	int forward_status;       /* what the server said, 0: nothing */
-	const char *forward;      /* why it was asked (RFC 9211) */
-	const char *hit;          /* what of an entry was used, for the log */
-	const char *miss;         /* or why none was */
-	uint64_t key;             /* hash of the target's key */
-	uint64_t validator;       /* see response_validator() */
-	int entry;                /* descriptor of the entry to be validated */
-	uint32_t region;          /* bytes of the region of one that answers */
-	int64_t ttl;              /* seconds the entry is still fresh */
-	int64_t age;              /* its age in seconds */
-	char path[ENTRY_PATH];    /* of the one that was to be validated */
+	/* private to section 9 */
+	bool collapsed;        /* it waited for a fetch, or reads one */
+	struct fetch *fetch;   /* that it leads, or NULL */
+	struct fetch *follows; /* that it follows, or NULL */
+	int forward_status;    /* what the server said, 0: nothing */
+	const char *forward;   /* why it was asked (RFC 9211) */
+	const char *hit;       /* what of an entry was used, for the log */
+	const char *miss;      /* or why none was */
+	uint64_t key;          /* hash of the target's key */
+	uint64_t validator;    /* see response_validator() */
+	int entry;             /* descriptor of the entry to be validated */
+	uint32_t region;       /* bytes of the region of one that answers */
+	int64_t ttl;           /* seconds the entry is still fresh */
+	int64_t age;           /* its age in seconds */
+	char path[ENTRY_PATH]; /* of the one that was to be validated */
 };
 
 /* When a request reached each step: ms, 0: not yet. */
@@ -6799,7 +6800,7 @@ enum {
 	CACHE_DISK_BLOCK = 4096,
 	/* What its name takes of a directory, at most. */
 	CACHE_NAME = 128,
-	/* A temporary file that was not written for so long is nobody's. */
+	/* A temporary file not written for this long is abandoned. */
 	TEMPORARY_S = 3600,
 	/* Sweeps for lack of room are at least so far apart. */
 	SWEEP_GAP_MS = 10000,
@@ -6810,13 +6811,15 @@ enum {
 	 * KiB, of which only what was written to takes memory.
 	 */
 	UNCACHEABLE_KEYS = 16384,
+	/* So many of them share places: a line of a processor's cache. */
+	UNCACHEABLE_WAYS = 8,
 	/* Entries of which we know that their recency was written lately. */
 	CACHE_TOUCHED = 1024,
 	/* Recency of an entry is written at most once in this time. */
 	CACHE_TOUCH_S = 600
 };
 
-/* Cache-Control of a head (RFC 9111 section 5.2); numbers: -1 is none. */
+/* Cache-Control of a head (RFC 9111 section 5.2); numbers: -1 if absent. */
 struct control {
 	bool no_store, no_cache;      /* of requests and responses */
 	bool is_private, is_public;   /* of responses, as all of this line */
@@ -6831,7 +6834,7 @@ struct control {
 	int64_t if_error;             /* the same */
 };
 
-/* What a stored response is good for. */
+/* How a stored response may be used. */
 enum reuse {
 	REUSE_FRESH,     /* it is the answer */
 	REUSE_STALE,     /* the client takes it stale */
@@ -6842,16 +6845,16 @@ enum reuse {
 /* How long a response is fresh. */
 struct lifetime {
 	int64_t seconds; /* from its making; -1: nothing tells */
-	const char *why; /* what tells it: a directive or field */
+	const char *why; /* the directive or field that says so */
 };
 
-/* What the region at the start of an entry says: slices of it. */
+/* The contents of an entry's region, the text at its start: slices of it. */
 struct entry {
 	size_t region;                /* its length */
-	uint64_t body;                /* of the body behind it */
+	uint64_t body;                /* length of the body after it */
 	struct text key;              /* the URL */
 	struct text variant;          /* the request's values for Vary */
-	struct text vary, token;      /* instead of a head: see vary_put() */
+	struct text vary, token;      /* of a marker: see marker_token() */
 	struct text head;             /* the response's */
 	int64_t requested, responded; /* wall clock, seconds */
 	int64_t age;                  /* when it came */
@@ -6873,19 +6876,19 @@ enum lack {
 };
 
 /*
- * The cache directory, and what happens to it.  Bytes are those of whole
- * blocks, as du(1) counts them.  What is there is never known exactly, since a
- * sweep takes its time; but `total` is never less.
+ * The state of the cache directory.  Bytes are those of whole blocks, as du(1)
+ * counts them.  How many there are is never known exactly, since a sweep takes
+ * its time; but `total` is never less.
  */
 static struct {
 	uint64_t serial;    /* of temporary files and tokens */
 	uint64_t block;     /* a file takes a multiple of this */
 	uint64_t written;   /* bytes since the last sweep began */
-	uint64_t making;    /* bytes of entries that are not whole yet */
-	uint64_t total;     /* bytes of all else that is there */
+	uint64_t making;    /* bytes of entries that are still being stored */
+	uint64_t total;     /* bytes of everything else in the directory */
 	uint64_t limit;     /* nothing is stored that brings both above this */
-	pid_t sweeper;      /* 0: none is at work */
-	struct conn report; /* what it has to say */
+	pid_t sweeper;      /* the child that sweeps, or 0 */
+	struct conn report; /* the pipe from it */
 	enum lack lack;     /* since the last sweep began */
 	int64_t lack_ms;    /* that leads to no sweep before this */
 	bool said_disk;     /* that the disk is the limit */
@@ -6895,13 +6898,13 @@ static struct {
 	.limit = UINT64_MAX,
 	.report = { .fd = -1 } };
 
-/* What the cache says to a request, or to a response that came for one. */
+/* The cache's answer to a request, or to a response from a server. */
 enum cached {
-	CACHED_NO,   /* the server is to be asked, or its answer passed on */
+	CACHED_NO,   /* ask the server, or pass its response on */
 	CACHED_YES,  /* an entry answers */
-	CACHED_WAIT, /* another exchange is about to get the answer */
-	CACHED_LOST, /* the entry that was validated is gone: ask anew */
-	CACHED_NEVER /* nothing is stored, and nobody may be asked */
+	CACHED_WAIT, /* another exchange fetches the same: wait */
+	CACHED_LOST, /* the entry that was validated is gone: ask again */
+	CACHED_NEVER /* nothing is stored, and the client wants no more */
 };
 
 /* An entry that was found for a request, or a fetch's that grows. */
@@ -6910,13 +6913,13 @@ struct lookup {
 	struct buffer *b;      /* its beginning */
 	struct entry e;        /* slices of b */
 	struct response r;     /* the same */
-	enum reuse reuse;      /* what it is good for */
+	enum reuse reuse;      /* how it may be used */
 	bool grows;            /* another exchange is still storing it */
 	const char *forward;   /* why the server is asked (RFC 9211) */
 	char path[CACHE_PATH]; /* where it is, or was last looked for */
 };
 
-/* What a fetch is at; set by fetch_enter() only. */
+/* The state of a fetch; set by fetch_enter() only. */
 enum fetch_state {
 	FETCH_ASKS,     /* the response head has not come: followers wait */
 	FETCH_STORES,   /* the entry grows: followers read it */
@@ -6925,8 +6928,8 @@ enum fetch_state {
 };
 
 /*
- * A fetch: what its leader gets from a server, and others may follow.  It is
- * freed when it has neither a leader nor followers.
+ * A fetch: a response that its leader gets from a server, and that others may
+ * follow.  It is freed when it has neither a leader nor followers.
  */
 struct fetch {
 	struct fetch *next;      /* in cache.fetches, until it ends */
@@ -6956,7 +6959,7 @@ enum work {
 
 static struct buffer works[WORKS];
 
-/* The buffer for that work, empty: what was in it is gone. */
+/* The buffer for that work, emptied. */
 static struct buffer *
 work_buffer(enum work work)
 {
@@ -7056,7 +7059,7 @@ date_parse(struct text t)
 	    d[MINUTE] * 60 + d[SECOND];
 }
 
-/* The date in a field; -1 if there is none, more than one, or it is wrong. */
+/* The date in a field; -1 if it is missing, repeated or malformed. */
 static int64_t
 head_date(const struct head *h, const char *name)
 {
@@ -7085,7 +7088,7 @@ seconds_parse(struct text t)
 						    (int64_t)INT32_MAX + 1;
 }
 
-/* One directive, its argument being value (NULL: none), into control. */
+/* Adds one directive to control; value.at is NULL without an argument. */
 static void
 control_set(struct control *control, struct text name, struct text value)
 {
@@ -7129,7 +7132,7 @@ control_set(struct control *control, struct text name, struct text value)
 
 /*
  * All Cache-Control of a head (RFC 9111 section 5.2).  A directive that is
- * repeated counts as the strictest; Pragma counts where there is none at all
+ * repeated counts as the strictest; Pragma counts if there is no Cache-Control
  * (section 5.4).
  */
 static struct control
@@ -7229,7 +7232,7 @@ freshness_lifetime(const struct response *r, bool explicit_only)
 	return l;
 }
 
-/* True if the request, as it is sent, has a login, be it put in by a rule. */
+/* True if the request, as it is sent, has a login, also if a rule set it. */
 static bool
 request_has_login(const struct request *q)
 {
@@ -7310,7 +7313,7 @@ initial_age(const struct response *r, int64_t requested, int64_t responded)
 }
 
 /*
- * What a stored response is good for now: the heart of the cache (RFC 9111
+ * How a stored response may be used now: the heart of the cache (RFC 9111
  * section 4.2).  age and lifetime are those of the response.
  */
 static enum reuse
@@ -7359,7 +7362,7 @@ reuse_on_error(const struct control *asked, const struct control *control,
 	return window >= 0 ? stale <= window : !answered;
 }
 
-/* ---- the names of entries ---- */
+/* ---- names of entries ---- */
 
 /* Appends t in small letters. */
 static void
@@ -7614,7 +7617,7 @@ sum_word(uint64_t sum, uint64_t word)
 	return sum ^ sum >> 32;
 }
 
-/* The sum of what is behind the first line of a region. */
+/* The sum of a region without its first line. */
 static uint64_t
 region_sum(struct text rest)
 {
@@ -7792,7 +7795,7 @@ entry_find(struct exchange *x, struct lookup *l)
 		fd_drop(&l->fd);
 }
 
-/* What a file of n bytes takes of the disk. */
+/* The bytes that a file of n bytes takes of the disk. */
 static uint64_t
 disk_bytes(uint64_t n)
 {
@@ -7972,7 +7975,7 @@ temporary_place(const char *temporary, int fd, uint64_t n, const char *path)
 	return true;
 }
 
-/* Writes what is in b as the file at path, whole or not at all. */
+/* Writes the contents of b as the file at path, completely or not at all. */
 static bool
 file_put(const char *path, const struct buffer *b)
 {
@@ -8074,10 +8077,7 @@ stored_head_append(const struct response *r, const struct response *old,
 	buffer_append(b, text_of("\r\n"));
 }
 
-/*
- * Fetches: exchanges that ask a server for what may be stored.  Others that
- * want the same wait for its head, then read what is stored as it grows.
- */
+/* ---- fetches ---- */
 
 /*
  * y follows a fetch whose entry is complete.  If its length was not known
@@ -8183,7 +8183,7 @@ fetch_follow(struct exchange *x, struct fetch *f)
 	exchange_queue(f->leader);
 }
 
-/* x follows nobody any more; nobody may then want the fetch. */
+/* x stops following its fetch, which may then have no follower left. */
 static void
 cache_unfollow(struct exchange *x)
 {
@@ -8235,24 +8235,48 @@ cache_refresh(const struct exchange *x, struct exchange *y)
 }
 
 /*
- * Keys whose answers were lately found to be uncacheable: nobody is to wait
+ * Keys whose answers were lately found to be uncacheable: no request is to wait
  * for them.  Memory is taken only where it is written to.
  */
 static uint64_t uncacheable[UNCACHEABLE_KEYS];
+
+/* The places for that key, so many as UNCACHEABLE_WAYS. */
+static uint64_t *
+key_places(uint64_t key)
+{
+	return uncacheable +
+	    key % (UNCACHEABLE_KEYS / UNCACHEABLE_WAYS) * UNCACHEABLE_WAYS;
+}
 
 /* True if answers to that key were lately found to be uncacheable. */
 static bool
 key_is_uncacheable(uint64_t key)
 {
-	return uncacheable[key % UNCACHEABLE_KEYS] == key;
+	const uint64_t *at = key_places(key);
+	size_t i = 0;
+
+	while (i < UNCACHEABLE_WAYS && at[i] != key)
+		i++;
+	return i < UNCACHEABLE_WAYS;
 }
 
-/* Remembers whether answers to that key are uncacheable. */
+/*
+ * Remembers whether answers to that key are uncacheable.  The latest key is the
+ * first of its places; the last one gives way.
+ */
 static void
 key_remember(uint64_t key, bool is_uncacheable)
 {
-	if (is_uncacheable || key_is_uncacheable(key))
-		uncacheable[key % UNCACHEABLE_KEYS] = is_uncacheable ? key : 0;
+	uint64_t *at = key_places(key);
+	size_t i = 0;
+
+	while (i < UNCACHEABLE_WAYS - 1 && at[i] != key)
+		i++;
+	if (is_uncacheable) {
+		memmove(at + 1, at, i * sizeof(*at));
+		at[0] = key;
+	} else if (at[i] == key)
+		at[i] = 0;
 }
 
 /* True if x stores what it fetches. */
@@ -8338,9 +8362,9 @@ modified_strong(const struct head *h)
 }
 
 /*
- * What tells that two answers have the same payload, byte for byte; 0: nothing
- * does.  A weak entity tag says that it may differ, and without a tag the same
- * date may be that of several codings.
+ * A hash: two answers with the same one have the same payload, byte for byte;
+ * 0: nothing shows that.  A weak entity tag says that the payload may differ,
+ * and without a tag the same date may be that of several codings.
  */
 static uint64_t
 response_validator(const struct response *r)
@@ -8475,7 +8499,7 @@ store_finish(struct exchange *x)
 		if (!f->discard)
 			c->miss = "no-room";
 	}
-	/* Those who follow have the body whole in any case. */
+	/* The followers have the complete body in any case. */
 	fetch_end(x, FETCH_COMPLETE);
 }
 
@@ -8514,8 +8538,8 @@ cache_append(struct exchange *x, struct text t, bool whole)
 }
 
 /*
- * Drops what is stored of a target.  What is being fetched there may be older,
- * so it will not stay.
+ * Drops the entries of a target.  A fetch under way may bring an older answer,
+ * so its entry will not stay.
  */
 static void
 cache_forget(const struct target *target)
@@ -8631,7 +8655,7 @@ struct file {
 	struct stat status; /* all about it */
 };
 
-/* Understands what the file of that path is; false if there is none. */
+/* Fills in f for the file at path; false if it has vanished. */
 static bool
 file_look(struct file *f, const char *path)
 {
@@ -8715,14 +8739,14 @@ temporary_owner(const char *name)
 	return number_parse(t, INT32_MAX, &pid) ? (pid_t)pid : 0;
 }
 
-/* True if nobody can be writing a temporary file any more, by its age. */
+/* True if a temporary file is so old that it must be abandoned. */
 static bool
 temporary_is_old(const struct file *f)
 {
 	return now.wall - f->status.st_mtime >= TEMPORARY_S;
 }
 
-/* The sweeper's books: how much there is of what age, in bytes. */
+/* The sweeper's account: the bytes of entries by age. */
 struct sweep {
 	pid_t owner;       /* whose temporary files are counted already */
 	uint64_t bytes;    /* all that there is */
@@ -8801,9 +8825,9 @@ sweep_plan(struct sweep *sweep, bool disk)
 }
 
 /*
- * Removes what was used least recently: one pass counts, one removes, so that
- * memory does not depend on the number of entries.  False, with errno, if the
- * cache can't be read.
+ * Removes the least recently used entries: one pass counts, one removes, so
+ * that memory does not depend on the number of entries.  False, with errno, if
+ * the cache can't be read.
  */
 static bool
 sweep_run(struct sweep *sweep, bool disk)
@@ -8830,11 +8854,11 @@ cache_unswept(char *path)
 }
 
 /*
- * The sweeper has found so many bytes.  What was written since it began it may
- * not have seen.
+ * The sweeper has found so many bytes.  It may have missed those that were
+ * written since it began.
  */
 static void
-sweep_note(uint64_t bytes)
+sweep_result(uint64_t bytes)
 {
 	char path[CACHE_PATH];
 
@@ -8866,7 +8890,7 @@ sweep_reap(void)
 		/* Nothing is known if it came to no end. */
 		cache.said_unread = n != (ssize_t)sizeof(bytes);
 		if (!cache.said_unread)
-			sweep_note(bytes);
+			sweep_result(bytes);
 	}
 	if (waitpid(cache.sweeper, NULL, WNOHANG) != 0)
 		cache.sweeper = 0;
@@ -8968,8 +8992,9 @@ condition_has(const struct head *q, const char *name, struct text etag,
 }
 
 /*
- * True if what is stored meets the request's If-Match or If-Unmodified-Since
- * (RFC 9110 section 13.2.2, steps 1 and 2); if not, the answer is 412.
+ * True if the stored response meets the request's If-Match or
+ * If-Unmodified-Since (RFC 9110 section 13.2.2, steps 1 and 2); if not, the
+ * answer is 412.
  */
 static bool
 request_is_met(const struct head *q, const struct response *r)
@@ -8984,8 +9009,9 @@ request_is_met(const struct head *q, const struct response *r)
 }
 
 /*
- * True if the client has what is stored: its own condition is answered with
- * 304 (RFC 9110 section 13.2.2; If-None-Match wins over If-Modified-Since).
+ * True if the client has the stored response already: its own condition is
+ * answered with 304 (RFC 9110 section 13.2.2; If-None-Match wins over
+ * If-Modified-Since).
  */
 static bool
 request_is_satisfied(const struct head *q, const struct response *r)
@@ -9045,7 +9071,7 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 	return 1;
 }
 
-/* ---- what the cache says ---- */
+/* ---- lookups and validation ---- */
 
 /*
  * The line that says how a request, or its response if r is not NULL, is to
@@ -9091,13 +9117,13 @@ fetch_for(uint64_t key)
 }
 
 /*
- * True if a follower of this fetch will get the whole: it can ask for the rest
- * itself, or, the length being unknown, -s has room for the most that it may
- * be, or the disk has room for twice all that is in the making, since others
- * write there, too.  If they fill it nevertheless, the follower's answer is
- * visibly cut short.
- * Reserving the room would exclude that, but some file systems then write
- * every block, while all other clients wait.
+ * True if a follower of this fetch will get the complete body: it can ask for
+ * the rest itself; or, if the length is unknown, -s has room for the largest
+ * possible body; or the disk has room for twice all that is being stored, since
+ * other programs write there, too.  If they fill it nevertheless, the
+ * follower's answer is visibly cut short.  Reserving the room would exclude
+ * that, but some file systems then write every block, while all other clients
+ * wait.
  */
 static bool
 follow_is_safe(const struct fetch *f)
@@ -9114,8 +9140,8 @@ follow_is_safe(const struct fetch *f)
 }
 
 /*
- * True if the entry in l may answer the request at all, by what kind of answer
- * it is and who asks.
+ * True if the entry in l may answer the request at all: no rule forbids it, and
+ * it is the right kind of answer.
  */
 static bool
 lookup_fits(const struct exchange *x, struct lookup *l)
@@ -9134,8 +9160,8 @@ lookup_fits(const struct exchange *x, struct lookup *l)
 }
 
 /*
- * Sets how old the entry in l is and how long it stays fresh; returns what says
- * that: a rule, or the entry itself.
+ * Sets how old the entry in l is and how long it stays fresh; returns its
+ * lifetime, by a rule or by the entry itself.
  */
 static struct lifetime
 lookup_age(struct exchange *x, const struct lookup *l)
@@ -9153,7 +9179,7 @@ lookup_age(struct exchange *x, const struct lookup *l)
 }
 
 /*
- * Judges what the entry in l is good for; the trace gets the reckoning.
+ * Judges how the entry in l may be used; the trace gets the calculation.
  */
 static void
 lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
@@ -9235,8 +9261,8 @@ follow_open(struct exchange *x, struct lookup *l)
 }
 
 /*
- * Looks among the fetches under way, if nothing that is stored will do: what
- * one of them stores is the answer if it is fresh.
+ * Looks among the fetches under way, if no complete entry will do: an entry
+ * that one of them stores is the answer if it is fresh.
  */
 static void
 lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
@@ -9264,8 +9290,8 @@ lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 }
 
 /*
- * True if q may wait for what another fetch brings, or be the one that is
- * waited for: a plain GET, whose answer may well be good for all.
+ * True if q may follow a fetch, or lead one: a plain GET, whose answer may well
+ * be good for all.
  */
 static bool
 request_is_common(const struct request *q, const struct control *asked)
@@ -9284,8 +9310,8 @@ request_is_common(const struct request *q, const struct control *asked)
 
 /*
  * Waits for the head of a fetch for the same key, if there is one; true if so.
- * Nobody waits twice, nor for what is known to be uncacheable: those who wait
- * in vain would be held up one after the other.
+ * A request waits only once, and not for a URL known to be uncacheable: else
+ * those that wait in vain would be held up one after the other.
  */
 static bool
 follow_wait(struct exchange *x)
@@ -9332,7 +9358,7 @@ request_is_cacheable(struct exchange *x)
 	struct request *q = x->request;
 	const struct rule *rule;
 
-	/* What is sent, and so what comes, is not known yet. */
+	/* The request that will be sent is not known yet. */
 	if (options.cache != NULL && q->rewrites.undecided)
 		caching_enter(x, CACHING_BYPASSED);
 	if (options.cache == NULL || q->rewrites.undecided || q->upgrade ||
@@ -9391,9 +9417,9 @@ lookup_answers(struct exchange *x, struct lookup *l, const char *word)
 }
 
 /*
- * Looks what is stored for the request of x, or under way.  CACHED_YES: l
- * answers, whose fd and b the caller takes over; CACHED_WAIT: x follows a
- * fetch; CACHED_NO: if an entry is to be validated, x keeps it.
+ * Looks for an entry, or a fetch under way, for the request of x.
+ * CACHED_YES: l answers, and the caller takes over its fd and b; CACHED_WAIT:
+ * x follows a fetch; CACHED_NO: if an entry is to be validated, x keeps it.
  */
 static enum cached
 cache_find(struct exchange *x, struct lookup *l)
@@ -9537,9 +9563,9 @@ cache_rescue(struct exchange *x, bool answered, struct lookup *l)
 }
 
 /*
- * True if the answer to a HEAD, or a part of a body, speaks of what is stored:
- * the same validators, and of a HEAD the length, as far as it has them (RFC
- * 9111 section 4.3.5).
+ * True if the answer to a HEAD, or a part of a body, is about the stored
+ * version: the same validators, and of a HEAD the length, as far as it has
+ * them (RFC 9111 section 4.3.5).
  */
 static bool
 entry_resembles(const struct exchange *x, const struct response *r)
@@ -9709,7 +9735,7 @@ cache_store(struct exchange *x, const struct response *r)
 		entry_remove(c);
 }
 
-/* The request of x ends, or somebody else answers it: all is let go of. */
+/* The request of x ends, or is answered otherwise: x lets go of all. */
 static void
 cache_leave(struct exchange *x)
 {
@@ -9735,8 +9761,8 @@ cache_room(const struct exchange *x)
 }
 
 /*
- * True if what x fetches is worth its end without x's client: it is stored, or
- * may yet be, and others follow it, or most of it is there; or it is a refresh.
+ * True if the fetch of x is to go on without x's client: it is stored, or may
+ * yet be, and it has followers or most of it is there; or it is a refresh.
  */
 static bool
 cache_wants(const struct exchange *x)
@@ -9753,9 +9779,9 @@ cache_wants(const struct exchange *x)
 }
 
 /*
- * Opens what x stores for others, to be read on from what its own client has;
- * -1 if nobody follows, or if x might then get less than it would have: what
- * could neither be asked for again nor has room for sure.
+ * Opens the entry that x stores, so that x can read on from what its own client
+ * has.  -1 if it has no followers, or if x might then get less than it would
+ * have: the rest could neither be asked for again nor has room for sure.
  */
 static int
 cache_follow_own(const struct exchange *x)
@@ -9789,8 +9815,8 @@ cache_resembles(const struct exchange *x, const struct response *r)
 }
 
 /*
- * Makes of the stored response r what the client is to get: 304 if it has what
- * is stored, a part of it, or all.  Lines for its head go to `extra`, of size
+ * Turns the stored response r into the client's answer: 304 if it has the same
+ * already, a part of it, or all.  Lines for its head go to `extra`, of size
  * bytes; *at is where in the file a part begins, else 0.  False if r does not
  * meet the client's condition.
  */
@@ -9842,7 +9868,7 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 	return true;
 }
 
-/* Cache-Status (RFC 9211): what the cache did, or why it did nothing. */
+/* Appends Cache-Status (RFC 9211): how the cache took part, or why not. */
 static void
 cache_status_append(const struct exchange *x, struct buffer *b)
 {
@@ -9867,7 +9893,7 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 	buffer_append(b, text_of("\r\n"));
 }
 
-/* Appends what the cache did to a line of the log. */
+/* Appends hit= or miss= to a line of the log. */
 static void
 cache_log_append(const struct request *q, struct buffer *b)
 {
@@ -9876,7 +9902,7 @@ cache_log_append(const struct request *q, struct buffer *b)
 	if (c->hit == NULL && c->miss == NULL)
 		return;
 	buffer_append(b, text_of(c->hit ? " hit=" : " miss="));
-	/* What was to be stored, and has not come to its end, is incomplete. */
+	/* A fetch that is still storing now was cut off. */
 	buffer_append(b,
 	    text_of(c->hit                                      ? c->hit :
 		    c->fetch && c->fetch->state == FETCH_STORES ? "incomplete" :
@@ -9889,9 +9915,8 @@ static const char cache_tag[] = "Signature: 8a477f597d28d172789f06886806bc55\n"
 				"# A cache of proxy; all of it may go.\n";
 
 /*
- * Ends the program if a file is not a cache's.  What a crashed proxy left half
- * written is removed; what a living one writes stays.  We are writing nothing
- * yet.
+ * Ends the program if a file is not a cache's.  Temporary files of a crashed
+ * proxy are removed; those of a running one stay.  We are writing nothing yet.
  */
 static void
 cache_check(const struct file *f, void *argument)
@@ -9926,9 +9951,10 @@ cache_own(int fd, const char *path)
 }
 
 /*
- * What may be there until the first sweep has told.  A run never uses the last
- * sixteenth, so that half of it is there for what is stored before; unless an
- * earlier run ended before its first sweep did, as the file unswept tells.
+ * Assumes how full the cache is, until the first sweep knows.  A run never uses
+ * the last sixteenth, so half of it is left for entries stored before that;
+ * unless an earlier run ended before its first sweep did: the file `unswept`
+ * says so.
  */
 static void
 cache_assume(const char *tag, bool fresh)
@@ -9937,7 +9963,7 @@ cache_assume(const char *tag, bool fresh)
 	struct stat status;
 	int fd;
 
-	/* What a file system calls its block may be something else. */
+	/* A file system may take more for a file than the usual block. */
 	if (stat(tag, &status) != -1 &&
 	    (uint64_t)status.st_blocks * 512 > cache.block)
 		cache.block = (uint64_t)status.st_blocks * 512;

@@ -14514,7 +14514,7 @@ unit_room(void)
 	cache_assume("", false);
 	if (cache.total != 32 << 12)
 		unit_fail("room", "a run that did not sweep", "", cache.total);
-	sweep_note(10 << 12);
+	sweep_result(10 << 12);
 	if (cache.limit != 30 << 12 || cache.lack != LACK_NONE)
 		unit_fail("room", "after a sweep", "", cache.limit);
 	if (access("unswept", F_OK) == 0)
