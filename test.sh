@@ -1904,7 +1904,7 @@ function begins(who) {
 		print (who == "" ? "front" : "begin " substr(who, 2)) > (p ".run")
 }
 { sub(/^[ \t]+/, "") }
-/^(#|$)/ { next }
+NR == 1 || /^(#|$)/ { next }
 {
 	who = ""
 	if (match($0, /^[a-z][a-z0-9]*: */)) {
@@ -1982,20 +1982,31 @@ play_client() {
 	seen "$1" < "$2"
 }
 
-# One play; -n: without the request after it.  See the top of this file.
+# A play, and those that lines `== TITLE' begin in it; -n: without the request
+# after each.  See the top of this file.
 play() {
 	play_probe=1
 	if [ "$1" = -n ]; then
 		play_probe=0
 		shift
 	fi
-	play_title=$1
+	{ printf '== %s\n' "$1" && cat; } | awk -v n=$plays '
+	/^[ \t]*== / { n++; sub(/^[ \t]*== */, "") }
+	{ print > ("p" n ".play") }'
+	while [ -f "p$((plays + 1)).play" ]; do
+		play_one
+	done
+}
+
+# The next of them.
+play_one() {
 	plays=$((plays + 1))
-	[ -n "$proxy_pid" ] || start_proxy
 	p=p$plays
+	IFS= read -r play_title < $p.play
+	[ -n "$proxy_pid" ] || start_proxy
 	: > $p.client; : > $p.sees; : > $p.gets; : > $p.log; : > $p.err
 	: > $p.run
-	awk -v p=$p -f "$work/play.awk"
+	awk -v p=$p -f "$work/play.awk" $p.play
 	[ ! -f $p.bad ] || fail "$(cat $p.bad)"
 	if [ -f $p.origin ]; then
 		# shellcheck disable=SC2046 # options are words
@@ -2282,8 +2293,7 @@ test_forward_get() { # a plain GET, all its lines and its log line
 	gets   Via: 1.1 proxy-ID
 	gets!~ ^(Connection|Keep-Alive|Forwarded|X-Forwarded|Transfer-Enc|Content-L)
 	log    ^127.0.0.1 - - \[DATE\] "GET http://%O/a\?b=c HTTP/1.1" 200 5 "http://x/" "play/1" up=0 dns=- connect=N first=N total=N server=%O end=done$
-END
-	play 'the path of a URL without one is /' <<'END'
+	== the path of a URL without one is /
 	replies 200 |
 	ask    http://%O = 200
 	ask    http://%O?q/r = 200
@@ -2304,8 +2314,7 @@ test_forward_methods() { # every method passes, known or not, as it was spelt
 END
 	done)
 	play 'methods' <<END
-	origin head ; send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	origin loop
+	replies 200 | ok
 	$script
 	sees# 11 HTTP/1.1 200 OK$
 END
@@ -2322,14 +2331,12 @@ test_forward_http10_client() { # HTTP/1.0 clients: no chunks, closed at the end
 	gets   GET / HTTP/1.1
 	gets   Host: %O
 	log    "GET http://%O/ HTTP/1.0" 200 11 .* end=done
-END
-	play 'by length, keep-alive wished' <<'END'
+	== by length, keep-alive wished
 	reply  200 | ok
 	ask    1.0 / Connection: keep-alive\nProxy-Connection: keep-alive = 200 OK | ok
 	sees+  -- end eof
 	sees!~ ^(Connection|Proxy-Connection): *[Kk]eep
-END
-	play 'a request body by length' <<'END'
+	== a request body by length
 	origin head ; want 5 ; say 200 | ok
 	ask    1.0 POST / | hello = 200 | ok
 	gets   POST / HTTP/1.1
@@ -2346,15 +2353,13 @@ test_forward_http10_server() { # HTTP/1.0 servers: body to the close
 	sees~  ^Via: 1\.[01] proxy-ID$
 	sees   hello
 	log    200 5 .* end=done
-END
-	play 'by length, then the next on another connection' <<'END'
+	== by length, then the next on another connection
 	origin head
 	origin send HTTP/1.0 200 Fine thing\nContent-Length: 5\n\nhello
 	ask    / = 200 Fine thing | hello
 	ask    / = 200 Fine thing | hello
 	gets#  2 ^-- connection
-END
-	play '1.1 to the close' <<'END'
+	== 1.1 to the close
 	origin head ; send HTTP/1.1 200 OK\n\nhel
 	origin stall 50 ; send lo
 	ask    / = 200 OK
@@ -2380,8 +2385,7 @@ test_forward_keepalive() { # many requests on one client connection
 	log    /1 HTTP/1.1" 200 3
 	log    /2 HTTP/1.1" 200 3
 	log    /3 HTTP/1.1" 404 5
-END
-	play 'empty lines before a request are ignored (RFC 9112 section 2.2)' <<'END'
+	== empty lines before a request are ignored (RFC 9112 section 2.2)
 	reply  200 | ok
 	client send \n\nGET http://%O/1 HTTP/1.1\nHost: %O\n\n
 	client answer
@@ -2406,8 +2410,7 @@ test_forward_pipelining() { # requests in one write, answers in order
 	log    /1 HTTP/1.1" 200 4
 	log    /2 HTTP/1.1" 200 4
 	log    /3 HTTP/1.1" 200 6
-END
-	play 'one byte at a time, a body between' <<'END'
+	== one byte at a time, a body between
 	origin head ; want 5
 	origin chop 1 1 HTTP/1.1 200 OK\nConnection: close\nContent-Length: 4\n\none\l
 	origin next
@@ -2422,8 +2425,7 @@ END
 	gets   GET /2 HTTP/1.1
 	log    /1 HTTP/1.1" 200 4 .* up=5
 	log    /2 HTTP/1.1" 200 4 .* up=0
-END
-	play 'a hundred at once, then half-closed' <<'END'
+	== a hundred at once, then half-closed
 	replies 200 | ok\l
 	client send \{100:GET http://%O/n HTTP/1.1\nHost: %O\n\n}
 	client shut ; eof
@@ -2461,8 +2463,7 @@ test_forward_head_204_304() { # answers without a body, whatever their fields sa
 	log    "HEAD http://%O/2 HTTP/1.1" 200 0
 	log    "HEAD http://%O/3 HTTP/1.1" 200 0
 	log    "GET http://%O/4 HTTP/1.1" 200 4
-END
-	play '204 and 304' <<'END'
+	== 204 and 304
 	reply  204 No\nContent-Length: 5
 	reply  304 Not\nContent-Length: 5000
 	reply  304 Not\nTransfer-Encoding: chunked
@@ -2485,10 +2486,8 @@ END
 
 test_forward_interim() { # 100, 102, 103 reach 1.1 clients only
 	play 'to a 1.1 client' <<'END'
-	origin head
-	origin send HTTP/1.1 100 Continue\n\nHTTP/1.1 102 Processing\n\n
-	origin stall 50 ; send HTTP/1.1 103 Early Hints\nLink: </a>\n\n
-	origin say 200 | ok
+	origin head ; send HTTP/1.1 100 Continue\n\nHTTP/1.1 102 Processing\n\n
+	origin stall 50 ; say 103 Early Hints\nLink: </a> ; say 200 | ok
 	ask    /
 	sees   HTTP/1.1 100 Continue
 	sees   HTTP/1.1 102 Processing
@@ -2497,16 +2496,13 @@ test_forward_interim() { # 100, 102, 103 reach 1.1 clients only
 	sees   HTTP/1.1 200 OK
 	sees   ok
 	log    "GET http://%O/ HTTP/1.1" 200 2
-END
-	play 'not to a 1.0 client' <<'END'
+	== not to a 1.0 client
 	reply  100 Continue
-	origin send HTTP/1.1 103 Early Hints\nLink: </a>\n\n
-	origin say 200 | ok
+	origin say 103 Early Hints\nLink: </a> ; say 200 | ok
 	ask    1.0 / = 200 OK | ok
 	sees#  1 ^HTTP/
 	sees!~ ^Link
-END
-	play 'a thousand of them are too many' <<'END'
+	== a thousand of them are too many
 	origin head ; send \{1000:HTTP/1.1 103 Early Hints\nLink: </a>\n\n}
 	origin say 200 | ok
 	ask    /
@@ -2532,14 +2528,12 @@ test_forward_upgrade() { # 101 turns the exchange into a tunnel
 	gets!~ ^Connection:.*keep-alive
 	gets#  1 ^Connection: [Uu]pgrade$
 	log    "GET http://%O/ws HTTP/1.1" 101 9 .* up=100004 .* end=client
-END
-	play 'refused by the origin: an ordinary answer' <<'END'
+	== refused by the origin: an ordinary answer
 	reply  200 | ok
 	ask    /ws Upgrade: websocket\nConnection: Upgrade
 	ask    /ws Connection: close
 	sees#  2 HTTP/1.1 200 OK
-END
-	play '101 that nobody asked for' <<'END'
+	== 101 that nobody asked for
 	origin head
 	origin send HTTP/1.1 101 Switching Protocols\nUpgrade: x\nConnection: Upgrade\n\nevil
 	ask    /ws = 502
@@ -2553,10 +2547,8 @@ test_forward_login() { # a login and a fragment in the URL are taken off, and to
 	for url in bob:s3cret@%O/a @%O/a bob@%O/a "b-._~%21!\$&'()*+,;=:b@%O/a" \
 	    %O/a# %O/a#part %O/a#p@q/?x#y bob:s3cret@%O/a#part; do
 		play -n "$url" <<END
-		origin head
-		origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-		client send GET http://$url HTTP/1.1\nHost: %O\nX-A: b\n\n
-		client answer
+		reply  200 | ok
+		client send GET http://$url HTTP/1.1\nHost: %O\nX-A: b\n\n ; answer
 		sees   ok
 		gets   GET /a HTTP/1.1
 		gets+  Host: %O
@@ -2567,30 +2559,22 @@ END
 		! grep -e s3cret -e part log err || fail "$url is told"
 	done
 	play 'without a path; a query has an @ of its own' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\nmore
-	client send GET http://bob:s3cret@%O HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://bob@%O?a@b#c HTTP/1.1\nHost: %O\n\n
-	client answer
+	reply  200 | ok
+	reply  200 | more
+	client send GET http://bob:s3cret@%O HTTP/1.1\nHost: %O\n\n ; answer
+	client send GET http://bob@%O?a@b#c HTTP/1.1\nHost: %O\n\n ; answer
 	sees   more
 	gets   GET / HTTP/1.1
 	gets   GET /?a@b HTTP/1.1
 	log    "GET http://%O HTTP/1.1" 200
 	log    "GET http://%O[?]a@b HTTP/1.1" 200
-END
-	play 'a TRACE that ends here' <<'END'
+	== a TRACE that ends here
 	client send TRACE http://bob:s3cret@%O/x#y HTTP/1.1\nHost: %O\nMax-Forwards: 0\n\n
 	client answer
 	sees   TRACE http://%O/x HTTP/1.1
-END
-	play 'the login in a Referer is not logged' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nReferer: http://bob:s3cret@ref.example/a@b\n\n
-	client answer
+	== the login in a Referer is not logged
+	reply  200 | ok
+	ask    / Referer: http://bob:s3cret@ref.example/a@b
 	gets   Referer: http://bob:s3cret@ref.example/a@b
 	log    200 2 "ref.example/a@b" "-"
 END
@@ -2611,8 +2595,7 @@ test_forward_options_trace() { # Max-Forwards; OPTIONS *
 	gets   GET /c HTTP/1.1
 	gets   Max-Forwards: 0
 	gets   OPTIONS * HTTP/1.1
-END
-	play 'answered here at zero' <<'END'
+	== answered here at zero
 	reply  200 | no
 	ask    TRACE /b X-A: b\nMax-Forwards: 0\nProxy-Authorization: Basic c2VjcmV0\nAuthorization: Basic c2VjcmV0\nCookie: c00kie
 	ask    OPTIONS /a Max-Forwards: 0
@@ -2645,13 +2628,11 @@ test_body_request() { # request bodies by length and chunked, with trailers
 	gets   Content-Length: 5
 	gets   hello
 	log    "POST http://%O/ HTTP/1.1" 200 2 .* up=5 .* end=done
-END
-	play 'of no bytes' <<'END'
+	== of no bytes
 	reply  200 | ok
 	ask    POST / Content-Length: 0 = 200 | ok
 	gets   Content-Length: 0
-END
-	play 'chunked, with extensions and a trailer' <<'END'
+	== chunked, with extensions and a trailer
 	origin head ; until \n0\n ; until \n\n ; say 200 | ok
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\nTrailer: X-Sum\n\n
 	client send 5;ext="a;b\\"c"\nhello\n
@@ -2663,14 +2644,12 @@ END
 	gets   X-Sum: 15
 	gets!~ (^Content-Length|ext=)
 	log    "POST http://%O/ HTTP/1.1" 200 2 .* up=15 .* end=done
-END
-	play 'coding name in another case' <<'END'
+	== coding name in another case
 	origin head ; until \n0\n\n ; say 200 | ok
 	ask    PUT / Transfer-Encoding: Chunked | 2\nhi\n0\n\n = 200 | ok
 	gets~  ^Transfer-Encoding: [Cc]hunked$
 	gets   hi
-END
-	play 'GET with a body' <<'END'
+	== GET with a body
 	origin head ; want 5 ; say 200 | ok
 	origin loop
 	ask    /1 | hello
@@ -2684,25 +2663,21 @@ END
 
 test_body_large() { # megabytes both ways, streamed, in other pieces than they came
 	play '3 MB up by length, down chunked' <<'END'
-	origin head ; skip 3000000
-	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n
+	origin head ; skip 3000000 ; say 200 Transfer-Encoding: chunked
 	origin send 2DC6C0\n ; fill 3000000 ; send \n0\n\n
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 3000000\n\n
 	client fill 3000000 ; answer
 	sees   HTTP/1.1 200 OK
 	log    200 3000000 .* up=3000000 .* end=done
-END
-	play '3 MB up chunked, down by length to a 1.0 client' <<'END'
-	origin head ; until \n0\n\n
-	origin send HTTP/1.1 200 OK\nContent-Length: 3000000\n\n
+	== 3 MB up chunked, down by length to a 1.0 client
+	origin head ; until \n0\n\n ; say 200 Content-Length: 3000000
 	origin fill 3000000
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\nConnection: close\n\n
-	client send 2DC6C0\n ; fill 3000000 ; send \n0\n\n
-	client until \n\n ; skip 3000000 ; eof
+	client send 2DC6C0\n ; fill 3000000 ; send \n0\n\n ; until \n\n
+	client skip 3000000 ; eof
 	sees   HTTP/1.1 200 OK
 	log    200 3000000 .* up=3000000 .* end=done
-END
-	play 'an answer that comes while the request goes: echo' <<'END'
+	== an answer that comes while the request goes: echo
 	reply  200 Content-Length: 3000003
 	origin swap 3000000 ; send end
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 3000000\n\n
@@ -2733,29 +2708,24 @@ END
 
 test_body_expect() { # Expect: 100-continue (RFC 9110 section 10.1.1)
 	play 'continued' <<'END'
-	origin head ; quiet 100 ; send HTTP/1.1 100 Continue\n\n
-	origin want 5 ; say 200 | ok
+	origin head ; quiet 100 ; say 100 Continue ; want 5 ; say 200 | ok
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 5\nExpect: 100-continue\n\n
-	client until HTTP/1.1 100 Continue\n ; until \n\n
-	client send hello ; answer
+	client until HTTP/1.1 100 Continue\n ; until \n\n ; send hello ; answer
 	sees   HTTP/1.1 100 Continue
 	sees   HTTP/1.1 200 OK
 	sees   ok
 	gets   Expect: 100-continue
 	gets   hello
 	log    "POST http://%O/ HTTP/1.1" 200 2 .* up=5
-END
-	play 'refused: the body is never sent' <<'END'
+	== refused: the body is never sent
 	reply  417 No | no
 	ask    POST / Content-Length: 5\nExpect: 100-continue = 417 No | no
 	gets!  hello
 	log    "POST http://%O/ HTTP/1.1" 417 2 .* up=0
-END
-	play 'a 1.0 client gets no 100' <<'END'
+	== a 1.0 client gets no 100
 	reply  100 Continue
 	origin want 5 ; say 200 | ok
-	client send POST http://%O/ HTTP/1.0\nContent-Length: 5\nExpect: 100-continue\n\nhello
-	client eof
+	ask    1.0 POST / Expect: 100-continue | hello
 	sees#  1 ^HTTP/
 	sees   ok
 END
@@ -2770,8 +2740,7 @@ test_body_early_answer() { # an answer before the request body is finished
 	sees   HTTP/1.1 413 Too much
 	sees   big
 	log    "POST http://%O/ HTTP/1.1" 413 3
-END
-	play '413, the server goes on reading' <<'END'
+	== 413, the server goes on reading
 	reply  413 Too much | big
 	origin skip 3000000
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 3000000\n\n
@@ -2780,8 +2749,7 @@ END
 	sees   big
 	log    "POST http://%O/ HTTP/1.1" 413 3
 	gets~  ^-- end
-END
-	play 'the whole answer first, and the server reads on' <<'END'
+	== the whole answer first, and the server reads on
 	reply  200 | ok
 	origin skip 3000000 ; until THE END
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 3000007\n\n
@@ -2790,16 +2758,14 @@ END
 	sees   HTTP/1.1 200 OK
 	gets~  THE END
 	log    "POST http://%O/ HTTP/1.1" 200 2 .* up=3000007 .* end=done
-END
-	play '413 from a server that does not read, then reset' <<'END'
+	== 413 from a server that does not read, then reset
 	origin until \n\n ; stall 300 ; say 413 Too much | big
 	origin stall 300 ; reset
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\n\nFFFFFF\n
 	client stuff 16777215 ; until big
 	sees   HTTP/1.1 413 Too much
 	sees~  big
-END
-	play 'no answer, reset in the body' <<'END'
+	== no answer, reset in the body
 	origin until \n\n ; stall 300 ; reset
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\n\nFFFFFF\n
 	client stuff 16777215 ; answer
@@ -2833,38 +2799,33 @@ test_body_truncated() { # an answer cut short never looks whole
 	sees   hello
 	sees~  ^-- end (eof|reset) answer
 	log    200 5 .* end=(server|reset) why="
-END
-	play 'chunked, between chunks' <<'END'
+	== chunked, between chunks
 	reply  200 Transfer-Encoding: chunked | 5\nhello\n
 	ask    /
 	sees   hello
 	sees!~ ^0+$
 	sees~  ^-- end (eof|reset) answer
 	log    200 5 .* end=(server|reset) why="
-END
-	play 'chunked, in a chunk' <<'END'
+	== chunked, in a chunk
 	reply  200 Transfer-Encoding: chunked | 50\nhello
 	ask    /
 	sees   Transfer-Encoding: chunked
 	sees!~ ^0+$
 	sees~  ^-- end (eof|reset) answer
 	log    200 .* end=(server|reset) why="
-END
-	play 'chunked, before the end of the trailers' <<'END'
+	== chunked, before the end of the trailers
 	reply  200 Transfer-Encoding: chunked | 5\nhello\n0\nX-T: 1\n
 	ask    /
 	sees   Transfer-Encoding: chunked
 	sees~  ^-- end (eof|reset) answer
 	log    200 5 .* end=(server|reset) why="
-END
-	play 'chunked, to a 1.0 client: only a reset tells' <<'END'
+	== chunked, to a 1.0 client: only a reset tells
 	reply  200 Transfer-Encoding: chunked | 5\nhello\n
 	origin stall 200
 	ask    1.0 / = 200 OK
 	sees~  ^-- end reset
 	log    200 5 .* end=(server|reset) why="
-END
-	play 'to the close, but reset' <<'END'
+	== to the close, but reset
 	origin head ; send HTTP/1.1 200 OK\n\nhello
 	origin stall 200 ; reset
 	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
@@ -2873,8 +2834,7 @@ END
 	sees!~ ^0+$
 	sees~  ^-- end
 	log    200 5 .* end=(server|reset) why="
-END
-	play 'to the close, but reset, to a 1.0 client' <<'END'
+	== to the close, but reset, to a 1.0 client
 	origin head ; send HTTP/1.1 200 OK\n\nhello
 	origin stall 200 ; reset
 	ask    1.0 / = 200 OK
@@ -2892,24 +2852,21 @@ test_body_client_leaves() { # a client that goes away
 	gets   hello
 	gets~  ^-- end (eof|reset)
 	log    "POST http://%O/ HTTP/1.1" (499|400) [0-9]+ .* up=5 .* end=[a-z]+ why="
-END
-	play 'before the answer' <<'END'
+	== before the answer
 	origin head ; eof
 	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
 	client stall 100 ; reset
 	gets   GET / HTTP/1.1
 	gets~  ^-- end (eof|reset)
 	log    "GET http://%O/ HTTP/1.1" 499 0 .* end=(client|reset)
-END
-	play 'in the answer' <<'END'
+	== in the answer
 	reply  200 Content-Length: 50000000
 	origin stuff 50000000
 	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
 	client until \n\n ; want 50000 ; reset
 	gets~  ^-- end
 	log    "GET http://%O/ HTTP/1.1" 200 [1-9][0-9]* .* end=(client|reset)
-END
-	play 'half-closed after its request: still answered' <<'END'
+	== half-closed after its request: still answered
 	origin head ; stall 100 ; say 200 | ok
 	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
 	client shut ; eof
@@ -2933,8 +2890,7 @@ test_fields_hop_by_hop() { # hop-by-hop and nominated fields go, both ways
 	sees!~ ^Connection:.*[xX]-[hH]op
 	gets   X-Hopper: 3
 	gets!~ ^([Xx]-(HOP|Hop|OTHER|Other)|Keep-Alive|Proxy-|Connection|Upgrade|TE):
-END
-	play 'a nomination cannot remove what frames or routes' <<'END'
+	== a nomination cannot remove what frames or routes
 	origin head ; want 5
 	origin say 200 Connection: content-length, Date, Via | ok
 	client send POST http://%O/ HTTP/1.1\nConnection: Content-Length, Host, Via\nHost: %O\nContent-Length: 5\n\nhello
@@ -2947,8 +2903,7 @@ END
 	gets   Content-Length: 5
 	gets   Via: 1.1 proxy-ID
 	gets   hello
-END
-	play 'nor the coding' <<'END'
+	== nor the coding
 	origin head ; until \n0\n\n
 	origin say 200 Connection: transfer-encoding\nTransfer-Encoding: chunked | 2\nok\n0\n\n
 	client send POST http://%O/ HTTP/1.1\nConnection: Transfer-Encoding\nHost: %O\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n
@@ -2957,8 +2912,7 @@ END
 	sees   ok
 	gets   Transfer-Encoding: chunked
 	gets   hello
-END
-	play 'TE: trailers may pass, with a Connection field of our own' <<'END'
+	== TE: trailers may pass, with a Connection field of our own
 	reply  200 | ok
 	ask    / TE: gzip, trailers\nConnection: TE = 200 | ok
 	gets   GET / HTTP/1.1
@@ -3053,8 +3007,7 @@ test_connect_basic() { # CONNECT: both ways, early bytes, log line
 	gets+  ping
 	gets+  -- end eof
 	log    "CONNECT %O HTTP/1.1" 200 4 "-" "-" up=4 dns=- connect=N first=[-N0-9]* total=N server=%O end=client$
-END
-	play 'the server speaks first; HTTP/1.0' <<'END'
+	== the server speaks first; HTTP/1.0
 	origin send hello ; want 3
 	client send CONNECT %O HTTP/1.0\n\n ; answer head
 	client until hello ; send bye ; eof
@@ -3062,8 +3015,7 @@ END
 	sees   hello
 	gets   bye
 	log    "CONNECT %O HTTP/1.0" 200 5 .* up=3 .* end=server
-END
-	play '3 MB each way at once' <<'END'
+	== 3 MB each way at once
 	origin swap 3000000 ; eof
 	ask    CONNECT %O = 200
 	client swap 3000000 ; shut ; eof
@@ -3081,8 +3033,7 @@ test_connect_ipv6() { # CONNECT [::1]:port, GET http://[::1]:port/
 	sees   pong
 	gets   ping
 	log    "CONNECT \[::1\]:%p HTTP/1.1" 200 4 .* server=\[::1\]:%p end=
-END
-	play 'GET' <<'END'
+	== GET
 	origin -a ::1
 	reply  200 | ok
 	ask    / = 200 | ok
@@ -3101,8 +3052,7 @@ test_connect_half_close() { # each direction closes alone, the rest arrives
 	gets   hello
 	gets+  -- end eof
 	log    200 300003 .* up=5 .* end=client
-END
-	play 'the server first' <<'END'
+	== the server first
 	origin send hello ; shut ; skip 300000 ; eof
 	ask    CONNECT %O
 	client eof ; stall 100 ; fill 300000 ; send end
@@ -3121,8 +3071,7 @@ test_connect_reset() { # a reset on one side is felt on the other
 	gets   ping
 	gets+  -- end reset
 	log    "CONNECT %O HTTP/1.1" 200 0 .* up=4 .* end=reset
-END
-	play 'by the server' <<'END'
+	== by the server
 	origin want 4 ; reset
 	ask    CONNECT %O = 200
 	client send ping ; eof
@@ -3158,8 +3107,7 @@ test_connect_idle() { # -t: an idle tunnel is closed
 	gets   ping
 	gets~  ^-- end (eof|reset)
 	log    "CONNECT %O HTTP/1.1" 200 0 .* up=4 .* end=idle
-END
-	play 'one that is alive is not' <<'END'
+	== one that is alive is not
 	origin want 40 ; send pong ; eof
 	ask    CONNECT %O
 	client chop 4 300 \{10:ping} ; until pong
@@ -3218,8 +3166,7 @@ test_server_not_reused() { # not after close, HTTP/1.0, or for a POST
 	gets   GET /1 HTTP/1.1
 	gets   -- connection 2
 	gets   GET /2 HTTP/1.1
-END
-	play 'POST' <<'END'
+	== POST
 	replies 200 | ok
 	ask    /1 = 200 OK
 	ask    POST /2 Content-Length: 0 = 200 OK
@@ -3243,8 +3190,7 @@ test_server_retry() { # one retry if a kept connection turns out dead
 	gets   GET /2 HTTP/1.1
 	log#   2 "GET
 	log    /2 HTTP/1.1" 200 5 .* end=done
-END
-	play 'reset instead of close' <<'END'
+	== reset instead of close
 	reply  200 | ok
 	origin head ; reset
 	origin next
@@ -3253,8 +3199,7 @@ END
 	ask    DELETE /2 = 200 | again
 	gets   -- connection 2
 	gets   DELETE /2 HTTP/1.1
-END
-	play 'only once' <<'END'
+	== only once
 	reply  200 | ok
 	origin head ; close
 	origin next
@@ -3263,16 +3208,14 @@ END
 	ask    /2 = 502 Bad Gateway
 	gets#  2 ^-- connection
 	log    /2 HTTP/1.1" 502 .* why="
-END
-	play 'not on a fresh connection' <<'END'
+	== not on a fresh connection
 	origin head ; close
 	ask    /1 = 502 Bad Gateway
 	sees~  ^Proxy-Status: proxy-ID; error=connection_terminated
 	sees~  ^502 Bad Gateway: .
 	gets#  1 ^-- connection
 	log    /1 HTTP/1.1" 502 .* server=%O end=[a-z]* why="
-END
-	play 'never a POST' <<'END'
+	== never a POST
 	replies 200 | ok
 	origin next
 	origin head ; close
@@ -3280,8 +3223,7 @@ END
 	ask    POST /2 | hi = 502 Bad Gateway
 	gets#  1 ^POST
 	gets#  2 ^-- connection
-END
-	play 'not after a byte of the answer' <<'END'
+	== not after a byte of the answer
 	reply  200 | ok
 	origin head ; send HTTP/1.1 2 ; close
 	ask    /1 = 200 | ok
@@ -3300,8 +3242,7 @@ test_server_stale() { # a kept connection that speaks or closes is not used
 	client stall 200
 	ask    /2 = 200 | again
 	log    /2 HTTP/1.1" 200 5 .* connect=N .* end=done
-END
-	play 'an answer that nobody asked for' <<'END'
+	== an answer that nobody asked for
 	reply  200 | ok
 	origin stall 50 ; say 200 | evil
 	origin eof ; touch closed
@@ -3339,8 +3280,7 @@ test_error_names() { # a name that does not resolve
 	sees~  ^50[24] [A-Z][a-z]* [A-Z][a-z]*: .
 	sees~  nosuchname.invalid
 	log    "GET http://nosuchname.invalid/ HTTP/1.1" 50[24] .* dns=N connect=- .* server=- end=[a-z]* why="
-END
-	play 'CONNECT' <<'END'
+	== CONNECT
 	ask    CONNECT nosuchname.invalid:443 = 50[24]
 	sees~  ^Proxy-Status: proxy-ID; error=dns_(error|timeout)
 	log    "CONNECT nosuchname.invalid:443 HTTP/1.1" 50[24]
@@ -3364,13 +3304,11 @@ test_error_refused() { # nobody listens there
 	client quiet 100
 	log    "GET http://%O/ HTTP/1.1" 502 .* server=(-|%O) end=[a-z]* why="
 	log    "HEAD http://%O/ HTTP/1.1" 502 0 .* end=[a-z]* why="
-END
-	play 'CONNECT' <<'END'
+	== CONNECT
 	ask    CONNECT %O = 502 Bad Gateway
 	sees~  ^Proxy-Status: proxy-ID; error=connection_refused
 	log    "CONNECT %O HTTP/1.1" 502
-END
-	play 'POST with a body that nobody reads' <<'END'
+	== POST with a body that nobody reads
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 3000000\n\n
 	client stuff 3000000 ; answer
 	sees   HTTP/1.1 502 Bad Gateway
@@ -3443,8 +3381,7 @@ test_error_response_fields() { # bad fields in a response get a 502
 	sees   good
 	ask    / = 200 OK | more
 	sees#  2 ^Content-Length: 4$
-END
-	play 'obs-text passes' <<'END'
+	== obs-text passes
 	reply  200 \xe4\nX-A: \xff\tb | good
 	ask    / X-A: \xe4 = 200 \xe4
 	sees   X-A: \xff\x09b
@@ -3457,13 +3394,10 @@ END
 # mended WORDS HEAD BODY
 mended() {
 	play -n "put right: $2" <<END
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\n$2$3
+	origin head ; send HTTP/1.1 200 OK\nCache-Control: max-age=99\n$2$3
 	origin close
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
+	ask    /
+	ask    /
 	sees   HTTP/1.1 200 OK
 	sees   X-A: b
 	sees   Cache-Status: proxy-ID; hit; ttl=99
@@ -3505,39 +3439,27 @@ test_error_response_mended() { # what a server gets wrong, and no one can misund
 	stop_proxy
 	start_proxy
 	play 'LF alone everywhere, to the close' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\lX-A: b\l\lgood\n
-	origin close
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	sees   HTTP/1.1 200 OK
+	origin head ; send HTTP/1.1 200 OK\lX-A: b\l\lgood\n ; close
+	ask    / = 200 OK
 	sees+  X-A: b
 	sees   good
-END
-	play 'LF alone, byte by byte' <<'END'
+	== LF alone, byte by byte
 	origin head
 	origin chop 1 1 HTTP/1.1 200 OK\lX-A: b\lContent-Length: 4\r\l\lgood
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
+	ask    /
 	sees   X-A: b
 	sees~  ^good
-END
-	play 'Content-Length beside chunked: the connection is not used again' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nContent-Length: 0\n\n4\ngood\n0\n\n
+	== Content-Length beside chunked: the connection is not used again
+	reply  200 Transfer-Encoding: chunked\nContent-Length: 0 | 4\ngood\n0\n\n
 	origin eof
 	origin next
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\nmore
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
+	reply  200 | more
+	ask    /
+	ask    /
 	sees#  1 ^Content-Length
 	sees   more
 	gets#  2 ^-- connection
-END
-	play 'of answers without a body too' <<'END'
+	== of answers without a body too
 	origin head
 	origin send HTTP/1.1 103 Early\lX-A : 103\lodd\l\lHTTP/1.1 200 OK\lX-A : 200\nContent-Length : 5\n\l
 	origin head
@@ -3545,12 +3467,9 @@ END
 	origin head
 	origin send HTTP/1.1 204 No\lX-A : 204\nTransfer-Encoding: chunked\nContent-Length: 5\n\l
 	origin eof
-	client send HEAD http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer head
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
+	ask    HEAD /
+	ask    /
+	ask    /
 	sees   X-A: 103
 	sees   HTTP/1.1 200 OK
 	sees   X-A: 200
@@ -3566,19 +3485,12 @@ END
 	# A parent that speaks HTTP is a server like others.
 	stop_proxy
 	origin parent <<'END'
-head
-send HTTP/1.0 200 OK\lX-A : b\l\l
-want 4
-send pong
-eof
+head ; send HTTP/1.0 200 OK\lX-A : b\l\l ; want 4 ; send pong ; eof
 END
 	start_proxy -x "http://$origin"
 	play -n 'a CONNECT by a parent' <<'END'
-	client send CONNECT a.example:443 HTTP/1.1\nHost: x\n\n
-	client answer head
-	client send ping
-	client until pong
-	sees~  ^HTTP/1.1 200
+	ask    CONNECT a.example:443 = 200
+	client send ping ; until pong
 	sees+  X-A: b
 	sees   pong
 END
@@ -3911,8 +3823,7 @@ test_bad_trailers() { # trailers cannot frame, route or authorize
 	ask    POST / Transfer-Encoding: chunked | 4\ngood\n0\nContent-Length: 3\nHost: evil\nTransfer-Encoding: x\nProxy-Authorization: Basic x\nAuthorization: Basic x\nContent-Type: x\nMax-Forwards: 1\nConnection: x\nX-Sum: 4\n\n = (200|400)
 	gets   good
 	gets!~ ^(Authorization|Content-Type|Max-Forwards|Content-Length: 3|Host: evil|Transfer-Encoding: x|Proxy-Auth|Connection)
-END
-	play 'response' <<'END'
+	== response
 	reply  200 Transfer-Encoding: chunked | 4\ngood\n0\n
 	origin send Content-Length: 3\nTransfer-Encoding: x\nConnection: close\nProxy-Authenticate: x\nSet-Cookie: x\nCache-Control: x\nContent-Type: x\n\n
 	ask    /
@@ -3943,8 +3854,7 @@ END
 	client send \r ; stall 100 ; send \l ; stall 100
 	client shut ; eof
 	sees~  ^-- end (eof|reset)
-END
-	play 'nothing at all leaves no trace' <<'END'
+	== nothing at all leaves no trace
 	client shut ; eof
 	sees   -- end eof
 	log!   .
@@ -3984,12 +3894,8 @@ test_limit_board() { # the buffers that README has for boards take what the web 
 	built "$T/board"
 	proxy_bin=$T/board
 	play "$size" <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nX-A: \{15700:a}\nContent-Length: 2\n\nok
-	client send GET http://%O/\{7960:a} HTTP/1.1\nHost: %O\nX-A: \{7700:a}\n\n
-	client answer
-	sees   HTTP/1.1 200 OK
-	sees   ok
+	reply  200 X-A: \{15700:a} | ok
+	ask    /\{7960:a} X-A: \{7700:a} = 200 OK | ok
 END
 }
 
@@ -4016,20 +3922,17 @@ test_limit_head_time() { # a head that takes too long: 408
 	sees~  ^Connection: close
 	sees~  ^-- end (eof|reset)
 	log    "(- )?GET[^"]*" 408 .* why="
-END
-	play 'the second head on a connection' <<'END'
+	== the second head on a connection
 	reply  200 | ok
 	ask    / = 200 OK
 	client send GET http://%O/ HT ; eof
 	sees~  HTTP/1.1 408
 	log    200
 	log    408 .* why="
-END
-	play 'a client that never says a word' <<'END'
+	== a client that never says a word
 	client eof
 	sees~  ^-- end (eof|reset)
-END
-	play 'nor after an empty line in two pieces: nothing is said either' <<'END'
+	== nor after an empty line in two pieces: nothing is said either
 	client send \r ; stall 150 ; send \l ; eof
 	sees~  ^-- end (eof|reset)
 	sees!~ HTTP
@@ -4071,8 +3974,7 @@ test_limit_response_time() { # no response head in the time of -t: 504
 	gets   GET / HTTP/1.1
 	gets~  ^-- end (eof|reset)
 	log    "GET http://%O/ HTTP/1.1" 504 .* server=%O end=[a-z]* why="
-END
-	play 'too slow' <<'END'
+	== too slow
 	origin head
 	origin chop 1 100 HTTP/1.1 200 OK\nX-A: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
 	ask    / = 504 Gateway Timeout
@@ -4101,8 +4003,7 @@ test_limit_idle_body() { # -t: a body that stops is given up
 	sees~  ^-- end (eof|reset) answer
 	gets~  ^-- end (eof|reset)
 	log    200 5 .* end=idle
-END
-	play 'of a request' <<'END'
+	== of a request
 	origin head ; eof
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 10\n\nhello
 	client eof
@@ -4173,18 +4074,14 @@ test_server_strays() { # what an older answer left on a kept connection is not t
 	for stray in '0\n\n' 'ok' '\n\n' '\n0\n' 'ok\n\n' \
 	    'HTTP/1.1 408 Request Timeout\nConnection: close\nContent-Length: 4\n\nevil'; do
 		play "behind the next request: $stray" <<END
-		origin head
-		origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+		reply  200 | ok
 		origin head
 		origin send ${stray}HTTP/1.1 200 OK\nContent-Length: 4\n\nevil
 		origin eof
 		origin next
-		origin head
-		origin send HTTP/1.1 200 OK\nContent-Length: 5\n\nagain
-		client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
-		client answer
-		client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
-		client answer
+		reply  200 | again
+		ask    /1
+		ask    /2
 		sees   again
 		sees!~ (evil|^HTTP/1.1 [45])
 		gets#  2 ^-- connection
@@ -4199,67 +4096,44 @@ END
 		origin send ${empty}HTTP/1.1 200 OK\nContent-Length: 2\n\nok
 		origin head
 		origin chop 1 5 ${empty}HTTP/1.1 200 OK\nContent-Length: 4\n\ngood
-		client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
-		client answer
-		client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
-		client answer
+		ask    /1
+		ask    /2
 		sees   Content-Length: 2
-		sees~  ^okHTTP/1.1 200 OK
+		sees~  ^HTTP/1.1 200 OK
 		sees   good
 		gets#  1 ^-- connection
 END
 	done
 	play 'an empty line, and the end' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	origin head
-	origin send \n
-	origin close
+	reply  200 | ok
+	origin head ; send \n ; close
 	origin next
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 5\n\nagain
-	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
-	client answer
+	reply  200 | again
+	ask    /1
+	ask    /2
 	sees   again
-END
-	play 'two empty lines on a new connection are no answer' <<'END'
-	origin head
-	origin send \n\nHTTP/1.1 200 OK\nContent-Length: 4\n\nevil
-	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
-	client answer
-	sees   HTTP/1.1 502 Bad Gateway
+	== two empty lines on a new connection are no answer
+	origin head ; send \n\nHTTP/1.1 200 OK\nContent-Length: 4\n\nevil
+	ask    /1 = 502 Bad Gateway
 	sees!~ evil
 	gets#  1 ^-- connection
-END
-	play 'asked again only once' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	origin head
-	origin send HTTP/1.1 408 Request Timeout\nContent-Length: 0\n\n
+	== asked again only once
+	reply  200 | ok
+	reply  408 Request Timeout\nContent-Length: 0
 	origin eof
 	origin next
-	origin head
-	origin send HTTP/1.1 408 Request Timeout\nContent-Length: 4\n\nlate
-	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
-	client answer
+	reply  408 Request Timeout | late
+	ask    /1
+	ask    /2
 	sees~  HTTP/1.1 408
 	sees   late
 	gets#  2 ^-- connection
 	log    /2 HTTP/1.1" 408 4
-END
-	play 'not behind an interim answer' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	origin head
-	origin send HTTP/1.1 103 Early\n\nodd\n\n
-	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
-	client answer
+	== not behind an interim answer
+	reply  200 | ok
+	origin head ; send HTTP/1.1 103 Early\n\nodd\n\n
+	ask    /1
+	ask    /2
 	sees   HTTP/1.1 502 Bad Gateway
 	gets#  1 ^-- connection
 END
@@ -4268,44 +4142,34 @@ END
 test_limit_slots_idle() { # all slots taken: idle clients give way, the longest idle first
 	start_proxy -m 4
 	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+reply 200 | ok
 ---
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+reply 200 | ok
 ---
-head
-touch busy
-await free
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+head ; touch busy ; await free ; say 200 | ok
 END
 	: > served.script
 	# A silent one, two between requests, one in the middle.
 	client_bg silent <<'END'
-touch silent.here
-eof
+touch silent.here ; eof
 END
 	wait_for 5 '[ -f silent.here ]'
 	for n in a b; do
 		client_bg $n <<END
-send GET http://%O/$n HTTP/1.1\nHost: %O\n\n
-answer
-touch $n.here
-eof
+ask /$n
+touch $n.here ; eof
 END
 		wait_for 5 "[ -f $n.here ]" || fail "$n is not served"
 		"$peer" sleep 50
 	done
 	client_bg c <<'END'
-send GET http://%O/c HTTP/1.1\nHost: %O\n\n
-answer
+ask /c
 END
 	wait_for 5 '[ -f busy ]' || fail "c is not served"
 	for gone in a b to.a to.b; do
 		[ ! -f silent.end ] || fail "a silent one goes before an idle one"
 		client_bg to.$gone <<'END'
-send GET / HTTP/1.1\nHost: %P\n\n
-answer
+ask here /
 eof
 END
 		wait_for 2 "[ -f $gone.end ]" || fail "$gone does not give way"
@@ -4315,8 +4179,7 @@ END
 	# With only silent and busy ones left, the silent one goes.
 	for n in 1 2 3; do
 		client_bg silent$n <<'END'
-touch here
-eof
+touch here ; eof
 END
 	done
 	wait_for 2 '[ -f silent.end ]' || fail "the silent one does not give way"
@@ -4330,15 +4193,12 @@ END
 test_limit_slots_burst() { # more clients at once than slots: who has just come does not give way
 	start_proxy -m 4
 	origin o <<'END'
-head
-stall 20
-send HTTP/1.1 200 OK\nContent-Length: 2\nConnection: close\n\nok
+head ; stall 20 ; say 200 Connection: close | ok
 END
 	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
 		client_bg c$n <<'END'
 stall 200
-send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: close\n\n
-answer
+ask / Connection: close
 END
 	done
 	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
@@ -4352,19 +4212,14 @@ END
 test_limit_slots_silent() { # all slots taken: who half-closed gives way when its server is silent, not at once
 	start_proxy -m 1
 	origin o <<'END'
-head
-touch asked
-eof
+head ; touch asked ; eof
 END
 	client_bg half <<'END'
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-shut
-eof
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; shut ; eof
 END
 	wait_for 5 '[ -f asked ]' || fail "not asked"
 	client_bg new <<'END'
-send GET / HTTP/1.1\nHost: %P\nConnection: close\n\n
-answer
+ask here / Connection: close
 END
 	"$peer" sleep 500
 	[ ! -f half.end ] || fail "it gives way at once"
@@ -4379,23 +4234,17 @@ test_limit_linger() { # what is sent after the last answer is read while it come
 	proxy_bin=$quick_bin
 	start_proxy
 	play -n 'longer than one wait' <<END
-	origin head
-	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\nConnection: close\\n\\nok
+	reply  200 Connection: close | ok
 	origin close
-	client send POST http://%O/ HTTP/1.1\\nHost: %O\\nContent-Length: 1000\\n\\n
-	client chop 1 550 xxxx
-	client eof
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 1000\n\n
+	client chop 1 550 xxxx ; eof
 	sees   HTTP/1.1 200 OK
 	sees~  ^-- end eof
-END
-	play -n 'longer than all of them may take' <<END
-	origin head
-	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\nConnection: close\\n\\nok
+	== longer than all of them may take
+	reply  200 Connection: close | ok
 	origin close
-	client send POST http://%O/ HTTP/1.1\\nHost: %O\\nContent-Length: 1000\\n\\n
-	client answer
+	ask    POST / Content-Length: 1000 = 200 OK
 	client chop 1 550 xxxxxx
-	sees   HTTP/1.1 200 OK
 	sees~  ^-- end broken chop
 END
 }
@@ -4410,27 +4259,16 @@ test_client_gives_up() { # a client that asked to keep its connection and closes
 	client eof
 	log    "GET http://%O/ HTTP/1.1" 499 0 .* total=N .* end=client
 	gets~  ^-- end (eof|reset)
-END
-	play 'not asked to be kept, and half-closed' <<'END'
-	origin head
-	origin stall 300
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client shut
-	client answer
+	== not asked to be kept, and half-closed
+	origin head ; stall 300 ; say 200 | ok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; shut ; answer
 	sees   HTTP/1.1 200 OK
 	log    "GET http://%O/ HTTP/1.1" 200 2 .* end=done
-END
-	play 'with the next request already there' <<'END'
-	origin head
-	origin stall 300
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	== with the next request already there
+	origin head ; stall 300 ; say 200 | ok
+	reply  200 | ok
 	client send GET http://%O/1 HTTP/1.1\nHost: %O\nConnection: keep-alive\n\nGET http://%O/2 HTTP/1.1\nHost: %O\n\n
-	client shut
-	client answer
-	client answer
+	client shut ; answer ; answer
 	sees#  2 ^(ok)?HTTP/1.1 200
 END
 }
@@ -4445,8 +4283,7 @@ test_client_gives_up_early() { # the same before its request was sent, and with 
 	client shut
 	client eof
 	log    "GET http://slow.test/ HTTP/1.1" 499 0 .* end=client
-END
-	play 'a tunnel that is not open yet' <<'END'
+	== a tunnel that is not open yet
 	client send CONNECT slow.test:443 HTTP/1.1\nHost: x\nProxy-Connection: Keep-Alive\n\n
 	client stall 100
 	client shut
@@ -4475,15 +4312,12 @@ END
 
 test_client_gives_up_parent() { # the same while a SOCKS parent says nothing
 	origin o <<'END'
-want 3
-eof
+want 3 ; eof
 END
 	start_proxy -x "socks5://$origin"
 	client c <<'END'
 send GET http://example.test/ HTTP/1.1\nHost: x\nConnection: keep-alive\n\n
-stall 100
-shut
-eof
+stall 100 ; shut ; eof
 END
 	log_from=1
 	logged <<'END'
@@ -4494,27 +4328,19 @@ END
 test_client_gives_up_shared() { # a fetch that others follow goes on without its first client
 	start_proxy -c cache
 	origin o <<'END'
-head
-touch asked
-await go
-send HTTP/1.1 200 OK\nCache-Control: max-age=60\nContent-Length: 2\n\nok
+head ; touch asked ; await go ; say 200 Cache-Control: max-age=60 | ok
 END
 	client_bg first <<'END'
 send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
-await leave
-shut
-eof
+await leave ; shut ; eof
 END
 	wait_for 5 '[ -f asked ]' || fail "not asked"
 	client_bg second <<'END'
-send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
-answer
+ask / Connection: keep-alive
 END
 	client third <<'END'
 send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
-stall 100
-shut
-eof
+stall 100 ; shut ; eof
 END
 	grep ' 499 0 .* end=client' log > /dev/null || fail "log: $(cat log)"
 	touch leave
@@ -4535,14 +4361,9 @@ test_client_gives_up_unix() { # at a UNIX socket: one that closes has gone, one 
 	client close
 	log    "GET http://%O/ HTTP/1.1" 499 0 .* end=client
 	gets~  ^-- end (eof|reset)
-END
-	play 'half-closed' <<'END'
-	origin head
-	origin stall 200
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client shut
-	client answer
+	== half-closed
+	origin head ; stall 200 ; say 200 | ok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; shut ; answer
 	sees   HTTP/1.1 200 OK
 END
 }
@@ -4605,8 +4426,7 @@ test_log_injection() { # no input can split a line or forge a field
 	ask    / User-Agent: a"b\\c d\te\xff" 200 1 "x\nReferer: %41"\x80 = 200 | ok
 	log#   1 .
 	log    "GET http://%O/ HTTP/1.1" 200 2 "%41%22%80" "a%22b%5[Cc]c%20d%09e%[Ff][Ff]%22%20200%201%20%22x" up=0
-END
-	play 'a request that is none' <<'END'
+	== a request that is none
 	client send "\\\x1b[31m\x80\r x y z\n\n
 	client eof
 	sees~  ^HTTP/1.1 400
@@ -4891,15 +4711,12 @@ test_signals_interrupt() { # calls that a signal interrupts are made again
 	proxy_wrap="strace -D -f -o calls -e inject=read,write,pread64,pwrite64:error=EINTR:when=3+3"
 	start_proxy -c cache
 	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 300000\n\n
+reply 200 Cache-Control: max-age=99\nContent-Length: 300000
 fill 300000
 END
 	for n in 1 2 3 4 5; do
 		client a$n <<'END'
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-until \n\n
-skip 300000
+send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until \n\n ; skip 300000
 END
 		grep open a$n.end > /dev/null || fail "$n: $(cat a$n.end)"
 	done
@@ -4912,16 +4729,9 @@ END
 ~ hit=fresh
 END
 	play -n 'a tunnel' <<'END'
-	origin until ping
-	origin send pong
-	origin fill 100000
-	origin close
-	client send CONNECT %O HTTP/1.1\nHost: %O\n\n
-	client answer head
-	client send ping
-	client until pong
-	client skip 100000
-	client eof
+	origin until ping ; send pong ; fill 100000 ; close
+	ask    CONNECT %O
+	client send ping ; until pong ; skip 100000 ; eof
 	log    CONNECT .* 200 100004 .* end=server
 END
 	grep EINTR calls > /dev/null || skip "strace injects nothing"
@@ -4933,24 +4743,16 @@ test_trace_long() { # -v: lines longer than the trace's own, with blanks before 
 	served
 	origin=$served_at
 	play 'from a client' <<END
-	client send GET http://%O/ HTTP/1.1\\nHost: %O\\nAuthorization$blanks: x\\n\\n
-	client answer
-	sees~  ^HTTP/1.1 400
+	ask    / Authorization$blanks: x = 400
 	err~   ^#[0-9]+ c> Authorization: \*\*\*$
-END
-	play 'from a server' <<END
-	origin head
-	origin send HTTP/1.1 200 OK\\nProxy-Authorization$blanks: x\\n\\n
-	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n\\n
-	client answer
+	== from a server
+	origin head ; send HTTP/1.1 200 OK\nProxy-Authorization$blanks: x\n\n
+	ask    /
 	err~   ^#[0-9]+ s> Proxy-Authorization: \*\*\*$
-END
-	play 'a line of 3,000 bytes' <<END
+	== a line of 3,000 bytes
 	origin head
-	origin send HTTP/1.1 200 OK\\nContent-Length: 2\\nX: $(printf '%3000s' '' | tr ' ' x)\\n\\nok
-	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n\\n
-	client answer
-	sees~  ^HTTP/1.1 200
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\nX: $(printf '%3000s' '' | tr ' ' x)\n\nok
+	ask    / = 200
 	err~   ^#[0-9]+ s> X: x+$
 END
 }
@@ -4965,22 +4767,15 @@ test_trace_end() { # -v: what can't be parsed is shown, and one line says what e
 	err~   refused: the request line is not METHOD URL HTTP/1\.1$
 	err~   ^#[0-9]+ \* [0-9]+ ms ended: done, 400, 0 bytes up, [0-9]+ down, the request line is not METHOD URL HTTP/1.1$
 	log    "GET /a b HTTP/1.1" 400
-END
-	play 'no response' <<'END'
-	origin head
-	origin send HELO there\n\n
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
+	== no response
+	origin head ; send HELO there\n\n
+	ask    /
 	err~   ^#[0-9]+ s> HELO there$
 	err~   ^#[0-9]+ \* [0-9]+ ms ended: done, 502,
-END
-	play 'times to the end' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\no
-	origin stall 150
-	origin send k
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
+	== times to the end
+	reply  200 Content-Length: 2 | o
+	origin stall 150 ; send k
+	ask    /
 	err~   \* ([6-9][0-9]|[1-9][0-9][0-9]+) ms relay -> request$
 	err~   \* ([6-9][0-9]|[1-9][0-9][0-9]+) ms ended: done, 200, 0 bytes up, 2 down$
 END
@@ -5179,11 +4974,8 @@ test_names_many() { # all addresses of a name are tried
 	    127.0.0.8 127.0.0.9 127.0.0.10 127.0.0.11 127.0.0.12 127.0.0.13 \
 	    127.0.0.14 127.0.0.15 127.0.0.16 127.0.0.1
 	play 'the last of sixteen' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\nConnection: close\n\nok
-	client send GET http://many.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	sees   HTTP/1.1 200 OK
+	reply  200 Connection: close | ok
+	ask    http://many.test:%p/ = 200 OK
 	log    200 2 .* server=127.0.0.1:%p end=done
 END
 }
@@ -5192,9 +4984,7 @@ test_names_crash() { # a look-up that dies is noticed at once, and leaves no zom
 	start_names 127.0.0.1
 	for n in 1 2 3; do
 		play 'it dies' <<'END'
-	client send GET http://crash.test:1/ HTTP/1.1\nHost: x\nConnection: close\n\n
-	client answer
-	sees~  ^HTTP/1.1 502
+	ask    http://crash.test:1/ Connection: close = 502
 	log    "GET http://crash.test:1/ HTTP/1.1" 502 .* why="the name lookup failed"
 END
 	done
@@ -5348,9 +5138,7 @@ test_names_outgoing_fails() { # -b: the refusal says that no port is left there,
 	start_names 127.0.0.1 -- -b 127.0.0.99
 	play -n 'no port' <<'END'
 	origin eof
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	sees~  ^HTTP/1.1 502
+	ask    / = 502
 	sees~  %O: .*: no local port is left at 127.0.0.99 \(-b or from\)
 	log    502 .* server=%O end=done why=
 END
@@ -5358,9 +5146,7 @@ END
 	start_proxy -b 192.0.2.77
 	play -n 'not ours' <<'END'
 	origin eof
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	sees~  ^HTTP/1.1 502
+	ask    / = 502
 	sees~  %O: .*: this machine can't use 192.0.2.77 \(-b or from\)
 END
 }
@@ -5377,12 +5163,9 @@ test_names_guard() { # who is not local reaches nothing on loopback
 	    '[::ffff:127.0.0.1]'; do
 		play -n "$host" <<END
 		reply  200 | evil
-		ask    http://$host:%p/
-		client send CONNECT $host:%p HTTP/1.1\nHost: x\n\n
-		client answer
-		sees   HTTP/1.1 403 Forbidden
+		ask    http://$host:%p/ = 403 Forbidden
 		sees~  ^Proxy-Status: proxy-ID; error=destination_ip_prohibited
-		sees   HTTP/1.1 403 Forbidden
+		ask    CONNECT $host:%p = 403 Forbidden
 		gets!~ .
 		log    " 403 .* why="
 		log    " 403 .* why="
@@ -5438,8 +5221,7 @@ END
 	sees~  ^-- end (eof|reset)
 	log#   1 .
 	log    "CONNECT dest.invalid:443 HTTP/1.1" (403|502)
-END
-	play -n 'a parent that closes' <<'END'
+	== a parent that closes
 	ask    CONNECT dest.invalid:443 = 502
 	log    "CONNECT dest.invalid:443 HTTP/1.1" 502 .* why="
 END
@@ -5712,9 +5494,7 @@ right() {
 plain_origin() {
 	[ $# -gt 0 ] || set -- plain
 	origin "$@" <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-loop
+replies 200 | ok
 END
 }
 
@@ -5726,8 +5506,7 @@ asks() {
 	asks_lines=$(wc -l < log)
 	rm -f a a.end
 	client a <<END
-send $1 $2 HTTP/1.1\nHost: x\n${3-}\n
-answer$asks_how
+send $1 $2 HTTP/1.1\nHost: x\n${3-}\n ; answer$asks_how
 END
 	wait_for 2 "[ \"\$(wc -l < log)\" -gt $asks_lines ]"
 }
@@ -6944,12 +6723,9 @@ test_rules_client_here() { # local: every address of this machine
 	plain_origin
 	start_proxy -l "$me:0"
 	play -n 'the address that the banner tells works from here' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\nok\l
-	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send CONNECT %O HTTP/1.1\nHost: x\n\n
-	client answer head
+	reply  200 | ok\l
+	ask    /
+	ask    CONNECT %O
 	sees   ok\l
 	sees~  ^HTTP/1.1 200
 END
@@ -6970,11 +6746,7 @@ END
 
 test_rules_client_elsewhere() { # clients that are not local
 	need_me
-	origin far -a "$me" <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-loop
-END
+	plain_origin far -a "$me"
 	start_ruled -e "deny 450 client local" -e "allow client $me/32"
 	want 200 GET http://%O/
 	last_line "^$me - - " ' rule=-e:2( |$)'
@@ -7122,18 +6894,12 @@ deny 451 "not there" address 127.0.0.1 host b.example
 deny host c.example
 END
 	play -n 'Proxy-Status' <<'END'
-	client send GET http://a.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://b.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://c.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	sees   HTTP/1.1 403 Forbidden
+	ask    http://a.example:%p/ = 403 Forbidden
 	sees~  ^Proxy-Status: proxy-ID; error=destination_ip_prohibited
-	sees~  HTTP/1.1 451
+	ask    http://b.example:%p/ = 451
 	sees~  ^Proxy-Status: proxy-ID; error=destination_ip_prohibited
 	sees~  ^451 .*: not there
-	sees~  HTTP/1.1 403 Forbidden
+	ask    http://c.example:%p/ = 403 Forbidden
 	sees~  ^Proxy-Status: proxy-ID; error=http_request_denied
 	log    a.example.* 403 .*rule=rules:1
 	log    b.example.* 451 .*rule=rules:2
@@ -7173,11 +6939,8 @@ deny 451 "no films at work" host films.example
 deny 410 host gone.example
 END
 	play 'the page tells the reason and nothing else' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://plain.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	sees   HTTP/1.1 403 Forbidden
+	reply  200 | ok
+	ask    http://plain.example:%p/ = 403 Forbidden
 	sees~  ^Proxy-Status: proxy-ID; error=http_request_denied
 	sees~  ^403 Forbidden: a rule forbids this(.l)?$
 	sees+  -- end open
@@ -7188,28 +6951,18 @@ END
 	grep -E ' rule=rules:1( |$)' log > /dev/null || fail "no rule= in the log"
 	grep ' why="' log > /dev/null || fail "no why= in the log"
 	play 'status and reason; the connection goes on' <<'END'
-	client send GET http://films.example:1/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send HEAD http://gone.example:1/ HTTP/1.1\nHost: x\n\n
-	client answer head
-	client send POST http://gone.example:1/ HTTP/1.1\nHost: x\nContent-Length: 5\n\nhello
-	client answer
-	sees~  ^HTTP/1.1 451 
+	ask    http://films.example:1/ = 451
 	sees~  ^451 [A-Z].*: no films at work(.l)?
-	sees~  HTTP/1.1 410 
-	sees~  HTTP/1.1 410 
+	ask    HEAD http://gone.example:1/ = 410
+	ask    POST http://gone.example:1/ | hello = 410
 	sees~  ^410.*: a rule forbids this
 	sees#  1 ^410.*: a rule forbids this
 	log    "GET http://films.example:1/ HTTP/1.1" 451 .*rule=rules:2
 	log    "HEAD http://gone.example:1/ HTTP/1.1" 410 0 .*rule=rules:3
 	log    "POST http://gone.example:1/ HTTP/1.1" 410 .*rule=rules:3
-END
-	play 'the second of three in one write' <<'END'
-	origin head
-	origin stall 100
-	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\none\l
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 6\n\nthree\l
+	== the second of three in one write
+	origin head ; stall 100 ; say 200 | one\l
+	reply  200 | three\l
 	client send GET http://%O/1 HTTP/1.1\nHost: x\n\nGET http://films.example:%p/2 HTTP/1.1\nHost: x\n\nGET http://%O/3 HTTP/1.1\nHost: x\n\n
 	client until three
 	sees   one\l
@@ -7219,29 +6972,23 @@ END
 	gets   GET /1 HTTP/1.1
 	gets   GET /3 HTTP/1.1
 	gets!~ ^GET /2
-END
-	play 'a body that waits for 100' <<'END'
+	== a body that waits for 100
 	client send POST http://films.example:1/ HTTP/1.1\nHost: x\nExpect: 100-continue\nContent-Length: 5\n\n
 	client until films at work
 	sees~  ^HTTP/1.1 451 
 	sees#  1 HTTP/1.1 
-END
-	play 'a long request body' <<'END'
+	== a long request body
 	client send POST http://films.example:1/ HTTP/1.1\nHost: x\nContent-Length: 50000000\n\n
 	client stuff 50000000
 	client eof
 	sees~  ^HTTP/1.1 451 
 	sees~  ^-- end
 	log    "POST http://films.example:1/ HTTP/1.1" 451 
-END
-	play 'a 1.0 client' <<'END'
-	client send GET http://films.example:1/ HTTP/1.0\n\n
-	client eof
-	sees~  ^HTTP/1.1 451 
+	== a 1.0 client
+	ask    1.0 http://films.example:1/ = 451
 	sees~  ^451 .*: no films at work
 	sees   -- end eof
-END
-	play 'a tunnel' <<'END'
+	== a tunnel
 	origin eof
 	client send CONNECT films.example:%p HTTP/1.1\nHost: x\n\nhello
 	client eof
@@ -7259,75 +7006,51 @@ deny 451 "no films" type video/*
 deny status 500-599
 END
 	play 'by its type, by its status' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Type: video/mp4\nX-Secret: 1\nContent-Length: 6\n\nsecret
+	reply  200 Content-Type: video/mp4\nX-Secret: 1 | secret
 	origin next
-	origin head
-	origin send HTTP/1.1 500 Oops\nX-Secret: 1\nTransfer-Encoding: chunked\n\n6\nsecret\n0\n\n
+	reply  500 Oops\nX-Secret: 1\nTransfer-Encoding: chunked | 6\nsecret\n0\n\n
 	origin next
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/3 HTTP/1.1\nHost: %O\n\n
-	client answer
-	sees~  ^HTTP/1.1 451 
+	reply  200 | ok
+	ask    /1 = 451
 	sees~  ^Proxy-Status: proxy-ID; error=http_request_denied
 	sees~  ^451 .*: no films
-	sees~  HTTP/1.1 403 Forbidden
+	ask    /2 = 403 Forbidden
 	sees~  ^403 Forbidden: a rule forbids this
-	sees~  HTTP/1.1 200 OK
+	ask    /3 = 200 OK
 	sees~  ok$
 	sees!~ ([Ss]ecret|Oops)
 	log    /1 HTTP/1.1" 451 .*rule=rules:1
 	log    /2 HTTP/1.1" 403 .*rule=rules:2
 	log    /3 HTTP/1.1" 200 2
-END
-	play 'behind interim answers' <<'END'
-	origin head
-	origin send HTTP/1.1 103 Early\nX-A: b\n\n
-	origin stall 50
-	origin send HTTP/1.1 200 OK\nContent-Type: video/mp4\nContent-Length: 6\n\nsecret
-	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
-	client answer
+	== behind interim answers
+	reply  103 Early\nX-A: b
+	origin stall 50 ; say 200 Content-Type: video/mp4 | secret
+	ask    /1
 	sees~  ^HTTP/1.1 103 
 	sees~  ^HTTP/1.1 451 
 	sees!~ secret
 	log    /1 HTTP/1.1" 451 
-END
-	play 'to HEAD' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Type: video/mp4\nContent-Length: 6\n\n
-	client send HEAD http://%O/1 HTTP/1.1\nHost: %O\n\n
-	client answer head
+	== to HEAD
+	reply  200 Content-Type: video/mp4\nContent-Length: 6
+	ask    HEAD /1 = 451
 	client quiet 100
-	sees~  ^HTTP/1.1 451 
 	sees!~ ^451
 END
 	# A long body that nobody wants does not hold up the next request.
 	play 'a long body' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Type: video/mp4\nContent-Length: 50000000\n\n
+	reply  200 Content-Type: video/mp4\nContent-Length: 50000000
 	origin stuff 50000000
 	origin next
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/2 HTTP/1.1\nHost: %O\n\n
-	client answer
-	sees~  ^HTTP/1.1 451 
-	sees~  HTTP/1.1 200 OK
+	reply  200 | ok
+	ask    /1 = 451
+	ask    /2 = 200 OK
 END
 }
 
 test_rules_deny_cached() { # what is stored is judged anew
 	start_ruled -c "$T/cache"
 	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Type: text/html\nCache-Control: max-age=999\nX-A: b\nContent-Length: 9\n\nnot clean
+reply 200 Content-Type: text/html\nCache-Control: max-age=999\nX-A: b | not clean
 END
 	want 200 GET http://o.example:%p/
 	want 200 GET http://o.example:%p/
@@ -7362,47 +7085,33 @@ drop type text/html
 drop size >1000 host big.example
 END
 	play 'a request, a tunnel, an answer' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://drop.example:%p/ HTTP/1.1\nHost: x\n\n
-	client eof
+	reply  200 | ok
+	client send GET http://drop.example:%p/ HTTP/1.1\nHost: x\n\n ; eof
 	sees~  ^-- end (eof|reset)$
 	sees!~ ^[^-]
 	gets!~ .
 	log    "GET http://drop.example:%p/ HTTP/1.1" 444 0 .*rule=rules:1
-END
-	play 'a tunnel' <<'END'
+	== a tunnel
 	origin eof
 	client send CONNECT drop.example:%p HTTP/1.1\nHost: x\n\n
 	client eof
 	sees!~ ^[^-]
 	gets!~ .
 	log    "CONNECT drop.example:%p HTTP/1.1" 444 0 .*rule=rules:1
-END
-	play 'an answer' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Type: text/html\nContent-Length: 2\n\nok
-	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
-	client eof
+	== an answer
+	reply  200 Content-Type: text/html | ok
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n ; eof
 	sees!~ ^[^-]
 	log    "GET http://%O/ HTTP/1.1" 444 0 .*rule=rules:2
-END
-	play 'in the middle of an answer' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n1f4\n\{500:x}\n
-	origin stall 200
-	origin send 1f5\n\{501:y}\n0\n\n
-	client send GET http://big.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	sees~  ^HTTP/1.1 200
+	== in the middle of an answer
+	reply  200 Transfer-Encoding: chunked | 1f4\n\{500:x}\n
+	origin stall 200 ; send 1f5\n\{501:y}\n0\n\n
+	ask    http://big.example:%p/ = 200
 	sees!~ ^0+$
 	sees~  ^-- end (eof|reset) answer
 	log    "GET http://big.example:%p/ HTTP/1.1" .* end=rule.*rule=rules:3
-END
-	play 'the second of two at once' <<'END'
-	origin head
-	origin stall 100
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	== the second of two at once
+	origin head ; stall 100 ; say 200 | ok
 	client send GET http://%O/ HTTP/1.1\nHost: x\n\nGET http://drop.example:%p/ HTTP/1.1\nHost: x\n\n
 	client eof
 	sees#  1 HTTP/1.1 
@@ -7431,23 +7140,13 @@ END
 	plain_origin
 	alice=$(basic alice:wonder)
 	play -n 'asked, then let in, all on one connection' <<END
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	origin loop
-	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/2 HTTP/1.1\nHost: %O\nProxy-Authorization: $alice\n\n
-	client answer
-	client send GET http://%O/3 HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://free.example:%p/4 HTTP/1.1\nHost: x\n\n
-	client answer
-	sees   HTTP/1.1 407 Proxy Authentication Required
+	replies 200 | ok
+	ask    /1 = 407 Proxy Authentication Required
 	sees   Proxy-Authenticate: Basic realm="proxy", charset="UTF-8"
 	sees~  ^407 Proxy Authentication Required
-	sees~  HTTP/1.1 200 OK
-	sees~  okHTTP/1.1 407 
-	sees~  HTTP/1.1 200 OK
+	ask    /2 Proxy-Authorization: $alice = 200 OK
+	ask    /3 = 407
+	ask    http://free.example:%p/4 = 200 OK
 	sees#  2 ^Proxy-Authenticate: 
 	gets#  2 ^GET 
 	gets   GET /2 HTTP/1.1
@@ -7554,11 +7253,7 @@ END
 
 test_rules_login_parent() { # our clients' credentials reach no parent
 	people
-	origin p <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-loop
-END
+	plain_origin p
 	start_rules <<END
 users people
 login
@@ -7581,11 +7276,7 @@ END
 test_rules_login_elsewhere() { # who is not local may log in
 	need_me
 	people
-	origin o -a "$me" <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-loop
-END
+	plain_origin o -a "$me"
 	start_rules <<'END'
 users people
 login not client 198.51.100.0/24
@@ -7603,22 +7294,14 @@ test_rules_size() { # size: told beforehand, or counted
 	start_ruled -c "$T/cache" -e 'deny size >1000 host big.example' \
 	    -e 'deny size <10 host small.example'
 	play -n 'chunked, enough' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n1f4\n\{500:x}\n1f4\n\{500:y}\n
-	origin stall 100
-	origin send 0\n\n
-	client send GET http://big.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
+	reply  200 Transfer-Encoding: chunked | 1f4\n\{500:x}\n1f4\n\{500:y}\n
+	origin stall 100 ; send 0\n\n
+	ask    http://big.example:%p/
 	log    200 1000 .* end=done
-END
-	play -n 'chunked, too much' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nTransfer-Encoding: chunked\n\n1f4\n\{500:Q}\n
-	origin stall 200
-	origin send 1f5\n\{501:Z}\n0\n\n
-	client send GET http://big.example:%p/x HTTP/1.1\nHost: x\n\n
-	client answer
-	sees~  ^HTTP/1.1 200
+	== chunked, too much
+	reply  200 Cache-Control: max-age=99\nTransfer-Encoding: chunked | 1f4\n\{500:Q}\n
+	origin stall 200 ; send 1f5\n\{501:Z}\n0\n\n
+	ask    http://big.example:%p/x = 200
 	sees!~ ^0+$
 	sees~  ^-- end (eof|reset) answer
 	log    /x HTTP/1.1" 200 [0-9]+ .* end=rule
@@ -7629,33 +7312,22 @@ END
 	play -n 'to the close' <<'END'
 	origin head
 	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\n\n\{900:x}
-	origin stall 200
-	origin send \{900:x}
-	client send GET http://big.example:%p/y HTTP/1.1\nHost: x\n\n
-	client answer
-	sees~  ^HTTP/1.1 200
+	origin stall 200 ; send \{900:x}
+	ask    http://big.example:%p/y = 200
 	sees!~ ^0+$
 	sees~  ^-- end (eof|reset) answer
 	log    /y HTTP/1.1" 200 [0-9]+ .* end=rule
-END
-	play -n 'to the close, to a 1.0 client: only a reset tells' <<'END'
+	== to the close, to a 1.0 client: only a reset tells
 	origin head
 	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\n\n\{900:x}
-	origin stall 200
-	origin send \{900:x}
-	client send GET http://big.example:%p/z HTTP/1.0\n\n
-	client eof
-	sees~  ^HTTP/1.1 200
+	origin stall 200 ; send \{900:x}
+	ask    1.0 http://big.example:%p/z = 200
 	sees~  ^-- end reset
 	log    /z HTTP/1.0" 200 [0-9]+ .* end=rule
-END
-	play -n 'chunked, too little' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n
-	origin stall 100
-	origin send 9\nxxxxxxxxx\n0\n\n
-	client send GET http://small.example:%p/ HTTP/1.1\nHost: x\n\n
-	client eof
+	== chunked, too little
+	reply  200 Transfer-Encoding: chunked
+	origin stall 100 ; send 9\nxxxxxxxxx\n0\n\n
+	client send GET http://small.example:%p/ HTTP/1.1\nHost: x\n\n ; eof
 	sees!~ ^0+$
 	sees~  ^-- end (eof|reset)
 	log    small.example:%p/ HTTP/1.1" (200|403) .*rule=-e:2
@@ -7707,14 +7379,9 @@ deny body aaab "ab ba" host odd.example
 END
 	head='HTTP/1.1 200 OK\nCache-Control: max-age=999\n'
 	play -n 'by length, one byte at a time' <<END
-	origin head
-	origin send ${head}Content-Length: 78\\n\\nfirst
-	origin stall 200
-	origin chop 1 1 $eicar_play
-	origin send later
-	client send GET http://virus.example:%p/1 HTTP/1.1\\nHost: x\\n\\n
-	client answer
-	sees~  ^HTTP/1.1 200
+	origin head ; send ${head}Content-Length: 78\n\nfirst ; stall 200
+	origin chop 1 1 $eicar_play ; send later
+	ask    http://virus.example:%p/1 = 200
 	sees~  ^first
 	sees~  ^-- end (eof|reset) answer
 	log    /1 HTTP/1.1" 200 [0-9]+ .* end=rule
@@ -7732,15 +7399,10 @@ END
 	n1=$(printf %x ${#eicar_1})
 	n2=$(printf %x ${#eicar_2})
 	play -n 'across chunks' <<END
-	origin head
-	origin send ${head}Transfer-Encoding: chunked\\n\\n5\\nfirst\\n
-	origin stall 200
-	origin send $n1\\n$eicar_1_play\\n
-	origin stall 50
-	origin send $n2;x=y\\n$eicar_2\\n0\\n\\n
-	client send GET http://virus.example:%p/3 HTTP/1.1\\nHost: x\\n\\n
-	client answer
-	sees~  ^HTTP/1.1 200
+	origin head ; send ${head}Transfer-Encoding: chunked\n\n5\nfirst\n
+	origin stall 200 ; send $n1\n$eicar_1_play\n ; stall 50
+	origin send $n2;x=y\n$eicar_2\n0\n\n
+	ask    http://virus.example:%p/3 = 200
 	sees!~ ^0+$
 	sees~  ^-- end (eof|reset) answer
 	log    /3 HTTP/1.1" 200 [0-9]+ .* end=rule
@@ -7762,13 +7424,8 @@ END
 END
 	kept_back c$plays
 	play -n 'to the close, to a 1.0 client: only a reset tells' <<END
-	origin head
-	origin send ${head}\\nfirst
-	origin stall 200
-	origin send $eicar_play
-	client send GET http://virus.example:%p/5 HTTP/1.0\\n\\n
-	client eof
-	sees~  ^HTTP/1.1 200
+	origin head ; send ${head}\nfirst ; stall 200 ; send $eicar_play
+	ask    1.0 http://virus.example:%p/5 = 200
 	sees~  ^-- end reset
 	log    /5 HTTP/1.0" 200 [0-9]+ .* end=rule
 END
@@ -7776,11 +7433,9 @@ END
 	for text in aaaab 'xaaab' 'xab ba' 'aaab ba'; do
 		play -n "a beginning before the text: $text" <<END
 		origin head
-		origin send ${head}Content-Length: $((${#text} + 5))\\n\\nfirst
-		origin stall 100
-		origin send $text
-		client send GET http://odd.example:%p/6 HTTP/1.1\\nHost: x\\n\\n
-		client answer
+		origin send ${head}Content-Length: $((${#text} + 5))\n\nfirst
+		origin stall 100 ; send $text
+		ask    http://odd.example:%p/6
 		sees~  ^-- end (eof|reset) answer
 		log    /6 HTTP/1.1" 200 [0-9]+ .* end=rule
 END
@@ -7788,16 +7443,11 @@ END
 	grep -l -r 'example:[0-9]*/[1-6]' cache > stored
 	[ ! -s stored ] || fail "what was cut off is stored: $(cat stored)"
 	play -n 'what only begins like it passes whole' <<END
-	origin head
-	origin send ${head}Content-Length: 40\\n\\nfirst
-	origin stall 100
+	origin head ; send ${head}Content-Length: 40\n\nfirst ; stall 100
 	origin chop 3 1 ${eicar_1_play}last
-	origin head
-	origin send HTTP/1.1 200 OK\\nContent-Length: ${#eicar_2}\\n\\n$eicar_2
-	client send GET http://virus.example:%p/7 HTTP/1.1\\nHost: x\\n\\n
-	client answer
-	client send GET http://virus.example:%p/8 HTTP/1.1\\nHost: x\\n\\n
-	client answer
+	reply  200 Content-Length: ${#eicar_2} | $eicar_2
+	ask    http://virus.example:%p/7
+	ask    http://virus.example:%p/8
 	sees~  ^HTTP/1.1 200
 	sees~  ${eicar_2%\$*}
 	sees#  2 HTTP/1.1 200
@@ -7810,23 +7460,14 @@ END
 deny not body licence
 END
 	play -n 'not: with the text' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nfirst\n
-	origin stall 100
-	origin send 9\na licence\n
-	origin stall 100
-	origin send 4\nlast\n0\n\n
-	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
-	client answer
+	reply  200 Transfer-Encoding: chunked | 5\nfirst\n
+	origin stall 100 ; send 9\na licence\n ; stall 100 ; send 4\nlast\n0\n\n
+	ask    /
 	log    200 18 .* end=done
-END
-	play -n 'not: without it' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nfirst\n
-	origin stall 100
-	origin send 4\nlast\n0\n\n
-	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
-	client eof
+	== not: without it
+	reply  200 Transfer-Encoding: chunked | 5\nfirst\n
+	origin stall 100 ; send 4\nlast\n0\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n ; eof
 	sees!~ ^0+$
 	log    " (200|403) .*rule=rules:1
 END
@@ -7839,27 +7480,16 @@ test_rules_body_passes() { # body: what no line concerns passes
 deny body "$eicar_play" host virus.example
 END
 	play -n 'a HEAD, a 304, a 204' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 5000\n\n
-	origin head
-	origin send HTTP/1.1 304 Not\nContent-Length: 5000\n\n
-	origin head
-	origin send HTTP/1.1 204 No\n\n
-	client send HEAD http://virus.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer head
-	client send GET http://virus.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://virus.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	sees~  HTTP/1.1 200
-	sees~  HTTP/1.1 304
-	sees~  HTTP/1.1 204
+	reply  200 Content-Length: 5000
+	reply  304 Not\nContent-Length: 5000
+	reply  204 No
+	ask    HEAD http://virus.example:%p/ = 200
+	ask    http://virus.example:%p/ = 304
+	ask    http://virus.example:%p/ = 204
 END
 	play -n 'another host' <<END
-	origin head
-	origin send HTTP/1.1 200 OK\\nContent-Length: 68\\n\\n$eicar_play
-	client send GET http://other.example:%p/9 HTTP/1.1\\nHost: x\\n\\n
-	client answer
+	reply  200 Content-Length: 68 | $eicar_play
+	ask    http://other.example:%p/9
 	log    /9 HTTP/1.1" 200 68 .* end=done
 END
 	grep -F "$eicar" c$plays > /dev/null || fail "the text has changed"
@@ -7873,29 +7503,20 @@ test_rules_body_borders() { # body: a text across the border of two buffers
 	    $((buffer - 1)) "$buffer" $((buffer + 1)) $((buffer * 2 - 20)) \
 	    $((buffer * 3 - 300)) 65502 65535 1000003; do
 		play -n "behind $at bytes" <<END
-		origin head
-		origin send HTTP/1.1 200 OK\\nContent-Length: $((at + 200068))\\n\\n
-		origin fill $at
-		origin send $eicar_play
-		origin stuff 200000
-		client send GET http://%O/ HTTP/1.1\\nHost: x\\n\\n
-		client answer
-		sees~  ^HTTP/1.1 200
+		reply  200 Content-Length: $((at + 200068))
+		origin fill $at ; send $eicar_play ; stuff 200000
+		ask    / = 200
 		sees~  ^-- end (eof|reset) answer
 		log    " 200 [0-9]+ .* end=rule
 END
 		kept_back "c$plays"
 		play -n "chunked, behind $at bytes" <<END
-		origin head
-		origin send HTTP/1.1 200 OK\\nTransfer-Encoding: chunked\\n\\n
-		origin send $(printf %x $((at + 30)))\\n
-		origin fill $at
+		reply  200 Transfer-Encoding: chunked
+		origin send $(printf %x $((at + 30)))\n ; fill $at
 		origin send $(printf %s "$eicar_play" | head -c 31)
-		origin send \\n400\\n$(printf %s "$eicar_play" | tail -c +32)
+		origin send \n400\n$(printf %s "$eicar_play" | tail -c +32)
 		origin stuff 200000
-		client send GET http://%O/ HTTP/1.1\\nHost: x\\n\\n
-		client answer
-		sees~  ^HTTP/1.1 200
+		ask    / = 200
 		sees!~ ^0+$
 		sees~  ^-- end (eof|reset) answer
 		log    " 200 [0-9]+ .* end=rule
@@ -7903,11 +7524,9 @@ END
 		kept_back "c$plays"
 	done
 	play 'megabytes without it' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 3000000\n\n
+	reply  200 Content-Length: 3000000
 	origin fill 3000000
-	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
-	client until \n\n
+	client send GET http://%O/ HTTP/1.1\nHost: x\n\n ; until \n\n
 	client skip 3000000
 	log    " 200 3000000 .* end=done
 END
@@ -7981,33 +7600,25 @@ test_tunnel_sni() { # the name in a tunnel's TLS greeting is in the log
 	start_rules < /dev/null
 	for first in 0 1 70 -60; do
 		play -n "a greeting in pieces, $first" <<END
-		origin until THE END
-		origin send pong
-		client send CONNECT any.example:%p HTTP/1.1\\nHost: x\\n\\n
-		client answer head
+		origin until THE END ; send pong
+		ask    CONNECT any.example:%p
 		client send $(hello Www.films.example "$first")THE END
 		client until pong
 		log    "CONNECT any.example:%p HTTP/1.1" 200 .* sni=Www.films.example( |$)
 END
 	done
 	play -n 'the name of CONNECT, in another case' <<END
-		origin until THE END
-		origin send pong
-		client send CONNECT any.example:%p HTTP/1.1\\nHost: x\\n\\n
-		client answer head
-		client send $(hello Any.Example)THE END
-		client until pong
+		origin until THE END ; send pong
+		ask    CONNECT any.example:%p
+		client send $(hello Any.Example)THE END ; until pong
 		log    "CONNECT any.example:%p HTTP/1.1" 200 .* sni=any.example( |$)
 END
 	for bytes in "$(hello)" 'SSH-2.0-x\n' '\x16\x03\x01\0\0' '\x16\x03' \
 	    "$(hello 'a b')"; do
 		play -n "no name in $bytes" <<END
-		origin until THE END
-		origin send pong
-		client send CONNECT any.example:%p HTTP/1.1\\nHost: x\\n\\n
-		client answer head
-		client send ${bytes}THE END
-		client until pong
+		origin until THE END ; send pong
+		ask    CONNECT any.example:%p
+		client send ${bytes}THE END ; until pong
 		log    "CONNECT any.example:%p HTTP/1.1" 200
 		log!   sni=
 END
@@ -8016,24 +7627,15 @@ END
 
 test_rules_via() { # via: by host, http and socks5; direct for the rest
 	origin h <<'END'
-head
-send HTTP/1.1 200 OK\nX-By: h\nContent-Length: 2\n\nok
-loop
+replies 200 X-By: h | ok
 END
 	h=$origin
 	origin s <<'END'
-want 3
-send \x05\0
-want 19
-send \x05\0\0\x01\x7f\0\0\x01\x12\x34
-head
-send HTTP/1.1 200 OK\nX-By: s\nContent-Length: 2\n\nok
+want 3 ; send \x05\0 ; want 19 ; send \x05\0\0\x01\x7f\0\0\x01\x12\x34
+reply 200 X-By: s | ok
 loop
 ---
-want 3
-send \x05\0
-want 19
-send \x05\0\0\x01\x7f\0\0\x01\x12\x34pong
+want 3 ; send \x05\0 ; want 19 ; send \x05\0\0\x01\x7f\0\0\x01\x12\x34pong
 eof
 END
 	s=$origin
@@ -8044,10 +7646,8 @@ via http://$h host .intern.example url ^http://par.example/[a-z]*\$
 END
 	: > names
 	play -n 'socks' <<END
-	client send GET http://abcdef.onion/a HTTP/1.1\\nHost: x\\n\\n
-	client answer
-	client send CONNECT abcdef.onion:443 HTTP/1.1\\nHost: x\\n\\n
-	client answer head
+	ask    http://abcdef.onion/a
+	ask    CONNECT abcdef.onion:443
 	client until pong
 	sees~  ^HTTP/1.1 200
 	sees   X-By: s
@@ -8068,10 +7668,8 @@ END
 	plain_origin
 	: > names
 	play -n 'http' <<END
-	client send GET http://far.intern.example/a HTTP/1.1\\nHost: x\\n\\n
-	client answer
-	client send CONNECT far.intern.example:443 HTTP/1.1\\nHost: x\\n\\n
-	client answer head
+	ask    http://far.intern.example/a
+	ask    CONNECT far.intern.example:443
 	sees   X-By: h
 	log    "GET http://far.intern.example/a HTTP/1.1" 200 2 .* server=$h end=done
 	log    "CONNECT far.intern.example:443 HTTP/1.1" 200 .* server=$h end=
@@ -8096,9 +7694,7 @@ END
 test_rules_via_next() { # via: the next parent if one can't be reached; direct as last
 	dead_port
 	origin h <<'END'
-head
-send HTTP/1.1 200 OK\nX-By: h\nContent-Length: 2\n\nok
-loop
+replies 200 X-By: h | ok
 END
 	h=$origin
 	start_rules <<END
@@ -8158,9 +7754,7 @@ END
 
 test_rules_via_option() { # -x is a route behind those of the rules
 	origin h <<'END'
-head
-send HTTP/1.1 200 OK\nX-By: h\nContent-Length: 2\n\nok
-loop
+replies 200 X-By: h | ok
 END
 	h=$origin
 	start_rules -x "http://$h" <<'END'
@@ -8179,11 +7773,7 @@ test_rules_from() { # from: the address that servers see
 from 127.0.0.2 url /second
 from 127.0.0.1 host first.example
 END
-	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-loop
-END
+	plain_origin o
 	# What is kept from one address does not serve another.
 	for path in / /second / /second; do
 		want 200 GET http://x.example:%p$path
@@ -8208,11 +7798,7 @@ END
 			fail "CONNECT: ${row% *} comes from $(cat "${row% *}.1.peer")"
 	done
 	have_ipv6 || return 0
-	origin six -a ::1 <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-loop
-END
+	plain_origin six -a ::1
 	start_rules <<'END'
 from 127.0.0.2 url /four
 from 127.0.0.2 ::1 url /both
@@ -8226,9 +7812,7 @@ test_rules_nocache() { # nocache: neither answered from there nor stored
 	start_ruled -c "$T/cache"
 	plain='HTTP/1.1 200 OK\nCache-Control: max-age=999\nContent-Length: 2\n\nok'
 	origin o <<END
-head
-send $plain
-loop
+head ; send $plain ; loop
 END
 	want 200 GET http://%O/one
 	want 200 GET http://%O/one
@@ -8256,39 +7840,26 @@ test_rules_cache_size() { # nocache and cache by size: decided when the head has
 	start_ruled -c "$T/cache" -e 'nocache size >5 host a.test' \
 	    -e 'cache 2h not size >5 host b.test' -e 'cache 1h'
 	play -n 'a length that is not told is above no size' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n8\nchunked\l\n0\n\n
-	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
+	reply  200 Transfer-Encoding: chunked | 8\nchunked\l\n0\n\n
+	ask    http://a.test:%p/
+	ask    http://a.test:%p/
 	sees#  2 ^chunked
 	gets#  1 ^GET
 	log    200 8 .* miss=stored
 	log    200 8 .* hit=fresh
-END
-	play -n 'nor not above it' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n3\nok\l\n0\n\n
-	client send GET http://b.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://b.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
+	== nor not above it
+	reply  200 Transfer-Encoding: chunked | 3\nok\l\n0\n\n
+	ask    http://b.test:%p/
+	ask    http://b.test:%p/
 	sees~  ^Cache-Status: .*ttl=(3600|359[0-9])
 	log    200 3 .* miss=stored
 	log    200 3 .* hit=fresh
-END
-	play -n 'a length that is told' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 6\n\nlarge\l
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 5\n\ntiny\l
-	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://a.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
+	== a length that is told
+	reply  200 | large\l
+	reply  200 | tiny\l
+	ask    http://a.test:%p/
+	ask    http://a.test:%p/
+	ask    http://a.test:%p/
 	sees#  1 ^large
 	sees#  2 ^tiny
 	log    200 6 .* miss=rule
@@ -8310,13 +7881,9 @@ test_rules_cache() { # cache DURATION: in place of the lifetime that is told or 
 	done
 	for what in no-cache 'no-cache, max-age=99'; do
 		play -n "$what" <<END
-		origin head
-		origin send HTTP/1.1 200 OK\\nCache-Control: $what\\nContent-Length: 3\\n\\nok\\l
-		origin loop
-		client send GET http://%O/ HTTP/1.1\\nHost: %O\\n\\n
-		client answer
-		client send GET http://%O/ HTTP/1.1\\nHost: %O\\n\\n
-		client answer
+		replies 200 Cache-Control: $what | ok\l
+		ask    /
+		ask    /
 		sees#  2 ^ok
 		gets#  2 ^GET /
 		log!   hit=fresh
@@ -8328,9 +7895,7 @@ END
 	stop_proxy
 	start_cache -e 'cache 1s url /short' -e 'cache 7d url /long'
 	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nCache-Control: max-age=9999\nContent-Length: 2\n\nok
-loop
+replies 200 Cache-Control: max-age=9999 | ok
 END
 	for path in /short /long /other; do
 		want 200 GET http://%O$path
@@ -8371,14 +7936,9 @@ unset request Referer X-Forwarded-*
 unset request Via host c.example
 END
 	play 'on the wire' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://a.example:%p/ HTTP/1.1\nHost: x\nX-Keep: 1\nReferer: http://x/\nx-forwarded-for: 1\nCookie: a=b\n\n
-	client answer
-	client send GET http://c.example:%p/ HTTP/1.1\nHost: x\nVia: 1.0 fred\n\n
-	client answer
+	replies 200 | ok
+	ask    http://a.example:%p/ X-Keep: 1\nReferer: http://x/\nx-forwarded-for: 1\nCookie: a=b
+	ask    http://c.example:%p/ Via: 1.0 fred
 	sees~  ^HTTP/1.1 200
 	gets   GET / HTTP/1.1
 	gets+  Host: a.example:%p
@@ -8439,12 +7999,9 @@ set response X-Missing yes host a.example status 404
 unset response X-If host a.example field response X-Why ^b
 END
 	play -n 'for this host, a miss and a hit' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: public, max-age=99\nContent-Type: text/html\nserver: one\nServer: two\nX-Add: a\nSet-Cookie: a=b\nset-cookie: c=d\nX-Powered-By: x\nX-Powered: 1\nX-If: 1\nX-Why: bc\nContent-Length: 2\n\nok
-	client send GET http://a.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://a.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
+	reply  200 Cache-Control: public, max-age=99\nContent-Type: text/html\nserver: one\nServer: two\nX-Add: a\nSet-Cookie: a=b\nset-cookie: c=d\nX-Powered-By: x\nX-Powered: 1\nX-If: 1\nX-Why: bc | ok
+	ask    http://a.example:%p/
+	ask    http://a.example:%p/
 	sees#  2 ^Server: hidden$
 	sees#  2 ^[Ss]erver:
 	sees#  4 ^X-Add: 
@@ -8456,14 +8013,10 @@ END
 	log    hit=fresh
 END
 	play 'status and host count' <<'END'
-	origin head
-	origin send HTTP/1.1 404 No\nServer: one\nX-If: 1\nContent-Length: 2\n\nok
-	origin head
-	origin send HTTP/1.1 404 No\nServer: one\nSet-Cookie: a=b\nContent-Length: 2\n\nok
-	client send GET http://a.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://b.example:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
+	reply  404 No\nServer: one\nX-If: 1 | ok
+	reply  404 No\nServer: one\nSet-Cookie: a=b | ok
+	ask    http://a.example:%p/
+	ask    http://b.example:%p/
 	sees   X-If: 1
 	sees   Server: hidden
 	sees   Server: one
@@ -8483,14 +8036,9 @@ set request X-A b host other.example
 END
 	for host in set unset; do
 		play -n "$host" <<END
-		origin head
-		origin until \\n0\\n
-		origin until \\n
-		origin stall 50
-		origin send HTTP/1.1 200 OK\\nTransfer-Encoding: chunked\\n\\n5\\nhello\\n0\\nX-B: down\\nX-C: down\\n\\n
-		client send POST http://$host.example:%p/ HTTP/1.1\\nHost: x\\nTransfer-Encoding: chunked\\n\\n4\\ngood\\n0\\nX-B: up\\nX-C: up\\n\\n
-		client answer
-		sees~  ^HTTP/1.1 200
+		origin head ; until \n0\n ; until \n ; stall 50
+		origin say 200 Transfer-Encoding: chunked | 5\nhello\n0\nX-B: down\nX-C: down\n\n
+		ask    POST http://$host.example:%p/ Transfer-Encoding: chunked | 4\ngood\n0\nX-B: up\nX-C: up\n\n = 200
 		sees   hello
 		sees   0
 		sees!~ ^X-[BC]: 
@@ -8500,11 +8048,9 @@ END
 END
 	done
 	play -n 'of others they stay' <<'END'
-	origin head
-	origin until X-C: up\n\n
-	origin send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n0\nX-B: down\nX-C: down\n\n
-	client send POST http://plain.example:%p/ HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\n4\ngood\n0\nX-B: up\nX-C: up\n\n
-	client answer
+	origin head ; until X-C: up\n\n
+	origin say 200 Transfer-Encoding: chunked | 5\nhello\n0\nX-B: down\nX-C: down\n\n
+	ask    POST http://plain.example:%p/ Transfer-Encoding: chunked | 4\ngood\n0\nX-B: up\nX-C: up\n\n
 	sees   X-B: down
 	sees+  X-C: down
 	gets   X-B: up
@@ -8519,10 +8065,8 @@ set request X-A b
 add request X-Forwarded-For 10.0.0.1
 END
 	play 'unset wins' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nFrom: a@b\nReferer: http://x/\nUser-Agent: play\nX-Keep: 1\n\n
-	client answer
+	reply  200 | ok
+	ask    / From: a@b\nReferer: http://x/\nUser-Agent: play\nX-Keep: 1
 	gets   GET / HTTP/1.1
 	gets#  1 ^X-A: b$
 	gets#  1 ^X-Keep: 1$
@@ -8575,11 +8119,7 @@ END
 
 test_rules_nobody_else() { # without any line: this machine only
 	need_me
-	origin far -a "$me" <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-loop
-END
+	plain_origin far -a "$me"
 	start_proxy
 	want 403 GET http://%O/
 	grep -F "allow client $me" a > /dev/null ||
@@ -8820,28 +8360,19 @@ deny type text/html host slow.example
 END
 	plain_port=$origin_port
 	origin o <<'END'
-head
-touch asked
-await go
-send HTTP/1.1 200 OK\nContent-Type: text/html\nContent-Length: 6\n\nsecret
+head ; touch asked ; await go ; say 200 Content-Type: text/html | secret
 END
 	client_bg under_way <<'END'
-send GET http://slow.example:%p/ HTTP/1.1\nHost: x\n\n
-answer
+ask http://slow.example:%p/
 END
 	origin o2 <<'END'
-head
-touch asked2
-await go
-send HTTP/1.1 200 OK\nContent-Type: text/plain\nX-A: b\nContent-Length: 6\n\npublic
+head ; touch asked2 ; await go
+say 200 Content-Type: text/plain\nX-A: b | public
 END
 	client_bg kept <<END
-send GET http://kept.example:$plain_port/ HTTP/1.1\\nHost: x\\n\\n
-answer
-send GET http://kept2.example:%p/ HTTP/1.1\\nHost: x\\n\\n
-answer
-send GET http://b.example:$plain_port/ HTTP/1.1\\nHost: x\\n\\n
-answer
+ask http://kept.example:$plain_port/
+ask http://kept2.example:%p/
+ask http://b.example:$plain_port/
 END
 	wait_for 10 '[ -f asked ] && [ -f asked2 ]' || fail "not under way"
 	origin_port=$plain_port
@@ -8949,8 +8480,7 @@ test_rules_hup_serves() { # HUP: requests are answered while a large list is rea
 	start_ruled -e 'deny list small large'
 	proxy_wrap=
 	client_bg many <<'END'
-send GET http://host7.ads.example/ HTTP/1.1\nHost: x\n\n
-answer
+ask http://host7.ads.example/
 loop
 END
 	wait_for 10 'grep "\"GET .* 403 " err > /dev/null' || fail "no client"
@@ -9028,18 +8558,10 @@ deny 450 address 127.0.0.1 url /hidden
 END
 	plain_origin o
 	play -n 'by its address' <<END
-	client send GET http://a.example:%p/1 HTTP/1.1\\nHost: x\\n\\n
-	client answer
-	client send POST http://a.example:%p/2 HTTP/1.1\\nHost: x\\nContent-Length: 0\\n\\n
-	client answer
-	client send GET http://a.example:%p/hidden HTTP/1.1\\nHost: x\\n\\n
-	client answer
-	client send GET http://a.example:%p/3 HTTP/1.1\\nHost: x\\n\\n
-	client answer
-	sees~  ^HTTP/1.1 200
-	sees~  HTTP/1.1 403
-	sees~  HTTP/1.1 450
-	sees~  HTTP/1.1 200
+	ask    http://a.example:%p/1 = 200
+	ask    POST http://a.example:%p/2 Content-Length: 0 = 403
+	ask    http://a.example:%p/hidden = 450
+	ask    http://a.example:%p/3 = 200
 END
 	got o <<'END'
 = GET /1 HTTP/1.1
@@ -9048,18 +8570,13 @@ END
 !~ hidden
 END
 	play -n 'after a retry' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	origin head
-	origin close
+	reply  200 | ok
+	origin head ; close
 	origin next
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://b.example:%p/1 HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://b.example:%p/2 HTTP/1.1\nHost: x\n\n
-	client answer
-	sees~  okHTTP/1.1 200
+	reply  200 | ok
+	ask    http://b.example:%p/1
+	ask    http://b.example:%p/2
+	sees~  ^HTTP/1.1 200
 	gets   -- connection 2
 	gets   GET /2 HTTP/1.1
 	gets#  3 ^X-Add: once$
@@ -9075,19 +8592,11 @@ END
 test_rules_credentials() { # logins meant for a parent reach no server
 	dead_port
 	origin s <<'END'
-want 3
-send \x05\0
-want 19
-send \x05\0\0\x01\x7f\0\0\x01\x12\x34
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+want 3 ; send \x05\0 ; want 19 ; send \x05\0\0\x01\x7f\0\0\x01\x12\x34
+reply 200 | ok
 END
 	s=$origin
-	origin h <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-loop
-END
+	plain_origin h
 	h=$origin
 	plain_origin o
 	start_rules <<END
@@ -9116,16 +8625,12 @@ test_rules_via_body() { # via: a request body goes to the parent that is reached
 via http://$dead direct
 END
 	play -n 'by length' <<'END'
-	origin head
-	origin skip 500000
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+	origin head ; skip 500000 ; say 200 | ok
 	client send POST http://a.example:%p/ HTTP/1.1\nHost: x\nContent-Length: 500000\n\n
-	client fill 500000
-	client answer
+	client fill 500000 ; answer
 	sees~  ^HTTP/1.1 200
 	log    200 2 .* up=500000 .* end=done
-END
-	play -n 'a tunnel with early bytes' <<'END'
+	== a tunnel with early bytes
 	origin want 4
 	origin send pong
 	client send CONNECT a.example:%p HTTP/1.1\nHost: x\n\nping
@@ -9142,24 +8647,19 @@ deny type text/html field request X-Child .
 unset response X-Mark field request X-Plain .
 END
 	origin o <<'END'
-head
-touch asked
-await go
-send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Type: text/html\nX-Mark: 1\nContent-Length: 6\n\nadults
+head ; touch asked ; await go
+say 200 Cache-Control: max-age=99\nContent-Type: text/html\nX-Mark: 1 | adults
 loop
 END
 	client_bg first <<'END'
-send GET http://a.example:%p/ HTTP/1.1\nHost: x\n\n
-answer
+ask http://a.example:%p/
 END
 	wait_for 10 '[ -f asked ]' || fail "the origin is not asked"
 	client_bg child <<'END'
-send GET http://a.example:%p/ HTTP/1.1\nHost: x\nX-Child: 1\n\n
-answer
+ask http://a.example:%p/ X-Child: 1
 END
 	client_bg plain <<'END'
-send GET http://a.example:%p/ HTTP/1.1\nHost: x\nX-Plain: 1\n\n
-answer
+ask http://a.example:%p/ X-Plain: 1
 END
 	"$peer" sleep 300
 	touch go
@@ -9185,10 +8685,8 @@ END
 test_rules_validated() { # what is validated is judged, its old body too
 	start_ruled -c "$T/cache"
 	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nCache-Control: max-age=0\nETag: "a"\nContent-Type: text/html\nContent-Length: 9\n\nnot clean
-head
-send HTTP/1.1 304 Not\nCache-Control: max-age=0\nETag: "a"\n\n
+reply 200 Cache-Control: max-age=0\nETag: "a"\nContent-Type: text/html | not clean
+reply 304 Not\nCache-Control: max-age=0\nETag: "a"
 loop
 END
 	want 200 GET http://o.example:%p/
@@ -9245,12 +8743,9 @@ END
 		# shellcheck disable=SC2086 # words
 		set -- $row
 		play -n "$row" <<END
-		origin head
-		origin send HTTP/1.1 103 Early\\nX-Early: 1\\n\\n
-		origin stall 50
-		origin send HTTP/1.1 200 OK\\nContent-Type: $3\\nContent-Length: 6\\n\\nsecret
-		client send GET http://$2.example:%p/ HTTP/1.1\\nHost: x\\n\\n
-		client answer
+		reply  103 Early\nX-Early: 1
+		origin stall 50 ; say 200 Content-Type: $3 | secret
+		ask    http://$2.example:%p/
 		log    "GET http://$2.example:%p/ HTTP/1.1" $1 
 END
 		case $1 in
@@ -9269,9 +8764,7 @@ deny type text/html
 END
 	for at in 127.0.0.1 127.0.0.2; do
 		origin "o$at" -a $at <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Type: text/html\nContent-Length: 2\n\nok
-loop
+replies 200 Content-Type: text/html | ok
 END
 		want=403
 		[ $at = 127.0.0.1 ] || want=200
