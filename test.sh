@@ -2407,7 +2407,7 @@ test_start_user_log() { # with -u, log and cache belong to the user, and HUP wor
 
 # ---- 5. Forwarding: one request and its answer ------------------------------
 
-test_forward_get() { # a plain GET, all its lines and its log line
+test_forward_get() { # a plain GET, all its lines and its log line; a Date is added
 	play 'GET by length' <<'END'
 	origin head
 	origin send HTTP/1.1 200 OK\nDate: Sun, 06 Nov 1994 08:49:37 GMT\n
@@ -2437,6 +2437,10 @@ test_forward_get() { # a plain GET, all its lines and its log line
 	gets   GET / HTTP/1.1
 	gets   GET /?q/r HTTP/1.1
 	gets   GET /%7euser/../x;y=z?a/b?c HTTP/1.1
+	== Date is added
+	reply  200 | ok
+	ask    /
+	sees#  1 ^Date: [A-Z][a-z][a-z], [0-3][0-9] [A-Z][a-z][a-z] 20[0-9][0-9] [0-9:]* GMT$
 END
 }
 
@@ -2568,14 +2572,6 @@ test_forward_pipelining() { # requests in one write, answers in order
 	sees#  100 ^ok.l
 	gets#  100 ^GET /n HTTP/1.1
 	log#   100 "GET http://%O/n HTTP/1.1" 200 3
-END
-}
-
-test_forward_date() { # a response without Date gets one
-	play 'Date is added' <<'END'
-	reply  200 | ok
-	ask    /
-	sees#  1 ^Date: [A-Z][a-z][a-z], [0-3][0-9] [A-Z][a-z][a-z] 20[0-9][0-9] [0-9:]* GMT$
 END
 }
 
@@ -2909,7 +2905,7 @@ test_body_early_answer() { # an answer before the request body is finished
 END
 }
 
-test_body_trailers() { # trailers of a response
+test_body_response() { # trailers pass; an answer cut short never looks whole
 	play 'chunked with a trailer' <<'END'
 	reply  200 Transfer-Encoding: chunked\nTrailer: X-Sum
 	origin chop 1 1 3;a=b\none\n3\ntwo\n0\nX-Sum: 6\n\n
@@ -2924,11 +2920,7 @@ test_body_trailers() { # trailers of a response
 	sees   ok
 	gets#  1 ^-- connection
 	log    200 6 .* end=done
-END
-}
-
-test_body_truncated() { # an answer cut short never looks whole
-	play 'by length' <<'END'
+	== by length
 	reply  200 Content-Length: 10 | hello
 	ask    /
 	sees   Content-Length: 10
@@ -3054,7 +3046,7 @@ test_fields_hop_by_hop() { # hop-by-hop and nominated fields go, both ways
 END
 }
 
-test_fields_order() { # order, case and repeats are kept
+test_fields_order() { # order, case and repeats are kept; Host is made from the URL, which wins
 	play 'both ways' <<'END'
 	reply  200 set-cookie: a=1\nX-B: x, y\nSet-Cookie: b=2\nsEt-cOOkie: a=1 | ok
 	client send GET http://%O/ HTTP/1.1\nuser-agent: x\nCookie: a\nHOST: %O\nX-b: 1\nCookie: b\nx-B: "q, \\"r"\nX-b: 1\n\n
@@ -3071,11 +3063,7 @@ test_fields_order() { # order, case and repeats are kept
 	gets+  x-B: "q, \"r"
 	gets+  X-b: 1
 	gets#  1 ^[Hh][Oo][Ss][Tt]:
-END
-}
-
-test_fields_host() { # Host is made from the URL, which wins
-	play 'a lying Host field' <<'END'
+	== a lying Host field
 	reply  200 | ok
 	client send GET http://%O/ HTTP/1.1\nHost: other.example:81\n\n
 	client answer
@@ -3126,7 +3114,7 @@ END
 
 # ---- 8. Tunnels -------------------------------------------------------------
 
-test_connect_basic() { # CONNECT: both ways, early bytes, log line
+test_tunnel_bytes() { # CONNECT: both ways, early bytes, log line
 	play 'bytes that came with the head' <<'END'
 	origin want 4 ; send pong ; eof
 	client send CONNECT %O HTTP/1.1\nHost: %O\n\nping
@@ -3155,7 +3143,7 @@ test_connect_basic() { # CONNECT: both ways, early bytes, log line
 END
 }
 
-test_connect_ipv6() { # CONNECT [::1]:port, GET http://[::1]:port/
+test_tunnel_ipv6() { # CONNECT [::1]:port, GET http://[::1]:port/
 	have_ipv6 || skip "no IPv6 on loopback"
 	play 'CONNECT' <<'END'
 	origin -a ::1
@@ -3174,8 +3162,8 @@ test_connect_ipv6() { # CONNECT [::1]:port, GET http://[::1]:port/
 END
 }
 
-test_connect_half_close() { # each direction closes alone, the rest arrives
-	play 'the client first' <<'END'
+test_tunnel_ends() { # each direction closes alone, the rest arrives; a reset is felt on the other side
+	play 'the client closes first' <<'END'
 	origin eof ; stall 100 ; fill 300000 ; send end
 	ask    CONNECT %O
 	client send hello ; shut ; skip 300000 ; eof
@@ -3184,7 +3172,7 @@ test_connect_half_close() { # each direction closes alone, the rest arrives
 	gets   hello
 	gets+  -- end eof
 	log    200 300003 .* up=5 .* end=client
-	== the server first
+	== the server closes first
 	origin send hello ; shut ; skip 300000 ; eof
 	ask    CONNECT %O
 	client eof ; stall 100 ; fill 300000 ; send end
@@ -3192,18 +3180,14 @@ test_connect_half_close() { # each direction closes alone, the rest arrives
 	gets~  end$
 	gets+  -- end eof
 	log    200 5 .* up=300003 .* end=server
-END
-}
-
-test_connect_reset() { # a reset on one side is felt on the other
-	play 'by the client' <<'END'
+	== a reset by the client
 	origin want 4 ; touch ping ; eof
 	ask    CONNECT %O
 	client send ping ; await ping ; reset
 	gets   ping
 	gets+  -- end reset
 	log    "CONNECT %O HTTP/1.1" 200 0 .* up=4 .* end=reset
-	== by the server
+	== a reset by the server
 	origin want 4 ; reset
 	ask    CONNECT %O = 200
 	client send ping ; eof
@@ -3213,7 +3197,7 @@ test_connect_reset() { # a reset on one side is felt on the other
 END
 }
 
-test_connect_stuck() { # one side gone, the other not reading: no spinning
+test_tunnel_stuck() { # one side gone, the other not reading: no spinning
 	play 'the client is gone' <<'END'
 	origin await gone ; stall 200 ; send \{100:x}
 	origin stall 200 ; send \{100:x} ; stall 200
@@ -3229,9 +3213,34 @@ END
 	[ "$used" -lt 30 ] || fail "used $used/100 s of processor time"
 }
 
-test_connect_idle() { # -t: an idle tunnel is closed
+test_limit_silence() { # -t: what is silent for too long, and what only is slow
 	start_proxy -t 1
-	play 'idle' <<'END'
+	play 'no answer' <<'END'
+	origin head ; eof
+	ask    / = 504 Gateway Timeout error=http_response_timeout
+	gets   GET / HTTP/1.1
+	gets~  ^-- end (eof|reset)
+	log    "GET http://%O/ HTTP/1.1" 504 .* server=%O end=[a-z]* why="
+	== an answer that is too slow
+	origin head
+	origin chop 1 100 HTTP/1.1 200 OK\nX-A: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
+	ask    / = 504 Gateway Timeout
+	gets~  ^-- end
+	== a body of a response
+	reply  200 Content-Length: 10 | hello
+	origin eof
+	ask    / = 200 cut | hello
+	gets~  ^-- end (eof|reset)
+	log    200 5 .* end=idle
+	== a body of a request
+	origin head ; eof
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 10\n\nhello
+	client eof
+	sees~  ^-- end (eof|reset)
+	gets   hello
+	gets~  ^-- end (eof|reset)
+	log    "POST http://%O/ HTTP/1.1" 408 .* up=5 .* why="
+	== an idle tunnel
 	origin want 4 ; eof
 	ask    CONNECT %O = 200
 	client send ping ; eof
@@ -3239,7 +3248,7 @@ test_connect_idle() { # -t: an idle tunnel is closed
 	gets   ping
 	gets~  ^-- end (eof|reset)
 	log    "CONNECT %O HTTP/1.1" 200 0 .* up=4 .* end=idle
-	== one that is alive is not
+	== a tunnel that is alive is not closed
 	origin want 40 ; send pong ; eof
 	ask    CONNECT %O
 	client chop 4 300 \{10:ping} ; until pong
@@ -3248,15 +3257,52 @@ test_connect_idle() { # -t: an idle tunnel is closed
 END
 }
 
-test_connect_half_closed_limit() { # a half-closed tunnel has a limit of its own
+test_limit_times() { # heads, kept connections and half-closed tunnels have limits of their own
 	quick
-	play 'half-closed, then silent' <<'END'
+	play 'a kept client' <<'END'
+	reply  200 | ok
+	ask    / = 200 | ok
+	client eof
+	sees+~ ^-- end (eof|reset)
+	sees#  1 ^HTTP/
+	log#   1 .
+	log    200 2 .* end=done$
+	== a kept server
+	reply  200 | ok
+	origin eof
+	ask    / = 200 | ok
+	gets   GET / HTTP/1.1
+	gets   -- end eof
+	== a tunnel, half-closed, then silent
 	origin eof ; stall 60000
 	ask    CONNECT %O = 200
 	client shut ; eof
 	sees~  ^-- end (eof|reset)
 	log    "CONNECT %O HTTP/1.1" 200 0 .* end=limit
+	== a head, too slow, though never silent
+	client chop 1 50 GET http://a/aaaaaaaaaaaaaaaaaaaa
+	client eof
+	sees~  ^HTTP/1.1 408
+	sees~  ^Connection: close
+	sees~  ^-- end (eof|reset)
+	log    "(- )?GET[^"]*" 408 .* why="
+	== the second head on a connection
+	reply  200 | ok
+	ask    / = 200 OK
+	client send GET http://%O/ HT ; eof
+	sees~  HTTP/1.1 408
+	log    200
+	log    408 .* why="
+	== a client that never says a word
+	client eof
+	sees~  ^-- end (eof|reset)
+	== nor after an empty line in two pieces: nothing is said either
+	client send \r ; stall 150 ; send \l ; eof
+	sees~  ^-- end (eof|reset)
+	sees!~ HTTP
 END
+	kill -0 "$proxy_pid" || fail "the proxy is gone"
+	stop_proxy
 }
 
 # ---- 9. Connections to servers ----------------------------------------------
@@ -3474,7 +3520,7 @@ test_error_not_http() { # what is no HTTP response gets a 502
 	done
 }
 
-test_error_response_fields() { # bad fields in a response get a 502
+test_error_response_fields() { # bad fields in a response get a 502; a 407 of an origin does not pass for ours
 	for bad in 'Content-Length: +4' 'Content-Length: -4' \
 	    'Content-Length: 4 4' 'Content-Length: 0x4' 'Content-Length: 4.0' \
 	    'Content-Length:' 'Content-Length: 4, 5' \
@@ -3514,6 +3560,11 @@ test_error_response_fields() { # bad fields in a response get a 502
 	sees   X-A: \xff\x09b
 	sees   good
 	gets   X-A: \xe4
+	== 407
+	reply  407 Proxy Authentication Required\nProxy-Authenticate: Basic realm="evil" | evil
+	ask    / = 502 Bad Gateway
+	sees!~ (^Proxy-Authenticate|evil)
+	log    "GET http://%O/ HTTP/1.1" 502 .* why="
 END
 }
 
@@ -3672,15 +3723,6 @@ END
 	ask    /
 	sees~  ^-- end
 	log    "GET http://%O/ HTTP/1.1" 200
-END
-}
-
-test_error_407() { # an origin's 407 does not pass for ours
-	play '407' <<'END'
-	reply  407 Proxy Authentication Required\nProxy-Authenticate: Basic realm="evil" | evil
-	ask    / = 502 Bad Gateway
-	sees!~ (^Proxy-Authenticate|evil)
-	log    "GET http://%O/ HTTP/1.1" 502 .* why="
 END
 }
 
@@ -3980,7 +4022,7 @@ END
 
 # ---- 12. Limits -------------------------------------------------------------
 
-test_limit_request_line() { # the longest request line passes, one more: 414
+test_limit_heads() { # the longest request line, head and fields pass; one more: 414, 431
 	room=$((line_max - 400))
 	play 'long' <<END
 	reply  200 | ok
@@ -3990,9 +4032,6 @@ test_limit_request_line() { # the longest request line passes, one more: 414
 END
 	refused 414 "GET http://%O/\\{$line_max:a} HTTP/1.1\\nHost: %O\\n\\n"
 	refused 414 "GET http://%O/\\{$((buffer * 2)):a}"
-}
-
-test_limit_head() { # a large head passes, one that fills more than a buffer: 431
 	room=$((buffer - buffer / 8 - 700))
 	play 'large' <<END
 	reply  200 X-A: \{$room:a} | ok
@@ -4003,20 +4042,6 @@ test_limit_head() { # a large head passes, one that fills more than a buffer: 43
 END
 	refused 431 "GET http://%O/ HTTP/1.1\\nHost: %O\\nX-A: \\{$buffer:a}\\n\\n"
 	refused 431 "GET http://%O/ HTTP/1.1\\nHost: %O\\n\\{$buffer:X-A: b\\n}"
-}
-
-test_limit_board() { # the buffers that README has for boards take what the web sends
-	size=$(sed -n 's/.*CPPFLAGS=-DBUFFER_SIZE=\([0-9]*\).*/\1/p' "$here/README")
-	build "$T/board" "$here/proxy.c" -O0 "-UBUFFER_SIZE" "-DBUFFER_SIZE=$size"
-	built "$T/board"
-	proxy_bin=$T/board
-	play "$size" <<'END'
-	reply  200 X-A: \{15700:a} | ok
-	ask    /\{7960:a} X-A: \{7700:a} = 200 OK | ok
-END
-}
-
-test_limit_fields() { # 400 fields pass, 401: 431
 	play '400' <<'END'
 	origin head
 	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\{399:X-A: b\n}\nok
@@ -4030,71 +4055,14 @@ END
 	refused 431 'GET http://%O/ HTTP/1.1\nHost: %O\n\{400:X-A: b\n}\n'
 }
 
-test_limit_head_time() { # a head that takes too long: 408
-	quick
-	play 'too slow, though never silent' <<'END'
-	client chop 1 50 GET http://a/aaaaaaaaaaaaaaaaaaaa
-	client eof
-	sees~  ^HTTP/1.1 408
-	sees~  ^Connection: close
-	sees~  ^-- end (eof|reset)
-	log    "(- )?GET[^"]*" 408 .* why="
-	== the second head on a connection
-	reply  200 | ok
-	ask    / = 200 OK
-	client send GET http://%O/ HT ; eof
-	sees~  HTTP/1.1 408
-	log    200
-	log    408 .* why="
-	== a client that never says a word
-	client eof
-	sees~  ^-- end (eof|reset)
-	== nor after an empty line in two pieces: nothing is said either
-	client send \r ; stall 150 ; send \l ; eof
-	sees~  ^-- end (eof|reset)
-	sees!~ HTTP
-END
-	kill -0 "$proxy_pid" || fail "the proxy is gone"
-	stop_proxy
-}
-
-test_limit_kept_client() { # an idle kept client connection is closed
-	quick
-	play 'idle' <<'END'
-	reply  200 | ok
-	ask    / = 200 | ok
-	client eof
-	sees+~ ^-- end (eof|reset)
-	sees#  1 ^HTTP/
-	log#   1 .
-	log    200 2 .* end=done$
-END
-}
-
-test_limit_kept_server() { # an idle kept server connection is closed
-	quick
-	play 'idle' <<'END'
-	reply  200 | ok
-	origin eof
-	ask    / = 200 | ok
-	gets   GET / HTTP/1.1
-	gets   -- end eof
-END
-}
-
-test_limit_response_time() { # no response head in the time of -t: 504
-	start_proxy -t 1
-	play 'nothing' <<'END'
-	origin head ; eof
-	ask    / = 504 Gateway Timeout error=http_response_timeout
-	gets   GET / HTTP/1.1
-	gets~  ^-- end (eof|reset)
-	log    "GET http://%O/ HTTP/1.1" 504 .* server=%O end=[a-z]* why="
-	== too slow
-	origin head
-	origin chop 1 100 HTTP/1.1 200 OK\nX-A: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
-	ask    / = 504 Gateway Timeout
-	gets~  ^-- end
+test_limit_board() { # the buffers that README has for boards take what the web sends
+	size=$(sed -n 's/.*CPPFLAGS=-DBUFFER_SIZE=\([0-9]*\).*/\1/p' "$here/README")
+	build "$T/board" "$here/proxy.c" -O0 "-UBUFFER_SIZE" "-DBUFFER_SIZE=$size"
+	built "$T/board"
+	proxy_bin=$T/board
+	play "$size" <<'END'
+	reply  200 X-A: \{15700:a} | ok
+	ask    /\{7960:a} X-A: \{7700:a} = 200 OK | ok
 END
 }
 
@@ -4105,25 +4073,6 @@ test_limit_connect_time() { # no connection in time: 504
 	ask    / = 504 Gateway Timeout error=connection_timeout
 	sees~  %O
 	log    "GET http://%O/ HTTP/1.1" 504 .* end=[a-z]* why="
-END
-}
-
-test_limit_idle_body() { # -t: a body that stops is given up
-	start_proxy -t 1
-	play 'of a response' <<'END'
-	reply  200 Content-Length: 10 | hello
-	origin eof
-	ask    / = 200 cut | hello
-	gets~  ^-- end (eof|reset)
-	log    200 5 .* end=idle
-	== of a request
-	origin head ; eof
-	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 10\n\nhello
-	client eof
-	sees~  ^-- end (eof|reset)
-	gets   hello
-	gets~  ^-- end (eof|reset)
-	log    "POST http://%O/ HTTP/1.1" 408 .* up=5 .* why="
 END
 }
 
@@ -6442,14 +6391,110 @@ ${#says}\\n\\n$says" loop > $says.script
 		fail "both denied: $(grep -i '^Proxy-Status' a)"
 }
 
-test_rules_never_known() { # what can't ever be known makes no line hold
+test_rules_conditions() { # method, host, port, url, status, type, time: what they match
+	TZ=LOC-5:30
+	export TZ
+	# As it is sent.
 	rows <<'END'
+if method GET M-SEARCH
+yes GET http://a/ | M-SEARCH http://a/
+no POST http://a/ | get http://a/ | GETS http://a/ | CONNECT a:1
+if method CONNECT
+yes CONNECT a:1
+no GET http://a/
+# Itself, or all below it; case and a dot at the end do not count.
+if host films.example OTHER.example
+yes GET http://films.example/ | GET http://FILMS.Example:8080/ | GET http://films.example./
+yes GET http://other.example/ | CONNECT films.example:443 | GET http://films.example..:1/
+no GET http://www.films.example/ | GET http://xfilms.example/ | CONNECT www.films.example:443
+no GET http://films.example.org/films.example
+if host .films.example
+yes GET http://www.films.example/ | GET http://a.b.FILMS.example.:1/ | CONNECT www.films.example:1
+no GET http://films.example/ | GET http://xfilms.example/ | GET http://www.films.example.org/
+no CONNECT films.example:443
+if host *.films.example
+yes GET http://www.films.example/ | GET http://a.b.FILMS.example.:1/ | CONNECT www.films.example:1
+no GET http://films.example/ | GET http://xfilms.example/ | GET http://www.films.example.org/
+no CONNECT films.example:443
+if host 127.0.0.1
+yes GET http://127.0.0.1:8080/ | GET http://127.0.0.1./
+no GET http://films.example/
+if host films.example.
+yes GET http://films.example/
+# Numbers and ranges, also the default ones.
+if port 1 8080
+yes GET http://a:8080/ | CONNECT a:8080
+no GET http://a/
+if port 1-8079 8081-65535
+yes GET http://a:1/
+no GET http://a:8080/
+if port 8080-8080
+yes GET http://a:8080/
+if port 80
+yes GET http://a/ | GET http://a:80/
+no GET http://a:8080/ | CONNECT a:8
+if port 443
+yes CONNECT a:443
+no GET http://a/
+# The whole URL; host in small letters, without port 80.
+if url ^http://films\.example:8080/a
+yes GET http://films.example:8080/a | GET http://FILMS.Example:8080/abc?d
+no GET http://films.example:8080/A | GET http://films.example:8080/b/a
+no GET http://www.films.example:8080/a | CONNECT films.example:8080
+if url ^http://films\.example/(a|b)+$
+yes GET http://films.example/a | GET http://FILMS.example:80/abba
+no GET http://films.example/abbc | GET http://films.example:8080/a
+if url ^films\.example:443$ ^other\.example:
+yes CONNECT films.example:443 | CONNECT FILMS.example:443 | CONNECT other.example:443
+no GET http://films.example:443/
+if url [?&]q=[0-9]{2}$
+yes GET http://a/?q=12 | GET http://a/x?a&q=12
+no GET http://a/?q=1 | GET http://a/?q=123
+if url "a b" ^http://[^/]*/$
+yes GET http://a/ | GET http://a
+no GET http://a/x
+# Numbers and ranges.
+if status 404 500-599
+yes > 404 | > 500 | > 599
+no > 200 | > 403 | > 405 | > 499
+if status 200-299
+yes > 200 | > 299
+no > 301 Location: /
+# One, or all of a kind; parameters and case do not count.
+if type text/html Video/*
+yes > 200 Content-Type: text/html | > 200 Content-Type: TEXT/Html;charset=utf-8
+yes > 404 Content-Type: text/html ; a="b" | > 200 Content-Type: video/mp4
+no > 200 Content-Type: text/htm | > 200 Content-Type: text/html5
+no > 200 Content-Type: text/plain; x=text/html | > 200 Content-Type: videos/mp4
+no > 200 X-Type: text/html\nContent-Type: a/b | > 200
+# Browsers take the last.
+if type application/x-evil
+yes > 200 Content-Type: text/plain\nContent-Type: application/x-evil; a=b
+# What can't ever be known makes no line hold.
 given CONNECT a.example:443 address 127.0.0.1
 never type text/html | status 200 | field response X-A b | size >1G | size <1G | body x
 rule via http://p:1
 rule deny address 127.0.0.0/8
 rule deny not address 127.0.0.0/8
 ask GET http://far.example/ | CONNECT far.example:443 = allow at built-in:3
+# Days, hours, both.
+given GET http://a/ time Wed,12:00
+yes time Wed | time Tue-Thu | time Wed-Tue | time Fri,Wed | time Fri Tue-Wed
+no time Thu | time Thu-Tue | time Fri,Sun
+yes time 11:00-13:00
+no time 13:00-14:00 | time 10:00-11:00 | time 10:00-11:00 13:00-14:00
+yes time 10:00-11:00 11:00-13:00 13:00-14:00 | time 14:00-13:00
+yes time Wed 11:00-13:00 | time Wed 10:00-11:00 11:00-13:00
+no time Thu 11:00-13:00 | time Wed 13:00-14:00
+no time Wed 13:00-14:00 Thu 11:00-13:00 | time Thu 13:00-14:00 11:00-13:00
+yes time Thu 13:00-14:00 Wed 11:00-13:00
+# Hours behind midnight belong to the day before.
+given GET http://a/ time Wed,02:00
+yes time 22:00-06:00 | time Tue 22:00-06:00 | time Mon-Tue 22:00-06:00
+no time 22:00-01:00 | time Wed 22:00-06:00 | time Thu 22:00-06:00 | time Tue
+given GET http://a/ time Wed,23:00
+yes time 22:00-06:00 | time Wed 22:00-06:00
+no time Tue 22:00-06:00 | time Wed 22:00-22:30
 END
 }
 
@@ -6530,80 +6575,6 @@ test_rules_client_elsewhere() { # clients that are not local
 	want 403 GET http://%O/
 }
 
-test_rules_method() { # method: as it is sent
-	rows <<'END'
-if method GET M-SEARCH
-yes GET http://a/ | M-SEARCH http://a/
-no POST http://a/ | get http://a/ | GETS http://a/ | CONNECT a:1
-if method CONNECT
-yes CONNECT a:1
-no GET http://a/
-END
-}
-
-test_rules_host() { # host: itself, or all below it; case and a dot at the end
-	rows <<'END'
-if host films.example OTHER.example
-yes GET http://films.example/ | GET http://FILMS.Example:8080/ | GET http://films.example./
-yes GET http://other.example/ | CONNECT films.example:443 | GET http://films.example..:1/
-no GET http://www.films.example/ | GET http://xfilms.example/ | CONNECT www.films.example:443
-no GET http://films.example.org/films.example
-if host .films.example
-yes GET http://www.films.example/ | GET http://a.b.FILMS.example.:1/ | CONNECT www.films.example:1
-no GET http://films.example/ | GET http://xfilms.example/ | GET http://www.films.example.org/
-no CONNECT films.example:443
-if host *.films.example
-yes GET http://www.films.example/ | GET http://a.b.FILMS.example.:1/ | CONNECT www.films.example:1
-no GET http://films.example/ | GET http://xfilms.example/ | GET http://www.films.example.org/
-no CONNECT films.example:443
-if host 127.0.0.1
-yes GET http://127.0.0.1:8080/ | GET http://127.0.0.1./
-no GET http://films.example/
-if host films.example.
-yes GET http://films.example/
-END
-}
-
-test_rules_port() { # port: numbers and ranges, also the default ones
-	rows <<'END'
-if port 1 8080
-yes GET http://a:8080/ | CONNECT a:8080
-no GET http://a/
-if port 1-8079 8081-65535
-yes GET http://a:1/
-no GET http://a:8080/
-if port 8080-8080
-yes GET http://a:8080/
-if port 80
-yes GET http://a/ | GET http://a:80/
-no GET http://a:8080/ | CONNECT a:8
-if port 443
-yes CONNECT a:443
-no GET http://a/
-END
-}
-
-test_rules_url() { # url: the whole URL; host in small letters, without port 80
-	rows <<'END'
-if url ^http://films\.example:8080/a
-yes GET http://films.example:8080/a | GET http://FILMS.Example:8080/abc?d
-no GET http://films.example:8080/A | GET http://films.example:8080/b/a
-no GET http://www.films.example:8080/a | CONNECT films.example:8080
-if url ^http://films\.example/(a|b)+$
-yes GET http://films.example/a | GET http://FILMS.example:80/abba
-no GET http://films.example/abbc | GET http://films.example:8080/a
-if url ^films\.example:443$ ^other\.example:
-yes CONNECT films.example:443 | CONNECT FILMS.example:443 | CONNECT other.example:443
-no GET http://films.example:443/
-if url [?&]q=[0-9]{2}$
-yes GET http://a/?q=12 | GET http://a/x?a&q=12
-no GET http://a/?q=1 | GET http://a/?q=123
-if url "a b" ^http://[^/]*/$
-yes GET http://a/ | GET http://a
-no GET http://a/x
-END
-}
-
 test_rules_field() { # field: of the request; with response, of that
 	n=$((room_max - 300))
 	rows <<END
@@ -6625,30 +6596,6 @@ if field request Server .
 no > 200 Server: nginx
 if field request X-A evil
 yes GET http://a/ X-A: \\{$n:y}evil
-END
-}
-
-test_rules_time() { # time: days, hours, both
-	TZ=LOC-5:30
-	export TZ
-	rows <<'END'
-given GET http://a/ time Wed,12:00
-yes time Wed | time Tue-Thu | time Wed-Tue | time Fri,Wed | time Fri Tue-Wed
-no time Thu | time Thu-Tue | time Fri,Sun
-yes time 11:00-13:00
-no time 13:00-14:00 | time 10:00-11:00 | time 10:00-11:00 13:00-14:00
-yes time 10:00-11:00 11:00-13:00 13:00-14:00 | time 14:00-13:00
-yes time Wed 11:00-13:00 | time Wed 10:00-11:00 11:00-13:00
-no time Thu 11:00-13:00 | time Wed 13:00-14:00
-no time Wed 13:00-14:00 Thu 11:00-13:00 | time Thu 13:00-14:00 11:00-13:00
-yes time Thu 13:00-14:00 Wed 11:00-13:00
-# Hours behind midnight belong to the day before.
-given GET http://a/ time Wed,02:00
-yes time 22:00-06:00 | time Tue 22:00-06:00 | time Mon-Tue 22:00-06:00
-no time 22:00-01:00 | time Wed 22:00-06:00 | time Thu 22:00-06:00 | time Tue
-given GET http://a/ time Wed,23:00
-yes time 22:00-06:00 | time Wed 22:00-06:00
-no time Tue 22:00-06:00 | time Wed 22:00-22:30
 END
 }
 
@@ -6675,31 +6622,6 @@ END
 	log    a.example.* 403 .*rule=rules:1
 	log    b.example.* 451 .*rule=rules:2
 	log    c.example.* 403 .*rule=rules:3
-END
-}
-
-test_rules_status() { # status: numbers and ranges
-	rows <<'END'
-if status 404 500-599
-yes > 404 | > 500 | > 599
-no > 200 | > 403 | > 405 | > 499
-if status 200-299
-yes > 200 | > 299
-no > 301 Location: /
-END
-}
-
-test_rules_type() { # type: one, or all of a kind; parameters and case do not count
-	rows <<'END'
-if type text/html Video/*
-yes > 200 Content-Type: text/html | > 200 Content-Type: TEXT/Html;charset=utf-8
-yes > 404 Content-Type: text/html ; a="b" | > 200 Content-Type: video/mp4
-no > 200 Content-Type: text/htm | > 200 Content-Type: text/html5
-no > 200 Content-Type: text/plain; x=text/html | > 200 Content-Type: videos/mp4
-no > 200 X-Type: text/html\nContent-Type: a/b | > 200
-# Browsers take the last.
-if type application/x-evil
-yes > 200 Content-Type: text/plain\nContent-Type: application/x-evil; a=b
 END
 }
 
@@ -7701,7 +7623,7 @@ END
 END
 }
 
-test_rules_rewrite_order() { # all lines that hold apply, in their order
+test_rules_rewrite_order() { # set, add, unset: all lines that hold apply, in their order
 	rows <<'END'
 rule set request X-Twice first
 rule set request X-Twice second
@@ -8008,7 +7930,7 @@ http://example.com/ = 2
 END
 }
 
-test_rules_try_client() { # -T: the edges of a network
+test_rules_try_open() { # -T: the edges of a network, the open verdicts, the worst of several, the parent
 	tries -e 'allow client 192.0.2.128/25 2001:db8::/33' <<'END'
 http://192.0.2.1/ client 192.0.2.128 = 0 allow -e:1
 http://192.0.2.1/ client 192.0.2.127 = 1 deny built-in:4
@@ -8022,6 +7944,34 @@ http://192.0.2.1/ client 127.9.9.9 = 0 allow built-in:3
 http://192.0.2.1/ client ::1 = 0 allow built-in:3
 http://192.0.2.1/ client 10.0.0.1 = 1 deny built-in:4
 http://192.0.2.1/ client 2001:db8::1 = 1 deny built-in:4
+END
+	tries -e 'deny host a status 500' -e 'deny host b not type a/b status 500' \
+	    -e 'deny host c size >10' -e 'deny host d field response X-A b' \
+	    -e 'deny host e body x' -e 'deny host f' <<'END'
+http://a/ = 3 open, it needs the response's status -e:1
+http://b/ = 3 open, it needs the response's type -e:2
+http://c/ = 3 open, it needs the response's size -e:3
+http://d/ = 3 open, it needs the response's field -e:4
+http://e/ = 3 open, it needs the response's body -e:5
+END
+	for row in '3 a c' '1 a b' '1 b a'; do
+		run_proxy -e 'deny type a/b host a' -e 'deny host b' \
+		    -T "http://$(echo "$row" | cut -c 3)/" -T "http://${row##* }/"
+		[ $status = "${row%% *}" ] || fail "$row: exit status $status"
+	done
+	tries -e 'via socks5://127.0.0.1:9050 host .onion' <<'END'
+https://x.onion/ = 0 allow built-in:3 via socks5://127.0.0.1:9050 -e:1
+END
+	tries -x http://127.0.0.1:1 -e 'deny address 127.0.0.0/8' <<'END'
+http://localhost/ = 0 allow built-in:3 via http://127.0.0.1:1 -x
+END
+	tries -x 'socks5://me:cret@[::1]:1' -e 'direct host x.test' <<'END'
+https://[2001:db8::1]/ = 0 allow built-in:3 via socks5://[::1]:1 -x
+http://x.test/ = 0 allow built-in:3 direct -e:1
+END
+	grep cret out && fail "the password: $(cat out)"
+	tries -e 'deny address 127.0.0.0/8' <<'END'
+http://localhost/ = 1 deny -e:1
 END
 }
 
@@ -8055,40 +8005,6 @@ END
 	has out "^	address: the name lookup failed: ."
 	tries -e 'direct address 192.0.2.0/24' <<'END'
 http://h.example/ = 3 allow built-in:3 open, it needs the server's address -e:1
-END
-}
-
-test_rules_try_open() { # -T: what the response decides is told; of several verdicts the worst
-	tries -e 'deny host a status 500' -e 'deny host b not type a/b status 500' \
-	    -e 'deny host c size >10' -e 'deny host d field response X-A b' \
-	    -e 'deny host e body x' -e 'deny host f' <<'END'
-http://a/ = 3 open, it needs the response's status -e:1
-http://b/ = 3 open, it needs the response's type -e:2
-http://c/ = 3 open, it needs the response's size -e:3
-http://d/ = 3 open, it needs the response's field -e:4
-http://e/ = 3 open, it needs the response's body -e:5
-END
-	for row in '3 a c' '1 a b' '1 b a'; do
-		run_proxy -e 'deny type a/b host a' -e 'deny host b' \
-		    -T "http://$(echo "$row" | cut -c 3)/" -T "http://${row##* }/"
-		[ $status = "${row%% *}" ] || fail "$row: exit status $status"
-	done
-}
-
-test_rules_try_route() { # -T: which parent is told, as in the manual
-	tries -e 'via socks5://127.0.0.1:9050 host .onion' <<'END'
-https://x.onion/ = 0 allow built-in:3 via socks5://127.0.0.1:9050 -e:1
-END
-	tries -x http://127.0.0.1:1 -e 'deny address 127.0.0.0/8' <<'END'
-http://localhost/ = 0 allow built-in:3 via http://127.0.0.1:1 -x
-END
-	tries -x 'socks5://me:cret@[::1]:1' -e 'direct host x.test' <<'END'
-https://[2001:db8::1]/ = 0 allow built-in:3 via socks5://[::1]:1 -x
-http://x.test/ = 0 allow built-in:3 direct -e:1
-END
-	grep cret out && fail "the password: $(cat out)"
-	tries -e 'deny address 127.0.0.0/8' <<'END'
-http://localhost/ = 1 deny -e:1
 END
 }
 
@@ -8521,7 +8437,7 @@ END
 
 # Examples by task, as the manual has them.
 
-test_rules_example_manual() { # the examples of the manual are right, each by itself
+test_rules_manual() { # the examples of the manual are right, each by itself
 	need_source
 	[ -f "$here/proxy.1" ] || skip "no proxy.1 beside test.sh"
 	echo ads.example | tee ads.txt > trackers.txt
@@ -8537,23 +8453,22 @@ test_rules_example_manual() { # the examples of the manual are right, each by it
 	done
 }
 
-test_rules_example_ads() { # block advertisements by a downloaded list
+test_rules_examples() { # each example of the manual does its task
 	cat > ads.txt <<'END'
 ! Title: Ads
 ||ads.example^
 ||tracker.example^
 @@||shop.tracker.example^
 END
+	people
+	echo tracker.example > trackers.txt
 	rows <<'END'
+# Block advertisements by a downloaded list.
 rule deny list ads.txt
 ask GET http://www.ads.example/ | GET http://tracker.example/ = deny 403
 ask CONNECT pixel.tracker.example:443 = deny 403
 ask GET http://shop.tracker.example/ | GET http://news.example/ = allow
-END
-}
-
-test_rules_example_office() { # an office in working hours
-	rows <<'END'
+# An office in working hours.
 rule deny 451 "not at work" host .films.example time Mon-Fri 08:00-17:30
 rule deny 451 "not in the evening" host .games.example time 20:00-23:00
 rule deny "not on this day" host .news.example time Sat,Sun
@@ -8566,11 +8481,7 @@ ask GET http://work.example/ time Wed,12:00 > 200 Content-Length: 104857601 = de
 ask GET http://work.example/ time Wed,18:00 | GET http://www.films.example/ time Wed,18:00 = allow
 ask GET http://www.games.example/ time Wed,22:00 = deny 451 at -e:2
 ask GET http://www.news.example/ time Sun,12:00 = deny 403 at -e:3
-END
-}
-
-test_rules_example_sandbox() { # a build sandbox reaches what it needs, nothing else
-	rows <<'END'
+# A build sandbox reaches what it needs, nothing else.
 rule allow method GET HEAD host .packages.example packages.example port 80
 rule allow method CONNECT host git.example port 443
 rule deny "not in the sandbox"
@@ -8579,12 +8490,7 @@ ask CONNECT git.example:443 = allow at -e:2
 # At once, so that no data leaks by look-ups.
 ask GET http://evil.example/ | GET http://secret-data.evil.example/ = deny 403 at -e:3
 ask POST http://eu.packages.example/ | CONNECT git.example:22 = deny 403 at -e:3
-END
-}
-
-test_rules_example_internet() { # only these networks and users from the Internet
-	people
-	rows <<'END'
+# Only these networks and users from the Internet.
 rule users people
 rule allow client 192.0.2.7 method GET HEAD
 rule allow user alice
@@ -8595,21 +8501,13 @@ ask GET http://198.51.100.7/ client 192.0.2.8 | POST http://198.51.100.7/ client
 ask POST http://198.51.100.7/ client 192.0.2.7 user alice = allow at -e:3
 ask GET http://198.51.100.7/ client 192.0.2.8 user carol = allow at -e:4
 ask POST http://198.51.100.7/ client 192.0.2.8 user bob = deny 403 at -e:5
-END
-}
-
-test_rules_example_chain() { # .onion through SOCKS, one site through another parent
-	rows <<'END'
+# .onion through SOCKS, one site through another parent.
 rule via socks5://tor:9050 host .onion
 rule via http://me:pw@office:3128 direct host intranet.example
 route GET http://onionsite.onion/ | CONNECT onionsite.onion:443 = via socks5://tor:9050 at -e:1
 route GET http://intranet.example/ = via http://office:3128 direct at -e:2
 route GET http://web.example/ = none
-END
-}
-
-test_rules_example_executables() { # refuse programs by name, type and content
-	rows <<'END'
+# Refuse programs by name, type and content.
 rule deny "no programs" url \.(exe|msi|scr)(\?.*)?$
 rule deny "no programs" type application/x-msdownload application/x-dosexec
 rule deny "no programs" body "This program cannot be run in DOS mode"
@@ -8617,12 +8515,7 @@ ask GET http://a/a/setup.exe?x = deny 403 at -e:1
 ask GET http://a/a = open
 ask GET http://a/a > 200 Content-Type: application/x-dosexec\nContent-Length: 2 = deny 403 at -e:2
 ask GET http://a/picture.png > 200 Content-Type: image/png\nContent-Length: 100 = open
-END
-}
-
-test_rules_example_privacy() { # privacy for everybody
-	echo tracker.example > trackers.txt
-	rows <<'END'
+# Privacy for everybody.
 rule unset request Referer From Via Forwarded X-Forwarded-* Cookie
 rule set request User-Agent "Mozilla/5.0"
 rule unset response Set-Cookie
