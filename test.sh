@@ -10028,36 +10028,23 @@ test_cache_cookie() { # an answer that sets a cookie is kept for the one who got
 	start_proxy -c "$T/cache" -e 'users people' -e 'login'
 	alice='Proxy-Authorization: Basic YWxpY2U6YQ=='
 	bob='Proxy-Authorization: Basic Ym9iOmI='
-	play -n "not meant for all" <<END
-	origin head
-	origin send HTTP/1.1 200 OK\\nCache-Control: max-age=99\\nSet-Cookie: for=alice\\nContent-Length: 2\\n\\na\\l
-	origin head
-	origin send HTTP/1.1 200 OK\\nCache-Control: max-age=99\\nSet-Cookie: for=bob\\nContent-Length: 2\\n\\nb\\l
-	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n$alice\\n\\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n$bob\\n\\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n$alice\\n\\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n$bob\\n\\n
-	client answer
-	sees   Set-Cookie: for=alice
-	sees   Set-Cookie: for=bob
-	sees   Set-Cookie: for=alice
-	sees   Set-Cookie: for=bob
+	play -n "not meant for all, and meant for all" <<END
+	reply  200 Cache-Control: max-age=99\nSet-Cookie: for=alice | a\l
+	reply  200 Cache-Control: max-age=99\nSet-Cookie: for=bob | b\l
+	reply  200 Cache-Control: public, max-age=99\nSet-Cookie: for=all | c\l
+	ask    / $alice = 200 | a\l
+	ask    / $bob = 200 | b\l
+	ask    / $alice = 200 | a\l
+	ask    / $bob = 200 | b\l
+	ask    /all $alice = 200 | c\l
+	ask    /all $bob = 200 | c\l
+	sees#  2 ^Set-Cookie: for=alice
+	sees#  2 ^Set-Cookie: for=bob
+	sees#  2 ^Set-Cookie: for=all
 	log    - alice .* miss=stored
 	log    - bob .* miss=stored
 	log    - alice .* hit=fresh
 	log    - bob .* hit=fresh
-END
-	play -n "meant for all" <<END
-	origin head
-	origin send HTTP/1.1 200 OK\\nCache-Control: public, max-age=99\\nSet-Cookie: for=all\\nContent-Length: 2\\n\\na\\l
-	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n$alice\\n\\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\\nHost: %O\\n$bob\\n\\n
-	client answer
-	sees#  2 ^Set-Cookie: for=all
 	log    - alice .* miss=stored
 	log    - bob .* hit=fresh
 END
@@ -10166,39 +10153,22 @@ test_cache_not_stored() { # what must not be stored is not, and why is told
 test_cache_not_stored_why() { # other reasons not to store, in log and trace
 	start_cache -s 1M -v -e 'nocache url /private' -e 'nocache type text/odd'
 	play 'HEAD, a part, a 304, by a rule, too large, cut' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 4\n\n
-	origin head
-	origin send HTTP/1.1 206 Partial Content\nCache-Control: max-age=99\nVary: a\n
-	origin send Content-Range: bytes 1-2/10\nContent-Length: 2\n\nbc
-	origin head
-	origin send HTTP/1.1 304 Not Modified\nETag: "a"\n\n
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 4\n\none\l
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Type: text/odd\nContent-Length: 4\n\none\l
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 300000\n\n\{300000:x}
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nTransfer-Encoding: chunked\n\n493E0\n\{300000:x}\n0\n\n
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 9\n\none
-	client send HEAD http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer head
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=1-2\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-None-Match: "a"\n\n
-	client answer
-	client send GET http://%O/private HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/odd HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/large HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/larger HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/cut HTTP/1.1\nHost: %O\n\n
-	client answer
+	reply  200 Cache-Control: max-age=99\nContent-Length: 4
+	reply  206 Cache-Control: max-age=99\nVary: a\nContent-Range: bytes 1-2/10 | bc
+	reply  304 ETag: "a"
+	reply  200 Cache-Control: max-age=99 | one\l
+	reply  200 Cache-Control: max-age=99\nContent-Type: text/odd | one\l
+	reply  200 Cache-Control: max-age=99 | \{300000:x}
+	reply  200 Cache-Control: max-age=99\nTransfer-Encoding: chunked | 493E0\n\{300000:x}\n0\n\n
+	reply  200 Cache-Control: max-age=99\nContent-Length: 9 | one
+	ask    HEAD /
+	ask    / Range: bytes=1-2
+	ask    / If-None-Match: "a"
+	ask    /private
+	ask    /odd
+	ask    /large
+	ask    /larger
+	ask    /cut
 	sees   -- end eof answer
 	err~   not stored: method$
 	err~   not stored: range$
@@ -10215,29 +10185,21 @@ test_cache_not_stored_why() { # other reasons not to store, in log and trace
 	log    /larger .* 200 300000 .* miss=too-large
 	log    /cut .* miss=incomplete .* end=server
 END
-	[ -z "$(entries)" ] || fail "there is $(entries)"
-	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 2000\n\n
-fill 1000
-await more
-fill 1000
----
-head
-send HTTP/1.1 200 OK\nContent-Length: 0\n\n
+	nothing_stored
+	play 'a POST in the meantime' <<'END'
+	reply  200 Cache-Control: max-age=99\nContent-Length: 2000
+	origin fill 1000 ; await more ; fill 1000
+	origin next
+	reply  200 |
+	do getter a /x 2000
+	do comes a.some
+	b: ask POST /x Content-Length: 0
+	b: ends .
+	do touch more
+	do ends a ^eof$
+	log    "GET [^"]*/x HTTP/1.0" 200 2000 .* miss=outdated .* end=done
 END
-	getter a /x 2000
-	wait_for 5 '[ -f a.some ]' || fail "no answer"
-	client b <<'END'
-send POST http://%O/x HTTP/1.1\nHost: %O\nContent-Length: 0\n\n
-answer
-END
-	touch more
-	ends a '^eof$'
-	logged <<'END'
-~ "GET [^"]*/x HTTP/1.0" 200 2000 .* miss=outdated .* end=done
-END
-	[ -z "$(entries)" ] || fail "there is $(entries)"
+	nothing_stored
 }
 
 test_cache_methods() { # POST, TRACE, OPTIONS, unknown: never from the cache
@@ -10421,61 +10383,27 @@ END
 	log    miss=stored
 	log    hit=fresh
 END
-	play 'a 304 without Date: it was made now' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nDate: Sun, 06 Nov 1994 08:49:37 GMT\nCache-Control: max-age=60\n
-	origin send ETag: "a"\nAge: 100\nContent-Length: 4\n\none\l
-	origin head
-	origin send HTTP/1.1 304 Not Modified\nCache-Control: max-age=999\nETag: "a"\n\n
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
+	play 'a 304 without Date was made now; a cookie that it sets is not kept' <<'END'
+	reply  200 Date: Sun, 06 Nov 1994 08:49:37 GMT\nCache-Control: max-age=60\nETag: "a"\nAge: 100 | one\l
+	reply  304 Cache-Control: max-age=999\nETag: "a"\nSet-Cookie: a=b
+	ask    / = 200 | one\l
+	ask    / = 200 | one\l
+	ask    / = 200 | one\l
+	sees!~ ^Set-Cookie
 	sees#  3 ^Date: 
 	sees#  1 ^Date: Sun, 06 Nov 1994
 	sees#  2 ^Age: [01]$
-	sees#  3 ^one
-	log    miss=stored
-	log    hit=validated
-	log    hit=fresh
-END
-	play 'a cookie that a 304 sets is not kept' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=60\nETag: "a"\nAge: 100\nContent-Length: 4\n\none\l
-	origin head
-	origin send HTTP/1.1 304 Not Modified\nCache-Control: max-age=999\nETag: "a"\nSet-Cookie: a=b\n\n
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	sees#  3 ^one
-	sees!~ ^Set-Cookie
 	log    miss=stored
 	log    hit=validated
 	log    hit=fresh
 END
 	play 'nor one of the entry, once it is not for all' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nConnection: close\nCache-Control: public, max-age=60\nETag: "a"\nAge: 100\nSet-Cookie: a=b\nContent-Length: 4\n\none\l
-	origin next
-	origin head
-	origin send HTTP/1.1 304 Not Modified\nConnection: close\nCache-Control: max-age=999\nETag: "a"\n\n
-	origin next
-	origin head
-	origin send HTTP/1.1 200 OK\nConnection: close\nContent-Length: 4\n\ntwo\l
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	sees   one\l
-	sees   one\l
-	sees   two\l
+	reply  200 Connection: close\nCache-Control: public, max-age=60\nETag: "a"\nAge: 100\nSet-Cookie: a=b | one\l
+	reply  304 Connection: close\nCache-Control: max-age=999\nETag: "a"
+	reply  200 Connection: close | two\l
+	ask    / = 200 | one\l
+	ask    / = 200 | one\l
+	ask    / = 200 | two\l
 END
 	play 'response no-cache is validated each time' <<'END'
 	reply  200 Connection: close\nCache-Control: no-cache, max-age=99\nETag: W/"a" | one\l
@@ -10507,13 +10435,18 @@ END
 END
 }
 
-test_cache_conditions() { # the client's conditions, answered from the entry
-	start_cache
+# The steps "ask / FIELDS = STATUS", for a hit, of rows "STATUS|FIELDS".
+hits_of() {
 	while IFS='|' read -r want fields; do
 		printf '%s\n' "ask / $fields = $want" \
 		    "log \" $want [0-9]+ .* hit=fresh"
-		[ "$want" != 200 ] || printf '%s\n' 'sees one\l'
-	done > asks <<'END'
+		[ "$want" != 200 ] || [ -z "${1-}" ] || printf 'sees %s\n' "$1"
+	done
+}
+
+test_cache_conditions() { # the client's conditions, answered from the entry
+	start_cache
+	hits_of 'one\l' > asks <<'END'
 304|If-None-Match: "a"
 304|If-None-Match: W/"a"
 304|If-None-Match: "b,", "a"
@@ -10564,43 +10497,33 @@ END
 test_cache_guards() { # If-Match and If-Unmodified-Since: obeyed, or passed on
 	start_cache
 	date='Sun, 06 Nov 1994 08:49'
-	script=
-	while IFS='|' read -r want fields; do
-		script="$script
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n$fields\n
-	client answer
-	log  \" $want [0-9]+ .* hit=fresh"
-	done <<END
-200|If-Match: "a"\n
-200|If-Match: "b", "a"\n
-200|If-Match: "b"\nIf-Match: "a"\n
-200|If-Match: *\n
-412|If-Match: "b"\n
-412|If-Match: W/"a"\n
-412|If-Match: "A"\n
-412|If-Match: a\n
-200|If-Unmodified-Since: $date:37 GMT\n
-200|If-Unmodified-Since: $date:38 GMT\n
-200|If-Unmodified-Since: yesterday\n
-412|If-Unmodified-Since: $date:36 GMT\n
-200|If-Match: "a"\nIf-Unmodified-Since: $date:36 GMT\n
-412|If-Match: "b"\nIf-Unmodified-Since: $date:38 GMT\n
-412|If-Match: "b"\nIf-None-Match: "a"\n
-304|If-Match: "a"\nIf-None-Match: "a"\n
-412|If-Match: "b"\nRange: bytes=1-2\n
-412|If-Match: "b"\nRange: bytes=9-\n
-206|If-Match: "a"\nRange: bytes=1-2\n
-416|If-Match: "a"\nRange: bytes=9-\n
+	hits_of > asks <<END
+200|If-Match: "a"
+200|If-Match: "b", "a"
+200|If-Match: "b"\nIf-Match: "a"
+200|If-Match: *
+412|If-Match: "b"
+412|If-Match: W/"a"
+412|If-Match: "A"
+412|If-Match: a
+200|If-Unmodified-Since: $date:37 GMT
+200|If-Unmodified-Since: $date:38 GMT
+200|If-Unmodified-Since: yesterday
+412|If-Unmodified-Since: $date:36 GMT
+200|If-Match: "a"\nIf-Unmodified-Since: $date:36 GMT
+412|If-Match: "b"\nIf-Unmodified-Since: $date:38 GMT
+412|If-Match: "b"\nIf-None-Match: "a"
+304|If-Match: "a"\nIf-None-Match: "a"
+412|If-Match: "b"\nRange: bytes=1-2
+412|If-Match: "b"\nRange: bytes=9-
+206|If-Match: "a"\nRange: bytes=1-2
+416|If-Match: "a"\nRange: bytes=9-
 END
 	play 'on what is fresh' <<END
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=999\nETag: "a"\n
-	origin send Last-Modified: $date:37 GMT\nContent-Length: 4\n\none\l
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	$script
-	client send HEAD http://%O/ HTTP/1.1\nHost: %O\nIf-Match: "b"\n\n
-	client answer head
+	reply  200 Cache-Control: max-age=999\nETag: "a"\nLast-Modified: $date:37 GMT | one\l
+	ask    / = 200
+	$(cat asks)
+	ask    HEAD / If-Match: "b" = 412
 	sees   -- end open
 	sees#  10 ^HTTP/1.1 412 Precondition Failed
 	sees#  9 ^412 Precondition Failed: what is stored does not meet
@@ -10610,59 +10533,27 @@ END
 	log    "HEAD .* 412 0 .* hit=fresh .* why="what is stored does not meet
 END
 	play 'on what has no validator' <<'END'
-	origin head
-	origin send HTTP/1.1 404 No\nCache-Control: max-age=999\nContent-Length: 4\n\noff\l
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=999\nContent-Length: 4\n\none\l
-	client send GET http://%O/none HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/none HTTP/1.1\nHost: %O\nIf-Match: *\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-Unmodified-Since: Sun, 06 Nov 1994 08:49:37 GMT\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-Match: "a"\n\n
-	client answer
-	sees#  2 ^HTTP/1.1 404
-	sees#  2 ^HTTP/1.1 200
-	sees#  1 ^HTTP/1.1 412
+	reply  404 No\nCache-Control: max-age=999 | off\l
+	reply  200 Cache-Control: max-age=999 | one\l
+	ask    /none = 404
+	ask    /none If-Match: * = 404
+	ask    / = 200
+	ask    / If-Unmodified-Since: Sun, 06 Nov 1994 08:49:37 GMT = 200
+	ask    / If-Match: "a" = 412
 	gets#  2 ^GET
 END
 	play 'on what is stale they go to the server, with the range' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 10\n\nabcdefghij
-	origin next
-	origin head
-	origin send HTTP/1.1 412 No\nConnection: close\nContent-Length: 4\n\nno!\l
-	origin next
-	origin head
-	origin send HTTP/1.1 206 Partial Content\nConnection: close\nETag: "a"\nCache-Control: max-age=99\n
-	origin send Content-Range: bytes 5-9/10\nContent-Length: 5\n\nfghij
-	origin next
-	origin head
-	origin send HTTP/1.1 304 Not Modified\nConnection: close\nETag: "a"\nCache-Control: max-age=99\n\n
-	origin next
-	origin head
-	origin send HTTP/1.1 200 OK\nConnection: close\nETag: "b"\nCache-Control: max-age=99\nContent-Length: 4\n\nnew\l
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-Match: "a"\nRange: bytes=5-\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-Unmodified-Since: Sun, 06 Nov 1994 08:49:37 GMT\nRange: bytes=5-\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nCache-Control: no-cache\nIf-Match: "b"\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	sees~  ^abcdefghijHTTP/1.1 412 No
-	sees   HTTP/1.1 206 Partial Content
-	sees~  ^fghijHTTP/1.1 200
-	sees~  ^abcdefghijHTTP/1.1 200
-	sees   new\l
-	sees   new\l
+	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | abcdefghij
+	reply  412 No\nConnection: close | no!\l
+	reply  206 Connection: close\nETag: "a"\nCache-Control: max-age=99\nContent-Range: bytes 5-9/10 | fghij
+	reply  304 Connection: close\nETag: "a"\nCache-Control: max-age=99
+	reply  200 Connection: close\nETag: "b"\nCache-Control: max-age=99 | new\l
+	ask    / = 200 | abcdefghij
+	ask    / If-Match: "a"\nRange: bytes=5- = 412 No
+	ask    / If-Unmodified-Since: Sun, 06 Nov 1994 08:49:37 GMT\nRange: bytes=5- = 206 | fghij
+	ask    / = 200 | abcdefghij
+	ask    / Cache-Control: no-cache\nIf-Match: "b" = 200 | new\l
+	ask    / = 200 | new\l
 	sees   -- end open
 	gets   -- connection 2
 	gets   If-Match: "a"
@@ -10711,15 +10602,10 @@ test_cache_wishes() { # Cache-Control of requests (RFC 9111 section 5.2.1)
 	wishes ask "$fresh" 'Cache-Control: max-age=50\n'
 	wishes ask "$fresh" 'Cache-Control: max-age=0\n'
 	play 'max-age=0 on what has come in the same second' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 4\n\none\l
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\ntwo\l
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nCache-Control: max-age=0\n\n
-	client answer
-	sees   two\l
+	reply  200 ETag: "a"\nCache-Control: max-age=60 | one\l
+	reply  200 | two\l
+	ask    / = 200
+	ask    / Cache-Control: max-age=0 = 200 | two\l
 	gets#  1 ^If-None-Match: "a"
 END
 	wishes ask "$fresh" 'Cache-Control: max-age=50, max-age=500\n'
@@ -10992,13 +10878,7 @@ test_cache_range() { # ranges of what is stored whole (RFC 9110 section 14)
 	ask    / Range: bytes=2-4\nIf-Range: $same = 200 | abcdefghij
 	gets#  1 ^GET
 END
-	script=
-	while read -r want range; do
-		script="$script
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nRange: bytes=$range\n\n
-	client answer
-	log  \" $want 0 .* hit=fresh"
-	done <<'END'
+	sed 's/ /|Range: bytes=/' <<'END' | hits_of > asks
 200 -5
 200 0-
 416 -0
@@ -11006,16 +10886,15 @@ END
 416 1-
 END
 	play 'of an empty body' <<END
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=999\nContent-Length: 0\n\n
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
-	$script
+	reply  200 Cache-Control: max-age=999 |
+	ask    / = 200
+	$(cat asks)
 	sees   -- end open
 	sees#  3 ^HTTP/1.1 200 OK
 	sees#  3 ^Content-Range: bytes ./0
 	sees#  6 ^Content-Length: 0
 	gets#  1 ^GET
+	log!   " [0-9]+ [1-9][0-9]* .* hit=
 END
 }
 
@@ -11846,8 +11725,7 @@ test_cache_sweep_slow() { # however long the sweeper takes: never larger than -s
 	overfill 'small objects' 10 300
 	what='chunks'
 	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nCache-Control: max-age=9999\nTransfer-Encoding: chunked\n\nEA60\n
+reply 200 Cache-Control: max-age=9999\nTransfer-Encoding: chunked | EA60\n
 chop 20000 10 \{60000:x}
 send \n0\n\n
 loop
@@ -11919,8 +11797,7 @@ test_cache_descriptors() { # sweeper and helper hold nothing open that is not th
 		fail "children: $(proxy_children)"
 	helper=$(proxy_children)
 	origin long <<'END'
-head
-send HTTP/1.1 200 OK\nCache-Control: max-age=9\nTransfer-Encoding: chunked\n\n1\nx\n
+reply 200 Cache-Control: max-age=9\nTransfer-Encoding: chunked | 1\nx\n
 await over
 END
 	client_bg c <<'END'
@@ -12591,15 +12468,13 @@ END
 	echo close >> scripts
 	origin o < scripts
 	client first <<'END'
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-answer
+ask /
 END
 	client others < others.in
 	grep '^open$' others.end > /dev/null || fail "$(cat others.end)"
 	for n in 1 2; do
 		client_bg c$n <<'END'
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-answer
+ask /
 END
 	done
 	wait_for 5 '[ -s o.2 ] && [ -s o.3 ]' || fail "the second waits again"
@@ -12764,8 +12639,7 @@ END
 test_cache_collapsed_room() { # one who follows takes no room on the disk in advance
 	start_cache
 	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nCache-Control: max-age=999\nContent-Length: 50000000\n\n
+reply 200 Cache-Control: max-age=999\nContent-Length: 50000000
 fill 100000
 await end
 END
@@ -13058,7 +12932,7 @@ followed() {
 	touch cut
 }
 
-test_regress_cache_resumed_kept() { # the connection on which a follower got the rest serves others
+test_cache_resumed_kept() { # the connection on which a follower got the rest serves others
 	start_cache
 	followed 3000 <<'END'
 reply 200 Cache-Control: max-age=999\nETag: "a"\nContent-Length: 3000
@@ -13091,7 +12965,7 @@ END
 	asked 2
 }
 
-test_regress_cache_mixture() { # who follows never gets the rest of what may be another version
+test_cache_resumed_mixed() { # who follows never gets the rest of what may be another version
 	start_cache
 	modified='Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
 	mixed "${modified}ETag: W/\"a\"\n" "${modified}ETag: W/\"b\"\n"
@@ -13103,7 +12977,7 @@ test_regress_cache_mixture() { # who follows never gets the rest of what may be 
 	mixed "$same" "$same"
 }
 
-test_regress_cache_resumed_short() { # what comes again and ends too early is no end
+test_cache_resumed_short() { # what comes again and ends too early is no end
 	start_cache
 	for what in chunks close; do
 		case $what in
@@ -13125,7 +12999,7 @@ END
 	done
 }
 
-test_regress_cache_cut_follower() { # a file cut under one who follows: the answer is visibly short
+test_cache_collapsed_cut() { # a file cut under one who follows: the answer is visibly short
 	start_cache
 	origin o <<'END'
 reply 200 Cache-Control: max-age=999\nTransfer-Encoding: chunked | 7A1200\n
@@ -13148,7 +13022,7 @@ END
 	asked 1
 }
 
-test_regress_cache_for_nobody() { # an answer that nobody wants and that is not stored is not fetched
+test_cache_collapsed_unwanted() { # an answer that nobody wants and that is not stored is not fetched
 	start_cache -s 1M
 	what=followed
 	origin o <<'END'
@@ -13175,7 +13049,7 @@ END
 	comes freed2
 }
 
-test_regress_cache_one_refresh() { # many at once on a stale entry: one refresh, and it is a GET
+test_cache_refresh_once() { # many at once on a stale entry: one refresh, and it is a GET
 	start_cache
 	for what in GET HEAD; do
 		play -n "$what" <<'END'
@@ -13210,7 +13084,7 @@ END
 	done
 }
 
-test_regress_cache_gone_early() { # the first client leaves before the head comes: the others wait on
+test_cache_collapsed_gone_early() { # the first client leaves before the head comes: the others wait on
 	start_cache
 	for what in stored private; do
 		rm -f go leave
@@ -13244,7 +13118,7 @@ END
 	done
 }
 
-test_regress_cache_resumed_rules() { # the rest is not asked for where the rules forbid it
+test_cache_resumed_rules() { # the rest is not asked for where the rules forbid it
 	second_address
 	start_names $second 127.0.0.1 -- -c "$T/cache" -e "deny address $second"
 	twins origin forbidden <<'END'
@@ -13266,7 +13140,7 @@ END
 	[ ! -e forbidden.1 ] || fail "the forbidden address is asked"
 }
 
-test_regress_cache_slow_first() { # a first client that does not read holds up nobody who follows
+test_cache_collapsed_slow_first() { # a first client that does not read holds up nobody who follows
 	start_cache
 	for what in length chunks; do
 		rm -f go
@@ -13294,7 +13168,7 @@ END
 	done
 }
 
-test_regress_cache_slow_first_gone() { # the same when all leave, or the server cuts it off
+test_cache_collapsed_slow_gone() { # the same when all leave, or the server cuts it off
 	start_cache
 	for what in leave cut; do
 		# Of what is left most has not come.
@@ -14821,32 +14695,27 @@ hello $start 000c 0000 0008 0006 00 0003 610062 | $start 000c 0000 0008 0006 00 
 END
 }
 
-test_regress_rules_fallback() { # a parent is gone: going directly, addresses are judged
+test_rules_direct_judged() { # a parent is gone: going directly, addresses are judged
 	need_me
 	start_names 127.0.0.1 -- \
 	    -e 'via http://127.0.0.1:1 direct' -e "allow client $me"
 	play -n 'a name of loopback, by the way behind the parent' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\nevil
-	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
+	reply  200 | evil
+	ask    http://two.test:%p/
+	ask    http://two.test:%p/
 	sees   HTTP/1.1 403 Forbidden
 	sees   HTTP/1.1 403 Forbidden
 	gets!~ .
 END
 }
 
-test_regress_rules_parent_name() { # a parent whose name has no address: the next one, at once
+test_rules_parent_nameless() { # a parent whose name has no address: the next one, at once
 	origin p <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
+reply 200 | ok
 END
 	start_proxy -e "via http://nowhere.invalid:1 http://$origin"
 	play -n 'the next' <<'END'
-	client send GET http://dest.invalid/ HTTP/1.1\nHost: dest.invalid\n\n
-	client answer
+	ask    http://dest.invalid/
 	sees   ok
 	log    200 2 .* total=N
 END
@@ -14855,16 +14724,13 @@ END
 	[ "$ms" -lt 10000 ] || fail "that took $ms ms"
 }
 
-test_regress_rules_rescue() { # who is denied with 503 gets no stale entry instead
+test_rules_denied_no_stale() { # who is denied with 503 gets no stale entry instead
 	start_names 127.0.0.1 -- -c "$T/cache" -e 'allow field request X-In .' \
 	    -e 'deny 503 "no" address 127.0.0.0/8'
 	play -n 'the client would take it stale if there is an error' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 4\n\none\l
-	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\nX-In: 1\n\n
-	client answer
-	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\nCache-Control: stale-if-error=999\n\n
-	client answer
+	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | one\l
+	ask    http://two.test:%p/ X-In: 1
+	ask    http://two.test:%p/ Cache-Control: stale-if-error=999
 	sees   one\l
 	sees   HTTP/1.1 503 Service Unavailable
 	sees!~ hit
@@ -14874,14 +14740,12 @@ test_regress_rules_rescue() { # who is denied with 503 gets no stale entry inste
 END
 }
 
-test_regress_rules_cached_body() { # a text in the body of what the cache answers
+test_rules_cached_body() { # a text in the body of what the cache answers
 	start_names 127.0.0.1 -- -c "$T/cache" -e 'allow field request X-In .' \
 	    -e 'allow address 10.0.0.0/8' -e 'deny "evil" body evil'
 	play -n 'beside a line that asks for the address' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 10\n\nxxevilxxx\l
-	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\nX-In: 1\n\n
-	client answer
+	reply  200 Cache-Control: max-age=99 | xxevilxxx\l
+	ask    http://two.test:%p/ X-In: 1
 	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
 	client eof
 	sees   xxevilxxx\l
@@ -14893,31 +14757,27 @@ test_regress_rules_cached_body() { # a text in the body of what the cache answer
 END
 }
 
-test_regress_rules_validated() { # an entry that is validated is judged by where it came from
+test_rules_cached_validated() { # an entry that is validated is judged by where it came from
 	need_me
 	unset PEER_FROM
 	name=a start_names 127.0.0.1 -- -c "$T/cache"
 	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nConnection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60\nContent-Length: 7\n\nsecret\l
+reply 200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | secret\l
 END
 	client a <<'END'
-send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
-answer
+ask http://two.test:%p/
 END
 	ended o.1
 	stop_proxy
 	port=$origin_port
 	origin e -a "$me" -p "$port" <<'END'
-head
-send HTTP/1.1 304 Not Modified\nETag: "a"\nCache-Control: max-age=60\n\n
+reply 304 ETag: "a"\nCache-Control: max-age=60
 loop
 END
 	need_me
 	start_names "$me" -- -c "$T/cache" -e "allow client $me"
 	client b <<'END'
-send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
-answer
+ask http://two.test:%p/
 END
 	seen b <<'END'
 = HTTP/1.1 403 Forbidden
@@ -14925,15 +14785,12 @@ END
 END
 }
 
-test_regress_rules_cache_address() { # lines about the cache know where an entry came from
+test_rules_cached_address() { # lines about the cache know where an entry came from
 	start_names 127.0.0.1 -- -c "$T/cache" -e 'cache 1h address 127.0.0.0/8'
 	play -n 'a lifetime' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nETag: "a"\nContent-Length: 3\n\nok\l
-	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
+	reply  200 ETag: "a" | ok\l
+	ask    http://two.test:%p/
+	ask    http://two.test:%p/
 	sees   ok\l
 	sees   ok\l
 	gets#  1 ^GET
@@ -14944,15 +14801,11 @@ END
 	    -e 'nocache address 127.0.0.0/8 field request X-No .' \
 	    -e 'via http://127.0.0.1:1 direct'
 	play -n 'nocache; an entry that came directly after all' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 3\n\nok\l
+	reply  200 Cache-Control: max-age=99 | ok\l
 	origin loop
-	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://two.test:%p/ HTTP/1.1\nHost: x\nX-No: 1\n\n
-	client answer
+	ask    http://two.test:%p/
+	ask    http://two.test:%p/
+	ask    http://two.test:%p/ X-No: 1
 	sees#  3 ^ok
 	gets#  2 ^GET
 	log    200 3 .* miss=stored
@@ -14961,16 +14814,13 @@ END
 END
 }
 
-test_regress_rules_not_modified() { # an answer without its body is no body without the text
+test_rules_cached_not_modified() { # an answer without its body is no body without the text
 	start_cache -e 'allow field request X-In .' \
 	    -e 'deny "not ours" not body OURS'
 	play -n 'a 304 from an entry' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nETag: "a"\nContent-Length: 6\n\nOURS!\l
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-In: 1\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nIf-None-Match: "a"\n\n
-	client answer
+	reply  200 Cache-Control: max-age=99\nETag: "a" | OURS!\l
+	ask    / X-In: 1
+	ask    / If-None-Match: "a"
 	client send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: close\n\n
 	client eof
 	sees   OURS!\l
@@ -14983,31 +14833,25 @@ test_regress_rules_not_modified() { # an answer without its body is no body with
 END
 }
 
-test_regress_rules_empty() { # a body of no bytes is judged before it is sent
+test_rules_body_empty() { # a body of no bytes is judged before it is sent
 	start_cache -e 'deny "empty" not body x'
 	play -n 'Content-Length: 0' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 0\n\n
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
+	reply  200 |
+	ask    /
 	sees   HTTP/1.1 403 Forbidden
 	log    403 .* rule=-e:1
 END
 }
 
-test_regress_rules_upgrade_head() { # the head of a 101 does not fit any more: a page, no tunnel
+test_rules_head_too_long() { # the head of a 101 does not fit any more: a page, no tunnel
 	start_proxy -e "add response X-More $(printf '%0300d' 0)"
 	n=$((room_max - 120))
 	play '101' <<END
-	origin head
-	origin send HTTP/1.1 101 Switching Protocols\nUpgrade: x\nConnection: Upgrade\nX-Long: \{$n:y}\n\n
+	reply  101 Upgrade: x\nConnection: Upgrade\nX-Long: \{$n:y}
 	origin next
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\nyes
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nUpgrade: x\nConnection: Upgrade\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
+	reply  200 | yes
+	ask    / Upgrade: x\nConnection: Upgrade
+	ask    /
 	sees   HTTP/1.1 502 Bad Gateway
 	sees   yes
 	log    502 .* why="the answer's head is too long"
@@ -15015,7 +14859,7 @@ test_regress_rules_upgrade_head() { # the head of a 101 does not fit any more: a
 END
 }
 
-test_regress_rules_answer_head() { # the longest heads are judged with their body too
+test_rules_body_long_heads() { # the longest heads are judged with their body too
 	start_proxy -e 'deny type text/evil body evil' -e 'unset response X'
 	k=$((room_max - 30))
 	while [ $k -lt "$room_max" ]; do
@@ -15031,7 +14875,7 @@ END
 	done
 }
 
-test_regress_rules_tunnel_size() { # a tunnel has no size, whatever has passed
+test_rules_size_tunnel() { # a tunnel has no size, whatever has passed
 	start_proxy -e 'deny size >1'
 	play -n 'a server that talks first' <<'END'
 	origin send hello, client
@@ -15049,16 +14893,14 @@ test_regress_rules_tunnel_size() { # a tunnel has no size, whatever has passed
 END
 }
 
-test_regress_rules_resumed_trailer() { # the rest of an answer brings no trailer that a line takes away
+test_rules_cached_trailer() { # the rest of an answer brings no trailer that a line takes away
 	start_cache -e 'unset response X-Secret'
 	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nTransfer-Encoding: chunked\n\n4\nfour\n
+reply 200 Connection: close\nCache-Control: max-age=999\nETag: "a"\nTransfer-Encoding: chunked | 4\nfour\n
 await more
 reset
 ---
-head
-send HTTP/1.1 200 OK\nConnection: close\nCache-Control: max-age=999\nETag: "a"\nTransfer-Encoding: chunked\n\n8\nfourfive\n0\nX-Secret: 1\n\n
+reply 200 Connection: close\nCache-Control: max-age=999\nETag: "a"\nTransfer-Encoding: chunked | 8\nfourfive\n0\nX-Secret: 1\n\n
 END
 	client_bg a <<'END'
 send GET http://%O/ HTTP/1.1\nHost: %O\n\n
@@ -15081,40 +14923,29 @@ END
 END
 }
 
-test_regress_rules_login_stored() { # what belongs to a login that a rule puts in is not stored
+test_rules_cached_login() { # what belongs to a login that a rule puts in is not stored
 	start_cache -e 'set request Authorization "Basic eDp5" field request X-In .'
 	play 'for those who have it' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 7\n\nsecret\l
-	origin head
-	origin send HTTP/1.1 200 OK\nCache-Control: max-age=99\nContent-Length: 5\n\nnone\l
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-In: 1\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
+	reply  200 Cache-Control: max-age=99 | secret\l
+	reply  200 Cache-Control: max-age=99 | none\l
+	ask    / X-In: 1
+	ask    /
 	sees   secret\l
 	sees   none\l
 	gets#  1 ^Authorization: Basic eDp5$
 END
 }
 
-test_regress_rules_cache_what() { # `cache' is about what may be stored: no error, no way to a login
+test_rules_cached_statuses() { # `cache' is about what may be stored: no error, no way to a login
 	start_cache -e 'cache 1h'
 	play 'an error, a redirection, a page' <<'END'
-	origin head
-	origin send HTTP/1.1 502 No\nETag: "a"\nContent-Length: 3\n\nno\l
-	origin head
-	origin send HTTP/1.1 302 There\nLocation: /login\nETag: "a"\nContent-Length: 3\n\ngo\l
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 3\n\nok\l
-	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
-	client answer
+	reply  502 No\nETag: "a" | no\l
+	reply  302 There\nLocation: /login\nETag: "a" | go\l
+	reply  200 | ok\l
+	ask    /
+	ask    /
+	ask    /
+	ask    /
 	sees   no\l
 	sees+~ ^HTTP/1.1 302
 	sees   go\l
@@ -15128,15 +14959,12 @@ test_regress_rules_cache_what() { # `cache' is about what may be stored: no erro
 END
 }
 
-test_regress_rules_parent_blamed() { # a server that is gone is not the parents' fault
+test_rules_parent_blamed() { # a server that is gone is not the parents' fault
 	start_proxy -v -e 'via http://127.0.0.1:1 direct'
 	play -n 'the way behind the last parent stays' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\n\nok
-	client send GET http://127.0.0.1:2/ HTTP/1.1\nHost: x\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
-	client answer
+	reply  200 | ok
+	ask    http://127.0.0.1:2/
+	ask    /
 	sees~  ^HTTP/1.1 502
 	sees   ok
 	err#   1 trying 127.0.0.1:1$
@@ -15151,16 +14979,14 @@ stall 3000
 END
 	start_proxy -e "via socks5://$origin direct"
 	play -n 'nor that of one who was asked and is silent' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 4\n\nevil
-	client send GET http://%O/ HTTP/1.1\nHost: x\n\n
-	client answer
+	reply  200 | evil
+	ask    /
 	sees~  ^HTTP/1.1 504
 	gets!~ .
 END
 }
 
-test_regress_rules_memory() { # rules take no more memory the oftener they are read
+test_rules_reload_memory() { # rules take no more memory the oftener they are read
 	have ps || skip "no ps"
 	i=0
 	while [ $i -lt 1000 ]; do
@@ -15179,15 +15005,12 @@ test_regress_rules_memory() { # rules take no more memory the oftener they are r
 		fail "it had $size KiB and now has $more KiB"
 }
 
-test_regress_rules_denied_hit() { # the log of an entry that is denied tells of no hit and no miss
+test_rules_cached_denied() { # the log of an entry that is denied tells of no hit and no miss
 	start_cache -e 'deny type text/evil not field request X-In .'
 	play 'from the cache' <<'END'
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Type: text/evil\nCache-Control: max-age=99\nContent-Length: 4\n\nevil
-	client send GET http://%O/ HTTP/1.1\nHost: %O\nX-In: 1\n\n
-	client answer
-	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-	client answer
+	reply  200 Content-Type: text/evil\nCache-Control: max-age=99 | evil
+	ask    / X-In: 1
+	ask    /
 	sees~  ^evilHTTP/1.1 403 Forbidden
 	log    200 4 .* miss=stored
 	log    403 [0-9]+ "-" "-" up=0 .* end=done rule=-e:1
@@ -15544,7 +15367,7 @@ rests() {
 		fail "used $rests_used/100 s of processor time, $1"
 }
 
-test_regress_empty_line() { # an empty line in two pieces, then the end: as if nothing came
+test_log_empty_line() { # an empty line in two pieces, then the end: as if nothing came
 	for end in shut close reset; do
 		play "$end" <<END
 		client send \r ; stall 150 ; send \l
@@ -15557,7 +15380,7 @@ END
 	stop_proxy
 }
 
-test_regress_upload_left() { # an early answer or a reset ends an upload that is stuck half-way
+test_bodies_upload_left() { # an early answer or a reset ends an upload that is stuck half-way
 	other_ends
 	start_proxy
 	says=$("$other" slow) || fail "no origin"
@@ -15577,7 +15400,7 @@ write_hasty() {
 	printf '#include "proxy.c"\n'
 }
 
-test_regress_flood() { # refused clients that never stop sending keep nobody out
+test_limits_flood() { # refused clients that never stop sending keep nobody out
 	other_ends
 	built_once hasty write_hasty -UBUFFER_SIZE -ULINGER_MS
 	proxy_bin=$work/hasty
@@ -15593,7 +15416,7 @@ test_regress_flood() { # refused clients that never stop sending keep nobody out
 END
 }
 
-test_regress_socks_early() { # bytes behind a SOCKS reply are no answer to what was not asked yet
+test_parent_socks_early() { # bytes behind a SOCKS reply are no answer to what was not asked yet
 	start_with socks5 <<'END'
 want 3 ; send \x05\0 ; want 10
 send \x05\0\0\x01\0\0\0\0\0\0HTTP/1.1 200 OK\nContent-Length: 4\n\nevil
@@ -15616,7 +15439,7 @@ END
 END
 }
 
-test_regress_cancelled() { # a download through a tunnel is cancelled: the server feels it at once
+test_tunnel_cancelled() { # a download through a tunnel is cancelled: the server feels it at once
 	start_proxy -l 127.0.0.1:0 -l "$T/p.sock"
 	origin o <<'END'
 stuff 1000000000 ; eof
@@ -15644,7 +15467,7 @@ END
 	served
 }
 
-test_regress_connect_refused() { # what follows a refused CONNECT is no request
+test_tunnel_refused_rest() { # what follows a refused CONNECT is no request
 	nobody
 	dead=$origin
 	for early in 'GET http://%O/evil HTTP/1.1\nHost: %O\n\n' \
@@ -15729,7 +15552,7 @@ brim_read() {
 	done
 }
 
-test_regress_last_chunk() { # the end of an answer comes, however full the buffers are
+test_bodies_last_chunk() { # the end of an answer comes, however full the buffers are
 	start_proxy -l "$T/p.sock"
 	PEER_MS=30000
 	export PEER_MS
@@ -15744,7 +15567,7 @@ test_regress_last_chunk() { # the end of an answer comes, however full the buffe
 	served
 }
 
-test_regress_trailer_size() { # trailers of any size arrive whole or end the connection
+test_bodies_trailer_size() { # trailers of any size arrive whole or end the connection
 	for short in 0 60 120; do
 		for left in 0 6 100 127 136 145 260 400 1000; do
 			long=$((room_max - left - short * 5 - 8))
@@ -15769,7 +15592,7 @@ END
 	done
 }
 
-test_regress_tls_hello() { # a browser's TLS hello is known, line feeds in it or not
+test_bad_tls_hello() { # a browser's TLS hello is known, line feeds in it or not
 	random='\x0a\x5e\x0d\x0a\x20\x47\{26:\x99}'
 	server='\0\0\0\x10\0\x0e\0\0\x0bexample.com'
 	curves='\0\x0a\0\x08\0\x06\0\x1d\0\x17\0\x18'
@@ -15793,7 +15616,7 @@ END
 END
 }
 
-test_regress_credentials() { # a password in a URL is neither logged nor traced nor sent back
+test_bad_credentials() { # a password in a URL is neither logged nor traced nor sent back
 	start_proxy -vv
 	for request in 'GET http://bob:s3 cret@%O/ HTTP/1.1\nHost: %O' \
 	    'GET http://bob:s3cret#@%O HTTP/1.1\nHost: %O' \
@@ -15820,7 +15643,7 @@ END
 	served
 }
 
-test_regress_early_101() { # a server may not switch before it has the whole request
+test_tunnel_early_101() { # a server may not switch before it has the whole request
 	play 'in a chunk' <<'END'
 	origin head ; until hel
 	origin send HTTP/1.1 101 Switching\nUpgrade: odd\nConnection: upgrade\n\n ; eof
@@ -15843,7 +15666,7 @@ END
 END
 }
 
-test_regress_login() { # a login of a connection (NTLM, Negotiate) serves no other client
+test_server_login() { # a login of a connection (NTLM, Negotiate) serves no other client
 	for scheme in NTLM Negotiate ntlm NEGOTIATE; do
 		play "$scheme" <<END
 		reply  200 | alice
@@ -15858,7 +15681,7 @@ END
 	done
 }
 
-test_regress_anonymous_trailers() { # -a: trailers tell nothing about the client either
+test_fields_anonymous_trailers() { # -a: trailers tell nothing about the client either
 	start_proxy -a
 	play 'personal fields as trailers' <<'END'
 	origin head ; until \n0\n ; until \n ; stall 50 ; say 200 | ok
@@ -15875,7 +15698,7 @@ END
 END
 }
 
-test_regress_slow_reader() { # a half-closed tunnel lasts as long as bytes flow, however slowly
+test_tunnel_slow_reader() { # a half-closed tunnel lasts as long as bytes flow, however slowly
 	quick
 	start_proxy -l "$T/p.sock"
 	size=1500000
@@ -15890,7 +15713,7 @@ test_regress_slow_reader() { # a half-closed tunnel lasts as long as bytes flow,
 END
 }
 
-test_regress_reset_after_end() { # a server resets after its end of stream: the client feels it
+test_tunnel_reset_after_end() { # a server resets after its end of stream: the client feels it
 	play 'bytes for a server that is gone' <<'END'
 	origin close
 	a: ask CONNECT %O
@@ -15915,7 +15738,7 @@ END
 	[ "$(cat fill.end)" = eof ] || fail "requests: $(cat fill.end)"
 }
 
-test_regress_log_pipe() { # a log on a pipe that nobody reads: serving goes on, lines come when it is read
+test_log_pipe() { # a log on a pipe that nobody reads: serving goes on, lines come when it is read
 	pipe_open pipe
 	start_proxy -o "$T/pipe" 9>&-
 	fill_log 150
@@ -15934,7 +15757,7 @@ test_regress_log_pipe() { # a log on a pipe that nobody reads: serving goes on, 
 	stop_proxy
 }
 
-test_regress_log_pipe_term() { # the same, and TERM: exit 0
+test_log_pipe_term() { # the same, and TERM: exit 0
 	pipe_open pipe
 	start_proxy -o "$T/pipe" 9>&-
 	fill_log 150
@@ -15943,7 +15766,7 @@ test_regress_log_pipe_term() { # the same, and TERM: exit 0
 	exec 9>&-
 }
 
-test_regress_log_fifo() { # HUP with a log whose reader has gone: serving goes on
+test_log_fifo() { # HUP with a log whose reader has gone: serving goes on
 	pipe_open pipe
 	start_proxy -o "$T/pipe" 9>&-
 	served 9>&-
@@ -15956,7 +15779,7 @@ test_regress_log_fifo() { # HUP with a log whose reader has gone: serving goes o
 	stop_proxy
 }
 
-test_regress_err_pipe() { # words on a pipe that nobody reads: serving goes on, TERM works
+test_trace_pipe() { # words on a pipe that nobody reads: serving goes on, TERM works
 	pipe_open words
 	"$proxy_bin" -v -l "$T/p.sock" -o "$T/log" 2> words 9>&- &
 	proxy_pid=$!
@@ -16033,7 +15856,7 @@ find_helper() {
 	[ -n "$helper" ] || fail "no helper process"
 }
 
-test_regress_helper_hangs() { # the helper dies while a question hangs: names work again within 3 s
+test_names_helper_hangs() { # the helper dies while a question hangs: names work again within 3 s
 	start_names 127.0.0.1
 	find_helper
 	client_bg s <<'END'
@@ -16046,7 +15869,7 @@ END
 	served
 }
 
-test_regress_helper_forks() { # a helper that cannot fork: said at once, no descriptor is lost
+test_names_helper_forks() { # a helper that cannot fork: said at once, no descriptor is lost
 	[ -d /proc/self/fd ] || skip "no /proc"
 	start_forks 127.0.0.1
 	name_known one.test
@@ -16069,7 +15892,7 @@ END
 	served
 }
 
-test_regress_hanging_names() { # forty names that hang keep no other name waiting
+test_names_hanging() { # forty names that hang keep no other name waiting
 	other_ends
 	start_forks 127.0.0.1
 	spawn many "$other" many 40 "$proxy" hang \
@@ -16081,7 +15904,7 @@ test_regress_hanging_names() { # forty names that hang keep no other name waitin
 	served
 }
 
-test_regress_dead_addresses() { # many attempts at dead addresses delay no living one
+test_names_dead_addresses() { # many attempts at dead addresses delay no living one
 	other_ends
 	address_here 127.0.0.2 && address_here 127.0.0.3 ||
 		skip "no 127.0.0.2 or 127.0.0.3 here"
@@ -16111,7 +15934,7 @@ END
 	served
 }
 
-test_regress_password_hidden() { # a parent's password is not among the proxy's arguments
+test_parent_password_hidden() { # a parent's password is not among the proxy's arguments
 	start_proxy -x 'http://me:s3cret@127.0.0.1:1'
 	if [ -r "/proc/$proxy_pid/cmdline" ]; then
 		tr '\0' '\n' < "/proc/$proxy_pid/cmdline" > args
@@ -16129,7 +15952,7 @@ test_regress_password_hidden() { # a parent's password is not among the proxy's 
 	stop_proxy
 }
 
-test_regress_few_busy() { # idle tunnels take nothing from the few that are busy
+test_resources_few_busy() { # idle tunnels take nothing from the few that are busy
 	sanitized && skip "a sanitizer build says nothing"
 	other_ends
 	echoes
