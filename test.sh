@@ -14976,102 +14976,63 @@ built_once() {
 	built "$work/$once_name"
 }
 
-# A second helper program: what takes many or rough connections.
+# A second helper program: rough clients and origins, servers and clients for
+# real programs, and what measures.
 write_other() {
 	cat <<'EOF_OTHER'
 /*
- * other: rougher other ends than peer's, each ended by an alarm.
+ * other: other ends than the scripted ones of peer, whose parts it uses.
  *
  * many N WHERE FILE TEXT
- *                     sends TEXT over each of N connections, with CR LF for
- *                     each | and the connection's number for each @; makes
- *                     FILE.ready; they stay open until FILE.over is there
- * flood WHERE MS      clients that are refused and go on sending as fast as
- *                     they can, while others come and go
- * slow NAME           an origin with small windows that reads some of a
- *                     request, then resets or answers 413 early; says
- *                     PORT PID
+ *     sends TEXT over each of N connections, with CR LF for each | and the
+ *     connection's number for each @; makes FILE.ready; they stay open until
+ *     FILE.over is there
+ * flood WHERE MS
+ *     clients that are refused and go on sending as fast as they can, while
+ *     others come and go
+ * slow NAME
+ *     an origin with small windows that reads some of a request, then resets
+ *     or answers 413 early; says PORT PID
  * upload N WHERE TEXT MS
- *                     N clients send the head TEXT, | being CR LF, and chunks
- *                     of all sizes, and linger
+ *     N clients send the head TEXT, | being CR LF, and chunks of all sizes, and
+ *     linger
+ * ports N
+ *     prints N free loopback ports below those that the system gives to
+ *     outgoing connections
+ * serve FILE
+ *     writes its port to FILE and serves in this directory until it is killed:
+ *     WebSocket echo; GET /wait, answered once a WebSocket said "done"; /git/ by
+ *     git http-backend; any other body is kept in ./body and counted in the
+ *     answer
+ * origin FILE
+ *     writes its port to FILE and answers GET .../N with N bytes, kept alive,
+ *     until it is killed. What is below /keep/ may be cached; how often it
+ *     was asked for that is a long in FILE.asked.
+ * client [-c] [-d HOST] [-n] [-k N] [-r] [-x PROXY-PORT] PORT CONNS REQUESTS MS SIZE
+ *     asks that origin for SIZE bytes over CONNS connections at once, until
+ *     REQUESTS are answered or MS have passed; -n: a new connection for each,
+ *     -c: by CONNECT, -d: by this name for it, which the proxy must know how to
+ *     reach, -k: for one of N objects that may be cached, in turn or (-r) at
+ *     random. Prints requests, seconds, errors (also a size that is
+ *     not SIZE) and its own microseconds of processor time.
+ * idle PROXY-PORT PORT CONNS FILE
+ *     opens CONNS tunnels, writes how many stand to FILE, and keeps them
+ *     until it is killed
  */
-#define _POSIX_C_SOURCE 200809L
-#include <sys/socket.h>
-#include <sys/resource.h>
-#include <sys/stat.h>
-#include <sys/un.h>
-#include <sys/wait.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <arpa/inet.h>
-#include <fcntl.h>
-#include <poll.h>
-#include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-#include <unistd.h>
+#define main peer_main
+#include "peer.c"
+#undef main
+#include <sys/mman.h>
+#include <stdint.h>
 
 static char block[1 << 18];
 static unsigned long seed;
-
-static long
-now_ms(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (long)t.tv_sec * 1000 + t.tv_nsec / 1000000;
-}
-
-static void
-sleep_us(long us)
-{
-	struct timespec t;
-
-	t.tv_sec = us / 1000000;
-	t.tv_nsec = us % 1000000 * 1000;
-	nanosleep(&t, NULL);
-}
 
 static unsigned long
 draw(unsigned long n)
 {
 	seed = (seed * 1103515245 + 12345) & 0x7fffffff;
 	return (seed >> 8) % n;
-}
-
-/* Connects to "/path" or "a.b.c.d:port". */
-static int
-dial(const char *where)
-{
-	struct sockaddr_in in;
-	struct sockaddr_un un;
-	char host[64];
-	const char *colon = strrchr(where, ':');
-	int fd;
-
-	memset(&in, 0, sizeof(in));
-	memset(&un, 0, sizeof(un));
-	if (*where == '/') {
-		un.sun_family = AF_UNIX;
-		snprintf(un.sun_path, sizeof(un.sun_path), "%s", where);
-		fd = socket(AF_UNIX, SOCK_STREAM, 0);
-		if (connect(fd, (struct sockaddr *)&un, sizeof(un)) == 0)
-			return fd;
-	} else {
-		snprintf(host, sizeof(host), "%.*s", (int)(colon - where),
-		    where);
-		in.sin_family = AF_INET;
-		in.sin_addr.s_addr = inet_addr(host);
-		in.sin_port = htons((unsigned short)atoi(colon + 1));
-		fd = socket(AF_INET, SOCK_STREAM, 0);
-		if (connect(fd, (struct sockaddr *)&in, sizeof(in)) == 0)
-			return fd;
-	}
-	close(fd);
-	return -1;
 }
 
 /* Sends all of it, until the time is up; false if it can't. */
@@ -15102,7 +15063,7 @@ send_all(int fd, const char *p, size_t n, long end)
 
 /* Sends a text with | for CR LF and @ for a number. */
 static int
-send_text(int fd, const char *text, int number, long end)
+put_text(int fd, const char *text, int number, long end)
 {
 	static char said[10000];
 	size_t n = 0;
@@ -15120,26 +15081,20 @@ send_text(int fd, const char *text, int number, long end)
 static int
 main_many(int n, const char *where, const char *file, const char *text)
 {
-	static char name[1000];
-	struct rlimit r;
-	struct stat st;
-	int i;
+	char name[300];
+	int i, fd;
 
-	if (getrlimit(RLIMIT_NOFILE, &r) == 0) {
-		r.rlim_cur = r.rlim_max;
-		(void)setrlimit(RLIMIT_NOFILE, &r);
-	}
+	raise_files();
 	for (i = 0; i < n; i++) {
-		int fd = dial(where);
-
-		if (fd == -1 || !send_text(fd, text, i, now_ms() + 5000))
+		fd = dial(where);
+		if (fd == -1 || !put_text(fd, text, i, now_ms() + 5000))
 			return 1;
 	}
 	snprintf(name, sizeof(name), "%s.ready", file);
-	close(open(name, O_WRONLY | O_CREAT, 0600));
+	touch_file(name);
 	snprintf(name, sizeof(name), "%s.over", file);
-	while (stat(name, &st) == -1)
-		sleep_us(20000);
+	while (access(name, F_OK) == -1)
+		sleep_ms(20);
 	return 0;
 }
 
@@ -15167,7 +15122,7 @@ visit(const char *where, long end)
 
 	one.events = POLLIN;
 	while (now_ms() < end && (one.fd = dial(where)) != -1) {
-		sleep_us((long)draw(300));
+		sleep_ms((long)draw(2));
 		if (send_all(one.fd, head, strlen(head), end) &&
 		    poll(&one, 1, 200) == 1)
 			(void)recv(one.fd, got, sizeof(got), 0);
@@ -15181,7 +15136,7 @@ upload(const char *where, const char *text, long end)
 {
 	int fd = dial(where);
 
-	if (!send_text(fd, text, 0, end))
+	if (!put_text(fd, text, 0, end))
 		return;
 	for (;;) {
 		static char chunk[40000];
@@ -15201,7 +15156,7 @@ upload(const char *where, const char *text, long end)
 			break;
 	}
 	while (now_ms() < end)
-		sleep_us(20000);
+		sleep_ms(20);
 }
 
 static void
@@ -15215,14 +15170,14 @@ slow_one(int fd)
 
 	while (left > 0 && (n = recv(fd, block, 500 + draw(9000), 0)) > 0) {
 		left -= n;
-		sleep_us((long)draw(3000));
+		sleep_ms((long)draw(4));
 	}
 	if (draw(2))
 		(void)setsockopt(fd, SOL_SOCKET, SO_LINGER, &hard,
 		    sizeof(hard));
 	else {
 		(void)send_all(fd, answer, strlen(answer), end);
-		sleep_us(800000);
+		sleep_ms(800);
 	}
 	close(fd);
 }
@@ -15230,25 +15185,13 @@ slow_one(int fd)
 static int
 main_slow(void)
 {
-	struct sockaddr_in a;
-	socklen_t len = sizeof(a);
-	int fd = socket(AF_INET, SOCK_STREAM, 0), c, small = 4096;
-	pid_t pid;
+	int port = 0, fd = hear("127.0.0.1", &port, 64), c, small = 4096;
 
-	memset(&a, 0, sizeof(a));
-	a.sin_family = AF_INET;
-	a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	(void)setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof(small));
-	if (bind(fd, (struct sockaddr *)&a, sizeof(a)) == -1 ||
-	    listen(fd, 64) == -1 ||
-	    getsockname(fd, (struct sockaddr *)&a, &len) == -1)
+	if (fd == -1)
 		return 1;
-	if ((pid = fork()) > 0) {
-		printf("%d %ld\n", ntohs(a.sin_port), (long)pid);
-		return 0;
-	}
+	(void)setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof(small));
+	detach(port, "slow");
 	alarm(20);
-	close(1);
 	signal(SIGCHLD, SIG_IGN);
 	while ((c = accept(fd, NULL, NULL)) != -1) {
 		seed++;
@@ -15262,36 +15205,822 @@ main_slow(void)
 	return 1;
 }
 
-int
-main(int argc, char **argv)
-{
-	const char *mode = argc > 1 ? argv[1] : "";
-	long end = now_ms() + (argc > 3 ? atol(argv[argc - 1]) : 0);
-	int i, n = strcmp(mode, "flood") == 0 ? 9 : 0;
+#define GUID "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
-	alarm(30);
-	memset(block, 'x', sizeof(block));
-	if (strcmp(mode, "many") == 0 && argc == 6)
-		return main_many(atoi(argv[2]), argv[3], argv[4], argv[5]);
-	if (strcmp(mode, "slow") == 0)
-		return main_slow();
-	if (strcmp(mode, "upload") == 0)
-		n = atoi(argv[2]);
+struct cgi {
+	char method[16], path[1024], key[64], type[128], coding[32];
+	long length;
+	int chunked, expect, close;
+};
+
+static uint32_t
+rotate(uint32_t v, int n)
+{
+	return v << n | v >> (32 - n);
+}
+
+static void
+sha1_block(uint32_t s[5], const unsigned char *p)
+{
+	uint32_t w[80], v[5], f, k, t;
+	int i;
+
+	for (i = 0; i < 16; i++)
+		w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
+		    (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
+	for (; i < 80; i++)
+		w[i] = rotate(w[i - 3] ^ w[i - 8] ^ w[i - 14] ^ w[i - 16], 1);
+	memcpy(v, s, sizeof v);
+	for (i = 0; i < 80; i++) {
+		f = i < 20 ? (v[1] & v[2]) | (~v[1] & v[3]) :
+		    i < 40 || i >= 60 ? v[1] ^ v[2] ^ v[3] :
+		    (v[1] & v[2]) | (v[1] & v[3]) | (v[2] & v[3]);
+		k = i < 20 ? 0x5a827999u : i < 40 ? 0x6ed9eba1u :
+		    i < 60 ? 0x8f1bbcdcu : 0xca62c1d6u;
+		t = rotate(v[0], 5) + f + v[4] + k + w[i];
+		v[4] = v[3];
+		v[3] = v[2];
+		v[2] = rotate(v[1], 30);
+		v[1] = v[0];
+		v[0] = t;
+	}
+	for (i = 0; i < 5; i++)
+		s[i] += v[i];
+}
+
+/* Sec-WebSocket-Accept for a key of 24 bytes, RFC 6455 section 4.2.2. */
+static void
+websocket_accept(const char *key, char *out)
+{
+	static const char digit[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+	    "abcdefghijklmnopqrstuvwxyz0123456789+/";
+	uint32_t s[5] = { 0x67452301u, 0xefcdab89u, 0x98badcfeu, 0x10325476u,
+		0xc3d2e1f0u };
+	unsigned char m[128] = { 0 }, d[21] = { 0 };
+	size_t i;
+
+	snprintf((char *)m, sizeof m, "%.24s" GUID, key);
+	m[60] = 0x80;
+	m[126] = 60 * 8 >> 8;
+	m[127] = 60 * 8 & 255;
+	sha1_block(s, m);
+	sha1_block(s, m + 64);
+	for (i = 0; i < 20; i++)
+		d[i] = (unsigned char)(s[i / 4] >> (24 - 8 * (i % 4)));
+	for (i = 0; i < 21; i += 3) {
+		*out++ = digit[d[i] >> 2];
+		*out++ = digit[(d[i] << 4 | d[i + 1] >> 4) & 63];
+		*out++ = digit[(d[i + 1] << 2 | d[i + 2] >> 6) & 63];
+		*out++ = digit[d[i + 2] & 63];
+	}
+	out[-1] = '=';
+	*out = '\0';
+}
+
+/* Copies the value of the field called name from line, if it is that. */
+static int
+field_is(const char *line, const char *name, char *value, size_t size)
+{
+	size_t n = strlen(name);
+
+	if (strncasecmp(line, name, n) != 0 || line[n] != ':')
+		return 0;
+	line += n + 1 + strspn(line + n + 1, " ");
+	snprintf(value, size, "%.*s", (int)strcspn(line, "\r\n"), line);
+	return 1;
+}
+
+static int
+cgi_read(FILE *in, struct cgi *r)
+{
+	char line[8192], value[1024];
+
+	memset(r, 0, sizeof *r);
+	r->length = -1;
+	if (!fgets(line, sizeof line, in) ||
+	    sscanf(line, "%15s %1023s", r->method, r->path) != 2)
+		return 0;
+	while (fgets(line, sizeof line, in) && line[0] != '\r') {
+		(void)field_is(line, "Sec-WebSocket-Key", r->key, sizeof r->key);
+		(void)field_is(line, "Content-Type", r->type, sizeof r->type);
+		(void)field_is(line, "Content-Encoding", r->coding,
+		    sizeof r->coding);
+		if (field_is(line, "Content-Length", value, sizeof value))
+			r->length = strtol(value, NULL, 10);
+		if (field_is(line, "Transfer-Encoding", value, sizeof value))
+			r->chunked = 1;
+		if (field_is(line, "Expect", value, sizeof value))
+			r->expect = 1;
+		if (field_is(line, "Connection", value, sizeof value))
+			r->close = strcasecmp(value, "close") == 0;
+	}
+	return 1;
+}
+
+static long
+pass_on(FILE *in, FILE *out, long n)
+{
+	char buf[65536];
+	long done = 0;
+	size_t want, got;
+
+	for (; done < n; done += (long)got) {
+		want = n - done < (long)sizeof buf ? (size_t)(n - done) :
+		    sizeof buf;
+		got = fread(buf, 1, want, in);
+		if (got == 0)
+			break;
+		fwrite(buf, 1, got, out);
+	}
+	return done;
+}
+
+/* Writes the body of r to body. Returns its size, -1 if it was cut short. */
+static long
+body_read(FILE *in, FILE *out, const struct cgi *r, FILE *body)
+{
+	char line[256];
+	long n, sum = 0;
+
+	if (r->expect) {
+		fputs("HTTP/1.1 100 Continue\r\n\r\n", out);
+		fflush(out);
+	}
+	if (!r->chunked)
+		return r->length <= 0 ? 0 :
+		    pass_on(in, body, r->length) == r->length ? r->length : -1;
+	do {
+		if (!fgets(line, sizeof line, in))
+			return -1;
+		n = strtol(line, NULL, 16);
+		if (pass_on(in, body, n) != n)
+			return -1;
+		sum += n;
+		if (n > 0 && !fgets(line, sizeof line, in))
+			return -1;
+	} while (n > 0);
+	while (fgets(line, sizeof line, in) && line[0] != '\r')
+		continue;
+	return sum;
+}
+
+static void
+say_ok(FILE *out, const char *type, const char *text)
+{
+	fprintf(out, "HTTP/1.1 200 OK\r\nContent-Type: %s\r\n"
+	    "Content-Length: %lu\r\n\r\n%s", type,
+	    (unsigned long)strlen(text), text);
+	fflush(out);
+}
+
+/* Reads one frame, at most size bytes. Returns its length, -1 at the end. */
+static long
+frame_read(FILE *in, int *first, unsigned char *p, long size)
+{
+	unsigned char mask[4] = { 0 };
+	long n, i;
+	int c, more;
+
+	if ((*first = getc(in)) == EOF || (c = getc(in)) == EOF)
+		return -1;
+	n = c & 127;
+	more = n == 126 ? 2 : n == 127 ? 8 : 0;
+	for (n = more ? 0 : n; more > 0; more--)
+		n = n << 8 | getc(in);
+	if (c & 128 && fread(mask, 1, 4, in) != 4)
+		return -1;
+	if (n < 0 || n > size || fread(p, 1, (size_t)n, in) != (size_t)n)
+		return -1;
+	for (i = 0; i < n; i++)
+		p[i] ^= mask[i % 4];
+	return n;
+}
+
+/* Writes one frame. */
+static void
+frame_write(FILE *out, int first, const unsigned char *p, long n)
+{
+	int i;
+
+	putc(first, out);
+	putc(n < 126 ? (int)n : n < 65536 ? 126 : 127, out);
+	for (i = n < 126 ? 0 : n < 65536 ? 2 : 8; i > 0; i--)
+		putc((int)((uint64_t)n >> 8 * (i - 1) & 255), out);
+	fwrite(p, 1, (size_t)n, out);
+	fflush(out);
+}
+
+static void
+websocket_serve(FILE *in, FILE *out, const char *key)
+{
+	static unsigned char p[1 << 20];
+	char accept[32];
+	int first;
+	long n;
+
+	websocket_accept(key, accept);
+	fprintf(out, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket"
+	    "\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
+	    accept);
+	fflush(out);
+	while ((n = frame_read(in, &first, p, sizeof p)) >= 0) {
+		frame_write(out, first, p, n);
+		if ((first & 15) == 8)
+			break;
+		if (n == 4 && memcmp(p, "done", 4) == 0)
+			touch_file("done");
+	}
+}
+
+static void
+git_environment(struct cgi *r)
+{
+	char number[32];
+	char *query = strchr(r->path, '?');
+
+	if (query)
+		*query++ = '\0';
+	setenv("PATH_INFO", r->path + strlen("/git"), 1);
+	setenv("QUERY_STRING", query ? query : "", 1);
+	setenv("REQUEST_METHOD", r->method, 1);
+	setenv("CONTENT_TYPE", r->type, 1);
+	setenv("GIT_PROJECT_ROOT", "git", 1);
+	setenv("GIT_HTTP_EXPORT_ALL", "1", 1);
+	if (r->coding[0])
+		setenv("HTTP_CONTENT_ENCODING", r->coding, 1);
+	if (r->length >= 0 && !r->chunked) {
+		snprintf(number, sizeof number, "%ld", r->length);
+		setenv("CONTENT_LENGTH", number, 1);
+	}
+}
+
+/* One CGI call; the answer ends with the connection. */
+static void
+git_serve(FILE *out, struct cgi *r, FILE *body)
+{
+	char line[4096], status[64] = "200 OK", fields[8192] = "";
+	FILE *from;
+	int fd[2];
+
+	if (pipe(fd) == -1)
+		die("pipe");
+	git_environment(r);
+	if (fork() == 0) {
+		signal(SIGCHLD, SIG_DFL);
+		signal(SIGPIPE, SIG_DFL);
+		lseek(fileno(body), 0, SEEK_SET);
+		dup2(fileno(body), 0);
+		dup2(fd[1], 1);
+		close(fd[0]);
+		close(fd[1]);
+		execlp("git", "git", "http-backend", (char *)NULL);
+		die("git http-backend");
+	}
+	close(fd[1]);
+	from = fdopen(fd[0], "r");
+	while (fgets(line, sizeof line, from) && line[0] != '\r')
+		if (!field_is(line, "Status", status, sizeof status) &&
+		    strlen(fields) + strlen(line) < sizeof fields)
+			strcat(fields, line);
+	fprintf(out, "HTTP/1.1 %s\r\nConnection: close\r\n%s\r\n", status,
+	    fields);
+	while (pass_on(from, out, 65536) > 0)
+		continue;
+	fflush(out);
+}
+
+/* Serves one request. Returns whether another may follow. */
+static int
+cgi_serve(FILE *in, FILE *out, struct cgi *r)
+{
+	char text[64];
+	FILE *body;
+	long n;
+	int i;
+
+	if (r->key[0]) {
+		websocket_serve(in, out, r->key);
+		return 0;
+	}
+	if (strcmp(r->path, "/wait") == 0) {
+		for (i = 0; i < 200 && access("done", F_OK) == -1; i++)
+			(void)poll(NULL, 0, 50);
+		say_ok(out, "text/javascript", "late = 'came';");
+		return !r->close;
+	}
+	body = strncmp(r->path, "/git/", 5) == 0 ? tmpfile() :
+	    fopen("body", "w+");
+	if (!body)
+		die("body");
+	n = body_read(in, out, r, body);
+	fflush(body);
+	if (strncmp(r->path, "/git/", 5) == 0) {
+		git_serve(out, r, body);
+		return 0;
+	}
+	fclose(body);
+	snprintf(text, sizeof text, "%s %ld bytes\n", r->method, n);
+	say_ok(out, "text/plain", text);
+	return !r->close;
+}
+
+/* Listens on a port of loopback, and writes that to file. */
+static int
+listen_at(const char *file)
+{
+	int port = 0, fd = hear("127.0.0.1", &port, 4096);
+	FILE *f = fopen(file, "w");
+
+	if (fd == -1 || f == NULL || fprintf(f, "%d\n", port) < 0 ||
+	    fclose(f) == EOF)
+		die(file);
+	return fd;
+}
+
+static void
+main_serve(const char *file)
+{
+	struct cgi r;
+	FILE *in, *out;
+	int fd, s = listen_at(file);
+
+	signal(SIGCHLD, SIG_IGN);
+	while ((fd = accept(s, NULL, NULL)) != -1) {
+		if (fork() == 0) {
+			close(s);
+			alarm(60);
+			in = fdopen(fd, "r");
+			out = fdopen(dup(fd), "w");
+			while (cgi_read(in, &r) && cgi_serve(in, out, &r))
+				continue;
+			fflush(out);
+			exit(0);
+		}
+		close(fd);
+	}
+	die("accept");
+}
+
+static void
+main_ports(int n)
+{
+	int fd, port = 10000 + (int)getpid() * 8 % 22000;
+
+	for (; n > 0 && port < 65536; port++) {
+		fd = hear("127.0.0.1", &port, 1);
+		if (fd == -1)
+			continue;
+		printf("%d\n", port);
+		n--;
+		close(fd);
+	}
+}
+
+enum { LOAD_MAX = 8192, CLOSED = -1 };
+
+struct load {
+	char head[2048]; /* of the message that comes */
+	size_t len;      /* of that */
+	long left;       /* bytes of the body still to come or to send */
+	int body;        /* the head is done */
+	int close;       /* after this message */
+	int used;        /* has carried a message before */
+};
+
+static struct pollfd fds[LOAD_MAX + 1];
+static struct load *conns[LOAD_MAX + 1];
+static int proxy_port, origin_port, by_connect, anew, at_random;
+static char request[320];
+static const char *host;
+static long errors, body_size, objects;
+static unsigned long *asked;
+static char date[40];
+
+static void
+set_up(int fd)
+{
+	int on = 1;
+
+	if (fcntl(fd, F_SETFL, O_NONBLOCK) == -1 ||
+	    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) == -1)
+		die("set_up");
+}
+
+static double
+seconds(void)
+{
+	return (double)now_ms() / 1000;
+}
+
+/* Reads on until the head is whole. Returns 1 then, 0 at the end. */
+static int
+head_wait(int fd, char *head, size_t size)
+{
+	size_t len = 0;
+	ssize_t n;
+
+	while (len < size - 1) {
+		n = read(fd, head + len, size - 1 - len);
+		if (n <= 0)
+			return 0;
+		len += (size_t)n;
+		head[len] = '\0';
+		if (strstr(head, "\r\n\r\n"))
+			return 1;
+	}
+	return 0;
+}
+
+/* A new connection, through the tunnel if there is one, or -1. */
+static int
+load_dial(void)
+{
+	struct timeval patience = { 10, 0 };
+	char head[2048];
+	int fd, n;
+
+	snprintf(head, sizeof head, "127.0.0.1:%d", proxy_port ? proxy_port :
+	    origin_port);
+	fd = dial(head);
+	if (fd != -1 && by_connect && proxy_port) {
+		setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience,
+		    sizeof patience);
+		n = snprintf(head, sizeof head, "CONNECT 127.0.0.1:%d HTTP/1.1"
+		    "\r\nHost: 127.0.0.1:%d\r\n\r\n", origin_port, origin_port);
+		if (write(fd, head, (size_t)n) != n ||
+		    !head_wait(fd, head, sizeof head) ||
+		    strncmp(head + 8, " 200", 4) != 0) {
+			close(fd);
+			return -1;
+		}
+	}
+	return fd;
+}
+
+/* Which object comes next. The dice (xorshift) fall alike in every run. */
+static long
+object_next(void)
+{
+	static uint32_t dice = 2463534242u;
+	static long turn;
+
+	if (!at_random)
+		return turn++ % objects;
+	dice ^= dice << 13;
+	dice ^= dice >> 17;
+	dice ^= dice << 5;
+	return (long)(dice % (uint32_t)objects);
+}
+
+static void
+request_make(void)
+{
+	char to[64] = "", object[32] = "";
+
+	if (proxy_port && !by_connect && host)
+		snprintf(to, sizeof to, "http://%s", host);
+	else if (proxy_port && !by_connect)
+		snprintf(to, sizeof to, "http://127.0.0.1:%d", origin_port);
+	if (objects)
+		snprintf(object, sizeof object, "keep/%ld/", object_next());
+	snprintf(request, sizeof request, "GET %s/%s%ld HTTP/1.1\r\n"
+	    "Host: 127.0.0.1:%d\r\nUser-Agent: load\r\nAccept: */*\r\n"
+	    "%s\r\n", to, object, body_size, origin_port,
+	    anew ? "Connection: close\r\n" : "");
+}
+
+/* Sends the next request on a connection, on a new one if need be. */
+static void
+ask_next(int i, int fresh)
+{
+	struct load *c = conns[i];
+	int used = c->used;
+
+	if (fresh && fds[i].fd != CLOSED) {
+		close(fds[i].fd);
+		fds[i].fd = CLOSED;
+	}
+	memset(c, 0, sizeof *c);
+	c->used = used && !fresh;
+	if (fds[i].fd == CLOSED) {
+		fds[i].fd = load_dial();
+		fds[i].events = POLLIN;
+		if (fds[i].fd == CLOSED) {
+			errors++;
+			return;
+		}
+		set_up(fds[i].fd);
+	}
+	if (objects)
+		request_make();
+	if (write(fds[i].fd, request, strlen(request)) == -1 &&
+	    !(c->used && errno == EPIPE))
+		errors++;
+}
+
+/* Takes what has come of the head. Returns how much of n was not head. */
+static long
+head_take(struct load *c, const char *p, size_t n)
+{
+	const char *end, *field;
+	size_t room = sizeof c->head - 1 - c->len, old = c->len;
+
+	room = n < room ? n : room;
+	memcpy(c->head + c->len, p, room);
+	c->len += room;
+	c->head[c->len] = '\0';
+	end = strstr(c->head, "\r\n\r\n");
+	if (!end)
+		return 0;
+	c->body = 1;
+	field = strstr(c->head, "\r\nContent-Length:");
+	field = field ? field : strstr(c->head, "\r\ncontent-length:");
+	c->left = field ? strtol(field + 17, NULL, 10) : -1;
+	if (c->left != body_size)
+		c->left = -1;
+	c->close = strncmp(c->head, "HTTP/1.1", 8) != 0 ||
+	    strstr(c->head, "\r\nConnection: close") ||
+	    strstr(c->head, "\r\nconnection: close");
+	return (long)(old + n) - (end + 4 - c->head);
+}
+
+/* Reads what there is. Returns 1 when the response is whole, -1 if it can't
+ * become so, -2 if a kept connection was closed in the meantime. */
+static int
+response_read(int i)
+{
+	struct load *c = conns[i];
+	ssize_t n = read(fds[i].fd, block, sizeof block);
+	long rest;
+
+	if (n == -1 && errno == EAGAIN)
+		return 0;
+	if (n <= 0)
+		return c->used && c->len == 0 ? -2 : -1;
+	rest = c->body ? n : head_take(c, block, (size_t)n);
+	if (!c->body)
+		return 0;
+	if (c->left == -1 || strncmp(c->head + 8, " 200", 4) != 0)
+		return -1;
+	c->left -= rest;
+	return c->left == 0 ? 1 : c->left < 0 ? -1 : 0;
+}
+
+static long
+load_client(int n, long count, double end)
+{
+	long done = 0;
+	int i, open = 0, got;
+
+	for (i = 0; i < n; i++) {
+		conns[i] = calloc(1, sizeof *conns[i]);
+		fds[i].fd = CLOSED;
+		ask_next(i, 1);
+		open += fds[i].fd != CLOSED;
+	}
+	while (open > 0 && errors < 100 && seconds() < end + 20) {
+		if (poll(fds, (nfds_t)n, 1000) == -1)
+			die("poll");
+		for (i = 0; i < n; i++) {
+			if (fds[i].fd == CLOSED || !fds[i].revents)
+				continue;
+			got = response_read(i);
+			if (got == 0)
+				continue;
+			done += got == 1;
+			errors += got == -1;
+			conns[i]->used = 1;
+			if (done + n > count || seconds() >= end) {
+				close(fds[i].fd);
+				fds[i].fd = CLOSED;
+			} else {
+				ask_next(i, anew || got < 0 || conns[i]->close);
+			}
+		}
+		for (i = 0, open = 0; i < n; i++)
+			open += fds[i].fd != CLOSED;
+	}
+	errors += open;
+	return done;
+}
+
+/* Sends what is left of the body. Returns whether the connection stays. */
+static int
+body_write(struct load *c, int fd)
+{
+	ssize_t n = 1;
+
+	while (c->left > 0 && n > 0) {
+		n = write(fd, block, c->left < (long)sizeof block ?
+		    (size_t)c->left : sizeof block);
+		if (n > 0)
+			c->left -= n;
+	}
+	return c->left > 0 ? errno == EAGAIN : !c->close;
+}
+
+static int
+request_serve(struct load *c, int fd)
+{
+	char out[2048];
+	ssize_t n = read(fd, c->head + c->len, sizeof c->head - 1 - c->len);
+	long size;
+	char *at;
+	int len, keep;
+
+	if (n <= 0)
+		return n == -1 && errno == EAGAIN;
+	c->len += (size_t)n;
+	c->head[c->len] = '\0';
+	if (!strstr(c->head, "\r\n\r\n"))
+		return c->len < sizeof c->head - 1;
+	at = strstr(c->head, " HTTP/1.");
+	while (at && at > c->head && at[-1] != '/')
+		at--;
+	size = at ? strtol(at, NULL, 10) : 0;
+	c->close = strstr(c->head, "\r\nConnection: close") != NULL;
+	keep = strstr(c->head, "/keep/") != NULL;
+	*asked += (unsigned long)keep;
+	c->len = 0;
+	len = snprintf(out, sizeof out, "HTTP/1.1 200 OK\r\n"
+	    "Date: %s\r\nServer: load\r\n"
+	    "Content-Type: application/octet-stream\r\n"
+	    "Content-Length: %ld\r\n%s%s\r\n", date, size,
+	    keep ? "Cache-Control: max-age=86400\r\n" : "",
+	    c->close ? "Connection: close\r\n" : "");
+	c->left = size;
+	if (size <= (long)sizeof out - len) {
+		memcpy(out + len, block, (size_t)size);
+		c->left = 0;
+		len += (int)size;
+	}
+	return write(fd, out, (size_t)len) == len && body_write(c, fd);
+}
+
+/* The counter in FILE.asked, and the date of all answers: today's. */
+static void
+origin_ready(const char *file)
+{
+	char name[256];
+	time_t t = time(NULL);
+	int fd;
+
+	snprintf(name, sizeof name, "%s.asked", file);
+	fd = open(name, O_RDWR | O_CREAT | O_TRUNC, 0666);
+	if (fd == -1 || ftruncate(fd, sizeof *asked) == -1)
+		die(name);
+	asked = mmap(NULL, sizeof *asked, PROT_READ | PROT_WRITE, MAP_SHARED,
+	    fd, 0);
+	if (asked == MAP_FAILED)
+		die(name);
+	close(fd);
+	strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT", gmtime(&t));
+}
+
+static void
+main_load(const char *file)
+{
+	int fd, n = 1, i;
+
+	origin_ready(file);
+	fds[0].fd = listen_at(file);
+	fds[0].events = POLLIN;
+	while (poll(fds, (nfds_t)n, -1) != -1) {
+		for (i = n - 1; i > 0; i--) {
+			if (!fds[i].revents)
+				continue;
+			if (conns[i]->left > 0 ?
+			    body_write(conns[i], fds[i].fd) :
+			    request_serve(conns[i], fds[i].fd)) {
+				fds[i].events = conns[i]->left > 0 ? POLLOUT :
+				    POLLIN;
+				continue;
+			}
+			close(fds[i].fd);
+			free(conns[i]);
+			fds[i] = fds[--n];
+			conns[i] = conns[n];
+		}
+		if (!fds[0].revents || n > LOAD_MAX)
+			continue;
+		fd = accept(fds[0].fd, NULL, NULL);
+		if (fd == -1)
+			continue;
+		set_up(fd);
+		conns[n] = calloc(1, sizeof *conns[n]);
+		fds[n].fd = fd;
+		fds[n].revents = 0;
+		fds[n++].events = POLLIN;
+	}
+}
+
+static void
+main_idle(int n, const char *file)
+{
+	FILE *f;
+	int i;
+
+	by_connect = 1;
+	for (i = 0; i < n; i++)
+		if (load_dial() == -1)
+			break;
+	f = fopen(file, "w");
+	if (!f || fprintf(f, "%d\n", i) < 0 || fclose(f) == EOF)
+		die(file);
+	for (;;)
+		pause();
+}
+
+static int
+main_measure(int argc, char **argv)
+{
+	struct rusage u;
+	double start;
+	long done;
+	int opt;
+
+	while ((opt = getopt(argc, argv, "cd:k:nrx:")) != -1) {
+		by_connect |= opt == 'c';
+		host = opt == 'd' ? optarg : host;
+		anew |= opt == 'n';
+		at_random |= opt == 'r';
+		objects = opt == 'k' ? atol(optarg) : objects;
+		proxy_port = opt == 'x' ? atoi(optarg) : proxy_port;
+	}
+	if (argc - optind != 5)
+		return 2;
+	argv += optind;
+	origin_port = atoi(argv[0]);
+	body_size = atol(argv[4]);
+	if (!objects)
+		request_make();
+	start = seconds();
+	done = load_client(atoi(argv[1]), atol(argv[2]),
+	    start + (double)atol(argv[3]) / 1000);
+	start = seconds() - start;
+	getrusage(RUSAGE_SELF, &u);
+	printf("%ld %.6f %ld %ld\n", done, start, errors,
+	    (long)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) * 1000000 +
+	    (long)(u.ru_utime.tv_usec + u.ru_stime.tv_usec));
+	return 0;
+}
+
+/* Many clients, for so long: those that upload, or flood and visit. */
+static int
+main_crowd(int n, const char *where, const char *text, long ms)
+{
+	long end = now_ms() + ms;
+	int i;
+
 	for (i = 0; i < n; i++)
 		if (fork() == 0) {
 			seed = (unsigned long)i * 7919 + 17;
 			alarm(10);
-			if (strcmp(mode, "upload") == 0)
-				upload(argv[3], argv[4], end);
+			if (text != NULL)
+				upload(where, text, end);
 			else if (i < 3)
-				flood_one(argv[2], end);
+				flood_one(where, end);
 			else
-				visit(argv[2], end);
+				visit(where, end);
 			_exit(0);
 		}
 	while (wait(NULL) != -1)
 		;
 	return 0;
+}
+
+int
+main(int argc, char **argv)
+{
+	const char *mode = argc > 2 ? argv[1] : "";
+
+	(void)peer_main;
+	signal(SIGPIPE, SIG_IGN);
+	memset(block, 'x', sizeof(block));
+	if (strcmp(mode, "ports") == 0)
+		main_ports(atoi(argv[2]));
+	else if (strcmp(mode, "serve") == 0)
+		main_serve(argv[2]);
+	raise_files();
+	if (strcmp(mode, "origin") == 0)
+		main_load(argv[2]);
+	else if (strcmp(mode, "client") == 0)
+		return main_measure(argc - 1, argv + 1);
+	else if (strcmp(mode, "idle") == 0 && argc == 6) {
+		proxy_port = atoi(argv[2]);
+		origin_port = atoi(argv[3]);
+		main_idle(atoi(argv[4]), argv[5]);
+	}
+	alarm(30);
+	if (strcmp(mode, "many") == 0 && argc == 6)
+		return main_many(atoi(argv[2]), argv[3], argv[4], argv[5]);
+	if (strcmp(mode, "slow") == 0)
+		return main_slow();
+	if (strcmp(mode, "upload") == 0 && argc == 6)
+		return main_crowd(atoi(argv[2]), argv[3], argv[4], atol(argv[5]));
+	if (strcmp(mode, "flood") == 0 && argc == 4)
+		return main_crowd(9, argv[2], NULL, atol(argv[3]));
+	return mode[0] == '\0' ? 2 : 0;
 }
 EOF_OTHER
 }
@@ -15327,7 +16056,7 @@ END
 test_body_upload_left() { # an early answer or a reset ends an upload that is stuck half-way
 	other_ends
 	start_proxy
-	says=$("$other" slow) || fail "no origin"
+	says=$("$other" slow slow) || fail "no origin"
 	echo "${says#* }" >> .pids
 	head="POST http://127.0.0.1:${says% *}/ HTTP/1.1|Host: x"
 	"$other" upload 16 "$proxy" "$head|Transfer-Encoding: chunked||" 1800
@@ -17405,510 +18134,10 @@ unset http_proxy https_proxy ftp_proxy all_proxy no_proxy
 unset HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY
 PATH=$PATH:/usr/sbin:/sbin
 
-real_tool() { # FILE: writes the source of the servers and clients of our own
-	cat > "$1" <<'EOF'
-/*
- * tool ports N          prints N free loopback ports below those that
- *                       the system gives to outgoing connections
- * tool six              says by its status whether [::1] is there
- * tool serve FILE       writes its port to FILE and serves in this
- *                       directory until it is killed: WebSocket echo;
- *                       GET /wait, answered once a WebSocket said "done";
- *                       /git/ by git http-backend; any other body is kept
- *                       in ./body and counted in the answer
- * tool upgrade PROXY-PORT SERVER-PORT N
- *                       asks the proxy for a WebSocket and has N bytes
- *                       echoed: prints the status line and the verdict
- */
-#define _POSIX_C_SOURCE 200809L
-#include <sys/socket.h>
-
-#include <arpa/inet.h>
-#include <fcntl.h>
-#include <netinet/in.h>
-#include <poll.h>
-#include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <strings.h>
-#include <unistd.h>
-
-#define GUID "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-
-struct request {
-	char method[16], path[1024], key[64], type[128], coding[32];
-	long length;
-	int chunked, expect, close;
-};
-
-static void
-die(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static uint32_t
-rotate(uint32_t v, int n)
-{
-	return v << n | v >> (32 - n);
-}
-
-static void
-sha1_block(uint32_t s[5], const unsigned char *p)
-{
-	uint32_t w[80], v[5], f, k, t;
-	int i;
-
-	for (i = 0; i < 16; i++)
-		w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
-		    (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
-	for (; i < 80; i++)
-		w[i] = rotate(w[i - 3] ^ w[i - 8] ^ w[i - 14] ^ w[i - 16], 1);
-	memcpy(v, s, sizeof v);
-	for (i = 0; i < 80; i++) {
-		f = i < 20 ? (v[1] & v[2]) | (~v[1] & v[3]) :
-		    i < 40 || i >= 60 ? v[1] ^ v[2] ^ v[3] :
-		    (v[1] & v[2]) | (v[1] & v[3]) | (v[2] & v[3]);
-		k = i < 20 ? 0x5a827999u : i < 40 ? 0x6ed9eba1u :
-		    i < 60 ? 0x8f1bbcdcu : 0xca62c1d6u;
-		t = rotate(v[0], 5) + f + v[4] + k + w[i];
-		v[4] = v[3];
-		v[3] = v[2];
-		v[2] = rotate(v[1], 30);
-		v[1] = v[0];
-		v[0] = t;
-	}
-	for (i = 0; i < 5; i++)
-		s[i] += v[i];
-}
-
-/* Sec-WebSocket-Accept for a key of 24 bytes, RFC 6455 section 4.2.2. */
-static void
-websocket_accept(const char *key, char *out)
-{
-	static const char digit[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-	    "abcdefghijklmnopqrstuvwxyz0123456789+/";
-	uint32_t s[5] = { 0x67452301u, 0xefcdab89u, 0x98badcfeu, 0x10325476u,
-		0xc3d2e1f0u };
-	unsigned char m[128] = { 0 }, d[21] = { 0 };
-	size_t i;
-
-	snprintf((char *)m, sizeof m, "%.24s" GUID, key);
-	m[60] = 0x80;
-	m[126] = 60 * 8 >> 8;
-	m[127] = 60 * 8 & 255;
-	sha1_block(s, m);
-	sha1_block(s, m + 64);
-	for (i = 0; i < 20; i++)
-		d[i] = (unsigned char)(s[i / 4] >> (24 - 8 * (i % 4)));
-	for (i = 0; i < 21; i += 3) {
-		*out++ = digit[d[i] >> 2];
-		*out++ = digit[(d[i] << 4 | d[i + 1] >> 4) & 63];
-		*out++ = digit[(d[i + 1] << 2 | d[i + 2] >> 6) & 63];
-		*out++ = digit[d[i + 2] & 63];
-	}
-	out[-1] = '=';
-	*out = '\0';
-}
-
-/* Copies the value of the field called name from line, if it is that. */
-static int
-field(const char *line, const char *name, char *value, size_t size)
-{
-	size_t n = strlen(name);
-
-	if (strncasecmp(line, name, n) != 0 || line[n] != ':')
-		return 0;
-	line += n + 1 + strspn(line + n + 1, " ");
-	snprintf(value, size, "%.*s", (int)strcspn(line, "\r\n"), line);
-	return 1;
-}
-
-static int
-request_read(FILE *in, struct request *r)
-{
-	char line[8192], value[1024];
-
-	memset(r, 0, sizeof *r);
-	r->length = -1;
-	if (!fgets(line, sizeof line, in) ||
-	    sscanf(line, "%15s %1023s", r->method, r->path) != 2)
-		return 0;
-	while (fgets(line, sizeof line, in) && line[0] != '\r') {
-		(void)field(line, "Sec-WebSocket-Key", r->key, sizeof r->key);
-		(void)field(line, "Content-Type", r->type, sizeof r->type);
-		(void)field(line, "Content-Encoding", r->coding,
-		    sizeof r->coding);
-		if (field(line, "Content-Length", value, sizeof value))
-			r->length = strtol(value, NULL, 10);
-		if (field(line, "Transfer-Encoding", value, sizeof value))
-			r->chunked = 1;
-		if (field(line, "Expect", value, sizeof value))
-			r->expect = 1;
-		if (field(line, "Connection", value, sizeof value))
-			r->close = strcasecmp(value, "close") == 0;
-	}
-	return 1;
-}
-
-static long
-copy(FILE *in, FILE *out, long n)
-{
-	char buf[65536];
-	long done = 0;
-	size_t want, got;
-
-	for (; done < n; done += (long)got) {
-		want = n - done < (long)sizeof buf ? (size_t)(n - done) :
-		    sizeof buf;
-		got = fread(buf, 1, want, in);
-		if (got == 0)
-			break;
-		fwrite(buf, 1, got, out);
-	}
-	return done;
-}
-
-/* Writes the body of r to body. Returns its size, -1 if it was cut short. */
-static long
-body_read(FILE *in, FILE *out, const struct request *r, FILE *body)
-{
-	char line[256];
-	long n, sum = 0;
-
-	if (r->expect) {
-		fputs("HTTP/1.1 100 Continue\r\n\r\n", out);
-		fflush(out);
-	}
-	if (!r->chunked)
-		return r->length <= 0 ? 0 :
-		    copy(in, body, r->length) == r->length ? r->length : -1;
-	do {
-		if (!fgets(line, sizeof line, in))
-			return -1;
-		n = strtol(line, NULL, 16);
-		if (copy(in, body, n) != n)
-			return -1;
-		sum += n;
-		if (n > 0 && !fgets(line, sizeof line, in))
-			return -1;
-	} while (n > 0);
-	while (fgets(line, sizeof line, in) && line[0] != '\r')
-		continue;
-	return sum;
-}
-
-static void
-answer(FILE *out, const char *type, const char *text)
-{
-	fprintf(out, "HTTP/1.1 200 OK\r\nContent-Type: %s\r\n"
-	    "Content-Length: %lu\r\n\r\n%s", type,
-	    (unsigned long)strlen(text), text);
-	fflush(out);
-}
-
-/* Reads one frame, at most size bytes. Returns its length, -1 at the end. */
-static long
-frame_read(FILE *in, int *first, unsigned char *p, long size)
-{
-	unsigned char mask[4] = { 0 };
-	long n, i;
-	int c, more;
-
-	if ((*first = getc(in)) == EOF || (c = getc(in)) == EOF)
-		return -1;
-	n = c & 127;
-	more = n == 126 ? 2 : n == 127 ? 8 : 0;
-	for (n = more ? 0 : n; more > 0; more--)
-		n = n << 8 | getc(in);
-	if (c & 128 && fread(mask, 1, 4, in) != 4)
-		return -1;
-	if (n < 0 || n > size || fread(p, 1, (size_t)n, in) != (size_t)n)
-		return -1;
-	for (i = 0; i < n; i++)
-		p[i] ^= mask[i % 4];
-	return n;
-}
-
-/* Writes one frame; a client's is masked (here with a fixed mask). */
-static void
-frame_write(FILE *out, int first, int client, const unsigned char *p, long n)
-{
-	static const unsigned char mask[4] = { 0x1d, 0xa7, 0x3c, 0x90 };
-	int bits = client ? 128 : 0, i;
-	long k;
-
-	putc(first, out);
-	putc(bits | (n < 126 ? (int)n : n < 65536 ? 126 : 127), out);
-	for (i = n < 126 ? 0 : n < 65536 ? 2 : 8; i > 0; i--)
-		putc((int)((uint64_t)n >> 8 * (i - 1) & 255), out);
-	if (client)
-		fwrite(mask, 1, 4, out);
-	for (k = 0; k < n; k++)
-		putc(client ? p[k] ^ mask[k % 4] : p[k], out);
-	fflush(out);
-}
-
-static void
-websocket_serve(FILE *in, FILE *out, const char *key)
-{
-	static unsigned char p[1 << 20];
-	char accept[32];
-	int first;
-	long n;
-
-	websocket_accept(key, accept);
-	fprintf(out, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket"
-	    "\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
-	    accept);
-	fflush(out);
-	while ((n = frame_read(in, &first, p, sizeof p)) >= 0) {
-		frame_write(out, first, 0, p, n);
-		if ((first & 15) == 8)
-			break;
-		if (n == 4 && memcmp(p, "done", 4) == 0)
-			(void)close(open("done", O_WRONLY | O_CREAT, 0666));
-	}
-}
-
-static void
-git_environment(struct request *r)
-{
-	char number[32];
-	char *query = strchr(r->path, '?');
-
-	if (query)
-		*query++ = '\0';
-	setenv("PATH_INFO", r->path + strlen("/git"), 1);
-	setenv("QUERY_STRING", query ? query : "", 1);
-	setenv("REQUEST_METHOD", r->method, 1);
-	setenv("CONTENT_TYPE", r->type, 1);
-	setenv("GIT_PROJECT_ROOT", "git", 1);
-	setenv("GIT_HTTP_EXPORT_ALL", "1", 1);
-	if (r->coding[0])
-		setenv("HTTP_CONTENT_ENCODING", r->coding, 1);
-	if (r->length >= 0 && !r->chunked) {
-		snprintf(number, sizeof number, "%ld", r->length);
-		setenv("CONTENT_LENGTH", number, 1);
-	}
-}
-
-/* One CGI call; the answer ends with the connection. */
-static void
-git_serve(FILE *out, struct request *r, FILE *body)
-{
-	char line[4096], status[64] = "200 OK", fields[8192] = "";
-	FILE *from;
-	int fd[2];
-
-	if (pipe(fd) == -1)
-		die("pipe");
-	git_environment(r);
-	if (fork() == 0) {
-		signal(SIGCHLD, SIG_DFL);
-		signal(SIGPIPE, SIG_DFL);
-		lseek(fileno(body), 0, SEEK_SET);
-		dup2(fileno(body), 0);
-		dup2(fd[1], 1);
-		close(fd[0]);
-		close(fd[1]);
-		execlp("git", "git", "http-backend", (char *)NULL);
-		die("git http-backend");
-	}
-	close(fd[1]);
-	from = fdopen(fd[0], "r");
-	while (fgets(line, sizeof line, from) && line[0] != '\r')
-		if (!field(line, "Status", status, sizeof status) &&
-		    strlen(fields) + strlen(line) < sizeof fields)
-			strcat(fields, line);
-	fprintf(out, "HTTP/1.1 %s\r\nConnection: close\r\n%s\r\n", status,
-	    fields);
-	while (copy(from, out, 65536) > 0)
-		continue;
-	fflush(out);
-}
-
-/* Serves one request. Returns whether another may follow. */
-static int
-request_serve(FILE *in, FILE *out, struct request *r)
-{
-	char text[64];
-	FILE *body;
-	long n;
-	int i;
-
-	if (r->key[0]) {
-		websocket_serve(in, out, r->key);
-		return 0;
-	}
-	if (strcmp(r->path, "/wait") == 0) {
-		for (i = 0; i < 200 && access("done", F_OK) == -1; i++)
-			(void)poll(NULL, 0, 50);
-		answer(out, "text/javascript", "late = 'came';");
-		return !r->close;
-	}
-	body = strncmp(r->path, "/git/", 5) == 0 ? tmpfile() :
-	    fopen("body", "w+");
-	if (!body)
-		die("body");
-	n = body_read(in, out, r, body);
-	fflush(body);
-	if (strncmp(r->path, "/git/", 5) == 0) {
-		git_serve(out, r, body);
-		return 0;
-	}
-	fclose(body);
-	snprintf(text, sizeof text, "%s %ld bytes\n", r->method, n);
-	answer(out, "text/plain", text);
-	return !r->close;
-}
-
-static int
-listener(int *port)
-{
-	struct sockaddr_in a = { 0 };
-	socklen_t len = sizeof a;
-	int fd = socket(AF_INET, SOCK_STREAM, 0);
-
-	a.sin_family = AF_INET;
-	a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	if (fd == -1 || bind(fd, (struct sockaddr *)&a, sizeof a) == -1 ||
-	    listen(fd, 128) == -1 ||
-	    getsockname(fd, (struct sockaddr *)&a, &len) == -1)
-		die("listen");
-	*port = ntohs(a.sin_port);
-	return fd;
-}
-
-static void
-serve(const char *file)
-{
-	struct request r;
-	FILE *in, *out, *f;
-	int fd, s, port;
-
-	s = listener(&port);
-	signal(SIGCHLD, SIG_IGN);
-	signal(SIGPIPE, SIG_IGN);
-	f = fopen(file, "w");
-	if (!f || fprintf(f, "%d\n", port) < 0 || fclose(f) == EOF)
-		die(file);
-	while ((fd = accept(s, NULL, NULL)) != -1) {
-		if (fork() == 0) {
-			close(s);
-			alarm(60);
-			in = fdopen(fd, "r");
-			out = fdopen(dup(fd), "w");
-			while (request_read(in, &r) && request_serve(in, out,
-			    &r))
-				continue;
-			fflush(out);
-			exit(0);
-		}
-		close(fd);
-	}
-	die("accept");
-}
-
-static void
-upgrade(int proxy, int server, long n)
-{
-	struct sockaddr_in a = { 0 };
-	unsigned char *sent = malloc((size_t)n), *got = malloc((size_t)n);
-	char line[1024];
-	FILE *in, *out;
-	int fd = socket(AF_INET, SOCK_STREAM, 0), first;
-	long i;
-
-	alarm(30);
-	a.sin_family = AF_INET;
-	a.sin_port = htons((uint16_t)proxy);
-	a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	if (!sent || !got || connect(fd, (struct sockaddr *)&a, sizeof a) == -1)
-		die("connect");
-	in = fdopen(fd, "r");
-	out = fdopen(dup(fd), "w");
-	fprintf(out, "GET http://127.0.0.1:%d/ws HTTP/1.1\r\nHost: 127.0.0.1:%d"
-	    "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-	    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
-	    "dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", server, server);
-	fflush(out);
-	if (!fgets(line, sizeof line, in))
-		die("no answer");
-	printf("%.*s\n", (int)strcspn(line, "\r\n"), line);
-	while (fgets(line, sizeof line, in) && line[0] != '\r')
-		if (strncmp(line, "Sec-WebSocket-Accept", 20) == 0)
-			printf("%.*s\n", (int)strcspn(line, "\r\n"), line);
-	for (i = 0; i < n; i++)
-		sent[i] = (unsigned char)('a' + i * 7 % 26);
-	frame_write(out, 0x81, 1, sent, n);
-	if (frame_read(in, &first, got, n) == n && first == 0x81 &&
-	    memcmp(sent, got, (size_t)n) == 0)
-		printf("%ld bytes echoed\n", n);
-	frame_write(out, 0x88, 1, sent, 0);
-	if (frame_read(in, &first, got, n) == 0 && first == 0x88)
-		printf("closed\n");
-}
-
-static void
-ports(int n)
-{
-	struct sockaddr_in a = { 0 };
-	int fd, port = 10000 + (int)getpid() * 8 % 22000;
-
-	a.sin_family = AF_INET;
-	a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	for (; n > 0 && port < 65536; port++) {
-		fd = socket(AF_INET, SOCK_STREAM, 0);
-		a.sin_port = htons((uint16_t)port);
-		if (fd == -1)
-			die("socket");
-		if (bind(fd, (struct sockaddr *)&a, sizeof a) == 0) {
-			printf("%d\n", port);
-			n--;
-		}
-		close(fd);
-	}
-}
-
-static int
-six(void)
-{
-	struct sockaddr_in6 a = { 0 };
-	int fd = socket(AF_INET6, SOCK_STREAM, 0);
-
-	a.sin6_family = AF_INET6;
-	a.sin6_addr = in6addr_loopback;
-	return fd == -1 || bind(fd, (struct sockaddr *)&a, sizeof a) == -1;
-}
-
-int
-main(int argc, char **argv)
-{
-	if (argc == 3 && strcmp(argv[1], "ports") == 0)
-		ports(atoi(argv[2]));
-	else if (argc == 2 && strcmp(argv[1], "six") == 0)
-		return six();
-	else if (argc == 3 && strcmp(argv[1], "serve") == 0)
-		serve(argv[2]);
-	else if (argc == 5 && strcmp(argv[1], "upgrade") == 0)
-		upgrade(atoi(argv[2]), atoi(argv[3]), atol(argv[4]));
-	else
-		return 2;
-	return 0;
-}
-EOF
-}
-
 # Ports and servers for this section; everything is built and made once a run.
 real_ready() {
+	other_ends
 	if mkdir "$work/real" 2> /dev/null; then
-		real_tool "$work/real/tool.c"
-		$cc -o "$work/real/tool" "$work/real/tool.c" ||
-			fail "the servers of this section do not compile"
 		dd if=/dev/urandom of="$work/real/large" bs=1048576 count=64 \
 			2> /dev/null
 		awk 'BEGIN { for (i = 0; i < 20000; i++) print "line", i }' \
@@ -17923,7 +18152,7 @@ real_ports() { # sets real_p1 and real_p2 to free ports
 		read -r real_p1
 		read -r real_p2
 	} <<-EOF
-		$("$work/real/tool" ports 2)
+		$("$other" ports 2)
 	EOF
 }
 
@@ -17934,7 +18163,7 @@ real_web() {
 	real_ready
 	real_ports
 	web=$real_p1 tls=$real_p2 six='' secure='' user=''
-	"$work/real/tool" six && six="listen [::1]:$web;"
+	address_here ::1 && six="listen [::1]:$web;"
 	[ "$(id -u)" -ne 0 ] || user='user root;'
 	mkdir -p web/put
 	ln -s "$work/real/large" web/large
@@ -17973,10 +18202,10 @@ real_web() {
 		fail "nginx does not start: $(tail -n 1 nginx.err)"
 }
 
-# The server of tool.c on $serve.
+# The server of our own on $serve.
 real_serve() {
 	real_ready
-	spawn serve.out "$work/real/tool" serve port
+	spawn serve.out "$other" serve port
 	wait_for 5 '[ -s port ]' || fail "the server does not start"
 	serve=$(cat port)
 }
@@ -18418,18 +18647,17 @@ test_real_browser_https() { # chromium: a page and its picture over CONNECT
 
 test_real_upgrade() { # a WebSocket by Upgrade: 101 turns into a tunnel
 	real_serve
-	start_proxy
-	"$work/real/tool" upgrade "${proxy##*:}" "$serve" 100000 > out 2>&1
-	cat > want <<-'EOF'
-		HTTP/1.1 101 Switching Protocols
-		Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=
-		100000 bytes echoed
-		closed
-	EOF
-	real_same out want
-	real_log GET "http://127.0.0.1:$serve/ws" \
-		"101 1000[0-9]{2} .* up=1000[0-9]{2} "
-	stop_proxy
+	origin=127.0.0.1:$serve
+	play -n '100000 bytes are echoed, then both close' <<'END'
+	client send GET http://%O/ws HTTP/1.1\nHost: %O\nUpgrade: websocket\nConnection: Upgrade\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\n\n
+	client until \n\n
+	client send \x81\xff\0\0\0\0\0\x01\x86\xa0\0\0\0\0\{100000:@} ; want 100010
+	client send \x88\x80\0\0\0\0 ; want 2
+	sees   HTTP/1.1 101 Switching Protocols
+	sees   Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=
+	log    "GET http://%O/ws HTTP/1.1" 101 1000[0-9][0-9] .* up=1000[0-9][0-9] .* end=
+END
+	[ "$(tail -c 100002 c1 | tr -cd @ | wc -c)" -eq 100000 ] || fail "no echo"
 }
 
 # What every parent must do: plain, a large file, an upload, and a tunnel.
@@ -18583,488 +18811,6 @@ test_real_chain() { # squid as the client: chained to us as its parent
 # test.sh bench: what the proxy costs beside no proxy and beside others, in
 # one run and in turns, because machines are noisy. Not a test.
 
-bench_load() { # FILE: writes the source of the load tool
-	cat > "$1" <<'EOF'
-/*
- * load origin FILE
- *     writes its port to FILE and answers GET .../N with N bytes, kept alive,
- *     until it is killed. What is below /keep/ may be cached; how often it
- *     was asked for that is a long in FILE.asked.
- * load client [-c] [-d HOST] [-n] [-k N] [-r] [-x PROXY-PORT]
- *     PORT CONNS REQUESTS MS SIZE
- *     asks that origin for SIZE bytes over CONNS connections at once, until
- *     REQUESTS are answered or MS have passed; -n: a new connection for each,
- *     -c: by CONNECT, -d: by this name for it, which the proxy must know how to
- *     reach, -k: for one of N objects that may be cached, in turn or (-r) at
- *     random. Prints requests, seconds, errors (also a size that is
- *     not SIZE) and its own microseconds of processor time.
- * load idle PROXY-PORT PORT CONNS FILE
- *     opens CONNS tunnels, writes how many stand to FILE, and keeps them
- *     until it is killed
- */
-#define _POSIX_C_SOURCE 200809L
-#include <sys/mman.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
-
-#include <arpa/inet.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <poll.h>
-#include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-#include <unistd.h>
-
-enum { CONNS_MAX = 8192, CLOSED = -1 };
-
-struct conn {
-	char head[2048]; /* of the message that comes */
-	size_t len;      /* of that */
-	long left;       /* bytes of the body still to come or to send */
-	int body;        /* the head is done */
-	int close;       /* after this message */
-	int used;        /* has carried a message before */
-};
-
-static struct pollfd fds[CONNS_MAX + 1];
-static struct conn *conns[CONNS_MAX + 1];
-static char bytes[1 << 18];
-static int proxy_port, origin_port, by_connect, anew, at_random;
-static char request[320];
-static const char *host;
-static long errors, body_size, objects;
-static unsigned long *asked;
-static char date[40];
-
-static void
-die(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static double
-now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
-}
-
-static void
-set_up(int fd)
-{
-	int on = 1;
-
-	if (fcntl(fd, F_SETFL, O_NONBLOCK) == -1 ||
-	    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) == -1)
-		die("set_up");
-}
-
-static struct sockaddr_in
-address(int port)
-{
-	struct sockaddr_in a;
-
-	memset(&a, 0, sizeof a);
-	a.sin_family = AF_INET;
-	a.sin_port = htons((uint16_t)port);
-	a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	return a;
-}
-
-/* Reads on until the head is whole. Returns 1 then, 0 at the end. */
-static int
-head_wait(int fd, char *head, size_t size)
-{
-	size_t len = 0;
-	ssize_t n;
-
-	while (len < size - 1) {
-		n = read(fd, head + len, size - 1 - len);
-		if (n <= 0)
-			return 0;
-		len += (size_t)n;
-		head[len] = '\0';
-		if (strstr(head, "\r\n\r\n"))
-			return 1;
-	}
-	return 0;
-}
-
-/* A new connection, through the tunnel if there is one, or -1. */
-static int
-dial(void)
-{
-	struct sockaddr_in a = address(proxy_port ? proxy_port : origin_port);
-	struct timeval patience = { 10, 0 };
-	char head[2048];
-	int fd = socket(AF_INET, SOCK_STREAM, 0), n;
-
-	if (fd == -1)
-		die("socket");
-	if (connect(fd, (struct sockaddr *)&a, sizeof a) == -1) {
-		close(fd);
-		return -1;
-	}
-	if (by_connect && proxy_port) {
-		setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience,
-		    sizeof patience);
-		n = snprintf(head, sizeof head, "CONNECT 127.0.0.1:%d HTTP/1.1"
-		    "\r\nHost: 127.0.0.1:%d\r\n\r\n", origin_port, origin_port);
-		if (write(fd, head, (size_t)n) != n ||
-		    !head_wait(fd, head, sizeof head) ||
-		    strncmp(head + 8, " 200", 4) != 0) {
-			close(fd);
-			return -1;
-		}
-	}
-	return fd;
-}
-
-/* Which object comes next. The dice (xorshift) fall alike in every run. */
-static long
-object_next(void)
-{
-	static uint32_t dice = 2463534242u;
-	static long turn;
-
-	if (!at_random)
-		return turn++ % objects;
-	dice ^= dice << 13;
-	dice ^= dice >> 17;
-	dice ^= dice << 5;
-	return (long)(dice % (uint32_t)objects);
-}
-
-static void
-request_make(void)
-{
-	char to[64] = "", object[32] = "";
-
-	if (proxy_port && !by_connect && host)
-		snprintf(to, sizeof to, "http://%s", host);
-	else if (proxy_port && !by_connect)
-		snprintf(to, sizeof to, "http://127.0.0.1:%d", origin_port);
-	if (objects)
-		snprintf(object, sizeof object, "keep/%ld/", object_next());
-	snprintf(request, sizeof request, "GET %s/%s%ld HTTP/1.1\r\n"
-	    "Host: 127.0.0.1:%d\r\nUser-Agent: load\r\nAccept: */*\r\n"
-	    "%s\r\n", to, object, body_size, origin_port,
-	    anew ? "Connection: close\r\n" : "");
-}
-
-/* Sends the next request on a connection, on a new one if need be. */
-static void
-ask(int i, int fresh)
-{
-	struct conn *c = conns[i];
-	int used = c->used;
-
-	if (fresh && fds[i].fd != CLOSED) {
-		close(fds[i].fd);
-		fds[i].fd = CLOSED;
-	}
-	memset(c, 0, sizeof *c);
-	c->used = used && !fresh;
-	if (fds[i].fd == CLOSED) {
-		fds[i].fd = dial();
-		fds[i].events = POLLIN;
-		if (fds[i].fd == CLOSED) {
-			errors++;
-			return;
-		}
-		set_up(fds[i].fd);
-	}
-	if (objects)
-		request_make();
-	if (write(fds[i].fd, request, strlen(request)) == -1 &&
-	    !(c->used && errno == EPIPE))
-		errors++;
-}
-
-/* Takes what has come of the head. Returns how much of n was not head. */
-static long
-head_take(struct conn *c, const char *p, size_t n)
-{
-	const char *end, *field;
-	size_t room = sizeof c->head - 1 - c->len, old = c->len;
-
-	room = n < room ? n : room;
-	memcpy(c->head + c->len, p, room);
-	c->len += room;
-	c->head[c->len] = '\0';
-	end = strstr(c->head, "\r\n\r\n");
-	if (!end)
-		return 0;
-	c->body = 1;
-	field = strstr(c->head, "\r\nContent-Length:");
-	field = field ? field : strstr(c->head, "\r\ncontent-length:");
-	c->left = field ? strtol(field + 17, NULL, 10) : -1;
-	if (c->left != body_size)
-		c->left = -1;
-	c->close = strncmp(c->head, "HTTP/1.1", 8) != 0 ||
-	    strstr(c->head, "\r\nConnection: close") ||
-	    strstr(c->head, "\r\nconnection: close");
-	return (long)(old + n) - (end + 4 - c->head);
-}
-
-/* Reads what there is. Returns 1 when the response is whole, -1 if it can't
- * become so, -2 if a kept connection was closed in the meantime. */
-static int
-response_read(int i)
-{
-	struct conn *c = conns[i];
-	ssize_t n = read(fds[i].fd, bytes, sizeof bytes);
-	long rest;
-
-	if (n == -1 && errno == EAGAIN)
-		return 0;
-	if (n <= 0)
-		return c->used && c->len == 0 ? -2 : -1;
-	rest = c->body ? n : head_take(c, bytes, (size_t)n);
-	if (!c->body)
-		return 0;
-	if (c->left == -1 || strncmp(c->head + 8, " 200", 4) != 0)
-		return -1;
-	c->left -= rest;
-	return c->left == 0 ? 1 : c->left < 0 ? -1 : 0;
-}
-
-static long
-client(int n, long count, double end)
-{
-	long done = 0;
-	int i, open = 0, got;
-
-	for (i = 0; i < n; i++) {
-		conns[i] = calloc(1, sizeof *conns[i]);
-		fds[i].fd = CLOSED;
-		ask(i, 1);
-		open += fds[i].fd != CLOSED;
-	}
-	while (open > 0 && errors < 100 && now() < end + 20) {
-		if (poll(fds, (nfds_t)n, 1000) == -1)
-			die("poll");
-		for (i = 0; i < n; i++) {
-			if (fds[i].fd == CLOSED || !fds[i].revents)
-				continue;
-			got = response_read(i);
-			if (got == 0)
-				continue;
-			done += got == 1;
-			errors += got == -1;
-			conns[i]->used = 1;
-			if (done + n > count || now() >= end) {
-				close(fds[i].fd);
-				fds[i].fd = CLOSED;
-			} else {
-				ask(i, anew || got < 0 || conns[i]->close);
-			}
-		}
-		for (i = 0, open = 0; i < n; i++)
-			open += fds[i].fd != CLOSED;
-	}
-	errors += open;
-	return done;
-}
-
-/* Sends what is left of the body. Returns whether the connection stays. */
-static int
-body_write(struct conn *c, int fd)
-{
-	ssize_t n = 1;
-
-	while (c->left > 0 && n > 0) {
-		n = write(fd, bytes, c->left < (long)sizeof bytes ?
-		    (size_t)c->left : sizeof bytes);
-		if (n > 0)
-			c->left -= n;
-	}
-	return c->left > 0 ? errno == EAGAIN : !c->close;
-}
-
-static int
-request_serve(struct conn *c, int fd)
-{
-	char out[2048];
-	ssize_t n = read(fd, c->head + c->len, sizeof c->head - 1 - c->len);
-	long size;
-	char *at;
-	int len, keep;
-
-	if (n <= 0)
-		return n == -1 && errno == EAGAIN;
-	c->len += (size_t)n;
-	c->head[c->len] = '\0';
-	if (!strstr(c->head, "\r\n\r\n"))
-		return c->len < sizeof c->head - 1;
-	at = strstr(c->head, " HTTP/1.");
-	while (at && at > c->head && at[-1] != '/')
-		at--;
-	size = at ? strtol(at, NULL, 10) : 0;
-	c->close = strstr(c->head, "\r\nConnection: close") != NULL;
-	keep = strstr(c->head, "/keep/") != NULL;
-	*asked += (unsigned long)keep;
-	c->len = 0;
-	len = snprintf(out, sizeof out, "HTTP/1.1 200 OK\r\n"
-	    "Date: %s\r\nServer: load\r\n"
-	    "Content-Type: application/octet-stream\r\n"
-	    "Content-Length: %ld\r\n%s%s\r\n", date, size,
-	    keep ? "Cache-Control: max-age=86400\r\n" : "",
-	    c->close ? "Connection: close\r\n" : "");
-	c->left = size;
-	if (size <= (long)sizeof out - len) {
-		memcpy(out + len, bytes, (size_t)size);
-		c->left = 0;
-		len += (int)size;
-	}
-	return write(fd, out, (size_t)len) == len && body_write(c, fd);
-}
-
-/* The counter in FILE.asked, and the date of all answers: today's. */
-static void
-origin_ready(const char *file)
-{
-	char name[256];
-	time_t t = time(NULL);
-	int fd;
-
-	snprintf(name, sizeof name, "%s.asked", file);
-	fd = open(name, O_RDWR | O_CREAT | O_TRUNC, 0666);
-	if (fd == -1 || ftruncate(fd, sizeof *asked) == -1)
-		die(name);
-	asked = mmap(NULL, sizeof *asked, PROT_READ | PROT_WRITE, MAP_SHARED,
-	    fd, 0);
-	if (asked == MAP_FAILED)
-		die(name);
-	close(fd);
-	strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT", gmtime(&t));
-}
-
-static void
-origin(const char *file)
-{
-	struct sockaddr_in a = address(0);
-	socklen_t len = sizeof a;
-	int fd, n = 1, i;
-	FILE *f;
-
-	origin_ready(file);
-	fds[0].fd = socket(AF_INET, SOCK_STREAM, 0);
-	fds[0].events = POLLIN;
-	if (fds[0].fd == -1 ||
-	    bind(fds[0].fd, (struct sockaddr *)&a, sizeof a) == -1 ||
-	    listen(fds[0].fd, 4096) == -1 ||
-	    getsockname(fds[0].fd, (struct sockaddr *)&a, &len) == -1)
-		die("listen");
-	f = fopen(file, "w");
-	if (!f || fprintf(f, "%d\n", ntohs(a.sin_port)) < 0 || fclose(f) == EOF)
-		die(file);
-	while (poll(fds, (nfds_t)n, -1) != -1) {
-		for (i = n - 1; i > 0; i--) {
-			if (!fds[i].revents)
-				continue;
-			if (conns[i]->left > 0 ?
-			    body_write(conns[i], fds[i].fd) :
-			    request_serve(conns[i], fds[i].fd)) {
-				fds[i].events = conns[i]->left > 0 ? POLLOUT :
-				    POLLIN;
-				continue;
-			}
-			close(fds[i].fd);
-			free(conns[i]);
-			fds[i] = fds[--n];
-			conns[i] = conns[n];
-		}
-		if (!fds[0].revents || n > CONNS_MAX)
-			continue;
-		fd = accept(fds[0].fd, NULL, NULL);
-		if (fd == -1)
-			continue;
-		set_up(fd);
-		conns[n] = calloc(1, sizeof *conns[n]);
-		fds[n].fd = fd;
-		fds[n].revents = 0;
-		fds[n++].events = POLLIN;
-	}
-}
-
-static void
-idle(int n, const char *file)
-{
-	FILE *f;
-	int i;
-
-	by_connect = 1;
-	for (i = 0; i < n; i++)
-		if (dial() == -1)
-			break;
-	f = fopen(file, "w");
-	if (!f || fprintf(f, "%d\n", i) < 0 || fclose(f) == EOF)
-		die(file);
-	for (;;)
-		pause();
-}
-
-int
-main(int argc, char **argv)
-{
-	struct rlimit files;
-	struct rusage u;
-	double start;
-	long done;
-	int opt;
-
-	signal(SIGPIPE, SIG_IGN);
-	if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
-		files.rlim_cur = files.rlim_max;
-		(void)setrlimit(RLIMIT_NOFILE, &files);
-	}
-	memset(bytes, 'x', sizeof bytes);
-	if (argc == 3 && strcmp(argv[1], "origin") == 0)
-		origin(argv[2]);
-	if (argc == 6 && strcmp(argv[1], "idle") == 0) {
-		proxy_port = atoi(argv[2]);
-		origin_port = atoi(argv[3]);
-		idle(atoi(argv[4]), argv[5]);
-	}
-	if (argc < 7 || strcmp(argv[1], "client") != 0)
-		return 2;
-	optind = 2;
-	while ((opt = getopt(argc, argv, "cd:k:nrx:")) != -1) {
-		by_connect |= opt == 'c';
-		host = opt == 'd' ? optarg : host;
-		anew |= opt == 'n';
-		at_random |= opt == 'r';
-		objects = opt == 'k' ? atol(optarg) : objects;
-		proxy_port = opt == 'x' ? atoi(optarg) : proxy_port;
-	}
-	argv += optind;
-	origin_port = atoi(argv[0]);
-	body_size = atol(argv[4]);
-	if (!objects)
-		request_make();
-	start = now();
-	done = client(atoi(argv[1]), atol(argv[2]),
-	    start + (double)atol(argv[3]) / 1000);
-	start = now() - start;
-	getrusage(RUSAGE_SELF, &u);
-	printf("%ld %.6f %ld %ld\n", done, start, errors,
-	    (long)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) * 1000000 +
-	    (long)(u.ru_utime.tv_usec + u.ru_stime.tv_usec));
-	return 0;
-}
-EOF
-}
-
 bench_rounds=3  # of each measurement; the median counts
 bench_ms=800    # that a measurement with small requests takes
 bench_idle=5000 # tunnels
@@ -19088,7 +18834,7 @@ bench_cpu() { # PID
 # NAME.where.
 bench_add() { # NAME PORT PID
 	bench_until=$(($("$peer" clock) + 20000))
-	until [ "$(./load client -x "$2" "$origin" 1 1 1000 1024 |
+	until [ "$("$other" client -x "$2" "$origin" 1 1 1000 1024 |
 	    cut -d ' ' -f 1,3)" = '1 0' ]; do
 		if [ "$("$peer" clock)" -ge "$bench_until" ]; then
 			echo "$1 does not serve and is left out"
@@ -19154,7 +18900,7 @@ bench_one() { # WORK NAME FLAGS CONNS REQUESTS MS SIZE
 	bench_own=$(bench_cpu "$bench_pid") bench_origin=$(bench_cpu "$origin_pid")
 	bench_before=$(bench_asked)
 	# shellcheck disable=SC2086 # flags are words
-	./load client $bench_flags "$origin" "$@" > result
+	"$other" client $bench_flags "$origin" "$@" > result
 	awk -v own=$(($(bench_cpu "$bench_pid") - bench_own)) \
 		-v origin=$(($(bench_cpu "$origin_pid") - bench_origin)) \
 		-v asked=$(($(bench_asked) - bench_before)) \
@@ -19215,9 +18961,9 @@ bench_tunnels() {
 		[ "$name" != haproxy ] || continue
 		read -r port pid < "$name.where"
 		before=$(bench_resident "$pid")
-		spawn far.out ./load origin "far.$name"
+		spawn far.out "$other" origin "far.$name"
 		wait_for 5 "[ -s 'far.$name' ]" || continue
-		spawn idle.out ./load idle "$port" "$(cat "far.$name")" \
+		spawn idle.out "$other" idle "$port" "$(cat "far.$name")" \
 			"$bench_idle" "stand.$name"
 		wait_for 30 "[ -s 'stand.$name' ]" || continue
 		names="$names $name"
@@ -19329,9 +19075,9 @@ bench_cache_proxies() {
 bench_warm_up() {
 	for name in $bench_names $bench_names; do
 		read -r port pid < "$name.where"
-		./load client -x "$port" -k 1 "$origin" 1 1 5000 1024
-		./load client -x "$port" -k 1 "$origin" 1 1 10000 16777216
-		./load client -x "$port" -k 10000 "$origin" 8 10000 20000 8192
+		"$other" client -x "$port" -k 1 "$origin" 1 1 5000 1024
+		"$other" client -x "$port" -k 1 "$origin" 1 1 10000 16777216
+		"$other" client -x "$port" -k 10000 "$origin" 8 10000 20000 8192
 	done > warm.out
 }
 
@@ -19437,9 +19183,7 @@ bench() (
 	# shellcheck disable=SC3045 # for proxies that don't raise it themselves
 	ulimit -n "$(ulimit -H -n)" 2> /dev/null
 	real_ready
-	bench_load load.c
-	$cc -O2 -o load load.c || fail "load.c does not compile"
-	spawn origin.out ./load origin port
+	spawn origin.out "$other" origin port
 	origin_pid=$spawned
 	wait_for 5 '[ -s port ]' || fail "no origin"
 	origin=$(cat port)
