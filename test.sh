@@ -12272,10 +12272,26 @@ taken() {
 	served
 }
 
-# The connection of a client must have ended like this: ends NAME ERE
+# The connections of clients must have ended like this: ends NAME... ERE
 ends() {
-	ended "$1"
-	grep -E "$2" "$1.end" > /dev/null || fail "${what-}: $1: $(cat "$1.end")"
+	while [ $# -gt 1 ]; do
+		ended "$1"
+		for ends_ere; do :; done
+		grep -E "$ends_ere" "$1.end" > /dev/null ||
+			fail "${what-}: $1: $(cat "$1.end")"
+		shift
+	done
+}
+
+# How a body of BYTES is framed, into $how, behind its fields, and $end:
+# framed length|chunks|close BYTES
+framed() {
+	end=
+	case $1 in
+	length) how="Content-Length: $2" ;;
+	chunks) how="Transfer-Encoding: chunked | $(printf %X "$2")\\n" end='; send \n0\n\n' ;;
+	close) how='Connection: close' end='; close' ;;
+	esac
 }
 
 # A client in the background that gets URL-PATH and BYTES of the pattern, and
@@ -12290,6 +12306,16 @@ touch $1.some
 skip $(($3 - 1000))
 eof
 END
+}
+
+# Clients a and b get /x of BYTES, both have some, and the origin was asked once:
+# pair BYTES ['fields of b\n']
+pair() {
+	getter a /x "$1"
+	taken a.some
+	getter b /x "$1" "${2-}"
+	taken b.some
+	asked 1
 }
 
 # Two clients, one fetch: the second one's log line and Cache-Status.
@@ -12310,14 +12336,12 @@ test_cache_collapsed() { # two clients, one request; both are served as it comes
 	log_from=1
 	for what in length chunks close; do
 		rm -f go more
-		case $what in
-		length) how='Content-Length: 300000' middle='' end='' ;;
-		chunks)
-			how='Transfer-Encoding: chunked | 249F0\n'
-			middle='send \n249F0\n ;' end='; send \n0\n\n'
-			;;
-		close) how='Connection: close' middle='' end='; close' ;;
-		esac
+		framed $what 300000
+		middle=
+		[ $what != chunks ] || {
+			framed chunks 150000
+			middle='send \n249F0\n ;'
+		}
 		origin o <<END
 head ; await go ; say 200 Cache-Control: max-age=999\nX-A: b\n$how
 fill 150000 ; await more ; $middle fill 150000 $end
@@ -12333,8 +12357,7 @@ END
 		[ ! -f a.end ] && [ ! -f b.end ] ||
 			fail "$what: $(cat a.end b.end)"
 		touch more
-		ends a '^eof$'
-		ends b '^eof$'
+		ends a b '^eof$'
 		asked 1
 		collapsed b
 		getter c /x 300000
@@ -12362,8 +12385,8 @@ END
 	touch more
 	taken a.second b.second c.second
 	touch last
+	ends a b c '^open$'
 	for c in a b c; do
-		ends $c '^open$'
 		seen $c <<'END'
 #1 ^Transfer-Encoding: chunked$
 #1 ^Content-Length
@@ -12434,44 +12457,31 @@ END
 	wait_for 10 '[ -s o.10 ]' || fail "of ten requests the origin has" \
 		"$(find . -name 'o.*' ! -name '*.*.*' -size +0 | wc -l)"
 	touch all
-	for n in 1 2 3 4 5 6 7 8 9 10; do
-		ends c$n '^open$'
+	ends c1 c2 c3 c4 c5 c6 c7 c8 c9 c10 '^open$'
+	for want in one=1 two=9; do
+		n=$(grep -c "^${want%=*}" c? c10 | grep -c ':1$')
+		[ "$n" = "${want#*=}" ] || fail "$n clients got $want"
 	done
-	n=$(grep -c '^one' c? c10 | grep -c ':1$')
-	[ "$n" = 1 ] || fail "$n clients got the first answer"
-	n=$(grep -c '^two' c? c10 | grep -c ':1$')
-	[ "$n" = 9 ] || fail "$n clients got an answer of their own"
 	asked 10
 }
 
 test_cache_collapsed_known() { # what can't be stored is still known after 2000 other URLs
 	start_cache
-	private='HTTP/1.1 200 OK\nCache-Control: private\nContent-Length: 4\n'
-	origin many <<END
-head
-send ${private}\nany\l
-loop
+	origin many <<'END'
+replies 200 Cache-Control: private | any\l
 END
-	awk -v O="$origin" 'BEGIN {
-		for (n = 0; n < 2000; n++)
-			printf "send GET http://%s/%d HTTP/1.1\\nHost: %s\\n\\n\nanswer\n",
-			    O, n, O
-	}' > others.in
-	for when in quiet await await; do
-		cat <<END
-head
-$when $([ $when = await ] && echo go || echo 0)
-send ${private}Connection: close\n\none\l
+	many=$origin
+	origin o <<'END'
+reply 200 Connection: close\nCache-Control: private | one\l
 ---
+head ; await go ; say 200 Connection: close\nCache-Control: private | one\l
 END
-	done > scripts
-	echo close >> scripts
-	origin o < scripts
-	client first <<'END'
-ask /
-END
-	client others < others.in
-	grep '^open$' others.end > /dev/null || fail "$(cat others.end)"
+	awk -v O="$many" 'BEGIN {
+		print "ask /"
+		for (n = 0; n < 2000; n++)
+			print "ask http://" O "/" n
+	}' | client first
+	ends first '^open$'
 	for n in 1 2; do
 		client_bg c$n <<'END'
 ask /
@@ -12479,8 +12489,7 @@ END
 	done
 	wait_for 5 '[ -s o.2 ] && [ -s o.3 ]' || fail "the second waits again"
 	touch go
-	ends c1 '^open$'
-	ends c2 '^open$'
+	ends c1 c2 '^open$'
 }
 
 # While one client waits for a head (await) or has a part of the body (grow),
@@ -12529,43 +12538,32 @@ test_cache_collapsed_never() { # uploads, ranges, logins and no-store neither wa
 broken() {
 	what="$1: $2 then $3, ${4-length}"
 	rm -f cut
-	broken_short='^(eof|reset) skip'
-	case ${4-length} in
-	length) broken_how='Content-Length: 300000' broken_end= ;;
-	chunks)
-		broken_how='Transfer-Encoding: chunked | 493E0\n'
-		broken_end='; send \n0\n\n'
-		# To an HTTP/1.0 client only a reset tells.
-		broken_short='^reset skip'
-		;;
-	esac
+	framed "${4-length}" 300000
+	# To an HTTP/1.0 client only a reset tells that chunks end too early.
+	[ "${4-length}" = length ] && short='^(eof|reset) skip' || short='^reset skip'
 	origin o <<END
-reply 200 Cache-Control: max-age=999\n$2$broken_how
+reply 200 Cache-Control: max-age=999\n$2$how
 fill 150000 ; await cut ; close
 ---
-reply 200 Connection: close\nCache-Control: max-age=999\n$3$broken_how
-fill ${5-300000} ${5+; close} $broken_end
+reply 200 Connection: close\nCache-Control: max-age=999\n$3$how
+fill ${5-300000} ${5+; close} $end
 ---
 reply 200 Connection: close\nCache-Control: max-age=999\nContent-Length: 300000
 fill 300000
 END
-	getter a /x 300000
-	taken a.some
-	getter b /x 300000
-	taken b.some
-	asked 1
+	pair 300000
 	touch cut
-	ends a "$broken_short"
+	ends a "$short"
 	case $1 in
 	whole) ends b '^eof$' ;;
-	short) ends b "$broken_short" ;;
+	short) ends b "$short" ;;
 	esac
 	asked 2
 	# What is stored then is whole.
-	for c in c d; do
-		getter $c /x 300000
-		ends $c '^eof$'
-	done
+	getter c /x 300000
+	ends c '^eof$'
+	getter d /x 300000
+	ends d '^eof$'
 	nothing_left
 	served
 }
@@ -12598,14 +12596,9 @@ fill 100000 ; await more ; fill 500000 ; send \n0\n\n
 reply 200 Cache-Control: max-age=999\n${etag}Transfer-Encoding: chunked | 927C0\n
 fill 600000 ; send \n0\n\n
 END
-		getter a /x 600000
-		taken a.some
-		getter b /x 600000
-		taken b.some
-		asked 1
+		pair 600000
 		touch more
-		ends a '^eof$'
-		ends b '^eof$'
+		ends a b '^eof$'
 		nothing_stored
 		served
 		stop_proxy
@@ -12623,16 +12616,13 @@ fill 100000 ; await more ; fill 100000
 reply 200 Cache-Control: max-age=999\nETag: "a"\nContent-Length: 200000
 fill 200000
 END
-		getter a$n /x 200000
-		taken a$n.some
-		getter b$n /x 200000
-		taken b$n.some
+		for c in a$n b$n; do
+			getter $c /x 200000
+			taken $c.some
+		done
 	done
 	touch more
-	for n in 1 2; do
-		ends a$n '^eof$'
-		ends b$n '^eof$'
-	done
+	ends a1 b1 a2 b2 '^eof$'
 	served
 }
 
@@ -12640,20 +12630,9 @@ test_cache_collapsed_room() { # one who follows takes no room on the disk in adv
 	start_cache
 	origin o <<'END'
 reply 200 Cache-Control: max-age=999\nContent-Length: 50000000
-fill 100000
-await end
+fill 100000 ; await end
 END
-	for n in 1 2; do
-		client_bg c$n <<END
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n
-until \n\n
-skip 100000
-touch some$n
-await end
-END
-		wait_for 15 "[ -f some$n ]" || fail "client $n has nothing"
-	done
-	asked 1
+	pair 50000000
 	n=$(du -k cache/tmp.* | awk '{ print $1 }')
 	[ "$n" -lt 1000 ] || fail "$n KiB for 100 KB"
 	touch end
@@ -12673,10 +12652,7 @@ test_cache_collapsed_gone() { # the first client leaves: the others get all, and
 	start_cache
 	for what in length chunks; do
 		rm -f more
-		case $what in
-		length) how='Content-Length: 300000' end= ;;
-		chunks) how='Transfer-Encoding: chunked | 493E0\n' end='; send \n0\n\n' ;;
-		esac
+		framed $what 300000
 		origin o <<END
 reply 200 Cache-Control: max-age=999\n$how
 fill 100000 ; await more ; fill 200000 $end
@@ -12729,8 +12705,7 @@ END
 	getter a /x 300000 'X-A: 1\n'
 	taken asked
 	client_bg b <<'END'
-send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 2\n\n
-touch b.sent ; answer
+send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 2\n\n ; touch b.sent ; answer
 END
 	getter c /x 300000 'X-A: 1\n'
 	taken b.sent c.sent
@@ -12749,9 +12724,7 @@ END
 	taken d.some
 	asked 2
 	touch more
-	for n in a c d; do
-		ends $n '^eof$'
-	done
+	ends a c d '^eof$'
 	asked 2
 	for n in c d; do
 		seen $n <<'END'
@@ -12764,10 +12737,8 @@ END
 END
 	play -n 'both are there' <<'END'
 	ask    /x X-A: 2 = 200; hit
-	client send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 1\n\n
-	client until \n\n ; skip 300000
+	client send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 1\n\n ; until \n\n ; skip 300000
 END
-	ended "c$plays"
 	[ ! -f o.3 ] || fail "the origin is asked again"
 }
 
@@ -12924,11 +12895,7 @@ END
 followed() {
 	rm -f cut
 	origin o
-	getter a /x "$1"
-	taken a.some
-	getter b /x "$1" "${2-}"
-	taken b.some
-	asked 1
+	pair "$@"
 	touch cut
 }
 
@@ -12980,13 +12947,7 @@ test_cache_resumed_mixed() { # who follows never gets the rest of what may be an
 test_cache_resumed_short() { # what comes again and ends too early is no end
 	start_cache
 	for what in chunks close; do
-		case $what in
-		chunks)
-			how='Transfer-Encoding: chunked | 3E8\n'
-			end='; send \n0\n\n'
-			;;
-		close) how='' end='' ;;
-		esac
+		[ $what = chunks ] && framed chunks 1000 || how='' end=''
 		followed 3000 <<END
 reply 200 Cache-Control: max-age=999\nETag: "a"\nTransfer-Encoding: chunked | BB8\n
 fill 1500 ; await cut ; close
@@ -13069,9 +13030,7 @@ END
 		touch go
 		"$peer" sleep 500
 		kill -CONT "$proxy_pid"
-		for n in 1 2 3 4 5 6; do
-			ends r$n '^open$'
-		done
+		ends r1 r2 r3 r4 r5 r6 '^open$'
 		rm -f go
 		origin_name=o$plays
 		reached 2
@@ -13088,10 +13047,7 @@ test_cache_collapsed_gone_early() { # the first client leaves before the head co
 	start_cache
 	for what in stored private; do
 		rm -f go leave
-		case $what in
-		stored) control=max-age=999 n=1 ;;
-		private) control=private n=3 ;;
-		esac
+		[ $what = stored ] && control=max-age=999 n=1 || control=private n=3
 		play -n "$what" <<END
 	origin head ; await go
 	origin say 200 Connection: close\nCache-Control: $control | hello
@@ -13099,11 +13055,9 @@ test_cache_collapsed_gone_early() { # the first client leaves before the head co
 	reply  200 Connection: close\nCache-Control: $control | hello
 	a: send GET http://%O/$what HTTP/1.1\nHost: %O\n\n ; await leave ; reset
 	do reached 1
-	b: send GET http://%O/$what HTTP/1.1\nHost: %O\n\n
-	b: touch b.sent ; until hello
+	b: send GET http://%O/$what HTTP/1.1\nHost: %O\n\n ; touch b.sent ; until hello
 	do taken b.sent
-	c: send GET http://%O/$what HTTP/1.1\nHost: %O\n\n
-	c: touch c.sent ; until hello
+	c: send GET http://%O/$what HTTP/1.1\nHost: %O\n\n ; touch c.sent ; until hello
 	do taken c.sent
 	do touch leave
 	a: ends .
@@ -13129,11 +13083,7 @@ reply 200 Connection: close\nCache-Control: max-age=999\nETag: "a"\nContent-Leng
 fill 3000
 END
 	origin=two.test:$origin_port
-	getter a /x 3000
-	taken a.some
-	getter b /x 3000
-	taken b.some
-	asked 1
+	pair 3000
 	touch cut
 	ends b '^eof$'
 	asked 2
@@ -13144,13 +13094,8 @@ test_cache_collapsed_slow_first() { # a first client that does not read holds up
 	start_cache
 	for what in length chunks; do
 		rm -f go
-		case $what in
-		length) how='Content-Length: 16000000' end= ;;
-		chunks)
-			how='ETag: "a"\nTransfer-Encoding: chunked | F42400\n'
-			end='; send \n0\n\n'
-			;;
-		esac
+		framed $what 16000000
+		[ $what = length ] || how="ETag: \"a\"\\n$how"
 		play -n "$what" <<END
 	reply  200 Cache-Control: max-age=999\n$how
 	origin fill 16000000 $end
