@@ -2575,8 +2575,10 @@ exchange_queue(struct exchange *x)
  * authority_parse, url_login, absolute_parse, url_parse, method_parse,
  * request_parse, response_is_bare, response_parse, fields_of_hop,
  * fields_not_late, fields_of_body, fields_of_condition, name_is_among,
- * field_passes, field_append, status_append, length_append, via_append,
- * host_bare, address_read, response_length.
+ * field_passes, field_append, fields_append, status_append, length_append,
+ * via_append, host_bare, address_read, response_length, head_logs_in,
+ * conn_head, head_is_hopeless, request_hopeless, request_clean,
+ * request_is_last, request_passed_here.
  */
 
 static const struct {
@@ -3968,8 +3970,8 @@ exchange_parent(const struct exchange *x)
  * again later.  An address is judged as it was looked up, and that very
  * address is connected to.
  *
- * Door: rules_read, rules_reload, rules_step, rules_take, rules_give,
- * rules_let_in, view_source, view_begin, exchange_view, rules_judge,
+ * Door: rules_read, rules_reload, rules_can_reload, rules_step, rules_take,
+ * rules_give, rules_let_in, view_source, view_begin, exchange_view, rules_judge,
  * rule_lacks, rules_rewrite, rules_seek.
  */
 
@@ -9742,7 +9744,9 @@ cache_leave(struct exchange *x)
 	cache_drop(x);
 	cache_unfollow(x);
 	entry_close(x, CACHING_NONE);
-	x->request->caching.hit = NULL;
+	/* The page for a condition that is not met is the entry's answer. */
+	if (x->record.refusal != REFUSE_CONDITION)
+		x->request->caching.hit = NULL;
 }
 
 /*
@@ -10473,8 +10477,9 @@ names_find(const char *host)
  * the log can't be written, this is said once, lines are counted, and serving
  * goes on.
  *
- * Door: log_lines, log_open, log_flush, log_quotes, refusal_words,
- * log_exchange, log_end, trace_end, trace_head, trace_dump, hello_name.
+ * Door: log_lines, log_open, log_flush, log_quotes, log_note, log_note_name,
+ * refusal_words, log_exchange, log_end, trace_end, trace_head, trace_mended,
+ * trace_dump, hello_name.
  */
 
 enum {
@@ -10910,7 +10915,7 @@ log_exchange(const struct exchange *x)
 
 	totals.exchanges++;
 	totals.refused += x->record.refusal != REFUSE_NONE;
-	totals.hits += x->request != NULL && x->request->caching.hit != NULL;
+	totals.hits += x->request != NULL && answer_is_stored(x->request);
 	totals.up += x->up.payload;
 	totals.down += x->down.payload;
 	log_line(x, b);
@@ -11525,9 +11530,6 @@ greet_words(unsigned char code)
  * goes the way of every response.  Nothing here sends a byte, and a page
  * repeats nothing of a request but a host whose characters were checked; only
  * TRACE repeats the request.
- *
- * Door: page_refusal, page_index, page_pac, page_is_ours, page_options,
- * page_trace.
  */
 
 /*
@@ -11688,7 +11690,7 @@ page_trace(struct exchange *x)
  * written here: the sections above do that, this one decides what is next.
  *
  * Door: exchange_open, exchange_run, exchange_expire, exchange_close,
- * exchange_abort, request_note, phase_names.
+ * exchange_abort, phase_names.
  */
 
 enum {
@@ -13113,14 +13115,11 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 static void
 response_from_entry(struct exchange *x, struct response *r, size_t n)
 {
-	const char *hit = x->request->caching.hit;
 	char extra[256];
 	uint64_t at;
 
 	if (!cache_shape(x, r, extra, sizeof(extra), &at)) {
 		exchange_refuse(x, REFUSE_CONDITION, "");
-		if (x->request != NULL)
-			x->request->caching.hit = hit;
 		return;
 	}
 	response_forward(x, r, n);
@@ -13813,7 +13812,7 @@ exchange_open(int fd, const struct address *peer)
  * deadlines, and accepts last.  poll(2) is the only call that may wait, and
  * nothing here knows how an exchange is served.
  *
- * Door: loop_run, loop_accept_all, signal_conn.
+ * Door: loop_run, loop_accept_all, signal_conn, command.
  */
 
 enum {

@@ -13014,10 +13014,12 @@ static bool
 follows(struct exchange *y, const char *path)
 {
 	static struct exchange x;
+	static struct rules none;
 	struct lookup l = { .b = buffer_take() };
 	int fd;
 
 	memset(&x, 0, sizeof(x));
+	x.rules = &none;
 	x.request = request_new(&x);
 	(void)request_parse(text_of("GET http://a.test/ HTTP/1.1\r\n"
 				    "Host: a.test\r\n\r\n"), x.request);
