@@ -17158,10 +17158,9 @@ test_style_lines() { # 80 columns, no blanks at ends, no // comments, no #if
 	grep '^/\* ---- 2\. ' "$here/proxy.c" > found || fail "no section 2"
 }
 
-test_style_banned() { # calls and words that proxy.c does without
-	need_source
-	# Comments and strings aside.
-	sed -e 's/"\([^"\\]\|\\.\)*"/""/g' "$here/proxy.c" | awk '
+# Prints the code of proxy.c as it is numbered, without its comments and strings.
+write_code() {
+	sed -e 's/"\([^"\\]\|\\.\)*"/""/g' "${1-$here/proxy.c}" | awk '
 	{ while (1) {
 		if (inside) {
 			i = index($0, "*/")
@@ -17174,7 +17173,12 @@ test_style_banned() { # calls and words that proxy.c does without
 		j = index(rest, "*/")
 		if (j) $0 = substr($0, 1, i - 1) " " substr(rest, j + 2)
 		else { $0 = substr($0, 1, i - 1); inside = 1; break }
-	  } print }' > code
+	  } print }'
+}
+
+test_style_banned() { # calls and words that proxy.c does without
+	need_source
+	write_code > code
 	for word in goto strcpy strcat strncpy strncat sprintf vsprintf gets \
 	    atoi atol atoll strtok sscanf scanf alloca splice sendfile \
 	    accept4 memmem setjmp longjmp system popen gethostbyname err errx \
@@ -17239,6 +17243,190 @@ test_style_options() { # usage, getopt and proxy.1 know the same options
 	    grep . | sort -u > synopsis.list
 	cmp getopt.list synopsis.list > differ ||
 		fail "the synopsis has: $(tr -d '\n' < synopsis.list)"
+}
+
+# Prints each place of a source that names what belongs to another section and
+# is not on its door; then how many sections have a door: doors SOURCE
+doors() {
+	write_code "$1" > doors.code
+	awk '
+	FNR == 1 { section = 0 }
+	# A part of a section has a banner too, but no number.
+	FNR == NR && match($0, /^\/\* ---- [0-9]+\. /) { at[FNR] = substr($0, 9) + 0 }
+	FNR in at { section = at[FNR] }
+	FNR == NR {
+		listing = listing || /^ \* Door: /
+		if (listing)
+			door[section] = door[section] $0
+		listing = listing && !/\.$/ && !/\*\//
+		if (/\/\* private to section [0-9]+ \*\//)
+			inside = 1
+		else if (/^}/)
+			inside = 0
+		else if (inside && match($0, /[a-z_0-9]+(\[[^]]*\])*;/)) {
+			name = substr($0, RSTART, RLENGTH)
+			sub(/[[;].*/, "", name)
+			member[name] = section
+		}
+		if (match($0, /^[a-z_0-9]+\(/))
+			home[substr($0, 1, RLENGTH - 1)] = section
+		next
+	}
+	FNR == 1 {
+		for (s in door) {
+			doors++
+			# "everything here", or all but what is listed then
+			open[s] = door[s] ~ /everything here/
+			n = split(door[s], words, /[^a-z_0-9]+/)
+			for (i = 1; i <= n; i++)
+				listed[s, words[i]] = 1
+		}
+	}
+	{ line = $0 }
+	{ while (match(line, /[A-Za-z_][A-Za-z_0-9]*/)) {
+		name = substr(line, RSTART, RLENGTH)
+		before = RSTART > 1 ? substr(line, RSTART - 1, 1) : ""
+		line = substr(line, RSTART + RLENGTH)
+		if (before == "." || before == ">")
+			s = name in member ? member[name] : section
+		else {
+			s = name in home ? home[name] : section
+			if (!(s in door) || open[s] != ((s, name) in listed))
+				s = section
+		}
+		if (s != section)
+			print "proxy.c:" FNR ": " name " belongs to section " s
+	} }
+	END { print doors + 0 }' "$1" doors.code
+}
+
+doors_min=6	# sections that have one
+
+test_style_doors() { # a section's own functions and members are named in it only
+	need_source
+	doors "$here/proxy.c" > found
+	count=$(tail -n 1 found)
+	[ "$count" -ge $doors_min ] || fail "$count sections have a door"
+	[ "$(wc -l < found)" = 1 ] || fail "$(head -n 5 found)"
+	# A copy with two sections more, the last of which goes through the wall.
+	{
+		cat "$here/proxy.c"
+		cat <<'END'
+/* ---- 98. Doctored ---- */
+/*
+ * Door: doctored_open,
+ * doctored_shut.
+ */
+struct doctored {
+	int open;
+	/* private to section 98 */
+	int hidden;
+};
+doctored_open(void)
+doctored_shut(void)
+doctored_secret(void)
+/* ---- 99. End ---- */
+	doctored_shut(x->open, doctored_open()); /* doctored_secret */
+	doctored_secret("doctored_secret", x->hidden);
+END
+	} > doctored.c
+	doors doctored.c | sed -n 's/^proxy.c:[0-9]*: //p' > found
+	printf '%s belongs to section 98\n' doctored_secret hidden | cmp - found ||
+		fail "the doctored copy: $(cat found)"
+}
+
+# The names in a walk of the head comment, or in all walks: walk_names [WALK]
+walk_names() {
+	sed -n "/^ \* walk ${1-[a-z]*}: /,/\.\$/p" "$here/proxy.c" |
+	    sed 's/^ \* walk [a-z]*: //' | tr -c 'a-z_0-9\n' '\n' | grep .
+}
+
+# proxy.c, with the functions of the walks writing their names to the file
+# calls.
+write_walked() {
+	cat <<'EOF_WALKED'
+#include "proxy.c"
+
+void __cyg_profile_func_enter(void *, void *)
+    __attribute__((no_instrument_function));
+void __cyg_profile_func_exit(void *, void *)
+    __attribute__((no_instrument_function));
+
+void
+__cyg_profile_func_enter(void *function, void *caller)
+{
+	static const struct {
+		void *function;
+		const char *name;
+	} names[] = {
+EOF_WALKED
+	walk_names | sort -u | sed 's/.*/{ (void *)&, "&\\n" },/'
+	cat <<'EOF_WALKED'
+	};
+	size_t i;
+	int fd;
+
+	(void)caller;
+	for (i = 0; i < sizeof(names) / sizeof(names[0]); i++)
+		if (names[i].function == function) {
+			fd = open("calls", O_WRONLY | O_CREAT | O_APPEND, 0600);
+			(void)!write(fd, names[i].name, strlen(names[i].name));
+			(void)close(fd);
+		}
+}
+
+void
+__cyg_profile_func_exit(void *function, void *caller)
+{
+	(void)function;
+	(void)caller;
+}
+EOF_WALKED
+}
+
+# The first function of the walk in walk.want that was not called in its turn.
+walk_gap() {
+	awk 'FNR == NR { want[++n] = $1; next } $1 == want[at + 1] { at++ }
+	END { if (at < n || n < 5) print n ? want[at + 1] : "no walk" }' walk.want calls
+}
+
+test_style_walks() { # the walks in the head comment are the ways of real exchanges
+	need_source
+	printf '%s\n' 'void __cyg_profile_func_enter(void *, void *)' \
+	    '    __attribute__((no_instrument_function));' 'void _exit(int);' \
+	    'void __cyg_profile_func_exit(void *f, void *c) { }' \
+	    'void __cyg_profile_func_enter(void *f, void *c) { _exit(3); }' \
+	    'int main(void) { return 0; }' > try.c
+	$cc -finstrument-functions -o try try.c 2> /dev/null
+	./try 2> /dev/null
+	[ $? = 3 ] || skip "cc has no -finstrument-functions"
+	built_once walked write_walked -O0 -finstrument-functions
+	proxy_bin=$work/walked
+	start_cache
+	origin o <<'END'
+replies 200 Connection: close\nCache-Control: max-age=99 | ok
+END
+	for walk in miss hit connect; do
+		: > calls
+		case $walk in
+		connect) echo 'ask CONNECT %O ; send GET / HTTP/1.1\n\n ; until ok ; eof' ;;
+		*) echo 'ask / ; shut ; eof' ;;
+		esac | sed 's/ ; /\
+/g' | client $walk
+		walk_names $walk > walk.want
+		wait_for 5 '[ -z "$(walk_gap)" ]' ||
+			fail "$walk: $(walk_gap) is not called in its turn"
+	done
+	logged <<'END'
+~ miss=stored
+~ hit=fresh
+~ CONNECT .* end=
+END
+	# A walk with two names exchanged is none.
+	awk 'NR == 2 { second = $0; next } { print } NR == 3 { print second }' \
+	    walk.want > swapped
+	mv swapped walk.want
+	[ -n "$(walk_gap)" ] || fail "a wrong walk is not found out"
 }
 
 test_style_files() { # the tree is five files, and dot-files
