@@ -2206,7 +2206,7 @@ play_one() {
 	[ "$play_probe" = 0 ] || served
 }
 
-# ---- 4. Start: options, banner, exit status ---------------------------------
+# ---- 3a. Helpers: special proxies, rules, what was said -----------------------
 
 # The limits of the binary under test: a head fits in $buffer, a request line
 # in $line_max.  The second binary has short time limits, in milliseconds; a
@@ -2237,6 +2237,812 @@ have_ipv6() {
 	client six '[::1]:1' < /dev/null
 	grep 'refused.*[Rr]efused' six.end > /dev/null
 }
+
+# Requests that must be refused with a status, and the connection closed without
+# a byte to the origin: refused STATUS TEXT...
+refused() {
+	refused_status=$1
+	shift
+	for refused_text; do
+		refused_one "$refused_status" "$refused_text"
+	done
+}
+
+# The same for what stands behind a method: refused_get STATUS 'URL VERSION'...
+refused_get() {
+	refused_status=$1
+	shift
+	for refused_text; do
+		refused_one "$refused_status" "GET $refused_text\\nHost: %O\\n\\n"
+	done
+}
+
+refused_one() {
+	play "request $2" <<END
+	reply  200 | evil
+	client send $2 ; eof
+	sees~  ^HTTP/1.1 $1
+	sees~  ^Proxy-Status: proxy-ID; error=
+	sees~  ^Connection: close$
+	sees~  ^($1) [A-Z][-A-Za-z ]*: .
+	sees~  ^-- end (eof|reset)
+	sees#  1 ^HTTP/
+	gets!~ .
+	log    ^127.0.0.1 - - \[DATE\] "[^"]*" ($1) [0-9]+ "[^" ]+" "[^" ]+" up=0 .* end=[a-z]+ why="
+	log!   ^[^1]
+END
+}
+
+# Processor time the proxy has used, in hundredths of a second.
+processor_time() {
+	if [ -r "/proc/$proxy_pid/stat" ]; then
+		sed 's/.*) //' "/proc/$proxy_pid/stat" |
+		    awk '{ print $12 + $13 }'
+	else
+		ps -o time= -p "$proxy_pid" |
+		    awk -F '[:-]' '{ for (i = 1; i <= NF; i++) s = s * 60 + $i
+		    print s * 100 }'
+	fi
+}
+
+# The proxy of this test has its system log at a logger that reads so many lines
+# into the file "logged": logger N
+logger() {
+	build "$T/proxy" "$here/proxy.c" "-DLOG_SOCKET=\"$T/socket\""
+	built "$T/proxy"
+	proxy_bin=$T/proxy
+	spawn logged "$peer" logger "$T/socket" "$1"
+	has logged ready 5
+}
+
+# A build that asks us instead of the system for names: those in .test have the
+# addresses of $NAME_ADDRESSES, slow.test never gets an answer.  With $NAMES all
+# names are ours, and each look-up leaves a line in that file.
+write_names() {
+	cat > "$work/names.c" <<'EOF_NAMES'
+#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE 1
+#include <sys/types.h>
+#include <sys/socket.h>
+#include <netinet/in.h>
+#include <errno.h>
+#include <netdb.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static int
+names_ours(const char *host)
+{
+	const char *file = getenv("NAMES");
+	FILE *f;
+
+	if (host == NULL || file == NULL)
+		return host != NULL && strstr(host, ".test") != NULL;
+	if (strpbrk(host, "ghijklmnopqrstuvwxyzGHIJKLMNOPQRSTUVWXYZ") == NULL ||
+	    (f = fopen(file, "a")) == NULL)
+		return 0;
+	fprintf(f, "%s\n", host);
+	return fclose(f) == 0;
+}
+
+static int
+names_lookup(const char *host, const char *port, const struct addrinfo *hints,
+    struct addrinfo **found)
+{
+	struct addrinfo numeric, **tail = found;
+	char list[1000], *address;
+
+	if (!names_ours(host))
+		return getaddrinfo(host, port, hints, found);
+	if (strcmp(host, "slow.test") == 0)
+		sleep(3600);
+	if (strcmp(host, "crash.test") == 0)
+		_exit(7);
+	memset(&numeric, 0, sizeof(numeric));
+	numeric.ai_socktype = SOCK_STREAM;
+	numeric.ai_flags = AI_NUMERICHOST;
+	strncpy(list, getenv("NAME_ADDRESSES"), sizeof(list) - 1);
+	for (address = list; *address != '\0'; ) {
+		size_t n = strcspn(address, " ");
+		char *next = address + n + (address[n] == ' ');
+
+		address[n] = '\0';
+		if (getaddrinfo(address, port, &numeric, tail) != 0)
+			return EAI_FAIL;
+		tail = &(*tail)->ai_next;
+		address = next;
+	}
+	return *found == NULL ? EAI_NONAME : 0;
+}
+
+/* At 127.0.0.99 no local port is left. */
+static int
+names_bind(int fd, const struct sockaddr *address, socklen_t len)
+{
+	const struct sockaddr_in *in = (const struct sockaddr_in *)address;
+
+	if (address->sa_family == AF_INET &&
+	    in->sin_addr.s_addr == htonl(0x7f000063)) {
+		errno = EADDRINUSE;
+		return -1;
+	}
+	return bind(fd, address, len);
+}
+
+#define getaddrinfo names_lookup
+#define bind names_bind
+#include "proxy.c"
+EOF_NAMES
+}
+
+# Starts the build with our names: start_names ADDRESS... [-- OPTION...]
+start_names() {
+	NAME_ADDRESSES=
+	while [ $# -gt 0 ] && [ "$1" != -- ]; do
+		NAME_ADDRESSES="$NAME_ADDRESSES${NAME_ADDRESSES:+ }$1"
+		shift
+	done
+	[ $# = 0 ] || shift
+	export NAME_ADDRESSES
+	built "$work/names"
+	proxy_bin=$work/names
+	start_proxy "$@"
+}
+
+# True if loopback has this address.
+address_here() {
+	address_says=$("$peer" origin -a "$1" try 2> /dev/null < /dev/null) &&
+		kill "${address_says#* }"
+}
+
+# Where a second address of the machine's loopback is, or skips.
+second_address() {
+	for second in 127.0.0.2 ::1; do
+		address_here $second && return
+	done
+	skip "loopback has one address only"
+}
+
+# A deaf port or an origin at the second address, and at the same port of
+# 127.0.0.1 the origin o with the script on standard input:
+# twins deaf|origin NAME
+twins() {
+	cat > o.script
+	# Somebody may have the port on one of them.
+	for _ in 1 2 3 4 5; do
+		twins_says=$("$peer" "$1" -a "$second" "$2" < /dev/null) ||
+			skip "no $1 at $second"
+		echo "${twins_says#* }" >> .pids
+		origin_port=${twins_says% *}
+		twins_says=$("$peer" origin -a 127.0.0.1 -p "$origin_port" o \
+		    < o.script 2> o.err) && break
+	done
+	[ -n "$twins_says" ] || fail "no port that is free on both addresses"
+	echo "${twins_says#* }" >> .pids
+	origin_name=o
+	origin=127.0.0.1:$origin_port
+}
+
+# Starts the proxy with the origin p as its parent: start_with SCHEME [LOGIN@]
+# and the parent's scripts on standard input.
+start_with() {
+	origin p
+	start_proxy -x "$1://${2-}$origin"
+	parent=$origin
+}
+
+# The proxy of this test asks us for all names and notes them in the file
+# "names"; they are at 127.0.0.1 unless $NAME_ADDRESSES says otherwise.
+our_names() {
+	built "$work/names"
+	proxy_bin=$work/names
+	NAMES=names
+	NAME_ADDRESSES=${NAME_ADDRESSES-127.0.0.1}
+	export NAMES NAME_ADDRESSES
+}
+
+# Starts that build, in place of one that runs: start_ruled OPTION...
+start_ruled() {
+	[ -z "$proxy_pid" ] || stop_proxy
+	our_names
+	start_proxy "$@"
+}
+
+# The same with the rules on standard input, in the file "rules".
+start_rules() {
+	cat > rules
+	start_ruled -f rules "$@"
+}
+
+# The last line of the log must match each of these: last_line ERE...
+last_line() {
+	for last_ere; do
+		wait_for 5 'tail -n 1 log | grep -E -e "$last_ere" > /dev/null' ||
+			fail "${play_title-}: the log should: $last_ere; has:" \
+			    "$(tail -n 1 log)"
+	done
+}
+
+# Checks the file "rules".
+check_rules() {
+	run_proxy -n -f rules
+}
+
+# These rules must be wrong, and each ERE must be said: wrong RULES ERE...
+wrong() {
+	wrong_rules=$1
+	printf '%b' "$wrong_rules" > rules
+	shift
+	check_rules
+	[ $status = 2 ] || fail "$wrong_rules: exit status $status"
+	for wrong_ere; do
+		grep -E "^proxy: $wrong_ere" errors > /dev/null ||
+			fail "$wrong_rules: says $(head -c 300 errors)"
+	done
+}
+
+# These must be right: right RULES
+right() {
+	printf '%b' "$1" > rules
+	check_rules
+	[ $status = 0 ] || fail "$1: $(cat errors)"
+}
+
+# An origin that answers all requests alike, over any number of connections:
+# plain_origin [NAME [-a ADDRESS]]
+plain_origin() {
+	[ $# -gt 0 ] || set -- plain
+	origin "$@" 'replies 200 | ok'
+}
+
+# One request, up to its line in the log; the answer is in the file a:
+# asks METHOD URL ['FIELDS\n']
+asks() {
+	asks_how=
+	[ "$1" != CONNECT ] || asks_how=' head'
+	asks_lines=$(wc -l < log)
+	rm -f a a.end
+	client a "send $1 $2 HTTP/1.1\nHost: x\n${3-}\n ; answer$asks_how"
+	wait_for 2 "[ \"\$(wc -l < log)\" -gt $asks_lines ]"
+}
+
+# True if a GET of the URL gets this status: gives STATUS URL ['FIELDS\n']
+gives() {
+	asks GET "$2" "${3-}"
+	[ "$(sed -n '1s/^HTTP.1.1 \([0-9]*\) .*/\1/p' a)" = "$1" ]
+}
+
+# Rules are read anew; soon a GET of the URL gets this status:
+# reread STATUS URL ['FIELDS\n']
+reread() {
+	kill -HUP "$proxy_pid"
+	reread_status=$1
+	reread_url=$2
+	reread_fields=${3-}
+	wait_for 5 'gives $reread_status "$reread_url" "$reread_fields"' ||
+		fail "after HUP $2: $(head -n 1 a), not $1"
+}
+
+# One request that must get this status: want STATUS METHOD URL ['FIELDS\n']
+want() {
+	asks "$2" "$3" "${4-}"
+	head -n 1 a | grep "^HTTP/1.1 $1 " > /dev/null ||
+		fail "${play_title-} $2 $3: $(head -n 1 a), not $1"
+}
+
+# The value of Proxy-Authorization for a login, and all of that field.
+basic() {
+	printf 'Basic %s' "$(printf '%s' "$1" | "$peer" base64)"
+}
+
+login() {
+	printf 'Proxy-Authorization: %s\\n' "$(basic "$1")"
+}
+
+# An address of this machine, or skips; clients come from there.  To a proxy at
+# another address they are not local, as all are that come from elsewhere.
+need_me() {
+	me=$("$peer" myself) || skip "this machine has no address but loopback"
+	PEER_FROM=$me
+	export PEER_FROM
+}
+
+need_second_loopback() {
+	"$peer" origin -a 127.0.0.2 try > try.port < /dev/null 2> /dev/null ||
+		skip "no 127.0.0.2 here"
+	kill "$(sed 's/.* //' try.port)"
+}
+
+# A port of loopback on which nobody listens: sets $dead.
+dead_port() {
+	nobody
+	dead=$origin
+}
+
+# No byte has reached the origin.
+untouched() {
+	for untouched_file in "$1".[0-9] "$1".[0-9][0-9]; do
+		[ ! -s "$untouched_file" ] || fail "${play_title-}:" \
+		    "the server got $(head -c 100 "$untouched_file" | "$peer" show)"
+	done
+}
+
+# What -T says of each row on standard input, `URL WORDS = STATUS ACCESS ROUTE',
+# of which the end may be missing: tries [OPTION...]
+tries() {
+	cat > tries.rows
+	while IFS= read -r tries_row; do
+		run_proxy "$@" -T "${tries_row%% = *}"
+		tries_got="$status $(sed -n -e 's/ (\([^ ]*\): .*/ \1/' \
+		    -e 's/^	access: //p' -e 's/^	route: //p' out | tr '\n' ' ')"
+		case $tries_got in
+		"${tries_row#* = } "*) ;;
+		*) fail "$tries_row: has $tries_got$(cat errors)" ;;
+		esac
+	done < tries.rows
+}
+
+# What rules make of a request.  A row `rule LINE' is one more rule, or after
+# rows of other kinds the first of new ones.  The others are about
+#
+#   METHOD URL [client A] [user NAME] [time DAY,HH:MM] [address A] [FIELDS]
+#       [> STATUS [FIELDS]]
+#
+# the last two being the server's; GET http://a/ may be left out before the >.
+#
+#   ask      allow, deny STATUS, login, drop, open; at RULE
+#   route    via URL ..., direct; none, if no rule says, or open; at RULE
+#   source   from ADDRESS ...
+#   caches   cache SECONDS, nocache
+#   sends    the head that goes to the server, but for its line and Host
+#   gives    the response's fields for the client, but for Date
+#
+# `login USER:PASSWORD' is the user who logs in; login:field has all of the
+# field's value.
+#
+# After `if CONDITION', rows `yes' and `no' have such things for which it holds
+# or not, and the other way round with `not' before it; `never' has those for
+# which neither holds.  After `given', with one such thing, they have conditions.
+tables_rules() {
+	cat <<'EOF_UNIT'
+
+static struct exchange exchange;	/* what a row is about */
+static struct response answer;		/* if it has one */
+static struct rules *both[2];		/* of `if': without and with `not' */
+static char given[ROW_MAX];	/* the exchange, if conditions vary */
+static bool judged;			/* the next rule is the first */
+
+/* The rules that options name; none, with a failure, if they are wrong. */
+static struct rules *
+rules_make(void)
+{
+	struct rules *old = rules_now, *rules;
+
+	if (!rules_read(false))
+		unit_fail("wrong rules", options.sources[0].at, "", 0);
+	rules = rules_now;
+	rules_now = old;
+	return rules;
+}
+
+static void
+row_rule(struct text in)
+{
+	static char lines[SOURCES_MAX][RULE_LINE_MAX + 2];
+
+	if (judged) {
+		rules_give(&rules_now);
+		options.sources_n = 0;
+	}
+	judged = false;
+	(void)text_copy(in, lines[options.sources_n], sizeof(lines[0]));
+	options.sources[options.sources_n].line = true;
+	options.sources[options.sources_n].at = lines[options.sources_n];
+	options.sources_n++;
+}
+
+/* Sunday of a week, or another day, at HH:MM by local time. */
+static void
+time_set(const char *day)
+{
+	static const char *const days = "SunMonTueWedThuFriSat";
+	char name[4] = { day[0], day[1], day[2], '\0' };
+	struct tm when = { .tm_year = 126, .tm_mon = 10, .tm_isdst = -1 };
+
+	when.tm_mday = 22 + (int)(strstr(days, name) - days) / 3;
+	when.tm_hour = (int)strtol(day + 4, NULL, 10);
+	when.tm_min = (int)strtol(day + 7, NULL, 10);
+	now.wall = mktime(&when);
+}
+
+/* What is known of the exchange besides its heads. */
+static void
+exchange_set(struct exchange *x, const char *word, const char *value)
+{
+	const struct account *a = x->rules->accounts;
+
+	if (strcmp(word, "time") == 0)
+		time_set(value);
+	else if (strcmp(word, "address") == 0)
+		(void)address_parse(text_of(value), 80, &x->record.server);
+	else if (strcmp(word, "client") == 0) {
+		(void)address_parse(text_of(value), 4242, &x->peer);
+		if (*value == '/')
+			x->peer.family = AF_UNIX;
+		x->local = address_is_local(&x->peer);
+	} else if (strcmp(word, "user") == 0) {
+		while (a != NULL && !text_is(a->user, value))
+			a = a->next;
+		x->record.user = a;
+	} else
+		unit_fail("no such word", word, value, 0);
+}
+
+/* The exchange of a row by those rules; 200, or the status that refuses it. */
+static int
+exchange_make(struct text in, struct rules *rules)
+{
+	static char line[ROW_MAX], head[ROW_MAX];
+	static struct request q;
+	struct exchange *x = &exchange;
+	char word[40], value[4096], *s = line, *r;
+	int n = 0, verdict;
+
+	(void)snprintf(line, sizeof(line), "%s%.*s",
+	    text_starts(in, "> ") ? "GET http://a/ " : "", (int)in.len, in.at);
+	memset(x, 0, sizeof(*x));
+	memset(&q, 0, sizeof(q));
+	x->request = &q;
+	x->rules = rules;
+	exchange_set(x, "client", "127.0.0.1");
+	answer.status = 0;
+	r = strstr(line, " > ");
+	if (r != NULL)
+		*r = '\0';
+	if (sscanf(s, "%39s %4095s %n", word, value, &n) != 2)
+		unit_fail("no request", line, "", n);
+	n = n < (int)strlen(s) ? n : (int)strlen(s);
+	(void)snprintf(head, sizeof(head), "%s %s HTTP/1.1\r\nHost: x\r\n",
+	    word, value);
+	for (s += n; sscanf(s, "%39s %4095s %n", word, value, &n) == 2 &&
+	    word[strlen(word) - 1] != ':'; s += n)
+		exchange_set(x, word, value);
+	(void)strcat(strcat(strcat(head, s), *s ? "\r\n" : ""), "\r\n");
+	verdict = request_parse(at_guard(0, head, strlen(head)), &q);
+	x->up.to = q.framing;
+	if (verdict == 1 && r != NULL) {
+		(void)snprintf(head, sizeof(head),
+		    "HTTP/1.1 %.3s X\r\n%s%s\r\n", r + 3,
+		    r[6] ? r + 7 : "", r[6] ? "\r\n" : "");
+		verdict = response_parse(at_guard(1, head, strlen(head)),
+		    q.method, &answer);
+		x->down.to = answer.framing;
+	}
+	return verdict == 1 ? 200 : refusals[-verdict].status;
+}
+
+/* What the rules know of it. */
+static void
+view_make(struct view *v)
+{
+	struct exchange *x = &exchange;
+	struct verdict route;
+
+	exchange_view(x, NULL, 0, v);
+	route = rules_judge(x->rules, GROUP_ROUTE, v);
+	if (route.truth == TRUTH_YES)
+		x->request->route.parent = route.rule->parents;
+	exchange_view(x, answer.status != 0 ? &answer : NULL,
+	    answer.status != 0 ? response_length(&answer) : 0, v);
+}
+
+/* Says what a rule does, and which it is. */
+static void
+verdict_say(struct verdict verdict, const struct view *v)
+{
+	static const char *const words[] = { [ACTION_ALLOW] = "allow",
+		[ACTION_DENY] = "deny", [ACTION_LOGIN] = "login",
+		[ACTION_DROP] = "drop", [ACTION_VIA] = "via",
+		[ACTION_DIRECT] = "direct", [ACTION_FROM] = "from",
+		[ACTION_NOCACHE] = "nocache", [ACTION_CACHE] = "cache" };
+	const struct rule *rule = verdict.rule;
+	const struct parent *p;
+	char name[ADDRESS_TEXT];
+	int i;
+
+	if (verdict.truth != TRUTH_YES) {
+		say_row(verdict.truth == TRUTH_NO ? "none" : "open");
+		return;
+	}
+	say_row(rule->action == ACTION_LOGIN && !rule_refuses(rule, v) ?
+	    "allow" : words[rule->action]);
+	if (rule->action == ACTION_DENY)
+		say_row(" %d", rule->status);
+	if (rule->action == ACTION_CACHE)
+		say_row(" %lld", (long long)rule->seconds);
+	for (p = rule->parents; p != NULL; p = p->next)
+		say_row(p->kind == PARENT_NONE ? " direct" : " %s%s:%u",
+		    p->kind == PARENT_HTTP ? "http://" : "socks5://", p->host,
+		    p->port);
+	for (i = 0; i < 2; i++)
+		if (rule->from[i].family != 0) {
+			address_host(&rule->from[i], name);
+			say_row(" %s", name);
+		}
+	say_row(" at %s", rule->where);
+}
+
+/* The rules of the rows before are read; false if they are wrong. */
+static bool
+rules_ready(void)
+{
+	if (!judged && rules_now == NULL)
+		rules_now = rules_make();
+	judged = true;
+	return rules_now != NULL;
+}
+
+/* Makes the exchange by these rules; false: said why not. */
+static bool
+case_make(struct text in)
+{
+	int status = rules_ready() ? exchange_make(in, rules_now) : 0;
+
+	if (status != 200)
+		say_row("%d", status);
+	return status == 200;
+}
+
+/* What a group of the rules says. */
+static void
+group_say(struct text in, enum rule_group group)
+{
+	struct view v;
+
+	if (!case_make(in))
+		return;
+	view_make(&v);
+	verdict_say(rules_judge(rules_now, group, &v), &v);
+}
+
+static void
+row_ask(struct text in)
+{
+	group_say(in, GROUP_ACCESS);
+}
+
+static void
+row_route(struct text in)
+{
+	group_say(in, GROUP_ROUTE);
+}
+
+static void
+row_source(struct text in)
+{
+	group_say(in, GROUP_SOURCE);
+}
+
+static void
+row_caches(struct text in)
+{
+	group_say(in, GROUP_CACHE);
+}
+
+/* Says the fields of a head but for one, and gives its buffer back. */
+static void
+head_say(struct buffer *b, const char *but)
+{
+	struct text t = buffer_text(b), line;
+
+	for (t = text_from(t, text_find(t, '\n') + 1); t.len > 2;
+	    t = text_from(t, line.len)) {
+		line = text_cut(t.at, text_find(t, '\n') + 1);
+		if (!text_starts(line, but))
+			say_text(line);
+	}
+	said[strlen(said) - (said[0] ? 2 : 0)] = '\0';
+	say_row(said[0] ? "" : "-");
+	buffer_give(&b);
+}
+
+static void
+row_sends(struct text in)
+{
+	struct buffer *b = buffer_take();
+
+	(void)strcpy(pseudonym, "p");
+	if (!case_make(in))
+		return;
+	exchange_rewrite(&exchange);
+	request_build(&exchange, b);
+	head_say(b, "Host: ");
+}
+
+static void
+row_gives(struct text in)
+{
+	struct buffer *b = buffer_take();
+
+	(void)strcpy(pseudonym, "p");
+	if (!case_make(in))
+		return;
+	answer_by(&exchange, ANSWER_SERVER);
+	response_build(&exchange, &answer, b);
+	head_say(b, "Date: ");
+}
+
+/* Reads `deny 450 CONDITION' and `deny 450 not CONDITION'. */
+static void
+both_read(struct text condition)
+{
+	char line[RULE_LINE_MAX + 2];
+	int i;
+
+	options.sources_n = 1;
+	options.sources[0].line = true;
+	options.sources[0].at = line;
+	for (i = 0; i < 2; i++) {
+		rules_give(&both[i]);
+		(void)snprintf(line, sizeof(line), "deny 450 %s%.*s",
+		    i ? "not " : "", (int)condition.len, condition.at);
+		both[i] = rules_make();
+	}
+	judged = true;
+}
+
+static void
+row_if(struct text in)
+{
+	both_read(in);
+	given[0] = '\0';
+}
+
+static void
+row_given(struct text in)
+{
+	(void)text_copy(in, given, sizeof(given));
+}
+
+/* Whether each of both denies, with 450. */
+static void
+both_ask(struct text in, bool first, bool second)
+{
+	static char copy[ROW_MAX];
+	bool want[2] = { first, second };
+	struct verdict verdict;
+	struct view v;
+	int i, status;
+
+	(void)text_copy(in, copy, sizeof(copy));
+	if (given[0] != '\0')
+		both_read(text_of(copy));
+	for (i = 0; i < 2; i++) {
+		status = both[i] == NULL ? 0 :
+		    exchange_make(text_of(given[0] ? given : copy), both[i]);
+		if (status == 200) {
+			view_make(&v);
+			verdict = rules_judge(both[i], GROUP_ACCESS, &v);
+			if (verdict.truth == TRUTH_YES)
+				status = verdict.rule->status;
+		}
+		if ((status == 450) != want[i])
+			say_row("%s%d ", i ? "with not: " : "", status);
+	}
+}
+
+static void
+row_yes(struct text in)
+{
+	both_ask(in, true, false);
+}
+
+static void
+row_no(struct text in)
+{
+	both_ask(in, false, true);
+}
+
+static void
+row_never(struct text in)
+{
+	both_ask(in, false, false);
+}
+
+/* Who logs in with USER:PASSWORD; login:field has all of the field. */
+static void
+row_login(struct text in)
+{
+	static char value[ROW_MAX] = "Basic ";
+	static struct head head = { .n = 1 };
+	const struct account *a;
+
+	base64_encode(in.at, in.len, value + strlen("Basic "));
+	head.fields[0].name = text_of("Proxy-Authorization");
+	head.fields[0].value = more[0] ? in : text_of(value);
+	a = rules_ready() ? account_login(rules_now, &head) : NULL;
+	if (a == NULL)
+		say_row("-");
+	else
+		say_text(a->user);
+}
+EOF_UNIT
+}
+
+# The file of users that the tests of logins have.
+people() {
+	printf '# user:password\n\nalice:wonder\nbob:a:b%%41\n' > people
+	printf 'j\303\274rgen:gr\303\274n\ncarol:x\neve: pass word #1\n' >> people
+	chmod 600 people
+}
+
+# The harmless text that all scanners know, in two halves for them not to find
+# it here: $eicar as it is, $eicar_play as plays and quotes have it.
+eicar_text() {
+	eicar_1='X5O!P%@AP[4\PZX54(P^)7CC)7}$EIC'
+	eicar_2='AR-STANDARD-ANTIVIRUS-TEST-FILE!$H+H*'
+	eicar=$eicar_1$eicar_2
+	eicar_1_play='X5O!P%@AP[4\\PZX54(P^)7CC)7}$EIC'
+	eicar_play=$eicar_1_play$eicar_2
+}
+
+# The last byte of that text, which nothing else has, has not come to the client.
+kept_back() {
+	! grep -F '*' "$1" > /dev/null ||
+		fail "${play_title-}: the text has passed"
+}
+
+# A TLS greeting for a server, as text for a script: hello [NAME [N [PAD]]];
+# with N bytes in a first record and the rest in a second, unless N is 0; with
+# -N bytes in each record if N is below 0; with PAD bytes of padding before the
+# name.
+hello() {
+	awk -v name="${1-}" -v first="${2-0}" -v pad="${3-0}" '
+	function num(v, bytes,   hex) {
+		for (hex = ""; bytes > 0; bytes--) {
+			hex = sprintf("%02x", v % 256) hex
+			v = int(v / 256)
+		}
+		return hex
+	}
+	BEGIN {
+		for (i = 32; i < 127; i++)
+			code[sprintf("%c", i)] = i
+		n = length(name)
+		for (i = 1; i <= n; i++)
+			letters = letters num(code[substr(name, i, 1)], 1)
+		if (n > 0)
+			extensions = num(0, 2) num(n + 5, 2) num(n + 3, 2) \
+			    num(0, 1) num(n, 2) letters
+		if (pad > 0)
+			extensions = num(21, 2) num(pad, 2) num(0, pad) extensions
+		extensions = "000b00020100" extensions "000a00080006001d00170018"
+		body = "0303"
+		for (i = 0; i < 32; i++)
+			body = body num(i * 7 + 3, 1)
+		body = body "00" "0006c02fc030000a" "0100" \
+		    num(length(extensions) / 2, 2) extensions
+		all = "01" num(length(body) / 2, 3) body
+		n = length(all) / 2
+		if (first < 0) {
+			rest = all
+			for (all = ""; rest != ""; rest = substr(rest, 2 * i + 1)) {
+				i = length(rest) / 2 > -first ? -first : length(rest) / 2
+				all = all "160301" num(i, 2) substr(rest, 1, 2 * i)
+			}
+		} else if (first > 0)
+			all = "160301" num(first, 2) substr(all, 1, 2 * first) \
+			    "160301" num(n - first, 2) substr(all, 2 * first + 1)
+		else
+			all = "160301" num(n, 2) all
+		for (i = 1; i < length(all); i += 2)
+			printf "\\x%s", substr(all, i, 2)
+	}'
+}
+
+# ---- 4. Start: options, banner, exit status ---------------------------------
 
 test_start_banner() { # the banner names what is bound, with lines to paste
 	start_proxy
@@ -3755,41 +4561,6 @@ END
 
 # ---- 11. Bad input from clients ---------------------------------------------
 
-# Requests that must be refused with a status, and the connection closed without
-# a byte to the origin: refused STATUS TEXT...
-refused() {
-	refused_status=$1
-	shift
-	for refused_text; do
-		refused_one "$refused_status" "$refused_text"
-	done
-}
-
-# The same for what stands behind a method: refused_get STATUS 'URL VERSION'...
-refused_get() {
-	refused_status=$1
-	shift
-	for refused_text; do
-		refused_one "$refused_status" "GET $refused_text\\nHost: %O\\n\\n"
-	done
-}
-
-refused_one() {
-	play "request $2" <<END
-	reply  200 | evil
-	client send $2 ; eof
-	sees~  ^HTTP/1.1 $1
-	sees~  ^Proxy-Status: proxy-ID; error=
-	sees~  ^Connection: close$
-	sees~  ^($1) [A-Z][-A-Za-z ]*: .
-	sees~  ^-- end (eof|reset)
-	sees#  1 ^HTTP/
-	gets!~ .
-	log    ^127.0.0.1 - - \[DATE\] "[^"]*" ($1) [0-9]+ "[^" ]+" "[^" ]+" up=0 .* end=[a-z]+ why="
-	log!   ^[^1]
-END
-}
-
 test_bad_request_line() { # request lines that are none
 	refused_get 400 ' http://%O/ HTTP/1.1' 'http://%O/  HTTP/1.1' \
 	    'http://%O/ HTTP/1.1 ' 'http://%O/ x HTTP/1.1' \
@@ -4057,18 +4828,6 @@ test_limit_connect_time() { # no connection in time: 504
 END
 }
 
-# Processor time the proxy has used, in hundredths of a second.
-processor_time() {
-	if [ -r "/proc/$proxy_pid/stat" ]; then
-		sed 's/.*) //' "/proc/$proxy_pid/stat" |
-		    awk '{ print $12 + $13 }'
-	else
-		ps -o time= -p "$proxy_pid" |
-		    awk -F '[:-]' '{ for (i = 1; i <= NF; i++) s = s * 60 + $i
-		    print s * 100 }'
-	fi
-}
-
 test_limit_slots() { # all slots taken: no spinning, and served again after
 	start_proxy -m 2
 	play 'two tunnels, and a third client' <<'END'
@@ -4124,8 +4883,7 @@ test_server_strays() { # what an older answer left on a kept connection is not t
 		origin next
 		reply  200 | again
 		ask    /1
-		ask    /2
-		sees   again
+		ask    /2 = 200 | again
 		sees!~ (evil|^HTTP/1.1 [45])
 		gets#  2 ^-- connection
 		gets#  2 ^GET /2
@@ -4153,8 +4911,7 @@ END
 	origin next
 	reply  200 | again
 	ask    /1
-	ask    /2
-	sees   again
+	ask    /2 = 200 | again
 	== two empty lines on a new connection are no answer
 	origin head ; send \n\nHTTP/1.1 200 OK\nContent-Length: 4\n\nevil
 	ask    /1 = 502 Bad Gateway
@@ -4468,16 +5225,6 @@ test_log_full() { # a log that can't be written is said once, serving goes on
 	stop_proxy
 }
 
-# The proxy of this test has its system log at a logger that reads so many lines
-# into the file "logged": logger N
-logger() {
-	build "$T/proxy" "$here/proxy.c" "-DLOG_SOCKET=\"$T/socket\""
-	built "$T/proxy"
-	proxy_bin=$T/proxy
-	spawn logged "$peer" logger "$T/socket" "$1"
-	has logged ready 5
-}
-
 test_log_syslog() { # -o syslog: each line a datagram; a logger that stops reading stops nobody
 	logger 2
 	start_proxy -o syslog
@@ -4724,88 +5471,6 @@ END
 
 # ---- 16. Names and addresses ------------------------------------------------
 
-# A build that asks us instead of the system for names: those in .test have the
-# addresses of $NAME_ADDRESSES, slow.test never gets an answer.  With $NAMES all
-# names are ours, and each look-up leaves a line in that file.
-write_names() {
-	cat > "$work/names.c" <<'EOF_NAMES'
-#define _POSIX_C_SOURCE 200809L
-#define _DEFAULT_SOURCE 1
-#include <sys/types.h>
-#include <sys/socket.h>
-#include <netinet/in.h>
-#include <errno.h>
-#include <netdb.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-static int
-names_ours(const char *host)
-{
-	const char *file = getenv("NAMES");
-	FILE *f;
-
-	if (host == NULL || file == NULL)
-		return host != NULL && strstr(host, ".test") != NULL;
-	if (strpbrk(host, "ghijklmnopqrstuvwxyzGHIJKLMNOPQRSTUVWXYZ") == NULL ||
-	    (f = fopen(file, "a")) == NULL)
-		return 0;
-	fprintf(f, "%s\n", host);
-	return fclose(f) == 0;
-}
-
-static int
-names_lookup(const char *host, const char *port, const struct addrinfo *hints,
-    struct addrinfo **found)
-{
-	struct addrinfo numeric, **tail = found;
-	char list[1000], *address;
-
-	if (!names_ours(host))
-		return getaddrinfo(host, port, hints, found);
-	if (strcmp(host, "slow.test") == 0)
-		sleep(3600);
-	if (strcmp(host, "crash.test") == 0)
-		_exit(7);
-	memset(&numeric, 0, sizeof(numeric));
-	numeric.ai_socktype = SOCK_STREAM;
-	numeric.ai_flags = AI_NUMERICHOST;
-	strncpy(list, getenv("NAME_ADDRESSES"), sizeof(list) - 1);
-	for (address = list; *address != '\0'; ) {
-		size_t n = strcspn(address, " ");
-		char *next = address + n + (address[n] == ' ');
-
-		address[n] = '\0';
-		if (getaddrinfo(address, port, &numeric, tail) != 0)
-			return EAI_FAIL;
-		tail = &(*tail)->ai_next;
-		address = next;
-	}
-	return *found == NULL ? EAI_NONAME : 0;
-}
-
-/* At 127.0.0.99 no local port is left. */
-static int
-names_bind(int fd, const struct sockaddr *address, socklen_t len)
-{
-	const struct sockaddr_in *in = (const struct sockaddr_in *)address;
-
-	if (address->sa_family == AF_INET &&
-	    in->sin_addr.s_addr == htonl(0x7f000063)) {
-		errno = EADDRINUSE;
-		return -1;
-	}
-	return bind(fd, address, len);
-}
-
-#define getaddrinfo names_lookup
-#define bind names_bind
-#include "proxy.c"
-EOF_NAMES
-}
-
 test_names_lookup() { # a name is looked up, timed, and remembered
 	start_names 127.0.0.1
 	play 'twice' <<'END'
@@ -4859,20 +5524,6 @@ END
 		fail "a zombie is left"
 }
 
-# Starts the build with our names: start_names ADDRESS... [-- OPTION...]
-start_names() {
-	NAME_ADDRESSES=
-	while [ $# -gt 0 ] && [ "$1" != -- ]; do
-		NAME_ADDRESSES="$NAME_ADDRESSES${NAME_ADDRESSES:+ }$1"
-		shift
-	done
-	[ $# = 0 ] || shift
-	export NAME_ADDRESSES
-	built "$work/names"
-	proxy_bin=$work/names
-	start_proxy "$@"
-}
-
 test_names_slow() { # a name server that is silent delays nobody else
 	start_names 127.0.0.1
 	for n in 1 2 3 4 5 6 7 8 9; do
@@ -4906,40 +5557,6 @@ test_names_helper_dies() { # without its helper the proxy starts another
 	"$peer" sleep 100
 	name_known two.test
 	served
-}
-
-# True if loopback has this address.
-address_here() {
-	address_says=$("$peer" origin -a "$1" try 2> /dev/null < /dev/null) &&
-		kill "${address_says#* }"
-}
-
-# Where a second address of the machine's loopback is, or skips.
-second_address() {
-	for second in 127.0.0.2 ::1; do
-		address_here $second && return
-	done
-	skip "loopback has one address only"
-}
-
-# A deaf port or an origin at the second address, and at the same port of
-# 127.0.0.1 the origin o with the script on standard input:
-# twins deaf|origin NAME
-twins() {
-	cat > o.script
-	# Somebody may have the port on one of them.
-	for _ in 1 2 3 4 5; do
-		twins_says=$("$peer" "$1" -a "$second" "$2" < /dev/null) ||
-			skip "no $1 at $second"
-		echo "${twins_says#* }" >> .pids
-		origin_port=${twins_says% *}
-		twins_says=$("$peer" origin -a 127.0.0.1 -p "$origin_port" o \
-		    < o.script 2> o.err) && break
-	done
-	[ -n "$twins_says" ] || fail "no port that is free on both addresses"
-	echo "${twins_says#* }" >> .pids
-	origin_name=o
-	origin=127.0.0.1:$origin_port
 }
 
 test_names_refused_address() { # the next address is tried when one refuses
@@ -5035,14 +5652,6 @@ END
 }
 
 # ---- 17. Parents ------------------------------------------------------------
-
-# Starts the proxy with the origin p as its parent: start_with SCHEME [LOGIN@]
-# and the parent's scripts on standard input.
-start_with() {
-	origin p
-	start_proxy -x "$1://${2-}$origin"
-	parent=$origin
-}
 
 test_parent_http() { # -x http://: plain and CONNECT, nothing looked up here
 	start_with http <<'END'
@@ -5254,533 +5863,6 @@ END
 }
 
 # ---- Rules -------------------------------------------------------------------
-
-# The proxy of this test asks us for all names and notes them in the file
-# "names"; they are at 127.0.0.1 unless $NAME_ADDRESSES says otherwise.
-our_names() {
-	built "$work/names"
-	proxy_bin=$work/names
-	NAMES=names
-	NAME_ADDRESSES=${NAME_ADDRESSES-127.0.0.1}
-	export NAMES NAME_ADDRESSES
-}
-
-# Starts that build, in place of one that runs: start_ruled OPTION...
-start_ruled() {
-	[ -z "$proxy_pid" ] || stop_proxy
-	our_names
-	start_proxy "$@"
-}
-
-# The same with the rules on standard input, in the file "rules".
-start_rules() {
-	cat > rules
-	start_ruled -f rules "$@"
-}
-
-# The last line of the log must match each of these: last_line ERE...
-last_line() {
-	for last_ere; do
-		wait_for 5 'tail -n 1 log | grep -E -e "$last_ere" > /dev/null' ||
-			fail "${play_title-}: the log should: $last_ere; has:" \
-			    "$(tail -n 1 log)"
-	done
-}
-
-# Checks the file "rules".
-check_rules() {
-	run_proxy -n -f rules
-}
-
-# These rules must be wrong, and each ERE must be said: wrong RULES ERE...
-wrong() {
-	wrong_rules=$1
-	printf '%b' "$wrong_rules" > rules
-	shift
-	check_rules
-	[ $status = 2 ] || fail "$wrong_rules: exit status $status"
-	for wrong_ere; do
-		grep -E "^proxy: $wrong_ere" errors > /dev/null ||
-			fail "$wrong_rules: says $(head -c 300 errors)"
-	done
-}
-
-# These must be right: right RULES
-right() {
-	printf '%b' "$1" > rules
-	check_rules
-	[ $status = 0 ] || fail "$1: $(cat errors)"
-}
-
-# An origin that answers all requests alike, over any number of connections:
-# plain_origin [NAME [-a ADDRESS]]
-plain_origin() {
-	[ $# -gt 0 ] || set -- plain
-	origin "$@" 'replies 200 | ok'
-}
-
-# One request, up to its line in the log; the answer is in the file a:
-# asks METHOD URL ['FIELDS\n']
-asks() {
-	asks_how=
-	[ "$1" != CONNECT ] || asks_how=' head'
-	asks_lines=$(wc -l < log)
-	rm -f a a.end
-	client a "send $1 $2 HTTP/1.1\nHost: x\n${3-}\n ; answer$asks_how"
-	wait_for 2 "[ \"\$(wc -l < log)\" -gt $asks_lines ]"
-}
-
-# True if a GET of the URL gets this status: gives STATUS URL ['FIELDS\n']
-gives() {
-	asks GET "$2" "${3-}"
-	[ "$(sed -n '1s/^HTTP.1.1 \([0-9]*\) .*/\1/p' a)" = "$1" ]
-}
-
-# One request that must get this status: want STATUS METHOD URL ['FIELDS\n']
-want() {
-	asks "$2" "$3" "${4-}"
-	head -n 1 a | grep "^HTTP/1.1 $1 " > /dev/null ||
-		fail "${play_title-} $2 $3: $(head -n 1 a), not $1"
-}
-
-# The value of Proxy-Authorization for a login, and all of that field.
-basic() {
-	printf 'Basic %s' "$(printf '%s' "$1" | "$peer" base64)"
-}
-
-login() {
-	printf 'Proxy-Authorization: %s\\n' "$(basic "$1")"
-}
-
-# An address of this machine, or skips; clients come from there.  To a proxy at
-# another address they are not local, as all are that come from elsewhere.
-need_me() {
-	me=$("$peer" myself) || skip "this machine has no address but loopback"
-	PEER_FROM=$me
-	export PEER_FROM
-}
-
-need_second_loopback() {
-	"$peer" origin -a 127.0.0.2 try > try.port < /dev/null 2> /dev/null ||
-		skip "no 127.0.0.2 here"
-	kill "$(sed 's/.* //' try.port)"
-}
-
-# A port of loopback on which nobody listens: sets $dead.
-dead_port() {
-	nobody
-	dead=$origin
-}
-
-# No byte has reached the origin.
-untouched() {
-	for untouched_file in "$1".[0-9] "$1".[0-9][0-9]; do
-		[ ! -s "$untouched_file" ] || fail "${play_title-}:" \
-		    "the server got $(head -c 100 "$untouched_file" | "$peer" show)"
-	done
-}
-
-# What -T says of each row on standard input, `URL WORDS = STATUS ACCESS ROUTE',
-# of which the end may be missing: tries [OPTION...]
-tries() {
-	cat > tries.rows
-	while IFS= read -r tries_row; do
-		run_proxy "$@" -T "${tries_row%% = *}"
-		tries_got="$status $(sed -n -e 's/ (\([^ ]*\): .*/ \1/' \
-		    -e 's/^	access: //p' -e 's/^	route: //p' out | tr '\n' ' ')"
-		case $tries_got in
-		"${tries_row#* = } "*) ;;
-		*) fail "$tries_row: has $tries_got$(cat errors)" ;;
-		esac
-	done < tries.rows
-}
-
-# What rules make of a request.  A row `rule LINE' is one more rule, or after
-# rows of other kinds the first of new ones.  The others are about
-#
-#   METHOD URL [client A] [user NAME] [time DAY,HH:MM] [address A] [FIELDS]
-#       [> STATUS [FIELDS]]
-#
-# the last two being the server's; GET http://a/ may be left out before the >.
-#
-#   ask      allow, deny STATUS, login, drop, open; at RULE
-#   route    via URL ..., direct; none, if no rule says, or open; at RULE
-#   source   from ADDRESS ...
-#   caches   cache SECONDS, nocache
-#   sends    the head that goes to the server, but for its line and Host
-#   gives    the response's fields for the client, but for Date
-#
-# `login USER:PASSWORD' is the user who logs in; login:field has all of the
-# field's value.
-#
-# After `if CONDITION', rows `yes' and `no' have such things for which it holds
-# or not, and the other way round with `not' before it; `never' has those for
-# which neither holds.  After `given', with one such thing, they have conditions.
-tables_rules() {
-	cat <<'EOF_UNIT'
-
-static struct exchange exchange;	/* what a row is about */
-static struct response answer;		/* if it has one */
-static struct rules *both[2];		/* of `if': without and with `not' */
-static char given[ROW_MAX];	/* the exchange, if conditions vary */
-static bool judged;			/* the next rule is the first */
-
-/* The rules that options name; none, with a failure, if they are wrong. */
-static struct rules *
-rules_make(void)
-{
-	struct rules *old = rules_now, *rules;
-
-	if (!rules_read(false))
-		unit_fail("wrong rules", options.sources[0].at, "", 0);
-	rules = rules_now;
-	rules_now = old;
-	return rules;
-}
-
-static void
-row_rule(struct text in)
-{
-	static char lines[SOURCES_MAX][RULE_LINE_MAX + 2];
-
-	if (judged) {
-		rules_give(&rules_now);
-		options.sources_n = 0;
-	}
-	judged = false;
-	(void)text_copy(in, lines[options.sources_n], sizeof(lines[0]));
-	options.sources[options.sources_n].line = true;
-	options.sources[options.sources_n].at = lines[options.sources_n];
-	options.sources_n++;
-}
-
-/* Sunday of a week, or another day, at HH:MM by local time. */
-static void
-time_set(const char *day)
-{
-	static const char *const days = "SunMonTueWedThuFriSat";
-	char name[4] = { day[0], day[1], day[2], '\0' };
-	struct tm when = { .tm_year = 126, .tm_mon = 10, .tm_isdst = -1 };
-
-	when.tm_mday = 22 + (int)(strstr(days, name) - days) / 3;
-	when.tm_hour = (int)strtol(day + 4, NULL, 10);
-	when.tm_min = (int)strtol(day + 7, NULL, 10);
-	now.wall = mktime(&when);
-}
-
-/* What is known of the exchange besides its heads. */
-static void
-exchange_set(struct exchange *x, const char *word, const char *value)
-{
-	const struct account *a = x->rules->accounts;
-
-	if (strcmp(word, "time") == 0)
-		time_set(value);
-	else if (strcmp(word, "address") == 0)
-		(void)address_parse(text_of(value), 80, &x->record.server);
-	else if (strcmp(word, "client") == 0) {
-		(void)address_parse(text_of(value), 4242, &x->peer);
-		if (*value == '/')
-			x->peer.family = AF_UNIX;
-		x->local = address_is_local(&x->peer);
-	} else if (strcmp(word, "user") == 0) {
-		while (a != NULL && !text_is(a->user, value))
-			a = a->next;
-		x->record.user = a;
-	} else
-		unit_fail("no such word", word, value, 0);
-}
-
-/* The exchange of a row by those rules; 200, or the status that refuses it. */
-static int
-exchange_make(struct text in, struct rules *rules)
-{
-	static char line[ROW_MAX], head[ROW_MAX];
-	static struct request q;
-	struct exchange *x = &exchange;
-	char word[40], value[4096], *s = line, *r;
-	int n = 0, verdict;
-
-	(void)snprintf(line, sizeof(line), "%s%.*s",
-	    text_starts(in, "> ") ? "GET http://a/ " : "", (int)in.len, in.at);
-	memset(x, 0, sizeof(*x));
-	memset(&q, 0, sizeof(q));
-	x->request = &q;
-	x->rules = rules;
-	exchange_set(x, "client", "127.0.0.1");
-	answer.status = 0;
-	r = strstr(line, " > ");
-	if (r != NULL)
-		*r = '\0';
-	if (sscanf(s, "%39s %4095s %n", word, value, &n) != 2)
-		unit_fail("no request", line, "", n);
-	n = n < (int)strlen(s) ? n : (int)strlen(s);
-	(void)snprintf(head, sizeof(head), "%s %s HTTP/1.1\r\nHost: x\r\n",
-	    word, value);
-	for (s += n; sscanf(s, "%39s %4095s %n", word, value, &n) == 2 &&
-	    word[strlen(word) - 1] != ':'; s += n)
-		exchange_set(x, word, value);
-	(void)strcat(strcat(strcat(head, s), *s ? "\r\n" : ""), "\r\n");
-	verdict = request_parse(at_guard(0, head, strlen(head)), &q);
-	x->up.to = q.framing;
-	if (verdict == 1 && r != NULL) {
-		(void)snprintf(head, sizeof(head),
-		    "HTTP/1.1 %.3s X\r\n%s%s\r\n", r + 3,
-		    r[6] ? r + 7 : "", r[6] ? "\r\n" : "");
-		verdict = response_parse(at_guard(1, head, strlen(head)),
-		    q.method, &answer);
-		x->down.to = answer.framing;
-	}
-	return verdict == 1 ? 200 : refusals[-verdict].status;
-}
-
-/* What the rules know of it. */
-static void
-view_make(struct view *v)
-{
-	struct exchange *x = &exchange;
-	struct verdict route;
-
-	exchange_view(x, NULL, 0, v);
-	route = rules_judge(x->rules, GROUP_ROUTE, v);
-	if (route.truth == TRUTH_YES)
-		x->request->route.parent = route.rule->parents;
-	exchange_view(x, answer.status != 0 ? &answer : NULL,
-	    answer.status != 0 ? response_length(&answer) : 0, v);
-}
-
-/* Says what a rule does, and which it is. */
-static void
-verdict_say(struct verdict verdict, const struct view *v)
-{
-	static const char *const words[] = { [ACTION_ALLOW] = "allow",
-		[ACTION_DENY] = "deny", [ACTION_LOGIN] = "login",
-		[ACTION_DROP] = "drop", [ACTION_VIA] = "via",
-		[ACTION_DIRECT] = "direct", [ACTION_FROM] = "from",
-		[ACTION_NOCACHE] = "nocache", [ACTION_CACHE] = "cache" };
-	const struct rule *rule = verdict.rule;
-	const struct parent *p;
-	char name[ADDRESS_TEXT];
-	int i;
-
-	if (verdict.truth != TRUTH_YES) {
-		say_row(verdict.truth == TRUTH_NO ? "none" : "open");
-		return;
-	}
-	say_row(rule->action == ACTION_LOGIN && !rule_refuses(rule, v) ?
-	    "allow" : words[rule->action]);
-	if (rule->action == ACTION_DENY)
-		say_row(" %d", rule->status);
-	if (rule->action == ACTION_CACHE)
-		say_row(" %lld", (long long)rule->seconds);
-	for (p = rule->parents; p != NULL; p = p->next)
-		say_row(p->kind == PARENT_NONE ? " direct" : " %s%s:%u",
-		    p->kind == PARENT_HTTP ? "http://" : "socks5://", p->host,
-		    p->port);
-	for (i = 0; i < 2; i++)
-		if (rule->from[i].family != 0) {
-			address_host(&rule->from[i], name);
-			say_row(" %s", name);
-		}
-	say_row(" at %s", rule->where);
-}
-
-/* The rules of the rows before are read; false if they are wrong. */
-static bool
-rules_ready(void)
-{
-	if (!judged && rules_now == NULL)
-		rules_now = rules_make();
-	judged = true;
-	return rules_now != NULL;
-}
-
-/* Makes the exchange by these rules; false: said why not. */
-static bool
-case_make(struct text in)
-{
-	int status = rules_ready() ? exchange_make(in, rules_now) : 0;
-
-	if (status != 200)
-		say_row("%d", status);
-	return status == 200;
-}
-
-/* What a group of the rules says. */
-static void
-group_say(struct text in, enum rule_group group)
-{
-	struct view v;
-
-	if (!case_make(in))
-		return;
-	view_make(&v);
-	verdict_say(rules_judge(rules_now, group, &v), &v);
-}
-
-static void
-row_ask(struct text in)
-{
-	group_say(in, GROUP_ACCESS);
-}
-
-static void
-row_route(struct text in)
-{
-	group_say(in, GROUP_ROUTE);
-}
-
-static void
-row_source(struct text in)
-{
-	group_say(in, GROUP_SOURCE);
-}
-
-static void
-row_caches(struct text in)
-{
-	group_say(in, GROUP_CACHE);
-}
-
-/* Says the fields of a head but for one, and gives its buffer back. */
-static void
-head_say(struct buffer *b, const char *but)
-{
-	struct text t = buffer_text(b), line;
-
-	for (t = text_from(t, text_find(t, '\n') + 1); t.len > 2;
-	    t = text_from(t, line.len)) {
-		line = text_cut(t.at, text_find(t, '\n') + 1);
-		if (!text_starts(line, but))
-			say_text(line);
-	}
-	said[strlen(said) - (said[0] ? 2 : 0)] = '\0';
-	say_row(said[0] ? "" : "-");
-	buffer_give(&b);
-}
-
-static void
-row_sends(struct text in)
-{
-	struct buffer *b = buffer_take();
-
-	(void)strcpy(pseudonym, "p");
-	if (!case_make(in))
-		return;
-	exchange_rewrite(&exchange);
-	request_build(&exchange, b);
-	head_say(b, "Host: ");
-}
-
-static void
-row_gives(struct text in)
-{
-	struct buffer *b = buffer_take();
-
-	(void)strcpy(pseudonym, "p");
-	if (!case_make(in))
-		return;
-	answer_by(&exchange, ANSWER_SERVER);
-	response_build(&exchange, &answer, b);
-	head_say(b, "Date: ");
-}
-
-/* Reads `deny 450 CONDITION' and `deny 450 not CONDITION'. */
-static void
-both_read(struct text condition)
-{
-	char line[RULE_LINE_MAX + 2];
-	int i;
-
-	options.sources_n = 1;
-	options.sources[0].line = true;
-	options.sources[0].at = line;
-	for (i = 0; i < 2; i++) {
-		rules_give(&both[i]);
-		(void)snprintf(line, sizeof(line), "deny 450 %s%.*s",
-		    i ? "not " : "", (int)condition.len, condition.at);
-		both[i] = rules_make();
-	}
-	judged = true;
-}
-
-static void
-row_if(struct text in)
-{
-	both_read(in);
-	given[0] = '\0';
-}
-
-static void
-row_given(struct text in)
-{
-	(void)text_copy(in, given, sizeof(given));
-}
-
-/* Whether each of both denies, with 450. */
-static void
-both_ask(struct text in, bool first, bool second)
-{
-	static char copy[ROW_MAX];
-	bool want[2] = { first, second };
-	struct verdict verdict;
-	struct view v;
-	int i, status;
-
-	(void)text_copy(in, copy, sizeof(copy));
-	if (given[0] != '\0')
-		both_read(text_of(copy));
-	for (i = 0; i < 2; i++) {
-		status = both[i] == NULL ? 0 :
-		    exchange_make(text_of(given[0] ? given : copy), both[i]);
-		if (status == 200) {
-			view_make(&v);
-			verdict = rules_judge(both[i], GROUP_ACCESS, &v);
-			if (verdict.truth == TRUTH_YES)
-				status = verdict.rule->status;
-		}
-		if ((status == 450) != want[i])
-			say_row("%s%d ", i ? "with not: " : "", status);
-	}
-}
-
-static void
-row_yes(struct text in)
-{
-	both_ask(in, true, false);
-}
-
-static void
-row_no(struct text in)
-{
-	both_ask(in, false, true);
-}
-
-static void
-row_never(struct text in)
-{
-	both_ask(in, false, false);
-}
-
-/* Who logs in with USER:PASSWORD; login:field has all of the field. */
-static void
-row_login(struct text in)
-{
-	static char value[ROW_MAX] = "Basic ";
-	static struct head head = { .n = 1 };
-	const struct account *a;
-
-	base64_encode(in.at, in.len, value + strlen("Basic "));
-	head.fields[0].name = text_of("Proxy-Authorization");
-	head.fields[0].value = more[0] ? in : text_of(value);
-	a = rules_ready() ? account_login(rules_now, &head) : NULL;
-	if (a == NULL)
-		say_row("-");
-	else
-		say_text(a->user);
-}
-EOF_UNIT
-}
 
 test_rules_words() { # blanks, quotes, escapes, comments
 	{
@@ -6495,10 +6577,8 @@ test_rules_client_here() { # local: every address of this machine
 	start_proxy -l "$me:0"
 	play -n 'the address that the banner tells works from here' <<'END'
 	reply  200 | ok\l
-	ask    /
-	ask    CONNECT %O
-	sees   ok\l
-	sees~  ^HTTP/1.1 200
+	ask    / = 200 | ok\l
+	ask    CONNECT %O = 200
 END
 	for from in "$me" 127.0.0.1; do
 		PEER_FROM=$from
@@ -6751,13 +6831,6 @@ test_rules_drop() { # drop: closed without a word
 END
 }
 
-# The file of users that the tests of logins have.
-people() {
-	printf '# user:password\n\nalice:wonder\nbob:a:b%%41\n' > people
-	printf 'j\303\274rgen:gr\303\274n\ncarol:x\neve: pass word #1\n' >> people
-	chmod 600 people
-}
-
 test_rules_login() { # login: 407, then whoever is known
 	people
 	start_rules <<'END'
@@ -6968,22 +7041,6 @@ no size <2 | size >2 | size <1 | size >1K | size >1M | size >1G
 END
 }
 
-# The harmless text that all scanners know, in two halves for them not to find
-# it here: $eicar as it is, $eicar_play as plays and quotes have it.
-eicar_text() {
-	eicar_1='X5O!P%@AP[4\PZX54(P^)7CC)7}$EIC'
-	eicar_2='AR-STANDARD-ANTIVIRUS-TEST-FILE!$H+H*'
-	eicar=$eicar_1$eicar_2
-	eicar_1_play='X5O!P%@AP[4\\PZX54(P^)7CC)7}$EIC'
-	eicar_play=$eicar_1_play$eicar_2
-}
-
-# The last byte of that text, which nothing else has, has not come to the client.
-kept_back() {
-	! grep -F '*' "$1" > /dev/null ||
-		fail "${play_title-}: the text has passed"
-}
-
 test_rules_body() { # body: cut before the text is whole, wherever it is split
 	eicar_text
 	start_rules -c "$T/cache" <<END
@@ -7149,54 +7206,6 @@ test_rules_body_encoding() { # body: Accept-Encoding is taken away where it may 
 	END { exit n["/virus"] + 0 != 0 || n["/other"] != 2 }' heads ||
 		fail "the origin gets: $(tr '\n' '|' < heads)"
 	counts 2 heads '^Accept: '
-}
-
-# A TLS greeting for a server, as text for a script: hello [NAME [N [PAD]]];
-# with N bytes in a first record and the rest in a second, unless N is 0; with
-# -N bytes in each record if N is below 0; with PAD bytes of padding before the
-# name.
-hello() {
-	awk -v name="${1-}" -v first="${2-0}" -v pad="${3-0}" '
-	function num(v, bytes,   hex) {
-		for (hex = ""; bytes > 0; bytes--) {
-			hex = sprintf("%02x", v % 256) hex
-			v = int(v / 256)
-		}
-		return hex
-	}
-	BEGIN {
-		for (i = 32; i < 127; i++)
-			code[sprintf("%c", i)] = i
-		n = length(name)
-		for (i = 1; i <= n; i++)
-			letters = letters num(code[substr(name, i, 1)], 1)
-		if (n > 0)
-			extensions = num(0, 2) num(n + 5, 2) num(n + 3, 2) \
-			    num(0, 1) num(n, 2) letters
-		if (pad > 0)
-			extensions = num(21, 2) num(pad, 2) num(0, pad) extensions
-		extensions = "000b00020100" extensions "000a00080006001d00170018"
-		body = "0303"
-		for (i = 0; i < 32; i++)
-			body = body num(i * 7 + 3, 1)
-		body = body "00" "0006c02fc030000a" "0100" \
-		    num(length(extensions) / 2, 2) extensions
-		all = "01" num(length(body) / 2, 3) body
-		n = length(all) / 2
-		if (first < 0) {
-			rest = all
-			for (all = ""; rest != ""; rest = substr(rest, 2 * i + 1)) {
-				i = length(rest) / 2 > -first ? -first : length(rest) / 2
-				all = all "160301" num(i, 2) substr(rest, 1, 2 * i)
-			}
-		} else if (first > 0)
-			all = "160301" num(first, 2) substr(all, 1, 2 * first) \
-			    "160301" num(n - first, 2) substr(all, 2 * first + 1)
-		else
-			all = "160301" num(n, 2) all
-		for (i = 1; i < length(all); i += 2)
-			printf "\\x%s", substr(all, i, 2)
-	}'
 }
 
 test_tunnel_sni() { # the name in a tunnel's TLS greeting is in the log
@@ -7908,50 +7917,36 @@ END
 }
 
 test_rules_hup() { # HUP: new rules for new requests, the old ones for those under way
-	plain_origin
 	start_rules <<'END'
 deny host a.example
 deny type text/html host slow.example
 END
-	plain_port=$origin_port
-	origin o \
-	    'head ; touch asked ; await go ; say 200 Content-Type: text/html | secret'
-	client_bg under_way 'ask http://slow.example:%p/'
-	origin o2 \
-	    'head ; touch asked2 ; await go ; say 200 Content-Type: text/plain\nX-A: b | public'
-	client_bg kept <<END
-ask http://kept.example:$plain_port/
-ask http://kept2.example:%p/
-ask http://b.example:$plain_port/
-END
-	wait_for 10 '[ -f asked ] && [ -f asked2 ]' || fail "not under way"
-	origin_port=$plain_port
-	want 403 GET http://a.example:%p/
-	want 200 GET http://b.example:%p/
-	cat > rules <<'END'
-
-deny 451 host b.example
-deny field response X-A b
-unset response Content-Type
-END
-	kill -HUP "$proxy_pid"
-	wait_for 5 'gives 451 http://b.example:%p/' || fail "the old rules stay"
-	last_line ' rule=rules:2( |$)'
-	want 200 GET http://a.example:%p/
-	touch go
-	ended under_way
-	ended kept
-	seen under_way <<'END'
-~ ^HTTP/1.1 403
-!~ secret
-END
-	grep -E 'slow.example.* 403 .*rule=rules:2( |$)' log > /dev/null ||
-		fail "log: $(grep slow.example log)"
-	seen kept <<'END'
-~ ^HTTP/1.1 200
-~ HTTP/1.1 200
-= Content-Type: text/plain
-~ HTTP/1.1 451
+	play -n 'one under way, one on a kept connection' <<'END'
+	origin head ; touch asked ; await go
+	origin say 200 Content-Type: text/html | secret
+	origin next
+	reply  200 | ok
+	origin next
+	origin head ; touch asked2 ; await go
+	origin say 200 Content-Type: text/plain\nX-A: b | public
+	origin next
+	replies 200 | ok
+	way: ask http://slow.example:%p/ = 403
+	way: sees!~ secret
+	do comes asked
+	kept: ask http://kept.example:%p/ = 200
+	kept: ask http://kept2.example:%p/ = 200
+	kept: sees Content-Type: text/plain
+	kept: ask http://b.example:%p/ = 451
+	do comes asked2
+	do want 403 GET http://a.example:%p/
+	do want 200 GET http://b.example:%p/
+	do printf '\ndeny 451 host b.example\ndeny field response X-A b\nunset response Content-Type\n' > rules
+	do reread 451 http://b.example:%p/
+	do last_line ' rule=rules:2( |$)'
+	do want 200 GET http://a.example:%p/
+	do touch go
+	log    slow.example.* 403 .*rule=rules:2( |$)
 END
 }
 
@@ -7977,8 +7972,7 @@ END
 	want 451 GET http://a.example:%p/
 	rm rules
 	echo 'deny 410 host a.example' > rules
-	kill -HUP "$proxy_pid"
-	wait_for 5 'gives 410 http://a.example:%p/' || fail "right rules again"
+	reread 410 http://a.example:%p/
 	stop_proxy
 }
 
@@ -7990,8 +7984,7 @@ deny list ads
 END
 	want 403 GET http://one.example:%p/
 	echo two.example > ads
-	kill -HUP "$proxy_pid"
-	wait_for 5 'gives 403 http://two.example:%p/' || fail "not read anew"
+	reread 403 http://two.example:%p/
 	want 200 GET http://one.example:%p/
 	mv ads gone
 	echo 'deny 451 host three.example' >> rules
@@ -8002,8 +7995,7 @@ END
 	want 200 GET http://three.example:%p/
 	mv gone ads
 	echo one.example >> ads
-	kill -HUP "$proxy_pid"
-	wait_for 5 'gives 403 http://one.example:%p/' || fail "not read again"
+	reread 403 http://one.example:%p/
 	want 451 GET http://three.example:%p/
 }
 
@@ -8068,9 +8060,7 @@ login
 END
 	want 200 GET http://%O/ "$(login alice:wonder)"
 	printf 'alice:new\ndave:x\n' > people
-	kill -HUP "$proxy_pid"
-	wait_for 5 'gives 200 http://%O/ \
-	    "$(login alice:new)"' || fail "the new password"
+	reread 200 http://%O/ "$(login alice:new)"
 	want 407 GET http://%O/ "$(login alice:wonder)"
 	want 407 GET http://%O/ "$(login bob:a:b%41)"
 	want 200 GET http://%O/ "$(login dave:x)"
@@ -8125,9 +8115,7 @@ END
 	plain_origin
 	want 200 GET http://d.example:%p/
 	echo 'deny 451 address 127.0.0.0/8' > rules
-	kill -HUP "$proxy_pid"
-	wait_for 5 'gives 451 http://d.example:%p/' ||
-		fail "a kept connection is not judged after HUP"
+	reread 451 http://d.example:%p/
 }
 
 test_rules_credentials() { # logins meant for a parent reach no server
@@ -8178,33 +8166,20 @@ test_rules_collapsed() { # who follows another's fetch is judged on its own
 	start_ruled -c "$T/cache" \
 	    -e 'deny type text/html field request X-Child .' \
 	    -e 'unset response X-Mark field request X-Plain .'
-	origin o <<'END'
-head ; touch asked ; await go
-say 200 Cache-Control: max-age=99\nContent-Type: text/html\nX-Mark: 1 | adults
-loop
-END
-	client_bg first 'ask http://a.example:%p/'
-	wait_for 10 '[ -f asked ]' || fail "the origin is not asked"
-	client_bg child 'ask http://a.example:%p/ X-Child: 1'
-	client_bg plain 'ask http://a.example:%p/ X-Plain: 1'
-	"$peer" sleep 300
-	touch go
-	ended first
-	ended child
-	ended plain
-	seen first <<'END'
-~ ^HTTP/1.1 200
-= X-Mark: 1
-= adults
-END
-	seen child <<'END'
-~ ^HTTP/1.1 403
-!~ adults
-END
-	seen plain <<'END'
-~ ^HTTP/1.1 200
-= adults
-!~ ^X-Mark
+	play -n 'three clients of one answer' <<'END'
+	origin head ; touch asked ; await go
+	origin say 200 Cache-Control: max-age=99\nContent-Type: text/html\nX-Mark: 1 | adults
+	origin loop
+	first: ask http://a.example:%p/ = 200
+	first: sees X-Mark: 1
+	first: sees adults
+	do comes asked
+	child: ask http://a.example:%p/ X-Child: 1 = 403
+	child: sees!~ adults
+	plain: ask http://a.example:%p/ X-Plain: 1 = 200 | adults
+	plain: sees!~ ^X-Mark
+	do "$peer" sleep 300
+	do touch go
 END
 }
 
