@@ -9188,8 +9188,8 @@ lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 {
 	static const char *const words[] = { [REUSE_FRESH] = "fresh",
 		[REUSE_STALE] = "stale, which the client takes",
-		[REUSE_MEANWHILE] = "stale, which is good while it is "
-				    "validated",
+		[REUSE_MEANWHILE] = ("stale, which is good while it is "
+				     "validated"),
 		[REUSE_VALIDATED] = "to be validated" };
 	struct caching *c = &x->request->caching;
 	struct control control = control_parse(&l->r.head);
