@@ -3971,8 +3971,8 @@ exchange_parent(const struct exchange *x)
  * address is connected to.
  *
  * Door: rules_read, rules_reload, rules_can_reload, rules_step, rules_take,
- * rules_give, rules_let_in, view_source, view_begin, exchange_view, rules_judge,
- * rule_lacks, rules_rewrite, rules_seek.
+ * rules_give, rules_let_in, view_source, view_begin, exchange_view,
+ * rules_judge, rule_lacks, rules_rewrite, rules_seek.
  */
 
 enum {
