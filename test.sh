@@ -15100,76 +15100,28 @@ main_slow(void)
 	return 1;
 }
 
-#define GUID "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-
 struct cgi {
 	char method[16], path[1024], key[64], type[128], coding[32];
 	long length;
 	int chunked, expect, close;
 };
 
-static uint32_t
-rotate(uint32_t v, int n)
-{
-	return v << n | v >> (32 - n);
-}
-
+/* Sec-WebSocket-Accept for a key, RFC 6455 section 4.2.2, by openssl. */
 static void
-sha1_block(uint32_t s[5], const unsigned char *p)
+websocket_accept(const char *key, char *out, int size)
 {
-	uint32_t w[80], v[5], f, k, t;
-	int i;
+	char command[300];
+	FILE *f;
 
-	for (i = 0; i < 16; i++)
-		w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
-		    (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
-	for (; i < 80; i++)
-		w[i] = rotate(w[i - 3] ^ w[i - 8] ^ w[i - 14] ^ w[i - 16], 1);
-	memcpy(v, s, sizeof v);
-	for (i = 0; i < 80; i++) {
-		f = i < 20 ? (v[1] & v[2]) | (~v[1] & v[3]) :
-		    i < 40 || i >= 60 ? v[1] ^ v[2] ^ v[3] :
-		    (v[1] & v[2]) | (v[1] & v[3]) | (v[2] & v[3]);
-		k = i < 20 ? 0x5a827999u : i < 40 ? 0x6ed9eba1u :
-		    i < 60 ? 0x8f1bbcdcu : 0xca62c1d6u;
-		t = rotate(v[0], 5) + f + v[4] + k + w[i];
-		v[4] = v[3];
-		v[3] = v[2];
-		v[2] = rotate(v[1], 30);
-		v[1] = v[0];
-		v[0] = t;
-	}
-	for (i = 0; i < 5; i++)
-		s[i] += v[i];
-}
-
-/* Sec-WebSocket-Accept for a key of 24 bytes, RFC 6455 section 4.2.2. */
-static void
-websocket_accept(const char *key, char *out)
-{
-	static const char digit[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-	    "abcdefghijklmnopqrstuvwxyz0123456789+/";
-	uint32_t s[5] = { 0x67452301u, 0xefcdab89u, 0x98badcfeu, 0x10325476u,
-		0xc3d2e1f0u };
-	unsigned char m[128] = { 0 }, d[21] = { 0 };
-	size_t i;
-
-	snprintf((char *)m, sizeof m, "%.24s" GUID, key);
-	m[60] = 0x80;
-	m[126] = 60 * 8 >> 8;
-	m[127] = 60 * 8 & 255;
-	sha1_block(s, m);
-	sha1_block(s, m + 64);
-	for (i = 0; i < 20; i++)
-		d[i] = (unsigned char)(s[i / 4] >> (24 - 8 * (i % 4)));
-	for (i = 0; i < 21; i += 3) {
-		*out++ = digit[d[i] >> 2];
-		*out++ = digit[(d[i] << 4 | d[i + 1] >> 4) & 63];
-		*out++ = digit[(d[i + 1] << 2 | d[i + 2] >> 6) & 63];
-		*out++ = digit[d[i + 2] & 63];
-	}
-	out[-1] = '=';
-	*out = '\0';
+	snprintf(command, sizeof command, "printf %%s '%.24s258EAFA5-E914-47DA-"
+	    "95CA-C5AB0DC85B11' | openssl dgst -sha1 -binary | openssl base64",
+	    key);
+	signal(SIGCHLD, SIG_DFL);
+	f = strchr(key, '\'') == NULL ? popen(command, "r") : NULL;
+	if (f == NULL || !fgets(out, size, f))
+		die("openssl");
+	out[strcspn(out, "\n")] = '\0';
+	pclose(f);
 }
 
 /* Copies the value of the field called name from line, if it is that. */
@@ -15313,7 +15265,7 @@ websocket_serve(FILE *in, FILE *out, const char *key)
 	int first;
 	long n;
 
-	websocket_accept(key, accept);
+	websocket_accept(key, accept, sizeof accept);
 	fprintf(out, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket"
 	    "\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
 	    accept);
@@ -16061,27 +16013,17 @@ END
 }
 
 # Answers that end while the client's buffer is full to the brim: brim KIND.
-# How much the kernel takes beside it is not known, so all lengths are tried.
+# How much the kernel takes beside it is not known, so all $lengths are tried.
 brim() {
-	first=$((90000 / buffer))
-	[ $first -gt 0 ] || first=1
-	last=$((230000 / buffer + 2))
-	k=$first
-	while [ "$k" -le "$last" ]; do
-		[ "$k" = "$first" ] || echo ---
-		echo head
-		case $1 in
-		eof) printf '%s\n' 'send HTTP/1.1 200 OK\n\n' ;;
-		*) printf '%s%s\n' 'send HTTP/1.1 200 OK\n' \
-		    'Transfer-Encoding: chunked\n\n' ;;
-		esac
-		echo 'stall 30'
+	for k in $lengths; do
+		printf 'head\nsend HTTP/1.1 200 OK\\n%s\\n\nstall 30\n' \
+		    "$([ "$1" = eof ] || printf %s 'Transfer-Encoding: chunked\n')"
 		i=0
-		while i=$((i + 1)) && [ $i -le $k ]; do
+		while [ $((i += 1)) -le "$k" ]; do
 			[ "$1" = eof ] ||
 				printf 'send %x\\n\nstall 10\n' "$room_max"
 			printf 'send \\{%s:x}\nstall 10\n' "$room_max"
-			[ "$1" = eof ] || [ $i = $k ] ||
+			[ "$1" = eof ] || [ $i = "$k" ] ||
 				printf '%s\n' 'send \n'
 		done
 		case $1 in
@@ -16089,41 +16031,35 @@ brim() {
 		trailer) printf '%s\n' 'send \n0\nX-Sum: \{900:a}\n\n' ;;
 		esac
 		echo "touch $1.$k"
-		k=$((k + 1))
+		echo ---
 	done > "$1.script"
 	origin "$1" < "$1.script"
-	k=$first
-	while [ "$k" -le "$last" ]; do
+	for k in $lengths; do
 		client_bg "c$1$k" "$T/p.sock" <<'END'
 send GET http://%O/ HTTP/1.1\nHost: %O\nTE: trailers\nConnection: TE\n\n
 await read ; answer
 END
-		k=$((k + 1))
 	done
-	k=$first
-	while [ "$k" -le "$last" ]; do
-		wait_for 10 "[ -f $1.$k ]" || fail "no end of answer $k"
-		k=$((k + 1))
+	for k in $lengths; do
+		comes "$1.$k"
 	done
 }
 
 # Each client must have got the whole of it.
 brim_read() {
-	k=$first
-	while [ "$k" -le "$last" ]; do
-		ended "c$1$k"
-		[ "$(cat "c$1$k.end")" = open ] ||
-			fail "$1: client $k: $(cat "c$1$k.end") instead of the end"
+	for k in $lengths; do
+		ends "c$1$k" '^open$'
 		[ "$1" != trailer ] || grep -a '^X-Sum: aaa' "c$1$k" \
 		    > /dev/null || fail "$1: client $k misses it"
-		k=$((k + 1))
 	done
 }
 
 test_body_last_chunk() { # the end of an answer comes, however full the buffers are
 	start_proxy -l "$T/p.sock"
-	PEER_MS=30000
-	export PEER_MS
+	patience 30000
+	first=$((90000 / buffer))
+	lengths=$(awk -v k=$((first > 0 ? first : 1)) -v last=$((230000 / buffer + 2)) \
+	    'BEGIN { for (; k <= last; k++) print k }')
 	for kind in eof last trailer; do
 		brim $kind
 	done
@@ -18334,6 +18270,18 @@ real_log() { # METHOD URL REST
 	done
 }
 
+real_has() { # FILE ERE: a line in the file matches
+	grep -E -i -e "$2" "$1" > /dev/null || fail "no $2 in $1: $(head -c 500 "$1")"
+}
+
+# curl sends FILE to URL, where it is kept as COPY.
+real_put() { # FILE COPY URL [CURL-ARGUMENT...]
+	real_file=$1 real_copy=$2
+	shift 2
+	real_curl -o out -T "$real_file" "$@" < "$real_file" || fail "curl -T $*"
+	real_same "$real_copy" "$real_file"
+}
+
 real_same() { # A B: the files are alike
 	cmp "$1" "$2" > cmp.out 2>&1 || fail "not the same: $(head -n 1 cmp.out)"
 }
@@ -18343,21 +18291,18 @@ test_real_curl() { # curl: plain, large, by name, ranges, resumed
 	real_web
 	start_proxy
 	real_get web/text -D head "http://127.0.0.1:$web/text"
-	grep -q '^HTTP/1.1 200 ' head || fail "status: $(head -n 1 head)"
-	grep -q '^Via: 1.1 proxy-[0-9a-f]\{8\}' head || fail "no Via: $(cat head)"
+	real_has head '^HTTP/1.1 200 '
+	real_has head '^Via: 1.1 proxy-[0-9a-f]{8}'
 	real_log GET "http://127.0.0.1:$web/text" "200 208890 \"-\" \"curl/[^ ]*\" \
 up=0 dns=- connect=[0-9]+ first=[0-9]+ total=[0-9]+ server=127.0.0.1:$web end=done\$"
-	grep -q " \"127.0.0.1:$web\" \"1.1 proxy-[0-9a-f]*\" \"-\"\$" web.log ||
-		fail "nginx saw $(tail -n 1 web.log)"
+	real_has web.log " \"127.0.0.1:$web\" \"1.1 proxy-[0-9a-f]*\" \"-\"\$"
 	real_get web/large "http://127.0.0.1:$web/large"
 	real_log GET ".*/large" "200 67108864 .* end=done"
 	real_get web/text "http://localhost:$web/text"
 	real_log GET "http://localhost:$web/text" \
 		"200 .* dns=[0-9]+ .* server=(127.0.0.1|\[::1\]):$web end=done"
-	real_curl -r 1000-1999 -o out "http://127.0.0.1:$web/large" ||
-		fail "curl, range"
 	dd if=web/large of=want bs=1000 skip=1 count=1 2> /dev/null
-	real_same out want
+	real_get want -r 1000-1999 "http://127.0.0.1:$web/large"
 	real_log GET ".*/large" "206 1000 "
 	dd if=web/large of=out bs=1000000 count=50 2> /dev/null
 	real_get web/large -C - "http://127.0.0.1:$web/large"
@@ -18365,7 +18310,7 @@ up=0 dns=- connect=[0-9]+ first=[0-9]+ total=[0-9]+ server=127.0.0.1:$web end=do
 	[ $? -eq 22 ] || fail "curl -f on a 404: $(cat err404)"
 	real_log GET ".*/nothing" "404 "
 	real_curl -I -o head "http://127.0.0.1:$web/large" || fail "curl -I"
-	grep -q '^Content-Length: 67108864' head || fail "HEAD: $(cat head)"
+	real_has head '^Content-Length: 67108864'
 	real_log HEAD ".*/large" "200 0 "
 	stop_proxy
 }
@@ -18375,25 +18320,20 @@ test_real_curl_uploads() { # curl: POST and PUT, by length and chunked
 	real_web
 	real_serve
 	start_proxy
-	real_curl -o out --data-binary @"$work/real/text" "http://127.0.0.1:$serve/" ||
-		fail "curl, POST"
-	real_same body "$work/real/text"
-	real_log POST "http://127.0.0.1:$serve/" "200 .* up=208890 "
-	: > body
-	real_curl -o out --data-binary @"$work/real/large" \
-		"http://127.0.0.1:$serve/" ||
-		fail "curl, large POST"
-	real_same body "$work/real/large"
-	grep -q 'POST 67108864 bytes' out || fail "answer: $(cat out)"
-	real_log POST "http://127.0.0.1:$serve/" "200 .* up=67108864 .* end=done"
+	for file in text=208890 large=67108864; do
+		: > body
+		real_curl -o out --data-binary @"$work/real/${file%=*}" \
+			"http://127.0.0.1:$serve/" || fail "curl, POST"
+		real_same body "$work/real/${file%=*}"
+		real_has out "POST ${file#*=} bytes"
+		real_log POST "http://127.0.0.1:$serve/" "200 .* up=${file#*=} .* end=done"
+	done
 	: > body
 	real_curl -o out -T - "http://127.0.0.1:$serve/x" < "$work/real/large" ||
 		fail "curl, chunked PUT"
 	real_same body "$work/real/large"
-	grep -q 'PUT 67108864 bytes' out || fail "answer: $(cat out)"
-	real_curl -o out -T "$work/real/text" "http://127.0.0.1:$web/put/a" ||
-		fail "curl -T to nginx"
-	real_same web/put/a "$work/real/text"
+	real_has out 'PUT 67108864 bytes'
+	real_put "$work/real/text" web/put/a "http://127.0.0.1:$web/put/a"
 	real_log PUT "http://127.0.0.1:$web/put/a" "201 .* up=208890 "
 	real_curl -o out -T - "http://127.0.0.1:$web/put/b" < "$work/real/text" ||
 		fail "curl, chunked PUT to nginx"
@@ -18409,43 +18349,54 @@ test_real_curl_old() { # curl: HTTP/1.0, IPv6, gzip, chunks to an old client
 	start_proxy
 	real_get web/text -0 -D head "http://127.0.0.1:$web/text"
 	real_log GET ".*/text" "200 .* end=done"
-	grep -q 'HTTP/1.0" 200' log || fail "log: $(cat log)"
+	real_has log 'HTTP/1.0" 200'
 	real_get web/text --compressed -D head "http://127.0.0.1:$web/text"
-	grep -qi '^Content-Encoding: gzip' head || fail "no gzip: $(cat head)"
-	grep -qi '^Transfer-Encoding: chunked' head || fail "no chunks: $(cat head)"
+	real_has head '^Content-Encoding: gzip'
+	real_has head '^Transfer-Encoding: chunked'
 	real_get web/text -0 --compressed -D head "http://127.0.0.1:$web/text"
 	grep -qi '^Transfer-Encoding' head && fail "chunks to HTTP/1.0: $(cat head)"
-	grep -qi '^Content-Encoding: gzip' head || fail "no gzip: $(cat head)"
+	real_has head '^Content-Encoding: gzip'
 	[ -n "$six" ] || skip "no IPv6 here; the rest passed"
 	real_get web/text "http://[::1]:$web/text"
 	real_log GET "http://\[::1\]:$web/text" "200 .* server=\[::1\]:$web "
 	stop_proxy
 }
 
+# N requests at once, PARALLEL of them, for the text at URL:
+real_parallel() { # N PARALLEL URL [CURL-ARGUMENT...]
+	real_n=$1 real_parallel=$2 real_url=$3
+	shift 3
+	mkdir -p many
+	real_curl --parallel --parallel-immediate --parallel-max "$real_parallel" \
+		-o 'many/#1' "$real_url?[1-$real_n]" "$@" 2> curl.err ||
+		fail "curl --parallel: $(grep curl: curl.err | head -1)"
+	real_all "$real_n"
+}
+
+# All N files of many are the text.
+real_all() {
+	n=0
+	for i in many/*; do
+		real_same "$i" web/text
+		rm "$i"
+		n=$((n + 1))
+	done
+	[ "$n" -eq "$1" ] || fail "$n answers of $1"
+}
+
 test_real_curl_many() { # curl: 200 requests on one connection, 200 at once
 	have curl || skip "no curl"
 	real_web
 	start_proxy
-	mkdir out
-	real_curl -o 'out/#1' -w '%{num_connects}\n' \
+	mkdir many
+	real_curl -o 'many/#1' -w '%{num_connects}\n' \
 		"http://127.0.0.1:$web/text?[1-200]" > connects || fail "curl"
 	[ "$(awk '{ n += $1 } END { print n }' connects)" -eq 1 ] ||
 		fail "curl had to connect anew"
 	[ "$(awk '{ print $1 }' web.log | sort -u | grep -c .)" -eq 1 ] ||
 		fail "the server's connection was not kept"
-	for i in out/*; do
-		real_same "$i" web/text
-		rm "$i"
-	done
-	real_curl --parallel --parallel-immediate --parallel-max 100 \
-		-o 'out/#1' "http://127.0.0.1:$web/text?[1-200]" 2> curl.err ||
-		fail "curl --parallel: $(grep curl: curl.err | head -1)"
-	n=0
-	for i in out/*; do
-		real_same "$i" web/text
-		n=$((n + 1))
-	done
-	[ "$n" -eq 200 ] || fail "$n answers of 200"
+	real_all 200
+	real_parallel 200 100 "http://127.0.0.1:$web/text"
 	wait_for 5 "[ \$(grep -c end=done log) -eq 400 ]" ||
 		fail "$(grep -c end=done log) log lines of 400"
 	stop_proxy
@@ -18460,20 +18411,9 @@ test_real_curl_https() { # curl: CONNECT to TLS, one and many at once
 	real_log CONNECT "127.0.0.1:$tls" "200 6[78][0-9]{6} .* up=[1-9][0-9]* .* \
 server=127.0.0.1:$tls end=(client|server)\$"
 	real_get web/text --cacert cert "https://localhost:$tls/text"
-	real_curl --cacert cert -o out -T "$work/real/text" \
-		"https://127.0.0.1:$tls/put/c" || fail "curl -T"
-	real_same web/put/c "$work/real/text"
-	mkdir many
-	real_curl --cacert cert --http1.1 --parallel --parallel-immediate \
-		--parallel-max 50 -o 'many/#1' \
-		"https://127.0.0.1:$tls/text?[1-100]" 2> curl.err ||
-		fail "curl --parallel: $(grep curl: curl.err | head -1)"
-	n=0
-	for i in many/*; do
-		real_same "$i" web/text
-		n=$((n + 1))
-	done
-	[ "$n" -eq 100 ] || fail "$n answers of 100"
+	real_put "$work/real/text" web/put/c "https://127.0.0.1:$tls/put/c" \
+		--cacert cert
+	real_parallel 100 50 "https://127.0.0.1:$tls/text" --cacert cert --http1.1
 	real_get web/text -p "http://127.0.0.1:$web/text"
 	real_log CONNECT "127.0.0.1:$web" "200 "
 	stop_proxy
@@ -18707,6 +18647,7 @@ real_find_browser() {
 
 test_real_browser() { # chromium: a page, a picture, a script, a WebSocket
 	real_find_browser
+	have openssl || skip "no openssl"
 	real_web
 	real_serve
 	start_proxy
@@ -18745,6 +18686,7 @@ test_real_browser_https() { # chromium: a page and its picture over CONNECT
 }
 
 test_real_upgrade() { # a WebSocket by Upgrade: 101 turns into a tunnel
+	have openssl || skip "no openssl"
 	real_serve
 	origin=127.0.0.1:$serve
 	play -n '100000 bytes are echoed, then both close' <<'END'
@@ -18765,9 +18707,7 @@ real_through_parent() { # PORT: of the parent
 		real_get "web/$u" "http://127.0.0.1:$web/$u"
 		real_log GET ".*/$u" "200 .* server=127.0.0.1:$1 end=done"
 	done
-	real_curl -o out -T "$work/real/text" "http://127.0.0.1:$web/put/a" ||
-		fail "curl -T"
-	real_same web/put/a "$work/real/text"
+	real_put "$work/real/text" web/put/a "http://127.0.0.1:$web/put/a"
 	[ -s cert ] || skip "no openssl; the rest passed"
 	real_get web/large --cacert cert "https://127.0.0.1:$tls/large"
 	real_log CONNECT "127.0.0.1:$tls" "200 .* server=127.0.0.1:$1 end="
