@@ -16,6 +16,17 @@
 #   not ok 7 - NAME: why
 #   ok 7 - NAME # SKIP why
 #
+# To add a test, write a function test_PART_PROMISE (forward_get, limit_heads)
+# into its part, and what it promises behind its brace, for that is its line in
+# the output.  If another test has the same set-up, add a play (== TITLE) or rows
+# to that one.  What needs no socket is a row: `rows' (rules and parsers, see
+# there), `tries' (-T), `wrong' and `right' (lines of rules).  All else is a play.
+# Say what must be seen in one line each, and what must not (!~).  The machine may
+# be slow: no check may need that something is fast, and a step that waits for
+# another side says so (touch and await).  Break the promise in proxy.c and look
+# whether the test fails; then  sh test.sh PART_PROMISE  with proxy.c as it is,
+# and  shellcheck test.sh.
+#
 # Most tests are plays.  A play is one client's connection to the proxy, the
 # connections that reach the origin, and what everyone must see:
 #
@@ -27,6 +38,10 @@
 #   sees!~ ^Connection:            and nowhere one that matches this ERE
 #   gets   GET / HTTP/1.1          what the origin gets
 #   log    "GET http://%O/ HTTP/1.1" 200 5 .* end=done
+#   == the next                    another play, with an origin of its own
+#   alice: ask / = 502 error=connection_terminated
+#   alice: sees!~ ^Age             a client with a name, in the background
+#   do     comes asked             a shell command in between
 #   END
 #
 # reply is what the origin answers to one request: STATUS [REASON\n] [FIELDS]
@@ -34,8 +49,9 @@
 # follows is for the next one.  ask is one request with its answer: [METHOD]
 # URL [FIELDS] [| BODY] [= STATUS; CACHE-STATUS | BODY], where the URL of a
 # path alone is the origin's.  Behind = is what must be seen: the status line,
-# in full or (200) its beginning as an ERE, the beginning of Cache-Status, and
-# the body as one line; what is not said may be anything.  All else is steps:
+# in full or (200) its beginning as an ERE, error= of Proxy-Status, cut if the
+# answer ends too early, the beginning of Cache-Status, and the body as one line;
+# what is not said may be anything.  All else is steps:
 # "origin STEP ; STEP", "origin next" for the next connection, "client STEP";
 # see peer.c below.  \n is CR LF.
 #
@@ -51,7 +67,28 @@
 # are escaped, and what changes from run to run is replaced: proxy-ID, [DATE],
 # total=N.  "-- connection 2" begins what came over the origin's second
 # connection, "-- end eof" (reset, open: our side closed) says how one ended.
-# After each play a plain request must be served.
+# After each play a plain request must be served, but not after play -n.
+#
+# Helpers, each with a comment where it is (sections 1, 3 and 3a):
+#
+#   fail skip                      end the test
+#   start_proxy stop_proxy served  a proxy, its end, is it well
+#   quick our_names logger         another build: short limits, our names, syslog
+#   start_names start_ruled start_rules    with names of ours, with rules
+#   start_with                     with a parent
+#   origin plain_origin nobody dead_port deaf echoes twins    servers of all kinds
+#   client client_bg               clients beside a play
+#   asks want gives reread         one request; its status; after HUP
+#   exits run_proxy tries          what a proxy says at once
+#   has lacks counts ascii log_is_sound    what stands in a file
+#   seen got logged said last_line untouched    what sides and log have seen
+#   comes ended closed wait_for wait_exit ended_well    waiting
+#   refused                        requests that get an error
+#   wrong right check_rules        lines of rules
+#   people basic login             users
+#   need_me need_second_loopback have_ipv6 second_address sanitized have
+#                                  what the machine has, or skip
+#   hello eicar_text kept_back     a TLS greeting, a text to look for
 
 # shellcheck disable=SC2015,SC2016 # "A && B || fail" is meant, and wait_for
 # evaluates a condition that is quoted for that
