@@ -7754,8 +7754,9 @@ http://x/ client = 2
 ftp://x/ = 2
 END
 	exits 0 -f rules -T http://example.com/ -T 'https://x.onion/ client 10.1.2.3'
-	[ "$(grep -c '^http' out)" = 2 ] && [ "$(sed -n 1p out)" = http://example.com/ ] &&
-		has out '^https://x.onion/ client 10.1.2.3$'
+	counts 2 out '^http'
+	[ "$(sed -n 1p out)" = http://example.com/ ] || fail "two: $(cat out)"
+	has out '^https://x.onion/ client 10.1.2.3$'
 	has out '^	access: allow (built-in:3: allow client local)$'
 	lacks out s3cret
 	exits 1 -f rules -T http://films.example/ -T http://example.com/
