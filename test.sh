@@ -95,7 +95,8 @@
 set -u
 LC_ALL=C
 export LC_ALL
-unset http_proxy https_proxy HTTPS_PROXY all_proxy no_proxy NO_COLOR PEER_MS PEER_FROM
+unset http_proxy https_proxy HTTPS_PROXY all_proxy no_proxy NO_COLOR PEER_MS \
+    PEER_FROM NAMES NAME_ADDRESSES
 
 here=$(cd "$(dirname "$0")" && pwd)
 self=$here/$(basename "$0")
@@ -2868,29 +2869,14 @@ group_say(struct text in, enum rule_group group)
 	verdict_say(rules_judge(rules_now, group, &v), &v);
 }
 
-static void
-row_ask(struct text in)
-{
-	group_say(in, GROUP_ACCESS);
-}
+/* A kind of row that is one call. */
+#define ROW(kind, call) \
+	static void row_##kind(struct text in) { call; }
 
-static void
-row_route(struct text in)
-{
-	group_say(in, GROUP_ROUTE);
-}
-
-static void
-row_source(struct text in)
-{
-	group_say(in, GROUP_SOURCE);
-}
-
-static void
-row_caches(struct text in)
-{
-	group_say(in, GROUP_CACHE);
-}
+ROW(ask, group_say(in, GROUP_ACCESS))
+ROW(route, group_say(in, GROUP_ROUTE))
+ROW(source, group_say(in, GROUP_SOURCE))
+ROW(caches, group_say(in, GROUP_CACHE))
 
 /* Says the fields of a head but for one, and gives its buffer back. */
 static void
@@ -2994,23 +2980,9 @@ both_ask(struct text in, bool first, bool second)
 	}
 }
 
-static void
-row_yes(struct text in)
-{
-	both_ask(in, true, false);
-}
-
-static void
-row_no(struct text in)
-{
-	both_ask(in, false, true);
-}
-
-static void
-row_never(struct text in)
-{
-	both_ask(in, false, false);
-}
+ROW(yes, both_ask(in, true, false))
+ROW(no, both_ask(in, false, true))
+ROW(never, both_ask(in, false, false))
 
 /* Who logs in with USER:PASSWORD; login:field has all of the field. */
 static void
@@ -5001,8 +4973,10 @@ END
 test_limit_slots_burst() { # more clients at once than slots: who has just come does not give way
 	start_proxy -m 4
 	origin o 'head ; stall 20 ; say 200 Connection: close | ok'
+	echo 'stall 200 ; ask / Connection: close' > burst
 	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-		client_bg c$n 'stall 200 ; ask / Connection: close'
+		"$peer" client "$proxy" c$n "$origin" < burst &
+		echo $! >> .pids
 	done
 	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
 		ended c$n
@@ -5013,15 +4987,16 @@ test_limit_slots_burst() { # more clients at once than slots: who has just come 
 
 test_limit_slots_silent() { # all slots taken: who half-closed gives way when its server is silent, not at once
 	start_proxy -m 1
-	origin o 'head ; touch asked ; eof'
-	client_bg half 'send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; shut ; eof'
-	wait_for 5 '[ -f asked ]' || fail "not asked"
-	client_bg new 'ask here / Connection: close'
-	"$peer" sleep 500
-	[ ! -f half.end ] || fail "it gives way at once"
-	wait_for 3 '[ -f half.end ]' || fail "it does not give way"
-	wait_for 3 "grep '^HTTP/1.1 200' new > /dev/null" || fail "not served"
-	has log ' 499 0 .* end=limit' 5
+	play 'half-closed' <<'END'
+	origin head ; touch asked ; eof
+	half: send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; shut ; eof
+	do comes asked
+	new: ask here / Connection: close = 200
+	do "$peer" sleep 500
+	do [ ! -f half.end ] || fail "it gives way at once"
+	do wait_for 3 '[ -f half.end ]'
+	log     499 0 .* end=limit
+END
 }
 
 test_limit_linger() { # what is sent after the last answer is read while it comes, and not for ever
@@ -5095,33 +5070,29 @@ END
 test_client_gives_up_parent() { # the same while a SOCKS parent says nothing
 	origin o 'want 3 ; eof'
 	start_proxy -x "socks5://$origin"
-	client c <<'END'
-send GET http://example.test/ HTTP/1.1\nHost: x\nConnection: keep-alive\n\n
-stall 100 ; shut ; eof
-END
-	log_from=1
-	logged <<'END'
-~ "GET http://example.test/ HTTP/1.1" 499 0 .* end=client
+	play -n 'nothing said' <<'END'
+	client send GET http://example.test/ HTTP/1.1\nHost: x\nConnection: keep-alive\n\n
+	client stall 100 ; shut ; eof
+	log    "GET http://example.test/ HTTP/1.1" 499 0 .* end=client
 END
 }
 
 test_client_gives_up_shared() { # a fetch that others follow goes on without its first client
 	start_proxy -c cache
-	origin o \
-	    'head ; touch asked ; await go ; say 200 Cache-Control: max-age=60 | ok'
-	client_bg first \
-	    'send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n ; await leave ; shut ; eof'
-	wait_for 5 '[ -f asked ]' || fail "not asked"
-	client_bg second 'ask / Connection: keep-alive'
-	client third \
-	    'send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n ; stall 100 ; shut ; eof'
-	has log ' 499 0 .* end=client'
-	touch leave
-	ended first
-	touch go
-	ended second
-	has second '^HTTP/1.1 200'
-	[ ! -f o.2 ] || fail "it was asked twice"
+	play 'three clients' <<'END'
+	origin head ; touch asked ; await go ; say 200 Cache-Control: max-age=60 | ok
+	first: send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
+	first: await leave ; shut ; eof
+	do comes asked
+	second: ask / Connection: keep-alive = 200 | ok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
+	client stall 100 ; shut ; eof
+	do has log ' 499 0 .* end=client' 5
+	do touch leave
+	do ended first
+	do touch go
+	gets#  1 ^GET
+END
 }
 
 test_client_gives_up_unix() { # at a UNIX socket: one that closes has gone, one that half-closes has not
