@@ -83,7 +83,7 @@
 #   has lacks counts ascii log_is_sound    what stands in a file
 #   seen got logged said last_line untouched    what sides and log have seen
 #   comes ended closed wait_for wait_exit ended_well    waiting
-#   refused                        requests that get an error
+#   refused refused_get each       requests that get an error; many of a kind
 #   wrong right check_rules        lines of rules
 #   people basic login             users
 #   need_me need_second_loopback have_ipv6 second_address sanitized have
@@ -2299,26 +2299,9 @@ have_ipv6() {
 	address_here ::1
 }
 
-# Requests that must be refused with a status, and the connection closed without
-# a byte to the origin: refused STATUS TEXT...
+# A request that must be refused with a status, and the connection closed without
+# a byte to the origin: refused STATUS TEXT
 refused() {
-	refused_status=$1
-	shift
-	for refused_text; do
-		refused_one "$refused_status" "$refused_text"
-	done
-}
-
-# The same for what stands behind a method: refused_get STATUS 'URL VERSION'...
-refused_get() {
-	refused_status=$1
-	shift
-	for refused_text; do
-		refused_one "$refused_status" "GET $refused_text\\nHost: %O\\n\\n"
-	done
-}
-
-refused_one() {
 	play "request $2" <<END
 	reply  200 | evil
 	client send $2 ; eof
@@ -2332,6 +2315,21 @@ refused_one() {
 	log    ^127.0.0.1 - - \[DATE\] "[^"]*" ($1) [0-9]+ "[^" ]+" "[^" ]+" up=0 .* end=[a-z]+ why="
 	log!   ^[^1]
 END
+}
+
+# The same for what stands behind a method: refused_get STATUS 'URL VERSION'
+refused_get() {
+	refused "$1" "GET $2\\nHost: %O\\n\\n"
+}
+
+# The same command for each of the texts: each COMMAND TEXT...
+each() {
+	each_do=$1
+	shift
+	for each_text; do
+		# shellcheck disable=SC2086 # the command may have words
+		$each_do "$each_text"
+	done
 }
 
 # Processor time the proxy has used, in hundredths of a second.
@@ -4275,14 +4273,8 @@ test_error_refused() { # nobody listens there
 END
 }
 
-# Responses that must be refused: garbled TEXT...
+# A response that must be refused: garbled TEXT
 garbled() {
-	for garbled_text; do
-		garbled_one "$garbled_text"
-	done
-}
-
-garbled_one() {
 	play "response $1" <<END
 	origin head ; send $1 ; stall 50
 	ask    / = 502 Bad Gateway error=(http_protocol_error|http_response_[a-z_]*|connection_terminated)
@@ -4294,7 +4286,7 @@ END
 }
 
 test_error_not_http() { # what is no HTTP response gets a 502
-	garbled 'SSH-2.0-evil\n' 'SSH-2.0-evil\n\n' \
+	each garbled 'SSH-2.0-evil\n' 'SSH-2.0-evil\n\n' \
 	    '\x15\x03\x01\x00\x02\x02\x28\n\n' 'HTTP/1.1\n\nevil' \
 	    'HTTP/1.1 20\nContent-Length: 4\n\nevil' '<html>evil</html>\n\n' \
 	    'HTTP/1.1 200 OK\nContent-Len'
@@ -4458,14 +4450,8 @@ END
 END
 }
 
-# Chunks that must end the exchange without looking whole: miscut TEXT...
+# Chunks that must end the exchange without looking whole: miscut TEXT
 miscut() {
-	for miscut_text; do
-		miscut_one "$miscut_text"
-	done
-}
-
-miscut_one() {
 	play "chunks $1" <<END
 	reply  200 Transfer-Encoding: chunked | 4\ngood\n
 	origin stall 100 ; send $1 ; eof
@@ -4477,7 +4463,7 @@ END
 }
 
 test_error_response_chunks() { # bad chunks in a response end it visibly
-	miscut '00000000000000004\nevil\n0\n\n' \
+	each miscut '00000000000000004\nevil\n0\n\n' \
 	    '10000000000000000\nevil\n0\n\n' 'FFFFFFFFFFFFFFFFF\nevil\n0\n\n' \
 	    '0x4\nevil\n0\n\n' '+4\nevil\n0\n\n' '-4\nevil\n0\n\n' \
 	    ' 4\nevil\n0\n\n' '\nevil\n0\n\n' ';x=y\nevil\n0\n\n' \
@@ -4555,11 +4541,11 @@ END
 # ---- 11. Bad input from clients ---------------------------------------------
 
 test_bad_request_line() { # request lines that are none
-	refused_get 400 ' http://%O/ HTTP/1.1' 'http://%O/  HTTP/1.1' \
+	each 'refused_get 400' ' http://%O/ HTTP/1.1' 'http://%O/  HTTP/1.1' \
 	    'http://%O/ HTTP/1.1 ' 'http://%O/ x HTTP/1.1' \
 	    'http://%O/\0 HTTP/1.1' 'http://%O/\x01 HTTP/1.1' \
 	    'http://%O/\x7f HTTP/1.1'
-	refused 400 'GET\n\n' 'GET http://%O/\n\n' \
+	each 'refused 400' 'GET\n\n' 'GET http://%O/\n\n' \
 	    ' GET http://%O/ HTTP/1.1\nHost: %O\n\n' \
 	    'GET\thttp://%O/\tHTTP/1.1\nHost: %O\n\n' \
 	    'GET http://%O/ HTTP/1.1\lHost: %O\l\l' \
@@ -4568,23 +4554,23 @@ test_bad_request_line() { # request lines that are none
 	    'G(T http://%O/ HTTP/1.1\nHost: %O\n\n' \
 	    'G\0T http://%O/ HTTP/1.1\nHost: %O\n\n' \
 	    'G\xe4T http://%O/ HTTP/1.1\nHost: %O\n\n'
-	refused_get '(400|505)' 'http://%O/ http/1.1' 'http://%O/ HTTP/1' \
+	each 'refused_get (400|505)' 'http://%O/ http/1.1' 'http://%O/ HTTP/1' \
 	    'http://%O/ HTTP/1.10' 'http://%O/ HTTP/01.1' \
 	    'http://%O/ HTTP/+1.1' 'http://%O/ HTTP/2.0' 'http://%O/ HTTP/0.9' \
 	    'http://%O/ HTTP/1.1x' 'http://%O/ HTTPS/1.1'
 }
 
 test_bad_url() { # URLs that a proxy must not take
-	refused_get 400 'http://a@b@%O/ HTTP/1.1' 'http://a\\@%O/ HTTP/1.1' \
+	each 'refused_get 400' 'http://a@b@%O/ HTTP/1.1' 'http://a\\@%O/ HTTP/1.1' \
 	    'http://127.0.0.1#@%O/ HTTP/1.1' 'http://%O/#\0 HTTP/1.1' \
 	    'http://%O/#\x7f HTTP/1.1' '# HTTP/1.1' 'http:///x HTTP/1.1' \
 	    'http://:%p/x HTTP/1.1' 'http:/%O/ HTTP/1.1'
-	refused 400 'CONNECT user:pw@%O HTTP/1.1\nHost: %O\n\n' \
+	each 'refused 400' 'CONNECT user:pw@%O HTTP/1.1\nHost: %O\n\n' \
 	    'CONNECT %O#part HTTP/1.1\nHost: %O\n\n'
 	refused_get '(400|501)' 'http:%O HTTP/1.1'
 	refused_get 501 'ftp://%O/ HTTP/1.1'
-	refused_get '(400|501)' 'https://%O/ HTTP/1.1' 'xhttp://%O/ HTTP/1.1'
-	refused_get 400 '%O HTTP/1.1' 'x HTTP/1.1' '* HTTP/1.1'
+	each 'refused_get (400|501)' 'https://%O/ HTTP/1.1' 'xhttp://%O/ HTTP/1.1'
+	each 'refused_get 400' '%O HTTP/1.1' 'x HTTP/1.1' '* HTTP/1.1'
 	for port in 0 65536 99999999999 18446744073709551617 -1 +80 8x 0x50 ' '; do
 		refused 400 "GET http://127.0.0.1:$port/ HTTP/1.1\\nHost: x\\n\\n"
 		refused 400 "CONNECT 127.0.0.1:$port HTTP/1.1\\nHost: x\\n\\n"
@@ -4594,7 +4580,7 @@ test_bad_url() { # URLs that a proxy must not take
 		refused 400 "GET http://$host:80/ HTTP/1.1\\nHost: x\\n\\n"
 		refused 400 "CONNECT $host:80 HTTP/1.1\\nHost: x\\n\\n"
 	done
-	refused 400 'CONNECT 127.0.0.1 HTTP/1.1\nHost: x\n\n' \
+	each 'refused 400' 'CONNECT 127.0.0.1 HTTP/1.1\nHost: x\n\n' \
 	    'CONNECT 127.0.0.1: HTTP/1.1\nHost: x\n\n' \
 	    'CONNECT :80 HTTP/1.1\nHost: x\n\n' \
 	    'CONNECT http://%O/ HTTP/1.1\nHost: %O\n\n' \
@@ -4604,7 +4590,7 @@ test_bad_url() { # URLs that a proxy must not take
 }
 
 test_bad_host() { # no Host, two of them, or what is no host
-	refused 400 'GET http://%O/ HTTP/1.1\n\n' \
+	each 'refused 400' 'GET http://%O/ HTTP/1.1\n\n' \
 	    'GET http://%O/ HTTP/1.1\nHost: %O\nHost: %O\n\n' \
 	    'GET http://%O/ HTTP/1.1\nHost: %O\nhost: evil\n\n' \
 	    'GET http://%O/ HTTP/1.0\nHost: %O\nHost: evil\n\n' \
@@ -4638,7 +4624,7 @@ test_bad_length() { # Content-Length and Transfer-Encoding
 		refused '(400|501)' \
 		    "POST http://%O/ HTTP/1.1\\nHost: %O\\nTransfer-Encoding: $bad\\n\\n4\\nevil\\n0\\n\\n"
 	done
-	refused 400 'POST http://%O/ HTTP/1.0\nTransfer-Encoding: chunked\nContent-Length: 4\n\nevil' \
+	each 'refused 400' 'POST http://%O/ HTTP/1.0\nTransfer-Encoding: chunked\nContent-Length: 4\n\nevil' \
 	    'POST http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding : chunked\n\n4\nevil\n0\n\n' \
 	    'POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length : 4\n\nevil' \
 	    'POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 1x\n\nGET http://%O/evil HTTP/1.1\nHost: %O\n\n'
@@ -4673,7 +4659,7 @@ test_bad_fields() { # one lexer: what is no field ends the request
 	    'X(A): b' 'X/A: b' 'X"A: b' 'X-A\l: b' '\0' '='; do
 		refused 400 "GET http://%O/ HTTP/1.1\\nHost: %O\\n$bad\\n\\n"
 	done
-	refused 400 'GET http://%O/ HTTP/1.1\n X-A: b\nHost: %O\n\n' \
+	each 'refused 400' 'GET http://%O/ HTTP/1.1\n X-A: b\nHost: %O\n\n' \
 	    'GET http://%O/ HTTP/1.1\nHost: %O\nX-A: b\l\l'
 }
 
