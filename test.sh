@@ -83,7 +83,7 @@
 #   has lacks counts ascii log_is_sound    what stands in a file
 #   seen got logged said last_line untouched    what sides and log have seen
 #   comes ended closed wait_for wait_exit ended_well    waiting
-#   refused                        requests that get an error
+#   refused refused_get each       requests that get an error; many of a kind
 #   wrong right check_rules        lines of rules
 #   people basic login             users
 #   need_me need_second_loopback have_ipv6 second_address sanitized have
@@ -95,7 +95,8 @@
 set -u
 LC_ALL=C
 export LC_ALL
-unset http_proxy https_proxy HTTPS_PROXY all_proxy no_proxy NO_COLOR PEER_MS PEER_FROM
+unset http_proxy https_proxy HTTPS_PROXY all_proxy no_proxy NO_COLOR PEER_MS \
+    PEER_FROM NAMES NAME_ADDRESSES
 
 here=$(cd "$(dirname "$0")" && pwd)
 self=$here/$(basename "$0")
@@ -2298,26 +2299,9 @@ have_ipv6() {
 	address_here ::1
 }
 
-# Requests that must be refused with a status, and the connection closed without
-# a byte to the origin: refused STATUS TEXT...
+# A request that must be refused with a status, and the connection closed without
+# a byte to the origin: refused STATUS TEXT
 refused() {
-	refused_status=$1
-	shift
-	for refused_text; do
-		refused_one "$refused_status" "$refused_text"
-	done
-}
-
-# The same for what stands behind a method: refused_get STATUS 'URL VERSION'...
-refused_get() {
-	refused_status=$1
-	shift
-	for refused_text; do
-		refused_one "$refused_status" "GET $refused_text\\nHost: %O\\n\\n"
-	done
-}
-
-refused_one() {
 	play "request $2" <<END
 	reply  200 | evil
 	client send $2 ; eof
@@ -2331,6 +2315,21 @@ refused_one() {
 	log    ^127.0.0.1 - - \[DATE\] "[^"]*" ($1) [0-9]+ "[^" ]+" "[^" ]+" up=0 .* end=[a-z]+ why="
 	log!   ^[^1]
 END
+}
+
+# The same for what stands behind a method: refused_get STATUS 'URL VERSION'
+refused_get() {
+	refused "$1" "GET $2\\nHost: %O\\n\\n"
+}
+
+# The same command for each of the texts: each COMMAND TEXT...
+each() {
+	each_do=$1
+	shift
+	for each_text; do
+		# shellcheck disable=SC2086 # the command may have words
+		$each_do "$each_text"
+	done
 }
 
 # Processor time the proxy has used, in hundredths of a second.
@@ -2868,29 +2867,14 @@ group_say(struct text in, enum rule_group group)
 	verdict_say(rules_judge(rules_now, group, &v), &v);
 }
 
-static void
-row_ask(struct text in)
-{
-	group_say(in, GROUP_ACCESS);
-}
+/* A kind of row that is one call. */
+#define ROW(kind, call) \
+	static void row_##kind(struct text in) { call; }
 
-static void
-row_route(struct text in)
-{
-	group_say(in, GROUP_ROUTE);
-}
-
-static void
-row_source(struct text in)
-{
-	group_say(in, GROUP_SOURCE);
-}
-
-static void
-row_caches(struct text in)
-{
-	group_say(in, GROUP_CACHE);
-}
+ROW(ask, group_say(in, GROUP_ACCESS))
+ROW(route, group_say(in, GROUP_ROUTE))
+ROW(source, group_say(in, GROUP_SOURCE))
+ROW(caches, group_say(in, GROUP_CACHE))
 
 /* Says the fields of a head but for one, and gives its buffer back. */
 static void
@@ -2994,23 +2978,9 @@ both_ask(struct text in, bool first, bool second)
 	}
 }
 
-static void
-row_yes(struct text in)
-{
-	both_ask(in, true, false);
-}
-
-static void
-row_no(struct text in)
-{
-	both_ask(in, false, true);
-}
-
-static void
-row_never(struct text in)
-{
-	both_ask(in, false, false);
-}
+ROW(yes, both_ask(in, true, false))
+ROW(no, both_ask(in, false, true))
+ROW(never, both_ask(in, false, false))
 
 /* Who logs in with USER:PASSWORD; login:field has all of the field. */
 static void
@@ -4303,14 +4273,8 @@ test_error_refused() { # nobody listens there
 END
 }
 
-# Responses that must be refused: garbled TEXT...
+# A response that must be refused: garbled TEXT
 garbled() {
-	for garbled_text; do
-		garbled_one "$garbled_text"
-	done
-}
-
-garbled_one() {
 	play "response $1" <<END
 	origin head ; send $1 ; stall 50
 	ask    / = 502 Bad Gateway error=(http_protocol_error|http_response_[a-z_]*|connection_terminated)
@@ -4322,7 +4286,7 @@ END
 }
 
 test_error_not_http() { # what is no HTTP response gets a 502
-	garbled 'SSH-2.0-evil\n' 'SSH-2.0-evil\n\n' \
+	each garbled 'SSH-2.0-evil\n' 'SSH-2.0-evil\n\n' \
 	    '\x15\x03\x01\x00\x02\x02\x28\n\n' 'HTTP/1.1\n\nevil' \
 	    'HTTP/1.1 20\nContent-Length: 4\n\nevil' '<html>evil</html>\n\n' \
 	    'HTTP/1.1 200 OK\nContent-Len'
@@ -4486,14 +4450,8 @@ END
 END
 }
 
-# Chunks that must end the exchange without looking whole: miscut TEXT...
+# Chunks that must end the exchange without looking whole: miscut TEXT
 miscut() {
-	for miscut_text; do
-		miscut_one "$miscut_text"
-	done
-}
-
-miscut_one() {
 	play "chunks $1" <<END
 	reply  200 Transfer-Encoding: chunked | 4\ngood\n
 	origin stall 100 ; send $1 ; eof
@@ -4505,7 +4463,7 @@ END
 }
 
 test_error_response_chunks() { # bad chunks in a response end it visibly
-	miscut '00000000000000004\nevil\n0\n\n' \
+	each miscut '00000000000000004\nevil\n0\n\n' \
 	    '10000000000000000\nevil\n0\n\n' 'FFFFFFFFFFFFFFFFF\nevil\n0\n\n' \
 	    '0x4\nevil\n0\n\n' '+4\nevil\n0\n\n' '-4\nevil\n0\n\n' \
 	    ' 4\nevil\n0\n\n' '\nevil\n0\n\n' ';x=y\nevil\n0\n\n' \
@@ -4583,11 +4541,11 @@ END
 # ---- 11. Bad input from clients ---------------------------------------------
 
 test_bad_request_line() { # request lines that are none
-	refused_get 400 ' http://%O/ HTTP/1.1' 'http://%O/  HTTP/1.1' \
+	each 'refused_get 400' ' http://%O/ HTTP/1.1' 'http://%O/  HTTP/1.1' \
 	    'http://%O/ HTTP/1.1 ' 'http://%O/ x HTTP/1.1' \
 	    'http://%O/\0 HTTP/1.1' 'http://%O/\x01 HTTP/1.1' \
 	    'http://%O/\x7f HTTP/1.1'
-	refused 400 'GET\n\n' 'GET http://%O/\n\n' \
+	each 'refused 400' 'GET\n\n' 'GET http://%O/\n\n' \
 	    ' GET http://%O/ HTTP/1.1\nHost: %O\n\n' \
 	    'GET\thttp://%O/\tHTTP/1.1\nHost: %O\n\n' \
 	    'GET http://%O/ HTTP/1.1\lHost: %O\l\l' \
@@ -4596,23 +4554,23 @@ test_bad_request_line() { # request lines that are none
 	    'G(T http://%O/ HTTP/1.1\nHost: %O\n\n' \
 	    'G\0T http://%O/ HTTP/1.1\nHost: %O\n\n' \
 	    'G\xe4T http://%O/ HTTP/1.1\nHost: %O\n\n'
-	refused_get '(400|505)' 'http://%O/ http/1.1' 'http://%O/ HTTP/1' \
+	each 'refused_get (400|505)' 'http://%O/ http/1.1' 'http://%O/ HTTP/1' \
 	    'http://%O/ HTTP/1.10' 'http://%O/ HTTP/01.1' \
 	    'http://%O/ HTTP/+1.1' 'http://%O/ HTTP/2.0' 'http://%O/ HTTP/0.9' \
 	    'http://%O/ HTTP/1.1x' 'http://%O/ HTTPS/1.1'
 }
 
 test_bad_url() { # URLs that a proxy must not take
-	refused_get 400 'http://a@b@%O/ HTTP/1.1' 'http://a\\@%O/ HTTP/1.1' \
+	each 'refused_get 400' 'http://a@b@%O/ HTTP/1.1' 'http://a\\@%O/ HTTP/1.1' \
 	    'http://127.0.0.1#@%O/ HTTP/1.1' 'http://%O/#\0 HTTP/1.1' \
 	    'http://%O/#\x7f HTTP/1.1' '# HTTP/1.1' 'http:///x HTTP/1.1' \
 	    'http://:%p/x HTTP/1.1' 'http:/%O/ HTTP/1.1'
-	refused 400 'CONNECT user:pw@%O HTTP/1.1\nHost: %O\n\n' \
+	each 'refused 400' 'CONNECT user:pw@%O HTTP/1.1\nHost: %O\n\n' \
 	    'CONNECT %O#part HTTP/1.1\nHost: %O\n\n'
 	refused_get '(400|501)' 'http:%O HTTP/1.1'
 	refused_get 501 'ftp://%O/ HTTP/1.1'
-	refused_get '(400|501)' 'https://%O/ HTTP/1.1' 'xhttp://%O/ HTTP/1.1'
-	refused_get 400 '%O HTTP/1.1' 'x HTTP/1.1' '* HTTP/1.1'
+	each 'refused_get (400|501)' 'https://%O/ HTTP/1.1' 'xhttp://%O/ HTTP/1.1'
+	each 'refused_get 400' '%O HTTP/1.1' 'x HTTP/1.1' '* HTTP/1.1'
 	for port in 0 65536 99999999999 18446744073709551617 -1 +80 8x 0x50 ' '; do
 		refused 400 "GET http://127.0.0.1:$port/ HTTP/1.1\\nHost: x\\n\\n"
 		refused 400 "CONNECT 127.0.0.1:$port HTTP/1.1\\nHost: x\\n\\n"
@@ -4622,7 +4580,7 @@ test_bad_url() { # URLs that a proxy must not take
 		refused 400 "GET http://$host:80/ HTTP/1.1\\nHost: x\\n\\n"
 		refused 400 "CONNECT $host:80 HTTP/1.1\\nHost: x\\n\\n"
 	done
-	refused 400 'CONNECT 127.0.0.1 HTTP/1.1\nHost: x\n\n' \
+	each 'refused 400' 'CONNECT 127.0.0.1 HTTP/1.1\nHost: x\n\n' \
 	    'CONNECT 127.0.0.1: HTTP/1.1\nHost: x\n\n' \
 	    'CONNECT :80 HTTP/1.1\nHost: x\n\n' \
 	    'CONNECT http://%O/ HTTP/1.1\nHost: %O\n\n' \
@@ -4632,7 +4590,7 @@ test_bad_url() { # URLs that a proxy must not take
 }
 
 test_bad_host() { # no Host, two of them, or what is no host
-	refused 400 'GET http://%O/ HTTP/1.1\n\n' \
+	each 'refused 400' 'GET http://%O/ HTTP/1.1\n\n' \
 	    'GET http://%O/ HTTP/1.1\nHost: %O\nHost: %O\n\n' \
 	    'GET http://%O/ HTTP/1.1\nHost: %O\nhost: evil\n\n' \
 	    'GET http://%O/ HTTP/1.0\nHost: %O\nHost: evil\n\n' \
@@ -4666,7 +4624,7 @@ test_bad_length() { # Content-Length and Transfer-Encoding
 		refused '(400|501)' \
 		    "POST http://%O/ HTTP/1.1\\nHost: %O\\nTransfer-Encoding: $bad\\n\\n4\\nevil\\n0\\n\\n"
 	done
-	refused 400 'POST http://%O/ HTTP/1.0\nTransfer-Encoding: chunked\nContent-Length: 4\n\nevil' \
+	each 'refused 400' 'POST http://%O/ HTTP/1.0\nTransfer-Encoding: chunked\nContent-Length: 4\n\nevil' \
 	    'POST http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding : chunked\n\n4\nevil\n0\n\n' \
 	    'POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length : 4\n\nevil' \
 	    'POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 1x\n\nGET http://%O/evil HTTP/1.1\nHost: %O\n\n'
@@ -4701,7 +4659,7 @@ test_bad_fields() { # one lexer: what is no field ends the request
 	    'X(A): b' 'X/A: b' 'X"A: b' 'X-A\l: b' '\0' '='; do
 		refused 400 "GET http://%O/ HTTP/1.1\\nHost: %O\\n$bad\\n\\n"
 	done
-	refused 400 'GET http://%O/ HTTP/1.1\n X-A: b\nHost: %O\n\n' \
+	each 'refused 400' 'GET http://%O/ HTTP/1.1\n X-A: b\nHost: %O\n\n' \
 	    'GET http://%O/ HTTP/1.1\nHost: %O\nX-A: b\l\l'
 }
 
@@ -5001,8 +4959,10 @@ END
 test_limit_slots_burst() { # more clients at once than slots: who has just come does not give way
 	start_proxy -m 4
 	origin o 'head ; stall 20 ; say 200 Connection: close | ok'
+	echo 'stall 200 ; ask / Connection: close' > burst
 	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-		client_bg c$n 'stall 200 ; ask / Connection: close'
+		"$peer" client "$proxy" c$n "$origin" < burst &
+		echo $! >> .pids
 	done
 	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
 		ended c$n
@@ -5013,15 +4973,14 @@ test_limit_slots_burst() { # more clients at once than slots: who has just come 
 
 test_limit_slots_silent() { # all slots taken: who half-closed gives way when its server is silent, not at once
 	start_proxy -m 1
-	origin o 'head ; touch asked ; eof'
-	client_bg half 'send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; shut ; eof'
-	wait_for 5 '[ -f asked ]' || fail "not asked"
-	client_bg new 'ask here / Connection: close'
-	"$peer" sleep 500
-	[ ! -f half.end ] || fail "it gives way at once"
-	wait_for 3 '[ -f half.end ]' || fail "it does not give way"
-	wait_for 3 "grep '^HTTP/1.1 200' new > /dev/null" || fail "not served"
-	has log ' 499 0 .* end=limit' 5
+	play 'half-closed' <<'END'
+	origin head ; touch asked ; eof
+	half: send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; shut ; eof
+	do comes asked
+	new: ask here / Connection: close = 200
+	do wait_for 5 '[ -f half.end ]' || fail "it does not give way"
+	do wait_for 5 'grep -E " 499 0 .* total=([5-9]..|[0-9]{4,}) .*end=limit" log' || fail "at once: $(cat log)"
+END
 }
 
 test_limit_linger() { # what is sent after the last answer is read while it comes, and not for ever
@@ -5095,33 +5054,29 @@ END
 test_client_gives_up_parent() { # the same while a SOCKS parent says nothing
 	origin o 'want 3 ; eof'
 	start_proxy -x "socks5://$origin"
-	client c <<'END'
-send GET http://example.test/ HTTP/1.1\nHost: x\nConnection: keep-alive\n\n
-stall 100 ; shut ; eof
-END
-	log_from=1
-	logged <<'END'
-~ "GET http://example.test/ HTTP/1.1" 499 0 .* end=client
+	play -n 'nothing said' <<'END'
+	client send GET http://example.test/ HTTP/1.1\nHost: x\nConnection: keep-alive\n\n
+	client stall 100 ; shut ; eof
+	log    "GET http://example.test/ HTTP/1.1" 499 0 .* end=client
 END
 }
 
 test_client_gives_up_shared() { # a fetch that others follow goes on without its first client
 	start_proxy -c cache
-	origin o \
-	    'head ; touch asked ; await go ; say 200 Cache-Control: max-age=60 | ok'
-	client_bg first \
-	    'send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n ; await leave ; shut ; eof'
-	wait_for 5 '[ -f asked ]' || fail "not asked"
-	client_bg second 'ask / Connection: keep-alive'
-	client third \
-	    'send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n ; stall 100 ; shut ; eof'
-	has log ' 499 0 .* end=client'
-	touch leave
-	ended first
-	touch go
-	ended second
-	has second '^HTTP/1.1 200'
-	[ ! -f o.2 ] || fail "it was asked twice"
+	play 'three clients' <<'END'
+	origin head ; touch asked ; await go ; say 200 Cache-Control: max-age=60 | ok
+	first: send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
+	first: await leave ; shut ; eof
+	do comes asked
+	second: ask / Connection: keep-alive = 200 | ok
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
+	client stall 100 ; shut ; eof
+	do has log ' 499 0 .* end=client' 5
+	do touch leave
+	do ended first
+	do touch go
+	gets#  1 ^GET
+END
 }
 
 test_client_gives_up_unix() { # at a UNIX socket: one that closes has gone, one that half-closes has not
