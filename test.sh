@@ -11562,20 +11562,24 @@ END
 	done
 }
 
+# Clients a and b get /x by one fetch, and leave in this order: leavers NAME...
+leavers() {
+	leaver a
+	leaver b
+	asked 1
+	for n; do
+		touch "$n.leave"
+		taken "$n.end"
+	done
+}
+
 test_cache_collapsed_all_gone() { # when all have left early, the fetch ends
 	start_cache
 	origin o <<'END'
 reply 200 Cache-Control: max-age=999\nContent-Length: 1000000
 fill 100000 ; eof ; touch freed
 END
-	leaver a
-	leaver b
-	asked 1
-	for n in b a; do
-		touch $n.leave
-		ended $n
-		taken $n.end
-	done
+	leavers b a
 	comes freed
 	nothing_stored
 }
@@ -11850,13 +11854,14 @@ END
 
 test_cache_collapsed_cut() { # a file cut under one who follows: the answer is visibly short
 	start_cache
-	origin o <<'END'
-reply 200 Cache-Control: max-age=999\nTransfer-Encoding: chunked | 7A1200\n
-fill 4000000 ; await more ; fill 4000000 ; send \n0\n\n
+	framed chunks 8000000
+	origin o <<END
+reply 200 Cache-Control: max-age=999\n$how
+fill 4000000 ; await more ; fill 4000000 $end
 END
 	getter a /x 8000000
 	taken a.some
-	client_bg b <<END
+	client_bg b <<'END'
 send GET http://%O/x HTTP/1.1\nHost: %O\nConnection: close\n\n
 until \n\n ; touch b.began ; await go ; until \n0\n\n
 END
@@ -11878,15 +11883,7 @@ test_cache_collapsed_unwanted() { # an answer that nobody wants and that is not 
 reply 200 Cache-Control: max-age=999\nTransfer-Encoding: chunked | 989680\n
 fill 10000 ; eof ; touch freed1
 END
-	# The first one leaves first.
-	leaver a
-	leaver b
-	asked 1
-	for n in a b; do
-		touch $n.leave
-		ended $n
-		served
-	done
+	leavers a b
 	comes freed1
 	play -n 'a refresh' <<'END'
 	reply  200 Connection: close\nCache-Control: max-age=0, stale-while-revalidate=99\nETag: "a" | hello
@@ -12005,42 +12002,41 @@ test_cache_collapsed_slow_gone() { # the same when all leave, or the server cuts
 	start_cache
 	for what in leave cut; do
 		# Of what is left most has not come.
-		[ $what = cut ] && total=16000000 || total=40000000
+		case $what in
+		leave) total=40000000 origin_end=eof client_end='reset ;' ;;
+		cut) total=16000000 origin_end= client_end= ;;
+		esac
 		rm -f go cut freed
 		origin o <<END
 reply 200 Cache-Control: max-age=999\nETag: "a"\nContent-Length: $total
 fill 15900000 ; await cut
-$([ $what = cut ] || echo eof)
+$origin_end
 touch freed ; close
 ---
 reply 200 Connection: close\nCache-Control: max-age=999\nETag: "a"\nContent-Length: 16000000
 fill 16000000
 END
-		for n in a b; do
-			client_bg $n <<END
-send GET http://%O/$what HTTP/1.0\n\n ; until \n\n ; touch $n.head
-$([ $n = a ] || echo skip 15800000)
-touch $n.some ; await go
-$([ $what = cut ] || echo reset)
-skip $([ $n = a ] && echo 16000000 || echo 200000)
-eof
+		client_bg a <<END
+send GET http://%O/$what HTTP/1.0\n\n ; until \n\n ; touch a.head
+await go ; $client_end skip 16000000 ; eof
 END
-			taken $n.head
-		done
-		taken b.some
+		taken a.head
+		client_bg b <<END
+send GET http://%O/$what HTTP/1.0\n\n ; until \n\n ; touch b.head
+skip 15800000 ; touch b.some ; await go ; $client_end skip 200000 ; eof
+END
+		taken b.head b.some
 		asked 1
 		case $what in
 		leave)
 			touch go
-			ended a
-			ended b
+			ends a b .
 			touch cut
 			comes freed
 			;;
 		cut)
 			touch cut go
-			ends a '^eof$'
-			ends b '^eof$'
+			ends a b '^eof$'
 			asked 3
 			;;
 		esac
@@ -14904,18 +14900,14 @@ test_tunnel_cancelled() { # a download through a tunnel is cancelled: the server
 stuff 1000000000 ; eof
 END
 	for n in 1 2 3 4 5 6; do
-		where=$proxy
-		end=close
-		[ $((n % 3)) != 0 ] || where=$T/p.sock
-		[ $((n % 2)) != 0 ] || end=shut
+		[ $((n % 3)) = 0 ] && where=$T/p.sock || where=$proxy
+		[ $((n % 2)) = 0 ] && end=shut || end=close
 		client_bg c$n "$where" <<END
 ask CONNECT %O
 want 40000 ; stall $((n * 20)) ; $end ; stall 50
 END
 	done
-	for n in 1 2 3 4 5 6; do
-		ended c$n
-	done
+	ends c1 c2 c3 c4 c5 c6 .
 	rests "all clients are gone"
 	for n in 1 2 3 4 5 6; do
 		wait_for 3 "[ -f o.$n.end ]" ||
@@ -15181,9 +15173,14 @@ END
 	[ "$(cat fill.end)" = eof ] || fail "requests: $(cat fill.end)"
 }
 
-test_log_pipe() { # a log on a pipe that nobody reads: serving goes on, lines come when it is read
+# The log goes to a pipe that nobody reads, as descriptor 9 here.
+piped_log() {
 	pipe_open pipe
 	start_proxy -o "$T/pipe" 9>&-
+}
+
+test_log_pipe() { # a log on a pipe that nobody reads: serving goes on, lines come when it is read
+	piped_log
 	fill_log 150
 	served 9>&-
 	rests "the log's pipe full"
@@ -15201,8 +15198,7 @@ test_log_pipe() { # a log on a pipe that nobody reads: serving goes on, lines co
 }
 
 test_log_pipe_term() { # the same, and TERM: exit 0
-	pipe_open pipe
-	start_proxy -o "$T/pipe" 9>&-
+	piped_log
 	fill_log 150
 	served 9>&-
 	stop_proxy
@@ -15210,8 +15206,7 @@ test_log_pipe_term() { # the same, and TERM: exit 0
 }
 
 test_log_fifo() { # HUP with a log whose reader has gone: serving goes on
-	pipe_open pipe
-	start_proxy -o "$T/pipe" 9>&-
+	piped_log
 	served 9>&-
 	exec 9>&-
 	kill -HUP "$proxy_pid"
@@ -17824,17 +17819,22 @@ bench_add() { # NAME PORT PID
 	bench_names="$bench_names $1"
 }
 
+# A tinyproxy takes part, if there is one.
+bench_tinyproxy() { # PORT LINE-OF-ITS-CONFIGURATION...
+	have tinyproxy || return
+	bench_port=$1
+	shift
+	printf '%s\n' "Port $bench_port" 'Listen 127.0.0.1' \
+		'LogLevel Critical' "$@" > tinyproxy.conf
+	spawn tinyproxy.out tinyproxy -d -c tinyproxy.conf
+	bench_add tinyproxy "$bench_port" "$spawned"
+}
+
 bench_proxies() {
 	start_proxy -m $((bench_idle + 100))
 	bench_add proxy "${proxy##*:}" "$proxy_pid"
 	real_ports
-	if have tinyproxy; then
-		printf '%s\n' "Port $real_p1" 'Listen 127.0.0.1' 'Timeout 600' \
-			"MaxClients $((bench_idle + 100))" 'LogLevel Critical' \
-			> tinyproxy.conf
-		spawn tinyproxy.out tinyproxy -d -c tinyproxy.conf
-		bench_add tinyproxy "$real_p1" "$spawned"
-	fi
+	bench_tinyproxy "$real_p1" 'Timeout 600' "MaxClients $((bench_idle + 100))"
 	if have squid; then
 		real_squid_spawn "$real_p2" 'max_filedescriptors 16384'
 		bench_add squid "$real_p2" "$spawned"
@@ -18118,13 +18118,9 @@ bench_rules() {
 	done
 	bench_bytes=$((($(bench_resident "$proxy_pid") - bench_bare) * 1024))
 	real_ports
-	if have tinyproxy; then
-		printf '%s\n' "Port $real_p1" 'Listen 127.0.0.1' 'MaxClients 100' \
-			'LogLevel Critical' "Upstream http 127.0.0.1:$origin" \
-			"Filter \"$T/domains\"" 'FilterType fnmatch' > tinyproxy.conf
-		spawn tinyproxy.out tinyproxy -d -c tinyproxy.conf
-		bench_add tinyproxy "$real_p1" "$spawned"
-	fi
+	bench_tinyproxy "$real_p1" 'MaxClients 100' \
+		"Upstream http 127.0.0.1:$origin" "Filter \"$T/domains\"" \
+		'FilterType fnmatch'
 	round=0
 	while [ $((round += 1)) -le "$bench_rounds" ]; do
 		for name in direct $bench_names; do
