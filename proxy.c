@@ -307,9 +307,9 @@ struct conn {
 	bool writable : 1;   /* a write may succeed */
 	bool eof : 1;        /* the peer sends no more */
 	bool shut : 1;       /* the proxy sends no more */
-	bool deaf : 1;       /* a write failed: the peer accepts no more */
-	bool hung : 1; /* poll reported HUP or ERR: wait for nothing more */
-	int64_t event; /* ms: the last event; says whether it is active */
+	bool write_failed : 1; /* a write failed: the peer accepts no more */
+	bool hangup : 1; /* poll reported HUP or ERR: wait for nothing more */
+	int64_t event;   /* ms: the last event; says whether it is active */
 	struct exchange *exchange; /* that it belongs to, or NULL */
 	struct buffer *in;         /* bytes that arrived and are not used yet */
 	struct buffer *out;        /* bytes to be sent; NULL, or not empty */
@@ -1437,7 +1437,7 @@ enum {
 	/* The same for requests. */
 	REQUESTS_FREE_MAX = 64,
 	/* Of each, kept for refusals when the system has no memory. */
-	RESERVED = 4
+	RESERVED = 8
 };
 
 /* Free buffers. */
@@ -1927,7 +1927,7 @@ conn_watch(struct conn *c, int events)
 		poll_set.conns[c->place] = c;
 		poll_warm(c);
 	}
-	if (c->hung || (c->eof && c->shut && events == 0))
+	if (c->hangup || (c->eof && c->shut && events == 0))
 		poll_set.fds[c->place].fd = -1;
 	else
 		poll_set.fds[c->place].fd = c->fd;
@@ -2033,7 +2033,7 @@ conn_file(struct conn *c, int fd, struct exchange *x)
 	c->fd = fd;
 	c->role = ROLE_FILE;
 	c->exchange = x;
-	c->readable = c->hung = true;
+	c->readable = c->hangup = true;
 }
 
 /*
@@ -2105,7 +2105,7 @@ conn_read_some(struct conn *c, size_t max)
 		c->eof = true;
 	else if (n == -1 && errno != EAGAIN && errno != EWOULDBLOCK)
 		c->error = errno;
-	if (n < (ssize_t)room && !c->hung)
+	if (n < (ssize_t)room && !c->hangup)
 		c->readable = false;
 	if (buffer_len(c->in) == 0)
 		buffer_give(&c->in);
@@ -2134,14 +2134,14 @@ conn_drain(struct conn *c)
 		c->eof = true;
 	else if (n == -1 && errno != EAGAIN && errno != EWOULDBLOCK)
 		c->error = errno;
-	if (n < (ssize_t)sizeof(scratch) && !c->hung)
+	if (n < (ssize_t)sizeof(scratch) && !c->hangup)
 		c->readable = false;
 	return n > 0 || c->eof || c->error;
 }
 
 /*
  * Writes as much of `out` as the socket takes.  True if nothing is left, also
- * when the peer no longer accepts data (`deaf`).
+ * when the peer no longer accepts data (`write_failed`).
  */
 static bool
 conn_write(struct conn *c)
@@ -2154,14 +2154,14 @@ conn_write(struct conn *c)
 		buffer_give(&c->out);
 		return true;
 	}
-	if (!c->writable && !c->hung)
+	if (!c->writable && !c->hangup)
 		return false;
 	n = fd_write(c->fd, c->out->data + c->out->start, buffer_len(c->out));
 	if (n > 0)
 		buffer_drop(c->out, (size_t)n);
 	else if (errno != EAGAIN && errno != EWOULDBLOCK)
-		c->deaf = true;
-	if (c->deaf || buffer_len(c->out) == 0) {
+		c->write_failed = true;
+	if (c->write_failed || buffer_len(c->out) == 0) {
 		buffer_give(&c->out);
 		return true;
 	}
@@ -2200,8 +2200,8 @@ conn_out(struct conn *c)
 static bool
 conn_is_broken(const struct conn *c)
 {
-	return c->error || (c->deaf && (c->eof || !c->readable)) ||
-	    (c->hung && c->eof && !c->shut);
+	return c->error || (c->write_failed && (c->eof || !c->readable)) ||
+	    (c->hangup && c->eof && !c->shut);
 }
 
 /* Switches Nagle's algorithm off: small messages leave at once. */
@@ -12860,7 +12860,7 @@ greet_step(struct exchange *x)
 		greet_answer(x, code);
 	} else if (n == 0)
 		exchange_refuse(x, REFUSE_PARENT, "it does not speak SOCKS5");
-	else if (s->eof || s->error || s->deaf)
+	else if (s->eof || s->error || s->write_failed)
 		exchange_refuse(x, REFUSE_PARENT, "it closed the connection");
 	else
 		return conn_read_some(s, GREETING_MAX);
@@ -12951,10 +12951,10 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 	bool moved = false;
 	unsigned n;
 
-	for (n = 0; n < MOVES_MAX && !to->deaf; n++) {
+	for (n = 0; n < MOVES_MAX && !to->write_failed; n++) {
 		size_t old = f->ready, held;
 
-		if (to->out != NULL && !to->writable && !to->hung &&
+		if (to->out != NULL && !to->writable && !to->hangup &&
 		    to->fd != -1)
 			break;
 		if (!f->done)
@@ -13074,7 +13074,7 @@ exchange_release(struct exchange *x)
 
 	if (x->request == NULL || !x->request->route.keep || !x->up.done ||
 	    s->fd == -1 || s->in != NULL || s->out != NULL || s->readable ||
-	    s->eof || s->error || s->deaf || s->hung || stop_at) {
+	    s->eof || s->error || s->write_failed || s->hangup || stop_at) {
 		conn_close(s, false);
 		return;
 	}
@@ -13307,7 +13307,7 @@ response_step(struct exchange *x)
 
 	if (s->fd != -1 && !answer_is_local(q))
 		moved = exchange_pump(x, &x->up, c, s);
-	if (c->error || c->deaf) {
+	if (c->error || c->write_failed) {
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 		return true;
 	}
@@ -13364,7 +13364,8 @@ exchange_finish(struct exchange *x)
 	exchange_enter(x, close ? PHASE_LINGER : PHASE_REQUEST);
 	exchange_end(x);
 	x->served = true;
-	if (close && (x->client.eof || x->client.error || x->client.deaf))
+	if (close &&
+	    (x->client.eof || x->client.error || x->client.write_failed))
 		exchange_close(x, false);
 	else if (close)
 		conn_shut(&x->client);
@@ -13430,7 +13431,7 @@ relay_uploads(const struct exchange *x)
 	const struct conn *s = &x->server;
 
 	return x->request->route.keep && !x->up.done && !x->up.broken &&
-	    !s->eof && !s->error && !s->deaf && !s->hung;
+	    !s->eof && !s->error && !s->write_failed && !s->hangup;
 }
 
 /* The client left.  If the fetch is wanted, it goes on, for nobody then. */
@@ -13537,7 +13538,7 @@ relay_step(struct exchange *x)
 		return tunnel_judge(x) || moved;
 	if (c->out != NULL)
 		relay_part(x);
-	gone = (c->error || c->deaf) && !relay_goes_on(x);
+	gone = (c->error || c->write_failed) && !relay_goes_on(x);
 	done = x->down.done && c->out == NULL && !relay_uploads(x);
 	if (gone || (x->refresh && !done && !cache_wants(x)))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
@@ -13586,15 +13587,15 @@ exchange_takes_request(const struct exchange *x)
 		return true;
 	if (x->up.done || x->phase < PHASE_RESPONSE)
 		return x->client.in == NULL;
-	return x->server.fd != -1 && x->server.out == NULL && !x->server.deaf &&
-	    !x->up.broken;
+	return x->server.fd != -1 && x->server.out == NULL &&
+	    !x->server.write_failed && !x->up.broken;
 }
 
 /* True if the next step would read from the server. */
 static bool
 exchange_takes_response(const struct exchange *x)
 {
-	if (x->client.out != NULL || x->client.deaf)
+	if (x->client.out != NULL || x->client.write_failed)
 		return false;
 	return x->phase != PHASE_RELAY || (!x->down.whole && !x->down.broken);
 }
@@ -13604,7 +13605,8 @@ static int64_t
 exchange_deadline(const struct exchange *x)
 {
 	const struct conn *c = &x->client, *s = &x->server;
-	bool half = c->error || s->error || c->deaf || s->deaf ||
+	bool half = c->error || s->error || c->write_failed ||
+	    s->write_failed ||
 	    ((c->eof || s->eof) && c->out == NULL && s->out == NULL);
 	const struct route *route;
 
@@ -13714,7 +13716,7 @@ exchange_check(const struct exchange *x)
 }
 
 /*
- * True if x's client has gone.  One that hung can't be answered any more.  One
+ * True if x's client has gone.  One that has hung up can't be answered.  One
  * that sent its end may only be done asking, and then gets its answer; but if
  * it asked in words for the connection to be kept, which it could not use any
  * more, it closed it.
@@ -13727,7 +13729,7 @@ client_is_gone(const struct exchange *x)
 
 	if (x->tunnel)
 		return false;
-	if (c->error || (c->hung && !c->shut))
+	if (c->error || (c->hangup && !c->shut))
 		return true;
 	return c->eof && c->in == NULL && !x->refresh && x->up.done &&
 	    q->kept && x->record.status == 0 && !answer_is_local(q);
@@ -13913,7 +13915,7 @@ loop_note(size_t n)
 			continue;
 		poll_set.fds[i].revents = 0;
 		if (events & (POLLHUP | POLLERR | POLLNVAL))
-			c->hung = c->readable = c->writable = true;
+			c->hangup = c->readable = c->writable = true;
 		if (events & POLLIN)
 			c->readable = true;
 		if (events & POLLOUT)
@@ -13954,7 +13956,7 @@ loop_kept(void)
 
 		if (o->conn.fd == -1 || o->conn.role != ROLE_KEPT)
 			continue;
-		if (o->conn.readable || o->conn.hung || end <= now.ms)
+		if (o->conn.readable || o->conn.hangup || end <= now.ms)
 			conn_close(&o->conn, false);
 		else
 			exchanges.wake = least(exchanges.wake, end);
@@ -13995,7 +13997,7 @@ loop_names(void)
 {
 	struct exchange *x;
 
-	if (names.questions.hung) {
+	if (names.questions.hangup) {
 		names_lost();
 		exchanges.wake = now.ms;
 		return;
