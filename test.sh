@@ -14749,7 +14749,7 @@ main_measure(int argc, char **argv)
 
 /* Many clients, for so long: those that upload, or flood and visit. */
 static int
-main_crowd(int n, const char *where, const char *text, long ms)
+main_throng(int n, const char *where, const char *text, long ms)
 {
 	long end = now_ms() + ms;
 	int i;
@@ -14799,9 +14799,9 @@ main(int argc, char **argv)
 	if (strcmp(mode, "slow") == 0)
 		return main_slow();
 	if (strcmp(mode, "upload") == 0 && argc == 6)
-		return main_crowd(atoi(argv[2]), argv[3], argv[4], atol(argv[5]));
+		return main_throng(atoi(argv[2]), argv[3], argv[4], atol(argv[5]));
 	if (strcmp(mode, "flood") == 0 && argc == 4)
-		return main_crowd(9, argv[2], NULL, atol(argv[3]));
+		return main_throng(9, argv[2], NULL, atol(argv[3]));
 	return mode[0] == '\0' ? 2 : 0;
 }
 EOF_OTHER
