@@ -11461,6 +11461,7 @@ greet_append(const struct exchange *x, struct buffer *b)
 				    text_cut("\5\1\0", 3));
 		break;
 	case GREETING_LOGIN:
+		assert(parent->user != NULL && parent->password != NULL);
 		/* Each behind its length (RFC 1929 section 2). */
 		buffer_print(b, "\1%c%s%c%s", (int)strlen(parent->user),
 		    parent->user, (int)strlen(parent->password),
@@ -12961,6 +12962,7 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			flow_decode(f, from->in, from->eof);
 		if (f == &x->down && x->request != NULL && x->request->skip > 0)
 			exchange_skip(x);
+		assert(f->ready == old || from->in != NULL);
 		exchange_see(x, f,
 		    f->ready > old ?
 			text_cut(from->in->data + from->in->start + old,
