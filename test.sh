@@ -10053,6 +10053,7 @@ get_twice() {
 
 # The one entry.
 entry() {
+	wait_for 5 '[ -f "$(entries)" ]'
 	entry_file=$(entries)
 	[ -f "$entry_file" ] || fail "${what-}: no entry, or several: $entry_file"
 }
@@ -10738,7 +10739,7 @@ END
 	wait_for 10 '[ "$(proxy_children | grep -v -x -c -e "$helper" \
 	    -e "$sweeper")" = 1 ]' || fail "no other helper"
 	helper=$(proxy_children | grep -v -x -e "$helper" -e "$sweeper")
-	wait_for 2 'has_pipes "$helper" 4' || fail "the helper has $(cat held)"
+	wait_for 2 'has_pipes "$helper" 2' || fail "the helper has $(cat held)"
 	touch over
 	served
 }
