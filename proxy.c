@@ -14500,7 +14500,9 @@ option_source(const struct option *o, const char *argument)
 	if (options.sources_n == SOURCES_MAX)
 		usage("-e and -f: %d times at most", SOURCES_MAX);
 	options.sources[options.sources_n].line = o->letter == 'e';
-	options.sources[options.sources_n++].at = argument;
+	options.sources[options.sources_n].at = strdup(argument);
+	if (options.sources[options.sources_n++].at == NULL)
+		die("no memory");
 }
 
 static const struct option option_table[] = {
@@ -14572,14 +14574,14 @@ option_version(void)
 }
 
 /*
- * Sets the option of that letter; an error if there is none.  The argument
- * itself then has no password in it: the list of processes would show it.
+ * Sets the option of that letter; an error if there is none.  A rule or the
+ * URL of a parent has been copied then, and its password is overwritten: the
+ * list of processes would show it.
  */
 static void
 option_set(int letter, char *argument)
 {
 	const struct option *o = option_table;
-	char *copy = NULL;
 
 	while (o < option_table + OPTIONS && o->letter != letter)
 		o++;
@@ -14589,13 +14591,9 @@ option_set(int letter, char *argument)
 		usage("no option -%c", optopt);
 		return;
 	}
-	if (o->argument != NULL) {
-		copy = strdup(argument);
-		if (copy == NULL)
-			die("no memory");
+	o->set(o, argument);
+	if (o->set == option_source || o->set == option_via)
 		secret_hide(argument);
-	}
-	o->set(o, copy);
 }
 
 /* Reads the command line into `options`; if it is wrong, exits with 2. */

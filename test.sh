@@ -10280,7 +10280,8 @@ test_cache_killed() { # kill -9 while an entry is stored: none is there
 	reply  200 Connection: close\nCache-Control: max-age=999\nContent-Length: 1000000
 	origin fill 1000000
 	a: send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n
-	a: skip 500000 ; await over
+	a: skip 500000 ; touch half ; await over
+	do comes half
 	do wait_for 10 '[ -n "$(find cache -name "tmp*" -size +100)" ]' || fail "nothing is being stored"
 	do kill -9 "$proxy_pid"
 	do wait "$proxy_pid"; : > .proxies
