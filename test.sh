@@ -14990,7 +14990,7 @@ brim_read() {
 
 test_body_last_chunk() { # the end of an answer comes, however full the buffers are
 	start_proxy -l "$T/p.sock"
-	patience 30000
+	patience 90000
 	first=$((90000 / buffer))
 	lengths=$(awk -v k=$((first > 0 ? first : 1)) -v last=$((230000 / buffer + 2)) \
 	    'BEGIN { for (; k <= last; k++) print k }')
