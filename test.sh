@@ -10581,8 +10581,8 @@ test_cache_sweep_size() { # the directory is never larger than -s
 	served
 }
 
-# A build that is slow to open a directory while the file "slow" exists, and
-# can't read one to its end while "unreadable" does.
+# A build that is slow to open a directory while the file "slow" exists, waits
+# for the end of "halted", and can't read one to its end while "unreadable" does.
 write_walks() {
 	cat <<'EOF_WALKS'
 #define _POSIX_C_SOURCE 200809L
@@ -10598,7 +10598,11 @@ write_walks() {
 static DIR *
 walks_opendir(const char *path)
 {
+	int turns = 0;
+
 	if (access("slow", F_OK) == 0)
+		(void)poll(NULL, 0, 3);
+	while (access("halted", F_OK) == 0 && turns++ < 10000)
 		(void)poll(NULL, 0, 3);
 	return opendir(path);
 }
@@ -10729,18 +10733,18 @@ END
 	descriptors "$proxy_pid" > all
 	grep 'cache/tmp' all > /dev/null && grep socket: all > /dev/null ||
 		fail "the proxy has $(cat all)"
-	: > slow
+	: > halted
 	many_origin 20000
 	get_many 1 5
-	wait_for 2 '[ "$(proxy_children | wc -l)" = 2 ]' || fail "no sweeper"
+	wait_for 5 '[ "$(proxy_children | wc -l)" = 2 ]' || fail "no sweeper"
 	sweeper=$(proxy_children | grep -v "^$helper\$")
-	wait_for 1 'has_pipes "$sweeper" 1' || fail "the sweeper has $(cat held)"
-	rm slow
+	wait_for 5 'has_pipes "$sweeper" 1' || fail "the sweeper has $(cat held)"
+	rm halted
 	kill -KILL "$helper"
 	wait_for 10 '[ "$(proxy_children | grep -v -x -c -e "$helper" \
 	    -e "$sweeper")" = 1 ]' || fail "no other helper"
 	helper=$(proxy_children | grep -v -x -e "$helper" -e "$sweeper")
-	wait_for 2 'has_pipes "$helper" 2' || fail "the helper has $(cat held)"
+	wait_for 5 'has_pipes "$helper" 2' || fail "the helper has $(cat held)"
 	touch over
 	served
 }
