@@ -826,17 +826,6 @@ fd_write_at(int fd, const void *from, size_t n, off_t offset)
 	return put;
 }
 
-/* The same for getc(3). */
-static int
-file_byte(FILE *file)
-{
-	int c;
-
-	while ((c = getc(file)) == EOF && ferror(file) && errno == EINTR)
-		clearerr(file);
-	return c;
-}
-
 /*
  * True if fd takes at least _POSIX_PIPE_BUF bytes now, so that to write them
  * does not block.  Of a terminal, only if it was opened by terminal_open().
@@ -3981,11 +3970,13 @@ enum {
 	LABEL_MAX = 63,
 	/* A line of a list of domains, without its LF. */
 	LIST_LINE = 1000,
-	/* A list is read in such pieces, for this long a turn. */
-	LIST_BLOCK = 4096,
+	/* A list is read so many lines at once, for this long a turn. */
+	LIST_STEP_LINES = 64,
 	LIST_STEP_US = 1000,
 	/* Domains in one list: 1.2 GB. */
 	LIST_DOMAINS = 100000000,
+	/* The days of hours alone: all, and one bit more. */
+	DAYS_ALL = 255,
 	/* A duration in a rule: ten years are as good as for ever. */
 	DURATION_MAX_S = 10 * 365 * DAY_S,
 	/* A rule in bytes, and its words, each followed by a blank. */
@@ -3997,7 +3988,7 @@ enum {
 	REASON_MAX = 200,
 	/* Texts that are sought in bodies; each takes a byte of every slot. */
 	NEEDLES_MAX = 16,
-	/* Lists of domains in all rules, and their paths. */
+	/* Lists of domains in all rules, and the length of their paths. */
 	LISTS_MAX = 32,
 	LIST_PATH_MAX = 1023
 };
@@ -4010,9 +4001,10 @@ struct network {
 
 /* A part of the week. */
 struct span {
-	unsigned days; /* on which it begins: bit 0 Sunday to bit 6 Saturday */
-	int from;      /* minute of the day that is its first, to 1439 */
-	int to;        /* end, to 1440; if it is below from: past midnight */
+	unsigned days; /* on which it begins: bit 0 Sunday to bit 6 Saturday, */
+	/* or DAYS_ALL */
+	int from; /* minute of the day that is its first, to 1439 */
+	int to;   /* end, to 1440; if it is below from: past midnight */
 };
 
 /* Numbers from first to last. */
@@ -4049,8 +4041,6 @@ struct list {
 	const char *path;  /* of the file */
 	const char *where; /* `file:line` of the rule that names it */
 	int fd;            /* of the file while it is read, or -1 */
-	size_t len;        /* of the line that is not complete yet */
-	char text[LIST_LINE + 1]; /* that line */
 };
 
 /* The effect of a rule. */
@@ -4066,7 +4056,8 @@ enum action {
 	ACTION_CACHE,   /* fresh for this long */
 	ACTION_SET,     /* one field in place of all of its name */
 	ACTION_ADD,     /* one more field */
-	ACTION_UNSET    /* no field of these names */
+	ACTION_UNSET,   /* no field of these names */
+	ACTIONS
 };
 
 /* In each group the first rule that matches decides; in the last two all do. */
@@ -4123,7 +4114,7 @@ struct value {
 		struct network network;
 		struct numbers numbers;
 		struct span span;
-		const regex_t *regex;
+		regex_t regex;
 		const struct list *list;
 		unsigned needle; /* which of the rules' needles */
 	} as;                    /* by the subject */
@@ -4152,9 +4143,8 @@ struct rule {
 	struct condition *conditions; /* all must match */
 	enum refusal refusal;         /* of ACTION_DENY and ACTION_DROP */
 	int status;                   /* of ACTION_DENY */
-	struct text name;             /* of a field */
-	struct text words;            /* its value; of ACTION_DENY the reason */
-	struct value *names;          /* of ACTION_UNSET */
+	struct value *names;          /* of fields; of ACTION_UNSET several */
+	struct text words;      /* their value; of ACTION_DENY the reason */
 	struct parent *parents; /* of ACTION_VIA, in the order to try them */
 	struct address from[2]; /* of ACTION_FROM: IPv4, IPv6 */
 	int64_t seconds;        /* of ACTION_CACHE */
@@ -4169,8 +4159,8 @@ struct account {
 /* The memory of rules: all pieces are freed at once. */
 struct piece {
 	struct piece *next;
-	void (*drop)(void *); /* called before that, or NULL */
-	uint64_t data[];      /* as aligned as anything here must be */
+	regex_t *regex;  /* in it, to be freed before, or NULL */
+	uint64_t data[]; /* as aligned as anything here must be */
 };
 
 /* A set of rules, parsed. */
@@ -4183,10 +4173,10 @@ struct rules {
 	bool logins;                /* `users` was there */
 	unsigned rewrites[2];       /* how many: of requests, of responses */
 	unsigned needles_n;         /* how many of the next there are */
-	struct needle *needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
-	unsigned lists_n;                    /* how many of the next */
-	unsigned lists_read;                 /* of them were read */
-	struct list *lists[LISTS_MAX];
+	struct needle needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
+	unsigned lists_n;                   /* how many of the next */
+	unsigned lists_read;                /* of them were read */
+	struct list lists[LISTS_MAX];
 };
 
 /* The facts that rules are judged by; see exchange_view(). */
@@ -4464,6 +4454,55 @@ needle_scan(const struct needle *n, unsigned char *state, struct text t)
 	return matched == n->len;
 }
 
+/* ---- text files ---- */
+
+/* Cuts a file into lines. */
+struct reader {
+	bool eof;                     /* the file has no more */
+	bool cut;                     /* the last line is not complete yet */
+	size_t start, end;            /* the bytes in data that are left */
+	char data[RULE_LINE_MAX + 2]; /* an LF behind one that is too long */
+};
+
+/* Prepares r for the beginning of a file. */
+static void
+reader_begin(struct reader *r)
+{
+	r->eof = r->cut = false;
+	r->start = r->end = 0;
+}
+
+/*
+ * Reads the next line without its LF; it is valid until the next call.  One
+ * that is longer than r->data comes in pieces.  Returns 1, 0 at the end of the
+ * file, or -1 with errno set.
+ */
+static int
+reader_next(struct reader *r, int fd, struct text *line)
+{
+	struct text t = text_cut(r->data + r->start, r->end - r->start);
+	size_t n;
+
+	while ((n = text_find(t, '\n')) == t.len && t.len < sizeof(r->data) &&
+	    !r->eof) {
+		ssize_t got;
+
+		memmove(r->data, t.at, t.len);
+		r->start = 0;
+		r->end = t.len;
+		got = fd_read(fd, r->data + t.len, sizeof(r->data) - t.len);
+		if (got == -1)
+			return -1;
+		r->eof = got == 0;
+		r->end += (size_t)got;
+		t = text_cut(r->data, r->end);
+	}
+	r->cut = n == t.len;
+	r->start += n + !r->cut;
+	*line = text_cut(t.at, n);
+	return t.len > 0;
+}
+
 /* ---- lists of domains ---- */
 
 /*
@@ -4474,6 +4513,8 @@ needle_scan(const struct needle *n, unsigned char *state, struct text t)
  * take 12 MB, for only hashes are kept.  The hash is no secret: somebody could
  * make a name of their own that is taken for a listed one, and have it blocked.
  */
+
+static struct reader list_reader; /* of the list that is being read */
 
 /*
  * True if t is an address rather than a name: a colon, or a last label that
@@ -4620,21 +4661,10 @@ word_next(struct text *rest)
 }
 
 /* Names that every hosts file has, and that no list means to block. */
-static bool
-list_is_local(struct text name)
-{
-	static const char *const locals[] = { "0.0.0.0", "broadcasthost",
-		"ip6-allhosts", "ip6-allnodes", "ip6-allrouters",
-		"ip6-localhost", "ip6-localnet", "ip6-loopback",
-		"ip6-mcastprefix", "local", "localhost",
-		"localhost.localdomain" };
-	size_t i;
-
-	for (i = 0; i < sizeof(locals) / sizeof(locals[0]); i++)
-		if (text_is(name, locals[i]))
-			return true;
-	return false;
-}
+static const char *const list_locals[] = { "0.0.0.0", "broadcasthost",
+	"ip6-allhosts", "ip6-allnodes", "ip6-allrouters", "ip6-localhost",
+	"ip6-localnet", "ip6-loopback", "ip6-mcastprefix", "local", "localhost",
+	"localhost.localdomain", NULL };
 
 /* True if a name with this address is meant to lead nowhere. */
 static bool
@@ -4660,7 +4690,7 @@ list_hosts(struct list *list, struct text line)
 	while (line.len) {
 		struct text name = word_next(&line);
 
-		if (!list_is_local(name) &&
+		if (!name_is_among(name, list_locals) &&
 		    (!nowhere || !list_add(list, name, false)))
 			good = false;
 	}
@@ -4755,38 +4785,20 @@ list_line(struct list *list, struct text line)
 	return list_add_tree(list, line);
 }
 
-/* Parses the line that was gathered, which is complete. */
-static void
-list_line_end(struct list *list)
-{
-	struct text t = text_cut(list->text, list->len);
-
-	if (list->read++ == 0 && text_starts(t, "\xef\xbb\xbf"))
-		t = text_from(t, 3);
-	if (list->len > LIST_LINE || !list_line(list, t))
-		list->skipped++;
-	list->len = 0;
-}
-
-/* Takes the next bytes of the file; false if a NUL is among them. */
+/*
+ * Takes a line of the file, or a piece of one that is too long; `begins` is
+ * true of its first.  False if a NUL is in it.
+ */
 static bool
-list_take(struct list *list, struct text t)
+list_take(struct list *list, struct text t, bool begins)
 {
-	while (t.len > 0) {
-		size_t n = text_find(t, '\n');
-		size_t room = sizeof(list->text) - list->len;
-		size_t kept = n < room ? n : room;
-
-		if (text_find(text_cut(t.at, n), '\0') < n)
-			return false;
-		memcpy(list->text + list->len, t.at, kept);
-		list->len += kept;
-		if (n < t.len) {
-			list_line_end(list);
-			n++;
-		}
-		t = text_from(t, n);
-	}
+	list->read += begins;
+	if (text_find(t, '\0') < t.len)
+		return false;
+	if (list->read == 1 && begins && text_starts(t, "\xef\xbb\xbf"))
+		t = text_from(t, 3);
+	if (begins && (t.len > LIST_LINE || !list_line(list, t)))
+		list->skipped++;
 	return true;
 }
 
@@ -4794,7 +4806,8 @@ list_take(struct list *list, struct text t)
 static bool
 list_rewind(struct list *list)
 {
-	list->names = list->read = list->skipped = list->len = 0;
+	reader_begin(&list_reader);
+	list->names = list->read = list->skipped = 0;
 	return lseek(list->fd, 0, SEEK_SET) != -1;
 }
 
@@ -4805,8 +4818,6 @@ list_rewind(struct list *list)
 static int
 list_pass_end(struct list *list, char *why, size_t size)
 {
-	if (list->len > 0)
-		list_line_end(list);
 	if (list->slots != NULL && list->names == list->room)
 		return 1;
 	if (list->slots != NULL)
@@ -4824,35 +4835,39 @@ list_pass_end(struct list *list, char *why, size_t size)
 }
 
 /*
- * Reads one piece of the file, or opens it.  Returns 1 when the list is
+ * Opens the file, or reads some lines of it.  Returns 1 when the list is
  * complete, 0 if there is more to do, -1 if it can't be had: why, of size
  * bytes, says why.  A FIFO is refused, not waited for.
  */
 static int
 list_step(struct list *list, char *why, size_t size)
 {
-	char block[LIST_BLOCK];
-	ssize_t n = -1;
+	struct text line;
+	unsigned n;
+	int got = 1;
 
 	if (list->fd == -1) {
 		list->begun = clock_us();
 		list->fd = open(list->path, O_RDONLY | O_NONBLOCK);
-		if (list->fd != -1 && list_rewind(list))
-			return 0;
-	} else
-		n = fd_read(list->fd, block, sizeof(block));
-	if (n == 0)
+		got = list->fd != -1 && list_rewind(list) ? 1 : -1;
+	}
+	for (n = 0; n < LIST_STEP_LINES && got == 1; n++) {
+		bool begins = !list_reader.cut;
+
+		got = reader_next(&list_reader, list->fd, &line);
+		if (got == 1 && !list_take(list, line, begins)) {
+			(void)snprintf(why, size,
+			    "%s: line %lu: a NUL byte: this is no text",
+			    list->path, (unsigned long)list->read);
+			return -1;
+		}
+	}
+	if (got == 0)
 		return list_pass_end(list, why, size);
-	if (n == -1)
+	if (got == -1)
 		(void)snprintf(why, size, "%s: %s", list->path,
 		    strerror(errno));
-	else if (!list_take(list, text_cut(block, (size_t)n)))
-		(void)snprintf(why, size,
-		    "%s: line %lu: a NUL byte: this is no text", list->path,
-		    (unsigned long)list->read + 1);
-	else
-		return 0;
-	return -1;
+	return got == 1 ? 0 : -1;
 }
 
 /* Reading the list has ended: closes its file. */
@@ -4865,15 +4880,10 @@ list_end(struct list *list)
 	list->ms = (clock_us() - list->begun) / 1000;
 }
 
-/*
- * Frees what a list points to, as parser_new() wants it; an empty list is left,
- * which covers nothing.
- */
+/* Empties a list: it covers nothing then. */
 static void
-list_free(void *at)
+list_free(struct list *list)
 {
-	struct list *list = at;
-
 	list_end(list);
 	free(list->slots);
 	list->slots = NULL;
@@ -4929,19 +4939,6 @@ regex_matches(const regex_t *regex, struct text t)
 	return regexec(regex, string, 0, NULL, 0) == 0;
 }
 
-/* True if a field of that name has a value that matches. */
-static bool
-field_matches(const struct head *h, struct text name, const regex_t *regex)
-{
-	size_t i;
-
-	for (i = 0; i < h->n; i++)
-		if (text_same(h->fields[i].name, name) &&
-		    regex_matches(regex, h->fields[i].value))
-			return true;
-	return false;
-}
-
 /*
  * The URL of the request, its host in lower case; for CONNECT host:port.
  * Made once for a view, and valid until another view asks.
@@ -4970,28 +4967,36 @@ view_url(struct view *v)
 	return url;
 }
 
-/*
- * type/subtype, or type followed by a star, without parameters.  If a server
- * names several, some clients take the first and some the last: each counts.
- */
+/* type/subtype, or type followed by a star; parameters do not count. */
 static bool
-type_matches(const struct head *h, struct text wanted)
+type_matches(struct text wanted, struct text type)
 {
 	bool star = wanted.at[wanted.len - 1] == '*';
-	size_t i;
 
 	wanted.len -= star;
-	for (i = 0; i < h->n; i++) {
-		struct text type = h->fields[i].value;
+	type = text_trim(text_cut(type.at, text_find(type, ';')));
+	if (star && type.len > wanted.len)
+		type.len = wanted.len;
+	return text_same(type, wanted);
+}
 
-		if (!text_is(h->fields[i].name, "Content-Type"))
-			continue;
-		type = text_trim(text_cut(type.at, text_find(type, ';')));
-		if (star && type.len > wanted.len)
-			type.len = wanted.len;
-		if (text_same(type, wanted))
+/*
+ * True if a field of that name has a value that matches.  If a server names
+ * several types, some clients take the first and some the last: each counts.
+ */
+static bool
+field_matches(const struct head *h, const struct condition *c, struct text name,
+    const struct value *value)
+{
+	size_t i;
+
+	for (i = 0; i < h->n; i++)
+		if (text_same(h->fields[i].name, name) &&
+		    (c->subject == SUBJECT_TYPE ?
+			    type_matches(value->text, h->fields[i].value) :
+			    regex_matches(&value->as.regex,
+				h->fields[i].value)))
 			return true;
-	}
 	return false;
 }
 
@@ -5019,11 +5024,11 @@ value_matches(const struct condition *c, const struct value *value,
 	case SUBJECT_PORT:
 		return numbers_have(&value->as.numbers, v->port);
 	case SUBJECT_URL:
-		return regexec(value->as.regex, view_url(v), 0, NULL, 0) == 0;
+		return regexec(&value->as.regex, view_url(v), 0, NULL, 0) == 0;
 	case SUBJECT_FIELD:
 		return field_matches(c->response ? &v->response->head :
 						   &v->request->head,
-		    c->name, value->as.regex);
+		    c, c->name, value);
 	case SUBJECT_TIME:
 		v->timed = v->timed || localtime_r(&now.wall, &v->when) != NULL;
 		return v->timed && span_has(&value->as.span, &v->when);
@@ -5033,7 +5038,8 @@ value_matches(const struct condition *c, const struct value *value,
 		return numbers_have(&value->as.numbers,
 		    (uint64_t)v->response->status);
 	case SUBJECT_TYPE:
-		return type_matches(&v->response->head, value->text);
+		return field_matches(&v->response->head, c,
+		    text_of("Content-Type"), value);
 	case SUBJECT_SIZE:
 		if (v->known & FACT_LENGTH)
 			return numbers_have(&value->as.numbers, v->length);
@@ -5194,7 +5200,7 @@ rules_seek(const struct rules *rules, unsigned char *states, struct text piece)
 	unsigned i, found = 0;
 
 	for (i = 0; i < rules->needles_n; i++)
-		if (needle_scan(rules->needles[i], states + i, piece))
+		if (needle_scan(&rules->needles[i], states + i, piece))
 			found |= 1U << i;
 	return found;
 }
@@ -5233,8 +5239,8 @@ name_is_free(struct text name)
 static bool
 rule_takes(const struct rule *rule, struct text name)
 {
-	bool takes = rule->action == ACTION_SET && text_same(rule->name, name);
 	const struct value *value = rule->names;
+	bool takes = false;
 
 	for (; value != NULL && !takes; value = value->next) {
 		struct text t = value->text, n = name;
@@ -5291,7 +5297,7 @@ rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
 		if (rule->action != ACTION_ADD)
 			rewrites_take(w, rule, h);
 		if (rule->action != ACTION_UNSET) {
-			w->fields[w->n].name = rule->name;
+			w->fields[w->n].name = rule->names->text;
 			w->fields[w->n++].value = rule->words;
 		}
 	}
@@ -5341,7 +5347,7 @@ account_login(const struct rules *rules, const struct head *h)
 
 /* ---- reading rules ---- */
 
-/* A word of a rule. */
+/* A word of a rule; a NUL follows it. */
 struct word {
 	struct text t;
 	bool quoted; /* it has no meaning of its own */
@@ -5349,15 +5355,15 @@ struct word {
 
 /* The rule that is being read. */
 struct parser {
-	struct rules *rules; /* to which it is added */
-	const char *file;    /* in which it stands */
-	unsigned line;       /* in it, or 0 if it has only one */
-	bool bad;            /* something is wrong with it */
-	size_t n, at;        /* words, and the next of them */
+	struct rules *rules;   /* to which it is added */
+	const char *file;      /* in which it stands */
+	unsigned line;         /* in it, or 0 if it has only one */
+	bool bad;              /* something is wrong with it */
+	enum rule_group group; /* to which it belongs */
+	size_t n, at;          /* words, and the next of them */
 	struct word words[WORDS_MAX];
-	char text[RULE_LINE_MAX + 2]; /* the words lie in it */
-	struct rule **end[GROUPS];    /* where the next rule goes */
-	struct rule **guard;          /* where the guards go, or NULL */
+	struct rule **end[GROUPS]; /* where the next rule goes */
+	struct rule **guard;       /* where the guards go, or NULL */
 };
 
 /* `file:line` of the rule that is being read; valid until the next call. */
@@ -5388,12 +5394,21 @@ parser_error(struct parser *p, const char *format, ...)
 	warn("%s: %s", parser_where(p), words);
 }
 
+/* Reports that `keyword` can't have this value, and what it wants. */
+static void
+parser_invalid(struct parser *p, const char *keyword, const struct word *word,
+    const char *wants)
+{
+	parser_error(p, "%s: not valid: %.100s; write %s", keyword, word->t.at,
+	    wants);
+}
+
 /*
- * n zeroed bytes that are freed with the rules, after a call of drop() unless
- * it is NULL.  NULL if there is no memory, which makes the rule wrong.
+ * n zeroed bytes that are freed with the rules.  NULL if there is no memory,
+ * which makes the rule wrong.
  */
 static void *
-parser_new(struct parser *p, size_t n, void (*drop)(void *))
+parser_new(struct parser *p, size_t n)
 {
 	struct piece *piece = calloc(1, sizeof(*piece) + n);
 
@@ -5401,22 +5416,20 @@ parser_new(struct parser *p, size_t n, void (*drop)(void *))
 		parser_error(p, "no memory");
 		return NULL;
 	}
-	piece->drop = drop;
 	piece->next = p->rules->pieces;
 	p->rules->pieces = piece;
 	return piece->data;
 }
 
-/* A copy of t, with a NUL after it, that is freed with the rules. */
-static struct text
+/* A copy of t as a string that is freed with the rules, or NULL. */
+static char *
 parser_copy(struct parser *p, struct text t)
 {
-	char *to = parser_new(p, t.len + 1, NULL);
+	char *to = parser_new(p, t.len + 1);
 
-	if (to == NULL)
-		return text_of("");
-	(void)text_copy(t, to, t.len + 1);
-	return text_cut(to, t.len);
+	if (to != NULL)
+		(void)text_copy(t, to, t.len + 1);
+	return to;
 }
 
 /* Ends one use of the rules; after the last they are freed. */
@@ -5429,10 +5442,12 @@ rules_give(struct rules **at)
 	*at = NULL;
 	if (rules == NULL || --rules->refs > 0)
 		return;
+	while (rules->lists_n > 0)
+		list_free(&rules->lists[--rules->lists_n]);
 	while ((piece = rules->pieces) != NULL) {
 		rules->pieces = piece->next;
-		if (piece->drop != NULL)
-			piece->drop(piece->data);
+		if (piece->regex != NULL)
+			regfree(piece->regex);
 		free(piece);
 	}
 	free(rules);
@@ -5483,66 +5498,63 @@ parser_takes(struct parser *p, const char *string)
 	return is;
 }
 
-/* Reports that a value of `what` is missing. */
+/* Reports that a value of a condition is missing. */
 static void
-parser_missing(struct parser *p, const char *what)
+parser_missing(struct parser *p, const char *keyword)
 {
-	const struct word *word = &p->words[p->at];
-
 	if (p->at == p->n)
-		parser_error(p, "%s: a value is missing", what);
+		parser_error(p, "%s: a value is missing", keyword);
 	else
 		parser_error(p,
-		    "%s: a value is missing: %.*s begins a condition; write "
+		    "%s: a value is missing: %s begins a condition; write "
 		    "it in quotes to make it a value",
-		    what, (int)word->t.len, word->t.at);
+		    keyword, p->words[p->at].t.at);
 }
 
 /*
- * Undoes the quotes of a word, whose first is at *t, in place.  False if there
- * is no second quote.
+ * Undoes the quotes of a word, of which the first is at *t, in place.  False if
+ * there is no second quote.
  */
 static bool
 word_unquote(char **t, struct word *word)
 {
-	char *from = *t + 1, *to = *t + 1;
+	char *from = *t + 1, *to = *t;
 
 	word->t.at = to;
+	word->quoted = true;
 	for (; *from != '"'; *to++ = *from++) {
 		if (from[0] == '\\' && (from[1] == '"' || from[1] == '\\'))
 			from++;
 		if (*from == '\0')
 			return false;
 	}
+	*to = '\0';
 	word->t.len = (size_t)(to - word->t.at);
-	word->quoted = true;
 	*t = from + 1;
-	return *t[0] == '\0' || is_among(*t[0], " \t");
+	return **t == '\0' || is_among(**t, " \t");
 }
 
-/* Splits a rule, which is overwritten, into words; false if it is wrong. */
+/* Splits a line, which is overwritten, into words; false if it is wrong. */
 static bool
 parser_split(struct parser *p, char *line)
 {
-	p->n = p->at = 0;
-	for (;;) {
+	for (p->n = p->at = 0;; p->n++) {
 		struct word *word = &p->words[p->n];
 
 		line += strspn(line, " \t");
 		if (*line == '\0' || *line == '#')
 			return true;
 		assert(p->n < WORDS_MAX);
-		p->n++;
-		if (*line == '"') {
-			if (!word_unquote(&line, word)) {
-				parser_error(p, "a quote without its end");
-				return false;
-			}
-			continue;
-		}
 		word->quoted = false;
 		word->t = text_cut(line, strcspn(line, " \t"));
-		line += word->t.len;
+		if (*line != '"') {
+			line += word->t.len;
+			if (*line != '\0')
+				*line++ = '\0';
+		} else if (!word_unquote(&line, word)) {
+			parser_error(p, "a quote without its end");
+			return false;
+		}
 	}
 }
 
@@ -5589,55 +5601,41 @@ host_parse(struct text *t)
 	    (text_find(*t, ':') == t->len || address_parse(*t, 0, &a));
 }
 
-/* regfree(3), as parser_new() wants it. */
-static void
-regex_drop(void *regex)
-{
-	regfree(regex);
-}
-
-/* Compiles a regular expression of a condition. */
+/* Compiles the regular expression at `string` into the newest value. */
 static bool
-regex_parse(struct parser *p, struct value *value)
+regex_parse(struct parser *p, const char *string, struct value *value)
 {
-	struct text t = value->text;
 	char words[200];
-	regex_t *regex;
 	int error;
 
-	if (t.len > 0 && strchr("*+?", *t.at)) {
+	if (is_among(*string, "*+?")) {
 		parser_error(p,
 		    "%.200s: an expression can't begin with %c; any text is .*",
-		    t.at, *t.at);
+		    string, *string);
 		return false;
 	}
-	regex = parser_new(p, sizeof(*regex), NULL);
-	if (regex == NULL)
+	error = regcomp(&value->as.regex, string, REG_EXTENDED | REG_NOSUB);
+	if (error != 0) {
+		(void)regerror(error, &value->as.regex, words, sizeof(words));
+		parser_error(p, "%.200s: %s", string, words);
 		return false;
-	error = regcomp(regex, t.at, REG_EXTENDED | REG_NOSUB);
-	if (error == 0) {
-		/* The piece that was made last. */
-		p->rules->pieces->drop = regex_drop;
-		value->as.regex = regex;
-		return true;
 	}
-	(void)regerror(error, regex, words, sizeof(words));
-	parser_error(p, "%.200s: %s", t.at, words);
-	return false;
+	assert(value == (void *)p->rules->pieces->data);
+	p->rules->pieces->regex = &value->as.regex;
+	return true;
 }
 
-/* [request|response] NAME REGEX; the word that came is the first of it. */
+/* [request|response] NAME REGEX; `word` is the first of them. */
 static bool
-value_field(struct parser *p, struct condition *c, struct value *value)
+value_field(struct parser *p, struct condition *c, const struct word *word,
+    struct value *value)
 {
-	const struct word *word = &p->words[p->at - 1];
-
 	c->response = !word->quoted && text_is(word->t, "response");
 	c->needs = c->response ? FACT_RESPONSE : 0;
 	if (!word->quoted && (c->response || text_is(word->t, "request")))
 		word = parser_take(p);
 	if (word != NULL) {
-		c->name = parser_copy(p, word->t);
+		c->name = word->t;
 		word = parser_take(p);
 	}
 	if (word == NULL) {
@@ -5649,8 +5647,7 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 		parser_error(p, "field: it wants one name and one expression");
 		return false;
 	}
-	value->text = parser_copy(p, word->t);
-	return regex_parse(p, value);
+	return regex_parse(p, word->t.at, value);
 }
 
 /*
@@ -5660,26 +5657,23 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 static bool
 time_parse(struct parser *p, const struct condition *c, struct value *value)
 {
-	struct span *span = &value->as.span, all;
-	const struct value *last = c->values;
+	struct span *span = &value->as.span;
+	bool alone = c->values != NULL && c->values->as.span.days == DAYS_ALL;
 	const struct word *word;
 
-	while (last != NULL && last->next != NULL)
-		last = last->next;
-	span->days = last ? last->as.span.days : 127;
+	span->days = c->values != NULL ? c->values->as.span.days : DAYS_ALL;
 	span->from = 0;
 	span->to = 1440;
 	if (hours_parse(value->text, &span->from, &span->to))
 		return true;
 	if (!days_parse(value->text, &span->days))
 		return false;
-	if (last != NULL && hours_parse(c->values->text, &all.from, &all.to))
+	if (alone)
 		parser_error(p,
 		    "time: days stand before their hours, as in "
 		    "Mon-Fri 08:00-17:30");
 	word = parser_value(p);
-	if (word != NULL && hours_parse(word->t, &span->from, &span->to))
-		p->at++;
+	p->at += word != NULL && hours_parse(word->t, &span->from, &span->to);
 	return true;
 }
 
@@ -5697,7 +5691,8 @@ type_parse(struct text t)
 
 /* >n or <n, as a range; one of both is true of nearly everything. */
 static bool
-bound_parse(struct parser *p, const struct condition *c, struct value *value)
+size_bound_parse(struct parser *p, const struct condition *c,
+    struct value *value)
 {
 	struct numbers *r = &value->as.numbers;
 	bool above = text_starts(value->text, ">");
@@ -5720,22 +5715,15 @@ static bool
 needle_parse(struct parser *p, struct value *value)
 {
 	struct rules *rules = p->rules;
-	struct needle *needle;
 
-	if (rules->needles_n == NEEDLES_MAX) {
-		parser_error(p, "body: more than %d texts", NEEDLES_MAX);
-		return false;
-	}
-	needle = parser_new(p, sizeof(*needle), NULL);
-	if (needle == NULL)
-		return false;
-	if (!needle_make(needle, value->text)) {
-		parser_error(p, "body: a text has 1 to 255 bytes");
-		return false;
-	}
 	value->as.needle = rules->needles_n;
-	rules->needles[rules->needles_n++] = needle;
-	return true;
+	if (rules->needles_n == NEEDLES_MAX)
+		parser_error(p, "body: more than %d texts", NEEDLES_MAX);
+	else if (!needle_make(&rules->needles[rules->needles_n], value->text))
+		parser_error(p, "body: a text has 1 to 255 bytes");
+	else
+		rules->needles_n++;
+	return !p->bad;
 }
 
 /* A file of domains; it is read after all rules, see rules_read_lists(). */
@@ -5743,27 +5731,23 @@ static bool
 list_parse(struct parser *p, struct value *value)
 {
 	struct rules *rules = p->rules;
-	struct list *list;
-	unsigned i;
+	struct list *list = rules->lists;
 
-	for (i = 0; i < rules->lists_n; i++)
-		if (text_equals(value->text, text_of(rules->lists[i]->path))) {
-			value->as.list = rules->lists[i];
-			return true;
-		}
+	while (list < rules->lists + rules->lists_n &&
+	    !text_equals(value->text, text_of(list->path)))
+		list++;
+	value->as.list = list;
+	if (list < rules->lists + rules->lists_n)
+		return true;
 	if (value->text.len > LIST_PATH_MAX || rules->lists_n == LISTS_MAX) {
 		parser_error(p, "list: %d files, of %d bytes, at most",
 		    LISTS_MAX, LIST_PATH_MAX);
 		return false;
 	}
-	list = parser_new(p, sizeof(*list), list_free);
-	if (list == NULL)
-		return false;
 	list->path = value->text.at;
-	list->where = parser_copy(p, text_of(parser_where(p))).at;
+	list->where = parser_copy(p, text_of(parser_where(p)));
 	list->fd = -1;
-	rules->lists[rules->lists_n++] = list;
-	value->as.list = list;
+	rules->lists_n++;
 	return true;
 }
 
@@ -5775,20 +5759,12 @@ static bool
 value_parse(struct parser *p, struct condition *c, const struct word *word,
     struct value *value)
 {
-	struct text t = value->text;
-
-	value->any = !word->quoted && subjects[c->subject].any != NULL &&
-	    text_is(t, subjects[c->subject].any);
-	if (c->subject == SUBJECT_USER)
-		parser_logins(p);
-	if (value->any)
-		return true;
 	switch (c->subject) {
 	case SUBJECT_CLIENT:
 	case SUBJECT_ADDRESS:
-		return network_parse(t, &value->as.network);
+		return network_parse(word->t, &value->as.network);
 	case SUBJECT_USER:
-		return word->quoted || strpbrk(t.at, "*,") == NULL;
+		return word->quoted || strpbrk(word->t.at, "*,") == NULL;
 	case SUBJECT_METHOD:
 		return method_fits(word);
 	case SUBJECT_HOST:
@@ -5797,19 +5773,19 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 		return list_parse(p, value);
 	case SUBJECT_PORT:
 	case SUBJECT_STATUS:
-		return numbers_parse(t, subjects[c->subject].max,
+		return numbers_parse(word->t, subjects[c->subject].max,
 			   &value->as.numbers) &&
 		    value->as.numbers.first > 0;
 	case SUBJECT_URL:
-		return regex_parse(p, value);
+		return regex_parse(p, word->t.at, value);
 	case SUBJECT_FIELD:
-		return value_field(p, c, value);
+		return value_field(p, c, word, value);
 	case SUBJECT_TIME:
 		return time_parse(p, c, value);
 	case SUBJECT_TYPE:
-		return type_parse(t);
+		return type_parse(word->t);
 	case SUBJECT_SIZE:
-		return bound_parse(p, c, value);
+		return size_bound_parse(p, c, value);
 	case SUBJECT_BODY:
 		return needle_parse(p, value);
 	case SUBJECTS:
@@ -5818,36 +5794,38 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 	return false;
 }
 
-/* The values of a condition, up to the next subject. */
+/* The values of a condition, up to the next; the last is the first to match. */
 static void
 condition_values(struct parser *p, struct condition *c)
 {
-	struct value **end = &c->values;
+	const char *any = subjects[c->subject].any;
 	const struct word *word;
 
 	while (!p->bad && (word = parser_take(p)) != NULL) {
-		struct value *value = parser_new(p, sizeof(*value), NULL);
+		struct value *value = parser_new(p, sizeof(*value));
 
 		if (value == NULL)
 			return;
-		value->text = parser_copy(p, word->t);
+		value->text = word->t;
+		value->any = !word->quoted && any != NULL &&
+		    text_is(word->t, any);
 		if (!word->quoted &&
 		    (text_is(word->t, "or") || text_is(word->t, "and")))
 			parser_error(p,
 			    "%s: values and conditions follow each other "
 			    "without a word between them; write it in quotes "
 			    "to make it a value",
-			    value->text.at);
-		else if (value_parse(p, c, word, value)) {
-			*end = value;
-			end = &value->next;
-		} else
-			parser_error(p, "%s: not valid: %.*s; write %s",
-			    c->word, word->t.len < 100 ? (int)word->t.len : 100,
-			    word->t.at, subjects[c->subject].wants);
+			    word->t.at);
+		else if (!value->any && !value_parse(p, c, word, value))
+			parser_invalid(p, c->word, word,
+			    subjects[c->subject].wants);
+		value->next = c->values;
+		c->values = value;
 	}
 	if (c->values == NULL)
 		parser_missing(p, c->word);
+	if (c->subject == SUBJECT_USER)
+		parser_logins(p);
 }
 
 /* True if c and an earlier condition of the rule can't both match. */
@@ -5862,50 +5840,13 @@ condition_repeats(const struct rule *rule, const struct condition *c)
 	return false;
 }
 
-/* All conditions of a rule, up to its end. */
-static void
-conditions_parse(struct parser *p, struct rule *rule)
-{
-	struct condition **end = &rule->conditions;
-
-	while (!p->bad && p->at < p->n) {
-		struct condition *c = parser_new(p, sizeof(*c), NULL);
-		const struct word *word;
-
-		if (c == NULL)
-			return;
-		c->inverted = parser_takes(p, "not");
-		word = &p->words[p->at];
-		c->subject = p->at < p->n ? subject_find(word) : SUBJECTS;
-		if (c->subject == SUBJECTS) {
-			parser_error(p, "%.*s: not a condition",
-			    p->at < p->n ? (int)word->t.len : 3,
-			    p->at < p->n ? word->t.at : "not");
-			return;
-		}
-		p->at++;
-		*end = c;
-		end = &c->next;
-		c->needs = subjects[c->subject].needs;
-		c->word = subjects[c->subject].word;
-		if (condition_repeats(rule, c))
-			parser_error(p,
-			    "%s: two conditions can't both match; write all "
-			    "values behind one, as in: %s a b",
-			    c->word, c->word);
-		condition_values(p, c);
-		rule->needs |= c->needs;
-	}
-}
-
 /*
- * Refuses conditions that would never be known in time: the route and the
- * fields of a request can't depend on the response, nor the caching and the
- * fields of a response on its body.
+ * Parses a condition.  One that would never be known in time is refused: the
+ * route and the fields of a request can't depend on the response, nor the
+ * caching and the fields of a response on its body.
  */
 static void
-conditions_check(struct parser *p, const struct rule *rule,
-    enum rule_group group)
+condition_parse(struct parser *p, const struct rule *rule, struct condition *c)
 {
 	static const unsigned late[GROUPS] = {
 		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
@@ -5914,52 +5855,72 @@ conditions_check(struct parser *p, const struct rule *rule,
 		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
 		[GROUP_RESPONSE] = FACT_BODY,
 	};
-	const struct condition *c;
 
-	for (c = rule->conditions; c != NULL; c = c->next)
-		if (c->needs & late[group])
-			parser_error(p,
-			    "%s: what it needs of the response is known too "
-			    "late for this rule; leave it out",
-			    c->word);
+	c->needs = subjects[c->subject].needs;
+	c->word = subjects[c->subject].word;
+	if (condition_repeats(rule, c))
+		parser_error(p,
+		    "%s: two conditions can't both match; write all values "
+		    "behind one, as in: %s a b",
+		    c->word, c->word);
+	condition_values(p, c);
+	if (c->needs & late[p->group])
+		parser_error(p,
+		    "%s: what it needs of the response is known too late for "
+		    "this rule; leave it out",
+		    c->word);
+}
+
+/* All conditions of a rule, up to its end. */
+static void
+conditions_parse(struct parser *p, struct rule *rule)
+{
+	struct condition **end = &rule->conditions;
+
+	while (!p->bad && p->at < p->n) {
+		struct condition *c = parser_new(p, sizeof(*c));
+
+		if (c == NULL)
+			return;
+		c->inverted = parser_takes(p, "not");
+		c->subject = p->at < p->n ? subject_find(&p->words[p->at]) :
+					    SUBJECTS;
+		if (c->subject == SUBJECTS) {
+			parser_error(p, "%s: not a condition",
+			    p->at < p->n ? p->words[p->at].t.at : "not");
+			return;
+		}
+		p->at++;
+		*end = c;
+		end = &c->next;
+		condition_parse(p, rule, c);
+		rule->needs |= c->needs;
+	}
 }
 
 /* ---- actions ---- */
 
-/* An action without arguments. */
-static void
-action_plain(struct parser *p, struct rule *rule)
+/* deny [status] ["reason"]: one of them. */
+static bool
+deny_take(struct parser *p, struct rule *rule, const struct word *word)
 {
-	if (rule->action == ACTION_LOGIN)
-		parser_logins(p);
-}
+	uint64_t status;
 
-/* deny [status] ["reason"] */
-static void
-action_deny(struct parser *p, struct rule *rule)
-{
-	const struct word *word = parser_value(p);
-	uint64_t status = 403;
-
-	if (word != NULL && !word->quoted) {
-		if (!number_parse(word->t, 599, &status) || status < 400) {
+	if (word->quoted && rule->words.at == NULL) {
+		rule->words = word->t;
+		if (word->t.len > REASON_MAX)
 			parser_error(p,
-			    "deny: %.*s is no status from 400 to "
-			    "599, no quoted reason, no condition",
-			    (int)word->t.len, word->t.at);
-			return;
-		}
-		p->at++;
-		word = parser_value(p);
-	}
-	rule->status = (int)status;
-	if (word == NULL || !word->quoted)
-		return;
-	p->at++;
-	rule->words = parser_copy(p, word->t);
-	if (word->t.len > REASON_MAX || !text_is_clean(word->t))
-		parser_error(p, "deny: a reason is a line of %d bytes at most",
-		    REASON_MAX);
+			    "deny: a reason is a line of %d bytes at most",
+			    REASON_MAX);
+	} else if (word == &p->words[1] &&
+	    number_parse(word->t, 599, &status) && status >= 400)
+		rule->status = (int)status;
+	else
+		parser_error(p,
+		    "deny: %s is no status from 400 to 599, no quoted reason, "
+		    "no condition",
+		    word->t.at);
+	return true;
 }
 
 /* One half of user:password@, with %XX undone as in any URL. */
@@ -6013,8 +5974,8 @@ parent_login(struct text *t, struct parent *p)
 }
 
 /*
- * http:// or socks5://, [user:password@]host:port.  Returns NULL, or the
- * error, which never shows the password.
+ * http:// or socks5://, [user:password@]host:port, into p, which is zeroed.
+ * Returns NULL, or the error, which never shows the password.
  */
 static const char *
 parent_parse(struct text t, struct parent *p)
@@ -6023,10 +5984,8 @@ parent_parse(struct text t, struct parent *p)
 	struct target target = { .host = { "", 0 } };
 	const char *why;
 
-	memset(p, 0, sizeof(*p));
 	/* secret_hide() masks a login up to one of these. */
-	if (text_find(t, ' ') < t.len || text_find(t, '\t') < t.len ||
-	    text_find(t, '"') < t.len)
+	if (strpbrk(t.at, " \t\"") != NULL)
 		return "a blank or a quote in it; write it as %XX";
 	p->id = ++id;
 	p->kind = text_starts(t, "http://") ? PARENT_HTTP : PARENT_SOCKS;
@@ -6047,203 +6006,185 @@ parent_parse(struct text t, struct parent *p)
 	return NULL;
 }
 
-/* via URL ... [direct] */
-static void
-action_via(struct parser *p, struct rule *rule)
+/* via URL ... [direct]: one of them. */
+static bool
+via_take(struct parser *p, struct rule *rule, const struct word *word)
 {
+	struct parent *parent = parser_new(p, sizeof(*parent));
 	struct parent **end = &rule->parents;
-	const struct word *word;
-	const char *why;
-	bool last = false;
+	const char *why = NULL;
 
-	while (!p->bad && (word = parser_value(p)) != NULL) {
-		struct parent *parent = parser_new(p, sizeof(*parent), NULL);
-
-		if (parent == NULL)
-			return;
-		p->at++;
-		if (last)
-			parser_error(p, "via: nothing goes behind `direct'");
-		last = rule->parents != NULL && text_is(word->t, "direct");
-		why = last ? NULL : parent_parse(word->t, parent);
-		if (why != NULL)
-			parser_error(p, "via: %s", why);
-		*end = parent;
-		end = &parent->next;
-	}
-	if (rule->parents == NULL)
-		parser_error(p, "via: a URL is missing");
+	for (; *end != NULL && parent != NULL; end = &(*end)->next)
+		if ((*end)->kind == PARENT_NONE)
+			why = "nothing goes behind `direct'";
+	if (parent == NULL)
+		return true;
+	if (why == NULL &&
+	    (rule->parents == NULL || !text_is(word->t, "direct")))
+		why = parent_parse(word->t, parent);
+	if (why != NULL)
+		parser_error(p, "via: %s", why);
+	*end = parent;
+	return true;
 }
 
-/* from ADDRESS [ADDRESS] */
-static void
-action_from(struct parser *p, struct rule *rule)
+/* from ADDRESS [ADDRESS]: one of them. */
+static bool
+from_take(struct parser *p, struct rule *rule, const struct word *word)
 {
-	const struct word *word;
 	struct address a;
-	unsigned n = 0;
 
-	for (; !p->bad && (word = parser_value(p)) != NULL; n++) {
-		p->at++;
-		if (!address_parse(word->t, 0, &a))
-			parser_error(p, "from: %.*s: not a numeric address",
-			    (int)word->t.len, word->t.at);
-		else if (rule->from[a.family == AF_INET6].family)
-			parser_error(p, "from: one address for each family");
-		else
-			rule->from[a.family == AF_INET6] = a;
-	}
-	if (n == 0)
-		parser_error(p, "from: an address is missing");
+	(void)p;
+	if (!address_parse(word->t, 0, &a) ||
+	    rule->from[a.family == AF_INET6].family != 0)
+		return false;
+	rule->from[a.family == AF_INET6] = a;
+	return true;
 }
 
 /* cache DURATION */
-static void
-action_cache(struct parser *p, struct rule *rule)
+static bool
+cache_take(struct parser *p, struct rule *rule, const struct word *word)
 {
-	const struct word *word = parser_value(p);
-
-	if (word == NULL || !duration_parse(word->t, &rule->seconds))
-		parser_error(p,
-		    "cache: a duration such as 90s, 15m, 1h or 7d "
-		    "is missing");
-	p->at++;
+	(void)p;
+	return duration_parse(word->t, &rule->seconds);
 }
 
-/* Takes the name of a field for a rule. */
-static struct text
-action_name(struct parser *p)
+/* set, add NAME VALUE; unset NAME ...: one of them. */
+static bool
+rewrite_take(struct parser *p, struct rule *rule, const struct word *word)
 {
-	const struct word *word = p->at < p->n ? &p->words[p->at++] : NULL;
+	struct value *name;
+	struct text t = word->t;
 
-	if (word == NULL)
-		parser_error(p, "the name of a field is missing");
-	else if (text_find(word->t, '*') + 1 < word->t.len)
-		parser_error(p, "%.*s: a star stands at the end of a name",
-		    (int)word->t.len, word->t.at);
-	else if (!name_is_free(word->t))
-		parser_error(p, "%.*s: no field that a rule may touch",
-		    (int)word->t.len, word->t.at);
-	return word == NULL ? text_of("") : parser_copy(p, word->t);
-}
-
-/* set, add request|response NAME VALUE; unset request|response NAME ... */
-static void
-action_rewrite(struct parser *p, struct rule *rule)
-{
-	struct value **end = &rule->names;
-	const struct word *word;
-
-	if (rule->action == ACTION_UNSET) {
-		do {
-			*end = parser_new(p, sizeof(**end), NULL);
-			if (*end == NULL)
-				return;
-			(*end)->text = action_name(p);
-			end = &(*end)->next;
-		} while (!p->bad && parser_value(p) != NULL);
-		return;
+	if (rule->names != NULL && rule->action != ACTION_UNSET) {
+		rule->words = text_trim(t);
+		return true;
 	}
-	rule->name = action_name(p);
-	word = p->at < p->n ? &p->words[p->at++] : NULL;
-	if (word == NULL || !text_is_clean(word->t))
-		parser_error(p, "a value without control bytes is missing");
-	else
-		rule->words = parser_copy(p, text_trim(word->t));
-	if (text_find(rule->name, '*') < rule->name.len)
+	if (text_find(t, '*') + 1 < t.len)
+		parser_error(p, "%s: a star stands at the end of a name", t.at);
+	else if (!name_is_free(t))
+		parser_error(p, "%s: no field that a rule may touch", t.at);
+	else if (rule->action != ACTION_UNSET && text_find(t, '*') < t.len)
 		parser_error(p, "only unset knows *");
+	name = parser_new(p, sizeof(*name));
+	if (name == NULL)
+		return true;
+	name->text = t;
+	name->next = rule->names;
+	rule->names = name;
+	return true;
 }
 
+/*
+ * The actions: their group, that of requests for those that rewrite; how many
+ * arguments there may be, and how one is taken: false if it is not valid;
+ * wants: what they are.
+ */
 static const struct {
 	const char *word;
-	enum action action;
-	enum rule_group group; /* of requests, for those that rewrite */
-	void (*parse)(struct parser *, struct rule *);
-} actions[] = {
-	{ "allow", ACTION_ALLOW, GROUP_ACCESS, action_plain },
-	{ "deny", ACTION_DENY, GROUP_ACCESS, action_deny },
-	{ "login", ACTION_LOGIN, GROUP_ACCESS, action_plain },
-	{ "drop", ACTION_DROP, GROUP_ACCESS, action_plain },
-	{ "via", ACTION_VIA, GROUP_ROUTE, action_via },
-	{ "direct", ACTION_DIRECT, GROUP_ROUTE, action_plain },
-	{ "from", ACTION_FROM, GROUP_SOURCE, action_from },
-	{ "nocache", ACTION_NOCACHE, GROUP_CACHE, action_plain },
-	{ "cache", ACTION_CACHE, GROUP_CACHE, action_cache },
-	{ "set", ACTION_SET, GROUP_REQUEST, action_rewrite },
-	{ "add", ACTION_ADD, GROUP_REQUEST, action_rewrite },
-	{ "unset", ACTION_UNSET, GROUP_REQUEST, action_rewrite },
+	enum rule_group group;
+	size_t min, max;
+	bool (*take)(struct parser *, struct rule *, const struct word *);
+	const char *wants;
+} actions[ACTIONS] = {
+	[ACTION_ALLOW] = { "allow", GROUP_ACCESS, 0, 0, NULL, "" },
+	[ACTION_DENY] = { "deny", GROUP_ACCESS, 0, 2, deny_take, "" },
+	[ACTION_LOGIN] = { "login", GROUP_ACCESS, 0, 0, NULL, "" },
+	[ACTION_DROP] = { "drop", GROUP_ACCESS, 0, 0, NULL, "" },
+	[ACTION_VIA] = { "via", GROUP_ROUTE, 1, WORDS_MAX, via_take, "a URL" },
+	[ACTION_DIRECT] = { "direct", GROUP_ROUTE, 0, 0, NULL, "" },
+	[ACTION_FROM] = { "from", GROUP_SOURCE, 1, WORDS_MAX, from_take,
+	    "a numeric address, at most one of each family" },
+	[ACTION_NOCACHE] = { "nocache", GROUP_CACHE, 0, 0, NULL, "" },
+	[ACTION_CACHE] = { "cache", GROUP_CACHE, 1, 1, cache_take,
+	    "a duration such as 90s, 15m, 1h or 7d" },
+	[ACTION_SET] = { "set", GROUP_REQUEST, 2, 2, rewrite_take,
+	    "the name of a field and its value" },
+	[ACTION_ADD] = { "add", GROUP_REQUEST, 2, 2, rewrite_take,
+	    "the name of a field and its value" },
+	[ACTION_UNSET] = { "unset", GROUP_REQUEST, 1, WORDS_MAX, rewrite_take,
+	    "the name of a field" },
 };
 
+/* Takes the arguments of an action: as many as it must have, and values. */
+static void
+arguments_parse(struct parser *p, struct rule *rule)
+{
+	enum action action = rule->action;
+	size_t n;
+
+	for (n = 0; !p->bad && n < actions[action].max; n++) {
+		const struct word *word = &p->words[p->at];
+
+		if (p->at == p->n ||
+		    (n >= actions[action].min && parser_value(p) == NULL))
+			break;
+		p->at++;
+		if (!actions[action].take(p, rule, word))
+			parser_invalid(p, actions[action].word, word,
+			    actions[action].wants);
+	}
+	if (n < actions[action].min)
+		parser_error(p, "%s: a value is missing; write %s",
+		    actions[action].word, actions[action].wants);
+}
+
 /*
- * The group of a rule; those that rewrite say whether it is that of requests
- * or that of responses, of which each has its limit.
+ * Sets the group of a rule; those that rewrite say whether it is that of
+ * requests or that of responses, of which each has its limit.
  */
-static enum rule_group
+static void
 action_group(struct parser *p, enum rule_group group)
 {
+	p->group = group;
 	if (group != GROUP_REQUEST)
-		return group;
+		return;
 	if (parser_takes(p, "response"))
-		group = GROUP_RESPONSE;
+		p->group = GROUP_RESPONSE;
 	else if (!parser_takes(p, "request"))
 		parser_error(p, "`request' or `response' is missing");
-	if (++p->rules->rewrites[group == GROUP_RESPONSE] > REWRITES_MAX)
-		parser_error(p, "more than %d lines that rewrite these",
+	if (++p->rules->rewrites[p->group == GROUP_RESPONSE] > REWRITES_MAX)
+		parser_error(p, "more than %d rules that rewrite these",
 		    REWRITES_MAX);
-	return group;
 }
 
 /*
- * A copy of a rule to be shown to users: without blanks around it and without
- * passwords.
+ * A rule with an action, split into words.  Users are shown its line without
+ * blanks around it and without passwords.
  */
-static const char *
-rule_text(struct parser *p, const char *line)
-{
-	struct text t = text_trim(text_of(line));
-	char *copy = parser_new(p, t.len + 1, NULL);
-
-	if (copy == NULL)
-		return "";
-	(void)text_copy(t, copy, t.len + 1);
-	secret_hide(copy);
-	return copy;
-}
-
-/* A rule with an action, split into words; `text` is all of it. */
 static void
-rule_parse(struct parser *p, const char *text)
+rule_parse(struct parser *p, struct text line)
 {
-	struct rule *rule = parser_new(p, sizeof(*rule), NULL);
-	size_t i = 0, last = sizeof(actions) / sizeof(actions[0]) - 1;
-	enum rule_group group;
+	struct rule *rule = parser_new(p, sizeof(*rule));
+	char *shown = parser_copy(p, text_trim(line));
+	unsigned i = 0;
 
-	while (i < last && !text_is(p->words[0].t, actions[i].word))
+	while (i < ACTIONS && !parser_takes(p, actions[i].word))
 		i++;
-	if (rule == NULL)
+	if (i == ACTIONS)
+		parser_error(p, "%s: not an action", p->words[0].t.at);
+	if (p->bad)
 		return;
-	if (!parser_takes(p, actions[i].word)) {
-		parser_error(p, "%.*s: not an action", (int)p->words[0].t.len,
-		    p->words[0].t.at);
-		return;
-	}
-	rule->action = actions[i].action;
-	rule->where = parser_copy(p, text_of(parser_where(p))).at;
+	secret_hide(shown);
+	rule->action = (enum action)i;
+	rule->where = parser_copy(p, text_of(parser_where(p)));
 	rule->built_in = p->file == built_in;
-	rule->text = text;
-	group = action_group(p, actions[i].group);
-	if (!p->bad)
-		actions[i].parse(p, rule);
+	rule->text = shown;
+	rule->status = rule->action == ACTION_DENY ? 403 : 0;
+	action_group(p, actions[i].group);
+	if (rule->action == ACTION_LOGIN)
+		parser_logins(p);
+	arguments_parse(p, rule);
 	conditions_parse(p, rule);
-	conditions_check(p, rule, group);
 	/* The built-in rule without conditions is for all other clients. */
 	rule->refusal = rule->built_in && rule->conditions == NULL ?
 	    REFUSE_FOREIGN :
 	    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED :
 					 REFUSE_RULE;
-	rule->next = *p->end[group];
-	*p->end[group] = rule;
-	p->end[group] = &rule->next;
+	rule->next = *p->end[p->group];
+	*p->end[p->group] = rule;
+	p->end[p->group] = &rule->next;
 }
 
 /* True if t is a hash as crypt(3), htpasswd(1) or LDAP write them. */
@@ -6259,126 +6200,106 @@ secret_is_hash(struct text t)
 		(*t.at == '{' && t.at[n] == '}'));
 }
 
-/* One `user:password` of a file. */
+/* One line of a file of users: `user:password`, a comment, or nothing. */
 static void
 account_parse(struct parser *p, struct text line)
 {
 	size_t colon = text_find(line, ':');
 	struct account *account;
+	const char *copy;
 
-	if (line.len > 0 && line.at[line.len - 1] == '\r')
-		line.len--;
 	if (line.len == 0 || *line.at == '#')
 		return;
-	if (colon == 0 || colon >= line.len || colon > CREDENTIAL_MAX ||
-	    line.len - colon - 1 > CREDENTIAL_MAX) {
+	if (colon == 0 || colon == line.len || colon > CREDENTIAL_MAX ||
+	    line.len - colon - 1 > CREDENTIAL_MAX)
 		parser_error(p, "not user:password, of %d bytes each at most",
 		    CREDENTIAL_MAX);
-		return;
-	}
-	if (secret_is_hash(text_from(line, colon + 1))) {
+	else if (secret_is_hash(text_from(line, colon + 1)))
 		parser_error(p,
 		    "the password looks hashed; write the password itself, "
 		    "which may not begin with $...$ or {...}");
+	account = p->bad ? NULL : parser_new(p, sizeof(*account));
+	copy = account == NULL ? NULL : parser_copy(p, line);
+	if (copy == NULL)
 		return;
-	}
-	account = parser_new(p, sizeof(*account), NULL);
-	if (account == NULL)
-		return;
-	account->user = parser_copy(p, text_cut(line.at, colon));
-	account->password = parser_copy(p, text_from(line, colon + 1));
+	account->user = text_cut(copy, colon);
+	account->password = text_from(text_cut(copy, line.len), colon + 1);
 	account->next = p->rules->accounts;
 	p->rules->accounts = account;
 }
 
-/*
- * Reads the next line of a file into p->text.  False at the end, or if the
- * rest of the file can't be read as text.
- */
+/* True if t may be a line of rules or users; else reports that it is wrong. */
 static bool
-line_read(struct parser *p, FILE *file)
+line_check(struct parser *p, struct text t)
 {
-	size_t n = 0;
-	int c;
-
-	p->line++;
-	p->bad = false;
-	while ((c = file_byte(file)) != EOF && c != '\n' && n <= RULE_LINE_MAX)
-		p->text[n++] = (char)c;
-	if (c == EOF && ferror(file))
-		parser_error(p, "%s", strerror(errno));
-	else if (n > RULE_LINE_MAX)
+	if (t.len > RULE_LINE_MAX)
 		parser_error(p, "a line of more than %d bytes", RULE_LINE_MAX);
-	else if (n > 0 && p->text[n - 1] == '\r')
-		n--;
-	p->text[n] = '\0';
-	if (!text_is_clean(text_cut(p->text, n)))
+	else if (!text_is_clean(t))
 		parser_error(p, "a control byte: this is no text");
-	return !p->bad && (c != EOF || n > 0);
+	return !p->bad;
 }
 
 /*
- * Opens a text file.  Returns NULL, and reports it, if it can't be read.  Once
- * the proxy serves, it must be a regular file, since reading a pipe may block.
+ * Reads a file line by line, each by take(), up to one that can't be text.
+ * Others may not read one that is secret.  Once the proxy serves, it must be a
+ * regular file, since reading a pipe may block.
  */
-static FILE *
-parser_open(struct parser *p, const char *path, struct stat *status)
-{
-	bool found = stat(path, status) != -1;
-	FILE *file = NULL;
-
-	if (found && rules_now != NULL && !S_ISREG(status->st_mode)) {
-		parser_error(p, "%.200s: not a file", path);
-		return NULL;
-	}
-	if (found)
-		file = fopen(path, "r");
-	if (file == NULL)
-		parser_error(p, "%.200s: %s", path, strerror(errno));
-	return file;
-}
-
-/* `users FILE`: reads the file; errors in it are reported with its name. */
 static void
-users_read(struct parser *p)
+file_read(struct parser *p, const char *path, bool secret,
+    void (*take)(struct parser *, struct text))
 {
 	const char *file = p->file;
 	unsigned line = p->line;
+	int got, fd = open(path, O_RDONLY | (rules_now ? O_NONBLOCK : 0));
+	struct reader reader;
 	struct stat status;
-	FILE *users;
-	char path[LIST_PATH_MAX + 1];
+	struct text t;
 
-	p->rules->logins = true;
-	if (p->n != 2 || !text_copy(p->words[1].t, path, sizeof(path))) {
-		parser_error(p, "users: it wants the name of one file");
-		return;
-	}
-	users = parser_open(p, path, &status);
-	if (users != NULL && (status.st_mode & (S_IRWXG | S_IRWXO)))
+	reader_begin(&reader);
+	if (fd == -1 || fstat(fd, &status) == -1)
+		parser_error(p, "%.200s: %s", path, strerror(errno));
+	else if (rules_now != NULL && !S_ISREG(status.st_mode))
+		parser_error(p, "%.200s: not a file", path);
+	else if (secret && (status.st_mode & (S_IRWXG | S_IRWXO)))
 		parser_error(p, "others may read %.200s: chmod 600", path);
 	p->file = path;
 	p->line = 0;
-	if (!p->bad)
-		while (line_read(p, users))
-			account_parse(p, text_of(p->text));
-	if (users != NULL)
-		(void)fclose(users);
+	for (got = !p->bad; got == 1;) {
+		p->line++;
+		p->bad = false;
+		got = reader_next(&reader, fd, &t);
+		if (got == -1)
+			parser_error(p, "%s", strerror(errno));
+		if (got != 1)
+			break;
+		if (t.len > 0 && t.len <= RULE_LINE_MAX)
+			t.len -= t.at[t.len - 1] == '\r';
+		if (!line_check(p, t))
+			break;
+		take(p, t);
+	}
+	if (fd != -1)
+		(void)close(fd);
 	p->file = file;
 	p->line = line;
 }
 
-/* Parses p->text: a rule, `users`, `guard`, or nothing. */
+/* Parses a line that was checked: a rule, `users`, `guard`, or nothing. */
 static void
-line_parse(struct parser *p)
+line_parse(struct parser *p, struct text line)
 {
-	const char *text = rule_text(p, p->text);
+	char *words = parser_copy(p, line);
 
-	if (p->bad || !parser_split(p, p->text) || p->n == 0)
+	if (words == NULL || !parser_split(p, words) || p->n == 0)
 		return;
-	if (parser_takes(p, "users"))
-		users_read(p);
-	else if (!parser_takes(p, "guard"))
-		rule_parse(p, text);
+	if (parser_takes(p, "users")) {
+		p->rules->logins = true;
+		if (p->n == 2)
+			file_read(p, p->words[1].t.at, true, account_parse);
+		else
+			parser_error(p, "users: it wants the name of one file");
+	} else if (!parser_takes(p, "guard"))
+		rule_parse(p, line);
 	else if (p->n > 1 || p->guard != NULL)
 		parser_error(p, "guard: it stands alone, and once");
 	else
@@ -6389,38 +6310,11 @@ line_parse(struct parser *p)
 static void
 line_take(struct parser *p, const char *file, unsigned line, const char *text)
 {
-	size_t n = strlen(text);
-
 	p->file = file;
 	p->line = line;
 	p->bad = false;
-	if (n > RULE_LINE_MAX || !text_is_clean(text_of(text)))
-		parser_error(p,
-		    "not a line of %d bytes at most, or a control "
-		    "byte in it",
-		    RULE_LINE_MAX);
-	else {
-		memcpy(p->text, text, n + 1);
-		line_parse(p);
-	}
-}
-
-/* All rules of a file. */
-static void
-file_read(struct parser *p, const char *path)
-{
-	struct stat status;
-	FILE *file;
-
-	p->file = "-f";
-	p->line = 0;
-	p->bad = false;
-	file = parser_open(p, path, &status);
-	p->file = path;
-	while (file != NULL && line_read(p, file))
-		line_parse(p);
-	if (file != NULL)
-		(void)fclose(file);
+	if (line_check(p, text_of(text)))
+		line_parse(p, text_of(text));
 }
 
 /* The rules that are given, or implied, by options. */
@@ -6431,10 +6325,14 @@ options_read(struct parser *p)
 	char line[2 * ADDRESS_TEXT];
 
 	for (i = 0; i < options.sources_n; i++) {
-		if (!options.sources[i].line)
-			file_read(p, options.sources[i].at);
-		else
+		if (options.sources[i].line) {
 			line_take(p, "-e", ++lines, options.sources[i].at);
+			continue;
+		}
+		p->file = "-f";
+		p->line = 0;
+		p->bad = false;
+		file_read(p, options.sources[i].at, false, line_parse);
 	}
 	if (options.via != NULL)
 		line_take(p, "-x", 0, options.via);
@@ -6508,7 +6406,7 @@ rules_read_lists(struct rules *rules)
 	char why[LIST_PATH_MAX + 128];
 
 	while (rules->lists_read < rules->lists_n && clock_us() < until) {
-		struct list *list = rules->lists[rules->lists_read];
+		struct list *list = &rules->lists[rules->lists_read];
 		int got = list_step(list, why, sizeof(why));
 
 		if (got == 0)
@@ -6581,7 +6479,7 @@ rules_can_reload(void)
 	unsigned i;
 
 	for (i = 0; rules != NULL && i < rules->lists_n; i++) {
-		const struct list *list = rules->lists[i];
+		const struct list *list = &rules->lists[i];
 
 		if (access(list->path, R_OK) == -1) {
 			warn("%s: %s: %s", list->where, list->path,
