@@ -564,12 +564,18 @@ enum greeting {
 	GREETING_REPLY   /* whether it reached the target */
 };
 
+/* Whether a request or its response may pass; see access_enter(). */
+enum access_state {
+	ACCESS_DECIDED,  /* nothing is left to decide */
+	ACCESS_UNDECIDED /* a rule needs something that is not known yet */
+};
+
 /* What the rules say to a request; all zero at its start. */
 struct access {
-	bool open;             /* whether it may pass is undecided */
-	bool route_open;       /* which way it takes is undecided */
-	unsigned found;        /* texts found in the body: bits */
-	struct buffer *answer; /* see access_response() */
+	enum access_state state; /* set by access_enter() only */
+	bool route_undecided;    /* the server's address tells the way */
+	unsigned found;          /* texts found in the body: bits */
+	struct buffer *answer;   /* see access_response() */
 };
 
 /* The way of a request to its server; all zero at its start. */
@@ -684,7 +690,7 @@ struct note {
 struct exchange {
 	enum phase phase;      /* set by exchange_enter() only */
 	enum tunnel tunnel;    /* whether it is one */
-	bool refresh : 1;      /* it has no client: see cache_refresh() */
+	bool refresh : 1;      /* it has no client: see cache_detach() */
 	bool served : 1;       /* the client had a response before */
 	bool close : 1;        /* the client's connection ends after this */
 	bool again : 1;        /* it is in the list of those to be run */
@@ -6636,7 +6642,7 @@ exchange_view(const struct exchange *x, const struct response *r,
 	if (v->address == NULL && answer_is_stored(q))
 		view_source(v, &q->route.list[0]);
 	else if (v->address == NULL && exchange_parent(x) != NULL &&
-	    !q->access.route_open)
+	    !q->access.route_undecided)
 		v->never |= FACT_ADDRESS;
 	else if (x->record.server.family == AF_INET ||
 	    x->record.server.family == AF_INET6)
@@ -6675,11 +6681,11 @@ exchange_view(const struct exchange *x, const struct response *r,
  * whole.  So nobody may follow a fetch that has neither a validator nor room
  * for sure.
  *
- * Door: cache_open, cache_print, cache_sweep, cache_try, cache_find,
+ * Door: cache_open, cache_warn, cache_print, cache_sweep, cache_find,
  * cache_follows, cache_validate, cache_validators_append, cache_store,
- * cache_append, cache_drop, cache_leave, cache_unfollow, cache_refresh,
+ * cache_append, cache_drop, cache_leave, cache_unfollow,
  * cache_follow_own, cache_detach, cache_wants, cache_resembles, cache_room,
- * cache_shape, cache_status_append, cache_log_append, directory_walk.
+ * cache_shape, cache_status_append, cache_log_append.
  */
 
 enum {
@@ -6793,7 +6799,8 @@ static struct {
 	int64_t lack_ms;    /* that leads to no sweep before this */
 	bool said_disk;     /* that the disk is the limit */
 	bool said_unread;   /* that the directory could not be read */
-	struct fetch *fetches; /* that others may follow */
+	struct fetch *fetches;      /* that others may follow */
+	struct fetch *fetches_free; /* for those to come */
 } cache = { .block = CACHE_DISK_BLOCK,
 	.limit = UINT64_MAX,
 	.report = { .fd = -1 } };
@@ -8035,14 +8042,30 @@ fetch_enter(struct fetch *f, enum fetch_state state)
 	fetch_tell(f);
 }
 
-/* Makes x the leader of a fetch for the key of its request. */
+/* Keeps f for the next fetch if nobody has a part in it any more. */
+static void
+fetch_drop(struct fetch *f)
+{
+	if (f->leader != NULL || f->followers > 0)
+		return;
+	f->next = cache.fetches_free;
+	cache.fetches_free = f;
+}
+
+/*
+ * Makes x the leader of a fetch for the key of its request.  Without memory
+ * there is none: others then ask for themselves.
+ */
 static void
 fetch_begin(struct exchange *x)
 {
-	struct fetch *f = calloc(1, sizeof(*f));
+	struct fetch *f = cache.fetches_free;
 
-	if (f == NULL)
+	if (f != NULL)
+		cache.fetches_free = f->next;
+	else if ((f = malloc(sizeof(*f))) == NULL)
 		return;
+	memset(f, 0, sizeof(*f));
 	f->leader = x;
 	f->key = x->request->caching.key;
 	f->serial = ++cache.serial;
@@ -8070,8 +8093,7 @@ fetch_end(struct exchange *x, enum fetch_state state)
 	fetch_enter(f, state);
 	f->leader = NULL;
 	c->fetch = NULL;
-	if (f->followers == 0)
-		free(f);
+	fetch_drop(f);
 }
 
 /* Makes x a follower of f. */
@@ -8095,13 +8117,13 @@ cache_unfollow(struct exchange *x)
 	f->followers--;
 	if (f->leader != NULL)
 		exchange_queue(f->leader);
-	else if (f->followers == 0)
-		free(f);
+	fetch_drop(f);
 }
 
 /*
- * Detaches the fetch of x from x's client: it becomes that of y, which is new
- * and has no client, and x is one of its followers.
+ * y, which is new and has no client, goes on for x.  If x leads a fetch, y
+ * leads it from now on, and x is one of its followers; else y begins one, to
+ * validate anew what answers x.
  */
 static void
 cache_detach(struct exchange *x, struct exchange *y)
@@ -8109,6 +8131,11 @@ cache_detach(struct exchange *x, struct exchange *y)
 	struct request *q = x->request;
 	struct fetch *f = q->caching.fetch;
 
+	if (f == NULL) {
+		y->request->caching.key = q->caching.key;
+		fetch_begin(y);
+		return;
+	}
 	y->record.status = x->record.status;
 	y->record.end = END_CLIENT;
 	y->record.server = x->record.server;
@@ -8121,17 +8148,6 @@ cache_detach(struct exchange *x, struct exchange *y)
 	f->leader = y;
 	fetch_follow(x, f);
 	answer_by(x, ANSWER_FETCH);
-}
-
-/*
- * y, which has no client, is to validate anew what answers x: others may
- * follow it from now on.
- */
-static void
-cache_refresh(const struct exchange *x, struct exchange *y)
-{
-	y->request->caching.key = x->request->caching.key;
-	fetch_begin(y);
 }
 
 /*
@@ -9274,29 +9290,6 @@ request_is_cacheable(struct exchange *x)
 }
 
 /*
- * Says in a word what the cache would do for the request of x, and which rule
- * decides that, or NULL.
- */
-static const char *
-cache_try(struct exchange *x, const struct rule **rule)
-{
-	struct control asked = control_parse(&x->request->head);
-	struct lookup l;
-	const char *word;
-
-	*rule = cache_rule(x, NULL, NULL);
-	if (!request_is_cacheable(x))
-		return "none";
-	lookup_run(x, &asked, &l);
-	word = l.reuse != REUSE_VALIDATED ? "answers" :
-	    l.fd != -1                    ? "validates" :
-					    l.forward;
-	fd_drop(&l.fd);
-	buffer_give(&l.b);
-	return word;
-}
-
-/*
  * The entry in l answers; word: for the log.  The caller takes over its
  * descriptor, to be read from behind the buffer, and the buffer.
  */
@@ -9922,6 +9915,28 @@ cache_open(void)
 	}
 	cache_assume(path, fd != -1);
 	fd_drop(&fd);
+}
+
+/* Warns of the first directory of a cache that we can't write. */
+static void
+bucket_warn(const struct file *f, void *argument)
+{
+	bool *warned = argument;
+
+	if (*warned || !f->bucket || access(f->path, W_OK) != -1)
+		return;
+	*warned = true;
+	warn("user %s can't write %s: chown -R %s %s", options.user, f->path,
+	    options.user, options.cache);
+}
+
+/* Warns if the user of -u, who we are by now, can't write the cache. */
+static void
+cache_warn(void)
+{
+	bool warned = false;
+
+	(void)directory_walk(options.cache, bucket_warn, &warned);
 }
 
 /* Prints the path of a file if it is an entry of the key. */
@@ -11620,6 +11635,19 @@ static const char *const phase_names[] = {
 
 /* ---- from phase to phase, and the end ---- */
 
+/* Enters a state of what the rules say. */
+static void
+access_enter(struct exchange *x, enum access_state state)
+{
+	static const char *const names[] = { "have decided",
+		"must know more to decide" };
+	struct access *access = &x->request->access;
+
+	if (access->state != state)
+		trace(x, "the rules %s", names[state]);
+	access->state = state;
+}
+
 /* A slot with no connection yet, or NULL if all are taken. */
 static struct exchange *
 exchange_take(void)
@@ -11747,7 +11775,7 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 	if (x->server.error == ENOMEM)
 		refusal = REFUSE_MEMORY;
 	x->record.refusal = refusal;
-	q->access.open = false;
+	access_enter(x, ACCESS_DECIDED);
 	if (x->record.status != 0) {
 		exchange_abort(x, ruled ? END_RULE : END_SERVER, refusal);
 		return;
@@ -11789,7 +11817,9 @@ access_is_refused(struct exchange *x, struct view *v)
 {
 	struct verdict verdict = rules_judge(x->rules, GROUP_ACCESS, v);
 
-	x->request->access.open = verdict.truth == TRUTH_UNDECIDED;
+	access_enter(x,
+	    verdict.truth == TRUTH_UNDECIDED ? ACCESS_UNDECIDED :
+					       ACCESS_DECIDED);
 	if (verdict.truth != TRUTH_YES)
 		return false;
 	x->record.rule = verdict.rule;
@@ -11827,7 +11857,7 @@ route_judge(struct exchange *x, struct view *v)
 	struct request *q = x->request;
 	struct verdict verdict = rules_judge(x->rules, GROUP_ROUTE, v);
 
-	q->access.route_open = verdict.truth == TRUTH_UNDECIDED;
+	q->access.route_undecided = verdict.truth == TRUTH_UNDECIDED;
 	q->route.parent = verdict.truth == TRUTH_YES ?
 	    parent_choose(verdict.rule->parents) :
 	    NULL;
@@ -11867,12 +11897,12 @@ access_response(struct exchange *x, const struct response *r, struct text head)
 	struct buffer *b;
 	struct view v;
 
-	if (!access->open)
+	if (access->state != ACCESS_UNDECIDED)
 		return true;
 	answer_view(x, r, &v);
 	if (!access_judge(x, &v))
 		return false;
-	if (!access->open || r->status < 200)
+	if (access->state != ACCESS_UNDECIDED || r->status < 200)
 		return true;
 	buffer_give(&access->answer);
 	access->answer = b = buffer_take();
@@ -11912,10 +11942,10 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	else if (found == access->found && (v.known & FACT_LENGTH))
 		return true;
 	refused = access_is_refused(x, &v);
-	if (whole || !access->open) {
-		access->open = false;
+	if (whole)
+		access_enter(x, ACCESS_DECIDED);
+	if (whole || access->state != ACCESS_UNDECIDED)
 		buffer_give(&access->answer);
-	}
 	return !refused;
 }
 
@@ -11935,7 +11965,8 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	conn_file(&x->server, l->fd, x);
 	x->server.in = l->b;
 	/* What was judged is the way to the server, not where this is from. */
-	q->access.open = q->access.open || q->route.n > 0;
+	if (q->route.n > 0)
+		access_enter(x, ACCESS_UNDECIDED);
 	q->route.n = 0;
 	q->route.list[0] = address_read(l->e.server);
 	q->body = l->e.body;
@@ -11979,7 +12010,7 @@ parent_next(struct exchange *x)
 		return false;
 	q->route.parent = q->route.parent->next;
 	/* What this one does not look up, the next may: all is judged anew. */
-	q->access.open = true;
+	access_enter(x, ACCESS_UNDECIDED);
 	q->times.asked = 0;
 	x->record.server.family = 0;
 	route_again(x, PHASE_RESOLVE);
@@ -12134,7 +12165,7 @@ exchange_take_refresh(const struct exchange *x, struct buffer *head)
  * it is not done, the next request for it will.
  */
 static void
-exchange_refresh(const struct exchange *x)
+exchange_refresh(struct exchange *x)
 {
 	static const char *const personal[] = { "Cache-Control", "Pragma",
 		"Authorization", "Range", "If-Range", "If-Match",
@@ -12154,7 +12185,7 @@ exchange_refresh(const struct exchange *x)
 	y = exchange_take_refresh(x, head);
 	if (y == NULL)
 		return;
-	cache_refresh(x, y);
+	cache_detach(x, y);
 }
 
 /*
@@ -12360,6 +12391,7 @@ resolve_strike(struct exchange *x, struct view *v)
 	struct route *route = &q->route;
 	enum refusal refusal = REFUSE_FAMILY;
 	bool direct = exchange_parent(x) == NULL, stays = false;
+	bool undecided = q->access.state == ACCESS_UNDECIDED;
 	unsigned char i, kept = 0;
 
 	for (i = 0; i < route->n; i++) {
@@ -12371,7 +12403,7 @@ resolve_strike(struct exchange *x, struct view *v)
 		if (route->from != NULL && route_from(route, to)->family == 0)
 			continue;
 		view_source(v, to);
-		if (direct && q->access.open)
+		if (direct && undecided)
 			verdict = rules_judge(x->rules, GROUP_ACCESS, v);
 		if (kept == 0)
 			x->record.rule =
@@ -12384,8 +12416,8 @@ resolve_strike(struct exchange *x, struct view *v)
 		route->list[kept++] = *to;
 	}
 	route->n = kept;
-	if (direct)
-		q->access.open = stays;
+	if (direct && undecided && !stays)
+		access_enter(x, ACCESS_DECIDED);
 	return kept ? REFUSE_NONE : refusal;
 }
 
@@ -12404,7 +12436,8 @@ resolve_judge(struct exchange *x)
 	struct view v;
 
 	exchange_view(x, NULL, 0, &v);
-	if (!direct && q->access.open && !access_judge(x, &v))
+	if (!direct && q->access.state == ACCESS_UNDECIDED &&
+	    !access_judge(x, &v))
 		return;
 	if (direct && q->route.n > 0)
 		view_source(&v, &q->route.list[0]);
@@ -12432,8 +12465,8 @@ resolve_route(struct exchange *x)
 	exchange_view(x, NULL, 0, &v);
 	view_source(&v, &q->route.list[0]);
 	route_judge(x, &v);
-	q->access.route_open = false;
-	if (exchange_parent(x) != NULL && q->access.open)
+	q->access.route_undecided = false;
+	if (exchange_parent(x) != NULL && q->access.state == ACCESS_UNDECIDED)
 		(void)access_judge(x, &v);
 	q->times.asked = 0;
 }
@@ -12446,14 +12479,14 @@ static bool
 resolve_step(struct exchange *x)
 {
 	struct request *q = x->request;
-	bool open = q->access.route_open;
-	const struct parent *parent = open ? NULL : exchange_parent(x);
+	bool undecided = q->access.route_undecided;
+	const struct parent *parent = undecided ? NULL : exchange_parent(x);
 	int known = parent ?
 	    resolve_host(x, text_of(parent->host), parent->port) :
 	    resolve_host(x, q->target.host, q->target.port);
 
 	if (known == 1)
-		(open ? resolve_route : resolve_judge)(x);
+		(undecided ? resolve_route : resolve_judge)(x);
 	return known != 0;
 }
 
@@ -13417,7 +13450,7 @@ relay_resume(struct exchange *x)
 	trace(x, "what this follows was given up: asking for the rest");
 	cache_unfollow(x);
 	answer_by(x, ANSWER_NONE);
-	q->access.open = true;
+	access_enter(x, ACCESS_UNDECIDED);
 	q->times.answered = 0;
 	route_again(x, PHASE_RESOLVE);
 }
@@ -14931,20 +14964,6 @@ trial_access(const struct verdict *access, struct view *v)
 	trial_print("access", words, access->rule);
 }
 
-/* Prints what the cache would do.  A look-up needs an exchange as its frame. */
-static void
-trial_cache(struct trial *t)
-{
-	struct exchange x = { .request = &t->request, .rules = t->rules };
-	const struct rule *rule;
-	const char *word;
-
-	x.peer = t->client;
-	x.local = t->view.local;
-	word = cache_try(&x, &rule);
-	trial_print("cache", word, rule);
-}
-
 /*
  * One -T: prints what would happen.  The server's name is looked up if, and
  * only if, a verdict depends on its address.  Returns the exit status.
@@ -14966,8 +14985,6 @@ trial_run(const char *words)
 	}
 	trial_access(&t.access, &t.view);
 	trial_route(&t.route);
-	if (options.cache != NULL)
-		trial_cache(&t);
 	rules_give(&t.rules);
 	return t.access.refuses ? 1 :
 	    t.access.truth == TRUTH_UNDECIDED ||
@@ -15101,31 +15118,16 @@ logs_begin(void)
 	logs.terminal = isatty(STDOUT_FILENO) || isatty(STDERR_FILENO);
 }
 
-/* Warns, once, of a directory of the cache that the user of -u can't write. */
-static void
-user_warn_cache(const struct file *f, void *argument)
-{
-	bool *warned = argument;
-
-	if (*warned || !f->bucket || access(f->path, W_OK) != -1)
-		return;
-	*warned = true;
-	warn("user %s can't write %s: chown -R %s %s", options.user, f->path,
-	    options.user, options.cache);
-}
-
 /* Warns of files that the user of -u can't use. */
 static void
 user_warn(void)
 {
-	bool warned = false;
-
 	if (!rules_can_reload())
 		warn("user %s can't read the rules again: HUP will not change "
 		     "them",
 		    options.user);
 	if (options.cache != NULL)
-		(void)directory_walk(options.cache, user_warn_cache, &warned);
+		cache_warn();
 }
 
 /*

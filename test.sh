@@ -17790,7 +17790,8 @@ test_real_chain() { # squid as the client: chained to us as its parent
 
 # ---- Measurements -----------------------------------------------------------
 # test.sh bench: what the proxy costs beside no proxy and beside others, in
-# one run and in turns, because machines are noisy. Not a test.
+# one run and in turns, because machines are noisy. Not a test. OLD: the path
+# of another build of the proxy, which is measured, too.
 
 bench_rounds=3  # of each measurement; the median counts
 bench_ms=800    # that a measurement with small requests takes
@@ -17838,9 +17839,20 @@ bench_tinyproxy() { # PORT LINE-OF-ITS-CONFIGURATION...
 	bench_add tinyproxy "$bench_port" "$spawned"
 }
 
+# Another build of the proxy, if there is one.
+bench_old() { # OPTION...
+	[ -n "${OLD-}" ] || return 0
+	bench_new=$proxy_bin
+	proxy_bin=$OLD
+	name=old start_proxy "$@"
+	proxy_bin=$bench_new
+	bench_add old "${proxy##*:}" "$proxy_pid"
+}
+
 bench_proxies() {
 	start_proxy -m $((bench_idle + 100))
 	bench_add proxy "${proxy##*:}" "$proxy_pid"
+	bench_old -m $((bench_idle + 100))
 	real_ports
 	bench_tinyproxy "$real_p1" 'Timeout 600' "MaxClients $((bench_idle + 100))"
 	if have squid; then
@@ -18050,6 +18062,7 @@ bench_cache_traffic() { # PORT
 bench_cache_proxies() {
 	name=cache start_proxy -c "$T/store" -s 1G
 	bench_add proxy "${proxy##*:}" "$proxy_pid"
+	bench_old -c "$T/store.old" -s 1G
 	real_ports
 	have squid && bench_cache_squid "$real_p1"
 	have nginx && bench_cache_nginx "$real_p2"
