@@ -919,12 +919,38 @@ static struct {
 	uint64_t lost; /* lines lost since the last that was written */
 } logs = { .fd = STDOUT_FILENO };
 
-/* Sums over all exchanges that have ended. */
+/* What became of an exchange. */
+enum result {
+	RESULT_HIT,     /* the cache answered */
+	RESULT_MISS,    /* a server answered */
+	RESULT_TUNNEL,  /* it was a tunnel */
+	RESULT_LOCAL,   /* a page of the proxy's own */
+	RESULT_REFUSED, /* by the proxy: the request was wrong or forbidden */
+	RESULT_FAILED,  /* the response could not be had, or was cut short */
+	RESULTS
+};
+
+/* Upper bounds in ms of how long clients waited for the first byte. */
+static const int waits_ms[] = { 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000,
+	10000, 30000 };
+
+#define WAITS (sizeof(waits_ms) / sizeof(waits_ms[0]))
+
+/* Sums since the start. */
 static struct {
-	uint64_t exchanges; /* lines of the log */
-	uint64_t refused;   /* by the proxy, for whatever reason */
-	uint64_t hits;      /* answered from the cache */
-	uint64_t up, down;  /* payload in bytes: of requests, of responses */
+	int64_t started;             /* ms, when that was */
+	uint64_t results[RESULTS];   /* exchanges that have ended */
+	uint64_t refusals[REFUSALS]; /* the same, by what the proxy said */
+	uint64_t up, down; /* payload in bytes: of requests, of responses */
+	uint64_t
+	    received[2];  /* bytes on the wire: from clients, from servers */
+	uint64_t sent[2]; /* the same: to clients, to servers */
+	uint64_t waits[WAITS + 1]; /* responses, by the wait for them */
+	uint64_t waited_ms;        /* sum of all waits */
+	uint64_t names, nameless;  /* questions for names; those that failed */
+	uint64_t evicted;          /* entries that gave way to others */
+	uint64_t lines_lost;       /* of the log */
+	size_t busiest;            /* slots in use at once, at most */
 } totals;
 
 /* The monotonic clock in us. */
@@ -1441,6 +1467,7 @@ static struct {
 	size_t n;               /* length of the list */
 	struct buffer *reserve; /* for refusals without memory */
 	size_t reserved;        /* length of the reserve */
+	size_t used;            /* buffers that are in use */
 } buffers_free;
 
 /* Free requests; the last RESERVED are for refusals. */
@@ -1473,6 +1500,7 @@ buffer_take(void)
 		if (b == NULL)
 			return NULL;
 	}
+	buffers_free.used++;
 	return buffer_clear(b);
 }
 
@@ -1490,6 +1518,7 @@ buffer_take_reserved(void)
 	b = buffers_free.reserve;
 	buffers_free.reserve = b->next;
 	buffers_free.reserved--;
+	buffers_free.used++;
 	return buffer_clear(b);
 }
 
@@ -1502,6 +1531,7 @@ buffer_give(struct buffer **b)
 	*b = NULL;
 	if (old == NULL)
 		return;
+	buffers_free.used--;
 	if (buffers_free.reserved < RESERVED) {
 		old->next = buffers_free.reserve;
 		buffers_free.reserve = old;
@@ -2094,9 +2124,11 @@ conn_read_some(struct conn *c, size_t max)
 	if (room > max)
 		room = max;
 	n = room ? fd_read(c->fd, c->in->data + c->in->end, room) : 0;
-	if (n > 0)
+	if (n > 0) {
 		c->in->end += (size_t)n;
-	else if (n == 0 && room)
+		if (c->role != ROLE_FILE)
+			totals.received[c->role == ROLE_SERVER] += (uint64_t)n;
+	} else if (n == 0 && room)
 		c->eof = true;
 	else if (n == -1 && errno != EAGAIN && errno != EWOULDBLOCK)
 		c->error = errno;
@@ -2125,9 +2157,11 @@ conn_drain(struct conn *c)
 	if (!c->readable || c->eof || c->error)
 		return false;
 	n = fd_read(c->fd, scratch, sizeof(scratch));
-	if (n == 0)
+	if (n > 0)
+		totals.received[c->role == ROLE_SERVER] += (uint64_t)n;
+	else if (n == 0)
 		c->eof = true;
-	else if (n == -1 && errno != EAGAIN && errno != EWOULDBLOCK)
+	else if (errno != EAGAIN && errno != EWOULDBLOCK)
 		c->error = errno;
 	if (n < (ssize_t)sizeof(scratch) && !c->hangup)
 		c->readable = false;
@@ -2152,9 +2186,10 @@ conn_write(struct conn *c)
 	if (!c->writable && !c->hangup)
 		return false;
 	n = fd_write(c->fd, c->out->data + c->out->start, buffer_len(c->out));
-	if (n > 0)
+	if (n > 0) {
 		buffer_drop(c->out, (size_t)n);
-	else if (errno != EAGAIN && errno != EWOULDBLOCK)
+		totals.sent[c->role == ROLE_SERVER] += (uint64_t)n;
+	} else if (errno != EAGAIN && errno != EWOULDBLOCK)
 		c->write_failed = true;
 	if (c->write_failed || buffer_len(c->out) == 0) {
 		buffer_give(&c->out);
@@ -4069,6 +4104,7 @@ enum action {
 /* In each group the first rule that matches decides; in the last two all do. */
 enum rule_group {
 	GROUP_ACCESS,
+	GROUP_PAGE, /* access to the proxy's own pages */
 	GROUP_ROUTE,
 	GROUP_SOURCE,
 	GROUP_CACHE,
@@ -4093,6 +4129,7 @@ enum subject {
 	SUBJECT_TYPE,
 	SUBJECT_SIZE,
 	SUBJECT_BODY,
+	SUBJECT_PAGE,
 	SUBJECTS
 };
 
@@ -5040,6 +5077,8 @@ value_matches(const struct condition *c, const struct value *value,
 		return v->timed && span_has(&value->as.span, &v->when);
 	case SUBJECT_ADDRESS:
 		return network_has(&value->as.network, v->address);
+	case SUBJECT_PAGE:
+		return text_equals(value->text, text_from(v->request->uri, 1));
 	case SUBJECT_STATUS:
 		return numbers_have(&value->as.numbers,
 		    (uint64_t)v->response->status);
@@ -5100,6 +5139,7 @@ static const struct {
 	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, false, NULL, 0,
 	    "a size behind < or > such as >10M" },
 	[SUBJECT_BODY] = { "body", FACT_BODY, false, NULL, 0, "a text" },
+	[SUBJECT_PAGE] = { "page", 0, true, NULL, 0, "status or metrics" },
 };
 
 /*
@@ -5157,7 +5197,7 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 {
 	struct verdict verdict = { TRUTH_NO, NULL, false };
 	const struct rule *rule;
-	bool refuses = group == GROUP_ACCESS;
+	bool refuses = group == GROUP_ACCESS || group == GROUP_PAGE;
 
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
 		enum truth truth = rule_judge(rule, v);
@@ -5483,12 +5523,15 @@ parser_value(struct parser *p)
 	return word;
 }
 
-/* Takes the next word if it is a value. */
+/* Takes the next word if it is a value; `status` is also one of `page`. */
 static const struct word *
 parser_take(struct parser *p)
 {
 	const struct word *word = parser_value(p);
 
+	if (word == NULL && p->group == GROUP_PAGE && p->at < p->n &&
+	    text_is(p->words[p->at].t, "status"))
+		word = &p->words[p->at];
 	p->at += word != NULL;
 	return word;
 }
@@ -5571,7 +5614,7 @@ static void
 parser_logins(struct parser *p)
 {
 	if (!p->rules->logins)
-		parser_error(p, "nobody can log in: no line `users' before it");
+		parser_error(p, "nobody can log in: no rule `users' before it");
 }
 
 /* A method; in capitals, unless it is quoted. */
@@ -5794,6 +5837,9 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 		return size_bound_parse(p, c, value);
 	case SUBJECT_BODY:
 		return needle_parse(p, value);
+	case SUBJECT_PAGE:
+		return text_is(word->t, "status") ||
+		    text_is(word->t, "metrics");
 	case SUBJECTS:
 		break;
 	}
@@ -5864,6 +5910,12 @@ condition_parse(struct parser *p, const struct rule *rule, struct condition *c)
 
 	c->needs = subjects[c->subject].needs;
 	c->word = subjects[c->subject].word;
+	if (c->subject == SUBJECT_PAGE && p->group != GROUP_ACCESS)
+		parser_error(p,
+		    "page: it stands with allow, deny, login or "
+		    "drop, and once");
+	if (c->subject == SUBJECT_PAGE)
+		p->group = GROUP_PAGE;
 	if (condition_repeats(rule, c))
 		parser_error(p,
 		    "%s: two conditions can't both match; write all values "
@@ -6183,6 +6235,10 @@ rule_parse(struct parser *p, struct text line)
 		parser_logins(p);
 	arguments_parse(p, rule);
 	conditions_parse(p, rule);
+	if (p->group == GROUP_PAGE && rule->needs != 0)
+		parser_error(p,
+		    "page: no server answers for it; leave out "
+		    "what needs one");
 	/* The built-in rule without conditions is for all other clients. */
 	rule->refusal = rule->built_in && rule->conditions == NULL ?
 	    REFUSE_FOREIGN :
@@ -6365,6 +6421,10 @@ rules_built_in(struct parser *p)
 {
 	line_take(p, built_in, 3, "allow client local");
 	line_take(p, built_in, 4, "deny \"this client may not use the proxy\"");
+	line_take(p, built_in, 5, "allow client local page status metrics");
+	line_take(p, built_in, 6,
+	    "deny \"only clients on the proxy's machine may see this page\" "
+	    "page status metrics");
 	p->end[GROUP_ACCESS] = p->guard ? p->guard :
 					  &p->rules->first[GROUP_ACCESS];
 	line_take(p, built_in, 1,
@@ -6681,9 +6741,9 @@ exchange_view(const struct exchange *x, const struct response *r,
  * whole.  So nobody may follow a fetch that has neither a validator nor room
  * for sure.
  *
- * Door: cache_open, cache_warn, cache_print, cache_sweep, cache_find,
- * cache_follows, cache_validate, cache_validators_append, cache_store,
- * cache_append, cache_drop, cache_leave, cache_unfollow,
+ * Door: cache_open, cache_warn, cache_print, cache_sweep, cache_bytes,
+ * cache_find, cache_follows, cache_validate, cache_validators_append,
+ * cache_store, cache_append, cache_drop, cache_leave, cache_unfollow,
  * cache_follow_own, cache_detach, cache_wants, cache_resembles, cache_room,
  * cache_shape, cache_status_append, cache_log_append.
  */
@@ -8669,6 +8729,7 @@ struct sweep {
 	uint64_t ages[64]; /* entries, by age: see sweep_age() */
 	uint64_t most;     /* may stay */
 	uint64_t kept;     /* will stay */
+	uint64_t evicted;  /* entries that went */
 	unsigned cut;      /* older ones go, those of this age while need be */
 };
 
@@ -8712,6 +8773,7 @@ sweep_remove(const struct file *f, void *argument)
 		    (last && sweep->kept <= sweep->most) ||
 		    unlink(f->path) == -1)
 		return;
+	sweep->evicted += f->entry;
 	/* The first pass may have missed it. */
 	sweep->bytes -= f->bytes < sweep->bytes ? f->bytes : sweep->bytes;
 	if (last)
@@ -8792,21 +8854,23 @@ sweep_result(uint64_t bytes)
 static void
 sweep_reap(void)
 {
-	uint64_t bytes;
+	uint64_t report[2];
 	ssize_t n;
 
 	if (cache.report.fd != -1) {
 		if (!cache.report.readable)
 			return;
 		cache.report.readable = false;
-		n = fd_read(cache.report.fd, &bytes, sizeof(bytes));
+		n = fd_read(cache.report.fd, report, sizeof(report));
 		if (n == -1 && errno == EAGAIN)
 			return;
 		conn_close(&cache.report, false);
 		/* Nothing is known if it came to no end. */
-		cache.said_unread = n != (ssize_t)sizeof(bytes);
-		if (!cache.said_unread)
-			sweep_result(bytes);
+		cache.said_unread = n != (ssize_t)sizeof(report);
+		if (!cache.said_unread) {
+			sweep_result(report[0]);
+			totals.evicted += report[1];
+		}
 	}
 	if (waitpid(cache.sweeper, NULL, WNOHANG) != 0)
 		cache.sweeper = 0;
@@ -8814,7 +8878,10 @@ sweep_reap(void)
 		exchanges.wake = now.ms + 50;
 }
 
-/* The sweeper: a child that tells its parent how many bytes are left. */
+/*
+ * The sweeper: a child that tells its parent how many bytes are left, and how
+ * many entries went.
+ */
 static void
 sweeper_main(int fd, pid_t owner, bool disk)
 {
@@ -8825,9 +8892,13 @@ sweeper_main(int fd, pid_t owner, bool disk)
 	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
 		(void)signal(caught[i], SIG_DFL);
 	fds_close(fd, fd);
-	if (sweep_run(&sweep, disk))
-		(void)fd_write(fd, &sweep.bytes, sizeof(sweep.bytes));
-	else if (!cache.said_unread)
+	if (sweep_run(&sweep, disk)) {
+		uint64_t report[2];
+
+		report[0] = sweep.bytes;
+		report[1] = sweep.evicted;
+		(void)fd_write(fd, report, sizeof(report));
+	} else if (!cache.said_unread)
 		warn("can't read the cache %s: %s", options.cache,
 		    strerror(errno));
 	_exit(0);
@@ -8856,6 +8927,13 @@ sweep_start(void)
 	conn_watch(&cache.report, POLLIN);
 	if (cache.sweeper == -1)
 		conn_close(&cache.report, false);
+}
+
+/* What the cache takes of the disk in bytes, at most. */
+static uint64_t
+cache_bytes(void)
+{
+	return cache.total + cache.making;
 }
 
 /*
@@ -9975,7 +10053,7 @@ cache_print(const struct target *target)
  * shorter than _POSIX_PIPE_BUF on two pipes: a write is whole or fails.
  *
  * Door: names, user_find, user_become, names_start, names_ask, names_lost,
- * names_take, names_find.
+ * names_take, names_find, names_waiting.
  */
 
 enum {
@@ -10300,6 +10378,7 @@ names_ask(void)
 		if (full)
 			break;
 		name->state = NAME_ASKED;
+		totals.names++;
 	}
 	if (poll_set.fds != NULL)
 		conn_watch(&names.questions, full ? POLLOUT : 0);
@@ -10342,6 +10421,7 @@ names_take(void)
 			answer.error = EAI_NONAME;
 		name->state = NAME_KNOWN;
 		name->error = answer.error;
+		totals.nameless += answer.error != 0;
 		name->n = answer.n;
 		memcpy(name->list, answer.list, sizeof(name->list));
 		name->until =
@@ -10382,6 +10462,18 @@ names_find(const char *host)
 	return best;
 }
 
+/* How many names wait for an answer. */
+static unsigned
+names_waiting(void)
+{
+	unsigned i, n = 0;
+
+	for (i = 0; i < NAMES_MAX; i++)
+		n += names.table[i].state == NAME_WANTED ||
+		    names.table[i].state == NAME_ASKED;
+	return n;
+}
+
 /* ---- 11. Log and trace ---- */
 
 /*
@@ -10391,16 +10483,19 @@ names_find(const char *host)
  * goes on.
  *
  * Door: log_lines, log_open, log_flush, log_quotes, log_note, log_note_name,
- * refusal_words, log_exchange, log_end, trace_end, trace_head, trace_mended,
- * trace_dump, hello_name.
+ * refusal_words, log_exchange, log_wait, log_end, glance_take, glance_ended,
+ * trace_end, trace_head, trace_mended, trace_dump, hello_name.
  */
 
 enum {
 	/* Bytes of each piece of payload that -vv shows. */
-	DUMP_MAX = 256
+	DUMP_MAX = 256,
+	/* Exchanges that have ended and are still shown. */
+	GLANCES = 50
 };
 
-static const char *const ends[] = {
+/* Why an exchange ended, and what became of it, in a word. */
+static const char *const log_ends[] = {
 	[END_DONE] = "done",
 	[END_CLIENT] = "client",
 	[END_SERVER] = "server",
@@ -10411,8 +10506,35 @@ static const char *const ends[] = {
 	[END_STOP] = "stop",
 };
 
+static const char *const result_names[] = {
+	[RESULT_HIT] = "hit",
+	[RESULT_MISS] = "miss",
+	[RESULT_TUNNEL] = "tunnel",
+	[RESULT_LOCAL] = "local",
+	[RESULT_REFUSED] = "refused",
+	[RESULT_FAILED] = "failed",
+};
+
 /* The lines of this turn; it needs no memory from the system. */
 static struct buffer log_lines;
+
+/* What the status page shows of an exchange; texts are printable, and cut. */
+struct glance {
+	uint64_t number;             /* as in the trace */
+	int64_t ms;                  /* since it began, or all of it */
+	struct address peer, server; /* the client, and who answered */
+	uint64_t up, down;           /* payload in bytes */
+	int status;                  /* 0: none was sent */
+	enum end end;                /* if it has ended */
+	enum refusal refusal;        /* why it failed, or REFUSE_NONE */
+	char method[16], target[160], rule[48];
+};
+
+/* Those that ended lately. */
+static struct {
+	struct glance list[GLANCES]; /* the last is (n - 1) % GLANCES */
+	uint64_t n;                  /* there were so many */
+} ended;
 
 /*
  * A socket of the system's logger, or -1 with errno.  syslog(3) would wait
@@ -10493,6 +10615,7 @@ log_lose(uint64_t lines, const char *why)
 	if (logs.lost == 0)
 		warn("the log can't be written, lines are lost: %s", why);
 	logs.lost += lines;
+	totals.lines_lost += lines;
 }
 
 /*
@@ -10735,6 +10858,14 @@ log_status(const struct record *r)
 	return r->status ? r->status : r->end == END_RULE ? 444 : 499;
 }
 
+/* True if a rule decided that is the user's, or that refused. */
+static bool
+log_names_rule(const struct record *r)
+{
+	return r->rule != NULL &&
+	    !(r->rule->built_in && r->rule->action == ACTION_ALLOW);
+}
+
 /* Appends the rule that decided, and the SNI of a tunnel. */
 static void
 log_rule(struct buffer *b, const struct exchange *x)
@@ -10745,9 +10876,7 @@ log_rule(struct buffer *b, const struct exchange *x)
 		    text_cut(x->note.text + x->note.sni, x->note.sni_len),
 		    NOTE_MAX);
 	}
-	if (x->record.rule == NULL ||
-	    (x->record.rule->built_in &&
-		x->record.rule->action == ACTION_ALLOW))
+	if (!log_names_rule(&x->record))
 		return;
 	buffer_append(b, text_of(" rule="));
 	buffer_escape(b, text_of(x->record.rule->where), RULE_NAME_MAX);
@@ -10808,7 +10937,7 @@ log_line(const struct exchange *x, struct buffer *b)
 	buffer_append(b, text_of(" server="));
 	buffer_append(b, text_of(server));
 	buffer_append(b, text_of(" end="));
-	buffer_append(b, text_of(ends[r->end]));
+	buffer_append(b, text_of(log_ends[r->end]));
 	log_rule(b, x);
 	if (r->refusal) {
 		buffer_append(b, text_of(" why=\""));
@@ -10819,6 +10948,84 @@ log_line(const struct exchange *x, struct buffer *b)
 	buffer_append(b, text_of("\n"));
 }
 
+/* Takes down what is to be shown of x. */
+static void
+glance_take(const struct exchange *x, struct glance *g)
+{
+	const struct record *r = &x->record;
+	struct quotes quotes = log_quotes(x);
+
+	g->number = x->number;
+	g->ms = now.ms - (r->start ? r->start : x->since);
+	g->peer = x->peer;
+	g->server = r->server;
+	g->up = x->up.payload;
+	g->down = x->down.payload;
+	g->status = r->status;
+	g->end = r->end;
+	g->refusal = r->refusal;
+	(void)text_printable(quotes.name, g->method, sizeof(g->method));
+	(void)text_printable(quotes.uri, g->target, sizeof(g->target));
+	(void)text_printable(text_of(log_names_rule(r) ? r->rule->where : ""),
+	    g->rule, sizeof(g->rule));
+}
+
+/* Of those that ended lately, number i, the last being 0; NULL: no more. */
+static const struct glance *
+glance_ended(unsigned i)
+{
+	return i < GLANCES && i < ended.n ?
+	    &ended.list[(ended.n - 1 - i) % GLANCES] :
+	    NULL;
+}
+
+/* What became of x, which has ended. */
+static enum result
+log_result(const struct exchange *x)
+{
+	enum cause cause = refusals[x->record.refusal].cause;
+	const struct request *q = x->request;
+
+	if (x->record.refusal != REFUSE_NONE)
+		return cause == CAUSE_WAY || cause == CAUSE_ANSWER ||
+			refusals[x->record.refusal].status >= 500 ?
+		    RESULT_FAILED :
+		    RESULT_REFUSED;
+	if (x->tunnel)
+		return RESULT_TUNNEL;
+	if (x->record.end != END_DONE)
+		return RESULT_FAILED;
+	if (q == NULL)
+		return RESULT_MISS;
+	return answer_is_stored(q)       ? RESULT_HIT :
+	    q->answerer == ANSWER_MEMORY ? RESULT_LOCAL :
+					   RESULT_MISS;
+}
+
+/* Counts an exchange that has ended. */
+static void
+log_count(const struct exchange *x)
+{
+	totals.results[log_result(x)]++;
+	totals.refusals[x->record.refusal]++;
+	totals.up += x->up.payload;
+	totals.down += x->down.payload;
+	glance_take(x, &ended.list[ended.n++ % GLANCES]);
+}
+
+/* Counts a response whose first byte is about to go to the client. */
+static void
+log_wait(const struct exchange *x)
+{
+	int64_t ms = now.ms - x->record.start;
+	size_t i = 0;
+
+	while (i < WAITS && ms > waits_ms[i])
+		i++;
+	totals.waits[i]++;
+	totals.waited_ms += (uint64_t)ms;
+}
+
 /* Adds the line of an exchange that has ended to those of this turn. */
 static void
 log_exchange(const struct exchange *x)
@@ -10826,11 +11033,7 @@ log_exchange(const struct exchange *x)
 	struct buffer *b = &log_lines;
 	size_t end = b->end;
 
-	totals.exchanges++;
-	totals.refused += x->record.refusal != REFUSE_NONE;
-	totals.hits += x->request != NULL && answer_is_stored(x->request);
-	totals.up += x->up.payload;
-	totals.down += x->down.payload;
+	log_count(x);
 	log_line(x, b);
 	if (b->overflow == 0)
 		return;
@@ -10875,8 +11078,8 @@ trace_end(const struct exchange *x)
 
 	if (options.verbose == 0)
 		return;
-	trace(x, "ended: %s, %d, %llu bytes up, %llu down%s%s", ends[r->end],
-	    log_status(r), (unsigned long long)x->up.payload,
+	trace(x, "ended: %s, %d, %llu bytes up, %llu down%s%s",
+	    log_ends[r->end], log_status(r), (unsigned long long)x->up.payload,
 	    (unsigned long long)x->down.payload, r->refusal ? ", " : "",
 	    r->refusal ? refusal_words(x, r->refusal, &status) : "");
 	if (logs.colour)
@@ -11098,7 +11301,8 @@ hello_name(struct text t, char *flat)
  *
  * Door: request_build, exchange_rewrite, exchange_is_relayed, exchange_target,
  * response_build, answer_view, greet_append, greet_length, greet_words,
- * page_refusal, page_index, page_pac, page_is_ours, page_options, page_trace.
+ * page_refusal, page_is_ours, page_options, page_trace, page_find,
+ * exchange_append.
  */
 
 /* ---- the head for the server ---- */
@@ -11438,6 +11642,13 @@ greet_words(unsigned char code)
 
 /* ---- pages ---- */
 
+enum {
+	/* Bytes of a line about an exchange, on the status page. */
+	STATUS_LINE = 800,
+	/* In a smaller buffer metrics have no room for what they mean. */
+	METRICS_ROOM = 6000
+};
+
 /*
  * Makes the answers of the proxy itself: refusals, its two pages, and OPTIONS
  * and TRACE that end here.  Each is a whole response in memory, which then
@@ -11508,7 +11719,7 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 static void
 page_index(struct exchange *x, struct text host)
 {
-	char body[HOST_MAX * 6 + 1024];
+	char body[HOST_MAX * 8 + 1024];
 	int n = (int)host.len;
 
 	(void)snprintf(body, sizeof(body),
@@ -11518,8 +11729,11 @@ page_index(struct exchange *x, struct text host)
 	    "    curl -x http://%.*s http://example.com/\n\n"
 	    "In a browser, give it as the HTTP proxy for all protocols, or\n"
 	    "give this address for automatic configuration:\n\n"
-	    "    http://%.*s/proxy.pac\n",
-	    n, host.at, n, host.at, n, host.at, n, host.at, n, host.at);
+	    "    http://%.*s/proxy.pac\n\n"
+	    "What it is doing now, for people and for monitors:\n\n"
+	    "    http://%.*s/status\n    http://%.*s/metrics\n",
+	    n, host.at, n, host.at, n, host.at, n, host.at, n, host.at, n,
+	    host.at, n, host.at);
 	page_make(x, 200, "text/plain; charset=utf-8", "", text_of(body));
 }
 
@@ -11535,6 +11749,393 @@ page_pac(struct exchange *x, struct text host)
 	    (int)host.len, host.at);
 	page_make(x, 200, "application/x-ns-proxy-autoconfig", "",
 	    text_of(body));
+}
+
+static const char *const phase_names[] = {
+	[PHASE_FREE] = "free",
+	[PHASE_REQUEST] = "request",
+	[PHASE_COLLAPSE] = "collapse",
+	[PHASE_RESOLVE] = "resolve",
+	[PHASE_CONNECT] = "connect",
+	[PHASE_GREET] = "greet",
+	[PHASE_RESPONSE] = "response",
+	[PHASE_RELAY] = "relay",
+	[PHASE_LINGER] = "linger",
+};
+
+/* What an exchange waits for, in words; valid until the next call. */
+static const char *
+exchange_waits(const struct exchange *x)
+{
+	static const char *const words[PHASES] = {
+		[PHASE_REQUEST] = "a request",
+		[PHASE_COLLAPSE] = "what another exchange fetches",
+		[PHASE_RESOLVE] = "the address of a name",
+		[PHASE_CONNECT] = "a connection to the server",
+		[PHASE_GREET] = "the SOCKS parent",
+		[PHASE_LINGER] = "the client to close",
+	};
+	static const char *const sides[] = { "client to send",
+		"client to receive", "server to send", "server to receive" };
+	static char text[100];
+	const struct conn *const conns[] = { &x->client, &x->server };
+	size_t i, n = 0;
+
+	if (words[x->phase] != NULL)
+		return words[x->phase];
+	(void)snprintf(text, sizeof(text), "its turn");
+	for (i = 0; i < 4; i++) {
+		const struct conn *c = conns[i / 2];
+		short event = i % 2 ? POLLOUT : POLLIN;
+
+		if (c->fd != -1 && c->place != 0 &&
+		    poll_set.fds[c->place].events & event)
+			n += (size_t)snprintf(text + n, sizeof(text) - n,
+			    "%s the %s", n ? " or" : "", sides[i]);
+	}
+	return n ? text + 1 : text;
+}
+
+/*
+ * Appends a line about an exchange: state, when, who and what.  It has at most
+ * STATUS_LINE bytes.
+ */
+static void
+glance_append(struct buffer *b, const struct glance *g, const char *state,
+    const char *waits)
+{
+	char peer[ADDRESS_TEXT], server[ADDRESS_TEXT];
+
+	address_print(&g->peer, peer);
+	address_print(&g->server, server);
+	buffer_print(b, "#%llu %s", (unsigned long long)g->number, state);
+	if (waits != NULL)
+		buffer_print(b, ", waits for %s,", waits);
+	buffer_print(b, " %lld.%03lld s, %s", (long long)g->ms / 1000,
+	    (long long)g->ms % 1000, peer);
+	if (g->method[0] != '\0' || g->target[0] != '\0')
+		buffer_print(b, " %s %s", g->method, g->target);
+	if (g->status != 0)
+		buffer_print(b, " %d", g->status);
+	buffer_print(b, ", up %llu, down %llu", (unsigned long long)g->up,
+	    (unsigned long long)g->down);
+	if (g->server.family != 0)
+		buffer_print(b, ", server %s", server);
+	if (g->rule[0] != '\0')
+		buffer_print(b, ", rule %s", g->rule);
+	if (g->refusal != REFUSE_NONE)
+		buffer_print(b, ": %s", refusals[g->refusal].words);
+	buffer_append(b, text_of("\n"));
+}
+
+/* Appends a line about x, which has not ended. */
+static void
+exchange_append(struct buffer *b, const struct exchange *x)
+{
+	struct glance g;
+
+	glance_take(x, &g);
+	glance_append(b, &g, phase_names[x->phase], exchange_waits(x));
+}
+
+/* Appends the first lines of the status page: the proxy as a whole. */
+static void
+status_begin(struct buffer *b)
+{
+	unsigned long long hits = totals.results[RESULT_HIT];
+	unsigned long long asked = hits + totals.results[RESULT_MISS];
+	long long s = (now.ms - totals.started) / 1000;
+	char words[ADDRESS_TEXT];
+	size_t i;
+
+	buffer_print(b, "proxy " VERSION "\n  up %lld d %lld h %lld min %lld s",
+	    s / 86400, s / 3600 % 24, s / 60 % 60, s % 60);
+	for (i = 0; i < listeners_n; i++) {
+		address_print(&listeners[i].address, words);
+		buffer_print(b, "\n  listening on %s",
+		    listeners[i].path ? listeners[i].path : words);
+	}
+	buffer_print(b,
+	    "\n  connections %lu of %lu, at most %lu so far\n"
+	    "  buffers %lu in use\n  name lookups waiting %u\n",
+	    (unsigned long)exchanges.busy, (unsigned long)exchanges.n,
+	    (unsigned long)totals.busiest, (unsigned long)buffers_free.used,
+	    names_waiting());
+	if (options.cache != NULL)
+		buffer_print(b, "  cache %llu of %llu KiB, ",
+		    (unsigned long long)cache_bytes() / 1024,
+		    (unsigned long long)options.cache_size / 1024);
+	if (options.cache != NULL)
+		buffer_print(b, "%llu hits of %llu (%llu %%)\n", hits, asked,
+		    asked ? hits * 100 / asked : 0);
+	for (i = 0; i < RESULTS; i++)
+		buffer_print(b, "%s %llu %s", i ? "," : "  exchanges",
+		    (unsigned long long)totals.results[i], result_names[i]);
+	buffer_print(b, "\n  payload up %llu, down %llu bytes\n",
+	    (unsigned long long)totals.up, (unsigned long long)totals.down);
+}
+
+/*
+ * Appends the status page as text: headings, and lines with two blanks before
+ * them.  Exchanges for which there is no room are counted instead; the one that
+ * asks is left out.
+ */
+static void
+status_lines(struct buffer *b, const struct exchange *asks)
+{
+	const struct exchange *x;
+	const struct glance *g;
+	size_t half, left = 0;
+	unsigned i;
+
+	status_begin(b);
+	half = buffer_room(b) / 2;
+	buffer_append(b, text_of("\nUnder way\n"));
+	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
+		if (x->phase == PHASE_FREE || x == asks)
+			continue;
+		if (buffer_room(b) < half + STATUS_LINE) {
+			left++;
+			continue;
+		}
+		buffer_append(b, text_of("  "));
+		exchange_append(b, x);
+	}
+	if (left > 0)
+		buffer_print(b, "  and %lu more\n", (unsigned long)left);
+	buffer_append(b, text_of("\nEnded, the latest first\n"));
+	for (i = 0;
+	     (g = glance_ended(i)) != NULL && buffer_room(b) >= STATUS_LINE;
+	     i++) {
+		buffer_append(b, text_of("  "));
+		glance_append(b, g, log_ends[g->end], NULL);
+	}
+}
+
+/* Appends t, with the characters escaped that mean something in HTML. */
+static void
+html_append(struct buffer *b, struct text t)
+{
+	size_t i;
+
+	for (i = 0; i < t.len; i++)
+		buffer_append(b,
+		    t.at[i] == '<'     ? text_of("&lt;") :
+			t.at[i] == '>' ? text_of("&gt;") :
+			t.at[i] == '&' ? text_of("&amp;") :
+					 text_cut(t.at + i, 1));
+}
+
+/* Appends the status page, made from its text; what has no room is left out. */
+static void
+status_dress(struct buffer *b, struct text t)
+{
+	buffer_append(b,
+	    text_of("<!DOCTYPE html><html lang=en><meta charset=utf-8>"
+		    "<meta name=viewport content='width=device-width'>"
+		    "<meta http-equiv=refresh content=2><title>proxy</title>"
+		    "<style>:root{color-scheme:light dark}"
+		    "body{font:14px/1.4 system-ui,sans-serif;margin:1em auto;"
+		    "padding:0 1em;max-width:60em}"
+		    "h2{font-size:1.1em;margin:1.2em 0 .3em}"
+		    "p{margin:0;padding:.2em 0;overflow-wrap:anywhere;"
+		    "border-bottom:1px solid #8884}</style>\n"));
+	while (t.len > 0) {
+		struct text line = text_cut(t.at, text_find(t, '\n'));
+		bool row = text_starts(line, "  ");
+
+		t = text_from(t, line.len + 1);
+		if (line.len == 0)
+			continue;
+		if (buffer_room(b) < 6 * line.len + 64)
+			break;
+		buffer_append(b, text_of(row ? "<p>" : "<h2>"));
+		html_append(b, text_from(line, row ? 2 : 0));
+		buffer_append(b, text_of(row ? "</p>\n" : "</h2>\n"));
+	}
+}
+
+/* The page at /status: what is going on, as HTML for browsers, else as text. */
+static void
+page_status(struct exchange *x, struct text host)
+{
+	bool browser =
+	    head_lists(&x->request->head, "Accept", text_of("text/html"));
+	struct buffer *b = buffer_take(), *html = NULL;
+
+	(void)host;
+	if (b == NULL)
+		return;
+	status_lines(b, x);
+	if (browser && (html = buffer_take()) != NULL)
+		status_dress(html, buffer_text(b));
+	page_make(x, 200,
+	    html ? "text/html; charset=utf-8" : "text/plain; charset=utf-8",
+	    "Cache-Control: no-store\r\n", buffer_text(html ? html : b));
+	buffer_give(&html);
+	buffer_give(&b);
+}
+
+/* Appends the head of a metric, in the text format of Prometheus. */
+static void
+metric_begin(struct buffer *b, const char *name, const char *type,
+    const char *help)
+{
+	if ((int)BUFFER_ROOM >= METRICS_ROOM)
+		buffer_print(b, "# HELP proxy_%s %s\n", name, help);
+	buffer_print(b, "# TYPE proxy_%s %s\n", name, type);
+}
+
+/* Appends a metric that is one number. */
+static void
+metric_append(struct buffer *b, const char *name, const char *type,
+    const char *help, uint64_t n)
+{
+	metric_begin(b, name, type, help);
+	buffer_print(b, "proxy_%s %llu\n", name, (unsigned long long)n);
+}
+
+/* Appends how long clients waited for the first byte, as a histogram. */
+static void
+metrics_waits(struct buffer *b)
+{
+	static const char name[] = "first_byte_seconds";
+	unsigned long long n = 0;
+	size_t i;
+
+	metric_begin(b, name, "histogram",
+	    "Time until the first byte of a response went to the client.");
+	for (i = 0; i < WAITS; i++) {
+		n += totals.waits[i];
+		buffer_print(b, "proxy_%s_bucket{le=\"%d.%03d\"} %llu\n", name,
+		    waits_ms[i] / 1000, waits_ms[i] % 1000, n);
+	}
+	n += totals.waits[WAITS];
+	buffer_print(b,
+	    "proxy_%s_bucket{le=\"+Inf\"} %llu\n"
+	    "proxy_%s_sum %llu.%03llu\nproxy_%s_count %llu\n",
+	    name, n, name, (unsigned long long)totals.waited_ms / 1000,
+	    (unsigned long long)totals.waited_ms % 1000, name, n);
+}
+
+/* Appends the refusals, summed up by their words in Proxy-Status (RFC 9209). */
+static void
+metrics_refusals(struct buffer *b)
+{
+	uint64_t denials = 0, n;
+	size_t i, j;
+
+	metric_begin(b, "refusals_total", "counter",
+	    "Exchanges that the proxy refused or that failed, by the error "
+	    "in Proxy-Status.");
+	for (i = REFUSE_NONE + 1; i < REFUSALS; i++) {
+		const char *error = refusals[i].error;
+
+		if (refusals[i].cause == CAUSE_RULE)
+			denials += totals.refusals[i];
+		for (j = REFUSE_NONE + 1; strcmp(refusals[j].error, error); j++)
+			;
+		if (j < i)
+			continue;
+		for (n = 0; j < REFUSALS; j++)
+			if (strcmp(refusals[j].error, error) == 0)
+				n += totals.refusals[j];
+		buffer_print(b, "proxy_refusals_total{error=\"%s\"} %llu\n",
+		    error, (unsigned long long)n);
+	}
+	metric_append(b, "denials_total", "counter",
+	    "Exchanges that a rule refused.", denials);
+}
+
+/* Appends all metrics. */
+static void
+metrics_append(struct buffer *b)
+{
+	static const char *const sides[] = { "client", "server" };
+	size_t i;
+
+	metric_begin(b, "build_info", "gauge", "The version.");
+	buffer_print(b, "proxy_build_info{version=\"" VERSION "\"} 1\n");
+	metric_append(b, "uptime_seconds", "gauge", "Time since the start.",
+	    (uint64_t)(now.ms - totals.started) / 1000);
+	metric_begin(b, "exchanges_total", "counter",
+	    "Exchanges that have ended, by what became of them.");
+	for (i = 0; i < RESULTS; i++)
+		buffer_print(b, "proxy_exchanges_total{result=\"%s\"} %llu\n",
+		    result_names[i], (unsigned long long)totals.results[i]);
+	metric_begin(b, "bytes_total", "counter", "Bytes on connections.");
+	for (i = 0; i < 2; i++)
+		buffer_print(b,
+		    "proxy_bytes_total{side=\"%s\",direction=\"received\"} "
+		    "%llu\nproxy_bytes_total{side=\"%s\",direction=\"sent\"} "
+		    "%llu\n",
+		    sides[i], (unsigned long long)totals.received[i], sides[i],
+		    (unsigned long long)totals.sent[i]);
+	metrics_waits(b);
+	metric_append(b, "connections", "gauge", "Clients that are served.",
+	    exchanges.busy);
+	metric_append(b, "connections_most", "gauge",
+	    "Clients that were served at once, at most.", totals.busiest);
+	metric_append(b, "connections_limit", "gauge", "The limit, see -m.",
+	    exchanges.n);
+	metric_append(b, "descriptors", "gauge",
+	    "Descriptors that are waited for.", poll_set.all - 1);
+	metric_append(b, "cache_bytes", "gauge",
+	    "What the cache takes of the disk, at most.",
+	    options.cache ? cache_bytes() : 0);
+	metric_append(b, "cache_evictions_total", "counter",
+	    "Entries that gave way to others.", totals.evicted);
+	metric_append(b, "lookups_total", "counter",
+	    "Names that were looked up.", totals.names);
+	metric_append(b, "lookup_failures_total", "counter",
+	    "Lookups that found no address.", totals.nameless);
+	metrics_refusals(b);
+	metric_append(b, "log_lines_lost_total", "counter",
+	    "Lines of the log that could not be written.", totals.lines_lost);
+}
+
+/* The page at /metrics, for monitors. */
+static void
+page_metrics(struct exchange *x, struct text host)
+{
+	struct buffer *b = buffer_take();
+
+	(void)host;
+	if (b == NULL)
+		return;
+	metrics_append(b);
+	page_make(x, 200, "text/plain; version=0.0.4; charset=utf-8",
+	    "Cache-Control: no-store\r\n", buffer_text(b));
+	if (b->overflow || (x->server.in != NULL && x->server.in->overflow)) {
+		x->record.refusal = REFUSE_ANSWER_LONG;
+		page_refusal(x, REFUSE_ANSWER_LONG, "");
+	}
+	buffer_give(&b);
+}
+
+/* A page of the proxy's own. */
+struct page {
+	const char *path;
+	void (*make)(struct exchange *, struct text host);
+	bool guarded; /* rules say who may see it */
+};
+
+/* The page at this path, or NULL. */
+static const struct page *
+page_find(struct text path)
+{
+	static const struct page pages[] = {
+		{ "/", page_index, false },
+		{ "/proxy.pac", page_pac, false },
+		{ "/status", page_status, true },
+		{ "/metrics", page_metrics, true },
+	};
+	size_t i;
+
+	for (i = 0; i < sizeof(pages) / sizeof(pages[0]); i++)
+		if (text_equals(path, text_of(pages[i].path)))
+			return &pages[i];
+	return NULL;
 }
 
 /* True if host and port, of a Host field, are where the client came in. */
@@ -11621,18 +12222,6 @@ enum {
 	PARENT_FAILED_MS = 30000
 };
 
-static const char *const phase_names[] = {
-	[PHASE_FREE] = "free",
-	[PHASE_REQUEST] = "request",
-	[PHASE_COLLAPSE] = "collapse",
-	[PHASE_RESOLVE] = "resolve",
-	[PHASE_CONNECT] = "connect",
-	[PHASE_GREET] = "greet",
-	[PHASE_RESPONSE] = "response",
-	[PHASE_RELAY] = "relay",
-	[PHASE_LINGER] = "linger",
-};
-
 /* ---- from phase to phase, and the end ---- */
 
 /* Enters a state of what the rules say. */
@@ -11670,6 +12259,8 @@ exchange_take(void)
 	conn_clear(&x->server);
 	conn_clear(&x->client);
 	exchanges.busy++;
+	if (exchanges.busy > totals.busiest)
+		totals.busiest = exchanges.busy;
 	return x;
 }
 
@@ -11797,10 +12388,12 @@ access_refuse(struct exchange *x)
 	const struct rule *rule = x->record.rule;
 	char detail[DETAIL_MAX], peer[ADDRESS_TEXT];
 	bool tried = head_field(&q->head, "Proxy-Authorization") != NULL;
+	bool page = q->target.form == FORM_ORIGIN;
 
 	address_host(&x->peer, peer);
 	(void)snprintf(detail, sizeof(detail),
-	    "To let it in, start the proxy with: -e 'allow client %s'", peer);
+	    "To let it in, start the proxy with: -e 'allow client %s%s'", peer,
+	    page ? " page status metrics" : "");
 	x->close = x->close || !x->up.done;
 	if (rule->action == ACTION_DROP)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
@@ -11808,14 +12401,19 @@ access_refuse(struct exchange *x)
 		exchange_deny(x, tried ? REFUSE_PASSWORD : REFUSE_USER, "");
 	else
 		exchange_deny(x, rule->refusal,
-		    rule->refusal == REFUSE_FOREIGN ? detail : "");
+		    rule->refusal == REFUSE_FOREIGN ||
+			    (page && rule->built_in) ?
+			detail :
+			"");
 }
 
 /* True if a rule refuses, by what v knows; undecided, it stays open. */
 static bool
 access_is_refused(struct exchange *x, struct view *v)
 {
-	struct verdict verdict = rules_judge(x->rules, GROUP_ACCESS, v);
+	bool page = x->request->target.form == FORM_ORIGIN;
+	struct verdict verdict =
+	    rules_judge(x->rules, page ? GROUP_PAGE : GROUP_ACCESS, v);
 
 	access_enter(x,
 	    verdict.truth == TRUTH_UNDECIDED ? ACCESS_UNDECIDED :
@@ -12115,17 +12713,26 @@ request_local(struct exchange *x)
 {
 	const struct request *q = x->request;
 	struct text host = head_value(&q->head, "Host");
+	const struct page *page = page_find(q->uri);
 	struct target t;
+	struct view v;
 
 	if (authority_parse(host, 80, &t) != 1 || !page_is_ours(x, &t)) {
 		x->close = true;
 		exchange_refuse(x, REFUSE_NOT_US, "as in http://example.com/");
-	} else if (!text_is(q->uri, "/") && !text_is(q->uri, "/proxy.pac"))
-		exchange_refuse(x, REFUSE_PAGE, "it has / and /proxy.pac");
+	} else if (page == NULL)
+		exchange_refuse(x, REFUSE_PAGE,
+		    "it has / and /proxy.pac, /status and /metrics");
 	else if (q->method != METHOD_GET && q->method != METHOD_HEAD)
 		exchange_refuse(x, REFUSE_PAGE_METHOD, "");
 	else {
-		(text_is(q->uri, "/") ? page_index : page_pac)(x, host);
+		if (page->guarded) {
+			x->rules = rules_take(&q->head, &x->record.user);
+			exchange_view(x, NULL, 0, &v);
+			if (!access_judge(x, &v))
+				return;
+		}
+		page->make(x, host);
 		exchange_answer(x);
 	}
 }
@@ -13035,6 +13642,7 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 	if (!response_pass(x, r, n))
 		return;
 	x->record.status = r->status;
+	log_wait(x);
 	if (x->down.whole)
 		cache_append(x, text_of(""), true);
 	exchange_enter(x, PHASE_RELAY);
@@ -14093,21 +14701,19 @@ loop_accept_all(void)
 static void
 loop_report(void)
 {
+	static struct buffer b;
 	const struct exchange *x;
 
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
 		const struct conn *c = &x->client, *s = &x->server;
-		struct quotes quotes = log_quotes(x);
-		char target[200], peer[ADDRESS_TEXT];
 
 		if (x->phase == PHASE_FREE)
 			continue;
-		address_print(&x->peer, peer);
-		warn("#%llu %s %s %s client in %lu out %lu server in %lu "
-		     "out %lu deadline %lld s",
-		    (unsigned long long)x->number, phase_names[x->phase], peer,
-		    text_printable(quotes.name.len ? quotes.uri : text_of("-"),
-			target, sizeof(target)),
+		b.start = b.end = 0;
+		exchange_append(&b, x);
+		warn("%.*s, client in %lu out %lu server in %lu out %lu "
+		     "deadline %lld s",
+		    (int)buffer_len(&b) - 1, b.data,
 		    (unsigned long)buffer_held(c->in),
 		    (unsigned long)buffer_held(c->out),
 		    (unsigned long)buffer_held(s->in),
@@ -15192,10 +15798,16 @@ command_start(void)
 static void
 command_end(void)
 {
+	unsigned long long requests = 0;
+	size_t i;
+
+	for (i = 0; i < RESULTS; i++)
+		requests += totals.results[i];
 	warn("%llu requests, %llu refused, %llu from the cache, %llu bytes up, "
 	     "%llu down",
-	    (unsigned long long)totals.exchanges,
-	    (unsigned long long)totals.refused, (unsigned long long)totals.hits,
+	    requests,
+	    requests - (unsigned long long)totals.refusals[REFUSE_NONE],
+	    (unsigned long long)totals.results[RESULT_HIT],
 	    (unsigned long long)totals.up, (unsigned long long)totals.down);
 }
 
@@ -15210,6 +15822,7 @@ main(int argc, char **argv)
 
 	standard_open();
 	clock_read();
+	totals.started = now.ms;
 	tzset();
 	options_parse(argc, argv);
 	if (options.help || options.version) {

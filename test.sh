@@ -5139,6 +5139,136 @@ END
 	refused 400 'POST /x HTTP/1.1\nHost: other.example\nContent-Length: 4\n\nevil'
 }
 
+test_pages_status() { # what is under way and what has ended, as text and as HTML
+	play 'as text' <<'END'
+	origin eof
+	a: ask CONNECT %O
+	a: touch open ; await close
+	do comes open
+	ask    here /status
+	do touch close
+	sees~  ^Content-Type: text/plain; charset=utf-8
+	sees~  ^proxy [0-9]
+	sees~  ^  listening on %P
+	sees~  ^  connections 2 of 1000, at most 2 so far
+	sees~  ^Under way
+	sees~  ^  #1 relay, waits for the client to send or the server to send, [0-9.]* s, [0-9.:]* CONNECT %O 200, up 0, down 0, server %O
+	sees!  GET /status
+	== what has ended, the last first
+	reply  200 | ok
+	a: ask /old = 200
+	a: send GET http://u:secret@%O/ HTTP/1.1\nHost: %O\n\n ; answer ; touch asked
+	do comes asked
+	ask    here /status
+	sees~  ^  exchanges 0 hit, [0-9]* miss, 1 tunnel, 1 local, 0 refused, 0 failed
+	sees!~ secret
+	sees~  ^Ended, the latest first
+	sees~  ^  #[0-9]* done [0-9.]* s, [0-9.:]* GET http://%O/old 200, up 0, down 2, server %O
+	sees~  CONNECT 127.0.0.1:[0-9]* 200
+	sees~  GET /status 200
+	== HTML, in which nothing of a request is markup
+	client send GET /x<b>&"y HTTP/1.1\nHost: %P\n\n ; answer
+	client send GET /status HTTP/1.1\nHost: %P\nAccept: text/html,*/*;q=0.8\n\n ; answer
+	sees~  ^Content-Type: text/html; charset=utf-8
+	sees~  <meta http-equiv=refresh content=2>
+	sees~  GET /x&lt;b&gt;&amp;"y
+	sees!~ (<script|<b>)
+	== and HEAD
+	ask    here HEAD /status = 200
+	== not by way of a request through the proxy
+	ask    http://%P/status = 508
+END
+}
+
+test_pages_status_full() { # more exchanges than the page has room for are counted
+	start_proxy -m 600
+	other_ends
+	spawn many "$other" many 500 "$proxy" all 'GET http://x/|Host: x'
+	wait_for 10 '[ -e all.ready ]' || fail "no clients"
+	play -n 'the page' <<'END'
+	ask    here /status
+	sees~  ^  connections 501 of 600
+	sees~  ^  and [0-9]* more
+	client send GET /status HTTP/1.1\nHost: %P\nAccept: text/html\n\n ; answer
+	sees~  ^<p>and [0-9]* more</p>
+END
+	: > all.over
+}
+
+test_pages_metrics() { # metrics as Prometheus reads them
+	start_cache
+	play -n 'some traffic' <<'END'
+	reply  200 Cache-Control: max-age=60 | hello
+	ask    /a = 200
+	ask    /a = 200
+	ask    http://127.0.0.1:1/ = 502
+	== one more, and one that is wrong
+	ask    CONNECT 127.0.0.1:1 = 502
+	client send GET no HTTP/1.1\n\n ; eof
+	== the metrics
+	ask    here /metrics
+	sees~  ^Content-Type: text/plain; version=0.0.4; charset=utf-8
+	sees~  ^proxy_exchanges_total.result="hit".  *1
+	sees~  ^proxy_exchanges_total.result="miss".  *[1-9]
+	sees~  ^proxy_exchanges_total.result="refused". [1-9]
+	sees~  ^proxy_exchanges_total.result="failed". [1-9]
+	sees~  ^proxy_bytes_total.side="server",direction="received". [1-9]
+	sees~  ^proxy_first_byte_seconds_bucket.le="[+]Inf". [1-9]
+	sees~  ^proxy_first_byte_seconds_count [1-9]
+	sees~  ^proxy_refusals_total.error="connection_refused". [1-9]
+END
+	have promtool || skip "no promtool"
+	"$peer" get "${proxy##*:}" /metrics > metrics
+	promtool check metrics < metrics > said 2>&1 ||
+		fail "promtool: $(cat said)"
+	[ ! -s said ] || fail "promtool: $(cat said)"
+}
+
+test_pages_guarded() { # status and metrics are for this machine, unless a rule says more
+	need_me
+	start_proxy -e "allow client $me"
+	play -n 'what lets in does not show' <<END
+	ask    here /status = 403
+	sees~  only clients on the proxy's machine may see this page
+	sees~  start the proxy with: -e 'allow client $me page status metrics'
+	ask    here /metrics = 403
+	ask    here / = 200
+	log    "GET /status HTTP/1.1" 403 .* rule=built-in:6 why=
+END
+	stop_proxy
+	start_proxy -e "allow client $me page metrics"
+	play -n 'one page' <<'END'
+	ask    here /status = 403
+	ask    here /metrics = 200
+	ask    http://192.0.2.1/ = 403
+END
+	unset PEER_FROM
+	stop_proxy
+	echo joe:secret > users
+	chmod 600 users
+	start_proxy -e "users $T/users" -e 'login page status'
+	play -n 'a rule can ask for a login' <<'END'
+	ask    here /status = 407
+	ask    here /metrics = 200
+END
+}
+
+test_pages_rules() { # what the condition `page' can't be
+	while IFS='|' read -r rule says; do
+		exits 2 -n -e "$rule"
+		has errors "$says"
+	done <<'END'
+allow page|page: a value is missing
+allow page index|page: not valid: index; write status or metrics
+allow page status host|host: a value is missing
+direct page status|page: it stands with allow, deny, login or drop
+allow type text/html page status|page: no server answers for it
+allow page status page metrics|page: it stands with allow
+END
+	exits 0 -n -e 'allow client 192.0.2.1 page status metrics'
+	exits 0 -n -e 'deny page metrics client 192.0.2.1'
+}
+
 # ---- 14. Log ----------------------------------------------------------------
 
 test_log_injection() { # no input can split a line or forge a field
@@ -6202,15 +6332,17 @@ test_rules_built_in() { # the built-in lines, around those of the user; guard mo
 	NR == 2 && /^built-in:2: deny ".*" not client local method CONNECT not port 443/ { ok++ }
 	NR == 3 && /^built-in:3: allow client local/ { ok++ }
 	NR == 4 && /^built-in:4: deny ".*"/ { ok++ }
-	END { exit ok != 4 || NR != 4 }' out || fail "prints $(cat out)"
+	NR == 5 && /^built-in:5: allow client local page status metrics/ { ok++ }
+	NR == 6 && /^built-in:6: deny ".*" page status metrics/ { ok++ }
+	END { exit ok != 6 || NR != 6 }' out || fail "prints $(cat out)"
 	while IFS='|' read -r rules order; do
 		printf '%b' "$rules" > rules
 		run_proxy -n -v -f rules
 		sed 's/^\([^ ]*\): .*/\1/' out | tr '\n' ' ' > order
 		grep -x "$order " order > /dev/null || fail "$rules: $(cat order)"
 	done <<'END'
-allow host a.example\ndeny host b.example\n|built-in:1 built-in:2 rules:1 rules:2 built-in:3 built-in:4
-allow host a.example\nguard\ndeny host b.example\n|rules:1 built-in:1 built-in:2 rules:3 built-in:3 built-in:4
+allow host a.example\ndeny host b.example\n|built-in:1 built-in:2 rules:1 rules:2 built-in:3 built-in:4 built-in:5 built-in:6
+allow host a.example\nguard\ndeny host b.example\n|rules:1 built-in:1 built-in:2 rules:3 built-in:3 built-in:4 built-in:5 built-in:6
 END
 }
 
