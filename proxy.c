@@ -7212,8 +7212,8 @@ initial_age(const struct response *r, int64_t requested, int64_t responded)
 }
 
 /*
- * How a stored response may be used now (RFC 9111 section 4.2). age and
- * lifetime are those of the response, in seconds.
+ * How a stored response may be used now (RFC 9111 section 4.2).  age
+ * and lifetime are the response's own, in seconds.
  */
 static enum reuse
 reuse_judge(const struct control *asked, const struct control *control,
@@ -7507,7 +7507,7 @@ variant_fits(const struct entry *e, const struct response *r,
  * with an older token are never found again.
  */
 
-/* Adds a word to a sum: FNV-1a, but changes at the top must count, too. */
+/* Adds a word to a sum: FNV-1a, but no change at the top may be lost. */
 static uint64_t
 sum_word(uint64_t sum, uint64_t word)
 {
@@ -7539,7 +7539,7 @@ region_line(char *to, size_t region, uint64_t body, uint64_t sum)
 	    (unsigned long long)sum_word(sum_word(sum, region), body));
 }
 
-/* Takes a line `name: value` from *rest; false if the next is another. */
+/* Takes a line `name: value` from *rest; false if that is not next. */
 static bool
 region_field(struct text *rest, const char *name, struct text *value)
 {
@@ -7661,7 +7661,7 @@ entry_open(const char *path, size_t region, struct text key, struct buffer *b,
 }
 
 /*
- * Finds the entry for the request of x and sets the request's key. l->b is the
+ * Finds the entry for the request of x and sets the request's key.  l->b is the
  * entry's beginning and l->fd its descriptor, or -1 if there is none; l->path
  * is the last path tried.
  */
@@ -8457,8 +8457,8 @@ cache_forget(const struct target *target)
 }
 
 /*
- * Sets path to that of a reference (RFC 3986 section 4.2), built in b if it is
- * relative to the path of own; false if it names another server.
+ * Sets path to the path of a reference (RFC 3986 section 4.2), built in b if
+ * it is relative to own's path; false if it names another server.
  */
 static bool
 reference_resolve(const struct target *own, struct text value, struct buffer *b,
@@ -8664,7 +8664,7 @@ sweep_age(const struct file *f)
 	return n;
 }
 
-/* The first pass: counts a file. */
+/* The first pass: counts a file, or removes an abandoned one. */
 static void
 sweep_count(const struct file *f, void *argument)
 {
@@ -8926,8 +8926,8 @@ request_is_satisfied(const struct head *q, const struct response *r)
 /*
  * Parses the one range that a request asks for, of a body of so many bytes (RFC
  * 9110 section 14.1.2).  Returns 1: range is set; 0: send the whole body; -1:
- * it can't be satisfied.  An empty body satisfies a suffix and `bytes=0-`: some
- * clients always ask so.
+ * it can't be satisfied.  An empty body satisfies a suffix and `bytes=0-`,
+ * which some clients always send.
  */
 static int
 range_parse(const struct head *q, const struct response *r, uint64_t body,
@@ -8970,8 +8970,8 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 
 /*
  * The rule that decides how a request, or its response r if that is not NULL,
- * is cached, or NULL. e is the entry with the head r, or NULL.  The decision is
- * made when the head arrives, and for an entry with the facts known then: a
+ * is cached, or NULL.  e is the entry with the head r, or NULL.  The decision
+ * is made when the head arrives, and for an entry with the facts known then: a
  * length that the head did not give stays unknown here, or a stored entry might
  * never be used.
  */
@@ -9202,7 +9202,7 @@ request_is_common(const struct request *q, const struct control *asked)
 }
 
 /*
- * Makes x wait for the head of a fetch for its key; false if it must not.  A
+ * Makes x wait for the head of a fetch for its key, if it may; true if so.  A
  * request waits only once, and never for a URL known to be uncacheable: else
  * requests that wait in vain would be delayed one after the other.
  */
@@ -9593,8 +9593,8 @@ cache_obstacle(const struct exchange *x, const struct response *r)
 }
 
 /*
- * Handles a final response from a server: begins to store it, or tells those
- * who wait for it that it is not stored.  It may also invalidate entries.
+ * Handles a final response from a server: begins to store it, or tells its
+ * followers that it is not stored.  It may also invalidate entries.
  */
 static void
 cache_store(struct exchange *x, const struct response *r)
@@ -9627,9 +9627,7 @@ cache_store(struct exchange *x, const struct response *r)
 		entry_remove(c);
 }
 
-/*
- * Gives up the fetch and entry of x: its request ends or is answered otherwise.
- */
+/* Gives up x's fetch and entry: its request ends or is answered otherwise. */
 static void
 cache_leave(struct exchange *x)
 {
@@ -9675,8 +9673,8 @@ cache_wants(const struct exchange *x)
 
 /*
  * Opens the entry that x stores, so that x can read on from what its own client
- * has. -1 if it has no followers, or if x might then get less than before: the
- * rest could not be requested again, and may lack room.
+ * has.  Returns -1 if it has no followers, or if x might then get less than
+ * before: the rest could not be requested again, and may lack room.
  */
 static int
 cache_follow_own(const struct exchange *x)
@@ -9797,7 +9795,7 @@ cache_log_append(const struct request *q, struct buffer *b)
 	if (c->hit == NULL && c->miss == NULL)
 		return;
 	buffer_append(b, text_of(c->hit ? " hit=" : " miss="));
-	/* A fetch that is still storing now was cut off. */
+	/* A fetch that is still storing was cut off. */
 	buffer_append(b,
 	    text_of(c->hit                                      ? c->hit :
 		    c->fetch && c->fetch->state == FETCH_STORES ? "incomplete" :
@@ -9862,7 +9860,7 @@ cache_assume(const char *tag, bool fresh)
 	if (stat(tag, &status) != -1 &&
 	    (uint64_t)status.st_blocks * 512 > cache.block)
 		cache.block = (uint64_t)status.st_blocks * 512;
-	/* Serials differ from those of an earlier process. */
+	/* Serials differ from an earlier process with our id. */
 	cache.serial = (uint64_t)now.wall << 20 | (uint64_t)(now.us & 0xfffff);
 	/* Makes the first turn start a sweep. */
 	cache.written = options.cache_size;
@@ -9949,8 +9947,8 @@ cache_print(const struct target *target)
  * Finds the addresses of names.  getaddrinfo(3) may take a minute, and the
  * loop must never wait for it.  A helper process, forked before any socket is
  * open, forks one short-lived child for each question, so that a slow name
- * delays only the requests that need it.  Questions and answers are records
- * shorter than _POSIX_PIPE_BUF on two pipes: a write is whole or fails.
+ * delays only the requests that need it.  Questions and answers are records of
+ * at most _POSIX_PIPE_BUF bytes on two pipes: a write completes or fails.
  *
  * Door: names, user_find, user_become, names_start, names_ask, names_lost,
  * names_take, names_find.
@@ -9982,7 +9980,7 @@ struct question {
 	char host[HOST_MAX + 1]; /* the name */
 };
 
-/* The answer to it. */
+/* The answer to a question. */
 struct answer {
 	struct ticket ticket;               /* of the question */
 	int error;                          /* of getaddrinfo(3) */
