@@ -6714,32 +6714,31 @@ exchange_view(const struct exchange *x, const struct response *r,
 /* ---- 9. Cache ---- */
 
 /*
- * What one client fetched is given to all (RFC 9111).  First the policy: pure
- * functions from heads and times to a verdict.  Then the entries: one file
- * each, which says in text what it is, under a name hashed from its key.
- * There is no index: open(2) is the lookup, and any file may vanish at any
- * time.  Then the answers to the phases of section 13, and last the sweeper
- * and the directory.
+ * A shared cache: a response that one client fetched may answer others (RFC
+ * 9111).  First comes the policy: pure functions that judge heads and times.
+ * Then the entries: each is one file, which describes itself in text and whose
+ * name is a hash of its key.  There is no index: open(2) is the lookup, and any
+ * file may vanish at any time.  Then come the functions for the phases of
+ * section 13, and last the sweeper and the directory.
  *
- * It must never serve a file that is not all that it should be: that is a
- * miss, not an error.  It must never give one client what was meant for
- * another, nor take more of the disk than -s says, nor let a failure of the
- * disk cost a client more than a miss.
+ * It must never serve a damaged or truncated entry: that is a miss, not an
+ * error.  It must never give one client a response meant for another, nor take
+ * more of the disk than -s allows, nor let a disk failure cost a client more
+ * than a miss.
  *
- * Collapsed forwarding.  Several clients often want the same at once, and the
- * server is asked once.  The exchange that asks is the leader of a fetch; the
- * others are its followers.  Until the response head has come they wait.  If
- * the response is stored they read the growing entry, each at its own pace
- * and through a descriptor of its own, and never beyond what is written.  If
- * it is uncacheable they ask for themselves, and for a while nobody waits for
- * that URL again.  When the leader's client leaves, the fetch goes on detached
- * from it if somebody wants the entry; and when the leader's client is slower
- * than its followers, the fetch is detached, too, and the leader becomes a
- * follower.  When a fetch fails, a follower asks the server for the rest, if
- * a validator shows that the payload is still the same.  If that can't be,
- * its connection is cut off visibly: nobody is told that a truncated body was
- * whole.  So nobody may follow a fetch that has neither a validator nor room
- * for sure.
+ * Collapsed forwarding.  When several clients want the same at once, the server
+ * is asked once.  The exchange that asks is the leader of a fetch; the others
+ * are its followers and wait for the response head.  If the response is stored,
+ * they read the growing entry, each at its own pace, through its own
+ * descriptor, and never beyond what is written.  If it is uncacheable, each
+ * asks for itself, and for a while no request waits for that URL.  If the
+ * leader's client leaves, the fetch is detached from it and goes on if the
+ * entry is wanted.  If the leader's client is slower than the followers, the
+ * fetch is detached, too, and the leader becomes a follower.  If a fetch fails,
+ * a follower asks the server for the rest, provided that a validator shows that
+ * the payload is still the same.  Otherwise its connection is cut off visibly:
+ * a truncated body must never seem complete.  So no exchange may follow a fetch
+ * that has neither a validator nor enough room.
  *
  * Door: cache_open, cache_warn, cache_print, cache_sweep, cache_bytes,
  * cache_find, cache_follows, cache_validate, cache_validators_append,
@@ -6749,117 +6748,117 @@ exchange_view(const struct exchange *x, const struct response *r,
  */
 
 enum {
-	/* A guessed freshness lifetime is at most a day. */
+	/* A heuristic freshness lifetime is at most a day. */
 	HEURISTIC_MAX_S = 86400,
-	/* An entry from further in the future shows that a clock was wrong. */
+	/* An entry dated further in the future proves a wrong clock. */
 	CLOCK_STEP_S = 60,
-	/* The head of an entry grows in steps of this, with some to spare. */
+	/* A region's length is a multiple of this, with some to spare. */
 	CACHE_BLOCK = 512,
 	CACHE_SPARE = 256,
-	/* A path in the cache directory. */
+	/* Bytes of a path in the cache. */
 	CACHE_PATH = 1024,
-	/* Fields in Vary; more are not stored. */
+	/* Members of Vary; with more, a response is not stored. */
 	VARY_MAX = 16,
-	/* The first line of an entry. */
+	/* Bytes of an entry's first line. */
 	REGION_LINE = 75,
-	/* What a file takes of a disk is a multiple of this, or the tag's. */
+	/* A file's disk usage is a multiple of this, or of the tag's. */
 	CACHE_DISK_BLOCK = 4096,
-	/* What its name takes of a directory, at most. */
+	/* The most bytes a name takes in a directory. */
 	CACHE_NAME = 128,
 	/* A temporary file not written for this long is abandoned. */
 	TEMPORARY_S = 3600,
-	/* Sweeps for lack of room are at least so far apart. */
+	/* The least time between sweeps for lack of room. */
 	SWEEP_GAP_MS = 10000,
-	/* Of the disk, this much stays free. */
+	/* Left free on the disk, unless 5 percent is less. */
 	CACHE_FLOOR = 64 << 20,
 	/*
-	 * URLs of which we know that their answers are not to be stored: 128
-	 * KiB, of which only what was written to takes memory.
+	 * Keys known to be uncacheable: 128 KiB, but only pages that were
+	 * written take memory.
 	 */
 	UNCACHEABLE_KEYS = 16384,
-	/* So many of them share places: a line of a processor's cache. */
+	/* Places for one key: a cache line of the processor. */
 	UNCACHEABLE_WAYS = 8,
-	/* Entries of which we know that their recency was written lately. */
+	/* Entries whose recency is known to be recently written. */
 	CACHE_TOUCHED = 1024,
-	/* Recency of an entry is written at most once in this time. */
+	/* The least time between two writes of an entry's recency. */
 	CACHE_TOUCH_S = 600
 };
 
-/* Cache-Control of a head (RFC 9111 section 5.2); numbers: -1 if absent. */
+/* A head's Cache-Control (RFC 9111 section 5.2); numbers: -1 if absent. */
 struct control {
-	bool no_store, no_cache;      /* of requests and responses */
-	bool is_private, is_public;   /* of responses, as all of this line */
-	bool must_revalidate;         /* stale is no answer */
-	bool proxy_revalidate;        /* the same, and nothing else */
+	bool no_store, no_cache;      /* in requests and responses */
+	bool is_private, is_public;   /* in responses, as all to max_age */
+	bool must_revalidate;         /* never to be served stale */
+	bool proxy_revalidate;        /* the same, but see section 3.5 */
 	bool must_understand;         /* overrides no-store */
-	bool only_if_cached;          /* of requests */
+	bool only_if_cached;          /* in requests */
 	int64_t max_age;              /* seconds, as all that follow */
-	int64_t s_maxage;             /* of responses */
-	int64_t min_fresh, max_stale; /* of requests */
-	int64_t while_revalidate;     /* of responses, RFC 5861 */
-	int64_t if_error;             /* the same */
+	int64_t s_maxage;             /* in responses */
+	int64_t min_fresh, max_stale; /* in requests */
+	int64_t while_revalidate;     /* in responses (RFC 5861) */
+	int64_t if_error;             /* in both */
 };
 
 /* How a stored response may be used. */
 enum reuse {
-	REUSE_FRESH,     /* it is the answer */
-	REUSE_STALE,     /* the client takes it stale */
-	REUSE_MEANWHILE, /* it is the answer while it is validated */
-	REUSE_VALIDATED  /* the server is to be asked first */
+	REUSE_FRESH,     /* it answers */
+	REUSE_STALE,     /* it answers, though stale */
+	REUSE_MEANWHILE, /* it answers while it is revalidated */
+	REUSE_VALIDATED  /* ask the server first */
 };
 
 /* How long a response is fresh. */
 struct lifetime {
-	int64_t seconds; /* from its making; -1: nothing tells */
-	const char *why; /* the directive or field that says so */
+	int64_t seconds; /* since generation; -1: unknown */
+	const char *why; /* its source, for the trace */
 };
 
-/* The contents of an entry's region, the text at its start: slices of it. */
+/* An entry's region, the text at its start, parsed into slices. */
 struct entry {
-	size_t region;                /* its length */
+	size_t region;                /* its length in bytes */
 	uint64_t body;                /* length of the body after it */
 	struct text key;              /* the URL */
 	struct text variant;          /* the request's values for Vary */
-	struct text vary, token;      /* of a marker: see marker_token() */
-	struct text head;             /* the response's */
+	struct text vary, token;      /* in markers: see marker_token() */
+	struct text head;             /* of the response */
 	int64_t requested, responded; /* wall clock, seconds */
-	int64_t age;                  /* when it came */
-	struct text server;           /* the address that it came from, or - */
-	bool counted;                 /* its head did not tell its length */
+	int64_t age;                  /* on arrival, in seconds */
+	struct text server;           /* address that it came from, or - */
+	bool counted;                 /* its head did not give a length */
 };
 
 /* A part of a body. */
 struct range {
-	uint64_t first;  /* byte */
+	uint64_t first;  /* position of its first byte */
 	uint64_t length; /* in bytes */
 };
 
-/* Why something could not be stored, so that the sweeper is to make room. */
+/* Why storing failed for lack of room, which makes the sweeper run. */
 enum lack {
 	LACK_NONE, /* there was room */
 	LACK_SIZE, /* -s allows no more */
-	LACK_DISK  /* the disk has no more */
+	LACK_DISK  /* the disk is full */
 };
 
 /*
- * The state of the cache directory.  Bytes are those of whole blocks, as du(1)
- * counts them.  How many there are is never known exactly, since a sweep takes
- * its time; but `total` is never less.
+ * The state of the cache directory.  Bytes are in whole blocks, as du(1) counts
+ * them.  The exact usage is never known, since a sweep takes time; but `total`
+ * is never too low.
  */
 static struct {
-	uint64_t serial;    /* of temporary files and tokens */
-	uint64_t block;     /* a file takes a multiple of this */
-	uint64_t written;   /* bytes since the last sweep began */
-	uint64_t making;    /* bytes of entries that are still being stored */
-	uint64_t total;     /* bytes of everything else in the directory */
-	uint64_t limit;     /* nothing is stored that brings both above this */
-	pid_t sweeper;      /* the child that sweeps, or 0 */
-	struct conn report; /* the pipe from it */
-	enum lack lack;     /* since the last sweep began */
-	int64_t lack_ms;    /* that leads to no sweep before this */
-	bool said_disk;     /* that the disk is the limit */
-	bool said_unread;   /* that the directory could not be read */
-	struct fetch *fetches;      /* that others may follow */
+	uint64_t serial;       /* for temporary files and tokens */
+	uint64_t block;        /* file sizes are rounded up to this */
+	uint64_t written;      /* bytes since the last sweep began */
+	uint64_t making;       /* bytes of entries being stored */
+	uint64_t total;        /* bytes of everything else in the directory */
+	uint64_t limit;        /* the most that both may be together */
+	pid_t sweeper;         /* the child that sweeps, or 0 */
+	struct conn report;    /* the pipe from it */
+	enum lack lack;        /* since the last sweep began */
+	int64_t lack_ms;       /* no sweep for lack before this */
+	bool said_disk;        /* warned: the disk is the limit */
+	bool said_unread;      /* warned: a sweep failed */
+	struct fetch *fetches; /* that others may follow */
 	struct fetch *fetches_free; /* for those to come */
 } cache = { .block = CACHE_DISK_BLOCK,
 	.limit = UINT64_MAX,
@@ -6867,73 +6866,73 @@ static struct {
 
 /* The cache's answer to a request, or to a response from a server. */
 enum cached {
-	CACHED_NO,   /* ask the server, or pass its response on */
+	CACHED_NO,   /* ask the server, or relay its response */
 	CACHED_YES,  /* an entry answers */
-	CACHED_WAIT, /* another exchange fetches the same: wait */
-	CACHED_LOST, /* the entry that was validated is gone: ask again */
-	CACHED_NEVER /* nothing is stored, and the client wants no more */
+	CACHED_WAIT, /* wait: another exchange is fetching it */
+	CACHED_LOST, /* the entry to validate is gone: ask again */
+	CACHED_NEVER /* no entry, and only-if-cached forbids asking */
 };
 
-/* An entry that was found for a request, or a fetch's that grows. */
+/* An entry found for a request, possibly one still being stored. */
 struct lookup {
 	int fd;                /* its file, or -1 */
-	struct buffer *b;      /* its beginning */
+	struct buffer *b;      /* bytes from its start */
 	struct entry e;        /* slices of b */
-	struct response r;     /* the same */
+	struct response r;     /* the response: slices of b */
 	enum reuse reuse;      /* how it may be used */
-	bool grows;            /* another exchange is still storing it */
+	bool grows;            /* another exchange is storing it */
 	const char *forward;   /* why the server is asked (RFC 9211) */
-	char path[CACHE_PATH]; /* where it is, or was last looked for */
+	char path[CACHE_PATH]; /* its path, or the last one tried */
 };
 
 /* The state of a fetch; set by fetch_enter() only. */
 enum fetch_state {
-	FETCH_ASKS,     /* the response head has not come: followers wait */
+	FETCH_ASKS,     /* no response head yet: followers wait */
 	FETCH_STORES,   /* the entry grows: followers read it */
-	FETCH_COMPLETE, /* it has ended: the entry is all there */
-	FETCH_FAILED    /* it has ended: there will be no more of it */
+	FETCH_COMPLETE, /* it has ended: the entry is complete */
+	FETCH_FAILED    /* it has ended, and stores no more */
 };
 
 /*
- * A fetch: a response that its leader gets from a server, and that others may
- * follow.  It is freed when it has neither a leader nor followers.
+ * A fetch: a response that its leader gets from a server and others may follow.
+ * It is freed when it has neither a leader nor followers.
  */
 struct fetch {
 	struct fetch *next;      /* in cache.fetches, until it ends */
-	struct exchange *leader; /* NULL: it has ended */
+	struct exchange *leader; /* NULL when it has ended */
 	enum fetch_state state;  /* set by fetch_enter() only */
-	bool discard;            /* the entry is no good for later requests */
+	bool discard;            /* do not keep the entry */
 	unsigned followers;      /* exchanges that wait for it or read it */
 	int fd;                  /* the temporary file, or -1 */
-	uint32_t region;         /* bytes of its region */
+	uint32_t region;         /* length of the region in bytes */
 	uint64_t serial;         /* in the name of the temporary file */
 	uint64_t key;            /* hash of the target's key */
 	uint64_t length;         /* of the body; UINT64_MAX: unknown */
 	uint64_t stored;         /* bytes of the body so far */
-	uint64_t share;          /* of the disk that it is to take: bytes */
+	uint64_t share;          /* bytes of disk counted for it */
 	uint64_t validator;      /* see response_validator() */
 };
 
-/* Buffers for work that ends within a call: each has one purpose. */
+/* Buffers for data needed within one call: each has one purpose. */
 enum work {
 	WORK_KEY,     /* see key_of() */
-	WORK_LIST,    /* a list of fields that an answer varies by */
-	WORK_VARIANT, /* the values of a request for it, or a path */
-	WORK_HEAD,    /* a head that is to be stored */
-	WORK_REGION,  /* the region of an entry, or of a marker */
+	WORK_LIST,    /* the fields that a response varies by */
+	WORK_VARIANT, /* a request's values for them, or a path */
+	WORK_HEAD,    /* a head to be stored, or a marker */
+	WORK_REGION,  /* the region of an entry */
 	WORKS         /* how many there are */
 };
 
 static struct buffer works[WORKS];
 
-/* The buffer for that work, emptied. */
+/* Returns the buffer for work, emptied. */
 static struct buffer *
 work_buffer(enum work work)
 {
 	return buffer_clear(&works[work]);
 }
 
-/* Days since 1970 of a date in the Gregorian calendar. */
+/* Days from 1970 to a date in the Gregorian calendar. */
 static int64_t
 days_from_date(int64_t year, int64_t month, int64_t day)
 {
@@ -6947,7 +6946,7 @@ days_from_date(int64_t year, int64_t month, int64_t day)
 	    year_of_era / 100 + day_of_year - 719468;
 }
 
-/* The parts of a date: places in an array. */
+/* The parts of a date: array indices. */
 enum date_part {
 	YEAR,
 	MONTH,
@@ -6959,9 +6958,9 @@ enum date_part {
 };
 
 /*
- * Reads t by a form into parts, which are 0.  In the form, small letters stand
- * for digits of a part, `ooo` for a month's name, `_` for a digit of the day
- * or a blank, and all other characters for themselves.
+ * Parses t into parts, which are 0 before.  True if t matches the form, in
+ * which a lower-case letter is a digit of a part, `ooo` a month's name, `_` a
+ * digit of the day or a blank, and any other character itself.
  */
 static bool
 date_match(struct text t, const char *form, int64_t *parts)
@@ -6991,8 +6990,8 @@ date_match(struct text t, const char *form, int64_t *parts)
 }
 
 /*
- * A date in one of the three forms of RFC 9110 section 5.6.7, exactly; -1 for
- * anything else.  A year of two digits is the nearest such year.
+ * A date in one of the three forms of RFC 9110 section 5.6.7, exactly; else -1.
+ * A two-digit year more than 50 years ahead is past.
  */
 static int64_t
 date_parse(struct text t)
@@ -7040,7 +7039,7 @@ head_date(const struct head *h, const char *name)
 	return date_parse(field->value);
 }
 
-/* delta-seconds (RFC 9111 section 1.2.2): too large is 2^31, wrong is 0. */
+/* Parses delta-seconds (RFC 9111 1.2.2): 2^31 if too large, 0 if wrong. */
 static int64_t
 seconds_parse(struct text t)
 {
@@ -7055,7 +7054,7 @@ seconds_parse(struct text t)
 						    (int64_t)INT32_MAX + 1;
 }
 
-/* Adds one directive to control; value.at is NULL without an argument. */
+/* Adds a directive to control; value.at is NULL without an argument. */
 static void
 control_set(struct control *control, struct text name, struct text value)
 {
@@ -7098,8 +7097,8 @@ control_set(struct control *control, struct text name, struct text value)
 }
 
 /*
- * All Cache-Control of a head (RFC 9111 section 5.2).  A directive that is
- * repeated counts as the strictest; Pragma counts if there is no Cache-Control
+ * All Cache-Control of a head (RFC 9111 section 5.2).  A repeated directive
+ * counts with its smallest value; Pragma counts only without Cache-Control
  * (section 5.4).
  */
 static struct control
@@ -7135,15 +7134,15 @@ control_parse(const struct head *h)
 	return control;
 }
 
-/* Statuses that may be reused without being told so (RFC 9110 15.1). */
+/* Heuristically cacheable statuses (RFC 9110 section 15.1). */
 static const int heuristic_statuses[] = { 200, 203, 204, 300, 301, 308, 404,
 	405, 410, 414, 501, 0 };
 
-/* Statuses that a request's own fields or haste bring about. */
+/* Statuses caused by a request's fields or timing. */
 static const int personal_statuses[] = { 304, 401, 407, 408, 412, 413, 416, 417,
 	425, 428, 429, 431, 0 };
 
-/* True if the list, which ends with 0, has that status. */
+/* True if the list, which ends with 0, contains status. */
 static bool
 status_is_among(int status, const int *list)
 {
@@ -7152,7 +7151,7 @@ status_is_among(int status, const int *list)
 	return *list != 0;
 }
 
-/* True if we know the meaning of a status: all of the standards'. */
+/* True if the proxy knows what the status means. */
 static bool
 status_is_understood(int status)
 {
@@ -7163,8 +7162,8 @@ status_is_understood(int status)
 }
 
 /*
- * How long a response is fresh (RFC 9111 section 4.2.1 and 4.2.2).
- * explicit_only: without guessing.
+ * The freshness lifetime (RFC 9111 sections 4.2.1 and 4.2.2).  explicit_only:
+ * no heuristic.
  */
 static struct lifetime
 freshness_lifetime(const struct response *r, bool explicit_only)
@@ -7199,7 +7198,7 @@ freshness_lifetime(const struct response *r, bool explicit_only)
 	return l;
 }
 
-/* True if the request, as it is sent, has a login, also if a rule set it. */
+/* True if the request has Authorization, its own or from a rule. */
 static bool
 request_has_login(const struct request *q)
 {
@@ -7213,11 +7212,11 @@ request_has_login(const struct request *q)
 }
 
 /*
- * Why the response may not be stored, and reused by others, in a word for the
- * log; NULL: it may (RFC 9111 section 3).  The answer to a POST may if it says
- * that it is what a GET would get (RFC 9110 section 9.3.3); a part of a body
- * may for those who ask for just that part.  given: its lifetime in seconds if
- * a rule says so, else -1.
+ * Why the response may not be stored, in a word for the log, or NULL if it may
+ * (RFC 9111 section 3).  A response to POST may if it says that it is also the
+ * response to GET (RFC 9110 section 9.3.3); a part of a body may, for requests
+ * for just that part.  given: the lifetime in seconds if a rule sets it, else
+ * -1.
  */
 static const char *
 response_obstacle(const struct request *q, const struct response *r,
@@ -7263,8 +7262,8 @@ response_obstacle(const struct request *q, const struct response *r,
 }
 
 /*
- * How old a response was when it came, in seconds (RFC 9111 section 4.2.3);
- * only the first Age counts, and only if it is a number.
+ * The age of a response on arrival, in seconds (RFC 9111 section 4.2.3); only
+ * the first Age counts, and only if it is a number.
  */
 static int64_t
 initial_age(const struct response *r, int64_t requested, int64_t responded)
@@ -7280,8 +7279,8 @@ initial_age(const struct response *r, int64_t requested, int64_t responded)
 }
 
 /*
- * How a stored response may be used now: the heart of the cache (RFC 9111
- * section 4.2).  age and lifetime are those of the response.
+ * How a stored response may be used now (RFC 9111 section 4.2).  age
+ * and lifetime are the response's own, in seconds.
  */
 static enum reuse
 reuse_judge(const struct control *asked, const struct control *control,
@@ -7292,7 +7291,7 @@ reuse_judge(const struct control *asked, const struct control *control,
 	int64_t stale = age - (lifetime > 0 ? lifetime : 0);
 	int64_t wanted = lifetime;
 
-	/* Clients mean validation by max-age=0, however young the entry is. */
+	/* max-age=0 asks for validation, however young the entry is. */
 	if (asked->no_cache || asked->max_age == 0 || control->no_cache)
 		return REUSE_VALIDATED;
 	if (asked->max_age >= 0 && asked->max_age < wanted)
@@ -7314,7 +7313,7 @@ reuse_judge(const struct control *asked, const struct control *control,
 	return REUSE_VALIDATED;
 }
 
-/* May a stale response stand in for a failure? (RFC 9111 4.2.4, RFC 5861) */
+/* True if a stale response may replace an error (RFC 9111 4.2.4, RFC 5861). */
 static bool
 reuse_on_error(const struct control *asked, const struct control *control,
     int64_t stale, bool answered)
@@ -7331,7 +7330,7 @@ reuse_on_error(const struct control *asked, const struct control *control,
 
 /* ---- names of entries ---- */
 
-/* Appends t in small letters. */
+/* Appends t in lower case. */
 static void
 lower_append(struct buffer *b, struct text t)
 {
@@ -7343,7 +7342,7 @@ lower_append(struct buffer *b, struct text t)
 			b->data[i] = (char)(b->data[i] - 'A' + 'a');
 }
 
-/* The key of a target: its URL in one form, into b. */
+/* Appends the key of a target, its normalized URL, to b. */
 static void
 key_append(const struct target *t, struct buffer *b)
 {
@@ -7356,7 +7355,7 @@ key_append(const struct target *t, struct buffer *b)
 	buffer_append(b, t->path);
 }
 
-/* The key of a target, to be used until the next one is made. */
+/* The key of a target, valid until the next call. */
 static struct text
 key_of(const struct target *t)
 {
@@ -7366,14 +7365,14 @@ key_of(const struct target *t)
 	return buffer_text(b);
 }
 
-/* 64 bits that stand for a key. */
+/* A 64-bit hash of a key. */
 static uint64_t
 key_hash(struct text key)
 {
 	return hash_text(14695981039346656037U, key);
 }
 
-/* The file for a key, or for a variant of it; to has CACHE_PATH bytes. */
+/* The path for a key or a variant of it, into `to`: CACHE_PATH bytes. */
 static void
 entry_path(struct text key, struct text variant, char *to)
 {
@@ -7392,7 +7391,7 @@ entry_path(struct text key, struct text variant, char *to)
 	*to = '\0';
 }
 
-/* One value of a field for variant_append(). */
+/* Appends one value of a field, for variant_append(). */
 static void
 value_append(struct buffer *b, struct text name, struct text value, bool *first)
 {
@@ -7411,13 +7410,13 @@ value_append(struct buffer *b, struct text name, struct text value, bool *first)
 }
 
 /*
- * An answer that sets a cookie without saying that it is meant for all is
- * stored for the client that it came for.  In its Vary this word, which no
- * field can have as its name, stands for the client.
+ * A response that sets a cookie and is not explicitly shared is stored for its
+ * client only.  This word, which is no valid field name, stands for the client
+ * in its Vary.
  */
 static const char vary_client[] = ":client";
 
-/* True if a response is stored for one client alone. */
+/* True if a response is stored for one client only. */
 static bool
 response_is_personal(const struct response *r)
 {
@@ -7429,7 +7428,7 @@ response_is_personal(const struct response *r)
 	return !control.is_public && control.s_maxage < 0;
 }
 
-/* The value for vary_client: the client's address, and who has logged in. */
+/* Appends the value for vary_client: the client's address and user name. */
 static void
 client_append(const struct request *q, struct buffer *b)
 {
@@ -7448,9 +7447,9 @@ client_append(const struct request *q, struct buffer *b)
 
 /*
  * Appends to b the values that a request, as it is sent, has for the fields of
- * a Vary list: `name=` and the members, each behind its length; lines joined,
- * blanks around commas dropped, in small letters where case means nothing (RFC
- * 9111 section 4.1).
+ * a Vary list: `name=` and the members, each after its length.  Field lines are
+ * joined, blanks around commas dropped, and letters put in lower case where
+ * case means nothing (RFC 9111 section 4.1).
  */
 static void
 variant_append(const struct request *q, struct text vary, struct buffer *b)
@@ -7478,7 +7477,7 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 	}
 }
 
-/* Orders two texts for qsort(3): by their letters, in any case. */
+/* Compares two texts for qsort(3), ignoring case. */
 static int
 name_compare(const void *one, const void *two)
 {
@@ -7490,9 +7489,8 @@ name_compare(const void *one, const void *two)
 }
 
 /*
- * All that a response varies by as one list in one form, sorted, into b: its
- * Vary, for a part of a body the range, and vary_client.  False if it is too
- * long.
+ * Appends all that a response varies by to b, as one sorted list: its Vary, the
+ * range of a part of a body, and vary_client.  False if it is too long.
  */
 static bool
 vary_append(const struct response *r, struct buffer *b)
@@ -7526,8 +7524,8 @@ vary_append(const struct response *r, struct buffer *b)
 }
 
 /*
- * Appends to b the variant by which r answers q, for all that r varies by;
- * false if it is too long.
+ * Appends to b q's values for all that r varies by: the variant that q selects.
+ * False if it is too long.
  */
 static bool
 variant_of(const struct request *q, const struct response *r, struct buffer *b)
@@ -7541,8 +7539,8 @@ variant_of(const struct request *q, const struct response *r, struct buffer *b)
 }
 
 /*
- * True if e, whose head is r, is the variant for q: the request has the values
- * that it was stored for.
+ * True if q selects the variant e, whose head is r: q has the values for which
+ * it was stored.
  */
 static bool
 variant_fits(const struct entry *e, const struct response *r,
@@ -7571,12 +7569,12 @@ variant_fits(const struct entry *e, const struct response *r,
  *   ...
  *
  * and the body follows.  The sum covers the region and the numbers in its
- * first line, see region_sum().  A file that says where variants are to be
- * found has no head but `vary:` and a token, which is part of the variants'
- * names: those of an older token are never found again.
+ * first line, see region_sum().  A marker, which leads to variants, has no head
+ * but `vary:` and a token.  The token is part of the variants' names: variants
+ * with an older token are never found again.
  */
 
-/* A sum goes on with a word: FNV-1a, but no change may be lost at the top. */
+/* Adds a word to a sum: FNV-1a, but no change at the top may be lost. */
 static uint64_t
 sum_word(uint64_t sum, uint64_t word)
 {
@@ -7596,8 +7594,8 @@ region_sum(struct text rest)
 }
 
 /*
- * Writes a region's first line to `to`, which has REGION_LINE + 1 bytes; sum
- * is that of the rest.
+ * Writes a region's first line to `to`, which has REGION_LINE + 1 bytes; sum is
+ * the sum of the rest.
  */
 static void
 region_line(char *to, size_t region, uint64_t body, uint64_t sum)
@@ -7608,7 +7606,7 @@ region_line(char *to, size_t region, uint64_t body, uint64_t sum)
 	    (unsigned long long)sum_word(sum_word(sum, region), body));
 }
 
-/* A line `name: value` of a region, taken from *rest; false: another one. */
+/* Takes a line `name: value` from *rest; false if that is not next. */
 static bool
 region_field(struct text *rest, const char *name, struct text *value)
 {
@@ -7622,7 +7620,7 @@ region_field(struct text *rest, const char *name, struct text *value)
 	return true;
 }
 
-/* A number in such a line. */
+/* Takes such a line with a number. */
 static bool
 region_number(struct text *rest, const char *name, int64_t *value)
 {
@@ -7636,7 +7634,7 @@ region_number(struct text *rest, const char *name, int64_t *value)
 	return true;
 }
 
-/* Understands all of a region but its first line. */
+/* Parses a region without its first line; false if it is damaged. */
 static bool
 region_parse(struct text rest, struct entry *e)
 {
@@ -7660,7 +7658,7 @@ region_parse(struct text rest, struct entry *e)
 	return true;
 }
 
-/* Understands the region at the start of t; false if it is damaged. */
+/* Parses the region at the start of t; false if it is damaged. */
 static bool
 entry_parse(struct text t, struct entry *e)
 {
@@ -7681,10 +7679,10 @@ entry_parse(struct text t, struct entry *e)
 }
 
 /*
- * Reads an open file from its beginning into b and understands it as an entry.
- * Its region is so long, and without a first line yet; or, if region is 0,
- * has one, and the file is as long as that says, which for a small one is
- * known without asking.  False if not.
+ * Reads an open file from its beginning into b and parses it as an entry.  If
+ * region is not 0, it is the region's length, and the first line is still
+ * missing.  Else the file must be as long as its first line says; for a small
+ * file the read shows that.  False if it is no entry.
  */
 static bool
 entry_read(int fd, size_t region, struct buffer *b, struct entry *e)
@@ -7711,9 +7709,9 @@ entry_read(int fd, size_t region, struct buffer *b, struct entry *e)
 }
 
 /*
- * Opens the file at path, whose beginning is then in b: the one way to an
- * entry, see entry_read().  Returns the descriptor, or -1 if there is no valid
- * entry for that key.
+ * Opens the entry at path and reads its beginning into b, see entry_read().
+ * Returns the descriptor, which the caller owns, or -1 if there is no valid
+ * entry for the key.
  */
 static int
 entry_open(const char *path, size_t region, struct text key, struct buffer *b,
@@ -7730,9 +7728,9 @@ entry_open(const char *path, size_t region, struct text key, struct buffer *b,
 }
 
 /*
- * Finds the entry for the request of x and sets the request's key.  Its
- * beginning is in l->b, its descriptor in l->fd, -1 if there is none; l->path
- * is where it was last looked for.
+ * Finds the entry for the request of x and sets the request's key.  l->b is the
+ * entry's beginning and l->fd its descriptor, or -1 if there is none; l->path
+ * is the last path tried.
  */
 static void
 entry_find(struct exchange *x, struct lookup *l)
@@ -7762,14 +7760,14 @@ entry_find(struct exchange *x, struct lookup *l)
 		fd_drop(&l->fd);
 }
 
-/* The bytes that a file of n bytes takes of the disk. */
+/* Bytes of the disk that a file of n bytes takes. */
 static uint64_t
 disk_bytes(uint64_t n)
 {
 	return (n + cache.block - 1) / cache.block * cache.block;
 }
 
-/* So many bytes of the disk were taken for good. */
+/* Counts n more bytes of the disk as taken. */
 static void
 cache_grow(uint64_t n)
 {
@@ -7779,7 +7777,7 @@ cache_grow(uint64_t n)
 
 /*
  * True if n more bytes of the disk may be taken: -s is never exceeded, however
- * long the sweeper takes.
+ * slow the sweeper is.
  */
 static bool
 cache_fits(uint64_t n)
@@ -7791,7 +7789,7 @@ cache_fits(uint64_t n)
 	return false;
 }
 
-/* The disk has no room: the sweeper is to make some. */
+/* Notes that the disk is full, so that a sweep makes room. */
 static void
 cache_lacks_disk(const char *why)
 {
@@ -7802,7 +7800,7 @@ cache_lacks_disk(const char *why)
 	cache.said_disk = true;
 }
 
-/* A call failed that was to take more of the disk: was that for lack of it? */
+/* After a failed call, notes from errno if the disk is full. */
 static void
 disk_failed(void)
 {
@@ -7810,7 +7808,7 @@ disk_failed(void)
 		cache_lacks_disk(strerror(errno));
 }
 
-/* Makes the directory that path is in, if it is not there. */
+/* Makes the directory of the file at path, if it is missing. */
 static void
 entry_directory(const char *path)
 {
@@ -7824,7 +7822,7 @@ entry_directory(const char *path)
 		disk_failed();
 }
 
-/* Writes all of t to fd at offset; false if it can't. */
+/* Writes all of t to fd at offset; false if that fails. */
 static bool
 write_at(int fd, struct text t, off_t offset)
 {
@@ -7840,9 +7838,9 @@ write_at(int fd, struct text t, off_t offset)
 }
 
 /*
- * Builds a region into b: the lines, then head.  With region 0 it takes as
- * many blocks as it needs and some spare for later; else it must be just that
- * long.  Returns its length, 0 if it does not fit.
+ * Builds a region in b: the lines, then head.  It is `region` bytes long, or if
+ * that is 0, as many blocks as it needs, with some spare for later.  Returns
+ * its length, 0 if it does not fit.
  */
 static size_t
 region_build(struct buffer *b, const struct entry *e, struct text head,
@@ -7877,7 +7875,7 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 	return wanted;
 }
 
-/* Puts the first line on a region that was built, its body's length known. */
+/* Writes the first line of a built region; body is the body's length. */
 static void
 region_seal(struct buffer *b, uint64_t body)
 {
@@ -7889,7 +7887,7 @@ region_seal(struct buffer *b, uint64_t body)
 	memcpy(b->data + b->start, line, REGION_LINE);
 }
 
-/* The temporary file of a store; to has CACHE_PATH bytes. */
+/* The temporary file's path into `to`, which has CACHE_PATH bytes. */
 static void
 store_path(uint64_t serial, char *to)
 {
@@ -7898,9 +7896,9 @@ store_path(uint64_t serial, char *to)
 }
 
 /*
- * Makes the temporary file of a serial, whose path is then in path.  Returns
- * its descriptor or -1.  No two have the same serial: a file that is there is
- * of an earlier process that had our number.
+ * Makes the temporary file of a serial and sets path.  Returns its descriptor
+ * or -1.  No two serials are equal: an existing file is from an earlier process
+ * that had our process id.
  */
 static int
 temporary_open(uint64_t serial, char *path)
@@ -7917,8 +7915,8 @@ temporary_open(uint64_t serial, char *path)
 }
 
 /*
- * A temporary file, n bytes long and still open, becomes the entry at path.
- * The sweeper may remove an empty directory at any time.
+ * Renames a temporary file, n bytes long and still open, to path.  The sweeper
+ * may remove an empty directory at any time.
  */
 static bool
 temporary_place(const char *temporary, int fd, uint64_t n, const char *path)
@@ -7965,9 +7963,9 @@ file_put(const char *path, const struct buffer *b)
 }
 
 /*
- * Gives the token for variants of a key by this Vary list, into token, which
- * has 64 bytes.  The marker at the key's own name has it; if that has another
- * list, a marker with a new token is written.  False if it can't be.
+ * Copies the token for the variants of a key by this Vary list into token,
+ * which has 64 bytes.  The marker at the key's own path contains it; if there
+ * is none with this list, writes one with a new token.  False if that fails.
  */
 static bool
 marker_token(struct text key, struct text vary, char *token)
@@ -8004,7 +8002,7 @@ field_is_fixed(struct text name)
 	    text_is(name, "Set-Cookie");
 }
 
-/* True if a 304 leaves this field of the stored head as it is. */
+/* True if a 304 leaves that field of the stored head unchanged. */
 static bool
 field_is_kept(const struct head *news, struct text name)
 {
@@ -8017,11 +8015,10 @@ field_is_kept(const struct head *news, struct text name)
 }
 
 /*
- * Appends what is stored of a response head: no framing, nothing of a hop.
- * With old, the stored response that a 304 is about, it is the old head with
- * the 304's fields in place of its own (RFC 9111 section 3.2).  A response
- * without Date was made now, so that age and lifetime count from now (RFC 9110
- * section 6.6.1).
+ * Appends the head to be stored for r, without framing and hop-by-hop fields.
+ * If r is a 304, old is the stored response, and r's fields replace those of
+ * its head (RFC 9111 section 3.2).  A missing Date is set to now, so that age
+ * and lifetime count from now (RFC 9110 section 6.6.1).
  */
 static void
 stored_head_append(const struct response *r, const struct response *old,
@@ -8047,8 +8044,8 @@ stored_head_append(const struct response *r, const struct response *old,
 /* ---- fetches ---- */
 
 /*
- * y follows a fetch whose entry is complete.  If its length was not known
- * before, it is now, and a file that ends earlier was cut.
+ * Lets y, which follows a complete fetch, read its entry like any other.  An
+ * unknown length is known now: a file that ends earlier was cut.
  */
 static void
 follow_complete(struct exchange *y)
@@ -8068,7 +8065,7 @@ follow_complete(struct exchange *y)
 	}
 }
 
-/* Runs the followers of a fetch. */
+/* Queues the followers of a fetch to run. */
 static void
 fetch_tell(const struct fetch *f)
 {
@@ -8087,8 +8084,8 @@ fetch_tell(const struct fetch *f)
 }
 
 /*
- * Enters a state of a fetch.  Its followers are run: those who wait for the
- * head, and those who read the entry.
+ * Sets the state of a fetch and queues its followers, which wait for the head
+ * or read the entry.
  */
 static void
 fetch_enter(struct fetch *f, enum fetch_state state)
@@ -8135,7 +8132,7 @@ fetch_begin(struct exchange *x)
 	x->request->caching.fetch = f;
 }
 
-/* Ends the fetch of x, if it leads one: nobody may follow it any more. */
+/* Ends the fetch that x leads, if any: it can't be followed any more. */
 static void
 fetch_end(struct exchange *x, enum fetch_state state)
 {
@@ -8165,7 +8162,7 @@ fetch_follow(struct exchange *x, struct fetch *f)
 	exchange_queue(f->leader);
 }
 
-/* x stops following its fetch, which may then have no follower left. */
+/* Makes x stop following its fetch, if any; frees an unused fetch. */
 static void
 cache_unfollow(struct exchange *x)
 {
@@ -8181,9 +8178,9 @@ cache_unfollow(struct exchange *x)
 }
 
 /*
- * y, which is new and has no client, goes on for x.  If x leads a fetch, y
- * leads it from now on, and x is one of its followers; else y begins one, to
- * validate anew what answers x.
+ * y, a new exchange without a client, goes on for x.  If x leads a fetch, y
+ * becomes its leader, and x a follower; else y begins one, to revalidate the
+ * entry that answers x.
  */
 static void
 cache_detach(struct exchange *x, struct exchange *y)
@@ -8211,12 +8208,12 @@ cache_detach(struct exchange *x, struct exchange *y)
 }
 
 /*
- * Keys whose answers were lately found to be uncacheable: no request is to wait
- * for them.  Memory is taken only where it is written to.
+ * Keys whose responses were recently uncacheable: no request waits for them.
+ * Only pages that were written take memory.
  */
 static uint64_t uncacheable[UNCACHEABLE_KEYS];
 
-/* The places for that key, so many as UNCACHEABLE_WAYS. */
+/* The UNCACHEABLE_WAYS places for a key. */
 static uint64_t *
 key_places(uint64_t key)
 {
@@ -8224,7 +8221,7 @@ key_places(uint64_t key)
 	    key % (UNCACHEABLE_KEYS / UNCACHEABLE_WAYS) * UNCACHEABLE_WAYS;
 }
 
-/* True if answers to that key were lately found to be uncacheable. */
+/* True if responses for the key were recently uncacheable. */
 static bool
 key_is_uncacheable(uint64_t key)
 {
@@ -8237,8 +8234,8 @@ key_is_uncacheable(uint64_t key)
 }
 
 /*
- * Remembers whether answers to that key are uncacheable.  The latest key is the
- * first of its places; the last one gives way.
+ * Remembers whether responses for a key are uncacheable.  The latest key is
+ * first in its places; the last one is replaced.
  */
 static void
 key_remember(uint64_t key, bool is_uncacheable)
@@ -8255,7 +8252,7 @@ key_remember(uint64_t key, bool is_uncacheable)
 		at[i] = 0;
 }
 
-/* True if x stores what it fetches. */
+/* True if x is storing what it fetches. */
 static bool
 cache_stores(const struct exchange *x)
 {
@@ -8264,7 +8261,7 @@ cache_stores(const struct exchange *x)
 	return f != NULL && f->state == FETCH_STORES;
 }
 
-/* Gives up the fetch of x, if it leads one. */
+/* Gives up the fetch that x leads, if any. */
 static void
 cache_drop(struct exchange *x)
 {
@@ -8277,7 +8274,7 @@ cache_drop(struct exchange *x)
 	fetch_end(x, FETCH_FAILED);
 }
 
-/* True if the disk has room beyond the floor. */
+/* True if enough of the disk is free: see CACHE_FLOOR. */
 static bool
 disk_has_room(void)
 {
@@ -8292,8 +8289,8 @@ disk_has_room(void)
 }
 
 /*
- * Builds the region of a new entry but for its first line into `region`.
- * False if it is too long.
+ * Builds the region of a new entry in `region`, without its first line.  False
+ * if it is too long.
  */
 static bool
 region_draft(struct exchange *x, const struct response *r,
@@ -8323,8 +8320,8 @@ region_draft(struct exchange *x, const struct response *r,
 }
 
 /*
- * Last-Modified, if it stands for one payload only: it might have changed once
- * more in the second in which it was sent (RFC 9110 section 8.8.2.2).
+ * Last-Modified if it is a strong validator, else empty: the payload might
+ * change again in the same second (RFC 9110 section 8.8.2.2).
  */
 static struct text
 modified_strong(const struct head *h)
@@ -8338,9 +8335,9 @@ modified_strong(const struct head *h)
 }
 
 /*
- * A hash: two answers with the same one have the same payload, byte for byte;
- * 0: nothing shows that.  A weak entity tag says that the payload may differ,
- * and without a tag the same date may be that of several codings.
+ * A hash: responses with the same one have the same payload, byte for byte; 0
+ * if there is no strong validator.  With a weak entity tag the payload may
+ * differ, and without a tag several codings may have the same date.
  */
 static uint64_t
 response_validator(const struct response *r)
@@ -8355,8 +8352,8 @@ response_validator(const struct response *r)
 }
 
 /*
- * Opens the store of a fetch: makes its temporary file and writes the region
- * but for its first line, which comes when the body's length is known.
+ * Makes the temporary file of a fetch and writes the region without its first
+ * line, which needs the body's length.  False on failure.
  */
 static bool
 store_open(struct fetch *f, const struct response *r, struct text region)
@@ -8368,7 +8365,7 @@ store_open(struct fetch *f, const struct response *r, struct text region)
 	f->length = r->framing == FRAMING_LENGTH ? r->length :
 	    r->framing == FRAMING_NO_BODY        ? 0 :
 						   UINT64_MAX;
-	/* With the directory that it may need. */
+	/* The entry may need a new directory, too. */
 	f->share = cache.block +
 	    disk_bytes(region.len + (f->length == UINT64_MAX ? 0 : f->length));
 	if (!cache_fits(f->share))
@@ -8385,8 +8382,8 @@ store_open(struct fetch *f, const struct response *r, struct text region)
 }
 
 /*
- * Begins to store a response, and makes a fetch of it if it is none yet.  Those
- * who waited for this head may read it.  False if it can't be stored.
+ * Begins to store a response, and a fetch if there is none yet.  Followers that
+ * waited for this head may read the entry.  False if it can't be stored.
  */
 static bool
 store_begin(struct exchange *x, const struct response *r)
@@ -8405,10 +8402,10 @@ store_begin(struct exchange *x, const struct response *r)
 }
 
 /*
- * True if a body whose length is not known may take n more bytes of the disk.
- * All that are in the making take a quarter of the cache at most; an entry that
- * turns out to be longer will not stay, but goes on for followers who could not
- * ask for the rest.
+ * True if a body of unknown length may take n more bytes of the disk.  Together
+ * all entries being stored take at most a quarter of the cache; one that proves
+ * longer is not kept, but goes on for followers that could not request the
+ * rest.
  */
 static bool
 store_fits(struct exchange *x, uint64_t n)
@@ -8431,9 +8428,9 @@ store_fits(struct exchange *x, uint64_t n)
 }
 
 /*
- * Gives the entry that a fetch has stored its first line, and its name, into
- * path.  A variant is marked only now that it is complete: what is stored
- * without variants gives way to it.  False if it can't be marked.
+ * Writes the first line of the entry that a fetch has stored, and sets path to
+ * its name.  The marker of a variant is written only now: it replaces an entry
+ * without variants.  False if that fails.
  */
 static bool
 store_seal(const struct fetch *f, char *path)
@@ -8460,7 +8457,7 @@ store_seal(const struct fetch *f, char *path)
 	return write_at(f->fd, text_cut(b->data + b->start, REGION_LINE), 0);
 }
 
-/* The body is complete: the entry gets its first line and its name. */
+/* Puts the complete entry of x in its place and ends the fetch. */
 static void
 store_finish(struct exchange *x)
 {
@@ -8480,8 +8477,8 @@ store_finish(struct exchange *x)
 }
 
 /*
- * Stores a piece of payload, and with `whole` its end, if x stores what it
- * fetches; an entry that can't be had costs nothing else.
+ * Stores a piece of payload, and with `whole` its end, if x is storing what it
+ * fetches; a failure costs only the entry.
  */
 static void
 cache_append(struct exchange *x, struct text t, bool whole)
@@ -8514,8 +8511,8 @@ cache_append(struct exchange *x, struct text t, bool whole)
 }
 
 /*
- * Drops the entries of a target.  A fetch under way may bring an older answer,
- * so its entry will not stay.
+ * Removes the entries of a target.  A fetch under way may bring an older
+ * response, so its entry is not kept.
  */
 static void
 cache_forget(const struct target *target)
@@ -8536,9 +8533,8 @@ cache_forget(const struct target *target)
 }
 
 /*
- * The path that a reference on the same server names (RFC 3986 section 4.2),
- * made in b if it is relative to the target's; false if it names another
- * server.
+ * Sets path to the path of a reference (RFC 3986 section 4.2), built in b if
+ * it is relative to own's path; false if it names another server.
  */
 static bool
 reference_resolve(const struct target *own, struct text value, struct buffer *b,
@@ -8571,9 +8567,9 @@ reference_resolve(const struct target *own, struct text value, struct buffer *b,
 }
 
 /*
- * An unsafe request succeeded: what is stored of its target, and of what
- * Location and Content-Location name on the same server, is no longer true
- * (RFC 9111 section 4.4).
+ * After a successful unsafe request, invalidates what is stored for its target
+ * and, on the same server, for Location and Content-Location (RFC 9111 section
+ * 4.4).
  */
 static void
 cache_invalidate(const struct target *own, const struct response *r)
@@ -8594,15 +8590,15 @@ cache_invalidate(const struct target *own, const struct response *r)
 	}
 }
 
-/* Entries of which we know that their recency was written lately. */
+/* Entries whose recency is known to be recently written. */
 static struct {
-	uint64_t name; /* of the entry: a hash */
-	time_t when;   /* its recency was written or seen */
+	uint64_t name; /* hash of key and variant */
+	time_t when;   /* recency was written or checked */
 } cache_touched[CACHE_TOUCHED];
 
 /*
- * An entry was used: its file's time says so, for the sweeper, and is written
- * only if it is older than CACHE_TOUCH_S.  The table spares asking for it.
+ * Records the use of an entry in its file's time, for the sweeper, if that is
+ * older than CACHE_TOUCH_S.  The table avoids most calls.
  */
 static void
 entry_touch(int fd, const struct entry *e)
@@ -8623,12 +8619,12 @@ entry_touch(int fd, const struct entry *e)
 
 /* A file in the cache directory. */
 struct file {
-	const char *path;   /* from where we are */
-	const char *name;   /* from the cache directory */
-	bool entry;         /* it may be one, by its place */
-	bool bucket;        /* it is a directory that entries are in */
-	uint64_t bytes;     /* that it takes of the disk */
-	struct stat status; /* all about it */
+	const char *path;   /* with the cache directory */
+	const char *name;   /* without it */
+	bool entry;         /* probably one, by its place */
+	bool bucket;        /* a directory of entries */
+	uint64_t bytes;     /* of the disk */
+	struct stat status; /* from lstat(2) */
 };
 
 /* Fills in f for the file at path; false if it has vanished. */
@@ -8650,8 +8646,8 @@ file_look(struct file *f, const char *path)
 }
 
 /*
- * Calls visit for each file in a directory.  False, with errno, if it can't be
- * read to its end: an error is no end.
+ * Calls visit for each file in a directory.  False, with errno, if the
+ * directory can't be read to its end.
  */
 static bool
 directory_walk(const char *at,
@@ -8679,8 +8675,8 @@ directory_walk(const char *at,
 }
 
 /*
- * The same for all that is in the cache: the directories of entries, then the
- * one above them.
+ * The same for the whole cache: the directories of entries, then the one above
+ * them.
  */
 static bool
 cache_walk(void (*visit)(const struct file *file, void *argument),
@@ -8701,7 +8697,7 @@ cache_walk(void (*visit)(const struct file *file, void *argument),
 	return error == 0;
 }
 
-/* The process that a file of that name was made by; 0: it is not temporary. */
+/* The process that made a temporary file; 0 if the name is not temporary. */
 static pid_t
 temporary_owner(const char *name)
 {
@@ -8715,7 +8711,7 @@ temporary_owner(const char *name)
 	return number_parse(t, INT32_MAX, &pid) ? (pid_t)pid : 0;
 }
 
-/* True if a temporary file is so old that it must be abandoned. */
+/* True if a temporary file is so old that it is abandoned. */
 static bool
 temporary_is_old(const struct file *f)
 {
@@ -8724,16 +8720,16 @@ temporary_is_old(const struct file *f)
 
 /* The sweeper's account: the bytes of entries by age. */
 struct sweep {
-	pid_t owner;       /* whose temporary files are counted already */
-	uint64_t bytes;    /* all that there is */
-	uint64_t ages[64]; /* entries, by age: see sweep_age() */
-	uint64_t most;     /* may stay */
-	uint64_t kept;     /* will stay */
-	uint64_t evicted;  /* entries that went */
-	unsigned cut;      /* older ones go, those of this age while need be */
+	pid_t owner;       /* counts its temporary files itself */
+	uint64_t bytes;    /* of all files */
+	uint64_t ages[64]; /* of entries, by sweep_age() */
+	uint64_t most;     /* that may stay */
+	uint64_t kept;     /* that will stay */
+	uint64_t evicted;  /* entries that were removed */
+	unsigned cut;      /* older ones go, this age as needed */
 };
 
-/* A file's age as a small number that grows with its logarithm. */
+/* A file's age on a logarithmic scale. */
 static unsigned
 sweep_age(const struct file *f)
 {
@@ -8745,7 +8741,7 @@ sweep_age(const struct file *f)
 	return n;
 }
 
-/* The first pass: counts a file. */
+/* The first pass: counts a file, or removes an abandoned one. */
 static void
 sweep_count(const struct file *f, void *argument)
 {
@@ -8760,7 +8756,7 @@ sweep_count(const struct file *f, void *argument)
 		sweep->ages[sweep_age(f)] += f->bytes;
 }
 
-/* The second pass: removes a file, if it is to go. */
+/* The second pass: removes a file, if it must go. */
 static void
 sweep_remove(const struct file *f, void *argument)
 {
@@ -8782,8 +8778,8 @@ sweep_remove(const struct file *f, void *argument)
 
 /*
  * Decides how much may stay, and so how old it may be: five eighths of the
- * cache's size, or of what is there if the disk has no room for more.  True if
- * something has to go.
+ * cache's size, or of the present bytes if the disk is full and that is less.
+ * True if something must go.
  */
 static bool
 sweep_plan(struct sweep *sweep, bool disk)
@@ -8804,8 +8800,8 @@ sweep_plan(struct sweep *sweep, bool disk)
 
 /*
  * Removes the least recently used entries: one pass counts, one removes, so
- * that memory does not depend on the number of entries.  False, with errno, if
- * the cache can't be read.
+ * that memory use does not depend on the number of entries.  False, with errno,
+ * if the cache can't be read.
  */
 static bool
 sweep_run(struct sweep *sweep, bool disk)
@@ -8824,7 +8820,7 @@ sweep_run(struct sweep *sweep, bool disk)
 	return good;
 }
 
-/* A file that says that the cache may be fuller than a run leaves it. */
+/* The path of a file that exists while the cache may be over its limit. */
 static void
 cache_unswept(char *path)
 {
@@ -8832,8 +8828,8 @@ cache_unswept(char *path)
 }
 
 /*
- * The sweeper has found so many bytes.  It may have missed those that were
- * written since it began.
+ * Takes over the sweeper's count.  It may lack bytes that were written since it
+ * began.
  */
 static void
 sweep_result(uint64_t bytes)
@@ -8850,7 +8846,7 @@ sweep_result(uint64_t bytes)
 	(void)unlink(path);
 }
 
-/* Reads the sweeper's report when it is there, and then waits for its end. */
+/* Reads the sweeper's report if it has come, and then reaps the sweeper. */
 static void
 sweep_reap(void)
 {
@@ -8865,7 +8861,7 @@ sweep_reap(void)
 		if (n == -1 && errno == EAGAIN)
 			return;
 		conn_close(&cache.report, false);
-		/* Nothing is known if it came to no end. */
+		/* Without a report the sweep has failed. */
 		cache.said_unread = n != (ssize_t)sizeof(report);
 		if (!cache.said_unread) {
 			sweep_result(report[0]);
@@ -8879,8 +8875,8 @@ sweep_reap(void)
 }
 
 /*
- * The sweeper: a child that tells its parent how many bytes are left, and how
- * many entries went.
+ * The sweeper: a child that sweeps, and reports how many bytes are left and how
+ * many entries were removed.
  */
 static void
 sweeper_main(int fd, pid_t owner, bool disk)
@@ -8904,7 +8900,7 @@ sweeper_main(int fd, pid_t owner, bool disk)
 	_exit(0);
 }
 
-/* Lets a child sweep. */
+/* Starts the sweeper. */
 static void
 sweep_start(void)
 {
@@ -8937,8 +8933,8 @@ cache_bytes(void)
 }
 
 /*
- * Has the cache swept when enough was written since the last time, or when
- * there was no room.  With what may be in the making, it then stays below its
+ * Starts a sweep when enough was written since the last one, or when room was
+ * lacking.  Even with entries being stored, the cache then stays below its
  * limit, unless the sweeper is slow.
  */
 static void
@@ -8954,9 +8950,9 @@ cache_sweep(void)
 }
 
 /*
- * Looks for an entity tag in a request's fields of that name: 1 it is there, or
- * `*` is; 0 it is not; -1 there are no such fields.  Tags are compared weakly
- * or strongly (RFC 9110 section 8.8.3.2).
+ * Looks for an entity tag in a request's fields of that name.  Returns 1 if
+ * they contain it or `*`, 0 if not, -1 if there are no such fields.  The
+ * comparison is weak or strong (RFC 9110 section 8.8.3.2).
  */
 static int
 condition_has(const struct head *q, const char *name, struct text etag,
@@ -9003,9 +8999,8 @@ request_is_met(const struct head *q, const struct response *r)
 }
 
 /*
- * True if the client has the stored response already: its own condition is
- * answered with 304 (RFC 9110 section 13.2.2; If-None-Match wins over
- * If-Modified-Since).
+ * True if the client already has the stored response: the answer is 304 (RFC
+ * 9110 section 13.2.2; If-None-Match takes precedence over If-Modified-Since).
  */
 static bool
 request_is_satisfied(const struct head *q, const struct response *r)
@@ -9023,10 +9018,10 @@ request_is_satisfied(const struct head *q, const struct response *r)
 }
 
 /*
- * The one range that a request asks for, of a body of so many bytes (RFC 9110
- * section 14.1.2).  1: range is set; 0: there is no range, or the answer to it
- * is the whole; -1: it can't be satisfied.  Of an empty body a suffix is all
- * of it, and so is a range without an end: some clients always ask so.
+ * Parses the one range that a request asks for, of a body of so many bytes (RFC
+ * 9110 section 14.1.2).  Returns 1: range is set; 0: send the whole body; -1:
+ * it can't be satisfied.  An empty body satisfies a suffix and `bytes=0-`,
+ * which some clients always send.
  */
 static int
 range_parse(const struct head *q, const struct response *r, uint64_t body,
@@ -9068,11 +9063,11 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 /* ---- lookups and validation ---- */
 
 /*
- * The line that says how a request, or its response if r is not NULL, is to
- * be cached; NULL: none does.  e: the entry that r is the head of, or NULL.
- * It is decided when the head has come, and for an entry by what was known
- * then: a length that the head does not tell never becomes known here, else
- * what was stored might not be used.
+ * The rule that decides how a request, or its response r if that is not NULL,
+ * is cached, or NULL.  e is the entry with the head r, or NULL.  The decision
+ * is made when the head arrives, and for an entry with the facts known then: a
+ * length that the head did not give stays unknown here, or a stored entry might
+ * never be used.
  */
 static const struct rule *
 cache_rule(const struct exchange *x, const struct response *r,
@@ -9099,7 +9094,7 @@ cache_rule(const struct exchange *x, const struct response *r,
 	return verdict.truth == TRUTH_YES ? verdict.rule : NULL;
 }
 
-/* The fetch for that key which others may still follow, or NULL. */
+/* The fetch for the key that may still be followed, or NULL. */
 static struct fetch *
 fetch_for(uint64_t key)
 {
@@ -9111,11 +9106,11 @@ fetch_for(uint64_t key)
 }
 
 /*
- * True if a follower of this fetch will get the complete body: it can ask for
+ * True if a follower of this fetch will get the complete body: it can request
  * the rest itself; or, if the length is unknown, -s has room for the largest
  * possible body; or the disk has room for twice all that is being stored, since
  * other programs write there, too.  If they fill it nevertheless, the
- * follower's answer is visibly cut short.  Reserving the room would exclude
+ * follower's response is visibly truncated.  Reserving the room would prevent
  * that, but some file systems then write every block, while all other clients
  * wait.
  */
@@ -9135,7 +9130,7 @@ follow_is_safe(const struct fetch *f)
 
 /*
  * True if the entry in l may answer the request at all: no rule forbids it, and
- * it is the right kind of answer.
+ * its status fits the request.
  */
 static bool
 lookup_fits(const struct exchange *x, struct lookup *l)
@@ -9154,8 +9149,8 @@ lookup_fits(const struct exchange *x, struct lookup *l)
 }
 
 /*
- * Sets how old the entry in l is and how long it stays fresh; returns its
- * lifetime, by a rule or by the entry itself.
+ * Sets the age and the remaining lifetime of the entry in l; returns its
+ * lifetime, set by a rule or by the entry itself.
  */
 static struct lifetime
 lookup_age(struct exchange *x, const struct lookup *l)
@@ -9172,9 +9167,7 @@ lookup_age(struct exchange *x, const struct lookup *l)
 	return lifetime;
 }
 
-/*
- * Judges how the entry in l may be used; the trace gets the calculation.
- */
+/* Judges how the entry in l may be used, and traces the calculation. */
 static void
 lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 {
@@ -9202,7 +9195,7 @@ lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 }
 
 /*
- * Looks for a stored entry; l needs not be set.  The caller takes over the
+ * Looks for a stored entry; l need not be set.  The caller takes over the
  * descriptor and the buffer.
  */
 static void
@@ -9223,9 +9216,9 @@ lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 }
 
 /*
- * Opens what another exchange is storing for x's target, if it is the variant
- * that x asks for, and follows it.  The region is there but for its first
- * line, and the body grows.  Returns the descriptor, or -1.
+ * Opens the entry that another exchange is storing for x's target, if x selects
+ * that variant, and follows the fetch.  The first line is still missing, and
+ * the body grows.  Returns the descriptor, or -1.
  */
 static int
 follow_open(struct exchange *x, struct lookup *l)
@@ -9255,8 +9248,8 @@ follow_open(struct exchange *x, struct lookup *l)
 }
 
 /*
- * Looks among the fetches under way, if no complete entry will do: an entry
- * that one of them stores is the answer if it is fresh.
+ * Looks among the fetches under way if no complete entry will do: an entry
+ * being stored is the answer if it is fresh.
  */
 static void
 lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
@@ -9284,8 +9277,8 @@ lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 }
 
 /*
- * True if q may follow a fetch, or lead one: a plain GET, whose answer may well
- * be good for all.
+ * True if q may lead or follow a fetch: a plain GET, whose response may well
+ * suit other clients.
  */
 static bool
 request_is_common(const struct request *q, const struct control *asked)
@@ -9303,9 +9296,9 @@ request_is_common(const struct request *q, const struct control *asked)
 }
 
 /*
- * Waits for the head of a fetch for the same key, if there is one; true if so.
- * A request waits only once, and not for a URL known to be uncacheable: else
- * those that wait in vain would be held up one after the other.
+ * Makes x wait for the head of a fetch for its key, if it may; true if so.  A
+ * request waits only once, and never for a URL known to be uncacheable: else
+ * requests that wait in vain would be delayed one after the other.
  */
 static bool
 follow_wait(struct exchange *x)
@@ -9321,7 +9314,7 @@ follow_wait(struct exchange *x)
 	return true;
 }
 
-/* True if x follows a fetch that is in that state. */
+/* True if x follows a fetch in that state. */
 static bool
 cache_follows(const struct exchange *x, enum fetch_state state)
 {
@@ -9330,7 +9323,7 @@ cache_follows(const struct exchange *x, enum fetch_state state)
 	return f != NULL && f->state == state;
 }
 
-/* Enters a state of a request in the cache. */
+/* Sets the state of x's request in the cache. */
 static void
 caching_enter(struct exchange *x, enum caching_state state)
 {
@@ -9345,14 +9338,14 @@ caching_enter(struct exchange *x, enum caching_state state)
 	c->state = state;
 }
 
-/* True if the cache may have a part in the answer. */
+/* True if the cache may serve or store the response. */
 static bool
 request_is_cacheable(struct exchange *x)
 {
 	struct request *q = x->request;
 	const struct rule *rule;
 
-	/* The request that will be sent is not known yet. */
+	/* Rules may still change the request that is sent. */
 	if (options.cache != NULL && q->rewrites.undecided)
 		caching_enter(x, CACHING_BYPASSED);
 	if (options.cache == NULL || q->rewrites.undecided || q->upgrade ||
@@ -9368,8 +9361,8 @@ request_is_cacheable(struct exchange *x)
 }
 
 /*
- * The entry in l answers; word: for the log.  The caller takes over its
- * descriptor, to be read from behind the buffer, and the buffer.
+ * Makes the entry in l the answer; word: for the log.  The caller takes over
+ * the buffer and the descriptor, which is read from behind the buffer.
  */
 static enum cached
 lookup_answers(struct exchange *x, struct lookup *l, const char *word)
@@ -9388,9 +9381,9 @@ lookup_answers(struct exchange *x, struct lookup *l, const char *word)
 }
 
 /*
- * Looks for an entry, or a fetch under way, for the request of x.
- * CACHED_YES: l answers, and the caller takes over its fd and b; CACHED_WAIT:
- * x follows a fetch; CACHED_NO: if an entry is to be validated, x keeps it.
+ * Looks for an entry, or a fetch under way, for the request of x.  CACHED_YES:
+ * l answers, and the caller takes over its fd and b; CACHED_WAIT: x follows a
+ * fetch; CACHED_NO: x keeps an entry to validate, if any.
  */
 static enum cached
 cache_find(struct exchange *x, struct lookup *l)
@@ -9400,7 +9393,7 @@ cache_find(struct exchange *x, struct lookup *l)
 	struct control asked;
 	bool common;
 
-	/* It has waited, if it is not the first time. */
+	/* On a second call, x has waited. */
 	cache_unfollow(x);
 	if (!request_is_cacheable(x))
 		return CACHED_NO;
@@ -9428,9 +9421,9 @@ cache_find(struct exchange *x, struct lookup *l)
 	    (head_field(&q->head, "If-Match") != NULL ||
 		head_field(&q->head, "If-Unmodified-Since") != NULL)) {
 		/*
-		 * Its conditions would give way to ours, and a part of another
-		 * version would seem to meet them: it is passed on as it came,
-		 * and a part is not to take the place of the whole.
+		 * Our validators would replace its conditions, and a part of
+		 * another version would seem to meet them: it is sent
+		 * unchanged, and a part must not replace the whole.
 		 */
 		fd_drop(&l->fd);
 		if (head_field(&q->head, "Range") != NULL)
@@ -9446,7 +9439,7 @@ cache_find(struct exchange *x, struct lookup *l)
 	return CACHED_NO;
 }
 
-/* Leaves the entry that was to be validated for another state. */
+/* Closes the entry to validate, if any, and enters another state. */
 static void
 entry_close(struct exchange *x, enum caching_state state)
 {
@@ -9458,7 +9451,7 @@ entry_close(struct exchange *x, enum caching_state state)
 	caching_enter(x, state);
 }
 
-/* Removes the entry that was validated. */
+/* Removes the entry to validate. */
 static void
 entry_remove(const struct caching *c)
 {
@@ -9469,8 +9462,8 @@ entry_remove(const struct caching *c)
 }
 
 /*
- * Reads the entry that is to be validated anew into l, whose buffer the caller
- * gives back.  False, and no buffer, if there is none or it is damaged.
+ * Reads the entry to validate anew into l; the caller gives back its buffer.
+ * False, without a buffer, if there is none or it is damaged.
  */
 static bool
 entry_load(const struct exchange *x, struct lookup *l)
@@ -9509,8 +9502,8 @@ cache_validators_append(const struct exchange *x, struct buffer *b)
 }
 
 /*
- * The server failed, or answered that it did (answered): the entry that was
- * to be validated may answer stale.  CACHED_YES if it does, in l.
+ * After a failure of the server, or its error response (answered), the entry to
+ * validate may answer stale.  CACHED_YES if it does, in l.
  */
 static enum cached
 cache_rescue(struct exchange *x, bool answered, struct lookup *l)
@@ -9534,9 +9527,9 @@ cache_rescue(struct exchange *x, bool answered, struct lookup *l)
 }
 
 /*
- * True if the answer to a HEAD, or a part of a body, is about the stored
- * version: the same validators, and of a HEAD the length, as far as it has
- * them (RFC 9111 section 4.3.5).
+ * True if the response to a HEAD, or a part of a body, is from the stored
+ * version: the validators are the same, and for a HEAD the length, if it has
+ * one (RFC 9111 section 4.3.5).
  */
 static bool
 entry_resembles(const struct exchange *x, const struct response *r)
@@ -9559,10 +9552,10 @@ entry_resembles(const struct exchange *x, const struct response *r)
 }
 
 /*
- * Writes the region of the entry in l anew in its place, with the fields of a
- * 304.  What may not be stored as it is now, or under this name, since it
- * varies by other fields, or has no room, is removed; but a request that may
- * not have its answer stored leaves the entry as it is.
+ * Rewrites the region of the entry in l in place, with the fields of a 304.
+ * Removes the entry if it may no longer be stored, is now another variant, or
+ * has no room; but a request whose response may not be stored leaves the entry
+ * as it is.
  */
 static void
 entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
@@ -9590,9 +9583,9 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 }
 
 /*
- * A 304 came.  CACHED_YES: the entry answers, in l, from what is open.
- * CACHED_LOST: the 304 is about another version (RFC 9111 section 4.3.4), or
- * the entry is damaged.
+ * Handles a 304.  CACHED_YES: the open entry answers, in l.  CACHED_LOST: the
+ * 304 is about another version (RFC 9111 section 4.3.4), or the entry is
+ * damaged.
  */
 static enum cached
 cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
@@ -9617,9 +9610,9 @@ cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 }
 
 /*
- * A response came from a server, or, if r is NULL, the server failed.  If an
- * entry was to be validated, CACHED_YES: it answers, in l; CACHED_LOST: it
- * has vanished meanwhile, so the server is asked anew; CACHED_NO: r answers.
+ * Handles a server's response, or its failure if r is NULL, for an entry to
+ * validate.  CACHED_YES: the entry answers, in l; CACHED_LOST: it can't be
+ * used, so ask the server again; CACHED_NO: r answers.
  */
 static enum cached
 cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
@@ -9641,7 +9634,7 @@ cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 	same = failed ||
 	    ((q->method == METHOD_HEAD || r->status == 206) &&
 		entry_resembles(x, r));
-	/* A part is not to take the place of the whole. */
+	/* A part must not replace the whole. */
 	entry_close(x,
 	    !same                ? CACHING_SUPERSEDED :
 		r->status == 206 ? CACHING_BYPASSED :
@@ -9649,7 +9642,7 @@ cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 	return CACHED_NO;
 }
 
-/* Why the server's final response is not stored, in a word; NULL: it is. */
+/* Why a final response is not stored, in a word; NULL if it is. */
 static const char *
 cache_obstacle(const struct exchange *x, const struct response *r)
 {
@@ -9671,9 +9664,8 @@ cache_obstacle(const struct exchange *x, const struct response *r)
 }
 
 /*
- * A final response comes from a server: it is stored, or those who waited for
- * it are told that it is not; and it may tell that something stored is no
- * longer true.
+ * Handles a final response from a server: begins to store it, or tells its
+ * followers that it is not stored.  It may also invalidate entries.
  */
 static void
 cache_store(struct exchange *x, const struct response *r)
@@ -9706,22 +9698,21 @@ cache_store(struct exchange *x, const struct response *r)
 		entry_remove(c);
 }
 
-/* The request of x ends, or is answered otherwise: x lets go of all. */
+/* Gives up x's fetch and entry: its request ends or is answered otherwise. */
 static void
 cache_leave(struct exchange *x)
 {
 	cache_drop(x);
 	cache_unfollow(x);
 	entry_close(x, CACHING_NONE);
-	/* The page for a condition that is not met is the entry's answer. */
+	/* A page for an unmet condition is still a hit. */
 	if (x->record.refusal != REFUSE_CONDITION)
 		x->request->caching.hit = NULL;
 }
 
 /*
- * How many bytes of payload may be read of the entry that answers: of one that
- * is still being stored no more than is there, since room for the rest may
- * have been made already.
+ * How many bytes of payload may be read from the entry that answers: while it
+ * is being stored, only those there, since the file's end is not the body's.
  */
 static uint64_t
 cache_room(const struct exchange *x)
@@ -9734,8 +9725,8 @@ cache_room(const struct exchange *x)
 }
 
 /*
- * True if the fetch of x is to go on without x's client: it is stored, or may
- * yet be, and it has followers or most of it is there; or it is a refresh.
+ * True if the fetch of x should go on without x's client: it is stored, or may
+ * be yet, and it has followers or half of it is there; or it is a refresh.
  */
 static bool
 cache_wants(const struct exchange *x)
@@ -9753,8 +9744,8 @@ cache_wants(const struct exchange *x)
 
 /*
  * Opens the entry that x stores, so that x can read on from what its own client
- * has.  -1 if it has no followers, or if x might then get less than it would
- * have: the rest could neither be asked for again nor has room for sure.
+ * has.  Returns -1 if it has no followers, or if x might then get less than
+ * before: the rest could not be requested again, and may lack room.
  */
 static int
 cache_follow_own(const struct exchange *x)
@@ -9775,7 +9766,7 @@ cache_follow_own(const struct exchange *x)
 	return fd;
 }
 
-/* True if r has the payload that x followed until it was given up. */
+/* True if r has the same payload as the failed fetch that x followed. */
 static bool
 cache_resembles(const struct exchange *x, const struct response *r)
 {
@@ -9788,8 +9779,8 @@ cache_resembles(const struct exchange *x, const struct response *r)
 }
 
 /*
- * Turns the stored response r into the client's answer: 304 if it has the same
- * already, a part of it, or all.  Lines for its head go to `extra`, of size
+ * Turns the stored response r into the client's response: 304 if the client has
+ * it already, a part of it, or all.  Fields for its head go to `extra`, of size
  * bytes; *at is where in the file a part begins, else 0.  False if r does not
  * meet the client's condition.
  */
@@ -9841,7 +9832,7 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 	return true;
 }
 
-/* Appends Cache-Status (RFC 9211): how the cache took part, or why not. */
+/* Appends Cache-Status (RFC 9211): how the cache was used, or why not. */
 static void
 cache_status_append(const struct exchange *x, struct buffer *b)
 {
@@ -9866,7 +9857,7 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 	buffer_append(b, text_of("\r\n"));
 }
 
-/* Appends hit= or miss= to a line of the log. */
+/* Appends hit= or miss= to a log line. */
 static void
 cache_log_append(const struct request *q, struct buffer *b)
 {
@@ -9875,7 +9866,7 @@ cache_log_append(const struct request *q, struct buffer *b)
 	if (c->hit == NULL && c->miss == NULL)
 		return;
 	buffer_append(b, text_of(c->hit ? " hit=" : " miss="));
-	/* A fetch that is still storing now was cut off. */
+	/* A fetch that is still storing was cut off. */
 	buffer_append(b,
 	    text_of(c->hit                                      ? c->hit :
 		    c->fetch && c->fetch->state == FETCH_STORES ? "incomplete" :
@@ -9888,8 +9879,8 @@ static const char cache_tag[] = "Signature: 8a477f597d28d172789f06886806bc55\n"
 				"# A cache of proxy; all of it may go.\n";
 
 /*
- * Ends the program if a file is not a cache's.  Temporary files of a crashed
- * proxy are removed; those of a running one stay.  We are writing nothing yet.
+ * Ends the program if a file does not belong to a cache.  Removes temporary
+ * files of a crashed proxy, not those of a running one.  None is ours yet.
  */
 static void
 cache_check(const struct file *f, void *argument)
@@ -9912,8 +9903,8 @@ cache_check(const struct file *f, void *argument)
 }
 
 /*
- * Gives fd, the file or directory at path, to the user of -u, if there is
- * one.  It is open: the path may lead elsewhere when that user moves it.
+ * Gives fd, the file or directory at path, to the user of -u, if any.  A path
+ * might lead elsewhere once that user moves it.
  */
 static void
 cache_own(int fd, const char *path)
@@ -9924,10 +9915,10 @@ cache_own(int fd, const char *path)
 }
 
 /*
- * Assumes how full the cache is, until the first sweep knows.  A run never uses
- * the last sixteenth, so half of it is left for entries stored before that;
- * unless an earlier run ended before its first sweep did: the file `unswept`
- * says so.
+ * Assumes how full the cache is until the first sweep has counted it.  A run
+ * never uses the last sixteenth, so half of that is left for entries stored
+ * before then; but not if an earlier run ended before its first sweep did, as
+ * the file `unswept` shows.
  */
 static void
 cache_assume(const char *tag, bool fresh)
@@ -9936,13 +9927,13 @@ cache_assume(const char *tag, bool fresh)
 	struct stat status;
 	int fd;
 
-	/* A file system may take more for a file than the usual block. */
+	/* Some file systems have larger blocks. */
 	if (stat(tag, &status) != -1 &&
 	    (uint64_t)status.st_blocks * 512 > cache.block)
 		cache.block = (uint64_t)status.st_blocks * 512;
-	/* Not those of an earlier process that had our number. */
+	/* Serials differ from an earlier process with our id. */
 	cache.serial = (uint64_t)now.wall << 20 | (uint64_t)(now.us & 0xfffff);
-	/* The first turn lets it be swept. */
+	/* Makes the first turn start a sweep. */
 	cache.written = options.cache_size;
 	cache.total = 2 * cache.block;
 	cache.limit = options.cache_size / 16 * 15;
@@ -9957,8 +9948,8 @@ cache_assume(const char *tag, bool fresh)
 }
 
 /*
- * Makes the cache directory, or looks whether it is one: a directory that
- * holds something else must not be filled or swept.
+ * Makes the cache directory, or checks that it is one: a directory with other
+ * files must not be filled or swept.
  */
 static void
 cache_open(void)
@@ -10049,31 +10040,31 @@ cache_print(const struct target *target)
  * Finds the addresses of names.  getaddrinfo(3) may take a minute, and the
  * loop must never wait for it.  A helper process, forked before any socket is
  * open, forks one short-lived child for each question, so that a slow name
- * delays only the requests that need it.  Questions and answers are records
- * shorter than _POSIX_PIPE_BUF on two pipes: a write is whole or fails.
+ * delays only the requests that need it.  Questions and answers are records of
+ * at most _POSIX_PIPE_BUF bytes on two pipes: a write completes or fails.
  *
  * Door: names, user_find, user_become, names_start, names_ask, names_lost,
  * names_take, names_find, names_waiting.
  */
 
 enum {
-	/* Names that are kept, and for how long: getaddrinfo gives no TTL. */
+	/* Size of the table, and validity: getaddrinfo(3) tells no TTL. */
 	NAMES_MAX = 256,
 	NAME_KEPT_MS = 60000,
 	NAME_FAILED_MS = 5000,
-	/* Children of the helper at once. */
+	/* Most children of the helper at once. */
 	QUESTIONS_MAX = 32,
 	/* A child that hangs in the system's resolver ends after this. */
 	QUESTION_S = 60,
 	QUESTION_MS = 61000,
-	/* The helper looks for dead children at least so often. */
+	/* The helper reaps children at least this often. */
 	REAP_MS = 1000
 };
 
-/* Which question it is: a late answer to an older one is ignored. */
+/* Identifies a question: a late answer to an older one is ignored. */
 struct ticket {
-	unsigned entry;  /* in the table of names */
-	unsigned serial; /* no other question has it */
+	unsigned entry;  /* index in the table of names */
+	unsigned serial; /* unique to the question */
 };
 
 /* A question to the helper. */
@@ -10082,31 +10073,31 @@ struct question {
 	char host[HOST_MAX + 1]; /* the name */
 };
 
-/* Its answer. */
+/* The answer to a question. */
 struct answer {
 	struct ticket ticket;               /* of the question */
-	int error;                          /* of getaddrinfo */
-	unsigned n;                         /* addresses */
+	int error;                          /* of getaddrinfo(3) */
+	unsigned n;                         /* number of addresses */
 	struct address list[ADDRESSES_MAX]; /* in the order to try them */
 };
 
-/* How far the look-up of a name is. */
+/* The state of a name's lookup. */
 enum name_state {
-	NAME_EMPTY,  /* no name */
+	NAME_EMPTY,  /* a free slot */
 	NAME_WANTED, /* the question waits to be sent */
-	NAME_ASKED,  /* it was sent */
+	NAME_ASKED,  /* the question was sent */
 	NAME_KNOWN   /* the answer is here: addresses or an error */
 };
 
-/* A name that was asked for. */
+/* A name in the table. */
 struct name {
 	char host[HOST_MAX + 1]; /* as the client wrote it */
-	enum name_state state;   /* how far it is */
+	enum name_state state;   /* of its lookup */
 	unsigned serial;         /* of the question */
-	int error;               /* of getaddrinfo, 0: there are addresses */
-	unsigned n;              /* addresses */
+	int error;               /* of getaddrinfo(3), 0: there are addresses */
+	unsigned n;              /* number of addresses */
 	struct address list[ADDRESSES_MAX]; /* in the order to try them */
-	int64_t until;                      /* ms: valid until then */
+	int64_t until;                      /* ms: end of validity */
 };
 
 /* A child of the helper. */
@@ -10127,8 +10118,8 @@ static struct {
 } names;
 
 /*
- * Puts up to ADDRESSES_MAX addresses into the answer.  The families take
- * turns, the system's favourite first (RFC 8305 section 4).
+ * Copies up to ADDRESSES_MAX addresses into the answer.  The families
+ * alternate, the system's preferred one first (RFC 8305 section 4).
  */
 static void
 answer_fill(struct answer *answer, const struct addrinfo *found)
@@ -10150,7 +10141,7 @@ answer_fill(struct answer *answer, const struct addrinfo *found)
 
 /*
  * Writes the answer to a question: the addresses found, or the error, if that
- * is not 0.  False if that fails.
+ * is not 0.  False on failure.
  */
 static bool
 answer_write(int fd, const struct ticket *ticket, int error,
@@ -10182,8 +10173,8 @@ child_run(const struct question *question, int answers)
 }
 
 /*
- * Takes note of children that have ended, and answers in place of those that
- * could not.  True if there are others.
+ * Reaps ended children, and answers in place of those that failed to.  True if
+ * others are running.
  */
 static bool
 children_reap(struct child *children, int answers)
@@ -10208,8 +10199,8 @@ children_reap(struct child *children, int answers)
 }
 
 /*
- * Returns a free slot.  If all are in use, the oldest child, which hangs, is
- * ended: a dead name server must not delay other names.
+ * Returns a free slot.  If there is none, the oldest child, which hangs, is
+ * killed: a dead name server must not delay other names.
  */
 static struct child *
 child_slot(struct child *children, int answers)
@@ -10240,7 +10231,7 @@ child_fork(struct child *children, const struct question *question,
 	child->turn = ++turn;
 	child->pid = fork();
 	if (child->pid == 0) {
-		/* Held open, this would hide the helper's death. */
+		/* An open copy would hide the helper's death. */
 		(void)close(questions);
 		(void)signal(SIGCHLD, SIG_DFL);
 		child_run(question, answers);
@@ -10251,14 +10242,14 @@ child_fork(struct child *children, const struct question *question,
 	}
 }
 
-/* The handler of SIGCHLD in the helper: it interrupts poll(2). */
+/* The helper's handler of SIGCHLD: it interrupts poll(2). */
 static void
 child_ended(int number)
 {
 	(void)number;
 }
 
-/* The helper: lives as long as the other end of `questions` does. */
+/* The helper: ends when the other end of `questions` is closed. */
 static void
 helper_run(int questions, int answers)
 {
@@ -10278,7 +10269,7 @@ helper_run(int questions, int answers)
 	action.sa_flags = SA_RESTART;
 	(void)sigaction(SIGCHLD, &action, NULL);
 	for (;;) {
-		/* The limit is for a child that ends just before poll(2). */
+		/* The timeout is for a child that ends just before poll(2). */
 		bool some = children_reap(children, answers);
 
 		if (poll(&pollfd, 1, some ? REAP_MS : -1) <= 0)
@@ -10290,7 +10281,7 @@ helper_run(int questions, int answers)
 	}
 }
 
-/* Finds the user of -u, by name or number; once, before there are others. */
+/* Finds the user of -u, by name or number, before other processes start. */
 static void
 user_find(const char *name)
 {
@@ -10312,7 +10303,7 @@ user_find(const char *name)
 	}
 }
 
-/* Becomes the user of -u; after this nothing of root's is left. */
+/* Becomes the user of -u, giving up all privileges of root. */
 static void
 user_become(void)
 {
@@ -10323,7 +10314,7 @@ user_become(void)
 		die("can't give up root for user %s", options.user);
 }
 
-/* Starts the helper, also in place of one that died; false, with errno: no. */
+/* Starts the helper, or a new one; false, with errno, on failure. */
 static bool
 names_start(void)
 {
@@ -10357,7 +10348,7 @@ names_start(void)
 	return false;
 }
 
-/* Sends the questions that wait; those that do not fit go on waiting. */
+/* Sends the waiting questions; those that do not fit keep waiting. */
 static void
 names_ask(void)
 {
@@ -10384,7 +10375,7 @@ names_ask(void)
 		conn_watch(&names.questions, full ? POLLOUT : 0);
 }
 
-/* The helper died: open questions are for the next one, which starts soon. */
+/* Closes a dead helper; the next, started soon, gets its open questions. */
 static void
 names_lost(void)
 {
@@ -10400,7 +10391,7 @@ names_lost(void)
 	warn("the helper for names died; another is started");
 }
 
-/* Takes the answers that are there; false if there was none. */
+/* Takes the answers that have come; false if none is of use. */
 static bool
 names_take(void)
 {
@@ -10434,8 +10425,8 @@ names_take(void)
 }
 
 /*
- * Returns the entry of a host, whose addresses are known, or asked for by now.
- * NULL if all entries wait for an answer.
+ * Returns the entry of a host; if it is new, its question is asked.  NULL if
+ * all entries wait for an answer.
  */
 static struct name *
 names_find(const char *host)
