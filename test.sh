@@ -5202,9 +5202,11 @@ test_pages_metrics() { # metrics as Prometheus reads them
 	ask    /a = 200
 	ask    /a = 200
 	ask    http://127.0.0.1:1/ = 502
-	== one more, and one that is wrong
+	== another that fails
 	ask    CONNECT 127.0.0.1:1 = 502
+	== one that is wrong
 	client send GET no HTTP/1.1\n\n ; eof
+	sees~  ^HTTP/1.1 400
 	== the metrics
 	ask    here /metrics
 	sees~  ^Content-Type: text/plain; version=0.0.4; charset=utf-8
