@@ -231,7 +231,7 @@ enum limit {
 	CONNECTIONS_MAX = 500000,
 	DESCRIPTORS_MAX = 1000000,
 	/* Bytes that a tunnel keeps for the log: in all, and of its SNI. */
-	NOTE_MAX = 120,
+	NOTE_MAX = 112,
 	NOTE_SNI = 40,
 	/* An address as text: brackets, 45 characters, scope, port. */
 	ADDRESS_TEXT = 80,
@@ -473,6 +473,8 @@ enum refusal {
 	REFUSE_BUSY,
 	REFUSE_PAGE,
 	REFUSE_PAGE_METHOD,
+	REFUSE_CROWDED,
+	REFUSE_FILE,
 	REFUSE_NOT_STORED,
 	REFUSE_CONDITION,
 	REFUSE_LOOP_VIA,
@@ -649,6 +651,7 @@ struct request {
 	enum framing framing;     /* of the body */
 	uint64_t length;          /* of the body, with FRAMING_LENGTH */
 	unsigned interims;        /* 1xx responses so far */
+	uint64_t dice;            /* a random number; 0: in a trial */
 	bool upgrade;             /* the client asked to switch protocols */
 	bool kept;                /* it has Connection: keep-alive */
 	bool login;               /* it has a login for the connection */
@@ -661,6 +664,21 @@ struct request {
 	struct times times;       /* for the log */
 	struct rewrites rewrites; /* changes before it is sent */
 	struct head head;         /* last, since most of it is never used */
+};
+
+/* What rules do to an exchange; most have none. */
+struct bend {
+	struct bend *next;        /* in the list of free ones */
+	const struct rule *limit; /* counts it, or NULL */
+	const struct rule *cut;   /* cuts its response, or NULL */
+	uint64_t left;            /* bytes of the response, until it is cut */
+	int64_t delay_ms;         /* before the response; 0: none, or over */
+	int64_t until;            /* ms: it waits until then, or 0 */
+	uint64_t rate;            /* bytes a second each way, or UINT64_MAX */
+	int64_t filled_us[2];     /* when credit was last added: up, down */
+	uint64_t credit[2];       /* bytes that may go at once: up, down */
+	bool hangs;               /* it never gets a response */
+	char rules[120];          /* those that did so, for the log */
 };
 
 /* What the log says of an exchange. */
@@ -695,6 +713,7 @@ struct exchange {
 	bool close : 1;        /* the client's connection ends after this */
 	bool again : 1;        /* it is in the list of those to be run */
 	bool local : 1;        /* the client is on this machine */
+	bool traced : 1;       /* a rule has it traced */
 	uint64_t number;       /* in the trace */
 	int64_t since;         /* ms: the phase began */
 	int64_t moved;         /* ms: a byte last moved */
@@ -707,6 +726,7 @@ struct exchange {
 	struct flow down;            /* the response's, server to client */
 	struct request *request;     /* being served, or NULL */
 	struct rules *rules;         /* in force for it, or NULL */
+	struct bend *bend;           /* what rules do to it, or NULL */
 	struct record record;        /* for its line in the log */
 	struct note note;            /* of a tunnel */
 };
@@ -740,6 +760,7 @@ static struct {
 	uint64_t connections;  /* clients served at once */
 	uint64_t idle_s;       /* -t, 0: not given */
 	int64_t idle_ms;       /* a tunnel or body without a byte */
+	uint64_t seed;         /* -S: of what is left to chance */
 	unsigned verbose;      /* how many -v */
 	bool anonymous;        /* tell servers nothing */
 	bool check;            /* only look whether all is right */
@@ -900,6 +921,19 @@ warn(const char *format, ...)
 	va_start(args, format);
 	say_words(format, args);
 	va_end(args);
+}
+
+/*
+ * A number that looks random, made of n: the same for the same n.  Not for
+ * secrets (the finalizer of SplitMix64).
+ */
+static uint64_t
+random_mix(uint64_t n)
+{
+	n += UINT64_C(0x9e3779b97f4a7c15);
+	n = (n ^ n >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+	n = (n ^ n >> 27) * UINT64_C(0x94d049bb133111eb);
+	return n ^ n >> 31;
 }
 
 /* The earlier of two times. */
@@ -1404,6 +1438,13 @@ trace_line(const struct exchange *x, enum colour colour, const char *mark,
 	say(line, (size_t)n);
 }
 
+/* True if the trace shows what is done for x. */
+static bool
+is_traced(const struct exchange *x)
+{
+	return options.verbose > 0 || x->traced;
+}
+
 /* Traces a step of the exchange, with the milliseconds since its start. */
 static void
 trace(const struct exchange *x, const char *format, ...)
@@ -1412,7 +1453,7 @@ trace(const struct exchange *x, const char *format, ...)
 	va_list args;
 	int n;
 
-	if (options.verbose == 0)
+	if (!is_traced(x))
 		return;
 	n = snprintf(text, sizeof(text), "* ");
 	if (x->record.start)
@@ -2677,6 +2718,10 @@ static const struct {
 	[REFUSE_BUSY] = { 503, CAUSE_OTHER, "connection_limit_reached",
 	    "too many names are being looked up" },
 	[REFUSE_PAGE] = { 404, CLIENT, "the proxy has no such page" },
+	[REFUSE_CROWDED] = { 503, CAUSE_RULE, "http_request_denied",
+	    "too many requests of this client at once" },
+	[REFUSE_FILE] = { 500, CAUSE_OTHER, "proxy_configuration_error",
+	    "the file that a rule answers with can't be read" },
 	[REFUSE_PAGE_METHOD] = { 405, CLIENT,
 	    "the proxy's own pages know GET and HEAD" },
 	[REFUSE_NOT_STORED] = { 504, CLIENT,
@@ -3693,7 +3738,8 @@ request_passed_here(const struct request *r)
  * In `in`: `ready` bytes of payload, then the trailer section, if it is whole,
  * then bytes that are not decoded yet.
  *
- * Door: flow_start, flow_decode, flow_encode, exchange_parent.
+ * Door: flow_start, flow_decode, flow_encode, exchange_parent,
+ * parent_is_proxy.
  */
 
 enum {
@@ -3885,16 +3931,16 @@ chunk_wrap(struct buffer *b)
 }
 
 /*
- * Copies payload from `in` to an `out` that can't have the whole buffer;
- * returns how many bytes fitted.
+ * Copies n bytes of payload from `in` to an `out` that can't have the whole
+ * buffer; returns how many fitted.
  */
 static size_t
-flow_append(const struct flow *f, const struct buffer *in, struct buffer *out)
+flow_append(const struct flow *f, size_t n, const struct buffer *in,
+    struct buffer *out)
 {
 	bool chunked = f->to == FRAMING_CHUNKED;
 	size_t spare = chunked ? CHUNK_ROOM + 2 : 0;
 	size_t room = buffer_room(out);
-	size_t n = f->ready;
 
 	if (room <= spare || (n > room - spare && room < BUFFER_ROOM / 2))
 		return 0;
@@ -3932,13 +3978,14 @@ flow_end(struct flow *f, struct conn *from, struct conn *to)
 }
 
 /*
- * Puts the message's new framing on the payload that is ready and hands it to
- * `to`.  True if anything moved; false if it has to wait for `out` to drain.
+ * Puts the message's new framing on the payload that is ready, at most `most`
+ * bytes, and hands it to `to`.  True if anything moved; false if it has to wait
+ * for `out` to drain.
  */
 static bool
-flow_encode(struct flow *f, struct conn *from, struct conn *to)
+flow_encode(struct flow *f, struct conn *from, struct conn *to, uint64_t most)
 {
-	size_t n = f->ready;
+	size_t n = f->ready < most ? f->ready : (size_t)most;
 
 	if (n > 0 && to->out == NULL && buffer_len(from->in) == n) {
 		if (f->to == FRAMING_CHUNKED)
@@ -3950,7 +3997,7 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
 			to->error = ENOMEM;
 			return false;
 		}
-		n = flow_append(f, from->in, to->out);
+		n = flow_append(f, n, from->in, to->out);
 		buffer_use(&from->in, n);
 	}
 	f->ready -= (uint32_t)n;
@@ -3965,6 +4012,7 @@ flow_encode(struct flow *f, struct conn *from, struct conn *to)
 /* How a parent proxy is spoken to. */
 enum parent_kind {
 	PARENT_NONE,
+	PARENT_TO, /* none: a server in place of that in the URL */
 	PARENT_HTTP,
 	PARENT_SOCKS
 };
@@ -3982,13 +4030,21 @@ struct parent {
 	char password[CREDENTIAL_MAX + 1]; /* the same */
 };
 
+/* True if it is another proxy. */
+static bool
+parent_is_proxy(const struct parent *parent)
+{
+	return parent != NULL &&
+	    (parent->kind == PARENT_HTTP || parent->kind == PARENT_SOCKS);
+}
+
 /* The parent that an exchange goes through, NULL if none. */
 static struct parent *
 exchange_parent(const struct exchange *x)
 {
 	struct parent *parent = x->request->route.parent;
 
-	return parent == NULL || parent->kind == PARENT_NONE ? NULL : parent;
+	return parent_is_proxy(parent) ? parent : NULL;
 }
 
 /* ---- 8. Rules: who may go where ---- */
@@ -4002,7 +4058,7 @@ exchange_parent(const struct exchange *x)
  *
  * Door: rules_read, rules_reload, rules_can_reload, rules_step, rules_take,
  * rules_give, rules_let_in, view_source, view_begin, exchange_view,
- * rules_judge, rule_lacks, rules_rewrite, rules_seek.
+ * rules_judge, rule_lacks, rules_rewrite, rules_seek, bend_groups.
  */
 
 enum {
@@ -4020,6 +4076,8 @@ enum {
 	DAYS_ALL = 255,
 	/* A duration in a rule: ten years are as good as for ever. */
 	DURATION_MAX_S = 10 * 365 * DAY_S,
+	/* The chances of `chance' add up to this. */
+	CHANCES = 100,
 	/* A rule in bytes, and its words, each followed by a blank. */
 	RULE_LINE_MAX = 8191,
 	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
@@ -4095,6 +4153,15 @@ enum action {
 	ACTION_FROM,    /* leave by an address */
 	ACTION_NOCACHE, /* neither answer from the cache nor store */
 	ACTION_CACHE,   /* fresh for this long */
+	ACTION_OFFLINE, /* only the cache answers, however old the entry */
+	ACTION_TO,      /* connect there instead */
+	ACTION_ANSWER,  /* a response of its own */
+	ACTION_HANG,    /* no response at all */
+	ACTION_DELAY,   /* the response comes later */
+	ACTION_RATE,    /* no faster than that */
+	ACTION_LIMIT,   /* so many at once for one client */
+	ACTION_CUT,     /* the response ends too early */
+	ACTION_TRACE,   /* the trace shows it */
 	ACTION_SET,     /* one field in place of all of its name */
 	ACTION_ADD,     /* one more field */
 	ACTION_UNSET,   /* no field of these names */
@@ -4108,6 +4175,12 @@ enum rule_group {
 	GROUP_ROUTE,
 	GROUP_SOURCE,
 	GROUP_CACHE,
+	GROUP_TRACE, /* this and the next bend an exchange; see bend_groups */
+	GROUP_LIMIT,
+	GROUP_ANSWER, /* answer and hang */
+	GROUP_DELAY,
+	GROUP_RATE,
+	GROUP_CUT,
 	GROUP_REQUEST,  /* rewriting of requests */
 	GROUP_RESPONSE, /* and of responses */
 	GROUPS
@@ -4130,6 +4203,7 @@ enum subject {
 	SUBJECT_SIZE,
 	SUBJECT_BODY,
 	SUBJECT_PAGE,
+	SUBJECT_CHANCE,
 	SUBJECTS
 };
 
@@ -4138,7 +4212,8 @@ enum fact {
 	FACT_ADDRESS = 1,  /* the server's address */
 	FACT_RESPONSE = 2, /* the response's head */
 	FACT_LENGTH = 4,   /* the length of its body */
-	FACT_BODY = 8      /* all of its body */
+	FACT_BODY = 8,     /* all of its body */
+	FACTS = 15         /* all of them */
 };
 
 /* The three values of a condition, a rule, a verdict. */
@@ -4160,7 +4235,10 @@ struct value {
 		regex_t regex;
 		const struct list *list;
 		unsigned needle; /* which of the rules' needles */
-	} as;                    /* by the subject */
+		struct {
+			unsigned share, number; /* of CHANCES; which of them */
+		} chance;
+	} as; /* by the subject */
 };
 
 /* A part of a rule: one of the values must match, or none if inverted. */
@@ -4185,12 +4263,13 @@ struct rule {
 	unsigned needs;     /* facts that its conditions take */
 	struct condition *conditions; /* all must match */
 	enum refusal refusal;         /* of ACTION_DENY and ACTION_DROP */
-	int status;                   /* of ACTION_DENY */
+	int status;                   /* of ACTION_DENY, ACTION_ANSWER */
 	struct value *names;          /* of fields; of ACTION_UNSET several */
-	struct text words;      /* their value; of ACTION_DENY the reason */
-	struct parent *parents; /* of ACTION_VIA, in the order to try them */
-	struct address from[2]; /* of ACTION_FROM: IPv4, IPv6 */
-	int64_t seconds;        /* of ACTION_CACHE */
+	struct text words;       /* their value; of ACTION_DENY the reason */
+	struct parent *parents;  /* of ACTION_VIA, in the order to try them */
+	struct address from[2];  /* of ACTION_FROM: IPv4, IPv6 */
+	const char *type, *file; /* of ACTION_ANSWER; file: NULL without */
+	struct numbers amount;   /* of those that have one: ms, bytes, or n */
 };
 
 /* A user and the password. */
@@ -4215,6 +4294,7 @@ struct rules {
 	struct account *accounts;   /* who may log in */
 	bool logins;                /* `users` was there */
 	unsigned rewrites[2];       /* how many: of requests, of responses */
+	unsigned chances;           /* conditions of SUBJECT_CHANCE */
 	unsigned needles_n;         /* how many of the next there are */
 	struct needle needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
 	unsigned lists_n;                   /* how many of the next */
@@ -4248,6 +4328,14 @@ struct verdict {
 	const struct rule *rule; /* if YES the one that decides, else the */
 				 /* first that is undecided, or NULL */
 	bool refuses;            /* YES, and the rule is a denial */
+};
+
+/* The groups that bend an exchange; an answer comes last, since it ends it. */
+static const enum rule_group bend_groups[] = { GROUP_TRACE, GROUP_LIMIT,
+	GROUP_DELAY, GROUP_RATE, GROUP_CUT, GROUP_ANSWER };
+
+enum {
+	BEND_GROUPS = sizeof(bend_groups) / sizeof(bend_groups[0])
 };
 
 static struct rules *rules_now; /* those in force */
@@ -4432,17 +4520,19 @@ numbers_have(const struct numbers *r, uint64_t n)
 	return n >= r->first && n <= r->last;
 }
 
-/* A number of seconds, or one followed by s, m, h or d. */
+/* Parses a duration, of seconds or with ms s m h d behind it, into ms. */
 static bool
-duration_parse(struct text t, int64_t *seconds)
+duration_parse(struct text t, uint64_t *ms)
 {
 	static const struct unit units[] = { { 's', 1 }, { 'm', 60 },
 		{ 'h', 3600 }, { 'd', DAY_S }, { '\0', 0 } };
 	uint64_t value;
 
+	if (t.len > 2 && text_same(text_from(t, t.len - 2), text_of("ms")))
+		return number_parse(text_cut(t.at, t.len - 2), INT32_MAX, ms);
 	if (!amount_parse(t, units, DURATION_MAX_S, &value))
 		return false;
-	*seconds = (int64_t)value;
+	*ms = value * 1000;
 	return true;
 }
 
@@ -5023,6 +5113,15 @@ type_matches(struct text wanted, struct text type)
 	return text_same(type, wanted);
 }
 
+/* True for the share of all draws; in a trial, which shows what may be. */
+static bool
+chance_is_met(uint64_t dice, const struct value *value)
+{
+	return dice == 0 ||
+	    random_mix(dice + value->as.chance.number) % CHANCES <
+	    value->as.chance.share;
+}
+
 /*
  * True if a field of that name has a value that matches.  If a server names
  * several types, some clients take the first and some the last: each counts.
@@ -5079,6 +5178,8 @@ value_matches(const struct condition *c, const struct value *value,
 		return network_has(&value->as.network, v->address);
 	case SUBJECT_PAGE:
 		return text_equals(value->text, text_from(v->request->uri, 1));
+	case SUBJECT_CHANCE:
+		return chance_is_met(v->request->dice, value);
 	case SUBJECT_STATUS:
 		return numbers_have(&value->as.numbers,
 		    (uint64_t)v->response->status);
@@ -5140,6 +5241,8 @@ static const struct {
 	    "a size behind < or > such as >10M" },
 	[SUBJECT_BODY] = { "body", FACT_BODY, false, NULL, 0, "a text" },
 	[SUBJECT_PAGE] = { "page", 0, true, NULL, 0, "status or metrics" },
+	[SUBJECT_CHANCE] = { "chance", 0, false, NULL, 0,
+	    "a share such as 10%" },
 };
 
 /*
@@ -5775,6 +5878,20 @@ needle_parse(struct parser *p, struct value *value)
 	return !p->bad;
 }
 
+/* N%: each such condition of the rules has a draw of its own. */
+static bool
+chance_parse(struct parser *p, struct text t, struct value *value)
+{
+	uint64_t share;
+
+	if (t.len < 2 || t.at[t.len - 1] != '%' ||
+	    !number_parse(text_cut(t.at, t.len - 1), CHANCES, &share))
+		return false;
+	value->as.chance.share = (unsigned)share;
+	value->as.chance.number = p->rules->chances++;
+	return true;
+}
+
 /* A file of domains; it is read after all rules, see rules_read_lists(). */
 static bool
 list_parse(struct parser *p, struct value *value)
@@ -5840,6 +5957,8 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 	case SUBJECT_PAGE:
 		return text_is(word->t, "status") ||
 		    text_is(word->t, "metrics");
+	case SUBJECT_CHANCE:
+		return chance_parse(p, word->t, value);
 	case SUBJECTS:
 		break;
 	}
@@ -5904,6 +6023,12 @@ condition_parse(struct parser *p, const struct rule *rule, struct condition *c)
 		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
 		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
 		[GROUP_CACHE] = FACT_BODY,
+		[GROUP_TRACE] = FACTS,
+		[GROUP_LIMIT] = FACTS,
+		[GROUP_ANSWER] = FACTS,
+		[GROUP_DELAY] = FACTS,
+		[GROUP_RATE] = FACTS,
+		[GROUP_CUT] = FACTS,
 		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
 		[GROUP_RESPONSE] = FACT_BODY,
 	};
@@ -5924,8 +6049,8 @@ condition_parse(struct parser *p, const struct rule *rule, struct condition *c)
 	condition_values(p, c);
 	if (c->needs & late[p->group])
 		parser_error(p,
-		    "%s: what it needs of the response is known too late for "
-		    "this rule; leave it out",
+		    "%s: what it needs is known too late for this rule; leave "
+		    "it out",
 		    c->word);
 }
 
@@ -6105,7 +6230,74 @@ static bool
 cache_take(struct parser *p, struct rule *rule, const struct word *word)
 {
 	(void)p;
-	return duration_parse(word->t, &rule->seconds);
+	return duration_parse(word->t, &rule->amount.first);
+}
+
+/* to HOST:PORT */
+static bool
+to_take(struct parser *p, struct rule *rule, const struct word *word)
+{
+	struct parent *parent = parser_new(p, sizeof(*parent));
+	struct target t;
+
+	if (parent == NULL)
+		return true;
+	if (authority_parse(word->t, 0, &t) != 1 || t.port == 0 ||
+	    !text_copy(host_bare(t.host), parent->host, sizeof(parent->host)))
+		return false;
+	parent->kind = PARENT_TO;
+	parent->port = t.port;
+	rule->parents = parent;
+	return true;
+}
+
+/* answer STATUS [TYPE] "text", or file PATH at its end: one of them. */
+static bool
+answer_take(struct parser *p, struct rule *rule, const struct word *word)
+{
+	uint64_t status;
+
+	if (rule->file != NULL || rule->words.at != NULL)
+		return false;
+	if (rule->status == 0) {
+		rule->type = "text/plain; charset=utf-8";
+		if (!number_parse(word->t, 599, &status) || status < 200)
+			return false;
+		rule->status = (int)status;
+	} else if (word->quoted)
+		rule->words = word->t;
+	else if (text_is(word->t, "file") && p->at < p->n)
+		rule->file = p->words[p->at++].t.at;
+	else if (text_find(word->t, '/') < word->t.len)
+		rule->type = word->t.at;
+	else
+		return false;
+	return true;
+}
+
+/* delay TIME or TIME-TIME */
+static bool
+delay_take(struct parser *p, struct rule *rule, const struct word *word)
+{
+	struct numbers *n = &rule->amount;
+	size_t dash = text_find(word->t, '-');
+
+	(void)p;
+	if (!duration_parse(text_cut(word->t.at, dash), &n->first))
+		return false;
+	n->last = n->first;
+	return dash == word->t.len ||
+	    (duration_parse(text_from(word->t, dash + 1), &n->last) &&
+		n->first <= n->last);
+}
+
+/* rate BYTES, cut BYTES, limit N */
+static bool
+amount_take(struct parser *p, struct rule *rule, const struct word *word)
+{
+	(void)p;
+	return size_parse(word->t, &rule->amount.first) &&
+	    (rule->amount.first > 0 || rule->action == ACTION_CUT);
 }
 
 /* set, add NAME VALUE; unset NAME ...: one of them. */
@@ -6157,6 +6349,22 @@ static const struct {
 	[ACTION_NOCACHE] = { "nocache", GROUP_CACHE, 0, 0, NULL, "" },
 	[ACTION_CACHE] = { "cache", GROUP_CACHE, 1, 1, cache_take,
 	    "a duration such as 90s, 15m, 1h or 7d" },
+	[ACTION_OFFLINE] = { "offline", GROUP_CACHE, 0, 0, NULL, "" },
+	[ACTION_TO] = { "to", GROUP_ROUTE, 1, 1, to_take,
+	    "a server such as 127.0.0.1:8000" },
+	[ACTION_ANSWER] = { "answer", GROUP_ANSWER, 2, 3, answer_take,
+	    "a status from 200 to 599, and a text in quotes, or file and its "
+	    "path; a type may stand before them" },
+	[ACTION_HANG] = { "hang", GROUP_ANSWER, 0, 0, NULL, "" },
+	[ACTION_DELAY] = { "delay", GROUP_DELAY, 1, 1, delay_take,
+	    "a duration such as 500ms, or a range such as 100ms-2s" },
+	[ACTION_RATE] = { "rate", GROUP_RATE, 1, 1, amount_take,
+	    "bytes a second such as 56K" },
+	[ACTION_LIMIT] = { "limit", GROUP_LIMIT, 1, 1, amount_take,
+	    "a number of requests, from 1" },
+	[ACTION_CUT] = { "cut", GROUP_CUT, 1, 1, amount_take,
+	    "bytes such as 10K" },
+	[ACTION_TRACE] = { "trace", GROUP_TRACE, 0, 0, NULL, "" },
 	[ACTION_SET] = { "set", GROUP_REQUEST, 2, 2, rewrite_take,
 	    "the name of a field and its value" },
 	[ACTION_ADD] = { "add", GROUP_REQUEST, 2, 2, rewrite_take,
@@ -6234,6 +6442,10 @@ rule_parse(struct parser *p, struct text line)
 	if (rule->action == ACTION_LOGIN)
 		parser_logins(p);
 	arguments_parse(p, rule);
+	if (rule->action == ACTION_ANSWER && !p->bad &&
+	    rule->words.at == NULL && rule->file == NULL)
+		parser_error(p, "answer: a value is missing; write %s",
+		    actions[ACTION_ANSWER].wants);
 	conditions_parse(p, rule);
 	if (p->group == GROUP_PAGE && rule->needs != 0)
 		parser_error(p,
@@ -9094,6 +9306,15 @@ cache_rule(const struct exchange *x, const struct response *r,
 	return verdict.truth == TRUTH_YES ? verdict.rule : NULL;
 }
 
+/* The lifetime in seconds that a rule of the group gives, -1 if none does. */
+static int64_t
+rule_seconds(const struct rule *rule)
+{
+	return rule != NULL && rule->action == ACTION_CACHE ?
+	    (int64_t)(rule->amount.first / 1000) :
+	    -1;
+}
+
 /* The fetch for the key that may still be followed, or NULL. */
 static struct fetch *
 fetch_for(uint64_t key)
@@ -9160,7 +9381,7 @@ lookup_age(struct exchange *x, const struct lookup *l)
 	struct lifetime lifetime = freshness_lifetime(&l->r, false);
 
 	if (rule != NULL && rule->action == ACTION_CACHE)
-		lifetime = (struct lifetime){ rule->seconds, "a rule" };
+		lifetime = (struct lifetime){ rule_seconds(rule), "a rule" };
 	c->age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
 	c->ttl = lifetime.seconds - c->age;
@@ -9340,10 +9561,9 @@ caching_enter(struct exchange *x, enum caching_state state)
 
 /* True if the cache may serve or store the response. */
 static bool
-request_is_cacheable(struct exchange *x)
+request_is_cacheable(struct exchange *x, const struct rule *rule)
 {
 	struct request *q = x->request;
-	const struct rule *rule;
 
 	/* Rules may still change the request that is sent. */
 	if (options.cache != NULL && q->rewrites.undecided)
@@ -9352,7 +9572,6 @@ request_is_cacheable(struct exchange *x)
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NO_BODY)
 		return false;
-	rule = cache_rule(x, NULL, NULL);
 	if (rule == NULL || rule->action != ACTION_NOCACHE)
 		return true;
 	caching_enter(x, CACHING_BYPASSED);
@@ -9391,17 +9610,23 @@ cache_find(struct exchange *x, struct lookup *l)
 	struct request *q = x->request;
 	struct caching *c = &q->caching;
 	struct control asked;
-	bool common;
+	const struct rule *rule;
+	bool common, offline;
 
 	/* On a second call, x has waited. */
 	cache_unfollow(x);
-	if (!request_is_cacheable(x))
-		return CACHED_NO;
+	rule = cache_rule(x, NULL, NULL);
+	offline = rule != NULL && rule->action == ACTION_OFFLINE;
+	if (!request_is_cacheable(x, rule))
+		return offline ? CACHED_NEVER : CACHED_NO;
 	asked = control_parse(&q->head);
+	asked.only_if_cached = asked.only_if_cached || offline;
 	common = request_is_common(q, &asked);
 	lookup_run(x, &asked, l);
 	if (!c->collapsed)
 		c->forward = l->forward;
+	if (offline && l->fd != -1 && l->reuse != REUSE_FRESH)
+		l->reuse = REUSE_STALE;
 	if (l->reuse == REUSE_VALIDATED)
 		lookup_follow(x, &asked, l);
 	if (l->reuse == REUSE_MEANWHILE && fetch_for(c->key) != NULL)
@@ -9573,7 +9798,7 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 	stored_head_append(news, &l->r, head);
 	if (!head->overflow &&
 	    response_parse(buffer_text(head), METHOD_GET, &merged) == 1 &&
-	    response_obstacle(q, &merged, rule ? rule->seconds : -1) == NULL &&
+	    response_obstacle(q, &merged, rule_seconds(rule)) == NULL &&
 	    variant_fits(&l->e, &merged, q) &&
 	    region_build(region, &l->e, buffer_text(head), l->e.region) > 0) {
 		region_seal(region, l->e.body);
@@ -9656,7 +9881,7 @@ cache_obstacle(const struct exchange *x, const struct response *r)
 		return r->status == 206 ? "range" : "rule";
 	if (q->caching.forward == NULL && q->method != METHOD_POST)
 		return "method";
-	why = response_obstacle(q, r, rule ? rule->seconds : -1);
+	why = response_obstacle(q, r, rule_seconds(rule));
 	if (why != NULL || r->framing != FRAMING_LENGTH ||
 	    r->length + cache.making <= options.cache_size / 4)
 		return why;
@@ -10930,6 +11155,11 @@ log_line(const struct exchange *x, struct buffer *b)
 	buffer_append(b, text_of(" end="));
 	buffer_append(b, text_of(log_ends[r->end]));
 	log_rule(b, x);
+	if (x->bend != NULL) {
+		buffer_append(b, text_of(" bent="));
+		buffer_escape(b, text_of(x->bend->rules),
+		    sizeof(x->bend->rules));
+	}
 	if (r->refusal) {
 		buffer_append(b, text_of(" why=\""));
 		buffer_quote(b, text_of(refusal_words(x, r->refusal, &status)),
@@ -11067,7 +11297,7 @@ trace_end(const struct exchange *x)
 	const struct record *r = &x->record;
 	int status;
 
-	if (options.verbose == 0)
+	if (!is_traced(x))
 		return;
 	trace(x, "ended: %s, %d, %llu bytes up, %llu down%s%s",
 	    log_ends[r->end], log_status(r), (unsigned long long)x->up.payload,
@@ -11092,7 +11322,7 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 	char prefix[8];
 	bool hidden = false;
 
-	if (options.verbose == 0)
+	if (!is_traced(x))
 		return;
 	(void)snprintf(prefix, sizeof(prefix), "%s ", mark);
 	while (head.len > 0) {
@@ -11293,7 +11523,7 @@ hello_name(struct text t, char *flat)
  * Door: request_build, exchange_rewrite, exchange_is_relayed, exchange_target,
  * response_build, answer_view, greet_append, greet_length, greet_words,
  * page_refusal, page_is_ours, page_options, page_trace, page_find,
- * exchange_append.
+ * exchange_append, page_rule.
  */
 
 /* ---- the head for the server ---- */
@@ -12129,6 +12359,39 @@ page_find(struct text path)
 	return NULL;
 }
 
+/*
+ * The answer of a rule: a text, or a file as it is now, which is read like the
+ * body of an entry.
+ */
+static void
+page_rule(struct exchange *x, const struct rule *rule)
+{
+	struct conn *s = &x->server;
+	struct stat status;
+	int fd;
+
+	if (rule->file == NULL) {
+		page_make(x, rule->status, rule->type, "", rule->words);
+		return;
+	}
+	fd = open(rule->file, O_RDONLY | O_NONBLOCK);
+	if (fd == -1 || fstat(fd, &status) == -1 || !S_ISREG(status.st_mode)) {
+		x->record.refusal = REFUSE_FILE;
+		page_refusal(x, REFUSE_FILE, fd == -1 ? strerror(errno) : "");
+		fd_drop(&fd);
+		return;
+	}
+	page_make(x, rule->status, rule->type, "", text_of(""));
+	if (s->in == NULL) {
+		fd_drop(&fd);
+		return;
+	}
+	s->in->end -= strlen("0\r\n\r\n");
+	buffer_print(s->in, "%llu\r\n\r\n", (unsigned long long)status.st_size);
+	s->eof = false;
+	conn_file(s, fd, x);
+}
+
 /* True if host and port, of a Host field, are where the client came in. */
 static bool
 page_is_ours(const struct exchange *x, const struct target *t)
@@ -12214,6 +12477,21 @@ enum {
 };
 
 /* ---- from phase to phase, and the end ---- */
+
+static struct bend *bends_free; /* for exchanges to come */
+
+/* Gives what bends x back; nothing is bent any more. */
+static void
+bend_drop(struct exchange *x)
+{
+	struct bend *b = x->bend;
+
+	if (b == NULL)
+		return;
+	b->next = bends_free;
+	bends_free = b;
+	x->bend = NULL;
+}
 
 /* Enters a state of what the rules say. */
 static void
@@ -12302,6 +12580,8 @@ exchange_close(struct exchange *x, bool reset)
 		trace_end(x);
 	conn_close(&x->server, reset);
 	conn_close(&x->client, reset);
+	bend_drop(x);
+	x->traced = false;
 	rules_give(&x->rules);
 	x->next = exchanges.free;
 	exchanges.free = x;
@@ -12451,8 +12731,209 @@ route_judge(struct exchange *x, struct view *v)
 	    parent_choose(verdict.rule->parents) :
 	    NULL;
 	if (q->route.parent != NULL)
-		trace(x, "via %s port %u", q->route.parent->host,
-		    q->route.parent->port);
+		trace(x, "%s %s port %u",
+		    q->route.parent->kind == PARENT_TO ? "to" : "via",
+		    q->route.parent->host, q->route.parent->port);
+}
+
+/* ---- what rules do to an exchange ---- */
+
+/* What bends x, made if there is none; NULL if there is no memory. */
+static struct bend *
+bend_take(struct exchange *x)
+{
+	struct bend *b = x->bend ? x->bend : bends_free;
+
+	if (x->bend != NULL)
+		return b;
+	if (b != NULL)
+		bends_free = b->next;
+	else if ((b = malloc(sizeof(*b))) == NULL)
+		return NULL;
+	memset(b, 0, sizeof(*b));
+	b->rate = b->left = UINT64_MAX;
+	b->filled_us[0] = b->filled_us[1] = now.us;
+	x->bend = b;
+	return b;
+}
+
+/* True if a rule has as many exchanges of x's client as it allows. */
+static bool
+bend_is_crowded(const struct exchange *x, const struct rule *rule)
+{
+	const struct exchange *y;
+	uint64_t n = 0;
+
+	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++)
+		n += y->bend != NULL && y->bend->limit == rule &&
+		    memcmp(y->peer.octets, x->peer.octets,
+			sizeof(x->peer.octets)) == 0;
+	return n >= rule->amount.first;
+}
+
+/* Has the rule do what it says; false if x is not to go on. */
+static bool
+bend_apply(struct exchange *x, const struct rule *rule)
+{
+	const struct numbers *amount = &rule->amount;
+	struct bend *b = bend_take(x);
+	size_t len;
+
+	if (b == NULL) {
+		exchange_deny(x, REFUSE_MEMORY, "");
+		return false;
+	}
+	len = strlen(b->rules);
+	(void)snprintf(b->rules + len, sizeof(b->rules) - len, "%s%s",
+	    len ? "," : "", rule->where);
+	trace(x, "bent by %s: %s", rule->where, rule->text);
+	switch (rule->action) {
+	case ACTION_TRACE:
+		if (!is_traced(x)) {
+			x->traced = true;
+			trace_head(x, "c>", buffer_text(x->request->bytes));
+		}
+		break;
+	case ACTION_LIMIT:
+		if (bend_is_crowded(x, rule)) {
+			x->close = x->close || !x->up.done;
+			exchange_deny(x, REFUSE_CROWDED, "");
+			return false;
+		}
+		b->limit = rule;
+		break;
+	case ACTION_HANG:
+		b->hangs = true;
+		exchange_enter(x, PHASE_RESPONSE);
+		return false;
+	case ACTION_ANSWER:
+		x->close = x->close || !x->up.done;
+		page_rule(x, rule);
+		exchange_answer(x);
+		return false;
+	case ACTION_DELAY:
+		b->delay_ms = (int64_t)(amount->first +
+		    random_mix(~x->request->dice) %
+			(amount->last - amount->first + 1));
+		break;
+	case ACTION_RATE:
+		b->rate = amount->first;
+		break;
+	default:
+		b->cut = rule;
+		b->left = amount->first;
+	}
+	return true;
+}
+
+/*
+ * Judges the rules that bend an exchange, each group for itself.  False if one
+ * of them has answered it, or has it hang.
+ */
+static bool
+bend_begin(struct exchange *x, struct view *v)
+{
+	size_t i;
+
+	for (i = 0; i < BEND_GROUPS; i++) {
+		struct verdict verdict;
+
+		if (x->rules->first[bend_groups[i]] == NULL)
+			continue;
+		verdict = rules_judge(x->rules, bend_groups[i], v);
+		if (verdict.truth == TRUTH_YES && !bend_apply(x, verdict.rule))
+			return false;
+	}
+	return true;
+}
+
+/* True if the response is to wait still. */
+static bool
+bend_delays(const struct exchange *x)
+{
+	struct bend *b = x->bend;
+
+	if (b == NULL || b->delay_ms == 0)
+		return false;
+	if (b->until == 0)
+		b->until = now.ms + b->delay_ms;
+	if (now.ms < b->until)
+		return true;
+	b->delay_ms = b->until = 0;
+	return false;
+}
+
+/*
+ * How many bytes of f may go on now.  Credit grows with time, to a tenth of a
+ * second's worth at most.
+ */
+static uint64_t
+bend_room(struct exchange *x, const struct flow *f)
+{
+	struct bend *b = x->bend;
+	bool down = f == &x->down;
+	uint64_t most, gained, credit;
+
+	if (b == NULL)
+		return UINT64_MAX;
+	if (b->rate == UINT64_MAX)
+		return down ? b->left : UINT64_MAX;
+	most = b->rate / 10 + 1;
+	gained =
+	    (uint64_t)(now.us - b->filled_us[down]) * (b->rate / 1000) / 1000 +
+	    (uint64_t)(now.us - b->filled_us[down]) * (b->rate % 1000) /
+		1000000;
+	if (gained > 0)
+		b->filled_us[down] = now.us;
+	b->credit[down] += gained;
+	if (b->credit[down] > most)
+		b->credit[down] = most;
+	credit = b->credit[down];
+	return down && b->left < credit ? b->left : credit;
+}
+
+/* n bytes of f have gone on. */
+static void
+bend_spend(struct exchange *x, const struct flow *f, uint64_t n)
+{
+	struct bend *b = x->bend;
+	bool down = f == &x->down;
+
+	if (b == NULL)
+		return;
+	if (b->rate != UINT64_MAX)
+		b->credit[down] -= n;
+	if (down && b->left != UINT64_MAX)
+		b->left -= n;
+}
+
+/* True if the client has all that it is to get of a response that has more. */
+static bool
+bend_cuts(const struct exchange *x)
+{
+	return x->bend != NULL && x->bend->left == 0 && x->client.out == NULL &&
+	    x->down.ready > 0;
+}
+
+/* The ms at which x can go on that is held up; INT64_MAX: it is not. */
+static int64_t
+bend_wake(const struct exchange *x)
+{
+	const struct bend *b = x->bend;
+	uint64_t lacks;
+
+	if (b == NULL)
+		return INT64_MAX;
+	if (x->phase == PHASE_RESPONSE && b->until != 0)
+		return b->until;
+	if (b->rate == UINT64_MAX || x->phase < PHASE_RESPONSE ||
+	    x->phase > PHASE_RELAY ||
+	    ((x->up.ready == 0 || x->server.out != NULL) &&
+		(x->down.ready == 0 || x->client.out != NULL)))
+		return INT64_MAX;
+	/* Half of the most that credit may be: it is never full then. */
+	lacks = (b->rate / 20 + 1) * 1000 / b->rate;
+	return now.ms + (int64_t)lacks + 1;
 }
 
 /*
@@ -12462,16 +12943,17 @@ route_judge(struct exchange *x, struct view *v)
 static bool
 access_begin(struct exchange *x)
 {
-	const struct request *q = x->request;
+	struct request *q = x->request;
 	struct view v;
 
 	x->rules = rules_take(&q->head, &x->record.user);
+	q->dice = random_mix(options.seed + x->number);
 	exchange_view(x, NULL, 0, &v);
 	if (!access_judge(x, &v))
 		return false;
 	route_judge(x, &v);
 	exchange_rewrite(x);
-	return true;
+	return bend_begin(x, &v);
 }
 
 /*
@@ -13078,8 +13560,8 @@ resolve_step(struct exchange *x)
 {
 	struct request *q = x->request;
 	bool undecided = q->access.route_undecided;
-	const struct parent *parent = undecided ? NULL : exchange_parent(x);
-	int known = parent ?
+	const struct parent *parent = undecided ? NULL : q->route.parent;
+	int known = parent != NULL && parent->kind != PARENT_NONE ?
 	    resolve_host(x, text_of(parent->host), parent->port) :
 	    resolve_host(x, q->target.host, q->target.port);
 
@@ -13482,6 +13964,7 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 	unsigned n;
 
 	for (n = 0; n < MOVES_MAX && !to->write_failed; n++) {
+		uint64_t most, passed = f->payload;
 		size_t old = f->ready, held;
 
 		if (to->out != NULL && !to->writable && !to->hangup &&
@@ -13502,13 +13985,16 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			moved = true;
 			continue;
 		}
-		if (!f->done && flow_encode(f, from, to))
+		most = bend_room(x, f);
+		if (!f->done && flow_encode(f, from, to, most))
 			moved = true;
+		bend_spend(x, f, f->payload - passed);
 		held = buffer_held(to->out);
 		(void)conn_write(to);
 		if (buffer_held(to->out) < held)
 			x->moved = now.ms;
-		if (to->out || f->done || (f->ready == 0 && !f->whole))
+		if (to->out || f->done || (f->ready == 0 && !f->whole) ||
+		    f->payload - passed == most)
 			break;
 	}
 	return moved;
@@ -13839,16 +14325,22 @@ response_step(struct exchange *x)
 
 	if (s->fd != -1 && !answer_is_local(q))
 		moved = exchange_pump(x, &x->up, c, s);
+	if (x->bend != NULL && x->bend->hangs)
+		(void)conn_drain(c);
 	if (c->error || c->write_failed) {
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 		return true;
 	}
+	if (x->bend != NULL && x->bend->hangs)
+		return false;
 	if (x->up.broken && !answer_is_local(q)) {
 		x->record.end = c->eof ? END_CLIENT : END_DONE;
 		exchange_refuse(x, c->eof ? REFUSE_BODY_CUT : REFUSE_BODY, "");
 		return true;
 	}
 	if (!conn_write(c))
+		return moved;
+	if (s->in != NULL && bend_delays(x))
 		return moved;
 	skip = response_skip(s);
 	if (s->in != NULL)
@@ -13881,6 +14373,8 @@ exchange_end(struct exchange *x)
 	exchange_forget(x);
 	if (x->record.start)
 		trace_end(x);
+	bend_drop(x);
+	x->traced = false;
 	rules_give(&x->rules);
 	x->record = (struct record){ 0 };
 	flow_start(&x->up, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
@@ -14066,6 +14560,11 @@ relay_step(struct exchange *x)
 	if (heard && s->fd != -1 && !x->up.broken &&
 	    exchange_pump(x, &x->up, c, s))
 		moved = true;
+	if (bend_cuts(x)) {
+		x->record.rule = x->bend->cut;
+		exchange_abort(x, END_RULE, REFUSE_NONE);
+		return true;
+	}
 	if (x->tunnel)
 		return tunnel_judge(x) || moved;
 	if (c->out != NULL)
@@ -14119,22 +14618,26 @@ exchange_takes_request(const struct exchange *x)
 		return true;
 	if (x->up.done || x->phase < PHASE_RESPONSE)
 		return x->client.in == NULL;
-	return x->server.fd != -1 && x->server.out == NULL &&
-	    !x->server.write_failed && !x->up.broken;
+	if (x->bend != NULL && x->bend->hangs)
+		return true;
+	return x->up.ready == 0 && x->server.fd != -1 &&
+	    x->server.out == NULL && !x->server.write_failed && !x->up.broken;
 }
 
 /* True if the next step would read from the server. */
 static bool
 exchange_takes_response(const struct exchange *x)
 {
-	if (x->client.out != NULL || x->client.write_failed)
+	if (x->client.out != NULL || x->client.write_failed ||
+	    (x->phase == PHASE_RELAY && x->down.ready > 0) ||
+	    (x->bend != NULL && x->bend->until != 0))
 		return false;
 	return x->phase != PHASE_RELAY || (!x->down.whole && !x->down.broken);
 }
 
-/* The ms at which x has to be looked at even if nothing happens. */
+/* The ms at which the time of x is over if nothing happens. */
 static int64_t
-exchange_deadline(const struct exchange *x)
+exchange_limit(const struct exchange *x)
 {
 	const struct conn *c = &x->client, *s = &x->server;
 	bool half = c->error || s->error || c->write_failed ||
@@ -14175,6 +14678,8 @@ exchange_expire(struct exchange *x)
 {
 	char detail[ADDRESS_TEXT];
 
+	if (now.ms < exchange_limit(x))
+		return;
 	address_print(&x->record.server, detail);
 	switch (x->phase) {
 	case PHASE_REQUEST:
@@ -14194,7 +14699,8 @@ exchange_expire(struct exchange *x)
 		break;
 	case PHASE_RESPONSE:
 		x->record.end = END_IDLE;
-		if (x->client.out != NULL || answer_is_local(x->request))
+		if (x->client.out != NULL || answer_is_local(x->request) ||
+		    (x->bend != NULL && x->bend->hangs))
 			exchange_abort(x, END_IDLE, REFUSE_IDLE);
 		else
 			exchange_refuse(x,
@@ -14314,7 +14820,7 @@ exchange_run(struct exchange *x)
 		exchange_queue(x);
 	conn_watch(c, conn_events(c, exchange_takes_request(x)));
 	conn_watch(s, conn_events(s, exchange_takes_response(x)));
-	x->deadline = exchange_deadline(x);
+	x->deadline = least(exchange_limit(x), bend_wake(x));
 	exchanges.wake = least(exchanges.wake, x->deadline);
 }
 
@@ -15055,6 +15561,8 @@ static const struct option option_table[] = {
 	    &options.log, 0, 0 },
 	{ 's', "size", "limit the cache to a size such as 500M", option_size,
 	    &options.cache_size, 0, 0 },
+	{ 'S', "n", "make what rules leave to chance the same each time",
+	    option_number, &options.seed, 1, INT32_MAX },
 	{ 't', "seconds", "close a connection without a byte for so long",
 	    option_number, &options.idle_s, 1, 1000000000 },
 	{ 'T', "url", "print what the rules say to a request and exit",
@@ -15495,8 +16003,7 @@ trial_judge(struct trial *t)
 	t->route = rules_judge(t->rules, GROUP_ROUTE, &t->view);
 	if (t->route.truth == TRUTH_YES)
 		parent = t->route.rule->parents;
-	if (parent != NULL && parent->kind != PARENT_NONE &&
-	    t->view.address == NULL)
+	if (parent_is_proxy(parent) && t->view.address == NULL)
 		t->view.never |= FACT_ADDRESS;
 	t->access = rules_judge(t->rules, GROUP_ACCESS, &t->view);
 }
@@ -15528,10 +16035,12 @@ trial_route(const struct verdict *route)
 	const char *mark = p && strchr(p->host, ':') ? "[]" : "";
 	char words[HOST_MAX + 40] = "direct";
 
-	if (p != NULL)
-		(void)snprintf(words, sizeof(words), "via %s://%.1s%s%s:%u",
-		    p->kind == PARENT_HTTP ? "http" : "socks5", mark, p->host,
-		    mark[0] ? mark + 1 : "", p->port);
+	if (p != NULL && p->kind != PARENT_NONE)
+		(void)snprintf(words, sizeof(words), "%s%.1s%s%s:%u",
+		    p->kind == PARENT_TO       ? "to " :
+			p->kind == PARENT_HTTP ? "via http://" :
+						 "via socks5://",
+		    mark, p->host, mark[0] ? mark + 1 : "", p->port);
 	trial_print("route",
 	    route->truth == TRUTH_UNDECIDED ?
 		"open, it needs the server's address" :
@@ -15561,6 +16070,22 @@ trial_access(const struct verdict *access, struct view *v)
 	trial_print("access", words, access->rule);
 }
 
+/* Prints the rules that would bend the request; of those by chance, maybe. */
+static void
+trial_bends(struct trial *t)
+{
+	size_t i;
+
+	for (i = 0; i < BEND_GROUPS; i++) {
+		struct verdict verdict =
+		    rules_judge(t->rules, bend_groups[i], &t->view);
+
+		if (verdict.truth == TRUTH_YES)
+			trial_print("bent", actions[verdict.rule->action].word,
+			    verdict.rule);
+	}
+}
+
 /*
  * One -T: prints what would happen.  The server's name is looked up if, and
  * only if, a verdict depends on its address.  Returns the exit status.
@@ -15582,6 +16107,7 @@ trial_run(const char *words)
 	}
 	trial_access(&t.access, &t.view);
 	trial_route(&t.route);
+	trial_bends(&t);
 	rules_give(&t.rules);
 	return t.access.refuses ? 1 :
 	    t.access.truth == TRUTH_UNDECIDED ||
@@ -15816,6 +16342,8 @@ main(int argc, char **argv)
 	totals.started = now.ms;
 	tzset();
 	options_parse(argc, argv);
+	if (options.seed == 0)
+		options.seed = (uint64_t)now.us ^ (uint64_t)getpid() << 32;
 	if (options.help || options.version) {
 		(options.help ? option_help : option_version)();
 		exit(0);

@@ -2820,7 +2820,7 @@ verdict_say(struct verdict verdict, const struct view *v)
 	if (rule->action == ACTION_DENY)
 		say_row(" %d", rule->status);
 	if (rule->action == ACTION_CACHE)
-		say_row(" %lld", (long long)rule->seconds);
+		say_row(" %lld", (long long)rule->amount.first / 1000);
 	for (p = rule->parents; p != NULL; p = p->next)
 		say_row(p->kind == PARENT_NONE ? " direct" : " %s%s:%u",
 		    p->kind == PARENT_HTTP ? "http://" : "socks5://", p->host,
@@ -16118,7 +16118,7 @@ encode_whole(enum framing from_framing, enum framing to_framing, size_t n,
 		flow_decode(&f, from.in, at == n && from_framing ==
 		    FRAMING_CLOSE);
 		if (!f.done)
-			idle = flow_encode(&f, &from, &to) ? 0 : idle + 1;
+			idle = flow_encode(&f, &from, &to, UINT64_MAX) ? 0 : idle + 1;
 		if (to.out == NULL)
 			continue;
 		part = buffer_len(to.out) < out ? buffer_len(to.out) : out;
