@@ -2787,9 +2787,13 @@ status_reason(int status)
 		const char *reason;
 	} reasons[] = {
 		{ 200, "OK" },
+		{ 204, "No Content" },
 		{ 206, "Partial Content" },
+		{ 301, "Moved Permanently" },
+		{ 302, "Found" },
 		{ 304, "Not Modified" },
 		{ 400, "Bad Request" },
+		{ 401, "Unauthorized" },
 		{ 403, "Forbidden" },
 		{ 404, "Not Found" },
 		{ 405, "Method Not Allowed" },
@@ -2802,6 +2806,7 @@ status_reason(int status)
 		{ 429, "Too Many Requests" },
 		{ 431, "Request Header Fields Too Large" },
 		{ 451, "Unavailable For Legal Reasons" },
+		{ 500, "Internal Server Error" },
 		{ 501, "Not Implemented" },
 		{ 502, "Bad Gateway" },
 		{ 503, "Service Unavailable" },
@@ -12847,6 +12852,13 @@ bend_begin(struct exchange *x, struct view *v)
 	return true;
 }
 
+/* True if x is never to get a response. */
+static bool
+bend_hangs(const struct exchange *x)
+{
+	return x->bend != NULL && x->bend->hangs;
+}
+
 /* True if the response is to wait still. */
 static bool
 bend_delays(const struct exchange *x)
@@ -14325,13 +14337,13 @@ response_step(struct exchange *x)
 
 	if (s->fd != -1 && !answer_is_local(q))
 		moved = exchange_pump(x, &x->up, c, s);
-	if (x->bend != NULL && x->bend->hangs)
+	if (bend_hangs(x))
 		(void)conn_drain(c);
-	if (c->error || c->write_failed) {
+	if (c->error || c->write_failed || (c->eof && bend_hangs(x))) {
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 		return true;
 	}
-	if (x->bend != NULL && x->bend->hangs)
+	if (bend_hangs(x))
 		return false;
 	if (x->up.broken && !answer_is_local(q)) {
 		x->record.end = c->eof ? END_CLIENT : END_DONE;
@@ -14618,7 +14630,7 @@ exchange_takes_request(const struct exchange *x)
 		return true;
 	if (x->up.done || x->phase < PHASE_RESPONSE)
 		return x->client.in == NULL;
-	if (x->bend != NULL && x->bend->hangs)
+	if (bend_hangs(x))
 		return true;
 	return x->up.ready == 0 && x->server.fd != -1 &&
 	    x->server.out == NULL && !x->server.write_failed && !x->up.broken;
@@ -14700,7 +14712,7 @@ exchange_expire(struct exchange *x)
 	case PHASE_RESPONSE:
 		x->record.end = END_IDLE;
 		if (x->client.out != NULL || answer_is_local(x->request) ||
-		    (x->bend != NULL && x->bend->hangs))
+		    bend_hangs(x))
 			exchange_abort(x, END_IDLE, REFUSE_IDLE);
 		else
 			exchange_refuse(x,

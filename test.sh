@@ -5746,6 +5746,252 @@ END
 END
 }
 
+# ---- 16a. Rules that bend an exchange ---------------------------------------
+
+# The last line of the log has NAME=N with N from LOW to HIGH:
+# log_between NAME LOW HIGH
+log_between() {
+	between=$(sed -n "\$s/.* $1=\([0-9]*\).*/\1/p" log)
+	[ "${between:--1}" -ge "$2" ] && [ "$between" -le "$3" ] ||
+		fail "$1 is $between, not $2 to $3: $(tail -n 1 log)"
+}
+
+test_bend_answer() { # answer: a text or a file, and no server is asked
+	printf '<p>hello</p>' > page.html
+	start_rules <<END
+answer 200 "hello" host text.example
+answer 418 application/json "{}" host json.example
+answer 200 text/html file $T/page.html host file.example
+answer 200 file $T/missing host missing.example
+answer 204 "" host empty.example
+END
+	play -n 'text and file' <<'END'
+	ask    http://text.example/ = 200
+	sees~  ^Content-Type: text/plain; charset=utf-8
+	sees   hello
+	ask    HEAD http://text.example/ = 200
+	ask    http://json.example/ = 418
+	sees~  ^Content-Type: application/json
+	sees   {}
+	ask    http://file.example/ = 200
+	sees~  ^Content-Type: text/html
+	sees   <p>hello</p>
+	ask    http://empty.example/ = 204
+	ask    http://missing.example/ = 500
+	sees~  No such file
+	log    "GET http://text.example/ HTTP/1.1" 200 5 .* bent=.*:1$
+END
+	head -c 300000 /dev/zero | tr '\0' x > page.html
+	play -n 'a long file, as it is now' <<'END'
+	ask    http://file.example/ = 200
+	sees~  ^Content-Length: 300000
+	log    "GET http://file.example/ HTTP/1.1" 200 300000
+END
+}
+
+test_bend_hang() { # hang: no answer until the client goes, or -t
+	start_proxy -t 1 -e 'hang host a.example'
+	play -n 'it takes the request' <<'END'
+	client send POST http://a.example/ HTTP/1.1\nHost: a.example\nContent-Length: 300000\n\n\{300000:x} ; eof
+	sees~  ^-- end (eof|reset)
+	log    "POST http://a.example/ HTTP/1.1" 499 0 .* end=idle .*bent=-e:1
+	== the client goes
+	client send GET http://a.example/ HTTP/1.1\nHost: a.example\n\n ; stall 100 ; close
+	log    "GET http://a.example/ HTTP/1.1" 499 0 .* end=client
+END
+}
+
+test_bend_delay() { # delay: before the head of any response, and the 200 of a tunnel
+	start_rules <<'END'
+delay 300ms host 127.0.0.1
+delay 200ms-400ms host page.example
+answer 200 "ok" host page.example
+END
+	plain_origin
+	want 200 GET http://%O/
+	log_between total 300 2000
+	want 200 GET http://page.example/
+	log_between total 200 2000
+	play -n 'a tunnel' <<'END'
+	origin until ping ; send pong
+	client send CONNECT %O HTTP/1.1\nHost: %O\n\n ; answer head ; send ping ; until pong ; close
+	sees   HTTP/1.1 200 Connection established
+END
+	wait_for 5 'tail -n 1 log | grep CONNECT > /dev/null' || fail "no line"
+	log_between total 300 3000
+	served
+}
+
+test_bend_rate() { # rate: so many bytes a second, in tunnels, too, and evenly
+	start_rules <<'END'
+rate 100K not method POST
+rate 50K method POST
+END
+	play -n 'a response' <<'END'
+	reply  200 | \{50000:x}
+	ask    / = 200
+END
+	log_between total 380 1500
+	play -n 'a request' <<'END'
+	origin head ; want 25000 ; say 200 | ok
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 25000\n\n\{25000:x} ; answer
+	sees   HTTP/1.1 200 OK
+END
+	log_between total 380 1500
+	play -n 'a tunnel' <<'END'
+	origin until go ; send \{50000:x} ; close
+	client send CONNECT %O HTTP/1.1\nHost: %O\n\n ; answer head ; send go ; eof
+	sees   HTTP/1.1 200 Connection established
+END
+	wait_for 5 'tail -n 1 log | grep CONNECT > /dev/null' || fail "no line"
+	log_between total 380 1500
+	before=$(proxy_cpu)
+	play -n 'waiting costs no processor time' <<'END'
+	reply  200 | \{100000:x}
+	ask    / = 200
+END
+	log_between total 850 2500
+	[ $(($(proxy_cpu) - before)) -le 300 ] || fail "it spins"
+}
+
+# The processor time of the proxy in ms, 0 if it can't be known.
+proxy_cpu() {
+	if [ -r "/proc/$proxy_pid/stat" ]; then
+		awk '{ print ($14 + $15) * 10 }' "/proc/$proxy_pid/stat"
+	else
+		echo 0
+	fi
+}
+
+test_bend_limit() { # limit: so many at once for each client, else 503
+	start_proxy -e 'limit 1 host 127.0.0.1'
+	play -n 'one at once' <<'END'
+	origin head ; touch asked ; await go ; say 200 | first
+	a: ask / = 200 | first
+	do comes asked
+	ask    / = 503
+	sees~  ^Proxy-Status: .*http_request_denied
+	sees~  ^Retry-After:
+	do touch go
+	log    "GET http://%O/ HTTP/1.1" 503 .* bent=-e:1 why="too many
+END
+	play -n 'and again' <<'END'
+	reply  200 | ok
+	ask    / = 200
+	ask    / = 200
+END
+}
+
+test_bend_cut() { # cut: the connection breaks after so many bytes
+	start_proxy -e 'cut 1000'
+	play -n 'it is cut' <<'END'
+	reply  200 | \{3000:x}
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; eof
+	sees~  ^-- end (eof|reset)
+	log    "GET http://%O/ HTTP/1.1" 200 1000 .* end=rule rule=-e:1 bent=-e:1
+	== in chunks, without their end
+	reply  200 Transfer-Encoding: chunked | 7d0\n\{2000:x}\n0\n\n
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; eof
+	sees!  0
+	log    "GET http://%O/ HTTP/1.1" 200 1000 .* end=rule
+	== what is short enough is whole
+	reply  200 | \{1000:x}
+	ask    / = 200
+	log    "GET http://%O/ HTTP/1.1" 200 1000 .* end=done
+END
+}
+
+test_bend_offline() { # offline: the cache alone answers, however old it is
+	start_cache
+	play -n 'filled' <<'END'
+	reply  200 Cache-Control: max-age=0\nETag: "a" | old
+	ask    /a = 200 | old
+END
+	old=$origin
+	stop_proxy
+	start_cache -e offline
+	play -n 'answered' <<END
+	ask    http://$old/a = 200 | old
+	ask    http://$old/b = 504
+	a: ask POST http://$old/a = 504
+	b: ask CONNECT $old = 504
+END
+}
+
+test_bend_to() { # to: another server, while URL, Host and cache key stay
+	origin o <<'END'
+head ; say 200 Cache-Control: max-age=60 | there ; loop
+END
+	start_proxy -c "$T/cache" -e "to $origin host a.example"
+	play -n 'URL and Host stay' <<'END'
+	ask    http://a.example/x = 200; fwd=uri-miss; .*stored$ | there
+	ask    http://a.example/x = 200; hit; ttl=[0-9]+$ | there
+	a: ask CONNECT a.example:443 = 200
+END
+	grep '^GET /x HTTP/1.1' o.1 > /dev/null && grep '^Host: a.example' o.1 \
+		> /dev/null || fail "the server got $(cat o.1)"
+	"$proxy_bin" -e "to $origin host a.example" -T http://a.example/ > out
+	grep "route: to $origin (-e:1: to" out > /dev/null ||
+		fail "-T says $(cat out)"
+}
+
+test_bend_chance() { # chance: that share of requests, and the same ones with -S
+	for run in 1 2; do
+		start_proxy -S 42 -e 'answer 200 "a" chance 30%' -e 'answer 201 "b"'
+		n=0
+		while [ $((n += 1)) -le 100 ]; do echo "ask http://x.example/"; done |
+			client c
+		sed -n 's|^HTTP/1.1 \(20[01]\).*|\1|p' c > "got.$run"
+		stop_proxy
+	done
+	cmp got.1 got.2 || fail "with one seed two runs differ"
+	n=$(grep -c 200 got.1)
+	[ "$n" -ge 15 ] && [ "$n" -le 45 ] || fail "30 % of 100 are $n"
+	exits 2 -n -e 'deny chance 101%'
+	has errors 'write a share such as 10%'
+	exits 2 -n -e 'deny chance 10'
+}
+
+test_bend_trace() { # trace: as -v does, for what the rule matches
+	start_proxy -e 'trace url /shown'
+	play -n 'one of two' <<'END'
+	reply  200 | ok
+	ask    /hidden = 200
+	ask    /shown = 200
+	err~   c> GET http://%O/shown HTTP/1.1
+	err~   >s GET /shown HTTP/1.1
+	err~   s> HTTP/1.1 200
+	err~   >c HTTP/1.1 200
+	err~   ended: done, 200
+END
+	lacks err hidden
+}
+
+test_bend_rules() { # what these rules can't be
+	while IFS='|' read -r rule says; do
+		exits 2 -n -e "$rule"
+		has errors "$says"
+	done <<'END'
+delay|delay: a value is missing; write a duration
+delay 5x|delay: not valid: 5x; write a duration
+delay 5s-1s|delay: not valid: 5s-1s
+rate 0|rate: not valid: 0
+rate x|rate: not valid: x; write bytes a second
+limit 0|limit: not valid: 0; write a number
+cut|cut: a value is missing
+answer|answer: a value is missing; write a status
+answer 200|answer: a value is missing
+answer 100 "x"|answer: not valid: 100
+answer 200 text/html|answer: a value is missing
+answer 200 file|answer: not valid: file
+answer 200 "a" "b"|answer: not valid: b
+to|to: a value is missing; write a server
+to example.com|to: not valid: example.com
+delay 1s status 500|status: what it needs is known too late
+cut 1K address 10.0.0.0/8|address: what it needs is known too late
+END
+}
+
 # ---- 17. Parents ------------------------------------------------------------
 
 test_parent_http() { # -x http://: plain and CONNECT, nothing looked up here
