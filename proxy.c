@@ -4063,7 +4063,8 @@ exchange_parent(const struct exchange *x)
  *
  * Door: rules_read, rules_reload, rules_can_reload, rules_step, rules_take,
  * rules_give, rules_let_in, view_source, view_begin, exchange_view,
- * rules_judge, rule_lacks, rules_rewrite, rules_seek, bend_groups.
+ * rules_judge, rule_lacks, rules_rewrite, rules_seek, bend_groups,
+ * rules_rewriter.
  */
 
 enum {
@@ -5458,6 +5459,25 @@ rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
 	encoding.text = text_of("Accept-Encoding");
 	if (group == GROUP_REQUEST && rules_seek_body(rules, v))
 		rewrites_take(w, &plain, h);
+}
+
+/*
+ * The last rule of a rewriting group that matches and is about fields of that
+ * name, or NULL.
+ */
+static const struct rule *
+rules_rewriter(const struct rules *rules, enum rule_group group, struct view *v,
+    struct text name)
+{
+	const struct rule *rule = rules ? rules->first[group] : NULL;
+	const struct rule *last = NULL;
+
+	for (; rule != NULL; rule = rule->next)
+		if ((rule_takes(rule, name) ||
+			text_same(rule->names->text, name)) &&
+		    rule_judge(rule, v) == TRUTH_YES)
+			last = rule;
+	return last;
 }
 
 /* ---- users (RFC 7617) ---- */
@@ -10705,7 +10725,7 @@ names_waiting(void)
  *
  * Door: log_lines, log_open, log_flush, log_quotes, log_note, log_note_name,
  * refusal_words, log_exchange, log_wait, log_end, glance_take, glance_ended,
- * trace_end, trace_head, trace_mended, trace_dump, hello_name.
+ * trace_end, trace_head, trace_mended, trace_dump, hello_name, trace_change.
  */
 
 enum {
@@ -11312,41 +11332,196 @@ trace_end(const struct exchange *x)
 		say(&blank, 1);
 }
 
+/* Fields that the trace does not show. */
+static const char *const trace_secrets[] = { "Authorization",
+	"Proxy-Authorization", NULL };
+
+/* Takes the next line, without its end, from a head; false at its end. */
+static bool
+trace_next(struct text *head, struct text *line)
+{
+	size_t end = text_find(*head, '\n');
+
+	*line = text_cut(head->at, end);
+	*head = text_from(*head, end < head->len ? end + 1 : end);
+	if (line->len > 0 && line->at[line->len - 1] == '\r')
+		line->len--;
+	return line->len > 0;
+}
+
 /*
- * Traces a head, or what came in its place, line by line.  mark gives its
- * direction: "c>" from the client, ">s" to the server, "s>" from the server,
- * ">c" to the client.  Credentials are masked.
+ * Traces a line of a head.  mark gives its direction: "c>" from the client,
+ * ">s" to the server, "s>" from the server, ">c" to the client; sign what
+ * became of it; reason why, or "".  Of a secret only the name is shown.
  */
+static void
+trace_field(const struct exchange *x, const char *mark, const char *sign,
+    struct text line, const char *reason)
+{
+	enum colour colour = mark[0] == 'c' || mark[1] == 's' ? COLOUR_REQUEST :
+								COLOUR_RESPONSE;
+	struct text name = text_trim(text_cut(line.at, text_find(line, ':')));
+	bool hidden = name_is_among(name, trace_secrets);
+	char prefix[8], tail[100];
+
+	(void)snprintf(prefix, sizeof(prefix), "%s %s", mark, sign);
+	(void)snprintf(tail, sizeof(tail), "%s%s%s%s", hidden ? ": ***" : "",
+	    *reason ? "  (" : "", reason, *reason ? ")" : "");
+	trace_line(x, colour, prefix, hidden ? name : line, tail);
+}
+
+/* Traces a head, or what came in its place, line by line. */
 static void
 trace_head(const struct exchange *x, const char *mark, struct text head)
 {
-	static const char *const secret[] = { "Authorization",
-		"Proxy-Authorization", NULL };
-	enum colour colour = mark[0] == 'c' || mark[1] == 's' ? COLOUR_REQUEST :
-								COLOUR_RESPONSE;
-	char prefix[8];
 	bool hidden = false;
+	struct text line;
 
 	if (!is_traced(x))
 		return;
-	(void)snprintf(prefix, sizeof(prefix), "%s ", mark);
-	while (head.len > 0) {
-		size_t end = text_find(head, '\n');
-		struct text line = text_cut(head.at, end), name;
-		bool folded = hidden && end > 0 && is_among(*line.at, " \t");
+	while (trace_next(&head, &line)) {
+		struct text name = text_cut(line.at, text_find(line, ':'));
+		/* A folded line goes on with the secret. */
+		bool folded = hidden && is_among(*line.at, " \t");
 
-		head = text_from(head, end < head.len ? end + 1 : end);
-		if (line.len > 0 && line.at[line.len - 1] == '\r')
-			line.len--;
-		if (line.len == 0)
-			break;
-		name = text_trim(text_cut(line.at, text_find(line, ':')));
-		hidden = folded || name_is_among(name, secret);
-		if (folded)
-			trace_line(x, colour, prefix, text_of(""), " ***");
-		else
-			trace_line(x, colour, prefix, hidden ? name : line,
-			    hidden ? ": ***" : "");
+		hidden = folded ||
+		    name_is_among(text_trim(name), trace_secrets);
+		trace_field(x, mark, "", folded ? text_of(" ***") : line, "");
+	}
+}
+
+/* Why the proxy drops a field, or adds one: what the RFCs say. */
+static const struct {
+	const char *name, *dropped, *added;
+} trace_reasons[] = {
+	{ "Age", "the age now, RFC 9111 5.1", "the age now, RFC 9111 5.1" },
+	{ "Cache-Status", "", "what the cache did, RFC 9211" },
+	{ "Connection", "hop-by-hop, RFC 9110 7.6.1",
+	    "about this connection, RFC 9112 9.6" },
+	{ "Content-Length", "framed anew, RFC 9112 6.3",
+	    "framed anew, RFC 9112 6.2" },
+	{ "Content-Range", "", "a part of the entry, RFC 9110 14.4" },
+	{ "Date", "", "the response had none, RFC 9110 6.6.1" },
+	{ "Host", "the URL decides, RFC 9112 3.2.2",
+	    "the URL decides, RFC 9112 3.2.2" },
+	{ "If-Modified-Since", "the entry's goes first, RFC 9111 4.3.1",
+	    "validator of the entry, RFC 9111 4.3.1" },
+	{ "If-None-Match", "the entry's goes first, RFC 9111 4.3.1",
+	    "validator of the entry, RFC 9111 4.3.1" },
+	{ "Keep-Alive", "hop-by-hop, RFC 9110 7.6.1", "" },
+	{ "Max-Forwards", "one hop less, RFC 9110 7.6.2",
+	    "one hop less, RFC 9110 7.6.2" },
+	{ "Proxy-Authenticate", "not of this hop, RFC 9110 11.7.1", "" },
+	{ "Proxy-Authorization", "for this proxy, RFC 9110 11.7.2",
+	    "the login at the parent, RFC 9110 11.7.2" },
+	{ "Proxy-Connection", "hop-by-hop, RFC 9110 7.6.1", "" },
+	{ "TE", "hop-by-hop, RFC 9110 10.1.4", "" },
+	{ "Trailer", "the trailer may not pass, RFC 9110 6.6.2", "" },
+	{ "Transfer-Encoding", "of one connection, RFC 9112 6.1",
+	    "the length is not known, RFC 9112 7.1" },
+	{ "Upgrade", "hop-by-hop, RFC 9110 7.8", "RFC 9110 7.8" },
+	{ "Via", "", "who passed it on, RFC 9110 7.6.3" },
+};
+
+/*
+ * Says in words why a field of that name was dropped from a head, or added:
+ * a rule, or what the RFCs say; "" if nothing is known.  Valid until the next
+ * call.
+ */
+static const char *
+trace_reason(const struct exchange *x, const struct head *from,
+    const struct response *r, struct text name, bool added)
+{
+	enum rule_group group = r ? GROUP_RESPONSE : GROUP_REQUEST;
+	static char words[80];
+	const struct rule *rule;
+	struct view v;
+	size_t i;
+
+	exchange_view(x, r, r ? response_length(r) : 0, &v);
+	rule = rules_rewriter(x->rules, group, &v, name);
+	if (rule != NULL) {
+		(void)snprintf(words, sizeof(words), "rule %s", rule->where);
+		return words;
+	}
+	for (i = 0; i < sizeof(trace_reasons) / sizeof(trace_reasons[0]); i++)
+		if (text_is(name, trace_reasons[i].name))
+			return added ? trace_reasons[i].added :
+				       trace_reasons[i].dropped;
+	if (!added && head_lists(from, "Connection", name))
+		return "named in Connection, RFC 9110 7.6.1";
+	if (!added && text_is(name, "Accept-Encoding"))
+		return "a rule seeks a text in the body";
+	return "";
+}
+
+/* The line of a field as it came. */
+static struct text
+field_line(const struct field *f)
+{
+	return text_cut(f->name.at,
+	    (size_t)(f->value.at - f->name.at) + f->value.len);
+}
+
+/* True if a head has this field with this value. */
+static bool
+trace_has(struct text head, const struct field *field)
+{
+	struct text line;
+
+	while (trace_next(&head, &line)) {
+		size_t colon = text_find(line, ':');
+
+		if (colon < line.len &&
+		    text_same(text_cut(line.at, colon), field->name) &&
+		    text_equals(text_trim(text_from(line, colon + 1)),
+			field->value))
+			return true;
+	}
+	return false;
+}
+
+/*
+ * Traces the head of a request, or of r, that leaves, and what became of the
+ * one that came: `-' before a line that was dropped, `+' before one that was
+ * added, and why.
+ */
+static void
+trace_change(const struct exchange *x, const char *mark,
+    const struct response *r, struct text to)
+{
+	const struct head *from = r ? &r->head : &x->request->head;
+	struct text rest = to, line;
+	size_t i, j;
+
+	if (!is_traced(x) || !trace_next(&rest, &line))
+		return;
+	if (!text_equals(line, from->line)) {
+		trace_field(x, mark, "- ", from->line, "");
+		trace_field(x, mark, "+ ", line,
+		    r == NULL ? "the form for the next hop, RFC 9112 3.2" :
+			r->status == 304 || r->status == 206 ?
+				"what the client asked for, RFC 9110 13, 14" :
+				"our version, RFC 9110 6.2");
+	} else
+		trace_field(x, mark, "", line, "");
+	for (i = 0; i < from->n; i++)
+		if (!trace_has(to, &from->fields[i]))
+			trace_field(x, mark, "- ", field_line(&from->fields[i]),
+			    trace_reason(x, from, r, from->fields[i].name,
+				false));
+	while (trace_next(&rest, &line)) {
+		struct field field;
+
+		field.name = text_cut(line.at, text_find(line, ':'));
+		field.value = text_trim(text_from(line, field.name.len + 1));
+		for (j = 0; j < from->n; j++)
+			if (text_same(from->fields[j].name, field.name) &&
+			    text_equals(from->fields[j].value, field.value))
+				break;
+		trace_field(x, mark, j < from->n ? "" : "+ ", line,
+		    j < from->n ? "" :
+				  trace_reason(x, from, r, field.name, true));
 	}
 }
 
@@ -11528,7 +11703,7 @@ hello_name(struct text t, char *flat)
  * Door: request_build, exchange_rewrite, exchange_is_relayed, exchange_target,
  * response_build, answer_view, greet_append, greet_length, greet_words,
  * page_refusal, page_is_ours, page_options, page_trace, page_find,
- * exchange_append, page_rule.
+ * exchange_append, page_rule, phase_waits, phase_names.
  */
 
 /* ---- the head for the server ---- */
@@ -11989,27 +12164,29 @@ static const char *const phase_names[] = {
 	[PHASE_LINGER] = "linger",
 };
 
+static const char *const phase_waits[PHASES] = {
+	[PHASE_REQUEST] = "a request",
+	[PHASE_COLLAPSE] = "what another exchange fetches",
+	[PHASE_RESOLVE] = "the address of a name",
+	[PHASE_CONNECT] = "a connection",
+	[PHASE_GREET] = "the SOCKS parent",
+	[PHASE_RESPONSE] = "the head of the response",
+	[PHASE_LINGER] = "the client to close",
+};
+
 /* What an exchange waits for, in words; valid until the next call. */
 static const char *
 exchange_waits(const struct exchange *x)
 {
-	static const char *const words[PHASES] = {
-		[PHASE_REQUEST] = "a request",
-		[PHASE_COLLAPSE] = "what another exchange fetches",
-		[PHASE_RESOLVE] = "the address of a name",
-		[PHASE_CONNECT] = "a connection to the server",
-		[PHASE_GREET] = "the SOCKS parent",
-		[PHASE_LINGER] = "the client to close",
-	};
 	static const char *const sides[] = { "client to send",
 		"client to receive", "server to send", "server to receive" };
 	static char text[100];
 	const struct conn *const conns[] = { &x->client, &x->server };
 	size_t i, n = 0;
 
-	if (words[x->phase] != NULL)
-		return words[x->phase];
-	(void)snprintf(text, sizeof(text), "its turn");
+	if (x->phase != PHASE_RESPONSE && x->phase != PHASE_RELAY)
+		return phase_waits[x->phase];
+	(void)snprintf(text, sizeof(text), " its turn");
 	for (i = 0; i < 4; i++) {
 		const struct conn *c = conns[i / 2];
 		short event = i % 2 ? POLLOUT : POLLIN;
@@ -12019,7 +12196,7 @@ exchange_waits(const struct exchange *x)
 			n += (size_t)snprintf(text + n, sizeof(text) - n,
 			    "%s the %s", n ? " or" : "", sides[i]);
 	}
-	return n ? text + 1 : text;
+	return text + 1;
 }
 
 /*
@@ -12544,7 +12721,10 @@ exchange_enter(struct exchange *x, enum phase phase)
 {
 	/* The end of an exchange has been told; its connection ends later. */
 	if (phase != PHASE_FREE || x->record.start)
-		trace(x, "%s -> %s", phase_names[x->phase], phase_names[phase]);
+		trace(x, "%s -> %s%s%s", phase_names[x->phase],
+		    phase_names[phase],
+		    phase_waits[phase] ? ", waits for " : "",
+		    phase_waits[phase] ? phase_waits[phase] : "");
 	x->phase = phase;
 	x->since = x->moved = now.ms;
 }
@@ -13765,7 +13945,7 @@ exchange_send(struct exchange *x)
 		exchange_refuse(x, out ? REFUSE_HEAD_LONG : REFUSE_MEMORY, "");
 		return;
 	}
-	trace_head(x, ">s", buffer_text(out));
+	trace_change(x, ">s", NULL, buffer_text(out));
 	answer_by(x, ANSWER_SERVER);
 	exchange_enter(x, PHASE_RESPONSE);
 }
@@ -14034,7 +14214,10 @@ response_pass(struct exchange *x, const struct response *r, size_t n)
 		exchange_refuse(x, REFUSE_ANSWER_LONG, "");
 		return false;
 	}
-	trace_head(x, ">c", buffer_text(out));
+	if (x->request->answerer == ANSWER_MEMORY)
+		trace_head(x, ">c", buffer_text(out));
+	else
+		trace_change(x, ">c", r, buffer_text(out));
 	conn_drop_head(s, n);
 	return true;
 }
