@@ -11579,14 +11579,14 @@ page_trace(struct exchange *x)
 /* ---- 13. Exchange: the phases, one step each ---- */
 
 /*
- * The story of a request.  Under a subheading for each phase, in the order in
- * which they come, the functions that it needs lead to its step.  A step does
- * what can be done now and returns true if anything moved; then it, or the
- * step of the phase that it entered, is called again.  One that has to wait
- * returns false, and exchange_run() sets what for.
+ * The life of a request.  Each phase has a subheading, in the order in which
+ * they run, and ends with its step function.  A step does what can be done
+ * now and returns true if anything moved; then it, or the step of the phase
+ * that it entered, is called again.  A step that has to wait returns false,
+ * and exchange_run() sets the events and the deadline.
  *
- * A step must never wait itself.  Nor are messages parsed, put into words or
- * written here: the sections above do that, this one decides what is next.
+ * A step must never block.  Messages are parsed, built and written by the
+ * sections above; this one decides what comes next.
  *
  * Door: exchange_open, exchange_run, exchange_expire, exchange_close,
  * exchange_abort, phase_names.
@@ -11602,7 +11602,7 @@ enum {
 	NEXT_TRY_MS = 250,
 	/* The longest message of a SOCKS5 parent, RFC 1928 section 6. */
 	GREETING_MAX = 7 + 255,
-	/* A parent that could not be reached is passed over for so long. */
+	/* A parent that could not be reached is skipped for this long. */
 	PARENT_FAILED_MS = 30000
 };
 
@@ -11618,9 +11618,9 @@ static const char *const phase_names[] = {
 	[PHASE_LINGER] = "linger",
 };
 
-/* ---- from phase to phase, and the end ---- */
+/* ---- changes of phase, and the end ---- */
 
-/* A slot with no connection yet, or NULL if all are taken. */
+/* Takes a free slot; NULL if there is none. */
 static struct exchange *
 exchange_take(void)
 {
@@ -11633,7 +11633,7 @@ exchange_take(void)
 		exchanges.free = x->next;
 	else
 		x = &exchanges.slots[exchanges.used++];
-	/* A slot stays among those to run when it is freed and taken again. */
+	/* A slot freed and taken again stays in the list of those to run. */
 	again = x->again;
 	next_again = x->next_again;
 	memset(x, 0, offsetof(struct exchange, note.text));
@@ -11645,18 +11645,18 @@ exchange_take(void)
 	return x;
 }
 
-/* The one place where a phase changes. */
+/* Changes the phase; no other function does. */
 static void
 exchange_enter(struct exchange *x, enum phase phase)
 {
-	/* The end of an exchange has been told; its connection ends later. */
+	/* The trace has shown the end already; the connection ends later. */
 	if (phase != PHASE_FREE || x->record.start)
 		trace(x, "%s -> %s", phase_names[x->phase], phase_names[phase]);
 	x->phase = phase;
 	x->since = x->moved = now.ms;
 }
 
-/* Ends all attempts to connect but x->server. */
+/* Closes all connection attempts except x->server. */
 static void
 exchange_drop_tries(struct exchange *x)
 {
@@ -11671,7 +11671,7 @@ exchange_drop_tries(struct exchange *x)
 	}
 }
 
-/* Lets go of the request and all that it holds, if there is one. */
+/* Frees the request, if any, and everything that it owns. */
 static void
 exchange_forget(struct exchange *x)
 {
@@ -11682,7 +11682,7 @@ exchange_forget(struct exchange *x)
 	request_drop(&x->request);
 }
 
-/* Ends the connection and frees the slot; with reset, so that it is felt. */
+/* Closes both connections, optionally by a reset, and frees the slot. */
 static void
 exchange_close(struct exchange *x, bool reset)
 {
@@ -11699,9 +11699,9 @@ exchange_close(struct exchange *x, bool reset)
 }
 
 /*
- * Ends an exchange in the middle.  What the client got must not look whole:
- * where only the end of the connection would tell, it is reset.  So is a
- * tunnel if one side was; one that is out of time ends as it would anyway.
+ * Ends an exchange early.  A truncated response must not look complete: where
+ * closing marks the end of the body, the connection is reset instead.  A
+ * tunnel is reset if one side was; after a timeout it is just closed.
  */
 static void
 exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
@@ -11722,8 +11722,8 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 }
 
 /*
- * The answer was made in memory: it goes the way of every answer.  If there
- * was no memory for it, the exchange ends.
+ * Sends a response built in memory, in the same way as any other.  Ends the
+ * exchange if there was no memory for it.
  */
 static void
 exchange_answer(struct exchange *x)
@@ -11735,8 +11735,8 @@ exchange_answer(struct exchange *x)
 }
 
 /*
- * Refuses the request, whatever was done for it so far.  Once a response
- * head has gone out, the only refusal is to end.
+ * Refuses the request with a page, in any phase.  After a response head has
+ * gone out, all that is left is to end the exchange.
  */
 static void
 exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
@@ -11761,7 +11761,7 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 
 /* ---- what the rules say ---- */
 
-/* A rule refused the exchange: by a page, a question, or not a word. */
+/* Refuses as the rule says: with a page, a login request, or silently. */
 static void
 access_refuse(struct exchange *x)
 {
@@ -11783,7 +11783,7 @@ access_refuse(struct exchange *x)
 		    rule->refusal == REFUSE_FOREIGN ? detail : "");
 }
 
-/* True if a rule refuses, by what v knows; undecided, it stays open. */
+/* True if a rule refuses x, given the facts in v; undecided stays open. */
 static bool
 access_is_refused(struct exchange *x, struct view *v)
 {
@@ -11797,7 +11797,7 @@ access_is_refused(struct exchange *x, struct view *v)
 	return verdict.refuses;
 }
 
-/* False if the exchange may not pass, by what v knows, and was refused. */
+/* Judges x by the facts in v.  False if it was refused. */
 static bool
 access_judge(struct exchange *x, struct view *v)
 {
@@ -11808,7 +11808,7 @@ access_judge(struct exchange *x, struct view *v)
 	return !refused;
 }
 
-/* Of the parents of a rule the first that was not lately out of reach. */
+/* The first parent of a rule that has not failed lately, else the first. */
 static struct parent *
 parent_choose(struct parent *first)
 {
@@ -11820,7 +11820,7 @@ parent_choose(struct parent *first)
 	return first;
 }
 
-/* By which way; it stays open if the server's address decides. */
+/* Chooses the parent; undecided while the server's address is unknown. */
 static void
 route_judge(struct exchange *x, struct view *v)
 {
@@ -11837,7 +11837,7 @@ route_judge(struct exchange *x, struct view *v)
 }
 
 /*
- * A request has come: from now on it goes by the rules that are in force now.
+ * Judges a new request by the rules now in force, which it keeps to its end.
  * False if it was refused.
  */
 static bool
@@ -11856,9 +11856,9 @@ access_begin(struct exchange *x)
 }
 
 /*
- * An answer has come: r, parsed from head.  False if it was refused.  If it is
- * still open, the head is kept for the time when the body tells more, and in
- * front of it, a byte for each text, how much of that was found so far.
+ * Judges the response r, parsed from head.  False if it was refused.  While
+ * undecided, the head is kept until the body decides; in front of it, one
+ * byte for each text of the rules says how much of that was found so far.
  */
 static bool
 access_response(struct exchange *x, const struct response *r, struct text head)
@@ -11888,8 +11888,8 @@ access_response(struct exchange *x, const struct response *r, struct text head)
 }
 
 /*
- * A piece of the body has come, or its end (whole): what the rules look for
- * may be in it.  True if it may pass.
+ * Judges a piece of the body, the last one if `whole`, by the texts that the
+ * rules look for.  True if it may pass.
  */
 static bool
 access_body(struct exchange *x, struct text piece, bool whole)
@@ -11919,11 +11919,11 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	return !refused;
 }
 
-/* ---- who else may answer ---- */
+/* ---- answers from elsewhere ---- */
 
 /*
- * The entry in l is the server: its head is parsed and passed on like any
- * other, if the rules let it pass.  Takes over its descriptor and buffer.
+ * Makes the entry in l the server: its head is parsed and passed on like any
+ * other if the rules allow it.  Takes over its descriptor and buffer.
  */
 static void
 exchange_serve(struct exchange *x, const struct lookup *l)
@@ -11934,7 +11934,7 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	conn_close(&x->server, false);
 	conn_file(&x->server, l->fd, x);
 	x->server.in = l->b;
-	/* What was judged is the way to the server, not where this is from. */
+	/* The rules judged the route, not the server of this entry. */
 	q->access.open = q->access.open || q->route.n > 0;
 	q->route.n = 0;
 	q->route.list[0] = address_read(l->e.server);
@@ -11946,8 +11946,8 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 }
 
 /*
- * Begins the way to a server anew: with the addresses (RESOLVE), or with the
- * connection to one of them (CONNECT).
+ * Starts again on the way to the server: from the name lookup (RESOLVE) or
+ * from the first connection attempt (CONNECT).
  */
 static void
 route_again(struct exchange *x, enum phase phase)
@@ -11963,8 +11963,8 @@ route_again(struct exchange *x, enum phase phase)
 }
 
 /*
- * The next parent of a rule, if there is one: true if it is tried now.  That a
- * server can't be reached, directly or by a parent that was, blames nobody.
+ * Turns to the rule's next parent; false if there is none.  A parent has not
+ * failed if it was reached and only the server behind it could not be.
  */
 static bool
 parent_next(struct exchange *x)
@@ -11978,7 +11978,7 @@ parent_next(struct exchange *x)
 	if (q->route.parent->next == NULL)
 		return false;
 	q->route.parent = q->route.parent->next;
-	/* What this one does not look up, the next may: all is judged anew. */
+	/* The next may be a direct connection: its addresses are judged. */
 	q->access.open = true;
 	q->times.asked = 0;
 	x->record.server.family = 0;
@@ -11987,8 +11987,8 @@ parent_next(struct exchange *x)
 }
 
 /*
- * What was asked for can't be had: another parent may have it, or a stale
- * entry stands in for it, or the client is told so.
+ * Handles a failure: tries another parent, or serves a stale entry, or
+ * refuses the request.
  */
 static void
 exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
@@ -12008,11 +12008,11 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 		exchange_deny(x, refusal, detail);
 }
 
-/* ---- REQUEST: a whole head; who may answer it? ---- */
+/* ---- REQUEST: a whole head, and who answers it ---- */
 
 /*
- * Takes the first n bytes of what the client sent as the head of this
- * exchange; what follows them stays in `in`.  False without memory.
+ * Moves the first n bytes from the client to the request, as its head; the
+ * rest stays in `in`.  False without memory.
  */
 static bool
 request_take(struct exchange *x, size_t n)
@@ -12034,7 +12034,7 @@ request_take(struct exchange *x, size_t n)
 	return true;
 }
 
-/* What came, when it is no request: the log gets its first line. */
+/* Keeps the first line of a malformed request for the log. */
 static void
 request_spoil(struct exchange *x)
 {
@@ -12052,7 +12052,7 @@ request_spoil(struct exchange *x)
 	q->uri = t;
 }
 
-/* Refuses what can't be parsed: where the next request begins is unknown. */
+/* Refuses a malformed request and closes: its end is unknown. */
 static void
 request_reject(struct exchange *x, enum refusal refusal)
 {
@@ -12061,7 +12061,7 @@ request_reject(struct exchange *x, enum refusal refusal)
 	exchange_refuse(x, refusal, "");
 }
 
-/* Notes what later phases need of a request, besides itself. */
+/* Derives from the head what later phases need. */
 static void
 request_note(struct exchange *x)
 {
@@ -12078,7 +12078,7 @@ request_note(struct exchange *x)
 	flow_start(&x->up, q->framing, q->framing, q->length);
 }
 
-/* A request to ourselves: one of our pages, or a misunderstanding. */
+/* Answers a request to the proxy itself: with a page or a refusal. */
 static void
 request_local(struct exchange *x)
 {
@@ -12100,8 +12100,8 @@ request_local(struct exchange *x)
 }
 
 /*
- * A slot for what is done for nobody: its client is no socket.  NULL without a
- * free slot.  Takes over head, the request that it begins with, or NULL.
+ * Takes a slot for a fetch without a client.  NULL without a free slot or
+ * memory.  Takes over head: its request as bytes, or NULL.
  */
 static struct exchange *
 exchange_take_refresh(const struct exchange *x, struct buffer *head)
@@ -12129,9 +12129,9 @@ exchange_take_refresh(const struct exchange *x, struct buffer *head)
 }
 
 /*
- * Fetches the same request again for nobody, so that the entry is validated:
- * an exchange whose client is no socket.  Once at a time; without a free slot
- * it is not done, the next request for it will.
+ * Sends the same request in the background, in an exchange without a client,
+ * to revalidate the entry.  One such fetch runs at a time.  Without a free
+ * slot nothing is done: the next request will try again.
  */
 static void
 exchange_refresh(const struct exchange *x)
@@ -12146,7 +12146,7 @@ exchange_refresh(const struct exchange *x)
 
 	if (head == NULL)
 		return;
-	/* Without wishes, conditions and login: the answer is good for all. */
+	/* Without directives, conditions and login: the answer suits all. */
 	buffer_append(head, text_of("GET"));
 	buffer_append(head, text_from(q->head.line, q->name.len));
 	buffer_append(head, text_of("\r\n"));
@@ -12158,8 +12158,8 @@ exchange_refresh(const struct exchange *x)
 }
 
 /*
- * Asks the cache, and goes on as it says: an entry answers, or the same is
- * just being fetched, or nothing else may, or the server is asked.
+ * Asks the cache: an entry answers, or x waits for another fetch, or only an
+ * entry might have answered and x is refused, or the server is asked.
  */
 static void
 exchange_look_up(struct exchange *x)
@@ -12179,8 +12179,8 @@ exchange_look_up(struct exchange *x)
 }
 
 /*
- * COLLAPSE: waits, not for ever, for the head that another exchange is to get;
- * then looks again, and asks if there is still nothing.
+ * COLLAPSE: waits at most COLLAPSE_MS until another exchange has the response
+ * head, then asks the cache again, and if need be the server.
  */
 static bool
 collapse_step(struct exchange *x)
@@ -12191,7 +12191,7 @@ collapse_step(struct exchange *x)
 	return true;
 }
 
-/* A whole head of n bytes has come: understand it and go on. */
+/* Parses a whole head of n bytes and decides who answers. */
 static void
 request_accept(struct exchange *x, size_t n)
 {
@@ -12224,7 +12224,7 @@ request_accept(struct exchange *x, size_t n)
 		exchange_look_up(x);
 }
 
-/* The clock of a request starts at its first byte.  False without memory. */
+/* Starts a request and its clock, at its first byte.  False without memory. */
 static bool
 request_start(struct exchange *x)
 {
@@ -12239,7 +12239,7 @@ request_start(struct exchange *x)
 
 /*
  * Drops empty lines before a request (RFC 9112 section 2.2).  False if nothing
- * else has come, or there is no memory for it.
+ * else has arrived, or without memory.
  */
 static bool
 request_begin(struct exchange *x)
@@ -12255,7 +12255,7 @@ request_begin(struct exchange *x)
 	return false;
 }
 
-/* There is no memory for a request: it is refused unread. */
+/* Refuses a request unread, for lack of memory. */
 static void
 request_starve(struct exchange *x)
 {
@@ -12270,7 +12270,7 @@ request_starve(struct exchange *x)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 }
 
-/* REQUEST: wait for a whole head. */
+/* REQUEST: waits for a whole head. */
 static bool
 request_step(struct exchange *x)
 {
@@ -12303,9 +12303,9 @@ request_step(struct exchange *x)
 /* ---- RESOLVE: the addresses of the next hop ---- */
 
 /*
- * The addresses of a host, in figures or a name, into the route: 1 if they are
- * there, 0 if they are not known yet, -1 if the request was refused for it.
- * In figures it is what rules took it for.
+ * Puts the addresses of a host, numeric or a name, into the route.  Returns 1
+ * if it did, 0 if they are not known yet, -1 if the request was refused.  A
+ * numeric host is parsed as the rules parse it.
  */
 static int
 resolve_host(struct exchange *x, struct text host, unsigned port)
@@ -12339,7 +12339,7 @@ resolve_host(struct exchange *x, struct text host, unsigned port)
 	return 1;
 }
 
-/* Our own address for a connection to another: any, if no rule names one. */
+/* The local address for a connection: any, unless -b or a rule names one. */
 static const struct address *
 route_from(const struct route *route, const struct address *to)
 {
@@ -12349,9 +12349,9 @@ route_from(const struct route *route, const struct address *to)
 }
 
 /*
- * Strikes the addresses that can't be left for from the list, and if the
- * rules are open those that they forbid.  Returns the refusal if one is our
- * own or none is left, REFUSE_RULE for what a rule forbids.
+ * Drops the addresses whose family has no local address and, while access is
+ * undecided, those that rules forbid.  Returns a refusal if one is our own or
+ * none is left: REFUSE_RULE if rules forbade any.
  */
 static enum refusal
 resolve_strike(struct exchange *x, struct view *v)
@@ -12390,8 +12390,8 @@ resolve_strike(struct exchange *x, struct view *v)
 }
 
 /*
- * The next hop's addresses are in the list: which of them may be gone to, and
- * from where?
+ * The next hop's addresses are in the list: judges them, and chooses the
+ * local address.
  */
 static void
 resolve_judge(struct exchange *x)
@@ -12422,7 +12422,7 @@ resolve_judge(struct exchange *x)
 	}
 }
 
-/* The server's addresses are in the list, and tell by which way to go. */
+/* Chooses the parent by the server's addresses, which are in the list. */
 static void
 resolve_route(struct exchange *x)
 {
@@ -12439,8 +12439,8 @@ resolve_route(struct exchange *x)
 }
 
 /*
- * RESOLVE: where the request goes next, in addresses; and may it go there?
- * With a parent, that is the parent: it looks up the target's name itself.
+ * RESOLVE: looks up the next hop's addresses and judges them.  If the next
+ * hop is a parent, the parent looks up the target's name itself.
  */
 static bool
 resolve_step(struct exchange *x)
@@ -12457,9 +12457,9 @@ resolve_step(struct exchange *x)
 	return known != 0;
 }
 
-/* ---- CONNECT: one address after the other ---- */
+/* ---- CONNECT: the addresses in turn ---- */
 
-/* Where a connection to address leads, and how; see struct hop. */
+/* Where a connection to address leads, and how: see struct hop. */
 static struct hop
 exchange_hop(const struct exchange *x, const struct address *address)
 {
@@ -12476,9 +12476,9 @@ exchange_hop(const struct exchange *x, const struct address *address)
 }
 
 /*
- * True if the request may go on a kept connection: one that could be sent
- * again, since the server may close that connection at any time (RFC 9112
- * section 9.3.1).  That its method is idempotent is known of some only.
+ * True if the request may be sent on a kept connection.  The server may close
+ * that at any time, so the request must be repeatable (RFC 9112 section
+ * 9.3.1); unknown methods may not be idempotent.
  */
 static bool
 exchange_is_repeatable(const struct exchange *x)
@@ -12490,7 +12490,7 @@ exchange_is_repeatable(const struct exchange *x)
 	    !q->upgrade;
 }
 
-/* Takes a kept connection to one of the addresses, if there is one. */
+/* Takes a kept connection to one of the addresses; false without one. */
 static bool
 connect_reuse(struct exchange *x)
 {
@@ -12517,8 +12517,8 @@ connect_reuse(struct exchange *x)
 }
 
 /*
- * Tries the next address.  The one under way, if any, goes on beside it;
- * without room for that it is given up.
+ * Tries the next address.  A pending attempt continues beside it, or is
+ * closed if there is no room for both.
  */
 static void
 connect_next(struct exchange *x)
@@ -12546,7 +12546,7 @@ connect_next(struct exchange *x)
 		route->error = errno;
 }
 
-/* Looks at one attempt; true if it is connected, closed if it failed. */
+/* Checks one attempt: true if it is connected; closes it if it failed. */
 static bool
 connect_try(struct exchange *x, struct conn *c)
 {
@@ -12566,7 +12566,7 @@ connect_try(struct exchange *x, struct conn *c)
 	return false;
 }
 
-/* Looks at all attempts; true if x->server is connected. */
+/* Checks all attempts; true if one succeeded: it is x->server now. */
 static bool
 connect_won(struct exchange *x)
 {
@@ -12588,8 +12588,8 @@ connect_won(struct exchange *x)
 }
 
 /*
- * No address is left: say why the last one failed.  What fails at our own end
- * of the connection, where -b or a rule chose it, names that.
+ * Refuses the request with the error of the last address.  If a local address
+ * chosen by -b or a rule is at fault, names it too.
  */
 static void
 connect_refuse(struct exchange *x)
@@ -12622,7 +12622,7 @@ connect_refuse(struct exchange *x)
 	    detail);
 }
 
-/* Sends the head to the server, x->server being connected. */
+/* Sends the request head; x->server is connected. */
 static void
 exchange_send(struct exchange *x)
 {
@@ -12646,9 +12646,9 @@ exchange_send(struct exchange *x)
 }
 
 /*
- * The way to the target is open.  A CONNECT is answered by us; what the server
- * may have said already, behind a SOCKS parent's reply, follows.  In front of
- * the answer to another request there can be nothing (RFC 9112 section 9.2).
+ * The next hop is connected.  The proxy answers a CONNECT itself; any bytes
+ * that arrived behind a SOCKS parent's reply follow.  For other requests, no
+ * bytes may come before the request is sent (RFC 9112 section 9.2).
  */
 static void
 connect_open(struct exchange *x)
@@ -12674,7 +12674,7 @@ connect_open(struct exchange *x)
 	exchange_answer(x);
 }
 
-/* CONNECT: the addresses one after the other, the next after 250 ms. */
+/* CONNECT: tries the addresses in turn, the next after NEXT_TRY_MS. */
 static bool
 connect_step(struct exchange *x)
 {
@@ -12706,7 +12706,7 @@ connect_step(struct exchange *x)
 
 /* ---- GREET: a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
 
-/* Our next words; then the parent is to say `next`. */
+/* Sends the next message; `next` is the reply expected of the parent. */
 static void
 greet_say(struct exchange *x, enum greeting next)
 {
@@ -12717,7 +12717,7 @@ greet_say(struct exchange *x, enum greeting next)
 		greet_append(x, x->server.out);
 }
 
-/* The parent said something whole, and this code in it. */
+/* Handles a whole message from the parent by its code. */
 static void
 greet_answer(struct exchange *x, unsigned char code)
 {
@@ -12769,8 +12769,8 @@ greet_step(struct exchange *x)
 /* ---- a body from one side to the other ---- */
 
 /*
- * Drops from what is ready the payload that the client has had before.  What
- * ends within that is not the same payload.
+ * Drops payload that the client already has.  A body that ends within it is
+ * not the same payload.
  */
 static void
 exchange_skip(struct exchange *x)
@@ -12790,8 +12790,8 @@ exchange_skip(struct exchange *x)
 }
 
 /*
- * Reads from one side; of an entry that is still being stored no more than is
- * there, since the end of the file is not yet the end of the body.
+ * Reads from one side.  While an entry is being stored, reads no more than is
+ * there: the end of the file is not yet the end of the body.
  */
 static bool
 exchange_read(struct exchange *x, struct conn *from)
@@ -12806,7 +12806,7 @@ exchange_read(struct exchange *x, struct conn *from)
 		from->readable = false;
 	if (!conn_read_some(from, max > BUFFER_ROOM ? BUFFER_ROOM : max))
 		return false;
-	/* It was all there: somebody has cut the file. */
+	/* The bytes had been stored: someone truncated the file. */
 	if (from->eof)
 		from->error = EIO;
 	from->eof = false;
@@ -12814,8 +12814,8 @@ exchange_read(struct exchange *x, struct conn *from)
 }
 
 /*
- * A piece of a body has come, or its end: rules, the entry that is stored and
- * the trace see it.  If rules forbid it, it is dropped, and the flow is broken.
+ * Shows a piece of a body, or its end, to the rules, the cache and the trace.
+ * If a rule forbids it, drops the piece and marks the flow as broken.
  */
 static void
 exchange_see(struct exchange *x, struct flow *f, struct text piece)
@@ -12839,9 +12839,9 @@ exchange_see(struct exchange *x, struct flow *f, struct text piece)
 }
 
 /*
- * Moves a message along until one side has to wait.  Framing, payload and
- * the end of it are put into `out` before it is written, so that a small
- * message is one write.
+ * Forwards a message until one side has to wait; true if anything moved.
+ * Framing, payload and the end collect in `out` before it is written, so that
+ * a small message is one write.
  */
 static bool
 exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
@@ -12884,8 +12884,8 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 }
 
 /*
- * Puts the head that lies, n bytes long, in front of the server's `in` into
- * the client's `out`.  False, and refused, if it does not fit.
+ * Builds the head for the client in its `out`, and drops the server's, n
+ * bytes of `in`.  False, after a refusal, if it does not fit.
  */
 static bool
 response_pass(struct exchange *x, const struct response *r, size_t n)
@@ -12910,9 +12910,9 @@ response_pass(struct exchange *x, const struct response *r, size_t n)
 	return true;
 }
 
-/* ---- RESPONSE: the head of the answer ---- */
+/* ---- RESPONSE: the response head ---- */
 
-/* True if the server asks for a login that we must not pass on as ours. */
+/* True if r is a 407 that the client would take for the proxy's own. */
 static bool
 response_wants_login(const struct exchange *x, const struct response *r)
 {
@@ -12922,8 +12922,8 @@ response_wants_login(const struct exchange *x, const struct response *r)
 }
 
 /*
- * The exchange becomes a tunnel: two flows that end at the close.  It may idle
- * for hours, so what the log needs moves to the slot, cut to its size.
+ * Turns the exchange into a tunnel: two flows that end at the close.  It may
+ * idle for hours, so the slot keeps what the log needs, and no request.
  */
 static void
 tunnel_start(struct exchange *x)
@@ -12938,7 +12938,7 @@ tunnel_start(struct exchange *x)
 	exchange_enter(x, PHASE_RELAY);
 }
 
-/* A 1xx: passed on to clients that know of it (RFC 9110 section 15.2). */
+/* Passes a 1xx on, unless the client is HTTP/1.0 (RFC 9110 section 15.2). */
 static void
 response_interim(struct exchange *x, const struct response *r, size_t n)
 {
@@ -12953,7 +12953,7 @@ response_interim(struct exchange *x, const struct response *r, size_t n)
 		conn_drop_head(&x->server, n);
 }
 
-/* True if the server's connection may serve another request after r. */
+/* True if the server connection can be reused after r. */
 static bool
 response_keeps_server(const struct exchange *x, const struct response *r)
 {
@@ -12965,7 +12965,7 @@ response_keeps_server(const struct exchange *x, const struct response *r)
 	    !head_lists(&r->head, "Connection", text_of("close"));
 }
 
-/* Keeps the server's connection for another request, or closes it. */
+/* Keeps the server connection for another request, or closes it. */
 static void
 exchange_release(struct exchange *x)
 {
@@ -12984,7 +12984,7 @@ exchange_release(struct exchange *x)
 
 /*
  * Decides how the final response is framed for the client (RFC 9112 section
- * 6.3), what becomes of both connections after it, and passes the head on.
+ * 6.3) and whether both connections stay open, and passes the head on.
  */
 static void
 response_forward(struct exchange *x, const struct response *r, size_t n)
@@ -13008,9 +13008,9 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 }
 
 /*
- * An entry answers: with 304 if the client has what is stored, with a part of
- * it, or with all; with 412 if it is not what the client wants, which counts
- * as a hit.
+ * Answers from an entry: with 304 if the client has a current copy, with a
+ * range, or with the whole; with 412, which counts as a hit, if the client's
+ * precondition fails.
  */
 static void
 response_from_entry(struct exchange *x, struct response *r, size_t n)
@@ -13031,8 +13031,8 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 }
 
 /*
- * If an entry was to be validated by a head of n bytes: true if r is not the
- * answer, since the entry is, or it vanished and the server is asked anew.
+ * Lets r, a head of n bytes, validate an entry.  True if r is not the answer:
+ * the entry is, or has vanished and the server is asked again.
  */
 static bool
 response_validates(struct exchange *x, const struct response *r, size_t n)
@@ -13055,9 +13055,9 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 }
 
 /*
- * The answer to what was asked again in the middle of a body: if it is the
- * same payload, the rest of it follows what the client has; if not, the
- * client must see that something is missing.
+ * Handles the response to a request repeated in the middle of a body.  The
+ * same payload continues after what the client has; otherwise the client must
+ * see that its response is truncated.
  */
 static void
 response_resume(struct exchange *x, const struct response *r, size_t n)
@@ -13077,7 +13077,7 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 	exchange_enter(x, PHASE_RELAY);
 }
 
-/* Passes the head on, and both sides speak freely from then on. */
+/* Passes the head on and starts a tunnel. */
 static void
 response_tunnel(struct exchange *x, const struct response *r, size_t n)
 {
@@ -13088,8 +13088,8 @@ response_tunnel(struct exchange *x, const struct response *r, size_t n)
 }
 
 /*
- * True if the rules, as far as they are open, let the server's answer pass;
- * what an entry or the proxy itself answers was judged before.
+ * True if the undecided rules let the server's response pass.  Answers of the
+ * cache or the proxy itself were judged before.
  */
 static bool
 response_passes(struct exchange *x, const struct response *r, struct text head)
@@ -13102,9 +13102,9 @@ response_passes(struct exchange *x, const struct response *r, struct text head)
 }
 
 /*
- * Asks again on a new connection: a kept one may end, or still bring bytes of
- * an older answer, just when it is used (RFC 9112 section 9.3.1).  Once, since
- * the new one is not a kept one.
+ * Sends the request again on a new connection: a kept one may close, or bring
+ * bytes of an older response, just when it is used (RFC 9112 section 9.3.1).
+ * It happens once, since the new one is not a kept one.
  */
 static void
 response_retry(struct exchange *x, const char *why)
@@ -13115,7 +13115,7 @@ response_retry(struct exchange *x, const char *why)
 	route_again(x, PHASE_CONNECT);
 }
 
-/* A whole head of n bytes has come from whoever answers. */
+/* Handles a whole response head of n bytes. */
 static void
 response_accept(struct exchange *x, size_t n)
 {
@@ -13160,8 +13160,8 @@ response_accept(struct exchange *x, size_t n)
 }
 
 /*
- * The length of an empty line before a status line: one is passed over.  Some
- * servers end a body with it, beyond its length.
+ * The length of an empty line before a status line; one is skipped.  Some
+ * servers send it after a body, beyond its length.
  */
 static size_t
 response_skip(const struct conn *s)
@@ -13171,7 +13171,7 @@ response_skip(const struct conn *s)
 	return text_starts(t, "\r\n") ? 2 : text_starts(t, "\n") ? 1 : 0;
 }
 
-/* The server went away without an answer; of a kept one that is no surprise. */
+/* The server closed without a response; a kept connection may do that. */
 static void
 response_lost(struct exchange *x)
 {
@@ -13195,7 +13195,7 @@ response_lost(struct exchange *x)
 	    detail);
 }
 
-/* RESPONSE: send the request's body, wait for a whole response head. */
+/* RESPONSE: sends the request's body, waits for a whole response head. */
 static bool
 response_step(struct exchange *x)
 {
@@ -13236,9 +13236,9 @@ response_step(struct exchange *x)
 /* ---- RELAY: the body, or both sides of a tunnel ---- */
 
 /*
- * Writes the log line, keeps or closes the server's connection, and forgets
- * the facts: the slot is ready for the next request.  No request of its own,
- * no line: see relay_part().
+ * Writes the log line, keeps or closes the server connection, and clears the
+ * request: the slot is ready for the next.  A fetch that relay_part() moved
+ * has no log line.
  */
 static void
 exchange_end(struct exchange *x)
@@ -13255,7 +13255,7 @@ exchange_end(struct exchange *x)
 	flow_start(&x->down, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
 }
 
-/* A response has reached the client whole: on to the next request, or out. */
+/* The client has the whole response: waits for the next request, or closes. */
 static void
 exchange_finish(struct exchange *x)
 {
@@ -13272,8 +13272,8 @@ exchange_finish(struct exchange *x)
 }
 
 /*
- * A tunnel: each direction ends by itself, and the end is passed on.  A
- * connection that broke breaks the other, once what it had sent is through.
+ * Half-closes each direction of a tunnel as it ends; true if the tunnel is
+ * over.  After a reset of one side, the other gets the rest, then a reset.
  */
 static bool
 tunnel_judge(struct exchange *x)
@@ -13301,8 +13301,8 @@ tunnel_judge(struct exchange *x)
 }
 
 /*
- * Looks at what a tunnel's client says first, for the log.  False if it has
- * not said anything yet, and still may.
+ * Looks for a server name in a tunnel client's first bytes, for the log.
+ * False if they are still to come.
  */
 static bool
 tunnel_listen(struct exchange *x)
@@ -13322,8 +13322,8 @@ tunnel_listen(struct exchange *x)
 }
 
 /*
- * True if the server has answered in full and still takes the request's body:
- * it may want it, so it gets it.
+ * True if the server still reads the request's body after its response: it
+ * may want the rest.
  */
 static bool
 relay_uploads(const struct exchange *x)
@@ -13334,7 +13334,7 @@ relay_uploads(const struct exchange *x)
 	    !s->eof && !s->error && !s->write_failed && !s->hangup;
 }
 
-/* The client left.  If the fetch is wanted, it goes on, for nobody then. */
+/* The client left: true if the cache wants the fetch, which continues. */
 static bool
 relay_goes_on(struct exchange *x)
 {
@@ -13350,9 +13350,9 @@ relay_goes_on(struct exchange *x)
 }
 
 /*
- * What x fetches is y's from now on: the server's connection, the file, and
- * those who follow, of whom x is one.  What x has not passed on yet of its
- * payload it reads from fd, the file.
+ * Moves the fetch of x to y: the server connection, the file, and the
+ * followers, of which x becomes one.  x reads the payload that it has not
+ * passed on yet from fd, the file.
  */
 static void
 relay_hand_over(struct exchange *x, struct exchange *y, int fd)
@@ -13378,9 +13378,9 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 }
 
 /*
- * x's client does not keep up with what others follow: the fetch goes on in a
- * slot of its own, and x follows it too.  Not if x might then get less than it
- * would have: what could neither be asked for again nor surely has room.
+ * x's client is slower than its followers: the fetch moves to a slot of its
+ * own, and x follows it too.  Not if x might lose payload by this, when the
+ * rest could neither be requested again nor is sure to fit into the cache.
  */
 static void
 relay_part(struct exchange *x)
@@ -13405,9 +13405,9 @@ relay_part(struct exchange *x)
 }
 
 /*
- * What x follows was given up, and x has passed on all that there was of it:
- * asks the server for the same itself.  The rules knew only the address of
- * the one that was followed, so they are asked about those to come.
+ * The fetch that x followed was given up, and x has passed on all of it: x
+ * sends the request itself.  The rules judged only the address of the leader's
+ * server, so they judge the addresses found now.
  */
 static void
 relay_resume(struct exchange *x)
@@ -13460,8 +13460,8 @@ relay_step(struct exchange *x)
 /* ---- LINGER: until the client has closed ---- */
 
 /*
- * LINGER: we have said our last word; what the client still sends is read
- * and dropped, for if it met a closed socket, the reset could overtake the
+ * LINGER: reads and drops what the client still sends after the response.
+ * On a closed socket it would cause a reset, which could overtake the
  * response (RFC 9112 section 9.6).
  */
 static bool
@@ -13477,7 +13477,7 @@ linger_step(struct exchange *x)
 	return ended || news;
 }
 
-/* ---- all phases: what they wait for, and the turn ---- */
+/* ---- all phases: events, deadlines, and one turn ---- */
 
 /* True if the next step would read from the client. */
 static bool
@@ -13500,7 +13500,7 @@ exchange_takes_response(const struct exchange *x)
 	return x->phase != PHASE_RELAY || (!x->down.whole && !x->down.broken);
 }
 
-/* The ms at which x has to be looked at even if nothing happens. */
+/* The time in ms at which x must run even without an event. */
 static int64_t
 exchange_deadline(const struct exchange *x)
 {
@@ -13537,7 +13537,7 @@ exchange_deadline(const struct exchange *x)
 	}
 }
 
-/* x's time is over: each phase has its own way to say so. */
+/* Handles a deadline of x, as its phase demands. */
 static void
 exchange_expire(struct exchange *x)
 {
@@ -13584,7 +13584,7 @@ exchange_expire(struct exchange *x)
 	}
 }
 
-/* The invariants of the head comment. */
+/* Asserts the invariants of the head comment. */
 static void
 exchange_check(const struct exchange *x)
 {
@@ -13616,10 +13616,9 @@ exchange_check(const struct exchange *x)
 }
 
 /*
- * True if x's client has gone.  One that has hung up can't be answered.  One
- * that sent its end may only be done asking, and then gets its answer; but if
- * it asked in words for the connection to be kept, which it could not use any
- * more, it closed it.
+ * True if x's client has gone.  After a hangup it can't be answered.  After
+ * an EOF it may only have half-closed and still wait for the response; but
+ * having asked for keep-alive, it would not half-close: it has closed.
  */
 static bool
 client_is_gone(const struct exchange *x)
@@ -13636,8 +13635,8 @@ client_is_gone(const struct exchange *x)
 }
 
 /*
- * While a request is being served, the client may send the next, or go: that
- * is read ahead, one buffer of it.
+ * While a request is being served, reads ahead one buffer: the client may
+ * send its next request, or leave.
  */
 static void
 exchange_overhear(struct exchange *x)
@@ -13653,8 +13652,8 @@ exchange_overhear(struct exchange *x)
 }
 
 /*
- * Runs x until nothing moves, or it had its share of this turn; then sets
- * what it waits for.
+ * Runs x until nothing moves or its share of this turn is used up; then sets
+ * its events and deadline.
  */
 static void
 exchange_run(struct exchange *x)
@@ -13686,7 +13685,7 @@ exchange_run(struct exchange *x)
 	exchanges.wake = least(exchanges.wake, x->deadline);
 }
 
-/* A client came: gives it a slot, which there is, and looks what it says. */
+/* Takes over a new client's fd and serves it; a slot must be free. */
 static void
 exchange_open(int fd, const struct address *peer)
 {
