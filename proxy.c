@@ -11073,13 +11073,13 @@ hello_name(struct text t, char *flat)
 	return text_cut(flat, 0);
 }
 
-/* ---- 12. Heads and pages: the words of the proxy ---- */
+/* ---- 12. Heads and pages: what the proxy writes ---- */
 
 /*
- * All that the proxy says in its own words: the head of a request for the next
- * hop, that of a response for the client, the handshake with a SOCKS5 parent,
- * and the pages that it answers with itself.  Each is put into a buffer here
- * and sent by section 13; nothing here says when, or to whom.
+ * Everything that the proxy writes itself: the request head for the next hop,
+ * the response head for the client, the handshake with a SOCKS5 parent, and
+ * its own pages.  All of it is built in a buffer here; section 13 decides when
+ * to send it, and to whom.
  *
  * Door: request_build, exchange_rewrite, exchange_is_relayed, exchange_target,
  * response_build, answer_view, greet_append, greet_length, greet_words,
@@ -11088,7 +11088,7 @@ hello_name(struct text t, char *flat)
 
 /* ---- the head for the server ---- */
 
-/* True if requests go whole to a parent that speaks HTTP. */
+/* True if the next hop is an HTTP parent. */
 static bool
 exchange_is_relayed(const struct exchange *x)
 {
@@ -11098,8 +11098,8 @@ exchange_is_relayed(const struct exchange *x)
 }
 
 /*
- * host[:port] of the target, as a URL has it: port 80 goes without saying,
- * but for CONNECT.  to has HOST_MAX + 10 bytes.
+ * Writes host[:port] of the target, as in a URL: port 80 is omitted, except
+ * for CONNECT.  `to` has HOST_MAX + 10 bytes.
  */
 static void
 exchange_target(const struct exchange *x, char *to)
@@ -11115,8 +11115,8 @@ exchange_target(const struct exchange *x, char *to)
 }
 
 /*
- * What rules change in the request of an exchange before it is sent, as far
- * as it is known now.
+ * Determines how the rules change the request before it is sent, as far as
+ * is known now.
  */
 static void
 exchange_rewrite(struct exchange *x)
@@ -11132,8 +11132,8 @@ exchange_rewrite(struct exchange *x)
 }
 
 /*
- * The request line and Host, from the target and nothing else; a parent gets
- * the whole target.
+ * Appends the request line and Host, both built from the target alone; an
+ * HTTP parent gets the whole target.
  */
 static void
 request_line_append(const struct exchange *x, struct buffer *b)
@@ -11160,8 +11160,8 @@ request_line_append(const struct exchange *x, struct buffer *b)
 }
 
 /*
- * The login for an HTTP parent: ours, or else the client's own, unless that
- * was for us.
+ * Appends the login for an HTTP parent: the configured one, or else the
+ * client's, unless the client sent it to log in here.
  */
 static void
 login_append(const struct exchange *x, struct buffer *b)
@@ -11182,7 +11182,7 @@ login_append(const struct exchange *x, struct buffer *b)
 		field_append(b, own);
 }
 
-/* One field of the request to the next hop, or nothing. */
+/* Appends field i of the request, unless it must not be passed on. */
 static void
 request_field_append(struct exchange *x, size_t i, struct buffer *b)
 {
@@ -11207,7 +11207,7 @@ request_field_append(struct exchange *x, size_t i, struct buffer *b)
 		field_append(b, field);
 }
 
-/* Connection, and what it names: an upgrade, and the wish for trailers. */
+/* Appends Connection and the fields that it names: TE and Upgrade. */
 static void
 connection_append(const struct request *q, struct buffer *b)
 {
@@ -11226,7 +11226,7 @@ connection_append(const struct request *q, struct buffer *b)
 		    q->upgrade ? "upgrade" : "");
 }
 
-/* The whole request head for the next hop, into b. */
+/* Appends the whole request head for the next hop to b. */
 static void
 request_build(struct exchange *x, struct buffer *b)
 {
@@ -11252,7 +11252,7 @@ request_build(struct exchange *x, struct buffer *b)
 
 /* ---- the head for the client ---- */
 
-/* Sets v to what is known once the answer is r. */
+/* Sets v to the facts known once the response is r. */
 static void
 answer_view(const struct exchange *x, const struct response *r, struct view *v)
 {
@@ -11262,7 +11262,7 @@ answer_view(const struct exchange *x, const struct response *r, struct view *v)
 	    v);
 }
 
-/* One field of the response to the client, or nothing. */
+/* Appends field i of the response, unless it must not be passed on. */
 static void
 response_field_append(const struct exchange *x, const struct response *r,
     size_t i, struct buffer *b)
@@ -11289,7 +11289,7 @@ response_field_append(const struct exchange *x, const struct response *r,
 		field_append(b, field);
 }
 
-/* What rules change in a response; nothing in one of ours. */
+/* Sets w to the rules' changes to r; none to the proxy's own responses. */
 static void
 response_rewrites(struct exchange *x, const struct response *r,
     struct rewrites *w)
@@ -11305,7 +11305,7 @@ response_rewrites(struct exchange *x, const struct response *r,
 	x->down.bare = w->strips;
 }
 
-/* The response head for the client, into b. */
+/* Appends the response head for the client to b. */
 static void
 response_build(struct exchange *x, const struct response *r, struct buffer *b)
 {
@@ -11343,7 +11343,7 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 
 /* ---- the handshake with a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
 
-/* Our words that go with a state of the handshake. */
+/* Appends our message for this state of the handshake. */
 static void
 greet_append(const struct exchange *x, struct buffer *b)
 {
@@ -11366,7 +11366,7 @@ greet_append(const struct exchange *x, struct buffer *b)
 		    parent->password);
 		break;
 	default:
-		/* A name as a name: looking it up is the parent's part. */
+		/* A name is sent as a name: the parent looks it up. */
 		buffer_append(b, text_cut("\5\1\0", 3));
 		if (!address_parse(t->host, t->port, &a))
 			buffer_print(b, "\3%c%.*s", host_len, host_len,
@@ -11384,8 +11384,8 @@ greet_append(const struct exchange *x, struct buffer *b)
 }
 
 /*
- * How long the parent's next message is, by what came of it; more than came
- * if that can't be told yet, 0 if it is none.
+ * The length of the parent's next message, of which t has arrived.  More than
+ * t.len if it is not known yet, 0 if t is not SOCKS5.
  */
 static size_t
 greet_length(enum greeting greeting, struct text t)
@@ -11424,15 +11424,15 @@ greet_words(unsigned char code)
 /* ---- pages ---- */
 
 /*
- * Makes the answers of the proxy itself: refusals, its two pages, and OPTIONS
- * and TRACE that end here.  Each is a whole response in memory, which then
- * goes the way of every response.  Nothing here sends a byte, and a page
- * repeats nothing of a request but a host whose characters were checked; only
- * TRACE repeats the request.
+ * The proxy's own responses: refusals, its two pages, and answers to OPTIONS
+ * and TRACE that end here.  Each is a whole response in memory and is then
+ * handled like any other.  Nothing here sends a byte.  A page repeats nothing
+ * of a request but a host whose characters were checked; only TRACE repeats
+ * the request.
  */
 
 /*
- * Makes x->server an answer from memory: status, the fields in `fields`
+ * Makes x->server a response from memory: status, the lines in `fields`
  * (each ends in CR LF), and body.
  */
 static void
@@ -11458,7 +11458,7 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 
 /*
  * Makes a refusal: its words, then the details.  Proxy-Status (RFC 9209) says
- * the same to machines; its strings have neither quotes nor backslashes.
+ * the same to programs; its strings contain no quotes or backslashes.
  */
 static void
 page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
@@ -11489,7 +11489,7 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 	    text_of(body));
 }
 
-/* The page at `/`: what this is, and how to use it from here. */
+/* The page at `/`: what this proxy is, and how to use it. */
 static void
 page_index(struct exchange *x, struct text host)
 {
@@ -11508,7 +11508,7 @@ page_index(struct exchange *x, struct text host)
 	page_make(x, 200, "text/plain; charset=utf-8", "", text_of(body));
 }
 
-/* The automatic configuration of browsers, with the address they used. */
+/* The page that configures browsers to use the address in their Host. */
 static void
 page_pac(struct exchange *x, struct text host)
 {
@@ -11522,7 +11522,7 @@ page_pac(struct exchange *x, struct text host)
 	    text_of(body));
 }
 
-/* True if host and port, of a Host field, are where the client came in. */
+/* True if t, from a Host field, is the address the client connected to. */
 static bool
 page_is_ours(const struct exchange *x, const struct target *t)
 {
@@ -11541,7 +11541,7 @@ page_is_ours(const struct exchange *x, const struct target *t)
 	    text_same(t->host, text_cut(host_name, label));
 }
 
-/* OPTIONS that ends here (RFC 9110 section 9.3.7). */
+/* Answers an OPTIONS that ends here (RFC 9110 section 9.3.7). */
 static void
 page_options(struct exchange *x)
 {
@@ -11552,8 +11552,8 @@ page_options(struct exchange *x)
 }
 
 /*
- * TRACE that ends here (RFC 9110 section 9.3.8): the request as it came, but
- * for fields with secrets.  One too long to be sent back is refused.
+ * Answers a TRACE that ends here (RFC 9110 section 9.3.8): repeats the request
+ * without fields that hold secrets.  One too long for this is refused.
  */
 static void
 page_trace(struct exchange *x)
