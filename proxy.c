@@ -13709,43 +13709,43 @@ exchange_open(int fd, const struct address *peer)
 /* ---- 14. Loop ---- */
 
 /*
- * Waits, notes what happened, runs the exchanges concerned, looks after
- * deadlines, and accepts last.  poll(2) is the only call that may wait, and
- * nothing here knows how an exchange is served.
+ * Waits for events, runs the exchanges concerned, handles deadlines, and
+ * accepts clients last.  poll(2) is the only call that may block.  Nothing
+ * here knows how an exchange is served.
  *
  * Door: loop_run, loop_accept_all, signal_conn, command.
  */
 
 enum {
 	ACCEPTS_MAX = 64,
-	/* Without an event for this long a descriptor leaves the prefix. */
+	/* After this long without an event a descriptor leaves the prefix. */
 	COLD_MS = 500,
 	/* The whole poll set is polled again after this at the latest. */
 	COLD_GAP_US = 12000,
-	/* With fewer outside the prefix the whole is always polled. */
+	/* With this many outside the prefix, or fewer, all are polled. */
 	COLD_MIN = 16,
 	/*
-	 * All slots are busy: so long nobody looks for an idle one, and for
-	 * another ms for each of so many slots.
+	 * If all slots are busy, the next search for an idle one waits this
+	 * long, and another ms for every CROWDED_SLOTS slots.
 	 */
 	CROWDED_MS = 20,
 	CROWDED_SLOTS = 1000,
-	/* A client is silent after this: more than a round trip takes. */
+	/* A client counts as silent after this: more than a round trip. */
 	SILENT_MS = 1000,
-	/* That all slots are taken is said once in this time. */
+	/* The least time between warnings that all slots are taken. */
 	CROWDED_SAY_MS = 60000,
-	/* Exchanges that are left when the command ends may go on so long. */
+	/* The time that exchanges have to finish after the command ends. */
 	COMMAND_DRAIN_MS = 1000,
-	/* Of the byte of a signal: the terminal sent it, or the system. */
+	/* Bit in a signal's byte: the terminal or the system sent it. */
 	SIGNAL_TERMINAL = 128
 };
 
-static int64_t accept_after;    /* ms: descriptors have run out until then */
-static int64_t crowded_until;   /* ms: no slot is looked for until then */
-static bool rules_unread;       /* new rules are read, a piece a turn */
-static struct conn signal_conn; /* where signals come out */
+static int64_t accept_after;    /* ms: out of descriptors until then */
+static int64_t crowded_until;   /* ms: no search for a slot until then */
+static bool rules_unread;       /* new rules are read, a piece each turn */
+static struct conn signal_conn; /* the read end of the signal pipe */
 
-/* How long poll may wait, in ms: to the next deadline; -1: there is none. */
+/* How long poll may wait: ms to the next deadline, -1 if there is none. */
 static int
 loop_wait(void)
 {
@@ -13757,11 +13757,11 @@ loop_wait(void)
 }
 
 /*
- * Polls the prefix; or the whole, when that is due again: after five times
- * what it cost, so that it takes a fifth of the time at most, and at once when
- * it found more than the prefix did.  Returns how many places of the set to
- * look at.  What the whole costs is measured while there is work; otherwise
- * it may as well block.
+ * Polls the prefix, or the whole set when that is due: after five times its
+ * cost, so that it takes a fifth of the time at most, and at once if it last
+ * found an event outside the prefix.  Returns how many places of the set to
+ * look at.  The cost is measured while there is work; without work, polling
+ * the whole set may block.
  */
 static size_t
 loop_poll(void)
@@ -13797,8 +13797,8 @@ loop_poll(void)
 }
 
 /*
- * Notes what poll said.  Going upwards, poll_warm() swaps a place only with
- * one that was looked at.  True if a kept connection is among them.
+ * Records the events of the first n places.  They are visited upwards, as
+ * poll_warm() swaps with a lower place.  True if a kept connection had one.
  */
 static bool
 loop_note(size_t n)
@@ -13827,7 +13827,7 @@ loop_note(size_t n)
 	return kept;
 }
 
-/* Takes descriptors that have been quiet out of the prefix. */
+/* Moves descriptors that have been quiet out of the prefix. */
 static void
 loop_cool(void)
 {
@@ -13844,7 +13844,7 @@ loop_cool(void)
 			poll_cool(poll_set.conns[i]);
 }
 
-/* Closes kept connections that spoke, ended, or were idle for too long. */
+/* Closes kept connections that had an event or were idle for too long. */
 static void
 loop_kept(void)
 {
@@ -13862,7 +13862,7 @@ loop_kept(void)
 	}
 }
 
-/* The time of the next deadline is come: whose is it, and which is next? */
+/* Handles the deadlines that have passed, and finds the next. */
 static void
 loop_expire(void)
 {
@@ -13890,7 +13890,7 @@ loop_expire(void)
 		exchanges.wake = least(exchanges.wake, now.ms + 1000);
 }
 
-/* Answers of the names helper: runs whoever waits for a name. */
+/* Serves the names helper; queues exchanges that wait for its answers. */
 static void
 loop_names(void)
 {
@@ -13918,11 +13918,10 @@ loop_names(void)
 }
 
 /*
- * How readily x gives way to a new client: one that lingers first, then one
- * between two requests, one that has not sent a byte, one that will send no
- * more while its server is silent; 0: not at all.  But for the second, who may
- * come again at any time, it must have been so for a while: a client that has
- * just come is about to speak.
+ * How readily x gives way to a new client.  4: it lingers; 3: it is idle
+ * between two requests; 2: it has not sent a byte; 1: it has half-closed and
+ * its server is silent; 0: not at all.  All but 3, which can reconnect, must
+ * have lasted SILENT_MS: a client that has just come is about to send.
  */
 static unsigned
 loop_rank(const struct exchange *x)
@@ -13943,7 +13942,7 @@ loop_rank(const struct exchange *x)
 	    !answer_is_local(x->request) && !cache_wants(x);
 }
 
-/* The one that gives way most readily, of several the longest so; or NULL. */
+/* The exchange of the highest rank, the longest idle among equals; or NULL. */
 static struct exchange *
 loop_idlest(void)
 {
@@ -13962,9 +13961,9 @@ loop_idlest(void)
 }
 
 /*
- * All slots are taken: true if a client waits at l, and a slot was made free.
- * If all are busy, nobody looks again for a while; nor is one made free if the
- * idlest has just spoken.
+ * All slots are taken: true if a client waits at l and a slot was freed for
+ * it.  If all are busy, the next search waits a while.  The idlest client
+ * keeps its slot if it has just sent something.
  */
 static bool
 loop_make_room(struct listener *l)
@@ -14003,8 +14002,8 @@ loop_make_room(struct listener *l)
 }
 
 /*
- * Takes the clients that wait at one listener, while there are slots.  One at
- * most is made free in a turn: to find it, all are looked at.
+ * Accepts the clients that wait at l, while there are slots.  Frees one slot
+ * a turn at most, since the search looks at all.
  */
 static void
 loop_accept(struct listener *l)
@@ -14036,7 +14035,7 @@ loop_accept(struct listener *l)
 	}
 }
 
-/* All listeners; those that can't be served are not waited for. */
+/* Accepts at all listeners; does not poll them while it can't accept. */
 static void
 loop_accept_all(void)
 {
@@ -14055,7 +14054,7 @@ loop_accept_all(void)
 		exchanges.wake = least(exchanges.wake, after);
 }
 
-/* USR1: one line for each slot in use. */
+/* USR1: reports one line for each slot in use. */
 static void
 loop_report(void)
 {
@@ -14085,7 +14084,7 @@ loop_report(void)
 	    (unsigned long long)exchanges.count);
 }
 
-/* Accepts no more clients; those in the middle have drain_ms to finish. */
+/* Stops accepting; exchanges have drain_ms to finish.  Twice: exits. */
 static void
 loop_stop(int64_t drain_ms)
 {
@@ -14109,11 +14108,11 @@ loop_stop(int64_t drain_ms)
 			exchange_close(x, false);
 }
 
-/* HUP: a new log, new rules; what can't be had stays as it was. */
+/* HUP: reopens the log, reads the rules; keeps the old ones on failure. */
 static void
 loop_reload(void)
 {
-	/* Who started it by hand has closed the window. */
+	/* The terminal that it was started from has been closed. */
 	if (logs.terminal && !isatty(STDOUT_FILENO) && !isatty(STDERR_FILENO)) {
 		loop_stop(DRAIN_MS);
 		return;
@@ -14124,14 +14123,14 @@ loop_reload(void)
 		    strerror(errno));
 }
 
-/* The command that the proxy runs, and whose end is its own. */
+/* The command that the proxy runs, and with which it ends. */
 static struct {
-	pid_t pid;       /* 0: it does not run */
-	int status;      /* of the proxy when it has ended */
+	pid_t pid;       /* 0: not running */
+	int status;      /* exit status of the proxy after its end */
 	int standard[2]; /* its standard output and error; see logs_begin() */
 } command = { .standard = { -1, -1 } };
 
-/* Ends the proxy if the command has ended: it has the same exit status. */
+/* If the command has ended, ends the proxy with its exit status. */
 static void
 command_reap(void)
 {
@@ -14148,8 +14147,8 @@ command_reap(void)
 }
 
 /*
- * INT or TERM.  A command gets it instead, and the proxy waits for its end; one
- * that the terminal sent has reached the command already.
+ * INT or TERM: stops the proxy.  If it runs a command, that gets the signal
+ * instead, unless the terminal has sent it there already.
  */
 static void
 loop_end(int number, bool terminal)
@@ -14160,7 +14159,7 @@ loop_end(int number, bool terminal)
 		(void)kill(command.pid, number);
 }
 
-/* The signals that came: a byte for each, see signal_note(). */
+/* Handles the signals that came: a byte for each, see signal_note(). */
 static void
 loop_signals(void)
 {
@@ -14185,7 +14184,7 @@ loop_signals(void)
 	}
 }
 
-/* Runs the exchanges to which something happened. */
+/* Runs the exchanges that are queued. */
 static void
 loop_exchanges(void)
 {
@@ -14199,7 +14198,7 @@ loop_exchanges(void)
 	}
 }
 
-/* Until a signal says stop and the last exchange is done or out of time. */
+/* Serves until told to stop and the last exchange is done or out of time. */
 static void
 loop_run(void)
 {
