@@ -3954,10 +3954,10 @@ exchange_parent(const struct exchange *x)
 
 /*
  * A rule is an action and its conditions; the first rule that matches decides.
- * Here rules are read and judged.  Judging is pure: a view in, a verdict out.
- * A rule that needs a fact that is not known yet is undecided, and is judged
- * again later.  An address is judged as it was looked up, and that very
- * address is connected to.
+ * This section reads and judges rules.  Judging is pure: a view in, a verdict
+ * out.  A rule that needs a fact not known yet is undecided and is judged
+ * again later.  The address that was judged is the very address that the
+ * proxy connects to: it is not looked up again.
  *
  * Door: rules_read, rules_reload, rules_can_reload, rules_step, rules_take,
  * rules_give, rules_let_in, view_source, view_begin, exchange_view,
@@ -3965,28 +3965,28 @@ exchange_parent(const struct exchange *x)
  */
 
 enum {
-	/* The same without a dot at its end, and each of its labels. */
+	/* A domain without a trailing dot, and each of its labels: bytes. */
 	DOMAIN_MAX = 253,
 	LABEL_MAX = 63,
-	/* A line of a list of domains, without its LF. */
+	/* Bytes in a line of a list of domains, without its LF. */
 	LIST_LINE = 1000,
-	/* A list is read so many lines at once, for this long a turn. */
+	/* Lines of a list read in one step, and time spent in one turn. */
 	LIST_STEP_LINES = 64,
 	LIST_STEP_US = 1000,
 	/* Domains in one list: 1.2 GB. */
 	LIST_DOMAINS = 100000000,
-	/* The days of hours alone: all, and one bit more. */
+	/* The days of hours given without days: all, and a bit to tell. */
 	DAYS_ALL = 255,
-	/* A duration in a rule: ten years are as good as for ever. */
+	/* The longest duration in a rule: ten years, as good as forever. */
 	DURATION_MAX_S = 10 * 365 * DAY_S,
-	/* A rule in bytes, and its words, each followed by a blank. */
+	/* Bytes in a rule; its words, each followed by a blank. */
 	RULE_LINE_MAX = 8191,
 	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
 	/* `file:line` for the log. */
 	RULE_NAME_MAX = 256,
-	/* The words of a page that a rule gives. */
+	/* Bytes of the reason in a deny rule, for the page. */
 	REASON_MAX = 200,
-	/* Texts that are sought in bodies; each takes a byte of every slot. */
+	/* Texts to find in bodies; each takes a byte before a kept head. */
 	NEEDLES_MAX = 16,
 	/* Lists of domains in all rules, and the length of their paths. */
 	LISTS_MAX = 32,
@@ -3996,47 +3996,46 @@ enum {
 /* A block of addresses: all that begin with the same bits. */
 struct network {
 	struct address address; /* without port and scope; other bits are 0 */
-	unsigned bits;          /* that count: to 32, or to 128 for IPv6 */
+	unsigned bits;          /* in the prefix: to 32, or to 128 for IPv6 */
 };
 
 /* A part of the week. */
 struct span {
 	unsigned days; /* on which it begins: bit 0 Sunday to bit 6 Saturday, */
 	/* or DAYS_ALL */
-	int from; /* minute of the day that is its first, to 1439 */
-	int to;   /* end, to 1440; if it is below from: past midnight */
+	int from; /* its first minute of the day, to 1439 */
+	int to;   /* its end, to 1440; below from: past midnight */
 };
 
 /* Numbers from first to last. */
 struct numbers {
-	uint64_t first; /* belongs to them */
-	uint64_t last;  /* the same; not below first */
+	uint64_t first; /* included */
+	uint64_t last;  /* included; not below first */
 };
 
 /* Bytes to look for in a stream (Knuth, Morris, Pratt). */
 struct needle {
 	const char *text;        /* its bytes; they belong to the caller */
 	unsigned char len;       /* 1 to 255 */
-	unsigned char next[256]; /* matched so far: left on another byte */
+	unsigned char next[256]; /* bytes still matched after a mismatch */
 };
 
-/* The two lowest bits of a slot in a list; all others are of the hash. */
+/* The two lowest bits of a slot in a list; the others come from the hash. */
 enum list_bit {
-	LIST_EXCEPTION =
-	    1,         /* the name is not covered, whatever else is there */
-	LIST_TAKEN = 2 /* of every name, so that a slot of 0 is empty */
+	LIST_EXCEPTION = 1, /* the name is not covered, nor any below it */
+	LIST_TAKEN = 2      /* set for every name, so that an empty slot is 0 */
 };
 
-/* The domains of one file.  Their names are gone: only hashes are left. */
+/* The domains of one file.  Their names are not kept, only hashes. */
 struct list {
-	uint64_t *slots;   /* open addressing; NULL while they are counted */
-	size_t size;       /* slots; one at least is empty */
-	size_t room;       /* names that the first of two passes has found */
-	size_t names;      /* found in this pass; the same one may come twice */
-	size_t read;       /* lines */
-	size_t used;       /* names that differ, exceptions too */
-	size_t skipped;    /* lines that were not understood in full */
-	int64_t ms;        /* from its first step to its last */
+	uint64_t *slots;   /* open addressing; NULL during the first pass */
+	size_t size;       /* number of slots; at least one is empty */
+	size_t room;       /* number of names found by the first pass */
+	size_t names;      /* found in this pass, with repetitions */
+	size_t read;       /* number of lines read in this pass */
+	size_t used;       /* number of distinct names, with exceptions */
+	size_t skipped;    /* number of lines not understood in full */
+	int64_t ms;        /* duration from the first step to the last */
 	int64_t begun;     /* us: the time of the first */
 	const char *path;  /* of the file */
 	const char *where; /* `file:line` of the rule that names it */
@@ -4047,31 +4046,31 @@ struct list {
 enum action {
 	ACTION_ALLOW,
 	ACTION_DENY,
-	ACTION_LOGIN,   /* allow if there is a user, else ask for one */
-	ACTION_DROP,    /* close without an answer */
-	ACTION_VIA,     /* go through a parent */
-	ACTION_DIRECT,  /* go through none */
-	ACTION_FROM,    /* leave by an address */
+	ACTION_LOGIN,   /* allow a logged-in user, else ask for a login */
+	ACTION_DROP,    /* close without a response */
+	ACTION_VIA,     /* connect through a parent */
+	ACTION_DIRECT,  /* connect without a parent */
+	ACTION_FROM,    /* connect from this local address */
 	ACTION_NOCACHE, /* neither answer from the cache nor store */
-	ACTION_CACHE,   /* fresh for this long */
-	ACTION_SET,     /* one field in place of all of its name */
-	ACTION_ADD,     /* one more field */
-	ACTION_UNSET,   /* no field of these names */
+	ACTION_CACHE,   /* set the freshness lifetime */
+	ACTION_SET,     /* replace all fields of this name by one */
+	ACTION_ADD,     /* add a field */
+	ACTION_UNSET,   /* remove all fields of these names */
 	ACTIONS
 };
 
-/* In each group the first rule that matches decides; in the last two all do. */
+/* In a group the first match decides; in the last two every match applies. */
 enum rule_group {
 	GROUP_ACCESS,
 	GROUP_ROUTE,
 	GROUP_SOURCE,
 	GROUP_CACHE,
 	GROUP_REQUEST,  /* rewriting of requests */
-	GROUP_RESPONSE, /* and of responses */
+	GROUP_RESPONSE, /* rewriting of responses */
 	GROUPS
 };
 
-/* The subject of a condition; see the table `subjects'. */
+/* The subject of a condition; see the table `subjects`. */
 enum subject {
 	SUBJECT_CLIENT,
 	SUBJECT_USER,
@@ -4090,26 +4089,26 @@ enum subject {
 	SUBJECTS
 };
 
-/* Facts that may not be known yet when a rule is judged; bits of a set. */
+/* Facts that may be unknown when a rule is judged: bits. */
 enum fact {
 	FACT_ADDRESS = 1,  /* the server's address */
-	FACT_RESPONSE = 2, /* the response's head */
+	FACT_RESPONSE = 2, /* the response head */
 	FACT_LENGTH = 4,   /* the length of its body */
 	FACT_BODY = 8      /* all of its body */
 };
 
-/* The three values of a condition, a rule, a verdict. */
+/* The truth value of a condition, a rule or a verdict. */
 enum truth {
 	TRUTH_NO,
 	TRUTH_YES,
-	TRUTH_UNDECIDED /* it depends on a fact that is not known yet */
+	TRUTH_UNDECIDED /* depends on a fact not known yet */
 };
 
 /* One value of a condition. */
 struct value {
 	struct value *next; /* of the same condition */
-	struct text text;   /* as it was written, quotes undone */
-	bool any;           /* the bare word of its subject: local or * */
+	struct text text;   /* as written, with quotes undone */
+	bool any;           /* the subject's special word: local or * */
 	union {
 		struct network network;
 		struct numbers numbers;
@@ -4120,16 +4119,16 @@ struct value {
 	} as;                    /* by the subject */
 };
 
-/* A part of a rule: one of the values must match, or none if inverted. */
+/* A part of a rule: matches if a value does, or, inverted, if none does. */
 struct condition {
 	struct condition *next; /* of the same rule */
 	enum subject subject;   /* that it tests */
-	const char *word;       /* that names it */
-	unsigned needs;         /* facts that it takes to tell */
-	bool inverted;          /* `not` stands before it */
-	bool response;        /* of a field: of the response, not the request */
-	struct text name;     /* of it */
-	struct value *values; /* one at least */
+	const char *word;       /* name of the subject */
+	unsigned needs;         /* facts needed to judge it */
+	bool inverted;          /* `not` precedes it */
+	bool response;          /* tests a field of the response */
+	struct text name;       /* of the field */
+	struct value *values;   /* at least one */
 };
 
 /* A rule. */
@@ -4137,14 +4136,14 @@ struct rule {
 	struct rule *next;  /* of the same group */
 	enum action action; /* its effect if it matches */
 	const char *where;  /* `file:line`, or the name of an option */
-	bool built_in;      /* it is not the user's */
-	const char *text;   /* as it was written, but for passwords */
-	unsigned needs;     /* facts that its conditions take */
+	bool built_in;      /* not written by the user */
+	const char *text;   /* as written, with passwords masked */
+	unsigned needs;     /* facts that its conditions need */
 	struct condition *conditions; /* all must match */
 	enum refusal refusal;         /* of ACTION_DENY and ACTION_DROP */
 	int status;                   /* of ACTION_DENY */
-	struct value *names;          /* of fields; of ACTION_UNSET several */
-	struct text words;      /* their value; of ACTION_DENY the reason */
+	struct value *names;          /* of fields; several: ACTION_UNSET */
+	struct text words;      /* field value, or reason of ACTION_DENY */
 	struct parent *parents; /* of ACTION_VIA, in the order to try them */
 	struct address from[2]; /* of ACTION_FROM: IPv4, IPv6 */
 	int64_t seconds;        /* of ACTION_CACHE */
@@ -4156,58 +4155,58 @@ struct account {
 	struct text user, password;
 };
 
-/* The memory of rules: all pieces are freed at once. */
+/* Memory of a set of rules: all pieces are freed together. */
 struct piece {
 	struct piece *next;
-	regex_t *regex;  /* in it, to be freed before, or NULL */
-	uint64_t data[]; /* as aligned as anything here must be */
+	regex_t *regex;  /* in data, to be freed first, or NULL */
+	uint64_t data[]; /* aligned for everything stored here */
 };
 
 /* A set of rules, parsed. */
 struct rules {
 	unsigned refs;              /* exchanges that use them, and rules_now */
-	unsigned errors;            /* rules that were wrong */
+	unsigned errors;            /* number of errors found in them */
 	struct piece *pieces;       /* their memory */
 	struct rule *first[GROUPS]; /* by group */
 	struct account *accounts;   /* who may log in */
-	bool logins;                /* `users` was there */
-	unsigned rewrites[2];       /* how many: of requests, of responses */
-	unsigned needles_n;         /* how many of the next there are */
+	bool logins;                /* a `users` line was read */
+	unsigned rewrites[2];       /* rules for requests, for responses */
+	unsigned needles_n;         /* number of needles */
 	struct needle needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
-	unsigned lists_n;                   /* how many of the next */
-	unsigned lists_read;                /* of them were read */
+	unsigned lists_n;                   /* number of lists */
+	unsigned lists_read;                /* number of lists read so far */
 	struct list lists[LISTS_MAX];
 };
 
 /* The facts that rules are judged by; see exchange_view(). */
 struct view {
 	unsigned known, never;        /* facts: known, and never to be known */
-	const struct address *client; /* who asks */
-	bool local;                   /* from this machine */
-	struct text user; /* the client's login; `at` is NULL: none */
-	const struct request *request; /* to be judged */
-	struct text host;              /* of the URL, without dots at its end */
-	unsigned port;                 /* of the URL */
-	const struct address *address; /* the server's, if known */
-	struct address literal;        /* where `address` may point */
-	const struct response *response; /* its answer, if known */
-	uint64_t length;                 /* of the body, if known */
-	uint64_t passed;                 /* of it so far */
-	unsigned found;                  /* needles in it so far: bits */
-	const char *url;                 /* made when it is first asked for */
-	bool timed;                      /* the next is set */
-	struct tm when;                  /* local time, by the same token */
+	const struct address *client; /* its address */
+	bool local;                   /* the client is on this machine */
+	struct text user; /* that has logged in; `at` is NULL: none */
+	const struct request *request;   /* to be judged */
+	struct text host;                /* of the URL, without trailing dots */
+	unsigned port;                   /* of the URL */
+	const struct address *address;   /* of the server, if known */
+	struct address literal;          /* storage for a numeric host */
+	const struct response *response; /* to the request, if known */
+	uint64_t length;                 /* of its body, if known */
+	uint64_t passed;                 /* bytes of the body so far */
+	unsigned found;                  /* needles found in them: bits */
+	const char *url;                 /* built at the first use */
+	bool timed;                      /* `when` is set */
+	struct tm when;                  /* local time, set at the first use */
 };
 
 /* The result of judging a group. */
 struct verdict {
 	enum truth truth;        /* NO: no rule matches */
-	const struct rule *rule; /* if YES the one that decides, else the */
-				 /* first that is undecided, or NULL */
+	const struct rule *rule; /* if YES the rule that decides, else the */
+				 /* first undecided rule, or NULL */
 	bool refuses;            /* YES, and the rule is a denial */
 };
 
-static struct rules *rules_now; /* those in force */
+static struct rules *rules_now; /* in force */
 
 static struct rules *rules_next; /* being read to replace them, or NULL */
 
@@ -4216,9 +4215,9 @@ static const char built_in[] = "built-in";
 /* ---- matchers ---- */
 
 /*
- * The values in rules: networks, times, numbers, texts in a body.  Pure: each
- * function parses a text, or tests whether a value matches, and changes nothing
- * else.  A parser that returns false has not changed its result.
+ * The values in rules: networks, times, numbers, texts in a body.  Each
+ * function parses a text or tests whether a value matches, and has no other
+ * effect.  A parser that returns false has not changed its result.
  */
 
 /* Sets all but the first n->bits bits of n's address to 0. */
@@ -4236,9 +4235,9 @@ network_mask(struct network *n)
 }
 
 /*
- * An address, or one with a slash and the number of bits that count.  An
- * IPv4-mapped IPv6 address becomes IPv4, as in address_import(); then the
- * first 96 bits must count.
+ * Parses an address, optionally followed by a slash and a prefix length.  An
+ * IPv4-mapped IPv6 address becomes IPv4, as in address_import(); its prefix
+ * must then have at least 96 bits.
  */
 static bool
 network_parse(struct text t, struct network *n)
@@ -4264,7 +4263,7 @@ network_parse(struct text t, struct network *n)
 	return true;
 }
 
-/* True if a is in n, whatever its port and scope. */
+/* True if n contains a; port and scope are ignored. */
 static bool
 network_has(const struct network *n, const struct address *a)
 {
@@ -4284,7 +4283,7 @@ day_index(struct text t)
 	return t.len == 3 ? name_index(t, "SunMonTueWedThuFriSat", 7) : -1;
 }
 
-/* One day, or all from one to another, which may wrap; as bits, 0: wrong. */
+/* Parses a day or a range of days, which may wrap, into bits; 0: invalid. */
 static unsigned
 days_between(struct text t)
 {
@@ -4300,7 +4299,7 @@ days_between(struct text t)
 	return days;
 }
 
-/* Days and ranges of days with commas between them. */
+/* Parses days and ranges of days, separated by commas. */
 static bool
 days_parse(struct text t, unsigned *days)
 {
@@ -4321,7 +4320,7 @@ days_parse(struct text t, unsigned *days)
 	return true;
 }
 
-/* Takes hh:mm and the c after it: a minute of the day, to 1440, or -1. */
+/* Takes hh:mm and the c after it.  A minute of the day, to 1440, or -1. */
 static int
 minute_next(struct text *t, char c)
 {
@@ -4333,7 +4332,7 @@ minute_next(struct text *t, char c)
 	return (int)(hour * 60 + minute);
 }
 
-/* hh:mm-hh:mm: the first minute, and the one after the last. */
+/* Parses hh:mm-hh:mm: the first minute, and the minute after the last. */
 static bool
 hours_parse(struct text t, int *from, int *to)
 {
@@ -4349,7 +4348,7 @@ hours_parse(struct text t, int *from, int *to)
 
 /*
  * True if `when` is in s.  A range past midnight belongs to the day on
- * which it begins: 22:00-06:00 of Fri ends on Saturday.
+ * which it begins: Fri 22:00-06:00 ends on Saturday.
  */
 static bool
 span_has(const struct span *s, const struct tm *when)
@@ -4363,7 +4362,7 @@ span_has(const struct span *s, const struct tm *when)
 	return (today && minute >= s->from) || (yesterday && minute < s->to);
 }
 
-/* A number, or first-last; none above max. */
+/* Parses a number, or first-last; both at most max. */
 static bool
 numbers_parse(struct text t, uint64_t max, struct numbers *r)
 {
@@ -4389,7 +4388,7 @@ numbers_have(const struct numbers *r, uint64_t n)
 	return n >= r->first && n <= r->last;
 }
 
-/* A number of seconds, or one followed by s, m, h or d. */
+/* Parses a number followed by s, m, h or d; without a unit, seconds. */
 static bool
 duration_parse(struct text t, int64_t *seconds)
 {
@@ -4403,10 +4402,7 @@ duration_parse(struct text t, int64_t *seconds)
 	return true;
 }
 
-/*
- * How many bytes of n match when c follows the first `matched` of them, which
- * are not all.
- */
+/* Bytes of n that match after c, if `matched`, not all, did before it. */
 static unsigned char
 needle_step(const struct needle *n, unsigned char matched, char c)
 {
@@ -4417,7 +4413,7 @@ needle_step(const struct needle *n, unsigned char matched, char c)
 	return (unsigned char)(matched + (n->text[matched] == c));
 }
 
-/* Makes a needle of t, which must stay; false if it is empty or too long. */
+/* Makes a needle of t, which must outlive it; false if empty or too long. */
 static bool
 needle_make(struct needle *n, struct text t)
 {
@@ -4435,8 +4431,8 @@ needle_make(struct needle *n, struct text t)
 
 /*
  * Looks for n in t, the next bytes of a stream.  *state is the caller's: how
- * many bytes of n the stream ends with, 0 at its beginning.  True once n has
- * been there, and ever after.
+ * many bytes of n the stream ends with, 0 at its beginning.  True from the
+ * time when n was found.
  */
 static bool
 needle_scan(const struct needle *n, unsigned char *state, struct text t)
@@ -4456,15 +4452,15 @@ needle_scan(const struct needle *n, unsigned char *state, struct text t)
 
 /* ---- text files ---- */
 
-/* Cuts a file into lines. */
+/* Splits a file into lines. */
 struct reader {
-	bool eof;                     /* the file has no more */
-	bool cut;                     /* the last line is not complete yet */
-	size_t start, end;            /* the bytes in data that are left */
-	char data[RULE_LINE_MAX + 2]; /* an LF behind one that is too long */
+	bool eof;                     /* at the end of the file */
+	bool cut;                     /* the last line returned has no LF */
+	size_t start, end;            /* the bytes left in data */
+	char data[RULE_LINE_MAX + 2]; /* a line one too long, with its LF */
 };
 
-/* Prepares r for the beginning of a file. */
+/* Prepares r for the start of a file. */
 static void
 reader_begin(struct reader *r)
 {
@@ -4473,9 +4469,9 @@ reader_begin(struct reader *r)
 }
 
 /*
- * Reads the next line without its LF; it is valid until the next call.  One
- * that is longer than r->data comes in pieces.  Returns 1, 0 at the end of the
- * file, or -1 with errno set.
+ * Reads the next line without its LF; it is valid until the next call.  A line
+ * longer than r->data comes in pieces.  Returns 1, 0 at the end of the file,
+ * or -1 with errno set.
  */
 static int
 reader_next(struct reader *r, int fd, struct text *line)
@@ -4506,19 +4502,19 @@ reader_next(struct reader *r, int fd, struct text *line)
 /* ---- lists of domains ---- */
 
 /*
- * Block lists as they are downloaded: hosts files, a domain a line, lines of
- * dnsmasq, of Adblock, also mixed.  A name in a list covers itself and all
- * that is below it; an exception wins over every name of its list.  A line
- * that is not understood blocks nothing and is counted.  A million domains
- * take 12 MB, for only hashes are kept.  The hash is no secret: somebody could
- * make a name of their own that is taken for a listed one, and have it blocked.
+ * Block lists as they are downloaded: hosts files, a domain on each line,
+ * dnsmasq or Adblock lines, also mixed.  A name covers itself and all names
+ * below it; an exception overrides every name of its list.  A line that is not
+ * understood blocks nothing and is counted.  A million domains take 12 MB,
+ * since only hashes are kept.  The hash is not secret: all that an attacker
+ * gains by a collision is to have a name of their own blocked.
  */
 
-static struct reader list_reader; /* of the list that is being read */
+static struct reader list_reader; /* of the list being read */
 
 /*
- * True if t is an address rather than a name: a colon, or a last label that
- * is a number, which no top-level domain is.
+ * True if t is an address, not a name: it has a colon, or its last label is a
+ * number, as no top-level domain is.
  */
 static bool
 domain_is_numeric(struct text t)
@@ -4537,7 +4533,7 @@ domain_is_numeric(struct text t)
 	return t.len > 0;
 }
 
-/* True if t, which has no dot at its end, may stand in a list. */
+/* True if t, without a trailing dot, is a name that a list may contain. */
 static bool
 domain_is_valid(struct text t)
 {
@@ -4564,7 +4560,7 @@ domain_parent(struct text t)
 	return text_from(t, n < t.len ? n + 1 : n);
 }
 
-/* t in small letters; it fits into the DOMAIN_MAX bytes of `to`. */
+/* Copies t in lower case to `to`, which has room for it. */
 static struct text
 domain_lower(struct text t, char *to)
 {
@@ -4578,7 +4574,7 @@ domain_lower(struct text t, char *to)
 	return text_cut(to, t.len);
 }
 
-/* The value in the slot of a name in lower case. */
+/* The value that a lower-case name has in its slot. */
 static uint64_t
 list_hash(struct text name)
 {
@@ -4589,7 +4585,7 @@ list_hash(struct text name)
 	return (hash & ~(uint64_t)LIST_EXCEPTION) | LIST_TAKEN;
 }
 
-/* The slot where hash is, or the empty one where it would be. */
+/* The slot of hash, or the empty slot where it would go. */
 static uint64_t *
 list_slot(const struct list *list, uint64_t hash)
 {
@@ -4601,7 +4597,7 @@ list_slot(const struct list *list, uint64_t hash)
 	return &list->slots[i];
 }
 
-/* Empty slots for n names, of which two thirds will be taken. */
+/* Allocates slots for n names, which fill two thirds; false if it can't. */
 static bool
 list_make(struct list *list, size_t n)
 {
@@ -4614,8 +4610,8 @@ list_make(struct list *list, size_t n)
 }
 
 /*
- * Takes a name in, or an exception; in the first pass it is only counted.
- * Returns false if it is no domain.
+ * Adds a name or an exception; the first pass only counts it.  False if it is
+ * not a domain.
  */
 static bool
 list_add(struct list *list, struct text name, bool exception)
@@ -4636,7 +4632,7 @@ list_add(struct list *list, struct text name, bool exception)
 	return true;
 }
 
-/* The same for `name`, `.name` and `*.name`, which all mean one. */
+/* The same for `name`, `.name` and `*.name`, which are equivalent. */
 static bool
 list_add_tree(struct list *list, struct text name)
 {
@@ -4647,7 +4643,7 @@ list_add_tree(struct list *list, struct text name)
 	return list_add(list, name, false);
 }
 
-/* Cuts off the first word of rest, and the blanks after it. */
+/* Takes the first word off rest, and the blanks after it. */
 static struct text
 word_next(struct text *rest)
 {
@@ -4660,13 +4656,13 @@ word_next(struct text *rest)
 	return word;
 }
 
-/* Names that every hosts file has, and that no list means to block. */
+/* Names that hosts files contain but do not mean to block. */
 static const char *const list_locals[] = { "0.0.0.0", "broadcasthost",
 	"ip6-allhosts", "ip6-allnodes", "ip6-allrouters", "ip6-localhost",
 	"ip6-localnet", "ip6-loopback", "ip6-mcastprefix", "local", "localhost",
 	"localhost.localdomain", NULL };
 
-/* True if a name with this address is meant to lead nowhere. */
+/* True if a list uses this address to block names. */
 static bool
 list_is_nowhere(struct text address)
 {
@@ -4677,8 +4673,8 @@ list_is_nowhere(struct text address)
 }
 
 /*
- * `ADDRESS name name ...`; with another address than one that leads nowhere
- * (fe80::1%lo0) only the local names are understood.
+ * `ADDRESS name name ...`; if the address does not block (fe80::1%lo0), only
+ * the local names are understood.
  */
 static bool
 list_hosts(struct list *list, struct text line)
@@ -4698,8 +4694,8 @@ list_hosts(struct list *list, struct text line)
 }
 
 /*
- * `/name/name/TO`: TO must be nothing, or an address (is_address) that leads
- * nowhere; other servers for a name do not block it.
+ * `/name/name/TO`: TO must be empty or, if is_address, an address that blocks;
+ * another DNS server for a name does not block it.
  */
 static bool
 list_dnsmasq(struct list *list, struct text line, bool is_address)
@@ -4727,7 +4723,7 @@ list_dnsmasq(struct list *list, struct text line, bool is_address)
 	return good;
 }
 
-/* `||name^` or `@@||name^`; options would make it mean less or more. */
+/* `||name^` or `@@||name^`; not with options, which change its meaning. */
 static bool
 list_adblock(struct list *list, struct text line)
 {
@@ -4741,8 +4737,8 @@ list_adblock(struct list *list, struct text line)
 }
 
 /*
- * The line without blanks, CR and a comment behind a blank.  `##.name` and
- * `###name` are no comments but Adblock's rules about what pages look like.
+ * The line without its CR, outer blanks and comment.  `##.name` and `###name`
+ * are not comments but Adblock rules that hide parts of pages.
  */
 static struct text
 list_strip(struct text line)
@@ -4764,7 +4760,7 @@ list_strip(struct text line)
 	return text_trim(line);
 }
 
-/* Adds the names in a line; false: something is not understood. */
+/* Adds the names in a line; false if part of it is not understood. */
 static bool
 list_line(struct list *list, struct text line)
 {
@@ -4786,8 +4782,8 @@ list_line(struct list *list, struct text line)
 }
 
 /*
- * Takes a line of the file, or a piece of one that is too long; `begins` is
- * true of its first.  False if a NUL is in it.
+ * Handles a line of the file, or a piece of a long one; `begins` marks its
+ * first piece.  False if it contains a NUL.
  */
 static bool
 list_take(struct list *list, struct text t, bool begins)
@@ -4802,7 +4798,7 @@ list_take(struct list *list, struct text t, bool begins)
 	return true;
 }
 
-/* Goes to the start of the file for a pass; false, errno set, if it can't. */
+/* Starts a pass over the file; false, with errno, on failure. */
 static bool
 list_rewind(struct list *list)
 {
@@ -4812,8 +4808,8 @@ list_rewind(struct list *list)
 }
 
 /*
- * The end of the file has come: after the first pass there are slots for the
- * second.  Returns as list_step().
+ * Handles the end of the file: after the first pass, allocates the slots and
+ * starts the second.  Returns as list_step() does.
  */
 static int
 list_pass_end(struct list *list, char *why, size_t size)
@@ -4835,9 +4831,9 @@ list_pass_end(struct list *list, char *why, size_t size)
 }
 
 /*
- * Opens the file, or reads some lines of it.  Returns 1 when the list is
- * complete, 0 if there is more to do, -1 if it can't be had: why, of size
- * bytes, says why.  A FIFO is refused, not waited for.
+ * Opens the file if need be, and reads some lines.  Returns 1 when the list is
+ * complete, 0 if there is more to do, -1 on failure, with the reason in why,
+ * of size bytes.  A FIFO is refused, since reading it might block.
  */
 static int
 list_step(struct list *list, char *why, size_t size)
@@ -4870,7 +4866,7 @@ list_step(struct list *list, char *why, size_t size)
 	return got == 1 ? 0 : -1;
 }
 
-/* Reading the list has ended: closes its file. */
+/* Ends the reading of a list: closes its file. */
 static void
 list_end(struct list *list)
 {
@@ -4880,7 +4876,7 @@ list_end(struct list *list)
 	list->ms = (clock_us() - list->begun) / 1000;
 }
 
-/* Empties a list: it covers nothing then. */
+/* Frees the slots of a list, which then covers nothing. */
 static void
 list_free(struct list *list)
 {
@@ -4890,7 +4886,7 @@ list_free(struct list *list)
 	list->size = list->used = 0;
 }
 
-/* True if the list covers host: a name in any case, a dot may end it. */
+/* True if the list covers host, in any case, with or without final dots. */
 static bool
 list_has(const struct list *list, struct text host)
 {
@@ -13797,8 +13793,8 @@ loop_poll(void)
 }
 
 /*
- * Records the events of the first n places.  They are visited upwards, as
- * poll_warm() swaps with a lower place.  True if a kept connection had one.
+ * Records the events of the first n places.  Goes upwards, as poll_warm() may
+ * swap only with places already seen.  True if a kept connection had one.
  */
 static bool
 loop_note(size_t n)
@@ -14084,7 +14080,7 @@ loop_report(void)
 	    (unsigned long long)exchanges.count);
 }
 
-/* Stops accepting; exchanges have drain_ms to finish.  Twice: exits. */
+/* Stops accepting and gives exchanges drain_ms; a second call exits. */
 static void
 loop_stop(int64_t drain_ms)
 {
@@ -14147,8 +14143,8 @@ command_reap(void)
 }
 
 /*
- * INT or TERM: stops the proxy.  If it runs a command, that gets the signal
- * instead, unless the terminal has sent it there already.
+ * INT or TERM: stops the proxy.  A command gets the signal instead, and the
+ * proxy waits for its end; a terminal has sent it to both already.
  */
 static void
 loop_end(int number, bool terminal)
