@@ -4913,7 +4913,7 @@ list_has(const struct list *list, struct text host)
 
 /* ---- judging ---- */
 
-/* True if the pattern matches: `.x` is every name below x, else the same. */
+/* True if pattern matches: `.x` any name below x, another the same name. */
 static bool
 host_matches(struct text pattern, struct text name)
 {
@@ -4925,7 +4925,7 @@ host_matches(struct text pattern, struct text name)
 	return text_same(pattern, name);
 }
 
-/* A text from a head as the string that regexec(3) wants. */
+/* Copies t, a text from a head, to a string and runs regexec(3) on it. */
 static bool
 regex_matches(const regex_t *regex, struct text t)
 {
@@ -4936,8 +4936,8 @@ regex_matches(const regex_t *regex, struct text t)
 }
 
 /*
- * The URL of the request, its host in lower case; for CONNECT host:port.
- * Made once for a view, and valid until another view asks.
+ * The URL of the request, its host in lower case; host:port for CONNECT.
+ * Built once for each view, and valid until another view builds its own.
  */
 static const char *
 view_url(struct view *v)
@@ -4963,7 +4963,7 @@ view_url(struct view *v)
 	return url;
 }
 
-/* type/subtype, or type followed by a star; parameters do not count. */
+/* True if type is `wanted`, which may end in a star; ignores parameters. */
 static bool
 type_matches(struct text wanted, struct text type)
 {
@@ -4977,8 +4977,8 @@ type_matches(struct text wanted, struct text type)
 }
 
 /*
- * True if a field of that name has a value that matches.  If a server names
- * several types, some clients take the first and some the last: each counts.
+ * True if a field of that name has a matching value.  If a server sends
+ * several types, some clients use the first, some the last: all are tested.
  */
 static bool
 field_matches(const struct head *h, const struct condition *c, struct text name,
@@ -4997,8 +4997,8 @@ field_matches(const struct head *h, const struct condition *c, struct text name,
 }
 
 /*
- * True if a value of the condition is what v shows.  That a body is too long,
- * or that a text is in it, may be seen before all of it has passed.
+ * True if a value of the condition matches the facts in v.  A body may be seen
+ * to be too long, or to contain a text, before all of it has passed.
  */
 static bool
 value_matches(const struct condition *c, const struct value *value,
@@ -5051,10 +5051,10 @@ value_matches(const struct condition *c, const struct value *value,
 }
 
 /*
- * The subjects: the facts that they need; single: a message has one, so that
- * two conditions about it can't both match; any: the word that means more
- * unless it is quoted; max: the largest of their numbers; wants: what their
- * values are.
+ * The subjects.  needs: facts; single: a message has only one, so that two
+ * conditions on it can't both match; any: a word that is special unless it is
+ * quoted; max: the largest number allowed; wants: a description of the values,
+ * for errors.
  */
 static const struct {
 	const char *word;
@@ -5093,9 +5093,9 @@ static const struct {
 };
 
 /*
- * One condition.  If a fact that it needs can never be known, it does not
- * match, inverted or not.  The part of a body that has passed can show that it
- * matches, but not that it does not.
+ * Judges a condition.  If a fact that it needs can never be known, it does not
+ * match, inverted or not.  A part of a body can show that a value matches, but
+ * not that none does.
  */
 static enum truth
 condition_judge(const struct condition *c, struct view *v)
@@ -5112,7 +5112,7 @@ condition_judge(const struct condition *c, struct view *v)
 	return hit != c->inverted ? TRUTH_YES : TRUTH_NO;
 }
 
-/* One rule: all its conditions must match. */
+/* Judges a rule: all its conditions must match. */
 static enum truth
 rule_judge(const struct rule *rule, struct view *v)
 {
@@ -5129,7 +5129,7 @@ rule_judge(const struct rule *rule, struct view *v)
 	return all;
 }
 
-/* True if the rule, of the access group, denies the request that v shows. */
+/* True if the rule, of the access group, would deny the request in v. */
 static bool
 rule_refuses(const struct rule *rule, const struct view *v)
 {
@@ -5138,7 +5138,7 @@ rule_refuses(const struct rule *rule, const struct view *v)
 }
 
 /*
- * The rules of a group: the first that matches decides.  If one before it is
+ * Judges a group: the first rule that matches decides.  If a rule before it is
  * undecided, so is the verdict, unless every rule that could still decide is a
  * denial: then no more facts are needed.
  */
@@ -5171,7 +5171,7 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 	return verdict;
 }
 
-/* The first undecided condition of an undecided rule, NULL of another. */
+/* The first undecided condition of an undecided rule, else NULL. */
 static const struct condition *
 rule_lacks(const struct rule *rule, struct view *v)
 {
@@ -5186,9 +5186,9 @@ rule_lacks(const struct rule *rule, struct view *v)
 }
 
 /*
- * Looks for the texts of `body` in the next bytes of a body.  states has
- * NEEDLES_MAX bytes, which are 0 at first.  Returns the texts that were found,
- * now or before, as bits.
+ * Looks for the texts of `body` conditions in the next bytes of a body.
+ * `states` has NEEDLES_MAX bytes, 0 at first.  Returns the texts found so far
+ * as bits.
  */
 static unsigned
 rules_seek(const struct rules *rules, unsigned char *states, struct text piece)
@@ -5201,7 +5201,7 @@ rules_seek(const struct rules *rules, unsigned char *states, struct text piece)
 	return found;
 }
 
-/* True if a rule about the body may match the response to what v shows. */
+/* True if a rule on the body may match the response to v's request. */
 static bool
 rules_seek_body(const struct rules *rules, struct view *v)
 {
@@ -5215,8 +5215,8 @@ rules_seek_body(const struct rules *rules, struct view *v)
 }
 
 /*
- * True if a rule may touch fields of that name: none that frames or routes
- * the message.  A star may stand for the rest of a name.
+ * True if rules may change fields of that name, which may end in a star:
+ * those that do not frame or route the message.
  */
 static bool
 name_is_free(struct text name)
@@ -5229,8 +5229,8 @@ name_is_free(struct text name)
 }
 
 /*
- * True if a rule takes fields of that name away, or replaces them; never those
- * that no rule may touch, even if a star stands for them.
+ * True if a rule removes or replaces fields of that name; never those that no
+ * rule may change, even if its star matches them.
  */
 static bool
 rule_takes(const struct rule *rule, struct text name)
@@ -5250,7 +5250,7 @@ rule_takes(const struct rule *rule, struct text name)
 	return takes && name_is_free(name);
 }
 
-/* Removes the fields that a rule takes: of the head, and of earlier rules. */
+/* Removes the fields that a rule takes, from the head and earlier rules. */
 static void
 rewrites_take(struct rewrites *w, const struct rule *rule, const struct head *h)
 {
@@ -5268,9 +5268,9 @@ rewrites_take(struct rewrites *w, const struct rule *rule, const struct head *h)
 }
 
 /*
- * Applies all rules of a rewriting group that match, in their order, to the
- * head that v shows.  So that a text can be sought in the response, it must
- * not be compressed.
+ * Applies all matching rules of a rewriting group, in order, to the head in v.
+ * If rules look for a text in the response, removes Accept-Encoding: the body
+ * must not be compressed.
  */
 static void
 rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
@@ -5318,8 +5318,8 @@ account_find(const struct rules *rules, struct text user, struct text password)
 }
 
 /*
- * Who the client says it is, and proves to be: Proxy-Authorization with the
- * Basic scheme.  NULL if it does not.
+ * The user who logs in by Proxy-Authorization with the Basic scheme.  NULL if
+ * the login is missing or wrong.
  */
 static const struct account *
 account_login(const struct rules *rules, const struct head *h)
@@ -5346,23 +5346,23 @@ account_login(const struct rules *rules, const struct head *h)
 /* A word of a rule; a NUL follows it. */
 struct word {
 	struct text t;
-	bool quoted; /* it has no meaning of its own */
+	bool quoted; /* it is not a keyword */
 };
 
-/* The rule that is being read. */
+/* The rule being read. */
 struct parser {
-	struct rules *rules;   /* to which it is added */
-	const char *file;      /* in which it stands */
-	unsigned line;         /* in it, or 0 if it has only one */
-	bool bad;              /* something is wrong with it */
-	enum rule_group group; /* to which it belongs */
-	size_t n, at;          /* words, and the next of them */
+	struct rules *rules;   /* it is added to these */
+	const char *file;      /* that contains it, or an option */
+	unsigned line;         /* number in the file; 0: has only one */
+	bool bad;              /* an error in it was reported */
+	enum rule_group group; /* of the rule */
+	size_t n, at;          /* number of words, index of the next */
 	struct word words[WORDS_MAX];
 	struct rule **end[GROUPS]; /* where the next rule goes */
 	struct rule **guard;       /* where the guards go, or NULL */
 };
 
-/* `file:line` of the rule that is being read; valid until the next call. */
+/* `file:line` of the rule being read; valid until the next call. */
 static const char *
 parser_where(const struct parser *p)
 {
@@ -5373,7 +5373,7 @@ parser_where(const struct parser *p)
 	return where;
 }
 
-/* Reports that a rule is wrong, and where; only once for each rule. */
+/* Reports an error and where it is; only the first error of each rule. */
 static void
 parser_error(struct parser *p, const char *format, ...)
 {
@@ -5390,7 +5390,7 @@ parser_error(struct parser *p, const char *format, ...)
 	warn("%s: %s", parser_where(p), words);
 }
 
-/* Reports that `keyword` can't have this value, and what it wants. */
+/* Reports an invalid value of `keyword`, and what to write instead. */
 static void
 parser_invalid(struct parser *p, const char *keyword, const struct word *word,
     const char *wants)
@@ -5400,8 +5400,8 @@ parser_invalid(struct parser *p, const char *keyword, const struct word *word,
 }
 
 /*
- * n zeroed bytes that are freed with the rules.  NULL if there is no memory,
- * which makes the rule wrong.
+ * Allocates n zeroed bytes, freed with the rules.  NULL, after an error,
+ * without memory.
  */
 static void *
 parser_new(struct parser *p, size_t n)
@@ -5417,7 +5417,7 @@ parser_new(struct parser *p, size_t n)
 	return piece->data;
 }
 
-/* A copy of t as a string that is freed with the rules, or NULL. */
+/* Copies t to a string that is freed with the rules; NULL without memory. */
 static char *
 parser_copy(struct parser *p, struct text t)
 {
@@ -5449,7 +5449,7 @@ rules_give(struct rules **at)
 	free(rules);
 }
 
-/* The subject that a word names, SUBJECTS if none. */
+/* The subject that a word names, or SUBJECTS. */
 static enum subject
 subject_find(const struct word *word)
 {
@@ -5461,7 +5461,7 @@ subject_find(const struct word *word)
 	return (enum subject)i;
 }
 
-/* The next word if it is a value: neither a subject nor `not`.  Or NULL. */
+/* The next word if it is a value, not a subject or `not`; else NULL. */
 static const struct word *
 parser_value(struct parser *p)
 {
@@ -5473,7 +5473,7 @@ parser_value(struct parser *p)
 	return word;
 }
 
-/* Takes the next word if it is a value. */
+/* Takes the next word if it is a value; else NULL. */
 static const struct word *
 parser_take(struct parser *p)
 {
@@ -5483,7 +5483,7 @@ parser_take(struct parser *p)
 	return word;
 }
 
-/* Takes the next word if it is this one, and is not quoted. */
+/* Takes the next word if it is `string`, unquoted; false if it is not. */
 static bool
 parser_takes(struct parser *p, const char *string)
 {
@@ -5508,8 +5508,8 @@ parser_missing(struct parser *p, const char *keyword)
 }
 
 /*
- * Undoes the quotes of a word, of which the first is at *t, in place.  False if
- * there is no second quote.
+ * Removes in place the quotes of the word at *t, and moves *t behind it.
+ * False if the closing quote is missing or not at the end of the word.
  */
 static bool
 word_unquote(char **t, struct word *word)
@@ -5530,7 +5530,7 @@ word_unquote(char **t, struct word *word)
 	return **t == '\0' || is_among(**t, " \t");
 }
 
-/* Splits a line, which is overwritten, into words; false if it is wrong. */
+/* Splits a line, in place, into words; false after an error. */
 static bool
 parser_split(struct parser *p, char *line)
 {
@@ -5556,7 +5556,7 @@ parser_split(struct parser *p, char *line)
 
 /* ---- the values of conditions ---- */
 
-/* Refuses a rule that asks for a user if there are none. */
+/* Refuses a rule that needs a user if there are no users. */
 static void
 parser_logins(struct parser *p)
 {
@@ -5564,7 +5564,7 @@ parser_logins(struct parser *p)
 		parser_error(p, "nobody can log in: no line `users' before it");
 }
 
-/* A method; in capitals, unless it is quoted. */
+/* True if the word is a method: in capitals, unless it is quoted. */
 static bool
 method_fits(const struct word *word)
 {
@@ -5577,7 +5577,7 @@ method_fits(const struct word *word)
 	return text_is_token(word->t);
 }
 
-/* A host, or all hosts below one; a dot at the end does not count. */
+/* Parses a host, or `.host` for all below it; drops a trailing dot. */
 static bool
 host_parse(struct text *t)
 {
@@ -5597,7 +5597,7 @@ host_parse(struct text *t)
 	    (text_find(*t, ':') == t->len || address_parse(*t, 0, &a));
 }
 
-/* Compiles the regular expression at `string` into the newest value. */
+/* Compiles `string` into value, which must be the newest piece. */
 static bool
 regex_parse(struct parser *p, const char *string, struct value *value)
 {
@@ -5621,7 +5621,7 @@ regex_parse(struct parser *p, const char *string, struct value *value)
 	return true;
 }
 
-/* [request|response] NAME REGEX; `word` is the first of them. */
+/* Parses [request|response] NAME REGEX; `word` is the first of them. */
 static bool
 value_field(struct parser *p, struct condition *c, const struct word *word,
     struct value *value)
@@ -5647,8 +5647,8 @@ value_field(struct parser *p, struct condition *c, const struct word *word,
 }
 
 /*
- * Days, or hours, or days followed by hours.  More hours are of the same days;
- * so days that follow hours alone would be misread.
+ * Parses days, hours, or days and hours.  Further hours have the same days, so
+ * days after hours without days are an error: they would be misread.
  */
 static bool
 time_parse(struct parser *p, const struct condition *c, struct value *value)
@@ -5673,7 +5673,7 @@ time_parse(struct parser *p, const struct condition *c, struct value *value)
 	return true;
 }
 
-/* type/subtype; a star may be all or the end of the latter. */
+/* True if t is type/subtype; the subtype may end in a star. */
 static bool
 type_parse(struct text t)
 {
@@ -5685,7 +5685,7 @@ type_parse(struct text t)
 	    text_is_token(text_from(t, slash + 1));
 }
 
-/* >n or <n, as a range; one of both is true of nearly everything. */
+/* Parses >n or <n; as two values, nearly every size would match one. */
 static bool
 size_bound_parse(struct parser *p, const struct condition *c,
     struct value *value)
@@ -5706,7 +5706,7 @@ size_bound_parse(struct parser *p, const struct condition *c,
 	return true;
 }
 
-/* A text to be sought; each has its own place in an exchange. */
+/* Parses a text to find in bodies; each takes one of NEEDLES_MAX places. */
 static bool
 needle_parse(struct parser *p, struct value *value)
 {
@@ -5722,7 +5722,7 @@ needle_parse(struct parser *p, struct value *value)
 	return !p->bad;
 }
 
-/* A file of domains; it is read after all rules, see rules_read_lists(). */
+/* Adds a file of domains; rules_read_lists() reads it after all rules. */
 static bool
 list_parse(struct parser *p, struct value *value)
 {
@@ -5748,8 +5748,8 @@ list_parse(struct parser *p, struct value *value)
 }
 
 /*
- * Parses one value: `word`, and the words after it that belong to it.  False
- * if the subject can't have this value.
+ * Parses one value: `word` and the words after it that belong to it.  False
+ * if it is not valid for the subject.
  */
 static bool
 value_parse(struct parser *p, struct condition *c, const struct word *word,
@@ -5790,7 +5790,7 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 	return false;
 }
 
-/* The values of a condition, up to the next; the last is the first to match. */
+/* Parses the values of a condition, and lists them in reverse order. */
 static void
 condition_values(struct parser *p, struct condition *c)
 {
@@ -5837,9 +5837,9 @@ condition_repeats(const struct rule *rule, const struct condition *c)
 }
 
 /*
- * Parses a condition.  One that would never be known in time is refused: the
- * route and the fields of a request can't depend on the response, nor the
- * caching and the fields of a response on its body.
+ * Parses a condition.  Refuses one whose facts would come too late: the route
+ * and the fields of a request can't depend on the response, nor the caching
+ * and the fields of a response on its body.
  */
 static void
 condition_parse(struct parser *p, const struct rule *rule, struct condition *c)
@@ -5867,7 +5867,7 @@ condition_parse(struct parser *p, const struct rule *rule, struct condition *c)
 		    c->word);
 }
 
-/* All conditions of a rule, up to its end. */
+/* Parses all conditions of a rule, up to its end. */
 static void
 conditions_parse(struct parser *p, struct rule *rule)
 {
@@ -5896,7 +5896,7 @@ conditions_parse(struct parser *p, struct rule *rule)
 
 /* ---- actions ---- */
 
-/* deny [status] ["reason"]: one of them. */
+/* Takes one argument of: deny [status] ["reason"] */
 static bool
 deny_take(struct parser *p, struct rule *rule, const struct word *word)
 {
@@ -5919,7 +5919,7 @@ deny_take(struct parser *p, struct rule *rule, const struct word *word)
 	return true;
 }
 
-/* One half of user:password@, with %XX undone as in any URL. */
+/* Decodes %XX in a user or password of a URL; false if it is too long. */
 static bool
 credential_parse(struct text t, char *to)
 {
@@ -5942,8 +5942,8 @@ credential_parse(struct text t, char *to)
 }
 
 /*
- * Takes the login before a parent's host, up to the last @, from t.  Returns
- * NULL, or the error.
+ * Takes the login, up to the last @, off t, which goes on with the parent's
+ * host.  Returns NULL or the error.
  */
 static const char *
 parent_login(struct text *t, struct parent *p)
@@ -5970,8 +5970,8 @@ parent_login(struct text *t, struct parent *p)
 }
 
 /*
- * http:// or socks5://, [user:password@]host:port, into p, which is zeroed.
- * Returns NULL, or the error, which never shows the password.
+ * Parses http:// or socks5://, [user:password@]host:port, into p, which is
+ * zeroed.  Returns NULL or the error, which never shows the password.
  */
 static const char *
 parent_parse(struct text t, struct parent *p)
@@ -5980,7 +5980,7 @@ parent_parse(struct text t, struct parent *p)
 	struct target target = { .host = { "", 0 } };
 	const char *why;
 
-	/* secret_hide() masks a login up to one of these. */
+	/* secret_hide() masks a login only up to one of these. */
 	if (strpbrk(t.at, " \t\"") != NULL)
 		return "a blank or a quote in it; write it as %XX";
 	p->id = ++id;
@@ -6002,7 +6002,7 @@ parent_parse(struct text t, struct parent *p)
 	return NULL;
 }
 
-/* via URL ... [direct]: one of them. */
+/* Takes one argument of: via URL ... [direct] */
 static bool
 via_take(struct parser *p, struct rule *rule, const struct word *word)
 {
@@ -6024,7 +6024,7 @@ via_take(struct parser *p, struct rule *rule, const struct word *word)
 	return true;
 }
 
-/* from ADDRESS [ADDRESS]: one of them. */
+/* Takes one argument of: from ADDRESS [ADDRESS] */
 static bool
 from_take(struct parser *p, struct rule *rule, const struct word *word)
 {
@@ -6038,7 +6038,7 @@ from_take(struct parser *p, struct rule *rule, const struct word *word)
 	return true;
 }
 
-/* cache DURATION */
+/* Takes the argument of: cache DURATION */
 static bool
 cache_take(struct parser *p, struct rule *rule, const struct word *word)
 {
@@ -6046,7 +6046,7 @@ cache_take(struct parser *p, struct rule *rule, const struct word *word)
 	return duration_parse(word->t, &rule->seconds);
 }
 
-/* set, add NAME VALUE; unset NAME ...: one of them. */
+/* Takes one argument of: set|add NAME VALUE, or unset NAME ... */
 static bool
 rewrite_take(struct parser *p, struct rule *rule, const struct word *word)
 {
@@ -6073,9 +6073,9 @@ rewrite_take(struct parser *p, struct rule *rule, const struct word *word)
 }
 
 /*
- * The actions: their group, that of requests for those that rewrite; how many
- * arguments there may be, and how one is taken: false if it is not valid;
- * wants: what they are.
+ * The actions.  group: GROUP_REQUEST stands for both rewriting groups; min,
+ * max: number of arguments; take: takes one, false if it is not valid; wants:
+ * a description of them, for errors.
  */
 static const struct {
 	const char *word;
@@ -6103,7 +6103,7 @@ static const struct {
 	    "the name of a field" },
 };
 
-/* Takes the arguments of an action: as many as it must have, and values. */
+/* Takes an action's arguments: `min` words of any kind, then values. */
 static void
 arguments_parse(struct parser *p, struct rule *rule)
 {
@@ -6127,8 +6127,8 @@ arguments_parse(struct parser *p, struct rule *rule)
 }
 
 /*
- * Sets the group of a rule; those that rewrite say whether it is that of
- * requests or that of responses, of which each has its limit.
+ * Sets the group of a rule.  A rewriting rule says whether it applies to
+ * requests or to responses; each of these groups has its limit.
  */
 static void
 action_group(struct parser *p, enum rule_group group)
@@ -6146,8 +6146,8 @@ action_group(struct parser *p, enum rule_group group)
 }
 
 /*
- * A rule with an action, split into words.  Users are shown its line without
- * blanks around it and without passwords.
+ * Parses a rule, which is split into words.  Messages show its line without
+ * outer blanks and with passwords masked.
  */
 static void
 rule_parse(struct parser *p, struct text line)
@@ -6173,7 +6173,7 @@ rule_parse(struct parser *p, struct text line)
 		parser_logins(p);
 	arguments_parse(p, rule);
 	conditions_parse(p, rule);
-	/* The built-in rule without conditions is for all other clients. */
+	/* The built-in rule without conditions refuses foreign clients. */
 	rule->refusal = rule->built_in && rule->conditions == NULL ?
 	    REFUSE_FOREIGN :
 	    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED :
@@ -6183,7 +6183,7 @@ rule_parse(struct parser *p, struct text line)
 	p->end[p->group] = &rule->next;
 }
 
-/* True if t is a hash as crypt(3), htpasswd(1) or LDAP write them. */
+/* True if t looks like a hash of crypt(3), htpasswd(1) or LDAP. */
 static bool
 secret_is_hash(struct text t)
 {
@@ -6196,7 +6196,7 @@ secret_is_hash(struct text t)
 		(*t.at == '{' && t.at[n] == '}'));
 }
 
-/* One line of a file of users: `user:password`, a comment, or nothing. */
+/* Parses a line of users: `user:password`, a comment, or an empty line. */
 static void
 account_parse(struct parser *p, struct text line)
 {
@@ -6224,7 +6224,7 @@ account_parse(struct parser *p, struct text line)
 	p->rules->accounts = account;
 }
 
-/* True if t may be a line of rules or users; else reports that it is wrong. */
+/* True if t may be a line of rules or users; if not, reports an error. */
 static bool
 line_check(struct parser *p, struct text t)
 {
@@ -6236,9 +6236,9 @@ line_check(struct parser *p, struct text t)
 }
 
 /*
- * Reads a file line by line, each by take(), up to one that can't be text.
- * Others may not read one that is secret.  Once the proxy serves, it must be a
- * regular file, since reading a pipe may block.
+ * Calls take() for each line of a file, until one is not text.  Nobody but the
+ * owner may have access to a secret file.  Once the proxy serves, the file
+ * must be a regular one, since reading a pipe may block.
  */
 static void
 file_read(struct parser *p, const char *path, bool secret,
@@ -6280,7 +6280,7 @@ file_read(struct parser *p, const char *path, bool secret,
 	p->line = line;
 }
 
-/* Parses a line that was checked: a rule, `users`, `guard`, or nothing. */
+/* Parses a checked line: a rule, `users`, `guard`, or an empty line. */
 static void
 line_parse(struct parser *p, struct text line)
 {
@@ -6302,7 +6302,7 @@ line_parse(struct parser *p, struct text line)
 		p->guard = p->end[GROUP_ACCESS];
 }
 
-/* A rule that stands in no file. */
+/* Parses a rule from an option or a built-in rule. */
 static void
 line_take(struct parser *p, const char *file, unsigned line, const char *text)
 {
@@ -6313,7 +6313,7 @@ line_take(struct parser *p, const char *file, unsigned line, const char *text)
 		line_parse(p, text_of(text));
 }
 
-/* The rules that are given, or implied, by options. */
+/* Reads the rules that options contain or imply. */
 static void
 options_read(struct parser *p)
 {
@@ -6347,8 +6347,8 @@ options_read(struct parser *p)
 }
 
 /*
- * The built-in rules: those after all others, and the two guards, which stand
- * where `guard` was, else before all others.
+ * Adds the built-in rules: two after all others, and the two guards where
+ * `guard` stands, or else before all others.
  */
 static void
 rules_built_in(struct parser *p)
@@ -6367,8 +6367,8 @@ rules_built_in(struct parser *p)
 }
 
 /*
- * All rules, read anew.  Those that are wrong are reported and counted; the
- * lists that they name are not read yet.  NULL if there is no memory.
+ * Reads all rules into a new set.  Reports and counts errors; does not read
+ * their lists yet.  NULL without memory.
  */
 static struct rules *
 rules_begin(void)
@@ -6392,8 +6392,8 @@ rules_begin(void)
 }
 
 /*
- * Reads the lists for LIST_STEP_US at most: a large one takes many turns of
- * the loop, and no exchange waits for it.  True when all were read.
+ * Reads lists for LIST_STEP_US at most: a large list takes many turns of the
+ * loop, so that no exchange waits for it.  True when all were read.
  */
 static bool
 rules_read_lists(struct rules *rules)
@@ -6435,8 +6435,8 @@ rules_print(const struct rules *rules)
 }
 
 /*
- * Reads all rules at the start, and prints them if they are right.  False if
- * not; the errors were reported.
+ * Reads all rules at startup; if `print`, also prints them.  False if there
+ * were errors, which were reported.
  */
 static bool
 rules_read(bool print)
@@ -6453,7 +6453,7 @@ rules_read(bool print)
 	return rules != NULL;
 }
 
-/* Begins to read all rules anew; those in force stay so meanwhile. */
+/* Begins to reload all rules; the old ones stay in force meanwhile. */
 static void
 rules_reload(void)
 {
@@ -6464,8 +6464,8 @@ rules_reload(void)
 }
 
 /*
- * True if all files that the rules stand in, or name, can be read again; those
- * that can't are reported.
+ * True if all files that contain rules, or that rules name, can be read
+ * again; reports those that can't.
  */
 static bool
 rules_can_reload(void)
@@ -6488,7 +6488,7 @@ rules_can_reload(void)
 }
 
 /*
- * Continues what rules_reload() began; the new rules are in force when all
+ * Continues what rules_reload() began; the new rules come into force when all
  * were read.  True if there is more to read.
  */
 static bool
@@ -6509,7 +6509,7 @@ rules_step(void)
 
 /*
  * The rules in force, for a request with this head; rules_give() ends their
- * use.  *user becomes the user who logs in with it, if there are users.
+ * use.  If there are users, sets *user to the one who logged in, or NULL.
  */
 static struct rules *
 rules_take(const struct head *h, const struct account **user)
@@ -6541,7 +6541,7 @@ rule_is_local(const struct rule *rule)
 	return false;
 }
 
-/* True if a rule that somebody wrote may let in clients from elsewhere. */
+/* True if a rule of the user may let in clients on other machines. */
 static bool
 rules_let_in(void)
 {
@@ -6555,11 +6555,11 @@ rules_let_in(void)
 	return false;
 }
 
-/* ---- what is known ---- */
+/* ---- facts to judge by ---- */
 
 /*
- * Sets the server's address to a, which must outlive v; if its family is 0,
- * the address will never be known.  An address in the URL is known anyway.
+ * Sets the server's address to a, which must outlive v; family 0 means that it
+ * will never be known.  A numeric host in the URL takes precedence.
  */
 static void
 view_source(struct view *v, const struct address *a)
@@ -6572,7 +6572,7 @@ view_source(struct view *v, const struct address *a)
 	v->never |= a->family ? 0U : FACT_ADDRESS;
 }
 
-/* Adds the response and the length of its body, UINT64_MAX if not known. */
+/* Adds the response and the length of its body, UINT64_MAX if unknown. */
 static void
 view_response(struct view *v, const struct response *r, uint64_t length)
 {
@@ -6590,7 +6590,7 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 }
 
 /*
- * Sets v to the facts that are known of a request at once; q and client must
+ * Sets v to the facts known as soon as a request arrives; q and client must
  * outlive v.  local: the client is on this machine.
  */
 static void
@@ -6613,10 +6613,10 @@ view_begin(struct view *v, const struct request *q,
 }
 
 /*
- * Sets v to the facts that are known of a request so far; x must outlive v.
- * r is the response or NULL, and length that of its body, UINT64_MAX if it is
- * not known.  With a parent, the server's address is known only if the URL has
- * a numeric host; an entry has the address that it came from.
+ * Sets v to the facts known of a request so far; x must outlive v.  r is the
+ * response or NULL; length is its body's, UINT64_MAX if unknown.  With a
+ * parent, the server's address is known only if the URL has a numeric host; an
+ * entry has the address that it came from.
  */
 static void
 exchange_view(const struct exchange *x, const struct response *r,
