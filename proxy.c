@@ -3956,8 +3956,8 @@ exchange_parent(const struct exchange *x)
  * A rule is an action and its conditions; the first rule that matches decides.
  * This section reads and judges rules.  Judging is pure: a view in, a verdict
  * out.  A rule that needs a fact not known yet is undecided and is judged
- * again later.  The address that was judged is the very address that the
- * proxy connects to: it is not looked up again.
+ * again later.  The proxy connects to the very address that was judged: it is
+ * not looked up again.
  *
  * Door: rules_read, rules_reload, rules_can_reload, rules_step, rules_take,
  * rules_give, rules_let_in, view_source, view_begin, exchange_view,
@@ -3975,7 +3975,7 @@ enum {
 	LIST_STEP_US = 1000,
 	/* Domains in one list: 1.2 GB. */
 	LIST_DOMAINS = 100000000,
-	/* The days of hours given without days: all, and a bit to tell. */
+	/* Hours without days: all days, and a bit to tell them apart. */
 	DAYS_ALL = 255,
 	/* The longest duration in a rule: ten years, as good as forever. */
 	DURATION_MAX_S = 10 * 365 * DAY_S,
@@ -3988,7 +3988,7 @@ enum {
 	REASON_MAX = 200,
 	/* Texts to find in bodies; each takes a byte before a kept head. */
 	NEEDLES_MAX = 16,
-	/* Lists of domains in all rules, and the length of their paths. */
+	/* Lists of domains in all rules, and bytes in a list's path. */
 	LISTS_MAX = 32,
 	LIST_PATH_MAX = 1023
 };
@@ -4402,7 +4402,7 @@ duration_parse(struct text t, int64_t *seconds)
 	return true;
 }
 
-/* Bytes of n that match after c, if `matched`, not all, did before it. */
+/* How many bytes of n match after c; `matched`, fewer than all, did before. */
 static unsigned char
 needle_step(const struct needle *n, unsigned char matched, char c)
 {
@@ -4431,8 +4431,8 @@ needle_make(struct needle *n, struct text t)
 
 /*
  * Looks for n in t, the next bytes of a stream.  *state is the caller's: how
- * many bytes of n the stream ends with, 0 at its beginning.  True from the
- * time when n was found.
+ * many bytes of n the stream ends with, 0 at its beginning.  True once n was
+ * found, and ever after.
  */
 static bool
 needle_scan(const struct needle *n, unsigned char *state, struct text t)
@@ -4913,7 +4913,7 @@ list_has(const struct list *list, struct text host)
 
 /* ---- judging ---- */
 
-/* True if pattern matches: `.x` any name below x, another the same name. */
+/* True if pattern matches: `.x` matches all names below x, `x` only x. */
 static bool
 host_matches(struct text pattern, struct text name)
 {
@@ -5942,8 +5942,8 @@ credential_parse(struct text t, char *to)
 }
 
 /*
- * Takes the login, up to the last @, off t, which goes on with the parent's
- * host.  Returns NULL or the error.
+ * Takes the login, up to the last @, off the front of t, and leaves the host.
+ * Returns NULL or the error.
  */
 static const char *
 parent_login(struct text *t, struct parent *p)
@@ -11641,7 +11641,7 @@ exchange_take(void)
 	return x;
 }
 
-/* Changes the phase; no other function does. */
+/* Changes the phase; a refresh gets its first one without this. */
 static void
 exchange_enter(struct exchange *x, enum phase phase)
 {
@@ -11816,7 +11816,7 @@ parent_choose(struct parent *first)
 	return first;
 }
 
-/* Chooses the parent; undecided while the server's address is unknown. */
+/* Chooses the parent; undecided if that needs the server's address. */
 static void
 route_judge(struct exchange *x, struct view *v)
 {
@@ -11833,8 +11833,8 @@ route_judge(struct exchange *x, struct view *v)
 }
 
 /*
- * Judges a new request by the rules now in force, which it keeps to its end.
- * False if it was refused.
+ * Judges a new request by the rules now in force, which apply to it until it
+ * ends.  False if it was refused.
  */
 static bool
 access_begin(struct exchange *x)
@@ -11884,8 +11884,8 @@ access_response(struct exchange *x, const struct response *r, struct text head)
 }
 
 /*
- * Judges a piece of the body, the last one if `whole`, by the texts that the
- * rules look for.  True if it may pass.
+ * Judges a piece of the body, the last one if `whole`, by the texts in it and
+ * the length so far.  True if it may pass.
  */
 static bool
 access_body(struct exchange *x, struct text piece, bool whole)
@@ -12154,8 +12154,8 @@ exchange_refresh(const struct exchange *x)
 }
 
 /*
- * Asks the cache: an entry answers, or x waits for another fetch, or only an
- * entry might have answered and x is refused, or the server is asked.
+ * Asks the cache: an entry answers, or x waits for another fetch, or x is
+ * refused as only an entry may answer it, or the server is asked.
  */
 static void
 exchange_look_up(struct exchange *x)
@@ -12474,7 +12474,7 @@ exchange_hop(const struct exchange *x, const struct address *address)
 /*
  * True if the request may be sent on a kept connection.  The server may close
  * that at any time, so the request must be repeatable (RFC 9112 section
- * 9.3.1); unknown methods may not be idempotent.
+ * 9.3.1); an unknown method might not be idempotent.
  */
 static bool
 exchange_is_repeatable(const struct exchange *x)
@@ -12836,8 +12836,8 @@ exchange_see(struct exchange *x, struct flow *f, struct text piece)
 
 /*
  * Forwards a message until one side has to wait; true if anything moved.
- * Framing, payload and the end collect in `out` before it is written, so that
- * a small message is one write.
+ * Framing, payload and the end are collected in `out`, so that a small message
+ * is one write.
  */
 static bool
 exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
@@ -13374,8 +13374,8 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 }
 
 /*
- * x's client is slower than its followers: the fetch moves to a slot of its
- * own, and x follows it too.  Not if x might lose payload by this, when the
+ * x's client is slower than x's followers: the fetch moves to a slot of its
+ * own, and x follows it too.  Not if x might lose payload by this: when the
  * rest could neither be requested again nor is sure to fit into the cache.
  */
 static void
@@ -13916,8 +13916,8 @@ loop_names(void)
 /*
  * How readily x gives way to a new client.  4: it lingers; 3: it is idle
  * between two requests; 2: it has not sent a byte; 1: it has half-closed and
- * its server is silent; 0: not at all.  All but 3, which can reconnect, must
- * have lasted SILENT_MS: a client that has just come is about to send.
+ * its server is silent; 0: not at all.  All but 3, whose client can reconnect,
+ * must have lasted SILENT_MS: a new client is about to send.
  */
 static unsigned
 loop_rank(const struct exchange *x)
@@ -14104,7 +14104,7 @@ loop_stop(int64_t drain_ms)
 			exchange_close(x, false);
 }
 
-/* HUP: reopens the log, reads the rules; keeps the old ones on failure. */
+/* HUP: reopens the log, rereads the rules; keeps the old on failure. */
 static void
 loop_reload(void)
 {
