@@ -4056,10 +4056,10 @@ exchange_parent(const struct exchange *x)
 
 /*
  * A rule is an action and its conditions; the first rule that matches decides.
- * Here rules are read and judged.  Judging is pure: a view in, a verdict out.
- * A rule that needs a fact that is not known yet is undecided, and is judged
- * again later.  An address is judged as it was looked up, and that very
- * address is connected to.
+ * This section reads and judges rules.  Judging is pure: a view in, a verdict
+ * out.  A rule that needs a fact not known yet is undecided and is judged
+ * again later.  The proxy connects to the very address that was judged: it is
+ * not looked up again.
  *
  * Door: rules_read, rules_reload, rules_can_reload, rules_step, rules_take,
  * rules_give, rules_let_in, view_source, view_begin, exchange_view,
@@ -4068,32 +4068,32 @@ exchange_parent(const struct exchange *x)
  */
 
 enum {
-	/* The same without a dot at its end, and each of its labels. */
+	/* A domain without a trailing dot, and each of its labels: bytes. */
 	DOMAIN_MAX = 253,
 	LABEL_MAX = 63,
-	/* A line of a list of domains, without its LF. */
+	/* Bytes in a line of a list of domains, without its LF. */
 	LIST_LINE = 1000,
-	/* A list is read so many lines at once, for this long a turn. */
+	/* Lines of a list read in one step, and time spent in one turn. */
 	LIST_STEP_LINES = 64,
 	LIST_STEP_US = 1000,
 	/* Domains in one list: 1.2 GB. */
 	LIST_DOMAINS = 100000000,
-	/* The days of hours alone: all, and one bit more. */
+	/* Hours without days: all days, and a bit to tell them apart. */
 	DAYS_ALL = 255,
-	/* A duration in a rule: ten years are as good as for ever. */
+	/* The longest duration in a rule: ten years, as good as forever. */
 	DURATION_MAX_S = 10 * 365 * DAY_S,
 	/* The chances of `chance' add up to this. */
 	CHANCES = 100,
-	/* A rule in bytes, and its words, each followed by a blank. */
+	/* Bytes in a rule; its words, each followed by a blank. */
 	RULE_LINE_MAX = 8191,
 	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
 	/* `file:line` for the log. */
 	RULE_NAME_MAX = 256,
-	/* The words of a page that a rule gives. */
+	/* Bytes of the reason in a deny rule, for the page. */
 	REASON_MAX = 200,
-	/* Texts that are sought in bodies; each takes a byte of every slot. */
+	/* Texts to find in bodies; each takes a byte before a kept head. */
 	NEEDLES_MAX = 16,
-	/* Lists of domains in all rules, and the length of their paths. */
+	/* Lists of domains in all rules, and bytes in a list's path. */
 	LISTS_MAX = 32,
 	LIST_PATH_MAX = 1023
 };
@@ -4101,47 +4101,46 @@ enum {
 /* A block of addresses: all that begin with the same bits. */
 struct network {
 	struct address address; /* without port and scope; other bits are 0 */
-	unsigned bits;          /* that count: to 32, or to 128 for IPv6 */
+	unsigned bits;          /* in the prefix: to 32, or to 128 for IPv6 */
 };
 
 /* A part of the week. */
 struct span {
 	unsigned days; /* on which it begins: bit 0 Sunday to bit 6 Saturday, */
 	/* or DAYS_ALL */
-	int from; /* minute of the day that is its first, to 1439 */
-	int to;   /* end, to 1440; if it is below from: past midnight */
+	int from; /* its first minute of the day, to 1439 */
+	int to;   /* its end, to 1440; below from: past midnight */
 };
 
 /* Numbers from first to last. */
 struct numbers {
-	uint64_t first; /* belongs to them */
-	uint64_t last;  /* the same; not below first */
+	uint64_t first; /* included */
+	uint64_t last;  /* included; not below first */
 };
 
 /* Bytes to look for in a stream (Knuth, Morris, Pratt). */
 struct needle {
 	const char *text;        /* its bytes; they belong to the caller */
 	unsigned char len;       /* 1 to 255 */
-	unsigned char next[256]; /* matched so far: left on another byte */
+	unsigned char next[256]; /* bytes still matched after a mismatch */
 };
 
-/* The two lowest bits of a slot in a list; all others are of the hash. */
+/* The two lowest bits of a slot in a list; the others come from the hash. */
 enum list_bit {
-	LIST_EXCEPTION =
-	    1,         /* the name is not covered, whatever else is there */
-	LIST_TAKEN = 2 /* of every name, so that a slot of 0 is empty */
+	LIST_EXCEPTION = 1, /* the name is not covered, nor any below it */
+	LIST_TAKEN = 2      /* set for every name, so that an empty slot is 0 */
 };
 
-/* The domains of one file.  Their names are gone: only hashes are left. */
+/* The domains of one file.  Their names are not kept, only hashes. */
 struct list {
-	uint64_t *slots;   /* open addressing; NULL while they are counted */
-	size_t size;       /* slots; one at least is empty */
-	size_t room;       /* names that the first of two passes has found */
-	size_t names;      /* found in this pass; the same one may come twice */
-	size_t read;       /* lines */
-	size_t used;       /* names that differ, exceptions too */
-	size_t skipped;    /* lines that were not understood in full */
-	int64_t ms;        /* from its first step to its last */
+	uint64_t *slots;   /* open addressing; NULL during the first pass */
+	size_t size;       /* number of slots; at least one is empty */
+	size_t room;       /* number of names found by the first pass */
+	size_t names;      /* found in this pass, with repetitions */
+	size_t read;       /* number of lines read in this pass */
+	size_t used;       /* number of distinct names, with exceptions */
+	size_t skipped;    /* number of lines not understood in full */
+	int64_t ms;        /* duration from the first step to the last */
 	int64_t begun;     /* us: the time of the first */
 	const char *path;  /* of the file */
 	const char *where; /* `file:line` of the rule that names it */
@@ -4152,13 +4151,13 @@ struct list {
 enum action {
 	ACTION_ALLOW,
 	ACTION_DENY,
-	ACTION_LOGIN,   /* allow if there is a user, else ask for one */
-	ACTION_DROP,    /* close without an answer */
-	ACTION_VIA,     /* go through a parent */
-	ACTION_DIRECT,  /* go through none */
-	ACTION_FROM,    /* leave by an address */
+	ACTION_LOGIN,   /* allow a logged-in user, else ask for a login */
+	ACTION_DROP,    /* close without a response */
+	ACTION_VIA,     /* connect through a parent */
+	ACTION_DIRECT,  /* connect without a parent */
+	ACTION_FROM,    /* connect from this local address */
 	ACTION_NOCACHE, /* neither answer from the cache nor store */
-	ACTION_CACHE,   /* fresh for this long */
+	ACTION_CACHE,   /* set the freshness lifetime */
 	ACTION_OFFLINE, /* only the cache answers, however old the entry */
 	ACTION_TO,      /* connect there instead */
 	ACTION_ANSWER,  /* a response of its own */
@@ -4168,13 +4167,13 @@ enum action {
 	ACTION_LIMIT,   /* so many at once for one client */
 	ACTION_CUT,     /* the response ends too early */
 	ACTION_TRACE,   /* the trace shows it */
-	ACTION_SET,     /* one field in place of all of its name */
-	ACTION_ADD,     /* one more field */
-	ACTION_UNSET,   /* no field of these names */
+	ACTION_SET,     /* replace all fields of this name by one */
+	ACTION_ADD,     /* add a field */
+	ACTION_UNSET,   /* remove all fields of these names */
 	ACTIONS
 };
 
-/* In each group the first rule that matches decides; in the last two all do. */
+/* In a group the first match decides; in the last two every match applies. */
 enum rule_group {
 	GROUP_ACCESS,
 	GROUP_PAGE, /* access to the proxy's own pages */
@@ -4188,11 +4187,11 @@ enum rule_group {
 	GROUP_RATE,
 	GROUP_CUT,
 	GROUP_REQUEST,  /* rewriting of requests */
-	GROUP_RESPONSE, /* and of responses */
+	GROUP_RESPONSE, /* rewriting of responses */
 	GROUPS
 };
 
-/* The subject of a condition; see the table `subjects'. */
+/* The subject of a condition; see the table `subjects`. */
 enum subject {
 	SUBJECT_CLIENT,
 	SUBJECT_USER,
@@ -4213,27 +4212,27 @@ enum subject {
 	SUBJECTS
 };
 
-/* Facts that may not be known yet when a rule is judged; bits of a set. */
+/* Facts that may be unknown when a rule is judged: bits. */
 enum fact {
 	FACT_ADDRESS = 1,  /* the server's address */
-	FACT_RESPONSE = 2, /* the response's head */
+	FACT_RESPONSE = 2, /* the response head */
 	FACT_LENGTH = 4,   /* the length of its body */
 	FACT_BODY = 8,     /* all of its body */
 	FACTS = 15         /* all of them */
 };
 
-/* The three values of a condition, a rule, a verdict. */
+/* The truth value of a condition, a rule or a verdict. */
 enum truth {
 	TRUTH_NO,
 	TRUTH_YES,
-	TRUTH_UNDECIDED /* it depends on a fact that is not known yet */
+	TRUTH_UNDECIDED /* depends on a fact not known yet */
 };
 
 /* One value of a condition. */
 struct value {
 	struct value *next; /* of the same condition */
-	struct text text;   /* as it was written, quotes undone */
-	bool any;           /* the bare word of its subject: local or * */
+	struct text text;   /* as written, with quotes undone */
+	bool any;           /* the subject's special word: local or * */
 	union {
 		struct network network;
 		struct numbers numbers;
@@ -4247,16 +4246,16 @@ struct value {
 	} as; /* by the subject */
 };
 
-/* A part of a rule: one of the values must match, or none if inverted. */
+/* A part of a rule: matches if a value does, or, inverted, if none does. */
 struct condition {
 	struct condition *next; /* of the same rule */
 	enum subject subject;   /* that it tests */
-	const char *word;       /* that names it */
-	unsigned needs;         /* facts that it takes to tell */
-	bool inverted;          /* `not` stands before it */
-	bool response;        /* of a field: of the response, not the request */
-	struct text name;     /* of it */
-	struct value *values; /* one at least */
+	const char *word;       /* name of the subject */
+	unsigned needs;         /* facts needed to judge it */
+	bool inverted;          /* `not` precedes it */
+	bool response;          /* tests a field of the response */
+	struct text name;       /* of the field */
+	struct value *values;   /* at least one */
 };
 
 /* A rule. */
@@ -4264,14 +4263,14 @@ struct rule {
 	struct rule *next;  /* of the same group */
 	enum action action; /* its effect if it matches */
 	const char *where;  /* `file:line`, or the name of an option */
-	bool built_in;      /* it is not the user's */
-	const char *text;   /* as it was written, but for passwords */
-	unsigned needs;     /* facts that its conditions take */
+	bool built_in;      /* not written by the user */
+	const char *text;   /* as written, with passwords masked */
+	unsigned needs;     /* facts that its conditions need */
 	struct condition *conditions; /* all must match */
 	enum refusal refusal;         /* of ACTION_DENY and ACTION_DROP */
 	int status;                   /* of ACTION_DENY, ACTION_ANSWER */
-	struct value *names;          /* of fields; of ACTION_UNSET several */
-	struct text words;       /* their value; of ACTION_DENY the reason */
+	struct value *names;          /* of fields; several: ACTION_UNSET */
+	struct text words;       /* field value, or reason of ACTION_DENY */
 	struct parent *parents;  /* of ACTION_VIA, in the order to try them */
 	struct address from[2];  /* of ACTION_FROM: IPv4, IPv6 */
 	const char *type, *file; /* of ACTION_ANSWER; file: NULL without */
@@ -4284,55 +4283,55 @@ struct account {
 	struct text user, password;
 };
 
-/* The memory of rules: all pieces are freed at once. */
+/* Memory of a set of rules: all pieces are freed together. */
 struct piece {
 	struct piece *next;
-	regex_t *regex;  /* in it, to be freed before, or NULL */
-	uint64_t data[]; /* as aligned as anything here must be */
+	regex_t *regex;  /* in data, to be freed first, or NULL */
+	uint64_t data[]; /* aligned for everything stored here */
 };
 
 /* A set of rules, parsed. */
 struct rules {
 	unsigned refs;              /* exchanges that use them, and rules_now */
-	unsigned errors;            /* rules that were wrong */
+	unsigned errors;            /* number of errors found in them */
 	struct piece *pieces;       /* their memory */
 	struct rule *first[GROUPS]; /* by group */
 	struct account *accounts;   /* who may log in */
-	bool logins;                /* `users` was there */
-	unsigned rewrites[2];       /* how many: of requests, of responses */
+	bool logins;                /* a `users` line was read */
+	unsigned rewrites[2];       /* rules for requests, for responses */
 	unsigned chances;           /* conditions of SUBJECT_CHANCE */
-	unsigned needles_n;         /* how many of the next there are */
+	unsigned needles_n;         /* number of needles */
 	struct needle needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
-	unsigned lists_n;                   /* how many of the next */
-	unsigned lists_read;                /* of them were read */
+	unsigned lists_n;                   /* number of lists */
+	unsigned lists_read;                /* number of lists read so far */
 	struct list lists[LISTS_MAX];
 };
 
 /* The facts that rules are judged by; see exchange_view(). */
 struct view {
 	unsigned known, never;        /* facts: known, and never to be known */
-	const struct address *client; /* who asks */
-	bool local;                   /* from this machine */
-	struct text user; /* the client's login; `at` is NULL: none */
-	const struct request *request; /* to be judged */
-	struct text host;              /* of the URL, without dots at its end */
-	unsigned port;                 /* of the URL */
-	const struct address *address; /* the server's, if known */
-	struct address literal;        /* where `address` may point */
-	const struct response *response; /* its answer, if known */
-	uint64_t length;                 /* of the body, if known */
-	uint64_t passed;                 /* of it so far */
-	unsigned found;                  /* needles in it so far: bits */
-	const char *url;                 /* made when it is first asked for */
-	bool timed;                      /* the next is set */
-	struct tm when;                  /* local time, by the same token */
+	const struct address *client; /* its address */
+	bool local;                   /* the client is on this machine */
+	struct text user; /* that has logged in; `at` is NULL: none */
+	const struct request *request;   /* to be judged */
+	struct text host;                /* of the URL, without trailing dots */
+	unsigned port;                   /* of the URL */
+	const struct address *address;   /* of the server, if known */
+	struct address literal;          /* storage for a numeric host */
+	const struct response *response; /* to the request, if known */
+	uint64_t length;                 /* of its body, if known */
+	uint64_t passed;                 /* bytes of the body so far */
+	unsigned found;                  /* needles found in them: bits */
+	const char *url;                 /* built at the first use */
+	bool timed;                      /* `when` is set */
+	struct tm when;                  /* local time, set at the first use */
 };
 
 /* The result of judging a group. */
 struct verdict {
 	enum truth truth;        /* NO: no rule matches */
-	const struct rule *rule; /* if YES the one that decides, else the */
-				 /* first that is undecided, or NULL */
+	const struct rule *rule; /* if YES the rule that decides, else the */
+				 /* first undecided rule, or NULL */
 	bool refuses;            /* YES, and the rule is a denial */
 };
 
@@ -4344,7 +4343,7 @@ enum {
 	BEND_GROUPS = sizeof(bend_groups) / sizeof(bend_groups[0])
 };
 
-static struct rules *rules_now; /* those in force */
+static struct rules *rules_now; /* in force */
 
 static struct rules *rules_next; /* being read to replace them, or NULL */
 
@@ -4353,9 +4352,9 @@ static const char built_in[] = "built-in";
 /* ---- matchers ---- */
 
 /*
- * The values in rules: networks, times, numbers, texts in a body.  Pure: each
- * function parses a text, or tests whether a value matches, and changes nothing
- * else.  A parser that returns false has not changed its result.
+ * The values in rules: networks, times, numbers, texts in a body.  Each
+ * function parses a text or tests whether a value matches, and has no other
+ * effect.  A parser that returns false has not changed its result.
  */
 
 /* Sets all but the first n->bits bits of n's address to 0. */
@@ -4373,9 +4372,9 @@ network_mask(struct network *n)
 }
 
 /*
- * An address, or one with a slash and the number of bits that count.  An
- * IPv4-mapped IPv6 address becomes IPv4, as in address_import(); then the
- * first 96 bits must count.
+ * Parses an address, optionally followed by a slash and a prefix length.  An
+ * IPv4-mapped IPv6 address becomes IPv4, as in address_import(); its prefix
+ * must then have at least 96 bits.
  */
 static bool
 network_parse(struct text t, struct network *n)
@@ -4401,7 +4400,7 @@ network_parse(struct text t, struct network *n)
 	return true;
 }
 
-/* True if a is in n, whatever its port and scope. */
+/* True if n contains a; port and scope are ignored. */
 static bool
 network_has(const struct network *n, const struct address *a)
 {
@@ -4421,7 +4420,7 @@ day_index(struct text t)
 	return t.len == 3 ? name_index(t, "SunMonTueWedThuFriSat", 7) : -1;
 }
 
-/* One day, or all from one to another, which may wrap; as bits, 0: wrong. */
+/* Parses a day or a range of days, which may wrap, into bits; 0: invalid. */
 static unsigned
 days_between(struct text t)
 {
@@ -4437,7 +4436,7 @@ days_between(struct text t)
 	return days;
 }
 
-/* Days and ranges of days with commas between them. */
+/* Parses days and ranges of days, separated by commas. */
 static bool
 days_parse(struct text t, unsigned *days)
 {
@@ -4458,7 +4457,7 @@ days_parse(struct text t, unsigned *days)
 	return true;
 }
 
-/* Takes hh:mm and the c after it: a minute of the day, to 1440, or -1. */
+/* Takes hh:mm and the c after it.  A minute of the day, to 1440, or -1. */
 static int
 minute_next(struct text *t, char c)
 {
@@ -4470,7 +4469,7 @@ minute_next(struct text *t, char c)
 	return (int)(hour * 60 + minute);
 }
 
-/* hh:mm-hh:mm: the first minute, and the one after the last. */
+/* Parses hh:mm-hh:mm: the first minute, and the minute after the last. */
 static bool
 hours_parse(struct text t, int *from, int *to)
 {
@@ -4486,7 +4485,7 @@ hours_parse(struct text t, int *from, int *to)
 
 /*
  * True if `when` is in s.  A range past midnight belongs to the day on
- * which it begins: 22:00-06:00 of Fri ends on Saturday.
+ * which it begins: Fri 22:00-06:00 ends on Saturday.
  */
 static bool
 span_has(const struct span *s, const struct tm *when)
@@ -4500,7 +4499,7 @@ span_has(const struct span *s, const struct tm *when)
 	return (today && minute >= s->from) || (yesterday && minute < s->to);
 }
 
-/* A number, or first-last; none above max. */
+/* Parses a number, or first-last; both at most max. */
 static bool
 numbers_parse(struct text t, uint64_t max, struct numbers *r)
 {
@@ -4526,7 +4525,7 @@ numbers_have(const struct numbers *r, uint64_t n)
 	return n >= r->first && n <= r->last;
 }
 
-/* Parses a duration, of seconds or with ms s m h d behind it, into ms. */
+/* Parses a number followed by ms, s, m, h or d into ms; alone, seconds. */
 static bool
 duration_parse(struct text t, uint64_t *ms)
 {
@@ -4542,10 +4541,7 @@ duration_parse(struct text t, uint64_t *ms)
 	return true;
 }
 
-/*
- * How many bytes of n match when c follows the first `matched` of them, which
- * are not all.
- */
+/* How many bytes of n match after c; `matched`, fewer than all, did before. */
 static unsigned char
 needle_step(const struct needle *n, unsigned char matched, char c)
 {
@@ -4556,7 +4552,7 @@ needle_step(const struct needle *n, unsigned char matched, char c)
 	return (unsigned char)(matched + (n->text[matched] == c));
 }
 
-/* Makes a needle of t, which must stay; false if it is empty or too long. */
+/* Makes a needle of t, which must outlive it; false if empty or too long. */
 static bool
 needle_make(struct needle *n, struct text t)
 {
@@ -4574,8 +4570,8 @@ needle_make(struct needle *n, struct text t)
 
 /*
  * Looks for n in t, the next bytes of a stream.  *state is the caller's: how
- * many bytes of n the stream ends with, 0 at its beginning.  True once n has
- * been there, and ever after.
+ * many bytes of n the stream ends with, 0 at its beginning.  True once n was
+ * found, and ever after.
  */
 static bool
 needle_scan(const struct needle *n, unsigned char *state, struct text t)
@@ -4595,15 +4591,15 @@ needle_scan(const struct needle *n, unsigned char *state, struct text t)
 
 /* ---- text files ---- */
 
-/* Cuts a file into lines. */
+/* Splits a file into lines. */
 struct reader {
-	bool eof;                     /* the file has no more */
-	bool cut;                     /* the last line is not complete yet */
-	size_t start, end;            /* the bytes in data that are left */
-	char data[RULE_LINE_MAX + 2]; /* an LF behind one that is too long */
+	bool eof;                     /* at the end of the file */
+	bool cut;                     /* the last line returned has no LF */
+	size_t start, end;            /* the bytes left in data */
+	char data[RULE_LINE_MAX + 2]; /* a line one too long, with its LF */
 };
 
-/* Prepares r for the beginning of a file. */
+/* Prepares r for the start of a file. */
 static void
 reader_begin(struct reader *r)
 {
@@ -4612,9 +4608,9 @@ reader_begin(struct reader *r)
 }
 
 /*
- * Reads the next line without its LF; it is valid until the next call.  One
- * that is longer than r->data comes in pieces.  Returns 1, 0 at the end of the
- * file, or -1 with errno set.
+ * Reads the next line without its LF; it is valid until the next call.  A line
+ * longer than r->data comes in pieces.  Returns 1, 0 at the end of the file,
+ * or -1 with errno set.
  */
 static int
 reader_next(struct reader *r, int fd, struct text *line)
@@ -4645,19 +4641,19 @@ reader_next(struct reader *r, int fd, struct text *line)
 /* ---- lists of domains ---- */
 
 /*
- * Block lists as they are downloaded: hosts files, a domain a line, lines of
- * dnsmasq, of Adblock, also mixed.  A name in a list covers itself and all
- * that is below it; an exception wins over every name of its list.  A line
- * that is not understood blocks nothing and is counted.  A million domains
- * take 12 MB, for only hashes are kept.  The hash is no secret: somebody could
- * make a name of their own that is taken for a listed one, and have it blocked.
+ * Block lists as they are downloaded: hosts files, a domain on each line,
+ * dnsmasq or Adblock lines, also mixed.  A name covers itself and all names
+ * below it; an exception overrides every name of its list.  A line that is not
+ * understood blocks nothing and is counted.  A million domains take 12 MB,
+ * since only hashes are kept.  The hash is not secret: all that an attacker
+ * gains by a collision is to have a name of their own blocked.
  */
 
-static struct reader list_reader; /* of the list that is being read */
+static struct reader list_reader; /* of the list being read */
 
 /*
- * True if t is an address rather than a name: a colon, or a last label that
- * is a number, which no top-level domain is.
+ * True if t is an address, not a name: it has a colon, or its last label is a
+ * number, as no top-level domain is.
  */
 static bool
 domain_is_numeric(struct text t)
@@ -4676,7 +4672,7 @@ domain_is_numeric(struct text t)
 	return t.len > 0;
 }
 
-/* True if t, which has no dot at its end, may stand in a list. */
+/* True if t, without a trailing dot, is a name that a list may contain. */
 static bool
 domain_is_valid(struct text t)
 {
@@ -4703,7 +4699,7 @@ domain_parent(struct text t)
 	return text_from(t, n < t.len ? n + 1 : n);
 }
 
-/* t in small letters; it fits into the DOMAIN_MAX bytes of `to`. */
+/* Copies t in lower case to `to`, which has room for it. */
 static struct text
 domain_lower(struct text t, char *to)
 {
@@ -4717,7 +4713,7 @@ domain_lower(struct text t, char *to)
 	return text_cut(to, t.len);
 }
 
-/* The value in the slot of a name in lower case. */
+/* The value that a lower-case name has in its slot. */
 static uint64_t
 list_hash(struct text name)
 {
@@ -4728,7 +4724,7 @@ list_hash(struct text name)
 	return (hash & ~(uint64_t)LIST_EXCEPTION) | LIST_TAKEN;
 }
 
-/* The slot where hash is, or the empty one where it would be. */
+/* The slot of hash, or the empty slot where it would go. */
 static uint64_t *
 list_slot(const struct list *list, uint64_t hash)
 {
@@ -4740,7 +4736,7 @@ list_slot(const struct list *list, uint64_t hash)
 	return &list->slots[i];
 }
 
-/* Empty slots for n names, of which two thirds will be taken. */
+/* Allocates slots for n names, which fill two thirds; false if it can't. */
 static bool
 list_make(struct list *list, size_t n)
 {
@@ -4753,8 +4749,8 @@ list_make(struct list *list, size_t n)
 }
 
 /*
- * Takes a name in, or an exception; in the first pass it is only counted.
- * Returns false if it is no domain.
+ * Adds a name or an exception; the first pass only counts it.  False if it is
+ * not a domain.
  */
 static bool
 list_add(struct list *list, struct text name, bool exception)
@@ -4775,7 +4771,7 @@ list_add(struct list *list, struct text name, bool exception)
 	return true;
 }
 
-/* The same for `name`, `.name` and `*.name`, which all mean one. */
+/* The same for `name`, `.name` and `*.name`, which are equivalent. */
 static bool
 list_add_tree(struct list *list, struct text name)
 {
@@ -4786,7 +4782,7 @@ list_add_tree(struct list *list, struct text name)
 	return list_add(list, name, false);
 }
 
-/* Cuts off the first word of rest, and the blanks after it. */
+/* Takes the first word off rest, and the blanks after it. */
 static struct text
 word_next(struct text *rest)
 {
@@ -4799,13 +4795,13 @@ word_next(struct text *rest)
 	return word;
 }
 
-/* Names that every hosts file has, and that no list means to block. */
+/* Names that hosts files contain but do not mean to block. */
 static const char *const list_locals[] = { "0.0.0.0", "broadcasthost",
 	"ip6-allhosts", "ip6-allnodes", "ip6-allrouters", "ip6-localhost",
 	"ip6-localnet", "ip6-loopback", "ip6-mcastprefix", "local", "localhost",
 	"localhost.localdomain", NULL };
 
-/* True if a name with this address is meant to lead nowhere. */
+/* True if a list uses this address to block names. */
 static bool
 list_is_nowhere(struct text address)
 {
@@ -4816,8 +4812,8 @@ list_is_nowhere(struct text address)
 }
 
 /*
- * `ADDRESS name name ...`; with another address than one that leads nowhere
- * (fe80::1%lo0) only the local names are understood.
+ * `ADDRESS name name ...`; if the address does not block (fe80::1%lo0), only
+ * the local names are understood.
  */
 static bool
 list_hosts(struct list *list, struct text line)
@@ -4837,8 +4833,8 @@ list_hosts(struct list *list, struct text line)
 }
 
 /*
- * `/name/name/TO`: TO must be nothing, or an address (is_address) that leads
- * nowhere; other servers for a name do not block it.
+ * `/name/name/TO`: TO must be empty or, if is_address, an address that blocks;
+ * another DNS server for a name does not block it.
  */
 static bool
 list_dnsmasq(struct list *list, struct text line, bool is_address)
@@ -4866,7 +4862,7 @@ list_dnsmasq(struct list *list, struct text line, bool is_address)
 	return good;
 }
 
-/* `||name^` or `@@||name^`; options would make it mean less or more. */
+/* `||name^` or `@@||name^`; not with options, which change its meaning. */
 static bool
 list_adblock(struct list *list, struct text line)
 {
@@ -4880,8 +4876,8 @@ list_adblock(struct list *list, struct text line)
 }
 
 /*
- * The line without blanks, CR and a comment behind a blank.  `##.name` and
- * `###name` are no comments but Adblock's rules about what pages look like.
+ * The line without its CR, outer blanks and comment.  `##.name` and `###name`
+ * are not comments but Adblock rules that hide parts of pages.
  */
 static struct text
 list_strip(struct text line)
@@ -4903,7 +4899,7 @@ list_strip(struct text line)
 	return text_trim(line);
 }
 
-/* Adds the names in a line; false: something is not understood. */
+/* Adds the names in a line; false if part of it is not understood. */
 static bool
 list_line(struct list *list, struct text line)
 {
@@ -4925,8 +4921,8 @@ list_line(struct list *list, struct text line)
 }
 
 /*
- * Takes a line of the file, or a piece of one that is too long; `begins` is
- * true of its first.  False if a NUL is in it.
+ * Handles a line of the file, or a piece of a long one; `begins` marks its
+ * first piece.  False if it contains a NUL.
  */
 static bool
 list_take(struct list *list, struct text t, bool begins)
@@ -4941,7 +4937,7 @@ list_take(struct list *list, struct text t, bool begins)
 	return true;
 }
 
-/* Goes to the start of the file for a pass; false, errno set, if it can't. */
+/* Starts a pass over the file; false, with errno, on failure. */
 static bool
 list_rewind(struct list *list)
 {
@@ -4951,8 +4947,8 @@ list_rewind(struct list *list)
 }
 
 /*
- * The end of the file has come: after the first pass there are slots for the
- * second.  Returns as list_step().
+ * Handles the end of the file: after the first pass, allocates the slots and
+ * starts the second.  Returns as list_step() does.
  */
 static int
 list_pass_end(struct list *list, char *why, size_t size)
@@ -4974,9 +4970,9 @@ list_pass_end(struct list *list, char *why, size_t size)
 }
 
 /*
- * Opens the file, or reads some lines of it.  Returns 1 when the list is
- * complete, 0 if there is more to do, -1 if it can't be had: why, of size
- * bytes, says why.  A FIFO is refused, not waited for.
+ * Opens the file if need be, and reads some lines.  Returns 1 when the list is
+ * complete, 0 if there is more to do, -1 on failure, with the reason in why,
+ * of size bytes.  A FIFO is refused, since reading it might block.
  */
 static int
 list_step(struct list *list, char *why, size_t size)
@@ -5009,7 +5005,7 @@ list_step(struct list *list, char *why, size_t size)
 	return got == 1 ? 0 : -1;
 }
 
-/* Reading the list has ended: closes its file. */
+/* Ends the reading of a list: closes its file. */
 static void
 list_end(struct list *list)
 {
@@ -5019,7 +5015,7 @@ list_end(struct list *list)
 	list->ms = (clock_us() - list->begun) / 1000;
 }
 
-/* Empties a list: it covers nothing then. */
+/* Frees the slots of a list, which then covers nothing. */
 static void
 list_free(struct list *list)
 {
@@ -5029,7 +5025,7 @@ list_free(struct list *list)
 	list->size = list->used = 0;
 }
 
-/* True if the list covers host: a name in any case, a dot may end it. */
+/* True if the list covers host, in any case, with or without final dots. */
 static bool
 list_has(const struct list *list, struct text host)
 {
@@ -5056,7 +5052,7 @@ list_has(const struct list *list, struct text host)
 
 /* ---- judging ---- */
 
-/* True if the pattern matches: `.x` is every name below x, else the same. */
+/* True if pattern matches: `.x` matches all names below x, `x` only x. */
 static bool
 host_matches(struct text pattern, struct text name)
 {
@@ -5068,7 +5064,7 @@ host_matches(struct text pattern, struct text name)
 	return text_same(pattern, name);
 }
 
-/* A text from a head as the string that regexec(3) wants. */
+/* Copies t, a text from a head, to a string and runs regexec(3) on it. */
 static bool
 regex_matches(const regex_t *regex, struct text t)
 {
@@ -5079,8 +5075,8 @@ regex_matches(const regex_t *regex, struct text t)
 }
 
 /*
- * The URL of the request, its host in lower case; for CONNECT host:port.
- * Made once for a view, and valid until another view asks.
+ * The URL of the request, its host in lower case; host:port for CONNECT.
+ * Built once for each view, and valid until another view builds its own.
  */
 static const char *
 view_url(struct view *v)
@@ -5106,7 +5102,7 @@ view_url(struct view *v)
 	return url;
 }
 
-/* type/subtype, or type followed by a star; parameters do not count. */
+/* True if type is `wanted`, which may end in a star; ignores parameters. */
 static bool
 type_matches(struct text wanted, struct text type)
 {
@@ -5129,8 +5125,8 @@ chance_is_met(uint64_t dice, const struct value *value)
 }
 
 /*
- * True if a field of that name has a value that matches.  If a server names
- * several types, some clients take the first and some the last: each counts.
+ * True if a field of that name has a matching value.  If a server sends
+ * several types, some clients use the first, some the last: all are tested.
  */
 static bool
 field_matches(const struct head *h, const struct condition *c, struct text name,
@@ -5149,8 +5145,8 @@ field_matches(const struct head *h, const struct condition *c, struct text name,
 }
 
 /*
- * True if a value of the condition is what v shows.  That a body is too long,
- * or that a text is in it, may be seen before all of it has passed.
+ * True if a value of the condition matches the facts in v.  A body may be seen
+ * to be too long, or to contain a text, before all of it has passed.
  */
 static bool
 value_matches(const struct condition *c, const struct value *value,
@@ -5207,10 +5203,10 @@ value_matches(const struct condition *c, const struct value *value,
 }
 
 /*
- * The subjects: the facts that they need; single: a message has one, so that
- * two conditions about it can't both match; any: the word that means more
- * unless it is quoted; max: the largest of their numbers; wants: what their
- * values are.
+ * The subjects.  needs: facts; single: a message has only one, so that two
+ * conditions on it can't both match; any: a word that is special unless it is
+ * quoted; max: the largest number allowed; wants: a description of the values,
+ * for errors.
  */
 static const struct {
 	const char *word;
@@ -5252,9 +5248,9 @@ static const struct {
 };
 
 /*
- * One condition.  If a fact that it needs can never be known, it does not
- * match, inverted or not.  The part of a body that has passed can show that it
- * matches, but not that it does not.
+ * Judges a condition.  If a fact that it needs can never be known, it does not
+ * match, inverted or not.  A part of a body can show that a value matches, but
+ * not that none does.
  */
 static enum truth
 condition_judge(const struct condition *c, struct view *v)
@@ -5271,7 +5267,7 @@ condition_judge(const struct condition *c, struct view *v)
 	return hit != c->inverted ? TRUTH_YES : TRUTH_NO;
 }
 
-/* One rule: all its conditions must match. */
+/* Judges a rule: all its conditions must match. */
 static enum truth
 rule_judge(const struct rule *rule, struct view *v)
 {
@@ -5288,7 +5284,7 @@ rule_judge(const struct rule *rule, struct view *v)
 	return all;
 }
 
-/* True if the rule, of the access group, denies the request that v shows. */
+/* True if the rule, of the access group, would deny the request in v. */
 static bool
 rule_refuses(const struct rule *rule, const struct view *v)
 {
@@ -5297,7 +5293,7 @@ rule_refuses(const struct rule *rule, const struct view *v)
 }
 
 /*
- * The rules of a group: the first that matches decides.  If one before it is
+ * Judges a group: the first rule that matches decides.  If a rule before it is
  * undecided, so is the verdict, unless every rule that could still decide is a
  * denial: then no more facts are needed.
  */
@@ -5330,7 +5326,7 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 	return verdict;
 }
 
-/* The first undecided condition of an undecided rule, NULL of another. */
+/* The first undecided condition of an undecided rule, else NULL. */
 static const struct condition *
 rule_lacks(const struct rule *rule, struct view *v)
 {
@@ -5345,9 +5341,9 @@ rule_lacks(const struct rule *rule, struct view *v)
 }
 
 /*
- * Looks for the texts of `body` in the next bytes of a body.  states has
- * NEEDLES_MAX bytes, which are 0 at first.  Returns the texts that were found,
- * now or before, as bits.
+ * Looks for the texts of `body` conditions in the next bytes of a body.
+ * `states` has NEEDLES_MAX bytes, 0 at first.  Returns the texts found so far
+ * as bits.
  */
 static unsigned
 rules_seek(const struct rules *rules, unsigned char *states, struct text piece)
@@ -5360,7 +5356,7 @@ rules_seek(const struct rules *rules, unsigned char *states, struct text piece)
 	return found;
 }
 
-/* True if a rule about the body may match the response to what v shows. */
+/* True if a rule on the body may match the response to v's request. */
 static bool
 rules_seek_body(const struct rules *rules, struct view *v)
 {
@@ -5374,8 +5370,8 @@ rules_seek_body(const struct rules *rules, struct view *v)
 }
 
 /*
- * True if a rule may touch fields of that name: none that frames or routes
- * the message.  A star may stand for the rest of a name.
+ * True if rules may change fields of that name, which may end in a star:
+ * those that do not frame or route the message.
  */
 static bool
 name_is_free(struct text name)
@@ -5388,8 +5384,8 @@ name_is_free(struct text name)
 }
 
 /*
- * True if a rule takes fields of that name away, or replaces them; never those
- * that no rule may touch, even if a star stands for them.
+ * True if a rule removes or replaces fields of that name; never those that no
+ * rule may change, even if its star matches them.
  */
 static bool
 rule_takes(const struct rule *rule, struct text name)
@@ -5409,7 +5405,7 @@ rule_takes(const struct rule *rule, struct text name)
 	return takes && name_is_free(name);
 }
 
-/* Removes the fields that a rule takes: of the head, and of earlier rules. */
+/* Removes the fields that a rule takes, from the head and earlier rules. */
 static void
 rewrites_take(struct rewrites *w, const struct rule *rule, const struct head *h)
 {
@@ -5427,9 +5423,9 @@ rewrites_take(struct rewrites *w, const struct rule *rule, const struct head *h)
 }
 
 /*
- * Applies all rules of a rewriting group that match, in their order, to the
- * head that v shows.  So that a text can be sought in the response, it must
- * not be compressed.
+ * Applies all matching rules of a rewriting group, in order, to the head in v.
+ * If rules look for a text in the response, removes Accept-Encoding: the body
+ * must not be compressed.
  */
 static void
 rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
@@ -5496,8 +5492,8 @@ account_find(const struct rules *rules, struct text user, struct text password)
 }
 
 /*
- * Who the client says it is, and proves to be: Proxy-Authorization with the
- * Basic scheme.  NULL if it does not.
+ * The user who logs in by Proxy-Authorization with the Basic scheme.  NULL if
+ * the login is missing or wrong.
  */
 static const struct account *
 account_login(const struct rules *rules, const struct head *h)
@@ -5524,23 +5520,23 @@ account_login(const struct rules *rules, const struct head *h)
 /* A word of a rule; a NUL follows it. */
 struct word {
 	struct text t;
-	bool quoted; /* it has no meaning of its own */
+	bool quoted; /* it is not a keyword */
 };
 
-/* The rule that is being read. */
+/* The rule being read. */
 struct parser {
-	struct rules *rules;   /* to which it is added */
-	const char *file;      /* in which it stands */
-	unsigned line;         /* in it, or 0 if it has only one */
-	bool bad;              /* something is wrong with it */
-	enum rule_group group; /* to which it belongs */
-	size_t n, at;          /* words, and the next of them */
+	struct rules *rules;   /* it is added to these */
+	const char *file;      /* that contains it, or an option */
+	unsigned line;         /* number in the file; 0: has only one */
+	bool bad;              /* an error in it was reported */
+	enum rule_group group; /* of the rule */
+	size_t n, at;          /* number of words, index of the next */
 	struct word words[WORDS_MAX];
 	struct rule **end[GROUPS]; /* where the next rule goes */
 	struct rule **guard;       /* where the guards go, or NULL */
 };
 
-/* `file:line` of the rule that is being read; valid until the next call. */
+/* `file:line` of the rule being read; valid until the next call. */
 static const char *
 parser_where(const struct parser *p)
 {
@@ -5551,7 +5547,7 @@ parser_where(const struct parser *p)
 	return where;
 }
 
-/* Reports that a rule is wrong, and where; only once for each rule. */
+/* Reports an error and where it is; only the first error of each rule. */
 static void
 parser_error(struct parser *p, const char *format, ...)
 {
@@ -5568,7 +5564,7 @@ parser_error(struct parser *p, const char *format, ...)
 	warn("%s: %s", parser_where(p), words);
 }
 
-/* Reports that `keyword` can't have this value, and what it wants. */
+/* Reports an invalid value of `keyword`, and what to write instead. */
 static void
 parser_invalid(struct parser *p, const char *keyword, const struct word *word,
     const char *wants)
@@ -5578,8 +5574,8 @@ parser_invalid(struct parser *p, const char *keyword, const struct word *word,
 }
 
 /*
- * n zeroed bytes that are freed with the rules.  NULL if there is no memory,
- * which makes the rule wrong.
+ * Allocates n zeroed bytes, freed with the rules.  NULL, after an error,
+ * without memory.
  */
 static void *
 parser_new(struct parser *p, size_t n)
@@ -5595,7 +5591,7 @@ parser_new(struct parser *p, size_t n)
 	return piece->data;
 }
 
-/* A copy of t as a string that is freed with the rules, or NULL. */
+/* Copies t to a string that is freed with the rules; NULL without memory. */
 static char *
 parser_copy(struct parser *p, struct text t)
 {
@@ -5627,7 +5623,7 @@ rules_give(struct rules **at)
 	free(rules);
 }
 
-/* The subject that a word names, SUBJECTS if none. */
+/* The subject that a word names, or SUBJECTS. */
 static enum subject
 subject_find(const struct word *word)
 {
@@ -5639,7 +5635,7 @@ subject_find(const struct word *word)
 	return (enum subject)i;
 }
 
-/* The next word if it is a value: neither a subject nor `not`.  Or NULL. */
+/* The next word if it is a value, not a subject or `not`; else NULL. */
 static const struct word *
 parser_value(struct parser *p)
 {
@@ -5651,7 +5647,7 @@ parser_value(struct parser *p)
 	return word;
 }
 
-/* Takes the next word if it is a value; `status` is also one of `page`. */
+/* Takes the next word if it is a value, `status' too for `page'; else NULL. */
 static const struct word *
 parser_take(struct parser *p)
 {
@@ -5664,7 +5660,7 @@ parser_take(struct parser *p)
 	return word;
 }
 
-/* Takes the next word if it is this one, and is not quoted. */
+/* Takes the next word if it is `string`, unquoted; false if it is not. */
 static bool
 parser_takes(struct parser *p, const char *string)
 {
@@ -5689,8 +5685,8 @@ parser_missing(struct parser *p, const char *keyword)
 }
 
 /*
- * Undoes the quotes of a word, of which the first is at *t, in place.  False if
- * there is no second quote.
+ * Removes in place the quotes of the word at *t, and moves *t behind it.
+ * False if the closing quote is missing or not at the end of the word.
  */
 static bool
 word_unquote(char **t, struct word *word)
@@ -5711,7 +5707,7 @@ word_unquote(char **t, struct word *word)
 	return **t == '\0' || is_among(**t, " \t");
 }
 
-/* Splits a line, which is overwritten, into words; false if it is wrong. */
+/* Splits a line, in place, into words; false after an error. */
 static bool
 parser_split(struct parser *p, char *line)
 {
@@ -5737,7 +5733,7 @@ parser_split(struct parser *p, char *line)
 
 /* ---- the values of conditions ---- */
 
-/* Refuses a rule that asks for a user if there are none. */
+/* Refuses a rule that needs a user if there are no users. */
 static void
 parser_logins(struct parser *p)
 {
@@ -5745,7 +5741,7 @@ parser_logins(struct parser *p)
 		parser_error(p, "nobody can log in: no rule `users' before it");
 }
 
-/* A method; in capitals, unless it is quoted. */
+/* True if the word is a method: in capitals, unless it is quoted. */
 static bool
 method_fits(const struct word *word)
 {
@@ -5758,7 +5754,7 @@ method_fits(const struct word *word)
 	return text_is_token(word->t);
 }
 
-/* A host, or all hosts below one; a dot at the end does not count. */
+/* Parses a host, or `.host` for all below it; drops a trailing dot. */
 static bool
 host_parse(struct text *t)
 {
@@ -5778,7 +5774,7 @@ host_parse(struct text *t)
 	    (text_find(*t, ':') == t->len || address_parse(*t, 0, &a));
 }
 
-/* Compiles the regular expression at `string` into the newest value. */
+/* Compiles `string` into value, which must be the newest piece. */
 static bool
 regex_parse(struct parser *p, const char *string, struct value *value)
 {
@@ -5802,7 +5798,7 @@ regex_parse(struct parser *p, const char *string, struct value *value)
 	return true;
 }
 
-/* [request|response] NAME REGEX; `word` is the first of them. */
+/* Parses [request|response] NAME REGEX; `word` is the first of them. */
 static bool
 value_field(struct parser *p, struct condition *c, const struct word *word,
     struct value *value)
@@ -5828,8 +5824,8 @@ value_field(struct parser *p, struct condition *c, const struct word *word,
 }
 
 /*
- * Days, or hours, or days followed by hours.  More hours are of the same days;
- * so days that follow hours alone would be misread.
+ * Parses days, hours, or days and hours.  Further hours have the same days, so
+ * days after hours without days are an error: they would be misread.
  */
 static bool
 time_parse(struct parser *p, const struct condition *c, struct value *value)
@@ -5854,7 +5850,7 @@ time_parse(struct parser *p, const struct condition *c, struct value *value)
 	return true;
 }
 
-/* type/subtype; a star may be all or the end of the latter. */
+/* True if t is type/subtype; the subtype may end in a star. */
 static bool
 type_parse(struct text t)
 {
@@ -5866,7 +5862,7 @@ type_parse(struct text t)
 	    text_is_token(text_from(t, slash + 1));
 }
 
-/* >n or <n, as a range; one of both is true of nearly everything. */
+/* Parses >n or <n; as two values, nearly every size would match one. */
 static bool
 size_bound_parse(struct parser *p, const struct condition *c,
     struct value *value)
@@ -5887,7 +5883,7 @@ size_bound_parse(struct parser *p, const struct condition *c,
 	return true;
 }
 
-/* A text to be sought; each has its own place in an exchange. */
+/* Parses a text to find in bodies; each takes one of NEEDLES_MAX places. */
 static bool
 needle_parse(struct parser *p, struct value *value)
 {
@@ -5917,7 +5913,7 @@ chance_parse(struct parser *p, struct text t, struct value *value)
 	return true;
 }
 
-/* A file of domains; it is read after all rules, see rules_read_lists(). */
+/* Adds a file of domains; rules_read_lists() reads it after all rules. */
 static bool
 list_parse(struct parser *p, struct value *value)
 {
@@ -5943,8 +5939,8 @@ list_parse(struct parser *p, struct value *value)
 }
 
 /*
- * Parses one value: `word`, and the words after it that belong to it.  False
- * if the subject can't have this value.
+ * Parses one value: `word` and the words after it that belong to it.  False
+ * if it is not valid for the subject.
  */
 static bool
 value_parse(struct parser *p, struct condition *c, const struct word *word,
@@ -5990,7 +5986,7 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 	return false;
 }
 
-/* The values of a condition, up to the next; the last is the first to match. */
+/* Parses the values of a condition, and lists them in reverse order. */
 static void
 condition_values(struct parser *p, struct condition *c)
 {
@@ -6037,9 +6033,9 @@ condition_repeats(const struct rule *rule, const struct condition *c)
 }
 
 /*
- * Parses a condition.  One that would never be known in time is refused: the
- * route and the fields of a request can't depend on the response, nor the
- * caching and the fields of a response on its body.
+ * Parses a condition.  Refuses one whose facts would come too late: the route
+ * and the fields of a request can't depend on the response, nor the caching
+ * and the fields of a response on its body.
  */
 static void
 condition_parse(struct parser *p, const struct rule *rule, struct condition *c)
@@ -6079,7 +6075,7 @@ condition_parse(struct parser *p, const struct rule *rule, struct condition *c)
 		    c->word);
 }
 
-/* All conditions of a rule, up to its end. */
+/* Parses all conditions of a rule, up to its end. */
 static void
 conditions_parse(struct parser *p, struct rule *rule)
 {
@@ -6108,7 +6104,7 @@ conditions_parse(struct parser *p, struct rule *rule)
 
 /* ---- actions ---- */
 
-/* deny [status] ["reason"]: one of them. */
+/* Takes one argument of: deny [status] ["reason"] */
 static bool
 deny_take(struct parser *p, struct rule *rule, const struct word *word)
 {
@@ -6131,7 +6127,7 @@ deny_take(struct parser *p, struct rule *rule, const struct word *word)
 	return true;
 }
 
-/* One half of user:password@, with %XX undone as in any URL. */
+/* Decodes %XX in a user or password of a URL; false if it is too long. */
 static bool
 credential_parse(struct text t, char *to)
 {
@@ -6154,8 +6150,8 @@ credential_parse(struct text t, char *to)
 }
 
 /*
- * Takes the login before a parent's host, up to the last @, from t.  Returns
- * NULL, or the error.
+ * Takes the login, up to the last @, off the front of t, and leaves the host.
+ * Returns NULL or the error.
  */
 static const char *
 parent_login(struct text *t, struct parent *p)
@@ -6182,8 +6178,8 @@ parent_login(struct text *t, struct parent *p)
 }
 
 /*
- * http:// or socks5://, [user:password@]host:port, into p, which is zeroed.
- * Returns NULL, or the error, which never shows the password.
+ * Parses http:// or socks5://, [user:password@]host:port, into p, which is
+ * zeroed.  Returns NULL or the error, which never shows the password.
  */
 static const char *
 parent_parse(struct text t, struct parent *p)
@@ -6192,7 +6188,7 @@ parent_parse(struct text t, struct parent *p)
 	struct target target = { .host = { "", 0 } };
 	const char *why;
 
-	/* secret_hide() masks a login up to one of these. */
+	/* secret_hide() masks a login only up to one of these. */
 	if (strpbrk(t.at, " \t\"") != NULL)
 		return "a blank or a quote in it; write it as %XX";
 	p->id = ++id;
@@ -6214,7 +6210,7 @@ parent_parse(struct text t, struct parent *p)
 	return NULL;
 }
 
-/* via URL ... [direct]: one of them. */
+/* Takes one argument of: via URL ... [direct] */
 static bool
 via_take(struct parser *p, struct rule *rule, const struct word *word)
 {
@@ -6236,7 +6232,7 @@ via_take(struct parser *p, struct rule *rule, const struct word *word)
 	return true;
 }
 
-/* from ADDRESS [ADDRESS]: one of them. */
+/* Takes one argument of: from ADDRESS [ADDRESS] */
 static bool
 from_take(struct parser *p, struct rule *rule, const struct word *word)
 {
@@ -6250,7 +6246,7 @@ from_take(struct parser *p, struct rule *rule, const struct word *word)
 	return true;
 }
 
-/* cache DURATION */
+/* Takes the argument of: cache DURATION */
 static bool
 cache_take(struct parser *p, struct rule *rule, const struct word *word)
 {
@@ -6325,7 +6321,7 @@ amount_take(struct parser *p, struct rule *rule, const struct word *word)
 	    (rule->amount.first > 0 || rule->action == ACTION_CUT);
 }
 
-/* set, add NAME VALUE; unset NAME ...: one of them. */
+/* Takes one argument of: set|add NAME VALUE, or unset NAME ... */
 static bool
 rewrite_take(struct parser *p, struct rule *rule, const struct word *word)
 {
@@ -6352,9 +6348,9 @@ rewrite_take(struct parser *p, struct rule *rule, const struct word *word)
 }
 
 /*
- * The actions: their group, that of requests for those that rewrite; how many
- * arguments there may be, and how one is taken: false if it is not valid;
- * wants: what they are.
+ * The actions.  group: GROUP_REQUEST stands for both rewriting groups; min,
+ * max: number of arguments; take: takes one, false if it is not valid; wants:
+ * a description of them, for errors.
  */
 static const struct {
 	const char *word;
@@ -6398,7 +6394,7 @@ static const struct {
 	    "the name of a field" },
 };
 
-/* Takes the arguments of an action: as many as it must have, and values. */
+/* Takes an action's arguments: `min` words of any kind, then values. */
 static void
 arguments_parse(struct parser *p, struct rule *rule)
 {
@@ -6422,8 +6418,8 @@ arguments_parse(struct parser *p, struct rule *rule)
 }
 
 /*
- * Sets the group of a rule; those that rewrite say whether it is that of
- * requests or that of responses, of which each has its limit.
+ * Sets the group of a rule.  A rewriting rule says whether it applies to
+ * requests or to responses; each of these groups has its limit.
  */
 static void
 action_group(struct parser *p, enum rule_group group)
@@ -6441,8 +6437,8 @@ action_group(struct parser *p, enum rule_group group)
 }
 
 /*
- * A rule with an action, split into words.  Users are shown its line without
- * blanks around it and without passwords.
+ * Parses a rule, which is split into words.  Messages show its line without
+ * outer blanks and with passwords masked.
  */
 static void
 rule_parse(struct parser *p, struct text line)
@@ -6476,7 +6472,7 @@ rule_parse(struct parser *p, struct text line)
 		parser_error(p,
 		    "page: no server answers for it; leave out "
 		    "what needs one");
-	/* The built-in rule without conditions is for all other clients. */
+	/* The built-in rule without conditions refuses foreign clients. */
 	rule->refusal = rule->built_in && rule->conditions == NULL ?
 	    REFUSE_FOREIGN :
 	    rule->needs & FACT_ADDRESS ? REFUSE_GUARDED :
@@ -6486,7 +6482,7 @@ rule_parse(struct parser *p, struct text line)
 	p->end[p->group] = &rule->next;
 }
 
-/* True if t is a hash as crypt(3), htpasswd(1) or LDAP write them. */
+/* True if t looks like a hash of crypt(3), htpasswd(1) or LDAP. */
 static bool
 secret_is_hash(struct text t)
 {
@@ -6499,7 +6495,7 @@ secret_is_hash(struct text t)
 		(*t.at == '{' && t.at[n] == '}'));
 }
 
-/* One line of a file of users: `user:password`, a comment, or nothing. */
+/* Parses a line of users: `user:password`, a comment, or an empty line. */
 static void
 account_parse(struct parser *p, struct text line)
 {
@@ -6527,7 +6523,7 @@ account_parse(struct parser *p, struct text line)
 	p->rules->accounts = account;
 }
 
-/* True if t may be a line of rules or users; else reports that it is wrong. */
+/* True if t may be a line of rules or users; if not, reports an error. */
 static bool
 line_check(struct parser *p, struct text t)
 {
@@ -6539,9 +6535,9 @@ line_check(struct parser *p, struct text t)
 }
 
 /*
- * Reads a file line by line, each by take(), up to one that can't be text.
- * Others may not read one that is secret.  Once the proxy serves, it must be a
- * regular file, since reading a pipe may block.
+ * Calls take() for each line of a file, until one is not text.  Nobody but the
+ * owner may have access to a secret file.  Once the proxy serves, the file
+ * must be a regular one, since reading a pipe may block.
  */
 static void
 file_read(struct parser *p, const char *path, bool secret,
@@ -6583,7 +6579,7 @@ file_read(struct parser *p, const char *path, bool secret,
 	p->line = line;
 }
 
-/* Parses a line that was checked: a rule, `users`, `guard`, or nothing. */
+/* Parses a checked line: a rule, `users`, `guard`, or an empty line. */
 static void
 line_parse(struct parser *p, struct text line)
 {
@@ -6605,7 +6601,7 @@ line_parse(struct parser *p, struct text line)
 		p->guard = p->end[GROUP_ACCESS];
 }
 
-/* A rule that stands in no file. */
+/* Parses a rule from an option or a built-in rule. */
 static void
 line_take(struct parser *p, const char *file, unsigned line, const char *text)
 {
@@ -6616,7 +6612,7 @@ line_take(struct parser *p, const char *file, unsigned line, const char *text)
 		line_parse(p, text_of(text));
 }
 
-/* The rules that are given, or implied, by options. */
+/* Reads the rules that options contain or imply. */
 static void
 options_read(struct parser *p)
 {
@@ -6650,8 +6646,8 @@ options_read(struct parser *p)
 }
 
 /*
- * The built-in rules: those after all others, and the two guards, which stand
- * where `guard` was, else before all others.
+ * Adds the built-in rules: two after all others, and the two guards where
+ * `guard` stands, or else before all others.
  */
 static void
 rules_built_in(struct parser *p)
@@ -6674,8 +6670,8 @@ rules_built_in(struct parser *p)
 }
 
 /*
- * All rules, read anew.  Those that are wrong are reported and counted; the
- * lists that they name are not read yet.  NULL if there is no memory.
+ * Reads all rules into a new set.  Reports and counts errors; does not read
+ * their lists yet.  NULL without memory.
  */
 static struct rules *
 rules_begin(void)
@@ -6699,8 +6695,8 @@ rules_begin(void)
 }
 
 /*
- * Reads the lists for LIST_STEP_US at most: a large one takes many turns of
- * the loop, and no exchange waits for it.  True when all were read.
+ * Reads lists for LIST_STEP_US at most: a large list takes many turns of the
+ * loop, so that no exchange waits for it.  True when all were read.
  */
 static bool
 rules_read_lists(struct rules *rules)
@@ -6742,8 +6738,8 @@ rules_print(const struct rules *rules)
 }
 
 /*
- * Reads all rules at the start, and prints them if they are right.  False if
- * not; the errors were reported.
+ * Reads all rules at startup; if `print`, also prints them.  False if there
+ * were errors, which were reported.
  */
 static bool
 rules_read(bool print)
@@ -6760,7 +6756,7 @@ rules_read(bool print)
 	return rules != NULL;
 }
 
-/* Begins to read all rules anew; those in force stay so meanwhile. */
+/* Begins to reload all rules; the old ones stay in force meanwhile. */
 static void
 rules_reload(void)
 {
@@ -6771,8 +6767,8 @@ rules_reload(void)
 }
 
 /*
- * True if all files that the rules stand in, or name, can be read again; those
- * that can't are reported.
+ * True if all files that contain rules, or that rules name, can be read
+ * again; reports those that can't.
  */
 static bool
 rules_can_reload(void)
@@ -6795,7 +6791,7 @@ rules_can_reload(void)
 }
 
 /*
- * Continues what rules_reload() began; the new rules are in force when all
+ * Continues what rules_reload() began; the new rules come into force when all
  * were read.  True if there is more to read.
  */
 static bool
@@ -6816,7 +6812,7 @@ rules_step(void)
 
 /*
  * The rules in force, for a request with this head; rules_give() ends their
- * use.  *user becomes the user who logs in with it, if there are users.
+ * use.  If there are users, sets *user to the one who logged in, or NULL.
  */
 static struct rules *
 rules_take(const struct head *h, const struct account **user)
@@ -6848,7 +6844,7 @@ rule_is_local(const struct rule *rule)
 	return false;
 }
 
-/* True if a rule that somebody wrote may let in clients from elsewhere. */
+/* True if a rule of the user may let in clients on other machines. */
 static bool
 rules_let_in(void)
 {
@@ -6862,11 +6858,11 @@ rules_let_in(void)
 	return false;
 }
 
-/* ---- what is known ---- */
+/* ---- facts to judge by ---- */
 
 /*
- * Sets the server's address to a, which must outlive v; if its family is 0,
- * the address will never be known.  An address in the URL is known anyway.
+ * Sets the server's address to a, which must outlive v; family 0 means that it
+ * will never be known.  A numeric host in the URL takes precedence.
  */
 static void
 view_source(struct view *v, const struct address *a)
@@ -6879,7 +6875,7 @@ view_source(struct view *v, const struct address *a)
 	v->never |= a->family ? 0U : FACT_ADDRESS;
 }
 
-/* Adds the response and the length of its body, UINT64_MAX if not known. */
+/* Adds the response and the length of its body, UINT64_MAX if unknown. */
 static void
 view_response(struct view *v, const struct response *r, uint64_t length)
 {
@@ -6897,7 +6893,7 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 }
 
 /*
- * Sets v to the facts that are known of a request at once; q and client must
+ * Sets v to the facts known as soon as a request arrives; q and client must
  * outlive v.  local: the client is on this machine.
  */
 static void
@@ -6920,10 +6916,10 @@ view_begin(struct view *v, const struct request *q,
 }
 
 /*
- * Sets v to the facts that are known of a request so far; x must outlive v.
- * r is the response or NULL, and length that of its body, UINT64_MAX if it is
- * not known.  With a parent, the server's address is known only if the URL has
- * a numeric host; an entry has the address that it came from.
+ * Sets v to the facts known of a request so far; x must outlive v.  r is the
+ * response or NULL; length is its body's, UINT64_MAX if unknown.  With a
+ * parent, the server's address is known only if the URL has a numeric host; an
+ * entry has the address that it came from.
  */
 static void
 exchange_view(const struct exchange *x, const struct response *r,
@@ -11692,13 +11688,13 @@ hello_name(struct text t, char *flat)
 	return text_cut(flat, 0);
 }
 
-/* ---- 12. Heads and pages: the words of the proxy ---- */
+/* ---- 12. Heads and pages: what the proxy writes ---- */
 
 /*
- * All that the proxy says in its own words: the head of a request for the next
- * hop, that of a response for the client, the handshake with a SOCKS5 parent,
- * and the pages that it answers with itself.  Each is put into a buffer here
- * and sent by section 13; nothing here says when, or to whom.
+ * Everything that the proxy writes itself: the request head for the next hop,
+ * the response head for the client, the handshake with a SOCKS5 parent, and
+ * its own pages.  All of it is built in a buffer here; section 13 decides when
+ * to send it, and to whom.
  *
  * Door: request_build, exchange_rewrite, exchange_is_relayed, exchange_target,
  * response_build, answer_view, greet_append, greet_length, greet_words,
@@ -11708,7 +11704,7 @@ hello_name(struct text t, char *flat)
 
 /* ---- the head for the server ---- */
 
-/* True if requests go whole to a parent that speaks HTTP. */
+/* True if the next hop is an HTTP parent. */
 static bool
 exchange_is_relayed(const struct exchange *x)
 {
@@ -11718,8 +11714,8 @@ exchange_is_relayed(const struct exchange *x)
 }
 
 /*
- * host[:port] of the target, as a URL has it: port 80 goes without saying,
- * but for CONNECT.  to has HOST_MAX + 10 bytes.
+ * Writes host[:port] of the target, as in a URL: port 80 is omitted, except
+ * for CONNECT.  `to` has HOST_MAX + 10 bytes.
  */
 static void
 exchange_target(const struct exchange *x, char *to)
@@ -11735,8 +11731,8 @@ exchange_target(const struct exchange *x, char *to)
 }
 
 /*
- * What rules change in the request of an exchange before it is sent, as far
- * as it is known now.
+ * Determines how the rules change the request before it is sent, as far as
+ * is known now.
  */
 static void
 exchange_rewrite(struct exchange *x)
@@ -11752,8 +11748,8 @@ exchange_rewrite(struct exchange *x)
 }
 
 /*
- * The request line and Host, from the target and nothing else; a parent gets
- * the whole target.
+ * Appends the request line and Host, both built from the target alone; an
+ * HTTP parent gets the whole target.
  */
 static void
 request_line_append(const struct exchange *x, struct buffer *b)
@@ -11780,8 +11776,8 @@ request_line_append(const struct exchange *x, struct buffer *b)
 }
 
 /*
- * The login for an HTTP parent: ours, or else the client's own, unless that
- * was for us.
+ * Appends the login for an HTTP parent: the configured one, or else the
+ * client's, unless the client sent it to log in here.
  */
 static void
 login_append(const struct exchange *x, struct buffer *b)
@@ -11802,7 +11798,7 @@ login_append(const struct exchange *x, struct buffer *b)
 		field_append(b, own);
 }
 
-/* One field of the request to the next hop, or nothing. */
+/* Appends field i of the request, unless it must not be passed on. */
 static void
 request_field_append(struct exchange *x, size_t i, struct buffer *b)
 {
@@ -11827,7 +11823,7 @@ request_field_append(struct exchange *x, size_t i, struct buffer *b)
 		field_append(b, field);
 }
 
-/* Connection, and what it names: an upgrade, and the wish for trailers. */
+/* Appends Connection and the fields that it names: TE and Upgrade. */
 static void
 connection_append(const struct request *q, struct buffer *b)
 {
@@ -11846,7 +11842,7 @@ connection_append(const struct request *q, struct buffer *b)
 		    q->upgrade ? "upgrade" : "");
 }
 
-/* The whole request head for the next hop, into b. */
+/* Appends the whole request head for the next hop to b. */
 static void
 request_build(struct exchange *x, struct buffer *b)
 {
@@ -11872,7 +11868,7 @@ request_build(struct exchange *x, struct buffer *b)
 
 /* ---- the head for the client ---- */
 
-/* Sets v to what is known once the answer is r. */
+/* Sets v to the facts known once the response is r. */
 static void
 answer_view(const struct exchange *x, const struct response *r, struct view *v)
 {
@@ -11882,7 +11878,7 @@ answer_view(const struct exchange *x, const struct response *r, struct view *v)
 	    v);
 }
 
-/* One field of the response to the client, or nothing. */
+/* Appends field i of the response, unless it must not be passed on. */
 static void
 response_field_append(const struct exchange *x, const struct response *r,
     size_t i, struct buffer *b)
@@ -11909,7 +11905,7 @@ response_field_append(const struct exchange *x, const struct response *r,
 		field_append(b, field);
 }
 
-/* What rules change in a response; nothing in one of ours. */
+/* Sets w to the rules' changes to r; none to the proxy's own responses. */
 static void
 response_rewrites(struct exchange *x, const struct response *r,
     struct rewrites *w)
@@ -11925,7 +11921,7 @@ response_rewrites(struct exchange *x, const struct response *r,
 	x->down.bare = w->strips;
 }
 
-/* The response head for the client, into b. */
+/* Appends the response head for the client to b. */
 static void
 response_build(struct exchange *x, const struct response *r, struct buffer *b)
 {
@@ -11963,7 +11959,7 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 
 /* ---- the handshake with a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
 
-/* Our words that go with a state of the handshake. */
+/* Appends our message for this state of the handshake. */
 static void
 greet_append(const struct exchange *x, struct buffer *b)
 {
@@ -11986,7 +11982,7 @@ greet_append(const struct exchange *x, struct buffer *b)
 		    parent->password);
 		break;
 	default:
-		/* A name as a name: looking it up is the parent's part. */
+		/* A name is sent as a name: the parent looks it up. */
 		buffer_append(b, text_cut("\5\1\0", 3));
 		if (!address_parse(t->host, t->port, &a))
 			buffer_print(b, "\3%c%.*s", host_len, host_len,
@@ -12004,8 +12000,8 @@ greet_append(const struct exchange *x, struct buffer *b)
 }
 
 /*
- * How long the parent's next message is, by what came of it; more than came
- * if that can't be told yet, 0 if it is none.
+ * The length of the parent's next message, of which t has arrived.  More than
+ * t.len if it is not known yet, 0 if t is not SOCKS5.
  */
 static size_t
 greet_length(enum greeting greeting, struct text t)
@@ -12051,15 +12047,15 @@ enum {
 };
 
 /*
- * Makes the answers of the proxy itself: refusals, its two pages, and OPTIONS
- * and TRACE that end here.  Each is a whole response in memory, which then
- * goes the way of every response.  Nothing here sends a byte, and a page
- * repeats nothing of a request but a host whose characters were checked; only
- * TRACE repeats the request.
+ * The proxy's own responses: refusals, its two pages, and answers to OPTIONS
+ * and TRACE that end here.  Each is a whole response in memory and is then
+ * handled like any other.  Nothing here sends a byte.  A page repeats nothing
+ * of a request but a host whose characters were checked; only TRACE repeats
+ * the request.
  */
 
 /*
- * Makes x->server an answer from memory: status, the fields in `fields`
+ * Makes x->server a response from memory: status, the lines in `fields`
  * (each ends in CR LF), and body.
  */
 static void
@@ -12085,7 +12081,7 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 
 /*
  * Makes a refusal: its words, then the details.  Proxy-Status (RFC 9209) says
- * the same to machines; its strings have neither quotes nor backslashes.
+ * the same to programs; its strings contain no quotes or backslashes.
  */
 static void
 page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
@@ -12116,7 +12112,7 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 	    text_of(body));
 }
 
-/* The page at `/`: what this is, and how to use it from here. */
+/* The page at `/`: what this proxy is, and how to use it. */
 static void
 page_index(struct exchange *x, struct text host)
 {
@@ -12138,7 +12134,7 @@ page_index(struct exchange *x, struct text host)
 	page_make(x, 200, "text/plain; charset=utf-8", "", text_of(body));
 }
 
-/* The automatic configuration of browsers, with the address they used. */
+/* The page that configures browsers to use the address in their Host. */
 static void
 page_pac(struct exchange *x, struct text host)
 {
@@ -12574,7 +12570,7 @@ page_rule(struct exchange *x, const struct rule *rule)
 	conn_file(s, fd, x);
 }
 
-/* True if host and port, of a Host field, are where the client came in. */
+/* True if t, from a Host field, is the address the client connected to. */
 static bool
 page_is_ours(const struct exchange *x, const struct target *t)
 {
@@ -12593,7 +12589,7 @@ page_is_ours(const struct exchange *x, const struct target *t)
 	    text_same(t->host, text_cut(host_name, label));
 }
 
-/* OPTIONS that ends here (RFC 9110 section 9.3.7). */
+/* Answers an OPTIONS that ends here (RFC 9110 section 9.3.7). */
 static void
 page_options(struct exchange *x)
 {
@@ -12604,8 +12600,8 @@ page_options(struct exchange *x)
 }
 
 /*
- * TRACE that ends here (RFC 9110 section 9.3.8): the request as it came, but
- * for fields with secrets.  One too long to be sent back is refused.
+ * Answers a TRACE that ends here (RFC 9110 section 9.3.8): repeats the request
+ * without fields that hold secrets.  One too long for this is refused.
  */
 static void
 page_trace(struct exchange *x)
@@ -12631,14 +12627,14 @@ page_trace(struct exchange *x)
 /* ---- 13. Exchange: the phases, one step each ---- */
 
 /*
- * The story of a request.  Under a subheading for each phase, in the order in
- * which they come, the functions that it needs lead to its step.  A step does
- * what can be done now and returns true if anything moved; then it, or the
- * step of the phase that it entered, is called again.  One that has to wait
- * returns false, and exchange_run() sets what for.
+ * The life of a request.  Each phase has a subheading, in the order in which
+ * they run, and ends with its step function.  A step does what can be done
+ * now and returns true if anything moved; then it, or the step of the phase
+ * that it entered, is called again.  A step that has to wait returns false,
+ * and exchange_run() sets the events and the deadline.
  *
- * A step must never wait itself.  Nor are messages parsed, put into words or
- * written here: the sections above do that, this one decides what is next.
+ * A step must never block.  Messages are parsed, built and written by the
+ * sections above; this one decides what comes next.
  *
  * Door: exchange_open, exchange_run, exchange_expire, exchange_close,
  * exchange_abort, phase_names.
@@ -12654,11 +12650,11 @@ enum {
 	NEXT_TRY_MS = 250,
 	/* The longest message of a SOCKS5 parent, RFC 1928 section 6. */
 	GREETING_MAX = 7 + 255,
-	/* A parent that could not be reached is passed over for so long. */
+	/* A parent that could not be reached is skipped for this long. */
 	PARENT_FAILED_MS = 30000
 };
 
-/* ---- from phase to phase, and the end ---- */
+/* ---- changes of phase, and the end ---- */
 
 static struct bend *bends_free; /* for exchanges to come */
 
@@ -12688,7 +12684,7 @@ access_enter(struct exchange *x, enum access_state state)
 	access->state = state;
 }
 
-/* A slot with no connection yet, or NULL if all are taken. */
+/* Takes a free slot; NULL if there is none. */
 static struct exchange *
 exchange_take(void)
 {
@@ -12701,7 +12697,7 @@ exchange_take(void)
 		exchanges.free = x->next;
 	else
 		x = &exchanges.slots[exchanges.used++];
-	/* A slot stays among those to run when it is freed and taken again. */
+	/* A slot freed and taken again stays in the list of those to run. */
 	again = x->again;
 	next_again = x->next_again;
 	memset(x, 0, offsetof(struct exchange, note.text));
@@ -12715,11 +12711,11 @@ exchange_take(void)
 	return x;
 }
 
-/* The one place where a phase changes. */
+/* Changes the phase; a refresh gets its first one without this. */
 static void
 exchange_enter(struct exchange *x, enum phase phase)
 {
-	/* The end of an exchange has been told; its connection ends later. */
+	/* The trace has shown the end already; the connection ends later. */
 	if (phase != PHASE_FREE || x->record.start)
 		trace(x, "%s -> %s%s%s", phase_names[x->phase],
 		    phase_names[phase],
@@ -12729,7 +12725,7 @@ exchange_enter(struct exchange *x, enum phase phase)
 	x->since = x->moved = now.ms;
 }
 
-/* Ends all attempts to connect but x->server. */
+/* Closes all connection attempts except x->server. */
 static void
 exchange_drop_tries(struct exchange *x)
 {
@@ -12744,7 +12740,7 @@ exchange_drop_tries(struct exchange *x)
 	}
 }
 
-/* Lets go of the request and all that it holds, if there is one. */
+/* Frees the request, if any, and everything that it owns. */
 static void
 exchange_forget(struct exchange *x)
 {
@@ -12755,7 +12751,7 @@ exchange_forget(struct exchange *x)
 	request_drop(&x->request);
 }
 
-/* Ends the connection and frees the slot; with reset, so that it is felt. */
+/* Closes both connections, optionally by a reset, and frees the slot. */
 static void
 exchange_close(struct exchange *x, bool reset)
 {
@@ -12774,9 +12770,9 @@ exchange_close(struct exchange *x, bool reset)
 }
 
 /*
- * Ends an exchange in the middle.  What the client got must not look whole:
- * where only the end of the connection would tell, it is reset.  So is a
- * tunnel if one side was; one that is out of time ends as it would anyway.
+ * Ends an exchange early.  A truncated response must not look complete: where
+ * closing marks the end of the body, the connection is reset instead.  A
+ * tunnel is reset if one side was; after a timeout it is just closed.
  */
 static void
 exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
@@ -12797,8 +12793,8 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 }
 
 /*
- * The answer was made in memory: it goes the way of every answer.  If there
- * was no memory for it, the exchange ends.
+ * Sends a response built in memory, in the same way as any other.  Ends the
+ * exchange if there was no memory for it.
  */
 static void
 exchange_answer(struct exchange *x)
@@ -12810,8 +12806,8 @@ exchange_answer(struct exchange *x)
 }
 
 /*
- * Refuses the request, whatever was done for it so far.  Once a response
- * head has gone out, the only refusal is to end.
+ * Refuses the request with a page, in any phase.  After a response head has
+ * gone out, all that is left is to end the exchange.
  */
 static void
 exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
@@ -12836,7 +12832,7 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 
 /* ---- what the rules say ---- */
 
-/* A rule refused the exchange: by a page, a question, or not a word. */
+/* Refuses as the rule says: with a page, a login request, or silently. */
 static void
 access_refuse(struct exchange *x)
 {
@@ -12863,7 +12859,7 @@ access_refuse(struct exchange *x)
 			"");
 }
 
-/* True if a rule refuses, by what v knows; undecided, it stays open. */
+/* True if a rule refuses x, given the facts in v; undecided stays open. */
 static bool
 access_is_refused(struct exchange *x, struct view *v)
 {
@@ -12881,7 +12877,7 @@ access_is_refused(struct exchange *x, struct view *v)
 	return verdict.refuses;
 }
 
-/* False if the exchange may not pass, by what v knows, and was refused. */
+/* Judges x by the facts in v.  False if it was refused. */
 static bool
 access_judge(struct exchange *x, struct view *v)
 {
@@ -12892,7 +12888,7 @@ access_judge(struct exchange *x, struct view *v)
 	return !refused;
 }
 
-/* Of the parents of a rule the first that was not lately out of reach. */
+/* The first parent of a rule that has not failed lately, else the first. */
 static struct parent *
 parent_choose(struct parent *first)
 {
@@ -12904,7 +12900,7 @@ parent_choose(struct parent *first)
 	return first;
 }
 
-/* By which way; it stays open if the server's address decides. */
+/* Chooses the parent; undecided if that needs the server's address. */
 static void
 route_judge(struct exchange *x, struct view *v)
 {
@@ -13129,8 +13125,8 @@ bend_wake(const struct exchange *x)
 }
 
 /*
- * A request has come: from now on it goes by the rules that are in force now.
- * False if it was refused.
+ * Judges a new request by the rules now in force, which apply to it until it
+ * ends.  False if it was refused.
  */
 static bool
 access_begin(struct exchange *x)
@@ -13149,9 +13145,9 @@ access_begin(struct exchange *x)
 }
 
 /*
- * An answer has come: r, parsed from head.  False if it was refused.  If it is
- * still open, the head is kept for the time when the body tells more, and in
- * front of it, a byte for each text, how much of that was found so far.
+ * Judges the response r, parsed from head.  False if it was refused.  While
+ * undecided, the head is kept until the body decides; in front of it, one
+ * byte for each text of the rules says how much of that was found so far.
  */
 static bool
 access_response(struct exchange *x, const struct response *r, struct text head)
@@ -13181,8 +13177,8 @@ access_response(struct exchange *x, const struct response *r, struct text head)
 }
 
 /*
- * A piece of the body has come, or its end (whole): what the rules look for
- * may be in it.  True if it may pass.
+ * Judges a piece of the body, the last one if `whole`, by the texts in it and
+ * the length so far.  True if it may pass.
  */
 static bool
 access_body(struct exchange *x, struct text piece, bool whole)
@@ -13212,11 +13208,11 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	return !refused;
 }
 
-/* ---- who else may answer ---- */
+/* ---- answers from elsewhere ---- */
 
 /*
- * The entry in l is the server: its head is parsed and passed on like any
- * other, if the rules let it pass.  Takes over its descriptor and buffer.
+ * Makes the entry in l the server: its head is parsed and passed on like any
+ * other if the rules allow it.  Takes over its descriptor and buffer.
  */
 static void
 exchange_serve(struct exchange *x, const struct lookup *l)
@@ -13227,7 +13223,7 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	conn_close(&x->server, false);
 	conn_file(&x->server, l->fd, x);
 	x->server.in = l->b;
-	/* What was judged is the way to the server, not where this is from. */
+	/* The rules judged the route, not the server of this entry. */
 	if (q->route.n > 0)
 		access_enter(x, ACCESS_UNDECIDED);
 	q->route.n = 0;
@@ -13240,8 +13236,8 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 }
 
 /*
- * Begins the way to a server anew: with the addresses (RESOLVE), or with the
- * connection to one of them (CONNECT).
+ * Starts again on the way to the server: from the name lookup (RESOLVE) or
+ * from the first connection attempt (CONNECT).
  */
 static void
 route_again(struct exchange *x, enum phase phase)
@@ -13257,8 +13253,8 @@ route_again(struct exchange *x, enum phase phase)
 }
 
 /*
- * The next parent of a rule, if there is one: true if it is tried now.  That a
- * server can't be reached, directly or by a parent that was, blames nobody.
+ * Turns to the rule's next parent; false if there is none.  A parent has not
+ * failed if it was reached and only the server behind it could not be.
  */
 static bool
 parent_next(struct exchange *x)
@@ -13272,7 +13268,7 @@ parent_next(struct exchange *x)
 	if (q->route.parent->next == NULL)
 		return false;
 	q->route.parent = q->route.parent->next;
-	/* What this one does not look up, the next may: all is judged anew. */
+	/* The next may be a direct connection: its addresses are judged. */
 	access_enter(x, ACCESS_UNDECIDED);
 	q->times.asked = 0;
 	x->record.server.family = 0;
@@ -13281,8 +13277,8 @@ parent_next(struct exchange *x)
 }
 
 /*
- * What was asked for can't be had: another parent may have it, or a stale
- * entry stands in for it, or the client is told so.
+ * Handles a failure: tries another parent, or serves a stale entry, or
+ * refuses the request.
  */
 static void
 exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
@@ -13302,11 +13298,11 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 		exchange_deny(x, refusal, detail);
 }
 
-/* ---- REQUEST: a whole head; who may answer it? ---- */
+/* ---- REQUEST: a whole head, and who answers it ---- */
 
 /*
- * Takes the first n bytes of what the client sent as the head of this
- * exchange; what follows them stays in `in`.  False without memory.
+ * Moves the first n bytes from the client to the request, as its head; the
+ * rest stays in `in`.  False without memory.
  */
 static bool
 request_take(struct exchange *x, size_t n)
@@ -13328,7 +13324,7 @@ request_take(struct exchange *x, size_t n)
 	return true;
 }
 
-/* What came, when it is no request: the log gets its first line. */
+/* Keeps the first line of a malformed request for the log. */
 static void
 request_spoil(struct exchange *x)
 {
@@ -13346,7 +13342,7 @@ request_spoil(struct exchange *x)
 	q->uri = t;
 }
 
-/* Refuses what can't be parsed: where the next request begins is unknown. */
+/* Refuses a malformed request and closes: its end is unknown. */
 static void
 request_reject(struct exchange *x, enum refusal refusal)
 {
@@ -13355,7 +13351,7 @@ request_reject(struct exchange *x, enum refusal refusal)
 	exchange_refuse(x, refusal, "");
 }
 
-/* Notes what later phases need of a request, besides itself. */
+/* Derives from the head what later phases need. */
 static void
 request_note(struct exchange *x)
 {
@@ -13372,7 +13368,7 @@ request_note(struct exchange *x)
 	flow_start(&x->up, q->framing, q->framing, q->length);
 }
 
-/* A request to ourselves: one of our pages, or a misunderstanding. */
+/* Answers a request to the proxy itself: with a page or a refusal. */
 static void
 request_local(struct exchange *x)
 {
@@ -13403,8 +13399,8 @@ request_local(struct exchange *x)
 }
 
 /*
- * A slot for what is done for nobody: its client is no socket.  NULL without a
- * free slot.  Takes over head, the request that it begins with, or NULL.
+ * Takes a slot for a fetch without a client.  NULL without a free slot or
+ * memory.  Takes over head: its request as bytes, or NULL.
  */
 static struct exchange *
 exchange_take_refresh(const struct exchange *x, struct buffer *head)
@@ -13432,9 +13428,9 @@ exchange_take_refresh(const struct exchange *x, struct buffer *head)
 }
 
 /*
- * Fetches the same request again for nobody, so that the entry is validated:
- * an exchange whose client is no socket.  Once at a time; without a free slot
- * it is not done, the next request for it will.
+ * Sends the same request in the background, in an exchange without a client,
+ * to revalidate the entry.  One such fetch runs at a time.  Without a free
+ * slot nothing is done: the next request will try again.
  */
 static void
 exchange_refresh(struct exchange *x)
@@ -13449,7 +13445,7 @@ exchange_refresh(struct exchange *x)
 
 	if (head == NULL)
 		return;
-	/* Without wishes, conditions and login: the answer is good for all. */
+	/* Without directives, conditions and login: the answer suits all. */
 	buffer_append(head, text_of("GET"));
 	buffer_append(head, text_from(q->head.line, q->name.len));
 	buffer_append(head, text_of("\r\n"));
@@ -13461,8 +13457,8 @@ exchange_refresh(struct exchange *x)
 }
 
 /*
- * Asks the cache, and goes on as it says: an entry answers, or the same is
- * just being fetched, or nothing else may, or the server is asked.
+ * Asks the cache: an entry answers, or x waits for another fetch, or x is
+ * refused as only an entry may answer it, or the server is asked.
  */
 static void
 exchange_look_up(struct exchange *x)
@@ -13482,8 +13478,8 @@ exchange_look_up(struct exchange *x)
 }
 
 /*
- * COLLAPSE: waits, not for ever, for the head that another exchange is to get;
- * then looks again, and asks if there is still nothing.
+ * COLLAPSE: waits at most COLLAPSE_MS until another exchange has the response
+ * head, then asks the cache again, and if need be the server.
  */
 static bool
 collapse_step(struct exchange *x)
@@ -13494,7 +13490,7 @@ collapse_step(struct exchange *x)
 	return true;
 }
 
-/* A whole head of n bytes has come: understand it and go on. */
+/* Parses a whole head of n bytes and decides who answers. */
 static void
 request_accept(struct exchange *x, size_t n)
 {
@@ -13527,7 +13523,7 @@ request_accept(struct exchange *x, size_t n)
 		exchange_look_up(x);
 }
 
-/* The clock of a request starts at its first byte.  False without memory. */
+/* Starts a request and its clock, at its first byte.  False without memory. */
 static bool
 request_start(struct exchange *x)
 {
@@ -13542,7 +13538,7 @@ request_start(struct exchange *x)
 
 /*
  * Drops empty lines before a request (RFC 9112 section 2.2).  False if nothing
- * else has come, or there is no memory for it.
+ * else has arrived, or without memory.
  */
 static bool
 request_begin(struct exchange *x)
@@ -13558,7 +13554,7 @@ request_begin(struct exchange *x)
 	return false;
 }
 
-/* There is no memory for a request: it is refused unread. */
+/* Refuses a request unread, for lack of memory. */
 static void
 request_starve(struct exchange *x)
 {
@@ -13573,7 +13569,7 @@ request_starve(struct exchange *x)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 }
 
-/* REQUEST: wait for a whole head. */
+/* REQUEST: waits for a whole head. */
 static bool
 request_step(struct exchange *x)
 {
@@ -13606,9 +13602,9 @@ request_step(struct exchange *x)
 /* ---- RESOLVE: the addresses of the next hop ---- */
 
 /*
- * The addresses of a host, in figures or a name, into the route: 1 if they are
- * there, 0 if they are not known yet, -1 if the request was refused for it.
- * In figures it is what rules took it for.
+ * Puts the addresses of a host, numeric or a name, into the route.  Returns 1
+ * if it did, 0 if they are not known yet, -1 if the request was refused.  A
+ * numeric host is parsed as the rules parse it.
  */
 static int
 resolve_host(struct exchange *x, struct text host, unsigned port)
@@ -13642,7 +13638,7 @@ resolve_host(struct exchange *x, struct text host, unsigned port)
 	return 1;
 }
 
-/* Our own address for a connection to another: any, if no rule names one. */
+/* The local address for a connection: any, unless -b or a rule names one. */
 static const struct address *
 route_from(const struct route *route, const struct address *to)
 {
@@ -13652,9 +13648,9 @@ route_from(const struct route *route, const struct address *to)
 }
 
 /*
- * Strikes the addresses that can't be left for from the list, and if the
- * rules are open those that they forbid.  Returns the refusal if one is our
- * own or none is left, REFUSE_RULE for what a rule forbids.
+ * Drops the addresses whose family has no local address and, while access is
+ * undecided, those that rules forbid.  Returns a refusal if one is our own or
+ * none is left: REFUSE_RULE if rules forbade any.
  */
 static enum refusal
 resolve_strike(struct exchange *x, struct view *v)
@@ -13694,8 +13690,8 @@ resolve_strike(struct exchange *x, struct view *v)
 }
 
 /*
- * The next hop's addresses are in the list: which of them may be gone to, and
- * from where?
+ * The next hop's addresses are in the list: judges them, and chooses the
+ * local address.
  */
 static void
 resolve_judge(struct exchange *x)
@@ -13727,7 +13723,7 @@ resolve_judge(struct exchange *x)
 	}
 }
 
-/* The server's addresses are in the list, and tell by which way to go. */
+/* Chooses the parent by the server's addresses, which are in the list. */
 static void
 resolve_route(struct exchange *x)
 {
@@ -13744,8 +13740,8 @@ resolve_route(struct exchange *x)
 }
 
 /*
- * RESOLVE: where the request goes next, in addresses; and may it go there?
- * With a parent, that is the parent: it looks up the target's name itself.
+ * RESOLVE: looks up the next hop's addresses and judges them.  If the next
+ * hop is a parent, the parent looks up the target's name itself.
  */
 static bool
 resolve_step(struct exchange *x)
@@ -13762,9 +13758,9 @@ resolve_step(struct exchange *x)
 	return known != 0;
 }
 
-/* ---- CONNECT: one address after the other ---- */
+/* ---- CONNECT: the addresses in turn ---- */
 
-/* Where a connection to address leads, and how; see struct hop. */
+/* Where a connection to address leads, and how: see struct hop. */
 static struct hop
 exchange_hop(const struct exchange *x, const struct address *address)
 {
@@ -13781,9 +13777,9 @@ exchange_hop(const struct exchange *x, const struct address *address)
 }
 
 /*
- * True if the request may go on a kept connection: one that could be sent
- * again, since the server may close that connection at any time (RFC 9112
- * section 9.3.1).  That its method is idempotent is known of some only.
+ * True if the request may be sent on a kept connection.  The server may close
+ * that at any time, so the request must be repeatable (RFC 9112 section
+ * 9.3.1); an unknown method might not be idempotent.
  */
 static bool
 exchange_is_repeatable(const struct exchange *x)
@@ -13795,7 +13791,7 @@ exchange_is_repeatable(const struct exchange *x)
 	    !q->upgrade;
 }
 
-/* Takes a kept connection to one of the addresses, if there is one. */
+/* Takes a kept connection to one of the addresses; false without one. */
 static bool
 connect_reuse(struct exchange *x)
 {
@@ -13822,8 +13818,8 @@ connect_reuse(struct exchange *x)
 }
 
 /*
- * Tries the next address.  The one under way, if any, goes on beside it;
- * without room for that it is given up.
+ * Tries the next address.  A pending attempt continues beside it, or is
+ * closed if there is no room for both.
  */
 static void
 connect_next(struct exchange *x)
@@ -13851,7 +13847,7 @@ connect_next(struct exchange *x)
 		route->error = errno;
 }
 
-/* Looks at one attempt; true if it is connected, closed if it failed. */
+/* Checks one attempt: true if it is connected; closes it if it failed. */
 static bool
 connect_try(struct exchange *x, struct conn *c)
 {
@@ -13871,7 +13867,7 @@ connect_try(struct exchange *x, struct conn *c)
 	return false;
 }
 
-/* Looks at all attempts; true if x->server is connected. */
+/* Checks all attempts; true if one succeeded: it is x->server now. */
 static bool
 connect_won(struct exchange *x)
 {
@@ -13893,8 +13889,8 @@ connect_won(struct exchange *x)
 }
 
 /*
- * No address is left: say why the last one failed.  What fails at our own end
- * of the connection, where -b or a rule chose it, names that.
+ * Refuses the request with the error of the last address.  If a local address
+ * chosen by -b or a rule is at fault, names it too.
  */
 static void
 connect_refuse(struct exchange *x)
@@ -13927,7 +13923,7 @@ connect_refuse(struct exchange *x)
 	    detail);
 }
 
-/* Sends the head to the server, x->server being connected. */
+/* Sends the request head; x->server is connected. */
 static void
 exchange_send(struct exchange *x)
 {
@@ -13951,9 +13947,9 @@ exchange_send(struct exchange *x)
 }
 
 /*
- * The way to the target is open.  A CONNECT is answered by us; what the server
- * may have said already, behind a SOCKS parent's reply, follows.  In front of
- * the answer to another request there can be nothing (RFC 9112 section 9.2).
+ * The next hop is connected.  The proxy answers a CONNECT itself; any bytes
+ * that arrived behind a SOCKS parent's reply follow.  For other requests, no
+ * bytes may come before the request is sent (RFC 9112 section 9.2).
  */
 static void
 connect_open(struct exchange *x)
@@ -13979,7 +13975,7 @@ connect_open(struct exchange *x)
 	exchange_answer(x);
 }
 
-/* CONNECT: the addresses one after the other, the next after 250 ms. */
+/* CONNECT: tries the addresses in turn, the next after NEXT_TRY_MS. */
 static bool
 connect_step(struct exchange *x)
 {
@@ -14011,7 +14007,7 @@ connect_step(struct exchange *x)
 
 /* ---- GREET: a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
 
-/* Our next words; then the parent is to say `next`. */
+/* Sends the next message; `next` is the reply expected of the parent. */
 static void
 greet_say(struct exchange *x, enum greeting next)
 {
@@ -14022,7 +14018,7 @@ greet_say(struct exchange *x, enum greeting next)
 		greet_append(x, x->server.out);
 }
 
-/* The parent said something whole, and this code in it. */
+/* Handles a whole message from the parent by its code. */
 static void
 greet_answer(struct exchange *x, unsigned char code)
 {
@@ -14074,8 +14070,8 @@ greet_step(struct exchange *x)
 /* ---- a body from one side to the other ---- */
 
 /*
- * Drops from what is ready the payload that the client has had before.  What
- * ends within that is not the same payload.
+ * Drops payload that the client already has.  A body that ends within it is
+ * not the same payload.
  */
 static void
 exchange_skip(struct exchange *x)
@@ -14095,8 +14091,8 @@ exchange_skip(struct exchange *x)
 }
 
 /*
- * Reads from one side; of an entry that is still being stored no more than is
- * there, since the end of the file is not yet the end of the body.
+ * Reads from one side.  While an entry is being stored, reads no more than is
+ * there: the end of the file is not yet the end of the body.
  */
 static bool
 exchange_read(struct exchange *x, struct conn *from)
@@ -14111,7 +14107,7 @@ exchange_read(struct exchange *x, struct conn *from)
 		from->readable = false;
 	if (!conn_read_some(from, max > BUFFER_ROOM ? BUFFER_ROOM : max))
 		return false;
-	/* It was all there: somebody has cut the file. */
+	/* The bytes had been stored: someone truncated the file. */
 	if (from->eof)
 		from->error = EIO;
 	from->eof = false;
@@ -14119,8 +14115,8 @@ exchange_read(struct exchange *x, struct conn *from)
 }
 
 /*
- * A piece of a body has come, or its end: rules, the entry that is stored and
- * the trace see it.  If rules forbid it, it is dropped, and the flow is broken.
+ * Shows a piece of a body, or its end, to the rules, the cache and the trace.
+ * If a rule forbids it, drops the piece and marks the flow as broken.
  */
 static void
 exchange_see(struct exchange *x, struct flow *f, struct text piece)
@@ -14144,9 +14140,9 @@ exchange_see(struct exchange *x, struct flow *f, struct text piece)
 }
 
 /*
- * Moves a message along until one side has to wait.  Framing, payload and
- * the end of it are put into `out` before it is written, so that a small
- * message is one write.
+ * Forwards a message until one side has to wait; true if anything moved.
+ * Framing, payload and the end are collected in `out`, so that a small message
+ * is one write.
  */
 static bool
 exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
@@ -14193,8 +14189,8 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 }
 
 /*
- * Puts the head that lies, n bytes long, in front of the server's `in` into
- * the client's `out`.  False, and refused, if it does not fit.
+ * Builds the head for the client in its `out`, and drops the server's, n
+ * bytes of `in`.  False, after a refusal, if it does not fit.
  */
 static bool
 response_pass(struct exchange *x, const struct response *r, size_t n)
@@ -14222,9 +14218,9 @@ response_pass(struct exchange *x, const struct response *r, size_t n)
 	return true;
 }
 
-/* ---- RESPONSE: the head of the answer ---- */
+/* ---- RESPONSE: the response head ---- */
 
-/* True if the server asks for a login that we must not pass on as ours. */
+/* True if r is a 407 that the client would take for the proxy's own. */
 static bool
 response_wants_login(const struct exchange *x, const struct response *r)
 {
@@ -14234,8 +14230,8 @@ response_wants_login(const struct exchange *x, const struct response *r)
 }
 
 /*
- * The exchange becomes a tunnel: two flows that end at the close.  It may idle
- * for hours, so what the log needs moves to the slot, cut to its size.
+ * Turns the exchange into a tunnel: two flows that end at the close.  It may
+ * idle for hours, so the slot keeps what the log needs, and no request.
  */
 static void
 tunnel_start(struct exchange *x)
@@ -14250,7 +14246,7 @@ tunnel_start(struct exchange *x)
 	exchange_enter(x, PHASE_RELAY);
 }
 
-/* A 1xx: passed on to clients that know of it (RFC 9110 section 15.2). */
+/* Passes a 1xx on, unless the client is HTTP/1.0 (RFC 9110 section 15.2). */
 static void
 response_interim(struct exchange *x, const struct response *r, size_t n)
 {
@@ -14265,7 +14261,7 @@ response_interim(struct exchange *x, const struct response *r, size_t n)
 		conn_drop_head(&x->server, n);
 }
 
-/* True if the server's connection may serve another request after r. */
+/* True if the server connection can be reused after r. */
 static bool
 response_keeps_server(const struct exchange *x, const struct response *r)
 {
@@ -14277,7 +14273,7 @@ response_keeps_server(const struct exchange *x, const struct response *r)
 	    !head_lists(&r->head, "Connection", text_of("close"));
 }
 
-/* Keeps the server's connection for another request, or closes it. */
+/* Keeps the server connection for another request, or closes it. */
 static void
 exchange_release(struct exchange *x)
 {
@@ -14296,7 +14292,7 @@ exchange_release(struct exchange *x)
 
 /*
  * Decides how the final response is framed for the client (RFC 9112 section
- * 6.3), what becomes of both connections after it, and passes the head on.
+ * 6.3) and whether both connections stay open, and passes the head on.
  */
 static void
 response_forward(struct exchange *x, const struct response *r, size_t n)
@@ -14321,9 +14317,9 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 }
 
 /*
- * An entry answers: with 304 if the client has what is stored, with a part of
- * it, or with all; with 412 if it is not what the client wants, which counts
- * as a hit.
+ * Answers from an entry: with 304 if the client has a current copy, with a
+ * range, or with the whole; with 412, which counts as a hit, if the client's
+ * precondition fails.
  */
 static void
 response_from_entry(struct exchange *x, struct response *r, size_t n)
@@ -14344,8 +14340,8 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 }
 
 /*
- * If an entry was to be validated by a head of n bytes: true if r is not the
- * answer, since the entry is, or it vanished and the server is asked anew.
+ * Lets r, a head of n bytes, validate an entry.  True if r is not the answer:
+ * the entry is, or has vanished and the server is asked again.
  */
 static bool
 response_validates(struct exchange *x, const struct response *r, size_t n)
@@ -14368,9 +14364,9 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 }
 
 /*
- * The answer to what was asked again in the middle of a body: if it is the
- * same payload, the rest of it follows what the client has; if not, the
- * client must see that something is missing.
+ * Handles the response to a request repeated in the middle of a body.  The
+ * same payload continues after what the client has; otherwise the client must
+ * see that its response is truncated.
  */
 static void
 response_resume(struct exchange *x, const struct response *r, size_t n)
@@ -14390,7 +14386,7 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 	exchange_enter(x, PHASE_RELAY);
 }
 
-/* Passes the head on, and both sides speak freely from then on. */
+/* Passes the head on and starts a tunnel. */
 static void
 response_tunnel(struct exchange *x, const struct response *r, size_t n)
 {
@@ -14401,8 +14397,8 @@ response_tunnel(struct exchange *x, const struct response *r, size_t n)
 }
 
 /*
- * True if the rules, as far as they are open, let the server's answer pass;
- * what an entry or the proxy itself answers was judged before.
+ * True if the undecided rules let the server's response pass.  Answers of the
+ * cache or the proxy itself were judged before.
  */
 static bool
 response_passes(struct exchange *x, const struct response *r, struct text head)
@@ -14415,9 +14411,9 @@ response_passes(struct exchange *x, const struct response *r, struct text head)
 }
 
 /*
- * Asks again on a new connection: a kept one may end, or still bring bytes of
- * an older answer, just when it is used (RFC 9112 section 9.3.1).  Once, since
- * the new one is not a kept one.
+ * Sends the request again on a new connection: a kept one may close, or bring
+ * bytes of an older response, just when it is used (RFC 9112 section 9.3.1).
+ * It happens once, since the new one is not a kept one.
  */
 static void
 response_retry(struct exchange *x, const char *why)
@@ -14428,7 +14424,7 @@ response_retry(struct exchange *x, const char *why)
 	route_again(x, PHASE_CONNECT);
 }
 
-/* A whole head of n bytes has come from whoever answers. */
+/* Handles a whole response head of n bytes. */
 static void
 response_accept(struct exchange *x, size_t n)
 {
@@ -14473,8 +14469,8 @@ response_accept(struct exchange *x, size_t n)
 }
 
 /*
- * The length of an empty line before a status line: one is passed over.  Some
- * servers end a body with it, beyond its length.
+ * The length of an empty line before a status line; one is skipped.  Some
+ * servers send it after a body, beyond its length.
  */
 static size_t
 response_skip(const struct conn *s)
@@ -14484,7 +14480,7 @@ response_skip(const struct conn *s)
 	return text_starts(t, "\r\n") ? 2 : text_starts(t, "\n") ? 1 : 0;
 }
 
-/* The server went away without an answer; of a kept one that is no surprise. */
+/* The server closed without a response; a kept connection may do that. */
 static void
 response_lost(struct exchange *x)
 {
@@ -14508,7 +14504,7 @@ response_lost(struct exchange *x)
 	    detail);
 }
 
-/* RESPONSE: send the request's body, wait for a whole response head. */
+/* RESPONSE: sends the request's body, waits for a whole response head. */
 static bool
 response_step(struct exchange *x)
 {
@@ -14555,9 +14551,9 @@ response_step(struct exchange *x)
 /* ---- RELAY: the body, or both sides of a tunnel ---- */
 
 /*
- * Writes the log line, keeps or closes the server's connection, and forgets
- * the facts: the slot is ready for the next request.  No request of its own,
- * no line: see relay_part().
+ * Writes the log line, keeps or closes the server connection, and clears the
+ * request: the slot is ready for the next.  A fetch that relay_part() moved
+ * has no log line.
  */
 static void
 exchange_end(struct exchange *x)
@@ -14576,7 +14572,7 @@ exchange_end(struct exchange *x)
 	flow_start(&x->down, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
 }
 
-/* A response has reached the client whole: on to the next request, or out. */
+/* The client has the whole response: waits for the next request, or closes. */
 static void
 exchange_finish(struct exchange *x)
 {
@@ -14593,8 +14589,8 @@ exchange_finish(struct exchange *x)
 }
 
 /*
- * A tunnel: each direction ends by itself, and the end is passed on.  A
- * connection that broke breaks the other, once what it had sent is through.
+ * Half-closes each direction of a tunnel as it ends; true if the tunnel is
+ * over.  After a reset of one side, the other gets the rest, then a reset.
  */
 static bool
 tunnel_judge(struct exchange *x)
@@ -14622,8 +14618,8 @@ tunnel_judge(struct exchange *x)
 }
 
 /*
- * Looks at what a tunnel's client says first, for the log.  False if it has
- * not said anything yet, and still may.
+ * Looks for a server name in a tunnel client's first bytes, for the log.
+ * False if they are still to come.
  */
 static bool
 tunnel_listen(struct exchange *x)
@@ -14643,8 +14639,8 @@ tunnel_listen(struct exchange *x)
 }
 
 /*
- * True if the server has answered in full and still takes the request's body:
- * it may want it, so it gets it.
+ * True if the server still reads the request's body after its response: it
+ * may want the rest.
  */
 static bool
 relay_uploads(const struct exchange *x)
@@ -14655,7 +14651,7 @@ relay_uploads(const struct exchange *x)
 	    !s->eof && !s->error && !s->write_failed && !s->hangup;
 }
 
-/* The client left.  If the fetch is wanted, it goes on, for nobody then. */
+/* The client left: true if the cache wants the fetch, which continues. */
 static bool
 relay_goes_on(struct exchange *x)
 {
@@ -14671,9 +14667,9 @@ relay_goes_on(struct exchange *x)
 }
 
 /*
- * What x fetches is y's from now on: the server's connection, the file, and
- * those who follow, of whom x is one.  What x has not passed on yet of its
- * payload it reads from fd, the file.
+ * Moves the fetch of x to y: the server connection, the file, and the
+ * followers, of which x becomes one.  x reads the payload that it has not
+ * passed on yet from fd, the file.
  */
 static void
 relay_hand_over(struct exchange *x, struct exchange *y, int fd)
@@ -14699,9 +14695,9 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 }
 
 /*
- * x's client does not keep up with what others follow: the fetch goes on in a
- * slot of its own, and x follows it too.  Not if x might then get less than it
- * would have: what could neither be asked for again nor surely has room.
+ * x's client is slower than x's followers: the fetch moves to a slot of its
+ * own, and x follows it too.  Not if x might lose payload by this: when the
+ * rest could neither be requested again nor is sure to fit into the cache.
  */
 static void
 relay_part(struct exchange *x)
@@ -14726,9 +14722,9 @@ relay_part(struct exchange *x)
 }
 
 /*
- * What x follows was given up, and x has passed on all that there was of it:
- * asks the server for the same itself.  The rules knew only the address of
- * the one that was followed, so they are asked about those to come.
+ * The fetch that x followed was given up, and x has passed on all of it: x
+ * sends the request itself.  The rules judged only the address of the leader's
+ * server, so they judge the addresses found now.
  */
 static void
 relay_resume(struct exchange *x)
@@ -14786,8 +14782,8 @@ relay_step(struct exchange *x)
 /* ---- LINGER: until the client has closed ---- */
 
 /*
- * LINGER: we have said our last word; what the client still sends is read
- * and dropped, for if it met a closed socket, the reset could overtake the
+ * LINGER: reads and drops what the client still sends after the response.
+ * On a closed socket it would cause a reset, which could overtake the
  * response (RFC 9112 section 9.6).
  */
 static bool
@@ -14803,7 +14799,7 @@ linger_step(struct exchange *x)
 	return ended || news;
 }
 
-/* ---- all phases: what they wait for, and the turn ---- */
+/* ---- all phases: events, deadlines, and one turn ---- */
 
 /* True if the next step would read from the client. */
 static bool
@@ -14867,7 +14863,7 @@ exchange_limit(const struct exchange *x)
 	}
 }
 
-/* x's time is over: each phase has its own way to say so. */
+/* Handles a deadline of x, as its phase demands. */
 static void
 exchange_expire(struct exchange *x)
 {
@@ -14917,7 +14913,7 @@ exchange_expire(struct exchange *x)
 	}
 }
 
-/* The invariants of the head comment. */
+/* Asserts the invariants of the head comment. */
 static void
 exchange_check(const struct exchange *x)
 {
@@ -14949,10 +14945,9 @@ exchange_check(const struct exchange *x)
 }
 
 /*
- * True if x's client has gone.  One that has hung up can't be answered.  One
- * that sent its end may only be done asking, and then gets its answer; but if
- * it asked in words for the connection to be kept, which it could not use any
- * more, it closed it.
+ * True if x's client has gone.  After a hangup it can't be answered.  After
+ * an EOF it may only have half-closed and still wait for the response; but
+ * having asked for keep-alive, it would not half-close: it has closed.
  */
 static bool
 client_is_gone(const struct exchange *x)
@@ -14969,8 +14964,8 @@ client_is_gone(const struct exchange *x)
 }
 
 /*
- * While a request is being served, the client may send the next, or go: that
- * is read ahead, one buffer of it.
+ * While a request is being served, reads ahead one buffer: the client may
+ * send its next request, or leave.
  */
 static void
 exchange_overhear(struct exchange *x)
@@ -14986,8 +14981,8 @@ exchange_overhear(struct exchange *x)
 }
 
 /*
- * Runs x until nothing moves, or it had its share of this turn; then sets
- * what it waits for.
+ * Runs x until nothing moves or its share of this turn is used up; then sets
+ * its events and deadline.
  */
 static void
 exchange_run(struct exchange *x)
@@ -15019,7 +15014,7 @@ exchange_run(struct exchange *x)
 	exchanges.wake = least(exchanges.wake, x->deadline);
 }
 
-/* A client came: gives it a slot, which there is, and looks what it says. */
+/* Takes over a new client's fd and serves it; a slot must be free. */
 static void
 exchange_open(int fd, const struct address *peer)
 {
@@ -15043,43 +15038,43 @@ exchange_open(int fd, const struct address *peer)
 /* ---- 14. Loop ---- */
 
 /*
- * Waits, notes what happened, runs the exchanges concerned, looks after
- * deadlines, and accepts last.  poll(2) is the only call that may wait, and
- * nothing here knows how an exchange is served.
+ * Waits for events, runs the exchanges concerned, handles deadlines, and
+ * accepts clients last.  poll(2) is the only call that may block.  Nothing
+ * here knows how an exchange is served.
  *
  * Door: loop_run, loop_accept_all, signal_conn, command.
  */
 
 enum {
 	ACCEPTS_MAX = 64,
-	/* Without an event for this long a descriptor leaves the prefix. */
+	/* After this long without an event a descriptor leaves the prefix. */
 	COLD_MS = 500,
 	/* The whole poll set is polled again after this at the latest. */
 	COLD_GAP_US = 12000,
-	/* With fewer outside the prefix the whole is always polled. */
+	/* With this many outside the prefix, or fewer, all are polled. */
 	COLD_MIN = 16,
 	/*
-	 * All slots are busy: so long nobody looks for an idle one, and for
-	 * another ms for each of so many slots.
+	 * If all slots are busy, the next search for an idle one waits this
+	 * long, and another ms for every CROWDED_SLOTS slots.
 	 */
 	CROWDED_MS = 20,
 	CROWDED_SLOTS = 1000,
-	/* A client is silent after this: more than a round trip takes. */
+	/* A client counts as silent after this: more than a round trip. */
 	SILENT_MS = 1000,
-	/* That all slots are taken is said once in this time. */
+	/* The least time between warnings that all slots are taken. */
 	CROWDED_SAY_MS = 60000,
-	/* Exchanges that are left when the command ends may go on so long. */
+	/* The time that exchanges have to finish after the command ends. */
 	COMMAND_DRAIN_MS = 1000,
-	/* Of the byte of a signal: the terminal sent it, or the system. */
+	/* Bit in a signal's byte: the terminal or the system sent it. */
 	SIGNAL_TERMINAL = 128
 };
 
-static int64_t accept_after;    /* ms: descriptors have run out until then */
-static int64_t crowded_until;   /* ms: no slot is looked for until then */
-static bool rules_unread;       /* new rules are read, a piece a turn */
-static struct conn signal_conn; /* where signals come out */
+static int64_t accept_after;    /* ms: out of descriptors until then */
+static int64_t crowded_until;   /* ms: no search for a slot until then */
+static bool rules_unread;       /* new rules are read, a piece each turn */
+static struct conn signal_conn; /* the read end of the signal pipe */
 
-/* How long poll may wait, in ms: to the next deadline; -1: there is none. */
+/* How long poll may wait: ms to the next deadline, -1 if there is none. */
 static int
 loop_wait(void)
 {
@@ -15091,11 +15086,11 @@ loop_wait(void)
 }
 
 /*
- * Polls the prefix; or the whole, when that is due again: after five times
- * what it cost, so that it takes a fifth of the time at most, and at once when
- * it found more than the prefix did.  Returns how many places of the set to
- * look at.  What the whole costs is measured while there is work; otherwise
- * it may as well block.
+ * Polls the prefix, or the whole set when that is due: after five times its
+ * cost, so that it takes a fifth of the time at most, and at once if it last
+ * found an event outside the prefix.  Returns how many places of the set to
+ * look at.  The cost is measured while there is work; without work, polling
+ * the whole set may block.
  */
 static size_t
 loop_poll(void)
@@ -15131,8 +15126,8 @@ loop_poll(void)
 }
 
 /*
- * Notes what poll said.  Going upwards, poll_warm() swaps a place only with
- * one that was looked at.  True if a kept connection is among them.
+ * Records the events of the first n places.  Goes upwards, as poll_warm() may
+ * swap only with places already seen.  True if a kept connection had one.
  */
 static bool
 loop_note(size_t n)
@@ -15161,7 +15156,7 @@ loop_note(size_t n)
 	return kept;
 }
 
-/* Takes descriptors that have been quiet out of the prefix. */
+/* Moves descriptors that have been quiet out of the prefix. */
 static void
 loop_cool(void)
 {
@@ -15178,7 +15173,7 @@ loop_cool(void)
 			poll_cool(poll_set.conns[i]);
 }
 
-/* Closes kept connections that spoke, ended, or were idle for too long. */
+/* Closes kept connections that had an event or were idle for too long. */
 static void
 loop_kept(void)
 {
@@ -15196,7 +15191,7 @@ loop_kept(void)
 	}
 }
 
-/* The time of the next deadline is come: whose is it, and which is next? */
+/* Handles the deadlines that have passed, and finds the next. */
 static void
 loop_expire(void)
 {
@@ -15224,7 +15219,7 @@ loop_expire(void)
 		exchanges.wake = least(exchanges.wake, now.ms + 1000);
 }
 
-/* Answers of the names helper: runs whoever waits for a name. */
+/* Serves the names helper; queues exchanges that wait for its answers. */
 static void
 loop_names(void)
 {
@@ -15252,11 +15247,10 @@ loop_names(void)
 }
 
 /*
- * How readily x gives way to a new client: one that lingers first, then one
- * between two requests, one that has not sent a byte, one that will send no
- * more while its server is silent; 0: not at all.  But for the second, who may
- * come again at any time, it must have been so for a while: a client that has
- * just come is about to speak.
+ * How readily x gives way to a new client.  4: it lingers; 3: it is idle
+ * between two requests; 2: it has not sent a byte; 1: it has half-closed and
+ * its server is silent; 0: not at all.  All but 3, whose client can reconnect,
+ * must have lasted SILENT_MS: a new client is about to send.
  */
 static unsigned
 loop_rank(const struct exchange *x)
@@ -15277,7 +15271,7 @@ loop_rank(const struct exchange *x)
 	    !answer_is_local(x->request) && !cache_wants(x);
 }
 
-/* The one that gives way most readily, of several the longest so; or NULL. */
+/* The exchange of the highest rank, the longest idle among equals; or NULL. */
 static struct exchange *
 loop_idlest(void)
 {
@@ -15296,9 +15290,9 @@ loop_idlest(void)
 }
 
 /*
- * All slots are taken: true if a client waits at l, and a slot was made free.
- * If all are busy, nobody looks again for a while; nor is one made free if the
- * idlest has just spoken.
+ * All slots are taken: true if a client waits at l and a slot was freed for
+ * it.  If all are busy, the next search waits a while.  The idlest client
+ * keeps its slot if it has just sent something.
  */
 static bool
 loop_make_room(struct listener *l)
@@ -15337,8 +15331,8 @@ loop_make_room(struct listener *l)
 }
 
 /*
- * Takes the clients that wait at one listener, while there are slots.  One at
- * most is made free in a turn: to find it, all are looked at.
+ * Accepts the clients that wait at l, while there are slots.  Frees one slot
+ * a turn at most, since the search looks at all.
  */
 static void
 loop_accept(struct listener *l)
@@ -15370,7 +15364,7 @@ loop_accept(struct listener *l)
 	}
 }
 
-/* All listeners; those that can't be served are not waited for. */
+/* Accepts at all listeners; does not poll them while it can't accept. */
 static void
 loop_accept_all(void)
 {
@@ -15389,7 +15383,7 @@ loop_accept_all(void)
 		exchanges.wake = least(exchanges.wake, after);
 }
 
-/* USR1: one line for each slot in use. */
+/* USR1: reports one line for each slot in use. */
 static void
 loop_report(void)
 {
@@ -15417,7 +15411,7 @@ loop_report(void)
 	    (unsigned long long)exchanges.count);
 }
 
-/* Accepts no more clients; those in the middle have drain_ms to finish. */
+/* Stops accepting and gives exchanges drain_ms; a second call exits. */
 static void
 loop_stop(int64_t drain_ms)
 {
@@ -15441,11 +15435,11 @@ loop_stop(int64_t drain_ms)
 			exchange_close(x, false);
 }
 
-/* HUP: a new log, new rules; what can't be had stays as it was. */
+/* HUP: reopens the log, rereads the rules; keeps the old on failure. */
 static void
 loop_reload(void)
 {
-	/* Who started it by hand has closed the window. */
+	/* The terminal that it was started from has been closed. */
 	if (logs.terminal && !isatty(STDOUT_FILENO) && !isatty(STDERR_FILENO)) {
 		loop_stop(DRAIN_MS);
 		return;
@@ -15456,14 +15450,14 @@ loop_reload(void)
 		    strerror(errno));
 }
 
-/* The command that the proxy runs, and whose end is its own. */
+/* The command that the proxy runs, and with which it ends. */
 static struct {
-	pid_t pid;       /* 0: it does not run */
-	int status;      /* of the proxy when it has ended */
+	pid_t pid;       /* 0: not running */
+	int status;      /* exit status of the proxy after its end */
 	int standard[2]; /* its standard output and error; see logs_begin() */
 } command = { .standard = { -1, -1 } };
 
-/* Ends the proxy if the command has ended: it has the same exit status. */
+/* If the command has ended, ends the proxy with its exit status. */
 static void
 command_reap(void)
 {
@@ -15480,8 +15474,8 @@ command_reap(void)
 }
 
 /*
- * INT or TERM.  A command gets it instead, and the proxy waits for its end; one
- * that the terminal sent has reached the command already.
+ * INT or TERM: stops the proxy.  A command gets the signal instead, and the
+ * proxy waits for its end; a terminal has sent it to both already.
  */
 static void
 loop_end(int number, bool terminal)
@@ -15492,7 +15486,7 @@ loop_end(int number, bool terminal)
 		(void)kill(command.pid, number);
 }
 
-/* The signals that came: a byte for each, see signal_note(). */
+/* Handles the signals that came: a byte for each, see signal_note(). */
 static void
 loop_signals(void)
 {
@@ -15517,7 +15511,7 @@ loop_signals(void)
 	}
 }
 
-/* Runs the exchanges to which something happened. */
+/* Runs the exchanges that are queued. */
 static void
 loop_exchanges(void)
 {
@@ -15531,7 +15525,7 @@ loop_exchanges(void)
 	}
 }
 
-/* Until a signal says stop and the last exchange is done or out of time. */
+/* Serves until told to stop and the last exchange is done or out of time. */
 static void
 loop_run(void)
 {
