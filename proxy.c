@@ -5725,7 +5725,9 @@ parser_split(struct parser *p, char *line)
 			if (*line != '\0')
 				*line++ = '\0';
 		} else if (!word_unquote(&line, word)) {
-			parser_error(p, "a quote without its end");
+			parser_error(p,
+			    "a quote without its end, or text right "
+			    "behind it");
 			return false;
 		}
 	}
@@ -6127,7 +6129,7 @@ deny_take(struct parser *p, struct rule *rule, const struct word *word)
 	return true;
 }
 
-/* Decodes %XX in a user or password of a URL; false if it is too long. */
+/* Decodes %XX in a user or password; false if it is too long or has a NUL. */
 static bool
 credential_parse(struct text t, char *to)
 {
@@ -6140,6 +6142,8 @@ credential_parse(struct text t, char *to)
 		int low = high >= 0 ? hex_value(t.at[i + 2]) : -1;
 
 		if (low >= 0) {
+			if (high == 0 && low == 0)
+				return false;
 			to[n++] = (char)(high << 4 | low);
 			i += 2;
 		} else
@@ -6170,7 +6174,7 @@ parent_login(struct text *t, struct parent *p)
 	    !credential_parse(text_from(login,
 				  colon < login.len ? colon + 1 : colon),
 		p->password))
-		return "a user or password of more than 255 bytes";
+		return "a user or password of more than 255 bytes, or with %00";
 	if (p->kind == PARENT_SOCKS &&
 	    (p->user[0] == '\0' || p->password[0] == '\0'))
 		return "SOCKS5 wants both a user and a password";
@@ -15411,17 +15415,15 @@ loop_report(void)
 	    (unsigned long long)exchanges.count);
 }
 
-/* Stops accepting and gives exchanges drain_ms; a second call exits. */
+/* Stops accepting and gives exchanges drain_ms; after a second call none. */
 static void
 loop_stop(int64_t drain_ms)
 {
 	struct exchange *x;
 	size_t i;
 
-	if (stop_at) {
-		log_end();
-		exit(0);
-	}
+	if (stop_at)
+		drain_ms = 0;
 	stop_at = now.ms + drain_ms;
 	exchanges.wake = now.ms;
 	for (i = 0; i < listeners_n; i++) {

@@ -5583,7 +5583,7 @@ test_signal_term_limit() { # the drain is bounded; the log says stop
 END
 }
 
-test_signal_term_twice() { # a second TERM exits at once
+test_signal_term_twice() { # a second TERM exits at once, and the log is complete
 	play -n 'a tunnel' <<'END'
 	origin eof
 	a: ask CONNECT %O
@@ -5595,6 +5595,7 @@ test_signal_term_twice() { # a second TERM exits at once
 	do kill -TERM "$proxy_pid"
 	do wait_exit "$proxy_pid" 2; [ $wait_status != 137 ] || fail "still there after the second TERM"
 	do proxy_pid=
+	log    "CONNECT %O HTTP/1.1" 200 .* end=stop
 END
 }
 
@@ -6332,6 +6333,7 @@ deny body | deny 399 | deny 600 | deny 99 | deny 4000 | deny 403x | deny because
 deny 403 because host x.example | deny "a" "b" | deny 403 404 | deny "a" 403
 deny "a | deny host "a | deny host "a\" | allow "a" | allow 403 | login "a"
 login 407 | drop 403 | drop "a" | via | via host x.example
+via http://a%00b:c@127.0.0.1:1 | via socks5://a:b%00@127.0.0.1:1
 via ftp://127.0.0.1:21 | via nonsense | via http:// | via http://127.0.0.1:0
 via socks5://127.0.0.1:65536 | via direct http://127.0.0.1:1
 via http://127.0.0.1:1 direct http://127.0.0.1:2 | direct http://127.0.0.1:1
@@ -9066,6 +9068,12 @@ END
 	[ $status = 0 ] || fail "status $status: $(cat err)"
 	[ $(($("$peer" clock) - began)) -lt 6000 ] || fail "it waits for long"
 	grep '" 200 5 .* end=stop' err > /dev/null || fail "log: $(cat err)"
+	# A signal meanwhile ends it at once, with the command's status.
+	rm got
+	sed 's/^exit 0/( "$PEER" sleep 300; kill -TERM "$PPID" ) \&\nexit 3/' script > again
+	ORIGIN=127.0.0.1:$origin_port PEER=$peer command_proxy -- sh again
+	[ $status = 3 ] || fail "after a signal: status $status: $(cat err)"
+	grep '^proxy: 1 requests' err > /dev/null || fail "no sum: $(cat err)"
 }
 
 test_start_path_used() { # a UNIX socket in use: the message says what to do
