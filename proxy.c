@@ -193,6 +193,9 @@
 #ifndef LINGER_ALL_MS
 #define LINGER_ALL_MS 30000
 #endif
+#ifndef LISTEN_RETRY_MS
+#define LISTEN_RETRY_MS 60000
+#endif
 #ifndef DRAIN_MS
 #define DRAIN_MS 5000
 #endif
@@ -764,6 +767,7 @@ static struct {
 	unsigned verbose;      /* how many -v */
 	bool anonymous;        /* tell servers nothing */
 	bool check;            /* only look whether all is right */
+	bool inetd;            /* serve standard input, and end */
 	char **command;        /* run it, with its arguments; or NULL */
 	bool help, version;    /* print that and exit */
 	struct {
@@ -15046,7 +15050,7 @@ exchange_open(int fd, const struct address *peer)
  * accepts clients last.  poll(2) is the only call that may block.  Nothing
  * here knows how an exchange is served.
  *
- * Door: loop_run, loop_accept_all, signal_conn, command.
+ * Door: loop_run, loop_accept_all, signal_conn, command, notify.
  */
 
 enum {
@@ -15076,6 +15080,7 @@ enum {
 static int64_t accept_after;    /* ms: out of descriptors until then */
 static int64_t crowded_until;   /* ms: no search for a slot until then */
 static bool rules_unread;       /* new rules are read, a piece each turn */
+static bool reloading;          /* the service manager waits for the end */
 static struct conn signal_conn; /* the read end of the signal pipe */
 
 /* How long poll may wait: ms to the next deadline, -1 if there is none. */
@@ -15362,7 +15367,7 @@ loop_accept(struct listener *l)
 			l->conn.readable = false;
 			return;
 		}
-		if (l->path == NULL)
+		if (l->address.family != AF_UNIX)
 			peer = address_import((struct sockaddr *)&storage);
 		exchange_open(fd, &peer);
 	}
@@ -15415,6 +15420,38 @@ loop_report(void)
 	    (unsigned long long)exchanges.count);
 }
 
+/*
+ * Tells a service manager that started the proxy about its state, as
+ * sd_notify(3) does: a datagram to the socket that NOTIFY_SOCKET names, where
+ * `@' stands for the NUL of an abstract name.  Whoever does not listen misses
+ * it.
+ */
+static void
+notify(const char *state)
+{
+	const char *path = getenv("NOTIFY_SOCKET");
+	struct sockaddr_un un;
+	socklen_t len;
+	int fd;
+
+	memset(&un, 0, sizeof(un));
+	un.sun_family = AF_UNIX;
+	if (path == NULL || !is_among(*path, "/@") ||
+	    !text_copy(text_of(path), un.sun_path, sizeof(un.sun_path)))
+		return;
+	len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) +
+	    strlen(path) + (*path == '/'));
+	if (*path == '@')
+		un.sun_path[0] = '\0';
+	fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+	if (fd == -1)
+		return;
+	if (fcntl(fd, F_SETFL, O_NONBLOCK) != -1)
+		(void)sendto(fd, state, strlen(state), 0,
+		    (struct sockaddr *)&un, len);
+	(void)close(fd);
+}
+
 /* Stops accepting and gives exchanges drain_ms; after a second call none. */
 static void
 loop_stop(int64_t drain_ms)
@@ -15424,6 +15461,8 @@ loop_stop(int64_t drain_ms)
 
 	if (stop_at)
 		drain_ms = 0;
+	else
+		notify("STOPPING=1");
 	stop_at = now.ms + drain_ms;
 	exchanges.wake = now.ms;
 	for (i = 0; i < listeners_n; i++) {
@@ -15441,11 +15480,17 @@ loop_stop(int64_t drain_ms)
 static void
 loop_reload(void)
 {
+	char state[80];
+
 	/* The terminal that it was started from has been closed. */
 	if (logs.terminal && !isatty(STDOUT_FILENO) && !isatty(STDERR_FILENO)) {
 		loop_stop(DRAIN_MS);
 		return;
 	}
+	(void)snprintf(state, sizeof(state), "RELOADING=1\nMONOTONIC_USEC=%lld",
+	    (long long)now.us);
+	notify(state);
+	reloading = true;
 	rules_reload();
 	if (!log_open())
 		warn("can't reopen the log %s: %s", options.log,
@@ -15534,11 +15579,16 @@ loop_run(void)
 	struct exchange *x;
 
 	cache_sweep();
-	while (!stop_at || (exchanges.busy > 0 && now.ms < stop_at)) {
+	while (stop_at ? exchanges.busy > 0 && now.ms < stop_at :
+			 !options.inetd || exchanges.busy > 0) {
 		if (loop_note(loop_poll()))
 			loop_kept();
 		loop_signals();
 		rules_unread = rules_step();
+		if (reloading && !rules_unread) {
+			reloading = false;
+			notify("READY=1");
+		}
 		loop_names();
 		loop_exchanges();
 		loop_expire();
@@ -15740,6 +15790,8 @@ static const struct option option_table[] = {
 	{ 'e', "rule", "add a rule", option_source, NULL, 0, 0 },
 	{ 'f', "file", "add the rules of a file", option_source, NULL, 0, 0 },
 	{ 'h', NULL, "print this and exit", option_flag, &options.help, 0, 0 },
+	{ 'i', NULL, "serve the client that is standard input, and exit",
+	    option_flag, &options.inetd, 0, 0 },
 	{ 'k', "url", "print the paths of a URL's cache entries and exit",
 	    option_name, &options.key, 0, 0 },
 	{ 'l', "address", "listen on [host:]port, or on the UNIX socket /path",
@@ -15855,17 +15907,30 @@ options_parse(int argc, char **argv)
 		options.idle_ms = (int64_t)options.idle_s * 1000;
 }
 
+/* Accepts at fd, a listening socket; returns NULL, or why it can't. */
+static const char *
+listener_keep(int fd, const char *path)
+{
+	struct listener *l = &listeners[listeners_n];
+
+	if (listeners_n == LISTENERS_MAX)
+		return "too many listening addresses";
+	if (!conn_open(&l->conn, ROLE_LISTENER, fd, NULL))
+		return strerror(errno);
+	l->path = path;
+	l->address = address_bound(fd);
+	listeners_n++;
+	return NULL;
+}
+
 /* Adds a listening socket; returns NULL, or why that failed. */
 static const char *
 listener_add(int fd, const struct sockaddr *at, socklen_t len, const char *path)
 {
-	struct listener *l = &listeners[listeners_n];
 	int on = 1;
 
 	if (fd == -1)
 		return strerror(errno);
-	if (listeners_n == LISTENERS_MAX)
-		return "too many listening addresses";
 	(void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
 	if (at->sa_family == AF_INET6)
 		(void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on,
@@ -15876,12 +15941,7 @@ listener_add(int fd, const struct sockaddr *at, socklen_t len, const char *path)
 		(void)close(fd);
 		return strerror(error);
 	}
-	if (!conn_open(&l->conn, ROLE_LISTENER, fd, NULL))
-		return strerror(errno);
-	l->path = path;
-	l->address = address_bound(fd);
-	listeners_n++;
-	return NULL;
+	return listener_keep(fd, path);
 }
 
 /*
@@ -15982,7 +16042,10 @@ listen_host(const char *host, unsigned port, const char **error)
 	return listeners_n - before;
 }
 
-/* One -l: [host:]port or a path; ends the program if none can be bound. */
+/*
+ * One -l: [host:]port or a path; ends the program if none can be bound.  For an
+ * address that the machine does not have yet, as while it boots, it waits.
+ */
 static void
 listen_on(const char *argument)
 {
@@ -15991,6 +16054,9 @@ listen_on(const char *argument)
 	const char *error = "no address";
 	char host[HOST_MAX + 1];
 	bool any = t.len > 0 && (*t.at == ':' || text_starts(t, "*:"));
+	size_t before = listeners_n;
+	bool said = false;
+	int64_t until;
 	uint64_t port;
 
 	if (text_find(t, '/') < t.len) {
@@ -16023,9 +16089,105 @@ listen_on(const char *argument)
 	if (any || authority_parse(t, port ? 0 : 1, &target) != 1)
 		usage("-l %s: not [host:]port", argument);
 	(void)text_copy(target.host, host, sizeof(host));
-	if (listen_host(host, port ? target.port : 0, &error) == 0)
+	until = clock_us() / 1000 + LISTEN_RETRY_MS;
+	while (listen_host(host, port ? target.port : 0, &error) == 0 &&
+	    strcmp(error, strerror(EADDRNOTAVAIL)) == 0 &&
+	    clock_us() / 1000 < until) {
+		if (!said)
+			warn("waiting for the address %s", argument);
+		said = true;
+		(void)poll(NULL, 0, 200);
+	}
+	if (listeners_n == before)
 		die("can't listen on %s: %s%s", argument, error,
 		    listen_hint(error, "port"));
+}
+
+/*
+ * How many listening sockets a service manager passes on, as sd_listen_fds(3)
+ * has it: from descriptor 3 on, if LISTEN_PID is this process.
+ */
+static unsigned
+listen_given(void)
+{
+	const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
+	uint64_t owner, n;
+
+	if (pid == NULL || fds == NULL ||
+	    !number_parse(text_of(pid), INT32_MAX, &owner) ||
+	    owner != (uint64_t)getpid())
+		return 0;
+	if (!number_parse(text_of(fds), LISTENERS_MAX, &n))
+		die("LISTEN_FDS: %.40s is not a number up to %d", fds,
+		    LISTENERS_MAX);
+	if (n > 0)
+		(void)fd_note(STDERR_FILENO + (int)n);
+	return (unsigned)n;
+}
+
+/* Listens on n sockets from descriptor 3 on. */
+static void
+listen_inherit(unsigned n)
+{
+	unsigned i;
+
+	for (i = 0; i < n; i++) {
+		int fd = STDERR_FILENO + 1 + (int)i, accepts = 0;
+		socklen_t len = sizeof(accepts);
+		const char *why = "it does not listen";
+
+		if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &accepts, &len) ==
+		    -1)
+			why = strerror(errno);
+		else if (accepts)
+			why = listener_keep(fd, NULL);
+		if (why != NULL)
+			die("LISTEN_FDS: descriptor %d: %s", fd, why);
+	}
+	(void)unsetenv("LISTEN_PID");
+	(void)unsetenv("LISTEN_FDS");
+}
+
+/*
+ * -i: takes the client's socket from standard input.  Where standard output and
+ * error are the same socket, nothing but the answer may be written there.
+ */
+static int
+inetd_take(void)
+{
+	struct sockaddr_storage peer;
+	socklen_t len = sizeof(peer);
+	struct stat client, other;
+	int fd, null;
+
+	if (getpeername(STDIN_FILENO, (struct sockaddr *)&peer, &len) == -1 ||
+	    (fd = fcntl(STDIN_FILENO, F_DUPFD, STDERR_FILENO + 1)) == -1)
+		die("-i: standard input is no connected socket: %s",
+		    strerror(errno));
+	null = open("/dev/null", O_RDWR);
+	(void)dup2(null, STDIN_FILENO);
+	for (len = STDOUT_FILENO; len <= STDERR_FILENO; len++)
+		if (fstat(fd, &client) != -1 && fstat((int)len, &other) != -1 &&
+		    client.st_ino == other.st_ino &&
+		    client.st_dev == other.st_dev)
+			(void)dup2(null, (int)len);
+	if (null > STDERR_FILENO)
+		(void)close(null);
+	return fd_note(fd);
+}
+
+/* Serves the client of -i. */
+static void
+inetd_serve(int fd)
+{
+	struct address peer = { .family = AF_UNIX };
+	struct sockaddr_storage storage;
+	socklen_t len = sizeof(storage);
+
+	if (getpeername(fd, (struct sockaddr *)&storage, &len) != -1 &&
+	    storage.ss_family != AF_UNIX)
+		peer = address_import((struct sockaddr *)&storage);
+	exchange_open(fd, &peer);
 }
 
 /* -k: prints the paths of a URL's entries, and ends the program. */
@@ -16526,6 +16688,8 @@ command_end(void)
 int
 main(int argc, char **argv)
 {
+	int client = -1;
+	unsigned given;
 	size_t i;
 
 	standard_open();
@@ -16548,12 +16712,16 @@ main(int argc, char **argv)
 	if (options.trials.n > 0)
 		trials_run();
 	pseudonym_make();
+	given = listen_given();
+	if (options.inetd)
+		client = inetd_take();
 	if (options.user != NULL)
 		user_find(options.user);
 	if (!names_start())
 		die("no helper for names: %s", strerror(errno));
 	signals_open();
-	if (options.listen.n == 0)
+	listen_inherit(given);
+	if (options.listen.n == 0 && given == 0 && !options.inetd)
 		listen_on(options.command ? "127.0.0.1:0" : "8080");
 	for (i = 0; i < options.listen.n; i++)
 		listen_on(options.listen.at[i]);
@@ -16571,6 +16739,9 @@ main(int argc, char **argv)
 	conn_watch(&names.answers, POLLIN);
 	if (options.command != NULL)
 		command_start();
+	if (options.inetd)
+		inetd_serve(client);
+	notify("READY=1");
 	loop_accept_all();
 	loop_run();
 	if (options.command != NULL)

@@ -3223,6 +3223,186 @@ test_start_user_log() { # with -u, log and cache belong to the user, and HUP wor
 	wait_for 5 '[ -s logs/log ]' || fail "the new log is empty"
 }
 
+# Starts the proxy as a service manager does:
+#
+# launch listen FILE PROGRAM ARGUMENT...
+#     with a listening socket as descriptor 3, whose port goes to FILE
+# launch wrong FILE PROGRAM ARGUMENT...
+#     with a pipe as descriptor 3
+# launch inetd FILE PROGRAM ARGUMENT...
+#     with the first client as standard input, output and error
+# launch notified NAME FILE
+#     writes what comes to the socket NAME (@: an abstract one) to FILE
+write_launch() {
+	cat <<'EOF_LAUNCH'
+#define _POSIX_C_SOURCE 200809L
+#include <sys/types.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <netinet/in.h>
+#include <arpa/inet.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static int
+notified(const char *name, const char *path)
+{
+	struct sockaddr_un un;
+	char text[500];
+	int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+	FILE *file = fopen(path, "w");
+	ssize_t n;
+
+	memset(&un, 0, sizeof(un));
+	un.sun_family = AF_UNIX;
+	snprintf(un.sun_path, sizeof(un.sun_path), "%s", name);
+	if (*name == '@')
+		un.sun_path[0] = '\0';
+	if (file == NULL || bind(fd, (struct sockaddr *)&un,
+	    (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(name) +
+	    (*name == '/'))) == -1)
+		return 1;
+	for (;;) {
+		n = recv(fd, text, sizeof(text), 0);
+		if (n <= 0)
+			return 1;
+		fprintf(file, "%.*s\n--\n", (int)n, text);
+		fflush(file);
+	}
+}
+
+int
+main(int argc, char **argv)
+{
+	struct sockaddr_in in;
+	socklen_t len = sizeof(in);
+	char pid[30];
+	int fd, pair[2];
+	FILE *file;
+
+	(void)argc;
+	if (strcmp(argv[1], "notified") == 0)
+		return notified(argv[2], argv[3]);
+	fd = socket(AF_INET, SOCK_STREAM, 0);
+	memset(&in, 0, sizeof(in));
+	in.sin_family = AF_INET;
+	in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	if (bind(fd, (struct sockaddr *)&in, len) == -1 ||
+	    listen(fd, 10) == -1 ||
+	    getsockname(fd, (struct sockaddr *)&in, &len) == -1)
+		return 1;
+	file = fopen(argv[2], "w");
+	fprintf(file, "127.0.0.1:%d\n", (int)ntohs(in.sin_port));
+	fclose(file);
+	if (strcmp(argv[1], "inetd") == 0) {
+		fd = accept(fd, NULL, NULL);
+		dup2(fd, 0);
+		dup2(fd, 1);
+		dup2(fd, 2);
+		close(fd);
+	} else {
+		if (strcmp(argv[1], "wrong") == 0 && pipe(pair) == 0)
+			fd = pair[0];
+		if (fd != 3)
+			dup2(fd, 3);
+		snprintf(pid, sizeof(pid), "%ld", (long)getpid());
+		setenv("LISTEN_PID", pid, 1);
+		if (getenv("LISTEN_FDS") == NULL)
+			setenv("LISTEN_FDS", "1", 1);
+	}
+	execv(argv[3], argv + 3);
+	return 127;
+}
+EOF_LAUNCH
+}
+
+test_start_sockets() { # LISTEN_FDS: sockets of a service manager are used
+	built_once launch write_launch
+	"$work/launch" listen where "$proxy_bin" > log 2> err &
+	proxy_pid=$!
+	echo "$proxy_pid" >> .proxies
+	wait_for 5 'grep "^proxy: listening on" err > /dev/null' || fail "$(cat err)"
+	proxy=$(cat where)
+	grep "^proxy: listening on $proxy\$" err > /dev/null || fail "$(cat err)"
+	grep -c '^proxy: listening on' err | grep -x 1 > /dev/null ||
+		fail "it listens elsewhere, too: $(cat err)"
+	served
+	stop_proxy
+	for fds in x 99 -1 1000000; do
+		LISTEN_FDS=$fds "$work/launch" listen where "$proxy_bin" 2> err &&
+			fail "LISTEN_FDS=$fds is taken"
+		grep '^proxy: LISTEN_FDS: .* is not a number' err > /dev/null ||
+			fail "says $(cat err)"
+	done
+	"$work/launch" wrong where "$proxy_bin" 2> err && fail "a pipe is taken"
+	grep '^proxy: LISTEN_FDS: descriptor 3: ' err > /dev/null ||
+		fail "says $(cat err)"
+	# Of another process: not ours.
+	LISTEN_PID=1 LISTEN_FDS=1 "$proxy_bin" -n || fail "another's are taken"
+}
+
+test_start_notify() { # NOTIFY_SOCKET: ready, reloading, stopping
+	built_once launch write_launch
+	for socket in "$T/notify" "@proxy-test-$$"; do
+		case $socket in
+		@*) [ -f /proc/net/unix ] || continue ;;
+		esac
+		spawn notified "$work/launch" notified "$socket" told
+		receiver=$spawned
+		wait_for 5 '[ -e told ]' || fail "no receiver"
+		export NOTIFY_SOCKET="$socket"
+		start_proxy -e 'allow client local'
+		unset NOTIFY_SOCKET
+		wait_for 5 'grep READY=1 told > /dev/null' || fail "not ready"
+		kill -HUP "$proxy_pid"
+		wait_for 5 '[ "$(grep -c READY=1 told)" = 2 ]' || fail "$(cat told)"
+		grep -A 1 '^RELOADING=1' told | grep '^MONOTONIC_USEC=[0-9]' \
+			> /dev/null || fail "$(cat told)"
+		stop_proxy
+		wait_for 5 'grep "^STOPPING=1" told > /dev/null' || fail "$(cat told)"
+		kill "$receiver"
+		rm told
+	done
+	NOTIFY_SOCKET=$T/nobody "$proxy_bin" -n || fail "nobody there"
+}
+
+test_start_inetd() { # -i: serves the client that is standard input, and ends
+	built_once launch write_launch
+	spawn inetd.out "$work/launch" inetd where "$proxy_bin" -i -v -o "$T/log"
+	wait_for 5 '[ -s where ]' || fail "no inetd"
+	proxy=$(cat where)
+	proxy_pid=$spawned
+	inetd=$spawned
+	play -n 'two requests' <<'END'
+	reply  200 | one
+	reply  200 | two
+	ask    / = 200 | one
+	ask    / = 200 | two
+END
+	wait_exit "$inetd" 5
+	[ "$wait_status" = 0 ] || fail "it ends with $wait_status"
+	proxy_pid=
+	"$proxy_bin" -i < /dev/null 2> err && fail "a file is taken"
+	grep '^proxy: -i: standard input is no connected socket' err > /dev/null ||
+		fail "says $(cat err)"
+}
+
+test_start_waits() { # -l with an address that is not there: said once, then given up
+	need_source
+	build brief "$here/proxy.c" -DLISTEN_RETRY_MS=700
+	built "$T/brief"
+	proxy_bin=$T/brief
+	run_proxy -l 192.0.2.77:8080
+	[ "$status" = 1 ] || fail "status $status"
+	[ "$(grep -c '^proxy: waiting for the address 192.0.2.77:8080' errors)" = 1 ] ||
+		fail "says $(cat errors)"
+	grep "^proxy: can't listen on 192.0.2.77:8080" errors > /dev/null ||
+		fail "says $(cat errors)"
+}
+
 # ---- 5. Forwarding: one request and its answer ------------------------------
 
 test_forward_get() { # a plain GET, all its lines and its log line; a Date is added
