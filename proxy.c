@@ -477,6 +477,7 @@ enum refusal {
 	REFUSE_PAGE,
 	REFUSE_PAGE_METHOD,
 	REFUSE_CROWDED,
+	REFUSE_NAMELESS,
 	REFUSE_FILE,
 	REFUSE_NOT_STORED,
 	REFUSE_CONDITION,
@@ -717,6 +718,8 @@ struct exchange {
 	bool again : 1;        /* it is in the list of those to be run */
 	bool local : 1;        /* the client is on this machine */
 	bool traced : 1;       /* a rule has it traced */
+	bool intercepted : 1;  /* a firewall sent the client here */
+	bool hidden : 1;       /* its client speaks TLS and expects a server */
 	uint64_t number;       /* in the trace */
 	int64_t since;         /* ms: the phase began */
 	int64_t moved;         /* ms: a byte last moved */
@@ -739,6 +742,7 @@ struct listener {
 	struct conn conn;       /* accepts; carries no bytes */
 	struct address address; /* that is bound: its port is never 0 */
 	const char *path;       /* of a UNIX socket, or NULL */
+	bool intercepts;        /* clients are sent here by a firewall */
 };
 
 /* Arguments of an option that may be given often. */
@@ -2722,6 +2726,8 @@ static const struct {
 	[REFUSE_BUSY] = { 503, CAUSE_OTHER, "connection_limit_reached",
 	    "too many names are being looked up" },
 	[REFUSE_PAGE] = { 404, CLIENT, "the proxy has no such page" },
+	[REFUSE_NAMELESS] = { BAD,
+	    "intercepted TLS without the name of a server" },
 	[REFUSE_CROWDED] = { 503, CAUSE_RULE, "http_request_denied",
 	    "too many requests of this client at once" },
 	[REFUSE_FILE] = { 500, CAUSE_OTHER, "proxy_configuration_error",
@@ -10729,7 +10735,8 @@ names_waiting(void)
  *
  * Door: log_lines, log_open, log_flush, log_quotes, log_note, log_note_name,
  * refusal_words, log_exchange, log_wait, log_end, glance_take, glance_ended,
- * trace_end, trace_head, trace_mended, trace_dump, hello_name, trace_change.
+ * trace_end, trace_head, trace_mended, trace_dump, hello_name, trace_change,
+ * hello_begins, hello_is_whole.
  */
 
 enum {
@@ -11694,6 +11701,23 @@ hello_name(struct text t, char *flat)
 			return t;
 	}
 	return text_cut(flat, 0);
+}
+
+/* True if t may begin a TLS greeting. */
+static bool
+hello_begins(struct text t)
+{
+	return t.len > 0 && *t.at == 0x16;
+}
+
+/* True if the first record of a TLS greeting is there, or it is too long. */
+static bool
+hello_is_whole(struct text t)
+{
+	const unsigned char *at = (const unsigned char *)t.at;
+
+	return t.len >= HELLO_MAX ||
+	    (t.len >= 5 && t.len >= 5U + (unsigned)(at[3] << 8 | at[4]));
 }
 
 /* ---- 12. Heads and pages: what the proxy writes ---- */
@@ -12827,7 +12851,7 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 		refusal = REFUSE_MEMORY;
 	x->record.refusal = refusal;
 	access_enter(x, ACCESS_DECIDED);
-	if (x->record.status != 0) {
+	if (x->record.status != 0 || x->hidden) {
 		exchange_abort(x, ruled ? END_RULE : END_SERVER, refusal);
 		return;
 	}
@@ -13498,20 +13522,44 @@ collapse_step(struct exchange *x)
 	return true;
 }
 
-/* Parses a whole head of n bytes and decides who answers. */
+/*
+ * Makes a request that was meant for a server one for us: its URL is made of
+ * Host, which is only what the client claims.  Returns 1, or what is wrong.
+ */
+static int
+request_adopt(struct request *q)
+{
+	struct text host = head_value(&q->head, "Host");
+	struct buffer *b = q->bytes;
+	struct target t;
+	size_t start = b->end;
+	int verdict = authority_parse(host, 80, &t);
+
+	if (verdict != 1)
+		return verdict;
+	q->target.host = t.host;
+	q->target.port = t.port;
+	q->target.form = FORM_ABSOLUTE;
+	/* The log shows it whole, if there is room. */
+	buffer_print(b, "http://%.*s", (int)host.len, host.at);
+	buffer_append(b, q->target.path);
+	if (b->overflow == 0)
+		q->uri = text_cut(b->data + start, b->end - start);
+	return 1;
+}
+
+/* The head of a request is in its `bytes': understand it and go on. */
 static void
-request_accept(struct exchange *x, size_t n)
+request_begun(struct exchange *x)
 {
 	struct request *q = x->request;
 	int verdict, last;
 
-	if (!request_take(x, n)) {
-		x->client.error = ENOMEM;
-		return;
-	}
 	request_clean(q->bytes);
 	trace_head(x, "c>", buffer_text(q->bytes));
 	verdict = request_parse(buffer_text(q->bytes), q);
+	if (verdict == 1 && x->intercepted && q->target.form == FORM_ORIGIN)
+		verdict = request_adopt(q);
 	request_note(x);
 	last = request_is_last(q);
 	if (verdict != 1 || last < 0) {
@@ -13529,6 +13577,46 @@ request_accept(struct exchange *x, size_t n)
 		exchange_refuse(x, REFUSE_LOOP_VIA, "");
 	else
 		exchange_look_up(x);
+}
+
+/* A whole head of n bytes has come. */
+static void
+request_accept(struct exchange *x, size_t n)
+{
+	if (request_take(x, n))
+		request_begun(x);
+	else
+		x->client.error = ENOMEM;
+}
+
+/*
+ * An intercepted client speaks TLS: it wants a tunnel to the server that its
+ * greeting names, and knows nothing of us.  What it sent stays in `in`.
+ */
+static bool
+request_tunnel(struct exchange *x)
+{
+	static char flat[HELLO_MAX];
+	struct conn *c = &x->client;
+	struct text t = buffer_text(c->in), name = hello_name(t, flat);
+	struct buffer *head;
+
+	x->hidden = true;
+	if (name.len == 0 && !c->eof && !c->error && !hello_is_whole(t))
+		return conn_read(c);
+	head = name.len > 0 ? buffer_take() : NULL;
+	if (head == NULL) {
+		request_spoil(x);
+		exchange_abort(x, END_CLIENT,
+		    name.len > 0 ? REFUSE_MEMORY : REFUSE_NAMELESS);
+		return true;
+	}
+	buffer_print(head,
+	    "CONNECT %.*s:443 HTTP/1.1\r\nHost: %.*s:443\r\n\r\n",
+	    (int)name.len, name.at, (int)name.len, name.at);
+	x->request->bytes = head;
+	request_begun(x);
+	return true;
 }
 
 /* Starts a request and its clock, at its first byte.  False without memory. */
@@ -13586,6 +13674,9 @@ request_step(struct exchange *x)
 	int n = 0;
 
 	if (request_begin(x)) {
+		if (x->intercepted && !x->served &&
+		    hello_begins(buffer_text(c->in)))
+			return request_tunnel(x);
 		n = conn_head(c, 0, false);
 		refusal = request_hopeless(c->in, n > 0);
 		if (refusal == REFUSE_NONE && n < 0)
@@ -14204,8 +14295,13 @@ static bool
 response_pass(struct exchange *x, const struct response *r, size_t n)
 {
 	struct conn *s = &x->server;
-	struct buffer *out = conn_out(&x->client);
+	struct buffer *out;
 
+	if (x->hidden) {
+		exchange_abort(x, END_SERVER, REFUSE_PARENT);
+		return false;
+	}
+	out = conn_out(&x->client);
 	if (out == NULL && x->request->answerer == ANSWER_MEMORY)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 	else if (out == NULL)
@@ -14398,7 +14494,9 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 static void
 response_tunnel(struct exchange *x, const struct response *r, size_t n)
 {
-	if (!response_pass(x, r, n))
+	if (x->hidden)
+		conn_drop_head(&x->server, n);
+	else if (!response_pass(x, r, n))
 		return;
 	x->record.status = r->status;
 	tunnel_start(x);
@@ -15024,7 +15122,7 @@ exchange_run(struct exchange *x)
 
 /* Takes over a new client's fd and serves it; a slot must be free. */
 static void
-exchange_open(int fd, const struct address *peer)
+exchange_open(int fd, const struct address *peer, bool intercepted)
 {
 	struct exchange *x = exchange_take();
 
@@ -15038,6 +15136,7 @@ exchange_open(int fd, const struct address *peer)
 	x->client.readable = x->client.writable = true;
 	x->peer = *peer;
 	x->local = peer_is_local(fd, peer);
+	x->intercepted = intercepted;
 	x->number = exchanges.count + 1;
 	exchange_enter(x, PHASE_REQUEST);
 	exchange_run(x);
@@ -15369,7 +15468,7 @@ loop_accept(struct listener *l)
 		}
 		if (l->address.family != AF_UNIX)
 			peer = address_import((struct sockaddr *)&storage);
-		exchange_open(fd, &peer);
+		exchange_open(fd, &peer, l->intercepts);
 	}
 }
 
@@ -16043,11 +16142,11 @@ listen_host(const char *host, unsigned port, const char **error)
 }
 
 /*
- * One -l: [host:]port or a path; ends the program if none can be bound.  For an
- * address that the machine does not have yet, as while it boots, it waits.
+ * Listens at [host:]port or a path; ends the program if none can be bound.  For
+ * an address that the machine does not have yet, as while it boots, it waits.
  */
 static void
-listen_on(const char *argument)
+listen_at(const char *argument)
 {
 	struct text t = text_of(argument);
 	struct target target = { .host = { "", 0 } };
@@ -16101,6 +16200,19 @@ listen_on(const char *argument)
 	if (listeners_n == before)
 		die("can't listen on %s: %s%s", argument, error,
 		    listen_hint(error, "port"));
+}
+
+/* One -l: an address as listen_at() takes it, or one behind `intercept:'. */
+static void
+listen_on(const char *argument)
+{
+	static const char word[] = "intercept:";
+	bool intercepts = text_starts(text_of(argument), word);
+	size_t first = listeners_n;
+
+	listen_at(argument + (intercepts ? strlen(word) : 0));
+	for (; first < listeners_n; first++)
+		listeners[first].intercepts = intercepts;
 }
 
 /*
@@ -16187,7 +16299,7 @@ inetd_serve(int fd)
 	if (getpeername(fd, (struct sockaddr *)&storage, &len) != -1 &&
 	    storage.ss_family != AF_UNIX)
 		peer = address_import((struct sockaddr *)&storage);
-	exchange_open(fd, &peer);
+	exchange_open(fd, &peer, false);
 }
 
 /* -k: prints the paths of a URL's entries, and ends the program. */

@@ -3403,6 +3403,58 @@ test_start_waits() { # -l with an address that is not there: said once, then giv
 		fail "says $(cat errors)"
 }
 
+# Rules for an intercepting proxy that starts then: start_intercept
+start_intercept() {
+	start_proxy -l intercept:127.0.0.1:0 -v -e "to $1 host tls.example"
+}
+
+test_intercept_http() { # -l intercept: origin-form goes to Host; the rest as usual
+	plain_origin
+	start_intercept "$origin"
+	play -n 'origin-form' <<'END'
+	reply  200 | ok
+	reply  200 | ok
+	reply  200 | ok
+	ask    /c = 200 | ok
+	client send GET /a?b HTTP/1.1\nHost: %O\n\n ; answer
+	gets~  GET /c
+	gets   GET /a?b HTTP/1.1
+	gets   Host: %O
+	log    "GET http://%O/a\?b HTTP/1.1" 200 2 .* server=%O
+	client send GET / HTTP/1.1\nHost: a b\n\n ; eof
+	sees~  HTTP/1.1 400
+	== the proxy itself is no server to go to
+	client send GET / HTTP/1.1\nHost: %P\n\n ; eof
+	sees~  ^HTTP/1.1 508
+END
+}
+
+test_intercept_tls() { # -l intercept: a TLS greeting opens a tunnel to the server it names
+	origin o <<END
+until .example ; send \\x16hello ; until more ; send bye ; close
+END
+	start_intercept "$origin"
+	play -n 'a greeting' <<END
+	client send $(hello tls.example) ; until hello ; send more ; until bye ; eof
+	sees~  hello
+	log    "CONNECT tls.example:443 HTTP/1.1" 200 .* server=$origin .*sni=tls.example
+END
+	lacks c1 HTTP/1.1
+	play -n 'one without a name' <<END
+	client send $(hello) ; eof
+	log    400|499 .* why="intercepted TLS without the name of a server"
+END
+	stop_proxy
+	start_proxy -l intercept:127.0.0.1:0 -e 'deny host tls.example'
+	play -n 'one that is denied gets no page' <<END
+	client send $(hello tls.example) ; eof
+	log    "CONNECT tls.example:443 HTTP/1.1" 4.. 0 .* end=rule
+END
+	lacks c1 HTTP
+	exits 2 -l intercept:127.0.0.1:99999
+	exits 2 -l intercept:
+}
+
 # ---- 5. Forwarding: one request and its answer ------------------------------
 
 test_forward_get() { # a plain GET, all its lines and its log line; a Date is added
