@@ -12214,6 +12214,9 @@ exchange_waits(const struct exchange *x)
 
 	if (x->phase != PHASE_RESPONSE && x->phase != PHASE_RELAY)
 		return phase_waits[x->phase];
+	if (x->bend != NULL && (x->bend->hangs || x->bend->until != 0))
+		return x->bend->hangs ? "the client to give up" :
+					"the end of a delay";
 	(void)snprintf(text, sizeof(text), " its turn");
 	for (i = 0; i < 4; i++) {
 		const struct conn *c = conns[i / 2];

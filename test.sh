@@ -6055,6 +6055,17 @@ END
 }
 
 test_bend_hang() { # hang: no answer until the client goes, or -t
+	start_proxy -e 'hang host a.example' -e 'delay 9s' -e 'answer 200 "a"'
+	play -n 'the status page says so' <<'END'
+	a: send GET http://a.example/ HTTP/1.1\nHost: a.example\n\n ; touch a ; await go
+	b: send GET http://b.example/ HTTP/1.1\nHost: b.example\n\n ; touch b ; await go
+	do comes a b ; "$peer" sleep 100
+	ask    here /status
+	do touch go
+	sees~  waits for (the client to give up|the end of a delay),
+	sees~  waits for (the client to give up|the end of a delay),
+END
+	stop_proxy
 	start_proxy -t 1 -e 'hang host a.example'
 	play -n 'it takes the request' <<'END'
 	client send POST http://a.example/ HTTP/1.1\nHost: a.example\nContent-Length: 300000\n\n\{300000:x} ; eof
@@ -18264,6 +18275,33 @@ test_real_browser() { # chromium: a page, a picture, a script, a WebSocket
 	real_log CONNECT "127.0.0.1:$serve" \
 		"200 7[0-9]{4} .* up=7[0-9]{4} .* end=(client|server|reset)\$"
 	stop_proxy
+}
+
+# The status page as the browser shows it, in the file "dom".
+real_status() {
+	timeout 60 "$browser" --headless --no-sandbox --disable-gpu \
+		--no-first-run --disable-background-networking \
+		--user-data-dir="$T/profile" --no-proxy-server \
+		--dump-dom "http://$proxy/status" > dom 2> browser.err ||
+		fail "chromium: $(tail -n 1 browser.err)"
+}
+
+test_real_browser_status() { # chromium: a tunnel's row on the status page comes and goes
+	real_find_browser
+	start_proxy
+	play -n 'a tunnel' <<'END'
+	origin eof
+	a: ask CONNECT %O
+	a: touch open ; await close
+	do comes open
+	do real_status
+	do grep '#1 relay, waits for .* CONNECT ' dom > /dev/null || fail "$(cat dom)"
+	do touch close
+END
+	wait_for 5 'grep CONNECT log > /dev/null' || fail "the tunnel does not end"
+	real_status
+	grep '#1 relay' dom > /dev/null && fail "it is there still: $(cat dom)"
+	grep '#1 client .* CONNECT ' dom > /dev/null || fail "$(cat dom)"
 }
 
 test_real_browser_https() { # chromium: a page and its picture over CONNECT
