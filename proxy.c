@@ -520,7 +520,7 @@ enum cause {
 	CAUSE_ANSWER /* its answer is wrong: also try a stale entry */
 };
 
-/* What ended an exchange; the table `ends` has the words for the log. */
+/* What ended an exchange; the table `log_ends` has the words for the log. */
 enum end {
 	END_DONE,   /* the client has the whole response */
 	END_CLIENT, /* the client closed first */
@@ -10786,7 +10786,7 @@ struct glance {
 static struct {
 	struct glance list[GLANCES]; /* the last is (n - 1) % GLANCES */
 	uint64_t n;                  /* there were so many */
-} ended;
+} glances;
 
 /*
  * A socket of the system's logger, or -1 with errno.  syslog(3) would wait
@@ -11231,8 +11231,8 @@ glance_take(const struct exchange *x, struct glance *g)
 static const struct glance *
 glance_ended(unsigned i)
 {
-	return i < GLANCES && i < ended.n ?
-	    &ended.list[(ended.n - 1 - i) % GLANCES] :
+	return i < GLANCES && i < glances.n ?
+	    &glances.list[(glances.n - 1 - i) % GLANCES] :
 	    NULL;
 }
 
@@ -11267,7 +11267,7 @@ log_count(const struct exchange *x)
 	totals.refusals[x->record.refusal]++;
 	totals.up += x->up.payload;
 	totals.down += x->down.payload;
-	glance_take(x, &ended.list[ended.n++ % GLANCES]);
+	glance_take(x, &glances.list[glances.n++ % GLANCES]);
 }
 
 /* Counts a response whose first byte is about to go to the client. */
@@ -12710,12 +12710,12 @@ bend_drop(struct exchange *x)
 static void
 access_enter(struct exchange *x, enum access_state state)
 {
-	static const char *const names[] = { "have decided",
+	static const char *const words[] = { "have decided",
 		"must know more to decide" };
 	struct access *access = &x->request->access;
 
 	if (access->state != state)
-		trace(x, "the rules %s", names[state]);
+		trace(x, "the rules %s", words[state]);
 	access->state = state;
 }
 
