@@ -12954,6 +12954,13 @@ route_judge(struct exchange *x, struct view *v)
 
 /* ---- what rules do to an exchange ---- */
 
+#define RATE_MAX (UINT64_C(1) << 40)
+
+enum {
+	/* No more time than this counts for credit. */
+	CREDIT_US = 1000000
+};
+
 /* What bends x, made if there is none; NULL if there is no memory. */
 static struct bend *
 bend_take(struct exchange *x)
@@ -13033,7 +13040,7 @@ bend_apply(struct exchange *x, const struct rule *rule)
 			(amount->last - amount->first + 1));
 		break;
 	case ACTION_RATE:
-		b->rate = amount->first;
+		b->rate = amount->first < RATE_MAX ? amount->first : RATE_MAX;
 		break;
 	default:
 		b->cut = rule;
@@ -13072,7 +13079,7 @@ bend_hangs(const struct exchange *x)
 
 /* True if the response is to wait still. */
 static bool
-bend_delays(const struct exchange *x)
+bend_delays(struct exchange *x)
 {
 	struct bend *b = x->bend;
 
@@ -13083,6 +13090,7 @@ bend_delays(const struct exchange *x)
 	if (now.ms < b->until)
 		return true;
 	b->delay_ms = b->until = 0;
+	x->moved = now.ms;
 	return false;
 }
 
@@ -13095,22 +13103,20 @@ bend_room(struct exchange *x, const struct flow *f)
 {
 	struct bend *b = x->bend;
 	bool down = f == &x->down;
-	uint64_t most, gained, credit;
+	uint64_t elapsed, gained, credit;
 
 	if (b == NULL)
 		return UINT64_MAX;
 	if (b->rate == UINT64_MAX)
 		return down ? b->left : UINT64_MAX;
-	most = b->rate / 10 + 1;
-	gained =
-	    (uint64_t)(now.us - b->filled_us[down]) * (b->rate / 1000) / 1000 +
-	    (uint64_t)(now.us - b->filled_us[down]) * (b->rate % 1000) /
-		1000000;
-	if (gained > 0)
-		b->filled_us[down] = now.us;
-	b->credit[down] += gained;
-	if (b->credit[down] > most)
-		b->credit[down] = most;
+	elapsed = (uint64_t)least(now.us - b->filled_us[down], CREDIT_US);
+	if (elapsed == CREDIT_US)
+		b->filled_us[down] = now.us - CREDIT_US;
+	/* The time of what is gained: parts of a byte are not lost. */
+	gained = elapsed * b->rate / 1000000;
+	b->filled_us[down] += (int64_t)(gained * 1000000 / b->rate);
+	b->credit[down] = (uint64_t)least((int64_t)(b->credit[down] + gained),
+	    (int64_t)(b->rate / 10 + 1));
 	credit = b->credit[down];
 	return down && b->left < credit ? b->left : credit;
 }
@@ -14867,7 +14873,7 @@ relay_step(struct exchange *x)
 	}
 	if (x->tunnel)
 		return tunnel_judge(x) || moved;
-	if (c->out != NULL)
+	if (c->out != NULL || x->down.ready > 0)
 		relay_part(x);
 	gone = (c->error || c->write_failed) && !relay_goes_on(x);
 	done = x->down.done && c->out == NULL && !relay_uploads(x);
@@ -14963,6 +14969,8 @@ exchange_limit(const struct exchange *x)
 		return x->since + CONNECT_MS;
 	case PHASE_RESPONSE:
 	case PHASE_RELAY:
+		if (x->bend != NULL && x->bend->until != 0)
+			return INT64_MAX;
 		return x->moved +
 		    (x->tunnel && half ? HALF_CLOSED_MS : options.idle_ms);
 	case PHASE_LINGER:

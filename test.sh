@@ -6093,6 +6093,13 @@ END
 	log_between total 300 2000
 	want 200 GET http://page.example/
 	log_between total 200 2000
+	start_proxy -t 1 -e 'delay 1500ms'
+	plain_origin
+	want 200 GET http://%O/
+	log_between total 1500 4000
+	start_rules <<'END'
+delay 300ms host 127.0.0.1
+END
 	play -n 'a tunnel' <<'END'
 	origin until ping ; send pong
 	client send CONNECT %O HTTP/1.1\nHost: %O\n\n ; answer head ; send ping ; until pong ; close
