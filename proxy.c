@@ -25,7 +25,8 @@
  * received framing is never copied.  Two flows, `up` and `down`, run side by
  * side in one exchange; a tunnel is two flows that copy bytes until they end.
  * RULES say who may go where, by which route, and what may come back; they are
- * asked again as more becomes known.
+ * asked again as more becomes known.  They may also bend an exchange, to try
+ * out failures: delay it, slow it down, cut it, or answer for a server.
  *
  * Three lifetimes, three structs.  An EXCHANGE is a slot of at most 512 bytes:
  * an idle client and an idle tunnel cost this and nothing more.  A REQUEST
@@ -46,6 +47,7 @@
  *   RESPONSE --response_retry--> CONNECT (a kept connection was no good)
  *   RESOLVE, CONNECT, GREET --parent_next--> RESOLVE (by another parent)
  *   any before RELAY --exchange_refuse, exchange_answer--> RESPONSE (a page)
+ *   REQUEST --bend_apply--> RESPONSE (that never comes, as a rule wants it)
  *   REQUEST, COLLAPSE, RESPONSE --exchange_serve--> RESPONSE (from an entry)
  *   RELAY --relay_resume--> RESOLVE (what it followed was given up)
  *   RELAY --exchange_finish--> REQUEST, LINGER or FREE
