@@ -582,6 +582,7 @@ enum access_state {
 struct access {
 	enum access_state state; /* set by access_enter() only */
 	bool route_undecided;    /* the server's address tells the way */
+	bool bent;               /* the rules that bend were judged */
 	unsigned found;          /* texts found in the body: bits */
 	struct buffer *answer;   /* see access_response() */
 };
@@ -11246,7 +11247,7 @@ log_result(const struct exchange *x)
 	const struct request *q = x->request;
 
 	if (x->record.refusal != REFUSE_NONE)
-		return cause == CAUSE_WAY || cause == CAUSE_ANSWER ||
+		return cause != CAUSE_RULE &&
 			refusals[x->record.refusal].status >= 500 ?
 		    RESULT_FAILED :
 		    RESULT_REFUSED;
@@ -11712,14 +11713,16 @@ hello_begins(struct text t)
 	return t.len > 0 && *t.at == 0x16;
 }
 
-/* True if the first record of a TLS greeting is there, or it is too long. */
+/* True if all of a TLS greeting is there, or it is too long. */
 static bool
-hello_is_whole(struct text t)
+hello_is_whole(struct text t, char *flat)
 {
-	const unsigned char *at = (const unsigned char *)t.at;
+	struct cursor c = { hello_gather(t, flat), false };
+	size_t len;
 
-	return t.len >= HELLO_MAX ||
-	    (t.len >= 5 && t.len >= 5U + (unsigned)(at[3] << 8 | at[4]));
+	(void)cursor_number(&c, 1);
+	len = cursor_number(&c, 3);
+	return t.len >= HELLO_MAX || (!c.bad && len <= c.rest.len);
 }
 
 /* ---- 12. Heads and pages: what the proxy writes ---- */
@@ -12219,7 +12222,8 @@ exchange_waits(const struct exchange *x)
 	if (x->bend != NULL && (x->bend->hangs || x->bend->until != 0))
 		return x->bend->hangs ? "the client to give up" :
 					"the end of a delay";
-	(void)snprintf(text, sizeof(text), " its turn");
+	(void)snprintf(text, sizeof(text),
+	    x->bend != NULL ? " its rate" : " its turn");
 	for (i = 0; i < 4; i++) {
 		const struct conn *c = conns[i / 2];
 		short event = i % 2 ? POLLOUT : POLLIN;
@@ -12856,8 +12860,16 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 		refusal = REFUSE_MEMORY;
 	x->record.refusal = refusal;
 	access_enter(x, ACCESS_DECIDED);
+	if (ruled && refusal != REFUSE_CROWDED)
+		bend_drop(x);
 	if (x->record.status != 0 || x->hidden) {
-		exchange_abort(x, ruled ? END_RULE : END_SERVER, refusal);
+		exchange_abort(x,
+		    ruled                      ? END_RULE :
+			refusal == REFUSE_SLOW ? END_IDLE :
+			x->record.status != 0 || x->phase > PHASE_REQUEST ?
+						 END_SERVER :
+						 END_CLIENT,
+		    refusal);
 		return;
 	}
 	exchange_drop_tries(x);
@@ -13032,6 +13044,11 @@ bend_apply(struct exchange *x, const struct rule *rule)
 		exchange_enter(x, PHASE_RESPONSE);
 		return false;
 	case ACTION_ANSWER:
+		if (x->hidden) {
+			x->record.rule = rule;
+			exchange_abort(x, END_RULE, REFUSE_RULE);
+			return false;
+		}
 		x->close = x->close || !x->up.done;
 		page_rule(x, rule);
 		exchange_answer(x);
@@ -13058,15 +13075,26 @@ bend_apply(struct exchange *x, const struct rule *rule)
 static bool
 bend_begin(struct exchange *x, struct view *v)
 {
+	struct access *access = &x->request->access;
 	size_t i;
 
+	if (access->bent)
+		return true;
+	access->bent = true;
 	for (i = 0; i < BEND_GROUPS; i++) {
 		struct verdict verdict;
 
 		if (x->rules->first[bend_groups[i]] == NULL)
 			continue;
 		verdict = rules_judge(x->rules, bend_groups[i], v);
-		if (verdict.truth == TRUTH_YES && !bend_apply(x, verdict.rule))
+		if (verdict.truth != TRUTH_YES)
+			continue;
+		/* To a CONNECT it would mean that there is a tunnel. */
+		if (verdict.rule->action == ACTION_ANSWER &&
+		    verdict.rule->status < 300 && !x->hidden &&
+		    x->request->method == METHOD_CONNECT)
+			continue;
+		if (!bend_apply(x, verdict.rule))
 			return false;
 	}
 	return true;
@@ -13184,7 +13212,7 @@ access_begin(struct exchange *x)
 		return false;
 	route_judge(x, &v);
 	exchange_rewrite(x);
-	return bend_begin(x, &v);
+	return q->access.state == ACCESS_UNDECIDED || bend_begin(x, &v);
 }
 
 /*
@@ -13261,6 +13289,7 @@ static void
 exchange_serve(struct exchange *x, const struct lookup *l)
 {
 	struct request *q = x->request;
+	struct view v;
 
 	exchange_drop_tries(x);
 	conn_close(&x->server, false);
@@ -13275,6 +13304,9 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	if (!access_response(x, &l->r, l->e.head))
 		return;
 	l->b->start = (size_t)(l->e.head.at - l->b->data);
+	exchange_view(x, NULL, 0, &v);
+	if (!bend_begin(x, &v))
+		return;
 	exchange_enter(x, PHASE_RESPONSE);
 }
 
@@ -13613,7 +13645,8 @@ request_tunnel(struct exchange *x)
 	struct buffer *head;
 
 	x->hidden = true;
-	if (name.len == 0 && !c->eof && !c->error && !hello_is_whole(t))
+	if (name.len == 0 && !c->eof && !c->error && buffer_room(c->in) > 0 &&
+	    !hello_is_whole(t, flat))
 		return conn_read(c);
 	head = name.len > 0 ? buffer_take() : NULL;
 	if (head == NULL) {
@@ -13822,9 +13855,10 @@ resolve_judge(struct exchange *x)
 	verdict = rules_judge(x->rules, GROUP_SOURCE, &v);
 	q->route.from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
 	refusal = resolve_strike(x, &v);
-	if (refusal == REFUSE_NONE)
-		exchange_enter(x, PHASE_CONNECT);
-	else if (refusal == REFUSE_RULE)
+	if (refusal == REFUSE_NONE) {
+		if (bend_begin(x, &v))
+			exchange_enter(x, PHASE_CONNECT);
+	} else if (refusal == REFUSE_RULE)
 		access_refuse(x);
 	else {
 		(void)snprintf(detail, sizeof(detail), "%.*s port %u",
@@ -14634,13 +14668,13 @@ response_step(struct exchange *x)
 	if (s->fd != -1 && !answer_is_local(q))
 		moved = exchange_pump(x, &x->up, c, s);
 	if (bend_hangs(x))
-		(void)conn_drain(c);
+		moved = conn_drain(c);
 	if (c->error || c->write_failed || (c->eof && bend_hangs(x))) {
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 		return true;
 	}
 	if (bend_hangs(x))
-		return false;
+		return moved;
 	if (x->up.broken && !answer_is_local(q)) {
 		x->record.end = c->eof ? END_CLIENT : END_DONE;
 		exchange_refuse(x, c->eof ? REFUSE_BODY_CUT : REFUSE_BODY, "");
@@ -14865,7 +14899,7 @@ relay_step(struct exchange *x)
 	bool moved, gone, done;
 
 	moved = exchange_pump(x, &x->down, s, c);
-	if (heard && s->fd != -1 && !x->up.broken &&
+	if (heard && s->fd != -1 && s->role != ROLE_FILE && !x->up.broken &&
 	    exchange_pump(x, &x->up, c, s))
 		moved = true;
 	if (bend_cuts(x)) {
@@ -14924,12 +14958,13 @@ exchange_takes_request(const struct exchange *x)
 {
 	if (x->phase == PHASE_REQUEST || x->phase == PHASE_LINGER)
 		return true;
-	if (x->up.done || x->phase < PHASE_RESPONSE)
-		return x->client.in == NULL;
 	if (bend_hangs(x))
 		return true;
-	return x->up.ready == 0 && x->server.fd != -1 &&
-	    x->server.out == NULL && !x->server.write_failed && !x->up.broken;
+	if (x->up.done || x->phase < PHASE_RESPONSE)
+		return x->client.in == NULL;
+	return x->up.ready == 0 && x->server.role != ROLE_FILE &&
+	    x->server.fd != -1 && x->server.out == NULL &&
+	    !x->server.write_failed && !x->up.broken;
 }
 
 /* True if the next step would read from the server. */
@@ -15091,7 +15126,8 @@ exchange_overhear(struct exchange *x)
 {
 	struct conn *c = &x->client;
 
-	if (x->phase <= PHASE_REQUEST || x->phase == PHASE_LINGER)
+	if (x->phase <= PHASE_REQUEST || x->phase == PHASE_LINGER ||
+	    bend_hangs(x))
 		return;
 	if (c->in == NULL && (x->up.done || x->phase < PHASE_RESPONSE))
 		(void)conn_read(c);
@@ -16752,6 +16788,7 @@ command_run(const char *url)
 		(void)signal(changed[i], SIG_DFL);
 	for (i = 0; i < 2; i++)
 		(void)dup2(command.standard[i], STDOUT_FILENO + (int)i);
+	(void)unsetenv("NOTIFY_SOCKET");
 	fds_close(-1, -1);
 	(void)execvp(options.command[0], options.command);
 	error = errno;
@@ -16830,6 +16867,9 @@ main(int argc, char **argv)
 	}
 	if (options.key != NULL)
 		key_print(options.key);
+	/* Before anything is said: standard error may be the client. */
+	if (options.inetd && !options.check && options.trials.n == 0)
+		client = inetd_take();
 	if (!rules_read(options.check && options.verbose > 0))
 		exit(2);
 	if (options.check)
@@ -16838,8 +16878,6 @@ main(int argc, char **argv)
 		trials_run();
 	pseudonym_make();
 	given = listen_given();
-	if (options.inetd)
-		client = inetd_take();
 	if (options.user != NULL)
 		user_find(options.user);
 	if (!names_start())
