@@ -684,7 +684,7 @@ struct bend {
 	uint64_t rate;            /* bytes a second each way, or UINT64_MAX */
 	int64_t filled_us[2];     /* when credit was last added: up, down */
 	uint64_t credit[2];       /* bytes that may go at once: up, down */
-	bool hangs;               /* it never gets a response */
+	bool unanswered;          /* no response is ever sent */
 	char rules[120];          /* those that did so, for the log */
 };
 
@@ -12219,9 +12219,9 @@ exchange_waits(const struct exchange *x)
 
 	if (x->phase != PHASE_RESPONSE && x->phase != PHASE_RELAY)
 		return phase_waits[x->phase];
-	if (x->bend != NULL && (x->bend->hangs || x->bend->until != 0))
-		return x->bend->hangs ? "the client to give up" :
-					"the end of a delay";
+	if (x->bend != NULL && (x->bend->unanswered || x->bend->until != 0))
+		return x->bend->unanswered ? "the client to give up" :
+					     "the end of a delay";
 	(void)snprintf(text, sizeof(text),
 	    x->bend != NULL ? " its rate" : " its turn");
 	for (i = 0; i < 4; i++) {
@@ -12979,10 +12979,11 @@ enum {
 static struct bend *
 bend_take(struct exchange *x)
 {
-	struct bend *b = x->bend ? x->bend : bends_free;
+	struct bend *b = x->bend;
 
-	if (x->bend != NULL)
+	if (b != NULL)
 		return b;
+	b = bends_free;
 	if (b != NULL)
 		bends_free = b->next;
 	else if ((b = malloc(sizeof(*b))) == NULL)
@@ -13040,7 +13041,7 @@ bend_apply(struct exchange *x, const struct rule *rule)
 		b->limit = rule;
 		break;
 	case ACTION_HANG:
-		b->hangs = true;
+		b->unanswered = true;
 		exchange_enter(x, PHASE_RESPONSE);
 		return false;
 	case ACTION_ANSWER:
@@ -13104,7 +13105,7 @@ bend_begin(struct exchange *x, struct view *v)
 static bool
 bend_hangs(const struct exchange *x)
 {
-	return x->bend != NULL && x->bend->hangs;
+	return x->bend != NULL && x->bend->unanswered;
 }
 
 /* True if the response is to wait still. */
@@ -13133,7 +13134,7 @@ bend_room(struct exchange *x, const struct flow *f)
 {
 	struct bend *b = x->bend;
 	bool down = f == &x->down;
-	uint64_t elapsed, gained, credit;
+	uint64_t elapsed, gained;
 
 	if (b == NULL)
 		return UINT64_MAX;
@@ -13147,8 +13148,7 @@ bend_room(struct exchange *x, const struct flow *f)
 	b->filled_us[down] += (int64_t)(gained * 1000000 / b->rate);
 	b->credit[down] = (uint64_t)least((int64_t)(b->credit[down] + gained),
 	    (int64_t)(b->rate / 10 + 1));
-	credit = b->credit[down];
-	return down && b->left < credit ? b->left : credit;
+	return down && b->left < b->credit[down] ? b->left : b->credit[down];
 }
 
 /* n bytes of f have gone on. */
