@@ -11495,6 +11495,21 @@ trace_has(struct text head, const struct field *field)
 	return false;
 }
 
+/* True if that line is a field of the head that came. */
+static bool
+trace_came(const struct head *from, struct text line)
+{
+	struct text name = text_cut(line.at, text_find(line, ':'));
+	struct text value = text_trim(text_from(line, name.len + 1));
+	size_t i = 0;
+
+	while (i < from->n &&
+	    (!text_same(from->fields[i].name, name) ||
+		!text_equals(from->fields[i].value, value)))
+		i++;
+	return i < from->n;
+}
+
 /*
  * Traces the head of a request, or of r, that leaves, and what became of the
  * one that came: `-' before a line that was dropped, `+' before one that was
@@ -11506,7 +11521,7 @@ trace_change(const struct exchange *x, const char *mark,
 {
 	const struct head *from = r ? &r->head : &x->request->head;
 	struct text rest = to, line;
-	size_t i, j;
+	size_t i;
 
 	if (!is_traced(x) || !trace_next(&rest, &line))
 		return;
@@ -11525,17 +11540,11 @@ trace_change(const struct exchange *x, const char *mark,
 			    trace_reason(x, from, r, from->fields[i].name,
 				false));
 	while (trace_next(&rest, &line)) {
-		struct field field;
+		bool came = trace_came(from, line);
+		struct text name = text_cut(line.at, text_find(line, ':'));
 
-		field.name = text_cut(line.at, text_find(line, ':'));
-		field.value = text_trim(text_from(line, field.name.len + 1));
-		for (j = 0; j < from->n; j++)
-			if (text_same(from->fields[j].name, field.name) &&
-			    text_equals(from->fields[j].value, field.value))
-				break;
-		trace_field(x, mark, j < from->n ? "" : "+ ", line,
-		    j < from->n ? "" :
-				  trace_reason(x, from, r, field.name, true));
+		trace_field(x, mark, came ? "" : "+ ", line,
+		    came ? "" : trace_reason(x, from, r, name, true));
 	}
 }
 
@@ -16318,20 +16327,25 @@ inetd_take(void)
 {
 	struct sockaddr_storage peer;
 	socklen_t len = sizeof(peer);
+	socklen_t type_len = sizeof(int);
 	struct stat client, other;
-	int fd, null;
+	int fd, null, i, type = 0;
 
+	if (getsockopt(STDIN_FILENO, SOL_SOCKET, SO_TYPE, &type, &type_len) !=
+		-1 &&
+	    type != SOCK_STREAM)
+		die("-i: standard input is a socket without connections");
 	if (getpeername(STDIN_FILENO, (struct sockaddr *)&peer, &len) == -1 ||
 	    (fd = fcntl(STDIN_FILENO, F_DUPFD, STDERR_FILENO + 1)) == -1)
 		die("-i: standard input is no connected socket: %s",
 		    strerror(errno));
 	null = open("/dev/null", O_RDWR);
 	(void)dup2(null, STDIN_FILENO);
-	for (len = STDOUT_FILENO; len <= STDERR_FILENO; len++)
-		if (fstat(fd, &client) != -1 && fstat((int)len, &other) != -1 &&
+	for (i = STDOUT_FILENO; i <= STDERR_FILENO; i++)
+		if (fstat(fd, &client) != -1 && fstat(i, &other) != -1 &&
 		    client.st_ino == other.st_ino &&
 		    client.st_dev == other.st_dev)
-			(void)dup2(null, (int)len);
+			(void)dup2(null, i);
 	if (null > STDERR_FILENO)
 		(void)close(null);
 	return fd_note(fd);
