@@ -12482,8 +12482,9 @@ metrics_refusals(struct buffer *b)
 
 		if (refusals[i].cause == CAUSE_RULE)
 			denials += totals.refusals[i];
-		for (j = REFUSE_NONE + 1; strcmp(refusals[j].error, error); j++)
-			;
+		j = REFUSE_NONE + 1;
+		while (strcmp(refusals[j].error, error) != 0)
+			j++;
 		if (j < i)
 			continue;
 		for (n = 0; j < REFUSALS; j++)
@@ -12900,6 +12901,7 @@ access_refuse(struct exchange *x)
 	bool tried = head_field(&q->head, "Proxy-Authorization") != NULL;
 	bool page = q->target.form == FORM_ORIGIN;
 
+	assert(rule != NULL);
 	address_host(&x->peer, peer);
 	(void)snprintf(detail, sizeof(detail),
 	    "To let it in, start the proxy with: -e 'allow client %s%s'", peer,
