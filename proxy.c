@@ -16283,7 +16283,7 @@ static unsigned
 listen_given(void)
 {
 	const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
-	uint64_t owner, n;
+	uint64_t owner = 0, n = 0;
 
 	if (pid == NULL || fds == NULL ||
 	    !number_parse(text_of(pid), INT32_MAX, &owner) ||
@@ -16331,7 +16331,7 @@ inetd_take(void)
 	socklen_t len = sizeof(peer);
 	socklen_t type_len = sizeof(int);
 	struct stat client, other;
-	int fd, null, i, type = 0;
+	int fd = -1, null, i, type = 0;
 
 	if (getsockopt(STDIN_FILENO, SOL_SOCKET, SO_TYPE, &type, &type_len) !=
 		-1 &&
