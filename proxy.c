@@ -3,8 +3,10 @@
  *
  * It stands between clients and the servers they ask: it takes a request,
  * finds the server, passes the request on and the response back, and writes
- * one line about it.  One process, one loop around poll(2), nothing in the
- * loop blocks.
+ * one line about it.  One process serves, in one loop around poll(2) that
+ * waits nowhere else; children look up names and sweep the cache.  With -j,
+ * several such processes share the listening sockets, the cache and the log,
+ * under a supervisor that serves nobody.
  *
  *   client bytes -> whole head -> parse -> rules -> cache? --hit---+
  *                                                     |miss, stale |
@@ -15,25 +17,27 @@
  *   log line <- finish <- client <- framing <- rules <- payload <--+
  *                                  (copied to the entry if it is stored)
  *
- * Four nouns carry it.  An EXCHANGE is a client's connection and what is being
- * done for it.  It ties two CONNS, `client` and `server`, each a descriptor
- * with the bytes that have arrived (`in`) and those to be sent (`out`).  The
- * server is whoever answers: a socket, a cache entry's file, or memory (an
- * error page, the proxy's own pages, the 200 to a CONNECT); its answer is
- * read, judged, forwarded and logged by the same lines.  A FLOW is one message
- * in motion: it removes the framing on arrival and adds its own on departure;
- * received framing is never copied.  Two flows, `up` and `down`, run side by
- * side in one exchange; a tunnel is two flows that copy bytes until they end.
- * RULES say who may go where, by which route, and what may come back; they are
- * asked again as more becomes known.  They may also bend an exchange, to try
- * out failures: delay it, slow it down, cut it, or answer for a server.
+ * It rests on four nouns.  An EXCHANGE is a client's connection and what is
+ * being done for it.  It ties two CONNS, `client` and `server`, each a
+ * descriptor with the bytes that have arrived (`in`) and those to be sent
+ * (`out`).  The server is whoever answers: a socket, a cache entry's file, or
+ * memory (an error page, the proxy's own pages, the 200 to a CONNECT); its
+ * answer is read, judged, forwarded and logged by the same lines.  A FLOW is
+ * one message in motion: it removes the framing on arrival and adds its own on
+ * departure; received framing is never copied.  Two flows, `up` and `down`,
+ * run side by side in one exchange; a tunnel is two flows that copy bytes
+ * until they end.  RULES say who may go where, by which route, and what may
+ * come back; they are asked again as more becomes known.  They may also bend
+ * an exchange, to try out failures: delay it, slow it down, cut it, or answer
+ * for a server.
  *
  * Three lifetimes, three structs.  An EXCHANGE is a slot of at most 512 bytes:
  * an idle client and an idle tunnel cost this and nothing more.  A REQUEST
  * lives from its first byte to its line in the log, comes from a pool, is
- * parsed once, and holds, each in a struct of its own, what the rules said
- * (access), the way to the server (route), and the part of the cache
- * (caching).  An ENTRY is a file of the cache, and exists only there.
+ * parsed once, and holds, each in a struct of its own, the decisions of the
+ * rules (access), the way to the server (route), and the state of the request
+ * in the cache (caching).  An ENTRY is a file of the cache, and exists only
+ * there.
  *
  * An exchange walks through phases.  Each has one step function, named in
  * the table of exchange_run(); only exchange_enter() changes the phase:
@@ -45,11 +49,13 @@
  *   CONNECT, GREET --connect_open, exchange_send--> RESPONSE
  *   RESPONSE --response_forward, tunnel_start--> RELAY
  *   RESPONSE --response_retry--> CONNECT (a kept connection was no good)
+ *   RESPONSE --response_validates--> CONNECT (the entry to validate is gone)
  *   RESOLVE, CONNECT, GREET --parent_next--> RESOLVE (by another parent)
  *   any before RELAY --exchange_refuse, exchange_answer--> RESPONSE (a page)
- *   REQUEST --bend_apply--> RESPONSE (that never comes, as a rule wants it)
+ *   before CONNECT --bend_apply--> RESPONSE (which a rule lets nobody have)
  *   REQUEST, COLLAPSE, RESPONSE --exchange_serve--> RESPONSE (from an entry)
- *   RELAY --relay_resume--> RESOLVE (what it followed was given up)
+ *   RELAY --relay_resume--> RESOLVE (the fetch it was following failed)
+ *   FREE --relay_part, exchange_take_refresh--> RELAY, REQUEST (no client)
  *   RELAY --exchange_finish--> REQUEST, LINGER or FREE
  *   any --exchange_abort, exchange_close--> FREE
  *
@@ -72,36 +78,40 @@
  *   response_accept, response_tunnel, tunnel_start, relay_step,
  *   tunnel_listen, exchange_pump, tunnel_judge, exchange_end, log_exchange.
  *
- * What always holds (exchange_check() looks at each after every turn):
+ * What always holds (exchange_check() asserts most of it after every turn):
  *
  *   1. A free slot has no descriptor, no buffer and no request.
  *   2. A buffer in `out` is never empty: nothing to send, no buffer.
- *   3. A flow that has sent the end of its message waits for no bytes.
- *   4. Decoded bytes lie in front of the buffer they arrived in.
+ *   3. A flow that has sent the end of its message has no bytes ready.
+ *   4. Decoded bytes are the first ones of the buffer they arrived in.
  *   5. Only the phases that talk to a server hold a server's descriptor.
  *   6. A tunnel has no request.
  *   7. Nothing in `out` was cut because a buffer was full.
- *   8. An exchange without a client's descriptor fetches for others.
- *   9. Its phase says whether there is a request: from RESOLVE to RESPONSE.
+ *   8. An exchange without a client's descriptor fetches for the cache.
+ *   9. From COLLAPSE to RELAY there is a request, unless it is a tunnel.
  *  10. A follower never reads more of an entry than its leader has stored.
  *
  * It reads from top to bottom: each section uses only those above it, main
- * is last.  RFC 9110 (semantics), 9111 (caching), 9112 (messages), 8305
- * (happy eyeballs), 9209 (Proxy-Status), 9211 (Cache-Status), 5861 (stale
- * content), 1928 and 1929 (SOCKS5), 7617 (Basic), 8446 and 6066 (the name in
- * a TLS greeting).
+ * is last.  A section's head says what it is for, and lists under "Door" the
+ * names that other sections may use; all other names are its own.
+ *
+ * It obeys RFC 9110 (semantics), 9111 (caching), 9112 (messages), 8305 (happy
+ * eyeballs), 9209 (Proxy-Status), 9211 (Cache-Status), 5861 (stale content),
+ * 1928 and 1929 (SOCKS5), 7617 (Basic), 8446 and 6066 (the name in a TLS
+ * greeting), and the PROXY protocol of HAProxy, versions 1 and 2.
  *
  * Sections: 1 system and limits, 2 vocabulary, 3 small tools, 4 buffers and
- * requests, 5 conns, 6 heads, 7 bodies and flows, 8 rules, 9 cache, 10 names,
- * 11 log and trace, 12 heads and pages, 13 exchange, 14 loop, 15 main.
+ * requests, 5 conns, 6 heads, 7 bodies and flows, 8 matchers and lists, 9 and
+ * 10 rules, 11 freshness, 12 store, 13 cache, 14 names, 15 log and trace, 16
+ * heads and pages, 17 exchange, 18 loop, 19 main.
  */
 
 /* ---- 1. System and limits ---- */
 
 /*
- * The feature macros come before all includes.  Everything is POSIX.1-2008
- * but one call: setgroups(2), which no standard has and without which root's
- * groups would outlive -u.
+ * The feature macros come before all includes.  Everything is POSIX.1-2008 but
+ * one call: setgroups(2), which no standard has and without which the process
+ * would keep root's groups after -u.
  */
 #define _POSIX_C_SOURCE 200809L
 #define _DEFAULT_SOURCE 1
@@ -109,8 +119,8 @@
 #define __BSD_VISIBLE 1
 
 /*
- * On 32-bit systems too, files have sizes and inode numbers of 64 bits, as
- * otherwise readdir(3) and stat(2) fail on large ones, and time goes on after
+ * Sizes, inode numbers and times have 64 bits on 32-bit systems, too:
+ * otherwise readdir(3) and stat(2) fail on large values, and time overflows in
  * 2038.
  */
 #define _FILE_OFFSET_BITS 64
@@ -123,6 +133,7 @@
 
 #include <sys/types.h>
 
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -205,6 +216,10 @@
 #ifndef LOG_SOCKET
 #define LOG_SOCKET "/dev/log"
 #endif
+/* POSIX lets it be undefined where it differs from pipe to pipe. */
+#ifndef PIPE_BUF
+#define PIPE_BUF _POSIX_PIPE_BUF
+#endif
 #if BUFFER_SIZE < 4096
 #error "BUFFER_SIZE is 4096 at least: our own pages must fit into a buffer"
 #endif
@@ -234,6 +249,9 @@ enum limit {
 	/* Connections served at once unless -m says otherwise. */
 	CONNECTIONS = 1000,
 	CONNECTIONS_MAX = 500000,
+	/* Processes that serve, and the fewest clients that each takes. */
+	WORKERS_MAX = 64,
+	WORKER_CLIENTS = 8,
 	DESCRIPTORS_MAX = 1000000,
 	/* Bytes that a tunnel keeps for the log: in all, and of its SNI. */
 	NOTE_MAX = 112,
@@ -295,7 +313,7 @@ enum role {
 	ROLE_REPORT,    /* the pipe from the sweeper of the cache */
 	ROLE_CLIENT,    /* the client of an exchange */
 	ROLE_SERVER,    /* the server of an exchange */
-	ROLE_FILE,      /* an entry of the cache that answers instead */
+	ROLE_FILE,      /* a file that answers instead: most often an entry */
 	ROLE_TRY,       /* another address of the same server, being tried */
 	ROLE_KEPT       /* a connection to a server between two exchanges */
 };
@@ -303,7 +321,7 @@ enum role {
 /* One side of an exchange: a descriptor and the bytes that wait there. */
 struct conn {
 	int fd;              /* -1: no descriptor, as for an answer in memory */
-	int error;           /* errno that ended reading, or 0 */
+	int error;           /* errno after which nothing is read, or 0 */
 	unsigned place;      /* in the poll set; 0: not in it */
 	enum role role;      /* its use */
 	uint32_t seen;       /* bytes of `in` searched for the end of a head */
@@ -313,7 +331,7 @@ struct conn {
 	bool eof : 1;        /* the peer sends no more */
 	bool shut : 1;       /* the proxy sends no more */
 	bool write_failed : 1; /* a write failed: the peer accepts no more */
-	bool hangup : 1; /* poll reported HUP or ERR: wait for nothing more */
+	bool hangup : 1; /* poll reported HUP or ERR, or a file: never polled */
 	int64_t event;   /* ms: the last event; says whether it is active */
 	struct exchange *exchange; /* that it belongs to, or NULL */
 	struct buffer *in;         /* bytes that arrived and are not used yet */
@@ -350,7 +368,7 @@ struct flow {
 	bool broken : 1;       /* the framing is wrong, or the body truncated */
 	bool bare : 1;         /* trailer fields are not passed on */
 	uint32_t ready;        /* bytes of payload at the front of `in` */
-	uint32_t trailer;      /* bytes of trailer section behind them */
+	uint32_t trailer;      /* bytes of trailer section behind, searched */
 	uint32_t excess;       /* bytes of framing beyond a fair share */
 	uint64_t left;         /* bytes to come, of the body or this chunk */
 	uint64_t payload;      /* bytes of payload passed on */
@@ -480,9 +498,17 @@ enum refusal {
 	REFUSE_PAGE_METHOD,
 	REFUSE_CROWDED,
 	REFUSE_NAMELESS,
+	REFUSE_HEADER_PEER,
+	REFUSE_HEADER_NONE,
+	REFUSE_HEADER_LINE,
+	REFUSE_HEADER_VERSION,
+	REFUSE_HEADER_FAMILY,
+	REFUSE_HEADER_SHORT,
+	REFUSE_HEADER_LONG,
+	REFUSE_HEADER_CUT,
+	REFUSE_HEADER_SLOW,
 	REFUSE_FILE,
 	REFUSE_NOT_STORED,
-	REFUSE_CONDITION,
 	REFUSE_LOOP_VIA,
 	REFUSE_LOOP,
 	REFUSE_GUARDED,
@@ -524,7 +550,7 @@ enum cause {
 
 /* What ended an exchange; the table `log_ends` has the words for the log. */
 enum end {
-	END_DONE,   /* the client has the whole response */
+	END_DONE,   /* the client has all of the response; or: not ended yet */
 	END_CLIENT, /* the client closed first */
 	END_SERVER, /* the server closed first */
 	END_IDLE,   /* idle timeout */
@@ -534,7 +560,7 @@ enum end {
 	END_STOP    /* the proxy was told to stop */
 };
 
-/* The phases of an exchange; section 13 has a step function for each. */
+/* The phases of an exchange; section 17 has a step function for each. */
 enum phase {
 	PHASE_FREE,     /* no client */
 	PHASE_REQUEST,  /* waits for the head of a request */
@@ -584,6 +610,7 @@ struct access {
 	bool route_undecided;    /* the server's address tells the way */
 	bool bent;               /* the rules that bend were judged */
 	unsigned found;          /* texts found in the body: bits */
+	size_t unjudged;         /* bytes of it since it was last judged */
 	struct buffer *answer;   /* see access_response() */
 };
 
@@ -616,14 +643,14 @@ enum caching_state {
 /* The part of the cache in a request; all zero at its start. */
 struct caching {
 	enum caching_state state; /* set by caching_enter() only */
-	/* private to section 9 */
+	const char *hit;          /* what of an entry was used, for the log */
+	const char *miss;         /* or why none was */
+	/* private to section 13 */
 	bool collapsed;        /* it waited for a fetch, or reads one */
 	struct fetch *fetch;   /* that it leads, or NULL */
 	struct fetch *follows; /* that it follows, or NULL */
 	int forward_status;    /* what the server said, 0: nothing */
 	const char *forward;   /* why it was asked (RFC 9211) */
-	const char *hit;       /* what of an entry was used, for the log */
-	const char *miss;      /* or why none was */
 	uint64_t key;          /* hash of the target's key */
 	uint64_t validator;    /* see response_validator() */
 	int entry;             /* descriptor of the entry to be validated */
@@ -685,10 +712,15 @@ struct bend {
 	int64_t filled_us[2];     /* when credit was last added: up, down */
 	uint64_t credit[2];       /* bytes that may go at once: up, down */
 	bool unanswered;          /* no response is ever sent */
+	bool answers;             /* a rule has made the response */
 	char rules[120];          /* those that did so, for the log */
 };
 
-/* What the log says of an exchange. */
+/*
+ * What the log says of an exchange.  It stays when the request has gone, as in
+ * a tunnel.  A new field of the log: a member here that is set where it is
+ * known, log_line(), and LOG in the manual.
+ */
 struct record {
 	int64_t start;              /* ms: the request's first byte came */
 	struct address server;      /* in use */
@@ -722,10 +754,11 @@ struct exchange {
 	bool local : 1;        /* the client is on this machine */
 	bool traced : 1;       /* a rule has it traced */
 	bool intercepted : 1;  /* a firewall sent the client here */
+	bool unnamed : 1;      /* a PROXY header must name the client first */
 	bool hidden : 1;       /* its client speaks TLS and expects a server */
-	uint64_t number;       /* in the trace */
-	int64_t since;         /* ms: the phase began */
-	int64_t moved;         /* ms: a byte last moved */
+	uint64_t number;       /* of the request, from its first byte; or 0 */
+	int64_t since;         /* ms: the phase or, in REQUEST, it began */
+	int64_t moved;         /* ms: a byte was last written, or since */
 	int64_t deadline;      /* ms: it is run again at the latest */
 	struct exchange *next; /* in the list of free slots */
 	struct exchange *next_again; /* in the list of those to be run */
@@ -740,12 +773,28 @@ struct exchange {
 	struct note note;            /* of a tunnel */
 };
 
+/* What -w keeps of an exchange. */
+enum tape_part {
+	TAPE_REQUEST_HEAD,
+	TAPE_RESPONSE_HEAD,
+	TAPE_REQUEST_BODY,
+	TAPE_RESPONSE_BODY,
+	TAPE_PARTS
+};
+
+/* Who comes to a listener. */
+enum arrival {
+	ARRIVAL_CLIENT,      /* clients that know the proxy */
+	ARRIVAL_INTERCEPTED, /* clients that a firewall sends here */
+	ARRIVAL_NAMED        /* peers that name the client in a PROXY header */
+};
+
 /* An address on which the proxy listens. */
 struct listener {
 	struct conn conn;       /* accepts; carries no bytes */
 	struct address address; /* that is bound: its port is never 0 */
 	const char *path;       /* of a UNIX socket, or NULL */
-	bool intercepts;        /* clients are sent here by a firewall */
+	enum arrival arrival;   /* who comes here */
 };
 
 /* Arguments of an option that may be given often. */
@@ -762,12 +811,14 @@ static struct {
 	const char *key;       /* print the entries of this URL, no more */
 	uint64_t cache_size;   /* bytes */
 	const char *log;       /* NULL or "-": standard output */
+	const char *record;    /* record to this file, or NULL */
 	const char *user;      /* become this one */
 	uid_t uid;             /* who that is */
 	gid_t gid;             /* and the group */
 	const char *via;       /* leave through this parent */
 	const char *from[2];   /* leave by these: IPv4, IPv6 */
 	uint64_t connections;  /* clients served at once */
+	uint64_t workers;      /* processes that serve them */
 	uint64_t idle_s;       /* -t, 0: not given */
 	int64_t idle_ms;       /* a tunnel or body without a byte */
 	uint64_t seed;         /* -S: of what is left to chance */
@@ -782,7 +833,7 @@ static struct {
 		const char *at; /* it, or its path */
 	} sources[SOURCES_MAX]; /* -f and -e in their order */
 	unsigned sources_n;     /* how many there were */
-} options = { .connections = CONNECTIONS, .idle_ms = IDLE_MS };
+} options = { .connections = CONNECTIONS, .workers = 1, .idle_ms = IDLE_MS };
 
 /* The slots; the first connections use the first ones. */
 static struct {
@@ -790,6 +841,7 @@ static struct {
 	size_t n;               /* number of slots */
 	size_t used;            /* slots that were ever used, all in front */
 	size_t busy;            /* slots with a client now */
+	bool crowded;           /* all are busy, and another client waits */
 	struct exchange *free;  /* used before, free now */
 	struct exchange *again; /* to be run in this turn */
 	int64_t wake;           /* ms: the earliest deadline, or earlier */
@@ -799,6 +851,8 @@ static struct {
 static struct listener listeners[LISTENERS_MAX];
 static size_t listeners_n;
 
+static unsigned worker;  /* 1 to -j; 0: the only process, or the supervisor */
+static pid_t supervisor; /* of this worker; 0: it is not a worker */
 static int signal_pipe[2] = { -1, -1 };
 static int64_t stop_at;    /* ms: draining ends; 0: not told to stop */
 static char pseudonym[32]; /* name of the proxy in Via and Proxy-Status */
@@ -880,6 +934,17 @@ fd_writable(int fd)
 	return n == 1;
 }
 
+/* The destinations of log and trace. */
+static struct {
+	int fd;        /* of the log */
+	bool syslog;   /* fd is a socket of the system's logger */
+	bool regular;  /* fd is a regular file: a write never blocks */
+	bool colour;   /* the trace has colours */
+	bool terminal; /* standard output or error was one at the start */
+	bool quiet;    /* warn() says nothing */
+	uint64_t lost; /* lines lost since the last that was written */
+} logs = { .fd = STDOUT_FILENO };
+
 /*
  * Writes a line to standard error, as far as that does not block: a reader
  * that stalls must not stop the proxy.
@@ -898,13 +963,20 @@ say(const char *line, size_t n)
 	}
 }
 
-/* Writes `proxy: ` and a message to standard error, as one line. */
+/*
+ * Writes `proxy: `, the number of a worker, and a message to standard error, as
+ * one line.
+ */
 static void
 say_words(const char *format, va_list args)
 {
 	char line[1024] = "proxy: ";
-	size_t start = strlen(line), n;
+	size_t start, n;
 
+	if (worker > 0)
+		(void)snprintf(line, sizeof(line),
+		    "proxy: worker %u: ", worker);
+	start = strlen(line);
 	(void)vsnprintf(line + start, sizeof(line) - start - 1, format, args);
 	n = strlen(line);
 	line[n] = '\n';
@@ -929,6 +1001,8 @@ warn(const char *format, ...)
 {
 	va_list args;
 
+	if (logs.quiet)
+		return;
 	va_start(args, format);
 	say_words(format, args);
 	va_end(args);
@@ -954,16 +1028,6 @@ least(int64_t a, int64_t b)
 	return a < b ? a : b;
 }
 
-/* The destinations of log and trace. */
-static struct {
-	int fd;        /* of the log */
-	bool syslog;   /* fd is a socket of the system's logger */
-	bool regular;  /* fd is a regular file: a write never blocks */
-	bool colour;   /* the trace has colours */
-	bool terminal; /* standard output or error was one at the start */
-	uint64_t lost; /* lines lost since the last that was written */
-} logs = { .fd = STDOUT_FILENO };
-
 /* What became of an exchange. */
 enum result {
 	RESULT_HIT,     /* the cache answered */
@@ -981,9 +1045,8 @@ static const int waits_ms[] = { 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000,
 
 #define WAITS (sizeof(waits_ms) / sizeof(waits_ms[0]))
 
-/* Sums since the start. */
-static struct {
-	int64_t started;             /* ms, when that was */
+/* Sums since the start, and what is in use now: totals_add() adds them up. */
+static struct totals {
 	uint64_t results[RESULTS];   /* exchanges that have ended */
 	uint64_t refusals[REFUSALS]; /* the same, by what the proxy said */
 	uint64_t up, down; /* payload in bytes: of requests, of responses */
@@ -995,8 +1058,31 @@ static struct {
 	uint64_t names, nameless;  /* questions for names; those that failed */
 	uint64_t evicted;          /* entries that gave way to others */
 	uint64_t lines_lost;       /* of the log */
-	size_t busiest;            /* slots in use at once, at most */
+	uint64_t busiest;          /* slots in use at once, at most */
+	uint64_t busy, slots;      /* slots in use now, and all */
+	uint64_t buffers;          /* in use */
+	uint64_t descriptors;      /* that are waited for */
+	uint64_t names_waiting;    /* for an answer */
 } totals;
+
+static int64_t started; /* ms: when the proxy was started */
+
+/* What others may know of a worker; only it changes what it serves. */
+struct worker {
+	pid_t pid;     /* 0: it is not running */
+	unsigned hups; /* SIGHUPs that it has obeyed; see workers_step() */
+	int64_t born;  /* ms: when it was started; 0: never */
+	struct totals totals; /* as they were after its last turn */
+};
+
+static struct worker worker_alone;
+
+/*
+ * All workers, in memory that they share.  The first is the supervisor, which
+ * serves nobody, or the only process.
+ */
+static struct worker *workers = &worker_alone;
+static size_t workers_n = 1; /* with the supervisor */
 
 /* The monotonic clock in us. */
 static int64_t
@@ -1161,8 +1247,8 @@ hex_value(char c)
 }
 
 /*
- * Parses every number that comes from outside: decimal digits only, at most
- * max.  Returns false, and does not change value, for anything else.
+ * Parses a decimal number from outside: digits only, at most max.  Returns
+ * false, and does not change value, for anything else.
  */
 static bool
 number_parse(struct text t, uint64_t max, uint64_t *value)
@@ -1493,6 +1579,33 @@ date_now(void)
 	return text;
 }
 
+/*
+ * Zeroed memory that is shared with the processes forked from now on; ends the
+ * program if there is none.  POSIX had no MAP_ANONYMOUS before 2024.  Most
+ * systems give such memory to those that map /dev/zero.  Elsewhere it is a file
+ * that is removed at once; that comes second, as a system may write the pages
+ * of a file to the disk again and again.
+ */
+static void *
+memory_share(size_t size)
+{
+	char name[] = "/tmp/proxy.XXXXXX";
+	int fd = open("/dev/zero", O_RDWR), mode = PROT_READ | PROT_WRITE;
+	void *at = mmap(NULL, size, mode, MAP_SHARED, fd, 0);
+
+	if (fd != -1)
+		(void)close(fd);
+	if (at != MAP_FAILED)
+		return at;
+	fd = mkstemp(name);
+	if (fd != -1 && unlink(name) != -1 && ftruncate(fd, (off_t)size) != -1)
+		at = mmap(NULL, size, mode, MAP_SHARED, fd, 0);
+	if (at == MAP_FAILED)
+		die("no memory to share: %s", strerror(errno));
+	(void)close(fd);
+	return at;
+}
+
 /* ---- 4. Buffers and requests ---- */
 
 /*
@@ -1677,8 +1790,9 @@ is_escaped(char c)
 }
 
 /*
- * Appends at most max bytes of t, and writes those that could split or forge a
- * line as %XX.  With `blanks`, blanks stay, since the text is in quotes.
+ * Appends t in at most max bytes, of which "..." stands for what has no room,
+ * and writes those that could split or forge a line as %XX; "-" if t is empty.
+ * With `blanks`, blanks stay, since the text is in quotes.
  */
 static void
 buffer_escape_all(struct buffer *b, struct text t, size_t max, bool blanks)
@@ -1840,13 +1954,13 @@ static void
 answer_by(struct exchange *x, enum answerer answerer)
 {
 	struct request *q = x->request;
-	static const char *const names[] = { "nobody", "the server",
+	static const char *const names[] = { "nobody yet", "the server",
 		"the proxy", "an entry", "a fetch under way" };
 
 	if (q->answerer == answerer)
 		return;
 	q->answerer = answerer;
-	trace(x, "answered by %s", names[answerer]);
+	trace(x, "to be answered by %s", names[answerer]);
 }
 
 /* True if the answer is, or was to be, in the cache. */
@@ -1873,9 +1987,8 @@ answer_is_local(const struct request *q)
  * likely to succeed.  A short read or write clears them, poll sets them again.
  *
  * The poll set has the recently active descriptors as its prefix, [0, hot).
- * The loop polls the prefix every turn, and the whole set only when the prefix
- * is quiet or the whole is cheap: idle connections cost nothing while others
- * are busy.
+ * The loop polls the prefix every turn, and the rest in slices from time to
+ * time: idle connections cost little while others are busy.
  *
  * Connections without a place in an exchange are in the table `others`: those
  * kept idle for the next request, and further addresses of a server that are
@@ -1897,7 +2010,7 @@ struct hop {
 	char beyond[HOST_MAX + 10]; /* host:port behind a SOCKS parent, or "" */
 };
 
-/* A connection outside an exchange's own two; see section 5. */
+/* A connection outside an exchange's own two. */
 struct other {
 	struct conn conn; /* ROLE_TRY or ROLE_KEPT */
 	struct hop hop;   /* where it leads */
@@ -1905,7 +2018,7 @@ struct other {
 	int64_t since_us; /* the same time in us, which tells turns apart */
 };
 
-/* The poll set: two arrays side by side; see section 5. */
+/* The poll set: two arrays side by side. */
 static struct {
 	struct pollfd *fds;  /* what poll(2) is given */
 	struct conn **conns; /* whose they are */
@@ -1918,7 +2031,7 @@ static struct other *others;
 
 static size_t others_n; /* how many there may be */
 
-static size_t others_used; /* of them were ever used */
+static size_t others_used; /* those below this one have been used */
 
 /* Makes room for n descriptors.  Place 0 stays unused. */
 static void
@@ -2038,7 +2151,7 @@ fd_note(int fd)
 	return fd;
 }
 
-/* Closes *fd, unless it is -1, which it then is. */
+/* Closes *fd unless it is -1, and makes it -1. */
 static void
 fd_drop(int *fd)
 {
@@ -2222,7 +2335,9 @@ conn_drain(struct conn *c)
 
 /*
  * Writes as much of `out` as the socket takes.  True if nothing is left, also
- * when the peer no longer accepts data (`write_failed`).
+ * when the peer no longer accepts data (`write_failed`).  Then reading goes
+ * on, as a peer that has gone may have left an answer.  If the system has no
+ * memory, the peer is still there and waits: then reading ends, too.
  */
 static bool
 conn_write(struct conn *c)
@@ -2241,8 +2356,11 @@ conn_write(struct conn *c)
 	if (n > 0) {
 		buffer_drop(c->out, (size_t)n);
 		totals.sent[c->role == ROLE_SERVER] += (uint64_t)n;
-	} else if (errno != EAGAIN && errno != EWOULDBLOCK)
+	} else if (errno != EAGAIN && errno != EWOULDBLOCK) {
 		c->write_failed = true;
+		if (errno != EPIPE && errno != ECONNRESET)
+			c->error = errno;
+	}
 	if (c->write_failed || buffer_len(c->out) == 0) {
 		buffer_give(&c->out);
 		return true;
@@ -2276,14 +2394,21 @@ conn_out(struct conn *c)
 }
 
 /*
- * True if the peer closed the connection abnormally.  A hangup after its end,
- * before the proxy has closed its side, is a reset.
+ * True if the peer closed the connection abnormally.  A hangup after the
+ * peer's FIN, while the proxy's side is open, means that the peer reset it.
  */
 static bool
 conn_is_broken(const struct conn *c)
 {
 	return c->error || (c->write_failed && (c->eof || !c->readable)) ||
 	    (c->hangup && c->eof && !c->shut);
+}
+
+/* True if nothing reaches the peer any more; what it sent may be unread yet. */
+static bool
+conn_is_gone(const struct conn *c)
+{
+	return c->error || (c->hangup && !c->shut);
 }
 
 /* Switches Nagle's algorithm off: small messages leave at once. */
@@ -2317,13 +2442,27 @@ address_export(const struct address *a, struct sockaddr_storage *to)
 }
 
 /*
- * Converts an address from the system's form.  An IPv4-mapped IPv6 address
- * becomes an IPv4 address, so that rules and comparisons see one form only.
+ * Makes an IPv4-mapped IPv6 address an IPv4 address, so that rules and
+ * comparisons see one form only.
  */
+static void
+address_unmap(struct address *a)
+{
+	static const unsigned char mapped[12] = { [10] = 0xff, [11] = 0xff };
+
+	if (a->family != AF_INET6 ||
+	    memcmp(a->octets, mapped, sizeof(mapped)) != 0)
+		return;
+	a->family = AF_INET;
+	a->scope = 0;
+	memmove(a->octets, a->octets + 12, 4);
+	memset(a->octets + 4, 0, 12);
+}
+
+/* Converts an address from the system's form. */
 static struct address
 address_import(const struct sockaddr *from)
 {
-	static const unsigned char mapped[12] = { [10] = 0xff, [11] = 0xff };
 	const struct sockaddr_in *in = (const struct sockaddr_in *)from;
 	const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)from;
 	struct address a;
@@ -2337,13 +2476,8 @@ address_import(const struct sockaddr *from)
 		a.port = ntohs(in6->sin6_port);
 		memcpy(a.octets, &in6->sin6_addr, 16);
 		a.scope = in6->sin6_scope_id;
-		if (memcmp(a.octets, mapped, sizeof(mapped)) == 0) {
-			a.family = AF_INET;
-			a.scope = 0;
-			memmove(a.octets, a.octets + 12, 4);
-			memset(a.octets + 4, 0, 12);
-		}
 	}
+	address_unmap(&a);
 	return a;
 }
 
@@ -2364,22 +2498,20 @@ static bool
 address_parse(struct text host, unsigned port, struct address *a)
 {
 	char string[INET6_ADDRSTRLEN + 1];
-	struct sockaddr_in6 in6;
-	struct sockaddr_in in;
+	struct address parsed;
 
-	memset(&in, 0, sizeof(in));
-	memset(&in6, 0, sizeof(in6));
-	in.sin_family = AF_INET;
-	in6.sin6_family = AF_INET6;
+	memset(&parsed, 0, sizeof(parsed));
+	parsed.port = (uint16_t)port;
 	if (!text_copy(host, string, sizeof(string)))
 		return false;
-	if (inet_pton(AF_INET, string, &in.sin_addr) == 1)
-		*a = address_import((struct sockaddr *)&in);
-	else if (inet_pton(AF_INET6, string, &in6.sin6_addr) == 1)
-		*a = address_import((struct sockaddr *)&in6);
+	if (inet_pton(AF_INET, string, parsed.octets) == 1)
+		parsed.family = AF_INET;
+	else if (inet_pton(AF_INET6, string, parsed.octets) == 1)
+		parsed.family = AF_INET6;
 	else
 		return false;
-	a->port = (uint16_t)port;
+	address_unmap(&parsed);
+	*a = parsed;
 	return true;
 }
 
@@ -2458,15 +2590,18 @@ address_is_local(const struct address *a)
 
 /*
  * True if the client at the other end of fd is on this machine: then it comes
- * from an address that is ours only, or from the very one that it goes to.
+ * from a UNIX socket or loopback, or from the address that it connected to.
  */
 static bool
 peer_is_local(int fd, const struct address *peer)
 {
-	struct address here = address_bound(fd);
+	struct address here;
 
+	if (address_is_local(peer))
+		return true;
+	here = address_bound(fd);
 	here.port = peer->port;
-	return address_is_local(peer) || address_same(&here, peer);
+	return address_same(&here, peer);
 }
 
 /* True if a is an address of this machine: it can be bound to. */
@@ -2617,7 +2752,7 @@ other_find(const struct hop *hop)
 
 /*
  * True if nothing came on a kept connection.  Those in the prefix of the poll
- * set were asked this turn, unless they were kept in it.  What comes without
+ * set were asked this turn, unless they became kept in it.  What comes without
  * a request is no answer (RFC 9112 section 9.2).
  */
 static bool
@@ -2660,7 +2795,7 @@ exchange_queue(struct exchange *x)
  * field_passes, field_append, fields_append, status_append, length_append,
  * via_append, host_bare, address_read, response_length, head_logs_in,
  * conn_head, head_is_hopeless, request_hopeless, request_clean,
- * request_is_last, request_passed_here.
+ * request_is_last, request_passed_here, header_parse.
  */
 
 static const struct {
@@ -2731,6 +2866,15 @@ static const struct {
 	[REFUSE_PAGE] = { 404, CLIENT, "the proxy has no such page" },
 	[REFUSE_NAMELESS] = { BAD,
 	    "intercepted TLS without the name of a server" },
+	[REFUSE_HEADER_PEER] = { DENIED, "no rule trusts this PROXY header" },
+	[REFUSE_HEADER_NONE] = { BAD, "a PROXY header was expected" },
+	[REFUSE_HEADER_LINE] = { BAD, "a malformed line in a PROXY header" },
+	[REFUSE_HEADER_VERSION] = { BAD, "unknown PROXY version or command" },
+	[REFUSE_HEADER_FAMILY] = { BAD, "a PROXY header that is not for TCP" },
+	[REFUSE_HEADER_SHORT] = { BAD, "a PROXY header without an address" },
+	[REFUSE_HEADER_LONG] = { BAD, "the PROXY header is too long" },
+	[REFUSE_HEADER_CUT] = { BAD, "the PROXY header was cut short" },
+	[REFUSE_HEADER_SLOW] = { 408, CLIENT, "no PROXY header in time" },
 	[REFUSE_CROWDED] = { 503, CAUSE_RULE, "http_request_denied",
 	    "too many requests of this client at once" },
 	[REFUSE_FILE] = { 500, CAUSE_OTHER, "proxy_configuration_error",
@@ -2739,8 +2883,6 @@ static const struct {
 	    "the proxy's own pages know GET and HEAD" },
 	[REFUSE_NOT_STORED] = { 504, CLIENT,
 	    "only-if-cached, and nothing fit is stored" },
-	[REFUSE_CONDITION] = { 412, CLIENT,
-	    "what is stored does not meet the request's condition" },
 	[REFUSE_LOOP_VIA] = { LOOP, "this request has passed here before" },
 	[REFUSE_LOOP] = { LOOP, "this address is the proxy's own" },
 	[REFUSE_GUARDED] = { 403, CAUSE_RULE, "destination_ip_prohibited",
@@ -2973,23 +3115,28 @@ list_next(struct text *rest, struct text *member)
 }
 
 /*
- * Marks the fields that Connection names (RFC 9110 section 7.6.1).  Once for a
- * head: to read a long list again for each field would take too long.
+ * Marks the fields that Connection names (RFC 9110 section 7.6.1), once for a
+ * head.  False if it names more than a head can have: to look for them all
+ * would take too long.
  */
-static void
+static bool
 head_nominate(struct head *h)
 {
 	const struct field *field = NULL;
 	struct text rest, member;
-	size_t i;
+	size_t i, n = 0;
 
 	memset(h->nominated, 0, sizeof(h->nominated));
 	while ((field = field_next(h, "Connection", field)) != NULL)
-		for (rest = field->value; list_next(&rest, &member);)
+		for (rest = field->value; list_next(&rest, &member);) {
+			if (++n > FIELDS_MAX)
+				return false;
 			for (i = 0; i < h->n; i++)
 				if (text_same(h->fields[i].name, member))
 					h->nominated[i / 8] |=
 					    (unsigned char)(1U << i % 8);
+		}
+	return true;
 }
 
 /* Reads the field lines up to the empty line that ends t; see field_parse(). */
@@ -3009,8 +3156,7 @@ fields_parse(struct text t, struct head *h, unsigned *mended)
 		if (verdict == 1)
 			h->fields[h->n++] = field;
 	}
-	head_nominate(h);
-	return 1;
+	return head_nominate(h) ? 1 : -REFUSE_FIELDS_MANY;
 }
 
 /* Splits a whole head, as head_find() found it; see field_parse(). */
@@ -3361,7 +3507,10 @@ request_line_parse(struct text line, struct request *r)
 	return target_parse(r->uri, r->method, &r->target);
 }
 
-/* Checks Host (RFC 9112 section 3.2): one field, and its value is a host. */
+/*
+ * Checks Host (RFC 9112 section 3.2): one field with a host or nothing, which
+ * only HTTP/1.0 may leave out.
+ */
 static int
 request_host_check(const struct request *r)
 {
@@ -3443,7 +3592,7 @@ response_is_bare(int status, enum method method)
 
 /*
  * Reads a whole response head; method is that of the request.  Repairs change
- * r->head too, so that nothing else has to know of them.
+ * r->head too; r->mended says which they were.
  */
 static int
 response_parse(struct text t, enum method method, struct response *r)
@@ -3484,7 +3633,9 @@ static const char *const fields_of_hop[] = { "Connection", "Proxy-Connection",
 
 /* Fields that frame or route the message: Connection can't remove them. */
 static const char *const fields_of_route[] = { "Via", "Max-Forwards",
-	"Content-Range", "Content-Encoding", "Expect", "Trailer", NULL };
+	"Content-Range", "Content-Encoding", "Expect", "Trailer",
+	"Cache-Control", "Vary", "Age", "Date", "Expires", "Pragma",
+	"Set-Cookie", NULL };
 
 /* Fields that a trailer can't bring (RFC 9110 section 6.5.1). */
 static const char *const fields_not_late[] = { "Authorization", "Set-Cookie",
@@ -3524,8 +3675,8 @@ field_passes(const struct head *h, size_t i)
 
 	if (name_is_among(name, fields_of_hop))
 		return false;
-	return name_is_among(name, fields_of_route) ||
-	    !(h->nominated[i / 8] >> i % 8 & 1);
+	return !(h->nominated[i / 8] >> i % 8 & 1) ||
+	    name_is_among(name, fields_of_route);
 }
 
 /* Appends a field as a line. */
@@ -3618,9 +3769,15 @@ response_length(const struct response *r)
 static bool
 head_logs_in(const struct head *h, const char *name)
 {
-	struct text value = head_value(h, name);
+	const struct field *field = NULL;
+	struct text rest, member;
 
-	return text_starts(value, "NTLM") || text_starts(value, "Negotiate");
+	while ((field = field_next(h, name, field)) != NULL)
+		for (rest = field->value; list_next(&rest, &member);)
+			if (text_starts(member, "NTLM") ||
+			    text_starts(member, "Negotiate"))
+				return true;
+	return false;
 }
 
 /*
@@ -3717,7 +3874,7 @@ request_is_last(const struct request *r)
 	if (field == NULL ||
 	    (r->method != METHOD_TRACE && r->method != METHOD_OPTIONS))
 		return 0;
-	if (!number_parse(field->value, INT32_MAX, &hops))
+	if (!number_parse(field->value, UINT64_MAX, &hops))
 		return -REFUSE_HOPS;
 	return hops == 0;
 }
@@ -3743,6 +3900,110 @@ request_passed_here(const struct request *r)
 		}
 	}
 	return false;
+}
+
+enum {
+	/* PROXY protocol, section 2.1: the longest line, with CR LF. */
+	HEADER_LINE_MAX = 107,
+	/* Section 2.2: bytes in front of the addresses. */
+	HEADER_FIXED = 16,
+	/* Section 2: this much fits into any TCP segment. */
+	HEADER_MAX = 536
+};
+
+/*
+ * Reads the line of a PROXY header, version 1, without its CR LF (section
+ * 2.1): addresses of the family that it names, and ports.  Of UNKNOWN the rest
+ * is ignored, and `client' stays.  False if the line is malformed.
+ */
+static bool
+header_line(struct text line, struct address *client)
+{
+	struct text rest = text_from(line, strlen("PROXY ")), words[4];
+	struct text family = text_split(&rest, ' ');
+	bool six = text_equals(family, text_of("TCP6")), good;
+	struct address ends[2];
+	uint64_t ports[2];
+	size_t i;
+
+	if (text_equals(family, text_of("UNKNOWN")))
+		return true;
+	good = six || text_equals(family, text_of("TCP4"));
+	for (i = 0; i < 4; i++)
+		words[i] = i < 3 ? text_split(&rest, ' ') : rest;
+	for (i = 0; i < 2 && good; i++)
+		good = number_parse(words[i + 2], 65535, &ports[i]) &&
+		    (words[i + 2].len == 1 || *words[i + 2].at != '0') &&
+		    (text_find(words[i], ':') < words[i].len) == six &&
+		    address_parse(words[i], (unsigned)ports[i], &ends[i]);
+	if (good)
+		*client = ends[0];
+	return good;
+}
+
+/*
+ * Reads a PROXY header of version 2 (section 2.2); its signature is at the
+ * start of t.  Returns as header_parse() does.
+ */
+static int
+header_block(struct text t, struct address *client)
+{
+	const unsigned char *at = (const unsigned char *)t.at;
+	struct address a;
+	size_t len, octets = 0, ports;
+
+	if (t.len < HEADER_FIXED)
+		return 0;
+	len = HEADER_FIXED + (size_t)at[14] * 256 + at[15];
+	if (at[12] != 0x20 && at[12] != 0x21)
+		return -REFUSE_HEADER_VERSION;
+	if (len > HEADER_MAX)
+		return -REFUSE_HEADER_LONG;
+	/* LOCAL (0x20), no family and UNIX sockets name no client. */
+	if (at[12] == 0x21 && (at[13] == 0x11 || at[13] == 0x21))
+		octets = at[13] == 0x11 ? 4 : 16;
+	else if (at[12] == 0x21 && at[13] != 0 && at[13] != 0x31)
+		return -REFUSE_HEADER_FAMILY;
+	/* The client's address, that of the other end, and both ports. */
+	ports = HEADER_FIXED + 2 * octets;
+	if (octets > 0 && len < ports + 4)
+		return -REFUSE_HEADER_SHORT;
+	if (t.len < len || octets == 0)
+		return t.len < len ? 0 : (int)len;
+	memset(&a, 0, sizeof(a));
+	a.family = octets == 4 ? AF_INET : AF_INET6;
+	a.port = (uint16_t)(at[ports] << 8 | at[ports + 1]);
+	memcpy(a.octets, at + HEADER_FIXED, octets);
+	address_unmap(&a);
+	*client = a;
+	return (int)len;
+}
+
+/*
+ * Reads the PROXY header that t begins with.  Returns its length, 0 if more
+ * bytes are needed, or minus a refusal.  `client' becomes the address that the
+ * header names, and is unchanged if it names none.  A header that arrives in
+ * pieces gets the same verdict: no later byte can change a verdict.
+ */
+static int
+header_parse(struct text t, struct address *client)
+{
+	static const char signature[] = "\r\n\r\n\0\r\nQUIT\n";
+	size_t n = sizeof(signature) - 1, end = text_find(t, '\n');
+
+	if (memcmp(t.at, signature, t.len < n ? t.len : n) == 0)
+		return header_block(t, client);
+	n = strlen("PROXY ");
+	if (memcmp(t.at, "PROXY ", t.len < n ? t.len : n) != 0)
+		return -REFUSE_HEADER_NONE;
+	if (end >= HEADER_LINE_MAX)
+		return -REFUSE_HEADER_LONG;
+	if (end == t.len)
+		return 0;
+	if (t.at[end - 1] != '\r' ||
+	    !header_line(text_cut(t.at, end - 1), client))
+		return -REFUSE_HEADER_LINE;
+	return (int)end + 1;
 }
 
 /* ---- 7. Bodies and flows: where a message ends ---- */
@@ -3840,12 +4101,14 @@ static void
 trailer_decode(struct flow *f, struct buffer *b)
 {
 	struct text t = text_from(buffer_text(b), f->ready);
-	size_t seen = 0;
+	size_t seen = f->trailer;
 	int n = head_find(t, &seen, false);
 	struct head h;
 
+	f->trailer = (uint32_t)seen;
 	if (n == 0 && t.len <= TRAILER_MAX)
 		return;
+	f->trailer = 0;
 	f->whole = n > 0 && n <= TRAILER_MAX &&
 	    fields_parse(text_cut(t.at, (size_t)n), &h, NULL) == 1;
 	f->broken = !f->whole;
@@ -3910,8 +4173,10 @@ flow_decode(struct flow *f, struct buffer *b, bool eof)
 		f->left -= raw;
 		f->whole = f->left == 0 || (f->from == FRAMING_CLOSE && eof);
 	}
-	if (eof && !f->whole)
+	if (eof && !f->whole) {
 		f->broken = true;
+		f->trailer = 0;
+	}
 }
 
 /* Appends the end of a chunked message, with the trailer fields that pass. */
@@ -4065,19 +4330,17 @@ exchange_parent(const struct exchange *x)
 	return parent_is_proxy(parent) ? parent : NULL;
 }
 
-/* ---- 8. Rules: who may go where ---- */
+/* ---- 8. Matchers and lists of domains ---- */
 
 /*
- * A rule is an action and its conditions; the first rule that matches decides.
- * This section reads and judges rules.  Judging is pure: a view in, a verdict
- * out.  A rule that needs a fact not known yet is undecided and is judged
- * again later.  The proxy connects to the very address that was judged: it is
- * not looked up again.
+ * What the values of rules are made of: networks, times, numbers, texts in a
+ * stream, and lists of domains as they are downloaded.  Nothing here knows a
+ * rule.
  *
- * Door: rules_read, rules_reload, rules_can_reload, rules_step, rules_take,
- * rules_give, rules_let_in, view_source, view_begin, exchange_view,
- * rules_judge, rule_lacks, rules_rewrite, rules_seek, bend_groups,
- * rules_rewriter.
+ * Door: network_parse, network_has, days_parse, hours_parse, span_has,
+ * numbers_parse, numbers_have, duration_parse, needle_make, needle_scan,
+ * reader_begin, reader_next, domain_lower, list_step, list_end, list_free,
+ * list_has.
  */
 
 enum {
@@ -4088,27 +4351,14 @@ enum {
 	LIST_LINE = 1000,
 	/* Lines of a list read in one step, and time spent in one turn. */
 	LIST_STEP_LINES = 64,
-	LIST_STEP_US = 1000,
 	/* Domains in one list: 1.2 GB. */
 	LIST_DOMAINS = 100000000,
 	/* Hours without days: all days, and a bit to tell them apart. */
 	DAYS_ALL = 255,
 	/* The longest duration in a rule: ten years, as good as forever. */
 	DURATION_MAX_S = 10 * 365 * DAY_S,
-	/* The chances of `chance' add up to this. */
-	CHANCES = 100,
 	/* Bytes in a rule; its words, each followed by a blank. */
-	RULE_LINE_MAX = 8191,
-	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
-	/* `file:line` for the log. */
-	RULE_NAME_MAX = 256,
-	/* Bytes of the reason in a deny rule, for the page. */
-	REASON_MAX = 200,
-	/* Texts to find in bodies; each takes a byte before a kept head. */
-	NEEDLES_MAX = 16,
-	/* Lists of domains in all rules, and bytes in a list's path. */
-	LISTS_MAX = 32,
-	LIST_PATH_MAX = 1023
+	RULE_LINE_MAX = 8191
 };
 
 /* A block of addresses: all that begin with the same bits. */
@@ -4159,208 +4409,6 @@ struct list {
 	const char *where; /* `file:line` of the rule that names it */
 	int fd;            /* of the file while it is read, or -1 */
 };
-
-/* The effect of a rule. */
-enum action {
-	ACTION_ALLOW,
-	ACTION_DENY,
-	ACTION_LOGIN,   /* allow a logged-in user, else ask for a login */
-	ACTION_DROP,    /* close without a response */
-	ACTION_VIA,     /* connect through a parent */
-	ACTION_DIRECT,  /* connect without a parent */
-	ACTION_FROM,    /* connect from this local address */
-	ACTION_NOCACHE, /* neither answer from the cache nor store */
-	ACTION_CACHE,   /* set the freshness lifetime */
-	ACTION_OFFLINE, /* only the cache answers, however old the entry */
-	ACTION_TO,      /* connect there instead */
-	ACTION_ANSWER,  /* a response of its own */
-	ACTION_HANG,    /* no response at all */
-	ACTION_DELAY,   /* the response comes later */
-	ACTION_RATE,    /* no faster than that */
-	ACTION_LIMIT,   /* so many at once for one client */
-	ACTION_CUT,     /* the response ends too early */
-	ACTION_TRACE,   /* the trace shows it */
-	ACTION_SET,     /* replace all fields of this name by one */
-	ACTION_ADD,     /* add a field */
-	ACTION_UNSET,   /* remove all fields of these names */
-	ACTIONS
-};
-
-/* In a group the first match decides; in the last two every match applies. */
-enum rule_group {
-	GROUP_ACCESS,
-	GROUP_PAGE, /* access to the proxy's own pages */
-	GROUP_ROUTE,
-	GROUP_SOURCE,
-	GROUP_CACHE,
-	GROUP_TRACE, /* this and the next bend an exchange; see bend_groups */
-	GROUP_LIMIT,
-	GROUP_ANSWER, /* answer and hang */
-	GROUP_DELAY,
-	GROUP_RATE,
-	GROUP_CUT,
-	GROUP_REQUEST,  /* rewriting of requests */
-	GROUP_RESPONSE, /* rewriting of responses */
-	GROUPS
-};
-
-/* The subject of a condition; see the table `subjects`. */
-enum subject {
-	SUBJECT_CLIENT,
-	SUBJECT_USER,
-	SUBJECT_METHOD,
-	SUBJECT_HOST,
-	SUBJECT_LIST,
-	SUBJECT_PORT,
-	SUBJECT_URL,
-	SUBJECT_FIELD,
-	SUBJECT_TIME,
-	SUBJECT_ADDRESS,
-	SUBJECT_STATUS,
-	SUBJECT_TYPE,
-	SUBJECT_SIZE,
-	SUBJECT_BODY,
-	SUBJECT_PAGE,
-	SUBJECT_CHANCE,
-	SUBJECTS
-};
-
-/* Facts that may be unknown when a rule is judged: bits. */
-enum fact {
-	FACT_ADDRESS = 1,  /* the server's address */
-	FACT_RESPONSE = 2, /* the response head */
-	FACT_LENGTH = 4,   /* the length of its body */
-	FACT_BODY = 8,     /* all of its body */
-	FACTS = 15         /* all of them */
-};
-
-/* The truth value of a condition, a rule or a verdict. */
-enum truth {
-	TRUTH_NO,
-	TRUTH_YES,
-	TRUTH_UNDECIDED /* depends on a fact not known yet */
-};
-
-/* One value of a condition. */
-struct value {
-	struct value *next; /* of the same condition */
-	struct text text;   /* as written, with quotes undone */
-	bool any;           /* the subject's special word: local or * */
-	union {
-		struct network network;
-		struct numbers numbers;
-		struct span span;
-		regex_t regex;
-		const struct list *list;
-		unsigned needle; /* which of the rules' needles */
-		struct {
-			unsigned share, number; /* of CHANCES; which of them */
-		} chance;
-	} as; /* by the subject */
-};
-
-/* A part of a rule: matches if a value does, or, inverted, if none does. */
-struct condition {
-	struct condition *next; /* of the same rule */
-	enum subject subject;   /* that it tests */
-	const char *word;       /* name of the subject */
-	unsigned needs;         /* facts needed to judge it */
-	bool inverted;          /* `not` precedes it */
-	bool response;          /* tests a field of the response */
-	struct text name;       /* of the field */
-	struct value *values;   /* at least one */
-};
-
-/* A rule. */
-struct rule {
-	struct rule *next;  /* of the same group */
-	enum action action; /* its effect if it matches */
-	const char *where;  /* `file:line`, or the name of an option */
-	bool built_in;      /* not written by the user */
-	const char *text;   /* as written, with passwords masked */
-	unsigned needs;     /* facts that its conditions need */
-	struct condition *conditions; /* all must match */
-	enum refusal refusal;         /* of ACTION_DENY and ACTION_DROP */
-	int status;                   /* of ACTION_DENY, ACTION_ANSWER */
-	struct value *names;          /* of fields; several: ACTION_UNSET */
-	struct text words;       /* field value, or reason of ACTION_DENY */
-	struct parent *parents;  /* of ACTION_VIA, in the order to try them */
-	struct address from[2];  /* of ACTION_FROM: IPv4, IPv6 */
-	const char *type, *file; /* of ACTION_ANSWER; file: NULL without */
-	struct numbers amount;   /* of those that have one: ms, bytes, or n */
-};
-
-/* A user and the password. */
-struct account {
-	struct account *next;
-	struct text user, password;
-};
-
-/* Memory of a set of rules: all pieces are freed together. */
-struct piece {
-	struct piece *next;
-	regex_t *regex;  /* in data, to be freed first, or NULL */
-	uint64_t data[]; /* aligned for everything stored here */
-};
-
-/* A set of rules, parsed. */
-struct rules {
-	unsigned refs;              /* exchanges that use them, and rules_now */
-	unsigned errors;            /* number of errors found in them */
-	struct piece *pieces;       /* their memory */
-	struct rule *first[GROUPS]; /* by group */
-	struct account *accounts;   /* who may log in */
-	bool logins;                /* a `users` line was read */
-	unsigned rewrites[2];       /* rules for requests, for responses */
-	unsigned chances;           /* conditions of SUBJECT_CHANCE */
-	unsigned needles_n;         /* number of needles */
-	struct needle needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
-	unsigned lists_n;                   /* number of lists */
-	unsigned lists_read;                /* number of lists read so far */
-	struct list lists[LISTS_MAX];
-};
-
-/* The facts that rules are judged by; see exchange_view(). */
-struct view {
-	unsigned known, never;        /* facts: known, and never to be known */
-	const struct address *client; /* its address */
-	bool local;                   /* the client is on this machine */
-	struct text user; /* that has logged in; `at` is NULL: none */
-	const struct request *request;   /* to be judged */
-	struct text host;                /* of the URL, without trailing dots */
-	unsigned port;                   /* of the URL */
-	const struct address *address;   /* of the server, if known */
-	struct address literal;          /* storage for a numeric host */
-	const struct response *response; /* to the request, if known */
-	uint64_t length;                 /* of its body, if known */
-	uint64_t passed;                 /* bytes of the body so far */
-	unsigned found;                  /* needles found in them: bits */
-	const char *url;                 /* built at the first use */
-	bool timed;                      /* `when` is set */
-	struct tm when;                  /* local time, set at the first use */
-};
-
-/* The result of judging a group. */
-struct verdict {
-	enum truth truth;        /* NO: no rule matches */
-	const struct rule *rule; /* if YES the rule that decides, else the */
-				 /* first undecided rule, or NULL */
-	bool refuses;            /* YES, and the rule is a denial */
-};
-
-/* The groups that bend an exchange; an answer comes last, since it ends it. */
-static const enum rule_group bend_groups[] = { GROUP_TRACE, GROUP_LIMIT,
-	GROUP_DELAY, GROUP_RATE, GROUP_CUT, GROUP_ANSWER };
-
-enum {
-	BEND_GROUPS = sizeof(bend_groups) / sizeof(bend_groups[0])
-};
-
-static struct rules *rules_now; /* in force */
-
-static struct rules *rules_next; /* being read to replace them, or NULL */
-
-static const char built_in[] = "built-in";
 
 /* ---- matchers ---- */
 
@@ -5063,6 +5111,234 @@ list_has(const struct list *list, struct text host)
 	return listed;
 }
 
+/* ---- 9. Rules: judging ---- */
+
+/*
+ * A rule is an action and its conditions; the first rule that matches decides.
+ * A view comes in, and a verdict goes out.  A rule that needs a fact not known
+ * yet is undecided and is judged again later.  The proxy connects to the very
+ * address that was judged: it is not looked up again.
+ *
+ * Door: rules_judge, rule_lacks, rules_seek, name_is_free, rules_rewrite,
+ * rules_rewriter, rules_trust, rules_let_in, view_source, view_begin,
+ * exchange_view.
+ */
+
+enum {
+	/* What `chance` is a share of. */
+	CHANCES = 100,
+	/* Texts to find in bodies; each has a byte: see access_response(). */
+	NEEDLES_MAX = 16,
+	/* Lists of domains in all rules, and bytes in a list's path. */
+	LISTS_MAX = 32
+};
+
+/* The effect of a rule. */
+enum action {
+	ACTION_ALLOW,
+	ACTION_DENY,
+	ACTION_LOGIN,   /* allow a logged-in user, else ask for a login */
+	ACTION_DROP,    /* close without a response */
+	ACTION_VIA,     /* connect through a parent */
+	ACTION_DIRECT,  /* connect without a parent */
+	ACTION_FROM,    /* connect from this local address */
+	ACTION_NOCACHE, /* neither answer from the cache nor store */
+	ACTION_CACHE,   /* set the freshness lifetime */
+	ACTION_OFFLINE, /* only the cache answers, however old the entry */
+	ACTION_TO,      /* connect there instead */
+	ACTION_ANSWER,  /* a response of its own */
+	ACTION_HANG,    /* no response at all */
+	ACTION_DELAY,   /* the response comes later */
+	ACTION_RATE,    /* no faster than that */
+	ACTION_LIMIT,   /* so many at once for one client */
+	ACTION_CUT,     /* the response ends too early */
+	ACTION_TRACE,   /* the trace shows it */
+	ACTION_TRUST,   /* believe the PROXY header of this peer */
+	ACTION_SET,     /* replace all fields of this name by one */
+	ACTION_ADD,     /* add a field */
+	ACTION_UNSET,   /* remove all fields of these names */
+	ACTIONS
+};
+
+/* In a group the first match decides; in the last two every match applies. */
+enum rule_group {
+	GROUP_ACCESS,
+	GROUP_PAGE, /* access to the proxy's own pages */
+	GROUP_ROUTE,
+	GROUP_SOURCE,
+	GROUP_CACHE,
+	GROUP_TRACE, /* this to GROUP_CUT bend an exchange: bend_groups */
+	GROUP_LIMIT,
+	GROUP_ANSWER, /* answer and hang */
+	GROUP_DELAY,
+	GROUP_RATE,
+	GROUP_CUT,
+	GROUP_TRUST,    /* judged by the peer, before there is a request */
+	GROUP_REQUEST,  /* rewriting of requests */
+	GROUP_RESPONSE, /* rewriting of responses */
+	GROUPS
+};
+
+/* The subject of a condition; see the table `subjects`. */
+enum subject {
+	SUBJECT_CLIENT,
+	SUBJECT_USER,
+	SUBJECT_METHOD,
+	SUBJECT_HOST,
+	SUBJECT_LIST,
+	SUBJECT_PORT,
+	SUBJECT_URL,
+	SUBJECT_FIELD,
+	SUBJECT_TIME,
+	SUBJECT_ADDRESS,
+	SUBJECT_STATUS,
+	SUBJECT_TYPE,
+	SUBJECT_SIZE,
+	SUBJECT_BODY,
+	SUBJECT_PAGE,
+	SUBJECT_CHANCE,
+	SUBJECTS
+};
+
+/* Facts that may be unknown when a rule is judged: bits. */
+enum fact {
+	FACT_ADDRESS = 1,  /* the server's address */
+	FACT_RESPONSE = 2, /* the response head */
+	FACT_LENGTH = 4,   /* the length of its body */
+	FACT_BODY = 8,     /* all of its body */
+	FACTS = 15         /* all of them */
+};
+
+/* The truth value of a condition, a rule or a verdict. */
+enum truth {
+	TRUTH_NO,
+	TRUTH_YES,
+	TRUTH_UNDECIDED /* depends on a fact not known yet */
+};
+
+/* One value of a condition. */
+struct value {
+	struct value *next; /* of the same condition */
+	struct text text;   /* as written, with quotes undone */
+	bool any;           /* the subject's special word: local or * */
+	union {
+		struct network network;
+		struct numbers numbers;
+		struct span span;
+		regex_t regex;
+		const struct list *list;
+		unsigned needle; /* which of the rules' needles */
+		struct {
+			unsigned share, number; /* of CHANCES; which of them */
+		} chance;
+	} as; /* by the subject */
+};
+
+/* A part of a rule: matches if a value does, or, inverted, if none does. */
+struct condition {
+	struct condition *next; /* of the same rule */
+	enum subject subject;   /* that it tests */
+	const char *word;       /* name of the subject */
+	unsigned needs;         /* facts needed to judge it */
+	bool inverted;          /* `not` precedes it */
+	bool response;          /* tests a field of the response */
+	struct text name;       /* of the field */
+	struct value *values;   /* at least one */
+};
+
+/* A rule. */
+struct rule {
+	struct rule *next;  /* of the same group */
+	enum action action; /* its effect if it matches */
+	const char *where;  /* `file:line`, or the name of an option */
+	bool built_in;      /* not written by the user */
+	const char *text;   /* as written, with passwords masked */
+	unsigned needs;     /* facts that its conditions need */
+	struct condition *conditions; /* all must match */
+	enum refusal refusal;         /* of ACTION_DENY */
+	int status;                   /* of ACTION_DENY, ACTION_ANSWER */
+	struct value *names;          /* of fields; several: ACTION_UNSET */
+	struct text words;       /* field value, reason, text of an answer */
+	struct parent *parents;  /* of ACTION_VIA, in their order, ACTION_TO */
+	struct address from[2];  /* of ACTION_FROM: IPv4, IPv6 */
+	const char *type, *file; /* of ACTION_ANSWER; file: NULL without */
+	struct numbers amount;   /* of those that have one: ms, bytes, or n */
+};
+
+/* A user and the password. */
+struct account {
+	struct account *next;
+	struct text user, password;
+};
+
+/* Memory of a set of rules: all pieces are freed together. */
+struct piece {
+	struct piece *next;
+	regex_t *regex;  /* in data, to be freed first, or NULL */
+	uint64_t data[]; /* aligned for everything stored here */
+};
+
+/* A set of rules, parsed. */
+struct rules {
+	unsigned refs;              /* exchanges that use them, and rules_now */
+	unsigned errors;            /* number of errors found in them */
+	struct piece *pieces;       /* their memory */
+	struct rule *first[GROUPS]; /* by group */
+	struct account *accounts;   /* who may log in */
+	bool logins;                /* a `users` line was read */
+	unsigned rewrites[2];       /* rules for requests, for responses */
+	unsigned chances;           /* conditions of SUBJECT_CHANCE */
+	unsigned needles_n;         /* number of needles */
+	struct needle needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
+	unsigned lists_n;                   /* number of lists */
+	unsigned lists_read;                /* number of lists read so far */
+	struct list lists[LISTS_MAX];
+};
+
+/* The facts that rules are judged by; see exchange_view(). */
+struct view {
+	unsigned known, never;        /* facts: known, and never to be known */
+	const struct address *client; /* its address */
+	bool local;                   /* the client is on this machine */
+	struct text user; /* that has logged in; `at` is NULL: none */
+	const struct request *request;   /* to be judged */
+	struct text host;                /* of the URL, without trailing dots */
+	unsigned port;                   /* of the URL */
+	const struct address *address;   /* of the server, if known */
+	struct address literal;          /* storage for a numeric host */
+	const struct response *response; /* to the request, if known */
+	uint64_t length;                 /* of its body, if known */
+	uint64_t passed;                 /* bytes of the body so far */
+	unsigned found;                  /* needles found in them: bits */
+	const char *url;                 /* built at the first use */
+	bool timed;                      /* `when` is set */
+	struct tm when;                  /* local time, set at the first use */
+};
+
+/* The result of judging a group. */
+struct verdict {
+	enum truth truth;        /* NO: no rule matches */
+	const struct rule *rule; /* if YES the rule that decides, else the */
+				 /* first undecided rule, or NULL */
+	bool refuses;            /* YES, and the rule is a denial */
+};
+
+/*
+ * The groups that bend an exchange; an answer comes last: it ends the judging.
+ */
+static const enum rule_group bend_groups[] = { GROUP_TRACE, GROUP_LIMIT,
+	GROUP_DELAY, GROUP_RATE, GROUP_CUT, GROUP_ANSWER };
+
+enum {
+	BEND_GROUPS = sizeof(bend_groups) / sizeof(bend_groups[0])
+};
+
+static struct rules *rules_now; /* in force */
+
+static struct rules *rules_next; /* being read to replace them, or NULL */
+
+static const char built_in[] = "built-in";
+
 /* ---- judging ---- */
 
 /* True if pattern matches: `.x` matches all names below x, `x` only x. */
@@ -5128,7 +5404,9 @@ type_matches(struct text wanted, struct text type)
 	return text_same(type, wanted);
 }
 
-/* True for the share of all draws; in a trial, which shows what may be. */
+/*
+ * True for `share` of CHANCES draws; always in a trial: it shows what may be.
+ */
 static bool
 chance_is_met(uint64_t dice, const struct value *value)
 {
@@ -5437,8 +5715,8 @@ rewrites_take(struct rewrites *w, const struct rule *rule, const struct head *h)
 
 /*
  * Applies all matching rules of a rewriting group, in order, to the head in v.
- * If rules look for a text in the response, removes Accept-Encoding: the body
- * must not be compressed.
+ * If rules look for a text in the response, or it is recorded, removes
+ * Accept-Encoding: the body must not be compressed.
  */
 static void
 rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
@@ -5466,7 +5744,8 @@ rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
 		}
 	}
 	encoding.text = text_of("Accept-Encoding");
-	if (group == GROUP_REQUEST && rules_seek_body(rules, v))
+	if (group == GROUP_REQUEST &&
+	    (options.record != NULL || rules_seek_body(rules, v)))
 		rewrites_take(w, &plain, h);
 }
 
@@ -5488,6 +5767,160 @@ rules_rewriter(const struct rules *rules, enum rule_group group, struct view *v,
 			last = rule;
 	return last;
 }
+
+/*
+ * True if a rule trusts this peer's PROXY header; local: it is on this
+ * machine.
+ */
+static bool
+rules_trust(const struct address *peer, bool local)
+{
+	struct view v = { .client = peer, .local = local };
+
+	return rules_judge(rules_now, GROUP_TRUST, &v).truth == TRUTH_YES;
+}
+
+/* True if only clients on this machine can match the rule. */
+static bool
+rule_is_local(const struct rule *rule)
+{
+	const struct condition *c;
+	const struct value *value;
+
+	for (c = rule->conditions; c != NULL; c = c->next) {
+		if (c->subject != SUBJECT_CLIENT || c->inverted)
+			continue;
+		value = c->values;
+		while (value != NULL &&
+		    (value->any ||
+			address_is_local(&value->as.network.address)))
+			value = value->next;
+		if (value == NULL)
+			return true;
+	}
+	return false;
+}
+
+/* True if a rule of the user may let in clients on other machines. */
+static bool
+rules_let_in(void)
+{
+	const struct view v = { .user = text_of("-") };
+	const struct rule *rule = rules_now->first[GROUP_ACCESS];
+
+	for (; rule != NULL; rule = rule->next)
+		if (!rule->built_in && !rule_refuses(rule, &v) &&
+		    !rule_is_local(rule))
+			return true;
+	return false;
+}
+
+/* ---- facts to judge by ---- */
+
+/*
+ * Sets the server's address to a, which must outlive v; family 0 means that it
+ * will never be known.  A numeric host in the URL takes precedence.
+ */
+static void
+view_source(struct view *v, const struct address *a)
+{
+	if (v->address == &v->literal)
+		return;
+	v->address = a->family ? a : NULL;
+	v->known &= ~(unsigned)FACT_ADDRESS;
+	v->known |= a->family ? FACT_ADDRESS : 0U;
+	v->never |= a->family ? 0U : FACT_ADDRESS;
+}
+
+/* Adds the response and the length of its body, UINT64_MAX if unknown. */
+static void
+view_response(struct view *v, const struct response *r, uint64_t length)
+{
+	bool bare = response_is_bare(r->status, v->request->method);
+
+	v->response = r;
+	v->known |= FACT_RESPONSE;
+	v->length = length;
+	if (length != UINT64_MAX)
+		v->known |= FACT_LENGTH;
+	if (bare || length == 0)
+		v->known |= FACT_LENGTH | FACT_BODY;
+	if (bare && length == UINT64_MAX)
+		v->length = 0;
+}
+
+/*
+ * Sets v to the facts known as soon as a request arrives; q and client must
+ * outlive v.  local: the client is on this machine.
+ */
+static void
+view_begin(struct view *v, const struct request *q,
+    const struct address *client, bool local)
+{
+	memset(v, 0, sizeof(*v));
+	v->never = q->method == METHOD_CONNECT ?
+	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
+	    0U;
+	v->client = client;
+	v->local = local;
+	v->request = q;
+	v->host = host_bare(q->target.host);
+	v->port = q->target.port;
+	if (address_parse(v->host, v->port, &v->literal)) {
+		v->address = &v->literal;
+		v->known |= FACT_ADDRESS;
+	}
+}
+
+/*
+ * Sets v to the facts known of a request so far; x must outlive v.  r is the
+ * response or NULL; length is its body's, UINT64_MAX if unknown.  With a
+ * parent, the server's address is known only if the URL has a numeric host; an
+ * entry has the address that it came from.
+ */
+static void
+exchange_view(const struct exchange *x, const struct response *r,
+    uint64_t length, struct view *v)
+{
+	const struct request *q = x->request;
+
+	view_begin(v, q, &x->peer, x->local);
+	if (x->record.user != NULL)
+		v->user = x->record.user->user;
+	v->found = q->access.found;
+	v->passed = x->down.payload + x->down.ready;
+	if (v->address == NULL && answer_is_stored(q))
+		view_source(v, &q->route.list[0]);
+	else if (v->address == NULL && exchange_parent(x) != NULL &&
+	    !q->access.route_undecided)
+		v->never |= FACT_ADDRESS;
+	else if (x->record.server.family == AF_INET ||
+	    x->record.server.family == AF_INET6)
+		view_source(v, &x->record.server);
+	if (r != NULL)
+		view_response(v, r, length);
+}
+
+/* ---- 10. Rules: reading ---- */
+
+/*
+ * Reads rules from files and options, and the lists and users that they name.
+ * New rules are read beside those in force and replace them only if all are
+ * right; an exchange keeps the rules that it began with.
+ *
+ * Door: rules_read, rules_reload, rules_can_reload, rules_step, rules_take,
+ * rules_give.
+ */
+
+enum {
+	LIST_STEP_US = 1000,
+	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
+	/* `file:line` for the log. */
+	RULE_NAME_MAX = 256,
+	/* Bytes of the reason in a deny rule, for the page. */
+	REASON_MAX = 200,
+	LIST_PATH_MAX = 1023
+};
 
 /* ---- users (RFC 7617) ---- */
 
@@ -5587,8 +6020,8 @@ parser_invalid(struct parser *p, const char *keyword, const struct word *word,
 }
 
 /*
- * Allocates n zeroed bytes, freed with the rules.  NULL, after an error,
- * without memory.
+ * Allocates n zeroed bytes, freed with the rules.  Without memory, reports an
+ * error and returns NULL.
  */
 static void *
 parser_new(struct parser *p, size_t n)
@@ -6077,6 +6510,8 @@ condition_parse(struct parser *p, const struct rule *rule, struct condition *c)
 		    "drop, and once");
 	if (c->subject == SUBJECT_PAGE)
 		p->group = GROUP_PAGE;
+	if (c->subject != SUBJECT_CLIENT && p->group == GROUP_TRUST)
+		parser_error(p, "trust: only client can stand here");
 	if (condition_repeats(rule, c))
 		parser_error(p,
 		    "%s: two conditions can't both match; write all values "
@@ -6403,6 +6838,7 @@ static const struct {
 	[ACTION_CUT] = { "cut", GROUP_CUT, 1, 1, amount_take,
 	    "bytes such as 10K" },
 	[ACTION_TRACE] = { "trace", GROUP_TRACE, 0, 0, NULL, "" },
+	[ACTION_TRUST] = { "trust", GROUP_TRUST, 0, 0, NULL, "" },
 	[ACTION_SET] = { "set", GROUP_REQUEST, 2, 2, rewrite_take,
 	    "the name of a field and its value" },
 	[ACTION_ADD] = { "add", GROUP_REQUEST, 2, 2, rewrite_take,
@@ -6629,7 +7065,10 @@ line_take(struct parser *p, const char *file, unsigned line, const char *text)
 		line_parse(p, text_of(text));
 }
 
-/* Reads the rules that options contain or imply. */
+/*
+ * Reads the rules that options contain or imply.  In each group the first rule
+ * that matches decides, so one that nothing may overrule must come first.
+ */
 static void
 options_read(struct parser *p)
 {
@@ -6840,198 +7279,23 @@ rules_take(const struct head *h, const struct account **user)
 	return rules_now;
 }
 
-/* True if only clients on this machine can match the rule. */
-static bool
-rule_is_local(const struct rule *rule)
-{
-	const struct condition *c;
-	const struct value *value;
-
-	for (c = rule->conditions; c != NULL; c = c->next) {
-		if (c->subject != SUBJECT_CLIENT || c->inverted)
-			continue;
-		value = c->values;
-		while (value != NULL &&
-		    (value->any ||
-			address_is_local(&value->as.network.address)))
-			value = value->next;
-		if (value == NULL)
-			return true;
-	}
-	return false;
-}
-
-/* True if a rule of the user may let in clients on other machines. */
-static bool
-rules_let_in(void)
-{
-	const struct view v = { .user = text_of("-") };
-	const struct rule *rule = rules_now->first[GROUP_ACCESS];
-
-	for (; rule != NULL; rule = rule->next)
-		if (!rule->built_in && !rule_refuses(rule, &v) &&
-		    !rule_is_local(rule))
-			return true;
-	return false;
-}
-
-/* ---- facts to judge by ---- */
+/* ---- 11. Freshness: what RFC 9111 lets a shared cache do ---- */
 
 /*
- * Sets the server's address to a, which must outlive v; family 0 means that it
- * will never be known.  A numeric host in the URL takes precedence.
- */
-static void
-view_source(struct view *v, const struct address *a)
-{
-	if (v->address == &v->literal)
-		return;
-	v->address = a->family ? a : NULL;
-	v->known &= ~(unsigned)FACT_ADDRESS;
-	v->known |= a->family ? FACT_ADDRESS : 0U;
-	v->never |= a->family ? 0U : FACT_ADDRESS;
-}
-
-/* Adds the response and the length of its body, UINT64_MAX if unknown. */
-static void
-view_response(struct view *v, const struct response *r, uint64_t length)
-{
-	bool bare = response_is_bare(r->status, v->request->method);
-
-	v->response = r;
-	v->known |= FACT_RESPONSE;
-	v->length = length;
-	if (length != UINT64_MAX)
-		v->known |= FACT_LENGTH;
-	if (bare || length == 0)
-		v->known |= FACT_LENGTH | FACT_BODY;
-	if (bare && length == UINT64_MAX)
-		v->length = 0;
-}
-
-/*
- * Sets v to the facts known as soon as a request arrives; q and client must
- * outlive v.  local: the client is on this machine.
- */
-static void
-view_begin(struct view *v, const struct request *q,
-    const struct address *client, bool local)
-{
-	memset(v, 0, sizeof(*v));
-	v->never = q->method == METHOD_CONNECT ?
-	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
-	    0U;
-	v->client = client;
-	v->local = local;
-	v->request = q;
-	v->host = host_bare(q->target.host);
-	v->port = q->target.port;
-	if (address_parse(v->host, v->port, &v->literal)) {
-		v->address = &v->literal;
-		v->known |= FACT_ADDRESS;
-	}
-}
-
-/*
- * Sets v to the facts known of a request so far; x must outlive v.  r is the
- * response or NULL; length is its body's, UINT64_MAX if unknown.  With a
- * parent, the server's address is known only if the URL has a numeric host; an
- * entry has the address that it came from.
- */
-static void
-exchange_view(const struct exchange *x, const struct response *r,
-    uint64_t length, struct view *v)
-{
-	const struct request *q = x->request;
-
-	view_begin(v, q, &x->peer, x->local);
-	if (x->record.user != NULL)
-		v->user = x->record.user->user;
-	v->found = q->access.found;
-	v->passed = x->down.payload + x->down.ready;
-	if (v->address == NULL && answer_is_stored(q))
-		view_source(v, &q->route.list[0]);
-	else if (v->address == NULL && exchange_parent(x) != NULL &&
-	    !q->access.route_undecided)
-		v->never |= FACT_ADDRESS;
-	else if (x->record.server.family == AF_INET ||
-	    x->record.server.family == AF_INET6)
-		view_source(v, &x->record.server);
-	if (r != NULL)
-		view_response(v, r, length);
-}
-
-/* ---- 9. Cache ---- */
-
-/*
- * A shared cache: a response that one client fetched may answer others (RFC
- * 9111).  First comes the policy: pure functions that judge heads and times.
- * Then the entries: each is one file, which describes itself in text and whose
- * name is a hash of its key.  There is no index: open(2) is the lookup, and any
- * file may vanish at any time.  Then come the functions for the phases of
- * section 13, and last the sweeper and the directory.
+ * Functions without state that judge heads and times: may a response be
+ * stored, how long is it fresh, may it be reused for this request, does it
+ * meet the client's conditions, and which part of it does a Range ask for.
  *
- * It must never serve a damaged or truncated entry: that is a miss, not an
- * error.  It must never give one client a response meant for another, nor take
- * more of the disk than -s allows, nor let a disk failure cost a client more
- * than a miss.
- *
- * Collapsed forwarding.  When several clients want the same at once, the server
- * is asked once.  The exchange that asks is the leader of a fetch; the others
- * are its followers and wait for the response head.  If the response is stored,
- * they read the growing entry, each at its own pace, through its own
- * descriptor, and never beyond what is written.  If it is uncacheable, each
- * asks for itself, and for a while no request waits for that URL.  If the
- * leader's client leaves, the fetch is detached from it and goes on if the
- * entry is wanted.  If the leader's client is slower than the followers, the
- * fetch is detached, too, and the leader becomes a follower.  If a fetch fails,
- * a follower asks the server for the rest, provided that a validator shows that
- * the payload is still the same.  Otherwise its connection is cut off visibly:
- * a truncated body must never seem complete.  So no exchange may follow a fetch
- * that has neither a validator nor enough room.
- *
- * Door: cache_open, cache_warn, cache_print, cache_sweep, cache_bytes,
- * cache_find, cache_follows, cache_validate, cache_validators_append,
- * cache_store, cache_append, cache_drop, cache_leave, cache_unfollow,
- * cache_follow_own, cache_detach, cache_wants, cache_resembles, cache_room,
- * cache_shape, cache_status_append, cache_log_append.
+ * Door: control_parse, freshness_lifetime, response_obstacle, initial_age,
+ * reuse_judge, reuse_on_error, response_is_same, modified_strong,
+ * request_is_met, request_is_satisfied, range_parse.
  */
 
 enum {
 	/* A heuristic freshness lifetime is at most a day. */
 	HEURISTIC_MAX_S = 86400,
 	/* An entry dated further in the future proves a wrong clock. */
-	CLOCK_STEP_S = 60,
-	/* A region's length is a multiple of this, with some to spare. */
-	CACHE_BLOCK = 512,
-	CACHE_SPARE = 256,
-	/* Bytes of a path in the cache. */
-	CACHE_PATH = 1024,
-	/* Members of Vary; with more, a response is not stored. */
-	VARY_MAX = 16,
-	/* Bytes of an entry's first line. */
-	REGION_LINE = 75,
-	/* A file's disk usage is a multiple of this, or of the tag's. */
-	CACHE_DISK_BLOCK = 4096,
-	/* The most bytes a name takes in a directory. */
-	CACHE_NAME = 128,
-	/* A temporary file not written for this long is abandoned. */
-	TEMPORARY_S = 3600,
-	/* The least time between sweeps for lack of room. */
-	SWEEP_GAP_MS = 10000,
-	/* Left free on the disk, unless 5 percent is less. */
-	CACHE_FLOOR = 64 << 20,
-	/*
-	 * Keys known to be uncacheable: 128 KiB, but only pages that were
-	 * written take memory.
-	 */
-	UNCACHEABLE_KEYS = 16384,
-	/* Places for one key: a cache line of the processor. */
-	UNCACHEABLE_WAYS = 8,
-	/* Entries whose recency is known to be recently written. */
-	CACHE_TOUCHED = 1024,
-	/* The least time between two writes of an entry's recency. */
-	CACHE_TOUCH_S = 600
+	CLOCK_STEP_S = 60
 };
 
 /* A head's Cache-Control (RFC 9111 section 5.2); numbers: -1 if absent. */
@@ -7063,124 +7327,11 @@ struct lifetime {
 	const char *why; /* its source, for the trace */
 };
 
-/* An entry's region, the text at its start, parsed into slices. */
-struct entry {
-	size_t region;                /* its length in bytes */
-	uint64_t body;                /* length of the body after it */
-	struct text key;              /* the URL */
-	struct text variant;          /* the request's values for Vary */
-	struct text vary, token;      /* in markers: see marker_token() */
-	struct text head;             /* of the response */
-	int64_t requested, responded; /* wall clock, seconds */
-	int64_t age;                  /* on arrival, in seconds */
-	struct text server;           /* address that it came from, or - */
-	bool counted;                 /* its head did not give a length */
-};
-
 /* A part of a body. */
 struct range {
 	uint64_t first;  /* position of its first byte */
 	uint64_t length; /* in bytes */
 };
-
-/* Why storing failed for lack of room, which makes the sweeper run. */
-enum lack {
-	LACK_NONE, /* there was room */
-	LACK_SIZE, /* -s allows no more */
-	LACK_DISK  /* the disk is full */
-};
-
-/*
- * The state of the cache directory.  Bytes are in whole blocks, as du(1) counts
- * them.  The exact usage is never known, since a sweep takes time; but `total`
- * is never too low.
- */
-static struct {
-	uint64_t serial;       /* for temporary files and tokens */
-	uint64_t block;        /* file sizes are rounded up to this */
-	uint64_t written;      /* bytes since the last sweep began */
-	uint64_t making;       /* bytes of entries being stored */
-	uint64_t total;        /* bytes of everything else in the directory */
-	uint64_t limit;        /* the most that both may be together */
-	pid_t sweeper;         /* the child that sweeps, or 0 */
-	struct conn report;    /* the pipe from it */
-	enum lack lack;        /* since the last sweep began */
-	int64_t lack_ms;       /* no sweep for lack before this */
-	bool said_disk;        /* warned: the disk is the limit */
-	bool said_unread;      /* warned: a sweep failed */
-	struct fetch *fetches; /* that others may follow */
-	struct fetch *fetches_free; /* for those to come */
-} cache = { .block = CACHE_DISK_BLOCK,
-	.limit = UINT64_MAX,
-	.report = { .fd = -1 } };
-
-/* The cache's answer to a request, or to a response from a server. */
-enum cached {
-	CACHED_NO,   /* ask the server, or relay its response */
-	CACHED_YES,  /* an entry answers */
-	CACHED_WAIT, /* wait: another exchange is fetching it */
-	CACHED_LOST, /* the entry to validate is gone: ask again */
-	CACHED_NEVER /* no entry, and only-if-cached forbids asking */
-};
-
-/* An entry found for a request, possibly one still being stored. */
-struct lookup {
-	int fd;                /* its file, or -1 */
-	struct buffer *b;      /* bytes from its start */
-	struct entry e;        /* slices of b */
-	struct response r;     /* the response: slices of b */
-	enum reuse reuse;      /* how it may be used */
-	bool grows;            /* another exchange is storing it */
-	const char *forward;   /* why the server is asked (RFC 9211) */
-	char path[CACHE_PATH]; /* its path, or the last one tried */
-};
-
-/* The state of a fetch; set by fetch_enter() only. */
-enum fetch_state {
-	FETCH_ASKS,     /* no response head yet: followers wait */
-	FETCH_STORES,   /* the entry grows: followers read it */
-	FETCH_COMPLETE, /* it has ended: the entry is complete */
-	FETCH_FAILED    /* it has ended, and stores no more */
-};
-
-/*
- * A fetch: a response that its leader gets from a server and others may follow.
- * It is freed when it has neither a leader nor followers.
- */
-struct fetch {
-	struct fetch *next;      /* in cache.fetches, until it ends */
-	struct exchange *leader; /* NULL when it has ended */
-	enum fetch_state state;  /* set by fetch_enter() only */
-	bool discard;            /* do not keep the entry */
-	unsigned followers;      /* exchanges that wait for it or read it */
-	int fd;                  /* the temporary file, or -1 */
-	uint32_t region;         /* length of the region in bytes */
-	uint64_t serial;         /* in the name of the temporary file */
-	uint64_t key;            /* hash of the target's key */
-	uint64_t length;         /* of the body; UINT64_MAX: unknown */
-	uint64_t stored;         /* bytes of the body so far */
-	uint64_t share;          /* bytes of disk counted for it */
-	uint64_t validator;      /* see response_validator() */
-};
-
-/* Buffers for data needed within one call: each has one purpose. */
-enum work {
-	WORK_KEY,     /* see key_of() */
-	WORK_LIST,    /* the fields that a response varies by */
-	WORK_VARIANT, /* a request's values for them, or a path */
-	WORK_HEAD,    /* a head to be stored, or a marker */
-	WORK_REGION,  /* the region of an entry */
-	WORKS         /* how many there are */
-};
-
-static struct buffer works[WORKS];
-
-/* Returns the buffer for work, emptied. */
-static struct buffer *
-work_buffer(enum work work)
-{
-	return buffer_clear(&works[work]);
-}
 
 /* Days from 1970 to a date in the Gregorian calendar. */
 static int64_t
@@ -7289,13 +7440,18 @@ head_date(const struct head *h, const char *name)
 	return date_parse(field->value);
 }
 
-/* Parses delta-seconds (RFC 9111 1.2.2): 2^31 if too large, 0 if wrong. */
+/*
+ * Parses delta-seconds (RFC 9111 1.2.2), which may be quoted (5.2): 2^31 if
+ * too large, 0 if wrong.
+ */
 static int64_t
 seconds_parse(struct text t)
 {
 	uint64_t value;
 	size_t i;
 
+	if (t.len > 1 && t.at[0] == '"' && t.at[t.len - 1] == '"')
+		t = text_cut(t.at + 1, t.len - 2);
 	for (i = 0; i < t.len && is_digit(t.at[i]); i++)
 		continue;
 	if (i < t.len || t.len == 0)
@@ -7483,6 +7639,7 @@ response_obstacle(const struct request *q, const struct response *r,
 
 	if (q->method != METHOD_GET &&
 	    (q->method != METHOD_POST || r->status != 200 || lifetime <= 0 ||
+		located.len == 0 ||
 		(!text_equals(located, q->uri) &&
 		    !text_equals(located, q->target.path))))
 		return "method";
@@ -7578,6 +7735,288 @@ reuse_on_error(const struct control *asked, const struct control *control,
 	return window >= 0 ? stale <= window : !answered;
 }
 
+/*
+ * Last-Modified if it is a strong validator, else empty: the payload might
+ * change again in the same second (RFC 9110 section 8.8.2.2).
+ */
+static struct text
+modified_strong(const struct head *h)
+{
+	int64_t modified = head_date(h, "Last-Modified");
+	int64_t date = head_date(h, "Date");
+
+	return modified != -1 && modified < (date == -1 ? now.wall : date) ?
+	    head_value(h, "Last-Modified") :
+	    text_of("");
+}
+
+/* An entity tag without the mark of a weak one. */
+static struct text
+tag_weak(struct text tag)
+{
+	return text_starts(tag, "W/") ? text_from(tag, 2) : tag;
+}
+
+/*
+ * True if a 304 is about the stored response: their entity tags are the same,
+ * or without these their dates, if both have them (RFC 9111 section 4.3.4).
+ */
+static bool
+response_is_same(const struct response *news, const struct response *old)
+{
+	struct text tag = head_value(&news->head, "ETag"),
+		    had = head_value(&old->head, "ETag");
+	struct text date = head_value(&news->head, "Last-Modified"),
+		    was = head_value(&old->head, "Last-Modified");
+
+	if (tag.len > 0 && had.len > 0)
+		return text_equals(tag_weak(tag), tag_weak(had));
+	if (date.len > 0 && was.len > 0)
+		return text_equals(date, was);
+	return tag.len == 0;
+}
+
+/*
+ * Looks for an entity tag in a request's fields of that name.  Returns 1 if
+ * they contain it or `*`, 0 if not, -1 if there are no such fields.  The
+ * comparison is weak or strong (RFC 9110 section 8.8.3.2).
+ */
+static int
+condition_has(const struct head *q, const char *name, struct text etag,
+    bool weak)
+{
+	int verdict = -1;
+	size_t i;
+
+	if (text_starts(etag, "W/"))
+		etag = weak ? text_from(etag, 2) : text_of("");
+	for (i = 0; i < q->n; i++) {
+		struct text rest = q->fields[i].value, member;
+
+		if (!text_is(q->fields[i].name, name))
+			continue;
+		verdict = 0;
+		while (list_next(&rest, &member)) {
+			if (text_is(member, "*"))
+				return 1;
+			if (weak)
+				member = tag_weak(member);
+			if (etag.len > 0 && text_equals(member, etag))
+				return 1;
+		}
+	}
+	return verdict;
+}
+
+/*
+ * True if the stored response meets the request's If-Match or
+ * If-Unmodified-Since.  If not, only the server may say so (RFC 9111 section
+ * 4.3.2).
+ */
+static bool
+request_is_met(const struct head *q, const struct response *r)
+{
+	int64_t since = head_date(q, "If-Unmodified-Since");
+	int verdict =
+	    condition_has(q, "If-Match", head_value(&r->head, "ETag"), false);
+
+	if (verdict != -1)
+		return verdict == 1;
+	return since == -1 || head_date(&r->head, "Last-Modified") <= since;
+}
+
+/*
+ * True if the client already has the stored response: the answer is 304 (RFC
+ * 9110 section 13.2.2; If-None-Match takes precedence over If-Modified-Since).
+ */
+static bool
+request_is_satisfied(const struct head *q, const struct response *r)
+{
+	int64_t since = head_date(q, "If-Modified-Since"), modified;
+	int verdict = condition_has(q, "If-None-Match",
+	    head_value(&r->head, "ETag"), true);
+
+	if (verdict != -1 || since == -1)
+		return verdict == 1;
+	modified = head_date(&r->head, "Last-Modified");
+	if (modified == -1)
+		modified = head_date(&r->head, "Date");
+	return modified != -1 && modified <= since;
+}
+
+/*
+ * Parses the one range that a request asks for, of a body of so many bytes (RFC
+ * 9110 section 14.1.2).  Returns 1: range is set; 0: send the whole body; -1:
+ * it can't be satisfied.  An empty body satisfies a suffix and `bytes=0-`,
+ * which some clients always send.
+ */
+static int
+range_parse(const struct head *q, const struct response *r, uint64_t body,
+    struct range *range)
+{
+	struct text t = head_value(q, "Range"), from, to;
+	struct text condition = head_value(q, "If-Range");
+	uint64_t first, last = UINT64_MAX;
+	size_t dash = text_find(t, '-');
+
+	if (!text_starts(t, "bytes=") || r->status != 200 || dash == t.len ||
+	    text_find(t, ',') < t.len)
+		return 0;
+	if (condition.len > 0 &&
+	    (text_starts(condition, "W/") ||
+		(!text_equals(condition, head_value(&r->head, "ETag")) &&
+		    !text_equals(condition, modified_strong(&r->head)))))
+		return 0;
+	from = text_from(text_cut(t.at, dash), strlen("bytes="));
+	to = text_from(t, dash + 1);
+	if (!number_parse(from.len ? from : to, INT64_MAX, &first))
+		return 0;
+	if (from.len == 0 && first == 0)
+		return -1;
+	if (from.len == 0)
+		first = first < body ? body - first : 0;
+	else if (to.len > 0 &&
+	    (!number_parse(to, INT64_MAX, &last) || last < first))
+		return 0;
+	if (body == 0 && first == 0 && last == UINT64_MAX)
+		return 0;
+	if (first >= body)
+		return -1;
+	range->first = first;
+	range->length = (last < body ? last + 1 : body) - first;
+	return 1;
+}
+
+/* ---- 12. Store: entries in a directory ---- */
+
+/*
+ * Each entry is one file, which describes itself in text and whose name is a
+ * hash of its key.  There is no index: open(2) is the lookup, and any file may
+ * vanish at any time.  A sweeper, a child process, keeps the directory as small
+ * as -s says.
+ *
+ * A damaged or truncated entry is a miss, not an error.  The directory never
+ * takes more of the disk than -s allows, and a disk failure never costs a
+ * client more than a miss.
+ *
+ * Door: store_open, store_take_over, store_warn, store_print, store_sweep,
+ * store_bytes for all; for the cache work_buffer, key_of, key_hash, entry_path,
+ * vary_append, variant_of, variant_fits, entry_read, entry_open, entry_find,
+ * entry_touch, disk_bytes, stock_sum, store_fits, store_lacks_disk,
+ * disk_failed, write_at, region_build, region_seal, store_path, temporary_open,
+ * temporary_place, marker_token, stored_head_append.
+ */
+
+enum {
+	/* A region's length is a multiple of this, with some to spare. */
+	CACHE_BLOCK = 512,
+	CACHE_SPARE = 256,
+	/* Bytes of a path in the cache. */
+	CACHE_PATH = 1024,
+	/* Members of Vary; with more, a response is not stored. */
+	VARY_MAX = 16,
+	/* Bytes of an entry's first line. */
+	REGION_LINE = 75,
+	/* A file's disk usage is a multiple of this, or of the tag's. */
+	CACHE_DISK_BLOCK = 4096,
+	/* The most bytes a name takes in a directory. */
+	CACHE_NAME = 128,
+	/* A temporary file not written for this long is abandoned. */
+	TEMPORARY_S = 3600,
+	/* The least time between sweeps for lack of room. */
+	SWEEP_GAP_MS = 10000,
+	/* Left free on the disk, unless 5 percent is less. */
+	CACHE_FLOOR = 64 << 20,
+	/* Entries whose recency is known to be recently written. */
+	CACHE_TOUCHED = 1024,
+	/* The least time between two writes of an entry's recency. */
+	CACHE_TOUCH_S = 600
+};
+
+/* An entry's region, the text at its start, parsed into slices. */
+struct entry {
+	size_t region;                /* its length in bytes */
+	uint64_t body;                /* length of the body after it */
+	struct text key;              /* the URL */
+	struct text variant;          /* the request's values for Vary */
+	struct text vary, token;      /* in markers: see marker_token() */
+	struct text head;             /* of the response */
+	int64_t requested, responded; /* wall clock, seconds */
+	int64_t age;                  /* on arrival, in seconds */
+	struct text server;           /* address that it came from, or - */
+	bool counted;                 /* its head did not give a length */
+};
+
+/* An entry found for a request, possibly one still being stored. */
+struct lookup {
+	int fd;                /* its file, or -1 */
+	uint64_t key;          /* hash of the target's key */
+	struct buffer *b;      /* bytes from its start */
+	struct entry e;        /* slices of b */
+	struct response r;     /* the response: slices of b */
+	enum reuse reuse;      /* how it may be used */
+	bool grows;            /* another exchange is storing it */
+	const char *forward;   /* why the server is asked (RFC 9211) */
+	char path[CACHE_PATH]; /* its path, or the last one tried */
+};
+
+/* Why storing failed for lack of room, which makes the sweeper run. */
+enum lack {
+	LACK_NONE, /* there was room */
+	LACK_SIZE, /* -s allows no more */
+	LACK_DISK  /* the disk is full */
+};
+
+/*
+ * How full the directory is.  Bytes are in whole blocks, as du(1) counts them.
+ * The exact usage is never known, since a sweep takes time; but it is never
+ * assumed too low.  All workers share this without a lock.  So each counts in
+ * members of its own, and only the one that sweeps sets base, swept and limit;
+ * of the last two members a lost change does no harm.  Two workers that take
+ * room in the same moment may both get the last of it: for this, too, there is
+ * the sixteenth of -s that is never used.
+ */
+static struct stock {
+	uint64_t grown[WORKERS_MAX + 1];  /* bytes that each has added so far */
+	uint64_t making[WORKERS_MAX + 1]; /* of entries that each stores now */
+	uint64_t base;  /* of the directory, without all that has grown */
+	uint64_t swept; /* what had grown when the last sweep began */
+	uint64_t limit; /* the most that all of it may be together */
+	enum lack lack; /* since the last sweep began */
+	bool said_disk; /* warned: the disk is the limit */
+} stock_alone = { .limit = UINT64_MAX };
+
+static struct stock *stock = &stock_alone;
+
+/* The state of the directory. */
+static struct {
+	uint64_t serial;    /* for temporary files and tokens */
+	uint64_t block;     /* file sizes are rounded up to this */
+	pid_t sweeper;      /* the child that sweeps, or 0 */
+	struct conn report; /* the pipe from it */
+	int64_t lack_ms;    /* no sweep, or call for one, before this */
+	bool said_unread;   /* warned: a sweep failed */
+} store = { .block = CACHE_DISK_BLOCK, .report = { .fd = -1 } };
+
+/* Buffers for data needed within one call: each has one purpose. */
+enum work {
+	WORK_KEY,     /* see key_of() */
+	WORK_LIST,    /* the fields that a response varies by */
+	WORK_VARIANT, /* a request's values for them, or a path */
+	WORK_HEAD,    /* a head to be stored, or a marker */
+	WORK_REGION,  /* the region of an entry */
+	WORKS         /* how many there are */
+};
+
+static struct buffer works[WORKS];
+
+/* Returns the buffer for work, emptied. */
+static struct buffer *
+work_buffer(enum work work)
+{
+	return buffer_clear(&works[work]);
+}
+
 /* ---- names of entries ---- */
 
 /* Appends t in lower case. */
@@ -7645,17 +8084,24 @@ entry_path(struct text key, struct text variant, char *to)
 static void
 value_append(struct buffer *b, struct text name, struct text value, bool *first)
 {
-	struct text member;
+	static const char *const caseless[] = { "Accept-Charset",
+		"Accept-Encoding", "Accept-Language", NULL };
+	static const char *const single[] = { "Cookie", "Origin", "Referer",
+		"User-Agent", NULL };
+	bool list = !name_is_among(name, single);
+	struct text member = value;
 
 	buffer_append(b, text_of(*first ? "=" : ""));
 	*first = false;
-	while (list_next(&value, &member)) {
+	while (!list || list_next(&value, &member)) {
 		buffer_print(b, "%lu:", (unsigned long)member.len);
-		if (text_starts(name, "Accept"))
+		if (name_is_among(name, caseless))
 			lower_append(b, member);
 		else
 			buffer_append(b, member);
 		buffer_append(b, text_of(","));
+		if (!list)
+			break;
 	}
 }
 
@@ -7697,9 +8143,9 @@ client_append(const struct request *q, struct buffer *b)
 
 /*
  * Appends to b the values that a request, as it is sent, has for the fields of
- * a Vary list: `name=` and the members, each after its length.  Field lines are
- * joined, blanks around commas dropped, and letters put in lower case where
- * case means nothing (RFC 9111 section 4.1).
+ * a Vary list: `name=` and the values, each after its length.  Lines are joined
+ * and blanks around commas dropped, but for fields that are no lists; letters
+ * are put in lower case where case means nothing (RFC 9111 section 4.1).
  */
 static void
 variant_append(const struct request *q, struct text vary, struct buffer *b)
@@ -7715,7 +8161,7 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 		if (text_is(name, vary_client))
 			client_append(q, b);
 		for (i = 0; i < q->head.n; i++)
-			if (!w->taken[i] &&
+			if (!w->taken[i] && field_passes(&q->head, i) &&
 			    text_same(q->head.fields[i].name, name))
 				value_append(b, name, q->head.fields[i].value,
 				    &first);
@@ -7978,19 +8424,17 @@ entry_open(const char *path, size_t region, struct text key, struct buffer *b,
 }
 
 /*
- * Finds the entry for the request of x and sets the request's key.  l->b is the
- * entry's beginning and l->fd its descriptor, or -1 if there is none; l->path
- * is the last path tried.
+ * Finds the entry for a request.  l->b is the entry's beginning and l->fd its
+ * descriptor, or -1 if there is none; l->path is the last path tried.
  */
 static void
-entry_find(struct exchange *x, struct lookup *l)
+entry_find(const struct request *q, struct lookup *l)
 {
-	struct request *q = x->request;
 	struct buffer *name = work_buffer(WORK_VARIANT);
 	struct text key = key_of(&q->target);
 	size_t token;
 
-	q->caching.key = key_hash(key);
+	l->key = key_hash(key);
 	entry_path(key, text_of(""), l->path);
 	l->fd = entry_open(l->path, 0, key, l->b, &l->e);
 	if (l->fd == -1 || l->e.vary.at == NULL)
@@ -8014,15 +8458,43 @@ entry_find(struct exchange *x, struct lookup *l)
 static uint64_t
 disk_bytes(uint64_t n)
 {
-	return (n + cache.block - 1) / cache.block * cache.block;
+	return (n + store.block - 1) / store.block * store.block;
 }
 
 /* Counts n more bytes of the disk as taken. */
 static void
-cache_grow(uint64_t n)
+store_grow(uint64_t n)
 {
-	cache.written += n;
-	cache.total += n;
+	stock->grown[worker] += n;
+}
+
+/* The sum of what all workers have counted. */
+static uint64_t
+stock_sum(const uint64_t *counts)
+{
+	uint64_t sum = 0;
+	size_t i;
+
+	for (i = 0; i < workers_n; i++)
+		sum += counts[i];
+	return sum;
+}
+
+/* Bytes of the directory, without entries being stored. */
+static uint64_t
+stock_total(void)
+{
+	return stock->base + stock_sum(stock->grown);
+}
+
+/* Sets the same, and how much of it was written since a sweep began. */
+static void
+stock_set(uint64_t total, uint64_t written)
+{
+	uint64_t grown = stock_sum(stock->grown);
+
+	stock->base = total - grown;
+	stock->swept = grown - written;
 }
 
 /*
@@ -8030,24 +8502,24 @@ cache_grow(uint64_t n)
  * slow the sweeper is.
  */
 static bool
-cache_fits(uint64_t n)
+store_fits(uint64_t n)
 {
-	if (cache.total + cache.making + n <= cache.limit)
+	if (stock_total() + stock_sum(stock->making) + n <= stock->limit)
 		return true;
-	if (cache.lack == LACK_NONE)
-		cache.lack = LACK_SIZE;
+	if (stock->lack == LACK_NONE)
+		stock->lack = LACK_SIZE;
 	return false;
 }
 
 /* Notes that the disk is full, so that a sweep makes room. */
 static void
-cache_lacks_disk(const char *why)
+store_lacks_disk(const char *why)
 {
-	cache.lack = LACK_DISK;
-	if (!cache.said_disk)
+	stock->lack = LACK_DISK;
+	if (!stock->said_disk)
 		warn("the disk, not -s, limits the cache %s: %s", options.cache,
 		    why);
-	cache.said_disk = true;
+	stock->said_disk = true;
 }
 
 /* After a failed call, notes from errno if the disk is full. */
@@ -8055,7 +8527,7 @@ static void
 disk_failed(void)
 {
 	if (errno == ENOSPC || errno == EDQUOT)
-		cache_lacks_disk(strerror(errno));
+		store_lacks_disk(strerror(errno));
 }
 
 /* Makes the directory of the file at path, if it is missing. */
@@ -8067,7 +8539,7 @@ entry_directory(const char *path)
 	(void)text_copy(text_of(path), directory, sizeof(directory));
 	*strrchr(directory, '/') = '\0';
 	if (mkdir(directory, 0700) != -1)
-		cache_grow(cache.block);
+		store_grow(store.block);
 	else
 		disk_failed();
 }
@@ -8186,7 +8658,7 @@ temporary_place(const char *temporary, int fd, uint64_t n, const char *path)
 	if (fstat(fd, &status) != -1 &&
 	    (uint64_t)status.st_blocks * 512 > bytes)
 		bytes = (uint64_t)status.st_blocks * 512;
-	cache_grow(bytes + CACHE_NAME);
+	store_grow(bytes + CACHE_NAME);
 	return true;
 }
 
@@ -8198,8 +8670,8 @@ file_put(const char *path, const struct buffer *b)
 	bool good = false;
 	int fd = -1;
 
-	if (cache_fits(disk_bytes(buffer_len(b)) + cache.block))
-		fd = temporary_open(++cache.serial, temporary);
+	if (store_fits(disk_bytes(buffer_len(b)) + store.block))
+		fd = temporary_open(++store.serial, temporary);
 	if (fd == -1)
 		return false;
 	if (write_at(fd, buffer_text(b), 0))
@@ -8233,7 +8705,7 @@ marker_token(struct text key, struct text vary, char *token)
 	}
 	fd_drop(&fd);
 	(void)snprintf(token, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
-	    (long)getpid(), (unsigned long long)++cache.serial);
+	    (long)getpid(), (unsigned long long)++store.serial);
 	buffer_clear(b)->end += REGION_LINE;
 	buffer_append(b, text_of("key: "));
 	buffer_append(b, key);
@@ -8291,7 +8763,665 @@ stored_head_append(const struct response *r, const struct response *old,
 	buffer_append(b, text_of("\r\n"));
 }
 
+/* ---- the sweeper ---- */
+
+/* Entries whose recency is known to be recently written. */
+static struct {
+	uint64_t name; /* hash of key and variant */
+	time_t when;   /* recency was written or checked */
+} store_touched[CACHE_TOUCHED];
+
+/*
+ * Records the use of an entry in its file's time, for the sweeper, if that is
+ * older than CACHE_TOUCH_S.  The table avoids most calls.
+ */
+static void
+entry_touch(int fd, const struct entry *e)
+{
+	uint64_t name = hash_text(key_hash(e->key), e->variant);
+	size_t i = (size_t)(name % CACHE_TOUCHED);
+	struct stat status;
+
+	if (store_touched[i].name == name &&
+	    now.wall - store_touched[i].when < CACHE_TOUCH_S)
+		return;
+	store_touched[i].name = name;
+	store_touched[i].when = now.wall;
+	if (fstat(fd, &status) != -1 &&
+	    now.wall - status.st_mtime >= CACHE_TOUCH_S)
+		(void)futimens(fd, NULL);
+}
+
+/* A file in the cache directory. */
+struct file {
+	const char *path;   /* with the cache directory */
+	const char *name;   /* without it */
+	bool entry;         /* probably one, by its place */
+	bool bucket;        /* a directory of entries */
+	uint64_t bytes;     /* of the disk */
+	struct stat status; /* from lstat(2) */
+};
+
+/* Fills in f for the file at path; false if it has vanished. */
+static bool
+file_look(struct file *f, const char *path)
+{
+	const char *slash;
+
+	f->path = path;
+	f->name = path + strlen(options.cache) + 1;
+	if (lstat(path, &f->status) == -1)
+		return false;
+	slash = strchr(f->name, '/');
+	f->entry = slash != NULL && slash[1] != '.' &&
+	    S_ISREG(f->status.st_mode);
+	f->bucket = strlen(f->name) == 2 && S_ISDIR(f->status.st_mode);
+	f->bytes = (uint64_t)f->status.st_blocks * 512;
+	return true;
+}
+
+/*
+ * Calls visit for each file in a directory.  False, with errno, if the
+ * directory can't be read to its end.
+ */
+static bool
+directory_walk(const char *at,
+    void (*visit)(const struct file *file, void *argument), void *argument)
+{
+	char path[CACHE_PATH + 64];
+	/* A link in it would lead out of the cache: it is not followed. */
+	int links = strcmp(at, options.cache) == 0 ? 0 : O_NOFOLLOW;
+	int fd = open(at, O_RDONLY | O_DIRECTORY | links);
+	DIR *directory = fd != -1 ? fdopendir(fd) : NULL;
+	const struct dirent *name;
+	struct file file;
+	int error;
+
+	if (directory == NULL) {
+		error = errno;
+		fd_drop(&fd);
+		errno = error;
+		return false;
+	}
+	for (errno = 0; (name = readdir(directory)) != NULL; errno = 0) {
+		(void)snprintf(path, sizeof(path), "%.803s/%.255s", at,
+		    name->d_name);
+		if (strcmp(name->d_name, ".") != 0 &&
+		    strcmp(name->d_name, "..") != 0 && file_look(&file, path))
+			visit(&file, argument);
+	}
+	error = errno;
+	(void)closedir(directory);
+	errno = error;
+	return error == 0;
+}
+
+/*
+ * The same for the whole cache: the directories of entries, then the one above
+ * them.
+ */
+static bool
+store_walk(void (*visit)(const struct file *file, void *argument),
+    void *argument)
+{
+	char path[CACHE_PATH];
+	int error = 0;
+	unsigned i;
+
+	for (i = 0; i <= 256; i++) {
+		(void)snprintf(path, sizeof(path),
+		    i < 256 ? "%.800s/%02x" : "%.800s", options.cache, i);
+		if (!directory_walk(path, visit, argument) && errno != ENOENT &&
+		    errno != ENOTDIR && errno != ELOOP)
+			error = errno;
+	}
+	errno = error;
+	return error == 0;
+}
+
+/* The process that made a temporary file; 0 if the name is not temporary. */
+static pid_t
+temporary_owner(const char *name)
+{
+	struct text t = text_of(name);
+	uint64_t pid;
+
+	if (strncmp(name, "tmp.", 4) != 0)
+		return 0;
+	t = text_from(t, 4);
+	t.len = text_find(t, '.');
+	return number_parse(t, INT32_MAX, &pid) ? (pid_t)pid : 0;
+}
+
+/* True if a temporary file is so old that it is abandoned. */
+static bool
+temporary_is_old(const struct file *f)
+{
+	return now.wall - f->status.st_mtime >= TEMPORARY_S;
+}
+
+/* The sweeper's account: the bytes of entries by age. */
+struct sweep {
+	uint64_t bytes;    /* of all files */
+	uint64_t ages[64]; /* of entries, by sweep_age() */
+	uint64_t most;     /* that may stay */
+	uint64_t kept;     /* that will stay */
+	uint64_t evicted;  /* entries that were removed */
+	unsigned cut;      /* older ones go, this age as needed */
+};
+
+/* A file's age on a logarithmic scale. */
+static unsigned
+sweep_age(const struct file *f)
+{
+	int64_t age = now.wall - f->status.st_mtime;
+	unsigned n = 0;
+
+	for (; age > 0 && n < 60; age -= age / 2 + 1)
+		n++;
+	return n;
+}
+
+/* True if a process of this proxy stores there, and counts it itself. */
+static bool
+temporary_is_ours(pid_t owner)
+{
+	size_t i = 0;
+
+	while (i < workers_n && workers[i].pid != owner)
+		i++;
+	return owner != 0 && i < workers_n;
+}
+
+/* The first pass: counts a file, or removes an abandoned one. */
+static void
+sweep_count(const struct file *f, void *argument)
+{
+	struct sweep *sweep = argument;
+	pid_t owner = temporary_owner(f->name);
+
+	if (owner != 0 && temporary_is_old(f))
+		(void)unlink(f->path);
+	else if (!temporary_is_ours(owner))
+		sweep->bytes += f->bytes;
+	if (f->entry)
+		sweep->ages[sweep_age(f)] += f->bytes;
+}
+
+/* The second pass: removes a file, if it must go. */
+static void
+sweep_remove(const struct file *f, void *argument)
+{
+	struct sweep *sweep = argument;
+	unsigned age = sweep_age(f);
+	bool last = f->entry && age == sweep->cut;
+
+	if (f->bucket ? rmdir(f->path) == -1 :
+			!f->entry || age < sweep->cut ||
+		    (last && sweep->kept <= sweep->most) ||
+		    unlink(f->path) == -1)
+		return;
+	sweep->evicted += f->entry;
+	/* The first pass may have missed it. */
+	sweep->bytes -= f->bytes < sweep->bytes ? f->bytes : sweep->bytes;
+	if (last)
+		sweep->kept -= f->bytes < sweep->kept ? f->bytes : sweep->kept;
+}
+
+/*
+ * Decides how much may stay, and so how old it may be: five eighths of the
+ * cache's size, or of the present bytes if the disk is full and that is less.
+ * True if something must go.
+ */
+static bool
+sweep_plan(struct sweep *sweep, bool disk)
+{
+	unsigned age;
+
+	sweep->most = options.cache_size / 8 * 5;
+	if (disk && sweep->bytes / 8 * 5 < sweep->most)
+		sweep->most = sweep->bytes / 8 * 5;
+	sweep->kept = sweep->bytes;
+	for (age = 0; age < 64; age++)
+		sweep->kept -= sweep->ages[age];
+	while (sweep->cut < 63 &&
+	    (sweep->kept += sweep->ages[sweep->cut]) <= sweep->most)
+		sweep->cut++;
+	return sweep->bytes > sweep->most;
+}
+
+/*
+ * Removes the least recently used entries: one pass counts, one removes, so
+ * that memory use does not depend on the number of entries.  False, with errno,
+ * if the cache can't be read.
+ */
+static bool
+sweep_run(struct sweep *sweep, bool disk)
+{
+	struct stat status;
+	bool good;
+	int error;
+
+	if (stat(options.cache, &status) != -1)
+		sweep->bytes += (uint64_t)status.st_blocks * 512;
+	good = store_walk(sweep_count, sweep);
+	error = errno;
+	if (sweep_plan(sweep, disk))
+		(void)store_walk(sweep_remove, sweep);
+	errno = error;
+	return good;
+}
+
+/* The path of a file that exists while the cache may be over its limit. */
+static void
+store_unswept(char *path)
+{
+	(void)snprintf(path, CACHE_PATH, "%.900s/unswept", options.cache);
+}
+
+/*
+ * Takes over the sweeper's count.  It may lack bytes that were written since it
+ * began.
+ */
+static void
+sweep_result(uint64_t bytes)
+{
+	char path[CACHE_PATH];
+
+	stock->base = bytes - stock->swept;
+	if (stock->lack == LACK_SIZE)
+		stock->lack = LACK_NONE;
+	if (stock->limit == options.cache_size / 16 * 15)
+		return;
+	stock->limit = options.cache_size / 16 * 15;
+	store_unswept(path);
+	(void)unlink(path);
+}
+
+/* Reads the sweeper's report if it has come, and then reaps the sweeper. */
+static void
+sweep_reap(void)
+{
+	uint64_t report[2];
+	ssize_t n;
+
+	if (store.report.fd != -1) {
+		if (!store.report.readable)
+			return;
+		store.report.readable = false;
+		n = fd_read(store.report.fd, report, sizeof(report));
+		if (n == -1 && errno == EAGAIN)
+			return;
+		conn_close(&store.report, false);
+		/* Without a report the sweep has failed. */
+		store.said_unread = n != (ssize_t)sizeof(report);
+		if (!store.said_unread) {
+			sweep_result(report[0]);
+			totals.evicted += report[1];
+		}
+	}
+	if (waitpid(store.sweeper, NULL, WNOHANG) != 0)
+		store.sweeper = 0;
+	else if (exchanges.wake > now.ms + 50)
+		exchanges.wake = now.ms + 50;
+}
+
+/*
+ * The sweeper: a child that sweeps, and reports how many bytes are left and how
+ * many entries were removed.
+ */
+static void
+sweeper_main(int fd, bool disk)
+{
+	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
+	struct sweep sweep = { .bytes = 0 };
+	size_t i;
+
+	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
+		(void)signal(caught[i], SIG_DFL);
+	fds_close(fd, fd);
+	if (sweep_run(&sweep, disk)) {
+		uint64_t report[2];
+
+		report[0] = sweep.bytes;
+		report[1] = sweep.evicted;
+		(void)fd_write(fd, report, sizeof(report));
+	} else if (!store.said_unread)
+		warn("can't read the cache %s: %s", options.cache,
+		    strerror(errno));
+	_exit(0);
+}
+
+/* Starts the sweeper. */
+static void
+sweep_start(void)
+{
+	bool disk = stock->lack == LACK_DISK;
+	int fds[2];
+
+	if (stock->lack != LACK_NONE)
+		store.lack_ms = now.ms + SWEEP_GAP_MS;
+	stock->swept = stock_sum(stock->grown);
+	stock->lack = LACK_NONE;
+	if (!pipe_open(fds))
+		return;
+	store.sweeper = fork();
+	if (store.sweeper == 0)
+		sweeper_main(fds[1], disk);
+	(void)close(fds[1]);
+	if (!conn_open(&store.report, ROLE_REPORT, fds[0], NULL))
+		return;
+	conn_watch(&store.report, POLLIN);
+	if (store.sweeper == -1)
+		conn_close(&store.report, false);
+}
+
+/* What the cache takes of the disk in bytes, at most. */
+static uint64_t
+store_bytes(void)
+{
+	return stock_total() + stock_sum(stock->making);
+}
+
+/*
+ * Starts a sweep when enough was written since the last one, or when room was
+ * lacking.  Even with entries being stored, the cache then stays below its
+ * limit, unless the sweeper is slow.  Of several workers the first sweeps: the
+ * others wake it, by a signal that does nothing else.
+ */
+static void
+store_sweep(void)
+{
+	if (store.sweeper > 0)
+		sweep_reap();
+	if (options.cache == NULL || store.sweeper > 0)
+		return;
+	if (stock_sum(stock->grown) - stock->swept <= options.cache_size / 16 &&
+	    (stock->lack == LACK_NONE || now.ms < store.lack_ms))
+		return;
+	if (worker <= 1)
+		sweep_start();
+	else if (now.ms >= store.lack_ms && workers[1].pid > 0) {
+		store.lack_ms = now.ms + 1000;
+		(void)kill(workers[1].pid, SIGCHLD);
+	}
+}
+
+/* ---- the directory ---- */
+
+static const char store_tag[] = "Signature: 8a477f597d28d172789f06886806bc55\n"
+				"# A cache of proxy; all of it may go.\n";
+
+/*
+ * Removes a temporary file of a crashed proxy or worker, not one of a running
+ * one.  None is ours yet.
+ */
+static void
+temporary_remove(const struct file *f, void *argument)
+{
+	pid_t owner = temporary_owner(f->name);
+
+	(void)argument;
+	if (owner > 0 &&
+	    (owner == getpid() || (kill(owner, 0) == -1 && errno == ESRCH) ||
+		temporary_is_old(f)))
+		(void)unlink(f->path);
+}
+
+/* Ends the program if a file does not belong to a cache. */
+static void
+store_check(const struct file *f, void *argument)
+{
+	const bool *tagged = argument;
+
+	if (!*tagged ||
+	    (strncmp(f->name, "tmp.", 4) != 0 &&
+		strcmp(f->name, "unswept") != 0 &&
+		strcmp(f->name, "CACHEDIR.TAG") != 0 &&
+		(!f->bucket || hex_value(f->name[0]) < 0 ||
+		    hex_value(f->name[1]) < 0)))
+		die("%s is no cache of proxy: it holds %s", options.cache,
+		    f->name);
+	temporary_remove(f, NULL);
+}
+
+/*
+ * Gives fd, the file or directory at path, to the user of -u, if any.  A path
+ * might lead elsewhere once that user moves it.
+ */
+static void
+store_own(int fd, const char *path)
+{
+	if (options.user != NULL && fchown(fd, options.uid, options.gid) == -1)
+		die("can't give %s to user %s: %s", path, options.user,
+		    strerror(errno));
+}
+
+/*
+ * Assumes how full the cache is until the first sweep has counted it.  A run
+ * never uses the last sixteenth, so half of that is left for entries stored
+ * before then; but not if an earlier run ended before its first sweep did, as
+ * the file `unswept` shows.
+ */
+static void
+store_assume(const char *tag, bool fresh)
+{
+	char path[CACHE_PATH];
+	struct stat status;
+	int fd;
+
+	/* Some file systems have larger blocks. */
+	if (stat(tag, &status) != -1 &&
+	    (uint64_t)status.st_blocks * 512 > store.block)
+		store.block = (uint64_t)status.st_blocks * 512;
+	/* Serials differ from an earlier process with our id. */
+	store.serial = (uint64_t)now.wall << 20 | (uint64_t)(now.us & 0xfffff);
+	/* What seems to be written makes the first turn start a sweep. */
+	stock_set(2 * store.block, options.cache_size);
+	stock->limit = options.cache_size / 16 * 15;
+	if (fresh)
+		return;
+	store_unswept(path);
+	fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
+	stock_set(fd != -1 ? stock->limit : options.cache_size,
+	    options.cache_size);
+	stock->limit = options.cache_size / 32 * 31;
+	if (fd != -1)
+		(void)close(fd);
+}
+
+/*
+ * Makes the cache directory, or checks that it is one: a directory with other
+ * files must not be filled or swept.
+ */
+static void
+store_open(void)
+{
+	char path[CACHE_PATH], text[sizeof(store_tag)] = { 0 };
+	bool tagged;
+	int fd;
+
+	if (strlen(options.cache) > CACHE_PATH - 300)
+		die("-c: the path is too long");
+	if (options.workers > 1)
+		stock = memory_share(sizeof(*stock));
+	if (mkdir(options.cache, 0700) == -1 && errno != EEXIST)
+		die("can't make the cache %s: %s", options.cache,
+		    strerror(errno));
+	(void)snprintf(path, sizeof(path), "%.800s/CACHEDIR.TAG",
+	    options.cache);
+	fd = open(path, O_RDONLY | O_NONBLOCK);
+	tagged = fd != -1 && fd_read(fd, text, sizeof(text) - 1) > 0 &&
+	    strcmp(text, store_tag) == 0;
+	fd_drop(&fd);
+	if (!directory_walk(options.cache, store_check, &tagged))
+		die("can't read the cache %s: %s", options.cache,
+		    strerror(errno));
+	fd = open(options.cache, O_RDONLY | O_DIRECTORY);
+	if (fd != -1)
+		store_own(fd, options.cache);
+	fd_drop(&fd);
+	if (!tagged)
+		fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
+	if (fd != -1) {
+		(void)fd_write(fd, store_tag, strlen(store_tag));
+		store_own(fd, path);
+	}
+	store_assume(path, fd != -1);
+	fd_drop(&fd);
+}
+
+/*
+ * This process is a new worker.  If it takes the place of one that died, the
+ * files that the dead one was storing go, and a sweep that it began is
+ * repeated.
+ */
+static void
+store_take_over(void)
+{
+	if (options.cache == NULL)
+		return;
+	(void)directory_walk(options.cache, temporary_remove, NULL);
+	stock->making[worker] = 0;
+	if (worker == 1)
+		stock_set(stock_total(), options.cache_size);
+}
+
+/* Warns of the first directory of a cache that we can't write. */
+static void
+bucket_warn(const struct file *f, void *argument)
+{
+	bool *warned = argument;
+
+	if (*warned || !f->bucket || access(f->path, W_OK) != -1)
+		return;
+	*warned = true;
+	warn("user %s can't write %s: chown -R %s %s", options.user, f->path,
+	    options.user, options.cache);
+}
+
+/* Warns if the user of -u, who we are by now, can't write the cache. */
+static void
+store_warn(void)
+{
+	bool warned = false;
+
+	(void)directory_walk(options.cache, bucket_warn, &warned);
+}
+
+/* Prints the path of a file if it is an entry of the key. */
+static void
+key_visit(const struct file *f, void *argument)
+{
+	const struct text *key = argument;
+	struct entry e;
+	int fd = -1;
+
+	if (f->entry)
+		fd = entry_open(f->path, 0, *key, work_buffer(WORK_REGION), &e);
+	if (fd != -1)
+		printf("%s\n", f->path);
+	fd_drop(&fd);
+}
+
+/* Prints the paths of the entries of a URL. */
+static void
+store_print(const struct target *target)
+{
+	struct text key = key_of(target);
+
+	if (!store_walk(key_visit, &key))
+		die("can't read the cache %s: %s", options.cache,
+		    strerror(errno));
+}
+
+/* ---- 13. Cache: look-ups and fetches ---- */
+
+/*
+ * A shared cache: a response that one client fetched may answer others (RFC
+ * 9111).  These are the cache's part in the phases of section 17.  It must
+ * never give one client a response meant for another.
+ *
+ * Collapsed forwarding.  When several clients want the same at once, the
+ * server is asked once.  The exchange that asks is the leader of a fetch; the
+ * others are its followers.  Plain GETs wait for the response head,
+ * COLLAPSE_MS at most.  If the response is stored, they read the growing
+ * entry, each at its own pace, through its own descriptor, and never beyond
+ * the bytes written.  If the response is uncacheable, each follower sends its
+ * own request.  Then no request waits for that URL until one of its responses
+ * can be stored, or until other URLs have taken its place in a small table.
+ * If the leader's client leaves, the leader goes on without a client if the
+ * entry is wanted.  If the leader's client is slower than the followers, the
+ * fetch moves to a slot of its own, and the leader becomes a follower.  If a
+ * fetch fails, a follower sends its own request.  If a strong validator shows
+ * that the payload is still the same, the bytes that the follower's client
+ * already has are skipped.  Otherwise the client's connection is cut off
+ * visibly, since a truncated body must never seem complete.  So no exchange
+ * may follow a fetch that has no strong validator and may run out of room.
+ *
+ * Door: cache_find, cache_validate, cache_validators_append, cache_store,
+ * cache_append, cache_leave, cache_follows, cache_detach, cache_wants,
+ * cache_room, cache_shape, cache_status_append.
+ */
+
+enum {
+	/*
+	 * Keys known to be uncacheable: 128 KiB, but only pages that were
+	 * written take memory.
+	 */
+	UNCACHEABLE_KEYS = 16384,
+	/* Places for one key: a cache line of the processor. */
+	UNCACHEABLE_WAYS = 8
+};
+
+/* The cache's answer to a request, or to a response from a server. */
+enum cached {
+	CACHED_NO,   /* ask the server, or relay its response */
+	CACHED_YES,  /* an entry answers */
+	CACHED_WAIT, /* wait: another exchange is fetching it */
+	CACHED_LOST, /* the entry to validate is gone: ask again */
+	CACHED_NEVER /* no entry, and only-if-cached forbids asking */
+};
+
+/* What the cache wants of a fetch. */
+enum wanted {
+	WANTED_NOT,  /* it may end with its client */
+	WANTED_HERE, /* it must go on without its client */
+	WANTED_APART /* the same, in a slot of its own if its client is slow */
+};
+
+/* The state of a fetch; set by fetch_enter() only. */
+enum fetch_state {
+	FETCH_ASKS,     /* no response head yet: followers wait */
+	FETCH_STORES,   /* the entry grows: followers read it */
+	FETCH_COMPLETE, /* it has ended: the entry is complete */
+	FETCH_FAILED    /* it has ended, and stores no more */
+};
+
+/*
+ * A fetch: a response that its leader gets from a server and others may follow.
+ * It is freed when it has neither a leader nor followers.
+ */
+struct fetch {
+	struct fetch *next;      /* in fetches, until it ends */
+	struct exchange *leader; /* NULL when it has ended */
+	enum fetch_state state;  /* set by fetch_enter() only */
+	bool discard;            /* do not keep the entry */
+	unsigned followers;      /* exchanges that wait for it or read it */
+	int fd;                  /* the temporary file, or -1 */
+	uint32_t region;         /* length of the region in bytes */
+	uint64_t serial;         /* in the name of the temporary file */
+	uint64_t key;            /* hash of the target's key */
+	uint64_t length;         /* of the body; UINT64_MAX: unknown */
+	uint64_t stored;         /* bytes of the body so far */
+	uint64_t share;          /* bytes of disk counted for it */
+	uint64_t validator;      /* see response_validator() */
+};
+
 /* ---- fetches ---- */
+
+static struct fetch *fetches;      /* that others may follow */
+static struct fetch *fetches_free; /* for those to come */
 
 /*
  * Lets y, which follows a complete fetch, read its entry like any other.  An
@@ -8355,8 +9485,8 @@ fetch_drop(struct fetch *f)
 {
 	if (f->leader != NULL || f->followers > 0)
 		return;
-	f->next = cache.fetches_free;
-	cache.fetches_free = f;
+	f->next = fetches_free;
+	fetches_free = f;
 }
 
 /*
@@ -8366,19 +9496,19 @@ fetch_drop(struct fetch *f)
 static void
 fetch_begin(struct exchange *x)
 {
-	struct fetch *f = cache.fetches_free;
+	struct fetch *f = fetches_free;
 
 	if (f != NULL)
-		cache.fetches_free = f->next;
+		fetches_free = f->next;
 	else if ((f = malloc(sizeof(*f))) == NULL)
 		return;
 	memset(f, 0, sizeof(*f));
 	f->leader = x;
 	f->key = x->request->caching.key;
-	f->serial = ++cache.serial;
+	f->serial = ++store.serial;
 	f->fd = -1;
-	f->next = cache.fetches;
-	cache.fetches = f;
+	f->next = fetches;
+	fetches = f;
 	x->request->caching.fetch = f;
 }
 
@@ -8387,7 +9517,7 @@ static void
 fetch_end(struct exchange *x, enum fetch_state state)
 {
 	struct caching *c = &x->request->caching;
-	struct fetch *f = c->fetch, **at = &cache.fetches;
+	struct fetch *f = c->fetch, **at = &fetches;
 
 	if (f == NULL)
 		return;
@@ -8395,7 +9525,7 @@ fetch_end(struct exchange *x, enum fetch_state state)
 		at = &(*at)->next;
 	*at = f->next;
 	if (f->fd != -1)
-		cache.making -= f->share;
+		stock->making[worker] -= f->share;
 	fd_drop(&f->fd);
 	fetch_enter(f, state);
 	f->leader = NULL;
@@ -8414,7 +9544,7 @@ fetch_follow(struct exchange *x, struct fetch *f)
 
 /* Makes x stop following its fetch, if any; frees an unused fetch. */
 static void
-cache_unfollow(struct exchange *x)
+fetch_unfollow(struct exchange *x)
 {
 	struct fetch *f = x->request->caching.follows;
 
@@ -8429,20 +9559,30 @@ cache_unfollow(struct exchange *x)
 
 /*
  * y, a new exchange without a client, goes on for x.  If x leads a fetch, y
- * becomes its leader, and x a follower; else y begins one, to revalidate the
- * entry that answers x.
+ * becomes its leader, and x a follower; returns a descriptor of the entry, to
+ * read behind what x's client has, or -1 if that fails, and nothing has
+ * changed.  Else y begins a fetch, to revalidate the entry that answers x; -1.
  */
-static void
+static int
 cache_detach(struct exchange *x, struct exchange *y)
 {
 	struct request *q = x->request;
 	struct fetch *f = q->caching.fetch;
+	char path[CACHE_PATH];
+	int fd;
 
 	if (f == NULL) {
 		y->request->caching.key = q->caching.key;
 		fetch_begin(y);
-		return;
+		return -1;
 	}
+	store_path(f->serial, path);
+	fd = open(path, O_RDONLY);
+	if (fd != -1 &&
+	    lseek(fd, (off_t)(f->region + x->down.payload), SEEK_SET) == -1)
+		fd_drop(&fd);
+	if (fd == -1)
+		return -1;
 	y->record.status = x->record.status;
 	y->record.end = END_CLIENT;
 	y->record.server = x->record.server;
@@ -8450,11 +9590,13 @@ cache_detach(struct exchange *x, struct exchange *y)
 	y->request->method = q->method;
 	y->request->caching = q->caching;
 	q->caching.fetch = NULL;
+	q->caching.miss = "stored";
 	q->caching.validator = f->validator;
 	q->body = f->length;
 	f->leader = y;
 	fetch_follow(x, f);
 	answer_by(x, ANSWER_FETCH);
+	return fd;
 }
 
 /*
@@ -8513,7 +9655,7 @@ cache_stores(const struct exchange *x)
 
 /* Gives up the fetch that x leads, if any. */
 static void
-cache_drop(struct exchange *x)
+fetch_give_up(struct exchange *x)
 {
 	char path[CACHE_PATH];
 
@@ -8534,7 +9676,7 @@ disk_has_room(void)
 	    (uint64_t)disk.f_bavail * disk.f_frsize > CACHE_FLOOR ||
 	    disk.f_bavail > disk.f_blocks / 20)
 		return true;
-	cache_lacks_disk("it is nearly full");
+	store_lacks_disk("it is nearly full");
 	return false;
 }
 
@@ -8570,21 +9712,6 @@ region_draft(struct exchange *x, const struct response *r,
 }
 
 /*
- * Last-Modified if it is a strong validator, else empty: the payload might
- * change again in the same second (RFC 9110 section 8.8.2.2).
- */
-static struct text
-modified_strong(const struct head *h)
-{
-	int64_t modified = head_date(h, "Last-Modified");
-	int64_t date = head_date(h, "Date");
-
-	return modified != -1 && modified < (date == -1 ? now.wall : date) ?
-	    head_value(h, "Last-Modified") :
-	    text_of("");
-}
-
-/*
  * A hash: responses with the same one have the same payload, byte for byte; 0
  * if there is no strong validator.  With a weak entity tag the payload may
  * differ, and without a tag several codings may have the same date.
@@ -8606,7 +9733,7 @@ response_validator(const struct response *r)
  * line, which needs the body's length.  False on failure.
  */
 static bool
-store_open(struct fetch *f, const struct response *r, struct text region)
+fetch_open(struct fetch *f, const struct response *r, struct text region)
 {
 	char path[CACHE_PATH];
 
@@ -8616,14 +9743,16 @@ store_open(struct fetch *f, const struct response *r, struct text region)
 	    r->framing == FRAMING_NO_BODY        ? 0 :
 						   UINT64_MAX;
 	/* The entry may need a new directory, too. */
-	f->share = cache.block +
+	f->share = store.block +
 	    disk_bytes(region.len + (f->length == UINT64_MAX ? 0 : f->length));
-	if (!cache_fits(f->share))
+	/* Taken first and then judged, as other workers do the same. */
+	stock->making[worker] += f->share;
+	if (store_fits(0))
+		f->fd = temporary_open(f->serial, path);
+	if (f->fd == -1) {
+		stock->making[worker] -= f->share;
 		return false;
-	f->fd = temporary_open(f->serial, path);
-	if (f->fd == -1)
-		return false;
-	cache.making += f->share;
+	}
 	if (write_at(f->fd, region, 0))
 		return true;
 	disk_failed();
@@ -8636,7 +9765,7 @@ store_open(struct fetch *f, const struct response *r, struct text region)
  * waited for this head may read the entry.  False if it can't be stored.
  */
 static bool
-store_begin(struct exchange *x, const struct response *r)
+fetch_store(struct exchange *x, const struct response *r)
 {
 	struct buffer *region = work_buffer(WORK_REGION);
 	struct caching *c = &x->request->caching;
@@ -8645,7 +9774,7 @@ store_begin(struct exchange *x, const struct response *r)
 		return false;
 	if (c->fetch == NULL)
 		fetch_begin(x);
-	if (c->fetch == NULL || !store_open(c->fetch, r, buffer_text(region)))
+	if (c->fetch == NULL || !fetch_open(c->fetch, r, buffer_text(region)))
 		return false;
 	fetch_enter(c->fetch, FETCH_STORES);
 	return true;
@@ -8658,19 +9787,19 @@ store_begin(struct exchange *x, const struct response *r)
  * rest.
  */
 static bool
-store_fits(struct exchange *x, uint64_t n)
+fetch_fits(struct exchange *x, uint64_t n)
 {
 	struct caching *c = &x->request->caching;
 	struct fetch *f = c->fetch;
 
-	if (cache.making + n > options.cache_size / 4) {
+	if (stock_sum(stock->making) + n > options.cache_size / 4) {
 		f->discard = true;
 		c->miss = "too-large";
 		key_remember(f->key, true);
 		if (f->followers == 0 || f->validator != 0)
 			return false;
 	}
-	if (cache_fits(n))
+	if (store_fits(n))
 		return true;
 	if (!f->discard)
 		c->miss = "no-room";
@@ -8683,7 +9812,7 @@ store_fits(struct exchange *x, uint64_t n)
  * without variants.  False if that fails.
  */
 static bool
-store_seal(const struct fetch *f, char *path)
+fetch_seal(const struct fetch *f, char *path)
 {
 	struct buffer *b = work_buffer(WORK_REGION);
 	struct buffer *list = work_buffer(WORK_LIST);
@@ -8709,18 +9838,21 @@ store_seal(const struct fetch *f, char *path)
 
 /* Puts the complete entry of x in its place and ends the fetch. */
 static void
-store_finish(struct exchange *x)
+fetch_finish(struct exchange *x)
 {
 	struct caching *c = &x->request->caching;
 	struct fetch *f = c->fetch;
 	char from[CACHE_PATH], to[CACHE_PATH];
 
 	store_path(f->serial, from);
-	if (f->discard || !store_seal(f, to) ||
-	    !temporary_place(from, f->fd, f->region + f->stored, to)) {
+	if (f->discard)
 		(void)unlink(from);
-		if (!f->discard)
-			c->miss = "no-room";
+	else if (fetch_seal(f, to) &&
+	    temporary_place(from, f->fd, f->region + f->stored, to))
+		c->miss = "stored";
+	else {
+		(void)unlink(from);
+		c->miss = "no-room";
 	}
 	/* The followers have the complete body in any case. */
 	fetch_end(x, FETCH_COMPLETE);
@@ -8728,7 +9860,8 @@ store_finish(struct exchange *x)
 
 /*
  * Stores a piece of payload, and with `whole` its end, if x is storing what it
- * fetches; a failure costs only the entry.
+ * fetches; a failure costs only the entry.  Of a broken response nothing is
+ * kept.
  */
 static void
 cache_append(struct exchange *x, struct text t, bool whole)
@@ -8741,21 +9874,21 @@ cache_append(struct exchange *x, struct text t, bool whole)
 	end = f->region + f->stored;
 	if (f->length == UINT64_MAX)
 		n = disk_bytes(end + t.len) - disk_bytes(end);
-	if (n > 0 && !store_fits(x, n)) {
-		cache_drop(x);
+	if (x->down.broken || (n > 0 && !fetch_fits(x, n))) {
+		fetch_give_up(x);
 		return;
 	}
 	if (!write_at(f->fd, t, (off_t)end)) {
 		disk_failed();
 		x->request->caching.miss = "no-room";
-		cache_drop(x);
+		fetch_give_up(x);
 		return;
 	}
 	f->stored += t.len;
 	f->share += n;
-	cache.making += n;
+	stock->making[worker] += n;
 	if (whole)
-		store_finish(x);
+		fetch_finish(x);
 	else if (t.len > 0)
 		fetch_tell(f);
 }
@@ -8773,7 +9906,7 @@ cache_forget(const struct target *target)
 
 	entry_path(key, text_of(""), path);
 	(void)unlink(path);
-	for (f = cache.fetches; f != NULL; f = f->next) {
+	for (f = fetches; f != NULL; f = f->next) {
 		if (f->key != key_hash(key))
 			continue;
 		f->discard = true;
@@ -8840,476 +9973,6 @@ cache_invalidate(const struct target *own, const struct response *r)
 	}
 }
 
-/* Entries whose recency is known to be recently written. */
-static struct {
-	uint64_t name; /* hash of key and variant */
-	time_t when;   /* recency was written or checked */
-} cache_touched[CACHE_TOUCHED];
-
-/*
- * Records the use of an entry in its file's time, for the sweeper, if that is
- * older than CACHE_TOUCH_S.  The table avoids most calls.
- */
-static void
-entry_touch(int fd, const struct entry *e)
-{
-	uint64_t name = hash_text(key_hash(e->key), e->variant);
-	size_t i = (size_t)(name % CACHE_TOUCHED);
-	struct stat status;
-
-	if (cache_touched[i].name == name &&
-	    now.wall - cache_touched[i].when < CACHE_TOUCH_S)
-		return;
-	cache_touched[i].name = name;
-	cache_touched[i].when = now.wall;
-	if (fstat(fd, &status) != -1 &&
-	    now.wall - status.st_mtime >= CACHE_TOUCH_S)
-		(void)futimens(fd, NULL);
-}
-
-/* A file in the cache directory. */
-struct file {
-	const char *path;   /* with the cache directory */
-	const char *name;   /* without it */
-	bool entry;         /* probably one, by its place */
-	bool bucket;        /* a directory of entries */
-	uint64_t bytes;     /* of the disk */
-	struct stat status; /* from lstat(2) */
-};
-
-/* Fills in f for the file at path; false if it has vanished. */
-static bool
-file_look(struct file *f, const char *path)
-{
-	const char *slash;
-
-	f->path = path;
-	f->name = path + strlen(options.cache) + 1;
-	if (lstat(path, &f->status) == -1)
-		return false;
-	slash = strchr(f->name, '/');
-	f->entry = slash != NULL && slash[1] != '.' &&
-	    S_ISREG(f->status.st_mode);
-	f->bucket = strlen(f->name) == 2 && S_ISDIR(f->status.st_mode);
-	f->bytes = (uint64_t)f->status.st_blocks * 512;
-	return true;
-}
-
-/*
- * Calls visit for each file in a directory.  False, with errno, if the
- * directory can't be read to its end.
- */
-static bool
-directory_walk(const char *at,
-    void (*visit)(const struct file *file, void *argument), void *argument)
-{
-	char path[CACHE_PATH + 64];
-	DIR *directory = opendir(at);
-	const struct dirent *name;
-	struct file file;
-	int error;
-
-	if (directory == NULL)
-		return false;
-	for (errno = 0; (name = readdir(directory)) != NULL; errno = 0) {
-		(void)snprintf(path, sizeof(path), "%.803s/%.255s", at,
-		    name->d_name);
-		if (strcmp(name->d_name, ".") != 0 &&
-		    strcmp(name->d_name, "..") != 0 && file_look(&file, path))
-			visit(&file, argument);
-	}
-	error = errno;
-	(void)closedir(directory);
-	errno = error;
-	return error == 0;
-}
-
-/*
- * The same for the whole cache: the directories of entries, then the one above
- * them.
- */
-static bool
-cache_walk(void (*visit)(const struct file *file, void *argument),
-    void *argument)
-{
-	char path[CACHE_PATH];
-	int error = 0;
-	unsigned i;
-
-	for (i = 0; i <= 256; i++) {
-		(void)snprintf(path, sizeof(path),
-		    i < 256 ? "%.800s/%02x" : "%.800s", options.cache, i);
-		if (!directory_walk(path, visit, argument) && errno != ENOENT &&
-		    errno != ENOTDIR)
-			error = errno;
-	}
-	errno = error;
-	return error == 0;
-}
-
-/* The process that made a temporary file; 0 if the name is not temporary. */
-static pid_t
-temporary_owner(const char *name)
-{
-	struct text t = text_of(name);
-	uint64_t pid;
-
-	if (strncmp(name, "tmp.", 4) != 0)
-		return 0;
-	t = text_from(t, 4);
-	t.len = text_find(t, '.');
-	return number_parse(t, INT32_MAX, &pid) ? (pid_t)pid : 0;
-}
-
-/* True if a temporary file is so old that it is abandoned. */
-static bool
-temporary_is_old(const struct file *f)
-{
-	return now.wall - f->status.st_mtime >= TEMPORARY_S;
-}
-
-/* The sweeper's account: the bytes of entries by age. */
-struct sweep {
-	pid_t owner;       /* counts its temporary files itself */
-	uint64_t bytes;    /* of all files */
-	uint64_t ages[64]; /* of entries, by sweep_age() */
-	uint64_t most;     /* that may stay */
-	uint64_t kept;     /* that will stay */
-	uint64_t evicted;  /* entries that were removed */
-	unsigned cut;      /* older ones go, this age as needed */
-};
-
-/* A file's age on a logarithmic scale. */
-static unsigned
-sweep_age(const struct file *f)
-{
-	int64_t age = now.wall - f->status.st_mtime;
-	unsigned n = 0;
-
-	for (; age > 0 && n < 60; age -= age / 2 + 1)
-		n++;
-	return n;
-}
-
-/* The first pass: counts a file, or removes an abandoned one. */
-static void
-sweep_count(const struct file *f, void *argument)
-{
-	struct sweep *sweep = argument;
-	pid_t owner = temporary_owner(f->name);
-
-	if (owner != 0 && temporary_is_old(f))
-		(void)unlink(f->path);
-	else if (owner == 0 || owner != sweep->owner)
-		sweep->bytes += f->bytes;
-	if (f->entry)
-		sweep->ages[sweep_age(f)] += f->bytes;
-}
-
-/* The second pass: removes a file, if it must go. */
-static void
-sweep_remove(const struct file *f, void *argument)
-{
-	struct sweep *sweep = argument;
-	unsigned age = sweep_age(f);
-	bool last = f->entry && age == sweep->cut;
-
-	if (f->bucket ? rmdir(f->path) == -1 :
-			!f->entry || age < sweep->cut ||
-		    (last && sweep->kept <= sweep->most) ||
-		    unlink(f->path) == -1)
-		return;
-	sweep->evicted += f->entry;
-	/* The first pass may have missed it. */
-	sweep->bytes -= f->bytes < sweep->bytes ? f->bytes : sweep->bytes;
-	if (last)
-		sweep->kept -= f->bytes < sweep->kept ? f->bytes : sweep->kept;
-}
-
-/*
- * Decides how much may stay, and so how old it may be: five eighths of the
- * cache's size, or of the present bytes if the disk is full and that is less.
- * True if something must go.
- */
-static bool
-sweep_plan(struct sweep *sweep, bool disk)
-{
-	unsigned age;
-
-	sweep->most = options.cache_size / 8 * 5;
-	if (disk && sweep->bytes / 8 * 5 < sweep->most)
-		sweep->most = sweep->bytes / 8 * 5;
-	sweep->kept = sweep->bytes;
-	for (age = 0; age < 64; age++)
-		sweep->kept -= sweep->ages[age];
-	while (sweep->cut < 63 &&
-	    (sweep->kept += sweep->ages[sweep->cut]) <= sweep->most)
-		sweep->cut++;
-	return sweep->bytes > sweep->most;
-}
-
-/*
- * Removes the least recently used entries: one pass counts, one removes, so
- * that memory use does not depend on the number of entries.  False, with errno,
- * if the cache can't be read.
- */
-static bool
-sweep_run(struct sweep *sweep, bool disk)
-{
-	struct stat status;
-	bool good;
-	int error;
-
-	if (stat(options.cache, &status) != -1)
-		sweep->bytes += (uint64_t)status.st_blocks * 512;
-	good = cache_walk(sweep_count, sweep);
-	error = errno;
-	if (sweep_plan(sweep, disk))
-		(void)cache_walk(sweep_remove, sweep);
-	errno = error;
-	return good;
-}
-
-/* The path of a file that exists while the cache may be over its limit. */
-static void
-cache_unswept(char *path)
-{
-	(void)snprintf(path, CACHE_PATH, "%.900s/unswept", options.cache);
-}
-
-/*
- * Takes over the sweeper's count.  It may lack bytes that were written since it
- * began.
- */
-static void
-sweep_result(uint64_t bytes)
-{
-	char path[CACHE_PATH];
-
-	cache.total = bytes + cache.written;
-	if (cache.lack == LACK_SIZE)
-		cache.lack = LACK_NONE;
-	if (cache.limit == options.cache_size / 16 * 15)
-		return;
-	cache.limit = options.cache_size / 16 * 15;
-	cache_unswept(path);
-	(void)unlink(path);
-}
-
-/* Reads the sweeper's report if it has come, and then reaps the sweeper. */
-static void
-sweep_reap(void)
-{
-	uint64_t report[2];
-	ssize_t n;
-
-	if (cache.report.fd != -1) {
-		if (!cache.report.readable)
-			return;
-		cache.report.readable = false;
-		n = fd_read(cache.report.fd, report, sizeof(report));
-		if (n == -1 && errno == EAGAIN)
-			return;
-		conn_close(&cache.report, false);
-		/* Without a report the sweep has failed. */
-		cache.said_unread = n != (ssize_t)sizeof(report);
-		if (!cache.said_unread) {
-			sweep_result(report[0]);
-			totals.evicted += report[1];
-		}
-	}
-	if (waitpid(cache.sweeper, NULL, WNOHANG) != 0)
-		cache.sweeper = 0;
-	else if (exchanges.wake > now.ms + 50)
-		exchanges.wake = now.ms + 50;
-}
-
-/*
- * The sweeper: a child that sweeps, and reports how many bytes are left and how
- * many entries were removed.
- */
-static void
-sweeper_main(int fd, pid_t owner, bool disk)
-{
-	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
-	struct sweep sweep = { .owner = owner };
-	size_t i;
-
-	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
-		(void)signal(caught[i], SIG_DFL);
-	fds_close(fd, fd);
-	if (sweep_run(&sweep, disk)) {
-		uint64_t report[2];
-
-		report[0] = sweep.bytes;
-		report[1] = sweep.evicted;
-		(void)fd_write(fd, report, sizeof(report));
-	} else if (!cache.said_unread)
-		warn("can't read the cache %s: %s", options.cache,
-		    strerror(errno));
-	_exit(0);
-}
-
-/* Starts the sweeper. */
-static void
-sweep_start(void)
-{
-	bool disk = cache.lack == LACK_DISK;
-	pid_t owner = getpid();
-	int fds[2];
-
-	if (cache.lack != LACK_NONE)
-		cache.lack_ms = now.ms + SWEEP_GAP_MS;
-	cache.written = 0;
-	cache.lack = LACK_NONE;
-	if (!pipe_open(fds))
-		return;
-	cache.sweeper = fork();
-	if (cache.sweeper == 0)
-		sweeper_main(fds[1], owner, disk);
-	(void)close(fds[1]);
-	if (!conn_open(&cache.report, ROLE_REPORT, fds[0], NULL))
-		return;
-	conn_watch(&cache.report, POLLIN);
-	if (cache.sweeper == -1)
-		conn_close(&cache.report, false);
-}
-
-/* What the cache takes of the disk in bytes, at most. */
-static uint64_t
-cache_bytes(void)
-{
-	return cache.total + cache.making;
-}
-
-/*
- * Starts a sweep when enough was written since the last one, or when room was
- * lacking.  Even with entries being stored, the cache then stays below its
- * limit, unless the sweeper is slow.
- */
-static void
-cache_sweep(void)
-{
-	if (cache.sweeper > 0)
-		sweep_reap();
-	if (options.cache == NULL || cache.sweeper > 0)
-		return;
-	if (cache.written > options.cache_size / 16 ||
-	    (cache.lack != LACK_NONE && now.ms >= cache.lack_ms))
-		sweep_start();
-}
-
-/*
- * Looks for an entity tag in a request's fields of that name.  Returns 1 if
- * they contain it or `*`, 0 if not, -1 if there are no such fields.  The
- * comparison is weak or strong (RFC 9110 section 8.8.3.2).
- */
-static int
-condition_has(const struct head *q, const char *name, struct text etag,
-    bool weak)
-{
-	int verdict = -1;
-	size_t i;
-
-	if (text_starts(etag, "W/"))
-		etag = weak ? text_from(etag, 2) : text_of("");
-	for (i = 0; i < q->n; i++) {
-		struct text rest = q->fields[i].value, member;
-
-		if (!text_is(q->fields[i].name, name))
-			continue;
-		verdict = 0;
-		while (list_next(&rest, &member)) {
-			if (text_is(member, "*"))
-				return 1;
-			if (weak && text_starts(member, "W/"))
-				member = text_from(member, 2);
-			if (etag.len > 0 && text_equals(member, etag))
-				return 1;
-		}
-	}
-	return verdict;
-}
-
-/*
- * True if the stored response meets the request's If-Match or
- * If-Unmodified-Since (RFC 9110 section 13.2.2, steps 1 and 2); if not, the
- * answer is 412.
- */
-static bool
-request_is_met(const struct head *q, const struct response *r)
-{
-	int64_t since = head_date(q, "If-Unmodified-Since");
-	int verdict =
-	    condition_has(q, "If-Match", head_value(&r->head, "ETag"), false);
-
-	if (verdict != -1)
-		return verdict == 1;
-	return since == -1 || head_date(&r->head, "Last-Modified") <= since;
-}
-
-/*
- * True if the client already has the stored response: the answer is 304 (RFC
- * 9110 section 13.2.2; If-None-Match takes precedence over If-Modified-Since).
- */
-static bool
-request_is_satisfied(const struct head *q, const struct response *r)
-{
-	int64_t since = head_date(q, "If-Modified-Since"), modified;
-	int verdict = condition_has(q, "If-None-Match",
-	    head_value(&r->head, "ETag"), true);
-
-	if (verdict != -1 || since == -1)
-		return verdict == 1;
-	modified = head_date(&r->head, "Last-Modified");
-	if (modified == -1)
-		modified = head_date(&r->head, "Date");
-	return modified != -1 && modified <= since;
-}
-
-/*
- * Parses the one range that a request asks for, of a body of so many bytes (RFC
- * 9110 section 14.1.2).  Returns 1: range is set; 0: send the whole body; -1:
- * it can't be satisfied.  An empty body satisfies a suffix and `bytes=0-`,
- * which some clients always send.
- */
-static int
-range_parse(const struct head *q, const struct response *r, uint64_t body,
-    struct range *range)
-{
-	struct text t = head_value(q, "Range"), from, to;
-	struct text condition = head_value(q, "If-Range");
-	uint64_t first, last = UINT64_MAX;
-	size_t dash = text_find(t, '-');
-
-	if (!text_starts(t, "bytes=") || r->status != 200 || dash == t.len ||
-	    text_find(t, ',') < t.len)
-		return 0;
-	if (condition.len > 0 &&
-	    (text_starts(condition, "W/") ||
-		(!text_equals(condition, head_value(&r->head, "ETag")) &&
-		    !text_equals(condition, modified_strong(&r->head)))))
-		return 0;
-	from = text_from(text_cut(t.at, dash), strlen("bytes="));
-	to = text_from(t, dash + 1);
-	if (!number_parse(from.len ? from : to, INT64_MAX, &first))
-		return 0;
-	if (from.len == 0 && first == 0)
-		return -1;
-	if (from.len == 0)
-		first = first < body ? body - first : 0;
-	else if (to.len > 0 &&
-	    (!number_parse(to, INT64_MAX, &last) || last < first))
-		return 0;
-	if (body == 0 && first == 0 && last == UINT64_MAX)
-		return 0;
-	if (first >= body)
-		return -1;
-	range->first = first;
-	range->length = (last < body ? last + 1 : body) - first;
-	return 1;
-}
-
 /* ---- lookups and validation ---- */
 
 /*
@@ -9357,7 +10020,7 @@ rule_seconds(const struct rule *rule)
 static struct fetch *
 fetch_for(uint64_t key)
 {
-	struct fetch *f = cache.fetches;
+	struct fetch *f = fetches;
 
 	while (f != NULL && (f->key != key || f->discard))
 		f = f->next;
@@ -9382,9 +10045,10 @@ follow_is_safe(const struct fetch *f)
 		return true;
 	if (f->length == UINT64_MAX)
 		return f->share >= options.cache_size / 4 ||
-		    cache_fits(options.cache_size / 4 - f->share);
+		    store_fits(options.cache_size / 4 - f->share);
 	return statvfs(options.cache, &disk) != -1 &&
-	    (uint64_t)disk.f_bavail * disk.f_frsize / 2 >= cache.making;
+	    (uint64_t)disk.f_bavail * disk.f_frsize / 2 >=
+	    stock_sum(stock->making);
 }
 
 /*
@@ -9467,7 +10131,8 @@ lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 	l->b = buffer_take();
 	if (l->b == NULL)
 		return;
-	entry_find(x, l);
+	entry_find(x->request, l);
+	x->request->caching.key = l->key;
 	if (l->fd != -1 && !lookup_fits(x, l))
 		fd_drop(&l->fd);
 	if (l->fd != -1)
@@ -9488,7 +10153,7 @@ follow_open(struct exchange *x, struct lookup *l)
 	char path[CACHE_PATH];
 	int fd;
 
-	for (f = cache.fetches; f != NULL; f = f->next) {
+	for (f = fetches; f != NULL; f = f->next) {
 		if (f->state != FETCH_STORES || f->discard ||
 		    f->key != q->caching.key ||
 		    (f->length == UINT64_MAX && key_is_uncacheable(f->key)))
@@ -9531,13 +10196,13 @@ lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 		return;
 	}
 	fd_drop(&fd);
-	cache_unfollow(x);
+	fetch_unfollow(x);
 	l->reuse = REUSE_VALIDATED;
 }
 
 /*
- * True if q may lead or follow a fetch: a plain GET, whose response may well
- * suit other clients.
+ * True if q may lead a fetch, or wait for the head of one: a plain GET, whose
+ * response may well suit other clients.
  */
 static bool
 request_is_common(const struct request *q, const struct control *asked)
@@ -9649,10 +10314,10 @@ cache_find(struct exchange *x, struct lookup *l)
 	struct caching *c = &q->caching;
 	struct control asked;
 	const struct rule *rule;
-	bool common, offline;
+	bool common, offline, guarded;
 
 	/* On a second call, x has waited. */
-	cache_unfollow(x);
+	fetch_unfollow(x);
 	rule = cache_rule(x, NULL, NULL);
 	offline = rule != NULL && rule->action == ACTION_OFFLINE;
 	if (!request_is_cacheable(x, rule))
@@ -9660,12 +10325,17 @@ cache_find(struct exchange *x, struct lookup *l)
 	asked = control_parse(&q->head);
 	asked.only_if_cached = asked.only_if_cached || offline;
 	common = request_is_common(q, &asked);
+	guarded = head_field(&q->head, "If-Match") != NULL ||
+	    head_field(&q->head, "If-Unmodified-Since") != NULL;
 	lookup_run(x, &asked, l);
 	if (!c->collapsed)
 		c->forward = l->forward;
 	if (offline && l->fd != -1 && l->reuse != REUSE_FRESH)
 		l->reuse = REUSE_STALE;
-	if (l->reuse == REUSE_VALIDATED)
+	if (guarded && l->fd != -1 && l->r.status / 100 == 2 &&
+	    !request_is_met(&q->head, &l->r))
+		l->reuse = REUSE_VALIDATED;
+	else if (l->reuse == REUSE_VALIDATED)
 		lookup_follow(x, &asked, l);
 	if (l->reuse == REUSE_MEANWHILE && fetch_for(c->key) != NULL)
 		l->reuse = REUSE_STALE;
@@ -9680,12 +10350,10 @@ cache_find(struct exchange *x, struct lookup *l)
 		fd_drop(&l->fd);
 		return asked.only_if_cached ? CACHED_NEVER : CACHED_WAIT;
 	}
-	if (l->fd != -1 &&
-	    (head_field(&q->head, "If-Match") != NULL ||
-		head_field(&q->head, "If-Unmodified-Since") != NULL)) {
+	if (l->fd != -1 && guarded) {
 		/*
-		 * Our validators would replace its conditions, and a part of
-		 * another version would seem to meet them: it is sent
+		 * With our validators in place of its conditions, a part of
+		 * another version could seem to meet them: it is sent
 		 * unchanged, and a part must not replace the whole.
 		 */
 		fd_drop(&l->fd);
@@ -9815,12 +10483,36 @@ entry_resembles(const struct exchange *x, const struct response *r)
 }
 
 /*
+ * Puts the head that a 304 has changed in the place of the stored one in l, as
+ * the client's answer; with the cookies of the 304, which are not stored.
+ * False if there is no room.
+ */
+static bool
+lookup_renew(struct lookup *l, const struct response *news, struct text head)
+{
+	struct buffer *b = l->b;
+	size_t start = (size_t)(l->e.head.at - b->data), i;
+
+	b->end = start;
+	buffer_append(b, text_cut(head.at, head.len - strlen("\r\n")));
+	for (i = 0; i < news->head.n; i++)
+		if (text_is(news->head.fields[i].name, "Set-Cookie"))
+			field_append(b, &news->head.fields[i]);
+	buffer_append(b, text_of("\r\n"));
+	l->e.head = text_cut(b->data + start, b->end - start);
+	return b->overflow == 0 &&
+	    response_parse(l->e.head, METHOD_GET, &l->r) == 1 &&
+	    lseek(l->fd, (off_t)l->e.region, SEEK_SET) != -1;
+}
+
+/*
  * Rewrites the region of the entry in l in place, with the fields of a 304.
  * Removes the entry if it may no longer be stored, is now another variant, or
  * has no room; but a request whose response may not be stored leaves the entry
- * as it is.
+ * as it is.  The client gets the new fields in any case; false if they have no
+ * room in l.
  */
-static void
+static bool
 entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 {
 	const struct request *q = x->request;
@@ -9834,48 +10526,56 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 	l->e.responded = now.wall;
 	l->e.age = initial_age(news, q->times.requested, now.wall);
 	stored_head_append(news, &l->r, head);
-	if (!head->overflow &&
-	    response_parse(buffer_text(head), METHOD_GET, &merged) == 1 &&
-	    response_obstacle(q, &merged, rule_seconds(rule)) == NULL &&
+	if (head->overflow ||
+	    response_parse(buffer_text(head), METHOD_GET, &merged) != 1)
+		return false;
+	if (response_obstacle(q, &merged, rule_seconds(rule)) == NULL &&
 	    variant_fits(&l->e, &merged, q) &&
 	    region_build(region, &l->e, buffer_text(head), l->e.region) > 0) {
 		region_seal(region, l->e.body);
 		(void)write_at(l->fd, buffer_text(region), 0);
 	} else if (!asked.no_store && !head_field(&q->head, "Authorization"))
 		entry_remove(&q->caching);
+	return lookup_renew(l, news, buffer_text(head));
 }
 
 /*
  * Handles a 304.  CACHED_YES: the open entry answers, in l.  CACHED_LOST: the
- * 304 is about another version (RFC 9111 section 4.3.4), or the entry is
- * damaged.
+ * 304 is about another version, or the entry is damaged.
  */
 static enum cached
 cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 {
-	struct text etag = head_value(&news->head, "ETag");
-
 	if (entry_load(x, l)) {
-		bool same = etag.len == 0 || text_starts(etag, "W/") ||
-		    text_equals(etag, head_value(&l->r.head, "ETag"));
-
-		if (same)
-			entry_freshen(x, news, l);
-		buffer_give(&l->b);
-		if (same && entry_load(x, l)) {
+		if (response_is_same(news, &l->r) &&
+		    entry_freshen(x, news, l)) {
 			(void)lookup_age(x, l);
 			return lookup_answers(x, l, "validated");
 		}
+		buffer_give(&l->b);
 	}
 	entry_remove(&x->request->caching);
 	entry_close(x, CACHING_NONE);
 	return CACHED_LOST;
 }
 
+/* True if r has the same payload as the failed fetch that x followed. */
+static bool
+payload_goes_on(const struct exchange *x, const struct response *r)
+{
+	const struct request *q = x->request;
+
+	return r->status == 200 && q->caching.validator != 0 &&
+	    response_validator(r) == q->caching.validator &&
+	    (x->down.to != FRAMING_LENGTH ||
+		(r->framing == FRAMING_LENGTH && r->length == q->body));
+}
+
 /*
  * Handles a server's response, or its failure if r is NULL, for an entry to
  * validate.  CACHED_YES: the entry answers, in l; CACHED_LOST: it can't be
- * used, so ask the server again; CACHED_NO: r answers.
+ * used, so ask the server again; CACHED_NO: r answers.  If the client has a
+ * part of the response already, CACHED_YES: r has the same payload.
  */
 static enum cached
 cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
@@ -9886,6 +10586,8 @@ cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 
 	if (r == NULL)
 		return cache_rescue(x, false, l);
+	if (x->record.status != 0)
+		return payload_goes_on(x, r) ? CACHED_YES : CACHED_NO;
 	if (c->state != CACHING_VALIDATES || r->status < 200)
 		return CACHED_NO;
 	c->forward_status = r->status;
@@ -9921,14 +10623,14 @@ cache_obstacle(const struct exchange *x, const struct response *r)
 		return "method";
 	why = response_obstacle(q, r, rule_seconds(rule));
 	if (why != NULL || r->framing != FRAMING_LENGTH ||
-	    r->length + cache.making <= options.cache_size / 4)
+	    r->length + stock_sum(stock->making) <= options.cache_size / 4)
 		return why;
 	return r->length > options.cache_size / 4 ? "too-large" : "no-room";
 }
 
 /*
- * Handles a final response from a server: begins to store it, or tells its
- * followers that it is not stored.  It may also invalidate entries.
+ * Handles a final response from a server: begins to store it, or tells those
+ * who follow the fetch that it is not stored.  It may also invalidate entries.
  */
 static void
 cache_store(struct exchange *x, const struct response *r)
@@ -9945,12 +10647,12 @@ cache_store(struct exchange *x, const struct response *r)
 	    r->status >= 200 && r->status < 400)
 		cache_invalidate(&q->target, r);
 	why = cache_obstacle(x, r);
-	if (why == NULL && !store_begin(x, r))
+	if (why == NULL && !fetch_store(x, r))
 		why = "no-room";
 	if (c->fetch != NULL)
 		key_remember(c->key, why != NULL);
 	if (why == NULL) {
-		c->miss = c->fetch->discard ? "outdated" : "stored";
+		c->miss = c->fetch->discard ? "outdated" : "incomplete";
 		return;
 	}
 	trace(x, "not stored: %s", why);
@@ -9965,12 +10667,10 @@ cache_store(struct exchange *x, const struct response *r)
 static void
 cache_leave(struct exchange *x)
 {
-	cache_drop(x);
-	cache_unfollow(x);
+	fetch_give_up(x);
+	fetch_unfollow(x);
 	entry_close(x, CACHING_NONE);
-	/* A page for an unmet condition is still a hit. */
-	if (x->record.refusal != REFUSE_CONDITION)
-		x->request->caching.hit = NULL;
+	x->request->caching.hit = NULL;
 }
 
 /*
@@ -9988,68 +10688,43 @@ cache_room(const struct exchange *x)
 }
 
 /*
- * True if the fetch of x should go on without x's client: it is stored, or may
- * be yet, and it has followers or half of it is there; or it is a refresh.
+ * What the cache wants of the fetch of x.  It is to go on without x's client if
+ * it is stored, or may be yet, and has followers or half of it is there; or if
+ * it is a refresh.  It may move to a slot of its own, with x as one of its
+ * followers, unless x might then get less than before: the rest could not be
+ * requested again, and may lack room.
  */
-static bool
+static enum wanted
 cache_wants(const struct exchange *x)
 {
 	const struct fetch *f = x->request->caching.fetch;
 	bool stores = cache_stores(x);
 
 	if (x->refresh && x->record.end == END_DONE)
-		return stores || answer_is_stored(x->request);
+		return stores || answer_is_stored(x->request) ? WANTED_HERE :
+								WANTED_NOT;
 	if (f == NULL || !x->up.done || (x->phase >= PHASE_RELAY && !stores))
-		return false;
-	return f->followers > 0 ||
-	    (stores && f->length != UINT64_MAX && f->stored >= f->length / 2);
+		return WANTED_NOT;
+	if (f->followers == 0)
+		return stores && f->length != UINT64_MAX &&
+			f->stored >= f->length / 2 ?
+		    WANTED_HERE :
+		    WANTED_NOT;
+	return stores && !x->refresh &&
+		(f->validator != 0 || f->length != UINT64_MAX) &&
+		follow_is_safe(f) ?
+	    WANTED_APART :
+	    WANTED_HERE;
 }
 
 /*
- * Opens the entry that x stores, so that x can read on from what its own client
- * has.  Returns -1 if it has no followers, or if x might then get less than
- * before: the rest could not be requested again, and may lack room.
+ * Turns the stored response r into the client's response: 304 if the client
+ * has it already, a part of it, or all.  Fields for its head go to `extra`, of
+ * size bytes; returns where in the file a part begins, else 0.
  */
-static int
-cache_follow_own(const struct exchange *x)
-{
-	const struct fetch *f = x->request->caching.fetch;
-	char path[CACHE_PATH];
-	int fd;
-
-	if (!cache_stores(x) || f->followers == 0 ||
-	    (f->validator == 0 && f->length == UINT64_MAX) ||
-	    !follow_is_safe(f))
-		return -1;
-	store_path(f->serial, path);
-	fd = open(path, O_RDONLY);
-	if (fd != -1 &&
-	    lseek(fd, (off_t)(f->region + x->down.payload), SEEK_SET) == -1)
-		fd_drop(&fd);
-	return fd;
-}
-
-/* True if r has the same payload as the failed fetch that x followed. */
-static bool
-cache_resembles(const struct exchange *x, const struct response *r)
-{
-	const struct request *q = x->request;
-
-	return r->status == 200 && q->caching.validator != 0 &&
-	    response_validator(r) == q->caching.validator &&
-	    (x->down.to != FRAMING_LENGTH ||
-		(r->framing == FRAMING_LENGTH && r->length == q->body));
-}
-
-/*
- * Turns the stored response r into the client's response: 304 if the client has
- * it already, a part of it, or all.  Fields for its head go to `extra`, of size
- * bytes; *at is where in the file a part begins, else 0.  False if r does not
- * meet the client's condition.
- */
-static bool
+static uint64_t
 cache_shape(const struct exchange *x, struct response *r, char *extra,
-    size_t size, uint64_t *at)
+    size_t size)
 {
 	const struct request *q = x->request;
 	unsigned long long body = q->body;
@@ -10057,8 +10732,6 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 	int part = 0;
 	size_t n;
 
-	if (r->status / 100 == 2 && !request_is_met(&q->head, r))
-		return false;
 	n = (size_t)snprintf(extra, size, "Age: %lld\r\n",
 	    (long long)q->caching.age);
 	r->framing = q->method == METHOD_HEAD ? FRAMING_NO_BODY :
@@ -10073,6 +10746,8 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 	} else if (part == -1) {
 		r->status = 416;
 		r->framing = FRAMING_NO_BODY;
+		/* The fields are about what is not sent, also its freshness. */
+		r->head.n = 0;
 		(void)snprintf(extra + n, size - n,
 		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
 		    body);
@@ -10091,8 +10766,7 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 		r->reason = text_of(status_reason(r->status));
 	r->extra = text_of(extra);
 	r->length = range.length;
-	*at = part == 1 ? q->caching.region + range.first : 0;
-	return true;
+	return part == 1 ? q->caching.region + range.first : 0;
 }
 
 /* Appends Cache-Status (RFC 9211): how the cache was used, or why not. */
@@ -10120,184 +10794,7 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 	buffer_append(b, text_of("\r\n"));
 }
 
-/* Appends hit= or miss= to a log line. */
-static void
-cache_log_append(const struct request *q, struct buffer *b)
-{
-	const struct caching *c = &q->caching;
-
-	if (c->hit == NULL && c->miss == NULL)
-		return;
-	buffer_append(b, text_of(c->hit ? " hit=" : " miss="));
-	/* A fetch that is still storing was cut off. */
-	buffer_append(b,
-	    text_of(c->hit                                      ? c->hit :
-		    c->fetch && c->fetch->state == FETCH_STORES ? "incomplete" :
-								  c->miss));
-}
-
-/* ---- the directory ---- */
-
-static const char cache_tag[] = "Signature: 8a477f597d28d172789f06886806bc55\n"
-				"# A cache of proxy; all of it may go.\n";
-
-/*
- * Ends the program if a file does not belong to a cache.  Removes temporary
- * files of a crashed proxy, not those of a running one.  None is ours yet.
- */
-static void
-cache_check(const struct file *f, void *argument)
-{
-	const bool *tagged = argument;
-	pid_t owner = temporary_owner(f->name);
-
-	if (!*tagged ||
-	    (strncmp(f->name, "tmp.", 4) != 0 &&
-		strcmp(f->name, "unswept") != 0 &&
-		strcmp(f->name, "CACHEDIR.TAG") != 0 &&
-		(strlen(f->name) != 2 || hex_value(f->name[0]) < 0 ||
-		    hex_value(f->name[1]) < 0)))
-		die("%s is no cache of proxy: it holds %s", options.cache,
-		    f->name);
-	if (owner > 0 &&
-	    (owner == getpid() || (kill(owner, 0) == -1 && errno == ESRCH) ||
-		temporary_is_old(f)))
-		(void)unlink(f->path);
-}
-
-/*
- * Gives fd, the file or directory at path, to the user of -u, if any.  A path
- * might lead elsewhere once that user moves it.
- */
-static void
-cache_own(int fd, const char *path)
-{
-	if (options.user != NULL && fchown(fd, options.uid, options.gid) == -1)
-		die("can't give %s to user %s: %s", path, options.user,
-		    strerror(errno));
-}
-
-/*
- * Assumes how full the cache is until the first sweep has counted it.  A run
- * never uses the last sixteenth, so half of that is left for entries stored
- * before then; but not if an earlier run ended before its first sweep did, as
- * the file `unswept` shows.
- */
-static void
-cache_assume(const char *tag, bool fresh)
-{
-	char path[CACHE_PATH];
-	struct stat status;
-	int fd;
-
-	/* Some file systems have larger blocks. */
-	if (stat(tag, &status) != -1 &&
-	    (uint64_t)status.st_blocks * 512 > cache.block)
-		cache.block = (uint64_t)status.st_blocks * 512;
-	/* Serials differ from an earlier process with our id. */
-	cache.serial = (uint64_t)now.wall << 20 | (uint64_t)(now.us & 0xfffff);
-	/* Makes the first turn start a sweep. */
-	cache.written = options.cache_size;
-	cache.total = 2 * cache.block;
-	cache.limit = options.cache_size / 16 * 15;
-	if (fresh)
-		return;
-	cache_unswept(path);
-	fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
-	cache.total = fd != -1 ? cache.limit : options.cache_size;
-	cache.limit = options.cache_size / 32 * 31;
-	if (fd != -1)
-		(void)close(fd);
-}
-
-/*
- * Makes the cache directory, or checks that it is one: a directory with other
- * files must not be filled or swept.
- */
-static void
-cache_open(void)
-{
-	char path[CACHE_PATH], text[sizeof(cache_tag)] = { 0 };
-	bool tagged;
-	int fd;
-
-	if (strlen(options.cache) > CACHE_PATH - 300)
-		die("-c: the path is too long");
-	if (mkdir(options.cache, 0700) == -1 && errno != EEXIST)
-		die("can't make the cache %s: %s", options.cache,
-		    strerror(errno));
-	(void)snprintf(path, sizeof(path), "%.800s/CACHEDIR.TAG",
-	    options.cache);
-	fd = open(path, O_RDONLY | O_NONBLOCK);
-	tagged = fd != -1 && fd_read(fd, text, sizeof(text) - 1) > 0 &&
-	    strcmp(text, cache_tag) == 0;
-	fd_drop(&fd);
-	if (!directory_walk(options.cache, cache_check, &tagged))
-		die("can't read the cache %s: %s", options.cache,
-		    strerror(errno));
-	fd = open(options.cache, O_RDONLY | O_DIRECTORY);
-	if (fd != -1)
-		cache_own(fd, options.cache);
-	fd_drop(&fd);
-	if (!tagged)
-		fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
-	if (fd != -1) {
-		(void)fd_write(fd, cache_tag, strlen(cache_tag));
-		cache_own(fd, path);
-	}
-	cache_assume(path, fd != -1);
-	fd_drop(&fd);
-}
-
-/* Warns of the first directory of a cache that we can't write. */
-static void
-bucket_warn(const struct file *f, void *argument)
-{
-	bool *warned = argument;
-
-	if (*warned || !f->bucket || access(f->path, W_OK) != -1)
-		return;
-	*warned = true;
-	warn("user %s can't write %s: chown -R %s %s", options.user, f->path,
-	    options.user, options.cache);
-}
-
-/* Warns if the user of -u, who we are by now, can't write the cache. */
-static void
-cache_warn(void)
-{
-	bool warned = false;
-
-	(void)directory_walk(options.cache, bucket_warn, &warned);
-}
-
-/* Prints the path of a file if it is an entry of the key. */
-static void
-key_visit(const struct file *f, void *argument)
-{
-	const struct text *key = argument;
-	struct entry e;
-	int fd = -1;
-
-	if (f->entry)
-		fd = entry_open(f->path, 0, *key, work_buffer(WORK_REGION), &e);
-	if (fd != -1)
-		printf("%s\n", f->path);
-	fd_drop(&fd);
-}
-
-/* Prints the paths of the entries of a URL. */
-static void
-cache_print(const struct target *target)
-{
-	struct text key = key_of(target);
-
-	if (!cache_walk(key_visit, &key))
-		die("can't read the cache %s: %s", options.cache,
-		    strerror(errno));
-}
-
-/* ---- 10. Names ---- */
+/* ---- 14. Names ---- */
 
 /*
  * Finds the addresses of names.  getaddrinfo(3) may take a minute, and the
@@ -10307,7 +10804,7 @@ cache_print(const struct target *target)
  * at most _POSIX_PIPE_BUF bytes on two pipes: a write completes or fails.
  *
  * Door: names, user_find, user_become, names_start, names_ask, names_lost,
- * names_take, names_find, names_waiting.
+ * names_take, names_find.
  */
 
 enum {
@@ -10377,6 +10874,7 @@ static struct {
 	struct conn answers;          /* from it */
 	pid_t helper;                 /* its process */
 	unsigned serial;              /* of the last question */
+	unsigned waiting;             /* names that have no answer yet */
 	int64_t restart; /* ms: when the helper may be started again */
 } names;
 
@@ -10674,6 +11172,7 @@ names_take(void)
 		if (answer.error == 0 && answer.n == 0)
 			answer.error = EAI_NONAME;
 		name->state = NAME_KNOWN;
+		names.waiting--;
 		name->error = answer.error;
 		totals.nameless += answer.error != 0;
 		name->n = answer.n;
@@ -10697,8 +11196,10 @@ names_find(const char *host)
 	struct name *name, *best = NULL;
 
 	for (name = names.table; name < names.table + NAMES_MAX; name++) {
-		if (name->state != NAME_WANTED && name->until <= now.ms)
+		if (name->state != NAME_WANTED && name->until <= now.ms) {
+			names.waiting -= name->state == NAME_ASKED;
 			name->state = NAME_EMPTY;
+		}
 		if (name->state != NAME_EMPTY &&
 		    strcasecmp(name->host, host) == 0)
 			return name;
@@ -10711,24 +11212,13 @@ names_find(const char *host)
 	memset(best, 0, sizeof(*best));
 	(void)text_copy(text_of(host), best->host, sizeof(best->host));
 	best->state = NAME_WANTED;
+	names.waiting++;
 	best->until = now.ms + QUESTION_MS;
 	names_ask();
 	return best;
 }
 
-/* How many names wait for an answer. */
-static unsigned
-names_waiting(void)
-{
-	unsigned i, n = 0;
-
-	for (i = 0; i < NAMES_MAX; i++)
-		n += names.table[i].state == NAME_WANTED ||
-		    names.table[i].state == NAME_ASKED;
-	return n;
-}
-
-/* ---- 11. Log and trace ---- */
+/* ---- 15. Log and trace ---- */
 
 /*
  * The log has one line for each exchange, the trace (-v) has one for each
@@ -10739,7 +11229,7 @@ names_waiting(void)
  * Door: log_lines, log_open, log_flush, log_quotes, log_note, log_note_name,
  * refusal_words, log_exchange, log_wait, log_end, glance_take, glance_ended,
  * trace_end, trace_head, trace_mended, trace_dump, hello_name, trace_change,
- * hello_begins, hello_is_whole.
+ * record_open, record_tables, tape_add, hello_begins, hello_is_whole.
  */
 
 enum {
@@ -10914,6 +11404,24 @@ log_send(struct text t)
 }
 
 /*
+ * What of t goes into one write to a pipe, which then mixes it with nothing of
+ * other workers: whole lines of PIPE_BUF bytes at most.  A line that is longer
+ * goes in pieces.
+ */
+static struct text
+log_piece(struct text t)
+{
+	size_t n = 0, end;
+
+	while ((end = n + text_find(text_from(t, n), '\n') + 1) <= t.len &&
+	    end <= PIPE_BUF)
+		n = end;
+	if (n == 0)
+		n = t.len < PIPE_BUF ? t.len : PIPE_BUF;
+	return text_cut(t.at, n);
+}
+
+/*
  * Writes a piece of the log.  Returns its length, 0 if it would block now, -1
  * with errno if it fails.
  */
@@ -10927,8 +11435,7 @@ log_write_some(struct text t)
 	if (!logs.regular) {
 		if (!fd_writable(logs.fd))
 			return 0;
-		if (t.len > _POSIX_PIPE_BUF)
-			t.len = _POSIX_PIPE_BUF;
+		t = log_piece(t);
 	}
 	written = fd_write(logs.fd, t.at, t.len);
 	return written == -1 && errno == EAGAIN ? 0 : written;
@@ -11152,14 +11659,16 @@ refusal_words(const struct exchange *x, enum refusal refusal, int *status)
 
 /*
  * Appends the line of x to b, in the Combined Log Format, followed by fields
- * of our own.  The longest line fits into an empty buffer.
+ * of our own.  The longest line fits into an empty buffer: the request takes
+ * 3/8 of it at most, the texts that come from clients 1/8 each, all else less
+ * than 2 KiB.
  */
 static void
-log_line(const struct exchange *x, struct buffer *b)
+log_line(const struct exchange *x, const struct quotes *quotes,
+    struct buffer *b)
 {
 	const struct request *q = x->request;
 	const struct record *r = &x->record;
-	struct quotes quotes = log_quotes(x);
 	char server[ADDRESS_TEXT], peer[ADDRESS_TEXT];
 	int status;
 
@@ -11171,23 +11680,25 @@ log_line(const struct exchange *x, struct buffer *b)
 	buffer_append(b, text_of(" ["));
 	buffer_append(b, text_of(log_date()));
 	buffer_append(b, text_of("] \""));
-	log_request(b, &quotes);
+	log_request(b, quotes);
 	buffer_append(b, text_of("\" "));
 	buffer_number(b, (uint64_t)log_status(r));
 	buffer_append(b, text_of(" "));
 	buffer_number(b, x->down.payload);
 	buffer_append(b, text_of(" \""));
-	buffer_escape(b, quotes.referer, BUFFER_ROOM / 8);
+	buffer_escape(b, quotes->referer, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\" \""));
-	buffer_escape(b, quotes.agent, BUFFER_ROOM / 8);
+	buffer_escape(b, quotes->agent, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\""));
-	if (q != NULL)
-		cache_log_append(q, b);
+	if (q != NULL && q->caching.hit != NULL)
+		buffer_print(b, " hit=%s", q->caching.hit);
+	else if (q != NULL && q->caching.miss != NULL)
+		buffer_print(b, " miss=%s", q->caching.miss);
 	buffer_append(b, text_of(" up="));
 	buffer_number(b, x->up.payload);
-	log_time(b, " dns=", quotes.dns_ms);
-	log_time(b, " connect=", quotes.connect_ms);
-	log_time(b, " first=", quotes.first_ms);
+	log_time(b, " dns=", quotes->dns_ms);
+	log_time(b, " connect=", quotes->connect_ms);
+	log_time(b, " first=", quotes->first_ms);
 	log_time(b, " total=", now.ms - r->start);
 	buffer_append(b, text_of(" server="));
 	buffer_append(b, text_of(server));
@@ -11210,10 +11721,10 @@ log_line(const struct exchange *x, struct buffer *b)
 
 /* Takes down what is to be shown of x. */
 static void
-glance_take(const struct exchange *x, struct glance *g)
+glance_take(const struct exchange *x, const struct quotes *quotes,
+    struct glance *g)
 {
 	const struct record *r = &x->record;
-	struct quotes quotes = log_quotes(x);
 
 	g->number = x->number;
 	g->ms = now.ms - (r->start ? r->start : x->since);
@@ -11224,8 +11735,8 @@ glance_take(const struct exchange *x, struct glance *g)
 	g->status = r->status;
 	g->end = r->end;
 	g->refusal = r->refusal;
-	(void)text_printable(quotes.name, g->method, sizeof(g->method));
-	(void)text_printable(quotes.uri, g->target, sizeof(g->target));
+	(void)text_printable(quotes->name, g->method, sizeof(g->method));
+	(void)text_printable(quotes->uri, g->target, sizeof(g->target));
 	(void)text_printable(text_of(log_names_rule(r) ? r->rule->where : ""),
 	    g->rule, sizeof(g->rule));
 }
@@ -11264,13 +11775,13 @@ log_result(const struct exchange *x)
 
 /* Counts an exchange that has ended. */
 static void
-log_count(const struct exchange *x)
+log_count(const struct exchange *x, const struct quotes *quotes)
 {
 	totals.results[log_result(x)]++;
 	totals.refusals[x->record.refusal]++;
 	totals.up += x->up.payload;
 	totals.down += x->down.payload;
-	glance_take(x, &glances.list[glances.n++ % GLANCES]);
+	glance_take(x, quotes, &glances.list[glances.n++ % GLANCES]);
 }
 
 /* Counts a response whose first byte is about to go to the client. */
@@ -11286,15 +11797,625 @@ log_wait(const struct exchange *x)
 	totals.waited_ms += (uint64_t)ms;
 }
 
+/* Fields whose values neither the trace nor the recording shows. */
+static const char *const trace_secrets[] = { "Authorization",
+	"Proxy-Authorization", NULL };
+
+/* Takes the next line, without its end, from a head; false at its end. */
+static bool
+trace_next(struct text *head, struct text *line)
+{
+	size_t end = text_find(*head, '\n');
+
+	*line = text_cut(head->at, end);
+	*head = text_from(*head, end < head->len ? end + 1 : end);
+	if (line->len > 0 && line->at[line->len - 1] == '\r')
+		line->len--;
+	return line->len > 0;
+}
+
+/* ---- the recording of -w, as HAR 1.2 ---- */
+
+enum {
+	/* Bytes that are kept of a body, and of each part of a tape. */
+	RECORD_MAX = 1 << 20,
+	/* Bytes that are read at once: a whole head, and 3 of base64. */
+	RECORD_BLOCK = 3 * BUFFER_SIZE,
+	/*
+	 * The longest entry.  Text may have twice its length here, base64 4/3;
+	 * bytes of a head and of a URL six times theirs, and 32 more for each
+	 * field or parameter.
+	 */
+	RECORD_ROOM = 4 * RECORD_MAX + 24 * BUFFER_SIZE + 2 * 32 * FIELDS_MAX
+};
+
+/*
+ * What is kept of an exchange until it ends: a file without a name, in which
+ * part i begins at i * RECORD_MAX.  It stays open for the slot's next exchange.
+ */
+struct tape {
+	int fd;                     /* -1: not needed so far */
+	bool lost;                  /* something could not be kept */
+	int64_t sent;               /* ms: the last of the request was read */
+	uint64_t sizes[TAPE_PARTS]; /* bytes that have passed */
+};
+
+static struct {
+	int fd;             /* the file, or -1: nothing is recorded */
+	off_t end;          /* where the next entry begins */
+	bool first;         /* it is the first one */
+	bool failed;        /* it can't be written, which has been said */
+	struct tape *tapes; /* one for each slot */
+	char *at;           /* the entry that is being made */
+	size_t n;           /* its length; over RECORD_ROOM: it is too long */
+	char *block;        /* what is read from a tape */
+} recording = { .fd = -1 };
+
+static const char record_begin[] = "{\"log\":{\"version\":\"1.2\",\"creator\":"
+				   "{\"name\":\"proxy\",\"version\":\"" VERSION
+				   "\"},\"entries\":[";
+static const char record_end[] = "\n]}}\n";
+
+/* Where to write the next entry; -1 if the file is not a recording. */
+static off_t
+record_find_end(int fd, off_t size)
+{
+	char last[sizeof(record_end)];
+	off_t end = size - (off_t)strlen(record_end);
+
+	if (end <= 0 ||
+	    pread(fd, last, sizeof(last), end - 1) != (ssize_t)sizeof(last) ||
+	    memcmp(last + 1, record_end, strlen(record_end)) != 0)
+		return -1;
+	recording.first = last[0] == '[';
+	return end;
+}
+
+/*
+ * Opens the file of -w, unless it is open and has not moved.  Returns why it
+ * can't be used, or NULL.
+ */
+static const char *
+record_open(void)
+{
+	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+	static char empty[sizeof(record_begin) + sizeof(record_end)];
+	struct stat status, old;
+	int fd;
+
+	if (recording.fd != -1 && fstat(recording.fd, &old) != -1 &&
+	    stat(options.record, &status) != -1 &&
+	    status.st_ino == old.st_ino && status.st_dev == old.st_dev)
+		return NULL;
+	fd = open(options.record, O_RDWR | O_CREAT, 0600);
+	if (fd == -1)
+		return strerror(errno);
+	if (fstat(fd, &status) == -1 || fcntl(fd, F_SETLK, &lock) == -1) {
+		(void)close(fd);
+		return "another process writes it";
+	}
+	(void)snprintf(empty, sizeof(empty), "%s%s", record_begin, record_end);
+	if (status.st_size == 0 &&
+	    fd_write_at(fd, empty, strlen(empty), 0) == (ssize_t)strlen(empty))
+		status.st_size = (off_t)strlen(empty);
+	recording.end = record_find_end(fd, status.st_size);
+	if (recording.end == -1) {
+		(void)close(fd);
+		return "it does not end as a recording does";
+	}
+	fd_drop(&recording.fd);
+	recording.fd = fd_note(fd);
+	return NULL;
+}
+
+/* Takes memory for entries, and a tape for each slot; false without memory. */
+static bool
+record_tables(void)
+{
+	size_t i;
+
+	recording.tapes = calloc(exchanges.n, sizeof(*recording.tapes));
+	recording.at = malloc(RECORD_ROOM + RECORD_BLOCK);
+	if (recording.tapes == NULL || recording.at == NULL)
+		return false;
+	recording.block = recording.at + RECORD_ROOM;
+	for (i = 0; i < exchanges.n; i++)
+		recording.tapes[i].fd = -1;
+	return true;
+}
+
+/* Says once that something can't be recorded. */
+static void
+record_fail(const char *why)
+{
+	if (!recording.failed)
+		warn("%s can't be written, exchanges are missing in it: %s",
+		    options.record, why);
+	recording.failed = true;
+}
+
+/* Opens a tape beside the recording, where there is room for it. */
+static bool
+tape_open(struct tape *t)
+{
+	char path[CACHE_PATH];
+
+	if (t->fd != -1)
+		return true;
+	if (snprintf(path, sizeof(path), "%s.XXXXXX", options.record) >=
+	    (int)sizeof(path))
+		return false;
+	t->fd = fd_note(mkstemp(path));
+	if (t->fd != -1)
+		(void)unlink(path);
+	return t->fd != -1;
+}
+
+/*
+ * Keeps a piece of a part of x, if there is a recording.  A response's head
+ * replaces an earlier one; a request's head empties the tape.
+ */
+static void
+tape_add(const struct exchange *x, enum tape_part part, struct text piece)
+{
+	struct tape *t =
+	    recording.fd == -1 ? NULL : &recording.tapes[x - exchanges.slots];
+	off_t from = (off_t)part * RECORD_MAX;
+
+	/* A fetch that was moved to a slot of its own has no entry. */
+	if (t == NULL || x->record.start == 0)
+		return;
+	if (part == TAPE_REQUEST_HEAD) {
+		memset(t->sizes, 0, sizeof(t->sizes));
+		t->lost = false;
+	}
+	if (part == TAPE_RESPONSE_HEAD)
+		t->sizes[part] = 0;
+	if (part == TAPE_REQUEST_HEAD || part == TAPE_REQUEST_BODY)
+		t->sent = now.ms;
+	from += (off_t)t->sizes[part];
+	t->sizes[part] += piece.len;
+	if (t->sizes[part] > RECORD_MAX)
+		piece.len = t->sizes[part] - piece.len > RECORD_MAX ?
+		    0 :
+		    (size_t)((off_t)(part + 1) * RECORD_MAX - from);
+	if (piece.len == 0 || t->lost)
+		return;
+	errno = ENOSPC; /* if a write is short */
+	if (!tape_open(t) ||
+	    fd_write_at(t->fd, piece.at, piece.len, from) !=
+		(ssize_t)piece.len) {
+		record_fail(strerror(errno));
+		t->lost = true;
+	}
+}
+
+/* How many bytes of a part are on the tape. */
+static size_t
+tape_len(const struct tape *t, enum tape_part part)
+{
+	return t->lost ? 0 : (size_t)least((int64_t)t->sizes[part], RECORD_MAX);
+}
+
+/*
+ * A piece of a part from a position on, at most a block, empty at its end;
+ * valid until the next call.
+ */
+static struct text
+tape_read(const struct tape *t, enum tape_part part, size_t from)
+{
+	size_t n = tape_len(t, part) - from;
+	ssize_t got;
+
+	if (n > RECORD_BLOCK)
+		n = RECORD_BLOCK;
+	got = n == 0 ? 0 :
+		       pread(t->fd, recording.block, n,
+			   (off_t)part * RECORD_MAX + (off_t)from);
+	return text_cut(recording.block, got > 0 ? (size_t)got : 0);
+}
+
+/*
+ * How many bytes of a part are text: UTF-8 (RFC 3629) without control
+ * characters.  0 if it is no text; less than all if it was cut in a character.
+ */
+static size_t
+tape_text_len(const struct tape *t, enum tape_part part)
+{
+	unsigned char low = 0x80, high = 0xbf;
+	unsigned more = 0; /* bytes that the character needs */
+	size_t n, i, whole = 0;
+	struct text piece;
+
+	for (n = 0; (piece = tape_read(t, part, n)).len > 0; n += piece.len)
+		for (i = 0; i < piece.len; i++) {
+			unsigned char c = (unsigned char)piece.at[i];
+
+			if (more > 0 ?
+				c < low || c > high :
+				(c < 32 && !is_among((char)c, "\t\n\r")) ||
+				    (c >= 0x7f && c < 0xc2) || c > 0xf4)
+				return 0;
+			low = more == 0 && c == 0xe0 ? 0xa0 :
+			    more == 0 && c == 0xf0   ? 0x90 :
+						       0x80;
+			high = more == 0 && c == 0xed ? 0x9f :
+			    more == 0 && c == 0xf4    ? 0x8f :
+							0xbf;
+			more = more > 0 ? more - 1 :
+			    c >= 0xf0   ? 3 :
+			    c >= 0xe0   ? 2 :
+					  c >= 0xc2;
+			whole = more == 0 ? n + i + 1 : whole;
+		}
+	return more == 0 || t->sizes[part] > RECORD_MAX ? whole : 0;
+}
+
+/* Appends t to the entry. */
+static void
+record_append(struct text t)
+{
+	if (recording.n + t.len <= RECORD_ROOM)
+		memcpy(recording.at + recording.n, t.at, t.len);
+	recording.n += t.len;
+}
+
+/* Appends what is in a format; 500 bytes at most. */
+static void
+record_print(const char *format, ...)
+{
+	char line[500];
+	va_list ap;
+
+	va_start(ap, format);
+	(void)vsnprintf(line, sizeof(line), format, ap);
+	va_end(ap);
+	record_append(text_of(line));
+}
+
+/*
+ * Appends t as the inside of a JSON string (RFC 8259 section 7).  Bytes over
+ * 127 stay if t is UTF-8; in heads they stand for ISO-8859-1.
+ */
+static void
+record_escape(struct text t, bool utf8)
+{
+	size_t i, run;
+
+	for (i = 0; i < t.len; i++) {
+		unsigned char c = 0;
+
+		for (run = i; i < t.len; i++) {
+			c = (unsigned char)t.at[i];
+			if (c < 32 || c == '"' || c == '\\' ||
+			    (c > 126 && !utf8))
+				break;
+		}
+		record_append(text_cut(t.at + run, i - run));
+		if (i == t.len)
+			break;
+		if (c == '"' || c == '\\')
+			record_print("\\%c", c);
+		else if (is_among((char)c, "\t\n\r"))
+			record_print("\\%c",
+			    c == '\t'     ? 't' :
+				c == '\n' ? 'n' :
+					    'r');
+		else
+			record_print("\\u%04x", c);
+	}
+}
+
+/* Appends a name of ours, and t as its value. */
+static void
+record_member(const char *name, struct text t)
+{
+	record_print("\"%s\":\"", name);
+	record_escape(t, false);
+	record_append(text_of("\""));
+}
+
+/* Appends an element of a list of names and values. */
+static void
+record_pair(bool first, struct text name, struct text value)
+{
+	record_append(text_of(first ? "{" : ",{"));
+	record_member("name", name);
+	record_append(text_of(","));
+	record_member("value", value);
+	record_append(text_of("}"));
+}
+
+/* What stands behind byte n of t, which may be its end. */
+static struct text
+record_after(struct text t, size_t n)
+{
+	return text_from(t, n < t.len ? n + 1 : t.len);
+}
+
+/* Takes the next field of a head; false at its end.  Secrets are hidden. */
+static bool
+record_field_next(struct text *head, struct text *name, struct text *value)
+{
+	struct text line;
+
+	if (!trace_next(head, &line))
+		return false;
+	*name = text_trim(text_cut(line.at, text_find(line, ':')));
+	*value = text_trim(record_after(line, text_find(line, ':')));
+	/* Who folds a field is refused; what was folded may be a secret. */
+	if (is_among(*line.at, " \t"))
+		*name = text_of("");
+	if (name->len == 0 || name_is_among(*name, trace_secrets))
+		*value = text_of("***");
+	return true;
+}
+
+/* The value of a field of a head, of which the first line is gone, or "". */
+static struct text
+record_field(struct text head, const char *wanted)
+{
+	struct text name, value;
+
+	while (record_field_next(&head, &name, &value))
+		if (text_is(name, wanted))
+			return value;
+	return text_of("");
+}
+
+/* Appends the fields of a head, and sizes. */
+static void
+record_head(const struct tape *t, enum tape_part part, enum tape_part body,
+    struct text head)
+{
+	struct text name, value;
+	bool first = true;
+
+	record_append(text_of(",\"cookies\":[],\"headers\":["));
+	for (; record_field_next(&head, &name, &value); first = false)
+		record_pair(first, name, value);
+	record_print("],\"headersSize\":%llu,\"bodySize\":%llu",
+	    (unsigned long long)t->sizes[part],
+	    (unsigned long long)t->sizes[body]);
+}
+
+/*
+ * Appends the type of a body, after its head, and what was kept of it: text as
+ * text, the rest in base64, so named by the member `encoding`.
+ */
+static void
+record_body(const struct tape *t, enum tape_part part, struct text head,
+    const char *encoding)
+{
+	struct text piece;
+	size_t n, text;
+	char coding[40];
+
+	record_member("mimeType", record_field(head, "Content-Type"));
+	(void)text_printable(record_field(head, "Content-Encoding"), coding,
+	    sizeof(coding));
+	text = *coding == '\0' ? tape_text_len(t, part) : 0;
+	record_append(text_of(",\"text\":\""));
+	for (n = 0; (piece = tape_read(t, part, n)).len > 0; n += piece.len) {
+		if (text > 0 && piece.len > text - n)
+			piece.len = text - n;
+		if (text > 0)
+			record_escape(piece, true);
+		else if (recording.n + piece.len * 2 < RECORD_ROOM) {
+			base64_encode(piece.at, piece.len,
+			    recording.at + recording.n);
+			recording.n += (piece.len + 2) / 3 * 4;
+		} else
+			recording.n = RECORD_ROOM + 1;
+		if (n + piece.len == text)
+			break;
+	}
+	record_append(text_of("\""));
+	if (text == 0 && n > 0)
+		record_print(",\"%s\":\"base64\"", encoding);
+	if (*coding != '\0') {
+		record_append(text_of(","));
+		record_member("_contentEncoding", text_of(coding));
+	}
+	if (t->lost || t->sizes[part] > RECORD_MAX)
+		record_print(",\"comment\":\"%s\"",
+		    t->lost ? "could not be kept" :
+			      "cut: longer than 1048576 bytes");
+}
+
+/* Appends the parameters of a URL, as they are in it. */
+static void
+record_query(struct text url)
+{
+	bool first = true;
+
+	record_append(text_of(",\"queryString\":["));
+	url = record_after(url, text_find(url, '?'));
+	url.len = text_find(url, '#');
+	for (; url.len > 0; first = false) {
+		struct text pair = text_cut(url.at, text_find(url, '&'));
+		size_t end = text_find(pair, '=');
+
+		record_pair(first, text_cut(pair.at, end),
+		    record_after(pair, end));
+		url = record_after(url, pair.len);
+	}
+	record_append(text_of("]"));
+}
+
+/* Appends the request that the tape has. */
+static void
+record_request(const struct tape *t, const struct quotes *quotes)
+{
+	struct text head = tape_read(t, TAPE_REQUEST_HEAD, 0), line;
+
+	record_append(text_of("\"request\":{"));
+	record_member("method", quotes->name);
+	record_append(text_of(","));
+	record_print("\"httpVersion\":\"HTTP/1.%u\",\"url\":\"%s",
+	    quotes->minor,
+	    text_is(quotes->name, "CONNECT") ? "connect://" : "");
+	record_escape(quotes->uri, false);
+	record_append(text_of("\""));
+	record_query(quotes->uri);
+	(void)trace_next(&head, &line);
+	record_head(t, TAPE_REQUEST_HEAD, TAPE_REQUEST_BODY, head);
+	if (t->sizes[TAPE_REQUEST_BODY] > 0) {
+		record_append(text_of(",\"postData\":{"));
+		record_body(t, TAPE_REQUEST_BODY, head, "_encoding");
+		record_append(text_of("}"));
+	}
+	record_append(text_of("}"));
+}
+
+/* Appends the response that the client of x had, if any. */
+static void
+record_response(const struct exchange *x, const struct tape *t)
+{
+	struct text head = tape_read(t, TAPE_RESPONSE_HEAD, 0);
+	struct text line = text_of("");
+
+	(void)trace_next(&head, &line);
+	record_print(",\"response\":{\"status\":%d,", log_status(&x->record));
+	record_member("statusText", record_after(line, strlen("HTTP/1.1 200")));
+	record_append(text_of(","));
+	record_member("httpVersion", text_cut(line.at, text_find(line, ' ')));
+	record_append(text_of(","));
+	record_member("redirectURL", record_field(head, "Location"));
+	record_head(t, TAPE_RESPONSE_HEAD, TAPE_RESPONSE_BODY, head);
+	record_print(",\"content\":{\"size\":%llu,",
+	    (unsigned long long)t->sizes[TAPE_RESPONSE_BODY]);
+	record_body(t, TAPE_RESPONSE_BODY, head, "encoding");
+	record_append(text_of("}}"));
+}
+
+/*
+ * Appends the times of x in milliseconds, as in the log.  The time before a
+ * server was asked is `blocked`.  If no server answered, the whole time except
+ * for dns and connect is `wait`; for a tunnel it is `receive`.
+ */
+static void
+record_times(const struct exchange *x, const struct tape *t,
+    const struct quotes *quotes)
+{
+	int64_t total = now.ms - x->record.start, send = 0, wait, receive = 0;
+	int64_t left = total - (quotes->dns_ms > 0 ? quotes->dns_ms : 0) -
+	    (quotes->connect_ms > 0 ? quotes->connect_ms : 0);
+	bool answered = x->request != NULL && quotes->first_ms >= 0;
+
+	wait = left > 0 ? left : 0;
+	if (answered) {
+		const struct times *times = &x->request->times;
+
+		receive = now.ms - times->answered;
+		send = times_between(times->connected, t->sent);
+		send = send < 0 ? 0 : least(send, quotes->first_ms);
+		wait = quotes->first_ms - send;
+		left -= send + wait + receive;
+	} else if (x->tunnel) {
+		receive = wait;
+		wait = 0;
+	}
+	record_print(",\"time\":%lld,\"timings\":{\"blocked\":%lld,"
+		     "\"dns\":%lld,\"connect\":%lld,\"send\":%lld,"
+		     "\"wait\":%lld,\"receive\":%lld}",
+	    (long long)total, (long long)(answered && left >= 0 ? left : -1),
+	    (long long)quotes->dns_ms, (long long)quotes->connect_ms,
+	    (long long)send, (long long)wait, (long long)receive);
+}
+
+/* Appends when x began, in RFC 3339's form, who took part, and its end. */
+static void
+record_frame(const struct exchange *x)
+{
+	char peer[ADDRESS_TEXT], server[ADDRESS_TEXT], date[40] = "";
+	const struct record *r = &x->record;
+	struct timespec wall = { 0, 0 };
+	int64_t began;
+	time_t seconds;
+	struct tm parts;
+	int status;
+
+	(void)clock_gettime(CLOCK_REALTIME, &wall);
+	began = (int64_t)wall.tv_sec * 1000 + wall.tv_nsec / 1000000 -
+	    (now.ms - r->start);
+	seconds = (time_t)(began / 1000);
+	if (gmtime_r(&seconds, &parts) != NULL)
+		(void)strftime(date, sizeof(date), "%Y-%m-%dT%H:%M:%S", &parts);
+	address_print(&x->peer, peer);
+	address_host(&r->server, server);
+	record_print("\"startedDateTime\":\"%s.%03dZ\",\"cache\":{},"
+		     "\"connection\":\"%s\",",
+	    date, (int)(began % 1000), peer);
+	if (r->server.family != 0)
+		record_print("\"serverIPAddress\":\"%s\",", server);
+	record_print("\"comment\":\"end=%s", log_ends[r->end]);
+	if (log_names_rule(r)) {
+		record_append(text_of(", rule "));
+		record_escape(text_of(r->rule->where), false);
+	}
+	if (r->refusal != REFUSE_NONE) {
+		record_append(text_of(", "));
+		record_escape(text_of(refusal_words(x, r->refusal, &status)),
+		    false);
+	}
+	record_append(text_of("\","));
+}
+
+/*
+ * Adds x, which has ended, to the recording.  A single write overwrites the
+ * closing brackets with the new entry and writes the brackets again behind it,
+ * so the file is valid JSON even if the proxy is killed between two entries.
+ * If the write fails, the file becomes what it was before.
+ */
+static void
+record_exchange(const struct exchange *x, const struct quotes *quotes)
+{
+	struct tape *t = &recording.tapes[x - exchanges.slots];
+	ssize_t put;
+
+	recording.n = 0;
+	record_append(text_of(recording.first ? "\n{" : ",\n{"));
+	record_frame(x);
+	record_request(t, quotes);
+	record_response(x, t);
+	record_times(x, t, quotes);
+	record_append(text_of("}"));
+	record_append(text_of(record_end));
+	if (recording.n > RECORD_ROOM)
+		record_fail("an entry is too long");
+	else {
+		put = fd_write_at(recording.fd, recording.at, recording.n,
+		    recording.end);
+		if (put == (ssize_t)recording.n) {
+			recording.end += put - (off_t)strlen(record_end);
+			recording.first = false;
+			recording.failed = t->lost && recording.failed;
+		} else {
+			record_fail(strerror(put == -1 ? errno : ENOSPC));
+			if (ftruncate(recording.fd, recording.end) != -1)
+				(void)fd_write_at(recording.fd, record_end,
+				    strlen(record_end), recording.end);
+		}
+	}
+	if (t->fd != -1 && ftruncate(t->fd, 0) == -1)
+		record_fail(strerror(errno));
+	memset(t->sizes, 0, sizeof(t->sizes));
+	t->lost = false;
+}
+
 /* Adds the line of an exchange that has ended to those of this turn. */
 static void
 log_exchange(const struct exchange *x)
 {
+	struct quotes quotes = log_quotes(x);
 	struct buffer *b = &log_lines;
 	size_t end = b->end;
 
-	log_count(x);
-	log_line(x, b);
+	log_count(x, &quotes);
+	if (recording.fd != -1)
+		record_exchange(x, &quotes);
+	log_line(x, &quotes, b);
 	if (b->overflow == 0)
 		return;
 	b->end = end;
@@ -11302,7 +12423,7 @@ log_exchange(const struct exchange *x)
 	log_flush();
 	buffer_compact(b);
 	end = b->end;
-	log_line(x, b);
+	log_line(x, &quotes, b);
 	if (b->overflow == 0)
 		return;
 	b->end = end;
@@ -11344,23 +12465,6 @@ trace_end(const struct exchange *x)
 	    r->refusal ? refusal_words(x, r->refusal, &status) : "");
 	if (logs.colour)
 		say(&blank, 1);
-}
-
-/* Fields that the trace does not show. */
-static const char *const trace_secrets[] = { "Authorization",
-	"Proxy-Authorization", NULL };
-
-/* Takes the next line, without its end, from a head; false at its end. */
-static bool
-trace_next(struct text *head, struct text *line)
-{
-	size_t end = text_find(*head, '\n');
-
-	*line = text_cut(head->at, end);
-	*head = text_from(*head, end < head->len ? end + 1 : end);
-	if (line->len > 0 && line->at[line->len - 1] == '\r')
-		line->len--;
-	return line->len > 0;
 }
 
 /*
@@ -11465,7 +12569,8 @@ trace_reason(const struct exchange *x, const struct head *from,
 	if (!added && head_lists(from, "Connection", name))
 		return "named in Connection, RFC 9110 7.6.1";
 	if (!added && text_is(name, "Accept-Encoding"))
-		return "a rule seeks a text in the body";
+		return options.record ? "it is recorded as text (-w)" :
+					"a rule seeks a text in the body";
 	return "";
 }
 
@@ -11734,18 +12839,18 @@ hello_is_whole(struct text t, char *flat)
 	return t.len >= HELLO_MAX || (!c.bad && len <= c.rest.len);
 }
 
-/* ---- 12. Heads and pages: what the proxy writes ---- */
+/* ---- 16. Heads and pages: what the proxy writes ---- */
 
 /*
  * Everything that the proxy writes itself: the request head for the next hop,
  * the response head for the client, the handshake with a SOCKS5 parent, and
- * its own pages.  All of it is built in a buffer here; section 13 decides when
+ * its own pages.  All of it is built in a buffer here; section 17 decides when
  * to send it, and to whom.
  *
  * Door: request_build, exchange_rewrite, exchange_is_relayed, exchange_target,
  * response_build, answer_view, greet_append, greet_length, greet_words,
  * page_refusal, page_is_ours, page_options, page_trace, page_find,
- * exchange_append, page_rule, phase_waits, phase_names.
+ * exchange_append, page_rule, phase_waits, phase_names, totals_show.
  */
 
 /* ---- the head for the server ---- */
@@ -11787,7 +12892,8 @@ exchange_rewrite(struct exchange *x)
 	struct request *q = x->request;
 	struct view v;
 
-	if (r->first[GROUP_REQUEST] == NULL && !r->needles_n)
+	if (r->first[GROUP_REQUEST] == NULL && r->needles_n == 0 &&
+	    options.record == NULL)
 		return;
 	exchange_view(x, NULL, 0, &v);
 	rules_rewrite(r, GROUP_REQUEST, &v, &q->rewrites);
@@ -11858,7 +12964,7 @@ request_field_append(struct exchange *x, size_t i, struct buffer *b)
 			length_append(b, q->length);
 	} else if (text_is(field->name, "Max-Forwards") &&
 	    (q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)) {
-		if (number_parse(field->value, INT32_MAX, &hops) && hops > 0)
+		if (number_parse(field->value, UINT64_MAX, &hops) && hops > 0)
 			buffer_print(b, "Max-Forwards: %llu\r\n",
 			    (unsigned long long)hops - 1);
 	} else if (text_is(field->name, "Expect") && q->minor == 0)
@@ -11888,7 +12994,11 @@ connection_append(const struct request *q, struct buffer *b)
 		    q->upgrade ? "upgrade" : "");
 }
 
-/* Appends the whole request head for the next hop to b. */
+/*
+ * Appends the whole request head for the next hop to b.  A field of our own has
+ * a line here, and is named in fields_of_hop[], so that no client and no rule
+ * writes it, in trace_reasons[], and in the manual; not with -a.
+ */
 static void
 request_build(struct exchange *x, struct buffer *b)
 {
@@ -11951,7 +13061,10 @@ response_field_append(const struct exchange *x, const struct response *r,
 		field_append(b, field);
 }
 
-/* Sets w to the rules' changes to r; none to the proxy's own responses. */
+/*
+ * Sets w to the rules' changes to r; none to the proxy's own responses, unless
+ * a rule has made them.
+ */
 static void
 response_rewrites(struct exchange *x, const struct response *r,
     struct rewrites *w)
@@ -11960,7 +13073,8 @@ response_rewrites(struct exchange *x, const struct response *r,
 
 	memset(w, 0, sizeof(*w));
 	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
-	    x->request->answerer == ANSWER_MEMORY)
+	    (x->request->answerer == ANSWER_MEMORY &&
+		(x->bend == NULL || !x->bend->answers)))
 		return;
 	answer_view(x, r, &v);
 	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
@@ -11992,7 +13106,8 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	if (q->answerer != ANSWER_MEMORY && !w.via)
 		via_append(b, r->minor);
 	buffer_append(b, r->extra);
-	if (final && options.cache != NULL)
+	/* Not to a page of the proxy's own (RFC 9211 section 2). */
+	if (final && options.cache != NULL && q->answerer != ANSWER_MEMORY)
 		cache_status_append(x, b);
 	if (x->down.to == FRAMING_CHUNKED)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
@@ -12087,17 +13202,18 @@ greet_words(unsigned char code)
 
 enum {
 	/* Bytes of a line about an exchange, on the status page. */
-	STATUS_LINE = 800,
-	/* In a smaller buffer metrics have no room for what they mean. */
+	STATUS_LINE = 1200,
+	/* In a smaller buffer there is no room for the HELP lines. */
 	METRICS_ROOM = 6000
 };
 
 /*
- * The proxy's own responses: refusals, its two pages, and answers to OPTIONS
- * and TRACE that end here.  Each is a whole response in memory and is then
- * handled like any other.  Nothing here sends a byte.  A page repeats nothing
- * of a request but a host whose characters were checked; only TRACE repeats
- * the request.
+ * The proxy's own responses: refusals, its own pages, the answers of rules,
+ * and the answers to OPTIONS and TRACE that end here.  Each is a response in
+ * memory, except for the file of a rule, and is then handled like any other.
+ * Nothing here sends a byte.  Only two answers repeat the text of a request:
+ * that to TRACE, and the status page, whose HTML escapes it.  All others repeat
+ * at most a host whose characters were checked.
  */
 
 /*
@@ -12147,7 +13263,9 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 	    "Cache-Control: no-store\r\n%s%s%s",
 	    pseudonym, refusals[refusal].error, clean,
 	    status == 503 ? "Retry-After: 5\r\n" : "",
-	    refusal == REFUSE_PAGE_METHOD ? "Allow: GET, HEAD\r\n" : "",
+	    refusal == REFUSE_PAGE_METHOD ? "Allow: GET, HEAD\r\n" :
+		status == 405             ? "Allow:\r\n" :
+					    "",
 	    status == 407 ? "Proxy-Authenticate: Basic realm=\"proxy\", "
 			    "charset=\"UTF-8\"\r\n" :
 			    "");
@@ -12209,7 +13327,7 @@ static const char *const phase_names[] = {
 static const char *const phase_waits[PHASES] = {
 	[PHASE_REQUEST] = "a request",
 	[PHASE_COLLAPSE] = "what another exchange fetches",
-	[PHASE_RESOLVE] = "the address of a name",
+	[PHASE_RESOLVE] = "an address",
 	[PHASE_CONNECT] = "a connection",
 	[PHASE_GREET] = "the SOCKS parent",
 	[PHASE_RESPONSE] = "the head of the response",
@@ -12222,7 +13340,7 @@ exchange_waits(const struct exchange *x)
 {
 	static const char *const sides[] = { "client to send",
 		"client to receive", "server to send", "server to receive" };
-	static char text[100];
+	static char text[120];
 	const struct conn *const conns[] = { &x->client, &x->server };
 	size_t i, n = 0;
 
@@ -12231,8 +13349,11 @@ exchange_waits(const struct exchange *x)
 	if (x->bend != NULL && (x->bend->unanswered || x->bend->until != 0))
 		return x->bend->unanswered ? "the client to give up" :
 					     "the end of a delay";
-	(void)snprintf(text, sizeof(text),
-	    x->bend != NULL ? " its rate" : " its turn");
+	(void)snprintf(text, sizeof(text), " its turn");
+	if (x->bend != NULL && x->bend->rate != UINT64_MAX &&
+	    ((x->up.ready > 0 && x->server.out == NULL) ||
+		(x->down.ready > 0 && x->client.out == NULL)))
+		n = (size_t)snprintf(text, sizeof(text), " its rate");
 	for (i = 0; i < 4; i++) {
 		const struct conn *c = conns[i / 2];
 		short event = i % 2 ? POLLOUT : POLLIN;
@@ -12246,8 +13367,8 @@ exchange_waits(const struct exchange *x)
 }
 
 /*
- * Appends a line about an exchange: state, when, who and what.  It has at most
- * STATUS_LINE bytes.
+ * Appends a line about an exchange, without its end: state, when, who and what.
+ * It has at most STATUS_LINE bytes.
  */
 static void
 glance_append(struct buffer *b, const struct glance *g, const char *state,
@@ -12274,26 +13395,71 @@ glance_append(struct buffer *b, const struct glance *g, const char *state,
 		buffer_print(b, ", rule %s", g->rule);
 	if (g->refusal != REFUSE_NONE)
 		buffer_print(b, ": %s", refusals[g->refusal].words);
-	buffer_append(b, text_of("\n"));
 }
 
-/* Appends a line about x, which has not ended. */
+/*
+ * Appends what is known of x, which has not ended: also for how long nothing
+ * could be written, who has closed its side, the next hop if that is not the
+ * server that the client asked for, and the rules that bend it.
+ */
 static void
 exchange_append(struct buffer *b, const struct exchange *x)
 {
+	const struct parent *p = x->request != NULL ? x->request->route.parent :
+						      NULL;
+	struct quotes quotes = log_quotes(x);
 	struct glance g;
 
-	glance_take(x, &g);
+	glance_take(x, &quotes, &g);
 	glance_append(b, &g, phase_names[x->phase], exchange_waits(x));
+	if (x->phase == PHASE_RESPONSE || x->phase == PHASE_RELAY)
+		buffer_print(b, ", no byte for %lld s",
+		    (long long)(now.ms - x->moved) / 1000);
+	if (x->client.eof && x->client.fd != -1)
+		buffer_append(b, text_of(", the client sends no more"));
+	if (x->server.eof && x->tunnel)
+		buffer_append(b, text_of(", the server sends no more"));
+	if (p != NULL)
+		buffer_print(b, ", by %s port %u", p->host, p->port);
+	if (x->bend != NULL)
+		buffer_print(b, ", bent by %s", x->bend->rules);
+}
+
+/* Brings what is in use now up to date, and shows the totals to all workers. */
+static void
+totals_show(void)
+{
+	totals.busy = exchanges.busy;
+	totals.slots = exchanges.n;
+	totals.buffers = buffers_free.used;
+	totals.descriptors = poll_set.all - 1;
+	totals.names_waiting = names.waiting;
+	workers[worker].totals = totals;
+}
+
+/* The totals of all workers together: each member is a number to be added. */
+static struct totals
+totals_add(void)
+{
+	struct totals sum;
+	uint64_t *to = (uint64_t *)&sum;
+	size_t i, n;
+
+	totals_show();
+	memset(&sum, 0, sizeof(sum));
+	for (i = 0; i < workers_n; i++)
+		for (n = 0; n < sizeof(sum) / sizeof(*to); n++)
+			to[n] += ((const uint64_t *)&workers[i].totals)[n];
+	return sum;
 }
 
 /* Appends the first lines of the status page: the proxy as a whole. */
 static void
-status_begin(struct buffer *b)
+status_begin(struct buffer *b, const struct totals *t)
 {
-	unsigned long long hits = totals.results[RESULT_HIT];
-	unsigned long long asked = hits + totals.results[RESULT_MISS];
-	long long s = (now.ms - totals.started) / 1000;
+	unsigned long long hits = t->results[RESULT_HIT];
+	unsigned long long asked = hits + t->results[RESULT_MISS];
+	long long s = (now.ms - started) / 1000;
 	char words[ADDRESS_TEXT];
 	size_t i;
 
@@ -12307,21 +13473,25 @@ status_begin(struct buffer *b)
 	buffer_print(b,
 	    "\n  connections %lu of %lu, at most %lu so far\n"
 	    "  buffers %lu in use\n  name lookups waiting %u\n",
-	    (unsigned long)exchanges.busy, (unsigned long)exchanges.n,
-	    (unsigned long)totals.busiest, (unsigned long)buffers_free.used,
-	    names_waiting());
+	    (unsigned long)t->busy, (unsigned long)t->slots,
+	    (unsigned long)t->busiest, (unsigned long)t->buffers,
+	    (unsigned)t->names_waiting);
 	if (options.cache != NULL)
 		buffer_print(b, "  cache %llu of %llu KiB, ",
-		    (unsigned long long)cache_bytes() / 1024,
+		    (unsigned long long)store_bytes() / 1024,
 		    (unsigned long long)options.cache_size / 1024);
 	if (options.cache != NULL)
 		buffer_print(b, "%llu hits of %llu (%llu %%)\n", hits, asked,
 		    asked ? hits * 100 / asked : 0);
 	for (i = 0; i < RESULTS; i++)
 		buffer_print(b, "%s %llu %s", i ? "," : "  exchanges",
-		    (unsigned long long)totals.results[i], result_names[i]);
+		    (unsigned long long)t->results[i], result_names[i]);
 	buffer_print(b, "\n  payload up %llu, down %llu bytes\n",
-	    (unsigned long long)totals.up, (unsigned long long)totals.down);
+	    (unsigned long long)t->up, (unsigned long long)t->down);
+	if (worker > 0)
+		buffer_print(b,
+		    "  worker %u of %u answers: what follows is its own\n",
+		    worker, (unsigned)options.workers);
 }
 
 /*
@@ -12332,12 +13502,13 @@ status_begin(struct buffer *b)
 static void
 status_lines(struct buffer *b, const struct exchange *asks)
 {
+	struct totals sum = totals_add();
 	const struct exchange *x;
 	const struct glance *g;
 	size_t half, left = 0;
 	unsigned i;
 
-	status_begin(b);
+	status_begin(b, &sum);
 	half = buffer_room(b) / 2;
 	buffer_append(b, text_of("\nUnder way\n"));
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
@@ -12349,6 +13520,7 @@ status_lines(struct buffer *b, const struct exchange *asks)
 		}
 		buffer_append(b, text_of("  "));
 		exchange_append(b, x);
+		buffer_append(b, text_of("\n"));
 	}
 	if (left > 0)
 		buffer_print(b, "  and %lu more\n", (unsigned long)left);
@@ -12358,6 +13530,7 @@ status_lines(struct buffer *b, const struct exchange *asks)
 	     i++) {
 		buffer_append(b, text_of("  "));
 		glance_append(b, g, log_ends[g->end], NULL);
+		buffer_append(b, text_of("\n"));
 	}
 }
 
@@ -12446,7 +13619,7 @@ metric_append(struct buffer *b, const char *name, const char *type,
 
 /* Appends how long clients waited for the first byte, as a histogram. */
 static void
-metrics_waits(struct buffer *b)
+metrics_waits(struct buffer *b, const struct totals *t)
 {
 	static const char name[] = "first_byte_seconds";
 	unsigned long long n = 0;
@@ -12455,21 +13628,21 @@ metrics_waits(struct buffer *b)
 	metric_begin(b, name, "histogram",
 	    "Time until the first byte of a response went to the client.");
 	for (i = 0; i < WAITS; i++) {
-		n += totals.waits[i];
+		n += t->waits[i];
 		buffer_print(b, "proxy_%s_bucket{le=\"%d.%03d\"} %llu\n", name,
 		    waits_ms[i] / 1000, waits_ms[i] % 1000, n);
 	}
-	n += totals.waits[WAITS];
+	n += t->waits[WAITS];
 	buffer_print(b,
 	    "proxy_%s_bucket{le=\"+Inf\"} %llu\n"
 	    "proxy_%s_sum %llu.%03llu\nproxy_%s_count %llu\n",
-	    name, n, name, (unsigned long long)totals.waited_ms / 1000,
-	    (unsigned long long)totals.waited_ms % 1000, name, n);
+	    name, n, name, (unsigned long long)t->waited_ms / 1000,
+	    (unsigned long long)t->waited_ms % 1000, name, n);
 }
 
 /* Appends the refusals, summed up by their words in Proxy-Status (RFC 9209). */
 static void
-metrics_refusals(struct buffer *b)
+metrics_refusals(struct buffer *b, const struct totals *t)
 {
 	uint64_t denials = 0, n;
 	size_t i, j;
@@ -12481,7 +13654,7 @@ metrics_refusals(struct buffer *b)
 		const char *error = refusals[i].error;
 
 		if (refusals[i].cause == CAUSE_RULE)
-			denials += totals.refusals[i];
+			denials += t->refusals[i];
 		j = REFUSE_NONE + 1;
 		while (strcmp(refusals[j].error, error) != 0)
 			j++;
@@ -12489,7 +13662,7 @@ metrics_refusals(struct buffer *b)
 			continue;
 		for (n = 0; j < REFUSALS; j++)
 			if (strcmp(refusals[j].error, error) == 0)
-				n += totals.refusals[j];
+				n += t->refusals[j];
 		buffer_print(b, "proxy_refusals_total{error=\"%s\"} %llu\n",
 		    error, (unsigned long long)n);
 	}
@@ -12499,7 +13672,7 @@ metrics_refusals(struct buffer *b)
 
 /* Appends all metrics. */
 static void
-metrics_append(struct buffer *b)
+metrics_append(struct buffer *b, const struct totals *t)
 {
 	static const char *const sides[] = { "client", "server" };
 	size_t i;
@@ -12507,53 +13680,54 @@ metrics_append(struct buffer *b)
 	metric_begin(b, "build_info", "gauge", "The version.");
 	buffer_print(b, "proxy_build_info{version=\"" VERSION "\"} 1\n");
 	metric_append(b, "uptime_seconds", "gauge", "Time since the start.",
-	    (uint64_t)(now.ms - totals.started) / 1000);
+	    (uint64_t)(now.ms - started) / 1000);
 	metric_begin(b, "exchanges_total", "counter",
 	    "Exchanges that have ended, by what became of them.");
 	for (i = 0; i < RESULTS; i++)
 		buffer_print(b, "proxy_exchanges_total{result=\"%s\"} %llu\n",
-		    result_names[i], (unsigned long long)totals.results[i]);
+		    result_names[i], (unsigned long long)t->results[i]);
 	metric_begin(b, "bytes_total", "counter", "Bytes on connections.");
 	for (i = 0; i < 2; i++)
 		buffer_print(b,
 		    "proxy_bytes_total{side=\"%s\",direction=\"received\"} "
 		    "%llu\nproxy_bytes_total{side=\"%s\",direction=\"sent\"} "
 		    "%llu\n",
-		    sides[i], (unsigned long long)totals.received[i], sides[i],
-		    (unsigned long long)totals.sent[i]);
-	metrics_waits(b);
+		    sides[i], (unsigned long long)t->received[i], sides[i],
+		    (unsigned long long)t->sent[i]);
+	metrics_waits(b, t);
 	metric_append(b, "connections", "gauge", "Clients that are served.",
-	    exchanges.busy);
+	    t->busy);
 	metric_append(b, "connections_most", "gauge",
-	    "Clients that were served at once, at most.", totals.busiest);
+	    "Clients that were served at once, at most.", t->busiest);
 	metric_append(b, "connections_limit", "gauge", "The limit, see -m.",
-	    exchanges.n);
+	    t->slots);
 	metric_append(b, "descriptors", "gauge",
-	    "Descriptors that are waited for.", poll_set.all - 1);
+	    "Descriptors that are waited for.", t->descriptors);
 	metric_append(b, "cache_bytes", "gauge",
 	    "What the cache takes of the disk, at most.",
-	    options.cache ? cache_bytes() : 0);
+	    options.cache ? store_bytes() : 0);
 	metric_append(b, "cache_evictions_total", "counter",
-	    "Entries that gave way to others.", totals.evicted);
+	    "Entries that gave way to others.", t->evicted);
 	metric_append(b, "lookups_total", "counter",
-	    "Names that were looked up.", totals.names);
+	    "Names that were looked up.", t->names);
 	metric_append(b, "lookup_failures_total", "counter",
-	    "Lookups that found no address.", totals.nameless);
-	metrics_refusals(b);
+	    "Lookups that found no address.", t->nameless);
+	metrics_refusals(b, t);
 	metric_append(b, "log_lines_lost_total", "counter",
-	    "Lines of the log that could not be written.", totals.lines_lost);
+	    "Lines of the log that could not be written.", t->lines_lost);
 }
 
 /* The page at /metrics, for monitors. */
 static void
 page_metrics(struct exchange *x, struct text host)
 {
+	struct totals sum = totals_add();
 	struct buffer *b = buffer_take();
 
 	(void)host;
 	if (b == NULL)
 		return;
-	metrics_append(b);
+	metrics_append(b, &sum);
 	page_make(x, 200, "text/plain; version=0.0.4; charset=utf-8",
 	    "Cache-Control: no-store\r\n", buffer_text(b));
 	if (b->overflow || (x->server.in != NULL && x->server.in->overflow)) {
@@ -12595,12 +13769,14 @@ page_find(struct text path)
 static void
 page_rule(struct exchange *x, const struct rule *rule)
 {
+	/* A 405 must have it (RFC 9110 section 15.5.6); no method is known. */
+	const char *allow = rule->status == 405 ? "Allow:\r\n" : "";
 	struct conn *s = &x->server;
 	struct stat status;
 	int fd;
 
 	if (rule->file == NULL) {
-		page_make(x, rule->status, rule->type, "", rule->words);
+		page_make(x, rule->status, rule->type, allow, rule->words);
 		return;
 	}
 	fd = open(rule->file, O_RDONLY | O_NONBLOCK);
@@ -12610,7 +13786,7 @@ page_rule(struct exchange *x, const struct rule *rule)
 		fd_drop(&fd);
 		return;
 	}
-	page_make(x, rule->status, rule->type, "", text_of(""));
+	page_make(x, rule->status, rule->type, allow, text_of(""));
 	if (s->in == NULL) {
 		fd_drop(&fd);
 		return;
@@ -12675,7 +13851,7 @@ page_trace(struct exchange *x)
 	buffer_give(&b);
 }
 
-/* ---- 13. Exchange: the phases, one step each ---- */
+/* ---- 17. Exchange: the phases, one step each ---- */
 
 /*
  * The life of a request.  Each phase has a subheading, in the order in which
@@ -12709,7 +13885,7 @@ enum {
 
 static struct bend *bends_free; /* for exchanges to come */
 
-/* Gives what bends x back; nothing is bent any more. */
+/* No rule bends x any more. */
 static void
 bend_drop(struct exchange *x)
 {
@@ -12722,7 +13898,7 @@ bend_drop(struct exchange *x)
 	x->bend = NULL;
 }
 
-/* Enters a state of what the rules say. */
+/* Sets whether the rules have decided. */
 static void
 access_enter(struct exchange *x, enum access_state state)
 {
@@ -12762,7 +13938,7 @@ exchange_take(void)
 	return x;
 }
 
-/* Changes the phase; a refresh gets its first one without this. */
+/* Changes the phase, and starts its clock. */
 static void
 exchange_enter(struct exchange *x, enum phase phase)
 {
@@ -12822,8 +13998,9 @@ exchange_close(struct exchange *x, bool reset)
 
 /*
  * Ends an exchange early.  A truncated response must not look complete: where
- * closing marks the end of the body, the connection is reset instead.  A
- * tunnel is reset if one side was; after a timeout it is just closed.
+ * closing marks the end of the body, the connection is reset instead.  So is a
+ * tunnel if one side was, or if bytes for one side are lost; else it is
+ * closed.
  */
 static void
 exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
@@ -12839,8 +14016,10 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 	if (x->record.start)
 		log_exchange(x);
 	exchange_close(x,
-	    x->tunnel ? end == END_RESET :
-			x->record.status != 0 && x->down.to == FRAMING_CLOSE);
+	    x->tunnel ? end == END_RESET || x->client.out != NULL ||
+		    x->server.out != NULL :
+			x->record.status != 0 && !x->down.done &&
+		    x->down.to == FRAMING_CLOSE);
 }
 
 /*
@@ -13006,17 +14185,33 @@ bend_take(struct exchange *x)
 	return b;
 }
 
-/* True if a rule has as many exchanges of x's client as it allows. */
+/* The conditions of a `limit` rule, as written. */
+static const char *
+bend_limited(const struct rule *rule)
+{
+	const char *s = rule->text;
+
+	s += strcspn(s, " \t");
+	s += strspn(s, " \t");
+	return s + strcspn(s, " \t");
+}
+
+/*
+ * True if x's client has as many exchanges under way as a rule allows.  Those
+ * that began under earlier rules count if the conditions were the same.
+ */
 static bool
 bend_is_crowded(const struct exchange *x, const struct rule *rule)
 {
+	const char *limited = bend_limited(rule);
 	const struct exchange *y;
 	uint64_t n = 0;
 
 	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++)
-		n += y->bend != NULL && y->bend->limit == rule &&
+		n += y->bend != NULL && y->bend->limit != NULL &&
 		    memcmp(y->peer.octets, x->peer.octets,
-			sizeof(x->peer.octets)) == 0;
+			sizeof(x->peer.octets)) == 0 &&
+		    strcmp(bend_limited(y->bend->limit), limited) == 0;
 	return n >= rule->amount.first;
 }
 
@@ -13062,6 +14257,7 @@ bend_apply(struct exchange *x, const struct rule *rule)
 			return false;
 		}
 		x->close = x->close || !x->up.done;
+		b->answers = true;
 		page_rule(x, rule);
 		exchange_answer(x);
 		return false;
@@ -13185,7 +14381,7 @@ bend_cuts(const struct exchange *x)
 	    x->down.ready > 0;
 }
 
-/* The ms at which x can go on that is held up; INT64_MAX: it is not. */
+/* When a rule lets x go on, in ms; INT64_MAX if no rule holds it up. */
 static int64_t
 bend_wake(const struct exchange *x)
 {
@@ -13258,9 +14454,15 @@ access_response(struct exchange *x, const struct response *r, struct text head)
 	return false;
 }
 
+enum {
+	JUDGE_BYTES = 1024
+};
+
 /*
  * Judges a piece of the body, the last one if `whole`, by the texts in it and
- * the length so far.  True if it may pass.
+ * the length so far.  True if it may pass.  What comes in small pieces is
+ * judged when they are JUDGE_BYTES, as judging costs as much as the head is
+ * long.
  */
 static bool
 access_body(struct exchange *x, struct text piece, bool whole)
@@ -13273,6 +14475,10 @@ access_body(struct exchange *x, struct text piece, bool whole)
 
 	access->found |=
 	    rules_seek(x->rules, (unsigned char *)access->answer->data, piece);
+	access->unjudged += piece.len;
+	if (!whole && found == access->found && access->unjudged < JUDGE_BYTES)
+		return true;
+	access->unjudged = 0;
 	(void)response_parse(buffer_text(access->answer), x->request->method,
 	    &r);
 	answer_view(x, &r, &v);
@@ -13420,6 +14626,7 @@ request_spoil(struct exchange *x)
 	request_clean(x->client.in);
 	t = buffer_text(x->client.in);
 	trace_head(x, "c>", t);
+	tape_add(x, TAPE_REQUEST_HEAD, t);
 	q->bytes = x->client.in;
 	x->client.in = NULL;
 	t.len = text_find(t, '\n');
@@ -13447,7 +14654,8 @@ request_note(struct exchange *x)
 	    head_lists(&q->head, "Connection", text_of("close"));
 	q->kept = head_lists(&q->head, "Connection", text_of("keep-alive")) ||
 	    head_lists(&q->head, "Proxy-Connection", text_of("keep-alive"));
-	q->login = head_logs_in(&q->head, "Authorization");
+	q->login = head_logs_in(&q->head, "Authorization") ||
+	    head_logs_in(&q->head, "Proxy-Authorization");
 	q->upgrade = q->minor == 1 && head_field(&q->head, "Upgrade") &&
 	    head_lists(&q->head, "Connection", text_of("upgrade")) &&
 	    !head_lists(&q->head, "Upgrade", text_of("h2c"));
@@ -13485,8 +14693,8 @@ request_local(struct exchange *x)
 }
 
 /*
- * Takes a slot for a fetch without a client.  NULL without a free slot or
- * memory.  Takes over head: its request as bytes, or NULL.
+ * Takes a slot for a fetch without a client.  head, or NULL, is its request,
+ * which it owns.  NULL, and head is freed, if there is no slot or memory.
  */
 static struct exchange *
 exchange_take_refresh(const struct exchange *x, struct buffer *head)
@@ -13499,8 +14707,7 @@ exchange_take_refresh(const struct exchange *x, struct buffer *head)
 		request_drop(&q);
 		return NULL;
 	}
-	y->phase = PHASE_REQUEST;
-	y->since = now.ms;
+	exchange_enter(y, PHASE_REQUEST);
 	y->request = q;
 	q->owner = y;
 	y->client.eof = true;
@@ -13532,14 +14739,14 @@ exchange_refresh(struct exchange *x)
 	if (head == NULL)
 		return;
 	/* Without directives, conditions and login: the answer suits all. */
-	buffer_append(head, text_of("GET"));
-	buffer_append(head, text_from(q->head.line, q->name.len));
-	buffer_append(head, text_of("\r\n"));
+	buffer_append(head, text_of("GET "));
+	buffer_append(head, q->uri);
+	buffer_print(head, " HTTP/1.%u\r\n", q->minor);
 	fields_append(head, &q->head, personal);
 	y = exchange_take_refresh(x, head);
 	if (y == NULL)
 		return;
-	cache_detach(x, y);
+	(void)cache_detach(x, y);
 }
 
 /*
@@ -13577,8 +14784,8 @@ collapse_step(struct exchange *x)
 }
 
 /*
- * Makes a request that was meant for a server one for us: its URL is made of
- * Host, which is only what the client claims.  Returns 1, or what is wrong.
+ * Makes an intercepted request, with a path, one to a proxy: its URL is made
+ * of Host, which is only what the client claims.  Returns 1, or what is wrong.
  */
 static int
 request_adopt(struct request *q)
@@ -13602,7 +14809,7 @@ request_adopt(struct request *q)
 	return 1;
 }
 
-/* The head of a request is in its `bytes': understand it and go on. */
+/* Parses the head in the request's bytes, and decides who answers. */
 static void
 request_begun(struct exchange *x)
 {
@@ -13611,6 +14818,7 @@ request_begun(struct exchange *x)
 
 	request_clean(q->bytes);
 	trace_head(x, "c>", buffer_text(q->bytes));
+	tape_add(x, TAPE_REQUEST_HEAD, buffer_text(q->bytes));
 	verdict = request_parse(buffer_text(q->bytes), q);
 	if (verdict == 1 && x->intercepted && q->target.form == FORM_ORIGIN)
 		verdict = request_adopt(q);
@@ -13674,13 +14882,20 @@ request_tunnel(struct exchange *x)
 	return true;
 }
 
+/* Gives x the next number; no two workers give the same one. */
+static void
+exchange_number(struct exchange *x)
+{
+	x->number = exchanges.count++ * options.workers + (worker ? worker : 1);
+}
+
 /* Starts a request and its clock, at its first byte.  False without memory. */
 static bool
 request_start(struct exchange *x)
 {
 	if (x->record.start == 0) {
 		x->record.start = x->since = now.ms;
-		x->number = ++exchanges.count;
+		exchange_number(x);
 	}
 	if (x->request == NULL)
 		x->request = request_new(x);
@@ -13720,6 +14935,50 @@ request_starve(struct exchange *x)
 		exchange_abort(x, END_LIMIT, REFUSE_MEMORY);
 }
 
+/* Closes a connection whose PROXY header is missing, wrong or not believed. */
+static void
+header_refuse(struct exchange *x, enum end end, enum refusal refusal)
+{
+	x->record.start = x->since;
+	exchange_number(x);
+	x->note.dns_ms = x->note.connect_ms = -1;
+	exchange_abort(x, end, refusal);
+}
+
+/*
+ * Takes the PROXY header at the start of a connection.  A trusted peer that
+ * closes without having sent a byte is not logged: load balancers check in this
+ * way that the proxy accepts connections.
+ */
+static bool
+header_step(struct exchange *x)
+{
+	struct conn *c = &x->client;
+	struct address client = x->peer;
+	char words[ADDRESS_TEXT];
+	int n = c->in ? header_parse(buffer_text(c->in), &client) : 0;
+
+	if (!rules_trust(&x->peer, x->local))
+		header_refuse(x, END_RULE, REFUSE_HEADER_PEER);
+	else if (n < 0)
+		header_refuse(x, END_CLIENT, (enum refusal)(-n));
+	else if (n > 0) {
+		conn_drop_head(c, (size_t)n);
+		x->unnamed = false;
+		/* A loopback address is this machine's if the peer is. */
+		x->local = x->local && peer_is_local(c->fd, &client);
+		x->peer = client;
+		address_print(&client, words);
+		trace(x, "behind the PROXY header, the client is %s", words);
+	} else if (!c->eof && !c->error)
+		return conn_read(c);
+	else if (c->in != NULL || c->error == ENOMEM)
+		header_refuse(x, END_CLIENT, REFUSE_HEADER_CUT);
+	else
+		exchange_close(x, false);
+	return true;
+}
+
 /* REQUEST: waits for a whole head. */
 static bool
 request_step(struct exchange *x)
@@ -13728,6 +14987,8 @@ request_step(struct exchange *x)
 	enum refusal refusal = REFUSE_NONE;
 	int n = 0;
 
+	if (x->unnamed)
+		return header_step(x);
 	if (request_begin(x)) {
 		if (x->intercepted && !x->served &&
 		    hello_begins(buffer_text(c->in)))
@@ -14012,8 +15273,10 @@ connect_try(struct exchange *x, struct conn *c)
 	if (c->fd == -1 || !c->writable)
 		return false;
 	error = conn_connect_error(c);
-	if (error == 0)
+	if (error == 0) {
+		trace(x, "connected");
 		return true;
+	}
 	trace(x, "failed: %s", strerror(error));
 	route->error = error;
 	if (c->role == ROLE_TRY)
@@ -14102,9 +15365,10 @@ exchange_send(struct exchange *x)
 }
 
 /*
- * The next hop is connected.  The proxy answers a CONNECT itself; any bytes
- * that arrived behind a SOCKS parent's reply follow.  For other requests, no
- * bytes may come before the request is sent (RFC 9112 section 9.2).
+ * The next hop is connected.  The proxy answers a CONNECT itself, unless that
+ * goes to an HTTP parent; any bytes that arrived behind a SOCKS parent's reply
+ * follow.  For other requests, no bytes may come before the request is sent
+ * (RFC 9112 section 9.2).
  */
 static void
 connect_open(struct exchange *x)
@@ -14260,7 +15524,8 @@ exchange_read(struct exchange *x, struct conn *from)
 		return conn_read(from);
 	if (max == 0)
 		from->readable = false;
-	if (!conn_read_some(from, max > BUFFER_ROOM ? BUFFER_ROOM : max))
+	if (!conn_read_some(from,
+		max > BUFFER_ROOM ? BUFFER_ROOM : (size_t)max))
 		return false;
 	/* The bytes had been stored: someone truncated the file. */
 	if (from->eof)
@@ -14270,7 +15535,7 @@ exchange_read(struct exchange *x, struct conn *from)
 }
 
 /*
- * Shows a piece of a body, or its end, to the rules, the cache and the trace.
+ * Shows a piece of a body, or its end, to rules, cache, recording and trace.
  * If a rule forbids it, drops the piece and marks the flow as broken.
  */
 static void
@@ -14281,15 +15546,19 @@ exchange_see(struct exchange *x, struct flow *f, struct text piece)
 
 	if (q != NULL && q->access.answer != NULL && news &&
 	    !access_body(x, piece, f->whole)) {
-		cache_drop(x);
 		f->ready -= (uint32_t)piece.len;
 		f->whole = false;
 		f->broken = true;
 		x->record.refusal = REFUSE_RULE;
+		cache_append(x, text_of(""), false);
 		return;
 	}
 	if (q != NULL && (piece.len > 0 || f->whole))
 		cache_append(x, piece, f->whole);
+	if (piece.len > 0 && x->request != NULL)
+		tape_add(x,
+		    f == &x->up ? TAPE_REQUEST_BODY : TAPE_RESPONSE_BODY,
+		    piece);
 	if (options.verbose > 1 && piece.len > 0)
 		trace_dump(x, f == &x->up ? "c>s" : "s>c", piece);
 }
@@ -14334,7 +15603,9 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 		bend_spend(x, f, f->payload - passed);
 		held = buffer_held(to->out);
 		(void)conn_write(to);
-		if (buffer_held(to->out) < held)
+		/* What a peer left that is gone gets no more time by moving. */
+		if (buffer_held(to->out) < held &&
+		    !(x->tunnel && conn_is_gone(from)))
 			x->moved = now.ms;
 		if (to->out || f->done || (f->ready == 0 && !f->whole) ||
 		    f->payload - passed == most)
@@ -14374,6 +15645,7 @@ response_pass(struct exchange *x, const struct response *r, size_t n)
 		trace_head(x, ">c", buffer_text(out));
 	else
 		trace_change(x, ">c", r, buffer_text(out));
+	tape_add(x, TAPE_RESPONSE_HEAD, buffer_text(out));
 	conn_drop_head(s, n);
 	return true;
 }
@@ -14430,6 +15702,8 @@ response_keeps_server(const struct exchange *x, const struct response *r)
 	return !answer_is_local(q) && r->minor == 1 &&
 	    !(r->mended & MEND_LENGTH) && r->framing != FRAMING_CLOSE &&
 	    !q->login && !head_logs_in(&r->head, "WWW-Authenticate") &&
+	    !(exchange_is_relayed(x) &&
+		head_logs_in(&r->head, "Proxy-Authenticate")) &&
 	    !head_lists(&r->head, "Connection", text_of("close"));
 }
 
@@ -14462,7 +15736,8 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 
 	if (to == FRAMING_CHUNKED || to == FRAMING_CLOSE)
 		to = q->minor == 1 ? FRAMING_CHUNKED : FRAMING_CLOSE;
-	x->close = x->close || to == FRAMING_CLOSE || !x->up.done || stop_at;
+	x->close = x->close || to == FRAMING_CLOSE || !x->up.done || stop_at ||
+	    exchanges.crowded;
 	q->route.keep = response_keeps_server(x, r);
 	flow_start(&x->down, r->framing, to, r->length);
 	if (!answer_is_local(q))
@@ -14478,19 +15753,14 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 
 /*
  * Answers from an entry: with 304 if the client has a current copy, with a
- * range, or with the whole; with 412, which counts as a hit, if the client's
- * precondition fails.
+ * range, or with the whole.
  */
 static void
 response_from_entry(struct exchange *x, struct response *r, size_t n)
 {
 	char extra[256];
-	uint64_t at;
+	uint64_t at = cache_shape(x, r, extra, sizeof(extra));
 
-	if (!cache_shape(x, r, extra, sizeof(extra), &at)) {
-		exchange_refuse(x, REFUSE_CONDITION, "");
-		return;
-	}
 	response_forward(x, r, n);
 	if (at == 0 || x->phase != PHASE_RELAY)
 		return;
@@ -14506,13 +15776,18 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 static bool
 response_validates(struct exchange *x, const struct response *r, size_t n)
 {
+	bool keep = r->status == 304 && response_keeps_server(x, r);
 	struct lookup l;
-	enum cached cached = cache_validate(x, r, &l);
+	enum cached cached;
 
+	/* In the middle of a body it is the payload that must be the same. */
+	if (x->record.status != 0)
+		return false;
+	cached = cache_validate(x, r, &l);
 	if (cached == CACHED_NO)
 		return false;
 	if (r->status == 304) {
-		x->request->route.keep = response_keeps_server(x, r);
+		x->request->route.keep = keep;
 		conn_drop_head(&x->server, n);
 		exchange_release(x);
 	}
@@ -14533,8 +15808,9 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 {
 	struct request *q = x->request;
 	struct flow *d = &x->down, old = *d;
+	struct lookup none;
 
-	if (!cache_resembles(x, r)) {
+	if (cache_validate(x, r, &none) != CACHED_YES) {
 		exchange_refuse(x, REFUSE_CUT_SHORT, "");
 		return;
 	}
@@ -14642,6 +15918,16 @@ response_skip(const struct conn *s)
 	return text_starts(t, "\r\n") ? 2 : text_starts(t, "\n") ? 1 : 0;
 }
 
+/* True if the server's bytes begin as an interim response does, but 101. */
+static bool
+response_is_interim(const struct conn *s)
+{
+	struct text t = s->in == NULL ? text_of("") : buffer_text(s->in);
+
+	t = text_from(t, response_skip(s));
+	return t.len >= 12 && t.at[9] == '1' && t.at[11] != '1';
+}
+
 /* The server closed without a response; a kept connection may do that. */
 static void
 response_lost(struct exchange *x)
@@ -14693,7 +15979,7 @@ response_step(struct exchange *x)
 	}
 	if (!conn_write(c))
 		return moved;
-	if (s->in != NULL && bend_delays(x))
+	if (s->in != NULL && !response_is_interim(s) && bend_delays(x))
 		return moved;
 	skip = response_skip(s);
 	if (s->in != NULL)
@@ -14750,9 +16036,25 @@ exchange_finish(struct exchange *x)
 		conn_shut(&x->client);
 }
 
+/* One side of a tunnel has ended, and the other has all of it. */
+static void
+tunnel_shut(struct exchange *x, struct conn *to, const char *from)
+{
+	if (!to->shut)
+		trace(x, "the %s sends no more, and the other side knows",
+		    from);
+	conn_shut(to);
+}
+
 /*
- * Half-closes each direction of a tunnel as it ends; true if the tunnel is
- * over.  After a reset of one side, the other gets the rest, then a reset.
+ * Half-closes a tunnel when one of its flows ends; true if the tunnel is over.
+ * A FIN from the client ends the flow up: when all bytes before the FIN have
+ * been written, the server gets a FIN too.  The flow down goes on, so that the
+ * server can still answer.  A FIN from the server is handled in the same way.
+ * The idle timeout of a half-closed tunnel is HALF_CLOSED_MS, or -t if that is
+ * less.  If one side resets its connection, the other side first gets the bytes
+ * that have arrived, and then a reset; if a rule or that side slows these down,
+ * they have the time of a half-closed tunnel in all.
  */
 static bool
 tunnel_judge(struct exchange *x)
@@ -14769,9 +16071,9 @@ tunnel_judge(struct exchange *x)
 		return true;
 	}
 	if (x->up.done && s->out == NULL)
-		conn_shut(s);
+		tunnel_shut(x, s, "client");
 	if (x->down.done && c->out == NULL)
-		conn_shut(c);
+		tunnel_shut(x, c, "server");
 	if (!s->shut || !c->shut)
 		return false;
 	exchange_end(x);
@@ -14801,23 +16103,24 @@ tunnel_listen(struct exchange *x)
 }
 
 /*
- * True if the server still reads the request's body after its response: it
- * may want the rest.
+ * True if the server still reads the request's body after its response: it may
+ * want the rest, unless it has refused the request.
  */
 static bool
 relay_uploads(const struct exchange *x)
 {
 	const struct conn *s = &x->server;
 
-	return x->request->route.keep && !x->up.done && !x->up.broken &&
-	    !s->eof && !s->error && !s->write_failed && !s->hangup;
+	return x->request->route.keep && x->record.status < 300 &&
+	    !x->up.done && !x->up.broken && !s->eof && !s->error &&
+	    !s->write_failed && !s->hangup;
 }
 
 /* The client left: true if the cache wants the fetch, which continues. */
 static bool
 relay_goes_on(struct exchange *x)
 {
-	if (!cache_wants(x))
+	if (cache_wants(x) == WANTED_NOT)
 		return false;
 	conn_close(&x->client, false);
 	x->client.exchange = x;
@@ -14847,7 +16150,6 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 	y->down = old;
 	y->down.ready = 0;
 	y->down.to = FRAMING_CLOSE;
-	cache_detach(x, y);
 	q->route.keep = false;
 	conn_file(s, fd, x);
 	flow_start(d, q->body == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH,
@@ -14870,12 +16172,14 @@ relay_part(struct exchange *x)
 	if (x->request->access.answer != NULL || x->refresh || !x->up.done ||
 	    x->down.whole || x->down.broken)
 		return;
-	fd = cache_follow_own(x);
-	if (fd == -1)
+	if (cache_wants(x) != WANTED_APART)
 		return;
 	y = exchange_take_refresh(x, NULL);
-	if (y == NULL) {
-		(void)close(fd);
+	if (y == NULL)
+		return;
+	fd = cache_detach(x, y);
+	if (fd == -1) {
+		exchange_close(y, false);
 		return;
 	}
 	trace(x, "the client is slower than others: it follows, too");
@@ -14885,16 +16189,16 @@ relay_part(struct exchange *x)
 
 /*
  * The fetch that x followed was given up, and x has passed on all of it: x
- * sends the request itself.  The rules judged only the address of the leader's
- * server, so they judge the addresses found now.
+ * sends the request itself, and exchange_skip() drops what its client has.  The
+ * rules judged only the address of the leader's server, so they judge the
+ * addresses found now.
  */
 static void
 relay_resume(struct exchange *x)
 {
 	struct request *q = x->request;
 
-	trace(x, "what this follows was given up: asking for the rest");
-	cache_unfollow(x);
+	trace(x, "what this follows was given up: asking again");
 	answer_by(x, ANSWER_NONE);
 	access_enter(x, ACCESS_UNDECIDED);
 	q->times.answered = 0;
@@ -14924,12 +16228,13 @@ relay_step(struct exchange *x)
 		relay_part(x);
 	gone = (c->error || c->write_failed) && !relay_goes_on(x);
 	done = x->down.done && c->out == NULL && !relay_uploads(x);
-	if (gone || (x->refresh && !done && !cache_wants(x)))
+	if (gone || (x->refresh && !done && cache_wants(x) == WANTED_NOT))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (done)
 		exchange_finish(x);
-	else if (cache_follows(x, FETCH_FAILED) && !x->down.broken &&
-	    !s->readable && s->in == NULL && c->out == NULL)
+	else if (x->request->answerer == ANSWER_FETCH &&
+	    cache_follows(x, FETCH_FAILED) && !x->down.broken && !s->readable &&
+	    s->in == NULL && c->out == NULL)
 		relay_resume(x);
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
 	    c->out == NULL)
@@ -14989,12 +16294,13 @@ exchange_takes_response(const struct exchange *x)
 	return x->phase != PHASE_RELAY || (!x->down.whole && !x->down.broken);
 }
 
-/* The ms at which the time of x is over if nothing happens. */
+/* When x is out of time if nothing happens, in ms. */
 static int64_t
 exchange_limit(const struct exchange *x)
 {
 	const struct conn *c = &x->client, *s = &x->server;
-	bool half = c->error || s->error || c->write_failed ||
+	/* One side is gone, or is over with nothing on its way to the other. */
+	bool half = conn_is_gone(c) || conn_is_gone(s) || c->write_failed ||
 	    s->write_failed ||
 	    ((c->eof || s->eof) && c->out == NULL && s->out == NULL);
 	const struct route *route;
@@ -15020,7 +16326,9 @@ exchange_limit(const struct exchange *x)
 		if (x->bend != NULL && x->bend->until != 0)
 			return INT64_MAX;
 		return x->moved +
-		    (x->tunnel && half ? HALF_CLOSED_MS : options.idle_ms);
+		    (x->tunnel && half ?
+			    least(HALF_CLOSED_MS, options.idle_ms) :
+			    options.idle_ms);
 	case PHASE_LINGER:
 		return least(x->moved + LINGER_MS, x->since + LINGER_ALL_MS);
 	default:
@@ -15039,7 +16347,9 @@ exchange_expire(struct exchange *x)
 	address_print(&x->record.server, detail);
 	switch (x->phase) {
 	case PHASE_REQUEST:
-		if (x->record.start)
+		if (x->unnamed)
+			header_refuse(x, END_IDLE, REFUSE_HEADER_SLOW);
+		else if (x->record.start)
 			request_reject(x, REFUSE_SLOW);
 		else
 			exchange_close(x, false);
@@ -15110,9 +16420,9 @@ exchange_check(const struct exchange *x)
 }
 
 /*
- * True if x's client has gone.  After a hangup it can't be answered.  After
- * an EOF it may only have half-closed and still wait for the response; but
- * having asked for keep-alive, it would not half-close: it has closed.
+ * True if x's client has gone.  After a hangup it can't be answered.  After an
+ * EOF it may only have half-closed and still wait for the response; but a
+ * client that asked for keep-alive does not half-close: it has closed.
  */
 static bool
 client_is_gone(const struct exchange *x)
@@ -15182,7 +16492,7 @@ exchange_run(struct exchange *x)
 
 /* Takes over a new client's fd and serves it; a slot must be free. */
 static void
-exchange_open(int fd, const struct address *peer, bool intercepted)
+exchange_open(int fd, const struct address *peer, enum arrival arrival)
 {
 	struct exchange *x = exchange_take();
 
@@ -15196,51 +16506,75 @@ exchange_open(int fd, const struct address *peer, bool intercepted)
 	x->client.readable = x->client.writable = true;
 	x->peer = *peer;
 	x->local = peer_is_local(fd, peer);
-	x->intercepted = intercepted;
-	x->number = exchanges.count + 1;
+	x->intercepted = arrival == ARRIVAL_INTERCEPTED;
+	x->unnamed = arrival == ARRIVAL_NAMED;
 	exchange_enter(x, PHASE_REQUEST);
 	exchange_run(x);
 }
 
-/* ---- 14. Loop ---- */
+/* ---- 18. Loop ---- */
 
 /*
  * Waits for events, runs the exchanges concerned, handles deadlines, and
  * accepts clients last.  poll(2) is the only call that may block.  Nothing
  * here knows how an exchange is served.
  *
- * Door: loop_run, loop_accept_all, signal_conn, command, notify.
+ * Door: loop_run, loop_accept_all, signals_open, signal_conn, command, notify,
+ * workers_run.
  */
 
 enum {
 	ACCEPTS_MAX = 64,
 	/* After this long without an event a descriptor leaves the prefix. */
 	COLD_MS = 500,
-	/* The whole poll set is polled again after this at the latest. */
-	COLD_GAP_US = 12000,
 	/* With this many outside the prefix, or fewer, all are polled. */
 	COLD_MIN = 16,
+	/* So many of the others are polled at a time, */
+	COLD_SLICE = 512,
+	/* which takes one part in so many of the time, */
+	COLD_SHARE = 12,
+	/* and each of them at least once in this time. */
+	COLD_GAP_US = 24000,
+	/*
+	 * After a quiet time of so many us for each of them, the whole set is
+	 * polled.  A poll that waits costs about a tenth of that, as it enters
+	 * every socket's queue.
+	 */
+	COLD_QUIET_US = 10,
 	/*
 	 * If all slots are busy, the next search for an idle one waits this
 	 * long, and another ms for every CROWDED_SLOTS slots.
 	 */
 	CROWDED_MS = 20,
 	CROWDED_SLOTS = 1000,
+	/* Deadlines may wait for a ms for so many slots. */
+	EXPIRE_SLOTS = 1000,
 	/* A client counts as silent after this: more than a round trip. */
 	SILENT_MS = 1000,
 	/* The least time between warnings that all slots are taken. */
 	CROWDED_SAY_MS = 60000,
 	/* The time that exchanges have to finish after the command ends. */
 	COMMAND_DRAIN_MS = 1000,
+	/* The time that workers with fewer clients have to take the next. */
+	YIELD_MS = 5,
+	YIELD_GAP_MS = 50,
+	/* The least time between two starts of the same worker. */
+	WORKER_GAP_MS = 1000,
+	/* The time that a worker has to end when its drain is over. */
+	WORKER_KILL_MS = 2000,
+	/* How often the supervisor looks whether all have obeyed. */
+	WORKER_LOOK_MS = 20,
 	/* Bit in a signal's byte: the terminal or the system sent it. */
 	SIGNAL_TERMINAL = 128
 };
 
-static int64_t accept_after;    /* ms: out of descriptors until then */
+static int64_t accept_after;    /* ms: clients wait until then */
 static int64_t crowded_until;   /* ms: no search for a slot until then */
 static bool rules_unread;       /* new rules are read, a piece each turn */
 static bool reloading;          /* the service manager waits for the end */
+static unsigned hups;           /* of the supervisor, at our last SIGHUP */
 static struct conn signal_conn; /* the read end of the signal pipe */
+static struct conn lifeline;    /* its other end: see worker_begin() */
 
 /* How long poll may wait: ms to the next deadline, -1 if there is none. */
 static int
@@ -15254,56 +16588,17 @@ loop_wait(void)
 }
 
 /*
- * Polls the prefix, or the whole set when that is due: after five times its
- * cost, so that it takes a fifth of the time at most, and at once if it last
- * found an event outside the prefix.  Returns how many places of the set to
- * look at.  The cost is measured while there is work; without work, polling
- * the whole set may block.
- */
-static size_t
-loop_poll(void)
-{
-	static int64_t polled_us, cost_us;
-	static bool busy, more;
-	bool large = poll_set.all - poll_set.hot > COLD_MIN;
-	int64_t due_us = polled_us + least(5 * cost_us, COLD_GAP_US) - now.us;
-	int wait = loop_wait(), n;
-	size_t i;
-
-	if (large && !more && due_us > 0) {
-		int rest = (int)(due_us / 1000) + 1;
-
-		if (wait >= 0 && wait < rest)
-			rest = wait;
-		n = poll(poll_set.fds, (nfds_t)poll_set.hot, rest);
-		clock_read();
-		busy = busy || n > 0;
-		return n > 0 ? poll_set.hot : 0;
-	}
-	polled_us = now.us;
-	n = poll(poll_set.fds, (nfds_t)poll_set.all, large && busy ? 0 : wait);
-	clock_read();
-	if (large && busy)
-		cost_us = now.us - polled_us;
-	polled_us = now.us;
-	busy = n > 0;
-	more = false;
-	for (i = poll_set.hot; i < poll_set.all && !more && n > 0; i++)
-		more = poll_set.fds[i].revents != 0;
-	return n > 0 ? poll_set.all : 0;
-}
-
-/*
- * Records the events of the first n places.  Goes upwards, as poll_warm() may
- * swap only with places already seen.  True if a kept connection had one.
+ * Records the events of the places from first up to end.  Goes upwards, as
+ * poll_warm() may swap only with places already seen, or not polled.  True if a
+ * kept connection had one.
  */
 static bool
-loop_note(size_t n)
+loop_note(size_t first, size_t end)
 {
 	bool kept = false;
 	size_t i;
 
-	for (i = 1; i < n; i++) {
+	for (i = first; i < end; i++) {
 		struct conn *c = poll_set.conns[i];
 		int events = poll_set.fds[i].revents;
 
@@ -15321,6 +16616,73 @@ loop_note(size_t n)
 			exchange_queue(c->exchange);
 		kept = kept || c->role == ROLE_KEPT;
 	}
+	return kept;
+}
+
+/*
+ * Polls n places from first on for ms, and notes their events: adds to *heard
+ * how many there were.  True if a kept connection had one.
+ */
+static bool
+loop_ask(size_t first, size_t n, int ms, int *heard)
+{
+	int got = poll(poll_set.fds + first, (nfds_t)n, ms);
+
+	clock_read();
+	if (got <= 0)
+		return false;
+	*heard += got;
+	return loop_note(first, first + n);
+}
+
+/*
+ * Waits for events.  While there are some, polls the prefix, and what is
+ * behind it in slices, so that no turn waits for all.  The next slice is due
+ * when COLD_SHARE times the cost of the last has passed, at once if that had
+ * an event, and early enough that all of them take COLD_GAP_US.  After a quiet
+ * time, polls the whole set, which may block.  True if a kept connection had
+ * an event.
+ */
+static bool
+loop_poll(void)
+{
+	static int64_t due_us;   /* when the next slice is polled */
+	static int64_t heard_us; /* when there was an event */
+	static size_t next;      /* where the next slice begins */
+	size_t cold = poll_set.all - poll_set.hot, n;
+	int wait = loop_wait(), rest = 0, heard = 0, before;
+	int64_t cost_us;
+	bool kept;
+
+	if (cold <= COLD_MIN ||
+	    (wait != 0 && now.us - heard_us > COLD_QUIET_US * (int64_t)cold)) {
+		kept = loop_ask(0, poll_set.all, wait, &heard);
+		if (heard > 0)
+			heard_us = now.us;
+		return kept;
+	}
+	if (due_us > now.us)
+		rest = (int)((due_us - now.us) / 1000) + 1;
+	if (wait >= 0 && wait < rest)
+		rest = wait;
+	kept = loop_ask(0, poll_set.hot, rest, &heard);
+	if (now.us >= due_us) {
+		if (next < poll_set.hot || next >= poll_set.all)
+			next = poll_set.hot;
+		n = (size_t)least((int64_t)(poll_set.all - next), COLD_SLICE);
+		before = heard;
+		cost_us = now.us;
+		kept = loop_ask(next, n, 0, &heard) || kept;
+		cost_us = now.us - cost_us;
+		next += n;
+		due_us = now.us;
+		if (heard == before)
+			due_us += least(COLD_SHARE * cost_us,
+			    (int64_t)COLD_GAP_US * COLD_SLICE /
+				(int64_t)(cold + COLD_SLICE));
+	}
+	if (heard > 0)
+		heard_us = now.us;
 	return kept;
 }
 
@@ -15364,6 +16726,7 @@ static void
 loop_expire(void)
 {
 	struct exchange *x;
+	int64_t soonest;
 
 	if (now.ms < exchanges.wake)
 		return;
@@ -15377,6 +16740,10 @@ loop_expire(void)
 		} else
 			exchanges.wake = least(exchanges.wake, x->deadline);
 	}
+	/* A search of all slots takes its time: many are not done each ms. */
+	soonest = now.ms + (int64_t)(exchanges.used / EXPIRE_SLOTS);
+	if (exchanges.wake < soonest)
+		exchanges.wake = soonest;
 	loop_kept();
 	if (names.questions.fd != -1)
 		return;
@@ -15436,7 +16803,7 @@ loop_rank(const struct exchange *x)
 		return 2;
 	return x->request != NULL && x->client.eof && !x->refresh &&
 	    x->up.done && x->record.status == 0 &&
-	    !answer_is_local(x->request) && !cache_wants(x);
+	    !answer_is_local(x->request) && cache_wants(x) == WANTED_NOT;
 }
 
 /* The exchange of the highest rank, the longest idle among equals; or NULL. */
@@ -15458,9 +16825,9 @@ loop_idlest(void)
 }
 
 /*
- * All slots are taken: true if a client waits at l and a slot was freed for
- * it.  If all are busy, the next search waits a while.  The idlest client
- * keeps its slot if it has just sent something.
+ * All slots are taken: if a client waits at l, frees one whose exchange may
+ * give way; true if so.  If all are busy, the next search waits a while.  The
+ * idlest client keeps its slot if it has just sent something.
  */
 static bool
 loop_make_room(struct listener *l)
@@ -15474,6 +16841,7 @@ loop_make_room(struct listener *l)
 	l->conn.readable = poll(&fd, 1, 0) == 1;
 	if (!l->conn.readable)
 		return false;
+	exchanges.crowded = true;
 	if (said == 0 || now.ms - said >= CROWDED_SAY_MS) {
 		said = now.ms;
 		warn("all %lu connections are in use (-m): idle clients give "
@@ -15499,6 +16867,36 @@ loop_make_room(struct listener *l)
 }
 
 /*
+ * True if the next client is left to another worker, as that has fewer.  All
+ * wake up when a client comes, and the first would take most: one connection
+ * may have much to do, so clients are spread evenly.  If nobody takes it for
+ * YIELD_MS, this worker does, unless it is full and others have room.
+ */
+static bool
+loop_yields(void)
+{
+	static int64_t until;
+	uint64_t fewest = exchanges.busy;
+	size_t i;
+
+	for (i = 1; i < workers_n; i++)
+		if (workers[i].pid != 0 && workers[i].totals.busy < fewest)
+			fewest = workers[i].totals.busy;
+	if (exchanges.busy <= fewest + fewest / 8 + 1 &&
+	    (exchanges.busy < exchanges.n || fewest == exchanges.busy))
+		return false;
+	if (exchanges.busy < exchanges.n && now.ms >= until &&
+	    now.ms < until + YIELD_GAP_MS) {
+		until = 0;
+		return false;
+	}
+	if (now.ms >= until)
+		until = now.ms + YIELD_MS;
+	accept_after = until;
+	return true;
+}
+
+/*
  * Accepts the clients that wait at l, while there are slots.  Frees one slot
  * a turn at most, since the search looks at all.
  */
@@ -15513,6 +16911,10 @@ loop_accept(struct listener *l)
 		socklen_t len = sizeof(storage);
 		int fd;
 
+		if (worker > 0 && loop_yields()) {
+			l->conn.readable = false;
+			return;
+		}
 		if (exchanges.busy == exchanges.n &&
 		    (n > 0 || !loop_make_room(l)))
 			return;
@@ -15528,7 +16930,8 @@ loop_accept(struct listener *l)
 		}
 		if (l->address.family != AF_UNIX)
 			peer = address_import((struct sockaddr *)&storage);
-		exchange_open(fd, &peer, l->intercepts);
+		exchanges.crowded = false;
+		exchange_open(fd, &peer, l->arrival);
 	}
 }
 
@@ -15543,7 +16946,9 @@ loop_accept_all(void)
 		if (listeners[i].conn.readable && now.ms >= accept_after)
 			loop_accept(&listeners[i]);
 	after = accept_after;
-	if (exchanges.busy == exchanges.n && crowded_until > after)
+	if (exchanges.busy < exchanges.n)
+		exchanges.crowded = false;
+	else if (crowded_until > after)
 		after = crowded_until;
 	for (i = 0; i < listeners_n; i++)
 		conn_watch(&listeners[i].conn, now.ms >= after ? POLLIN : 0);
@@ -15565,9 +16970,10 @@ loop_report(void)
 			continue;
 		b.start = b.end = 0;
 		exchange_append(&b, x);
-		warn("%.*s, client in %lu out %lu server in %lu out %lu "
-		     "deadline %lld s",
-		    (int)buffer_len(&b) - 1, b.data,
+		warn("%.*s; bytes from the client %lu, to it %lu, from the "
+		     "server %lu, to it %lu; acts again in %lld s if nothing "
+		     "moves",
+		    (int)buffer_len(&b), b.data,
 		    (unsigned long)buffer_held(c->in),
 		    (unsigned long)buffer_held(c->out),
 		    (unsigned long)buffer_held(s->in),
@@ -15582,8 +16988,7 @@ loop_report(void)
 /*
  * Tells a service manager that started the proxy about its state, as
  * sd_notify(3) does: a datagram to the socket that NOTIFY_SOCKET names, where
- * `@' stands for the NUL of an abstract name.  Whoever does not listen misses
- * it.
+ * `@' stands for the NUL of an abstract name.  If nobody listens, it is lost.
  */
 static void
 notify(const char *state)
@@ -15625,7 +17030,7 @@ loop_stop(int64_t drain_ms)
 	stop_at = now.ms + drain_ms;
 	exchanges.wake = now.ms;
 	for (i = 0; i < listeners_n; i++) {
-		if (listeners[i].path != NULL)
+		if (listeners[i].path != NULL && supervisor == 0)
 			(void)unlink(listeners[i].path);
 		conn_close(&listeners[i].conn, false);
 	}
@@ -15639,6 +17044,7 @@ loop_stop(int64_t drain_ms)
 static void
 loop_reload(void)
 {
+	const char *why;
 	char state[80];
 
 	/* The terminal that it was started from has been closed. */
@@ -15650,10 +17056,16 @@ loop_reload(void)
 	    (long long)now.us);
 	notify(state);
 	reloading = true;
+	hups = workers[0].hups;
+	logs.quiet = worker > 0;
 	rules_reload();
+	logs.quiet = false;
 	if (!log_open())
 		warn("can't reopen the log %s: %s", options.log,
 		    strerror(errno));
+	why = options.record ? record_open() : NULL;
+	if (why != NULL)
+		warn("can't open %s again: %s", options.record, why);
 }
 
 /* The command that the proxy runs, and with which it ends. */
@@ -15692,106 +17104,10 @@ loop_end(int number, bool terminal)
 		(void)kill(command.pid, number);
 }
 
-/* Handles the signals that came: a byte for each, see signal_note(). */
-static void
-loop_signals(void)
-{
-	unsigned char signals[16];
-	ssize_t n, i;
-
-	if (!signal_conn.readable)
-		return;
-	signal_conn.readable = false;
-	n = fd_read(signal_conn.fd, signals, sizeof(signals));
-	for (i = 0; i < n; i++) {
-		int number = signals[i] & ~SIGNAL_TERMINAL;
-
-		if (number == SIGUSR1)
-			loop_report();
-		else if (number == SIGHUP)
-			loop_reload();
-		else if (number == SIGCHLD)
-			command_reap();
-		else if (number == SIGTERM || number == SIGINT)
-			loop_end(number, signals[i] & SIGNAL_TERMINAL);
-	}
-}
-
-/* Runs the exchanges that are queued. */
-static void
-loop_exchanges(void)
-{
-	struct exchange *x = exchanges.again, *next;
-
-	exchanges.again = NULL;
-	for (; x != NULL; x = next) {
-		next = x->next_again;
-		x->again = false;
-		exchange_run(x);
-	}
-}
-
-/* Serves until told to stop and the last exchange is done or out of time. */
-static void
-loop_run(void)
-{
-	struct exchange *x;
-
-	cache_sweep();
-	while (stop_at ? exchanges.busy > 0 && now.ms < stop_at :
-			 !options.inetd || exchanges.busy > 0) {
-		if (loop_note(loop_poll()))
-			loop_kept();
-		loop_signals();
-		rules_unread = rules_step();
-		if (reloading && !rules_unread) {
-			reloading = false;
-			notify("READY=1");
-		}
-		loop_names();
-		loop_exchanges();
-		loop_expire();
-		loop_accept_all();
-		loop_cool();
-		cache_sweep();
-		log_flush();
-		if (buffer_len(&log_lines) > 0)
-			exchanges.wake = least(exchanges.wake, now.ms + 1000);
-	}
-	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++)
-		if (x->phase != PHASE_FREE)
-			exchange_abort(x, END_STOP, REFUSE_NONE);
-	log_end();
-}
-
-/* ---- 15. Main: options, startup ---- */
-
-/*
- * Reads the command line, starts all that must be there before the loop runs,
- * and answers -h, -V, -n, -k and -T.  A new option is a row of option_table, a
- * member of `options`, and an item in the manual.
- *
- * Door: main.
- */
-
-/* The command line is wrong. */
-static void
-usage(const char *format, ...)
-{
-	va_list args;
-
-	va_start(args, format);
-	say_words(format, args);
-	va_end(args);
-	fprintf(stderr,
-	    "usage: proxy [option ...] [-- command [argument ...]]; "
-	    "proxy -h lists the options\n");
-	exit(2);
-}
-
 /*
  * The handler of all signals: writes a byte to the loop, with SIGNAL_TERMINAL
- * in it if no process sent the signal.
+ * in it if no process sent the signal.  A worker obeys its supervisor only:
+ * what a terminal or a service manager sends to all, it gets from there.
  */
 static void
 signal_note(int number, siginfo_t *info, void *context)
@@ -15800,6 +17116,8 @@ signal_note(int number, siginfo_t *info, void *context)
 	unsigned char byte = (unsigned char)number;
 
 	(void)context;
+	if (supervisor != 0 && number != SIGCHLD && info->si_pid != supervisor)
+		return;
 	if (info->si_code > 0)
 		byte |= SIGNAL_TERMINAL;
 	(void)fd_write(signal_pipe[1], &byte, 1);
@@ -15829,6 +17147,295 @@ signals_open(void)
 	action.sa_handler = SIG_IGN;
 	(void)sigaction(SIGPIPE, &action, NULL);
 	(void)sigaction(SIGXFSZ, &action, NULL);
+}
+
+/* The supervisor sends a signal to all workers. */
+static void
+workers_signal(int number)
+{
+	size_t i;
+
+	for (i = 1; i < workers_n && supervisor == 0; i++)
+		if (workers[i].pid != 0)
+			(void)kill(workers[i].pid, number);
+}
+
+/* The supervisor reaps the workers that have ended, and says why they did. */
+static void
+workers_reap(void)
+{
+	int status, n;
+	size_t i;
+
+	for (i = 1; i < workers_n && supervisor == 0; i++) {
+		struct worker *w = &workers[i];
+		struct totals *t = &w->totals;
+		pid_t pid = w->pid;
+
+		if (pid == 0 || waitpid(pid, &status, WNOHANG) != pid)
+			continue;
+		w->pid = 0;
+		t->busy = t->slots = t->buffers = 0;
+		t->descriptors = t->names_waiting = 0;
+		n = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+		if (!stop_at || n != 0)
+			warn("worker %lu, process %ld, has ended: %s, %s %d%s",
+			    (unsigned long)i, (long)pid,
+			    n ? strsignal(n) : "exit", n ? "signal" : "status",
+			    n ? n : WEXITSTATUS(status),
+			    stop_at ? "" : "; another is started");
+	}
+}
+
+/* Does what a signal asks for; a supervisor passes it on to the workers. */
+static void
+loop_signal(int number, bool terminal)
+{
+	if (number == SIGUSR1 && (workers_n == 1 || supervisor != 0))
+		loop_report();
+	else if (number == SIGHUP) {
+		workers[0].hups += supervisor == 0;
+		loop_reload();
+		if (stop_at)
+			number = SIGTERM;
+	} else if (number == SIGCHLD) {
+		command_reap();
+		workers_reap();
+		return;
+	} else if (number == SIGTERM || number == SIGINT)
+		loop_end(number, terminal);
+	workers_signal(number);
+}
+
+/* Handles the signals that came: a byte for each, see signal_note(). */
+static void
+loop_signals(void)
+{
+	unsigned char signals[16];
+	ssize_t n, i;
+
+	if (lifeline.readable) {
+		warn("the supervisor of all workers has died: this one ends");
+		conn_close(&lifeline, false);
+		lifeline.readable = false;
+		loop_stop(DRAIN_MS);
+	}
+	if (!signal_conn.readable)
+		return;
+	signal_conn.readable = false;
+	n = fd_read(signal_conn.fd, signals, sizeof(signals));
+	for (i = 0; i < n; i++)
+		loop_signal(signals[i] & ~SIGNAL_TERMINAL,
+		    signals[i] & SIGNAL_TERMINAL);
+}
+
+/*
+ * Reads new rules, as long as a turn may take.  A worker says nothing of it,
+ * since its supervisor reads the same and does.
+ */
+static void
+loop_rules(void)
+{
+	logs.quiet = worker > 0;
+	rules_unread = rules_step();
+	logs.quiet = false;
+	if (rules_unread)
+		return;
+	workers[worker].hups = hups;
+	if (reloading)
+		notify("READY=1");
+	reloading = false;
+}
+
+/* Runs the exchanges that are queued. */
+static void
+loop_exchanges(void)
+{
+	struct exchange *x = exchanges.again, *next;
+
+	exchanges.again = NULL;
+	for (; x != NULL; x = next) {
+		next = x->next_again;
+		x->again = false;
+		exchange_run(x);
+	}
+}
+
+/* Serves until told to stop and the last exchange is done or out of time. */
+static void
+loop_run(void)
+{
+	struct exchange *x;
+
+	store_sweep();
+	while (stop_at ? exchanges.busy > 0 && now.ms < stop_at :
+			 !options.inetd || exchanges.busy > 0) {
+		if (worker > 0)
+			totals_show();
+		if (loop_poll())
+			loop_kept();
+		loop_signals();
+		loop_rules();
+		loop_names();
+		loop_exchanges();
+		loop_expire();
+		loop_accept_all();
+		loop_cool();
+		store_sweep();
+		log_flush();
+		if (buffer_len(&log_lines) > 0)
+			exchanges.wake = least(exchanges.wake, now.ms + 1000);
+	}
+	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++)
+		if (x->phase != PHASE_FREE)
+			exchange_abort(x, END_STOP, REFUSE_NONE);
+	log_end();
+}
+
+/* ---- workers: several processes that serve ---- */
+
+/*
+ * With -j, the program becomes a supervisor that serves nobody, and forks
+ * workers, which are whole proxies: each has its own loop, slots, kept
+ * connections and names helper.  The supervisor keeps the sockets that it has
+ * bound open, and never polls them, for workers to come.  It obeys SIGHUP as
+ * they do, so that those have the rules and the log now in force.
+ */
+
+/*
+ * In a new process: makes it worker i.  The supervisor holds the other end of
+ * the pipe `lives`, and writes nothing to it.
+ */
+static void
+worker_begin(size_t i, const int lives[2])
+{
+	worker = (unsigned)i;
+	supervisor = workers[0].pid;
+	workers[i].pid = getpid();
+	workers[i].hups = hups;
+	totals = workers[i].totals;
+	conn_close(&signal_conn, false);
+	(void)close(signal_pipe[1]);
+	(void)close(lives[1]);
+	(void)unsetenv("NOTIFY_SOCKET");
+	signals_open();
+	if (!conn_open(&lifeline, ROLE_SIGNALS, lives[0], NULL))
+		die("no pipe from the supervisor: %s", strerror(errno));
+	conn_watch(&lifeline, POLLIN);
+	store_take_over();
+}
+
+/*
+ * Starts worker i; true in it.  Signals wait meanwhile: until it has a pipe of
+ * its own, the new process would write them to its supervisor's.
+ */
+static bool
+worker_start(size_t i, const int lives[2])
+{
+	sigset_t all, before;
+	pid_t pid;
+
+	(void)sigfillset(&all);
+	(void)sigprocmask(SIG_BLOCK, &all, &before);
+	workers[i].born = now.ms;
+	pid = fork();
+	if (pid == 0)
+		worker_begin(i, lives);
+	else if (pid == -1)
+		warn("can't start worker %lu: %s", (unsigned long)i,
+		    strerror(errno));
+	else
+		workers[i].pid = pid;
+	(void)sigprocmask(SIG_SETMASK, &before, NULL);
+	return pid == 0;
+}
+
+/*
+ * Starts the workers that are missing; tells a service manager when all have
+ * obeyed.  Returns when to do it again: ms, or 0 in a new worker, or -1 if all
+ * workers have ended, as they were told.
+ */
+static int64_t
+workers_step(const int lives[2])
+{
+	int64_t wake = INT64_MAX;
+	bool some = false, obeyed = true;
+	size_t i;
+
+	for (i = 1; i < workers_n; i++) {
+		struct worker *w = &workers[i];
+		int64_t due = w->born ? w->born + WORKER_GAP_MS : 0;
+
+		if (w->pid == 0 && !stop_at && due <= now.ms &&
+		    worker_start(i, lives))
+			return 0;
+		if (w->pid == 0)
+			wake = least(wake, due);
+		some = some || w->pid != 0;
+		obeyed = obeyed && w->hups == workers[0].hups;
+	}
+	if (reloading && obeyed)
+		notify("READY=1");
+	reloading = reloading && !obeyed;
+	if (stop_at && now.ms - stop_at >= WORKER_KILL_MS)
+		workers_signal(SIGKILL);
+	if (reloading || stop_at)
+		wake = now.ms + WORKER_LOOK_MS;
+	return stop_at && !some ? -1 : wake;
+}
+
+/*
+ * Starts all workers, and returns in each of them.  Their supervisor waits for
+ * signals and replaces those that die, until the program ends.
+ */
+static void
+workers_run(void)
+{
+	struct pollfd signals = { .fd = signal_conn.fd, .events = POLLIN };
+	int lives[2];
+	int64_t wake;
+
+	if (!pipe_open(lives))
+		die("no pipe for workers: %s", strerror(errno));
+	reloading = true;
+	while ((wake = workers_step(lives)) > 0) {
+		wake = wake > now.ms ? least(wake - now.ms, INT_MAX) : 0;
+		(void)poll(&signals, 1, (int)wake);
+		clock_read();
+		signal_conn.readable = true;
+		loop_signals();
+		while (rules_step())
+			;
+	}
+	if (wake == -1)
+		exit(0);
+	if (!names_start())
+		die("no helper for names: %s", strerror(errno));
+}
+
+/* ---- 19. Main: options, startup ---- */
+
+/*
+ * Reads the command line, starts all that must be there before the loop runs,
+ * and answers -h, -V, -n, -k and -T.  A new option is a row of option_table, a
+ * member of `options`, and an item in the manual.
+ *
+ * Door: main.
+ */
+
+/* The command line is wrong. */
+static void
+usage(const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	say_words(format, args);
+	va_end(args);
+	fprintf(stderr,
+	    "usage: proxy [option ...] [-- command [argument ...]]; "
+	    "proxy -h lists the options\n");
+	exit(2);
 }
 
 /* An option: a row of option_table. */
@@ -15939,6 +17546,10 @@ option_source(const struct option *o, const char *argument)
 		die("no memory");
 }
 
+/*
+ * A new option is a row here, a member of `options` and its use, and its text
+ * in proxy.1, there in SYNOPSIS too.
+ */
 static const struct option option_table[] = {
 	{ 'a', NULL, "tell servers nothing about the client or the proxy",
 	    option_flag, &options.anonymous, 0, 0 },
@@ -15951,9 +17562,12 @@ static const struct option option_table[] = {
 	{ 'h', NULL, "print this and exit", option_flag, &options.help, 0, 0 },
 	{ 'i', NULL, "serve the client that is standard input, and exit",
 	    option_flag, &options.inetd, 0, 0 },
+	{ 'j', "n", "serve with n processes", option_number, &options.workers,
+	    1, WORKERS_MAX },
 	{ 'k', "url", "print the paths of a URL's cache entries and exit",
 	    option_name, &options.key, 0, 0 },
-	{ 'l', "address", "listen on [host:]port, or on the UNIX socket /path",
+	{ 'l', "address",
+	    "listen on [host:]port or /path; intercept: or proxy: before it",
 	    option_more, &options.listen, 0, 0 },
 	{ 'm', "n", "serve at most n clients at once", option_number,
 	    &options.connections, 1, CONNECTIONS_MAX },
@@ -15975,6 +17589,8 @@ static const struct option option_table[] = {
 	    &options.version, 0, 0 },
 	{ 'v', NULL, "trace each request; twice: payload, too", option_count,
 	    &options.verbose, 0, 0 },
+	{ 'w', "file", "record everything to a file in the format HAR",
+	    option_name, &options.record, 0, 0 },
 	{ 'x', "url", "send everything through the proxy http:// or socks5://",
 	    option_via, NULL, 0, 0 },
 };
@@ -16060,6 +17676,12 @@ options_parse(int argc, char **argv)
 		    argv[optind]);
 	if (options.cache_size != 0 && options.cache == NULL)
 		usage("-s: there is no cache without -c directory");
+	if (options.workers > 1 &&
+	    (options.inetd || options.command || options.record))
+		usage("-j: several processes can't %s",
+		    options.inetd       ? "serve the one client of -i" :
+			options.command ? "end with the command behind --" :
+					  "write the one recording of -w");
 	if (options.cache_size == 0)
 		options.cache_size = (uint64_t)CACHE_MIB << 20;
 	if (options.idle_s != 0)
@@ -16262,17 +17884,20 @@ listen_at(const char *argument)
 		    listen_hint(error, "port"));
 }
 
-/* One -l: an address as listen_at() takes it, or one behind `intercept:'. */
+/* One -l: an address as listen_at() takes it, or one behind a word. */
 static void
 listen_on(const char *argument)
 {
-	static const char word[] = "intercept:";
-	bool intercepts = text_starts(text_of(argument), word);
-	size_t first = listeners_n;
+	static const char *const words[] = { [ARRIVAL_CLIENT] = "",
+		[ARRIVAL_INTERCEPTED] = "intercept:",
+		[ARRIVAL_NAMED] = "proxy:" };
+	size_t first = listeners_n, i = sizeof(words) / sizeof(words[0]) - 1;
 
-	listen_at(argument + (intercepts ? strlen(word) : 0));
+	while (i > 0 && !text_starts(text_of(argument), words[i]))
+		i--;
+	listen_at(argument + strlen(words[i]));
 	for (; first < listeners_n; first++)
-		listeners[first].intercepts = intercepts;
+		listeners[first].arrival = (enum arrival)i;
 }
 
 /*
@@ -16364,7 +17989,7 @@ inetd_serve(int fd)
 	if (getpeername(fd, (struct sockaddr *)&storage, &len) != -1 &&
 	    storage.ss_family != AF_UNIX)
 		peer = address_import((struct sockaddr *)&storage);
-	exchange_open(fd, &peer, false);
+	exchange_open(fd, &peer, ARRIVAL_CLIENT);
 }
 
 /* -k: prints the paths of a URL's entries, and ends the program. */
@@ -16377,19 +18002,20 @@ key_print(const char *url)
 		usage("-k needs -c, the directory to look in");
 	if (!url_parse(text_of(url), &target) || target.form != FORM_ABSOLUTE)
 		usage("-k %s: not a URL that begins with http://", url);
-	cache_print(&target);
+	store_print(&target);
 	exit(0);
 }
 
 /*
  * Raises the limit of descriptors and allocates the tables.  A slot uses at
- * most two descriptors, and a third with a cache: the limit can't be reached.
+ * most two descriptors, one more with a cache and one more with a recording:
+ * the limit can't be reached.  Each worker has its share of -m.
  */
 static void
 tables_open(void)
 {
 	struct rlimit limit;
-	size_t fds = 1024, n;
+	size_t fds = 1024, n, wanted;
 
 	if (getrlimit(RLIMIT_NOFILE, &limit) != -1) {
 		limit.rlim_cur = limit.rlim_max;
@@ -16402,16 +18028,26 @@ tables_open(void)
 		die("only %lu open files allowed", (unsigned long)fds);
 	fds -= DESCRIPTORS_OWN + listeners_n;
 	others_n = fds / 8 < OTHERS_MAX ? fds / 8 : OTHERS_MAX;
-	n = (fds - others_n) / (options.cache != NULL ? 3 : 2);
-	exchanges.n = n < options.connections ? n : (size_t)options.connections;
+	n = (fds - others_n) /
+	    (2U + (options.cache != NULL) + (options.record != NULL));
+	wanted = (size_t)(options.connections / options.workers);
+	if (options.workers > 1 && wanted < WORKER_CLIENTS)
+		wanted = WORKER_CLIENTS;
+	exchanges.n = n < wanted ? n : wanted;
 	exchanges.slots = calloc(exchanges.n, sizeof(*exchanges.slots));
 	others = calloc(others_n, sizeof(*others));
-	if (exchanges.slots == NULL || others == NULL)
+	if (exchanges.slots == NULL || others == NULL ||
+	    (options.record != NULL && !record_tables()))
 		die("no memory for %lu connections",
 		    (unsigned long)exchanges.n);
 	for (n = 0; n < others_n; n++)
 		conn_clear(&others[n].conn);
 	exchanges.wake = INT64_MAX;
+	if (options.workers > 1) {
+		workers_n = (size_t)options.workers + 1;
+		workers = memory_share(workers_n * sizeof(*workers));
+	}
+	workers[0].pid = getpid();
 	poll_set_open(
 	    2 * exchanges.n + others_n + DESCRIPTORS_OWN + listeners_n);
 }
@@ -16677,7 +18313,8 @@ banner(void)
 		address_print(a, words);
 		warn("listening on %s",
 		    listeners[i].path ? listeners[i].path : words);
-		if (first == NULL && a->family != AF_UNIX)
+		if (first == NULL && a->family != AF_UNIX &&
+		    listeners[i].arrival != ARRIVAL_NAMED)
 			first = a;
 		exposed = exposed || !address_is_local(a);
 	}
@@ -16712,14 +18349,20 @@ standard_open(void)
 /*
  * If fd is a terminal, opens it again without blocking: a terminal that is
  * stopped, or that nobody reads, must not stop the proxy.  Other processes
- * that share the old descriptor are not affected.
+ * that share the old descriptor are not affected.  The same for a pipe to which
+ * several workers write, where that is possible: one could fill it just when
+ * another has found that there is room.
  */
 static void
 terminal_open(int fd)
 {
 	const char *name = isatty(fd) ? ttyname(fd) : NULL;
+	struct stat status;
 	int terminal = -1;
 
+	if (options.workers > 1 && fstat(fd, &status) != -1 &&
+	    S_ISFIFO(status.st_mode))
+		name = fd == STDOUT_FILENO ? "/dev/fd/1" : "/dev/fd/2";
 	if (name != NULL)
 		terminal = open(name, O_WRONLY | O_NONBLOCK | O_NOCTTY);
 	if (terminal == -1)
@@ -16754,6 +18397,7 @@ logs_own(void)
 static void
 logs_begin(void)
 {
+	const char *why;
 	int fd;
 
 	log_lines.start = log_lines.end = CHUNK_ROOM;
@@ -16765,6 +18409,9 @@ logs_begin(void)
 	}
 	if (!log_open())
 		die("can't open the log %s: %s", options.log, strerror(errno));
+	why = options.record ? record_open() : NULL;
+	if (why != NULL)
+		die("can't record to %s: %s", options.record, why);
 	if (options.user != NULL)
 		logs_own();
 	logs.colour = isatty(STDERR_FILENO) && getenv("NO_COLOR") == NULL;
@@ -16780,7 +18427,7 @@ user_warn(void)
 		     "them",
 		    options.user);
 	if (options.cache != NULL)
-		cache_warn();
+		store_warn();
 }
 
 /*
@@ -16860,6 +18507,22 @@ command_end(void)
 }
 
 /*
+ * Listens at the first `given` descriptors of a service manager, and at what
+ * -l says, if at neither then where it is usual.
+ */
+static void
+listen_all(unsigned given)
+{
+	size_t i;
+
+	listen_inherit(given);
+	if (options.listen.n == 0 && given == 0 && !options.inetd)
+		listen_on(options.command ? "127.0.0.1:0" : "8080");
+	for (i = 0; i < options.listen.n; i++)
+		listen_on(options.listen.at[i]);
+}
+
+/*
  * The order matters: the names helper is forked before any socket exists, and
  * sockets and the log are opened before root is given up.
  */
@@ -16868,11 +18531,10 @@ main(int argc, char **argv)
 {
 	int client = -1;
 	unsigned given;
-	size_t i;
 
 	standard_open();
 	clock_read();
-	totals.started = now.ms;
+	started = now.ms;
 	tzset();
 	options_parse(argc, argv);
 	if (options.seed == 0)
@@ -16896,17 +18558,13 @@ main(int argc, char **argv)
 	given = listen_given();
 	if (options.user != NULL)
 		user_find(options.user);
-	if (!names_start())
+	if (options.workers == 1 && !names_start())
 		die("no helper for names: %s", strerror(errno));
 	signals_open();
-	listen_inherit(given);
-	if (options.listen.n == 0 && given == 0 && !options.inetd)
-		listen_on(options.command ? "127.0.0.1:0" : "8080");
-	for (i = 0; i < options.listen.n; i++)
-		listen_on(options.listen.at[i]);
+	listen_all(given);
 	logs_begin();
 	if (options.cache != NULL)
-		cache_open();
+		store_open();
 	if (options.user != NULL) {
 		user_become();
 		user_warn();
@@ -16914,6 +18572,8 @@ main(int argc, char **argv)
 	tables_open();
 	reserves_fill();
 	banner();
+	if (options.workers > 1)
+		workers_run();
 	conn_watch(&signal_conn, POLLIN);
 	conn_watch(&names.answers, POLLIN);
 	if (options.command != NULL)
