@@ -386,6 +386,7 @@ struct head {
 	size_t n;         /* number of fields */
 	/* One bit for each field: Connection nominates it. */
 	unsigned char nominated[(FIELDS_MAX + 7) / 8];
+	bool nominates_late; /* and fields that could be in the trailer */
 	struct field fields[FIELDS_MAX]; /* in the order of arrival */
 };
 
@@ -3114,6 +3115,21 @@ list_next(struct text *rest, struct text *member)
 	return member->len > 0;
 }
 
+/* Marks the fields of that name as nominated; false if there are none. */
+static bool
+head_mark(struct head *h, struct text name)
+{
+	bool found = false;
+	size_t i;
+
+	for (i = 0; i < h->n; i++)
+		if (text_same(h->fields[i].name, name)) {
+			h->nominated[i / 8] |= (unsigned char)(1U << i % 8);
+			found = true;
+		}
+	return found;
+}
+
 /*
  * Marks the fields that Connection names (RFC 9110 section 7.6.1), once for a
  * head.  False if it names more than a head can have: to look for them all
@@ -3124,17 +3140,18 @@ head_nominate(struct head *h)
 {
 	const struct field *field = NULL;
 	struct text rest, member;
-	size_t i, n = 0;
+	size_t n = 0;
 
 	memset(h->nominated, 0, sizeof(h->nominated));
+	h->nominates_late = false;
 	while ((field = field_next(h, "Connection", field)) != NULL)
 		for (rest = field->value; list_next(&rest, &member);) {
 			if (++n > FIELDS_MAX)
 				return false;
-			for (i = 0; i < h->n; i++)
-				if (text_same(h->fields[i].name, member))
-					h->nominated[i / 8] |=
-					    (unsigned char)(1U << i % 8);
+			if (!head_mark(h, member) &&
+			    !text_is(member, "close") &&
+			    !text_is(member, "keep-alive"))
+				h->nominates_late = true;
 		}
 	return true;
 }
@@ -13015,7 +13032,7 @@ request_build(struct exchange *x, struct buffer *b)
 	cache_validators_append(x, b);
 	for (i = 0; i < q->rewrites.n; i++)
 		field_append(b, &q->rewrites.fields[i]);
-	x->up.bare = q->rewrites.strips;
+	x->up.bare = q->rewrites.strips || q->head.nominates_late;
 	if (!q->rewrites.via)
 		via_append(b, q->minor);
 	connection_append(q, b);
@@ -13078,7 +13095,6 @@ response_rewrites(struct exchange *x, const struct response *r,
 		return;
 	answer_view(x, r, &v);
 	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
-	x->down.bare = w->strips;
 }
 
 /* Appends the response head for the client to b. */
@@ -13093,6 +13109,7 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	size_t i;
 
 	response_rewrites(x, r, &w);
+	x->down.bare = w.strips || r->head.nominates_late;
 	status_append(b, r->status, r->reason);
 	for (i = 0; i < r->head.n; i++)
 		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))

@@ -6574,6 +6574,15 @@ test_body_response() { # trailers pass; an answer cut short never looks whole
 	sees   ok
 	gets#  1 ^-- connection
 	log    200 6 .* end=done
+	== a trailer field that Connection names is for one hop
+	origin head ; until \n0\n\n ; say 200 Connection: X-Sum\nTransfer-Encoding: chunked
+	origin send 3\none\n0\nX-Sum: 6\n\n
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive, X-Hop\n
+	client send Transfer-Encoding: chunked\n\n1\na\n0\nX-Hop: 7\n\n ; answer
+	sees   Transfer-Encoding: chunked
+	sees!~ ^X-Sum
+	gets!~ ^X-Hop
+	log    200 3 .* end=done
 	== by length
 	reply  200 Content-Length: 10 | hello
 	ask    /
