@@ -439,7 +439,8 @@ enum mend {
 	MEND_COLON = 4,    /* a line without a colon */
 	MEND_IDENTITY = 8, /* Transfer-Encoding: identity */
 	MEND_LENGTH = 16,  /* Content-Length beside chunked */
-	MENDS = 5          /* number of bits */
+	MEND_OLD = 32,     /* Transfer-Encoding in HTTP/1.0 */
+	MENDS = 6          /* number of bits */
 };
 
 /* A response head, parsed. */
@@ -3633,9 +3634,12 @@ response_parse(struct text t, enum method method, struct response *r)
 		r->framing = FRAMING_CLOSE;
 		verdict = head_framing(&r->head, &r->framing, &r->length, true);
 	}
-	if (head_field(&r->head, "Transfer-Encoding") != NULL &&
-	    head_drop(&r->head, "Content-Length", NULL))
-		r->mended |= MEND_LENGTH;
+	if (head_field(&r->head, "Transfer-Encoding") != NULL) {
+		if (head_drop(&r->head, "Content-Length", NULL))
+			r->mended |= MEND_LENGTH;
+		if (r->minor == 0)
+			r->mended |= MEND_OLD;
+	}
 	return verdict;
 }
 
@@ -7663,6 +7667,8 @@ response_obstacle(const struct request *q, const struct response *r,
 	if (r->status < 200 || status_is_among(r->status, personal_statuses) ||
 	    (control.must_understand && !status_is_understood(r->status)))
 		return "status";
+	if (r->mended & MEND_OLD)
+		return "framing";
 	if (asked.no_store || (control.no_store && !control.must_understand))
 		return "no-store";
 	if (control.is_private)
@@ -12680,6 +12686,7 @@ trace_mended(const struct exchange *x, unsigned mended)
 		"a line without a colon: dropped",
 		"Transfer-Encoding: identity: ignored",
 		"Content-Length beside Transfer-Encoding: dropped",
+		"Transfer-Encoding in HTTP/1.0: not stored, RFC 9112 6.1",
 	};
 	unsigned i;
 

@@ -6285,6 +6285,17 @@ test_error_response_mended() { # what a server gets wrong, and no one can misund
 	mended 'Content-Length beside' \
 	    'X-A: b\nContent-Length: 9\nTransfer-Encoding: chunked\n\n' \
 	    '4\ngood\n0\n\n'
+	play 'Transfer-Encoding in HTTP/1.0: decoded, but not stored' <<'END'
+	origin head ; send HTTP/1.0 200 OK\nCache-Control: max-age=99\n
+	origin send Transfer-Encoding: chunked\n\n4\ngood\n0\n\n ; eof
+	origin next
+	reply  200 | more
+	ask    /
+	ask    /
+	sees   good
+	sees   more
+	log    200 4 .* miss=framing .* end=done
+END
 	stop_proxy
 	start_proxy
 	play 'LF alone everywhere, to the close' <<'END'
