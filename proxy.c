@@ -7642,8 +7642,8 @@ request_has_login(const struct request *q)
  * Why the response may not be stored, in a word for the log, or NULL if it may
  * (RFC 9111 section 3).  A response to POST may if it says that it is also the
  * response to GET (RFC 9110 section 9.3.3); a part of a body may, for requests
- * for just that part.  given: the lifetime in seconds if a rule sets it, else
- * -1.
+ * for just that part; a HEAD is judged as the GET that it is about.  given: the
+ * lifetime in seconds if a rule sets it, else -1.
  */
 static const char *
 response_obstacle(const struct request *q, const struct response *r,
@@ -7658,7 +7658,7 @@ response_obstacle(const struct request *q, const struct response *r,
 	    status_is_among(r->status, heuristic_statuses);
 	int64_t lifetime = freshness_lifetime(r, true).seconds;
 
-	if (q->method != METHOD_GET &&
+	if (q->method != METHOD_GET && q->method != METHOD_HEAD &&
 	    (q->method != METHOD_POST || r->status != 200 || lifetime <= 0 ||
 		located.len == 0 ||
 		(!text_equals(located, q->uri) &&
@@ -10481,31 +10481,6 @@ cache_rescue(struct exchange *x, bool answered, struct lookup *l)
 }
 
 /*
- * True if the response to a HEAD, or a part of a body, is from the stored
- * version: the validators are the same, and for a HEAD the length, if it has
- * one (RFC 9111 section 4.3.5).
- */
-static bool
-entry_resembles(const struct exchange *x, const struct response *r)
-{
-	static const char *const fields[] = { "ETag", "Last-Modified" };
-	struct lookup l;
-	uint64_t length;
-	bool same = entry_load(x, &l);
-	size_t i;
-
-	if (!same)
-		return false;
-	same = r->status == 206 || head_length(&r->head, &length) != 1 ||
-	    length == l.e.body;
-	for (i = 0; same && i < sizeof(fields) / sizeof(fields[0]); i++)
-		same = text_equals(head_value(&r->head, fields[i]),
-		    head_value(&l.r.head, fields[i]));
-	buffer_give(&l.b);
-	return same;
-}
-
-/*
  * Puts the head that a 304 has changed in the place of the stored one in l, as
  * the client's answer; with the cookies of the 304, which are not stored.
  * False if there is no room.
@@ -10582,6 +10557,36 @@ cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 	return CACHED_LOST;
 }
 
+/*
+ * True if the response to a HEAD, or a part of a body, is from the stored
+ * version: the validators are the same, and for a HEAD the length, if it has
+ * one.  A HEAD with validators then updates the entry (RFC 9111 section 4.3.5).
+ */
+static bool
+entry_resembles(struct exchange *x, const struct response *r)
+{
+	static const char *const fields[] = { "ETag", "Last-Modified" };
+	struct lookup l;
+	uint64_t length;
+	bool same = entry_load(x, &l), known = false;
+	size_t i;
+
+	if (!same)
+		return false;
+	same = r->status == 206 || head_length(&r->head, &length) != 1 ||
+	    length == l.e.body;
+	for (i = 0; same && i < sizeof(fields) / sizeof(fields[0]); i++) {
+		struct text value = head_value(&r->head, fields[i]);
+
+		same = text_equals(value, head_value(&l.r.head, fields[i]));
+		known = known || value.len > 0;
+	}
+	if (same && known && r->status == 200)
+		(void)entry_freshen(x, r, &l);
+	buffer_give(&l.b);
+	return same;
+}
+
 /* True if r has the same payload as the failed fetch that x followed. */
 static bool
 payload_goes_on(const struct exchange *x, const struct response *r)
@@ -10642,7 +10647,8 @@ cache_obstacle(const struct exchange *x, const struct response *r)
 		return "rule";
 	if (q->caching.state == CACHING_BYPASSED)
 		return r->status == 206 ? "range" : "rule";
-	if (q->caching.forward == NULL && q->method != METHOD_POST)
+	if (q->method == METHOD_HEAD ||
+	    (q->caching.forward == NULL && q->method != METHOD_POST))
 		return "method";
 	why = response_obstacle(q, r, rule_seconds(rule));
 	if (why != NULL || r->framing != FRAMING_LENGTH ||

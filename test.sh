@@ -11588,7 +11588,7 @@ storable $c no-cache > 200 $c max-age=9 = stored
 storable $login > 200 $c max-age=9 | $login > 200 $older = authorization
 storable $login > 200 $c public, max-age=9 | $login > 200 $c s-maxage=9 | $login > 200 $c must-revalidate, max-age=9 = stored
 storable > 206 $c max-age=9\nContent-Range: bytes 0-1/9 = range
-storable:HEAD > 200 $c max-age=9 = method
+storable:HEAD > 200 $c max-age=9 = stored
 storable:POST > 200 $c max-age=9 = method
 storable:PUT > 200 $c max-age=9 = method
 storable:DELETE > 200 $c max-age=9 = method
@@ -13753,6 +13753,18 @@ test_cache_head() { # HEAD is answered from a stored GET, and stored by none
 	log    "HEAD http://%O/ HTTP/1.1" 304 0 .* hit=fresh
 	log    "HEAD http://%O/ HTTP/1.1" 200 0 .* hit=fresh
 	log    "GET http://%O/ HTTP/1.1" 200 4 .* hit=fresh
+END
+	play 'a HEAD validates the entry of a GET, by 304 or by 200' <<'END'
+	reply  200 Cache-Control: max-age=0\nETag: "v"\nContent-Length: 4 | one\l
+	reply  304 Cache-Control: max-age=0\nETag: "v"\nX-A: b
+	origin head ; say 200 Cache-Control: max-age=99\nETag: "v"\nX-A: c\nContent-Length: 4
+	ask    / = 200; fwd=uri-miss
+	ask    HEAD / = 200; fwd=stale; fwd-status=304
+	ask    HEAD / = 200; fwd=stale; fwd-status=200
+	ask    / = 200; hit; ttl=99 | one\l
+	sees#  1 ^X-A: b
+	sees#  2 ^X-A: c
+	gets#  3 / HTTP/1.1
 END
 	play 'HEAD on a miss is no entry for GET' <<'END'
 	reply  200 Cache-Control: max-age=99\nContent-Length: 4
