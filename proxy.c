@@ -10343,10 +10343,11 @@ cache_find(struct exchange *x, struct lookup *l)
 	fetch_unfollow(x);
 	rule = cache_rule(x, NULL, NULL);
 	offline = rule != NULL && rule->action == ACTION_OFFLINE;
-	if (!request_is_cacheable(x, rule))
-		return offline ? CACHED_NEVER : CACHED_NO;
 	asked = control_parse(&q->head);
-	asked.only_if_cached = asked.only_if_cached || offline;
+	asked.only_if_cached = offline ||
+	    (asked.only_if_cached && options.cache != NULL);
+	if (!request_is_cacheable(x, rule))
+		return asked.only_if_cached ? CACHED_NEVER : CACHED_NO;
 	common = request_is_common(q, &asked);
 	guarded = head_field(&q->head, "If-Match") != NULL ||
 	    head_field(&q->head, "If-Unmodified-Since") != NULL;

@@ -13328,6 +13328,9 @@ END
 	ask    http://127.0.0.1:9/none Cache-Control: only-if-cached = 504 Gateway Timeout
 	sees~  ^504 
 	log    504 .* server=- end=done why="
+	== only-if-cached of a request that no entry can answer
+	ask    POST http://127.0.0.1:9/none Cache-Control: only-if-cached | x = 504 Gateway Timeout
+	log    504 .* server=- end=done why="
 END
 }
 
