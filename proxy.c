@@ -1911,6 +1911,15 @@ request_new(const struct exchange *x)
 	return request_clear(q != NULL ? q : malloc(sizeof(*q)), x);
 }
 
+/* Puts q, which has no buffers, into the list of free requests. */
+static void
+request_push(struct request *q)
+{
+	q->next = requests_free.list;
+	requests_free.list = q;
+	requests_free.n++;
+}
+
 /* Gives *at back with its buffers, if there is one; it becomes NULL. */
 static void
 request_drop(struct request **at)
@@ -1922,32 +1931,26 @@ request_drop(struct request **at)
 		return;
 	buffer_give(&q->bytes);
 	buffer_give(&q->access.answer);
-	if (requests_free.n >= REQUESTS_FREE_MAX) {
+	if (requests_free.n < REQUESTS_FREE_MAX)
+		request_push(q);
+	else
 		free(q);
-		return;
-	}
-	q->next = requests_free.list;
-	requests_free.list = q;
-	requests_free.n++;
 }
 
-/* Fills the reserves at the start. */
+/* Fills the reserves at the start; touches little of their memory. */
 static void
 reserves_fill(void)
 {
-	struct buffer *b[RESERVED];
-	struct request *q[RESERVED];
 	size_t i;
 
 	for (i = 0; i < RESERVED; i++) {
-		b[i] = buffer_take();
-		q[i] = request_new(NULL);
-		if (b[i] == NULL || q[i] == NULL)
+		struct buffer *b = buffer_take();
+		struct request *q = malloc(sizeof(*q));
+
+		if (b == NULL || q == NULL)
 			die("no memory");
-	}
-	for (i = 0; i < RESERVED; i++) {
-		buffer_give(&b[i]);
-		request_drop(&q[i]);
+		buffer_give(&b);
+		request_push(q);
 	}
 }
 
@@ -2039,12 +2042,12 @@ static size_t others_used; /* those below this one have been used */
 static void
 poll_set_open(size_t n)
 {
-	poll_set.fds = calloc(n + 1, sizeof(struct pollfd));
-	poll_set.conns = calloc(n + 1, sizeof(struct conn *));
+	poll_set.fds = malloc((n + 1) * sizeof(struct pollfd));
+	poll_set.conns = malloc((n + 1) * sizeof(struct conn *));
 	if (poll_set.fds == NULL || poll_set.conns == NULL)
 		die("no memory for %lu connections", (unsigned long)n);
 	poll_set.size = n + 1;
-	poll_set.fds[0].fd = -1;
+	poll_set.fds[0] = (struct pollfd){ .fd = -1 };
 	poll_set.hot = poll_set.all = 1;
 }
 
@@ -2111,6 +2114,8 @@ poll_remove(struct conn *c)
 static void
 conn_watch(struct conn *c, int events)
 {
+	bool ended;
+
 	if (c->fd == -1 || c->role == ROLE_FILE)
 		return;
 	if (c->place == 0) {
@@ -2119,11 +2124,9 @@ conn_watch(struct conn *c, int events)
 		poll_set.conns[c->place] = c;
 		poll_warm(c);
 	}
-	if (c->hangup || (c->eof && c->shut && events == 0))
-		poll_set.fds[c->place].fd = -1;
-	else
-		poll_set.fds[c->place].fd = c->fd;
-	poll_set.fds[c->place].events = (short)events;
+	ended = c->hangup || (c->eof && c->shut && events == 0);
+	poll_set.fds[c->place] = (struct pollfd){ .fd = ended ? -1 : c->fd,
+		.events = (short)events };
 }
 
 /*
@@ -2707,8 +2710,11 @@ other_take(bool needed)
 		    (oldest == NULL || o->since < oldest->since))
 			oldest = o;
 	}
-	if (others_used < others_n)
-		return &others[others_used++];
+	if (others_used < others_n) {
+		o = &others[others_used++];
+		conn_clear(&o->conn);
+		return o;
+	}
 	if (needed && oldest != NULL)
 		conn_close(&oldest->conn, false);
 	return needed ? oldest : NULL;
@@ -10325,6 +10331,14 @@ lookup_answers(struct exchange *x, struct lookup *l, const char *word)
 	return CACHED_YES;
 }
 
+/* True if the server must not act on another version (RFC 9110 13.1). */
+static bool
+request_is_guarded(const struct request *q)
+{
+	return head_field(&q->head, "If-Match") != NULL ||
+	    head_field(&q->head, "If-Unmodified-Since") != NULL;
+}
+
 /*
  * Looks for an entry, or a fetch under way, for the request of x.  CACHED_YES:
  * l answers, and the caller takes over its fd and b; CACHED_WAIT: x follows a
@@ -10337,7 +10351,7 @@ cache_find(struct exchange *x, struct lookup *l)
 	struct caching *c = &q->caching;
 	struct control asked;
 	const struct rule *rule;
-	bool common, offline, guarded;
+	bool common, offline;
 
 	/* On a second call, x has waited. */
 	fetch_unfollow(x);
@@ -10349,14 +10363,12 @@ cache_find(struct exchange *x, struct lookup *l)
 	if (!request_is_cacheable(x, rule))
 		return asked.only_if_cached ? CACHED_NEVER : CACHED_NO;
 	common = request_is_common(q, &asked);
-	guarded = head_field(&q->head, "If-Match") != NULL ||
-	    head_field(&q->head, "If-Unmodified-Since") != NULL;
 	lookup_run(x, &asked, l);
 	if (!c->collapsed)
 		c->forward = l->forward;
 	if (offline && l->fd != -1 && l->reuse != REUSE_FRESH)
 		l->reuse = REUSE_STALE;
-	if (guarded && l->fd != -1 && l->r.status / 100 == 2 &&
+	if (l->fd != -1 && l->r.status / 100 == 2 && request_is_guarded(q) &&
 	    !request_is_met(&q->head, &l->r))
 		l->reuse = REUSE_VALIDATED;
 	else if (l->reuse == REUSE_VALIDATED)
@@ -10374,7 +10386,7 @@ cache_find(struct exchange *x, struct lookup *l)
 		fd_drop(&l->fd);
 		return asked.only_if_cached ? CACHED_NEVER : CACHED_WAIT;
 	}
-	if (l->fd != -1 && guarded) {
+	if (l->fd != -1 && request_is_guarded(q)) {
 		/*
 		 * With our validators in place of its conditions, a part of
 		 * another version could seem to meet them: it is sent
@@ -18066,13 +18078,11 @@ tables_open(void)
 		wanted = WORKER_CLIENTS;
 	exchanges.n = n < wanted ? n : wanted;
 	exchanges.slots = calloc(exchanges.n, sizeof(*exchanges.slots));
-	others = calloc(others_n, sizeof(*others));
+	others = malloc(others_n * sizeof(*others));
 	if (exchanges.slots == NULL || others == NULL ||
 	    (options.record != NULL && !record_tables()))
 		die("no memory for %lu connections",
 		    (unsigned long)exchanges.n);
-	for (n = 0; n < others_n; n++)
-		conn_clear(&others[n].conn);
 	exchanges.wake = INT64_MAX;
 	if (options.workers > 1) {
 		workers_n = (size_t)options.workers + 1;
