@@ -19454,11 +19454,11 @@ test_worker_socket() { # a UNIX socket goes when all workers stop, and can be us
 	[ ! -e sock ] || fail "the socket is left"
 }
 
-test_resources_start() { # at start: under 1 MiB private
+test_resources_start() { # at start: under 400 KiB private
 	start_proxy
 	need_memory
 	used=$(private_memory)
-	[ "$used" -lt 1024 ] || fail "$used KiB"
+	[ "$used" -lt 400 ] || fail "$used KiB"
 }
 
 test_resources_size() { # cc -Os, stripped: under 220 KiB
