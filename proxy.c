@@ -795,7 +795,10 @@ enum arrival {
 struct listener {
 	struct conn conn;       /* accepts; carries no bytes */
 	struct address address; /* that is bound: its port is never 0 */
+	bool both;              /* bound to `::', it takes IPv4 clients too */
 	const char *path;       /* of a UNIX socket, or NULL */
+	dev_t device;           /* where its file is */
+	ino_t file;             /* which file that is */
 	enum arrival arrival;   /* who comes here */
 };
 
@@ -2637,7 +2640,8 @@ address_is_ours(const struct address *a)
 	for (i = 0; i < listeners_n; i++) {
 		const struct address *l = &listeners[i].address;
 
-		if (l->family != a->family || l->port != a->port)
+		if (l->port != a->port ||
+		    (l->family != a->family && !listeners[i].both))
 			continue;
 		if (address_same(l, a) || address_is_any(a) ||
 		    (address_is_any(l) && address_is_here(a)))
@@ -11079,9 +11083,14 @@ helper_run(int questions, int answers)
 			continue;
 		if (fd_read(questions, &question, sizeof(question)) !=
 		    (ssize_t)sizeof(question))
-			_exit(0);
+			break;
 		child_fork(children, &question, questions, answers);
 	}
+	/* Those that hang would keep our standard output open. */
+	for (i = 0; i < QUESTIONS_MAX; i++)
+		if (children[i].pid != 0)
+			(void)kill(children[i].pid, SIGKILL);
+	_exit(0);
 }
 
 /* Finds the user of -u, by name or number, before other processes start. */
@@ -16562,8 +16571,8 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
  * accepts clients last.  poll(2) is the only call that may block.  Nothing
  * here knows how an exchange is served.
  *
- * Door: loop_run, loop_accept_all, signals_open, signal_conn, command, notify,
- * workers_run.
+ * Door: loop_run, loop_accept_all, signals_begin, signals_open, signals_fork,
+ * signals_restore, signal_conn, command, notify, workers_run.
  */
 
 enum {
@@ -16598,6 +16607,8 @@ enum {
 	CROWDED_SAY_MS = 60000,
 	/* The time that exchanges have to finish after the command ends. */
 	COMMAND_DRAIN_MS = 1000,
+	/* Descriptors below this pass from the caller to the command. */
+	COMMAND_FDS = 256,
 	/* The time that workers with fewer clients have to take the next. */
 	YIELD_MS = 5,
 	YIELD_GAP_MS = 50,
@@ -17059,6 +17070,22 @@ notify(const char *state)
 	(void)close(fd);
 }
 
+/*
+ * Closes a listener.  Removes the file of a UNIX socket, if it is still this
+ * one's: another proxy may listen there by now.
+ */
+static void
+listener_close(struct listener *l)
+{
+	struct stat status;
+
+	if (l->conn.fd != -1 && l->path != NULL && supervisor == 0 &&
+	    lstat(l->path, &status) != -1 && status.st_dev == l->device &&
+	    status.st_ino == l->file)
+		(void)unlink(l->path);
+	conn_close(&l->conn, false);
+}
+
 /* Stops accepting and gives exchanges drain_ms; after a second call none. */
 static void
 loop_stop(int64_t drain_ms)
@@ -17072,16 +17099,21 @@ loop_stop(int64_t drain_ms)
 		notify("STOPPING=1");
 	stop_at = now.ms + drain_ms;
 	exchanges.wake = now.ms;
-	for (i = 0; i < listeners_n; i++) {
-		if (listeners[i].path != NULL && supervisor == 0)
-			(void)unlink(listeners[i].path);
-		conn_close(&listeners[i].conn, false);
-	}
+	for (i = 0; i < listeners_n; i++)
+		listener_close(&listeners[i]);
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++)
 		if (x->phase == PHASE_LINGER ||
 		    (x->phase == PHASE_REQUEST && x->record.start == 0))
 			exchange_close(x, false);
 }
+
+/* The command that the proxy runs, and with which it ends. */
+static struct {
+	pid_t pid;       /* 0: not running */
+	int status;      /* exit status of the proxy after its end */
+	int standard[2]; /* its standard output and error; see logs_begin() */
+	bool given[COMMAND_FDS]; /* open before the proxy opened any */
+} command = { .standard = { -1, -1 } };
 
 /* HUP: reopens the log, rereads the rules; keeps the old on failure. */
 static void
@@ -17090,9 +17122,13 @@ loop_reload(void)
 	const char *why;
 	char state[80];
 
-	/* The terminal that it was started from has been closed. */
+	/*
+	 * The terminal that it was started from has been closed.  A command
+	 * has got the signal as well; the proxy waits for its end.
+	 */
 	if (logs.terminal && !isatty(STDOUT_FILENO) && !isatty(STDERR_FILENO)) {
-		loop_stop(DRAIN_MS);
+		if (command.pid == 0)
+			loop_stop(DRAIN_MS);
 		return;
 	}
 	(void)snprintf(state, sizeof(state), "RELOADING=1\nMONOTONIC_USEC=%lld",
@@ -17110,13 +17146,6 @@ loop_reload(void)
 	if (why != NULL)
 		warn("can't open %s again: %s", options.record, why);
 }
-
-/* The command that the proxy runs, and with which it ends. */
-static struct {
-	pid_t pid;       /* 0: not running */
-	int status;      /* exit status of the proxy after its end */
-	int standard[2]; /* its standard output and error; see logs_begin() */
-} command = { .standard = { -1, -1 } };
 
 /* If the command has ended, ends the proxy with its exit status. */
 static void
@@ -17167,12 +17196,46 @@ signal_note(int number, siginfo_t *info, void *context)
 	errno = saved;
 }
 
+/* The signals whose effect is changed: the first are caught, others ignored. */
+static struct {
+	int number;
+	struct sigaction given; /* what the proxy was started with */
+} handled[] = { { .number = SIGHUP }, { .number = SIGUSR1 },
+	{ .number = SIGTERM }, { .number = SIGINT }, { .number = SIGCHLD },
+	{ .number = SIGPIPE }, { .number = SIGXFSZ } };
+
+enum {
+	SIGNALS = sizeof(handled) / sizeof(handled[0]),
+	SIGNALS_CAUGHT = SIGNALS - 2,
+	/* What others may send to the proxy while it starts. */
+	SIGNALS_EARLY = 2
+};
+
+static sigset_t signals_blocked; /* what the proxy was started with */
+
+/*
+ * Before what takes its time at the start: HUP and USR1 are lost, since they
+ * would end the program, and none is blocked.
+ */
+static void
+signals_begin(void)
+{
+	sigset_t none;
+	size_t i;
+
+	(void)sigemptyset(&none);
+	(void)sigprocmask(SIG_SETMASK, &none, &signals_blocked);
+	for (i = 0; i < SIGNALS; i++) {
+		(void)sigaction(handled[i].number, NULL, &handled[i].given);
+		if (i < SIGNALS_EARLY)
+			(void)signal(handled[i].number, SIG_IGN);
+	}
+}
+
 /* A pipe for the signals, and their handlers. */
 static void
 signals_open(void)
 {
-	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT,
-		SIGCHLD };
 	struct sigaction action;
 	size_t i;
 
@@ -17184,12 +17247,39 @@ signals_open(void)
 	(void)sigemptyset(&action.sa_mask);
 	action.sa_sigaction = signal_note;
 	action.sa_flags = SA_SIGINFO | SA_NOCLDSTOP;
-	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
-		(void)sigaction(caught[i], &action, NULL);
-	action.sa_flags = 0;
-	action.sa_handler = SIG_IGN;
-	(void)sigaction(SIGPIPE, &action, NULL);
-	(void)sigaction(SIGXFSZ, &action, NULL);
+	for (i = 0; i < SIGNALS_CAUGHT; i++)
+		(void)sigaction(handled[i].number, &action, NULL);
+	for (; i < SIGNALS; i++)
+		(void)signal(handled[i].number, SIG_IGN);
+}
+
+/*
+ * Forks as fork(2) does.  Signals wait meanwhile, and in the child until it
+ * has set its own: it would write them to the pipe of its parent.
+ */
+static pid_t
+signals_fork(sigset_t *before)
+{
+	sigset_t all;
+	pid_t pid;
+
+	(void)sigfillset(&all);
+	(void)sigprocmask(SIG_BLOCK, &all, before);
+	pid = fork();
+	if (pid != 0)
+		(void)sigprocmask(SIG_SETMASK, before, NULL);
+	return pid;
+}
+
+/* In a child that becomes another program: signals as the proxy got them. */
+static void
+signals_restore(void)
+{
+	size_t i;
+
+	for (i = 0; i < SIGNALS; i++)
+		(void)sigaction(handled[i].number, &handled[i].given, NULL);
+	(void)sigprocmask(SIG_SETMASK, &signals_blocked, NULL);
 }
 
 /* The supervisor sends a signal to all workers. */
@@ -17368,28 +17458,23 @@ worker_begin(size_t i, const int lives[2])
 	store_take_over();
 }
 
-/*
- * Starts worker i; true in it.  Signals wait meanwhile: until it has a pipe of
- * its own, the new process would write them to its supervisor's.
- */
+/* Starts worker i; true in it. */
 static bool
 worker_start(size_t i, const int lives[2])
 {
-	sigset_t all, before;
+	sigset_t before;
 	pid_t pid;
 
-	(void)sigfillset(&all);
-	(void)sigprocmask(SIG_BLOCK, &all, &before);
 	workers[i].born = now.ms;
-	pid = fork();
-	if (pid == 0)
+	pid = signals_fork(&before);
+	if (pid == 0) {
 		worker_begin(i, lives);
-	else if (pid == -1)
+		(void)sigprocmask(SIG_SETMASK, &before, NULL);
+	} else if (pid == -1)
 		warn("can't start worker %lu: %s", (unsigned long)i,
 		    strerror(errno));
 	else
 		workers[i].pid = pid;
-	(void)sigprocmask(SIG_SETMASK, &before, NULL);
 	return pid == 0;
 }
 
@@ -17736,13 +17821,24 @@ static const char *
 listener_keep(int fd, const char *path)
 {
 	struct listener *l = &listeners[listeners_n];
+	struct stat status;
+	int only = 1;
+	socklen_t len = sizeof(only);
 
 	if (listeners_n == LISTENERS_MAX)
 		return "too many listening addresses";
 	if (!conn_open(&l->conn, ROLE_LISTENER, fd, NULL))
 		return strerror(errno);
 	l->path = path;
+	if (path != NULL && lstat(path, &status) != -1) {
+		l->device = status.st_dev;
+		l->file = status.st_ino;
+	}
 	l->address = address_bound(fd);
+	l->both = l->address.family == AF_INET6 &&
+	    address_is_any(&l->address) &&
+	    getsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, &len) != -1 &&
+	    !only;
 	listeners_n++;
 	return NULL;
 }
@@ -17797,8 +17893,8 @@ listen_path(const char *path)
 	if (!text_copy(text_of(path), un.sun_path, sizeof(un.sun_path)))
 		usage("-l %s: a path of %lu bytes at most", path,
 		    (unsigned long)sizeof(un.sun_path) - 1);
-	if (fd != -1 && lstat(path, &status) != -1 &&
-	    S_ISSOCK(status.st_mode) &&
+	if (fd != -1 && fcntl(fd, F_SETFL, O_NONBLOCK) != -1 &&
+	    lstat(path, &status) != -1 && S_ISSOCK(status.st_mode) &&
 	    connect(fd, (struct sockaddr *)&un, sizeof(un)) == -1 &&
 	    errno == ECONNREFUSED)
 		(void)unlink(path);
@@ -17843,7 +17939,7 @@ listen_host(const char *host, unsigned port, const char **error)
 		if (port == 0 && listeners_n > before)
 			a.port = listeners[before].address.port;
 		len = address_export(&a, &storage);
-		why = listener_add(socket(at->ai_family, SOCK_STREAM, 0),
+		why = listener_add(socket(a.family, SOCK_STREAM, 0),
 		    (struct sockaddr *)&storage, len, NULL);
 		if (why == NULL)
 			continue;
@@ -18480,20 +18576,19 @@ command_run(const char *url)
 {
 	static const char *const set[] = { "http_proxy", "https_proxy",
 		"HTTPS_PROXY", "no_proxy", "NO_PROXY" };
-	static const int changed[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT,
-		SIGCHLD, SIGPIPE, SIGXFSZ };
 	size_t i;
-	int error;
+	int error, fd;
 
 	for (i = 0; i < sizeof(set) / sizeof(set[0]); i++)
 		if (setenv(set[i], i < 3 ? url : "", 1) == -1)
 			_exit(126);
-	for (i = 0; i < sizeof(changed) / sizeof(changed[0]); i++)
-		(void)signal(changed[i], SIG_DFL);
+	signals_restore();
 	for (i = 0; i < 2; i++)
 		(void)dup2(command.standard[i], STDOUT_FILENO + (int)i);
 	(void)unsetenv("NOTIFY_SOCKET");
-	fds_close(-1, -1);
+	for (fd = STDERR_FILENO + 1; fd <= fd_highest; fd++)
+		if (fd >= COMMAND_FDS || !command.given[fd])
+			(void)close(fd);
 	(void)execvp(options.command[0], options.command);
 	error = errno;
 	warn("can't run %s: %s", options.command[0], strerror(error));
@@ -18501,20 +18596,37 @@ command_run(const char *url)
 }
 
 /*
- * Starts the command.  It reaches the proxy by the first address that is no
- * path; one that stands for all addresses is reached by loopback.
+ * Notes which descriptors the caller has given to the command: all but those
+ * with sockets of a service manager.
+ */
+static void
+command_prepare(unsigned sockets)
+{
+	int fd = STDERR_FILENO + 1 + (int)sockets;
+
+	for (; fd < COMMAND_FDS; fd++)
+		command.given[fd] = fcntl(fd, F_GETFD) != -1;
+}
+
+/*
+ * Starts the command.  It reaches the proxy by the first address where it need
+ * not say who it is; one that stands for all addresses is reached by loopback.
  */
 static void
 command_start(void)
 {
 	char words[ADDRESS_TEXT], url[ADDRESS_TEXT + 8];
 	struct address a;
+	sigset_t before;
 	size_t i = 0;
 
-	while (i < listeners_n && listeners[i].path != NULL)
+	while (i < listeners_n &&
+	    (listeners[i].address.family == AF_UNIX ||
+		listeners[i].arrival == ARRIVAL_NAMED))
 		i++;
 	if (i == listeners_n)
-		die("a command can't use a proxy that listens on a path only");
+		die("a command can't use a proxy that listens on a path only, "
+		    "or for PROXY headers");
 	a = listeners[i].address;
 	if (address_is_any(&a))
 		a.octets[a.family == AF_INET ? 0 : 15] =
@@ -18523,7 +18635,7 @@ command_start(void)
 		a.octets[3] = 1;
 	address_print(&a, words);
 	(void)snprintf(url, sizeof(url), "http://%s", words);
-	command.pid = fork();
+	command.pid = signals_fork(&before);
 	if (command.pid == -1)
 		die("can't run %s: %s", options.command[0], strerror(errno));
 	if (command.pid == 0)
@@ -18589,6 +18701,8 @@ main(int argc, char **argv)
 	/* Before anything is said: standard error may be the client. */
 	if (options.inetd && !options.check && options.trials.n == 0)
 		client = inetd_take();
+	if (!options.check && options.trials.n == 0)
+		signals_begin();
 	if (!rules_read(options.check && options.verbose > 0))
 		exit(2);
 	if (options.check)
@@ -18597,12 +18711,14 @@ main(int argc, char **argv)
 		trials_run();
 	pseudonym_make();
 	given = listen_given();
+	if (options.command != NULL)
+		command_prepare(given);
 	if (options.user != NULL)
 		user_find(options.user);
 	if (options.workers == 1 && !names_start())
 		die("no helper for names: %s", strerror(errno));
-	signals_open();
 	listen_all(given);
+	signals_open();
 	logs_begin();
 	if (options.cache != NULL)
 		store_open();
