@@ -18991,6 +18991,72 @@ END
 	grep '^proxy: 1 requests' err > /dev/null || fail "no sum: $(cat err)"
 }
 
+test_command_given() { # -- COMMAND: it has the descriptors and signals that the proxy got, and an address that it can use
+	# shellcheck disable=SC2016 # the command expands it
+	(
+		trap '' HUP
+		exec 7> seven
+		command_proxy -l proxy:127.0.0.1:0 -l 127.0.0.1:0 -- sh -c \
+		    'echo given >&7; kill -HUP $$; echo "$http_proxy"'
+	)
+	[ "$(cat seven)" = given ] || fail "descriptor 7: $(cat err)"
+	url=http://$(sed -n '2s/^proxy: listening on //p' err)
+	[ "$(cat out)" = "$url" ] || fail "not $url: $(cat out err)"
+	command_proxy -l proxy:127.0.0.1:0 -- true
+	[ $status = 1 ] && grep 'PROXY headers' err > /dev/null ||
+		fail "PROXY headers only: $status, $(cat err)"
+}
+
+test_command_names() { # -- COMMAND: a look-up that hangs does not keep its output open
+	our_names
+	cat > script <<'END'
+printf '%s\n' 'send GET http://slow.test/ HTTP/1.1\nHost: x\n\n' 'stall 300' |
+	"$PEER" client "${http_proxy#http://}" c
+END
+	PEER=$peer spawn all sh -c "'$proxy_bin' -- sh script 2>&1 | cat"
+	wait_exit "$spawned" 20
+	grep '1 requests' all > /dev/null && [ "$wait_status" = 0 ] ||
+		fail "$wait_status: $(cat all)"
+}
+
+test_signals_early() { # while it starts, TERM ends it, and HUP and USR1 do not
+	"$proxy_bin" -l 192.0.2.77:8080 > out 2> err &
+	has err 'waiting for the address'
+	kill -TERM $!
+	wait_exit $! 5
+	[ "$wait_status" = 143 ] || fail "TERM: it waits on, $wait_status"
+	have mkfifo && mkfifo rules || skip "no mkfifo"
+	"$proxy_bin" -l 127.0.0.1:0 -f rules > log 2> err &
+	echo $! >> .pids
+	exec 9> rules
+	kill -HUP $!
+	kill -USR1 $!
+	"$peer" sleep 100
+	echo 'deny port 9' >&9
+	exec 9>&-
+	has err '^proxy: listening on '
+}
+
+test_signal_term_unix() { # a second TERM leaves the socket of the next proxy at the same path
+	origin o <<'END'
+head
+touch asked
+await go
+say 200 | ok
+END
+	start_proxy -l "$T/sock"
+	proxy=$T/sock
+	client_bg c 'ask /'
+	comes asked
+	old=$proxy_pid
+	kill -TERM "$old"
+	wait_for 5 '[ ! -e sock ]' || fail "the socket stays"
+	name=new start_proxy -l "$T/sock"
+	kill -TERM "$old"
+	wait_exit "$old" 10
+	[ -S sock ] || fail "the socket of the next proxy is gone"
+}
+
 test_signals_terminal() { # HUP ends a proxy whose terminal is gone
 	for n in 1 2; do
 		"$peer" terminal "$proxy_bin" -j $n -l 127.0.0.1:0
