@@ -18145,6 +18145,18 @@ key_print(const char *url)
 	exit(0);
 }
 
+/* Answers -h, -V and -k, which need no rules, and ends the program. */
+static void
+options_answer(void)
+{
+	if (options.key != NULL)
+		key_print(options.key);
+	if (!options.help && !options.version)
+		return;
+	(options.help ? option_help : option_version)();
+	exit(0);
+}
+
 /*
  * Raises the limit of descriptors and allocates the tables.  A slot uses at
  * most two descriptors, one more with a cache and one more with a recording:
@@ -18692,12 +18704,7 @@ main(int argc, char **argv)
 	options_parse(argc, argv);
 	if (options.seed == 0)
 		options.seed = (uint64_t)now.us ^ (uint64_t)getpid() << 32;
-	if (options.help || options.version) {
-		(options.help ? option_help : option_version)();
-		exit(0);
-	}
-	if (options.key != NULL)
-		key_print(options.key);
+	options_answer();
 	/* Before anything is said: standard error may be the client. */
 	if (options.inetd && !options.check && options.trials.n == 0)
 		client = inetd_take();
