@@ -18149,12 +18149,12 @@ key_print(const char *url)
 static void
 options_answer(void)
 {
+	if (options.help || options.version) {
+		(options.help ? option_help : option_version)();
+		exit(0);
+	}
 	if (options.key != NULL)
 		key_print(options.key);
-	if (!options.help && !options.version)
-		return;
-	(options.help ? option_help : option_version)();
-	exit(0);
 }
 
 /*
