@@ -2799,10 +2799,10 @@ exchange_queue(struct exchange *x)
  * Parsers return 1 if the input is good, 0 if more bytes are needed or nothing
  * is there, and minus a refusal if it is wrong.
  *
- * Door: refusals, status_reason, head_find, text_split, text_is_clean,
- * list_next, fields_parse, head_field, head_value, head_lists, head_length,
- * authority_parse, url_login, absolute_parse, url_parse, method_parse,
- * request_parse, response_is_bare, response_parse, fields_of_hop,
+ * Door: refusals, status_reason, head_find, text_split, line_next,
+ * text_is_clean, list_next, fields_parse, head_field, head_value, head_lists,
+ * head_length, host_is_valid, authority_parse, url_login, absolute_parse,
+ * url_parse, method_parse, request_parse, response_is_bare, response_parse, fields_of_hop,
  * fields_not_late, fields_of_body, fields_of_condition, name_is_among,
  * field_passes, field_append, fields_append, status_append, length_append,
  * via_append, host_bare, address_read, response_length, head_logs_in,
@@ -11852,19 +11852,6 @@ log_wait(const struct exchange *x)
 static const char *const trace_secrets[] = { "Authorization",
 	"Proxy-Authorization", NULL };
 
-/* Takes the next line, without its end, from a head; false at its end. */
-static bool
-trace_next(struct text *head, struct text *line)
-{
-	size_t end = text_find(*head, '\n');
-
-	*line = text_cut(head->at, end);
-	*head = text_from(*head, end < head->len ? end + 1 : end);
-	if (line->len > 0 && line->at[line->len - 1] == '\r')
-		line->len--;
-	return line->len > 0;
-}
-
 /* ---- the recording of -w, as HAR 1.2 ---- */
 
 enum {
@@ -12177,25 +12164,20 @@ record_pair(bool first, struct text name, struct text value)
 	record_append(text_of("}"));
 }
 
-/* What stands behind byte n of t, which may be its end. */
-static struct text
-record_after(struct text t, size_t n)
-{
-	return text_from(t, n < t.len ? n + 1 : t.len);
-}
-
 /* Takes the next field of a head; false at its end.  Secrets are hidden. */
 static bool
 record_field_next(struct text *head, struct text *name, struct text *value)
 {
-	struct text line;
+	struct text line = line_next(head, NULL);
+	bool folded;
 
-	if (!trace_next(head, &line))
+	if (line.len == 0)
 		return false;
-	*name = text_trim(text_cut(line.at, text_find(line, ':')));
-	*value = text_trim(record_after(line, text_find(line, ':')));
 	/* Who folds a field is refused; what was folded may be a secret. */
-	if (is_among(*line.at, " \t"))
+	folded = is_among(*line.at, " \t");
+	*name = text_trim(text_split(&line, ':'));
+	*value = text_trim(line);
+	if (folded)
 		*name = text_of("");
 	if (name->len == 0 || name_is_among(*name, trace_secrets))
 		*value = text_of("***");
@@ -12281,15 +12263,13 @@ record_query(struct text url)
 	bool first = true;
 
 	record_append(text_of(",\"queryString\":["));
-	url = record_after(url, text_find(url, '?'));
-	url.len = text_find(url, '#');
+	url = text_split(&url, '#');
+	(void)text_split(&url, '?');
 	for (; url.len > 0; first = false) {
-		struct text pair = text_cut(url.at, text_find(url, '&'));
-		size_t end = text_find(pair, '=');
+		struct text pair = text_split(&url, '&');
+		struct text name = text_split(&pair, '=');
 
-		record_pair(first, text_cut(pair.at, end),
-		    record_after(pair, end));
-		url = record_after(url, pair.len);
+		record_pair(first, name, pair);
 	}
 	record_append(text_of("]"));
 }
@@ -12298,7 +12278,7 @@ record_query(struct text url)
 static void
 record_request(const struct tape *t, const struct quotes *quotes)
 {
-	struct text head = tape_read(t, TAPE_REQUEST_HEAD, 0), line;
+	struct text head = tape_read(t, TAPE_REQUEST_HEAD, 0);
 
 	record_append(text_of("\"request\":{"));
 	record_member("method", quotes->name);
@@ -12309,7 +12289,7 @@ record_request(const struct tape *t, const struct quotes *quotes)
 	record_escape(quotes->uri, false);
 	record_append(text_of("\""));
 	record_query(quotes->uri);
-	(void)trace_next(&head, &line);
+	(void)line_next(&head, NULL);
 	record_head(t, TAPE_REQUEST_HEAD, TAPE_REQUEST_BODY, head);
 	if (t->sizes[TAPE_REQUEST_BODY] > 0) {
 		record_append(text_of(",\"postData\":{"));
@@ -12324,13 +12304,14 @@ static void
 record_response(const struct exchange *x, const struct tape *t)
 {
 	struct text head = tape_read(t, TAPE_RESPONSE_HEAD, 0);
-	struct text line = text_of("");
+	struct text line = line_next(&head, NULL);
+	struct text version = text_split(&line, ' ');
 
-	(void)trace_next(&head, &line);
+	(void)text_split(&line, ' ');
 	record_print(",\"response\":{\"status\":%d,", log_status(&x->record));
-	record_member("statusText", record_after(line, strlen("HTTP/1.1 200")));
+	record_member("statusText", line);
 	record_append(text_of(","));
-	record_member("httpVersion", text_cut(line.at, text_find(line, ' ')));
+	record_member("httpVersion", version);
 	record_append(text_of(","));
 	record_member("redirectURL", record_field(head, "Location"));
 	record_head(t, TAPE_RESPONSE_HEAD, TAPE_RESPONSE_BODY, head);
@@ -12518,6 +12499,13 @@ trace_end(const struct exchange *x)
 		say(&blank, 1);
 }
 
+/* The name of the field that a line of a head is, or should be. */
+static struct text
+line_name(struct text line)
+{
+	return text_trim(text_split(&line, ':'));
+}
+
 /*
  * Traces a line of a head.  mark gives its direction: "c>" from the client,
  * ">s" to the server, "s>" from the server, ">c" to the client; sign what
@@ -12529,7 +12517,7 @@ trace_field(const struct exchange *x, const char *mark, const char *sign,
 {
 	enum colour colour = mark[0] == 'c' || mark[1] == 's' ? COLOUR_REQUEST :
 								COLOUR_RESPONSE;
-	struct text name = text_trim(text_cut(line.at, text_find(line, ':')));
+	struct text name = line_name(line);
 	bool hidden = name_is_among(name, trace_secrets);
 	char prefix[8], tail[100];
 
@@ -12548,13 +12536,12 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 
 	if (!is_traced(x))
 		return;
-	while (trace_next(&head, &line)) {
-		struct text name = text_cut(line.at, text_find(line, ':'));
+	while ((line = line_next(&head, NULL)).len > 0) {
 		/* A folded line goes on with the secret. */
 		bool folded = hidden && is_among(*line.at, " \t");
 
 		hidden = folded ||
-		    name_is_among(text_trim(name), trace_secrets);
+		    name_is_among(line_name(line), trace_secrets);
 		trace_field(x, mark, "", folded ? text_of(" ***") : line, "");
 	}
 }
@@ -12633,37 +12620,26 @@ field_line(const struct field *f)
 	    (size_t)(f->value.at - f->name.at) + f->value.len);
 }
 
-/* True if a head has this field with this value. */
+/* True if a line of a head is this field. */
+static bool
+line_is(struct text line, const struct field *field)
+{
+	struct text name = text_split(&line, ':');
+
+	return text_same(name, field->name) &&
+	    text_equals(text_trim(line), field->value);
+}
+
+/* True if one of the lines of a head is this field. */
 static bool
 trace_has(struct text head, const struct field *field)
 {
 	struct text line;
 
-	while (trace_next(&head, &line)) {
-		size_t colon = text_find(line, ':');
-
-		if (colon < line.len &&
-		    text_same(text_cut(line.at, colon), field->name) &&
-		    text_equals(text_trim(text_from(line, colon + 1)),
-			field->value))
+	while ((line = line_next(&head, NULL)).len > 0)
+		if (line_is(line, field))
 			return true;
-	}
 	return false;
-}
-
-/* True if that line is a field of the head that came. */
-static bool
-trace_came(const struct head *from, struct text line)
-{
-	struct text name = text_cut(line.at, text_find(line, ':'));
-	struct text value = text_trim(text_from(line, name.len + 1));
-	size_t i = 0;
-
-	while (i < from->n &&
-	    (!text_same(from->fields[i].name, name) ||
-		!text_equals(from->fields[i].value, value)))
-		i++;
-	return i < from->n;
 }
 
 /*
@@ -12676,10 +12652,10 @@ trace_change(const struct exchange *x, const char *mark,
     const struct response *r, struct text to)
 {
 	const struct head *from = r ? &r->head : &x->request->head;
-	struct text rest = to, line;
+	struct text rest = to, line = line_next(&rest, NULL);
 	size_t i;
 
-	if (!is_traced(x) || !trace_next(&rest, &line))
+	if (!is_traced(x))
 		return;
 	if (!text_equals(line, from->line)) {
 		trace_field(x, mark, "- ", from->line, "");
@@ -12695,12 +12671,14 @@ trace_change(const struct exchange *x, const char *mark,
 			trace_field(x, mark, "- ", field_line(&from->fields[i]),
 			    trace_reason(x, from, r, from->fields[i].name,
 				false));
-	while (trace_next(&rest, &line)) {
-		bool came = trace_came(from, line);
-		struct text name = text_cut(line.at, text_find(line, ':'));
-
-		trace_field(x, mark, came ? "" : "+ ", line,
-		    came ? "" : trace_reason(x, from, r, name, true));
+	while ((line = line_next(&rest, NULL)).len > 0) {
+		for (i = 0; i < from->n && !line_is(line, &from->fields[i]);)
+			i++;
+		if (i < from->n)
+			trace_field(x, mark, "", line, "");
+		else
+			trace_field(x, mark, "+ ", line,
+			    trace_reason(x, from, r, line_name(line), true));
 	}
 }
 
@@ -12837,13 +12815,7 @@ hello_extensions(struct text t)
 static bool
 hello_is_host(struct text t)
 {
-	size_t i;
-
-	for (i = 0; i < t.len; i++)
-		if (!is_alnum(t.at[i]) && t.at[i] != '-' && t.at[i] != '_' &&
-		    t.at[i] != '.')
-			return false;
-	return t.len > 0 && t.len <= HOST_MAX;
+	return host_is_valid(t, false) && text_find(t, '~') == t.len;
 }
 
 /*
