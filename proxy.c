@@ -11919,6 +11919,7 @@ record_open(void)
 	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
 	static char empty[sizeof(record_begin) + sizeof(record_end)];
 	struct stat status, old;
+	off_t end;
 	int fd;
 
 	if (recording.fd != -1 && fstat(recording.fd, &old) != -1 &&
@@ -11936,13 +11937,14 @@ record_open(void)
 	if (status.st_size == 0 &&
 	    fd_write_at(fd, empty, strlen(empty), 0) == (ssize_t)strlen(empty))
 		status.st_size = (off_t)strlen(empty);
-	recording.end = record_find_end(fd, status.st_size);
-	if (recording.end == -1) {
+	end = record_find_end(fd, status.st_size);
+	if (end == -1) {
 		(void)close(fd);
 		return "it does not end as a recording does";
 	}
 	fd_drop(&recording.fd);
 	recording.fd = fd_note(fd);
+	recording.end = end;
 	return NULL;
 }
 

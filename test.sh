@@ -15939,6 +15939,26 @@ END
 	[ "$(grep -c '^{"started.*}$' old.har)" = 1 ] || fail "commas"
 }
 
+test_record_kept() { # -w: at HUP another file has its name, and the recording goes on in its own
+	start_proxy -w s.har
+	play 'before' <<'END'
+	reply  200 | one
+	ask    /one = 200
+END
+	recorded one '"text":"one"'
+	mv s.har old.har
+	echo '{}' > s.har
+	kill -HUP "$proxy_pid"
+	has err "^proxy: can't open s.har again: it does not end as a recording does" 5
+	play 'after' <<'END'
+	reply  200 | two
+	ask    /two = 200
+END
+	[ "$(cat s.har)" = '{}' ] || fail "s.har has changed"
+	mv old.har s.har
+	recorded two '"text":"one"' '"text":"two"'
+}
+
 test_record_wrong() { # -w: what it can't write to
 	echo '{}' > other.har
 	exits 1 -l 127.0.0.1:0 -w other.har
