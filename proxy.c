@@ -2802,11 +2802,11 @@ exchange_queue(struct exchange *x)
  * Door: refusals, status_reason, head_find, text_split, line_next,
  * text_is_clean, list_next, fields_parse, head_field, head_value, head_lists,
  * head_length, host_is_valid, authority_parse, url_login, absolute_parse,
- * url_parse, method_parse, request_parse, response_is_bare, response_parse, fields_of_hop,
- * fields_not_late, fields_of_body, fields_of_condition, name_is_among,
- * field_passes, field_append, fields_append, status_append, length_append,
- * via_append, host_bare, address_read, response_length, head_logs_in,
- * conn_head, head_is_hopeless, request_hopeless, request_clean,
+ * url_parse, method_parse, request_parse, response_is_bare, response_parse,
+ * fields_of_hop, fields_not_late, fields_of_body, fields_of_condition,
+ * name_is_among, field_passes, field_append, fields_append, status_append,
+ * length_append, via_append, host_bare, address_read, response_length,
+ * head_logs_in, conn_head, head_is_hopeless, request_hopeless, request_clean,
  * request_is_last, request_passed_here, header_parse.
  */
 
@@ -11361,18 +11361,14 @@ log_connect(void)
 	return -1;
 }
 
-/*
- * True if the open log is still the file that options.log names: then HUP need
- * not open it again, which the user of -u perhaps could not.
- */
+/* True if fd is still the file at `path`, which may have been moved. */
 static bool
-log_is_same(void)
+file_is_at(int fd, const char *path)
 {
 	struct stat named, open;
 
-	return logs.regular && stat(options.log, &named) != -1 &&
-	    fstat(logs.fd, &open) != -1 && named.st_ino == open.st_ino &&
-	    named.st_dev == open.st_dev;
+	return fd != -1 && stat(path, &named) != -1 && fstat(fd, &open) != -1 &&
+	    named.st_ino == open.st_ino && named.st_dev == open.st_dev;
 }
 
 /* Opens the log that options.log names; false, with errno, on failure. */
@@ -11388,7 +11384,8 @@ log_open(void)
 		logs.syslog = true;
 		fd = log_connect();
 	} else if (options.log != NULL) {
-		if (log_is_same())
+		/* Perhaps the user of -u could not open it again. */
+		if (logs.regular && file_is_at(logs.fd, options.log))
 			return true;
 		fd = open(options.log,
 		    O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK, 0640);
@@ -11857,8 +11854,6 @@ static const char *const trace_secrets[] = { "Authorization",
 enum {
 	/* Bytes that are kept of a body, and of each part of a tape. */
 	RECORD_MAX = 1 << 20,
-	/* Bytes that are read at once: a whole head, and 3 of base64. */
-	RECORD_BLOCK = 3 * BUFFER_SIZE,
 	/*
 	 * The longest entry.  Text may have twice its length here, base64 4/3;
 	 * bytes of a head and of a URL six times theirs, and 32 more for each
@@ -11885,22 +11880,28 @@ static struct {
 	bool failed;        /* it can't be written, which has been said */
 	struct tape *tapes; /* one for each slot */
 	char *at;           /* the entry that is being made */
-	size_t n;           /* its length; over RECORD_ROOM: it is too long */
-	char *block;        /* what is read from a tape */
+	size_t n;           /* its length; RECORD_ROOM: it is too long */
+	char *head, *body;  /* RECORD_MAX bytes each, read from a tape */
 } recording = { .fd = -1 };
 
-static const char record_begin[] = "{\"log\":{\"version\":\"1.2\",\"creator\":"
-				   "{\"name\":\"proxy\",\"version\":\"" VERSION
-				   "\"},\"entries\":[";
 static const char record_end[] = "\n]}}\n";
 
-/* Where to write the next entry; -1 if the file is not a recording. */
+/*
+ * Where the next entry begins in a recording, which may be an empty file; -1
+ * if the file is something else.
+ */
 static off_t
-record_find_end(int fd, off_t size)
+record_find_end(int fd)
 {
+	static const char empty[] =
+	    "{\"log\":{\"version\":\"1.2\",\"creator\":{\"name\":\"proxy\","
+	    "\"version\":\"" VERSION "\"},\"entries\":[\n]}}\n";
 	char last[sizeof(record_end)];
-	off_t end = size - (off_t)strlen(record_end);
+	off_t end = lseek(fd, 0, SEEK_END);
 
+	if (end == 0)
+		end = fd_write_at(fd, empty, strlen(empty), 0);
+	end -= (off_t)strlen(record_end);
 	if (end <= 0 ||
 	    pread(fd, last, sizeof(last), end - 1) != (ssize_t)sizeof(last) ||
 	    memcmp(last + 1, record_end, strlen(record_end)) != 0)
@@ -11917,32 +11918,22 @@ static const char *
 record_open(void)
 {
 	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
-	static char empty[sizeof(record_begin) + sizeof(record_end)];
-	struct stat status, old;
-	off_t end;
+	const char *why = NULL;
+	off_t end = -1;
 	int fd;
 
-	if (recording.fd != -1 && fstat(recording.fd, &old) != -1 &&
-	    stat(options.record, &status) != -1 &&
-	    status.st_ino == old.st_ino && status.st_dev == old.st_dev)
+	if (file_is_at(recording.fd, options.record))
 		return NULL;
 	fd = open(options.record, O_RDWR | O_CREAT, 0600);
 	if (fd == -1)
 		return strerror(errno);
-	if (fstat(fd, &status) == -1 || fcntl(fd, F_SETLK, &lock) == -1) {
-		(void)close(fd);
-		return "another process writes it";
-	}
-	(void)snprintf(empty, sizeof(empty), "%s%s", record_begin, record_end);
-	if (status.st_size == 0 &&
-	    fd_write_at(fd, empty, strlen(empty), 0) == (ssize_t)strlen(empty))
-		status.st_size = (off_t)strlen(empty);
-	end = record_find_end(fd, status.st_size);
-	if (end == -1) {
-		(void)close(fd);
-		return "it does not end as a recording does";
-	}
-	fd_drop(&recording.fd);
+	if (fcntl(fd, F_SETLK, &lock) == -1)
+		why = "another process writes it";
+	else if ((end = record_find_end(fd)) == -1)
+		why = "it does not end as a recording does";
+	fd_drop(why ? &fd : &recording.fd);
+	if (why != NULL)
+		return why;
 	recording.fd = fd_note(fd);
 	recording.end = end;
 	return NULL;
@@ -11955,10 +11946,11 @@ record_tables(void)
 	size_t i;
 
 	recording.tapes = calloc(exchanges.n, sizeof(*recording.tapes));
-	recording.at = malloc(RECORD_ROOM + RECORD_BLOCK);
+	recording.at = malloc(RECORD_ROOM + 2 * RECORD_MAX);
 	if (recording.tapes == NULL || recording.at == NULL)
 		return false;
-	recording.block = recording.at + RECORD_ROOM;
+	recording.head = recording.at + RECORD_ROOM;
+	recording.body = recording.head + RECORD_MAX;
 	for (i = 0; i < exchanges.n; i++)
 		recording.tapes[i].fd = -1;
 	return true;
@@ -11991,6 +11983,21 @@ tape_open(struct tape *t)
 	return t->fd != -1;
 }
 
+/* How many bytes of a part are on the tape. */
+static size_t
+tape_len(const struct tape *t, enum tape_part part)
+{
+	return t->lost ? 0 : (size_t)least((int64_t)t->sizes[part], RECORD_MAX);
+}
+
+/* Makes a tape empty. */
+static void
+tape_clear(struct tape *t)
+{
+	memset(t->sizes, 0, sizeof(t->sizes));
+	t->lost = false;
+}
+
 /*
  * Keeps a piece of a part of x, if there is a recording.  A response's head
  * replaces an earlier one; a request's head empties the tape.
@@ -12000,117 +12007,77 @@ tape_add(const struct exchange *x, enum tape_part part, struct text piece)
 {
 	struct tape *t =
 	    recording.fd == -1 ? NULL : &recording.tapes[x - exchanges.slots];
-	off_t from = (off_t)part * RECORD_MAX;
+	size_t len;
 
 	/* A fetch that was moved to a slot of its own has no entry. */
 	if (t == NULL || x->record.start == 0)
 		return;
-	if (part == TAPE_REQUEST_HEAD) {
-		memset(t->sizes, 0, sizeof(t->sizes));
-		t->lost = false;
-	}
+	if (part == TAPE_REQUEST_HEAD)
+		tape_clear(t);
 	if (part == TAPE_RESPONSE_HEAD)
 		t->sizes[part] = 0;
 	if (part == TAPE_REQUEST_HEAD || part == TAPE_REQUEST_BODY)
 		t->sent = now.ms;
-	from += (off_t)t->sizes[part];
+	len = tape_len(t, part);
 	t->sizes[part] += piece.len;
-	if (t->sizes[part] > RECORD_MAX)
-		piece.len = t->sizes[part] - piece.len > RECORD_MAX ?
-		    0 :
-		    (size_t)((off_t)(part + 1) * RECORD_MAX - from);
+	if (piece.len > RECORD_MAX - len)
+		piece.len = RECORD_MAX - len;
 	if (piece.len == 0 || t->lost)
 		return;
 	errno = ENOSPC; /* if a write is short */
 	if (!tape_open(t) ||
-	    fd_write_at(t->fd, piece.at, piece.len, from) !=
-		(ssize_t)piece.len) {
+	    fd_write_at(t->fd, piece.at, piece.len,
+		(off_t)part * RECORD_MAX + (off_t)len) != (ssize_t)piece.len) {
 		record_fail(strerror(errno));
 		t->lost = true;
 	}
 }
 
-/* How many bytes of a part are on the tape. */
-static size_t
-tape_len(const struct tape *t, enum tape_part part)
-{
-	return t->lost ? 0 : (size_t)least((int64_t)t->sizes[part], RECORD_MAX);
-}
-
-/*
- * A piece of a part from a position on, at most a block, empty at its end;
- * valid until the next call.
- */
+/* Reads a part of a tape into memory that is for heads, or for bodies. */
 static struct text
-tape_read(const struct tape *t, enum tape_part part, size_t from)
+tape_read(const struct tape *t, enum tape_part part, char *to)
 {
-	size_t n = tape_len(t, part) - from;
-	ssize_t got;
+	ssize_t n =
+	    pread(t->fd, to, tape_len(t, part), (off_t)part * RECORD_MAX);
 
-	if (n > RECORD_BLOCK)
-		n = RECORD_BLOCK;
-	got = n == 0 ? 0 :
-		       pread(t->fd, recording.block, n,
-			   (off_t)part * RECORD_MAX + (off_t)from);
-	return text_cut(recording.block, got > 0 ? (size_t)got : 0);
+	return text_cut(to, n > 0 ? (size_t)n : 0);
 }
 
 /*
- * How many bytes of a part are text: UTF-8 (RFC 3629) without control
- * characters.  0 if it is no text; less than all if it was cut in a character.
+ * The length of the character in UTF-8 (RFC 3629 section 4) that t begins
+ * with; 0 if there is no whole one, or it is a control character.
  */
 static size_t
-tape_text_len(const struct tape *t, enum tape_part part)
+utf8_length(struct text t)
 {
-	unsigned char low = 0x80, high = 0xbf;
-	unsigned more = 0; /* bytes that the character needs */
-	size_t n, i, whole = 0;
-	struct text piece;
+	unsigned char c = (unsigned char)*t.at, next;
+	unsigned char low = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80;
+	unsigned char high = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;
+	size_t n = c < 0x80 ? 1 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : 4, i;
 
-	for (n = 0; (piece = tape_read(t, part, n)).len > 0; n += piece.len)
-		for (i = 0; i < piece.len; i++) {
-			unsigned char c = (unsigned char)piece.at[i];
-
-			if (more > 0 ?
-				c < low || c > high :
-				(c < 32 && !is_among((char)c, "\t\n\r")) ||
-				    (c >= 0x7f && c < 0xc2) || c > 0xf4)
-				return 0;
-			low = more == 0 && c == 0xe0 ? 0xa0 :
-			    more == 0 && c == 0xf0   ? 0x90 :
-						       0x80;
-			high = more == 0 && c == 0xed ? 0x9f :
-			    more == 0 && c == 0xf4    ? 0x8f :
-							0xbf;
-			more = more > 0 ? more - 1 :
-			    c >= 0xf0   ? 3 :
-			    c >= 0xe0   ? 2 :
-					  c >= 0xc2;
-			whole = more == 0 ? n + i + 1 : whole;
-		}
-	return more == 0 || t->sizes[part] > RECORD_MAX ? whole : 0;
+	if (t.len < n || (c < 32 && !is_among((char)c, "\t\n\r")) ||
+	    (c >= 0x7f && c < 0xc2) || c > 0xf4)
+		return 0;
+	for (i = 1; i < n; i++) {
+		next = (unsigned char)t.at[i];
+		if (next < low || next > high)
+			return 0;
+		low = 0x80;
+		high = 0xbf;
+	}
+	return n;
 }
 
 /* Appends t to the entry. */
 static void
 record_append(struct text t)
 {
-	if (recording.n + t.len <= RECORD_ROOM)
-		memcpy(recording.at + recording.n, t.at, t.len);
+	if (t.len >= RECORD_ROOM - recording.n) {
+		recording.n = RECORD_ROOM;
+		return;
+	}
+	memcpy(recording.at + recording.n, t.at, t.len);
 	recording.n += t.len;
-}
-
-/* Appends what is in a format; 500 bytes at most. */
-static void
-record_print(const char *format, ...)
-{
-	char line[500];
-	va_list ap;
-
-	va_start(ap, format);
-	(void)vsnprintf(line, sizeof(line), format, ap);
-	va_end(ap);
-	record_append(text_of(line));
 }
 
 /*
@@ -12120,50 +12087,55 @@ record_print(const char *format, ...)
 static void
 record_escape(struct text t, bool utf8)
 {
-	size_t i, run;
+	static const char named[] = "\"\\\t\n\r", letters[] = "\"\\tnr";
+	char name[2] = "\\", code[6] = "\\u00";
 
-	for (i = 0; i < t.len; i++) {
-		unsigned char c = 0;
+	for (; t.len > 0; t = text_from(t, 1)) {
+		unsigned char c = (unsigned char)*t.at;
 
-		for (run = i; i < t.len; i++) {
-			c = (unsigned char)t.at[i];
-			if (c < 32 || c == '"' || c == '\\' ||
-			    (c > 126 && !utf8))
-				break;
-		}
-		record_append(text_cut(t.at + run, i - run));
-		if (i == t.len)
-			break;
-		if (c == '"' || c == '\\')
-			record_print("\\%c", c);
-		else if (is_among((char)c, "\t\n\r"))
-			record_print("\\%c",
-			    c == '\t'     ? 't' :
-				c == '\n' ? 'n' :
-					    'r');
-		else
-			record_print("\\u%04x", c);
+		if (is_among(*t.at, named)) {
+			name[1] = letters[strchr(named, c) - named];
+			record_append(text_cut(name, sizeof(name)));
+		} else if (c < 32 || (c > 126 && !utf8)) {
+			(void)hex_print(code + 4, c, 2);
+			record_append(text_cut(code, sizeof(code)));
+		} else
+			record_append(text_cut(t.at, 1));
 	}
 }
 
-/* Appends a name of ours, and t as its value. */
+/*
+ * Appends JSON.  In the format, ' stands for ", $ for a text as a string, # for
+ * a number (int64_t), and all else for itself.
+ */
 static void
-record_member(const char *name, struct text t)
+record_json(const char *format, ...)
 {
-	record_print("\"%s\":\"", name);
-	record_escape(t, false);
-	record_append(text_of("\""));
+	char digits[NUMBER_DIGITS + 2];
+	va_list args;
+
+	va_start(args, format);
+	for (; *format != '\0'; format++)
+		if (*format == '$') {
+			record_append(text_of("\""));
+			record_escape(va_arg(args, struct text), false);
+			record_append(text_of("\""));
+		} else if (*format == '#') {
+			(void)snprintf(digits, sizeof(digits), "%lld",
+			    (long long)va_arg(args, int64_t));
+			record_append(text_of(digits));
+		} else
+			record_append(
+			    text_cut(*format == '\'' ? "\"" : format, 1));
+	va_end(args);
 }
 
 /* Appends an element of a list of names and values. */
 static void
 record_pair(bool first, struct text name, struct text value)
 {
-	record_append(text_of(first ? "{" : ",{"));
-	record_member("name", name);
-	record_append(text_of(","));
-	record_member("value", value);
-	record_append(text_of("}"));
+	record_json(first ? "{'name':$,'value':$}" : ",{'name':$,'value':$}",
+	    name, value);
 }
 
 /* Takes the next field of a head; false at its end.  Secrets are hidden. */
@@ -12206,56 +12178,49 @@ record_head(const struct tape *t, enum tape_part part, enum tape_part body,
 	struct text name, value;
 	bool first = true;
 
-	record_append(text_of(",\"cookies\":[],\"headers\":["));
+	record_json(",'cookies':[],'headers':[");
 	for (; record_field_next(&head, &name, &value); first = false)
 		record_pair(first, name, value);
-	record_print("],\"headersSize\":%llu,\"bodySize\":%llu",
-	    (unsigned long long)t->sizes[part],
-	    (unsigned long long)t->sizes[body]);
+	record_json("],'headersSize':#,'bodySize':#", t->sizes[part],
+	    t->sizes[body]);
 }
 
 /*
  * Appends the type of a body, after its head, and what was kept of it: text as
- * text, the rest in base64, so named by the member `encoding`.
+ * text, the rest in base64.  A body that was cut may end within a character.
  */
 static void
-record_body(const struct tape *t, enum tape_part part, struct text head,
-    const char *encoding)
+record_body(const struct tape *t, enum tape_part part, struct text head)
 {
-	struct text piece;
-	size_t n, text;
-	char coding[40];
+	struct text coding = record_field(head, "Content-Encoding");
+	struct text body = tape_read(t, part, recording.body);
+	bool cut = t->sizes[part] > RECORD_MAX, text;
+	size_t whole = 0, n = 1;
 
-	record_member("mimeType", record_field(head, "Content-Type"));
-	(void)text_printable(record_field(head, "Content-Encoding"), coding,
-	    sizeof(coding));
-	text = *coding == '\0' ? tape_text_len(t, part) : 0;
-	record_append(text_of(",\"text\":\""));
-	for (n = 0; (piece = tape_read(t, part, n)).len > 0; n += piece.len) {
-		if (text > 0 && piece.len > text - n)
-			piece.len = text - n;
-		if (text > 0)
-			record_escape(piece, true);
-		else if (recording.n + piece.len * 2 < RECORD_ROOM) {
-			base64_encode(piece.at, piece.len,
-			    recording.at + recording.n);
-			recording.n += (piece.len + 2) / 3 * 4;
-		} else
-			recording.n = RECORD_ROOM + 1;
-		if (n + piece.len == text)
-			break;
-	}
-	record_append(text_of("\""));
-	if (text == 0 && n > 0)
-		record_print(",\"%s\":\"base64\"", encoding);
-	if (*coding != '\0') {
-		record_append(text_of(","));
-		record_member("_contentEncoding", text_of(coding));
-	}
-	if (t->lost || t->sizes[part] > RECORD_MAX)
-		record_print(",\"comment\":\"%s\"",
-		    t->lost ? "could not be kept" :
-			      "cut: longer than 1048576 bytes");
+	for (; whole < body.len && n > 0; whole += n)
+		n = utf8_length(text_from(body, whole));
+	text = coding.len == 0 &&
+	    (whole == body.len || (cut && body.len - whole < 4));
+	record_json("'mimeType':$,'text':'",
+	    record_field(head, "Content-Type"));
+	if (text)
+		record_escape(text_cut(body.at, whole), true);
+	else if (body.len * 2 < RECORD_ROOM - recording.n) {
+		base64_encode(body.at, body.len, recording.at + recording.n);
+		recording.n += (body.len + 2) / 3 * 4;
+	} else
+		recording.n = RECORD_ROOM;
+	record_json("'");
+	if (!text && body.len > 0)
+		record_json(part == TAPE_REQUEST_BODY ?
+			",'_encoding':'base64'" :
+			",'encoding':'base64'");
+	if (coding.len > 0)
+		record_json(",'_contentEncoding':$", coding);
+	if (t->lost || cut)
+		record_json(",'comment':$",
+		    text_of(t->lost ? "could not be kept" :
+				      "cut: longer than 1048576 bytes"));
 }
 
 /* Appends the parameters of a URL, as they are in it. */
@@ -12264,7 +12229,7 @@ record_query(struct text url)
 {
 	bool first = true;
 
-	record_append(text_of(",\"queryString\":["));
+	record_json(",'queryString':[");
 	url = text_split(&url, '#');
 	(void)text_split(&url, '?');
 	for (; url.len > 0; first = false) {
@@ -12273,54 +12238,49 @@ record_query(struct text url)
 
 		record_pair(first, name, pair);
 	}
-	record_append(text_of("]"));
+	record_json("]");
 }
 
 /* Appends the request that the tape has. */
 static void
 record_request(const struct tape *t, const struct quotes *quotes)
 {
-	struct text head = tape_read(t, TAPE_REQUEST_HEAD, 0);
+	struct text head = tape_read(t, TAPE_REQUEST_HEAD, recording.head);
 
-	record_append(text_of("\"request\":{"));
-	record_member("method", quotes->name);
-	record_append(text_of(","));
-	record_print("\"httpVersion\":\"HTTP/1.%u\",\"url\":\"%s",
-	    quotes->minor,
-	    text_is(quotes->name, "CONNECT") ? "connect://" : "");
+	record_json("'request':{'method':$,'httpVersion':$,'url':'",
+	    quotes->name, text_of(quotes->minor ? "HTTP/1.1" : "HTTP/1.0"));
+	if (text_is(quotes->name, "CONNECT"))
+		record_append(text_of("connect://"));
 	record_escape(quotes->uri, false);
-	record_append(text_of("\""));
+	record_json("'");
 	record_query(quotes->uri);
 	(void)line_next(&head, NULL);
 	record_head(t, TAPE_REQUEST_HEAD, TAPE_REQUEST_BODY, head);
 	if (t->sizes[TAPE_REQUEST_BODY] > 0) {
-		record_append(text_of(",\"postData\":{"));
-		record_body(t, TAPE_REQUEST_BODY, head, "_encoding");
-		record_append(text_of("}"));
+		record_json(",'postData':{");
+		record_body(t, TAPE_REQUEST_BODY, head);
+		record_json("}");
 	}
-	record_append(text_of("}"));
+	record_json("}");
 }
 
 /* Appends the response that the client of x had, if any. */
 static void
 record_response(const struct exchange *x, const struct tape *t)
 {
-	struct text head = tape_read(t, TAPE_RESPONSE_HEAD, 0);
+	struct text head = tape_read(t, TAPE_RESPONSE_HEAD, recording.head);
 	struct text line = line_next(&head, NULL);
 	struct text version = text_split(&line, ' ');
 
 	(void)text_split(&line, ' ');
-	record_print(",\"response\":{\"status\":%d,", log_status(&x->record));
-	record_member("statusText", line);
-	record_append(text_of(","));
-	record_member("httpVersion", version);
-	record_append(text_of(","));
-	record_member("redirectURL", record_field(head, "Location"));
+	record_json(",'response':{'status':#,'statusText':$,'httpVersion':$,"
+		    "'redirectURL':$",
+	    (int64_t)log_status(&x->record), line, version,
+	    record_field(head, "Location"));
 	record_head(t, TAPE_RESPONSE_HEAD, TAPE_RESPONSE_BODY, head);
-	record_print(",\"content\":{\"size\":%llu,",
-	    (unsigned long long)t->sizes[TAPE_RESPONSE_BODY]);
-	record_body(t, TAPE_RESPONSE_BODY, head, "encoding");
-	record_append(text_of("}}"));
+	record_json(",'content':{'size':#,", t->sizes[TAPE_RESPONSE_BODY]);
+	record_body(t, TAPE_RESPONSE_BODY, head);
+	record_json("}}");
 }
 
 /*
@@ -12333,29 +12293,28 @@ record_times(const struct exchange *x, const struct tape *t,
     const struct quotes *quotes)
 {
 	int64_t total = now.ms - x->record.start, send = 0, wait, receive = 0;
+	int64_t blocked = -1;
 	int64_t left = total - (quotes->dns_ms > 0 ? quotes->dns_ms : 0) -
 	    (quotes->connect_ms > 0 ? quotes->connect_ms : 0);
-	bool answered = x->request != NULL && quotes->first_ms >= 0;
 
 	wait = left > 0 ? left : 0;
-	if (answered) {
+	if (x->request != NULL && quotes->first_ms >= 0) {
 		const struct times *times = &x->request->times;
 
 		receive = now.ms - times->answered;
 		send = times_between(times->connected, t->sent);
 		send = send < 0 ? 0 : least(send, quotes->first_ms);
 		wait = quotes->first_ms - send;
-		left -= send + wait + receive;
+		left -= quotes->first_ms + receive;
+		blocked = left < 0 ? -1 : left;
 	} else if (x->tunnel) {
 		receive = wait;
 		wait = 0;
 	}
-	record_print(",\"time\":%lld,\"timings\":{\"blocked\":%lld,"
-		     "\"dns\":%lld,\"connect\":%lld,\"send\":%lld,"
-		     "\"wait\":%lld,\"receive\":%lld}",
-	    (long long)total, (long long)(answered && left >= 0 ? left : -1),
-	    (long long)quotes->dns_ms, (long long)quotes->connect_ms,
-	    (long long)send, (long long)wait, (long long)receive);
+	record_json(",'time':#,'timings':{'blocked':#,'dns':#,'connect':#,"
+		    "'send':#,'wait':#,'receive':#}",
+	    total, blocked, quotes->dns_ms, quotes->connect_ms, send, wait,
+	    receive);
 }
 
 /* Appends when x began, in RFC 3339's form, who took part, and its end. */
@@ -12363,11 +12322,14 @@ static void
 record_frame(const struct exchange *x)
 {
 	char peer[ADDRESS_TEXT], server[ADDRESS_TEXT], date[40] = "";
+	char comment[RULE_NAME_MAX + REASON_MAX + 64];
 	const struct record *r = &x->record;
+	bool ruled = log_names_rule(r);
 	struct timespec wall = { 0, 0 };
 	int64_t began;
 	time_t seconds;
 	struct tm parts;
+	size_t n = 0;
 	int status;
 
 	(void)clock_gettime(CLOCK_REALTIME, &wall);
@@ -12375,25 +12337,20 @@ record_frame(const struct exchange *x)
 	    (now.ms - r->start);
 	seconds = (time_t)(began / 1000);
 	if (gmtime_r(&seconds, &parts) != NULL)
-		(void)strftime(date, sizeof(date), "%Y-%m-%dT%H:%M:%S", &parts);
+		n = strftime(date, sizeof(date), "%Y-%m-%dT%H:%M:%S", &parts);
+	(void)snprintf(date + n, sizeof(date) - n, ".%03dZ",
+	    (int)(began % 1000));
 	address_print(&x->peer, peer);
 	address_host(&r->server, server);
-	record_print("\"startedDateTime\":\"%s.%03dZ\",\"cache\":{},"
-		     "\"connection\":\"%s\",",
-	    date, (int)(began % 1000), peer);
+	record_json("'startedDateTime':$,'cache':{},'connection':$,",
+	    text_of(date), text_of(peer));
 	if (r->server.family != 0)
-		record_print("\"serverIPAddress\":\"%s\",", server);
-	record_print("\"comment\":\"end=%s", log_ends[r->end]);
-	if (log_names_rule(r)) {
-		record_append(text_of(", rule "));
-		record_escape(text_of(r->rule->where), false);
-	}
-	if (r->refusal != REFUSE_NONE) {
-		record_append(text_of(", "));
-		record_escape(text_of(refusal_words(x, r->refusal, &status)),
-		    false);
-	}
-	record_append(text_of("\","));
+		record_json("'serverIPAddress':$,", text_of(server));
+	(void)snprintf(comment, sizeof(comment), "end=%s%s%s%s%s",
+	    log_ends[r->end], ruled ? ", rule " : "",
+	    ruled ? r->rule->where : "", r->refusal ? ", " : "",
+	    r->refusal ? refusal_words(x, r->refusal, &status) : "");
+	record_json("'comment':$,", text_of(comment));
 }
 
 /*
@@ -12416,7 +12373,7 @@ record_exchange(const struct exchange *x, const struct quotes *quotes)
 	record_times(x, t, quotes);
 	record_append(text_of("}"));
 	record_append(text_of(record_end));
-	if (recording.n > RECORD_ROOM)
+	if (recording.n == RECORD_ROOM)
 		record_fail("an entry is too long");
 	else {
 		put = fd_write_at(recording.fd, recording.at, recording.n,
@@ -12434,8 +12391,7 @@ record_exchange(const struct exchange *x, const struct quotes *quotes)
 	}
 	if (t->fd != -1 && ftruncate(t->fd, 0) == -1)
 		record_fail(strerror(errno));
-	memset(t->sizes, 0, sizeof(t->sizes));
-	t->lost = false;
+	tape_clear(t);
 }
 
 /* Adds the line of an exchange that has ended to those of this turn. */
