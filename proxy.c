@@ -11278,9 +11278,9 @@ names_find(const char *host)
  * goes on.
  *
  * Door: log_lines, log_open, log_flush, log_quotes, log_note, log_note_name,
- * refusal_words, log_exchange, log_wait, log_end, glance_take, glance_ended,
- * trace_end, trace_head, trace_mended, trace_dump, hello_name, trace_change,
- * record_open, record_tables, tape_add, hello_begins, hello_is_whole.
+ * refusal_words, log_exchange, log_wait, log_end, glance_take, trace_end,
+ * trace_head, trace_mended, trace_dump, hello_name, trace_change, record_open,
+ * record_tables, tape_add, hello_is_whole.
  */
 
 enum {
@@ -11419,33 +11419,24 @@ log_lose(uint64_t lines, const char *why)
 static ssize_t
 log_send(struct text t)
 {
-	static char stamp[40], start[128];
-	struct iovec parts[2];
-	struct msghdr message;
+	static char stamp[40], line[BUFFER_SIZE + 128];
 	struct tm when;
 	ssize_t sent;
+	size_t n;
 
 	if (localtime_r(&now.wall, &when) != NULL)
 		(void)strftime(stamp, sizeof(stamp), "%b %e %H:%M:%S", &when);
-	(void)snprintf(start, sizeof(start),
-	    "<%d>%s proxy[%ld]: ", (int)(LOG_DAEMON | LOG_INFO), stamp,
-	    (long)getpid());
 	t.len = text_find(t, '\n');
-	memset(&message, 0, sizeof(message));
-	parts[0].iov_base = start;
-	parts[0].iov_len = strlen(start);
-	parts[1].iov_base = (void *)(uintptr_t)t.at;
-	parts[1].iov_len = t.len;
-	message.msg_iov = parts;
-	message.msg_iovlen = 2;
-	sent = sendmsg(logs.fd, &message, 0);
+	(void)snprintf(line, sizeof(line), "<%d>%s proxy[%ld]: %.*s",
+	    (int)(LOG_DAEMON | LOG_INFO), stamp, (long)getpid(), (int)t.len,
+	    t.at);
+	n = strlen(line);
+	sent = send(logs.fd, line, n, 0);
 	if (sent == -1 && errno != EAGAIN && errno != ENOBUFS &&
 	    errno != EMSGSIZE && log_open())
-		sent = sendmsg(logs.fd, &message, 0);
-	while (sent == -1 && errno == EMSGSIZE && parts[1].iov_len > 1) {
-		parts[1].iov_len /= 2;
-		sent = sendmsg(logs.fd, &message, 0);
-	}
+		sent = send(logs.fd, line, n, 0);
+	while (sent == -1 && errno == EMSGSIZE && (n /= 2) > 0)
+		sent = send(logs.fd, line, n, 0);
 	if (sent == -1)
 		return errno == EAGAIN || errno == ENOBUFS ? 0 : -1;
 	return (ssize_t)t.len + 1;
@@ -11496,10 +11487,7 @@ log_flush(void)
 	struct buffer *b = &log_lines;
 	ssize_t n = 1;
 
-	while (buffer_len(b) > 0 && n > 0) {
-		n = log_write_some(buffer_text(b));
-		if (n <= 0)
-			break;
+	while (buffer_len(b) > 0 && (n = log_write_some(buffer_text(b))) > 0) {
 		buffer_drop(b, (size_t)n);
 		if (logs.lost > 0)
 			warn("the log is written again, %llu lines were lost",
@@ -11530,15 +11518,31 @@ log_date(void)
 	return text;
 }
 
-/* Appends a name and milliseconds, or "-" if the step did not happen. */
+/* Appends the name of a field, and a number, or "-" if that is negative. */
 static void
-log_time(struct buffer *b, const char *name, int64_t ms)
+log_number(struct buffer *b, const char *name, int64_t n)
 {
 	buffer_append(b, text_of(name));
-	if (ms < 0)
+	if (n < 0)
 		buffer_append(b, text_of("-"));
 	else
-		buffer_number(b, (uint64_t)ms);
+		buffer_number(b, (uint64_t)n);
+}
+
+/* Appends the name of a field, and t, which may be anything. */
+static void
+log_text(struct buffer *b, const char *name, struct text t, size_t max)
+{
+	buffer_append(b, text_of(name));
+	buffer_escape(b, t, max);
+}
+
+/* Appends the name of a field, and a word that needs no care. */
+static void
+log_word(struct buffer *b, const char *name, const char *word)
+{
+	buffer_append(b, text_of(name));
+	buffer_append(b, text_of(word));
 }
 
 /* The parts of a log line that come from a request, or from a tunnel's note. */
@@ -11676,23 +11680,10 @@ log_names_rule(const struct record *r)
 	    !(r->rule->built_in && r->rule->action == ACTION_ALLOW);
 }
 
-/* Appends the rule that decided, and the SNI of a tunnel. */
-static void
-log_rule(struct buffer *b, const struct exchange *x)
-{
-	if (x->note.sni_len > 0) {
-		buffer_append(b, text_of(" sni="));
-		buffer_escape(b,
-		    text_cut(x->note.text + x->note.sni, x->note.sni_len),
-		    NOTE_MAX);
-	}
-	if (!log_names_rule(&x->record))
-		return;
-	buffer_append(b, text_of(" rule="));
-	buffer_escape(b, text_of(x->record.rule->where), RULE_NAME_MAX);
-}
-
-/* The status and the words of a refusal; a rule may have its own. */
+/*
+ * The words of a refusal, and its status, unless that is NULL; a rule may have
+ * its own.
+ */
 static const char *
 refusal_words(const struct exchange *x, enum refusal refusal, int *status)
 {
@@ -11700,7 +11691,8 @@ refusal_words(const struct exchange *x, enum refusal refusal, int *status)
 	bool ruled = (refusal == REFUSE_RULE || refusal == REFUSE_GUARDED) &&
 	    rule != NULL && rule->status != 0;
 
-	*status = ruled ? rule->status : refusals[refusal].status;
+	if (status != NULL)
+		*status = ruled ? rule->status : refusals[refusal].status;
 	return ruled && rule->words.len > 0 ? rule->words.at :
 					      refusals[refusal].words;
 }
@@ -11717,50 +11709,44 @@ log_line(const struct exchange *x, const struct quotes *quotes,
 {
 	const struct request *q = x->request;
 	const struct record *r = &x->record;
+	const struct note *n = &x->note;
 	char server[ADDRESS_TEXT], peer[ADDRESS_TEXT];
-	int status;
 
 	address_host(&x->peer, peer);
 	address_print(&r->server, server);
 	buffer_append(b, text_of(peer));
-	buffer_append(b, text_of(" - "));
-	buffer_escape(b, r->user ? r->user->user : text_of(""), CREDENTIAL_MAX);
-	buffer_append(b, text_of(" ["));
-	buffer_append(b, text_of(log_date()));
+	log_text(b, " - ", r->user ? r->user->user : text_of(""),
+	    CREDENTIAL_MAX);
+	log_word(b, " [", log_date());
 	buffer_append(b, text_of("] \""));
 	log_request(b, quotes);
-	buffer_append(b, text_of("\" "));
-	buffer_number(b, (uint64_t)log_status(r));
-	buffer_append(b, text_of(" "));
-	buffer_number(b, x->down.payload);
-	buffer_append(b, text_of(" \""));
-	buffer_escape(b, quotes->referer, BUFFER_ROOM / 8);
-	buffer_append(b, text_of("\" \""));
-	buffer_escape(b, quotes->agent, BUFFER_ROOM / 8);
+	log_number(b, "\" ", log_status(r));
+	log_number(b, " ", (int64_t)x->down.payload);
+	log_text(b, " \"", quotes->referer, BUFFER_ROOM / 8);
+	log_text(b, "\" \"", quotes->agent, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\""));
 	if (q != NULL && q->caching.hit != NULL)
-		buffer_print(b, " hit=%s", q->caching.hit);
+		log_word(b, " hit=", q->caching.hit);
 	else if (q != NULL && q->caching.miss != NULL)
-		buffer_print(b, " miss=%s", q->caching.miss);
-	buffer_append(b, text_of(" up="));
-	buffer_number(b, x->up.payload);
-	log_time(b, " dns=", quotes->dns_ms);
-	log_time(b, " connect=", quotes->connect_ms);
-	log_time(b, " first=", quotes->first_ms);
-	log_time(b, " total=", now.ms - r->start);
-	buffer_append(b, text_of(" server="));
-	buffer_append(b, text_of(server));
-	buffer_append(b, text_of(" end="));
-	buffer_append(b, text_of(log_ends[r->end]));
-	log_rule(b, x);
-	if (x->bend != NULL) {
-		buffer_append(b, text_of(" bent="));
-		buffer_escape(b, text_of(x->bend->rules),
+		log_word(b, " miss=", q->caching.miss);
+	log_number(b, " up=", (int64_t)x->up.payload);
+	log_number(b, " dns=", quotes->dns_ms);
+	log_number(b, " connect=", quotes->connect_ms);
+	log_number(b, " first=", quotes->first_ms);
+	log_number(b, " total=", now.ms - r->start);
+	log_word(b, " server=", server);
+	log_word(b, " end=", log_ends[r->end]);
+	if (n->sni_len > 0)
+		log_text(b, " sni=", text_cut(n->text + n->sni, n->sni_len),
+		    NOTE_MAX);
+	if (log_names_rule(r))
+		log_text(b, " rule=", text_of(r->rule->where), RULE_NAME_MAX);
+	if (x->bend != NULL)
+		log_text(b, " bent=", text_of(x->bend->rules),
 		    sizeof(x->bend->rules));
-	}
 	if (r->refusal) {
 		buffer_append(b, text_of(" why=\""));
-		buffer_quote(b, text_of(refusal_words(x, r->refusal, &status)),
+		buffer_quote(b, text_of(refusal_words(x, r->refusal, NULL)),
 		    (size_t)2 * REASON_MAX);
 		buffer_append(b, text_of("\""));
 	}
@@ -11789,15 +11775,6 @@ glance_take(const struct exchange *x, const struct quotes *quotes,
 	    g->rule, sizeof(g->rule));
 }
 
-/* Of those that ended lately, number i, the last being 0; NULL: no more. */
-static const struct glance *
-glance_ended(unsigned i)
-{
-	return i < GLANCES && i < glances.n ?
-	    &glances.list[(glances.n - 1 - i) % GLANCES] :
-	    NULL;
-}
-
 /* What became of x, which has ended. */
 static enum result
 log_result(const struct exchange *x)
@@ -11819,17 +11796,6 @@ log_result(const struct exchange *x)
 	return answer_is_stored(q)       ? RESULT_HIT :
 	    q->answerer == ANSWER_MEMORY ? RESULT_LOCAL :
 					   RESULT_MISS;
-}
-
-/* Counts an exchange that has ended. */
-static void
-log_count(const struct exchange *x, const struct quotes *quotes)
-{
-	totals.results[log_result(x)]++;
-	totals.refusals[x->record.refusal]++;
-	totals.up += x->up.payload;
-	totals.down += x->down.payload;
-	glance_take(x, quotes, &glances.list[glances.n++ % GLANCES]);
 }
 
 /* Counts a response whose first byte is about to go to the client. */
@@ -12330,7 +12296,6 @@ record_frame(const struct exchange *x)
 	time_t seconds;
 	struct tm parts;
 	size_t n = 0;
-	int status;
 
 	(void)clock_gettime(CLOCK_REALTIME, &wall);
 	began = (int64_t)wall.tv_sec * 1000 + wall.tv_nsec / 1000000 -
@@ -12349,7 +12314,7 @@ record_frame(const struct exchange *x)
 	(void)snprintf(comment, sizeof(comment), "end=%s%s%s%s%s",
 	    log_ends[r->end], ruled ? ", rule " : "",
 	    ruled ? r->rule->where : "", r->refusal ? ", " : "",
-	    r->refusal ? refusal_words(x, r->refusal, &status) : "");
+	    r->refusal ? refusal_words(x, r->refusal, NULL) : "");
 	record_json("'comment':$,", text_of(comment));
 }
 
@@ -12394,30 +12359,35 @@ record_exchange(const struct exchange *x, const struct quotes *quotes)
 	tape_clear(t);
 }
 
-/* Adds the line of an exchange that has ended to those of this turn. */
+/*
+ * Counts an exchange that has ended, and adds its line to those of this turn,
+ * which are written if they leave no room for it.
+ */
 static void
 log_exchange(const struct exchange *x)
 {
 	struct quotes quotes = log_quotes(x);
 	struct buffer *b = &log_lines;
-	size_t end = b->end;
+	unsigned tries;
 
-	log_count(x, &quotes);
+	totals.results[log_result(x)]++;
+	totals.refusals[x->record.refusal]++;
+	totals.up += x->up.payload;
+	totals.down += x->down.payload;
+	glance_take(x, &quotes, &glances.list[glances.n++ % GLANCES]);
 	if (recording.fd != -1)
 		record_exchange(x, &quotes);
-	log_line(x, &quotes, b);
-	if (b->overflow == 0)
-		return;
-	b->end = end;
-	b->overflow = 0;
-	log_flush();
-	buffer_compact(b);
-	end = b->end;
-	log_line(x, &quotes, b);
-	if (b->overflow == 0)
-		return;
-	b->end = end;
-	b->overflow = 0;
+	for (tries = 0; tries < 2; tries++) {
+		size_t end = b->end;
+
+		log_line(x, &quotes, b);
+		if (b->overflow == 0)
+			return;
+		b->end = end;
+		b->overflow = 0;
+		log_flush();
+		buffer_compact(b);
+	}
 	log_lose(1, "it is not read");
 }
 
@@ -12445,14 +12415,13 @@ trace_end(const struct exchange *x)
 {
 	static const char blank = '\n';
 	const struct record *r = &x->record;
-	int status;
 
 	if (!is_traced(x))
 		return;
 	trace(x, "ended: %s, %d, %llu bytes up, %llu down%s%s",
 	    log_ends[r->end], log_status(r), (unsigned long long)x->up.payload,
 	    (unsigned long long)x->down.payload, r->refusal ? ", " : "",
-	    r->refusal ? refusal_words(x, r->refusal, &status) : "");
+	    r->refusal ? refusal_words(x, r->refusal, NULL) : "");
 	if (logs.colour)
 		say(&blank, 1);
 }
@@ -12663,25 +12632,22 @@ trace_mended(const struct exchange *x, unsigned mended)
 static void
 trace_dump(const struct exchange *x, const char *mark, struct text t)
 {
-	char text[64];
+	char text[] = "0000  .. .. .. .. .. .. .. .. .. .. .. .. .. .. .. ..  ";
 	size_t at, i;
 
 	trace(x, "%s %lu bytes", mark, (unsigned long)t.len);
 	for (at = 0; at < t.len && at < DUMP_MAX; at += 16) {
 		struct text row = text_from(t, at);
-		char *to = hex_print(text, at, 4);
 
-		*to++ = ' ';
 		if (row.len > 16)
 			row.len = 16;
-		for (i = 0; i < 16; i++) {
-			memcpy(to, "   ", 3);
+		(void)hex_print(text, at, 4);
+		for (i = 0; i < 16; i++)
 			if (i < row.len)
-				(void)hex_print(to + 1,
+				(void)hex_print(text + 6 + 3 * i,
 				    (unsigned char)row.at[i], 2);
-			to += 3;
-		}
-		memcpy(to, "  ", 3);
+			else
+				memcpy(text + 6 + 3 * i, "  ", 2);
 		trace_line(x, COLOUR_DIM, text, row, "");
 	}
 }
@@ -12800,13 +12766,6 @@ hello_name(struct text t, char *flat)
 			return t;
 	}
 	return text_cut(flat, 0);
-}
-
-/* True if t may begin a TLS greeting. */
-static bool
-hello_begins(struct text t)
-{
-	return t.len > 0 && *t.at == 0x16;
 }
 
 /* True if all of a TLS greeting is there, or it is too long. */
@@ -13487,8 +13446,7 @@ status_lines(struct buffer *b, const struct exchange *asks)
 	struct totals sum = totals_add();
 	const struct exchange *x;
 	const struct glance *g;
-	size_t half, left = 0;
-	unsigned i;
+	size_t half, left = 0, i;
 
 	status_begin(b, &sum);
 	half = buffer_room(b) / 2;
@@ -13507,9 +13465,10 @@ status_lines(struct buffer *b, const struct exchange *asks)
 	if (left > 0)
 		buffer_print(b, "  and %lu more\n", (unsigned long)left);
 	buffer_append(b, text_of("\nEnded, the latest first\n"));
-	for (i = 0;
-	     (g = glance_ended(i)) != NULL && buffer_room(b) >= STATUS_LINE;
-	     i++) {
+	for (i = 1; i <= GLANCES && i <= glances.n; i++) {
+		if (buffer_room(b) < STATUS_LINE)
+			break;
+		g = &glances.list[(glances.n - i) % GLANCES];
 		buffer_append(b, text_of("  "));
 		glance_append(b, g, log_ends[g->end], NULL);
 		buffer_append(b, text_of("\n"));
@@ -14973,7 +14932,7 @@ request_step(struct exchange *x)
 		return header_step(x);
 	if (request_begin(x)) {
 		if (x->intercepted && !x->served &&
-		    hello_begins(buffer_text(c->in)))
+		    request_hopeless(c->in, false) == REFUSE_TLS)
 			return request_tunnel(x);
 		n = conn_head(c, 0, false);
 		refusal = request_hopeless(c->in, n > 0);

@@ -15453,7 +15453,7 @@ test_log_syslog_long() { # a line longer than the logger's datagrams is cut, not
 	    2> /dev/null || skip "strace can't inject"
 	sanitized && skip "a sanitizer build says nothing"
 	logger 9
-	proxy_wrap="strace -D -o calls -e inject=sendmsg:error=EMSGSIZE:when=1"
+	proxy_wrap="strace -D -o calls -e inject=sendto:error=EMSGSIZE:when=1"
 	start_proxy -o syslog
 	served
 	wait_for 5 'grep 127.0.0.1 logged > /dev/null' || fail "lost"
