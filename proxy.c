@@ -12790,8 +12790,8 @@ hello_is_whole(struct text t, char *flat)
  *
  * Door: request_build, exchange_rewrite, exchange_is_relayed, exchange_target,
  * response_build, answer_view, greet_append, greet_length, greet_words,
- * page_refusal, page_is_ours, page_options, page_trace, page_find,
- * exchange_append, page_rule, phase_waits, phase_names, totals_show.
+ * page_refusal, page_is_ours, page_options, page_trace, page_find, page_own,
+ * exchange_append, page_rule, phases, totals_show.
  */
 
 /* ---- the head for the server ---- */
@@ -13183,8 +13183,8 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 }
 
 /*
- * Makes a refusal: its words, then the details.  Proxy-Status (RFC 9209) says
- * the same to programs; its strings contain no quotes or backslashes.
+ * Refuses x by a page: words, then details.  Proxy-Status (RFC 9209) says the
+ * same to programs; its strings contain no quotes or backslashes.
  */
 static void
 page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
@@ -13194,6 +13194,7 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 	int status;
 	const char *words = refusal_words(x, refusal, &status);
 
+	x->record.refusal = refusal;
 	(void)snprintf(clean, sizeof(clean), "%s", *detail ? detail : words);
 	for (c = clean; *c != '\0'; c++)
 		*c = is_among(*c, "\"\\") ? '\'' :
@@ -13217,62 +13218,19 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 	    text_of(body));
 }
 
-/* The page at `/`: what this proxy is, and how to use it. */
-static void
-page_index(struct exchange *x, struct text host)
-{
-	char body[HOST_MAX * 8 + 1024];
-	int n = (int)host.len;
-
-	(void)snprintf(body, sizeof(body),
-	    "This is proxy " VERSION ", an HTTP proxy at %.*s.\n\n"
-	    "To use it from a shell:\n\n"
-	    "    export http_proxy=http://%.*s https_proxy=http://%.*s\n"
-	    "    curl -x http://%.*s http://example.com/\n\n"
-	    "In a browser, give it as the HTTP proxy for all protocols, or\n"
-	    "give this address for automatic configuration:\n\n"
-	    "    http://%.*s/proxy.pac\n\n"
-	    "What it is doing now, for people and for monitors:\n\n"
-	    "    http://%.*s/status\n    http://%.*s/metrics\n",
-	    n, host.at, n, host.at, n, host.at, n, host.at, n, host.at, n,
-	    host.at, n, host.at);
-	page_make(x, 200, "text/plain; charset=utf-8", "", text_of(body));
-}
-
-/* The page that configures browsers to use the address in their Host. */
-static void
-page_pac(struct exchange *x, struct text host)
-{
-	char body[512];
-
-	(void)snprintf(body, sizeof(body),
-	    "function FindProxyForURL(url, host) {\n"
-	    "\treturn \"PROXY %.*s\";\n}\n",
-	    (int)host.len, host.at);
-	page_make(x, 200, "application/x-ns-proxy-autoconfig", "",
-	    text_of(body));
-}
-
-static const char *const phase_names[] = {
-	[PHASE_FREE] = "free",
-	[PHASE_REQUEST] = "request",
-	[PHASE_COLLAPSE] = "collapse",
-	[PHASE_RESOLVE] = "resolve",
-	[PHASE_CONNECT] = "connect",
-	[PHASE_GREET] = "greet",
-	[PHASE_RESPONSE] = "response",
-	[PHASE_RELAY] = "relay",
-	[PHASE_LINGER] = "linger",
-};
-
-static const char *const phase_waits[PHASES] = {
-	[PHASE_REQUEST] = "a request",
-	[PHASE_COLLAPSE] = "what another exchange fetches",
-	[PHASE_RESOLVE] = "an address",
-	[PHASE_CONNECT] = "a connection",
-	[PHASE_GREET] = "the SOCKS parent",
-	[PHASE_RESPONSE] = "the head of the response",
-	[PHASE_LINGER] = "the client to close",
+/* The name of each phase, and what an exchange waits for in it, or "". */
+static const struct {
+	const char *name, *waits;
+} phases[PHASES] = {
+	[PHASE_FREE] = { "free", "" },
+	[PHASE_REQUEST] = { "request", "a request" },
+	[PHASE_COLLAPSE] = { "collapse", "what another exchange fetches" },
+	[PHASE_RESOLVE] = { "resolve", "an address" },
+	[PHASE_CONNECT] = { "connect", "a connection" },
+	[PHASE_GREET] = { "greet", "the SOCKS parent" },
+	[PHASE_RESPONSE] = { "response", "the head of the response" },
+	[PHASE_RELAY] = { "relay", "" },
+	[PHASE_LINGER] = { "linger", "the client to close" },
 };
 
 /* What an exchange waits for, in words; valid until the next call. */
@@ -13286,7 +13244,7 @@ exchange_waits(const struct exchange *x)
 	size_t i, n = 0;
 
 	if (x->phase != PHASE_RESPONSE && x->phase != PHASE_RELAY)
-		return phase_waits[x->phase];
+		return phases[x->phase].waits;
 	if (x->bend != NULL && (x->bend->unanswered || x->bend->until != 0))
 		return x->bend->unanswered ? "the client to give up" :
 					     "the end of a delay";
@@ -13352,7 +13310,7 @@ exchange_append(struct buffer *b, const struct exchange *x)
 	struct glance g;
 
 	glance_take(x, &quotes, &g);
-	glance_append(b, &g, phase_names[x->phase], exchange_waits(x));
+	glance_append(b, &g, phases[x->phase].name, exchange_waits(x));
 	if (x->phase == PHASE_RESPONSE || x->phase == PHASE_RELAY)
 		buffer_print(b, ", no byte for %lld s",
 		    (long long)(now.ms - x->moved) / 1000);
@@ -13418,11 +13376,10 @@ status_begin(struct buffer *b, const struct totals *t)
 	    (unsigned long)t->busiest, (unsigned long)t->buffers,
 	    (unsigned)t->names_waiting);
 	if (options.cache != NULL)
-		buffer_print(b, "  cache %llu of %llu KiB, ",
+		buffer_print(b,
+		    "  cache %llu of %llu KiB, %llu hits of %llu (%llu %%)\n",
 		    (unsigned long long)store_bytes() / 1024,
-		    (unsigned long long)options.cache_size / 1024);
-	if (options.cache != NULL)
-		buffer_print(b, "%llu hits of %llu (%llu %%)\n", hits, asked,
+		    (unsigned long long)options.cache_size / 1024, hits, asked,
 		    asked ? hits * 100 / asked : 0);
 	for (i = 0; i < RESULTS; i++)
 		buffer_print(b, "%s %llu %s", i ? "," : "  exchanges",
@@ -13436,9 +13393,9 @@ status_begin(struct buffer *b, const struct totals *t)
 }
 
 /*
- * Appends the status page as text: headings, and lines with two blanks before
- * them.  Exchanges for which there is no room are counted instead; the one that
- * asks is left out.
+ * Appends the page at /status as text: headings, and lines with two blanks
+ * before them.  Exchanges for which there is no room are counted instead; the
+ * one that asks is left out.
  */
 static void
 status_lines(struct buffer *b, const struct exchange *asks)
@@ -13489,10 +13446,14 @@ html_append(struct buffer *b, struct text t)
 					 text_cut(t.at + i, 1));
 }
 
-/* Appends the status page, made from its text; what has no room is left out. */
+/* Appends the same as HTML, for browsers; what has no room is left out. */
 static void
-status_dress(struct buffer *b, struct text t)
+status_html(struct buffer *b, const struct exchange *asks)
 {
+	static struct buffer lines;
+	struct text t;
+
+	status_lines(buffer_clear(&lines), asks);
 	buffer_append(b,
 	    text_of("<!DOCTYPE html><html lang=en><meta charset=utf-8>"
 		    "<meta name=viewport content='width=device-width'>"
@@ -13503,11 +13464,10 @@ status_dress(struct buffer *b, struct text t)
 		    "h2{font-size:1.1em;margin:1.2em 0 .3em}"
 		    "p{margin:0;padding:.2em 0;overflow-wrap:anywhere;"
 		    "border-bottom:1px solid #8884}</style>\n"));
-	while (t.len > 0) {
-		struct text line = text_cut(t.at, text_find(t, '\n'));
+	for (t = buffer_text(&lines); t.len > 0;) {
+		struct text line = text_split(&t, '\n');
 		bool row = text_starts(line, "  ");
 
-		t = text_from(t, line.len + 1);
 		if (line.len == 0)
 			continue;
 		if (buffer_room(b) < 6 * line.len + 64)
@@ -13516,27 +13476,6 @@ status_dress(struct buffer *b, struct text t)
 		html_append(b, text_from(line, row ? 2 : 0));
 		buffer_append(b, text_of(row ? "</p>\n" : "</h2>\n"));
 	}
-}
-
-/* The page at /status: what is going on, as HTML for browsers, else as text. */
-static void
-page_status(struct exchange *x, struct text host)
-{
-	bool browser =
-	    head_lists(&x->request->head, "Accept", text_of("text/html"));
-	struct buffer *b = buffer_take(), *html = NULL;
-
-	(void)host;
-	if (b == NULL)
-		return;
-	status_lines(b, x);
-	if (browser && (html = buffer_take()) != NULL)
-		status_dress(html, buffer_text(b));
-	page_make(x, 200,
-	    html ? "text/html; charset=utf-8" : "text/plain; charset=utf-8",
-	    "Cache-Control: no-store\r\n", buffer_text(html ? html : b));
-	buffer_give(&html);
-	buffer_give(&b);
 }
 
 /* Appends the head of a metric, in the text format of Prometheus. */
@@ -13549,12 +13488,12 @@ metric_begin(struct buffer *b, const char *name, const char *type,
 	buffer_print(b, "# TYPE proxy_%s %s\n", name, type);
 }
 
-/* Appends a metric that is one number. */
+/* Appends a metric that is one number; names of counters end in _total. */
 static void
-metric_append(struct buffer *b, const char *name, const char *type,
-    const char *help, uint64_t n)
+metric_append(struct buffer *b, const char *name, const char *help, uint64_t n)
 {
-	metric_begin(b, name, type, help);
+	metric_begin(b, name, strstr(name, "_total") ? "counter" : "gauge",
+	    help);
 	buffer_print(b, "proxy_%s %llu\n", name, (unsigned long long)n);
 }
 
@@ -13607,20 +13546,23 @@ metrics_refusals(struct buffer *b, const struct totals *t)
 		buffer_print(b, "proxy_refusals_total{error=\"%s\"} %llu\n",
 		    error, (unsigned long long)n);
 	}
-	metric_append(b, "denials_total", "counter",
-	    "Exchanges that a rule refused.", denials);
+	metric_append(b, "denials_total", "Exchanges that a rule refused.",
+	    denials);
 }
 
-/* Appends all metrics. */
+/* Appends the page at /metrics, for monitors. */
 static void
-metrics_append(struct buffer *b, const struct totals *t)
+metrics_append(struct buffer *b, const struct exchange *asks)
 {
 	static const char *const sides[] = { "client", "server" };
+	struct totals sum = totals_add(), *t = &sum;
 	size_t i;
+
+	(void)asks;
 
 	metric_begin(b, "build_info", "gauge", "The version.");
 	buffer_print(b, "proxy_build_info{version=\"" VERSION "\"} 1\n");
-	metric_append(b, "uptime_seconds", "gauge", "Time since the start.",
+	metric_append(b, "uptime_seconds", "Time since the start.",
 	    (uint64_t)(now.ms - started) / 1000);
 	metric_begin(b, "exchanges_total", "counter",
 	    "Exchanges that have ended, by what became of them.");
@@ -13636,71 +13578,98 @@ metrics_append(struct buffer *b, const struct totals *t)
 		    sides[i], (unsigned long long)t->received[i], sides[i],
 		    (unsigned long long)t->sent[i]);
 	metrics_waits(b, t);
-	metric_append(b, "connections", "gauge", "Clients that are served.",
-	    t->busy);
-	metric_append(b, "connections_most", "gauge",
+	metric_append(b, "connections", "Clients that are served.", t->busy);
+	metric_append(b, "connections_most",
 	    "Clients that were served at once, at most.", t->busiest);
-	metric_append(b, "connections_limit", "gauge", "The limit, see -m.",
-	    t->slots);
-	metric_append(b, "descriptors", "gauge",
-	    "Descriptors that are waited for.", t->descriptors);
-	metric_append(b, "cache_bytes", "gauge",
+	metric_append(b, "connections_limit", "The limit, see -m.", t->slots);
+	metric_append(b, "descriptors", "Descriptors that are waited for.",
+	    t->descriptors);
+	metric_append(b, "cache_bytes",
 	    "What the cache takes of the disk, at most.",
 	    options.cache ? store_bytes() : 0);
-	metric_append(b, "cache_evictions_total", "counter",
+	metric_append(b, "cache_evictions_total",
 	    "Entries that gave way to others.", t->evicted);
-	metric_append(b, "lookups_total", "counter",
-	    "Names that were looked up.", t->names);
-	metric_append(b, "lookup_failures_total", "counter",
+	metric_append(b, "lookups_total", "Names that were looked up.",
+	    t->names);
+	metric_append(b, "lookup_failures_total",
 	    "Lookups that found no address.", t->nameless);
 	metrics_refusals(b, t);
-	metric_append(b, "log_lines_lost_total", "counter",
+	metric_append(b, "log_lines_lost_total",
 	    "Lines of the log that could not be written.", t->lines_lost);
 }
 
-/* The page at /metrics, for monitors. */
-static void
-page_metrics(struct exchange *x, struct text host)
-{
-	struct totals sum = totals_add();
-	struct buffer *b = buffer_take();
-
-	(void)host;
-	if (b == NULL)
-		return;
-	metrics_append(b, &sum);
-	page_make(x, 200, "text/plain; version=0.0.4; charset=utf-8",
-	    "Cache-Control: no-store\r\n", buffer_text(b));
-	if (b->overflow || (x->server.in != NULL && x->server.in->overflow)) {
-		x->record.refusal = REFUSE_ANSWER_LONG;
-		page_refusal(x, REFUSE_ANSWER_LONG, "");
-	}
-	buffer_give(&b);
-}
-
-/* A page of the proxy's own. */
-struct page {
+/* The pages of the proxy's own; of two for a path, one is for browsers. */
+static const struct page {
 	const char *path;
-	void (*make)(struct exchange *, struct text host);
-	bool guarded; /* rules say who may see it */
+	bool guarded;      /* rules say who may see it; nobody stores it */
+	const char *type;  /* its media type */
+	const char *words; /* with % where the host is to stand; or NULL */
+	void (*append)(struct buffer *, const struct exchange *asks);
+} pages[] = {
+	{ "/", false, "text/plain; charset=utf-8",
+	    "This is proxy " VERSION ", an HTTP proxy at %.\n\n"
+	    "To use it from a shell:\n\n"
+	    "    export http_proxy=http://% https_proxy=http://%\n"
+	    "    curl -x http://% http://example.com/\n\n"
+	    "In a browser, give it as the HTTP proxy for all protocols, or\n"
+	    "give this address for automatic configuration:\n\n"
+	    "    http://%/proxy.pac\n\n"
+	    "What it is doing now, for people and for monitors:\n\n"
+	    "    http://%/status\n    http://%/metrics\n",
+	    NULL },
+	{ "/proxy.pac", false, "application/x-ns-proxy-autoconfig",
+	    "function FindProxyForURL(url, host) {\n"
+	    "\treturn \"PROXY %\";\n}\n",
+	    NULL },
+	{ "/status", true, "text/html; charset=utf-8", NULL, status_html },
+	{ "/status", true, "text/plain; charset=utf-8", NULL, status_lines },
+	{ "/metrics", true, "text/plain; version=0.0.4; charset=utf-8", NULL,
+	    metrics_append },
 };
 
-/* The page at this path, or NULL. */
+/* The page that a request to the proxy itself asks for, or NULL. */
 static const struct page *
-page_find(struct text path)
+page_find(const struct request *q)
 {
-	static const struct page pages[] = {
-		{ "/", page_index, false },
-		{ "/proxy.pac", page_pac, false },
-		{ "/status", page_status, true },
-		{ "/metrics", page_metrics, true },
-	};
+	bool browser = head_lists(&q->head, "Accept", text_of("text/html"));
 	size_t i;
 
 	for (i = 0; i < sizeof(pages) / sizeof(pages[0]); i++)
-		if (text_equals(path, text_of(pages[i].path)))
+		if (text_equals(q->uri, text_of(pages[i].path)) &&
+		    (browser || pages[i].append != status_html))
 			return &pages[i];
 	return NULL;
+}
+
+/* Makes a page of what is in b, which it gives back; refuses one too long. */
+static void
+page_send(struct exchange *x, const char *type, const char *fields,
+    struct buffer *b, enum refusal refusal)
+{
+	page_make(x, 200, type, fields, buffer_text(b));
+	if (b->overflow || (x->server.in != NULL && x->server.in->overflow))
+		page_refusal(x, refusal, "");
+	buffer_give(&b);
+}
+
+/* Makes a page of the proxy's own. */
+static void
+page_own(struct exchange *x, const struct page *page)
+{
+	struct text host = head_value(&x->request->head, "Host"), words;
+	struct buffer *b = buffer_take_reserved();
+
+	if (b == NULL)
+		return;
+	if (page->append != NULL)
+		page->append(b, x);
+	for (words = text_of(page->words ? page->words : ""); words.len > 0;) {
+		buffer_append(b, text_split(&words, '%'));
+		buffer_append(b, words.len > 0 ? host : words);
+	}
+	page_send(x, page->type,
+	    page->guarded ? "Cache-Control: no-store\r\n" : "", b,
+	    REFUSE_ANSWER_LONG);
 }
 
 /*
@@ -13722,7 +13691,6 @@ page_rule(struct exchange *x, const struct rule *rule)
 	}
 	fd = open(rule->file, O_RDONLY | O_NONBLOCK);
 	if (fd == -1 || fstat(fd, &status) == -1 || !S_ISREG(status.st_mode)) {
-		x->record.refusal = REFUSE_FILE;
 		page_refusal(x, REFUSE_FILE, fd == -1 ? strerror(errno) : "");
 		fd_drop(&fd);
 		return;
@@ -13784,12 +13752,7 @@ page_trace(struct exchange *x)
 	buffer_append(b, r->head.line);
 	buffer_append(b, text_of("\r\n"));
 	fields_append(b, &r->head, secret);
-	page_make(x, 200, "message/http", "", buffer_text(b));
-	if (b->overflow || (x->server.in != NULL && x->server.in->overflow)) {
-		x->record.refusal = REFUSE_HEAD_LONG;
-		page_refusal(x, REFUSE_HEAD_LONG, "");
-	}
-	buffer_give(&b);
+	page_send(x, "message/http", "", b, REFUSE_HEAD_LONG);
 }
 
 /* ---- 17. Exchange: the phases, one step each ---- */
@@ -13805,7 +13768,7 @@ page_trace(struct exchange *x)
  * sections above; this one decides what comes next.
  *
  * Door: exchange_open, exchange_run, exchange_expire, exchange_close,
- * exchange_abort, phase_names.
+ * exchange_abort.
  */
 
 enum {
@@ -13885,10 +13848,10 @@ exchange_enter(struct exchange *x, enum phase phase)
 {
 	/* The trace has shown the end already; the connection ends later. */
 	if (phase != PHASE_FREE || x->record.start)
-		trace(x, "%s -> %s%s%s", phase_names[x->phase],
-		    phase_names[phase],
-		    phase_waits[phase] ? ", waits for " : "",
-		    phase_waits[phase] ? phase_waits[phase] : "");
+		trace(x, "%s -> %s%s%s", phases[x->phase].name,
+		    phases[phase].name,
+		    *phases[phase].waits ? ", waits for " : "",
+		    phases[phase].waits);
 	x->phase = phase;
 	x->since = x->moved = now.ms;
 }
@@ -14609,7 +14572,7 @@ request_local(struct exchange *x)
 {
 	const struct request *q = x->request;
 	struct text host = head_value(&q->head, "Host");
-	const struct page *page = page_find(q->uri);
+	const struct page *page = page_find(q);
 	struct target t;
 	struct view v;
 
@@ -14628,7 +14591,7 @@ request_local(struct exchange *x)
 			if (!access_judge(x, &v))
 				return;
 		}
-		page->make(x, host);
+		page_own(x, page);
 		exchange_answer(x);
 	}
 }
