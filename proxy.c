@@ -11333,8 +11333,8 @@ static struct {
 } glances;
 
 /*
- * A socket of the system's logger, or -1 with errno.  syslog(3) would wait
- * for a logger that does not read.
+ * A socket of the system's logger, or -1.  syslog(3) would wait for a logger
+ * that does not read.
  */
 static int
 log_connect(void)
@@ -11342,7 +11342,7 @@ log_connect(void)
 	static const char *const paths[] = { LOG_SOCKET, "/var/run/log",
 		"/var/run/syslog" };
 	struct sockaddr_un un;
-	int fd = socket(AF_UNIX, SOCK_DGRAM, 0), error;
+	int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
 	size_t i;
 
 	if (fd == -1 || fcntl(fd, F_SETFL, O_NONBLOCK) == -1)
@@ -11355,10 +11355,8 @@ log_connect(void)
 		if (connect(fd, (struct sockaddr *)&un, sizeof(un)) != -1)
 			return fd;
 	}
-	error = errno;
-	(void)close(fd);
-	errno = error;
-	return -1;
+	fd_drop(&fd);
+	return fd;
 }
 
 /* True if fd is still the file at `path`, which may have been moved. */
@@ -11401,14 +11399,14 @@ log_open(void)
 	return true;
 }
 
-/* Counts lines that could not be written; the first is reported. */
+/* Counts a line that could not be written; the first is reported. */
 static void
-log_lose(uint64_t lines, const char *why)
+log_lose(const char *why)
 {
 	if (logs.lost == 0)
 		warn("the log can't be written, lines are lost: %s", why);
-	logs.lost += lines;
-	totals.lines_lost += lines;
+	logs.lost++;
+	totals.lines_lost++;
 }
 
 /*
@@ -11496,7 +11494,7 @@ log_flush(void)
 	}
 	for (; n == -1 && buffer_len(b) > 0;
 	     buffer_drop(b, text_find(buffer_text(b), '\n') + 1))
-		log_lose(1, strerror(errno));
+		log_lose(strerror(errno));
 	if (buffer_len(b) == 0)
 		b->start = b->end = CHUNK_ROOM;
 }
@@ -11681,12 +11679,13 @@ log_names_rule(const struct record *r)
 }
 
 /*
- * The words of a refusal, and its status, unless that is NULL; a rule may have
- * its own.
+ * Why x was refused, in words, and the status of that, unless it is NULL; a
+ * rule may have its own.
  */
 static const char *
-refusal_words(const struct exchange *x, enum refusal refusal, int *status)
+refusal_words(const struct exchange *x, int *status)
 {
+	enum refusal refusal = x->record.refusal;
 	const struct rule *rule = x->record.rule;
 	bool ruled = (refusal == REFUSE_RULE || refusal == REFUSE_GUARDED) &&
 	    rule != NULL && rule->status != 0;
@@ -11746,7 +11745,7 @@ log_line(const struct exchange *x, const struct quotes *quotes,
 		    sizeof(x->bend->rules));
 	if (r->refusal) {
 		buffer_append(b, text_of(" why=\""));
-		buffer_quote(b, text_of(refusal_words(x, r->refusal, NULL)),
+		buffer_quote(b, text_of(refusal_words(x, NULL)),
 		    (size_t)2 * REASON_MAX);
 		buffer_append(b, text_of("\""));
 	}
@@ -11956,17 +11955,9 @@ tape_len(const struct tape *t, enum tape_part part)
 	return t->lost ? 0 : (size_t)least((int64_t)t->sizes[part], RECORD_MAX);
 }
 
-/* Makes a tape empty. */
-static void
-tape_clear(struct tape *t)
-{
-	memset(t->sizes, 0, sizeof(t->sizes));
-	t->lost = false;
-}
-
 /*
- * Keeps a piece of a part of x, if there is a recording.  A response's head
- * replaces an earlier one; a request's head empties the tape.
+ * Keeps a piece of a part of x, if there is a recording.  A head replaces an
+ * earlier one.
  */
 static void
 tape_add(const struct exchange *x, enum tape_part part, struct text piece)
@@ -11978,9 +11969,7 @@ tape_add(const struct exchange *x, enum tape_part part, struct text piece)
 	/* A fetch that was moved to a slot of its own has no entry. */
 	if (t == NULL || x->record.start == 0)
 		return;
-	if (part == TAPE_REQUEST_HEAD)
-		tape_clear(t);
-	if (part == TAPE_RESPONSE_HEAD)
+	if (part == TAPE_REQUEST_HEAD || part == TAPE_RESPONSE_HEAD)
 		t->sizes[part] = 0;
 	if (part == TAPE_REQUEST_HEAD || part == TAPE_REQUEST_BODY)
 		t->sent = now.ms;
@@ -12314,7 +12303,7 @@ record_frame(const struct exchange *x)
 	(void)snprintf(comment, sizeof(comment), "end=%s%s%s%s%s",
 	    log_ends[r->end], ruled ? ", rule " : "",
 	    ruled ? r->rule->where : "", r->refusal ? ", " : "",
-	    r->refusal ? refusal_words(x, r->refusal, NULL) : "");
+	    r->refusal ? refusal_words(x, NULL) : "");
 	record_json("'comment':$,", text_of(comment));
 }
 
@@ -12328,7 +12317,6 @@ static void
 record_exchange(const struct exchange *x, const struct quotes *quotes)
 {
 	struct tape *t = &recording.tapes[x - exchanges.slots];
-	ssize_t put;
 
 	recording.n = 0;
 	record_append(text_of(recording.first ? "\n{" : ",\n{"));
@@ -12338,25 +12326,24 @@ record_exchange(const struct exchange *x, const struct quotes *quotes)
 	record_times(x, t, quotes);
 	record_append(text_of("}"));
 	record_append(text_of(record_end));
+	errno = ENOSPC; /* if the write is short */
 	if (recording.n == RECORD_ROOM)
 		record_fail("an entry is too long");
-	else {
-		put = fd_write_at(recording.fd, recording.at, recording.n,
-		    recording.end);
-		if (put == (ssize_t)recording.n) {
-			recording.end += put - (off_t)strlen(record_end);
-			recording.first = false;
-			recording.failed = t->lost && recording.failed;
-		} else {
-			record_fail(strerror(put == -1 ? errno : ENOSPC));
-			if (ftruncate(recording.fd, recording.end) != -1)
-				(void)fd_write_at(recording.fd, record_end,
-				    strlen(record_end), recording.end);
-		}
+	else if (fd_write_at(recording.fd, recording.at, recording.n,
+		     recording.end) == (ssize_t)recording.n) {
+		recording.end += (off_t)(recording.n - strlen(record_end));
+		recording.first = false;
+		recording.failed = t->lost && recording.failed;
+	} else {
+		record_fail(strerror(errno));
+		if (ftruncate(recording.fd, recording.end) != -1)
+			(void)fd_write_at(recording.fd, record_end,
+			    strlen(record_end), recording.end);
 	}
 	if (t->fd != -1 && ftruncate(t->fd, 0) == -1)
 		record_fail(strerror(errno));
-	tape_clear(t);
+	memset(t->sizes, 0, sizeof(t->sizes));
+	t->lost = false;
 }
 
 /*
@@ -12388,7 +12375,7 @@ log_exchange(const struct exchange *x)
 		log_flush();
 		buffer_compact(b);
 	}
-	log_lose(1, "it is not read");
+	log_lose("it is not read");
 }
 
 /* At the end of the program: reports lost lines, and those still unwritten. */
@@ -12398,9 +12385,8 @@ log_end(void)
 	struct text rest;
 
 	log_flush();
-	rest = buffer_text(&log_lines);
-	for (; rest.len > 0; rest = text_from(rest, text_find(rest, '\n') + 1))
-		logs.lost++;
+	for (rest = buffer_text(&log_lines); rest.len > 0; logs.lost++)
+		(void)line_next(&rest, NULL);
 	if (logs.lost > 0)
 		warn("%llu lines of the log were lost",
 		    (unsigned long long)logs.lost);
@@ -12421,7 +12407,7 @@ trace_end(const struct exchange *x)
 	trace(x, "ended: %s, %d, %llu bytes up, %llu down%s%s",
 	    log_ends[r->end], log_status(r), (unsigned long long)x->up.payload,
 	    (unsigned long long)x->down.payload, r->refusal ? ", " : "",
-	    r->refusal ? refusal_words(x, r->refusal, NULL) : "");
+	    r->refusal ? refusal_words(x, NULL) : "");
 	if (logs.colour)
 		say(&blank, 1);
 }
@@ -12473,11 +12459,11 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 	}
 }
 
-/* Why the proxy drops a field, or adds one: what the RFCs say. */
+/* Why the proxy drops a field, or adds one (NULL: the same): the RFCs. */
 static const struct {
 	const char *name, *dropped, *added;
 } trace_reasons[] = {
-	{ "Age", "the age now, RFC 9111 5.1", "the age now, RFC 9111 5.1" },
+	{ "Age", "the age now, RFC 9111 5.1", NULL },
 	{ "Cache-Status", "", "what the cache did, RFC 9211" },
 	{ "Connection", "hop-by-hop, RFC 9110 7.6.1",
 	    "about this connection, RFC 9112 9.6" },
@@ -12485,15 +12471,13 @@ static const struct {
 	    "framed anew, RFC 9112 6.2" },
 	{ "Content-Range", "", "a part of the entry, RFC 9110 14.4" },
 	{ "Date", "", "the response had none, RFC 9110 6.6.1" },
-	{ "Host", "the URL decides, RFC 9112 3.2.2",
-	    "the URL decides, RFC 9112 3.2.2" },
+	{ "Host", "the URL decides, RFC 9112 3.2.2", NULL },
 	{ "If-Modified-Since", "the entry's goes first, RFC 9111 4.3.1",
 	    "validator of the entry, RFC 9111 4.3.1" },
 	{ "If-None-Match", "the entry's goes first, RFC 9111 4.3.1",
 	    "validator of the entry, RFC 9111 4.3.1" },
 	{ "Keep-Alive", "hop-by-hop, RFC 9110 7.6.1", "" },
-	{ "Max-Forwards", "one hop less, RFC 9110 7.6.2",
-	    "one hop less, RFC 9110 7.6.2" },
+	{ "Max-Forwards", "one hop less, RFC 9110 7.6.2", NULL },
 	{ "Proxy-Authenticate", "not of this hop, RFC 9110 11.7.1", "" },
 	{ "Proxy-Authorization", "for this proxy, RFC 9110 11.7.2",
 	    "the login at the parent, RFC 9110 11.7.2" },
@@ -12529,8 +12513,9 @@ trace_reason(const struct exchange *x, const struct head *from,
 	}
 	for (i = 0; i < sizeof(trace_reasons) / sizeof(trace_reasons[0]); i++)
 		if (text_is(name, trace_reasons[i].name))
-			return added ? trace_reasons[i].added :
-				       trace_reasons[i].dropped;
+			return added && trace_reasons[i].added ?
+			    trace_reasons[i].added :
+			    trace_reasons[i].dropped;
 	if (!added && head_lists(from, "Connection", name))
 		return "named in Connection, RFC 9110 7.6.1";
 	if (!added && text_is(name, "Accept-Encoding"))
@@ -13191,10 +13176,11 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 {
 	char fields[DETAIL_MAX + 384], body[DETAIL_MAX + REASON_MAX + 64];
 	char clean[DETAIL_MAX], *c;
+	const char *words;
 	int status;
-	const char *words = refusal_words(x, refusal, &status);
 
 	x->record.refusal = refusal;
+	words = refusal_words(x, &status);
 	(void)snprintf(clean, sizeof(clean), "%s", *detail ? detail : words);
 	for (c = clean; *c != '\0'; c++)
 		*c = is_among(*c, "\"\\") ? '\'' :
