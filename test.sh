@@ -20455,6 +20455,9 @@ test_real_record() { # jq and har-validator: what -w writes is HAR 1.2, before a
 	ask    POST /p Content-Type: text/plain | \xff = 302
 	ask    CONNECT 127.0.0.1:9 = 502
 END
+	# An entry may be written after its client has the response.
+	wait_for 5 '[ "$(wc -l < s.har)" = 9 ]' ||
+		fail "$(wc -l < s.har) lines, not those of 7 entries"
 	kill -KILL "$proxy_pid"
 	wait "$proxy_pid" 2> /dev/null
 	: > .proxies
