@@ -2799,14 +2799,14 @@ exchange_queue(struct exchange *x)
  * Parsers return 1 if the input is good, 0 if more bytes are needed or nothing
  * is there, and minus a refusal if it is wrong.
  *
- * Door: refusals, status_reason, head_find, text_split, text_is_clean,
- * list_next, fields_parse, head_field, head_value, head_lists, head_length,
- * authority_parse, url_login, absolute_parse, url_parse, method_parse,
- * request_parse, response_is_bare, response_parse, fields_of_hop,
- * fields_not_late, fields_of_body, fields_of_condition, name_is_among,
- * field_passes, field_append, fields_append, status_append, length_append,
- * via_append, host_bare, address_read, response_length, head_logs_in,
- * conn_head, head_is_hopeless, request_hopeless, request_clean,
+ * Door: refusals, status_reason, head_find, text_split, line_next,
+ * text_is_clean, list_next, fields_parse, head_field, head_value, head_lists,
+ * head_length, host_is_valid, authority_parse, url_login, absolute_parse,
+ * url_parse, method_parse, request_parse, response_is_bare, response_parse,
+ * fields_of_hop, fields_not_late, fields_of_body, fields_of_condition,
+ * name_is_among, field_passes, field_append, fields_append, status_append,
+ * length_append, via_append, host_bare, address_read, response_length,
+ * head_logs_in, conn_head, head_is_hopeless, request_hopeless, request_clean,
  * request_is_last, request_passed_here, header_parse.
  */
 
@@ -11278,9 +11278,9 @@ names_find(const char *host)
  * goes on.
  *
  * Door: log_lines, log_open, log_flush, log_quotes, log_note, log_note_name,
- * refusal_words, log_exchange, log_wait, log_end, glance_take, glance_ended,
- * trace_end, trace_head, trace_mended, trace_dump, hello_name, trace_change,
- * record_open, record_tables, tape_add, hello_begins, hello_is_whole.
+ * refusal_words, log_exchange, log_wait, log_end, glance_take, trace_end,
+ * trace_head, trace_mended, trace_dump, hello_name, trace_change, record_open,
+ * record_tables, tape_add, hello_is_whole.
  */
 
 enum {
@@ -11333,8 +11333,8 @@ static struct {
 } glances;
 
 /*
- * A socket of the system's logger, or -1 with errno.  syslog(3) would wait
- * for a logger that does not read.
+ * A socket of the system's logger, or -1.  syslog(3) would wait for a logger
+ * that does not read.
  */
 static int
 log_connect(void)
@@ -11342,7 +11342,7 @@ log_connect(void)
 	static const char *const paths[] = { LOG_SOCKET, "/var/run/log",
 		"/var/run/syslog" };
 	struct sockaddr_un un;
-	int fd = socket(AF_UNIX, SOCK_DGRAM, 0), error;
+	int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
 	size_t i;
 
 	if (fd == -1 || fcntl(fd, F_SETFL, O_NONBLOCK) == -1)
@@ -11355,24 +11355,18 @@ log_connect(void)
 		if (connect(fd, (struct sockaddr *)&un, sizeof(un)) != -1)
 			return fd;
 	}
-	error = errno;
-	(void)close(fd);
-	errno = error;
-	return -1;
+	fd_drop(&fd);
+	return fd;
 }
 
-/*
- * True if the open log is still the file that options.log names: then HUP need
- * not open it again, which the user of -u perhaps could not.
- */
+/* True if fd is still the file at `path`, which may have been moved. */
 static bool
-log_is_same(void)
+file_is_at(int fd, const char *path)
 {
 	struct stat named, open;
 
-	return logs.regular && stat(options.log, &named) != -1 &&
-	    fstat(logs.fd, &open) != -1 && named.st_ino == open.st_ino &&
-	    named.st_dev == open.st_dev;
+	return fd != -1 && stat(path, &named) != -1 && fstat(fd, &open) != -1 &&
+	    named.st_ino == open.st_ino && named.st_dev == open.st_dev;
 }
 
 /* Opens the log that options.log names; false, with errno, on failure. */
@@ -11388,7 +11382,8 @@ log_open(void)
 		logs.syslog = true;
 		fd = log_connect();
 	} else if (options.log != NULL) {
-		if (log_is_same())
+		/* Perhaps the user of -u could not open it again. */
+		if (logs.regular && file_is_at(logs.fd, options.log))
 			return true;
 		fd = open(options.log,
 		    O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK, 0640);
@@ -11404,14 +11399,14 @@ log_open(void)
 	return true;
 }
 
-/* Counts lines that could not be written; the first is reported. */
+/* Counts a line that could not be written; the first is reported. */
 static void
-log_lose(uint64_t lines, const char *why)
+log_lose(const char *why)
 {
 	if (logs.lost == 0)
 		warn("the log can't be written, lines are lost: %s", why);
-	logs.lost += lines;
-	totals.lines_lost += lines;
+	logs.lost++;
+	totals.lines_lost++;
 }
 
 /*
@@ -11422,33 +11417,24 @@ log_lose(uint64_t lines, const char *why)
 static ssize_t
 log_send(struct text t)
 {
-	static char stamp[40], start[128];
-	struct iovec parts[2];
-	struct msghdr message;
+	static char stamp[40], line[BUFFER_SIZE + 128];
 	struct tm when;
 	ssize_t sent;
+	size_t n;
 
 	if (localtime_r(&now.wall, &when) != NULL)
 		(void)strftime(stamp, sizeof(stamp), "%b %e %H:%M:%S", &when);
-	(void)snprintf(start, sizeof(start),
-	    "<%d>%s proxy[%ld]: ", (int)(LOG_DAEMON | LOG_INFO), stamp,
-	    (long)getpid());
 	t.len = text_find(t, '\n');
-	memset(&message, 0, sizeof(message));
-	parts[0].iov_base = start;
-	parts[0].iov_len = strlen(start);
-	parts[1].iov_base = (void *)(uintptr_t)t.at;
-	parts[1].iov_len = t.len;
-	message.msg_iov = parts;
-	message.msg_iovlen = 2;
-	sent = sendmsg(logs.fd, &message, 0);
+	(void)snprintf(line, sizeof(line), "<%d>%s proxy[%ld]: %.*s",
+	    (int)(LOG_DAEMON | LOG_INFO), stamp, (long)getpid(), (int)t.len,
+	    t.at);
+	n = strlen(line);
+	sent = send(logs.fd, line, n, 0);
 	if (sent == -1 && errno != EAGAIN && errno != ENOBUFS &&
 	    errno != EMSGSIZE && log_open())
-		sent = sendmsg(logs.fd, &message, 0);
-	while (sent == -1 && errno == EMSGSIZE && parts[1].iov_len > 1) {
-		parts[1].iov_len /= 2;
-		sent = sendmsg(logs.fd, &message, 0);
-	}
+		sent = send(logs.fd, line, n, 0);
+	while (sent == -1 && errno == EMSGSIZE && (n /= 2) > 0)
+		sent = send(logs.fd, line, n, 0);
 	if (sent == -1)
 		return errno == EAGAIN || errno == ENOBUFS ? 0 : -1;
 	return (ssize_t)t.len + 1;
@@ -11499,10 +11485,7 @@ log_flush(void)
 	struct buffer *b = &log_lines;
 	ssize_t n = 1;
 
-	while (buffer_len(b) > 0 && n > 0) {
-		n = log_write_some(buffer_text(b));
-		if (n <= 0)
-			break;
+	while (buffer_len(b) > 0 && (n = log_write_some(buffer_text(b))) > 0) {
 		buffer_drop(b, (size_t)n);
 		if (logs.lost > 0)
 			warn("the log is written again, %llu lines were lost",
@@ -11511,7 +11494,7 @@ log_flush(void)
 	}
 	for (; n == -1 && buffer_len(b) > 0;
 	     buffer_drop(b, text_find(buffer_text(b), '\n') + 1))
-		log_lose(1, strerror(errno));
+		log_lose(strerror(errno));
 	if (buffer_len(b) == 0)
 		b->start = b->end = CHUNK_ROOM;
 }
@@ -11533,15 +11516,31 @@ log_date(void)
 	return text;
 }
 
-/* Appends a name and milliseconds, or "-" if the step did not happen. */
+/* Appends the name of a field, and a number, or "-" if that is negative. */
 static void
-log_time(struct buffer *b, const char *name, int64_t ms)
+log_number(struct buffer *b, const char *name, int64_t n)
 {
 	buffer_append(b, text_of(name));
-	if (ms < 0)
+	if (n < 0)
 		buffer_append(b, text_of("-"));
 	else
-		buffer_number(b, (uint64_t)ms);
+		buffer_number(b, (uint64_t)n);
+}
+
+/* Appends the name of a field, and t, which may be anything. */
+static void
+log_text(struct buffer *b, const char *name, struct text t, size_t max)
+{
+	buffer_append(b, text_of(name));
+	buffer_escape(b, t, max);
+}
+
+/* Appends the name of a field, and a word that needs no care. */
+static void
+log_word(struct buffer *b, const char *name, const char *word)
+{
+	buffer_append(b, text_of(name));
+	buffer_append(b, text_of(word));
 }
 
 /* The parts of a log line that come from a request, or from a tunnel's note. */
@@ -11679,31 +11678,20 @@ log_names_rule(const struct record *r)
 	    !(r->rule->built_in && r->rule->action == ACTION_ALLOW);
 }
 
-/* Appends the rule that decided, and the SNI of a tunnel. */
-static void
-log_rule(struct buffer *b, const struct exchange *x)
-{
-	if (x->note.sni_len > 0) {
-		buffer_append(b, text_of(" sni="));
-		buffer_escape(b,
-		    text_cut(x->note.text + x->note.sni, x->note.sni_len),
-		    NOTE_MAX);
-	}
-	if (!log_names_rule(&x->record))
-		return;
-	buffer_append(b, text_of(" rule="));
-	buffer_escape(b, text_of(x->record.rule->where), RULE_NAME_MAX);
-}
-
-/* The status and the words of a refusal; a rule may have its own. */
+/*
+ * Why x was refused, in words, and the status of that, unless it is NULL; a
+ * rule may have its own.
+ */
 static const char *
-refusal_words(const struct exchange *x, enum refusal refusal, int *status)
+refusal_words(const struct exchange *x, int *status)
 {
+	enum refusal refusal = x->record.refusal;
 	const struct rule *rule = x->record.rule;
 	bool ruled = (refusal == REFUSE_RULE || refusal == REFUSE_GUARDED) &&
 	    rule != NULL && rule->status != 0;
 
-	*status = ruled ? rule->status : refusals[refusal].status;
+	if (status != NULL)
+		*status = ruled ? rule->status : refusals[refusal].status;
 	return ruled && rule->words.len > 0 ? rule->words.at :
 					      refusals[refusal].words;
 }
@@ -11720,50 +11708,44 @@ log_line(const struct exchange *x, const struct quotes *quotes,
 {
 	const struct request *q = x->request;
 	const struct record *r = &x->record;
+	const struct note *n = &x->note;
 	char server[ADDRESS_TEXT], peer[ADDRESS_TEXT];
-	int status;
 
 	address_host(&x->peer, peer);
 	address_print(&r->server, server);
 	buffer_append(b, text_of(peer));
-	buffer_append(b, text_of(" - "));
-	buffer_escape(b, r->user ? r->user->user : text_of(""), CREDENTIAL_MAX);
-	buffer_append(b, text_of(" ["));
-	buffer_append(b, text_of(log_date()));
+	log_text(b, " - ", r->user ? r->user->user : text_of(""),
+	    CREDENTIAL_MAX);
+	log_word(b, " [", log_date());
 	buffer_append(b, text_of("] \""));
 	log_request(b, quotes);
-	buffer_append(b, text_of("\" "));
-	buffer_number(b, (uint64_t)log_status(r));
-	buffer_append(b, text_of(" "));
-	buffer_number(b, x->down.payload);
-	buffer_append(b, text_of(" \""));
-	buffer_escape(b, quotes->referer, BUFFER_ROOM / 8);
-	buffer_append(b, text_of("\" \""));
-	buffer_escape(b, quotes->agent, BUFFER_ROOM / 8);
+	log_number(b, "\" ", log_status(r));
+	log_number(b, " ", (int64_t)x->down.payload);
+	log_text(b, " \"", quotes->referer, BUFFER_ROOM / 8);
+	log_text(b, "\" \"", quotes->agent, BUFFER_ROOM / 8);
 	buffer_append(b, text_of("\""));
 	if (q != NULL && q->caching.hit != NULL)
-		buffer_print(b, " hit=%s", q->caching.hit);
+		log_word(b, " hit=", q->caching.hit);
 	else if (q != NULL && q->caching.miss != NULL)
-		buffer_print(b, " miss=%s", q->caching.miss);
-	buffer_append(b, text_of(" up="));
-	buffer_number(b, x->up.payload);
-	log_time(b, " dns=", quotes->dns_ms);
-	log_time(b, " connect=", quotes->connect_ms);
-	log_time(b, " first=", quotes->first_ms);
-	log_time(b, " total=", now.ms - r->start);
-	buffer_append(b, text_of(" server="));
-	buffer_append(b, text_of(server));
-	buffer_append(b, text_of(" end="));
-	buffer_append(b, text_of(log_ends[r->end]));
-	log_rule(b, x);
-	if (x->bend != NULL) {
-		buffer_append(b, text_of(" bent="));
-		buffer_escape(b, text_of(x->bend->rules),
+		log_word(b, " miss=", q->caching.miss);
+	log_number(b, " up=", (int64_t)x->up.payload);
+	log_number(b, " dns=", quotes->dns_ms);
+	log_number(b, " connect=", quotes->connect_ms);
+	log_number(b, " first=", quotes->first_ms);
+	log_number(b, " total=", now.ms - r->start);
+	log_word(b, " server=", server);
+	log_word(b, " end=", log_ends[r->end]);
+	if (n->sni_len > 0)
+		log_text(b, " sni=", text_cut(n->text + n->sni, n->sni_len),
+		    NOTE_MAX);
+	if (log_names_rule(r))
+		log_text(b, " rule=", text_of(r->rule->where), RULE_NAME_MAX);
+	if (x->bend != NULL)
+		log_text(b, " bent=", text_of(x->bend->rules),
 		    sizeof(x->bend->rules));
-	}
 	if (r->refusal) {
 		buffer_append(b, text_of(" why=\""));
-		buffer_quote(b, text_of(refusal_words(x, r->refusal, &status)),
+		buffer_quote(b, text_of(refusal_words(x, NULL)),
 		    (size_t)2 * REASON_MAX);
 		buffer_append(b, text_of("\""));
 	}
@@ -11792,15 +11774,6 @@ glance_take(const struct exchange *x, const struct quotes *quotes,
 	    g->rule, sizeof(g->rule));
 }
 
-/* Of those that ended lately, number i, the last being 0; NULL: no more. */
-static const struct glance *
-glance_ended(unsigned i)
-{
-	return i < GLANCES && i < glances.n ?
-	    &glances.list[(glances.n - 1 - i) % GLANCES] :
-	    NULL;
-}
-
 /* What became of x, which has ended. */
 static enum result
 log_result(const struct exchange *x)
@@ -11824,17 +11797,6 @@ log_result(const struct exchange *x)
 					   RESULT_MISS;
 }
 
-/* Counts an exchange that has ended. */
-static void
-log_count(const struct exchange *x, const struct quotes *quotes)
-{
-	totals.results[log_result(x)]++;
-	totals.refusals[x->record.refusal]++;
-	totals.up += x->up.payload;
-	totals.down += x->down.payload;
-	glance_take(x, quotes, &glances.list[glances.n++ % GLANCES]);
-}
-
 /* Counts a response whose first byte is about to go to the client. */
 static void
 log_wait(const struct exchange *x)
@@ -11852,26 +11814,11 @@ log_wait(const struct exchange *x)
 static const char *const trace_secrets[] = { "Authorization",
 	"Proxy-Authorization", NULL };
 
-/* Takes the next line, without its end, from a head; false at its end. */
-static bool
-trace_next(struct text *head, struct text *line)
-{
-	size_t end = text_find(*head, '\n');
-
-	*line = text_cut(head->at, end);
-	*head = text_from(*head, end < head->len ? end + 1 : end);
-	if (line->len > 0 && line->at[line->len - 1] == '\r')
-		line->len--;
-	return line->len > 0;
-}
-
 /* ---- the recording of -w, as HAR 1.2 ---- */
 
 enum {
 	/* Bytes that are kept of a body, and of each part of a tape. */
 	RECORD_MAX = 1 << 20,
-	/* Bytes that are read at once: a whole head, and 3 of base64. */
-	RECORD_BLOCK = 3 * BUFFER_SIZE,
 	/*
 	 * The longest entry.  Text may have twice its length here, base64 4/3;
 	 * bytes of a head and of a URL six times theirs, and 32 more for each
@@ -11898,22 +11845,28 @@ static struct {
 	bool failed;        /* it can't be written, which has been said */
 	struct tape *tapes; /* one for each slot */
 	char *at;           /* the entry that is being made */
-	size_t n;           /* its length; over RECORD_ROOM: it is too long */
-	char *block;        /* what is read from a tape */
+	size_t n;           /* its length; RECORD_ROOM: it is too long */
+	char *head, *body;  /* RECORD_MAX bytes each, read from a tape */
 } recording = { .fd = -1 };
 
-static const char record_begin[] = "{\"log\":{\"version\":\"1.2\",\"creator\":"
-				   "{\"name\":\"proxy\",\"version\":\"" VERSION
-				   "\"},\"entries\":[";
 static const char record_end[] = "\n]}}\n";
 
-/* Where to write the next entry; -1 if the file is not a recording. */
+/*
+ * Where the next entry begins in a recording, which may be an empty file; -1
+ * if the file is something else.
+ */
 static off_t
-record_find_end(int fd, off_t size)
+record_find_end(int fd)
 {
+	static const char empty[] =
+	    "{\"log\":{\"version\":\"1.2\",\"creator\":{\"name\":\"proxy\","
+	    "\"version\":\"" VERSION "\"},\"entries\":[\n]}}\n";
 	char last[sizeof(record_end)];
-	off_t end = size - (off_t)strlen(record_end);
+	off_t end = lseek(fd, 0, SEEK_END);
 
+	if (end == 0)
+		end = fd_write_at(fd, empty, strlen(empty), 0);
+	end -= (off_t)strlen(record_end);
 	if (end <= 0 ||
 	    pread(fd, last, sizeof(last), end - 1) != (ssize_t)sizeof(last) ||
 	    memcmp(last + 1, record_end, strlen(record_end)) != 0)
@@ -11930,32 +11883,24 @@ static const char *
 record_open(void)
 {
 	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
-	static char empty[sizeof(record_begin) + sizeof(record_end)];
-	struct stat status, old;
+	const char *why = NULL;
+	off_t end = -1;
 	int fd;
 
-	if (recording.fd != -1 && fstat(recording.fd, &old) != -1 &&
-	    stat(options.record, &status) != -1 &&
-	    status.st_ino == old.st_ino && status.st_dev == old.st_dev)
+	if (file_is_at(recording.fd, options.record))
 		return NULL;
 	fd = open(options.record, O_RDWR | O_CREAT, 0600);
 	if (fd == -1)
 		return strerror(errno);
-	if (fstat(fd, &status) == -1 || fcntl(fd, F_SETLK, &lock) == -1) {
-		(void)close(fd);
-		return "another process writes it";
-	}
-	(void)snprintf(empty, sizeof(empty), "%s%s", record_begin, record_end);
-	if (status.st_size == 0 &&
-	    fd_write_at(fd, empty, strlen(empty), 0) == (ssize_t)strlen(empty))
-		status.st_size = (off_t)strlen(empty);
-	recording.end = record_find_end(fd, status.st_size);
-	if (recording.end == -1) {
-		(void)close(fd);
-		return "it does not end as a recording does";
-	}
-	fd_drop(&recording.fd);
+	if (fcntl(fd, F_SETLK, &lock) == -1)
+		why = "another process writes it";
+	else if ((end = record_find_end(fd)) == -1)
+		why = "it does not end as a recording does";
+	fd_drop(why ? &fd : &recording.fd);
+	if (why != NULL)
+		return why;
 	recording.fd = fd_note(fd);
+	recording.end = end;
 	return NULL;
 }
 
@@ -11966,10 +11911,11 @@ record_tables(void)
 	size_t i;
 
 	recording.tapes = calloc(exchanges.n, sizeof(*recording.tapes));
-	recording.at = malloc(RECORD_ROOM + RECORD_BLOCK);
+	recording.at = malloc(RECORD_ROOM + 2 * RECORD_MAX);
 	if (recording.tapes == NULL || recording.at == NULL)
 		return false;
-	recording.block = recording.at + RECORD_ROOM;
+	recording.head = recording.at + RECORD_ROOM;
+	recording.body = recording.head + RECORD_MAX;
 	for (i = 0; i < exchanges.n; i++)
 		recording.tapes[i].fd = -1;
 	return true;
@@ -12002,45 +11948,6 @@ tape_open(struct tape *t)
 	return t->fd != -1;
 }
 
-/*
- * Keeps a piece of a part of x, if there is a recording.  A response's head
- * replaces an earlier one; a request's head empties the tape.
- */
-static void
-tape_add(const struct exchange *x, enum tape_part part, struct text piece)
-{
-	struct tape *t =
-	    recording.fd == -1 ? NULL : &recording.tapes[x - exchanges.slots];
-	off_t from = (off_t)part * RECORD_MAX;
-
-	/* A fetch that was moved to a slot of its own has no entry. */
-	if (t == NULL || x->record.start == 0)
-		return;
-	if (part == TAPE_REQUEST_HEAD) {
-		memset(t->sizes, 0, sizeof(t->sizes));
-		t->lost = false;
-	}
-	if (part == TAPE_RESPONSE_HEAD)
-		t->sizes[part] = 0;
-	if (part == TAPE_REQUEST_HEAD || part == TAPE_REQUEST_BODY)
-		t->sent = now.ms;
-	from += (off_t)t->sizes[part];
-	t->sizes[part] += piece.len;
-	if (t->sizes[part] > RECORD_MAX)
-		piece.len = t->sizes[part] - piece.len > RECORD_MAX ?
-		    0 :
-		    (size_t)((off_t)(part + 1) * RECORD_MAX - from);
-	if (piece.len == 0 || t->lost)
-		return;
-	errno = ENOSPC; /* if a write is short */
-	if (!tape_open(t) ||
-	    fd_write_at(t->fd, piece.at, piece.len, from) !=
-		(ssize_t)piece.len) {
-		record_fail(strerror(errno));
-		t->lost = true;
-	}
-}
-
 /* How many bytes of a part are on the tape. */
 static size_t
 tape_len(const struct tape *t, enum tape_part part)
@@ -12049,79 +11956,83 @@ tape_len(const struct tape *t, enum tape_part part)
 }
 
 /*
- * A piece of a part from a position on, at most a block, empty at its end;
- * valid until the next call.
+ * Keeps a piece of a part of x, if there is a recording.  A head replaces an
+ * earlier one.
  */
-static struct text
-tape_read(const struct tape *t, enum tape_part part, size_t from)
+static void
+tape_add(const struct exchange *x, enum tape_part part, struct text piece)
 {
-	size_t n = tape_len(t, part) - from;
-	ssize_t got;
+	struct tape *t =
+	    recording.fd == -1 ? NULL : &recording.tapes[x - exchanges.slots];
+	size_t len;
 
-	if (n > RECORD_BLOCK)
-		n = RECORD_BLOCK;
-	got = n == 0 ? 0 :
-		       pread(t->fd, recording.block, n,
-			   (off_t)part * RECORD_MAX + (off_t)from);
-	return text_cut(recording.block, got > 0 ? (size_t)got : 0);
+	/* A fetch that was moved to a slot of its own has no entry. */
+	if (t == NULL || x->record.start == 0)
+		return;
+	if (part == TAPE_REQUEST_HEAD || part == TAPE_RESPONSE_HEAD)
+		t->sizes[part] = 0;
+	if (part == TAPE_REQUEST_HEAD || part == TAPE_REQUEST_BODY)
+		t->sent = now.ms;
+	len = tape_len(t, part);
+	t->sizes[part] += piece.len;
+	if (piece.len > RECORD_MAX - len)
+		piece.len = RECORD_MAX - len;
+	if (piece.len == 0 || t->lost)
+		return;
+	errno = ENOSPC; /* if a write is short */
+	if (!tape_open(t) ||
+	    fd_write_at(t->fd, piece.at, piece.len,
+		(off_t)part * RECORD_MAX + (off_t)len) != (ssize_t)piece.len) {
+		record_fail(strerror(errno));
+		t->lost = true;
+	}
+}
+
+/* Reads a part of a tape into memory that is for heads, or for bodies. */
+static struct text
+tape_read(const struct tape *t, enum tape_part part, char *to)
+{
+	ssize_t n =
+	    pread(t->fd, to, tape_len(t, part), (off_t)part * RECORD_MAX);
+
+	return text_cut(to, n > 0 ? (size_t)n : 0);
 }
 
 /*
- * How many bytes of a part are text: UTF-8 (RFC 3629) without control
- * characters.  0 if it is no text; less than all if it was cut in a character.
+ * The length of the character in UTF-8 (RFC 3629 section 4) that t begins
+ * with; 0 if there is no whole one, or it is a control character.
  */
 static size_t
-tape_text_len(const struct tape *t, enum tape_part part)
+utf8_length(struct text t)
 {
-	unsigned char low = 0x80, high = 0xbf;
-	unsigned more = 0; /* bytes that the character needs */
-	size_t n, i, whole = 0;
-	struct text piece;
+	unsigned char c = (unsigned char)*t.at, next;
+	unsigned char low = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80;
+	unsigned char high = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;
+	size_t n = c < 0x80 ? 1 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : 4, i;
 
-	for (n = 0; (piece = tape_read(t, part, n)).len > 0; n += piece.len)
-		for (i = 0; i < piece.len; i++) {
-			unsigned char c = (unsigned char)piece.at[i];
-
-			if (more > 0 ?
-				c < low || c > high :
-				(c < 32 && !is_among((char)c, "\t\n\r")) ||
-				    (c >= 0x7f && c < 0xc2) || c > 0xf4)
-				return 0;
-			low = more == 0 && c == 0xe0 ? 0xa0 :
-			    more == 0 && c == 0xf0   ? 0x90 :
-						       0x80;
-			high = more == 0 && c == 0xed ? 0x9f :
-			    more == 0 && c == 0xf4    ? 0x8f :
-							0xbf;
-			more = more > 0 ? more - 1 :
-			    c >= 0xf0   ? 3 :
-			    c >= 0xe0   ? 2 :
-					  c >= 0xc2;
-			whole = more == 0 ? n + i + 1 : whole;
-		}
-	return more == 0 || t->sizes[part] > RECORD_MAX ? whole : 0;
+	if (t.len < n || (c < 32 && !is_among((char)c, "\t\n\r")) ||
+	    (c >= 0x7f && c < 0xc2) || c > 0xf4)
+		return 0;
+	for (i = 1; i < n; i++) {
+		next = (unsigned char)t.at[i];
+		if (next < low || next > high)
+			return 0;
+		low = 0x80;
+		high = 0xbf;
+	}
+	return n;
 }
 
 /* Appends t to the entry. */
 static void
 record_append(struct text t)
 {
-	if (recording.n + t.len <= RECORD_ROOM)
-		memcpy(recording.at + recording.n, t.at, t.len);
+	if (t.len >= RECORD_ROOM - recording.n) {
+		recording.n = RECORD_ROOM;
+		return;
+	}
+	memcpy(recording.at + recording.n, t.at, t.len);
 	recording.n += t.len;
-}
-
-/* Appends what is in a format; 500 bytes at most. */
-static void
-record_print(const char *format, ...)
-{
-	char line[500];
-	va_list ap;
-
-	va_start(ap, format);
-	(void)vsnprintf(line, sizeof(line), format, ap);
-	va_end(ap);
-	record_append(text_of(line));
 }
 
 /*
@@ -12131,71 +12042,71 @@ record_print(const char *format, ...)
 static void
 record_escape(struct text t, bool utf8)
 {
-	size_t i, run;
+	static const char named[] = "\"\\\t\n\r", letters[] = "\"\\tnr";
+	char name[2] = "\\", code[6] = "\\u00";
 
-	for (i = 0; i < t.len; i++) {
-		unsigned char c = 0;
+	for (; t.len > 0; t = text_from(t, 1)) {
+		unsigned char c = (unsigned char)*t.at;
 
-		for (run = i; i < t.len; i++) {
-			c = (unsigned char)t.at[i];
-			if (c < 32 || c == '"' || c == '\\' ||
-			    (c > 126 && !utf8))
-				break;
-		}
-		record_append(text_cut(t.at + run, i - run));
-		if (i == t.len)
-			break;
-		if (c == '"' || c == '\\')
-			record_print("\\%c", c);
-		else if (is_among((char)c, "\t\n\r"))
-			record_print("\\%c",
-			    c == '\t'     ? 't' :
-				c == '\n' ? 'n' :
-					    'r');
-		else
-			record_print("\\u%04x", c);
+		if (is_among(*t.at, named)) {
+			name[1] = letters[strchr(named, c) - named];
+			record_append(text_cut(name, sizeof(name)));
+		} else if (c < 32 || (c > 126 && !utf8)) {
+			(void)hex_print(code + 4, c, 2);
+			record_append(text_cut(code, sizeof(code)));
+		} else
+			record_append(text_cut(t.at, 1));
 	}
 }
 
-/* Appends a name of ours, and t as its value. */
+/*
+ * Appends JSON.  In the format, ' stands for ", $ for a text as a string, # for
+ * a number (int64_t), and all else for itself.
+ */
 static void
-record_member(const char *name, struct text t)
+record_json(const char *format, ...)
 {
-	record_print("\"%s\":\"", name);
-	record_escape(t, false);
-	record_append(text_of("\""));
+	char digits[NUMBER_DIGITS + 2];
+	va_list args;
+
+	va_start(args, format);
+	for (; *format != '\0'; format++)
+		if (*format == '$') {
+			record_append(text_of("\""));
+			record_escape(va_arg(args, struct text), false);
+			record_append(text_of("\""));
+		} else if (*format == '#') {
+			(void)snprintf(digits, sizeof(digits), "%lld",
+			    (long long)va_arg(args, int64_t));
+			record_append(text_of(digits));
+		} else
+			record_append(
+			    text_cut(*format == '\'' ? "\"" : format, 1));
+	va_end(args);
 }
 
 /* Appends an element of a list of names and values. */
 static void
 record_pair(bool first, struct text name, struct text value)
 {
-	record_append(text_of(first ? "{" : ",{"));
-	record_member("name", name);
-	record_append(text_of(","));
-	record_member("value", value);
-	record_append(text_of("}"));
-}
-
-/* What stands behind byte n of t, which may be its end. */
-static struct text
-record_after(struct text t, size_t n)
-{
-	return text_from(t, n < t.len ? n + 1 : t.len);
+	record_json(first ? "{'name':$,'value':$}" : ",{'name':$,'value':$}",
+	    name, value);
 }
 
 /* Takes the next field of a head; false at its end.  Secrets are hidden. */
 static bool
 record_field_next(struct text *head, struct text *name, struct text *value)
 {
-	struct text line;
+	struct text line = line_next(head, NULL);
+	bool folded;
 
-	if (!trace_next(head, &line))
+	if (line.len == 0)
 		return false;
-	*name = text_trim(text_cut(line.at, text_find(line, ':')));
-	*value = text_trim(record_after(line, text_find(line, ':')));
 	/* Who folds a field is refused; what was folded may be a secret. */
-	if (is_among(*line.at, " \t"))
+	folded = is_among(*line.at, " \t");
+	*name = text_trim(text_split(&line, ':'));
+	*value = text_trim(line);
+	if (folded)
 		*name = text_of("");
 	if (name->len == 0 || name_is_among(*name, trace_secrets))
 		*value = text_of("***");
@@ -12222,56 +12133,49 @@ record_head(const struct tape *t, enum tape_part part, enum tape_part body,
 	struct text name, value;
 	bool first = true;
 
-	record_append(text_of(",\"cookies\":[],\"headers\":["));
+	record_json(",'cookies':[],'headers':[");
 	for (; record_field_next(&head, &name, &value); first = false)
 		record_pair(first, name, value);
-	record_print("],\"headersSize\":%llu,\"bodySize\":%llu",
-	    (unsigned long long)t->sizes[part],
-	    (unsigned long long)t->sizes[body]);
+	record_json("],'headersSize':#,'bodySize':#", t->sizes[part],
+	    t->sizes[body]);
 }
 
 /*
  * Appends the type of a body, after its head, and what was kept of it: text as
- * text, the rest in base64, so named by the member `encoding`.
+ * text, the rest in base64.  A body that was cut may end within a character.
  */
 static void
-record_body(const struct tape *t, enum tape_part part, struct text head,
-    const char *encoding)
+record_body(const struct tape *t, enum tape_part part, struct text head)
 {
-	struct text piece;
-	size_t n, text;
-	char coding[40];
+	struct text coding = record_field(head, "Content-Encoding");
+	struct text body = tape_read(t, part, recording.body);
+	bool cut = t->sizes[part] > RECORD_MAX, text;
+	size_t whole = 0, n = 1;
 
-	record_member("mimeType", record_field(head, "Content-Type"));
-	(void)text_printable(record_field(head, "Content-Encoding"), coding,
-	    sizeof(coding));
-	text = *coding == '\0' ? tape_text_len(t, part) : 0;
-	record_append(text_of(",\"text\":\""));
-	for (n = 0; (piece = tape_read(t, part, n)).len > 0; n += piece.len) {
-		if (text > 0 && piece.len > text - n)
-			piece.len = text - n;
-		if (text > 0)
-			record_escape(piece, true);
-		else if (recording.n + piece.len * 2 < RECORD_ROOM) {
-			base64_encode(piece.at, piece.len,
-			    recording.at + recording.n);
-			recording.n += (piece.len + 2) / 3 * 4;
-		} else
-			recording.n = RECORD_ROOM + 1;
-		if (n + piece.len == text)
-			break;
-	}
-	record_append(text_of("\""));
-	if (text == 0 && n > 0)
-		record_print(",\"%s\":\"base64\"", encoding);
-	if (*coding != '\0') {
-		record_append(text_of(","));
-		record_member("_contentEncoding", text_of(coding));
-	}
-	if (t->lost || t->sizes[part] > RECORD_MAX)
-		record_print(",\"comment\":\"%s\"",
-		    t->lost ? "could not be kept" :
-			      "cut: longer than 1048576 bytes");
+	for (; whole < body.len && n > 0; whole += n)
+		n = utf8_length(text_from(body, whole));
+	text = coding.len == 0 &&
+	    (whole == body.len || (cut && body.len - whole < 4));
+	record_json("'mimeType':$,'text':'",
+	    record_field(head, "Content-Type"));
+	if (text)
+		record_escape(text_cut(body.at, whole), true);
+	else if (body.len * 2 < RECORD_ROOM - recording.n) {
+		base64_encode(body.at, body.len, recording.at + recording.n);
+		recording.n += (body.len + 2) / 3 * 4;
+	} else
+		recording.n = RECORD_ROOM;
+	record_json("'");
+	if (!text && body.len > 0)
+		record_json(part == TAPE_REQUEST_BODY ?
+			",'_encoding':'base64'" :
+			",'encoding':'base64'");
+	if (coding.len > 0)
+		record_json(",'_contentEncoding':$", coding);
+	if (t->lost || cut)
+		record_json(",'comment':$",
+		    text_of(t->lost ? "could not be kept" :
+				      "cut: longer than 1048576 bytes"));
 }
 
 /* Appends the parameters of a URL, as they are in it. */
@@ -12280,64 +12184,58 @@ record_query(struct text url)
 {
 	bool first = true;
 
-	record_append(text_of(",\"queryString\":["));
-	url = record_after(url, text_find(url, '?'));
-	url.len = text_find(url, '#');
+	record_json(",'queryString':[");
+	url = text_split(&url, '#');
+	(void)text_split(&url, '?');
 	for (; url.len > 0; first = false) {
-		struct text pair = text_cut(url.at, text_find(url, '&'));
-		size_t end = text_find(pair, '=');
+		struct text pair = text_split(&url, '&');
+		struct text name = text_split(&pair, '=');
 
-		record_pair(first, text_cut(pair.at, end),
-		    record_after(pair, end));
-		url = record_after(url, pair.len);
+		record_pair(first, name, pair);
 	}
-	record_append(text_of("]"));
+	record_json("]");
 }
 
 /* Appends the request that the tape has. */
 static void
 record_request(const struct tape *t, const struct quotes *quotes)
 {
-	struct text head = tape_read(t, TAPE_REQUEST_HEAD, 0), line;
+	struct text head = tape_read(t, TAPE_REQUEST_HEAD, recording.head);
 
-	record_append(text_of("\"request\":{"));
-	record_member("method", quotes->name);
-	record_append(text_of(","));
-	record_print("\"httpVersion\":\"HTTP/1.%u\",\"url\":\"%s",
-	    quotes->minor,
-	    text_is(quotes->name, "CONNECT") ? "connect://" : "");
+	record_json("'request':{'method':$,'httpVersion':$,'url':'",
+	    quotes->name, text_of(quotes->minor ? "HTTP/1.1" : "HTTP/1.0"));
+	if (text_is(quotes->name, "CONNECT"))
+		record_append(text_of("connect://"));
 	record_escape(quotes->uri, false);
-	record_append(text_of("\""));
+	record_json("'");
 	record_query(quotes->uri);
-	(void)trace_next(&head, &line);
+	(void)line_next(&head, NULL);
 	record_head(t, TAPE_REQUEST_HEAD, TAPE_REQUEST_BODY, head);
 	if (t->sizes[TAPE_REQUEST_BODY] > 0) {
-		record_append(text_of(",\"postData\":{"));
-		record_body(t, TAPE_REQUEST_BODY, head, "_encoding");
-		record_append(text_of("}"));
+		record_json(",'postData':{");
+		record_body(t, TAPE_REQUEST_BODY, head);
+		record_json("}");
 	}
-	record_append(text_of("}"));
+	record_json("}");
 }
 
 /* Appends the response that the client of x had, if any. */
 static void
 record_response(const struct exchange *x, const struct tape *t)
 {
-	struct text head = tape_read(t, TAPE_RESPONSE_HEAD, 0);
-	struct text line = text_of("");
+	struct text head = tape_read(t, TAPE_RESPONSE_HEAD, recording.head);
+	struct text line = line_next(&head, NULL);
+	struct text version = text_split(&line, ' ');
 
-	(void)trace_next(&head, &line);
-	record_print(",\"response\":{\"status\":%d,", log_status(&x->record));
-	record_member("statusText", record_after(line, strlen("HTTP/1.1 200")));
-	record_append(text_of(","));
-	record_member("httpVersion", text_cut(line.at, text_find(line, ' ')));
-	record_append(text_of(","));
-	record_member("redirectURL", record_field(head, "Location"));
+	(void)text_split(&line, ' ');
+	record_json(",'response':{'status':#,'statusText':$,'httpVersion':$,"
+		    "'redirectURL':$",
+	    (int64_t)log_status(&x->record), line, version,
+	    record_field(head, "Location"));
 	record_head(t, TAPE_RESPONSE_HEAD, TAPE_RESPONSE_BODY, head);
-	record_print(",\"content\":{\"size\":%llu,",
-	    (unsigned long long)t->sizes[TAPE_RESPONSE_BODY]);
-	record_body(t, TAPE_RESPONSE_BODY, head, "encoding");
-	record_append(text_of("}}"));
+	record_json(",'content':{'size':#,", t->sizes[TAPE_RESPONSE_BODY]);
+	record_body(t, TAPE_RESPONSE_BODY, head);
+	record_json("}}");
 }
 
 /*
@@ -12350,29 +12248,28 @@ record_times(const struct exchange *x, const struct tape *t,
     const struct quotes *quotes)
 {
 	int64_t total = now.ms - x->record.start, send = 0, wait, receive = 0;
+	int64_t blocked = -1;
 	int64_t left = total - (quotes->dns_ms > 0 ? quotes->dns_ms : 0) -
 	    (quotes->connect_ms > 0 ? quotes->connect_ms : 0);
-	bool answered = x->request != NULL && quotes->first_ms >= 0;
 
 	wait = left > 0 ? left : 0;
-	if (answered) {
+	if (x->request != NULL && quotes->first_ms >= 0) {
 		const struct times *times = &x->request->times;
 
 		receive = now.ms - times->answered;
 		send = times_between(times->connected, t->sent);
 		send = send < 0 ? 0 : least(send, quotes->first_ms);
 		wait = quotes->first_ms - send;
-		left -= send + wait + receive;
+		left -= quotes->first_ms + receive;
+		blocked = left < 0 ? -1 : left;
 	} else if (x->tunnel) {
 		receive = wait;
 		wait = 0;
 	}
-	record_print(",\"time\":%lld,\"timings\":{\"blocked\":%lld,"
-		     "\"dns\":%lld,\"connect\":%lld,\"send\":%lld,"
-		     "\"wait\":%lld,\"receive\":%lld}",
-	    (long long)total, (long long)(answered && left >= 0 ? left : -1),
-	    (long long)quotes->dns_ms, (long long)quotes->connect_ms,
-	    (long long)send, (long long)wait, (long long)receive);
+	record_json(",'time':#,'timings':{'blocked':#,'dns':#,'connect':#,"
+		    "'send':#,'wait':#,'receive':#}",
+	    total, blocked, quotes->dns_ms, quotes->connect_ms, send, wait,
+	    receive);
 }
 
 /* Appends when x began, in RFC 3339's form, who took part, and its end. */
@@ -12380,37 +12277,34 @@ static void
 record_frame(const struct exchange *x)
 {
 	char peer[ADDRESS_TEXT], server[ADDRESS_TEXT], date[40] = "";
+	char comment[RULE_NAME_MAX + REASON_MAX + 64];
 	const struct record *r = &x->record;
+	bool ruled = log_names_rule(r);
 	struct timespec wall = { 0, 0 };
 	int64_t began;
 	time_t seconds;
 	struct tm parts;
-	int status;
+	size_t n = 0;
 
 	(void)clock_gettime(CLOCK_REALTIME, &wall);
 	began = (int64_t)wall.tv_sec * 1000 + wall.tv_nsec / 1000000 -
 	    (now.ms - r->start);
 	seconds = (time_t)(began / 1000);
 	if (gmtime_r(&seconds, &parts) != NULL)
-		(void)strftime(date, sizeof(date), "%Y-%m-%dT%H:%M:%S", &parts);
+		n = strftime(date, sizeof(date), "%Y-%m-%dT%H:%M:%S", &parts);
+	(void)snprintf(date + n, sizeof(date) - n, ".%03dZ",
+	    (int)(began % 1000));
 	address_print(&x->peer, peer);
 	address_host(&r->server, server);
-	record_print("\"startedDateTime\":\"%s.%03dZ\",\"cache\":{},"
-		     "\"connection\":\"%s\",",
-	    date, (int)(began % 1000), peer);
+	record_json("'startedDateTime':$,'cache':{},'connection':$,",
+	    text_of(date), text_of(peer));
 	if (r->server.family != 0)
-		record_print("\"serverIPAddress\":\"%s\",", server);
-	record_print("\"comment\":\"end=%s", log_ends[r->end]);
-	if (log_names_rule(r)) {
-		record_append(text_of(", rule "));
-		record_escape(text_of(r->rule->where), false);
-	}
-	if (r->refusal != REFUSE_NONE) {
-		record_append(text_of(", "));
-		record_escape(text_of(refusal_words(x, r->refusal, &status)),
-		    false);
-	}
-	record_append(text_of("\","));
+		record_json("'serverIPAddress':$,", text_of(server));
+	(void)snprintf(comment, sizeof(comment), "end=%s%s%s%s%s",
+	    log_ends[r->end], ruled ? ", rule " : "",
+	    ruled ? r->rule->where : "", r->refusal ? ", " : "",
+	    r->refusal ? refusal_words(x, NULL) : "");
+	record_json("'comment':$,", text_of(comment));
 }
 
 /*
@@ -12423,7 +12317,6 @@ static void
 record_exchange(const struct exchange *x, const struct quotes *quotes)
 {
 	struct tape *t = &recording.tapes[x - exchanges.slots];
-	ssize_t put;
 
 	recording.n = 0;
 	record_append(text_of(recording.first ? "\n{" : ",\n{"));
@@ -12433,21 +12326,19 @@ record_exchange(const struct exchange *x, const struct quotes *quotes)
 	record_times(x, t, quotes);
 	record_append(text_of("}"));
 	record_append(text_of(record_end));
-	if (recording.n > RECORD_ROOM)
+	errno = ENOSPC; /* if the write is short */
+	if (recording.n == RECORD_ROOM)
 		record_fail("an entry is too long");
-	else {
-		put = fd_write_at(recording.fd, recording.at, recording.n,
-		    recording.end);
-		if (put == (ssize_t)recording.n) {
-			recording.end += put - (off_t)strlen(record_end);
-			recording.first = false;
-			recording.failed = t->lost && recording.failed;
-		} else {
-			record_fail(strerror(put == -1 ? errno : ENOSPC));
-			if (ftruncate(recording.fd, recording.end) != -1)
-				(void)fd_write_at(recording.fd, record_end,
-				    strlen(record_end), recording.end);
-		}
+	else if (fd_write_at(recording.fd, recording.at, recording.n,
+		     recording.end) == (ssize_t)recording.n) {
+		recording.end += (off_t)(recording.n - strlen(record_end));
+		recording.first = false;
+		recording.failed = t->lost && recording.failed;
+	} else {
+		record_fail(strerror(errno));
+		if (ftruncate(recording.fd, recording.end) != -1)
+			(void)fd_write_at(recording.fd, record_end,
+			    strlen(record_end), recording.end);
 	}
 	if (t->fd != -1 && ftruncate(t->fd, 0) == -1)
 		record_fail(strerror(errno));
@@ -12455,31 +12346,36 @@ record_exchange(const struct exchange *x, const struct quotes *quotes)
 	t->lost = false;
 }
 
-/* Adds the line of an exchange that has ended to those of this turn. */
+/*
+ * Counts an exchange that has ended, and adds its line to those of this turn,
+ * which are written if they leave no room for it.
+ */
 static void
 log_exchange(const struct exchange *x)
 {
 	struct quotes quotes = log_quotes(x);
 	struct buffer *b = &log_lines;
-	size_t end = b->end;
+	unsigned tries;
 
-	log_count(x, &quotes);
+	totals.results[log_result(x)]++;
+	totals.refusals[x->record.refusal]++;
+	totals.up += x->up.payload;
+	totals.down += x->down.payload;
+	glance_take(x, &quotes, &glances.list[glances.n++ % GLANCES]);
 	if (recording.fd != -1)
 		record_exchange(x, &quotes);
-	log_line(x, &quotes, b);
-	if (b->overflow == 0)
-		return;
-	b->end = end;
-	b->overflow = 0;
-	log_flush();
-	buffer_compact(b);
-	end = b->end;
-	log_line(x, &quotes, b);
-	if (b->overflow == 0)
-		return;
-	b->end = end;
-	b->overflow = 0;
-	log_lose(1, "it is not read");
+	for (tries = 0; tries < 2; tries++) {
+		size_t end = b->end;
+
+		log_line(x, &quotes, b);
+		if (b->overflow == 0)
+			return;
+		b->end = end;
+		b->overflow = 0;
+		log_flush();
+		buffer_compact(b);
+	}
+	log_lose("it is not read");
 }
 
 /* At the end of the program: reports lost lines, and those still unwritten. */
@@ -12489,9 +12385,8 @@ log_end(void)
 	struct text rest;
 
 	log_flush();
-	rest = buffer_text(&log_lines);
-	for (; rest.len > 0; rest = text_from(rest, text_find(rest, '\n') + 1))
-		logs.lost++;
+	for (rest = buffer_text(&log_lines); rest.len > 0; logs.lost++)
+		(void)line_next(&rest, NULL);
 	if (logs.lost > 0)
 		warn("%llu lines of the log were lost",
 		    (unsigned long long)logs.lost);
@@ -12506,16 +12401,22 @@ trace_end(const struct exchange *x)
 {
 	static const char blank = '\n';
 	const struct record *r = &x->record;
-	int status;
 
 	if (!is_traced(x))
 		return;
 	trace(x, "ended: %s, %d, %llu bytes up, %llu down%s%s",
 	    log_ends[r->end], log_status(r), (unsigned long long)x->up.payload,
 	    (unsigned long long)x->down.payload, r->refusal ? ", " : "",
-	    r->refusal ? refusal_words(x, r->refusal, &status) : "");
+	    r->refusal ? refusal_words(x, NULL) : "");
 	if (logs.colour)
 		say(&blank, 1);
+}
+
+/* The name of the field that a line of a head is, or should be. */
+static struct text
+line_name(struct text line)
+{
+	return text_trim(text_split(&line, ':'));
 }
 
 /*
@@ -12529,7 +12430,7 @@ trace_field(const struct exchange *x, const char *mark, const char *sign,
 {
 	enum colour colour = mark[0] == 'c' || mark[1] == 's' ? COLOUR_REQUEST :
 								COLOUR_RESPONSE;
-	struct text name = text_trim(text_cut(line.at, text_find(line, ':')));
+	struct text name = line_name(line);
 	bool hidden = name_is_among(name, trace_secrets);
 	char prefix[8], tail[100];
 
@@ -12548,22 +12449,21 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 
 	if (!is_traced(x))
 		return;
-	while (trace_next(&head, &line)) {
-		struct text name = text_cut(line.at, text_find(line, ':'));
+	while ((line = line_next(&head, NULL)).len > 0) {
 		/* A folded line goes on with the secret. */
 		bool folded = hidden && is_among(*line.at, " \t");
 
 		hidden = folded ||
-		    name_is_among(text_trim(name), trace_secrets);
+		    name_is_among(line_name(line), trace_secrets);
 		trace_field(x, mark, "", folded ? text_of(" ***") : line, "");
 	}
 }
 
-/* Why the proxy drops a field, or adds one: what the RFCs say. */
+/* Why the proxy drops a field, or adds one (NULL: the same): the RFCs. */
 static const struct {
 	const char *name, *dropped, *added;
 } trace_reasons[] = {
-	{ "Age", "the age now, RFC 9111 5.1", "the age now, RFC 9111 5.1" },
+	{ "Age", "the age now, RFC 9111 5.1", NULL },
 	{ "Cache-Status", "", "what the cache did, RFC 9211" },
 	{ "Connection", "hop-by-hop, RFC 9110 7.6.1",
 	    "about this connection, RFC 9112 9.6" },
@@ -12571,15 +12471,13 @@ static const struct {
 	    "framed anew, RFC 9112 6.2" },
 	{ "Content-Range", "", "a part of the entry, RFC 9110 14.4" },
 	{ "Date", "", "the response had none, RFC 9110 6.6.1" },
-	{ "Host", "the URL decides, RFC 9112 3.2.2",
-	    "the URL decides, RFC 9112 3.2.2" },
+	{ "Host", "the URL decides, RFC 9112 3.2.2", NULL },
 	{ "If-Modified-Since", "the entry's goes first, RFC 9111 4.3.1",
 	    "validator of the entry, RFC 9111 4.3.1" },
 	{ "If-None-Match", "the entry's goes first, RFC 9111 4.3.1",
 	    "validator of the entry, RFC 9111 4.3.1" },
 	{ "Keep-Alive", "hop-by-hop, RFC 9110 7.6.1", "" },
-	{ "Max-Forwards", "one hop less, RFC 9110 7.6.2",
-	    "one hop less, RFC 9110 7.6.2" },
+	{ "Max-Forwards", "one hop less, RFC 9110 7.6.2", NULL },
 	{ "Proxy-Authenticate", "not of this hop, RFC 9110 11.7.1", "" },
 	{ "Proxy-Authorization", "for this proxy, RFC 9110 11.7.2",
 	    "the login at the parent, RFC 9110 11.7.2" },
@@ -12615,8 +12513,9 @@ trace_reason(const struct exchange *x, const struct head *from,
 	}
 	for (i = 0; i < sizeof(trace_reasons) / sizeof(trace_reasons[0]); i++)
 		if (text_is(name, trace_reasons[i].name))
-			return added ? trace_reasons[i].added :
-				       trace_reasons[i].dropped;
+			return added && trace_reasons[i].added ?
+			    trace_reasons[i].added :
+			    trace_reasons[i].dropped;
 	if (!added && head_lists(from, "Connection", name))
 		return "named in Connection, RFC 9110 7.6.1";
 	if (!added && text_is(name, "Accept-Encoding"))
@@ -12633,37 +12532,26 @@ field_line(const struct field *f)
 	    (size_t)(f->value.at - f->name.at) + f->value.len);
 }
 
-/* True if a head has this field with this value. */
+/* True if a line of a head is this field. */
+static bool
+line_is(struct text line, const struct field *field)
+{
+	struct text name = text_split(&line, ':');
+
+	return text_same(name, field->name) &&
+	    text_equals(text_trim(line), field->value);
+}
+
+/* True if one of the lines of a head is this field. */
 static bool
 trace_has(struct text head, const struct field *field)
 {
 	struct text line;
 
-	while (trace_next(&head, &line)) {
-		size_t colon = text_find(line, ':');
-
-		if (colon < line.len &&
-		    text_same(text_cut(line.at, colon), field->name) &&
-		    text_equals(text_trim(text_from(line, colon + 1)),
-			field->value))
+	while ((line = line_next(&head, NULL)).len > 0)
+		if (line_is(line, field))
 			return true;
-	}
 	return false;
-}
-
-/* True if that line is a field of the head that came. */
-static bool
-trace_came(const struct head *from, struct text line)
-{
-	struct text name = text_cut(line.at, text_find(line, ':'));
-	struct text value = text_trim(text_from(line, name.len + 1));
-	size_t i = 0;
-
-	while (i < from->n &&
-	    (!text_same(from->fields[i].name, name) ||
-		!text_equals(from->fields[i].value, value)))
-		i++;
-	return i < from->n;
 }
 
 /*
@@ -12676,10 +12564,10 @@ trace_change(const struct exchange *x, const char *mark,
     const struct response *r, struct text to)
 {
 	const struct head *from = r ? &r->head : &x->request->head;
-	struct text rest = to, line;
+	struct text rest = to, line = line_next(&rest, NULL);
 	size_t i;
 
-	if (!is_traced(x) || !trace_next(&rest, &line))
+	if (!is_traced(x))
 		return;
 	if (!text_equals(line, from->line)) {
 		trace_field(x, mark, "- ", from->line, "");
@@ -12695,12 +12583,14 @@ trace_change(const struct exchange *x, const char *mark,
 			trace_field(x, mark, "- ", field_line(&from->fields[i]),
 			    trace_reason(x, from, r, from->fields[i].name,
 				false));
-	while (trace_next(&rest, &line)) {
-		bool came = trace_came(from, line);
-		struct text name = text_cut(line.at, text_find(line, ':'));
-
-		trace_field(x, mark, came ? "" : "+ ", line,
-		    came ? "" : trace_reason(x, from, r, name, true));
+	while ((line = line_next(&rest, NULL)).len > 0) {
+		for (i = 0; i < from->n && !line_is(line, &from->fields[i]);)
+			i++;
+		if (i < from->n)
+			trace_field(x, mark, "", line, "");
+		else
+			trace_field(x, mark, "+ ", line,
+			    trace_reason(x, from, r, line_name(line), true));
 	}
 }
 
@@ -12727,25 +12617,22 @@ trace_mended(const struct exchange *x, unsigned mended)
 static void
 trace_dump(const struct exchange *x, const char *mark, struct text t)
 {
-	char text[64];
+	char text[] = "0000  .. .. .. .. .. .. .. .. .. .. .. .. .. .. .. ..  ";
 	size_t at, i;
 
 	trace(x, "%s %lu bytes", mark, (unsigned long)t.len);
 	for (at = 0; at < t.len && at < DUMP_MAX; at += 16) {
 		struct text row = text_from(t, at);
-		char *to = hex_print(text, at, 4);
 
-		*to++ = ' ';
 		if (row.len > 16)
 			row.len = 16;
-		for (i = 0; i < 16; i++) {
-			memcpy(to, "   ", 3);
+		(void)hex_print(text, at, 4);
+		for (i = 0; i < 16; i++)
 			if (i < row.len)
-				(void)hex_print(to + 1,
+				(void)hex_print(text + 6 + 3 * i,
 				    (unsigned char)row.at[i], 2);
-			to += 3;
-		}
-		memcpy(to, "  ", 3);
+			else
+				memcpy(text + 6 + 3 * i, "  ", 2);
 		trace_line(x, COLOUR_DIM, text, row, "");
 	}
 }
@@ -12837,13 +12724,7 @@ hello_extensions(struct text t)
 static bool
 hello_is_host(struct text t)
 {
-	size_t i;
-
-	for (i = 0; i < t.len; i++)
-		if (!is_alnum(t.at[i]) && t.at[i] != '-' && t.at[i] != '_' &&
-		    t.at[i] != '.')
-			return false;
-	return t.len > 0 && t.len <= HOST_MAX;
+	return host_is_valid(t, false) && text_find(t, '~') == t.len;
 }
 
 /*
@@ -12872,13 +12753,6 @@ hello_name(struct text t, char *flat)
 	return text_cut(flat, 0);
 }
 
-/* True if t may begin a TLS greeting. */
-static bool
-hello_begins(struct text t)
-{
-	return t.len > 0 && *t.at == 0x16;
-}
-
 /* True if all of a TLS greeting is there, or it is too long. */
 static bool
 hello_is_whole(struct text t, char *flat)
@@ -12901,8 +12775,8 @@ hello_is_whole(struct text t, char *flat)
  *
  * Door: request_build, exchange_rewrite, exchange_is_relayed, exchange_target,
  * response_build, answer_view, greet_append, greet_length, greet_words,
- * page_refusal, page_is_ours, page_options, page_trace, page_find,
- * exchange_append, page_rule, phase_waits, phase_names, totals_show.
+ * page_refusal, page_is_ours, page_options, page_trace, page_find, page_own,
+ * exchange_append, page_rule, phases, totals_show.
  */
 
 /* ---- the head for the server ---- */
@@ -13294,17 +13168,19 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 }
 
 /*
- * Makes a refusal: its words, then the details.  Proxy-Status (RFC 9209) says
- * the same to programs; its strings contain no quotes or backslashes.
+ * Refuses x by a page: words, then details.  Proxy-Status (RFC 9209) says the
+ * same to programs; its strings contain no quotes or backslashes.
  */
 static void
 page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 {
 	char fields[DETAIL_MAX + 384], body[DETAIL_MAX + REASON_MAX + 64];
 	char clean[DETAIL_MAX], *c;
+	const char *words;
 	int status;
-	const char *words = refusal_words(x, refusal, &status);
 
+	x->record.refusal = refusal;
+	words = refusal_words(x, &status);
 	(void)snprintf(clean, sizeof(clean), "%s", *detail ? detail : words);
 	for (c = clean; *c != '\0'; c++)
 		*c = is_among(*c, "\"\\") ? '\'' :
@@ -13328,62 +13204,19 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 	    text_of(body));
 }
 
-/* The page at `/`: what this proxy is, and how to use it. */
-static void
-page_index(struct exchange *x, struct text host)
-{
-	char body[HOST_MAX * 8 + 1024];
-	int n = (int)host.len;
-
-	(void)snprintf(body, sizeof(body),
-	    "This is proxy " VERSION ", an HTTP proxy at %.*s.\n\n"
-	    "To use it from a shell:\n\n"
-	    "    export http_proxy=http://%.*s https_proxy=http://%.*s\n"
-	    "    curl -x http://%.*s http://example.com/\n\n"
-	    "In a browser, give it as the HTTP proxy for all protocols, or\n"
-	    "give this address for automatic configuration:\n\n"
-	    "    http://%.*s/proxy.pac\n\n"
-	    "What it is doing now, for people and for monitors:\n\n"
-	    "    http://%.*s/status\n    http://%.*s/metrics\n",
-	    n, host.at, n, host.at, n, host.at, n, host.at, n, host.at, n,
-	    host.at, n, host.at);
-	page_make(x, 200, "text/plain; charset=utf-8", "", text_of(body));
-}
-
-/* The page that configures browsers to use the address in their Host. */
-static void
-page_pac(struct exchange *x, struct text host)
-{
-	char body[512];
-
-	(void)snprintf(body, sizeof(body),
-	    "function FindProxyForURL(url, host) {\n"
-	    "\treturn \"PROXY %.*s\";\n}\n",
-	    (int)host.len, host.at);
-	page_make(x, 200, "application/x-ns-proxy-autoconfig", "",
-	    text_of(body));
-}
-
-static const char *const phase_names[] = {
-	[PHASE_FREE] = "free",
-	[PHASE_REQUEST] = "request",
-	[PHASE_COLLAPSE] = "collapse",
-	[PHASE_RESOLVE] = "resolve",
-	[PHASE_CONNECT] = "connect",
-	[PHASE_GREET] = "greet",
-	[PHASE_RESPONSE] = "response",
-	[PHASE_RELAY] = "relay",
-	[PHASE_LINGER] = "linger",
-};
-
-static const char *const phase_waits[PHASES] = {
-	[PHASE_REQUEST] = "a request",
-	[PHASE_COLLAPSE] = "what another exchange fetches",
-	[PHASE_RESOLVE] = "an address",
-	[PHASE_CONNECT] = "a connection",
-	[PHASE_GREET] = "the SOCKS parent",
-	[PHASE_RESPONSE] = "the head of the response",
-	[PHASE_LINGER] = "the client to close",
+/* The name of each phase, and what an exchange waits for in it, or "". */
+static const struct {
+	const char *name, *waits;
+} phases[PHASES] = {
+	[PHASE_FREE] = { "free", "" },
+	[PHASE_REQUEST] = { "request", "a request" },
+	[PHASE_COLLAPSE] = { "collapse", "what another exchange fetches" },
+	[PHASE_RESOLVE] = { "resolve", "an address" },
+	[PHASE_CONNECT] = { "connect", "a connection" },
+	[PHASE_GREET] = { "greet", "the SOCKS parent" },
+	[PHASE_RESPONSE] = { "response", "the head of the response" },
+	[PHASE_RELAY] = { "relay", "" },
+	[PHASE_LINGER] = { "linger", "the client to close" },
 };
 
 /* What an exchange waits for, in words; valid until the next call. */
@@ -13397,7 +13230,7 @@ exchange_waits(const struct exchange *x)
 	size_t i, n = 0;
 
 	if (x->phase != PHASE_RESPONSE && x->phase != PHASE_RELAY)
-		return phase_waits[x->phase];
+		return phases[x->phase].waits;
 	if (x->bend != NULL && (x->bend->unanswered || x->bend->until != 0))
 		return x->bend->unanswered ? "the client to give up" :
 					     "the end of a delay";
@@ -13463,7 +13296,7 @@ exchange_append(struct buffer *b, const struct exchange *x)
 	struct glance g;
 
 	glance_take(x, &quotes, &g);
-	glance_append(b, &g, phase_names[x->phase], exchange_waits(x));
+	glance_append(b, &g, phases[x->phase].name, exchange_waits(x));
 	if (x->phase == PHASE_RESPONSE || x->phase == PHASE_RELAY)
 		buffer_print(b, ", no byte for %lld s",
 		    (long long)(now.ms - x->moved) / 1000);
@@ -13529,11 +13362,10 @@ status_begin(struct buffer *b, const struct totals *t)
 	    (unsigned long)t->busiest, (unsigned long)t->buffers,
 	    (unsigned)t->names_waiting);
 	if (options.cache != NULL)
-		buffer_print(b, "  cache %llu of %llu KiB, ",
+		buffer_print(b,
+		    "  cache %llu of %llu KiB, %llu hits of %llu (%llu %%)\n",
 		    (unsigned long long)store_bytes() / 1024,
-		    (unsigned long long)options.cache_size / 1024);
-	if (options.cache != NULL)
-		buffer_print(b, "%llu hits of %llu (%llu %%)\n", hits, asked,
+		    (unsigned long long)options.cache_size / 1024, hits, asked,
 		    asked ? hits * 100 / asked : 0);
 	for (i = 0; i < RESULTS; i++)
 		buffer_print(b, "%s %llu %s", i ? "," : "  exchanges",
@@ -13547,9 +13379,9 @@ status_begin(struct buffer *b, const struct totals *t)
 }
 
 /*
- * Appends the status page as text: headings, and lines with two blanks before
- * them.  Exchanges for which there is no room are counted instead; the one that
- * asks is left out.
+ * Appends the page at /status as text: headings, and lines with two blanks
+ * before them.  Exchanges for which there is no room are counted instead; the
+ * one that asks is left out.
  */
 static void
 status_lines(struct buffer *b, const struct exchange *asks)
@@ -13557,8 +13389,7 @@ status_lines(struct buffer *b, const struct exchange *asks)
 	struct totals sum = totals_add();
 	const struct exchange *x;
 	const struct glance *g;
-	size_t half, left = 0;
-	unsigned i;
+	size_t half, left = 0, i;
 
 	status_begin(b, &sum);
 	half = buffer_room(b) / 2;
@@ -13577,9 +13408,10 @@ status_lines(struct buffer *b, const struct exchange *asks)
 	if (left > 0)
 		buffer_print(b, "  and %lu more\n", (unsigned long)left);
 	buffer_append(b, text_of("\nEnded, the latest first\n"));
-	for (i = 0;
-	     (g = glance_ended(i)) != NULL && buffer_room(b) >= STATUS_LINE;
-	     i++) {
+	for (i = 1; i <= GLANCES && i <= glances.n; i++) {
+		if (buffer_room(b) < STATUS_LINE)
+			break;
+		g = &glances.list[(glances.n - i) % GLANCES];
 		buffer_append(b, text_of("  "));
 		glance_append(b, g, log_ends[g->end], NULL);
 		buffer_append(b, text_of("\n"));
@@ -13600,10 +13432,14 @@ html_append(struct buffer *b, struct text t)
 					 text_cut(t.at + i, 1));
 }
 
-/* Appends the status page, made from its text; what has no room is left out. */
+/* Appends the same as HTML, for browsers; what has no room is left out. */
 static void
-status_dress(struct buffer *b, struct text t)
+status_html(struct buffer *b, const struct exchange *asks)
 {
+	static struct buffer lines;
+	struct text t;
+
+	status_lines(buffer_clear(&lines), asks);
 	buffer_append(b,
 	    text_of("<!DOCTYPE html><html lang=en><meta charset=utf-8>"
 		    "<meta name=viewport content='width=device-width'>"
@@ -13614,11 +13450,10 @@ status_dress(struct buffer *b, struct text t)
 		    "h2{font-size:1.1em;margin:1.2em 0 .3em}"
 		    "p{margin:0;padding:.2em 0;overflow-wrap:anywhere;"
 		    "border-bottom:1px solid #8884}</style>\n"));
-	while (t.len > 0) {
-		struct text line = text_cut(t.at, text_find(t, '\n'));
+	for (t = buffer_text(&lines); t.len > 0;) {
+		struct text line = text_split(&t, '\n');
 		bool row = text_starts(line, "  ");
 
-		t = text_from(t, line.len + 1);
 		if (line.len == 0)
 			continue;
 		if (buffer_room(b) < 6 * line.len + 64)
@@ -13627,27 +13462,6 @@ status_dress(struct buffer *b, struct text t)
 		html_append(b, text_from(line, row ? 2 : 0));
 		buffer_append(b, text_of(row ? "</p>\n" : "</h2>\n"));
 	}
-}
-
-/* The page at /status: what is going on, as HTML for browsers, else as text. */
-static void
-page_status(struct exchange *x, struct text host)
-{
-	bool browser =
-	    head_lists(&x->request->head, "Accept", text_of("text/html"));
-	struct buffer *b = buffer_take(), *html = NULL;
-
-	(void)host;
-	if (b == NULL)
-		return;
-	status_lines(b, x);
-	if (browser && (html = buffer_take()) != NULL)
-		status_dress(html, buffer_text(b));
-	page_make(x, 200,
-	    html ? "text/html; charset=utf-8" : "text/plain; charset=utf-8",
-	    "Cache-Control: no-store\r\n", buffer_text(html ? html : b));
-	buffer_give(&html);
-	buffer_give(&b);
 }
 
 /* Appends the head of a metric, in the text format of Prometheus. */
@@ -13660,12 +13474,12 @@ metric_begin(struct buffer *b, const char *name, const char *type,
 	buffer_print(b, "# TYPE proxy_%s %s\n", name, type);
 }
 
-/* Appends a metric that is one number. */
+/* Appends a metric that is one number; names of counters end in _total. */
 static void
-metric_append(struct buffer *b, const char *name, const char *type,
-    const char *help, uint64_t n)
+metric_append(struct buffer *b, const char *name, const char *help, uint64_t n)
 {
-	metric_begin(b, name, type, help);
+	metric_begin(b, name, strstr(name, "_total") ? "counter" : "gauge",
+	    help);
 	buffer_print(b, "proxy_%s %llu\n", name, (unsigned long long)n);
 }
 
@@ -13718,20 +13532,23 @@ metrics_refusals(struct buffer *b, const struct totals *t)
 		buffer_print(b, "proxy_refusals_total{error=\"%s\"} %llu\n",
 		    error, (unsigned long long)n);
 	}
-	metric_append(b, "denials_total", "counter",
-	    "Exchanges that a rule refused.", denials);
+	metric_append(b, "denials_total", "Exchanges that a rule refused.",
+	    denials);
 }
 
-/* Appends all metrics. */
+/* Appends the page at /metrics, for monitors. */
 static void
-metrics_append(struct buffer *b, const struct totals *t)
+metrics_append(struct buffer *b, const struct exchange *asks)
 {
 	static const char *const sides[] = { "client", "server" };
+	struct totals sum = totals_add(), *t = &sum;
 	size_t i;
+
+	(void)asks;
 
 	metric_begin(b, "build_info", "gauge", "The version.");
 	buffer_print(b, "proxy_build_info{version=\"" VERSION "\"} 1\n");
-	metric_append(b, "uptime_seconds", "gauge", "Time since the start.",
+	metric_append(b, "uptime_seconds", "Time since the start.",
 	    (uint64_t)(now.ms - started) / 1000);
 	metric_begin(b, "exchanges_total", "counter",
 	    "Exchanges that have ended, by what became of them.");
@@ -13747,71 +13564,98 @@ metrics_append(struct buffer *b, const struct totals *t)
 		    sides[i], (unsigned long long)t->received[i], sides[i],
 		    (unsigned long long)t->sent[i]);
 	metrics_waits(b, t);
-	metric_append(b, "connections", "gauge", "Clients that are served.",
-	    t->busy);
-	metric_append(b, "connections_most", "gauge",
+	metric_append(b, "connections", "Clients that are served.", t->busy);
+	metric_append(b, "connections_most",
 	    "Clients that were served at once, at most.", t->busiest);
-	metric_append(b, "connections_limit", "gauge", "The limit, see -m.",
-	    t->slots);
-	metric_append(b, "descriptors", "gauge",
-	    "Descriptors that are waited for.", t->descriptors);
-	metric_append(b, "cache_bytes", "gauge",
+	metric_append(b, "connections_limit", "The limit, see -m.", t->slots);
+	metric_append(b, "descriptors", "Descriptors that are waited for.",
+	    t->descriptors);
+	metric_append(b, "cache_bytes",
 	    "What the cache takes of the disk, at most.",
 	    options.cache ? store_bytes() : 0);
-	metric_append(b, "cache_evictions_total", "counter",
+	metric_append(b, "cache_evictions_total",
 	    "Entries that gave way to others.", t->evicted);
-	metric_append(b, "lookups_total", "counter",
-	    "Names that were looked up.", t->names);
-	metric_append(b, "lookup_failures_total", "counter",
+	metric_append(b, "lookups_total", "Names that were looked up.",
+	    t->names);
+	metric_append(b, "lookup_failures_total",
 	    "Lookups that found no address.", t->nameless);
 	metrics_refusals(b, t);
-	metric_append(b, "log_lines_lost_total", "counter",
+	metric_append(b, "log_lines_lost_total",
 	    "Lines of the log that could not be written.", t->lines_lost);
 }
 
-/* The page at /metrics, for monitors. */
-static void
-page_metrics(struct exchange *x, struct text host)
-{
-	struct totals sum = totals_add();
-	struct buffer *b = buffer_take();
-
-	(void)host;
-	if (b == NULL)
-		return;
-	metrics_append(b, &sum);
-	page_make(x, 200, "text/plain; version=0.0.4; charset=utf-8",
-	    "Cache-Control: no-store\r\n", buffer_text(b));
-	if (b->overflow || (x->server.in != NULL && x->server.in->overflow)) {
-		x->record.refusal = REFUSE_ANSWER_LONG;
-		page_refusal(x, REFUSE_ANSWER_LONG, "");
-	}
-	buffer_give(&b);
-}
-
-/* A page of the proxy's own. */
-struct page {
+/* The pages of the proxy's own; of two for a path, one is for browsers. */
+static const struct page {
 	const char *path;
-	void (*make)(struct exchange *, struct text host);
-	bool guarded; /* rules say who may see it */
+	bool guarded;      /* rules say who may see it; nobody stores it */
+	const char *type;  /* its media type */
+	const char *words; /* with % where the host is to stand; or NULL */
+	void (*append)(struct buffer *, const struct exchange *asks);
+} pages[] = {
+	{ "/", false, "text/plain; charset=utf-8",
+	    "This is proxy " VERSION ", an HTTP proxy at %.\n\n"
+	    "To use it from a shell:\n\n"
+	    "    export http_proxy=http://% https_proxy=http://%\n"
+	    "    curl -x http://% http://example.com/\n\n"
+	    "In a browser, give it as the HTTP proxy for all protocols, or\n"
+	    "give this address for automatic configuration:\n\n"
+	    "    http://%/proxy.pac\n\n"
+	    "What it is doing now, for people and for monitors:\n\n"
+	    "    http://%/status\n    http://%/metrics\n",
+	    NULL },
+	{ "/proxy.pac", false, "application/x-ns-proxy-autoconfig",
+	    "function FindProxyForURL(url, host) {\n"
+	    "\treturn \"PROXY %\";\n}\n",
+	    NULL },
+	{ "/status", true, "text/html; charset=utf-8", NULL, status_html },
+	{ "/status", true, "text/plain; charset=utf-8", NULL, status_lines },
+	{ "/metrics", true, "text/plain; version=0.0.4; charset=utf-8", NULL,
+	    metrics_append },
 };
 
-/* The page at this path, or NULL. */
+/* The page that a request to the proxy itself asks for, or NULL. */
 static const struct page *
-page_find(struct text path)
+page_find(const struct request *q)
 {
-	static const struct page pages[] = {
-		{ "/", page_index, false },
-		{ "/proxy.pac", page_pac, false },
-		{ "/status", page_status, true },
-		{ "/metrics", page_metrics, true },
-	};
+	bool browser = head_lists(&q->head, "Accept", text_of("text/html"));
 	size_t i;
 
 	for (i = 0; i < sizeof(pages) / sizeof(pages[0]); i++)
-		if (text_equals(path, text_of(pages[i].path)))
+		if (text_equals(q->uri, text_of(pages[i].path)) &&
+		    (browser || pages[i].append != status_html))
 			return &pages[i];
 	return NULL;
+}
+
+/* Makes a page of what is in b, which it gives back; refuses one too long. */
+static void
+page_send(struct exchange *x, const char *type, const char *fields,
+    struct buffer *b, enum refusal refusal)
+{
+	page_make(x, 200, type, fields, buffer_text(b));
+	if (b->overflow || (x->server.in != NULL && x->server.in->overflow))
+		page_refusal(x, refusal, "");
+	buffer_give(&b);
+}
+
+/* Makes a page of the proxy's own. */
+static void
+page_own(struct exchange *x, const struct page *page)
+{
+	struct text host = head_value(&x->request->head, "Host"), words;
+	struct buffer *b = buffer_take_reserved();
+
+	if (b == NULL)
+		return;
+	if (page->append != NULL)
+		page->append(b, x);
+	for (words = text_of(page->words ? page->words : ""); words.len > 0;) {
+		buffer_append(b, text_split(&words, '%'));
+		buffer_append(b, words.len > 0 ? host : words);
+	}
+	page_send(x, page->type,
+	    page->guarded ? "Cache-Control: no-store\r\n" : "", b,
+	    REFUSE_ANSWER_LONG);
 }
 
 /*
@@ -13833,7 +13677,6 @@ page_rule(struct exchange *x, const struct rule *rule)
 	}
 	fd = open(rule->file, O_RDONLY | O_NONBLOCK);
 	if (fd == -1 || fstat(fd, &status) == -1 || !S_ISREG(status.st_mode)) {
-		x->record.refusal = REFUSE_FILE;
 		page_refusal(x, REFUSE_FILE, fd == -1 ? strerror(errno) : "");
 		fd_drop(&fd);
 		return;
@@ -13895,12 +13738,7 @@ page_trace(struct exchange *x)
 	buffer_append(b, r->head.line);
 	buffer_append(b, text_of("\r\n"));
 	fields_append(b, &r->head, secret);
-	page_make(x, 200, "message/http", "", buffer_text(b));
-	if (b->overflow || (x->server.in != NULL && x->server.in->overflow)) {
-		x->record.refusal = REFUSE_HEAD_LONG;
-		page_refusal(x, REFUSE_HEAD_LONG, "");
-	}
-	buffer_give(&b);
+	page_send(x, "message/http", "", b, REFUSE_HEAD_LONG);
 }
 
 /* ---- 17. Exchange: the phases, one step each ---- */
@@ -13916,7 +13754,7 @@ page_trace(struct exchange *x)
  * sections above; this one decides what comes next.
  *
  * Door: exchange_open, exchange_run, exchange_expire, exchange_close,
- * exchange_abort, phase_names.
+ * exchange_abort.
  */
 
 enum {
@@ -13996,10 +13834,10 @@ exchange_enter(struct exchange *x, enum phase phase)
 {
 	/* The trace has shown the end already; the connection ends later. */
 	if (phase != PHASE_FREE || x->record.start)
-		trace(x, "%s -> %s%s%s", phase_names[x->phase],
-		    phase_names[phase],
-		    phase_waits[phase] ? ", waits for " : "",
-		    phase_waits[phase] ? phase_waits[phase] : "");
+		trace(x, "%s -> %s%s%s", phases[x->phase].name,
+		    phases[phase].name,
+		    *phases[phase].waits ? ", waits for " : "",
+		    phases[phase].waits);
 	x->phase = phase;
 	x->since = x->moved = now.ms;
 }
@@ -14720,7 +14558,7 @@ request_local(struct exchange *x)
 {
 	const struct request *q = x->request;
 	struct text host = head_value(&q->head, "Host");
-	const struct page *page = page_find(q->uri);
+	const struct page *page = page_find(q);
 	struct target t;
 	struct view v;
 
@@ -14739,7 +14577,7 @@ request_local(struct exchange *x)
 			if (!access_judge(x, &v))
 				return;
 		}
-		page->make(x, host);
+		page_own(x, page);
 		exchange_answer(x);
 	}
 }
@@ -15043,7 +14881,7 @@ request_step(struct exchange *x)
 		return header_step(x);
 	if (request_begin(x)) {
 		if (x->intercepted && !x->served &&
-		    hello_begins(buffer_text(c->in)))
+		    request_hopeless(c->in, false) == REFUSE_TLS)
 			return request_tunnel(x);
 		n = conn_head(c, 0, false);
 		refusal = request_hopeless(c->in, n > 0);

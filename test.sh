@@ -15453,7 +15453,7 @@ test_log_syslog_long() { # a line longer than the logger's datagrams is cut, not
 	    2> /dev/null || skip "strace can't inject"
 	sanitized && skip "a sanitizer build says nothing"
 	logger 9
-	proxy_wrap="strace -D -o calls -e inject=sendmsg:error=EMSGSIZE:when=1"
+	proxy_wrap="strace -D -o calls -e inject=sendto:error=EMSGSIZE:when=1"
 	start_proxy -o syslog
 	served
 	wait_for 5 'grep 127.0.0.1 logged > /dev/null' || fail "lost"
@@ -15937,6 +15937,26 @@ END
 	lacks old.har '"text":"three"'
 	[ "$(tail -n 1 old.har)" = ']}}' ] || fail "no end"
 	[ "$(grep -c '^{"started.*}$' old.har)" = 1 ] || fail "commas"
+}
+
+test_record_kept() { # -w: at HUP another file has its name, and the recording goes on in its own
+	start_proxy -w s.har
+	play 'before' <<'END'
+	reply  200 | one
+	ask    /one = 200
+END
+	recorded one '"text":"one"'
+	mv s.har old.har
+	echo '{}' > s.har
+	kill -HUP "$proxy_pid"
+	has err "^proxy: can't open s.har again: it does not end as a recording does" 5
+	play 'after' <<'END'
+	reply  200 | two
+	ask    /two = 200
+END
+	[ "$(cat s.har)" = '{}' ] || fail "s.har has changed"
+	mv old.har s.har
+	recorded two '"text":"one"' '"text":"two"'
 }
 
 test_record_wrong() { # -w: what it can't write to
@@ -20501,6 +20521,9 @@ test_real_record() { # jq and har-validator: what -w writes is HAR 1.2, before a
 	ask    POST /p Content-Type: text/plain | \xff = 302
 	ask    CONNECT 127.0.0.1:9 = 502
 END
+	# An entry may be written after its client has the response.
+	wait_for 5 '[ "$(wc -l < s.har)" = 9 ]' ||
+		fail "$(wc -l < s.har) lines, not those of 7 entries"
 	kill -KILL "$proxy_pid"
 	wait "$proxy_pid" 2> /dev/null
 	: > .proxies
