@@ -1342,26 +1342,33 @@ hash_text(uint64_t hash, struct text t)
 	return hash;
 }
 
-/* A unit that may follow a number. */
+/* A unit of numbers. */
 struct unit {
-	char letter;     /* in lower case; '\0' ends a list of units */
-	uint64_t factor; /* by which the number is multiplied */
+	char name[4];    /* it follows the number; "": alone */
+	uint64_t factor; /* by which the number is multiplied; 0 ends a list */
 };
 
-/* Parses a number with at most one unit, in either case; at most max. */
+/* Plain numbers. */
+static const struct unit units_plain[] = { { "", 1 }, { "", 0 } };
+
+/* Bytes. */
+static const struct unit units_size[] = { { "", 1 }, { "k", 1 << 10 },
+	{ "m", 1 << 20 }, { "g", 1 << 30 }, { "", 0 } };
+
+/* Parses a number with one of the units, in either case; at most max. */
 static bool
 amount_parse(struct text t, const struct unit *units, uint64_t max,
     uint64_t *value)
 {
-	int last = t.len ? tolower((unsigned char)t.at[t.len - 1]) : '\0';
+	size_t digits = 0;
 	uint64_t count;
 
-	while (units->letter != '\0' && units->letter != last)
+	while (digits < t.len && is_digit(t.at[digits]))
+		digits++;
+	while (units->factor && !text_is(text_from(t, digits), units->name))
 		units++;
-	if (units->letter == '\0')
-		return number_parse(t, max, value);
-	t.len--;
-	if (!number_parse(t, max / units->factor, &count))
+	if (units->factor == 0 ||
+	    !number_parse(text_cut(t.at, digits), max / units->factor, &count))
 		return false;
 	*value = count * units->factor;
 	return true;
@@ -1371,10 +1378,7 @@ amount_parse(struct text t, const struct unit *units, uint64_t max,
 static bool
 size_parse(struct text t, uint64_t *value)
 {
-	static const struct unit units[] = { { 'k', 1 << 10 }, { 'm', 1 << 20 },
-		{ 'g', 1 << 30 }, { '\0', 0 } };
-
-	return amount_parse(t, units, INT64_MAX, value);
+	return amount_parse(t, units_size, INT64_MAX, value);
 }
 
 /* Overwrites the credentials in all URLs of a string. */
@@ -4369,7 +4373,7 @@ exchange_parent(const struct exchange *x)
  * rule.
  *
  * Door: network_parse, network_has, days_parse, hours_parse, span_has,
- * numbers_parse, numbers_have, duration_parse, needle_make, needle_scan,
+ * numbers_parse, numbers_have, units_time, needle_make, needle_scan,
  * reader_begin, reader_next, domain_lower, list_step, list_end, list_free,
  * list_has.
  */
@@ -4386,8 +4390,6 @@ enum {
 	LIST_DOMAINS = 100000000,
 	/* Hours without days: all days, and a bit to tell them apart. */
 	DAYS_ALL = 255,
-	/* The longest duration in a rule: ten years, as good as forever. */
-	DURATION_MAX_S = 10 * 365 * DAY_S,
 	/* Bytes in a rule; its words, each followed by a blank. */
 	RULE_LINE_MAX = 8191
 };
@@ -4591,18 +4593,24 @@ span_has(const struct span *s, const struct tm *when)
 	return (today && minute >= s->from) || (yesterday && minute < s->to);
 }
 
-/* Parses a number, or first-last; both at most max. */
+/* Durations, in ms. */
+static const struct unit units_time[] = { { "", 1000 }, { "ms", 1 },
+	{ "s", 1000 }, { "m", 60000 }, { "h", 3600000 }, { "d", 86400000 },
+	{ "", 0 } };
+
+/* Parses a number with a unit, or first-last; both at most max. */
 static bool
-numbers_parse(struct text t, uint64_t max, struct numbers *r)
+numbers_parse(struct text t, const struct unit *units, uint64_t max,
+    struct numbers *r)
 {
 	size_t dash = text_find(t, '-');
 	struct numbers range;
 
-	if (!number_parse(text_cut(t.at, dash), max, &range.first))
+	if (!amount_parse(text_cut(t.at, dash), units, max, &range.first))
 		return false;
 	range.last = range.first;
 	if (dash < t.len &&
-	    !number_parse(text_from(t, dash + 1), max, &range.last))
+	    !amount_parse(text_from(t, dash + 1), units, max, &range.last))
 		return false;
 	if (range.first > range.last)
 		return false;
@@ -4615,22 +4623,6 @@ static bool
 numbers_have(const struct numbers *r, uint64_t n)
 {
 	return n >= r->first && n <= r->last;
-}
-
-/* Parses a number followed by ms, s, m, h or d into ms; alone, seconds. */
-static bool
-duration_parse(struct text t, uint64_t *ms)
-{
-	static const struct unit units[] = { { 's', 1 }, { 'm', 60 },
-		{ 'h', 3600 }, { 'd', DAY_S }, { '\0', 0 } };
-	uint64_t value;
-
-	if (t.len > 2 && text_same(text_from(t, t.len - 2), text_of("ms")))
-		return number_parse(text_cut(t.at, t.len - 2), INT32_MAX, ms);
-	if (!amount_parse(t, units, DURATION_MAX_S, &value))
-		return false;
-	*ms = value * 1000;
-	return true;
 }
 
 /* How many bytes of n match after c; `matched`, fewer than all, did before. */
@@ -5953,6 +5945,9 @@ enum {
 	LIST_PATH_MAX = 1023
 };
 
+/* The longest duration in a rule: ten years, as good as forever. */
+#define DURATION_MAX_MS (10 * 365 * DAY_S * UINT64_C(1000))
+
 /* ---- users (RFC 7617) ---- */
 
 /* The user with that password, or NULL. */
@@ -6382,10 +6377,10 @@ needle_parse(struct parser *p, struct value *value)
 static bool
 chance_parse(struct parser *p, struct text t, struct value *value)
 {
+	static const struct unit units[] = { { "%", 1 }, { "", 0 } };
 	uint64_t share;
 
-	if (t.len < 2 || t.at[t.len - 1] != '%' ||
-	    !number_parse(text_cut(t.at, t.len - 1), CHANCES, &share))
+	if (!amount_parse(t, units, CHANCES, &share))
 		return false;
 	value->as.chance.share = (unsigned)share;
 	value->as.chance.number = p->rules->chances++;
@@ -6439,8 +6434,8 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 		return list_parse(p, value);
 	case SUBJECT_PORT:
 	case SUBJECT_STATUS:
-		return numbers_parse(word->t, subjects[c->subject].max,
-			   &value->as.numbers) &&
+		return numbers_parse(word->t, units_plain,
+			   subjects[c->subject].max, &value->as.numbers) &&
 		    value->as.numbers.first > 0;
 	case SUBJECT_URL:
 		return regex_parse(p, word->t.at, value);
@@ -6729,14 +6724,6 @@ from_take(struct parser *p, struct rule *rule, const struct word *word)
 	return true;
 }
 
-/* Takes the argument of: cache DURATION */
-static bool
-cache_take(struct parser *p, struct rule *rule, const struct word *word)
-{
-	(void)p;
-	return duration_parse(word->t, &rule->amount.first);
-}
-
 /* to HOST:PORT */
 static bool
 to_take(struct parser *p, struct rule *rule, const struct word *word)
@@ -6779,29 +6766,18 @@ answer_take(struct parser *p, struct rule *rule, const struct word *word)
 	return true;
 }
 
-/* delay TIME or TIME-TIME */
-static bool
-delay_take(struct parser *p, struct rule *rule, const struct word *word)
-{
-	struct numbers *n = &rule->amount;
-	size_t dash = text_find(word->t, '-');
-
-	(void)p;
-	if (!duration_parse(text_cut(word->t.at, dash), &n->first))
-		return false;
-	n->last = n->first;
-	return dash == word->t.len ||
-	    (duration_parse(text_from(word->t, dash + 1), &n->last) &&
-		n->first <= n->last);
-}
-
-/* rate BYTES, cut BYTES, limit N */
+/* cache TIME, delay TIME or TIME-TIME, rate BYTES, cut BYTES, limit N */
 static bool
 amount_take(struct parser *p, struct rule *rule, const struct word *word)
 {
+	bool ranges = rule->action == ACTION_DELAY;
+	bool times = rule->action == ACTION_CACHE || ranges;
+
 	(void)p;
-	return size_parse(word->t, &rule->amount.first) &&
-	    (rule->amount.first > 0 || rule->action == ACTION_CUT);
+	return (ranges || text_find(word->t, '-') == word->t.len) &&
+	    numbers_parse(word->t, times ? units_time : units_size,
+		times ? DURATION_MAX_MS : INT64_MAX, &rule->amount) &&
+	    (rule->amount.first > 0 || times || rule->action == ACTION_CUT);
 }
 
 /* Takes one argument of: set|add NAME VALUE, or unset NAME ... */
@@ -6851,7 +6827,7 @@ static const struct {
 	[ACTION_FROM] = { "from", GROUP_SOURCE, 1, WORDS_MAX, from_take,
 	    "a numeric address, at most one of each family" },
 	[ACTION_NOCACHE] = { "nocache", GROUP_CACHE, 0, 0, NULL, "" },
-	[ACTION_CACHE] = { "cache", GROUP_CACHE, 1, 1, cache_take,
+	[ACTION_CACHE] = { "cache", GROUP_CACHE, 1, 1, amount_take,
 	    "a duration such as 90s, 15m, 1h or 7d" },
 	[ACTION_OFFLINE] = { "offline", GROUP_CACHE, 0, 0, NULL, "" },
 	[ACTION_TO] = { "to", GROUP_ROUTE, 1, 1, to_take,
@@ -6860,7 +6836,7 @@ static const struct {
 	    "a status from 200 to 599, and a text in quotes, or file and its "
 	    "path; a type may stand before them" },
 	[ACTION_HANG] = { "hang", GROUP_ANSWER, 0, 0, NULL, "" },
-	[ACTION_DELAY] = { "delay", GROUP_DELAY, 1, 1, delay_take,
+	[ACTION_DELAY] = { "delay", GROUP_DELAY, 1, 1, amount_take,
 	    "a duration such as 500ms, or a range such as 100ms-2s" },
 	[ACTION_RATE] = { "rate", GROUP_RATE, 1, 1, amount_take,
 	    "bytes a second such as 56K" },

@@ -7002,7 +7002,7 @@ row_numbers(struct text in)
 {
 	struct numbers r = { 123, 45 };
 
-	if (numbers_parse(in, strtoull(more, NULL, 10), &r))
+	if (numbers_parse(in, units_plain, strtoull(more, NULL, 10), &r))
 		say_row("%llu %llu", (unsigned long long)r.first,
 		    (unsigned long long)r.last);
 	else
@@ -7015,7 +7015,8 @@ row_amount(struct text in)
 	uint64_t size = UINT64_MAX, ms = UINT64_MAX;
 
 	if (size_parse(in, &size) != (size != UINT64_MAX) ||
-	    duration_parse(in, &ms) != (ms != UINT64_MAX))
+	    amount_parse(in, units_time, DURATION_MAX_MS, &ms) !=
+	    (ms != UINT64_MAX))
 		say_row("touched ");
 	say_row("%lld %lld", (long long)size, (long long)ms);
 }
@@ -7816,8 +7817,8 @@ amount 5256000m = 5511315456000 315360000000
 amount 5256001m = 5511316504576 -1
 amount | K | s | m | 1T | 1w | 1KB | 1KK | 1 K | 1K\s | \s1K | -1K | +1 | 1.5G | 1h30m | ms | 0x1 | 1\xcb | 1\0 = -1 -1
 amount 1ms | 001MS = -1 1
-amount 2147483647ms = -1 2147483647
-amount 2147483648ms = -1 -1
+amount 315360000000ms = -1 315360000000
+amount 315360000001ms = -1 -1
 END
 }
 
