@@ -4370,7 +4370,7 @@ exchange_parent(const struct exchange *x)
 /*
  * What the values of rules are made of: networks, times, numbers, texts in a
  * stream, and lists of domains as they are downloaded.  Nothing here knows a
- * rule.
+ * rule.  A parser that returns false has not changed its result.
  *
  * Door: network_parse, network_has, days_parse, hours_parse, span_has,
  * numbers_parse, numbers_have, units_time, needle_make, needle_scan,
@@ -4444,12 +4444,6 @@ struct list {
 };
 
 /* ---- matchers ---- */
-
-/*
- * The values in rules: networks, times, numbers, texts in a body.  Each
- * function parses a text or tests whether a value matches, and has no other
- * effect.  A parser that returns false has not changed its result.
- */
 
 /* Sets all but the first n->bits bits of n's address to 0. */
 static void
@@ -4538,14 +4532,11 @@ days_parse(struct text t, unsigned *days)
 	bool more;
 
 	do {
-		size_t comma = text_find(t, ',');
-
-		some = days_between(text_cut(t.at, comma));
+		more = text_find(t, ',') < t.len;
+		some = days_between(text_split(&t, ','));
 		if (some == 0)
 			return false;
 		all |= some;
-		more = comma < t.len;
-		t = text_from(t, more ? comma + 1 : comma);
 	} while (more);
 	*days = all;
 	return true;
@@ -4917,46 +4908,37 @@ list_hosts(struct list *list, struct text line)
 }
 
 /*
- * `/name/name/TO`: TO must be empty or, if is_address, an address that blocks;
- * another DNS server for a name does not block it.
+ * `/name/name/TO`, of which the caller saw the first slash.  TO must be empty
+ * or, if is_address, an address that blocks; another DNS server for a name does
+ * not block it.
  */
 static bool
 list_dnsmasq(struct list *list, struct text line, bool is_address)
 {
-	size_t last = line.len;
 	bool good = true;
 	struct text to;
+	size_t last;
 
-	while (last > 0 && line.at[last - 1] != '/')
+	for (last = line.len; line.at[last - 1] != '/';)
 		last--;
-	if (last < 2 || line.at[0] != '/')
-		return false;
 	to = text_from(line, last);
-	if (to.len &&
-	    !(is_address && (text_is(to, "#") || list_is_nowhere(to))))
+	if (last == 1 ||
+	    (to.len &&
+		!(is_address && (text_is(to, "#") || list_is_nowhere(to)))))
 		return false;
 	line = text_cut(line.at + 1, last - 1);
-	while (line.len) {
-		size_t n = text_find(line, '/');
-
-		if (!list_add_tree(list, text_cut(line.at, n)))
+	while (line.len)
+		if (!list_add_tree(list, text_split(&line, '/')))
 			good = false;
-		line = text_from(line, n + 1);
-	}
 	return good;
 }
 
-/* `||name^` or `@@||name^`; not with options, which change its meaning. */
+/* `||name^`, or after `@@`; not with options, which change its meaning. */
 static bool
-list_adblock(struct list *list, struct text line)
+list_adblock(struct list *list, struct text line, bool exception)
 {
-	bool exception = text_starts(line, "@@");
-
-	if (exception)
-		line = text_from(line, 2);
-	if (!text_starts(line, "||") || line.at[line.len - 1] != '^')
-		return false;
-	return list_add(list, text_cut(line.at + 2, line.len - 3), exception);
+	return text_starts(line, "||") && line.at[line.len - 1] == '^' &&
+	    list_add(list, text_cut(line.at + 2, line.len - 3), exception);
 }
 
 /*
@@ -4991,8 +4973,10 @@ list_line(struct list *list, struct text line)
 	if (line.len == 0 || line.at[0] == '!' || line.at[0] == ';' ||
 	    (line.at[0] == '[' && line.at[line.len - 1] == ']'))
 		return true;
-	if (text_starts(line, "||") || text_starts(line, "@@"))
-		return list_adblock(list, line);
+	if (text_starts(line, "||"))
+		return list_adblock(list, line, false);
+	if (text_starts(line, "@@"))
+		return list_adblock(list, text_from(line, 2), true);
 	if (text_starts(line, "address=/"))
 		return list_dnsmasq(list, text_from(line, 8), true);
 	if (text_starts(line, "server=/"))
@@ -5264,7 +5248,6 @@ struct condition {
 	const char *word;       /* name of the subject */
 	unsigned needs;         /* facts needed to judge it */
 	bool inverted;          /* `not` precedes it */
-	bool response;          /* tests a field of the response */
 	struct text name;       /* of the field */
 	struct value *values;   /* at least one */
 };
@@ -5414,17 +5397,15 @@ view_url(struct view *v)
 	return url;
 }
 
-/* True if type is `wanted`, which may end in a star; ignores parameters. */
+/* True if t is pattern; a star at its end stands for any text. */
 static bool
-type_matches(struct text wanted, struct text type)
+star_matches(struct text pattern, struct text t)
 {
-	bool star = wanted.at[wanted.len - 1] == '*';
-
-	wanted.len -= star;
-	type = text_trim(text_cut(type.at, text_find(type, ';')));
-	if (star && type.len > wanted.len)
-		type.len = wanted.len;
-	return text_same(type, wanted);
+	if (pattern.at[pattern.len - 1] == '*') {
+		pattern.len--;
+		t.len = t.len < pattern.len ? t.len : pattern.len;
+	}
+	return text_same(pattern, t);
 }
 
 /*
@@ -5439,22 +5420,28 @@ chance_is_met(uint64_t dice, const struct value *value)
 }
 
 /*
- * True if a field of that name has a matching value.  If a server sends
- * several types, some clients use the first, some the last: all are tested.
+ * True if a field that the condition names has a matching value.  If a server
+ * sends several types, some clients use the first, some the last: all are
+ * tested, without their parameters.
  */
 static bool
-field_matches(const struct head *h, const struct condition *c, struct text name,
-    const struct value *value)
+field_matches(const struct condition *c, const struct value *value,
+    const struct view *v)
 {
+	const struct head *h = c->needs & FACT_RESPONSE ? &v->response->head :
+							  &v->request->head;
+	bool type = c->subject == SUBJECT_TYPE;
 	size_t i;
 
-	for (i = 0; i < h->n; i++)
-		if (text_same(h->fields[i].name, name) &&
-		    (c->subject == SUBJECT_TYPE ?
-			    type_matches(value->text, h->fields[i].value) :
-			    regex_matches(&value->as.regex,
-				h->fields[i].value)))
+	for (i = 0; i < h->n; i++) {
+		struct text t = h->fields[i].value;
+
+		if (text_same(h->fields[i].name, c->name) &&
+		    (type ? star_matches(value->text,
+				text_trim(text_split(&t, ';'))) :
+			    regex_matches(&value->as.regex, t)))
 			return true;
+	}
 	return false;
 }
 
@@ -5484,9 +5471,8 @@ value_matches(const struct condition *c, const struct value *value,
 	case SUBJECT_URL:
 		return regexec(&value->as.regex, view_url(v), 0, NULL, 0) == 0;
 	case SUBJECT_FIELD:
-		return field_matches(c->response ? &v->response->head :
-						   &v->request->head,
-		    c, c->name, value);
+	case SUBJECT_TYPE:
+		return field_matches(c, value, v);
 	case SUBJECT_TIME:
 		v->timed = v->timed || localtime_r(&now.wall, &v->when) != NULL;
 		return v->timed && span_has(&value->as.span, &v->when);
@@ -5499,9 +5485,6 @@ value_matches(const struct condition *c, const struct value *value,
 	case SUBJECT_STATUS:
 		return numbers_have(&value->as.numbers,
 		    (uint64_t)v->response->status);
-	case SUBJECT_TYPE:
-		return field_matches(&v->response->head, c,
-		    text_of("Content-Type"), value);
 	case SUBJECT_SIZE:
 		if (v->known & FACT_LENGTH)
 			return numbers_have(&value->as.numbers, v->length);
@@ -5698,40 +5681,31 @@ name_is_free(struct text name)
 }
 
 /*
- * True if a rule removes or replaces fields of that name; never those that no
- * rule may change, even if its star matches them.
+ * True if one of the names is that of a field; never of those that no rule may
+ * change, even if a star matches them.
  */
 static bool
-rule_takes(const struct rule *rule, struct text name)
+name_is_taken(const struct value *names, struct text name)
 {
-	const struct value *value = rule->names;
-	bool takes = false;
-
-	for (; value != NULL && !takes; value = value->next) {
-		struct text t = value->text, n = name;
-
-		if (t.at[t.len - 1] == '*') {
-			t.len--;
-			n.len = n.len < t.len ? n.len : t.len;
-		}
-		takes = text_same(t, n);
-	}
-	return takes && name_is_free(name);
+	while (names != NULL && !star_matches(names->text, name))
+		names = names->next;
+	return names != NULL && name_is_free(name);
 }
 
-/* Removes the fields that a rule takes, from the head and earlier rules. */
+/* Removes the fields of these names, from the head and earlier rules. */
 static void
-rewrites_take(struct rewrites *w, const struct rule *rule, const struct head *h)
+rewrites_take(struct rewrites *w, const struct value *names,
+    const struct head *h)
 {
 	size_t i, n = 0;
 
 	w->strips = true;
-	w->via = w->via || rule_takes(rule, text_of("Via"));
+	w->via = w->via || name_is_taken(names, text_of("Via"));
 	for (i = 0; i < h->n; i++)
 		if (!w->taken[i])
-			w->taken[i] = rule_takes(rule, h->fields[i].name);
+			w->taken[i] = name_is_taken(names, h->fields[i].name);
 	for (i = 0; i < w->n; i++)
-		if (!rule_takes(rule, w->fields[i].name))
+		if (!name_is_taken(names, w->fields[i].name))
 			w->fields[n++] = w->fields[i];
 	w->n = n;
 }
@@ -5745,9 +5719,8 @@ static void
 rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
     struct rewrites *w)
 {
-	static struct value encoding;
-	static struct rule plain = { .action = ACTION_UNSET,
-		.names = &encoding };
+	static const struct value encoding = { .text = { "Accept-Encoding",
+						   15 } };
 	const struct head *h = group == GROUP_REQUEST ? &v->request->head :
 							&v->response->head;
 	const struct rule *rule;
@@ -5760,16 +5733,15 @@ rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
 		if (truth != TRUTH_YES)
 			continue;
 		if (rule->action != ACTION_ADD)
-			rewrites_take(w, rule, h);
+			rewrites_take(w, rule->names, h);
 		if (rule->action != ACTION_UNSET) {
 			w->fields[w->n].name = rule->names->text;
 			w->fields[w->n++].value = rule->words;
 		}
 	}
-	encoding.text = text_of("Accept-Encoding");
 	if (group == GROUP_REQUEST &&
 	    (options.record != NULL || rules_seek_body(rules, v)))
-		rewrites_take(w, &plain, h);
+		rewrites_take(w, &encoding, h);
 }
 
 /*
@@ -5784,8 +5756,7 @@ rules_rewriter(const struct rules *rules, enum rule_group group, struct view *v,
 	const struct rule *last = NULL;
 
 	for (; rule != NULL; rule = rule->next)
-		if ((rule_takes(rule, name) ||
-			text_same(rule->names->text, name)) &&
+		if (name_is_taken(rule->names, name) &&
 		    rule_judge(rule, v) == TRUTH_YES)
 			last = rule;
 	return last;
@@ -6277,9 +6248,10 @@ static bool
 value_field(struct parser *p, struct condition *c, const struct word *word,
     struct value *value)
 {
-	c->response = !word->quoted && text_is(word->t, "response");
-	c->needs = c->response ? FACT_RESPONSE : 0;
-	if (!word->quoted && (c->response || text_is(word->t, "request")))
+	bool response = !word->quoted && text_is(word->t, "response");
+
+	c->needs = response ? FACT_RESPONSE : 0;
+	if (response || (!word->quoted && text_is(word->t, "request")))
 		word = parser_take(p);
 	if (word != NULL) {
 		c->name = word->t;
@@ -6444,6 +6416,7 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 	case SUBJECT_TIME:
 		return time_parse(p, c, value);
 	case SUBJECT_TYPE:
+		c->name = text_of("Content-Type");
 		return type_parse(word->t);
 	case SUBJECT_SIZE:
 		return size_bound_parse(p, c, value);
