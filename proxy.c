@@ -5921,19 +5921,6 @@ enum {
 
 /* ---- users (RFC 7617) ---- */
 
-/* The user with that password, or NULL. */
-static const struct account *
-account_find(const struct rules *rules, struct text user, struct text password)
-{
-	const struct account *a, *found = NULL;
-
-	for (a = rules->accounts; a != NULL; a = a->next)
-		if (text_equals(a->user, user) &&
-		    secret_same(password, a->password))
-			found = a;
-	return found;
-}
-
 /*
  * The user who logs in by Proxy-Authorization with the Basic scheme.  NULL if
  * the login is missing or wrong.
@@ -5942,8 +5929,9 @@ static const struct account *
 account_login(const struct rules *rules, const struct head *h)
 {
 	char plain[2 * CREDENTIAL_MAX + 2];
-	struct text t = head_value(h, "Proxy-Authorization");
-	size_t n, colon;
+	struct text t = head_value(h, "Proxy-Authorization"), user;
+	const struct account *a, *found = NULL;
+	size_t n;
 
 	if (!text_starts(t, "Basic "))
 		return NULL;
@@ -5951,11 +5939,13 @@ account_login(const struct rules *rules, const struct head *h)
 	if (!base64_decode(t, plain, sizeof(plain), &n))
 		return NULL;
 	t = text_cut(plain, n);
-	colon = text_find(t, ':');
-	if (colon == t.len)
+	if (text_find(t, ':') == t.len)
 		return NULL;
-	return account_find(rules, text_cut(t.at, colon),
-	    text_from(t, colon + 1));
+	user = text_split(&t, ':');
+	for (a = rules->accounts; a != NULL; a = a->next)
+		if (text_equals(a->user, user) && secret_same(t, a->password))
+			found = a;
+	return found;
 }
 
 /* ---- reading rules ---- */
@@ -5968,26 +5958,25 @@ struct word {
 
 /* The rule being read. */
 struct parser {
-	struct rules *rules;   /* it is added to these */
-	const char *file;      /* that contains it, or an option */
-	unsigned line;         /* number in the file; 0: has only one */
-	bool bad;              /* an error in it was reported */
-	enum rule_group group; /* of the rule */
-	size_t n, at;          /* number of words, index of the next */
+	struct rules *rules;       /* it is added to these */
+	const char *file;          /* that contains it, or an option */
+	char where[RULE_NAME_MAX]; /* `file:line` */
+	bool bad;                  /* an error in it was reported */
+	enum rule_group group;     /* of the rule */
+	size_t n, at;              /* number of words, index of the next */
 	struct word words[WORDS_MAX];
 	struct rule **end[GROUPS]; /* where the next rule goes */
 	struct rule **guard;       /* where the guards go, or NULL */
 };
 
-/* `file:line` of the rule being read; valid until the next call. */
-static const char *
-parser_where(const struct parser *p)
+/* Prepares p for a line of a file, or (0) for the only one. */
+static void
+parser_begin(struct parser *p, const char *file, unsigned line)
 {
-	static char where[RULE_NAME_MAX];
-
-	(void)snprintf(where, sizeof(where), p->line ? "%.200s:%u" : "%.200s",
-	    p->file, p->line);
-	return where;
+	p->file = file;
+	p->bad = false;
+	(void)snprintf(p->where, sizeof(p->where),
+	    line ? "%.200s:%u" : "%.200s", file, line);
 }
 
 /* Reports an error and where it is; only the first error of each rule. */
@@ -6004,7 +5993,7 @@ parser_error(struct parser *p, const char *format, ...)
 	va_start(args, format);
 	(void)vsnprintf(words, sizeof(words), format, args);
 	va_end(args);
-	warn("%s: %s", parser_where(p), words);
+	warn("%s: %s", p->where, words);
 }
 
 /* Reports an invalid value of `keyword`, and what to write instead. */
@@ -6066,14 +6055,18 @@ rules_give(struct rules **at)
 	free(rules);
 }
 
-/* The subject that a word names, or SUBJECTS. */
+/*
+ * The subject that a word names, or SUBJECTS.  In a rule about pages, `status`
+ * is one of them.
+ */
 static enum subject
-subject_find(const struct word *word)
+subject_find(const struct parser *p, const struct word *word)
 {
 	unsigned i;
 
 	for (i = 0; i < SUBJECTS; i++)
-		if (!word->quoted && text_is(word->t, subjects[i].word))
+		if (!word->quoted && text_is(word->t, subjects[i].word) &&
+		    (i != SUBJECT_STATUS || p->group != GROUP_PAGE))
 			break;
 	return (enum subject)i;
 }
@@ -6084,21 +6077,18 @@ parser_value(struct parser *p)
 {
 	const struct word *word = &p->words[p->at];
 
-	if (p->at == p->n || subject_find(word) != SUBJECTS ||
+	if (p->at == p->n || subject_find(p, word) != SUBJECTS ||
 	    (!word->quoted && text_is(word->t, "not")))
 		return NULL;
 	return word;
 }
 
-/* Takes the next word if it is a value, `status' too for `page'; else NULL. */
+/* Takes the next word if it is a value; else NULL. */
 static const struct word *
 parser_take(struct parser *p)
 {
 	const struct word *word = parser_value(p);
 
-	if (word == NULL && p->group == GROUP_PAGE && p->at < p->n &&
-	    text_is(p->words[p->at].t, "status"))
-		word = &p->words[p->at];
 	p->at += word != NULL;
 	return word;
 }
@@ -6184,19 +6174,6 @@ parser_logins(struct parser *p)
 {
 	if (!p->rules->logins)
 		parser_error(p, "nobody can log in: no rule `users' before it");
-}
-
-/* True if the word is a method: in capitals, unless it is quoted. */
-static bool
-method_fits(const struct word *word)
-{
-	size_t i;
-
-	for (i = 0; i < word->t.len && !word->quoted; i++)
-		if (islower((unsigned char)word->t.at[i]) ||
-		    word->t.at[i] == '*')
-			return false;
-	return text_is_token(word->t);
 }
 
 /* Parses a host, or `.host` for all below it; drops a trailing dot. */
@@ -6378,7 +6355,7 @@ list_parse(struct parser *p, struct value *value)
 		return false;
 	}
 	list->path = value->text.at;
-	list->where = parser_copy(p, text_of(parser_where(p)));
+	list->where = parser_copy(p, text_of(p->where));
 	list->fd = -1;
 	rules->lists_n++;
 	return true;
@@ -6399,7 +6376,10 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 	case SUBJECT_USER:
 		return word->quoted || strpbrk(word->t.at, "*,") == NULL;
 	case SUBJECT_METHOD:
-		return method_fits(word);
+		return text_is_token(word->t) &&
+		    (word->quoted ||
+			strpbrk(word->t.at, "abcdefghijklmnopqrstuvwxyz*") ==
+			    NULL);
 	case SUBJECT_HOST:
 		return host_parse(&value->text);
 	case SUBJECT_LIST:
@@ -6536,7 +6516,7 @@ conditions_parse(struct parser *p, struct rule *rule)
 		if (c == NULL)
 			return;
 		c->inverted = parser_takes(p, "not");
-		c->subject = p->at < p->n ? subject_find(&p->words[p->at]) :
+		c->subject = p->at < p->n ? subject_find(p, &p->words[p->at]) :
 					    SUBJECTS;
 		if (c->subject == SUBJECTS) {
 			parser_error(p, "%s: not a condition",
@@ -6845,7 +6825,9 @@ arguments_parse(struct parser *p, struct rule *rule)
 			parser_invalid(p, actions[action].word, word,
 			    actions[action].wants);
 	}
-	if (n < actions[action].min)
+	if (n < actions[action].min ||
+	    (action == ACTION_ANSWER && rule->words.at == NULL &&
+		rule->file == NULL))
 		parser_error(p, "%s: a value is missing; write %s",
 		    actions[action].word, actions[action].wants);
 }
@@ -6888,7 +6870,7 @@ rule_parse(struct parser *p, struct text line)
 		return;
 	secret_hide(shown);
 	rule->action = (enum action)i;
-	rule->where = parser_copy(p, text_of(parser_where(p)));
+	rule->where = parser_copy(p, text_of(p->where));
 	rule->built_in = p->file == built_in;
 	rule->text = shown;
 	rule->status = rule->action == ACTION_DENY ? 403 : 0;
@@ -6896,10 +6878,6 @@ rule_parse(struct parser *p, struct text line)
 	if (rule->action == ACTION_LOGIN)
 		parser_logins(p);
 	arguments_parse(p, rule);
-	if (rule->action == ACTION_ANSWER && !p->bad &&
-	    rule->words.at == NULL && rule->file == NULL)
-		parser_error(p, "answer: a value is missing; write %s",
-		    actions[ACTION_ANSWER].wants);
 	conditions_parse(p, rule);
 	if (p->group == GROUP_PAGE && rule->needs != 0)
 		parser_error(p,
@@ -6976,12 +6954,11 @@ static void
 file_read(struct parser *p, const char *path, bool secret,
     void (*take)(struct parser *, struct text))
 {
-	const char *file = p->file;
-	unsigned line = p->line;
 	int got, fd = open(path, O_RDONLY | (rules_now ? O_NONBLOCK : 0));
 	struct reader reader;
 	struct stat status;
 	struct text t;
+	unsigned line = 0;
 
 	reader_begin(&reader);
 	if (fd == -1 || fstat(fd, &status) == -1)
@@ -6990,11 +6967,8 @@ file_read(struct parser *p, const char *path, bool secret,
 		parser_error(p, "%.200s: not a file", path);
 	else if (secret && (status.st_mode & (S_IRWXG | S_IRWXO)))
 		parser_error(p, "others may read %.200s: chmod 600", path);
-	p->file = path;
-	p->line = 0;
 	for (got = !p->bad; got == 1;) {
-		p->line++;
-		p->bad = false;
+		parser_begin(p, path, ++line);
 		got = reader_next(&reader, fd, &t);
 		if (got == -1)
 			parser_error(p, "%s", strerror(errno));
@@ -7002,14 +6976,12 @@ file_read(struct parser *p, const char *path, bool secret,
 			break;
 		if (t.len > 0 && t.len <= RULE_LINE_MAX)
 			t.len -= t.at[t.len - 1] == '\r';
-		if (!line_check(p, t))
-			break;
-		take(p, t);
+		got = line_check(p, t);
+		if (got == 1)
+			take(p, t);
 	}
 	if (fd != -1)
 		(void)close(fd);
-	p->file = file;
-	p->line = line;
 }
 
 /* Parses a checked line: a rule, `users`, `guard`, or an empty line. */
@@ -7038,9 +7010,7 @@ line_parse(struct parser *p, struct text line)
 static void
 line_take(struct parser *p, const char *file, unsigned line, const char *text)
 {
-	p->file = file;
-	p->line = line;
-	p->bad = false;
+	parser_begin(p, file, line);
 	if (line_check(p, text_of(text)))
 		line_parse(p, text_of(text));
 }
@@ -7060,9 +7030,7 @@ options_read(struct parser *p)
 			line_take(p, "-e", ++lines, options.sources[i].at);
 			continue;
 		}
-		p->file = "-f";
-		p->line = 0;
-		p->bad = false;
+		parser_begin(p, "-f", 0);
 		file_read(p, options.sources[i].at, false, line_parse);
 	}
 	if (options.via != NULL)
@@ -7161,35 +7129,44 @@ rules_read_lists(struct rules *rules)
 	return rules->lists_read == rules->lists_n;
 }
 
-/* Prints all rules, group by group. */
-static void
-rules_print(const struct rules *rules)
+/*
+ * Continues to read rules; the new ones come into force when all were read.
+ * True if there is more to read.
+ */
+static bool
+rules_step(void)
 {
-	const struct rule *rule;
-	unsigned i;
-
-	for (i = 0; i < GROUPS; i++)
-		for (rule = rules->first[i]; rule != NULL; rule = rule->next)
-			printf("%s: %s\n", rule->where, rule->text);
+	if (rules_next == NULL || !rules_read_lists(rules_next))
+		return rules_next != NULL;
+	if (rules_next->errors == 0) {
+		rules_give(&rules_now);
+		rules_now = rules_next;
+		rules_next = NULL;
+		return false;
+	}
+	if (rules_now != NULL)
+		warn("the old rules stay in force");
+	rules_give(&rules_next);
+	return false;
 }
 
 /*
- * Reads all rules at startup; if `print`, also prints them.  False if there
- * were errors, which were reported.
+ * Reads all rules at startup; if `print`, also prints them, group by group.
+ * False if there were errors, which were reported.
  */
 static bool
 rules_read(bool print)
 {
-	struct rules *rules = rules_begin();
+	const struct rule *rule;
+	unsigned i;
 
-	while (rules != NULL && !rules_read_lists(rules))
+	rules_next = rules_begin();
+	while (rules_step())
 		;
-	if (rules != NULL && rules->errors > 0)
-		rules_give(&rules);
-	if (rules != NULL && print)
-		rules_print(rules);
-	rules_now = rules;
-	return rules != NULL;
+	for (i = 0; i < GROUPS && rules_now != NULL && print; i++)
+		for (rule = rules_now->first[i]; rule; rule = rule->next)
+			printf("%s: %s\n", rule->where, rule->text);
+	return rules_now != NULL;
 }
 
 /* Begins to reload all rules; the old ones stay in force meanwhile. */
@@ -7224,26 +7201,6 @@ rules_can_reload(void)
 	}
 	rules_give(&rules);
 	return can;
-}
-
-/*
- * Continues what rules_reload() began; the new rules come into force when all
- * were read.  True if there is more to read.
- */
-static bool
-rules_step(void)
-{
-	if (rules_next == NULL || !rules_read_lists(rules_next))
-		return rules_next != NULL;
-	if (rules_next->errors > 0) {
-		warn("the old rules stay in force");
-		rules_give(&rules_next);
-		return false;
-	}
-	rules_give(&rules_now);
-	rules_now = rules_next;
-	rules_next = NULL;
-	return false;
 }
 
 /*

@@ -8026,6 +8026,7 @@ rules_make(void)
 {
 	struct rules *old = rules_now, *rules;
 
+	rules_now = NULL;
 	if (!rules_read(false))
 		unit_fail("wrong rules", options.sources[0].at, "", 0);
 	rules = rules_now;
@@ -22357,7 +22358,6 @@ fuzz_rules_read(struct text lines, bool users)
 	unsigned i;
 
 	p.rules = rules;
-	p.file = "fuzz";
 	p.guard = NULL;
 	rules->refs = 1;
 	rules->logins = true;
@@ -22367,7 +22367,7 @@ fuzz_rules_read(struct text lines, bool users)
 		struct text line = text_split(&lines, '\n');
 		char *s = malloc(line.len + 1);
 
-		p.bad = false;
+		parser_begin(&p, "fuzz", i);
 		if (text_copy(line, s, line.len + 1) && !users)
 			line_take(&p, "fuzz", i, s);
 		else if (users && line_check(&p, text_cut(s, line.len)))
