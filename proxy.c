@@ -2809,8 +2809,8 @@ exchange_queue(struct exchange *x)
  * request_parse, response_is_bare, response_parse, fields_of_hop,
  * fields_not_late, fields_of_body, fields_of_condition, name_is_among,
  * field_passes, field_append, fields_append, status_append, length_append,
- * via_append, host_bare, address_read, response_length, head_logs_in,
- * conn_head, head_is_hopeless, request_hopeless, request_clean,
+ * via_append, host_bare, authority_print, address_read, response_length,
+ * head_logs_in, conn_head, head_is_hopeless, request_hopeless, request_clean,
  * request_is_last, request_passed_here, header_parse.
  */
 
@@ -3773,6 +3773,21 @@ host_bare(struct text host)
 	while (host.len > 0 && host.at[host.len - 1] == '.')
 		host.len--;
 	return host;
+}
+
+/*
+ * Writes host[:port] as in a URL: port 80 is omitted, except for CONNECT.  `to`
+ * has HOST_MAX + 10 bytes.
+ */
+static void
+authority_print(struct text host, unsigned port, bool connect, char *to)
+{
+	bool literal = text_find(host, ':') < host.len;
+	int n = snprintf(to, HOST_MAX + 3, literal ? "[%.*s]" : "%.*s",
+	    (int)host.len, host.at);
+
+	if (port != 80 || connect)
+		(void)snprintf(to + n, 7, ":%u", port);
 }
 
 /* The address that address_print() wrote; `-` is one of family 0. */
@@ -5379,19 +5394,15 @@ view_url(struct view *v)
 	static char url[LINE_MAX_BYTES + HOST_MAX + 32];
 	const struct request *q = v->request;
 	bool connect = q->method == METHOD_CONNECT;
-	bool bracket = text_find(v->host, ':') < v->host.len;
 	struct text path = q->target.path;
-	char port[16] = "", host[HOST_MAX + 1] = "";
+	char place[HOST_MAX + 10];
 
 	if (v->url != NULL)
 		return v->url;
-	(void)domain_lower(v->host, host);
-	if (connect || v->port != 80)
-		(void)snprintf(port, sizeof(port), ":%u", v->port);
-	(void)snprintf(url, sizeof(url), "%s%s%s%s%s%s%.*s",
-	    connect ? "" : "http://", bracket ? "[" : "", host,
-	    bracket ? "]" : "", port,
-	    connect || (path.len > 0 && *path.at == '/') ? "" : "/",
+	authority_print(v->host, v->port, connect, place);
+	(void)domain_lower(text_of(place), place);
+	(void)snprintf(url, sizeof(url), "%s%s%s%.*s", connect ? "" : "http://",
+	    place, connect || (path.len > 0 && *path.at == '/') ? "" : "/",
 	    (int)path.len, path.at);
 	v->url = url;
 	return url;
@@ -5607,19 +5618,14 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 		if (truth == TRUTH_NO)
 			continue;
 		refuses = refuses && rule_refuses(rule, v);
-		if (truth == TRUTH_YES &&
-		    (verdict.truth == TRUTH_NO || refuses)) {
-			verdict.truth = TRUTH_YES;
+		if (verdict.rule == NULL || (truth == TRUTH_YES && refuses)) {
+			verdict.truth = truth;
 			verdict.rule = rule;
-			verdict.refuses = refuses;
-			return verdict;
 		}
-		if (verdict.truth == TRUTH_NO)
-			verdict.rule = rule;
-		verdict.truth = TRUTH_UNDECIDED;
 		if (truth == TRUTH_YES || !refuses)
 			break;
 	}
+	verdict.refuses = verdict.truth == TRUTH_YES && refuses;
 	return verdict;
 }
 
@@ -5833,14 +5839,12 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 	bool bare = response_is_bare(r->status, v->request->method);
 
 	v->response = r;
+	v->length = bare && length == UINT64_MAX ? 0 : length;
 	v->known |= FACT_RESPONSE;
-	v->length = length;
-	if (length != UINT64_MAX)
+	if (v->length != UINT64_MAX)
 		v->known |= FACT_LENGTH;
 	if (bare || length == 0)
-		v->known |= FACT_LENGTH | FACT_BODY;
-	if (bare && length == UINT64_MAX)
-		v->length = 0;
+		v->known |= FACT_BODY;
 }
 
 /*
@@ -12805,10 +12809,10 @@ hello_is_whole(struct text t, char *flat)
  * its own pages.  All of it is built in a buffer here; section 17 decides when
  * to send it, and to whom.
  *
- * Door: request_build, exchange_rewrite, exchange_is_relayed, exchange_target,
- * response_build, answer_view, greet_append, greet_length, greet_words,
- * page_refusal, page_is_ours, page_options, page_trace, page_find,
- * exchange_append, page_rule, phase_waits, phase_names, totals_show.
+ * Door: request_build, exchange_rewrite, exchange_is_relayed, response_build,
+ * answer_view, greet_append, greet_length, greet_words, page_refusal,
+ * page_is_ours, page_options, page_trace, page_find, exchange_append,
+ * page_rule, phase_waits, phase_names, totals_show.
  */
 
 /* ---- the head for the server ---- */
@@ -12820,23 +12824,6 @@ exchange_is_relayed(const struct exchange *x)
 	const struct parent *parent = exchange_parent(x);
 
 	return parent != NULL && parent->kind == PARENT_HTTP;
-}
-
-/*
- * Writes host[:port] of the target, as in a URL: port 80 is omitted, except
- * for CONNECT.  `to` has HOST_MAX + 10 bytes.
- */
-static void
-exchange_target(const struct exchange *x, char *to)
-{
-	const struct request *q = x->request;
-	struct text host = q->target.host;
-	bool literal = text_find(host, ':') < host.len;
-	int n = snprintf(to, HOST_MAX + 3, literal ? "[%.*s]" : "%.*s",
-	    (int)host.len, host.at);
-
-	if (q->target.port != 80 || q->method == METHOD_CONNECT)
-		(void)snprintf(to + n, 7, ":%u", q->target.port);
 }
 
 /*
@@ -12870,7 +12857,7 @@ request_line_append(const struct exchange *x, struct buffer *b)
 	bool relayed = exchange_is_relayed(x);
 	char target[HOST_MAX + 10];
 
-	exchange_target(x, target);
+	authority_print(q->target.host, q->target.port, connect, target);
 	buffer_append(b, q->name);
 	buffer_append(b, text_of(relayed && !connect ? " http://" : " "));
 	if (relayed || connect)
@@ -15139,14 +15126,16 @@ static struct hop
 exchange_hop(const struct exchange *x, const struct address *address)
 {
 	const struct parent *parent = exchange_parent(x);
+	const struct request *q = x->request;
 	struct hop hop;
 
 	memset(&hop, 0, sizeof(hop));
 	hop.address = *address;
 	hop.parent = parent == NULL ? 0 : parent->id;
-	hop.from = *route_from(&x->request->route, address);
+	hop.from = *route_from(&q->route, address);
 	if (parent != NULL && parent->kind == PARENT_SOCKS)
-		exchange_target(x, hop.beyond);
+		authority_print(q->target.host, q->target.port,
+		    q->method == METHOD_CONNECT, hop.beyond);
 	return hop;
 }
 
