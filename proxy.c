@@ -4826,18 +4826,6 @@ list_slot(const struct list *list, uint64_t hash)
 	return &list->slots[i];
 }
 
-/* Allocates slots for n names, which fill two thirds; false if it can't. */
-static bool
-list_make(struct list *list, size_t n)
-{
-	if (n > LIST_DOMAINS)
-		return false;
-	list->room = n;
-	list->size = n + n / 2 + 1;
-	list->slots = calloc(list->size, sizeof(*list->slots));
-	return list->slots != NULL;
-}
-
 /*
  * Adds a name or an exception; the first pass only counts it.  False if it is
  * not a domain.
@@ -5030,25 +5018,30 @@ list_rewind(struct list *list)
 }
 
 /*
- * Handles the end of the file: after the first pass, allocates the slots and
- * starts the second.  Returns as list_step() does.
+ * Handles the end of the file: after the first pass, allocates slots, of which
+ * the names will fill two thirds, and starts the second.  Returns as
+ * list_step() does.
  */
 static int
 list_pass_end(struct list *list, char *why, size_t size)
 {
-	if (list->slots != NULL && list->names == list->room)
+	size_t n = list->names;
+
+	if (list->slots != NULL && n == list->room)
 		return 1;
-	if (list->slots != NULL)
+	if (list->slots != NULL) {
 		(void)snprintf(why, size, "%s: it changed while it was read",
 		    list->path);
-	else if (!list_make(list, list->names))
-		(void)snprintf(why, size, "%s: no memory for %lu domains",
-		    list->path, (unsigned long)list->names);
-	else if (!list_rewind(list))
-		(void)snprintf(why, size, "%s: %s", list->path,
-		    strerror(errno));
-	else
+		return -1;
+	}
+	list->room = n;
+	list->size = n + n / 2 + 1;
+	if (n <= LIST_DOMAINS)
+		list->slots = calloc(list->size, sizeof(*list->slots));
+	if (list->slots != NULL && list_rewind(list))
 		return 0;
+	(void)snprintf(why, size, "%s: no memory for %lu domains", list->path,
+	    (unsigned long)n);
 	return -1;
 }
 
@@ -5420,17 +5413,6 @@ star_matches(struct text pattern, struct text t)
 }
 
 /*
- * True for `share` of CHANCES draws; always in a trial: it shows what may be.
- */
-static bool
-chance_is_met(uint64_t dice, const struct value *value)
-{
-	return dice == 0 ||
-	    random_mix(dice + value->as.chance.number) % CHANCES <
-	    value->as.chance.share;
-}
-
-/*
  * True if a field that the condition names has a matching value.  If a server
  * sends several types, some clients use the first, some the last: all are
  * tested, without their parameters.
@@ -5492,7 +5474,11 @@ value_matches(const struct condition *c, const struct value *value,
 	case SUBJECT_PAGE:
 		return text_equals(value->text, text_from(v->request->uri, 1));
 	case SUBJECT_CHANCE:
-		return chance_is_met(v->request->dice, value);
+		/* Always in a trial, which shows what may be. */
+		return v->request->dice == 0 ||
+		    random_mix(v->request->dice + value->as.chance.number) %
+			CHANCES <
+		    value->as.chance.share;
 	case SUBJECT_STATUS:
 		return numbers_have(&value->as.numbers,
 		    (uint64_t)v->response->status);
@@ -6281,12 +6267,10 @@ time_parse(struct parser *p, const struct condition *c, struct value *value)
 static bool
 type_parse(struct text t)
 {
-	size_t slash = text_find(t, '/'), star = text_find(t, '*');
+	struct text type = text_split(&t, '/');
 
-	return slash + 1 < t.len &&
-	    (star == t.len || (star > slash && star + 1 == t.len)) &&
-	    text_is_token(text_cut(t.at, slash)) &&
-	    text_is_token(text_from(t, slash + 1));
+	return text_is_token(type) && text_find(type, '*') == type.len &&
+	    text_is_token(t) && text_find(t, '*') + 1 >= t.len;
 }
 
 /* Parses >n or <n; as two values, nearly every size would match one. */
@@ -7192,17 +7176,15 @@ rules_can_reload(void)
 {
 	struct rules *rules = rules_begin();
 	bool can = rules != NULL && rules->errors == 0;
-	unsigned i;
+	const struct list *list;
 
-	for (i = 0; rules != NULL && i < rules->lists_n; i++) {
-		const struct list *list = &rules->lists[i];
-
+	for (list = rules ? rules->lists : NULL;
+	     list != NULL && list < rules->lists + rules->lists_n; list++)
 		if (access(list->path, R_OK) == -1) {
 			warn("%s: %s: %s", list->where, list->path,
 			    strerror(errno));
 			can = false;
 		}
-	}
 	rules_give(&rules);
 	return can;
 }
