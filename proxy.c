@@ -5108,8 +5108,7 @@ list_has(const struct list *list, struct text host)
 	char lower[DOMAIN_MAX];
 	bool listed = false;
 
-	while (host.len && host.at[host.len - 1] == '.')
-		host.len--;
+	host = host_bare(host);
 	if (list->used == 0 || domain_is_numeric(host))
 		return false;
 	while (host.len > DOMAIN_MAX)
@@ -6337,16 +6336,18 @@ list_parse(struct parser *p, struct value *value)
 	value->as.list = list;
 	if (list < rules->lists + rules->lists_n)
 		return true;
-	if (value->text.len > LIST_PATH_MAX || rules->lists_n == LISTS_MAX) {
+	if (value->text.len > LIST_PATH_MAX || rules->lists_n == LISTS_MAX)
 		parser_error(p, "list: %d files, of %d bytes, at most",
 		    LISTS_MAX, LIST_PATH_MAX);
-		return false;
+	else if (access(value->text.at, R_OK) == -1)
+		parser_error(p, "%s: %s", value->text.at, strerror(errno));
+	else {
+		list->path = value->text.at;
+		list->where = parser_copy(p, text_of(p->where));
+		list->fd = -1;
+		rules->lists_n++;
 	}
-	list->path = value->text.at;
-	list->where = parser_copy(p, text_of(p->where));
-	list->fd = -1;
-	rules->lists_n++;
-	return true;
+	return !p->bad;
 }
 
 /*
@@ -6672,11 +6673,9 @@ to_take(struct parser *p, struct rule *rule, const struct word *word)
 	struct parent *parent = parser_new(p, sizeof(*parent));
 	struct target t;
 
-	if (parent == NULL)
-		return true;
-	if (authority_parse(word->t, 0, &t) != 1 || t.port == 0 ||
-	    !text_copy(host_bare(t.host), parent->host, sizeof(parent->host)))
+	if (parent == NULL || authority_parse(word->t, 0, &t) != 1)
 		return false;
+	(void)text_copy(host_bare(t.host), parent->host, sizeof(parent->host));
 	parent->kind = PARENT_TO;
 	parent->port = t.port;
 	rule->parents = parent;
@@ -7176,15 +7175,7 @@ rules_can_reload(void)
 {
 	struct rules *rules = rules_begin();
 	bool can = rules != NULL && rules->errors == 0;
-	const struct list *list;
 
-	for (list = rules ? rules->lists : NULL;
-	     list != NULL && list < rules->lists + rules->lists_n; list++)
-		if (access(list->path, R_OK) == -1) {
-			warn("%s: %s: %s", list->where, list->path,
-			    strerror(errno));
-			can = false;
-		}
 	rules_give(&rules);
 	return can;
 }
