@@ -5618,13 +5618,12 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 static const struct condition *
 rule_lacks(const struct rule *rule, struct view *v)
 {
-	const struct condition *c;
+	const struct condition *c = NULL;
 
-	if (rule == NULL || rule_judge(rule, v) != TRUTH_UNDECIDED)
-		return NULL;
-	c = rule->conditions;
-	while (condition_judge(c, v) != TRUTH_UNDECIDED)
-		c = c->next;
+	if (rule != NULL && rule_judge(rule, v) == TRUTH_UNDECIDED)
+		for (c = rule->conditions;
+		     condition_judge(c, v) != TRUTH_UNDECIDED;)
+			c = c->next;
 	return c;
 }
 
@@ -5765,25 +5764,23 @@ rules_trust(const struct address *peer, bool local)
 	return rules_judge(rules_now, GROUP_TRUST, &v).truth == TRUTH_YES;
 }
 
-/* True if only clients on this machine can match the rule. */
+/*
+ * True if only clients on this machine can match the rule, which has at most
+ * one condition on them that is not inverted.
+ */
 static bool
 rule_is_local(const struct rule *rule)
 {
-	const struct condition *c;
+	const struct condition *c = rule->conditions;
 	const struct value *value;
 
-	for (c = rule->conditions; c != NULL; c = c->next) {
-		if (c->subject != SUBJECT_CLIENT || c->inverted)
-			continue;
-		value = c->values;
-		while (value != NULL &&
-		    (value->any ||
-			address_is_local(&value->as.network.address)))
-			value = value->next;
-		if (value == NULL)
-			return true;
-	}
-	return false;
+	while (c != NULL && (c->subject != SUBJECT_CLIENT || c->inverted))
+		c = c->next;
+	for (value = c ? c->values : NULL; value != NULL; value = value->next)
+		if (!value->any &&
+		    !address_is_local(&value->as.network.address))
+			return false;
+	return c != NULL;
 }
 
 /* True if a rule of the user may let in clients on other machines. */
@@ -6436,40 +6433,48 @@ condition_values(struct parser *p, struct condition *c)
 		parser_logins(p);
 }
 
-/* True if c and an earlier condition of the rule can't both match. */
-static bool
-condition_repeats(const struct rule *rule, const struct condition *c)
-{
-	const struct condition *other;
-
-	for (other = rule->conditions; other != c; other = other->next)
-		if (other->subject == c->subject && !other->inverted)
-			return subjects[c->subject].single && !c->inverted;
-	return false;
-}
-
 /*
- * Parses a condition.  Refuses one whose facts would come too late: the route
- * and the fields of a request can't depend on the response, nor the caching
- * and the fields of a response on its body.
+ * Facts that are known too late: the route and the fields of a request can't
+ * depend on the response, nor the caching and the fields of a response on its
+ * body.
  */
-static void
-condition_parse(struct parser *p, const struct rule *rule, struct condition *c)
-{
-	static const unsigned late[GROUPS] = {
-		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-		[GROUP_CACHE] = FACT_BODY,
-		[GROUP_TRACE] = FACTS,
-		[GROUP_LIMIT] = FACTS,
-		[GROUP_ANSWER] = FACTS,
-		[GROUP_DELAY] = FACTS,
-		[GROUP_RATE] = FACTS,
-		[GROUP_CUT] = FACTS,
-		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-		[GROUP_RESPONSE] = FACT_BODY,
-	};
+static const unsigned facts_late[GROUPS] = {
+	[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+	[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+	[GROUP_CACHE] = FACT_BODY,
+	[GROUP_TRACE] = FACTS,
+	[GROUP_LIMIT] = FACTS,
+	[GROUP_ANSWER] = FACTS,
+	[GROUP_DELAY] = FACTS,
+	[GROUP_RATE] = FACTS,
+	[GROUP_CUT] = FACTS,
+	[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+	[GROUP_RESPONSE] = FACT_BODY,
+};
 
+/* Parses a condition, and adds it to the rule. */
+static void
+condition_parse(struct parser *p, struct rule *rule)
+{
+	struct condition *c = parser_new(p, sizeof(*c));
+	struct condition **end = &rule->conditions;
+	bool repeats = false;
+
+	if (c == NULL)
+		return;
+	c->inverted = parser_takes(p, "not");
+	c->subject = p->at < p->n ? subject_find(p, &p->words[p->at]) :
+				    SUBJECTS;
+	if (c->subject == SUBJECTS) {
+		parser_error(p, "%s: not a condition",
+		    p->at < p->n ? p->words[p->at].t.at : "not");
+		return;
+	}
+	p->at++;
+	for (; *end != NULL; end = &(*end)->next)
+		if ((*end)->subject == c->subject && !(*end)->inverted)
+			repeats = subjects[c->subject].single && !c->inverted;
+	*end = c;
 	c->needs = subjects[c->subject].needs;
 	c->word = subjects[c->subject].word;
 	if (c->subject == SUBJECT_PAGE && p->group != GROUP_ACCESS)
@@ -6480,44 +6485,18 @@ condition_parse(struct parser *p, const struct rule *rule, struct condition *c)
 		p->group = GROUP_PAGE;
 	if (c->subject != SUBJECT_CLIENT && p->group == GROUP_TRUST)
 		parser_error(p, "trust: only client can stand here");
-	if (condition_repeats(rule, c))
+	if (repeats)
 		parser_error(p,
 		    "%s: two conditions can't both match; write all values "
 		    "behind one, as in: %s a b",
 		    c->word, c->word);
 	condition_values(p, c);
-	if (c->needs & late[p->group])
+	if (c->needs & facts_late[p->group])
 		parser_error(p,
 		    "%s: what it needs is known too late for this rule; leave "
 		    "it out",
 		    c->word);
-}
-
-/* Parses all conditions of a rule, up to its end. */
-static void
-conditions_parse(struct parser *p, struct rule *rule)
-{
-	struct condition **end = &rule->conditions;
-
-	while (!p->bad && p->at < p->n) {
-		struct condition *c = parser_new(p, sizeof(*c));
-
-		if (c == NULL)
-			return;
-		c->inverted = parser_takes(p, "not");
-		c->subject = p->at < p->n ? subject_find(p, &p->words[p->at]) :
-					    SUBJECTS;
-		if (c->subject == SUBJECTS) {
-			parser_error(p, "%s: not a condition",
-			    p->at < p->n ? p->words[p->at].t.at : "not");
-			return;
-		}
-		p->at++;
-		*end = c;
-		end = &c->next;
-		condition_parse(p, rule, c);
-		rule->needs |= c->needs;
-	}
+	rule->needs |= c->needs;
 }
 
 /* ---- actions ---- */
@@ -6865,7 +6844,8 @@ rule_parse(struct parser *p, struct text line)
 	if (rule->action == ACTION_LOGIN)
 		parser_logins(p);
 	arguments_parse(p, rule);
-	conditions_parse(p, rule);
+	while (!p->bad && p->at < p->n)
+		condition_parse(p, rule);
 	if (p->group == GROUP_PAGE && rule->needs != 0)
 		parser_error(p,
 		    "page: no server answers for it; leave out "
