@@ -4753,8 +4753,8 @@ domain_is_numeric(struct text t)
 
 	if (text_find(t, ':') < t.len)
 		return true;
-	while ((n = text_find(t, '.')) < t.len)
-		t = text_from(t, n + 1);
+	while (text_find(t, '.') < t.len)
+		(void)text_split(&t, '.');
 	hex = text_starts(t, "0x");
 	for (n = hex ? 2 : 0; n < t.len; n++)
 		if (hex ? hex_value(t.at[n]) == -1 : !is_digit(t.at[n]))
@@ -4778,15 +4778,6 @@ domain_is_valid(struct text t)
 		    ++label > LABEL_MAX)
 			return false;
 	return label > 0 && t.len <= DOMAIN_MAX && !domain_is_numeric(t);
-}
-
-/* t without its first label and the dot after it. */
-static struct text
-domain_parent(struct text t)
-{
-	size_t n = text_find(t, '.');
-
-	return text_from(t, n < t.len ? n + 1 : n);
 }
 
 /* Copies t in lower case to `to`, which has room for it. */
@@ -5112,9 +5103,9 @@ list_has(const struct list *list, struct text host)
 	if (list->used == 0 || domain_is_numeric(host))
 		return false;
 	while (host.len > DOMAIN_MAX)
-		host = domain_parent(host);
+		(void)text_split(&host, '.');
 	host = domain_lower(host, lower);
-	for (; host.len; host = domain_parent(host)) {
+	for (; host.len; (void)text_split(&host, '.')) {
 		uint64_t slot = *list_slot(list, list_hash(host));
 
 		if (slot & LIST_EXCEPTION)
@@ -5366,16 +5357,6 @@ host_matches(struct text pattern, struct text name)
 	return text_same(pattern, name);
 }
 
-/* Copies t, a text from a head, to a string and runs regexec(3) on it. */
-static bool
-regex_matches(const regex_t *regex, struct text t)
-{
-	static char string[BUFFER_SIZE];
-
-	(void)text_copy(t, string, sizeof(string));
-	return regexec(regex, string, 0, NULL, 0) == 0;
-}
-
 /*
  * The URL of the request, its host in lower case; host:port for CONNECT.
  * Built once for each view, and valid until another view builds its own.
@@ -5422,19 +5403,21 @@ field_matches(const struct condition *c, const struct value *value,
 {
 	const struct head *h = c->needs & FACT_RESPONSE ? &v->response->head :
 							  &v->request->head;
-	bool type = c->subject == SUBJECT_TYPE;
+	static char string[BUFFER_SIZE];
+	bool hit = false;
 	size_t i;
 
-	for (i = 0; i < h->n; i++) {
+	for (i = 0; i < h->n && !hit; i++) {
 		struct text t = h->fields[i].value;
 
-		if (text_same(h->fields[i].name, c->name) &&
-		    (type ? star_matches(value->text,
-				text_trim(text_split(&t, ';'))) :
-			    regex_matches(&value->as.regex, t)))
-			return true;
+		if (!text_same(h->fields[i].name, c->name))
+			continue;
+		(void)text_copy(t, string, sizeof(string));
+		hit = c->subject == SUBJECT_TYPE ?
+		    star_matches(value->text, text_trim(text_split(&t, ';'))) :
+		    regexec(&value->as.regex, string, 0, NULL, 0) == 0;
 	}
-	return false;
+	return hit;
 }
 
 /*
@@ -5869,7 +5852,7 @@ exchange_view(const struct exchange *x, const struct response *r,
 		v->user = x->record.user->user;
 	v->found = q->access.found;
 	v->passed = x->down.payload + x->down.ready;
-	if (v->address == NULL && answer_is_stored(q))
+	if (answer_is_stored(q))
 		view_source(v, &q->route.list[0]);
 	else if (v->address == NULL && exchange_parent(x) != NULL &&
 	    !q->access.route_undecided)
@@ -6162,7 +6145,7 @@ parser_logins(struct parser *p)
 		parser_error(p, "nobody can log in: no rule `users' before it");
 }
 
-/* Parses a host, or `.host` for all below it; drops a trailing dot. */
+/* Parses a host, or `.host` for all below it; drops dots at the end. */
 static bool
 host_parse(struct text *t)
 {
@@ -6171,14 +6154,13 @@ host_parse(struct text *t)
 
 	if (text_starts(*t, "*."))
 		*t = text_from(*t, 1);
-	if (t->len > 1 && t->at[t->len - 1] == '.')
-		t->len--;
+	*t = host_bare(*t);
 	if (t->len > 2 && t->at[0] == '[' && t->at[t->len - 1] == ']')
 		*t = text_cut(t->at + 1, t->len - 2);
 	for (i = 0; i < t->len; i++)
 		if (!is_alnum(t->at[i]) && !is_among(t->at[i], "-._~:"))
 			return false;
-	return t->len > 0 && t->len <= HOST_MAX && !text_is(*t, ".") &&
+	return t->len > 0 && t->len <= HOST_MAX &&
 	    (text_find(*t, ':') == t->len || address_parse(*t, 0, &a));
 }
 
@@ -6220,16 +6202,12 @@ value_field(struct parser *p, struct condition *c, const struct word *word,
 		c->name = word->t;
 		word = parser_take(p);
 	}
-	if (word == NULL) {
+	if (word == NULL)
 		parser_missing(p, "field");
-		return false;
-	}
-	if (!text_is_token(c->name) || parser_value(p) != NULL ||
-	    text_find(c->name, '*') < c->name.len) {
+	else if (!text_is_token(c->name) || parser_value(p) != NULL ||
+	    text_find(c->name, '*') < c->name.len)
 		parser_error(p, "field: it wants one name and one expression");
-		return false;
-	}
-	return regex_parse(p, word->t.at, value);
+	return !p->bad && regex_parse(p, word->t.at, value);
 }
 
 /*
@@ -6240,7 +6218,6 @@ static bool
 time_parse(struct parser *p, const struct condition *c, struct value *value)
 {
 	struct span *span = &value->as.span;
-	bool alone = c->values != NULL && c->values->as.span.days == DAYS_ALL;
 	const struct word *word;
 
 	span->days = c->values != NULL ? c->values->as.span.days : DAYS_ALL;
@@ -6250,7 +6227,7 @@ time_parse(struct parser *p, const struct condition *c, struct value *value)
 		return true;
 	if (!days_parse(value->text, &span->days))
 		return false;
-	if (alone)
+	if (c->values != NULL && c->values->as.span.days == DAYS_ALL)
 		parser_error(p,
 		    "time: days stand before their hours, as in "
 		    "Mon-Fri 08:00-17:30");
@@ -6556,19 +6533,15 @@ static const char *
 parent_login(struct text *t, struct parent *p)
 {
 	struct text login = *t;
-	size_t colon;
 
 	while (login.len > 0 && login.at[login.len - 1] != '@')
 		login.len--;
 	if (login.len == 0)
 		return NULL;
 	*t = text_from(*t, login.len--);
-	colon = text_find(login, ':');
 	p->login = true;
-	if (!credential_parse(text_cut(login.at, colon), p->user) ||
-	    !credential_parse(text_from(login,
-				  colon < login.len ? colon + 1 : colon),
-		p->password))
+	if (!credential_parse(text_split(&login, ':'), p->user) ||
+	    !credential_parse(login, p->password))
 		return "a user or password of more than 255 bytes, or with %00";
 	if (p->kind == PARENT_SOCKS &&
 	    (p->user[0] == '\0' || p->password[0] == '\0'))
@@ -7082,16 +7055,15 @@ rules_read_lists(struct rules *rules)
 		if (got == 0)
 			continue;
 		rules->lists_read++;
+		rules->errors += got == -1;
 		list_end(list);
-		if (got == 1)
+		if (got == -1)
+			warn("%s: %s", list->where, why);
+		else
 			warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms",
 			    list->path, (unsigned long)list->read,
 			    (unsigned long)list->used,
 			    (unsigned long)list->skipped, (long)list->ms);
-		else {
-			warn("%s: %s", list->where, why);
-			rules->errors++;
-		}
 	}
 	return rules->lists_read == rules->lists_n;
 }
