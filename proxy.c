@@ -147,7 +147,6 @@
 #include <netinet/tcp.h>
 
 #include <assert.h>
-#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -4773,8 +4772,7 @@ domain_is_valid(struct text t)
 			if (label == 0)
 				return false;
 			label = 0;
-		} else if ((!is_alnum(t.at[i]) && t.at[i] != '-' &&
-			       t.at[i] != '_') ||
+		} else if ((!is_alnum(t.at[i]) && !is_among(t.at[i], "-_")) ||
 		    ++label > LABEL_MAX)
 			return false;
 	return label > 0 && t.len <= DOMAIN_MAX && !domain_is_numeric(t);

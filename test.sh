@@ -4506,6 +4506,7 @@ write_unit_head() {
 #ifdef FUZZ	/* has another main */
 #define main unit_main
 #endif
+#include <ctype.h>
 #include <sys/mman.h>
 
 enum { PAGES = 8 * 65536, ROW_MAX = 1 << 19 };
