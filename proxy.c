@@ -147,7 +147,6 @@
 #include <netinet/tcp.h>
 
 #include <assert.h>
-#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -1342,26 +1341,33 @@ hash_text(uint64_t hash, struct text t)
 	return hash;
 }
 
-/* A unit that may follow a number. */
+/* A unit of numbers. */
 struct unit {
-	char letter;     /* in lower case; '\0' ends a list of units */
-	uint64_t factor; /* by which the number is multiplied */
+	char name[4];    /* it follows the number; "": alone */
+	uint64_t factor; /* by which the number is multiplied; 0 ends a list */
 };
 
-/* Parses a number with at most one unit, in either case; at most max. */
+/* Plain numbers. */
+static const struct unit units_plain[] = { { "", 1 }, { "", 0 } };
+
+/* Bytes. */
+static const struct unit units_size[] = { { "", 1 }, { "k", 1 << 10 },
+	{ "m", 1 << 20 }, { "g", 1 << 30 }, { "", 0 } };
+
+/* Parses a number with one of the units, in either case; at most max. */
 static bool
 amount_parse(struct text t, const struct unit *units, uint64_t max,
     uint64_t *value)
 {
-	int last = t.len ? tolower((unsigned char)t.at[t.len - 1]) : '\0';
+	size_t digits = 0;
 	uint64_t count;
 
-	while (units->letter != '\0' && units->letter != last)
+	while (digits < t.len && is_digit(t.at[digits]))
+		digits++;
+	while (units->factor && !text_is(text_from(t, digits), units->name))
 		units++;
-	if (units->letter == '\0')
-		return number_parse(t, max, value);
-	t.len--;
-	if (!number_parse(t, max / units->factor, &count))
+	if (units->factor == 0 ||
+	    !number_parse(text_cut(t.at, digits), max / units->factor, &count))
 		return false;
 	*value = count * units->factor;
 	return true;
@@ -1371,10 +1377,7 @@ amount_parse(struct text t, const struct unit *units, uint64_t max,
 static bool
 size_parse(struct text t, uint64_t *value)
 {
-	static const struct unit units[] = { { 'k', 1 << 10 }, { 'm', 1 << 20 },
-		{ 'g', 1 << 30 }, { '\0', 0 } };
-
-	return amount_parse(t, units, INT64_MAX, value);
+	return amount_parse(t, units_size, INT64_MAX, value);
 }
 
 /* Overwrites the credentials in all URLs of a string. */
@@ -2805,9 +2808,10 @@ exchange_queue(struct exchange *x)
  * url_parse, method_parse, request_parse, response_is_bare, response_parse,
  * fields_of_hop, fields_not_late, fields_of_body, fields_of_condition,
  * name_is_among, field_passes, field_append, fields_append, status_append,
- * length_append, via_append, host_bare, address_read, response_length,
- * head_logs_in, conn_head, head_is_hopeless, request_hopeless, request_clean,
- * request_is_last, request_passed_here, header_parse.
+ * length_append, via_append, host_bare, authority_print, address_read,
+ * response_length, head_logs_in, conn_head, head_is_hopeless,
+ * request_hopeless, request_clean, request_is_last, request_passed_here,
+ * header_parse.
  */
 
 static const struct {
@@ -3771,6 +3775,21 @@ host_bare(struct text host)
 	return host;
 }
 
+/*
+ * Writes host[:port] as in a URL: port 80 is omitted, except for CONNECT.  `to`
+ * has HOST_MAX + 10 bytes.
+ */
+static void
+authority_print(struct text host, unsigned port, bool connect, char *to)
+{
+	bool literal = text_find(host, ':') < host.len;
+	int n = snprintf(to, HOST_MAX + 3, literal ? "[%.*s]" : "%.*s",
+	    (int)host.len, host.at);
+
+	if (port != 80 || connect)
+		(void)snprintf(to + n, 7, ":%u", port);
+}
+
 /* The address that address_print() wrote; `-` is one of family 0. */
 static struct address
 address_read(struct text t)
@@ -4366,10 +4385,10 @@ exchange_parent(const struct exchange *x)
 /*
  * What the values of rules are made of: networks, times, numbers, texts in a
  * stream, and lists of domains as they are downloaded.  Nothing here knows a
- * rule.
+ * rule.  A parser that returns false has not changed its result.
  *
  * Door: network_parse, network_has, days_parse, hours_parse, span_has,
- * numbers_parse, numbers_have, duration_parse, needle_make, needle_scan,
+ * numbers_parse, numbers_have, units_time, needle_make, needle_scan,
  * reader_begin, reader_next, domain_lower, list_step, list_end, list_free,
  * list_has.
  */
@@ -4386,8 +4405,6 @@ enum {
 	LIST_DOMAINS = 100000000,
 	/* Hours without days: all days, and a bit to tell them apart. */
 	DAYS_ALL = 255,
-	/* The longest duration in a rule: ten years, as good as forever. */
-	DURATION_MAX_S = 10 * 365 * DAY_S,
 	/* Bytes in a rule; its words, each followed by a blank. */
 	RULE_LINE_MAX = 8191
 };
@@ -4442,12 +4459,6 @@ struct list {
 };
 
 /* ---- matchers ---- */
-
-/*
- * The values in rules: networks, times, numbers, texts in a body.  Each
- * function parses a text or tests whether a value matches, and has no other
- * effect.  A parser that returns false has not changed its result.
- */
 
 /* Sets all but the first n->bits bits of n's address to 0. */
 static void
@@ -4536,14 +4547,11 @@ days_parse(struct text t, unsigned *days)
 	bool more;
 
 	do {
-		size_t comma = text_find(t, ',');
-
-		some = days_between(text_cut(t.at, comma));
+		more = text_find(t, ',') < t.len;
+		some = days_between(text_split(&t, ','));
 		if (some == 0)
 			return false;
 		all |= some;
-		more = comma < t.len;
-		t = text_from(t, more ? comma + 1 : comma);
 	} while (more);
 	*days = all;
 	return true;
@@ -4591,18 +4599,24 @@ span_has(const struct span *s, const struct tm *when)
 	return (today && minute >= s->from) || (yesterday && minute < s->to);
 }
 
-/* Parses a number, or first-last; both at most max. */
+/* Durations, in ms. */
+static const struct unit units_time[] = { { "", 1000 }, { "ms", 1 },
+	{ "s", 1000 }, { "m", 60000 }, { "h", 3600000 }, { "d", 86400000 },
+	{ "", 0 } };
+
+/* Parses a number with a unit, or first-last; both at most max. */
 static bool
-numbers_parse(struct text t, uint64_t max, struct numbers *r)
+numbers_parse(struct text t, const struct unit *units, uint64_t max,
+    struct numbers *r)
 {
 	size_t dash = text_find(t, '-');
 	struct numbers range;
 
-	if (!number_parse(text_cut(t.at, dash), max, &range.first))
+	if (!amount_parse(text_cut(t.at, dash), units, max, &range.first))
 		return false;
 	range.last = range.first;
 	if (dash < t.len &&
-	    !number_parse(text_from(t, dash + 1), max, &range.last))
+	    !amount_parse(text_from(t, dash + 1), units, max, &range.last))
 		return false;
 	if (range.first > range.last)
 		return false;
@@ -4615,22 +4629,6 @@ static bool
 numbers_have(const struct numbers *r, uint64_t n)
 {
 	return n >= r->first && n <= r->last;
-}
-
-/* Parses a number followed by ms, s, m, h or d into ms; alone, seconds. */
-static bool
-duration_parse(struct text t, uint64_t *ms)
-{
-	static const struct unit units[] = { { 's', 1 }, { 'm', 60 },
-		{ 'h', 3600 }, { 'd', DAY_S }, { '\0', 0 } };
-	uint64_t value;
-
-	if (t.len > 2 && text_same(text_from(t, t.len - 2), text_of("ms")))
-		return number_parse(text_cut(t.at, t.len - 2), INT32_MAX, ms);
-	if (!amount_parse(t, units, DURATION_MAX_S, &value))
-		return false;
-	*ms = value * 1000;
-	return true;
 }
 
 /* How many bytes of n match after c; `matched`, fewer than all, did before. */
@@ -4755,8 +4753,8 @@ domain_is_numeric(struct text t)
 
 	if (text_find(t, ':') < t.len)
 		return true;
-	while ((n = text_find(t, '.')) < t.len)
-		t = text_from(t, n + 1);
+	while (text_find(t, '.') < t.len)
+		(void)text_split(&t, '.');
 	hex = text_starts(t, "0x");
 	for (n = hex ? 2 : 0; n < t.len; n++)
 		if (hex ? hex_value(t.at[n]) == -1 : !is_digit(t.at[n]))
@@ -4775,20 +4773,10 @@ domain_is_valid(struct text t)
 			if (label == 0)
 				return false;
 			label = 0;
-		} else if ((!is_alnum(t.at[i]) && t.at[i] != '-' &&
-			       t.at[i] != '_') ||
+		} else if ((!is_alnum(t.at[i]) && !is_among(t.at[i], "-_")) ||
 		    ++label > LABEL_MAX)
 			return false;
 	return label > 0 && t.len <= DOMAIN_MAX && !domain_is_numeric(t);
-}
-
-/* t without its first label and the dot after it. */
-static struct text
-domain_parent(struct text t)
-{
-	size_t n = text_find(t, '.');
-
-	return text_from(t, n < t.len ? n + 1 : n);
 }
 
 /* Copies t in lower case to `to`, which has room for it. */
@@ -4826,18 +4814,6 @@ list_slot(const struct list *list, uint64_t hash)
 	    ((list->slots[i] ^ hash) & ~(uint64_t)LIST_EXCEPTION) != 0)
 		i = i + 1 < list->size ? i + 1 : 0;
 	return &list->slots[i];
-}
-
-/* Allocates slots for n names, which fill two thirds; false if it can't. */
-static bool
-list_make(struct list *list, size_t n)
-{
-	if (n > LIST_DOMAINS)
-		return false;
-	list->room = n;
-	list->size = n + n / 2 + 1;
-	list->slots = calloc(list->size, sizeof(*list->slots));
-	return list->slots != NULL;
 }
 
 /*
@@ -4925,46 +4901,37 @@ list_hosts(struct list *list, struct text line)
 }
 
 /*
- * `/name/name/TO`: TO must be empty or, if is_address, an address that blocks;
- * another DNS server for a name does not block it.
+ * `/name/name/TO`, of which the caller saw the first slash.  TO must be empty
+ * or, if is_address, an address that blocks; another DNS server for a name does
+ * not block it.
  */
 static bool
 list_dnsmasq(struct list *list, struct text line, bool is_address)
 {
-	size_t last = line.len;
 	bool good = true;
 	struct text to;
+	size_t last;
 
-	while (last > 0 && line.at[last - 1] != '/')
+	for (last = line.len; line.at[last - 1] != '/';)
 		last--;
-	if (last < 2 || line.at[0] != '/')
-		return false;
 	to = text_from(line, last);
-	if (to.len &&
-	    !(is_address && (text_is(to, "#") || list_is_nowhere(to))))
+	if (last == 1 ||
+	    (to.len &&
+		!(is_address && (text_is(to, "#") || list_is_nowhere(to)))))
 		return false;
 	line = text_cut(line.at + 1, last - 1);
-	while (line.len) {
-		size_t n = text_find(line, '/');
-
-		if (!list_add_tree(list, text_cut(line.at, n)))
+	while (line.len)
+		if (!list_add_tree(list, text_split(&line, '/')))
 			good = false;
-		line = text_from(line, n + 1);
-	}
 	return good;
 }
 
-/* `||name^` or `@@||name^`; not with options, which change its meaning. */
+/* `||name^`, or after `@@`; not with options, which change its meaning. */
 static bool
-list_adblock(struct list *list, struct text line)
+list_adblock(struct list *list, struct text line, bool exception)
 {
-	bool exception = text_starts(line, "@@");
-
-	if (exception)
-		line = text_from(line, 2);
-	if (!text_starts(line, "||") || line.at[line.len - 1] != '^')
-		return false;
-	return list_add(list, text_cut(line.at + 2, line.len - 3), exception);
+	return text_starts(line, "||") && line.at[line.len - 1] == '^' &&
+	    list_add(list, text_cut(line.at + 2, line.len - 3), exception);
 }
 
 /*
@@ -4999,8 +4966,10 @@ list_line(struct list *list, struct text line)
 	if (line.len == 0 || line.at[0] == '!' || line.at[0] == ';' ||
 	    (line.at[0] == '[' && line.at[line.len - 1] == ']'))
 		return true;
-	if (text_starts(line, "||") || text_starts(line, "@@"))
-		return list_adblock(list, line);
+	if (text_starts(line, "||"))
+		return list_adblock(list, line, false);
+	if (text_starts(line, "@@"))
+		return list_adblock(list, text_from(line, 2), true);
 	if (text_starts(line, "address=/"))
 		return list_dnsmasq(list, text_from(line, 8), true);
 	if (text_starts(line, "server=/"))
@@ -5039,25 +5008,30 @@ list_rewind(struct list *list)
 }
 
 /*
- * Handles the end of the file: after the first pass, allocates the slots and
- * starts the second.  Returns as list_step() does.
+ * Handles the end of the file: after the first pass, allocates slots, of which
+ * the names will fill two thirds, and starts the second.  Returns as
+ * list_step() does.
  */
 static int
 list_pass_end(struct list *list, char *why, size_t size)
 {
-	if (list->slots != NULL && list->names == list->room)
+	size_t n = list->names;
+
+	if (list->slots != NULL && n == list->room)
 		return 1;
-	if (list->slots != NULL)
+	if (list->slots != NULL) {
 		(void)snprintf(why, size, "%s: it changed while it was read",
 		    list->path);
-	else if (!list_make(list, list->names))
-		(void)snprintf(why, size, "%s: no memory for %lu domains",
-		    list->path, (unsigned long)list->names);
-	else if (!list_rewind(list))
-		(void)snprintf(why, size, "%s: %s", list->path,
-		    strerror(errno));
-	else
+		return -1;
+	}
+	list->room = n;
+	list->size = n + n / 2 + 1;
+	if (n <= LIST_DOMAINS)
+		list->slots = calloc(list->size, sizeof(*list->slots));
+	if (list->slots != NULL && list_rewind(list))
 		return 0;
+	(void)snprintf(why, size, "%s: no memory for %lu domains", list->path,
+	    (unsigned long)n);
 	return -1;
 }
 
@@ -5124,14 +5098,13 @@ list_has(const struct list *list, struct text host)
 	char lower[DOMAIN_MAX];
 	bool listed = false;
 
-	while (host.len && host.at[host.len - 1] == '.')
-		host.len--;
+	host = host_bare(host);
 	if (list->used == 0 || domain_is_numeric(host))
 		return false;
 	while (host.len > DOMAIN_MAX)
-		host = domain_parent(host);
+		(void)text_split(&host, '.');
 	host = domain_lower(host, lower);
-	for (; host.len; host = domain_parent(host)) {
+	for (; host.len; (void)text_split(&host, '.')) {
 		uint64_t slot = *list_slot(list, list_hash(host));
 
 		if (slot & LIST_EXCEPTION)
@@ -5272,7 +5245,6 @@ struct condition {
 	const char *word;       /* name of the subject */
 	unsigned needs;         /* facts needed to judge it */
 	bool inverted;          /* `not` precedes it */
-	bool response;          /* tests a field of the response */
 	struct text name;       /* of the field */
 	struct value *values;   /* at least one */
 };
@@ -5384,16 +5356,6 @@ host_matches(struct text pattern, struct text name)
 	return text_same(pattern, name);
 }
 
-/* Copies t, a text from a head, to a string and runs regexec(3) on it. */
-static bool
-regex_matches(const regex_t *regex, struct text t)
-{
-	static char string[BUFFER_SIZE];
-
-	(void)text_copy(t, string, sizeof(string));
-	return regexec(regex, string, 0, NULL, 0) == 0;
-}
-
 /*
  * The URL of the request, its host in lower case; host:port for CONNECT.
  * Built once for each view, and valid until another view builds its own.
@@ -5404,66 +5366,57 @@ view_url(struct view *v)
 	static char url[LINE_MAX_BYTES + HOST_MAX + 32];
 	const struct request *q = v->request;
 	bool connect = q->method == METHOD_CONNECT;
-	bool bracket = text_find(v->host, ':') < v->host.len;
 	struct text path = q->target.path;
-	char port[16] = "", host[HOST_MAX + 1] = "";
+	char place[HOST_MAX + 10];
 
 	if (v->url != NULL)
 		return v->url;
-	(void)domain_lower(v->host, host);
-	if (connect || v->port != 80)
-		(void)snprintf(port, sizeof(port), ":%u", v->port);
-	(void)snprintf(url, sizeof(url), "%s%s%s%s%s%s%.*s",
-	    connect ? "" : "http://", bracket ? "[" : "", host,
-	    bracket ? "]" : "", port,
-	    connect || (path.len > 0 && *path.at == '/') ? "" : "/",
+	authority_print(v->host, v->port, connect, place);
+	(void)domain_lower(text_of(place), place);
+	(void)snprintf(url, sizeof(url), "%s%s%s%.*s", connect ? "" : "http://",
+	    place, connect || (path.len > 0 && *path.at == '/') ? "" : "/",
 	    (int)path.len, path.at);
 	v->url = url;
 	return url;
 }
 
-/* True if type is `wanted`, which may end in a star; ignores parameters. */
+/* True if t is pattern; a star at its end stands for any text. */
 static bool
-type_matches(struct text wanted, struct text type)
+star_matches(struct text pattern, struct text t)
 {
-	bool star = wanted.at[wanted.len - 1] == '*';
-
-	wanted.len -= star;
-	type = text_trim(text_cut(type.at, text_find(type, ';')));
-	if (star && type.len > wanted.len)
-		type.len = wanted.len;
-	return text_same(type, wanted);
+	if (pattern.at[pattern.len - 1] == '*') {
+		pattern.len--;
+		t.len = t.len < pattern.len ? t.len : pattern.len;
+	}
+	return text_same(pattern, t);
 }
 
 /*
- * True for `share` of CHANCES draws; always in a trial: it shows what may be.
+ * True if a field that the condition names has a matching value.  If a server
+ * sends several types, some clients use the first, some the last: all are
+ * tested, without their parameters.
  */
 static bool
-chance_is_met(uint64_t dice, const struct value *value)
+field_matches(const struct condition *c, const struct value *value,
+    const struct view *v)
 {
-	return dice == 0 ||
-	    random_mix(dice + value->as.chance.number) % CHANCES <
-	    value->as.chance.share;
-}
-
-/*
- * True if a field of that name has a matching value.  If a server sends
- * several types, some clients use the first, some the last: all are tested.
- */
-static bool
-field_matches(const struct head *h, const struct condition *c, struct text name,
-    const struct value *value)
-{
+	const struct head *h = c->needs & FACT_RESPONSE ? &v->response->head :
+							  &v->request->head;
+	static char string[BUFFER_SIZE];
+	bool hit = false;
 	size_t i;
 
-	for (i = 0; i < h->n; i++)
-		if (text_same(h->fields[i].name, name) &&
-		    (c->subject == SUBJECT_TYPE ?
-			    type_matches(value->text, h->fields[i].value) :
-			    regex_matches(&value->as.regex,
-				h->fields[i].value)))
-			return true;
-	return false;
+	for (i = 0; i < h->n && !hit; i++) {
+		struct text t = h->fields[i].value;
+
+		if (!text_same(h->fields[i].name, c->name))
+			continue;
+		(void)text_copy(t, string, sizeof(string));
+		hit = c->subject == SUBJECT_TYPE ?
+		    star_matches(value->text, text_trim(text_split(&t, ';'))) :
+		    regexec(&value->as.regex, string, 0, NULL, 0) == 0;
+	}
+	return hit;
 }
 
 /*
@@ -5492,9 +5445,8 @@ value_matches(const struct condition *c, const struct value *value,
 	case SUBJECT_URL:
 		return regexec(&value->as.regex, view_url(v), 0, NULL, 0) == 0;
 	case SUBJECT_FIELD:
-		return field_matches(c->response ? &v->response->head :
-						   &v->request->head,
-		    c, c->name, value);
+	case SUBJECT_TYPE:
+		return field_matches(c, value, v);
 	case SUBJECT_TIME:
 		v->timed = v->timed || localtime_r(&now.wall, &v->when) != NULL;
 		return v->timed && span_has(&value->as.span, &v->when);
@@ -5503,13 +5455,14 @@ value_matches(const struct condition *c, const struct value *value,
 	case SUBJECT_PAGE:
 		return text_equals(value->text, text_from(v->request->uri, 1));
 	case SUBJECT_CHANCE:
-		return chance_is_met(v->request->dice, value);
+		/* Always in a trial, which shows what may be. */
+		return v->request->dice == 0 ||
+		    random_mix(v->request->dice + value->as.chance.number) %
+			CHANCES <
+		    value->as.chance.share;
 	case SUBJECT_STATUS:
 		return numbers_have(&value->as.numbers,
 		    (uint64_t)v->response->status);
-	case SUBJECT_TYPE:
-		return field_matches(&v->response->head, c,
-		    text_of("Content-Type"), value);
 	case SUBJECT_SIZE:
 		if (v->known & FACT_LENGTH)
 			return numbers_have(&value->as.numbers, v->length);
@@ -5632,19 +5585,14 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 		if (truth == TRUTH_NO)
 			continue;
 		refuses = refuses && rule_refuses(rule, v);
-		if (truth == TRUTH_YES &&
-		    (verdict.truth == TRUTH_NO || refuses)) {
-			verdict.truth = TRUTH_YES;
+		if (verdict.rule == NULL || (truth == TRUTH_YES && refuses)) {
+			verdict.truth = truth;
 			verdict.rule = rule;
-			verdict.refuses = refuses;
-			return verdict;
 		}
-		if (verdict.truth == TRUTH_NO)
-			verdict.rule = rule;
-		verdict.truth = TRUTH_UNDECIDED;
 		if (truth == TRUTH_YES || !refuses)
 			break;
 	}
+	verdict.refuses = verdict.truth == TRUTH_YES && refuses;
 	return verdict;
 }
 
@@ -5652,13 +5600,12 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 static const struct condition *
 rule_lacks(const struct rule *rule, struct view *v)
 {
-	const struct condition *c;
+	const struct condition *c = NULL;
 
-	if (rule == NULL || rule_judge(rule, v) != TRUTH_UNDECIDED)
-		return NULL;
-	c = rule->conditions;
-	while (condition_judge(c, v) != TRUTH_UNDECIDED)
-		c = c->next;
+	if (rule != NULL && rule_judge(rule, v) == TRUTH_UNDECIDED)
+		for (c = rule->conditions;
+		     condition_judge(c, v) != TRUTH_UNDECIDED;)
+			c = c->next;
 	return c;
 }
 
@@ -5706,40 +5653,31 @@ name_is_free(struct text name)
 }
 
 /*
- * True if a rule removes or replaces fields of that name; never those that no
- * rule may change, even if its star matches them.
+ * True if one of the names is that of a field; never of those that no rule may
+ * change, even if a star matches them.
  */
 static bool
-rule_takes(const struct rule *rule, struct text name)
+name_is_taken(const struct value *names, struct text name)
 {
-	const struct value *value = rule->names;
-	bool takes = false;
-
-	for (; value != NULL && !takes; value = value->next) {
-		struct text t = value->text, n = name;
-
-		if (t.at[t.len - 1] == '*') {
-			t.len--;
-			n.len = n.len < t.len ? n.len : t.len;
-		}
-		takes = text_same(t, n);
-	}
-	return takes && name_is_free(name);
+	while (names != NULL && !star_matches(names->text, name))
+		names = names->next;
+	return names != NULL && name_is_free(name);
 }
 
-/* Removes the fields that a rule takes, from the head and earlier rules. */
+/* Removes the fields of these names, from the head and earlier rules. */
 static void
-rewrites_take(struct rewrites *w, const struct rule *rule, const struct head *h)
+rewrites_take(struct rewrites *w, const struct value *names,
+    const struct head *h)
 {
 	size_t i, n = 0;
 
 	w->strips = true;
-	w->via = w->via || rule_takes(rule, text_of("Via"));
+	w->via = w->via || name_is_taken(names, text_of("Via"));
 	for (i = 0; i < h->n; i++)
 		if (!w->taken[i])
-			w->taken[i] = rule_takes(rule, h->fields[i].name);
+			w->taken[i] = name_is_taken(names, h->fields[i].name);
 	for (i = 0; i < w->n; i++)
-		if (!rule_takes(rule, w->fields[i].name))
+		if (!name_is_taken(names, w->fields[i].name))
 			w->fields[n++] = w->fields[i];
 	w->n = n;
 }
@@ -5753,9 +5691,8 @@ static void
 rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
     struct rewrites *w)
 {
-	static struct value encoding;
-	static struct rule plain = { .action = ACTION_UNSET,
-		.names = &encoding };
+	static const struct value encoding = { .text = { "Accept-Encoding",
+						   15 } };
 	const struct head *h = group == GROUP_REQUEST ? &v->request->head :
 							&v->response->head;
 	const struct rule *rule;
@@ -5768,16 +5705,15 @@ rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
 		if (truth != TRUTH_YES)
 			continue;
 		if (rule->action != ACTION_ADD)
-			rewrites_take(w, rule, h);
+			rewrites_take(w, rule->names, h);
 		if (rule->action != ACTION_UNSET) {
 			w->fields[w->n].name = rule->names->text;
 			w->fields[w->n++].value = rule->words;
 		}
 	}
-	encoding.text = text_of("Accept-Encoding");
 	if (group == GROUP_REQUEST &&
 	    (options.record != NULL || rules_seek_body(rules, v)))
-		rewrites_take(w, &plain, h);
+		rewrites_take(w, &encoding, h);
 }
 
 /*
@@ -5792,8 +5728,7 @@ rules_rewriter(const struct rules *rules, enum rule_group group, struct view *v,
 	const struct rule *last = NULL;
 
 	for (; rule != NULL; rule = rule->next)
-		if ((rule_takes(rule, name) ||
-			text_same(rule->names->text, name)) &&
+		if (name_is_taken(rule->names, name) &&
 		    rule_judge(rule, v) == TRUTH_YES)
 			last = rule;
 	return last;
@@ -5811,25 +5746,23 @@ rules_trust(const struct address *peer, bool local)
 	return rules_judge(rules_now, GROUP_TRUST, &v).truth == TRUTH_YES;
 }
 
-/* True if only clients on this machine can match the rule. */
+/*
+ * True if only clients on this machine can match the rule, which has at most
+ * one condition on them that is not inverted.
+ */
 static bool
 rule_is_local(const struct rule *rule)
 {
-	const struct condition *c;
+	const struct condition *c = rule->conditions;
 	const struct value *value;
 
-	for (c = rule->conditions; c != NULL; c = c->next) {
-		if (c->subject != SUBJECT_CLIENT || c->inverted)
-			continue;
-		value = c->values;
-		while (value != NULL &&
-		    (value->any ||
-			address_is_local(&value->as.network.address)))
-			value = value->next;
-		if (value == NULL)
-			return true;
-	}
-	return false;
+	while (c != NULL && (c->subject != SUBJECT_CLIENT || c->inverted))
+		c = c->next;
+	for (value = c ? c->values : NULL; value != NULL; value = value->next)
+		if (!value->any &&
+		    !address_is_local(&value->as.network.address))
+			return false;
+	return c != NULL;
 }
 
 /* True if a rule of the user may let in clients on other machines. */
@@ -5870,14 +5803,12 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 	bool bare = response_is_bare(r->status, v->request->method);
 
 	v->response = r;
+	v->length = bare && length == UINT64_MAX ? 0 : length;
 	v->known |= FACT_RESPONSE;
-	v->length = length;
-	if (length != UINT64_MAX)
+	if (v->length != UINT64_MAX)
 		v->known |= FACT_LENGTH;
 	if (bare || length == 0)
-		v->known |= FACT_LENGTH | FACT_BODY;
-	if (bare && length == UINT64_MAX)
-		v->length = 0;
+		v->known |= FACT_BODY;
 }
 
 /*
@@ -5920,7 +5851,7 @@ exchange_view(const struct exchange *x, const struct response *r,
 		v->user = x->record.user->user;
 	v->found = q->access.found;
 	v->passed = x->down.payload + x->down.ready;
-	if (v->address == NULL && answer_is_stored(q))
+	if (answer_is_stored(q))
 		view_source(v, &q->route.list[0]);
 	else if (v->address == NULL && exchange_parent(x) != NULL &&
 	    !q->access.route_undecided)
@@ -5953,20 +5884,10 @@ enum {
 	LIST_PATH_MAX = 1023
 };
 
+/* The longest duration in a rule: ten years, as good as forever. */
+#define DURATION_MAX_MS (10 * 365 * DAY_S * UINT64_C(1000))
+
 /* ---- users (RFC 7617) ---- */
-
-/* The user with that password, or NULL. */
-static const struct account *
-account_find(const struct rules *rules, struct text user, struct text password)
-{
-	const struct account *a, *found = NULL;
-
-	for (a = rules->accounts; a != NULL; a = a->next)
-		if (text_equals(a->user, user) &&
-		    secret_same(password, a->password))
-			found = a;
-	return found;
-}
 
 /*
  * The user who logs in by Proxy-Authorization with the Basic scheme.  NULL if
@@ -5976,8 +5897,9 @@ static const struct account *
 account_login(const struct rules *rules, const struct head *h)
 {
 	char plain[2 * CREDENTIAL_MAX + 2];
-	struct text t = head_value(h, "Proxy-Authorization");
-	size_t n, colon;
+	struct text t = head_value(h, "Proxy-Authorization"), user;
+	const struct account *a, *found = NULL;
+	size_t n;
 
 	if (!text_starts(t, "Basic "))
 		return NULL;
@@ -5985,11 +5907,13 @@ account_login(const struct rules *rules, const struct head *h)
 	if (!base64_decode(t, plain, sizeof(plain), &n))
 		return NULL;
 	t = text_cut(plain, n);
-	colon = text_find(t, ':');
-	if (colon == t.len)
+	if (text_find(t, ':') == t.len)
 		return NULL;
-	return account_find(rules, text_cut(t.at, colon),
-	    text_from(t, colon + 1));
+	user = text_split(&t, ':');
+	for (a = rules->accounts; a != NULL; a = a->next)
+		if (text_equals(a->user, user) && secret_same(t, a->password))
+			found = a;
+	return found;
 }
 
 /* ---- reading rules ---- */
@@ -6002,26 +5926,25 @@ struct word {
 
 /* The rule being read. */
 struct parser {
-	struct rules *rules;   /* it is added to these */
-	const char *file;      /* that contains it, or an option */
-	unsigned line;         /* number in the file; 0: has only one */
-	bool bad;              /* an error in it was reported */
-	enum rule_group group; /* of the rule */
-	size_t n, at;          /* number of words, index of the next */
+	struct rules *rules;       /* it is added to these */
+	const char *file;          /* that contains it, or an option */
+	char where[RULE_NAME_MAX]; /* `file:line` */
+	bool bad;                  /* an error in it was reported */
+	enum rule_group group;     /* of the rule */
+	size_t n, at;              /* number of words, index of the next */
 	struct word words[WORDS_MAX];
 	struct rule **end[GROUPS]; /* where the next rule goes */
 	struct rule **guard;       /* where the guards go, or NULL */
 };
 
-/* `file:line` of the rule being read; valid until the next call. */
-static const char *
-parser_where(const struct parser *p)
+/* Prepares p for a line of a file, or (0) for the only one. */
+static void
+parser_begin(struct parser *p, const char *file, unsigned line)
 {
-	static char where[RULE_NAME_MAX];
-
-	(void)snprintf(where, sizeof(where), p->line ? "%.200s:%u" : "%.200s",
-	    p->file, p->line);
-	return where;
+	p->file = file;
+	p->bad = false;
+	(void)snprintf(p->where, sizeof(p->where),
+	    line ? "%.200s:%u" : "%.200s", file, line);
 }
 
 /* Reports an error and where it is; only the first error of each rule. */
@@ -6038,7 +5961,7 @@ parser_error(struct parser *p, const char *format, ...)
 	va_start(args, format);
 	(void)vsnprintf(words, sizeof(words), format, args);
 	va_end(args);
-	warn("%s: %s", parser_where(p), words);
+	warn("%s: %s", p->where, words);
 }
 
 /* Reports an invalid value of `keyword`, and what to write instead. */
@@ -6100,14 +6023,18 @@ rules_give(struct rules **at)
 	free(rules);
 }
 
-/* The subject that a word names, or SUBJECTS. */
+/*
+ * The subject that a word names, or SUBJECTS.  In a rule about pages, `status`
+ * is one of them.
+ */
 static enum subject
-subject_find(const struct word *word)
+subject_find(const struct parser *p, const struct word *word)
 {
 	unsigned i;
 
 	for (i = 0; i < SUBJECTS; i++)
-		if (!word->quoted && text_is(word->t, subjects[i].word))
+		if (!word->quoted && text_is(word->t, subjects[i].word) &&
+		    (i != SUBJECT_STATUS || p->group != GROUP_PAGE))
 			break;
 	return (enum subject)i;
 }
@@ -6118,21 +6045,18 @@ parser_value(struct parser *p)
 {
 	const struct word *word = &p->words[p->at];
 
-	if (p->at == p->n || subject_find(word) != SUBJECTS ||
+	if (p->at == p->n || subject_find(p, word) != SUBJECTS ||
 	    (!word->quoted && text_is(word->t, "not")))
 		return NULL;
 	return word;
 }
 
-/* Takes the next word if it is a value, `status' too for `page'; else NULL. */
+/* Takes the next word if it is a value; else NULL. */
 static const struct word *
 parser_take(struct parser *p)
 {
 	const struct word *word = parser_value(p);
 
-	if (word == NULL && p->group == GROUP_PAGE && p->at < p->n &&
-	    text_is(p->words[p->at].t, "status"))
-		word = &p->words[p->at];
 	p->at += word != NULL;
 	return word;
 }
@@ -6220,20 +6144,7 @@ parser_logins(struct parser *p)
 		parser_error(p, "nobody can log in: no rule `users' before it");
 }
 
-/* True if the word is a method: in capitals, unless it is quoted. */
-static bool
-method_fits(const struct word *word)
-{
-	size_t i;
-
-	for (i = 0; i < word->t.len && !word->quoted; i++)
-		if (islower((unsigned char)word->t.at[i]) ||
-		    word->t.at[i] == '*')
-			return false;
-	return text_is_token(word->t);
-}
-
-/* Parses a host, or `.host` for all below it; drops a trailing dot. */
+/* Parses a host, or `.host` for all below it; drops dots at the end. */
 static bool
 host_parse(struct text *t)
 {
@@ -6242,14 +6153,13 @@ host_parse(struct text *t)
 
 	if (text_starts(*t, "*."))
 		*t = text_from(*t, 1);
-	if (t->len > 1 && t->at[t->len - 1] == '.')
-		t->len--;
+	*t = host_bare(*t);
 	if (t->len > 2 && t->at[0] == '[' && t->at[t->len - 1] == ']')
 		*t = text_cut(t->at + 1, t->len - 2);
 	for (i = 0; i < t->len; i++)
 		if (!is_alnum(t->at[i]) && !is_among(t->at[i], "-._~:"))
 			return false;
-	return t->len > 0 && t->len <= HOST_MAX && !text_is(*t, ".") &&
+	return t->len > 0 && t->len <= HOST_MAX &&
 	    (text_find(*t, ':') == t->len || address_parse(*t, 0, &a));
 }
 
@@ -6282,24 +6192,21 @@ static bool
 value_field(struct parser *p, struct condition *c, const struct word *word,
     struct value *value)
 {
-	c->response = !word->quoted && text_is(word->t, "response");
-	c->needs = c->response ? FACT_RESPONSE : 0;
-	if (!word->quoted && (c->response || text_is(word->t, "request")))
+	bool response = !word->quoted && text_is(word->t, "response");
+
+	c->needs = response ? FACT_RESPONSE : 0;
+	if (response || (!word->quoted && text_is(word->t, "request")))
 		word = parser_take(p);
 	if (word != NULL) {
 		c->name = word->t;
 		word = parser_take(p);
 	}
-	if (word == NULL) {
+	if (word == NULL)
 		parser_missing(p, "field");
-		return false;
-	}
-	if (!text_is_token(c->name) || parser_value(p) != NULL ||
-	    text_find(c->name, '*') < c->name.len) {
+	else if (!text_is_token(c->name) || parser_value(p) != NULL ||
+	    text_find(c->name, '*') < c->name.len)
 		parser_error(p, "field: it wants one name and one expression");
-		return false;
-	}
-	return regex_parse(p, word->t.at, value);
+	return !p->bad && regex_parse(p, word->t.at, value);
 }
 
 /*
@@ -6310,7 +6217,6 @@ static bool
 time_parse(struct parser *p, const struct condition *c, struct value *value)
 {
 	struct span *span = &value->as.span;
-	bool alone = c->values != NULL && c->values->as.span.days == DAYS_ALL;
 	const struct word *word;
 
 	span->days = c->values != NULL ? c->values->as.span.days : DAYS_ALL;
@@ -6320,7 +6226,7 @@ time_parse(struct parser *p, const struct condition *c, struct value *value)
 		return true;
 	if (!days_parse(value->text, &span->days))
 		return false;
-	if (alone)
+	if (c->values != NULL && c->values->as.span.days == DAYS_ALL)
 		parser_error(p,
 		    "time: days stand before their hours, as in "
 		    "Mon-Fri 08:00-17:30");
@@ -6333,12 +6239,10 @@ time_parse(struct parser *p, const struct condition *c, struct value *value)
 static bool
 type_parse(struct text t)
 {
-	size_t slash = text_find(t, '/'), star = text_find(t, '*');
+	struct text type = text_split(&t, '/');
 
-	return slash + 1 < t.len &&
-	    (star == t.len || (star > slash && star + 1 == t.len)) &&
-	    text_is_token(text_cut(t.at, slash)) &&
-	    text_is_token(text_from(t, slash + 1));
+	return text_is_token(type) && text_find(type, '*') == type.len &&
+	    text_is_token(t) && text_find(t, '*') + 1 >= t.len;
 }
 
 /* Parses >n or <n; as two values, nearly every size would match one. */
@@ -6382,10 +6286,10 @@ needle_parse(struct parser *p, struct value *value)
 static bool
 chance_parse(struct parser *p, struct text t, struct value *value)
 {
+	static const struct unit units[] = { { "%", 1 }, { "", 0 } };
 	uint64_t share;
 
-	if (t.len < 2 || t.at[t.len - 1] != '%' ||
-	    !number_parse(text_cut(t.at, t.len - 1), CHANCES, &share))
+	if (!amount_parse(t, units, CHANCES, &share))
 		return false;
 	value->as.chance.share = (unsigned)share;
 	value->as.chance.number = p->rules->chances++;
@@ -6405,16 +6309,18 @@ list_parse(struct parser *p, struct value *value)
 	value->as.list = list;
 	if (list < rules->lists + rules->lists_n)
 		return true;
-	if (value->text.len > LIST_PATH_MAX || rules->lists_n == LISTS_MAX) {
+	if (value->text.len > LIST_PATH_MAX || rules->lists_n == LISTS_MAX)
 		parser_error(p, "list: %d files, of %d bytes, at most",
 		    LISTS_MAX, LIST_PATH_MAX);
-		return false;
+	else if (access(value->text.at, R_OK) == -1)
+		parser_error(p, "%s: %s", value->text.at, strerror(errno));
+	else {
+		list->path = value->text.at;
+		list->where = parser_copy(p, text_of(p->where));
+		list->fd = -1;
+		rules->lists_n++;
 	}
-	list->path = value->text.at;
-	list->where = parser_copy(p, text_of(parser_where(p)));
-	list->fd = -1;
-	rules->lists_n++;
-	return true;
+	return !p->bad;
 }
 
 /*
@@ -6432,15 +6338,18 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 	case SUBJECT_USER:
 		return word->quoted || strpbrk(word->t.at, "*,") == NULL;
 	case SUBJECT_METHOD:
-		return method_fits(word);
+		return text_is_token(word->t) &&
+		    (word->quoted ||
+			strpbrk(word->t.at, "abcdefghijklmnopqrstuvwxyz*") ==
+			    NULL);
 	case SUBJECT_HOST:
 		return host_parse(&value->text);
 	case SUBJECT_LIST:
 		return list_parse(p, value);
 	case SUBJECT_PORT:
 	case SUBJECT_STATUS:
-		return numbers_parse(word->t, subjects[c->subject].max,
-			   &value->as.numbers) &&
+		return numbers_parse(word->t, units_plain,
+			   subjects[c->subject].max, &value->as.numbers) &&
 		    value->as.numbers.first > 0;
 	case SUBJECT_URL:
 		return regex_parse(p, word->t.at, value);
@@ -6449,6 +6358,7 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 	case SUBJECT_TIME:
 		return time_parse(p, c, value);
 	case SUBJECT_TYPE:
+		c->name = text_of("Content-Type");
 		return type_parse(word->t);
 	case SUBJECT_SIZE:
 		return size_bound_parse(p, c, value);
@@ -6499,40 +6409,48 @@ condition_values(struct parser *p, struct condition *c)
 		parser_logins(p);
 }
 
-/* True if c and an earlier condition of the rule can't both match. */
-static bool
-condition_repeats(const struct rule *rule, const struct condition *c)
-{
-	const struct condition *other;
-
-	for (other = rule->conditions; other != c; other = other->next)
-		if (other->subject == c->subject && !other->inverted)
-			return subjects[c->subject].single && !c->inverted;
-	return false;
-}
-
 /*
- * Parses a condition.  Refuses one whose facts would come too late: the route
- * and the fields of a request can't depend on the response, nor the caching
- * and the fields of a response on its body.
+ * Facts that are known too late: the route and the fields of a request can't
+ * depend on the response, nor the caching and the fields of a response on its
+ * body.
  */
-static void
-condition_parse(struct parser *p, const struct rule *rule, struct condition *c)
-{
-	static const unsigned late[GROUPS] = {
-		[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-		[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-		[GROUP_CACHE] = FACT_BODY,
-		[GROUP_TRACE] = FACTS,
-		[GROUP_LIMIT] = FACTS,
-		[GROUP_ANSWER] = FACTS,
-		[GROUP_DELAY] = FACTS,
-		[GROUP_RATE] = FACTS,
-		[GROUP_CUT] = FACTS,
-		[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-		[GROUP_RESPONSE] = FACT_BODY,
-	};
+static const unsigned facts_late[GROUPS] = {
+	[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+	[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+	[GROUP_CACHE] = FACT_BODY,
+	[GROUP_TRACE] = FACTS,
+	[GROUP_LIMIT] = FACTS,
+	[GROUP_ANSWER] = FACTS,
+	[GROUP_DELAY] = FACTS,
+	[GROUP_RATE] = FACTS,
+	[GROUP_CUT] = FACTS,
+	[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
+	[GROUP_RESPONSE] = FACT_BODY,
+};
 
+/* Parses a condition, and adds it to the rule. */
+static void
+condition_parse(struct parser *p, struct rule *rule)
+{
+	struct condition *c = parser_new(p, sizeof(*c));
+	struct condition **end = &rule->conditions;
+	bool repeats = false;
+
+	if (c == NULL)
+		return;
+	c->inverted = parser_takes(p, "not");
+	c->subject = p->at < p->n ? subject_find(p, &p->words[p->at]) :
+				    SUBJECTS;
+	if (c->subject == SUBJECTS) {
+		parser_error(p, "%s: not a condition",
+		    p->at < p->n ? p->words[p->at].t.at : "not");
+		return;
+	}
+	p->at++;
+	for (; *end != NULL; end = &(*end)->next)
+		if ((*end)->subject == c->subject && !(*end)->inverted)
+			repeats = subjects[c->subject].single && !c->inverted;
+	*end = c;
 	c->needs = subjects[c->subject].needs;
 	c->word = subjects[c->subject].word;
 	if (c->subject == SUBJECT_PAGE && p->group != GROUP_ACCESS)
@@ -6543,44 +6461,18 @@ condition_parse(struct parser *p, const struct rule *rule, struct condition *c)
 		p->group = GROUP_PAGE;
 	if (c->subject != SUBJECT_CLIENT && p->group == GROUP_TRUST)
 		parser_error(p, "trust: only client can stand here");
-	if (condition_repeats(rule, c))
+	if (repeats)
 		parser_error(p,
 		    "%s: two conditions can't both match; write all values "
 		    "behind one, as in: %s a b",
 		    c->word, c->word);
 	condition_values(p, c);
-	if (c->needs & late[p->group])
+	if (c->needs & facts_late[p->group])
 		parser_error(p,
 		    "%s: what it needs is known too late for this rule; leave "
 		    "it out",
 		    c->word);
-}
-
-/* Parses all conditions of a rule, up to its end. */
-static void
-conditions_parse(struct parser *p, struct rule *rule)
-{
-	struct condition **end = &rule->conditions;
-
-	while (!p->bad && p->at < p->n) {
-		struct condition *c = parser_new(p, sizeof(*c));
-
-		if (c == NULL)
-			return;
-		c->inverted = parser_takes(p, "not");
-		c->subject = p->at < p->n ? subject_find(&p->words[p->at]) :
-					    SUBJECTS;
-		if (c->subject == SUBJECTS) {
-			parser_error(p, "%s: not a condition",
-			    p->at < p->n ? p->words[p->at].t.at : "not");
-			return;
-		}
-		p->at++;
-		*end = c;
-		end = &c->next;
-		condition_parse(p, rule, c);
-		rule->needs |= c->needs;
-	}
+	rule->needs |= c->needs;
 }
 
 /* ---- actions ---- */
@@ -6640,19 +6532,15 @@ static const char *
 parent_login(struct text *t, struct parent *p)
 {
 	struct text login = *t;
-	size_t colon;
 
 	while (login.len > 0 && login.at[login.len - 1] != '@')
 		login.len--;
 	if (login.len == 0)
 		return NULL;
 	*t = text_from(*t, login.len--);
-	colon = text_find(login, ':');
 	p->login = true;
-	if (!credential_parse(text_cut(login.at, colon), p->user) ||
-	    !credential_parse(text_from(login,
-				  colon < login.len ? colon + 1 : colon),
-		p->password))
+	if (!credential_parse(text_split(&login, ':'), p->user) ||
+	    !credential_parse(login, p->password))
 		return "a user or password of more than 255 bytes, or with %00";
 	if (p->kind == PARENT_SOCKS &&
 	    (p->user[0] == '\0' || p->password[0] == '\0'))
@@ -6729,14 +6617,6 @@ from_take(struct parser *p, struct rule *rule, const struct word *word)
 	return true;
 }
 
-/* Takes the argument of: cache DURATION */
-static bool
-cache_take(struct parser *p, struct rule *rule, const struct word *word)
-{
-	(void)p;
-	return duration_parse(word->t, &rule->amount.first);
-}
-
 /* to HOST:PORT */
 static bool
 to_take(struct parser *p, struct rule *rule, const struct word *word)
@@ -6744,11 +6624,9 @@ to_take(struct parser *p, struct rule *rule, const struct word *word)
 	struct parent *parent = parser_new(p, sizeof(*parent));
 	struct target t;
 
-	if (parent == NULL)
-		return true;
-	if (authority_parse(word->t, 0, &t) != 1 || t.port == 0 ||
-	    !text_copy(host_bare(t.host), parent->host, sizeof(parent->host)))
+	if (parent == NULL || authority_parse(word->t, 0, &t) != 1)
 		return false;
+	(void)text_copy(host_bare(t.host), parent->host, sizeof(parent->host));
 	parent->kind = PARENT_TO;
 	parent->port = t.port;
 	rule->parents = parent;
@@ -6779,29 +6657,18 @@ answer_take(struct parser *p, struct rule *rule, const struct word *word)
 	return true;
 }
 
-/* delay TIME or TIME-TIME */
-static bool
-delay_take(struct parser *p, struct rule *rule, const struct word *word)
-{
-	struct numbers *n = &rule->amount;
-	size_t dash = text_find(word->t, '-');
-
-	(void)p;
-	if (!duration_parse(text_cut(word->t.at, dash), &n->first))
-		return false;
-	n->last = n->first;
-	return dash == word->t.len ||
-	    (duration_parse(text_from(word->t, dash + 1), &n->last) &&
-		n->first <= n->last);
-}
-
-/* rate BYTES, cut BYTES, limit N */
+/* cache TIME, delay TIME or TIME-TIME, rate BYTES, cut BYTES, limit N */
 static bool
 amount_take(struct parser *p, struct rule *rule, const struct word *word)
 {
+	bool ranges = rule->action == ACTION_DELAY;
+	bool times = rule->action == ACTION_CACHE || ranges;
+
 	(void)p;
-	return size_parse(word->t, &rule->amount.first) &&
-	    (rule->amount.first > 0 || rule->action == ACTION_CUT);
+	return (ranges || text_find(word->t, '-') == word->t.len) &&
+	    numbers_parse(word->t, times ? units_time : units_size,
+		times ? DURATION_MAX_MS : INT64_MAX, &rule->amount) &&
+	    (rule->amount.first > 0 || times || rule->action == ACTION_CUT);
 }
 
 /* Takes one argument of: set|add NAME VALUE, or unset NAME ... */
@@ -6851,7 +6718,7 @@ static const struct {
 	[ACTION_FROM] = { "from", GROUP_SOURCE, 1, WORDS_MAX, from_take,
 	    "a numeric address, at most one of each family" },
 	[ACTION_NOCACHE] = { "nocache", GROUP_CACHE, 0, 0, NULL, "" },
-	[ACTION_CACHE] = { "cache", GROUP_CACHE, 1, 1, cache_take,
+	[ACTION_CACHE] = { "cache", GROUP_CACHE, 1, 1, amount_take,
 	    "a duration such as 90s, 15m, 1h or 7d" },
 	[ACTION_OFFLINE] = { "offline", GROUP_CACHE, 0, 0, NULL, "" },
 	[ACTION_TO] = { "to", GROUP_ROUTE, 1, 1, to_take,
@@ -6860,7 +6727,7 @@ static const struct {
 	    "a status from 200 to 599, and a text in quotes, or file and its "
 	    "path; a type may stand before them" },
 	[ACTION_HANG] = { "hang", GROUP_ANSWER, 0, 0, NULL, "" },
-	[ACTION_DELAY] = { "delay", GROUP_DELAY, 1, 1, delay_take,
+	[ACTION_DELAY] = { "delay", GROUP_DELAY, 1, 1, amount_take,
 	    "a duration such as 500ms, or a range such as 100ms-2s" },
 	[ACTION_RATE] = { "rate", GROUP_RATE, 1, 1, amount_take,
 	    "bytes a second such as 56K" },
@@ -6896,7 +6763,9 @@ arguments_parse(struct parser *p, struct rule *rule)
 			parser_invalid(p, actions[action].word, word,
 			    actions[action].wants);
 	}
-	if (n < actions[action].min)
+	if (n < actions[action].min ||
+	    (action == ACTION_ANSWER && rule->words.at == NULL &&
+		rule->file == NULL))
 		parser_error(p, "%s: a value is missing; write %s",
 		    actions[action].word, actions[action].wants);
 }
@@ -6939,7 +6808,7 @@ rule_parse(struct parser *p, struct text line)
 		return;
 	secret_hide(shown);
 	rule->action = (enum action)i;
-	rule->where = parser_copy(p, text_of(parser_where(p)));
+	rule->where = parser_copy(p, text_of(p->where));
 	rule->built_in = p->file == built_in;
 	rule->text = shown;
 	rule->status = rule->action == ACTION_DENY ? 403 : 0;
@@ -6947,11 +6816,8 @@ rule_parse(struct parser *p, struct text line)
 	if (rule->action == ACTION_LOGIN)
 		parser_logins(p);
 	arguments_parse(p, rule);
-	if (rule->action == ACTION_ANSWER && !p->bad &&
-	    rule->words.at == NULL && rule->file == NULL)
-		parser_error(p, "answer: a value is missing; write %s",
-		    actions[ACTION_ANSWER].wants);
-	conditions_parse(p, rule);
+	while (!p->bad && p->at < p->n)
+		condition_parse(p, rule);
 	if (p->group == GROUP_PAGE && rule->needs != 0)
 		parser_error(p,
 		    "page: no server answers for it; leave out "
@@ -7027,12 +6893,11 @@ static void
 file_read(struct parser *p, const char *path, bool secret,
     void (*take)(struct parser *, struct text))
 {
-	const char *file = p->file;
-	unsigned line = p->line;
 	int got, fd = open(path, O_RDONLY | (rules_now ? O_NONBLOCK : 0));
 	struct reader reader;
 	struct stat status;
 	struct text t;
+	unsigned line = 0;
 
 	reader_begin(&reader);
 	if (fd == -1 || fstat(fd, &status) == -1)
@@ -7041,11 +6906,8 @@ file_read(struct parser *p, const char *path, bool secret,
 		parser_error(p, "%.200s: not a file", path);
 	else if (secret && (status.st_mode & (S_IRWXG | S_IRWXO)))
 		parser_error(p, "others may read %.200s: chmod 600", path);
-	p->file = path;
-	p->line = 0;
 	for (got = !p->bad; got == 1;) {
-		p->line++;
-		p->bad = false;
+		parser_begin(p, path, ++line);
 		got = reader_next(&reader, fd, &t);
 		if (got == -1)
 			parser_error(p, "%s", strerror(errno));
@@ -7053,14 +6915,12 @@ file_read(struct parser *p, const char *path, bool secret,
 			break;
 		if (t.len > 0 && t.len <= RULE_LINE_MAX)
 			t.len -= t.at[t.len - 1] == '\r';
-		if (!line_check(p, t))
-			break;
-		take(p, t);
+		got = line_check(p, t);
+		if (got == 1)
+			take(p, t);
 	}
 	if (fd != -1)
 		(void)close(fd);
-	p->file = file;
-	p->line = line;
 }
 
 /* Parses a checked line: a rule, `users`, `guard`, or an empty line. */
@@ -7089,9 +6949,7 @@ line_parse(struct parser *p, struct text line)
 static void
 line_take(struct parser *p, const char *file, unsigned line, const char *text)
 {
-	p->file = file;
-	p->line = line;
-	p->bad = false;
+	parser_begin(p, file, line);
 	if (line_check(p, text_of(text)))
 		line_parse(p, text_of(text));
 }
@@ -7111,9 +6969,7 @@ options_read(struct parser *p)
 			line_take(p, "-e", ++lines, options.sources[i].at);
 			continue;
 		}
-		p->file = "-f";
-		p->line = 0;
-		p->bad = false;
+		parser_begin(p, "-f", 0);
 		file_read(p, options.sources[i].at, false, line_parse);
 	}
 	if (options.via != NULL)
@@ -7198,49 +7054,57 @@ rules_read_lists(struct rules *rules)
 		if (got == 0)
 			continue;
 		rules->lists_read++;
+		rules->errors += got == -1;
 		list_end(list);
-		if (got == 1)
+		if (got == -1)
+			warn("%s: %s", list->where, why);
+		else
 			warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms",
 			    list->path, (unsigned long)list->read,
 			    (unsigned long)list->used,
 			    (unsigned long)list->skipped, (long)list->ms);
-		else {
-			warn("%s: %s", list->where, why);
-			rules->errors++;
-		}
 	}
 	return rules->lists_read == rules->lists_n;
 }
 
-/* Prints all rules, group by group. */
-static void
-rules_print(const struct rules *rules)
+/*
+ * Continues to read rules; the new ones come into force when all were read.
+ * True if there is more to read.
+ */
+static bool
+rules_step(void)
 {
-	const struct rule *rule;
-	unsigned i;
-
-	for (i = 0; i < GROUPS; i++)
-		for (rule = rules->first[i]; rule != NULL; rule = rule->next)
-			printf("%s: %s\n", rule->where, rule->text);
+	if (rules_next == NULL || !rules_read_lists(rules_next))
+		return rules_next != NULL;
+	if (rules_next->errors == 0) {
+		rules_give(&rules_now);
+		rules_now = rules_next;
+		rules_next = NULL;
+		return false;
+	}
+	if (rules_now != NULL)
+		warn("the old rules stay in force");
+	rules_give(&rules_next);
+	return false;
 }
 
 /*
- * Reads all rules at startup; if `print`, also prints them.  False if there
- * were errors, which were reported.
+ * Reads all rules at startup; if `print`, also prints them, group by group.
+ * False if there were errors, which were reported.
  */
 static bool
 rules_read(bool print)
 {
-	struct rules *rules = rules_begin();
+	const struct rule *rule;
+	unsigned i;
 
-	while (rules != NULL && !rules_read_lists(rules))
+	rules_next = rules_begin();
+	while (rules_step())
 		;
-	if (rules != NULL && rules->errors > 0)
-		rules_give(&rules);
-	if (rules != NULL && print)
-		rules_print(rules);
-	rules_now = rules;
-	return rules != NULL;
+	for (i = 0; i < GROUPS && rules_now != NULL && print; i++)
+		for (rule = rules_now->first[i]; rule; rule = rule->next)
+			printf("%s: %s\n", rule->where, rule->text);
+	return rules_now != NULL;
 }
 
 /* Begins to reload all rules; the old ones stay in force meanwhile. */
@@ -7262,39 +7126,9 @@ rules_can_reload(void)
 {
 	struct rules *rules = rules_begin();
 	bool can = rules != NULL && rules->errors == 0;
-	unsigned i;
 
-	for (i = 0; rules != NULL && i < rules->lists_n; i++) {
-		const struct list *list = &rules->lists[i];
-
-		if (access(list->path, R_OK) == -1) {
-			warn("%s: %s: %s", list->where, list->path,
-			    strerror(errno));
-			can = false;
-		}
-	}
 	rules_give(&rules);
 	return can;
-}
-
-/*
- * Continues what rules_reload() began; the new rules come into force when all
- * were read.  True if there is more to read.
- */
-static bool
-rules_step(void)
-{
-	if (rules_next == NULL || !rules_read_lists(rules_next))
-		return rules_next != NULL;
-	if (rules_next->errors > 0) {
-		warn("the old rules stay in force");
-		rules_give(&rules_next);
-		return false;
-	}
-	rules_give(&rules_now);
-	rules_now = rules_next;
-	rules_next = NULL;
-	return false;
 }
 
 /*
@@ -12773,9 +12607,9 @@ hello_is_whole(struct text t, char *flat)
  * its own pages.  All of it is built in a buffer here; section 17 decides when
  * to send it, and to whom.
  *
- * Door: request_build, exchange_rewrite, exchange_is_relayed, exchange_target,
- * response_build, answer_view, greet_append, greet_length, greet_words,
- * page_refusal, page_is_ours, page_options, page_trace, page_find, page_own,
+ * Door: request_build, exchange_rewrite, exchange_is_relayed, response_build,
+ * answer_view, greet_append, greet_length, greet_words, page_refusal,
+ * page_is_ours, page_options, page_trace, page_find, page_own,
  * exchange_append, page_rule, phases, totals_show.
  */
 
@@ -12788,23 +12622,6 @@ exchange_is_relayed(const struct exchange *x)
 	const struct parent *parent = exchange_parent(x);
 
 	return parent != NULL && parent->kind == PARENT_HTTP;
-}
-
-/*
- * Writes host[:port] of the target, as in a URL: port 80 is omitted, except
- * for CONNECT.  `to` has HOST_MAX + 10 bytes.
- */
-static void
-exchange_target(const struct exchange *x, char *to)
-{
-	const struct request *q = x->request;
-	struct text host = q->target.host;
-	bool literal = text_find(host, ':') < host.len;
-	int n = snprintf(to, HOST_MAX + 3, literal ? "[%.*s]" : "%.*s",
-	    (int)host.len, host.at);
-
-	if (q->target.port != 80 || q->method == METHOD_CONNECT)
-		(void)snprintf(to + n, 7, ":%u", q->target.port);
 }
 
 /*
@@ -12838,7 +12655,7 @@ request_line_append(const struct exchange *x, struct buffer *b)
 	bool relayed = exchange_is_relayed(x);
 	char target[HOST_MAX + 10];
 
-	exchange_target(x, target);
+	authority_print(q->target.host, q->target.port, connect, target);
 	buffer_append(b, q->name);
 	buffer_append(b, text_of(relayed && !connect ? " http://" : " "));
 	if (relayed || connect)
@@ -15071,14 +14888,16 @@ static struct hop
 exchange_hop(const struct exchange *x, const struct address *address)
 {
 	const struct parent *parent = exchange_parent(x);
+	const struct request *q = x->request;
 	struct hop hop;
 
 	memset(&hop, 0, sizeof(hop));
 	hop.address = *address;
 	hop.parent = parent == NULL ? 0 : parent->id;
-	hop.from = *route_from(&x->request->route, address);
+	hop.from = *route_from(&q->route, address);
 	if (parent != NULL && parent->kind == PARENT_SOCKS)
-		exchange_target(x, hop.beyond);
+		authority_print(q->target.host, q->target.port,
+		    q->method == METHOD_CONNECT, hop.beyond);
 	return hop;
 }
 

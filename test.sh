@@ -4506,6 +4506,7 @@ write_unit_head() {
 #ifdef FUZZ	/* has another main */
 #define main unit_main
 #endif
+#include <ctype.h>
 #include <sys/mman.h>
 
 enum { PAGES = 8 * 65536, ROW_MAX = 1 << 19 };
@@ -7002,7 +7003,7 @@ row_numbers(struct text in)
 {
 	struct numbers r = { 123, 45 };
 
-	if (numbers_parse(in, strtoull(more, NULL, 10), &r))
+	if (numbers_parse(in, units_plain, strtoull(more, NULL, 10), &r))
 		say_row("%llu %llu", (unsigned long long)r.first,
 		    (unsigned long long)r.last);
 	else
@@ -7015,7 +7016,8 @@ row_amount(struct text in)
 	uint64_t size = UINT64_MAX, ms = UINT64_MAX;
 
 	if (size_parse(in, &size) != (size != UINT64_MAX) ||
-	    duration_parse(in, &ms) != (ms != UINT64_MAX))
+	    amount_parse(in, units_time, DURATION_MAX_MS, &ms) !=
+	    (ms != UINT64_MAX))
 		say_row("touched ");
 	say_row("%lld %lld", (long long)size, (long long)ms);
 }
@@ -7816,8 +7818,8 @@ amount 5256000m = 5511315456000 315360000000
 amount 5256001m = 5511316504576 -1
 amount | K | s | m | 1T | 1w | 1KB | 1KK | 1 K | 1K\s | \s1K | -1K | +1 | 1.5G | 1h30m | ms | 0x1 | 1\xcb | 1\0 = -1 -1
 amount 1ms | 001MS = -1 1
-amount 2147483647ms = -1 2147483647
-amount 2147483648ms = -1 -1
+amount 315360000000ms = -1 315360000000
+amount 315360000001ms = -1 -1
 END
 }
 
@@ -8025,6 +8027,7 @@ rules_make(void)
 {
 	struct rules *old = rules_now, *rules;
 
+	rules_now = NULL;
 	if (!rules_read(false))
 		unit_fail("wrong rules", options.sources[0].at, "", 0);
 	rules = rules_now;
@@ -22379,7 +22382,6 @@ fuzz_rules_read(struct text lines, bool users)
 	unsigned i;
 
 	p.rules = rules;
-	p.file = "fuzz";
 	p.guard = NULL;
 	rules->refs = 1;
 	rules->logins = true;
@@ -22389,7 +22391,7 @@ fuzz_rules_read(struct text lines, bool users)
 		struct text line = text_split(&lines, '\n');
 		char *s = malloc(line.len + 1);
 
-		p.bad = false;
+		parser_begin(&p, "fuzz", i);
 		if (text_copy(line, s, line.len + 1) && !users)
 			line_take(&p, "fuzz", i, s);
 		else if (users && line_check(&p, text_cut(s, line.len)))
