@@ -7936,8 +7936,8 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
  * store_bytes for all; for the cache work_buffer, key_of, key_hash, entry_path,
  * vary_append, variant_of, variant_fits, entry_read, entry_open, entry_find,
  * entry_touch, disk_bytes, stock_sum, store_fits, store_lacks_disk,
- * disk_failed, write_at, region_build, region_seal, store_path, temporary_open,
- * temporary_place, marker_token, stored_head_append.
+ * write_at, region_build, region_seal, temporary_open, temporary_place,
+ * temporary_close, marker_token, stored_head_append.
  */
 
 enum {
@@ -7991,6 +7991,12 @@ struct lookup {
 	bool grows;            /* another exchange is storing it */
 	const char *forward;   /* why the server is asked (RFC 9211) */
 	char path[CACHE_PATH]; /* its path, or the last one tried */
+};
+
+/* A file that is being written: it gets its place when it is complete. */
+struct temporary {
+	int fd;                /* -1: there is no file */
+	char path[CACHE_PATH]; /* empty once it has its place */
 };
 
 /* Why storing failed for lack of room, which makes the sweeper run. */
@@ -8494,13 +8500,6 @@ disk_bytes(uint64_t n)
 	return (n + store.block - 1) / store.block * store.block;
 }
 
-/* Counts n more bytes of the disk as taken. */
-static void
-store_grow(uint64_t n)
-{
-	stock->grown[worker] += n;
-}
-
 /* The sum of what all workers have counted. */
 static uint64_t
 stock_sum(const uint64_t *counts)
@@ -8572,7 +8571,7 @@ entry_directory(const char *path)
 	(void)text_copy(text_of(path), directory, sizeof(directory));
 	*strrchr(directory, '/') = '\0';
 	if (mkdir(directory, 0700) != -1)
-		store_grow(store.block);
+		stock->grown[worker] += store.block;
 	else
 		disk_failed();
 }
@@ -8584,8 +8583,10 @@ write_at(int fd, struct text t, off_t offset)
 	while (t.len > 0) {
 		ssize_t n = fd_write_at(fd, t.at, t.len, offset);
 
-		if (n <= 0)
+		if (n <= 0) {
+			disk_failed();
 			return false;
+		}
 		t = text_from(t, (size_t)n);
 		offset += n;
 	}
@@ -8642,31 +8643,23 @@ region_seal(struct buffer *b, uint64_t body)
 	memcpy(b->data + b->start, line, REGION_LINE);
 }
 
-/* The temporary file's path into `to`, which has CACHE_PATH bytes. */
-static void
-store_path(uint64_t serial, char *to)
-{
-	(void)snprintf(to, CACHE_PATH, "%.900s/tmp.%ld.%llu", options.cache,
-	    (long)getpid(), (unsigned long long)serial);
-}
-
 /*
- * Makes the temporary file of a serial and sets path.  Returns its descriptor
- * or -1.  No two serials are equal: an existing file is from an earlier process
- * that had our process id.
+ * Makes a temporary file; false if that fails.  No two serials are equal: an
+ * existing file is from an earlier process that had our process id.
  */
-static int
-temporary_open(uint64_t serial, char *path)
+static bool
+temporary_open(struct temporary *t)
 {
-	int flags = O_RDWR | O_CREAT | O_EXCL, fd;
+	int flags = O_RDWR | O_CREAT | O_EXCL;
 
-	store_path(serial, path);
-	fd = open(path, flags, 0600);
-	if (fd == -1 && errno == EEXIST && unlink(path) != -1)
-		fd = open(path, flags, 0600);
-	if (fd == -1)
+	(void)snprintf(t->path, CACHE_PATH, "%.900s/tmp.%ld.%llu",
+	    options.cache, (long)getpid(), (unsigned long long)++store.serial);
+	t->fd = open(t->path, flags, 0600);
+	if (t->fd == -1 && errno == EEXIST && unlink(t->path) != -1)
+		t->fd = open(t->path, flags, 0600);
+	if (t->fd == -1)
 		disk_failed();
-	return fd_note(fd);
+	return fd_note(t->fd) != -1;
 }
 
 /*
@@ -8674,46 +8667,50 @@ temporary_open(uint64_t serial, char *path)
  * may remove an empty directory at any time.
  */
 static bool
-temporary_place(const char *temporary, int fd, uint64_t n, const char *path)
+temporary_place(struct temporary *t, uint64_t n, const char *path)
 {
 	struct stat status;
 	uint64_t bytes = disk_bytes(n);
-	bool good = rename(temporary, path) != -1;
+	bool good = rename(t->path, path) != -1;
 
 	if (!good && errno == ENOENT) {
 		entry_directory(path);
-		good = rename(temporary, path) != -1;
+		good = rename(t->path, path) != -1;
 	}
 	if (!good) {
 		disk_failed();
 		return false;
 	}
-	if (fstat(fd, &status) != -1 &&
+	t->path[0] = '\0';
+	if (fstat(t->fd, &status) != -1 &&
 	    (uint64_t)status.st_blocks * 512 > bytes)
 		bytes = (uint64_t)status.st_blocks * 512;
-	store_grow(bytes + CACHE_NAME);
+	stock->grown[worker] += bytes + CACHE_NAME;
 	return true;
+}
+
+/* Closes a temporary file, and removes it if it has no place. */
+static void
+temporary_close(struct temporary *t)
+{
+	if (t->fd != -1 && t->path[0] != '\0')
+		(void)unlink(t->path);
+	fd_drop(&t->fd);
 }
 
 /* Writes the contents of b as the file at path, completely or not at all. */
 static bool
 file_put(const char *path, const struct buffer *b)
 {
-	char temporary[CACHE_PATH];
-	bool good = false;
-	int fd = -1;
+	struct temporary t;
+	bool good;
 
-	if (store_fits(disk_bytes(buffer_len(b)) + store.block))
-		fd = temporary_open(++store.serial, temporary);
-	if (fd == -1)
+	if (!store_fits(disk_bytes(buffer_len(b)) + store.block) ||
+	    !temporary_open(&t))
 		return false;
-	if (write_at(fd, buffer_text(b), 0))
-		good = temporary_place(temporary, fd, buffer_len(b), path);
-	else
-		disk_failed();
-	if (!good)
-		(void)unlink(temporary);
-	(void)close(fd);
+	good = write_at(t.fd, buffer_text(b), 0) &&
+	    temporary_place(&t, buffer_len(b), path);
+	temporary_close(&t);
 	return good;
 }
 
@@ -9441,20 +9438,18 @@ struct fetch {
 	enum fetch_state state;  /* set by fetch_enter() only */
 	bool discard;            /* do not keep the entry */
 	unsigned followers;      /* exchanges that wait for it or read it */
-	int fd;                  /* the temporary file, or -1 */
 	uint32_t region;         /* length of the region in bytes */
-	uint64_t serial;         /* in the name of the temporary file */
 	uint64_t key;            /* hash of the target's key */
 	uint64_t length;         /* of the body; UINT64_MAX: unknown */
 	uint64_t stored;         /* bytes of the body so far */
 	uint64_t share;          /* bytes of disk counted for it */
 	uint64_t validator;      /* see response_validator() */
+	struct temporary file;   /* the entry that grows, if any */
 };
 
 /* ---- fetches ---- */
 
-static struct fetch *fetches;      /* that others may follow */
-static struct fetch *fetches_free; /* for those to come */
+static struct fetch *fetches; /* that others may follow */
 
 /*
  * Lets y, which follows a complete fetch, read its entry like any other.  An
@@ -9512,14 +9507,12 @@ fetch_enter(struct fetch *f, enum fetch_state state)
 	fetch_tell(f);
 }
 
-/* Keeps f for the next fetch if nobody has a part in it any more. */
+/* Frees f if nobody has a part in it any more. */
 static void
 fetch_drop(struct fetch *f)
 {
-	if (f->leader != NULL || f->followers > 0)
-		return;
-	f->next = fetches_free;
-	fetches_free = f;
+	if (f->leader == NULL && f->followers == 0)
+		free(f);
 }
 
 /*
@@ -9529,23 +9522,22 @@ fetch_drop(struct fetch *f)
 static void
 fetch_begin(struct exchange *x)
 {
-	struct fetch *f = fetches_free;
+	struct fetch *f = calloc(1, sizeof(*f));
 
-	if (f != NULL)
-		fetches_free = f->next;
-	else if ((f = malloc(sizeof(*f))) == NULL)
+	if (f == NULL)
 		return;
-	memset(f, 0, sizeof(*f));
 	f->leader = x;
 	f->key = x->request->caching.key;
-	f->serial = ++store.serial;
-	f->fd = -1;
+	f->file.fd = -1;
 	f->next = fetches;
 	fetches = f;
 	x->request->caching.fetch = f;
 }
 
-/* Ends the fetch that x leads, if any: it can't be followed any more. */
+/*
+ * Ends the fetch that x leads, if any: it can't be followed any more.  What it
+ * has stored is removed, unless that has its place.
+ */
 static void
 fetch_end(struct exchange *x, enum fetch_state state)
 {
@@ -9557,9 +9549,9 @@ fetch_end(struct exchange *x, enum fetch_state state)
 	while (*at != f)
 		at = &(*at)->next;
 	*at = f->next;
-	if (f->fd != -1)
+	if (f->file.fd != -1)
 		stock->making[worker] -= f->share;
-	fd_drop(&f->fd);
+	temporary_close(&f->file);
 	fetch_enter(f, state);
 	f->leader = NULL;
 	c->fetch = NULL;
@@ -9601,7 +9593,6 @@ cache_detach(struct exchange *x, struct exchange *y)
 {
 	struct request *q = x->request;
 	struct fetch *f = q->caching.fetch;
-	char path[CACHE_PATH];
 	int fd;
 
 	if (f == NULL) {
@@ -9609,8 +9600,7 @@ cache_detach(struct exchange *x, struct exchange *y)
 		fetch_begin(y);
 		return -1;
 	}
-	store_path(f->serial, path);
-	fd = open(path, O_RDONLY);
+	fd = open(f->file.path, O_RDONLY);
 	if (fd != -1 &&
 	    lseek(fd, (off_t)(f->region + x->down.payload), SEEK_SET) == -1)
 		fd_drop(&fd);
@@ -9686,19 +9676,6 @@ cache_stores(const struct exchange *x)
 	return f != NULL && f->state == FETCH_STORES;
 }
 
-/* Gives up the fetch that x leads, if any. */
-static void
-fetch_give_up(struct exchange *x)
-{
-	char path[CACHE_PATH];
-
-	if (cache_stores(x)) {
-		store_path(x->request->caching.fetch->serial, path);
-		(void)unlink(path);
-	}
-	fetch_end(x, FETCH_FAILED);
-}
-
 /* True if enough of the disk is free: see CACHE_FLOOR. */
 static bool
 disk_has_room(void)
@@ -9768,8 +9745,6 @@ response_validator(const struct response *r)
 static bool
 fetch_open(struct fetch *f, const struct response *r, struct text region)
 {
-	char path[CACHE_PATH];
-
 	f->region = (uint32_t)region.len;
 	f->validator = response_validator(r);
 	f->length = r->framing == FRAMING_LENGTH ? r->length :
@@ -9780,16 +9755,9 @@ fetch_open(struct fetch *f, const struct response *r, struct text region)
 	    disk_bytes(region.len + (f->length == UINT64_MAX ? 0 : f->length));
 	/* Taken first and then judged, as other workers do the same. */
 	stock->making[worker] += f->share;
-	if (store_fits(0))
-		f->fd = temporary_open(f->serial, path);
-	if (f->fd == -1) {
-		stock->making[worker] -= f->share;
-		return false;
-	}
-	if (write_at(f->fd, region, 0))
-		return true;
-	disk_failed();
-	(void)unlink(path);
+	if (store_fits(0) && temporary_open(&f->file))
+		return write_at(f->file.fd, region, 0);
+	stock->making[worker] -= f->share;
 	return false;
 }
 
@@ -9840,21 +9808,21 @@ fetch_fits(struct exchange *x, uint64_t n)
 }
 
 /*
- * Writes the first line of the entry that a fetch has stored, and sets path to
- * its name.  The marker of a variant is written only now: it replaces an entry
+ * Writes the first line of the entry that a fetch has stored, and puts it in
+ * its place.  The marker of a variant is written only now: it replaces an entry
  * without variants.  False if that fails.
  */
 static bool
-fetch_seal(const struct fetch *f, char *path)
+fetch_place(struct fetch *f)
 {
 	struct buffer *b = work_buffer(WORK_REGION);
 	struct buffer *list = work_buffer(WORK_LIST);
 	struct buffer *name = work_buffer(WORK_VARIANT);
-	char token[64];
+	char token[64], path[CACHE_PATH];
 	struct response r;
 	struct entry e;
 
-	if (!entry_read(f->fd, f->region, b, &e) ||
+	if (!entry_read(f->file.fd, f->region, b, &e) ||
 	    response_parse(e.head, METHOD_GET, &r) != 1 ||
 	    !vary_append(&r, list))
 		return false;
@@ -9866,29 +9834,9 @@ fetch_seal(const struct fetch *f, char *path)
 	}
 	entry_path(e.key, buffer_text(name), path);
 	region_seal(b, f->stored);
-	return write_at(f->fd, text_cut(b->data + b->start, REGION_LINE), 0);
-}
-
-/* Puts the complete entry of x in its place and ends the fetch. */
-static void
-fetch_finish(struct exchange *x)
-{
-	struct caching *c = &x->request->caching;
-	struct fetch *f = c->fetch;
-	char from[CACHE_PATH], to[CACHE_PATH];
-
-	store_path(f->serial, from);
-	if (f->discard)
-		(void)unlink(from);
-	else if (fetch_seal(f, to) &&
-	    temporary_place(from, f->fd, f->region + f->stored, to))
-		c->miss = "stored";
-	else {
-		(void)unlink(from);
-		c->miss = "no-room";
-	}
-	/* The followers have the complete body in any case. */
-	fetch_end(x, FETCH_COMPLETE);
+	return write_at(f->file.fd, text_cut(b->data + b->start, REGION_LINE),
+		   0) &&
+	    temporary_place(&f->file, f->region + f->stored, path);
 }
 
 /*
@@ -9899,7 +9847,8 @@ fetch_finish(struct exchange *x)
 static void
 cache_append(struct exchange *x, struct text t, bool whole)
 {
-	struct fetch *f = x->request->caching.fetch;
+	struct caching *c = &x->request->caching;
+	struct fetch *f = c->fetch;
 	uint64_t end, n = 0;
 
 	if (!cache_stores(x))
@@ -9908,22 +9857,25 @@ cache_append(struct exchange *x, struct text t, bool whole)
 	if (f->length == UINT64_MAX)
 		n = disk_bytes(end + t.len) - disk_bytes(end);
 	if (x->down.broken || (n > 0 && !fetch_fits(x, n))) {
-		fetch_give_up(x);
+		fetch_end(x, FETCH_FAILED);
 		return;
 	}
-	if (!write_at(f->fd, t, (off_t)end)) {
-		disk_failed();
-		x->request->caching.miss = "no-room";
-		fetch_give_up(x);
+	if (!write_at(f->file.fd, t, (off_t)end)) {
+		c->miss = "no-room";
+		fetch_end(x, FETCH_FAILED);
 		return;
 	}
 	f->stored += t.len;
 	f->share += n;
 	stock->making[worker] += n;
-	if (whole)
-		fetch_finish(x);
-	else if (t.len > 0)
+	if (!whole) {
 		fetch_tell(f);
+		return;
+	}
+	if (!f->discard)
+		c->miss = fetch_place(f) ? "stored" : "no-room";
+	/* The followers have the complete body in any case. */
+	fetch_end(x, FETCH_COMPLETE);
 }
 
 /*
@@ -10183,7 +10135,6 @@ follow_open(struct exchange *x, struct lookup *l)
 	struct request *q = x->request;
 	struct text key = key_of(&q->target);
 	struct fetch *f;
-	char path[CACHE_PATH];
 	int fd;
 
 	for (f = fetches; f != NULL; f = f->next) {
@@ -10191,8 +10142,7 @@ follow_open(struct exchange *x, struct lookup *l)
 		    f->key != q->caching.key ||
 		    (f->length == UINT64_MAX && key_is_uncacheable(f->key)))
 			continue;
-		store_path(f->serial, path);
-		fd = entry_open(path, f->region, key, l->b, &l->e);
+		fd = entry_open(f->file.path, f->region, key, l->b, &l->e);
 		l->e.body = f->length;
 		if (fd != -1 && lookup_fits(x, l) &&
 		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f)) {
@@ -10713,7 +10663,7 @@ cache_store(struct exchange *x, const struct response *r)
 static void
 cache_leave(struct exchange *x)
 {
-	fetch_give_up(x);
+	fetch_end(x, FETCH_FAILED);
 	fetch_unfollow(x);
 	entry_close(x, CACHING_NONE);
 	x->request->caching.hit = NULL;

@@ -11325,7 +11325,8 @@ check_room(void)
 	room_put("one more", 1, false);
 	/* A serial whose file is there already. */
 	stock_set(0, 0);
-	store_path(store.serial + 1, path);
+	(void)snprintf(path, sizeof(path), "./tmp.%ld.%llu", (long)getpid(),
+	    (unsigned long long)store.serial + 1);
 	(void)close(open(path, O_WRONLY | O_CREAT, 0600));
 	room_put("a name that is taken", 1, true);
 	room_is("the temporary file goes", access(path, F_OK) != 0, 0);
