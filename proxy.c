@@ -310,7 +310,6 @@ enum role {
 	ROLE_SIGNALS,   /* the pipe that signal handlers write to */
 	ROLE_QUESTIONS, /* the pipe to the names helper */
 	ROLE_ANSWERS,   /* the pipe from the names helper */
-	ROLE_REPORT,    /* the pipe from the sweeper of the cache */
 	ROLE_CLIENT,    /* the client of an exchange */
 	ROLE_SERVER,    /* the server of an exchange */
 	ROLE_FILE,      /* a file that answers instead: most often an entry */
@@ -659,7 +658,7 @@ struct caching {
 	uint32_t region;       /* bytes of the region of one that answers */
 	int64_t ttl;           /* seconds the entry is still fresh */
 	int64_t age;           /* its age in seconds */
-	char path[ENTRY_PATH]; /* of the one that was to be validated */
+	char path[ENTRY_PATH]; /* of that one, see store_path() */
 };
 
 /* When a request reached each step: ms, 0: not yet. */
@@ -7936,8 +7935,8 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
  * store_bytes for all; for the cache work_buffer, key_of, key_hash, entry_path,
  * vary_append, variant_of, variant_fits, entry_read, entry_open, entry_find,
  * entry_touch, disk_bytes, stock_sum, store_fits, store_lacks_disk,
- * write_at, region_build, region_seal, temporary_open, temporary_place,
- * temporary_close, marker_token, stored_head_append.
+ * store_path, write_at, region_build, region_seal, temporary_open,
+ * temporary_place, temporary_close, marker_token, stored_head_append.
  */
 
 enum {
@@ -8029,13 +8028,13 @@ static struct stock *stock = &stock_alone;
 
 /* The state of the directory. */
 static struct {
-	uint64_t serial;    /* for temporary files and tokens */
-	uint64_t block;     /* file sizes are rounded up to this */
-	pid_t sweeper;      /* the child that sweeps, or 0 */
-	struct conn report; /* the pipe from it */
-	int64_t lack_ms;    /* no sweep, or call for one, before this */
-	bool said_unread;   /* warned: a sweep failed */
-} store = { .block = CACHE_DISK_BLOCK, .report = { .fd = -1 } };
+	uint64_t serial;  /* for temporary files and tokens */
+	uint64_t block;   /* file sizes are rounded up to this */
+	pid_t sweeper;    /* the child that sweeps, or 0 */
+	int report;       /* the pipe from it */
+	int64_t lack_ms;  /* no sweep, or call for one, before this */
+	bool said_unread; /* warned: a sweep failed */
+} store = { .block = CACHE_DISK_BLOCK, .report = -1 };
 
 /* Buffers for data needed within one call: each has one purpose. */
 enum work {
@@ -8058,6 +8057,13 @@ work_buffer(enum work work)
 
 /* ---- names of entries ---- */
 
+/* The path of a file in the directory into `to`, which has CACHE_PATH bytes. */
+static void
+store_path(const char *name, char *to)
+{
+	(void)snprintf(to, CACHE_PATH, "%.800s/%.200s", options.cache, name);
+}
+
 /* Appends t in lower case. */
 static void
 lower_append(struct buffer *b, struct text t)
@@ -8070,10 +8076,12 @@ lower_append(struct buffer *b, struct text t)
 			b->data[i] = (char)(b->data[i] - 'A' + 'a');
 }
 
-/* Appends the key of a target, its normalized URL, to b. */
-static void
-key_append(const struct target *t, struct buffer *b)
+/* The key of a target, its normalized URL, valid until the next call. */
+static struct text
+key_of(const struct target *t)
 {
+	struct buffer *b = work_buffer(WORK_KEY);
+
 	buffer_append(b, text_of("http://"));
 	lower_append(b, t->host);
 	buffer_append(b, text_of(":"));
@@ -8081,15 +8089,6 @@ key_append(const struct target *t, struct buffer *b)
 	if (t->path.len == 0 || *t->path.at != '/')
 		buffer_append(b, text_of("/"));
 	buffer_append(b, t->path);
-}
-
-/* The key of a target, valid until the next call. */
-static struct text
-key_of(const struct target *t)
-{
-	struct buffer *b = work_buffer(WORK_KEY);
-
-	key_append(t, b);
 	return buffer_text(b);
 }
 
@@ -8512,14 +8511,17 @@ stock_sum(const uint64_t *counts)
 	return sum;
 }
 
-/* Bytes of the directory, without entries being stored. */
+/* What the cache takes of the disk in bytes, at most. */
 static uint64_t
-stock_total(void)
+store_bytes(void)
 {
-	return stock->base + stock_sum(stock->grown);
+	return stock->base + stock_sum(stock->grown) + stock_sum(stock->making);
 }
 
-/* Sets the same, and how much of it was written since a sweep began. */
+/*
+ * Sets the same, but for entries being stored, and how much of it was written
+ * since a sweep began.
+ */
 static void
 stock_set(uint64_t total, uint64_t written)
 {
@@ -8536,7 +8538,7 @@ stock_set(uint64_t total, uint64_t written)
 static bool
 store_fits(uint64_t n)
 {
-	if (stock_total() + stock_sum(stock->making) + n <= stock->limit)
+	if (store_bytes() + n <= stock->limit)
 		return true;
 	if (stock->lack == LACK_NONE)
 		stock->lack = LACK_SIZE;
@@ -8851,10 +8853,10 @@ file_look(struct file *f, const char *path)
 }
 
 /*
- * Calls visit for each file in a directory.  False, with errno, if the
+ * Calls visit for each file in a directory.  Returns 0, or errno if the
  * directory can't be read to its end.
  */
-static bool
+static int
 directory_walk(const char *at,
     void (*visit)(const struct file *file, void *argument), void *argument)
 {
@@ -8870,8 +8872,7 @@ directory_walk(const char *at,
 	if (directory == NULL) {
 		error = errno;
 		fd_drop(&fd);
-		errno = error;
-		return false;
+		return error;
 	}
 	for (errno = 0; (name = readdir(directory)) != NULL; errno = 0) {
 		(void)snprintf(path, sizeof(path), "%.803s/%.255s", at,
@@ -8882,31 +8883,29 @@ directory_walk(const char *at,
 	}
 	error = errno;
 	(void)closedir(directory);
-	errno = error;
-	return error == 0;
+	return error;
 }
 
 /*
  * The same for the whole cache: the directories of entries, then the one above
  * them.
  */
-static bool
+static int
 store_walk(void (*visit)(const struct file *file, void *argument),
     void *argument)
 {
 	char path[CACHE_PATH];
-	int error = 0;
+	int error = 0, last;
 	unsigned i;
 
 	for (i = 0; i <= 256; i++) {
 		(void)snprintf(path, sizeof(path),
 		    i < 256 ? "%.800s/%02x" : "%.800s", options.cache, i);
-		if (!directory_walk(path, visit, argument) && errno != ENOENT &&
-		    errno != ENOTDIR && errno != ELOOP)
-			error = errno;
+		last = directory_walk(path, visit, argument);
+		if (last != ENOENT && last != ENOTDIR && last != ELOOP)
+			error = last != 0 ? last : error;
 	}
-	errno = error;
-	return error == 0;
+	return error;
 }
 
 /* The process that made a temporary file; 0 if the name is not temporary. */
@@ -9022,31 +9021,21 @@ sweep_plan(struct sweep *sweep, bool disk)
 
 /*
  * Removes the least recently used entries: one pass counts, one removes, so
- * that memory use does not depend on the number of entries.  False, with errno,
- * if the cache can't be read.
+ * that memory use does not depend on the number of entries.  Returns 0, or
+ * errno if the cache can't be read.
  */
-static bool
+static int
 sweep_run(struct sweep *sweep, bool disk)
 {
 	struct stat status;
-	bool good;
 	int error;
 
 	if (stat(options.cache, &status) != -1)
 		sweep->bytes += (uint64_t)status.st_blocks * 512;
-	good = store_walk(sweep_count, sweep);
-	error = errno;
+	error = store_walk(sweep_count, sweep);
 	if (sweep_plan(sweep, disk))
 		(void)store_walk(sweep_remove, sweep);
-	errno = error;
-	return good;
-}
-
-/* The path of a file that exists while the cache may be over its limit. */
-static void
-store_unswept(char *path)
-{
-	(void)snprintf(path, CACHE_PATH, "%.900s/unswept", options.cache);
+	return error;
 }
 
 /*
@@ -9064,36 +9053,26 @@ sweep_result(uint64_t bytes)
 	if (stock->limit == options.cache_size / 16 * 15)
 		return;
 	stock->limit = options.cache_size / 16 * 15;
-	store_unswept(path);
+	store_path("unswept", path);
 	(void)unlink(path);
 }
 
-/* Reads the sweeper's report if it has come, and then reaps the sweeper. */
+/* If the sweeper has ended, reads its report; without one it has failed. */
 static void
 sweep_reap(void)
 {
 	uint64_t report[2];
-	ssize_t n;
 
-	if (store.report.fd != -1) {
-		if (!store.report.readable)
-			return;
-		store.report.readable = false;
-		n = fd_read(store.report.fd, report, sizeof(report));
-		if (n == -1 && errno == EAGAIN)
-			return;
-		conn_close(&store.report, false);
-		/* Without a report the sweep has failed. */
-		store.said_unread = n != (ssize_t)sizeof(report);
-		if (!store.said_unread) {
-			sweep_result(report[0]);
-			totals.evicted += report[1];
-		}
-	}
-	if (waitpid(store.sweeper, NULL, WNOHANG) != 0)
-		store.sweeper = 0;
-	else if (exchanges.wake > now.ms + 50)
-		exchanges.wake = now.ms + 50;
+	if (waitpid(store.sweeper, NULL, WNOHANG) == 0)
+		return;
+	store.sweeper = 0;
+	store.said_unread = fd_read(store.report, report, sizeof(report)) !=
+	    (ssize_t)sizeof(report);
+	fd_drop(&store.report);
+	if (store.said_unread)
+		return;
+	sweep_result(report[0]);
+	totals.evicted += report[1];
 }
 
 /*
@@ -9105,20 +9084,21 @@ sweeper_main(int fd, bool disk)
 {
 	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
 	struct sweep sweep = { .bytes = 0 };
+	uint64_t report[2];
 	size_t i;
+	int error;
 
 	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
 		(void)signal(caught[i], SIG_DFL);
 	fds_close(fd, fd);
-	if (sweep_run(&sweep, disk)) {
-		uint64_t report[2];
-
-		report[0] = sweep.bytes;
-		report[1] = sweep.evicted;
+	error = sweep_run(&sweep, disk);
+	report[0] = sweep.bytes;
+	report[1] = sweep.evicted;
+	if (error == 0)
 		(void)fd_write(fd, report, sizeof(report));
-	} else if (!store.said_unread)
+	else if (!store.said_unread)
 		warn("can't read the cache %s: %s", options.cache,
-		    strerror(errno));
+		    strerror(error));
 	_exit(0);
 }
 
@@ -9139,18 +9119,9 @@ sweep_start(void)
 	if (store.sweeper == 0)
 		sweeper_main(fds[1], disk);
 	(void)close(fds[1]);
-	if (!conn_open(&store.report, ROLE_REPORT, fds[0], NULL))
-		return;
-	conn_watch(&store.report, POLLIN);
+	store.report = fds[0];
 	if (store.sweeper == -1)
-		conn_close(&store.report, false);
-}
-
-/* What the cache takes of the disk in bytes, at most. */
-static uint64_t
-store_bytes(void)
-{
-	return stock_total() + stock_sum(stock->making);
+		fd_drop(&store.report);
 }
 
 /*
@@ -9251,7 +9222,7 @@ store_assume(const char *tag, bool fresh)
 	stock->limit = options.cache_size / 16 * 15;
 	if (fresh)
 		return;
-	store_unswept(path);
+	store_path("unswept", path);
 	fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
 	stock_set(fd != -1 ? stock->limit : options.cache_size,
 	    options.cache_size);
@@ -9269,7 +9240,7 @@ store_open(void)
 {
 	char path[CACHE_PATH], text[sizeof(store_tag)] = { 0 };
 	bool tagged;
-	int fd;
+	int fd, error;
 
 	if (strlen(options.cache) > CACHE_PATH - 300)
 		die("-c: the path is too long");
@@ -9278,15 +9249,15 @@ store_open(void)
 	if (mkdir(options.cache, 0700) == -1 && errno != EEXIST)
 		die("can't make the cache %s: %s", options.cache,
 		    strerror(errno));
-	(void)snprintf(path, sizeof(path), "%.800s/CACHEDIR.TAG",
-	    options.cache);
+	store_path("CACHEDIR.TAG", path);
 	fd = open(path, O_RDONLY | O_NONBLOCK);
 	tagged = fd != -1 && fd_read(fd, text, sizeof(text) - 1) > 0 &&
 	    strcmp(text, store_tag) == 0;
 	fd_drop(&fd);
-	if (!directory_walk(options.cache, store_check, &tagged))
+	error = directory_walk(options.cache, store_check, &tagged);
+	if (error != 0)
 		die("can't read the cache %s: %s", options.cache,
-		    strerror(errno));
+		    strerror(error));
 	fd = open(options.cache, O_RDONLY | O_DIRECTORY);
 	if (fd != -1)
 		store_own(fd, options.cache);
@@ -9314,7 +9285,7 @@ store_take_over(void)
 	(void)directory_walk(options.cache, temporary_remove, NULL);
 	stock->making[worker] = 0;
 	if (worker == 1)
-		stock_set(stock_total(), options.cache_size);
+		stock->swept = stock_sum(stock->grown) - options.cache_size;
 }
 
 /* Warns of the first directory of a cache that we can't write. */
@@ -9359,10 +9330,11 @@ static void
 store_print(const struct target *target)
 {
 	struct text key = key_of(target);
+	int error = store_walk(key_visit, &key);
 
-	if (!store_walk(key_visit, &key))
+	if (error != 0)
 		die("can't read the cache %s: %s", options.cache,
-		    strerror(errno));
+		    strerror(error));
 }
 
 /* ---- 13. Cache: look-ups and fetches ---- */
@@ -10352,7 +10324,7 @@ cache_find(struct exchange *x, struct lookup *l)
 	} else if (l->fd != -1) {
 		c->entry = l->fd;
 		caching_enter(x, CACHING_VALIDATES);
-		(void)text_copy(text_of(l->path + strlen(options.cache)),
+		(void)text_copy(text_of(l->path + strlen(options.cache) + 1),
 		    c->path, ENTRY_PATH);
 	}
 	if (common && c->fetch == NULL)
@@ -10378,7 +10350,7 @@ entry_remove(const struct caching *c)
 {
 	char path[CACHE_PATH];
 
-	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache, c->path);
+	store_path(c->path, path);
 	(void)unlink(path);
 }
 
