@@ -8414,32 +8414,24 @@ entry_parse(struct text t, struct entry *e)
 
 /*
  * Reads an open file from its beginning into b and parses it as an entry.  If
- * region is not 0, it is the region's length, and the first line is still
- * missing.  Else the file must be as long as its first line says; for a small
- * file the read shows that.  False if it is no entry.
+ * region is not 0, it is the region's length, and the body is still to come.
+ * Else the file must be as long as its first line says; for a small file the
+ * read shows that.  False if it is no entry.
  */
 static bool
 entry_read(int fd, size_t region, struct buffer *b, struct entry *e)
 {
-	size_t room = buffer_room(buffer_clear(b)), n;
-	ssize_t got = -1;
+	size_t room = buffer_room(buffer_clear(b));
+	ssize_t n = fd_read(fd, b->data + b->start, region ? region : room);
 	struct stat status;
 
-	memset(e, 0, sizeof(*e));
-	e->region = region;
-	if (region <= room)
-		got = fd_read(fd, b->data + b->start, region ? region : room);
-	if (got < REGION_LINE)
+	b->end += n > 0 ? (size_t)n : 0;
+	if (!entry_parse(buffer_text(b), e))
 		return false;
-	n = (size_t)got;
-	b->end += n;
-	if (region > 0)
-		return n == region &&
-		    region_parse(text_from(buffer_text(b), REGION_LINE), e);
-	return entry_parse(buffer_text(b), e) &&
-	    (n == e->region + e->body ||
-		(n < e->region + e->body && fstat(fd, &status) != -1 &&
-		    (uint64_t)status.st_size == e->region + e->body));
+	if (region > 0 || (uint64_t)n == e->region + e->body)
+		return true;
+	return (uint64_t)n < e->region + e->body && fstat(fd, &status) != -1 &&
+	    (uint64_t)status.st_size == e->region + e->body;
 }
 
 /*
@@ -9367,13 +9359,8 @@ store_print(const struct target *target)
  */
 
 enum {
-	/*
-	 * Keys known to be uncacheable: 128 KiB, but only pages that were
-	 * written take memory.
-	 */
-	UNCACHEABLE_KEYS = 16384,
-	/* Places for one key: a cache line of the processor. */
-	UNCACHEABLE_WAYS = 8
+	/* Keys known to be uncacheable: 128 KiB. */
+	UNCACHEABLE_KEYS = 16384
 };
 
 /* The cache's answer to a request, or to a response from a server. */
@@ -9595,48 +9582,27 @@ cache_detach(struct exchange *x, struct exchange *y)
 }
 
 /*
- * Keys whose responses were recently uncacheable: no request waits for them.
- * Only pages that were written take memory.
+ * Keys whose responses were recently uncacheable, each in the one place that it
+ * may have: no request waits for them.  Only pages that were written take
+ * memory.
  */
 static uint64_t uncacheable[UNCACHEABLE_KEYS];
-
-/* The UNCACHEABLE_WAYS places for a key. */
-static uint64_t *
-key_places(uint64_t key)
-{
-	return uncacheable +
-	    key % (UNCACHEABLE_KEYS / UNCACHEABLE_WAYS) * UNCACHEABLE_WAYS;
-}
 
 /* True if responses for the key were recently uncacheable. */
 static bool
 key_is_uncacheable(uint64_t key)
 {
-	const uint64_t *at = key_places(key);
-	size_t i = 0;
-
-	while (i < UNCACHEABLE_WAYS && at[i] != key)
-		i++;
-	return i < UNCACHEABLE_WAYS;
+	return uncacheable[key % UNCACHEABLE_KEYS] == key;
 }
 
-/*
- * Remembers whether responses for a key are uncacheable.  The latest key is
- * first in its places; the last one is replaced.
- */
+/* Remembers whether responses for a key are uncacheable. */
 static void
 key_remember(uint64_t key, bool is_uncacheable)
 {
-	uint64_t *at = key_places(key);
-	size_t i = 0;
-
-	while (i < UNCACHEABLE_WAYS - 1 && at[i] != key)
-		i++;
-	if (is_uncacheable) {
-		memmove(at + 1, at, i * sizeof(*at));
-		at[0] = key;
-	} else if (at[i] == key)
-		at[i] = 0;
+	if (is_uncacheable)
+		uncacheable[key % UNCACHEABLE_KEYS] = key;
+	else if (key_is_uncacheable(key))
+		uncacheable[key % UNCACHEABLE_KEYS] = 0;
 }
 
 /* True if x is storing what it fetches. */
@@ -9663,8 +9629,8 @@ disk_has_room(void)
 }
 
 /*
- * Builds the region of a new entry in `region`, without its first line.  False
- * if it is too long.
+ * Builds the region of a new entry in `region`; its first line does not know
+ * the body's length yet.  False if it is too long.
  */
 static bool
 region_draft(struct exchange *x, const struct response *r,
@@ -9689,8 +9655,11 @@ region_draft(struct exchange *x, const struct response *r,
 		address_print(&x->record.server, server);
 	e.server = text_of(server);
 	stored_head_append(r, NULL, head);
-	return !head->overflow &&
-	    region_build(region, &e, buffer_text(head), 0) > 0;
+	if (head->overflow ||
+	    region_build(region, &e, buffer_text(head), 0) == 0)
+		return false;
+	region_seal(region, 0);
+	return true;
 }
 
 /*
@@ -9710,10 +9679,7 @@ response_validator(const struct response *r)
 	return hash_text(key_hash(t), head_value(&r->head, "Content-Encoding"));
 }
 
-/*
- * Makes the temporary file of a fetch and writes the region without its first
- * line, which needs the body's length.  False on failure.
- */
+/* Makes the temporary file of a fetch with its region; false on failure. */
 static bool
 fetch_open(struct fetch *f, const struct response *r, struct text region)
 {
@@ -9780,8 +9746,8 @@ fetch_fits(struct exchange *x, uint64_t n)
 }
 
 /*
- * Writes the first line of the entry that a fetch has stored, and puts it in
- * its place.  The marker of a variant is written only now: it replaces an entry
+ * Writes the length of the entry that a fetch has stored, and puts it in its
+ * place.  The marker of a variant is written only now: it replaces an entry
  * without variants.  False if that fails.
  */
 static bool
@@ -9880,16 +9846,15 @@ static bool
 reference_resolve(const struct target *own, struct text value, struct buffer *b,
     struct text *path)
 {
-	struct target target;
+	struct target target = *own;
 	size_t n;
 
 	if (text_starts(value, "//") ||
 	    text_find(value, ':') < text_find(value, '/')) {
-		*path = target.path = text_cut(value.at, 0);
-		if (absolute_parse(value, &target) != 1)
-			return false;
+		bool good = absolute_parse(value, &target) == 1;
+
 		*path = target.path;
-		return text_same(target.host, own->host) &&
+		return good && text_same(target.host, own->host) &&
 		    target.port == own->port;
 	}
 	*path = value;
@@ -9934,22 +9899,23 @@ cache_invalidate(const struct target *own, const struct response *r)
 
 /*
  * The rule that decides how a request, or its response r if that is not NULL,
- * is cached, or NULL.  e is the entry with the head r, or NULL.  The decision
- * is made when the head arrives, and for an entry with the facts known then: a
- * length that the head did not give stays unknown here, or a stored entry might
- * never be used.
+ * is cached; without one, a rule of another group.  e is the entry with the
+ * head r, or NULL.  The decision is made when the head arrives, and for an
+ * entry with the facts known then: a length that the head did not give stays
+ * unknown here, or a stored entry might never be used.
  */
 static const struct rule *
 cache_rule(const struct exchange *x, const struct response *r,
     const struct entry *e)
 {
+	static const struct rule other = { .action = ACTION_ALLOW };
 	uint64_t length = UINT64_MAX;
 	struct address source;
 	struct verdict verdict;
 	struct view v;
 
 	if (x->rules->first[GROUP_CACHE] == NULL)
-		return NULL;
+		return &other;
 	if (r != NULL)
 		length = e == NULL ? response_length(r) :
 		    e->counted     ? UINT64_MAX :
@@ -9961,14 +9927,14 @@ cache_rule(const struct exchange *x, const struct response *r,
 		view_source(&v, &source);
 	}
 	verdict = rules_judge(x->rules, GROUP_CACHE, &v);
-	return verdict.truth == TRUTH_YES ? verdict.rule : NULL;
+	return verdict.truth == TRUTH_YES ? verdict.rule : &other;
 }
 
-/* The lifetime in seconds that a rule of the group gives, -1 if none does. */
+/* The lifetime in seconds that a rule gives, -1 if it gives none. */
 static int64_t
 rule_seconds(const struct rule *rule)
 {
-	return rule != NULL && rule->action == ACTION_CACHE ?
+	return rule->action == ACTION_CACHE ?
 	    (int64_t)(rule->amount.first / 1000) :
 	    -1;
 }
@@ -10016,12 +9982,9 @@ static bool
 lookup_fits(const struct exchange *x, struct lookup *l)
 {
 	const struct request *q = x->request;
-	const struct rule *rule;
 
-	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1)
-		return false;
-	rule = cache_rule(x, &l->r, &l->e);
-	if (rule != NULL && rule->action == ACTION_NOCACHE)
+	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1 ||
+	    cache_rule(x, &l->r, &l->e)->action == ACTION_NOCACHE)
 		return false;
 	return l->r.status != 206 ||
 	    (q->method == METHOD_GET &&
@@ -10036,19 +9999,19 @@ static struct lifetime
 lookup_age(struct exchange *x, const struct lookup *l)
 {
 	struct caching *c = &x->request->caching;
-	const struct rule *rule = cache_rule(x, &l->r, &l->e);
+	int64_t given = rule_seconds(cache_rule(x, &l->r, &l->e));
 	struct lifetime lifetime = freshness_lifetime(&l->r, false);
 
-	if (rule != NULL && rule->action == ACTION_CACHE)
-		lifetime = (struct lifetime){ rule_seconds(rule), "a rule" };
+	if (given >= 0)
+		lifetime = (struct lifetime){ given, "a rule" };
 	c->age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
 	c->ttl = lifetime.seconds - c->age;
 	return lifetime;
 }
 
-/* Judges how the entry in l may be used, and traces the calculation. */
-static void
+/* How the entry in l may be used; traces the calculation. */
+static enum reuse
 lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 {
 	static const char *const words[] = { [REUSE_FRESH] = "fresh",
@@ -10059,19 +10022,19 @@ lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 	struct caching *c = &x->request->caching;
 	struct control control = control_parse(&l->r.head);
 	struct lifetime lifetime = lookup_age(x, l);
+	enum reuse reuse = REUSE_VALIDATED;
 
 	c->validator = response_validator(&l->r);
 	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
-		l->reuse =
-		    reuse_judge(asked, &control, c->age, lifetime.seconds);
+		reuse = reuse_judge(asked, &control, c->age, lifetime.seconds);
 	l->forward = c->ttl > 0 && !control.no_cache ? "request" : "stale";
 	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s%s",
 	    (long long)c->age, c->ttl > 0 ? "<" : ">=",
 	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
-	    lifetime.why, control.no_cache ? ", no-cache" : "", words[l->reuse],
-	    l->reuse == REUSE_VALIDATED && c->ttl > 0 ?
-		", by the client's wish" :
-		"");
+	    lifetime.why, control.no_cache ? ", no-cache" : "", words[reuse],
+	    reuse == REUSE_VALIDATED && c->ttl > 0 ? ", by the client's wish" :
+						     "");
+	return reuse;
 }
 
 /*
@@ -10093,66 +10056,50 @@ lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 	if (l->fd != -1 && !lookup_fits(x, l))
 		fd_drop(&l->fd);
 	if (l->fd != -1)
-		lookup_judge(x, asked, l);
+		l->reuse = lookup_judge(x, asked, l);
 }
 
-/*
- * Opens the entry that another exchange is storing for x's target, if x selects
- * that variant, and follows the fetch.  The first line is still missing, and
- * the body grows.  Returns the descriptor, or -1.
- */
-static int
-follow_open(struct exchange *x, struct lookup *l)
+/* True if f stores an entry for the key that others may read as it grows. */
+static bool
+fetch_is_open(const struct fetch *f, uint64_t key)
 {
-	struct request *q = x->request;
-	struct text key = key_of(&q->target);
-	struct fetch *f;
-	int fd;
-
-	for (f = fetches; f != NULL; f = f->next) {
-		if (f->state != FETCH_STORES || f->discard ||
-		    f->key != q->caching.key ||
-		    (f->length == UINT64_MAX && key_is_uncacheable(f->key)))
-			continue;
-		fd = entry_open(f->file.path, f->region, key, l->b, &l->e);
-		l->e.body = f->length;
-		if (fd != -1 && lookup_fits(x, l) &&
-		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f)) {
-			fetch_follow(x, f);
-			return fd;
-		}
-		fd_drop(&fd);
-	}
-	return -1;
+	return f->state == FETCH_STORES && !f->discard && f->key == key &&
+	    (f->length != UINT64_MAX || !key_is_uncacheable(key));
 }
 
 /*
  * Looks among the fetches under way if no complete entry will do: an entry
- * being stored is the answer if it is fresh.
+ * being stored is the answer if it is fresh, and x selects that variant.
  */
 static void
 lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 {
 	const struct request *q = x->request;
-	int fd;
+	struct text key = key_of(&q->target);
+	struct fetch *f = fetches;
 
 	if (l->b == NULL || x->refresh || asked->no_store ||
 	    head_field(&q->head, "Range") != NULL ||
 	    head_field(&q->head, "Authorization") != NULL)
 		return;
-	fd = follow_open(x, l);
-	if (fd == -1)
-		return;
-	lookup_judge(x, asked, l);
-	l->grows = l->reuse == REUSE_FRESH;
-	if (l->grows) {
-		fd_drop(&l->fd);
-		l->fd = fd;
-		return;
+	for (; f != NULL && !l->grows; f = f->next) {
+		int fd;
+
+		if (!fetch_is_open(f, q->caching.key))
+			continue;
+		fd = entry_open(f->file.path, f->region, key, l->b, &l->e);
+		l->e.body = f->length;
+		if (fd != -1 && lookup_fits(x, l) &&
+		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
+		    lookup_judge(x, asked, l) == REUSE_FRESH) {
+			fetch_follow(x, f);
+			fd_drop(&l->fd);
+			l->fd = fd;
+			l->reuse = REUSE_FRESH;
+			l->grows = true;
+		} else
+			fd_drop(&fd);
 	}
-	fd_drop(&fd);
-	fetch_unfollow(x);
-	l->reuse = REUSE_VALIDATED;
 }
 
 /*
@@ -10230,7 +10177,7 @@ request_is_cacheable(struct exchange *x, const struct rule *rule)
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NO_BODY)
 		return false;
-	if (rule == NULL || rule->action != ACTION_NOCACHE)
+	if (rule->action != ACTION_NOCACHE)
 		return true;
 	caching_enter(x, CACHING_BYPASSED);
 	q->caching.miss = "rule";
@@ -10282,7 +10229,7 @@ cache_find(struct exchange *x, struct lookup *l)
 	/* On a second call, x has waited. */
 	fetch_unfollow(x);
 	rule = cache_rule(x, NULL, NULL);
-	offline = rule != NULL && rule->action == ACTION_OFFLINE;
+	offline = rule->action == ACTION_OFFLINE;
 	asked = control_parse(&q->head);
 	asked.only_if_cached = offline ||
 	    (asked.only_if_cached && options.cache != NULL);
@@ -10582,7 +10529,7 @@ cache_obstacle(const struct exchange *x, const struct response *r)
 	const struct rule *rule = cache_rule(x, r, NULL);
 	const char *why;
 
-	if (rule != NULL && rule->action == ACTION_NOCACHE)
+	if (rule->action == ACTION_NOCACHE)
 		return "rule";
 	if (q->caching.state == CACHING_BYPASSED)
 		return r->status == 206 ? "range" : "rule";

@@ -11390,8 +11390,8 @@ follows(struct exchange *y, const char *path)
 {
 	static struct exchange x;
 	static struct rules none;
-	struct lookup l = { .b = buffer_take() };
-	int fd;
+	struct lookup l = { .b = buffer_take(), .fd = -1 };
+	struct control asked;
 
 	memset(&x, 0, sizeof(x));
 	x.rules = &none;
@@ -11400,12 +11400,12 @@ follows(struct exchange *y, const char *path)
 				    "Host: a.test\r\n\r\n"), x.request);
 	x.request->target.path = text_of(path);
 	x.request->caching.key = y->request->caching.key;
-	fd = follow_open(&x, &l);
+	asked = control_parse(&x.request->head);
+	lookup_follow(&x, &asked, &l);
 	buffer_give(&l.b);
 	request_drop(&x.request);
-	if (fd != -1)
-		(void)close(fd);
-	return fd != -1;
+	fd_drop(&l.fd);
+	return l.grows;
 }
 
 static void
@@ -11419,8 +11419,10 @@ check_collision(void)
 	(void)request_parse(text_of("GET http://a.test/a HTTP/1.1\r\n"
 				    "Host: a.test\r\n\r\n"), q);
 	(void)response_parse(text_of("HTTP/1.1 200 OK\r\nETag: \"a\"\r\n"
+				     "Cache-Control: max-age=9\r\n"
 				     "Content-Length: 9\r\n\r\n"),
 	    METHOD_GET, &r);
+	q->times.requested = now.wall;
 	if (!fetch_store(&y, &r) || !follows(&y, "/a"))
 		unit_fail("not followed", "/a", "", q->caching.fetch != NULL);
 	else if (follows(&y, "/b"))
