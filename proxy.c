@@ -7935,7 +7935,7 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
  * store_bytes for all; for the cache work_buffer, key_of, key_hash, entry_path,
  * vary_append, variant_of, variant_fits, entry_read, entry_open, entry_find,
  * entry_touch, disk_bytes, stock_sum, store_fits, store_lacks_disk,
- * store_path, write_at, region_build, region_seal, temporary_open,
+ * store_remove, write_at, region_build, region_seal, temporary_open,
  * temporary_place, temporary_close, marker_token, stored_head_append.
  */
 
@@ -7982,12 +7982,10 @@ struct entry {
 /* An entry found for a request, possibly one still being stored. */
 struct lookup {
 	int fd;                /* its file, or -1 */
-	uint64_t key;          /* hash of the target's key */
 	struct buffer *b;      /* bytes from its start */
 	struct entry e;        /* slices of b */
 	struct response r;     /* the response: slices of b */
 	enum reuse reuse;      /* how it may be used */
-	bool grows;            /* another exchange is storing it */
 	const char *forward;   /* why the server is asked (RFC 9211) */
 	char path[CACHE_PATH]; /* its path, or the last one tried */
 };
@@ -8064,6 +8062,16 @@ store_path(const char *name, char *to)
 	(void)snprintf(to, CACHE_PATH, "%.800s/%.200s", options.cache, name);
 }
 
+/* Removes a file in the directory. */
+static void
+store_remove(const char *name)
+{
+	char path[CACHE_PATH];
+
+	store_path(name, path);
+	(void)unlink(path);
+}
+
 /* Appends t in lower case. */
 static void
 lower_append(struct buffer *b, struct text t)
@@ -8072,8 +8080,7 @@ lower_append(struct buffer *b, struct text t)
 
 	buffer_append(b, t);
 	for (i = start; i < b->end; i++)
-		if (b->data[i] >= 'A' && b->data[i] <= 'Z')
-			b->data[i] = (char)(b->data[i] - 'A' + 'a');
+		b->data[i] = (char)tolower((unsigned char)b->data[i]);
 }
 
 /* The key of a target, its normalized URL, valid until the next call. */
@@ -8413,60 +8420,61 @@ entry_parse(struct text t, struct entry *e)
 }
 
 /*
- * Reads an open file from its beginning into b and parses it as an entry.  If
- * region is not 0, it is the region's length, and the body is still to come.
- * Else the file must be as long as its first line says; for a small file the
- * read shows that.  False if it is no entry.
+ * Reads the file l->fd from its beginning into l->b and parses it: an entry
+ * with a response, or a marker.  If region is not 0, it is the region's length,
+ * and the body is still to come.  Else the file must be as long as its first
+ * line says; for a small file the read shows that.  False if it is neither.
  */
 static bool
-entry_read(int fd, size_t region, struct buffer *b, struct entry *e)
+entry_read(struct lookup *l, size_t region)
 {
-	size_t room = buffer_room(buffer_clear(b));
-	ssize_t n = fd_read(fd, b->data + b->start, region ? region : room);
+	struct buffer *b = buffer_clear(l->b);
+	size_t wanted = region ? region : buffer_room(b);
+	ssize_t n = fd_read(l->fd, b->data + b->start, wanted);
 	struct stat status;
+	uint64_t whole;
 
 	b->end += n > 0 ? (size_t)n : 0;
-	if (!entry_parse(buffer_text(b), e))
+	if (!entry_parse(buffer_text(b), &l->e) ||
+	    (l->e.vary.at == NULL &&
+		response_parse(l->e.head, METHOD_GET, &l->r) != 1))
 		return false;
-	if (region > 0 || (uint64_t)n == e->region + e->body)
+	whole = l->e.region + l->e.body;
+	if (region > 0 || (uint64_t)n == whole)
 		return true;
-	return (uint64_t)n < e->region + e->body && fstat(fd, &status) != -1 &&
-	    (uint64_t)status.st_size == e->region + e->body;
+	return (uint64_t)n < whole && fstat(l->fd, &status) != -1 &&
+	    (uint64_t)status.st_size == whole;
 }
 
 /*
- * Opens the entry at path and reads its beginning into b, see entry_read().
- * Returns the descriptor, which the caller owns, or -1 if there is no valid
- * entry for the key.
- */
-static int
-entry_open(const char *path, size_t region, struct text key, struct buffer *b,
-    struct entry *e)
-{
-	int fd = open(path, O_RDWR | O_NONBLOCK);
-
-	if (fd == -1 && (errno == EACCES || errno == EROFS))
-		fd = open(path, O_RDONLY | O_NONBLOCK);
-	if (fd_note(fd) != -1 &&
-	    (!entry_read(fd, region, b, e) || !text_equals(e->key, key)))
-		fd_drop(&fd);
-	return fd;
-}
-
-/*
- * Finds the entry for a request.  l->b is the entry's beginning and l->fd its
- * descriptor, or -1 if there is none; l->path is the last path tried.
+ * Opens the entry at path and reads its beginning into l->b, see entry_read().
+ * l->fd becomes the descriptor, which the caller owns, or -1 if there is no
+ * valid entry for the key.
  */
 static void
-entry_find(const struct request *q, struct lookup *l)
+entry_open(struct lookup *l, const char *path, size_t region, struct text key)
+{
+	l->fd = open(path, O_RDWR | O_NONBLOCK);
+	if (l->fd == -1 && (errno == EACCES || errno == EROFS))
+		l->fd = open(path, O_RDONLY | O_NONBLOCK);
+	if (fd_note(l->fd) != -1 &&
+	    (!entry_read(l, region) || !text_equals(l->e.key, key)))
+		fd_drop(&l->fd);
+}
+
+/*
+ * Finds the entry with this key for a request.  l->b is the entry's beginning
+ * and l->fd its descriptor, or -1 if there is none; l->path is the last path
+ * tried.
+ */
+static void
+entry_find(const struct request *q, struct text key, struct lookup *l)
 {
 	struct buffer *name = work_buffer(WORK_VARIANT);
-	struct text key = key_of(&q->target);
 	size_t token;
 
-	l->key = key_hash(key);
 	entry_path(key, text_of(""), l->path);
-	l->fd = entry_open(l->path, 0, key, l->b, &l->e);
+	entry_open(l, l->path, 0, key);
 	if (l->fd == -1 || l->e.vary.at == NULL)
 		return;
 	fd_drop(&l->fd);
@@ -8476,7 +8484,7 @@ entry_find(const struct request *q, struct lookup *l)
 	variant_append(q, l->e.vary, name);
 	entry_path(key, buffer_text(name), l->path);
 	if (!name->overflow)
-		l->fd = entry_open(l->path, 0, key, l->b, &l->e);
+		entry_open(l, l->path, 0, key);
 	if (l->fd == -1)
 		l->forward = "vary-miss";
 	else if (!text_equals(l->e.variant,
@@ -8637,23 +8645,16 @@ region_seal(struct buffer *b, uint64_t body)
 	memcpy(b->data + b->start, line, REGION_LINE);
 }
 
-/*
- * Makes a temporary file; false if that fails.  No two serials are equal: an
- * existing file is from an earlier process that had our process id.
- */
+/* Makes a temporary file; false if that fails. */
 static bool
 temporary_open(struct temporary *t)
 {
-	int flags = O_RDWR | O_CREAT | O_EXCL;
-
 	(void)snprintf(t->path, CACHE_PATH, "%.900s/tmp.%ld.%llu",
 	    options.cache, (long)getpid(), (unsigned long long)++store.serial);
-	t->fd = open(t->path, flags, 0600);
-	if (t->fd == -1 && errno == EEXIST && unlink(t->path) != -1)
-		t->fd = open(t->path, flags, 0600);
+	t->fd = fd_note(open(t->path, O_RDWR | O_CREAT | O_EXCL, 0600));
 	if (t->fd == -1)
 		disk_failed();
-	return fd_note(t->fd) != -1;
+	return t->fd != -1;
 }
 
 /*
@@ -8717,17 +8718,16 @@ static bool
 marker_token(struct text key, struct text vary, char *token)
 {
 	struct buffer *b = work_buffer(WORK_HEAD);
-	char path[CACHE_PATH];
-	struct entry e;
-	int fd;
+	struct lookup l;
+	bool found;
 
-	entry_path(key, text_of(""), path);
-	fd = entry_open(path, 0, key, b, &e);
-	if (fd != -1 && text_equals(e.vary, vary)) {
-		(void)close(fd);
-		return text_copy(e.token, token, 64);
-	}
-	fd_drop(&fd);
+	l.b = b;
+	entry_path(key, text_of(""), l.path);
+	entry_open(&l, l.path, 0, key);
+	found = l.fd != -1 && text_equals(l.e.vary, vary);
+	fd_drop(&l.fd);
+	if (found)
+		return text_copy(l.e.token, token, 64);
 	(void)snprintf(token, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
 	    (long)getpid(), (unsigned long long)++store.serial);
 	buffer_clear(b)->end += REGION_LINE;
@@ -8737,7 +8737,7 @@ marker_token(struct text key, struct text vary, char *token)
 	buffer_append(b, vary);
 	buffer_print(b, "\ntoken: %s\n", token);
 	region_seal(b, 0);
-	return !b->overflow && file_put(path, b);
+	return !b->overflow && file_put(l.path, b);
 }
 
 /* True if a 304 never changes that field of a stored head. */
@@ -8818,29 +8818,30 @@ entry_touch(int fd, const struct entry *e)
 
 /* A file in the cache directory. */
 struct file {
-	const char *path;   /* with the cache directory */
-	const char *name;   /* without it */
-	bool entry;         /* probably one, by its place */
-	bool bucket;        /* a directory of entries */
-	uint64_t bytes;     /* of the disk */
-	struct stat status; /* from lstat(2) */
+	const char *path; /* with the cache directory */
+	const char *name; /* without it */
+	bool entry;       /* probably one, by its place */
+	bool bucket;      /* a directory of entries */
+	uint64_t bytes;   /* of the disk */
+	int64_t age;      /* seconds since it was written or touched */
 };
 
 /* Fills in f for the file at path; false if it has vanished. */
 static bool
 file_look(struct file *f, const char *path)
 {
+	struct stat status;
 	const char *slash;
 
 	f->path = path;
 	f->name = path + strlen(options.cache) + 1;
-	if (lstat(path, &f->status) == -1)
+	if (lstat(path, &status) == -1)
 		return false;
 	slash = strchr(f->name, '/');
-	f->entry = slash != NULL && slash[1] != '.' &&
-	    S_ISREG(f->status.st_mode);
-	f->bucket = strlen(f->name) == 2 && S_ISDIR(f->status.st_mode);
-	f->bytes = (uint64_t)f->status.st_blocks * 512;
+	f->entry = slash != NULL && slash[1] != '.' && S_ISREG(status.st_mode);
+	f->bucket = strlen(f->name) == 2 && S_ISDIR(status.st_mode);
+	f->bytes = (uint64_t)status.st_blocks * 512;
+	f->age = now.wall - status.st_mtime;
 	return true;
 }
 
@@ -8914,13 +8915,6 @@ temporary_owner(const char *name)
 	return number_parse(t, INT32_MAX, &pid) ? (pid_t)pid : 0;
 }
 
-/* True if a temporary file is so old that it is abandoned. */
-static bool
-temporary_is_old(const struct file *f)
-{
-	return now.wall - f->status.st_mtime >= TEMPORARY_S;
-}
-
 /* The sweeper's account: the bytes of entries by age. */
 struct sweep {
 	uint64_t bytes;    /* of all files */
@@ -8935,7 +8929,7 @@ struct sweep {
 static unsigned
 sweep_age(const struct file *f)
 {
-	int64_t age = now.wall - f->status.st_mtime;
+	int64_t age = f->age;
 	unsigned n = 0;
 
 	for (; age > 0 && n < 60; age -= age / 2 + 1)
@@ -8961,7 +8955,7 @@ sweep_count(const struct file *f, void *argument)
 	struct sweep *sweep = argument;
 	pid_t owner = temporary_owner(f->name);
 
-	if (owner != 0 && temporary_is_old(f))
+	if (owner != 0 && f->age >= TEMPORARY_S)
 		(void)unlink(f->path);
 	else if (!temporary_is_ours(owner))
 		sweep->bytes += f->bytes;
@@ -9037,16 +9031,13 @@ sweep_run(struct sweep *sweep, bool disk)
 static void
 sweep_result(uint64_t bytes)
 {
-	char path[CACHE_PATH];
-
 	stock->base = bytes - stock->swept;
 	if (stock->lack == LACK_SIZE)
 		stock->lack = LACK_NONE;
 	if (stock->limit == options.cache_size / 16 * 15)
 		return;
 	stock->limit = options.cache_size / 16 * 15;
-	store_path("unswept", path);
-	(void)unlink(path);
+	store_remove("unswept");
 }
 
 /* If the sweeper has ended, reads its report; without one it has failed. */
@@ -9157,7 +9148,7 @@ temporary_remove(const struct file *f, void *argument)
 	(void)argument;
 	if (owner > 0 &&
 	    (owner == getpid() || (kill(owner, 0) == -1 && errno == ESRCH) ||
-		temporary_is_old(f)))
+		f->age >= TEMPORARY_S))
 		(void)unlink(f->path);
 }
 
@@ -9307,14 +9298,15 @@ static void
 key_visit(const struct file *f, void *argument)
 {
 	const struct text *key = argument;
-	struct entry e;
-	int fd = -1;
+	struct lookup l;
 
-	if (f->entry)
-		fd = entry_open(f->path, 0, *key, work_buffer(WORK_REGION), &e);
-	if (fd != -1)
+	if (!f->entry)
+		return;
+	l.b = work_buffer(WORK_REGION);
+	entry_open(&l, f->path, 0, *key);
+	if (l.fd != -1)
 		printf("%s\n", f->path);
-	fd_drop(&fd);
+	fd_drop(&l.fd);
 }
 
 /* Prints the paths of the entries of a URL. */
@@ -9508,8 +9500,7 @@ fetch_end(struct exchange *x, enum fetch_state state)
 	while (*at != f)
 		at = &(*at)->next;
 	*at = f->next;
-	if (f->file.fd != -1)
-		stock->making[worker] -= f->share;
+	stock->making[worker] -= f->share;
 	temporary_close(&f->file);
 	fetch_enter(f, state);
 	f->leader = NULL;
@@ -9685,18 +9676,17 @@ fetch_open(struct fetch *f, const struct response *r, struct text region)
 {
 	f->region = (uint32_t)region.len;
 	f->validator = response_validator(r);
-	f->length = r->framing == FRAMING_LENGTH ? r->length :
-	    r->framing == FRAMING_NO_BODY        ? 0 :
-						   UINT64_MAX;
+	f->length = r->framing == FRAMING_CHUNKED ||
+		r->framing == FRAMING_CLOSE ?
+	    UINT64_MAX :
+	    r->length;
 	/* The entry may need a new directory, too. */
 	f->share = store.block +
 	    disk_bytes(region.len + (f->length == UINT64_MAX ? 0 : f->length));
 	/* Taken first and then judged, as other workers do the same. */
 	stock->making[worker] += f->share;
-	if (store_fits(0) && temporary_open(&f->file))
-		return write_at(f->file.fd, region, 0);
-	stock->making[worker] -= f->share;
-	return false;
+	return store_fits(0) && temporary_open(&f->file) &&
+	    write_at(f->file.fd, region, 0);
 }
 
 /*
@@ -9753,28 +9743,25 @@ fetch_fits(struct exchange *x, uint64_t n)
 static bool
 fetch_place(struct fetch *f)
 {
-	struct buffer *b = work_buffer(WORK_REGION);
 	struct buffer *list = work_buffer(WORK_LIST);
 	struct buffer *name = work_buffer(WORK_VARIANT);
-	char token[64], path[CACHE_PATH];
-	struct response r;
-	struct entry e;
+	struct lookup l;
+	char token[64];
 
-	if (!entry_read(f->file.fd, f->region, b, &e) ||
-	    response_parse(e.head, METHOD_GET, &r) != 1 ||
-	    !vary_append(&r, list))
+	l.fd = f->file.fd;
+	l.b = work_buffer(WORK_REGION);
+	if (!entry_read(&l, f->region) || !vary_append(&l.r, list))
 		return false;
 	if (buffer_len(list) > 0) {
-		if (!marker_token(e.key, buffer_text(list), token))
+		if (!marker_token(l.e.key, buffer_text(list), token))
 			return false;
 		buffer_print(name, "%s;", token);
-		buffer_append(name, e.variant);
+		buffer_append(name, l.e.variant);
 	}
-	entry_path(e.key, buffer_text(name), path);
-	region_seal(b, f->stored);
-	return write_at(f->file.fd, text_cut(b->data + b->start, REGION_LINE),
-		   0) &&
-	    temporary_place(&f->file, f->region + f->stored, path);
+	entry_path(l.e.key, buffer_text(name), l.path);
+	region_seal(l.b, f->stored);
+	return write_at(l.fd, text_cut(buffer_text(l.b).at, REGION_LINE), 0) &&
+	    temporary_place(&f->file, f->region + f->stored, l.path);
 }
 
 /*
@@ -9824,13 +9811,14 @@ static void
 cache_forget(const struct target *target)
 {
 	struct text key = key_of(target);
+	uint64_t hash = key_hash(key);
 	char path[CACHE_PATH];
 	struct fetch *f;
 
 	entry_path(key, text_of(""), path);
 	(void)unlink(path);
 	for (f = fetches; f != NULL; f = f->next) {
-		if (f->key != key_hash(key))
+		if (f->key != hash)
 			continue;
 		f->discard = true;
 		if (f->state == FETCH_STORES)
@@ -9979,16 +9967,14 @@ follow_is_safe(const struct fetch *f)
  * its status fits the request.
  */
 static bool
-lookup_fits(const struct exchange *x, struct lookup *l)
+lookup_fits(const struct exchange *x, const struct lookup *l)
 {
 	const struct request *q = x->request;
 
-	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1 ||
-	    cache_rule(x, &l->r, &l->e)->action == ACTION_NOCACHE)
-		return false;
-	return l->r.status != 206 ||
-	    (q->method == METHOD_GET &&
-		head_field(&q->head, "If-Range") == NULL);
+	return cache_rule(x, &l->r, &l->e)->action != ACTION_NOCACHE &&
+	    (l->r.status != 206 ||
+		(q->method == METHOD_GET &&
+		    head_field(&q->head, "If-Range") == NULL));
 }
 
 /*
@@ -10024,7 +10010,6 @@ lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 	struct lifetime lifetime = lookup_age(x, l);
 	enum reuse reuse = REUSE_VALIDATED;
 
-	c->validator = response_validator(&l->r);
 	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
 		reuse = reuse_judge(asked, &control, c->age, lifetime.seconds);
 	l->forward = c->ttl > 0 && !control.no_cache ? "request" : "stale";
@@ -10044,19 +10029,21 @@ lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 static void
 lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 {
+	struct request *q = x->request;
+	struct text key = key_of(&q->target);
+
+	q->caching.key = key_hash(key);
 	l->fd = -1;
-	l->grows = false;
 	l->reuse = REUSE_VALIDATED;
 	l->forward = "uri-miss";
 	l->b = buffer_take();
 	if (l->b == NULL)
 		return;
-	entry_find(x->request, l);
-	x->request->caching.key = l->key;
-	if (l->fd != -1 && !lookup_fits(x, l))
-		fd_drop(&l->fd);
-	if (l->fd != -1)
+	entry_find(q, key, l);
+	if (l->fd != -1 && lookup_fits(x, l))
 		l->reuse = lookup_judge(x, asked, l);
+	else
+		fd_drop(&l->fd);
 }
 
 /* True if f stores an entry for the key that others may read as it grows. */
@@ -10074,31 +10061,34 @@ fetch_is_open(const struct fetch *f, uint64_t key)
 static void
 lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 {
-	const struct request *q = x->request;
+	struct request *q = x->request;
+	struct caching *c = &q->caching;
 	struct text key = key_of(&q->target);
-	struct fetch *f = fetches;
+	struct fetch *f;
+	int fd;
 
 	if (l->b == NULL || x->refresh || asked->no_store ||
 	    head_field(&q->head, "Range") != NULL ||
 	    head_field(&q->head, "Authorization") != NULL)
 		return;
-	for (; f != NULL && !l->grows; f = f->next) {
-		int fd;
-
-		if (!fetch_is_open(f, q->caching.key))
+	for (f = fetches; f != NULL && c->follows == NULL; f = f->next) {
+		if (!fetch_is_open(f, c->key))
 			continue;
-		fd = entry_open(f->file.path, f->region, key, l->b, &l->e);
+		fd = l->fd;
+		entry_open(l, f->file.path, f->region, key);
 		l->e.body = f->length;
-		if (fd != -1 && lookup_fits(x, l) &&
+		if (l->fd != -1 && lookup_fits(x, l) &&
 		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
 		    lookup_judge(x, asked, l) == REUSE_FRESH) {
 			fetch_follow(x, f);
+			c->collapsed = true;
+			c->validator = f->validator;
+			l->reuse = REUSE_FRESH;
+			fd_drop(&fd);
+		} else {
 			fd_drop(&l->fd);
 			l->fd = fd;
-			l->reuse = REUSE_FRESH;
-			l->grows = true;
-		} else
-			fd_drop(&fd);
+		}
 	}
 }
 
@@ -10195,12 +10185,11 @@ lookup_answers(struct exchange *x, struct lookup *l, const char *word)
 
 	entry_touch(l->fd, &l->e);
 	c->hit = word;
-	c->collapsed = c->collapsed || l->grows;
 	caching_enter(x,
 	    c->state == CACHING_VALIDATES ? CACHING_VALIDATED : CACHING_HIT);
 	c->region = (uint32_t)l->e.region;
 	fetch_end(x, FETCH_COMPLETE);
-	answer_by(x, l->grows ? ANSWER_FETCH : ANSWER_ENTRY);
+	answer_by(x, c->follows != NULL ? ANSWER_FETCH : ANSWER_ENTRY);
 	return CACHED_YES;
 }
 
@@ -10248,11 +10237,11 @@ cache_find(struct exchange *x, struct lookup *l)
 		lookup_follow(x, &asked, l);
 	if (l->reuse == REUSE_MEANWHILE && fetch_for(c->key) != NULL)
 		l->reuse = REUSE_STALE;
-	if (l->fd != -1 && l->reuse != REUSE_VALIDATED)
+	if (l->reuse != REUSE_VALIDATED)
 		return lookup_answers(x, l,
-		    l->reuse != REUSE_FRESH      ? "stale" :
-			l->grows || c->collapsed ? "collapsed" :
-						   "fresh");
+		    l->reuse != REUSE_FRESH ? "stale" :
+			c->collapsed        ? "collapsed" :
+					      "fresh");
 	buffer_give(&l->b);
 	c->miss = c->forward;
 	if (asked.only_if_cached || (common && follow_wait(x))) {
@@ -10291,16 +10280,6 @@ entry_close(struct exchange *x, enum caching_state state)
 	caching_enter(x, state);
 }
 
-/* Removes the entry to validate. */
-static void
-entry_remove(const struct caching *c)
-{
-	char path[CACHE_PATH];
-
-	store_path(c->path, path);
-	(void)unlink(path);
-}
-
 /*
  * Reads the entry to validate anew into l; the caller gives back its buffer.
  * False, without a buffer, if there is none or it is damaged.
@@ -10311,12 +10290,9 @@ entry_load(const struct exchange *x, struct lookup *l)
 	const struct caching *c = &x->request->caching;
 
 	l->fd = c->entry;
-	l->grows = false;
 	l->reuse = REUSE_FRESH;
 	l->b = c->state == CACHING_VALIDATES ? buffer_take() : NULL;
-	if (l->b != NULL && lseek(l->fd, 0, SEEK_SET) != -1 &&
-	    entry_read(l->fd, 0, l->b, &l->e) &&
-	    response_parse(l->e.head, METHOD_GET, &l->r) == 1)
+	if (l->b != NULL && lseek(l->fd, 0, SEEK_SET) != -1 && entry_read(l, 0))
 		return true;
 	buffer_give(&l->b);
 	return false;
@@ -10419,7 +10395,7 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 		region_seal(region, l->e.body);
 		(void)write_at(l->fd, buffer_text(region), 0);
 	} else if (!asked.no_store && !head_field(&q->head, "Authorization"))
-		entry_remove(&q->caching);
+		store_remove(q->caching.path);
 	return lookup_renew(l, news, buffer_text(head));
 }
 
@@ -10438,7 +10414,7 @@ cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 		}
 		buffer_give(&l->b);
 	}
-	entry_remove(&x->request->caching);
+	store_remove(x->request->caching.path);
 	entry_close(x, CACHING_NONE);
 	return CACHED_LOST;
 }
@@ -10575,7 +10551,7 @@ cache_store(struct exchange *x, const struct response *r)
 		c->miss = why;
 	fetch_end(x, FETCH_FAILED);
 	if (c->state == CACHING_SUPERSEDED)
-		entry_remove(c);
+		store_remove(c->path);
 }
 
 /* Gives up x's fetch and entry: its request ends or is answered otherwise. */
@@ -10642,13 +10618,11 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
     size_t size)
 {
 	const struct request *q = x->request;
-	unsigned long long body = q->body;
+	unsigned long long body = q->body, from;
 	struct range range = { 0, q->body };
 	int part = 0;
 	size_t n;
 
-	n = (size_t)snprintf(extra, size, "Age: %lld\r\n",
-	    (long long)q->caching.age);
 	r->framing = q->method == METHOD_HEAD ? FRAMING_NO_BODY :
 	    q->body == UINT64_MAX             ? FRAMING_CLOSE :
 						FRAMING_LENGTH;
@@ -10656,29 +10630,31 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 		part = range_parse(&q->head, r, q->body, &range);
 	if (r->status == 200 && request_is_satisfied(&q->head, r)) {
 		r->status = 304;
-		r->framing = FRAMING_NO_BODY;
 		part = 0;
 	} else if (part == -1) {
 		r->status = 416;
-		r->framing = FRAMING_NO_BODY;
 		/* The fields are about what is not sent, also its freshness. */
 		r->head.n = 0;
-		(void)snprintf(extra + n, size - n,
-		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
-		    body);
-	} else if (part == 1) {
+		range.length = 0;
+	} else if (part == 1)
 		r->status = 206;
-		(void)snprintf(extra + n, size - n,
-		    "Content-Range: bytes %llu-%llu/%llu\r\n"
-		    "Content-Length: %llu\r\n",
-		    (unsigned long long)range.first,
-		    (unsigned long long)(range.first + range.length - 1), body,
-		    (unsigned long long)range.length);
-	} else if (r->status != 204 && q->body != UINT64_MAX)
-		(void)snprintf(extra + n, size - n, "Content-Length: %llu\r\n",
-		    body);
+	if (r->status == 304 || r->status == 416)
+		r->framing = FRAMING_NO_BODY;
 	if (r->status == 304 || r->status == 416 || r->status == 206)
 		r->reason = text_of(status_reason(r->status));
+	from = range.first;
+	n = (size_t)snprintf(extra, size, "Age: %lld\r\n",
+	    (long long)q->caching.age);
+	if (part == 1)
+		n += (size_t)snprintf(extra + n, size - n,
+		    "Content-Range: bytes %llu-%llu/%llu\r\n", from,
+		    from + range.length - 1, body);
+	else if (part == -1)
+		n += (size_t)snprintf(extra + n, size - n,
+		    "Content-Range: bytes */%llu\r\n", body);
+	if (r->status != 204 && r->status != 304 && q->body != UINT64_MAX)
+		(void)snprintf(extra + n, size - n, "Content-Length: %llu\r\n",
+		    (unsigned long long)range.length);
 	r->extra = text_of(extra);
 	r->length = range.length;
 	return part == 1 ? q->caching.region + range.first : 0;

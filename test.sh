@@ -11323,13 +11323,14 @@ check_room(void)
 	room_put("one block and its directory", 3000, true);
 	room_is("it is counted", store_bytes() >= 30 << 12, store_bytes());
 	room_put("one more", 1, false);
-	/* A serial whose file is there already. */
+	/* A name that another process has taken: the next one will do. */
 	stock_set(0, 0);
 	(void)snprintf(path, sizeof(path), "./tmp.%ld.%llu", (long)getpid(),
 	    (unsigned long long)store.serial + 1);
 	(void)close(open(path, O_WRONLY | O_CREAT, 0600));
-	room_put("a name that is taken", 1, true);
-	room_is("the temporary file goes", access(path, F_OK) != 0, 0);
+	room_put("a name that is taken", 1, false);
+	room_is("the other's file stays", access(path, F_OK) == 0, 0);
+	room_put("the next name", 1, true);
 }
 
 static void
@@ -11392,6 +11393,7 @@ follows(struct exchange *y, const char *path)
 	static struct rules none;
 	struct lookup l = { .b = buffer_take(), .fd = -1 };
 	struct control asked;
+	bool yes;
 
 	memset(&x, 0, sizeof(x));
 	x.rules = &none;
@@ -11402,10 +11404,11 @@ follows(struct exchange *y, const char *path)
 	x.request->caching.key = y->request->caching.key;
 	asked = control_parse(&x.request->head);
 	lookup_follow(&x, &asked, &l);
+	yes = x.request->caching.follows != NULL;
 	buffer_give(&l.b);
 	request_drop(&x.request);
 	fd_drop(&l.fd);
-	return l.grows;
+	return yes;
 }
 
 static void
