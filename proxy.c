@@ -8895,8 +8895,9 @@ store_walk(void (*visit)(const struct file *file, void *argument),
 		(void)snprintf(path, sizeof(path),
 		    i < 256 ? "%.800s/%02x" : "%.800s", options.cache, i);
 		last = directory_walk(path, visit, argument);
-		if (last != ENOENT && last != ENOTDIR && last != ELOOP)
-			error = last != 0 ? last : error;
+		if (last != 0 && last != ENOENT && last != ENOTDIR &&
+		    last != ELOOP)
+			error = last;
 	}
 	return error;
 }
@@ -8970,11 +8971,10 @@ sweep_remove(const struct file *f, void *argument)
 	struct sweep *sweep = argument;
 	unsigned age = sweep_age(f);
 	bool last = f->entry && age == sweep->cut;
+	bool due = last ? sweep->kept > sweep->most :
+			  f->entry && age > sweep->cut;
 
-	if (f->bucket ? rmdir(f->path) == -1 :
-			!f->entry || age < sweep->cut ||
-		    (last && sweep->kept <= sweep->most) ||
-		    unlink(f->path) == -1)
+	if (f->bucket ? rmdir(f->path) == -1 : !due || unlink(f->path) == -1)
 		return;
 	sweep->evicted += f->entry;
 	/* The first pass may have missed it. */
@@ -9487,7 +9487,7 @@ fetch_begin(struct exchange *x)
 
 /*
  * Ends the fetch that x leads, if any: it can't be followed any more.  What it
- * has stored is removed, unless that has its place.
+ * has stored is removed, unless it is in its place.
  */
 static void
 fetch_end(struct exchange *x, enum fetch_state state)
