@@ -309,7 +309,6 @@ enum role {
 	ROLE_SIGNALS,   /* the pipe that signal handlers write to */
 	ROLE_QUESTIONS, /* the pipe to the names helper */
 	ROLE_ANSWERS,   /* the pipe from the names helper */
-	ROLE_REPORT,    /* the pipe from the sweeper of the cache */
 	ROLE_CLIENT,    /* the client of an exchange */
 	ROLE_SERVER,    /* the server of an exchange */
 	ROLE_FILE,      /* a file that answers instead: most often an entry */
@@ -658,7 +657,7 @@ struct caching {
 	uint32_t region;       /* bytes of the region of one that answers */
 	int64_t ttl;           /* seconds the entry is still fresh */
 	int64_t age;           /* its age in seconds */
-	char path[ENTRY_PATH]; /* of the one that was to be validated */
+	char path[ENTRY_PATH]; /* of that one, see store_path() */
 };
 
 /* When a request reached each step: ms, 0: not yet. */
@@ -7770,8 +7769,8 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
  * store_bytes for all; for the cache work_buffer, key_of, key_hash, entry_path,
  * vary_append, variant_of, variant_fits, entry_read, entry_open, entry_find,
  * entry_touch, disk_bytes, stock_sum, store_fits, store_lacks_disk,
- * disk_failed, write_at, region_build, region_seal, store_path, temporary_open,
- * temporary_place, marker_token, stored_head_append.
+ * store_remove, write_at, region_build, region_seal, temporary_open,
+ * temporary_place, temporary_close, marker_token, stored_head_append.
  */
 
 enum {
@@ -7817,14 +7816,18 @@ struct entry {
 /* An entry found for a request, possibly one still being stored. */
 struct lookup {
 	int fd;                /* its file, or -1 */
-	uint64_t key;          /* hash of the target's key */
 	struct buffer *b;      /* bytes from its start */
 	struct entry e;        /* slices of b */
 	struct response r;     /* the response: slices of b */
 	enum reuse reuse;      /* how it may be used */
-	bool grows;            /* another exchange is storing it */
 	const char *forward;   /* why the server is asked (RFC 9211) */
 	char path[CACHE_PATH]; /* its path, or the last one tried */
+};
+
+/* A file that is being written: it gets its place when it is complete. */
+struct temporary {
+	int fd;                /* -1: there is no file */
+	char path[CACHE_PATH]; /* empty once it has its place */
 };
 
 /* Why storing failed for lack of room, which makes the sweeper run. */
@@ -7857,13 +7860,13 @@ static struct stock *stock = &stock_alone;
 
 /* The state of the directory. */
 static struct {
-	uint64_t serial;    /* for temporary files and tokens */
-	uint64_t block;     /* file sizes are rounded up to this */
-	pid_t sweeper;      /* the child that sweeps, or 0 */
-	struct conn report; /* the pipe from it */
-	int64_t lack_ms;    /* no sweep, or call for one, before this */
-	bool said_unread;   /* warned: a sweep failed */
-} store = { .block = CACHE_DISK_BLOCK, .report = { .fd = -1 } };
+	uint64_t serial;  /* for temporary files and tokens */
+	uint64_t block;   /* file sizes are rounded up to this */
+	pid_t sweeper;    /* the child that sweeps, or 0 */
+	int report;       /* the pipe from it */
+	int64_t lack_ms;  /* no sweep, or call for one, before this */
+	bool said_unread; /* warned: a sweep failed */
+} store = { .block = CACHE_DISK_BLOCK, .report = -1 };
 
 /* Buffers for data needed within one call: each has one purpose. */
 enum work {
@@ -7886,6 +7889,23 @@ work_buffer(enum work work)
 
 /* ---- names of entries ---- */
 
+/* The path of a file in the directory into `to`, which has CACHE_PATH bytes. */
+static void
+store_path(const char *name, char *to)
+{
+	(void)snprintf(to, CACHE_PATH, "%.800s/%.200s", options.cache, name);
+}
+
+/* Removes a file in the directory. */
+static void
+store_remove(const char *name)
+{
+	char path[CACHE_PATH];
+
+	store_path(name, path);
+	(void)unlink(path);
+}
+
 /* Appends t in lower case. */
 static void
 lower_append(struct buffer *b, struct text t)
@@ -7894,14 +7914,15 @@ lower_append(struct buffer *b, struct text t)
 
 	buffer_append(b, t);
 	for (i = start; i < b->end; i++)
-		if (b->data[i] >= 'A' && b->data[i] <= 'Z')
-			b->data[i] = (char)(b->data[i] - 'A' + 'a');
+		b->data[i] = (char)tolower((unsigned char)b->data[i]);
 }
 
-/* Appends the key of a target, its normalized URL, to b. */
-static void
-key_append(const struct target *t, struct buffer *b)
+/* The key of a target, its normalized URL, valid until the next call. */
+static struct text
+key_of(const struct target *t)
 {
+	struct buffer *b = work_buffer(WORK_KEY);
+
 	buffer_append(b, text_of("http://"));
 	lower_append(b, t->host);
 	buffer_append(b, text_of(":"));
@@ -7909,15 +7930,6 @@ key_append(const struct target *t, struct buffer *b)
 	if (t->path.len == 0 || *t->path.at != '/')
 		buffer_append(b, text_of("/"));
 	buffer_append(b, t->path);
-}
-
-/* The key of a target, valid until the next call. */
-static struct text
-key_of(const struct target *t)
-{
-	struct buffer *b = work_buffer(WORK_KEY);
-
-	key_append(t, b);
 	return buffer_text(b);
 }
 
@@ -8242,68 +8254,61 @@ entry_parse(struct text t, struct entry *e)
 }
 
 /*
- * Reads an open file from its beginning into b and parses it as an entry.  If
- * region is not 0, it is the region's length, and the first line is still
- * missing.  Else the file must be as long as its first line says; for a small
- * file the read shows that.  False if it is no entry.
+ * Reads the file l->fd from its beginning into l->b and parses it: an entry
+ * with a response, or a marker.  If region is not 0, it is the region's length,
+ * and the body is still to come.  Else the file must be as long as its first
+ * line says; for a small file the read shows that.  False if it is neither.
  */
 static bool
-entry_read(int fd, size_t region, struct buffer *b, struct entry *e)
+entry_read(struct lookup *l, size_t region)
 {
-	size_t room = buffer_room(buffer_clear(b)), n;
-	ssize_t got = -1;
+	struct buffer *b = buffer_clear(l->b);
+	size_t wanted = region ? region : buffer_room(b);
+	ssize_t n = fd_read(l->fd, b->data + b->start, wanted);
 	struct stat status;
+	uint64_t whole;
 
-	memset(e, 0, sizeof(*e));
-	e->region = region;
-	if (region <= room)
-		got = fd_read(fd, b->data + b->start, region ? region : room);
-	if (got < REGION_LINE)
+	b->end += n > 0 ? (size_t)n : 0;
+	if (!entry_parse(buffer_text(b), &l->e) ||
+	    (l->e.vary.at == NULL &&
+		response_parse(l->e.head, METHOD_GET, &l->r) != 1))
 		return false;
-	n = (size_t)got;
-	b->end += n;
-	if (region > 0)
-		return n == region &&
-		    region_parse(text_from(buffer_text(b), REGION_LINE), e);
-	return entry_parse(buffer_text(b), e) &&
-	    (n == e->region + e->body ||
-		(n < e->region + e->body && fstat(fd, &status) != -1 &&
-		    (uint64_t)status.st_size == e->region + e->body));
+	whole = l->e.region + l->e.body;
+	if (region > 0 || (uint64_t)n == whole)
+		return true;
+	return (uint64_t)n < whole && fstat(l->fd, &status) != -1 &&
+	    (uint64_t)status.st_size == whole;
 }
 
 /*
- * Opens the entry at path and reads its beginning into b, see entry_read().
- * Returns the descriptor, which the caller owns, or -1 if there is no valid
- * entry for the key.
- */
-static int
-entry_open(const char *path, size_t region, struct text key, struct buffer *b,
-    struct entry *e)
-{
-	int fd = open(path, O_RDWR | O_NONBLOCK);
-
-	if (fd == -1 && (errno == EACCES || errno == EROFS))
-		fd = open(path, O_RDONLY | O_NONBLOCK);
-	if (fd_note(fd) != -1 &&
-	    (!entry_read(fd, region, b, e) || !text_equals(e->key, key)))
-		fd_drop(&fd);
-	return fd;
-}
-
-/*
- * Finds the entry for a request.  l->b is the entry's beginning and l->fd its
- * descriptor, or -1 if there is none; l->path is the last path tried.
+ * Opens the entry at path and reads its beginning into l->b, see entry_read().
+ * l->fd becomes the descriptor, which the caller owns, or -1 if there is no
+ * valid entry for the key.
  */
 static void
-entry_find(const struct request *q, struct lookup *l)
+entry_open(struct lookup *l, const char *path, size_t region, struct text key)
+{
+	l->fd = open(path, O_RDWR | O_NONBLOCK);
+	if (l->fd == -1 && (errno == EACCES || errno == EROFS))
+		l->fd = open(path, O_RDONLY | O_NONBLOCK);
+	if (fd_note(l->fd) != -1 &&
+	    (!entry_read(l, region) || !text_equals(l->e.key, key)))
+		fd_drop(&l->fd);
+}
+
+/*
+ * Finds the entry with this key for a request.  l->b is the entry's beginning
+ * and l->fd its descriptor, or -1 if there is none; l->path is the last path
+ * tried.
+ */
+static void
+entry_find(const struct request *q, struct text key, struct lookup *l)
 {
 	struct buffer *name = work_buffer(WORK_VARIANT);
-	struct text key = key_of(&q->target);
 	size_t token;
 
-	l->key = key_hash(key);
 	entry_path(key, text_of(""), l->path);
-	l->fd = entry_open(l->path, 0, key, l->b, &l->e);
+	entry_open(l, l->path, 0, key);
 	if (l->fd == -1 || l->e.vary.at == NULL)
 		return;
 	fd_drop(&l->fd);
@@ -8313,7 +8318,7 @@ entry_find(const struct request *q, struct lookup *l)
 	variant_append(q, l->e.vary, name);
 	entry_path(key, buffer_text(name), l->path);
 	if (!name->overflow)
-		l->fd = entry_open(l->path, 0, key, l->b, &l->e);
+		entry_open(l, l->path, 0, key);
 	if (l->fd == -1)
 		l->forward = "vary-miss";
 	else if (!text_equals(l->e.variant,
@@ -8328,13 +8333,6 @@ disk_bytes(uint64_t n)
 	return (n + store.block - 1) / store.block * store.block;
 }
 
-/* Counts n more bytes of the disk as taken. */
-static void
-store_grow(uint64_t n)
-{
-	stock->grown[worker] += n;
-}
-
 /* The sum of what all workers have counted. */
 static uint64_t
 stock_sum(const uint64_t *counts)
@@ -8347,14 +8345,17 @@ stock_sum(const uint64_t *counts)
 	return sum;
 }
 
-/* Bytes of the directory, without entries being stored. */
+/* What the cache takes of the disk in bytes, at most. */
 static uint64_t
-stock_total(void)
+store_bytes(void)
 {
-	return stock->base + stock_sum(stock->grown);
+	return stock->base + stock_sum(stock->grown) + stock_sum(stock->making);
 }
 
-/* Sets the same, and how much of it was written since a sweep began. */
+/*
+ * Sets the same, but for entries being stored, and how much of it was written
+ * since a sweep began.
+ */
 static void
 stock_set(uint64_t total, uint64_t written)
 {
@@ -8371,7 +8372,7 @@ stock_set(uint64_t total, uint64_t written)
 static bool
 store_fits(uint64_t n)
 {
-	if (stock_total() + stock_sum(stock->making) + n <= stock->limit)
+	if (store_bytes() + n <= stock->limit)
 		return true;
 	if (stock->lack == LACK_NONE)
 		stock->lack = LACK_SIZE;
@@ -8406,7 +8407,7 @@ entry_directory(const char *path)
 	(void)text_copy(text_of(path), directory, sizeof(directory));
 	*strrchr(directory, '/') = '\0';
 	if (mkdir(directory, 0700) != -1)
-		store_grow(store.block);
+		stock->grown[worker] += store.block;
 	else
 		disk_failed();
 }
@@ -8418,8 +8419,10 @@ write_at(int fd, struct text t, off_t offset)
 	while (t.len > 0) {
 		ssize_t n = fd_write_at(fd, t.at, t.len, offset);
 
-		if (n <= 0)
+		if (n <= 0) {
+			disk_failed();
 			return false;
+		}
 		t = text_from(t, (size_t)n);
 		offset += n;
 	}
@@ -8476,31 +8479,16 @@ region_seal(struct buffer *b, uint64_t body)
 	memcpy(b->data + b->start, line, REGION_LINE);
 }
 
-/* The temporary file's path into `to`, which has CACHE_PATH bytes. */
-static void
-store_path(uint64_t serial, char *to)
+/* Makes a temporary file; false if that fails. */
+static bool
+temporary_open(struct temporary *t)
 {
-	(void)snprintf(to, CACHE_PATH, "%.900s/tmp.%ld.%llu", options.cache,
-	    (long)getpid(), (unsigned long long)serial);
-}
-
-/*
- * Makes the temporary file of a serial and sets path.  Returns its descriptor
- * or -1.  No two serials are equal: an existing file is from an earlier process
- * that had our process id.
- */
-static int
-temporary_open(uint64_t serial, char *path)
-{
-	int flags = O_RDWR | O_CREAT | O_EXCL, fd;
-
-	store_path(serial, path);
-	fd = open(path, flags, 0600);
-	if (fd == -1 && errno == EEXIST && unlink(path) != -1)
-		fd = open(path, flags, 0600);
-	if (fd == -1)
+	(void)snprintf(t->path, CACHE_PATH, "%.900s/tmp.%ld.%llu",
+	    options.cache, (long)getpid(), (unsigned long long)++store.serial);
+	t->fd = fd_note(open(t->path, O_RDWR | O_CREAT | O_EXCL, 0600));
+	if (t->fd == -1)
 		disk_failed();
-	return fd_note(fd);
+	return t->fd != -1;
 }
 
 /*
@@ -8508,46 +8496,50 @@ temporary_open(uint64_t serial, char *path)
  * may remove an empty directory at any time.
  */
 static bool
-temporary_place(const char *temporary, int fd, uint64_t n, const char *path)
+temporary_place(struct temporary *t, uint64_t n, const char *path)
 {
 	struct stat status;
 	uint64_t bytes = disk_bytes(n);
-	bool good = rename(temporary, path) != -1;
+	bool good = rename(t->path, path) != -1;
 
 	if (!good && errno == ENOENT) {
 		entry_directory(path);
-		good = rename(temporary, path) != -1;
+		good = rename(t->path, path) != -1;
 	}
 	if (!good) {
 		disk_failed();
 		return false;
 	}
-	if (fstat(fd, &status) != -1 &&
+	t->path[0] = '\0';
+	if (fstat(t->fd, &status) != -1 &&
 	    (uint64_t)status.st_blocks * 512 > bytes)
 		bytes = (uint64_t)status.st_blocks * 512;
-	store_grow(bytes + CACHE_NAME);
+	stock->grown[worker] += bytes + CACHE_NAME;
 	return true;
+}
+
+/* Closes a temporary file, and removes it if it has no place. */
+static void
+temporary_close(struct temporary *t)
+{
+	if (t->fd != -1 && t->path[0] != '\0')
+		(void)unlink(t->path);
+	fd_drop(&t->fd);
 }
 
 /* Writes the contents of b as the file at path, completely or not at all. */
 static bool
 file_put(const char *path, const struct buffer *b)
 {
-	char temporary[CACHE_PATH];
-	bool good = false;
-	int fd = -1;
+	struct temporary t;
+	bool good;
 
-	if (store_fits(disk_bytes(buffer_len(b)) + store.block))
-		fd = temporary_open(++store.serial, temporary);
-	if (fd == -1)
+	if (!store_fits(disk_bytes(buffer_len(b)) + store.block) ||
+	    !temporary_open(&t))
 		return false;
-	if (write_at(fd, buffer_text(b), 0))
-		good = temporary_place(temporary, fd, buffer_len(b), path);
-	else
-		disk_failed();
-	if (!good)
-		(void)unlink(temporary);
-	(void)close(fd);
+	good = write_at(t.fd, buffer_text(b), 0) &&
+	    temporary_place(&t, buffer_len(b), path);
+	temporary_close(&t);
 	return good;
 }
 
@@ -8560,17 +8552,16 @@ static bool
 marker_token(struct text key, struct text vary, char *token)
 {
 	struct buffer *b = work_buffer(WORK_HEAD);
-	char path[CACHE_PATH];
-	struct entry e;
-	int fd;
+	struct lookup l;
+	bool found;
 
-	entry_path(key, text_of(""), path);
-	fd = entry_open(path, 0, key, b, &e);
-	if (fd != -1 && text_equals(e.vary, vary)) {
-		(void)close(fd);
-		return text_copy(e.token, token, 64);
-	}
-	fd_drop(&fd);
+	l.b = b;
+	entry_path(key, text_of(""), l.path);
+	entry_open(&l, l.path, 0, key);
+	found = l.fd != -1 && text_equals(l.e.vary, vary);
+	fd_drop(&l.fd);
+	if (found)
+		return text_copy(l.e.token, token, 64);
 	(void)snprintf(token, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
 	    (long)getpid(), (unsigned long long)++store.serial);
 	buffer_clear(b)->end += REGION_LINE;
@@ -8580,7 +8571,7 @@ marker_token(struct text key, struct text vary, char *token)
 	buffer_append(b, vary);
 	buffer_print(b, "\ntoken: %s\n", token);
 	region_seal(b, 0);
-	return !b->overflow && file_put(path, b);
+	return !b->overflow && file_put(l.path, b);
 }
 
 /* True if a 304 never changes that field of a stored head. */
@@ -8661,37 +8652,38 @@ entry_touch(int fd, const struct entry *e)
 
 /* A file in the cache directory. */
 struct file {
-	const char *path;   /* with the cache directory */
-	const char *name;   /* without it */
-	bool entry;         /* probably one, by its place */
-	bool bucket;        /* a directory of entries */
-	uint64_t bytes;     /* of the disk */
-	struct stat status; /* from lstat(2) */
+	const char *path; /* with the cache directory */
+	const char *name; /* without it */
+	bool entry;       /* probably one, by its place */
+	bool bucket;      /* a directory of entries */
+	uint64_t bytes;   /* of the disk */
+	int64_t age;      /* seconds since it was written or touched */
 };
 
 /* Fills in f for the file at path; false if it has vanished. */
 static bool
 file_look(struct file *f, const char *path)
 {
+	struct stat status;
 	const char *slash;
 
 	f->path = path;
 	f->name = path + strlen(options.cache) + 1;
-	if (lstat(path, &f->status) == -1)
+	if (lstat(path, &status) == -1)
 		return false;
 	slash = strchr(f->name, '/');
-	f->entry = slash != NULL && slash[1] != '.' &&
-	    S_ISREG(f->status.st_mode);
-	f->bucket = strlen(f->name) == 2 && S_ISDIR(f->status.st_mode);
-	f->bytes = (uint64_t)f->status.st_blocks * 512;
+	f->entry = slash != NULL && slash[1] != '.' && S_ISREG(status.st_mode);
+	f->bucket = strlen(f->name) == 2 && S_ISDIR(status.st_mode);
+	f->bytes = (uint64_t)status.st_blocks * 512;
+	f->age = now.wall - status.st_mtime;
 	return true;
 }
 
 /*
- * Calls visit for each file in a directory.  False, with errno, if the
+ * Calls visit for each file in a directory.  Returns 0, or errno if the
  * directory can't be read to its end.
  */
-static bool
+static int
 directory_walk(const char *at,
     void (*visit)(const struct file *file, void *argument), void *argument)
 {
@@ -8707,8 +8699,7 @@ directory_walk(const char *at,
 	if (directory == NULL) {
 		error = errno;
 		fd_drop(&fd);
-		errno = error;
-		return false;
+		return error;
 	}
 	for (errno = 0; (name = readdir(directory)) != NULL; errno = 0) {
 		(void)snprintf(path, sizeof(path), "%.803s/%.255s", at,
@@ -8719,31 +8710,30 @@ directory_walk(const char *at,
 	}
 	error = errno;
 	(void)closedir(directory);
-	errno = error;
-	return error == 0;
+	return error;
 }
 
 /*
  * The same for the whole cache: the directories of entries, then the one above
  * them.
  */
-static bool
+static int
 store_walk(void (*visit)(const struct file *file, void *argument),
     void *argument)
 {
 	char path[CACHE_PATH];
-	int error = 0;
+	int error = 0, last;
 	unsigned i;
 
 	for (i = 0; i <= 256; i++) {
 		(void)snprintf(path, sizeof(path),
 		    i < 256 ? "%.800s/%02x" : "%.800s", options.cache, i);
-		if (!directory_walk(path, visit, argument) && errno != ENOENT &&
-		    errno != ENOTDIR && errno != ELOOP)
-			error = errno;
+		last = directory_walk(path, visit, argument);
+		if (last != 0 && last != ENOENT && last != ENOTDIR &&
+		    last != ELOOP)
+			error = last;
 	}
-	errno = error;
-	return error == 0;
+	return error;
 }
 
 /* The process that made a temporary file; 0 if the name is not temporary. */
@@ -8760,13 +8750,6 @@ temporary_owner(const char *name)
 	return number_parse(t, INT32_MAX, &pid) ? (pid_t)pid : 0;
 }
 
-/* True if a temporary file is so old that it is abandoned. */
-static bool
-temporary_is_old(const struct file *f)
-{
-	return now.wall - f->status.st_mtime >= TEMPORARY_S;
-}
-
 /* The sweeper's account: the bytes of entries by age. */
 struct sweep {
 	uint64_t bytes;    /* of all files */
@@ -8781,7 +8764,7 @@ struct sweep {
 static unsigned
 sweep_age(const struct file *f)
 {
-	int64_t age = now.wall - f->status.st_mtime;
+	int64_t age = f->age;
 	unsigned n = 0;
 
 	for (; age > 0 && n < 60; age -= age / 2 + 1)
@@ -8807,7 +8790,7 @@ sweep_count(const struct file *f, void *argument)
 	struct sweep *sweep = argument;
 	pid_t owner = temporary_owner(f->name);
 
-	if (owner != 0 && temporary_is_old(f))
+	if (owner != 0 && f->age >= TEMPORARY_S)
 		(void)unlink(f->path);
 	else if (!temporary_is_ours(owner))
 		sweep->bytes += f->bytes;
@@ -8822,11 +8805,10 @@ sweep_remove(const struct file *f, void *argument)
 	struct sweep *sweep = argument;
 	unsigned age = sweep_age(f);
 	bool last = f->entry && age == sweep->cut;
+	bool due = last ? sweep->kept > sweep->most :
+			  f->entry && age > sweep->cut;
 
-	if (f->bucket ? rmdir(f->path) == -1 :
-			!f->entry || age < sweep->cut ||
-		    (last && sweep->kept <= sweep->most) ||
-		    unlink(f->path) == -1)
+	if (f->bucket ? rmdir(f->path) == -1 : !due || unlink(f->path) == -1)
 		return;
 	sweep->evicted += f->entry;
 	/* The first pass may have missed it. */
@@ -8859,31 +8841,21 @@ sweep_plan(struct sweep *sweep, bool disk)
 
 /*
  * Removes the least recently used entries: one pass counts, one removes, so
- * that memory use does not depend on the number of entries.  False, with errno,
- * if the cache can't be read.
+ * that memory use does not depend on the number of entries.  Returns 0, or
+ * errno if the cache can't be read.
  */
-static bool
+static int
 sweep_run(struct sweep *sweep, bool disk)
 {
 	struct stat status;
-	bool good;
 	int error;
 
 	if (stat(options.cache, &status) != -1)
 		sweep->bytes += (uint64_t)status.st_blocks * 512;
-	good = store_walk(sweep_count, sweep);
-	error = errno;
+	error = store_walk(sweep_count, sweep);
 	if (sweep_plan(sweep, disk))
 		(void)store_walk(sweep_remove, sweep);
-	errno = error;
-	return good;
-}
-
-/* The path of a file that exists while the cache may be over its limit. */
-static void
-store_unswept(char *path)
-{
-	(void)snprintf(path, CACHE_PATH, "%.900s/unswept", options.cache);
+	return error;
 }
 
 /*
@@ -8893,44 +8865,31 @@ store_unswept(char *path)
 static void
 sweep_result(uint64_t bytes)
 {
-	char path[CACHE_PATH];
-
 	stock->base = bytes - stock->swept;
 	if (stock->lack == LACK_SIZE)
 		stock->lack = LACK_NONE;
 	if (stock->limit == options.cache_size / 16 * 15)
 		return;
 	stock->limit = options.cache_size / 16 * 15;
-	store_unswept(path);
-	(void)unlink(path);
+	store_remove("unswept");
 }
 
-/* Reads the sweeper's report if it has come, and then reaps the sweeper. */
+/* If the sweeper has ended, reads its report; without one it has failed. */
 static void
 sweep_reap(void)
 {
 	uint64_t report[2];
-	ssize_t n;
 
-	if (store.report.fd != -1) {
-		if (!store.report.readable)
-			return;
-		store.report.readable = false;
-		n = fd_read(store.report.fd, report, sizeof(report));
-		if (n == -1 && errno == EAGAIN)
-			return;
-		conn_close(&store.report, false);
-		/* Without a report the sweep has failed. */
-		store.said_unread = n != (ssize_t)sizeof(report);
-		if (!store.said_unread) {
-			sweep_result(report[0]);
-			totals.evicted += report[1];
-		}
-	}
-	if (waitpid(store.sweeper, NULL, WNOHANG) != 0)
-		store.sweeper = 0;
-	else if (exchanges.wake > now.ms + 50)
-		exchanges.wake = now.ms + 50;
+	if (waitpid(store.sweeper, NULL, WNOHANG) == 0)
+		return;
+	store.sweeper = 0;
+	store.said_unread = fd_read(store.report, report, sizeof(report)) !=
+	    (ssize_t)sizeof(report);
+	fd_drop(&store.report);
+	if (store.said_unread)
+		return;
+	sweep_result(report[0]);
+	totals.evicted += report[1];
 }
 
 /*
@@ -8942,20 +8901,21 @@ sweeper_main(int fd, bool disk)
 {
 	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
 	struct sweep sweep = { .bytes = 0 };
+	uint64_t report[2];
 	size_t i;
+	int error;
 
 	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
 		(void)signal(caught[i], SIG_DFL);
 	fds_close(fd, fd);
-	if (sweep_run(&sweep, disk)) {
-		uint64_t report[2];
-
-		report[0] = sweep.bytes;
-		report[1] = sweep.evicted;
+	error = sweep_run(&sweep, disk);
+	report[0] = sweep.bytes;
+	report[1] = sweep.evicted;
+	if (error == 0)
 		(void)fd_write(fd, report, sizeof(report));
-	} else if (!store.said_unread)
+	else if (!store.said_unread)
 		warn("can't read the cache %s: %s", options.cache,
-		    strerror(errno));
+		    strerror(error));
 	_exit(0);
 }
 
@@ -8976,18 +8936,9 @@ sweep_start(void)
 	if (store.sweeper == 0)
 		sweeper_main(fds[1], disk);
 	(void)close(fds[1]);
-	if (!conn_open(&store.report, ROLE_REPORT, fds[0], NULL))
-		return;
-	conn_watch(&store.report, POLLIN);
+	store.report = fds[0];
 	if (store.sweeper == -1)
-		conn_close(&store.report, false);
-}
-
-/* What the cache takes of the disk in bytes, at most. */
-static uint64_t
-store_bytes(void)
-{
-	return stock_total() + stock_sum(stock->making);
+		fd_drop(&store.report);
 }
 
 /*
@@ -9031,7 +8982,7 @@ temporary_remove(const struct file *f, void *argument)
 	(void)argument;
 	if (owner > 0 &&
 	    (owner == getpid() || (kill(owner, 0) == -1 && errno == ESRCH) ||
-		temporary_is_old(f)))
+		f->age >= TEMPORARY_S))
 		(void)unlink(f->path);
 }
 
@@ -9088,7 +9039,7 @@ store_assume(const char *tag, bool fresh)
 	stock->limit = options.cache_size / 16 * 15;
 	if (fresh)
 		return;
-	store_unswept(path);
+	store_path("unswept", path);
 	fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
 	stock_set(fd != -1 ? stock->limit : options.cache_size,
 	    options.cache_size);
@@ -9106,7 +9057,7 @@ store_open(void)
 {
 	char path[CACHE_PATH], text[sizeof(store_tag)] = { 0 };
 	bool tagged;
-	int fd;
+	int fd, error;
 
 	if (strlen(options.cache) > CACHE_PATH - 300)
 		die("-c: the path is too long");
@@ -9115,15 +9066,15 @@ store_open(void)
 	if (mkdir(options.cache, 0700) == -1 && errno != EEXIST)
 		die("can't make the cache %s: %s", options.cache,
 		    strerror(errno));
-	(void)snprintf(path, sizeof(path), "%.800s/CACHEDIR.TAG",
-	    options.cache);
+	store_path("CACHEDIR.TAG", path);
 	fd = open(path, O_RDONLY | O_NONBLOCK);
 	tagged = fd != -1 && fd_read(fd, text, sizeof(text) - 1) > 0 &&
 	    strcmp(text, store_tag) == 0;
 	fd_drop(&fd);
-	if (!directory_walk(options.cache, store_check, &tagged))
+	error = directory_walk(options.cache, store_check, &tagged);
+	if (error != 0)
 		die("can't read the cache %s: %s", options.cache,
-		    strerror(errno));
+		    strerror(error));
 	fd = open(options.cache, O_RDONLY | O_DIRECTORY);
 	if (fd != -1)
 		store_own(fd, options.cache);
@@ -9151,7 +9102,7 @@ store_take_over(void)
 	(void)directory_walk(options.cache, temporary_remove, NULL);
 	stock->making[worker] = 0;
 	if (worker == 1)
-		stock_set(stock_total(), options.cache_size);
+		stock->swept = stock_sum(stock->grown) - options.cache_size;
 }
 
 /* Warns of the first directory of a cache that we can't write. */
@@ -9181,14 +9132,15 @@ static void
 key_visit(const struct file *f, void *argument)
 {
 	const struct text *key = argument;
-	struct entry e;
-	int fd = -1;
+	struct lookup l;
 
-	if (f->entry)
-		fd = entry_open(f->path, 0, *key, work_buffer(WORK_REGION), &e);
-	if (fd != -1)
+	if (!f->entry)
+		return;
+	l.b = work_buffer(WORK_REGION);
+	entry_open(&l, f->path, 0, *key);
+	if (l.fd != -1)
 		printf("%s\n", f->path);
-	fd_drop(&fd);
+	fd_drop(&l.fd);
 }
 
 /* Prints the paths of the entries of a URL. */
@@ -9196,10 +9148,11 @@ static void
 store_print(const struct target *target)
 {
 	struct text key = key_of(target);
+	int error = store_walk(key_visit, &key);
 
-	if (!store_walk(key_visit, &key))
+	if (error != 0)
 		die("can't read the cache %s: %s", options.cache,
-		    strerror(errno));
+		    strerror(error));
 }
 
 /* ---- 13. Cache: look-ups and fetches ---- */
@@ -9232,13 +9185,8 @@ store_print(const struct target *target)
  */
 
 enum {
-	/*
-	 * Keys known to be uncacheable: 128 KiB, but only pages that were
-	 * written take memory.
-	 */
-	UNCACHEABLE_KEYS = 16384,
-	/* Places for one key: a cache line of the processor. */
-	UNCACHEABLE_WAYS = 8
+	/* Keys known to be uncacheable: 128 KiB. */
+	UNCACHEABLE_KEYS = 16384
 };
 
 /* The cache's answer to a request, or to a response from a server. */
@@ -9275,20 +9223,18 @@ struct fetch {
 	enum fetch_state state;  /* set by fetch_enter() only */
 	bool discard;            /* do not keep the entry */
 	unsigned followers;      /* exchanges that wait for it or read it */
-	int fd;                  /* the temporary file, or -1 */
 	uint32_t region;         /* length of the region in bytes */
-	uint64_t serial;         /* in the name of the temporary file */
 	uint64_t key;            /* hash of the target's key */
 	uint64_t length;         /* of the body; UINT64_MAX: unknown */
 	uint64_t stored;         /* bytes of the body so far */
 	uint64_t share;          /* bytes of disk counted for it */
 	uint64_t validator;      /* see response_validator() */
+	struct temporary file;   /* the entry that grows, if any */
 };
 
 /* ---- fetches ---- */
 
-static struct fetch *fetches;      /* that others may follow */
-static struct fetch *fetches_free; /* for those to come */
+static struct fetch *fetches; /* that others may follow */
 
 /*
  * Lets y, which follows a complete fetch, read its entry like any other.  An
@@ -9346,14 +9292,12 @@ fetch_enter(struct fetch *f, enum fetch_state state)
 	fetch_tell(f);
 }
 
-/* Keeps f for the next fetch if nobody has a part in it any more. */
+/* Frees f if nobody has a part in it any more. */
 static void
 fetch_drop(struct fetch *f)
 {
-	if (f->leader != NULL || f->followers > 0)
-		return;
-	f->next = fetches_free;
-	fetches_free = f;
+	if (f->leader == NULL && f->followers == 0)
+		free(f);
 }
 
 /*
@@ -9363,23 +9307,22 @@ fetch_drop(struct fetch *f)
 static void
 fetch_begin(struct exchange *x)
 {
-	struct fetch *f = fetches_free;
+	struct fetch *f = calloc(1, sizeof(*f));
 
-	if (f != NULL)
-		fetches_free = f->next;
-	else if ((f = malloc(sizeof(*f))) == NULL)
+	if (f == NULL)
 		return;
-	memset(f, 0, sizeof(*f));
 	f->leader = x;
 	f->key = x->request->caching.key;
-	f->serial = ++store.serial;
-	f->fd = -1;
+	f->file.fd = -1;
 	f->next = fetches;
 	fetches = f;
 	x->request->caching.fetch = f;
 }
 
-/* Ends the fetch that x leads, if any: it can't be followed any more. */
+/*
+ * Ends the fetch that x leads, if any: it can't be followed any more.  What it
+ * has stored is removed, unless it is in its place.
+ */
 static void
 fetch_end(struct exchange *x, enum fetch_state state)
 {
@@ -9391,9 +9334,8 @@ fetch_end(struct exchange *x, enum fetch_state state)
 	while (*at != f)
 		at = &(*at)->next;
 	*at = f->next;
-	if (f->fd != -1)
-		stock->making[worker] -= f->share;
-	fd_drop(&f->fd);
+	stock->making[worker] -= f->share;
+	temporary_close(&f->file);
 	fetch_enter(f, state);
 	f->leader = NULL;
 	c->fetch = NULL;
@@ -9435,7 +9377,6 @@ cache_detach(struct exchange *x, struct exchange *y)
 {
 	struct request *q = x->request;
 	struct fetch *f = q->caching.fetch;
-	char path[CACHE_PATH];
 	int fd;
 
 	if (f == NULL) {
@@ -9443,8 +9384,7 @@ cache_detach(struct exchange *x, struct exchange *y)
 		fetch_begin(y);
 		return -1;
 	}
-	store_path(f->serial, path);
-	fd = open(path, O_RDONLY);
+	fd = open(f->file.path, O_RDONLY);
 	if (fd != -1 &&
 	    lseek(fd, (off_t)(f->region + x->down.payload), SEEK_SET) == -1)
 		fd_drop(&fd);
@@ -9467,48 +9407,27 @@ cache_detach(struct exchange *x, struct exchange *y)
 }
 
 /*
- * Keys whose responses were recently uncacheable: no request waits for them.
- * Only pages that were written take memory.
+ * Keys whose responses were recently uncacheable, each in the one place that it
+ * may have: no request waits for them.  Only pages that were written take
+ * memory.
  */
 static uint64_t uncacheable[UNCACHEABLE_KEYS];
-
-/* The UNCACHEABLE_WAYS places for a key. */
-static uint64_t *
-key_places(uint64_t key)
-{
-	return uncacheable +
-	    key % (UNCACHEABLE_KEYS / UNCACHEABLE_WAYS) * UNCACHEABLE_WAYS;
-}
 
 /* True if responses for the key were recently uncacheable. */
 static bool
 key_is_uncacheable(uint64_t key)
 {
-	const uint64_t *at = key_places(key);
-	size_t i = 0;
-
-	while (i < UNCACHEABLE_WAYS && at[i] != key)
-		i++;
-	return i < UNCACHEABLE_WAYS;
+	return uncacheable[key % UNCACHEABLE_KEYS] == key;
 }
 
-/*
- * Remembers whether responses for a key are uncacheable.  The latest key is
- * first in its places; the last one is replaced.
- */
+/* Remembers whether responses for a key are uncacheable. */
 static void
 key_remember(uint64_t key, bool is_uncacheable)
 {
-	uint64_t *at = key_places(key);
-	size_t i = 0;
-
-	while (i < UNCACHEABLE_WAYS - 1 && at[i] != key)
-		i++;
-	if (is_uncacheable) {
-		memmove(at + 1, at, i * sizeof(*at));
-		at[0] = key;
-	} else if (at[i] == key)
-		at[i] = 0;
+	if (is_uncacheable)
+		uncacheable[key % UNCACHEABLE_KEYS] = key;
+	else if (key_is_uncacheable(key))
+		uncacheable[key % UNCACHEABLE_KEYS] = 0;
 }
 
 /* True if x is storing what it fetches. */
@@ -9518,19 +9437,6 @@ cache_stores(const struct exchange *x)
 	const struct fetch *f = x->request->caching.fetch;
 
 	return f != NULL && f->state == FETCH_STORES;
-}
-
-/* Gives up the fetch that x leads, if any. */
-static void
-fetch_give_up(struct exchange *x)
-{
-	char path[CACHE_PATH];
-
-	if (cache_stores(x)) {
-		store_path(x->request->caching.fetch->serial, path);
-		(void)unlink(path);
-	}
-	fetch_end(x, FETCH_FAILED);
 }
 
 /* True if enough of the disk is free: see CACHE_FLOOR. */
@@ -9548,8 +9454,8 @@ disk_has_room(void)
 }
 
 /*
- * Builds the region of a new entry in `region`, without its first line.  False
- * if it is too long.
+ * Builds the region of a new entry in `region`; its first line does not know
+ * the body's length yet.  False if it is too long.
  */
 static bool
 region_draft(struct exchange *x, const struct response *r,
@@ -9574,8 +9480,11 @@ region_draft(struct exchange *x, const struct response *r,
 		address_print(&x->record.server, server);
 	e.server = text_of(server);
 	stored_head_append(r, NULL, head);
-	return !head->overflow &&
-	    region_build(region, &e, buffer_text(head), 0) > 0;
+	if (head->overflow ||
+	    region_build(region, &e, buffer_text(head), 0) == 0)
+		return false;
+	region_seal(region, 0);
+	return true;
 }
 
 /*
@@ -9595,36 +9504,23 @@ response_validator(const struct response *r)
 	return hash_text(key_hash(t), head_value(&r->head, "Content-Encoding"));
 }
 
-/*
- * Makes the temporary file of a fetch and writes the region without its first
- * line, which needs the body's length.  False on failure.
- */
+/* Makes the temporary file of a fetch with its region; false on failure. */
 static bool
 fetch_open(struct fetch *f, const struct response *r, struct text region)
 {
-	char path[CACHE_PATH];
-
 	f->region = (uint32_t)region.len;
 	f->validator = response_validator(r);
-	f->length = r->framing == FRAMING_LENGTH ? r->length :
-	    r->framing == FRAMING_NO_BODY        ? 0 :
-						   UINT64_MAX;
+	f->length = r->framing == FRAMING_CHUNKED ||
+		r->framing == FRAMING_CLOSE ?
+	    UINT64_MAX :
+	    r->length;
 	/* The entry may need a new directory, too. */
 	f->share = store.block +
 	    disk_bytes(region.len + (f->length == UINT64_MAX ? 0 : f->length));
 	/* Taken first and then judged, as other workers do the same. */
 	stock->making[worker] += f->share;
-	if (store_fits(0))
-		f->fd = temporary_open(f->serial, path);
-	if (f->fd == -1) {
-		stock->making[worker] -= f->share;
-		return false;
-	}
-	if (write_at(f->fd, region, 0))
-		return true;
-	disk_failed();
-	(void)unlink(path);
-	return false;
+	return store_fits(0) && temporary_open(&f->file) &&
+	    write_at(f->file.fd, region, 0);
 }
 
 /*
@@ -9674,55 +9570,32 @@ fetch_fits(struct exchange *x, uint64_t n)
 }
 
 /*
- * Writes the first line of the entry that a fetch has stored, and sets path to
- * its name.  The marker of a variant is written only now: it replaces an entry
+ * Writes the length of the entry that a fetch has stored, and puts it in its
+ * place.  The marker of a variant is written only now: it replaces an entry
  * without variants.  False if that fails.
  */
 static bool
-fetch_seal(const struct fetch *f, char *path)
+fetch_place(struct fetch *f)
 {
-	struct buffer *b = work_buffer(WORK_REGION);
 	struct buffer *list = work_buffer(WORK_LIST);
 	struct buffer *name = work_buffer(WORK_VARIANT);
+	struct lookup l;
 	char token[64];
-	struct response r;
-	struct entry e;
 
-	if (!entry_read(f->fd, f->region, b, &e) ||
-	    response_parse(e.head, METHOD_GET, &r) != 1 ||
-	    !vary_append(&r, list))
+	l.fd = f->file.fd;
+	l.b = work_buffer(WORK_REGION);
+	if (!entry_read(&l, f->region) || !vary_append(&l.r, list))
 		return false;
 	if (buffer_len(list) > 0) {
-		if (!marker_token(e.key, buffer_text(list), token))
+		if (!marker_token(l.e.key, buffer_text(list), token))
 			return false;
 		buffer_print(name, "%s;", token);
-		buffer_append(name, e.variant);
+		buffer_append(name, l.e.variant);
 	}
-	entry_path(e.key, buffer_text(name), path);
-	region_seal(b, f->stored);
-	return write_at(f->fd, text_cut(b->data + b->start, REGION_LINE), 0);
-}
-
-/* Puts the complete entry of x in its place and ends the fetch. */
-static void
-fetch_finish(struct exchange *x)
-{
-	struct caching *c = &x->request->caching;
-	struct fetch *f = c->fetch;
-	char from[CACHE_PATH], to[CACHE_PATH];
-
-	store_path(f->serial, from);
-	if (f->discard)
-		(void)unlink(from);
-	else if (fetch_seal(f, to) &&
-	    temporary_place(from, f->fd, f->region + f->stored, to))
-		c->miss = "stored";
-	else {
-		(void)unlink(from);
-		c->miss = "no-room";
-	}
-	/* The followers have the complete body in any case. */
-	fetch_end(x, FETCH_COMPLETE);
+	entry_path(l.e.key, buffer_text(name), l.path);
+	region_seal(l.b, f->stored);
+	return write_at(l.fd, text_cut(buffer_text(l.b).at, REGION_LINE), 0) &&
+	    temporary_place(&f->file, f->region + f->stored, l.path);
 }
 
 /*
@@ -9733,7 +9606,8 @@ fetch_finish(struct exchange *x)
 static void
 cache_append(struct exchange *x, struct text t, bool whole)
 {
-	struct fetch *f = x->request->caching.fetch;
+	struct caching *c = &x->request->caching;
+	struct fetch *f = c->fetch;
 	uint64_t end, n = 0;
 
 	if (!cache_stores(x))
@@ -9742,22 +9616,25 @@ cache_append(struct exchange *x, struct text t, bool whole)
 	if (f->length == UINT64_MAX)
 		n = disk_bytes(end + t.len) - disk_bytes(end);
 	if (x->down.broken || (n > 0 && !fetch_fits(x, n))) {
-		fetch_give_up(x);
+		fetch_end(x, FETCH_FAILED);
 		return;
 	}
-	if (!write_at(f->fd, t, (off_t)end)) {
-		disk_failed();
-		x->request->caching.miss = "no-room";
-		fetch_give_up(x);
+	if (!write_at(f->file.fd, t, (off_t)end)) {
+		c->miss = "no-room";
+		fetch_end(x, FETCH_FAILED);
 		return;
 	}
 	f->stored += t.len;
 	f->share += n;
 	stock->making[worker] += n;
-	if (whole)
-		fetch_finish(x);
-	else if (t.len > 0)
+	if (!whole) {
 		fetch_tell(f);
+		return;
+	}
+	if (!f->discard)
+		c->miss = fetch_place(f) ? "stored" : "no-room";
+	/* The followers have the complete body in any case. */
+	fetch_end(x, FETCH_COMPLETE);
 }
 
 /*
@@ -9768,13 +9645,14 @@ static void
 cache_forget(const struct target *target)
 {
 	struct text key = key_of(target);
+	uint64_t hash = key_hash(key);
 	char path[CACHE_PATH];
 	struct fetch *f;
 
 	entry_path(key, text_of(""), path);
 	(void)unlink(path);
 	for (f = fetches; f != NULL; f = f->next) {
-		if (f->key != key_hash(key))
+		if (f->key != hash)
 			continue;
 		f->discard = true;
 		if (f->state == FETCH_STORES)
@@ -9790,16 +9668,15 @@ static bool
 reference_resolve(const struct target *own, struct text value, struct buffer *b,
     struct text *path)
 {
-	struct target target;
+	struct target target = *own;
 	size_t n;
 
 	if (text_starts(value, "//") ||
 	    text_find(value, ':') < text_find(value, '/')) {
-		*path = target.path = text_cut(value.at, 0);
-		if (absolute_parse(value, &target) != 1)
-			return false;
+		bool good = absolute_parse(value, &target) == 1;
+
 		*path = target.path;
-		return text_same(target.host, own->host) &&
+		return good && text_same(target.host, own->host) &&
 		    target.port == own->port;
 	}
 	*path = value;
@@ -9844,22 +9721,23 @@ cache_invalidate(const struct target *own, const struct response *r)
 
 /*
  * The rule that decides how a request, or its response r if that is not NULL,
- * is cached, or NULL.  e is the entry with the head r, or NULL.  The decision
- * is made when the head arrives, and for an entry with the facts known then: a
- * length that the head did not give stays unknown here, or a stored entry might
- * never be used.
+ * is cached; without one, a rule of another group.  e is the entry with the
+ * head r, or NULL.  The decision is made when the head arrives, and for an
+ * entry with the facts known then: a length that the head did not give stays
+ * unknown here, or a stored entry might never be used.
  */
 static const struct rule *
 cache_rule(const struct exchange *x, const struct response *r,
     const struct entry *e)
 {
+	static const struct rule other = { .action = ACTION_ALLOW };
 	uint64_t length = UINT64_MAX;
 	struct address source;
 	struct verdict verdict;
 	struct view v;
 
 	if (x->rules->first[GROUP_CACHE] == NULL)
-		return NULL;
+		return &other;
 	if (r != NULL)
 		length = e == NULL ? response_length(r) :
 		    e->counted     ? UINT64_MAX :
@@ -9871,14 +9749,14 @@ cache_rule(const struct exchange *x, const struct response *r,
 		view_source(&v, &source);
 	}
 	verdict = rules_judge(x->rules, GROUP_CACHE, &v);
-	return verdict.truth == TRUTH_YES ? verdict.rule : NULL;
+	return verdict.truth == TRUTH_YES ? verdict.rule : &other;
 }
 
-/* The lifetime in seconds that a rule of the group gives, -1 if none does. */
+/* The lifetime in seconds that a rule gives, -1 if it gives none. */
 static int64_t
 rule_seconds(const struct rule *rule)
 {
-	return rule != NULL && rule->action == ACTION_CACHE ?
+	return rule->action == ACTION_CACHE ?
 	    (int64_t)(rule->amount.first / 1000) :
 	    -1;
 }
@@ -9923,19 +9801,14 @@ follow_is_safe(const struct fetch *f)
  * its status fits the request.
  */
 static bool
-lookup_fits(const struct exchange *x, struct lookup *l)
+lookup_fits(const struct exchange *x, const struct lookup *l)
 {
 	const struct request *q = x->request;
-	const struct rule *rule;
 
-	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1)
-		return false;
-	rule = cache_rule(x, &l->r, &l->e);
-	if (rule != NULL && rule->action == ACTION_NOCACHE)
-		return false;
-	return l->r.status != 206 ||
-	    (q->method == METHOD_GET &&
-		head_field(&q->head, "If-Range") == NULL);
+	return cache_rule(x, &l->r, &l->e)->action != ACTION_NOCACHE &&
+	    (l->r.status != 206 ||
+		(q->method == METHOD_GET &&
+		    head_field(&q->head, "If-Range") == NULL));
 }
 
 /*
@@ -9946,19 +9819,19 @@ static struct lifetime
 lookup_age(struct exchange *x, const struct lookup *l)
 {
 	struct caching *c = &x->request->caching;
-	const struct rule *rule = cache_rule(x, &l->r, &l->e);
+	int64_t given = rule_seconds(cache_rule(x, &l->r, &l->e));
 	struct lifetime lifetime = freshness_lifetime(&l->r, false);
 
-	if (rule != NULL && rule->action == ACTION_CACHE)
-		lifetime = (struct lifetime){ rule_seconds(rule), "a rule" };
+	if (given >= 0)
+		lifetime = (struct lifetime){ given, "a rule" };
 	c->age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
 	c->ttl = lifetime.seconds - c->age;
 	return lifetime;
 }
 
-/* Judges how the entry in l may be used, and traces the calculation. */
-static void
+/* How the entry in l may be used; traces the calculation. */
+static enum reuse
 lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 {
 	static const char *const words[] = { [REUSE_FRESH] = "fresh",
@@ -9969,19 +9842,18 @@ lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 	struct caching *c = &x->request->caching;
 	struct control control = control_parse(&l->r.head);
 	struct lifetime lifetime = lookup_age(x, l);
+	enum reuse reuse = REUSE_VALIDATED;
 
-	c->validator = response_validator(&l->r);
 	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
-		l->reuse =
-		    reuse_judge(asked, &control, c->age, lifetime.seconds);
+		reuse = reuse_judge(asked, &control, c->age, lifetime.seconds);
 	l->forward = c->ttl > 0 && !control.no_cache ? "request" : "stale";
 	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s%s",
 	    (long long)c->age, c->ttl > 0 ? "<" : ">=",
 	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
-	    lifetime.why, control.no_cache ? ", no-cache" : "", words[l->reuse],
-	    l->reuse == REUSE_VALIDATED && c->ttl > 0 ?
-		", by the client's wish" :
-		"");
+	    lifetime.why, control.no_cache ? ", no-cache" : "", words[reuse],
+	    reuse == REUSE_VALIDATED && c->ttl > 0 ? ", by the client's wish" :
+						     "");
+	return reuse;
 }
 
 /*
@@ -9991,80 +9863,67 @@ lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 static void
 lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 {
+	struct request *q = x->request;
+	struct text key = key_of(&q->target);
+
+	q->caching.key = key_hash(key);
 	l->fd = -1;
-	l->grows = false;
 	l->reuse = REUSE_VALIDATED;
 	l->forward = "uri-miss";
 	l->b = buffer_take();
 	if (l->b == NULL)
 		return;
-	entry_find(x->request, l);
-	x->request->caching.key = l->key;
-	if (l->fd != -1 && !lookup_fits(x, l))
+	entry_find(q, key, l);
+	if (l->fd != -1 && lookup_fits(x, l))
+		l->reuse = lookup_judge(x, asked, l);
+	else
 		fd_drop(&l->fd);
-	if (l->fd != -1)
-		lookup_judge(x, asked, l);
 }
 
-/*
- * Opens the entry that another exchange is storing for x's target, if x selects
- * that variant, and follows the fetch.  The first line is still missing, and
- * the body grows.  Returns the descriptor, or -1.
- */
-static int
-follow_open(struct exchange *x, struct lookup *l)
+/* True if f stores an entry for the key that others may read as it grows. */
+static bool
+fetch_is_open(const struct fetch *f, uint64_t key)
 {
-	struct request *q = x->request;
-	struct text key = key_of(&q->target);
-	struct fetch *f;
-	char path[CACHE_PATH];
-	int fd;
-
-	for (f = fetches; f != NULL; f = f->next) {
-		if (f->state != FETCH_STORES || f->discard ||
-		    f->key != q->caching.key ||
-		    (f->length == UINT64_MAX && key_is_uncacheable(f->key)))
-			continue;
-		store_path(f->serial, path);
-		fd = entry_open(path, f->region, key, l->b, &l->e);
-		l->e.body = f->length;
-		if (fd != -1 && lookup_fits(x, l) &&
-		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f)) {
-			fetch_follow(x, f);
-			return fd;
-		}
-		fd_drop(&fd);
-	}
-	return -1;
+	return f->state == FETCH_STORES && !f->discard && f->key == key &&
+	    (f->length != UINT64_MAX || !key_is_uncacheable(key));
 }
 
 /*
  * Looks among the fetches under way if no complete entry will do: an entry
- * being stored is the answer if it is fresh.
+ * being stored is the answer if it is fresh, and x selects that variant.
  */
 static void
 lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 {
-	const struct request *q = x->request;
+	struct request *q = x->request;
+	struct caching *c = &q->caching;
+	struct text key = key_of(&q->target);
+	struct fetch *f;
 	int fd;
 
 	if (l->b == NULL || x->refresh || asked->no_store ||
 	    head_field(&q->head, "Range") != NULL ||
 	    head_field(&q->head, "Authorization") != NULL)
 		return;
-	fd = follow_open(x, l);
-	if (fd == -1)
-		return;
-	lookup_judge(x, asked, l);
-	l->grows = l->reuse == REUSE_FRESH;
-	if (l->grows) {
-		fd_drop(&l->fd);
-		l->fd = fd;
-		return;
+	for (f = fetches; f != NULL && c->follows == NULL; f = f->next) {
+		if (!fetch_is_open(f, c->key))
+			continue;
+		fd = l->fd;
+		entry_open(l, f->file.path, f->region, key);
+		l->e.body = f->length;
+		if (l->fd != -1 && lookup_fits(x, l) &&
+		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
+		    lookup_judge(x, asked, l) == REUSE_FRESH) {
+			fetch_follow(x, f);
+			c->collapsed = true;
+			c->validator = f->validator;
+			l->reuse = REUSE_FRESH;
+			fd_drop(&fd);
+		} else {
+			fd_drop(&l->fd);
+			l->fd = fd;
+		}
 	}
-	fd_drop(&fd);
-	fetch_unfollow(x);
-	l->reuse = REUSE_VALIDATED;
 }
 
 /*
@@ -10142,7 +10001,7 @@ request_is_cacheable(struct exchange *x, const struct rule *rule)
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NO_BODY)
 		return false;
-	if (rule == NULL || rule->action != ACTION_NOCACHE)
+	if (rule->action != ACTION_NOCACHE)
 		return true;
 	caching_enter(x, CACHING_BYPASSED);
 	q->caching.miss = "rule";
@@ -10160,12 +10019,11 @@ lookup_answers(struct exchange *x, struct lookup *l, const char *word)
 
 	entry_touch(l->fd, &l->e);
 	c->hit = word;
-	c->collapsed = c->collapsed || l->grows;
 	caching_enter(x,
 	    c->state == CACHING_VALIDATES ? CACHING_VALIDATED : CACHING_HIT);
 	c->region = (uint32_t)l->e.region;
 	fetch_end(x, FETCH_COMPLETE);
-	answer_by(x, l->grows ? ANSWER_FETCH : ANSWER_ENTRY);
+	answer_by(x, c->follows != NULL ? ANSWER_FETCH : ANSWER_ENTRY);
 	return CACHED_YES;
 }
 
@@ -10194,7 +10052,7 @@ cache_find(struct exchange *x, struct lookup *l)
 	/* On a second call, x has waited. */
 	fetch_unfollow(x);
 	rule = cache_rule(x, NULL, NULL);
-	offline = rule != NULL && rule->action == ACTION_OFFLINE;
+	offline = rule->action == ACTION_OFFLINE;
 	asked = control_parse(&q->head);
 	asked.only_if_cached = offline ||
 	    (asked.only_if_cached && options.cache != NULL);
@@ -10213,11 +10071,11 @@ cache_find(struct exchange *x, struct lookup *l)
 		lookup_follow(x, &asked, l);
 	if (l->reuse == REUSE_MEANWHILE && fetch_for(c->key) != NULL)
 		l->reuse = REUSE_STALE;
-	if (l->fd != -1 && l->reuse != REUSE_VALIDATED)
+	if (l->reuse != REUSE_VALIDATED)
 		return lookup_answers(x, l,
-		    l->reuse != REUSE_FRESH      ? "stale" :
-			l->grows || c->collapsed ? "collapsed" :
-						   "fresh");
+		    l->reuse != REUSE_FRESH ? "stale" :
+			c->collapsed        ? "collapsed" :
+					      "fresh");
 	buffer_give(&l->b);
 	c->miss = c->forward;
 	if (asked.only_if_cached || (common && follow_wait(x))) {
@@ -10236,7 +10094,7 @@ cache_find(struct exchange *x, struct lookup *l)
 	} else if (l->fd != -1) {
 		c->entry = l->fd;
 		caching_enter(x, CACHING_VALIDATES);
-		(void)text_copy(text_of(l->path + strlen(options.cache)),
+		(void)text_copy(text_of(l->path + strlen(options.cache) + 1),
 		    c->path, ENTRY_PATH);
 	}
 	if (common && c->fetch == NULL)
@@ -10256,16 +10114,6 @@ entry_close(struct exchange *x, enum caching_state state)
 	caching_enter(x, state);
 }
 
-/* Removes the entry to validate. */
-static void
-entry_remove(const struct caching *c)
-{
-	char path[CACHE_PATH];
-
-	(void)snprintf(path, sizeof(path), "%.800s%s", options.cache, c->path);
-	(void)unlink(path);
-}
-
 /*
  * Reads the entry to validate anew into l; the caller gives back its buffer.
  * False, without a buffer, if there is none or it is damaged.
@@ -10276,12 +10124,9 @@ entry_load(const struct exchange *x, struct lookup *l)
 	const struct caching *c = &x->request->caching;
 
 	l->fd = c->entry;
-	l->grows = false;
 	l->reuse = REUSE_FRESH;
 	l->b = c->state == CACHING_VALIDATES ? buffer_take() : NULL;
-	if (l->b != NULL && lseek(l->fd, 0, SEEK_SET) != -1 &&
-	    entry_read(l->fd, 0, l->b, &l->e) &&
-	    response_parse(l->e.head, METHOD_GET, &l->r) == 1)
+	if (l->b != NULL && lseek(l->fd, 0, SEEK_SET) != -1 && entry_read(l, 0))
 		return true;
 	buffer_give(&l->b);
 	return false;
@@ -10384,7 +10229,7 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 		region_seal(region, l->e.body);
 		(void)write_at(l->fd, buffer_text(region), 0);
 	} else if (!asked.no_store && !head_field(&q->head, "Authorization"))
-		entry_remove(&q->caching);
+		store_remove(q->caching.path);
 	return lookup_renew(l, news, buffer_text(head));
 }
 
@@ -10403,7 +10248,7 @@ cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 		}
 		buffer_give(&l->b);
 	}
-	entry_remove(&x->request->caching);
+	store_remove(x->request->caching.path);
 	entry_close(x, CACHING_NONE);
 	return CACHED_LOST;
 }
@@ -10494,7 +10339,7 @@ cache_obstacle(const struct exchange *x, const struct response *r)
 	const struct rule *rule = cache_rule(x, r, NULL);
 	const char *why;
 
-	if (rule != NULL && rule->action == ACTION_NOCACHE)
+	if (rule->action == ACTION_NOCACHE)
 		return "rule";
 	if (q->caching.state == CACHING_BYPASSED)
 		return r->status == 206 ? "range" : "rule";
@@ -10540,14 +10385,14 @@ cache_store(struct exchange *x, const struct response *r)
 		c->miss = why;
 	fetch_end(x, FETCH_FAILED);
 	if (c->state == CACHING_SUPERSEDED)
-		entry_remove(c);
+		store_remove(c->path);
 }
 
 /* Gives up x's fetch and entry: its request ends or is answered otherwise. */
 static void
 cache_leave(struct exchange *x)
 {
-	fetch_give_up(x);
+	fetch_end(x, FETCH_FAILED);
 	fetch_unfollow(x);
 	entry_close(x, CACHING_NONE);
 	x->request->caching.hit = NULL;
@@ -10607,13 +10452,11 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
     size_t size)
 {
 	const struct request *q = x->request;
-	unsigned long long body = q->body;
+	unsigned long long body = q->body, from;
 	struct range range = { 0, q->body };
 	int part = 0;
 	size_t n;
 
-	n = (size_t)snprintf(extra, size, "Age: %lld\r\n",
-	    (long long)q->caching.age);
 	r->framing = q->method == METHOD_HEAD ? FRAMING_NO_BODY :
 	    q->body == UINT64_MAX             ? FRAMING_CLOSE :
 						FRAMING_LENGTH;
@@ -10621,29 +10464,31 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 		part = range_parse(&q->head, r, q->body, &range);
 	if (r->status == 200 && request_is_satisfied(&q->head, r)) {
 		r->status = 304;
-		r->framing = FRAMING_NO_BODY;
 		part = 0;
 	} else if (part == -1) {
 		r->status = 416;
-		r->framing = FRAMING_NO_BODY;
 		/* The fields are about what is not sent, also its freshness. */
 		r->head.n = 0;
-		(void)snprintf(extra + n, size - n,
-		    "Content-Range: bytes */%llu\r\nContent-Length: 0\r\n",
-		    body);
-	} else if (part == 1) {
+		range.length = 0;
+	} else if (part == 1)
 		r->status = 206;
-		(void)snprintf(extra + n, size - n,
-		    "Content-Range: bytes %llu-%llu/%llu\r\n"
-		    "Content-Length: %llu\r\n",
-		    (unsigned long long)range.first,
-		    (unsigned long long)(range.first + range.length - 1), body,
-		    (unsigned long long)range.length);
-	} else if (r->status != 204 && q->body != UINT64_MAX)
-		(void)snprintf(extra + n, size - n, "Content-Length: %llu\r\n",
-		    body);
+	if (r->status == 304 || r->status == 416)
+		r->framing = FRAMING_NO_BODY;
 	if (r->status == 304 || r->status == 416 || r->status == 206)
 		r->reason = text_of(status_reason(r->status));
+	from = range.first;
+	n = (size_t)snprintf(extra, size, "Age: %lld\r\n",
+	    (long long)q->caching.age);
+	if (part == 1)
+		n += (size_t)snprintf(extra + n, size - n,
+		    "Content-Range: bytes %llu-%llu/%llu\r\n", from,
+		    from + range.length - 1, body);
+	else if (part == -1)
+		n += (size_t)snprintf(extra + n, size - n,
+		    "Content-Range: bytes */%llu\r\n", body);
+	if (r->status != 204 && r->status != 304 && q->body != UINT64_MAX)
+		(void)snprintf(extra + n, size - n, "Content-Length: %llu\r\n",
+		    (unsigned long long)range.length);
 	r->extra = text_of(extra);
 	r->length = range.length;
 	return part == 1 ? q->caching.region + range.first : 0;
