@@ -7910,11 +7910,11 @@ store_remove(const char *name)
 static void
 lower_append(struct buffer *b, struct text t)
 {
-	size_t i, start = b->end;
+	size_t start = b->end;
 
 	buffer_append(b, t);
-	for (i = start; i < b->end; i++)
-		b->data[i] = (char)tolower((unsigned char)b->data[i]);
+	(void)domain_lower(text_cut(b->data + start, b->end - start),
+	    b->data + start);
 }
 
 /* The key of a target, its normalized URL, valid until the next call. */
@@ -9234,7 +9234,8 @@ struct fetch {
 
 /* ---- fetches ---- */
 
-static struct fetch *fetches; /* that others may follow */
+static struct fetch *fetches;      /* that others may follow */
+static struct fetch *fetches_free; /* for those to come */
 
 /*
  * Lets y, which follows a complete fetch, read its entry like any other.  An
@@ -9292,12 +9293,14 @@ fetch_enter(struct fetch *f, enum fetch_state state)
 	fetch_tell(f);
 }
 
-/* Frees f if nobody has a part in it any more. */
+/* Keeps f for another use if nobody has a part in it any more. */
 static void
 fetch_drop(struct fetch *f)
 {
-	if (f->leader == NULL && f->followers == 0)
-		free(f);
+	if (f->leader != NULL || f->followers > 0)
+		return;
+	f->next = fetches_free;
+	fetches_free = f;
 }
 
 /*
@@ -9307,10 +9310,13 @@ fetch_drop(struct fetch *f)
 static void
 fetch_begin(struct exchange *x)
 {
-	struct fetch *f = calloc(1, sizeof(*f));
+	struct fetch *f = fetches_free;
 
-	if (f == NULL)
+	if (f != NULL)
+		fetches_free = f->next;
+	else if ((f = malloc(sizeof(*f))) == NULL)
 		return;
+	memset(f, 0, offsetof(struct fetch, file.path));
 	f->leader = x;
 	f->key = x->request->caching.key;
 	f->file.fd = -1;
