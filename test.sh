@@ -255,8 +255,9 @@ ended_well() {
 
 # The proxy of this test is one with short time limits.
 quick() {
-	built "$quick_bin"
-	proxy_bin=$quick_bin
+	need_source
+	built "$work/quick"
+	proxy_bin=$work/quick
 }
 
 # Runs the proxy to its end, for what it says at once: sets $status, files
@@ -3998,7 +3999,7 @@ ends() {
 # loaded machine must manage a request in the shortest of them.
 quick_flags='-DHEAD_MS=1000 -DCONNECT_MS=1500
 	-DHALF_CLOSED_MS=1000 -DKEPT_CLIENT_MS=1000 -DKEPT_SERVER_MS=1000
-	-DLINGER_MS=1000 -DLINGER_ALL_MS=2000 -DDRAIN_MS=1000'
+	-DLINGER_MS=1000 -DLINGER_ALL_MS=2000 -DDRAIN_MS=1000 -DLISTEN_RETRY_MS=700'
 
 read_limits() {
 	buffer=$("$proxy_bin" -V | sed -n 's/^buffer \([0-9]*\).*/\1/p')
@@ -4062,9 +4063,11 @@ processor_time() {
 	fi
 }
 
-# A build that asks us instead of the system for names: those in .test have the
-# addresses of $NAME_ADDRESSES, slow.test never gets an answer.  With $NAMES all
-# names are ours, and each look-up leaves a line in that file.
+# A build that asks us instead of the system.  Names in .test have the addresses
+# of $NAME_ADDRESSES, those that begin with "slow" get no answer.  With $NAMES all
+# names are ours, and each look-up leaves a line in that file.  It is $LATER seconds
+# later.  While there are such files: fork-fails, walk-slow (to open a directory
+# takes long), walk-halted (it does not end), walk-fails (none can be read to its end).
 write_names() {
 	cat > "$work/names.c" <<'EOF_NAMES'
 #define _POSIX_C_SOURCE 200809L
@@ -4073,12 +4076,16 @@ write_names() {
 #define _DEFAULT_SOURCE 1
 #include <sys/types.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <netinet/in.h>
+#include <dirent.h>
 #include <errno.h>
 #include <netdb.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 static int
@@ -4105,8 +4112,8 @@ names_lookup(const char *host, const char *port, const struct addrinfo *hints,
 
 	if (!names_ours(host))
 		return getaddrinfo(host, port, hints, found);
-	if (strcmp(host, "slow.test") == 0)
-		sleep(3600);
+	if (strncmp(host, "slow", 4) == 0)
+		sleep(60);
 	if (strcmp(host, "crash.test") == 0)
 		_exit(7);
 	memset(&numeric, 0, sizeof(numeric));
@@ -4140,8 +4147,58 @@ names_bind(int fd, const struct sockaddr *address, socklen_t len)
 	return bind(fd, address, len);
 }
 
+static time_t
+names_time(time_t *t)
+{
+	const char *later = getenv("LATER");
+	time_t now = time(NULL) + (later != NULL ? atol(later) : 0);
+
+	if (t != NULL)
+		*t = now;
+	return now;
+}
+
+static pid_t
+names_fork(void)
+{
+	if (access("fork-fails", F_OK) == -1)
+		return fork();
+	errno = EAGAIN;
+	return -1;
+}
+
+static DIR *
+names_fdopendir(int fd)
+{
+	int turns = 0;
+
+	if (access("walk-slow", F_OK) == 0)
+		(void)poll(NULL, 0, 3);
+	while (access("walk-halted", F_OK) == 0 && turns++ < 10000)
+		(void)poll(NULL, 0, 3);
+	return fdopendir(fd);
+}
+
+static struct dirent *
+names_readdir(DIR *directory)
+{
+	int saved = errno;
+
+	if (access("walk-fails", F_OK) == 0) {
+		errno = EOVERFLOW;
+		return NULL;
+	}
+	errno = saved;
+	return readdir(directory);
+}
+
+#undef fork
+#define fork names_fork
 #define getaddrinfo names_lookup
 #define bind names_bind
+#define time(t) names_time(t)
+#define fdopendir names_fdopendir
+#define readdir names_readdir
 #include "proxy.c"
 EOF_NAMES
 }
@@ -4196,6 +4253,7 @@ twins() {
 # The proxy of this test asks us for all names and notes them in the file
 # "names"; they are at 127.0.0.1 unless $NAME_ADDRESSES says otherwise.
 our_names() {
+	need_source
 	built "$work/names"
 	proxy_bin=$work/names
 	NAMES=names
@@ -5552,33 +5610,10 @@ END
 }
 
 # A build whose clock is sixteen years ahead.
-write_later() {
-	cat <<'EOF_LATER'
-#define _POSIX_C_SOURCE 200809L
-#define _DEFAULT_SOURCE 1
-#define _FILE_OFFSET_BITS 64
-#define _TIME_BITS 64
-#include <sys/types.h>
-#include <sys/stat.h>
-#include <dirent.h>
-#include <time.h>
-static time_t
-later(time_t *t)
-{
-	time_t now = time(NULL) + 500000000;
-
-	if (t != NULL)
-		*t = now;
-	return now;
-}
-#define time(t) later(t)
-#include "proxy.c"
-EOF_LATER
-}
-
 test_start_later() { # after 2038: dates, ages and the log are right
-	built_once later write_later
-	proxy_bin=$work/later
+	LATER=500000000
+	export LATER
+	our_names
 	start_cache
 	play 'a miss and a hit' <<'END'
 	reply  200 Cache-Control: max-age=600 | ok
@@ -12150,59 +12185,6 @@ test_cache_sweep_link() { # a cache that is a link is swept; a link in it is not
 	lacks err "can't read"
 }
 
-# A build that is slow to open a directory while the file "slow" exists, waits
-# for the end of "halted", and can't read one to its end while "unreadable" does.
-write_walks() {
-	cat <<'EOF_WALKS'
-#define _POSIX_C_SOURCE 200809L
-#define _DEFAULT_SOURCE 1
-#define _FILE_OFFSET_BITS 64
-#define _TIME_BITS 64
-#include <sys/types.h>
-#include <dirent.h>
-#include <errno.h>
-#include <poll.h>
-#include <unistd.h>
-
-static DIR *
-walks_fdopendir(int fd)
-{
-	int turns = 0;
-
-	if (access("slow", F_OK) == 0)
-		(void)poll(NULL, 0, 3);
-	while (access("halted", F_OK) == 0 && turns++ < 10000)
-		(void)poll(NULL, 0, 3);
-	return fdopendir(fd);
-}
-
-static struct dirent *
-walks_readdir(DIR *directory)
-{
-	int saved = errno;
-
-	if (access("unreadable", F_OK) == 0) {
-		errno = EOVERFLOW;
-		return NULL;
-	}
-	errno = saved;
-	return readdir(directory);
-}
-
-#define fdopendir walks_fdopendir
-#define readdir walks_readdir
-#include "proxy.c"
-EOF_WALKS
-}
-
-# Starts it with that: start_walks OPTION...
-start_walks() {
-	need_source
-	built_once walks write_walks
-	proxy_bin=$work/walks
-	start_cache "$@"
-}
-
 # Forty answers of unknown length, each 60000 bytes, five at once.
 get_chunked() {
 	for n in 1 2 3 4 5; do
@@ -12214,8 +12196,9 @@ get_chunked() {
 }
 
 test_cache_sweep_slow() { # however long the sweeper takes: never larger than -s
-	: > slow
-	start_walks -s 1M
+	: > walk-slow
+	our_names
+	start_cache -s 1M
 	overfill 'middling objects' 20000 38
 	overfill 'large objects' 250000 5
 	overfill 'small objects' 10 300
@@ -12228,7 +12211,7 @@ loop
 END
 	get_chunked &
 	overfilled "$what" $!
-	rm slow
+	rm walk-slow
 	# A sweeper in time: all goes on.
 	wait_for 10 '[ "$(disk_use_all)" -le 720 ]' ||
 		fail "$(disk_use_all) KiB stay"
@@ -12239,9 +12222,10 @@ END
 }
 
 test_cache_unreadable() { # a directory that can't be read to its end is an error, never empty
-	start_walks -s 1M
+	our_names
+	start_cache -s 1M
 	stop_proxy
-	: > unreadable
+	: > walk-fails
 	for options in '-l 127.0.0.1:0' '-k http://x/'; do
 		# shellcheck disable=SC2086 # options are words
 		run_proxy -c cache $options
@@ -12249,11 +12233,11 @@ test_cache_unreadable() { # a directory that can't be read to its end is an erro
 		grep "^proxy: can't read the cache cache: " errors > /dev/null ||
 			fail "$options: says $(cat errors)"
 	done
-	rm unreadable
+	rm walk-fails
 	start_cache -s 1M
 	many_origin 20000
 	get_many 1 20
-	: > unreadable
+	: > walk-fails
 	# What is there can't be known: it is not stored without end.
 	overfill 'unreadable' 20000 60
 	counts 1 err "^proxy: can't read the cache "
@@ -12288,7 +12272,8 @@ proxy_children() {
 test_cache_descriptors() { # sweeper and helper hold nothing open that is not theirs
 	[ -d /proc/self/fd ] || skip "no /proc"
 	have ps || skip "no ps"
-	start_walks -s 1M -o "$T/access"
+	our_names
+	start_cache -s 1M -o "$T/access"
 	wait_for 5 '[ "$(proxy_children | wc -l)" = 1 ]' ||
 		fail "children: $(proxy_children)"
 	helper=$(proxy_children)
@@ -12303,13 +12288,13 @@ END
 	descriptors "$proxy_pid" > all
 	grep 'cache/tmp' all > /dev/null && grep socket: all > /dev/null ||
 		fail "the proxy has $(cat all)"
-	: > halted
+	: > walk-halted
 	many_origin 20000
 	get_many 1 5
 	wait_for 5 '[ "$(proxy_children | wc -l)" = 2 ]' || fail "no sweeper"
 	sweeper=$(proxy_children | grep -v "^$helper\$")
 	wait_for 5 'has_pipes "$sweeper" 1' || fail "the sweeper has $(cat held)"
-	rm halted
+	rm walk-halted
 	kill -KILL "$helper"
 	wait_for 10 '[ "$(proxy_children | grep -v -x -c -e "$helper" \
 	    -e "$sweeper")" = 1 ]' || fail "no other helper"
@@ -15136,8 +15121,7 @@ END
 }
 
 test_names_slow_limit() { # a name that takes too long: 504
-	built "$work/quick-names"
-	proxy_bin=$work/quick-names
+	quick
 	play 'no answer' <<'END'
 	ask    http://slow.test/ = 504 error=dns_timeout
 	log    "GET http://slow.test/ HTTP/1.1" 504 .* why="
@@ -15184,46 +15168,11 @@ END
 	served
 }
 
-# A build that asks us for names, as names.c does, but all of slow1.test,
-# slow2.test ... hang, and fork fails while the file nofork exists.
-write_forks() {
-	cat <<'EOF_FORKS'
-#define _POSIX_C_SOURCE 200809L
-#define _DEFAULT_SOURCE 1
-#include <sys/types.h>
-#include <errno.h>
-#include <unistd.h>
-
-static pid_t
-forks_fork(void)
-{
-	if (access("nofork", F_OK) == 0) {
-		errno = EAGAIN;
-		return -1;
-	}
-	return fork();
-}
-
-#define fork forks_fork
-EOF_FORKS
-	sed -e 's/strcmp(host, "slow.test")/strncmp(host, "slow", 4)/' \
-	    -e 's/sleep(3600)/sleep(20)/' "$work/names.c"
-}
-
-start_forks() {
-	built_once forks write_forks
-	NAME_ADDRESSES=$1
-	shift
-	export NAME_ADDRESSES
-	proxy_bin=$work/forks
-	start_proxy "$@"
-}
-
 test_names_helper_forks() { # a helper that cannot fork: said at once, no descriptor is lost
 	[ -d /proc/self/fd ] || skip "no /proc"
-	start_forks 127.0.0.1
+	start_names 127.0.0.1
 	name_known one.test
-	: > nofork
+	: > fork-fails
 	patience 3000
 	play -n 'no child for this name' <<'END'
 	ask    http://two.test:1/ = 50[24]
@@ -15237,14 +15186,14 @@ END
 	after=$(find "/proc/$proxy_pid/fd" | wc -l)
 	[ "$after" -le "$before" ] ||
 		fail "$before descriptors become $after while fork fails"
-	rm nofork
+	rm fork-fails
 	name_known three.test
 	served
 }
 
 test_names_hanging() { # forty names that hang keep no other name waiting
 	other_ends
-	start_forks 127.0.0.1
+	start_names 127.0.0.1
 	spawn many "$other" many 40 "$proxy" hang \
 	    'GET http://slow@.test/ HTTP/1.1|Host: x||'
 	wait_for 10 '[ -f hang.ready ]' || fail "$(cat many)"
@@ -15319,10 +15268,8 @@ test_log_full() { # a log that can't be written is said once, serving goes on
 # The proxy of this test has its system log at a logger that reads so many lines
 # into the file "logged": logger N
 logger() {
-	build "$T/proxy" "$here/proxy.c" -O0 "-DLOG_SOCKET=\"$T/socket\""
-	built "$T/proxy"
-	proxy_bin=$T/proxy
-	spawn logged "$peer" logger "$T/socket" "$1"
+	our_names
+	spawn logged "$peer" logger log.socket "$1"
 	has logged ready 5
 }
 
@@ -15334,16 +15281,16 @@ test_log_syslog() { # -o syslog: each line a datagram; a logger that stops readi
 	grep '^<30>[A-Z][a-z][a-z] [ 1-3][0-9] [0-9:]* proxy\[[0-9]*\]: 127.0.0.1 - - .*end=done$' \
 	    logged > /dev/null || fail "logged: $(cat logged)"
 	[ ! -s log ] || fail "standard output is written, too"
-	for n in 1 2 3 4 5 6 7 8; do
-		for m in 1 2 3 4 5 6 7 8 9 10; do : "$m"
-			served
-		done
-	done
+	play '80 lines more than it reads' <<'END'
+	replies 200 | ok\l
+	client send \{80:GET http://%O/ HTTP/1.1\nHost: x\n\n} ; shut ; eof
+	sees#  80 ^HTTP/1.1 200
+END
 	kill -HUP "$proxy_pid"
 	served
 	# It comes back, and hears how much it missed.
 	kill "$spawned"
-	spawn again "$peer" logger "$T/socket" 99
+	spawn again "$peer" logger log.socket 99
 	has again ready 5
 	served
 	served
@@ -17481,8 +17428,7 @@ END
 }
 
 test_limit_linger() { # what is sent after the last answer is read while it comes, and not for ever
-	built "$quick_bin"
-	proxy_bin=$quick_bin
+	quick
 	start_proxy
 	play -n 'longer than one wait' <<END
 	reply  200 Connection: close | ok
@@ -18837,10 +18783,7 @@ END
 }
 
 test_start_waits() { # -l with an address that is not there: said once, then given up
-	need_source
-	build brief "$here/proxy.c" -O0 -DLISTEN_RETRY_MS=700
-	built "$T/brief"
-	proxy_bin=$T/brief
+	quick
 	run_proxy -l 192.0.2.77:8080
 	[ "$status" = 1 ] || fail "status $status"
 	[ "$(grep -c '^proxy: waiting for the address 192.0.2.77:8080' errors)" = 1 ] ||
@@ -24638,7 +24581,6 @@ if ! { $host_cc -static -O1 -o "$peer" "$work/peer.c" 2> /dev/null ||
 	exit 1
 fi
 proxy_bin=${PROXY:-$work/proxy}
-quick_bin=$work/quick
 write_names
 write_unit_head
 if [ "${1-}" = fuzz ]; then
@@ -24666,11 +24608,9 @@ if [ "${1-}" = coverage ]; then
 	umask 0
 fi
 {
+	build "$work/names" "$work/names.c" -O0 '-DLOG_SOCKET="log.socket"'
 	# shellcheck disable=SC2086 # flags are words
-	build "$quick_bin" "$here/proxy.c" -O0 $quick_flags
-	build "$work/names" "$work/names.c" -O0
-	# shellcheck disable=SC2086
-	build "$work/quick-names" "$work/names.c" -O0 $quick_flags
+	build "$work/quick" "$work/names.c" -O0 $quick_flags
 } &
 lanes="$lanes $!"
 if [ -z "${PROXY-}" ]; then
