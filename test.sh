@@ -179,10 +179,8 @@ wait_exit() {
 
 # Waits until there are these files, which steps touch: comes FILE...
 comes() {
-	for comes_file; do
-		wait_for 20 "[ -f $comes_file ]" ||
-			fail "${what-${play_title-}}: no $comes_file"
-	done
+	comes_not=$("$peer" await 20000 "$@") ||
+		fail "${what-${play_title-}}: no $comes_not"
 }
 
 # Starts $proxy_bin and waits for its banner.  Sets $proxy_pid and $proxy, the
@@ -211,8 +209,12 @@ start_proxy() {
 stop_proxy() {
 	kill -TERM "$proxy_pid" || fail "the proxy is gone"
 	wait_exit "$proxy_pid" 10 || fail "on TERM the proxy exits $?"
-	grep -v "^$proxy_pid\$" "$T/.proxies" > "$T/.proxies~"
-	mv "$T/.proxies~" "$T/.proxies"
+	stop_others=
+	while read -r stop_pid; do
+		[ "$stop_pid" = "$proxy_pid" ] || stop_others="$stop_others$stop_pid
+"
+	done < "$T/.proxies"
+	printf %s "$stop_others" > "$T/.proxies"
 	proxy_pid=
 	proxy=
 }
@@ -281,31 +283,21 @@ exits() {
 # the proxy writes last may come after what a client sees), or has none:
 # has FILE BRE [SECONDS], lacks FILE BRE
 has() {
-	has_turns=$((${3:-5} * 20))
-	until grep -e "$2" "$1" > /dev/null; do
-		has_turns=$((has_turns - 1))
-		[ "$has_turns" -gt 0 ] || fail "${play_title-} $1 should have" \
-		    "$2; has: $(head -c 600 "$1" | tr '\n' '|')"
-		"$peer" sleep 50
-	done
+	"$peer" lines $((${3:-5} * 1000)) + "$1" "$2" || fail "${play_title-}" \
+	    "$1 should have $2; has: $(head -c 600 "$1" | tr '\n' '|')"
 }
 
 lacks() {
-	! grep -e "$2" "$1" > /dev/null ||
+	"$peer" lines 0 0 "$1" "$2" ||
 		fail "${play_title-} $1 has $(grep -e "$2" "$1" | head -n 1)"
 }
 
 # So many of its lines match the BRE, now or within 5 seconds:
 # counts N FILE BRE
 counts() {
-	counts_turns=100
-	until [ "$(grep -c -e "$3" "$2")" = "$1" ]; do
-		counts_turns=$((counts_turns - 1))
-		[ "$counts_turns" -gt 0 ] || fail "${play_title-} $2 should" \
-		    "have $3 in $1 lines, not $(grep -c -e "$3" "$2"); has:" \
-		    "$(head -c 600 "$2" | tr '\n' '|')"
-		"$peer" sleep 50
-	done
+	"$peer" lines 5000 "$1" "$2" "$3" || fail "${play_title-} $2 should" \
+	    "have $3 in $1 lines, not $(grep -c -e "$3" "$2"); has:" \
+	    "$(head -c 600 "$2" | tr '\n' '|')"
 }
 
 # Lines with ` | ' in them become two.
@@ -319,10 +311,8 @@ each_line() {
 reap() {
 	if [ -f "$T/.proxies" ]; then
 		while read -r reap_pid; do
-			kill -TERM "$reap_pid" 2> /dev/null &&
-			    "$peer" sleep 20
-			kill -TERM "$reap_pid" 2> /dev/null
-			wait_exit "$reap_pid" 10
+			"$peer" watch 10000 "$reap_pid" end &
+			wait "$reap_pid"
 			reap_status=$?
 			[ "$reap_status" -le 128 ] || [ "$reap_status" = 143 ] ||
 				(fail "the proxy died, status $reap_status")
@@ -343,7 +333,7 @@ run_test() {
 	proxy=
 	proxy_pid=
 	plays=0
-	run_began=$("$peer" clock)
+	[ -z "${TIMES-}" ] || run_began=$("$peer" clock)
 	(
 		cd "$T" || exit 1
 		: > .pids
@@ -403,6 +393,7 @@ write_peer() {
  * quiet MS         nothing may come for so long
  * stall MS         do nothing for so long
  * shut, close, reset   half-close; close; close with a TCP reset
+ * dial             go on over another connection; the one before stays open
  * touch FILE, await FILE   tell other processes, wait for them
  * loop             from the first step again
  */
@@ -456,6 +447,7 @@ static long patience_ms = 15000;	/* a step may wait so long */
 static const char *origin_at = "";	/* whose paths a client asks for */
 static const char *port_at = "";	/* the port of origin_at */
 static const char *proxy_at;		/* whom it asks */
+static const char *client_at;		/* where it connects to */
 
 static void
 die(const char *what)
@@ -1111,6 +1103,78 @@ step_reading(struct talk *t, const char *word, const char *arg, size_t n,
 	return 1;
 }
 
+/* Binds to the IPv4 address $PEER_FROM, if it is set. */
+static int
+dial_from(int fd)
+{
+	struct sockaddr_in in;
+
+	if (getenv("PEER_FROM") == NULL)
+		return 0;
+	memset(&in, 0, sizeof(in));
+	in.sin_family = AF_INET;
+	in.sin_addr.s_addr = inet_addr(getenv("PEER_FROM"));
+	return bind(fd, (struct sockaddr *)&in, sizeof(in));
+}
+
+/* Connects to "/path", "host:port" or "[v6]:port"; numeric only. */
+static int
+dial(const char *where)
+{
+	struct addrinfo hints, *a;
+	char host[256];
+	const char *colon = strrchr(where, ':');
+	size_t n;
+	int fd;
+
+	if (strchr(where, '/') != NULL) {
+		struct sockaddr_un un;
+
+		memset(&un, 0, sizeof(un));
+		un.sun_family = AF_UNIX;
+		snprintf(un.sun_path, sizeof(un.sun_path), "%s", where);
+		fd = socket(AF_UNIX, SOCK_STREAM, 0);
+		if (connect(fd, (struct sockaddr *)&un, sizeof(un)) == 0)
+			return fd;
+		close(fd);
+		return -1;
+	}
+	if (colon == NULL || (n = (size_t)(colon - where)) >= sizeof(host))
+		return -1;
+	memcpy(host, where, n);
+	host[n] = '\0';
+	if (host[0] == '[') {
+		memmove(host, host + 1, n);
+		host[strcspn(host, "]")] = '\0';
+	}
+	memset(&hints, 0, sizeof(hints));
+	hints.ai_socktype = SOCK_STREAM;
+	hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;
+	if (getaddrinfo(host, colon + 1, &hints, &a) != 0)
+		return -1;
+	fd = socket(a->ai_family, SOCK_STREAM, 0);
+	if (fd != -1 && ((a->ai_family == AF_INET && dial_from(fd) == -1) ||
+		connect(fd, a->ai_addr, a->ai_addrlen) == -1)) {
+		close(fd);
+		fd = -1;
+	}
+	freeaddrinfo(a);
+	return fd;
+}
+
+/* Another connection of the same client. */
+static void
+dial_again(struct talk *t, const char *step)
+{
+	t->fd = dial(client_at);
+	if (t->fd == -1)
+		stop(t, "refused", step);
+	else
+		fcntl(t->fd, F_SETFL, fcntl(t->fd, F_GETFL) | O_NONBLOCK);
+	t->eof = 0;
+	t->used = t->len;
+}
+
 /* The steps that send, wait or close. */
 static void
 step_other(struct talk *t, const char *word, const char *arg, size_t n,
@@ -1135,6 +1199,8 @@ step_other(struct talk *t, const char *word, const char *arg, size_t n,
 		close_talk(t, 0);
 	else if (strcmp(word, "reset") == 0)
 		close_talk(t, 1);
+	else if (strcmp(word, "dial") == 0)
+		dial_again(t, step);
 	else if (strcmp(word, "touch") == 0)
 		touch_file(arg);
 	else if (strcmp(word, "await") == 0)
@@ -1177,7 +1243,7 @@ play(struct talk *t, const char *script)
 			s = script;
 		else if (*word != '\0' && t->fd == -1 &&
 		    strcmp(word, "touch") != 0 && strcmp(word, "await") != 0 &&
-		    strcmp(word, "stall") != 0)
+		    strcmp(word, "stall") != 0 && strcmp(word, "dial") != 0)
 			stop(t, "closed", step);
 		else if (*word != '\0') {
 			size_t num = (size_t)strtoul(arg, NULL, 10);
@@ -1284,65 +1350,6 @@ addressed(const char *s)
 			text_add(&t, s++, 1);
 	}
 	return t.bytes;
-}
-
-/* Binds to the IPv4 address $PEER_FROM, if it is set. */
-static int
-dial_from(int fd)
-{
-	struct sockaddr_in in;
-
-	if (getenv("PEER_FROM") == NULL)
-		return 0;
-	memset(&in, 0, sizeof(in));
-	in.sin_family = AF_INET;
-	in.sin_addr.s_addr = inet_addr(getenv("PEER_FROM"));
-	return bind(fd, (struct sockaddr *)&in, sizeof(in));
-}
-
-/* Connects to "/path", "host:port" or "[v6]:port"; numeric only. */
-static int
-dial(const char *where)
-{
-	struct addrinfo hints, *a;
-	char host[256];
-	const char *colon = strrchr(where, ':');
-	size_t n;
-	int fd;
-
-	if (strchr(where, '/') != NULL) {
-		struct sockaddr_un un;
-
-		memset(&un, 0, sizeof(un));
-		un.sun_family = AF_UNIX;
-		snprintf(un.sun_path, sizeof(un.sun_path), "%s", where);
-		fd = socket(AF_UNIX, SOCK_STREAM, 0);
-		if (connect(fd, (struct sockaddr *)&un, sizeof(un)) == 0)
-			return fd;
-		close(fd);
-		return -1;
-	}
-	if (colon == NULL || (n = (size_t)(colon - where)) >= sizeof(host))
-		return -1;
-	memcpy(host, where, n);
-	host[n] = '\0';
-	if (host[0] == '[') {
-		memmove(host, host + 1, n);
-		host[strcspn(host, "]")] = '\0';
-	}
-	memset(&hints, 0, sizeof(hints));
-	hints.ai_socktype = SOCK_STREAM;
-	hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;
-	if (getaddrinfo(host, colon + 1, &hints, &a) != 0)
-		return -1;
-	fd = socket(a->ai_family, SOCK_STREAM, 0);
-	if (fd != -1 && ((a->ai_family == AF_INET && dial_from(fd) == -1) ||
-		connect(fd, a->ai_addr, a->ai_addrlen) == -1)) {
-		close(fd);
-		fd = -1;
-	}
-	freeaddrinfo(a);
-	return fd;
 }
 
 /* Listens on a numeric address; sets *port. */
@@ -1542,13 +1549,31 @@ main_origin(int argc, char **argv)
 	return 0;
 }
 
+static void
+raise_files(void)
+{
+	struct rlimit r;
+
+	if (getrlimit(RLIMIT_NOFILE, &r) == 0) {
+		r.rlim_cur = r.rlim_max;
+		(void)setrlimit(RLIMIT_NOFILE, &r);
+	}
+}
+
 /* Plays a client's script to whom is at `where`. */
 static void
 client_play(const char *where, const char *name, const char *script)
 {
 	struct talk t;
-	int fd = dial(where), error = errno;
+	char end[300];
+	int fd, error;
 
+	snprintf(end, sizeof(end), "%s.end", name);
+	(void)unlink(end);
+	raise_files();
+	client_at = where;
+	fd = dial(where);
+	error = errno;
 	talk_begin(&t, fd, name);
 	if (fd == -1)
 		stop(&t, "refused", strerror(error));
@@ -1582,17 +1607,6 @@ main_client(int argc, char **argv)
 	}
 	client_play(argv[1], argv[2], script);
 	return 0;
-}
-
-static void
-raise_files(void)
-{
-	struct rlimit r;
-
-	if (getrlimit(RLIMIT_NOFILE, &r) == 0) {
-		r.rlim_cur = r.rlim_max;
-		(void)setrlimit(RLIMIT_NOFILE, &r);
-	}
 }
 
 /*
@@ -2035,6 +2049,75 @@ check_holds(const char *check, char **seen, size_t lines, size_t *at)
 	return hits > 0;
 }
 
+/* How many lines of a file match a BRE; -1: there is no such file. */
+static long
+lines_like(const char *file, const char *bre)
+{
+	struct text all = { NULL, 0 };
+	char **line;
+	size_t i, lines;
+	long n = -1;
+	regex_t re;
+
+	if (regcomp(&re, bre, REG_NOSUB) != 0) {
+		fprintf(stderr, "peer: bad expression: %s\n", bre);
+		exit(2);
+	}
+	if (text_file(&all, file)) {
+		for (i = 0; i < all.len; i++)
+			if (all.bytes[i] == '\0')
+				all.bytes[i] = '\1';
+		lines = cut_lines(all.bytes, &line);
+		for (i = 0, n = 0; i < lines; i++)
+			n += regexec(&re, line[i], 0, NULL, 0) == 0;
+		free(line);
+	}
+	regfree(&re);
+	free(all.bytes);
+	return n;
+}
+
+/*
+ * lines MS N FILE BRE: 0 if N lines (+: any) match, now or within so many ms; a
+ * file that is not there has none if MS is 0.
+ */
+static int
+main_lines(int argc, char **argv)
+{
+	long until = now_ms() + (argc == 5 ? atol(argv[1]) : 0), n;
+
+	if (argc != 5)
+		return 2;
+	for (;; sleep_ms(20)) {
+		n = lines_like(argv[3], argv[4]);
+		if (n == -1 && strcmp(argv[1], "0") == 0)
+			n = 0;
+		if (*argv[2] == '+' ? n > 0 : n == atol(argv[2]))
+			return 0;
+		if (now_ms() >= until)
+			return 1;
+	}
+}
+
+/* await MS FILE...: waits for all of them; prints the first that does not come. */
+static int
+main_await(int argc, char **argv)
+{
+	long until = now_ms() + (argc > 1 ? atol(argv[1]) : 0);
+	struct stat st;
+	int i;
+
+	for (i = 2; i < argc; i++)
+		while (stat(argv[i], &st) == -1) {
+			if (now_ms() > until) {
+				puts(argv[i]);
+				return 1;
+			}
+			sleep_ms(10);
+		}
+	return 0;
+}
+
 /* Waits until the checks, one a line, hold of what is seen; see show(). */
 static void
 hold(const char *who, char *checks, const char *kind, char *const *names, int n)
@@ -2203,6 +2286,105 @@ main_check(int argc, char **argv)
 	return 0;
 }
 
+static size_t
+file_lines(const char *name)
+{
+	struct text t = { NULL, 0 };
+	size_t i, n = 0;
+
+	(void)text_file(&t, name);
+	for (i = 0; i < t.len; i++)
+		n += t.bytes[i] == '\n';
+	free(t.bytes);
+	return n;
+}
+
+/* The last line of the log must match these, within 5 s. */
+static void
+hold_last(char *const *eres)
+{
+	for (; *eres != NULL; eres++) {
+		regex_t re = expression(*eres);
+		long until = now_ms() + 5000;
+
+		for (;; sleep_ms(20)) {
+			struct text all = { NULL, 0 };
+			char **line;
+			size_t n;
+
+			(void)text_file(&all, log_file);
+			n = cut_lines(all.bytes, &line);
+			if (n > 0 && regexec(&re, line[n - 1], 0, NULL, 0) == 0)
+				break;
+			if (now_ms() > until)
+				failed("the log should: %s; has: %s", *eres,
+				    n > 0 ? line[n - 1] : "");
+			free(line);
+			free(all.bytes);
+		}
+		regfree(&re);
+	}
+}
+
+/* last [OPTION ...] ERE... */
+static int
+main_last(int argc, char **argv)
+{
+	const char *well = "";
+
+	hold_last(argv + looking_at(argc, argv, &well));
+	return 0;
+}
+
+/*
+ * want [OPTION ...] STATUS METHOD URL [FIELDS\n [ERE ...]]: one request, up to its
+ * line in the log, if that comes; the answer is in the file a.  It must have this
+ * status, unless that is -, and the last line of the log match the EREs.
+ */
+static int
+main_want(int argc, char **argv)
+{
+	const char *well = "", *at;
+	int i = looking_at(argc, argv, &well);
+	struct text script = { NULL, 0 }, got = { NULL, 0 };
+	size_t lines = file_lines(log_file), n;
+	long until;
+
+	if (argc - i < 3)
+		return 2;
+	text_format(&script, "send %s ", argv[i + 1]);
+	text_add(&script, argv[i + 2], strlen(argv[i + 2]));
+	text_format(&script, " HTTP/1.1\\nHost: x\\n");
+	if (argc - i > 3)
+		text_add(&script, argv[i + 3], strlen(argv[i + 3]));
+	text_format(&script, "\\n ; answer%s",
+	    strcmp(argv[i + 1], "CONNECT") == 0 ? " head" : "");
+	client_play(proxy_at, "a", addressed(script.bytes));
+	until = now_ms() + 2000;
+	while (file_lines(log_file) == lines && now_ms() < until)
+		sleep_ms(5);
+	(void)text_file(&got, "a");
+	n = strcspn(got.bytes, "\r\n");
+	at = strncmp(got.bytes, "HTTP/1.1 ", 9) == 0 ? got.bytes + 9 : "";
+	if (*argv[i] != '-' && (strncmp(at, argv[i], 3) != 0 || at[3] != ' '))
+		failed("%s %s: %.*s, not %s", argv[i + 1], argv[i + 2], (int)n,
+		    got.bytes, argv[i]);
+	if (argc - i > 4)
+		hold_last(argv + i + 4);
+	return 0;
+}
+
+/* nobody: prints a port on which nobody listens. */
+static int
+main_nobody(int argc, char **argv)
+{
+	int port = 0, fd = hear("127.0.0.1", &port, 1);
+
+	(void)argc, (void)argv;
+	printf("%d\n", port);
+	return fd == -1;
+}
+
 /* The n-th play: its first client, its origin, the log and standard error. */
 static void
 judge_play(const char *n)
@@ -2246,18 +2428,6 @@ main_judge(int argc, char **argv)
 	if (well[0] != '\0')
 		judge_served(well);
 	return 0;
-}
-
-static size_t
-file_lines(const char *name)
-{
-	struct text t = { NULL, 0 };
-	size_t i, n = 0;
-
-	(void)text_file(&t, name);
-	for (i = 0; i < t.len; i++)
-		n += t.bytes[i] == '\n';
-	return n;
 }
 
 /*
@@ -2327,9 +2497,248 @@ play_plain(const char *n, const char *well)
 	free(script.bytes);
 }
 
+/* The client with a name (or without) in the play that is cut. */
+static struct role {
+	char name[40];		/* with a point before it */
+	int begun;
+	const char *behind;	/* the operator of a check right behind a body */
+} roles[100];
+static int play_now;
+static int play_closed;		/* what comes is for the next connection */
+
+/* A line for a file of the play. */
+static void
+put(const char *who, const char *name, const char *format, ...)
+{
+	char file[300];
+	va_list ap;
+	FILE *f;
+
+	snprintf(file, sizeof(file), "p%d%s%s", play_now, who, name);
+	f = fopen(file, "a");
+	if (f == NULL)
+		die(file);
+	va_start(ap, format);
+	vfprintf(f, format, ap);
+	va_end(ap);
+	fputc('\n', f);
+	fclose(f);
+}
+
+/* What is to be done by the shell. */
+static void
+put_shell(const char *name, const char *what, const char *text)
+{
+	put("", name, "%s%s", what, text);
+	put("", ".shell", "");
+}
+
+static void
+play_next(const char *text)
+{
+	char file[40];
+	struct stat st;
+
+	memset(roles, 0, sizeof(roles));
+	play_closed = 0;
+	snprintf(file, sizeof(file), "p%d.title", ++play_now);
+	if (stat(file, &st) == 0)
+		failed("there is a play %d", play_now);
+	put("", ".title", "%s", text);
+}
+
+static struct role *
+role_of(const char *name)
+{
+	struct role *r = roles;
+
+	while (r->behind != NULL && strcmp(r->name, name) != 0)
+		r++;
+	if (r->behind == NULL) {
+		snprintf(r->name, sizeof(r->name), "%s", name);
+		r->behind = "";
+	}
+	return r;
+}
+
+/* One check of what a client must see. */
+static void
+sees(struct role *r, const char *op, const char *before, const char *text)
+{
+	put(r->name, ".sees", "%s %s%s", op, before, text);
+	r->behind = "";
+}
+
+/* Cuts s at the first `at', if it is there; returns what is behind, or NULL. */
+static char *
+cut_at(char *s, const char *at)
+{
+	char *found = strstr(s, at);
+
+	if (found == NULL)
+		return NULL;
+	*found = '\0';
+	return found + strlen(at);
+}
+
+static void
+trim(char *s)
+{
+	size_t n = strlen(s);
+
+	while (n > 0 && s[n - 1] == ' ')
+		s[--n] = '\0';
+}
+
+/*
+ * The checks of an answer: "STATUS error=ERE cut; CACHE-STATUS | BODY".  If it is
+ * the first, or the body before was looked at, it begins in the very next line.
+ */
+static void
+answered(struct role *r, char *all)
+{
+	char *want = all, *body, *cache, *error, *end;
+	int cut = 0;
+
+	want[-1] = ' ';		/* it may begin with the bar */
+	body = cut_at(want - 1, " | ");
+	if (body != NULL && body <= want + 2)
+		*(want = all + strlen(all)) = '\0';
+	cache = cut_at(want, ";");
+	trim(want);
+	end = want + strlen(want);
+	if (end - want >= 4 && strcmp(end - 4, " cut") == 0) {
+		cut = 1;
+		end[-4] = '\0';
+	}
+	error = cut_at(want, " error=");
+	want += strspn(want, " ");
+	trim(want);
+	if (strlen(want) > 3 && want[0] >= '1' && want[0] <= '5' &&
+	    want[3] == ' ')
+		sees(r, *r->behind ? "+" : "=", "HTTP/1.1 ", want);
+	else if (*want != '\0')
+		sees(r, *r->behind ? "+~" : "~", "^HTTP/1.1 ", want);
+	if (cache != NULL) {
+		trim(cache);
+		sees(r, "~", "^Cache-Status: proxy-ID;", cache);
+	}
+	if (error != NULL)
+		sees(r, "~", "^Proxy-Status: proxy-ID; error=", error);
+	if (body != NULL) {
+		sees(r, "=", "", body);
+		r->behind = "+";
+	}
+	if (cut)
+		sees(r, "~", "", "^-- end (eof|reset) answer");
+}
+
+/* What begins where the first step of a client is. */
+static void
+role_begins(struct role *r)
+{
+	if (r->begun++)
+		return;
+	if (r->name[0] == '\0')
+		put("", ".run", "front");
+	else
+		put_shell(".run", "begin ", r->name + 1);
+}
+
+/* One step of an origin. */
+static void
+put_origin(const char *word, const char *rest)
+{
+	int replies = *word == 'r';
+
+	if (replies && play_closed)
+		put("", ".origin", "---");
+	play_closed = strcmp(word, "replies") != 0 &&
+	    strncmp(replies ? "reply " : rest, "reply ", 6) == 0 &&
+	    strstr(rest, "Connection: close") != NULL;
+	put("", ".origin", "%s%s%s", replies ? word : "", replies ? " " : "",
+	    !replies && strcmp(rest, "next") == 0 ? "---" : rest);
+}
+
+/* A line of a play: the word it begins with, an operator, and the rest. */
+static void
+play_line(struct role *r, char *line, const char *tag, const char *op,
+    char *rest)
+{
+	char *want;
+
+	if (strcmp(tag, "do") == 0)
+		put_shell(".run", "do ", rest);
+	else if (strcmp(tag, "sees") == 0)
+		sees(r, *op == '\0' ? "=" : op, "", rest);
+	else if (strcmp(tag, "gets") == 0 || strcmp(tag, "err") == 0)
+		put(".", tag, "%s %s", *op == '\0' ? "=" : op, rest);
+	else if (strcmp(tag, "log") == 0)
+		put("", ".log", "%s %s", *op == '\0' ? "~" :
+		    strcmp(op, "!") == 0 ? "!~" : op, rest);
+	else if (r->name[0] != '\0' && strcmp(tag, "ends") == 0) {
+		put("", ".run", "ends %s %s", r->name + 1, rest);
+		put("", ".shell", "");
+	} else if (strcmp(tag, "origin") == 0 && *rest == '-')
+		put_shell(".options", "", rest);
+	else if (strcmp(tag, "origin") == 0 || strcmp(tag, "reply") == 0 ||
+	    strcmp(tag, "replies") == 0)
+		put_origin(tag, rest);
+	else if (strcmp(tag, "ask") == 0) {
+		want = cut_at(rest, " = ");
+		trim(rest);
+		if (!r->begun)
+			r->behind = "+";
+		if (want != NULL)
+			answered(r, want);
+		role_begins(r);
+		put(r->name, ".client", "ask %s", rest);
+	} else if (strcmp(tag, "client") == 0 || r->name[0] != '\0') {
+		role_begins(r);
+		put(r->name, ".client", "%s", *tag == 'c' ? rest : line);
+	} else
+		put_shell(".bad", "bad line in a play: ", line);
+}
+
+/* Cuts the text of plays, from the one behind number n on, into files. */
+static void
+plays_cut(int n, char *text)
+{
+	char **lines, *s, *rest, tag[40], op[40], name[40];
+	size_t count = cut_lines(text, &lines), i, k;
+
+	play_now = n;
+	play_next(title);
+	for (i = 0; i < count; i++) {
+		s = lines[i] + strspn(lines[i], " \t");
+		if (strncmp(s, "== ", 3) == 0)
+			play_next(s + 3);
+		if (strncmp(s, "== ", 3) == 0 || *s == '#' || *s == '\0')
+			continue;
+		k = strspn(s, "abcdefghijklmnopqrstuvwxyz0123456789");
+		name[0] = '\0';
+		if (k > 0 && s[k] == ':' && !isdigit((unsigned char)*s)) {
+			snprintf(name, sizeof(name), ".%.*s", (int)k, s);
+			s += k + 1;
+			s += strspn(s, " ");
+		}
+		k = strspn(s, "abcdefghijklmnopqrstuvwxyz");
+		snprintf(tag, sizeof(tag), "%.*s", (int)k, s);
+		rest = s + (k > 0 ? strcspn(s, " \t") : 0);
+		snprintf(op, sizeof(op), "%.*s", (int)(rest - s - (long)k), s + k);
+		rest += k > 0 ? strspn(rest, " \t") : 0;
+		if (strcmp(op, "#") == 0) {	/* "# N ERE" to "#N ERE" */
+			snprintf(op, sizeof(op), "#%ld", strtol(rest, &rest, 10));
+			rest += *rest == ' ';
+		}
+		play_line(role_of(name), s, tag, op, rest);
+	}
+	free(lines);
+}
+
 /*
  * plays [OPTION ...] N: the n-th play and those behind it, up to one that needs
- * the shell.  Prints where the lines of the last one begin in log and err, its
+ * the shell; with -t TITLE they are cut from stdin first.  Prints where the lines of the last one begin in log and err, its
  * number, and what play_plain() prints.
  */
 static int
@@ -2342,6 +2751,8 @@ main_plays(int argc, char **argv)
 
 	if (i + 1 != argc)
 		return 2;
+	if (*title != '\0')
+		plays_cut(atoi(argv[i]) - 1, read_stdin());
 	for (n = from = atoi(argv[i]); ; n++) {
 		snprintf(file, sizeof(file), "p%d.title", n);
 		if (stat(file, &st) == -1)
@@ -2385,17 +2796,21 @@ main_banner(int argc, char **argv)
 	return 1;
 }
 
-/* watch MS PID: kills it if it is still there when time is up. */
+/*
+ * watch MS PID [end]: kills it if it is still there when time is up.  A proxy is
+ * told to end, and then to end at once.
+ */
 static int
 main_watch(int argc, char **argv)
 {
-	long end = now_ms() + (argc == 3 ? atol(argv[1]) : 0);
-	pid_t pid = (pid_t)(argc == 3 ? atol(argv[2]) : 0);
+	long end = now_ms() + (argc > 2 ? atol(argv[1]) : 0);
+	pid_t pid = (pid_t)(argc > 2 ? atol(argv[2]) : 0);
+	int tell = argc > 3 ? 2 : 0;
 
 	if (pid <= 1)
 		return 2;
 	while (now_ms() < end) {
-		if (kill(pid, 0) == -1)
+		if (kill(pid, tell-- > 0 ? SIGTERM : 0) == -1)
 			return 0;
 		sleep_ms(20);
 	}
@@ -2533,6 +2948,9 @@ main(int argc, char **argv)
 		{ "check", main_check }, { "judge", main_judge },
 		{ "plays", main_plays },
 		{ "begin", main_begin }, { "banner", main_banner },
+		{ "lines", main_lines }, { "await", main_await },
+		{ "want", main_want }, { "last", main_last },
+		{ "nobody", main_nobody },
 		{ "terminal", main_terminal } };
 	size_t i;
 
@@ -3605,7 +4023,6 @@ addresses() {
 # one on standard input there or at WHERE: client NAME [SCRIPT | WHERE]
 client() {
 	client_at=$proxy
-	[ ! -f "$1.end" ] || rm -f "$1" "$1".*
 	case ${2-} in
 	[a-z]*)
 		printf '%s\n' "$2" > "$1.script"
@@ -3645,10 +4062,8 @@ patience() {
 
 # Sets $origin and $origin_port to where nobody listens.
 nobody() {
-	origin nobody < /dev/null
-	kill "${origin_says#* }"
-	wait_for 5 '"$peer" client "$origin" dead < /dev/null
-		grep refused dead.end > /dev/null' || fail "cannot free a port"
+	origin_port=$("$peer" nobody) || fail "cannot free a port"
+	origin=127.0.0.1:$origin_port
 }
 
 # The same to a port that does not answer: deaf [-a ADDRESS [-p PORT]]
@@ -3671,7 +4086,7 @@ echoes() {
 
 # Waits until the client or connection NAME has come to its end.
 ended() {
-	wait_for 20 "[ -f $1.end ]" || fail "$1 does not end"
+	"$peer" await 20000 "$1.end" > /dev/null || fail "$1 does not end"
 }
 
 # Prints in readable form what came to each of the files, and how it ended.
@@ -3683,7 +4098,7 @@ show() {
 	done | sed -e 's/proxy-[0-9a-f]\{8\}/proxy-ID/g'
 }
 
-# Looks at what was seen, by "check" or "judge" of the peer.
+# Looks at what was seen, by "check", "judge", "want" or "last" of the peer.
 look() {
 	look_how=$1
 	shift
@@ -3730,158 +4145,6 @@ END
 	read -r well < well.port
 }
 
-# play.awk: cuts the text of plays into those that lines "== TITLE" begin, numbered
-# from n + 1 on, and sorts the lines of play p<number> into one file a tag and
-# client; puts into p.run what is to be done, in its order.
-write_play() {
-	cat > "$work/play.awk" <<'EOF_PLAY'
-# A line for a file of the play.
-function put(name, line) {
-	name = p name
-	if (!(name in opened)) {
-		opened[name]
-		printf "" > name
-	}
-	print line > name
-}
-# What is to be done, and not by plays of the peer.
-function shell(name, line) {
-	put(name, line)
-	put(".shell", "")
-}
-# The next play.
-function next_play(title,  name) {
-	for (name in opened) {
-		close(name)
-		delete opened[name]
-	}
-	for (name in begun)
-		delete begun[name]
-	for (name in behind)
-		delete behind[name]
-	closed = 0
-	p = "p" ++n
-	put(".title", title)
-}
-# One check of what WHO (empty: the client without a name) must see.
-function sees(who, op, text) {
-	put(who ".sees", op " " text)
-	behind[who] = ""
-}
-# The checks of an answer: "STATUS error=ERE cut; CACHE-STATUS | BODY".  If it is the first,
-# or the body before was looked at, it begins in the very next line.
-function answered(who, want,  body, cache, error, cut, i) {
-	sub(/^ +/, "", want)
-	if (i = index(" " want, " | ")) {
-		body = substr(want, i + 2)
-		want = substr(want, 1, i - 1)
-	}
-	if (i = index(want, ";")) {
-		cache = substr(want, i)
-		want = substr(want, 1, i - 1)
-	}
-	cut = sub(/ cut *$/, "", want)
-	if (i = index(want, " error=")) {
-		error = substr(want, i + 1)
-		want = substr(want, 1, i - 1)
-	}
-	sub(/ +$/, "", want)
-	sub(/ +$/, "", cache)
-	if (want ~ /^[1-5][0-9][0-9] /)
-		sees(who, behind[who] ? "+" : "=", "HTTP/1.1 " want)
-	else if (want != "")
-		sees(who, behind[who] "~", "^HTTP/1.1 " want)
-	if (cache != "")
-		sees(who, "~", "^Cache-Status: proxy-ID" cache)
-	if (error != "")
-		sees(who, "~", "^Proxy-Status: proxy-ID; " error)
-	if (body != "") {
-		sees(who, "=", body)
-		behind[who] = "+"
-	}
-	if (cut)
-		sees(who, "~", "^-- end (eof|reset) answer")
-}
-# What begins where the first step of a client is.
-function begins(who) {
-	if (begun[who]++)
-		return
-	if (who == "")
-		put(".run", "front")
-	else
-		shell(".run", "begin " substr(who, 2))
-}
-BEGIN { next_play(ENVIRON["TITLE"]) }
-{ sub(/^[ \t]+/, "") }
-/^== / {
-	next_play(substr($0, 4))
-	next
-}
-/^(#|$)/ { next }
-{
-	who = ""
-	if (match($0, /^[a-z][a-z0-9]*: */)) {
-		who = "." substr($0, 1, index($0, ":") - 1)
-		$0 = substr($0, RLENGTH + 1)
-	}
-	tag = $1
-	rest = $0
-	sub(/^[a-z]+[^ \t]*[ \t]*/, "", rest)
-	op = tag
-	sub(/^[a-z]+/, "", op)
-	sub(/[^a-z].*$/, "", tag)
-	if (op == "#") {		# "# N ERE" to "#N ERE"
-		op = op rest + 0
-		sub(/^[0-9]+ /, "", rest)
-	}
-}
-tag == "do" { shell(".run", "do " rest); next }
-tag == "sees" { sees(who, op == "" ? "=" : op, rest); next }
-tag == "gets" || tag == "err" {
-	put("." tag, (op == "" ? "=" : op) " " rest)
-	next
-}
-tag == "log" {
-	put(".log", (op == "" ? "~" : op == "!" ? "!~" : op) " " rest)
-	next
-}
-who != "" && tag == "ends" {
-	shell(".run", "ends " substr(who, 2) " " rest)
-	next
-}
-tag == "origin" && rest ~ /^-/ { shell(".options", rest); next }
-tag == "origin" && rest == "next" { rest = "---" }
-# After Connection: close comes another connection.
-tag == "reply" || tag == "replies" {
-	if (closed)
-		put(".origin", "---")
-	rest = tag " " rest
-	tag = "origin"
-}
-tag == "origin" {
-	closed = rest ~ /^reply .*Connection: close/
-	put(".origin", rest)
-	next
-}
-tag == "ask" {
-	tag = "client"
-	i = index(rest, " = ")
-	want = i ? substr(rest, i + 3) : ""
-	rest = "ask " (i ? substr(rest, 1, i - 1) : rest)
-	sub(/[ \t]+$/, "", rest)
-	if (!(who in begun))
-		behind[who] = "+"
-	answered(who, want)
-}
-tag == "client" || who != "" {
-	begins(who)
-	put(who ".client", tag == "client" ? rest : $0)
-	next
-}
-{ shell(".bad", "bad line in a play: " $0) }
-EOF_PLAY
-}
-
 # A play, and those that lines `== TITLE' begin in it; -n: without the request
 # after each.  See the top of this file.
 play() {
@@ -3890,9 +4153,9 @@ play() {
 		play_probe=0
 		shift
 	fi
-	TITLE=$1 awk -v n="$plays" -f "$work/play.awk"
+	[ -n "$proxy_pid" ] || start_proxy
+	play_plain -t "$1"
 	while [ -f "p$((plays + 1)).title" ]; do
-		[ -n "$proxy_pid" ] || start_proxy
 		if [ -f "p$((plays + 1)).shell" ]; then
 			play_one
 		else
@@ -3903,13 +4166,13 @@ play() {
 
 # The next of them, and all behind it that need no shell: by one process.
 play_plain() {
-	set -- $((plays + 1))
 	if [ "$play_probe" = 1 ]; then
 		well
-		set -- -w "$well" "$1"
+		set -- "$@" -w "$well"
 	fi
 	play_says=$("$peer" plays -o "${origin-}" -p "${origin_port-}" \
-	    -x "$proxy" "$@") || fail "$(cat .why)"
+	    -x "$proxy" "$@" $((plays + 1))) || fail "$(cat .why)"
+	[ -n "$play_says" ] || return 0
 	# shellcheck disable=SC2086 # words
 	set -- $play_says
 	while [ $# -gt 3 ]; do
@@ -4276,11 +4539,7 @@ start_rules() {
 
 # The last line of the log must match each of these: last_line ERE...
 last_line() {
-	for last_ere; do
-		wait_for 5 'tail -n 1 log | grep -E -e "$last_ere" > /dev/null' ||
-			fail "${play_title-}: the log should: $last_ere; has:" \
-			    "$(tail -n 1 log)"
-	done
+	look last "$@"
 }
 
 # These rules must be wrong, and each ERE must be said: wrong RULES ERE...
@@ -4314,18 +4573,17 @@ plain_origin() {
 # One request, up to its line in the log; the answer is in the file a:
 # asks METHOD URL ['FIELDS\n']
 asks() {
-	asks_how=
-	[ "$1" != CONNECT ] || asks_how=' head'
-	asks_lines=$(wc -l < log)
-	rm -f a a.end
-	client a "send $1 $2 HTTP/1.1\nHost: x\n${3-}\n ; answer$asks_how"
-	wait_for 2 "[ \"\$(wc -l < log)\" -gt $asks_lines ]"
+	look want - "$@"
 }
 
 # True if a GET of the URL gets this status: gives STATUS URL ['FIELDS\n']
 gives() {
 	asks GET "$2" "${3-}"
-	[ "$(sed -n '1s/^HTTP.1.1 \([0-9]*\) .*/\1/p' a)" = "$1" ]
+	read -r gives_line < a
+	case $gives_line in
+	"HTTP/1.1 $1 "*) ;;
+	*) return 1 ;;
+	esac
 }
 
 # Rules are read anew; soon a GET of the URL gets this status:
@@ -4341,11 +4599,7 @@ reread() {
 # One request that must get this status, and a line in the log that matches the
 # EREs: want STATUS METHOD URL [FIELDS\n [ERE...]]
 want() {
-	asks "$2" "$3" "${4-}"
-	head -n 1 a | grep "^HTTP/1.1 $1 " > /dev/null ||
-		fail "${play_title-} $2 $3: $(head -n 1 a), not $1"
-	shift $(($# < 4 ? $# : 4))
-	last_line "$@"
+	look want "$@"
 }
 
 # The value of Proxy-Authorization for a login, and all of that field.
@@ -24571,7 +24825,6 @@ trap clean_up EXIT
 trap 'exit 1' HUP INT TERM
 peer=$work/peer
 write_peer
-write_play
 # Static, for it is started some thousand times.
 host_cc=$cc
 [ -z "${EMULATOR-}" ] || host_cc=cc
@@ -24653,9 +24906,8 @@ failed=0
 skipped=0
 for test in $tests; do
 	# It is there when its line is whole.
-	until read -r result < "$work/t.$test/.result"; do
-		"$peer" sleep 200
-	done 2> /dev/null
+	until "$peer" await 60000 "$work/t.$test/.result" > /dev/null &&
+	    read -r result < "$work/t.$test/.result"; do :; done
 	number=$((number + 1))
 	printf '%s %d - %s\n' "${result%% - *}" $number "${result#* - }"
 	case $result in
