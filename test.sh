@@ -396,8 +396,45 @@ write_peer() {
  * dial             go on over another connection; the one before stays open
  * touch FILE, await FILE   tell other processes, wait for them
  * loop             from the first step again
+ *
+ * Other modes are described where they are, and these:
+ *
+ * flood WHERE MS
+ *     clients that are refused and go on sending as fast as they can, while
+ *     others come and go
+ * slow NAME
+ *     an origin with small windows that reads some of a request, then resets
+ *     or answers 413 early; says PORT PID
+ * upload N WHERE TEXT MS
+ *     N clients send the head TEXT and chunks of all sizes for
+ *     so long, and stay until they are closed
+ * ports N
+ *     prints N free loopback ports below those that the system gives to
+ *     outgoing connections
+ * serve FILE
+ *     writes its port to FILE and serves in this directory until it is killed:
+ *     WebSocket echo; GET /wait, answered once a WebSocket said "done"; /git/ by
+ *     git http-backend; any other body is kept in ./body and counted in the
+ *     answer
+ * load FILE
+ *     writes its port to FILE and answers GET .../N with N bytes, kept alive,
+ *     until it is killed. What is below /keep/ may be cached; how often it
+ *     was asked for that is a long in FILE.asked.
+ * measure [-c] [-d HOST] [-n] [-k N] [-r] [-x PROXY-PORT] [-z DIGITS]
+ *     PORT CONNS REQUESTS MS SIZE
+ *     asks that origin for SIZE bytes over CONNS connections at once, until
+ *     REQUESTS are answered or MS have passed; -n: a new connection for each,
+ *     -c: by CONNECT, -d: by this name for it, which the proxy must know how to
+ *     reach, -k: for one of N objects that may be cached, in turn or (-r) at
+ *     random, -z: with zeros in front of SIZE. Prints requests, seconds,
+ *     errors (also a size that is not SIZE) and its own microseconds of
+ *     processor time.
+ * idle PROXY-PORT PORT CONNS FILE
+ *     opens CONNS tunnels, writes how many stand to FILE, and keeps them
+ *     until it is killed
  */
 #define _XOPEN_SOURCE 700
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/resource.h>
@@ -415,6 +452,8 @@ write_peer() {
 #include <regex.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -2842,19 +2881,28 @@ main_childless(int argc, char **argv)
 	return argc > 1 ? execv(argv[1], argv + 1) : 127;
 }
 
-/* logger PATH N: prints "ready" and N datagrams to PATH, then reads no more. */
+/*
+ * logger PATH N: prints "ready" and N datagrams to PATH, which may have an @ for
+ * the NUL of an abstract name, then reads no more.
+ */
 static int
 main_logger(int argc, char **argv)
 {
 	struct sockaddr_un un;
+	socklen_t len = sizeof(un);
 	int n = argc == 3 ? atoi(argv[2]) : 0, fd = socket(AF_UNIX, SOCK_DGRAM, 0);
 	char line[70000];
 
 	memset(&un, 0, sizeof(un));
 	un.sun_family = AF_UNIX;
 	strncpy(un.sun_path, argv[1], sizeof(un.sun_path) - 1);
-	unlink(argv[1]);
-	if (bind(fd, (struct sockaddr *)&un, sizeof(un)) == -1)
+	if (*argv[1] == '@') {
+		un.sun_path[0] = '\0';
+		len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) +
+		    strlen(argv[1]));
+	} else
+		unlink(argv[1]);
+	if (bind(fd, (struct sockaddr *)&un, len) == -1)
 		return 1;
 	puts("ready");
 	for (fflush(stdout); n-- > 0; fflush(stdout))
@@ -2894,6 +2942,30 @@ main_crowd(int argc, char **argv)
 	return 0;
 }
 
+static pid_t on_terminal;	/* a process that has it */
+
+/* Runs a command on a terminal of its own; returns our side of it, or -1. */
+static int
+terminal_run(char **command)
+{
+	int i, slave, master = posix_openpt(O_RDWR | O_NOCTTY);
+
+	if (master == -1 || grantpt(master) == -1 || unlockpt(master) == -1)
+		return -1;
+	on_terminal = fork();
+	if (on_terminal == 0) {
+		setsid();
+		slave = open(ptsname(master), O_RDWR);
+		close(master);
+		for (i = 0; i < 3; i++)
+			dup2(slave, i);
+		close(slave);
+		execv(command[0], command);
+		_exit(9);
+	}
+	return master;
+}
+
 /*
  * terminal COMMAND: runs it on a terminal of its own and closes that; 0 if it
  * then ends by itself with 0, 77 if there are no terminals.
@@ -2901,122 +2973,94 @@ main_crowd(int argc, char **argv)
 static int
 main_terminal(int argc, char **argv)
 {
-	int i, status, slave, master = posix_openpt(O_RDWR | O_NOCTTY);
+	int i, status, master = terminal_run(argv + 1);
 	char said[4096];
-	pid_t pid;
 
 	(void)argc;
-	if (master == -1 || grantpt(master) == -1 || unlockpt(master) == -1)
+	if (master == -1)
 		return 77;
-	pid = fork();
-	if (pid == 0) {
-		setsid();
-		slave = open(ptsname(master), O_RDWR);
-		close(master);
-		for (i = 0; i < 3; i++)
-			dup2(slave, i);
-		close(slave);
-		execv(argv[1], argv + 1);
-		_exit(9);
-	}
 	if (read(master, said, sizeof(said)) <= 0)
 		return 2;
 	sleep_ms(300);
 	close(master);
 	for (i = 0; i < 50; i++) {
-		if (waitpid(pid, &status, WNOHANG) == pid)
+		if (waitpid(on_terminal, &status, WNOHANG) == on_terminal)
 			return WIFEXITED(status) ? WEXITSTATUS(status) : 3;
 		sleep_ms(100);
 	}
-	kill(pid, SIGKILL);
+	kill(on_terminal, SIGKILL);
 	return 4;
 }
 
-int
-main(int argc, char **argv)
+static void
+end_terminal(int number)
 {
-	static const struct {
-		const char *name;
-		int (*run)(int argc, char **argv);
-	} modes[] = { { "sleep", main_sleep }, { "origin", main_origin },
-		{ "client", main_client }, { "hold", main_hold },
-		{ "echo", main_echo }, { "deaf", main_deaf },
-		{ "watch", main_watch }, { "myself", main_myself },
-		{ "base64", main_base64 }, { "childless", main_childless },
-		{ "clock", main_clock }, { "show", main_show },
-		{ "logger", main_logger }, { "crowd", main_crowd },
-		{ "check", main_check }, { "judge", main_judge },
-		{ "plays", main_plays },
-		{ "begin", main_begin }, { "banner", main_banner },
-		{ "lines", main_lines }, { "await", main_await },
-		{ "want", main_want }, { "last", main_last },
-		{ "nobody", main_nobody },
-		{ "terminal", main_terminal } };
-	size_t i;
-
-	if (getenv("PEER_MS") != NULL)
-		patience_ms = atol(getenv("PEER_MS"));
-	signal(SIGPIPE, SIG_IGN);
-	for (i = 0; argc > 1 && i < sizeof(modes) / sizeof(modes[0]); i++)
-		if (strcmp(argv[1], modes[i].name) == 0)
-			return modes[i].run(argc - 1, argv + 1);
-	return 2;
-}
-EOF_PEER
+	kill(on_terminal, SIGTERM);
+	_exit(number);
 }
 
-# ---- C. Other ends that behave oddly ----------------------------------------
-
-# A second helper program: rough clients and origins, servers and clients for
-# real programs, and what measures.
-write_other() {
-	cat <<'EOF_OTHER'
 /*
- * other: other ends than the scripted ones of peer, whose parts it uses.
- *
- * many N WHERE FILE TEXT
- *     sends TEXT over each of N connections, with CR LF for each | and the
- *     connection's number for each @; makes FILE.ready; they stay open until
- *     FILE.over is there
- * flood WHERE MS
- *     clients that are refused and go on sending as fast as they can, while
- *     others come and go
- * slow NAME
- *     an origin with small windows that reads some of a request, then resets
- *     or answers 413 early; says PORT PID
- * upload N WHERE TEXT MS
- *     N clients send the head TEXT, | being CR LF, and chunks of all sizes for
- *     so long, and stay until they are closed
- * ports N
- *     prints N free loopback ports below those that the system gives to
- *     outgoing connections
- * serve FILE
- *     writes its port to FILE and serves in this directory until it is killed:
- *     WebSocket echo; GET /wait, answered once a WebSocket said "done"; /git/ by
- *     git http-backend; any other body is kept in ./body and counted in the
- *     answer
- * origin FILE
- *     writes its port to FILE and answers GET .../N with N bytes, kept alive,
- *     until it is killed. What is below /keep/ may be cached; how often it
- *     was asked for that is a long in FILE.asked.
- * client [-c] [-d HOST] [-n] [-k N] [-r] [-x PROXY-PORT] [-z DIGITS]
- *     PORT CONNS REQUESTS MS SIZE
- *     asks that origin for SIZE bytes over CONNS connections at once, until
- *     REQUESTS are answered or MS have passed; -n: a new connection for each,
- *     -c: by CONNECT, -d: by this name for it, which the proxy must know how to
- *     reach, -k: for one of N objects that may be cached, in turn or (-r) at
- *     random, -z: with zeros in front of SIZE. Prints requests, seconds,
- *     errors (also a size that is not SIZE) and its own microseconds of
- *     processor time.
- * idle PROXY-PORT PORT CONNS FILE
- *     opens CONNS tunnels, writes how many stand to FILE, and keeps them
- *     until it is killed
+ * stalled COMMAND: runs a proxy on a terminal of its own; once that has told an
+ * address, prints it and reads no more of what the proxy writes there.
  */
-#define main peer_main
-#include "peer.c"
-#undef main
-#include <sys/mman.h>
-#include <stdint.h>
+static int
+main_stalled(int argc, char **argv)
+{
+	int master = terminal_run(argv + 1);
+	static char said[4096];
+	size_t n = 0;
+	char *at;
+
+	(void)argc;
+	if (master == -1)
+		return 77;
+	signal(SIGTERM, end_terminal);
+	while ((at = strstr(said, "listening on ")) == NULL ||
+	    strchr(at, '\n') == NULL)
+		if (read(master, said + n++, 1) != 1 || n == sizeof(said) - 1)
+			return 2;
+	printf("%.*s\n", (int)strcspn(at + 13, "\r\n"), at + 13);
+	fflush(stdout);
+	for (;;)
+		pause();
+}
+
+/*
+ * launch listen|wrong|inetd FILE COMMAND: runs it as a service manager does, with a
+ * socket whose address is in FILE (wrong: with a pipe), or its first client.
+ */
+static int
+main_launch(int argc, char **argv)
+{
+	int port = 0, fd = hear("127.0.0.1", &port, 10), pair[2], i;
+	FILE *file = argc > 3 ? fopen(argv[2], "w") : NULL;
+	char pid[30];
+
+	if (fd == -1 || file == NULL)
+		return 1;
+	fprintf(file, "127.0.0.1:%d\n", port);
+	fclose(file);
+	if (strcmp(argv[1], "inetd") == 0) {
+		fd = accept(fd, NULL, NULL);
+		for (i = 0; i < 3; i++)
+			dup2(fd, i);
+		close(fd);
+	} else {
+		if (strcmp(argv[1], "wrong") == 0 && pipe(pair) == 0)
+			fd = pair[0];
+		if (fd != 3)
+			dup2(fd, 3);
+		snprintf(pid, sizeof(pid), "%ld", (long)getpid());
+		setenv("LISTEN_PID", pid, 1);
+		if (getenv("LISTEN_FDS") == NULL)
+			setenv("LISTEN_FDS", "1", 1);
+	}
+	signal(SIGPIPE, SIG_DFL);
+	execv(argv[3], argv + 3);
+	return 127;
+}
+
+/* ---- Other ends that behave oddly, and what measures ---- */
 
 static char block[1 << 18];
 static unsigned long seed;
@@ -3052,43 +3096,6 @@ send_all(int fd, const char *p, size_t n, long end)
 		}
 	}
 	return 1;
-}
-
-/* Sends a text with | for CR LF and @ for a number. */
-static int
-put_text(int fd, const char *text, int number, long end)
-{
-	static char said[10000];
-	size_t n = 0;
-
-	for (; *text != '\0' && n < sizeof(said) - 20; text++)
-		if (*text == '@')
-			n += (size_t)sprintf(said + n, "%d", number);
-		else if (*text == '|')
-			n += (size_t)sprintf(said + n, "\r\n");
-		else
-			said[n++] = *text;
-	return send_all(fd, said, n, end);
-}
-
-static int
-main_many(int n, const char *where, const char *file, const char *text)
-{
-	char name[300];
-	int i, fd;
-
-	raise_files();
-	for (i = 0; i < n; i++) {
-		fd = dial(where);
-		if (fd == -1 || !put_text(fd, text, i, now_ms() + 5000))
-			return 1;
-	}
-	snprintf(name, sizeof(name), "%s.ready", file);
-	touch_file(name);
-	snprintf(name, sizeof(name), "%s.over", file);
-	while (access(name, F_OK) == -1)
-		sleep_ms(20);
-	return 0;
 }
 
 static void
@@ -3131,8 +3138,9 @@ static void
 upload(const char *where, const char *text, long end)
 {
 	int fd = dial(where);
+	struct text head = unescaped(text, strlen(text));
 
-	if (!put_text(fd, text, 0, end))
+	if (!send_all(fd, head.bytes, head.len, end))
 		return;
 	for (;;) {
 		static char chunk[40000];
@@ -3179,14 +3187,14 @@ slow_one(int fd)
 }
 
 static int
-main_slow(void)
+main_slow(int argc, char **argv)
 {
 	int port = 0, fd = hear("127.0.0.1", &port, 64), c, small = 4096;
 
-	if (fd == -1)
+	if (fd == -1 || argc != 2)
 		return 1;
 	(void)setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof(small));
-	detach(port, "slow");
+	detach(port, argv[1]);
 	alarm(20);
 	signal(SIGCHLD, SIG_IGN);
 	while ((c = accept(fd, NULL, NULL)) != -1) {
@@ -3485,12 +3493,12 @@ listen_at(const char *file)
 	return fd;
 }
 
-static void
-main_serve(const char *file)
+static int
+main_serve(int argc, char **argv)
 {
 	struct cgi r;
 	FILE *in, *out;
-	int fd, s = listen_at(file);
+	int fd, s = listen_at(argc > 1 ? argv[1] : "");
 
 	signal(SIGCHLD, SIG_IGN);
 	while ((fd = accept(s, NULL, NULL)) != -1) {
@@ -3507,12 +3515,13 @@ main_serve(const char *file)
 		close(fd);
 	}
 	die("accept");
+	return 1;
 }
 
-static void
-main_ports(int n)
+static int
+main_ports(int argc, char **argv)
 {
-	int fd, port = 10000 + (int)getpid() * 8 % 22000;
+	int n = argc > 1 ? atoi(argv[1]) : 0, fd, port = 10000 + (int)getpid() * 8 % 22000;
 
 	for (; n > 0 && port < 65536; port++) {
 		fd = hear("127.0.0.1", &port, 1);
@@ -3522,6 +3531,7 @@ main_ports(int n)
 		n--;
 		close(fd);
 	}
+	return 0;
 }
 
 enum { LOAD_MAX = 8192, CLOSED = -1 };
@@ -3825,13 +3835,17 @@ origin_ready(const char *file)
 	strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT", gmtime(&t));
 }
 
-static void
-main_load(const char *file)
+static int
+main_load(int argc, char **argv)
 {
 	int fd, n = 1, i;
 
-	origin_ready(file);
-	fds[0].fd = listen_at(file);
+	if (argc != 2)
+		return 2;
+	raise_files();
+	memset(block, 'x', sizeof(block));
+	origin_ready(argv[1]);
+	fds[0].fd = listen_at(argv[1]);
 	fds[0].events = POLLIN;
 	while (poll(fds, (nfds_t)n, -1) != -1) {
 		for (i = n - 1; i > 0; i--) {
@@ -3860,21 +3874,27 @@ main_load(const char *file)
 		fds[n].revents = 0;
 		fds[n++].events = POLLIN;
 	}
+	return 1;
 }
 
-static void
-main_idle(int n, const char *file)
+static int
+main_idle(int argc, char **argv)
 {
 	FILE *f;
 	int i;
 
+	if (argc != 5)
+		return 2;
+	raise_files();
 	by_connect = 1;
-	for (i = 0; i < n; i++)
+	proxy_port = atoi(argv[1]);
+	origin_port = atoi(argv[2]);
+	for (i = 0; i < atoi(argv[3]); i++)
 		if (load_dial() == -1)
 			break;
-	f = fopen(file, "w");
+	f = fopen(argv[4], "w");
 	if (!f || fprintf(f, "%d\n", i) < 0 || fclose(f) == EOF)
-		die(file);
+		die(argv[4]);
 	for (;;)
 		pause();
 }
@@ -3887,6 +3907,7 @@ main_measure(int argc, char **argv)
 	long done;
 	int opt;
 
+	raise_files();
 	while ((opt = getopt(argc, argv, "cd:k:nrx:z:")) != -1) {
 		by_connect |= opt == 'c';
 		host = opt == 'd' ? optarg : host;
@@ -3916,11 +3937,12 @@ main_measure(int argc, char **argv)
 
 /* Many clients, for so long: those that upload, or flood and visit. */
 static int
-main_throng(int n, const char *where, const char *text, long ms)
+throng(int n, const char *where, const char *text, long ms)
 {
 	long end = now_ms() + ms;
 	int i;
 
+	alarm(30);
 	for (i = 0; i < n; i++)
 		if (fork() == 0) {
 			seed = (unsigned long)i * 7919 + 17;
@@ -3938,45 +3960,55 @@ main_throng(int n, const char *where, const char *text, long ms)
 	return 0;
 }
 
+static int
+main_upload(int argc, char **argv)
+{
+	return argc != 5 ? 2 :
+	    throng(atoi(argv[1]), argv[2], argv[3], atol(argv[4]));
+}
+
+static int
+main_flood(int argc, char **argv)
+{
+	return argc != 3 ? 2 : throng(9, argv[1], NULL, atol(argv[2]));
+}
+
 int
 main(int argc, char **argv)
 {
-	const char *mode = argc > 2 ? argv[1] : "";
+	static const struct {
+		const char *name;
+		int (*run)(int argc, char **argv);
+	} modes[] = { { "sleep", main_sleep }, { "origin", main_origin },
+		{ "client", main_client }, { "hold", main_hold },
+		{ "echo", main_echo }, { "deaf", main_deaf },
+		{ "watch", main_watch }, { "myself", main_myself },
+		{ "base64", main_base64 }, { "childless", main_childless },
+		{ "clock", main_clock }, { "show", main_show },
+		{ "logger", main_logger }, { "crowd", main_crowd },
+		{ "check", main_check }, { "judge", main_judge },
+		{ "plays", main_plays },
+		{ "begin", main_begin }, { "banner", main_banner },
+		{ "lines", main_lines }, { "await", main_await },
+		{ "want", main_want }, { "last", main_last },
+		{ "nobody", main_nobody },
+		{ "terminal", main_terminal }, { "stalled", main_stalled },
+		{ "launch", main_launch }, { "upload", main_upload },
+		{ "flood", main_flood }, { "slow", main_slow },
+		{ "ports", main_ports }, { "serve", main_serve },
+		{ "load", main_load }, { "measure", main_measure },
+		{ "idle", main_idle } };
+	size_t i;
 
-	(void)peer_main;
+	if (getenv("PEER_MS") != NULL)
+		patience_ms = atol(getenv("PEER_MS"));
 	signal(SIGPIPE, SIG_IGN);
-	memset(block, 'x', sizeof(block));
-	if (strcmp(mode, "ports") == 0)
-		main_ports(atoi(argv[2]));
-	else if (strcmp(mode, "serve") == 0)
-		main_serve(argv[2]);
-	raise_files();
-	if (strcmp(mode, "origin") == 0)
-		main_load(argv[2]);
-	else if (strcmp(mode, "client") == 0)
-		return main_measure(argc - 1, argv + 1);
-	else if (strcmp(mode, "idle") == 0 && argc == 6) {
-		proxy_port = atoi(argv[2]);
-		origin_port = atoi(argv[3]);
-		main_idle(atoi(argv[4]), argv[5]);
-	}
-	alarm(30);
-	if (strcmp(mode, "many") == 0 && argc == 6)
-		return main_many(atoi(argv[2]), argv[3], argv[4], argv[5]);
-	if (strcmp(mode, "slow") == 0)
-		return main_slow();
-	if (strcmp(mode, "upload") == 0 && argc == 6)
-		return main_throng(atoi(argv[2]), argv[3], argv[4], atol(argv[5]));
-	if (strcmp(mode, "flood") == 0 && argc == 4)
-		return main_throng(9, argv[2], NULL, atol(argv[3]));
-	return mode[0] == '\0' ? 2 : 0;
+	for (i = 0; argc > 1 && i < sizeof(modes) / sizeof(modes[0]); i++)
+		if (strcmp(argv[1], modes[i].name) == 0)
+			return modes[i].run(argc - 1, argv + 1);
+	return 2;
 }
-EOF_OTHER
-}
-
-other_ends() {
-	other=$work/other
-	built_once other write_other
+EOF_PEER
 }
 
 # ---- D. Plays ---------------------------------------------------------------
@@ -4052,6 +4084,20 @@ client_bg() {
 	esac
 	client_plays "$1" < "$1.script" &
 	echo $! >> .pids
+}
+
+# N connections of one client, each with the TEXT and its number for each @; they
+# stay until there is the file NAME.over: many N NAME TEXT
+many() {
+	MANY=$3 awk -v n="$1" -v name="$2" 'BEGIN {
+		while (i++ < n) {
+			text = ENVIRON["MANY"]
+			gsub(/@/, i, text)
+			print (i > 1 ? "dial ; " : "") "send " text
+		}
+		print "touch " name ".ready ; await " name ".over" }' |
+		{ patience 30000; client_bg "$2"; }
+	comes "$2.ready"
 }
 
 # Steps of clients from here on may wait so many milliseconds.
@@ -5062,14 +5108,12 @@ main(int argc, char **argv)
 EOF_UNIT
 }
 
-# Runs checks of a unit program, which the first test that comes here builds,
-# and those of the rows on standard input: unit PROGRAM [CHECK...]
+# Runs checks of the unit program, which the first test that comes here builds,
+# and those of the rows on standard input: unit [CHECK...]
 unit() {
 	need_source
-	built_once "unit-$1" "write_$1_unit"
-	unit_program=$work/unit-$1
-	shift
-	"$unit_program" "$@" > unit.out 2>&1
+	built_once tables write_tables_unit -O1
+	"$work/tables" "$@" > unit.out 2>&1
 	status=$?
 	[ $status != 77 ] || skip "no memory or disk for it"
 	[ $status = 0 ] || fail "status $status: $(head -n 5 unit.out)"
@@ -5077,7 +5121,7 @@ unit() {
 
 # Holds the rows on standard input against what proxy.c makes of them.
 rows() {
-	unit tables
+	unit
 }
 
 # ---- 1. System and limits ---------------------------------------------------
@@ -6684,11 +6728,11 @@ END
 }
 
 test_unit_chunks() { # each byte behind each beginning of a chunk line
-	unit tables chunks
+	unit chunks
 }
 
 test_unit_encoding() { # bodies leave whole, however slowly
-	unit tables encoding
+	unit encoding
 }
 
 test_body_request() { # request bodies by length and chunked, with trailers
@@ -6962,12 +7006,11 @@ END
 }
 
 test_body_upload_left() { # an early answer or a reset ends an upload that is stuck half-way
-	other_ends
 	start_proxy
-	says=$("$other" slow slow) || fail "no origin"
+	says=$("$peer" slow slow) || fail "no origin"
 	echo "${says#* }" >> .pids
-	head="POST http://127.0.0.1:${says% *}/ HTTP/1.1|Host: x"
-	"$other" upload 16 "$proxy" "$head|Transfer-Encoding: chunked||" 1800
+	head="POST http://127.0.0.1:${says% *}/ HTTP/1.1\nHost: x"
+	"$peer" upload 16 "$proxy" "$head\nTransfer-Encoding: chunked\n\n" 1800
 	served
 	stop_proxy
 	[ "$(grep -c '" \(413\|502\) [0-9]* .* end=' log)" = 16 ] ||
@@ -8010,7 +8053,7 @@ EOF_UNIT
 }
 
 test_match_networks() { # networks: read, masked, what is in them
-	unit tables lengths <<'END'
+	unit lengths <<'END'
 network 10.0.0.0/8 > 10.255.0.1 > 11.0.0.0 | 10.1.2.3/8 > 10.0.0.0 > 9.255.255.255 | 10.0.0.0/08 > 10.0.0.0 > 11.0.0.0 | ::ffff:10.0.0.0/104 > 10.9.9.9 > 11.0.0.0 = 10.0.0.0/8 yes no
 network 10.1.2.3 > 10.1.2.3 > 10.1.2.2 | 10.1.2.3/32 > 10.1.2.3 > 11.1.2.3 | ::ffff:10.1.2.3 > 10.1.2.3 > 10.1.2.4 | ::ffff:a01:203/128 > ::ffff:10.1.2.3 > ::10.1.2.3 = 10.1.2.3/32 yes no
 network 10.1.2.3/31 > 10.1.2.2 > 10.1.2.4 = 10.1.2.2/31 yes no
@@ -8112,7 +8155,7 @@ END
 
 test_match_needles() { # bytes in a stream: every split gives the same
 	eicar='X5O!P%@AP[4\\PZX54(P^)7CC)7}$EICAR-STANDARD-ANTIVIRUS-TEST-FILE!$H+H'
-	unit tables needles <<END
+	unit needles <<END
 needle a > a | a > bbbab | aab > aaab | aab > aaaaaab | aab > abaabaa | aaab > aabaaaab | abab > aabab = found
 needle ababac > abababac | abcabd > abcabcabd | aaaa > aaabaaaa | nano > nannano | abacabad > abacabacabad | aa > ababababaa = found
 needle participate > in parparticipaparticipate | \x80 > \x7f\x80 | \xff\xfe > \xff\xff\xfe | $eicar* > $eicar* | $eicar* > X5O!P%@AP[4\\PZX5$eicar*! = found
@@ -8127,7 +8170,7 @@ test_match_hello() { # a ClientHello: cut, split, changed at every byte
 	random='0303 00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff'
 	# Version, random; no session, one cipher suite, no compression.
 	start="$random 00 0002 1301 01 00"
-	unit tables hosts <<END
+	unit hosts <<END
 openssl 160301014b010001470303f26838e4018d23671ff8ef42c9e01e1202c7355e8bd2bbac747fff08da548e6420107a88f06a686bbf094182931db9b2625e4086f7a83143d363b34c5fbc592c98003e130213031301c02cc030009fcca9cca8ccaac02bc02f009ec024c028006bc023c0270067c00ac0140039c009c0130033009d009c003d003c0035002f00ff010000c000000014001200000f5777772e4578616d706c652e4f5247000b000403000102000a00160014001d0017001e0019001801000101010201030104002300000010000b000908687474702f312e310016000000170000000d002a002804030503060308070808 0809080a080b080408050806040105010601030303010302040205020602002b0009080304030303020301002d00020101003300260024001d0020e1d8eefbda7487f9877e319e6aaeb4e7c470385065db3cf1148f6cf656eef97d = Www.Example.ORG
 hello $start 000c 0000 0008 0006 00 0003 612e62 | $start 0010 0017 0000 0000 0008 0006 00 0003 612e62 | $start 0010 0000 0008 0006 00 0003 612e62 0017 0000 = a.b
 hello $random 20 00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff 0002 1301 01 00 000c 0000 0008 0006 00 0003 612e62 = a.b
@@ -8188,7 +8231,7 @@ test_list_formats() { # lines of every format, limits, borders of the reader's b
 		    (i > 63 ? "0 1" : "1 0")
 	} }' > names
 	bom='\xef\xbb\xbf'
-	unit tables borders <<END
+	unit borders <<END
 domains > - > a com = 0 0 0
 domains \l > - > a = 1 0 0
 domains \l\l > - > a = 2 0 0
@@ -8247,7 +8290,7 @@ END
 }
 
 test_list_cover() { # labels, case, dots, exceptions, addresses; the hash
-	unit tables cover <<'END'
+	unit cover <<'END'
 hash = cbf29ce484222325
 hash a = af63dc4c8601ec8c
 hash foobar = 85944171f73967e8
@@ -8260,7 +8303,7 @@ test_list_bad() { # files that are refused, and one that changes meanwhile
 	awk 'BEGIN { for (i = 984; i < 4994; i += i < 1004 ? 1 : 997)
 		printf "refused a.com\\l\\{%d:x}\\0\\{%d:x} = %s\n", i, 4993 - i,
 		    "list: line 2: a NUL byte: this is no text" }' > long
-	unit tables refused changes races <<END
+	unit refused changes races <<END
 refused \0 | \xff\xfea\0.\0 = list: line 1: a NUL byte: this is no text
 refused a.com\l# x\lb.c\0om\lc.com\l = list: line 3: a NUL byte: this is no text
 refused a.com\l\0 = list: line 2: a NUL byte: this is no text
@@ -8273,7 +8316,7 @@ test_list_million() { # a million domains: soon loaded, 16 bytes each, 1 us a la
 		UNTIMED=1
 		export UNTIMED
 	fi
-	unit tables million
+	unit million
 }
 
 # ---- 9. Rules: judging ------------------------------------------------------
@@ -12875,7 +12918,7 @@ END
 }
 
 test_cache_unit_variants() { # variants and names of entries
-	unit tables paths <<'END'
+	unit paths <<'END'
 variant:a > | b: 1 > b: 2 | a: 1 > A: 1 | a: x, y > a: x,y | a: x,y > a: x\na: \ty\s = same
 variant:user-agent user-agent: x, y > user-agent: x,y = other
 variant:a a: 1 > a: 2 | a: 1 > | a: x,y > a: y,x | a: X > a: x | a: "x,y" > a: "x, y" = other
@@ -12885,15 +12928,15 @@ END
 }
 
 test_cache_unit_entries() { # every byte of an entry's region changed, or cut
-	unit tables entries
+	unit entries
 }
 
 test_cache_unit_room() { # what is stored while little is known of what is there
-	unit tables room
+	unit room
 }
 
 test_cache_unit_collision() { # two URLs with one hash: neither client gets the other's answer
-	unit tables collision
+	unit collision
 }
 
 # ---- 13. Cache: look-ups and fetches ----------------------------------------
@@ -15446,11 +15489,8 @@ END
 }
 
 test_names_hanging() { # forty names that hang keep no other name waiting
-	other_ends
 	start_names 127.0.0.1
-	spawn many "$other" many 40 "$proxy" hang \
-	    'GET http://slow@.test/ HTTP/1.1|Host: x||'
-	wait_for 10 '[ -f hang.ready ]' || fail "$(cat many)"
+	many 40 hang 'GET http://slow@.test/ HTTP/1.1\nHost: x\n\n'
 	"$peer" sleep 300
 	name_known two.test
 	touch hang.over
@@ -15460,7 +15500,7 @@ test_names_hanging() { # forty names that hang keep no other name waiting
 # ---- 15. Log and trace ------------------------------------------------------
 
 test_unit_line() { # the longest line of the log ends like every other
-	unit tables line
+	unit line
 }
 
 test_log_injection() { # no input can split a line or forge a field
@@ -15570,82 +15610,15 @@ test_log_standard_closed() { # a closed standard descriptor, and no /dev/null: i
 	[ ! -s out ] || fail "says: $(cat out)"
 }
 
-# Runs a program on a terminal; once that has told an address, prints it and
-# reads no more of what the program writes there, until killed.
-write_stalled_terminal() {
-	cat <<'EOF_STALLED'
-#define _XOPEN_SOURCE 700
-#include <fcntl.h>
-#include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-static pid_t pid;
-
-static void
-ended(int number)
-{
-	kill(pid, SIGTERM);
-	_exit(number);
-}
-
-int
-main(int argc, char **argv)
-{
-	int master = posix_openpt(O_RDWR | O_NOCTTY);
-	static char said[4096];
-	size_t n = 0;
-	char *at;
-
-	(void)argc;
-	if (master == -1 || grantpt(master) == -1 || unlockpt(master) == -1)
-		return 77;
-	pid = fork();
-	if (pid == 0) {
-		int slave;
-
-		setsid();
-		slave = open(ptsname(master), O_RDWR);
-		close(master);
-		dup2(slave, 0);
-		dup2(slave, 1);
-		dup2(slave, 2);
-		close(slave);
-		execv(argv[1], argv + 1);
-		_exit(9);
-	}
-	signal(SIGTERM, ended);
-	while ((at = strstr(said, "listening on ")) == NULL ||
-	    strchr(at, '\n') == NULL)
-		if (read(master, said + n++, 1) != 1 || n == sizeof(said) - 1)
-			return 2;
-	printf("%.*s\n", (int)strcspn(at + 13, "\r\n"), at + 13);
-	fflush(stdout);
-	for (;;)
-		pause();
-}
-EOF_STALLED
-}
-
 test_log_terminal_stalls() { # a terminal that nobody reads stops neither log nor trace nor service
-	write_stalled_terminal > terminal.c
-	$host_cc -o terminal terminal.c || fail "cc"
-	spawn said ./terminal "$proxy_bin" -v -l 127.0.0.1:0
+	spawn said "$peer" stalled "$proxy_bin" -v -l 127.0.0.1:0
 	wait_for 20 '[ -s said ]' || skip "no terminals here"
 	proxy=$(cat said)
-	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-		"$peer" client "$proxy" c$n <<'END' || fail "no answer $n"
-send OPTIONS * HTTP/1.1\nHost: x\n\n
-answer
-send OPTIONS * HTTP/1.1\nHost: x\n\n
-answer
-send OPTIONS * HTTP/1.1\nHost: x\n\n
-answer
-END
-		grep '^HTTP/1.1 200' c$n > /dev/null || fail "answer $n: $(cat c$n)"
-	done
+	awk 'BEGIN { while (n++ < 60)
+		print "send OPTIONS * HTTP/1.1\\nHost: x\\n\\n ; answer" \
+		    (n % 3 ? "" : " ; dial") }' | client c
+	counts 60 c '^HTTP/1.1 200'
+	ends c '^open$'
 }
 
 test_log_syslog_long() { # a line longer than the logger's datagrams is cut, not lost
@@ -16403,9 +16376,7 @@ END
 
 test_pages_status_full() { # more exchanges than the page has room for are counted
 	start_proxy -m 600
-	other_ends
-	spawn many "$other" many 500 "$proxy" all 'GET http://x/|Host: x'
-	wait_for 10 '[ -e all.ready ]' || fail "no clients"
+	many 500 all 'GET http://x/\nHost: x'
 	play -n 'the page' <<'END'
 	ask    here /status
 	sees~  ^  connections 501 of 600
@@ -18422,7 +18393,6 @@ END
 }
 
 test_names_dead_addresses() { # many attempts at dead addresses delay no living one
-	other_ends
 	address_here 127.0.0.2 && address_here 127.0.0.3 ||
 		skip "no 127.0.0.2 or 127.0.0.3 here"
 	deaf -a 127.0.0.2
@@ -18437,9 +18407,7 @@ test_names_dead_addresses() { # many attempts at dead addresses delay no living 
 	client warm <<END
 ask http://two.test:${proxy##*:}/
 END
-	spawn many "$other" many 40 "$proxy" dead \
-	    "PATCH http://two.test:$dead/ HTTP/1.1|Host: x||"
-	wait_for 10 '[ -f dead.ready ]' || fail "$(cat many)"
+	many 40 dead "PATCH http://two.test:$dead/ HTTP/1.1\nHost: x\n\n"
 	"$peer" sleep 700
 	patience 4000
 	play 'a living one' <<END
@@ -18670,14 +18638,13 @@ write_hasty() {
 }
 
 test_limit_flood() { # refused clients that never stop sending keep nobody out
-	other_ends
 	built_once hasty write_hasty -UBUFFER_SIZE -ULINGER_MS
 	proxy_bin=$work/hasty
 	play -n 'beside a download' <<'END'
 	reply  200 Content-Length: 1000000000
 	origin stuff 1000000000
 	a: send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until \n\n ; skip 1000000000
-	do "$other" flood "$proxy" 1800
+	do "$peer" flood "$proxy" 1800
 	do patience 3000
 	do served
 	do stop_proxy
@@ -18687,14 +18654,11 @@ END
 
 test_resources_few_busy() { # idle tunnels take nothing from the few that are busy
 	sanitized && skip "a sanitizer build says nothing"
-	other_ends
 	echoes
 	# shellcheck disable=SC3045 # where it is missing, nothing is lost
 	ulimit -S -n "$(ulimit -H -n)" 2> /dev/null
 	start_proxy -m 4000
-	spawn many "$other" many 3000 "$proxy" idle \
-	    "CONNECT $origin HTTP/1.1|Host: x||"
-	wait_for 20 '[ -f idle.ready ]' || skip "cannot open 3000 connections"
+	many 3000 idle 'CONNECT %O HTTP/1.1\nHost: x\n\n'
 	origin o <<'END'
 replies 200 | ok
 END
@@ -18879,95 +18843,8 @@ test_start_user_log() { # with -u, log and cache belong to the user, and HUP wor
 #     with the first client as standard input, output and error
 # launch notified NAME FILE
 #     writes what comes to the socket NAME (@: an abstract one) to FILE
-write_launch() {
-	cat <<'EOF_LAUNCH'
-#define _POSIX_C_SOURCE 200809L
-#include <sys/types.h>
-#include <sys/socket.h>
-#include <sys/un.h>
-#include <netinet/in.h>
-#include <arpa/inet.h>
-#include <stddef.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-static int
-notified(const char *name, const char *path)
-{
-	struct sockaddr_un un;
-	char text[500];
-	int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
-	FILE *file = fopen(path, "w");
-	ssize_t n;
-
-	memset(&un, 0, sizeof(un));
-	un.sun_family = AF_UNIX;
-	snprintf(un.sun_path, sizeof(un.sun_path), "%s", name);
-	if (*name == '@')
-		un.sun_path[0] = '\0';
-	if (file == NULL || bind(fd, (struct sockaddr *)&un,
-	    (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(name) +
-	    (*name == '/'))) == -1)
-		return 1;
-	for (;;) {
-		n = recv(fd, text, sizeof(text), 0);
-		if (n <= 0)
-			return 1;
-		fprintf(file, "%.*s\n--\n", (int)n, text);
-		fflush(file);
-	}
-}
-
-int
-main(int argc, char **argv)
-{
-	struct sockaddr_in in;
-	socklen_t len = sizeof(in);
-	char pid[30];
-	int fd, pair[2];
-	FILE *file;
-
-	(void)argc;
-	if (strcmp(argv[1], "notified") == 0)
-		return notified(argv[2], argv[3]);
-	fd = socket(AF_INET, SOCK_STREAM, 0);
-	memset(&in, 0, sizeof(in));
-	in.sin_family = AF_INET;
-	in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	if (bind(fd, (struct sockaddr *)&in, len) == -1 ||
-	    listen(fd, 10) == -1 ||
-	    getsockname(fd, (struct sockaddr *)&in, &len) == -1)
-		return 1;
-	file = fopen(argv[2], "w");
-	fprintf(file, "127.0.0.1:%d\n", (int)ntohs(in.sin_port));
-	fclose(file);
-	if (strcmp(argv[1], "inetd") == 0) {
-		fd = accept(fd, NULL, NULL);
-		dup2(fd, 0);
-		dup2(fd, 1);
-		dup2(fd, 2);
-		close(fd);
-	} else {
-		if (strcmp(argv[1], "wrong") == 0 && pipe(pair) == 0)
-			fd = pair[0];
-		if (fd != 3)
-			dup2(fd, 3);
-		snprintf(pid, sizeof(pid), "%ld", (long)getpid());
-		setenv("LISTEN_PID", pid, 1);
-		if (getenv("LISTEN_FDS") == NULL)
-			setenv("LISTEN_FDS", "1", 1);
-	}
-	execv(argv[3], argv + 3);
-	return 127;
-}
-EOF_LAUNCH
-}
-
 test_start_sockets() { # LISTEN_FDS: sockets of a service manager are used
-	built_once launch write_launch
-	"$work/launch" listen where "$proxy_bin" > log 2> err &
+	"$peer" launch listen where "$proxy_bin" > log 2> err &
 	proxy_pid=$!
 	echo "$proxy_pid" >> .proxies
 	wait_for 5 'grep "^proxy: listening on" err > /dev/null' || fail "$(cat err)"
@@ -18978,12 +18855,12 @@ test_start_sockets() { # LISTEN_FDS: sockets of a service manager are used
 	served
 	stop_proxy
 	for fds in x 99 -1 1000000; do
-		LISTEN_FDS=$fds "$work/launch" listen where "$proxy_bin" 2> err &&
+		LISTEN_FDS=$fds "$peer" launch listen where "$proxy_bin" 2> err &&
 			fail "LISTEN_FDS=$fds is taken"
 		grep '^proxy: LISTEN_FDS: .* is not a number' err > /dev/null ||
 			fail "says $(cat err)"
 	done
-	"$work/launch" wrong where "$proxy_bin" 2> err && fail "a pipe is taken"
+	"$peer" launch wrong where "$proxy_bin" 2> err && fail "a pipe is taken"
 	grep '^proxy: LISTEN_FDS: descriptor 3: ' err > /dev/null ||
 		fail "says $(cat err)"
 	# Of another process: not ours.
@@ -18991,14 +18868,13 @@ test_start_sockets() { # LISTEN_FDS: sockets of a service manager are used
 }
 
 test_start_notify() { # NOTIFY_SOCKET: ready, reloading, stopping
-	built_once launch write_launch
 	for socket in "$T/notify" "@proxy-test-$$"; do
 		case $socket in
 		@*) [ -f /proc/net/unix ] || continue ;;
 		esac
-		spawn notified "$work/launch" notified "$socket" told
+		spawn told "$peer" logger "$socket" 99
 		receiver=$spawned
-		wait_for 5 '[ -e told ]' || fail "no receiver"
+		has told ready
 		export NOTIFY_SOCKET="$socket"
 		start_proxy -e 'allow client local'
 		unset NOTIFY_SOCKET
@@ -19016,8 +18892,7 @@ test_start_notify() { # NOTIFY_SOCKET: ready, reloading, stopping
 }
 
 test_start_inetd() { # -i: serves the client that is standard input, and ends
-	built_once launch write_launch
-	spawn inetd.out "$work/launch" inetd where "$proxy_bin" -i -v -o "$T/log"
+	spawn inetd.out "$peer" launch inetd where "$proxy_bin" -i -v -o "$T/log"
 	wait_for 5 '[ -s where ]' || fail "no inetd"
 	proxy=$(cat where)
 	proxy_pid=$spawned
@@ -19519,10 +19394,9 @@ test_worker_orphans() { # if the supervisor is killed, the workers end
 }
 
 test_worker_notify() { # a service manager hears of the supervisor only, when all are ready
-	built_once launch write_launch
 	plain_origin
-	spawn notified "$work/launch" notified "$T/notify" told
-	wait_for 5 '[ -e told ]' || fail "no receiver"
+	spawn told "$peer" logger "$T/notify" 99
+	has told ready
 	echo allow > rules
 	NOTIFY_SOCKET=$T/notify
 	export NOTIFY_SOCKET
@@ -20145,7 +20019,6 @@ PATH=$PATH:/usr/sbin:/sbin
 
 # Ports and servers for this section; everything is built and made once a run.
 real_ready() {
-	other_ends
 	if mkdir "$work/real" 2> /dev/null; then
 		dd if=/dev/urandom of="$work/real/large" bs=1048576 count=64 \
 			2> /dev/null
@@ -20161,7 +20034,7 @@ real_ports() { # sets real_p1 and real_p2 to free ports
 		read -r real_p1
 		read -r real_p2
 	} <<-EOF
-		$("$other" ports 2)
+		$("$peer" ports 2)
 	EOF
 }
 
@@ -20214,7 +20087,7 @@ real_web() {
 # The server of our own on $serve.
 real_serve() {
 	real_ready
-	spawn serve.out "$other" serve port
+	spawn serve.out "$peer" serve port
 	wait_for 5 '[ -s port ]' || fail "the server does not start"
 	serve=$(cat port)
 }
@@ -21055,9 +20928,9 @@ test_real_haproxy_balance() { # haproxy as the manual has it: PROXY headers, eac
 # all, in the background, as $real_load: real_load PORT
 real_load() {
 	rm -f far far.asked
-	spawn origin.out "$other" origin far
+	spawn origin.out "$peer" load far
 	wait_for 5 '[ -s far ]' || fail "no origin"
-	"$other" client -x "$1" -k 2000 -r "$(cat far)" 32 40000 60000 1024 > load &
+	"$peer" measure -x "$1" -k 2000 -r "$(cat far)" 32 40000 60000 1024 > load &
 	real_load=$!
 }
 
@@ -21177,7 +21050,7 @@ bench_cpu_of() { # PID
 # NAME.where.
 bench_add() { # NAME PORT PID
 	bench_until=$(($("$peer" clock) + 20000))
-	until [ "$("$other" client -x "$2" "$origin" 1 1 1000 1024 |
+	until [ "$("$peer" measure -x "$2" "$origin" 1 1 1000 1024 |
 	    cut -d ' ' -f 1,3)" = '1 0' ]; do
 		if [ "$("$peer" clock)" -ge "$bench_until" ]; then
 			echo "$1 does not serve and is left out"
@@ -21262,7 +21135,7 @@ bench_one() { # WORK NAME FLAGS CONNS REQUESTS MS SIZE
 	bench_own=$(bench_cpu "$bench_pid") bench_origin=$(bench_cpu "$origin_pid")
 	bench_before=$(bench_asked)
 	# shellcheck disable=SC2086 # flags are words
-	"$other" client $bench_flags "$origin" "$@" > result
+	"$peer" measure $bench_flags "$origin" "$@" > result
 	awk -v own=$(($(bench_cpu "$bench_pid") - bench_own)) \
 		-v origin=$(($(bench_cpu "$origin_pid") - bench_origin)) \
 		-v asked=$(($(bench_asked) - bench_before)) \
@@ -21323,9 +21196,9 @@ bench_tunnels() {
 		[ "$name" != haproxy ] || continue
 		read -r port pid < "$name.where"
 		before=$(bench_resident "$pid")
-		spawn far.out "$other" origin "far.$name"
+		spawn far.out "$peer" load "far.$name"
 		wait_for 5 "[ -s 'far.$name' ]" || continue
-		spawn idle.out "$other" idle "$port" "$(cat "far.$name")" \
+		spawn idle.out "$peer" idle "$port" "$(cat "far.$name")" \
 			"$bench_idle" "stand.$name"
 		wait_for 30 "[ -s 'stand.$name' ]" || continue
 		names="$names $name"
@@ -21438,9 +21311,9 @@ bench_cache_proxies() {
 bench_warm_up() {
 	for name in $bench_names $bench_names; do
 		read -r port pid < "$name.where"
-		"$other" client -x "$port" -k 1 "$origin" 1 1 5000 1024
-		"$other" client -x "$port" -k 1 "$origin" 1 1 10000 16777216
-		"$other" client -x "$port" -k 10000 "$origin" 8 10000 20000 8192
+		"$peer" measure -x "$port" -k 1 "$origin" 1 1 5000 1024
+		"$peer" measure -x "$port" -k 1 "$origin" 1 1 10000 16777216
+		"$peer" measure -x "$port" -k 10000 "$origin" 8 10000 20000 8192
 	done > warm.out
 }
 
@@ -21579,7 +21452,7 @@ bench() (
 	# shellcheck disable=SC3045 # for proxies that don't raise it themselves
 	ulimit -n "$(ulimit -H -n)" 2> /dev/null
 	real_ready
-	spawn origin.out "$other" origin port
+	spawn origin.out "$peer" load port
 	origin_pid=$spawned
 	wait_for 5 '[ -s port ]' || fail "no origin"
 	origin=$(cat port)
