@@ -81,12 +81,12 @@
 # connection, "-- end eof" (reset, open: our side closed) says how one ended.
 # After each play a plain request must be served, but not after play -n.
 #
-# Parts A to F are what tests are made of.  Parts 1 to 19 have the numbers and
+# Parts A to E are what tests are made of.  Parts 1 to 19 have the numbers and
 # titles of the sections of proxy.c; 20 to 26 look at the file as a whole, at
 # real programs, speed, all splits, random input, faults, and coverage; 27 runs
 # them.
 #
-# Helpers, each with a comment where it is (parts A, D and E):
+# Helpers, each with a comment where it is (parts A, C and D):
 #
 #   fail skip                      end the test
 #   start_proxy stop_proxy served  a proxy, its end, is it well
@@ -94,7 +94,7 @@
 #   start_names start_ruled start_rules    with names of ours, with rules
 #   start_with                     with a parent
 #   origin plain_origin nobody dead_port deaf echoes twins    servers of all kinds
-#   client client_bg               clients beside a play
+#   client client_bg many          clients beside a play
 #   asks want gives reread         one request; its status; after HUP
 #   exits run_proxy tries          what a proxy says at once
 #   has lacks counts ascii log_is_sound    what stands in a file
@@ -143,6 +143,14 @@ fail() {
 skip() {
 	printf '%s\n' "$*" > "$T/.skip"
 	exit 0
+}
+
+# What most tests want of it, without a process.
+touch() {
+	case $1 in
+	-*) command touch "$@" ;;
+	*) for touch_file; do : >> "$touch_file"; done ;;
+	esac
 }
 
 have() {
@@ -2462,6 +2470,27 @@ main_most(int argc, char **argv)
 	return 0;
 }
 
+/* ends NAME... ERE: waits for the ends of talks, which must match it. */
+static int
+main_ends(int argc, char **argv)
+{
+	regex_t re = expression(argv[argc - 1]);
+	long until = now_ms() + 20000;
+	char *end;
+	int i;
+
+	for (i = 1; i < argc - 1; i++) {
+		while ((end = ending(argv[i])) == NULL && now_ms() < until)
+			sleep_ms(10);
+		if (end == NULL || regexec(&re, end, 0, NULL, 0) != 0) {
+			printf("%s: %s\n", argv[i], end == NULL ?
+			    "does not end" : end);
+			return 1;
+		}
+	}
+	return 0;
+}
+
 /* nobody: prints a port on which nobody listens. */
 static int
 main_nobody(int argc, char **argv)
@@ -2960,33 +2989,71 @@ main_logger(int argc, char **argv)
 		pause();
 }
 
-/*
- * crowd WHERE N: that many clients at once, each with a request in two parts;
- * prints the first line of each answer.
- */
+/* A client with small buffers that has sent this. */
+static int
+crowd_dial(const char *where, const char *text)
+{
+	struct timeval wait = { 10, 0 };
+	int fd = dial(where), size = 4096;
+
+	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof(wait));
+	setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
+	if (send(fd, text, strlen(text), MSG_NOSIGNAL) < 0)
+		puts("broken");
+	return fd;
+}
+
+/* Prints the first line of its answer. */
+static void
+crowd_answer(int fd)
+{
+	char text[12];
+	ssize_t got = recv(fd, text, sizeof(text), MSG_WAITALL);
+
+	printf("%.*s\n", got > 0 ? (int)got : 0, text);
+}
+
+/* crowd WHERE N: that many clients at once, each with a request in two parts */
 static int
 main_crowd(int argc, char **argv)
 {
 	static int fds[CONNS_MAX];
-	struct timeval wait = { 10, 0 };
 	int i, n = argc == 3 ? atoi(argv[2]) : 0;
 	char text[256];
 
 	snprintf(text, sizeof(text), "GET / HTTP/1.1\r\nHost: %s\r\n"
 	    "Connection: close\r\n", argv[1]);
-	for (i = 0; i < n; i++) {
-		fds[i] = dial(argv[1]);
-		setsockopt(fds[i], SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof(wait));
-		if (send(fds[i], text, strlen(text), MSG_NOSIGNAL) < 0)
-			puts("broken");
-	}
+	for (i = 0; i < n; i++)
+		fds[i] = crowd_dial(argv[1], text);
 	sleep_ms(300);
 	for (i = 0; i < n; i++) {
-		ssize_t got;
-
 		(void)send(fds[i], "\r\n", 2, MSG_NOSIGNAL);
-		got = recv(fds[i], text, 12, MSG_WAITALL);
-		printf("%.*s\n", got > 0 ? (int)got : 0, text);
+		crowd_answer(fds[i]);
+	}
+	return 0;
+}
+
+/*
+ * stuck WHERE ORIGIN N LATE: N clients that ask and do not read, and then, one
+ * after the other, LATE more that do
+ */
+static int
+main_stuck(int argc, char **argv)
+{
+	char text[256];
+	int i, fd;
+
+	if (argc != 5)
+		return 2;
+	snprintf(text, sizeof(text), "GET http://%s/ HTTP/1.1\r\nHost: %s\r\n"
+	    "Connection: close\r\n\r\n", argv[2], argv[2]);
+	for (i = 0; i < atoi(argv[3]); i++)
+		(void)crowd_dial(argv[1], text);
+	sleep_ms(2000);
+	for (i = 0; i < atoi(argv[4]); i++) {
+		fd = crowd_dial(argv[1], text);
+		crowd_answer(fd);
+		close(fd);
 	}
 	return 0;
 }
@@ -4035,11 +4102,13 @@ main(int argc, char **argv)
 		{ "base64", main_base64 }, { "childless", main_childless },
 		{ "clock", main_clock }, { "show", main_show },
 		{ "logger", main_logger }, { "crowd", main_crowd },
+		{ "stuck", main_stuck },
 		{ "check", main_check }, { "judge", main_judge },
 		{ "plays", main_plays },
 		{ "begin", main_begin }, { "banner", main_banner },
 		{ "lines", main_lines }, { "await", main_await },
 		{ "want", main_want }, { "last", main_last },
+		{ "ends", main_ends },
 		{ "nobody", main_nobody }, { "most", main_most },
 		{ "terminal", main_terminal }, { "stalled", main_stalled },
 		{ "launch", main_launch }, { "upload", main_upload },
@@ -4060,7 +4129,7 @@ main(int argc, char **argv)
 EOF_PEER
 }
 
-# ---- D. Plays ---------------------------------------------------------------
+# ---- C. Plays ---------------------------------------------------------------
 
 # Starts an origin that plays the SCRIPT, or those on standard input; sets
 # $origin and $origin_port: origin NAME [SCRIPT] [-a ADDRESS [-p PORT]]
@@ -4128,7 +4197,9 @@ client_bg() {
 	[a-z]*) printf '%s\n' "$2" > "$1.script" ;;
 	*)
 		client_at=${2-$proxy}
-		cat > "$1.script"
+		{ client_plays "$1" <&3 & } 3<&0
+		echo $! >> .pids
+		return
 		;;
 	esac
 	client_plays "$1" < "$1.script" &
@@ -4341,16 +4412,10 @@ play_run() {
 
 # The connections of clients must have ended like this: ends NAME... ERE
 ends() {
-	while [ $# -gt 1 ]; do
-		ended "$1"
-		for ends_ere; do :; done
-		grep -E "$ends_ere" "$1.end" > /dev/null ||
-			fail "${what-}: $1: $(cat "$1.end")"
-		shift
-	done
+	ends_says=$("$peer" ends "$@") || fail "${what-}: $ends_says"
 }
 
-# ---- E. Helpers of several parts --------------------------------------------
+# ---- D. Helpers of several parts --------------------------------------------
 
 # The limits of the binary under test: a head fits in $buffer, a request line
 # in $line_max.  The second binary has short time limits, in milliseconds; a
@@ -4896,7 +4961,7 @@ rests() {
 		fail "used $rests_used/100 s of processor time, $1"
 }
 
-# ---- F. Unit programs -------------------------------------------------------
+# ---- E. Unit programs -------------------------------------------------------
 
 # What a unit program begins with: proxy.c with another main.  Bytes can end
 # right before a page that can't be touched; there are three such places.
@@ -15701,67 +15766,9 @@ test_log_end() { # lines that nobody read when the proxy ends are counted
 	has err '^proxy: [1-9][0-9]* lines of the log were lost'
 }
 
-# Clients that ask and do not read, N of them, and then one after the other
-# LATE more, whose first lines are printed: stalled PORT ORIGIN N LATE
-write_stalled() {
-	cat <<'EOF_STALLED'
-#include <sys/socket.h>
-#include <netinet/in.h>
-#include <arpa/inet.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-static int
-ask(char **argv)
-{
-	struct sockaddr_in in;
-	struct timeval wait = { 10, 0 };
-	int fd = socket(AF_INET, SOCK_STREAM, 0), size = 4096;
-	char text[256];
-
-	memset(&in, 0, sizeof(in));
-	in.sin_family = AF_INET;
-	in.sin_port = htons((unsigned short)atoi(argv[1]));
-	in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof(wait));
-	setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
-	(void)snprintf(text, sizeof(text), "GET http://%s/ HTTP/1.1\r\n"
-	    "Host: %s\r\nConnection: close\r\n\r\n", argv[2], argv[2]);
-	if (connect(fd, (struct sockaddr *)&in, sizeof(in)) ||
-	    send(fd, text, strlen(text), MSG_NOSIGNAL) < 0)
-		puts("broken");
-	return fd;
-}
-
-int
-main(int argc, char **argv)
-{
-	int i;
-
-	(void)argc;
-	for (i = 0; i < atoi(argv[3]); i++)
-		(void)ask(argv);
-	sleep(2);
-	for (i = 0; i < atoi(argv[4]); i++) {
-		char text[16] = "";
-		int fd = ask(argv);
-		ssize_t got = recv(fd, text, 12, MSG_WAITALL);
-
-		printf("%.*s\n", got > 0 ? (int)got : 0, text);
-		close(fd);
-	}
-	return 0;
-}
-EOF_STALLED
-}
-
 test_log_memory_first() { # memory that transfers have taken up leaves enough to refuse others
 	sanitized && skip "a sanitizer build takes all memory"
 	[ "$buffer" -ge 65536 ] || skip "small buffers leave memory"
-	write_stalled > stalled.c
-	$host_cc -o stalled stalled.c || fail "cc"
 	cat > limited <<'END'
 #!/bin/sh
 ulimit -v 12000
@@ -15774,7 +15781,7 @@ send HTTP/1.1 200 OK\nContent-Length: 20000000\n\n
 fill 20000000
 END
 	proxy_wrap=./limited start_proxy
-	./stalled "${proxy##*:}" "127.0.0.1:$origin_port" 120 10 > answers
+	"$peer" stuck "$proxy" "$origin" 120 10 > answers
 	[ "$(grep -c -e '^HTTP/1.1 200' -e '^HTTP/1.1 503' answers)" = 10 ] &&
 		has answers '^HTTP/1.1 503'
 	wait_for 10 'grep "\" 503 " log > /dev/null' || fail "not in the log"
@@ -24692,7 +24699,7 @@ emulated() {
 
 # Waits for a build that was started in the background.
 built() {
-	"$peer" await 120000 "$1.status" || fail "$1 is not built in time"
+	[ -f "$1.status" ] || "$peer" await 120000 "$1.status" || fail "$1 is not built in time"
 	[ -x "$1" ] || fail "cc: $(head -n 1 "$1.errors")"
 }
 
@@ -24812,8 +24819,9 @@ failed=0
 skipped=0
 for test in $tests; do
 	# It is there when its line is whole.
-	until "$peer" await 60000 "$work/t.$test/.result" > /dev/null &&
-	    read -r result < "$work/t.$test/.result"; do :; done
+	until read -r result < "$work/t.$test/.result"; do
+		"$peer" await 60000 "$work/t.$test/.result" > /dev/null
+	done 2> /dev/null
 	number=$((number + 1))
 	printf '%s %d - %s\n' "${result%% - *}" $number "${result#* - }"
 	case $result in
