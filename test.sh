@@ -3099,13 +3099,15 @@ main_stalled(int argc, char **argv)
 }
 
 /*
- * launch listen|wrong|inetd FILE COMMAND: runs it as a service manager does, with a
- * socket whose address is in FILE (wrong: with a pipe), or its first client.
+ * launch listen|both|wrong|inetd FILE COMMAND: runs it as a service manager does,
+ * with a socket whose address is in FILE (both: of both families; wrong: with a
+ * pipe), or its first client.
  */
 static int
 main_launch(int argc, char **argv)
 {
-	int port = 0, fd = hear("127.0.0.1", &port, 10), pair[2], i;
+	int both = argc > 1 && strcmp(argv[1], "both") == 0, port = 0, pair[2], i;
+	int fd = hear(both ? "::" : "127.0.0.1", &port, 10);
 	FILE *file = argc > 3 ? fopen(argv[2], "w") : NULL;
 	char pid[30];
 
@@ -18876,6 +18878,15 @@ test_start_sockets() { # LISTEN_FDS: sockets of a service manager are used
 	has err '^proxy: LISTEN_FDS: descriptor 3: '
 	# Of another process: not ours.
 	LISTEN_PID=1 LISTEN_FDS=1 "$proxy_bin" -n || fail "another's are taken"
+	# One that takes IPv4 too is ours at all addresses.
+	have_ipv6 || return 0
+	"$peer" launch both where "$proxy_bin" > log 2> err &
+	proxy_pid=$!
+	echo "$proxy_pid" >> .proxies
+	has err "^proxy: listening on"
+	proxy=$(cat where)
+	printf 'ask CONNECT %s\n' "$proxy" | client loop "$proxy"
+	has log '" 508 .* why="this address is the proxy.s own"'
 }
 
 test_start_notify() { # NOTIFY_SOCKET: ready, reloading, stopping
