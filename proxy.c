@@ -6544,6 +6544,8 @@ parent_login(struct text *t, struct parent *p)
 	if (p->kind == PARENT_SOCKS &&
 	    (p->user[0] == '\0' || p->password[0] == '\0'))
 		return "SOCKS5 wants both a user and a password";
+	if (p->kind == PARENT_HTTP && strchr(p->user, ':') != NULL)
+		return "a user with a colon, which HTTP can't send";
 	return NULL;
 }
 

@@ -10753,7 +10753,7 @@ deny body | deny 399 | deny 600 | deny 99 | deny 4000 | deny 403x | deny because
 deny 403 because host x.example | deny "a" "b" | deny 403 404 | deny "a" 403
 deny "a | deny host "a | deny host "a\" | allow "a" | allow 403 | login "a"
 login 407 | drop 403 | drop "a" | via | via host x.example
-via http://a%00b:c@127.0.0.1:1 | via socks5://a:b%00@127.0.0.1:1
+via http://a%00b:c@127.0.0.1:1 | via socks5://a:b%00@127.0.0.1:1 | via http://a%3Ab:c@127.0.0.1:1
 via ftp://127.0.0.1:21 | via nonsense | via http:// | via http://127.0.0.1:0
 via socks5://127.0.0.1:65536 | via direct http://127.0.0.1:1
 via http://127.0.0.1:1 direct http://127.0.0.1:2 | direct http://127.0.0.1:1
