@@ -47,7 +47,7 @@
  *   COLLAPSE --collapse_step--> RESOLVE (if nobody else brought the answer)
  *   RESOLVE --resolve_step--> CONNECT --connect_step--> GREET (SOCKS parent)
  *   CONNECT, GREET --connect_open, exchange_send--> RESPONSE
- *   RESPONSE --response_forward, tunnel_start--> RELAY
+ *   RESPONSE --response_forward, response_tunnel--> RELAY
  *   RESPONSE --response_retry--> CONNECT (a kept connection was no good)
  *   RESPONSE --response_validates--> CONNECT (the entry to validate is gone)
  *   RESOLVE, CONNECT, GREET --parent_next--> RESOLVE (by another parent)
@@ -75,8 +75,8 @@
  *   exchange_finish, log_exchange.
  * walk connect: loop_accept, exchange_open, request_step, request_accept,
  *   access_begin, resolve_step, connect_step, connect_open, response_step,
- *   response_accept, response_tunnel, tunnel_start, relay_step,
- *   tunnel_listen, exchange_pump, tunnel_judge, exchange_end, log_exchange.
+ *   response_accept, response_tunnel, relay_step, tunnel_listen,
+ *   exchange_pump, tunnel_judge, exchange_close, exchange_end, log_exchange.
  *
  * What always holds (exchange_check() asserts most of it after every turn):
  *
@@ -704,7 +704,6 @@ struct request {
 
 /* What rules do to an exchange; most have none. */
 struct bend {
-	struct bend *next;        /* in the list of free ones */
 	const struct rule *limit; /* counts it, or NULL */
 	const struct rule *cut;   /* cuts its response, or NULL */
 	uint64_t left;            /* bytes of the response, until it is cut */
@@ -747,12 +746,13 @@ struct note {
  * and a tunnel cost a slot and nothing more.
  */
 struct exchange {
-	enum phase phase;      /* set by exchange_enter() only */
-	enum tunnel tunnel;    /* whether it is one */
-	bool refresh : 1;      /* it has no client: see cache_detach() */
-	bool served : 1;       /* the client had a response before */
+	struct exchange *next_again; /* in the list of those to be run */
+	bool again;                  /* it is there: also as a free slot */
+	enum phase phase;            /* set by exchange_enter() only */
+	enum tunnel tunnel;          /* whether it is one */
+	bool refresh : 1;            /* it has no client: see cache_detach() */
+	bool served : 1;             /* the client had a response before */
 	bool close : 1;        /* the client's connection ends after this */
-	bool again : 1;        /* it is in the list of those to be run */
 	bool local : 1;        /* the client is on this machine */
 	bool traced : 1;       /* a rule has it traced */
 	bool intercepted : 1;  /* a firewall sent the client here */
@@ -763,16 +763,15 @@ struct exchange {
 	int64_t moved;         /* ms: a byte was last written, or since */
 	int64_t deadline;      /* ms: it is run again at the latest */
 	struct exchange *next; /* in the list of free slots */
-	struct exchange *next_again; /* in the list of those to be run */
-	struct address peer;         /* of the client */
-	struct conn client, server;  /* its two sides */
-	struct flow up;              /* the request's body, client to server */
-	struct flow down;            /* the response's, server to client */
-	struct request *request;     /* being served, or NULL */
-	struct rules *rules;         /* in force for it, or NULL */
-	struct bend *bend;           /* what rules do to it, or NULL */
-	struct record record;        /* for its line in the log */
-	struct note note;            /* of a tunnel */
+	struct address peer;   /* of the client */
+	struct conn client, server; /* its two sides */
+	struct flow up;             /* the request's body, client to server */
+	struct flow down;           /* the response's, server to client */
+	struct request *request;    /* being served, or NULL */
+	struct rules *rules;        /* in force for it, or NULL */
+	struct bend *bend;          /* what rules do to it, or NULL */
+	struct record record;       /* for its line in the log */
+	struct note note;           /* of a tunnel */
 };
 
 /* What -w keeps of an exchange. */
@@ -13773,18 +13772,11 @@ enum {
 
 /* ---- changes of phase, and the end ---- */
 
-static struct bend *bends_free; /* for exchanges to come */
-
 /* No rule bends x any more. */
 static void
 bend_drop(struct exchange *x)
 {
-	struct bend *b = x->bend;
-
-	if (b == NULL)
-		return;
-	b->next = bends_free;
-	bends_free = b;
+	free(x->bend);
 	x->bend = NULL;
 }
 
@@ -13805,8 +13797,8 @@ access_enter(struct exchange *x, enum access_state state)
 static struct exchange *
 exchange_take(void)
 {
-	struct exchange *x = exchanges.free, *next_again;
-	bool again;
+	struct exchange *x = exchanges.free;
+	const size_t start = offsetof(struct exchange, phase);
 
 	if (exchanges.busy == exchanges.n)
 		return NULL;
@@ -13815,13 +13807,9 @@ exchange_take(void)
 	else
 		x = &exchanges.slots[exchanges.used++];
 	/* A slot freed and taken again stays in the list of those to run. */
-	again = x->again;
-	next_again = x->next_again;
-	memset(x, 0, offsetof(struct exchange, note.text));
-	x->again = again;
-	x->next_again = next_again;
-	conn_clear(&x->server);
-	conn_clear(&x->client);
+	memset((char *)x + start, 0,
+	    offsetof(struct exchange, note.text) - start);
+	x->server.fd = x->client.fd = -1;
 	exchanges.busy++;
 	if (exchanges.busy > totals.busiest)
 		totals.busiest = exchanges.busy;
@@ -13868,19 +13856,34 @@ exchange_forget(struct exchange *x)
 	request_drop(&x->request);
 }
 
+/*
+ * Writes the log line, and clears the request: the slot is ready for the next.
+ * A fetch that relay_part() moved has no log line.
+ */
+static void
+exchange_end(struct exchange *x)
+{
+	if (x->record.start)
+		log_exchange(x);
+	exchange_forget(x);
+	if (x->record.start)
+		trace_end(x);
+	bend_drop(x);
+	x->traced = false;
+	rules_give(&x->rules);
+	x->record = (struct record){ 0 };
+	flow_start(&x->up, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
+	flow_start(&x->down, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
+}
+
 /* Closes both connections, optionally by a reset, and frees the slot. */
 static void
 exchange_close(struct exchange *x, bool reset)
 {
 	exchange_enter(x, PHASE_FREE);
-	exchange_forget(x);
-	if (x->record.start)
-		trace_end(x);
+	exchange_end(x);
 	conn_close(&x->server, reset);
 	conn_close(&x->client, reset);
-	bend_drop(x);
-	x->traced = false;
-	rules_give(&x->rules);
 	x->next = exchanges.free;
 	exchanges.free = x;
 	exchanges.busy--;
@@ -13903,8 +13906,6 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 	}
 	x->record.end = end;
 	x->record.refusal = x->record.refusal ? x->record.refusal : refusal;
-	if (x->record.start)
-		log_exchange(x);
 	exchange_close(x,
 	    x->tunnel ? end == END_RESET || x->client.out != NULL ||
 		    x->server.out != NULL :
@@ -13975,7 +13976,6 @@ access_refuse(struct exchange *x)
 	(void)snprintf(detail, sizeof(detail),
 	    "To let it in, start the proxy with: -e 'allow client %s%s'", peer,
 	    page ? " page status metrics" : "");
-	x->close = x->close || !x->up.done;
 	if (rule->action == ACTION_DROP)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
 	else if (rule->action == ACTION_LOGIN)
@@ -14061,14 +14061,8 @@ bend_take(struct exchange *x)
 {
 	struct bend *b = x->bend;
 
-	if (b != NULL)
+	if (b != NULL || (b = calloc(1, sizeof(*b))) == NULL)
 		return b;
-	b = bends_free;
-	if (b != NULL)
-		bends_free = b->next;
-	else if ((b = malloc(sizeof(*b))) == NULL)
-		return NULL;
-	memset(b, 0, sizeof(*b));
 	b->rate = b->left = UINT64_MAX;
 	b->filled_us[0] = b->filled_us[1] = now.us;
 	x->bend = b;
@@ -14130,7 +14124,6 @@ bend_apply(struct exchange *x, const struct rule *rule)
 		break;
 	case ACTION_LIMIT:
 		if (bend_is_crowded(x, rule)) {
-			x->close = x->close || !x->up.done;
 			exchange_deny(x, REFUSE_CROWDED, "");
 			return false;
 		}
@@ -14146,7 +14139,6 @@ bend_apply(struct exchange *x, const struct rule *rule)
 			exchange_abort(x, END_RULE, REFUSE_RULE);
 			return false;
 		}
-		x->close = x->close || !x->up.done;
 		b->answers = true;
 		page_rule(x, rule);
 		exchange_answer(x);
@@ -14171,9 +14163,10 @@ bend_apply(struct exchange *x, const struct rule *rule)
  * of them has answered it, or has it hang.
  */
 static bool
-bend_begin(struct exchange *x, struct view *v)
+bend_begin(struct exchange *x)
 {
 	struct access *access = &x->request->access;
+	struct view v;
 	size_t i;
 
 	if (access->bent)
@@ -14184,7 +14177,8 @@ bend_begin(struct exchange *x, struct view *v)
 
 		if (x->rules->first[bend_groups[i]] == NULL)
 			continue;
-		verdict = rules_judge(x->rules, bend_groups[i], v);
+		exchange_view(x, NULL, 0, &v);
+		verdict = rules_judge(x->rules, bend_groups[i], &v);
 		if (verdict.truth != TRUTH_YES)
 			continue;
 		/* To a CONNECT it would mean that there is a tunnel. */
@@ -14309,7 +14303,7 @@ access_begin(struct exchange *x)
 		return false;
 	route_judge(x, &v);
 	exchange_rewrite(x);
-	return q->access.state == ACCESS_UNDECIDED || bend_begin(x, &v);
+	return q->access.state == ACCESS_UNDECIDED || bend_begin(x);
 }
 
 /*
@@ -14396,7 +14390,6 @@ static void
 exchange_serve(struct exchange *x, const struct lookup *l)
 {
 	struct request *q = x->request;
-	struct view v;
 
 	exchange_drop_tries(x);
 	conn_close(&x->server, false);
@@ -14411,10 +14404,8 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	if (!access_response(x, &l->r, l->e.head))
 		return;
 	l->b->start = (size_t)(l->e.head.at - l->b->data);
-	exchange_view(x, NULL, 0, &v);
-	if (!bend_begin(x, &v))
-		return;
-	exchange_enter(x, PHASE_RESPONSE);
+	if (bend_begin(x))
+		exchange_enter(x, PHASE_RESPONSE);
 }
 
 /*
@@ -14484,7 +14475,7 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 
 /*
  * Moves the first n bytes from the client to the request, as its head; the
- * rest stays in `in`.  False without memory.
+ * rest stays in `in`.  False, and it is the client's error, without memory.
  */
 static bool
 request_take(struct exchange *x, size_t n)
@@ -14494,8 +14485,10 @@ request_take(struct exchange *x, size_t n)
 
 	if (more > 0) {
 		rest = buffer_take();
-		if (rest == NULL)
+		if (rest == NULL) {
+			x->client.error = ENOMEM;
 			return false;
+		}
 		buffer_append(rest,
 		    text_cut(head->data + head->start + n, more));
 		head->end -= more;
@@ -14701,7 +14694,7 @@ request_adopt(struct request *q)
 
 /* Parses the head in the request's bytes, and decides who answers. */
 static void
-request_begun(struct exchange *x)
+request_accept(struct exchange *x)
 {
 	struct request *q = x->request;
 	int verdict, last;
@@ -14731,16 +14724,6 @@ request_begun(struct exchange *x)
 		exchange_look_up(x);
 }
 
-/* A whole head of n bytes has come. */
-static void
-request_accept(struct exchange *x, size_t n)
-{
-	if (request_take(x, n))
-		request_begun(x);
-	else
-		x->client.error = ENOMEM;
-}
-
 /*
  * An intercepted client speaks TLS: it wants a tunnel to the server that its
  * greeting names, and knows nothing of us.  What it sent stays in `in`.
@@ -14768,7 +14751,7 @@ request_tunnel(struct exchange *x)
 	    "CONNECT %.*s:443 HTTP/1.1\r\nHost: %.*s:443\r\n\r\n",
 	    (int)name.len, name.at, (int)name.len, name.at);
 	x->request->bytes = head;
-	request_begun(x);
+	request_accept(x);
 	return true;
 }
 
@@ -14892,9 +14875,10 @@ request_step(struct exchange *x)
 		request_starve(x);
 	else if (refusal != REFUSE_NONE)
 		request_reject(x, refusal);
-	else if (n > 0)
-		request_accept(x, (size_t)n);
-	else if (!c->eof && !c->error)
+	else if (n > 0) {
+		if (request_take(x, (size_t)n))
+			request_accept(x);
+	} else if (!c->eof && !c->error)
 		return conn_read(c);
 	else if (x->record.start) {
 		request_spoil(x);
@@ -15018,7 +15002,7 @@ resolve_judge(struct exchange *x)
 	q->route.from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
 	refusal = resolve_strike(x, &v);
 	if (refusal == REFUSE_NONE) {
-		if (bend_begin(x, &v))
+		if (bend_begin(x))
 			exchange_enter(x, PHASE_CONNECT);
 	} else if (refusal == REFUSE_RULE)
 		access_refuse(x);
@@ -15551,23 +15535,6 @@ response_wants_login(const struct exchange *x, const struct response *r)
 		x->rules->logins);
 }
 
-/*
- * Turns the exchange into a tunnel: two flows that end at the close.  It may
- * idle for hours, so the slot keeps what the log needs, and no request.
- */
-static void
-tunnel_start(struct exchange *x)
-{
-	log_note(x);
-	x->tunnel = x->request->method == METHOD_CONNECT ? TUNNEL_SILENT :
-							   TUNNEL_OPEN;
-	x->close = true;
-	exchange_forget(x);
-	flow_start(&x->up, FRAMING_CLOSE, FRAMING_CLOSE, 0);
-	flow_start(&x->down, FRAMING_CLOSE, FRAMING_CLOSE, 0);
-	exchange_enter(x, PHASE_RELAY);
-}
-
 /* Passes a 1xx on, unless the client is HTTP/1.0 (RFC 9110 section 15.2). */
 static void
 response_interim(struct exchange *x, const struct response *r, size_t n)
@@ -15712,7 +15679,11 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 	exchange_enter(x, PHASE_RELAY);
 }
 
-/* Passes the head on and starts a tunnel. */
+/*
+ * Passes the head on, and turns the exchange into a tunnel: two flows that end
+ * at the close.  It may idle for hours, so the slot keeps what the log needs,
+ * and no request.
+ */
 static void
 response_tunnel(struct exchange *x, const struct response *r, size_t n)
 {
@@ -15721,7 +15692,14 @@ response_tunnel(struct exchange *x, const struct response *r, size_t n)
 	else if (!response_pass(x, r, n))
 		return;
 	x->record.status = r->status;
-	tunnel_start(x);
+	log_note(x);
+	x->tunnel = x->request->method == METHOD_CONNECT ? TUNNEL_SILENT :
+							   TUNNEL_OPEN;
+	x->close = true;
+	exchange_forget(x);
+	flow_start(&x->up, FRAMING_CLOSE, FRAMING_CLOSE, 0);
+	flow_start(&x->down, FRAMING_CLOSE, FRAMING_CLOSE, 0);
+	exchange_enter(x, PHASE_RELAY);
 }
 
 /*
@@ -15888,28 +15866,6 @@ response_step(struct exchange *x)
 
 /* ---- RELAY: the body, or both sides of a tunnel ---- */
 
-/*
- * Writes the log line, keeps or closes the server connection, and clears the
- * request: the slot is ready for the next.  A fetch that relay_part() moved
- * has no log line.
- */
-static void
-exchange_end(struct exchange *x)
-{
-	if (x->record.start)
-		log_exchange(x);
-	exchange_release(x);
-	exchange_forget(x);
-	if (x->record.start)
-		trace_end(x);
-	bend_drop(x);
-	x->traced = false;
-	rules_give(&x->rules);
-	x->record = (struct record){ 0 };
-	flow_start(&x->up, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
-	flow_start(&x->down, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
-}
-
 /* The client has the whole response: waits for the next request, or closes. */
 static void
 exchange_finish(struct exchange *x)
@@ -15917,6 +15873,7 @@ exchange_finish(struct exchange *x)
 	bool close = x->close || stop_at;
 
 	exchange_enter(x, close ? PHASE_LINGER : PHASE_REQUEST);
+	exchange_release(x);
 	exchange_end(x);
 	x->served = true;
 	if (close &&
@@ -15964,11 +15921,9 @@ tunnel_judge(struct exchange *x)
 		tunnel_shut(x, s, "client");
 	if (x->down.done && c->out == NULL)
 		tunnel_shut(x, c, "server");
-	if (!s->shut || !c->shut)
-		return false;
-	exchange_end(x);
-	exchange_close(x, false);
-	return true;
+	if (s->shut && c->shut)
+		exchange_close(x, false);
+	return s->shut && c->shut;
 }
 
 /*
@@ -16059,10 +16014,8 @@ relay_part(struct exchange *x)
 	struct exchange *y;
 	int fd;
 
-	if (x->request->access.answer != NULL || x->refresh || !x->up.done ||
-	    x->down.whole || x->down.broken)
-		return;
-	if (cache_wants(x) != WANTED_APART)
+	if (x->request->access.answer != NULL || x->down.broken ||
+	    cache_wants(x) != WANTED_APART)
 		return;
 	y = exchange_take_refresh(x, NULL);
 	if (y == NULL)
