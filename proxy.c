@@ -328,6 +328,7 @@ struct conn {
 	bool connecting : 1; /* connect(2) is under way */
 	bool readable : 1;   /* a read may succeed */
 	bool writable : 1;   /* a write may succeed */
+	bool wanted : 1;     /* the last step tried to read */
 	bool eof : 1;        /* the peer sends no more */
 	bool shut : 1;       /* the proxy sends no more */
 	bool write_failed : 1; /* a write failed: the peer accepts no more */
@@ -2136,13 +2137,13 @@ conn_watch(struct conn *c, int events)
  * 5).  room: bytes that come now can be taken.
  */
 static int
-conn_events(const struct conn *c, bool room)
+conn_events(const struct conn *c)
 {
 	int events = 0;
 
 	if ((c->out != NULL || c->connecting) && !c->writable)
 		events |= POLLOUT;
-	if (room && !c->connecting && !c->readable && !c->eof && !c->error)
+	if (c->wanted && !c->connecting && !c->readable && !c->eof && !c->error)
 		events |= POLLIN;
 	return events;
 }
@@ -2285,6 +2286,7 @@ conn_read_some(struct conn *c, size_t max)
 	size_t room;
 	ssize_t n;
 
+	c->wanted = true;
 	if (!c->readable || c->eof || c->error)
 		return false;
 	if (c->in == NULL && (c->in = buffer_take()) == NULL) {
@@ -2326,6 +2328,7 @@ conn_drain(struct conn *c)
 	ssize_t n;
 
 	buffer_give(&c->in);
+	c->wanted = true;
 	if (!c->readable || c->eof || c->error)
 		return false;
 	n = fd_read(c->fd, scratch, sizeof(scratch));
@@ -13747,13 +13750,13 @@ page_trace(struct exchange *x)
  * they run, and ends with its step function.  A step does what can be done
  * now and returns true if anything moved; then it, or the step of the phase
  * that it entered, is called again.  A step that has to wait returns false,
- * and exchange_run() sets the events and the deadline.
+ * and has said for what: it tried to read or write, and exchange_is_late()
+ * keeps its deadline.
  *
  * A step must never block.  Messages are parsed, built and written by the
  * sections above; this one decides what comes next.
  *
- * Door: exchange_open, exchange_run, exchange_expire, exchange_close,
- * exchange_abort.
+ * Door: exchange_open, exchange_run, exchange_close, exchange_abort.
  */
 
 enum {
@@ -13828,6 +13831,14 @@ exchange_enter(struct exchange *x, enum phase phase)
 		    phases[phase].waits);
 	x->phase = phase;
 	x->since = x->moved = now.ms;
+}
+
+/* True if a time has come; else a step waits, until then at the latest. */
+static bool
+exchange_is_late(struct exchange *x, int64_t until)
+{
+	x->deadline = least(x->deadline, until);
+	return now.ms >= until;
 }
 
 /* Closes all connection attempts except x->server. */
@@ -14209,7 +14220,7 @@ bend_delays(struct exchange *x)
 		return false;
 	if (b->until == 0)
 		b->until = now.ms + b->delay_ms;
-	if (now.ms < b->until)
+	if (!exchange_is_late(x, b->until))
 		return true;
 	b->delay_ms = b->until = 0;
 	x->moved = now.ms;
@@ -14242,7 +14253,10 @@ bend_room(struct exchange *x, const struct flow *f)
 	return down && b->left < b->credit[down] ? b->left : b->credit[down];
 }
 
-/* n bytes of f have gone on. */
+/*
+ * n bytes of f have gone on.  More wait until half of the most that credit may
+ * be is there: it is never full then.
+ */
 static void
 bend_spend(struct exchange *x, const struct flow *f, uint64_t n)
 {
@@ -14251,10 +14265,15 @@ bend_spend(struct exchange *x, const struct flow *f, uint64_t n)
 
 	if (b == NULL)
 		return;
-	if (b->rate != UINT64_MAX)
-		b->credit[down] -= n;
 	if (down && b->left != UINT64_MAX)
 		b->left -= n;
+	if (b->rate == UINT64_MAX)
+		return;
+	b->credit[down] -= n;
+	if (f->ready > 0)
+		(void)exchange_is_late(x,
+		    now.ms + 1 +
+			(int64_t)((b->rate / 20 + 1) * 1000 / b->rate));
 }
 
 /* True if the client has all that it is to get of a response that has more. */
@@ -14263,27 +14282,6 @@ bend_cuts(const struct exchange *x)
 {
 	return x->bend != NULL && x->bend->left == 0 && x->client.out == NULL &&
 	    x->down.ready > 0;
-}
-
-/* When a rule lets x go on, in ms; INT64_MAX if no rule holds it up. */
-static int64_t
-bend_wake(const struct exchange *x)
-{
-	const struct bend *b = x->bend;
-	uint64_t lacks;
-
-	if (b == NULL)
-		return INT64_MAX;
-	if (x->phase == PHASE_RESPONSE && b->until != 0)
-		return b->until;
-	if (b->rate == UINT64_MAX || x->phase < PHASE_RESPONSE ||
-	    x->phase > PHASE_RELAY ||
-	    ((x->up.ready == 0 || x->server.out != NULL) &&
-		(x->down.ready == 0 || x->client.out != NULL)))
-		return INT64_MAX;
-	/* Half of the most that credit may be: it is never full then. */
-	lacks = (b->rate / 20 + 1) * 1000 / b->rate;
-	return now.ms + (int64_t)lacks + 1;
 }
 
 /*
@@ -14660,7 +14658,8 @@ exchange_look_up(struct exchange *x)
 static bool
 collapse_step(struct exchange *x)
 {
-	if (cache_follows(x, FETCH_ASKS) && now.ms < x->since + COLLAPSE_MS)
+	if (cache_follows(x, FETCH_ASKS) &&
+	    !exchange_is_late(x, x->since + COLLAPSE_MS))
 		return false;
 	exchange_look_up(x);
 	return true;
@@ -14726,7 +14725,8 @@ request_accept(struct exchange *x)
 
 /*
  * An intercepted client speaks TLS: it wants a tunnel to the server that its
- * greeting names, and knows nothing of us.  What it sent stays in `in`.
+ * greeting names, and knows nothing of us.  What it sent stays in `in`.  False
+ * if more of it is to come.
  */
 static bool
 request_tunnel(struct exchange *x)
@@ -14739,7 +14739,7 @@ request_tunnel(struct exchange *x)
 	x->hidden = true;
 	if (name.len == 0 && !c->eof && !c->error && buffer_room(c->in) > 0 &&
 	    !hello_is_whole(t, flat))
-		return conn_read(c);
+		return false;
 	head = name.len > 0 ? buffer_take() : NULL;
 	if (head == NULL) {
 		request_spoil(x);
@@ -14843,13 +14843,27 @@ header_step(struct exchange *x)
 		x->peer = client;
 		address_print(&client, words);
 		trace(x, "behind the PROXY header, the client is %s", words);
-	} else if (!c->eof && !c->error)
-		return conn_read(c);
-	else if (c->in != NULL || c->error == ENOMEM)
+	} else if (conn_read(c))
+		return true;
+	else if (!c->eof && !c->error) {
+		if (!exchange_is_late(x, x->since + HEAD_MS))
+			return false;
+		header_refuse(x, END_IDLE, REFUSE_HEADER_SLOW);
+	} else if (c->in != NULL || c->error == ENOMEM)
 		header_refuse(x, END_CLIENT, REFUSE_HEADER_CUT);
 	else
 		exchange_close(x, false);
 	return true;
+}
+
+/* True if the head of a request, or its first byte, is late. */
+static bool
+request_is_late(struct exchange *x)
+{
+	bool idle = x->served && x->record.start == 0;
+
+	return exchange_is_late(x,
+	    x->since + (idle ? KEPT_CLIENT_MS : HEAD_MS));
 }
 
 /* REQUEST: waits for a whole head. */
@@ -14858,14 +14872,17 @@ request_step(struct exchange *x)
 {
 	struct conn *c = &x->client;
 	enum refusal refusal = REFUSE_NONE;
+	bool begun, tls;
 	int n = 0;
 
 	if (x->unnamed)
 		return header_step(x);
-	if (request_begin(x)) {
-		if (x->intercepted && !x->served &&
-		    request_hopeless(c->in, false) == REFUSE_TLS)
-			return request_tunnel(x);
+	begun = request_begin(x);
+	tls = begun && x->intercepted && !x->served &&
+	    request_hopeless(c->in, false) == REFUSE_TLS;
+	if (tls && request_tunnel(x))
+		return true;
+	if (begun && !tls) {
 		n = conn_head(c, 0, false);
 		refusal = request_hopeless(c->in, n > 0);
 		if (refusal == REFUSE_NONE && n < 0)
@@ -14878,13 +14895,18 @@ request_step(struct exchange *x)
 	else if (n > 0) {
 		if (request_take(x, (size_t)n))
 			request_accept(x);
-	} else if (!c->eof && !c->error)
-		return conn_read(c);
-	else if (x->record.start) {
+	} else if (conn_read(c))
+		return true;
+	else if (!c->eof && !c->error && !request_is_late(x))
+		return false;
+	else if (x->record.start == 0)
+		exchange_close(x, false);
+	else if (!c->eof && !c->error)
+		request_reject(x, REFUSE_SLOW);
+	else {
 		request_spoil(x);
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
-	} else
-		exchange_close(x, false);
+	}
 	return true;
 }
 
@@ -15045,7 +15067,12 @@ resolve_step(struct exchange *x)
 
 	if (known == 1)
 		(undecided ? resolve_route : resolve_judge)(x);
-	return known != 0;
+	else if (known == 0) {
+		if (!exchange_is_late(x, x->since + CONNECT_MS))
+			return false;
+		exchange_refuse(x, REFUSE_NAME_SLOW, "");
+	}
+	return true;
 }
 
 /* ---- CONNECT: the addresses in turn ---- */
@@ -15222,7 +15249,6 @@ exchange_send(struct exchange *x)
 	struct request *q = x->request;
 	struct buffer *out = conn_out(&x->server);
 
-	q->times.connected = now.ms;
 	q->times.requested = now.wall;
 	if (out != NULL) {
 		if (q->rewrites.undecided || x->rules->needles_n > 0)
@@ -15249,6 +15275,7 @@ connect_open(struct exchange *x)
 {
 	struct buffer *early = x->server.in, *b;
 
+	x->request->times.connected = now.ms;
 	if (x->request->method != METHOD_CONNECT || exchange_is_relayed(x)) {
 		if (early != NULL)
 			exchange_refuse(x, REFUSE_EARLY, "");
@@ -15256,7 +15283,6 @@ connect_open(struct exchange *x)
 			exchange_send(x);
 		return;
 	}
-	x->request->times.connected = now.ms;
 	answer_by(x, ANSWER_MEMORY);
 	x->server.in = b = buffer_take_reserved();
 	if (b != NULL)
@@ -15268,29 +15294,42 @@ connect_open(struct exchange *x)
 	exchange_answer(x);
 }
 
+/* Refuses the request if there is no connection in time; true if so. */
+static bool
+connect_expire(struct exchange *x)
+{
+	char detail[ADDRESS_TEXT];
+
+	if (!exchange_is_late(x, x->since + CONNECT_MS))
+		return false;
+	address_print(&x->record.server, detail);
+	exchange_refuse(x, REFUSE_CONNECT_SLOW, detail);
+	return true;
+}
+
 /* CONNECT: tries the addresses in turn, the next after NEXT_TRY_MS. */
 static bool
 connect_step(struct exchange *x)
 {
 	struct route *route = &x->request->route;
-	bool pending;
+	bool reused = connect_reuse(x);
 
-	if (connect_reuse(x)) {
-		exchange_send(x);
-		return true;
-	}
-	if (connect_won(x)) {
+	if (reused || connect_won(x)) {
 		exchange_drop_tries(x);
-		if (exchange_parent(x) != NULL && !exchange_is_relayed(x))
+		if (!reused && exchange_parent(x) != NULL &&
+		    !exchange_is_relayed(x))
 			exchange_enter(x, PHASE_GREET);
 		else
 			connect_open(x);
 		return true;
 	}
-	pending = x->server.fd != -1 || route->tries > 0;
-	if (pending &&
-	    (route->next == route->n || now.ms - route->tried < NEXT_TRY_MS))
-		return false;
+	if (x->server.fd != -1 || route->tries > 0) {
+		if (connect_expire(x))
+			return true;
+		if (route->next == route->n ||
+		    !exchange_is_late(x, route->tried + NEXT_TRY_MS))
+			return false;
+	}
 	if (route->next < route->n)
 		connect_next(x);
 	else
@@ -15356,7 +15395,7 @@ greet_step(struct exchange *x)
 	else if (s->eof || s->error || s->write_failed)
 		exchange_refuse(x, REFUSE_PARENT, "it closed the connection");
 	else
-		return conn_read_some(s, GREETING_MAX);
+		return conn_read_some(s, GREETING_MAX) || connect_expire(x);
 	return true;
 }
 
@@ -15775,25 +15814,15 @@ response_accept(struct exchange *x, size_t n)
 }
 
 /*
- * The length of an empty line before a status line; one is skipped.  Some
- * servers send it after a body, beyond its length.
+ * What the server has sent, without an empty line in front: one is skipped, as
+ * some servers send it after a body, beyond its length.
  */
-static size_t
-response_skip(const struct conn *s)
+static struct text
+response_begun(const struct conn *s)
 {
 	struct text t = s->in == NULL ? text_of("") : buffer_text(s->in);
 
-	return text_starts(t, "\r\n") ? 2 : text_starts(t, "\n") ? 1 : 0;
-}
-
-/* True if the server's bytes begin as an interim response does, but 101. */
-static bool
-response_is_interim(const struct conn *s)
-{
-	struct text t = s->in == NULL ? text_of("") : buffer_text(s->in);
-
-	t = text_from(t, response_skip(s));
-	return t.len >= 12 && t.at[9] == '1' && t.at[11] != '1';
+	return text_from(t, text_starts(t, "\r\n") ? 2 : text_starts(t, "\n"));
 }
 
 /* The server closed without a response; a kept connection may do that. */
@@ -15803,7 +15832,7 @@ response_lost(struct exchange *x)
 	struct conn *s = &x->server;
 	struct request *q = x->request;
 	int error = s->error;
-	bool bytes = buffer_held(s->in) > response_skip(s) || q->interims > 0;
+	bool bytes = response_begun(s).len > 0 || q->interims > 0;
 	char words[ADDRESS_TEXT], detail[DETAIL_MAX];
 
 	if (q->route.reused && !bytes) {
@@ -15820,36 +15849,60 @@ response_lost(struct exchange *x)
 	    detail);
 }
 
+/* Ends the exchange, or refuses it, if nothing could be sent for too long. */
+static bool
+response_expire(struct exchange *x)
+{
+	char detail[ADDRESS_TEXT];
+
+	if (!exchange_is_late(x, x->moved + options.idle_ms))
+		return false;
+	x->record.end = END_IDLE;
+	address_print(&x->record.server, detail);
+	if (x->client.out != NULL || answer_is_local(x->request) ||
+	    bend_hangs(x))
+		exchange_abort(x, END_IDLE, REFUSE_IDLE);
+	else
+		exchange_refuse(x,
+		    x->up.done || x->server.out ? REFUSE_ANSWER_SLOW :
+						  REFUSE_BODY_SLOW,
+		    detail);
+	return true;
+}
+
 /* RESPONSE: sends the request's body, waits for a whole response head. */
 static bool
 response_step(struct exchange *x)
 {
-	const struct request *q = x->request;
 	struct conn *c = &x->client, *s = &x->server;
+	bool local = answer_is_local(x->request), hangs = bend_hangs(x);
 	bool moved = false;
+	struct text t;
 	size_t skip;
 	int n = 0;
 
-	if (s->fd != -1 && !answer_is_local(q))
-		moved = exchange_pump(x, &x->up, c, s);
-	if (bend_hangs(x))
+	if (hangs)
 		moved = conn_drain(c);
-	if (c->error || c->write_failed || (c->eof && bend_hangs(x))) {
+	else if (s->fd != -1 && !local)
+		moved = exchange_pump(x, &x->up, c, s);
+	if (c->error || c->write_failed || (c->eof && hangs)) {
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 		return true;
 	}
-	if (bend_hangs(x))
-		return moved;
-	if (x->up.broken && !answer_is_local(q)) {
+	if (!hangs && x->up.broken && !local) {
 		x->record.end = c->eof ? END_CLIENT : END_DONE;
 		exchange_refuse(x, c->eof ? REFUSE_BODY_CUT : REFUSE_BODY, "");
 		return true;
 	}
-	if (!conn_write(c))
+	if (hangs || !conn_write(c))
+		return moved || response_expire(x);
+	t = response_begun(s);
+	/* An interim response is not delayed, but a 101 is. */
+	if (s->in != NULL &&
+	    !(t.len >= 12 && t.at[9] == '1' && t.at[11] != '1') &&
+	    bend_delays(x))
 		return moved;
-	if (s->in != NULL && !response_is_interim(s) && bend_delays(x))
-		return moved;
-	skip = response_skip(s);
+	skip = buffer_held(s->in) - t.len;
 	if (s->in != NULL)
 		n = conn_head(s, skip, true);
 	if (n > 0) {
@@ -15860,7 +15913,7 @@ response_step(struct exchange *x)
 	else if (s->eof || s->error)
 		response_lost(x);
 	else
-		return conn_read(s) || moved;
+		return conn_read(s) || moved || response_expire(x);
 	return true;
 }
 
@@ -16048,6 +16101,30 @@ relay_resume(struct exchange *x)
 	route_again(x, PHASE_RESOLVE);
 }
 
+/*
+ * Ends the exchange if nothing could be sent for too long.  In a tunnel that is
+ * half-closed, or of which one side has gone, this takes less.
+ */
+static bool
+relay_expire(struct exchange *x)
+{
+	const struct conn *c = &x->client, *s = &x->server;
+	bool half = x->tunnel &&
+	    (conn_is_gone(c) || conn_is_gone(s) || c->write_failed ||
+		s->write_failed ||
+		((c->eof || s->eof) && c->out == NULL && s->out == NULL));
+
+	if (!exchange_is_late(x,
+		x->moved +
+		    (half ? least(HALF_CLOSED_MS, options.idle_ms) :
+			    options.idle_ms)))
+		return false;
+	exchange_abort(x,
+	    x->tunnel && x->record.end != END_DONE ? END_LIMIT : END_IDLE,
+	    x->tunnel ? REFUSE_NONE : REFUSE_IDLE);
+	return true;
+}
+
 /* RELAY: both flows side by side. */
 static bool
 relay_step(struct exchange *x)
@@ -16066,7 +16143,7 @@ relay_step(struct exchange *x)
 		return true;
 	}
 	if (x->tunnel)
-		return tunnel_judge(x) || moved;
+		return tunnel_judge(x) || moved || relay_expire(x);
 	if (c->out != NULL || x->down.ready > 0)
 		relay_part(x);
 	gone = (c->error || c->write_failed) && !relay_goes_on(x);
@@ -16085,7 +16162,7 @@ relay_step(struct exchange *x)
 		    x->record.refusal == REFUSE_RULE ? END_RULE : END_SERVER,
 		    REFUSE_CUT_SHORT);
 	else
-		return moved;
+		return moved || relay_expire(x);
 	return true;
 }
 
@@ -16100,136 +16177,19 @@ static bool
 linger_step(struct exchange *x)
 {
 	struct conn *c = &x->client;
-	bool ended = c->eof || c->error, news = !ended && conn_drain(c);
 
-	if (ended)
-		exchange_close(x, false);
-	else if (news)
+	if (conn_drain(c))
 		x->moved = now.ms;
-	return ended || news;
-}
-
-/* ---- all phases: events, deadlines, and one turn ---- */
-
-/* True if the next step would read from the client. */
-static bool
-exchange_takes_request(const struct exchange *x)
-{
-	if (x->phase == PHASE_REQUEST || x->phase == PHASE_LINGER)
-		return true;
-	if (bend_hangs(x))
-		return true;
-	if (x->up.done || x->phase < PHASE_RESPONSE)
-		return x->client.in == NULL;
-	return x->up.ready == 0 && x->server.role != ROLE_FILE &&
-	    x->server.fd != -1 && x->server.out == NULL &&
-	    !x->server.write_failed && !x->up.broken;
-}
-
-/* True if the next step would read from the server. */
-static bool
-exchange_takes_response(const struct exchange *x)
-{
-	if (x->client.out != NULL || x->client.write_failed ||
-	    (x->phase == PHASE_RELAY && x->down.ready > 0) ||
-	    (x->bend != NULL && x->bend->until != 0))
-		return false;
-	return x->phase != PHASE_RELAY || (!x->down.whole && !x->down.broken);
-}
-
-/* When x is out of time if nothing happens, in ms. */
-static int64_t
-exchange_limit(const struct exchange *x)
-{
-	const struct conn *c = &x->client, *s = &x->server;
-	/* One side is gone, or is over with nothing on its way to the other. */
-	bool half = conn_is_gone(c) || conn_is_gone(s) || c->write_failed ||
-	    s->write_failed ||
-	    ((c->eof || s->eof) && c->out == NULL && s->out == NULL);
-	const struct route *route;
-
-	switch (x->phase) {
-	case PHASE_REQUEST:
-		return x->since +
-		    (x->served && x->record.start == 0 ? KEPT_CLIENT_MS :
-							 HEAD_MS);
-	case PHASE_COLLAPSE:
-		return x->since + COLLAPSE_MS;
-	case PHASE_CONNECT:
-		route = &x->request->route;
-		if (route->next < route->n)
-			return least(route->tried + NEXT_TRY_MS,
-			    x->since + CONNECT_MS);
-		/* FALLTHROUGH */
-	case PHASE_RESOLVE:
-	case PHASE_GREET:
-		return x->since + CONNECT_MS;
-	case PHASE_RESPONSE:
-	case PHASE_RELAY:
-		if (x->bend != NULL && x->bend->until != 0)
-			return INT64_MAX;
-		return x->moved +
-		    (x->tunnel && half ?
-			    least(HALF_CLOSED_MS, options.idle_ms) :
-			    options.idle_ms);
-	case PHASE_LINGER:
-		return least(x->moved + LINGER_MS, x->since + LINGER_ALL_MS);
-	default:
-		return INT64_MAX;
-	}
-}
-
-/* Handles a deadline of x, as its phase demands. */
-static void
-exchange_expire(struct exchange *x)
-{
-	char detail[ADDRESS_TEXT];
-
-	if (now.ms < exchange_limit(x))
-		return;
-	address_print(&x->record.server, detail);
-	switch (x->phase) {
-	case PHASE_REQUEST:
-		if (x->unnamed)
-			header_refuse(x, END_IDLE, REFUSE_HEADER_SLOW);
-		else if (x->record.start)
-			request_reject(x, REFUSE_SLOW);
-		else
-			exchange_close(x, false);
-		break;
-	case PHASE_RESOLVE:
-		x->request->times.resolved = now.ms;
-		exchange_refuse(x, REFUSE_NAME_SLOW, "");
-		break;
-	case PHASE_CONNECT:
-	case PHASE_GREET:
-		if (now.ms >= x->since + CONNECT_MS)
-			exchange_refuse(x, REFUSE_CONNECT_SLOW, detail);
-		break;
-	case PHASE_RESPONSE:
-		x->record.end = END_IDLE;
-		if (x->client.out != NULL || answer_is_local(x->request) ||
-		    bend_hangs(x))
-			exchange_abort(x, END_IDLE, REFUSE_IDLE);
-		else
-			exchange_refuse(x,
-			    x->up.done || x->server.out ? REFUSE_ANSWER_SLOW :
-							  REFUSE_BODY_SLOW,
-			    detail);
-		break;
-	case PHASE_RELAY:
-		exchange_abort(x,
-		    x->tunnel && x->record.end != END_DONE ? END_LIMIT :
-							     END_IDLE,
-		    x->tunnel ? REFUSE_NONE : REFUSE_IDLE);
-		break;
-	case PHASE_LINGER:
+	else if (c->eof || c->error ||
+	    exchange_is_late(x,
+		least(x->moved + LINGER_MS, x->since + LINGER_ALL_MS)))
 		exchange_close(x, false);
-		break;
-	default:
-		break;
-	}
+	else
+		return false;
+	return true;
 }
+
+/* ---- all phases: one turn ---- */
 
 /* Asserts the invariants of the head comment. */
 static void
@@ -16300,8 +16260,8 @@ exchange_overhear(struct exchange *x)
 }
 
 /*
- * Runs x until nothing moves or its share of this turn is used up; then sets
- * its events and deadline.
+ * Runs x until nothing moves or its share of this turn is used up.  Then waits
+ * for what the last step tried to read or write, and until it is late.
  */
 static void
 exchange_run(struct exchange *x)
@@ -16319,17 +16279,19 @@ exchange_run(struct exchange *x)
 	struct conn *c = &x->client, *s = &x->server;
 	unsigned n = 0;
 
-	while (n < STEPS_MAX && steps[x->phase] && steps[x->phase](x))
-		n++;
+	do {
+		c->wanted = s->wanted = false;
+		x->deadline = INT64_MAX;
+	} while (n++ < STEPS_MAX && steps[x->phase] && steps[x->phase](x));
 	exchange_overhear(x);
 	exchange_check(x);
 	if (x->phase == PHASE_FREE)
 		return;
-	if (n == STEPS_MAX)
+	if (n > STEPS_MAX)
 		exchange_queue(x);
-	conn_watch(c, conn_events(c, exchange_takes_request(x)));
-	conn_watch(s, conn_events(s, exchange_takes_response(x)));
-	x->deadline = least(exchange_limit(x), bend_wake(x));
+	assert(n > STEPS_MAX || x->deadline != INT64_MAX);
+	conn_watch(c, conn_events(c));
+	conn_watch(s, conn_events(s));
 	exchanges.wake = least(exchanges.wake, x->deadline);
 }
 
@@ -16579,10 +16541,9 @@ loop_expire(void)
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
 		if (x->phase == PHASE_FREE)
 			continue;
-		if (x->deadline <= now.ms) {
-			exchange_expire(x);
+		if (x->deadline <= now.ms)
 			exchange_run(x);
-		} else
+		else
 			exchanges.wake = least(exchanges.wake, x->deadline);
 	}
 	/* A search of all slots takes its time: many are not done each ms. */
