@@ -14141,6 +14141,8 @@ bend_apply(struct exchange *x, const struct rule *rule)
 		b->limit = rule;
 		break;
 	case ACTION_HANG:
+		cache_leave(x);
+		answer_by(x, ANSWER_MEMORY);
 		b->unanswered = true;
 		exchange_enter(x, PHASE_RESPONSE);
 		return false;
@@ -14151,6 +14153,7 @@ bend_apply(struct exchange *x, const struct rule *rule)
 			return false;
 		}
 		b->answers = true;
+		cache_leave(x);
 		page_rule(x, rule);
 		exchange_answer(x);
 		return false;
