@@ -14289,7 +14289,7 @@ bend_cuts(const struct exchange *x)
 
 /*
  * Judges a new request by the rules now in force, which apply to it until it
- * ends.  False if it was refused.
+ * ends; one for a page of the proxy's own has no way.  False if it was refused.
  */
 static bool
 access_begin(struct exchange *x)
@@ -14302,6 +14302,8 @@ access_begin(struct exchange *x)
 	exchange_view(x, NULL, 0, &v);
 	if (!access_judge(x, &v))
 		return false;
+	if (q->target.form == FORM_ORIGIN)
+		return true;
 	route_judge(x, &v);
 	exchange_rewrite(x);
 	return q->access.state == ACCESS_UNDECIDED || bend_begin(x);
@@ -14554,7 +14556,6 @@ request_local(struct exchange *x)
 	struct text host = head_value(&q->head, "Host");
 	const struct page *page = page_find(q);
 	struct target t;
-	struct view v;
 
 	if (authority_parse(host, 80, &t) != 1 || !page_is_ours(x, &t)) {
 		x->close = true;
@@ -14564,13 +14565,7 @@ request_local(struct exchange *x)
 		    "it has / and /proxy.pac, /status and /metrics");
 	else if (q->method != METHOD_GET && q->method != METHOD_HEAD)
 		exchange_refuse(x, REFUSE_PAGE_METHOD, "");
-	else {
-		if (page->guarded) {
-			x->rules = rules_take(&q->head, &x->record.user);
-			exchange_view(x, NULL, 0, &v);
-			if (!access_judge(x, &v))
-				return;
-		}
+	else if (!page->guarded || access_begin(x)) {
 		page_own(x, page);
 		exchange_answer(x);
 	}

@@ -17773,6 +17773,13 @@ test_bend_chance() { # chance: that share of requests, and the same ones with -S
 	cmp got.1 got.2 || fail "with one seed two runs differ"
 	n=$(grep -c 200 got.1)
 	[ "$n" -ge 15 ] && [ "$n" -le 45 ] || fail "30 % of 100 are $n"
+	# The same for pages of the proxy's own.
+	start_proxy -S 42 -e 'deny page status chance 50%'
+	n=0
+	while [ $((n += 1)) -le 40 ]; do echo "ask here /status"; done | client c
+	n=$(grep -c '^HTTP/1.1 200' c)
+	[ "$n" -ge 8 ] && [ "$n" -le 32 ] || fail "of 40, 50 % are not $n"
+	stop_proxy
 	exits 2 -n -e 'deny chance 101%'
 	has errors 'write a share such as 10%'
 	exits 2 -n -e 'deny chance 10'
