@@ -13770,7 +13770,11 @@ enum {
 	/* The longest message of a SOCKS5 parent, RFC 1928 section 6. */
 	GREETING_MAX = 7 + 255,
 	/* A parent that could not be reached is skipped for this long. */
-	PARENT_FAILED_MS = 30000
+	PARENT_FAILED_MS = 30000,
+	/* Bytes of a body that rules judge together, if they come in parts. */
+	JUDGE_BYTES = 1024,
+	/* No more time than this counts for the credit of a rate. */
+	CREDIT_US = 1000000
 };
 
 /* ---- changes of phase, and the end ---- */
@@ -13848,12 +13852,11 @@ exchange_drop_tries(struct exchange *x)
 	struct route *route = &x->request->route;
 	struct other *o;
 
-	for (o = others; route->tries > 0 && o < others + others_used; o++) {
-		if (o->conn.fd == -1 || o->conn.exchange != x)
-			continue;
-		conn_close(&o->conn, false);
-		route->tries--;
-	}
+	for (o = others; route->tries > 0 && o < others + others_used; o++)
+		if (o->conn.exchange == x) {
+			conn_close(&o->conn, false);
+			route->tries--;
+		}
 }
 
 /* Frees the request, if any, and everything that it owns. */
@@ -14060,11 +14063,6 @@ route_judge(struct exchange *x, struct view *v)
 /* ---- what rules do to an exchange ---- */
 
 #define RATE_MAX (UINT64_C(1) << 40)
-
-enum {
-	/* No more time than this counts for credit. */
-	CREDIT_US = 1000000
-};
 
 /* What bends x, made if there is none; NULL if there is no memory. */
 static struct bend *
@@ -14340,10 +14338,6 @@ access_response(struct exchange *x, const struct response *r, struct text head)
 	exchange_deny(x, b ? REFUSE_ANSWER_LONG : REFUSE_MEMORY, "");
 	return false;
 }
-
-enum {
-	JUDGE_BYTES = 1024
-};
 
 /*
  * Judges a piece of the body, the last one if `whole`, by the texts in it and
@@ -14999,8 +14993,9 @@ resolve_strike(struct exchange *x, struct view *v)
 }
 
 /*
- * The next hop's addresses are in the list: judges them, and chooses the
- * local address.
+ * Addresses are in the list.  If they are the server's, and a rule needs them
+ * to choose the parent, does that; else judges them as those of the next hop,
+ * and chooses the local address.
  */
 static void
 resolve_judge(struct exchange *x)
@@ -15013,11 +15008,20 @@ resolve_judge(struct exchange *x)
 	struct view v;
 
 	exchange_view(x, NULL, 0, &v);
+	if (direct)
+		view_source(&v, &q->route.list[0]);
+	if (q->access.route_undecided) {
+		route_judge(x, &v);
+		q->access.route_undecided = false;
+		q->times.asked = 0;
+		if (exchange_parent(x) != NULL &&
+		    q->access.state == ACCESS_UNDECIDED)
+			(void)access_judge(x, &v);
+		return;
+	}
 	if (!direct && q->access.state == ACCESS_UNDECIDED &&
 	    !access_judge(x, &v))
 		return;
-	if (direct && q->route.n > 0)
-		view_source(&v, &q->route.list[0]);
 	verdict = rules_judge(x->rules, GROUP_SOURCE, &v);
 	q->route.from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
 	refusal = resolve_strike(x, &v);
@@ -15033,22 +15037,6 @@ resolve_judge(struct exchange *x)
 	}
 }
 
-/* Chooses the parent by the server's addresses, which are in the list. */
-static void
-resolve_route(struct exchange *x)
-{
-	struct request *q = x->request;
-	struct view v;
-
-	exchange_view(x, NULL, 0, &v);
-	view_source(&v, &q->route.list[0]);
-	route_judge(x, &v);
-	q->access.route_undecided = false;
-	if (exchange_parent(x) != NULL && q->access.state == ACCESS_UNDECIDED)
-		(void)access_judge(x, &v);
-	q->times.asked = 0;
-}
-
 /*
  * RESOLVE: looks up the next hop's addresses and judges them.  If the next
  * hop is a parent, the parent looks up the target's name itself.
@@ -15057,14 +15045,13 @@ static bool
 resolve_step(struct exchange *x)
 {
 	struct request *q = x->request;
-	bool undecided = q->access.route_undecided;
-	const struct parent *parent = undecided ? NULL : q->route.parent;
+	const struct parent *parent = q->route.parent;
 	int known = parent != NULL && parent->kind != PARENT_NONE ?
 	    resolve_host(x, text_of(parent->host), parent->port) :
 	    resolve_host(x, q->target.host, q->target.port);
 
 	if (known == 1)
-		(undecided ? resolve_route : resolve_judge)(x);
+		resolve_judge(x);
 	else if (known == 0) {
 		if (!exchange_is_late(x, x->since + CONNECT_MS))
 			return false;
@@ -15427,21 +15414,19 @@ exchange_skip(struct exchange *x)
 static bool
 exchange_read(struct exchange *x, struct conn *from)
 {
-	uint64_t max = UINT64_MAX;
+	bool grows = from == &x->server && x->request != NULL &&
+	    x->request->answerer == ANSWER_FETCH;
+	size_t max = grows ? (size_t)cache_room(x) : BUFFER_ROOM;
 
-	if (from == &x->server && x->request != NULL)
-		max = cache_room(x);
-	if (max == UINT64_MAX)
-		return conn_read(from);
 	if (max == 0)
 		from->readable = false;
-	if (!conn_read_some(from,
-		max > BUFFER_ROOM ? BUFFER_ROOM : (size_t)max))
+	if (!conn_read_some(from, max))
 		return false;
 	/* The bytes had been stored: someone truncated the file. */
-	if (from->eof)
+	if (grows && from->eof) {
 		from->error = EIO;
-	from->eof = false;
+		from->eof = false;
+	}
 	return true;
 }
 
@@ -15453,9 +15438,10 @@ static void
 exchange_see(struct exchange *x, struct flow *f, struct text piece)
 {
 	struct request *q = f == &x->down ? x->request : NULL;
-	bool news = !f->done && (piece.len > 0 || f->whole);
 
-	if (q != NULL && q->access.answer != NULL && news &&
+	if (f->done || (piece.len == 0 && !f->whole))
+		return;
+	if (q != NULL && q->access.answer != NULL &&
 	    !access_body(x, piece, f->whole)) {
 		f->ready -= (uint32_t)piece.len;
 		f->whole = false;
@@ -15464,7 +15450,7 @@ exchange_see(struct exchange *x, struct flow *f, struct text piece)
 		cache_append(x, text_of(""), false);
 		return;
 	}
-	if (q != NULL && (piece.len > 0 || f->whole))
+	if (q != NULL)
 		cache_append(x, piece, f->whole);
 	if (piece.len > 0 && x->request != NULL)
 		tape_add(x,
@@ -15632,7 +15618,6 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 		to = q->minor == 1 ? FRAMING_CHUNKED : FRAMING_CLOSE;
 	x->close = x->close || to == FRAMING_CLOSE || !x->up.done || stop_at ||
 	    exchanges.crowded;
-	q->route.keep = response_keeps_server(x, r);
 	flow_start(&x->down, r->framing, to, r->length);
 	if (!answer_is_local(q))
 		cache_store(x, r);
@@ -15670,7 +15655,6 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 static bool
 response_validates(struct exchange *x, const struct response *r, size_t n)
 {
-	bool keep = r->status == 304 && response_keeps_server(x, r);
 	struct lookup l;
 	enum cached cached;
 
@@ -15681,7 +15665,6 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	if (cached == CACHED_NO)
 		return false;
 	if (r->status == 304) {
-		x->request->route.keep = keep;
 		conn_drop_head(&x->server, n);
 		exchange_release(x);
 	}
@@ -15711,7 +15694,6 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 	flow_start(d, r->framing, old.to, r->length);
 	d->bare = old.bare;
 	q->skip = d->payload = old.payload;
-	q->route.keep = response_keeps_server(x, r);
 	conn_drop_head(&x->server, n);
 	exchange_enter(x, PHASE_RELAY);
 }
@@ -15790,6 +15772,7 @@ response_accept(struct exchange *x, size_t n)
 		return;
 	}
 	q->times.answered = q->times.answered ? q->times.answered : now.ms;
+	q->route.keep = response_keeps_server(x, &r);
 	if (response_wants_login(x, &r))
 		exchange_refuse(x,
 		    exchange_is_relayed(x) ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
