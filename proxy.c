@@ -75,8 +75,8 @@
  *   exchange_finish, log_exchange.
  * walk connect: loop_accept, exchange_open, request_step, request_accept,
  *   access_begin, resolve_step, connect_step, connect_open, response_step,
- *   response_accept, response_tunnel, relay_step, tunnel_listen,
- *   exchange_pump, tunnel_judge, exchange_close, exchange_end, log_exchange.
+ *   response_accept, response_tunnel, relay_step, exchange_pump,
+ *   tunnel_judge, exchange_close, exchange_end, log_exchange.
  *
  * What always holds (exchange_check() asserts most of it after every turn):
  *
@@ -712,7 +712,7 @@ struct bend {
 	int64_t until;            /* ms: it waits until then, or 0 */
 	uint64_t rate;            /* bytes a second each way, or UINT64_MAX */
 	int64_t filled_us[2];     /* when credit was last added: up, down */
-	uint64_t credit[2];       /* bytes that may go at once: up, down */
+	uint64_t credit[2];       /* millionths of bytes that may go at once */
 	bool unanswered;          /* no response is ever sent */
 	bool answers;             /* a rule has made the response */
 	char rules[120];          /* those that did so, for the log */
@@ -14237,21 +14237,19 @@ bend_room(struct exchange *x, const struct flow *f)
 {
 	struct bend *b = x->bend;
 	bool down = f == &x->down;
-	uint64_t elapsed, gained;
+	uint64_t elapsed, room;
 
 	if (b == NULL)
 		return UINT64_MAX;
 	if (b->rate == UINT64_MAX)
 		return down ? b->left : UINT64_MAX;
 	elapsed = (uint64_t)least(now.us - b->filled_us[down], CREDIT_US);
-	if (elapsed == CREDIT_US)
-		b->filled_us[down] = now.us - CREDIT_US;
-	/* The time of what is gained: parts of a byte are not lost. */
-	gained = elapsed * b->rate / 1000000;
-	b->filled_us[down] += (int64_t)(gained * 1000000 / b->rate);
-	b->credit[down] = (uint64_t)least((int64_t)(b->credit[down] + gained),
-	    (int64_t)(b->rate / 10 + 1));
-	return down && b->left < b->credit[down] ? b->left : b->credit[down];
+	b->filled_us[down] = now.us;
+	b->credit[down] =
+	    (uint64_t)least((int64_t)(b->credit[down] + elapsed * b->rate),
+		(int64_t)(b->rate / 10 + 1) * 1000000);
+	room = b->credit[down] / 1000000;
+	return down && b->left < room ? b->left : room;
 }
 
 /*
@@ -14270,7 +14268,7 @@ bend_spend(struct exchange *x, const struct flow *f, uint64_t n)
 		b->left -= n;
 	if (b->rate == UINT64_MAX)
 		return;
-	b->credit[down] -= n;
+	b->credit[down] -= n * 1000000;
 	if (f->ready > 0)
 		(void)exchange_is_late(x,
 		    now.ms + 1 +
@@ -14468,6 +14466,19 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 		exchange_deny(x, refusal, detail);
 }
 
+/* Refuses the request if the way to its server takes too long; true if so. */
+static bool
+route_expire(struct exchange *x, enum refusal refusal)
+{
+	char detail[ADDRESS_TEXT];
+
+	if (!exchange_is_late(x, x->since + CONNECT_MS))
+		return false;
+	address_print(&x->record.server, detail);
+	exchange_refuse(x, refusal, x->record.server.family ? detail : "");
+	return true;
+}
+
 /* ---- REQUEST: a whole head, and who answers it ---- */
 
 /*
@@ -14617,9 +14628,8 @@ exchange_refresh(struct exchange *x)
 	buffer_print(head, " HTTP/1.%u\r\n", q->minor);
 	fields_append(head, &q->head, personal);
 	y = exchange_take_refresh(x, head);
-	if (y == NULL)
-		return;
-	(void)cache_detach(x, y);
+	if (y != NULL)
+		(void)cache_detach(x, y);
 }
 
 /*
@@ -14848,16 +14858,6 @@ header_step(struct exchange *x)
 	return true;
 }
 
-/* True if the head of a request, or its first byte, is late. */
-static bool
-request_is_late(struct exchange *x)
-{
-	bool idle = x->served && x->record.start == 0;
-
-	return exchange_is_late(x,
-	    x->since + (idle ? KEPT_CLIENT_MS : HEAD_MS));
-}
-
 /* REQUEST: waits for a whole head. */
 static bool
 request_step(struct exchange *x)
@@ -14889,7 +14889,9 @@ request_step(struct exchange *x)
 			request_accept(x);
 	} else if (conn_read(c))
 		return true;
-	else if (!c->eof && !c->error && !request_is_late(x))
+	else if (!c->eof && !c->error &&
+	    !exchange_is_late(x,
+		x->since + (begun || !x->served ? HEAD_MS : KEPT_CLIENT_MS)))
 		return false;
 	else if (x->record.start == 0)
 		exchange_close(x, false);
@@ -15052,12 +15054,7 @@ resolve_step(struct exchange *x)
 
 	if (known == 1)
 		resolve_judge(x);
-	else if (known == 0) {
-		if (!exchange_is_late(x, x->since + CONNECT_MS))
-			return false;
-		exchange_refuse(x, REFUSE_NAME_SLOW, "");
-	}
-	return true;
+	return known != 0 || route_expire(x, REFUSE_NAME_SLOW);
 }
 
 /* ---- CONNECT: the addresses in turn ---- */
@@ -15279,19 +15276,6 @@ connect_open(struct exchange *x)
 	exchange_answer(x);
 }
 
-/* Refuses the request if there is no connection in time; true if so. */
-static bool
-connect_expire(struct exchange *x)
-{
-	char detail[ADDRESS_TEXT];
-
-	if (!exchange_is_late(x, x->since + CONNECT_MS))
-		return false;
-	address_print(&x->record.server, detail);
-	exchange_refuse(x, REFUSE_CONNECT_SLOW, detail);
-	return true;
-}
-
 /* CONNECT: tries the addresses in turn, the next after NEXT_TRY_MS. */
 static bool
 connect_step(struct exchange *x)
@@ -15309,7 +15293,7 @@ connect_step(struct exchange *x)
 		return true;
 	}
 	if (x->server.fd != -1 || route->tries > 0) {
-		if (connect_expire(x))
+		if (route_expire(x, REFUSE_CONNECT_SLOW))
 			return true;
 		if (route->next == route->n ||
 		    !exchange_is_late(x, route->tried + NEXT_TRY_MS))
@@ -15380,7 +15364,8 @@ greet_step(struct exchange *x)
 	else if (s->eof || s->error || s->write_failed)
 		exchange_refuse(x, REFUSE_PARENT, "it closed the connection");
 	else
-		return conn_read_some(s, GREETING_MAX) || connect_expire(x);
+		return conn_read_some(s, GREETING_MAX) ||
+		    route_expire(x, REFUSE_CONNECT_SLOW);
 	return true;
 }
 
@@ -15432,11 +15417,13 @@ exchange_read(struct exchange *x, struct conn *from)
 
 /*
  * Shows a piece of a body, or its end, to rules, cache, recording and trace.
- * If a rule forbids it, drops the piece and marks the flow as broken.
+ * If a rule forbids it, drops the piece and marks the flow as broken.  The
+ * first bytes of a tunnel's client may name the server, for the log.
  */
 static void
 exchange_see(struct exchange *x, struct flow *f, struct text piece)
 {
+	static char flat[HELLO_MAX];
 	struct request *q = f == &x->down ? x->request : NULL;
 
 	if (f->done || (piece.len == 0 && !f->whole))
@@ -15456,6 +15443,10 @@ exchange_see(struct exchange *x, struct flow *f, struct text piece)
 		tape_add(x,
 		    f == &x->up ? TAPE_REQUEST_BODY : TAPE_RESPONSE_BODY,
 		    piece);
+	if (x->tunnel == TUNNEL_SILENT && f == &x->up && piece.len > 0) {
+		log_note_name(x, hello_name(piece, flat));
+		x->tunnel = TUNNEL_OPEN;
+	}
 	if (options.verbose > 1 && piece.len > 0)
 		trace_dump(x, f == &x->up ? "c>s" : "s>c", piece);
 }
@@ -15594,9 +15585,9 @@ exchange_release(struct exchange *x)
 	struct conn *s = &x->server;
 	struct hop hop;
 
-	if (x->request == NULL || !x->request->route.keep || !x->up.done ||
-	    s->fd == -1 || s->in != NULL || s->out != NULL || s->readable ||
-	    s->eof || s->error || s->write_failed || s->hangup || stop_at) {
+	if (!x->request->route.keep || !x->up.done || s->fd == -1 ||
+	    s->in != NULL || s->out != NULL || s->readable || s->eof ||
+	    s->error || s->write_failed || s->hangup || stop_at) {
 		conn_close(s, false);
 		return;
 	}
@@ -15714,7 +15705,6 @@ response_tunnel(struct exchange *x, const struct response *r, size_t n)
 	log_note(x);
 	x->tunnel = x->request->method == METHOD_CONNECT ? TUNNEL_SILENT :
 							   TUNNEL_OPEN;
-	x->close = true;
 	exchange_forget(x);
 	flow_start(&x->up, FRAMING_CLOSE, FRAMING_CLOSE, 0);
 	flow_start(&x->down, FRAMING_CLOSE, FRAMING_CLOSE, 0);
@@ -15910,10 +15900,7 @@ exchange_finish(struct exchange *x)
 	exchange_release(x);
 	exchange_end(x);
 	x->served = true;
-	if (close &&
-	    (x->client.eof || x->client.error || x->client.write_failed))
-		exchange_close(x, false);
-	else if (close)
+	if (close)
 		conn_shut(&x->client);
 }
 
@@ -15958,27 +15945,6 @@ tunnel_judge(struct exchange *x)
 	if (s->shut && c->shut)
 		exchange_close(x, false);
 	return s->shut && c->shut;
-}
-
-/*
- * Looks for a server name in a tunnel client's first bytes, for the log.
- * False if they are still to come.
- */
-static bool
-tunnel_listen(struct exchange *x)
-{
-	static char flat[HELLO_MAX];
-	struct conn *c = &x->client;
-
-	if (x->tunnel != TUNNEL_SILENT)
-		return true;
-	(void)conn_read(c);
-	if (c->in == NULL && !c->eof && !c->error)
-		return false;
-	if (c->in != NULL)
-		log_note_name(x, hello_name(buffer_text(c->in), flat));
-	x->tunnel = TUNNEL_OPEN;
-	return true;
 }
 
 /*
@@ -16111,11 +16077,10 @@ static bool
 relay_step(struct exchange *x)
 {
 	struct conn *c = &x->client, *s = &x->server;
-	bool heard = !x->tunnel || tunnel_listen(x);
 	bool moved, gone, done;
 
 	moved = exchange_pump(x, &x->down, s, c);
-	if (heard && s->fd != -1 && s->role != ROLE_FILE && !x->up.broken &&
+	if (s->fd != -1 && s->role != ROLE_FILE && !x->up.broken &&
 	    exchange_pump(x, &x->up, c, s))
 		moved = true;
 	if (bend_cuts(x)) {
