@@ -47,7 +47,7 @@
  *   COLLAPSE --collapse_step--> RESOLVE (if nobody else brought the answer)
  *   RESOLVE --resolve_step--> CONNECT --connect_step--> GREET (SOCKS parent)
  *   CONNECT, GREET --connect_open, exchange_send--> RESPONSE
- *   RESPONSE --response_forward, tunnel_start--> RELAY
+ *   RESPONSE --response_forward, response_tunnel--> RELAY
  *   RESPONSE --response_retry--> CONNECT (a kept connection was no good)
  *   RESPONSE --response_validates--> CONNECT (the entry to validate is gone)
  *   RESOLVE, CONNECT, GREET --parent_next--> RESOLVE (by another parent)
@@ -75,8 +75,8 @@
  *   exchange_finish, log_exchange.
  * walk connect: loop_accept, exchange_open, request_step, request_accept,
  *   access_begin, resolve_step, connect_step, connect_open, response_step,
- *   response_accept, response_tunnel, tunnel_start, relay_step,
- *   tunnel_listen, exchange_pump, tunnel_judge, exchange_end, log_exchange.
+ *   response_accept, response_tunnel, relay_step, exchange_pump,
+ *   tunnel_judge, exchange_close, exchange_end, log_exchange.
  *
  * What always holds (exchange_check() asserts most of it after every turn):
  *
@@ -326,6 +326,7 @@ struct conn {
 	bool connecting : 1; /* connect(2) is under way */
 	bool readable : 1;   /* a read may succeed */
 	bool writable : 1;   /* a write may succeed */
+	bool wanted : 1;     /* the last step tried to read */
 	bool eof : 1;        /* the peer sends no more */
 	bool shut : 1;       /* the proxy sends no more */
 	bool write_failed : 1; /* a write failed: the peer accepts no more */
@@ -702,7 +703,6 @@ struct request {
 
 /* What rules do to an exchange; most have none. */
 struct bend {
-	struct bend *next;        /* in the list of free ones */
 	const struct rule *limit; /* counts it, or NULL */
 	const struct rule *cut;   /* cuts its response, or NULL */
 	uint64_t left;            /* bytes of the response, until it is cut */
@@ -710,7 +710,7 @@ struct bend {
 	int64_t until;            /* ms: it waits until then, or 0 */
 	uint64_t rate;            /* bytes a second each way, or UINT64_MAX */
 	int64_t filled_us[2];     /* when credit was last added: up, down */
-	uint64_t credit[2];       /* bytes that may go at once: up, down */
+	uint64_t credit[2];       /* millionths of bytes that may go at once */
 	bool unanswered;          /* no response is ever sent */
 	bool answers;             /* a rule has made the response */
 	char rules[120];          /* those that did so, for the log */
@@ -745,12 +745,13 @@ struct note {
  * and a tunnel cost a slot and nothing more.
  */
 struct exchange {
-	enum phase phase;      /* set by exchange_enter() only */
-	enum tunnel tunnel;    /* whether it is one */
-	bool refresh : 1;      /* it has no client: see cache_detach() */
-	bool served : 1;       /* the client had a response before */
+	struct exchange *next_again; /* in the list of those to be run */
+	bool again;                  /* it is there: also as a free slot */
+	enum phase phase;            /* set by exchange_enter() only */
+	enum tunnel tunnel;          /* whether it is one */
+	bool refresh : 1;            /* it has no client: see cache_detach() */
+	bool served : 1;             /* the client had a response before */
 	bool close : 1;        /* the client's connection ends after this */
-	bool again : 1;        /* it is in the list of those to be run */
 	bool local : 1;        /* the client is on this machine */
 	bool traced : 1;       /* a rule has it traced */
 	bool intercepted : 1;  /* a firewall sent the client here */
@@ -761,16 +762,15 @@ struct exchange {
 	int64_t moved;         /* ms: a byte was last written, or since */
 	int64_t deadline;      /* ms: it is run again at the latest */
 	struct exchange *next; /* in the list of free slots */
-	struct exchange *next_again; /* in the list of those to be run */
-	struct address peer;         /* of the client */
-	struct conn client, server;  /* its two sides */
-	struct flow up;              /* the request's body, client to server */
-	struct flow down;            /* the response's, server to client */
-	struct request *request;     /* being served, or NULL */
-	struct rules *rules;         /* in force for it, or NULL */
-	struct bend *bend;           /* what rules do to it, or NULL */
-	struct record record;        /* for its line in the log */
-	struct note note;            /* of a tunnel */
+	struct address peer;   /* of the client */
+	struct conn client, server; /* its two sides */
+	struct flow up;             /* the request's body, client to server */
+	struct flow down;           /* the response's, server to client */
+	struct request *request;    /* being served, or NULL */
+	struct rules *rules;        /* in force for it, or NULL */
+	struct bend *bend;          /* what rules do to it, or NULL */
+	struct record record;       /* for its line in the log */
+	struct note note;           /* of a tunnel */
 };
 
 /* What -w keeps of an exchange. */
@@ -2139,13 +2139,13 @@ conn_watch(struct conn *c, int events)
  * 5).  room: bytes that come now can be taken.
  */
 static int
-conn_events(const struct conn *c, bool room)
+conn_events(const struct conn *c)
 {
 	int events = 0;
 
 	if ((c->out != NULL || c->connecting) && !c->writable)
 		events |= POLLOUT;
-	if (room && !c->connecting && !c->readable && !c->eof && !c->error)
+	if (c->wanted && !c->connecting && !c->readable && !c->eof && !c->error)
 		events |= POLLIN;
 	return events;
 }
@@ -2288,6 +2288,7 @@ conn_read_some(struct conn *c, size_t max)
 	size_t room;
 	ssize_t n;
 
+	c->wanted = true;
 	if (!c->readable || c->eof || c->error)
 		return false;
 	if (c->in == NULL && (c->in = buffer_take()) == NULL) {
@@ -2329,6 +2330,7 @@ conn_drain(struct conn *c)
 	ssize_t n;
 
 	buffer_give(&c->in);
+	c->wanted = true;
 	if (!c->readable || c->eof || c->error)
 		return false;
 	n = fd_read(c->fd, scratch, sizeof(scratch));
@@ -13418,13 +13420,13 @@ page_trace(struct exchange *x)
  * they run, and ends with its step function.  A step does what can be done
  * now and returns true if anything moved; then it, or the step of the phase
  * that it entered, is called again.  A step that has to wait returns false,
- * and exchange_run() sets the events and the deadline.
+ * and has said for what: it tried to read or write, and exchange_is_late()
+ * keeps its deadline.
  *
  * A step must never block.  Messages are parsed, built and written by the
  * sections above; this one decides what comes next.
  *
- * Door: exchange_open, exchange_run, exchange_expire, exchange_close,
- * exchange_abort.
+ * Door: exchange_open, exchange_run, exchange_close, exchange_abort.
  */
 
 enum {
@@ -13438,23 +13440,20 @@ enum {
 	/* The longest message of a SOCKS5 parent, RFC 1928 section 6. */
 	GREETING_MAX = 7 + 255,
 	/* A parent that could not be reached is skipped for this long. */
-	PARENT_FAILED_MS = 30000
+	PARENT_FAILED_MS = 30000,
+	/* Bytes of a body that rules judge together, if they come in parts. */
+	JUDGE_BYTES = 1024,
+	/* No more time than this counts for the credit of a rate. */
+	CREDIT_US = 1000000
 };
 
 /* ---- changes of phase, and the end ---- */
-
-static struct bend *bends_free; /* for exchanges to come */
 
 /* No rule bends x any more. */
 static void
 bend_drop(struct exchange *x)
 {
-	struct bend *b = x->bend;
-
-	if (b == NULL)
-		return;
-	b->next = bends_free;
-	bends_free = b;
+	free(x->bend);
 	x->bend = NULL;
 }
 
@@ -13475,8 +13474,8 @@ access_enter(struct exchange *x, enum access_state state)
 static struct exchange *
 exchange_take(void)
 {
-	struct exchange *x = exchanges.free, *next_again;
-	bool again;
+	struct exchange *x = exchanges.free;
+	const size_t start = offsetof(struct exchange, phase);
 
 	if (exchanges.busy == exchanges.n)
 		return NULL;
@@ -13485,13 +13484,9 @@ exchange_take(void)
 	else
 		x = &exchanges.slots[exchanges.used++];
 	/* A slot freed and taken again stays in the list of those to run. */
-	again = x->again;
-	next_again = x->next_again;
-	memset(x, 0, offsetof(struct exchange, note.text));
-	x->again = again;
-	x->next_again = next_again;
-	conn_clear(&x->server);
-	conn_clear(&x->client);
+	memset((char *)x + start, 0,
+	    offsetof(struct exchange, note.text) - start);
+	x->server.fd = x->client.fd = -1;
 	exchanges.busy++;
 	if (exchanges.busy > totals.busiest)
 		totals.busiest = exchanges.busy;
@@ -13512,6 +13507,14 @@ exchange_enter(struct exchange *x, enum phase phase)
 	x->since = x->moved = now.ms;
 }
 
+/* True if a time has come; else a step waits, until then at the latest. */
+static bool
+exchange_is_late(struct exchange *x, int64_t until)
+{
+	x->deadline = least(x->deadline, until);
+	return now.ms >= until;
+}
+
 /* Closes all connection attempts except x->server. */
 static void
 exchange_drop_tries(struct exchange *x)
@@ -13519,12 +13522,11 @@ exchange_drop_tries(struct exchange *x)
 	struct route *route = &x->request->route;
 	struct other *o;
 
-	for (o = others; route->tries > 0 && o < others + others_used; o++) {
-		if (o->conn.fd == -1 || o->conn.exchange != x)
-			continue;
-		conn_close(&o->conn, false);
-		route->tries--;
-	}
+	for (o = others; route->tries > 0 && o < others + others_used; o++)
+		if (o->conn.exchange == x) {
+			conn_close(&o->conn, false);
+			route->tries--;
+		}
 }
 
 /* Frees the request, if any, and everything that it owns. */
@@ -13538,19 +13540,34 @@ exchange_forget(struct exchange *x)
 	request_drop(&x->request);
 }
 
+/*
+ * Writes the log line, and clears the request: the slot is ready for the next.
+ * A fetch that relay_part() moved has no log line.
+ */
+static void
+exchange_end(struct exchange *x)
+{
+	if (x->record.start)
+		log_exchange(x);
+	exchange_forget(x);
+	if (x->record.start)
+		trace_end(x);
+	bend_drop(x);
+	x->traced = false;
+	rules_give(&x->rules);
+	x->record = (struct record){ 0 };
+	flow_start(&x->up, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
+	flow_start(&x->down, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
+}
+
 /* Closes both connections, optionally by a reset, and frees the slot. */
 static void
 exchange_close(struct exchange *x, bool reset)
 {
 	exchange_enter(x, PHASE_FREE);
-	exchange_forget(x);
-	if (x->record.start)
-		trace_end(x);
+	exchange_end(x);
 	conn_close(&x->server, reset);
 	conn_close(&x->client, reset);
-	bend_drop(x);
-	x->traced = false;
-	rules_give(&x->rules);
 	x->next = exchanges.free;
 	exchanges.free = x;
 	exchanges.busy--;
@@ -13573,8 +13590,6 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 	}
 	x->record.end = end;
 	x->record.refusal = x->record.refusal ? x->record.refusal : refusal;
-	if (x->record.start)
-		log_exchange(x);
 	exchange_close(x,
 	    x->tunnel ? end == END_RESET || x->client.out != NULL ||
 		    x->server.out != NULL :
@@ -13645,7 +13660,6 @@ access_refuse(struct exchange *x)
 	(void)snprintf(detail, sizeof(detail),
 	    "To let it in, start the proxy with: -e 'allow client %s%s'", peer,
 	    page ? " page status metrics" : "");
-	x->close = x->close || !x->up.done;
 	if (rule->action == ACTION_DROP)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
 	else if (rule->action == ACTION_LOGIN)
@@ -13720,25 +13734,14 @@ route_judge(struct exchange *x, struct view *v)
 
 #define RATE_MAX (UINT64_C(1) << 40)
 
-enum {
-	/* No more time than this counts for credit. */
-	CREDIT_US = 1000000
-};
-
 /* What bends x, made if there is none; NULL if there is no memory. */
 static struct bend *
 bend_take(struct exchange *x)
 {
 	struct bend *b = x->bend;
 
-	if (b != NULL)
+	if (b != NULL || (b = calloc(1, sizeof(*b))) == NULL)
 		return b;
-	b = bends_free;
-	if (b != NULL)
-		bends_free = b->next;
-	else if ((b = malloc(sizeof(*b))) == NULL)
-		return NULL;
-	memset(b, 0, sizeof(*b));
 	b->rate = b->left = UINT64_MAX;
 	b->filled_us[0] = b->filled_us[1] = now.us;
 	x->bend = b;
@@ -13800,13 +13803,14 @@ bend_apply(struct exchange *x, const struct rule *rule)
 		break;
 	case ACTION_LIMIT:
 		if (bend_is_crowded(x, rule)) {
-			x->close = x->close || !x->up.done;
 			exchange_deny(x, REFUSE_CROWDED, "");
 			return false;
 		}
 		b->limit = rule;
 		break;
 	case ACTION_HANG:
+		cache_leave(x);
+		answer_by(x, ANSWER_MEMORY);
 		b->unanswered = true;
 		exchange_enter(x, PHASE_RESPONSE);
 		return false;
@@ -13816,8 +13820,8 @@ bend_apply(struct exchange *x, const struct rule *rule)
 			exchange_abort(x, END_RULE, REFUSE_RULE);
 			return false;
 		}
-		x->close = x->close || !x->up.done;
 		b->answers = true;
+		cache_leave(x);
 		page_rule(x, rule);
 		exchange_answer(x);
 		return false;
@@ -13841,9 +13845,10 @@ bend_apply(struct exchange *x, const struct rule *rule)
  * of them has answered it, or has it hang.
  */
 static bool
-bend_begin(struct exchange *x, struct view *v)
+bend_begin(struct exchange *x)
 {
 	struct access *access = &x->request->access;
+	struct view v;
 	size_t i;
 
 	if (access->bent)
@@ -13854,7 +13859,8 @@ bend_begin(struct exchange *x, struct view *v)
 
 		if (x->rules->first[bend_groups[i]] == NULL)
 			continue;
-		verdict = rules_judge(x->rules, bend_groups[i], v);
+		exchange_view(x, NULL, 0, &v);
+		verdict = rules_judge(x->rules, bend_groups[i], &v);
 		if (verdict.truth != TRUTH_YES)
 			continue;
 		/* To a CONNECT it would mean that there is a tunnel. */
@@ -13885,7 +13891,7 @@ bend_delays(struct exchange *x)
 		return false;
 	if (b->until == 0)
 		b->until = now.ms + b->delay_ms;
-	if (now.ms < b->until)
+	if (!exchange_is_late(x, b->until))
 		return true;
 	b->delay_ms = b->until = 0;
 	x->moved = now.ms;
@@ -13901,24 +13907,25 @@ bend_room(struct exchange *x, const struct flow *f)
 {
 	struct bend *b = x->bend;
 	bool down = f == &x->down;
-	uint64_t elapsed, gained;
+	uint64_t elapsed, room;
 
 	if (b == NULL)
 		return UINT64_MAX;
 	if (b->rate == UINT64_MAX)
 		return down ? b->left : UINT64_MAX;
 	elapsed = (uint64_t)least(now.us - b->filled_us[down], CREDIT_US);
-	if (elapsed == CREDIT_US)
-		b->filled_us[down] = now.us - CREDIT_US;
-	/* The time of what is gained: parts of a byte are not lost. */
-	gained = elapsed * b->rate / 1000000;
-	b->filled_us[down] += (int64_t)(gained * 1000000 / b->rate);
-	b->credit[down] = (uint64_t)least((int64_t)(b->credit[down] + gained),
-	    (int64_t)(b->rate / 10 + 1));
-	return down && b->left < b->credit[down] ? b->left : b->credit[down];
+	b->filled_us[down] = now.us;
+	b->credit[down] =
+	    (uint64_t)least((int64_t)(b->credit[down] + elapsed * b->rate),
+		(int64_t)(b->rate / 10 + 1) * 1000000);
+	room = b->credit[down] / 1000000;
+	return down && b->left < room ? b->left : room;
 }
 
-/* n bytes of f have gone on. */
+/*
+ * n bytes of f have gone on.  More wait until half of the most that credit may
+ * be is there: it is never full then.
+ */
 static void
 bend_spend(struct exchange *x, const struct flow *f, uint64_t n)
 {
@@ -13927,10 +13934,15 @@ bend_spend(struct exchange *x, const struct flow *f, uint64_t n)
 
 	if (b == NULL)
 		return;
-	if (b->rate != UINT64_MAX)
-		b->credit[down] -= n;
 	if (down && b->left != UINT64_MAX)
 		b->left -= n;
+	if (b->rate == UINT64_MAX)
+		return;
+	b->credit[down] -= n * 1000000;
+	if (f->ready > 0)
+		(void)exchange_is_late(x,
+		    now.ms + 1 +
+			(int64_t)((b->rate / 20 + 1) * 1000 / b->rate));
 }
 
 /* True if the client has all that it is to get of a response that has more. */
@@ -13941,30 +13953,9 @@ bend_cuts(const struct exchange *x)
 	    x->down.ready > 0;
 }
 
-/* When a rule lets x go on, in ms; INT64_MAX if no rule holds it up. */
-static int64_t
-bend_wake(const struct exchange *x)
-{
-	const struct bend *b = x->bend;
-	uint64_t lacks;
-
-	if (b == NULL)
-		return INT64_MAX;
-	if (x->phase == PHASE_RESPONSE && b->until != 0)
-		return b->until;
-	if (b->rate == UINT64_MAX || x->phase < PHASE_RESPONSE ||
-	    x->phase > PHASE_RELAY ||
-	    ((x->up.ready == 0 || x->server.out != NULL) &&
-		(x->down.ready == 0 || x->client.out != NULL)))
-		return INT64_MAX;
-	/* Half of the most that credit may be: it is never full then. */
-	lacks = (b->rate / 20 + 1) * 1000 / b->rate;
-	return now.ms + (int64_t)lacks + 1;
-}
-
 /*
  * Judges a new request by the rules now in force, which apply to it until it
- * ends.  False if it was refused.
+ * ends; one for a page of the proxy's own has no way.  False if it was refused.
  */
 static bool
 access_begin(struct exchange *x)
@@ -13977,9 +13968,11 @@ access_begin(struct exchange *x)
 	exchange_view(x, NULL, 0, &v);
 	if (!access_judge(x, &v))
 		return false;
+	if (q->target.form == FORM_ORIGIN)
+		return true;
 	route_judge(x, &v);
 	exchange_rewrite(x);
-	return q->access.state == ACCESS_UNDECIDED || bend_begin(x, &v);
+	return q->access.state == ACCESS_UNDECIDED || bend_begin(x);
 }
 
 /*
@@ -14013,10 +14006,6 @@ access_response(struct exchange *x, const struct response *r, struct text head)
 	exchange_deny(x, b ? REFUSE_ANSWER_LONG : REFUSE_MEMORY, "");
 	return false;
 }
-
-enum {
-	JUDGE_BYTES = 1024
-};
 
 /*
  * Judges a piece of the body, the last one if `whole`, by the texts in it and
@@ -14066,7 +14055,6 @@ static void
 exchange_serve(struct exchange *x, const struct lookup *l)
 {
 	struct request *q = x->request;
-	struct view v;
 
 	exchange_drop_tries(x);
 	conn_close(&x->server, false);
@@ -14081,10 +14069,8 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	if (!access_response(x, &l->r, l->e.head))
 		return;
 	l->b->start = (size_t)(l->e.head.at - l->b->data);
-	exchange_view(x, NULL, 0, &v);
-	if (!bend_begin(x, &v))
-		return;
-	exchange_enter(x, PHASE_RESPONSE);
+	if (bend_begin(x))
+		exchange_enter(x, PHASE_RESPONSE);
 }
 
 /*
@@ -14150,11 +14136,24 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 		exchange_deny(x, refusal, detail);
 }
 
+/* Refuses the request if the way to its server takes too long; true if so. */
+static bool
+route_expire(struct exchange *x, enum refusal refusal)
+{
+	char detail[ADDRESS_TEXT];
+
+	if (!exchange_is_late(x, x->since + CONNECT_MS))
+		return false;
+	address_print(&x->record.server, detail);
+	exchange_refuse(x, refusal, x->record.server.family ? detail : "");
+	return true;
+}
+
 /* ---- REQUEST: a whole head, and who answers it ---- */
 
 /*
  * Moves the first n bytes from the client to the request, as its head; the
- * rest stays in `in`.  False without memory.
+ * rest stays in `in`.  False, and it is the client's error, without memory.
  */
 static bool
 request_take(struct exchange *x, size_t n)
@@ -14164,8 +14163,10 @@ request_take(struct exchange *x, size_t n)
 
 	if (more > 0) {
 		rest = buffer_take();
-		if (rest == NULL)
+		if (rest == NULL) {
+			x->client.error = ENOMEM;
 			return false;
+		}
 		buffer_append(rest,
 		    text_cut(head->data + head->start + n, more));
 		head->end -= more;
@@ -14230,7 +14231,6 @@ request_local(struct exchange *x)
 	struct text host = head_value(&q->head, "Host");
 	const struct page *page = page_find(q);
 	struct target t;
-	struct view v;
 
 	if (authority_parse(host, 80, &t) != 1 || !page_is_ours(x, &t)) {
 		x->close = true;
@@ -14240,13 +14240,7 @@ request_local(struct exchange *x)
 		    "it has / and /proxy.pac, /status and /metrics");
 	else if (q->method != METHOD_GET && q->method != METHOD_HEAD)
 		exchange_refuse(x, REFUSE_PAGE_METHOD, "");
-	else {
-		if (page->guarded) {
-			x->rules = rules_take(&q->head, &x->record.user);
-			exchange_view(x, NULL, 0, &v);
-			if (!access_judge(x, &v))
-				return;
-		}
+	else if (!page->guarded || access_begin(x)) {
 		page_own(x, page);
 		exchange_answer(x);
 	}
@@ -14304,9 +14298,8 @@ exchange_refresh(struct exchange *x)
 	buffer_print(head, " HTTP/1.%u\r\n", q->minor);
 	fields_append(head, &q->head, personal);
 	y = exchange_take_refresh(x, head);
-	if (y == NULL)
-		return;
-	(void)cache_detach(x, y);
+	if (y != NULL)
+		(void)cache_detach(x, y);
 }
 
 /*
@@ -14337,7 +14330,8 @@ exchange_look_up(struct exchange *x)
 static bool
 collapse_step(struct exchange *x)
 {
-	if (cache_follows(x, FETCH_ASKS) && now.ms < x->since + COLLAPSE_MS)
+	if (cache_follows(x, FETCH_ASKS) &&
+	    !exchange_is_late(x, x->since + COLLAPSE_MS))
 		return false;
 	exchange_look_up(x);
 	return true;
@@ -14371,7 +14365,7 @@ request_adopt(struct request *q)
 
 /* Parses the head in the request's bytes, and decides who answers. */
 static void
-request_begun(struct exchange *x)
+request_accept(struct exchange *x)
 {
 	struct request *q = x->request;
 	int verdict, last;
@@ -14401,19 +14395,10 @@ request_begun(struct exchange *x)
 		exchange_look_up(x);
 }
 
-/* A whole head of n bytes has come. */
-static void
-request_accept(struct exchange *x, size_t n)
-{
-	if (request_take(x, n))
-		request_begun(x);
-	else
-		x->client.error = ENOMEM;
-}
-
 /*
  * An intercepted client speaks TLS: it wants a tunnel to the server that its
- * greeting names, and knows nothing of us.  What it sent stays in `in`.
+ * greeting names, and knows nothing of us.  What it sent stays in `in`.  False
+ * if more of it is to come.
  */
 static bool
 request_tunnel(struct exchange *x)
@@ -14426,7 +14411,7 @@ request_tunnel(struct exchange *x)
 	x->hidden = true;
 	if (name.len == 0 && !c->eof && !c->error && buffer_room(c->in) > 0 &&
 	    !hello_is_whole(t, flat))
-		return conn_read(c);
+		return false;
 	head = name.len > 0 ? buffer_take() : NULL;
 	if (head == NULL) {
 		request_spoil(x);
@@ -14438,7 +14423,7 @@ request_tunnel(struct exchange *x)
 	    "CONNECT %.*s:443 HTTP/1.1\r\nHost: %.*s:443\r\n\r\n",
 	    (int)name.len, name.at, (int)name.len, name.at);
 	x->request->bytes = head;
-	request_begun(x);
+	request_accept(x);
 	return true;
 }
 
@@ -14530,9 +14515,13 @@ header_step(struct exchange *x)
 		x->peer = client;
 		address_print(&client, words);
 		trace(x, "behind the PROXY header, the client is %s", words);
-	} else if (!c->eof && !c->error)
-		return conn_read(c);
-	else if (c->in != NULL || c->error == ENOMEM)
+	} else if (conn_read(c))
+		return true;
+	else if (!c->eof && !c->error) {
+		if (!exchange_is_late(x, x->since + HEAD_MS))
+			return false;
+		header_refuse(x, END_IDLE, REFUSE_HEADER_SLOW);
+	} else if (c->in != NULL || c->error == ENOMEM)
 		header_refuse(x, END_CLIENT, REFUSE_HEADER_CUT);
 	else
 		exchange_close(x, false);
@@ -14545,14 +14534,17 @@ request_step(struct exchange *x)
 {
 	struct conn *c = &x->client;
 	enum refusal refusal = REFUSE_NONE;
+	bool begun, tls;
 	int n = 0;
 
 	if (x->unnamed)
 		return header_step(x);
-	if (request_begin(x)) {
-		if (x->intercepted && !x->served &&
-		    request_hopeless(c->in, false) == REFUSE_TLS)
-			return request_tunnel(x);
+	begun = request_begin(x);
+	tls = begun && x->intercepted && !x->served &&
+	    request_hopeless(c->in, false) == REFUSE_TLS;
+	if (tls && request_tunnel(x))
+		return true;
+	if (begun && !tls) {
 		n = conn_head(c, 0, false);
 		refusal = request_hopeless(c->in, n > 0);
 		if (refusal == REFUSE_NONE && n < 0)
@@ -14562,15 +14554,23 @@ request_step(struct exchange *x)
 		request_starve(x);
 	else if (refusal != REFUSE_NONE)
 		request_reject(x, refusal);
-	else if (n > 0)
-		request_accept(x, (size_t)n);
+	else if (n > 0) {
+		if (request_take(x, (size_t)n))
+			request_accept(x);
+	} else if (conn_read(c))
+		return true;
+	else if (!c->eof && !c->error &&
+	    !exchange_is_late(x,
+		x->since + (begun || !x->served ? HEAD_MS : KEPT_CLIENT_MS)))
+		return false;
+	else if (x->record.start == 0)
+		exchange_close(x, false);
 	else if (!c->eof && !c->error)
-		return conn_read(c);
-	else if (x->record.start) {
+		request_reject(x, REFUSE_SLOW);
+	else {
 		request_spoil(x);
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
-	} else
-		exchange_close(x, false);
+	}
 	return true;
 }
 
@@ -14665,8 +14665,9 @@ resolve_strike(struct exchange *x, struct view *v)
 }
 
 /*
- * The next hop's addresses are in the list: judges them, and chooses the
- * local address.
+ * Addresses are in the list.  If they are the server's, and a rule needs them
+ * to choose the parent, does that; else judges them as those of the next hop,
+ * and chooses the local address.
  */
 static void
 resolve_judge(struct exchange *x)
@@ -14679,16 +14680,25 @@ resolve_judge(struct exchange *x)
 	struct view v;
 
 	exchange_view(x, NULL, 0, &v);
+	if (direct)
+		view_source(&v, &q->route.list[0]);
+	if (q->access.route_undecided) {
+		route_judge(x, &v);
+		q->access.route_undecided = false;
+		q->times.asked = 0;
+		if (exchange_parent(x) != NULL &&
+		    q->access.state == ACCESS_UNDECIDED)
+			(void)access_judge(x, &v);
+		return;
+	}
 	if (!direct && q->access.state == ACCESS_UNDECIDED &&
 	    !access_judge(x, &v))
 		return;
-	if (direct && q->route.n > 0)
-		view_source(&v, &q->route.list[0]);
 	verdict = rules_judge(x->rules, GROUP_SOURCE, &v);
 	q->route.from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
 	refusal = resolve_strike(x, &v);
 	if (refusal == REFUSE_NONE) {
-		if (bend_begin(x, &v))
+		if (bend_begin(x))
 			exchange_enter(x, PHASE_CONNECT);
 	} else if (refusal == REFUSE_RULE)
 		access_refuse(x);
@@ -14699,22 +14709,6 @@ resolve_judge(struct exchange *x)
 	}
 }
 
-/* Chooses the parent by the server's addresses, which are in the list. */
-static void
-resolve_route(struct exchange *x)
-{
-	struct request *q = x->request;
-	struct view v;
-
-	exchange_view(x, NULL, 0, &v);
-	view_source(&v, &q->route.list[0]);
-	route_judge(x, &v);
-	q->access.route_undecided = false;
-	if (exchange_parent(x) != NULL && q->access.state == ACCESS_UNDECIDED)
-		(void)access_judge(x, &v);
-	q->times.asked = 0;
-}
-
 /*
  * RESOLVE: looks up the next hop's addresses and judges them.  If the next
  * hop is a parent, the parent looks up the target's name itself.
@@ -14723,15 +14717,14 @@ static bool
 resolve_step(struct exchange *x)
 {
 	struct request *q = x->request;
-	bool undecided = q->access.route_undecided;
-	const struct parent *parent = undecided ? NULL : q->route.parent;
+	const struct parent *parent = q->route.parent;
 	int known = parent != NULL && parent->kind != PARENT_NONE ?
 	    resolve_host(x, text_of(parent->host), parent->port) :
 	    resolve_host(x, q->target.host, q->target.port);
 
 	if (known == 1)
-		(undecided ? resolve_route : resolve_judge)(x);
-	return known != 0;
+		resolve_judge(x);
+	return known != 0 || route_expire(x, REFUSE_NAME_SLOW);
 }
 
 /* ---- CONNECT: the addresses in turn ---- */
@@ -14910,7 +14903,6 @@ exchange_send(struct exchange *x)
 	struct request *q = x->request;
 	struct buffer *out = conn_out(&x->server);
 
-	q->times.connected = now.ms;
 	q->times.requested = now.wall;
 	if (out != NULL) {
 		if (q->rewrites.undecided || x->rules->needles_n > 0)
@@ -14937,6 +14929,7 @@ connect_open(struct exchange *x)
 {
 	struct buffer *early = x->server.in, *b;
 
+	x->request->times.connected = now.ms;
 	if (x->request->method != METHOD_CONNECT || exchange_is_relayed(x)) {
 		if (early != NULL)
 			exchange_refuse(x, REFUSE_EARLY, "");
@@ -14944,7 +14937,6 @@ connect_open(struct exchange *x)
 			exchange_send(x);
 		return;
 	}
-	x->request->times.connected = now.ms;
 	answer_by(x, ANSWER_MEMORY);
 	x->server.in = b = buffer_take_reserved();
 	if (b != NULL)
@@ -14961,24 +14953,24 @@ static bool
 connect_step(struct exchange *x)
 {
 	struct route *route = &x->request->route;
-	bool pending;
+	bool reused = connect_reuse(x);
 
-	if (connect_reuse(x)) {
-		exchange_send(x);
-		return true;
-	}
-	if (connect_won(x)) {
+	if (reused || connect_won(x)) {
 		exchange_drop_tries(x);
-		if (exchange_parent(x) != NULL && !exchange_is_relayed(x))
+		if (!reused && exchange_parent(x) != NULL &&
+		    !exchange_is_relayed(x))
 			exchange_enter(x, PHASE_GREET);
 		else
 			connect_open(x);
 		return true;
 	}
-	pending = x->server.fd != -1 || route->tries > 0;
-	if (pending &&
-	    (route->next == route->n || now.ms - route->tried < NEXT_TRY_MS))
-		return false;
+	if (x->server.fd != -1 || route->tries > 0) {
+		if (route_expire(x, REFUSE_CONNECT_SLOW))
+			return true;
+		if (route->next == route->n ||
+		    !exchange_is_late(x, route->tried + NEXT_TRY_MS))
+			return false;
+	}
 	if (route->next < route->n)
 		connect_next(x);
 	else
@@ -15044,7 +15036,8 @@ greet_step(struct exchange *x)
 	else if (s->eof || s->error || s->write_failed)
 		exchange_refuse(x, REFUSE_PARENT, "it closed the connection");
 	else
-		return conn_read_some(s, GREETING_MAX);
+		return conn_read_some(s, GREETING_MAX) ||
+		    route_expire(x, REFUSE_CONNECT_SLOW);
 	return true;
 }
 
@@ -15078,35 +15071,36 @@ exchange_skip(struct exchange *x)
 static bool
 exchange_read(struct exchange *x, struct conn *from)
 {
-	uint64_t max = UINT64_MAX;
+	bool grows = from == &x->server && x->request != NULL &&
+	    x->request->answerer == ANSWER_FETCH;
+	size_t max = grows ? (size_t)cache_room(x) : BUFFER_ROOM;
 
-	if (from == &x->server && x->request != NULL)
-		max = cache_room(x);
-	if (max == UINT64_MAX)
-		return conn_read(from);
 	if (max == 0)
 		from->readable = false;
-	if (!conn_read_some(from,
-		max > BUFFER_ROOM ? BUFFER_ROOM : (size_t)max))
+	if (!conn_read_some(from, max))
 		return false;
 	/* The bytes had been stored: someone truncated the file. */
-	if (from->eof)
+	if (grows && from->eof) {
 		from->error = EIO;
-	from->eof = false;
+		from->eof = false;
+	}
 	return true;
 }
 
 /*
  * Shows a piece of a body, or its end, to rules, cache, recording and trace.
- * If a rule forbids it, drops the piece and marks the flow as broken.
+ * If a rule forbids it, drops the piece and marks the flow as broken.  The
+ * first bytes of a tunnel's client may name the server, for the log.
  */
 static void
 exchange_see(struct exchange *x, struct flow *f, struct text piece)
 {
+	static char flat[HELLO_MAX];
 	struct request *q = f == &x->down ? x->request : NULL;
-	bool news = !f->done && (piece.len > 0 || f->whole);
 
-	if (q != NULL && q->access.answer != NULL && news &&
+	if (f->done || (piece.len == 0 && !f->whole))
+		return;
+	if (q != NULL && q->access.answer != NULL &&
 	    !access_body(x, piece, f->whole)) {
 		f->ready -= (uint32_t)piece.len;
 		f->whole = false;
@@ -15115,12 +15109,16 @@ exchange_see(struct exchange *x, struct flow *f, struct text piece)
 		cache_append(x, text_of(""), false);
 		return;
 	}
-	if (q != NULL && (piece.len > 0 || f->whole))
+	if (q != NULL)
 		cache_append(x, piece, f->whole);
 	if (piece.len > 0 && x->request != NULL)
 		tape_add(x,
 		    f == &x->up ? TAPE_REQUEST_BODY : TAPE_RESPONSE_BODY,
 		    piece);
+	if (x->tunnel == TUNNEL_SILENT && f == &x->up && piece.len > 0) {
+		log_note_name(x, hello_name(piece, flat));
+		x->tunnel = TUNNEL_OPEN;
+	}
 	if (options.verbose > 1 && piece.len > 0)
 		trace_dump(x, f == &x->up ? "c>s" : "s>c", piece);
 }
@@ -15223,23 +15221,6 @@ response_wants_login(const struct exchange *x, const struct response *r)
 		x->rules->logins);
 }
 
-/*
- * Turns the exchange into a tunnel: two flows that end at the close.  It may
- * idle for hours, so the slot keeps what the log needs, and no request.
- */
-static void
-tunnel_start(struct exchange *x)
-{
-	log_note(x);
-	x->tunnel = x->request->method == METHOD_CONNECT ? TUNNEL_SILENT :
-							   TUNNEL_OPEN;
-	x->close = true;
-	exchange_forget(x);
-	flow_start(&x->up, FRAMING_CLOSE, FRAMING_CLOSE, 0);
-	flow_start(&x->down, FRAMING_CLOSE, FRAMING_CLOSE, 0);
-	exchange_enter(x, PHASE_RELAY);
-}
-
 /* Passes a 1xx on, unless the client is HTTP/1.0 (RFC 9110 section 15.2). */
 static void
 response_interim(struct exchange *x, const struct response *r, size_t n)
@@ -15276,9 +15257,9 @@ exchange_release(struct exchange *x)
 	struct conn *s = &x->server;
 	struct hop hop;
 
-	if (x->request == NULL || !x->request->route.keep || !x->up.done ||
-	    s->fd == -1 || s->in != NULL || s->out != NULL || s->readable ||
-	    s->eof || s->error || s->write_failed || s->hangup || stop_at) {
+	if (!x->request->route.keep || !x->up.done || s->fd == -1 ||
+	    s->in != NULL || s->out != NULL || s->readable || s->eof ||
+	    s->error || s->write_failed || s->hangup || stop_at) {
 		conn_close(s, false);
 		return;
 	}
@@ -15300,7 +15281,6 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 		to = q->minor == 1 ? FRAMING_CHUNKED : FRAMING_CLOSE;
 	x->close = x->close || to == FRAMING_CLOSE || !x->up.done || stop_at ||
 	    exchanges.crowded;
-	q->route.keep = response_keeps_server(x, r);
 	flow_start(&x->down, r->framing, to, r->length);
 	if (!answer_is_local(q))
 		cache_store(x, r);
@@ -15338,7 +15318,6 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 static bool
 response_validates(struct exchange *x, const struct response *r, size_t n)
 {
-	bool keep = r->status == 304 && response_keeps_server(x, r);
 	struct lookup l;
 	enum cached cached;
 
@@ -15349,7 +15328,6 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	if (cached == CACHED_NO)
 		return false;
 	if (r->status == 304) {
-		x->request->route.keep = keep;
 		conn_drop_head(&x->server, n);
 		exchange_release(x);
 	}
@@ -15379,12 +15357,15 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 	flow_start(d, r->framing, old.to, r->length);
 	d->bare = old.bare;
 	q->skip = d->payload = old.payload;
-	q->route.keep = response_keeps_server(x, r);
 	conn_drop_head(&x->server, n);
 	exchange_enter(x, PHASE_RELAY);
 }
 
-/* Passes the head on and starts a tunnel. */
+/*
+ * Passes the head on, and turns the exchange into a tunnel: two flows that end
+ * at the close.  It may idle for hours, so the slot keeps what the log needs,
+ * and no request.
+ */
 static void
 response_tunnel(struct exchange *x, const struct response *r, size_t n)
 {
@@ -15393,7 +15374,13 @@ response_tunnel(struct exchange *x, const struct response *r, size_t n)
 	else if (!response_pass(x, r, n))
 		return;
 	x->record.status = r->status;
-	tunnel_start(x);
+	log_note(x);
+	x->tunnel = x->request->method == METHOD_CONNECT ? TUNNEL_SILENT :
+							   TUNNEL_OPEN;
+	exchange_forget(x);
+	flow_start(&x->up, FRAMING_CLOSE, FRAMING_CLOSE, 0);
+	flow_start(&x->down, FRAMING_CLOSE, FRAMING_CLOSE, 0);
+	exchange_enter(x, PHASE_RELAY);
 }
 
 /*
@@ -15447,6 +15434,7 @@ response_accept(struct exchange *x, size_t n)
 		return;
 	}
 	q->times.answered = q->times.answered ? q->times.answered : now.ms;
+	q->route.keep = response_keeps_server(x, &r);
 	if (response_wants_login(x, &r))
 		exchange_refuse(x,
 		    exchange_is_relayed(x) ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
@@ -15469,25 +15457,15 @@ response_accept(struct exchange *x, size_t n)
 }
 
 /*
- * The length of an empty line before a status line; one is skipped.  Some
- * servers send it after a body, beyond its length.
+ * What the server has sent, without an empty line in front: one is skipped, as
+ * some servers send it after a body, beyond its length.
  */
-static size_t
-response_skip(const struct conn *s)
+static struct text
+response_begun(const struct conn *s)
 {
 	struct text t = s->in == NULL ? text_of("") : buffer_text(s->in);
 
-	return text_starts(t, "\r\n") ? 2 : text_starts(t, "\n") ? 1 : 0;
-}
-
-/* True if the server's bytes begin as an interim response does, but 101. */
-static bool
-response_is_interim(const struct conn *s)
-{
-	struct text t = s->in == NULL ? text_of("") : buffer_text(s->in);
-
-	t = text_from(t, response_skip(s));
-	return t.len >= 12 && t.at[9] == '1' && t.at[11] != '1';
+	return text_from(t, text_starts(t, "\r\n") ? 2 : text_starts(t, "\n"));
 }
 
 /* The server closed without a response; a kept connection may do that. */
@@ -15497,7 +15475,7 @@ response_lost(struct exchange *x)
 	struct conn *s = &x->server;
 	struct request *q = x->request;
 	int error = s->error;
-	bool bytes = buffer_held(s->in) > response_skip(s) || q->interims > 0;
+	bool bytes = response_begun(s).len > 0 || q->interims > 0;
 	char words[ADDRESS_TEXT], detail[DETAIL_MAX];
 
 	if (q->route.reused && !bytes) {
@@ -15514,36 +15492,60 @@ response_lost(struct exchange *x)
 	    detail);
 }
 
+/* Ends the exchange, or refuses it, if nothing could be sent for too long. */
+static bool
+response_expire(struct exchange *x)
+{
+	char detail[ADDRESS_TEXT];
+
+	if (!exchange_is_late(x, x->moved + options.idle_ms))
+		return false;
+	x->record.end = END_IDLE;
+	address_print(&x->record.server, detail);
+	if (x->client.out != NULL || answer_is_local(x->request) ||
+	    bend_hangs(x))
+		exchange_abort(x, END_IDLE, REFUSE_IDLE);
+	else
+		exchange_refuse(x,
+		    x->up.done || x->server.out ? REFUSE_ANSWER_SLOW :
+						  REFUSE_BODY_SLOW,
+		    detail);
+	return true;
+}
+
 /* RESPONSE: sends the request's body, waits for a whole response head. */
 static bool
 response_step(struct exchange *x)
 {
-	const struct request *q = x->request;
 	struct conn *c = &x->client, *s = &x->server;
+	bool local = answer_is_local(x->request), hangs = bend_hangs(x);
 	bool moved = false;
+	struct text t;
 	size_t skip;
 	int n = 0;
 
-	if (s->fd != -1 && !answer_is_local(q))
-		moved = exchange_pump(x, &x->up, c, s);
-	if (bend_hangs(x))
+	if (hangs)
 		moved = conn_drain(c);
-	if (c->error || c->write_failed || (c->eof && bend_hangs(x))) {
+	else if (s->fd != -1 && !local)
+		moved = exchange_pump(x, &x->up, c, s);
+	if (c->error || c->write_failed || (c->eof && hangs)) {
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 		return true;
 	}
-	if (bend_hangs(x))
-		return moved;
-	if (x->up.broken && !answer_is_local(q)) {
+	if (!hangs && x->up.broken && !local) {
 		x->record.end = c->eof ? END_CLIENT : END_DONE;
 		exchange_refuse(x, c->eof ? REFUSE_BODY_CUT : REFUSE_BODY, "");
 		return true;
 	}
-	if (!conn_write(c))
+	if (hangs || !conn_write(c))
+		return moved || response_expire(x);
+	t = response_begun(s);
+	/* An interim response is not delayed, but a 101 is. */
+	if (s->in != NULL &&
+	    !(t.len >= 12 && t.at[9] == '1' && t.at[11] != '1') &&
+	    bend_delays(x))
 		return moved;
-	if (s->in != NULL && !response_is_interim(s) && bend_delays(x))
-		return moved;
-	skip = response_skip(s);
+	skip = buffer_held(s->in) - t.len;
 	if (s->in != NULL)
 		n = conn_head(s, skip, true);
 	if (n > 0) {
@@ -15554,33 +15556,11 @@ response_step(struct exchange *x)
 	else if (s->eof || s->error)
 		response_lost(x);
 	else
-		return conn_read(s) || moved;
+		return conn_read(s) || moved || response_expire(x);
 	return true;
 }
 
 /* ---- RELAY: the body, or both sides of a tunnel ---- */
-
-/*
- * Writes the log line, keeps or closes the server connection, and clears the
- * request: the slot is ready for the next.  A fetch that relay_part() moved
- * has no log line.
- */
-static void
-exchange_end(struct exchange *x)
-{
-	if (x->record.start)
-		log_exchange(x);
-	exchange_release(x);
-	exchange_forget(x);
-	if (x->record.start)
-		trace_end(x);
-	bend_drop(x);
-	x->traced = false;
-	rules_give(&x->rules);
-	x->record = (struct record){ 0 };
-	flow_start(&x->up, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
-	flow_start(&x->down, FRAMING_NO_BODY, FRAMING_NO_BODY, 0);
-}
 
 /* The client has the whole response: waits for the next request, or closes. */
 static void
@@ -15589,12 +15569,10 @@ exchange_finish(struct exchange *x)
 	bool close = x->close || stop_at;
 
 	exchange_enter(x, close ? PHASE_LINGER : PHASE_REQUEST);
+	exchange_release(x);
 	exchange_end(x);
 	x->served = true;
-	if (close &&
-	    (x->client.eof || x->client.error || x->client.write_failed))
-		exchange_close(x, false);
-	else if (close)
+	if (close)
 		conn_shut(&x->client);
 }
 
@@ -15636,32 +15614,9 @@ tunnel_judge(struct exchange *x)
 		tunnel_shut(x, s, "client");
 	if (x->down.done && c->out == NULL)
 		tunnel_shut(x, c, "server");
-	if (!s->shut || !c->shut)
-		return false;
-	exchange_end(x);
-	exchange_close(x, false);
-	return true;
-}
-
-/*
- * Looks for a server name in a tunnel client's first bytes, for the log.
- * False if they are still to come.
- */
-static bool
-tunnel_listen(struct exchange *x)
-{
-	static char flat[HELLO_MAX];
-	struct conn *c = &x->client;
-
-	if (x->tunnel != TUNNEL_SILENT)
-		return true;
-	(void)conn_read(c);
-	if (c->in == NULL && !c->eof && !c->error)
-		return false;
-	if (c->in != NULL)
-		log_note_name(x, hello_name(buffer_text(c->in), flat));
-	x->tunnel = TUNNEL_OPEN;
-	return true;
+	if (s->shut && c->shut)
+		exchange_close(x, false);
+	return s->shut && c->shut;
 }
 
 /*
@@ -15731,10 +15686,8 @@ relay_part(struct exchange *x)
 	struct exchange *y;
 	int fd;
 
-	if (x->request->access.answer != NULL || x->refresh || !x->up.done ||
-	    x->down.whole || x->down.broken)
-		return;
-	if (cache_wants(x) != WANTED_APART)
+	if (x->request->access.answer != NULL || x->down.broken ||
+	    cache_wants(x) != WANTED_APART)
 		return;
 	y = exchange_take_refresh(x, NULL);
 	if (y == NULL)
@@ -15767,16 +15720,39 @@ relay_resume(struct exchange *x)
 	route_again(x, PHASE_RESOLVE);
 }
 
+/*
+ * Ends the exchange if nothing could be sent for too long.  In a tunnel that is
+ * half-closed, or of which one side has gone, this takes less.
+ */
+static bool
+relay_expire(struct exchange *x)
+{
+	const struct conn *c = &x->client, *s = &x->server;
+	bool half = x->tunnel &&
+	    (conn_is_gone(c) || conn_is_gone(s) || c->write_failed ||
+		s->write_failed ||
+		((c->eof || s->eof) && c->out == NULL && s->out == NULL));
+
+	if (!exchange_is_late(x,
+		x->moved +
+		    (half ? least(HALF_CLOSED_MS, options.idle_ms) :
+			    options.idle_ms)))
+		return false;
+	exchange_abort(x,
+	    x->tunnel && x->record.end != END_DONE ? END_LIMIT : END_IDLE,
+	    x->tunnel ? REFUSE_NONE : REFUSE_IDLE);
+	return true;
+}
+
 /* RELAY: both flows side by side. */
 static bool
 relay_step(struct exchange *x)
 {
 	struct conn *c = &x->client, *s = &x->server;
-	bool heard = !x->tunnel || tunnel_listen(x);
 	bool moved, gone, done;
 
 	moved = exchange_pump(x, &x->down, s, c);
-	if (heard && s->fd != -1 && s->role != ROLE_FILE && !x->up.broken &&
+	if (s->fd != -1 && s->role != ROLE_FILE && !x->up.broken &&
 	    exchange_pump(x, &x->up, c, s))
 		moved = true;
 	if (bend_cuts(x)) {
@@ -15785,7 +15761,7 @@ relay_step(struct exchange *x)
 		return true;
 	}
 	if (x->tunnel)
-		return tunnel_judge(x) || moved;
+		return tunnel_judge(x) || moved || relay_expire(x);
 	if (c->out != NULL || x->down.ready > 0)
 		relay_part(x);
 	gone = (c->error || c->write_failed) && !relay_goes_on(x);
@@ -15804,7 +15780,7 @@ relay_step(struct exchange *x)
 		    x->record.refusal == REFUSE_RULE ? END_RULE : END_SERVER,
 		    REFUSE_CUT_SHORT);
 	else
-		return moved;
+		return moved || relay_expire(x);
 	return true;
 }
 
@@ -15819,136 +15795,19 @@ static bool
 linger_step(struct exchange *x)
 {
 	struct conn *c = &x->client;
-	bool ended = c->eof || c->error, news = !ended && conn_drain(c);
 
-	if (ended)
-		exchange_close(x, false);
-	else if (news)
+	if (conn_drain(c))
 		x->moved = now.ms;
-	return ended || news;
-}
-
-/* ---- all phases: events, deadlines, and one turn ---- */
-
-/* True if the next step would read from the client. */
-static bool
-exchange_takes_request(const struct exchange *x)
-{
-	if (x->phase == PHASE_REQUEST || x->phase == PHASE_LINGER)
-		return true;
-	if (bend_hangs(x))
-		return true;
-	if (x->up.done || x->phase < PHASE_RESPONSE)
-		return x->client.in == NULL;
-	return x->up.ready == 0 && x->server.role != ROLE_FILE &&
-	    x->server.fd != -1 && x->server.out == NULL &&
-	    !x->server.write_failed && !x->up.broken;
-}
-
-/* True if the next step would read from the server. */
-static bool
-exchange_takes_response(const struct exchange *x)
-{
-	if (x->client.out != NULL || x->client.write_failed ||
-	    (x->phase == PHASE_RELAY && x->down.ready > 0) ||
-	    (x->bend != NULL && x->bend->until != 0))
-		return false;
-	return x->phase != PHASE_RELAY || (!x->down.whole && !x->down.broken);
-}
-
-/* When x is out of time if nothing happens, in ms. */
-static int64_t
-exchange_limit(const struct exchange *x)
-{
-	const struct conn *c = &x->client, *s = &x->server;
-	/* One side is gone, or is over with nothing on its way to the other. */
-	bool half = conn_is_gone(c) || conn_is_gone(s) || c->write_failed ||
-	    s->write_failed ||
-	    ((c->eof || s->eof) && c->out == NULL && s->out == NULL);
-	const struct route *route;
-
-	switch (x->phase) {
-	case PHASE_REQUEST:
-		return x->since +
-		    (x->served && x->record.start == 0 ? KEPT_CLIENT_MS :
-							 HEAD_MS);
-	case PHASE_COLLAPSE:
-		return x->since + COLLAPSE_MS;
-	case PHASE_CONNECT:
-		route = &x->request->route;
-		if (route->next < route->n)
-			return least(route->tried + NEXT_TRY_MS,
-			    x->since + CONNECT_MS);
-		/* FALLTHROUGH */
-	case PHASE_RESOLVE:
-	case PHASE_GREET:
-		return x->since + CONNECT_MS;
-	case PHASE_RESPONSE:
-	case PHASE_RELAY:
-		if (x->bend != NULL && x->bend->until != 0)
-			return INT64_MAX;
-		return x->moved +
-		    (x->tunnel && half ?
-			    least(HALF_CLOSED_MS, options.idle_ms) :
-			    options.idle_ms);
-	case PHASE_LINGER:
-		return least(x->moved + LINGER_MS, x->since + LINGER_ALL_MS);
-	default:
-		return INT64_MAX;
-	}
-}
-
-/* Handles a deadline of x, as its phase demands. */
-static void
-exchange_expire(struct exchange *x)
-{
-	char detail[ADDRESS_TEXT];
-
-	if (now.ms < exchange_limit(x))
-		return;
-	address_print(&x->record.server, detail);
-	switch (x->phase) {
-	case PHASE_REQUEST:
-		if (x->unnamed)
-			header_refuse(x, END_IDLE, REFUSE_HEADER_SLOW);
-		else if (x->record.start)
-			request_reject(x, REFUSE_SLOW);
-		else
-			exchange_close(x, false);
-		break;
-	case PHASE_RESOLVE:
-		x->request->times.resolved = now.ms;
-		exchange_refuse(x, REFUSE_NAME_SLOW, "");
-		break;
-	case PHASE_CONNECT:
-	case PHASE_GREET:
-		if (now.ms >= x->since + CONNECT_MS)
-			exchange_refuse(x, REFUSE_CONNECT_SLOW, detail);
-		break;
-	case PHASE_RESPONSE:
-		x->record.end = END_IDLE;
-		if (x->client.out != NULL || answer_is_local(x->request) ||
-		    bend_hangs(x))
-			exchange_abort(x, END_IDLE, REFUSE_IDLE);
-		else
-			exchange_refuse(x,
-			    x->up.done || x->server.out ? REFUSE_ANSWER_SLOW :
-							  REFUSE_BODY_SLOW,
-			    detail);
-		break;
-	case PHASE_RELAY:
-		exchange_abort(x,
-		    x->tunnel && x->record.end != END_DONE ? END_LIMIT :
-							     END_IDLE,
-		    x->tunnel ? REFUSE_NONE : REFUSE_IDLE);
-		break;
-	case PHASE_LINGER:
+	else if (c->eof || c->error ||
+	    exchange_is_late(x,
+		least(x->moved + LINGER_MS, x->since + LINGER_ALL_MS)))
 		exchange_close(x, false);
-		break;
-	default:
-		break;
-	}
+	else
+		return false;
+	return true;
 }
+
+/* ---- all phases: one turn ---- */
 
 /* Asserts the invariants of the head comment. */
 static void
@@ -16019,8 +15878,8 @@ exchange_overhear(struct exchange *x)
 }
 
 /*
- * Runs x until nothing moves or its share of this turn is used up; then sets
- * its events and deadline.
+ * Runs x until nothing moves or its share of this turn is used up.  Then waits
+ * for what the last step tried to read or write, and until it is late.
  */
 static void
 exchange_run(struct exchange *x)
@@ -16038,17 +15897,19 @@ exchange_run(struct exchange *x)
 	struct conn *c = &x->client, *s = &x->server;
 	unsigned n = 0;
 
-	while (n < STEPS_MAX && steps[x->phase] && steps[x->phase](x))
-		n++;
+	do {
+		c->wanted = s->wanted = false;
+		x->deadline = INT64_MAX;
+	} while (n++ < STEPS_MAX && steps[x->phase] && steps[x->phase](x));
 	exchange_overhear(x);
 	exchange_check(x);
 	if (x->phase == PHASE_FREE)
 		return;
-	if (n == STEPS_MAX)
+	if (n > STEPS_MAX)
 		exchange_queue(x);
-	conn_watch(c, conn_events(c, exchange_takes_request(x)));
-	conn_watch(s, conn_events(s, exchange_takes_response(x)));
-	x->deadline = least(exchange_limit(x), bend_wake(x));
+	assert(n > STEPS_MAX || x->deadline != INT64_MAX);
+	conn_watch(c, conn_events(c));
+	conn_watch(s, conn_events(s));
 	exchanges.wake = least(exchanges.wake, x->deadline);
 }
 
@@ -16298,10 +16159,9 @@ loop_expire(void)
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
 		if (x->phase == PHASE_FREE)
 			continue;
-		if (x->deadline <= now.ms) {
-			exchange_expire(x);
+		if (x->deadline <= now.ms)
 			exchange_run(x);
-		} else
+		else
 			exchanges.wake = least(exchanges.wake, x->deadline);
 	}
 	/* A search of all slots takes its time: many are not done each ms. */

@@ -17738,6 +17738,26 @@ END
 END
 }
 
+test_bend_answer_stale() { # answer, hang: also where an entry was to be validated, or fetched
+	start_cache -e 'deny address 192.0.2.1' -e 'answer 503 "no" field X-A a' \
+	    -e 'answer 304 "" field X-A b' -e 'hang field X-A c'
+	play -n 'stale' <<'END'
+	reply  200 Cache-Control: max-age=0, stale-if-error=99\nETag: "a" | old
+	reply  200 Cache-Control: max-age=99\nETag: "b" | new
+	ask    http://localhost:%p/x = 200 | old
+	ask    http://localhost:%p/x X-A: a = 503
+	ask    http://localhost:%p/x X-A: b = 304
+	ask    http://localhost:%p/x = 200 | new
+	== nobody waits for one that hangs
+	reply  200 Cache-Control: max-age=99 | y
+	a: send GET http://localhost:%p/y HTTP/1.1\nHost: x\nX-A: c\n\n ; touch a ; await go
+	do comes a ; "$peer" sleep 300
+	ask    http://localhost:%p/y = 200 | y
+	do touch go
+END
+	log_between total 0 5000
+}
+
 test_bend_hang() { # hang: no answer until the client goes, or -t
 	start_proxy -e 'hang host a.example' -e 'delay 9s' -e 'answer 200 "a"'
 	play -n 'the status page says so' <<'END'
@@ -17944,6 +17964,13 @@ test_bend_chance() { # chance: that share of requests, and the same ones with -S
 	cmp got.1 got.2 || fail "with one seed two runs differ"
 	n=$(grep -c 200 got.1)
 	[ "$n" -ge 15 ] && [ "$n" -le 45 ] || fail "30 % of 100 are $n"
+	# The same for pages of the proxy's own.
+	start_proxy -S 42 -e 'deny page status chance 50%'
+	n=0
+	while [ $((n += 1)) -le 40 ]; do echo "ask here /status"; done | client c
+	n=$(grep -c '^HTTP/1.1 200' c)
+	[ "$n" -ge 8 ] && [ "$n" -le 32 ] || fail "of 40, 50 % are not $n"
+	stop_proxy
 	exits 2 -n -e 'deny chance 101%'
 	has errors 'write a share such as 10%'
 	exits 2 -n -e 'deny chance 10'
