@@ -617,7 +617,8 @@ struct access {
 
 /* The way of a request to its server; all zero at its start. */
 struct route {
-	struct parent *parent;      /* the upstream proxy, or NULL */
+	struct parent *parents;     /* those that the rule names, or NULL */
+	struct parent *parent;      /* the one in use, or NULL */
 	const struct address *from; /* local addresses: IPv4, IPv6; or NULL */
 	enum greeting greeting;     /* state of a SOCKS5 handshake */
 	int error;                  /* errno of the last address */
@@ -13721,9 +13722,9 @@ route_judge(struct exchange *x, struct view *v)
 	struct verdict verdict = rules_judge(x->rules, GROUP_ROUTE, v);
 
 	q->access.route_undecided = verdict.truth == TRUTH_UNDECIDED;
-	q->route.parent = verdict.truth == TRUTH_YES ?
-	    parent_choose(verdict.rule->parents) :
-	    NULL;
+	q->route.parents = verdict.truth == TRUTH_YES ? verdict.rule->parents :
+							NULL;
+	q->route.parent = parent_choose(q->route.parents);
 	if (q->route.parent != NULL)
 		trace(x, "%s %s port %u",
 		    q->route.parent->kind == PARENT_TO ? "to" : "via",
@@ -14091,6 +14092,23 @@ route_again(struct exchange *x, enum phase phase)
 }
 
 /*
+ * The rule's next parent that has not failed since the request came: behind the
+ * one in use, else in front of it, as it was skipped.  NULL: there is none.
+ */
+static struct parent *
+parent_untried(const struct route *route, int64_t came)
+{
+	struct parent *p;
+
+	for (p = route->parent->next; p != NULL; p = p->next)
+		if (p->failed < came)
+			return p;
+	for (p = route->parents; p != NULL && p->failed >= came;)
+		p = p->next;
+	return p;
+}
+
+/*
  * Turns to the rule's next parent; false if there is none.  A parent has not
  * failed if it was reached and only the server behind it could not be.
  */
@@ -14098,14 +14116,16 @@ static bool
 parent_next(struct exchange *x)
 {
 	struct request *q = x->request;
+	struct parent *parent;
 
 	if (exchange_parent(x) == NULL || x->record.status != 0 ||
 	    q->route.greeting == GREETING_REPLY)
 		return false;
 	q->route.parent->failed = now.ms;
-	if (q->route.parent->next == NULL)
+	parent = parent_untried(&q->route, x->record.start);
+	if (parent == NULL)
 		return false;
-	q->route.parent = q->route.parent->next;
+	q->route.parent = parent;
 	/* The next may be a direct connection: its addresses are judged. */
 	access_enter(x, ACCESS_UNDECIDED);
 	q->times.asked = 0;
@@ -14354,6 +14374,9 @@ request_adopt(struct request *q)
 		return verdict;
 	q->target.host = t.host;
 	q->target.port = t.port;
+	/* The form for a proxy of * has no path (RFC 9112 section 3.2.4). */
+	if (q->target.form == FORM_ASTERISK)
+		q->target.path = text_of("");
 	q->target.form = FORM_ABSOLUTE;
 	/* The log shows it whole, if there is room. */
 	buffer_print(b, "http://%.*s", (int)host.len, host.at);
@@ -14374,7 +14397,8 @@ request_accept(struct exchange *x)
 	trace_head(x, "c>", buffer_text(q->bytes));
 	tape_add(x, TAPE_REQUEST_HEAD, buffer_text(q->bytes));
 	verdict = request_parse(buffer_text(q->bytes), q);
-	if (verdict == 1 && x->intercepted && q->target.form == FORM_ORIGIN)
+	if (verdict == 1 && x->intercepted &&
+	    (q->target.form == FORM_ORIGIN || q->target.form == FORM_ASTERISK))
 		verdict = request_adopt(q);
 	request_note(x);
 	last = request_is_last(q);
@@ -15221,7 +15245,10 @@ response_wants_login(const struct exchange *x, const struct response *r)
 		x->rules->logins);
 }
 
-/* Passes a 1xx on, unless the client is HTTP/1.0 (RFC 9110 section 15.2). */
+/*
+ * Passes a 1xx on, unless the client is HTTP/1.0 (RFC 9110 section 15.2), or
+ * does not know of the proxy.
+ */
 static void
 response_interim(struct exchange *x, const struct response *r, size_t n)
 {
@@ -15230,7 +15257,7 @@ response_interim(struct exchange *x, const struct response *r, size_t n)
 	x->moved = now.ms;
 	if (++q->interims > INTERIM_MAX)
 		exchange_refuse(x, REFUSE_INTERIM, "");
-	else if (q->minor == 1 && x->record.status == 0)
+	else if (q->minor == 1 && x->record.status == 0 && !x->hidden)
 		(void)response_pass(x, r, n);
 	else
 		conn_drop_head(&x->server, n);
@@ -15645,6 +15672,8 @@ relay_goes_on(struct exchange *x)
 	x->refresh = true;
 	x->close = true;
 	x->record.end = END_CLIENT;
+	/* It goes on, even if nothing moved in this step. */
+	exchange_queue(x);
 	return true;
 }
 

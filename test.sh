@@ -10566,6 +10566,23 @@ END
 	[ "$ms" -lt 10000 ] || fail "that took $ms ms"
 }
 
+test_rules_parent_skipped() { # a parent that has failed lately is tried after all if the others fail
+	dead_port
+	first=$dead
+	origin b 'reply 200 Connection: close | b'
+	start_proxy -e "via http://$first http://$origin"
+	asks GET http://dest.invalid/
+	has a '^b'
+	kill "$(tail -n 1 .pids)"
+	"$peer" origin -a 127.0.0.1 -p "${first#*:}" c > c.port <<'END' ||
+replies 200 | back
+END
+		skip "the port is not free any more"
+	cut -d ' ' -f 2 c.port >> .pids
+	asks GET http://dest.invalid/
+	has a '^back'
+}
+
 test_rules_denied_no_stale() { # who is denied with 503 gets no stale entry instead
 	start_names 127.0.0.1 -- -c "$T/cache" -e 'allow field request X-In .' \
 	    -e 'deny 503 "no" address 127.0.0.0/8'
@@ -16524,6 +16541,11 @@ test_intercept_http() { # -l intercept: origin-form goes to Host; the rest as us
 	log    "GET http://%O/a\?b HTTP/1.1" 200 2 .* server=%O
 	client send GET / HTTP/1.1\nHost: a b\n\n ; eof
 	sees~  HTTP/1.1 400
+	== OPTIONS * is for the server
+	reply  200 | ok
+	client send OPTIONS * HTTP/1.1\nHost: %O\n\n ; answer
+	sees   ok
+	gets   OPTIONS * HTTP/1.1
 	== the proxy itself is no server to go to
 	client send GET / HTTP/1.1\nHost: %P\n\n ; answer
 	sees~  ^HTTP/1.1 508
@@ -16561,6 +16583,17 @@ END
 	client send $(printf %s "$greeting" | cut -c1-100) ; stall 200 ; send $(printf %s "$greeting" | cut -c101-) ; until hello ; send more ; until bye ; eof
 	log    "CONNECT tls.example:443 HTTP/1.1" 200
 END
+	stop_proxy
+	tls=$origin
+	origin p 'head ; send HTTP/1.1 100 Continue\n\nHTTP/1.1 200 OK\n\nhello ; close'
+	start_proxy -l intercept:127.0.0.1:0 -e "via http://$origin"
+	play -n 'a parent that says 100 first' <<END
+	client send $(hello tls.example) ; until hello ; eof
+	sees~  ^hello
+	log    "CONNECT tls.example:443 HTTP/1.1" 200
+END
+	stop_proxy
+	start_intercept "$tls"
 	play -n 'one without a name' <<END
 	client send $(hello) ; eof
 	log    400|499 .* why="intercepted TLS without the name of a server"
