@@ -10006,9 +10006,9 @@ request_is_cacheable(struct exchange *x, const struct rule *rule)
 	struct request *q = x->request;
 
 	/* Rules may still change the request that is sent. */
-	if (options.cache != NULL && q->rewrites.undecided)
+	if (q->rewrites.undecided)
 		caching_enter(x, CACHING_BYPASSED);
-	if (options.cache == NULL || q->rewrites.undecided || q->upgrade ||
+	if (q->rewrites.undecided || q->upgrade ||
 	    (q->method != METHOD_GET && q->method != METHOD_HEAD) ||
 	    q->framing != FRAMING_NO_BODY)
 		return false;
@@ -10064,9 +10064,10 @@ cache_find(struct exchange *x, struct lookup *l)
 	fetch_unfollow(x);
 	rule = cache_rule(x, NULL, NULL);
 	offline = rule->action == ACTION_OFFLINE;
+	if (options.cache == NULL)
+		return offline ? CACHED_NEVER : CACHED_NO;
 	asked = control_parse(&q->head);
-	asked.only_if_cached = offline ||
-	    (asked.only_if_cached && options.cache != NULL);
+	asked.only_if_cached = asked.only_if_cached || offline;
 	if (!request_is_cacheable(x, rule))
 		return asked.only_if_cached ? CACHED_NEVER : CACHED_NO;
 	common = request_is_common(q, &asked);
