@@ -2805,15 +2805,15 @@ exchange_queue(struct exchange *x)
  * is there, and minus a refusal if it is wrong.
  *
  * Door: refusals, status_reason, head_find, text_split, line_next,
- * text_is_clean, list_next, fields_parse, head_field, head_value, head_lists,
- * head_length, host_is_valid, authority_parse, url_login, absolute_parse,
- * url_parse, method_parse, request_parse, response_is_bare, response_parse,
- * fields_of_hop, fields_not_late, fields_of_body, fields_of_condition,
- * name_is_among, field_passes, field_append, fields_append, status_append,
- * length_append, via_append, host_bare, authority_print, address_read,
- * response_length, head_logs_in, conn_head, head_is_hopeless,
- * request_hopeless, request_clean, request_is_last, request_passed_here,
- * header_parse.
+ * text_is_clean, list_next, member_next, fields_parse, head_field, head_value,
+ * head_lists, head_length, host_is_valid, authority_parse, url_login,
+ * absolute_parse, url_parse, method_parse, request_parse, response_is_bare,
+ * response_parse, fields_of_hop, fields_not_late, fields_of_body,
+ * fields_of_condition, name_is_among, field_passes, field_append,
+ * fields_append, status_append, length_append, via_append, host_bare,
+ * authority_print, address_read, response_length, head_logs_in, conn_head,
+ * head_is_hopeless, request_hopeless, request_clean, request_is_last,
+ * request_passed_here, header_parse.
  */
 
 static const struct {
@@ -3132,6 +3132,26 @@ list_next(struct text *rest, struct text *member)
 	return member->len > 0;
 }
 
+/* A place among the members of all fields of one name. */
+struct members {
+	const struct field *field; /* whose members are read, or NULL */
+	struct text rest;          /* of its value */
+};
+
+/* The next member of the fields of that name; *m is zero at first. */
+static bool
+member_next(const struct head *h, const char *name, struct members *m,
+    struct text *member)
+{
+	while (m->field == NULL || !list_next(&m->rest, member)) {
+		m->field = field_next(h, name, m->field);
+		if (m->field == NULL)
+			return false;
+		m->rest = m->field->value;
+	}
+	return true;
+}
+
 /* Marks the fields of that name as nominated; false if there are none. */
 static bool
 head_mark(struct head *h, struct text name)
@@ -3155,21 +3175,19 @@ head_mark(struct head *h, struct text name)
 static bool
 head_nominate(struct head *h)
 {
-	const struct field *field = NULL;
-	struct text rest, member;
-	size_t n = 0;
+	struct members m = { NULL, { NULL, 0 } };
+	struct text name;
+	size_t n;
 
 	memset(h->nominated, 0, sizeof(h->nominated));
 	h->nominates_late = false;
-	while ((field = field_next(h, "Connection", field)) != NULL)
-		for (rest = field->value; list_next(&rest, &member);) {
-			if (++n > FIELDS_MAX)
-				return false;
-			if (!head_mark(h, member) &&
-			    !text_is(member, "close") &&
-			    !text_is(member, "keep-alive"))
-				h->nominates_late = true;
-		}
+	for (n = 0; member_next(h, "Connection", &m, &name); n++) {
+		if (n == FIELDS_MAX)
+			return false;
+		if (!head_mark(h, name) && !text_is(name, "close") &&
+		    !text_is(name, "keep-alive"))
+			h->nominates_late = true;
+	}
 	return true;
 }
 
@@ -3239,13 +3257,12 @@ head_drop(struct head *h, const char *name, const char *value)
 static bool
 head_lists(const struct head *h, const char *name, struct text word)
 {
-	const struct field *field = NULL;
-	struct text rest, member;
+	struct members m = { NULL, { NULL, 0 } };
+	struct text member;
 
-	while ((field = field_next(h, name, field)) != NULL)
-		for (rest = field->value; list_next(&rest, &member);)
-			if (text_same(member, word))
-				return true;
+	while (member_next(h, name, &m, &member))
+		if (text_same(member, word))
+			return true;
 	return false;
 }
 
@@ -3821,14 +3838,13 @@ response_length(const struct response *r)
 static bool
 head_logs_in(const struct head *h, const char *name)
 {
-	const struct field *field = NULL;
-	struct text rest, member;
+	struct members m = { NULL, { NULL, 0 } };
+	struct text member;
 
-	while ((field = field_next(h, name, field)) != NULL)
-		for (rest = field->value; list_next(&rest, &member);)
-			if (text_starts(member, "NTLM") ||
-			    text_starts(member, "Negotiate"))
-				return true;
+	while (member_next(h, name, &m, &member))
+		if (text_starts(member, "NTLM") ||
+		    text_starts(member, "Negotiate"))
+			return true;
 	return false;
 }
 
@@ -3935,21 +3951,15 @@ request_is_last(const struct request *r)
 static bool
 request_passed_here(const struct request *r)
 {
-	size_t i;
+	struct members m = { NULL, { NULL, 0 } };
+	struct text member, name;
 
-	for (i = 0; i < r->head.n; i++) {
-		struct text rest = r->head.fields[i].value, member;
-
-		if (!text_is(r->head.fields[i].name, "Via"))
-			continue;
-		while (list_next(&rest, &member)) {
-			size_t blank = text_find(member, ' ');
-			struct text name = text_trim(text_from(member, blank));
-
-			name.len = text_find(name, ' ');
-			if (text_is(name, pseudonym))
-				return true;
-		}
+	while (member_next(&r->head, "Via", &m, &member)) {
+		(void)text_split(&member, ' ');
+		member = text_trim(member);
+		name = text_split(&member, ' ');
+		if (text_is(name, pseudonym))
+			return true;
 	}
 	return false;
 }
@@ -7385,26 +7395,19 @@ control_parse(const struct head *h)
 		.max_stale = -1,
 		.while_revalidate = -1,
 		.if_error = -1 };
-	bool some = false;
-	size_t i;
+	struct members m = { NULL, { NULL, 0 } };
+	struct text value;
 
-	for (i = 0; i < h->n; i++) {
-		struct text rest = h->fields[i].value, member;
+	while (member_next(h, "Cache-Control", &m, &value)) {
+		bool given = text_find(value, '=') < value.len;
+		struct text name = text_split(&value, '=');
 
-		if (!text_is(h->fields[i].name, "Cache-Control"))
-			continue;
-		some = true;
-		while (list_next(&rest, &member)) {
-			size_t equals = text_find(member, '=');
-			struct text none = { NULL, 0 };
-
-			control_set(&control, text_cut(member.at, equals),
-			    equals < member.len ?
-				text_from(member, equals + 1) :
-				none);
-		}
+		if (!given)
+			value.at = NULL;
+		control_set(&control, name, value);
 	}
-	if (!some && head_lists(h, "Pragma", text_of("no-cache")))
+	if (head_field(h, "Cache-Control") == NULL &&
+	    head_lists(h, "Pragma", text_of("no-cache")))
 		control.no_cache = true;
 	return control;
 }
@@ -7437,20 +7440,20 @@ status_is_understood(int status)
 }
 
 /*
- * The freshness lifetime (RFC 9111 sections 4.2.1 and 4.2.2).  explicit_only:
- * no heuristic.
+ * The freshness lifetime (RFC 9111 sections 4.2.1 and 4.2.2); control is that
+ * of the response.  explicit_only: no heuristic.
  */
 static struct lifetime
-freshness_lifetime(const struct response *r, bool explicit_only)
+freshness_lifetime(const struct response *r, const struct control *control,
+    bool explicit_only)
 {
-	struct control control = control_parse(&r->head);
 	struct lifetime l = { -1, "nothing says how long" };
 	int64_t date, expires, modified;
 
-	if (control.s_maxage >= 0)
-		return (struct lifetime){ control.s_maxage, "s-maxage" };
-	if (control.max_age >= 0)
-		return (struct lifetime){ control.max_age, "max-age" };
+	if (control->s_maxage >= 0)
+		return (struct lifetime){ control->s_maxage, "s-maxage" };
+	if (control->max_age >= 0)
+		return (struct lifetime){ control->max_age, "max-age" };
 	date = head_date(&r->head, "Date");
 	expires = head_date(&r->head, "Expires");
 	modified = head_date(&r->head, "Last-Modified");
@@ -7463,7 +7466,7 @@ freshness_lifetime(const struct response *r, bool explicit_only)
 	}
 	if (explicit_only || modified == -1 || date <= modified ||
 	    (!status_is_among(r->status, heuristic_statuses) &&
-		!control.is_public) ||
+		!control->is_public) ||
 	    head_field(&r->head, "Set-Cookie") != NULL)
 		return l;
 	l.seconds = (date - modified) / 10;
@@ -7504,7 +7507,7 @@ response_obstacle(const struct request *q, const struct response *r,
 	    head_date(&r->head, "Last-Modified") != -1;
 	bool guess = control.is_public ||
 	    status_is_among(r->status, heuristic_statuses);
-	int64_t lifetime = freshness_lifetime(r, true).seconds;
+	int64_t lifetime = freshness_lifetime(r, &control, true).seconds;
 
 	if (q->method != METHOD_GET && q->method != METHOD_HEAD &&
 	    (q->method != METHOD_POST || r->status != 200 || lifetime <= 0 ||
@@ -7656,27 +7659,20 @@ static int
 condition_has(const struct head *q, const char *name, struct text etag,
     bool weak)
 {
-	int verdict = -1;
-	size_t i;
+	struct members m = { NULL, { NULL, 0 } };
+	struct text member;
 
 	if (text_starts(etag, "W/"))
 		etag = weak ? text_from(etag, 2) : text_of("");
-	for (i = 0; i < q->n; i++) {
-		struct text rest = q->fields[i].value, member;
-
-		if (!text_is(q->fields[i].name, name))
-			continue;
-		verdict = 0;
-		while (list_next(&rest, &member)) {
-			if (text_is(member, "*"))
-				return 1;
-			if (weak)
-				member = tag_weak(member);
-			if (etag.len > 0 && text_equals(member, etag))
-				return 1;
-		}
+	while (member_next(q, name, &m, &member)) {
+		if (text_is(member, "*"))
+			return 1;
+		if (weak)
+			member = tag_weak(member);
+		if (etag.len > 0 && text_equals(member, etag))
+			return 1;
 	}
-	return verdict;
+	return head_field(q, name) == NULL ? -1 : 0;
 }
 
 /*
@@ -8076,18 +8072,12 @@ static bool
 vary_append(const struct response *r, struct buffer *b)
 {
 	struct text list[VARY_MAX + 2], *last = list, *t, member;
-	size_t i;
+	struct members m = { NULL, { NULL, 0 } };
 
-	for (i = 0; i < r->head.n; i++) {
-		struct text rest = r->head.fields[i].value;
-
-		if (!text_is(r->head.fields[i].name, "Vary"))
-			continue;
-		while (list_next(&rest, &member)) {
-			if (last == list + VARY_MAX)
-				return false;
-			*last++ = member;
-		}
+	while (member_next(&r->head, "Vary", &m, &member)) {
+		if (last == list + VARY_MAX)
+			return false;
+		*last++ = member;
 	}
 	if (r->status == 206)
 		*last++ = text_of("range");
@@ -9827,11 +9817,12 @@ lookup_fits(const struct exchange *x, const struct lookup *l)
  * lifetime, set by a rule or by the entry itself.
  */
 static struct lifetime
-lookup_age(struct exchange *x, const struct lookup *l)
+lookup_age(struct exchange *x, const struct control *control,
+    const struct lookup *l)
 {
 	struct caching *c = &x->request->caching;
 	int64_t given = rule_seconds(cache_rule(x, &l->r, &l->e));
-	struct lifetime lifetime = freshness_lifetime(&l->r, false);
+	struct lifetime lifetime = freshness_lifetime(&l->r, control, false);
 
 	if (given >= 0)
 		lifetime = (struct lifetime){ given, "a rule" };
@@ -9852,7 +9843,7 @@ lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 		[REUSE_VALIDATED] = "to be validated" };
 	struct caching *c = &x->request->caching;
 	struct control control = control_parse(&l->r.head);
-	struct lifetime lifetime = lookup_age(x, l);
+	struct lifetime lifetime = lookup_age(x, &control, l);
 	enum reuse reuse = REUSE_VALIDATED;
 
 	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
@@ -10176,9 +10167,9 @@ cache_rescue(struct exchange *x, bool answered, struct lookup *l)
 
 	if (!entry_load(x, l))
 		return CACHED_NO;
-	lifetime = lookup_age(x, l);
 	asked = control_parse(&q->head);
 	control = control_parse(&l->r.head);
+	lifetime = lookup_age(x, &control, l);
 	if (l->e.responded <= now.wall + CLOCK_STEP_S &&
 	    reuse_on_error(&asked, &control,
 		q->caching.age - (lifetime.seconds > 0 ? lifetime.seconds : 0),
@@ -10252,10 +10243,13 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 static enum cached
 cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 {
+	struct control control;
+
 	if (entry_load(x, l)) {
 		if (response_is_same(news, &l->r) &&
 		    entry_freshen(x, news, l)) {
-			(void)lookup_age(x, l);
+			control = control_parse(&l->r.head);
+			(void)lookup_age(x, &control, l);
 			return lookup_answers(x, l, "validated");
 		}
 		buffer_give(&l->b);

@@ -11562,11 +11562,13 @@ row_control(struct text in)
 static void
 row_lifetime(struct text in)
 {
+	struct control c;
 	long long any, told;
 
 	reply_set(more, "", kept(in));
-	any = freshness_lifetime(&reply, false).seconds;
-	told = freshness_lifetime(&reply, true).seconds;
+	c = control_parse(&reply.head);
+	any = freshness_lifetime(&reply, &c, false).seconds;
+	told = freshness_lifetime(&reply, &c, true).seconds;
 	say_row("%lld", any);
 	if (any != told)
 		say_row(told == -1 ? " guessed" : " told %lld", told);
@@ -22421,7 +22423,7 @@ fuzz_freshness(struct text in)
 		return;
 	asked = control_parse(&q.head);
 	control = control_parse(&r.head);
-	lifetime = freshness_lifetime(&r, false).seconds;
+	lifetime = freshness_lifetime(&r, &control, false).seconds;
 	age = initial_age(&r, now.wall - 2, now.wall);
 	assert(lifetime >= -1 && age >= 2);
 	if (reuse_judge(&asked, &control, age, lifetime) == REUSE_FRESH)
