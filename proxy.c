@@ -974,7 +974,7 @@ say(const char *line, size_t n)
 static void
 say_words(const char *format, va_list args)
 {
-	char line[1024] = "proxy: ";
+	char line[2048] = "proxy: ";
 	size_t start, n;
 
 	if (worker > 0)
@@ -1075,7 +1075,7 @@ static int64_t started; /* ms: when the proxy was started */
 struct worker {
 	pid_t pid;     /* 0: it is not running */
 	unsigned hups; /* SIGHUPs that it has obeyed; see workers_step() */
-	int64_t born;  /* ms: when it was started; 0: never */
+	int64_t due;   /* ms: it is not started again before */
 	struct totals totals; /* as they were after its last turn */
 };
 
@@ -8919,21 +8919,23 @@ static void
 sweep_start(void)
 {
 	bool disk = stock->lack == LACK_DISK;
-	int fds[2];
+	int fds[2] = { -1, -1 };
 
 	if (stock->lack != LACK_NONE)
 		store.lack_ms = now.ms + SWEEP_GAP_MS;
 	stock->swept = stock_sum(stock->grown);
 	stock->lack = LACK_NONE;
-	if (!pipe_open(fds))
-		return;
-	store.sweeper = fork();
+	store.sweeper = pipe_open(fds) ? fork() : -1;
 	if (store.sweeper == 0)
 		sweeper_main(fds[1], disk);
-	(void)close(fds[1]);
+	fd_drop(&fds[1]);
+	if (store.sweeper == -1) {
+		/* It is tried again. */
+		stock->lack = disk ? LACK_DISK : LACK_SIZE;
+		store.lack_ms = now.ms + SWEEP_GAP_MS;
+		fd_drop(&fds[0]);
+	}
 	store.report = fds[0];
-	if (store.sweeper == -1)
-		fd_drop(&store.report);
 }
 
 /*
@@ -9853,8 +9855,9 @@ lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 	    (long long)c->age, c->ttl > 0 ? "<" : ">=",
 	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
 	    lifetime.why, control.no_cache ? ", no-cache" : "", words[reuse],
-	    reuse == REUSE_VALIDATED && c->ttl > 0 ? ", by the client's wish" :
-						     "");
+	    reuse != REUSE_VALIDATED || c->ttl <= 0 || control.no_cache ? "" :
+		x->refresh ? ", in the background" :
+			     ", by the client's wish");
 	return reuse;
 }
 
@@ -12902,7 +12905,10 @@ exchange_waits(const struct exchange *x)
 	if (x->bend != NULL && (x->bend->unanswered || x->bend->until != 0))
 		return x->bend->unanswered ? "the client to give up" :
 					     "the end of a delay";
-	(void)snprintf(text, sizeof(text), " its turn");
+	(void)snprintf(text, sizeof(text), " %s",
+	    x->request != NULL && x->request->answerer == ANSWER_FETCH ?
+		"the fetch that it follows" :
+		"its turn");
 	if (x->bend != NULL && x->bend->rate != UINT64_MAX &&
 	    ((x->up.ready > 0 && x->server.out == NULL) ||
 		(x->down.ready > 0 && x->client.out == NULL)))
@@ -12911,6 +12917,9 @@ exchange_waits(const struct exchange *x)
 		const struct conn *c = conns[i / 2];
 		short event = i % 2 ? POLLOUT : POLLIN;
 
+		/* What a client sends now is for its next request. */
+		if (i == 0 && !x->tunnel && x->up.done)
+			continue;
 		if (c->fd != -1 && c->place != 0 &&
 		    poll_set.fds[c->place].events & event)
 			n += (size_t)snprintf(text + n, sizeof(text) - n,
@@ -12972,7 +12981,7 @@ exchange_append(struct buffer *b, const struct exchange *x)
 		buffer_append(b, text_of(", the client sends no more"));
 	if (x->server.eof && x->tunnel)
 		buffer_append(b, text_of(", the server sends no more"));
-	if (p != NULL)
+	if (p != NULL && p->kind != PARENT_NONE)
 		buffer_print(b, ", by %s port %u", p->host, p->port);
 	if (x->bend != NULL)
 		buffer_print(b, ", bent by %s", x->bend->rules);
@@ -13579,6 +13588,7 @@ static void
 exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 {
 	bool starved = x->client.error == ENOMEM || x->server.error == ENOMEM;
+	bool lost = x->client.out != NULL || x->down.ready > 0;
 
 	if (starved && x->record.refusal == REFUSE_NONE) {
 		end = END_LIMIT;
@@ -13587,9 +13597,9 @@ exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
 	x->record.end = end;
 	x->record.refusal = x->record.refusal ? x->record.refusal : refusal;
 	exchange_close(x,
-	    x->tunnel ? end == END_RESET || x->client.out != NULL ||
-		    x->server.out != NULL :
-			x->record.status != 0 && !x->down.done &&
+	    x->tunnel ? end == END_RESET || lost || x->server.out != NULL ||
+		    x->up.ready > 0 :
+			x->record.status != 0 && (lost || !x->down.done) &&
 		    x->down.to == FRAMING_CLOSE);
 }
 
@@ -13697,6 +13707,17 @@ access_judge(struct exchange *x, struct view *v)
 	return !refused;
 }
 
+/* Makes x go through a parent, which may be NULL. */
+static void
+parent_use(struct exchange *x, struct parent *parent)
+{
+	x->request->route.parent = parent;
+	if (parent != NULL && parent->kind != PARENT_NONE)
+		trace(x, "%s %s port %u",
+		    parent->kind == PARENT_TO ? "to" : "via", parent->host,
+		    parent->port);
+}
+
 /* The first parent of a rule that has not failed lately, else the first. */
 static struct parent *
 parent_choose(struct parent *first)
@@ -13719,11 +13740,7 @@ route_judge(struct exchange *x, struct view *v)
 	q->access.route_undecided = verdict.truth == TRUTH_UNDECIDED;
 	q->route.parents = verdict.truth == TRUTH_YES ? verdict.rule->parents :
 							NULL;
-	q->route.parent = parent_choose(q->route.parents);
-	if (q->route.parent != NULL)
-		trace(x, "%s %s port %u",
-		    q->route.parent->kind == PARENT_TO ? "to" : "via",
-		    q->route.parent->host, q->route.parent->port);
+	parent_use(x, parent_choose(q->route.parents));
 }
 
 /* ---- what rules do to an exchange ---- */
@@ -14052,6 +14069,8 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 {
 	struct request *q = x->request;
 
+	/* It may stand in for an error. */
+	x->record.end = END_DONE;
 	exchange_drop_tries(x);
 	conn_close(&x->server, false);
 	conn_file(&x->server, l->fd, x);
@@ -14120,7 +14139,7 @@ parent_next(struct exchange *x)
 	parent = parent_untried(&q->route, x->record.start);
 	if (parent == NULL)
 		return false;
-	q->route.parent = parent;
+	parent_use(x, parent);
 	/* The next may be a direct connection: its addresses are judged. */
 	access_enter(x, ACCESS_UNDECIDED);
 	q->times.asked = 0;
@@ -16426,7 +16445,9 @@ loop_report(void)
 		    (unsigned long)buffer_held(c->out),
 		    (unsigned long)buffer_held(s->in),
 		    (unsigned long)buffer_held(s->out),
-		    (long long)(x->deadline - now.ms) / 1000);
+		    (long long)(x->again || x->deadline < now.ms ?
+			    0 :
+			    (x->deadline - now.ms) / 1000));
 	}
 	warn("%lu of %lu connections in use, %llu exchanges so far",
 	    (unsigned long)exchanges.busy, (unsigned long)exchanges.n,
@@ -16859,7 +16880,7 @@ worker_start(size_t i, const int lives[2])
 	sigset_t before;
 	pid_t pid;
 
-	workers[i].born = now.ms;
+	workers[i].due = now.ms + WORKER_GAP_MS;
 	pid = signals_fork(&before);
 	if (pid == 0) {
 		worker_begin(i, lives);
@@ -16886,13 +16907,12 @@ workers_step(const int lives[2])
 
 	for (i = 1; i < workers_n; i++) {
 		struct worker *w = &workers[i];
-		int64_t due = w->born ? w->born + WORKER_GAP_MS : 0;
 
-		if (w->pid == 0 && !stop_at && due <= now.ms &&
+		if (w->pid == 0 && !stop_at && w->due <= now.ms &&
 		    worker_start(i, lives))
 			return 0;
 		if (w->pid == 0)
-			wake = least(wake, due);
+			wake = least(wake, w->due);
 		some = some || w->pid != 0;
 		obeyed = obeyed && w->hups == workers[0].hups;
 	}

@@ -4453,7 +4453,8 @@ processor_time() {
 # of $NAME_ADDRESSES, those of them that begin with "slow" get no answer.  With
 # $NAMES all names are ours, and each look-up leaves a line in that file.  It is $LATER seconds
 # later.  While there are such files: fork-fails, walk-slow (to open a directory
-# takes long), walk-halted (it does not end), walk-fails (none can be read to its end).
+# takes long), walk-halted (it does not end), walk-fails (none can be read to its end),
+# peers-halted (sockets take no byte).
 write_names() {
 	cat > "$work/names.c" <<'EOF_NAMES'
 #define _POSIX_C_SOURCE 200809L
@@ -4578,8 +4579,21 @@ names_readdir(DIR *directory)
 	return readdir(directory);
 }
 
+static ssize_t
+names_write(int fd, const void *from, size_t n)
+{
+	struct stat status;
+
+	if (access("peers-halted", F_OK) == -1 || fstat(fd, &status) == -1 ||
+	    !S_ISSOCK(status.st_mode))
+		return write(fd, from, n);
+	errno = EAGAIN;
+	return -1;
+}
+
 #undef fork
 #define fork names_fork
+#define write names_write
 #define getaddrinfo names_lookup
 #define bind names_bind
 #define time(t) names_time(t)
@@ -17578,6 +17592,29 @@ END
 
 # ---- limits ----
 
+test_limit_silence_last() { # -t: a response whose last bytes could not be sent does not look complete
+	our_names
+	start_proxy -t 1
+	play -n 'the end of the connection is the end of the body' <<'END'
+	origin head ; touch peers-halted ; send HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n3\none\n0\n\n ; eof
+	client send GET http://%O/ HTTP/1.0\n\n ; eof
+	sees~  ^-- end reset
+	log    200 3 .* end=idle
+END
+}
+
+test_limit_silence_stale() { # -t: a stale response in place of one that is late ends well
+	start_cache -t 1
+	play -n 'stale' <<'END'
+	reply  200 Cache-Control: max-age=0, stale-if-error=99\nETag: "a" | one
+	origin head ; eof
+	ask    / = 200 | one
+	ask    / = 200 | one
+	log    200 3 .* end=done
+	log    200 3 .* hit=stale .* end=done
+END
+}
+
 test_limit_silence() { # -t: what is silent for too long, and what only is slow
 	start_proxy -t 1
 	play 'no answer' <<'END'
@@ -19312,6 +19349,16 @@ all_go() {
 metric() {
 	page /metrics
 	grep -F -x "$1 $2" page > /dev/null
+}
+
+test_worker_first() { # a supervisor that can't fork at first starts its workers later
+	our_names
+	: > fork-fails
+	start_proxy -j 2
+	has err "can't start worker"
+	rm fork-fails
+	workers 2
+	served
 }
 
 test_worker_all() { # -j: all workers serve, and count together
