@@ -20,16 +20,16 @@
  * It rests on four nouns.  An EXCHANGE is a client's connection and what is
  * being done for it.  It ties two CONNS, `client` and `server`, each a
  * descriptor with the bytes that have arrived (`in`) and those to be sent
- * (`out`).  The server is whoever answers: a socket, a cache entry's file, or
- * memory (an error page, the proxy's own pages, the 200 to a CONNECT); its
- * answer is read, judged, forwarded and logged by the same lines.  A FLOW is
- * one message in motion: it removes the framing on arrival and adds its own on
- * departure; received framing is never copied.  Two flows, `up` and `down`,
- * run side by side in one exchange; a tunnel is two flows that copy bytes
- * until they end.  RULES say who may go where, by which route, and what may
- * come back; they are asked again as more becomes known.  They may also bend
- * an exchange, to try out failures: delay it, slow it down, cut it, or answer
- * for a server.
+ * (`out`).  The server is whoever answers: a socket, a file (a cache entry's,
+ * or a rule's), or memory (an error page, a page of the proxy, the 200 to a
+ * CONNECT); its answer is read, judged, forwarded and logged by the same lines.
+ * A FLOW is one message in motion: it removes the framing on arrival and adds
+ * its own on departure; received framing is never copied.  Two flows, `up` and
+ * `down`, run side by side in one exchange; a tunnel is two flows that copy
+ * bytes until they end.  RULES say who may go where, by which route, and what
+ * may come back; they are asked again as more becomes known.  They may also
+ * bend an exchange, to try out failures: delay it, slow it down, cut it, or
+ * answer for a server.
  *
  * Three lifetimes, three structs.  An EXCHANGE is a slot of at most 512 bytes:
  * an idle client and an idle tunnel cost this and nothing more.  A REQUEST
@@ -39,7 +39,7 @@
  * in the cache (caching).  An ENTRY is a file of the cache, and exists only
  * there.
  *
- * An exchange walks through phases.  Each has one step function, named in
+ * An exchange walks through phases.  Each but FREE has one step function, in
  * the table of exchange_run(); only exchange_enter() changes the phase:
  *
  *   FREE --exchange_open--> REQUEST --request_accept, exchange_look_up-->
@@ -47,16 +47,16 @@
  *   COLLAPSE --collapse_step--> RESOLVE (if nobody else brought the answer)
  *   RESOLVE --resolve_step--> CONNECT --connect_step--> GREET (SOCKS parent)
  *   CONNECT, GREET --connect_open, exchange_send--> RESPONSE
- *   RESPONSE --response_forward, response_tunnel--> RELAY
+ *   RESPONSE --response_forward, response_tunnel, response_resume--> RELAY
  *   RESPONSE --response_retry--> CONNECT (a kept connection was no good)
  *   RESPONSE --response_validates--> CONNECT (the entry to validate is gone)
  *   RESOLVE, CONNECT, GREET --parent_next--> RESOLVE (by another parent)
  *   any before RELAY --exchange_refuse, exchange_answer--> RESPONSE (a page)
- *   before CONNECT --bend_apply--> RESPONSE (which a rule lets nobody have)
- *   REQUEST, COLLAPSE, RESPONSE --exchange_serve--> RESPONSE (from an entry)
+ *   before CONNECT --bend_apply--> RESPONSE (a rule answers, or lets it hang)
+ *   any before RELAY --exchange_serve--> RESPONSE (from an entry)
  *   RELAY --relay_resume--> RESOLVE (the fetch it was following failed)
  *   FREE --relay_part, exchange_take_refresh--> RELAY, REQUEST (no client)
- *   RELAY --exchange_finish--> REQUEST, LINGER or FREE
+ *   RELAY --exchange_finish--> REQUEST or LINGER --linger_step--> FREE
  *   any --exchange_abort, exchange_close--> FREE
  *
  * Three walks, each the names of functions in the order in which they run:
@@ -64,7 +64,7 @@
  * walk miss: loop_accept, exchange_open, exchange_run, request_step,
  *   request_accept, request_parse, access_begin, rules_judge,
  *   exchange_look_up, cache_find, resolve_step, connect_step, connect_next,
- *   exchange_send, request_build, response_step, response_accept,
+ *   connect_open, exchange_send, request_build, response_step, response_accept,
  *   response_parse, response_forward, cache_store, response_pass,
  *   response_build, relay_step, exchange_pump, flow_decode, cache_append,
  *   flow_encode, exchange_finish, log_exchange.
@@ -93,7 +93,7 @@
  *
  * It reads from top to bottom: each section uses only those above it, main
  * is last.  A section's head says what it is for, and lists under "Door" the
- * names that other sections may use; all other names are its own.
+ * functions that other sections may call; all others are its own.
  *
  * It obeys RFC 9110 (semantics), 9111 (caching), 9112 (messages), 8305 (happy
  * eyeballs), 9209 (Proxy-Status), 9211 (Cache-Status), 5861 (stale content),
@@ -659,7 +659,7 @@ struct caching {
 	uint32_t region;       /* bytes of the region of one that answers */
 	int64_t ttl;           /* seconds the entry is still fresh */
 	int64_t age;           /* its age in seconds */
-	char path[ENTRY_PATH]; /* of that one, see store_path() */
+	char path[ENTRY_PATH]; /* name of that to be validated */
 };
 
 /* When a request reached each step: ms, 0: not yet. */
@@ -714,7 +714,7 @@ struct bend {
 	uint64_t credit[2];       /* millionths of bytes that may go at once */
 	bool unanswered;          /* no response is ever sent */
 	bool answers;             /* a rule has made the response */
-	char rules[120];          /* those that did so, for the log */
+	char rules[120];          /* the rules that bend it, for the log */
 };
 
 /*
@@ -759,8 +759,8 @@ struct exchange {
 	bool unnamed : 1;      /* a PROXY header must name the client first */
 	bool hidden : 1;       /* its client speaks TLS and expects a server */
 	uint64_t number;       /* of the request, from its first byte; or 0 */
-	int64_t since;         /* ms: the phase or, in REQUEST, it began */
-	int64_t moved;         /* ms: a byte was last written, or since */
+	int64_t since;         /* ms: the phase began, or a request */
+	int64_t moved;         /* ms: when there was progress, see its uses */
 	int64_t deadline;      /* ms: it is run again at the latest */
 	struct exchange *next; /* in the list of free slots */
 	struct address peer;   /* of the client */
@@ -819,7 +819,7 @@ static struct {
 	const char *user;      /* become this one */
 	uid_t uid;             /* who that is */
 	gid_t gid;             /* and the group */
-	const char *via;       /* leave through this parent */
+	const char *via;       /* the rule that -x makes, or NULL */
 	const char *from[2];   /* leave by these: IPv4, IPv6 */
 	uint64_t connections;  /* clients served at once */
 	uint64_t workers;      /* processes that serve them */
@@ -2136,8 +2136,8 @@ conn_watch(struct conn *c, int events)
 }
 
 /*
- * What to wait for at c: only for what said that it would block (see section
- * 5).  room: bytes that come now can be taken.
+ * What to wait for at c: room for a write that would block, the end of a
+ * connect, and bytes if the last step tried to read.
  */
 static int
 conn_events(const struct conn *c)
@@ -4366,7 +4366,7 @@ enum parent_kind {
 struct parent {
 	struct parent *next;     /* the one to try if this can't be reached */
 	unsigned id;             /* no other has had it */
-	int64_t failed;          /* ms: it could not be reached, 0: it could */
+	int64_t failed;          /* ms: when it could not be reached, or 0 */
 	enum parent_kind kind;   /* PARENT_NONE: go without one */
 	char host[HOST_MAX + 1]; /* a name or an address */
 	unsigned port;           /* 1 to 65535 */
@@ -7763,8 +7763,8 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
  * as -s says.
  *
  * A damaged or truncated entry is a miss, not an error.  The directory never
- * takes more of the disk than -s allows, and a disk failure never costs a
- * client more than a miss.
+ * takes more of the disk than -s allows, and a disk failure costs a client a
+ * miss, or a follower a response that is visibly truncated.
  *
  * Door: store_open, store_take_over, store_warn, store_print, store_sweep,
  * store_bytes for all; for the cache work_buffer, key_of, key_hash, entry_path,
@@ -8138,10 +8138,11 @@ variant_fits(const struct entry *e, const struct response *r,
  *   HTTP/1.1 200 OK
  *   ...
  *
- * and the body follows.  The sum covers the region and the numbers in its
- * first line, see region_sum().  A marker, which leads to variants, has no head
- * but `vary:` and a token.  The token is part of the variants' names: variants
- * with an older token are never found again.
+ * and the body follows.  The sum covers the region and the numbers in its first
+ * line.  `counted: yes` says that the length was not known when the head came.
+ * A marker, which leads to variants, has `key:`, `vary:` and `token:`, and no
+ * head.  The token is part of the variants' names: variants with an older token
+ * are never found again.
  */
 
 /* Adds a word to a sum: FNV-1a, but no change at the top may be lost. */
@@ -8348,8 +8349,8 @@ store_bytes(void)
 }
 
 /*
- * Sets the same, but for entries being stored, and how much of it was written
- * since a sweep began.
+ * Sets what the cache takes, without the entries being stored, and how much of
+ * that was written since the sweep began.
  */
 static void
 stock_set(uint64_t total, uint64_t written)
@@ -8522,7 +8523,7 @@ temporary_close(struct temporary *t)
 	fd_drop(&t->fd);
 }
 
-/* Writes the contents of b as the file at path, completely or not at all. */
+/* Writes b as the file at path, completely or not at all: false if not. */
 static bool
 file_put(const char *path, const struct buffer *b)
 {
@@ -8569,7 +8570,7 @@ marker_token(struct text key, struct text vary, char *token)
 	return !b->overflow && file_put(l.path, b);
 }
 
-/* True if a 304 never changes that field of a stored head. */
+/* True if a validation never changes that field of a stored head. */
 static bool
 field_is_fixed(struct text name)
 {
@@ -8577,7 +8578,7 @@ field_is_fixed(struct text name)
 	    text_is(name, "Set-Cookie");
 }
 
-/* True if a 304 leaves that field of the stored head unchanged. */
+/* True if a validation leaves that field of the stored head unchanged. */
 static bool
 field_is_kept(const struct head *news, struct text name)
 {
@@ -8591,9 +8592,9 @@ field_is_kept(const struct head *news, struct text name)
 
 /*
  * Appends the head to be stored for r, without framing and hop-by-hop fields.
- * If r is a 304, old is the stored response, and r's fields replace those of
- * its head (RFC 9111 section 3.2).  A missing Date is set to now, so that age
- * and lifetime count from now (RFC 9110 section 6.6.1).
+ * If r validates an entry, old is the stored response, and r's fields replace
+ * those of its head (RFC 9111 section 3.2).  A missing Date is set to now, so
+ * that age and lifetime count from now (RFC 9110 section 6.6.1).
  */
 static void
 stored_head_append(const struct response *r, const struct response *old,
@@ -8940,9 +8941,9 @@ sweep_start(void)
 
 /*
  * Starts a sweep when enough was written since the last one, or when room was
- * lacking.  Even with entries being stored, the cache then stays below its
- * limit, unless the sweeper is slow.  Of several workers the first sweeps: the
- * others wake it, by a signal that does nothing else.
+ * lacking: so store_fits() seldom fails, unless the sweeper is slow.  Of
+ * several workers the first sweeps: the others wake it, by a signal that does
+ * nothing else.
  */
 static void
 store_sweep(void)
@@ -8983,7 +8984,7 @@ temporary_remove(const struct file *f, void *argument)
 		(void)unlink(f->path);
 }
 
-/* Ends the program if a file does not belong to a cache. */
+/* Ends the program if a file is not of a cache; removes old temporary files. */
 static void
 store_check(const struct file *f, void *argument)
 {
@@ -8995,7 +8996,7 @@ store_check(const struct file *f, void *argument)
 		strcmp(f->name, "CACHEDIR.TAG") != 0 &&
 		(!f->bucket || hex_value(f->name[0]) < 0 ||
 		    hex_value(f->name[1]) < 0)))
-		die("%s is no cache of proxy: it holds %s", options.cache,
+		die("%s is not a cache of proxy: it contains %s", options.cache,
 		    f->name);
 	temporary_remove(f, NULL);
 }
@@ -9212,10 +9213,10 @@ enum fetch_state {
 
 /*
  * A fetch: a response that its leader gets from a server and others may follow.
- * It is freed when it has neither a leader nor followers.
+ * It is given back when it has neither a leader nor followers.
  */
 struct fetch {
-	struct fetch *next;      /* in fetches, until it ends */
+	struct fetch *next;      /* in fetches, then in fetches_free */
 	struct exchange *leader; /* NULL when it has ended */
 	enum fetch_state state;  /* set by fetch_enter() only */
 	bool discard;            /* do not keep the entry */
@@ -9354,7 +9355,7 @@ fetch_follow(struct exchange *x, struct fetch *f)
 	exchange_queue(f->leader);
 }
 
-/* Makes x stop following its fetch, if any; frees an unused fetch. */
+/* Makes x stop following its fetch, if any; gives an unused fetch back. */
 static void
 fetch_unfollow(struct exchange *x)
 {
@@ -9370,10 +9371,11 @@ fetch_unfollow(struct exchange *x)
 }
 
 /*
- * y, a new exchange without a client, goes on for x.  If x leads a fetch, y
- * becomes its leader, and x a follower; returns a descriptor of the entry, to
- * read behind what x's client has, or -1 if that fails, and nothing has
- * changed.  Else y begins a fetch, to revalidate the entry that answers x; -1.
+ * y, a new exchange without a client, continues the work of x.  If x leads a
+ * fetch, y becomes its leader, and x a follower; returns a descriptor of the
+ * entry, to read behind what x's client has, or -1 if that fails, and nothing
+ * has changed.  Else y begins a fetch, to revalidate the entry that answers x;
+ * -1.
  */
 static int
 cache_detach(struct exchange *x, struct exchange *y)
@@ -9410,9 +9412,8 @@ cache_detach(struct exchange *x, struct exchange *y)
 }
 
 /*
- * Keys whose responses were recently uncacheable, each in the one place that it
- * may have: no request waits for them.  Only pages that were written take
- * memory.
+ * Keys whose responses were recently uncacheable, each at the index that it
+ * gives: no request waits for them.  Pages never written take no memory.
  */
 static uint64_t uncacheable[UNCACHEABLE_KEYS];
 
@@ -9724,10 +9725,10 @@ cache_invalidate(const struct target *own, const struct response *r)
 
 /*
  * The rule that decides how a request, or its response r if that is not NULL,
- * is cached; without one, a rule of another group.  e is the entry with the
- * head r, or NULL.  The decision is made when the head arrives, and for an
- * entry with the facts known then: a length that the head did not give stays
- * unknown here, or a stored entry might never be used.
+ * is cached; without one, a rule that says nothing about that.  e is the entry
+ * with the head r, or NULL.  The decision is made when the head arrives, and
+ * for an entry with the facts known then: a length that the head did not give
+ * stays unknown here, or a stored entry might never be used.
  */
 static const struct rule *
 cache_rule(const struct exchange *x, const struct response *r,
@@ -9778,11 +9779,11 @@ fetch_for(uint64_t key)
 /*
  * True if a follower of this fetch will get the complete body: it can request
  * the rest itself; or, if the length is unknown, -s has room for the largest
- * possible body; or the disk has room for twice all that is being stored, since
- * other programs write there, too.  If they fill it nevertheless, the
- * follower's response is visibly truncated.  Reserving the room would prevent
- * that, but some file systems then write every block, while all other clients
- * wait.
+ * possible body; or, if it is known, the disk has room for twice all that is
+ * being stored, since other programs write there, too.  If they fill it
+ * nevertheless, the follower's response is visibly truncated.  Reserving the
+ * room would prevent that, but some file systems then write every block, while
+ * all other clients wait.
  */
 static bool
 follow_is_safe(const struct fetch *f)
@@ -9993,7 +9994,7 @@ caching_enter(struct exchange *x, enum caching_state state)
 	c->state = state;
 }
 
-/* True if the cache may serve or store the response. */
+/* True if the cache may answer the request, or store the response to GET. */
 static bool
 request_is_cacheable(struct exchange *x, const struct rule *rule)
 {
@@ -10043,7 +10044,8 @@ request_is_guarded(const struct request *q)
 /*
  * Looks for an entry, or a fetch under way, for the request of x.  CACHED_YES:
  * l answers, and the caller takes over its fd and b; CACHED_WAIT: x follows a
- * fetch; CACHED_NO: x keeps an entry to validate, if any.
+ * fetch; CACHED_NEVER: only an entry may answer, and none can; CACHED_NO: x
+ * keeps an entry to validate, if any, and leads a fetch, if it may.
  */
 static enum cached
 cache_find(struct exchange *x, struct lookup *l)
@@ -10183,8 +10185,8 @@ cache_rescue(struct exchange *x, bool answered, struct lookup *l)
 }
 
 /*
- * Puts the head that a 304 has changed in the place of the stored one in l, as
- * the client's answer; with the cookies of the 304, which are not stored.
+ * Puts the head that news has changed in the place of the stored one in l, as
+ * the client's answer; with the cookies of news, which are not stored.
  * False if there is no room.
  */
 static bool
@@ -10206,7 +10208,8 @@ lookup_renew(struct lookup *l, const struct response *news, struct text head)
 }
 
 /*
- * Rewrites the region of the entry in l in place, with the fields of a 304.
+ * Rewrites the region of the entry in l in place, with the fields of news, a
+ * 304 or the response to a HEAD.
  * Removes the entry if it may no longer be stored, is now another variant, or
  * has no room; but a request whose response may not be stored leaves the entry
  * as it is.  The client gets the new fields in any case; false if they have no
@@ -10241,7 +10244,8 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 
 /*
  * Handles a 304.  CACHED_YES: the open entry answers, in l.  CACHED_LOST: the
- * 304 is about another version, or the entry is damaged.
+ * 304 is about another version, or its fields have no room, or the entry is
+ * damaged: it is removed.
  */
 static enum cached
 cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
@@ -10422,9 +10426,9 @@ cache_room(const struct exchange *x)
 }
 
 /*
- * What the cache wants of the fetch of x.  It is to go on without x's client if
- * it is stored, or may be yet, and has followers or half of it is there; or if
- * it is a refresh.  It may move to a slot of its own, with x as one of its
+ * What the cache wants of the fetch of x.  It goes on without x's client if it
+ * is stored, or may still be, and has followers or is half complete; or if it
+ * is a refresh.  It may move to a slot of its own, with x as one of its
  * followers, unless x might then get less than before: the rest could not be
  * requested again, and may lack room.
  */
@@ -10963,7 +10967,8 @@ names_find(const char *host)
  * The log has one line for each exchange, the trace (-v) has one for each
  * step.  No input can split or forge a line.  Neither may stop the proxy: when
  * the log can't be written, this is said once, lines are counted, and serving
- * goes on.
+ * goes on.  A recording (-w) has an entry for each exchange.  For all of them,
+ * the name of the server is read from a TLS greeting.
  *
  * Door: log_lines, log_open, log_flush, log_quotes, log_note, log_note_name,
  * refusal_words, log_exchange, log_wait, log_end, glance_take, trace_end,
@@ -11129,9 +11134,9 @@ log_send(struct text t)
 }
 
 /*
- * What of t goes into one write to a pipe, which then mixes it with nothing of
- * other workers: whole lines of PIPE_BUF bytes at most.  A line that is longer
- * goes in pieces.
+ * The part of t for one write to a pipe: whole lines, PIPE_BUF bytes at most,
+ * so that lines of other workers do not mix with it.  A longer line goes in
+ * pieces.
  */
 static struct text
 log_piece(struct text t)
@@ -11286,7 +11291,7 @@ log_quotes(const struct exchange *x)
 }
 
 /*
- * Keeps what is to be said of x, cut to its room, for when it will have no
+ * Keeps the texts of x that the log needs, cut to fit, for when x has no
  * request.
  */
 static void
@@ -11358,7 +11363,7 @@ log_status(const struct record *r)
 	return r->status ? r->status : r->end == END_RULE ? 444 : 499;
 }
 
-/* True if a rule decided that is the user's, or that refused. */
+/* True if the rule that decided is the user's, or a built-in that refused. */
 static bool
 log_names_rule(const struct record *r)
 {
@@ -11367,8 +11372,8 @@ log_names_rule(const struct record *r)
 }
 
 /*
- * Why x was refused, in words, and the status of that, unless it is NULL; a
- * rule may have its own.
+ * Why x was refused, in words; *status becomes the status for that, if status
+ * is not NULL.  A rule may have its own of both.
  */
 static const char *
 refusal_words(const struct exchange *x, int *status)
@@ -11386,9 +11391,9 @@ refusal_words(const struct exchange *x, int *status)
 
 /*
  * Appends the line of x to b, in the Combined Log Format, followed by fields
- * of our own.  The longest line fits into an empty buffer: the request takes
- * 3/8 of it at most, the texts that come from clients 1/8 each, all else less
- * than 2 KiB.
+ * of our own.  The longest line fits into an empty buffer: method and target
+ * take less than 4/8 of it, the texts that come from clients 1/8 each, all else
+ * less than 2 KiB.
  */
 static void
 log_line(const struct exchange *x, const struct quotes *quotes,
@@ -11440,7 +11445,7 @@ log_line(const struct exchange *x, const struct quotes *quotes,
 	buffer_append(b, text_of("\n"));
 }
 
-/* Takes down what is to be shown of x. */
+/* Fills g with what the status page shows of x. */
 static void
 glance_take(const struct exchange *x, const struct quotes *quotes,
     struct glance *g)
@@ -11829,8 +11834,9 @@ record_head(const struct tape *t, enum tape_part part, enum tape_part body,
 }
 
 /*
- * Appends the type of a body, after its head, and what was kept of it: text as
- * text, the rest in base64.  A body that was cut may end within a character.
+ * Appends the type of a body, as its head names it, and what was kept of it:
+ * text as text, the rest in base64.  A body that was cut may end within a
+ * character.
  */
 static void
 record_body(const struct tape *t, enum tape_part part, struct text head)
@@ -12063,7 +12069,7 @@ log_exchange(const struct exchange *x)
 		log_flush();
 		buffer_compact(b);
 	}
-	log_lose("it is not read");
+	log_lose("its reader is too slow");
 }
 
 /* At the end of the program: reports lost lines, and those still unwritten. */
@@ -12301,7 +12307,7 @@ trace_mended(const struct exchange *x, unsigned mended)
 			trace(x, "the server's head: %s", words[i]);
 }
 
-/* Traces DUMP_MAX bytes of payload in hex and ASCII, 16 bytes a line. */
+/* Traces at most DUMP_MAX bytes in hex and ASCII, 16 bytes a line. */
 static void
 trace_dump(const struct exchange *x, const char *mark, struct text t)
 {
@@ -12592,9 +12598,10 @@ connection_append(const struct request *q, struct buffer *b)
 }
 
 /*
- * Appends the whole request head for the next hop to b.  A field of our own has
- * a line here, and is named in fields_of_hop[], so that no client and no rule
- * writes it, in trace_reasons[], and in the manual; not with -a.
+ * Appends the whole request head for the next hop to b.  A new field of our own
+ * has a line here that options.anonymous leaves out, and is named in
+ * fields_of_hop[], so that no client, server or rule writes it, in
+ * trace_reasons[], and in the manual.
  */
 static void
 request_build(struct exchange *x, struct buffer *b)
@@ -12929,8 +12936,8 @@ exchange_waits(const struct exchange *x)
 }
 
 /*
- * Appends a line about an exchange, without its end: state, when, who and what.
- * It has at most STATUS_LINE bytes.
+ * Appends a line about an exchange, without the newline: state, when, who and
+ * what.  It has at most STATUS_LINE bytes.
  */
 static void
 glance_append(struct buffer *b, const struct glance *g, const char *state,
@@ -13369,7 +13376,7 @@ page_rule(struct exchange *x, const struct rule *rule)
 	conn_file(s, fd, x);
 }
 
-/* True if t, from a Host field, is the address the client connected to. */
+/* True if t, from a Host field, is where the client found this proxy. */
 static bool
 page_is_ours(const struct exchange *x, const struct target *t)
 {
@@ -13435,7 +13442,7 @@ page_trace(struct exchange *x)
  */
 
 enum {
-	/* Steps, and buffers moved, for one exchange in one turn. */
+	/* Steps of one exchange in a turn, and buffers of a flow in a step. */
 	STEPS_MAX = 64,
 	MOVES_MAX = 8,
 	/* 1xx responses before the final one. */
@@ -13855,7 +13862,7 @@ bend_apply(struct exchange *x, const struct rule *rule)
 
 /*
  * Judges the rules that bend an exchange, each group for itself.  False if one
- * of them has answered it, or has it hang.
+ * of them has answered or refused it, or lets it hang.
  */
 static bool
 bend_begin(struct exchange *x)
@@ -13894,7 +13901,7 @@ bend_hangs(const struct exchange *x)
 	return x->bend != NULL && x->bend->unanswered;
 }
 
-/* True if the response is to wait still. */
+/* True if the response must still wait. */
 static bool
 bend_delays(struct exchange *x)
 {
@@ -13936,8 +13943,8 @@ bend_room(struct exchange *x, const struct flow *f)
 }
 
 /*
- * n bytes of f have gone on.  More wait until half of the most that credit may
- * be is there: it is never full then.
+ * n bytes of f have gone on.  The rest waits until half of the largest credit
+ * is there, so that no credit is lost.
  */
 static void
 bend_spend(struct exchange *x, const struct flow *f, uint64_t n)
@@ -13958,7 +13965,7 @@ bend_spend(struct exchange *x, const struct flow *f, uint64_t n)
 			(int64_t)((b->rate / 20 + 1) * 1000 / b->rate));
 }
 
-/* True if the client has all that it is to get of a response that has more. */
+/* True if the client has all that a `cut` lets through, and there is more. */
 static bool
 bend_cuts(const struct exchange *x)
 {
@@ -13968,7 +13975,8 @@ bend_cuts(const struct exchange *x)
 
 /*
  * Judges a new request by the rules now in force, which apply to it until it
- * ends; one for a page of the proxy's own has no way.  False if it was refused.
+ * ends; one for a page of the proxy's own has no route.  False if it was
+ * refused.
  */
 static bool
 access_begin(struct exchange *x)
@@ -14106,8 +14114,9 @@ route_again(struct exchange *x, enum phase phase)
 }
 
 /*
- * The rule's next parent that has not failed since the request came: behind the
- * one in use, else in front of it, as it was skipped.  NULL: there is none.
+ * The rule's next parent that has not failed since the request came: first
+ * those after the one in use, then those before it, which were skipped; or
+ * NULL.
  */
 static struct parent *
 parent_untried(const struct route *route, int64_t came)
@@ -14187,7 +14196,7 @@ route_expire(struct exchange *x, enum refusal refusal)
 
 /*
  * Moves the first n bytes from the client to the request, as its head; the
- * rest stays in `in`.  False, and it is the client's error, without memory.
+ * rest stays in `in`.  Without memory, sets the client's error: false.
  */
 static bool
 request_take(struct exchange *x, size_t n)
@@ -14372,8 +14381,9 @@ collapse_step(struct exchange *x)
 }
 
 /*
- * Makes an intercepted request, with a path, one to a proxy: its URL is made
- * of Host, which is only what the client claims.  Returns 1, or what is wrong.
+ * Makes an intercepted request, for a path or *, one to a proxy: its URL is
+ * made of Host, which is only what the client claims.  Returns 1, or what is
+ * wrong.
  */
 static int
 request_adopt(struct request *q)
@@ -14934,7 +14944,7 @@ connect_refuse(struct exchange *x)
 	    detail);
 }
 
-/* Sends the request head; x->server is connected. */
+/* Builds the request head, which RESPONSE sends; x->server is connected. */
 static void
 exchange_send(struct exchange *x)
 {
@@ -15201,7 +15211,7 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 		bend_spend(x, f, f->payload - passed);
 		held = buffer_held(to->out);
 		(void)conn_write(to);
-		/* What a peer left that is gone gets no more time by moving. */
+		/* Bytes of a peer that has gone do not extend the timeout. */
 		if (buffer_held(to->out) < held &&
 		    !(x->tunnel && conn_is_gone(from)))
 			x->moved = now.ms;
@@ -15261,7 +15271,7 @@ response_wants_login(const struct exchange *x, const struct response *r)
 
 /*
  * Passes a 1xx on, unless the client is HTTP/1.0 (RFC 9110 section 15.2), or
- * does not know of the proxy.
+ * expects the server itself.
  */
 static void
 response_interim(struct exchange *x, const struct response *r, size_t n)
@@ -15404,7 +15414,7 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 
 /*
  * Passes the head on, and turns the exchange into a tunnel: two flows that end
- * at the close.  It may idle for hours, so the slot keeps what the log needs,
+ * at the close.  It may live for hours, so the slot keeps what the log needs,
  * and no request.
  */
 static void
@@ -15533,7 +15543,7 @@ response_lost(struct exchange *x)
 	    detail);
 }
 
-/* Ends the exchange, or refuses it, if nothing could be sent for too long. */
+/* Ends the exchange, or refuses it, if no byte was written for too long. */
 static bool
 response_expire(struct exchange *x)
 {
@@ -15617,25 +15627,25 @@ exchange_finish(struct exchange *x)
 		conn_shut(&x->client);
 }
 
-/* One side of a tunnel has ended, and the other has all of it. */
+/* A side of a tunnel has ended, and the other has received all its bytes. */
 static void
 tunnel_shut(struct exchange *x, struct conn *to, const char *from)
 {
 	if (!to->shut)
-		trace(x, "the %s sends no more, and the other side knows",
-		    from);
+		trace(x, "the %s sends no more; the other side was told", from);
 	conn_shut(to);
 }
 
 /*
  * Half-closes a tunnel when one of its flows ends; true if the tunnel is over.
- * A FIN from the client ends the flow up: when all bytes before the FIN have
- * been written, the server gets a FIN too.  The flow down goes on, so that the
- * server can still answer.  A FIN from the server is handled in the same way.
- * The idle timeout of a half-closed tunnel is HALF_CLOSED_MS, or -t if that is
- * less.  If one side resets its connection, the other side first gets the bytes
- * that have arrived, and then a reset; if a rule or that side slows these down,
- * they have the time of a half-closed tunnel in all.
+ * A FIN from the client ends the flow `up`: when all bytes before the FIN have
+ * been written, the server gets a FIN too.  The flow `down` goes on, so that
+ * the server can still answer.  A FIN from the server is handled in the same
+ * way.  When nothing is left to write then, the idle timeout is HALF_CLOSED_MS,
+ * or -t if that is less; the log says `limit`.  If one side resets its
+ * connection, the other side first gets the bytes that have arrived, and then a
+ * reset; if a rule or that side slows these down, they have the time of a
+ * half-closed tunnel in all.
  */
 static bool
 tunnel_judge(struct exchange *x)
@@ -15756,7 +15766,7 @@ relay_resume(struct exchange *x)
 {
 	struct request *q = x->request;
 
-	trace(x, "what this follows was given up: asking again");
+	trace(x, "the fetch that this follows failed: asking the server");
 	answer_by(x, ANSWER_NONE);
 	access_enter(x, ACCESS_UNDECIDED);
 	q->times.answered = 0;
@@ -15764,8 +15774,8 @@ relay_resume(struct exchange *x)
 }
 
 /*
- * Ends the exchange if nothing could be sent for too long.  In a tunnel that is
- * half-closed, or of which one side has gone, this takes less.
+ * Ends the exchange if no byte was written for too long.  That is less for a
+ * tunnel of which one side has gone, or has ended with nothing left to write.
  */
 static bool
 relay_expire(struct exchange *x)
@@ -15852,7 +15862,7 @@ linger_step(struct exchange *x)
 
 /* ---- all phases: one turn ---- */
 
-/* Asserts the invariants of the head comment. */
+/* Asserts most of the invariants of the head comment. */
 static void
 exchange_check(const struct exchange *x)
 {
@@ -15922,7 +15932,8 @@ exchange_overhear(struct exchange *x)
 
 /*
  * Runs x until nothing moves or its share of this turn is used up.  Then waits
- * for what the last step tried to read or write, and until it is late.
+ * for what its last step or exchange_overhear() tried to read or write, and
+ * until it is late.
  */
 static void
 exchange_run(struct exchange *x)
@@ -15982,24 +15993,26 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
 
 /*
  * Waits for events, runs the exchanges concerned, handles deadlines, and
- * accepts clients last.  poll(2) is the only call that may block.  Nothing
- * here knows how an exchange is served.
+ * accepts clients last.  poll(2) is the only call that may block.  Signals, the
+ * command that the proxy runs, the service manager and the workers are looked
+ * after here.
  *
  * Door: loop_run, loop_accept_all, signals_begin, signals_open, signals_fork,
  * signals_restore, signal_conn, command, notify, workers_run.
  */
 
 enum {
+	/* Clients accepted at one listener in a turn. */
 	ACCEPTS_MAX = 64,
 	/* After this long without an event a descriptor leaves the prefix. */
 	COLD_MS = 500,
 	/* With this many outside the prefix, or fewer, all are polled. */
 	COLD_MIN = 16,
-	/* So many of the others are polled at a time, */
+	/* Places outside the prefix that one poll asks. */
 	COLD_SLICE = 512,
-	/* which takes one part in so many of the time, */
+	/* Such polls take one part in so many of the time, */
 	COLD_SHARE = 12,
-	/* and each of them at least once in this time. */
+	/* and ask each place at least this often. */
 	COLD_GAP_US = 24000,
 	/*
 	 * After a quiet time of so many us for each of them, the whole set is
@@ -16013,7 +16026,7 @@ enum {
 	 */
 	CROWDED_MS = 20,
 	CROWDED_SLOTS = 1000,
-	/* Deadlines may wait for a ms for so many slots. */
+	/* Deadlines may be one ms late for each so many slots. */
 	EXPIRE_SLOTS = 1000,
 	/* A client counts as silent after this: more than a round trip. */
 	SILENT_MS = 1000,
@@ -16042,7 +16055,7 @@ static bool rules_unread;       /* new rules are read, a piece each turn */
 static bool reloading;          /* the service manager waits for the end */
 static unsigned hups;           /* of the supervisor, at our last SIGHUP */
 static struct conn signal_conn; /* the read end of the signal pipe */
-static struct conn lifeline;    /* its other end: see worker_begin() */
+static struct conn lifeline;    /* of a worker: see worker_begin() */
 
 /* How long poll may wait: ms to the next deadline, -1 if there is none. */
 static int
@@ -16189,7 +16202,10 @@ loop_kept(void)
 	}
 }
 
-/* Handles the deadlines that have passed, and finds the next. */
+/*
+ * Handles the deadlines that have passed, and finds the next; starts the names
+ * helper again if it has died.
+ */
 static void
 loop_expire(void)
 {
@@ -16437,9 +16453,9 @@ loop_report(void)
 			continue;
 		b.start = b.end = 0;
 		exchange_append(&b, x);
-		warn("%.*s; bytes from the client %lu, to it %lu, from the "
-		     "server %lu, to it %lu; acts again in %lld s if nothing "
-		     "moves",
+		warn("%.*s; in buffers: from the client %lu bytes, to it %lu, "
+		     "from the server %lu, to it %lu; acts again in %lld s if "
+		     "nothing moves",
 		    (int)buffer_len(&b), b.data,
 		    (unsigned long)buffer_held(c->in),
 		    (unsigned long)buffer_held(c->out),
@@ -16530,7 +16546,10 @@ static struct {
 	bool given[COMMAND_FDS]; /* open before the proxy opened any */
 } command = { .standard = { -1, -1 } };
 
-/* HUP: reopens the log, rereads the rules; keeps the old on failure. */
+/*
+ * HUP: reopens the log and the recording, rereads the rules; keeps the old on
+ * failure.  Stops if the terminal has gone.
+ */
 static void
 loop_reload(void)
 {
@@ -16629,8 +16648,8 @@ enum {
 static sigset_t signals_blocked; /* what the proxy was started with */
 
 /*
- * Before what takes its time at the start: HUP and USR1 are lost, since they
- * would end the program, and none is blocked.
+ * Before the slow part of the start: ignores HUP and USR1, which would end the
+ * program, and unblocks all signals.
  */
 static void
 signals_begin(void)
@@ -16809,7 +16828,10 @@ loop_exchanges(void)
 	}
 }
 
-/* Serves until told to stop and the last exchange is done or out of time. */
+/*
+ * Serves until told to stop and the last exchange is done or out of time; with
+ * -i, until the client is served.
+ */
 static void
 loop_run(void)
 {
