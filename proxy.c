@@ -9184,7 +9184,9 @@ store_print(const struct target *target)
 
 enum {
 	/* Keys known to be uncacheable: 128 KiB. */
-	UNCACHEABLE_KEYS = 16384
+	UNCACHEABLE_KEYS = 16384,
+	/* The places in which each of them may be. */
+	UNCACHEABLE_WAYS = 8
 };
 
 /* The cache's answer to a request, or to a response from a server. */
@@ -9412,26 +9414,48 @@ cache_detach(struct exchange *x, struct exchange *y)
 }
 
 /*
- * Keys whose responses were recently uncacheable, each at the index that it
- * gives: no request waits for them.  Pages never written take no memory.
+ * Keys whose responses were recently uncacheable: no request waits for them.
+ * Pages never written take no memory.
  */
 static uint64_t uncacheable[UNCACHEABLE_KEYS];
+
+/* The UNCACHEABLE_WAYS places for a key. */
+static uint64_t *
+key_places(uint64_t key)
+{
+	return uncacheable +
+	    key % (UNCACHEABLE_KEYS / UNCACHEABLE_WAYS) * UNCACHEABLE_WAYS;
+}
 
 /* True if responses for the key were recently uncacheable. */
 static bool
 key_is_uncacheable(uint64_t key)
 {
-	return uncacheable[key % UNCACHEABLE_KEYS] == key;
+	const uint64_t *at = key_places(key);
+	size_t i = 0;
+
+	while (i < UNCACHEABLE_WAYS && at[i] != key)
+		i++;
+	return i < UNCACHEABLE_WAYS;
 }
 
-/* Remembers whether responses for a key are uncacheable. */
+/*
+ * Remembers whether responses for a key are uncacheable.  The latest key is
+ * first in its places; the last one is replaced.
+ */
 static void
 key_remember(uint64_t key, bool is_uncacheable)
 {
-	if (is_uncacheable)
-		uncacheable[key % UNCACHEABLE_KEYS] = key;
-	else if (key_is_uncacheable(key))
-		uncacheable[key % UNCACHEABLE_KEYS] = 0;
+	uint64_t *at = key_places(key);
+	size_t i = 0;
+
+	while (i < UNCACHEABLE_WAYS - 1 && at[i] != key)
+		i++;
+	if (is_uncacheable) {
+		memmove(at + 1, at, i * sizeof(*at));
+		at[0] = key;
+	} else if (at[i] == key)
+		at[i] = 0;
 }
 
 /* True if x is storing what it fetches. */
@@ -9560,9 +9584,12 @@ fetch_fits(struct exchange *x, uint64_t n)
 	struct fetch *f = c->fetch;
 
 	if (stock_sum(stock->making) + n > options.cache_size / 4) {
+		bool large = f->share + n > options.cache_size / 4;
+
 		f->discard = true;
-		c->miss = "too-large";
-		key_remember(f->key, true);
+		c->miss = large ? "too-large" : "no-room";
+		if (large)
+			key_remember(f->key, true);
 		if (f->followers == 0 || f->validator != 0)
 			return false;
 	}
