@@ -793,12 +793,12 @@ enum arrival {
 /* An address on which the proxy listens. */
 struct listener {
 	struct conn conn;       /* accepts; carries no bytes */
-	struct address address; /* that is bound: its port is never 0 */
-	bool both;              /* bound to `::', it takes IPv4 clients too */
 	const char *path;       /* of a UNIX socket, or NULL */
 	dev_t device;           /* where its file is */
 	ino_t file;             /* which file that is */
 	enum arrival arrival;   /* who comes here */
+	struct address address; /* that is bound: its port is never 0 */
+	bool both;              /* bound to `::', it takes IPv4 clients too */
 };
 
 /* Arguments of an option that may be given often. */
@@ -1951,12 +1951,13 @@ reserves_fill(void)
 
 	for (i = 0; i < RESERVED; i++) {
 		struct buffer *b = buffer_take();
-		struct request *q = malloc(sizeof(*q));
+		struct request *q = b != NULL ? malloc(sizeof(*q)) : NULL;
 
-		if (b == NULL || q == NULL)
-			die("no memory");
 		buffer_give(&b);
-		request_push(q);
+		if (q == NULL)
+			die("no memory");
+		else
+			request_push(q);
 	}
 }
 
@@ -5897,7 +5898,7 @@ enum {
 };
 
 /* The longest duration in a rule: ten years, as good as forever. */
-#define DURATION_MAX_MS (10 * 365 * DAY_S * UINT64_C(1000))
+#define DURATION_MAX_MS (UINT64_C(10) * 365 * DAY_S * 1000)
 
 /* ---- users (RFC 7617) ---- */
 
@@ -8527,7 +8528,7 @@ temporary_close(struct temporary *t)
 static bool
 file_put(const char *path, const struct buffer *b)
 {
-	struct temporary t;
+	struct temporary t = { .fd = -1 };
 	bool good;
 
 	if (!store_fits(disk_bytes(buffer_len(b)) + store.block) ||
@@ -12353,7 +12354,7 @@ trace_dump(const struct exchange *x, const char *mark, struct text t)
 				(void)hex_print(text + 6 + 3 * i,
 				    (unsigned char)row.at[i], 2);
 			else
-				memcpy(text + 6 + 3 * i, "  ", 2);
+				memset(text + 6 + 3 * i, ' ', 2);
 		trace_line(x, COLOUR_DIM, text, row, "");
 	}
 }
@@ -14524,7 +14525,7 @@ request_start(struct exchange *x)
 
 /*
  * Drops empty lines before a request (RFC 9112 section 2.2).  False if nothing
- * else has arrived, or without memory.
+ * else has arrived but the CR of one, or without memory.
  */
 static bool
 request_begin(struct exchange *x)
@@ -14533,7 +14534,7 @@ request_begin(struct exchange *x)
 
 	while (c->in != NULL && text_starts(buffer_text(c->in), "\r\n"))
 		conn_drop_head(c, 2);
-	if (c->in != NULL)
+	if (c->in != NULL && !text_equals(buffer_text(c->in), text_of("\r")))
 		return request_start(x);
 	x->record.start = 0;
 	request_drop(&x->request);
@@ -14609,12 +14610,15 @@ request_step(struct exchange *x)
 {
 	struct conn *c = &x->client;
 	enum refusal refusal = REFUSE_NONE;
-	bool begun, tls;
+	bool begun, late, tls;
 	int n = 0;
 
 	if (x->unnamed)
 		return header_step(x);
 	begun = request_begin(x);
+	/* Empty lines can come for ever: they are read until then only. */
+	late = exchange_is_late(x,
+	    x->since + (begun || !x->served ? HEAD_MS : KEPT_CLIENT_MS));
 	tls = begun && x->intercepted && !x->served &&
 	    request_hopeless(c->in, false) == REFUSE_TLS;
 	if (tls && request_tunnel(x))
@@ -14632,11 +14636,9 @@ request_step(struct exchange *x)
 	else if (n > 0) {
 		if (request_take(x, (size_t)n))
 			request_accept(x);
-	} else if (conn_read(c))
+	} else if ((begun || !late) && conn_read(c))
 		return true;
-	else if (!c->eof && !c->error &&
-	    !exchange_is_late(x,
-		x->since + (begun || !x->served ? HEAD_MS : KEPT_CLIENT_MS)))
+	else if (!c->eof && !c->error && !late)
 		return false;
 	else if (x->record.start == 0)
 		exchange_close(x, false);
@@ -15148,7 +15150,9 @@ exchange_read(struct exchange *x, struct conn *from)
 {
 	bool grows = from == &x->server && x->request != NULL &&
 	    x->request->answerer == ANSWER_FETCH;
-	size_t max = grows ? (size_t)cache_room(x) : BUFFER_ROOM;
+	size_t max = grows ?
+	    (size_t)least((int64_t)cache_room(x), BUFFER_ROOM) :
+	    BUFFER_ROOM;
 
 	if (max == 0)
 		from->readable = false;
@@ -15603,7 +15607,8 @@ response_step(struct exchange *x)
 	int n = 0;
 
 	if (hangs)
-		moved = conn_drain(c);
+		moved = !exchange_is_late(x, x->moved + options.idle_ms) &&
+		    conn_drain(c);
 	else if (s->fd != -1 && !local)
 		moved = exchange_pump(x, &x->up, c, s);
 	if (c->error || c->write_failed || (c->eof && hangs)) {
@@ -15875,12 +15880,12 @@ static bool
 linger_step(struct exchange *x)
 {
 	struct conn *c = &x->client;
+	bool ended = c->eof || c->error ||
+	    exchange_is_late(x, x->since + LINGER_ALL_MS);
 
-	if (conn_drain(c))
+	if (!ended && conn_drain(c))
 		x->moved = now.ms;
-	else if (c->eof || c->error ||
-	    exchange_is_late(x,
-		least(x->moved + LINGER_MS, x->since + LINGER_ALL_MS)))
+	else if (ended || exchange_is_late(x, x->moved + LINGER_MS))
 		exchange_close(x, false);
 	else
 		return false;

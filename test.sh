@@ -18751,6 +18751,21 @@ write_hasty() {
 	printf '#include "proxy.c"\n'
 }
 
+test_limit_empty_lines() { # a client that sends empty lines without end, or in pieces, has the time of a head
+	quick
+	start_proxy -m 1
+	client_bg flood <<'END'
+send \{1000:\n} ; loop
+END
+	patience 4000
+	served
+	client_bg drip <<'END'
+send \x0d ; stall 200 ; send \x0a ; stall 200 ; loop
+END
+	"$peer" sleep 300
+	served
+}
+
 test_limit_flood() { # refused clients that never stop sending keep nobody out
 	built_once hasty write_hasty -UBUFFER_SIZE -ULINGER_MS
 	proxy_bin=$work/hasty
