@@ -7,6 +7,7 @@ CPPFLAGS =
 LDFLAGS =
 PREFIX = /usr/local
 DESTDIR =
+TESTS =
 
 BIN = $(DESTDIR)$(PREFIX)/bin
 MAN = $(DESTDIR)$(PREFIX)/share/man/man1
@@ -26,7 +27,7 @@ run-cache: proxy
 	./proxy -c cache
 
 test:
-	$(BUILD) sh test.sh
+	$(BUILD) sh test.sh $(TESTS)
 
 bench:
 	$(BUILD) sh test.sh bench

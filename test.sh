@@ -1418,36 +1418,67 @@ addressed(const char *s)
 	return t.bytes;
 }
 
-/* Listens on a numeric address; sets *port. */
+/* A socket with a numeric address and port; -1 and errno if it can't be had. */
 static int
-hear(const char *address, int *port, int backlog)
+bound(const char *address, int port)
 {
 	struct addrinfo hints, *a;
-	struct sockaddr_storage s;
-	socklen_t len = sizeof(s);
 	char service[16];
-	int fd, on = 1;
+	int fd, on = 1, error;
 
-	snprintf(service, sizeof(service), "%d", *port);
+	snprintf(service, sizeof(service), "%d", port);
 	memset(&hints, 0, sizeof(hints));
 	hints.ai_socktype = SOCK_STREAM;
 	hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV | AI_PASSIVE;
 	if (getaddrinfo(address, service, &hints, &a) != 0)
 		return -1;
 	fd = socket(a->ai_family, SOCK_STREAM, 0);
-	if (fd == -1)
-		return -1;
-	if (*port != 0)
+	if (fd != -1) {
 		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
-	if (bind(fd, a->ai_addr, a->ai_addrlen) == -1 ||
-	    listen(fd, backlog) == -1 ||
-	    getsockname(fd, (struct sockaddr *)&s, &len) == -1)
-		return -1;
+		if (bind(fd, a->ai_addr, a->ai_addrlen) == -1) {
+			error = errno;
+			close(fd);
+			errno = error;
+			fd = -1;
+		}
+	}
 	freeaddrinfo(a);
-	*port = ntohs(s.ss_family == AF_INET6 ?
-	    ((struct sockaddr_in6 *)&s)->sin6_port :
-	    ((struct sockaddr_in *)&s)->sin_port);
 	return fd;
+}
+
+/*
+ * A port that nobody has on any address, lest it be taken on the next one that a
+ * test needs.  It is under those that the kernel gives to clients.
+ */
+static int
+port_of_nobody(void)
+{
+	static const char *const any[] = { "0.0.0.0", "::" };
+	static int tried;
+	int port, fd, i;
+
+	do {
+		port = 10000 + (int)(getpid() % 2750 * 8 + tried) % 22000;
+		for (i = 0; i < 2; i++) {
+			fd = bound(any[i], port);
+			if (fd == -1 && errno == EADDRINUSE)
+				break;
+			close(fd);
+		}
+	} while (++tried < 22000 && i < 2);
+	return port;
+}
+
+/* Listens on a numeric address; sets *port, if it is 0. */
+static int
+hear(const char *address, int *port, int backlog)
+{
+	int fd;
+
+	if (*port == 0)
+		*port = port_of_nobody();
+	fd = bound(address, *port);
+	return fd != -1 && listen(fd, backlog) == 0 ? fd : -1;
 }
 
 /* Notes in NAME.peer where the connection comes from. */
@@ -3596,15 +3627,13 @@ main_serve(int argc, char **argv)
 static int
 main_ports(int argc, char **argv)
 {
-	int n = argc > 1 ? atoi(argv[1]) : 0, fd, port = 10000 + (int)getpid() * 8 % 22000;
+	int n = argc > 1 ? atoi(argv[1]) : 0, port;
 
-	for (; n > 0 && port < 65536; port++) {
-		fd = hear("127.0.0.1", &port, 1);
-		if (fd == -1)
-			continue;
+	for (; n > 0; n--) {
+		port = 0;
+		if (hear("127.0.0.1", &port, 1) == -1)
+			return 1;
 		printf("%d\n", port);
-		n--;
-		close(fd);
 	}
 	return 0;
 }
@@ -4635,19 +4664,10 @@ second_address() {
 # twins deaf|origin NAME
 twins() {
 	cat > o.script
-	# Somebody may have the port on one of them.
-	for _ in 1 2 3 4 5; do
-		twins_says=$("$peer" "$1" -a "$second" "$2" < /dev/null) ||
-			skip "no $1 at $second"
-		echo "${twins_says#* }" >> .pids
-		origin_port=${twins_says% *}
-		twins_says=$("$peer" origin -a 127.0.0.1 -p "$origin_port" o \
-		    < o.script 2> o.err) && break
-	done
-	[ -n "$twins_says" ] || fail "no port that is free on both addresses"
+	twins_says=$("$peer" "$1" -a "$second" "$2" < /dev/null) ||
+		skip "no $1 at $second"
 	echo "${twins_says#* }" >> .pids
-	origin_name=o
-	origin=127.0.0.1:$origin_port
+	origin o -a 127.0.0.1 -p "${twins_says% *}" < o.script
 }
 
 # The proxy of this test asks us for all names and notes them in the file
@@ -8865,14 +8885,8 @@ test_rules_addresses() { # each address of a server is judged by itself
 		printf '%s\n' head "send HTTP/1.1 200 OK\\nContent-Length: \
 ${#says}\\n\\n$says" loop > $says.script
 	done
-	# The same port on both addresses; somebody may have it on one.
-	for n in 1 2 3 4 5; do
-		origin no -a 127.0.0.2 < no.script
-		says=$("$peer" origin -p "$origin_port" yes < yes.script \
-		    2> yes.errors) && break
-	done
-	[ -n "$says" ] || fail "no port that is free on both addresses"
-	echo "${says#* }" >> .pids
+	origin no -a 127.0.0.2 < no.script
+	origin yes -a 127.0.0.1 -p "$origin_port" < yes.script
 	want 200 GET http://c.example:%p/
 	has a no
 	want 200 GET http://a.example:%p/
@@ -18915,14 +18929,8 @@ test_start_user() { # -u: another user after binding
 
 test_start_one_family() { # of two addresses one is taken: it says so and serves on the other
 	address_here ::1 || skip "no IPv6"
-	# Under those that the kernel gives away, lest it gives this one.
-	for try in 1 2 3 4 5; do
-		port=$((20000 + ($$ + try * 997) % 12000))
-		address_here 127.0.0.1 -p $port || continue
-		six=$("$peer" origin -a ::1 -p $port six < /dev/null) && break
-	done
-	[ -n "${six-}" ] || fail "no port that is free on both addresses"
-	echo "${six#* }" >> .pids
+	origin six -a ::1 < /dev/null
+	port=$origin_port
 	start_proxy -l "$port"
 	has err "^proxy: not listening on \[::1\]:$port: "
 	served
@@ -21043,7 +21051,8 @@ test_real_haproxy_balance() { # haproxy as the manual has it: PROXY headers, eac
 	real_answered 127.0.0.14 251 375
 	has haproxy.out 'proxies/b is DOWN' 10
 	real_asked '127.0.0.1[34]' a b c > asked
-	[ "$(sort -u asked | wc -l)" -ge 249 ] || fail "$(wc -l < asked) in the logs"
+	# But for the line of an answer that each client had when it was killed.
+	[ "$(sort -u asked | wc -l)" -ge 248 ] || fail "$(wc -l < asked) in the logs"
 	# It comes back, to its own URLs.
 	real_behind b "$b"
 	has haproxy.out 'proxies/b is UP' 10
