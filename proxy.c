@@ -329,6 +329,8 @@ struct conn {
 	bool wanted : 1;     /* the last step tried to read */
 	bool eof : 1;        /* the peer sends no more */
 	bool shut : 1;       /* the proxy sends no more */
+	bool wrote : 1;      /* bytes have been written */
+	bool hurries : 1;    /* no small segment waits for another one */
 	bool write_failed : 1; /* a write failed: the peer accepts no more */
 	bool hangup : 1; /* poll reported HUP or ERR, or a file: never polled */
 	int64_t event;   /* ms: the last event; says whether it is active */
@@ -799,6 +801,7 @@ struct listener {
 	enum arrival arrival;   /* who comes here */
 	struct address address; /* that is bound: its port is never 0 */
 	bool both;              /* bound to `::', it takes IPv4 clients too */
+	bool busy;              /* clients came in the turn before */
 };
 
 /* Arguments of an option that may be given often. */
@@ -2011,7 +2014,9 @@ answer_is_local(const struct request *q)
 
 enum {
 	/* Connections outside an exchange: kept idle, or tried in parallel. */
-	OTHERS_MAX = 256
+	OTHERS_MAX = 256,
+	/* Bytes that fit into one segment: IPv6 guarantees packets of 1280. */
+	SEGMENT_MIN = 1220
 };
 
 /* Where a connection leads. */
@@ -2348,6 +2353,24 @@ conn_drain(struct conn *c)
 }
 
 /*
+ * Sees to it that the n bytes to be written leave at once.  Nagle's algorithm
+ * keeps a small segment back while another one is on its way, so one write of
+ * one segment needs no call.
+ */
+static void
+conn_hurry(struct conn *c, size_t n)
+{
+	int on = 1;
+
+	if (!c->hurries && (c->wrote || n > SEGMENT_MIN)) {
+		(void)setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on,
+		    sizeof(on));
+		c->hurries = true;
+	}
+	c->wrote = true;
+}
+
+/*
  * Writes as much of `out` as the socket takes.  True if nothing is left, also
  * when the peer no longer accepts data (`write_failed`).  Then reading goes
  * on, as a peer that has gone may have left an answer.  If the system has no
@@ -2366,6 +2389,7 @@ conn_write(struct conn *c)
 	}
 	if (!c->writable && !c->hangup)
 		return false;
+	conn_hurry(c, buffer_len(c->out));
 	n = fd_write(c->fd, c->out->data + c->out->start, buffer_len(c->out));
 	if (n > 0) {
 		buffer_drop(c->out, (size_t)n);
@@ -2423,15 +2447,6 @@ static bool
 conn_is_gone(const struct conn *c)
 {
 	return c->error || (c->hangup && !c->shut);
-}
-
-/* Switches Nagle's algorithm off: small messages leave at once. */
-static void
-conn_nodelay(struct conn *c)
-{
-	int on = 1;
-
-	(void)setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
 }
 
 /* Converts a to the system's form; returns its length. */
@@ -2671,7 +2686,6 @@ conn_connect(struct conn *c, const struct address *to,
 
 	if (fd == -1 || !conn_open(c, ROLE_SERVER, fd, c->exchange))
 		return false;
-	conn_nodelay(c);
 	len = address_export(from, &storage);
 	if (from->family == 0 ||
 	    bind(fd, (struct sockaddr *)&storage, len) != -1) {
@@ -16031,8 +16045,6 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
 		exchange_close(x, false);
 		return;
 	}
-	if (peer->family != AF_UNIX)
-		conn_nodelay(&x->client);
 	x->client.readable = x->client.writable = true;
 	x->peer = *peer;
 	x->local = peer_is_local(fd, peer);
@@ -16433,8 +16445,9 @@ loop_yields(void)
 }
 
 /*
- * Accepts the clients that wait at l, while there are slots.  Frees one slot
- * a turn at most, since the search looks at all.
+ * Accepts the clients that wait at l, while there are slots; only one if none
+ * came in the turn before, since then nobody else waits, as a rule.  Frees one
+ * slot a turn at most, since the search looks at all.
  */
 static void
 loop_accept(struct listener *l)
@@ -16468,6 +16481,10 @@ loop_accept(struct listener *l)
 			peer = address_import((struct sockaddr *)&storage);
 		exchanges.crowded = false;
 		exchange_open(fd, &peer, l->arrival);
+		if (!l->busy) {
+			l->conn.readable = false;
+			return;
+		}
 	}
 }
 
@@ -16478,9 +16495,14 @@ loop_accept_all(void)
 	int64_t after;
 	size_t i;
 
-	for (i = 0; i < listeners_n; i++)
-		if (listeners[i].conn.readable && now.ms >= accept_after)
-			loop_accept(&listeners[i]);
+	for (i = 0; i < listeners_n; i++) {
+		struct listener *l = &listeners[i];
+		bool waits = l->conn.readable && now.ms >= accept_after;
+
+		if (waits)
+			loop_accept(l);
+		l->busy = waits;
+	}
 	after = accept_after;
 	if (exchanges.busy < exchanges.n)
 		exchanges.crowded = false;

@@ -18715,7 +18715,7 @@ test_resources_board() { # musl, 4 KiB buffers, an empty root: 64 descriptors do
 	[ "$most" -lt 1024 ] || fail "$most KiB resident"
 }
 
-test_resources_calls() { # a small GET: 4 transfers, and the log's write
+test_resources_calls() { # a small GET: 4 transfers, and the log's write; a new client: one accept
 	need_calls
 	start_proxy
 	play -n 'four of them' <<'END'
@@ -18739,6 +18739,14 @@ END
 	[ "$transfers" = 16 ] ||
 		fail "4 requests took $transfers transfers instead of 16"
 	[ "$others" -le 4 ] || fail "$others other calls: $(cut -c1-40 calls)"
+	count_from=$(($(wc -l < all.calls) + 1))
+	for n in 1 2 3; do
+		client $n 'ask http://%O/ Connection: close'
+		"$peer" sleep 100
+	done
+	tail -n "+$count_from" all.calls > calls
+	[ "$(grep -c '^accept' calls)" = 3 ] && ! grep '^setsockopt' calls ||
+		fail "3 clients took $(grep -c '^accept\|^setsock' calls) calls"
 }
 
 write_hasty() {
