@@ -2704,14 +2704,18 @@ conn_connect(struct conn *c, const struct address *to,
 	return false;
 }
 
-/* When c has become writable: 0 if it is connected, or the errno. */
+/*
+ * When c has become writable: 0 if it is connected, or the errno.  poll(2) has
+ * told already whether there is an error.
+ */
 static int
 conn_connect_error(struct conn *c)
 {
 	int error = 0;
 	socklen_t len = sizeof(error);
 
-	if (getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &len) == -1)
+	if (c->hangup &&
+	    getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &len) == -1)
 		return errno;
 	if (error == 0)
 		c->connecting = false;
