@@ -5346,7 +5346,7 @@ row_escape(struct text in)
 {
 	struct buffer *b = buffer_take();
 
-	buffer_escape(b, in, 100);
+	buffer_escape(b, in, 100, false);
 	say_row("%.*s", (int)buffer_len(b), b->data + b->start);
 	buffer_give(&b);
 }
@@ -7197,7 +7197,7 @@ test_body_last_chunk() { # the end of an answer comes, however full the buffers 
 }
 
 test_body_trailer_size() { # trailers of any size arrive whole or end the connection
-	for short in 0 60 120; do
+	for short in 0 120 399; do
 		for left in 0 6 100 127 136 145 260 400 1000; do
 			long=$((room_max - left - short * 5 - 8))
 			play "$short fields and $left bytes left" <<END
@@ -12402,6 +12402,20 @@ END
 	served
 }
 
+test_cache_unwritable() { # a directory that can't be written is named at the start
+	as=
+	if [ "$(id -u)" = 0 ]; then
+		have setpriv || skip "root may write everywhere, and no setpriv"
+		chmod 711 "$work" "$T"
+		as='setpriv --reuid=65534 --clear-groups'
+	fi
+	mkdir full
+	chmod 555 full
+	# shellcheck disable=SC2086 # words of a command
+	$as "$proxy_bin" -c "$T/full" -- true 2> errors
+	has errors "^proxy: can't write the cache .*/full: "
+}
+
 test_cache_read_only() { # a directory that can't be written costs the entry only
 	if [ "$(id -u)" = 0 ]; then
 		# Root may write everywhere, nobody may not.
@@ -13042,6 +13056,8 @@ END
 	[ "$status" = 0 ] || fail "an empty directory: status $status"
 	run_proxy -c none -k http://some.example/
 	[ ! -s out ] || fail "no directory: prints $(cat out)"
+	[ "$status" = 1 ] || fail "no directory: status $status"
+	has errors "can't read the cache none: "
 	[ ! -e none ] || fail "it makes a directory"
 	[ -z "$(ls empty)" ] || fail "it makes $(ls empty)"
 }
@@ -16510,6 +16526,12 @@ END
 	ask    here /status = 407
 	ask    here /metrics = 200
 END
+	stop_proxy
+	start_proxy -e 'deny page STATUS'
+	play -n 'the case of a page in a rule does not count' <<'END'
+	ask    here /status = 403
+	ask    here /metrics = 200
+END
 }
 
 test_pages_rules() { # what the condition `page' can't be
@@ -18928,7 +18950,9 @@ END
 	served
 }
 
-test_start_user() { # -u: another user after binding
+test_start_user() { # -u: another user after binding; -n checks that there is one
+	exits 1 -n -u no.such.user
+	has errors 'no.such.user: no such user'
 	[ "$(id -u)" = 0 ] || skip "only root can become another user"
 	chmod 755 "$T"
 	start_proxy -u 65534
@@ -19165,7 +19189,7 @@ END
 		fail "environment: $(cat out), $url"
 	[ "$(sed -n 3p out)" = no=. ] || fail "no_proxy: $(cat out)"
 	counts 2 err '" 200 5 .* end=done'
-	tail -n 1 err | grep '^proxy: 2 requests, 0 refused, 0 from the cache, 0 bytes up, 10 down$' \
+	tail -n 1 err | grep '^proxy: 2 requests, 0 refused or failed, 0 from the cache, 0 bytes up, 10 down$' \
 	    > /dev/null || fail "sum: $(tail -n 1 err)"
 	ORIGIN=127.0.0.1:$origin_port PEER=$peer \
 	    command_proxy -o "$T/file" -- sh script
