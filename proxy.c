@@ -13909,7 +13909,8 @@ bend_limited(const struct rule *rule)
 
 /*
  * True if x's client has as many exchanges under way as a rule allows.  Those
- * that began under earlier rules count if the conditions were the same.
+ * that began under earlier rules count if the conditions were the same; fetches
+ * that no client waits for do not.
  */
 static bool
 bend_is_crowded(const struct exchange *x, const struct rule *rule)
@@ -13919,7 +13920,7 @@ bend_is_crowded(const struct exchange *x, const struct rule *rule)
 	uint64_t n = 0;
 
 	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++)
-		n += y->bend != NULL && y->bend->limit != NULL &&
+		n += !y->refresh && y->bend != NULL && y->bend->limit != NULL &&
 		    memcmp(y->peer.octets, x->peer.octets,
 			sizeof(x->peer.octets)) == 0 &&
 		    strcmp(bend_limited(y->bend->limit), limited) == 0;
@@ -13950,7 +13951,7 @@ bend_apply(struct exchange *x, const struct rule *rule)
 		}
 		break;
 	case ACTION_LIMIT:
-		if (bend_is_crowded(x, rule)) {
+		if (!x->refresh && bend_is_crowded(x, rule)) {
 			exchange_deny(x, REFUSE_CROWDED, "");
 			return false;
 		}

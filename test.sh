@@ -18052,6 +18052,17 @@ END
 	ask    / = 200
 	ask    / = 200
 END
+	stop_proxy
+	start_cache -e 'limit 1'
+	play -n 'what is fetched in the background is nobody'"'"'s request' <<'END'
+	reply  200 Cache-Control: max-age=0, stale-while-revalidate=99\nETag: "a" | one
+	origin head ; touch again ; await over ; say 200 | two
+	ask    / = 200 | one
+	ask    / = 200; hit; ttl=.* | one
+	client await again
+	ask    / = 200; hit; ttl=.* | one
+	client touch over
+END
 }
 
 test_bend_limit_reload() { # limit: those that began before HUP count, whatever the new number
