@@ -421,11 +421,19 @@ struct target {
 	struct text path; /* with the query, as it came; may lack its slash */
 };
 
+/* Fields that the proxy adds unless rules set or remove them: bits. */
+enum own {
+	OWN_VIA = 1,
+	OWN_DATE = 2,
+	OWN_AGE = 4,
+	OWN_CACHE_STATUS = 8
+};
+
 /* The changes that rules make to a head, see rules_rewrite(). */
 struct rewrites {
 	bool taken[FIELDS_MAX]; /* field i of the head is not sent */
 	bool strips;            /* rules remove fields: trailers go, too */
-	bool via;               /* rules remove Via: the proxy adds none */
+	unsigned own;           /* bits of enum own: the proxy adds none */
 	bool undecided;         /* rules may change more later */
 	size_t n;               /* number of fields that are added */
 	struct field fields[REWRITES_MAX]; /* sent behind the others */
@@ -2522,6 +2530,30 @@ address_parse(struct text host, unsigned port, struct address *a)
 	return true;
 }
 
+/*
+ * The same for the host of a URL, which may also be written as resolvers read
+ * it: 127.1, 0x7f.0.0.1 and 2130706433 are 127.0.0.1.
+ */
+static bool
+address_of_host(struct text host, unsigned port, struct address *a)
+{
+	char string[HOST_MAX + 1];
+	in_addr_t four;
+
+	if (address_parse(host, port, a))
+		return true;
+	if (host.len == 0 || !text_copy(host, string, sizeof(string)))
+		return false;
+	four = inet_addr(string);
+	if (four == (in_addr_t)-1)
+		return false;
+	memset(a, 0, sizeof(*a));
+	a->family = AF_INET;
+	a->port = (uint16_t)port;
+	memcpy(a->octets, &four, 4);
+	return true;
+}
+
 /* Writes the address without its port; to has ADDRESS_TEXT bytes. */
 static void
 address_host(const struct address *a, char *to)
@@ -2810,8 +2842,8 @@ exchange_queue(struct exchange *x)
  * fields_of_condition, name_is_among, field_passes, field_append,
  * fields_append, status_append, length_append, via_append, host_trim,
  * authority_print, address_read, response_length, head_logs_in, conn_head,
- * head_is_hopeless, request_hopeless, request_clean, request_is_last,
- * request_passed_here, header_parse.
+ * head_is_hopeless, request_hopeless, request_clean, request_mask,
+ * request_is_last, request_passed_here, header_parse.
  */
 
 static const struct {
@@ -3917,6 +3949,31 @@ request_clean(struct buffer *b)
 	fragment = text_until(text_from(line, at), " \r");
 	if (!connect && text_starts(fragment, "#") && text_is_clean(fragment))
 		buffer_cut(b, at, fragment.len);
+}
+
+/*
+ * Overwrites what follows the word Authorization in the malformed head in b, on
+ * its line and on folded ones: whatever is wrong with the field, its value may
+ * be a secret.
+ */
+static void
+request_mask(struct buffer *b)
+{
+	struct text t = buffer_text(b);
+	char *at = b->data + b->start;
+	bool hidden = false;
+	size_t i;
+
+	for (i = 0; i < t.len; i++) {
+		if (hidden && at[i] > ' ' && at[i] != ':')
+			at[i] = '*';
+		if (text_starts(text_from(t, i), "Authorization")) {
+			hidden = true;
+			i += strlen("Authorization") - 1;
+		} else if (at[i] == '\n')
+			hidden = hidden && i + 1 < t.len &&
+			    is_among(at[i + 1], " \t");
+	}
 }
 
 /*
@@ -5126,7 +5183,7 @@ list_has(const struct list *list, struct text host)
  *
  * Door: rules_judge, rule_lacks, rules_seek, name_is_free, rules_rewrite,
  * rules_rewriter, rules_trust, rules_let_in, view_source, view_begin,
- * exchange_view.
+ * view_route, exchange_view.
  */
 
 enum {
@@ -5304,6 +5361,7 @@ struct view {
 	unsigned known, never;        /* facts: known, and never to be known */
 	const struct address *client; /* its address */
 	bool local;                   /* the client is on this machine */
+	bool tunnels;                 /* a 200 would promise a tunnel */
 	struct text user; /* that has logged in; `at` is NULL: none */
 	const struct request *request;   /* to be judged */
 	struct text host;                /* of the URL, without trailing dots */
@@ -5394,8 +5452,8 @@ star_matches(struct text pattern, struct text t)
 
 /*
  * True if a field that the condition names has a matching value.  If a server
- * sends several types, some clients use the first, some the last: all are
- * tested, without their parameters.
+ * sends several types, in several fields or in one, some clients use the first,
+ * some the last: all are tested, without their parameters.
  */
 static bool
 field_matches(const struct condition *c, const struct value *value,
@@ -5408,14 +5466,17 @@ field_matches(const struct condition *c, const struct value *value,
 	size_t i;
 
 	for (i = 0; i < h->n && !hit; i++) {
-		struct text t = h->fields[i].value;
+		struct text t = h->fields[i].value, type;
 
 		if (!text_same(h->fields[i].name, c->name))
 			continue;
 		(void)text_copy(t, string, sizeof(string));
-		hit = c->subject == SUBJECT_TYPE ?
-		    star_matches(value->text, text_trim(text_split(&t, ';'))) :
+		hit = c->subject != SUBJECT_TYPE &&
 		    regexec(&value->as.regex, string, 0, NULL, 0) == 0;
+		while (
+		    c->subject == SUBJECT_TYPE && !hit && list_next(&t, &type))
+			hit = star_matches(value->text,
+			    text_trim(text_split(&type, ';')));
 	}
 	return hit;
 }
@@ -5550,6 +5611,8 @@ rule_judge(const struct rule *rule, struct view *v)
 	const struct condition *c;
 	enum truth truth, all = TRUTH_YES;
 
+	if (v->tunnels && rule->action == ACTION_ANSWER && rule->status < 300)
+		return TRUTH_NO;
 	for (c = rule->conditions; c != NULL; c = c->next) {
 		truth = condition_judge(c, v);
 		if (truth == TRUTH_NO)
@@ -5670,10 +5733,14 @@ static void
 rewrites_take(struct rewrites *w, const struct value *names,
     const struct head *h)
 {
+	static const char *const own[] = { "Via", "Date", "Age",
+		"Cache-Status" };
 	size_t i, n = 0;
 
 	w->strips = true;
-	w->via = w->via || name_is_taken(names, text_of("Via"));
+	for (i = 0; i < sizeof(own) / sizeof(own[0]); i++)
+		if (name_is_taken(names, text_of(own[i])))
+			w->own |= 1U << i;
 	for (i = 0; i < h->n; i++)
 		if (!w->taken[i])
 			w->taken[i] = name_is_taken(names, h->fields[i].name);
@@ -5811,6 +5878,16 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 		v->known |= FACT_BODY;
 }
 
+/* Sets the server's address to that of a numeric host. */
+static void
+view_literal(struct view *v, struct text host, unsigned port)
+{
+	if (!address_of_host(host, port, &v->literal))
+		return;
+	v->address = &v->literal;
+	v->known |= FACT_ADDRESS;
+}
+
 /*
  * Sets v to the facts known as soon as a request arrives; q and client must
  * outlive v.  local: the client is on this machine.
@@ -5825,13 +5902,30 @@ view_begin(struct view *v, const struct request *q,
 	    0U;
 	v->client = client;
 	v->local = local;
+	v->tunnels = q->method == METHOD_CONNECT;
 	v->request = q;
 	v->host = host_trim(q->target.host);
 	v->port = q->target.port;
-	if (address_parse(v->host, v->port, &v->literal)) {
-		v->address = &v->literal;
-		v->known |= FACT_ADDRESS;
+	view_literal(v, v->host, v->port);
+}
+
+/*
+ * Adds what the way of the request says of the server's address: a rule `to'
+ * names another server, and a parent looks up names itself.
+ */
+static void
+view_route(struct view *v, const struct parent *parent)
+{
+	bool to = parent != NULL && parent->kind == PARENT_TO;
+
+	if (to && v->address == &v->literal) {
+		v->address = NULL;
+		v->known &= ~(unsigned)FACT_ADDRESS;
 	}
+	if (to)
+		view_literal(v, text_of(parent->host), parent->port);
+	else if (parent_is_proxy(parent) && v->address == NULL)
+		v->never |= FACT_ADDRESS;
 }
 
 /*
@@ -5847,17 +5941,17 @@ exchange_view(const struct exchange *x, const struct response *r,
 	const struct request *q = x->request;
 
 	view_begin(v, q, &x->peer, x->local);
+	v->tunnels = v->tunnels && !x->hidden;
 	if (x->record.user != NULL)
 		v->user = x->record.user->user;
 	v->found = q->access.found;
 	v->passed = x->down.payload + x->down.ready;
+	view_route(v, q->route.parent);
 	if (answer_is_stored(q))
 		view_source(v, &q->route.list[0]);
-	else if (v->address == NULL && exchange_parent(x) != NULL &&
-	    !q->access.route_undecided)
-		v->never |= FACT_ADDRESS;
-	else if (x->record.server.family == AF_INET ||
-	    x->record.server.family == AF_INET6)
+	else if (exchange_parent(x) == NULL &&
+	    (x->record.server.family == AF_INET ||
+		x->record.server.family == AF_INET6))
 		view_source(v, &x->record.server);
 	if (r != NULL)
 		view_response(v, r, length);
@@ -6464,7 +6558,8 @@ condition_parse(struct parser *p, struct rule *rule)
 		    "behind one, as in: %s a b",
 		    c->word, c->word);
 	condition_values(p, c);
-	if (c->needs & facts_late[p->group])
+	if (c->needs &
+	    (rule->action == ACTION_OFFLINE ? FACTS : facts_late[p->group]))
 		parser_error(p,
 		    "%s: what it needs is known too late for this rule; leave "
 		    "it out",
@@ -11769,6 +11864,17 @@ utf8_length(struct text t)
 	return n;
 }
 
+/* How many bytes at the start of t are whole characters in UTF-8. */
+static size_t
+utf8_span(struct text t)
+{
+	size_t whole = 0, n = 1;
+
+	for (; whole < t.len && n > 0; whole += n)
+		n = utf8_length(text_from(t, whole));
+	return whole;
+}
+
 /* Appends t to the entry. */
 static void
 record_append(struct text t)
@@ -11844,18 +11950,12 @@ static bool
 record_field_next(struct text *head, struct text *name, struct text *value)
 {
 	struct text line = line_next(head, NULL);
-	bool folded;
 
 	if (line.len == 0)
 		return false;
-	/* Who folds a field is refused; what was folded may be a secret. */
-	folded = is_among(*line.at, " \t");
 	*name = text_trim(text_split(&line, ':'));
-	*value = text_trim(line);
-	if (folded)
-		*name = text_of("");
-	if (name->len == 0 || name_is_among(*name, secret_fields))
-		*value = text_of("***");
+	*value = name_is_among(*name, secret_fields) ? text_of("***") :
+						       text_trim(line);
 	return true;
 }
 
@@ -11897,10 +11997,8 @@ record_body(const struct tape *t, enum tape_part part, struct text head)
 	struct text coding = record_field(head, "Content-Encoding");
 	struct text body = tape_read(t, part, recording.body);
 	bool cut = t->sizes[part] > RECORD_MAX, text;
-	size_t whole = 0, n = 1;
+	size_t whole = utf8_span(body);
 
-	for (; whole < body.len && n > 0; whole += n)
-		n = utf8_length(text_from(body, whole));
 	text = coding.len == 0 &&
 	    (whole == body.len || (cut && body.len - whole < 4));
 	record_json("'mimeType':$,'text':'",
@@ -12027,6 +12125,7 @@ record_frame(const struct exchange *x)
 	char comment[RULE_NAME_MAX + REASON_MAX + 64];
 	const struct record *r = &x->record;
 	bool ruled = log_names_rule(r);
+	struct text words;
 	struct timespec wall = { 0, 0 };
 	int64_t began;
 	time_t seconds;
@@ -12051,7 +12150,10 @@ record_frame(const struct exchange *x)
 	    log_ends[r->end], ruled ? ", rule " : "",
 	    ruled ? r->rule->where : "", r->refusal ? ", " : "",
 	    r->refusal ? refusal_words(x, NULL) : "");
-	record_json("'comment':$,", text_of(comment));
+	words = text_of(comment);
+	record_json("'comment':'");
+	record_escape(words, utf8_span(words) == words.len);
+	record_json("',");
 }
 
 /*
@@ -12161,19 +12263,10 @@ trace_field(const struct exchange *x, const char *mark, const char *sign,
 static void
 trace_head(const struct exchange *x, const char *mark, struct text head)
 {
-	bool hidden = false;
 	struct text line;
 
-	if (!is_traced(x))
-		return;
-	while ((line = line_next(&head, NULL)).len > 0) {
-		/* A folded line goes on with the secret. */
-		bool folded = hidden && is_among(*line.at, " \t");
-
-		hidden = folded ||
-		    name_is_among(line_name(line), secret_fields);
-		trace_field(x, mark, "", folded ? text_of(" ***") : line, "");
-	}
+	while (is_traced(x) && (line = line_next(&head, NULL)).len > 0)
+		trace_field(x, mark, "", line, "");
 }
 
 /* Why the proxy drops a field, or adds one (NULL: the same): the RFCs. */
@@ -12643,7 +12736,7 @@ request_build(struct exchange *x, struct buffer *b)
 	for (i = 0; i < q->rewrites.n; i++)
 		field_append(b, &q->rewrites.fields[i]);
 	x->up.strips = q->rewrites.strips || q->head.nominates_late;
-	if (!q->rewrites.via)
+	if (!(q->rewrites.own & OWN_VIA))
 		via_append(b, q->minor);
 	connection_append(q, b);
 	buffer_append(b, text_of("\r\n"));
@@ -12714,6 +12807,7 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	bool upgrade = r->status == 101 || r->status == 426;
 	bool tunnel = q->method == METHOD_CONNECT && r->status < 300;
 	bool final = r->status >= 200 && !tunnel;
+	struct text extra = r->extra;
 	struct rewrites w;
 	size_t i;
 
@@ -12727,13 +12821,18 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 			response_field_append(x, r, i, b);
 	for (i = 0; i < w.n; i++)
 		field_append(b, &w.fields[i]);
-	if (final && head_field(&r->head, "Date") == NULL)
+	if (final && head_field(&r->head, "Date") == NULL &&
+	    !(w.own & OWN_DATE))
 		buffer_print(b, "Date: %s\r\n", date_now());
-	if (q->answerer != ANSWER_MEMORY && !w.via)
+	if (q->answerer != ANSWER_MEMORY && !(w.own & OWN_VIA))
 		via_append(b, r->minor);
-	buffer_append(b, r->extra);
+	/* The first of these lines, if there are any, is Age. */
+	if (w.own & OWN_AGE)
+		(void)line_next(&extra, NULL);
+	buffer_append(b, extra);
 	/* Not to a page of the proxy's own (RFC 9211 section 2). */
-	if (final && options.cache != NULL && q->answerer != ANSWER_MEMORY)
+	if (final && options.cache != NULL && q->answerer != ANSWER_MEMORY &&
+	    !(w.own & OWN_CACHE_STATUS))
 		cache_status_append(x, b);
 	if (x->down.to == FRAMING_CHUNKED)
 		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
@@ -13770,6 +13869,7 @@ route_judge(struct exchange *x, struct view *v)
 	q->route.parents = verdict.truth == TRUTH_YES ? verdict.rule->parents :
 							NULL;
 	parent_use(x, parent_choose(q->route.parents));
+	view_route(v, q->route.parent);
 }
 
 /* ---- what rules do to an exchange ---- */
@@ -13803,7 +13903,8 @@ bend_limited(const struct rule *rule)
 
 /*
  * True if x's client has as many exchanges under way as a rule allows.  Those
- * that began under earlier rules count if the conditions were the same.
+ * that began under earlier rules count if the conditions were the same; fetches
+ * that no client waits for do not.
  */
 static bool
 bend_is_crowded(const struct exchange *x, const struct rule *rule)
@@ -13813,7 +13914,7 @@ bend_is_crowded(const struct exchange *x, const struct rule *rule)
 	uint64_t n = 0;
 
 	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++)
-		n += y->bend != NULL && y->bend->limit != NULL &&
+		n += !y->refresh && y->bend != NULL && y->bend->limit != NULL &&
 		    memcmp(y->peer.octets, x->peer.octets,
 			sizeof(x->peer.octets)) == 0 &&
 		    strcmp(bend_limited(y->bend->limit), limited) == 0;
@@ -13844,7 +13945,7 @@ bend_apply(struct exchange *x, const struct rule *rule)
 		}
 		break;
 	case ACTION_LIMIT:
-		if (bend_is_crowded(x, rule)) {
+		if (!x->refresh && bend_is_crowded(x, rule)) {
 			exchange_deny(x, REFUSE_CROWDED, "");
 			return false;
 		}
@@ -13904,11 +14005,6 @@ bend_begin(struct exchange *x)
 		exchange_view(x, NULL, 0, &v);
 		verdict = rules_judge(x->rules, bend_groups[i], &v);
 		if (verdict.truth != TRUTH_YES)
-			continue;
-		/* To a CONNECT it would mean that there is a tunnel. */
-		if (verdict.rule->action == ACTION_ANSWER &&
-		    verdict.rule->status < 300 && !x->hidden &&
-		    x->request->method == METHOD_CONNECT)
 			continue;
 		if (!bend_apply(x, verdict.rule))
 			return false;
@@ -14009,11 +14105,12 @@ access_begin(struct exchange *x)
 	x->rules = rules_take(&q->head, &x->record.user);
 	q->dice = random_mix(options.seed + x->number);
 	exchange_view(x, NULL, 0, &v);
+	if (q->target.form != FORM_ORIGIN)
+		route_judge(x, &v);
 	if (!access_judge(x, &v))
 		return false;
 	if (q->target.form == FORM_ORIGIN)
 		return true;
-	route_judge(x, &v);
 	exchange_rewrite(x);
 	return q->access.state == ACCESS_UNDECIDED || bend_begin(x);
 }
@@ -14250,6 +14347,7 @@ request_salvage(struct exchange *x)
 	struct text t;
 
 	request_clean(x->client.in);
+	request_mask(x->client.in);
 	t = buffer_text(x->client.in);
 	trace_head(x, "c>", t);
 	tape_add(x, TAPE_REQUEST_HEAD, t);
@@ -14440,9 +14538,11 @@ request_accept(struct exchange *x)
 	int verdict, last;
 
 	request_clean(q->bytes);
+	verdict = request_parse(buffer_text(q->bytes), q);
+	if (verdict != 1)
+		request_mask(q->bytes);
 	trace_head(x, "c>", buffer_text(q->bytes));
 	tape_add(x, TAPE_REQUEST_HEAD, buffer_text(q->bytes));
-	verdict = request_parse(buffer_text(q->bytes), q);
 	if (verdict == 1 && x->intercepted &&
 	    (q->target.form == FORM_ORIGIN || q->target.form == FORM_ASTERISK))
 		verdict = request_adopt(q);
@@ -14661,7 +14761,7 @@ resolve_host(struct exchange *x, struct text host, unsigned port)
 	unsigned i;
 
 	q->times.resolved = now.ms;
-	if (address_parse(host_trim(host), port, &q->route.list[0])) {
+	if (address_of_host(host_trim(host), port, &q->route.list[0])) {
 		q->route.n = 1;
 		return 1;
 	}
@@ -15512,7 +15612,8 @@ response_accept(struct exchange *x, size_t n)
 		exchange_refuse(x, REFUSE_ANSWER, refusals[-verdict].words);
 		return;
 	}
-	q->times.answered = q->times.answered ? q->times.answered : now.ms;
+	if (q->times.answered == 0 && (r.status >= 200 || r.status == 101))
+		q->times.answered = now.ms;
 	q->route.keep = response_keeps_server(x, &r);
 	if (response_wants_login(x, &r))
 		exchange_refuse(x,
@@ -17753,10 +17854,15 @@ static bool
 trial_resolve(const struct trial *t, struct address *a)
 {
 	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *found = NULL;
+	const struct parent *to =
+	    t->route.truth == TRUTH_YES ? t->route.rule->parents : NULL;
 	char host[HOST_MAX + 1];
 	int error;
 
-	(void)text_copy(t->request.target.host, host, sizeof(host));
+	(void)text_copy(to != NULL && to->kind == PARENT_TO ?
+		text_of(to->host) :
+		t->request.target.host,
+	    host, sizeof(host));
 	error = getaddrinfo(host, NULL, &hints, &found);
 	if (error != 0) {
 		printf("\taddress: the name lookup failed: %s\n",
@@ -17780,8 +17886,7 @@ trial_judge(struct trial *t)
 	t->route = rules_judge(t->rules, GROUP_ROUTE, &t->view);
 	if (t->route.truth == TRUTH_YES)
 		parent = t->route.rule->parents;
-	if (parent_is_proxy(parent) && t->view.address == NULL)
-		t->view.never |= FACT_ADDRESS;
+	view_route(&t->view, parent);
 	t->access = rules_judge(t->rules, GROUP_ACCESS, &t->view);
 }
 
@@ -17885,7 +17990,8 @@ trial_run(const char *words)
 	}
 	trial_access(&t.access, &t.view);
 	trial_route(&t.route);
-	trial_bends(&t);
+	if (!t.access.refuses)
+		trial_bends(&t);
 	rules_give(&t.rules);
 	return t.access.refuses ? 1 :
 	    t.access.truth == TRUTH_UNDECIDED ||

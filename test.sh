@@ -10098,6 +10098,38 @@ END
 END
 }
 
+test_rules_rewrite_ours() { # set and unset: also fields that the proxy adds itself
+	start_rules -c "$T/cache" <<'END'
+set response Date "Thu, 01 Jan 1970 00:00:00 GMT" host set.example
+set response Age 7 host set.example
+set response Cache-Status "\"x\"" host set.example
+set response Via "1.1 x" host set.example
+unset response Date Age Cache-Status Via host unset.example
+END
+	play -n 'a response without Date, a hit' <<'END'
+	reply  200 | ok
+	reply  200 Cache-Control: max-age=99 | ok
+	ask    http://set.example:%p/ = 200
+	ask    http://set.example:%p/hit = 200
+	ask    http://set.example:%p/hit = 200 | ok
+	sees#  3 ^Date: 
+	sees#  3 ^Age: 7
+	sees#  3 ^Age: 
+	sees#  3 ^Cache-Status: 
+	sees#  3 ^Via: 
+	log    hit=fresh
+	== none of them
+	reply  200 | ok
+	reply  200 Cache-Control: max-age=99 | ok
+	ask    http://unset.example:%p/ = 200
+	ask    http://unset.example:%p/hit = 200
+	ask    http://unset.example:%p/hit = 200 | ok
+	sees!~ ^(Date|Age|Cache-Status|Via):
+	sees#  3 ^Content-Length: 2
+	log    hit=fresh
+END
+}
+
 test_rules_rewrite_trailers() { # set and unset: trailers are dropped; add: not
 	start_rules <<'END'
 set request X-A b host set.example
@@ -10523,6 +10555,8 @@ rule deny 451 host films.example
 rule deny 451 list shows.list
 rule deny 451 url ^http://[^/]*/secret
 rule deny 450 address 127.0.0.2
+rule deny 452 type a/evil
+rule allow
 ask GET http://films.example/ | GET http://films.EXAMPLE/ | GET http://films.example./ = deny 451
 ask GET http://films.example..:1/ | GET http://shows.example..:1/ = deny 451
 ask CONNECT films.example:1 | CONNECT films.EXAMPLE:1 | CONNECT films.example.:1 = deny 451
@@ -10537,6 +10571,24 @@ ask CONNECT x@films.example:1 | CONNECT x@shows.example:1 = 400
 ask GET http://a.example:8080/secret | GET HTTP://A.example:8080/secret = deny 451
 ask GET http://a.example.:8080/secret | GET http://a.example:08080/secret = deny 451
 ask GET http://127.0.0.2../ | GET http://127.0.0.2./ | CONNECT 127.0.0.2.:1 = deny 450
+ask GET http://127.2/ | GET http://0x7f.2/ | GET http://2130706434/ | CONNECT 0177.2:1 = deny 450
+ask GET http://[::ffff:127.0.0.2]/ | GET http://[::FFFF:7f00:2]/ = deny 450
+ask GET http://192.0.2.1/ > 200 Content-Type: A/Evil ;x=y = deny 452
+ask GET http://192.0.2.1/ > 200 Content-Type: a/b\nContent-Type: a/evil = deny 452
+ask GET http://192.0.2.1/ > 200 Content-Type: a/b;x=y, a/evil = deny 452
+ask GET http://192.0.2.1/ > 200 Content-Type: ,a/evil,a/b = deny 452
+ask GET http://192.0.2.1/ > 200 Content-Type: a/b;x=", a/evil" = allow
+# A parent would read these hosts in the same way.
+rule via http://parent:1
+rule deny 450 address 127.0.0.2
+ask GET http://127.2/ | GET http://0x7f.2/ | GET http://2130706434/ | CONNECT 0177.2:1 = deny 450
+ask GET http://127.3/ | GET http://a127.2/ | GET http://127.2.example/ = allow
+# Another server is judged by its own address.
+rule to 127.0.0.2:80 host a.example 192.0.2.1
+rule deny 450 address 127.0.0.2
+rule deny 451 address 192.0.2.0/24
+ask GET http://a.example/ | GET http://192.0.2.1/ | CONNECT 192.0.2.1:443 = deny 450
+ask GET http://192.0.2.2/ = deny 451
 END
 	start_ruled -e 'deny host .example' -e 'deny url "^http://x/"' \
 	    -e 'deny list shows.list' -e 'deny address 10.0.0.0/8'
@@ -15698,6 +15750,16 @@ END
 	lacks log '^127.0.0.1 - [^-]'
 }
 
+test_log_first() { # first= is the time to the response, not to a 1xx before it
+	play '103 at once, 200 later' <<'END'
+	origin head ; say 103 X: y ; stall 300 ; say 200 | ok
+	ask    /
+	sees   HTTP/1.1 200 OK
+	log    200 2 .* end=done
+END
+	has log ' first=\([3-9]..\|[0-9]....*\) total='
+}
+
 test_log_file() { # -o file, reopened on HUP
 	start_proxy -o "$T/file"
 	served
@@ -15971,7 +16033,8 @@ recorded() {
 }
 
 test_record() { # -w: heads, bodies, times and reasons, in HAR
-	start_proxy -w s.har -e 'deny url /no'
+	start_proxy -w s.har -e 'deny url /no' \
+	    -e "$(printf 'deny "f\303\274r alle" url /fuer')"
 	play 'a GET' <<'END'
 	reply  200 Content-Type: text/plain\nX-A: a"b\\c | h\xc3\xa9llo\l"you"\\\t.
 	ask    /p?a=1&b&c=%20=#f Accept-Encoding: gzip\nAuthorization: Basic c2VjcmV0 = 200
@@ -15994,6 +16057,7 @@ test_record() { # -w: heads, bodies, times and reasons, in HAR
 	client send ping ; until pong
 	== a refusal
 	ask    http://x.test/no = 403
+	ask    http://x.test/fuer = 403
 	== no request at all
 	client send nonsense\n\n ; eof
 END
@@ -16004,6 +16068,7 @@ END
 	recorded bytes '/bytes.*"text":"/wBh","encoding":"base64"[}]'
 	recorded long '/long.*"content":[{]"size":1500000,.*"comment":"cut: longer than 1048576 bytes"[}]'
 	recorded tunnel '"method":"CONNECT","httpVersion":"HTTP/1.1","url":"connect://127[0-9.:]*".*"status":200,.*"content":[{]"size":0,"mimeType":"","text":""[}][}].*"blocked":-1,"dns":-1,'
+	recorded words '"comment":"end=done, rule -e:2, f'"$(printf '\303\274')"'r alle".*/fuer'
 	recorded refusal '"comment":"end=done, rule -e:1, a rule forbids this".*"status":403,.*"text":"403 Forbidden: ' \
 	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"nonsense"'
 	lacks s.har c2VjcmV0
@@ -16231,6 +16296,22 @@ END
 	has err "ended:"
 	grep -e c2VjcmV0 -e bW9yZQ err && fail "a credential is shown"
 	has err 'X: shown'
+	for line in 'Proxy-Authorization Basic c2VjcmV0' \
+	    '\x0bauthorization: Basic c2VjcmV0' 'Authorization\x0b: Basic c2VjcmV0' \
+	    'X: y\rProxy-Authorization: Basic c2VjcmV0'; do
+		play "$line" <<END
+		client send GET http://a/ HTTP/1.1\nHost: x\n$line\nY: shown\n\n ; answer
+		sees~  ^HTTP/1.1 400
+		err~   Y: shown
+END
+	done
+	play 'in the place of a request line' <<'END'
+	client send Proxy-Authorization: Basic c2VjcmV0\n\n ; answer
+	sees~  ^HTTP/1.1 400
+	log    "Proxy-Authorization:[ *]*" 400
+END
+	cat log err > both
+	lacks both c2VjcmV0
 }
 
 test_trace_pipe() { # words on a pipe that nobody reads: serving goes on, TERM works
@@ -16573,6 +16654,11 @@ allow page status page metrics|page: it stands with allow
 END
 	exits 0 -n -e 'allow client 192.0.2.1 page status metrics'
 	exits 0 -n -e 'deny page metrics client 192.0.2.1'
+	start_proxy -e 'deny 450 page Status METRICS'
+	play -n 'capitals mean the same' <<'END'
+	ask    here /status = 450
+	ask    here /metrics = 450
+END
 }
 
 # ---- 19. Exchange: the phases, one step each --------------------------------
@@ -18013,6 +18099,17 @@ END
 	ask    / = 200
 	ask    / = 200
 END
+	stop_proxy
+	start_cache -e 'limit 1'
+	play -n 'what is fetched in the background is nobody'"'"'s request' <<'END'
+	reply  200 Cache-Control: max-age=0, stale-while-revalidate=99\nETag: "a" | one
+	origin head ; touch again ; await over ; say 200 | two
+	ask    / = 200 | one
+	ask    / = 200; hit; ttl=.* | one
+	client await again
+	ask    / = 200; hit; ttl=.* | one
+	client touch over
+END
 }
 
 test_bend_limit_reload() { # limit: those that began before HUP count, whatever the new number
@@ -18083,6 +18180,18 @@ END
 		> /dev/null || fail "the server got $(cat o.1)"
 	"$proxy_bin" -e "to $origin host a.example" -T http://a.example/ > out
 	has out "route: to $origin (-e:1: to"
+	tries -e 'to 127.0.0.2:80 host 192.0.2.1' -e 'allow client 192.0.2.9' <<'END'
+http://192.0.2.1/ client 192.0.2.9 = 1 deny built-in:1
+http://192.0.2.2/ client 192.0.2.9 = 0 allow -e:2
+END
+	need_me
+	start_proxy -e "to $origin host a.example 198.51.100.1" -e "allow client $me"
+	for host in a.example 198.51.100.1; do
+		play -n "the guard sees the address behind $host" <<END
+		ask    http://$host/ = 403
+		sees~  may go to this address
+END
+	done
 }
 
 test_bend_chance() { # chance: that share of requests, and the same ones with -S
@@ -18153,17 +18262,24 @@ test_bend_connect() { # answer: no tunnel for CONNECT, and no body into a file
 answer 404 "no" method CONNECT host a.example
 answer 200 "x" method CONNECT
 answer 200 file $T/page method POST
+answer 405 "later" method CONNECT host b.example
 END
 	play -n 'CONNECT' <<'END'
 	origin until ping ; send pong ; close
 	client send CONNECT %O HTTP/1.1\nHost: %O\n\n ; answer head ; send ping ; until pong ; eof
 	a: ask CONNECT a.example:443 = 404
+	b: ask CONNECT b.example:443 = 405
 	sees   HTTP/1.1 200 Connection established
 	== a body
 	client send POST http://b.example/ HTTP/1.1\nHost: x\nContent-Length: 100000\n\n\{100000:x} ; eof
 	sees   HTTP/1.1 200 OK
 	log    "POST http://b.example/ HTTP/1.1" 200 6 .* up=0 .* end=done
 END
+	exits 0 -e 'answer 200 "x"' -e 'delay 1s' -T https://a.example/
+	lacks out 'bent: answer'
+	has out 'bent: delay'
+	exits 1 -e 'deny host a.example' -e 'delay 1s' -T https://a.example/
+	lacks out bent
 }
 
 test_bend_hang_much() { # hang: a client that sent much and left is noticed
@@ -18196,6 +18312,8 @@ to|to: a value is missing; write a server
 to example.com|to: not valid: example.com
 delay 1s status 500|status: what it needs is known too late
 cut 1K address 10.0.0.0/8|address: what it needs is known too late
+offline type text/html|type: what it needs is known too late
+offline host a address 10.0.0.0/8|address: what it needs is known too late
 END
 }
 
