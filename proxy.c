@@ -667,6 +667,7 @@ struct caching {
 	uint64_t key;          /* hash of the target's key */
 	uint64_t validator;    /* see response_validator() */
 	int entry;             /* descriptor of the entry to be validated */
+	bool outdated;         /* an unsafe request came since the look-up */
 	uint32_t region;       /* bytes of the region of one that answers */
 	int64_t ttl;           /* seconds the entry is still fresh */
 	int64_t age;           /* its age in seconds */
@@ -2854,7 +2855,7 @@ static const struct {
 } refusals[REFUSALS] = {
 #define BAD 400, CAUSE_OTHER, "http_request_error"
 #define CLIENT CAUSE_OTHER, "http_request_error"
-#define BAD_ANSWER 502, CAUSE_OTHER, "http_protocol_error"
+#define BAD_ANSWER 502, CAUSE_ANSWER, "http_protocol_error"
 #define DENIED 403, CAUSE_RULE, "http_request_denied"
 #define LOGIN 407, CAUSE_RULE, "http_request_denied"
 #define LOOP 508, CAUSE_OTHER, "proxy_loop_detected"
@@ -2964,7 +2965,7 @@ static const struct {
 	[REFUSE_ANSWER_SLOW] = { 504, CAUSE_ANSWER, "http_response_timeout",
 	    "the server did not answer in time" },
 	[REFUSE_INTERIM] = { BAD_ANSWER, "too many interim answers" },
-	[REFUSE_UPGRADE] = { 502, CAUSE_OTHER, "http_upgrade_failed",
+	[REFUSE_UPGRADE] = { 502, CAUSE_ANSWER, "http_upgrade_failed",
 	    "a switch of protocols that nobody asked for" },
 	[REFUSE_LOGIN] = { BAD_ANSWER,
 	    "the server asked for a login as if it were a proxy" },
@@ -2972,7 +2973,7 @@ static const struct {
 	    "the parent proxy does not accept our login" },
 	[REFUSE_PARENT] = { 502, CAUSE_OTHER, "proxy_internal_response",
 	    "the parent proxy failed" },
-	[REFUSE_CUT_SHORT] = { 502, CAUSE_OTHER, "http_response_incomplete",
+	[REFUSE_CUT_SHORT] = { 502, CAUSE_ANSWER, "http_response_incomplete",
 	    "the answer was cut short" },
 	[REFUSE_IDLE] = { 504, CAUSE_OTHER, "connection_read_timeout",
 	    "no byte moved for too long" },
@@ -8143,7 +8144,8 @@ name_compare(const void *one, const void *two)
 
 /*
  * Appends all that a response varies by to b, as one sorted list: its Vary, the
- * range of a part of a body, and vary_client.  False if it is too long.
+ * range of a part of a body, and vary_client.  False if it is too long, or has
+ * what is no name: that might mean any field.
  */
 static bool
 vary_append(const struct response *r, struct buffer *b)
@@ -8152,7 +8154,7 @@ vary_append(const struct response *r, struct buffer *b)
 	struct members m = { NULL, { NULL, 0 } };
 
 	while (member_next(&r->head, "Vary", &m, &member)) {
-		if (last == list + VARY_MAX)
+		if (last == list + VARY_MAX || !text_is_token(member))
 			return false;
 		*last++ = member;
 	}
@@ -8382,6 +8384,9 @@ entry_find(const struct request *q, struct text key, struct lookup *l)
 
 	entry_path(key, text_of(""), l->path);
 	entry_open(l, l->path, 0, key);
+	/* A variant's file that somebody moved here is for few requests. */
+	if (l->fd != -1 && l->e.variant.len > 0)
+		fd_drop(&l->fd);
 	if (l->fd == -1 || l->e.vary.at == NULL)
 		return;
 	fd_drop(&l->fd);
@@ -8471,18 +8476,42 @@ disk_failed(void)
 		store_lacks_disk(strerror(errno));
 }
 
-/* Makes the directory of the file at path, if it is missing. */
+static const char store_tag[] = "Signature: 8a477f597d28d172789f06886806bc55\n"
+				"# A cache of proxy; all of it may go.\n";
+
+/* Makes the file that marks the directory as a cache; -1 if there is one. */
+static int
+tag_make(void)
+{
+	char path[CACHE_PATH];
+	int fd;
+
+	store_path("CACHEDIR.TAG", path);
+	fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
+	if (fd != -1)
+		(void)fd_write(fd, store_tag, strlen(store_tag));
+	return fd;
+}
+
+/*
+ * Makes the directory of the file at path, if it is missing; and the tag, as
+ * somebody may have removed all that was in the cache.
+ */
 static void
 entry_directory(const char *path)
 {
 	char directory[CACHE_PATH];
+	int tag;
 
 	(void)text_copy(text_of(path), directory, sizeof(directory));
 	*strrchr(directory, '/') = '\0';
-	if (mkdir(directory, 0700) != -1)
-		stock->grown[worker] += store.block;
-	else
+	if (mkdir(directory, 0700) == -1) {
 		disk_failed();
+		return;
+	}
+	tag = tag_make();
+	stock->grown[worker] += store.block * (tag != -1 ? 2 : 1);
+	fd_drop(&tag);
 }
 
 /* Writes all of t to fd at offset; false if that fails. */
@@ -8619,22 +8648,26 @@ file_put(const char *path, const struct buffer *b)
 /*
  * Copies the token for the variants of a key by this Vary list into token,
  * which has 64 bytes.  The marker at the key's own path contains it; if there
- * is none with this list, writes one with a new token.  False if that fails.
+ * is none with this list, writes one with a new token.  False if that fails,
+ * or if it is for a part of a body, and other entries would be lost.
  */
 static bool
-marker_token(struct text key, struct text vary, char *token)
+marker_token(struct text key, struct text vary, bool part, char *token)
 {
 	struct buffer *b = work_buffer(WORK_HEAD);
 	struct lookup l;
-	bool found;
+	bool found, other;
 
 	l.b = b;
 	entry_path(key, text_of(""), l.path);
 	entry_open(&l, l.path, 0, key);
 	found = l.fd != -1 && text_equals(l.e.vary, vary);
+	other = l.fd != -1 && !found;
 	fd_drop(&l.fd);
 	if (found)
 		return text_copy(l.e.token, token, 64);
+	if (part && other)
+		return false;
 	(void)snprintf(token, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
 	    (long)getpid(), (unsigned long long)++store.serial);
 	buffer_clear(b)->end += REGION_LINE;
@@ -9043,9 +9076,6 @@ store_sweep(void)
 
 /* ---- the directory ---- */
 
-static const char store_tag[] = "Signature: 8a477f597d28d172789f06886806bc55\n"
-				"# A cache of proxy; all of it may go.\n";
-
 /*
  * Removes a temporary file of a crashed proxy or worker, not one of a running
  * one.  None is ours yet.
@@ -9159,11 +9189,9 @@ store_open(void)
 		store_own(fd, options.cache);
 	fd_drop(&fd);
 	if (!tagged)
-		fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
-	if (fd != -1) {
-		(void)fd_write(fd, store_tag, strlen(store_tag));
+		fd = tag_make();
+	if (fd != -1)
 		store_own(fd, path);
-	}
 	store_assume(path, fd != -1);
 	fd_drop(&fd);
 }
@@ -9351,7 +9379,11 @@ fetch_tell(const struct fetch *f)
 	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++) {
 		if (y->request == NULL || y->request->caching.follows != f)
 			continue;
-		y->server.readable = y->request->answerer == ANSWER_FETCH;
+		if (y->request->answerer == ANSWER_FETCH) {
+			y->server.readable = true;
+			y->request->caching.miss =
+			    f->leader->request->caching.miss;
+		}
 		if (f->state == FETCH_COMPLETE)
 			follow_complete(y);
 		exchange_queue(y);
@@ -9400,6 +9432,7 @@ fetch_begin(struct exchange *x)
 	memset(f, 0, offsetof(struct fetch, file.path));
 	f->leader = x;
 	f->key = x->request->caching.key;
+	f->discard = x->request->caching.outdated;
 	f->file.fd = -1;
 	f->next = fetches;
 	fetches = f;
@@ -9485,7 +9518,6 @@ cache_detach(struct exchange *x, struct exchange *y)
 	y->request->method = q->method;
 	y->request->caching = q->caching;
 	q->caching.fetch = NULL;
-	q->caching.miss = "stored";
 	q->caching.validator = f->validator;
 	q->body = f->length;
 	f->leader = y;
@@ -9699,7 +9731,8 @@ fetch_place(struct fetch *f)
 	if (!entry_read(&l, f->region) || !vary_append(&l.r, list))
 		return false;
 	if (buffer_len(list) > 0) {
-		if (!marker_token(l.e.key, buffer_text(list), token))
+		if (!marker_token(l.e.key, buffer_text(list), l.r.status == 206,
+			token))
 			return false;
 		buffer_print(name, "%s;", token);
 		buffer_append(name, l.e.variant);
@@ -9744,13 +9777,15 @@ cache_append(struct exchange *x, struct text t, bool whole)
 		return;
 	}
 	if (!f->discard)
-		c->miss = fetch_place(f) ? "stored" : "no-room";
+		c->miss = fetch_place(f)    ? "stored" :
+		    x->record.status == 206 ? "range" :
+					      "no-room";
 	/* The followers have the complete body in any case. */
 	fetch_end(x, FETCH_COMPLETE);
 }
 
 /*
- * Removes the entries of a target.  A fetch under way may bring an older
+ * Removes the entries of a target.  A request under way may bring an older
  * response, so its entry is not kept.
  */
 static void
@@ -9759,16 +9794,20 @@ cache_forget(const struct target *target)
 	struct text key = key_of(target);
 	uint64_t hash = key_hash(key);
 	char path[CACHE_PATH];
-	struct fetch *f;
+	struct exchange *y;
+	struct caching *c;
 
 	entry_path(key, text_of(""), path);
 	(void)unlink(path);
-	for (f = fetches; f != NULL; f = f->next) {
-		if (f->key != hash)
+	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++) {
+		if (y->request == NULL || y->request->caching.key != hash)
 			continue;
-		f->discard = true;
-		if (f->state == FETCH_STORES)
-			f->leader->request->caching.miss = "outdated";
+		c = &y->request->caching;
+		c->outdated = true;
+		if (c->fetch != NULL)
+			c->fetch->discard = true;
+		if (cache_stores(y))
+			c->miss = "outdated";
 	}
 }
 
@@ -9981,6 +10020,7 @@ lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 	struct text key = key_of(&q->target);
 
 	q->caching.key = key_hash(key);
+	q->caching.outdated = false;
 	l->fd = -1;
 	l->reuse = REUSE_VALIDATED;
 	l->forward = "uri-miss";
@@ -10002,6 +10042,14 @@ fetch_is_open(const struct fetch *f, uint64_t key)
 	    (f->length != UINT64_MAX || !key_is_uncacheable(key));
 }
 
+/* True if the server must not act on another version (RFC 9110 13.1). */
+static bool
+request_is_guarded(const struct request *q)
+{
+	return head_field(&q->head, "If-Match") != NULL ||
+	    head_field(&q->head, "If-Unmodified-Since") != NULL;
+}
+
 /*
  * Looks among the fetches under way if no complete entry will do: an entry
  * being stored is the answer if it is fresh, and x selects that variant.
@@ -10016,7 +10064,7 @@ lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 	int fd;
 
 	if (l->b == NULL || x->refresh || asked->no_store ||
-	    head_field(&q->head, "Range") != NULL ||
+	    request_is_guarded(q) || head_field(&q->head, "Range") != NULL ||
 	    head_field(&q->head, "Authorization") != NULL)
 		return;
 	for (f = fetches; f != NULL && c->follows == NULL; f = f->next) {
@@ -10139,14 +10187,6 @@ lookup_answers(struct exchange *x, struct lookup *l, const char *word)
 	fetch_end(x, FETCH_COMPLETE);
 	answer_by(x, c->follows != NULL ? ANSWER_FETCH : ANSWER_ENTRY);
 	return CACHED_YES;
-}
-
-/* True if the server must not act on another version (RFC 9110 13.1). */
-static bool
-request_is_guarded(const struct request *q)
-{
-	return head_field(&q->head, "If-Match") != NULL ||
-	    head_field(&q->head, "If-Unmodified-Since") != NULL;
 }
 
 /*
@@ -10467,6 +10507,8 @@ cache_obstacle(const struct exchange *x, const struct response *r)
 	    (q->caching.forward == NULL && q->method != METHOD_POST))
 		return "method";
 	why = response_obstacle(q, r, rule_seconds(rule));
+	if (why == NULL && !vary_append(r, work_buffer(WORK_LIST)))
+		why = "vary-*";
 	if (why != NULL || r->framing != FRAMING_LENGTH ||
 	    r->length + stock_sum(stock->making) <= options.cache_size / 4)
 		return why;
@@ -10496,6 +10538,9 @@ cache_store(struct exchange *x, const struct response *r)
 		why = "no-room";
 	if (c->fetch != NULL)
 		key_remember(c->key, why != NULL);
+	/* A part takes the place of nothing else. */
+	if (c->state == CACHING_SUPERSEDED && (why != NULL || r->status == 206))
+		store_remove(c->path);
 	if (why == NULL) {
 		c->miss = c->fetch->discard ? "outdated" : "incomplete";
 		return;
@@ -10504,8 +10549,6 @@ cache_store(struct exchange *x, const struct response *r)
 	if (c->miss != NULL)
 		c->miss = why;
 	fetch_end(x, FETCH_FAILED);
-	if (c->state == CACHING_SUPERSEDED)
-		store_remove(c->path);
 }
 
 /* Gives up x's fetch and entry: its request ends or is answered otherwise. */
@@ -10621,7 +10664,9 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 	const struct request *q = x->request;
 	const struct caching *c = &q->caching;
 	bool cached = answer_is_stored(q) || c->hit != NULL;
-	bool hit = cached && c->state == CACHING_HIT && !c->collapsed;
+	/* One that waited may have asked the server nevertheless. */
+	bool collapsed = c->collapsed && c->state == CACHING_HIT;
+	bool hit = cached && c->state == CACHING_HIT && !collapsed;
 
 	buffer_print(b, "Cache-Status: %s%s%s", pseudonym,
 	    hit ? "; hit" : "; fwd=",
@@ -10633,7 +10678,7 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 		buffer_print(b, "; fwd-status=%d", c->forward_status);
 	if (cached)
 		buffer_print(b, "; ttl=%lld%s", (long long)c->ttl,
-		    c->collapsed ? "; collapsed" : "");
+		    collapsed ? "; collapsed" : "");
 	if (cache_stores(x))
 		buffer_append(b, text_of("; stored"));
 	buffer_append(b, text_of("\r\n"));

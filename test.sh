@@ -12422,6 +12422,14 @@ test_cache_restart() { # entries survive, temporary files of a crash do not
 ~ miss=stored
 ~ hit=fresh
 END
+	# What a user empties while it is in use is still a cache.
+	rm -r cache/*
+	get_fresh
+	asked 2
+	stop_proxy
+	start_cache
+	get_fresh
+	asked 2
 }
 
 test_cache_killed() { # kill -9 while an entry is stored: none is there
@@ -13309,6 +13317,8 @@ test_cache_not_stored() { # what must not be stored is not, and why is told
 	keeps_why='vary-[*]'
 	keeps_not 'Vary: *' '200 OK' "${fresh}Vary: *\n"
 	keeps_not '* in a list of Vary' '200 OK' "${fresh}Vary: Accept\nVary: X-B, *\n"
+	keeps_not 'Vary without a comma' '200 OK' "${fresh}Vary: Accept Cookie\n"
+	keeps_not 'a long Vary' '200 OK' "${fresh}Vary: a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q\n"
 	keeps_why=set-cookie
 	keeps_not 'Set-Cookie with heuristics' '200 OK' "${old}Set-Cookie: a=b\n"
 	keeps_not 'Set-Cookie with public alone' '200 OK' "${old}Cache-Control: public\nSet-Cookie: a=b\n"
@@ -13388,6 +13398,27 @@ END
 	do ends a ^eof$
 	log    "GET [^"]*/x HTTP/1.0" 200 2000 .* miss=outdated .* end=done
 END
+	nothing_stored
+	for fields in '' 'Cache-Control: no-cache\n' 'If-None-Match: "z"\n' \
+	    'Authorization: Basic eDp5\n'; do
+		rm -f asked go
+		play "a POST before the head, $fields" <<END
+	origin head ; touch asked ; await go
+	origin say 200 Connection: close\nCache-Control: public, max-age=99 | old\l
+	origin next
+	reply  200 Connection: close |
+	reply  200 Connection: close\nCache-Control: max-age=0 | new\l
+	a: ask /x $fields = 200 | old\l
+	do comes asked
+	b: ask POST /x Content-Length: 0
+	b: ends .
+	do touch go
+	a: ends .
+	c: ask /x = 200; fwd=uri-miss | new\l
+	c: ends .
+	log    "GET [^"]*" 200 4 .* miss=outdated
+END
+	done
 	nothing_stored
 }
 
@@ -13934,6 +13965,9 @@ test_cache_stale_error() { # a server that fails, or is gone: stale where allowe
 	failing '50[24]' ', s-maxage=60' '' close
 	failing '50[24]' '' 'Cache-Control: no-cache\n' close
 	failing 200 ', stale-if-error=999' '' 'send nonsense\n\n'
+	failing 200 ', stale-if-error=999' '' 'send HTTP/1.1 200 OK\nX- ; close'
+	failing 200 ', stale-if-error=999' '' 'send HTTP/1.1 407 No\n\n'
+	failing '50[24]' ', must-revalidate' '' 'send HTTP/1.1 200 OK\nX- ; close'
 	play 'a server that is gone' <<'END'
 	reply  200 Connection: close\nAge: 100\nCache-Control: max-age=60\nETag: "a" | one\l
 	a: ask /gone = 200
@@ -14017,6 +14051,20 @@ END
 	gets   If-None-Match: "a"
 	gets   -- connection 3
 	gets   X-A: 2
+END
+}
+
+test_cache_vary_moved() { # a variant that somebody put at the place of its marker answers nobody
+	start_cache
+	play 'moved' <<'END'
+	reply  200 Connection: close\nVary: X-A\nCache-Control: max-age=99 | one\l
+	reply  200 Connection: close\nVary: X-A\nCache-Control: max-age=99 | two\l
+	a: ask / X-A: 1 = 200 | one\l
+	a: ends .
+	do cp "$(grep -r -l '^variant: x-a' cache)" "$(grep -r -l '^vary: x-a' cache)"
+	b: ask / X-A: 2 = 200; fwd= | two\l
+	b: ask / X-A: 2 = 200; hit | two\l
+	b: ends .
 END
 }
 
@@ -14161,6 +14209,33 @@ END
 	log    200 5 .* miss=stored
 	log    206 2
 	log    200 5 .* hit=validated
+	== nor variants of the whole
+	reply  200 Connection: close\nCache-Control: max-age=99\nVary: X-A | hello
+	reply  206 Connection: close\nCache-Control: max-age=99\nContent-Range: bytes 0-1/5 | he
+	ask    / X-A: 1 = 200 | hello
+	ask    / X-A: 2\nRange: bytes=0-1 = 206 | he
+	ask    / X-A: 1 = 200; hit | hello
+	log    206 2 .* miss=range
+	== but a part of a newer version does
+	reply  200 Connection: close\nCache-Control: max-age=0\nETag: "a" | hello
+	reply  206 Connection: close\nCache-Control: max-age=99\nETag: "b"\nContent-Range: bytes 0-1/5 | HE
+	ask    / = 200 | hello
+	ask    / Range: bytes=0-1 = 206; fwd=stale | HE
+	ask    / Range: bytes=0-1 = 206; hit | HE
+END
+	play 'nor a whole that came in the meantime' <<'END'
+	origin head ; touch asked ; await go
+	origin say 206 Connection: close\nCache-Control: max-age=99\nContent-Range: bytes 0-1/5 | he
+	origin next
+	reply  200 Connection: close\nCache-Control: max-age=99 | hello
+	a: ask / Range: bytes=0-1 = 206 | he
+	do comes asked
+	b: ask / = 200 | hello
+	b: ends .
+	do touch go
+	a: ends .
+	c: ask / = 200; hit | hello
+	c: ends .
 END
 }
 
@@ -14666,6 +14741,32 @@ END
 END
 }
 
+test_cache_collapsed_not() { # who waits and then asks the server nevertheless is not collapsed
+	start_cache
+	play 'two validate what is always stale' <<'END'
+	reply  200 Connection: close\nCache-Control: max-age=0\nETag: "a" | one\l
+	origin next
+	origin head ; touch asked ; await go
+	origin say 304 Connection: close\nCache-Control: max-age=0\nETag: "a"
+	origin next
+	reply  304 Connection: close\nCache-Control: max-age=0\nETag: "a"
+	a: ask / = 200; fwd=uri-miss | one\l
+	a: ends .
+	b: ask / = 200; fwd=stale; fwd-status=304; ttl=[-0-9]+$ | one\l
+	do comes asked
+	c: send GET http://%O/ HTTP/1.1\nHost: %O\n\n
+	c: touch c.sent ; answer
+	c: sees~ ^Cache-Status: [^;]*; fwd=stale; fwd-status=304; ttl=[-0-9]+$
+	do taken c.sent
+	do asked 2
+	do touch go
+	b: ends .
+	c: ends .
+	log    hit=validated
+	log    hit=validated
+END
+}
+
 test_cache_collapsed_private() { # what can't be stored is fetched for each
 	start_cache
 	for what in '200 OK\nCache-Control: private, max-age=999' \
@@ -14783,13 +14884,15 @@ END
 	done
 }
 
-test_cache_collapsed_never() { # uploads, ranges, logins and no-store neither wait nor follow
+test_cache_collapsed_never() { # uploads, ranges, logins, If-Match and no-store neither wait nor follow
 	start_cache
 	alone POST 'POST /x | abc' 'want 3'
 	alone PUT 'PUT /x Transfer-Encoding: chunked | 3\nabc\n0\n\n' 'until \n0\n\n'
 	alone 'GET with a body' '/x | abc' 'want 3'
 	alone Range '/x Range: bytes=1-4'
 	alone Authorization '/x Authorization: Basic eDp5'
+	alone If-Match '/x If-Match: "z"'
+	alone If-Unmodified-Since '/x If-Unmodified-Since: Sun, 06 Nov 1994 08:49:37 GMT'
 	alone no-store '/x Cache-Control: no-store'
 }
 
@@ -15419,6 +15522,10 @@ END
 			touch cut go
 			ends a b '^eof$'
 			asked 3
+			logged <<'END'
+~ /cut .* miss=incomplete
+!~ /cut .* miss=stored
+END
 			;;
 		esac
 		nothing_left
