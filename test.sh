@@ -90,7 +90,7 @@
 #
 #   fail skip                      end the test
 #   start_proxy stop_proxy served  a proxy, its end, is it well
-#   quick our_names logger         another build: short limits, our names, syslog
+#   quick our_names board logger   another build: short limits, our names, syslog
 #   start_names start_ruled start_rules    with names of ours, with rules
 #   start_with                     with a parent
 #   origin plain_origin nobody dead_port deaf echoes twins    servers of all kinds
@@ -111,7 +111,7 @@
 #   spawn pipe_open each_line patience             processes, pipes, lines, longer waits
 #   private_memory need_memory processor_time rests        what the proxy takes
 #   need_calls count_calls calls   its system calls
-#   built_once unit rows           C programs around proxy.c, tables of rows
+#   built_once linked unit rows    C programs around proxy.c, tables of rows
 
 # shellcheck disable=SC2015,SC2016 # "A && B || fail" is meant, and wait_for
 # evaluates a condition that is quoted for that
@@ -187,8 +187,8 @@ wait_exit() {
 
 # Waits until there are these files, which steps touch: comes FILE...
 comes() {
-	comes_not=$("$peer" await 20000 "$@") ||
-		fail "${what-${play_title-}}: no $comes_not"
+	"$peer" await 20000 "$@" > .awaited ||
+		fail "${what-${play_title-}}: no $(cat .awaited)"
 }
 
 # Starts $proxy_bin and waits for its banner.  Sets $proxy_pid and $proxy, the
@@ -263,18 +263,19 @@ ended_well() {
 	proxy_pid=
 }
 
-# The proxy of this test is one with short time limits.
+# The proxy of this test is one with short time limits, in milliseconds; a loaded
+# machine must manage a request in the shortest of them.
 quick() {
-	need_source
-	built "$work/quick"
-	proxy_bin=$work/quick
+	surrounded
+	export HEAD_MS=1000 CONNECT_MS=1500 HALF_CLOSED_MS=1000 \
+	    KEPT_CLIENT_MS=1000 KEPT_SERVER_MS=1000 LINGER_MS=1000 \
+	    LINGER_ALL_MS=2000 DRAIN_MS=1000 LISTEN_RETRY_MS=700
 }
 
 # Runs the proxy to its end, for what it says at once: sets $status, files
 # $T/out and $T/errors.
 run_proxy() {
-	"$proxy_bin" "$@" > "$T/out" 2> "$T/errors" &
-	wait_exit $! 10
+	"$peer" run 10000 "$proxy_bin" "$@" > "$T/out" 2> "$T/errors" < /dev/null
 	status=$?
 }
 
@@ -318,16 +319,16 @@ each_line() {
 # At the end of a test: ends what it started, looks for crashes.
 reap() {
 	if [ -f "$T/.proxies" ]; then
+		"$peer" reap "$T/.proxies" "$T"/*err > "$T/.crash" &
+		reap_peer=$!
 		while read -r reap_pid; do
-			"$peer" watch 10000 "$reap_pid" end &
 			wait "$reap_pid"
 			reap_status=$?
 			[ "$reap_status" -le 128 ] || [ "$reap_status" = 143 ] ||
 				(fail "the proxy died, status $reap_status")
 		done < "$T/.proxies"
-		reap_why=$(grep -h -e 'runtime error:' -e 'ERROR: .*Sanit' \
-		    -e 'Assertion' "$T"/*err)
-		[ -z "$reap_why" ] || (fail "$reap_why")
+		wait $reap_peer
+		[ ! -s "$T/.crash" ] || (fail "$(cat "$T/.crash")")
 	fi
 	[ -f "$T/.pids" ] || return 0
 	while read -r reap_pid; do
@@ -417,9 +418,6 @@ write_peer() {
  * upload N WHERE TEXT MS
  *     N clients send the head TEXT and chunks of all sizes for
  *     so long, and stay until they are closed
- * ports N
- *     prints N free loopback ports below those that the system gives to
- *     outgoing connections
  * serve FILE
  *     writes its port to FILE and serves in this directory until it is killed:
  *     WebSocket echo; GET /wait, answered once a WebSocket said "done"; /git/ by
@@ -472,6 +470,8 @@ write_peer() {
 #include <unistd.h>
 
 enum { CONNS_MAX = 12000, SCRIPTS_MAX = 64 };
+
+#define WELL "/well"	/* asked for by judge_served() */
 
 struct text {
 	char *bytes;
@@ -1883,18 +1883,28 @@ expression(const char *ere)
 	return re;
 }
 
-/* Replaces in t what the list of pairs says. */
+/* Replaces in t what the list of pairs says, which is compiled once. */
 static void
 text_replace(struct text *t, const char *const *pairs)
 {
+	static struct {
+		const char *ere;
+		regex_t re;
+	} all[8], *known;
+
 	for (; *pairs != NULL; pairs += 2) {
-		regex_t re = expression(pairs[0]);
 		struct text out = { NULL, 0 };
 		const char *s = t->bytes;
 		regmatch_t m;
 
+		for (known = all; known->ere != NULL && known->ere != *pairs; )
+			known++;
+		if (known->ere == NULL) {
+			known->ere = *pairs;
+			known->re = expression(*pairs);
+		}
 		text_add(&out, "", 0);
-		while (regexec(&re, s, 1, &m, 0) == 0) {
+		while (regexec(&known->re, s, 1, &m, 0) == 0) {
 			text_add(&out, s, (size_t)m.rm_so);
 			text_add(&out, pairs[1], strlen(pairs[1]));
 			s += m.rm_eo;
@@ -1902,7 +1912,6 @@ text_replace(struct text *t, const char *const *pairs)
 		text_add(&out, s, strlen(s));
 		free(t->bytes);
 		*t = out;
-		regfree(&re);
 	}
 }
 
@@ -1931,6 +1940,7 @@ show_talk(struct text *t, const char *name)
 /* What there is to look at: set by options of "check" and "judge". */
 static const char *title = "", *log_file = "log", *err_file = "err";
 static size_t log_from = 1, err_from = 1;	/* lines, from 1 */
+static int probes;	/* -w: the next request must be served, too */
 
 /* Appends a file from a line on. */
 static void
@@ -1947,31 +1957,23 @@ show_file(struct text *t, const char *name, size_t from)
 }
 
 /*
- * Takes out the lines of requests for the origin "well": one that proved the
- * proxy well before may be logged after all that it was to be before.
+ * Takes out the lines of judge_served(): one that proved the proxy well before
+ * may be logged after all that it was to be before.
  */
 static void
 drop_served(struct text *t)
 {
-	struct text well = { NULL, 0 }, url = { NULL, 0 };
 	char *line = t->bytes, *end;
 
-	if (text_file(&well, "well.port")) {
-		well.bytes[strcspn(well.bytes, "\n")] = '\0';
-		text_format(&url, "\"GET http://%s/ HTTP/1.1\" 200 ",
-		    well.bytes);
-		for (; (end = strchr(line, '\n')) != NULL; line = end) {
-			end++;
-			if (find(line, (size_t)(end - line), url.bytes,
-			    url.len) == 0)
-				continue;
-			memmove(line, end, strlen(end) + 1);
-			end = line;
-		}
-		t->len = strlen(t->bytes);
+	for (; (end = strchr(line, '\n')) != NULL; line = end) {
+		end++;
+		if (find(line, (size_t)(end - line), WELL " HTTP/1.1\" 200 ",
+		    strlen(WELL " HTTP/1.1\" 200 ")) == 0)
+			continue;
+		memmove(line, end, strlen(end) + 1);
+		end = line;
 	}
-	free(well.bytes);
-	free(url.bytes);
+	t->len = strlen(t->bytes);
 }
 
 /*
@@ -2265,37 +2267,64 @@ judge_origin(const char *origin, const char *file)
 	}
 }
 
-/* The proxy serves a plain request to the origin "well", now. */
+/* Answers the request that comes to fd, if it comes before the client has more. */
 static void
-judge_served(const char *well)
+serve_well(int fd, const struct talk *client)
 {
-	const char *origin = origin_at;
+	static const char answer[] = "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n"
+	    "Connection: close\r\n\r\nwell";
+	struct pollfd p[2];
 	struct talk t;
-	int fd = dial(proxy_at);
 
-	talk_begin(&t, fd, "served");
-	origin_at = well;
-	if (fd == -1)
-		stop(&t, "refused", "");
-	else
-		ask(&t, "/");
-	talk_end(&t);
-	if (strcmp(t.end, "open") != 0 || find(t.in, t.len, "well", 4) == 0)
-		failed("the next request is not served: %s %.*s", t.end,
-		    t.len < 80 ? (int)t.len : 80, t.in);
-	origin_at = origin;
+	p[0].fd = fd;
+	p[1].fd = client->fd;
+	p[0].events = p[1].events = POLLIN;
+	if (poll(p, 2, (int)patience_ms) <= 0 || p[0].revents == 0)
+		return;
+	talk_begin(&t, accept(fd, NULL, NULL), "well");
+	read_head(&t, "head");
+	send_bytes(&t, answer, strlen(answer), 0, 0, "say");
 	close(t.fd);
 	close(t.keep);
 	free(t.in);
 }
 
+/* The proxy serves a plain request, now. */
+static void
+judge_served(void)
+{
+	struct text head = { NULL, 0 };
+	struct talk t;
+	int port = 0, fd = dial(proxy_at), here = hear("127.0.0.1", &port, 8);
+
+	talk_begin(&t, fd, "served");
+	if (fd == -1 || here == -1)
+		stop(&t, "refused", "");
+	else {
+		text_format(&head, "GET http://127.0.0.1:%d" WELL " HTTP/1.1\r\n"
+		    "Host: 127.0.0.1:%d\r\n\r\n", port, port);
+		send_bytes(&t, head.bytes, head.len, 0, 0, "send");
+		serve_well(here, &t);
+		read_answer(&t, "GET", "answer");
+	}
+	talk_end(&t);
+	if (strcmp(t.end, "open") != 0 || find(t.in, t.len, "well", 4) == 0)
+		failed("the next request is not served: %s %.*s", t.end,
+		    t.len < 80 ? (int)t.len : 80, t.in);
+	close(here);
+	close(t.fd);
+	close(t.keep);
+	free(t.in);
+	free(head.bytes);
+}
+
 /* Options of what there is to look at; returns the place behind them. */
 static int
-looking_at(int argc, char **argv, const char **well)
+looking_at(int argc, char **argv)
 {
 	int opt;
 
-	while ((opt = getopt(argc, argv, "t:o:p:x:l:L:e:E:w:")) != -1)
+	while ((opt = getopt(argc, argv, "t:o:p:x:l:L:e:E:w")) != -1)
 		switch (opt) {
 		case 't': title = optarg; break;
 		case 'o': origin_at = optarg; break;
@@ -2305,7 +2334,7 @@ looking_at(int argc, char **argv, const char **well)
 		case 'L': log_from = (size_t)strtoul(optarg, NULL, 10); break;
 		case 'e': err_file = optarg; break;
 		case 'E': err_from = (size_t)strtoul(optarg, NULL, 10); break;
-		case 'w': *well = optarg; break;
+		case 'w': probes = 1; break;
 		default: exit(2);
 		}
 	return optind;
@@ -2315,8 +2344,7 @@ looking_at(int argc, char **argv, const char **well)
 static int
 main_check(int argc, char **argv)
 {
-	const char *well = "";
-	int i = looking_at(argc, argv, &well);
+	int i = looking_at(argc, argv);
 
 	if (i == argc)
 		return 2;
@@ -2369,9 +2397,7 @@ hold_last(char *const *eres)
 static int
 main_last(int argc, char **argv)
 {
-	const char *well = "";
-
-	hold_last(argv + looking_at(argc, argv, &well));
+	hold_last(argv + looking_at(argc, argv));
 	return 0;
 }
 
@@ -2383,8 +2409,8 @@ main_last(int argc, char **argv)
 static int
 main_want(int argc, char **argv)
 {
-	const char *well = "", *at;
-	int i = looking_at(argc, argv, &well);
+	const char *at;
+	int i = looking_at(argc, argv);
 	struct text script = { NULL, 0 }, got = { NULL, 0 };
 	size_t lines = file_lines(log_file), n;
 	long until;
@@ -2479,15 +2505,19 @@ main_ends(int argc, char **argv)
 	return 0;
 }
 
-/* nobody: prints a port on which nobody listens. */
+/* nobody N: prints so many ports on which nobody listens. */
 static int
 main_nobody(int argc, char **argv)
 {
-	int port = 0, fd = hear("127.0.0.1", &port, 1);
+	int n = argc > 1 ? atoi(argv[1]) : 0, port;
 
-	(void)argc, (void)argv;
-	printf("%d\n", port);
-	return fd == -1;
+	for (; n > 0; n--) {
+		port = 0;
+		if (hear("127.0.0.1", &port, 1) == -1)
+			return 1;
+		printf("%d\n", port);
+	}
+	return 0;
 }
 
 /* The n-th play: its first client, its origin, the log and standard error. */
@@ -2514,24 +2544,23 @@ judge_play(const char *n)
 
 /*
  * judge [OPTION ...] PLAY [CLIENT ...]: has everybody in play N seen what he
- * must?  -w: and is the request to that origin served?
+ * must?
  */
 static int
 main_judge(int argc, char **argv)
 {
-	const char *well = "";
-	int c, i = looking_at(argc, argv, &well);
+	int c, i = looking_at(argc, argv);
 	char file[300];
 
 	if (i == argc)
-		return well[0] != '\0' ? (judge_served(well), 0) : 2;
+		return probes ? (judge_served(), 0) : 2;
 	for (c = i + 1; c < argc; c++) {
 		snprintf(file, sizeof(file), "p%s.%s.sees", argv[i], argv[c]);
 		judge_client(argv[c], file);
 	}
 	judge_play(argv[i]);
-	if (well[0] != '\0')
-		judge_served(well);
+	if (probes)
+		judge_served();
 	return 0;
 }
 
@@ -2544,8 +2573,8 @@ main_begin(int argc, char **argv)
 {
 	if (argc < 3)
 		return 2;
-	printf("%lu %lu ", (unsigned long)file_lines(argv[1]) + 1,
-	    (unsigned long)file_lines(argv[2]) + 1);
+	printf("%lu %lu%c", (unsigned long)file_lines(argv[1]) + 1,
+	    (unsigned long)file_lines(argv[2]) + 1, argc > 3 ? ' ' : '\n');
 	return argc > 3 ? main_origin(argc - 2, argv + 2) : 0;
 }
 
@@ -2554,7 +2583,7 @@ main_begin(int argc, char **argv)
  * the origin's name, port and process, if there is one.
  */
 static void
-play_plain(const char *n, const char *well)
+play_plain(const char *n)
 {
 	static char at[40], name[40], port_text[12], title_text[500];
 	char file[300], client[300];
@@ -2595,8 +2624,8 @@ play_plain(const char *n, const char *well)
 	snprintf(client, sizeof(client), "c%s", n);
 	client_play(proxy_at, client, addressed(script.bytes));
 	judge_play(n);
-	if (well[0] != '\0')
-		judge_served(well);
+	if (probes)
+		judge_served();
 	free(t.bytes);
 	free(origin.bytes);
 	free(script.bytes);
@@ -2849,8 +2878,7 @@ plays_cut(int n, char *text)
 static int
 main_plays(int argc, char **argv)
 {
-	const char *well = "";
-	int i = looking_at(argc, argv, &well), n, from;
+	int i = looking_at(argc, argv), n, from;
 	char file[300], number[20];
 	struct stat st;
 
@@ -2866,7 +2894,7 @@ main_plays(int argc, char **argv)
 		if (stat(file, &st) == 0)
 			break;
 		snprintf(number, sizeof(number), "%d", n);
-		play_plain(number, well);
+		play_plain(number);
 	}
 	if (n > from)
 		printf("%lu %lu %d\n", (unsigned long)log_from,
@@ -2901,25 +2929,89 @@ main_banner(int argc, char **argv)
 	return 1;
 }
 
-/*
- * watch MS PID [end]: kills it if it is still there when time is up.  A proxy is
- * told to end, and then to end at once.
- */
+/* Kills a process that is still there after so long; tells it to end before. */
 static int
-main_watch(int argc, char **argv)
+watch(long ms, pid_t pid, int tell)
 {
-	long end = now_ms() + (argc > 2 ? atol(argv[1]) : 0);
-	pid_t pid = (pid_t)(argc > 2 ? atol(argv[2]) : 0);
-	int tell = argc > 3 ? 2 : 0;
+	long end = now_ms() + ms;
 
 	if (pid <= 1)
 		return 2;
 	while (now_ms() < end) {
 		if (kill(pid, tell-- > 0 ? SIGTERM : 0) == -1)
 			return 0;
-		sleep_ms(20);
+		sleep_ms(10);
 	}
 	return kill(pid, SIGKILL) == 0 ? 0 : 1;
+}
+
+/* watch MS PID */
+static int
+main_watch(int argc, char **argv)
+{
+	return argc == 3 ? watch(atol(argv[1]), (pid_t)atol(argv[2]), 0) : 2;
+}
+
+/*
+ * reap PIDS ERR...: ends the proxies whose numbers are in the file PIDS: tells each
+ * to end, and then to end at once.  Prints lines in the other files that tell of a
+ * crash.
+ */
+static int
+main_reap(int argc, char **argv)
+{
+	char **line;
+	size_t i, n;
+	int file;
+
+	for (file = 1; file < argc; file++) {
+		struct text t = { NULL, 0 };
+
+		(void)text_file(&t, argv[file]);
+		n = cut_lines(t.bytes, &line);
+		for (i = 0; i < n; i++)
+			if (file == 1)
+				(void)watch(10000, (pid_t)atol(line[i]), 2);
+			else if (strstr(line[i], "runtime error:") != NULL ||
+			    strstr(line[i], "Assertion") != NULL ||
+			    (strstr(line[i], "ERROR: ") != NULL &&
+			    strstr(line[i], "Sanit") != NULL))
+				puts(line[i]);
+	}
+	return 0;
+}
+
+static pid_t running;
+
+static void
+run_late(int number)
+{
+	(void)number;
+	kill(running, SIGKILL);
+}
+
+/* run MS COMMAND: its exit status; it is killed when time is up */
+static int
+main_run(int argc, char **argv)
+{
+	int status;
+	struct itimerval end = { { 0, 0 }, { 0, 0 } };
+
+	if (argc < 3)
+		return 2;
+	running = fork();
+	if (running == 0) {
+		signal(SIGPIPE, SIG_DFL);
+		execv(argv[2], argv + 2);
+		_exit(127);
+	}
+	signal(SIGALRM, run_late);
+	end.it_value.tv_sec = atol(argv[1]) / 1000;
+	setitimer(ITIMER_REAL, &end, NULL);
+	while (waitpid(running, &status, 0) == -1)
+		if (errno != EINTR)
+			return 127;
+	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
 /* sleep MS */
@@ -2975,75 +3067,6 @@ main_logger(int argc, char **argv)
 		printf("%.*s\n", (int)read(fd, line, sizeof(line)), line);
 	for (;;)
 		pause();
-}
-
-/* A client with small buffers that has sent this. */
-static int
-crowd_dial(const char *where, const char *text)
-{
-	struct timeval wait = { 10, 0 };
-	int fd = dial(where), size = 4096;
-
-	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof(wait));
-	setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
-	if (send(fd, text, strlen(text), MSG_NOSIGNAL) < 0)
-		puts("broken");
-	return fd;
-}
-
-/* Prints the first line of its answer. */
-static void
-crowd_answer(int fd)
-{
-	char text[12];
-	ssize_t got = recv(fd, text, sizeof(text), MSG_WAITALL);
-
-	printf("%.*s\n", got > 0 ? (int)got : 0, text);
-}
-
-/* crowd WHERE N: that many clients at once, each with a request in two parts */
-static int
-main_crowd(int argc, char **argv)
-{
-	static int fds[CONNS_MAX];
-	int i, n = argc == 3 ? atoi(argv[2]) : 0;
-	char text[256];
-
-	snprintf(text, sizeof(text), "GET / HTTP/1.1\r\nHost: %s\r\n"
-	    "Connection: close\r\n", argv[1]);
-	for (i = 0; i < n; i++)
-		fds[i] = crowd_dial(argv[1], text);
-	sleep_ms(300);
-	for (i = 0; i < n; i++) {
-		(void)send(fds[i], "\r\n", 2, MSG_NOSIGNAL);
-		crowd_answer(fds[i]);
-	}
-	return 0;
-}
-
-/*
- * stuck WHERE ORIGIN N LATE: N clients that ask and do not read, and then, one
- * after the other, LATE more that do
- */
-static int
-main_stuck(int argc, char **argv)
-{
-	char text[256];
-	int i, fd;
-
-	if (argc != 5)
-		return 2;
-	snprintf(text, sizeof(text), "GET http://%s/ HTTP/1.1\r\nHost: %s\r\n"
-	    "Connection: close\r\n\r\n", argv[2], argv[2]);
-	for (i = 0; i < atoi(argv[3]); i++)
-		(void)crowd_dial(argv[1], text);
-	sleep_ms(2000);
-	for (i = 0; i < atoi(argv[4]); i++) {
-		fd = crowd_dial(argv[1], text);
-		crowd_answer(fd);
-		close(fd);
-	}
-	return 0;
 }
 
 static pid_t on_terminal;	/* a process that has it */
@@ -3624,20 +3647,6 @@ main_serve(int argc, char **argv)
 	return 1;
 }
 
-static int
-main_ports(int argc, char **argv)
-{
-	int n = argc > 1 ? atoi(argv[1]) : 0, port;
-
-	for (; n > 0; n--) {
-		port = 0;
-		if (hear("127.0.0.1", &port, 1) == -1)
-			return 1;
-		printf("%d\n", port);
-	}
-	return 0;
-}
-
 enum { LOAD_MAX = 8192, CLOSED = -1 };
 
 struct load {
@@ -4087,10 +4096,10 @@ main(int argc, char **argv)
 		{ "client", main_client },
 		{ "echo", main_echo }, { "deaf", main_deaf },
 		{ "watch", main_watch }, { "myself", main_myself },
+		{ "reap", main_reap }, { "run", main_run },
 		{ "base64", main_base64 }, { "childless", main_childless },
 		{ "clock", main_clock }, { "show", main_show },
-		{ "logger", main_logger }, { "crowd", main_crowd },
-		{ "stuck", main_stuck },
+		{ "logger", main_logger },
 		{ "check", main_check }, { "judge", main_judge },
 		{ "plays", main_plays },
 		{ "begin", main_begin }, { "banner", main_banner },
@@ -4101,7 +4110,7 @@ main(int argc, char **argv)
 		{ "terminal", main_terminal }, { "stalled", main_stalled },
 		{ "launch", main_launch }, { "upload", main_upload },
 		{ "flood", main_flood }, { "slow", main_slow },
-		{ "ports", main_ports }, { "serve", main_serve },
+		{ "serve", main_serve },
 		{ "load", main_load }, { "measure", main_measure },
 		{ "idle", main_idle } };
 	size_t i;
@@ -4126,17 +4135,16 @@ origin() {
 	shift
 	[ ! -f "$origin_name.1" ] || rm -f "$origin_name".[0-9]*
 	case ${1--} in
-	-*) origin_says=$("$peer" origin "$@" "$origin_name") ;;
+	-*) "$peer" origin "$@" "$origin_name" > .origin ;;
 	*)
 		origin_script=$1
 		shift
-		origin_says=$("$peer" origin "$@" "$origin_name" <<END
+		"$peer" origin "$@" "$origin_name" > .origin <<END
 $origin_script
 END
-		)
 		;;
 	esac
-	[ -n "$origin_says" ] || fail "no origin $*"
+	read -r origin_says < .origin || fail "no origin $*"
 	origin_is "$@"
 }
 
@@ -4208,8 +4216,8 @@ many() {
 		for (i = 1; ENVIRON["THEN"] != "" && i <= n; i += 50)
 			print "over " i " ; " ENVIRON["THEN"] }' |
 		{ patience 30000; client_bg "$2"; }
-	wait_for 50 "[ -f $2.ready ] || [ -f $2.end ]"
-	[ -f "$2.ready" ] || fail "$1 connections: $(cat "$2.end")"
+	"$peer" await 50000 "$2.ready" > /dev/null ||
+		fail "$1 connections: $(cat "$2.end")"
 }
 
 # Steps of clients from here on may wait so many milliseconds.
@@ -4220,7 +4228,7 @@ patience() {
 
 # Sets $origin and $origin_port to where nobody listens.
 nobody() {
-	origin_port=$("$peer" nobody) || fail "cannot free a port"
+	origin_port=$("$peer" nobody 1) || fail "cannot free a port"
 	origin=127.0.0.1:$origin_port
 }
 
@@ -4245,15 +4253,6 @@ echoes() {
 # Waits until the client or connection NAME has come to its end.
 ended() {
 	"$peer" await 20000 "$1.end" > /dev/null || fail "$1 does not end"
-}
-
-# Prints in readable form what came to each of the files, and how it ended.
-show() {
-	for show_file; do
-		[ -f "$show_file" ] || continue
-		"$peer" show < "$show_file" | awk 1
-		[ -f "$show_file.end" ] && sed 's/^/-- end /' "$show_file.end"
-	done | sed -e 's/proxy-[0-9a-f]\{8\}/proxy-ID/g'
 }
 
 # Looks at what was seen, by "check", "judge", "want" or "last" of the peer.
@@ -4285,30 +4284,15 @@ said() {
 
 # A plain request must be served, now: served [ADDRESS]
 served() {
-	well
-	served_at=$well
-	look judge -x "${1-$proxy}" -w "$well"
-}
-
-# Sets $well to an origin for requests that prove the proxy well.
-well() {
-	if [ ! -f well.port ]; then
-		served_says=$("$peer" origin well <<'END'
-replies 200 | well
-END
-) || fail "no origin"
-		echo "127.0.0.1:${served_says% *}" > well.port
-		echo "${served_says#* }" >> .pids
-	fi
-	read -r well < well.port
+	look judge -x "${1-$proxy}" -w
 }
 
 # A play, and those that lines `== TITLE' begin in it; -n: without the request
 # after each.  See the top of this file.
 play() {
-	play_probe=1
+	play_probe=-w
 	if [ "$1" = -n ]; then
-		play_probe=0
+		play_probe=
 		shift
 	fi
 	[ -n "$proxy_pid" ] || start_proxy
@@ -4324,13 +4308,10 @@ play() {
 
 # The next of them, and all behind it that need no shell: by one process.
 play_plain() {
-	if [ "$play_probe" = 1 ]; then
-		well
-		set -- "$@" -w "$well"
-	fi
-	play_says=$("$peer" plays -o "${origin-}" -p "${origin_port-}" \
-	    -x "$proxy" "$@" $((plays + 1))) || fail "$(cat .why)"
-	[ -n "$play_says" ] || return 0
+	# shellcheck disable=SC2086 # one or none
+	"$peer" plays -o "${origin-}" -p "${origin_port-}" -x "$proxy" $play_probe \
+	    "$@" $((plays + 1)) > .plays || fail "$(cat .why)"
+	read -r play_says < .plays || return 0
 	# shellcheck disable=SC2086 # words
 	set -- $play_says
 	while [ $# -gt 3 ]; do
@@ -4356,31 +4337,24 @@ play_one() {
 	[ ! -f $p.options ] || read -r play_options < $p.options
 	if [ -f $p.origin ]; then
 		# shellcheck disable=SC2086 # options are words
-		play_says=$("$peer" begin log err $play_options "o$plays" \
-		    < $p.origin) || fail "no origin"
+		"$peer" begin log err $play_options "o$plays" \
+		    < $p.origin > .plays || fail "no origin"
+		read -r log_from err_from origin_says < .plays
 		origin_name=o$plays
-		origin_says=${play_says#* * }
 		# shellcheck disable=SC2086
 		origin_is $play_options
 	else
-		play_says=$("$peer" begin log err)
+		"$peer" begin log err > .plays
+		read -r log_from err_from < .plays
 	fi
-	log_from=${play_says%% *}
-	err_from=${play_says#* }
-	err_from=${err_from%% *}
 	play_clients=
 	if [ -f "$p.run" ]; then
 		play_run
 	else
 		client "c$plays" < /dev/null
 	fi
-	set --
-	if [ "$play_probe" = 1 ]; then
-		well
-		set -- -w "$well"
-	fi
 	# shellcheck disable=SC2086 # clients are words
-	look judge "$@" "$plays" $play_clients
+	look judge $play_probe "$plays" $play_clients
 }
 
 # What is to be done, in its order.
@@ -4402,20 +4376,21 @@ play_run() {
 	done < "$p.run"
 }
 
-# The connections of clients must have ended like this: ends NAME... ERE
+# A client that is over has ended like this: came_to NAME END
+came_to() {
+	read -r came_end < "$1.end"
+	[ "$came_end" = "$2" ] || fail "${what-}: $1: $came_end"
+}
+
+# The connections of clients must end like this: ends NAME... ERE
 ends() {
-	ends_says=$("$peer" ends "$@") || fail "${what-}: $ends_says"
+	"$peer" ends "$@" > .ends || fail "${what-}: $(cat .ends)"
 }
 
 # ---- D. Helpers of several parts --------------------------------------------
 
 # The limits of the binary under test: a head fits in $buffer, a request line
-# in $line_max.  The second binary has short time limits, in milliseconds; a
-# loaded machine must manage a request in the shortest of them.
-quick_flags='-DHEAD_MS=1000 -DCONNECT_MS=1500
-	-DHALF_CLOSED_MS=1000 -DKEPT_CLIENT_MS=1000 -DKEPT_SERVER_MS=1000
-	-DLINGER_MS=1000 -DLINGER_ALL_MS=2000 -DDRAIN_MS=1000 -DLISTEN_RETRY_MS=700'
-
+# in $line_max.
 read_limits() {
 	buffer=$("$proxy_bin" -V | sed -n 's/^buffer \([0-9]*\).*/\1/p')
 	buffer=${buffer:-32768}
@@ -4481,7 +4456,8 @@ processor_time() {
 # A build that asks us instead of the system.  Names in .test have the addresses
 # of $NAME_ADDRESSES, those of them that begin with "slow" get no answer.  With
 # $NAMES all names are ours, and each look-up leaves a line in that file.  It is $LATER seconds
-# later.  While there are such files: fork-fails, walk-slow (to open a directory
+# later.  Time limits (HEAD_MS) are as the environment says.  With $CALLS the names
+# of functions of the walks, as they run, go to the file calls.  While there are such files: fork-fails, walk-slow (to open a directory
 # takes long), walk-halted (it does not end), walk-fails (none can be read to its end),
 # peers-halted (sockets take no byte).
 write_names() {
@@ -4620,6 +4596,14 @@ names_write(int fd, const void *from, size_t n)
 	return -1;
 }
 
+static int
+names_ms(const char *limit, int usual)
+{
+	const char *ms = getenv(limit);
+
+	return ms != NULL ? atoi(ms) : usual;
+}
+
 #undef fork
 #define fork names_fork
 #define write names_write
@@ -4628,8 +4612,14 @@ names_write(int fd, const void *from, size_t n)
 #define time(t) names_time(t)
 #define fdopendir names_fdopendir
 #define readdir names_readdir
-#include "proxy.c"
 EOF_NAMES
+	{
+		# All but the one that a variable begins with.
+		sed -n -e '/ IDLE_MS /d' -e 's/^#define \([A-Z_]*_MS\) \([0-9]*\)$/#define \1 names_ms("\1", \2)/p' \
+		    "$here/proxy.c" 2> /dev/null
+		echo '#include "proxy.c"'
+		write_walked
+	} >> "$work/names.c"
 }
 
 # Starts the build with our names: start_names ADDRESS... [-- OPTION...]
@@ -4670,12 +4660,17 @@ twins() {
 	origin o -a 127.0.0.1 -p "${twins_says% *}" < o.script
 }
 
-# The proxy of this test asks us for all names and notes them in the file
-# "names"; they are at 127.0.0.1 unless $NAME_ADDRESSES says otherwise.
-our_names() {
+# The proxy of this test is that build.
+surrounded() {
 	need_source
 	built "$work/names"
 	proxy_bin=$work/names
+}
+
+# The same, and it asks us for all names and notes them in the file
+# "names"; they are at 127.0.0.1 unless $NAME_ADDRESSES says otherwise.
+our_names() {
+	surrounded
 	NAMES=names
 	NAME_ADDRESSES=${NAME_ADDRESSES-127.0.0.1}
 	export NAMES NAME_ADDRESSES
@@ -4786,8 +4781,19 @@ tries() {
 	cat > tries.rows
 	while IFS= read -r tries_row; do
 		run_proxy "$@" -T "${tries_row%% = *}"
-		tries_got="$status $(sed -n -e 's/ (\([^ ]*\): .*/ \1/' \
-		    -e 's/^	access: //p' -e 's/^	route: //p' out | tr '\n' ' ')"
+		tries_got="$status "
+		while IFS= read -r tries_line; do
+			case $tries_line in
+			'	access: '* | '	route: '*)
+				tries_line=${tries_line#*: }
+				tries_by=${tries_line#* (}
+				tries_by=${tries_by%%: *}
+				tries_got="$tries_got${tries_line%% (*} "
+				[ "$tries_by" = "$tries_line" ] ||
+					tries_got="$tries_got$tries_by "
+				;;
+			esac
+		done < out
 		case $tries_got in
 		"${tries_row#* = } "*) ;;
 		*) fail "$tries_row: has $tries_got$(cat errors)" ;;
@@ -4946,6 +4952,27 @@ built_once() {
 		build "$work/$once_name" "$work/$once_name.c" -O0 "$@"
 	fi
 	built "$work/$once_name"
+}
+
+# The program of unit tables.
+built_tables() {
+	built_once tables write_tables_unit -O1
+}
+
+# Links proxy.c, built with -Os and the smallest buffers, by musl-gcc where that is:
+# linked FLAG...
+linked() {
+	need_source
+	linked_cc=$cc
+	! have musl-gcc || linked_cc=musl-gcc
+	if mkdir "$work/small.lock" 2> /dev/null; then
+		$linked_cc -Os -DBUFFER_SIZE=4096 -c -o "$work/small.o~" \
+		    "$here/proxy.c" 2> "$work/small.o.errors" &&
+			mv "$work/small.o~" "$work/small.o"
+		touch "$work/small.o.status"
+	fi
+	built "$work/small.o"
+	$linked_cc "$@" "$work/small.o" 2> cc.out
 }
 
 # Fails if the proxy uses much processor time in the next second, or in MS
@@ -5224,7 +5251,7 @@ EOF_UNIT
 # and those of the rows on standard input: unit [CHECK...]
 unit() {
 	need_source
-	built_once tables write_tables_unit -O1
+	built_tables
 	"$work/tables" "$@" > unit.out 2>&1
 	status=$?
 	[ $status != 77 ] || skip "no memory or disk for it"
@@ -5498,7 +5525,7 @@ say_end(struct text head, bool lenient)
 	}
 }
 
-/* A request, and each of its bytes replaced by each other: a verdict. */
+/* A request, and (not with :once) each of its bytes replaced by each other. */
 static void
 row_request(struct text in)
 {
@@ -5513,6 +5540,8 @@ row_request(struct text in)
 	if (status == 200)
 		say_framing(r.framing, r.length);
 	say_end(head, false);
+	if (more[0] != '\0')	/* once */
+		return;
 	memcpy(copy, head.at, head.len);
 	for (at = 0; at < head.len; copy[at] = head.at[at], at++)
 		for (c = 0; c < 256; c++) {
@@ -5619,6 +5648,38 @@ row_response(struct text in)
 				    !text_is_clean(r.head.fields[n].value))
 					say_row(", unclean by \\x%02x", c);
 		}
+}
+
+/* A line in a head: what a request with it gets, and how a response fares. */
+static void
+row_line(struct text in)
+{
+	static const char *const starts[] = {
+		"POST http://a/ HTTP/1.1\r\nHost: a\r\n",
+		"HTTP/1.1 200 OK\r\nX-First: 1\r\n" };
+	static struct request request;
+	static struct response response;
+	struct text line = kept(in), head;
+	char copy[1024];
+	size_t i, n, seen;
+	int verdict;
+
+	for (i = 0; i < COUNT(starts); i++) {
+		n = strlen(starts[i]);
+		memcpy(copy, starts[i], n);
+		memcpy(copy + n, line.at, line.len);
+		memcpy(copy + n + line.len, "\r\n\r\n", 4);
+		seen = 0;
+		verdict = head_find(text_cut(copy, n + line.len + 4), &seen, i == 1);
+		head = at_guard(0, copy, verdict > 0 ? (size_t)verdict : 0);
+		if (verdict > 0)
+			verdict = i == 0 ? request_parse(head, &request) :
+			    response_parse(head, METHOD_GET, &response);
+		if (i == 0)
+			say_row("%d", status_of(verdict));
+		else
+			say_row(verdict == 1 ? " passes" : " refused");
+	}
 }
 
 /* What became of the bytes of one message. */
@@ -5854,6 +5915,8 @@ chunks_undo(const char *s, size_t n, char *to)
 	return end - s == 2 && memcmp(s, "\r\n", 2) == 0 ? sum : -1;
 }
 
+static char encode_body[BUFFER_SIZE * 4];
+
 /* At most `in` bytes of the n of a body arrive, of which *at have come. */
 static void
 encode_arrive(struct conn *from, size_t n, size_t *at, size_t in)
@@ -5866,8 +5929,10 @@ encode_arrive(struct conn *from, size_t n, size_t *at, size_t in)
 		from->in = buffer_take();
 	buffer_compact(from->in);
 	room = buffer_room(from->in);
-	for (part = part < room ? part : room; part > 0; part--)
-		from->in->data[from->in->end++] = (char)('a' + (*at)++ % 26);
+	part = part < room ? part : room;
+	memcpy(from->in->data + from->in->end, encode_body + *at, part);
+	from->in->end += part;
+	*at += part;
 }
 
 /*
@@ -5881,7 +5946,7 @@ encode_whole(enum framing from_framing, enum framing to_framing, size_t n,
 	static char left[BUFFER_SIZE * 24], undone[BUFFER_SIZE * 4];
 	struct conn from, to;
 	struct flow f;
-	size_t at = 0, sent = 0, i, idle = 0, part;
+	size_t at = 0, sent = 0, idle = 0, part;
 
 	conn_clear(&from);
 	conn_clear(&to);
@@ -5907,11 +5972,8 @@ encode_whole(enum framing from_framing, enum framing to_framing, size_t n,
 	if (!f.done || f.payload != n || (to_framing == FRAMING_CHUNKED ?
 	    chunks_undo(left, sent, undone) != (long)n : sent != n))
 		return false;
-	for (i = 0; i < n; i++)
-		if ((to_framing == FRAMING_CHUNKED ? undone : left)[i] !=
-		    (char)('a' + i % 26))
-			return false;
-	return true;
+	return memcmp(to_framing == FRAMING_CHUNKED ? undone : left, encode_body,
+	    n) == 0;
 }
 
 static void
@@ -5936,6 +5998,8 @@ check_encoding(void)
 		FRAMING_CHUNKED };
 	size_t i, n, out;
 
+	for (i = 0; i < sizeof(encode_body); i++)
+		encode_body[i] = (char)('a' + i % 26);
 	/* All of 2 framings to 3 by 8 pieces to 8. */
 	for (i = 0; i < 2 * 3 * 64; i++)
 		for (n = 1; n < BUFFER_ROOM * 3; n += BUFFER_ROOM * 3 / 8 - 5)
@@ -6050,12 +6114,22 @@ END
 
 # ---- 4. Buffers and requests ------------------------------------------------
 
+write_board() {
+	cat "$work/names.c"
+}
+
+# The proxy of this test has the buffers that README has for boards, and time
+# limits from the environment.
+board() {
+	need_source
+	board_buffer=$(sed -n 's/.*CPPFLAGS=-DBUFFER_SIZE=\([0-9]*\).*/\1/p' "$here/README")
+	built_once board write_board -UBUFFER_SIZE "-DBUFFER_SIZE=$board_buffer"
+	proxy_bin=$work/board
+}
+
 test_limit_board() { # the buffers that README has for boards take what the web sends
-	size=$(sed -n 's/.*CPPFLAGS=-DBUFFER_SIZE=\([0-9]*\).*/\1/p' "$here/README")
-	build "$T/board" "$here/proxy.c" -O0 "-UBUFFER_SIZE" "-DBUFFER_SIZE=$size"
-	built "$T/board"
-	proxy_bin=$T/board
-	play "$size" <<'END'
+	board
+	play "$board_buffer" <<'END'
 	reply  200 X-A: \{15700:a} | ok
 	ask    /\{7960:a} X-A: \{7700:a} = 200 OK | ok
 END
@@ -6070,7 +6144,13 @@ exec "$@"
 END
 	chmod 755 limited
 	proxy_wrap=./limited start_proxy
-	"$peer" crowd "$proxy" 250 > answers
+	# Requests in two parts, all at once.
+	awk 'BEGIN {
+		while (n++ < 250)
+			print (n > 1 ? "dial ; " : "") "send GET / HTTP/1.1\\nHost: %P\\nConnection: close\\n"
+		print "stall 300"
+		for (n = 1; n <= 250; n++)
+			print "over " n " ; send \\n ; eof" }' | client answers
 	has answers '^HTTP/1.1 200'
 	grep '^HTTP/1.1 503' answers > /dev/null || [ "$buffer" -lt 65536 ] ||
 		fail "memory was not short"
@@ -6449,86 +6529,63 @@ refused_get() {
 }
 
 test_bad_request_line() { # request lines that are none
-	each 'refused_get 400' ' http://%O/ HTTP/1.1' 'http://%O/  HTTP/1.1' \
-	    'http://%O/ HTTP/1.1 ' 'http://%O/ x HTTP/1.1' \
-	    'http://%O/\0 HTTP/1.1' 'http://%O/\x01 HTTP/1.1' \
-	    'http://%O/\x7f HTTP/1.1'
-	each 'refused 400' 'GET\n\n' 'GET http://%O/\n\n' \
-	    ' GET http://%O/ HTTP/1.1\nHost: %O\n\n' \
-	    'GET\thttp://%O/\tHTTP/1.1\nHost: %O\n\n' \
-	    'GET http://%O/ HTTP/1.1\lHost: %O\l\l' \
+	each 'refused_get 400' ' http://%O/ HTTP/1.1' 'http://%O/\0 HTTP/1.1'
+	each 'refused 400' 'GET\n\n' 'GET http://%O/ HTTP/1.1\lHost: %O\l\l' \
 	    'GET http://%O/ HTTP/1.1\nHost: %O\l\n' \
-	    'GET http://%O/ HTTP/1.1\rHost: %O\r\r\n\n' \
-	    'G(T http://%O/ HTTP/1.1\nHost: %O\n\n' \
-	    'G\0T http://%O/ HTTP/1.1\nHost: %O\n\n' \
-	    'G\xe4T http://%O/ HTTP/1.1\nHost: %O\n\n'
-	each 'refused_get (400|505)' 'http://%O/ http/1.1' 'http://%O/ HTTP/1' \
-	    'http://%O/ HTTP/1.10' 'http://%O/ HTTP/01.1' \
-	    'http://%O/ HTTP/+1.1' 'http://%O/ HTTP/2.0' 'http://%O/ HTTP/0.9' \
-	    'http://%O/ HTTP/1.1x' 'http://%O/ HTTPS/1.1'
+	    'GET http://%O/ HTTP/1.1\rHost: %O\r\r\n\n'
+	refused_get 505 'http://%O/ HTTP/2.0'
+	a='\nHost: a\n\n'
+	rows <<END
+request:once GET http://a/  HTTP/1.1$a | GET http://a/ HTTP/1.1\s$a | GET http://a/ x HTTP/1.1$a | GET http://a/\x01 HTTP/1.1$a | GET http://a/\x7f HTTP/1.1$a = 400
+request:once GET http://a/\n\n | \sGET http://a/ HTTP/1.1$a | GET\thttp://a/\tHTTP/1.1$a | G(T http://a/ HTTP/1.1$a | G\0T http://a/ HTTP/1.1$a | G\xe4T http://a/ HTTP/1.1$a = 400
+request:once GET http://a/ http/1.1$a | GET http://a/ HTTP/1$a | GET http://a/ HTTP/1.10$a | GET http://a/ HTTP/01.1$a | GET http://a/ HTTP/+1.1$a | GET http://a/ HTTP/1.1x$a | GET http://a/ HTTPS/1.1$a = 400
+request:once GET http://a/ HTTP/0.9$a = 505
+END
 }
 
 test_bad_url() { # URLs that a proxy must not take
-	each 'refused_get 400' 'http://a@b@%O/ HTTP/1.1' 'http://a\\@%O/ HTTP/1.1' \
-	    'http://127.0.0.1#@%O/ HTTP/1.1' 'http://%O/#\0 HTTP/1.1' \
-	    'http://%O/#\x7f HTTP/1.1' '# HTTP/1.1' 'http:///x HTTP/1.1' \
-	    'http://:%p/x HTTP/1.1' 'http:/%O/ HTTP/1.1'
+	each 'refused_get 400' 'http://a@b@%O/ HTTP/1.1' 'http:///x HTTP/1.1' \
+	    'http://127.0.0.1#@%O/ HTTP/1.1' \
+	    'http://127.0.0.1:0/ HTTP/1.1' 'http://%O/#\0 HTTP/1.1' 'x HTTP/1.1'
 	each 'refused 400' 'CONNECT user:pw@%O HTTP/1.1\nHost: %O\n\n' \
-	    'CONNECT %O#part HTTP/1.1\nHost: %O\n\n'
-	refused_get '(400|501)' 'http:%O HTTP/1.1'
+	    'CONNECT http://%O/ HTTP/1.1\nHost: %O\n\n' \
+	    'CONNECT 127.0.0.1 HTTP/1.1\nHost: x\n\n'
 	refused_get 501 'ftp://%O/ HTTP/1.1'
-	each 'refused_get (400|501)' 'https://%O/ HTTP/1.1' 'xhttp://%O/ HTTP/1.1'
-	each 'refused_get 400' '%O HTTP/1.1' 'x HTTP/1.1' '* HTTP/1.1'
-	for port in 0 65536 99999999999 18446744073709551617 -1 +80 8x 0x50 ' '; do
-		refused 400 "GET http://127.0.0.1:$port/ HTTP/1.1\\nHost: x\\n\\n"
-		refused 400 "CONNECT 127.0.0.1:$port HTTP/1.1\\nHost: x\\n\\n"
-	done
+	a='HTTP/1.1\nHost: a\n\n'
+	rows <<END
+request:once GET http://a\\\\@a/ $a | GET http://a/#\x7f $a | GET # $a | GET http://:80/x $a | GET http:/a/ $a | GET a:80 $a | GET * $a | CONNECT a:80#part $a = 400
+request:once GET http:a $a = 400
+request:once GET https://a/ $a | GET xhttp://a/ $a = 501
+END
+	for port in 0 65536 99999999999 18446744073709551617 -1 +80 8x 0x50 '\s'; do
+		printf 'target http://127.0.0.1:%s/ = 400\ntarget:CONNECT 127.0.0.1:%s = 400\n' \
+		    "$port" "$port"
+	done > targets
 	for host in '[::1' '::1' '[::1]x' '[x]' '[]' '[::1%25lo]' 'a b' 'a"b' \
 	    'a<b' 'a\\b' 'a\0b' 'a\xe4b' 'a,b' 'a@'; do
-		refused 400 "GET http://$host:80/ HTTP/1.1\\nHost: x\\n\\n"
-		refused 400 "CONNECT $host:80 HTTP/1.1\\nHost: x\\n\\n"
-	done
-	each 'refused 400' 'CONNECT 127.0.0.1 HTTP/1.1\nHost: x\n\n' \
-	    'CONNECT 127.0.0.1: HTTP/1.1\nHost: x\n\n' \
-	    'CONNECT :80 HTTP/1.1\nHost: x\n\n' \
-	    'CONNECT http://%O/ HTTP/1.1\nHost: %O\n\n' \
-	    'CONNECT %O/ HTTP/1.1\nHost: %O\n\n' \
-	    'CONNECT / HTTP/1.1\nHost: %P\n\n' \
-	    'CONNECT * HTTP/1.1\nHost: %P\n\n'
+		printf 'target http://%s:80/ = 400\ntarget:CONNECT %s:80 = 400\n' \
+		    "$host" "$host"
+	done >> targets
+	printf 'target:CONNECT %s = 400\n' a: :80 a:80/ / '*' >> targets
+	rows < targets
 }
 
 test_bad_host() { # no Host, two of them, or what is no host
 	each 'refused 400' 'GET http://%O/ HTTP/1.1\n\n' \
 	    'GET http://%O/ HTTP/1.1\nHost: %O\nHost: %O\n\n' \
-	    'GET http://%O/ HTTP/1.1\nHost: %O\nhost: evil\n\n' \
-	    'GET http://%O/ HTTP/1.0\nHost: %O\nHost: evil\n\n' \
-	    'GET http://%O/ HTTP/1.1\nHost: a b\n\n' \
-	    'GET http://%O/ HTTP/1.1\nHost: a/b\n\n' \
-	    'GET http://%O/ HTTP/1.1\nHost: u@%O\n\n' \
 	    'CONNECT %O HTTP/1.1\n\n'
+	get='GET http://a/ HTTP'
+	rows <<END
+request:once $get/1.1\nHost: a\nhost: evil\n\n | $get/1.0\nHost: a\nHost: evil\n\n | $get/1.1\nHost: a b\n\n | $get/1.1\nHost: a/b\n\n | $get/1.1\nHost: u@a\n\n = 400
+END
 }
 
 test_bad_length() { # Content-Length and Transfer-Encoding
-	for bad in 'Content-Length: +4' 'Content-Length: -4' \
-	    'Content-Length: 4 4' 'Content-Length: 0x4' 'Content-Length: 4.0' \
-	    'Content-Length:' 'Content-Length: ,' 'Content-Length: 4, 5' \
-	    'Content-Length: 4;x' 'Content-Length: "4"' \
-	    'Content-Length: \xb2' \
-	    'Content-Length: 18446744073709551620' \
-	    'Content-Length: 9223372036854775808' \
-	    'Content-Length: 99999999999999999999999999999999999999' \
-	    'Content-Length: 4\nContent-Length: 5' \
-	    'Content-Length: 4\nX-A: b\ncontent-length: 04 4' \
-	    'Content-Length: 4\nTransfer-Encoding: chunked' \
-	    'Transfer-Encoding: chunked\nContent-Length: 4' \
-	    'Transfer-Encoding: chunked\nContent-Length: 0'; do
+	for bad in 'Content-Length: +4' 'Content-Length: 4\nContent-Length: 5' \
+	    'Content-Length: 4\nTransfer-Encoding: chunked'; do
 		refused 400 "POST http://%O/ HTTP/1.1\\nHost: %O\\n$bad\\n\\nevil"
 	done
-	for bad in xchunked chunkedx 'chunked, chunked' \
-	    'chunked\nTransfer-Encoding: chunked' 'gzip, chunked' \
-	    'chunked, gzip' gzip identity '' 'chunked;q=1' '"chunked"' \
-	    '\x0bchunked' 'chunked\0' 'identity, chunked' \
-	    'gzip\nTransfer-Encoding: chunked' 'chunk ed'; do
+	for bad in xchunked 'chunked, chunked' 'gzip, chunked' 'chunked\0'; do
 		refused '(400|501)' \
 		    "POST http://%O/ HTTP/1.1\\nHost: %O\\nTransfer-Encoding: $bad\\n\\n4\\nevil\\n0\\n\\n"
 	done
@@ -6560,15 +6617,32 @@ END
 }
 
 test_bad_fields() { # one lexer: what is no field ends the request
-	for bad in 'X-A : b' 'X-A\t: b' ' X-A: b' '\tX-A: b' 'X-A: b\n c' \
-	    'X-A: b\n\tc: d' 'X-A' ': b' 'X A: b' 'X-A: b\rX-C: d' \
-	    'X-A: b\lX-C: d' 'X-A: \0' 'X-A: b\r' 'X-\0: b' 'X-A: b\x01' \
-	    'X-A: b\x0b' 'X-A: b\x0c' 'X-A: b\x7f' 'X-\x01: b' 'X-\xe4: b' \
-	    'X(A): b' 'X/A: b' 'X"A: b' 'X-A\l: b' '\0' '='; do
+	for bad in 'X-A : b' ' X-A: b' 'X-A' 'X-A: b\lX-C: d' '\0'; do
 		refused 400 "GET http://%O/ HTTP/1.1\\nHost: %O\\n$bad\\n\\n"
 	done
 	each 'refused 400' 'GET http://%O/ HTTP/1.1\n X-A: b\nHost: %O\n\n' \
 	    'GET http://%O/ HTTP/1.1\nHost: %O\nX-A: b\l\l'
+}
+
+test_unit_lines() { # a line in a head that is no field, or a wrong length, in requests and responses
+	rows <<'END'
+line X-A: b | X-A: \xff\tb | X-A:b = 200 passes
+line Content-Length: 4, 4\nContent-Length: 4 | Transfer-Encoding: chunked = 200 passes
+line Content-Length: +4 | Content-Length: -4 | Content-Length: 4 4 | Content-Length: 0x4 | Content-Length: 4.0 | Content-Length: | Content-Length: , | Content-Length: 4, 5 | Content-Length: 4;x | Content-Length: "4" | Content-Length: \xb2 = 400 refused
+line Content-Length: 18446744073709551620 | Content-Length: 9223372036854775808 | Content-Length: 99999999999999999999999999999999999999 = 400 refused
+line Content-Length: 4\nContent-Length: 5 | Content-Length: 4\nX-A: b\ncontent-length: 04 4 = 400 refused
+line Content-Length: 4\nTransfer-Encoding: chunked\nContent-Length: 5 | Transfer-Encoding: chunked\nContent-Length: x = 400 refused
+line Content-Length: 4\nTransfer-Encoding: chunked | Transfer-Encoding: chunked\nContent-Length: 4 | Transfer-Encoding: chunked\nContent-Length: 0 = 400 passes
+line Transfer-Encoding: chunkedx | Transfer-Encoding: chunked, chunked | Transfer-Encoding: chunked\nTransfer-Encoding: chunked | Transfer-Encoding: chunked, gzip | Transfer-Encoding: chunked;q=1 | Transfer-Encoding: \x0bchunked | Transfer-Encoding: chunked\0 = 400 refused
+line Transfer-Encoding: xchunked | Transfer-Encoding: gzip, chunked | Transfer-Encoding: gzip | Transfer-Encoding:  | Transfer-Encoding: "chunked" | Transfer-Encoding: identity, chunked | Transfer-Encoding: gzip\nTransfer-Encoding: chunked | Transfer-Encoding: chunk ed = 501 refused
+line Transfer-Encoding: identity = 501 passes
+line Transfer-Encoding : chunked | X-A : b | X-A\t: b | X-A = 400 passes
+line Transfer-Encoding : gzip | Content-Length : x = 400 refused
+line \sX-A: b | \tX-A: b | \sX-A | \s: b | X-A: b\n c | X-A: b\n\tc | X-A: b\n\tc: d | X-A: b\n c: d | X-A: b\l c = 400 refused
+line : b | X-A\l: b | X A: b | X A : b | X-A: b\rX-C: d | X-A: b\r | X-A: \0 | X-\0: b | X-A\0 | \0 = 400 refused
+line X-A: b\x01 | X-A: b\x0b | X-A: b\x0c | X-A: b\x7f | X-\x01: b | X-\xe4: b | X-\x80: b | X(A): b | X/A: b | X"A: b = 400 refused
+line X-A: b\lX-C: d | = = 400 passes
+END
 }
 
 test_bad_protocols() { # other protocols on the port are told what to speak
@@ -6644,36 +6718,17 @@ END
 }
 
 test_error_not_http() { # what is no HTTP response gets a 502
-	each garbled 'SSH-2.0-evil\n' 'SSH-2.0-evil\n\n' \
-	    '\x15\x03\x01\x00\x02\x02\x28\n\n' 'HTTP/1.1\n\nevil' \
-	    'HTTP/1.1 20\nContent-Length: 4\n\nevil' '<html>evil</html>\n\n' \
-	    'HTTP/1.1 200 OK\nContent-Len'
-	for line in 'HTTP/1.1 2000' 'HTTP/1.1 099' 'HTTP/1.1 abc' \
-	    'HTTP/2.0 200' 'HTTP/11.1 200' 'http/1.1 200' 'ICY 200' \
-	    ' HTTP/1.1 200'; do
-		garbled "$line OK\\nContent-Length: 4\\n\\nevil"
-	done
+	each garbled 'SSH-2.0-evil\n' '\x15\x03\x01\x00\x02\x02\x28\n\n' \
+	    'HTTP/1.1\n\nevil' '<html>evil</html>\n\n' 'HTTP/1.1 200 OK\nContent-Len' \
+	    'HTTP/1.1 2000 OK\nContent-Length: 4\n\nevil'
+	rows <<'END'
+response SSH-2.0-evil\n\n | HTTP/1.1 20\n\n | HTTP/1.1 099 OK\n\n | HTTP/1.1 abc OK\n\n | HTTP/2.0 200 OK\n\n | HTTP/11.1 200 OK\n\n | http/1.1 200 OK\n\n | ICY 200 OK\n\n | \sHTTP/1.1 200 OK\n\n = refused
+END
 }
 
 test_error_response_fields() { # bad fields in a response get a 502; a 407 of an origin does not pass for ours
-	for bad in 'Content-Length: +4' 'Content-Length: -4' \
-	    'Content-Length: 4 4' 'Content-Length: 0x4' 'Content-Length: 4.0' \
-	    'Content-Length:' 'Content-Length: 4, 5' \
-	    'Content-Length: 18446744073709551620' \
-	    'Content-Length: 9223372036854775808' \
-	    'Content-Length: 99999999999999999999999999999999999999' \
-	    'Content-Length: 4\nContent-Length: 5' \
-	    'Content-Length: 4\nTransfer-Encoding: chunked\nContent-Length: 5' \
-	    'Transfer-Encoding: chunked\nContent-Length: x' \
-	    'Transfer-Encoding: xchunked' 'Transfer-Encoding: chunked, chunked' \
-	    'Transfer-Encoding: chunked\nTransfer-Encoding: chunked' \
-	    'Transfer-Encoding: gzip, chunked' 'Transfer-Encoding: chunked, gzip' \
-	    'Transfer-Encoding: identity, chunked' 'Transfer-Encoding:' \
-	    'Transfer-Encoding: chunked;q=1' 'Transfer-Encoding: "chunked"' \
-	    'Transfer-Encoding : gzip' 'Content-Length : x' 'X A : b' ' : b' \
-	    ' X-A: b' ' X-A' 'X-A: b\n c: d' 'X-A: b\n\tc' ': b' 'X A: b' \
-	    'X-A: b\rX-C: d' 'X-A: b\l c' 'X-A: b\r' 'X-A\0' 'X-A: \0' 'X-\0: b' \
-	    'X-A: b\x01' 'X-A: b\x7f' 'X-\x01: b' 'X-\x80: b' 'X(A): b'; do
+	for bad in 'Content-Length: +4' 'Content-Length: 4\nContent-Length: 5' \
+	    'Transfer-Encoding: chunked, chunked' ' X-A: b' 'X-A\0'; do
 		garbled "HTTP/1.1 200 OK\\nX-First: 1\\n$bad\\n\\nevil"
 	done
 	garbled 'HTTP/1.1 200 O\0K\nContent-Length: 4\n\nevil'
@@ -6854,7 +6909,8 @@ body:cut 5\nhello\n0\nA: b\n = hello, broken and 6 left
 body:chunked 00000000000000005\nhello\n0\n\n | 8000000000000000\nhello | FFFFFFFFFFFFFFFF\nhello | 5\lhello\n0\n\n | 5\rhello\n0\n\n = , broken
 body:chunked 5\nhelloX\l0\n\n | 5\nhelloX\n0\n\n | 5\nhello\r0\n\n | 5\nhello\l0\n\n = hello, broken
 body:chunked 5 5\nhello\n0\n\n | -5\nhello\n0\n\n | \s5\nhello\n0\n\n | 0x5\nhello\n0\n\n | g\nhello\n0\n\n | \nhello\n0\n\n | ;a\nhello\n0\n\n = , broken
-body:chunked 5;a\lb\nhello\n0\n\n | 5;a\x01\nhello\n0\n\n | 0\nA : b\n\n | 0\nA: b\l\n\n | 0\n A: b\n\n = , broken
+body:chunked 5;a\lb\nhello\n0\n\n | 5;a\x01\nhello\n0\n\n | 5;a="a\lb"\nhello\n0\n\n | 5;a=\0\nhello\n0\n\n | 10000000000000000\nhello | FFFFFFFFFFFFFFFFF\nhello | +5\nhello\n0\n\n = , broken
+body:chunked 0\nA : b\n\n | 0\nA: b\l\n\n | 0\n A: b\n\n | 0\nA: b\lB: c\n\n | 0\nA: b\rc\n\n | 0\nA\0: b\n\n | 0\nA: b\n c\n\n | 0\rX = , broken
 END
 }
 
@@ -7156,7 +7212,7 @@ test_body_upload_left() { # an early answer or a reset ends an upload that is st
 	says=$("$peer" slow slow) || fail "no origin"
 	echo "${says#* }" >> .pids
 	head="POST http://127.0.0.1:${says% *}/ HTTP/1.1\nHost: x"
-	"$peer" upload 16 "$proxy" "$head\nTransfer-Encoding: chunked\n\n" 1800
+	"$peer" upload 16 "$proxy" "$head\nTransfer-Encoding: chunked\n\n" 1000
 	served
 	stop_proxy
 	counts 16 log '" \(413\|502\) [0-9]* .* end='
@@ -7263,12 +7319,8 @@ END
 }
 
 test_bad_chunks() { # chunk sizes, line ends, extensions and trailers
-	for bad in '00000000000000004\nevil' '10000000000000000\nevil' \
-	    'FFFFFFFFFFFFFFFFF\nevil' 'FFFFFFFFFFFFFFFF\nevil' \
-	    '8000000000000000\nevil' '0x4\nevil' '+4\nevil' \
-	    '-4\nevil' ' 4\nevil' '\nevil' ';x=y\nevil' '4\levil' '4\revil' \
-	    'g\nevil' '4 4\nevil' '4;x=\0\nevil' '4;x=y\lz\nevil' \
-	    '4;x="a\lb"\nevil' "4;x=\\{70000:y}\\nevil"; do
+	for bad in '00000000000000004\nevil' '-4\nevil' '\nevil' '4\levil' \
+	    "4;x=\\{70000:y}\\nevil"; do
 		miscut_request "$bad\\n0\\n\\n"
 	done
 	miscut_request '4\ngoodevil\n0\n\n'
@@ -7285,8 +7337,7 @@ test_bad_chunks() { # chunk sizes, line ends, extensions and trailers
 	log#   1 .
 	log    "POST http://%O/ HTTP/1.1" 400 .* why="
 END
-	for bad in 'X-A : b' ' X-A: b' 'X-A: b\lX-B: c' 'X-A: b\rc' 'X-\0: b' \
-	    'X-A: b\n c' '\{401:X-A: b\n}X-B: c' "X-A: \\{$((buffer * 2)):y}"; do
+	for bad in 'X-A : b' '\{401:X-A: b\n}X-B: c' "X-A: \\{$((buffer * 2)):y}"; do
 		miscut_request "0\\n$bad\\n\\n"
 	done
 }
@@ -7308,12 +7359,8 @@ END
 }
 
 test_error_response_chunks() { # bad chunks in a response end it visibly
-	each miscut '00000000000000004\nevil\n0\n\n' \
-	    '10000000000000000\nevil\n0\n\n' 'FFFFFFFFFFFFFFFFF\nevil\n0\n\n' \
-	    '0x4\nevil\n0\n\n' '+4\nevil\n0\n\n' '-4\nevil\n0\n\n' \
-	    ' 4\nevil\n0\n\n' '\nevil\n0\n\n' ';x=y\nevil\n0\n\n' \
-	    '4\levil\n0\n\n' '4\revil\n0\n\n' 'g\nevil\n0\n\n' '0\rX\n' \
-	    '4 4\nevil\n0\n\n' '4;x=\0\nevil\n0\n\n' '4;x=y\lz\nevil\n0\n\n' \
+	each miscut '00000000000000004\nevil\n0\n\n' '-4\nevil\n0\n\n' \
+	    '\nevil\n0\n\n' '4\levil\n0\n\n' '0\rX\n' \
 	    "4;x=\\{70000:y}\\nevil\\n0\\n\\n"
 	play 'no CR LF behind the data' <<'END'
 	reply  200 Transfer-Encoding: chunked | 4\ngoodevil\n0\n\n
@@ -7322,8 +7369,7 @@ test_error_response_chunks() { # bad chunks in a response end it visibly
 	sees!~ ^0+$
 	log    "GET http://%O/ HTTP/1.1" (200|502) .* why="
 END
-	for bad in 'X-A : b' ' X-A: b' 'X-A: b\lX-B: c' 'X-A: b\rc' 'X-\0: b' \
-	    '\{401:X-A: b\n}X-B: c' "X-A: \\{$((buffer * 2)):y}"; do
+	for bad in 'X-A : b' '\{401:X-A: b\n}X-B: c' "X-A: \\{$((buffer * 2)):y}"; do
 		play "trailer $bad" <<END
 		reply  200 Transfer-Encoding: chunked | 4\ngood\n0\n
 		origin send $bad\n\n ; eof
@@ -8110,13 +8156,15 @@ domain_make(char *to, size_t size, unsigned long n)
 
 /* A list of n domains, each so many times, mixed from three formats, is
  * loaded: all of them are there, and no other. */
-static void
+static double
 million_load(struct list *list, unsigned long n, int times)
 {
 	static const char *const before[] = { "", "0.0.0.0 ", "||" };
 	FILE *f = fopen("list", "w");
 	char host[100], why[200] = "";
 	unsigned long i;
+	clock_t start;
+	double took;
 
 	if (f == NULL)
 		exit(77);
@@ -8127,22 +8175,25 @@ million_load(struct list *list, unsigned long n, int times)
 	}
 	if (fclose(f) != 0)
 		exit(77);
+	start = clock();
 	if (!list_load(list, "list", why, sizeof(why)) || list->skipped != 0 ||
 	    list->read != n * (unsigned long)times || list->used != n)
 		unit_fail("loaded", why, "", (long long)list->used);
+	took = (double)(clock() - start) / CLOCKS_PER_SEC;
 	for (i = 0; i < 2 * n; i++) {
 		size_t len = domain_make(host, sizeof(host), i);
 
 		if (list_has(list, text_cut(host, len)) != (i < n))
 			unit_fail("million", host, "", (long long)i);
 	}
+	return took;
 }
 
 /* Nanoseconds to ask for a host of four labels and more, half covered. */
 static double
 million_ask(const struct list *list)
 {
-	enum { HOSTS = 4096, ROUNDS = 250 };
+	enum { HOSTS = 4096, ROUNDS = 100 };
 	static char hosts[HOSTS][100];
 	static size_t lens[HOSTS];
 	unsigned long covered = 0;
@@ -8167,18 +8218,11 @@ million_ask(const struct list *list)
 static void
 check_million(void)
 {
-	struct list list, again;
-	char why[200] = "";
-	clock_t start;
-	double took, ns;
+	struct list list;
+	double took = million_load(&list, MILLION, 1), ns = million_ask(&list);
 
-	million_load(&list, MILLION, 1);
-	start = clock();
-	(void)list_load(&again, "list", why, sizeof(why));
-	took = (double)(clock() - start) / CLOCKS_PER_SEC;
-	ns = million_ask(&list);
 	printf("%.2f s, %ld ms, %.1f bytes a domain, %.0f ns a host\n", took,
-	    (long)again.ms, (double)(list.size * sizeof(*list.slots)) / MILLION,
+	    (long)list.ms, (double)(list.size * sizeof(*list.slots)) / MILLION,
 	    ns);
 	if (list.size * sizeof(*list.slots) > 16UL * MILLION ||
 	    list.size * 3 < list.used * 4)
@@ -8186,12 +8230,11 @@ check_million(void)
 	/* A build that is slow by design says so. */
 	if (getenv("UNTIMED") == NULL && (took > 4 || ns > 4000))
 		unit_fail("slow", "ns a host", "", (long long)ns);
-	if (again.ms < 0 || (again.ms == 0 && took > 0.1))
-		unit_fail("ms", "", "", (long long)again.ms);
+	if (list.ms < 0 || (list.ms == 0 && took > 0.1))
+		unit_fail("ms", "", "", (long long)list.ms);
 	list_free(&list);
-	list_free(&again);
 	/* What comes thrice is one domain. */
-	million_load(&list, 10000, 3);
+	(void)million_load(&list, 10000, 3);
 	list_free(&list);
 	(void)remove("list");
 }
@@ -8354,8 +8397,7 @@ test_bad_tls_hello() { # a browser's TLS hello is known, line feeds in it or not
 	sees~  ^-- end (eof|reset)
 	log#   1 .
 	log    " 400 .* why=".*TLS
-END
-	play 'SOCKS with ten methods' <<'END'
+	== SOCKS with ten methods
 	client send \x05\x0a\0\x01\x02\x03\x04\x05\x06\x07\x08\x09
 	client eof
 	sees~  ^HTTP/1.1 400
@@ -9388,15 +9430,14 @@ END
 test_rules_login_connect() { # login: a tunnel; credentials are neither traced nor logged
 	people
 	start_ruled -vv -e 'users people' -e 'login'
-	play -n 'asked' <<'END'
+	play -n 'asked' <<END
 	origin eof
 	client send CONNECT %O HTTP/1.1\nHost: %O\n\nping ; eof
 	sees   HTTP/1.1 407 Proxy Authentication Required
 	sees   Proxy-Authenticate: Basic realm="proxy", charset="UTF-8"
 	gets!~ .
 	log    - - \[DATE\] "CONNECT %O HTTP/1.1" 407 .*rule=-e:2
-END
-	play -n 'let in' <<END
+	== let in
 	origin want 4 ; send pong
 	client send CONNECT %O HTTP/1.1\nHost: %O\nProxy-Authorization: $(basic alice:wonder)\n\nping
 	client answer head ; until pong
@@ -9654,15 +9695,14 @@ test_rules_body_passes() { # body: what no line concerns passes
 	start_rules <<END
 deny body "$eicar_play" host virus.example
 END
-	play -n 'a HEAD, a 304, a 204' <<'END'
+	play -n 'a HEAD, a 304, a 204' <<END
 	reply  200 Content-Length: 5000
 	reply  304 Not\nContent-Length: 5000
 	reply  204 No
 	ask    HEAD http://virus.example:%p/ = 200
 	ask    http://virus.example:%p/ = 304
 	ask    http://virus.example:%p/ = 204
-END
-	play -n 'another host' <<END
+	== another host
 	reply  200 Content-Length: 68 | $eicar_play
 	ask    http://other.example:%p/9
 	log    /9 HTTP/1.1" 200 68 .* end=done
@@ -10603,7 +10643,7 @@ END
 rules_cost() {
 	start_rules
 	awk -v origin="$origin" 'BEGIN {
-		for (i = 0; i < 20; i++) {
+		for (i = 0; i < 10; i++) {
 			print "send \\{250:GET http://" origin \
 			    "/a/b?c=d HTTP/1.1\\nHost: " origin "\\n\\n}"
 			for (j = 0; j < 250; j++)
@@ -12258,21 +12298,23 @@ END
 
 # Gets /x from that origin, in whole and right: get_fresh [BYTES [PATH]]
 get_fresh() {
-	rm -f g g.end
 	client g <<END
 send GET http://%O${2-/x} HTTP/1.1\nHost: %O\nConnection: close\n\n
 until \n\n ; skip ${1-10000} ; eof
 END
-	ends g '^eof$'
-	head -n 1 g | grep '^HTTP/1.1 200' > /dev/null ||
-		fail "${what-}: $(head -n 1 g)"
+	came_to g eof
+	IFS= read -r get_line < g
+	case $get_line in
+	'HTTP/1.1 200'*) ;;
+	*) fail "${what-}: $get_line" ;;
+	esac
 }
 
 # The one entry.
 entry() {
-	wait_for 5 '[ -f "$(entries)" ]'
-	entry_file=$(entries)
-	[ -f "$entry_file" ] || fail "${what-}: no entry, or several: $entry_file"
+	entry_file=
+	wait_for 5 'entry_file=$(entries); [ -f "$entry_file" ]' ||
+		fail "${what-}: no entry, or several: $entry_file"
 }
 
 test_cache_damaged() { # a damaged entry is a miss, or visibly short; never wrong
@@ -12566,7 +12608,7 @@ get_many() {
 			printf "ask /%d X-A: 1\n", n
 	}' > many.steps
 	client many < many.steps
-	ends many '^open$'
+	came_to many open
 }
 
 # An origin whose answers are fresh, so many bytes, each its own entry:
@@ -12583,12 +12625,6 @@ disk_use() {
 		awk '{ sum += $1 } END { print sum + 0 }'
 }
 
-# The entry of a path of the origin at hand; nothing if there is none.
-entry_of() {
-	find cache -type f ! -name 'tmp*' -exec \
-	    grep -l -x "key: http://$origin/$1" {} + 2> /dev/null
-}
-
 # Sets the files' times to HOURS[:MINUTES] ago: aged HOURS FILE...
 aged() {
 	aged_when=$(TZ="AGO$1" date +%Y%m%d%H%M.%S)
@@ -12603,13 +12639,24 @@ younger() {
 	[ -n "$(find "$2" -newer younger.ref)" ]
 }
 
-# How many of the entries /FROM to /TO are there: there FROM TO
-there() {
+# The files of the entries /FROM to /TO, with their numbers: entries_of FROM TO
+entries_of() {
 	find cache -type f ! -name 'tmp*' -exec \
-	    grep -h -x "key: http://$origin/[0-9]*" {} + 2> /dev/null |
+	    grep -x "key: http://$origin/[0-9]*" /dev/null {} + 2> /dev/null |
 	    awk -F / -v from="$1" -v to="$2" '
-		$NF >= from && $NF <= to && !seen[$NF]++ { n++ }
-		END { print n + 0 }'
+		{ n = $NF; sub(/:.*/, "") }
+		n >= from && n <= to { print $0, n }'
+}
+
+# How many of them are there: there FROM TO
+there() {
+	entries_of "$1" "$2" | awk '!seen[$2]++ { n++ } END { print n + 0 }'
+}
+
+# Sets their times to HOURS ago: all_aged HOURS FROM TO
+all_aged() {
+	# shellcheck disable=SC2046 # several
+	aged "$1" $(entries_of "$2" "$3" | sed 's/ .*//')
 }
 
 # Old ones went, and what is younger (9 to 24) not before all of them.
@@ -12626,14 +12673,12 @@ test_cache_sweep() { # what was used least recently goes, and nothing without ne
 	wait_for 5 '[ "$(there 1 25)" = 25 ]' || [ "$(disk_use)" -gt 604 ] ||
 		fail "of 25 there are $(there 1 25)"
 	[ "$(disk_use)" = 604 ] || skip "files take $(disk_use) KiB here"
-	n=0
-	while [ $((n += 1)) -le 24 ]; do
-		aged $((n <= 8 ? 20 : 2)) "$(entry_of $n)"
-	done
+	all_aged 20 1 8
+	all_aged 2 9 24
 	# This one is as old as any, but then it is used.
-	aged 20 "$(entry_of 25)"
+	all_aged 20 25 25
 	get_many 25 25
-	younger 1 "$(entry_of 25)" || fail "a hit does not show in its time"
+	younger 1 "$(entries_of 25 25 | sed 's/ .*//')" || fail "a hit does not show in its time"
 	# 21 more would make 1108 KiB; they and the one used are 528. In one go
 	# they might come faster than a busy machine sweeps, and not be stored.
 	n=26
@@ -12682,19 +12727,18 @@ overfill() {
 
 test_cache_sweep_size() { # the directory is never larger than -s
 	start_cache -s 1M
-	overfill 'middling objects' 20000 200
-	overfill 'large objects' 250000 30
-	overfill 'small objects' 10 800
-	overfill 'small objects with Vary' 10 400 'Vary: X-A\n'
+	overfill 'middling objects' 20000 120
+	overfill 'large objects' 250000 20
+	overfill 'small objects' 10 600
+	overfill 'small objects with Vary' 10 300 'Vary: X-A\n'
 	served
 }
 
 test_cache_sweep_link() { # a cache that is a link is swept; a link in it is not followed
 	mkdir real others
 	ln -s real cache
-	n=0
-	while [ $((n += 1)) -le 30 ]; do
-		head -c 30000 /dev/zero > "others/$n"
+	for n in 1 2 3; do
+		head -c 300000 /dev/zero > "others/$n"
 	done
 	start_cache -s 1M
 	ln -s ../others real/ab
@@ -12706,7 +12750,7 @@ test_cache_sweep_link() { # a cache that is a link is swept; a link in it is not
 		n=$((n + 10))
 	done
 	find real -type f > left
-	[ "$(find others -type f | wc -l)" = 30 ] || fail "others' files are gone"
+	[ "$(find others -type f | wc -l)" = 3 ] || fail "others' files are gone"
 	[ "$(wc -l < left)" -gt 5 ] || fail "nothing is stored"
 	[ "$(find real -type f -exec du -k {} + |
 	    awk '{ n += $1 } END { print n }')" -le 1024 ] || fail "too much"
@@ -12886,10 +12930,8 @@ test_cache_sweep_restart() { # a directory that is too full is swept at the star
 	many_origin 20000
 	get_many 1 60
 	[ "$(disk_use)" -ge 1200 ] || skip "files take $(disk_use) KiB here"
-	n=0
-	while [ $((n += 1)) -le 60 ]; do
-		aged $((n <= 3 ? 9 : 1)) "$(entry_of $n)"
-	done
+	all_aged 9 1 3
+	all_aged 1 4 60
 	stop_proxy
 	start_cache -s 10M
 	served
@@ -13224,8 +13266,7 @@ test_cache_hit() { # a miss, then hits without the origin
 	log    /a\?b HTTP/1.1" 200 6 "-" "-" miss=stored .* server=%O end=done$
 	log    /a\?b HTTP/1.1" 200 6 "-" "x" hit=fresh up=0 .* server=- end=done$
 	log    /a\?b HTTP/1.1" 200 6 "-" "-" hit=fresh
-END
-	play 'another URL is another entry' <<'END'
+	== another URL is another entry
 	reply  200 Cache-Control: max-age=1000 | 1 \l
 	reply  200 Cache-Control: max-age=1000 | 2 \l
 	reply  200 Cache-Control: max-age=1000 | 3 \l
@@ -13512,8 +13553,7 @@ test_cache_bodies() { # chunks and bodies to the close are stored whole
 	log    HTTP/1.1" 200 12 .* miss=stored
 	log    HTTP/1.1" 200 12 .* hit=fresh
 	log    HTTP/1.0" 200 12 .* hit=fresh
-END
-	play 'to the close, first to a 1.0 client' <<'END'
+	== to the close, first to a 1.0 client
 	origin head ; send HTTP/1.0 200 OK\nCache-Control: max-age=99\n\nhel
 	origin stall 50 ; send lo\l
 	a: ask 1.0 / = 200 | hello\l
@@ -13524,16 +13564,14 @@ END
 	b: sees# 1 ^Content-Length: 6$
 	b: sees# 1 ^Age: 
 	log    HTTP/1.0" 200 6 .* miss=stored
-END
-	play 'empty' <<'END'
+	== empty
 	reply  200 Cache-Control: max-age=99 |
 	ask    / = 200
 	ask    / = 200
 	sees#  2 ^Content-Length: 0$
 	gets#  1 ^GET
 	log    hit=fresh
-END
-	play 'large' <<'END'
+	== large
 	reply  200 Cache-Control: max-age=99\nContent-Length: 3000000
 	origin fill 3000000
 	a: send GET http://%O/big HTTP/1.1\nHost: %O\n\n ; until \n\n ; skip 3000000
@@ -13560,8 +13598,7 @@ test_cache_pipelining() { # hits and misses in one write, answers in order
 	sees   one\l
 	sees+  -- end eof
 	gets#  3 ^GET
-END
-	play 'three hundred hits at once' <<'END'
+	== three hundred hits at once
 	reply  200 Cache-Control: max-age=99 | one\l
 	ask    /1 = 200
 	client send \{300:GET http://%O/1 HTTP/1.1\nHost: %O\n\n} ; shut ; eof
@@ -13594,8 +13631,7 @@ test_cache_validate() { # stale entries are validated (RFC 9111 section 4.3)
 	log    200 4 .* miss=stored
 	log    200 4 .* hit=validated
 	log    200 4 .* hit=fresh
-END
-	play 'Last-Modified: If-Modified-Since; a 200 replaces' <<'END'
+	== Last-Modified: If-Modified-Since; a 200 replaces
 	reply  200 Cache-Control: max-age=0\nLast-Modified: Sun, 06 Nov 1994 08:49:37 GMT | one\l
 	reply  200 Cache-Control: max-age=99 | two\l
 	ask    / = 200 | one\l
@@ -13607,8 +13643,7 @@ END
 	log    miss=stored
 	log    miss=stored
 	log    hit=fresh
-END
-	play 'a 304 without Date was made now; a cookie that it sets is not stored' <<'END'
+	== a 304 without Date was made now; a cookie that it sets is not stored
 	reply  200 Date: Sun, 06 Nov 1994 08:49:37 GMT\nCache-Control: max-age=60\nETag: "a"\nAge: 100 | one\l
 	reply  304 Cache-Control: max-age=999\nETag: "a"\nSet-Cookie: a=b
 	ask    / = 200 | one\l
@@ -13621,16 +13656,14 @@ END
 	log    miss=stored
 	log    hit=validated
 	log    hit=fresh
-END
-	play 'nor one of the entry, once it is not for all' <<'END'
+	== nor one of the entry, once it is not for all
 	reply  200 Connection: close\nCache-Control: public, max-age=60\nETag: "a"\nAge: 100\nSet-Cookie: a=b | one\l
 	reply  304 Connection: close\nCache-Control: max-age=999\nETag: "a"
 	reply  200 Connection: close | two\l
 	ask    / = 200 | one\l
 	ask    / = 200 | one\l
 	ask    / = 200 | two\l
-END
-	play 'response no-cache is validated each time' <<'END'
+	== response no-cache is validated each time
 	reply  200 Connection: close\nCache-Control: no-cache, max-age=99\nETag: W/"a" | one\l
 	reply  304 Connection: close\nETag: W/"a"
 	ask    / = 200 | one\l
@@ -13640,8 +13673,7 @@ END
 	log    miss=stored
 	log    hit=validated
 	log    hit=validated
-END
-	play 'a 304 with large new fields: answered right, then and later' <<'END'
+	== a 304 with large new fields: answered right, then and later
 	reply  200 Cache-Control: max-age=0\nETag: "a" | one\l
 	reply  304 Connection: close\nCache-Control: max-age=99\nETag: "a"\nX-Long: \{12000:x}
 	reply  200 Cache-Control: max-age=99\nETag: "b" | one\l
@@ -13649,8 +13681,7 @@ END
 	ask    / = 200 | one\l
 	ask    / = 200 | one\l
 	sees   -- end open
-END
-	play 'a full answer that may not be stored ends the entry' <<'END'
+	== a full answer that may not be stored ends the entry
 	reply  200 Cache-Control: max-age=0\nETag: "a" | one\l
 	reply  200 Cache-Control: no-store | two\l
 	ask    / = 200 | one\l
@@ -13697,8 +13728,7 @@ END
 	sees#  17 ^ETag: "a"
 	sees#  8 ^one
 	gets#  1 ^GET
-END
-	play 'on a miss they go to the origin, and its 304 to the client' <<'END'
+	== on a miss they go to the origin, and its 304 to the client
 	reply  304 Cache-Control: max-age=99\nETag: "a"
 	reply  200 Cache-Control: max-age=99\nETag: "a" | one\l
 	ask    / If-None-Match: "a" = 304
@@ -13706,8 +13736,7 @@ END
 	gets   If-None-Match: "a"
 	gets#  2 ^GET
 	gets#  1 ^If-None-Match
-END
-	play 'on a stale entry the client with another one gets the whole' <<'END'
+	== on a stale entry the client with another one gets the whole
 	reply  200 Connection: close\nCache-Control: max-age=0\nETag: "a" | one\l
 	reply  304 Connection: close\nCache-Control: max-age=0\nETag: "a"
 	ask    / = 200 | one\l
@@ -13764,8 +13793,7 @@ END
 	reply  200 new
 	ask    HEAD / If-Match: "b" = 200 new
 	gets#  1 ^HEAD
-END
-	play 'on what has no validator' <<'END'
+	== on what has no validator
 	reply  404 No\nCache-Control: max-age=999 | off\l
 	reply  200 Cache-Control: max-age=999 | one\l
 	reply  412 No
@@ -13775,8 +13803,7 @@ END
 	ask    / If-Unmodified-Since: Sun, 06 Nov 1994 08:49:37 GMT = 200
 	ask    / If-Match: "a" = 412 No
 	gets#  3 ^GET
-END
-	play 'on what is stale they go to the server, with the range' <<'END'
+	== on what is stale they go to the server, with the range
 	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | abcdefghij
 	reply  412 No\nConnection: close | no!\l
 	reply  206 Connection: close\nETag: "a"\nCache-Control: max-age=99\nContent-Range: bytes 5-9/10 | fghij
@@ -13884,15 +13911,13 @@ test_cache_age() { # a second later it is a second older; then stale
 	log    miss=stored
 	log    miss=stored
 	log    hit=fresh
-END
-	play -n 'an old Date counts as age' <<'END'
+	== an old Date counts as age
 	replies 200 Date: Sun, 06 Nov 1994 08:49:37 GMT\nETag: "a"\nCache-Control: max-age=99 | one\l
 	ask    / = 200
 	ask    / = 200
 	gets#  2 ^GET
 	log!   hit=fresh
-END
-	play -n 'a wrong Age does not count' <<'END'
+	== a wrong Age does not count
 	reply  200 Age: -99\nCache-Control: max-age=99 | one\l
 	ask    / = 200 | one\l
 	ask    / = 200
@@ -14003,16 +14028,14 @@ test_cache_vary() { # variants of a URL side by side (RFC 9111 section 4.1)
 	ask    / X-B: 2 = 200; hit | no2\l
 	gets#  4 ^GET
 	log#   4 hit=fresh
-END
-	play 'blanks in lists and lines of a field are no difference' <<'END'
+	== blanks in lists and lines of a field are no difference
 	reply  200 Vary: Accept-Encoding\nCache-Control: max-age=99 | one\l
 	ask    / Accept-Encoding: gzip, br = 200 | one\l
 	ask    / Accept-Encoding: gzip,br = 200 | one\l
 	ask    / Accept-Encoding: gzip\nAccept-Encoding: \t br\s = 200 | one\l
 	gets#  1 ^GET
 	log#   2 hit=fresh
-END
-	play 'values are not mixed up' <<'END'
+	== values are not mixed up
 	reply  200 Connection: close\nVary: X-A, X-B\nCache-Control: max-age=99 | ok\l
 	ask    / X-A: 1\nX-B: 2 = 200 | ok\l
 	ask    / X-A: 2\nX-B: 1 = 200 | ok\l
@@ -14025,8 +14048,7 @@ END
 	ask    / X-A: "1, 2" = 200 | ok\l
 	gets#  9 ^GET
 	log!   hit=
-END
-	play 'a stale variant is validated with its own ETag' <<'END'
+	== a stale variant is validated with its own ETag
 	reply  200 Connection: close\nVary: X-A\nETag: "1"\nCache-Control: max-age=0 | one\l
 	reply  200 Connection: close\nVary: X-A\nETag: "2"\nCache-Control: max-age=0 | two\l
 	reply  304 Connection: close\nVary: X-A\nETag: "1"\nCache-Control: max-age=99
@@ -14039,8 +14061,7 @@ END
 	gets#  3 ^GET
 	log    hit=validated
 	log    hit=fresh
-END
-	play 'a 304 with another Vary: what it leaves is no answer for others' <<'END'
+	== a 304 with another Vary: what it leaves is no answer for others
 	reply  200 Connection: close\nCache-Control: max-age=0\nETag: "a" | one
 	reply  304 Connection: close\nCache-Control: max-age=999\nETag: "a"\nVary: X-A
 	reply  200 Connection: close\nCache-Control: max-age=999\nETag: "b"\nVary: X-A | two
@@ -14180,8 +14201,7 @@ test_cache_range_miss() { # a part from the server never passes for the whole
 	log    206 2
 	log    200 10 .* miss=stored
 	log    200 10 .* hit=fresh
-END
-	play 'a 200 to a range is stored whole' <<'END'
+	== a 200 to a range is stored whole
 	reply  200 Cache-Control: max-age=99\nETag: "a" | abcdefghij
 	ask    / Range: bytes=2-4 = 200
 	sees   Content-Length: 10
@@ -14189,15 +14209,13 @@ END
 	ask    / = 200 | abcdefghij
 	ask    / Range: bytes=2-4 = 206 | cde
 	gets#  1 ^GET
-END
-	play 'a 206 that was not asked for is not stored' <<'END'
+	== a 206 that was not asked for is not stored
 	reply  206 Connection: close\nCache-Control: max-age=99\nContent-Range: bytes 2-4/10 | cde
 	ask    /
 	ask    /
 	gets#  2 ^GET
 	log!   hit=
-END
-	play 'a part of what is stored whole does not push it out' <<'END'
+	== a part of what is stored whole does not push it out
 	reply  200 Connection: close\nCache-Control: max-age=0\nETag: "a" | hello
 	reply  206 Connection: close\nCache-Control: max-age=999\nETag: "a"\nContent-Range: bytes 0-1/5 | he
 	reply  304 Connection: close\nETag: "a"
@@ -14335,8 +14353,7 @@ test_cache_head() { # HEAD is answered from a stored GET, and stored by none
 	log    "HEAD http://%O/ HTTP/1.1" 304 0 .* hit=fresh
 	log    "HEAD http://%O/ HTTP/1.1" 200 0 .* hit=fresh
 	log    "GET http://%O/ HTTP/1.1" 200 4 .* hit=fresh
-END
-	play 'a HEAD validates the entry of a GET, by 304 or by 200' <<'END'
+	== a HEAD validates the entry of a GET, by 304 or by 200
 	reply  200 Cache-Control: max-age=0\nETag: "v"\nContent-Length: 4 | one\l
 	reply  304 Cache-Control: max-age=0\nETag: "v"\nX-A: b
 	origin head ; say 200 Cache-Control: max-age=99\nETag: "v"\nX-A: c\nContent-Length: 4
@@ -14347,8 +14364,7 @@ END
 	sees#  1 ^X-A: b
 	sees#  2 ^X-A: c
 	gets#  3 / HTTP/1.1
-END
-	play 'HEAD on a miss is no entry for GET' <<'END'
+	== HEAD on a miss is no entry for GET
 	reply  200 Cache-Control: max-age=99\nContent-Length: 4
 	reply  200 Cache-Control: max-age=99 | one\l
 	ask    HEAD / = 200
@@ -14356,8 +14372,7 @@ END
 	sees#  1 ^one
 	gets   HEAD / HTTP/1.1
 	gets   GET / HTTP/1.1
-END
-	play 'HEAD that tells of another body ends the entry' <<'END'
+	== HEAD that tells of another body ends the entry
 	reply  200 Connection: close\nCache-Control: max-age=99\nETag: "a" | one\l
 	reply  200 Connection: close\nCache-Control: max-age=99\nETag: "b"\nContent-Length: 5
 	reply  200 Connection: close\nCache-Control: max-age=99\nETag: "b" | five\l
@@ -14446,9 +14461,7 @@ END
 # What clients sent before this has been read by the proxy when it returns,
 # for the proxy takes things in their order.
 taken() {
-	for taken_file; do
-		wait_for 15 "[ -f $taken_file ]" || fail "${what-}: no $taken_file"
-	done
+	comes "$@"
 	play_title=${what-}
 	served
 }
@@ -15166,14 +15179,17 @@ refreshes() {
 		play -n "$what" <<END
 	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60, stale-while-revalidate=999${4-} | one\l
 	reply  $refreshes_by X\nConnection: close\nETag: "a"\nCache-Control: max-age=888${4-} $refreshes_body
-	c: ask /x = 200 | one\l
-	c: ask /x $2 = $1; .*hit
-	c: ends ^open$
-	do reached 2
-	do wait_for 10 'e=\$(entry_of x) && [ -f "\$e" ] && grep -l "max-age=888" "\$e" > found' || fail "not refreshed"
-	d: ask /x = 200; hit; ttl= | $refreshes_see\l
-	d: ends .
-	do asked 2
+	origin touch told.$plays
+	origin next
+	reply  200 | other
+	ask    /x = 200 | one\l
+	ask    /x $2 = $1; .*hit
+	# What came before another answer is stored.
+	client await told.$plays
+	ask    /other = 200
+	ask    /x = 200; hit; ttl= | $refreshes_see\l
+	sees#  1 max-age=888
+	gets#  3 ^GET
 	gets   -- connection 2
 	gets   GET /x HTTP/1.1
 	gets#  1 ^If-None-Match: 
@@ -15239,8 +15255,7 @@ test_cache_range_stale() { # a range of a stale entry: asked for with it, from t
 	log    200 10 .* miss=stored
 	log    206 3 .* hit=validated
 	log    200 10 .* hit=fresh
-END
-	play '206 of another version: that one, and the entry is gone' <<'END'
+	== 206 of another version: that one, and the entry is gone
 	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | abcdefghij
 	reply  206 Connection: close\nETag: "b"\nCache-Control: max-age=999\nContent-Range: bytes 2-4/10 | CDE
 	reply  200 Connection: close\nETag: "b"\nCache-Control: max-age=999 | ABCDEFGHIJ
@@ -15254,8 +15269,7 @@ END
 	gets   Range: bytes=2-4
 	gets#  1 ^If-None-Match: "a"
 	gets#  3 ^GET
-END
-	play '200 of another version: the whole of it, stored' <<'END'
+	== 200 of another version: the whole of it, stored
 	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | abcdefghij
 	reply  200 Connection: close\nETag: "b"\nCache-Control: max-age=999 | ABCDEFGHIJ
 	ask    / = 200 | abcdefghij
@@ -15678,7 +15692,7 @@ END
 
 test_names_lookup() { # a name is looked up, timed, and remembered
 	start_names 127.0.0.1
-	play 'twice' <<'END'
+	play 'twice' <<END
 	reply  200 Connection: close | ok
 	client send GET http://two.test:%p/ HTTP/1.1\nHost: two.test\n\n
 	client answer
@@ -15692,8 +15706,7 @@ test_names_lookup() { # a name is looked up, timed, and remembered
 	log    "GET http://two.test:%p/ HTTP/1.1" 200 2 .* dns=N connect=N first=N .* server=%O end=done
 	log    "GET http://TWO.test:%p/ HTTP/1.1" 200 2 .* server=%O end=done
 	log    "CONNECT two.test:%p HTTP/1.1" 200 .* server=%O end=
-END
-	play 'our own address under another name is a loop' <<END
+	== our own address under another name is a loop
 	ask    http://two.test:${proxy##*:}/ = 508
 	log#   1 "GET http://two
 END
@@ -15934,10 +15947,8 @@ END
 test_log_standard_closed() { # a closed standard descriptor, and no /dev/null: it says so and ends
 	[ "$(id -u)" = 0 ] || skip "not root"
 	[ -z "${EMULATOR-}" ] || skip "the emulator needs its libraries"
-	# shellcheck disable=SC2086 # flags are words
-	"$cc" $cflags -O0 -static -o proxy "$here/proxy.c" 2> cc.out ||
-		skip "cc can't link statically"
-	mkdir root && cp proxy root/proxy
+	mkdir root
+	linked -static -o root/proxy || skip "cc can't link statically"
 	chroot root /proxy -l 127.0.0.1:0 >&- 2> said &
 	wait_exit $! 5
 	[ $? = 1 ] || fail "exit status"
@@ -15982,13 +15993,9 @@ test_log_end() { # lines that nobody read when the proxy ends are counted
 	echo "$proxy_pid" >> .proxies
 	has err "^proxy: listening" 15
 	proxy=$(sed -n 's/^proxy: listening on //p' err)
-	long=$(printf '%03000d' 0)
-	for n in 1 2 3 4 5 6 7; do
-		for m in 1 2 3 4 5 6 7 8 9 10; do
-			printf 'send GET /%s HTTP/1.1\\nHost: x\\n\\n\neof\n' "$long" |
-				"$peer" client "$proxy" "c$n$m"
-		done
-	done
+	awk 'BEGIN { while (n++ < 70) print (n > 1 ? "dial ; " : "") \
+		"send GET /\\{3000:0} HTTP/1.1\\nHost: x\\n\\n ; eof" }' | client c
+	came_to c eof
 	kill -TERM "$proxy_pid"
 	wait_exit "$proxy_pid" 10 || fail "exit status"
 	: > .proxies
@@ -16010,9 +16017,15 @@ send HTTP/1.1 200 OK\nContent-Length: 20000000\n\n
 fill 20000000
 END
 	proxy_wrap=./limited start_proxy
-	"$peer" stuck "$proxy" "$origin" 120 10 > answers
-	[ "$(grep -c -e '^HTTP/1.1 200' -e '^HTTP/1.1 503' answers)" = 10 ] &&
-		has answers '^HTTP/1.1 503'
+	asks='send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: close\n\n'
+	many 120 stuck "$asks"
+	"$peer" sleep 2000
+	for n in 1 2 3 4 5 6 7 8 9 10; do
+		client late "$asks ; want 12"
+		head -n 1 late
+	done > answers
+	counts 10 answers '^HTTP/1.1 [25]0[03]'
+	has answers '^HTTP/1.1 503'
 	wait_for 10 'grep "\" 503 " log > /dev/null' || fail "not in the log"
 }
 
@@ -16286,8 +16299,7 @@ END
 test_trace_long() { # -v: lines longer than the trace's own, with blanks before a colon
 	start_proxy -v
 	blanks=$(printf '%1100s' '')
-	served
-	origin=$served_at
+	plain_origin
 	play 'from a client' <<END
 	ask    / Authorization$blanks: x = 400
 	err~   ^#[0-9]+ c> Authorization: \*\*\*$
@@ -16528,8 +16540,7 @@ END
 	ask    / Via: 1.0 fred\nVia: 1.1 ricky,1.1 $pseudonym (x), 1.1 y = 508 Loop Detected error=proxy_loop_detected
 	gets!~ .
 	log    "GET http://%O/ HTTP/1.1" 508 .* why="
-END
-	play 'another proxy of this kind is no loop' <<'END'
+	== another proxy of this kind is no loop
 	reply  200 | ok
 	ask    / Via: 1.1 proxy-0123abcd = 200 OK
 END
@@ -16593,8 +16604,7 @@ END
 	play 'under the name localhost' <<END
 	client send GET / HTTP/1.1\nHost: localhost:${proxy##*:}\n\n ; answer
 	sees   HTTP/1.1 200 OK
-END
-	play 'nothing unescaped comes back' <<'END'
+	== nothing unescaped comes back
 	ask    here /<script>alert(1)</script>?"><b> = 40[04]
 	sees!~ (<script>|<b>)
 END
@@ -17599,8 +17609,7 @@ test_tunnel_early_101() { # a server may not switch before it has the whole requ
 	sees!~ ^HTTP/1.1 101
 	gets!~ raw
 	log    "POST http://%O/ HTTP/1.1" 502 .* why="
-END
-	play 'a body by length' <<'END'
+	== a body by length
 	reply  101 Switching\nUpgrade: odd\nConnection: upgrade
 	origin eof
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nUpgrade: odd\nConnection: upgrade\nContent-Length: 5\n\nhel
@@ -17779,7 +17788,7 @@ test_client_gives_up_early() { # the same before its request was sent, and with 
 	says=$("$peer" deaf deaf) || skip "cannot make a port that does not answer"
 	echo "${says#* }" >> .pids
 	start_names 127.0.0.1
-	play 'while the name is looked up' <<'END'
+	play 'while the name is looked up' <<END
 	client send GET http://slow.test/ HTTP/1.1\nHost: x\nConnection: Keep-Alive\n\n
 	client stall 100 ; shut ; eof
 	log    "GET http://slow.test/ HTTP/1.1" 499 0 .* end=client
@@ -17787,13 +17796,11 @@ test_client_gives_up_early() { # the same before its request was sent, and with 
 	client send CONNECT slow.test:443 HTTP/1.1\nHost: x\nProxy-Connection: Keep-Alive\n\n
 	client stall 100 ; shut ; eof
 	log    "CONNECT slow.test:443 HTTP/1.1" 499 0 .* end=client
-END
-	play 'while it is being connected' <<END
+	== while it is being connected
 	client send GET http://127.0.0.1:${says% *}/ HTTP/1.1\nHost: x\nConnection: Keep-Alive\n\n
 	client stall 100 ; shut ; eof
 	log    "GET http://127.0.0.1:${says% *}/ HTTP/1.1" 499 0 .* end=client
-END
-	play 'its body has been sent' <<'END'
+	== its body has been sent
 	origin head ; want 4 ; eof
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\nContent-Length: 4\n\nbody
 	client stall 100 ; shut ; eof
@@ -18131,8 +18138,7 @@ END
 	client send GET http://%O/103 HTTP/1.1\nHost: %O\n\n ; until 103 ; until \n\n
 	client quiet 500 ; answer
 	sees~  ^-- end open
-END
-	play -n 'a tunnel' <<'END'
+	== a tunnel
 	origin until ping ; send pong
 	client send CONNECT %O HTTP/1.1\nHost: %O\n\n ; answer head ; send ping ; until pong ; close
 	sees   HTTP/1.1 200 Connection established
@@ -18200,8 +18206,7 @@ test_bend_limit() { # limit: so many at once for each client, else 503
 	sees~  ^Retry-After:
 	do touch go
 	log    "GET http://%O/ HTTP/1.1" 503 .* bent=-e:1 why="too many
-END
-	play -n 'and again' <<'END'
+	== and again
 	reply  200 | ok
 	ask    / = 200
 	ask    / = 200
@@ -18456,8 +18461,7 @@ END
 	log    "GET http://dest.invalid/a HTTP/1.1" 200 2 .* server=$parent end=done
 	log    "GET http://dest.invalid:81\?b HTTP/1.1" 200 2 .* connect=- .* server=$parent end=done
 	log    "CONNECT dest.invalid:443 HTTP/1.1" 200 4 .* up=4 .* server=$parent end=
-END
-	play -n 'CONNECT that the parent refuses: what follows is no request' <<'END'
+	== CONNECT that the parent refuses: what follows is no request
 	client send CONNECT dest.invalid:443 HTTP/1.1\nHost: x\n\nGET http://dest.invalid/evil HTTP/1.1\nHost: dest.invalid\n\n
 	client eof
 	sees~  ^HTTP/1.1 (403|502)
@@ -18584,8 +18588,7 @@ END
 	log    "GET http://dest.invalid/a HTTP/1.1" 200 2 .* server=$parent end=done
 	log    "GET http://dest.invalid/b HTTP/1.1" 200 2 .* connect=- .* server=$parent end=done
 	log    "CONNECT 192.0.2.7:258 HTTP/1.1" 200 4 .* up=4 .* server=$parent end=
-END
-	play -n 'IPv6' <<'END'
+	== IPv6
 	client send CONNECT [2001:db8::7]:443 HTTP/1.1\nHost: x\n\nping
 	client answer head ; until gnop
 	sees   gnop
@@ -18675,8 +18678,7 @@ END
 	ask    http://192.0.2.7:258/ = 502 Bad Gateway
 	sees!~ evil
 	log    "GET http://192.0.2.7:258/ HTTP/1.1" 502 .* why="
-END
-	play -n 'CONNECT: what the target says first comes through' <<'END'
+	== CONNECT: what the target says first comes through
 	ask    CONNECT 192.0.2.7:258 = 200
 	client until ready\n ; send QUIT ; eof
 	sees   220 ready
@@ -18893,15 +18895,14 @@ END
 test_limit_slots_burst() { # more clients at once than slots: who has just come does not give way
 	start_proxy -m 4
 	origin o 'head ; stall 20 ; say 200 Connection: close | ok'
-	echo 'stall 200 ; ask / Connection: close' > burst
-	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-		"$peer" client "$proxy" c$n "$origin" < burst &
-		echo $! >> .pids
-	done
-	for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-		ended c$n
-		has c$n '^HTTP/1.1 200'
-	done
+	awk 'BEGIN { while (n++ < 19) print "dial"
+	print "stall 200"
+	for (n = 1; n <= 20; n++)
+		print "over " n " ; send GET http://%O/ HTTP/1.1\\nHost: x\\nConnection: close\\n\\n"
+	for (n = 1; n <= 20; n++)
+		print "over " n " ; answer" }' | client c
+	came_to c open
+	counts 20 c HTTP/1.1.200
 	has err 'all 4 connections are in use (-m)'
 }
 
@@ -18976,8 +18977,7 @@ test_resources_board() { # musl, 4 KiB buffers, an empty root: 64 descriptors do
 	have musl-gcc || skip "no musl-gcc"
 	[ "$(id -u)" = 0 ] || skip "not root"
 	mkdir root
-	musl-gcc -O1 -static -DBUFFER_SIZE=4096 -o root/proxy "$here/proxy.c" \
-	    2> cc.out || fail "$(head -n 1 cc.out)"
+	linked -static -o root/proxy || fail "$(head -n 1 cc.out)"
 	# No /dev, /etc, home or passwd; nothing can be written.
 	printf '#!/bin/sh\nulimit -n $FILES\nexec env -i %s root /proxy "$@"\n' \
 	    "$(command -v chroot)" > chrooted
@@ -18989,15 +18989,13 @@ test_resources_board() { # musl, 4 KiB buffers, an empty root: 64 descriptors do
 		[ -z "$proxy_pid" ] || stop_proxy
 		start_proxy -m 64
 		origin o 'replies 200 | \{20000:x}'
-		n=0
-		while [ $((n += 1)) -le 64 ]; do
-			client_bg c$n 'ask / Connection: close = 200 ; eof'
+		for n in 1 2 3 4 5 6 7 8; do
+			awk 'BEGIN { while (n++ < 8) print (n > 1 ? "dial ; " : "") \
+				"ask / Connection: close" }' | client_bg c$n
 		done
-		n=0
-		while [ $((n += 1)) -le 64 ]; do
-			ended c$n
-			counts 1 c$n xxxxx
-		done
+		ends c1 c2 c3 c4 c5 c6 c7 c8 '^open$'
+		cat c? > all
+		counts 64 all xxxxx
 		served
 	done
 	[ "$(find root -type f)" = root/proxy ] || fail "it has written"
@@ -19040,11 +19038,6 @@ END
 		fail "3 clients took $(grep -c '^accept\|^setsock' calls) calls"
 }
 
-write_hasty() {
-	printf '#define LINGER_MS 30\n#define BUFFER_SIZE 4096\n'
-	printf '#include "proxy.c"\n'
-}
-
 test_limit_empty_lines() { # a client that sends empty lines without end, or in pieces, has the time of a head
 	quick
 	start_proxy -m 1
@@ -19061,13 +19054,13 @@ END
 }
 
 test_limit_flood() { # refused clients that never stop sending keep nobody out
-	built_once hasty write_hasty -UBUFFER_SIZE -ULINGER_MS
-	proxy_bin=$work/hasty
+	board
+	export LINGER_MS=30
 	play -n 'beside a download' <<'END'
 	reply  200 Content-Length: 1000000000
 	origin stuff 1000000000
 	a: send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until \n\n ; skip 1000000000
-	do "$peer" flood "$proxy" 1800
+	do "$peer" flood "$proxy" 900
 	do patience 3000
 	do served
 	do stop_proxy
@@ -19936,7 +19929,7 @@ overfill_three() {
 test_worker_cache_size() { # the directory is never larger than -s, however many write
 	start_cache -j 3 -s 1M
 	workers 3
-	for what in '20000 70' '250000 10' '10 300'; do
+	for what in '20000 40' '250000 8' '10 200'; do
 		many_origin "${what% *}"
 		overfilled "$what" overfill_three "${what#* }"
 	done
@@ -19957,17 +19950,20 @@ test_worker_cache_size() { # the directory is never larger than -s, however many
 
 # So many requests of so many clients at once: crowd CLIENTS REQUESTS
 crowd() {
-	n=0 names=
-	while [ $((n += 1)) -le "$1" ]; do
-		awk -v n="$2" -v m="$n" 'BEGIN {
+	awk -v clients="$1" -v n="$2" 'BEGIN {
+		for (k = 1; k <= clients; k++) {
+			if (k > 1)
+				print "dial"
 			for (i = 0; i < n; i++)
-				printf "ask /%d User-Agent: \\{%d:%c}\n",
-					i, i * 13 % 900, 97 + m
-		}' | client_bg "crowd$n"
-		names="$names crowd$n"
-	done
-	# shellcheck disable=SC2086 # several
-	ends $names '^open$'
+				printf "send GET http://%%O/%d HTTP/1.1\\nHost: %%O\\nUser-Agent: \\{%d:%c}\\n\\n\n",
+					i, i * 13 % 900, 97 + k
+		}
+		for (k = 1; k <= clients; k++) {
+			print "over " k
+			for (i = 0; i < n; i++)
+				print "answer"
+		} }' | client crowd
+	came_to crowd open
 }
 
 test_worker_log() { # the lines of several workers are whole, in a file and in a pipe
@@ -20008,21 +20004,15 @@ test_worker_full() { # -m is for all workers; a full one leaves clients to other
 	plain_origin
 	workers 2
 	metric proxy_connections_limit 20 || fail "$(grep limit page)"
-	n=0
-	while [ $((n += 1)) -le 16 ]; do
-		client_bg "hold$n" "send GET http://$origin/ HTTP/1.1\nHost: x\n\n ; answer ; touch held$n ; await free ; send GET http://$origin/ HTTP/1.1\nHost: x\n\n ; answer"
-	done
-	n=0
-	while [ $((n += 1)) -le 16 ]; do
-		comes "held$n"
-	done
+	awk 'BEGIN { while (n++ < 16) print (n > 1 ? "dial ; " : "") "ask /"
+	print "touch held ; await free"
+	for (n = 1; n <= 16; n++)
+		print "over " n " ; ask /" }' | client_bg hold
+	comes held
 	served
 	touch free
-	n=0
-	while [ $((n += 1)) -le 16 ]; do
-		ends "hold$n" '^open$'
-		counts 2 "hold$n" "HTTP/1.1 200 OK"
-	done
+	ends hold '^open$'
+	counts 32 hold "HTTP/1.1 200 OK"
 	lacks err 'are in use'
 	stop_proxy
 	start_proxy -j 3 -m 1
@@ -20071,10 +20061,10 @@ test_resources_start() { # at start: under 400 KiB private
 	[ "$used" -lt 400 ] || fail "$used KiB"
 }
 
-test_resources_size() { # cc -Os, stripped: under 220 KiB
+test_resources_size() { # -Os, stripped: under 220 KiB
 	sanitized && skip "a sanitizer build says nothing"
 	have strip || skip "no strip"
-	$cc -Os -o small "$here/proxy.c" 2> small.err || fail "$(cat small.err)"
+	linked -o small || fail "$(cat cc.out)"
 	strip small || skip "strip cannot strip"
 	size=$(wc -c < small)
 	[ "$size" -lt 225280 ] || fail "$size bytes"
@@ -20348,11 +20338,10 @@ walk_names() {
 	    sed 's/^ \* walk [a-z]*: //' | tr -c 'a-z_0-9\n' '\n' | grep .
 }
 
-# proxy.c, with the functions of the walks writing their names to the file
-# calls.
+# The end of names.c: with $CALLS the functions of the walks write their names to
+# the file calls.
 write_walked() {
 	cat <<'EOF_WALKED'
-#include "proxy.c"
 
 void __cyg_profile_func_enter(void *, void *)
     __attribute__((no_instrument_function));
@@ -20370,11 +20359,14 @@ EOF_WALKED
 	walk_names | sort -u | sed 's/.*/{ (void *)&, "&\\n" },/'
 	cat <<'EOF_WALKED'
 	};
+	static int traced = -1;
 	size_t i;
 	int fd;
 
 	(void)caller;
-	for (i = 0; i < sizeof(names) / sizeof(names[0]); i++)
+	if (traced == -1)
+		traced = getenv("CALLS") != NULL;
+	for (i = 0; traced && i < sizeof(names) / sizeof(names[0]); i++)
 		if (names[i].function == function) {
 			fd = open("calls", O_WRONLY | O_CREAT | O_APPEND, 0600);
 			(void)!write(fd, names[i].name, strlen(names[i].name));
@@ -20397,18 +20389,22 @@ walk_gap() {
 	END { if (at < n || n < 5) print n ? want[at + 1] : "no walk" }' walk.want calls
 }
 
-test_style_walks() { # the walks in the head comment are the ways of real exchanges
-	need_source
+# cc has -finstrument-functions, and its programs run here.
+traces() {
 	printf '%s\n' 'void __cyg_profile_func_enter(void *, void *)' \
 	    '    __attribute__((no_instrument_function));' 'void _exit(int);' \
 	    'void __cyg_profile_func_exit(void *f, void *c) { }' \
 	    'void __cyg_profile_func_enter(void *f, void *c) { _exit(3); }' \
-	    'int main(void) { return 0; }' > try.c
-	$cc -finstrument-functions -o try try.c 2> /dev/null
-	./try 2> /dev/null
-	[ $? = 3 ] || skip "cc has no -finstrument-functions"
-	built_once walked write_walked -finstrument-functions
-	proxy_bin=$work/walked
+	    'int main(void) { return 0; }' > "$work/try.c"
+	$cc -finstrument-functions -o "$work/try" "$work/try.c" 2> /dev/null
+	"$work/try" 2> /dev/null
+	[ $? = 3 ] && touch "$work/traces"
+}
+
+test_style_walks() { # the walks in the head comment are the ways of real exchanges
+	surrounded
+	[ -f "$work/traces" ] || skip "cc has no -finstrument-functions"
+	export CALLS=calls
 	start_cache
 	origin o <<'END'
 replies 200 Connection: close\nCache-Control: max-age=99 | ok
@@ -20482,12 +20478,8 @@ real_ready() {
 }
 
 real_ports() { # sets real_p1 and real_p2 to free ports
-	{
-		read -r real_p1
-		read -r real_p2
-	} <<-EOF
-		$("$peer" ports 2)
-	EOF
+	"$peer" nobody 2 > ports || fail "no ports"
+	{ read -r real_p1 && read -r real_p2; } < ports
 }
 
 # nginx on $web (127.0.0.1 and, where there is one, ::1) and, with a
@@ -21374,13 +21366,13 @@ test_real_haproxy_balance() { # haproxy as the manual has it: PROXY headers, eac
 	done
 }
 
-# 32 clients ask the program on PORT for 2,000 objects at random, 40,000 times in
+# 32 clients ask the program on PORT for 2,000 objects at random, 24,000 times in
 # all, in the background, as $real_load: real_load PORT
 real_load() {
 	rm -f far far.asked
 	spawn origin.out "$peer" load far
 	wait_for 5 '[ -s far ]' || fail "no origin"
-	"$peer" measure -x "$1" -k 2000 -r "$(cat far)" 32 40000 60000 1024 > load &
+	"$peer" measure -x "$1" -k 2000 -r "$(cat far)" 32 24000 60000 1024 > load &
 	real_load=$!
 }
 
@@ -21389,7 +21381,7 @@ real_load() {
 real_loaded() {
 	wait "$real_load"
 	read -r loaded_done loaded_s loaded_errors _ < load
-	[ "$loaded_done" -ge $((40000 - 32 - $1)) ] &&
+	[ "$loaded_done" -ge $((24000 - 32 - $1)) ] &&
 		[ "$loaded_errors" -le "$1" ] ||
 		fail "$loaded_done answers in $loaded_s s, $loaded_errors errors"
 	loaded_asked=$(od -A n -t uL far.asked | tr -d ' ')
@@ -25116,7 +25108,7 @@ emulated() {
 # Waits for a build that was started in the background.
 built() {
 	[ -f "$1.status" ] || "$peer" await 120000 "$1.status" || fail "$1 is not built in time"
-	[ -x "$1" ] || fail "cc: $(head -n 1 "$1.errors")"
+	[ -f "$1" ] || fail "cc: $(head -n 1 "$1.errors")"
 }
 
 # Runs every test that no other lane has taken.
@@ -25126,8 +25118,12 @@ lane() {
 		*" $lane_test "*) ;;
 		*) continue ;;
 		esac
-		[ ! -d "$work/t.$lane_test" ] || continue
-		mkdir "$work/t.$lane_test" 2> /dev/null || continue
+		[ ! -f "$work/t.$lane_test/.taken" ] || continue
+		lane_mine=
+		set -C
+		! { echo > "$work/t.$lane_test/.taken"; } 2> /dev/null || lane_mine=1
+		set +C
+		[ -n "$lane_mine" ] || continue
 		run_test "$lane_test" "$lane_promise" 3<&-
 	done 3< "$work/order"
 }
@@ -25148,11 +25144,13 @@ trap clean_up EXIT
 trap 'exit 1' HUP INT TERM
 peer=$work/peer
 write_peer
-# Static, for it is started some thousand times.
+# Static, for it is started some thousand times, and by musl if there is one: what
+# the C library does at the start costs more than most that peer has to do.
 host_cc=$cc
 [ -z "${EMULATOR-}" ] || host_cc=cc
-if ! { $host_cc -static -O1 -o "$peer" "$work/peer.c" 2> /dev/null ||
-    $host_cc -o "$peer" "$work/peer.c"; }; then
+if ! { musl-gcc -static -O1 -o "$peer" "$work/peer.c" ||
+    $host_cc -static -O1 -o "$peer" "$work/peer.c"; } 2> /dev/null &&
+    ! $host_cc -o "$peer" "$work/peer.c"; then
 	echo "test.sh: cannot build the helper program" >&2
 	exit 1
 fi
@@ -25183,10 +25181,13 @@ if [ "${1-}" = coverage ]; then
 	chmod 755 "$work"
 	umask 0
 fi
+# Beside the proxy of most tests.
 {
-	build "$work/names" "$work/names.c" -O0 '-DLOG_SOCKET="log.socket"'
-	# shellcheck disable=SC2086 # flags are words
-	build "$work/quick" "$work/names.c" -O0 $quick_flags
+	traced=
+	! traces || traced=-finstrument-functions
+	# shellcheck disable=SC2086 # one or none
+	build "$work/names" "$work/names.c" -O0 '-DLOG_SOCKET="log.socket"' $traced
+	[ $# -gt 0 ] || (cd "$work" && built_tables)
 } &
 lanes="$lanes $!"
 if [ -z "${PROXY-}" ]; then
@@ -25223,6 +25224,9 @@ if [ $# -gt 0 ]; then
 fi
 read_limits
 
+(cd "$work" && set -- && for test in $tests; do
+	set -- "$@" "t.$test"
+done && mkdir "$@")
 n=0
 while [ $n -lt "${JOBS:-6}" ]; do
 	lane &
