@@ -956,6 +956,7 @@ static struct {
 	int fd;        /* of the log */
 	bool syslog;   /* fd is a socket of the system's logger */
 	bool regular;  /* fd is a regular file: a write never blocks */
+	bool cut;      /* it ends within a line, whose rest waits */
 	bool colour;   /* the trace has colours */
 	bool terminal; /* standard output or error was one at the start */
 	bool quiet;    /* warn() says nothing */
@@ -8867,11 +8868,14 @@ struct sweep {
 	unsigned cut;      /* older ones go, this age as needed */
 };
 
-/* A file's age on a logarithmic scale. */
+/*
+ * A file's age on a logarithmic scale.  One from the future was written when
+ * the clock was wrong; as it will not seem to age for long, it is the oldest.
+ */
 static unsigned
 sweep_age(const struct file *f)
 {
-	int64_t age = f->age;
+	int64_t age = f->age < -CLOCK_STEP_S ? INT64_MAX : f->age;
 	unsigned n = 0;
 
 	for (; age > 0 && n < 60; age -= age / 2 + 1)
@@ -8981,48 +8985,51 @@ sweep_result(uint64_t bytes)
 	store_remove("unswept");
 }
 
-/* If the sweeper has ended, reads its report; without one it has failed. */
+/* If the sweeper has ended, reads its report; one that was killed has none. */
 static void
 sweep_reap(void)
 {
-	uint64_t report[2];
+	uint64_t report[3];
+	ssize_t n;
 
 	if (waitpid(store.sweeper, NULL, WNOHANG) == 0)
 		return;
 	store.sweeper = 0;
-	store.said_unread = fd_read(store.report, report, sizeof(report)) !=
-	    (ssize_t)sizeof(report);
+	n = fd_read(store.report, report, sizeof(report));
 	fd_drop(&store.report);
-	if (store.said_unread)
+	if (n != (ssize_t)sizeof(report))
 		return;
-	sweep_result(report[0]);
-	totals.evicted += report[1];
+	if (report[0] == 0) {
+		sweep_result(report[1]);
+		totals.evicted += report[2];
+	} else if (!store.said_unread)
+		warn("can't read the cache %s: %s", options.cache,
+		    strerror((int)report[0]));
+	store.said_unread = report[0] != 0;
 }
 
 /*
- * The sweeper: a child that sweeps, and reports how many bytes are left and how
- * many entries were removed.
+ * The sweeper: a child that sweeps, and reports an errno or 0, how many bytes
+ * are left, and how many entries were removed.  It closes the standard
+ * descriptors, too: who reads them until their end waits for the proxy only.
  */
 static void
 sweeper_main(int fd, bool disk)
 {
 	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
 	struct sweep sweep = { .bytes = 0 };
-	uint64_t report[2];
+	uint64_t report[3];
 	size_t i;
-	int error;
 
 	for (i = 0; i < sizeof(caught) / sizeof(caught[0]); i++)
 		(void)signal(caught[i], SIG_DFL);
 	fds_close(fd, fd);
-	error = sweep_run(&sweep, disk);
-	report[0] = sweep.bytes;
-	report[1] = sweep.evicted;
-	if (error == 0)
-		(void)fd_write(fd, report, sizeof(report));
-	else if (!store.said_unread)
-		warn("can't read the cache %s: %s", options.cache,
-		    strerror(error));
+	for (i = STDIN_FILENO; i <= STDERR_FILENO; i++)
+		(void)close((int)i);
+	report[0] = (uint64_t)sweep_run(&sweep, disk);
+	report[1] = sweep.bytes;
+	report[2] = sweep.evicted;
+	(void)fd_write(fd, report, sizeof(report));
 	_exit(0);
 }
 
@@ -9580,13 +9587,16 @@ cache_stores(const struct exchange *x)
 	return f != NULL && f->state == FETCH_STORES;
 }
 
-/* True if enough of the disk is free: see CACHE_FLOOR. */
+/*
+ * True if enough of the disk is free: see CACHE_FLOOR.  Some file systems in
+ * memory have no size.
+ */
 static bool
 disk_has_room(void)
 {
 	struct statvfs disk;
 
-	if (statvfs(options.cache, &disk) == -1 ||
+	if (statvfs(options.cache, &disk) == -1 || disk.f_blocks == 0 ||
 	    (uint64_t)disk.f_bavail * disk.f_frsize > CACHE_FLOOR ||
 	    disk.f_bavail > disk.f_blocks / 20)
 		return true;
@@ -11225,6 +11235,11 @@ log_open(void)
 	/* A logger that is away may come back. */
 	if (fd == -1 && !logs.syslog)
 		return false;
+	/* The rest of a line does not go to another file. */
+	if (logs.cut)
+		buffer_drop(&log_lines,
+		    text_find(buffer_text(&log_lines), '\n') + 1);
+	logs.cut = false;
 	if (logs.fd > STDERR_FILENO)
 		(void)close(logs.fd);
 	logs.fd = fd_note(fd);
@@ -11312,22 +11327,30 @@ log_write_some(struct text t)
 	return written == -1 && errno == EAGAIN ? 0 : written;
 }
 
-/* Writes the lines of this turn: many lines cost one system call. */
+/*
+ * Writes the lines of this turn: many lines cost one system call.  If the disk
+ * becomes full within a line, the rest of that waits, so that the next line
+ * does not follow its beginning.
+ */
 static void
 log_flush(void)
 {
 	struct buffer *b = &log_lines;
+	struct text rest;
 	ssize_t n = 1;
 
 	while (buffer_len(b) > 0 && (n = log_write_some(buffer_text(b))) > 0) {
 		buffer_drop(b, (size_t)n);
+		logs.cut = logs.regular && b->data[b->start - 1] != '\n';
 		if (logs.lost > 0)
 			warn("the log is written again, %llu lines were lost",
 			    (unsigned long long)logs.lost);
 		logs.lost = 0;
 	}
-	for (; n == -1 && buffer_len(b) > 0;
-	     buffer_drop(b, text_find(buffer_text(b), '\n') + 1))
+	rest = n == -1 ? buffer_text(b) : text_of("");
+	if (logs.cut)
+		(void)line_next(&rest, NULL);
+	for (b->end -= rest.len; rest.len > 0; (void)line_next(&rest, NULL))
 		log_lose(strerror(errno));
 	if (buffer_len(b) == 0)
 		b->start = b->end = CHUNK_ROOM;
@@ -14749,13 +14772,13 @@ request_step(struct exchange *x)
 {
 	struct conn *c = &x->client;
 	enum refusal refusal = REFUSE_NONE;
-	bool begun, late, tls;
+	bool came = c->in != NULL, begun, late, tls;
 	int n = 0;
 
 	if (x->unnamed)
 		return header_step(x);
 	begun = request_begin(x);
-	/* Empty lines can come for ever: they are read until then only. */
+	/* What is there by then is read, but empty lines can come for ever. */
 	late = exchange_is_late(x,
 	    x->since + (begun || !x->served ? HEAD_MS : KEPT_CLIENT_MS));
 	tls = begun && x->intercepted && !x->served &&
@@ -14775,7 +14798,7 @@ request_step(struct exchange *x)
 	else if (n > 0) {
 		if (request_take(x, (size_t)n))
 			request_accept(x);
-	} else if ((begun || !late) && conn_read(c))
+	} else if ((begun || !came || !late) && conn_read(c))
 		return true;
 	else if (!c->eof && !c->error && !late)
 		return false;
@@ -16217,6 +16240,7 @@ enum {
 	/* The time that workers with fewer clients have to take the next. */
 	YIELD_MS = 5,
 	YIELD_GAP_MS = 50,
+	YIELD_FULL_MS = 1000,
 	/* The least time between two starts of the same worker. */
 	WORKER_GAP_MS = 1000,
 	/* The time that a worker has to end when its drain is over. */
@@ -16531,23 +16555,31 @@ loop_make_room(struct listener *l)
  * True if the next client is left to another worker, as that has fewer.  All
  * wake up when a client comes, and the first would take most: one connection
  * may have much to do, so clients are spread evenly.  If nobody takes it for
- * YIELD_MS, this worker does, unless it is full and others have room.
+ * YIELD_MS, this worker does.  If it is full and others have room, it waits
+ * until nothing has changed at any of them for YIELD_FULL_MS: they hang.
  */
 static bool
 loop_yields(void)
 {
-	static int64_t until;
-	uint64_t fewest = exchanges.busy;
+	static int64_t until, since;
+	static uint64_t before;
+	uint64_t fewest = exchanges.busy, sum = 0;
+	bool full = exchanges.busy == exchanges.n;
 	size_t i;
 
-	for (i = 1; i < workers_n; i++)
+	for (i = 1; i < workers_n; i++) {
+		sum += workers[i].totals.busy;
 		if (workers[i].pid != 0 && workers[i].totals.busy < fewest)
 			fewest = workers[i].totals.busy;
+	}
 	if (exchanges.busy <= fewest + fewest / 8 + 1 &&
-	    (exchanges.busy < exchanges.n || fewest == exchanges.busy))
+	    (!full || fewest == exchanges.busy))
 		return false;
-	if (exchanges.busy < exchanges.n && now.ms >= until &&
-	    now.ms < until + YIELD_GAP_MS) {
+	if (sum != before || now.ms >= until + YIELD_GAP_MS)
+		since = now.ms;
+	before = sum;
+	if (now.ms >= until && now.ms < until + YIELD_GAP_MS &&
+	    (!full || now.ms - since >= YIELD_FULL_MS)) {
 		until = 0;
 		return false;
 	}
@@ -16730,7 +16762,9 @@ static struct {
 	int status;      /* exit status of the proxy after its end */
 	int standard[2]; /* its standard output and error; see logs_begin() */
 	bool given[COMMAND_FDS]; /* open before the proxy opened any */
-} command = { .standard = { -1, -1 } };
+	struct rlimit files;     /* its limits on open files */
+} command = { .standard = { -1, -1 },
+	.files = { RLIM_INFINITY, RLIM_INFINITY } };
 
 /*
  * HUP: reopens the log and the recording, rereads the rules; keeps the old on
@@ -16913,21 +16947,27 @@ workers_signal(int number)
 			(void)kill(workers[i].pid, number);
 }
 
-/* The supervisor reaps the workers that have ended, and says why they did. */
+/*
+ * The supervisor reaps the workers that have ended, and says why they did.  As
+ * process 1, it also has what they leave behind.
+ */
 static void
 workers_reap(void)
 {
 	int status, n;
+	pid_t pid;
 	size_t i;
 
-	for (i = 1; i < workers_n && supervisor == 0; i++) {
-		struct worker *w = &workers[i];
-		struct totals *t = &w->totals;
-		pid_t pid = w->pid;
+	while (workers_n > 1 && supervisor == 0 &&
+	    (pid = waitpid(-1, &status, WNOHANG)) > 0) {
+		struct totals *t;
 
-		if (pid == 0 || waitpid(pid, &status, WNOHANG) != pid)
+		for (i = 1; i < workers_n && workers[i].pid != pid;)
+			i++;
+		if (i == workers_n)
 			continue;
-		w->pid = 0;
+		workers[i].pid = 0;
+		t = &workers[i].totals;
 		t->busy = t->slots = t->buffers = 0;
 		t->descriptors = t->names_waiting = 0;
 		n = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
@@ -17781,6 +17821,7 @@ tables_open(void)
 	size_t fds = 1024, n, wanted;
 
 	if (getrlimit(RLIMIT_NOFILE, &limit) != -1) {
+		command.files = limit;
 		limit.rlim_cur = limit.rlim_max;
 		(void)setrlimit(RLIMIT_NOFILE, &limit);
 		(void)getrlimit(RLIMIT_NOFILE, &limit);
@@ -18195,7 +18236,7 @@ user_warn(void)
 
 /*
  * In the child that becomes the command: it finds the proxy in its environment
- * and has the descriptors and signals that the proxy was given.
+ * and has the descriptors, limits and signals that the proxy was given.
  */
 static void
 command_run(const char *url)
@@ -18215,6 +18256,7 @@ command_run(const char *url)
 	for (fd = STDERR_FILENO + 1; fd <= fd_highest; fd++)
 		if (fd >= COMMAND_FDS || !command.given[fd])
 			(void)close(fd);
+	(void)setrlimit(RLIMIT_NOFILE, &command.files);
 	(void)execvp(options.command[0], options.command);
 	error = errno;
 	warn("can't run %s: %s", options.command[0], strerror(error));

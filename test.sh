@@ -442,6 +442,9 @@ write_peer() {
  */
 #define _XOPEN_SOURCE 700
 #include <sys/mman.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/resource.h>
@@ -3039,6 +3042,52 @@ main_childless(int argc, char **argv)
 	return argc > 1 ? execv(argv[1], argv + 1) : 127;
 }
 
+/* blocked COMMAND: which inherits that all signals are blocked */
+static int
+main_blocked(int argc, char **argv)
+{
+	sigset_t all;
+
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, NULL);
+	return argc > 1 ? execv(argv[1], argv + 1) : 127;
+}
+
+/* reaper COMMAND: which inherits orphans, as process 1 does; 77 if it can't */
+static int
+main_reaper(int argc, char **argv)
+{
+#ifdef PR_SET_CHILD_SUBREAPER
+	if (argc > 1 && prctl(PR_SET_CHILD_SUBREAPER, 1) == 0)
+		return execv(argv[1], argv + 1);
+#endif
+	(void)argc, (void)argv;
+	return 77;
+}
+
+/* full PATH: a UNIX socket that nobody accepts at, with a full queue. */
+static int
+main_full(int argc, char **argv)
+{
+	struct sockaddr_un un;
+	int fd = socket(AF_UNIX, SOCK_STREAM, 0), c;
+
+	memset(&un, 0, sizeof(un));
+	un.sun_family = AF_UNIX;
+	strncpy(un.sun_path, argv[argc - 1], sizeof(un.sun_path) - 1);
+	if (bind(fd, (struct sockaddr *)&un, sizeof(un)) == -1 ||
+	    listen(fd, 0) == -1)
+		return 1;
+	do {
+		c = socket(AF_UNIX, SOCK_STREAM, 0);
+		fcntl(c, F_SETFL, O_NONBLOCK);
+	} while (connect(c, (struct sockaddr *)&un, sizeof(un)) == 0);
+	puts("ready");
+	fflush(stdout);
+	for (;;)
+		pause();
+}
+
 /*
  * logger PATH N: prints "ready" and N datagrams to PATH, which may have an @ for
  * the NUL of an abstract name, then reads no more.
@@ -4098,6 +4147,8 @@ main(int argc, char **argv)
 		{ "watch", main_watch }, { "myself", main_myself },
 		{ "reap", main_reap }, { "run", main_run },
 		{ "base64", main_base64 }, { "childless", main_childless },
+		{ "blocked", main_blocked }, { "reaper", main_reaper },
+		{ "full", main_full },
 		{ "clock", main_clock }, { "show", main_show },
 		{ "logger", main_logger },
 		{ "check", main_check }, { "judge", main_judge },
@@ -12915,6 +12966,39 @@ END
 	served
 }
 
+test_cache_sweep_future() { # what was stored when the clock was wrong, later than now, goes first
+	start_cache -s 1M
+	many_origin 20000
+	get_many 1 15
+	wait_for 5 '[ "$(there 1 15)" = 15 ]' || fail "of 15 there are $(there 1 15)"
+	find cache/?? -type f > later
+	while read -r entry; do
+		aged -9 "$entry"
+	done < later
+	get_many 16 24
+	n=15
+	while [ $((n += 1)) -le 24 ]; do
+		aged 1 "$(entry_of $n)"
+	done
+	get_many 25 32
+	wait_for 5 '[ "$(there 1 15)" -lt 15 ]' || fail "they stay"
+	[ "$(there 16 24)" = 9 ] || fail "of 9 others there are $(there 16 24)"
+}
+
+test_cache_disk_unknown() { # a file system in memory without a size has room
+	mkdir disk
+	mount -t ramfs ramfs "$T/disk" 2> mount.err ||
+		skip "cannot mount: $(head -n 1 mount.err)"
+	trap 'stop_proxy; umount "$T/disk"; reap' EXIT
+	start_proxy -c disk/cache
+	play 'stored' <<'END'
+	reply  200 Cache-Control: max-age=9 | ok
+	ask    / = 200; fwd=uri-miss
+	ask    / = 200; hit | ok
+END
+	lacks err 'the disk'
+}
+
 test_cache_sweep_childless() { # started with SIGCHLD ignored, it sweeps more than once
 	proxy_wrap="$peer childless"
 	start_cache -s 1M
@@ -16053,6 +16137,26 @@ END
 	[ "$(cat fill.end)" = eof ] || fail "requests: $(cat fill.end)"
 }
 
+test_log_disk() { # a disk that becomes full within a line: no line follows a part of another
+	mkdir disk
+	mount -t tmpfs -o size=64k tmpfs "$T/disk" 2> mount.err ||
+		skip "cannot mount: $(head -n 1 mount.err)"
+	trap 'stop_proxy; umount "$T/disk"; reap' EXIT
+	head -c 57000 /dev/zero > disk/other
+	start_proxy -o disk/log
+	fill_log 60
+	has err "^proxy: the log can't be written, lines are lost: No space"
+	tail -n 1 disk/log | grep 'such page"$' > /dev/null &&
+		skip "the disk was full at the end of a line"
+	rm disk/other
+	served
+	has disk/log "GET http://127"
+	awk '!/^127.0.0.1 - - .* end=done( why="the proxy has no such page")?$/ ||
+	    gsub(/ - - /, "") != 1' disk/log > odd
+	[ ! -s odd ] || fail "no line: $(cat odd)"
+	has err '^proxy: the log is written again, [1-9][0-9]* lines were lost'
+}
+
 # The log goes to a pipe that nobody reads, as descriptor 9 here.
 piped_log() {
 	pipe_open pipe
@@ -19116,6 +19220,32 @@ END
 	stop_proxy
 }
 
+test_signal_usr1_waits() { # USR1: what each exchange waits for, in words
+	start_names 127.0.0.1 -- -e 'hang url hang' -e 'delay 60s url delay'
+	origin o 'head ; eof'
+	client_bg idle 'eof'
+	client_bg head 'send GET / HTTP/1.1\n ; eof'
+	client_bg name 'send GET http://slow.test/ HTTP/1.1\nHost: x\n\n ; eof'
+	client_bg get "send GET http://$origin/get HTTP/1.1\nHost: x\n\n ; eof"
+	client_bg post "send POST http://$origin/post HTTP/1.1\nHost: x\nContent-Length: 9\n\n ; eof"
+	client_bg hang "send GET http://$origin/hang HTTP/1.1\nHost: x\n\n ; eof"
+	plain_origin
+	client_bg delay "send GET http://$origin/delay HTTP/1.1\nHost: x\n\n ; eof"
+	wait_for 5 'kill -USR1 "$proxy_pid"; grep "^proxy: 7 of 1000 connections in use" err'
+	while read -r ere; do
+		wait_for 5 'kill -USR1 "$proxy_pid"; grep -E "^proxy: #[0-9]+ $ere" err > found' ||
+			fail "no $ere: $(tail -n 8 err)"
+	done <<'END'
+request, waits for a request, [0-9.]+ s, 127[0-9.:]+, up 0, down 0; in buffers: from the client 0 bytes, .*; acts again in
+request, waits for a request, [0-9.]+ s, 127[0-9.:]+, up 0, down 0; in buffers: from the client 16 bytes, .*; acts again in
+resolve, waits for an address, [0-9.]+ s, 127[0-9.:]+ GET http://slow.test/, up 0, down 0; in
+response, waits for the server to send, [0-9.]+ s, 127[0-9.:]+ GET http://[0-9.:]+/get, up 0, down 0, server 127[0-9.:]+, no byte for [0-9]+ s; in
+response, waits for the client to send or the server to send, [0-9.]+ s, 127[0-9.:]+ POST http://[0-9.:]+/post,
+response, waits for the client to give up, [0-9.]+ s, 127[0-9.:]+ GET http://[0-9.:]+/hang, .*, bent by -e:1;
+response, waits for the end of a delay, [0-9.]+ s, 127[0-9.:]+ GET http://[0-9.:]+/delay, .*, bent by -e:2;
+END
+}
+
 # ---- 21. Main: options, startup ---------------------------------------------
 
 test_start_banner() { # the banner names what is bound, with lines to paste
@@ -19144,6 +19274,15 @@ test_start_addresses() { # several -l, port 0, [::1], the warning beyond loopbac
 	has any.err 'a rule lets them in'
 	served "127.0.0.1:${proxy##*:}"
 	stop_proxy
+}
+
+test_start_mapped() { # -l with an IPv4-mapped IPv6 address listens on the IPv4 address
+	start_proxy -l '[::ffff:127.0.0.1]:0'
+	case $proxy in
+	127.0.0.1:*) ;;
+	*) fail "it listens on $proxy" ;;
+	esac
+	served
 }
 
 test_start_usage() { # bad options: one clear line, one of usage, exit 2
@@ -19421,6 +19560,12 @@ test_start_path_used() { # a UNIX socket in use: the message says what to do
 	run_proxy -l "$T/socket"
 	[ $status = 1 ] || fail "status $status"
 	has errors 'in use; try another path with -l'
+	# Its owner may not accept anybody.
+	spawn full "$peer" full "$T/full.sock"
+	has full ready
+	run_proxy -l "$T/full.sock"
+	[ $status = 1 ] || fail "no answer there: status $status"
+	has errors 'in use; try another path with -l'
 }
 
 # Runs the proxy with a command, for ten seconds: sets $status, files out, err.
@@ -19520,7 +19665,7 @@ END
 	has err '^proxy: 1 requests'
 }
 
-test_command_given() { # -- COMMAND: it has the descriptors and signals that the proxy got, and an address that it can use
+test_command_given() { # -- COMMAND: it has the descriptors, limits and signals that the proxy got, and an address that it can use
 	# shellcheck disable=SC2016 # the command expands it
 	(
 		trap '' HUP
@@ -19534,6 +19679,35 @@ test_command_given() { # -- COMMAND: it has the descriptors and signals that the
 	command_proxy -l proxy:127.0.0.1:0 -- true
 	[ $status = 1 ] && grep 'PROXY headers' err > /dev/null ||
 		fail "PROXY headers only: $status, $(cat err)"
+	# shellcheck disable=SC3045 # where it is missing, nothing is tested
+	(ulimit -S -n 99 2> /dev/null && command_proxy -- sh -c 'ulimit -S -n' &&
+		cp out files)
+	[ ! -f files ] || [ "$(cat files)" = 99 ] || fail "$(cat files) files"
+	# Signals stay blocked for it, but not for the proxy.
+	"$peer" blocked "$proxy_bin" -- sh -c 'kill -USR1 $$; echo goes on' \
+	    > out 2> err || fail "blocked signals: $? $(cat err)"
+	has out 'goes on'
+	proxy_wrap="$peer blocked" start_proxy
+	stop_proxy
+}
+
+test_command_hangup() { # -- COMMAND: it may outlive its terminal, and the proxy waits for it
+	plain_origin
+	cat > script <<'END'
+trap '' HUP
+while [ -t 1 ]; do "$PEER" sleep 50; done
+"$PEER" sleep 200
+printf 'ask http://%s/\n' "$ORIGIN" | "$PEER" client "${http_proxy#http://}" c
+END
+	ORIGIN=$origin PEER=$peer "$peer" terminal "$proxy_bin" -o "$T/log" -- \
+	    /bin/sh script
+	case $? in
+	0) ;;
+	77) skip "no terminals here" ;;
+	*) fail "status $?" ;;
+	esac
+	has c '^HTTP/1.1 200'
+	has log "GET http://$origin/"
 }
 
 test_command_names() { # -- COMMAND: a look-up that hangs does not keep its output open
@@ -19545,6 +19719,22 @@ END
 	PEER=$peer spawn all sh -c "'$proxy_bin' -- sh script 2>&1 | cat"
 	wait_exit "$spawned" 20
 	grep '1 requests' all > /dev/null && [ "$wait_status" = 0 ] ||
+		fail "$wait_status: $(cat all)"
+}
+
+test_command_sweep() { # -- COMMAND: a sweep that takes long does not keep its output open
+	our_names
+	many_origin 20000
+	cat > script <<'END'
+: > walk-halted
+awk 'BEGIN { while (n++ < 5) print "ask http://'"$ORIGIN"'/" n " X-A: 1" }' |
+	"$PEER" client "${http_proxy#http://}" c
+END
+	ORIGIN=$origin PEER=$peer spawn all sh -c \
+	    "'$proxy_bin' -c cache -s 1M -- sh script 2>&1 | cat"
+	wait_exit "$spawned" 15
+	rm walk-halted
+	grep '5 requests' all > /dev/null && [ "$wait_status" = 0 ] ||
 		fail "$wait_status: $(cat all)"
 }
 
@@ -19595,6 +19785,21 @@ test_signals_terminal() { # HUP ends a proxy whose terminal is gone
 		*) fail "it goes on, -j $n" ;;
 		esac
 	done
+}
+
+test_signal_stop() { # stopped for longer than a time limit: what came meanwhile is served
+	quick
+	play 'a new client, and a kept one' <<'END'
+	replies 200 | ok
+	a: stall 200 ; touch new ; await new.stopped
+	a: ask / = 200 | ok
+	a: stall 200 ; touch kept ; await kept.stopped
+	a: ask / = 200 | ok
+	do comes new; kill -STOP "$proxy_pid"; touch new.stopped
+	do "$peer" sleep 1500; kill -CONT "$proxy_pid"
+	do comes kept; kill -STOP "$proxy_pid"; touch kept.stopped
+	do "$peer" sleep 1500; kill -CONT "$proxy_pid"
+END
 }
 
 test_signal_term() { # TERM: what is in flight finishes, exit 0, nothing new
@@ -19745,6 +19950,35 @@ test_worker_killed() { # a worker that dies is replaced, and costs its exchanges
 	wait_for 5 'metric "proxy_exchanges_total{result=\"miss\"}" 3' ||
 		fail "lost counters: $(grep exchanges_total page)"
 	metric proxy_connections_limit 1000 || fail "$(grep limit page)"
+	stop_proxy
+}
+
+test_worker_orphaned() { # what a dead worker leaves behind is reaped by a supervisor that is process 1
+	have ps || skip "no ps"
+	"$peer" reaper "$peer" sleep 0 || skip "nobody else inherits orphans"
+	proxy_wrap="$peer reaper" start_proxy -j 2
+	workers 2
+	kill -KILL "${workers%% *}"
+	has err 'has ended: [A-Za-z]*, signal 9' 10
+	wait_for 10 'metric proxy_connections_limit 1000' || fail "no other one"
+	wait_for 5 '[ "$(workers_list | wc -w)" = 2 ]' ||
+		fail "children: $(workers_list)"
+	stop_proxy
+}
+
+test_worker_hangs() { # a worker that hangs while others are full of idle clients keeps nobody out
+	start_proxy -j 2 -m 16
+	plain_origin
+	workers 2
+	only_worker "${workers%% *}"
+	n=0
+	while [ $((n += 1)) -le 8 ]; do
+		client_bg "hold$n" "ask / ; touch held$n ; eof"
+	done
+	comes held1 held2 held3 held4 held5 held6 held7 held8
+	served
+	has err '^proxy: worker [12]: all 8 connections are in use'
+	all_go
 	stop_proxy
 }
 
