@@ -15493,20 +15493,30 @@ response_keeps_server(const struct exchange *x, const struct response *r)
 }
 
 /*
- * Keeps the server connection for another request, or closes it.  A server that
- * does not read a body takes it for the beginning of the next request, which
- * may be another client's: a connection that had one is closed.
+ * True if the server may have left the body of the request unread, since such a
+ * request has none as a rule (RFC 9110 section 9.3.1): then it takes the body
+ * for the beginning of the next request, which may be another client's.
  */
+static bool
+request_misleads(const struct exchange *x)
+{
+	enum method method = x->request->method;
+
+	return x->up.from != FRAMING_NO_BODY &&
+	    (method == METHOD_GET || method == METHOD_HEAD ||
+		method == METHOD_DELETE || method == METHOD_TRACE);
+}
+
+/* Keeps the server connection for another request, or closes it. */
 static void
 exchange_release(struct exchange *x)
 {
 	struct conn *s = &x->server;
 	struct hop hop;
 
-	if (!x->request->route.keep || !x->up.done ||
-	    x->up.from != FRAMING_NO_BODY || s->fd == -1 || s->in != NULL ||
-	    s->out != NULL || s->readable || s->eof || s->error ||
-	    s->write_failed || s->hangup || stop_at) {
+	if (!x->request->route.keep || !x->up.done || request_misleads(x) ||
+	    s->fd == -1 || s->in != NULL || s->out != NULL || s->readable ||
+	    s->eof || s->error || s->write_failed || s->hangup || stop_at) {
 		conn_close(s, false);
 		return;
 	}
