@@ -536,10 +536,22 @@ grow(void *p, size_t n)
 	return p;
 }
 
+/* Room for n bytes and a NUL, so that appending seldom moves what is there. */
+static size_t
+text_room(size_t n)
+{
+	size_t room = 64;
+
+	while (room <= n)
+		room *= 2;
+	return room;
+}
+
 static void
 text_add(struct text *t, const char *bytes, size_t n)
 {
-	t->bytes = grow(t->bytes, t->len + n + 1);
+	if (t->bytes == NULL || text_room(t->len) != text_room(t->len + n))
+		t->bytes = grow(t->bytes, text_room(t->len + n));
 	memcpy(t->bytes + t->len, bytes, n);
 	t->len += n;
 	t->bytes[t->len] = '\0';
