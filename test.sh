@@ -539,10 +539,22 @@ grow(void *p, size_t n)
 	return p;
 }
 
+/* Room for n bytes and a NUL, so that appending seldom moves what is there. */
+static size_t
+text_room(size_t n)
+{
+	size_t room = 64;
+
+	while (room <= n)
+		room *= 2;
+	return room;
+}
+
 static void
 text_add(struct text *t, const char *bytes, size_t n)
 {
-	t->bytes = grow(t->bytes, t->len + n + 1);
+	if (t->bytes == NULL || text_room(t->len) != text_room(t->len + n))
+		t->bytes = grow(t->bytes, text_room(t->len + n));
 	memcpy(t->bytes + t->len, bytes, n);
 	t->len += n;
 	t->bytes[t->len] = '\0';
@@ -1383,15 +1395,44 @@ read_stdin(void)
 	return t.bytes;
 }
 
+/* Files of plays that no other process needs: they are not written. */
+static struct kept {
+	char name[60];
+	struct text text;
+} *kept;
+static size_t kept_n;
+
+static struct kept *
+kept_file(const char *name)
+{
+	size_t i;
+
+	for (i = 0; i < kept_n; i++)
+		if (strcmp(kept[i].name, name) == 0)
+			return &kept[i];
+	return NULL;
+}
+
+static int
+file_is_there(const char *name)
+{
+	struct stat st;
+
+	return kept_file(name) != NULL || stat(name, &st) == 0;
+}
+
 /* Appends a file; false if there is none. */
 static int
 text_file(struct text *t, const char *name)
 {
-	FILE *f = fopen(name, "r");
+	struct kept *k = kept_file(name);
+	FILE *f = k == NULL ? fopen(name, "r") : NULL;
 
 	text_add(t, "", 0);
+	if (k != NULL)
+		text_add(t, k->text.bytes, k->text.len);
 	if (f == NULL)
-		return 0;
+		return k != NULL;
 	text_read(t, f);
 	fclose(f);
 	return 1;
@@ -2643,45 +2684,61 @@ static struct role {
 static int play_now;
 static int play_closed;		/* what comes is for the next connection */
 
-/* A line for a file of the play. */
+/* A line in two pieces for a file of the play. */
 static void
-put(const char *who, const char *name, const char *format, ...)
+put(const char *who, const char *name, const char *before, const char *text)
 {
-	char file[300];
-	va_list ap;
-	FILE *f;
+	char file[60];
+	struct kept *k;
 
-	snprintf(file, sizeof(file), "p%d%s%s", play_now, who, name);
-	f = fopen(file, "a");
-	if (f == NULL)
-		die(file);
-	va_start(ap, format);
-	vfprintf(f, format, ap);
-	va_end(ap);
-	fputc('\n', f);
-	fclose(f);
+	snprintf(file, sizeof(file), "p%d%.20s%.20s", play_now, who, name);
+	k = kept_file(file);
+	if (k == NULL) {
+		kept = grow(kept, (kept_n + 1) * sizeof(*kept));
+		k = &kept[kept_n++];
+		memset(k, 0, sizeof(*k));
+		strcpy(k->name, file);
+	}
+	text_add(&k->text, before, strlen(before));
+	text_add(&k->text, text, strlen(text));
+	text_add(&k->text, "\n", 1);
+}
+
+/* Writes what is kept for the shell. */
+static void
+kept_write(void)
+{
+	FILE *f;
+	size_t i;
+
+	for (i = 0; i < kept_n; i++) {
+		f = fopen(kept[i].name, "w");
+		if (f == NULL)
+			die(kept[i].name);
+		fwrite(kept[i].text.bytes, 1, kept[i].text.len, f);
+		fclose(f);
+	}
 }
 
 /* What is to be done by the shell. */
 static void
 put_shell(const char *name, const char *what, const char *text)
 {
-	put("", name, "%s%s", what, text);
-	put("", ".shell", "");
+	put("", name, what, text);
+	put("", ".shell", "", "");
 }
 
 static void
 play_next(const char *text)
 {
 	char file[40];
-	struct stat st;
 
 	memset(roles, 0, sizeof(roles));
 	play_closed = 0;
 	snprintf(file, sizeof(file), "p%d.title", ++play_now);
-	if (stat(file, &st) == 0)
+	if (file_is_there(file))
 		failed("there is a play %d", play_now);
-	put("", ".title", "%s", text);
+	put("", ".title", text, "");
 }
 
 static struct role *
@@ -2698,11 +2755,24 @@ role_of(const char *name)
 	return r;
 }
 
+/* A check for a file of the play. */
+static void
+put_check(const char *who, const char *name, const char *op, const char *text)
+{
+	char start[50];
+
+	snprintf(start, sizeof(start), "%s ", op);
+	put(who, name, start, text);
+}
+
 /* One check of what a client must see. */
 static void
 sees(struct role *r, const char *op, const char *before, const char *text)
 {
-	put(r->name, ".sees", "%s %s%s", op, before, text);
+	char start[80];
+
+	snprintf(start, sizeof(start), "%s %s", op, before);
+	put(r->name, ".sees", start, text);
 	r->behind = "";
 }
 
@@ -2777,7 +2847,7 @@ role_begins(struct role *r)
 	if (r->begun++)
 		return;
 	if (r->name[0] == '\0')
-		put("", ".run", "front");
+		put("", ".run", "front", "");
 	else
 		put_shell(".run", "begin ", r->name + 1);
 }
@@ -2787,13 +2857,15 @@ static void
 put_origin(const char *word, const char *rest)
 {
 	int replies = *word == 'r';
+	char start[20];
 
 	if (replies && play_closed)
-		put("", ".origin", "---");
+		put("", ".origin", "---", "");
 	play_closed = strcmp(word, "replies") != 0 &&
 	    strncmp(replies ? "reply " : rest, "reply ", 6) == 0 &&
 	    strstr(rest, "Connection: close") != NULL;
-	put("", ".origin", "%s%s%s", replies ? word : "", replies ? " " : "",
+	snprintf(start, sizeof(start), "%s ", word);
+	put("", ".origin", replies ? start : "",
 	    !replies && strcmp(rest, "next") == 0 ? "---" : rest);
 }
 
@@ -2802,20 +2874,20 @@ static void
 play_line(struct role *r, char *line, const char *tag, const char *op,
     char *rest)
 {
-	char *want;
+	char *want, start[60];
 
 	if (strcmp(tag, "do") == 0)
 		put_shell(".run", "do ", rest);
 	else if (strcmp(tag, "sees") == 0)
 		sees(r, *op == '\0' ? "=" : op, "", rest);
 	else if (strcmp(tag, "gets") == 0 || strcmp(tag, "err") == 0)
-		put(".", tag, "%s %s", *op == '\0' ? "=" : op, rest);
+		put_check(".", tag, *op == '\0' ? "=" : op, rest);
 	else if (strcmp(tag, "log") == 0)
-		put("", ".log", "%s %s", *op == '\0' ? "~" :
+		put_check("", ".log", *op == '\0' ? "~" :
 		    strcmp(op, "!") == 0 ? "!~" : op, rest);
 	else if (r->name[0] != '\0' && strcmp(tag, "ends") == 0) {
-		put("", ".run", "ends %s %s", r->name + 1, rest);
-		put("", ".shell", "");
+		snprintf(start, sizeof(start), "ends %s ", r->name + 1);
+		put_shell(".run", start, rest);
 	} else if (strcmp(tag, "origin") == 0 && *rest == '-')
 		put_shell(".options", "", rest);
 	else if (strcmp(tag, "origin") == 0 || strcmp(tag, "reply") == 0 ||
@@ -2829,10 +2901,10 @@ play_line(struct role *r, char *line, const char *tag, const char *op,
 		if (want != NULL)
 			answered(r, want);
 		role_begins(r);
-		put(r->name, ".client", "ask %s", rest);
+		put(r->name, ".client", "ask ", rest);
 	} else if (strcmp(tag, "client") == 0 || r->name[0] != '\0') {
 		role_begins(r);
-		put(r->name, ".client", "%s", *tag == 'c' ? rest : line);
+		put(r->name, ".client", "", *tag == 'c' ? rest : line);
 	} else
 		put_shell(".bad", "bad line in a play: ", line);
 }
@@ -2883,25 +2955,26 @@ main_plays(int argc, char **argv)
 {
 	int i = looking_at(argc, argv), n, from;
 	char file[300], number[20];
-	struct stat st;
 
 	if (i + 1 != argc)
 		return 2;
 	if (*title != '\0')
 		plays_cut(atoi(argv[i]) - 1, read_stdin());
 	for (n = from = atoi(argv[i]); ; n++) {
-		snprintf(file, sizeof(file), "p%d.title", n);
-		if (stat(file, &st) == -1)
-			break;
 		snprintf(file, sizeof(file), "p%d.shell", n);
-		if (stat(file, &st) == 0)
+		if (file_is_there(file)) {
+			kept_write();
+			break;
+		}
+		snprintf(file, sizeof(file), "p%d.title", n);
+		if (!file_is_there(file))
 			break;
 		snprintf(number, sizeof(number), "%d", n);
 		play_plain(number);
 	}
 	if (n > from)
-		printf("%lu %lu %d\n", (unsigned long)log_from,
-		    (unsigned long)err_from, n - 1);
+		printf("%lu %lu %d\n%s\n", (unsigned long)log_from,
+		    (unsigned long)err_from, n - 1, title);
 	return 0;
 }
 
@@ -4362,7 +4435,7 @@ play_plain() {
 	# shellcheck disable=SC2086 # one or none
 	"$peer" plays -o "${origin-}" -p "${origin_port-}" -x "$proxy" $play_probe \
 	    "$@" $((plays + 1)) > .plays || fail "$(cat .why)"
-	read -r play_says < .plays || return 0
+	{ read -r play_says && IFS= read -r play_title; } < .plays || return 0
 	# shellcheck disable=SC2086 # words
 	set -- $play_says
 	while [ $# -gt 3 ]; do
@@ -4375,7 +4448,6 @@ play_plain() {
 	log_from=$1
 	err_from=$2
 	plays=$3
-	IFS= read -r play_title < "p$plays.title"
 }
 
 # The next of them.
@@ -14684,7 +14756,7 @@ test_cache_renewed() { # a 304 brings the client its fields, also those that can
 	reply  200 $old | two\l
 	ask    / = 200 | one\l
 	ask    / Cache-Control: no-cache = 200
-	sees~  ^X-Long: x{1000}\$
+	sees~  ^X-Long: (x{200}){5}\$
 	sees   one\l
 	ask    / = 200 | two\l
 	== a cookie is for the client that asked
@@ -16108,6 +16180,7 @@ END
 		client late "$asks ; want 12"
 		head -n 1 late
 	done > answers
+	touch stuck.over
 	counts 10 answers '^HTTP/1.1 [25]0[03]'
 	has answers '^HTTP/1.1 503'
 	wait_for 10 'grep "\" 503 " log > /dev/null' || fail "not in the log"
@@ -22811,12 +22884,12 @@ write_tables_unit() {
 	echo '#include "unit.h"'
 	sed -n 's/^\(tables_[a-z]*\)() {.*/\1/p' "$self" | while read -r tables_part; do
 		"$tables_part"
-	done > tables.c
-	cat tables.c
+	done > "$work/tables.parts"
+	cat "$work/tables.parts"
 	echo 'const struct unit_table units[] = {'
 	sed -n -e 's/^row_\([a-z0-9_]*\)(struct text in)$/{ "\1", NULL, row_\1 },/p' \
 	    -e 's/^ROW(\([a-z0-9_]*\), .*/{ "\1", NULL, row_\1 },/p' \
-	    -e 's/^check_\([a-z_]*\)(void)$/{ "\1", check_\1, NULL },/p' tables.c
+	    -e 's/^check_\([a-z_]*\)(void)$/{ "\1", check_\1, NULL },/p' "$work/tables.parts"
 	echo '{ NULL, NULL, NULL } };'
 }
 
@@ -25421,7 +25494,7 @@ fi
 	! traces || traced=-finstrument-functions
 	# shellcheck disable=SC2086 # one or none
 	build "$work/names" "$work/names.c" -O0 '-DLOG_SOCKET="log.socket"' $traced
-	[ $# -gt 0 ] || (cd "$work" && built_tables)
+	[ $# -gt 0 ] || built_tables
 } &
 lanes="$lanes $!"
 if [ -z "${PROXY-}" ]; then
