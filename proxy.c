@@ -248,10 +248,11 @@ enum limit {
 	/* Connections served at once unless -m says otherwise. */
 	CONNECTIONS = 1000,
 	CONNECTIONS_MAX = 500000,
+	/* More descriptors are never used, whatever the system allows. */
+	DESCRIPTORS_MAX = 1000000,
 	/* Processes that serve, and the fewest clients that each takes. */
 	WORKERS_MAX = 64,
 	WORKER_CLIENTS = 8,
-	DESCRIPTORS_MAX = 1000000,
 	/* Bytes that a tunnel keeps for the log: in all, and of its SNI. */
 	NOTE_MAX = 112,
 	NOTE_SNI = 40,
@@ -367,7 +368,7 @@ struct flow {
 	bool whole : 1;        /* the end of the message has arrived */
 	bool done : 1;         /* the end of the message has been passed on */
 	bool broken : 1;       /* the framing is wrong, or the body truncated */
-	bool bare : 1;         /* trailer fields are not passed on */
+	bool strips : 1;       /* trailer fields are not passed on */
 	uint32_t ready;        /* bytes of payload at the front of `in` */
 	uint32_t trailer;      /* bytes of trailer section behind, searched */
 	uint32_t excess;       /* bytes of framing beyond a fair share */
@@ -1074,7 +1075,7 @@ static struct totals {
 
 static int64_t started; /* ms: when the proxy was started */
 
-/* What others may know of a worker; only it changes what it serves. */
+/* What a worker tells the others, and what the supervisor knows of it. */
 struct worker {
 	pid_t pid;     /* 0: it is not running */
 	unsigned hups; /* SIGHUPs that it has obeyed; see workers_step() */
@@ -1446,15 +1447,17 @@ digits_next(struct text *t, size_t n, char c)
 	return (int64_t)value;
 }
 
+/* The digits of base64 (RFC 4648 section 4). */
+static const char base64[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+			     "abcdefghijklmnopqrstuvwxyz0123456789+/";
+
 /*
- * Encodes the n bytes at `from` in base64 (RFC 4648 section 4), with padding
- * and NUL; `to` has room for 4 * (n + 2) / 3 + 1 bytes.
+ * Encodes the n bytes at `from` in base64, with padding and NUL; `to` has room
+ * for (n + 2) / 3 * 4 + 1 bytes.
  */
 static void
 base64_encode(const char *from, size_t n, char *to)
 {
-	static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-				     "abcdefghijklmnopqrstuvwxyz0123456789+/";
 	size_t i;
 
 	for (i = 0; i < n; i += 3) {
@@ -1465,10 +1468,10 @@ base64_encode(const char *from, size_t n, char *to)
 			bits |= (unsigned long)(unsigned char)from[i + 1] << 8;
 		if (i + 2 < n)
 			bits |= (unsigned long)(unsigned char)from[i + 2];
-		*to++ = digits[bits >> 18 & 63];
-		*to++ = digits[bits >> 12 & 63];
-		*to++ = i + 1 < n ? digits[bits >> 6 & 63] : '=';
-		*to++ = i + 2 < n ? digits[bits & 63] : '=';
+		*to++ = base64[bits >> 18 & 63];
+		*to++ = base64[bits >> 12 & 63];
+		*to++ = i + 1 < n ? base64[bits >> 6 & 63] : '=';
+		*to++ = i + 2 < n ? base64[bits & 63] : '=';
 	}
 	*to = '\0';
 }
@@ -1480,8 +1483,6 @@ base64_encode(const char *from, size_t n, char *to)
 static bool
 base64_decode(struct text t, char *to, size_t size, size_t *n)
 {
-	static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-				     "abcdefghijklmnopqrstuvwxyz0123456789+/";
 	unsigned long bits = 0;
 	const char *digit;
 	size_t i;
@@ -1491,10 +1492,10 @@ base64_decode(struct text t, char *to, size_t size, size_t *n)
 	if (t.len % 4 == 1 || t.len / 4 * 3 + 2 > size)
 		return false;
 	for (i = 0, *n = 0; i < t.len; i++) {
-		if (!is_among(t.at[i], digits))
+		if (!is_among(t.at[i], base64))
 			return false;
-		digit = strchr(digits, t.at[i]);
-		bits = (bits << 6 | (unsigned long)(digit - digits)) & 0xffffff;
+		digit = strchr(base64, t.at[i]);
+		bits = (bits << 6 | (unsigned long)(digit - base64)) & 0xffffff;
 		if (i % 4 > 0)
 			to[(*n)++] = (char)(bits >> (6 - i % 4 * 2) & 255);
 	}
@@ -1806,7 +1807,7 @@ is_escaped(char c)
  * With `blanks`, blanks stay, since the text is in quotes.
  */
 static void
-buffer_escape_all(struct buffer *b, struct text t, size_t max, bool blanks)
+buffer_escape(struct buffer *b, struct text t, size_t max, bool blanks)
 {
 	static const char digits[] = "0123456789ABCDEF";
 	size_t i = 0, limit = b->end + max;
@@ -1829,20 +1830,6 @@ buffer_escape_all(struct buffer *b, struct text t, size_t max, bool blanks)
 		buffer_append(b, text_of("..."));
 	else if (t.len == 0)
 		buffer_append(b, text_of("-"));
-}
-
-/* Appends t as a word of a line. */
-static void
-buffer_escape(struct buffer *b, struct text t, size_t max)
-{
-	buffer_escape_all(b, t, max, false);
-}
-
-/* Appends t as a text in quotes. */
-static void
-buffer_quote(struct buffer *b, struct text t, size_t max)
-{
-	buffer_escape_all(b, t, max, true);
 }
 
 /* Drops the first n bytes. */
@@ -2233,7 +2220,7 @@ conn_clear(struct conn *c)
 	c->fd = -1;
 }
 
-/* c, which is closed, becomes an entry's file for x. */
+/* c, which is closed, takes over fd: a file that answers x. */
 static void
 conn_file(struct conn *c, int fd, struct exchange *x)
 {
@@ -2329,27 +2316,20 @@ conn_read(struct conn *c)
 	return conn_read_some(c, BUFFER_ROOM);
 }
 
-/* Reads once and drops the bytes; returns as conn_read() does. */
+/*
+ * Reads once and drops the bytes; returns as conn_read() does.  It must be
+ * possible without memory, as a refusal may be on its way to the client.
+ */
 static bool
 conn_drain(struct conn *c)
 {
-	static char scratch[16384];
-	ssize_t n;
+	bool came;
 
 	buffer_give(&c->in);
-	c->wanted = true;
-	if (!c->readable || c->eof || c->error)
-		return false;
-	n = fd_read(c->fd, scratch, sizeof(scratch));
-	if (n > 0)
-		totals.received[c->role == ROLE_SERVER] += (uint64_t)n;
-	else if (n == 0)
-		c->eof = true;
-	else if (errno != EAGAIN && errno != EWOULDBLOCK)
-		c->error = errno;
-	if (n < (ssize_t)sizeof(scratch) && !c->hangup)
-		c->readable = false;
-	return n > 0 || c->eof || c->error;
+	c->in = buffer_take_reserved();
+	came = conn_read(c);
+	buffer_give(&c->in);
+	return came;
 }
 
 /*
@@ -2494,10 +2474,8 @@ address_import(const struct sockaddr *from)
 {
 	const struct sockaddr_in *in = (const struct sockaddr_in *)from;
 	const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)from;
-	struct address a;
+	struct address a = { .family = (uint16_t)from->sa_family };
 
-	memset(&a, 0, sizeof(a));
-	a.family = (uint16_t)from->sa_family;
 	if (a.family == AF_INET) {
 		a.port = ntohs(in->sin_port);
 		memcpy(a.octets, &in->sin_addr, 4);
@@ -2527,10 +2505,8 @@ static bool
 address_parse(struct text host, unsigned port, struct address *a)
 {
 	char string[INET6_ADDRSTRLEN + 1];
-	struct address parsed;
+	struct address parsed = { .port = (uint16_t)port };
 
-	memset(&parsed, 0, sizeof(parsed));
-	parsed.port = (uint16_t)port;
 	if (!text_copy(host, string, sizeof(string)))
 		return false;
 	if (inet_pton(AF_INET, string, parsed.octets) == 1)
@@ -2824,12 +2800,13 @@ exchange_queue(struct exchange *x)
  * is there, and minus a refusal if it is wrong.
  *
  * Door: refusals, status_reason, head_find, text_split, line_next,
- * text_is_clean, list_next, member_next, fields_parse, head_field, head_value,
- * head_lists, head_length, host_is_valid, authority_parse, url_login,
- * absolute_parse, url_parse, method_parse, request_parse, response_is_bare,
+ * text_is_clean, field_next, list_next, member_next, fields_parse, head_field,
+ * head_value, head_lists, head_length, host_is_valid, authority_parse,
+ * text_until, url_login, absolute_parse, url_parse, method_parse,
+ * request_parse, response_is_bodiless,
  * response_parse, fields_of_hop, fields_not_late, fields_of_body,
  * fields_of_condition, name_is_among, field_passes, field_append,
- * fields_append, status_append, length_append, via_append, host_bare,
+ * fields_append, status_append, length_append, via_append, host_trim,
  * authority_print, address_read, response_length, head_logs_in, conn_head,
  * head_is_hopeless, request_hopeless, request_clean, request_is_last,
  * request_passed_here, header_parse.
@@ -2876,9 +2853,8 @@ static const struct {
 	[REFUSE_FORM] = { BAD,
 	    "the target's form does not go with the method" },
 	[REFUSE_SCHEME] = { 501, CLIENT,
-	    "only http:// goes in the clear; https goes by CONNECT" },
-	[REFUSE_USERINFO] = { BAD,
-	    "a user or password that does not belong there" },
+	    "only http:// URLs are fetched; https needs CONNECT" },
+	[REFUSE_USERINFO] = { BAD, "a user or password that can't stand here" },
 	[REFUSE_AUTHORITY] = { BAD, "no valid host in the URL" },
 	[REFUSE_PORT] = { BAD, "the port is not one from 1 to 65535" },
 	[REFUSE_NOT_US] = { BAD,
@@ -2933,7 +2909,7 @@ static const struct {
 	[REFUSE_NAME_SLOW] = { 504, CAUSE_WAY, "dns_timeout",
 	    "the name lookup took too long" },
 	[REFUSE_FAMILY] = { UNROUTABLE,
-	    "no address of the family that it may leave by" },
+	    "the server has no address in the family of -b or from" },
 	[REFUSE_CONNECTION] = { 502, CAUSE_WAY, "connection_refused",
 	    "the connection was refused" },
 	[REFUSE_UNREACHABLE] = { UNROUTABLE, "the server can't be reached" },
@@ -3654,7 +3630,7 @@ status_line_parse(struct text line, struct response *r)
  * 6.3, items 1 and 2).
  */
 static bool
-response_is_bare(int status, enum method method)
+response_is_bodiless(int status, enum method method)
 {
 	return method == METHOD_HEAD || status < 200 || status == 204 ||
 	    status == 304 || (method == METHOD_CONNECT && status < 300);
@@ -3682,7 +3658,7 @@ response_parse(struct text t, enum method method, struct response *r)
 		return verdict;
 	if (head_drop(&r->head, "Transfer-Encoding", "identity"))
 		r->mended |= MEND_IDENTITY;
-	if (!response_is_bare(r->status, method)) {
+	if (!response_is_bodiless(r->status, method)) {
 		r->framing = FRAMING_CLOSE;
 		verdict = head_framing(&r->head, &r->framing, &r->length, true);
 	}
@@ -3806,7 +3782,7 @@ via_append(struct buffer *b, unsigned minor)
 
 /* A host without the dots at its end. */
 static struct text
-host_bare(struct text host)
+host_trim(struct text host)
 {
 	while (host.len > 0 && host.at[host.len - 1] == '.')
 		host.len--;
@@ -3833,9 +3809,8 @@ static struct address
 address_read(struct text t)
 {
 	struct target target;
-	struct address a;
+	struct address a = { .family = 0 };
 
-	memset(&a, 0, sizeof(a));
 	if (authority_parse(t, 0, &target) == 1)
 		(void)address_parse(target.host, target.port, &a);
 	return a;
@@ -3918,12 +3893,11 @@ static void
 request_clean(struct buffer *b)
 {
 	bool connect = text_starts(buffer_text(b), "CONNECT ");
-	struct text line = buffer_text(b), login;
-	size_t from, at, end, i = 0;
+	struct text line = buffer_text(b), login, fragment;
+	size_t from, at, i = 0;
 
 	line.len = text_find(line, '\n');
-	for (from = 0; from < line.len && !is_among(line.at[from], " \t");)
-		from++;
+	from = text_until(line, " \t").len;
 	from = from < line.len ? from + 1 : 0;
 	login = url_login(text_from(line, from));
 	at = (size_t)(login.at - line.at);
@@ -3937,13 +3911,10 @@ request_clean(struct buffer *b)
 		buffer_cut(b, at, login.len);
 		line = text_from(line, login.len);
 	}
-	for (at = from; at < line.len && !is_among(line.at[at], " #"); at++)
-		continue;
-	for (end = at; end < line.len && !is_among(line.at[end], " \r"); end++)
-		if (!text_is_clean(text_cut(line.at + end, 1)))
-			return;
-	if (!connect && at < line.len && line.at[at] == '#')
-		buffer_cut(b, at, end - at);
+	at = from + text_until(text_from(line, from), " #").len;
+	fragment = text_until(text_from(line, at), " \r");
+	if (!connect && text_starts(fragment, "#") && text_is_clean(fragment))
+		buffer_cut(b, at, fragment.len);
 }
 
 /*
@@ -4030,7 +4001,7 @@ static int
 header_block(struct text t, struct address *client)
 {
 	const unsigned char *at = (const unsigned char *)t.at;
-	struct address a;
+	struct address a = { .family = 0 };
 	size_t len, octets = 0, ports;
 
 	if (t.len < HEADER_FIXED)
@@ -4051,7 +4022,6 @@ header_block(struct text t, struct address *client)
 		return -REFUSE_HEADER_SHORT;
 	if (t.len < len || octets == 0)
 		return t.len < len ? 0 : (int)len;
-	memset(&a, 0, sizeof(a));
 	a.family = octets == 4 ? AF_INET : AF_INET6;
 	a.port = (uint16_t)(at[ports] << 8 | at[ports + 1]);
 	memcpy(a.octets, at + HEADER_FIXED, octets);
@@ -4269,7 +4239,7 @@ trailer_encode(struct flow *f, const struct buffer *in, struct buffer *out)
 
 	buffer_append(out, text_of("0\r\n"));
 	h.n = 0;
-	if (f->trailer > 0 && !f->bare)
+	if (f->trailer > 0 && !f->strips)
 		(void)fields_parse(text_cut(in->data + in->start, f->trailer),
 		    &h, NULL);
 	for (i = 0; i < h.n; i++)
@@ -4430,7 +4400,7 @@ enum {
 	LABEL_MAX = 63,
 	/* Bytes in a line of a list of domains, without its LF. */
 	LIST_LINE = 1000,
-	/* Lines of a list read in one step, and time spent in one turn. */
+	/* Lines of a list read in one step. */
 	LIST_STEP_LINES = 64,
 	/* Domains in one list: 1.2 GB. */
 	LIST_DOMAINS = 100000000,
@@ -4885,11 +4855,8 @@ list_add_tree(struct list *list, struct text name)
 static struct text
 word_next(struct text *rest)
 {
-	struct text word = text_cut(rest->at, 0);
+	struct text word = text_until(*rest, " \t");
 
-	while (word.len < rest->len && rest->at[word.len] != ' ' &&
-	    rest->at[word.len] != '\t')
-		word.len++;
 	*rest = text_trim(text_from(*rest, word.len));
 	return word;
 }
@@ -5007,7 +4974,7 @@ list_line(struct list *list, struct text line)
 		return list_dnsmasq(list, text_from(line, 7), false);
 	if (text_starts(line, "local=/"))
 		return list_dnsmasq(list, text_from(line, 6), false);
-	if (text_find(line, ' ') < line.len || text_find(line, '\t') < line.len)
+	if (text_until(line, " \t").len < line.len)
 		return list_hosts(list, line);
 	return list_add_tree(list, line);
 }
@@ -5129,7 +5096,7 @@ list_has(const struct list *list, struct text host)
 	char lower[DOMAIN_MAX];
 	bool listed = false;
 
-	host = host_bare(host);
+	host = host_trim(host);
 	if (list->used == 0 || domain_is_numeric(host))
 		return false;
 	while (host.len > DOMAIN_MAX)
@@ -5164,7 +5131,7 @@ enum {
 	CHANCES = 100,
 	/* Texts to find in bodies; each has a byte: see access_response(). */
 	NEEDLES_MAX = 16,
-	/* Lists of domains in all rules, and bytes in a list's path. */
+	/* Lists of domains in all rules. */
 	LISTS_MAX = 32
 };
 
@@ -5766,8 +5733,7 @@ rules_rewriter(const struct rules *rules, enum rule_group group, struct view *v,
 }
 
 /*
- * True if a rule trusts this peer's PROXY header; local: it is on this
- * machine.
+ * True if a rule trusts this peer's PROXY header; local: it is on this machine.
  */
 static bool
 rules_trust(const struct address *peer, bool local)
@@ -5831,14 +5797,14 @@ view_source(struct view *v, const struct address *a)
 static void
 view_response(struct view *v, const struct response *r, uint64_t length)
 {
-	bool bare = response_is_bare(r->status, v->request->method);
+	bool bodiless = response_is_bodiless(r->status, v->request->method);
 
 	v->response = r;
-	v->length = bare && length == UINT64_MAX ? 0 : length;
+	v->length = bodiless && length == UINT64_MAX ? 0 : length;
 	v->known |= FACT_RESPONSE;
 	if (v->length != UINT64_MAX)
 		v->known |= FACT_LENGTH;
-	if (bare || length == 0)
+	if (bodiless || length == 0)
 		v->known |= FACT_BODY;
 }
 
@@ -5857,7 +5823,7 @@ view_begin(struct view *v, const struct request *q,
 	v->client = client;
 	v->local = local;
 	v->request = q;
-	v->host = host_bare(q->target.host);
+	v->host = host_trim(q->target.host);
 	v->port = q->target.port;
 	if (address_parse(v->host, v->port, &v->literal)) {
 		v->address = &v->literal;
@@ -5906,12 +5872,15 @@ exchange_view(const struct exchange *x, const struct response *r,
  */
 
 enum {
+	/* Time that the reading of lists takes in one turn. */
 	LIST_STEP_US = 1000,
+	/* Words in a rule. */
 	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
-	/* `file:line` for the log. */
+	/* Bytes of `file:line`, for the log. */
 	RULE_NAME_MAX = 256,
 	/* Bytes of the reason in a deny rule, for the page. */
 	REASON_MAX = 200,
+	/* Bytes in the path of a list. */
 	LIST_PATH_MAX = 1023
 };
 
@@ -6158,8 +6127,8 @@ parser_split(struct parser *p, char *line)
 				*line++ = '\0';
 		} else if (!word_unquote(&line, word)) {
 			parser_error(p,
-			    "a quote without its end, or text right "
-			    "behind it");
+			    "a quote that is not closed, or that text follows "
+			    "without a blank");
 			return false;
 		}
 	}
@@ -6179,19 +6148,12 @@ parser_logins(struct parser *p)
 static bool
 host_parse(struct text *t)
 {
-	struct address a;
-	size_t i;
-
 	if (text_starts(*t, "*."))
 		*t = text_from(*t, 1);
-	*t = host_bare(*t);
+	*t = host_trim(*t);
 	if (t->len > 2 && t->at[0] == '[' && t->at[t->len - 1] == ']')
 		*t = text_cut(t->at + 1, t->len - 2);
-	for (i = 0; i < t->len; i++)
-		if (!is_alnum(t->at[i]) && !is_among(t->at[i], "-._~:"))
-			return false;
-	return t->len > 0 && t->len <= HOST_MAX &&
-	    (text_find(*t, ':') == t->len || address_parse(*t, 0, &a));
+	return host_is_valid(*t, text_find(*t, ':') < t->len);
 }
 
 /* Compiles `string` into value, which must be the newest piece. */
@@ -6341,7 +6303,8 @@ list_parse(struct parser *p, struct value *value)
 	if (list < rules->lists + rules->lists_n)
 		return true;
 	if (value->text.len > LIST_PATH_MAX || rules->lists_n == LISTS_MAX)
-		parser_error(p, "list: %d files, of %d bytes, at most",
+		parser_error(p,
+		    "list: at most %d files, with paths of at most %d bytes",
 		    LISTS_MAX, LIST_PATH_MAX);
 	else if (access(value->text.at, R_OK) == -1)
 		parser_error(p, "%s: %s", value->text.at, strerror(errno));
@@ -6659,7 +6622,7 @@ to_take(struct parser *p, struct rule *rule, const struct word *word)
 
 	if (parent == NULL || authority_parse(word->t, 0, &t) != 1)
 		return false;
-	(void)text_copy(host_bare(t.host), parent->host, sizeof(parent->host));
+	(void)text_copy(host_trim(t.host), parent->host, sizeof(parent->host));
 	parent->kind = PARENT_TO;
 	parent->port = t.port;
 	rule->parents = parent;
@@ -7328,14 +7291,11 @@ date_parse(struct text t)
 static int64_t
 head_date(const struct head *h, const char *name)
 {
-	const struct field *field = head_field(h, name), *other = field;
+	const struct field *field = head_field(h, name);
 
-	if (field == NULL)
-		return -1;
-	while (++other < h->fields + h->n)
-		if (text_same(other->name, field->name))
-			return -1;
-	return date_parse(field->value);
+	return field == NULL || field_next(h, name, field) != NULL ?
+	    -1 :
+	    date_parse(field->value);
 }
 
 /*
@@ -7579,8 +7539,8 @@ initial_age(const struct response *r, int64_t requested, int64_t responded)
 }
 
 /*
- * How a stored response may be used now (RFC 9111 section 4.2).  age
- * and lifetime are the response's own, in seconds.
+ * How a stored response may be used now (RFC 9111 section 4.2).  age and
+ * lifetime are the response's own, in seconds.
  */
 static enum reuse
 reuse_judge(const struct control *asked, const struct control *control,
@@ -7813,9 +7773,9 @@ enum {
 	SWEEP_GAP_MS = 10000,
 	/* Left free on the disk, unless 5 percent is less. */
 	CACHE_FLOOR = 64 << 20,
-	/* Entries whose recency is known to be recently written. */
+	/* Size of the table of entries used lately: see entry_touch(). */
 	CACHE_TOUCHED = 1024,
-	/* The least time between two writes of an entry's recency. */
+	/* The least time between two changes of the time of an entry's file. */
 	CACHE_TOUCH_S = 600
 };
 
@@ -8036,7 +7996,7 @@ client_append(const struct request *q, struct buffer *b)
 	buffer_append(b, text_of(peer));
 	if (x != NULL && x->record.user != NULL) {
 		buffer_append(b, text_of(" "));
-		buffer_escape(b, x->record.user->user, CREDENTIAL_MAX);
+		buffer_escape(b, x->record.user->user, CREDENTIAL_MAX, false);
 	}
 }
 
@@ -8638,10 +8598,10 @@ stored_head_append(const struct response *r, const struct response *old,
 
 /* ---- the sweeper ---- */
 
-/* Entries whose recency is known to be recently written. */
+/* Entries used lately, the file's time of which is recent. */
 static struct {
 	uint64_t name; /* hash of key and variant */
-	time_t when;   /* recency was written or checked */
+	time_t when;   /* the file's time was set or checked */
 } store_touched[CACHE_TOUCHED];
 
 /*
@@ -10255,11 +10215,10 @@ lookup_renew(struct lookup *l, const struct response *news, struct text head)
 
 /*
  * Rewrites the region of the entry in l in place, with the fields of news, a
- * 304 or the response to a HEAD.
- * Removes the entry if it may no longer be stored, is now another variant, or
- * has no room; but a request whose response may not be stored leaves the entry
- * as it is.  The client gets the new fields in any case; false if they have no
- * room in l.
+ * 304 or the response to a HEAD.  Removes the entry if it may no longer be
+ * stored, is now another variant, or has no room; but a request whose response
+ * may not be stored leaves the entry as it is.  The client gets the new fields
+ * in any case; false if they have no room in l.
  */
 static bool
 entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
@@ -10692,11 +10651,8 @@ static bool
 answer_write(int fd, const struct ticket *ticket, int error,
     const struct addrinfo *found)
 {
-	struct answer answer;
+	struct answer answer = { .ticket = *ticket, .error = error };
 
-	memset(&answer, 0, sizeof(answer));
-	answer.ticket = *ticket;
-	answer.error = error;
 	if (error == 0)
 		answer_fill(&answer, found);
 	return fd_write(fd, &answer, sizeof(answer)) != -1;
@@ -10706,12 +10662,9 @@ answer_write(int fd, const struct ticket *ticket, int error,
 static void
 child_run(const struct question *question, int answers)
 {
-	struct addrinfo hints, *found = NULL;
+	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *found = NULL;
 	int error;
 
-	memset(&hints, 0, sizeof(hints));
-	hints.ai_family = AF_UNSPEC;
-	hints.ai_socktype = SOCK_STREAM;
 	(void)alarm(QUESTION_S);
 	error = getaddrinfo(question->host, NULL, &hints, &found);
 	_exit(!answer_write(answers, &question->ticket, error, found));
@@ -11053,7 +11006,7 @@ static struct buffer log_lines;
 /* What the status page shows of an exchange; texts are printable, and cut. */
 struct glance {
 	uint64_t number;             /* as in the trace */
-	int64_t ms;                  /* since it began, or all of it */
+	int64_t ms;                  /* since it began, or until it ended */
 	struct address peer, server; /* the client, and who answered */
 	uint64_t up, down;           /* payload in bytes */
 	int status;                  /* 0: none was sent */
@@ -11065,7 +11018,7 @@ struct glance {
 /* Those that ended lately. */
 static struct {
 	struct glance list[GLANCES]; /* the last is (n - 1) % GLANCES */
-	uint64_t n;                  /* there were so many */
+	uint64_t n;                  /* how many have ended so far */
 } glances;
 
 /*
@@ -11077,14 +11030,12 @@ log_connect(void)
 {
 	static const char *const paths[] = { LOG_SOCKET, "/var/run/log",
 		"/var/run/syslog" };
-	struct sockaddr_un un;
+	struct sockaddr_un un = { .sun_family = AF_UNIX };
 	int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
 	size_t i;
 
 	if (fd == -1 || fcntl(fd, F_SETFL, O_NONBLOCK) == -1)
 		return fd;
-	memset(&un, 0, sizeof(un));
-	un.sun_family = AF_UNIX;
 	for (i = 0; i < sizeof(paths) / sizeof(paths[0]); i++) {
 		(void)text_copy(text_of(paths[i]), un.sun_path,
 		    sizeof(un.sun_path));
@@ -11268,7 +11219,7 @@ static void
 log_text(struct buffer *b, const char *name, struct text t, size_t max)
 {
 	buffer_append(b, text_of(name));
-	buffer_escape(b, t, max);
+	buffer_escape(b, t, max, false);
 }
 
 /* Appends the name of a field, and a word that needs no care. */
@@ -11388,10 +11339,10 @@ static void
 log_request(struct buffer *b, const struct quotes *q)
 {
 	if (q->name.len > 0) {
-		buffer_escape(b, q->name, BUFFER_ROOM / 16);
+		buffer_escape(b, q->name, BUFFER_ROOM / 16, false);
 		buffer_append(b, text_of(" "));
 	}
-	buffer_quote(b, q->uri, (size_t)BUFFER_ROOM / 8 * 3);
+	buffer_escape(b, q->uri, (size_t)BUFFER_ROOM / 8 * 3, true);
 	if (q->name.len > 0)
 		buffer_append(b, text_of(q->minor ? " HTTP/1.1" : " HTTP/1.0"));
 }
@@ -11481,8 +11432,8 @@ log_line(const struct exchange *x, const struct quotes *quotes,
 		    sizeof(x->bend->rules));
 	if (r->refusal) {
 		buffer_append(b, text_of(" why=\""));
-		buffer_quote(b, text_of(refusal_words(x, NULL)),
-		    (size_t)2 * REASON_MAX);
+		buffer_escape(b, text_of(refusal_words(x, NULL)),
+		    (size_t)2 * REASON_MAX, true);
 		buffer_append(b, text_of("\""));
 	}
 	buffer_append(b, text_of("\n"));
@@ -12279,7 +12230,7 @@ trace_reason(const struct exchange *x, const struct head *from,
 		return "named in Connection, RFC 9110 7.6.1";
 	if (!added && text_is(name, "Accept-Encoding"))
 		return options.record ? "it is recorded as text (-w)" :
-					"a rule seeks a text in the body";
+					"a rule looks for a text in the body";
 	return "";
 }
 
@@ -12684,7 +12635,7 @@ request_build(struct exchange *x, struct buffer *b)
 	cache_validators_append(x, b);
 	for (i = 0; i < q->rewrites.n; i++)
 		field_append(b, &q->rewrites.fields[i]);
-	x->up.bare = q->rewrites.strips || q->head.nominates_late;
+	x->up.strips = q->rewrites.strips || q->head.nominates_late;
 	if (!q->rewrites.via)
 		via_append(b, q->minor);
 	connection_append(q, b);
@@ -12710,7 +12661,7 @@ response_field_append(const struct exchange *x, const struct response *r,
 {
 	const struct request *q = x->request;
 	const struct field *field = &r->head.fields[i];
-	bool bare = response_is_bare(r->status, q->method);
+	bool bodiless = response_is_bodiless(r->status, q->method);
 	uint64_t length;
 
 	if (answer_is_stored(q) && text_is(field->name, "Age"))
@@ -12720,7 +12671,7 @@ response_field_append(const struct exchange *x, const struct response *r,
 		    r->status < 200 || r->status == 204 ||
 		    (q->method == METHOD_CONNECT && r->status < 300))
 			return;
-		if (!bare)
+		if (!bodiless)
 			length = r->length;
 		else if (head_length(&r->head, &length) != 1)
 			return;
@@ -12761,7 +12712,7 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	size_t i;
 
 	response_rewrites(x, r, &w);
-	x->down.bare = w.strips || r->head.nominates_late;
+	x->down.strips = w.strips || r->head.nominates_late;
 	status_append(b, r->status, r->reason);
 	for (i = 0; i < r->head.n; i++)
 		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))
@@ -12805,7 +12756,6 @@ greet_append(const struct exchange *x, struct buffer *b)
 				    text_cut("\5\1\0", 3));
 		break;
 	case GREETING_LOGIN:
-		assert(parent->user != NULL && parent->password != NULL);
 		/* Each behind its length (RFC 1929 section 2). */
 		buffer_print(b, "\1%c%s%c%s", (int)strlen(parent->user),
 		    parent->user, (int)strlen(parent->password),
@@ -13075,12 +13025,11 @@ totals_show(void)
 static struct totals
 totals_add(void)
 {
-	struct totals sum;
+	struct totals sum = { .up = 0 };
 	uint64_t *to = (uint64_t *)&sum;
 	size_t i, n;
 
 	totals_show();
-	memset(&sum, 0, sizeof(sum));
 	for (i = 0; i < workers_n; i++)
 		for (n = 0; n < sizeof(sum) / sizeof(*to); n++)
 			to[n] += ((const uint64_t *)&workers[i].totals)[n];
@@ -13865,7 +13814,7 @@ bend_is_crowded(const struct exchange *x, const struct rule *rule)
 	return n >= rule->amount.first;
 }
 
-/* Has the rule do what it says; false if x is not to go on. */
+/* Applies a rule that bends x; false if x was answered, refused or hangs. */
 static bool
 bend_apply(struct exchange *x, const struct rule *rule)
 {
@@ -14287,9 +14236,9 @@ request_take(struct exchange *x, size_t n)
 	return true;
 }
 
-/* Keeps the first line of a malformed request for the log. */
+/* Keeps what came of a request for the log: its head is wrong or cut short. */
 static void
-request_spoil(struct exchange *x)
+request_salvage(struct exchange *x)
 {
 	struct request *q = x->request;
 	struct text t;
@@ -14310,7 +14259,7 @@ request_spoil(struct exchange *x)
 static void
 request_reject(struct exchange *x, enum refusal refusal)
 {
-	request_spoil(x);
+	request_salvage(x);
 	x->close = true;
 	exchange_refuse(x, refusal, "");
 }
@@ -14529,7 +14478,7 @@ request_tunnel(struct exchange *x)
 		return false;
 	head = name.len > 0 ? buffer_take() : NULL;
 	if (head == NULL) {
-		request_spoil(x);
+		request_salvage(x);
 		exchange_abort(x, END_CLIENT,
 		    name.len > 0 ? REFUSE_MEMORY : REFUSE_NAMELESS);
 		return true;
@@ -14684,7 +14633,7 @@ request_step(struct exchange *x)
 	else if (!c->eof && !c->error)
 		request_reject(x, REFUSE_SLOW);
 	else {
-		request_spoil(x);
+		request_salvage(x);
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	}
 	return true;
@@ -14706,7 +14655,7 @@ resolve_host(struct exchange *x, struct text host, unsigned port)
 	unsigned i;
 
 	q->times.resolved = now.ms;
-	if (address_parse(host_bare(host), port, &q->route.list[0])) {
+	if (address_parse(host_trim(host), port, &q->route.list[0])) {
 		q->route.n = 1;
 		return 1;
 	}
@@ -14851,12 +14800,10 @@ exchange_hop(const struct exchange *x, const struct address *address)
 {
 	const struct parent *parent = exchange_parent(x);
 	const struct request *q = x->request;
-	struct hop hop;
+	struct hop hop = { .address = *address,
+		.from = *route_from(&q->route, address),
+		.parent = parent == NULL ? 0 : parent->id };
 
-	memset(&hop, 0, sizeof(hop));
-	hop.address = *address;
-	hop.parent = parent == NULL ? 0 : parent->id;
-	hop.from = *route_from(&q->route, address);
 	if (parent != NULL && parent->kind == PARENT_SOCKS)
 		authority_print(q->target.host, q->target.port,
 		    q->method == METHOD_CONNECT, hop.beyond);
@@ -15476,7 +15423,7 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 		return;
 	}
 	flow_start(d, r->framing, old.to, r->length);
-	d->bare = old.bare;
+	d->strips = old.strips;
 	q->skip = d->payload = old.payload;
 	conn_drop_head(&x->server, n);
 	exchange_enter(x, PHASE_RELAY);
@@ -15796,7 +15743,7 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 	flow_start(d, q->body == UINT64_MAX ? FRAMING_CLOSE : FRAMING_LENGTH,
 	    old.to, q->body - old.payload);
 	d->payload = old.payload;
-	d->bare = old.bare;
+	d->strips = old.strips;
 }
 
 /*
@@ -15977,7 +15924,7 @@ client_is_gone(const struct exchange *x)
 
 	if (x->tunnel)
 		return false;
-	if (c->error || (c->hangup && !c->shut))
+	if (conn_is_gone(c))
 		return true;
 	return c->eof && c->in == NULL && !x->refresh && x->up.done &&
 	    q->kept && x->record.status == 0 && !answer_is_local(q);
@@ -16558,12 +16505,10 @@ static void
 notify(const char *state)
 {
 	const char *path = getenv("NOTIFY_SOCKET");
-	struct sockaddr_un un;
+	struct sockaddr_un un = { .sun_family = AF_UNIX };
 	socklen_t len;
 	int fd;
 
-	memset(&un, 0, sizeof(un));
-	un.sun_family = AF_UNIX;
 	if (path == NULL || !is_among(*path, "/@") ||
 	    !text_copy(text_of(path), un.sun_path, sizeof(un.sun_path)))
 		return;
@@ -16863,7 +16808,6 @@ loop_signals(void)
 	if (lifeline.readable) {
 		warn("the supervisor of all workers has died: this one ends");
 		conn_close(&lifeline, false);
-		lifeline.readable = false;
 		loop_stop(DRAIN_MS);
 	}
 	if (!signal_conn.readable)
@@ -17220,19 +17164,19 @@ static const struct option option_table[] = {
 	    &options.log, 0, 0 },
 	{ 's', "size", "limit the cache to a size such as 500M", option_size,
 	    &options.cache_size, 0, 0 },
-	{ 'S', "n", "make what rules leave to chance the same each time",
+	{ 'S', "n", "seed the random choices of rules, to repeat them",
 	    option_number, &options.seed, 1, INT32_MAX },
-	{ 't', "seconds", "close a connection without a byte for so long",
+	{ 't', "seconds", "close a connection after so long without a byte",
 	    option_number, &options.idle_s, 1, 1000000000 },
-	{ 'T', "url", "print what the rules say to a request and exit",
+	{ 'T', "url", "print what the rules decide about a URL and exit",
 	    option_more, &options.trials, 0, 0 },
 	{ 'u', "user", "become this user once the sockets are open",
 	    option_name, &options.user, 0, 0 },
 	{ 'V', NULL, "print the version and the limits and exit", option_flag,
 	    &options.version, 0, 0 },
-	{ 'v', NULL, "trace each request; twice: payload, too", option_count,
-	    &options.verbose, 0, 0 },
-	{ 'w', "file", "record everything to a file in the format HAR",
+	{ 'v', NULL, "trace each request; twice: its payload, too",
+	    option_count, &options.verbose, 0, 0 },
+	{ 'w', "file", "record all exchanges in a file, in the format HAR",
 	    option_name, &options.record, 0, 0 },
 	{ 'x', "url", "send everything through the proxy http:// or socks5://",
 	    option_via, NULL, 0, 0 },
@@ -17392,19 +17336,15 @@ listen_hint(const char *error, const char *place)
 	return strcmp(error, strerror(EADDRINUSE)) == 0 ? words : "";
 }
 
-/*
- * Listens on a UNIX socket; removes one that a dead proxy has left behind.
- */
+/* Listens on a UNIX socket; removes one that a dead proxy has left behind. */
 static void
 listen_path(const char *path)
 {
-	struct sockaddr_un un;
+	struct sockaddr_un un = { .sun_family = AF_UNIX };
 	const char *error;
 	struct stat status;
 	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
 
-	memset(&un, 0, sizeof(un));
-	un.sun_family = AF_UNIX;
 	if (!text_copy(text_of(path), un.sun_path, sizeof(un.sun_path)))
 		usage("-l %s: a path of %lu bytes at most", path,
 		    (unsigned long)sizeof(un.sun_path) - 1);
@@ -17430,15 +17370,13 @@ listen_path(const char *path)
 static size_t
 listen_host(const char *host, unsigned port, const char **error)
 {
-	struct addrinfo hints, *found, *at;
+	struct addrinfo hints = { .ai_flags = AI_PASSIVE,
+		.ai_socktype = SOCK_STREAM };
+	struct addrinfo *found, *at;
 	size_t before = listeners_n;
 	char service[8], words[ADDRESS_TEXT] = "";
 	int failed;
 
-	memset(&hints, 0, sizeof(hints));
-	hints.ai_family = AF_UNSPEC;
-	hints.ai_socktype = SOCK_STREAM;
-	hints.ai_flags = AI_PASSIVE;
 	(void)snprintf(service, sizeof(service), "%u", port);
 	failed = getaddrinfo(host, service, &hints, &found);
 	if (failed) {
@@ -17492,6 +17430,7 @@ listen_at(const char *argument)
 	size_t before = listeners_n;
 	bool said = false;
 	int64_t until;
+	bool zero = t.len > 2 && memcmp(t.at + t.len - 2, ":0", 2) == 0;
 	uint64_t port;
 
 	if (text_find(t, '/') < t.len) {
@@ -17515,17 +17454,13 @@ listen_at(const char *argument)
 		return;
 	}
 	/* authority_parse() takes ports from 1; here 0 is valid. */
-	host[0] = '\0';
-	port = 0;
-	if (t.len > 2 && memcmp(t.at + t.len - 2, ":0", 2) == 0)
+	if (zero)
 		t.len -= 2;
-	else
-		port = 1;
-	if (any || authority_parse(t, port ? 0 : 1, &target) != 1)
+	if (any || authority_parse(t, zero, &target) != 1)
 		usage("-l %s: not [host:]port", argument);
 	(void)text_copy(target.host, host, sizeof(host));
 	until = clock_us() / 1000 + LISTEN_RETRY_MS;
-	while (listen_host(host, port ? target.port : 0, &error) == 0 &&
+	while (listen_host(host, zero ? 0 : target.port, &error) == 0 &&
 	    strcmp(error, strerror(EADDRNOTAVAIL)) == 0 &&
 	    clock_us() / 1000 < until) {
 		if (!said)
@@ -17763,14 +17698,12 @@ trial_parse(struct trial *t, const char *words)
 		struct text word = text_split(&rest, ' ');
 		struct text value = text_split(&rest, ' ');
 
-		if (text_equals(word, text_of("client")) &&
-		    address_parse(value, 0, &t->client))
-			continue;
-		else if (text_equals(word, text_of("user")))
+		if (text_equals(word, text_of("user")))
 			user = value;
 		else if (text_equals(word, text_of("method")))
 			q->name = value;
-		else
+		else if (!text_equals(word, text_of("client")) ||
+		    !address_parse(value, 0, &t->client))
 			usage("-T %.*s: %.*s %.*s is none of: client ADDRESS, "
 			      "user NAME, method NAME",
 			    (int)q->uri.len, words, (int)word.len, word.at,
@@ -17803,12 +17736,10 @@ trial_print(const char *what, const char *word, const struct rule *rule)
 static bool
 trial_resolve(const struct trial *t, struct address *a)
 {
-	struct addrinfo hints, *found = NULL;
+	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *found = NULL;
 	char host[HOST_MAX + 1];
 	int error;
 
-	memset(&hints, 0, sizeof(hints));
-	hints.ai_socktype = SOCK_STREAM;
 	(void)text_copy(t->request.target.host, host, sizeof(host));
 	error = getaddrinfo(host, NULL, &hints, &found);
 	if (error != 0) {
@@ -17862,15 +17793,16 @@ trial_route(const struct verdict *route)
 {
 	const struct parent *p =
 	    route->truth == TRUTH_YES ? route->rule->parents : NULL;
-	const char *mark = p && strchr(p->host, ':') ? "[]" : "";
-	char words[HOST_MAX + 40] = "direct";
+	char place[HOST_MAX + 10], words[HOST_MAX + 40] = "direct";
 
-	if (p != NULL && p->kind != PARENT_NONE)
-		(void)snprintf(words, sizeof(words), "%s%.1s%s%s:%u",
+	if (p != NULL && p->kind != PARENT_NONE) {
+		authority_print(text_of(p->host), p->port, true, place);
+		(void)snprintf(words, sizeof(words), "%s%s",
 		    p->kind == PARENT_TO       ? "to " :
 			p->kind == PARENT_HTTP ? "via http://" :
 						 "via socks5://",
-		    mark, p->host, mark[0] ? mark + 1 : "", p->port);
+		    place);
+	}
 	trial_print("route",
 	    route->truth == TRUTH_UNDECIDED ?
 		"open, it needs the server's address" :

@@ -5346,7 +5346,7 @@ row_escape(struct text in)
 {
 	struct buffer *b = buffer_take();
 
-	buffer_escape(b, in, 100);
+	buffer_escape(b, in, 100, false);
 	say_row("%.*s", (int)buffer_len(b), b->data + b->start);
 	buffer_give(&b);
 }
