@@ -5451,7 +5451,7 @@ value_matches(const struct condition *c, const struct value *value,
 	case SUBJECT_ADDRESS:
 		return network_has(&value->as.network, v->address);
 	case SUBJECT_PAGE:
-		return text_equals(value->text, text_from(v->request->uri, 1));
+		return text_same(value->text, text_from(v->request->uri, 1));
 	case SUBJECT_CHANCE:
 		/* Always in a trial, which shows what may be. */
 		return v->request->dice == 0 ||

@@ -16510,6 +16510,12 @@ END
 	ask    here /status = 407
 	ask    here /metrics = 200
 END
+	stop_proxy
+	start_proxy -e 'deny page STATUS'
+	play -n 'the case of a page in a rule does not count' <<'END'
+	ask    here /status = 403
+	ask    here /metrics = 200
+END
 }
 
 test_pages_rules() { # what the condition `page' can't be
