@@ -18159,6 +18159,8 @@ main(int argc, char **argv)
 		signals_begin();
 	if (!rules_read(options.check && options.verbose > 0))
 		exit(2);
+	if (options.user != NULL && options.trials.n == 0)
+		user_find(options.user);
 	if (options.check)
 		exit(0);
 	if (options.trials.n > 0)
@@ -18167,8 +18169,6 @@ main(int argc, char **argv)
 	given = listen_given();
 	if (options.command != NULL)
 		command_prepare(given);
-	if (options.user != NULL)
-		user_find(options.user);
 	if (options.workers == 1 && !names_start())
 		die("no helper for names: %s", strerror(errno));
 	listen_all(given);

@@ -18934,7 +18934,9 @@ END
 	served
 }
 
-test_start_user() { # -u: another user after binding
+test_start_user() { # -u: another user after binding; -n checks that there is one
+	exits 1 -n -u no.such.user
+	has errors 'no.such.user: no such user'
 	[ "$(id -u)" = 0 ] || skip "only root can become another user"
 	chmod 755 "$T"
 	start_proxy -u 65534
