@@ -8689,8 +8689,8 @@ directory_walk(const char *at,
 }
 
 /*
- * The same for the whole cache: the directories of entries, then the one above
- * them.
+ * The same for the whole cache: the directories of entries, some of which may
+ * be missing, then the one above them.
  */
 static int
 store_walk(void (*visit)(const struct file *file, void *argument),
@@ -8704,8 +8704,9 @@ store_walk(void (*visit)(const struct file *file, void *argument),
 		(void)snprintf(path, sizeof(path),
 		    i < 256 ? "%.800s/%02x" : "%.800s", options.cache, i);
 		last = directory_walk(path, visit, argument);
-		if (last != 0 && last != ENOENT && last != ENOTDIR &&
-		    last != ELOOP)
+		if (last != 0 &&
+		    (i == 256 ||
+			(last != ENOENT && last != ENOTDIR && last != ELOOP)))
 			error = last;
 	}
 	return error;

@@ -13042,6 +13042,8 @@ END
 	[ "$status" = 0 ] || fail "an empty directory: status $status"
 	run_proxy -c none -k http://some.example/
 	[ ! -s out ] || fail "no directory: prints $(cat out)"
+	[ "$status" = 1 ] || fail "no directory: status $status"
+	has errors "can't read the cache none: "
 	[ ! -e none ] || fail "it makes a directory"
 	[ -z "$(ls empty)" ] || fail "it makes $(ls empty)"
 }
