@@ -4077,8 +4077,8 @@ enum {
 	CHUNK_DIGITS_MAX = 16,
 	/* Framing bytes that a body may have beyond a fair share. */
 	CHUNK_EXCESS_MAX = BUFFER_SIZE / 2,
-	/* At most this is written around a trailer section and its fields. */
-	TRAILER_GROWTH = 128 + 8,
+	/* The last chunk, and a blank behind the colon of each field. */
+	TRAILER_GROWTH = FIELDS_MAX + 8,
 	TRAILER_MAX = BUFFER_ROOM - CHUNK_ROOM - TAIL_ROOM - TRAILER_GROWTH
 };
 
