@@ -1358,7 +1358,7 @@ static const struct unit units_plain[] = { { "", 1 }, { "", 0 } };
 static const struct unit units_size[] = { { "", 1 }, { "k", 1 << 10 },
 	{ "m", 1 << 20 }, { "g", 1 << 30 }, { "", 0 } };
 
-/* Parses a number with one of the units, in either case; at most max. */
+/* Parses a number with one of the units, in any case; false if over max. */
 static bool
 amount_parse(struct text t, const struct unit *units, uint64_t max,
     uint64_t *value)
@@ -1682,8 +1682,8 @@ buffer_take(void)
 }
 
 /*
- * The same for a page of the proxy's own, which must be possible without
- * memory: takes from the reserve then.
+ * The same for a page of the proxy's own, or for bytes that will be dropped:
+ * without memory, takes from the reserve.
  */
 static struct buffer *
 buffer_take_reserved(void)
@@ -2164,7 +2164,7 @@ fd_drop(int *fd)
 	*fd = -1;
 }
 
-/* Opens a pipe; both ends are recorded. */
+/* Opens a pipe, and records both ends; false, with errno, if that fails. */
 static bool
 pipe_open(int fds[2])
 {
@@ -2309,7 +2309,7 @@ conn_read_some(struct conn *c, size_t max)
 	return n > 0 || c->eof || c->error;
 }
 
-/* Reads once, as much as the buffer takes. */
+/* Reads once, as much as the buffer takes; returns as conn_read_some(). */
 static bool
 conn_read(struct conn *c)
 {
@@ -4735,9 +4735,10 @@ reader_next(struct reader *r, int fd, struct text *line)
  * Block lists as they are downloaded: hosts files, a domain on each line,
  * dnsmasq or Adblock lines, also mixed.  A name covers itself and all names
  * below it; an exception overrides every name of its list.  A line that is not
- * understood blocks nothing and is counted.  A million domains take 12 MB,
- * since only hashes are kept.  The hash is not secret: all that an attacker
- * gains by a collision is to have a name of their own blocked.
+ * understood blocks nothing and is counted: what reads it returns false.  A
+ * million domains take 12 MB, since only hashes are kept.  The hash is not
+ * secret: all that an attacker gains by a collision is to have a name of their
+ * own blocked.
  */
 
 static struct reader list_reader; /* of the list being read */
@@ -6156,7 +6157,7 @@ host_parse(struct text *t)
 	return host_is_valid(*t, text_find(*t, ':') < t->len);
 }
 
-/* Compiles `string` into value, which must be the newest piece. */
+/* Compiles `string` into value, the newest piece; false after an error. */
 static bool
 regex_parse(struct parser *p, const char *string, struct value *value)
 {
@@ -6275,7 +6276,7 @@ needle_parse(struct parser *p, struct value *value)
 	return !p->bad;
 }
 
-/* N%: each such condition of the rules has a draw of its own. */
+/* Parses N%; each such value in the rules has a draw of its own. */
 static bool
 chance_parse(struct parser *p, struct text t, struct value *value)
 {
@@ -8467,8 +8468,8 @@ temporary_open(struct temporary *t)
 }
 
 /*
- * Renames a temporary file, n bytes long and still open, to path.  The sweeper
- * may remove an empty directory at any time.
+ * Renames a temporary file, n bytes long and still open, to path; false if that
+ * fails.  The sweeper may remove an empty directory at any time.
  */
 static bool
 temporary_place(struct temporary *t, uint64_t n, const char *path)
@@ -11671,7 +11672,7 @@ record_fail(const char *why)
 	recording.failed = true;
 }
 
-/* Opens a tape beside the recording, where there is room for it. */
+/* Opens a tape beside the recording; false, with errno, if that fails. */
 static bool
 tape_open(struct tape *t)
 {
@@ -15129,8 +15130,8 @@ exchange_skip(struct exchange *x)
 }
 
 /*
- * Reads from one side.  While an entry is being stored, reads no more than is
- * there: the end of the file is not yet the end of the body.
+ * Reads from one side, as conn_read().  Of an entry that is being stored, reads
+ * no more than is there: the end of the file is not yet the end of the body.
  */
 static bool
 exchange_read(struct exchange *x, struct conn *from)
@@ -15561,7 +15562,7 @@ response_lost(struct exchange *x)
 	    detail);
 }
 
-/* Ends the exchange, or refuses it, if no byte was written for too long. */
+/* Ends or refuses x if no byte was written for too long; true if so. */
 static bool
 response_expire(struct exchange *x)
 {
@@ -15793,7 +15794,7 @@ relay_resume(struct exchange *x)
 }
 
 /*
- * Ends the exchange if no byte was written for too long.  That is less for a
+ * Ends x if no byte was written for too long; true if so.  That is less for a
  * tunnel of which one side has gone, or has ended with nothing left to write.
  */
 static bool
@@ -17536,8 +17537,8 @@ listen_inherit(unsigned n)
 }
 
 /*
- * -i: takes the client's socket from standard input.  Where standard output and
- * error are the same socket, nothing but the answer may be written there.
+ * -i: returns the client's socket, taken from standard input.  Where standard
+ * output and error are the same, nothing but the answer may be written there.
  */
 static int
 inetd_take(void)
