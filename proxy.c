@@ -2893,7 +2893,7 @@ static const struct {
 	[REFUSE_FILE] = { 500, CAUSE_OTHER, "proxy_configuration_error",
 	    "the file that a rule answers with can't be read" },
 	[REFUSE_PAGE_METHOD] = { 405, CLIENT,
-	    "the proxy's own pages know GET and HEAD" },
+	    "the proxy's own pages allow only GET and HEAD" },
 	[REFUSE_NOT_STORED] = { 504, CLIENT,
 	    "only the cache may answer, and no entry can be used" },
 	[REFUSE_LOOP_VIA] = { LOOP, "this request has passed here before" },
@@ -9020,6 +9020,9 @@ store_assume(const char *tag, bool fresh)
 		return;
 	store_path("unswept", path);
 	fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
+	if (fd == -1 && errno != EEXIST)
+		warn("can't write the cache %s: %s", options.cache,
+		    strerror(errno));
 	stock_set(fd != -1 ? stock->limit : options.cache_size,
 	    options.cache_size);
 	stock->limit = options.cache_size / 32 * 31;
@@ -18112,8 +18115,8 @@ command_end(void)
 
 	for (i = 0; i < RESULTS; i++)
 		requests += totals.results[i];
-	warn("%llu requests, %llu refused, %llu from the cache, %llu bytes up, "
-	     "%llu down",
+	warn("%llu requests, %llu refused or failed, %llu from the cache, "
+	     "%llu bytes up, %llu down",
 	    requests,
 	    requests - (unsigned long long)totals.refusals[REFUSE_NONE],
 	    (unsigned long long)totals.results[RESULT_HIT],

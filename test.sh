@@ -12402,6 +12402,20 @@ END
 	served
 }
 
+test_cache_unwritable() { # a directory that can't be written is named at the start
+	as=
+	if [ "$(id -u)" = 0 ]; then
+		have setpriv || skip "root may write everywhere, and no setpriv"
+		chmod 711 "$work" "$T"
+		as='setpriv --reuid=65534 --clear-groups'
+	fi
+	mkdir full
+	chmod 555 full
+	# shellcheck disable=SC2086 # words of a command
+	$as "$proxy_bin" -c "$T/full" -- true 2> errors
+	has errors "^proxy: can't write the cache .*/full: "
+}
+
 test_cache_read_only() { # a directory that can't be written costs the entry only
 	if [ "$(id -u)" = 0 ]; then
 		# Root may write everywhere, nobody may not.
@@ -19175,7 +19189,7 @@ END
 		fail "environment: $(cat out), $url"
 	[ "$(sed -n 3p out)" = no=. ] || fail "no_proxy: $(cat out)"
 	counts 2 err '" 200 5 .* end=done'
-	tail -n 1 err | grep '^proxy: 2 requests, 0 refused, 0 from the cache, 0 bytes up, 10 down$' \
+	tail -n 1 err | grep '^proxy: 2 requests, 0 refused or failed, 0 from the cache, 0 bytes up, 10 down$' \
 	    > /dev/null || fail "sum: $(tail -n 1 err)"
 	ORIGIN=127.0.0.1:$origin_port PEER=$peer \
 	    command_proxy -o "$T/file" -- sh script
