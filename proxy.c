@@ -12754,6 +12754,7 @@ greet_append(const struct exchange *x, struct buffer *b)
 	int host_len = (int)t->host.len;
 	struct address a;
 
+	assert(parent != NULL);
 	switch (x->request->route.greeting) {
 	case GREETING_METHOD:
 		buffer_append(b,
