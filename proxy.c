@@ -7097,7 +7097,7 @@ rules_read(bool print)
 
 	rules_next = rules_begin();
 	while (rules_step())
-		;
+		continue;
 	for (i = 0; i < GROUPS && rules_now != NULL && print; i++)
 		for (rule = rules_now->first[i]; rule; rule = rule->next)
 			printf("%s: %s\n", rule->where, rule->text);
@@ -12666,7 +12666,6 @@ response_field_append(const struct exchange *x, const struct response *r,
 {
 	const struct request *q = x->request;
 	const struct field *field = &r->head.fields[i];
-	bool bodiless = response_is_bodiless(r->status, q->method);
 	uint64_t length;
 
 	if (answer_is_stored(q) && text_is(field->name, "Age"))
@@ -12676,7 +12675,7 @@ response_field_append(const struct exchange *x, const struct response *r,
 		    r->status < 200 || r->status == 204 ||
 		    (q->method == METHOD_CONNECT && r->status < 300))
 			return;
-		if (!bodiless)
+		if (!response_is_bodiless(r->status, q->method))
 			length = r->length;
 		else if (head_length(&r->head, &length) != 1)
 			return;
@@ -13249,7 +13248,6 @@ metrics_append(struct buffer *b, const struct exchange *asks)
 	size_t i;
 
 	(void)asks;
-
 	metric_begin(b, "build_info", "gauge", "The version.");
 	buffer_print(b, "proxy_build_info{version=\"" VERSION "\"} 1\n");
 	metric_append(b, "uptime_seconds", "Time since the start.",
@@ -16998,7 +16996,7 @@ workers_run(void)
 		signal_conn.readable = true;
 		loop_signals();
 		while (rules_step())
-			;
+			continue;
 	}
 	if (wake == -1)
 		exit(0);
@@ -17704,11 +17702,11 @@ trial_parse(struct trial *t, const char *words)
 		struct text word = text_split(&rest, ' ');
 		struct text value = text_split(&rest, ' ');
 
-		if (text_equals(word, text_of("user")))
+		if (text_is(word, "user"))
 			user = value;
-		else if (text_equals(word, text_of("method")))
+		else if (text_is(word, "method"))
 			q->name = value;
-		else if (!text_equals(word, text_of("client")) ||
+		else if (!text_is(word, "client") ||
 		    !address_parse(value, 0, &t->client))
 			usage("-T %.*s: %.*s %.*s is none of: client ADDRESS, "
 			      "user NAME, method NAME",
