@@ -839,12 +839,13 @@ static struct {
 	uint64_t idle_s;       /* -t, 0: not given */
 	int64_t idle_ms;       /* a tunnel or body without a byte */
 	uint64_t seed;         /* -S: of what is left to chance */
-	unsigned verbose;      /* how many -v */
-	bool anonymous;        /* tell servers nothing */
-	bool check;            /* only look whether all is right */
-	bool inetd;            /* serve standard input, and end */
-	char **command;        /* run it, with its arguments; or NULL */
-	bool help, version;    /* print that and exit */
+	/* Options without an argument: how often they were given. */
+	unsigned verbose;       /* trace, and dump the payload */
+	unsigned anonymous;     /* tell servers nothing */
+	unsigned check;         /* only look whether all is right */
+	unsigned inetd;         /* serve standard input, and end */
+	unsigned help, version; /* print that and exit */
+	char **command;         /* run it, with its arguments; or NULL */
 	struct {
 		bool line;      /* a rule, not a file of them */
 		const char *at; /* it, or its path */
@@ -12598,13 +12599,6 @@ hello_extensions(struct text t)
 	return cursor_vector(&c, 2);
 }
 
-/* True if t may be a host name: letters, digits, dots, hyphens. */
-static bool
-hello_is_host(struct text t)
-{
-	return host_is_valid(t, false) && text_find(t, '~') == t.len;
-}
-
 /*
  * The server name (RFC 6066 section 3) in the TLS ClientHello at the start of
  * t, a client's first bytes.  A slice of `flat`, of HELLO_MAX bytes; empty if
@@ -12625,7 +12619,8 @@ hello_name(struct text t, char *flat)
 		type = cursor_number(&list, 1);
 		len = cursor_number(&list, 2);
 		t = text_cut(list.rest.at, len);
-		if (type == 0 && len <= list.rest.len && hello_is_host(t))
+		if (type == 0 && len <= list.rest.len &&
+		    host_is_valid(t, false) && text_find(t, '~') == t.len)
 			return t;
 	}
 	return text_cut(flat, 0);
@@ -16828,19 +16823,6 @@ command_reap(void)
 }
 
 /*
- * INT or TERM: stops the proxy.  A command gets the signal instead, and the
- * proxy waits for its end; a terminal has sent it to both already.
- */
-static void
-loop_end(int number, bool terminal)
-{
-	if (command.pid == 0)
-		loop_stop(DRAIN_MS);
-	else if (!terminal)
-		(void)kill(command.pid, number);
-}
-
-/*
  * The handler of all signals: writes a byte to the loop, with SIGNAL_TERMINAL
  * in it if no process sent the signal.  A worker obeys its supervisor only:
  * what a terminal or a service manager sends to all, it gets from there.
@@ -16990,13 +16972,18 @@ workers_reap(void)
 	}
 }
 
-/* Does what a signal asks for; a supervisor passes it on to the workers. */
+/*
+ * Does what a signal asks for; a supervisor passes it on to the workers.  INT
+ * and TERM go to the command, for whose end the proxy waits, unless a terminal
+ * has sent them to both.
+ */
 static void
 loop_signal(int number, bool terminal)
 {
-	if (number == SIGUSR1 && (workers_n == 1 || supervisor != 0))
-		loop_report();
-	else if (number == SIGHUP) {
+	if (number == SIGUSR1) {
+		if (workers_n == 1 || supervisor != 0)
+			loop_report();
+	} else if (number == SIGHUP) {
 		workers[0].hups += supervisor == 0;
 		loop_reload();
 		if (stop_at)
@@ -17005,8 +16992,10 @@ loop_signal(int number, bool terminal)
 		command_reap();
 		workers_reap();
 		return;
-	} else if (number == SIGTERM || number == SIGINT)
-		loop_end(number, terminal);
+	} else if (command.pid == 0)
+		loop_stop(DRAIN_MS);
+	else if (!terminal)
+		(void)kill(command.pid, number);
 	workers_signal(number);
 }
 
@@ -17247,17 +17236,7 @@ struct option {
 	uint64_t least, most; /* of a number */
 };
 
-/* Options without an argument. */
-static void
-option_flag(const struct option *o, const char *argument)
-{
-	bool *target = o->target;
-
-	(void)argument;
-	*target = true;
-}
-
-/* The same, counted. */
+/* An option without an argument: how often it is given. */
 static void
 option_count(const struct option *o, const char *argument)
 {
@@ -17351,16 +17330,16 @@ option_source(const struct option *o, const char *argument)
  */
 static const struct option option_table[] = {
 	{ 'a', NULL, "tell servers nothing about the client or the proxy",
-	    option_flag, &options.anonymous, 0, 0 },
+	    option_count, &options.anonymous, 0, 0 },
 	{ 'b', "address", "connect to servers from this address", option_from,
 	    NULL, 0, 0 },
 	{ 'c', "directory", "cache responses in this directory", option_name,
 	    &options.cache, 0, 0 },
 	{ 'e', "rule", "add a rule", option_source, NULL, 0, 0 },
 	{ 'f', "file", "add the rules of a file", option_source, NULL, 0, 0 },
-	{ 'h', NULL, "print this and exit", option_flag, &options.help, 0, 0 },
+	{ 'h', NULL, "print this and exit", option_count, &options.help, 0, 0 },
 	{ 'i', NULL, "serve the client that is standard input, and exit",
-	    option_flag, &options.inetd, 0, 0 },
+	    option_count, &options.inetd, 0, 0 },
 	{ 'j', "n", "serve with n processes", option_number, &options.workers,
 	    1, WORKERS_MAX },
 	{ 'k', "url", "print the paths of a URL's cache entries and exit",
@@ -17370,7 +17349,7 @@ static const struct option option_table[] = {
 	    option_more, &options.listen, 0, 0 },
 	{ 'm', "n", "serve at most n clients at once", option_number,
 	    &options.connections, 1, CONNECTIONS_MAX },
-	{ 'n', NULL, "check options and rules and exit", option_flag,
+	{ 'n', NULL, "check options and rules and exit", option_count,
 	    &options.check, 0, 0 },
 	{ 'o', "file", "append the log to a file, - or syslog", option_name,
 	    &options.log, 0, 0 },
@@ -17384,7 +17363,7 @@ static const struct option option_table[] = {
 	    option_more, &options.trials, 0, 0 },
 	{ 'u', "user", "become this user once the sockets are open",
 	    option_name, &options.user, 0, 0 },
-	{ 'V', NULL, "print the version and the limits and exit", option_flag,
+	{ 'V', NULL, "print the version and the limits and exit", option_count,
 	    &options.version, 0, 0 },
 	{ 'v', NULL, "trace each request; twice: its payload, too",
 	    option_count, &options.verbose, 0, 0 },
