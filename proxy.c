@@ -7869,6 +7869,7 @@ static struct {
 	int report;       /* the pipe from it */
 	int64_t lack_ms;  /* no sweep, or call for one, before this */
 	bool said_unread; /* warned: a sweep failed */
+	bool said_failed; /* warned: a file can't be written */
 } store = { .block = CACHE_DISK_BLOCK, .report = -1 };
 
 /* Buffers for data needed within one call: each has one purpose. */
@@ -8388,12 +8389,17 @@ store_lacks_disk(const char *why)
 	stock->said_disk = true;
 }
 
-/* After a failed call, notes from errno if the disk is full. */
+/* After a failed call, notes from errno that the disk is full, or says why. */
 static void
 disk_failed(void)
 {
 	if (errno == ENOSPC || errno == EDQUOT)
 		store_lacks_disk(strerror(errno));
+	else if (!store.said_failed) {
+		warn("can't write the cache %s: %s", options.cache,
+		    strerror(errno));
+		store.said_failed = true;
+	}
 }
 
 /* Makes the directory of the file at path, if it is missing. */
@@ -8406,7 +8412,7 @@ entry_directory(const char *path)
 	*strrchr(directory, '/') = '\0';
 	if (mkdir(directory, 0700) != -1)
 		stock->grown[worker] += store.block;
-	else
+	else if (errno != EEXIST)
 		disk_failed();
 }
 
@@ -8505,7 +8511,9 @@ temporary_place(struct temporary *t, uint64_t n, const char *path)
 		good = rename(t->path, path) != -1;
 	}
 	if (!good) {
-		disk_failed();
+		/* Anybody may have removed the file. */
+		if (errno != ENOENT)
+			disk_failed();
 		return false;
 	}
 	t->path[0] = '\0';

@@ -12842,6 +12842,18 @@ test_cache_sweep_future() { # what was stored when the clock was wrong, later th
 	[ "$(there 16 24)" = 9 ] || fail "of 9 others there are $(there 16 24)"
 }
 
+test_cache_unwritable() { # a directory that can't be written is said once
+	start_cache
+	rm -r cache
+	play 'not stored' <<'END'
+	replies 200 Cache-Control: max-age=9 | ok
+	ask    / = 200; fwd=uri-miss
+	ask    / = 200; fwd=uri-miss
+	log    miss=no-room
+END
+	counts 1 err "^proxy: can't write the cache $T/cache: No such file or directory"
+}
+
 test_cache_disk_unknown() { # a file system in memory without a size has room
 	mkdir disk
 	mount -t ramfs ramfs "$T/disk" 2> mount.err ||
