@@ -16067,6 +16067,8 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
 enum {
 	/* Clients accepted at one listener in a turn. */
 	ACCEPTS_MAX = 64,
+	/* A poll that failed is repeated after this. */
+	POLL_FAILED_MS = 100,
 	/* After this long without an event a descriptor leaves the prefix. */
 	COLD_MS = 500,
 	/* With this many outside the prefix, or fewer, all are polled. */
@@ -16166,13 +16168,19 @@ loop_note(size_t first, size_t end)
 
 /*
  * Polls n places from first on for ms, and notes their events: adds to *heard
- * how many there were.  True if a kept connection had one.
+ * how many there were.  True if a kept connection had one.  If poll fails, for
+ * lack of memory or as the limit on open files was lowered since the start,
+ * deadlines and signals are still obeyed.
  */
 static bool
 loop_ask(size_t first, size_t n, int ms, int *heard)
 {
 	int got = poll(poll_set.fds + first, (nfds_t)n, ms);
 
+	if (got == -1 && errno != EINTR) {
+		signal_conn.readable = true;
+		(void)poll(NULL, 0, POLL_FAILED_MS);
+	}
 	clock_read();
 	if (got <= 0)
 		return false;

@@ -18723,6 +18723,19 @@ test_limit_slots() { # all slots taken: no spinning, and served again after
 END
 }
 
+test_limit_lowered() { # fewer open files allowed than are open: it neither spins nor ignores TERM
+	have prlimit || skip "no prlimit"
+	start_proxy
+	many 40 hold 'send OPTIONS * HTTP/1.1\nHost: %P\n\n ; answer'
+	prlimit --pid "$proxy_pid" --nofile=20:20 2> /dev/null ||
+		skip "prlimit cannot"
+	client_bg c 'touch c.here ; eof'
+	comes c.here
+	rests "with a poll that fails"
+	stop_proxy
+	touch hold.over
+}
+
 test_limit_slots_idle() { # all slots taken: idle clients give way, the longest idle first
 	start_proxy -m 4
 	origin o <<'END'
