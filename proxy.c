@@ -18024,8 +18024,8 @@ standard_open(void)
  * If fd is a terminal, opens it again without blocking: a terminal that is
  * stopped, or that nobody reads, must not stop the proxy.  Other processes
  * that share the old descriptor are not affected.  The same for a pipe to which
- * several workers write, where that is possible: one could fill it just when
- * another has found that there is room.
+ * several workers or a command write, where that is possible: one could fill it
+ * just when another has found that there is room.
  */
 static void
 terminal_open(int fd)
@@ -18034,8 +18034,8 @@ terminal_open(int fd)
 	struct stat status;
 	int terminal = -1;
 
-	if (options.workers > 1 && fstat(fd, &status) != -1 &&
-	    S_ISFIFO(status.st_mode))
+	if ((options.workers > 1 || options.command != NULL) &&
+	    fstat(fd, &status) != -1 && S_ISFIFO(status.st_mode))
 		name = fd == STDOUT_FILENO ? "/dev/fd/1" : "/dev/fd/2";
 	if (name != NULL)
 		terminal = open(name, O_WRONLY | O_NONBLOCK | O_NOCTTY);

@@ -4534,7 +4534,7 @@ processor_time() {
 # $NAMES all names are ours, and each look-up leaves a line in that file.  It is $LATER seconds
 # later.  While there are such files: fork-fails, walk-slow (to open a directory
 # takes long), walk-halted (it does not end), walk-fails (none can be read to its end),
-# peers-halted (sockets take no byte).
+# peers-halted (sockets take no byte), words-filled (others fill standard error).
 write_names() {
 	cat > "$work/names.c" <<'EOF_NAMES'
 #define _POSIX_C_SOURCE 200809L
@@ -4547,6 +4547,7 @@ write_names() {
 #include <netinet/in.h>
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netdb.h>
 #include <poll.h>
 #include <stdio.h>
@@ -4659,11 +4660,25 @@ names_readdir(DIR *directory)
 	return readdir(directory);
 }
 
+/* Fills the pipe that is standard error. */
+static void
+names_fill(void)
+{
+	static const char words[4096];
+	int fd = open("/dev/fd/2", O_WRONLY | O_NONBLOCK);
+
+	while (write(fd, words, sizeof(words)) > 0)
+		;
+	(void)close(fd);
+}
+
 static ssize_t
 names_write(int fd, const void *from, size_t n)
 {
 	struct stat status;
 
+	if (fd == STDERR_FILENO && access("words-filled", F_OK) == 0)
+		names_fill();
 	if (access("peers-halted", F_OK) == -1 || fstat(fd, &status) == -1 ||
 	    !S_ISSOCK(status.st_mode))
 		return write(fd, from, n);
@@ -19463,6 +19478,20 @@ END
 	rm walk-halted
 	grep '5 requests' all > /dev/null && [ "$wait_status" = 0 ] ||
 		fail "$wait_status: $(cat all)"
+}
+
+test_command_pipe() { # -- COMMAND: what it writes to a pipe that nobody reads stops no request
+	our_names
+	plain_origin
+	pipe_open words
+	cat > script <<'END'
+: > words-filled
+printf 'ask http://%s/\nask http://%s/\n' "$ORIGIN" "$ORIGIN" |
+	"$PEER" client "${http_proxy#http://}" c
+END
+	ORIGIN=$origin PEER=$peer "$proxy_bin" -- sh script 2> words 9<&- &
+	wait_exit $! 15 || fail "exit status $?"
+	counts 2 c '^HTTP/1.1 200'
 }
 
 test_signals_early() { # while it starts, TERM ends it, and HUP and USR1 do not
