@@ -7947,6 +7947,7 @@ static struct {
 	int report;       /* the pipe from it */
 	int64_t lack_ms;  /* no sweep, or call for one, before this */
 	bool said_unread; /* warned: a sweep failed */
+	bool said_failed; /* warned: a file can't be written */
 } store = { .block = CACHE_DISK_BLOCK, .report = -1 };
 
 /* Buffers for data needed within one call: each has one purpose. */
@@ -8470,12 +8471,17 @@ store_lacks_disk(const char *why)
 	stock->said_disk = true;
 }
 
-/* After a failed call, notes from errno if the disk is full. */
+/* After a failed call, notes from errno that the disk is full, or says why. */
 static void
 disk_failed(void)
 {
 	if (errno == ENOSPC || errno == EDQUOT)
 		store_lacks_disk(strerror(errno));
+	else if (!store.said_failed) {
+		warn("can't write the cache %s: %s", options.cache,
+		    strerror(errno));
+		store.said_failed = true;
+	}
 }
 
 static const char store_tag[] = "Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -8508,7 +8514,8 @@ entry_directory(const char *path)
 	(void)text_copy(text_of(path), directory, sizeof(directory));
 	*strrchr(directory, '/') = '\0';
 	if (mkdir(directory, 0700) == -1) {
-		disk_failed();
+		if (errno != EEXIST)
+			disk_failed();
 		return;
 	}
 	tag = tag_make();
@@ -8611,7 +8618,9 @@ temporary_place(struct temporary *t, uint64_t n, const char *path)
 		good = rename(t->path, path) != -1;
 	}
 	if (!good) {
-		disk_failed();
+		/* Anybody may have removed the file. */
+		if (errno != ENOENT)
+			disk_failed();
 		return false;
 	}
 	t->path[0] = '\0';
@@ -16210,6 +16219,8 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
 enum {
 	/* Clients accepted at one listener in a turn. */
 	ACCEPTS_MAX = 64,
+	/* A poll that failed is repeated after this. */
+	POLL_FAILED_MS = 100,
 	/* After this long without an event a descriptor leaves the prefix. */
 	COLD_MS = 500,
 	/* With this many outside the prefix, or fewer, all are polled. */
@@ -16309,13 +16320,19 @@ loop_note(size_t first, size_t end)
 
 /*
  * Polls n places from first on for ms, and notes their events: adds to *heard
- * how many there were.  True if a kept connection had one.
+ * how many there were.  True if a kept connection had one.  If poll fails, for
+ * lack of memory or as the limit on open files was lowered since the start,
+ * deadlines and signals are still obeyed.
  */
 static bool
 loop_ask(size_t first, size_t n, int ms, int *heard)
 {
 	int got = poll(poll_set.fds + first, (nfds_t)n, ms);
 
+	if (got == -1 && errno != EINTR) {
+		signal_conn.readable = true;
+		(void)poll(NULL, 0, POLL_FAILED_MS);
+	}
 	clock_read();
 	if (got <= 0)
 		return false;
@@ -18143,8 +18160,8 @@ standard_open(void)
  * If fd is a terminal, opens it again without blocking: a terminal that is
  * stopped, or that nobody reads, must not stop the proxy.  Other processes
  * that share the old descriptor are not affected.  The same for a pipe to which
- * several workers write, where that is possible: one could fill it just when
- * another has found that there is room.
+ * several workers or a command write, where that is possible: one could fill it
+ * just when another has found that there is room.
  */
 static void
 terminal_open(int fd)
@@ -18153,8 +18170,8 @@ terminal_open(int fd)
 	struct stat status;
 	int terminal = -1;
 
-	if (options.workers > 1 && fstat(fd, &status) != -1 &&
-	    S_ISFIFO(status.st_mode))
+	if ((options.workers > 1 || options.command != NULL) &&
+	    fstat(fd, &status) != -1 && S_ISFIFO(status.st_mode))
 		name = fd == STDOUT_FILENO ? "/dev/fd/1" : "/dev/fd/2";
 	if (name != NULL)
 		terminal = open(name, O_WRONLY | O_NONBLOCK | O_NOCTTY);

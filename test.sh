@@ -4582,7 +4582,7 @@ processor_time() {
 # later.  Time limits (HEAD_MS) are as the environment says.  With $CALLS the names
 # of functions of the walks, as they run, go to the file calls.  While there are such files: fork-fails, walk-slow (to open a directory
 # takes long), walk-halted (it does not end), walk-fails (none can be read to its end),
-# peers-halted (sockets take no byte).
+# peers-halted (sockets take no byte), words-filled (others fill standard error).
 write_names() {
 	cat > "$work/names.c" <<'EOF_NAMES'
 #define _POSIX_C_SOURCE 200809L
@@ -4595,6 +4595,7 @@ write_names() {
 #include <netinet/in.h>
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netdb.h>
 #include <poll.h>
 #include <stdio.h>
@@ -4707,11 +4708,25 @@ names_readdir(DIR *directory)
 	return readdir(directory);
 }
 
+/* Fills the pipe that is standard error. */
+static void
+names_fill(void)
+{
+	static const char words[4096];
+	int fd = open("/dev/fd/2", O_WRONLY | O_NONBLOCK);
+
+	while (write(fd, words, sizeof(words)) > 0)
+		;
+	(void)close(fd);
+}
+
 static ssize_t
 names_write(int fd, const void *from, size_t n)
 {
 	struct stat status;
 
+	if (fd == STDERR_FILENO && access("words-filled", F_OK) == 0)
+		names_fill();
 	if (access("peers-halted", F_OK) == -1 || fstat(fd, &status) == -1 ||
 	    !S_ISSOCK(status.st_mode))
 		return write(fd, from, n);
@@ -13057,6 +13072,18 @@ test_cache_sweep_future() { # what was stored when the clock was wrong, later th
 	[ "$(there 16 24)" = 9 ] || fail "of 9 others there are $(there 16 24)"
 }
 
+test_cache_unwritable() { # a directory that can't be written is said once
+	start_cache
+	rm -r cache
+	play 'not stored' <<'END'
+	replies 200 Cache-Control: max-age=9 | ok
+	ask    / = 200; fwd=uri-miss
+	ask    / = 200; fwd=uri-miss
+	log    miss=no-room
+END
+	counts 1 err "^proxy: can't write the cache $T/cache: No such file or directory"
+}
+
 test_cache_disk_unknown() { # a file system in memory without a size has room
 	mkdir disk
 	mount -t ramfs ramfs "$T/disk" 2> mount.err ||
@@ -19032,6 +19059,19 @@ test_limit_slots() { # all slots taken: no spinning, and served again after
 END
 }
 
+test_limit_lowered() { # fewer open files allowed than are open: it neither spins nor ignores TERM
+	have prlimit || skip "no prlimit"
+	start_proxy
+	many 40 hold 'send OPTIONS * HTTP/1.1\nHost: %P\n\n ; answer'
+	prlimit --pid "$proxy_pid" --nofile=20:20 2> /dev/null ||
+		skip "prlimit cannot"
+	client_bg c 'touch c.here ; eof'
+	comes c.here
+	rests "with a poll that fails"
+	stop_proxy
+	touch hold.over
+}
+
 test_limit_slots_idle() { # all slots taken: idle clients give way, the longest idle first
 	start_proxy -m 4
 	origin o <<'END'
@@ -19809,6 +19849,20 @@ END
 	rm walk-halted
 	grep '5 requests' all > /dev/null && [ "$wait_status" = 0 ] ||
 		fail "$wait_status: $(cat all)"
+}
+
+test_command_pipe() { # -- COMMAND: what it writes to a pipe that nobody reads stops no request
+	our_names
+	plain_origin
+	pipe_open words
+	cat > script <<'END'
+: > words-filled
+printf 'ask http://%s/\nask http://%s/\n' "$ORIGIN" "$ORIGIN" |
+	"$PEER" client "${http_proxy#http://}" c
+END
+	ORIGIN=$origin PEER=$peer "$proxy_bin" -- sh script 2> words 9<&- &
+	wait_exit $! 15 || fail "exit status $?"
+	counts 2 c '^HTTP/1.1 200'
 }
 
 test_signals_early() { # while it starts, TERM ends it, and HUP and USR1 do not
