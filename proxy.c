@@ -12016,20 +12016,29 @@ record_query(struct text url)
 	record_json("]");
 }
 
-/* Appends the request that the tape has. */
+/* Appends the request that the tape has; the URL in a tunnel's note is cut. */
 static void
-record_request(const struct tape *t, const struct quotes *quotes)
+record_request(const struct exchange *x, const struct tape *t,
+    const struct quotes *quotes)
 {
 	struct text head = tape_read(t, TAPE_REQUEST_HEAD, recording.head);
+	struct text line = line_next(&head, NULL), url = quotes->uri;
 
 	record_json("'request':{'method':$,'httpVersion':$,'url':'",
 	    quotes->name, text_of(quotes->minor ? "HTTP/1.1" : "HTTP/1.0"));
+	if (x->tunnel && !t->lost) {
+		(void)text_split(&line, ' ');
+		url = text_split(&line, ' ');
+	}
 	if (text_is(quotes->name, "CONNECT"))
 		record_append(text_of("connect://"));
-	record_escape(quotes->uri, false);
+	else if (x->tunnel && text_starts(url, "/")) {
+		record_append(text_of("http://"));
+		record_escape(record_field(head, "Host"), false);
+	}
+	record_escape(url, false);
 	record_json("'");
-	record_query(quotes->uri);
-	(void)line_next(&head, NULL);
+	record_query(url);
 	record_head(t, TAPE_REQUEST_HEAD, TAPE_REQUEST_BODY, head);
 	if (t->sizes[TAPE_REQUEST_BODY] > 0) {
 		record_json(",'postData':{");
@@ -12145,7 +12154,7 @@ record_exchange(const struct exchange *x, const struct quotes *quotes)
 	recording.n = 0;
 	record_append(text_of(recording.first ? "\n{" : ",\n{"));
 	record_frame(x);
-	record_request(t, quotes);
+	record_request(x, t, quotes);
 	record_response(x, t);
 	record_times(x, t, quotes);
 	record_append(text_of("}"));

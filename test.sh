@@ -16197,6 +16197,9 @@ test_record() { # -w: heads, bodies, times and reasons, in HAR
 	origin until ping ; send pong ; eof
 	ask    CONNECT %O Proxy-Authorization: Basic c2VjcmV0
 	client send ping ; until pong
+	== a tunnel by Upgrade, with a long URL
+	origin head ; say 101 Upgrade: x\nConnection: upgrade ; eof
+	client send GET http://%O/\{200:u}?b=c HTTP/1.1\nHost: x\nConnection: upgrade\nUpgrade: x\n\n ; until \n\n
 	== a refusal
 	ask    http://x.test/no = 403
 	ask    http://x.test/fuer = 403
@@ -16210,6 +16213,7 @@ END
 	recorded bytes '/bytes.*"text":"/wBh","encoding":"base64"[}]'
 	recorded long '/long.*"content":[{]"size":1500000,.*"comment":"cut: longer than 1048576 bytes"[}]'
 	recorded tunnel '"method":"CONNECT","httpVersion":"HTTP/1.1","url":"connect://127[0-9.:]*".*"status":200,.*"content":[{]"size":0,"mimeType":"","text":""[}][}].*"blocked":-1,"dns":-1,'
+	recorded upgrade '"url":"http://[0-9.:]*/u{200}[?]b=c","queryString":\[[{]"name":"b","value":"c"[}]\].*"status":101,'
 	recorded words '"comment":"end=done, rule -e:2, f'"$(printf '\303\274')"'r alle".*/fuer'
 	recorded refusal '"comment":"end=done, rule -e:1, a rule forbids this".*"status":403,.*"text":"403 Forbidden: ' \
 	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"nonsense"'
