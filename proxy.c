@@ -5863,12 +5863,12 @@ rules_let_in(void)
 
 /*
  * Sets the server's address to a, which must outlive v; family 0 means that it
- * will never be known.  A numeric host in the URL takes precedence.
+ * will never be known, unless the host is numeric.
  */
 static void
 view_source(struct view *v, const struct address *a)
 {
-	if (v->address == &v->literal)
+	if (a->family == 0 && v->address == &v->literal)
 		return;
 	v->address = a->family ? a : NULL;
 	v->known &= ~(unsigned)FACT_ADDRESS;
@@ -14218,7 +14218,7 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	conn_file(&x->server, l->fd, x);
 	x->server.in = l->b;
 	/* The rules judged the route, not the server of this entry. */
-	if (q->route.n > 0)
+	if (q->route.n > 0 || q->route.parent != NULL)
 		access_enter(x, ACCESS_UNDECIDED);
 	q->route.n = 0;
 	q->route.list[0] = address_read(l->e.server);

@@ -15449,6 +15449,17 @@ END
 	log    200 3 .* hit=fresh
 	log    200 3
 END
+	start_names 127.0.0.1 -- -c "$T/cache" -e 'to 127.0.0.9:1 field X-To .' \
+	    -e 'via http://127.0.0.9:1 field X-Via .' \
+	    -e 'deny 450 address 127.0.0.1 field X-Deny .'
+	play -n 'another way now, and access is judged by where the entry came from' <<'END'
+	reply  200 Cache-Control: max-age=99 | ok\l
+	ask    http://two.test:%p/ = 200 | ok\l
+	ask    http://two.test:%p/ X-To: 1 = 200 | ok\l
+	ask    http://two.test:%p/ X-To: 1\nX-Deny: 1 = 450
+	ask    http://two.test:%p/ X-Via: 1 = 200 | ok\l
+	ask    http://two.test:%p/ X-Via: 1\nX-Deny: 1 = 450
+END
 }
 
 test_rules_cached_not_modified() { # an answer without its body is no body without the text
