@@ -17817,8 +17817,7 @@ trial_parse(struct trial *t, const char *words)
 	struct request *q = &t->request;
 
 	memset(q, 0, sizeof(*q));
-	memset(&t->client, 0, sizeof(t->client));
-	t->client.family = AF_UNIX;
+	(void)address_parse(text_of("127.0.0.1"), 0, &t->client);
 	q->minor = 1;
 	q->name = text_of("GET");
 	q->uri = text_split(&rest, ' ');

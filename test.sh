@@ -10258,8 +10258,9 @@ https://192.0.2.9/a:b = 1 deny -e:3
 https://bob:pw@[2001:db8::1]/ = 1 deny -e:3
 http://bob:pw@example.com/a#b = 1 deny -e:4
 END
-	tries <<'END'
-http://example.com/ = 0 allow
+	tries -e 'deny client 127.0.0.1' <<'END'
+http://example.com/ = 1 deny -e:1
+http://example.com/ client ::1 = 0 allow
 END
 	tries -e 'deny port x' <<'END'
 http://example.com/ = 2
