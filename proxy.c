@@ -6068,6 +6068,7 @@ parser_error(struct parser *p, const char *format, ...)
 	va_start(args, format);
 	(void)vsnprintf(words, sizeof(words), format, args);
 	va_end(args);
+	secret_hide(words);
 	warn("%s: %s", p->where, words);
 }
 

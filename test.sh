@@ -18564,6 +18564,11 @@ test_parent_password_hidden() { # a parent's password is not among the proxy's a
 	*s3cret*) fail "the banner has it" ;;
 	esac
 	stop_proxy
+	for rule in 'http://me:s3cret@x:1' 'direct http://me:s3cret@x:1' \
+	    'to http://me:s3cret@x:1' 'deny http://me:s3cret@x:1 port 1'; do
+		exits 2 -n -e "$rule"
+		lacks errors s3cret
+	done
 }
 
 # ---- addresses ----
