@@ -5853,12 +5853,12 @@ rules_let_in(void)
 
 /*
  * Sets the server's address to a, which must outlive v; family 0 means that it
- * will never be known.  A numeric host in the URL takes precedence.
+ * will never be known, unless the host is numeric.
  */
 static void
 view_source(struct view *v, const struct address *a)
 {
-	if (v->address == &v->literal)
+	if (a->family == 0 && v->address == &v->literal)
 		return;
 	v->address = a->family ? a : NULL;
 	v->known &= ~(unsigned)FACT_ADDRESS;
@@ -6061,6 +6061,7 @@ parser_error(struct parser *p, const char *format, ...)
 	va_start(args, format);
 	(void)vsnprintf(words, sizeof(words), format, args);
 	va_end(args);
+	secret_hide(words);
 	warn("%s: %s", p->where, words);
 }
 
@@ -12119,20 +12120,29 @@ record_query(struct text url)
 	record_json("]");
 }
 
-/* Appends the request that the tape has. */
+/* Appends the request that the tape has; the URL in a tunnel's note is cut. */
 static void
-record_request(const struct tape *t, const struct quotes *quotes)
+record_request(const struct exchange *x, const struct tape *t,
+    const struct quotes *quotes)
 {
 	struct text head = tape_read(t, TAPE_REQUEST_HEAD, recording.head);
+	struct text line = line_next(&head, NULL), url = quotes->uri;
 
 	record_json("'request':{'method':$,'httpVersion':$,'url':'",
 	    quotes->name, text_of(quotes->minor ? "HTTP/1.1" : "HTTP/1.0"));
+	if (x->tunnel && !t->lost) {
+		(void)text_split(&line, ' ');
+		url = text_split(&line, ' ');
+	}
 	if (text_is(quotes->name, "CONNECT"))
 		record_append(text_of("connect://"));
-	record_escape(quotes->uri, false);
+	else if (x->tunnel && text_starts(url, "/")) {
+		record_append(text_of("http://"));
+		record_escape(record_field(head, "Host"), false);
+	}
+	record_escape(url, false);
 	record_json("'");
-	record_query(quotes->uri);
-	(void)line_next(&head, NULL);
+	record_query(url);
 	record_head(t, TAPE_REQUEST_HEAD, TAPE_REQUEST_BODY, head);
 	if (t->sizes[TAPE_REQUEST_BODY] > 0) {
 		record_json(",'postData':{");
@@ -12253,7 +12263,7 @@ record_exchange(const struct exchange *x)
 	recording.n = 0;
 	record_append(text_of(recording.first ? "\n{" : ",\n{"));
 	record_frame(x);
-	record_request(t, &quotes);
+	record_request(x, t, &quotes);
 	record_response(x, t);
 	record_times(x, t, &quotes);
 	record_append(text_of("}"));
@@ -14275,7 +14285,7 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	conn_file(&x->server, l->fd, x);
 	x->server.in = l->b;
 	/* The rules judged the route, not the server of this entry. */
-	if (q->route.n > 0)
+	if (q->route.n > 0 || q->route.parent != NULL)
 		access_enter(x, ACCESS_UNDECIDED);
 	q->route.n = 0;
 	q->route.list[0] = address_read(l->e.server);
@@ -17898,8 +17908,7 @@ trial_parse(struct trial *t, const char *words)
 	struct request *q = &t->request;
 
 	memset(q, 0, sizeof(*q));
-	memset(&t->client, 0, sizeof(t->client));
-	t->client.family = AF_UNIX;
+	(void)address_parse(text_of("127.0.0.1"), 0, &t->client);
 	q->minor = 1;
 	q->name = text_of("GET");
 	q->uri = text_split(&rest, ' ');

@@ -10461,8 +10461,9 @@ https://192.0.2.9/a:b = 1 deny -e:3
 https://bob:pw@[2001:db8::1]/ = 1 deny -e:3
 http://bob:pw@example.com/a#b = 1 deny -e:4
 END
-	tries <<'END'
-http://example.com/ = 0 allow
+	tries -e 'deny client 127.0.0.1' <<'END'
+http://example.com/ = 1 deny -e:1
+http://example.com/ client ::1 = 0 allow
 END
 	tries -e 'deny port x' <<'END'
 http://example.com/ = 2
@@ -15794,6 +15795,17 @@ END
 	log    200 3 .* hit=fresh
 	log    200 3
 END
+	start_names 127.0.0.1 -- -c "$T/cache" -e 'to 127.0.0.9:1 field X-To .' \
+	    -e 'via http://127.0.0.9:1 field X-Via .' \
+	    -e 'deny 450 address 127.0.0.1 field X-Deny .'
+	play -n 'another way now, and access is judged by where the entry came from' <<'END'
+	reply  200 Cache-Control: max-age=99 | ok\l
+	ask    http://two.test:%p/ = 200 | ok\l
+	ask    http://two.test:%p/ X-To: 1 = 200 | ok\l
+	ask    http://two.test:%p/ X-To: 1\nX-Deny: 1 = 450
+	ask    http://two.test:%p/ X-Via: 1 = 200 | ok\l
+	ask    http://two.test:%p/ X-Via: 1\nX-Deny: 1 = 450
+END
 }
 
 test_rules_cached_not_modified() { # an answer without its body is no body without the text
@@ -16379,6 +16391,9 @@ test_record() { # -w: heads, bodies, times and reasons, in HAR
 	origin until ping ; send pong ; eof
 	ask    CONNECT %O Proxy-Authorization: Basic c2VjcmV0
 	client send ping ; until pong
+	== a tunnel by Upgrade, with a long URL
+	origin head ; say 101 Upgrade: x\nConnection: upgrade ; eof
+	client send GET http://%O/\{200:u}?b=c HTTP/1.1\nHost: x\nConnection: upgrade\nUpgrade: x\n\n ; until \n\n
 	== a refusal
 	ask    http://x.test/no = 403
 	ask    http://x.test/fuer = 403
@@ -16392,6 +16407,7 @@ END
 	recorded bytes '/bytes.*"text":"/wBh","encoding":"base64"[}]'
 	recorded long '/long.*"content":[{]"size":1500000,.*"comment":"cut: longer than 1048576 bytes"[}]'
 	recorded tunnel '"method":"CONNECT","httpVersion":"HTTP/1.1","url":"connect://127[0-9.:]*".*"status":200,.*"content":[{]"size":0,"mimeType":"","text":""[}][}].*"blocked":-1,"dns":-1,'
+	recorded upgrade '"url":"http://[0-9.:]*/u{200}[?]b=c","queryString":\[[{]"name":"b","value":"c"[}]\].*"status":101,'
 	recorded words '"comment":"end=done, rule -e:2, f'"$(printf '\303\274')"'r alle".*/fuer'
 	recorded refusal '"comment":"end=done, rule -e:1, a rule forbids this".*"status":403,.*"text":"403 Forbidden: ' \
 	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"nonsense"'
@@ -18908,6 +18924,11 @@ test_parent_password_hidden() { # a parent's password is not among the proxy's a
 	*s3cret*) fail "the banner has it" ;;
 	esac
 	stop_proxy
+	for rule in 'http://me:s3cret@x:1' 'direct http://me:s3cret@x:1' \
+	    'to http://me:s3cret@x:1' 'deny http://me:s3cret@x:1 port 1'; do
+		exits 2 -n -e "$rule"
+		lacks errors s3cret
+	done
 }
 
 # ---- addresses ----
