@@ -10180,11 +10180,9 @@ cache_find(struct exchange *x, struct lookup *l)
 		/*
 		 * With our validators in place of its conditions, a part of
 		 * another version could seem to meet them: it is sent
-		 * unchanged, and a part must not replace the whole.
+		 * unchanged.
 		 */
 		fd_drop(&l->fd);
-		if (head_field(&q->head, "Range") != NULL)
-			caching_enter(x, CACHING_BYPASSED);
 	} else if (l->fd != -1) {
 		c->entry = l->fd;
 		caching_enter(x, CACHING_VALIDATES);

@@ -13710,6 +13710,14 @@ END
 	log    412 4 .* miss=
 	log    206 5 .* miss=
 	log    200 10 .* hit=validated
+	== the whole that answers a range takes its place
+	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | abcdefghij
+	reply  200 Connection: close\nETag: "b"\nCache-Control: max-age=99 | new\l
+	ask    / = 200 | abcdefghij
+	ask    / If-Match: "b"\nRange: bytes=5- = 200 | new\l
+	ask    / = 200; hit | new\l
+	log    200 10 .* miss=stored
+	log    200 4 .* miss=stored
 END
 }
 
