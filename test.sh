@@ -14228,6 +14228,18 @@ END
 	unsafe gone POST /b '200 OK' 'Location: a\n'
 	unsafe gone POST /b '200 OK' 'Content-Location: ./a\n'
 	unsafe gone POST '/a?x' '200 OK' 'Location: /a#there\n'
+	stop_proxy
+	start_cache -e 'deny type text/odd' -e 'answer 200 "ok" method POST'
+	play 'a response that a rule forbids does so, too; one that a rule makes does not' <<'END'
+	reply  200 Connection: close\nCache-Control: max-age=99 | one\l
+	reply  200 Connection: close\nContent-Type: text/odd | odd\l
+	reply  200 | two\l
+	ask    / = 200 | one\l
+	ask    POST / Content-Length: 0 = 200 | ok
+	ask    / = 200; hit | one\l
+	ask    PUT / Content-Length: 0 = 403
+	ask    / = 200; fwd= | two\l
+END
 }
 
 test_cache_head() { # HEAD is answered from a stored GET, and stored by none
