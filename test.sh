@@ -13899,6 +13899,17 @@ test_cache_stale_error() { # a server that fails, or is gone: stale where allowe
 	log    /gone HTTP/1.1" 200 4 .* hit=stale .* end=done$
 	log    /other HTTP/1.1" 502
 END
+	stop_proxy
+	origin p <<'END'
+reply 200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | one\l
+---
+reply 407 No\nConnection: close |
+END
+	start_cache -x "http://me:x@$origin"
+	play -n 'a parent that takes the login no more' <<'END'
+	ask    http://a.example/ = 200 | one\l
+	ask    http://a.example/ = 200; fwd=stale; ttl=-4 | one\l
+END
 }
 
 test_cache_vary() { # variants of a URL side by side (RFC 9111 section 4.1)
