@@ -9923,7 +9923,7 @@ lookup_age(struct exchange *x, const struct control *control,
 		lifetime = (struct lifetime){ given, "a rule" };
 	c->age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
-	c->ttl = lifetime.seconds - c->age;
+	c->ttl = (lifetime.seconds > 0 ? lifetime.seconds : 0) - c->age;
 	return lifetime;
 }
 

@@ -13814,6 +13814,14 @@ END
 	sees#  1 ^Age: [0-9]$
 	gets#  1 ^GET
 END
+	play -n 'what says no lifetime is stale for as long as it is old' <<'END'
+	reply  200 Age: 100\nETag: "a" | one\l
+	a: ask / = 200
+	a: ask / Cache-Control: max-stale = 200; hit; ttl=-10 | one\l
+	a: ends .
+	do age=$(tr -d '\r' < a | sed -n 's/^Age: //p' | tail -n 1)
+	do tr -d '\r' < a | grep "ttl=-$age\$" > ttl || fail "ttl is not -$age"
+END
 }
 
 # Waits until the origin has been asked N times: reached N
