@@ -2971,7 +2971,8 @@ static const struct {
 	    "a switch of protocols that nobody asked for" },
 	[REFUSE_LOGIN] = { BAD_ANSWER,
 	    "the server asked for a login as if it were a proxy" },
-	[REFUSE_PARENT_LOGIN] = { 502, CAUSE_OTHER, "proxy_configuration_error",
+	[REFUSE_PARENT_LOGIN] = { 502, CAUSE_ANSWER,
+	    "proxy_configuration_error",
 	    "the parent proxy does not accept our login" },
 	[REFUSE_PARENT] = { 502, CAUSE_OTHER, "proxy_internal_response",
 	    "the parent proxy failed" },
@@ -9871,12 +9872,18 @@ reference_resolve(const struct target *own, struct text value, struct buffer *b,
  * 4.4).
  */
 static void
-cache_invalidate(const struct target *own, const struct response *r)
+cache_invalidate(const struct request *q, const struct response *r)
 {
 	static const char *const fields[] = { "Location", "Content-Location" };
+	const struct target *own = &q->target;
 	struct target other = *own;
 	size_t i;
 
+	if (options.cache == NULL || q->method == METHOD_GET ||
+	    q->method == METHOD_HEAD || q->method == METHOD_CONNECT ||
+	    q->method == METHOD_TRACE || q->method == METHOD_OPTIONS ||
+	    r->status < 200 || r->status >= 400)
+		return;
 	cache_forget(own);
 	for (i = 0; i < sizeof(fields) / sizeof(fields[0]); i++) {
 		struct text value = head_value(&r->head, fields[i]);
@@ -9999,7 +10006,7 @@ lookup_age(struct exchange *x, const struct control *control,
 		lifetime = (struct lifetime){ given, "a rule" };
 	c->age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
-	c->ttl = lifetime.seconds - c->age;
+	c->ttl = (lifetime.seconds > 0 ? lifetime.seconds : 0) - c->age;
 	return lifetime;
 }
 
@@ -10263,11 +10270,9 @@ cache_find(struct exchange *x, struct lookup *l)
 		/*
 		 * With our validators in place of its conditions, a part of
 		 * another version could seem to meet them: it is sent
-		 * unchanged, and a part must not replace the whole.
+		 * unchanged.
 		 */
 		fd_drop(&l->fd);
-		if (head_field(&q->head, "Range") != NULL)
-			caching_enter(x, CACHING_BYPASSED);
 	} else if (l->fd != -1) {
 		c->entry = l->fd;
 		caching_enter(x, CACHING_VALIDATES);
@@ -10480,7 +10485,8 @@ payload_goes_on(const struct exchange *x, const struct response *r)
  * Handles a server's response, or its failure if r is NULL, for an entry to
  * validate.  CACHED_YES: the entry answers, in l; CACHED_LOST: it can't be
  * used, so ask the server again; CACHED_NO: r answers.  If the client has a
- * part of the response already, CACHED_YES: r has the same payload.
+ * part of the response already, CACHED_YES: r has the same payload.  A response
+ * invalidates entries even if rules forbid it.
  */
 static enum cached
 cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
@@ -10493,6 +10499,7 @@ cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 		return cache_rescue(x, false, l);
 	if (x->record.status != 0)
 		return payload_goes_on(x, r) ? CACHED_YES : CACHED_NO;
+	cache_invalidate(q, r);
 	if (c->state != CACHING_VALIDATES || r->status < 200)
 		return CACHED_NO;
 	c->forward_status = r->status;
@@ -10538,7 +10545,7 @@ cache_obstacle(const struct exchange *x, const struct response *r)
 
 /*
  * Handles a final response from a server: begins to store it, or tells those
- * who follow the fetch that it is not stored.  It may also invalidate entries.
+ * who follow the fetch that it is not stored.
  */
 static void
 cache_store(struct exchange *x, const struct response *r)
@@ -10551,9 +10558,6 @@ cache_store(struct exchange *x, const struct response *r)
 	if (options.cache == NULL || q->method == METHOD_CONNECT ||
 	    q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)
 		return;
-	if (q->method != METHOD_GET && q->method != METHOD_HEAD &&
-	    r->status >= 200 && r->status < 400)
-		cache_invalidate(&q->target, r);
 	why = cache_obstacle(x, r);
 	if (why == NULL && !fetch_store(x, r))
 		why = "no-room";
@@ -15593,7 +15597,7 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	enum cached cached;
 
 	/* In the middle of a body it is the payload that must be the same. */
-	if (x->record.status != 0)
+	if (x->record.status != 0 || answer_is_local(x->request))
 		return false;
 	cached = cache_validate(x, r, &l);
 	if (cached == CACHED_NO)

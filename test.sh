@@ -14014,6 +14014,14 @@ END
 	log    412 4 .* miss=
 	log    206 5 .* miss=
 	log    200 10 .* hit=validated
+	== the whole that answers a range takes its place
+	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | abcdefghij
+	reply  200 Connection: close\nETag: "b"\nCache-Control: max-age=99 | new\l
+	ask    / = 200 | abcdefghij
+	ask    / If-Match: "b"\nRange: bytes=5- = 200 | new\l
+	ask    / = 200; hit | new\l
+	log    200 10 .* miss=stored
+	log    200 4 .* miss=stored
 END
 }
 
@@ -14108,6 +14116,14 @@ test_cache_age() { # a second later it is a second older; then stale
 	sees#  1 ^Age: [0-9]$
 	gets#  1 ^GET
 END
+	play -n 'what says no lifetime is stale for as long as it is old' <<'END'
+	reply  200 Age: 100\nETag: "a" | one\l
+	a: ask / = 200
+	a: ask / Cache-Control: max-stale = 200; hit; ttl=-10 | one\l
+	a: ends .
+	do age=$(tr -d '\r' < a | sed -n 's/^Age: //p' | tail -n 1)
+	do tr -d '\r' < a | grep "ttl=-$age\$" > ttl || fail "ttl is not -$age"
+END
 }
 
 # Waits until the origin has been asked N times: reached N
@@ -14192,6 +14208,17 @@ test_cache_stale_error() { # a server that fails, or is gone: stale where allowe
 	b: sees+~ ^HTTP/1.1 502
 	log    /gone HTTP/1.1" 200 4 .* hit=stale .* end=done$
 	log    /other HTTP/1.1" 502
+END
+	stop_proxy
+	origin p <<'END'
+reply 200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | one\l
+---
+reply 407 No\nConnection: close |
+END
+	start_cache -x "http://me:x@$origin"
+	play -n 'a parent that takes the login no more' <<'END'
+	ask    http://a.example/ = 200 | one\l
+	ask    http://a.example/ = 200; fwd=stale; ttl=-4 | one\l
 END
 }
 
@@ -14515,6 +14542,18 @@ END
 	unsafe gone POST /b '200 OK' 'Location: a\n'
 	unsafe gone POST /b '200 OK' 'Content-Location: ./a\n'
 	unsafe gone POST '/a?x' '200 OK' 'Location: /a#there\n'
+	stop_proxy
+	start_cache -e 'deny type text/odd' -e 'answer 200 "ok" method POST'
+	play 'a response that a rule forbids does so, too; one that a rule makes does not' <<'END'
+	reply  200 Connection: close\nCache-Control: max-age=99 | one\l
+	reply  200 Connection: close\nContent-Type: text/odd | odd\l
+	reply  200 | two\l
+	ask    / = 200 | one\l
+	ask    POST / Content-Length: 0 = 200 | ok
+	ask    / = 200; hit | one\l
+	ask    PUT / Content-Length: 0 = 403
+	ask    / = 200; fwd= | two\l
+END
 }
 
 test_cache_head() { # HEAD is answered from a stored GET, and stored by none
