@@ -288,7 +288,7 @@ struct text {
 	size_t len;     /* in bytes */
 };
 
-/* An address and port; compared with memcmp(3), so all padding is zero. */
+/* An address and port. */
 struct address {
 	uint16_t family; /* AF_INET, AF_INET6, AF_UNIX; 0: no address */
 	uint16_t port;   /* in host order */
