@@ -9167,8 +9167,7 @@ store_assume(const char *tag, bool fresh)
 	store_path("unswept", path);
 	fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
 	if (fd == -1 && errno != EEXIST)
-		warn("can't write the cache %s: %s", options.cache,
-		    strerror(errno));
+		disk_failed();
 	stock_set(fd != -1 ? stock->limit : options.cache_size,
 	    options.cache_size);
 	stock->limit = options.cache_size / 32 * 31;

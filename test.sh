@@ -12668,7 +12668,7 @@ END
 	served
 }
 
-test_cache_unwritable() { # a directory that can't be written is named at the start
+test_cache_unwritable_start() { # a directory that can't be written is named at the start
 	as=
 	if [ "$(id -u)" = 0 ]; then
 		have setpriv || skip "root may write everywhere, and no setpriv"
@@ -20852,7 +20852,7 @@ END
 	[ -n "$(walk_gap)" ] || fail "a wrong walk is not found out"
 }
 
-test_style_parts() { # the parts of this file have the titles of the sections of proxy.c
+test_style_parts() { # the parts of this file have the titles of the sections of proxy.c, and no name is used twice
 	need_source
 	sed -n 's/^\/\* ---- \([0-9]*\. .*\) ---- \*\/$/\1/p' \
 	    "$here/proxy.c" > sections
@@ -20860,6 +20860,8 @@ test_style_parts() { # the parts of this file have the titles of the sections of
 	    head -n "$(wc -l < sections)" > parts
 	[ "$(wc -l < sections)" -gt "$doors_min" ] || fail "no sections"
 	diff sections parts || fail "$(diff sections parts | tail -n 1)"
+	sed -n 's/^\(test_[a-z0-9_]*\)() .*/\1/p' "$self" | sort | uniq -d > twice
+	[ ! -s twice ] || fail "two tests are called $(cat twice)"
 }
 
 test_style_files() { # the tree is five files, and dot-files
