@@ -2431,17 +2431,6 @@ conn_out(struct conn *c)
 	return c->out;
 }
 
-/*
- * True if the peer closed the connection abnormally.  A hangup after the
- * peer's FIN, while the proxy's side is open, means that the peer reset it.
- */
-static bool
-conn_is_broken(const struct conn *c)
-{
-	return c->error || (c->write_failed && (c->eof || !c->readable)) ||
-	    (c->hangup && c->eof && !c->shut);
-}
-
 /* True if nothing reaches the peer any more; what it sent may be unread yet. */
 static bool
 conn_is_gone(const struct conn *c)
@@ -2520,6 +2509,19 @@ address_bound(int fd)
 	memset(&storage, 0, sizeof(storage));
 	(void)getsockname(fd, (struct sockaddr *)&storage, &len);
 	return address_import((struct sockaddr *)&storage);
+}
+
+/*
+ * True if the peer closed the connection abnormally.  A hangup after the
+ * peer's FIN, while the proxy's side is open, means that the peer reset it; at
+ * a UNIX socket, only that the peer closed it.
+ */
+static bool
+conn_is_broken(const struct conn *c)
+{
+	return c->error || (c->write_failed && (c->eof || !c->readable)) ||
+	    (c->hangup && c->eof && !c->shut &&
+		address_bound(c->fd).family != AF_UNIX);
 }
 
 /* Parses a numeric address; false if host is a name. */
@@ -15371,16 +15373,21 @@ response_keeps_server(const struct exchange *x, const struct response *r)
 	    !head_lists(&r->head, "Connection", text_of("close"));
 }
 
-/* Keeps the server connection for another request, or closes it. */
+/*
+ * Keeps the server connection for another request, or closes it.  A server that
+ * does not read a body takes it for the beginning of the next request, which
+ * may be another client's: a connection that had one is closed.
+ */
 static void
 exchange_release(struct exchange *x)
 {
 	struct conn *s = &x->server;
 	struct hop hop;
 
-	if (!x->request->route.keep || !x->up.done || s->fd == -1 ||
-	    s->in != NULL || s->out != NULL || s->readable || s->eof ||
-	    s->error || s->write_failed || s->hangup || stop_at) {
+	if (!x->request->route.keep || !x->up.done ||
+	    x->up.from != FRAMING_NO_BODY || s->fd == -1 || s->in != NULL ||
+	    s->out != NULL || s->readable || s->eof || s->error ||
+	    s->write_failed || s->hangup || stop_at) {
 		conn_close(s, false);
 		return;
 	}
@@ -15876,9 +15883,12 @@ relay_step(struct exchange *x)
 	bool moved, gone, done;
 
 	moved = exchange_pump(x, &x->down, s, c);
-	if (s->fd != -1 && s->role != ROLE_FILE && !x->up.broken &&
+	if (s->fd != -1 && s->role != ROLE_FILE &&
 	    exchange_pump(x, &x->up, c, s))
 		moved = true;
+	/* The rest of the request never comes: the server must not wait. */
+	if (x->up.broken && x->up.ready == 0 && s->out == NULL)
+		conn_shut(s);
 	if (bend_cuts(x)) {
 		x->record.rule = x->bend->cut;
 		exchange_abort(x, END_RULE, REFUSE_NONE);
@@ -15901,8 +15911,10 @@ relay_step(struct exchange *x)
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
 	    c->out == NULL)
 		exchange_abort(x,
-		    x->record.refusal == REFUSE_RULE ? END_RULE : END_SERVER,
-		    REFUSE_CUT_SHORT);
+		    x->record.refusal == REFUSE_RULE ? END_RULE :
+			x->up.broken                 ? END_CLIENT :
+						       END_SERVER,
+		    x->up.broken ? REFUSE_BODY_CUT : REFUSE_CUT_SHORT);
 	else
 		return moved || relay_expire(x);
 	return true;
@@ -15980,7 +15992,7 @@ client_is_gone(const struct exchange *x)
 	if (c->error || (c->hangup && !c->shut))
 		return true;
 	return c->eof && c->in == NULL && !x->refresh && x->up.done &&
-	    q->kept && x->record.status == 0 && !answer_is_local(q);
+	    q->kept && !answer_is_local(q);
 }
 
 /*

@@ -6139,6 +6139,16 @@ END
 	gets   GET /1 HTTP/1.1
 	gets   -- connection 2
 	gets   GET /2 HTTP/1.1
+	== not behind a body, which a server that did not read it takes for a request
+	reply  200 | ok
+	origin eof
+	origin next
+	reply  200 | again
+	ask    /1 | hello = 200 | ok
+	ask    /2 = 200 | again
+	gets~  ^hello$
+	gets   -- connection 2
+	gets   GET /2 HTTP/1.1
 	== POST
 	replies 200 | ok
 	ask    /1 = 200 OK
@@ -7103,6 +7113,21 @@ test_body_client_leaves() { # a client that goes away
 	gets   hello
 	gets~  ^-- end (eof|reset)
 	log    "POST http://%O/ HTTP/1.1" (499|400) [0-9]+ .* up=5 .* end=[a-z]+ why="
+	== in its request body, when the answer has begun: the server learns it
+	reply  200 Transfer-Encoding: chunked | 3\none\n
+	origin until hello ; eof ; close
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 50\n\nhello
+	client until one ; shut ; eof
+	gets   hello
+	gets+  -- end eof
+	log    "POST http://%O/ HTTP/1.1" 200 3 .* up=5 .* end=client why="the request body was cut short"
+	== nor does the server wait behind a bad chunk
+	reply  200 Transfer-Encoding: chunked | 3\none\n
+	origin until hello ; eof ; close
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nTransfer-Encoding: chunked\n\n5\nhello\n
+	client until one ; send x ; eof
+	gets~  ^-- end eof
+	log    "POST http://%O/ HTTP/1.1" 200 3 .* end=client why="
 	== before the answer
 	origin head ; eof
 	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; stall 100 ; reset
@@ -17244,6 +17269,18 @@ test_tunnel_ends() { # each direction closes alone, the rest arrives; a reset is
 END
 }
 
+test_tunnel_unix() { # at a UNIX socket: what a client sent before it closed reaches a slow server
+	start_proxy -l "$T/p.sock"
+	play 'much, and then closed' <<'END'
+	origin stall 500 ; skip 1000000 ; until THE END ; eof
+	ask    CONNECT %O = 200
+	client fill 1000000 ; send THE END ; close
+	gets~  THE END
+	gets+  -- end eof
+	log    "CONNECT %O HTTP/1.1" 200 0 .* up=1000007 .* end=client
+END
+}
+
 test_tunnel_stuck() { # one side gone, the other not reading: no spinning
 	play 'the client is gone' <<'END'
 	origin await gone ; stall 200 ; send \{100:x} ; stall 200
@@ -17502,6 +17539,13 @@ test_client_gives_up() { # a client that asked to keep its connection and closes
 	client stall 100 ; shut ; eof
 	log    "GET http://%O/ HTTP/1.1" 499 0 .* total=N .* end=client
 	gets~  ^-- end (eof|reset)
+	== closed in the middle of a response that may never end
+	reply  200 Transfer-Encoding: chunked | 3\none\n
+	origin eof
+	client send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: keep-alive\n\n
+	client until one ; close
+	gets~  ^-- end (eof|reset)
+	log    "GET http://%O/ HTTP/1.1" 200 3 .* end=client
 	== not asked to be kept, and half-closed
 	origin head ; stall 300 ; say 200 | ok
 	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; shut ; answer
