@@ -7017,7 +7017,7 @@ options_read(struct parser *p)
 	if (options.anonymous)
 		line_take(p, "-a", 0,
 		    "unset request Via From Referer User-Agent Forwarded "
-		    "X-Forwarded-* X-Real-IP Client-IP X-Client-IP "
+		    "X-Forwarded* X-Real-IP Client-IP X-Client-IP "
 		    "True-Client-IP X-Cluster-Client-IP X-Originating-IP "
 		    "X-Remote-IP X-Remote-Addr X-ProxyUser-IP Proxy-Client-IP "
 		    "CF-Connecting-IP Fastly-Client-IP X-UIDH");

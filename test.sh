@@ -16335,7 +16335,7 @@ test_fields_anonymous() { # -a: nothing about the client or the proxy
 	start_proxy -a
 	play 'dropped' <<'END'
 	reply  200 | ok
-	ask    / Via: 1.0 fred\nFrom: a@b\nReferer: http://x/\nUser-Agent: play\nForwarded: for=1\nx-forwarded-for: 1\nX-Forwarded-Host: x\nX-Forwarded-Proto: x\nX-Real-IP: 1\nClient-IP: 1\nX-Keep: 1\nAccept: */*\nAuthorization: Basic eDp5 = 200 OK
+	ask    / Via: 1.0 fred\nFrom: a@b\nReferer: http://x/\nUser-Agent: play\nForwarded: for=1\nX-Forwarded: for=1\nx-forwarded-for: 1\nX-Forwarded-Host: x\nX-Forwarded-Proto: x\nX-Real-IP: 1\nClient-IP: 1\nX-Keep: 1\nAccept: */*\nAuthorization: Basic eDp5 = 200 OK
 	gets   GET / HTTP/1.1
 	gets+  Host: %O
 	gets+  X-Keep: 1
