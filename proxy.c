@@ -13548,7 +13548,7 @@ page_own(struct exchange *x, const struct page *page)
 
 /*
  * The answer of a rule: a text, or a file as it is now, which is read like the
- * body of an entry.
+ * body of an entry.  One for which a small buffer has no room is refused.
  */
 static void
 page_rule(struct exchange *x, const struct rule *rule)
@@ -13557,27 +13557,27 @@ page_rule(struct exchange *x, const struct rule *rule)
 	const char *allow = rule->status == 405 ? "Allow:\r\n" : "";
 	struct conn *s = &x->server;
 	struct stat status;
-	int fd;
+	int fd = rule->file ? open(rule->file, O_RDONLY | O_NONBLOCK) : -1;
 
-	if (rule->file == NULL) {
-		page_make(x, rule->status, rule->type, allow, rule->words);
-		return;
-	}
-	fd = open(rule->file, O_RDONLY | O_NONBLOCK);
-	if (fd == -1 || fstat(fd, &status) == -1 || !S_ISREG(status.st_mode)) {
+	if (rule->file != NULL &&
+	    (fd == -1 || fstat(fd, &status) == -1 ||
+		!S_ISREG(status.st_mode))) {
 		page_refusal(x, REFUSE_FILE, fd == -1 ? strerror(errno) : "");
 		fd_drop(&fd);
 		return;
 	}
-	page_make(x, rule->status, rule->type, allow, text_of(""));
-	if (s->in == NULL) {
-		fd_drop(&fd);
+	page_make(x, rule->status, rule->type, allow, rule->words);
+	if (s->in != NULL && s->in->overflow)
+		page_refusal(x, REFUSE_ANSWER_LONG, "");
+	else if (s->in != NULL && fd != -1) {
+		s->in->end -= strlen("0\r\n\r\n");
+		buffer_print(s->in, "%llu\r\n\r\n",
+		    (unsigned long long)status.st_size);
+		s->eof = false;
+		conn_file(s, fd, x);
 		return;
 	}
-	s->in->end -= strlen("0\r\n\r\n");
-	buffer_print(s->in, "%llu\r\n\r\n", (unsigned long long)status.st_size);
-	s->eof = false;
-	conn_file(s, fd, x);
+	fd_drop(&fd);
 }
 
 /* True if t, from a Host field, is where the client found this proxy. */

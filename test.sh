@@ -18286,6 +18286,16 @@ END
 
 # ---- rules that bend an exchange ----
 
+test_bend_answer_long() { # answer: a text that has no room in a small buffer is refused, not cut
+	long=$(awk 'BEGIN { while (n++ < 8000) printf "x" }')
+	start_proxy -e "answer 200 \"$long\" host a.example"
+	want=502
+	[ "$room_max" -lt 9000 ] || want="200 | $long"
+	play 'a text of 8000 bytes' <<END
+	ask    http://a.example/ = $want
+END
+}
+
 test_bend_answer() { # answer: a text or a file, and no server is asked
 	printf '<p>hello</p>' > page.html
 	start_rules <<END
