@@ -8389,7 +8389,7 @@ entry_find(const struct request *q, struct text key, struct lookup *l)
 
 	entry_path(key, text_of(""), l->path);
 	entry_open(l, l->path, 0, key);
-	/* A variant's file that somebody moved here is for few requests. */
+	/* A variant that somebody moved here must not answer all requests. */
 	if (l->fd != -1 && l->e.variant.len > 0)
 		fd_drop(&l->fd);
 	if (l->fd == -1 || l->e.vary.at == NULL)
@@ -10562,7 +10562,7 @@ cache_store(struct exchange *x, const struct response *r)
 		why = "no-room";
 	if (c->fetch != NULL)
 		key_remember(c->key, why != NULL);
-	/* A part takes the place of nothing else. */
+	/* A part replaces nothing else, see marker_token(). */
 	if (c->state == CACHING_SUPERSEDED && (why != NULL || r->status == 206))
 		store_remove(c->path);
 	if (why == NULL) {
