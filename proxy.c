@@ -2933,7 +2933,7 @@ static const struct {
 	[REFUSE_PAGE_METHOD] = { 405, CLIENT,
 	    "the proxy's own pages know GET and HEAD" },
 	[REFUSE_NOT_STORED] = { 504, CLIENT,
-	    "only-if-cached, and nothing fit is stored" },
+	    "only the cache may answer, and nothing fit is stored" },
 	[REFUSE_LOOP_VIA] = { LOOP, "this request has passed here before" },
 	[REFUSE_LOOP] = { LOOP, "this address is the proxy's own" },
 	[REFUSE_GUARDED] = { 403, CAUSE_RULE, "destination_ip_prohibited",
