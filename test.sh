@@ -18542,6 +18542,7 @@ END
 	play -n 'answered' <<END
 	ask    http://$old/a = 200 | old
 	ask    http://$old/b = 504
+	sees~  ^504 Gateway Timeout: only the cache may answer, and
 	a: ask POST http://$old/a = 504
 	b: ask CONNECT $old = 504
 END
