@@ -8798,10 +8798,11 @@ sweep_count(const struct file *f, void *argument)
 {
 	struct sweep *sweep = argument;
 	pid_t owner = temporary_owner(f->name);
+	bool ours = temporary_is_ours(owner);
 
-	if (owner != 0 && f->age >= TEMPORARY_S)
+	if (!ours && owner != 0 && f->age >= TEMPORARY_S)
 		(void)unlink(f->path);
-	else if (!temporary_is_ours(owner))
+	else if (!ours)
 		sweep->bytes += f->bytes;
 	if (f->entry)
 		sweep->ages[sweep_age(f)] += f->bytes;
