@@ -8768,7 +8768,7 @@ struct sweep {
 
 /*
  * A file's age on a logarithmic scale.  One from the future was written when
- * the clock was wrong; as it will not seem to age for long, it is the oldest.
+ * the clock was wrong; it would seem new until then, so it is the oldest.
  */
 static unsigned
 sweep_age(const struct file *f)
