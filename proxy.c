@@ -8882,7 +8882,7 @@ struct sweep {
 
 /*
  * A file's age on a logarithmic scale.  One from the future was written when
- * the clock was wrong; as it will not seem to age for long, it is the oldest.
+ * the clock was wrong; it would seem new until then, so it is the oldest.
  */
 static unsigned
 sweep_age(const struct file *f)
@@ -8912,10 +8912,11 @@ sweep_count(const struct file *f, void *argument)
 {
 	struct sweep *sweep = argument;
 	pid_t owner = temporary_owner(f->name);
+	bool ours = temporary_is_ours(owner);
 
-	if (owner != 0 && f->age >= TEMPORARY_S)
+	if (!ours && owner != 0 && f->age >= TEMPORARY_S)
 		(void)unlink(f->path);
-	else if (!temporary_is_ours(owner))
+	else if (!ours)
 		sweep->bytes += f->bytes;
 	if (f->entry)
 		sweep->ages[sweep_age(f)] += f->bytes;

@@ -13043,6 +13043,23 @@ END
 	served
 }
 
+test_cache_temporary_ours() { # what the proxy is storing stays, though the clock has gone on by hours
+	start_cache -s 1M
+	origin slow 'head ; say 200 Cache-Control: max-age=9999\nContent-Length: 6 | abc ; touch half ; await go ; send def'
+	slow=$origin
+	client_bg c "send GET http://$slow/ HTTP/1.1\nHost: x\n\n ; answer"
+	comes half
+	wait_for 5 '[ -n "$(find cache -name "tmp.*")" ]' || fail "no file"
+	aged 2 cache/tmp.*
+	many_origin 20000
+	get_many 1 10
+	get_many 11 20
+	"$peer" sleep 200
+	: > go
+	ends c '^open$'
+	has log "GET http://$slow/ HTTP/1.1\" 200 6 .* miss=stored"
+}
+
 test_cache_sweep_markers() { # what turned out too large leaves nothing behind, Vary or not
 	start_cache -s 256K
 	origin o <<'END'
