@@ -2718,18 +2718,23 @@ conn_connect(struct conn *c, const struct address *to,
 }
 
 /*
- * When c has become writable: 0 if it is connected, or the errno.  poll(2) has
- * told already whether there is an error.
+ * When c has become writable: 0 if it is connected to that address, or the
+ * errno.  poll(2) has told already whether there is an error.  Where nobody
+ * listens, the system may choose that port for our end: c is then connected to
+ * itself.
  */
 static int
-conn_connect_error(struct conn *c)
+conn_connect_error(struct conn *c, const struct address *to)
 {
+	struct address here = address_bound(c->fd);
 	int error = 0;
 	socklen_t len = sizeof(error);
 
 	if (c->hangup &&
 	    getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &len) == -1)
 		return errno;
+	if (error == 0 && address_same(&here, to))
+		error = ECONNREFUSED;
 	if (error == 0)
 		c->connecting = false;
 	return error;
@@ -15073,16 +15078,16 @@ connect_next(struct exchange *x)
 		route->error = errno;
 }
 
-/* Checks one attempt: true if it is connected; closes it if it failed. */
+/* Checks an attempt at `to': true if connected; closes it if it failed. */
 static bool
-connect_try(struct exchange *x, struct conn *c)
+connect_try(struct exchange *x, struct conn *c, const struct address *to)
 {
 	struct route *route = &x->request->route;
 	int error;
 
 	if (c->fd == -1 || !c->writable)
 		return false;
-	error = conn_connect_error(c);
+	error = conn_connect_error(c, to);
 	if (error == 0) {
 		trace(x, "connected");
 		return true;
@@ -15102,10 +15107,11 @@ connect_won(struct exchange *x)
 	struct route *route = &x->request->route;
 	struct other *o;
 
-	if (connect_try(x, &x->server))
+	if (connect_try(x, &x->server, &x->record.server))
 		return true;
 	for (o = others; route->tries > 0 && o < others + others_used; o++) {
-		if (o->conn.exchange != x || !connect_try(x, &o->conn))
+		if (o->conn.exchange != x ||
+		    !connect_try(x, &o->conn, &o->hop.address))
 			continue;
 		conn_close(&x->server, false);
 		conn_move(&o->conn, &x->server, ROLE_SERVER, x);

@@ -6148,6 +6148,27 @@ check_encoding(void)
 			encode_try(FRAMING_LENGTH, FRAMING_CHUNKED, n,
 			    BUFFER_ROOM, BUFFER_ROOM - 40 + out);
 }
+
+/* A socket that is connected to itself has not found a server. */
+static void
+check_self(void)
+{
+	struct address a = { .family = AF_INET, .octets = { 127, 0, 0, 1 } };
+	struct sockaddr_storage storage;
+	socklen_t len = address_export(&a, &storage);
+	int fd = socket(AF_INET, SOCK_STREAM, 0);
+	struct conn c;
+
+	conn_clear(&c);
+	if (fd == -1 || bind(fd, (struct sockaddr *)&storage, len) == -1)
+		unit_fail("self", "no port", "", 0);
+	a.port = address_bound(fd).port;
+	close(fd);
+	if (!conn_connect(&c, &a, &a) ||
+	    conn_connect_error(&c, &a) != ECONNREFUSED)
+		unit_fail("self", "it counts as connected", "", 0);
+	conn_close(&c, false);
+}
 EOF_UNIT
 }
 
@@ -6322,6 +6343,10 @@ END
 }
 
 # ---- 5. Conns ---------------------------------------------------------------
+
+test_unit_self() { # where nobody listens, the proxy does not take itself for the server
+	unit self
+}
 
 test_server_reuse() { # one connection for many requests; not after close, HTTP/1.0, or for a POST
 	play 'from one client' <<'END'
