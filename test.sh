@@ -15690,7 +15690,7 @@ test_names_hanging() { # forty names that hang keep no other name waiting
 	served
 }
 
-# ---- 15. Log and trace ------------------------------------------------------
+# ---- 15. Log ----------------------------------------------------------------
 
 test_unit_line() { # the longest line of the log ends like every other
 	unit line
@@ -15990,6 +15990,167 @@ END
 	served
 }
 
+# ---- 16. Recording: HAR 1.2 -------------------------------------------------
+
+# The recording s.har has a line that matches each ERE, in their order.
+recorded() {
+	what=$1
+	shift
+	for recorded_ere; do
+		wait_for 5 'grep -E -e "$recorded_ere" s.har > /dev/null' ||
+			fail "$what: no $recorded_ere in: $(head -c 3000 s.har)"
+	done
+	[ "$(tail -n 1 s.har)" = ']}}' ] || fail "$what: no end"
+}
+
+test_record() { # -w: heads, bodies, times and reasons, in HAR
+	start_proxy -w s.har -e 'deny url /no' \
+	    -e "$(printf 'deny "f\303\274r alle" url /fuer')"
+	play 'a GET' <<'END'
+	reply  200 Content-Type: text/plain\nX-A: a"b\\c | h\xc3\xa9llo\l"you"\\\t.
+	ask    /p?a=1&b&c=%20=#f Accept-Encoding: gzip\nAuthorization: Basic c2VjcmV0 = 200
+	gets!~ ^Accept-Encoding
+	== a POST
+	reply  201 Location: /there | ok
+	ask    POST / Content-Type: a/b | x=y = 201
+	== a coded body
+	reply  200 Content-Encoding: gzip\nTransfer-Encoding: chunked | 3\nabc\n0\n\n
+	ask    /gzip = 200
+	== bytes that are no text
+	reply  200 | \xff\x00a
+	ask    /bytes = 200
+	== a body too long
+	reply  200 Content-Length: 1500000 ; fill 1500000
+	client send GET http://%O/long HTTP/1.1\nHost: x\n\n ; until \n\n ; skip 1500000
+	== a tunnel
+	origin until ping ; send pong ; eof
+	ask    CONNECT %O Proxy-Authorization: Basic c2VjcmV0
+	client send ping ; until pong
+	== a tunnel by Upgrade, with a long URL
+	origin head ; say 101 Upgrade: x\nConnection: upgrade ; eof
+	client send GET http://%O/\{200:u}?b=c HTTP/1.1\nHost: x\nConnection: upgrade\nUpgrade: x\n\n ; until \n\n
+	== a refusal
+	ask    http://x.test/no = 403
+	ask    http://x.test/fuer = 403
+	== no request at all
+	client send nonsense\n\n ; eof
+END
+	recorded GET '^[{]"startedDateTime":"20[0-9-]*T[0-9:]*[.][0-9]{3}Z","cache":[{][}],"connection":"127.0.0.1:[0-9]*","serverIPAddress":"127.0.0.1","comment":"end=done","request":[{]"method":"GET","httpVersion":"HTTP/1.1","url":"http://[0-9.:]*/p[?]a=1&b&c=%20=","queryString":\[[{]"name":"a","value":"1"[}],[{]"name":"b","value":""[}],[{]"name":"c","value":"%20="[}]\],"cookies":\[\],"headers":\[[{]"name":"Host",.*[{]"name":"Accept-Encoding","value":"gzip"[}],[{]"name":"Authorization","value":"[*]{3}"[}]\],"headersSize":[0-9]*,"bodySize":0[}],"response":[{]"status":200,"statusText":"OK","httpVersion":"HTTP/1.1","redirectURL":"","cookies":\[\],"headers":\[.*[{]"name":"X-A","value":"a\\"b\\\\c"[}]' \
+	    '"bodySize":15,"content":[{]"size":15,"mimeType":"text/plain","text":"h..llo\\n\\"you\\"\\\\\\t[.]"[}][}],"time":[0-9]*,"timings":[{]"blocked":[0-9]*,"dns":-1,"connect":[0-9]*,"send":[0-9]*,"wait":[0-9]*,"receive":[0-9]*[}][}],?$'
+	recorded POST '"method":"POST".*"bodySize":3,"postData":[{]"mimeType":"a/b","text":"x=y"[}][}],"response":[{]"status":201,.*"redirectURL":"/there".*"text":"ok"'
+	recorded coded '/gzip.*"content":[{]"size":3,"mimeType":"","text":"YWJj","encoding":"base64","_contentEncoding":"gzip"[}]'
+	recorded bytes '/bytes.*"text":"/wBh","encoding":"base64"[}]'
+	recorded long '/long.*"content":[{]"size":1500000,.*"comment":"cut: longer than 1048576 bytes"[}]'
+	recorded tunnel '"method":"CONNECT","httpVersion":"HTTP/1.1","url":"connect://127[0-9.:]*".*"status":200,.*"content":[{]"size":0,"mimeType":"","text":""[}][}].*"blocked":-1,"dns":-1,'
+	recorded upgrade '"url":"http://[0-9.:]*/u{200}[?]b=c","queryString":\[[{]"name":"b","value":"c"[}]\].*"status":101,'
+	recorded words '"comment":"end=done, rule -e:2, f'"$(printf '\303\274')"'r alle".*/fuer'
+	recorded refusal '"comment":"end=done, rule -e:1, a rule forbids this".*"status":403,.*"text":"403 Forbidden: ' \
+	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"nonsense"'
+	lacks s.har c2VjcmV0
+	ls s.har.* > /dev/null 2>&1 && fail "a tape has a name"
+	lines=$(($(wc -l < s.har) - 2))
+	[ $lines = "$(wc -l < log)" ] || fail "$lines entries"
+	case $(ls -l s.har) in
+	-rw-------*) ;;
+	*) fail "$(ls -l s.har)" ;;
+	esac
+}
+
+test_record_folded() { # -w: a password in a folded field is hidden
+	start_proxy -w s.har
+	play 'folded' <<'END'
+	client send GET http://%O/ HTTP/1.1\nHost: x\nAuthorization: Basic\n c2VjcmV0\n\n ; answer
+	sees~  ^HTTP/1.1 400
+	do     has s.har '"Authorization"'
+	do     lacks s.har c2VjcmV0
+END
+}
+
+test_record_goes_on() { # -w: killed, started again, moved: every file is whole
+	start_proxy -w s.har
+	play 'before it is killed' <<'END'
+	reply  200 | one
+	ask    /one = 200
+END
+	recorded one '"text":"one"'
+	kill -KILL "$proxy_pid"
+	wait "$proxy_pid" 2> /dev/null
+	: > .proxies
+	[ "$(tail -n 1 s.har)" = ']}}' ] || fail "no end"
+	start_proxy -w s.har
+	exits 1 -l 127.0.0.1:0 -w s.har
+	has errors "^proxy: can't record to s.har: another process writes it"
+	play 'after it' <<'END'
+	reply  200 | two
+	ask    /two = 200
+	do recorded two '"text":"one"' '"text":"two"'
+	do mv s.har old.har; kill -HUP "$proxy_pid"; wait_for 5 '[ -f s.har ]'
+	== after it was moved
+	reply  200 | three
+	ask    /three = 200
+END
+	recorded three '"text":"three"'
+	lacks old.har '"text":"three"'
+	[ "$(tail -n 1 old.har)" = ']}}' ] || fail "no end"
+	counts 1 old.har '^{"started.*}$'
+}
+
+test_record_kept() { # -w: at HUP another file has its name, and the recording goes on in its own
+	start_proxy -w s.har
+	play 'before' <<'END'
+	reply  200 | one
+	ask    /one = 200
+END
+	recorded one '"text":"one"'
+	mv s.har old.har
+	echo '{}' > s.har
+	kill -HUP "$proxy_pid"
+	has err "^proxy: can't open s.har again: it does not end as a recording does" 5
+	play 'after' <<'END'
+	reply  200 | two
+	ask    /two = 200
+END
+	[ "$(cat s.har)" = '{}' ] || fail "s.har has changed"
+	mv old.har s.har
+	recorded two '"text":"one"' '"text":"two"'
+}
+
+test_record_wrong() { # -w: what it can't write to
+	echo '{}' > other.har
+	exits 1 -l 127.0.0.1:0 -w other.har
+	has errors "^proxy: can't record to other.har: it does not end as a recording does"
+	[ "$(cat other.har)" = '{}' ] || fail "other.har has changed"
+	exits 1 -l 127.0.0.1:0 -w no/s.har
+	has errors "^proxy: can't record to no/s.har: No such file"
+	exits 1 -l 127.0.0.1:0 -w /dev/null
+	has errors "^proxy: can't record to /dev/null: "
+}
+
+test_record_full() { # -w: a full disk costs entries, is said once, and the file stays whole
+	mkdir disk
+	mount -t tmpfs -o size=64k tmpfs "$T/disk" 2> mount.err ||
+		skip "cannot mount: $(head -n 1 mount.err)"
+	trap 'stop_proxy; umount "$T/disk"; reap' EXIT
+	start_proxy -w disk/s.har
+	ln -s disk/s.har s.har
+	play 'it fits' <<'END'
+	reply  200 | small
+	ask    /a?b=c&d= = 200
+	== it does not
+	reply  200 | \{200000:x}
+	ask    / = 200
+	reply  200 | \{200000:x}
+	ask    / = 200
+	== after it
+	reply  200 | again
+	ask    /b = 200
+END
+	recorded again '"text":"small"' '/b",.*"text":"again"'
+	counts 1 err "^proxy: disk/s.har can't be written, exchanges are missing in it: No space left on device"
+}
+
+# ---- 17. Trace --------------------------------------------------------------
+
 test_trace_long() { # -v: lines longer than the trace's own, with blanks before a colon
 	start_proxy -v
 	blanks=$(printf '%1100s' '')
@@ -16152,187 +16313,7 @@ END
 	exec 9>&-
 }
 
-test_signal_usr1() { # USR1: a line a busy slot on standard error
-	play 'a tunnel' <<'END'
-	origin eof
-	a: ask CONNECT %O
-	a: touch open ; await close
-	do comes open
-	do kill -USR1 "$proxy_pid"
-	do wait_for 5 'grep "^proxy: .*$origin" err'
-	do [ "$(grep -c "$origin" err)" = 1 ] || fail "more than a line a slot"
-	do served
-	do touch close
-	== a half-closed one
-	origin until ping ; touch shut ; eof ; stall 20000
-	a: ask CONNECT %O
-	a: send ping ; shut ; await closed
-	do comes shut
-	do wait_for 5 'kill -USR1 "$proxy_pid"; grep "^proxy: .*$origin, .*sends no" err'
-	do touch closed
-	err~   up 4, down 0, server %O, no byte for [0-9]* s, the client sends no more; in buffers: from the client 0 bytes, to it 0, from the server 0, to it 0; acts again in [0-9]* s if nothing moves$
-END
-	stop_proxy
-}
-
-# The recording s.har has a line that matches each ERE, in their order.
-recorded() {
-	what=$1
-	shift
-	for recorded_ere; do
-		wait_for 5 'grep -E -e "$recorded_ere" s.har > /dev/null' ||
-			fail "$what: no $recorded_ere in: $(head -c 3000 s.har)"
-	done
-	[ "$(tail -n 1 s.har)" = ']}}' ] || fail "$what: no end"
-}
-
-test_record() { # -w: heads, bodies, times and reasons, in HAR
-	start_proxy -w s.har -e 'deny url /no' \
-	    -e "$(printf 'deny "f\303\274r alle" url /fuer')"
-	play 'a GET' <<'END'
-	reply  200 Content-Type: text/plain\nX-A: a"b\\c | h\xc3\xa9llo\l"you"\\\t.
-	ask    /p?a=1&b&c=%20=#f Accept-Encoding: gzip\nAuthorization: Basic c2VjcmV0 = 200
-	gets!~ ^Accept-Encoding
-	== a POST
-	reply  201 Location: /there | ok
-	ask    POST / Content-Type: a/b | x=y = 201
-	== a coded body
-	reply  200 Content-Encoding: gzip\nTransfer-Encoding: chunked | 3\nabc\n0\n\n
-	ask    /gzip = 200
-	== bytes that are no text
-	reply  200 | \xff\x00a
-	ask    /bytes = 200
-	== a body too long
-	reply  200 Content-Length: 1500000 ; fill 1500000
-	client send GET http://%O/long HTTP/1.1\nHost: x\n\n ; until \n\n ; skip 1500000
-	== a tunnel
-	origin until ping ; send pong ; eof
-	ask    CONNECT %O Proxy-Authorization: Basic c2VjcmV0
-	client send ping ; until pong
-	== a tunnel by Upgrade, with a long URL
-	origin head ; say 101 Upgrade: x\nConnection: upgrade ; eof
-	client send GET http://%O/\{200:u}?b=c HTTP/1.1\nHost: x\nConnection: upgrade\nUpgrade: x\n\n ; until \n\n
-	== a refusal
-	ask    http://x.test/no = 403
-	ask    http://x.test/fuer = 403
-	== no request at all
-	client send nonsense\n\n ; eof
-END
-	recorded GET '^[{]"startedDateTime":"20[0-9-]*T[0-9:]*[.][0-9]{3}Z","cache":[{][}],"connection":"127.0.0.1:[0-9]*","serverIPAddress":"127.0.0.1","comment":"end=done","request":[{]"method":"GET","httpVersion":"HTTP/1.1","url":"http://[0-9.:]*/p[?]a=1&b&c=%20=","queryString":\[[{]"name":"a","value":"1"[}],[{]"name":"b","value":""[}],[{]"name":"c","value":"%20="[}]\],"cookies":\[\],"headers":\[[{]"name":"Host",.*[{]"name":"Accept-Encoding","value":"gzip"[}],[{]"name":"Authorization","value":"[*]{3}"[}]\],"headersSize":[0-9]*,"bodySize":0[}],"response":[{]"status":200,"statusText":"OK","httpVersion":"HTTP/1.1","redirectURL":"","cookies":\[\],"headers":\[.*[{]"name":"X-A","value":"a\\"b\\\\c"[}]' \
-	    '"bodySize":15,"content":[{]"size":15,"mimeType":"text/plain","text":"h..llo\\n\\"you\\"\\\\\\t[.]"[}][}],"time":[0-9]*,"timings":[{]"blocked":[0-9]*,"dns":-1,"connect":[0-9]*,"send":[0-9]*,"wait":[0-9]*,"receive":[0-9]*[}][}],?$'
-	recorded POST '"method":"POST".*"bodySize":3,"postData":[{]"mimeType":"a/b","text":"x=y"[}][}],"response":[{]"status":201,.*"redirectURL":"/there".*"text":"ok"'
-	recorded coded '/gzip.*"content":[{]"size":3,"mimeType":"","text":"YWJj","encoding":"base64","_contentEncoding":"gzip"[}]'
-	recorded bytes '/bytes.*"text":"/wBh","encoding":"base64"[}]'
-	recorded long '/long.*"content":[{]"size":1500000,.*"comment":"cut: longer than 1048576 bytes"[}]'
-	recorded tunnel '"method":"CONNECT","httpVersion":"HTTP/1.1","url":"connect://127[0-9.:]*".*"status":200,.*"content":[{]"size":0,"mimeType":"","text":""[}][}].*"blocked":-1,"dns":-1,'
-	recorded upgrade '"url":"http://[0-9.:]*/u{200}[?]b=c","queryString":\[[{]"name":"b","value":"c"[}]\].*"status":101,'
-	recorded words '"comment":"end=done, rule -e:2, f'"$(printf '\303\274')"'r alle".*/fuer'
-	recorded refusal '"comment":"end=done, rule -e:1, a rule forbids this".*"status":403,.*"text":"403 Forbidden: ' \
-	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"nonsense"'
-	lacks s.har c2VjcmV0
-	ls s.har.* > /dev/null 2>&1 && fail "a tape has a name"
-	lines=$(($(wc -l < s.har) - 2))
-	[ $lines = "$(wc -l < log)" ] || fail "$lines entries"
-	case $(ls -l s.har) in
-	-rw-------*) ;;
-	*) fail "$(ls -l s.har)" ;;
-	esac
-}
-
-test_record_folded() { # -w: a password in a folded field is hidden
-	start_proxy -w s.har
-	play 'folded' <<'END'
-	client send GET http://%O/ HTTP/1.1\nHost: x\nAuthorization: Basic\n c2VjcmV0\n\n ; answer
-	sees~  ^HTTP/1.1 400
-	do     has s.har '"Authorization"'
-	do     lacks s.har c2VjcmV0
-END
-}
-
-test_record_goes_on() { # -w: killed, started again, moved: every file is whole
-	start_proxy -w s.har
-	play 'before it is killed' <<'END'
-	reply  200 | one
-	ask    /one = 200
-END
-	recorded one '"text":"one"'
-	kill -KILL "$proxy_pid"
-	wait "$proxy_pid" 2> /dev/null
-	: > .proxies
-	[ "$(tail -n 1 s.har)" = ']}}' ] || fail "no end"
-	start_proxy -w s.har
-	exits 1 -l 127.0.0.1:0 -w s.har
-	has errors "^proxy: can't record to s.har: another process writes it"
-	play 'after it' <<'END'
-	reply  200 | two
-	ask    /two = 200
-	do recorded two '"text":"one"' '"text":"two"'
-	do mv s.har old.har; kill -HUP "$proxy_pid"; wait_for 5 '[ -f s.har ]'
-	== after it was moved
-	reply  200 | three
-	ask    /three = 200
-END
-	recorded three '"text":"three"'
-	lacks old.har '"text":"three"'
-	[ "$(tail -n 1 old.har)" = ']}}' ] || fail "no end"
-	counts 1 old.har '^{"started.*}$'
-}
-
-test_record_kept() { # -w: at HUP another file has its name, and the recording goes on in its own
-	start_proxy -w s.har
-	play 'before' <<'END'
-	reply  200 | one
-	ask    /one = 200
-END
-	recorded one '"text":"one"'
-	mv s.har old.har
-	echo '{}' > s.har
-	kill -HUP "$proxy_pid"
-	has err "^proxy: can't open s.har again: it does not end as a recording does" 5
-	play 'after' <<'END'
-	reply  200 | two
-	ask    /two = 200
-END
-	[ "$(cat s.har)" = '{}' ] || fail "s.har has changed"
-	mv old.har s.har
-	recorded two '"text":"one"' '"text":"two"'
-}
-
-test_record_wrong() { # -w: what it can't write to
-	echo '{}' > other.har
-	exits 1 -l 127.0.0.1:0 -w other.har
-	has errors "^proxy: can't record to other.har: it does not end as a recording does"
-	[ "$(cat other.har)" = '{}' ] || fail "other.har has changed"
-	exits 1 -l 127.0.0.1:0 -w no/s.har
-	has errors "^proxy: can't record to no/s.har: No such file"
-	exits 1 -l 127.0.0.1:0 -w /dev/null
-	has errors "^proxy: can't record to /dev/null: "
-}
-
-test_record_full() { # -w: a full disk costs entries, is said once, and the file stays whole
-	mkdir disk
-	mount -t tmpfs -o size=64k tmpfs "$T/disk" 2> mount.err ||
-		skip "cannot mount: $(head -n 1 mount.err)"
-	trap 'stop_proxy; umount "$T/disk"; reap' EXIT
-	start_proxy -w disk/s.har
-	ln -s disk/s.har s.har
-	play 'it fits' <<'END'
-	reply  200 | small
-	ask    /a?b=c&d= = 200
-	== it does not
-	reply  200 | \{200000:x}
-	ask    / = 200
-	reply  200 | \{200000:x}
-	ask    / = 200
-	== after it
-	reply  200 | again
-	ask    /b = 200
-END
-	recorded again '"text":"small"' '/b",.*"text":"again"'
-	counts 1 err "^proxy: disk/s.har can't be written, exchanges are missing in it: No space left on device"
-}
-
-# ---- 16. Heads and pages: what the proxy writes -----------------------------
+# ---- 18. Heads and pages: what the proxy writes -----------------------------
 
 test_fields_kept() { # hop-by-hop and nominated fields go; order, case and repeats stay; Host is from the URL
 	play 'both ways' <<'END'
@@ -16649,7 +16630,7 @@ END
 END
 }
 
-# ---- 17. Exchange: the phases, one step each --------------------------------
+# ---- 19. Exchange: the phases, one step each --------------------------------
 
 # ---- traffic that was not asked to come ----
 
@@ -18692,7 +18673,7 @@ END
 	served
 }
 
-# ---- 18. Loop ---------------------------------------------------------------
+# ---- 20. Loop ---------------------------------------------------------------
 
 test_limit_slots() { # all slots taken: no spinning, and served again after
 	start_proxy -m 2
@@ -18874,7 +18855,7 @@ test_resources_board() { # musl, 4 KiB buffers, an empty root: 64 descriptors do
 	[ "$most" -lt 1024 ] || fail "$most KiB resident"
 }
 
-test_resources_calls() { # a small GET: 4 transfers, and the log's write
+test_resources_calls() { # a small GET: 4 transfers, and the log's write; a new client: one accept
 	need_calls
 	start_proxy
 	play -n 'four of them' <<'END'
@@ -18898,6 +18879,14 @@ END
 	[ "$transfers" = 16 ] ||
 		fail "4 requests took $transfers transfers instead of 16"
 	[ "$others" -le 4 ] || fail "$others other calls: $(cut -c1-40 calls)"
+	count_from=$(($(wc -l < all.calls) + 1))
+	for n in 1 2 3; do
+		client $n 'ask http://%O/ Connection: close'
+		"$peer" sleep 100
+	done
+	tail -n "+$count_from" all.calls > calls
+	[ "$(grep -c '^accept' calls)" = 3 ] && ! grep '^setsockopt' calls ||
+		fail "3 clients took $(grep -c '^accept\|^setsock' calls) calls"
 }
 
 write_hasty() {
@@ -18960,7 +18949,30 @@ END
 	served
 }
 
-# ---- 19. Main: options, startup ---------------------------------------------
+test_signal_usr1() { # USR1: a line a busy slot on standard error
+	play 'a tunnel' <<'END'
+	origin eof
+	a: ask CONNECT %O
+	a: touch open ; await close
+	do comes open
+	do kill -USR1 "$proxy_pid"
+	do wait_for 5 'grep "^proxy: .*$origin" err'
+	do [ "$(grep -c "$origin" err)" = 1 ] || fail "more than a line a slot"
+	do served
+	do touch close
+	== a half-closed one
+	origin until ping ; touch shut ; eof ; stall 20000
+	a: ask CONNECT %O
+	a: send ping ; shut ; await closed
+	do comes shut
+	do wait_for 5 'kill -USR1 "$proxy_pid"; grep "^proxy: .*$origin, .*sends no" err'
+	do touch closed
+	err~   up 4, down 0, server %O, no byte for [0-9]* s, the client sends no more; in buffers: from the client 0 bytes, to it 0, from the server 0, to it 0; acts again in [0-9]* s if nothing moves$
+END
+	stop_proxy
+}
+
+# ---- 21. Main: options, startup ---------------------------------------------
 
 test_start_banner() { # the banner names what is bound, with lines to paste
 	start_proxy
@@ -19915,7 +19927,7 @@ test_resources_size() { # cc -Os, stripped: under 220 KiB
 	[ "$size" -lt 225280 ] || fail "$size bytes"
 }
 
-# ---- 20. Style --------------------------------------------------------------
+# ---- 22. Style --------------------------------------------------------------
 
 test_style_limits() { # LIMITS in the manual has the figures that -V prints
 	"$proxy_bin" -V > version
@@ -20138,7 +20150,7 @@ doors() {
 	END { print doors + 0 }' "$1" doors.code
 }
 
-doors_min=18	# sections that have one
+doors_min=20	# sections that have one
 
 test_style_doors() { # a section's own functions and members are named in it only
 	need_source
@@ -20294,7 +20306,7 @@ test_style_files() { # the tree is five files, and dot-files
 	done
 }
 
-# ---- 21. Real programs ------------------------------------------------------
+# ---- 23. Real programs ------------------------------------------------------
 
 # Clients, servers and parents that people really use, each doing its work
 # through the proxy on loopback (only test_real_apt goes to the machine's
@@ -21285,7 +21297,7 @@ test_real_squid_parents() { # squid as the manual has it: each URL to one of two
 	done
 }
 
-# ---- 22. Measurements -------------------------------------------------------
+# ---- 24. Measurements -------------------------------------------------------
 
 # test.sh bench: what the proxy costs beside no proxy and beside others, in
 # one run and in turns, because machines are noisy. Not a test. OLD: the path
@@ -21769,7 +21781,7 @@ bench() (
 	bench_status=0
 )
 
-# ---- 23. Model --------------------------------------------------------------
+# ---- 25. Model --------------------------------------------------------------
 
 # proxy.c in a program that is all its clients and servers: test.sh model runs
 # every play in every way, unit_model with one split at a time.
@@ -22412,7 +22424,7 @@ model() (
 	fi
 )
 
-# ---- 24. Fuzzing ------------------------------------------------------------
+# ---- 26. Fuzzing ------------------------------------------------------------
 
 # All rows in one program: what the functions tables_* of this file print, and
 # a list of what is in there.
@@ -23193,7 +23205,7 @@ fuzz() (
 	[ $failed = 0 ]
 )
 
-# ---- 25. Faults and soak ----------------------------------------------------
+# ---- 27. Faults and soak ----------------------------------------------------
 
 # System calls that fail, test.sh faults, and clients of all kinds for a long
 # time, test.sh soak.  Both are one C program: client, origin and judge.  The
@@ -24869,7 +24881,7 @@ faults() (
 	exit $faults_status
 )
 
-# ---- 26. Coverage -----------------------------------------------------------
+# ---- 28. Coverage -----------------------------------------------------------
 
 # Adds up what gcov says of each build of proxy.c, with marks: a line counts as
 # run if one of them has run it.  Prints the lines that none has, and shares.
@@ -24925,7 +24937,7 @@ coverage() {
 	}'
 }
 
-# ---- 27. The run ------------------------------------------------------------
+# ---- 29. The run ------------------------------------------------------------
 
 # Builds with more flags than CFLAGS, -O0 where cc takes longer than what it
 # builds: build OUTPUT SOURCE FLAG...
