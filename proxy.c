@@ -102,8 +102,8 @@
  *
  * Sections: 1 system and limits, 2 vocabulary, 3 small tools, 4 buffers and
  * requests, 5 conns, 6 heads, 7 bodies and flows, 8 matchers and lists, 9 and
- * 10 rules, 11 freshness, 12 store, 13 cache, 14 names, 15 log and trace, 16
- * heads and pages, 17 exchange, 18 loop, 19 main.
+ * 10 rules, 11 freshness, 12 store, 13 cache, 14 names, 15 log, 16
+ * recording, 17 trace, 18 heads and pages, 19 exchange, 20 loop, 21 main.
  */
 
 /* ---- 1. System and limits ---- */
@@ -329,6 +329,8 @@ struct conn {
 	bool wanted : 1;     /* the last step tried to read */
 	bool eof : 1;        /* the peer sends no more */
 	bool shut : 1;       /* the proxy sends no more */
+	bool wrote : 1;      /* bytes have been written */
+	bool hurries : 1;    /* no small segment waits for another one */
 	bool write_failed : 1; /* a write failed: the peer accepts no more */
 	bool hangup : 1; /* poll reported HUP or ERR, or a file: never polled */
 	int64_t event;   /* ms: the last event; says whether it is active */
@@ -561,7 +563,7 @@ enum end {
 	END_STOP    /* the proxy was told to stop */
 };
 
-/* The phases of an exchange; section 17 has a step function for each. */
+/* The phases of an exchange; section 19 has a step function for each. */
 enum phase {
 	PHASE_FREE,     /* no client */
 	PHASE_REQUEST,  /* waits for the head of a request */
@@ -799,6 +801,7 @@ struct listener {
 	enum arrival arrival;   /* who comes here */
 	struct address address; /* that is bound: its port is never 0 */
 	bool both;              /* bound to `::', it takes IPv4 clients too */
+	bool busy;              /* clients came in the turn before */
 };
 
 /* Arguments of an option that may be given often. */
@@ -2011,7 +2014,9 @@ answer_is_local(const struct request *q)
 
 enum {
 	/* Connections outside an exchange: kept idle, or tried in parallel. */
-	OTHERS_MAX = 256
+	OTHERS_MAX = 256,
+	/* Bytes that fit into one segment: IPv6 guarantees packets of 1280. */
+	SEGMENT_MIN = 1220
 };
 
 /* Where a connection leads. */
@@ -2348,6 +2353,24 @@ conn_drain(struct conn *c)
 }
 
 /*
+ * Sees to it that the n bytes to be written leave at once.  Nagle's algorithm
+ * keeps a small segment back while another one is on its way, so one write of
+ * one segment needs no call.
+ */
+static void
+conn_hurry(struct conn *c, size_t n)
+{
+	int on = 1;
+
+	if (!c->hurries && (c->wrote || n > SEGMENT_MIN)) {
+		(void)setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on,
+		    sizeof(on));
+		c->hurries = true;
+	}
+	c->wrote = true;
+}
+
+/*
  * Writes as much of `out` as the socket takes.  True if nothing is left, also
  * when the peer no longer accepts data (`write_failed`).  Then reading goes
  * on, as a peer that has gone may have left an answer.  If the system has no
@@ -2366,6 +2389,7 @@ conn_write(struct conn *c)
 	}
 	if (!c->writable && !c->hangup)
 		return false;
+	conn_hurry(c, buffer_len(c->out));
 	n = fd_write(c->fd, c->out->data + c->out->start, buffer_len(c->out));
 	if (n > 0) {
 		buffer_drop(c->out, (size_t)n);
@@ -2423,15 +2447,6 @@ static bool
 conn_is_gone(const struct conn *c)
 {
 	return c->error || (c->hangup && !c->shut);
-}
-
-/* Switches Nagle's algorithm off: small messages leave at once. */
-static void
-conn_nodelay(struct conn *c)
-{
-	int on = 1;
-
-	(void)setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
 }
 
 /* Converts a to the system's form; returns its length. */
@@ -2671,7 +2686,6 @@ conn_connect(struct conn *c, const struct address *to,
 
 	if (fd == -1 || !conn_open(c, ROLE_SERVER, fd, c->exchange))
 		return false;
-	conn_nodelay(c);
 	len = address_export(from, &storage);
 	if (from->family == 0 ||
 	    bind(fd, (struct sockaddr *)&storage, len) != -1) {
@@ -2690,14 +2704,18 @@ conn_connect(struct conn *c, const struct address *to,
 	return false;
 }
 
-/* When c has become writable: 0 if it is connected, or the errno. */
+/*
+ * When c has become writable: 0 if it is connected, or the errno.  poll(2) has
+ * told already whether there is an error.
+ */
 static int
 conn_connect_error(struct conn *c)
 {
 	int error = 0;
 	socklen_t len = sizeof(error);
 
-	if (getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &len) == -1)
+	if (c->hangup &&
+	    getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &len) == -1)
 		return errno;
 	if (error == 0)
 		c->connecting = false;
@@ -9158,7 +9176,7 @@ store_print(const struct target *target)
 
 /*
  * A shared cache: a response that one client fetched may answer others (RFC
- * 9111).  These are the cache's part in the phases of section 17.  It must
+ * 9111).  These are the cache's part in the phases of section 19.  It must
  * never give one client a response meant for another.
  *
  * Collapsed forwarding.  When several clients want the same at once, the
@@ -10989,19 +11007,16 @@ names_find(const char *host)
 	return best;
 }
 
-/* ---- 15. Log and trace ---- */
+/* ---- 15. Log ---- */
 
 /*
- * The log has one line for each exchange, the trace (-v) has one for each
- * step.  No input can split or forge a line.  Neither may stop the proxy: when
- * the log can't be written, this is said once, lines are counted, and serving
- * goes on.  A recording (-w) has an entry for each exchange.  For all of them,
- * the name of the server is read from a TLS greeting.
+ * The log has one line for each exchange.  No input can split or forge a line.
+ * It may not stop the proxy: when it can't be written, this is said once, lines
+ * are counted, and serving goes on.
  *
- * Door: log_lines, log_open, log_flush, log_quotes, log_note, log_note_name,
- * refusal_words, log_exchange, log_wait, log_end, glance_take, trace_end,
- * trace_head, trace_mended, trace_dump, hello_name, trace_change, record_open,
- * record_tables, tape_add, hello_is_whole.
+ * Door: file_is_at, log_date, log_end, log_exchange, log_flush, log_lines,
+ * log_names_rule, log_note, log_note_name, log_open, log_quotes, log_status,
+ * log_wait, glance_take, refusal_words, times_between.
  */
 
 enum {
@@ -11531,11 +11546,59 @@ log_wait(const struct exchange *x)
 	totals.waited_ms += (uint64_t)ms;
 }
 
-/* Fields whose values neither the trace nor the recording shows. */
-static const char *const trace_secrets[] = { "Authorization",
-	"Proxy-Authorization", NULL };
+/*
+ * Counts an exchange that has ended, and adds its line to those of this turn,
+ * which are written if they leave no room for it.
+ */
+static void
+log_exchange(const struct exchange *x)
+{
+	struct quotes quotes = log_quotes(x);
+	struct buffer *b = &log_lines;
+	unsigned tries;
 
-/* ---- the recording of -w, as HAR 1.2 ---- */
+	totals.results[log_result(x)]++;
+	totals.refusals[x->record.refusal]++;
+	totals.up += x->up.payload;
+	totals.down += x->down.payload;
+	glance_take(x, &quotes, &glances.list[glances.n++ % GLANCES]);
+	for (tries = 0; tries < 2; tries++) {
+		size_t end = b->end;
+
+		log_line(x, &quotes, b);
+		if (b->overflow == 0)
+			return;
+		b->end = end;
+		b->overflow = 0;
+		log_flush();
+		buffer_compact(b);
+	}
+	log_lose("its reader is too slow");
+}
+
+/* At the end of the program: reports lost lines, and those still unwritten. */
+static void
+log_end(void)
+{
+	struct text rest;
+
+	log_flush();
+	for (rest = buffer_text(&log_lines); rest.len > 0; logs.lost++)
+		(void)line_next(&rest, NULL);
+	if (logs.lost > 0)
+		warn("%llu lines of the log were lost",
+		    (unsigned long long)logs.lost);
+}
+
+/* ---- 16. Recording: HAR 1.2 ---- */
+
+/*
+ * With -w, an entry for each exchange.  What the entry needs of heads and
+ * bodies is kept in a file without a name until the exchange ends, and memory
+ * is taken once, at the start.
+ *
+ * Door: record_open, record_tables, record_exchange, secret_fields, tape_add.
+ */
 
 enum {
 	/* Bytes that are kept of a body, and of each part of a tape. */
@@ -11571,6 +11634,10 @@ static struct {
 } recording = { .fd = -1 };
 
 static const char record_end[] = "\n]}}\n";
+
+/* Fields whose values neither the trace nor the recording shows. */
+static const char *const secret_fields[] = { "Authorization",
+	"Proxy-Authorization", NULL };
 
 /*
  * Where the next entry begins in a recording, which may be an empty file; -1
@@ -11829,7 +11896,7 @@ record_field_next(struct text *head, struct text *name, struct text *value)
 	*value = text_trim(line);
 	if (folded)
 		*name = text_of("");
-	if (name->len == 0 || name_is_among(*name, trace_secrets))
+	if (name->len == 0 || name_is_among(*name, secret_fields))
 		*value = text_of("***");
 	return true;
 }
@@ -12030,22 +12097,27 @@ record_frame(const struct exchange *x)
 }
 
 /*
- * Adds x, which has ended, to the recording.  A single write overwrites the
- * closing brackets with the new entry and writes the brackets again behind it,
- * so the file is valid JSON even if the proxy is killed between two entries.
- * If the write fails, the file becomes what it was before.
+ * Adds x, which has ended, to the recording, if there is one.  A single write
+ * overwrites the closing brackets with the new entry and writes the brackets
+ * again behind it, so the file is valid JSON even if the proxy is killed
+ * between two entries.  If the write fails, the file becomes what it was
+ * before.
  */
 static void
-record_exchange(const struct exchange *x, const struct quotes *quotes)
+record_exchange(const struct exchange *x)
 {
-	struct tape *t = &recording.tapes[x - exchanges.slots];
+	struct quotes quotes = log_quotes(x);
+	struct tape *t;
 
+	if (recording.fd == -1)
+		return;
+	t = &recording.tapes[x - exchanges.slots];
 	recording.n = 0;
 	record_append(text_of(recording.first ? "\n{" : ",\n{"));
 	record_frame(x);
-	record_request(t, quotes);
+	record_request(t, &quotes);
 	record_response(x, t);
-	record_times(x, t, quotes);
+	record_times(x, t, &quotes);
 	record_append(text_of("}"));
 	record_append(text_of(record_end));
 	errno = ENOSPC; /* if the write is short */
@@ -12068,51 +12140,16 @@ record_exchange(const struct exchange *x, const struct quotes *quotes)
 	t->lost = false;
 }
 
+/* ---- 17. Trace ---- */
+
 /*
- * Counts an exchange that has ended, and adds its line to those of this turn,
- * which are written if they leave no room for it.
+ * With -v, a line for each step and each field of a head, on standard error;
+ * with -vv the payload too.  What a TLS greeting tells of a tunnel, for trace
+ * and log, is the name of its server.
+ *
+ * Door: trace_end, trace_head, trace_mended, trace_dump, trace_change,
+ * hello_name, hello_is_whole.
  */
-static void
-log_exchange(const struct exchange *x)
-{
-	struct quotes quotes = log_quotes(x);
-	struct buffer *b = &log_lines;
-	unsigned tries;
-
-	totals.results[log_result(x)]++;
-	totals.refusals[x->record.refusal]++;
-	totals.up += x->up.payload;
-	totals.down += x->down.payload;
-	glance_take(x, &quotes, &glances.list[glances.n++ % GLANCES]);
-	if (recording.fd != -1)
-		record_exchange(x, &quotes);
-	for (tries = 0; tries < 2; tries++) {
-		size_t end = b->end;
-
-		log_line(x, &quotes, b);
-		if (b->overflow == 0)
-			return;
-		b->end = end;
-		b->overflow = 0;
-		log_flush();
-		buffer_compact(b);
-	}
-	log_lose("its reader is too slow");
-}
-
-/* At the end of the program: reports lost lines, and those still unwritten. */
-static void
-log_end(void)
-{
-	struct text rest;
-
-	log_flush();
-	for (rest = buffer_text(&log_lines); rest.len > 0; logs.lost++)
-		(void)line_next(&rest, NULL);
-	if (logs.lost > 0)
-		warn("%llu lines of the log were lost",
-		    (unsigned long long)logs.lost);
-}
 
 /*
  * The last line of an exchange in the trace: what ended it, and why it was
@@ -12153,7 +12190,7 @@ trace_field(const struct exchange *x, const char *mark, const char *sign,
 	enum colour colour = mark[0] == 'c' || mark[1] == 's' ? COLOUR_REQUEST :
 								COLOUR_RESPONSE;
 	struct text name = line_name(line);
-	bool hidden = name_is_among(name, trace_secrets);
+	bool hidden = name_is_among(name, secret_fields);
 	char prefix[8], tail[100];
 
 	(void)snprintf(prefix, sizeof(prefix), "%s %s", mark, sign);
@@ -12176,7 +12213,7 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 		bool folded = hidden && is_among(*line.at, " \t");
 
 		hidden = folded ||
-		    name_is_among(line_name(line), trace_secrets);
+		    name_is_among(line_name(line), secret_fields);
 		trace_field(x, mark, "", folded ? text_of(" ***") : line, "");
 	}
 }
@@ -12487,12 +12524,12 @@ hello_is_whole(struct text t, char *flat)
 	return t.len >= HELLO_MAX || (!c.bad && len <= c.rest.len);
 }
 
-/* ---- 16. Heads and pages: what the proxy writes ---- */
+/* ---- 18. Heads and pages: what the proxy writes ---- */
 
 /*
  * Everything that the proxy writes itself: the request head for the next hop,
  * the response head for the client, the handshake with a SOCKS5 parent, and
- * its own pages.  All of it is built in a buffer here; section 17 decides when
+ * its own pages.  All of it is built in a buffer here; section 19 decides when
  * to send it, and to whom.
  *
  * Door: request_build, exchange_rewrite, exchange_is_relayed, response_build,
@@ -13453,7 +13490,7 @@ page_trace(struct exchange *x)
 	page_send(x, "message/http", "", b, REFUSE_HEAD_LONG);
 }
 
-/* ---- 17. Exchange: the phases, one step each ---- */
+/* ---- 19. Exchange: the phases, one step each ---- */
 
 /*
  * The life of a request.  Each phase has a subheading, in the order in which
@@ -13587,8 +13624,10 @@ exchange_forget(struct exchange *x)
 static void
 exchange_end(struct exchange *x)
 {
-	if (x->record.start)
+	if (x->record.start) {
+		record_exchange(x);
 		log_exchange(x);
+	}
 	exchange_forget(x);
 	if (x->record.start)
 		trace_end(x);
@@ -16010,8 +16049,6 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
 		exchange_close(x, false);
 		return;
 	}
-	if (peer->family != AF_UNIX)
-		conn_nodelay(&x->client);
 	x->client.readable = x->client.writable = true;
 	x->peer = *peer;
 	x->local = peer_is_local(fd, peer);
@@ -16021,7 +16058,7 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
 	exchange_run(x);
 }
 
-/* ---- 18. Loop ---- */
+/* ---- 20. Loop ---- */
 
 /*
  * Waits for events, runs the exchanges concerned, handles deadlines, and
@@ -16412,8 +16449,9 @@ loop_yields(void)
 }
 
 /*
- * Accepts the clients that wait at l, while there are slots.  Frees one slot
- * a turn at most, since the search looks at all.
+ * Accepts the clients that wait at l, while there are slots; only one if none
+ * came in the turn before, since then nobody else waits, as a rule.  Frees one
+ * slot a turn at most, since the search looks at all.
  */
 static void
 loop_accept(struct listener *l)
@@ -16447,6 +16485,10 @@ loop_accept(struct listener *l)
 			peer = address_import((struct sockaddr *)&storage);
 		exchanges.crowded = false;
 		exchange_open(fd, &peer, l->arrival);
+		if (!l->busy) {
+			l->conn.readable = false;
+			return;
+		}
 	}
 }
 
@@ -16457,9 +16499,14 @@ loop_accept_all(void)
 	int64_t after;
 	size_t i;
 
-	for (i = 0; i < listeners_n; i++)
-		if (listeners[i].conn.readable && now.ms >= accept_after)
-			loop_accept(&listeners[i]);
+	for (i = 0; i < listeners_n; i++) {
+		struct listener *l = &listeners[i];
+		bool waits = l->conn.readable && now.ms >= accept_after;
+
+		if (waits)
+			loop_accept(l);
+		l->busy = waits;
+	}
 	after = accept_after;
 	if (exchanges.busy < exchanges.n)
 		exchanges.crowded = false;
@@ -17009,7 +17056,7 @@ workers_run(void)
 		die("no helper for names: %s", strerror(errno));
 }
 
-/* ---- 19. Main: options, startup ---- */
+/* ---- 21. Main: options, startup ---- */
 
 /*
  * Reads the command line, starts all that must be there before the loop runs,

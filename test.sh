@@ -15711,7 +15711,7 @@ test_names_hanging() { # forty names that hang keep no other name waiting
 	served
 }
 
-# ---- 15. Log and trace ------------------------------------------------------
+# ---- 15. Log ----------------------------------------------------------------
 
 test_unit_line() { # the longest line of the log ends like every other
 	unit line
@@ -16002,173 +16002,7 @@ END
 	served
 }
 
-test_trace_long() { # -v: lines longer than the trace's own, with blanks before a colon
-	start_proxy -v
-	blanks=$(printf '%1100s' '')
-	plain_origin
-	play 'from a client' <<END
-	ask    / Authorization$blanks: x = 400
-	err~   ^#[0-9]+ c> Authorization: \*\*\*$
-	== from a server
-	origin head ; send HTTP/1.1 200 OK\nProxy-Authorization$blanks: x\n\n
-	ask    /
-	err~   ^#[0-9]+ s> Proxy-Authorization: \*\*\*$
-	== a line of 3,000 bytes
-	origin head
-	origin send HTTP/1.1 200 OK\nContent-Length: 2\nX: $(printf '%3000s' '' | tr ' ' x)\n\nok
-	ask    / = 200
-	err~   ^#[0-9]+ s> X: x+$
-END
-}
-
-test_trace() { # -v: four heads, credentials masked, no colour in a file; what cannot be parsed, and what ended it
-	start_proxy -v
-	play 'four heads' <<'END'
-	reply  200 X-From: origin | secret
-	ask    / X-From: client\nAuthorization: Basic c2VjcmV0MQ==\nProxy-Authorization: Basic c2VjcmV0Mg==
-	err~   GET http://%O/ HTTP/1.1
-	err~   X-From: client
-	err~   GET / HTTP/1.1
-	err~   X-From: client
-	err~   HTTP/1.1 200 OK
-	err~   X-From: origin
-	err~   HTTP/1.1 200 OK
-	err~   X-From: origin
-	err#   2 X-From: client
-	err#   2 X-From: origin
-	err~   RELAY|[Rr]elay
-	err!~  c2VjcmV0
-	err!~  secret
-	err#   2 [^-]Authorization: [^c]*$
-END
-	lacks err "$(printf '\033')"
-	counts 2 log ''
-	lacks err "Basic *c2V"
-	play 'no request' <<'END'
-	client send GET /a b HTTP/1.1\nHost: x\n\n ; answer
-	sees~  ^HTTP/1.1 400
-	err~   ^#[0-9]+ c> GET /a b HTTP/1\.1$
-	err~   refused: the request line is not METHOD URL HTTP/1\.1$
-	err~   ^#[0-9]+ \* [0-9]+ ms ended: done, 400, 0 bytes up, [0-9]+ down, the request line is not METHOD URL HTTP/1.1$
-	log    "GET /a b HTTP/1.1" 400
-	== no response
-	origin head ; send HELO there\n\n
-	ask    /
-	err~   ^#[0-9]+ s> HELO there$
-	err~   ^#[0-9]+ \* [0-9]+ ms ended: done, 502,
-	== times to the end
-	reply  200 Content-Length: 2 | o
-	origin stall 150 ; send k
-	ask    /
-	err~   \* ([6-9][0-9]|[1-9][0-9][0-9]+) ms relay -> request,
-	err~   \* ([6-9][0-9]|[1-9][0-9][0-9]+) ms ended: done, 200, 0 bytes up, 2 down$
-END
-}
-
-test_trace_dump() { # -vv: payload too, bounded
-	start_proxy -vv
-	play 'dump' <<'END'
-	origin head ; want 4 ; say 200 Content-Length: 1000004 | \x00\x1b[m
-	origin fill 1000000
-	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 4\n\nhell
-	client until \n\n ; want 4 ; skip 1000000
-	err~   68 *65 *6[cC] *6[cC].*hell
-	err~   00 *1[bB] *5[bB] *6[dD]
-END
-	[ "$(wc -c < err)" -lt 4000000 ] || fail "the dump has no bounds"
-	lacks err "$(printf '\033')"
-	stop_proxy
-}
-
-test_trace_change() { # the trace shows which lines of a head were dropped or added, and why
-	printf '%s\n' 'set request X-Set yes' 'unset request X-Gone' > rules
-	start_proxy -v -f rules -c "$T/cache"
-	play -n 'a request and its response' <<'END'
-	reply  200 Cache-Control: max-age=0\nETag: "a"\nKeep-Alive: 5 | ok
-	reply  304 ETag: "a"
-	ask    /a X-Named: 1\nX-Gone: 1\nX-Stays: 1\nConnection: X-Named\nProxy-Authorization: Basic c2VjcmV0 = 200
-	err~   c> GET http://%O/a HTTP/1.1
-	err~   >s - GET http://%O/a HTTP/1.1
-	err+~  >s [+] GET /a HTTP/1.1  [(]the form for the next hop, RFC 9112 3.2[)]
-	err~   >s - X-Named: 1  [(]named in Connection, RFC 9110 7.6.1[)]
-	err~   >s - X-Gone: 1  [(]rule rules:2[)]
-	err~   >s - Connection: X-Named  [(]hop-by-hop, RFC 9110 7.6.1[)]
-	err~   >s - Proxy-Authorization: [*][*][*]  [(]for this proxy, RFC 9110 11.7.2[)]
-	err~   >s X-Stays: 1$
-	err~   >s [+] X-Set: yes  [(]rule rules:1[)]
-	err~   >s [+] Via: .*RFC 9110 7.6.3
-	err~   waits for the head of the response
-	err~   >c HTTP/1.1 200 OK$
-	err~   >c - Keep-Alive: 5
-	err~   >c ETag: "a"
-	err~   >c [+] Date: .*RFC 9110 6.6.1
-	err~   >c [+] Cache-Status: .*RFC 9211
-	err!~  c2VjcmV0
-	ask    /a = 200
-	err~   >s [+] If-None-Match: "a"  [(]validator of the entry, RFC 9111 4.3.1[)]
-	err~   s> HTTP/1.1 304
-	err~   >c HTTP/1.1 200 OK
-	err~   >c [+] Age: 0  [(]the age now, RFC 9111 5.1[)]
-END
-}
-
-test_trace_folded() { # the trace shows no part of a folded Authorization
-	start_proxy -v
-	client c <<'END'
-send GET http://127.0.0.1:1/ HTTP/1.1\nHost: x\nAuthorization: Basic\n c2VjcmV0\n\tbW9yZQ==\nX: shown\n\n
-eof
-END
-	has err "ended:"
-	grep -e c2VjcmV0 -e bW9yZQ err && fail "a credential is shown"
-	has err 'X: shown'
-}
-
-test_trace_pipe() { # words on a pipe that nobody reads: serving goes on, TERM works
-	pipe_open words
-	"$proxy_bin" -v -l "$T/p.sock" -o "$T/log" 2> words 9>&- &
-	proxy_pid=$!
-	echo "$proxy_pid" >> .proxies
-	wait_for 10 '[ -S p.sock ]' || fail "does not start"
-	patience 3000
-	n=0
-	while [ $((n += 1)) -le 25 ]; do
-		client c "$T/p.sock" <<'END'
-send GET /\{3000:0} HTTP/1.1\nHost: x\nX-A: \{3000:0}\nConnection: close\n\n
-eof
-END
-		[ "$(cat c.end)" = eof ] || fail "request $n: $(cat c.end)"
-	done
-	served "$T/p.sock" 9>&-
-	for n in 1 2 3 4 5 6 7 8 9 10; do
-		kill -USR1 "$proxy_pid"
-	done
-	served "$T/p.sock" 9>&-
-	stop_proxy
-	exec 9>&-
-}
-
-test_signal_usr1() { # USR1: a line a busy slot on standard error
-	play 'a tunnel' <<'END'
-	origin eof
-	a: ask CONNECT %O
-	a: touch open ; await close
-	do comes open
-	do kill -USR1 "$proxy_pid"
-	do wait_for 5 'grep "^proxy: .*$origin" err'
-	do [ "$(grep -c "$origin" err)" = 1 ] || fail "more than a line a slot"
-	do served
-	do touch close
-	== a half-closed one
-	origin until ping ; touch shut ; eof ; stall 20000
-	a: ask CONNECT %O
-	a: send ping ; shut ; await closed
-	do comes shut
-	do wait_for 5 'kill -USR1 "$proxy_pid"; grep "^proxy: .*$origin, .*sends no" err'
-	do touch closed
-	err~   up 4, down 0, server %O, no byte for [0-9]* s, the client sends no more; in buffers: from the client 0 bytes, to it 0, from the server 0, to it 0; acts again in [0-9]* s if nothing moves$
-END
-	stop_proxy
-}
+# ---- 16. Recording: HAR 1.2 -------------------------------------------------
 
 # The recording s.har has a line that matches each ERE, in their order.
 recorded() {
@@ -16320,7 +16154,154 @@ END
 	counts 1 err "^proxy: disk/s.har can't be written, exchanges are missing in it: No space left on device"
 }
 
-# ---- 16. Heads and pages: what the proxy writes -----------------------------
+# ---- 17. Trace --------------------------------------------------------------
+
+test_trace_long() { # -v: lines longer than the trace's own, with blanks before a colon
+	start_proxy -v
+	blanks=$(printf '%1100s' '')
+	plain_origin
+	play 'from a client' <<END
+	ask    / Authorization$blanks: x = 400
+	err~   ^#[0-9]+ c> Authorization: \*\*\*$
+	== from a server
+	origin head ; send HTTP/1.1 200 OK\nProxy-Authorization$blanks: x\n\n
+	ask    /
+	err~   ^#[0-9]+ s> Proxy-Authorization: \*\*\*$
+	== a line of 3,000 bytes
+	origin head
+	origin send HTTP/1.1 200 OK\nContent-Length: 2\nX: $(printf '%3000s' '' | tr ' ' x)\n\nok
+	ask    / = 200
+	err~   ^#[0-9]+ s> X: x+$
+END
+}
+
+test_trace() { # -v: four heads, credentials masked, no colour in a file; what cannot be parsed, and what ended it
+	start_proxy -v
+	play 'four heads' <<'END'
+	reply  200 X-From: origin | secret
+	ask    / X-From: client\nAuthorization: Basic c2VjcmV0MQ==\nProxy-Authorization: Basic c2VjcmV0Mg==
+	err~   GET http://%O/ HTTP/1.1
+	err~   X-From: client
+	err~   GET / HTTP/1.1
+	err~   X-From: client
+	err~   HTTP/1.1 200 OK
+	err~   X-From: origin
+	err~   HTTP/1.1 200 OK
+	err~   X-From: origin
+	err#   2 X-From: client
+	err#   2 X-From: origin
+	err~   RELAY|[Rr]elay
+	err!~  c2VjcmV0
+	err!~  secret
+	err#   2 [^-]Authorization: [^c]*$
+END
+	lacks err "$(printf '\033')"
+	counts 2 log ''
+	lacks err "Basic *c2V"
+	play 'no request' <<'END'
+	client send GET /a b HTTP/1.1\nHost: x\n\n ; answer
+	sees~  ^HTTP/1.1 400
+	err~   ^#[0-9]+ c> GET /a b HTTP/1\.1$
+	err~   refused: the request line is not METHOD URL HTTP/1\.1$
+	err~   ^#[0-9]+ \* [0-9]+ ms ended: done, 400, 0 bytes up, [0-9]+ down, the request line is not METHOD URL HTTP/1.1$
+	log    "GET /a b HTTP/1.1" 400
+	== no response
+	origin head ; send HELO there\n\n
+	ask    /
+	err~   ^#[0-9]+ s> HELO there$
+	err~   ^#[0-9]+ \* [0-9]+ ms ended: done, 502,
+	== times to the end
+	reply  200 Content-Length: 2 | o
+	origin stall 150 ; send k
+	ask    /
+	err~   \* ([6-9][0-9]|[1-9][0-9][0-9]+) ms relay -> request,
+	err~   \* ([6-9][0-9]|[1-9][0-9][0-9]+) ms ended: done, 200, 0 bytes up, 2 down$
+END
+}
+
+test_trace_dump() { # -vv: payload too, bounded
+	start_proxy -vv
+	play 'dump' <<'END'
+	origin head ; want 4 ; say 200 Content-Length: 1000004 | \x00\x1b[m
+	origin fill 1000000
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 4\n\nhell
+	client until \n\n ; want 4 ; skip 1000000
+	err~   68 *65 *6[cC] *6[cC].*hell
+	err~   00 *1[bB] *5[bB] *6[dD]
+END
+	[ "$(wc -c < err)" -lt 4000000 ] || fail "the dump has no bounds"
+	lacks err "$(printf '\033')"
+	stop_proxy
+}
+
+test_trace_change() { # the trace shows which lines of a head were dropped or added, and why
+	printf '%s\n' 'set request X-Set yes' 'unset request X-Gone' > rules
+	start_proxy -v -f rules -c "$T/cache"
+	play -n 'a request and its response' <<'END'
+	reply  200 Cache-Control: max-age=0\nETag: "a"\nKeep-Alive: 5 | ok
+	reply  304 ETag: "a"
+	ask    /a X-Named: 1\nX-Gone: 1\nX-Stays: 1\nConnection: X-Named\nProxy-Authorization: Basic c2VjcmV0 = 200
+	err~   c> GET http://%O/a HTTP/1.1
+	err~   >s - GET http://%O/a HTTP/1.1
+	err+~  >s [+] GET /a HTTP/1.1  [(]the form for the next hop, RFC 9112 3.2[)]
+	err~   >s - X-Named: 1  [(]named in Connection, RFC 9110 7.6.1[)]
+	err~   >s - X-Gone: 1  [(]rule rules:2[)]
+	err~   >s - Connection: X-Named  [(]hop-by-hop, RFC 9110 7.6.1[)]
+	err~   >s - Proxy-Authorization: [*][*][*]  [(]for this proxy, RFC 9110 11.7.2[)]
+	err~   >s X-Stays: 1$
+	err~   >s [+] X-Set: yes  [(]rule rules:1[)]
+	err~   >s [+] Via: .*RFC 9110 7.6.3
+	err~   waits for the head of the response
+	err~   >c HTTP/1.1 200 OK$
+	err~   >c - Keep-Alive: 5
+	err~   >c ETag: "a"
+	err~   >c [+] Date: .*RFC 9110 6.6.1
+	err~   >c [+] Cache-Status: .*RFC 9211
+	err!~  c2VjcmV0
+	ask    /a = 200
+	err~   >s [+] If-None-Match: "a"  [(]validator of the entry, RFC 9111 4.3.1[)]
+	err~   s> HTTP/1.1 304
+	err~   >c HTTP/1.1 200 OK
+	err~   >c [+] Age: 0  [(]the age now, RFC 9111 5.1[)]
+END
+}
+
+test_trace_folded() { # the trace shows no part of a folded Authorization
+	start_proxy -v
+	client c <<'END'
+send GET http://127.0.0.1:1/ HTTP/1.1\nHost: x\nAuthorization: Basic\n c2VjcmV0\n\tbW9yZQ==\nX: shown\n\n
+eof
+END
+	has err "ended:"
+	grep -e c2VjcmV0 -e bW9yZQ err && fail "a credential is shown"
+	has err 'X: shown'
+}
+
+test_trace_pipe() { # words on a pipe that nobody reads: serving goes on, TERM works
+	pipe_open words
+	"$proxy_bin" -v -l "$T/p.sock" -o "$T/log" 2> words 9>&- &
+	proxy_pid=$!
+	echo "$proxy_pid" >> .proxies
+	wait_for 10 '[ -S p.sock ]' || fail "does not start"
+	patience 3000
+	n=0
+	while [ $((n += 1)) -le 25 ]; do
+		client c "$T/p.sock" <<'END'
+send GET /\{3000:0} HTTP/1.1\nHost: x\nX-A: \{3000:0}\nConnection: close\n\n
+eof
+END
+		[ "$(cat c.end)" = eof ] || fail "request $n: $(cat c.end)"
+	done
+	served "$T/p.sock" 9>&-
+	for n in 1 2 3 4 5 6 7 8 9 10; do
+		kill -USR1 "$proxy_pid"
+	done
+	served "$T/p.sock" 9>&-
+	stop_proxy
+	exec 9>&-
+}
+
+# ---- 18. Heads and pages: what the proxy writes -----------------------------
 
 test_fields_kept() { # hop-by-hop and nominated fields go; order, case and repeats stay; Host is from the URL
 	play 'both ways' <<'END'
@@ -16630,7 +16611,7 @@ END
 	exits 0 -n -e 'deny page metrics client 192.0.2.1'
 }
 
-# ---- 17. Exchange: the phases, one step each --------------------------------
+# ---- 19. Exchange: the phases, one step each --------------------------------
 
 # ---- traffic that was not asked to come ----
 
@@ -18628,7 +18609,7 @@ END
 	served
 }
 
-# ---- 18. Loop ---------------------------------------------------------------
+# ---- 20. Loop ---------------------------------------------------------------
 
 test_limit_slots() { # all slots taken: no spinning, and served again after
 	start_proxy -m 2
@@ -18806,7 +18787,7 @@ test_resources_board() { # musl, 4 KiB buffers, an empty root: 64 descriptors do
 	[ "$most" -lt 1024 ] || fail "$most KiB resident"
 }
 
-test_resources_calls() { # a small GET: 4 transfers, and the log's write
+test_resources_calls() { # a small GET: 4 transfers, and the log's write; a new client: one accept
 	need_calls
 	start_proxy
 	play -n 'four of them' <<'END'
@@ -18830,6 +18811,14 @@ END
 	[ "$transfers" = 16 ] ||
 		fail "4 requests took $transfers transfers instead of 16"
 	[ "$others" -le 4 ] || fail "$others other calls: $(cut -c1-40 calls)"
+	count_from=$(($(wc -l < all.calls) + 1))
+	for n in 1 2 3; do
+		client $n 'ask http://%O/ Connection: close'
+		"$peer" sleep 100
+	done
+	tail -n "+$count_from" all.calls > calls
+	[ "$(grep -c '^accept' calls)" = 3 ] && ! grep '^setsockopt' calls ||
+		fail "3 clients took $(grep -c '^accept\|^setsock' calls) calls"
 }
 
 test_limit_empty_lines() { # a client that sends empty lines without end, or in pieces, has the time of a head
@@ -18887,7 +18876,30 @@ END
 	served
 }
 
-# ---- 19. Main: options, startup ---------------------------------------------
+test_signal_usr1() { # USR1: a line a busy slot on standard error
+	play 'a tunnel' <<'END'
+	origin eof
+	a: ask CONNECT %O
+	a: touch open ; await close
+	do comes open
+	do kill -USR1 "$proxy_pid"
+	do wait_for 5 'grep "^proxy: .*$origin" err'
+	do [ "$(grep -c "$origin" err)" = 1 ] || fail "more than a line a slot"
+	do served
+	do touch close
+	== a half-closed one
+	origin until ping ; touch shut ; eof ; stall 20000
+	a: ask CONNECT %O
+	a: send ping ; shut ; await closed
+	do comes shut
+	do wait_for 5 'kill -USR1 "$proxy_pid"; grep "^proxy: .*$origin, .*sends no" err'
+	do touch closed
+	err~   up 4, down 0, server %O, no byte for [0-9]* s, the client sends no more; in buffers: from the client 0 bytes, to it 0, from the server 0, to it 0; acts again in [0-9]* s if nothing moves$
+END
+	stop_proxy
+}
+
+# ---- 21. Main: options, startup ---------------------------------------------
 
 test_start_banner() { # the banner names what is bound, with lines to paste
 	start_proxy
@@ -19839,7 +19851,7 @@ test_resources_size() { # -Os, stripped: under 220 KiB
 	[ "$size" -lt 225280 ] || fail "$size bytes"
 }
 
-# ---- 20. Style --------------------------------------------------------------
+# ---- 22. Style --------------------------------------------------------------
 
 test_style_limits() { # LIMITS in the manual has the figures that -V prints
 	"$proxy_bin" -V > version
@@ -20062,7 +20074,7 @@ doors() {
 	END { print doors + 0 }' "$1" doors.code
 }
 
-doors_min=18	# sections that have one
+doors_min=20	# sections that have one
 
 test_style_doors() { # a section's own functions and members are named in it only
 	need_source
@@ -20224,7 +20236,7 @@ test_style_files() { # the tree is five files, and dot-files
 	done
 }
 
-# ---- 21. Real programs ------------------------------------------------------
+# ---- 23. Real programs ------------------------------------------------------
 
 # Clients, servers and parents that people really use, each doing its work
 # through the proxy on loopback (only test_real_apt goes to the machine's
@@ -21211,7 +21223,7 @@ test_real_squid_parents() { # squid as the manual has it: each URL to one of two
 	done
 }
 
-# ---- 22. Measurements -------------------------------------------------------
+# ---- 24. Measurements -------------------------------------------------------
 
 # test.sh bench: what the proxy costs beside no proxy and beside others, in
 # one run and in turns, because machines are noisy. Not a test. OLD: the path
@@ -21695,7 +21707,7 @@ bench() (
 	bench_status=0
 )
 
-# ---- 23. Model --------------------------------------------------------------
+# ---- 25. Model --------------------------------------------------------------
 
 # proxy.c in a program that is all its clients and servers: test.sh model runs
 # every play in every way, unit_model with one split at a time.
@@ -22338,7 +22350,7 @@ model() (
 	fi
 )
 
-# ---- 24. Fuzzing ------------------------------------------------------------
+# ---- 26. Fuzzing ------------------------------------------------------------
 
 # All rows in one program: what the functions tables_* of this file print, and
 # a list of what is in there.
@@ -23119,7 +23131,7 @@ fuzz() (
 	[ $failed = 0 ]
 )
 
-# ---- 25. Faults and soak ----------------------------------------------------
+# ---- 27. Faults and soak ----------------------------------------------------
 
 # System calls that fail, test.sh faults, and clients of all kinds for a long
 # time, test.sh soak.  Both are one C program: client, origin and judge.  The
@@ -24795,7 +24807,7 @@ faults() (
 	exit $faults_status
 )
 
-# ---- 26. Coverage -----------------------------------------------------------
+# ---- 28. Coverage -----------------------------------------------------------
 
 # Adds up what gcov says of each build of proxy.c, with marks: a line counts as
 # run if one of them has run it.  Prints the lines that none has, and shares.
@@ -24851,7 +24863,7 @@ coverage() {
 	}'
 }
 
-# ---- 27. The run ------------------------------------------------------------
+# ---- 29. The run ------------------------------------------------------------
 
 # Builds with more flags than CFLAGS, -O0 where cc takes longer than what it
 # builds: build OUTPUT SOURCE FLAG...
