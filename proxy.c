@@ -101,9 +101,10 @@
  * greeting), and the PROXY protocol of HAProxy, versions 1 and 2.
  *
  * Sections: 1 system and limits, 2 vocabulary, 3 small tools, 4 buffers and
- * requests, 5 conns, 6 heads, 7 bodies and flows, 8 matchers and lists, 9 and
- * 10 rules, 11 freshness, 12 store, 13 cache, 14 names, 15 log, 16
- * recording, 17 trace, 18 heads and pages, 19 exchange, 20 loop, 21 main.
+ * requests, 5 conns, 6 and 7 heads, 8 bodies and flows, 9 matchers and lists,
+ * 10 to 12 rules, 13 freshness, 14 and 15 store, 16 and 17 cache, 18 names, 19
+ * log, 20 recording, 21 trace, 22 heads and pages, 23 to 25 exchange, 26 loop,
+ * 27 workers, 28 options and listeners, 29 main.
  */
 
 /* ---- 1. System and limits ---- */
@@ -572,7 +573,7 @@ enum end {
 	END_STOP    /* the proxy was told to stop */
 };
 
-/* The phases of an exchange; section 19 has a step function for each. */
+/* The phases of an exchange; sections 24 and 25 have their steps. */
 enum phase {
 	PHASE_FREE,     /* no client */
 	PHASE_REQUEST,  /* waits for the head of a request */
@@ -658,7 +659,7 @@ struct caching {
 	enum caching_state state; /* set by caching_enter() only */
 	const char *hit;          /* what of an entry was used, for the log */
 	const char *miss;         /* or why none was */
-	/* private to section 13 */
+	/* private to sections 16 and 17 */
 	bool collapsed;        /* it waited for a fetch, or reads one */
 	struct fetch *fetch;   /* that it leads, or NULL */
 	struct fetch *follows; /* that it follows, or NULL */
@@ -2829,29 +2830,20 @@ exchange_queue(struct exchange *x)
 	exchanges.again = x;
 }
 
-/* ---- 6. Heads: start lines and fields ---- */
+/* ---- 6. Heads: lines and fields ---- */
 
 /*
- * Finds a whole head, splits it into a start line and fields, and reads from
- * it where the message goes and how its body is framed.  Every decision uses
- * this lexer, so that no two parts of the program can read a message
- * differently.  Nothing here reads a connection, changes an exchange or takes
- * memory: bytes in, values out.
+ * Finds a whole head, splits it into lines and fields, and reads from them how
+ * the body is framed.  Every decision uses this lexer, so that no two parts of
+ * the program can read a message differently.  Nothing here reads a
+ * connection, changes an exchange or takes memory: bytes in, values out.
  *
  * Parsers return 1 if the input is good, 0 if more bytes are needed or nothing
  * is there, and minus a refusal if it is wrong.
  *
- * Door: refusals, status_reason, head_find, text_split, line_next,
- * text_is_clean, field_next, list_next, member_next, fields_parse, head_field,
- * head_value, head_lists, head_length, host_is_valid, authority_parse,
- * text_until, url_login, absolute_parse, url_parse, method_parse,
- * request_parse, response_is_bodiless,
- * response_parse, fields_of_hop, fields_not_late, fields_of_body,
- * fields_of_condition, name_is_among, field_passes, field_append,
- * fields_append, status_append, length_append, via_append, host_trim,
- * authority_print, address_read, response_length, head_logs_in, conn_head,
- * head_is_hopeless, request_hopeless, request_clean, request_mask,
- * request_is_last, request_passed_here, header_parse.
+ * Door: field_next, fields_parse, head_drop, head_field, head_find,
+ * head_framing, head_length, head_lists, head_parse, head_value, line_next,
+ * list_next, member_next, refusals, status_reason, text_is_clean, text_split.
  */
 
 static const struct {
@@ -3377,6 +3369,23 @@ head_framing(const struct head *h, enum framing *framing, uint64_t *length,
 		*framing = chunked ? FRAMING_CHUNKED : FRAMING_LENGTH;
 	return 1;
 }
+
+/* ---- 7. Heads: requests and responses ---- */
+
+/*
+ * Reads from a head who is asked for what, and from which version; says which
+ * fields pass; and writes the parts of a head.  It refuses as the section
+ * before it does.
+ *
+ * Door: absolute_parse, address_read, authority_parse, authority_print,
+ * conn_head, field_append, field_passes, fields_append, fields_not_late,
+ * fields_of_body, fields_of_condition, fields_of_hop, head_is_hopeless,
+ * head_logs_in, header_parse, host_is_valid, host_trim, length_append,
+ * method_parse, name_is_among, request_clean, request_hopeless,
+ * request_is_last, request_mask, request_parse, request_passed_here,
+ * response_is_bodiless, response_length, response_parse, status_append,
+ * text_until, url_login, url_parse, via_append.
+ */
 
 /* A host as it may stand in a URL: a name or an address (RFC 3986 3.2.2). */
 static bool
@@ -4125,7 +4134,7 @@ header_parse(struct text t, struct address *client)
 	return (int)end + 1;
 }
 
-/* ---- 7. Bodies and flows: where a message ends ---- */
+/* ---- 8. Bodies and flows: where a message ends ---- */
 
 /*
  * A body leaves its framing where it arrives and gets a new one where it
@@ -4449,7 +4458,7 @@ exchange_parent(const struct exchange *x)
 	return parent_is_proxy(parent) ? parent : NULL;
 }
 
-/* ---- 8. Matchers and lists of domains ---- */
+/* ---- 9. Matchers and lists of domains ---- */
 
 /*
  * What the values of rules are made of: networks, times, numbers, texts in a
@@ -5182,7 +5191,7 @@ list_has(const struct list *list, struct text host)
 	return listed;
 }
 
-/* ---- 9. Rules: judging ---- */
+/* ---- 10. Rules: judging ---- */
 
 /*
  * A rule is an action and its conditions; the first rule that matches decides.
@@ -5966,15 +5975,15 @@ exchange_view(const struct exchange *x, const struct response *r,
 		view_response(v, r, length);
 }
 
-/* ---- 10. Rules: reading ---- */
+/* ---- 11. Rules: conditions as text ---- */
 
 /*
- * Reads rules from files and options, and the lists and users that they name.
- * New rules are read beside those in force and replace them only if all are
- * right; an exchange keeps the rules that it began with.
+ * Users, and rules as text: words, conditions and their values.  The parser
+ * names what is wrong, with file and line, and goes on.
  *
- * Door: rules_read, rules_reload, rules_can_reload, rules_step, rules_take,
- * rules_give.
+ * Door: account_login, condition_parse, parser_begin, parser_copy,
+ * parser_error, parser_invalid, parser_logins, parser_new, parser_split,
+ * parser_takes, parser_value, rules_give.
  */
 
 enum {
@@ -6577,7 +6586,15 @@ condition_parse(struct parser *p, struct rule *rule)
 	rule->needs |= c->needs;
 }
 
-/* ---- actions ---- */
+/* ---- 12. Rules: actions as text, and files ---- */
+
+/*
+ * Reads rules from files and options, and the lists and users that they name.
+ * New rules are read beside those in force and replace them only if all are
+ * right; an exchange keeps the rules that it began with.
+ *
+ * Door: rules_can_reload, rules_read, rules_reload, rules_step, rules_take.
+ */
 
 /* Takes one argument of: deny [status] ["reason"] */
 static bool
@@ -7248,7 +7265,7 @@ rules_take(const struct head *h, const struct account **user)
 	return rules_now;
 }
 
-/* ---- 11. Freshness: what RFC 9111 lets a shared cache do ---- */
+/* ---- 13. Freshness: what RFC 9111 lets a shared cache do ---- */
 
 /*
  * Functions without state that judge heads and times: may a response be
@@ -7841,24 +7858,24 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
 	return 1;
 }
 
-/* ---- 12. Store: entries in a directory ---- */
+/* ---- 14. Store: entries in a directory ---- */
 
 /*
  * Each entry is one file, which describes itself in text and whose name is a
  * hash of its key.  There is no index: open(2) is the lookup, and any file may
  * vanish at any time.  A sweeper, a child process, keeps the directory as small
- * as -s says.
+ * as -s says; it has a section of its own.
  *
  * A damaged or truncated entry is a miss, not an error.  The directory never
  * takes more of the disk than -s allows, and a disk failure costs a client a
  * miss, or a follower a response that is visibly truncated.
  *
- * Door: store_open, store_take_over, store_warn, store_print, store_sweep,
- * store_bytes for all; for the cache work_buffer, key_of, key_hash, entry_path,
- * vary_append, variant_of, variant_fits, entry_read, entry_open, entry_find,
- * entry_touch, disk_bytes, stock_sum, store_fits, store_lacks_disk,
- * store_remove, write_at, region_build, region_seal, temporary_open,
- * temporary_place, temporary_close, marker_token, stored_head_append.
+ * Door: disk_bytes, disk_failed, entry_find, entry_open, entry_path,
+ * entry_read, key_hash, key_of, marker_token, region_build, region_seal,
+ * stock_set, stock_sum, store_bytes, store_fits, store_lacks_disk, store_path,
+ * store_remove, stored_head_append, tag_make, temporary_close, temporary_open,
+ * temporary_place, variant_fits, variant_of, vary_append, work_buffer,
+ * write_at.
  */
 
 enum {
@@ -8745,7 +8762,16 @@ stored_head_append(const struct response *r, const struct response *old,
 	buffer_append(b, text_of("\r\n"));
 }
 
-/* ---- the sweeper ---- */
+/* ---- 15. Store: the sweeper ---- */
+
+/*
+ * Keeps the directory as small as -s says: a child process removes what was
+ * not used for longest, each time the room has run out.  Opens the directory,
+ * too, and makes sure that it is one.
+ *
+ * Door: entry_touch, store_open, store_print, store_sweep, store_take_over,
+ * store_warn.
+ */
 
 /* Entries used lately, the file's time of which is recent. */
 static struct {
@@ -9286,11 +9312,11 @@ store_print(const struct target *target)
 		    strerror(error));
 }
 
-/* ---- 13. Cache: look-ups and fetches ---- */
+/* ---- 16. Cache: fetches ---- */
 
 /*
  * A shared cache: a response that one client fetched may answer others (RFC
- * 9111).  These are the cache's part in the phases of section 19.  It must
+ * 9111).  These are the cache's part in the phases of an exchange.  It must
  * never give one client a response meant for another.
  *
  * Collapsed forwarding.  When several clients want the same at once, the
@@ -9310,9 +9336,9 @@ store_print(const struct target *target)
  * visibly, since a truncated body must never seem complete.  So no exchange
  * may follow a fetch that has no strong validator and may run out of room.
  *
- * Door: cache_find, cache_validate, cache_validators_append, cache_store,
- * cache_append, cache_leave, cache_follows, cache_detach, cache_wants,
- * cache_room, cache_shape, cache_status_append.
+ * Door: cache_append, cache_detach, cache_invalidate, cache_stores,
+ * fetch_begin, fetch_end, fetch_follow, fetch_store, fetch_unfollow,
+ * key_is_uncacheable, key_remember, response_validator.
  */
 
 enum {
@@ -9901,7 +9927,17 @@ cache_invalidate(const struct request *q, const struct response *r)
 	}
 }
 
-/* ---- lookups and validation ---- */
+/* ---- 17. Cache: look-ups and validation ---- */
+
+/*
+ * Finds the entry that may answer a request, judges it, and has it validated;
+ * decides whether a response may be stored; and builds the head that is sent
+ * from an entry.
+ *
+ * Door: cache_find, cache_follows, cache_leave, cache_room, cache_shape,
+ * cache_status_append, cache_store, cache_validate, cache_validators_append,
+ * cache_wants.
+ */
 
 /*
  * The rule that decides how a request, or its response r if that is not NULL,
@@ -10714,7 +10750,7 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 	buffer_append(b, text_of("\r\n"));
 }
 
-/* ---- 14. Names ---- */
+/* ---- 18. Names ---- */
 
 /*
  * Finds the addresses of names.  getaddrinfo(3) may take a minute, and the
@@ -11137,7 +11173,7 @@ names_find(const char *host)
 	return best;
 }
 
-/* ---- 15. Log ---- */
+/* ---- 19. Log ---- */
 
 /*
  * The log has one line for each exchange.  No input can split or forge a line.
@@ -11731,7 +11767,7 @@ log_end(void)
 		    (unsigned long long)logs.lost);
 }
 
-/* ---- 16. Recording: HAR 1.2 ---- */
+/* ---- 20. Recording: HAR 1.2 ---- */
 
 /*
  * With -w, an entry for each exchange.  What the entry needs of heads and
@@ -12297,7 +12333,7 @@ record_exchange(const struct exchange *x)
 	t->lost = false;
 }
 
-/* ---- 17. Trace ---- */
+/* ---- 21. Trace ---- */
 
 /*
  * With -v, a line for each step and each field of a head, on standard error;
@@ -12666,13 +12702,13 @@ hello_is_whole(struct text t, char *flat)
 	return t.len >= HELLO_MAX || (!c.bad && len <= c.rest.len);
 }
 
-/* ---- 18. Heads and pages: what the proxy writes ---- */
+/* ---- 22. Heads and pages: what the proxy writes ---- */
 
 /*
  * Everything that the proxy writes itself: the request head for the next hop,
  * the response head for the client, the handshake with a SOCKS5 parent, and
- * its own pages.  All of it is built in a buffer here; section 19 decides when
- * to send it, and to whom.
+ * its own pages.  All of it is built in a buffer here; the phases of an
+ * exchange decide when to send it, and to whom.
  *
  * Door: request_build, exchange_rewrite, exchange_is_relayed, response_build,
  * answer_view, greet_append, greet_length, greet_words, page_refusal,
@@ -13635,20 +13671,27 @@ page_trace(struct exchange *x)
 	page_send(x, "message/http", "", b, REFUSE_HEAD_LONG);
 }
 
-/* ---- 19. Exchange: the phases, one step each ---- */
+/* ---- 23. Exchange: changes of phase ---- */
 
 /*
- * The life of a request.  Each phase has a subheading, in the order in which
- * they run, and ends with its step function.  A step does what can be done
- * now and returns true if anything moved; then it, or the step of the phase
- * that it entered, is called again.  A step that has to wait returns false,
- * and has said for what: it tried to read or write, and exchange_is_late()
- * keeps its deadline.
+ * The life of a request, in three sections.  This one has what all phases
+ * share: changes of phase, refusals, the end, and what rules do to an exchange.
+ * In the next two, each phase has a subheading, in the order in which they run,
+ * and ends with its step function.  A step does what can be done now and
+ * returns true if anything moved; then it, or the step of the phase that it
+ * entered, is called again.  A step that has to wait returns false, and has
+ * said for what: it tried to read or write, and exchange_is_late() keeps its
+ * deadline.
  *
  * A step must never block.  Messages are parsed, built and written by the
- * sections above; this one decides what comes next.
+ * sections above; these decide what comes next.
  *
- * Door: exchange_open, exchange_run, exchange_close, exchange_abort.
+ * Door: access_begin, access_body, access_enter, access_judge, access_refuse,
+ * access_response, bend_begin, bend_cuts, bend_delays, bend_hangs, bend_room,
+ * bend_spend, exchange_abort, exchange_answer, exchange_close,
+ * exchange_drop_tries, exchange_end, exchange_enter, exchange_forget,
+ * exchange_is_late, exchange_refuse, exchange_serve, exchange_take,
+ * route_again, route_expire, route_judge.
  */
 
 enum {
@@ -14401,6 +14444,17 @@ route_expire(struct exchange *x, enum refusal refusal)
 	exchange_refuse(x, refusal, x->record.server.family ? detail : "");
 	return true;
 }
+
+/* ---- 24. Exchange: from the request to the server ---- */
+
+/*
+ * The phases REQUEST, COLLAPSE, RESOLVE, CONNECT and GREET, each with a
+ * subheading: a request is taken, judged and looked up, and a way to a server
+ * is found.
+ *
+ * Door: collapse_step, connect_step, exchange_hop, exchange_take_refresh,
+ * greet_step, request_step, resolve_step.
+ */
 
 /* ---- REQUEST: a whole head, and who answers it ---- */
 
@@ -15301,6 +15355,16 @@ greet_step(struct exchange *x)
 		    route_expire(x, REFUSE_CONNECT_SLOW);
 	return true;
 }
+
+/* ---- 25. Exchange: from the response to the end ---- */
+
+/*
+ * The phases RESPONSE, RELAY and LINGER, each with a subheading: a response is
+ * judged and forwarded, and both connections are left as they should be.  The
+ * table of all phases stands at the end.
+ *
+ * Door: exchange_open, exchange_run.
+ */
 
 /* ---- a body from one side to the other ---- */
 
@@ -16224,7 +16288,7 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
 	exchange_run(x);
 }
 
-/* ---- 20. Loop ---- */
+/* ---- 26. Loop ---- */
 
 /*
  * Waits for events, runs the exchanges concerned, handles deadlines, and
@@ -16232,8 +16296,8 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
  * command that the proxy runs, the service manager and the workers are looked
  * after here.
  *
- * Door: loop_run, loop_accept_all, signals_begin, signals_open, signals_fork,
- * signals_restore, signal_conn, command, notify, workers_run.
+ * Door: command, loop_accept_all, loop_run, loop_signals, notify, signal_conn,
+ * signals_begin, signals_fork, signals_open, signals_restore, workers_signal.
  */
 
 enum {
@@ -17123,7 +17187,14 @@ loop_run(void)
 	log_end();
 }
 
-/* ---- workers: several processes that serve ---- */
+/* ---- 27. Workers ---- */
+
+/*
+ * With -j, several processes serve, and the first one is their supervisor: it
+ * starts them, replaces those that die, and passes signals on.
+ *
+ * Door: workers_run.
+ */
 
 /*
  * With -j, the program becomes a supervisor that serves nobody, and forks
@@ -17238,14 +17309,15 @@ workers_run(void)
 		die("no helper for names: %s", strerror(errno));
 }
 
-/* ---- 21. Main: options, startup ---- */
+/* ---- 28. Options and listeners ---- */
 
 /*
- * Reads the command line, starts all that must be there before the loop runs,
- * and answers -h, -V, -n, -k and -T.  A new option is a row of option_table, a
- * member of `options`, and an item in the manual.
+ * Reads the command line and opens the sockets that it asks for, or takes those
+ * that a service manager gave.  A new option is a row of option_table, a member
+ * of `options`, and an item in the manual.
  *
- * Door: main.
+ * Door: inetd_serve, inetd_take, listen_given, listen_inherit, listen_on,
+ * option_help, option_version, options_parse, usage.
  */
 
 /* The command line is wrong. */
@@ -17808,6 +17880,15 @@ inetd_serve(int fd)
 		peer = address_import((struct sockaddr *)&storage);
 	exchange_open(fd, &peer, ARRIVAL_CLIENT);
 }
+
+/* ---- 29. Main: start, trials, a command ---- */
+
+/*
+ * Starts all that must be there before the loop runs, answers the options
+ * that only print, and runs the command that the proxy was given.
+ *
+ * Door: main.
+ */
 
 /* -k: prints the paths of a URL's entries, and ends the program. */
 static void
