@@ -4761,6 +4761,7 @@ needle_scan(const struct needle *n, unsigned char *state, struct text t)
 
 /* Splits a file into lines. */
 struct reader {
+	bool begun;                   /* its first line has been read */
 	bool eof;                     /* at the end of the file */
 	bool cut;                     /* the last line returned has no LF */
 	size_t start, end;            /* the bytes left in data */
@@ -4771,14 +4772,15 @@ struct reader {
 static void
 reader_begin(struct reader *r)
 {
-	r->eof = r->cut = false;
+	r->begun = r->eof = r->cut = false;
 	r->start = r->end = 0;
 }
 
 /*
  * Reads the next line without its LF; it is valid until the next call.  A line
- * longer than r->data comes in pieces.  Returns 1, 0 at the end of the file,
- * or -1 with errno set.
+ * longer than r->data comes in pieces.  A byte order mark, with which some
+ * editors begin a file in UTF-8, is dropped.  Returns 1, 0 at the end of the
+ * file, or -1 with errno set.
  */
 static int
 reader_next(struct reader *r, int fd, struct text *line)
@@ -4803,6 +4805,9 @@ reader_next(struct reader *r, int fd, struct text *line)
 	r->cut = n == t.len;
 	r->start += n + !r->cut;
 	*line = text_cut(t.at, n);
+	if (!r->begun && text_starts(*line, "\xef\xbb\xbf"))
+		*line = text_from(*line, 3);
+	r->begun = true;
 	return t.len > 0;
 }
 
@@ -5067,8 +5072,6 @@ list_take(struct list *list, struct text t, bool begins)
 	list->read += begins;
 	if (text_find(t, '\0') < t.len)
 		return false;
-	if (list->read == 1 && begins && text_starts(t, "\xef\xbb\xbf"))
-		t = text_from(t, 3);
 	if (begins && (t.len > LIST_LINE || !list_line(list, t)))
 		list->skipped++;
 	return true;
