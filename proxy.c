@@ -11183,7 +11183,7 @@ names_find(const char *host)
  * It may not stop the proxy: when it can't be written, this is said once, lines
  * are counted, and serving goes on.
  *
- * Door: file_is_at, log_date, log_end, log_exchange, log_flush, log_lines,
+ * Door: file_is_at, log_end, log_exchange, log_flush, log_lines,
  * log_names_rule, log_note, log_note_name, log_open, log_quotes, log_status,
  * log_wait, glance_take, refusal_words, times_between.
  */
