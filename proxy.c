@@ -3243,7 +3243,7 @@ head_mark(struct head *h, struct text name)
 static bool
 head_nominate(struct head *h)
 {
-	struct members m = { 0, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 	struct text name;
 	size_t n;
 
@@ -3338,7 +3338,7 @@ head_drop(struct head *h, const char *name, const char *value)
 static bool
 head_lists(const struct head *h, const char *name, struct text word)
 {
-	struct members m = { 0, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 	struct text member;
 
 	while (member_next(h, name, &m, &member))
@@ -3945,7 +3945,7 @@ response_length(const struct response *r)
 static bool
 head_logs_in(const struct head *h, const char *name)
 {
-	struct members m = { 0, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 	struct text member;
 
 	while (member_next(h, name, &m, &member))
@@ -4079,7 +4079,7 @@ request_is_last(const struct request *r)
 static bool
 request_passed_here(const struct request *r)
 {
-	struct members m = { 0, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 	struct text member, name;
 
 	while (member_next(&r->head, "Via", &m, &member)) {
@@ -7563,7 +7563,7 @@ control_parse(const struct head *h)
 		.max_stale = -1,
 		.while_revalidate = -1,
 		.if_error = -1 };
-	struct members m = { 0, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 	struct text value;
 
 	while (member_next(h, "Cache-Control", &m, &value)) {
@@ -7826,7 +7826,7 @@ static int
 condition_has(const struct head *q, const char *name, struct text etag,
     bool weak)
 {
-	struct members m = { 0, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 	struct text member;
 
 	if (text_starts(etag, "W/"))
@@ -8242,7 +8242,7 @@ static bool
 vary_append(const struct response *r, struct buffer *b)
 {
 	struct text list[VARY_MAX + 2], *last = list, *t, member;
-	struct members m = { 0, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 
 	while (member_next(&r->head, "Vary", &m, &member)) {
 		if (last == list + VARY_MAX || !text_is_token(member))
