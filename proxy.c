@@ -227,8 +227,8 @@
 #define VERSION "0.1"
 
 enum limit {
-	/* Bytes of data in a buffer; the whole struct has BUFFER_SIZE. */
-	BUFFER_ROOM = BUFFER_SIZE - 4 * (int)sizeof(size_t),
+	/* Data in a buffer: its struct and malloc(3)'s own have the rest. */
+	BUFFER_ROOM = BUFFER_SIZE - 8 * (int)sizeof(size_t),
 	/* Kept free in front of the data: 8 hex digits and CRLF. */
 	CHUNK_ROOM = 10,
 	/* Kept free behind them: CRLF, "0" CRLF CRLF, and some to spare. */

@@ -6354,7 +6354,7 @@ test_resources_slow_readers() { # who does not read costs two buffers at most
 	do touch over
 END
 	# Two buffers for each of the two, and two pages of other things.
-	[ $((after - before)) -le $(((buffer * 4 + 5120) / 1024)) ] ||
+	[ $((after - before)) -le $(((buffer * 4 + 8192) / 1024)) ] ||
 		fail "$((after - before)) KiB for two exchanges"
 	[ "$(cat o1.1.stuffed)" -lt 1073741824 ] || fail "all was taken"
 }
