@@ -3006,6 +3006,7 @@ status_reason(int status)
 		{ 412, "Precondition Failed" },
 		{ 414, "URI Too Long" },
 		{ 416, "Range Not Satisfiable" },
+		{ 426, "Upgrade Required" },
 		{ 429, "Too Many Requests" },
 		{ 431, "Request Header Fields Too Large" },
 		{ 451, "Unavailable For Legal Reasons" },
@@ -13097,6 +13098,24 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 }
 
 /*
+ * The field that a response with this status must have (RFC 9110 section 15),
+ * as a line, or "".  A rule names the status alone, so a 401 asks for the
+ * simplest login, a 405 allows no method, and a 426 wants TLS, as in RFC 2817
+ * section 4.2.
+ */
+static const char *
+page_duty(int status)
+{
+	return status == 401 ? "WWW-Authenticate: Basic realm=\"server\", "
+			       "charset=\"UTF-8\"\r\n" :
+	    status == 405    ? "Allow:\r\n" :
+	    status == 407    ? "Proxy-Authenticate: Basic realm=\"proxy\", "
+			       "charset=\"UTF-8\"\r\n" :
+	    status == 426    ? "Upgrade: TLS/1.2, HTTP/1.1\r\n" :
+			       "";
+}
+
+/*
  * Refuses x by a page: words, then details.  Proxy-Status (RFC 9209) says the
  * same to programs; its strings contain no quotes or backslashes.
  */
@@ -13117,15 +13136,11 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 					    *c;
 	(void)snprintf(fields, sizeof(fields),
 	    "Proxy-Status: %s; error=%s; details=\"%s\"\r\n"
-	    "Cache-Control: no-store\r\n%s%s%s",
+	    "Cache-Control: no-store\r\n%s%s",
 	    pseudonym, refusals[refusal].error, clean,
 	    status == 503 ? "Retry-After: 5\r\n" : "",
 	    refusal == REFUSE_PAGE_METHOD ? "Allow: GET, HEAD\r\n" :
-		status == 405             ? "Allow:\r\n" :
-					    "",
-	    status == 407 ? "Proxy-Authenticate: Basic realm=\"proxy\", "
-			    "charset=\"UTF-8\"\r\n" :
-			    "");
+					    page_duty(status));
 	(void)snprintf(body, sizeof(body), "%d %s: %s\n%s%s", status,
 	    status_reason(status), words, *detail ? clean : "",
 	    *detail ? "\n" : "");
@@ -13593,31 +13608,40 @@ page_own(struct exchange *x, const struct page *page)
 
 /*
  * The answer of a rule: a text, or a file as it is now, which is read like the
- * body of an entry.  One for which a small buffer has no room is refused.
+ * body of an entry.  One for which a small buffer has no room is refused.  A
+ * 205 has no content, and a 206 has all of it (RFC 9110 sections 15.3.6 and
+ * 15.3.7).
  */
 static void
 page_rule(struct exchange *x, const struct rule *rule)
 {
-	/* A 405 must have it (RFC 9110 section 15.5.6); no method is known. */
-	const char *allow = rule->status == 405 ? "Allow:\r\n" : "";
+	const char *file = rule->status == 205 ? NULL : rule->file;
+	struct text words =
+	    text_cut(rule->words.at, rule->status == 205 ? 0 : rule->words.len);
+	int fd = file ? open(file, O_RDONLY | O_NONBLOCK) : -1;
+	unsigned long long size = words.len;
 	struct conn *s = &x->server;
 	struct stat status;
-	int fd = rule->file ? open(rule->file, O_RDONLY | O_NONBLOCK) : -1;
+	char range[64];
 
-	if (rule->file != NULL &&
+	if (file != NULL &&
 	    (fd == -1 || fstat(fd, &status) == -1 ||
 		!S_ISREG(status.st_mode))) {
 		page_refusal(x, REFUSE_FILE, fd == -1 ? strerror(errno) : "");
 		fd_drop(&fd);
 		return;
 	}
-	page_make(x, rule->status, rule->type, allow, rule->words);
+	if (fd != -1)
+		size = (unsigned long long)status.st_size;
+	(void)snprintf(range, sizeof(range),
+	    "Content-Range: bytes 0-%llu/%llu\r\n", size - (size > 0), size);
+	page_make(x, rule->status, rule->type,
+	    rule->status == 206 ? range : page_duty(rule->status), words);
 	if (s->in != NULL && s->in->overflow)
 		page_refusal(x, REFUSE_ANSWER_LONG, "");
 	else if (s->in != NULL && fd != -1) {
 		s->in->end -= strlen("0\r\n\r\n");
-		buffer_print(s->in, "%llu\r\n\r\n",
-		    (unsigned long long)status.st_size);
+		buffer_print(s->in, "%llu\r\n\r\n", size);
 		s->eof = false;
 		conn_file(s, fd, x);
 		return;

@@ -9362,7 +9362,12 @@ test_rules_deny() { # deny: status, reason, Proxy-Status, log; GET, HEAD, POST, 
 	    -e 'deny 451 "no films at work" host films.example' \
 	    -e 'deny 410 host gone.example' \
 	    -e 'deny 405 host once.example not url /answer' \
-	    -e 'answer 405 "never" url /answer'
+	    -e 'deny 401 url /401$' -e 'deny 407 url /407$' -e 'deny 426 url /426$' \
+	    -e 'answer 405 "never" url /answer' \
+	    -e 'answer 401 "x" url /a401' -e 'answer 407 "x" url /a407' \
+	    -e 'answer 426 "x" url /a426' -e 'answer 401 "x" url /own' \
+	    -e 'set response WWW-Authenticate "Digest realm=a" url /own' \
+	    -e 'answer 205 "x" url /a205' -e 'answer 206 "four" url /a206'
 	play 'the page tells the reason and nothing else' <<'END'
 	reply  200 | ok
 	ask    http://plain.example:%p/ = 403 Forbidden error=http_request_denied
@@ -9379,6 +9384,26 @@ END
 	sees   Allow: 
 	ask    http://once.example:1/answer = 405
 	sees   Allow: 
+	== other statuses have what they must have, too (RFC 9110 section 15)
+	ask    http://a.example:1/401 = 401 Unauthorized
+	sees~  ^WWW-Authenticate: Basic realm=
+	ask    http://a.example:1/407 = 407
+	sees~  ^Proxy-Authenticate: Basic realm=
+	ask    http://a.example:1/426 = 426 Upgrade Required
+	sees   Upgrade: TLS/1.2, HTTP/1.1
+	sees   Connection: upgrade
+	ask    http://a.example:1/a401 = 401
+	ask    http://a.example:1/a407 = 407
+	ask    http://a.example:1/a426 = 426
+	ask    http://a.example:1/own = 401
+	sees   WWW-Authenticate: Digest realm=a
+	ask    http://a.example:1/a205 = 205
+	sees   Content-Length: 0
+	ask    http://a.example:1/a206 = 206
+	sees   Content-Range: bytes 0-3/4
+	sees#  2 ^WWW-Authenticate: Basic
+	sees#  2 ^Proxy-Authenticate: 
+	sees#  2 ^Upgrade: 
 	== status and reason; the connection goes on
 	ask    http://films.example:1/ = 451
 	sees~  ^451 [A-Z].*: no films at work(.l)?
