@@ -9869,34 +9869,64 @@ cache_forget(const struct target *target)
 }
 
 /*
- * Sets path to the path of a reference (RFC 3986 section 4.2), built in b if
- * it is relative to own's path; false if it names another server.
+ * Removes the segments . and .. from the path in b, which begins with a slash
+ * (RFC 3986 section 5.2.4).
+ */
+static void
+dots_remove(struct buffer *b)
+{
+	char *path = b->data + b->start;
+	struct text rest = buffer_text(b);
+	size_t n = 0, len;
+
+	while (rest.len > 0) {
+		struct text segment = rest;
+		bool up, dot;
+
+		segment.len = 1 + text_find(text_from(rest, 1), '/');
+		rest = text_from(rest, segment.len);
+		up = text_is(segment, "/..");
+		dot = up || text_is(segment, "/.");
+		while (up && n > 0 && path[--n] != '/')
+			;
+		len = !dot ? segment.len : rest.len == 0;
+		memmove(path + n, segment.at, len);
+		n += len;
+	}
+	b->end = b->start + n;
+}
+
+/*
+ * Sets path to the path and query of a reference that is not empty (RFC 3986
+ * section 5.2), built in b; false if it names another server.
  */
 static bool
 reference_resolve(const struct target *own, struct text value, struct buffer *b,
     struct text *path)
 {
-	struct target target = *own;
-	size_t n;
+	struct text base = text_until(own->path, "?"), name;
+	struct target target;
 
 	if (text_starts(value, "//") ||
-	    text_find(value, ':') < text_find(value, '/')) {
-		bool good = absolute_parse(value, &target) == 1;
-
-		*path = target.path;
-		return good && text_same(target.host, own->host) &&
-		    target.port == own->port;
+	    text_find(value, ':') < text_until(value, "/?").len) {
+		if (absolute_parse(value, &target) != 1 ||
+		    !text_same(target.host, own->host) ||
+		    target.port != own->port)
+			return false;
+		value = target.path;
+		base.len = 0;
 	}
-	*path = value;
-	if (*value.at == '/')
-		return true;
-	if (text_starts(value, "./"))
-		value = text_from(value, 2);
-	n = text_find(own->path, '?');
-	while (n > 0 && own->path.at[n - 1] != '/')
-		n--;
-	buffer_append(b, n > 0 ? text_cut(own->path.at, n) : text_of("/"));
-	buffer_append(b, value);
+	name = text_until(value, "?");
+	while (name.len > 0 && base.len > 0 &&
+	    (*name.at == '/' || base.at[base.len - 1] != '/'))
+		base.len--;
+	if (base.len == 0 && !text_starts(name, "/"))
+		base = text_of("/");
+	buffer_append(b, base);
+	buffer_append(b, name);
+	if (name.len > 0)
+		dots_remove(b);
+	buffer_append(b, text_from(value, name.len));
 	*path = buffer_text(b);
 	return !b->overflow;
 }

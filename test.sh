@@ -13645,6 +13645,19 @@ END
 	unsafe gone POST /b '200 OK' 'Location: a\n'
 	unsafe gone POST /b '200 OK' 'Content-Location: ./a\n'
 	unsafe gone POST '/a?x' '200 OK' 'Location: /a#there\n'
+	unsafe gone POST /b/c/d '200 OK' 'Location: ../../a\n'
+	unsafe gone POST /b/c '200 OK' 'Content-Location: ./.././../c/../a\n'
+	unsafe gone POST /b '200 OK' 'Location: /b/../c/./../a\n'
+	unsafe_own http://%P/b/../a
+	unsafe kept POST /b/c '200 OK' 'Location: a\nContent-Location: ../a/.\n'
+	play 'a reference of a query alone is one to the same path' <<'END'
+	reply  200 Connection: close\nCache-Control: max-age=99 | one\l
+	reply  200 Connection: close\nLocation: ?n=http://1 | for\l
+	reply  200 Connection: close\n | two\l
+	ask    /a/b?n=http://1 = 200 | one\l
+	ask    POST /a/b?n=2 Content-Length: 0 = 200 | for\l
+	ask    /a/b?n=http://1 = 200; fwd= | two\l
+END
 	stop_proxy
 	start_cache -e 'deny type text/odd' -e 'answer 200 "ok" method POST'
 	play 'a response that a rule forbids does so, too; one that a rule makes does not' <<'END'
