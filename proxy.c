@@ -3299,7 +3299,9 @@ head_lists(const struct head *h, const char *name, struct text word)
 
 /*
  * Reads Content-Length (RFC 9112 section 6.3, item 5): digits, and one value;
- * equal repeats, in one line or several, count as one.  0: no such field.
+ * equal repeats, in one line or several, count as one.  Empty members are
+ * refused: it is no list, and its repeats may be, too (RFC 9110 section 8.6).
+ * 0: no such field.
  */
 static int
 head_length(const struct head *h, uint64_t *length)
@@ -3328,23 +3330,32 @@ head_length(const struct head *h, uint64_t *length)
 
 /*
  * Reads Transfer-Encoding (RFC 9112 section 6.1): `chunked`, once, and nothing
- * else, since the proxy can't decode more.  0: no such field.
+ * else, since the proxy can't decode more; in one line, as no sender has a
+ * reason for two.  Empty members are ignored (RFC 9110 section 5.6.1.2): the
+ * field that leaves is the proxy's own, so it is read there as it is here.  0:
+ * no such field.
  */
 static int
 head_chunked(const struct head *h)
 {
-	const struct field *field = NULL;
+	const struct field *field = head_field(h, "Transfer-Encoding");
+	struct members m = { NULL, { NULL, 0 } };
+	struct text coding;
 	int found = 0;
 
-	while ((field = field_next(h, "Transfer-Encoding", field)) != NULL) {
+	while (member_next(h, "Transfer-Encoding", &m, &coding)) {
 		if (found++ ||
-		    (text_starts(field->value, "chunked") &&
-			field->value.len > strlen("chunked")))
+		    (text_starts(coding, "chunked") &&
+			coding.len > strlen("chunked")))
 			return -REFUSE_CODING_TWICE;
-		if (!text_is(field->value, "chunked"))
+		if (!text_is(coding, "chunked"))
 			return -REFUSE_CODING;
 	}
-	return found;
+	if (field == NULL)
+		return 0;
+	if (field_next(h, "Transfer-Encoding", field) != NULL)
+		return -REFUSE_CODING_TWICE;
+	return found ? 1 : -REFUSE_CODING;
 }
 
 /*

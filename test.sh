@@ -6925,7 +6925,7 @@ response $ok\n | HTTP/1.0 200\n\n | ${ok}Transfer-Encoding: identity\n\n | ${ok}
 response HTTP/1.1 299\s\n\n = 299 close
 response ${ok}Content-Length: 5\n\n | ${ok}Content-Length: 5, 5\n\n | ${ok}Transfer-Encoding: identity\nContent-Length: 5\n\n = 200 5
 response HTTP/1.1 200 OK\lContent-Length: 5\l\l | ${ok}A\nContent-Length\t : 5\l\n = 200 5
-response ${ok}Transfer-Encoding: chunked\n\n | ${ok}Content-Length: 5\nTransfer-Encoding: chunked\n\n = 200 chunked
+response ${ok}Transfer-Encoding: chunked\n\n | ${ok}Transfer-Encoding: ,chunked,\n\n | ${ok}Content-Length: 5\nTransfer-Encoding: chunked\n\n = 200 chunked
 response:HEAD ${ok}Content-Length: 5\n\n = 200 none
 response:CONNECT ${ok}Content-Length: 5\n\n = 200 none
 response:CONNECT HTTP/1.1 403 No\nContent-Length: 5\n\n = 403 5
@@ -6994,13 +6994,14 @@ test_unit_lines() { # a line in a head that is no field, or a wrong length, in r
 	rows <<'END'
 line X-A: b | X-A: \xff\tb | X-A:b = 200 passes
 line Content-Length: 4, 4\nContent-Length: 4 | Transfer-Encoding: chunked = 200 passes
-line Content-Length: +4 | Content-Length: -4 | Content-Length: 4 4 | Content-Length: 0x4 | Content-Length: 4.0 | Content-Length: | Content-Length: , | Content-Length: 4, 5 | Content-Length: 4;x | Content-Length: "4" | Content-Length: \xb2 = 400 refused
+line Transfer-Encoding: , chunked | Transfer-Encoding: chunked, | Transfer-Encoding: ,\t,Chunked ,, = 200 passes
+line Content-Length: +4 | Content-Length: -4 | Content-Length: 4 4 | Content-Length: 0x4 | Content-Length: 4.0 | Content-Length: | Content-Length: , | Content-Length: 4, | Content-Length: ,4 | Content-Length: 4,,4 | Content-Length: 4, 5 | Content-Length: 4;x | Content-Length: "4" | Content-Length: \xb2 = 400 refused
 line Content-Length: 18446744073709551620 | Content-Length: 9223372036854775808 | Content-Length: 99999999999999999999999999999999999999 = 400 refused
 line Content-Length: 4\nContent-Length: 5 | Content-Length: 4\nX-A: b\ncontent-length: 04 4 = 400 refused
 line Content-Length: 4\nTransfer-Encoding: chunked\nContent-Length: 5 | Transfer-Encoding: chunked\nContent-Length: x = 400 refused
 line Content-Length: 4\nTransfer-Encoding: chunked | Transfer-Encoding: chunked\nContent-Length: 4 | Transfer-Encoding: chunked\nContent-Length: 0 = 400 passes
-line Transfer-Encoding: chunkedx | Transfer-Encoding: chunked, chunked | Transfer-Encoding: chunked\nTransfer-Encoding: chunked | Transfer-Encoding: chunked, gzip | Transfer-Encoding: chunked;q=1 | Transfer-Encoding: \x0bchunked | Transfer-Encoding: chunked\0 = 400 refused
-line Transfer-Encoding: xchunked | Transfer-Encoding: gzip, chunked | Transfer-Encoding: gzip | Transfer-Encoding:  | Transfer-Encoding: "chunked" | Transfer-Encoding: identity, chunked | Transfer-Encoding: gzip\nTransfer-Encoding: chunked | Transfer-Encoding: chunk ed = 501 refused
+line Transfer-Encoding: chunkedx | Transfer-Encoding: chunked, chunked | Transfer-Encoding: chunked\nTransfer-Encoding: chunked | Transfer-Encoding: chunked\nTransfer-Encoding: | Transfer-Encoding: \nTransfer-Encoding: chunked | Transfer-Encoding: chunked,,chunked | Transfer-Encoding: chunked, gzip | Transfer-Encoding: chunked;q=1 | Transfer-Encoding: \x0bchunked | Transfer-Encoding: chunked\0 = 400 refused
+line Transfer-Encoding: xchunked | Transfer-Encoding: gzip, chunked | Transfer-Encoding: gzip | Transfer-Encoding: gzip, | Transfer-Encoding:  | Transfer-Encoding: , | Transfer-Encoding: "chunked" | Transfer-Encoding: identity, chunked | Transfer-Encoding: gzip\nTransfer-Encoding: chunked | Transfer-Encoding: chunk ed = 501 refused
 line Transfer-Encoding: identity = 501 passes
 line Transfer-Encoding : chunked | X-A : b | X-A\t: b | X-A = 400 passes
 line Transfer-Encoding : gzip | Content-Length : x = 400 refused
