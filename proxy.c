@@ -2968,10 +2968,9 @@ static const struct {
 	    "a switch of protocols that nobody asked for" },
 	[REFUSE_LOGIN] = { BAD_ANSWER,
 	    "the server asked for a login as if it were a proxy" },
-	[REFUSE_PARENT_LOGIN] = { 502, CAUSE_ANSWER,
-	    "proxy_configuration_error",
+	[REFUSE_PARENT_LOGIN] = { 502, CAUSE_WAY, "proxy_configuration_error",
 	    "the parent proxy does not accept our login" },
-	[REFUSE_PARENT] = { 502, CAUSE_OTHER, "proxy_internal_response",
+	[REFUSE_PARENT] = { 502, CAUSE_WAY, "proxy_internal_response",
 	    "the parent proxy failed" },
 	[REFUSE_CUT_SHORT] = { 502, CAUSE_ANSWER, "http_response_incomplete",
 	    "the answer was cut short" },
@@ -14454,7 +14453,7 @@ parent_untried(const struct route *route, int64_t came)
 
 /*
  * Turns to the rule's next parent; false if there is none.  A parent has not
- * failed if it was reached and only the server behind it could not be.
+ * failed if it was asked for the server and only that could not be reached.
  */
 static bool
 parent_next(struct exchange *x)

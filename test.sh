@@ -10013,7 +10013,7 @@ dead_port() {
 	dead=$origin
 }
 
-test_rules_via_next() { # via: the next parent if one can't be reached; direct as last
+test_rules_via_next() { # via: the next parent if one can't be reached, or shakes no hands; direct as last
 	dead_port
 	origin h 'replies 200 X-By: h | ok'
 	h=$origin
@@ -10037,6 +10037,22 @@ END
 		want 502 GET http://$host.example:%p/ '' ' why="'
 	done
 	want 200 GET http://other.example:%p/
+	origin s <<'END'
+want 3 ; send HTTP/1.1 400 Bad\n\n ; eof
+---
+want 3 ; send \x05\xff ; eof
+---
+want 3 ; close
+---
+want 3 ; send \x05\0 ; want 10 ; send \x05\x05\0\x01\0\0\0\0\0\0 ; eof
+END
+	for n in protocol login close; do
+		start_proxy -e "via socks5://$origin http://$h"
+		want 200 GET http://a.example/ '' " server=$h "
+	done
+	# One that says that the server is gone does its work.
+	start_proxy -e "via socks5://$origin http://$h"
+	want 502 GET http://192.0.2.7/ '' ' why="'
 }
 
 # No byte has reached the origin.
