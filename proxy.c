@@ -16974,15 +16974,10 @@ loop_reload(void)
 		warn("can't open %s again: %s", options.record, why);
 }
 
-/* If the command has ended, ends the proxy with its exit status. */
+/* The command has ended: ends the proxy with its exit status. */
 static void
-command_reap(void)
+command_ended(int status)
 {
-	int status;
-
-	if (command.pid == 0 ||
-	    waitpid(command.pid, &status, WNOHANG) != command.pid)
-		return;
 	command.pid = 0;
 	command.status = WIFEXITED(status) ? WEXITSTATUS(status) :
 					     128 + WTERMSIG(status);
@@ -17107,36 +17102,42 @@ workers_signal(int number)
 			(void)kill(workers[i].pid, number);
 }
 
+/* The supervisor says why worker i has ended. */
+static void
+worker_ended(size_t i, int status)
+{
+	struct totals *t = &workers[i].totals;
+	long pid = (long)workers[i].pid;
+	int n = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+
+	workers[i].pid = 0;
+	t->busy = t->slots = t->buffers = 0;
+	t->descriptors = t->names_waiting = 0;
+	if (!stop_at || n != 0)
+		warn("worker %lu, process %ld, has ended: %s, %s %d%s",
+		    (unsigned long)i, pid, n ? strsignal(n) : "exit",
+		    n ? "signal" : "status", n ? n : WEXITSTATUS(status),
+		    stop_at ? "" : "; another is started");
+}
+
 /*
- * The supervisor reaps the workers that have ended, and says why they did.  As
- * process 1, it also has what they leave behind.
+ * The first process reaps all that have ended.  As process 1 of a container it
+ * also has what others leave behind.
  */
 static void
-workers_reap(void)
+loop_reap(void)
 {
-	int status, n;
 	pid_t pid;
+	int status;
 	size_t i;
 
-	while (workers_n > 1 && supervisor == 0 &&
-	    (pid = waitpid(-1, &status, WNOHANG)) > 0) {
-		struct totals *t;
-
+	while (supervisor == 0 && (pid = waitpid(-1, &status, WNOHANG)) > 0) {
 		for (i = 1; i < workers_n && workers[i].pid != pid;)
 			i++;
-		if (i == workers_n)
-			continue;
-		workers[i].pid = 0;
-		t = &workers[i].totals;
-		t->busy = t->slots = t->buffers = 0;
-		t->descriptors = t->names_waiting = 0;
-		n = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
-		if (!stop_at || n != 0)
-			warn("worker %lu, process %ld, has ended: %s, %s %d%s",
-			    (unsigned long)i, (long)pid,
-			    n ? strsignal(n) : "exit", n ? "signal" : "status",
-			    n ? n : WEXITSTATUS(status),
-			    stop_at ? "" : "; another is started");
+		if (pid == command.pid)
+			command_ended(status);
+		else if (i < workers_n)
+			worker_ended(i, status);
 	}
 }
 
@@ -17157,8 +17158,7 @@ loop_signal(int number, bool terminal)
 		if (stop_at)
 			number = SIGTERM;
 	} else if (number == SIGCHLD) {
-		command_reap();
-		workers_reap();
+		loop_reap();
 		return;
 	} else if (command.pid == 0)
 		loop_stop(DRAIN_MS);
