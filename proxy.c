@@ -212,6 +212,9 @@
 #ifndef DRAIN_MS
 #define DRAIN_MS 5000
 #endif
+#ifndef SWEEP_MS
+#define SWEEP_MS 3600000
+#endif
 /* Where the system's logger listens; those of BSD are tried after it. */
 #ifndef LOG_SOCKET
 #define LOG_SOCKET "/dev/log"
@@ -7983,6 +7986,7 @@ static struct {
 	uint64_t block;   /* file sizes are rounded up to this */
 	pid_t sweeper;    /* the child that sweeps, or 0 */
 	int report;       /* the pipe from it */
+	int64_t late_ms;  /* it hangs if it has not ended by then */
 	int64_t lack_ms;  /* no sweep, or call for one, before this */
 	bool said_unread; /* warned: a sweep failed */
 	bool said_failed; /* warned: a file can't be written */
@@ -9043,15 +9047,26 @@ sweep_result(uint64_t bytes)
 	store_remove("unswept");
 }
 
-/* If the sweeper has ended, reads its report; one that was killed has none. */
+/*
+ * If the sweeper has ended, reads its report; one that was killed has none.
+ * One that hangs, as a network's file system may let it, is killed: else no
+ * other would make room.
+ */
 static void
 sweep_reap(void)
 {
 	uint64_t report[3];
 	ssize_t n;
 
-	if (waitpid(store.sweeper, NULL, WNOHANG) == 0)
+	if (waitpid(store.sweeper, NULL, WNOHANG) == 0) {
+		if (now.ms < store.late_ms)
+			return;
+		warn("the sweeper of the cache %s hangs: it is killed",
+		    options.cache);
+		(void)kill(store.sweeper, SIGKILL);
+		store.late_ms = INT64_MAX;
 		return;
+	}
 	store.sweeper = 0;
 	n = fd_read(store.report, report, sizeof(report));
 	fd_drop(&store.report);
@@ -9102,6 +9117,7 @@ sweep_start(void)
 		store.lack_ms = now.ms + SWEEP_GAP_MS;
 	stock->swept = stock_sum(stock->grown);
 	stock->lack = LACK_NONE;
+	store.late_ms = now.ms + SWEEP_MS;
 	store.sweeper = pipe_open(fds) ? fork() : -1;
 	if (store.sweeper == 0)
 		sweeper_main(fds[1], disk);

@@ -12993,6 +12993,20 @@ test_cache_sweep_size() { # the directory is never larger than -s
 	served
 }
 
+test_cache_sweep_hangs() { # a sweeper that hangs is killed, and another one makes room
+	: > walk-halted
+	our_names
+	export SWEEP_MS=1000
+	start_cache -s 1M
+	many_origin 20000
+	get_many 1 60
+	wait_for 10 'get_many 61 62; grep "sweeper .* hangs: it is killed" err' ||
+		fail "it is not killed"
+	rm walk-halted
+	wait_for 20 'get_many 61 62; [ "$(there 61 62)" = 2 ]' ||
+		fail "nothing is stored any more"
+}
+
 test_cache_sweep_link() { # a cache that is a link is swept; a link in it is not followed
 	mkdir real others
 	ln -s real cache
