@@ -16051,16 +16051,19 @@ tunnel_judge(struct exchange *x)
 
 /*
  * True if the server still reads the request's body after its response: it may
- * want the rest, unless it has refused the request.
+ * want the rest, unless it has refused the request or closed.
  */
 static bool
-relay_uploads(const struct exchange *x)
+relay_uploads(struct exchange *x)
 {
-	const struct conn *s = &x->server;
+	struct conn *s = &x->server;
 
-	return x->request->route.keep && x->record.status < 300 &&
-	    !x->up.done && !x->up.broken && !s->eof && !s->error &&
-	    !s->write_failed && !s->hangup;
+	if (!x->request->route.keep || x->record.status >= 300 || x->up.done ||
+	    x->up.broken)
+		return false;
+	/* Nothing may come but its end; with bytes it is not kept. */
+	(void)conn_read(s);
+	return !s->eof && !s->error && !s->write_failed && !s->hangup;
 }
 
 /* The client left: true if the cache wants the fetch, which continues. */

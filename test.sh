@@ -7240,6 +7240,12 @@ test_body_early_answer() { # an answer before the request body is finished
 	sees   HTTP/1.1 200 OK
 	gets~  THE END
 	log    "POST http://%O/ HTTP/1.1" 200 2 .* up=3000007 .* end=done
+	== 200, then the server closes, and the client stops half-way
+	origin head ; say 200 | ok ; close
+	client send POST http://%O/ HTTP/1.1\nHost: x\nContent-Length: 9\n\nhalf
+	client answer ; eof
+	sees   HTTP/1.1 200 OK
+	log    "POST http://%O/ HTTP/1.1" 200 2 .* end=done
 	== 413 from a server that does not read, then reset
 	origin until \n\n ; stall 300 ; say 413 Too much | big ; stall 300
 	origin reset
