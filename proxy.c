@@ -11834,7 +11834,8 @@ log_end(void)
  * bodies is kept in a file without a name until the exchange ends, and memory
  * is taken once, at the start.
  *
- * Door: record_open, record_tables, record_exchange, secret_fields, tape_add.
+ * Door: record_open, record_tables, record_exchange, secret_fields,
+ * secret_masked, tape_add.
  */
 
 enum {
@@ -11875,6 +11876,29 @@ static const char record_end[] = "\n]}}\n";
 /* Fields whose values neither the trace nor the recording shows. */
 static const char *const secret_fields[] = { "Authorization",
 	"Proxy-Authorization", NULL };
+
+/* t with stars for the logins in its URLs; valid until the next call. */
+static struct text
+secret_masked(struct text t)
+{
+	static struct buffer copy;
+	struct text login;
+	size_t i;
+
+	buffer_append(buffer_clear(&copy), t);
+	t = buffer_text(&copy);
+	for (i = 0; i < t.len; i++) {
+		if (!text_starts(text_from(t, i), "://"))
+			continue;
+		i += strlen("://");
+		login = text_until(text_from(t, i), "/?# \t\"<>");
+		while (login.len > 0 && login.at[login.len - 1] != '@')
+			login.len--;
+		if (login.len > 0)
+			memset(copy.data + copy.start + i, '*', login.len - 1);
+	}
+	return t;
+}
 
 /*
  * Where the next entry begins in a recording, which may be an empty file; -1
@@ -12165,7 +12189,7 @@ record_head(const struct tape *t, enum tape_part part, enum tape_part body,
 
 	record_json(",'cookies':[],'headers':[");
 	for (; record_field_next(&head, &name, &value); first = false)
-		record_pair(first, name, value);
+		record_pair(first, name, secret_masked(value));
 	record_json("],'headersSize':#,'bodySize':#", t->sizes[part],
 	    t->sizes[body]);
 }
@@ -12269,7 +12293,7 @@ record_response(const struct exchange *x, const struct tape *t)
 	record_json(",'response':{'status':#,'statusText':$,'httpVersion':$,"
 		    "'redirectURL':$",
 	    (int64_t)log_status(&x->record), line, version,
-	    record_field(head, "Location"));
+	    secret_masked(record_field(head, "Location")));
 	record_head(t, TAPE_RESPONSE_HEAD, TAPE_RESPONSE_BODY, head);
 	record_json(",'content':{'size':#,", t->sizes[TAPE_RESPONSE_BODY]);
 	record_body(t, TAPE_RESPONSE_BODY, head);
@@ -12449,7 +12473,8 @@ trace_field(const struct exchange *x, const char *mark, const char *sign,
 	(void)snprintf(prefix, sizeof(prefix), "%s %s", mark, sign);
 	(void)snprintf(tail, sizeof(tail), "%s%s%s%s", hidden ? ": ***" : "",
 	    *reason ? "  (" : "", reason, *reason ? ")" : "");
-	trace_line(x, colour, prefix, hidden ? name : line, tail);
+	trace_line(x, colour, prefix, hidden ? name : secret_masked(line),
+	    tail);
 }
 
 /* Traces a head, or what came in its place, line by line. */

@@ -16555,6 +16555,9 @@ test_record() { # -w: heads, bodies, times and reasons, in HAR
 	== a POST
 	reply  201 Location: /there | ok
 	ask    POST / Content-Type: a/b | x=y = 201
+	== logins in URLs
+	reply  302 Location: http://me:pw3cret@h/
+	ask    / Referer: http://me:pw3cret@h/ = 302
 	== a coded body
 	reply  200 Content-Encoding: gzip\nTransfer-Encoding: chunked | 3\nabc\n0\n\n
 	ask    /gzip = 200
@@ -16588,7 +16591,9 @@ END
 	recorded words '"comment":"end=done, rule -e:2, f'"$(printf '\303\274')"'r alle".*/fuer'
 	recorded refusal '"comment":"end=done, rule -e:1, a rule forbids this".*"status":403,.*"text":"403 Forbidden: ' \
 	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"nonsense"'
+	recorded login '"Referer","value":"http://[*]+@h/".*"redirectURL":"http://[*]+@h/".*"Location","value":"http://[*]+@h/"'
 	lacks s.har c2VjcmV0
+	lacks s.har pw3cret
 	ls s.har.* > /dev/null 2>&1 && fail "a tape has a name"
 	lines=$(($(wc -l < s.har) - 2))
 	[ $lines = "$(wc -l < log)" ] || fail "$lines entries"
@@ -16731,9 +16736,19 @@ test_trace() { # -v: four heads, credentials masked, no colour in a file; what c
 	err!~  c2VjcmV0
 	err!~  secret
 	err#   2 [^-]Authorization: [^c]*$
+	== logins in URLs
+	reply  302 Location: ftp://me:pw3cret@h/?x=a@b\nLink: <http://me:pw3cret@h/>, <http://pw3cret@h>
+	ask    / Referer: http://me:pw3cret@h/a://b/c@d = 302
+	sees   Location: ftp://me:pw3cret@h/?x=a@b
+	gets   Referer: http://me:pw3cret@h/a://b/c@d
+	err~   c> Referer: http://[*]+@h/a://b/c@d$
+	err~   s> Location: ftp://[*]+@h/[?]x=a@b$
+	err~   >c Link: <http://[*]+@h/>, <http://[*]+@h>$
+	err!~  pw3cret
+	log    302 0 "h/a
 END
 	lacks err "$(printf '\033')"
-	counts 2 log ''
+	counts 4 log ''
 	lacks err "Basic *c2V"
 	play 'no request' <<'END'
 	client send GET /a b HTTP/1.1\nHost: x\n\n ; answer
