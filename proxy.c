@@ -13173,8 +13173,10 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 	    status_reason(status), date_now(), fields);
 	if (type != NULL)
 		buffer_print(s->in, "Content-Type: %s\r\n", type);
-	buffer_print(s->in, "Content-Length: %lu\r\n\r\n",
-	    (unsigned long)body.len);
+	/* Of a 304 it would be that of the 200 (RFC 9110 section 8.6). */
+	if (status != 304)
+		length_append(s->in, body.len);
+	buffer_append(s->in, text_of("\r\n"));
 	buffer_append(s->in, body);
 }
 
@@ -13690,15 +13692,16 @@ page_own(struct exchange *x, const struct page *page)
 /*
  * The answer of a rule: a text, or a file as it is now, which is read like the
  * body of an entry.  One for which a small buffer has no room is refused.  A
- * 205 has no content, and a 206 has all of it (RFC 9110 sections 15.3.6 and
- * 15.3.7).
+ * 205 or 304 has no content, and a 206 has all of it (RFC 9110 sections 15.3.6,
+ * 15.4.5 and 15.3.7).
  */
 static void
 page_rule(struct exchange *x, const struct rule *rule)
 {
-	const char *file = rule->status == 205 ? NULL : rule->file;
+	bool empty = rule->status == 205 || rule->status == 304;
+	const char *file = empty ? NULL : rule->file;
 	struct text words =
-	    text_cut(rule->words.at, rule->status == 205 ? 0 : rule->words.len);
+	    text_cut(rule->words.at, empty ? 0 : rule->words.len);
 	int fd = file ? open(file, O_RDONLY | O_NONBLOCK) : -1;
 	unsigned long long size = words.len;
 	struct conn *s = &x->server;

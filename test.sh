@@ -9374,7 +9374,7 @@ test_rules_deny() { # deny: status, reason, Proxy-Status, log; GET, HEAD, POST, 
 	    -e 'answer 401 "x" url /a401' -e 'answer 407 "x" url /a407' \
 	    -e 'answer 426 "x" url /a426' -e 'answer 401 "x" url /own' \
 	    -e 'set response WWW-Authenticate "Digest realm=a" url /own' \
-	    -e 'answer 205 "x" url /a205' -e 'answer 206 "four" url /a206'
+	    -e 'answer 205 "x" url /a205' -e 'answer 304 "x" url /a304' -e 'answer 206 "four" url /a206'
 	play 'the page tells the reason and nothing else' <<'END'
 	reply  200 | ok
 	ask    http://plain.example:%p/ = 403 Forbidden error=http_request_denied
@@ -9408,6 +9408,10 @@ END
 	sees   Content-Length: 0
 	ask    http://a.example:1/a206 = 206
 	sees   Content-Range: bytes 0-3/4
+	ask    http://a.example:1/a304 = 304
+	sees+~ ^Date: .*
+	sees+~ ^Content-Type: .*
+	sees+  
 	sees#  2 ^WWW-Authenticate: Basic
 	sees#  2 ^Proxy-Authenticate: 
 	sees#  2 ^Upgrade: 
