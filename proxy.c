@@ -212,6 +212,9 @@
 #ifndef DRAIN_MS
 #define DRAIN_MS 5000
 #endif
+#ifndef SWEEP_MS
+#define SWEEP_MS 3600000
+#endif
 /* Where the system's logger listens; those of BSD are tried after it. */
 #ifndef LOG_SOCKET
 #define LOG_SOCKET "/dev/log"
@@ -2983,10 +2986,9 @@ static const struct {
 	    "a switch of protocols that nobody asked for" },
 	[REFUSE_LOGIN] = { BAD_ANSWER,
 	    "the server asked for a login as if it were a proxy" },
-	[REFUSE_PARENT_LOGIN] = { 502, CAUSE_ANSWER,
-	    "proxy_configuration_error",
+	[REFUSE_PARENT_LOGIN] = { 502, CAUSE_WAY, "proxy_configuration_error",
 	    "the parent proxy does not accept our login" },
-	[REFUSE_PARENT] = { 502, CAUSE_OTHER, "proxy_internal_response",
+	[REFUSE_PARENT] = { 502, CAUSE_WAY, "proxy_internal_response",
 	    "the parent proxy failed" },
 	[REFUSE_CUT_SHORT] = { 502, CAUSE_ANSWER, "http_response_incomplete",
 	    "the answer was cut short" },
@@ -3021,6 +3023,7 @@ status_reason(int status)
 		{ 412, "Precondition Failed" },
 		{ 414, "URI Too Long" },
 		{ 416, "Range Not Satisfiable" },
+		{ 426, "Upgrade Required" },
 		{ 429, "Too Many Requests" },
 		{ 431, "Request Header Fields Too Large" },
 		{ 451, "Unavailable For Legal Reasons" },
@@ -3349,7 +3352,9 @@ head_lists(const struct head *h, const char *name, struct text word)
 
 /*
  * Reads Content-Length (RFC 9112 section 6.3, item 5): digits, and one value;
- * equal repeats, in one line or several, count as one.  0: no such field.
+ * equal repeats, in one line or several, count as one.  Empty members are
+ * refused: it is no list, and its repeats may be, too (RFC 9110 section 8.6).
+ * 0: no such field.
  */
 static int
 head_length(const struct head *h, uint64_t *length)
@@ -3378,25 +3383,32 @@ head_length(const struct head *h, uint64_t *length)
 
 /*
  * Reads Transfer-Encoding (RFC 9112 section 6.1): `chunked`, once, and nothing
- * else, since the proxy can't decode more.  0: no such field.
+ * else, since the proxy can't decode more; in one line, as no sender has a
+ * reason for two.  Empty members are ignored (RFC 9110 section 5.6.1.2): the
+ * field that leaves is the proxy's own, so it is read there as it is here.  0:
+ * no such field.
  */
 static int
 head_chunked(const struct head *h)
 {
-	size_t i = 0;
+	size_t first = field_find(h, "Transfer-Encoding", 0);
+	struct members m = { 0, { "", 0 } };
+	struct text coding;
 	int found = 0;
 
-	while ((i = field_find(h, "Transfer-Encoding", i)) < h->n) {
-		struct text value = field_value(h, i++);
-
+	while (member_next(h, "Transfer-Encoding", &m, &coding)) {
 		if (found++ ||
-		    (text_starts(value, "chunked") &&
-			value.len > strlen("chunked")))
+		    (text_starts(coding, "chunked") &&
+			coding.len > strlen("chunked")))
 			return -REFUSE_CODING_TWICE;
-		if (!text_is(value, "chunked"))
+		if (!text_is(coding, "chunked"))
 			return -REFUSE_CODING;
 	}
-	return found;
+	if (first == h->n)
+		return 0;
+	if (field_find(h, "Transfer-Encoding", first + 1) < h->n)
+		return -REFUSE_CODING_TWICE;
+	return found ? 1 : -REFUSE_CODING;
 }
 
 /*
@@ -8032,6 +8044,7 @@ static struct {
 	uint64_t block;   /* file sizes are rounded up to this */
 	pid_t sweeper;    /* the child that sweeps, or 0 */
 	int report;       /* the pipe from it */
+	int64_t late_ms;  /* it hangs if it has not ended by then */
 	int64_t lack_ms;  /* no sweep, or call for one, before this */
 	bool said_unread; /* warned: a sweep failed */
 	bool said_failed; /* warned: a file can't be written */
@@ -9093,15 +9106,26 @@ sweep_result(uint64_t bytes)
 	store_remove("unswept");
 }
 
-/* If the sweeper has ended, reads its report; one that was killed has none. */
+/*
+ * If the sweeper has ended, reads its report; one that was killed has none.
+ * One that hangs, as a network's file system may let it, is killed: else no
+ * other would make room.
+ */
 static void
 sweep_reap(void)
 {
 	uint64_t report[3];
 	ssize_t n;
 
-	if (waitpid(store.sweeper, NULL, WNOHANG) == 0)
+	if (waitpid(store.sweeper, NULL, WNOHANG) == 0) {
+		if (now.ms < store.late_ms)
+			return;
+		warn("the sweeper of the cache %s hangs: it is killed",
+		    options.cache);
+		(void)kill(store.sweeper, SIGKILL);
+		store.late_ms = INT64_MAX;
 		return;
+	}
 	store.sweeper = 0;
 	n = fd_read(store.report, report, sizeof(report));
 	fd_drop(&store.report);
@@ -9152,6 +9176,7 @@ sweep_start(void)
 		store.lack_ms = now.ms + SWEEP_GAP_MS;
 	stock->swept = stock_sum(stock->grown);
 	stock->lack = LACK_NONE;
+	store.late_ms = now.ms + SWEEP_MS;
 	store.sweeper = pipe_open(fds) ? fork() : -1;
 	if (store.sweeper == 0)
 		sweeper_main(fds[1], disk);
@@ -9929,34 +9954,64 @@ cache_forget(const struct target *target)
 }
 
 /*
- * Sets path to the path of a reference (RFC 3986 section 4.2), built in b if
- * it is relative to own's path; false if it names another server.
+ * Removes the segments . and .. from the path in b, which begins with a slash
+ * (RFC 3986 section 5.2.4).
+ */
+static void
+dots_remove(struct buffer *b)
+{
+	char *path = b->data + b->start;
+	struct text rest = buffer_text(b);
+	size_t n = 0, len;
+
+	while (rest.len > 0) {
+		struct text segment = rest;
+		bool up, dot;
+
+		segment.len = 1 + text_find(text_from(rest, 1), '/');
+		rest = text_from(rest, segment.len);
+		up = text_is(segment, "/..");
+		dot = up || text_is(segment, "/.");
+		while (up && n > 0 && path[--n] != '/')
+			;
+		len = !dot ? segment.len : rest.len == 0;
+		memmove(path + n, segment.at, len);
+		n += len;
+	}
+	b->end = b->start + n;
+}
+
+/*
+ * Sets path to the path and query of a reference that is not empty (RFC 3986
+ * section 5.2), built in b; false if it names another server.
  */
 static bool
 reference_resolve(const struct target *own, struct text value, struct buffer *b,
     struct text *path)
 {
-	struct target target = *own;
-	size_t n;
+	struct text base = text_until(own->path, "?"), name;
+	struct target target;
 
 	if (text_starts(value, "//") ||
-	    text_find(value, ':') < text_find(value, '/')) {
-		bool good = absolute_parse(value, &target) == 1;
-
-		*path = target.path;
-		return good && text_same(target.host, own->host) &&
-		    target.port == own->port;
+	    text_find(value, ':') < text_until(value, "/?").len) {
+		if (absolute_parse(value, &target) != 1 ||
+		    !text_same(target.host, own->host) ||
+		    target.port != own->port)
+			return false;
+		value = target.path;
+		base.len = 0;
 	}
-	*path = value;
-	if (*value.at == '/')
-		return true;
-	if (text_starts(value, "./"))
-		value = text_from(value, 2);
-	n = text_find(own->path, '?');
-	while (n > 0 && own->path.at[n - 1] != '/')
-		n--;
-	buffer_append(b, n > 0 ? text_cut(own->path.at, n) : text_of("/"));
-	buffer_append(b, value);
+	name = text_until(value, "?");
+	while (name.len > 0 && base.len > 0 &&
+	    (*name.at == '/' || base.at[base.len - 1] != '/'))
+		base.len--;
+	if (base.len == 0 && !text_starts(name, "/"))
+		base = text_of("/");
+	buffer_append(b, base);
+	buffer_append(b, name);
+	if (name.len > 0)
+		dots_remove(b);
+	buffer_append(b, text_from(value, name.len));
 	*path = buffer_text(b);
 	return !b->overflow;
 }
@@ -11837,7 +11892,8 @@ log_end(void)
  * bodies is kept in a file without a name until the exchange ends, and memory
  * is taken once, at the start.
  *
- * Door: record_open, record_tables, record_exchange, secret_fields, tape_add.
+ * Door: record_open, record_tables, record_exchange, secret_fields,
+ * secret_masked, tape_add.
  */
 
 enum {
@@ -11878,6 +11934,29 @@ static const char record_end[] = "\n]}}\n";
 /* Fields whose values neither the trace nor the recording shows. */
 static const char *const secret_fields[] = { "Authorization",
 	"Proxy-Authorization", NULL };
+
+/* t with stars for the logins in its URLs; valid until the next call. */
+static struct text
+secret_masked(struct text t)
+{
+	static struct buffer copy;
+	struct text login;
+	size_t i;
+
+	buffer_append(buffer_clear(&copy), t);
+	t = buffer_text(&copy);
+	for (i = 0; i < t.len; i++) {
+		if (!text_starts(text_from(t, i), "://"))
+			continue;
+		i += strlen("://");
+		login = text_until(text_from(t, i), "/?# \t\"<>");
+		while (login.len > 0 && login.at[login.len - 1] != '@')
+			login.len--;
+		if (login.len > 0)
+			memset(copy.data + copy.start + i, '*', login.len - 1);
+	}
+	return t;
+}
 
 /*
  * Where the next entry begins in a recording, which may be an empty file; -1
@@ -12168,7 +12247,7 @@ record_head(const struct tape *t, enum tape_part part, enum tape_part body,
 
 	record_json(",'cookies':[],'headers':[");
 	for (; record_field_next(&head, &name, &value); first = false)
-		record_pair(first, name, value);
+		record_pair(first, name, secret_masked(value));
 	record_json("],'headersSize':#,'bodySize':#", t->sizes[part],
 	    t->sizes[body]);
 }
@@ -12272,7 +12351,7 @@ record_response(const struct exchange *x, const struct tape *t)
 	record_json(",'response':{'status':#,'statusText':$,'httpVersion':$,"
 		    "'redirectURL':$",
 	    (int64_t)log_status(&x->record), line, version,
-	    record_field(head, "Location"));
+	    secret_masked(record_field(head, "Location")));
 	record_head(t, TAPE_RESPONSE_HEAD, TAPE_RESPONSE_BODY, head);
 	record_json(",'content':{'size':#,", t->sizes[TAPE_RESPONSE_BODY]);
 	record_body(t, TAPE_RESPONSE_BODY, head);
@@ -12452,7 +12531,8 @@ trace_field(const struct exchange *x, const char *mark, const char *sign,
 	(void)snprintf(prefix, sizeof(prefix), "%s %s", mark, sign);
 	(void)snprintf(tail, sizeof(tail), "%s%s%s%s", hidden ? ": ***" : "",
 	    *reason ? "  (" : "", reason, *reason ? ")" : "");
-	trace_line(x, colour, prefix, hidden ? name : line, tail);
+	trace_line(x, colour, prefix, hidden ? name : secret_masked(line),
+	    tail);
 }
 
 /* Traces a head, or what came in its place, line by line. */
@@ -13154,9 +13234,29 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 	    status_reason(status), date_now(), fields);
 	if (type != NULL)
 		buffer_print(s->in, "Content-Type: %s\r\n", type);
-	buffer_print(s->in, "Content-Length: %lu\r\n\r\n",
-	    (unsigned long)body.len);
+	/* Of a 304 it would be that of the 200 (RFC 9110 section 8.6). */
+	if (status != 304)
+		length_append(s->in, body.len);
+	buffer_append(s->in, text_of("\r\n"));
 	buffer_append(s->in, body);
+}
+
+/*
+ * The field that a response with this status must have (RFC 9110 section 15),
+ * as a line, or "".  A rule names the status alone, so a 401 asks for the
+ * simplest login, a 405 allows no method, and a 426 wants TLS, as in RFC 2817
+ * section 4.2.
+ */
+static const char *
+page_duty(int status)
+{
+	return status == 401 ? "WWW-Authenticate: Basic realm=\"server\", "
+			       "charset=\"UTF-8\"\r\n" :
+	    status == 405    ? "Allow:\r\n" :
+	    status == 407    ? "Proxy-Authenticate: Basic realm=\"proxy\", "
+			       "charset=\"UTF-8\"\r\n" :
+	    status == 426    ? "Upgrade: TLS/1.2, HTTP/1.1\r\n" :
+			       "";
 }
 
 /*
@@ -13180,15 +13280,11 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 					    *c;
 	(void)snprintf(fields, sizeof(fields),
 	    "Proxy-Status: %s; error=%s; details=\"%s\"\r\n"
-	    "Cache-Control: no-store\r\n%s%s%s",
+	    "Cache-Control: no-store\r\n%s%s",
 	    pseudonym, refusals[refusal].error, clean,
 	    status == 503 ? "Retry-After: 5\r\n" : "",
 	    refusal == REFUSE_PAGE_METHOD ? "Allow: GET, HEAD\r\n" :
-		status == 405             ? "Allow:\r\n" :
-					    "",
-	    status == 407 ? "Proxy-Authenticate: Basic realm=\"proxy\", "
-			    "charset=\"UTF-8\"\r\n" :
-			    "");
+					    page_duty(status));
 	(void)snprintf(body, sizeof(body), "%d %s: %s\n%s%s", status,
 	    status_reason(status), words, *detail ? clean : "",
 	    *detail ? "\n" : "");
@@ -13656,31 +13752,41 @@ page_own(struct exchange *x, const struct page *page)
 
 /*
  * The answer of a rule: a text, or a file as it is now, which is read like the
- * body of an entry.  One for which a small buffer has no room is refused.
+ * body of an entry.  One for which a small buffer has no room is refused.  A
+ * 205 or 304 has no content, and a 206 has all of it (RFC 9110 sections 15.3.6,
+ * 15.4.5 and 15.3.7).
  */
 static void
 page_rule(struct exchange *x, const struct rule *rule)
 {
-	/* A 405 must have it (RFC 9110 section 15.5.6); no method is known. */
-	const char *allow = rule->status == 405 ? "Allow:\r\n" : "";
+	bool empty = rule->status == 205 || rule->status == 304;
+	const char *file = empty ? NULL : rule->file;
+	struct text words =
+	    text_cut(rule->words.at, empty ? 0 : rule->words.len);
+	int fd = file ? open(file, O_RDONLY | O_NONBLOCK) : -1;
+	unsigned long long size = words.len;
 	struct conn *s = &x->server;
 	struct stat status;
-	int fd = rule->file ? open(rule->file, O_RDONLY | O_NONBLOCK) : -1;
+	char range[64];
 
-	if (rule->file != NULL &&
+	if (file != NULL &&
 	    (fd == -1 || fstat(fd, &status) == -1 ||
 		!S_ISREG(status.st_mode))) {
 		page_refusal(x, REFUSE_FILE, fd == -1 ? strerror(errno) : "");
 		fd_drop(&fd);
 		return;
 	}
-	page_make(x, rule->status, rule->type, allow, rule->words);
+	if (fd != -1)
+		size = (unsigned long long)status.st_size;
+	(void)snprintf(range, sizeof(range),
+	    "Content-Range: bytes 0-%llu/%llu\r\n", size - (size > 0), size);
+	page_make(x, rule->status, rule->type,
+	    rule->status == 206 ? range : page_duty(rule->status), words);
 	if (s->in != NULL && s->in->overflow)
 		page_refusal(x, REFUSE_ANSWER_LONG, "");
 	else if (s->in != NULL && fd != -1) {
 		s->in->end -= strlen("0\r\n\r\n");
-		buffer_print(s->in, "%llu\r\n\r\n",
-		    (unsigned long long)status.st_size);
+		buffer_print(s->in, "%llu\r\n\r\n", size);
 		s->eof = false;
 		conn_file(s, fd, x);
 		return;
@@ -14452,7 +14558,7 @@ parent_untried(const struct route *route, int64_t came)
 
 /*
  * Turns to the rule's next parent; false if there is none.  A parent has not
- * failed if it was reached and only the server behind it could not be.
+ * failed if it was asked for the server and only that could not be reached.
  */
 static bool
 parent_next(struct exchange *x)
@@ -16034,16 +16140,19 @@ tunnel_judge(struct exchange *x)
 
 /*
  * True if the server still reads the request's body after its response: it may
- * want the rest, unless it has refused the request.
+ * want the rest, unless it has refused the request or closed.
  */
 static bool
-relay_uploads(const struct exchange *x)
+relay_uploads(struct exchange *x)
 {
-	const struct conn *s = &x->server;
+	struct conn *s = &x->server;
 
-	return x->request->route.keep && x->record.status < 300 &&
-	    !x->up.done && !x->up.broken && !s->eof && !s->error &&
-	    !s->write_failed && !s->hangup;
+	if (!x->request->route.keep || x->record.status >= 300 || x->up.done ||
+	    x->up.broken)
+		return false;
+	/* Nothing may come but its end; with bytes it is not kept. */
+	(void)conn_read(s);
+	return !s->eof && !s->error && !s->write_failed && !s->hangup;
 }
 
 /* The client left: true if the cache wants the fetch, which continues. */
@@ -16973,15 +17082,10 @@ loop_reload(void)
 		warn("can't open %s again: %s", options.record, why);
 }
 
-/* If the command has ended, ends the proxy with its exit status. */
+/* The command has ended: ends the proxy with its exit status. */
 static void
-command_reap(void)
+command_ended(int status)
 {
-	int status;
-
-	if (command.pid == 0 ||
-	    waitpid(command.pid, &status, WNOHANG) != command.pid)
-		return;
 	command.pid = 0;
 	command.status = WIFEXITED(status) ? WEXITSTATUS(status) :
 					     128 + WTERMSIG(status);
@@ -17106,36 +17210,42 @@ workers_signal(int number)
 			(void)kill(workers[i].pid, number);
 }
 
+/* The supervisor says why worker i has ended. */
+static void
+worker_ended(size_t i, int status)
+{
+	struct totals *t = &workers[i].totals;
+	long pid = (long)workers[i].pid;
+	int n = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+
+	workers[i].pid = 0;
+	t->busy = t->slots = t->buffers = 0;
+	t->descriptors = t->names_waiting = 0;
+	if (!stop_at || n != 0)
+		warn("worker %lu, process %ld, has ended: %s, %s %d%s",
+		    (unsigned long)i, pid, n ? strsignal(n) : "exit",
+		    n ? "signal" : "status", n ? n : WEXITSTATUS(status),
+		    stop_at ? "" : "; another is started");
+}
+
 /*
- * The supervisor reaps the workers that have ended, and says why they did.  As
- * process 1, it also has what they leave behind.
+ * The first process reaps all that have ended.  As process 1 of a container it
+ * also has what others leave behind.
  */
 static void
-workers_reap(void)
+loop_reap(void)
 {
-	int status, n;
 	pid_t pid;
+	int status;
 	size_t i;
 
-	while (workers_n > 1 && supervisor == 0 &&
-	    (pid = waitpid(-1, &status, WNOHANG)) > 0) {
-		struct totals *t;
-
+	while (supervisor == 0 && (pid = waitpid(-1, &status, WNOHANG)) > 0) {
 		for (i = 1; i < workers_n && workers[i].pid != pid;)
 			i++;
-		if (i == workers_n)
-			continue;
-		workers[i].pid = 0;
-		t = &workers[i].totals;
-		t->busy = t->slots = t->buffers = 0;
-		t->descriptors = t->names_waiting = 0;
-		n = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
-		if (!stop_at || n != 0)
-			warn("worker %lu, process %ld, has ended: %s, %s %d%s",
-			    (unsigned long)i, (long)pid,
-			    n ? strsignal(n) : "exit", n ? "signal" : "status",
-			    n ? n : WEXITSTATUS(status),
-			    stop_at ? "" : "; another is started");
+		if (pid == command.pid)
+			command_ended(status);
+		else if (i < workers_n)
+			worker_ended(i, status);
 	}
 }
 
@@ -17156,8 +17266,7 @@ loop_signal(int number, bool terminal)
 		if (stop_at)
 			number = SIGTERM;
 	} else if (number == SIGCHLD) {
-		command_reap();
-		workers_reap();
+		loop_reap();
 		return;
 	} else if (command.pid == 0)
 		loop_stop(DRAIN_MS);

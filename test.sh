@@ -6942,7 +6942,7 @@ response $ok\n | HTTP/1.0 200\n\n | ${ok}Transfer-Encoding: identity\n\n | ${ok}
 response HTTP/1.1 299\s\n\n = 299 close
 response ${ok}Content-Length: 5\n\n | ${ok}Content-Length: 5, 5\n\n | ${ok}Transfer-Encoding: identity\nContent-Length: 5\n\n = 200 5
 response HTTP/1.1 200 OK\lContent-Length: 5\l\l | ${ok}A\nContent-Length\t : 5\l\n = 200 5
-response ${ok}Transfer-Encoding: chunked\n\n | ${ok}Content-Length: 5\nTransfer-Encoding: chunked\n\n = 200 chunked
+response ${ok}Transfer-Encoding: chunked\n\n | ${ok}Transfer-Encoding: ,chunked,\n\n | ${ok}Content-Length: 5\nTransfer-Encoding: chunked\n\n = 200 chunked
 response:HEAD ${ok}Content-Length: 5\n\n = 200 none
 response:CONNECT ${ok}Content-Length: 5\n\n = 200 none
 response:CONNECT HTTP/1.1 403 No\nContent-Length: 5\n\n = 403 5
@@ -7011,13 +7011,14 @@ test_unit_lines() { # a line in a head that is no field, or a wrong length, in r
 	rows <<'END'
 line X-A: b | X-A: \xff\tb | X-A:b = 200 passes
 line Content-Length: 4, 4\nContent-Length: 4 | Transfer-Encoding: chunked = 200 passes
-line Content-Length: +4 | Content-Length: -4 | Content-Length: 4 4 | Content-Length: 0x4 | Content-Length: 4.0 | Content-Length: | Content-Length: , | Content-Length: 4, 5 | Content-Length: 4;x | Content-Length: "4" | Content-Length: \xb2 = 400 refused
+line Transfer-Encoding: , chunked | Transfer-Encoding: chunked, | Transfer-Encoding: ,\t,Chunked ,, = 200 passes
+line Content-Length: +4 | Content-Length: -4 | Content-Length: 4 4 | Content-Length: 0x4 | Content-Length: 4.0 | Content-Length: | Content-Length: , | Content-Length: 4, | Content-Length: ,4 | Content-Length: 4,,4 | Content-Length: 4, 5 | Content-Length: 4;x | Content-Length: "4" | Content-Length: \xb2 = 400 refused
 line Content-Length: 18446744073709551620 | Content-Length: 9223372036854775808 | Content-Length: 99999999999999999999999999999999999999 = 400 refused
 line Content-Length: 4\nContent-Length: 5 | Content-Length: 4\nX-A: b\ncontent-length: 04 4 = 400 refused
 line Content-Length: 4\nTransfer-Encoding: chunked\nContent-Length: 5 | Transfer-Encoding: chunked\nContent-Length: x = 400 refused
 line Content-Length: 4\nTransfer-Encoding: chunked | Transfer-Encoding: chunked\nContent-Length: 4 | Transfer-Encoding: chunked\nContent-Length: 0 = 400 passes
-line Transfer-Encoding: chunkedx | Transfer-Encoding: chunked, chunked | Transfer-Encoding: chunked\nTransfer-Encoding: chunked | Transfer-Encoding: chunked, gzip | Transfer-Encoding: chunked;q=1 | Transfer-Encoding: \x0bchunked | Transfer-Encoding: chunked\0 = 400 refused
-line Transfer-Encoding: xchunked | Transfer-Encoding: gzip, chunked | Transfer-Encoding: gzip | Transfer-Encoding:  | Transfer-Encoding: "chunked" | Transfer-Encoding: identity, chunked | Transfer-Encoding: gzip\nTransfer-Encoding: chunked | Transfer-Encoding: chunk ed = 501 refused
+line Transfer-Encoding: chunkedx | Transfer-Encoding: chunked, chunked | Transfer-Encoding: chunked\nTransfer-Encoding: chunked | Transfer-Encoding: chunked\nTransfer-Encoding: | Transfer-Encoding: \nTransfer-Encoding: chunked | Transfer-Encoding: chunked,,chunked | Transfer-Encoding: chunked, gzip | Transfer-Encoding: chunked;q=1 | Transfer-Encoding: \x0bchunked | Transfer-Encoding: chunked\0 = 400 refused
+line Transfer-Encoding: xchunked | Transfer-Encoding: gzip, chunked | Transfer-Encoding: gzip | Transfer-Encoding: gzip, | Transfer-Encoding:  | Transfer-Encoding: , | Transfer-Encoding: "chunked" | Transfer-Encoding: identity, chunked | Transfer-Encoding: gzip\nTransfer-Encoding: chunked | Transfer-Encoding: chunk ed = 501 refused
 line Transfer-Encoding: identity = 501 passes
 line Transfer-Encoding : chunked | X-A : b | X-A\t: b | X-A = 400 passes
 line Transfer-Encoding : gzip | Content-Length : x = 400 refused
@@ -7256,6 +7257,12 @@ test_body_early_answer() { # an answer before the request body is finished
 	sees   HTTP/1.1 200 OK
 	gets~  THE END
 	log    "POST http://%O/ HTTP/1.1" 200 2 .* up=3000007 .* end=done
+	== 200, then the server closes, and the client stops half-way
+	origin head ; say 200 | ok ; close
+	client send POST http://%O/ HTTP/1.1\nHost: x\nContent-Length: 9\n\nhalf
+	client answer ; eof
+	sees   HTTP/1.1 200 OK
+	log    "POST http://%O/ HTTP/1.1" 200 2 .* end=done
 	== 413 from a server that does not read, then reset
 	origin until \n\n ; stall 300 ; say 413 Too much | big ; stall 300
 	origin reset
@@ -9379,7 +9386,12 @@ test_rules_deny() { # deny: status, reason, Proxy-Status, log; GET, HEAD, POST, 
 	    -e 'deny 451 "no films at work" host films.example' \
 	    -e 'deny 410 host gone.example' \
 	    -e 'deny 405 host once.example not url /answer' \
-	    -e 'answer 405 "never" url /answer'
+	    -e 'deny 401 url /401$' -e 'deny 407 url /407$' -e 'deny 426 url /426$' \
+	    -e 'answer 405 "never" url /answer' \
+	    -e 'answer 401 "x" url /a401' -e 'answer 407 "x" url /a407' \
+	    -e 'answer 426 "x" url /a426' -e 'answer 401 "x" url /own' \
+	    -e 'set response WWW-Authenticate "Digest realm=a" url /own' \
+	    -e 'answer 205 "x" url /a205' -e 'answer 304 "x" url /a304' -e 'answer 206 "four" url /a206'
 	play 'the page tells the reason and nothing else' <<'END'
 	reply  200 | ok
 	ask    http://plain.example:%p/ = 403 Forbidden error=http_request_denied
@@ -9396,6 +9408,30 @@ END
 	sees   Allow: 
 	ask    http://once.example:1/answer = 405
 	sees   Allow: 
+	== other statuses have what they must have, too (RFC 9110 section 15)
+	ask    http://a.example:1/401 = 401 Unauthorized
+	sees~  ^WWW-Authenticate: Basic realm=
+	ask    http://a.example:1/407 = 407
+	sees~  ^Proxy-Authenticate: Basic realm=
+	ask    http://a.example:1/426 = 426 Upgrade Required
+	sees   Upgrade: TLS/1.2, HTTP/1.1
+	sees   Connection: upgrade
+	ask    http://a.example:1/a401 = 401
+	ask    http://a.example:1/a407 = 407
+	ask    http://a.example:1/a426 = 426
+	ask    http://a.example:1/own = 401
+	sees   WWW-Authenticate: Digest realm=a
+	ask    http://a.example:1/a205 = 205
+	sees   Content-Length: 0
+	ask    http://a.example:1/a206 = 206
+	sees   Content-Range: bytes 0-3/4
+	ask    http://a.example:1/a304 = 304
+	sees+~ ^Date: .*
+	sees+~ ^Content-Type: .*
+	sees+  
+	sees#  2 ^WWW-Authenticate: Basic
+	sees#  2 ^Proxy-Authenticate: 
+	sees#  2 ^Upgrade: 
 	== status and reason; the connection goes on
 	ask    http://films.example:1/ = 451
 	sees~  ^451 [A-Z].*: no films at work(.l)?
@@ -10004,7 +10040,7 @@ dead_port() {
 	dead=$origin
 }
 
-test_rules_via_next() { # via: the next parent if one can't be reached; direct as last
+test_rules_via_next() { # via: the next parent if one can't be reached, or shakes no hands; direct as last
 	dead_port
 	origin h 'replies 200 X-By: h | ok'
 	h=$origin
@@ -10028,6 +10064,22 @@ END
 		want 502 GET http://$host.example:%p/ '' ' why="'
 	done
 	want 200 GET http://other.example:%p/
+	origin s <<'END'
+want 3 ; send HTTP/1.1 400 Bad\n\n ; eof
+---
+want 3 ; send \x05\xff ; eof
+---
+want 3 ; close
+---
+want 3 ; send \x05\0 ; want 10 ; send \x05\x05\0\x01\0\0\0\0\0\0 ; eof
+END
+	for n in protocol login close; do
+		start_proxy -e "via socks5://$origin http://$h"
+		want 200 GET http://a.example/ '' " server=$h "
+	done
+	# One that says that the server is gone does its work.
+	start_proxy -e "via socks5://$origin http://$h"
+	want 502 GET http://192.0.2.7/ '' ' why="'
 }
 
 # No byte has reached the origin.
@@ -12968,6 +13020,20 @@ test_cache_sweep_size() { # the directory is never larger than -s
 	served
 }
 
+test_cache_sweep_hangs() { # a sweeper that hangs is killed, and another one makes room
+	: > walk-halted
+	our_names
+	export SWEEP_MS=1000
+	start_cache -s 1M
+	many_origin 20000
+	get_many 1 60
+	wait_for 10 'get_many 61 62; grep "sweeper .* hangs: it is killed" err' ||
+		fail "it is not killed"
+	rm walk-halted
+	wait_for 20 'get_many 61 62; [ "$(there 61 62)" = 2 ]' ||
+		fail "nothing is stored any more"
+}
+
 test_cache_sweep_link() { # a cache that is a link is swept; a link in it is not followed
 	mkdir real others
 	ln -s real cache
@@ -13637,6 +13703,19 @@ END
 	unsafe gone POST /b '200 OK' 'Location: a\n'
 	unsafe gone POST /b '200 OK' 'Content-Location: ./a\n'
 	unsafe gone POST '/a?x' '200 OK' 'Location: /a#there\n'
+	unsafe gone POST /b/c/d '200 OK' 'Location: ../../a\n'
+	unsafe gone POST /b/c '200 OK' 'Content-Location: ./.././../c/../a\n'
+	unsafe gone POST /b '200 OK' 'Location: /b/../c/./../a\n'
+	unsafe_own http://%P/b/../a
+	unsafe kept POST /b/c '200 OK' 'Location: a\nContent-Location: ../a/.\n'
+	play 'a reference of a query alone is one to the same path' <<'END'
+	reply  200 Connection: close\nCache-Control: max-age=99 | one\l
+	reply  200 Connection: close\nLocation: ?n=http://1 | for\l
+	reply  200 Connection: close\n | two\l
+	ask    /a/b?n=http://1 = 200 | one\l
+	ask    POST /a/b?n=2 Content-Length: 0 = 200 | for\l
+	ask    /a/b?n=http://1 = 200; fwd= | two\l
+END
 	stop_proxy
 	start_cache -e 'deny type text/odd' -e 'answer 200 "ok" method POST'
 	play 'a response that a rule forbids does so, too; one that a rule makes does not' <<'END'
@@ -16497,6 +16576,9 @@ test_record() { # -w: heads, bodies, times and reasons, in HAR
 	== a POST
 	reply  201 Location: /there | ok
 	ask    POST / Content-Type: a/b | x=y = 201
+	== logins in URLs
+	reply  302 Location: http://me:pw3cret@h/
+	ask    / Referer: http://me:pw3cret@h/ = 302
 	== a coded body
 	reply  200 Content-Encoding: gzip\nTransfer-Encoding: chunked | 3\nabc\n0\n\n
 	ask    /gzip = 200
@@ -16530,7 +16612,9 @@ END
 	recorded words '"comment":"end=done, rule -e:2, f'"$(printf '\303\274')"'r alle".*/fuer'
 	recorded refusal '"comment":"end=done, rule -e:1, a rule forbids this".*"status":403,.*"text":"403 Forbidden: ' \
 	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"nonsense"'
+	recorded login '"Referer","value":"http://[*]+@h/".*"redirectURL":"http://[*]+@h/".*"Location","value":"http://[*]+@h/"'
 	lacks s.har c2VjcmV0
+	lacks s.har pw3cret
 	ls s.har.* > /dev/null 2>&1 && fail "a tape has a name"
 	lines=$(($(wc -l < s.har) - 2))
 	[ $lines = "$(wc -l < log)" ] || fail "$lines entries"
@@ -16673,9 +16757,19 @@ test_trace() { # -v: four heads, credentials masked, no colour in a file; what c
 	err!~  c2VjcmV0
 	err!~  secret
 	err#   2 [^-]Authorization: [^c]*$
+	== logins in URLs
+	reply  302 Location: ftp://me:pw3cret@h/?x=a@b\nLink: <http://me:pw3cret@h/>, <http://pw3cret@h>
+	ask    / Referer: http://me:pw3cret@h/a://b/c@d = 302
+	sees   Location: ftp://me:pw3cret@h/?x=a@b
+	gets   Referer: http://me:pw3cret@h/a://b/c@d
+	err~   c> Referer: http://[*]+@h/a://b/c@d$
+	err~   s> Location: ftp://[*]+@h/[?]x=a@b$
+	err~   >c Link: <http://[*]+@h/>, <http://[*]+@h>$
+	err!~  pw3cret
+	log    302 0 "h/a
 END
 	lacks err "$(printf '\033')"
-	counts 2 log ''
+	counts 4 log ''
 	lacks err "Basic *c2V"
 	play 'no request' <<'END'
 	client send GET /a b HTTP/1.1\nHost: x\n\n ; answer
@@ -19511,6 +19605,18 @@ response, waits for the client to send or the server to send, [0-9.]+ s, 127[0-9
 response, waits for the client to give up, [0-9.]+ s, 127[0-9.:]+ GET http://[0-9.:]+/hang, .*, bent by -e:1;
 response, waits for the end of a delay, [0-9.]+ s, 127[0-9.:]+ GET http://[0-9.:]+/delay, .*, bent by -e:2;
 END
+}
+
+test_loop_orphans() { # what others leave to the proxy is reaped, as process 1 of a container gets it
+	# A child from before the start of the program is the same to it.
+	printf '"%s" sleep 300 &\necho $! > orphaned\nexec "$@"\n' "$peer" > parent
+	proxy_wrap="sh parent"
+	start_proxy
+	proxy_wrap=
+	read -r orphan < orphaned
+	wait_for 5 '! kill -0 $orphan 2> /dev/null' || fail "$orphan is not reaped"
+	start_proxy -j 2
+	served
 }
 
 # ---- 27. Workers ------------------------------------------------------------
