@@ -7694,22 +7694,15 @@ reuse_judge(const struct control *asked, const struct control *control,
 {
 	bool strict = control->must_revalidate || control->proxy_revalidate ||
 	    control->s_maxage >= 0;
+	bool young = asked->max_age < 0 || age <= asked->max_age;
 	int64_t stale = age - (lifetime > 0 ? lifetime : 0);
-	int64_t wanted = lifetime;
 
 	/* max-age=0 asks for validation, however young the entry is. */
 	if (asked->no_cache || asked->max_age == 0 || control->no_cache)
 		return REUSE_VALIDATED;
-	if (asked->max_age >= 0 && asked->max_age < wanted)
-		wanted = asked->max_age;
-	if (asked->min_fresh >= 0)
-		wanted -= asked->min_fresh;
-	if (lifetime > 0 && age < wanted)
+	if (age < lifetime && young && lifetime - age >= asked->min_fresh)
 		return REUSE_FRESH;
-	if (lifetime > 0 && asked->max_age >= 0 && age < lifetime &&
-	    age <= asked->max_age && asked->min_fresh < 0)
-		return REUSE_FRESH;
-	if (strict || (asked->max_age >= 0 && age > asked->max_age))
+	if (strict || !young)
 		return REUSE_VALIDATED;
 	if (control->while_revalidate >= 0 && stale >= 0 &&
 	    stale <= control->while_revalidate && asked->min_fresh < 0)

@@ -12324,8 +12324,8 @@ reuse:61/60 max-age=99 > | max-stale=0 > | max-stale=x > | max-stale > must-reva
 reuse:70/60 max-age=90, max-stale > | max-stale=10 > = stale
 reuse:71/60 max-stale=10 > = validated
 reuse:99999/60 max-stale > = stale
-reuse:45/60 min-fresh=10 > = fresh
-reuse:55/60 min-fresh=10 > = validated
+reuse:45/60 min-fresh=10 > | min-fresh=15 > | max-age=50, min-fresh=10 > = fresh
+reuse:55/60 min-fresh=10 > | max-age=50 > = validated
 reuse:65/60 > stale-while-revalidate=9 = meanwhile
 reuse:70/60 > stale-while-revalidate=9 = validated
 reuse:65/60 > stale-while-revalidate=9, must-revalidate | no-cache > stale-while-revalidate=9 | max-age=60 > stale-while-revalidate=9 | min-fresh=1 > stale-while-revalidate=9 | > stale-if-error=99 = validated
