@@ -8159,8 +8159,11 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 		lower_append(b, name);
 		if (text_is(name, vary_client))
 			client_append(q, b);
+		/* TE does not pass, but the server gets one like it. */
 		for (i = 0; i < q->head.n; i++)
-			if (!w->taken[i] && field_passes(&q->head, i) &&
+			if (!w->taken[i] &&
+			    (text_is(name, "TE") ||
+				field_passes(&q->head, i)) &&
 			    text_same(q->head.fields[i].name, name))
 				value_append(b, name, q->head.fields[i].value,
 				    &first);

@@ -15730,7 +15730,8 @@ END
 test_cache_vary_values() { # values that may mean different things are different
 	start_cache
 	for pair in 'Accept|application/x;profile="A"|application/x;profile="a"' \
-	    'Accept-Profile|Tenant|tenant' 'User-Agent|x (K,y)|x (K, y)'; do
+	    'Accept-Profile|Tenant|tenant' 'User-Agent|x (K,y)|x (K, y)' \
+	    'TE|trailers|gzip'; do
 		field=${pair%%|*}
 		pair=${pair#*|}
 		play "$field" <<END
