@@ -220,15 +220,15 @@
 #ifndef PIPE_BUF
 #define PIPE_BUF _POSIX_PIPE_BUF
 #endif
-#if BUFFER_SIZE < 4096
-#error "BUFFER_SIZE is 4096 at least: our own pages must fit into a buffer"
+#if BUFFER_SIZE < 4096 || BUFFER_SIZE > 65536
+#error "BUFFER_SIZE: from 4096, for our own pages, to 65536, see struct place"
 #endif
 
 #define VERSION "0.1"
 
 enum limit {
-	/* Bytes of data in a buffer; the whole struct has BUFFER_SIZE. */
-	BUFFER_ROOM = BUFFER_SIZE - 4 * (int)sizeof(size_t),
+	/* Data in a buffer: its struct and malloc(3)'s own have the rest. */
+	BUFFER_ROOM = BUFFER_SIZE - 8 * (int)sizeof(size_t),
 	/* Kept free in front of the data: 8 hex digits and CRLF. */
 	CHUNK_ROOM = 10,
 	/* Kept free behind them: CRLF, "0" CRLF CRLF, and some to spare. */
@@ -237,8 +237,8 @@ enum limit {
 	LINE_WISH = BUFFER_SIZE / 4 > 8192 ? BUFFER_SIZE / 4 : 8192,
 	LINE_MAX_BYTES = LINE_WISH < BUFFER_SIZE - 1024 ? LINE_WISH :
 							  BUFFER_SIZE - 1024,
-	/* Fields in a head: sites have sent 200; each takes 32 bytes. */
-	FIELDS_MAX = 400,
+	/* Fields in a head: sites have sent 200; each takes 8 bytes. */
+	FIELDS_MAX = BUFFER_SIZE / 32 < 400 ? BUFFER_SIZE / 32 : 400,
 	/* A DNS name has at most 253 characters. */
 	HOST_MAX = 255,
 	/* Addresses tried for one name; all fit into one write to a pipe. */
@@ -377,20 +377,34 @@ struct flow {
 	uint64_t payload;      /* bytes of payload passed on */
 };
 
-/* A field of a head (RFC 9110 section 5.1). */
+/* A field (RFC 9110 section 5.1). */
 struct field {
 	struct text name;  /* a token */
 	struct text value; /* without the blanks around it */
 };
 
-/* A head, parsed: slices of the bytes that it came in. */
+/* A field of a parsed head: positions in the head's bytes, and lengths. */
+struct place {
+	uint16_t name, name_len;
+	uint16_t value, value_len;
+};
+
+/* Some of the fields of a head: one bit for each. */
+struct marks {
+	unsigned char bits[(FIELDS_MAX + 7) / 8];
+};
+
+/*
+ * A head, parsed: slices of the bytes that it came in.  Most heads have few
+ * fields: those that are not used are memory that is never touched.
+ */
 struct head {
-	struct text line; /* the start line */
-	size_t n;         /* number of fields */
-	/* One bit for each field: Connection nominates it. */
-	unsigned char nominated[(FIELDS_MAX + 7) / 8];
-	bool nominates_late; /* and fields that could be in the trailer */
-	struct field fields[FIELDS_MAX]; /* in the order of arrival */
+	struct text line;       /* the start line */
+	const char *at;         /* the bytes that have the fields */
+	size_t n;               /* number of fields */
+	struct marks nominated; /* by Connection */
+	bool nominates_late;    /* it names fields of the trailer, too */
+	struct place fields[FIELDS_MAX]; /* in the order of arrival */
 };
 
 /* Methods that a proxy treats specially; all others are passed on alike. */
@@ -432,12 +446,12 @@ enum own {
 
 /* The changes that rules make to a head, see rules_rewrite(). */
 struct rewrites {
-	bool taken[FIELDS_MAX]; /* field i of the head is not sent */
-	bool strips;            /* rules remove fields: trailers go, too */
-	unsigned own;           /* bits of enum own: the proxy adds none */
-	bool undecided;         /* rules may change more later */
-	size_t n;               /* number of fields that are added */
-	struct field fields[REWRITES_MAX]; /* sent behind the others */
+	struct marks taken; /* fields of the head that are not sent */
+	bool strips;        /* rules remove fields: trailers go, too */
+	unsigned own;       /* bits of enum own: the proxy adds none */
+	bool undecided;     /* rules may change more later */
+	size_t n;           /* number of fields that are added */
+	const struct field *fields[REWRITES_MAX]; /* sent behind the others */
 };
 
 /*
@@ -2856,9 +2870,10 @@ exchange_queue(struct exchange *x)
  * Parsers return 1 if the input is good, 0 if more bytes are needed or nothing
  * is there, and minus a refusal if it is wrong.
  *
- * Door: field_next, fields_parse, head_drop, head_field, head_find,
- * head_framing, head_length, head_lists, head_parse, head_value, line_next,
- * list_next, member_next, refusals, status_reason, text_is_clean, text_split.
+ * Door: field_find, field_name, field_value, fields_parse, head_drop,
+ * head_find, head_framing, head_has, head_length, head_lists, head_parse,
+ * head_value, line_next, list_next, mark_is_set, mark_set, member_next,
+ * refusals, status_reason, text_is_clean, text_split.
  */
 
 static const struct {
@@ -3135,20 +3150,43 @@ field_parse(struct text line, struct field *field, unsigned *mended)
 	return text_is_token(field->name) ? 1 : -REFUSE_FIELD;
 }
 
-/*
- * The next field of that name, behind `last`, or the first one if last is
- * NULL.  NULL: there are no more.
- */
-static const struct field *
-field_next(const struct head *h, const char *name, const struct field *last)
+/* The name of field i of h. */
+static struct text
+field_name(const struct head *h, size_t i)
 {
-	const struct field *field = last == NULL ? h->fields : last + 1;
+	return text_cut(h->at + h->fields[i].name, h->fields[i].name_len);
+}
+
+/* The value of field i of h. */
+static struct text
+field_value(const struct head *h, size_t i)
+{
+	return text_cut(h->at + h->fields[i].value, h->fields[i].value_len);
+}
+
+/* The first field of that name, from field i on; h->n if there is none. */
+static size_t
+field_find(const struct head *h, const char *name, size_t i)
+{
 	struct text wanted = text_of(name);
 
-	for (; field < h->fields + h->n; field++)
-		if (text_same(field->name, wanted))
-			return field;
-	return NULL;
+	while (i < h->n && !text_same(field_name(h, i), wanted))
+		i++;
+	return i;
+}
+
+/* Marks field i. */
+static void
+mark_set(struct marks *m, size_t i)
+{
+	m->bits[i / 8] |= (unsigned char)(1U << i % 8);
+}
+
+/* True if field i is marked. */
+static bool
+mark_is_set(const struct marks *m, size_t i)
+{
+	return m->bits[i / 8] >> i % 8 & 1;
 }
 
 /*
@@ -3179,8 +3217,8 @@ list_next(struct text *rest, struct text *member)
 
 /* A place among the members of all fields of one name. */
 struct members {
-	const struct field *field; /* whose members are read, or NULL */
-	struct text rest;          /* of its value */
+	size_t next;      /* the field that is looked at next */
+	struct text rest; /* of the value of the one before */
 };
 
 /* The next member of the fields of that name; *m is zero at first. */
@@ -3188,11 +3226,11 @@ static bool
 member_next(const struct head *h, const char *name, struct members *m,
     struct text *member)
 {
-	while (m->field == NULL || !list_next(&m->rest, member)) {
-		m->field = field_next(h, name, m->field);
-		if (m->field == NULL)
+	while (!list_next(&m->rest, member)) {
+		m->next = field_find(h, name, m->next);
+		if (m->next == h->n)
 			return false;
-		m->rest = m->field->value;
+		m->rest = field_value(h, m->next++);
 	}
 	return true;
 }
@@ -3205,8 +3243,8 @@ head_mark(struct head *h, struct text name)
 	size_t i;
 
 	for (i = 0; i < h->n; i++)
-		if (text_same(h->fields[i].name, name)) {
-			h->nominated[i / 8] |= (unsigned char)(1U << i % 8);
+		if (text_same(field_name(h, i), name)) {
+			mark_set(&h->nominated, i);
 			found = true;
 		}
 	return found;
@@ -3220,11 +3258,11 @@ head_mark(struct head *h, struct text name)
 static bool
 head_nominate(struct head *h)
 {
-	struct members m = { NULL, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 	struct text name;
 	size_t n;
 
-	memset(h->nominated, 0, sizeof(h->nominated));
+	memset(&h->nominated, 0, sizeof(h->nominated));
 	h->nominates_late = false;
 	for (n = 0; member_next(h, "Connection", &m, &name); n++) {
 		if (n == FIELDS_MAX)
@@ -3236,6 +3274,18 @@ head_nominate(struct head *h)
 	return true;
 }
 
+/* Adds a field, which is a part of the bytes of h; there is room for it. */
+static void
+head_add(struct head *h, const struct field *field)
+{
+	struct place *place = &h->fields[h->n++];
+
+	place->name = (uint16_t)(field->name.at - h->at);
+	place->name_len = (uint16_t)field->name.len;
+	place->value = (uint16_t)(field->value.at - h->at);
+	place->value_len = (uint16_t)field->value.len;
+}
+
 /* Reads the field lines up to the empty line that ends t; see field_parse(). */
 static int
 fields_parse(struct text t, struct head *h, unsigned *mended)
@@ -3244,6 +3294,7 @@ fields_parse(struct text t, struct head *h, unsigned *mended)
 	struct field field;
 	int verdict;
 
+	h->at = t.at;
 	for (h->n = 0; (line = line_next(&t, mended)).len > 0;) {
 		verdict = field_parse(line, &field, mended);
 		if (verdict < 0)
@@ -3251,7 +3302,7 @@ fields_parse(struct text t, struct head *h, unsigned *mended)
 		if (verdict == 1 && h->n == FIELDS_MAX)
 			return -REFUSE_FIELDS_MANY;
 		if (verdict == 1)
-			h->fields[h->n++] = field;
+			head_add(h, &field);
 	}
 	return head_nominate(h) ? 1 : -REFUSE_FIELDS_MANY;
 }
@@ -3264,20 +3315,20 @@ head_parse(struct text t, struct head *h, unsigned *mended)
 	return fields_parse(t, h, mended);
 }
 
-/* The first field of that name, or NULL. */
-static const struct field *
-head_field(const struct head *h, const char *name)
+/* True if h has a field of that name. */
+static bool
+head_has(const struct head *h, const char *name)
 {
-	return field_next(h, name, NULL);
+	return field_find(h, name, 0) < h->n;
 }
 
 /* The value of the first field of that name; empty if there is no field. */
 static struct text
 head_value(const struct head *h, const char *name)
 {
-	const struct field *field = head_field(h, name);
+	size_t i = field_find(h, name, 0);
 
-	return field == NULL ? text_of("") : field->value;
+	return i == h->n ? text_of("") : field_value(h, i);
 }
 
 /*
@@ -3290,8 +3341,8 @@ head_drop(struct head *h, const char *name, const char *value)
 	size_t i, n = h->n;
 
 	for (h->n = i = 0; i < n; i++)
-		if (!text_is(h->fields[i].name, name) ||
-		    (value != NULL && !text_is(h->fields[i].value, value)))
+		if (!text_is(field_name(h, i), name) ||
+		    (value != NULL && !text_is(field_value(h, i), value)))
 			h->fields[h->n++] = h->fields[i];
 	if (h->n < n)
 		head_nominate(h);
@@ -3302,7 +3353,7 @@ head_drop(struct head *h, const char *name, const char *value)
 static bool
 head_lists(const struct head *h, const char *name, struct text word)
 {
-	struct members m = { NULL, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 	struct text member;
 
 	while (member_next(h, name, &m, &member))
@@ -3318,11 +3369,11 @@ head_lists(const struct head *h, const char *name, struct text word)
 static int
 head_length(const struct head *h, uint64_t *length)
 {
-	const struct field *field = NULL;
+	size_t i = 0;
 	int found = 0;
 
-	while ((field = field_next(h, "Content-Length", field)) != NULL) {
-		struct text rest = field->value;
+	while ((i = field_find(h, "Content-Length", i)) < h->n) {
+		struct text rest = field_value(h, i++);
 		uint64_t value;
 		bool more;
 
@@ -3347,15 +3398,17 @@ head_length(const struct head *h, uint64_t *length)
 static int
 head_chunked(const struct head *h)
 {
-	const struct field *field = NULL;
+	size_t i = 0;
 	int found = 0;
 
-	while ((field = field_next(h, "Transfer-Encoding", field)) != NULL) {
+	while ((i = field_find(h, "Transfer-Encoding", i)) < h->n) {
+		struct text value = field_value(h, i++);
+
 		if (found++ ||
-		    (text_starts(field->value, "chunked") &&
-			field->value.len > strlen("chunked")))
+		    (text_starts(value, "chunked") &&
+			value.len > strlen("chunked")))
 			return -REFUSE_CODING_TWICE;
-		if (!text_is(field->value, "chunked"))
+		if (!text_is(value, "chunked"))
 			return -REFUSE_CODING;
 	}
 	return found;
@@ -3376,7 +3429,7 @@ head_framing(const struct head *h, enum framing *framing, uint64_t *length,
 
 	if (chunked < 0)
 		return chunked;
-	if (chunked && !lenient && head_field(h, "Content-Length") != NULL)
+	if (chunked && !lenient && head_has(h, "Content-Length"))
 		return -REFUSE_BOTH;
 	if (counted < 0)
 		return counted;
@@ -3396,7 +3449,7 @@ head_framing(const struct head *h, enum framing *framing, uint64_t *length,
  * conn_head, field_append, field_passes, fields_append, fields_not_late,
  * fields_of_body, fields_of_condition, fields_of_hop, head_is_hopeless,
  * head_logs_in, header_parse, host_is_valid, host_trim, length_append,
- * method_parse, name_is_among, request_clean, request_hopeless,
+ * line_append, method_parse, name_is_among, request_clean, request_hopeless,
  * request_is_last, request_mask, request_parse, request_passed_here,
  * response_is_bodiless, response_length, response_parse, status_append,
  * text_until, url_login, url_parse, via_append.
@@ -3627,15 +3680,16 @@ request_line_parse(struct text line, struct request *r)
 static int
 request_host_check(const struct request *r)
 {
-	const struct field *host = head_field(&r->head, "Host");
+	const struct head *h = &r->head;
+	size_t i = field_find(h, "Host", 0);
 	struct target target;
 
-	if (host == NULL)
+	if (i == h->n)
 		return r->minor == 0 ? 1 : -REFUSE_NO_HOST;
-	if (host->value.len > 0 &&
-	    authority_parse(host->value, 80, &target) != 1)
+	if (h->fields[i].value_len > 0 &&
+	    authority_parse(field_value(h, i), 80, &target) != 1)
 		return -REFUSE_HOST;
-	return field_next(&r->head, "Host", host) == NULL ? 1 : -REFUSE_HOSTS;
+	return field_find(h, "Host", i + 1) == h->n ? 1 : -REFUSE_HOSTS;
 }
 
 /* Reads a whole request head.  What is read before a refusal stays in r. */
@@ -3659,7 +3713,7 @@ request_parse(struct text t, struct request *r)
 	}
 	if (verdict != 1)
 		return verdict;
-	if (r->minor == 0 && head_field(&r->head, "Transfer-Encoding") != NULL)
+	if (r->minor == 0 && head_has(&r->head, "Transfer-Encoding"))
 		return -REFUSE_CODING_OLD;
 	verdict = head_framing(&r->head, &r->framing, &r->length, false);
 	if (verdict != 1)
@@ -3729,7 +3783,7 @@ response_parse(struct text t, enum method method, struct response *r)
 		r->framing = FRAMING_CLOSE;
 		verdict = head_framing(&r->head, &r->framing, &r->length, true);
 	}
-	if (head_field(&r->head, "Transfer-Encoding") != NULL) {
+	if (head_has(&r->head, "Transfer-Encoding")) {
 		if (head_drop(&r->head, "Content-Length", NULL))
 			r->mended |= MEND_LENGTH;
 		if (r->minor == 0)
@@ -3787,22 +3841,29 @@ name_is_among(struct text name, const char *const *list)
 static bool
 field_passes(const struct head *h, size_t i)
 {
-	struct text name = h->fields[i].name;
+	struct text name = field_name(h, i);
 
 	if (name_is_among(name, fields_of_hop))
 		return false;
-	return !(h->nominated[i / 8] >> i % 8 & 1) ||
+	return !mark_is_set(&h->nominated, i) ||
 	    name_is_among(name, fields_of_route);
 }
 
-/* Appends a field as a line. */
+/* Appends a line with a field. */
 static void
-field_append(struct buffer *b, const struct field *field)
+line_append(struct buffer *b, struct text name, struct text value)
 {
-	buffer_append(b, field->name);
+	buffer_append(b, name);
 	buffer_append(b, text_of(": "));
-	buffer_append(b, field->value);
+	buffer_append(b, value);
 	buffer_append(b, text_of("\r\n"));
+}
+
+/* Appends field i of h as a line. */
+static void
+field_append(struct buffer *b, const struct head *h, size_t i)
+{
+	line_append(b, field_name(h, i), field_value(h, i));
 }
 
 /* Appends the fields of h but those that `without` names; an empty line. */
@@ -3813,8 +3874,8 @@ fields_append(struct buffer *b, const struct head *h,
 	size_t i;
 
 	for (i = 0; i < h->n; i++)
-		if (!name_is_among(h->fields[i].name, without))
-			field_append(b, &h->fields[i]);
+		if (!name_is_among(field_name(h, i), without))
+			field_append(b, h, i);
 	buffer_append(b, text_of("\r\n"));
 }
 
@@ -3899,7 +3960,7 @@ response_length(const struct response *r)
 static bool
 head_logs_in(const struct head *h, const char *name)
 {
-	struct members m = { NULL, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 	struct text member;
 
 	while (member_next(h, name, &m, &member))
@@ -4017,15 +4078,15 @@ request_mask(struct buffer *b)
 static int
 request_is_last(const struct request *r)
 {
-	const struct field *field = head_field(&r->head, "Max-Forwards");
+	size_t i = field_find(&r->head, "Max-Forwards", 0);
 	uint64_t hops;
 
 	if (r->target.form == FORM_ASTERISK)
 		return 1;
-	if (field == NULL ||
+	if (i == r->head.n ||
 	    (r->method != METHOD_TRACE && r->method != METHOD_OPTIONS))
 		return 0;
-	if (!number_clamp(field->value, UINT64_MAX, &hops))
+	if (!number_clamp(field_value(&r->head, i), UINT64_MAX, &hops))
 		return -REFUSE_HOPS;
 	return hops == 0;
 }
@@ -4034,7 +4095,7 @@ request_is_last(const struct request *r)
 static bool
 request_passed_here(const struct request *r)
 {
-	struct members m = { NULL, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 	struct text member, name;
 
 	while (member_next(&r->head, "Via", &m, &member)) {
@@ -4337,8 +4398,8 @@ trailer_encode(struct flow *f, const struct buffer *in, struct buffer *out)
 		    &h, NULL);
 	for (i = 0; i < h.n; i++)
 		if (field_passes(&h, i) &&
-		    !name_is_among(h.fields[i].name, fields_not_late))
-			field_append(out, &h.fields[i]);
+		    !name_is_among(field_name(&h, i), fields_not_late))
+			field_append(out, &h, i);
 	buffer_append(out, text_of("\r\n"));
 }
 
@@ -5356,7 +5417,8 @@ struct rule {
 	enum refusal refusal;         /* of ACTION_DENY */
 	int status;                   /* of ACTION_DENY, ACTION_ANSWER */
 	struct value *names;          /* of fields; several: ACTION_UNSET */
-	struct text words;       /* field value, reason, text of an answer */
+	struct field field;           /* of ACTION_SET, ACTION_ADD */
+	struct text words;            /* the reason, or the text of an answer */
 	struct parent *parents;  /* of ACTION_VIA, in their order, ACTION_TO */
 	struct address from[2];  /* of ACTION_FROM: IPv4, IPv6 */
 	const char *type, *file; /* of ACTION_ANSWER; file: NULL without */
@@ -5503,9 +5565,9 @@ field_matches(const struct condition *c, const struct value *value,
 	size_t i;
 
 	for (i = 0; i < h->n && !hit; i++) {
-		struct text t = h->fields[i].value, type;
+		struct text t = field_value(h, i), type;
 
-		if (!text_same(h->fields[i].name, c->name))
+		if (!text_same(field_name(h, i), c->name))
 			continue;
 		(void)text_copy(t, string, sizeof(string));
 		hit = c->subject != SUBJECT_TYPE &&
@@ -5779,10 +5841,10 @@ rewrites_take(struct rewrites *w, const struct value *names,
 		if (name_is_taken(names, text_of(own[i])))
 			w->own |= 1U << i;
 	for (i = 0; i < h->n; i++)
-		if (!w->taken[i])
-			w->taken[i] = name_is_taken(names, h->fields[i].name);
+		if (name_is_taken(names, field_name(h, i)))
+			mark_set(&w->taken, i);
 	for (i = 0; i < w->n; i++)
-		if (!name_is_taken(names, w->fields[i].name))
+		if (!name_is_taken(names, w->fields[i]->name))
 			w->fields[n++] = w->fields[i];
 	w->n = n;
 }
@@ -5811,10 +5873,8 @@ rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
 			continue;
 		if (rule->action != ACTION_ADD)
 			rewrites_take(w, rule->names, h);
-		if (rule->action != ACTION_UNSET) {
-			w->fields[w->n].name = rule->names->text;
-			w->fields[w->n++].value = rule->words;
-		}
+		if (rule->action != ACTION_UNSET)
+			w->fields[w->n++] = &rule->field;
 	}
 	if (group == GROUP_REQUEST &&
 	    (options.record != NULL || rules_seek_body(rules, v)))
@@ -6819,7 +6879,8 @@ rewrite_take(struct parser *p, struct rule *rule, const struct word *word)
 	struct text t = word->t;
 
 	if (rule->names != NULL && rule->action != ACTION_UNSET) {
-		rule->words = text_trim(t);
+		rule->field.name = rule->names->text;
+		rule->field.value = text_trim(t);
 		return true;
 	}
 	if (text_find(t, '*') + 1 < t.len)
@@ -7442,11 +7503,11 @@ date_parse(struct text t)
 static int64_t
 head_date(const struct head *h, const char *name)
 {
-	const struct field *field = head_field(h, name);
+	size_t i = field_find(h, name, 0);
 
-	return field == NULL || field_next(h, name, field) != NULL ?
+	return i == h->n || field_find(h, name, i + 1) < h->n ?
 	    -1 :
-	    date_parse(field->value);
+	    date_parse(field_value(h, i));
 }
 
 /*
@@ -7520,7 +7581,7 @@ control_parse(const struct head *h)
 		.max_stale = -1,
 		.while_revalidate = -1,
 		.if_error = -1 };
-	struct members m = { NULL, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 	struct text value;
 
 	while (member_next(h, "Cache-Control", &m, &value)) {
@@ -7531,7 +7592,7 @@ control_parse(const struct head *h)
 			value.at = NULL;
 		control_set(&control, name, value);
 	}
-	if (head_field(h, "Cache-Control") == NULL &&
+	if (!head_has(h, "Cache-Control") &&
 	    head_lists(h, "Pragma", text_of("no-cache")))
 		control.no_cache = true;
 	return control;
@@ -7582,7 +7643,7 @@ freshness_lifetime(const struct response *r, const struct control *control,
 	date = head_date(&r->head, "Date");
 	expires = head_date(&r->head, "Expires");
 	modified = head_date(&r->head, "Last-Modified");
-	if (head_field(&r->head, "Expires") != NULL) {
+	if (head_has(&r->head, "Expires")) {
 		if (date == -1)
 			date = now.wall;
 		l.seconds = expires > date ? expires - date : 0;
@@ -7592,7 +7653,7 @@ freshness_lifetime(const struct response *r, const struct control *control,
 	if (explicit_only || modified == -1 || date <= modified ||
 	    (!status_is_among(r->status, heuristic_statuses) &&
 		!control->is_public) ||
-	    head_field(&r->head, "Set-Cookie") != NULL)
+	    head_has(&r->head, "Set-Cookie"))
 		return l;
 	l.seconds = (date - modified) / 10;
 	if (l.seconds > HEURISTIC_MAX_S)
@@ -7605,12 +7666,12 @@ freshness_lifetime(const struct response *r, const struct control *control,
 static bool
 request_has_login(const struct request *q)
 {
-	bool has = head_field(&q->head, "Authorization") != NULL;
+	bool has = head_has(&q->head, "Authorization");
 	size_t i;
 
 	for (i = 0; i < q->rewrites.n; i++)
 		has = has ||
-		    text_is(q->rewrites.fields[i].name, "Authorization");
+		    text_is(q->rewrites.fields[i]->name, "Authorization");
 	return has;
 }
 
@@ -7628,7 +7689,7 @@ response_obstacle(const struct request *q, const struct response *r,
 	struct text located = head_value(&r->head, "Content-Location");
 	struct control asked = control_parse(&q->head);
 	struct control control = control_parse(&r->head);
-	bool validator = head_field(&r->head, "ETag") != NULL ||
+	bool validator = head_has(&r->head, "ETag") ||
 	    head_date(&r->head, "Last-Modified") != -1;
 	bool guess = control.is_public ||
 	    status_is_among(r->status, heuristic_statuses);
@@ -7652,13 +7713,12 @@ response_obstacle(const struct request *q, const struct response *r,
 	if (head_lists(&r->head, "Vary", text_of("*")))
 		return "vary-*";
 	if (r->status == 206 &&
-	    (head_field(&r->head, "Vary") != NULL ||
-		head_field(&q->head, "Range") == NULL))
+	    (head_has(&r->head, "Vary") || !head_has(&q->head, "Range")))
 		return "range";
 	if (request_has_login(q) && !control.is_public &&
 	    control.s_maxage < 0 && !control.must_revalidate)
 		return "authorization";
-	if (head_field(&r->head, "Set-Cookie") != NULL && lifetime <= 0)
+	if (head_has(&r->head, "Set-Cookie") && lifetime <= 0)
 		return "set-cookie";
 	if (given >= 0 && (lifetime >= 0 || guess))
 		lifetime = given;
@@ -7777,7 +7837,7 @@ static int
 condition_has(const struct head *q, const char *name, struct text etag,
     bool weak)
 {
-	struct members m = { NULL, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 	struct text member;
 
 	if (text_starts(etag, "W/"))
@@ -7790,7 +7850,7 @@ condition_has(const struct head *q, const char *name, struct text etag,
 		if (etag.len > 0 && text_equals(member, etag))
 			return 1;
 	}
-	return head_field(q, name) == NULL ? -1 : 0;
+	return !head_has(q, name) ? -1 : 0;
 }
 
 /*
@@ -8117,7 +8177,7 @@ response_is_personal(const struct response *r)
 {
 	struct control control;
 
-	if (head_field(&r->head, "Set-Cookie") == NULL)
+	if (!head_has(&r->head, "Set-Cookie"))
 		return false;
 	control = control_parse(&r->head);
 	return !control.is_public && control.s_maxage < 0;
@@ -8150,6 +8210,7 @@ static void
 variant_append(const struct request *q, struct text vary, struct buffer *b)
 {
 	const struct rewrites *w = &q->rewrites;
+	const struct head *h = &q->head;
 	struct text name;
 	size_t i;
 
@@ -8160,16 +8221,15 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 		if (text_is(name, vary_client))
 			client_append(q, b);
 		/* TE does not pass, but the server gets one like it. */
-		for (i = 0; i < q->head.n; i++)
-			if (!w->taken[i] &&
-			    (text_is(name, "TE") ||
-				field_passes(&q->head, i)) &&
-			    text_same(q->head.fields[i].name, name))
-				value_append(b, name, q->head.fields[i].value,
+		for (i = 0; i < h->n; i++)
+			if (!mark_is_set(&w->taken, i) &&
+			    (text_is(name, "TE") || field_passes(h, i)) &&
+			    text_same(field_name(h, i), name))
+				value_append(b, name, field_value(h, i),
 				    &first);
 		for (i = 0; i < w->n; i++)
-			if (text_same(w->fields[i].name, name))
-				value_append(b, name, w->fields[i].value,
+			if (text_same(w->fields[i]->name, name))
+				value_append(b, name, w->fields[i]->value,
 				    &first);
 		buffer_append(b, text_of(";"));
 	}
@@ -8195,7 +8255,7 @@ static bool
 vary_append(const struct response *r, struct buffer *b)
 {
 	struct text list[VARY_MAX + 2], *last = list, *t, member;
-	struct members m = { NULL, { NULL, 0 } };
+	struct members m = { 0, { "", 0 } };
 
 	while (member_next(&r->head, "Vary", &m, &member)) {
 		if (last == list + VARY_MAX || !text_is_token(member))
@@ -8747,7 +8807,7 @@ field_is_kept(const struct head *news, struct text name)
 	size_t i;
 
 	for (i = 0; i < news->n; i++)
-		if (text_same(name, news->fields[i].name))
+		if (text_same(name, field_name(news, i)))
 			return field_is_fixed(name);
 	return !text_is(name, "Date");
 }
@@ -8768,13 +8828,13 @@ stored_head_append(const struct response *r, const struct response *old,
 	status_append(b, r->minor, old ? old->status : r->status,
 	    old ? old->reason : r->reason);
 	for (i = 0; old != NULL && i < old->head.n; i++)
-		if (field_is_kept(h, old->head.fields[i].name))
-			field_append(b, &old->head.fields[i]);
+		if (field_is_kept(h, field_name(&old->head, i)))
+			field_append(b, &old->head, i);
 	for (i = 0; i < h->n; i++)
 		if (field_passes(h, i) &&
-		    (old == NULL || !field_is_fixed(h->fields[i].name)))
-			field_append(b, &h->fields[i]);
-	if (head_field(h, "Date") == NULL)
+		    (old == NULL || !field_is_fixed(field_name(h, i))))
+			field_append(b, h, i);
+	if (!head_has(h, "Date"))
 		buffer_print(b, "Date: %s\r\n", date_now());
 	buffer_append(b, text_of("\r\n"));
 }
@@ -10044,8 +10104,7 @@ lookup_fits(const struct exchange *x, const struct lookup *l)
 
 	return cache_rule(x, &l->r, &l->e)->action != ACTION_NOCACHE &&
 	    (l->r.status != 206 ||
-		(q->method == METHOD_GET &&
-		    head_field(&q->head, "If-Range") == NULL));
+		(q->method == METHOD_GET && !head_has(&q->head, "If-Range")));
 }
 
 /*
@@ -10132,8 +10191,8 @@ fetch_is_open(const struct fetch *f, uint64_t key)
 static bool
 request_is_guarded(const struct request *q)
 {
-	return head_field(&q->head, "If-Match") != NULL ||
-	    head_field(&q->head, "If-Unmodified-Since") != NULL;
+	return head_has(&q->head, "If-Match") ||
+	    head_has(&q->head, "If-Unmodified-Since");
 }
 
 /*
@@ -10150,8 +10209,8 @@ lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 	int fd;
 
 	if (l->b == NULL || x->refresh || asked->no_store ||
-	    request_is_guarded(q) || head_field(&q->head, "Range") != NULL ||
-	    head_field(&q->head, "Authorization") != NULL)
+	    request_is_guarded(q) || head_has(&q->head, "Range") ||
+	    head_has(&q->head, "Authorization"))
 		return;
 	for (f = fetches; f != NULL && c->follows == NULL; f = f->next) {
 		if (!fetch_is_open(f, c->key))
@@ -10187,7 +10246,7 @@ request_is_common(const struct request *q, const struct control *asked)
 	size_t i;
 
 	for (i = 0; i < q->head.n; i++)
-		if (name_is_among(q->head.fields[i].name, special))
+		if (name_is_among(field_name(&q->head, i), special))
 			return false;
 	return q->method == METHOD_GET && !asked->no_store &&
 	    !asked->no_cache && asked->max_age != 0;
@@ -10430,8 +10489,8 @@ lookup_renew(struct lookup *l, const struct response *news, struct text head)
 	b->end = start;
 	buffer_append(b, text_cut(head.at, head.len - strlen("\r\n")));
 	for (i = 0; i < news->head.n; i++)
-		if (text_is(news->head.fields[i].name, "Set-Cookie"))
-			field_append(b, &news->head.fields[i]);
+		if (text_is(field_name(&news->head, i), "Set-Cookie"))
+			field_append(b, &news->head, i);
 	buffer_append(b, text_of("\r\n"));
 	l->e.head = text_cut(b->data + start, b->end - start);
 	return b->overflow == 0 &&
@@ -10468,7 +10527,7 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 	    region_build(region, &l->e, buffer_text(head), l->e.region) > 0) {
 		region_seal(region, l->e.body);
 		(void)write_at(l->fd, buffer_text(region), 0);
-	} else if (!asked.no_store && !head_field(&q->head, "Authorization"))
+	} else if (!asked.no_store && !head_has(&q->head, "Authorization"))
 		store_remove(q->caching.path);
 	return lookup_renew(l, news, buffer_text(head));
 }
@@ -12487,32 +12546,33 @@ trace_reason(const struct exchange *x, const struct head *from,
 	return "";
 }
 
-/* The line of a field as it came. */
+/* The line of field i of h as it came. */
 static struct text
-field_line(const struct field *f)
+field_line(const struct head *h, size_t i)
 {
-	return text_cut(f->name.at,
-	    (size_t)(f->value.at - f->name.at) + f->value.len);
+	struct text name = field_name(h, i), value = field_value(h, i);
+
+	return text_cut(name.at, (size_t)(value.at - name.at) + value.len);
 }
 
-/* True if a line of a head is this field. */
+/* True if a line of another head is field i of h. */
 static bool
-line_is(struct text line, const struct field *field)
+line_is(struct text line, const struct head *h, size_t i)
 {
 	struct text name = text_split(&line, ':');
 
-	return text_same(name, field->name) &&
-	    text_equals(text_trim(line), field->value);
+	return text_same(name, field_name(h, i)) &&
+	    text_equals(text_trim(line), field_value(h, i));
 }
 
-/* True if one of the lines of a head is this field. */
+/* True if one of the lines of another head is field i of h. */
 static bool
-trace_has(struct text head, const struct field *field)
+trace_has(struct text head, const struct head *h, size_t i)
 {
 	struct text line;
 
 	while ((line = line_next(&head, NULL)).len > 0)
-		if (line_is(line, field))
+		if (line_is(line, h, i))
 			return true;
 	return false;
 }
@@ -12542,12 +12602,12 @@ trace_change(const struct exchange *x, const char *mark,
 	} else
 		trace_field(x, mark, "", line, "");
 	for (i = 0; i < from->n; i++)
-		if (!trace_has(to, &from->fields[i]))
-			trace_field(x, mark, "- ", field_line(&from->fields[i]),
-			    trace_reason(x, from, r, from->fields[i].name,
+		if (!trace_has(to, from, i))
+			trace_field(x, mark, "- ", field_line(from, i),
+			    trace_reason(x, from, r, field_name(from, i),
 				false));
 	while ((line = line_next(&rest, NULL)).len > 0) {
-		for (i = 0; i < from->n && !line_is(line, &from->fields[i]);)
+		for (i = 0; i < from->n && !line_is(line, from, i);)
 			i++;
 		if (i < from->n)
 			trace_field(x, mark, "", line, "");
@@ -12801,8 +12861,8 @@ static void
 login_append(const struct exchange *x, struct buffer *b)
 {
 	const struct parent *parent = exchange_parent(x);
-	const struct field *own =
-	    head_field(&x->request->head, "Proxy-Authorization");
+	const struct head *h = &x->request->head;
+	size_t own = field_find(h, "Proxy-Authorization", 0);
 	char plain[2 * CREDENTIAL_MAX + 2];
 	char coded[4 * (sizeof(plain) + 2) / 3 + 1];
 	int n;
@@ -12812,8 +12872,8 @@ login_append(const struct exchange *x, struct buffer *b)
 		    parent->password);
 		base64_encode(plain, (size_t)n, coded);
 		buffer_print(b, "Proxy-Authorization: Basic %s\r\n", coded);
-	} else if (own != NULL && !x->rules->logins)
-		field_append(b, own);
+	} else if (own < h->n && !x->rules->logins)
+		field_append(b, h, own);
 }
 
 /* Appends field i of the request, unless it must not be passed on. */
@@ -12821,24 +12881,26 @@ static void
 request_field_append(struct exchange *x, size_t i, struct buffer *b)
 {
 	const struct request *q = x->request;
-	const struct field *field = &q->head.fields[i];
+	const struct head *h = &q->head;
+	struct text name = field_name(h, i);
 	uint64_t hops;
 
-	if (text_is(field->name, "Content-Length")) {
-		if (field == head_field(&q->head, "Content-Length") &&
+	if (text_is(name, "Content-Length")) {
+		if (i == field_find(h, "Content-Length", 0) &&
 		    q->method != METHOD_CONNECT)
 			length_append(b, q->length);
-	} else if (text_is(field->name, "Max-Forwards") &&
+	} else if (text_is(name, "Max-Forwards") &&
 	    (q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)) {
-		if (number_clamp(field->value, UINT64_MAX, &hops) && hops > 0)
+		if (number_clamp(field_value(h, i), UINT64_MAX, &hops) &&
+		    hops > 0)
 			buffer_print(b, "Max-Forwards: %llu\r\n",
 			    (unsigned long long)hops - 1);
-	} else if (text_is(field->name, "Expect") && q->minor == 0)
+	} else if (text_is(name, "Expect") && q->minor == 0)
 		trace(x, "Expect of an HTTP/1.0 client is ignored");
-	else if (field_passes(&q->head, i) && !q->rewrites.taken[i] &&
+	else if (field_passes(h, i) && !mark_is_set(&q->rewrites.taken, i) &&
 	    !(q->caching.state == CACHING_VALIDATES &&
-		name_is_among(field->name, fields_of_condition)))
-		field_append(b, field);
+		name_is_among(name, fields_of_condition)))
+		field_append(b, h, i);
 }
 
 /* Appends Connection and the fields that it names: TE and Upgrade. */
@@ -12852,8 +12914,8 @@ connection_append(const struct request *q, struct buffer *b)
 	if (trailers)
 		buffer_append(b, text_of("TE: trailers\r\n"));
 	for (i = 0; i < q->head.n && q->upgrade; i++)
-		if (text_is(q->head.fields[i].name, "Upgrade"))
-			field_append(b, &q->head.fields[i]);
+		if (text_is(field_name(&q->head, i), "Upgrade"))
+			field_append(b, &q->head, i);
 	if (trailers || q->upgrade)
 		buffer_print(b, "Connection: %s%s%s\r\n", trailers ? "TE" : "",
 		    trailers && q->upgrade ? ", " : "",
@@ -12881,7 +12943,8 @@ request_build(struct exchange *x, struct buffer *b)
 		login_append(x, b);
 	cache_validators_append(x, b);
 	for (i = 0; i < q->rewrites.n; i++)
-		field_append(b, &q->rewrites.fields[i]);
+		line_append(b, q->rewrites.fields[i]->name,
+		    q->rewrites.fields[i]->value);
 	x->up.strips = q->rewrites.strips || q->head.nominates_late;
 	if (!(q->rewrites.own & OWN_VIA))
 		via_append(b, q->minor);
@@ -12907,13 +12970,13 @@ response_field_append(const struct exchange *x, const struct response *r,
     size_t i, struct buffer *b)
 {
 	const struct request *q = x->request;
-	const struct field *field = &r->head.fields[i];
+	struct text name = field_name(&r->head, i);
 	uint64_t length;
 
-	if (answer_is_stored(q) && text_is(field->name, "Age"))
+	if (answer_is_stored(q) && text_is(name, "Age"))
 		return;
-	if (text_is(field->name, "Content-Length")) {
-		if (field != head_field(&r->head, "Content-Length") ||
+	if (text_is(name, "Content-Length")) {
+		if (i != field_find(&r->head, "Content-Length", 0) ||
 		    r->status < 200 || r->status == 204 ||
 		    (q->method == METHOD_CONNECT && r->status < 300))
 			return;
@@ -12923,8 +12986,8 @@ response_field_append(const struct exchange *x, const struct response *r,
 			return;
 		length_append(b, length);
 	} else if (field_passes(&r->head, i) ||
-	    (r->status == 407 && text_is(field->name, "Proxy-Authenticate")))
-		field_append(b, field);
+	    (r->status == 407 && text_is(name, "Proxy-Authenticate")))
+		field_append(b, &r->head, i);
 }
 
 /*
@@ -12962,14 +13025,13 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	x->down.strips = w.strips || r->head.nominates_late;
 	status_append(b, 1, r->status, r->reason);
 	for (i = 0; i < r->head.n; i++)
-		if (upgrade && text_is(r->head.fields[i].name, "Upgrade"))
-			field_append(b, &r->head.fields[i]);
-		else if (!w.taken[i])
+		if (upgrade && text_is(field_name(&r->head, i), "Upgrade"))
+			field_append(b, &r->head, i);
+		else if (!mark_is_set(&w.taken, i))
 			response_field_append(x, r, i, b);
 	for (i = 0; i < w.n; i++)
-		field_append(b, &w.fields[i]);
-	if (final && head_field(&r->head, "Date") == NULL &&
-	    !(w.own & OWN_DATE))
+		line_append(b, w.fields[i]->name, w.fields[i]->value);
+	if (final && !head_has(&r->head, "Date") && !(w.own & OWN_DATE))
 		buffer_print(b, "Date: %s\r\n", date_now());
 	if (q->answerer != ANSWER_MEMORY && !(w.own & OWN_VIA))
 		via_append(b, r->minor);
@@ -13940,7 +14002,7 @@ access_refuse(struct exchange *x)
 	const struct request *q = x->request;
 	const struct rule *rule = x->record.rule;
 	char detail[DETAIL_MAX], peer[ADDRESS_TEXT];
-	bool tried = head_field(&q->head, "Proxy-Authorization") != NULL;
+	bool tried = head_has(&q->head, "Proxy-Authorization");
 	bool page = q->target.form == FORM_ORIGIN;
 
 	assert(rule != NULL);
@@ -14545,7 +14607,7 @@ request_note(struct exchange *x)
 	    head_lists(&q->head, "Proxy-Connection", text_of("keep-alive"));
 	q->login = head_logs_in(&q->head, "Authorization") ||
 	    head_logs_in(&q->head, "Proxy-Authorization");
-	q->upgrade = q->minor == 1 && head_field(&q->head, "Upgrade") &&
+	q->upgrade = q->minor == 1 && head_has(&q->head, "Upgrade") &&
 	    head_lists(&q->head, "Connection", text_of("upgrade")) &&
 	    !head_lists(&q->head, "Upgrade", text_of("h2c"));
 	flow_start(&x->up, q->framing, q->framing, q->length);
