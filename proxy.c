@@ -1307,6 +1307,21 @@ number_parse(struct text t, uint64_t max, uint64_t *value)
 	return true;
 }
 
+/* The same, but a number that is too large counts as max. */
+static bool
+number_clamp(struct text t, uint64_t max, uint64_t *value)
+{
+	size_t i;
+
+	for (i = 0; i < t.len && is_digit(t.at[i]); i++)
+		continue;
+	if (i < t.len || t.len == 0)
+		return false;
+	if (!number_parse(t, max, value))
+		*value = max;
+	return true;
+}
+
 /*
  * Writes n in decimal, NUMBER_DIGITS bytes at most and no NUL; returns where
  * it ends.  printf(3) takes ten times as long, and heads and log lines are
@@ -3876,11 +3891,11 @@ fields_append(struct buffer *b, const struct head *h,
 	buffer_append(b, text_of("\r\n"));
 }
 
-/* Appends a status line; status has three digits. */
+/* Appends a status line of HTTP/1.minor; status has three digits. */
 static void
-status_append(struct buffer *b, int status, struct text reason)
+status_append(struct buffer *b, unsigned minor, int status, struct text reason)
 {
-	buffer_append(b, text_of("HTTP/1.1 "));
+	buffer_append(b, text_of(minor ? "HTTP/1.1 " : "HTTP/1.0 "));
 	buffer_number(b, (uint64_t)status);
 	buffer_append(b, text_of(" "));
 	buffer_append(b, reason);
@@ -4068,8 +4083,9 @@ request_mask(struct buffer *b)
 }
 
 /*
- * Max-Forwards (RFC 9110 section 7.6.2) counts for TRACE and OPTIONS only.
- * True if the request ends here; -refusal if it is no number.
+ * Max-Forwards (RFC 9110 section 7.6.2) counts for TRACE and OPTIONS only; more
+ * than fits into a number is as much as does.  True if the request ends here;
+ * -refusal if it is no number.
  */
 static int
 request_is_last(const struct request *r)
@@ -4082,7 +4098,7 @@ request_is_last(const struct request *r)
 	if (i == r->head.n ||
 	    (r->method != METHOD_TRACE && r->method != METHOD_OPTIONS))
 		return 0;
-	if (!number_parse(field_value(&r->head, i), UINT64_MAX, &hops))
+	if (!number_clamp(field_value(&r->head, i), UINT64_MAX, &hops))
 		return -REFUSE_HOPS;
 	return hops == 0;
 }
@@ -7452,9 +7468,17 @@ date_match(struct text t, const char *form, int64_t *parts)
 	return true;
 }
 
+/* The seconds from 1970 to a date. */
+static int64_t
+date_seconds(const int64_t *parts)
+{
+	return days_from_date(parts[YEAR], parts[MONTH], parts[DAY]) * DAY_S +
+	    parts[HOUR] * 3600 + parts[MINUTE] * 60 + parts[SECOND];
+}
+
 /*
  * A date in one of the three forms of RFC 9110 section 5.6.7, exactly; else -1.
- * A two-digit year more than 50 years ahead is past.
+ * With a two-digit year, a date more than 50 years ahead is past.
  */
 static int64_t
 date_parse(struct text t)
@@ -7474,8 +7498,8 @@ date_parse(struct text t)
 		if (gmtime_r(&now.wall, &parts) == NULL)
 			return -1;
 		year = parts.tm_year + (int64_t)1900;
-		d[YEAR] += year - year % 100;
-		d[YEAR] -= d[YEAR] > year + 50 ? 100 : 0;
+		d[YEAR] += year - year % 100 - 50;
+		d[YEAR] += date_seconds(d) > now.wall ? -50 : 50;
 	}
 	year = d[YEAR];
 	month = d[MONTH];
@@ -7484,8 +7508,7 @@ date_parse(struct text t)
 		    days_from_date(year, month, 1) ||
 	    d[HOUR] > 23 || d[MINUTE] > 59 || d[SECOND] > 60)
 		return -1;
-	return days_from_date(year, month, d[DAY]) * DAY_S + d[HOUR] * 3600 +
-	    d[MINUTE] * 60 + d[SECOND];
+	return date_seconds(d);
 }
 
 /* The date in a field; -1 if it is missing, repeated or malformed. */
@@ -7506,17 +7529,12 @@ head_date(const struct head *h, const char *name)
 static int64_t
 seconds_parse(struct text t)
 {
-	uint64_t value;
-	size_t i;
+	uint64_t value = 0;
 
 	if (t.len > 1 && t.at[0] == '"' && t.at[t.len - 1] == '"')
 		t = text_cut(t.at + 1, t.len - 2);
-	for (i = 0; i < t.len && is_digit(t.at[i]); i++)
-		continue;
-	if (i < t.len || t.len == 0)
-		return 0;
-	return number_parse(t, INT32_MAX, &value) ? (int64_t)value :
-						    (int64_t)INT32_MAX + 1;
+	(void)number_clamp(t, (uint64_t)INT32_MAX + 1, &value);
+	return (int64_t)value;
 }
 
 /* Adds a directive to control; value.at is NULL without an argument. */
@@ -7748,22 +7766,15 @@ reuse_judge(const struct control *asked, const struct control *control,
 {
 	bool strict = control->must_revalidate || control->proxy_revalidate ||
 	    control->s_maxage >= 0;
+	bool young = asked->max_age < 0 || age <= asked->max_age;
 	int64_t stale = age - (lifetime > 0 ? lifetime : 0);
-	int64_t wanted = lifetime;
 
 	/* max-age=0 asks for validation, however young the entry is. */
 	if (asked->no_cache || asked->max_age == 0 || control->no_cache)
 		return REUSE_VALIDATED;
-	if (asked->max_age >= 0 && asked->max_age < wanted)
-		wanted = asked->max_age;
-	if (asked->min_fresh >= 0)
-		wanted -= asked->min_fresh;
-	if (lifetime > 0 && age < wanted)
+	if (age < lifetime && young && lifetime - age >= asked->min_fresh)
 		return REUSE_FRESH;
-	if (lifetime > 0 && asked->max_age >= 0 && age < lifetime &&
-	    age <= asked->max_age && asked->min_fresh < 0)
-		return REUSE_FRESH;
-	if (strict || (asked->max_age >= 0 && age > asked->max_age))
+	if (strict || !young)
 		return REUSE_VALIDATED;
 	if (control->while_revalidate >= 0 && stale >= 0 &&
 	    stale <= control->while_revalidate && asked->min_fresh < 0)
@@ -8222,8 +8233,10 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 		lower_append(b, name);
 		if (text_is(name, vary_client))
 			client_append(q, b);
+		/* TE does not pass, but the server gets one like it. */
 		for (i = 0; i < h->n; i++)
-			if (!mark_is_set(&w->taken, i) && field_passes(h, i) &&
+			if (!mark_is_set(&w->taken, i) &&
+			    (text_is(name, "TE") || field_passes(h, i)) &&
 			    text_same(field_name(h, i), name))
 				value_append(b, name, field_value(h, i),
 				    &first);
@@ -8825,7 +8838,7 @@ stored_head_append(const struct response *r, const struct response *old,
 	const struct head *h = &r->head;
 	size_t i;
 
-	status_append(b, old ? old->status : r->status,
+	status_append(b, r->minor, old ? old->status : r->status,
 	    old ? old->reason : r->reason);
 	for (i = 0; old != NULL && i < old->head.n; i++)
 		if (field_is_kept(h, field_name(&old->head, i)))
@@ -10802,16 +10815,19 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 	unsigned long long body = q->body, from;
 	struct range range = { 0, q->body };
 	int part = 0;
-	size_t n;
+	size_t i, n;
 
 	r->framing = q->method == METHOD_HEAD ? FRAMING_NO_BODY :
 	    q->body == UINT64_MAX             ? FRAMING_CLOSE :
 						FRAMING_LENGTH;
 	if (q->answerer != ANSWER_FETCH && q->method == METHOD_GET)
 		part = range_parse(&q->head, r, q->body, &range);
-	if (r->status == 200 && request_is_satisfied(&q->head, r)) {
+	if (r->status / 100 == 2 && request_is_satisfied(&q->head, r)) {
 		r->status = 304;
 		part = 0;
+		/* RFC 9110 section 15.4.5: what the client knows. */
+		for (i = 0; fields_of_body[i] != NULL; i++)
+			(void)head_drop(&r->head, fields_of_body[i], NULL);
 	} else if (part == -1) {
 		r->status = 416;
 		/* The fields are about what is not sent, also its freshness. */
@@ -12955,7 +12971,7 @@ request_field_append(struct exchange *x, size_t i, struct buffer *b)
 			length_append(b, q->length);
 	} else if (text_is(name, "Max-Forwards") &&
 	    (q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)) {
-		if (number_parse(field_value(h, i), UINT64_MAX, &hops) &&
+		if (number_clamp(field_value(h, i), UINT64_MAX, &hops) &&
 		    hops > 0)
 			buffer_print(b, "Max-Forwards: %llu\r\n",
 			    (unsigned long long)hops - 1);
@@ -13087,7 +13103,7 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 
 	response_rewrites(x, r, &w);
 	x->down.strips = w.strips || r->head.nominates_late;
-	status_append(b, r->status, r->reason);
+	status_append(b, 1, r->status, r->reason);
 	for (i = 0; i < r->head.n; i++)
 		if (upgrade && text_is(field_name(&r->head, i), "Upgrade"))
 			field_append(b, &r->head, i);

@@ -12282,6 +12282,9 @@ date Fri, 31 Dec 9999 23:59:59 GMT = 253402300799
 date Friday, 01-Jan-27 00:00:00 GMT = 1798761600
 date Wednesday, 01-Jan-70 00:00:00 GMT = 3155760000
 date Tuesday, 01-Jan-80 00:00:00 GMT = 315532800
+# Exactly 50 years ahead, and a second more.
+date Sunday, 22-Nov-76 02:43:00 GMT = 3373238580
+date Sunday, 22-Nov-76 02:43:01 GMT = 217478581
 date | 0 | -1 | now | 784111777 | 1994-11-06T08:49:37Z = -1
 date Sun, 06 Nov 1994 08:49:37 | Sun, 06 Nov 1994 08:49:37\s | Sun, 06 Nov 1994 08:49:37 UTC | Sun, 06 Nov 1994 08:49:37 EST | Sun, 06 Nov 1994 08:49:37 +0000 = -1
 date Sun, 06 Nov 1994 08:49:37 GMT+1 | Sun, 06 Nov 1994 08:49:37 GMT\s | \sSun, 06 Nov 1994 08:49:37 GMT | "Sun, 06 Nov 1994 08:49:37 GMT" = -1
@@ -12390,8 +12393,8 @@ reuse:61/60 max-age=99 > | max-stale=0 > | max-stale=x > | max-stale > must-reva
 reuse:70/60 max-age=90, max-stale > | max-stale=10 > = stale
 reuse:71/60 max-stale=10 > = validated
 reuse:99999/60 max-stale > = stale
-reuse:45/60 min-fresh=10 > = fresh
-reuse:55/60 min-fresh=10 > = validated
+reuse:45/60 min-fresh=10 > | min-fresh=15 > | max-age=50, min-fresh=10 > = fresh
+reuse:55/60 min-fresh=10 > | max-age=50 > = validated
 reuse:65/60 > stale-while-revalidate=9 = meanwhile
 reuse:70/60 > stale-while-revalidate=9 = validated
 reuse:65/60 > stale-while-revalidate=9, must-revalidate | no-cache > stale-while-revalidate=9 | max-age=60 > stale-while-revalidate=9 | min-fresh=1 > stale-while-revalidate=9 | > stale-if-error=99 = validated
@@ -13610,6 +13613,7 @@ test_cache_bodies() { # chunks and bodies to the close are stored whole
 	b: sees+ -- end open
 	b: sees# 1 ^Content-Length: 6$
 	b: sees# 1 ^Age: 
+	b: sees# 1 ^Via: 1.0 proxy-ID$
 	log    HTTP/1.0" 200 6 .* miss=stored
 	== empty
 	reply  200 Cache-Control: max-age=99 |
@@ -15077,6 +15081,25 @@ END
 	gets   If-None-Match: "a"
 	gets#  2 ^GET
 	gets#  1 ^If-None-Match
+	== the 304 says no more about the body; and what is stored is not changed
+	reply  200 Cache-Control: max-age=99\nETag: "a"\nContent-Type: a/b\nContent-Encoding: c\nContent-Location: /d | one\l
+	ask    / = 200 OK | one\l
+	ask    / If-None-Match: "a" = 304; hit
+	ask    / = 200; hit | one\l
+	sees#  2 ^Content-Type: a/b$
+	sees#  2 ^Content-Encoding
+	sees#  3 ^Content-Location
+	== so for every status of success, and for no other
+	reply  206 ETag: "a"\nCache-Control: max-age=99\nContent-Range: bytes 0-2/9 | one
+	reply  203 ETag: "a"\nCache-Control: max-age=99 | two
+	reply  404 ETag: "a"\nCache-Control: max-age=99 | none
+	ask    /p Range: bytes=0-2 = 206 | one
+	ask    /p Range: bytes=0-2\nIf-None-Match: "a" = 304; hit
+	ask    /p Range: bytes=0-2\nIf-None-Match: "b" = 206; hit | one
+	ask    /q = 203 | two
+	ask    /q If-None-Match: "a" = 304; hit
+	ask    /r = 404 | none
+	ask    /r If-None-Match: "a" = 404; hit | none
 	== on a stale entry the client with another one gets the whole
 	reply  200 Connection: close\nCache-Control: max-age=0\nETag: "a" | one\l
 	reply  304 Connection: close\nCache-Control: max-age=0\nETag: "a"
@@ -15803,7 +15826,8 @@ END
 test_cache_vary_values() { # values that may mean different things are different
 	start_cache
 	for pair in 'Accept|application/x;profile="A"|application/x;profile="a"' \
-	    'Accept-Profile|Tenant|tenant' 'User-Agent|x (K,y)|x (K, y)'; do
+	    'Accept-Profile|Tenant|tenant' 'User-Agent|x (K,y)|x (K, y)' \
+	    'TE|trailers|gzip'; do
 		field=${pair%%|*}
 		pair=${pair#*|}
 		play "$field" <<END
@@ -18807,12 +18831,14 @@ test_forward_options_trace() { # Max-Forwards; OPTIONS *
 	replies 200 | ok
 	ask    OPTIONS /a Max-Forwards: 10
 	ask    OPTIONS /m Max-Forwards: 18446744073709551615
+	ask    OPTIONS /n Max-Forwards: 99999999999999999999999
 	ask    TRACE /b max-forwards: 1
 	ask    /c Max-Forwards: 0
 	ask    OPTIONS http://%O
-	sees#  5 HTTP/1.1 200 OK
+	sees#  6 HTTP/1.1 200 OK
 	gets   OPTIONS /a HTTP/1.1
 	gets   Max-Forwards: 9
+	gets   Max-Forwards: 18446744073709551614
 	gets   Max-Forwards: 18446744073709551614
 	gets   TRACE /b HTTP/1.1
 	gets~  ^[Mm]ax-[Ff]orwards: 0$
