@@ -10002,15 +10002,16 @@ fetch_for(uint64_t key)
  * being stored, since other programs write there, too.  If they fill it
  * nevertheless, the follower's response is visibly truncated.  Reserving the
  * room would prevent that, but some file systems then write every block, while
- * all other clients wait.
+ * all other clients wait.  Never if the leader's rules may still forbid the
+ * body: the fetch ends then.
  */
 static bool
 follow_is_safe(const struct fetch *f)
 {
 	struct statvfs disk;
 
-	if (f->validator != 0)
-		return true;
+	if (f->validator != 0 || f->leader->request->access.answer != NULL)
+		return f->validator != 0;
 	if (f->length == UINT64_MAX)
 		return f->share >= options.cache_size / 4 ||
 		    store_fits(options.cache_size / 4 - f->share);
@@ -11777,7 +11778,8 @@ log_end(void)
  * bodies is kept in a file without a name until the exchange ends, and memory
  * is taken once, at the start.
  *
- * Door: record_open, record_tables, record_exchange, secret_fields, tape_add.
+ * Door: record_open, record_tables, record_exchange, secret_fields, tape_add,
+ * tape_cut.
  */
 
 enum {
@@ -11954,6 +11956,18 @@ tape_add(const struct exchange *x, enum tape_part part, struct text piece)
 		record_fail(strerror(errno));
 		t->lost = true;
 	}
+}
+
+/* Forgets what the tape has of the response's body and the client has not. */
+static void
+tape_cut(const struct exchange *x)
+{
+	uint64_t *size = recording.fd == -1 ?
+	    NULL :
+	    &recording.tapes[x - exchanges.slots].sizes[TAPE_RESPONSE_BODY];
+
+	if (size != NULL && *size > x->down.payload)
+		*size = x->down.payload;
 }
 
 /* Reads a part of a tape into memory that is for heads, or for bodies. */
@@ -12308,6 +12322,7 @@ record_exchange(const struct exchange *x)
 	if (recording.fd == -1)
 		return;
 	t = &recording.tapes[x - exchanges.slots];
+	tape_cut(x);
 	recording.n = 0;
 	record_append(text_of(recording.first ? "\n{" : ",\n{"));
 	record_frame(x);
@@ -16014,6 +16029,7 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 
 	if (s->in != NULL)
 		buffer_use(&s->in, old.ready);
+	tape_cut(x);
 	conn_move(s, &y->server, ROLE_SERVER, y);
 	y->up = x->up;
 	y->down = old;
@@ -16028,18 +16044,18 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 }
 
 /*
- * x's client is slower than x's followers: the fetch moves to a slot of its
- * own, and x follows it too.  Not if x might lose payload by this: when the
- * rest could neither be requested again nor is sure to fit into the cache.
+ * x's client is slower than x's followers, or a rule cuts it off: the fetch
+ * moves to a slot of its own, and x follows it too.  Only if the cache wants
+ * that much of it: with WANTED_APART, x loses no payload by this.
  */
 static void
-relay_part(struct exchange *x)
+relay_part(struct exchange *x, enum wanted wanted)
 {
 	struct exchange *y;
 	int fd;
 
 	if (x->request->access.answer != NULL || x->down.broken ||
-	    cache_wants(x) != WANTED_APART)
+	    cache_wants(x) < wanted)
 		return;
 	y = exchange_take_refresh(x, NULL);
 	if (y == NULL)
@@ -16049,7 +16065,7 @@ relay_part(struct exchange *x)
 		exchange_close(y, false);
 		return;
 	}
-	trace(x, "the client is slower than others: it follows, too");
+	trace(x, "the fetch goes on without this client: it follows, too");
 	relay_hand_over(x, y, fd);
 	exchange_enter(y, PHASE_RELAY);
 }
@@ -16111,6 +16127,8 @@ relay_step(struct exchange *x)
 	if (x->up.broken && x->up.ready == 0 && s->out == NULL)
 		conn_shut(s);
 	if (bend_cuts(x)) {
+		if (!x->tunnel)
+			relay_part(x, WANTED_HERE);
 		x->record.rule = x->bend->cut;
 		exchange_abort(x, END_RULE, REFUSE_NONE);
 		return true;
@@ -16118,7 +16136,7 @@ relay_step(struct exchange *x)
 	if (x->tunnel)
 		return tunnel_judge(x) || moved || relay_expire(x);
 	if (c->out != NULL || x->down.ready > 0)
-		relay_part(x);
+		relay_part(x, WANTED_APART);
 	gone = (c->error || c->write_failed) && !relay_goes_on(x);
 	done = x->down.done && c->out == NULL && !relay_uploads(x);
 	if (gone || (x->refresh && !done && cache_wants(x) == WANTED_NOT))

@@ -16523,6 +16523,27 @@ END
 	esac
 }
 
+test_record_given() { # -w: of a body what the client got, once, also if a rule slows it down
+	start_cache -w s.har -e 'cut 10 url /cut' -e 'rate 200000 field X-A rate'
+	play 'cut' <<'END'
+	reply  200 | \{100:x}
+	ask    /cut = 200 cut
+END
+	recorded cut '"size":10,"mimeType":"","text":"x{10}"[}]'
+	rm -f s.har
+	kill -HUP "$proxy_pid"
+	comes s.har
+	play -n 'a slow one leaves its fetch to those that follow it' <<'END'
+	reply  200 Cache-Control: max-age=60\nETag: "a" | \{100000:x}
+	a: send GET http://%O/x HTTP/1.0\nX-A: rate\n\n ; until \n\n ; touch a ; eof
+	do comes a
+	ask    /x = 200
+	log    200 100000 .* hit=
+	log    200 100000 .* miss=stored
+END
+	counts 2 s.har '"size":100000,'
+}
+
 test_record_folded() { # -w: a password in a folded field is hidden
 	start_proxy -w s.har
 	play 'folded' <<'END'
@@ -17928,6 +17949,30 @@ test_bend_leader() { # a slow leader by rule does not slow those that follow it
 	do touch go
 END
 	log_between total 0 1500
+}
+
+test_bend_leader_cut() { # who follows a client that a rule cuts off gets all the same
+	start_cache -e 'cut 5000 field X-A cut' -e 'deny body "abcd" field X-A deny'
+	for what in 'cut length' 'cut chunks' 'deny length'; do
+		rm -f a go
+		framed "${what#* }" 101000
+		case $what in
+		*chunks) how="Transfer-Encoding: chunked | 18A88\\n\\{1000:x}" ;;
+		*) how="$how | \\{1000:x}" ;;
+		esac
+		play -n "$what" <<END
+	reply  200 Connection: close\nCache-Control: max-age=60\n$how ; await go
+	origin send abcd\{99996:x} $end ; close
+	reply  200 Connection: close\nContent-Length: 101000 | \{101000:x}
+	a: send GET http://%O/${what% *}/${what#* } HTTP/1.0\nX-A: ${what% *}\n\n ; until xxxx ; touch a ; eof
+	do comes a
+	b: send GET http://%O/${what% *}/${what#* } HTTP/1.0\n\n ; touch b ; until \n\n ; want 101000 ; eof
+	do comes b ; "$peer" sleep 300 ; touch go
+	b: sees HTTP/1.1 200 OK
+	log    200 [0-9]+ .* end=rule
+	log    200 101000 .* end=done
+END
+	done
 }
 
 test_bend_connect() { # answer: no tunnel for CONNECT, and no body into a file
