@@ -13705,8 +13705,8 @@ page_trace(struct exchange *x)
  * sections above; these decide what comes next.
  *
  * Door: access_begin, access_body, access_enter, access_judge, access_refuse,
- * access_response, bend_begin, bend_cuts, bend_delays, bend_hangs, bend_room,
- * bend_spend, exchange_abort, exchange_answer, exchange_close,
+ * access_response, bend_begin, bend_cuts, bend_delays, bend_drop, bend_hangs,
+ * bend_room, bend_spend, exchange_abort, exchange_answer, exchange_close,
  * exchange_drop_tries, exchange_end, exchange_enter, exchange_forget,
  * exchange_is_late, exchange_refuse, exchange_serve, exchange_take,
  * route_again, route_expire, route_judge.
@@ -13825,7 +13825,7 @@ exchange_forget(struct exchange *x)
 
 /*
  * Writes the log line, and clears the request: the slot is ready for the next.
- * A fetch that relay_part() moved has no log line.
+ * A fetch that goes on without its client has no log line.
  */
 static void
 exchange_end(struct exchange *x)
@@ -15650,7 +15650,8 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 	if (!response_pass(x, r, n))
 		return;
 	x->record.status = r->status;
-	log_wait(x);
+	if (x->record.start)
+		log_wait(x);
 	if (x->down.whole)
 		cache_append(x, text_of(""), true);
 	exchange_enter(x, PHASE_RELAY);
@@ -15998,7 +15999,10 @@ relay_uploads(const struct exchange *x)
 	    !s->write_failed && !s->hangup;
 }
 
-/* The client left: true if the cache wants the fetch, which continues. */
+/*
+ * The client left: true if the cache wants the fetch, which continues as one
+ * that relay_part() moved, without its log line and what bends it.
+ */
 static bool
 relay_goes_on(struct exchange *x)
 {
@@ -16010,6 +16014,12 @@ relay_goes_on(struct exchange *x)
 	x->refresh = true;
 	x->close = true;
 	x->record.end = END_CLIENT;
+	record_exchange(x);
+	log_exchange(x);
+	trace_end(x);
+	x->record.start = 0;
+	x->number = 0;
+	bend_drop(x);
 	/* It goes on, even if nothing moved in this step. */
 	exchange_queue(x);
 	return true;

@@ -17951,6 +17951,23 @@ END
 	log_between total 0 1500
 }
 
+test_bend_leader_gone() { # one that has left slows nobody down, and its line says what it got
+	start_cache -e 'rate 5000 field X-A rate'
+	play -n 'two clients' <<'END'
+	reply  200 Cache-Control: max-age=60\nTransfer-Encoding: chunked | 3E8\n\{1000:x}\n ; await go
+	origin send 18A88\n\{101000:x}\n0\n\n
+	a: send GET http://%O/ HTTP/1.1\nHost: %O\nX-A: rate\n\n ; until xxxx ; touch a ; await leave ; reset
+	do comes a
+	b: send GET http://%O/ HTTP/1.0\n\n ; until \n\n ; touch b ; want 102000 ; eof
+	do comes b
+	do touch go ; "$peer" sleep 300 ; touch leave
+	b: ends ^eof$
+	log    200 [1-9][0-9]{3} .* end=client
+	log    200 102000 .* end=done
+END
+	log_between total 0 5000
+}
+
 test_bend_leader_cut() { # who follows a client that a rule cuts off gets all the same
 	start_cache -e 'cut 5000 field X-A cut' -e 'deny body "abcd" field X-A deny'
 	for what in 'cut length' 'cut chunks' 'deny length'; do
@@ -17969,8 +17986,8 @@ test_bend_leader_cut() { # who follows a client that a rule cuts off gets all th
 	b: send GET http://%O/${what% *}/${what#* } HTTP/1.0\n\n ; touch b ; until \n\n ; want 101000 ; eof
 	do comes b ; "$peer" sleep 300 ; touch go
 	b: sees HTTP/1.1 200 OK
-	log    200 [0-9]+ .* end=rule
-	log    200 101000 .* end=done
+	log#   1 200 [0-9]+ .* end=rule
+	log#   1 200 101000 .* end=done
 END
 	done
 }
@@ -19197,6 +19214,7 @@ test_client_gives_up_shared() { # a fetch that others follow goes on without its
 	do ended first
 	do touch go
 	gets#  1 ^GET
+	log#   2 499 0 .* end=client$
 END
 }
 
