@@ -16014,9 +16014,11 @@ relay_goes_on(struct exchange *x)
 	x->refresh = true;
 	x->close = true;
 	x->record.end = END_CLIENT;
-	record_exchange(x);
-	log_exchange(x);
-	trace_end(x);
+	if (x->record.start) {
+		record_exchange(x);
+		log_exchange(x);
+		trace_end(x);
+	}
 	x->record.start = 0;
 	x->number = 0;
 	bend_drop(x);
