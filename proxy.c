@@ -10131,15 +10131,16 @@ fetch_for(uint64_t key)
  * being stored, since other programs write there, too.  If they fill it
  * nevertheless, the follower's response is visibly truncated.  Reserving the
  * room would prevent that, but some file systems then write every block, while
- * all other clients wait.
+ * all other clients wait.  Never if the leader's rules may still forbid the
+ * body: the fetch ends then.
  */
 static bool
 follow_is_safe(const struct fetch *f)
 {
 	struct statvfs disk;
 
-	if (f->validator != 0)
-		return true;
+	if (f->validator != 0 || f->leader->request->access.answer != NULL)
+		return f->validator != 0;
 	if (f->length == UINT64_MAX)
 		return f->share >= options.cache_size / 4 ||
 		    store_fits(options.cache_size / 4 - f->share);
@@ -11909,7 +11910,7 @@ log_end(void)
  * is taken once, at the start.
  *
  * Door: record_open, record_tables, record_exchange, secret_fields,
- * secret_masked, tape_add.
+ * secret_masked, tape_add, tape_cut.
  */
 
 enum {
@@ -12109,6 +12110,18 @@ tape_add(const struct exchange *x, enum tape_part part, struct text piece)
 		record_fail(strerror(errno));
 		t->lost = true;
 	}
+}
+
+/* Forgets what the tape has of the response's body and the client has not. */
+static void
+tape_cut(const struct exchange *x)
+{
+	uint64_t *size = recording.fd == -1 ?
+	    NULL :
+	    &recording.tapes[x - exchanges.slots].sizes[TAPE_RESPONSE_BODY];
+
+	if (size != NULL && *size > x->down.payload)
+		*size = x->down.payload;
 }
 
 /* Reads a part of a tape into memory that is for heads, or for bodies. */
@@ -12463,6 +12476,7 @@ record_exchange(const struct exchange *x)
 	if (recording.fd == -1)
 		return;
 	t = &recording.tapes[x - exchanges.slots];
+	tape_cut(x);
 	recording.n = 0;
 	record_append(text_of(recording.first ? "\n{" : ",\n{"));
 	record_frame(x);
@@ -13875,8 +13889,8 @@ page_trace(struct exchange *x)
  * sections above; these decide what comes next.
  *
  * Door: access_begin, access_body, access_enter, access_judge, access_refuse,
- * access_response, bend_begin, bend_cuts, bend_delays, bend_hangs, bend_room,
- * bend_spend, exchange_abort, exchange_answer, exchange_close,
+ * access_response, bend_begin, bend_cuts, bend_delays, bend_drop, bend_hangs,
+ * bend_room, bend_spend, exchange_abort, exchange_answer, exchange_close,
  * exchange_drop_tries, exchange_end, exchange_enter, exchange_forget,
  * exchange_is_late, exchange_refuse, exchange_serve, exchange_take,
  * route_again, route_expire, route_judge.
@@ -13995,7 +14009,7 @@ exchange_forget(struct exchange *x)
 
 /*
  * Writes the log line, and clears the request: the slot is ready for the next.
- * A fetch that relay_part() moved has no log line.
+ * A fetch that goes on without its client has no log line.
  */
 static void
 exchange_end(struct exchange *x)
@@ -15820,7 +15834,8 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 	if (!response_pass(x, r, n))
 		return;
 	x->record.status = r->status;
-	log_wait(x);
+	if (x->record.start)
+		log_wait(x);
 	if (x->down.whole)
 		cache_append(x, text_of(""), true);
 	exchange_enter(x, PHASE_RELAY);
@@ -16171,7 +16186,10 @@ relay_uploads(struct exchange *x)
 	return !s->eof && !s->error && !s->write_failed && !s->hangup;
 }
 
-/* The client left: true if the cache wants the fetch, which continues. */
+/*
+ * The client left: true if the cache wants the fetch, which continues as one
+ * that relay_part() moved, without its log line and what bends it.
+ */
 static bool
 relay_goes_on(struct exchange *x)
 {
@@ -16183,6 +16201,14 @@ relay_goes_on(struct exchange *x)
 	x->refresh = true;
 	x->close = true;
 	x->record.end = END_CLIENT;
+	if (x->record.start) {
+		record_exchange(x);
+		log_exchange(x);
+		trace_end(x);
+	}
+	x->record.start = 0;
+	x->number = 0;
+	bend_drop(x);
 	/* It goes on, even if nothing moved in this step. */
 	exchange_queue(x);
 	return true;
@@ -16202,6 +16228,7 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 
 	if (s->in != NULL)
 		buffer_use(&s->in, old.ready);
+	tape_cut(x);
 	conn_move(s, &y->server, ROLE_SERVER, y);
 	y->up = x->up;
 	y->down = old;
@@ -16216,18 +16243,19 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 }
 
 /*
- * x's client is slower than x's followers: the fetch moves to a slot of its
- * own, and x follows it too.  Not if x might lose payload by this: when the
- * rest could neither be requested again nor is sure to fit into the cache.
+ * x's client is slower than x's followers, or a rule cuts it off: the fetch
+ * moves to a slot of its own, and x follows it too.  Only if x loses no payload
+ * by this, or has `no_more' of it and the cache wants the rest.
  */
 static void
-relay_part(struct exchange *x)
+relay_part(struct exchange *x, bool no_more)
 {
+	enum wanted wanted = cache_wants(x);
 	struct exchange *y;
 	int fd;
 
 	if (x->request->access.answer != NULL || x->down.broken ||
-	    cache_wants(x) != WANTED_APART)
+	    (wanted != WANTED_APART && (!no_more || wanted != WANTED_HERE)))
 		return;
 	y = exchange_take_refresh(x, NULL);
 	if (y == NULL)
@@ -16237,7 +16265,7 @@ relay_part(struct exchange *x)
 		exchange_close(y, false);
 		return;
 	}
-	trace(x, "the client is slower than others: it follows, too");
+	trace(x, "the fetch goes on without this client: it follows, too");
 	relay_hand_over(x, y, fd);
 	exchange_enter(y, PHASE_RELAY);
 }
@@ -16299,6 +16327,8 @@ relay_step(struct exchange *x)
 	if (x->up.broken && x->up.ready == 0 && s->out == NULL)
 		conn_shut(s);
 	if (bend_cuts(x)) {
+		if (!x->tunnel)
+			relay_part(x, true);
 		x->record.rule = x->bend->cut;
 		exchange_abort(x, END_RULE, REFUSE_NONE);
 		return true;
@@ -16306,7 +16336,7 @@ relay_step(struct exchange *x)
 	if (x->tunnel)
 		return tunnel_judge(x) || moved || relay_expire(x);
 	if (c->out != NULL || x->down.ready > 0)
-		relay_part(x);
+		relay_part(x, false);
 	gone = (c->error || c->write_failed) && !relay_goes_on(x);
 	done = x->down.done && c->out == NULL && !relay_uploads(x);
 	if (gone || (x->refresh && !done && cache_wants(x) == WANTED_NOT))

@@ -16648,6 +16648,27 @@ END
 	esac
 }
 
+test_record_given() { # -w: of a body what the client got, once, also if a rule slows it down
+	start_cache -w s.har -e 'cut 10 url /cut' -e 'rate 200000 field X-A rate'
+	play 'cut' <<'END'
+	reply  200 | \{100:x}
+	ask    /cut = 200 cut
+END
+	recorded cut '"size":10,"mimeType":"","text":"x{10}"[}]'
+	rm -f s.har
+	kill -HUP "$proxy_pid"
+	comes s.har
+	play -n 'a slow one leaves its fetch to those that follow it' <<'END'
+	reply  200 Cache-Control: max-age=60\nETag: "a" | \{100000:x}
+	a: send GET http://%O/x HTTP/1.0\nX-A: rate\n\n ; until \n\n ; touch a ; eof
+	do comes a
+	ask    /x = 200
+	log    200 100000 .* hit=
+	log    200 100000 .* miss=stored
+END
+	counts 2 s.har '"size":100000,'
+}
+
 test_record_folded() { # -w: a password in a folded field is hidden
 	start_proxy -w s.har
 	play 'folded' <<'END'
@@ -18065,6 +18086,47 @@ END
 	log_between total 0 1500
 }
 
+test_bend_leader_gone() { # one that has left slows nobody down, and its line says what it got
+	start_cache -e 'rate 5000 field X-A rate'
+	play -n 'two clients' <<'END'
+	reply  200 Cache-Control: max-age=60\nTransfer-Encoding: chunked | 3E8\n\{1000:x}\n ; await go
+	origin send 18A88\n\{101000:x}\n0\n\n
+	a: send GET http://%O/ HTTP/1.1\nHost: %O\nX-A: rate\n\n ; until xxxx ; touch a ; await leave ; reset
+	do comes a
+	b: send GET http://%O/ HTTP/1.0\n\n ; until \n\n ; touch b ; want 102000 ; eof
+	do comes b
+	do touch go ; "$peer" sleep 300 ; touch leave
+	b: ends ^eof$
+	log    200 [1-9][0-9]{3} .* end=client
+	log    200 102000 .* end=done
+END
+	log_between total 0 5000
+}
+
+test_bend_leader_cut() { # who follows a client that a rule cuts off gets all the same
+	start_cache -e 'cut 5000 field X-A cut' -e 'deny body "abcd" field X-A deny'
+	for what in 'cut length' 'cut chunks' 'deny length'; do
+		rm -f a go
+		framed "${what#* }" 101000
+		case $what in
+		*chunks) how="Transfer-Encoding: chunked | 18A88\\n\\{1000:x}" ;;
+		*) how="$how | \\{1000:x}" ;;
+		esac
+		play -n "$what" <<END
+	reply  200 Connection: close\nCache-Control: max-age=60\n$how ; await go
+	origin send abcd\{99996:x} $end ; close
+	reply  200 Connection: close\nContent-Length: 101000 | \{101000:x}
+	a: send GET http://%O/${what% *}/${what#* } HTTP/1.0\nX-A: ${what% *}\n\n ; until xxxx ; touch a ; eof
+	do comes a
+	b: send GET http://%O/${what% *}/${what#* } HTTP/1.0\n\n ; touch b ; until \n\n ; want 101000 ; eof
+	do comes b ; "$peer" sleep 300 ; touch go
+	b: sees HTTP/1.1 200 OK
+	log#   1 200 [0-9]+ .* end=rule
+	log#   1 200 101000 .* end=done
+END
+	done
+}
+
 test_bend_connect() { # answer: no tunnel for CONNECT, and no body into a file
 	echo hello > page
 	start_rules <<END
@@ -19289,6 +19351,7 @@ test_client_gives_up_shared() { # a fetch that others follow goes on without its
 	do ended first
 	do touch go
 	gets#  1 ^GET
+	log#   2 499 0 .* end=client$
 END
 }
 
