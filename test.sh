@@ -472,7 +472,8 @@ write_peer() {
 #include <time.h>
 #include <unistd.h>
 
-enum { CONNS_MAX = 12000, SCRIPTS_MAX = 64 };
+enum { CONNS_MAX = 12000, SCRIPTS_MAX = 64, PATTERN_PART = 65536,
+	PATTERN_REPEATS = 26 * 4099 };
 
 #define WELL "/well"	/* asked for by judge_served() */
 
@@ -598,8 +599,11 @@ text_unescape(struct text *t, const char *s, size_t n)
 				exit(1);
 			}
 			text_unescape(&once, p + 1, (size_t)(close - p - 1));
-			while (times-- > 0)
-				text_add(t, once.bytes, once.len);
+			t->bytes = grow(t->bytes,
+			    text_room(t->len + times * once.len));
+			for (; times > 0; times--, t->len += once.len)
+				memcpy(t->bytes + t->len, once.bytes, once.len);
+			t->bytes[t->len] = '\0';
 			free(once.bytes);
 			i = (size_t)(close - s);
 		} else if (f != NULL && *f != '\0') {
@@ -635,10 +639,16 @@ text_format(struct text *t, const char *format, ...)
 	text_add(t, line, strlen(line));
 }
 
-static char
+/* The pattern from position i on, PATTERN_PART bytes of it. */
+static const char *
 pattern(size_t i)
 {
-	return (char)('a' + (i % 26 + i / 4099) % 26);
+	static char bytes[PATTERN_REPEATS + PATTERN_PART];
+	size_t n;
+
+	for (n = 0; bytes[sizeof(bytes) - 1] == '\0'; n++)
+		bytes[n] = (char)('a' + (n % 26 + n / 4099) % 26);
+	return bytes + i % PATTERN_REPEATS;
 }
 
 static void
@@ -862,15 +872,10 @@ send_bytes(struct talk *t, const char *p, size_t n, size_t piece, long ms,
 static int
 push_pattern(struct talk *t, size_t end)
 {
-	char block[16384];
-	size_t i, n = end - t->sent_pattern;
-	ssize_t done;
+	size_t n = end - t->sent_pattern;
+	ssize_t done = send(t->fd, pattern(t->sent_pattern), n > 16384 ? 16384 :
+	    n, MSG_NOSIGNAL);
 
-	if (n > sizeof(block))
-		n = sizeof(block);
-	for (i = 0; i < n; i++)
-		block[i] = pattern(t->sent_pattern + i);
-	done = send(t->fd, block, n, MSG_NOSIGNAL);
 	if (done == -1)
 		return errno == EAGAIN || errno == EINTR;
 	t->sent_pattern += (size_t)done;
@@ -881,8 +886,8 @@ push_pattern(struct talk *t, size_t end)
 static int
 pull_pattern(struct talk *t, size_t end, const char *step)
 {
-	static char block[65536];
-	size_t i, want = end - t->read_pattern, n = t->len - t->used;
+	static char block[PATTERN_PART];
+	size_t want = end - t->read_pattern, n = t->len - t->used;
 	ssize_t got;
 
 	if (n > 0) {			/* came with an earlier read */
@@ -902,11 +907,10 @@ pull_pattern(struct talk *t, size_t end, const char *step)
 		}
 		n = (size_t)got;
 	}
-	for (i = 0; i < n; i++)
-		if (block[i] != pattern(t->read_pattern + i)) {
-			stop(t, "differs", step);
-			return 0;
-		}
+	if (memcmp(block, pattern(t->read_pattern), n) != 0) {
+		stop(t, "differs", step);
+		return 0;
+	}
 	t->read_pattern += n;
 	return 1;
 }
@@ -1764,7 +1768,7 @@ main_echo(int argc, char **argv)
 	raise_files();
 	fds[0].fd = hear("127.0.0.1", &port, 1024);
 	fds[0].events = POLLIN;
-	if (fds[0].fd == -1)
+	if (fds[0].fd == -1 || fcntl(fds[0].fd, F_SETFL, O_NONBLOCK) == -1)
 		die("echo");
 	detach(port);
 	for (;;) {
@@ -1782,13 +1786,9 @@ main_echo(int argc, char **argv)
 				fds[i] = fds[--n];
 			}
 		}
-		if (fds[0].revents != 0 && n < CONNS_MAX) {
-			fds[n].fd = accept(fds[0].fd, NULL, NULL);
-			fds[n].revents = 0;
-			fds[n].events = POLLIN;
-			if (fds[n].fd != -1)
-				n++;
-		}
+		while (n < CONNS_MAX &&
+		    (fds[n].fd = accept(fds[0].fd, NULL, NULL)) != -1)
+			fds[n++].events = POLLIN;
 	}
 }
 
@@ -4325,15 +4325,18 @@ client_bg() {
 	echo $! >> .pids
 }
 
-# N connections of one client, each with these STEPS, which may have its number as
-# @; they stay until there is the file NAME.over, and then each 50th has more:
-# many N NAME STEPS [STEPS]
+# N connections of one client, each with this STEP, which may have its number as @,
+# then 50 at a time with the other; they stay until there is the file NAME.over, and
+# then each 50th has more: many N NAME 'STEP [ ; STEP]' [STEPS]
 many() {
 	FIRST=$3 THEN=${4-} awk -v n="$1" -v name="$2" 'BEGIN {
+		split(ENVIRON["FIRST"], step, " ; ")
 		while (i++ < n) {
-			steps = ENVIRON["FIRST"]
-			gsub(/@/, i, steps)
-			print (i > 1 ? "dial ; " : "") steps
+			first = step[1]
+			gsub(/@/, i, first)
+			print (i > 1 ? "dial ; " : "") first
+			while (step[2] != "" && (i % 50 == 0 || i == n) && k < i)
+				print "over " ++k " ; " step[2]
 		}
 		print "touch " name ".ready ; await " name ".over"
 		for (i = 1; ENVIRON["THEN"] != "" && i <= n; i += 50)
