@@ -16,7 +16,7 @@
 #   sh test.sh bench               what the proxy costs beside other proxies
 #   CC, CFLAGS                     how proxy.c is built for the tests
 #   PROXY                          a binary to test instead
-#   JOBS                           how many tests run at once (6)
+#   JOBS                           how many tests run at once (8)
 #   EMULATOR                       what runs programs of CC, if that is a cross
 #                                  compiler, as in  EMULATOR=qemu-arm \
 #                                  CC=arm-linux-gnueabihf-gcc CFLAGS=-static
@@ -25930,8 +25930,9 @@ fi
 # The tests that take longest begin first, so that no lane has to wait for them.
 sed -n 's/^test_\([a-z0-9_]*\)() { *#* */\1 /p' "$self" > "$work/promises"
 tests=$(sed 's/ .*//' "$work/promises" | tr '\n' ' ')
-long='resources_board resources_size unit_numbers style_walks real_apt unit_model
-	worker_log real_curl_many resources_tunnels list_million limit_times'
+long='resources_board real_apt unit_model resources_tunnels real_git style_walks
+	limit_silence cache_collapsed_broken cache_collapsed_never limit_times real_lessons
+	real_browser real_browser_status real_apt_cache real_haproxy_load list_million'
 for test in $long; do
 	grep "^$test " "$work/promises"
 done | cat - "$work/promises" > "$work/order"
@@ -25952,7 +25953,7 @@ read_limits
 	set -- "$@" "t.$test"
 done && mkdir "$@")
 n=0
-while [ $n -lt "${JOBS:-6}" ]; do
+while [ $n -lt "${JOBS:-8}" ]; do
 	lane &
 	lanes="$lanes $!"
 	n=$((n + 1))
