@@ -21197,7 +21197,7 @@ PATH=$PATH:/usr/sbin:/sbin
 # Ports and servers for this section; everything is built and made once a run.
 real_ready() {
 	if mkdir "$work/real" 2> /dev/null; then
-		dd if=/dev/urandom of="$work/real/large" bs=1048576 count=64 \
+		dd if=/dev/urandom of="$work/real/large" bs=1048576 count=16 \
 			2> /dev/null
 		awk 'BEGIN { for (i = 0; i < 20000; i++) print "line", i }' \
 			> "$work/real/text"
@@ -21318,20 +21318,20 @@ test_real_curl() { # curl: plain, large, by name, ranges, resumed
 up=0 dns=- connect=[0-9]+ first=[0-9]+ total=[0-9]+ server=127.0.0.1:$web end=done\$"
 	real_has web.log " \"127.0.0.1:$web\" \"1.1 proxy-[0-9a-f]*\" \"-\"\$"
 	real_get web/large "http://127.0.0.1:$web/large"
-	real_log GET ".*/large" "200 67108864 .* end=done"
+	real_log GET ".*/large" "200 16777216 .* end=done"
 	real_get web/text "http://localhost:$web/text"
 	real_log GET "http://localhost:$web/text" \
 		"200 .* dns=[0-9]+ .* server=(127.0.0.1|\[::1\]):$web end=done"
 	dd if=web/large of=want bs=1000 skip=1 count=1 2> /dev/null
 	real_get want -r 1000-1999 "http://127.0.0.1:$web/large"
 	real_log GET ".*/large" "206 1000 "
-	dd if=web/large of=out bs=1000000 count=50 2> /dev/null
+	dd if=web/large of=out bs=1000000 count=12 2> /dev/null
 	real_get web/large -C - "http://127.0.0.1:$web/large"
 	real_curl -f -o out "http://127.0.0.1:$web/nothing" 2> err404
 	[ $? -eq 22 ] || fail "curl -f on a 404: $(cat err404)"
 	real_log GET ".*/nothing" "404 "
 	real_curl -I -o head "http://127.0.0.1:$web/large" || fail "curl -I"
-	real_has head '^Content-Length: 67108864'
+	real_has head '^Content-Length: 16777216'
 	real_log HEAD ".*/large" "200 0 "
 	stop_proxy
 }
@@ -21341,7 +21341,7 @@ test_real_curl_uploads() { # curl: POST and PUT, by length and chunked
 	real_web
 	real_serve
 	start_proxy
-	for file in text=208890 large=67108864; do
+	for file in text=208890 large=16777216; do
 		: > body
 		real_curl -o out --data-binary @"$work/real/${file%=*}" \
 			"http://127.0.0.1:$serve/" || fail "curl, POST"
@@ -21353,7 +21353,7 @@ test_real_curl_uploads() { # curl: POST and PUT, by length and chunked
 	real_curl -o out -T - "http://127.0.0.1:$serve/x" < "$work/real/large" ||
 		fail "curl, chunked PUT"
 	real_same body "$work/real/large"
-	real_has out 'PUT 67108864 bytes'
+	real_has out 'PUT 16777216 bytes'
 	real_put "$work/real/text" web/put/a "http://127.0.0.1:$web/put/a"
 	real_log PUT "http://127.0.0.1:$web/put/a" "201 .* up=208890 "
 	real_curl -o out -T - "http://127.0.0.1:$web/put/b" < "$work/real/text" ||
@@ -21426,7 +21426,7 @@ test_real_curl_https() { # curl: CONNECT to TLS, one and many at once
 	real_web
 	start_proxy
 	real_get web/large --cacert cert "https://127.0.0.1:$tls/large"
-	real_log CONNECT "127.0.0.1:$tls" "200 6[78][0-9]{6} .* up=[1-9][0-9]* .* \
+	real_log CONNECT "127.0.0.1:$tls" "200 1[67][0-9]{6} .* up=[1-9][0-9]* .* \
 server=127.0.0.1:$tls end=(client|server)\$"
 	real_get web/text --cacert cert "https://localhost:$tls/text"
 	real_put "$work/real/text" web/put/c "https://127.0.0.1:$tls/put/c" \
@@ -21453,11 +21453,11 @@ test_real_wget() { # wget: plain, large, resumed, a small site, https
 		"$proxy" "$proxy" > wgetrc
 	wget -q -T 30 -t 1 -O out "http://127.0.0.1:$web/large" || fail "wget"
 	real_same out web/large
-	real_log GET ".*/large" "200 67108864 \"-\" \"Wget/[^\"]*\" .* end=done"
-	dd if=web/large of=large bs=1000000 count=60 2> /dev/null
+	real_log GET ".*/large" "200 16777216 \"-\" \"Wget/[^\"]*\" .* end=done"
+	dd if=web/large of=large bs=1000000 count=10 2> /dev/null
 	wget -q -T 30 -t 1 -c "http://127.0.0.1:$web/large" || fail "wget -c"
 	real_same large web/large
-	real_log GET ".*/large" "206 7108864 "
+	real_log GET ".*/large" "206 6777216 "
 	wget -q -T 30 -t 1 -r -nH -P site "http://127.0.0.1:$web/" ||
 		[ $? -eq 8 ] || fail "wget -r"
 	real_same site/deep/b.html web/deep/b.html
@@ -21972,7 +21972,7 @@ test_real_chain() { # squid as the client: chained to us as its parent
 	curl -q -sS --max-time 60 -x "http://127.0.0.1:$real_p1" -o out \
 		"http://127.0.0.1:$web/large" || fail "curl"
 	real_same out web/large
-	real_log GET "http://127.0.0.1:$web/large" "200 67108864 .* end=done"
+	real_log GET "http://127.0.0.1:$web/large" "200 16777216 .* end=done"
 	[ -s cert ] || skip "no openssl; the rest passed"
 	curl -q -sS --max-time 60 -x "http://127.0.0.1:$real_p1" -o out \
 		--cacert cert "https://127.0.0.1:$tls/text" || fail "curl, https"
