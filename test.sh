@@ -16,7 +16,7 @@
 #   sh test.sh bench               what the proxy costs beside other proxies
 #   CC, CFLAGS                     how proxy.c is built for the tests
 #   PROXY                          a binary to test instead
-#   JOBS                           how many tests run at once (8)
+#   JOBS                           how many tests run at once (6)
 #   EMULATOR                       what runs programs of CC, if that is a cross
 #                                  compiler, as in  EMULATOR=qemu-arm \
 #                                  CC=arm-linux-gnueabihf-gcc CFLAGS=-static
@@ -13076,7 +13076,9 @@ test_cache_sweep_link() { # a cache that is a link is swept; a link in it is not
 		n=$((n + 10))
 	done
 	find real -type f > left
-	[ "$(find others -type f | wc -l)" = 3 ] || fail "others' files are gone"
+	# An entry may be stored by way of the link.
+	[ "$(find others -name '[123]' | wc -l)" = 3 ] ||
+		fail "others' files are gone"
 	[ "$(wc -l < left)" -gt 5 ] || fail "nothing is stored"
 	[ "$(find real -type f -exec du -k {} + |
 	    awk '{ n += $1 } END { print n }')" -le 1024 ] || fail "too much"
@@ -20110,7 +20112,7 @@ test_worker_full() { # -m is for all workers; a full one leaves clients to other
 	start_proxy -j 2 -m 20
 	plain_origin
 	workers 2
-	metric proxy_connections_limit 20 || fail "$(grep limit page)"
+	wait_for 5 'metric proxy_connections_limit 20' || fail "$(grep limit page)"
 	awk 'BEGIN { while (n++ < 16) print (n > 1 ? "dial ; " : "") "ask /"
 	print "touch held ; await free"
 	for (n = 1; n <= 16; n++)
@@ -23444,7 +23446,7 @@ fuzz_response(struct text in)
 	in = at_guard(0, in.at, fuzz_head(in, true));
 	if (in.len == 0 || response_parse(in, method, &r) != 1)
 		return;
-	status_append(b, r.status, r.reason);
+	status_append(b, 1, r.status, r.reason);
 	fuzz_fields(&r.head, b);
 	assert(response_parse(fuzz_built(b), method, &s) == 1 &&
 	    s.status == r.status && s.framing == r.framing &&
@@ -25932,7 +25934,8 @@ sed -n 's/^test_\([a-z0-9_]*\)() { *#* */\1 /p' "$self" > "$work/promises"
 tests=$(sed 's/ .*//' "$work/promises" | tr '\n' ' ')
 long='resources_board real_apt unit_model resources_tunnels real_git style_walks
 	limit_silence cache_collapsed_broken cache_collapsed_never limit_times real_lessons
-	real_browser real_browser_status real_apt_cache real_haproxy_load list_million'
+	real_browser real_browser_status real_apt_cache real_haproxy_load list_million
+	cache_sweep_hangs'
 for test in $long; do
 	grep "^$test " "$work/promises"
 done | cat - "$work/promises" > "$work/order"
@@ -25953,7 +25956,7 @@ read_limits
 	set -- "$@" "t.$test"
 done && mkdir "$@")
 n=0
-while [ $n -lt "${JOBS:-8}" ]; do
+while [ $n -lt "${JOBS:-6}" ]; do
 	lane &
 	lanes="$lanes $!"
 	n=$((n + 1))
