@@ -19714,12 +19714,12 @@ END
 
 test_loop_orphans() { # what others leave to the proxy is reaped, as process 1 of a container gets it
 	# A child from before the start of the program is the same to it.
-	printf '"%s" sleep 300 &\necho $! > orphaned\nexec "$@"\n' "$peer" > parent
+	printf '"%s" sleep 2000 &\necho $! > orphaned\nexec "$@"\n' "$peer" > parent
 	proxy_wrap="sh parent"
 	start_proxy
 	proxy_wrap=
 	read -r orphan < orphaned
-	wait_for 5 '! kill -0 $orphan 2> /dev/null' || fail "$orphan is not reaped"
+	wait_for 10 '! kill -0 $orphan 2> /dev/null' || fail "$orphan is not reaped"
 	start_proxy -j 2
 	served
 }
