@@ -1197,6 +1197,15 @@ text_find(struct text t, char c)
 	return at == NULL ? t.len : (size_t)(at - t.at);
 }
 
+/* The part of t in front of the first of those bytes. */
+static struct text
+text_until(struct text t, const char *bytes)
+{
+	for (; *bytes != '\0'; bytes++)
+		t.len = text_find(t, *bytes);
+	return t;
+}
+
 /* t without its first n bytes. */
 static struct text
 text_from(struct text t, size_t n)
@@ -1428,19 +1437,32 @@ size_parse(struct text t, uint64_t *value)
 	return amount_parse(t, units_size, INT64_MAX, value);
 }
 
-/* Overwrites the credentials in all URLs of a string. */
+/*
+ * Overwrites the logins in all URLs of the n bytes at `at`.  Each is looked for
+ * up to the first of the bytes in ends.
+ */
 static void
-secret_hide(char *at)
+secret_hide(char *at, size_t n, const char *ends)
 {
-	char *end;
+	struct text t = text_cut(at, n), login;
+	size_t i;
 
-	for (; (at = strstr(at, "://")) != NULL; at = end) {
-		at += 3;
-		end = at + strcspn(at, " \t\"");
-		while (end > at && *end != '@')
-			end--;
-		memset(at, '*', (size_t)(end - at));
+	for (i = 0; i < n; i++) {
+		if (!text_starts(text_from(t, i), "://"))
+			continue;
+		login = text_until(text_from(t, i + strlen("://")), ends);
+		while (login.len > 0 && login.at[login.len - 1] != '@')
+			login.len--;
+		if (login.len > 0)
+			memset(at + (login.at - t.at), '*', login.len - 1);
 	}
+}
+
+/* The same for what a user wrote: no byte but these ends a login there. */
+static void
+secret_hide_string(char *string)
+{
+	secret_hide(string, strlen(string), " \t\"");
 }
 
 /*
@@ -3464,7 +3486,7 @@ head_framing(const struct head *h, enum framing *framing, uint64_t *length,
  * line_append, method_parse, name_is_among, request_clean, request_hopeless,
  * request_is_last, request_mask, request_parse, request_passed_here,
  * response_is_bodiless, response_length, response_parse, status_append,
- * text_until, url_login, url_parse, via_append.
+ * url_login, url_parse, via_append.
  */
 
 /* A host as it may stand in a URL: a name or an address (RFC 3986 3.2.2). */
@@ -3513,15 +3535,6 @@ authority_parse(struct text t, unsigned default_port, struct target *target)
 		return -REFUSE_PORT;
 	target->port = (unsigned)value;
 	return 1;
-}
-
-/* The part of t in front of the first of those bytes. */
-static struct text
-text_until(struct text t, const char *bytes)
-{
-	for (; *bytes != '\0'; bytes++)
-		t.len = text_find(t, *bytes);
-	return t;
 }
 
 /*
@@ -6167,7 +6180,7 @@ parser_error(struct parser *p, const char *format, ...)
 	va_start(args, format);
 	(void)vsnprintf(words, sizeof(words), format, args);
 	va_end(args);
-	secret_hide(words);
+	secret_hide_string(words);
 	warn("%s: %s", p->where, words);
 }
 
@@ -6771,7 +6784,7 @@ parent_parse(struct text t, struct parent *p)
 	struct target target = { .host = { "", 0 } };
 	const char *why;
 
-	/* secret_hide() masks a login only up to one of these. */
+	/* secret_hide_string() masks a login up to one of these. */
 	if (strpbrk(t.at, " \t\"") != NULL)
 		return "a blank or a quote in it; write it as %XX";
 	p->id = ++id;
@@ -7019,7 +7032,7 @@ rule_parse(struct parser *p, struct text line)
 		parser_error(p, "%s: not an action", p->words[0].t.at);
 	if (p->bad)
 		return;
-	secret_hide(shown);
+	secret_hide_string(shown);
 	rule->action = (enum action)i;
 	rule->where = parser_copy(p, text_of(p->where));
 	rule->built_in = p->file == built_in;
@@ -11957,22 +11970,10 @@ static struct text
 secret_masked(struct text t)
 {
 	static struct buffer copy;
-	struct text login;
-	size_t i;
 
 	buffer_append(buffer_clear(&copy), t);
-	t = buffer_text(&copy);
-	for (i = 0; i < t.len; i++) {
-		if (!text_starts(text_from(t, i), "://"))
-			continue;
-		i += strlen("://");
-		login = text_until(text_from(t, i), "/?# \t\"<>");
-		while (login.len > 0 && login.at[login.len - 1] != '@')
-			login.len--;
-		if (login.len > 0)
-			memset(copy.data + copy.start + i, '*', login.len - 1);
-	}
-	return t;
+	secret_hide(copy.data + copy.start, buffer_len(&copy), "/?# \t\"<>");
+	return buffer_text(&copy);
 }
 
 /*
@@ -17383,6 +17384,8 @@ loop_run(void)
 {
 	struct exchange *x;
 
+	/* Some may have ended before their signal was caught. */
+	loop_reap();
 	store_sweep();
 	while (stop_at ? exchanges.busy > 0 && now.ms < stop_at :
 			 !options.inetd || exchanges.busy > 0) {
@@ -17755,7 +17758,7 @@ option_set(int letter, char *argument)
 	}
 	o->set(o, argument);
 	if (o->set == option_source || o->set == option_via)
-		secret_hide(argument);
+		secret_hide_string(argument);
 }
 
 /* Reads the command line into `options`; if it is wrong, exits with 2. */
