@@ -20810,6 +20810,8 @@ test_style_limits() { # LIMITS in the manual has the figures that -V prints
 		value=$(sed -n "s/^$name //p" version)
 		case $name in
 		*-ms) value=$((value / 1000))' s' ;;
+		# Small buffers have fewer; the smallest has a sentence of its own.
+		fields) [ "$buffer" -ge 12800 ] || continue ;;
 		esac
 		has "$here/proxy.1" "^\.It $text .* ${value}[ ,]"
 	done <<'END'
@@ -20825,6 +20827,8 @@ linger-ms|after the last response
 name-ms|a name is remembered
 name-failed-ms|a name is remembered
 END
+	[ "$buffer" != 4096 ] ||
+		has "$here/proxy.1" " $(sed -n 's/^fields //p' version) fields\.$"
 	# All but drain-ms, of SIGNALS.
 	counts 11 version '-ms '
 }
