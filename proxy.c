@@ -477,7 +477,8 @@ struct response {
 	unsigned mended;      /* bits of enum mend */
 	int status;           /* 100 to 999 */
 	struct text reason;   /* the reason phrase */
-	struct text extra;    /* lines that the proxy adds */
+	int part;             /* of an entry: see cache_shape() */
+	uint64_t first;       /* where a part begins in the body */
 	unsigned minor;       /* of HTTP/1.x: 0 or 1 */
 	enum framing framing; /* of the body */
 	uint64_t length;      /* of the body, with FRAMING_LENGTH */
@@ -3482,7 +3483,7 @@ head_framing(const struct head *h, enum framing *framing, uint64_t *length,
  * Door: absolute_parse, address_read, authority_parse, authority_print,
  * conn_head, field_append, field_passes, fields_append, fields_not_late,
  * fields_of_body, fields_of_condition, fields_of_hop, head_is_hopeless,
- * head_logs_in, header_parse, host_is_valid, host_trim, length_append,
+ * head_logs_in, header_parse, host_is_valid, host_trim, number_append,
  * line_append, method_parse, name_is_among, request_clean, request_hopeless,
  * request_is_last, request_mask, request_parse, request_passed_here,
  * response_is_bodiless, response_length, response_parse, status_append,
@@ -3795,7 +3796,7 @@ response_parse(struct text t, enum method method, struct response *r)
 	verdict = head_parse(t, &r->head, &r->mended);
 	r->status = 0;
 	r->length = 0;
-	r->extra = text_cut(t.at, 0);
+	r->part = 0;
 	r->framing = FRAMING_NO_BODY;
 	line = status_line_parse(r->head.line, r);
 	if (line != 1)
@@ -3915,12 +3916,13 @@ status_append(struct buffer *b, unsigned minor, int status, struct text reason)
 	buffer_append(b, text_of("\r\n"));
 }
 
-/* Appends Content-Length. */
+/* Appends a field whose value is a number. */
 static void
-length_append(struct buffer *b, uint64_t length)
+number_append(struct buffer *b, const char *name, uint64_t n)
 {
-	buffer_append(b, text_of("Content-Length: "));
-	buffer_number(b, length);
+	buffer_append(b, text_of(name));
+	buffer_append(b, text_of(": "));
+	buffer_number(b, n);
 	buffer_append(b, text_of("\r\n"));
 }
 
@@ -7985,8 +7987,11 @@ enum {
 	CACHE_PATH = 1024,
 	/* Members of Vary; with more, a response is not stored. */
 	VARY_MAX = 16,
-	/* Bytes of an entry's first line. */
+	/* Bytes of an entry's first line, and where its numbers are in it. */
 	REGION_LINE = 75,
+	REGION_LENGTH = 21,
+	REGION_BODY = 33,
+	REGION_SUM = 58,
 	/* A file's disk usage is a multiple of this, or of the tag's. */
 	CACHE_DISK_BLOCK = 4096,
 	/* The most bytes a name takes in a directory. */
@@ -8373,17 +8378,31 @@ region_sum(struct text rest)
 	return sum_word(sum, word_last(rest));
 }
 
+/* Writes n in decimal over the last of the zeros that end at `end`. */
+static void
+zeros_print(char *end, uint64_t n)
+{
+	char digits[NUMBER_DIGITS];
+	size_t len = (size_t)(number_print(digits, n) - digits);
+
+	memcpy(end - len, digits, len);
+}
+
 /*
- * Writes a region's first line to `to`, which has REGION_LINE + 1 bytes; sum is
- * the sum of the rest.
+ * Writes a region's first line to `to`, which has REGION_LINE bytes, without a
+ * NUL; sum is the sum of the rest.
  */
 static void
 region_line(char *to, size_t region, uint64_t body, uint64_t sum)
 {
-	(void)snprintf(to, REGION_LINE + 1,
-	    "proxy-cache 1 region %06lu body %020llu sum %016llx\n",
-	    (unsigned long)(region % 1000000), (unsigned long long)body,
-	    (unsigned long long)sum_word(sum_word(sum, region), body));
+	memcpy(to,
+	    "proxy-cache 1 region 000000 body 00000000000000000000 "
+	    "sum 0000000000000000\n",
+	    REGION_LINE);
+	zeros_print(to + REGION_BODY - strlen(" body "), region % 1000000);
+	zeros_print(to + REGION_SUM - strlen(" sum "), body);
+	(void)hex_print(to + REGION_SUM, sum_word(sum_word(sum, region), body),
+	    16);
 }
 
 /* Takes a line `name: value` from *rest; false if that is not next. */
@@ -8443,13 +8462,14 @@ static bool
 entry_parse(struct text t, struct entry *e)
 {
 	uint64_t region;
-	char line[REGION_LINE + 1];
+	char line[REGION_LINE];
 	struct text rest;
 
 	memset(e, 0, sizeof(*e));
 	if (t.len < REGION_LINE ||
-	    !number_parse(text_cut(t.at + 21, 6), 999999, &region) ||
-	    !number_parse(text_cut(t.at + 33, 20), INT64_MAX, &e->body) ||
+	    !number_parse(text_cut(t.at + REGION_LENGTH, 6), 999999, &region) ||
+	    !number_parse(text_cut(t.at + REGION_BODY, 20), INT64_MAX,
+		&e->body) ||
 	    region > t.len || region < REGION_LINE)
 		return false;
 	e->region = (size_t)region;
@@ -8709,12 +8729,9 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 static void
 region_seal(struct buffer *b, uint64_t body)
 {
-	size_t n = buffer_len(b);
-	char line[REGION_LINE + 1];
+	struct text rest = text_from(buffer_text(b), REGION_LINE);
 
-	region_line(line, n, body,
-	    region_sum(text_from(buffer_text(b), REGION_LINE)));
-	memcpy(b->data + b->start, line, REGION_LINE);
+	region_line(b->data + b->start, buffer_len(b), body, region_sum(rest));
 }
 
 /* Makes a temporary file; false if that fails. */
@@ -10079,9 +10096,9 @@ cache_invalidate(const struct request *q, const struct response *r)
  * decides whether a response may be stored; and builds the head that is sent
  * from an entry.
  *
- * Door: cache_find, cache_follows, cache_leave, cache_room, cache_shape,
- * cache_status_append, cache_store, cache_validate, cache_validators_append,
- * cache_wants.
+ * Door: cache_fields_append, cache_find, cache_follows, cache_leave,
+ * cache_room, cache_shape, cache_status_append, cache_store, cache_validate,
+ * cache_validators_append, cache_wants.
  */
 
 /*
@@ -10818,57 +10835,60 @@ cache_wants(const struct exchange *x)
 
 /*
  * Turns the stored response r into the client's response: 304 if the client
- * has it already, a part of it, or all.  Fields for its head go to `extra`, of
- * size bytes; returns where in the file a part begins, else 0.
+ * has it already, a part of it (r->part is 1), 416 if it has no such part (-1),
+ * or all (0).  Returns where in the file a part begins, else 0.
  */
 static uint64_t
-cache_shape(const struct exchange *x, struct response *r, char *extra,
-    size_t size)
+cache_shape(const struct exchange *x, struct response *r)
 {
 	const struct request *q = x->request;
-	unsigned long long body = q->body, from;
 	struct range range = { 0, q->body };
-	int part = 0;
-	size_t i, n;
+	size_t i;
 
 	r->framing = q->method == METHOD_HEAD ? FRAMING_NO_BODY :
 	    q->body == UINT64_MAX             ? FRAMING_CLOSE :
 						FRAMING_LENGTH;
 	if (q->answerer != ANSWER_FETCH && q->method == METHOD_GET)
-		part = range_parse(&q->head, r, q->body, &range);
+		r->part = range_parse(&q->head, r, q->body, &range);
 	if (r->status / 100 == 2 && request_is_satisfied(&q->head, r)) {
 		r->status = 304;
-		part = 0;
+		r->part = 0;
 		/* RFC 9110 section 15.4.5: what the client knows. */
 		for (i = 0; fields_of_body[i] != NULL; i++)
 			(void)head_drop(&r->head, fields_of_body[i], NULL);
-	} else if (part == -1) {
+	} else if (r->part == -1) {
 		r->status = 416;
 		/* The fields are about what is not sent, also its freshness. */
 		r->head.n = 0;
 		range.length = 0;
-	} else if (part == 1)
+	} else if (r->part == 1)
 		r->status = 206;
 	if (r->status == 304 || r->status == 416)
 		r->framing = FRAMING_NO_BODY;
 	if (r->status == 304 || r->status == 416 || r->status == 206)
 		r->reason = text_of(status_reason(r->status));
-	from = range.first;
-	n = (size_t)snprintf(extra, size, "Age: %lld\r\n",
-	    (long long)q->caching.age);
-	if (part == 1)
-		n += (size_t)snprintf(extra + n, size - n,
-		    "Content-Range: bytes %llu-%llu/%llu\r\n", from,
-		    from + range.length - 1, body);
-	else if (part == -1)
-		n += (size_t)snprintf(extra + n, size - n,
-		    "Content-Range: bytes */%llu\r\n", body);
-	if (r->status != 204 && r->status != 304 && q->body != UINT64_MAX)
-		(void)snprintf(extra + n, size - n, "Content-Length: %llu\r\n",
-		    (unsigned long long)range.length);
-	r->extra = text_of(extra);
+	r->first = range.first;
 	r->length = range.length;
-	return part == 1 ? q->caching.region + range.first : 0;
+	return r->part == 1 ? q->caching.region + r->first : 0;
+}
+
+/* Appends Age, if it is wanted, and what r, see cache_shape(), has in it. */
+static void
+cache_fields_append(const struct exchange *x, const struct response *r,
+    bool age, struct buffer *b)
+{
+	const struct request *q = x->request;
+	unsigned long long body = q->body, first = r->first;
+
+	if (age)
+		number_append(b, "Age", (uint64_t)q->caching.age);
+	if (r->part == 1)
+		buffer_print(b, "Content-Range: bytes %llu-%llu/%llu\r\n",
+		    first, first + r->length - 1, body);
+	else if (r->part == -1)
+		buffer_print(b, "Content-Range: bytes */%llu\r\n", body);
+	if (r->status != 204 && r->status != 304 && q->body != UINT64_MAX)
+		number_append(b, "Content-Length", r->length);
 }
 
 /* Appends Cache-Status (RFC 9211): how the cache was used, or why not. */
@@ -10882,17 +10902,24 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 	bool collapsed = c->collapsed && c->state == CACHING_HIT;
 	bool hit = cached && c->state == CACHING_HIT && !collapsed;
 
-	buffer_print(b, "Cache-Status: %s%s%s", pseudonym,
-	    hit ? "; hit" : "; fwd=",
-	    hit                    ? "" :
-		c->forward != NULL ? c->forward :
-		q->method == METHOD_GET || q->method == METHOD_HEAD ? "bypass" :
-								      "method");
+	buffer_append(b, text_of("Cache-Status: "));
+	buffer_append(b, text_of(pseudonym));
+	if (hit)
+		buffer_append(b, text_of("; hit"));
+	else
+		buffer_print(b, "; fwd=%s",
+		    c->forward != NULL ? c->forward :
+			q->method == METHOD_GET || q->method == METHOD_HEAD ?
+					 "bypass" :
+					 "method");
 	if (c->forward_status)
 		buffer_print(b, "; fwd-status=%d", c->forward_status);
-	if (cached)
-		buffer_print(b, "; ttl=%lld%s", (long long)c->ttl,
-		    collapsed ? "; collapsed" : "");
+	if (cached) {
+		buffer_append(b, text_of(c->ttl < 0 ? "; ttl=-" : "; ttl="));
+		buffer_number(b, (uint64_t)(c->ttl < 0 ? -c->ttl : c->ttl));
+	}
+	if (cached && collapsed)
+		buffer_append(b, text_of("; collapsed"));
 	if (cache_stores(x))
 		buffer_append(b, text_of("; stored"));
 	buffer_append(b, text_of("\r\n"));
@@ -12983,7 +13010,7 @@ request_field_append(struct exchange *x, size_t i, struct buffer *b)
 	if (text_is(name, "Content-Length")) {
 		if (i == field_find(h, "Content-Length", 0) &&
 		    q->method != METHOD_CONNECT)
-			length_append(b, q->length);
+			number_append(b, "Content-Length", q->length);
 	} else if (text_is(name, "Max-Forwards") &&
 	    (q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)) {
 		if (number_clamp(field_value(h, i), UINT64_MAX, &hops) &&
@@ -13079,7 +13106,7 @@ response_field_append(const struct exchange *x, const struct response *r,
 			length = r->length;
 		else if (head_length(&r->head, &length) != 1)
 			return;
-		length_append(b, length);
+		number_append(b, "Content-Length", length);
 	} else if (field_passes(&r->head, i) ||
 	    (r->status == 407 && text_is(name, "Proxy-Authenticate")))
 		field_append(b, &r->head, i);
@@ -13112,7 +13139,6 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	bool upgrade = r->status == 101 || r->status == 426;
 	bool tunnel = q->method == METHOD_CONNECT && r->status < 300;
 	bool final = r->status >= 200 && !tunnel;
-	struct text extra = r->extra;
 	struct rewrites w;
 	size_t i;
 
@@ -13130,10 +13156,8 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 		buffer_print(b, "Date: %s\r\n", date_now());
 	if (q->answerer != ANSWER_MEMORY && !(w.own & OWN_VIA))
 		via_append(b, r->minor);
-	/* The first of these lines, if there are any, is Age. */
-	if (w.own & OWN_AGE)
-		(void)line_next(&extra, NULL);
-	buffer_append(b, extra);
+	if (answer_is_stored(q))
+		cache_fields_append(x, r, !(w.own & OWN_AGE), b);
 	/* Not to a page of the proxy's own (RFC 9211 section 2). */
 	if (final && options.cache != NULL && q->answerer != ANSWER_MEMORY &&
 	    !(w.own & OWN_CACHE_STATUS))
@@ -13267,7 +13291,7 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 		buffer_print(s->in, "Content-Type: %s\r\n", type);
 	/* Of a 304 it would be that of the 200 (RFC 9110 section 8.6). */
 	if (status != 304)
-		length_append(s->in, body.len);
+		number_append(s->in, "Content-Length", body.len);
 	buffer_append(s->in, text_of("\r\n"));
 	buffer_append(s->in, body);
 }
@@ -15849,8 +15873,7 @@ response_forward(struct exchange *x, const struct response *r, size_t n)
 static void
 response_from_entry(struct exchange *x, struct response *r, size_t n)
 {
-	char extra[256];
-	uint64_t at = cache_shape(x, r, extra, sizeof(extra));
+	uint64_t at = cache_shape(x, r);
 
 	response_forward(x, r, n);
 	if (at == 0 || x->phase != PHASE_RELAY)
