@@ -31,7 +31,7 @@
  * bend an exchange, to try out failures: delay it, slow it down, cut it, or
  * answer for a server.
  *
- * Three lifetimes, three structs.  An EXCHANGE is a slot of at most 512 bytes:
+ * Three lifetimes, three structs.  An EXCHANGE is a slot of at most 480 bytes:
  * an idle client and an idle tunnel cost this and nothing more.  A REQUEST
  * lives from its first byte to its line in the log, comes from a pool, is
  * parsed once, and holds, each in a struct of its own, the decisions of the
@@ -323,11 +323,12 @@ enum role {
 
 /* One side of an exchange: a descriptor and the bytes that wait there. */
 struct conn {
-	int fd;              /* -1: no descriptor, as for an answer in memory */
-	int error;           /* errno after which nothing is read, or 0 */
-	unsigned place;      /* in the poll set; 0: not in it */
-	enum role role;      /* its use */
-	uint32_t seen;       /* bytes of `in` searched for the end of a head */
+	int fd;         /* -1: no descriptor, as for an answer in memory */
+	int error;      /* errno after which nothing is read, or 0 */
+	unsigned place; /* in the poll set; 0: not in it */
+	enum role role; /* its use */
+	uint32_t event; /* ms modulo 2^32, the last one: is it active? */
+	uint16_t seen;       /* bytes of `in` searched for the end of a head */
 	bool connecting : 1; /* connect(2) is under way */
 	bool readable : 1;   /* a read may succeed */
 	bool writable : 1;   /* a write may succeed */
@@ -338,7 +339,6 @@ struct conn {
 	bool hurries : 1;    /* no small segment waits for another one */
 	bool write_failed : 1; /* a write failed: the peer accepts no more */
 	bool hangup : 1; /* poll reported HUP or ERR, or a file: never polled */
-	int64_t event;   /* ms: the last event; says whether it is active */
 	struct exchange *exchange; /* that it belongs to, or NULL */
 	struct buffer *in;         /* bytes that arrived and are not used yet */
 	struct buffer *out;        /* bytes to be sent; NULL, or not empty */
@@ -373,9 +373,9 @@ struct flow {
 	bool done : 1;         /* the end of the message has been passed on */
 	bool broken : 1;       /* the framing is wrong, or the body truncated */
 	bool strips : 1;       /* trailer fields are not passed on */
+	uint16_t excess;       /* bytes of framing beyond a fair share */
 	uint32_t ready;        /* bytes of payload at the front of `in` */
 	uint32_t trailer;      /* bytes of trailer section behind, searched */
-	uint32_t excess;       /* bytes of framing beyond a fair share */
 	uint64_t left;         /* bytes to come, of the body or this chunk */
 	uint64_t payload;      /* bytes of payload passed on */
 };
@@ -2145,7 +2145,7 @@ poll_swap(size_t a, size_t b)
 static void
 poll_warm(struct conn *c)
 {
-	c->event = now.ms;
+	c->event = (uint32_t)now.ms;
 	if (c->place >= poll_set.hot)
 		poll_swap(c->place, poll_set.hot++);
 }
@@ -4007,7 +4007,7 @@ conn_head(struct conn *c, size_t skip, bool lenient)
 	size_t seen = c->seen > skip ? c->seen : skip;
 	int n = head_find(buffer_text(c->in), &seen, lenient);
 
-	c->seen = (uint32_t)seen;
+	c->seen = (uint16_t)seen;
 	return n;
 }
 
@@ -4310,7 +4310,8 @@ chunk_byte(struct flow *f, char c)
 		share = f->left == 0           ? 0 :
 		    f->left < CHUNK_EXCESS_MAX ? f->left * 2 + 16 :
 						 CHUNK_EXCESS_MAX;
-		f->excess -= f->excess < share ? f->excess : (uint32_t)share;
+		f->excess = f->excess < share ? 0 :
+						(uint16_t)(f->excess - share);
 		f->chunk = f->left > 0 ? CHUNK_DATA : CHUNK_TRAILER;
 		f->digits = 0;
 		return c == '\n';
@@ -16733,7 +16734,7 @@ loop_cool(void)
 	for (i = poll_set.hot - 1; i > 0; i--)
 		if ((poll_set.conns[i]->exchange != NULL ||
 			poll_set.conns[i]->role == ROLE_KEPT) &&
-		    now.ms - poll_set.conns[i]->event > COLD_MS)
+		    (uint32_t)now.ms - poll_set.conns[i]->event > COLD_MS)
 			poll_cool(poll_set.conns[i]);
 }
 

@@ -20805,7 +20805,7 @@ test_resources_size() { # cc -Os, stripped: under 220 KiB
 
 test_style_limits() { # LIMITS in the manual has the figures that -V prints
 	"$proxy_bin" -V > version
-	[ "$(sed -n 's/^slot //p' version)" -le 512 ] || fail "$(grep slot version)"
+	[ "$(sed -n 's/^slot //p' version)" -le 480 ] || fail "$(grep slot version)"
 	while IFS='|' read -r name text; do
 		value=$(sed -n "s/^$name //p" version)
 		case $name in
