@@ -323,11 +323,11 @@ enum role {
 
 /* One side of an exchange: a descriptor and the bytes that wait there. */
 struct conn {
-	int fd;         /* -1: no descriptor, as for an answer in memory */
-	int error;      /* errno after which nothing is read, or 0 */
-	unsigned place; /* in the poll set; 0: not in it */
-	enum role role; /* its use */
-	uint32_t event; /* ms modulo 2^32, the last one: is it active? */
+	int fd;              /* -1: no descriptor, as for an answer in memory */
+	int error;           /* errno after which nothing is read, or 0 */
+	unsigned place;      /* in the poll set; 0: not in it */
+	enum role role;      /* its use */
+	uint32_t event;      /* ms modulo 2^32, the last one: is it active? */
 	uint16_t seen;       /* bytes of `in` searched for the end of a head */
 	bool connecting : 1; /* connect(2) is under way */
 	bool readable : 1;   /* a read may succeed */
