@@ -1702,7 +1702,7 @@ enum {
 	/* The same for requests. */
 	REQUESTS_FREE_MAX = 64,
 	/* Of each, kept for refusals when the system has no memory. */
-	RESERVED = 8
+	RESERVED = 4
 };
 
 /* Free buffers. */
