@@ -629,20 +629,14 @@ enum greeting {
 	GREETING_REPLY   /* whether it reached the target */
 };
 
-/* Whether a request or its response may pass; see access_enter(). */
-enum access_state {
-	ACCESS_DECIDED,  /* nothing is left to decide */
-	ACCESS_UNDECIDED /* a rule needs something that is not known yet */
-};
-
 /* What the rules say to a request; all zero at its start. */
 struct access {
-	enum access_state state; /* set by access_enter() only */
-	bool route_undecided;    /* the server's address tells the way */
-	bool bent;               /* the rules that bend were judged */
-	unsigned found;          /* texts found in the body: bits */
-	size_t unjudged;         /* bytes of it since it was last judged */
-	struct buffer *answer;   /* see access_response() */
+	bool undecided;        /* a rule must know more to let it pass */
+	bool route_undecided;  /* the server's address tells the way */
+	bool bent;             /* the rules that bend were judged */
+	unsigned found;        /* texts found in the body: bits */
+	size_t unjudged;       /* bytes of it since it was last judged */
+	struct buffer *answer; /* see access_response() */
 };
 
 /* The way of a request to its server; all zero at its start. */
@@ -13914,7 +13908,7 @@ page_trace(struct exchange *x)
  * A step must never block.  Messages are parsed, built and written by the
  * sections above; these decide what comes next.
  *
- * Door: access_begin, access_body, access_enter, access_judge, access_refuse,
+ * Door: access_begin, access_body, access_doubt, access_judge, access_refuse,
  * access_response, bend_begin, bend_cuts, bend_delays, bend_drop, bend_hangs,
  * bend_room, bend_spend, exchange_abort, exchange_answer, exchange_close,
  * exchange_drop_tries, exchange_end, exchange_enter, exchange_forget,
@@ -13950,17 +13944,16 @@ bend_drop(struct exchange *x)
 	x->bend = NULL;
 }
 
-/* Sets whether the rules have decided. */
+/* Sets whether the rules must know more to decide on x. */
 static void
-access_enter(struct exchange *x, enum access_state state)
+access_doubt(struct exchange *x, bool undecided)
 {
-	static const char *const words[] = { "have decided",
-		"must know more to decide" };
 	struct access *access = &x->request->access;
 
-	if (access->state != state)
-		trace(x, "the rules %s", words[state]);
-	access->state = state;
+	if (access->undecided != undecided)
+		trace(x, "the rules %s",
+		    undecided ? "must know more to decide" : "have decided");
+	access->undecided = undecided;
 }
 
 /* Takes a free slot; NULL if there is none. */
@@ -14119,7 +14112,7 @@ exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
 	if (x->server.error == ENOMEM)
 		refusal = REFUSE_MEMORY;
 	x->record.refusal = refusal;
-	access_enter(x, ACCESS_DECIDED);
+	access_doubt(x, false);
 	if (ruled && refusal != REFUSE_CROWDED)
 		bend_drop(x);
 	if (x->record.status != 0 || x->hidden) {
@@ -14176,9 +14169,7 @@ access_is_refused(struct exchange *x, struct view *v)
 	struct verdict verdict =
 	    rules_judge(x->rules, page ? GROUP_PAGE : GROUP_ACCESS, v);
 
-	access_enter(x,
-	    verdict.truth == TRUTH_UNDECIDED ? ACCESS_UNDECIDED :
-					       ACCESS_DECIDED);
+	access_doubt(x, verdict.truth == TRUTH_UNDECIDED);
 	if (verdict.truth != TRUTH_YES)
 		return false;
 	x->record.rule = verdict.rule;
@@ -14208,16 +14199,24 @@ parent_use(struct exchange *x, struct parent *parent)
 		    parent->port);
 }
 
-/* The first parent of a rule that has not failed lately, else the first. */
+/*
+ * Of a rule's parents that have not failed since then, the first that has not
+ * failed lately, else the first; or NULL.
+ */
 static struct parent *
-parent_choose(struct parent *first)
+parent_choose(struct parent *first, int64_t since)
 {
-	struct parent *p;
+	struct parent *p, *second = NULL;
 
-	for (p = first; p != NULL; p = p->next)
+	for (p = first; p != NULL; p = p->next) {
+		if (p->failed >= since)
+			continue;
 		if (p->failed == 0 || now.ms - p->failed >= PARENT_FAILED_MS)
 			return p;
-	return first;
+		if (second == NULL)
+			second = p;
+	}
+	return second;
 }
 
 /* Chooses the parent; undecided if that needs the server's address. */
@@ -14230,7 +14229,7 @@ route_judge(struct exchange *x, struct view *v)
 	q->access.route_undecided = verdict.truth == TRUTH_UNDECIDED;
 	q->route.parents = verdict.truth == TRUTH_YES ? verdict.rule->parents :
 							NULL;
-	parent_use(x, parent_choose(q->route.parents));
+	parent_use(x, parent_choose(q->route.parents, INT64_MAX));
 	view_route(v, q->route.parent);
 }
 
@@ -14366,9 +14365,7 @@ bend_begin(struct exchange *x)
 			continue;
 		exchange_view(x, NULL, 0, &v);
 		verdict = rules_judge(x->rules, bend_groups[i], &v);
-		if (verdict.truth != TRUTH_YES)
-			continue;
-		if (!bend_apply(x, verdict.rule))
+		if (verdict.truth == TRUTH_YES && !bend_apply(x, verdict.rule))
 			return false;
 	}
 	return true;
@@ -14474,29 +14471,32 @@ access_begin(struct exchange *x)
 	if (q->target.form == FORM_ORIGIN)
 		return true;
 	exchange_rewrite(x);
-	return q->access.state == ACCESS_UNDECIDED || bend_begin(x);
+	return q->access.undecided || bend_begin(x);
 }
 
 /*
- * Judges the response r, parsed from head.  False if it was refused.  While
- * undecided, the head is kept until the body decides; in front of it, one
- * byte for each text of the rules says how much of that was found so far.
+ * Judges the response r, parsed from head, by rules that were undecided.  False
+ * if it was refused.  The proxy's own answers need no more judgment.  While
+ * undecided, the head is kept until the body decides; in front of it, one byte
+ * for each text of the rules says how much of that was found so far.
  */
 static bool
 access_response(struct exchange *x, const struct response *r, struct text head)
 {
+	const struct request *q = x->request;
 	struct access *access = &x->request->access;
 	struct buffer *b;
 	struct view v;
 
-	if (access->state != ACCESS_UNDECIDED)
+	if (!access->undecided || access->answer != NULL ||
+	    q->method == METHOD_CONNECT || q->answerer == ANSWER_MEMORY ||
+	    (r->status < 200 && r->status != 101))
 		return true;
 	answer_view(x, r, &v);
 	if (!access_judge(x, &v))
 		return false;
-	if (access->state != ACCESS_UNDECIDED || r->status < 200)
+	if (!access->undecided || r->status == 101)
 		return true;
-	buffer_give(&access->answer);
 	access->answer = b = buffer_take();
 	if (b != NULL) {
 		memset(b->data, 0, NEEDLES_MAX);
@@ -14541,8 +14541,8 @@ access_body(struct exchange *x, struct text piece, bool whole)
 		return true;
 	refused = access_is_refused(x, &v);
 	if (whole)
-		access_enter(x, ACCESS_DECIDED);
-	if (whole || access->state != ACCESS_UNDECIDED)
+		access_doubt(x, false);
+	if (whole || !access->undecided)
 		buffer_give(&access->answer);
 	return !refused;
 }
@@ -14566,10 +14566,11 @@ exchange_serve(struct exchange *x, const struct lookup *l)
 	x->server.in = l->b;
 	/* The rules judged the route, not the server of this entry. */
 	if (q->route.n > 0 || q->route.parent != NULL)
-		access_enter(x, ACCESS_UNDECIDED);
+		access_doubt(x, true);
 	q->route.n = 0;
 	q->route.list[0] = address_read(l->e.server);
 	q->body = l->e.body;
+	buffer_give(&q->access.answer);
 	if (!access_response(x, &l->r, l->e.head))
 		return;
 	l->b->start = (size_t)(l->e.head.at - l->b->data);
@@ -14595,26 +14596,9 @@ route_again(struct exchange *x, enum phase phase)
 }
 
 /*
- * The rule's next parent that has not failed since the request came: first
- * those after the one in use, then those before it, which were skipped; or
- * NULL.
- */
-static struct parent *
-parent_untried(const struct route *route, int64_t came)
-{
-	struct parent *p;
-
-	for (p = route->parent->next; p != NULL; p = p->next)
-		if (p->failed < came)
-			return p;
-	for (p = route->parents; p != NULL && p->failed >= came;)
-		p = p->next;
-	return p;
-}
-
-/*
- * Turns to the rule's next parent; false if there is none.  A parent has not
- * failed if it was asked for the server and only that could not be reached.
+ * Turns to another parent of the rule; false if all have failed since the
+ * request came.  A parent has not failed if it was asked for the server and
+ * only that could not be reached.
  */
 static bool
 parent_next(struct exchange *x)
@@ -14626,12 +14610,12 @@ parent_next(struct exchange *x)
 	    q->route.greeting == GREETING_REPLY)
 		return false;
 	q->route.parent->failed = now.ms;
-	parent = parent_untried(&q->route, x->record.start);
+	parent = parent_choose(q->route.parents, x->record.start);
 	if (parent == NULL)
 		return false;
 	parent_use(x, parent);
 	/* The next may be a direct connection: its addresses are judged. */
-	access_enter(x, ACCESS_UNDECIDED);
+	access_doubt(x, true);
 	q->times.asked = 0;
 	x->record.server.family = 0;
 	route_again(x, PHASE_RESOLVE);
@@ -15178,7 +15162,7 @@ resolve_strike(struct exchange *x, struct view *v)
 	struct route *route = &q->route;
 	enum refusal refusal = REFUSE_FAMILY;
 	bool direct = exchange_parent(x) == NULL, stays = false;
-	bool undecided = q->access.state == ACCESS_UNDECIDED;
+	bool undecided = q->access.undecided;
 	unsigned char i, kept = 0;
 
 	for (i = 0; i < route->n; i++) {
@@ -15204,7 +15188,7 @@ resolve_strike(struct exchange *x, struct view *v)
 	}
 	route->n = kept;
 	if (direct && undecided && !stays)
-		access_enter(x, ACCESS_DECIDED);
+		access_doubt(x, false);
 	return kept ? REFUSE_NONE : refusal;
 }
 
@@ -15230,13 +15214,11 @@ resolve_judge(struct exchange *x)
 		route_judge(x, &v);
 		q->access.route_undecided = false;
 		q->times.asked = 0;
-		if (exchange_parent(x) != NULL &&
-		    q->access.state == ACCESS_UNDECIDED)
+		if (exchange_parent(x) != NULL && q->access.undecided)
 			(void)access_judge(x, &v);
 		return;
 	}
-	if (!direct && q->access.state == ACCESS_UNDECIDED &&
-	    !access_judge(x, &v))
+	if (!direct && q->access.undecided && !access_judge(x, &v))
 		return;
 	verdict = rules_judge(x->rules, GROUP_SOURCE, &v);
 	q->route.from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
@@ -15957,20 +15939,6 @@ response_tunnel(struct exchange *x, const struct response *r, size_t n)
 }
 
 /*
- * True if the undecided rules let the server's response pass.  Answers of the
- * cache or the proxy itself were judged before.
- */
-static bool
-response_passes(struct exchange *x, const struct response *r, struct text head)
-{
-	const struct request *q = x->request;
-
-	return q->method == METHOD_CONNECT || answer_is_local(q) ||
-	    q->access.answer != NULL || (r->status < 200 && r->status != 101) ||
-	    access_response(x, r, head);
-}
-
-/*
  * Sends the request again on a new connection: a kept one may close, or bring
  * bytes of an older response, just when it is used (RFC 9112 section 9.3.1).
  * It happens once, since the new one is not a kept one.
@@ -16013,7 +15981,7 @@ response_accept(struct exchange *x, size_t n)
 		exchange_refuse(x,
 		    exchange_is_relayed(x) ? REFUSE_PARENT_LOGIN : REFUSE_LOGIN,
 		    "");
-	else if (response_validates(x, &r, n) || !response_passes(x, &r, head))
+	else if (response_validates(x, &r, n) || !access_response(x, &r, head))
 		trace(x, "this answer is not for the client");
 	else if (answer_is_stored(q))
 		response_from_entry(x, &r, n);
@@ -16308,7 +16276,7 @@ relay_resume(struct exchange *x)
 
 	trace(x, "the fetch that this follows failed: asking the server");
 	answer_by(x, ANSWER_NONE);
-	access_enter(x, ACCESS_UNDECIDED);
+	access_doubt(x, true);
 	q->times.answered = 0;
 	route_again(x, PHASE_RESOLVE);
 }
