@@ -16180,20 +16180,21 @@ relay_uploads(struct exchange *x)
 }
 
 /*
- * The client left: true if the cache wants the fetch, which continues as one
- * that relay_part() moved, without its log line and what bends it.
+ * The client left, or is cut off: true if the cache wants the fetch, which
+ * continues as one that relay_part() moved, without its log line and what bends
+ * it.  A body that ends with the connection must not seem complete.
  */
 static bool
-relay_goes_on(struct exchange *x)
+relay_goes_on(struct exchange *x, enum end end)
 {
 	if (cache_wants(x) == WANTED_NOT)
 		return false;
-	conn_close(&x->client, false);
+	conn_close(&x->client, x->down.to == FRAMING_CLOSE);
 	x->client.exchange = x;
 	x->client.eof = true;
 	x->refresh = true;
 	x->close = true;
-	x->record.end = END_CLIENT;
+	x->record.end = end;
 	if (x->record.start) {
 		record_exchange(x);
 		log_exchange(x);
@@ -16236,19 +16237,17 @@ relay_hand_over(struct exchange *x, struct exchange *y, int fd)
 }
 
 /*
- * x's client is slower than x's followers, or a rule cuts it off: the fetch
- * moves to a slot of its own, and x follows it too.  Only if x loses no payload
- * by this, or has `no_more' of it and the cache wants the rest.
+ * x's client is slower than x's followers: the fetch moves to a slot of its
+ * own, and x follows it too.  Only if x loses no payload by this.
  */
 static void
-relay_part(struct exchange *x, bool no_more)
+relay_part(struct exchange *x)
 {
-	enum wanted wanted = cache_wants(x);
 	struct exchange *y;
 	int fd;
 
 	if (x->request->access.answer != NULL || x->down.broken ||
-	    (wanted != WANTED_APART && (!no_more || wanted != WANTED_HERE)))
+	    cache_wants(x) != WANTED_APART)
 		return;
 	y = exchange_take_refresh(x, NULL);
 	if (y == NULL)
@@ -16320,17 +16319,16 @@ relay_step(struct exchange *x)
 	if (x->up.broken && x->up.ready == 0 && s->out == NULL)
 		conn_shut(s);
 	if (bend_cuts(x)) {
-		if (!x->tunnel)
-			relay_part(x, true);
 		x->record.rule = x->bend->cut;
-		exchange_abort(x, END_RULE, REFUSE_NONE);
+		if (x->tunnel || !relay_goes_on(x, END_RULE))
+			exchange_abort(x, END_RULE, REFUSE_NONE);
 		return true;
 	}
 	if (x->tunnel)
 		return tunnel_judge(x) || moved || relay_expire(x);
 	if (c->out != NULL || x->down.ready > 0)
-		relay_part(x, false);
-	gone = (c->error || c->write_failed) && !relay_goes_on(x);
+		relay_part(x);
+	gone = (c->error || c->write_failed) && !relay_goes_on(x, END_CLIENT);
 	done = x->down.done && c->out == NULL && !relay_uploads(x);
 	if (gone || (x->refresh && !done && cache_wants(x) == WANTED_NOT))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
@@ -16441,7 +16439,7 @@ exchange_overhear(struct exchange *x)
 		return;
 	if (c->in == NULL && (x->up.done || x->phase < PHASE_RESPONSE))
 		(void)conn_read(c);
-	if (client_is_gone(x) && !relay_goes_on(x))
+	if (client_is_gone(x) && !relay_goes_on(x, END_CLIENT))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 }
 
