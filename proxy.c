@@ -16566,6 +16566,7 @@ enum {
 static int64_t accept_after;    /* ms: clients wait until then */
 static int64_t crowded_until;   /* ms: no search for a slot until then */
 static bool rules_unread;       /* new rules are read, a piece each turn */
+static bool kept_heard;         /* a kept connection had an event */
 static bool reloading;          /* the service manager waits for the end */
 static unsigned hups;           /* of the supervisor, at our last SIGHUP */
 static struct conn signal_conn; /* the read end of the signal pipe */
@@ -16584,13 +16585,11 @@ loop_wait(void)
 
 /*
  * Records the events of the places from first up to end.  Goes upwards, as
- * poll_warm() may swap only with places already seen, or not polled.  True if a
- * kept connection had one.
+ * poll_warm() may swap only with places already seen, or not polled.
  */
-static bool
+static void
 loop_note(size_t first, size_t end)
 {
-	bool kept = false;
 	size_t i;
 
 	for (i = first; i < end; i++) {
@@ -16609,31 +16608,28 @@ loop_note(size_t first, size_t end)
 		poll_warm(c);
 		if (c->exchange != NULL)
 			exchange_queue(c->exchange);
-		kept = kept || c->role == ROLE_KEPT;
+		kept_heard = kept_heard || c->role == ROLE_KEPT;
 	}
-	return kept;
 }
 
 /*
- * Polls n places from first on for ms, and notes their events: adds to *heard
- * how many there were.  True if a kept connection had one.  If poll fails, for
- * lack of memory or as the limit on open files was lowered since the start,
- * deadlines and signals are still obeyed.
+ * Polls n places from first on for ms, and notes their events; returns how many
+ * there were.  If poll fails, for lack of memory or as the limit on open files
+ * was lowered since the start, deadlines and signals are still obeyed.
  */
-static bool
-loop_ask(size_t first, size_t n, int ms, int *heard)
+static int
+loop_ask(size_t first, size_t n, int ms)
 {
-	int got = poll(poll_set.fds + first, (nfds_t)n, ms);
+	int heard = poll(poll_set.fds + first, (nfds_t)n, ms);
 
-	if (got == -1 && errno != EINTR) {
+	if (heard == -1 && errno != EINTR) {
 		signal_conn.readable = true;
 		(void)poll(NULL, 0, POLL_FAILED_MS);
 	}
 	clock_read();
-	if (got <= 0)
-		return false;
-	*heard += got;
-	return loop_note(first, first + n);
+	if (heard > 0)
+		loop_note(first, first + n);
+	return heard > 0 ? heard : 0;
 }
 
 /*
@@ -16641,50 +16637,45 @@ loop_ask(size_t first, size_t n, int ms, int *heard)
  * behind it in slices, so that no turn waits for all.  The next slice is due
  * when COLD_SHARE times the cost of the last has passed, at once if that had
  * an event, and early enough that all of them take COLD_GAP_US.  After a quiet
- * time, polls the whole set, which may block.  True if a kept connection had
- * an event.
+ * time, polls the whole set, which may block.
  */
-static bool
+static void
 loop_poll(void)
 {
 	static int64_t due_us;   /* when the next slice is polled */
 	static int64_t heard_us; /* when there was an event */
 	static size_t next;      /* where the next slice begins */
 	size_t cold = poll_set.all - poll_set.hot, n;
-	int wait = loop_wait(), rest = 0, heard = 0, before;
-	int64_t cost_us;
-	bool kept;
+	int wait = loop_wait(), rest = 0, heard, more;
+	int64_t before;
 
 	if (cold <= COLD_MIN ||
 	    (wait != 0 && now.us - heard_us > COLD_QUIET_US * (int64_t)cold)) {
-		kept = loop_ask(0, poll_set.all, wait, &heard);
-		if (heard > 0)
+		if (loop_ask(0, poll_set.all, wait) > 0)
 			heard_us = now.us;
-		return kept;
+		return;
 	}
 	if (due_us > now.us)
 		rest = (int)((due_us - now.us) / 1000) + 1;
 	if (wait >= 0 && wait < rest)
 		rest = wait;
-	kept = loop_ask(0, poll_set.hot, rest, &heard);
+	heard = loop_ask(0, poll_set.hot, rest);
 	if (now.us >= due_us) {
 		if (next < poll_set.hot || next >= poll_set.all)
 			next = poll_set.hot;
 		n = (size_t)least((int64_t)(poll_set.all - next), COLD_SLICE);
-		before = heard;
-		cost_us = now.us;
-		kept = loop_ask(next, n, 0, &heard) || kept;
-		cost_us = now.us - cost_us;
+		before = now.us;
+		more = loop_ask(next, n, 0);
+		heard += more;
 		next += n;
 		due_us = now.us;
-		if (heard == before)
-			due_us += least(COLD_SHARE * cost_us,
+		if (more == 0)
+			due_us += least(COLD_SHARE * (now.us - before),
 			    (int64_t)COLD_GAP_US * COLD_SLICE /
 				(int64_t)(cold + COLD_SLICE));
 	}
 	if (heard > 0)
 		heard_us = now.us;
-	return kept;
 }
 
 /* Moves descriptors that have been quiet out of the prefix. */
@@ -16710,6 +16701,7 @@ loop_kept(void)
 {
 	struct other *o;
 
+	kept_heard = false;
 	for (o = others; o < others + others_used; o++) {
 		int64_t end = o->since + KEPT_SERVER_MS;
 
@@ -17094,10 +17086,7 @@ loop_reload(void)
 	const char *why;
 	char state[80];
 
-	/*
-	 * The terminal that it was started from has been closed.  A command
-	 * has got the signal as well; the proxy waits for its end.
-	 */
+	/* A command has got the signal as well; the proxy waits for its end. */
 	if (logs.terminal && !isatty(STDOUT_FILENO) && !isatty(STDERR_FILENO)) {
 		if (command.pid == 0)
 			loop_stop(DRAIN_MS);
@@ -17381,7 +17370,8 @@ loop_run(void)
 			 !options.inetd || exchanges.busy > 0) {
 		if (worker > 0)
 			totals_show();
-		if (loop_poll())
+		loop_poll();
+		if (kept_heard)
 			loop_kept();
 		loop_signals();
 		loop_rules();
@@ -17404,18 +17394,14 @@ loop_run(void)
 /* ---- 27. Workers ---- */
 
 /*
- * With -j, several processes serve, and the first one is their supervisor: it
- * starts them, replaces those that die, and passes signals on.
- *
- * Door: workers_run.
- */
-
-/*
  * With -j, the program becomes a supervisor that serves nobody, and forks
  * workers, which are whole proxies: each has its own loop, slots, kept
- * connections and names helper.  The supervisor keeps the sockets that it has
- * bound open, and never polls them, for workers to come.  It obeys SIGHUP as
- * they do, so that those have the rules and the log now in force.
+ * connections and names helper.  The supervisor replaces those that die, and
+ * passes signals on.  It keeps the sockets that it has bound open, and never
+ * polls them, for workers to come.  It obeys SIGHUP as they do, so that those
+ * have the rules and the log now in force.
+ *
+ * Door: workers_run.
  */
 
 /*
