@@ -17520,6 +17520,11 @@ workers_run(void)
  * option_help, option_version, options_parse, usage.
  */
 
+enum {
+	/* An address that the machine does not have yet is tried so often. */
+	LISTEN_AGAIN_MS = 200
+};
+
 /* The command line is wrong. */
 static void
 usage(const char *format, ...)
@@ -17823,17 +17828,23 @@ listener_add(int fd, const struct sockaddr *at, socklen_t len, const char *path)
 	return listener_keep(fd, path);
 }
 
-/*
- * Advice on an error of bind(2), for the end of a message: another program
- * has that `place`, a port or a path.
- */
-static const char *
-listen_hint(const char *error, const char *place)
+/* True if error is the words of that errno; it may be NULL. */
+static bool
+error_is(const char *error, int number)
 {
-	static char words[60];
+	return error != NULL && strcmp(error, strerror(number)) == 0;
+}
 
-	(void)snprintf(words, sizeof(words), "; try another %s with -l", place);
-	return strcmp(error, strerror(EADDRINUSE)) == 0 ? words : "";
+/* Ends the program: it can't listen at a place, which is a port or a path. */
+static void
+listen_die(const char *argument, const char *error, const char *kind)
+{
+	char advice[40] = "";
+
+	if (error_is(error, EADDRINUSE))
+		(void)snprintf(advice, sizeof(advice),
+		    "; try another %s with -l", kind);
+	die("can't listen on %s: %s%s", argument, error, advice);
 }
 
 /* Listens on a UNIX socket; removes one that a dead proxy has left behind. */
@@ -17853,66 +17864,59 @@ listen_path(const char *path)
 	    connect(fd, (struct sockaddr *)&un, sizeof(un)) == -1 &&
 	    errno == ECONNREFUSED)
 		(void)unlink(path);
-	if (fd != -1)
-		(void)close(fd);
+	fd_drop(&fd);
 	error = listener_add(socket(AF_UNIX, SOCK_STREAM, 0),
 	    (struct sockaddr *)&un, sizeof(un), path);
 	if (error != NULL)
-		die("can't listen on %s: %s%s", path, error,
-		    listen_hint(error, "path"));
+		listen_die(path, error, "path");
 }
 
 /*
  * Listens on all addresses of host (NULL: of this machine).  With port 0, all
- * use the port that the first gets.  Returns the number of addresses; *error
- * becomes why one failed.
+ * use the port that the first gets.  Returns NULL, or why there is none: a
+ * missing IPv6 only if nothing else is wrong.
  */
-static size_t
-listen_host(const char *host, unsigned port, const char **error)
+static const char *
+listen_host(const char *host, unsigned port)
 {
 	struct addrinfo hints = { .ai_flags = AI_PASSIVE,
 		.ai_socktype = SOCK_STREAM };
 	struct addrinfo *found, *at;
 	size_t before = listeners_n;
-	char service[8], words[ADDRESS_TEXT] = "";
+	char service[8], words[ADDRESS_TEXT];
+	const char *error = "no address";
+	bool worse = false;
 	int failed;
 
 	(void)snprintf(service, sizeof(service), "%u", port);
 	failed = getaddrinfo(host, service, &hints, &found);
-	if (failed) {
-		*error = gai_strerror(failed);
-		return 0;
-	}
+	if (failed)
+		return gai_strerror(failed);
 	for (at = found; at != NULL; at = at->ai_next) {
 		struct sockaddr_storage storage;
 		struct address a = address_import(at->ai_addr);
 		socklen_t len;
 		const char *why;
+		bool missing;
 
 		if (port == 0 && listeners_n > before)
 			a.port = listeners[before].address.port;
 		len = address_export(&a, &storage);
 		why = listener_add(socket(a.family, SOCK_STREAM, 0),
 		    (struct sockaddr *)&storage, len, NULL);
-		if (why == NULL)
+		missing = error_is(why, EAFNOSUPPORT) ||
+		    error_is(why, EADDRNOTAVAIL);
+		if (why == NULL || (missing && worse))
 			continue;
-		/* A missing IPv6 is reported only if nothing else is there. */
-		if (strcmp(why, strerror(EAFNOSUPPORT)) == 0 ||
-		    strcmp(why, strerror(EADDRNOTAVAIL)) == 0) {
-			if (words[0] == '\0')
-				*error = why;
-			continue;
-		}
-		if (words[0] != '\0')
-			warn("not listening on %s: %s", words, *error);
-		*error = why;
+		error = why;
+		worse = !missing;
+		/* If it is the only one, the caller reports it. */
 		address_print(&a, words);
+		if (worse && found->ai_next != NULL)
+			warn("not listening on %s: %s", words, why);
 	}
 	freeaddrinfo(found);
-	/* If it is the only one, the caller reports it. */
-	if (words[0] != '\0' && listeners_n > before)
-		warn("not listening on %s: %s", words, *error);
-	return listeners_n - before;
+	return listeners_n > before ? NULL : error;
 }
 
 /*
@@ -17923,15 +17927,14 @@ static void
 listen_at(const char *argument)
 {
 	struct text t = text_of(argument);
-	struct target target = { .host = { "", 0 } };
-	const char *error = "no address";
+	struct target target = { .host = text_of("127.0.0.1") };
+	const char *error;
 	char host[HOST_MAX + 1];
 	bool any = t.len > 0 && (*t.at == ':' || text_starts(t, "*:"));
-	size_t before = listeners_n;
-	bool said = false;
-	int64_t until;
 	bool zero = t.len > 2 && memcmp(t.at + t.len - 2, ":0", 2) == 0;
+	bool bare;
 	uint64_t port;
+	int ms = 0;
 
 	if (text_find(t, '/') < t.len) {
 		listen_path(argument);
@@ -17939,38 +17942,33 @@ listen_at(const char *argument)
 	}
 	if (any)
 		t = text_from(t, text_find(t, ':') + 1);
-	if (number_parse(t, 65535, &port)) {
-		if (listen_host(any ? NULL : "127.0.0.1", (unsigned)port,
-			&error) == 0)
-			die("can't listen on port %s: %s%s", argument, error,
-			    listen_hint(error, "port"));
-		if (any)
-			return;
-		port = listeners[listeners_n - 1].address.port;
-		if (listen_host("::1", (unsigned)port, &error) == 0 &&
-		    strcmp(error, strerror(EADDRINUSE)) == 0)
-			warn("not listening on [::1]:%u: %s", (unsigned)port,
-			    error);
-		return;
+	bare = number_parse(t, 65535, &port);
+	if (!bare) {
+		/* authority_parse() takes ports from 1; here 0 is valid. */
+		if (zero)
+			t.len -= 2;
+		if (any || authority_parse(t, zero, &target) != 1)
+			usage("-l %s: not [host:]port", argument);
+		port = zero ? 0 : target.port;
 	}
-	/* authority_parse() takes ports from 1; here 0 is valid. */
-	if (zero)
-		t.len -= 2;
-	if (any || authority_parse(t, zero, &target) != 1)
-		usage("-l %s: not [host:]port", argument);
 	(void)text_copy(target.host, host, sizeof(host));
-	until = clock_us() / 1000 + LISTEN_RETRY_MS;
-	while (listen_host(host, zero ? 0 : target.port, &error) == 0 &&
-	    strcmp(error, strerror(EADDRNOTAVAIL)) == 0 &&
-	    clock_us() / 1000 < until) {
-		if (!said)
+	for (;;) {
+		error = listen_host(any ? NULL : host, (unsigned)port);
+		if (!error_is(error, EADDRNOTAVAIL) || ms >= LISTEN_RETRY_MS)
+			break;
+		if (ms == 0)
 			warn("waiting for the address %s", argument);
-		said = true;
-		(void)poll(NULL, 0, 200);
+		(void)poll(NULL, 0, LISTEN_AGAIN_MS);
+		ms += LISTEN_AGAIN_MS;
 	}
-	if (listeners_n == before)
-		die("can't listen on %s: %s%s", argument, error,
-		    listen_hint(error, "port"));
+	if (error != NULL)
+		listen_die(argument, error, "port");
+	if (!bare || any)
+		return;
+	port = listeners[listeners_n - 1].address.port;
+	if (error_is(listen_host("::1", (unsigned)port), EADDRINUSE))
+		warn("not listening on [::1]:%u: %s", (unsigned)port,
+		    strerror(EADDRINUSE));
 }
 
 /* One -l: an address as listen_at() takes it, or one behind a word. */
@@ -18042,14 +18040,12 @@ static int
 inetd_take(void)
 {
 	struct sockaddr_storage peer;
-	socklen_t len = sizeof(peer);
-	socklen_t type_len = sizeof(int);
+	socklen_t len = sizeof(peer), type_len = sizeof(int);
 	struct stat client, other;
-	int fd = -1, null, i, type = 0;
+	int fd = -1, null, i, type = SOCK_STREAM;
 
-	if (getsockopt(STDIN_FILENO, SOL_SOCKET, SO_TYPE, &type, &type_len) !=
-		-1 &&
-	    type != SOCK_STREAM)
+	(void)getsockopt(STDIN_FILENO, SOL_SOCKET, SO_TYPE, &type, &type_len);
+	if (type != SOCK_STREAM)
 		die("-i: standard input is a socket without connections");
 	if (getpeername(STDIN_FILENO, (struct sockaddr *)&peer, &len) == -1 ||
 	    (fd = fcntl(STDIN_FILENO, F_DUPFD, STDERR_FILENO + 1)) == -1)
@@ -18090,30 +18086,26 @@ inetd_serve(int fd)
  * Door: main.
  */
 
-/* -k: prints the paths of a URL's entries, and ends the program. */
-static void
-key_print(const char *url)
-{
-	struct target target;
-
-	if (options.cache == NULL)
-		usage("-k needs -c, the directory to look in");
-	if (!url_parse(text_of(url), &target) || target.form != FORM_ABSOLUTE)
-		usage("-k %s: not a URL that begins with http://", url);
-	store_print(&target);
-	exit(0);
-}
-
 /* Answers -h, -V and -k, which need no rules, and ends the program. */
 static void
 options_answer(void)
 {
-	if (options.help || options.version) {
-		(options.help ? option_help : option_version)();
-		exit(0);
-	}
-	if (options.key != NULL)
-		key_print(options.key);
+	struct target target;
+
+	if (options.help)
+		option_help();
+	else if (options.version)
+		option_version();
+	else if (options.key == NULL)
+		return;
+	else if (options.cache == NULL)
+		usage("-k needs -c, the directory to look in");
+	else if (!url_parse(text_of(options.key), &target) ||
+	    target.form != FORM_ABSOLUTE)
+		usage("-k %s: not a URL that begins with http://", options.key);
+	else
+		store_print(&target);
+	exit(0);
 }
 
 /*
