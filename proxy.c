@@ -845,7 +845,7 @@ static struct {
 	const char *user;      /* become this one */
 	uid_t uid;             /* who that is */
 	gid_t gid;             /* and the group */
-	const char *via;       /* the rule that -x makes, or NULL */
+	const char *via;       /* the parent of -x, or NULL */
 	const char *from[2];   /* leave by these: IPv4, IPv6 */
 	uint64_t connections;  /* clients served at once */
 	uint64_t workers;      /* processes that serve them */
@@ -2639,6 +2639,16 @@ address_print(const struct address *a, char *to)
 		*to++ = ']';
 	*to++ = ':';
 	*number_print(to, a->port) = '\0';
+}
+
+/* The same as a string that is valid until the next call. */
+static const char *
+address_words(const struct address *a)
+{
+	static char words[ADDRESS_TEXT];
+
+	address_print(a, words);
+	return words;
 }
 
 /* True if family, address and port are the same. */
@@ -7185,7 +7195,7 @@ static void
 options_read(struct parser *p)
 {
 	unsigned i, lines = 0;
-	char line[2 * ADDRESS_TEXT];
+	char line[RULE_LINE_MAX + 2];
 
 	for (i = 0; i < options.sources_n; i++) {
 		if (options.sources[i].line) {
@@ -7195,8 +7205,10 @@ options_read(struct parser *p)
 		parser_begin(p, "-f", 0);
 		file_read(p, options.sources[i].at, false, line_parse);
 	}
-	if (options.via != NULL)
-		line_take(p, "-x", 0, options.via);
+	if (options.via != NULL) {
+		(void)snprintf(line, sizeof(line), "via %s", options.via);
+		line_take(p, "-x", 0, line);
+	}
 	(void)snprintf(line, sizeof(line), "from %s %s",
 	    options.from[0] ? options.from[0] : "",
 	    options.from[1] ? options.from[1] : "");
@@ -13488,16 +13500,14 @@ status_begin(struct buffer *b, const struct totals *t)
 	unsigned long long hits = t->results[RESULT_HIT];
 	unsigned long long asked = hits + t->results[RESULT_MISS];
 	long long s = (now.ms - started) / 1000;
-	char words[ADDRESS_TEXT];
 	size_t i;
 
 	buffer_print(b, "proxy " VERSION "\n  up %lld d %lld h %lld min %lld s",
 	    s / 86400, s / 3600 % 24, s / 60 % 60, s % 60);
-	for (i = 0; i < listeners_n; i++) {
-		address_print(&listeners[i].address, words);
+	for (i = 0; i < listeners_n; i++)
 		buffer_print(b, "\n  listening on %s",
-		    listeners[i].path ? listeners[i].path : words);
-	}
+		    listeners[i].path ? listeners[i].path :
+					address_words(&listeners[i].address));
 	buffer_print(b,
 	    "\n  connections %lu of %lu, at most %lu so far\n"
 	    "  buffers %lu in use\n  name lookups waiting %u\n",
@@ -14648,12 +14658,11 @@ exchange_refuse(struct exchange *x, enum refusal refusal, const char *detail)
 static bool
 route_expire(struct exchange *x, enum refusal refusal)
 {
-	char detail[ADDRESS_TEXT];
+	const struct address *to = &x->record.server;
 
 	if (!exchange_is_late(x, x->since + CONNECT_MS))
 		return false;
-	address_print(&x->record.server, detail);
-	exchange_refuse(x, refusal, x->record.server.family ? detail : "");
+	exchange_refuse(x, refusal, to->family ? address_words(to) : "");
 	return true;
 }
 
@@ -15027,7 +15036,6 @@ header_step(struct exchange *x)
 {
 	struct conn *c = &x->client;
 	struct address client = x->peer;
-	char words[ADDRESS_TEXT];
 	int n = c->in ? header_parse(buffer_text(c->in), &client) : 0;
 
 	if (!rules_trust(&x->peer, x->local))
@@ -15040,8 +15048,8 @@ header_step(struct exchange *x)
 		/* A loopback address is this machine's if the peer is. */
 		x->local = x->local && peer_is_local(c->fd, &client);
 		x->peer = client;
-		address_print(&client, words);
-		trace(x, "behind the PROXY header, the client is %s", words);
+		trace(x, "behind the PROXY header, the client is %s",
+		    address_words(&client));
 	} else if (conn_read(c))
 		return true;
 	else if (!c->eof && !c->error) {
@@ -15323,7 +15331,6 @@ connect_next(struct exchange *x)
 	struct conn *s = &x->server;
 	const struct address *to = &x->record.server;
 	struct other *o = s->fd == -1 ? NULL : other_take(true);
-	char words[ADDRESS_TEXT];
 
 	if (o != NULL) {
 		conn_move(s, &o->conn, ROLE_TRY, x);
@@ -15333,8 +15340,7 @@ connect_next(struct exchange *x)
 	conn_close(s, false);
 	route->tried = now.ms;
 	x->record.server = route->list[route->next++];
-	address_print(to, words);
-	trace(x, "trying %s", words);
+	trace(x, "trying %s", address_words(to));
 	s->exchange = x;
 	if (conn_connect(s, to, route_from(route, to)))
 		conn_watch(s, POLLOUT);
@@ -15397,12 +15403,11 @@ connect_refuse(struct exchange *x)
 	const struct address *to = &x->record.server;
 	int error = route->error;
 	bool taken = error == EADDRINUSE;
-	char detail[DETAIL_MAX], words[ADDRESS_TEXT], ours[ADDRESS_TEXT];
+	char detail[DETAIL_MAX], ours[ADDRESS_TEXT];
 	size_t n;
 
-	address_print(to, words);
-	n = (size_t)snprintf(detail, sizeof(detail), "%s: %s", words,
-	    strerror(error));
+	n = (size_t)snprintf(detail, sizeof(detail), "%s: %s",
+	    address_words(to), strerror(error));
 	if (route->from != NULL && n < sizeof(detail) &&
 	    (taken || error == EADDRNOTAVAIL)) {
 		address_host(route_from(route, to), ours);
@@ -16018,15 +16023,15 @@ response_lost(struct exchange *x)
 	struct request *q = x->request;
 	int error = s->error;
 	bool bytes = response_begun(s).len > 0 || q->interims > 0;
-	char words[ADDRESS_TEXT], detail[DETAIL_MAX];
+	char detail[DETAIL_MAX];
 
 	if (q->route.reused && !bytes) {
 		response_retry(x, "was dead");
 		return;
 	}
-	address_print(&x->record.server, words);
-	(void)snprintf(detail, sizeof(detail), "%s%s%s", words,
-	    error ? ": " : "", error ? strerror(error) : "");
+	(void)snprintf(detail, sizeof(detail), "%s%s%s",
+	    address_words(&x->record.server), error ? ": " : "",
+	    error ? strerror(error) : "");
 	exchange_refuse(x,
 	    bytes     ? REFUSE_CUT_SHORT :
 		error ? REFUSE_RESET :
@@ -16038,12 +16043,9 @@ response_lost(struct exchange *x)
 static bool
 response_expire(struct exchange *x)
 {
-	char detail[ADDRESS_TEXT];
-
 	if (!exchange_is_late(x, x->moved + options.idle_ms))
 		return false;
 	x->record.end = END_IDLE;
-	address_print(&x->record.server, detail);
 	if (x->client.out != NULL || answer_is_local(x->request) ||
 	    bend_hangs(x))
 		exchange_abort(x, END_IDLE, REFUSE_IDLE);
@@ -16051,7 +16053,7 @@ response_expire(struct exchange *x)
 		exchange_refuse(x,
 		    x->up.done || x->server.out ? REFUSE_ANSWER_SLOW :
 						  REFUSE_BODY_SLOW,
-		    detail);
+		    address_words(&x->record.server));
 	return true;
 }
 
@@ -17140,21 +17142,19 @@ signal_note(int number, siginfo_t *info, void *context)
 }
 
 /* The signals whose effect is changed: the first are caught, others ignored. */
-static struct {
-	int number;
-	struct sigaction given; /* what the proxy was started with */
-} handled[] = { { .number = SIGHUP }, { .number = SIGUSR1 },
-	{ .number = SIGTERM }, { .number = SIGINT }, { .number = SIGCHLD },
-	{ .number = SIGPIPE }, { .number = SIGXFSZ } };
+static const int signals_changed[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT,
+	SIGCHLD, SIGPIPE, SIGXFSZ };
 
 enum {
-	SIGNALS = sizeof(handled) / sizeof(handled[0]),
+	SIGNALS = sizeof(signals_changed) / sizeof(signals_changed[0]),
 	SIGNALS_CAUGHT = SIGNALS - 2,
 	/* What others may send to the proxy while it starts. */
 	SIGNALS_EARLY = 2
 };
 
-static sigset_t signals_blocked; /* what the proxy was started with */
+/* What the proxy was started with. */
+static struct sigaction signals_given[SIGNALS];
+static sigset_t signals_blocked;
 
 /*
  * Before the slow part of the start: ignores HUP and USR1, which would end the
@@ -17169,9 +17169,9 @@ signals_begin(void)
 	(void)sigemptyset(&none);
 	(void)sigprocmask(SIG_SETMASK, &none, &signals_blocked);
 	for (i = 0; i < SIGNALS; i++) {
-		(void)sigaction(handled[i].number, NULL, &handled[i].given);
+		(void)sigaction(signals_changed[i], NULL, &signals_given[i]);
 		if (i < SIGNALS_EARLY)
-			(void)signal(handled[i].number, SIG_IGN);
+			(void)signal(signals_changed[i], SIG_IGN);
 	}
 }
 
@@ -17191,9 +17191,9 @@ signals_open(void)
 	action.sa_sigaction = signal_note;
 	action.sa_flags = SA_SIGINFO | SA_NOCLDSTOP;
 	for (i = 0; i < SIGNALS_CAUGHT; i++)
-		(void)sigaction(handled[i].number, &action, NULL);
+		(void)sigaction(signals_changed[i], &action, NULL);
 	for (; i < SIGNALS; i++)
-		(void)signal(handled[i].number, SIG_IGN);
+		(void)signal(signals_changed[i], SIG_IGN);
 }
 
 /*
@@ -17221,7 +17221,7 @@ signals_restore(void)
 	size_t i;
 
 	for (i = 0; i < SIGNALS; i++)
-		(void)sigaction(handled[i].number, &handled[i].given, NULL);
+		(void)sigaction(signals_changed[i], &signals_given[i], NULL);
 	(void)sigprocmask(SIG_SETMASK, &signals_blocked, NULL);
 }
 
@@ -17603,21 +17603,6 @@ option_size(const struct option *o, const char *argument)
 		usage("-%c %s: not a size such as 500M", o->letter, argument);
 }
 
-/* -x: a rule of its own. */
-static void
-option_via(const struct option *o, const char *argument)
-{
-	size_t size = strlen("via ") + strlen(argument) + 1;
-	char *rule = malloc(size);
-
-	(void)o;
-	if (rule == NULL)
-		die("no memory");
-	else
-		(void)snprintf(rule, size, "via %s", argument);
-	options.via = rule;
-}
-
 /* -b: one address of each family. */
 static void
 option_from(const struct option *o, const char *argument)
@@ -17633,9 +17618,7 @@ option_source(const struct option *o, const char *argument)
 	if (options.sources_n == SOURCES_MAX)
 		usage("-e and -f: %d times at most", SOURCES_MAX);
 	options.sources[options.sources_n].line = o->letter == 'e';
-	options.sources[options.sources_n].at = strdup(argument);
-	if (options.sources[options.sources_n++].at == NULL)
-		die("no memory");
+	options.sources[options.sources_n++].at = argument;
 }
 
 /*
@@ -17684,7 +17667,7 @@ static const struct option option_table[] = {
 	{ 'w', "file", "record all exchanges in a file, in the format HAR",
 	    option_name, &options.record, 0, 0 },
 	{ 'x', "url", "send everything through the proxy http:// or socks5://",
-	    option_via, NULL, 0, 0 },
+	    option_name, &options.via, 0, 0 },
 };
 
 enum {
@@ -17721,13 +17704,14 @@ option_version(void)
 
 /*
  * Sets the option of that letter; an error if there is none.  A rule or the
- * URL of a parent has been copied then, and its password is overwritten: the
- * list of processes would show it.
+ * URL of a parent is copied, and its password is overwritten: the list of
+ * processes would show it.
  */
 static void
 option_set(int letter, char *argument)
 {
 	const struct option *o = option_table;
+	char *copy = argument;
 
 	while (o < option_table + OPTIONS && o->letter != letter)
 		o++;
@@ -17737,9 +17721,13 @@ option_set(int letter, char *argument)
 		usage("no option -%c", optopt);
 		return;
 	}
-	o->set(o, argument);
-	if (o->set == option_source || o->set == option_via)
+	if (letter == 'e' || letter == 'x') {
+		copy = strdup(argument);
+		if (copy == NULL)
+			die("no memory");
 		secret_hide_string(argument);
+	}
+	o->set(o, copy);
 }
 
 /* Reads the command line into `options`; if it is wrong, exits with 2. */
@@ -17883,7 +17871,7 @@ listen_host(const char *host, unsigned port)
 		.ai_socktype = SOCK_STREAM };
 	struct addrinfo *found, *at;
 	size_t before = listeners_n;
-	char service[8], words[ADDRESS_TEXT];
+	char service[8];
 	const char *error = "no address";
 	bool worse = false;
 	int failed;
@@ -17911,9 +17899,8 @@ listen_host(const char *host, unsigned port)
 		error = why;
 		worse = !missing;
 		/* If it is the only one, the caller reports it. */
-		address_print(&a, words);
 		if (worse && found->ai_next != NULL)
-			warn("not listening on %s: %s", words, why);
+			warn("not listening on %s: %s", address_words(&a), why);
 	}
 	freeaddrinfo(found);
 	return listeners_n > before ? NULL : error;
@@ -18405,23 +18392,22 @@ static void
 banner(void)
 {
 	const struct address *first = NULL;
-	char words[ADDRESS_TEXT];
+	const char *words;
 	bool exposed = false;
 	size_t i;
 
 	for (i = 0; i < listeners_n; i++) {
 		const struct address *a = &listeners[i].address;
 
-		address_print(a, words);
 		warn("listening on %s",
-		    listeners[i].path ? listeners[i].path : words);
+		    listeners[i].path ? listeners[i].path : address_words(a));
 		if (first == NULL && a->family != AF_UNIX &&
 		    listeners[i].arrival != ARRIVAL_NAMED)
 			first = a;
 		exposed = exposed || !address_is_local(a);
 	}
 	if (first != NULL && options.command == NULL) {
-		address_print(first, words);
+		words = address_words(first);
 		warn("  curl -x http://%s http://example.com/", words);
 		warn("  export http_proxy=http://%s https_proxy=http://%s",
 		    words, words);
@@ -18581,7 +18567,7 @@ command_prepare(unsigned sockets)
 static void
 command_start(void)
 {
-	char words[ADDRESS_TEXT], url[ADDRESS_TEXT + 8];
+	char url[ADDRESS_TEXT + 8];
 	struct address a;
 	sigset_t before;
 	size_t i = 0;
@@ -18599,8 +18585,7 @@ command_start(void)
 		    a.family == AF_INET ? 127 : 1;
 	if (a.family == AF_INET && a.octets[0] == 127 && a.octets[3] == 0)
 		a.octets[3] = 1;
-	address_print(&a, words);
-	(void)snprintf(url, sizeof(url), "http://%s", words);
+	(void)snprintf(url, sizeof(url), "http://%s", address_words(&a));
 	command.pid = signals_fork(&before);
 	if (command.pid == -1)
 		die("can't run %s: %s", options.command[0], strerror(errno));
