@@ -16578,11 +16578,13 @@ static struct conn lifeline;    /* of a worker: see worker_begin() */
 static int
 loop_wait(void)
 {
-	int64_t wait = least(exchanges.wake - now.ms, INT_MAX);
+	int64_t wake = exchanges.wake;
 
-	if (exchanges.again != NULL || rules_unread || wait <= 0)
+	if (names.questions.fd == -1)
+		wake = least(wake, names.restart);
+	if (exchanges.again != NULL || rules_unread || wake <= now.ms)
 		return 0;
-	return exchanges.wake == INT64_MAX ? -1 : (int)wait;
+	return wake == INT64_MAX ? -1 : (int)least(wake - now.ms, INT_MAX);
 }
 
 /*
@@ -16716,10 +16718,7 @@ loop_kept(void)
 	}
 }
 
-/*
- * Handles the deadlines that have passed, and finds the next; starts the names
- * helper again if it has died.
- */
+/* Handles the deadlines that have passed, and finds the next. */
 static void
 loop_expire(void)
 {
@@ -16742,25 +16741,25 @@ loop_expire(void)
 	if (exchanges.wake < soonest)
 		exchanges.wake = soonest;
 	loop_kept();
-	if (names.questions.fd != -1)
-		return;
-	if (now.ms >= names.restart && names_start()) {
-		conn_watch(&names.answers, POLLIN);
-		names_ask();
-	} else
-		exchanges.wake = least(exchanges.wake, now.ms + 1000);
 }
 
-/* Serves the names helper; queues exchanges that wait for its answers. */
+/*
+ * Serves the names helper, and starts it again if it has died; queues exchanges
+ * that wait for its answers.
+ */
 static void
 loop_names(void)
 {
 	struct exchange *x;
 
-	if (names.questions.hangup) {
+	if (names.questions.hangup)
 		names_lost();
-		exchanges.wake = now.ms;
-		return;
+	if (names.questions.fd == -1 && now.ms >= names.restart) {
+		names.restart = now.ms + 1000;
+		if (names_start()) {
+			conn_watch(&names.answers, POLLIN);
+			names_ask();
+		}
 	}
 	if (names.questions.writable) {
 		names.questions.writable = false;
@@ -16774,8 +16773,6 @@ loop_names(void)
 		     x++)
 			if (x->phase == PHASE_RESOLVE)
 				exchange_queue(x);
-	if (names.questions.fd == -1)
-		exchanges.wake = now.ms;
 }
 
 /*
@@ -16808,12 +16805,12 @@ static struct exchange *
 loop_idlest(void)
 {
 	struct exchange *x, *first = NULL;
-	unsigned rank, best = 1;
+	unsigned rank, best = 0;
 
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
 		rank = loop_rank(x);
-		if (rank < best ||
-		    (rank == best && first != NULL && x->moved >= first->moved))
+		if (rank == 0 || rank < best ||
+		    (rank == best && x->moved >= first->moved))
 			continue;
 		first = x;
 		best = rank;
@@ -17540,134 +17537,74 @@ usage(const char *format, ...)
 	exit(2);
 }
 
+/* What the target of an option becomes. */
+enum option_kind {
+	OPTION_COUNT,   /* how often it was given; it has no argument */
+	OPTION_NAME,    /* its argument; the last one counts */
+	OPTION_ADDRESS, /* two of them: for IPv4, and for IPv6 */
+	OPTION_MORE,    /* all its arguments */
+	OPTION_SOURCE, /* the same, of -e and -f together: the target is fixed */
+	OPTION_NUMBER, /* a number, from `least' to `most' */
+	OPTION_SIZE    /* a number of bytes, or of K, M, G */
+};
+
 /* An option: a row of option_table. */
 struct option {
 	char letter;
-	const char *argument; /* as -h names it; NULL: it has none */
-	const char *help;     /* one line */
-	void (*set)(const struct option *, const char *argument);
-	void *target;         /* what set() changes, or NULL */
+	char argument[10]; /* as -h names it, or "": it has none */
+	char help[64];     /* one line */
+	enum option_kind kind;
+	void *target;         /* a member of `options` */
 	uint64_t least, most; /* of a number */
 };
-
-/* An option without an argument: how often it is given. */
-static void
-option_count(const struct option *o, const char *argument)
-{
-	unsigned *target = o->target;
-
-	(void)argument;
-	++*target;
-}
-
-/* A name; the last one counts. */
-static void
-option_name(const struct option *o, const char *argument)
-{
-	const char **target = o->target;
-
-	*target = argument;
-}
-
-/* One more of several names. */
-static void
-option_more(const struct option *o, const char *argument)
-{
-	struct strings *target = o->target;
-
-	if (target->n == SOURCES_MAX)
-		usage("-%c: %d times at most", o->letter, SOURCES_MAX);
-	target->at[target->n++] = argument;
-}
-
-/* A number. */
-static void
-option_number(const struct option *o, const char *argument)
-{
-	uint64_t *target = o->target;
-
-	if (!number_parse(text_of(argument), o->most, target) ||
-	    *target < o->least)
-		usage("-%c %s: not a number from %llu to %llu", o->letter,
-		    argument, (unsigned long long)o->least,
-		    (unsigned long long)o->most);
-}
-
-/* A number of bytes, or of K, M, G. */
-static void
-option_size(const struct option *o, const char *argument)
-{
-	uint64_t *target = o->target;
-
-	if (!size_parse(text_of(argument), target) || *target == 0)
-		usage("-%c %s: not a size such as 500M", o->letter, argument);
-}
-
-/* -b: one address of each family. */
-static void
-option_from(const struct option *o, const char *argument)
-{
-	(void)o;
-	options.from[strchr(argument, ':') != NULL] = argument;
-}
-
-/* -e and -f. */
-static void
-option_source(const struct option *o, const char *argument)
-{
-	if (options.sources_n == SOURCES_MAX)
-		usage("-e and -f: %d times at most", SOURCES_MAX);
-	options.sources[options.sources_n].line = o->letter == 'e';
-	options.sources[options.sources_n++].at = argument;
-}
 
 /*
  * A new option is a row here, a member of `options` and its use, and its text
  * in proxy.1, there in SYNOPSIS too.
  */
 static const struct option option_table[] = {
-	{ 'a', NULL, "tell servers nothing about the client or the proxy",
-	    option_count, &options.anonymous, 0, 0 },
-	{ 'b', "address", "connect to servers from this address", option_from,
-	    NULL, 0, 0 },
-	{ 'c', "directory", "cache responses in this directory", option_name,
+	{ 'a', "", "tell servers nothing about the client or the proxy",
+	    OPTION_COUNT, &options.anonymous, 0, 0 },
+	{ 'b', "address", "connect to servers from this address",
+	    OPTION_ADDRESS, options.from, 0, 0 },
+	{ 'c', "directory", "cache responses in this directory", OPTION_NAME,
 	    &options.cache, 0, 0 },
-	{ 'e', "rule", "add a rule", option_source, NULL, 0, 0 },
-	{ 'f', "file", "add the rules of a file", option_source, NULL, 0, 0 },
-	{ 'h', NULL, "print this and exit", option_count, &options.help, 0, 0 },
-	{ 'i', NULL, "serve the client that is standard input, and exit",
-	    option_count, &options.inetd, 0, 0 },
-	{ 'j', "n", "serve with n processes", option_number, &options.workers,
+	{ 'e', "rule", "add a rule", OPTION_SOURCE, NULL, 0, 0 },
+	{ 'f', "file", "add the rules of a file", OPTION_SOURCE, NULL, 0, 0 },
+	{ 'h', "", "print this and exit", OPTION_COUNT, &options.help, 0, 0 },
+	{ 'i', "", "serve the client that is standard input, and exit",
+	    OPTION_COUNT, &options.inetd, 0, 0 },
+	{ 'j', "n", "serve with n processes", OPTION_NUMBER, &options.workers,
 	    1, WORKERS_MAX },
 	{ 'k', "url", "print the paths of a URL's cache entries and exit",
-	    option_name, &options.key, 0, 0 },
+	    OPTION_NAME, &options.key, 0, 0 },
 	{ 'l', "address",
 	    "listen on [host:]port or /path; intercept: or proxy: before it",
-	    option_more, &options.listen, 0, 0 },
-	{ 'm', "n", "serve at most n clients at once", option_number,
+	    OPTION_MORE, &options.listen, 0, 0 },
+	{ 'm', "n", "serve at most n clients at once", OPTION_NUMBER,
 	    &options.connections, 1, CONNECTIONS_MAX },
-	{ 'n', NULL, "check options and rules and exit", option_count,
+	{ 'n', "", "check options and rules and exit", OPTION_COUNT,
 	    &options.check, 0, 0 },
-	{ 'o', "file", "append the log to a file, - or syslog", option_name,
+	{ 'o', "file", "append the log to a file, - or syslog", OPTION_NAME,
 	    &options.log, 0, 0 },
-	{ 's', "size", "limit the cache to a size such as 500M", option_size,
+	{ 's', "size", "limit the cache to a size such as 500M", OPTION_SIZE,
 	    &options.cache_size, 0, 0 },
 	{ 'S', "n", "seed the random choices of rules, to repeat them",
-	    option_number, &options.seed, 1, INT32_MAX },
+	    OPTION_NUMBER, &options.seed, 1, INT32_MAX },
 	{ 't', "seconds", "close a connection after so long without a byte",
-	    option_number, &options.idle_s, 1, 1000000000 },
+	    OPTION_NUMBER, &options.idle_s, 1, 1000000000 },
 	{ 'T', "url", "print what the rules decide about a URL and exit",
-	    option_more, &options.trials, 0, 0 },
+	    OPTION_MORE, &options.trials, 0, 0 },
 	{ 'u', "user", "become this user once the sockets are open",
-	    option_name, &options.user, 0, 0 },
-	{ 'V', NULL, "print the version and the limits and exit", option_count,
+	    OPTION_NAME, &options.user, 0, 0 },
+	{ 'V', "", "print the version and the limits and exit", OPTION_COUNT,
 	    &options.version, 0, 0 },
-	{ 'v', NULL, "trace each request; twice: its payload, too",
-	    option_count, &options.verbose, 0, 0 },
+	{ 'v', "", "trace each request; twice: its payload, too", OPTION_COUNT,
+	    &options.verbose, 0, 0 },
 	{ 'w', "file", "record all exchanges in a file, in the format HAR",
-	    option_name, &options.record, 0, 0 },
+	    OPTION_NAME, &options.record, 0, 0 },
 	{ 'x', "url", "send everything through the proxy http:// or socks5://",
-	    option_name, &options.via, 0, 0 },
+	    OPTION_NAME, &options.via, 0, 0 },
 };
 
 enum {
@@ -17683,8 +17620,7 @@ option_help(void)
 	printf("usage: proxy [option ...] [-- command [argument ...]]\n\n");
 	for (i = 0; i < OPTIONS; i++)
 		printf("  -%c %-10s %s\n", option_table[i].letter,
-		    option_table[i].argument ? option_table[i].argument : "",
-		    option_table[i].help);
+		    option_table[i].argument, option_table[i].help);
 }
 
 /* -V: the version, and the limits of this build. */
@@ -17702,13 +17638,57 @@ option_version(void)
 	    COLLAPSE_MS, LINGER_MS, DRAIN_MS, NAME_KEPT_MS, NAME_FAILED_MS);
 }
 
+/* Sets the target of an option. */
+static void
+option_set(const struct option *o, const char *argument)
+{
+	unsigned *count = o->target;
+	const char **name = o->target;
+	struct strings *more = o->target;
+	uint64_t *number = o->target;
+
+	switch (o->kind) {
+	case OPTION_COUNT:
+		++*count;
+		break;
+	case OPTION_NAME:
+		*name = argument;
+		break;
+	case OPTION_ADDRESS:
+		name[strchr(argument, ':') != NULL] = argument;
+		break;
+	case OPTION_MORE:
+		if (more->n == SOURCES_MAX)
+			usage("-%c: %d times at most", o->letter, SOURCES_MAX);
+		more->at[more->n++] = argument;
+		break;
+	case OPTION_SOURCE:
+		if (options.sources_n == SOURCES_MAX)
+			usage("-e and -f: %d times at most", SOURCES_MAX);
+		options.sources[options.sources_n].line = o->letter == 'e';
+		options.sources[options.sources_n++].at = argument;
+		break;
+	case OPTION_NUMBER:
+		if (!number_parse(text_of(argument), o->most, number) ||
+		    *number < o->least)
+			usage("-%c %s: not a number from %llu to %llu",
+			    o->letter, argument, (unsigned long long)o->least,
+			    (unsigned long long)o->most);
+		break;
+	case OPTION_SIZE:
+		if (!size_parse(text_of(argument), number) || *number == 0)
+			usage("-%c %s: not a size such as 500M", o->letter,
+			    argument);
+	}
+}
+
 /*
- * Sets the option of that letter; an error if there is none.  A rule or the
+ * Takes the option of that letter; an error if there is none.  A rule or the
  * URL of a parent is copied, and its password is overwritten: the list of
  * processes would show it.
  */
 static void
-option_set(int letter, char *argument)
+option_take(int letter, char *argument)
 {
 	const struct option *o = option_table;
 	char *copy = argument;
@@ -17727,7 +17707,7 @@ option_set(int letter, char *argument)
 			die("no memory");
 		secret_hide_string(argument);
 	}
-	o->set(o, copy);
+	option_set(o, copy);
 }
 
 /* Reads the command line into `options`; if it is wrong, exits with 2. */
@@ -17740,13 +17720,13 @@ options_parse(int argc, char **argv)
 
 	for (i = 0; i < OPTIONS; i++) {
 		letters[n++] = option_table[i].letter;
-		if (option_table[i].argument != NULL)
+		if (option_table[i].argument[0] != '\0')
 			letters[n++] = ':';
 	}
 	letters[n] = '\0';
 	opterr = 0;
 	while ((letter = getopt(argc, argv, letters)) != -1)
-		option_set(letter, optarg);
+		option_take(letter, optarg);
 	if (optind > 1 && strcmp(argv[optind - 1], "--") == 0) {
 		options.command = argv + optind;
 		if (optind == argc)
@@ -18581,10 +18561,9 @@ command_start(void)
 		    "or for PROXY headers");
 	a = listeners[i].address;
 	if (address_is_any(&a))
-		a.octets[a.family == AF_INET ? 0 : 15] =
-		    a.family == AF_INET ? 127 : 1;
-	if (a.family == AF_INET && a.octets[0] == 127 && a.octets[3] == 0)
-		a.octets[3] = 1;
+		(void)address_parse(text_of(a.family == AF_INET ? "127.0.0.1" :
+								  "::1"),
+		    a.port, &a);
 	(void)snprintf(url, sizeof(url), "http://%s", address_words(&a));
 	command.pid = signals_fork(&before);
 	if (command.pid == -1)
