@@ -17543,9 +17543,9 @@ enum option_kind {
 	OPTION_NAME,    /* its argument; the last one counts */
 	OPTION_ADDRESS, /* two of them: for IPv4, and for IPv6 */
 	OPTION_MORE,    /* all its arguments */
-	OPTION_SOURCE, /* the same, of -e and -f together: the target is fixed */
-	OPTION_NUMBER, /* a number, from `least' to `most' */
-	OPTION_SIZE    /* a number of bytes, or of K, M, G */
+	OPTION_SOURCE,  /* all those of -e and -f together; no target */
+	OPTION_NUMBER,  /* a number, from `least' to `most' */
+	OPTION_SIZE     /* a number of bytes, or of K, M, G */
 };
 
 /* An option: a row of option_table. */
