@@ -614,16 +614,8 @@ enum answerer {
 	ANSWER_FETCH   /* an entry that another exchange is still storing */
 };
 
-/* Whether an exchange is a tunnel. */
-enum tunnel {
-	TUNNEL_NONE,   /* no tunnel */
-	TUNNEL_SILENT, /* a tunnel whose client has sent nothing yet */
-	TUNNEL_OPEN    /* a tunnel with bytes in both directions */
-};
-
 /* The message of a SOCKS5 parent that comes next. */
 enum greeting {
-	GREETING_BEGIN,  /* none: the handshake has not begun */
 	GREETING_METHOD, /* its choice of a login method */
 	GREETING_LOGIN,  /* whether it accepts the login */
 	GREETING_REPLY   /* whether it reached the target */
@@ -774,7 +766,7 @@ struct exchange {
 	struct exchange *next_again; /* in the list of those to be run */
 	bool again;                  /* it is there: also as a free slot */
 	enum phase phase;            /* set by exchange_enter() only */
-	enum tunnel tunnel;          /* whether it is one */
+	bool tunnel : 1;             /* it is one, and has no request */
 	bool refresh : 1;            /* it has no client: see cache_detach() */
 	bool served : 1;             /* the client had a response before */
 	bool close : 1;        /* the client's connection ends after this */
@@ -14600,7 +14592,7 @@ route_again(struct exchange *x, enum phase phase)
 	exchange_drop_tries(x);
 	conn_close(&x->server, false);
 	route->next = 0;
-	route->greeting = GREETING_BEGIN;
+	route->greeting = GREETING_METHOD;
 	route->reused = route->keep = false;
 	exchange_enter(x, phase);
 }
@@ -15478,6 +15470,17 @@ connect_open(struct exchange *x)
 	exchange_answer(x);
 }
 
+/* Sends a message to a SOCKS5 parent; `next` is the reply expected of it. */
+static void
+greet_say(struct exchange *x, enum greeting next)
+{
+	x->request->route.greeting = next;
+	if (conn_out(&x->server) == NULL)
+		exchange_refuse(x, REFUSE_MEMORY, "");
+	else
+		greet_append(x, x->server.out);
+}
+
 /* CONNECT: tries the addresses in turn, the next after NEXT_TRY_MS. */
 static bool
 connect_step(struct exchange *x)
@@ -15488,9 +15491,10 @@ connect_step(struct exchange *x)
 	if (reused || connect_won(x)) {
 		exchange_drop_tries(x);
 		if (!reused && exchange_parent(x) != NULL &&
-		    !exchange_is_relayed(x))
+		    !exchange_is_relayed(x)) {
 			exchange_enter(x, PHASE_GREET);
-		else
+			greet_say(x, GREETING_METHOD);
+		} else
 			connect_open(x);
 		return true;
 	}
@@ -15509,17 +15513,6 @@ connect_step(struct exchange *x)
 }
 
 /* ---- GREET: a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
-
-/* Sends the next message; `next` is the reply expected of the parent. */
-static void
-greet_say(struct exchange *x, enum greeting next)
-{
-	x->request->route.greeting = next;
-	if (conn_out(&x->server) == NULL)
-		exchange_refuse(x, REFUSE_MEMORY, "");
-	else
-		greet_append(x, x->server.out);
-}
 
 /* Handles a whole message from the parent by its code. */
 static void
@@ -15549,10 +15542,6 @@ greet_step(struct exchange *x)
 	struct text t;
 	size_t n;
 
-	if (greeting == GREETING_BEGIN) {
-		greet_say(x, GREETING_METHOD);
-		return true;
-	}
 	(void)conn_write(s);
 	t = s->in == NULL ? text_of("") : buffer_text(s->in);
 	n = greet_length(greeting, t);
@@ -15653,15 +15642,15 @@ exchange_see(struct exchange *x, struct flow *f, struct text piece)
 	}
 	if (q != NULL)
 		cache_append(x, piece, f->whole);
-	if (piece.len > 0 && x->request != NULL)
+	if (piece.len == 0)
+		return;
+	if (x->request != NULL)
 		tape_add(x,
 		    f == &x->up ? TAPE_REQUEST_BODY : TAPE_RESPONSE_BODY,
 		    piece);
-	if (x->tunnel == TUNNEL_SILENT && f == &x->up && piece.len > 0) {
+	if (x->tunnel && f == &x->up && f->payload + f->ready == piece.len)
 		log_note_name(x, hello_name(piece, flat));
-		x->tunnel = TUNNEL_OPEN;
-	}
-	if (options.verbose > 1 && piece.len > 0)
+	if (options.verbose > 1)
 		trace_dump(x, f == &x->up ? "c>s" : "s>c", piece);
 }
 
@@ -15935,8 +15924,7 @@ response_tunnel(struct exchange *x, const struct response *r, size_t n)
 		return;
 	x->record.status = r->status;
 	log_note(x);
-	x->tunnel = x->request->method == METHOD_CONNECT ? TUNNEL_SILENT :
-							   TUNNEL_OPEN;
+	x->tunnel = true;
 	exchange_forget(x);
 	flow_start(&x->up, FRAMING_CLOSE, FRAMING_CLOSE, 0);
 	flow_start(&x->down, FRAMING_CLOSE, FRAMING_CLOSE, 0);
