@@ -16034,8 +16034,7 @@ response_expire(struct exchange *x)
 	if (!exchange_is_late(x, x->moved + options.idle_ms))
 		return false;
 	x->record.end = END_IDLE;
-	if (x->client.out != NULL || answer_is_local(x->request) ||
-	    bend_hangs(x))
+	if (x->client.out != NULL || answer_is_local(x->request))
 		exchange_abort(x, END_IDLE, REFUSE_IDLE);
 	else
 		exchange_refuse(x,
@@ -16065,7 +16064,7 @@ response_step(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 		return true;
 	}
-	if (!hangs && x->up.broken && !local) {
+	if (x->up.broken && !local) {
 		x->record.end = c->eof ? END_CLIENT : END_DONE;
 		exchange_refuse(x, c->eof ? REFUSE_BODY_CUT : REFUSE_BODY, "");
 		return true;
@@ -16147,9 +16146,10 @@ tunnel_judge(struct exchange *x)
 		tunnel_shut(x, s, "client");
 	if (x->down.done && c->out == NULL)
 		tunnel_shut(x, c, "server");
-	if (s->shut && c->shut)
-		exchange_close(x, false);
-	return s->shut && c->shut;
+	if (!s->shut || !c->shut)
+		return false;
+	exchange_close(x, false);
+	return true;
 }
 
 /*
@@ -17501,7 +17501,7 @@ workers_run(void)
  * that a service manager gave.  A new option is a row of option_table, a member
  * of `options`, and an item in the manual.
  *
- * Door: inetd_serve, inetd_take, listen_given, listen_inherit, listen_on,
+ * Door: inetd_peer, inetd_take, listen_given, listen_inherit, listen_on,
  * option_help, option_version, options_parse, usage.
  */
 
@@ -17987,9 +17987,12 @@ listen_inherit(unsigned n)
 	(void)unsetenv("LISTEN_FDS");
 }
 
+static struct address inetd_peer = { .family = AF_UNIX };
+
 /*
- * -i: returns the client's socket, taken from standard input.  Where standard
- * output and error are the same, nothing but the answer may be written there.
+ * -i: returns the client's socket, taken from standard input, and sets
+ * inetd_peer.  Where standard output and error are the same, nothing but the
+ * answer may be written there.
  */
 static int
 inetd_take(void)
@@ -18006,6 +18009,8 @@ inetd_take(void)
 	    (fd = fcntl(STDIN_FILENO, F_DUPFD, STDERR_FILENO + 1)) == -1)
 		die("-i: standard input is no connected socket: %s",
 		    strerror(errno));
+	if (peer.ss_family != AF_UNIX)
+		inetd_peer = address_import((struct sockaddr *)&peer);
 	null = open("/dev/null", O_RDWR);
 	(void)dup2(null, STDIN_FILENO);
 	for (i = STDOUT_FILENO; i <= STDERR_FILENO; i++)
@@ -18016,20 +18021,6 @@ inetd_take(void)
 	if (null > STDERR_FILENO)
 		(void)close(null);
 	return fd_note(fd);
-}
-
-/* Serves the client of -i. */
-static void
-inetd_serve(int fd)
-{
-	struct address peer = { .family = AF_UNIX };
-	struct sockaddr_storage storage;
-	socklen_t len = sizeof(storage);
-
-	if (getpeername(fd, (struct sockaddr *)&storage, &len) != -1 &&
-	    storage.ss_family != AF_UNIX)
-		peer = address_import((struct sockaddr *)&storage);
-	exchange_open(fd, &peer, ARRIVAL_CLIENT);
 }
 
 /* ---- 29. Main: start, trials, a command ---- */
@@ -18649,7 +18640,7 @@ main(int argc, char **argv)
 	if (options.command != NULL)
 		command_start();
 	if (options.inetd)
-		inetd_serve(client);
+		exchange_open(client, &inetd_peer, ARRIVAL_CLIENT);
 	notify("READY=1");
 	loop_accept_all();
 	loop_run();
