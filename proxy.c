@@ -7424,18 +7424,15 @@ struct range {
 	uint64_t length; /* in bytes */
 };
 
-/* Days from 1970 to a date in the Gregorian calendar. */
+/* Days from 1970 to a date; here the year begins in March, after a leap day. */
 static int64_t
 days_from_date(int64_t year, int64_t month, int64_t day)
 {
-	int64_t era, year_of_era, day_of_year;
+	int64_t march = month > 2 ? month - 3 : month + 9;
 
 	year -= month <= 2;
-	era = year / 400;
-	year_of_era = year - era * 400;
-	day_of_year = (153 * (month + (month > 2 ? -3 : 9)) + 2) / 5 + day - 1;
-	return era * 146097 + year_of_era * 365 + year_of_era / 4 -
-	    year_of_era / 100 + day_of_year - 719468;
+	return year * 365 + year / 4 - year / 100 + year / 400 +
+	    (153 * march + 2) / 5 + day - 719469;
 }
 
 /* The parts of a date: array indices. */
@@ -7474,8 +7471,7 @@ date_match(struct text t, const char *form, int64_t *parts)
 		} else if (letter != NULL && is_digit(*t.at))
 			parts[letter - letters] =
 			    parts[letter - letters] * 10 + *t.at - '0';
-		else if (letter != NULL ||
-		    !text_is(text_cut(t.at, 1), (char[]){ want, '\0' }))
+		else if (letter != NULL || strncasecmp(t.at, &want, 1) != 0)
 			return false;
 	}
 	return true;
@@ -7550,43 +7546,48 @@ seconds_parse(struct text t)
 	return (int64_t)value;
 }
 
-/* Adds a directive to control; value.at is NULL without an argument. */
+/* Where the directives are in struct control; some are numbers of seconds. */
+static const struct {
+	const char *name;
+	bool seconds;
+	size_t at;
+} directives[] = {
+	{ "no-store", false, offsetof(struct control, no_store) },
+	{ "no-cache", false, offsetof(struct control, no_cache) },
+	{ "private", false, offsetof(struct control, is_private) },
+	{ "public", false, offsetof(struct control, is_public) },
+	{ "must-revalidate", false, offsetof(struct control, must_revalidate) },
+	{ "proxy-revalidate", false,
+	    offsetof(struct control, proxy_revalidate) },
+	{ "must-understand", false, offsetof(struct control, must_understand) },
+	{ "only-if-cached", false, offsetof(struct control, only_if_cached) },
+	{ "max-age", true, offsetof(struct control, max_age) },
+	{ "s-maxage", true, offsetof(struct control, s_maxage) },
+	{ "min-fresh", true, offsetof(struct control, min_fresh) },
+	{ "max-stale", true, offsetof(struct control, max_stale) },
+	{ "stale-while-revalidate", true,
+	    offsetof(struct control, while_revalidate) },
+	{ "stale-if-error", true, offsetof(struct control, if_error) },
+};
+
+/* Adds the directive t to control; max-stale alone allows any staleness. */
 static void
-control_set(struct control *control, struct text name, struct text value)
+control_set(struct control *control, struct text t)
 {
-	const struct {
-		const char *name;
-		bool *flag;
-		int64_t *seconds;
-	} directives[] = {
-		{ "no-store", &control->no_store, NULL },
-		{ "no-cache", &control->no_cache, NULL },
-		{ "private", &control->is_private, NULL },
-		{ "public", &control->is_public, NULL },
-		{ "must-revalidate", &control->must_revalidate, NULL },
-		{ "proxy-revalidate", &control->proxy_revalidate, NULL },
-		{ "must-understand", &control->must_understand, NULL },
-		{ "only-if-cached", &control->only_if_cached, NULL },
-		{ "max-age", NULL, &control->max_age },
-		{ "s-maxage", NULL, &control->s_maxage },
-		{ "min-fresh", NULL, &control->min_fresh },
-		{ "max-stale", NULL, &control->max_stale },
-		{ "stale-while-revalidate", NULL, &control->while_revalidate },
-		{ "stale-if-error", NULL, &control->if_error },
-	};
-	int64_t given = value.at != NULL ? seconds_parse(value) :
-	    text_is(name, "max-stale")   ? INT32_MAX :
-					   0;
+	struct text name = text_until(t, "=");
+	int64_t given = text_is(t, "max-stale") ? INT32_MAX : 0, *seconds;
 	size_t i;
 
+	if (name.len < t.len)
+		given = seconds_parse(text_from(t, name.len + 1));
 	for (i = 0; i < sizeof(directives) / sizeof(directives[0]); i++) {
-		bool *flag = directives[i].flag;
-		int64_t *seconds = directives[i].seconds;
+		void *member = (char *)control + directives[i].at;
 
 		if (!text_is(name, directives[i].name))
 			continue;
-		if (flag != NULL)
-			*flag = true;
+		seconds = member;
+		if (!directives[i].seconds)
+			*(bool *)member = true;
 		else if (*seconds == -1 || given < *seconds)
 			*seconds = given;
 	}
@@ -7607,16 +7608,10 @@ control_parse(const struct head *h)
 		.while_revalidate = -1,
 		.if_error = -1 };
 	struct members m = { 0, { "", 0 } };
-	struct text value;
+	struct text directive;
 
-	while (member_next(h, "Cache-Control", &m, &value)) {
-		bool given = text_find(value, '=') < value.len;
-		struct text name = text_split(&value, '=');
-
-		if (!given)
-			value.at = NULL;
-		control_set(&control, name, value);
-	}
+	while (member_next(h, "Cache-Control", &m, &directive))
+		control_set(&control, directive);
 	if (!head_has(h, "Cache-Control") &&
 	    head_lists(h, "Pragma", text_of("no-cache")))
 		control.no_cache = true;
@@ -7789,10 +7784,10 @@ reuse_judge(const struct control *asked, const struct control *control,
 		return REUSE_FRESH;
 	if (strict || !young)
 		return REUSE_VALIDATED;
-	if (control->while_revalidate >= 0 && stale >= 0 &&
-	    stale <= control->while_revalidate && asked->min_fresh < 0)
+	if (stale >= 0 && stale <= control->while_revalidate &&
+	    asked->min_fresh < 0)
 		return REUSE_MEANWHILE;
-	if (asked->max_stale >= 0 && stale >= 0 && stale <= asked->max_stale)
+	if (stale >= 0 && stale <= asked->max_stale)
 		return REUSE_STALE;
 	return REUSE_VALIDATED;
 }
