@@ -8014,13 +8014,14 @@ struct entry {
 
 /* An entry found for a request, possibly one still being stored. */
 struct lookup {
-	int fd;                /* its file, or -1 */
-	struct buffer *b;      /* bytes from its start */
-	struct entry e;        /* slices of b */
-	struct response r;     /* the response: slices of b */
-	enum reuse reuse;      /* how it may be used */
-	const char *forward;   /* why the server is asked (RFC 9211) */
-	char path[CACHE_PATH]; /* its path, or the last one tried */
+	int fd;                 /* its file, or -1 */
+	struct buffer *b;       /* bytes from its start */
+	struct entry e;         /* slices of b */
+	struct response r;      /* the response: slices of b */
+	struct control control; /* its Cache-Control, see lookup_age() */
+	enum reuse reuse;       /* how it may be used */
+	const char *forward;    /* why the server is asked (RFC 9211) */
+	char path[CACHE_PATH];  /* its path, or the last one tried */
 };
 
 /* A file that is being written: it gets its place when it is complete. */
@@ -8663,9 +8664,9 @@ write_at(int fd, struct text t, off_t offset)
 }
 
 /*
- * Builds a region in b: the lines, then head.  It is `region` bytes long, or if
- * that is 0, as many blocks as it needs, with some spare for later.  Returns
- * its length, 0 if it does not fit.
+ * Builds a region in b: room for its first line, the others, then head.  It is
+ * `region` bytes long, or if that is 0, as many blocks as it needs, with some
+ * spare for later.  Returns its length, 0 if it does not fit.
  */
 static size_t
 region_build(struct buffer *b, const struct entry *e, struct text head,
@@ -8673,20 +8674,14 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 {
 	size_t used, wanted, room = buffer_room(b);
 
-	memset(b->data + b->end, ' ', REGION_LINE);
 	b->end += REGION_LINE;
-	buffer_append(b, text_of("key: "));
-	buffer_append(b, e->key);
-	buffer_append(b, text_of("\nvariant: "));
-	buffer_append(b, e->variant);
 	buffer_print(b,
-	    "\nrequested: %lld\nresponded: %lld\nage: %lld\nserver: ",
-	    (long long)e->requested, (long long)e->responded,
-	    (long long)e->age);
-	buffer_append(b, e->server);
-	if (e->counted)
-		buffer_append(b, text_of("\ncounted: yes"));
-	buffer_append(b, text_of("\npad: "));
+	    "key: %.*s\nvariant: %.*s\nrequested: %lld\nresponded: %lld\n"
+	    "age: %lld\nserver: %.*s\n%spad: ",
+	    (int)e->key.len, e->key.at, (int)e->variant.len, e->variant.at,
+	    (long long)e->requested, (long long)e->responded, (long long)e->age,
+	    (int)e->server.len, e->server.at,
+	    e->counted ? "counted: yes\n" : "");
 	used = buffer_len(b) + 2 + head.len;
 	wanted = region ?
 	    region :
@@ -8804,11 +8799,8 @@ marker_token(struct text key, struct text vary, bool part, char *token)
 	(void)snprintf(token, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
 	    (long)getpid(), (unsigned long long)++store.serial);
 	buffer_clear(b)->end += REGION_LINE;
-	buffer_append(b, text_of("key: "));
-	buffer_append(b, key);
-	buffer_append(b, text_of("\nvary: "));
-	buffer_append(b, vary);
-	buffer_print(b, "\ntoken: %s\n", token);
+	buffer_print(b, "key: %.*s\nvary: %.*s\ntoken: %s\n", (int)key.len,
+	    key.at, (int)vary.len, vary.at, token);
 	region_seal(b, 0);
 	return !b->overflow && file_put(l.path, b);
 }
@@ -8989,14 +8981,12 @@ store_walk(void (*visit)(const struct file *file, void *argument),
 static pid_t
 temporary_owner(const char *name)
 {
-	struct text t = text_of(name);
 	uint64_t pid;
 
-	if (strncmp(name, "tmp.", 4) != 0)
+	if (strncmp(name, "tmp.", 4) != 0 ||
+	    !number_parse(text_until(text_of(name + 4), "."), INT32_MAX, &pid))
 		return 0;
-	t = text_from(t, 4);
-	t.len = text_find(t, '.');
-	return number_parse(t, INT32_MAX, &pid) ? (pid_t)pid : 0;
+	return (pid_t)pid;
 }
 
 /* The sweeper's account: the bytes of entries by age. */
@@ -9271,15 +9261,18 @@ store_check(const struct file *f, void *argument)
 }
 
 /*
- * Gives fd, the file or directory at path, to the user of -u, if any.  A path
- * might lead elsewhere once that user moves it.
+ * Gives the file or directory at path, open as fd unless that is -1, to the
+ * user of -u, if any, and closes fd.  A path alone might lead elsewhere once
+ * that user moves it.
  */
 static void
 store_own(int fd, const char *path)
 {
-	if (options.user != NULL && fchown(fd, options.uid, options.gid) == -1)
+	if (fd != -1 && options.user != NULL &&
+	    fchown(fd, options.uid, options.gid) == -1)
 		die("can't give %s to user %s: %s", path, options.user,
 		    strerror(errno));
+	fd_drop(&fd);
 }
 
 /*
@@ -9344,16 +9337,10 @@ store_open(void)
 	if (error != 0)
 		die("can't read the cache %s: %s", options.cache,
 		    strerror(error));
-	fd = open(options.cache, O_RDONLY | O_DIRECTORY);
-	if (fd != -1)
-		store_own(fd, options.cache);
-	fd_drop(&fd);
-	if (!tagged)
-		fd = tag_make();
-	if (fd != -1)
-		store_own(fd, path);
+	store_own(open(options.cache, O_RDONLY | O_DIRECTORY), options.cache);
+	fd = tagged ? -1 : tag_make();
 	store_assume(path, fd != -1);
-	fd_drop(&fd);
+	store_own(fd, path);
 }
 
 /*
@@ -9692,24 +9679,26 @@ cache_detach(struct exchange *x, struct exchange *y)
  */
 static uint64_t uncacheable[UNCACHEABLE_KEYS];
 
-/* The UNCACHEABLE_WAYS places for a key. */
+/* Where the key is, or else the last of its places; *first is the first. */
 static uint64_t *
-key_places(uint64_t key)
+key_place(uint64_t key, uint64_t **first)
 {
-	return uncacheable +
+	size_t i = 0;
+
+	*first = uncacheable +
 	    key % (UNCACHEABLE_KEYS / UNCACHEABLE_WAYS) * UNCACHEABLE_WAYS;
+	while (i < UNCACHEABLE_WAYS - 1 && (*first)[i] != key)
+		i++;
+	return *first + i;
 }
 
 /* True if responses for the key were recently uncacheable. */
 static bool
 key_is_uncacheable(uint64_t key)
 {
-	const uint64_t *at = key_places(key);
-	size_t i = 0;
+	uint64_t *first;
 
-	while (i < UNCACHEABLE_WAYS && at[i] != key)
-		i++;
-	return i < UNCACHEABLE_WAYS;
+	return *key_place(key, &first) == key;
 }
 
 /*
@@ -9719,16 +9708,13 @@ key_is_uncacheable(uint64_t key)
 static void
 key_remember(uint64_t key, bool is_uncacheable)
 {
-	uint64_t *at = key_places(key);
-	size_t i = 0;
+	uint64_t *first, *at = key_place(key, &first);
 
-	while (i < UNCACHEABLE_WAYS - 1 && at[i] != key)
-		i++;
 	if (is_uncacheable) {
-		memmove(at + 1, at, i * sizeof(*at));
-		at[0] = key;
-	} else if (at[i] == key)
-		at[i] = 0;
+		memmove(first + 1, first, (size_t)(at - first) * sizeof(*at));
+		*first = key;
+	} else if (*at == key)
+		*at = 0;
 }
 
 /* True if x is storing what it fetches. */
@@ -10172,23 +10158,24 @@ lookup_fits(const struct exchange *x, const struct lookup *l)
 }
 
 /*
- * Sets the age and the remaining lifetime of the entry in l; returns its
- * lifetime, set by a rule or by the entry itself.
+ * Sets the age and the remaining lifetime of the entry in l, and reads its
+ * Cache-Control; returns where its lifetime is from.
  */
-static struct lifetime
-lookup_age(struct exchange *x, const struct control *control,
-    const struct lookup *l)
+static const char *
+lookup_age(struct exchange *x, struct lookup *l)
 {
 	struct caching *c = &x->request->caching;
 	int64_t given = rule_seconds(cache_rule(x, &l->r, &l->e));
-	struct lifetime lifetime = freshness_lifetime(&l->r, control, false);
+	struct lifetime lifetime;
 
+	l->control = control_parse(&l->r.head);
+	lifetime = freshness_lifetime(&l->r, &l->control, false);
 	if (given >= 0)
 		lifetime = (struct lifetime){ given, "a rule" };
 	c->age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
 	c->ttl = (lifetime.seconds > 0 ? lifetime.seconds : 0) - c->age;
-	return lifetime;
+	return lifetime.why;
 }
 
 /* How the entry in l may be used; traces the calculation. */
@@ -10200,21 +10187,22 @@ lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 		[REUSE_MEANWHILE] = ("stale, which is good while it is "
 				     "validated"),
 		[REUSE_VALIDATED] = "to be validated" };
-	struct caching *c = &x->request->caching;
-	struct control control = control_parse(&l->r.head);
-	struct lifetime lifetime = lookup_age(x, &control, l);
+	const struct caching *c = &x->request->caching;
+	const char *why = lookup_age(x, l);
+	bool young = c->ttl > 0 && !l->control.no_cache;
 	enum reuse reuse = REUSE_VALIDATED;
 
 	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
-		reuse = reuse_judge(asked, &control, c->age, lifetime.seconds);
-	l->forward = c->ttl > 0 && !control.no_cache ? "request" : "stale";
+		reuse =
+		    reuse_judge(asked, &l->control, c->age, c->ttl + c->age);
+	l->forward = young ? "request" : "stale";
 	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s%s",
-	    (long long)c->age, c->ttl > 0 ? "<" : ">=",
-	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
-	    lifetime.why, control.no_cache ? ", no-cache" : "", words[reuse],
-	    reuse != REUSE_VALIDATED || c->ttl <= 0 || control.no_cache ? "" :
-		x->refresh ? ", in the background" :
-			     ", by the client's wish");
+	    (long long)c->age,
+	    c->ttl > 0 ? "<" : ">=", (long long)(c->ttl + c->age), why,
+	    l->control.no_cache ? ", no-cache" : "", words[reuse],
+	    reuse != REUSE_VALIDATED || !young ? "" :
+		x->refresh                     ? ", in the background" :
+						 ", by the client's wish");
 	return reuse;
 }
 
@@ -10243,14 +10231,6 @@ lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 		fd_drop(&l->fd);
 }
 
-/* True if f stores an entry for the key that others may read as it grows. */
-static bool
-fetch_is_open(const struct fetch *f, uint64_t key)
-{
-	return f->state == FETCH_STORES && !f->discard && f->key == key &&
-	    (f->length != UINT64_MAX || !key_is_uncacheable(key));
-}
-
 /* True if the server must not act on another version (RFC 9110 13.1). */
 static bool
 request_is_guarded(const struct request *q)
@@ -10277,7 +10257,9 @@ lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 	    head_has(&q->head, "Authorization"))
 		return;
 	for (f = fetches; f != NULL && c->follows == NULL; f = f->next) {
-		if (!fetch_is_open(f, c->key))
+		if (f->state != FETCH_STORES || f->discard || f->key != c->key)
+			continue;
+		if (f->length == UINT64_MAX && key_is_uncacheable(c->key))
 			continue;
 		fd = l->fd;
 		entry_open(l, f->file.path, f->region, key);
@@ -10506,11 +10488,10 @@ cache_validators_append(const struct exchange *x, struct buffer *b)
 		return;
 	t = head_value(&l.r.head, "ETag");
 	if (t.len > 0)
-		buffer_print(b, "If-None-Match: %.*s\r\n", (int)t.len, t.at);
+		line_append(b, text_of("If-None-Match"), t);
 	t = head_value(&l.r.head, "Last-Modified");
 	if (t.len > 0)
-		buffer_print(b, "If-Modified-Since: %.*s\r\n", (int)t.len,
-		    t.at);
+		line_append(b, text_of("If-Modified-Since"), t);
 	buffer_give(&l.b);
 }
 
@@ -10522,18 +10503,14 @@ static enum cached
 cache_rescue(struct exchange *x, bool answered, struct lookup *l)
 {
 	const struct request *q = x->request;
-	struct control asked, control;
-	struct lifetime lifetime;
+	struct control asked;
 
 	if (!entry_load(x, l))
 		return CACHED_NO;
 	asked = control_parse(&q->head);
-	control = control_parse(&l->r.head);
-	lifetime = lookup_age(x, &control, l);
+	(void)lookup_age(x, l);
 	if (l->e.responded <= now.wall + CLOCK_STEP_S &&
-	    reuse_on_error(&asked, &control,
-		q->caching.age - (lifetime.seconds > 0 ? lifetime.seconds : 0),
-		answered))
+	    reuse_on_error(&asked, &l->control, -q->caching.ttl, answered))
 		return lookup_answers(x, l, "stale");
 	buffer_give(&l->b);
 	return CACHED_NO;
@@ -10604,13 +10581,10 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 static enum cached
 cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 {
-	struct control control;
-
 	if (entry_load(x, l)) {
 		if (response_is_same(news, &l->r) &&
 		    entry_freshen(x, news, l)) {
-			control = control_parse(&l->r.head);
-			(void)lookup_age(x, &control, l);
+			(void)lookup_age(x, l);
 			return lookup_answers(x, l, "validated");
 		}
 		buffer_give(&l->b);
@@ -10823,7 +10797,7 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 	const struct request *q = x->request;
 	unsigned long long body = q->body, from;
 	struct range range = { 0, q->body };
-	int part = 0;
+	int part = 0, stored = r->status;
 	size_t i, n;
 
 	r->framing = q->method == METHOD_HEAD ? FRAMING_NO_BODY :
@@ -10844,10 +10818,10 @@ cache_shape(const struct exchange *x, struct response *r, char *extra,
 		range.length = 0;
 	} else if (part == 1)
 		r->status = 206;
+	if (r->status != stored)
+		r->reason = text_of(status_reason(r->status));
 	if (r->status == 304 || r->status == 416)
 		r->framing = FRAMING_NO_BODY;
-	if (r->status == 304 || r->status == 416 || r->status == 206)
-		r->reason = text_of(status_reason(r->status));
 	from = range.first;
 	n = (size_t)snprintf(extra, size, "Age: %lld\r\n",
 	    (long long)q->caching.age);
