@@ -7424,7 +7424,10 @@ struct range {
 	uint64_t length; /* in bytes */
 };
 
-/* Days from 1970 to a date; here the year begins in March, after a leap day. */
+/*
+ * Days from 1970 to a date.  Here the year begins in March, after a leap day;
+ * so month 13 is the next January.
+ */
 static int64_t
 days_from_date(int64_t year, int64_t month, int64_t day)
 {
@@ -7513,7 +7516,7 @@ date_parse(struct text t)
 	year = d[YEAR];
 	month = d[MONTH];
 	if (year < 1970 || month < 1 || d[DAY] < 1 ||
-	    d[DAY] > days_from_date(year + month / 12, month % 12 + 1, 1) -
+	    d[DAY] > days_from_date(year, month + 1, 1) -
 		    days_from_date(year, month, 1) ||
 	    d[HOUR] > 23 || d[MINUTE] > 59 || d[SECOND] > 60)
 		return -1;
@@ -7666,18 +7669,15 @@ freshness_lifetime(const struct response *r, const struct control *control,
 	if (head_has(&r->head, "Expires")) {
 		if (date == -1)
 			date = now.wall;
-		l.seconds = expires > date ? expires - date : 0;
-		l.why = "Expires";
-		return l;
+		return (struct lifetime){ expires > date ? expires - date : 0,
+			"Expires" };
 	}
 	if (explicit_only || modified == -1 || date <= modified ||
 	    (!status_is_among(r->status, heuristic_statuses) &&
 		!control->is_public) ||
 	    head_has(&r->head, "Set-Cookie"))
 		return l;
-	l.seconds = (date - modified) / 10;
-	if (l.seconds > HEURISTIC_MAX_S)
-		l.seconds = HEURISTIC_MAX_S;
+	l.seconds = least((date - modified) / 10, HEURISTIC_MAX_S);
 	l.why = "a tenth of the time since Last-Modified";
 	return l;
 }
@@ -10286,16 +10286,15 @@ lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 static bool
 request_is_common(const struct request *q, const struct control *asked)
 {
-	static const char *const special[] = { "Authorization", "Range",
-		"If-Match", "If-None-Match", "If-Modified-Since",
-		"If-Unmodified-Since", NULL };
 	size_t i;
 
 	for (i = 0; i < q->head.n; i++)
-		if (name_is_among(field_name(&q->head, i), special))
+		if (name_is_among(field_name(&q->head, i), fields_of_condition))
 			return false;
 	return q->method == METHOD_GET && !asked->no_store &&
-	    !asked->no_cache && asked->max_age != 0;
+	    !asked->no_cache && asked->max_age != 0 &&
+	    !head_has(&q->head, "Authorization") &&
+	    !head_has(&q->head, "Range");
 }
 
 /*
@@ -10411,7 +10410,7 @@ cache_find(struct exchange *x, struct lookup *l)
 		c->forward = l->forward;
 	if (offline && l->fd != -1 && l->reuse != REUSE_FRESH)
 		l->reuse = REUSE_STALE;
-	if (l->fd != -1 && l->r.status / 100 == 2 && request_is_guarded(q) &&
+	if (l->fd != -1 && l->r.status / 100 == 2 &&
 	    !request_is_met(&q->head, &l->r))
 		l->reuse = REUSE_VALIDATED;
 	else if (l->reuse == REUSE_VALIDATED)
@@ -10602,23 +10601,18 @@ cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 static bool
 entry_resembles(struct exchange *x, const struct response *r)
 {
-	static const char *const fields[] = { "ETag", "Last-Modified" };
+	struct text tag = head_value(&r->head, "ETag");
+	struct text date = head_value(&r->head, "Last-Modified");
+	uint64_t length = response_length(r);
 	struct lookup l;
-	uint64_t length;
-	bool same = entry_load(x, &l), known = false;
-	size_t i;
+	bool same;
 
-	if (!same)
+	if (!entry_load(x, &l))
 		return false;
-	same = r->status == 206 || head_length(&r->head, &length) != 1 ||
-	    length == l.e.body;
-	for (i = 0; same && i < sizeof(fields) / sizeof(fields[0]); i++) {
-		struct text value = head_value(&r->head, fields[i]);
-
-		same = text_equals(value, head_value(&l.r.head, fields[i]));
-		known = known || value.len > 0;
-	}
-	if (same && known && r->status == 200)
+	same = text_equals(tag, head_value(&l.r.head, "ETag")) &&
+	    text_equals(date, head_value(&l.r.head, "Last-Modified")) &&
+	    (r->status == 206 || length == UINT64_MAX || length == l.e.body);
+	if (same && r->status == 200 && tag.len + date.len > 0)
 		(void)entry_freshen(x, r, &l);
 	buffer_give(&l.b);
 	return same;
