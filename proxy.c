@@ -9961,31 +9961,23 @@ cache_forget(const struct target *target)
 }
 
 /*
- * Removes the segments . and .. from the path in b, which begins with a slash
- * (RFC 3986 section 5.2.4).
+ * Appends the segments of a path to that in b, which begins and ends with a
+ * slash: . is dropped, and .. removes the one before (RFC 3986 section 5.2.4).
  */
 static void
-dots_remove(struct buffer *b)
+segments_append(struct buffer *b, struct text path)
 {
-	char *path = b->data + b->start;
-	struct text rest = buffer_text(b);
-	size_t n = 0, len;
+	while (path.len > 0) {
+		struct text whole = path, segment = text_split(&path, '/');
 
-	while (rest.len > 0) {
-		struct text segment = rest;
-		bool up, dot;
-
-		segment.len = 1 + text_find(text_from(rest, 1), '/');
-		rest = text_from(rest, segment.len);
-		up = text_is(segment, "/..");
-		dot = up || text_is(segment, "/.");
-		while (up && n > 0 && path[--n] != '/')
-			;
-		len = !dot ? segment.len : rest.len == 0;
-		memmove(path + n, segment.at, len);
-		n += len;
+		if (text_is(segment, "..")) {
+			b->end -= buffer_len(b) > 1;
+			while (b->data[b->end - 1] != '/')
+				b->end--;
+		} else if (!text_is(segment, "."))
+			buffer_append(b,
+			    text_cut(whole.at, whole.len - path.len));
 	}
-	b->end = b->start + n;
 }
 
 /*
@@ -10012,12 +10004,12 @@ reference_resolve(const struct target *own, struct text value, struct buffer *b,
 	while (name.len > 0 && base.len > 0 &&
 	    (*name.at == '/' || base.at[base.len - 1] != '/'))
 		base.len--;
-	if (base.len == 0 && !text_starts(name, "/"))
-		base = text_of("/");
-	buffer_append(b, base);
-	buffer_append(b, name);
-	if (name.len > 0)
-		dots_remove(b);
+	if (name.len > 0 || base.len == 0) {
+		buffer_append(b, text_of("/"));
+		segments_append(b, text_from(base, text_starts(base, "/")));
+		segments_append(b, text_from(name, text_starts(name, "/")));
+	} else
+		buffer_append(b, base);
 	buffer_append(b, text_from(value, name.len));
 	*path = buffer_text(b);
 	return !b->overflow;
@@ -10495,24 +10487,18 @@ cache_validators_append(const struct exchange *x, struct buffer *b)
 }
 
 /*
- * After a failure of the server, or its error response (answered), the entry to
- * validate may answer stale.  CACHED_YES if it does, in l.
+ * True if the entry in l may answer stale after a failure of the server, or
+ * its error response (answered).
  */
-static enum cached
-cache_rescue(struct exchange *x, bool answered, struct lookup *l)
+static bool
+lookup_rescues(struct exchange *x, bool answered, struct lookup *l)
 {
-	const struct request *q = x->request;
-	struct control asked;
+	struct control asked = control_parse(&x->request->head);
 
-	if (!entry_load(x, l))
-		return CACHED_NO;
-	asked = control_parse(&q->head);
 	(void)lookup_age(x, l);
-	if (l->e.responded <= now.wall + CLOCK_STEP_S &&
-	    reuse_on_error(&asked, &l->control, -q->caching.ttl, answered))
-		return lookup_answers(x, l, "stale");
-	buffer_give(&l->b);
-	return CACHED_NO;
+	return l->e.responded <= now.wall + CLOCK_STEP_S &&
+	    reuse_on_error(&asked, &l->control, -x->request->caching.ttl,
+		answered);
 }
 
 /*
@@ -10573,48 +10559,22 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 }
 
 /*
- * Handles a 304.  CACHED_YES: the open entry answers, in l.  CACHED_LOST: the
- * 304 is about another version, or its fields have no room, or the entry is
- * damaged: it is removed.
- */
-static enum cached
-cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
-{
-	if (entry_load(x, l)) {
-		if (response_is_same(news, &l->r) &&
-		    entry_freshen(x, news, l)) {
-			(void)lookup_age(x, l);
-			return lookup_answers(x, l, "validated");
-		}
-		buffer_give(&l->b);
-	}
-	store_remove(x->request->caching.path);
-	entry_close(x, CACHING_NONE);
-	return CACHED_LOST;
-}
-
-/*
- * True if the response to a HEAD, or a part of a body, is from the stored
- * version: the validators are the same, and for a HEAD the length, if it has
- * one.  A HEAD with validators then updates the entry (RFC 9111 section 4.3.5).
+ * True if the response to a HEAD, or a part of a body, is from the version in
+ * l: the validators are the same, and for a HEAD the length, if it has one.  A
+ * HEAD with validators then updates the entry (RFC 9111 section 4.3.5).
  */
 static bool
-entry_resembles(struct exchange *x, const struct response *r)
+lookup_resembles(struct exchange *x, const struct response *r, struct lookup *l)
 {
 	struct text tag = head_value(&r->head, "ETag");
 	struct text date = head_value(&r->head, "Last-Modified");
 	uint64_t length = response_length(r);
-	struct lookup l;
-	bool same;
+	bool same = text_equals(tag, head_value(&l->r.head, "ETag")) &&
+	    text_equals(date, head_value(&l->r.head, "Last-Modified")) &&
+	    (r->status == 206 || length == UINT64_MAX || length == l->e.body);
 
-	if (!entry_load(x, &l))
-		return false;
-	same = text_equals(tag, head_value(&l.r.head, "ETag")) &&
-	    text_equals(date, head_value(&l.r.head, "Last-Modified")) &&
-	    (r->status == 206 || length == UINT64_MAX || length == l.e.body);
 	if (same && r->status == 200 && tag.len + date.len > 0)
-		(void)entry_freshen(x, r, &l);
-	buffer_give(&l.b);
+		(void)entry_freshen(x, r, l);
 	return same;
 }
 
@@ -10632,39 +10592,51 @@ payload_goes_on(const struct exchange *x, const struct response *r)
 
 /*
  * Handles a server's response, or its failure if r is NULL, for an entry to
- * validate.  CACHED_YES: the entry answers, in l; CACHED_LOST: it can't be
- * used, so ask the server again; CACHED_NO: r answers.  If the client has a
- * part of the response already, CACHED_YES: r has the same payload.  A response
- * invalidates entries even if rules forbid it.
+ * validate.  CACHED_YES: the entry answers, in l; CACHED_LOST: a 304 is about
+ * another version, or the entry is damaged, so ask the server again; CACHED_NO:
+ * r answers.  If the client has a part of the response already, CACHED_YES: r
+ * has the same payload.  A response invalidates entries even if rules forbid
+ * it.
  */
 static enum cached
 cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 {
 	struct request *q = x->request;
 	struct caching *c = &q->caching;
-	bool failed, same;
+	int status = r == NULL ? 0 : r->status;
+	bool failed = r == NULL || status == 500 ||
+	    (status >= 502 && status <= 504);
+	bool partial = status == 206 || q->method == METHOD_HEAD, same = failed;
 
-	if (r == NULL)
-		return cache_rescue(x, false, l);
-	if (x->record.status != 0)
+	if (r != NULL && x->record.status != 0)
 		return payload_goes_on(x, r) ? CACHED_YES : CACHED_NO;
-	cache_invalidate(q, r);
-	if (c->state != CACHING_VALIDATES || r->status < 200)
+	if (r != NULL)
+		cache_invalidate(q, r);
+	if (c->state != CACHING_VALIDATES || (status > 0 && status < 200))
 		return CACHED_NO;
-	c->forward_status = r->status;
-	if (r->status == 304)
-		return cache_freshen(x, r, l);
-	failed = r->status == 500 || (r->status >= 502 && r->status <= 504);
-	if (failed && cache_rescue(x, true, l) == CACHED_YES)
-		return CACHED_YES;
-	same = failed ||
-	    ((q->method == METHOD_HEAD || r->status == 206) &&
-		entry_resembles(x, r));
+	c->forward_status = status;
+	if ((failed || partial || status == 304) && entry_load(x, l)) {
+		if (failed && lookup_rescues(x, r != NULL, l))
+			return lookup_answers(x, l, "stale");
+		if (status == 304 && response_is_same(r, &l->r) &&
+		    entry_freshen(x, r, l)) {
+			(void)lookup_age(x, l);
+			return lookup_answers(x, l, "validated");
+		}
+		same = failed || (status != 304 && lookup_resembles(x, r, l));
+		buffer_give(&l->b);
+	}
+	if (status == 304) {
+		store_remove(c->path);
+		entry_close(x, CACHING_NONE);
+		return CACHED_LOST;
+	}
 	/* A part must not replace the whole. */
-	entry_close(x,
-	    !same                ? CACHING_SUPERSEDED :
-		r->status == 206 ? CACHING_BYPASSED :
-				   CACHING_NONE);
+	if (r != NULL)
+		entry_close(x,
+		    !same             ? CACHING_SUPERSEDED :
+			status == 206 ? CACHING_BYPASSED :
+					CACHING_NONE);
 	return CACHED_NO;
 }
 
