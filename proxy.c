@@ -9083,25 +9083,6 @@ sweep_plan(struct sweep *sweep, bool disk)
 }
 
 /*
- * Removes the least recently used entries: one pass counts, one removes, so
- * that memory use does not depend on the number of entries.  Returns 0, or
- * errno if the cache can't be read.
- */
-static int
-sweep_run(struct sweep *sweep, bool disk)
-{
-	struct stat status;
-	int error;
-
-	if (stat(options.cache, &status) != -1)
-		sweep->bytes += (uint64_t)status.st_blocks * 512;
-	error = store_walk(sweep_count, sweep);
-	if (sweep_plan(sweep, disk))
-		(void)store_walk(sweep_remove, sweep);
-	return error;
-}
-
-/*
  * Takes over the sweeper's count.  It may lack bytes that were written since it
  * began.
  */
@@ -9152,15 +9133,18 @@ sweep_reap(void)
 }
 
 /*
- * The sweeper: a child that sweeps, and reports an errno or 0, how many bytes
- * are left, and how many entries were removed.  It closes the standard
- * descriptors, too: who reads them until their end waits for the proxy only.
+ * The sweeper: a child that removes the least recently used entries.  One pass
+ * counts, one removes, so that memory use does not depend on their number.  It
+ * reports an errno or 0, how many bytes are left, and how many entries were
+ * removed.  It closes the standard descriptors, too: who reads them until their
+ * end waits for the proxy only.
  */
 static void
 sweeper_main(int fd, bool disk)
 {
 	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
 	struct sweep sweep = { .bytes = 0 };
+	struct stat status;
 	uint64_t report[3];
 	size_t i;
 
@@ -9169,7 +9153,11 @@ sweeper_main(int fd, bool disk)
 	fds_close(fd, fd);
 	for (i = STDIN_FILENO; i <= STDERR_FILENO; i++)
 		(void)close((int)i);
-	report[0] = (uint64_t)sweep_run(&sweep, disk);
+	if (stat(options.cache, &status) != -1)
+		sweep.bytes += (uint64_t)status.st_blocks * 512;
+	report[0] = (uint64_t)store_walk(sweep_count, &sweep);
+	if (sweep_plan(&sweep, disk))
+		(void)store_walk(sweep_remove, &sweep);
 	report[1] = sweep.bytes;
 	report[2] = sweep.evicted;
 	(void)fd_write(fd, report, sizeof(report));
