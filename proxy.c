@@ -7425,18 +7425,18 @@ struct range {
 	uint64_t length; /* in bytes */
 };
 
-/* Days from 1970 to a date in the Gregorian calendar. */
+/*
+ * Days from 1970 to a date.  Here the year begins in March, after a leap day;
+ * so month 13 is the next January.
+ */
 static int64_t
 days_from_date(int64_t year, int64_t month, int64_t day)
 {
-	int64_t era, year_of_era, day_of_year;
+	int64_t march = month > 2 ? month - 3 : month + 9;
 
 	year -= month <= 2;
-	era = year / 400;
-	year_of_era = year - era * 400;
-	day_of_year = (153 * (month + (month > 2 ? -3 : 9)) + 2) / 5 + day - 1;
-	return era * 146097 + year_of_era * 365 + year_of_era / 4 -
-	    year_of_era / 100 + day_of_year - 719468;
+	return year * 365 + year / 4 - year / 100 + year / 400 +
+	    (153 * march + 2) / 5 + day - 719469;
 }
 
 /* The parts of a date: array indices. */
@@ -7475,8 +7475,7 @@ date_match(struct text t, const char *form, int64_t *parts)
 		} else if (letter != NULL && is_digit(*t.at))
 			parts[letter - letters] =
 			    parts[letter - letters] * 10 + *t.at - '0';
-		else if (letter != NULL ||
-		    !text_is(text_cut(t.at, 1), (char[]){ want, '\0' }))
+		else if (letter != NULL || strncasecmp(t.at, &want, 1) != 0)
 			return false;
 	}
 	return true;
@@ -7518,7 +7517,7 @@ date_parse(struct text t)
 	year = d[YEAR];
 	month = d[MONTH];
 	if (year < 1970 || month < 1 || d[DAY] < 1 ||
-	    d[DAY] > days_from_date(year + month / 12, month % 12 + 1, 1) -
+	    d[DAY] > days_from_date(year, month + 1, 1) -
 		    days_from_date(year, month, 1) ||
 	    d[HOUR] > 23 || d[MINUTE] > 59 || d[SECOND] > 60)
 		return -1;
@@ -7551,43 +7550,48 @@ seconds_parse(struct text t)
 	return (int64_t)value;
 }
 
-/* Adds a directive to control; value.at is NULL without an argument. */
+/* Where the directives are in struct control; some are numbers of seconds. */
+static const struct {
+	const char *name;
+	bool seconds;
+	size_t at;
+} directives[] = {
+	{ "no-store", false, offsetof(struct control, no_store) },
+	{ "no-cache", false, offsetof(struct control, no_cache) },
+	{ "private", false, offsetof(struct control, is_private) },
+	{ "public", false, offsetof(struct control, is_public) },
+	{ "must-revalidate", false, offsetof(struct control, must_revalidate) },
+	{ "proxy-revalidate", false,
+	    offsetof(struct control, proxy_revalidate) },
+	{ "must-understand", false, offsetof(struct control, must_understand) },
+	{ "only-if-cached", false, offsetof(struct control, only_if_cached) },
+	{ "max-age", true, offsetof(struct control, max_age) },
+	{ "s-maxage", true, offsetof(struct control, s_maxage) },
+	{ "min-fresh", true, offsetof(struct control, min_fresh) },
+	{ "max-stale", true, offsetof(struct control, max_stale) },
+	{ "stale-while-revalidate", true,
+	    offsetof(struct control, while_revalidate) },
+	{ "stale-if-error", true, offsetof(struct control, if_error) },
+};
+
+/* Adds the directive t to control; max-stale alone allows any staleness. */
 static void
-control_set(struct control *control, struct text name, struct text value)
+control_set(struct control *control, struct text t)
 {
-	const struct {
-		const char *name;
-		bool *flag;
-		int64_t *seconds;
-	} directives[] = {
-		{ "no-store", &control->no_store, NULL },
-		{ "no-cache", &control->no_cache, NULL },
-		{ "private", &control->is_private, NULL },
-		{ "public", &control->is_public, NULL },
-		{ "must-revalidate", &control->must_revalidate, NULL },
-		{ "proxy-revalidate", &control->proxy_revalidate, NULL },
-		{ "must-understand", &control->must_understand, NULL },
-		{ "only-if-cached", &control->only_if_cached, NULL },
-		{ "max-age", NULL, &control->max_age },
-		{ "s-maxage", NULL, &control->s_maxage },
-		{ "min-fresh", NULL, &control->min_fresh },
-		{ "max-stale", NULL, &control->max_stale },
-		{ "stale-while-revalidate", NULL, &control->while_revalidate },
-		{ "stale-if-error", NULL, &control->if_error },
-	};
-	int64_t given = value.at != NULL ? seconds_parse(value) :
-	    text_is(name, "max-stale")   ? INT32_MAX :
-					   0;
+	struct text name = text_until(t, "=");
+	int64_t given = text_is(t, "max-stale") ? INT32_MAX : 0, *seconds;
 	size_t i;
 
+	if (name.len < t.len)
+		given = seconds_parse(text_from(t, name.len + 1));
 	for (i = 0; i < sizeof(directives) / sizeof(directives[0]); i++) {
-		bool *flag = directives[i].flag;
-		int64_t *seconds = directives[i].seconds;
+		void *member = (char *)control + directives[i].at;
 
 		if (!text_is(name, directives[i].name))
 			continue;
-		if (flag != NULL)
-			*flag = true;
+		seconds = member;
+		if (!directives[i].seconds)
+			*(bool *)member = true;
 		else if (*seconds == -1 || given < *seconds)
 			*seconds = given;
 	}
@@ -7608,16 +7612,10 @@ control_parse(const struct head *h)
 		.while_revalidate = -1,
 		.if_error = -1 };
 	struct members m = { 0, { "", 0 } };
-	struct text value;
+	struct text directive;
 
-	while (member_next(h, "Cache-Control", &m, &value)) {
-		bool given = text_find(value, '=') < value.len;
-		struct text name = text_split(&value, '=');
-
-		if (!given)
-			value.at = NULL;
-		control_set(&control, name, value);
-	}
+	while (member_next(h, "Cache-Control", &m, &directive))
+		control_set(&control, directive);
 	if (!head_has(h, "Cache-Control") &&
 	    head_lists(h, "Pragma", text_of("no-cache")))
 		control.no_cache = true;
@@ -7672,18 +7670,15 @@ freshness_lifetime(const struct response *r, const struct control *control,
 	if (head_has(&r->head, "Expires")) {
 		if (date == -1)
 			date = now.wall;
-		l.seconds = expires > date ? expires - date : 0;
-		l.why = "Expires";
-		return l;
+		return (struct lifetime){ expires > date ? expires - date : 0,
+			"Expires" };
 	}
 	if (explicit_only || modified == -1 || date <= modified ||
 	    (!status_is_among(r->status, heuristic_statuses) &&
 		!control->is_public) ||
 	    head_has(&r->head, "Set-Cookie"))
 		return l;
-	l.seconds = (date - modified) / 10;
-	if (l.seconds > HEURISTIC_MAX_S)
-		l.seconds = HEURISTIC_MAX_S;
+	l.seconds = least((date - modified) / 10, HEURISTIC_MAX_S);
 	l.why = "a tenth of the time since Last-Modified";
 	return l;
 }
@@ -7790,10 +7785,10 @@ reuse_judge(const struct control *asked, const struct control *control,
 		return REUSE_FRESH;
 	if (strict || !young)
 		return REUSE_VALIDATED;
-	if (control->while_revalidate >= 0 && stale >= 0 &&
-	    stale <= control->while_revalidate && asked->min_fresh < 0)
+	if (stale >= 0 && stale <= control->while_revalidate &&
+	    asked->min_fresh < 0)
 		return REUSE_MEANWHILE;
-	if (asked->max_stale >= 0 && stale >= 0 && stale <= asked->max_stale)
+	if (stale >= 0 && stale <= asked->max_stale)
 		return REUSE_STALE;
 	return REUSE_VALIDATED;
 }
@@ -8023,13 +8018,14 @@ struct entry {
 
 /* An entry found for a request, possibly one still being stored. */
 struct lookup {
-	int fd;                /* its file, or -1 */
-	struct buffer *b;      /* bytes from its start */
-	struct entry e;        /* slices of b */
-	struct response r;     /* the response: slices of b */
-	enum reuse reuse;      /* how it may be used */
-	const char *forward;   /* why the server is asked (RFC 9211) */
-	char path[CACHE_PATH]; /* its path, or the last one tried */
+	int fd;                 /* its file, or -1 */
+	struct buffer *b;       /* bytes from its start */
+	struct entry e;         /* slices of b */
+	struct response r;      /* the response: slices of b */
+	struct control control; /* its Cache-Control, see lookup_age() */
+	enum reuse reuse;       /* how it may be used */
+	const char *forward;    /* why the server is asked (RFC 9211) */
+	char path[CACHE_PATH];  /* its path, or the last one tried */
 };
 
 /* A file that is being written: it gets its place when it is complete. */
@@ -8687,9 +8683,9 @@ write_at(int fd, struct text t, off_t offset)
 }
 
 /*
- * Builds a region in b: the lines, then head.  It is `region` bytes long, or if
- * that is 0, as many blocks as it needs, with some spare for later.  Returns
- * its length, 0 if it does not fit.
+ * Builds a region in b: room for its first line, the others, then head.  It is
+ * `region` bytes long, or if that is 0, as many blocks as it needs, with some
+ * spare for later.  Returns its length, 0 if it does not fit.
  */
 static size_t
 region_build(struct buffer *b, const struct entry *e, struct text head,
@@ -8697,20 +8693,14 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 {
 	size_t used, wanted, room = buffer_room(b);
 
-	memset(b->data + b->end, ' ', REGION_LINE);
 	b->end += REGION_LINE;
-	buffer_append(b, text_of("key: "));
-	buffer_append(b, e->key);
-	buffer_append(b, text_of("\nvariant: "));
-	buffer_append(b, e->variant);
 	buffer_print(b,
-	    "\nrequested: %lld\nresponded: %lld\nage: %lld\nserver: ",
-	    (long long)e->requested, (long long)e->responded,
-	    (long long)e->age);
-	buffer_append(b, e->server);
-	if (e->counted)
-		buffer_append(b, text_of("\ncounted: yes"));
-	buffer_append(b, text_of("\npad: "));
+	    "key: %.*s\nvariant: %.*s\nrequested: %lld\nresponded: %lld\n"
+	    "age: %lld\nserver: %.*s\n%spad: ",
+	    (int)e->key.len, e->key.at, (int)e->variant.len, e->variant.at,
+	    (long long)e->requested, (long long)e->responded, (long long)e->age,
+	    (int)e->server.len, e->server.at,
+	    e->counted ? "counted: yes\n" : "");
 	used = buffer_len(b) + 2 + head.len;
 	wanted = region ?
 	    region :
@@ -8825,11 +8815,8 @@ marker_token(struct text key, struct text vary, bool part, char *token)
 	(void)snprintf(token, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
 	    (long)getpid(), (unsigned long long)++store.serial);
 	buffer_clear(b)->end += REGION_LINE;
-	buffer_append(b, text_of("key: "));
-	buffer_append(b, key);
-	buffer_append(b, text_of("\nvary: "));
-	buffer_append(b, vary);
-	buffer_print(b, "\ntoken: %s\n", token);
+	buffer_print(b, "key: %.*s\nvary: %.*s\ntoken: %s\n", (int)key.len,
+	    key.at, (int)vary.len, vary.at, token);
 	region_seal(b, 0);
 	return !b->overflow && file_put(l.path, b);
 }
@@ -9010,14 +8997,12 @@ store_walk(void (*visit)(const struct file *file, void *argument),
 static pid_t
 temporary_owner(const char *name)
 {
-	struct text t = text_of(name);
 	uint64_t pid;
 
-	if (strncmp(name, "tmp.", 4) != 0)
+	if (strncmp(name, "tmp.", 4) != 0 ||
+	    !number_parse(text_until(text_of(name + 4), "."), INT32_MAX, &pid))
 		return 0;
-	t = text_from(t, 4);
-	t.len = text_find(t, '.');
-	return number_parse(t, INT32_MAX, &pid) ? (pid_t)pid : 0;
+	return (pid_t)pid;
 }
 
 /* The sweeper's account: the bytes of entries by age. */
@@ -9114,25 +9099,6 @@ sweep_plan(struct sweep *sweep, bool disk)
 }
 
 /*
- * Removes the least recently used entries: one pass counts, one removes, so
- * that memory use does not depend on the number of entries.  Returns 0, or
- * errno if the cache can't be read.
- */
-static int
-sweep_run(struct sweep *sweep, bool disk)
-{
-	struct stat status;
-	int error;
-
-	if (stat(options.cache, &status) != -1)
-		sweep->bytes += (uint64_t)status.st_blocks * 512;
-	error = store_walk(sweep_count, sweep);
-	if (sweep_plan(sweep, disk))
-		(void)store_walk(sweep_remove, sweep);
-	return error;
-}
-
-/*
  * Takes over the sweeper's count.  It may lack bytes that were written since it
  * began.
  */
@@ -9183,15 +9149,18 @@ sweep_reap(void)
 }
 
 /*
- * The sweeper: a child that sweeps, and reports an errno or 0, how many bytes
- * are left, and how many entries were removed.  It closes the standard
- * descriptors, too: who reads them until their end waits for the proxy only.
+ * The sweeper: a child that removes the least recently used entries.  One pass
+ * counts, one removes, so that memory use does not depend on their number.  It
+ * reports an errno or 0, how many bytes are left, and how many entries were
+ * removed.  It closes the standard descriptors, too: who reads them until their
+ * end waits for the proxy only.
  */
 static void
 sweeper_main(int fd, bool disk)
 {
 	static const int caught[] = { SIGHUP, SIGUSR1, SIGTERM, SIGINT };
 	struct sweep sweep = { .bytes = 0 };
+	struct stat status;
 	uint64_t report[3];
 	size_t i;
 
@@ -9200,7 +9169,11 @@ sweeper_main(int fd, bool disk)
 	fds_close(fd, fd);
 	for (i = STDIN_FILENO; i <= STDERR_FILENO; i++)
 		(void)close((int)i);
-	report[0] = (uint64_t)sweep_run(&sweep, disk);
+	if (stat(options.cache, &status) != -1)
+		sweep.bytes += (uint64_t)status.st_blocks * 512;
+	report[0] = (uint64_t)store_walk(sweep_count, &sweep);
+	if (sweep_plan(&sweep, disk))
+		(void)store_walk(sweep_remove, &sweep);
 	report[1] = sweep.bytes;
 	report[2] = sweep.evicted;
 	(void)fd_write(fd, report, sizeof(report));
@@ -9292,15 +9265,18 @@ store_check(const struct file *f, void *argument)
 }
 
 /*
- * Gives fd, the file or directory at path, to the user of -u, if any.  A path
- * might lead elsewhere once that user moves it.
+ * Gives the file or directory at path, open as fd unless that is -1, to the
+ * user of -u, if any, and closes fd.  A path alone might lead elsewhere once
+ * that user moves it.
  */
 static void
 store_own(int fd, const char *path)
 {
-	if (options.user != NULL && fchown(fd, options.uid, options.gid) == -1)
+	if (fd != -1 && options.user != NULL &&
+	    fchown(fd, options.uid, options.gid) == -1)
 		die("can't give %s to user %s: %s", path, options.user,
 		    strerror(errno));
+	fd_drop(&fd);
 }
 
 /*
@@ -9365,16 +9341,10 @@ store_open(void)
 	if (error != 0)
 		die("can't read the cache %s: %s", options.cache,
 		    strerror(error));
-	fd = open(options.cache, O_RDONLY | O_DIRECTORY);
-	if (fd != -1)
-		store_own(fd, options.cache);
-	fd_drop(&fd);
-	if (!tagged)
-		fd = tag_make();
-	if (fd != -1)
-		store_own(fd, path);
+	store_own(open(options.cache, O_RDONLY | O_DIRECTORY), options.cache);
+	fd = tagged ? -1 : tag_make();
 	store_assume(path, fd != -1);
-	fd_drop(&fd);
+	store_own(fd, path);
 }
 
 /*
@@ -9713,24 +9683,26 @@ cache_detach(struct exchange *x, struct exchange *y)
  */
 static uint64_t uncacheable[UNCACHEABLE_KEYS];
 
-/* The UNCACHEABLE_WAYS places for a key. */
+/* Where the key is, or else the last of its places; *first is the first. */
 static uint64_t *
-key_places(uint64_t key)
+key_place(uint64_t key, uint64_t **first)
 {
-	return uncacheable +
+	size_t i = 0;
+
+	*first = uncacheable +
 	    key % (UNCACHEABLE_KEYS / UNCACHEABLE_WAYS) * UNCACHEABLE_WAYS;
+	while (i < UNCACHEABLE_WAYS - 1 && (*first)[i] != key)
+		i++;
+	return *first + i;
 }
 
 /* True if responses for the key were recently uncacheable. */
 static bool
 key_is_uncacheable(uint64_t key)
 {
-	const uint64_t *at = key_places(key);
-	size_t i = 0;
+	uint64_t *first;
 
-	while (i < UNCACHEABLE_WAYS && at[i] != key)
-		i++;
-	return i < UNCACHEABLE_WAYS;
+	return *key_place(key, &first) == key;
 }
 
 /*
@@ -9740,16 +9712,13 @@ key_is_uncacheable(uint64_t key)
 static void
 key_remember(uint64_t key, bool is_uncacheable)
 {
-	uint64_t *at = key_places(key);
-	size_t i = 0;
+	uint64_t *first, *at = key_place(key, &first);
 
-	while (i < UNCACHEABLE_WAYS - 1 && at[i] != key)
-		i++;
 	if (is_uncacheable) {
-		memmove(at + 1, at, i * sizeof(*at));
-		at[0] = key;
-	} else if (at[i] == key)
-		at[i] = 0;
+		memmove(first + 1, first, (size_t)(at - first) * sizeof(*at));
+		*first = key;
+	} else if (*at == key)
+		*at = 0;
 }
 
 /* True if x is storing what it fetches. */
@@ -9996,31 +9965,23 @@ cache_forget(const struct target *target)
 }
 
 /*
- * Removes the segments . and .. from the path in b, which begins with a slash
- * (RFC 3986 section 5.2.4).
+ * Appends the segments of a path to that in b, which begins and ends with a
+ * slash: . is dropped, and .. removes the one before (RFC 3986 section 5.2.4).
  */
 static void
-dots_remove(struct buffer *b)
+segments_append(struct buffer *b, struct text path)
 {
-	char *path = b->data + b->start;
-	struct text rest = buffer_text(b);
-	size_t n = 0, len;
+	while (path.len > 0) {
+		struct text whole = path, segment = text_split(&path, '/');
 
-	while (rest.len > 0) {
-		struct text segment = rest;
-		bool up, dot;
-
-		segment.len = 1 + text_find(text_from(rest, 1), '/');
-		rest = text_from(rest, segment.len);
-		up = text_is(segment, "/..");
-		dot = up || text_is(segment, "/.");
-		while (up && n > 0 && path[--n] != '/')
-			;
-		len = !dot ? segment.len : rest.len == 0;
-		memmove(path + n, segment.at, len);
-		n += len;
+		if (text_is(segment, "..")) {
+			b->end -= buffer_len(b) > 1;
+			while (b->data[b->end - 1] != '/')
+				b->end--;
+		} else if (!text_is(segment, "."))
+			buffer_append(b,
+			    text_cut(whole.at, whole.len - path.len));
 	}
-	b->end = b->start + n;
 }
 
 /*
@@ -10047,12 +10008,12 @@ reference_resolve(const struct target *own, struct text value, struct buffer *b,
 	while (name.len > 0 && base.len > 0 &&
 	    (*name.at == '/' || base.at[base.len - 1] != '/'))
 		base.len--;
-	if (base.len == 0 && !text_starts(name, "/"))
-		base = text_of("/");
-	buffer_append(b, base);
-	buffer_append(b, name);
-	if (name.len > 0)
-		dots_remove(b);
+	if (name.len > 0 || base.len == 0) {
+		buffer_append(b, text_of("/"));
+		segments_append(b, text_from(base, text_starts(base, "/")));
+		segments_append(b, text_from(name, text_starts(name, "/")));
+	} else
+		buffer_append(b, base);
 	buffer_append(b, text_from(value, name.len));
 	*path = buffer_text(b);
 	return !b->overflow;
@@ -10193,23 +10154,24 @@ lookup_fits(const struct exchange *x, const struct lookup *l)
 }
 
 /*
- * Sets the age and the remaining lifetime of the entry in l; returns its
- * lifetime, set by a rule or by the entry itself.
+ * Sets the age and the remaining lifetime of the entry in l, and reads its
+ * Cache-Control; returns where its lifetime is from.
  */
-static struct lifetime
-lookup_age(struct exchange *x, const struct control *control,
-    const struct lookup *l)
+static const char *
+lookup_age(struct exchange *x, struct lookup *l)
 {
 	struct caching *c = &x->request->caching;
 	int64_t given = rule_seconds(cache_rule(x, &l->r, &l->e));
-	struct lifetime lifetime = freshness_lifetime(&l->r, control, false);
+	struct lifetime lifetime;
 
+	l->control = control_parse(&l->r.head);
+	lifetime = freshness_lifetime(&l->r, &l->control, false);
 	if (given >= 0)
 		lifetime = (struct lifetime){ given, "a rule" };
 	c->age = l->e.age +
 	    (now.wall > l->e.responded ? now.wall - l->e.responded : 0);
 	c->ttl = (lifetime.seconds > 0 ? lifetime.seconds : 0) - c->age;
-	return lifetime;
+	return lifetime.why;
 }
 
 /* How the entry in l may be used; traces the calculation. */
@@ -10221,21 +10183,22 @@ lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 		[REUSE_MEANWHILE] = ("stale, which is good while it is "
 				     "validated"),
 		[REUSE_VALIDATED] = "to be validated" };
-	struct caching *c = &x->request->caching;
-	struct control control = control_parse(&l->r.head);
-	struct lifetime lifetime = lookup_age(x, &control, l);
+	const struct caching *c = &x->request->caching;
+	const char *why = lookup_age(x, l);
+	bool young = c->ttl > 0 && !l->control.no_cache;
 	enum reuse reuse = REUSE_VALIDATED;
 
 	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
-		reuse = reuse_judge(asked, &control, c->age, lifetime.seconds);
-	l->forward = c->ttl > 0 && !control.no_cache ? "request" : "stale";
+		reuse =
+		    reuse_judge(asked, &l->control, c->age, c->ttl + c->age);
+	l->forward = young ? "request" : "stale";
 	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s%s",
-	    (long long)c->age, c->ttl > 0 ? "<" : ">=",
-	    (long long)(lifetime.seconds > 0 ? lifetime.seconds : 0),
-	    lifetime.why, control.no_cache ? ", no-cache" : "", words[reuse],
-	    reuse != REUSE_VALIDATED || c->ttl <= 0 || control.no_cache ? "" :
-		x->refresh ? ", in the background" :
-			     ", by the client's wish");
+	    (long long)c->age,
+	    c->ttl > 0 ? "<" : ">=", (long long)(c->ttl + c->age), why,
+	    l->control.no_cache ? ", no-cache" : "", words[reuse],
+	    reuse != REUSE_VALIDATED || !young ? "" :
+		x->refresh                     ? ", in the background" :
+						 ", by the client's wish");
 	return reuse;
 }
 
@@ -10264,14 +10227,6 @@ lookup_run(struct exchange *x, const struct control *asked, struct lookup *l)
 		fd_drop(&l->fd);
 }
 
-/* True if f stores an entry for the key that others may read as it grows. */
-static bool
-fetch_is_open(const struct fetch *f, uint64_t key)
-{
-	return f->state == FETCH_STORES && !f->discard && f->key == key &&
-	    (f->length != UINT64_MAX || !key_is_uncacheable(key));
-}
-
 /* True if the server must not act on another version (RFC 9110 13.1). */
 static bool
 request_is_guarded(const struct request *q)
@@ -10298,7 +10253,9 @@ lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 	    head_has(&q->head, "Authorization"))
 		return;
 	for (f = fetches; f != NULL && c->follows == NULL; f = f->next) {
-		if (!fetch_is_open(f, c->key))
+		if (f->state != FETCH_STORES || f->discard || f->key != c->key)
+			continue;
+		if (f->length == UINT64_MAX && key_is_uncacheable(c->key))
 			continue;
 		fd = l->fd;
 		entry_open(l, f->file.path, f->region, key);
@@ -10325,16 +10282,15 @@ lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 static bool
 request_is_common(const struct request *q, const struct control *asked)
 {
-	static const char *const special[] = { "Authorization", "Range",
-		"If-Match", "If-None-Match", "If-Modified-Since",
-		"If-Unmodified-Since", NULL };
 	size_t i;
 
 	for (i = 0; i < q->head.n; i++)
-		if (name_is_among(field_name(&q->head, i), special))
+		if (name_is_among(field_name(&q->head, i), fields_of_condition))
 			return false;
 	return q->method == METHOD_GET && !asked->no_store &&
-	    !asked->no_cache && asked->max_age != 0;
+	    !asked->no_cache && asked->max_age != 0 &&
+	    !head_has(&q->head, "Authorization") &&
+	    !head_has(&q->head, "Range");
 }
 
 /*
@@ -10450,7 +10406,7 @@ cache_find(struct exchange *x, struct lookup *l)
 		c->forward = l->forward;
 	if (offline && l->fd != -1 && l->reuse != REUSE_FRESH)
 		l->reuse = REUSE_STALE;
-	if (l->fd != -1 && l->r.status / 100 == 2 && request_is_guarded(q) &&
+	if (l->fd != -1 && l->r.status / 100 == 2 &&
 	    !request_is_met(&q->head, &l->r))
 		l->reuse = REUSE_VALIDATED;
 	else if (l->reuse == REUSE_VALIDATED)
@@ -10527,37 +10483,26 @@ cache_validators_append(const struct exchange *x, struct buffer *b)
 		return;
 	t = head_value(&l.r.head, "ETag");
 	if (t.len > 0)
-		buffer_print(b, "If-None-Match: %.*s\r\n", (int)t.len, t.at);
+		line_append(b, text_of("If-None-Match"), t);
 	t = head_value(&l.r.head, "Last-Modified");
 	if (t.len > 0)
-		buffer_print(b, "If-Modified-Since: %.*s\r\n", (int)t.len,
-		    t.at);
+		line_append(b, text_of("If-Modified-Since"), t);
 	buffer_give(&l.b);
 }
 
 /*
- * After a failure of the server, or its error response (answered), the entry to
- * validate may answer stale.  CACHED_YES if it does, in l.
+ * True if the entry in l may answer stale after a failure of the server, or
+ * its error response (answered).
  */
-static enum cached
-cache_rescue(struct exchange *x, bool answered, struct lookup *l)
+static bool
+lookup_rescues(struct exchange *x, bool answered, struct lookup *l)
 {
-	const struct request *q = x->request;
-	struct control asked, control;
-	struct lifetime lifetime;
+	struct control asked = control_parse(&x->request->head);
 
-	if (!entry_load(x, l))
-		return CACHED_NO;
-	asked = control_parse(&q->head);
-	control = control_parse(&l->r.head);
-	lifetime = lookup_age(x, &control, l);
-	if (l->e.responded <= now.wall + CLOCK_STEP_S &&
-	    reuse_on_error(&asked, &control,
-		q->caching.age - (lifetime.seconds > 0 ? lifetime.seconds : 0),
-		answered))
-		return lookup_answers(x, l, "stale");
-	buffer_give(&l->b);
-	return CACHED_NO;
+	(void)lookup_age(x, l);
+	return l->e.responded <= now.wall + CLOCK_STEP_S &&
+	    reuse_on_error(&asked, &l->control, -x->request->caching.ttl,
+		answered);
 }
 
 /*
@@ -10618,56 +10563,22 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 }
 
 /*
- * Handles a 304.  CACHED_YES: the open entry answers, in l.  CACHED_LOST: the
- * 304 is about another version, or its fields have no room, or the entry is
- * damaged: it is removed.
- */
-static enum cached
-cache_freshen(struct exchange *x, const struct response *news, struct lookup *l)
-{
-	struct control control;
-
-	if (entry_load(x, l)) {
-		if (response_is_same(news, &l->r) &&
-		    entry_freshen(x, news, l)) {
-			control = control_parse(&l->r.head);
-			(void)lookup_age(x, &control, l);
-			return lookup_answers(x, l, "validated");
-		}
-		buffer_give(&l->b);
-	}
-	store_remove(x->request->caching.path);
-	entry_close(x, CACHING_NONE);
-	return CACHED_LOST;
-}
-
-/*
- * True if the response to a HEAD, or a part of a body, is from the stored
- * version: the validators are the same, and for a HEAD the length, if it has
- * one.  A HEAD with validators then updates the entry (RFC 9111 section 4.3.5).
+ * True if the response to a HEAD, or a part of a body, is from the version in
+ * l: the validators are the same, and for a HEAD the length, if it has one.  A
+ * HEAD with validators then updates the entry (RFC 9111 section 4.3.5).
  */
 static bool
-entry_resembles(struct exchange *x, const struct response *r)
+lookup_resembles(struct exchange *x, const struct response *r, struct lookup *l)
 {
-	static const char *const fields[] = { "ETag", "Last-Modified" };
-	struct lookup l;
-	uint64_t length;
-	bool same = entry_load(x, &l), known = false;
-	size_t i;
+	struct text tag = head_value(&r->head, "ETag");
+	struct text date = head_value(&r->head, "Last-Modified");
+	uint64_t length = response_length(r);
+	bool same = text_equals(tag, head_value(&l->r.head, "ETag")) &&
+	    text_equals(date, head_value(&l->r.head, "Last-Modified")) &&
+	    (r->status == 206 || length == UINT64_MAX || length == l->e.body);
 
-	if (!same)
-		return false;
-	same = r->status == 206 || head_length(&r->head, &length) != 1 ||
-	    length == l.e.body;
-	for (i = 0; same && i < sizeof(fields) / sizeof(fields[0]); i++) {
-		struct text value = head_value(&r->head, fields[i]);
-
-		same = text_equals(value, head_value(&l.r.head, fields[i]));
-		known = known || value.len > 0;
-	}
-	if (same && known && r->status == 200)
-		(void)entry_freshen(x, r, &l);
-	buffer_give(&l.b);
+	if (same && r->status == 200 && tag.len + date.len > 0)
+		(void)entry_freshen(x, r, l);
 	return same;
 }
 
@@ -10685,39 +10596,51 @@ payload_goes_on(const struct exchange *x, const struct response *r)
 
 /*
  * Handles a server's response, or its failure if r is NULL, for an entry to
- * validate.  CACHED_YES: the entry answers, in l; CACHED_LOST: it can't be
- * used, so ask the server again; CACHED_NO: r answers.  If the client has a
- * part of the response already, CACHED_YES: r has the same payload.  A response
- * invalidates entries even if rules forbid it.
+ * validate.  CACHED_YES: the entry answers, in l; CACHED_LOST: a 304 is about
+ * another version, or the entry is damaged, so ask the server again; CACHED_NO:
+ * r answers.  If the client has a part of the response already, CACHED_YES: r
+ * has the same payload.  A response invalidates entries even if rules forbid
+ * it.
  */
 static enum cached
 cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 {
 	struct request *q = x->request;
 	struct caching *c = &q->caching;
-	bool failed, same;
+	int status = r == NULL ? 0 : r->status;
+	bool failed = r == NULL || status == 500 ||
+	    (status >= 502 && status <= 504);
+	bool partial = status == 206 || q->method == METHOD_HEAD, same = failed;
 
-	if (r == NULL)
-		return cache_rescue(x, false, l);
-	if (x->record.status != 0)
+	if (r != NULL && x->record.status != 0)
 		return payload_goes_on(x, r) ? CACHED_YES : CACHED_NO;
-	cache_invalidate(q, r);
-	if (c->state != CACHING_VALIDATES || r->status < 200)
+	if (r != NULL)
+		cache_invalidate(q, r);
+	if (c->state != CACHING_VALIDATES || (status > 0 && status < 200))
 		return CACHED_NO;
-	c->forward_status = r->status;
-	if (r->status == 304)
-		return cache_freshen(x, r, l);
-	failed = r->status == 500 || (r->status >= 502 && r->status <= 504);
-	if (failed && cache_rescue(x, true, l) == CACHED_YES)
-		return CACHED_YES;
-	same = failed ||
-	    ((q->method == METHOD_HEAD || r->status == 206) &&
-		entry_resembles(x, r));
+	c->forward_status = status;
+	if ((failed || partial || status == 304) && entry_load(x, l)) {
+		if (failed && lookup_rescues(x, r != NULL, l))
+			return lookup_answers(x, l, "stale");
+		if (status == 304 && response_is_same(r, &l->r) &&
+		    entry_freshen(x, r, l)) {
+			(void)lookup_age(x, l);
+			return lookup_answers(x, l, "validated");
+		}
+		same = failed || (status != 304 && lookup_resembles(x, r, l));
+		buffer_give(&l->b);
+	}
+	if (status == 304) {
+		store_remove(c->path);
+		entry_close(x, CACHING_NONE);
+		return CACHED_LOST;
+	}
 	/* A part must not replace the whole. */
-	entry_close(x,
-	    !same                ? CACHING_SUPERSEDED :
-		r->status == 206 ? CACHING_BYPASSED :
-				   CACHING_NONE);
+	if (r != NULL)
+		entry_close(x,
+		    !same             ? CACHING_SUPERSEDED :
+			status == 206 ? CACHING_BYPASSED :
+					CACHING_NONE);
 	return CACHED_NO;
 }
 
@@ -10842,6 +10765,7 @@ cache_shape(const struct exchange *x, struct response *r)
 {
 	const struct request *q = x->request;
 	struct range range = { 0, q->body };
+	int stored = r->status;
 	size_t i;
 
 	r->framing = q->method == METHOD_HEAD ? FRAMING_NO_BODY :
@@ -10862,10 +10786,10 @@ cache_shape(const struct exchange *x, struct response *r)
 		range.length = 0;
 	} else if (r->part == 1)
 		r->status = 206;
+	if (r->status != stored)
+		r->reason = text_of(status_reason(r->status));
 	if (r->status == 304 || r->status == 416)
 		r->framing = FRAMING_NO_BODY;
-	if (r->status == 304 || r->status == 416 || r->status == 206)
-		r->reason = text_of(status_reason(r->status));
 	r->first = range.first;
 	r->length = range.length;
 	return r->part == 1 ? q->caching.region + r->first : 0;
