@@ -4882,10 +4882,10 @@ reader_begin(struct reader *r)
 }
 
 /*
- * Reads the next line without its LF; it is valid until the next call.  A line
- * longer than r->data comes in pieces.  A byte order mark, with which some
- * editors begin a file in UTF-8, is dropped.  Returns 1, 0 at the end of the
- * file, or -1 with errno set.
+ * Reads the next line without its LF or CR LF; it is valid until the next call.
+ * A line longer than r->data comes in pieces.  A byte order mark, with which
+ * some editors begin a file in UTF-8, is dropped.  Returns 1, 0 at the end of
+ * the file, or -1 with errno set.
  */
 static int
 reader_next(struct reader *r, int fd, struct text *line)
@@ -4909,11 +4909,11 @@ reader_next(struct reader *r, int fd, struct text *line)
 	}
 	r->cut = n == t.len;
 	r->start += n + !r->cut;
-	*line = text_cut(t.at, n);
-	if (!r->begun && text_starts(*line, "\xef\xbb\xbf"))
-		*line = text_from(*line, 3);
+	if (!r->begun && text_starts(t, "\xef\xbb\xbf"))
+		t = text_from(t, 3);
 	r->begun = true;
-	return t.len > 0;
+	*line = line_next(&t, NULL);
+	return n > 0 || !r->cut;
 }
 
 /* ---- lists of domains ---- */
@@ -4929,6 +4929,7 @@ reader_next(struct reader *r, int fd, struct text *line)
  */
 
 static struct reader list_reader; /* of the list being read */
+static char list_why[100];        /* why the last one could not be read */
 
 /*
  * True if t is an address, not a name: it has a colon, or its last label is a
@@ -5121,16 +5122,14 @@ list_adblock(struct list *list, struct text line, bool exception)
 }
 
 /*
- * The line without its CR, outer blanks and comment.  `##.name` and `###name`
- * are not comments but Adblock rules that hide parts of pages.
+ * The line without outer blanks and comment.  `##.name` and `###name` are not
+ * comments but Adblock rules that hide parts of pages.
  */
 static struct text
 list_strip(struct text line)
 {
 	size_t i, marks = 0;
 
-	if (line.len && line.at[line.len - 1] == '\r')
-		line.len--;
 	line = text_trim(line);
 	while (marks < line.len && line.at[marks] == '#')
 		marks++;
@@ -5197,16 +5196,14 @@ list_rewind(struct list *list)
  * list_step() does.
  */
 static int
-list_pass_end(struct list *list, char *why, size_t size)
+list_pass_end(struct list *list)
 {
 	size_t n = list->names;
 
-	if (list->slots != NULL && n == list->room)
-		return 1;
 	if (list->slots != NULL) {
-		(void)snprintf(why, size, "%s: it changed while it was read",
-		    list->path);
-		return -1;
+		(void)snprintf(list_why, sizeof(list_why),
+		    "it changed while it was read");
+		return n == list->room ? 1 : -1;
 	}
 	list->room = n;
 	list->size = n + n / 2 + 1;
@@ -5214,18 +5211,18 @@ list_pass_end(struct list *list, char *why, size_t size)
 		list->slots = calloc(list->size, sizeof(*list->slots));
 	if (list->slots != NULL && list_rewind(list))
 		return 0;
-	(void)snprintf(why, size, "%s: no memory for %lu domains", list->path,
+	(void)snprintf(list_why, sizeof(list_why), "no memory for %lu domains",
 	    (unsigned long)n);
 	return -1;
 }
 
 /*
  * Opens the file if need be, and reads some lines.  Returns 1 when the list is
- * complete, 0 if there is more to do, -1 on failure, with the reason in why,
- * of size bytes.  A FIFO is refused, since reading it might block.
+ * complete, 0 if there is more to do, -1 on failure: list_why says why.  A FIFO
+ * is refused, since reading it might block.
  */
 static int
-list_step(struct list *list, char *why, size_t size)
+list_step(struct list *list)
 {
 	struct text line;
 	unsigned n;
@@ -5241,16 +5238,16 @@ list_step(struct list *list, char *why, size_t size)
 
 		got = reader_next(&list_reader, list->fd, &line);
 		if (got == 1 && !list_take(list, line, begins)) {
-			(void)snprintf(why, size,
-			    "%s: line %lu: a NUL byte: this is no text",
-			    list->path, (unsigned long)list->read);
+			(void)snprintf(list_why, sizeof(list_why),
+			    "line %lu: a NUL byte: this is no text",
+			    (unsigned long)list->read);
 			return -1;
 		}
 	}
 	if (got == 0)
-		return list_pass_end(list, why, size);
+		return list_pass_end(list);
 	if (got == -1)
-		(void)snprintf(why, size, "%s: %s", list->path,
+		(void)snprintf(list_why, sizeof(list_why), "%s",
 		    strerror(errno));
 	return got == 1 ? 0 : -1;
 }
@@ -5308,8 +5305,8 @@ list_has(const struct list *list, struct text host)
  * address that was judged: it is not looked up again.
  *
  * Door: rules_judge, rule_lacks, rules_seek, name_is_free, rules_rewrite,
- * rules_rewriter, rules_trust, rules_let_in, view_source, view_begin,
- * view_route, exchange_view.
+ * rules_rewriter, rules_trust, rules_let_in, view_source, view_response,
+ * view_begin, view_route, exchange_view.
  */
 
 enum {
@@ -6055,13 +6052,12 @@ view_route(struct view *v, const struct parent *parent)
 
 /*
  * Sets v to the facts known of a request so far; x must outlive v.  r is the
- * response or NULL; length is its body's, UINT64_MAX if unknown.  With a
- * parent, the server's address is known only if the URL has a numeric host; an
- * entry has the address that it came from.
+ * response or NULL.  With a parent, the server's address is known only if the
+ * URL has a numeric host; an entry has the address that it came from.
  */
 static void
 exchange_view(const struct exchange *x, const struct response *r,
-    uint64_t length, struct view *v)
+    struct view *v)
 {
 	const struct request *q = x->request;
 
@@ -6079,7 +6075,8 @@ exchange_view(const struct exchange *x, const struct response *r,
 		x->record.server.family == AF_INET6))
 		view_source(v, &x->record.server);
 	if (r != NULL)
-		view_response(v, r, length);
+		view_response(v, r,
+		    answer_is_stored(q) ? q->body : response_length(r));
 }
 
 /* ---- 11. Rules: conditions as text ---- */
@@ -6101,9 +6098,7 @@ enum {
 	/* Bytes of `file:line`, for the log. */
 	RULE_NAME_MAX = 256,
 	/* Bytes of the reason in a deny rule, for the page. */
-	REASON_MAX = 200,
-	/* Bytes in the path of a list. */
-	LIST_PATH_MAX = 1023
+	REASON_MAX = 200
 };
 
 /* The longest duration in a rule: ten years, as good as forever. */
@@ -6525,10 +6520,8 @@ list_parse(struct parser *p, struct value *value)
 	value->as.list = list;
 	if (list < rules->lists + rules->lists_n)
 		return true;
-	if (value->text.len > LIST_PATH_MAX || rules->lists_n == LISTS_MAX)
-		parser_error(p,
-		    "list: at most %d files, with paths of at most %d bytes",
-		    LISTS_MAX, LIST_PATH_MAX);
+	if (rules->lists_n == LISTS_MAX)
+		parser_error(p, "list: more than %d files", LISTS_MAX);
 	else if (access(value->text.at, R_OK) == -1)
 		parser_error(p, "%s: %s", value->text.at, strerror(errno));
 	else {
@@ -7127,6 +7120,7 @@ file_read(struct parser *p, const char *path, bool secret,
 	struct stat status;
 	struct text t;
 	unsigned line = 0;
+	bool good;
 
 	reader_begin(&reader);
 	if (fd == -1 || fstat(fd, &status) == -1)
@@ -7135,17 +7129,13 @@ file_read(struct parser *p, const char *path, bool secret,
 		parser_error(p, "%.200s: not a file", path);
 	else if (secret && (status.st_mode & (S_IRWXG | S_IRWXO)))
 		parser_error(p, "others may read %.200s: chmod 600", path);
-	for (got = !p->bad; got == 1;) {
+	for (good = !p->bad; good;) {
 		parser_begin(p, path, ++line);
 		got = reader_next(&reader, fd, &t);
 		if (got == -1)
 			parser_error(p, "%s", strerror(errno));
-		if (got != 1)
-			break;
-		if (t.len > 0 && t.len <= RULE_LINE_MAX)
-			t.len -= t.at[t.len - 1] == '\r';
-		got = line_check(p, t);
-		if (got == 1)
+		good = got == 1 && line_check(p, t);
+		if (good)
 			take(p, t);
 	}
 	if (fd != -1)
@@ -7274,11 +7264,10 @@ static bool
 rules_read_lists(struct rules *rules)
 {
 	int64_t until = clock_us() + LIST_STEP_US;
-	char why[LIST_PATH_MAX + 128];
 
 	while (rules->lists_read < rules->lists_n && clock_us() < until) {
 		struct list *list = &rules->lists[rules->lists_read];
-		int got = list_step(list, why, sizeof(why));
+		int got = list_step(list);
 
 		if (got == 0)
 			continue;
@@ -7286,7 +7275,7 @@ rules_read_lists(struct rules *rules)
 		rules->errors += got == -1;
 		list_end(list);
 		if (got == -1)
-			warn("%s: %s", list->where, why);
+			warn("%s: %s: %s", list->where, list->path, list_why);
 		else
 			warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms",
 			    list->path, (unsigned long)list->read,
@@ -10114,18 +10103,18 @@ cache_rule(const struct exchange *x, const struct response *r,
     const struct entry *e)
 {
 	static const struct rule other = { .action = ACTION_ALLOW };
-	uint64_t length = UINT64_MAX;
 	struct address source;
 	struct verdict verdict;
 	struct view v;
 
 	if (x->rules->first[GROUP_CACHE] == NULL)
 		return &other;
+	exchange_view(x, NULL, &v);
 	if (r != NULL)
-		length = e == NULL ? response_length(r) :
-		    e->counted     ? UINT64_MAX :
-				     e->body;
-	exchange_view(x, r, length, &v);
+		view_response(&v, r,
+		    e == NULL      ? response_length(r) :
+			e->counted ? UINT64_MAX :
+				     e->body);
 	v.never |= r != NULL ? FACT_LENGTH : 0U;
 	if (e != NULL) {
 		source = address_read(e->server);
@@ -12650,7 +12639,7 @@ trace_reason(const struct exchange *x, const struct head *from,
 	struct view v;
 	size_t i;
 
-	exchange_view(x, r, r ? response_length(r) : 0, &v);
+	exchange_view(x, r, &v);
 	rule = rules_rewriter(x->rules, group, &v, name);
 	if (rule != NULL) {
 		(void)snprintf(words, sizeof(words), "rule %s", rule->where);
@@ -12914,7 +12903,7 @@ hello_is_whole(struct text t, char *flat)
  * exchange decide when to send it, and to whom.
  *
  * Door: request_build, exchange_rewrite, exchange_is_relayed, response_build,
- * answer_view, greet_append, greet_length, greet_words, page_refusal,
+ * greet_append, greet_length, greet_words, page_refusal,
  * page_is_ours, page_options, page_trace, page_find, page_own,
  * exchange_append, page_rule, phases, totals_show.
  */
@@ -12944,7 +12933,7 @@ exchange_rewrite(struct exchange *x)
 	if (r->first[GROUP_REQUEST] == NULL && r->needles_n == 0 &&
 	    options.record == NULL)
 		return;
-	exchange_view(x, NULL, 0, &v);
+	exchange_view(x, NULL, &v);
 	rules_rewrite(r, GROUP_REQUEST, &v, &q->rewrites);
 }
 
@@ -13077,16 +13066,6 @@ request_build(struct exchange *x, struct buffer *b)
 
 /* ---- the head for the client ---- */
 
-/* Sets v to the facts known once the response is r. */
-static void
-answer_view(const struct exchange *x, const struct response *r, struct view *v)
-{
-	const struct request *q = x->request;
-
-	exchange_view(x, r, answer_is_stored(q) ? q->body : response_length(r),
-	    v);
-}
-
 /* Appends field i of the response, unless it must not be passed on. */
 static void
 response_field_append(const struct exchange *x, const struct response *r,
@@ -13128,7 +13107,7 @@ response_rewrites(struct exchange *x, const struct response *r,
 	    (x->request->answerer == ANSWER_MEMORY &&
 		(x->bend == NULL || !x->bend->answers)))
 		return;
-	answer_view(x, r, &v);
+	exchange_view(x, r, &v);
 	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
 }
 
@@ -14364,7 +14343,7 @@ bend_begin(struct exchange *x)
 
 		if (x->rules->first[bend_groups[i]] == NULL)
 			continue;
-		exchange_view(x, NULL, 0, &v);
+		exchange_view(x, NULL, &v);
 		verdict = rules_judge(x->rules, bend_groups[i], &v);
 		if (verdict.truth != TRUTH_YES)
 			continue;
@@ -14466,7 +14445,7 @@ access_begin(struct exchange *x)
 
 	x->rules = rules_take(&q->head, &x->record.user);
 	q->dice = random_mix(options.seed + x->number);
-	exchange_view(x, NULL, 0, &v);
+	exchange_view(x, NULL, &v);
 	if (q->target.form != FORM_ORIGIN)
 		route_judge(x, &v);
 	if (!access_judge(x, &v))
@@ -14491,7 +14470,7 @@ access_response(struct exchange *x, const struct response *r, struct text head)
 
 	if (access->state != ACCESS_UNDECIDED)
 		return true;
-	answer_view(x, r, &v);
+	exchange_view(x, r, &v);
 	if (!access_judge(x, &v))
 		return false;
 	if (access->state != ACCESS_UNDECIDED || r->status < 200)
@@ -14532,7 +14511,7 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	access->unjudged = 0;
 	(void)response_parse(buffer_text(access->answer), x->request->method,
 	    &r);
-	answer_view(x, &r, &v);
+	exchange_view(x, &r, &v);
 	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
 	if (whole)
@@ -15223,7 +15202,7 @@ resolve_judge(struct exchange *x)
 	enum refusal refusal;
 	struct view v;
 
-	exchange_view(x, NULL, 0, &v);
+	exchange_view(x, NULL, &v);
 	if (direct)
 		view_source(&v, &q->route.list[0]);
 	if (q->access.route_undecided) {

@@ -8051,9 +8051,10 @@ list_load(struct list *list, const char *path, char *why, size_t size)
 	memset(list, 0, sizeof(*list));
 	list->path = path;
 	list->fd = -1;
-	while ((got = list_step(list, why, size)) == 0)
+	while ((got = list_step(list)) == 0)
 		;
 	list_end(list);
+	(void)snprintf(why, size, "%s: %s", path, list_why);
 	if (got == -1)
 		list_free(list);
 	return got == 1;
@@ -8280,17 +8281,16 @@ check_changes(void)
 	for (i = 0; i < COUNT(files); i++)
 		for (k = 0; k < COUNT(files); k++) {
 			struct list list = { .path = "list", .fd = -1 };
-			char why[200] = "";
 
 			file_make(files[i], strlen(files[i]));
 			while (list.slots == NULL)
-				if (list_step(&list, why, sizeof(why)) != 0)
+				if (list_step(&list) != 0)
 					exit(77);
 			file_make(files[k], strlen(files[k]));
-			while ((got = list_step(&list, why, sizeof(why))) == 0)
+			while ((got = list_step(&list)) == 0)
 				;
 			if ((got == 1) != (i == k) || list.used >= list.size ||
-			    (got == -1 && strstr(why, ": it changed") == NULL))
+			    (got == -1 && strstr(list_why, "it changed") == NULL))
 				unit_fail("changed", files[i], files[k],
 				    (long long)list.used);
 			list_free(&list);
@@ -8868,12 +8868,11 @@ view_make(struct view *v)
 	struct exchange *x = &exchange;
 	struct verdict route;
 
-	exchange_view(x, NULL, 0, v);
+	exchange_view(x, NULL, v);
 	route = rules_judge(x->rules, GROUP_ROUTE, v);
 	if (route.truth == TRUTH_YES)
 		x->request->route.parent = route.rule->parents;
-	exchange_view(x, answer.status != 0 ? &answer : NULL,
-	    answer.status != 0 ? response_length(&answer) : 0, v);
+	exchange_view(x, answer.status != 0 ? &answer : NULL, v);
 }
 
 /* Says what a rule does, and which it is. */
@@ -23704,7 +23703,6 @@ fuzz_list(struct text in)
 	static int fd = -1;
 	struct list list = { .path = "list" };
 	struct text rest = in, line;
-	char why[200];
 	int got;
 
 	fd = fd == -1 ? open("/dev/zero", O_RDONLY) : fd;
@@ -23715,7 +23713,7 @@ fuzz_list(struct text in)
 			list_reader.end = in.len;
 			list_reader.eof = true;
 		}
-		got = list_step(&list, why, sizeof(why));
+		got = list_step(&list);
 	}
 	assert((got == -1) == (text_find(in, '\0') < in.len));
 	assert(got == -1 || list.used < list.size);
