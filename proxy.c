@@ -4643,20 +4643,6 @@ struct list {
 
 /* ---- matchers ---- */
 
-/* Sets all but the first n->bits bits of n's address to 0. */
-static void
-network_mask(struct network *n)
-{
-	unsigned i, bits = n->bits;
-
-	for (i = 0; i < sizeof(n->address.octets); i++) {
-		unsigned kept = bits < 8 ? bits : 8;
-
-		n->address.octets[i] &= (unsigned char)(0xff00 >> kept);
-		bits -= kept;
-	}
-}
-
 /*
  * Parses an address, optionally followed by a slash and a prefix length.  An
  * IPv4-mapped IPv6 address becomes IPv4, as in address_import(); its prefix
@@ -4670,6 +4656,7 @@ network_parse(struct text t, struct network *n)
 	bool colons = text_find(host, ':') < host.len;
 	uint64_t bits = colons ? 128 : 32;
 	struct network block;
+	unsigned i;
 
 	if (!address_parse(host, 0, &block.address) ||
 	    (slash < t.len &&
@@ -4681,7 +4668,8 @@ network_parse(struct text t, struct network *n)
 		bits -= 96;
 	}
 	block.bits = (unsigned)bits;
-	network_mask(&block);
+	for (i = block.bits; i < 128; i++)
+		block.address.octets[i / 8] &= (unsigned char)~(128 >> i % 8);
 	*n = block;
 	return true;
 }
@@ -5454,6 +5442,7 @@ struct rule {
 struct account {
 	struct account *next;
 	struct text user, password;
+	char line[]; /* that has both */
 };
 
 /* Memory of a set of rules: all pieces are freed together. */
@@ -5482,7 +5471,8 @@ struct rules {
 
 /* The facts that rules are judged by; see exchange_view(). */
 struct view {
-	unsigned known, never;        /* facts: known, and never to be known */
+	unsigned known; /* facts, but for the address: see there */
+	unsigned never; /* facts that will never be known */
 	const struct address *client; /* its address */
 	bool local;                   /* the client is on this machine */
 	bool tunnels;                 /* a 200 would promise a tunnel */
@@ -5490,7 +5480,7 @@ struct view {
 	const struct request *request;   /* to be judged */
 	struct text host;                /* of the URL, without trailing dots */
 	unsigned port;                   /* of the URL */
-	const struct address *address;   /* of the server, if known */
+	const struct address *address;   /* of the server, or NULL: not known */
 	struct address literal;          /* storage for a numeric host */
 	const struct response *response; /* to the request, if known */
 	uint64_t length;                 /* of its body, if known */
@@ -5716,7 +5706,8 @@ static const struct {
 static enum truth
 condition_judge(const struct condition *c, struct view *v)
 {
-	unsigned missing = c->needs & ~v->known;
+	unsigned known = v->known | (v->address != NULL ? FACT_ADDRESS : 0U);
+	unsigned missing = c->needs & ~known;
 	const struct value *value = c->values;
 	bool hit = false;
 
@@ -5977,12 +5968,12 @@ rules_let_in(void)
 static void
 view_source(struct view *v, const struct address *a)
 {
-	if (a->family == 0 && v->address == &v->literal)
-		return;
-	v->address = a->family ? a : NULL;
-	v->known &= ~(unsigned)FACT_ADDRESS;
-	v->known |= a->family ? FACT_ADDRESS : 0U;
-	v->never |= a->family ? 0U : FACT_ADDRESS;
+	if (a->family != 0)
+		v->address = a;
+	else if (v->address != &v->literal) {
+		v->address = NULL;
+		v->never |= FACT_ADDRESS;
+	}
 }
 
 /* Adds the response and the length of its body, UINT64_MAX if unknown. */
@@ -6004,10 +5995,8 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 static void
 view_literal(struct view *v, struct text host, unsigned port)
 {
-	if (!address_of_host(host, port, &v->literal))
-		return;
-	v->address = &v->literal;
-	v->known |= FACT_ADDRESS;
+	if (address_of_host(host, port, &v->literal))
+		v->address = &v->literal;
 }
 
 /*
@@ -6040,10 +6029,8 @@ view_route(struct view *v, const struct parent *parent)
 {
 	bool to = parent != NULL && parent->kind == PARENT_TO;
 
-	if (to && v->address == &v->literal) {
+	if (to && v->address == &v->literal)
 		v->address = NULL;
-		v->known &= ~(unsigned)FACT_ADDRESS;
-	}
 	if (to)
 		view_literal(v, text_of(parent->host), parent->port);
 	else if (parent_is_proxy(parent) && v->address == NULL)
@@ -6097,7 +6084,7 @@ enum {
 	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
 	/* Bytes of `file:line`, for the log. */
 	RULE_NAME_MAX = 256,
-	/* Bytes of the reason in a deny rule, for the page. */
+	/* Bytes of the reason in a deny rule, for the page; see actions[]. */
 	REASON_MAX = 200
 };
 
@@ -6242,18 +6229,19 @@ rules_give(struct rules **at)
 }
 
 /*
- * The subject that a word names, or SUBJECTS.  In a rule about pages, `status`
- * is one of them.
+ * The subject that the next word names, or SUBJECTS.  In a rule about pages,
+ * `status` is one of them.
  */
 static enum subject
-subject_find(const struct parser *p, const struct word *word)
+subject_next(const struct parser *p)
 {
-	unsigned i;
+	const struct word *word = &p->words[p->at];
+	unsigned i = p->at == p->n || word->quoted ? SUBJECTS : 0;
 
-	for (i = 0; i < SUBJECTS; i++)
-		if (!word->quoted && text_is(word->t, subjects[i].word) &&
-		    (i != SUBJECT_STATUS || p->group != GROUP_PAGE))
-			break;
+	while (i < SUBJECTS &&
+	    (!text_is(word->t, subjects[i].word) ||
+		(i == SUBJECT_STATUS && p->group == GROUP_PAGE)))
+		i++;
 	return (enum subject)i;
 }
 
@@ -6263,7 +6251,7 @@ parser_value(struct parser *p)
 {
 	const struct word *word = &p->words[p->at];
 
-	if (p->at == p->n || subject_find(p, word) != SUBJECTS ||
+	if (p->at == p->n || subject_next(p) != SUBJECTS ||
 	    (!word->quoted && text_is(word->t, "not")))
 		return NULL;
 	return word;
@@ -6398,16 +6386,17 @@ regex_parse(struct parser *p, const char *string, struct value *value)
 	return true;
 }
 
-/* Parses [request|response] NAME REGEX; `word` is the first of them. */
+/* Parses [request|response] NAME REGEX, of which the first word was taken. */
 static bool
-value_field(struct parser *p, struct condition *c, const struct word *word,
-    struct value *value)
+value_field(struct parser *p, struct condition *c, struct value *value)
 {
-	bool response = !word->quoted && text_is(word->t, "response");
+	const struct word *word;
 
-	c->needs = response ? FACT_RESPONSE : 0;
-	if (response || (!word->quoted && text_is(word->t, "request")))
-		word = parser_take(p);
+	p->at--;
+	c->needs = parser_takes(p, "response") ? FACT_RESPONSE : 0;
+	if (c->needs == 0)
+		(void)parser_takes(p, "request");
+	word = parser_take(p);
 	if (word != NULL) {
 		c->name = word->t;
 		word = parser_take(p);
@@ -6564,7 +6553,7 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 	case SUBJECT_URL:
 		return regex_parse(p, word->t.at, value);
 	case SUBJECT_FIELD:
-		return value_field(p, c, word, value);
+		return value_field(p, c, value);
 	case SUBJECT_TIME:
 		return time_parse(p, c, value);
 	case SUBJECT_TYPE:
@@ -6620,22 +6609,17 @@ condition_values(struct parser *p, struct condition *c)
 }
 
 /*
- * Facts that are known too late: the route and the fields of a request can't
+ * Facts that are known in time: the route and the fields of a request can't
  * depend on the response, nor the caching and the fields of a response on its
- * body.
+ * body.  The groups that are left out wait for nothing.
  */
-static const unsigned facts_late[GROUPS] = {
-	[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-	[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-	[GROUP_CACHE] = FACT_BODY,
-	[GROUP_TRACE] = FACTS,
-	[GROUP_LIMIT] = FACTS,
-	[GROUP_ANSWER] = FACTS,
-	[GROUP_DELAY] = FACTS,
-	[GROUP_RATE] = FACTS,
-	[GROUP_CUT] = FACTS,
-	[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-	[GROUP_RESPONSE] = FACT_BODY,
+static const unsigned facts_timely[GROUPS] = {
+	[GROUP_ACCESS] = FACTS,
+	[GROUP_ROUTE] = FACT_ADDRESS,
+	[GROUP_SOURCE] = FACT_ADDRESS,
+	[GROUP_CACHE] = FACTS & ~FACT_BODY,
+	[GROUP_REQUEST] = FACT_ADDRESS,
+	[GROUP_RESPONSE] = FACTS & ~FACT_BODY,
 };
 
 /* Parses a condition, and adds it to the rule. */
@@ -6644,41 +6628,39 @@ condition_parse(struct parser *p, struct rule *rule)
 {
 	struct condition *c = parser_new(p, sizeof(*c));
 	struct condition **end = &rule->conditions;
-	bool repeats = false;
 
 	if (c == NULL)
 		return;
 	c->inverted = parser_takes(p, "not");
-	c->subject = p->at < p->n ? subject_find(p, &p->words[p->at]) :
-				    SUBJECTS;
+	c->subject = subject_next(p);
 	if (c->subject == SUBJECTS) {
 		parser_error(p, "%s: not a condition",
 		    p->at < p->n ? p->words[p->at].t.at : "not");
 		return;
 	}
 	p->at++;
-	for (; *end != NULL; end = &(*end)->next)
-		if ((*end)->subject == c->subject && !(*end)->inverted)
-			repeats = subjects[c->subject].single && !c->inverted;
-	*end = c;
 	c->needs = subjects[c->subject].needs;
 	c->word = subjects[c->subject].word;
-	if (c->subject == SUBJECT_PAGE && p->group != GROUP_ACCESS)
+	for (; *end != NULL; end = &(*end)->next)
+		if (subjects[c->subject].single && !c->inverted &&
+		    (*end)->subject == c->subject && !(*end)->inverted)
+			parser_error(p,
+			    "%s: two conditions can't both match; write all "
+			    "values behind one, as in: %s a b",
+			    c->word, c->word);
+	*end = c;
+	if (c->subject == SUBJECT_PAGE &&
+	    (p->group != GROUP_ACCESS || rule->needs != 0))
 		parser_error(p,
-		    "page: it stands with allow, deny, login or "
-		    "drop, and once");
+		    "page: it stands with allow, deny, login or drop, once, "
+		    "and not with what needs a server");
 	if (c->subject == SUBJECT_PAGE)
 		p->group = GROUP_PAGE;
 	if (c->subject != SUBJECT_CLIENT && p->group == GROUP_TRUST)
 		parser_error(p, "trust: only client can stand here");
-	if (repeats)
-		parser_error(p,
-		    "%s: two conditions can't both match; write all values "
-		    "behind one, as in: %s a b",
-		    c->word, c->word);
 	condition_values(p, c);
-	if (c->needs &
-	    (rule->action == ACTION_OFFLINE ? FACTS : facts_late[p->group]))
+	if (rule->action == ACTION_OFFLINE ? c->needs :
+					     c->needs & ~facts_timely[p->group])
 		parser_error(p,
 		    "%s: what it needs is known too late for this rule; leave "
 		    "it out",
@@ -6702,20 +6684,13 @@ deny_take(struct parser *p, struct rule *rule, const struct word *word)
 {
 	uint64_t status;
 
-	if (word->quoted && rule->words.at == NULL) {
+	if (word->quoted && rule->words.at == NULL && word->t.len <= REASON_MAX)
 		rule->words = word->t;
-		if (word->t.len > REASON_MAX)
-			parser_error(p,
-			    "deny: a reason is a line of %d bytes at most",
-			    REASON_MAX);
-	} else if (word == &p->words[1] &&
-	    number_parse(word->t, 599, &status) && status >= 400)
+	else if (word == &p->words[1] && number_parse(word->t, 599, &status) &&
+	    status >= 400)
 		rule->status = (int)status;
 	else
-		parser_error(p,
-		    "deny: %s is no status from 400 to 599, no quoted reason, "
-		    "no condition",
-		    word->t.at);
+		return false;
 	return true;
 }
 
@@ -6810,13 +6785,13 @@ via_take(struct parser *p, struct rule *rule, const struct word *word)
 	struct parent **end = &rule->parents;
 	const char *why = NULL;
 
-	for (; *end != NULL && parent != NULL; end = &(*end)->next)
-		if ((*end)->kind == PARENT_NONE)
-			why = "nothing goes behind `direct'";
 	if (parent == NULL)
 		return true;
-	if (why == NULL &&
-	    (rule->parents == NULL || !text_is(word->t, "direct")))
+	while (*end != NULL && (*end)->kind != PARENT_NONE)
+		end = &(*end)->next;
+	if (*end != NULL)
+		why = "nothing goes behind `direct'";
+	else if (rule->parents == NULL || !text_is(word->t, "direct"))
 		why = parent_parse(word->t, parent);
 	if (why != NULL)
 		parser_error(p, "via: %s", why);
@@ -6932,7 +6907,8 @@ static const struct {
 	const char *wants;
 } actions[ACTIONS] = {
 	[ACTION_ALLOW] = { "allow", GROUP_ACCESS, 0, 0, NULL, "" },
-	[ACTION_DENY] = { "deny", GROUP_ACCESS, 0, 2, deny_take, "" },
+	[ACTION_DENY] = { "deny", GROUP_ACCESS, 0, 2, deny_take,
+	    "a status from 400 to 599, and a reason in quotes, of 200 bytes" },
 	[ACTION_LOGIN] = { "login", GROUP_ACCESS, 0, 0, NULL, "" },
 	[ACTION_DROP] = { "drop", GROUP_ACCESS, 0, 0, NULL, "" },
 	[ACTION_VIA] = { "via", GROUP_ROUTE, 1, WORDS_MAX, via_take, "a URL" },
@@ -7040,10 +7016,6 @@ rule_parse(struct parser *p, struct text line)
 	arguments_parse(p, rule);
 	while (!p->bad && p->at < p->n)
 		condition_parse(p, rule);
-	if (p->group == GROUP_PAGE && rule->needs != 0)
-		parser_error(p,
-		    "page: no server answers for it; leave out "
-		    "what needs one");
 	/* The built-in rule without conditions refuses foreign clients. */
 	rule->refusal = rule->built_in && rule->conditions == NULL ?
 	    REFUSE_FOREIGN :
@@ -7073,7 +7045,6 @@ account_parse(struct parser *p, struct text line)
 {
 	size_t colon = text_find(line, ':');
 	struct account *account;
-	const char *copy;
 
 	if (line.len == 0 || *line.at == '#')
 		return;
@@ -7085,12 +7056,12 @@ account_parse(struct parser *p, struct text line)
 		parser_error(p,
 		    "the password looks hashed; write the password itself, "
 		    "which may not begin with $...$ or {...}");
-	account = p->bad ? NULL : parser_new(p, sizeof(*account));
-	copy = account == NULL ? NULL : parser_copy(p, line);
-	if (copy == NULL)
+	account = p->bad ? NULL : parser_new(p, sizeof(*account) + line.len);
+	if (account == NULL)
 		return;
-	account->user = text_cut(copy, colon);
-	account->password = text_from(text_cut(copy, line.len), colon + 1);
+	memcpy(account->line, line.at, line.len);
+	account->password = text_cut(account->line, line.len);
+	account->user = text_split(&account->password, ':');
 	account->next = p->rules->accounts;
 	p->rules->accounts = account;
 }
@@ -7243,7 +7214,7 @@ rules_begin(void)
 	unsigned i;
 
 	if (rules == NULL) {
-		warn("no memory for rules");
+		warn("no memory for new rules");
 		return NULL;
 	}
 	rules->refs = 1;
@@ -7292,15 +7263,15 @@ rules_read_lists(struct rules *rules)
 static bool
 rules_step(void)
 {
+	struct rules *old;
+
 	if (rules_next == NULL || !rules_read_lists(rules_next))
 		return rules_next != NULL;
 	if (rules_next->errors == 0) {
-		rules_give(&rules_now);
+		old = rules_now;
 		rules_now = rules_next;
-		rules_next = NULL;
-		return false;
-	}
-	if (rules_now != NULL)
+		rules_next = old;
+	} else if (rules_now != NULL)
 		warn("the old rules stay in force");
 	rules_give(&rules_next);
 	return false;
@@ -7331,8 +7302,6 @@ rules_reload(void)
 {
 	rules_give(&rules_next);
 	rules_next = rules_begin();
-	if (rules_next == NULL)
-		warn("the old rules stay in force");
 }
 
 /*
@@ -13005,8 +12974,7 @@ request_field_append(struct exchange *x, size_t i, struct buffer *b)
 	    (q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)) {
 		if (number_clamp(field_value(h, i), UINT64_MAX, &hops) &&
 		    hops > 0)
-			buffer_print(b, "Max-Forwards: %llu\r\n",
-			    (unsigned long long)hops - 1);
+			number_append(b, "Max-Forwards", hops - 1);
 	} else if (text_is(name, "Expect") && q->minor == 0)
 		trace(x, "Expect of an HTTP/1.0 client is ignored");
 	else if (field_passes(h, i) && !mark_is_set(&q->rewrites.taken, i) &&
@@ -13308,11 +13276,10 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 
 	x->record.refusal = refusal;
 	words = refusal_words(x, &status);
-	(void)snprintf(clean, sizeof(clean), "%s", *detail ? detail : words);
+	(void)text_printable(text_of(*detail ? detail : words), clean,
+	    sizeof(clean));
 	for (c = clean; *c != '\0'; c++)
-		*c = is_among(*c, "\"\\") ? '\'' :
-		    *c < ' ' || *c > '~'  ? '?' :
-					    *c;
+		*c = is_among(*c, "\"\\") ? '\'' : *c;
 	(void)snprintf(fields, sizeof(fields),
 	    "Proxy-Status: %s; error=%s; details=\"%s\"\r\n"
 	    "Cache-Control: no-store\r\n%s%s",
@@ -13714,12 +13681,12 @@ metrics_append(struct buffer *b, const struct exchange *asks)
 /* The pages of the proxy's own; of two for a path, one is for browsers. */
 static const struct page {
 	const char *path;
-	bool guarded;      /* rules say who may see it; nobody stores it */
 	const char *type;  /* its media type */
 	const char *words; /* with % where the host is to stand; or NULL */
+	/* Of pages that rules guard, and that nobody stores; or NULL. */
 	void (*append)(struct buffer *, const struct exchange *asks);
 } pages[] = {
-	{ "/", false, "text/plain; charset=utf-8",
+	{ "/", "text/plain; charset=utf-8",
 	    "This is proxy " VERSION ", an HTTP proxy at %.\n\n"
 	    "To use it from a shell:\n\n"
 	    "    export http_proxy=http://% https_proxy=http://%\n"
@@ -13730,13 +13697,13 @@ static const struct page {
 	    "What it is doing now, for people and for monitors:\n\n"
 	    "    http://%/status\n    http://%/metrics\n",
 	    NULL },
-	{ "/proxy.pac", false, "application/x-ns-proxy-autoconfig",
+	{ "/proxy.pac", "application/x-ns-proxy-autoconfig",
 	    "function FindProxyForURL(url, host) {\n"
 	    "\treturn \"PROXY %\";\n}\n",
 	    NULL },
-	{ "/status", true, "text/html; charset=utf-8", NULL, status_html },
-	{ "/status", true, "text/plain; charset=utf-8", NULL, status_lines },
-	{ "/metrics", true, "text/plain; version=0.0.4; charset=utf-8", NULL,
+	{ "/status", "text/html; charset=utf-8", NULL, status_html },
+	{ "/status", "text/plain; charset=utf-8", NULL, status_lines },
+	{ "/metrics", "text/plain; version=0.0.4; charset=utf-8", NULL,
 	    metrics_append },
 };
 
@@ -13781,7 +13748,7 @@ page_own(struct exchange *x, const struct page *page)
 		buffer_append(b, words.len > 0 ? host : words);
 	}
 	page_send(x, page->type,
-	    page->guarded ? "Cache-Control: no-store\r\n" : "", b,
+	    page->append ? "Cache-Control: no-store\r\n" : "", b,
 	    REFUSE_ANSWER_LONG);
 }
 
@@ -14755,7 +14722,7 @@ request_local(struct exchange *x)
 		    "it has / and /proxy.pac, /status and /metrics");
 	else if (q->method != METHOD_GET && q->method != METHOD_HEAD)
 		exchange_refuse(x, REFUSE_PAGE_METHOD, "");
-	else if (!page->guarded || access_begin(x)) {
+	else if (page->append == NULL || access_begin(x)) {
 		page_own(x, page);
 		exchange_answer(x);
 	}

@@ -5605,7 +5605,6 @@ is_guarded(const struct address *a)
 	v.client = &client;
 	v.request = &q;
 	v.address = a;
-	v.known = FACT_ADDRESS;
 	return rule_judge(rules_now->first[GROUP_ACCESS], &v) == TRUTH_YES;
 }
 
@@ -11240,7 +11239,7 @@ deny host a host b	two conditions can't both match.*host a b
 deny host a or host b	^or: .*without a word between
 deny host a or b	^or: .*quotes
 deny host a and port 80	^and: .*without a word between
-deny or host a	not a status|not an action|no status
+deny or host a	not valid: or; write a status
 deny port 80 and 443	^and: 
 deny client 10.0.0.1 client 10.0.0.2	two conditions can't both match.*client a b
 deny port 80 host a port 443	two conditions can't both match.*port a b
@@ -17259,8 +17258,8 @@ allow page|page: a value is missing
 allow page index|page: not valid: index; write status or metrics
 allow page status host|host: a value is missing
 direct page status|page: it stands with allow, deny, login or drop
-allow type text/html page status|page: no server answers for it
-allow page status page metrics|page: it stands with allow
+allow type text/html page status|page: .*not with what needs a server
+allow page status page metrics|page: two conditions
 END
 	exits 0 -n -e 'allow client 192.0.2.1 page status metrics'
 	exits 0 -n -e 'deny page metrics client 192.0.2.1'
