@@ -5101,14 +5101,6 @@ list_dnsmasq(struct list *list, struct text line, bool is_address)
 	return good;
 }
 
-/* `||name^`, or after `@@`; not with options, which change its meaning. */
-static bool
-list_adblock(struct list *list, struct text line, bool exception)
-{
-	return text_starts(line, "||") && line.at[line.len - 1] == '^' &&
-	    list_add(list, text_cut(line.at + 2, line.len - 3), exception);
-}
-
 /*
  * The line without outer blanks and comment.  `##.name` and `###name` are not
  * comments but Adblock rules that hide parts of pages.
@@ -5131,18 +5123,28 @@ list_strip(struct text line)
 	return text_trim(line);
 }
 
-/* Adds the names in a line; false if part of it is not understood. */
+/*
+ * Adds the names in a line; false if part of it is not understood, such as an
+ * Adblock rule with options, which change its meaning.
+ */
 static bool
 list_line(struct list *list, struct text line)
 {
+	bool exception;
+
 	line = list_strip(line);
 	if (line.len == 0 || line.at[0] == '!' || line.at[0] == ';' ||
 	    (line.at[0] == '[' && line.at[line.len - 1] == ']'))
 		return true;
+	exception = text_starts(line, "@@");
+	if (exception)
+		line = text_from(line, 2);
 	if (text_starts(line, "||"))
-		return list_adblock(list, line, false);
-	if (text_starts(line, "@@"))
-		return list_adblock(list, text_from(line, 2), true);
+		return line.at[line.len - 1] == '^' &&
+		    list_add(list, text_cut(line.at + 2, line.len - 3),
+			exception);
+	if (exception)
+		return false;
 	if (text_starts(line, "address=/"))
 		return list_dnsmasq(list, text_from(line, 8), true);
 	if (text_starts(line, "server=/"))
@@ -5152,21 +5154,6 @@ list_line(struct list *list, struct text line)
 	if (text_until(line, " \t").len < line.len)
 		return list_hosts(list, line);
 	return list_add_tree(list, line);
-}
-
-/*
- * Handles a line of the file, or a piece of a long one; `begins` marks its
- * first piece.  False if it contains a NUL.
- */
-static bool
-list_take(struct list *list, struct text t, bool begins)
-{
-	list->read += begins;
-	if (text_find(t, '\0') < t.len)
-		return false;
-	if (begins && (t.len > LIST_LINE || !list_line(list, t)))
-		list->skipped++;
-	return true;
 }
 
 /* Starts a pass over the file; false, with errno, on failure. */
@@ -5222,15 +5209,20 @@ list_step(struct list *list)
 		got = list->fd != -1 && list_rewind(list) ? 1 : -1;
 	}
 	for (n = 0; n < LIST_STEP_LINES && got == 1; n++) {
-		bool begins = !list_reader.cut;
+		bool begins = !list_reader.cut; /* no rest of a long line */
 
 		got = reader_next(&list_reader, list->fd, &line);
-		if (got == 1 && !list_take(list, line, begins)) {
+		if (got != 1)
+			break;
+		list->read += begins;
+		if (text_find(line, '\0') < line.len) {
 			(void)snprintf(list_why, sizeof(list_why),
 			    "line %lu: a NUL byte: this is no text",
 			    (unsigned long)list->read);
 			return -1;
 		}
+		if (begins && (line.len > LIST_LINE || !list_line(list, line)))
+			list->skipped++;
 	}
 	if (got == 0)
 		return list_pass_end(list);
@@ -5660,42 +5652,41 @@ value_matches(const struct condition *c, const struct value *value,
  * for errors.
  */
 static const struct {
-	const char *word;
+	char word[8];
 	unsigned needs;
 	bool single;
-	const char *any;
-	uint64_t max;
+	char any[6];
+	unsigned max;
 	const char *wants;
 } subjects[SUBJECTS] = {
 	[SUBJECT_CLIENT] = { "client", 0, true, "local", 0,
 	    "an address or a network such as 10.0.0.0/8, or local" },
 	[SUBJECT_USER] = { "user", 0, true, "*", 0,
 	    "names with blanks between them, or * for any user" },
-	[SUBJECT_METHOD] = { "method", 0, true, NULL, 0,
+	[SUBJECT_METHOD] = { "method", 0, true, "", 0,
 	    "a method in capitals such as GET" },
-	[SUBJECT_HOST] = { "host", 0, true, NULL, 0,
+	[SUBJECT_HOST] = { "host", 0, true, "", 0,
 	    "a host without its port such as example.com, or .example.com "
 	    "for all below it" },
-	[SUBJECT_LIST] = { "list", 0, false, NULL, 0, "a file" },
-	[SUBJECT_PORT] = { "port", 0, true, NULL, 65535,
+	[SUBJECT_LIST] = { "list", 0, false, "", 0, "a file" },
+	[SUBJECT_PORT] = { "port", 0, true, "", 65535,
 	    "a port or a range such as 8000-8999" },
-	[SUBJECT_URL] = { "url", 0, false, NULL, 0, "a regular expression" },
-	[SUBJECT_FIELD] = { "field", 0, false, NULL, 0,
+	[SUBJECT_URL] = { "url", 0, false, "", 0, "a regular expression" },
+	[SUBJECT_FIELD] = { "field", 0, false, "", 0,
 	    "a name and a regular expression" },
-	[SUBJECT_TIME] = { "time", 0, false, NULL, 0,
+	[SUBJECT_TIME] = { "time", 0, false, "", 0,
 	    "days such as Mon-Fri, hours such as 08:00-17:30, or both" },
-	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, true, NULL, 0,
+	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, true, "", 0,
 	    "an address or a network such as 10.0.0.0/8" },
-	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, true, NULL, 999,
+	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, true, "", 999,
 	    "a status or a range such as 500-599" },
-	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, true, NULL, 0,
+	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, true, "", 0,
 	    "a type such as text/html or video/*" },
-	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, false, NULL, 0,
+	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, false, "", 0,
 	    "a size behind < or > such as >10M" },
-	[SUBJECT_BODY] = { "body", FACT_BODY, false, NULL, 0, "a text" },
-	[SUBJECT_PAGE] = { "page", 0, true, NULL, 0, "status or metrics" },
-	[SUBJECT_CHANCE] = { "chance", 0, false, NULL, 0,
-	    "a share such as 10%" },
+	[SUBJECT_BODY] = { "body", FACT_BODY, false, "", 0, "a text" },
+	[SUBJECT_PAGE] = { "page", 0, true, "", 0, "status or metrics" },
+	[SUBJECT_CHANCE] = { "chance", 0, false, "", 0, "a share such as 10%" },
 };
 
 /*
@@ -6578,7 +6569,6 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 static void
 condition_values(struct parser *p, struct condition *c)
 {
-	const char *any = subjects[c->subject].any;
 	const struct word *word;
 
 	while (!p->bad && (word = parser_take(p)) != NULL) {
@@ -6587,8 +6577,8 @@ condition_values(struct parser *p, struct condition *c)
 		if (value == NULL)
 			return;
 		value->text = word->t;
-		value->any = !word->quoted && any != NULL &&
-		    text_is(word->t, any);
+		value->any = !word->quoted &&
+		    text_is(word->t, subjects[c->subject].any);
 		if (!word->quoted &&
 		    (text_is(word->t, "or") || text_is(word->t, "and")))
 			parser_error(p,
@@ -6707,15 +6697,13 @@ credential_parse(struct text t, char *to)
 		int low = high >= 0 ? hex_value(t.at[i + 2]) : -1;
 
 		if (low >= 0) {
-			if (high == 0 && low == 0)
-				return false;
 			to[n++] = (char)(high << 4 | low);
 			i += 2;
 		} else
 			to[n++] = t.at[i];
 	}
 	to[n] = '\0';
-	return i == t.len;
+	return i == t.len && strlen(to) == n;
 }
 
 /*
@@ -6900,7 +6888,7 @@ rewrite_take(struct parser *p, struct rule *rule, const struct word *word)
  * a description of them, for errors.
  */
 static const struct {
-	const char *word;
+	char word[8];
 	enum rule_group group;
 	size_t min, max;
 	bool (*take)(struct parser *, struct rule *, const struct word *);
@@ -13296,7 +13284,8 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 
 /* The name of each phase, and what an exchange waits for in it, or "". */
 static const struct {
-	const char *name, *waits;
+	char name[9];
+	const char *waits;
 } phases[PHASES] = {
 	[PHASE_FREE] = { "free", "" },
 	[PHASE_REQUEST] = { "request", "a request" },
@@ -13680,7 +13669,7 @@ metrics_append(struct buffer *b, const struct exchange *asks)
 
 /* The pages of the proxy's own; of two for a path, one is for browsers. */
 static const struct page {
-	const char *path;
+	char path[11];
 	const char *type;  /* its media type */
 	const char *words; /* with % where the host is to stand; or NULL */
 	/* Of pages that rules guard, and that nobody stores; or NULL. */
