@@ -4639,20 +4639,6 @@ struct list {
 
 /* ---- matchers ---- */
 
-/* Sets all but the first n->bits bits of n's address to 0. */
-static void
-network_mask(struct network *n)
-{
-	unsigned i, bits = n->bits;
-
-	for (i = 0; i < sizeof(n->address.octets); i++) {
-		unsigned kept = bits < 8 ? bits : 8;
-
-		n->address.octets[i] &= (unsigned char)(0xff00 >> kept);
-		bits -= kept;
-	}
-}
-
 /*
  * Parses an address, optionally followed by a slash and a prefix length.  An
  * IPv4-mapped IPv6 address becomes IPv4, as in address_import(); its prefix
@@ -4666,6 +4652,7 @@ network_parse(struct text t, struct network *n)
 	bool colons = text_find(host, ':') < host.len;
 	uint64_t bits = colons ? 128 : 32;
 	struct network block;
+	unsigned i;
 
 	if (!address_parse(host, 0, &block.address) ||
 	    (slash < t.len &&
@@ -4677,7 +4664,8 @@ network_parse(struct text t, struct network *n)
 		bits -= 96;
 	}
 	block.bits = (unsigned)bits;
-	network_mask(&block);
+	for (i = block.bits; i < 128; i++)
+		block.address.octets[i / 8] &= (unsigned char)~(128 >> i % 8);
 	*n = block;
 	return true;
 }
@@ -4878,10 +4866,10 @@ reader_begin(struct reader *r)
 }
 
 /*
- * Reads the next line without its LF; it is valid until the next call.  A line
- * longer than r->data comes in pieces.  A byte order mark, with which some
- * editors begin a file in UTF-8, is dropped.  Returns 1, 0 at the end of the
- * file, or -1 with errno set.
+ * Reads the next line without its LF or CR LF; it is valid until the next call.
+ * A line longer than r->data comes in pieces.  A byte order mark, with which
+ * some editors begin a file in UTF-8, is dropped.  Returns 1, 0 at the end of
+ * the file, or -1 with errno set.
  */
 static int
 reader_next(struct reader *r, int fd, struct text *line)
@@ -4905,11 +4893,11 @@ reader_next(struct reader *r, int fd, struct text *line)
 	}
 	r->cut = n == t.len;
 	r->start += n + !r->cut;
-	*line = text_cut(t.at, n);
-	if (!r->begun && text_starts(*line, "\xef\xbb\xbf"))
-		*line = text_from(*line, 3);
+	if (!r->begun && text_starts(t, "\xef\xbb\xbf"))
+		t = text_from(t, 3);
 	r->begun = true;
-	return t.len > 0;
+	*line = line_next(&t, NULL);
+	return n > 0 || !r->cut;
 }
 
 /* ---- lists of domains ---- */
@@ -4925,6 +4913,7 @@ reader_next(struct reader *r, int fd, struct text *line)
  */
 
 static struct reader list_reader; /* of the list being read */
+static char list_why[100];        /* why the last one could not be read */
 
 /*
  * True if t is an address, not a name: it has a colon, or its last label is a
@@ -5108,25 +5097,15 @@ list_dnsmasq(struct list *list, struct text line, bool is_address)
 	return good;
 }
 
-/* `||name^`, or after `@@`; not with options, which change its meaning. */
-static bool
-list_adblock(struct list *list, struct text line, bool exception)
-{
-	return text_starts(line, "||") && line.at[line.len - 1] == '^' &&
-	    list_add(list, text_cut(line.at + 2, line.len - 3), exception);
-}
-
 /*
- * The line without its CR, outer blanks and comment.  `##.name` and `###name`
- * are not comments but Adblock rules that hide parts of pages.
+ * The line without outer blanks and comment.  `##.name` and `###name` are not
+ * comments but Adblock rules that hide parts of pages.
  */
 static struct text
 list_strip(struct text line)
 {
 	size_t i, marks = 0;
 
-	if (line.len && line.at[line.len - 1] == '\r')
-		line.len--;
 	line = text_trim(line);
 	while (marks < line.len && line.at[marks] == '#')
 		marks++;
@@ -5140,18 +5119,28 @@ list_strip(struct text line)
 	return text_trim(line);
 }
 
-/* Adds the names in a line; false if part of it is not understood. */
+/*
+ * Adds the names in a line; false if part of it is not understood, such as an
+ * Adblock rule with options, which change its meaning.
+ */
 static bool
 list_line(struct list *list, struct text line)
 {
+	bool exception;
+
 	line = list_strip(line);
 	if (line.len == 0 || line.at[0] == '!' || line.at[0] == ';' ||
 	    (line.at[0] == '[' && line.at[line.len - 1] == ']'))
 		return true;
+	exception = text_starts(line, "@@");
+	if (exception)
+		line = text_from(line, 2);
 	if (text_starts(line, "||"))
-		return list_adblock(list, line, false);
-	if (text_starts(line, "@@"))
-		return list_adblock(list, text_from(line, 2), true);
+		return line.at[line.len - 1] == '^' &&
+		    list_add(list, text_cut(line.at + 2, line.len - 3),
+			exception);
+	if (exception)
+		return false;
 	if (text_starts(line, "address=/"))
 		return list_dnsmasq(list, text_from(line, 8), true);
 	if (text_starts(line, "server=/"))
@@ -5161,21 +5150,6 @@ list_line(struct list *list, struct text line)
 	if (text_until(line, " \t").len < line.len)
 		return list_hosts(list, line);
 	return list_add_tree(list, line);
-}
-
-/*
- * Handles a line of the file, or a piece of a long one; `begins` marks its
- * first piece.  False if it contains a NUL.
- */
-static bool
-list_take(struct list *list, struct text t, bool begins)
-{
-	list->read += begins;
-	if (text_find(t, '\0') < t.len)
-		return false;
-	if (begins && (t.len > LIST_LINE || !list_line(list, t)))
-		list->skipped++;
-	return true;
 }
 
 /* Starts a pass over the file; false, with errno, on failure. */
@@ -5193,16 +5167,14 @@ list_rewind(struct list *list)
  * list_step() does.
  */
 static int
-list_pass_end(struct list *list, char *why, size_t size)
+list_pass_end(struct list *list)
 {
 	size_t n = list->names;
 
-	if (list->slots != NULL && n == list->room)
-		return 1;
 	if (list->slots != NULL) {
-		(void)snprintf(why, size, "%s: it changed while it was read",
-		    list->path);
-		return -1;
+		(void)snprintf(list_why, sizeof(list_why),
+		    "it changed while it was read");
+		return n == list->room ? 1 : -1;
 	}
 	list->room = n;
 	list->size = n + n / 2 + 1;
@@ -5210,18 +5182,18 @@ list_pass_end(struct list *list, char *why, size_t size)
 		list->slots = calloc(list->size, sizeof(*list->slots));
 	if (list->slots != NULL && list_rewind(list))
 		return 0;
-	(void)snprintf(why, size, "%s: no memory for %lu domains", list->path,
+	(void)snprintf(list_why, sizeof(list_why), "no memory for %lu domains",
 	    (unsigned long)n);
 	return -1;
 }
 
 /*
  * Opens the file if need be, and reads some lines.  Returns 1 when the list is
- * complete, 0 if there is more to do, -1 on failure, with the reason in why,
- * of size bytes.  A FIFO is refused, since reading it might block.
+ * complete, 0 if there is more to do, -1 on failure: list_why says why.  A FIFO
+ * is refused, since reading it might block.
  */
 static int
-list_step(struct list *list, char *why, size_t size)
+list_step(struct list *list)
 {
 	struct text line;
 	unsigned n;
@@ -5233,20 +5205,25 @@ list_step(struct list *list, char *why, size_t size)
 		got = list->fd != -1 && list_rewind(list) ? 1 : -1;
 	}
 	for (n = 0; n < LIST_STEP_LINES && got == 1; n++) {
-		bool begins = !list_reader.cut;
+		bool begins = !list_reader.cut; /* no rest of a long line */
 
 		got = reader_next(&list_reader, list->fd, &line);
-		if (got == 1 && !list_take(list, line, begins)) {
-			(void)snprintf(why, size,
-			    "%s: line %lu: a NUL byte: this is no text",
-			    list->path, (unsigned long)list->read);
+		if (got != 1)
+			break;
+		list->read += begins;
+		if (text_find(line, '\0') < line.len) {
+			(void)snprintf(list_why, sizeof(list_why),
+			    "line %lu: a NUL byte: this is no text",
+			    (unsigned long)list->read);
 			return -1;
 		}
+		if (begins && (line.len > LIST_LINE || !list_line(list, line)))
+			list->skipped++;
 	}
 	if (got == 0)
-		return list_pass_end(list, why, size);
+		return list_pass_end(list);
 	if (got == -1)
-		(void)snprintf(why, size, "%s: %s", list->path,
+		(void)snprintf(list_why, sizeof(list_why), "%s",
 		    strerror(errno));
 	return got == 1 ? 0 : -1;
 }
@@ -5304,8 +5281,8 @@ list_has(const struct list *list, struct text host)
  * address that was judged: it is not looked up again.
  *
  * Door: rules_judge, rule_lacks, rules_seek, name_is_free, rules_rewrite,
- * rules_rewriter, rules_trust, rules_let_in, view_source, view_begin,
- * view_route, exchange_view.
+ * rules_rewriter, rules_trust, rules_let_in, view_source, view_response,
+ * view_begin, view_route, exchange_view.
  */
 
 enum {
@@ -5453,6 +5430,7 @@ struct rule {
 struct account {
 	struct account *next;
 	struct text user, password;
+	char line[]; /* that has both */
 };
 
 /* Memory of a set of rules: all pieces are freed together. */
@@ -5481,7 +5459,8 @@ struct rules {
 
 /* The facts that rules are judged by; see exchange_view(). */
 struct view {
-	unsigned known, never;        /* facts: known, and never to be known */
+	unsigned known; /* facts, but for the address: see there */
+	unsigned never; /* facts that will never be known */
 	const struct address *client; /* its address */
 	bool local;                   /* the client is on this machine */
 	bool tunnels;                 /* a 200 would promise a tunnel */
@@ -5489,7 +5468,7 @@ struct view {
 	const struct request *request;   /* to be judged */
 	struct text host;                /* of the URL, without trailing dots */
 	unsigned port;                   /* of the URL */
-	const struct address *address;   /* of the server, if known */
+	const struct address *address;   /* of the server, or NULL: not known */
 	struct address literal;          /* storage for a numeric host */
 	const struct response *response; /* to the request, if known */
 	uint64_t length;                 /* of its body, if known */
@@ -5669,42 +5648,41 @@ value_matches(const struct condition *c, const struct value *value,
  * for errors.
  */
 static const struct {
-	const char *word;
+	char word[8];
 	unsigned needs;
 	bool single;
-	const char *any;
-	uint64_t max;
+	char any[6];
+	unsigned max;
 	const char *wants;
 } subjects[SUBJECTS] = {
 	[SUBJECT_CLIENT] = { "client", 0, true, "local", 0,
 	    "an address or a network such as 10.0.0.0/8, or local" },
 	[SUBJECT_USER] = { "user", 0, true, "*", 0,
 	    "names with blanks between them, or * for any user" },
-	[SUBJECT_METHOD] = { "method", 0, true, NULL, 0,
+	[SUBJECT_METHOD] = { "method", 0, true, "", 0,
 	    "a method in capitals such as GET" },
-	[SUBJECT_HOST] = { "host", 0, true, NULL, 0,
+	[SUBJECT_HOST] = { "host", 0, true, "", 0,
 	    "a host without its port such as example.com, or .example.com "
 	    "for all below it" },
-	[SUBJECT_LIST] = { "list", 0, false, NULL, 0, "a file" },
-	[SUBJECT_PORT] = { "port", 0, true, NULL, 65535,
+	[SUBJECT_LIST] = { "list", 0, false, "", 0, "a file" },
+	[SUBJECT_PORT] = { "port", 0, true, "", 65535,
 	    "a port or a range such as 8000-8999" },
-	[SUBJECT_URL] = { "url", 0, false, NULL, 0, "a regular expression" },
-	[SUBJECT_FIELD] = { "field", 0, false, NULL, 0,
+	[SUBJECT_URL] = { "url", 0, false, "", 0, "a regular expression" },
+	[SUBJECT_FIELD] = { "field", 0, false, "", 0,
 	    "a name and a regular expression" },
-	[SUBJECT_TIME] = { "time", 0, false, NULL, 0,
+	[SUBJECT_TIME] = { "time", 0, false, "", 0,
 	    "days such as Mon-Fri, hours such as 08:00-17:30, or both" },
-	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, true, NULL, 0,
+	[SUBJECT_ADDRESS] = { "address", FACT_ADDRESS, true, "", 0,
 	    "an address or a network such as 10.0.0.0/8" },
-	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, true, NULL, 999,
+	[SUBJECT_STATUS] = { "status", FACT_RESPONSE, true, "", 999,
 	    "a status or a range such as 500-599" },
-	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, true, NULL, 0,
+	[SUBJECT_TYPE] = { "type", FACT_RESPONSE, true, "", 0,
 	    "a type such as text/html or video/*" },
-	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, false, NULL, 0,
+	[SUBJECT_SIZE] = { "size", FACT_RESPONSE | FACT_LENGTH, false, "", 0,
 	    "a size behind < or > such as >10M" },
-	[SUBJECT_BODY] = { "body", FACT_BODY, false, NULL, 0, "a text" },
-	[SUBJECT_PAGE] = { "page", 0, true, NULL, 0, "status or metrics" },
-	[SUBJECT_CHANCE] = { "chance", 0, false, NULL, 0,
-	    "a share such as 10%" },
+	[SUBJECT_BODY] = { "body", FACT_BODY, false, "", 0, "a text" },
+	[SUBJECT_PAGE] = { "page", 0, true, "", 0, "status or metrics" },
+	[SUBJECT_CHANCE] = { "chance", 0, false, "", 0, "a share such as 10%" },
 };
 
 /*
@@ -5715,7 +5693,8 @@ static const struct {
 static enum truth
 condition_judge(const struct condition *c, struct view *v)
 {
-	unsigned missing = c->needs & ~v->known;
+	unsigned known = v->known | (v->address != NULL ? FACT_ADDRESS : 0U);
+	unsigned missing = c->needs & ~known;
 	const struct value *value = c->values;
 	bool hit = false;
 
@@ -5976,12 +5955,12 @@ rules_let_in(void)
 static void
 view_source(struct view *v, const struct address *a)
 {
-	if (a->family == 0 && v->address == &v->literal)
-		return;
-	v->address = a->family ? a : NULL;
-	v->known &= ~(unsigned)FACT_ADDRESS;
-	v->known |= a->family ? FACT_ADDRESS : 0U;
-	v->never |= a->family ? 0U : FACT_ADDRESS;
+	if (a->family != 0)
+		v->address = a;
+	else if (v->address != &v->literal) {
+		v->address = NULL;
+		v->never |= FACT_ADDRESS;
+	}
 }
 
 /* Adds the response and the length of its body, UINT64_MAX if unknown. */
@@ -6003,10 +5982,8 @@ view_response(struct view *v, const struct response *r, uint64_t length)
 static void
 view_literal(struct view *v, struct text host, unsigned port)
 {
-	if (!address_of_host(host, port, &v->literal))
-		return;
-	v->address = &v->literal;
-	v->known |= FACT_ADDRESS;
+	if (address_of_host(host, port, &v->literal))
+		v->address = &v->literal;
 }
 
 /*
@@ -6039,10 +6016,8 @@ view_route(struct view *v, const struct parent *parent)
 {
 	bool to = parent != NULL && parent->kind == PARENT_TO;
 
-	if (to && v->address == &v->literal) {
+	if (to && v->address == &v->literal)
 		v->address = NULL;
-		v->known &= ~(unsigned)FACT_ADDRESS;
-	}
 	if (to)
 		view_literal(v, text_of(parent->host), parent->port);
 	else if (parent_is_proxy(parent) && v->address == NULL)
@@ -6051,13 +6026,12 @@ view_route(struct view *v, const struct parent *parent)
 
 /*
  * Sets v to the facts known of a request so far; x must outlive v.  r is the
- * response or NULL; length is its body's, UINT64_MAX if unknown.  With a
- * parent, the server's address is known only if the URL has a numeric host; an
- * entry has the address that it came from.
+ * response or NULL.  With a parent, the server's address is known only if the
+ * URL has a numeric host; an entry has the address that it came from.
  */
 static void
 exchange_view(const struct exchange *x, const struct response *r,
-    uint64_t length, struct view *v)
+    struct view *v)
 {
 	const struct request *q = x->request;
 
@@ -6075,7 +6049,8 @@ exchange_view(const struct exchange *x, const struct response *r,
 		x->record.server.family == AF_INET6))
 		view_source(v, &x->record.server);
 	if (r != NULL)
-		view_response(v, r, length);
+		view_response(v, r,
+		    answer_is_stored(q) ? q->body : response_length(r));
 }
 
 /* ---- 11. Rules: conditions as text ---- */
@@ -6096,10 +6071,8 @@ enum {
 	WORDS_MAX = RULE_LINE_MAX / 2 + 1,
 	/* Bytes of `file:line`, for the log. */
 	RULE_NAME_MAX = 256,
-	/* Bytes of the reason in a deny rule, for the page. */
-	REASON_MAX = 200,
-	/* Bytes in the path of a list. */
-	LIST_PATH_MAX = 1023
+	/* Bytes of the reason in a deny rule, for the page; see actions[]. */
+	REASON_MAX = 200
 };
 
 /* The longest duration in a rule: ten years, as good as forever. */
@@ -6243,18 +6216,19 @@ rules_give(struct rules **at)
 }
 
 /*
- * The subject that a word names, or SUBJECTS.  In a rule about pages, `status`
- * is one of them.
+ * The subject that the next word names, or SUBJECTS.  In a rule about pages,
+ * `status` is one of them.
  */
 static enum subject
-subject_find(const struct parser *p, const struct word *word)
+subject_next(const struct parser *p)
 {
-	unsigned i;
+	const struct word *word = &p->words[p->at];
+	unsigned i = p->at == p->n || word->quoted ? SUBJECTS : 0;
 
-	for (i = 0; i < SUBJECTS; i++)
-		if (!word->quoted && text_is(word->t, subjects[i].word) &&
-		    (i != SUBJECT_STATUS || p->group != GROUP_PAGE))
-			break;
+	while (i < SUBJECTS &&
+	    (!text_is(word->t, subjects[i].word) ||
+		(i == SUBJECT_STATUS && p->group == GROUP_PAGE)))
+		i++;
 	return (enum subject)i;
 }
 
@@ -6264,7 +6238,7 @@ parser_value(struct parser *p)
 {
 	const struct word *word = &p->words[p->at];
 
-	if (p->at == p->n || subject_find(p, word) != SUBJECTS ||
+	if (p->at == p->n || subject_next(p) != SUBJECTS ||
 	    (!word->quoted && text_is(word->t, "not")))
 		return NULL;
 	return word;
@@ -6399,16 +6373,17 @@ regex_parse(struct parser *p, const char *string, struct value *value)
 	return true;
 }
 
-/* Parses [request|response] NAME REGEX; `word` is the first of them. */
+/* Parses [request|response] NAME REGEX, of which the first word was taken. */
 static bool
-value_field(struct parser *p, struct condition *c, const struct word *word,
-    struct value *value)
+value_field(struct parser *p, struct condition *c, struct value *value)
 {
-	bool response = !word->quoted && text_is(word->t, "response");
+	const struct word *word;
 
-	c->needs = response ? FACT_RESPONSE : 0;
-	if (response || (!word->quoted && text_is(word->t, "request")))
-		word = parser_take(p);
+	p->at--;
+	c->needs = parser_takes(p, "response") ? FACT_RESPONSE : 0;
+	if (c->needs == 0)
+		(void)parser_takes(p, "request");
+	word = parser_take(p);
 	if (word != NULL) {
 		c->name = word->t;
 		word = parser_take(p);
@@ -6521,10 +6496,8 @@ list_parse(struct parser *p, struct value *value)
 	value->as.list = list;
 	if (list < rules->lists + rules->lists_n)
 		return true;
-	if (value->text.len > LIST_PATH_MAX || rules->lists_n == LISTS_MAX)
-		parser_error(p,
-		    "list: at most %d files, with paths of at most %d bytes",
-		    LISTS_MAX, LIST_PATH_MAX);
+	if (rules->lists_n == LISTS_MAX)
+		parser_error(p, "list: more than %d files", LISTS_MAX);
 	else if (access(value->text.at, R_OK) == -1)
 		parser_error(p, "%s: %s", value->text.at, strerror(errno));
 	else {
@@ -6567,7 +6540,7 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 	case SUBJECT_URL:
 		return regex_parse(p, word->t.at, value);
 	case SUBJECT_FIELD:
-		return value_field(p, c, word, value);
+		return value_field(p, c, value);
 	case SUBJECT_TIME:
 		return time_parse(p, c, value);
 	case SUBJECT_TYPE:
@@ -6592,7 +6565,6 @@ value_parse(struct parser *p, struct condition *c, const struct word *word,
 static void
 condition_values(struct parser *p, struct condition *c)
 {
-	const char *any = subjects[c->subject].any;
 	const struct word *word;
 
 	while (!p->bad && (word = parser_take(p)) != NULL) {
@@ -6601,8 +6573,8 @@ condition_values(struct parser *p, struct condition *c)
 		if (value == NULL)
 			return;
 		value->text = word->t;
-		value->any = !word->quoted && any != NULL &&
-		    text_is(word->t, any);
+		value->any = !word->quoted &&
+		    text_is(word->t, subjects[c->subject].any);
 		if (!word->quoted &&
 		    (text_is(word->t, "or") || text_is(word->t, "and")))
 			parser_error(p,
@@ -6623,22 +6595,17 @@ condition_values(struct parser *p, struct condition *c)
 }
 
 /*
- * Facts that are known too late: the route and the fields of a request can't
+ * Facts that are known in time: the route and the fields of a request can't
  * depend on the response, nor the caching and the fields of a response on its
- * body.
+ * body.  The groups that are left out wait for nothing.
  */
-static const unsigned facts_late[GROUPS] = {
-	[GROUP_ROUTE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-	[GROUP_SOURCE] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-	[GROUP_CACHE] = FACT_BODY,
-	[GROUP_TRACE] = FACTS,
-	[GROUP_LIMIT] = FACTS,
-	[GROUP_ANSWER] = FACTS,
-	[GROUP_DELAY] = FACTS,
-	[GROUP_RATE] = FACTS,
-	[GROUP_CUT] = FACTS,
-	[GROUP_REQUEST] = FACT_RESPONSE | FACT_LENGTH | FACT_BODY,
-	[GROUP_RESPONSE] = FACT_BODY,
+static const unsigned facts_timely[GROUPS] = {
+	[GROUP_ACCESS] = FACTS,
+	[GROUP_ROUTE] = FACT_ADDRESS,
+	[GROUP_SOURCE] = FACT_ADDRESS,
+	[GROUP_CACHE] = FACTS & ~FACT_BODY,
+	[GROUP_REQUEST] = FACT_ADDRESS,
+	[GROUP_RESPONSE] = FACTS & ~FACT_BODY,
 };
 
 /* Parses a condition, and adds it to the rule. */
@@ -6647,41 +6614,39 @@ condition_parse(struct parser *p, struct rule *rule)
 {
 	struct condition *c = parser_new(p, sizeof(*c));
 	struct condition **end = &rule->conditions;
-	bool repeats = false;
 
 	if (c == NULL)
 		return;
 	c->inverted = parser_takes(p, "not");
-	c->subject = p->at < p->n ? subject_find(p, &p->words[p->at]) :
-				    SUBJECTS;
+	c->subject = subject_next(p);
 	if (c->subject == SUBJECTS) {
 		parser_error(p, "%s: not a condition",
 		    p->at < p->n ? p->words[p->at].t.at : "not");
 		return;
 	}
 	p->at++;
-	for (; *end != NULL; end = &(*end)->next)
-		if ((*end)->subject == c->subject && !(*end)->inverted)
-			repeats = subjects[c->subject].single && !c->inverted;
-	*end = c;
 	c->needs = subjects[c->subject].needs;
 	c->word = subjects[c->subject].word;
-	if (c->subject == SUBJECT_PAGE && p->group != GROUP_ACCESS)
+	for (; *end != NULL; end = &(*end)->next)
+		if (subjects[c->subject].single && !c->inverted &&
+		    (*end)->subject == c->subject && !(*end)->inverted)
+			parser_error(p,
+			    "%s: two conditions can't both match; write all "
+			    "values behind one, as in: %s a b",
+			    c->word, c->word);
+	*end = c;
+	if (c->subject == SUBJECT_PAGE &&
+	    (p->group != GROUP_ACCESS || rule->needs != 0))
 		parser_error(p,
-		    "page: it stands with allow, deny, login or "
-		    "drop, and once");
+		    "page: it stands with allow, deny, login or drop, once, "
+		    "and not with what needs a server");
 	if (c->subject == SUBJECT_PAGE)
 		p->group = GROUP_PAGE;
 	if (c->subject != SUBJECT_CLIENT && p->group == GROUP_TRUST)
 		parser_error(p, "trust: only client can stand here");
-	if (repeats)
-		parser_error(p,
-		    "%s: two conditions can't both match; write all values "
-		    "behind one, as in: %s a b",
-		    c->word, c->word);
 	condition_values(p, c);
-	if (c->needs &
-	    (rule->action == ACTION_OFFLINE ? FACTS : facts_late[p->group]))
+	if (rule->action == ACTION_OFFLINE ? c->needs :
+					     c->needs & ~facts_timely[p->group])
 		parser_error(p,
 		    "%s: what it needs is known too late for this rule; leave "
 		    "it out",
@@ -6705,20 +6670,13 @@ deny_take(struct parser *p, struct rule *rule, const struct word *word)
 {
 	uint64_t status;
 
-	if (word->quoted && rule->words.at == NULL) {
+	if (word->quoted && rule->words.at == NULL && word->t.len <= REASON_MAX)
 		rule->words = word->t;
-		if (word->t.len > REASON_MAX)
-			parser_error(p,
-			    "deny: a reason is a line of %d bytes at most",
-			    REASON_MAX);
-	} else if (word == &p->words[1] &&
-	    number_parse(word->t, 599, &status) && status >= 400)
+	else if (word == &p->words[1] && number_parse(word->t, 599, &status) &&
+	    status >= 400)
 		rule->status = (int)status;
 	else
-		parser_error(p,
-		    "deny: %s is no status from 400 to 599, no quoted reason, "
-		    "no condition",
-		    word->t.at);
+		return false;
 	return true;
 }
 
@@ -6735,15 +6693,13 @@ credential_parse(struct text t, char *to)
 		int low = high >= 0 ? hex_value(t.at[i + 2]) : -1;
 
 		if (low >= 0) {
-			if (high == 0 && low == 0)
-				return false;
 			to[n++] = (char)(high << 4 | low);
 			i += 2;
 		} else
 			to[n++] = t.at[i];
 	}
 	to[n] = '\0';
-	return i == t.len;
+	return i == t.len && strlen(to) == n;
 }
 
 /*
@@ -6813,13 +6769,13 @@ via_take(struct parser *p, struct rule *rule, const struct word *word)
 	struct parent **end = &rule->parents;
 	const char *why = NULL;
 
-	for (; *end != NULL && parent != NULL; end = &(*end)->next)
-		if ((*end)->kind == PARENT_NONE)
-			why = "nothing goes behind `direct'";
 	if (parent == NULL)
 		return true;
-	if (why == NULL &&
-	    (rule->parents == NULL || !text_is(word->t, "direct")))
+	while (*end != NULL && (*end)->kind != PARENT_NONE)
+		end = &(*end)->next;
+	if (*end != NULL)
+		why = "nothing goes behind `direct'";
+	else if (rule->parents == NULL || !text_is(word->t, "direct"))
 		why = parent_parse(word->t, parent);
 	if (why != NULL)
 		parser_error(p, "via: %s", why);
@@ -6928,14 +6884,15 @@ rewrite_take(struct parser *p, struct rule *rule, const struct word *word)
  * a description of them, for errors.
  */
 static const struct {
-	const char *word;
+	char word[8];
 	enum rule_group group;
 	size_t min, max;
 	bool (*take)(struct parser *, struct rule *, const struct word *);
 	const char *wants;
 } actions[ACTIONS] = {
 	[ACTION_ALLOW] = { "allow", GROUP_ACCESS, 0, 0, NULL, "" },
-	[ACTION_DENY] = { "deny", GROUP_ACCESS, 0, 2, deny_take, "" },
+	[ACTION_DENY] = { "deny", GROUP_ACCESS, 0, 2, deny_take,
+	    "a status from 400 to 599, and a reason in quotes, of 200 bytes" },
 	[ACTION_LOGIN] = { "login", GROUP_ACCESS, 0, 0, NULL, "" },
 	[ACTION_DROP] = { "drop", GROUP_ACCESS, 0, 0, NULL, "" },
 	[ACTION_VIA] = { "via", GROUP_ROUTE, 1, WORDS_MAX, via_take, "a URL" },
@@ -7043,10 +7000,6 @@ rule_parse(struct parser *p, struct text line)
 	arguments_parse(p, rule);
 	while (!p->bad && p->at < p->n)
 		condition_parse(p, rule);
-	if (p->group == GROUP_PAGE && rule->needs != 0)
-		parser_error(p,
-		    "page: no server answers for it; leave out "
-		    "what needs one");
 	/* The built-in rule without conditions refuses foreign clients. */
 	rule->refusal = rule->built_in && rule->conditions == NULL ?
 	    REFUSE_FOREIGN :
@@ -7076,7 +7029,6 @@ account_parse(struct parser *p, struct text line)
 {
 	size_t colon = text_find(line, ':');
 	struct account *account;
-	const char *copy;
 
 	if (line.len == 0 || *line.at == '#')
 		return;
@@ -7088,12 +7040,12 @@ account_parse(struct parser *p, struct text line)
 		parser_error(p,
 		    "the password looks hashed; write the password itself, "
 		    "which may not begin with $...$ or {...}");
-	account = p->bad ? NULL : parser_new(p, sizeof(*account));
-	copy = account == NULL ? NULL : parser_copy(p, line);
-	if (copy == NULL)
+	account = p->bad ? NULL : parser_new(p, sizeof(*account) + line.len);
+	if (account == NULL)
 		return;
-	account->user = text_cut(copy, colon);
-	account->password = text_from(text_cut(copy, line.len), colon + 1);
+	memcpy(account->line, line.at, line.len);
+	account->password = text_cut(account->line, line.len);
+	account->user = text_split(&account->password, ':');
 	account->next = p->rules->accounts;
 	p->rules->accounts = account;
 }
@@ -7123,6 +7075,7 @@ file_read(struct parser *p, const char *path, bool secret,
 	struct stat status;
 	struct text t;
 	unsigned line = 0;
+	bool good;
 
 	reader_begin(&reader);
 	if (fd == -1 || fstat(fd, &status) == -1)
@@ -7131,17 +7084,13 @@ file_read(struct parser *p, const char *path, bool secret,
 		parser_error(p, "%.200s: not a file", path);
 	else if (secret && (status.st_mode & (S_IRWXG | S_IRWXO)))
 		parser_error(p, "others may read %.200s: chmod 600", path);
-	for (got = !p->bad; got == 1;) {
+	for (good = !p->bad; good;) {
 		parser_begin(p, path, ++line);
 		got = reader_next(&reader, fd, &t);
 		if (got == -1)
 			parser_error(p, "%s", strerror(errno));
-		if (got != 1)
-			break;
-		if (t.len > 0 && t.len <= RULE_LINE_MAX)
-			t.len -= t.at[t.len - 1] == '\r';
-		got = line_check(p, t);
-		if (got == 1)
+		good = got == 1 && line_check(p, t);
+		if (good)
 			take(p, t);
 	}
 	if (fd != -1)
@@ -7251,7 +7200,7 @@ rules_begin(void)
 	unsigned i;
 
 	if (rules == NULL) {
-		warn("no memory for rules");
+		warn("no memory for new rules");
 		return NULL;
 	}
 	rules->refs = 1;
@@ -7272,11 +7221,10 @@ static bool
 rules_read_lists(struct rules *rules)
 {
 	int64_t until = clock_us() + LIST_STEP_US;
-	char why[LIST_PATH_MAX + 128];
 
 	while (rules->lists_read < rules->lists_n && clock_us() < until) {
 		struct list *list = &rules->lists[rules->lists_read];
-		int got = list_step(list, why, sizeof(why));
+		int got = list_step(list);
 
 		if (got == 0)
 			continue;
@@ -7284,7 +7232,7 @@ rules_read_lists(struct rules *rules)
 		rules->errors += got == -1;
 		list_end(list);
 		if (got == -1)
-			warn("%s: %s", list->where, why);
+			warn("%s: %s: %s", list->where, list->path, list_why);
 		else
 			warn("%s: %lu lines, %lu domains, %lu skipped, %ld ms",
 			    list->path, (unsigned long)list->read,
@@ -7301,15 +7249,15 @@ rules_read_lists(struct rules *rules)
 static bool
 rules_step(void)
 {
+	struct rules *old;
+
 	if (rules_next == NULL || !rules_read_lists(rules_next))
 		return rules_next != NULL;
 	if (rules_next->errors == 0) {
-		rules_give(&rules_now);
+		old = rules_now;
 		rules_now = rules_next;
-		rules_next = NULL;
-		return false;
-	}
-	if (rules_now != NULL)
+		rules_next = old;
+	} else if (rules_now != NULL)
 		warn("the old rules stay in force");
 	rules_give(&rules_next);
 	return false;
@@ -7340,8 +7288,6 @@ rules_reload(void)
 {
 	rules_give(&rules_next);
 	rules_next = rules_begin();
-	if (rules_next == NULL)
-		warn("the old rules stay in force");
 }
 
 /*
@@ -10073,18 +10019,18 @@ cache_rule(const struct exchange *x, const struct response *r,
     const struct entry *e)
 {
 	static const struct rule other = { .action = ACTION_ALLOW };
-	uint64_t length = UINT64_MAX;
 	struct address source;
 	struct verdict verdict;
 	struct view v;
 
 	if (x->rules->first[GROUP_CACHE] == NULL)
 		return &other;
+	exchange_view(x, NULL, &v);
 	if (r != NULL)
-		length = e == NULL ? response_length(r) :
-		    e->counted     ? UINT64_MAX :
-				     e->body;
-	exchange_view(x, r, length, &v);
+		view_response(&v, r,
+		    e == NULL      ? response_length(r) :
+			e->counted ? UINT64_MAX :
+				     e->body);
 	v.never |= r != NULL ? FACT_LENGTH : 0U;
 	if (e != NULL) {
 		source = address_read(e->server);
@@ -12572,7 +12518,7 @@ trace_reason(const struct exchange *x, const struct head *from,
 	struct view v;
 	size_t i;
 
-	exchange_view(x, r, r ? response_length(r) : 0, &v);
+	exchange_view(x, r, &v);
 	rule = rules_rewriter(x->rules, group, &v, name);
 	if (rule != NULL) {
 		(void)snprintf(words, sizeof(words), "rule %s", rule->where);
@@ -12836,7 +12782,7 @@ hello_is_whole(struct text t, char *flat)
  * exchange decide when to send it, and to whom.
  *
  * Door: request_build, exchange_rewrite, exchange_is_relayed, response_build,
- * answer_view, greet_append, greet_length, greet_words, page_refusal,
+ * greet_append, greet_length, greet_words, page_refusal,
  * page_is_ours, page_options, page_trace, page_find, page_own,
  * exchange_append, page_rule, phases, totals_show.
  */
@@ -12866,7 +12812,7 @@ exchange_rewrite(struct exchange *x)
 	if (r->first[GROUP_REQUEST] == NULL && r->needles_n == 0 &&
 	    options.record == NULL)
 		return;
-	exchange_view(x, NULL, 0, &v);
+	exchange_view(x, NULL, &v);
 	rules_rewrite(r, GROUP_REQUEST, &v, &q->rewrites);
 }
 
@@ -12938,8 +12884,7 @@ request_field_append(struct exchange *x, size_t i, struct buffer *b)
 	    (q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)) {
 		if (number_clamp(field_value(h, i), UINT64_MAX, &hops) &&
 		    hops > 0)
-			buffer_print(b, "Max-Forwards: %llu\r\n",
-			    (unsigned long long)hops - 1);
+			number_append(b, "Max-Forwards", hops - 1);
 	} else if (text_is(name, "Expect") && q->minor == 0)
 		trace(x, "Expect of an HTTP/1.0 client is ignored");
 	else if (field_passes(h, i) && !mark_is_set(&q->rewrites.taken, i) &&
@@ -12999,16 +12944,6 @@ request_build(struct exchange *x, struct buffer *b)
 
 /* ---- the head for the client ---- */
 
-/* Sets v to the facts known once the response is r. */
-static void
-answer_view(const struct exchange *x, const struct response *r, struct view *v)
-{
-	const struct request *q = x->request;
-
-	exchange_view(x, r, answer_is_stored(q) ? q->body : response_length(r),
-	    v);
-}
-
 /* Appends field i of the response, unless it must not be passed on. */
 static void
 response_field_append(const struct exchange *x, const struct response *r,
@@ -13050,7 +12985,7 @@ response_rewrites(struct exchange *x, const struct response *r,
 	    (x->request->answerer == ANSWER_MEMORY &&
 		(x->bend == NULL || !x->bend->answers)))
 		return;
-	answer_view(x, r, &v);
+	exchange_view(x, r, &v);
 	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
 }
 
@@ -13251,11 +13186,10 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 
 	x->record.refusal = refusal;
 	words = refusal_words(x, &status);
-	(void)snprintf(clean, sizeof(clean), "%s", *detail ? detail : words);
+	(void)text_printable(text_of(*detail ? detail : words), clean,
+	    sizeof(clean));
 	for (c = clean; *c != '\0'; c++)
-		*c = is_among(*c, "\"\\") ? '\'' :
-		    *c < ' ' || *c > '~'  ? '?' :
-					    *c;
+		*c = is_among(*c, "\"\\") ? '\'' : *c;
 	(void)snprintf(fields, sizeof(fields),
 	    "Proxy-Status: %s; error=%s; details=\"%s\"\r\n"
 	    "Cache-Control: no-store\r\n%s%s",
@@ -13272,7 +13206,8 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 
 /* The name of each phase, and what an exchange waits for in it, or "". */
 static const struct {
-	const char *name, *waits;
+	char name[9];
+	const char *waits;
 } phases[PHASES] = {
 	[PHASE_FREE] = { "free", "" },
 	[PHASE_REQUEST] = { "request", "a request" },
@@ -13654,13 +13589,13 @@ metrics_append(struct buffer *b, const struct exchange *asks)
 
 /* The pages of the proxy's own; of two for a path, one is for browsers. */
 static const struct page {
-	const char *path;
-	bool guarded;      /* rules say who may see it; nobody stores it */
+	char path[11];
 	const char *type;  /* its media type */
 	const char *words; /* with % where the host is to stand; or NULL */
+	/* Of pages that rules guard, and that nobody stores; or NULL. */
 	void (*append)(struct buffer *, const struct exchange *asks);
 } pages[] = {
-	{ "/", false, "text/plain; charset=utf-8",
+	{ "/", "text/plain; charset=utf-8",
 	    "This is proxy " VERSION ", an HTTP proxy at %.\n\n"
 	    "To use it from a shell:\n\n"
 	    "    export http_proxy=http://% https_proxy=http://%\n"
@@ -13671,13 +13606,13 @@ static const struct page {
 	    "What it is doing now, for people and for monitors:\n\n"
 	    "    http://%/status\n    http://%/metrics\n",
 	    NULL },
-	{ "/proxy.pac", false, "application/x-ns-proxy-autoconfig",
+	{ "/proxy.pac", "application/x-ns-proxy-autoconfig",
 	    "function FindProxyForURL(url, host) {\n"
 	    "\treturn \"PROXY %\";\n}\n",
 	    NULL },
-	{ "/status", true, "text/html; charset=utf-8", NULL, status_html },
-	{ "/status", true, "text/plain; charset=utf-8", NULL, status_lines },
-	{ "/metrics", true, "text/plain; version=0.0.4; charset=utf-8", NULL,
+	{ "/status", "text/html; charset=utf-8", NULL, status_html },
+	{ "/status", "text/plain; charset=utf-8", NULL, status_lines },
+	{ "/metrics", "text/plain; version=0.0.4; charset=utf-8", NULL,
 	    metrics_append },
 };
 
@@ -13722,7 +13657,7 @@ page_own(struct exchange *x, const struct page *page)
 		buffer_append(b, words.len > 0 ? host : words);
 	}
 	page_send(x, page->type,
-	    page->guarded ? "Cache-Control: no-store\r\n" : "", b,
+	    page->append ? "Cache-Control: no-store\r\n" : "", b,
 	    REFUSE_ANSWER_LONG);
 }
 
@@ -14289,7 +14224,7 @@ bend_begin(struct exchange *x)
 
 		if (x->rules->first[bend_groups[i]] == NULL)
 			continue;
-		exchange_view(x, NULL, 0, &v);
+		exchange_view(x, NULL, &v);
 		verdict = rules_judge(x->rules, bend_groups[i], &v);
 		if (verdict.truth == TRUTH_YES && !bend_apply(x, verdict.rule))
 			return false;
@@ -14389,7 +14324,7 @@ access_begin(struct exchange *x)
 
 	x->rules = rules_take(&q->head, &x->record.user);
 	q->dice = random_mix(options.seed + x->number);
-	exchange_view(x, NULL, 0, &v);
+	exchange_view(x, NULL, &v);
 	if (q->target.form != FORM_ORIGIN)
 		route_judge(x, &v);
 	if (!access_judge(x, &v))
@@ -14418,7 +14353,7 @@ access_response(struct exchange *x, const struct response *r, struct text head)
 	    q->method == METHOD_CONNECT || q->answerer == ANSWER_MEMORY ||
 	    (r->status < 200 && r->status != 101))
 		return true;
-	answer_view(x, r, &v);
+	exchange_view(x, r, &v);
 	if (!access_judge(x, &v))
 		return false;
 	if (!access->undecided || r->status == 101)
@@ -14458,7 +14393,7 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	access->unjudged = 0;
 	(void)response_parse(buffer_text(access->answer), x->request->method,
 	    &r);
-	answer_view(x, &r, &v);
+	exchange_view(x, &r, &v);
 	if (whole && !(v.known & FACT_LENGTH))
 		v.length = v.passed;
 	if (whole)
@@ -14685,7 +14620,7 @@ request_local(struct exchange *x)
 		    "it has / and /proxy.pac, /status and /metrics");
 	else if (q->method != METHOD_GET && q->method != METHOD_HEAD)
 		exchange_refuse(x, REFUSE_PAGE_METHOD, "");
-	else if (!page->guarded || access_begin(x)) {
+	else if (page->append == NULL || access_begin(x)) {
 		page_own(x, page);
 		exchange_answer(x);
 	}
@@ -15131,7 +15066,7 @@ resolve_judge(struct exchange *x)
 	enum refusal refusal;
 	struct view v;
 
-	exchange_view(x, NULL, 0, &v);
+	exchange_view(x, NULL, &v);
 	if (direct)
 		view_source(&v, &q->route.list[0]);
 	if (q->access.route_undecided) {
