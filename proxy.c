@@ -300,11 +300,16 @@ struct address {
 	unsigned char octets[16]; /* in network order; IPv4 uses four */
 };
 
+/* What comes from a pool begins with its place in the list of free ones. */
+struct pooled {
+	struct pooled *next;
+};
+
 /* Bytes that wait: data[start] up to data[end]. */
 struct buffer {
-	struct buffer *next; /* in the free list */
-	size_t start, end;   /* positions of the bytes in data */
-	size_t overflow;     /* bytes that did not fit; sticky */
+	struct pooled pooled;
+	size_t start, end; /* positions of the bytes in data */
+	size_t overflow;   /* bytes that did not fit; sticky */
 	char data[BUFFER_ROOM];
 };
 
@@ -707,7 +712,7 @@ struct times {
  * pool; an idle client and a tunnel have no request.
  */
 struct request {
-	struct request *next;         /* in the list of free requests */
+	struct pooled pooled;
 	const struct exchange *owner; /* that serves it */
 	struct buffer *bytes;         /* its head; all texts point into it */
 	struct text name;             /* of the method */
@@ -1689,42 +1694,84 @@ memory_share(size_t size)
 
 /*
  * All bytes that wait lie in buffers of one size.  A conn holds a buffer only
- * while bytes wait in it.  The list of free buffers is last in, first out, so
- * that a busy proxy uses the same memory again.  Requests have such a list as
- * well.  A few of both are kept in reserve: a refusal needs no new memory.
+ * while bytes wait in it.  Buffers come from one pool, requests from another.
+ * A pool's list of free ones is last in, first out, so that a busy proxy uses
+ * the same memory again.  Its last few are a reserve: a refusal needs no new
+ * memory.
  *
  * Door: everything here.
  */
 
 enum {
-	/* Free buffers kept for the next use; more go back to the system. */
-	BUFFERS_FREE_MAX = 64,
-	/* The same for requests. */
-	REQUESTS_FREE_MAX = 64,
-	/* Of each, kept for refusals when the system has no memory. */
+	/* Free ones kept for the next use; more go back to the system. */
+	POOL_FREE_MAX = 64,
+	/* Of these, kept for refusals when the system has no memory. */
 	RESERVED = 4
 };
 
-/* Free buffers. */
-static struct {
-	struct buffer *list;    /* the last that was given back is first */
-	size_t n;               /* length of the list */
-	struct buffer *reserve; /* for refusals without memory */
-	size_t reserved;        /* length of the reserve */
-	size_t used;            /* buffers that are in use */
-} buffers_free;
+/* Memory for things of one size. */
+static struct pool {
+	struct pooled *list; /* the last that was given back is first */
+	size_t n;            /* length of the list */
+	size_t used;         /* how many are in use */
+	size_t size;         /* of each, in bytes */
+} buffer_pool = { .size = sizeof(struct buffer) },
+  request_pool = { .size = sizeof(struct request) };
 
-/* Free requests; the last RESERVED are for refusals. */
-static struct {
-	struct request *list; /* the last that was given back is first */
-	size_t n;             /* length of the list */
-} requests_free;
+/*
+ * Takes from the list as long as it is longer than `keep`, and then from the
+ * system; NULL if that has no memory.
+ */
+static void *
+pool_take(struct pool *pool, size_t keep)
+{
+	struct pooled *taken = pool->list;
+
+	if (pool->n > keep) {
+		pool->list = taken->next;
+		pool->n--;
+	} else {
+		taken = malloc(pool->size);
+		if (taken == NULL)
+			return NULL;
+	}
+	pool->used++;
+	return taken;
+}
+
+/* Gives back what pool_take() returned. */
+static void
+pool_give(struct pool *pool, struct pooled *given)
+{
+	pool->used--;
+	if (pool->n >= POOL_FREE_MAX) {
+		free(given);
+		return;
+	}
+	given->next = pool->list;
+	pool->list = given;
+	pool->n++;
+}
+
+/* Fills the reserve at the start; touches little of its memory. */
+static void
+pool_fill(struct pool *pool)
+{
+	struct pooled *taken;
+
+	while (pool->n < RESERVED) {
+		taken = pool_take(pool, RESERVED);
+		if (taken == NULL)
+			die("no memory");
+		else
+			pool_give(pool, taken);
+	}
+}
 
 /* Empties b, with room for a chunk's size in front. */
 static struct buffer *
 buffer_clear(struct buffer *b)
 {
-	b->next = NULL;
 	b->start = b->end = CHUNK_ROOM;
 	b->overflow = 0;
 	return b;
@@ -1734,18 +1781,9 @@ buffer_clear(struct buffer *b)
 static struct buffer *
 buffer_take(void)
 {
-	struct buffer *b = buffers_free.list;
+	struct buffer *b = pool_take(&buffer_pool, RESERVED);
 
-	if (b != NULL) {
-		buffers_free.list = b->next;
-		buffers_free.n--;
-	} else {
-		b = malloc(sizeof(*b));
-		if (b == NULL)
-			return NULL;
-	}
-	buffers_free.used++;
-	return buffer_clear(b);
+	return b == NULL ? NULL : buffer_clear(b);
 }
 
 /*
@@ -1757,38 +1795,18 @@ buffer_take_reserved(void)
 {
 	struct buffer *b = buffer_take();
 
-	if (b != NULL || buffers_free.reserve == NULL)
-		return b;
-	b = buffers_free.reserve;
-	buffers_free.reserve = b->next;
-	buffers_free.reserved--;
-	buffers_free.used++;
-	return buffer_clear(b);
+	if (b == NULL && (b = pool_take(&buffer_pool, 0)) != NULL)
+		buffer_clear(b);
+	return b;
 }
 
 /* Gives *b back, if there is one; *b becomes NULL. */
 static void
 buffer_give(struct buffer **b)
 {
-	struct buffer *old = *b;
-
+	if (*b != NULL)
+		pool_give(&buffer_pool, &(*b)->pooled);
 	*b = NULL;
-	if (old == NULL)
-		return;
-	buffers_free.used--;
-	if (buffers_free.reserved < RESERVED) {
-		old->next = buffers_free.reserve;
-		buffers_free.reserve = old;
-		buffers_free.reserved++;
-		return;
-	}
-	if (buffers_free.n >= BUFFERS_FREE_MAX) {
-		free(old);
-		return;
-	}
-	old->next = buffers_free.list;
-	buffers_free.list = old;
-	buffers_free.n++;
 }
 
 /* The number of bytes in b. */
@@ -1937,50 +1955,21 @@ buffer_compact(struct buffer *b)
 	b->end = CHUNK_ROOM + n;
 }
 
-/* Makes q, which may be NULL, a request of x; all but its fields is zero. */
+/*
+ * A request of x with nothing in it yet; NULL without memory.  The last `keep`
+ * free ones are not taken: those in reserve are for refusals.
+ */
 static struct request *
-request_clear(struct request *q, const struct exchange *x)
+request_new(const struct exchange *x, size_t keep)
 {
+	struct request *q = pool_take(&request_pool, keep);
+
 	if (q == NULL)
 		return NULL;
 	memset(q, 0, offsetof(struct request, head));
 	q->owner = x;
 	q->head.n = 0;
 	return q;
-}
-
-/* The last of the free requests, if there are more than `keep`, or NULL. */
-static struct request *
-request_pop(size_t keep)
-{
-	struct request *q = requests_free.list;
-
-	if (requests_free.n <= keep)
-		return NULL;
-	requests_free.list = q->next;
-	requests_free.n--;
-	return q;
-}
-
-/*
- * A request of x with nothing in it yet.  NULL if the system has no memory:
- * those in reserve are for refusals.
- */
-static struct request *
-request_new(const struct exchange *x)
-{
-	struct request *q = request_pop(RESERVED);
-
-	return request_clear(q != NULL ? q : malloc(sizeof(*q)), x);
-}
-
-/* Puts q, which has no buffers, into the list of free requests. */
-static void
-request_push(struct request *q)
-{
-	q->next = requests_free.list;
-	requests_free.list = q;
-	requests_free.n++;
 }
 
 /* Gives *at back with its buffers, if there is one; it becomes NULL. */
@@ -1994,28 +1983,7 @@ request_drop(struct request **at)
 		return;
 	buffer_give(&q->bytes);
 	buffer_give(&q->access.answer);
-	if (requests_free.n < REQUESTS_FREE_MAX)
-		request_push(q);
-	else
-		free(q);
-}
-
-/* Fills the reserves at the start; touches little of their memory. */
-static void
-reserves_fill(void)
-{
-	size_t i;
-
-	for (i = 0; i < RESERVED; i++) {
-		struct buffer *b = buffer_take();
-		struct request *q = b != NULL ? malloc(sizeof(*q)) : NULL;
-
-		buffer_give(&b);
-		if (q == NULL)
-			die("no memory");
-		else
-			request_push(q);
-	}
+	pool_give(&request_pool, &q->pooled);
 }
 
 /* Sets who answers the request of x. */
@@ -13466,7 +13434,7 @@ totals_show(void)
 {
 	totals.busy = exchanges.busy;
 	totals.slots = exchanges.n;
-	totals.buffers = buffers_free.used;
+	totals.buffers = buffer_pool.used;
 	totals.descriptors = poll_set.all - 1;
 	totals.names_waiting = names.waiting;
 	workers[worker].totals = totals;
@@ -14789,7 +14757,7 @@ request_local(struct exchange *x)
 static struct exchange *
 exchange_take_refresh(const struct exchange *x, struct buffer *head)
 {
-	struct request *q = request_new(NULL);
+	struct request *q = request_new(NULL, RESERVED);
 	struct exchange *y = q == NULL ? NULL : exchange_take();
 
 	if (y == NULL) {
@@ -14986,7 +14954,7 @@ request_start(struct exchange *x)
 		exchange_number(x);
 	}
 	if (x->request == NULL)
-		x->request = request_new(x);
+		x->request = request_new(x, RESERVED);
 	return x->request != NULL;
 }
 
@@ -15016,7 +14984,7 @@ request_starve(struct exchange *x)
 	x->client.error = 0;
 	buffer_give(&x->client.in);
 	if (x->request == NULL)
-		x->request = request_clear(request_pop(0), x);
+		x->request = request_new(x, 0);
 	if (request_start(x))
 		exchange_refuse(x, REFUSE_MEMORY, "");
 	else
@@ -18744,7 +18712,8 @@ main(int argc, char **argv)
 		user_warn();
 	}
 	tables_open();
-	reserves_fill();
+	pool_fill(&buffer_pool);
+	pool_fill(&request_pool);
 	banner();
 	if (options.workers > 1)
 		workers_run();

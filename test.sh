@@ -24368,7 +24368,7 @@ fault_tell(const struct pollfd *fds)
 	    (names.questions.fd == -1) + (buffer_len(&log_lines) > 0);
 	page->fds = fault_fds - page->kept;
 	page->children = fault_children;
-	page->buffers = (int)buffers_free.used;
+	page->buffers = (int)buffer_pool.used;
 	page->sweeping = store.sweeper > 0;
 	page->making = (long)stock->making[worker];
 	page->turns++;
