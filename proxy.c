@@ -1646,21 +1646,35 @@ trace(const struct exchange *x, const char *format, ...)
 	trace_line(x, COLOUR_DIM, "", text_of(text), "");
 }
 
-/* The wall clock as in RFC 9110 section 5.6.7; valid until the next call. */
-static const char *
-date_now(void)
-{
-	static char text[40];
-	static time_t written;
-	struct tm parts;
+/* How a date is written. */
+enum date {
+	DATE_HTTP,   /* RFC 9110 section 5.6.7 */
+	DATE_LOG,    /* in the Common Log Format */
+	DATE_SYSLOG, /* as syslog(3) does */
+	DATES
+};
 
-	if ((written != now.wall || text[0] == '\0') &&
-	    gmtime_r(&now.wall, &parts) != NULL) {
-		(void)strftime(text, sizeof(text), "%a, %d %b %Y %H:%M:%S GMT",
-		    &parts);
-		written = now.wall;
-	}
-	return text;
+/* The wall clock as text; valid until the next call for the same form. */
+static const char *
+date_now(enum date form)
+{
+	static const char *const formats[DATES] = {
+		[DATE_HTTP] = "%a, %d %b %Y %H:%M:%S GMT",
+		[DATE_LOG] = "%d/%b/%Y:%H:%M:%S %z",
+		[DATE_SYSLOG] = "%b %e %H:%M:%S",
+	};
+	static char texts[DATES][40];
+	static time_t written[DATES];
+	struct tm parts, *when;
+
+	if (written[form] == now.wall && texts[form][0] != '\0')
+		return texts[form];
+	when = form == DATE_HTTP ? gmtime_r(&now.wall, &parts) :
+				   localtime_r(&now.wall, &parts);
+	if (when != NULL &&
+	    strftime(texts[form], sizeof(texts[form]), formats[form], when) > 0)
+		written[form] = now.wall;
+	return texts[form];
 }
 
 /*
@@ -2190,13 +2204,16 @@ fd_note(int fd)
 	return fd;
 }
 
-/* Closes *fd unless it is -1, and makes it -1. */
+/* Closes *fd unless it is -1, and makes it -1; errno stays. */
 static void
 fd_drop(int *fd)
 {
+	int before = errno;
+
 	if (*fd != -1)
 		(void)close(*fd);
 	*fd = -1;
+	errno = before;
 }
 
 /* Opens a pipe, and records both ends; false, with errno, if that fails. */
@@ -2232,18 +2249,13 @@ fds_close(int a, int b)
 static bool
 conn_open(struct conn *c, enum role role, int fd, struct exchange *x)
 {
-	int failed;
-
 	memset(c, 0, sizeof(*c));
 	c->fd = fd_note(fd);
 	c->role = role;
 	c->exchange = x;
 	if (fcntl(fd, F_SETFL, O_NONBLOCK) != -1)
 		return true;
-	failed = errno;
-	(void)close(fd);
-	c->fd = -1;
-	errno = failed;
+	fd_drop(&c->fd);
 	return false;
 }
 
@@ -2277,12 +2289,10 @@ conn_close(struct conn *c, bool reset)
 	buffer_give(&c->in);
 	buffer_give(&c->out);
 	poll_remove(c);
-	if (c->fd != -1) {
-		if (reset)
-			(void)setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &linger,
-			    sizeof(linger));
-		(void)close(c->fd);
-	}
+	if (c->fd != -1 && reset)
+		(void)setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &linger,
+		    sizeof(linger));
+	fd_drop(&c->fd);
 	conn_clear(c);
 }
 
@@ -2719,7 +2729,6 @@ conn_connect(struct conn *c, const struct address *to,
 	struct sockaddr_storage storage;
 	socklen_t len;
 	int fd = socket(to->family, SOCK_STREAM, 0);
-	int failed;
 
 	if (fd == -1 || !conn_open(c, ROLE_SERVER, fd, c->exchange))
 		return false;
@@ -2735,9 +2744,7 @@ conn_connect(struct conn *c, const struct address *to,
 		if (c->connecting)
 			return true;
 	}
-	failed = errno;
-	conn_close(c, false);
-	errno = failed;
+	fd_drop(&c->fd);
 	return false;
 }
 
@@ -2978,10 +2985,8 @@ static const struct {
 	[REFUSE_CLOSED] = { ENDED, "the server closed without an answer" },
 	[REFUSE_RESET] = { ENDED,
 	    "the server broke the connection without an answer" },
-	[REFUSE_EARLY] = { 502, CAUSE_ANSWER, "http_protocol_error",
-	    "an answer before the request" },
-	[REFUSE_ANSWER] = { 502, CAUSE_ANSWER, "http_protocol_error",
-	    "the answer is not valid HTTP" },
+	[REFUSE_EARLY] = { BAD_ANSWER, "an answer before the request" },
+	[REFUSE_ANSWER] = { BAD_ANSWER, "the answer is not valid HTTP" },
 	[REFUSE_ANSWER_LONG] = { 502, CAUSE_ANSWER,
 	    "http_response_header_section_size",
 	    "the answer's head is too long" },
@@ -8847,7 +8852,7 @@ stored_head_append(const struct response *r, const struct response *old,
 		    (old == NULL || !field_is_fixed(field_name(h, i))))
 			field_append(b, h, i);
 	if (!head_has(h, "Date"))
-		buffer_print(b, "Date: %s\r\n", date_now());
+		buffer_print(b, "Date: %s\r\n", date_now(DATE_HTTP));
 	buffer_append(b, text_of("\r\n"));
 }
 
@@ -10951,13 +10956,10 @@ enum name_state {
 
 /* A name in the table. */
 struct name {
-	char host[HOST_MAX + 1]; /* as the client wrote it */
-	enum name_state state;   /* of its lookup */
-	unsigned serial;         /* of the question */
-	int error;               /* of getaddrinfo(3), 0: there are addresses */
-	unsigned n;              /* number of addresses */
-	struct address list[ADDRESSES_MAX]; /* in the order to try them */
-	int64_t until;                      /* ms: end of validity */
+	struct question question; /* with the name as the client wrote it */
+	struct answer answer;     /* if it is known */
+	enum name_state state;    /* of its lookup */
+	int64_t until;            /* ms: end of validity */
 };
 
 /* A child of the helper. */
@@ -11145,22 +11147,15 @@ helper_run(int questions, int answers)
 static void
 user_find(const char *name)
 {
-	const struct passwd *entry;
-	uint64_t number;
+	uint64_t number = 0;
+	bool numeric = number_parse(text_of(name), INT32_MAX, &number);
+	const struct passwd *entry = numeric ? getpwuid((uid_t)number) :
+					       getpwnam(name);
 
-	if (number_parse(text_of(name), INT32_MAX, &number)) {
-		entry = getpwuid((uid_t)number);
-		options.uid = (uid_t)number;
-		options.gid = (gid_t)number;
-	} else {
-		entry = getpwnam(name);
-		if (entry == NULL)
-			die("-u %s: no such user", name);
-	}
-	if (entry != NULL) {
-		options.uid = entry->pw_uid;
-		options.gid = entry->pw_gid;
-	}
+	if (entry == NULL && !numeric)
+		die("-u %s: no such user", name);
+	options.uid = entry != NULL ? entry->pw_uid : (uid_t)number;
+	options.gid = entry != NULL ? entry->pw_gid : (gid_t)number;
 }
 
 /* Becomes the user of -u, giving up all privileges of root. */
@@ -11212,7 +11207,6 @@ names_start(void)
 static void
 names_ask(void)
 {
-	struct question question;
 	struct name *name = names.table;
 	bool full = false;
 
@@ -11220,12 +11214,10 @@ names_ask(void)
 	     name++) {
 		if (name->state != NAME_WANTED)
 			continue;
-		memset(&question, 0, sizeof(question));
-		question.ticket.entry = (unsigned)(name - names.table);
-		question.ticket.serial = name->serial = ++names.serial;
-		memcpy(question.host, name->host, sizeof(question.host));
-		full = fd_write(names.questions.fd, &question,
-			   sizeof(question)) != (ssize_t)sizeof(question);
+		name->question.ticket.entry = (unsigned)(name - names.table);
+		name->question.ticket.serial = ++names.serial;
+		full = fd_write(names.questions.fd, &name->question,
+			   sizeof(name->question)) == -1;
 		if (full)
 			break;
 		name->state = NAME_ASKED;
@@ -11266,18 +11258,16 @@ names_take(void)
 		    answer.n <= ADDRESSES_MAX);
 		name = &names.table[answer.ticket.entry];
 		if (name->state != NAME_ASKED ||
-		    name->serial != answer.ticket.serial)
+		    name->question.ticket.serial != answer.ticket.serial)
 			continue;
 		if (answer.error == 0 && answer.n == 0)
 			answer.error = EAI_NONAME;
 		name->state = NAME_KNOWN;
-		names.waiting--;
-		name->error = answer.error;
-		totals.nameless += answer.error != 0;
-		name->n = answer.n;
-		memcpy(name->list, answer.list, sizeof(name->list));
+		name->answer = answer;
 		name->until =
-		    now.ms + (name->error ? NAME_FAILED_MS : NAME_KEPT_MS);
+		    now.ms + (answer.error ? NAME_FAILED_MS : NAME_KEPT_MS);
+		names.waiting--;
+		totals.nameless += answer.error != 0;
 		some = true;
 	}
 	if (n == 0)
@@ -11300,7 +11290,7 @@ names_find(const char *host)
 			name->state = NAME_EMPTY;
 		}
 		if (name->state != NAME_EMPTY &&
-		    strcasecmp(name->host, host) == 0)
+		    strcasecmp(name->question.host, host) == 0)
 			return name;
 		if ((name->state == NAME_EMPTY || name->state == NAME_KNOWN) &&
 		    (best == NULL || name->until < best->until))
@@ -11309,7 +11299,8 @@ names_find(const char *host)
 	if (best == NULL)
 		return NULL;
 	memset(best, 0, sizeof(*best));
-	(void)text_copy(text_of(host), best->host, sizeof(best->host));
+	(void)text_copy(text_of(host), best->question.host,
+	    sizeof(best->question.host));
 	best->state = NAME_WANTED;
 	names.waiting++;
 	best->until = now.ms + QUESTION_MS;
@@ -11362,13 +11353,11 @@ static struct buffer log_lines;
 
 /* What the status page shows of an exchange; texts are printable, and cut. */
 struct glance {
-	uint64_t number;             /* as in the trace */
-	int64_t ms;                  /* since it began, or until it ended */
-	struct address peer, server; /* the client, and who answered */
-	uint64_t up, down;           /* payload in bytes */
-	int status;                  /* 0: none was sent */
-	enum end end;                /* if it has ended */
-	enum refusal refusal;        /* why it failed, or REFUSE_NONE */
+	uint64_t number;      /* as in the trace */
+	int64_t ms;           /* since it began, or until it ended */
+	struct address peer;  /* the client */
+	uint64_t up, down;    /* payload in bytes */
+	struct record record; /* its rule and user may be gone */
 	char method[16], target[160], rule[48];
 };
 
@@ -11466,17 +11455,14 @@ log_lose(const char *why)
 static ssize_t
 log_send(struct text t)
 {
-	static char stamp[40], line[BUFFER_SIZE + 128];
-	struct tm when;
+	static char line[BUFFER_SIZE + 128];
 	ssize_t sent;
 	size_t n;
 
-	if (localtime_r(&now.wall, &when) != NULL)
-		(void)strftime(stamp, sizeof(stamp), "%b %e %H:%M:%S", &when);
 	t.len = text_find(t, '\n');
 	(void)snprintf(line, sizeof(line), "<%d>%s proxy[%ld]: %.*s",
-	    (int)(LOG_DAEMON | LOG_INFO), stamp, (long)getpid(), (int)t.len,
-	    t.at);
+	    (int)(LOG_DAEMON | LOG_INFO), date_now(DATE_SYSLOG), (long)getpid(),
+	    (int)t.len, t.at);
 	n = strlen(line);
 	sent = send(logs.fd, line, n, 0);
 	if (sent == -1 && errno != EAGAIN && errno != ENOBUFS &&
@@ -11554,23 +11540,6 @@ log_flush(void)
 		log_lose(strerror(errno));
 	if (buffer_len(b) == 0)
 		b->start = b->end = CHUNK_ROOM;
-}
-
-/* The time in the Common Log Format; valid until the next call. */
-static const char *
-log_date(void)
-{
-	static char text[40];
-	static time_t written;
-	struct tm parts;
-
-	if ((written != now.wall || text[0] == '\0') &&
-	    localtime_r(&now.wall, &parts) != NULL) {
-		(void)strftime(text, sizeof(text), "%d/%b/%Y:%H:%M:%S %z",
-		    &parts);
-		written = now.wall;
-	}
-	return text;
 }
 
 /* Appends the name of a field, and a number, or "-" if that is negative. */
@@ -11773,7 +11742,7 @@ log_line(const struct exchange *x, const struct quotes *quotes,
 	buffer_append(b, text_of(peer));
 	log_text(b, " - ", r->user ? r->user->user : text_of(""),
 	    CREDENTIAL_MAX);
-	log_word(b, " [", log_date());
+	log_word(b, " [", date_now(DATE_LOG));
 	buffer_append(b, text_of("] \""));
 	log_request(b, quotes);
 	log_number(b, "\" ", log_status(r));
@@ -11819,12 +11788,9 @@ glance_take(const struct exchange *x, const struct quotes *quotes,
 	g->number = x->number;
 	g->ms = now.ms - (r->start ? r->start : x->since);
 	g->peer = x->peer;
-	g->server = r->server;
+	g->record = *r;
 	g->up = x->up.payload;
 	g->down = x->down.payload;
-	g->status = r->status;
-	g->end = r->end;
-	g->refusal = r->refusal;
 	(void)text_printable(quotes->name, g->method, sizeof(g->method));
 	(void)text_printable(quotes->uri, g->target, sizeof(g->target));
 	(void)text_printable(text_of(log_names_rule(r) ? r->rule->where : ""),
@@ -13122,7 +13088,7 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	for (i = 0; i < w.n; i++)
 		line_append(b, w.fields[i]->name, w.fields[i]->value);
 	if (final && !head_has(&r->head, "Date") && !(w.own & OWN_DATE))
-		buffer_print(b, "Date: %s\r\n", date_now());
+		buffer_print(b, "Date: %s\r\n", date_now(DATE_HTTP));
 	if (q->answerer != ANSWER_MEMORY && !(w.own & OWN_VIA))
 		via_append(b, r->minor);
 	if (answer_is_stored(q))
@@ -13255,7 +13221,7 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 	if (s->in == NULL)
 		return;
 	buffer_print(s->in, "HTTP/1.1 %d %s\r\nDate: %s\r\n%s", status,
-	    status_reason(status), date_now(), fields);
+	    status_reason(status), date_now(DATE_HTTP), fields);
 	if (type != NULL)
 		buffer_print(s->in, "Content-Type: %s\r\n", type);
 	/* Of a 304 it would be that of the 200 (RFC 9110 section 8.6). */
@@ -13380,7 +13346,7 @@ glance_append(struct buffer *b, const struct glance *g, const char *state,
 	char peer[ADDRESS_TEXT], server[ADDRESS_TEXT];
 
 	address_print(&g->peer, peer);
-	address_print(&g->server, server);
+	address_print(&g->record.server, server);
 	buffer_print(b, "#%llu %s", (unsigned long long)g->number, state);
 	if (waits != NULL)
 		buffer_print(b, ", waits for %s,", waits);
@@ -13388,16 +13354,16 @@ glance_append(struct buffer *b, const struct glance *g, const char *state,
 	    (long long)g->ms % 1000, peer);
 	if (g->method[0] != '\0' || g->target[0] != '\0')
 		buffer_print(b, " %s %s", g->method, g->target);
-	if (g->status != 0)
-		buffer_print(b, " %d", g->status);
+	if (g->record.status != 0)
+		buffer_print(b, " %d", g->record.status);
 	buffer_print(b, ", up %llu, down %llu", (unsigned long long)g->up,
 	    (unsigned long long)g->down);
-	if (g->server.family != 0)
+	if (g->record.server.family != 0)
 		buffer_print(b, ", server %s", server);
 	if (g->rule[0] != '\0')
 		buffer_print(b, ", rule %s", g->rule);
-	if (g->refusal != REFUSE_NONE)
-		buffer_print(b, ": %s", refusals[g->refusal].words);
+	if (g->record.refusal != REFUSE_NONE)
+		buffer_print(b, ": %s", refusals[g->record.refusal].words);
 }
 
 /*
@@ -13530,7 +13496,7 @@ status_lines(struct buffer *b, const struct exchange *asks)
 			break;
 		g = &glances.list[(glances.n - i) % GLANCES];
 		buffer_append(b, text_of("  "));
-		glance_append(b, g, log_ends[g->end], NULL);
+		glance_append(b, g, log_ends[g->record.end], NULL);
 		buffer_append(b, text_of("\n"));
 	}
 }
@@ -15111,15 +15077,15 @@ resolve_host(struct exchange *x, struct text host, unsigned port)
 	name = names_find(words);
 	if (name != NULL && name->state != NAME_KNOWN)
 		return 0;
-	if (name == NULL || name->error) {
+	if (name == NULL || name->answer.error) {
 		(void)snprintf(detail, sizeof(detail), "%s: %s", words,
-		    name ? gai_strerror(name->error) : "");
+		    name ? gai_strerror(name->answer.error) : "");
 		exchange_refuse(x, name ? REFUSE_NAME : REFUSE_BUSY,
 		    name ? detail : "");
 		return -1;
 	}
-	q->route.n = (unsigned char)name->n;
-	memcpy(q->route.list, name->list, sizeof(q->route.list));
+	q->route.n = (unsigned char)name->answer.n;
+	memcpy(q->route.list, name->answer.list, sizeof(q->route.list));
 	for (i = 0; i < q->route.n; i++)
 		q->route.list[i].port = (uint16_t)port;
 	return 1;

@@ -5538,9 +5538,9 @@ row_wall(struct text in)
 	time_t wall = now.wall;
 
 	now.wall = strtoll(kept(in).at, NULL, 10);
-	say_row("%s", date_now());
-	if (strlen(log_date()) != strlen("01/Jan/1970:00:00:00 +0000"))
-		say_row(", the log's %s", log_date());
+	say_row("%s", date_now(DATE_HTTP));
+	if (strlen(date_now(DATE_LOG)) != strlen("01/Jan/1970:00:00:00 +0000"))
+		say_row(", the log's %s", date_now(DATE_LOG));
 	now.wall = wall;
 }
 
@@ -23504,7 +23504,7 @@ fuzz_date(struct text in)
 	assert(date_parse(text_cut(in.at, in.len - 1)) == -1);
 	now.wall = (time_t)date;
 	/* A leap second may be the first one of the year 10000. */
-	assert(date == 253402300800 || date_parse(text_of(date_now())) == date);
+	assert(date == 253402300800 || date_parse(text_of(date_now(DATE_HTTP))) == date);
 	now.wall = wall;
 }
 
