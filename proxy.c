@@ -1724,13 +1724,15 @@ enum {
 };
 
 /* Memory for things of one size. */
-static struct pool {
+struct pool {
 	struct pooled *list; /* the last that was given back is first */
 	size_t n;            /* length of the list */
 	size_t used;         /* how many are in use */
 	size_t size;         /* of each, in bytes */
-} buffer_pool = { .size = sizeof(struct buffer) },
-  request_pool = { .size = sizeof(struct request) };
+};
+
+static struct pool buffer_pool = { .size = sizeof(struct buffer) };
+static struct pool request_pool = { .size = sizeof(struct request) };
 
 /*
  * Takes from the list as long as it is longer than `keep`, and then from the

@@ -5644,7 +5644,7 @@ check_line(void)
 	x.peer.family = x.record.server.family = AF_INET6;
 	memset(x.peer.octets, 0xff, 16);
 	memset(x.record.server.octets, 0xff, 16);
-	x.request = request_new(&x);
+	x.request = request_new(&x, RESERVED);
 	x.request->name = x.request->uri = value;
 	x.request->head.at = quotes;
 	head_add(&x.request->head,
@@ -12251,7 +12251,7 @@ follows(struct exchange *y, const char *path)
 
 	memset(&x, 0, sizeof(x));
 	x.rules = &none;
-	x.request = request_new(&x);
+	x.request = request_new(&x, RESERVED);
 	(void)request_parse(text_of("GET http://a.test/ HTTP/1.1\r\n"
 				    "Host: a.test\r\n\r\n"), x.request);
 	x.request->target.path = text_of(path);
@@ -12270,7 +12270,7 @@ check_collision(void)
 {
 	static struct exchange y;
 	struct response r;
-	struct request *q = y.request = request_new(&y);
+	struct request *q = y.request = request_new(&y, RESERVED);
 
 	options.cache = ".";
 	(void)request_parse(text_of("GET http://a.test/a HTTP/1.1\r\n"
