@@ -300,11 +300,16 @@ struct address {
 	unsigned char octets[16]; /* in network order; IPv4 uses four */
 };
 
+/* What comes from a pool begins with its place in the list of free ones. */
+struct pooled {
+	struct pooled *next;
+};
+
 /* Bytes that wait: data[start] up to data[end]. */
 struct buffer {
-	struct buffer *next; /* in the free list */
-	size_t start, end;   /* positions of the bytes in data */
-	size_t overflow;     /* bytes that did not fit; sticky */
+	struct pooled pooled;
+	size_t start, end; /* positions of the bytes in data */
+	size_t overflow;   /* bytes that did not fit; sticky */
 	char data[BUFFER_ROOM];
 };
 
@@ -693,7 +698,7 @@ struct times {
  * pool; an idle client and a tunnel have no request.
  */
 struct request {
-	struct request *next;         /* in the list of free requests */
+	struct pooled pooled;
 	const struct exchange *owner; /* that serves it */
 	struct buffer *bytes;         /* its head; all texts point into it */
 	struct text name;             /* of the method */
@@ -1627,21 +1632,35 @@ trace(const struct exchange *x, const char *format, ...)
 	trace_line(x, COLOUR_DIM, "", text_of(text), "");
 }
 
-/* The wall clock as in RFC 9110 section 5.6.7; valid until the next call. */
-static const char *
-date_now(void)
-{
-	static char text[40];
-	static time_t written;
-	struct tm parts;
+/* How a date is written. */
+enum date {
+	DATE_HTTP,   /* RFC 9110 section 5.6.7 */
+	DATE_LOG,    /* in the Common Log Format */
+	DATE_SYSLOG, /* as syslog(3) does */
+	DATES
+};
 
-	if ((written != now.wall || text[0] == '\0') &&
-	    gmtime_r(&now.wall, &parts) != NULL) {
-		(void)strftime(text, sizeof(text), "%a, %d %b %Y %H:%M:%S GMT",
-		    &parts);
-		written = now.wall;
-	}
-	return text;
+/* The wall clock as text; valid until the next call for the same form. */
+static const char *
+date_now(enum date form)
+{
+	static const char *const formats[DATES] = {
+		[DATE_HTTP] = "%a, %d %b %Y %H:%M:%S GMT",
+		[DATE_LOG] = "%d/%b/%Y:%H:%M:%S %z",
+		[DATE_SYSLOG] = "%b %e %H:%M:%S",
+	};
+	static char texts[DATES][40];
+	static time_t written[DATES];
+	struct tm parts, *when;
+
+	if (written[form] == now.wall && texts[form][0] != '\0')
+		return texts[form];
+	when = form == DATE_HTTP ? gmtime_r(&now.wall, &parts) :
+				   localtime_r(&now.wall, &parts);
+	if (when != NULL &&
+	    strftime(texts[form], sizeof(texts[form]), formats[form], when) > 0)
+		written[form] = now.wall;
+	return texts[form];
 }
 
 /*
@@ -1675,42 +1694,86 @@ memory_share(size_t size)
 
 /*
  * All bytes that wait lie in buffers of one size.  A conn holds a buffer only
- * while bytes wait in it.  The list of free buffers is last in, first out, so
- * that a busy proxy uses the same memory again.  Requests have such a list as
- * well.  A few of both are kept in reserve: a refusal needs no new memory.
+ * while bytes wait in it.  Buffers come from one pool, requests from another.
+ * A pool's list of free ones is last in, first out, so that a busy proxy uses
+ * the same memory again.  Its last few are a reserve: a refusal needs no new
+ * memory.
  *
  * Door: everything here.
  */
 
 enum {
-	/* Free buffers kept for the next use; more go back to the system. */
-	BUFFERS_FREE_MAX = 64,
-	/* The same for requests. */
-	REQUESTS_FREE_MAX = 64,
-	/* Of each, kept for refusals when the system has no memory. */
+	/* Free ones kept for the next use; more go back to the system. */
+	POOL_FREE_MAX = 64,
+	/* Of these, kept for refusals when the system has no memory. */
 	RESERVED = 4
 };
 
-/* Free buffers. */
-static struct {
-	struct buffer *list;    /* the last that was given back is first */
-	size_t n;               /* length of the list */
-	struct buffer *reserve; /* for refusals without memory */
-	size_t reserved;        /* length of the reserve */
-	size_t used;            /* buffers that are in use */
-} buffers_free;
+/* Memory for things of one size. */
+struct pool {
+	struct pooled *list; /* the last that was given back is first */
+	size_t n;            /* length of the list */
+	size_t used;         /* how many are in use */
+	size_t size;         /* of each, in bytes */
+};
 
-/* Free requests; the last RESERVED are for refusals. */
-static struct {
-	struct request *list; /* the last that was given back is first */
-	size_t n;             /* length of the list */
-} requests_free;
+static struct pool buffer_pool = { .size = sizeof(struct buffer) };
+static struct pool request_pool = { .size = sizeof(struct request) };
+
+/*
+ * Takes from the list as long as it is longer than `keep`, and then from the
+ * system; NULL if that has no memory.
+ */
+static void *
+pool_take(struct pool *pool, size_t keep)
+{
+	struct pooled *taken = pool->list;
+
+	if (pool->n > keep) {
+		pool->list = taken->next;
+		pool->n--;
+	} else {
+		taken = malloc(pool->size);
+		if (taken == NULL)
+			return NULL;
+	}
+	pool->used++;
+	return taken;
+}
+
+/* Gives back what pool_take() returned. */
+static void
+pool_give(struct pool *pool, struct pooled *given)
+{
+	pool->used--;
+	if (pool->n >= POOL_FREE_MAX) {
+		free(given);
+		return;
+	}
+	given->next = pool->list;
+	pool->list = given;
+	pool->n++;
+}
+
+/* Fills the reserve at the start; touches little of its memory. */
+static void
+pool_fill(struct pool *pool)
+{
+	struct pooled *taken;
+
+	while (pool->n < RESERVED) {
+		taken = pool_take(pool, RESERVED);
+		if (taken == NULL)
+			die("no memory");
+		else
+			pool_give(pool, taken);
+	}
+}
 
 /* Empties b, with room for a chunk's size in front. */
 static struct buffer *
 buffer_clear(struct buffer *b)
 {
-	b->next = NULL;
 	b->start = b->end = CHUNK_ROOM;
 	b->overflow = 0;
 	return b;
@@ -1720,18 +1783,9 @@ buffer_clear(struct buffer *b)
 static struct buffer *
 buffer_take(void)
 {
-	struct buffer *b = buffers_free.list;
+	struct buffer *b = pool_take(&buffer_pool, RESERVED);
 
-	if (b != NULL) {
-		buffers_free.list = b->next;
-		buffers_free.n--;
-	} else {
-		b = malloc(sizeof(*b));
-		if (b == NULL)
-			return NULL;
-	}
-	buffers_free.used++;
-	return buffer_clear(b);
+	return b == NULL ? NULL : buffer_clear(b);
 }
 
 /*
@@ -1743,38 +1797,18 @@ buffer_take_reserved(void)
 {
 	struct buffer *b = buffer_take();
 
-	if (b != NULL || buffers_free.reserve == NULL)
-		return b;
-	b = buffers_free.reserve;
-	buffers_free.reserve = b->next;
-	buffers_free.reserved--;
-	buffers_free.used++;
-	return buffer_clear(b);
+	if (b == NULL && (b = pool_take(&buffer_pool, 0)) != NULL)
+		buffer_clear(b);
+	return b;
 }
 
 /* Gives *b back, if there is one; *b becomes NULL. */
 static void
 buffer_give(struct buffer **b)
 {
-	struct buffer *old = *b;
-
+	if (*b != NULL)
+		pool_give(&buffer_pool, &(*b)->pooled);
 	*b = NULL;
-	if (old == NULL)
-		return;
-	buffers_free.used--;
-	if (buffers_free.reserved < RESERVED) {
-		old->next = buffers_free.reserve;
-		buffers_free.reserve = old;
-		buffers_free.reserved++;
-		return;
-	}
-	if (buffers_free.n >= BUFFERS_FREE_MAX) {
-		free(old);
-		return;
-	}
-	old->next = buffers_free.list;
-	buffers_free.list = old;
-	buffers_free.n++;
 }
 
 /* The number of bytes in b. */
@@ -1923,50 +1957,21 @@ buffer_compact(struct buffer *b)
 	b->end = CHUNK_ROOM + n;
 }
 
-/* Makes q, which may be NULL, a request of x; all but its fields is zero. */
+/*
+ * A request of x with nothing in it yet; NULL without memory.  The last `keep`
+ * free ones are not taken: those in reserve are for refusals.
+ */
 static struct request *
-request_clear(struct request *q, const struct exchange *x)
+request_new(const struct exchange *x, size_t keep)
 {
+	struct request *q = pool_take(&request_pool, keep);
+
 	if (q == NULL)
 		return NULL;
 	memset(q, 0, offsetof(struct request, head));
 	q->owner = x;
 	q->head.n = 0;
 	return q;
-}
-
-/* The last of the free requests, if there are more than `keep`, or NULL. */
-static struct request *
-request_pop(size_t keep)
-{
-	struct request *q = requests_free.list;
-
-	if (requests_free.n <= keep)
-		return NULL;
-	requests_free.list = q->next;
-	requests_free.n--;
-	return q;
-}
-
-/*
- * A request of x with nothing in it yet.  NULL if the system has no memory:
- * those in reserve are for refusals.
- */
-static struct request *
-request_new(const struct exchange *x)
-{
-	struct request *q = request_pop(RESERVED);
-
-	return request_clear(q != NULL ? q : malloc(sizeof(*q)), x);
-}
-
-/* Puts q, which has no buffers, into the list of free requests. */
-static void
-request_push(struct request *q)
-{
-	q->next = requests_free.list;
-	requests_free.list = q;
-	requests_free.n++;
 }
 
 /* Gives *at back with its buffers, if there is one; it becomes NULL. */
@@ -1980,28 +1985,7 @@ request_drop(struct request **at)
 		return;
 	buffer_give(&q->bytes);
 	buffer_give(&q->access.answer);
-	if (requests_free.n < REQUESTS_FREE_MAX)
-		request_push(q);
-	else
-		free(q);
-}
-
-/* Fills the reserves at the start; touches little of their memory. */
-static void
-reserves_fill(void)
-{
-	size_t i;
-
-	for (i = 0; i < RESERVED; i++) {
-		struct buffer *b = buffer_take();
-		struct request *q = b != NULL ? malloc(sizeof(*q)) : NULL;
-
-		buffer_give(&b);
-		if (q == NULL)
-			die("no memory");
-		else
-			request_push(q);
-	}
+	pool_give(&request_pool, &q->pooled);
 }
 
 /* Sets who answers the request of x. */
@@ -2208,13 +2192,16 @@ fd_note(int fd)
 	return fd;
 }
 
-/* Closes *fd unless it is -1, and makes it -1. */
+/* Closes *fd unless it is -1, and makes it -1; errno stays. */
 static void
 fd_drop(int *fd)
 {
+	int before = errno;
+
 	if (*fd != -1)
 		(void)close(*fd);
 	*fd = -1;
+	errno = before;
 }
 
 /* Opens a pipe, and records both ends; false, with errno, if that fails. */
@@ -2250,18 +2237,13 @@ fds_close(int a, int b)
 static bool
 conn_open(struct conn *c, enum role role, int fd, struct exchange *x)
 {
-	int failed;
-
 	memset(c, 0, sizeof(*c));
 	c->fd = fd_note(fd);
 	c->role = role;
 	c->exchange = x;
 	if (fcntl(fd, F_SETFL, O_NONBLOCK) != -1)
 		return true;
-	failed = errno;
-	(void)close(fd);
-	c->fd = -1;
-	errno = failed;
+	fd_drop(&c->fd);
 	return false;
 }
 
@@ -2295,12 +2277,10 @@ conn_close(struct conn *c, bool reset)
 	buffer_give(&c->in);
 	buffer_give(&c->out);
 	poll_remove(c);
-	if (c->fd != -1) {
-		if (reset)
-			(void)setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &linger,
-			    sizeof(linger));
-		(void)close(c->fd);
-	}
+	if (c->fd != -1 && reset)
+		(void)setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &linger,
+		    sizeof(linger));
+	fd_drop(&c->fd);
 	conn_clear(c);
 }
 
@@ -2747,7 +2727,6 @@ conn_connect(struct conn *c, const struct address *to,
 	struct sockaddr_storage storage;
 	socklen_t len;
 	int fd = socket(to->family, SOCK_STREAM, 0);
-	int failed;
 
 	if (fd == -1 || !conn_open(c, ROLE_SERVER, fd, c->exchange))
 		return false;
@@ -2763,9 +2742,7 @@ conn_connect(struct conn *c, const struct address *to,
 		if (c->connecting)
 			return true;
 	}
-	failed = errno;
-	conn_close(c, false);
-	errno = failed;
+	fd_drop(&c->fd);
 	return false;
 }
 
@@ -3006,10 +2983,8 @@ static const struct {
 	[REFUSE_CLOSED] = { ENDED, "the server closed without an answer" },
 	[REFUSE_RESET] = { ENDED,
 	    "the server broke the connection without an answer" },
-	[REFUSE_EARLY] = { 502, CAUSE_ANSWER, "http_protocol_error",
-	    "an answer before the request" },
-	[REFUSE_ANSWER] = { 502, CAUSE_ANSWER, "http_protocol_error",
-	    "the answer is not valid HTTP" },
+	[REFUSE_EARLY] = { BAD_ANSWER, "an answer before the request" },
+	[REFUSE_ANSWER] = { BAD_ANSWER, "the answer is not valid HTTP" },
 	[REFUSE_ANSWER_LONG] = { 502, CAUSE_ANSWER,
 	    "http_response_header_section_size",
 	    "the answer's head is too long" },
@@ -8810,7 +8785,7 @@ stored_head_append(const struct response *r, const struct response *old,
 		    (old == NULL || !field_is_fixed(field_name(h, i))))
 			field_append(b, h, i);
 	if (!head_has(h, "Date"))
-		buffer_print(b, "Date: %s\r\n", date_now());
+		buffer_print(b, "Date: %s\r\n", date_now(DATE_HTTP));
 	buffer_append(b, text_of("\r\n"));
 }
 
@@ -10851,13 +10826,10 @@ enum name_state {
 
 /* A name in the table. */
 struct name {
-	char host[HOST_MAX + 1]; /* as the client wrote it */
-	enum name_state state;   /* of its lookup */
-	unsigned serial;         /* of the question */
-	int error;               /* of getaddrinfo(3), 0: there are addresses */
-	unsigned n;              /* number of addresses */
-	struct address list[ADDRESSES_MAX]; /* in the order to try them */
-	int64_t until;                      /* ms: end of validity */
+	struct question question; /* with the name as the client wrote it */
+	struct answer answer;     /* if it is known */
+	enum name_state state;    /* of its lookup */
+	int64_t until;            /* ms: end of validity */
 };
 
 /* A child of the helper. */
@@ -11045,22 +11017,15 @@ helper_run(int questions, int answers)
 static void
 user_find(const char *name)
 {
-	const struct passwd *entry;
-	uint64_t number;
+	uint64_t number = 0;
+	bool numeric = number_parse(text_of(name), INT32_MAX, &number);
+	const struct passwd *entry = numeric ? getpwuid((uid_t)number) :
+					       getpwnam(name);
 
-	if (number_parse(text_of(name), INT32_MAX, &number)) {
-		entry = getpwuid((uid_t)number);
-		options.uid = (uid_t)number;
-		options.gid = (gid_t)number;
-	} else {
-		entry = getpwnam(name);
-		if (entry == NULL)
-			die("-u %s: no such user", name);
-	}
-	if (entry != NULL) {
-		options.uid = entry->pw_uid;
-		options.gid = entry->pw_gid;
-	}
+	if (entry == NULL && !numeric)
+		die("-u %s: no such user", name);
+	options.uid = entry != NULL ? entry->pw_uid : (uid_t)number;
+	options.gid = entry != NULL ? entry->pw_gid : (gid_t)number;
 }
 
 /* Becomes the user of -u, giving up all privileges of root. */
@@ -11112,7 +11077,6 @@ names_start(void)
 static void
 names_ask(void)
 {
-	struct question question;
 	struct name *name = names.table;
 	bool full = false;
 
@@ -11120,12 +11084,10 @@ names_ask(void)
 	     name++) {
 		if (name->state != NAME_WANTED)
 			continue;
-		memset(&question, 0, sizeof(question));
-		question.ticket.entry = (unsigned)(name - names.table);
-		question.ticket.serial = name->serial = ++names.serial;
-		memcpy(question.host, name->host, sizeof(question.host));
-		full = fd_write(names.questions.fd, &question,
-			   sizeof(question)) != (ssize_t)sizeof(question);
+		name->question.ticket.entry = (unsigned)(name - names.table);
+		name->question.ticket.serial = ++names.serial;
+		full = fd_write(names.questions.fd, &name->question,
+			   sizeof(name->question)) == -1;
 		if (full)
 			break;
 		name->state = NAME_ASKED;
@@ -11166,18 +11128,16 @@ names_take(void)
 		    answer.n <= ADDRESSES_MAX);
 		name = &names.table[answer.ticket.entry];
 		if (name->state != NAME_ASKED ||
-		    name->serial != answer.ticket.serial)
+		    name->question.ticket.serial != answer.ticket.serial)
 			continue;
 		if (answer.error == 0 && answer.n == 0)
 			answer.error = EAI_NONAME;
 		name->state = NAME_KNOWN;
-		names.waiting--;
-		name->error = answer.error;
-		totals.nameless += answer.error != 0;
-		name->n = answer.n;
-		memcpy(name->list, answer.list, sizeof(name->list));
+		name->answer = answer;
 		name->until =
-		    now.ms + (name->error ? NAME_FAILED_MS : NAME_KEPT_MS);
+		    now.ms + (answer.error ? NAME_FAILED_MS : NAME_KEPT_MS);
+		names.waiting--;
+		totals.nameless += answer.error != 0;
 		some = true;
 	}
 	if (n == 0)
@@ -11200,7 +11160,7 @@ names_find(const char *host)
 			name->state = NAME_EMPTY;
 		}
 		if (name->state != NAME_EMPTY &&
-		    strcasecmp(name->host, host) == 0)
+		    strcasecmp(name->question.host, host) == 0)
 			return name;
 		if ((name->state == NAME_EMPTY || name->state == NAME_KNOWN) &&
 		    (best == NULL || name->until < best->until))
@@ -11209,7 +11169,8 @@ names_find(const char *host)
 	if (best == NULL)
 		return NULL;
 	memset(best, 0, sizeof(*best));
-	(void)text_copy(text_of(host), best->host, sizeof(best->host));
+	(void)text_copy(text_of(host), best->question.host,
+	    sizeof(best->question.host));
 	best->state = NAME_WANTED;
 	names.waiting++;
 	best->until = now.ms + QUESTION_MS;
@@ -11262,13 +11223,11 @@ static struct buffer log_lines;
 
 /* What the status page shows of an exchange; texts are printable, and cut. */
 struct glance {
-	uint64_t number;             /* as in the trace */
-	int64_t ms;                  /* since it began, or until it ended */
-	struct address peer, server; /* the client, and who answered */
-	uint64_t up, down;           /* payload in bytes */
-	int status;                  /* 0: none was sent */
-	enum end end;                /* if it has ended */
-	enum refusal refusal;        /* why it failed, or REFUSE_NONE */
+	uint64_t number;      /* as in the trace */
+	int64_t ms;           /* since it began, or until it ended */
+	struct address peer;  /* the client */
+	uint64_t up, down;    /* payload in bytes */
+	struct record record; /* its rule and user may be gone */
 	char method[16], target[160], rule[48];
 };
 
@@ -11366,17 +11325,14 @@ log_lose(const char *why)
 static ssize_t
 log_send(struct text t)
 {
-	static char stamp[40], line[BUFFER_SIZE + 128];
-	struct tm when;
+	static char line[BUFFER_SIZE + 128];
 	ssize_t sent;
 	size_t n;
 
-	if (localtime_r(&now.wall, &when) != NULL)
-		(void)strftime(stamp, sizeof(stamp), "%b %e %H:%M:%S", &when);
 	t.len = text_find(t, '\n');
 	(void)snprintf(line, sizeof(line), "<%d>%s proxy[%ld]: %.*s",
-	    (int)(LOG_DAEMON | LOG_INFO), stamp, (long)getpid(), (int)t.len,
-	    t.at);
+	    (int)(LOG_DAEMON | LOG_INFO), date_now(DATE_SYSLOG), (long)getpid(),
+	    (int)t.len, t.at);
 	n = strlen(line);
 	sent = send(logs.fd, line, n, 0);
 	if (sent == -1 && errno != EAGAIN && errno != ENOBUFS &&
@@ -11454,23 +11410,6 @@ log_flush(void)
 		log_lose(strerror(errno));
 	if (buffer_len(b) == 0)
 		b->start = b->end = CHUNK_ROOM;
-}
-
-/* The time in the Common Log Format; valid until the next call. */
-static const char *
-log_date(void)
-{
-	static char text[40];
-	static time_t written;
-	struct tm parts;
-
-	if ((written != now.wall || text[0] == '\0') &&
-	    localtime_r(&now.wall, &parts) != NULL) {
-		(void)strftime(text, sizeof(text), "%d/%b/%Y:%H:%M:%S %z",
-		    &parts);
-		written = now.wall;
-	}
-	return text;
 }
 
 /* Appends the name of a field, and a number, or "-" if that is negative. */
@@ -11673,7 +11612,7 @@ log_line(const struct exchange *x, const struct quotes *quotes,
 	buffer_append(b, text_of(peer));
 	log_text(b, " - ", r->user ? r->user->user : text_of(""),
 	    CREDENTIAL_MAX);
-	log_word(b, " [", log_date());
+	log_word(b, " [", date_now(DATE_LOG));
 	buffer_append(b, text_of("] \""));
 	log_request(b, quotes);
 	log_number(b, "\" ", log_status(r));
@@ -11719,12 +11658,9 @@ glance_take(const struct exchange *x, const struct quotes *quotes,
 	g->number = x->number;
 	g->ms = now.ms - (r->start ? r->start : x->since);
 	g->peer = x->peer;
-	g->server = r->server;
+	g->record = *r;
 	g->up = x->up.payload;
 	g->down = x->down.payload;
-	g->status = r->status;
-	g->end = r->end;
-	g->refusal = r->refusal;
 	(void)text_printable(quotes->name, g->method, sizeof(g->method));
 	(void)text_printable(quotes->uri, g->target, sizeof(g->target));
 	(void)text_printable(text_of(log_names_rule(r) ? r->rule->where : ""),
@@ -13011,7 +12947,7 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	for (i = 0; i < w.n; i++)
 		line_append(b, w.fields[i]->name, w.fields[i]->value);
 	if (final && !head_has(&r->head, "Date") && !(w.own & OWN_DATE))
-		buffer_print(b, "Date: %s\r\n", date_now());
+		buffer_print(b, "Date: %s\r\n", date_now(DATE_HTTP));
 	if (q->answerer != ANSWER_MEMORY && !(w.own & OWN_VIA))
 		via_append(b, r->minor);
 	if (answer_is_stored(q))
@@ -13144,7 +13080,7 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 	if (s->in == NULL)
 		return;
 	buffer_print(s->in, "HTTP/1.1 %d %s\r\nDate: %s\r\n%s", status,
-	    status_reason(status), date_now(), fields);
+	    status_reason(status), date_now(DATE_HTTP), fields);
 	if (type != NULL)
 		buffer_print(s->in, "Content-Type: %s\r\n", type);
 	/* Of a 304 it would be that of the 200 (RFC 9110 section 8.6). */
@@ -13269,7 +13205,7 @@ glance_append(struct buffer *b, const struct glance *g, const char *state,
 	char peer[ADDRESS_TEXT], server[ADDRESS_TEXT];
 
 	address_print(&g->peer, peer);
-	address_print(&g->server, server);
+	address_print(&g->record.server, server);
 	buffer_print(b, "#%llu %s", (unsigned long long)g->number, state);
 	if (waits != NULL)
 		buffer_print(b, ", waits for %s,", waits);
@@ -13277,16 +13213,16 @@ glance_append(struct buffer *b, const struct glance *g, const char *state,
 	    (long long)g->ms % 1000, peer);
 	if (g->method[0] != '\0' || g->target[0] != '\0')
 		buffer_print(b, " %s %s", g->method, g->target);
-	if (g->status != 0)
-		buffer_print(b, " %d", g->status);
+	if (g->record.status != 0)
+		buffer_print(b, " %d", g->record.status);
 	buffer_print(b, ", up %llu, down %llu", (unsigned long long)g->up,
 	    (unsigned long long)g->down);
-	if (g->server.family != 0)
+	if (g->record.server.family != 0)
 		buffer_print(b, ", server %s", server);
 	if (g->rule[0] != '\0')
 		buffer_print(b, ", rule %s", g->rule);
-	if (g->refusal != REFUSE_NONE)
-		buffer_print(b, ": %s", refusals[g->refusal].words);
+	if (g->record.refusal != REFUSE_NONE)
+		buffer_print(b, ": %s", refusals[g->record.refusal].words);
 }
 
 /*
@@ -13323,7 +13259,7 @@ totals_show(void)
 {
 	totals.busy = exchanges.busy;
 	totals.slots = exchanges.n;
-	totals.buffers = buffers_free.used;
+	totals.buffers = buffer_pool.used;
 	totals.descriptors = poll_set.all - 1;
 	totals.names_waiting = names.waiting;
 	workers[worker].totals = totals;
@@ -13417,7 +13353,7 @@ status_lines(struct buffer *b, const struct exchange *asks)
 			break;
 		g = &glances.list[(glances.n - i) % GLANCES];
 		buffer_append(b, text_of("  "));
-		glance_append(b, g, log_ends[g->end], NULL);
+		glance_append(b, g, log_ends[g->record.end], NULL);
 		buffer_append(b, text_of("\n"));
 	}
 }
@@ -14633,7 +14569,7 @@ request_local(struct exchange *x)
 static struct exchange *
 exchange_take_refresh(const struct exchange *x, struct buffer *head)
 {
-	struct request *q = request_new(NULL);
+	struct request *q = request_new(NULL, RESERVED);
 	struct exchange *y = q == NULL ? NULL : exchange_take();
 
 	if (y == NULL) {
@@ -14830,7 +14766,7 @@ request_start(struct exchange *x)
 		exchange_number(x);
 	}
 	if (x->request == NULL)
-		x->request = request_new(x);
+		x->request = request_new(x, RESERVED);
 	return x->request != NULL;
 }
 
@@ -14860,7 +14796,7 @@ request_starve(struct exchange *x)
 	x->client.error = 0;
 	buffer_give(&x->client.in);
 	if (x->request == NULL)
-		x->request = request_clear(request_pop(0), x);
+		x->request = request_new(x, 0);
 	if (request_start(x))
 		exchange_refuse(x, REFUSE_MEMORY, "");
 	else
@@ -14986,15 +14922,15 @@ resolve_host(struct exchange *x, struct text host, unsigned port)
 	name = names_find(words);
 	if (name != NULL && name->state != NAME_KNOWN)
 		return 0;
-	if (name == NULL || name->error) {
+	if (name == NULL || name->answer.error) {
 		(void)snprintf(detail, sizeof(detail), "%s: %s", words,
-		    name ? gai_strerror(name->error) : "");
+		    name ? gai_strerror(name->answer.error) : "");
 		exchange_refuse(x, name ? REFUSE_NAME : REFUSE_BUSY,
 		    name ? detail : "");
 		return -1;
 	}
-	q->route.n = (unsigned char)name->n;
-	memcpy(q->route.list, name->list, sizeof(q->route.list));
+	q->route.n = (unsigned char)name->answer.n;
+	memcpy(q->route.list, name->answer.list, sizeof(q->route.list));
 	for (i = 0; i < q->route.n; i++)
 		q->route.list[i].port = (uint16_t)port;
 	return 1;
@@ -18490,7 +18426,8 @@ main(int argc, char **argv)
 		user_warn();
 	}
 	tables_open();
-	reserves_fill();
+	pool_fill(&buffer_pool);
+	pool_fill(&request_pool);
 	banner();
 	if (options.workers > 1)
 		workers_run();

@@ -5538,9 +5538,9 @@ row_wall(struct text in)
 	time_t wall = now.wall;
 
 	now.wall = strtoll(kept(in).at, NULL, 10);
-	say_row("%s", date_now());
-	if (strlen(log_date()) != strlen("01/Jan/1970:00:00:00 +0000"))
-		say_row(", the log's %s", log_date());
+	say_row("%s", date_now(DATE_HTTP));
+	if (strlen(date_now(DATE_LOG)) != strlen("01/Jan/1970:00:00:00 +0000"))
+		say_row(", the log's %s", date_now(DATE_LOG));
 	now.wall = wall;
 }
 
@@ -5643,7 +5643,7 @@ check_line(void)
 	x.peer.family = x.record.server.family = AF_INET6;
 	memset(x.peer.octets, 0xff, 16);
 	memset(x.record.server.octets, 0xff, 16);
-	x.request = request_new(&x);
+	x.request = request_new(&x, RESERVED);
 	x.request->name = x.request->uri = value;
 	x.request->head.at = quotes;
 	head_add(&x.request->head,
@@ -12249,7 +12249,7 @@ follows(struct exchange *y, const char *path)
 
 	memset(&x, 0, sizeof(x));
 	x.rules = &none;
-	x.request = request_new(&x);
+	x.request = request_new(&x, RESERVED);
 	(void)request_parse(text_of("GET http://a.test/ HTTP/1.1\r\n"
 				    "Host: a.test\r\n\r\n"), x.request);
 	x.request->target.path = text_of(path);
@@ -12268,7 +12268,7 @@ check_collision(void)
 {
 	static struct exchange y;
 	struct response r;
-	struct request *q = y.request = request_new(&y);
+	struct request *q = y.request = request_new(&y, RESERVED);
 
 	options.cache = ".";
 	(void)request_parse(text_of("GET http://a.test/a HTTP/1.1\r\n"
@@ -23502,7 +23502,7 @@ fuzz_date(struct text in)
 	assert(date_parse(text_cut(in.at, in.len - 1)) == -1);
 	now.wall = (time_t)date;
 	/* A leap second may be the first one of the year 10000. */
-	assert(date == 253402300800 || date_parse(text_of(date_now())) == date);
+	assert(date == 253402300800 || date_parse(text_of(date_now(DATE_HTTP))) == date);
 	now.wall = wall;
 }
 
@@ -24365,7 +24365,7 @@ fault_tell(const struct pollfd *fds)
 	    (names.questions.fd == -1) + (buffer_len(&log_lines) > 0);
 	page->fds = fault_fds - page->kept;
 	page->children = fault_children;
-	page->buffers = (int)buffers_free.used;
+	page->buffers = (int)buffer_pool.used;
 	page->sweeping = store.sweeper > 0;
 	page->making = (long)stock->making[worker];
 	page->turns++;
