@@ -16309,9 +16309,10 @@ enum {
 	/* Places outside the prefix that one poll asks. */
 	COLD_SLICE = 512,
 	/* Such polls take one part in so many of the time, */
-	COLD_SHARE = 12,
-	/* and ask each place at least this often. */
+	COLD_SHARE = 16,
+	/* and ask each place this often, or less while none has an event. */
 	COLD_GAP_US = 24000,
+	COLD_GAP_MAX_US = 96000,
 	/*
 	 * After a quiet time of so many us for each of them, the whole set is
 	 * polled.  A poll that waits costs about a tenth of that, as it enters
@@ -16423,15 +16424,17 @@ loop_ask(size_t first, size_t n, int ms)
  * Waits for events.  While there are some, polls the prefix, and what is
  * behind it in slices, so that no turn waits for all.  The next slice is due
  * when COLD_SHARE times the cost of the last has passed, at once if that had
- * an event, and early enough that all of them take COLD_GAP_US.  After a quiet
- * time, polls the whole set, which may block.
+ * an event, and early enough that all of them take COLD_GAP_US.  If none of
+ * them had an event, they may take twice as long, up to COLD_GAP_MAX_US.  After
+ * a quiet time, polls the whole set, which may block.
  */
 static void
 loop_poll(void)
 {
-	static int64_t due_us;   /* when the next slice is polled */
-	static int64_t heard_us; /* when there was an event */
-	static size_t next;      /* where the next slice begins */
+	static int64_t gap_us = COLD_GAP_US; /* that all slices may take */
+	static int64_t due_us;               /* when the next slice is polled */
+	static int64_t heard_us;             /* when there was an event */
+	static size_t next;                  /* where the next slice begins */
 	size_t cold = poll_set.all - poll_set.hot, n;
 	int wait = loop_wait(), rest = 0, heard, more;
 	int64_t before;
@@ -16448,8 +16451,10 @@ loop_poll(void)
 		rest = wait;
 	heard = loop_ask(0, poll_set.hot, rest);
 	if (now.us >= due_us) {
-		if (next < poll_set.hot || next >= poll_set.all)
+		if (next < poll_set.hot || next >= poll_set.all) {
 			next = poll_set.hot;
+			gap_us = least(2 * gap_us, COLD_GAP_MAX_US);
+		}
 		n = (size_t)least((int64_t)(poll_set.all - next), COLD_SLICE);
 		before = now.us;
 		more = loop_ask(next, n, 0);
@@ -16458,8 +16463,9 @@ loop_poll(void)
 		due_us = now.us;
 		if (more == 0)
 			due_us += least(COLD_SHARE * (now.us - before),
-			    (int64_t)COLD_GAP_US * COLD_SLICE /
-				(int64_t)(cold + COLD_SLICE));
+			    gap_us * COLD_SLICE / (int64_t)(cold + COLD_SLICE));
+		else
+			gap_us = COLD_GAP_US / 2;
 	}
 	if (heard > 0)
 		heard_us = now.us;
