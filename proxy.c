@@ -17919,6 +17919,7 @@ struct trial {
 	struct rules *rules;
 	struct view view; /* of these three */
 	struct verdict access, route;
+	const struct parent *parent; /* first of the route, or NULL */
 };
 
 /*
@@ -17979,8 +17980,7 @@ static bool
 trial_resolve(const struct trial *t, struct address *a)
 {
 	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *found = NULL;
-	const struct parent *to =
-	    t->route.truth == TRUTH_YES ? t->route.rule->parents : NULL;
+	const struct parent *to = t->parent;
 	char host[HOST_MAX + 1];
 	int error;
 
@@ -18006,12 +18006,9 @@ trial_resolve(const struct trial *t, struct address *a)
 static void
 trial_judge(struct trial *t)
 {
-	const struct parent *parent = NULL;
-
 	t->route = rules_judge(t->rules, GROUP_ROUTE, &t->view);
-	if (t->route.truth == TRUTH_YES)
-		parent = t->route.rule->parents;
-	view_route(&t->view, parent);
+	t->parent = t->route.truth == TRUTH_YES ? t->route.rule->parents : NULL;
+	view_route(&t->view, t->parent);
 	t->access = rules_judge(t->rules, GROUP_ACCESS, &t->view);
 }
 
@@ -18035,10 +18032,9 @@ trial_needs_address(struct trial *t)
 
 /* Prints the route: the first of its parents, without the login. */
 static void
-trial_route(const struct verdict *route)
+trial_route(const struct trial *t)
 {
-	const struct parent *p =
-	    route->truth == TRUTH_YES ? route->rule->parents : NULL;
+	const struct parent *p = t->parent;
 	char place[HOST_MAX + 10], words[HOST_MAX + 40] = "direct";
 
 	if (p != NULL && p->kind != PARENT_NONE) {
@@ -18050,25 +18046,22 @@ trial_route(const struct verdict *route)
 		    place);
 	}
 	trial_print("route",
-	    route->truth == TRUTH_UNDECIDED ?
+	    t->route.truth == TRUTH_UNDECIDED ?
 		"open, it needs the server's address" :
 		words,
-	    route->rule);
+	    t->route.rule);
 }
 
 /* Prints whether the request is let in; if that is open, what is missing. */
 static void
 trial_access(const struct verdict *access, struct view *v)
 {
-	static const char *const done[] = { [ACTION_ALLOW] = "allow",
-		[ACTION_DENY] = "deny",
-		[ACTION_LOGIN] = "login",
-		[ACTION_DROP] = "drop" };
 	const struct condition *c;
 	char words[80];
 
 	if (access->truth == TRUTH_YES) {
-		trial_print("access", done[access->rule->action], access->rule);
+		trial_print("access", actions[access->rule->action].word,
+		    access->rule);
 		return;
 	}
 	c = rule_lacks(access->rule, v);
@@ -18114,7 +18107,7 @@ trial_run(const char *words)
 		trial_judge(&t);
 	}
 	trial_access(&t.access, &t.view);
-	trial_route(&t.route);
+	trial_route(&t);
 	if (!t.access.refuses)
 		trial_bends(&t);
 	rules_give(&t.rules);
