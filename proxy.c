@@ -14781,11 +14781,8 @@ request_begin(struct exchange *x)
 
 	while (c->in != NULL && text_starts(buffer_text(c->in), "\r\n"))
 		conn_drop_head(c, 2);
-	if (c->in != NULL && !text_equals(buffer_text(c->in), text_of("\r")))
-		return request_start(x);
-	x->record.start = 0;
-	request_drop(&x->request);
-	return false;
+	return c->in != NULL &&
+	    !text_equals(buffer_text(c->in), text_of("\r")) && request_start(x);
 }
 
 /* Refuses a request unread, for lack of memory. */
