@@ -16952,7 +16952,7 @@ signals_begin(void)
 	}
 }
 
-/* A pipe for the signals, and their handlers. */
+/* A pipe for the signals, and their handlers; none is blocked then. */
 static void
 signals_open(void)
 {
@@ -16971,6 +16971,7 @@ signals_open(void)
 		(void)sigaction(signals_changed[i], &action, NULL);
 	for (; i < SIGNALS; i++)
 		(void)signal(signals_changed[i], SIG_IGN);
+	(void)sigprocmask(SIG_SETMASK, &action.sa_mask, NULL);
 }
 
 /*
@@ -16978,16 +16979,16 @@ signals_open(void)
  * has set its own: it would write them to the pipe of its parent.
  */
 static pid_t
-signals_fork(sigset_t *before)
+signals_fork(void)
 {
-	sigset_t all;
+	sigset_t all, before;
 	pid_t pid;
 
 	(void)sigfillset(&all);
-	(void)sigprocmask(SIG_BLOCK, &all, before);
+	(void)sigprocmask(SIG_BLOCK, &all, &before);
 	pid = fork();
 	if (pid != 0)
-		(void)sigprocmask(SIG_SETMASK, before, NULL);
+		(void)sigprocmask(SIG_SETMASK, &before, NULL);
 	return pid;
 }
 
@@ -17208,15 +17209,13 @@ worker_begin(size_t i, const int lives[2])
 static bool
 worker_start(size_t i, const int lives[2])
 {
-	sigset_t before;
 	pid_t pid;
 
 	workers[i].due = now.ms + WORKER_GAP_MS;
-	pid = signals_fork(&before);
-	if (pid == 0) {
+	pid = signals_fork();
+	if (pid == 0)
 		worker_begin(i, lives);
-		(void)sigprocmask(SIG_SETMASK, &before, NULL);
-	} else if (pid == -1)
+	else if (pid == -1)
 		warn("can't start worker %lu: %s", (unsigned long)i,
 		    strerror(errno));
 	else
@@ -18313,7 +18312,6 @@ command_start(void)
 {
 	char url[ADDRESS_TEXT + 8];
 	struct address a;
-	sigset_t before;
 	size_t i = 0;
 
 	while (i < listeners_n &&
@@ -18329,7 +18327,7 @@ command_start(void)
 								  "::1"),
 		    a.port, &a);
 	(void)snprintf(url, sizeof(url), "http://%s", address_words(&a));
-	command.pid = signals_fork(&before);
+	command.pid = signals_fork();
 	if (command.pid == -1)
 		die("can't run %s: %s", options.command[0], strerror(errno));
 	if (command.pid == 0)
