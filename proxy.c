@@ -14781,11 +14781,8 @@ request_begin(struct exchange *x)
 
 	while (c->in != NULL && text_starts(buffer_text(c->in), "\r\n"))
 		conn_drop_head(c, 2);
-	if (c->in != NULL && !text_equals(buffer_text(c->in), text_of("\r")))
-		return request_start(x);
-	x->record.start = 0;
-	request_drop(&x->request);
-	return false;
+	return c->in != NULL &&
+	    !text_equals(buffer_text(c->in), text_of("\r")) && request_start(x);
 }
 
 /* Refuses a request unread, for lack of memory. */
@@ -16961,7 +16958,7 @@ signals_begin(void)
 	}
 }
 
-/* A pipe for the signals, and their handlers. */
+/* A pipe for the signals, and their handlers; none is blocked then. */
 static void
 signals_open(void)
 {
@@ -16980,6 +16977,7 @@ signals_open(void)
 		(void)sigaction(signals_changed[i], &action, NULL);
 	for (; i < SIGNALS; i++)
 		(void)signal(signals_changed[i], SIG_IGN);
+	(void)sigprocmask(SIG_SETMASK, &action.sa_mask, NULL);
 }
 
 /*
@@ -16987,16 +16985,16 @@ signals_open(void)
  * has set its own: it would write them to the pipe of its parent.
  */
 static pid_t
-signals_fork(sigset_t *before)
+signals_fork(void)
 {
-	sigset_t all;
+	sigset_t all, before;
 	pid_t pid;
 
 	(void)sigfillset(&all);
-	(void)sigprocmask(SIG_BLOCK, &all, before);
+	(void)sigprocmask(SIG_BLOCK, &all, &before);
 	pid = fork();
 	if (pid != 0)
-		(void)sigprocmask(SIG_SETMASK, before, NULL);
+		(void)sigprocmask(SIG_SETMASK, &before, NULL);
 	return pid;
 }
 
@@ -17217,15 +17215,13 @@ worker_begin(size_t i, const int lives[2])
 static bool
 worker_start(size_t i, const int lives[2])
 {
-	sigset_t before;
 	pid_t pid;
 
 	workers[i].due = now.ms + WORKER_GAP_MS;
-	pid = signals_fork(&before);
-	if (pid == 0) {
+	pid = signals_fork();
+	if (pid == 0)
 		worker_begin(i, lives);
-		(void)sigprocmask(SIG_SETMASK, &before, NULL);
-	} else if (pid == -1)
+	else if (pid == -1)
 		warn("can't start worker %lu: %s", (unsigned long)i,
 		    strerror(errno));
 	else
@@ -17925,6 +17921,7 @@ struct trial {
 	struct rules *rules;
 	struct view view; /* of these three */
 	struct verdict access, route;
+	const struct parent *parent; /* first of the route, or NULL */
 };
 
 /*
@@ -17985,8 +17982,7 @@ static bool
 trial_resolve(const struct trial *t, struct address *a)
 {
 	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *found = NULL;
-	const struct parent *to =
-	    t->route.truth == TRUTH_YES ? t->route.rule->parents : NULL;
+	const struct parent *to = t->parent;
 	char host[HOST_MAX + 1];
 	int error;
 
@@ -18012,12 +18008,9 @@ trial_resolve(const struct trial *t, struct address *a)
 static void
 trial_judge(struct trial *t)
 {
-	const struct parent *parent = NULL;
-
 	t->route = rules_judge(t->rules, GROUP_ROUTE, &t->view);
-	if (t->route.truth == TRUTH_YES)
-		parent = t->route.rule->parents;
-	view_route(&t->view, parent);
+	t->parent = t->route.truth == TRUTH_YES ? t->route.rule->parents : NULL;
+	view_route(&t->view, t->parent);
 	t->access = rules_judge(t->rules, GROUP_ACCESS, &t->view);
 }
 
@@ -18041,10 +18034,9 @@ trial_needs_address(struct trial *t)
 
 /* Prints the route: the first of its parents, without the login. */
 static void
-trial_route(const struct verdict *route)
+trial_route(const struct trial *t)
 {
-	const struct parent *p =
-	    route->truth == TRUTH_YES ? route->rule->parents : NULL;
+	const struct parent *p = t->parent;
 	char place[HOST_MAX + 10], words[HOST_MAX + 40] = "direct";
 
 	if (p != NULL && p->kind != PARENT_NONE) {
@@ -18056,25 +18048,22 @@ trial_route(const struct verdict *route)
 		    place);
 	}
 	trial_print("route",
-	    route->truth == TRUTH_UNDECIDED ?
+	    t->route.truth == TRUTH_UNDECIDED ?
 		"open, it needs the server's address" :
 		words,
-	    route->rule);
+	    t->route.rule);
 }
 
 /* Prints whether the request is let in; if that is open, what is missing. */
 static void
 trial_access(const struct verdict *access, struct view *v)
 {
-	static const char *const done[] = { [ACTION_ALLOW] = "allow",
-		[ACTION_DENY] = "deny",
-		[ACTION_LOGIN] = "login",
-		[ACTION_DROP] = "drop" };
 	const struct condition *c;
 	char words[80];
 
 	if (access->truth == TRUTH_YES) {
-		trial_print("access", done[access->rule->action], access->rule);
+		trial_print("access", actions[access->rule->action].word,
+		    access->rule);
 		return;
 	}
 	c = rule_lacks(access->rule, v);
@@ -18120,7 +18109,7 @@ trial_run(const char *words)
 		trial_judge(&t);
 	}
 	trial_access(&t.access, &t.view);
-	trial_route(&t.route);
+	trial_route(&t);
 	if (!t.access.refuses)
 		trial_bends(&t);
 	rules_give(&t.rules);
@@ -18329,7 +18318,6 @@ command_start(void)
 {
 	char url[ADDRESS_TEXT + 8];
 	struct address a;
-	sigset_t before;
 	size_t i = 0;
 
 	while (i < listeners_n &&
@@ -18345,7 +18333,7 @@ command_start(void)
 								  "::1"),
 		    a.port, &a);
 	(void)snprintf(url, sizeof(url), "http://%s", address_words(&a));
-	command.pid = signals_fork(&before);
+	command.pid = signals_fork();
 	if (command.pid == -1)
 		die("can't run %s: %s", options.command[0], strerror(errno));
 	if (command.pid == 0)
