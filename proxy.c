@@ -10321,13 +10321,12 @@ cache_find(struct exchange *x, struct lookup *l)
 	asked.only_if_cached = asked.only_if_cached || offline;
 	if (!request_is_cacheable(x, rule))
 		return asked.only_if_cached ? CACHED_NEVER : CACHED_NO;
-	common = request_is_common(q, &asked);
 	lookup_run(x, &asked, l);
 	if (!c->collapsed)
 		c->forward = l->forward;
 	if (offline && l->fd != -1 && l->reuse != REUSE_FRESH)
 		l->reuse = REUSE_STALE;
-	if (l->fd != -1 && l->r.status / 100 == 2 &&
+	if (l->fd != -1 && l->r.status / 100 == 2 && request_is_guarded(q) &&
 	    !request_is_met(&q->head, &l->r))
 		l->reuse = REUSE_VALIDATED;
 	else if (l->reuse == REUSE_VALIDATED)
@@ -10341,6 +10340,7 @@ cache_find(struct exchange *x, struct lookup *l)
 					      "fresh");
 	buffer_give(&l->b);
 	c->miss = c->forward;
+	common = request_is_common(q, &asked);
 	if (asked.only_if_cached || (common && follow_wait(x))) {
 		fd_drop(&l->fd);
 		return asked.only_if_cached ? CACHED_NEVER : CACHED_WAIT;
