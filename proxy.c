@@ -8615,13 +8615,17 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 	size_t used, wanted, room = buffer_room(b);
 
 	b->end += REGION_LINE;
+	buffer_append(b, text_of("key: "));
+	buffer_append(b, e->key);
+	buffer_append(b, text_of("\nvariant: "));
+	buffer_append(b, e->variant);
 	buffer_print(b,
-	    "key: %.*s\nvariant: %.*s\nrequested: %lld\nresponded: %lld\n"
-	    "age: %lld\nserver: %.*s\n%spad: ",
-	    (int)e->key.len, e->key.at, (int)e->variant.len, e->variant.at,
-	    (long long)e->requested, (long long)e->responded, (long long)e->age,
-	    (int)e->server.len, e->server.at,
-	    e->counted ? "counted: yes\n" : "");
+	    "\nrequested: %lld\nresponded: %lld\nage: %lld\nserver: ",
+	    (long long)e->requested, (long long)e->responded,
+	    (long long)e->age);
+	buffer_append(b, e->server);
+	buffer_append(b, text_of(e->counted ? "\ncounted: yes" : ""));
+	buffer_append(b, text_of("\npad: "));
 	used = buffer_len(b) + 2 + head.len;
 	wanted = region ?
 	    region :
@@ -8736,8 +8740,10 @@ marker_token(struct text key, struct text vary, bool part, char *token)
 	(void)snprintf(token, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
 	    (long)getpid(), (unsigned long long)++store.serial);
 	buffer_clear(b)->end += REGION_LINE;
-	buffer_print(b, "key: %.*s\nvary: %.*s\ntoken: %s\n", (int)key.len,
-	    key.at, (int)vary.len, vary.at, token);
+	buffer_append(b, text_of("key: "));
+	buffer_append(b, key);
+	buffer_print(b, "\nvary: %.*s\ntoken: %s\n", (int)vary.len, vary.at,
+	    token);
 	region_seal(b, 0);
 	return !b->overflow && file_put(l.path, b);
 }
@@ -10321,13 +10327,12 @@ cache_find(struct exchange *x, struct lookup *l)
 	asked.only_if_cached = asked.only_if_cached || offline;
 	if (!request_is_cacheable(x, rule))
 		return asked.only_if_cached ? CACHED_NEVER : CACHED_NO;
-	common = request_is_common(q, &asked);
 	lookup_run(x, &asked, l);
 	if (!c->collapsed)
 		c->forward = l->forward;
 	if (offline && l->fd != -1 && l->reuse != REUSE_FRESH)
 		l->reuse = REUSE_STALE;
-	if (l->fd != -1 && l->r.status / 100 == 2 &&
+	if (l->fd != -1 && l->r.status / 100 == 2 && request_is_guarded(q) &&
 	    !request_is_met(&q->head, &l->r))
 		l->reuse = REUSE_VALIDATED;
 	else if (l->reuse == REUSE_VALIDATED)
@@ -10341,6 +10346,7 @@ cache_find(struct exchange *x, struct lookup *l)
 					      "fresh");
 	buffer_give(&l->b);
 	c->miss = c->forward;
+	common = request_is_common(q, &asked);
 	if (asked.only_if_cached || (common && follow_wait(x))) {
 		fd_drop(&l->fd);
 		return asked.only_if_cached ? CACHED_NEVER : CACHED_WAIT;
