@@ -13433,8 +13433,8 @@ metrics_waits(struct buffer *b, const struct totals *t)
 static void
 metrics_refusals(struct buffer *b, const struct totals *t)
 {
+	size_t i, j, first = 0;
 	uint64_t denials = 0, n;
-	size_t i, j;
 
 	metric_begin(b, "refusals_total", "counter",
 	    "Exchanges that the proxy refused or that failed, by the error "
@@ -13444,16 +13444,15 @@ metrics_refusals(struct buffer *b, const struct totals *t)
 
 		if (refusals[i].cause == CAUSE_RULE)
 			denials += t->refusals[i];
-		j = REFUSE_NONE + 1;
-		while (strcmp(refusals[j].error, error) != 0)
-			j++;
-		if (j < i)
-			continue;
-		for (n = 0; j < REFUSALS; j++)
-			if (strcmp(refusals[j].error, error) == 0)
+		for (n = 0, j = REFUSALS - 1; j != REFUSE_NONE; j--)
+			if (strcmp(refusals[j].error, error) == 0) {
 				n += t->refusals[j];
-		buffer_print(b, "proxy_refusals_total{error=\"%s\"} %llu\n",
-		    error, (unsigned long long)n);
+				first = j;
+			}
+		if (i == first)
+			buffer_print(b,
+			    "proxy_refusals_total{error=\"%s\"} %llu\n", error,
+			    (unsigned long long)n);
 	}
 	metric_append(b, "denials_total", "Exchanges that a rule refused.",
 	    denials);
