@@ -4657,35 +4657,27 @@ day_index(struct text t)
 	return t.len == 3 ? name_index(t, "SunMonTueWedThuFriSat", 7) : -1;
 }
 
-/* Parses a day or a range of days, which may wrap, into bits; 0: invalid. */
-static unsigned
-days_between(struct text t)
-{
-	size_t dash = text_find(t, '-');
-	int first = day_index(text_cut(t.at, dash));
-	int last = dash < t.len ? day_index(text_from(t, dash + 1)) : first;
-	unsigned days;
-
-	if (first == -1 || last == -1)
-		return 0;
-	for (days = 1U << last; first != last; first = (first + 1) % 7)
-		days |= 1U << first;
-	return days;
-}
-
-/* Parses days and ranges of days, separated by commas. */
+/* Parses days and ranges of days, which may wrap, separated by commas. */
 static bool
 days_parse(struct text t, unsigned *days)
 {
-	unsigned all = 0, some;
+	unsigned all = 0;
 	bool more;
 
 	do {
-		more = text_find(t, ',') < t.len;
-		some = days_between(text_split(&t, ','));
-		if (some == 0)
+		struct text range = text_until(t, ",");
+		size_t dash = text_find(range, '-');
+		int first = day_index(text_cut(range.at, dash));
+		int last = dash < range.len ?
+		    day_index(text_from(range, dash + 1)) :
+		    first;
+
+		if (first == -1 || last == -1)
 			return false;
-		all |= some;
+		for (all |= 1U << last; first != last; first = (first + 1) % 7)
+			all |= 1U << first;
+		more = range.len < t.len;
+		(void)text_split(&t, ',');
 	} while (more);
 	*days = all;
 	return true;
