@@ -4542,9 +4542,8 @@ exchange_parent(const struct exchange *x)
  * rule.  A parser that returns false has not changed its result.
  *
  * Door: network_parse, network_has, days_parse, hours_parse, span_has,
- * numbers_parse, numbers_have, units_time, needle_make, needle_scan,
- * reader_begin, reader_next, domain_lower, list_step, list_end, list_free,
- * list_has.
+ * numbers_parse, numbers_have, units_time, needle_scan, reader_begin,
+ * reader_next, domain_lower, list_step, list_end, list_free, list_has.
  */
 
 enum {
@@ -4581,13 +4580,6 @@ struct span {
 struct numbers {
 	uint64_t first; /* included */
 	uint64_t last;  /* included; not below first */
-};
-
-/* Bytes to look for in a stream (Knuth, Morris, Pratt). */
-struct needle {
-	const char *text;        /* its bytes; they belong to the caller */
-	unsigned char len;       /* 1 to 255 */
-	unsigned char next[256]; /* bytes still matched after a mismatch */
 };
 
 /* The two lowest bits of a slot in a list; the others come from the hash. */
@@ -4665,35 +4657,27 @@ day_index(struct text t)
 	return t.len == 3 ? name_index(t, "SunMonTueWedThuFriSat", 7) : -1;
 }
 
-/* Parses a day or a range of days, which may wrap, into bits; 0: invalid. */
-static unsigned
-days_between(struct text t)
-{
-	size_t dash = text_find(t, '-');
-	int first = day_index(text_cut(t.at, dash));
-	int last = dash < t.len ? day_index(text_from(t, dash + 1)) : first;
-	unsigned days;
-
-	if (first == -1 || last == -1)
-		return 0;
-	for (days = 1U << last; first != last; first = (first + 1) % 7)
-		days |= 1U << first;
-	return days;
-}
-
-/* Parses days and ranges of days, separated by commas. */
+/* Parses days and ranges of days, which may wrap, separated by commas. */
 static bool
 days_parse(struct text t, unsigned *days)
 {
-	unsigned all = 0, some;
+	unsigned all = 0;
 	bool more;
 
 	do {
-		more = text_find(t, ',') < t.len;
-		some = days_between(text_split(&t, ','));
-		if (some == 0)
+		struct text range = text_until(t, ",");
+		size_t dash = text_find(range, '-');
+		int first = day_index(text_cut(range.at, dash));
+		int last = dash < range.len ?
+		    day_index(text_from(range, dash + 1)) :
+		    first;
+
+		if (first == -1 || last == -1)
 			return false;
-		all |= some;
+		for (all |= 1U << last; first != last; first = (first + 1) % 7)
+			all |= 1U << first;
+		more = range.len < t.len;
+		(void)text_split(&t, ',');
 	} while (more);
 	*days = all;
 	return true;
@@ -4773,52 +4757,44 @@ numbers_have(const struct numbers *r, uint64_t n)
 	return n >= r->first && n <= r->last;
 }
 
-/* How many bytes of n match after c; `matched`, fewer than all, did before. */
-static unsigned char
-needle_step(const struct needle *n, unsigned char matched, char c)
+/*
+ * How many bytes of the needle match after c; `matched`, fewer than all, did
+ * before.  What is left then is a shorter beginning of the needle that is also
+ * an end of what matched.
+ */
+static size_t
+needle_step(struct text needle, size_t matched, char c)
 {
-	assert(matched < n->len);
-	while (matched > 0 && n->text[matched] != c)
-		/* cppcheck-suppress arrayIndexOutOfBoundsCond ; never 256 */
-		matched = n->next[matched];
-	return (unsigned char)(matched + (n->text[matched] == c));
-}
+	size_t n = matched;
 
-/* Makes a needle of t, which must outlive it; false if empty or too long. */
-static bool
-needle_make(struct needle *n, struct text t)
-{
-	unsigned char i;
-
-	if (t.len == 0 || t.len > UCHAR_MAX)
-		return false;
-	memset(n, 0, sizeof(*n));
-	n->text = t.at;
-	n->len = (unsigned char)t.len;
-	for (i = 1; i + 1 < n->len; i++)
-		n->next[i + 1] = needle_step(n, n->next[i], t.at[i]);
-	return true;
+	assert(matched < needle.len);
+	if (needle.at[matched] == c)
+		return matched + 1;
+	while (n > 0 &&
+	    (needle.at[n - 1] != c ||
+		memcmp(needle.at, needle.at + matched + 1 - n, n - 1) != 0))
+		n--;
+	return n;
 }
 
 /*
- * Looks for n in t, the next bytes of a stream.  *state is the caller's: how
- * many bytes of n the stream ends with, 0 at its beginning.  True once n was
- * found, and ever after.
+ * Looks for a needle of 1 to 255 bytes in t, the next bytes of a stream.
+ * *state is the caller's: how many bytes of it the stream ends with, 0 at its
+ * beginning.  True once it was found, and ever after.
  */
 static bool
-needle_scan(const struct needle *n, unsigned char *state, struct text t)
+needle_scan(struct text needle, unsigned char *state, struct text t)
 {
-	unsigned char matched = *state;
-	size_t i = 0;
+	size_t i = 0, matched = *state;
 
-	while (i < t.len && matched < n->len) {
+	while (i < t.len && matched < needle.len) {
 		if (matched == 0)
-			i += text_find(text_from(t, i), n->text[0]);
+			i += text_find(text_from(t, i), needle.at[0]);
 		if (i < t.len)
-			matched = needle_step(n, matched, t.at[i++]);
+			matched = needle_step(needle, matched, t.at[i++]);
 	}
-	*state = matched;
-	return matched == n->len;
+	*state = (unsigned char)matched;
+	return matched == needle.len;
 }
 
 /* ---- text files ---- */
@@ -5426,9 +5402,9 @@ struct rules {
 	unsigned rewrites[2];       /* rules for requests, for responses */
 	unsigned chances;           /* conditions of SUBJECT_CHANCE */
 	unsigned needles_n;         /* number of needles */
-	struct needle needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
-	unsigned lists_n;                   /* number of lists */
-	unsigned lists_read;                /* number of lists read so far */
+	struct text needles[NEEDLES_MAX]; /* texts of SUBJECT_BODY */
+	unsigned lists_n;                 /* number of lists */
+	unsigned lists_read;              /* number of lists read so far */
 	struct list lists[LISTS_MAX];
 };
 
@@ -5761,7 +5737,7 @@ rules_seek(const struct rules *rules, unsigned char *states, struct text piece)
 	unsigned i, found = 0;
 
 	for (i = 0; i < rules->needles_n; i++)
-		if (needle_scan(&rules->needles[i], states + i, piece))
+		if (needle_scan(rules->needles[i], states + i, piece))
 			found |= 1U << i;
 	return found;
 }
@@ -5810,8 +5786,7 @@ static void
 rewrites_take(struct rewrites *w, const struct value *names,
     const struct head *h)
 {
-	static const char *const own[] = { "Via", "Date", "Age",
-		"Cache-Status" };
+	static const char own[][13] = { "Via", "Date", "Age", "Cache-Status" };
 	size_t i, n = 0;
 
 	w->strips = true;
@@ -6437,10 +6412,10 @@ needle_parse(struct parser *p, struct value *value)
 	value->as.needle = rules->needles_n;
 	if (rules->needles_n == NEEDLES_MAX)
 		parser_error(p, "body: more than %d texts", NEEDLES_MAX);
-	else if (!needle_make(&rules->needles[rules->needles_n], value->text))
+	else if (value->text.len == 0 || value->text.len > UCHAR_MAX)
 		parser_error(p, "body: a text has 1 to 255 bytes");
 	else
-		rules->needles_n++;
+		rules->needles[rules->needles_n++] = value->text;
 	return !p->bad;
 }
 
@@ -13042,7 +13017,7 @@ greet_length(enum greeting greeting, struct text t)
 static const char *
 greet_words(unsigned char code)
 {
-	static const char *const words[] = { "no error", "it failed",
+	static const char words[][30] = { "no error", "it failed",
 		"not allowed by its rules", "network unreachable",
 		"host unreachable", "connection refused", "TTL expired",
 		"it does not know CONNECT", "it does not know this address" };
@@ -13166,8 +13141,8 @@ static const struct {
 static const char *
 exchange_waits(const struct exchange *x)
 {
-	static const char *const sides[] = { "client to send",
-		"client to receive", "server to send", "server to receive" };
+	static const char sides[][18] = { "client to send", "client to receive",
+		"server to send", "server to receive" };
 	static char text[120];
 	const struct conn *const conns[] = { &x->client, &x->server };
 	size_t i, n = 0;
@@ -13456,8 +13431,8 @@ metrics_waits(struct buffer *b, const struct totals *t)
 static void
 metrics_refusals(struct buffer *b, const struct totals *t)
 {
+	size_t i, j, first = 0;
 	uint64_t denials = 0, n;
-	size_t i, j;
 
 	metric_begin(b, "refusals_total", "counter",
 	    "Exchanges that the proxy refused or that failed, by the error "
@@ -13467,16 +13442,15 @@ metrics_refusals(struct buffer *b, const struct totals *t)
 
 		if (refusals[i].cause == CAUSE_RULE)
 			denials += t->refusals[i];
-		j = REFUSE_NONE + 1;
-		while (strcmp(refusals[j].error, error) != 0)
-			j++;
-		if (j < i)
-			continue;
-		for (n = 0; j < REFUSALS; j++)
-			if (strcmp(refusals[j].error, error) == 0)
+		for (n = 0, j = REFUSALS - 1; j != REFUSE_NONE; j--)
+			if (strcmp(refusals[j].error, error) == 0) {
 				n += t->refusals[j];
-		buffer_print(b, "proxy_refusals_total{error=\"%s\"} %llu\n",
-		    error, (unsigned long long)n);
+				first = j;
+			}
+		if (i == first)
+			buffer_print(b,
+			    "proxy_refusals_total{error=\"%s\"} %llu\n", error,
+			    (unsigned long long)n);
 	}
 	metric_append(b, "denials_total", "Exchanges that a rule refused.",
 	    denials);
@@ -13486,7 +13460,7 @@ metrics_refusals(struct buffer *b, const struct totals *t)
 static void
 metrics_append(struct buffer *b, const struct exchange *asks)
 {
-	static const char *const sides[] = { "client", "server" };
+	static const char sides[][7] = { "client", "server" };
 	struct totals sum = totals_add(), *t = &sum;
 	size_t i;
 
