@@ -961,13 +961,14 @@ fd_write_at(int fd, const void *from, size_t n, off_t offset)
 }
 
 /*
- * True if fd takes at least _POSIX_PIPE_BUF bytes now, so that to write them
- * does not block.  Of a terminal, only if it was opened by terminal_open().
+ * True if fd has one of the events now.  With POLLOUT, it then takes at least
+ * _POSIX_PIPE_BUF bytes without blocking; a terminal only if it was opened by
+ * terminal_open().
  */
 static bool
-fd_writable(int fd)
+fd_is_ready(int fd, int events)
 {
-	struct pollfd poll_fd = { .fd = fd, .events = POLLOUT };
+	struct pollfd poll_fd = { .fd = fd, .events = (short)events };
 	int n;
 
 	do
@@ -995,7 +996,7 @@ static struct {
 static void
 say(const char *line, size_t n)
 {
-	while (n > 0 && fd_writable(STDERR_FILENO)) {
+	while (n > 0 && fd_is_ready(STDERR_FILENO, POLLOUT)) {
 		size_t piece = n < _POSIX_PIPE_BUF ? n : _POSIX_PIPE_BUF;
 		ssize_t put = fd_write(STDERR_FILENO, line, piece);
 
@@ -1530,20 +1531,15 @@ static const char base64[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 static void
 base64_encode(const char *from, size_t n, char *to)
 {
-	size_t i;
+	size_t i, j;
 
 	for (i = 0; i < n; i += 3) {
-		unsigned long bits = (unsigned long)(unsigned char)from[i]
-		    << 16;
+		unsigned long bits = 0;
 
-		if (i + 1 < n)
-			bits |= (unsigned long)(unsigned char)from[i + 1] << 8;
-		if (i + 2 < n)
-			bits |= (unsigned long)(unsigned char)from[i + 2];
-		*to++ = base64[bits >> 18 & 63];
-		*to++ = base64[bits >> 12 & 63];
-		*to++ = i + 1 < n ? base64[bits >> 6 & 63] : '=';
-		*to++ = i + 2 < n ? base64[bits & 63] : '=';
+		for (j = i; j < i + 3; j++)
+			bits = bits << 8 | (j < n ? (unsigned char)from[j] : 0);
+		for (j = i; j < i + 4; j++, bits <<= 6)
+			*to++ = j <= n ? base64[bits >> 18 & 63] : '=';
 	}
 	*to = '\0';
 }
@@ -2586,9 +2582,7 @@ address_of_host(struct text host, unsigned port, struct address *a)
 	four = inet_addr(string);
 	if (four == (in_addr_t)-1)
 		return false;
-	memset(a, 0, sizeof(*a));
-	a->family = AF_INET;
-	a->port = (uint16_t)port;
+	*a = (struct address){ .family = AF_INET, .port = (uint16_t)port };
 	memcpy(a->octets, &four, 4);
 	return true;
 }
@@ -2738,12 +2732,11 @@ conn_connect(struct conn *c, const struct address *to,
 	if (from->family == 0 ||
 	    bind(fd, (struct sockaddr *)&storage, len) != -1) {
 		len = address_export(to, &storage);
-		if (connect(fd, (struct sockaddr *)&storage, len) != -1) {
+		if (connect(fd, (struct sockaddr *)&storage, len) != -1)
 			c->writable = true;
-			return true;
-		}
-		c->connecting = errno == EINPROGRESS || errno == EINTR;
-		if (c->connecting)
+		else
+			c->connecting = errno == EINPROGRESS || errno == EINTR;
+		if (c->writable || c->connecting)
 			return true;
 	}
 	fd_drop(&c->fd);
@@ -2845,10 +2838,8 @@ other_find(const struct hop *hop)
 static bool
 other_is_quiet(const struct other *o)
 {
-	struct pollfd fd = { .fd = o->conn.fd, .events = POLLIN };
-
 	return (o->conn.place < poll_set.hot && o->since_us < now.us) ||
-	    poll(&fd, 1, 0) == 0;
+	    !fd_is_ready(o->conn.fd, POLLIN);
 }
 
 /* Puts x into the list of exchanges to be run, if it is not there. */
@@ -3016,8 +3007,8 @@ static const char *
 status_reason(int status)
 {
 	static const struct {
-		int status;
-		const char *reason;
+		short status;
+		char reason[32];
 	} reasons[] = {
 		{ 200, "OK" },
 		{ 204, "No Content" },
@@ -3619,7 +3610,7 @@ target_parse(struct text t, enum method method, struct target *target)
 static enum method
 method_parse(struct text t)
 {
-	static const char *const methods[] = {
+	static const char methods[][8] = {
 		[METHOD_OTHER] = "",
 		[METHOD_GET] = "GET",
 		[METHOD_HEAD] = "HEAD",
@@ -3793,45 +3784,51 @@ response_parse(struct text t, enum method method, struct response *r)
 	return verdict;
 }
 
+enum {
+	/* Room for a name in a list; lists of pointers would take more. */
+	LISTED_NAME = 26
+};
+
 /*
  * Fields for one connection only, and those that the proxy writes itself (RFC
  * 9110 section 7.6.1).
  */
-static const char *const fields_of_hop[] = { "Connection", "Proxy-Connection",
-	"Keep-Alive", "TE", "Transfer-Encoding", "Upgrade", "HTTP2-Settings",
-	"Proxy-Authorization", "Proxy-Authenticate",
-	"Proxy-Authentication-Info", "Content-Length", "Host", NULL };
+static const char fields_of_hop[][LISTED_NAME] = { "Connection",
+	"Proxy-Connection", "Keep-Alive", "TE", "Transfer-Encoding", "Upgrade",
+	"HTTP2-Settings", "Proxy-Authorization", "Proxy-Authenticate",
+	"Proxy-Authentication-Info", "Content-Length", "Host", "" };
 
 /* Fields that frame or route the message: Connection can't remove them. */
-static const char *const fields_of_route[] = { "Via", "Max-Forwards",
+static const char fields_of_route[][LISTED_NAME] = { "Via", "Max-Forwards",
 	"Content-Range", "Content-Encoding", "Expect", "Trailer",
 	"Cache-Control", "Vary", "Age", "Date", "Expires", "Pragma",
-	"Set-Cookie", NULL };
+	"Set-Cookie", "" };
 
 /* Fields that a trailer can't bring (RFC 9110 section 6.5.1). */
-static const char *const fields_not_late[] = { "Authorization", "Set-Cookie",
-	"Cache-Control", "Content-Encoding", "Content-Type", "Content-Range",
-	"Expect", "Max-Forwards", "Trailer", "Via", "Location", "Vary", "Age",
-	"Date", "Expires", "Range", "Cookie", "Forwarded", "X-Forwarded-For",
-	"If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since",
-	"If-Range", "WWW-Authenticate", "Referer", "From", NULL };
+static const char fields_not_late[][LISTED_NAME] = { "Authorization",
+	"Set-Cookie", "Cache-Control", "Content-Encoding", "Content-Type",
+	"Content-Range", "Expect", "Max-Forwards", "Trailer", "Via", "Location",
+	"Vary", "Age", "Date", "Expires", "Range", "Cookie", "Forwarded",
+	"X-Forwarded-For", "If-Match", "If-None-Match", "If-Modified-Since",
+	"If-Unmodified-Since", "If-Range", "WWW-Authenticate", "Referer",
+	"From", "" };
 
 /* Fields that describe the body, which a 304 does not have. */
-static const char *const fields_of_body[] = { "Content-Length",
-	"Content-Encoding", "Content-Type", "Content-Range", NULL };
+static const char fields_of_body[][LISTED_NAME] = { "Content-Length",
+	"Content-Encoding", "Content-Type", "Content-Range", "" };
 
 /* A request's conditions; a validation has others in their place. */
-static const char *const fields_of_condition[] = { "If-None-Match",
-	"If-Modified-Since", "If-Match", "If-Unmodified-Since", NULL };
+static const char fields_of_condition[][LISTED_NAME] = { "If-None-Match",
+	"If-Modified-Since", "If-Match", "If-Unmodified-Since", "" };
 
 /*
- * True if list, which ends in NULL, has name.  Every field of every head is
+ * True if list, which ends in "", has name.  Every field of every head is
  * sought in lists, so the first letters are compared before all is.
  */
 static bool
-name_is_among(struct text name, const char *const *list)
+name_is_among(struct text name, const char (*list)[LISTED_NAME])
 {
-	for (; *list != NULL && name.len > 0; list++)
+	for (; **list != '\0' && name.len > 0; list++)
 		if (((name.at[0] ^ **list) & ~('a' ^ 'A')) == 0 &&
 		    text_is(name, *list))
 			return true;
@@ -3870,7 +3867,7 @@ field_append(struct buffer *b, const struct head *h, size_t i)
 /* Appends the fields of h but those that `without` names; an empty line. */
 static void
 fields_append(struct buffer *b, const struct head *h,
-    const char *const *without)
+    const char (*without)[LISTED_NAME])
 {
 	size_t i;
 
@@ -5025,10 +5022,10 @@ word_next(struct text *rest)
 }
 
 /* Names that hosts files contain but do not mean to block. */
-static const char *const list_locals[] = { "0.0.0.0", "broadcasthost",
+static const char list_locals[][LISTED_NAME] = { "0.0.0.0", "broadcasthost",
 	"ip6-allhosts", "ip6-allnodes", "ip6-allrouters", "ip6-localhost",
 	"ip6-localnet", "ip6-loopback", "ip6-mcastprefix", "local", "localhost",
-	"localhost.localdomain", NULL };
+	"localhost.localdomain", "" };
 
 /* True if a list uses this address to block names. */
 static bool
@@ -5811,8 +5808,8 @@ rules_seek_body(const struct rules *rules, struct view *v)
 static bool
 name_is_free(struct text name)
 {
-	static const char *const fixed[] = { "Max-Forwards", "Content-Range",
-		"Expect", "Trailer", NULL };
+	static const char fixed[][LISTED_NAME] = { "Max-Forwards",
+		"Content-Range", "Expect", "Trailer", "" };
 
 	return text_is_token(name) && !text_is(name, "*") &&
 	    !name_is_among(name, fields_of_hop) && !name_is_among(name, fixed);
@@ -8150,10 +8147,10 @@ entry_path(struct text key, struct text variant, char *to)
 static void
 value_append(struct buffer *b, struct text name, struct text value, bool *first)
 {
-	static const char *const caseless[] = { "Accept-Charset",
-		"Accept-Encoding", "Accept-Language", NULL };
-	static const char *const single[] = { "Cookie", "Origin", "Referer",
-		"User-Agent", NULL };
+	static const char caseless[][LISTED_NAME] = { "Accept-Charset",
+		"Accept-Encoding", "Accept-Language", "" };
+	static const char single[][LISTED_NAME] = { "Cookie", "Origin",
+		"Referer", "User-Agent", "" };
 	bool list = !name_is_among(name, single);
 	struct text member = value;
 
@@ -10302,9 +10299,9 @@ lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 static bool
 request_is_common(const struct request *q, const struct control *asked)
 {
-	static const char *const special[] = { "Authorization", "Range",
+	static const char special[][LISTED_NAME] = { "Authorization", "Range",
 		"If-Match", "If-None-Match", "If-Modified-Since",
-		"If-Unmodified-Since", NULL };
+		"If-Unmodified-Since", "" };
 	size_t i;
 
 	for (i = 0; i < q->head.n; i++)
@@ -10830,7 +10827,7 @@ cache_shape(const struct exchange *x, struct response *r)
 		r->status = 304;
 		r->part = 0;
 		/* RFC 9110 section 15.4.5: what the client knows. */
-		for (i = 0; fields_of_body[i] != NULL; i++)
+		for (i = 0; *fields_of_body[i] != '\0'; i++)
 			(void)head_drop(&r->head, fields_of_body[i], NULL);
 	} else if (r->part == -1) {
 		r->status = 416;
@@ -11330,7 +11327,7 @@ enum {
 };
 
 /* Why an exchange ended, and what became of it, in a word. */
-static const char *const log_ends[] = {
+static const char log_ends[][8] = {
 	[END_DONE] = "done",
 	[END_CLIENT] = "client",
 	[END_SERVER] = "server",
@@ -11341,7 +11338,7 @@ static const char *const log_ends[] = {
 	[END_STOP] = "stop",
 };
 
-static const char *const result_names[] = {
+static const char result_names[][8] = {
 	[RESULT_HIT] = "hit",
 	[RESULT_MISS] = "miss",
 	[RESULT_TUNNEL] = "tunnel",
@@ -11507,7 +11504,7 @@ log_write_some(struct text t)
 	if (logs.syslog)
 		return log_send(t);
 	if (!logs.regular) {
-		if (!fd_writable(logs.fd))
+		if (!fd_is_ready(logs.fd, POLLOUT))
 			return 0;
 		t = log_piece(t);
 	}
@@ -11926,8 +11923,8 @@ static struct {
 static const char record_end[] = "\n]}}\n";
 
 /* Fields whose values neither the trace nor the recording shows. */
-static const char *const secret_fields[] = { "Authorization",
-	"Proxy-Authorization", NULL };
+static const char secret_fields[][LISTED_NAME] = { "Authorization",
+	"Proxy-Authorization", "" };
 
 /* t with stars for the logins in its URLs; valid until the next call. */
 static struct text
@@ -13823,8 +13820,8 @@ static void
 page_trace(struct exchange *x)
 {
 	const struct request *r = x->request;
-	static const char *const secret[] = { "Authorization",
-		"Proxy-Authorization", "Cookie", NULL };
+	static const char secret[][LISTED_NAME] = { "Authorization",
+		"Proxy-Authorization", "Cookie", "" };
 	struct buffer *b = buffer_take();
 
 	if (b == NULL)
@@ -14754,10 +14751,10 @@ exchange_take_refresh(const struct exchange *x, struct buffer *head)
 static void
 exchange_refresh(struct exchange *x)
 {
-	static const char *const personal[] = { "Cache-Control", "Pragma",
+	static const char personal[][LISTED_NAME] = { "Cache-Control", "Pragma",
 		"Authorization", "Range", "If-Range", "If-Match",
 		"If-None-Match", "If-Modified-Since", "If-Unmodified-Since",
-		NULL };
+		"" };
 	const struct request *q = x->request;
 	struct buffer *head = buffer_take();
 	struct exchange *y;
@@ -16806,12 +16803,11 @@ static bool
 loop_make_room(struct listener *l)
 {
 	static int64_t said;
-	struct pollfd fd = { .fd = l->conn.fd, .events = POLLIN };
 	struct exchange *x;
 
 	if (now.ms < crowded_until)
 		return false;
-	l->conn.readable = poll(&fd, 1, 0) == 1;
+	l->conn.readable = fd_is_ready(l->conn.fd, POLLIN);
 	if (!l->conn.readable)
 		return false;
 	exchanges.crowded = true;
@@ -16827,10 +16823,9 @@ loop_make_room(struct listener *l)
 		    (int64_t)(exchanges.used / CROWDED_SLOTS);
 		return false;
 	}
-	fd.fd = x->client.fd;
 	if (x->request != NULL)
 		exchange_abort(x, END_LIMIT, REFUSE_NONE);
-	else if (poll(&fd, 1, 0) == 0)
+	else if (!fd_is_ready(x->client.fd, POLLIN))
 		exchange_close(x, false);
 	else {
 		x->client.readable = true;
