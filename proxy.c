@@ -1864,6 +1864,13 @@ buffer_append(struct buffer *b, struct text t)
 	b->end += t.len;
 }
 
+/* Appends a string. */
+static void
+buffer_word(struct buffer *b, const char *word)
+{
+	buffer_append(b, text_of(word));
+}
+
 /* Appends as printf(3) does; what does not fit whole is not appended. */
 static void
 buffer_print(struct buffer *b, const char *format, ...)
@@ -1924,9 +1931,9 @@ buffer_escape(struct buffer *b, struct text t, size_t max, bool blanks)
 		}
 	}
 	if (i < t.len)
-		buffer_append(b, text_of("..."));
+		buffer_word(b, "...");
 	else if (t.len == 0)
-		buffer_append(b, text_of("-"));
+		buffer_word(b, "-");
 }
 
 /* Drops the first n bytes. */
@@ -3852,9 +3859,9 @@ static void
 line_append(struct buffer *b, struct text name, struct text value)
 {
 	buffer_append(b, name);
-	buffer_append(b, text_of(": "));
+	buffer_word(b, ": ");
 	buffer_append(b, value);
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, "\r\n");
 }
 
 /* Appends field i of h as a line. */
@@ -3874,37 +3881,37 @@ fields_append(struct buffer *b, const struct head *h,
 	for (i = 0; i < h->n; i++)
 		if (!name_is_among(field_name(h, i), without))
 			field_append(b, h, i);
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, "\r\n");
 }
 
 /* Appends a status line of HTTP/1.minor; status has three digits. */
 static void
 status_append(struct buffer *b, unsigned minor, int status, struct text reason)
 {
-	buffer_append(b, text_of(minor ? "HTTP/1.1 " : "HTTP/1.0 "));
+	buffer_word(b, minor ? "HTTP/1.1 " : "HTTP/1.0 ");
 	buffer_number(b, (uint64_t)status);
-	buffer_append(b, text_of(" "));
+	buffer_word(b, " ");
 	buffer_append(b, reason);
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, "\r\n");
 }
 
 /* Appends a field whose value is a number. */
 static void
 number_append(struct buffer *b, const char *name, uint64_t n)
 {
-	buffer_append(b, text_of(name));
-	buffer_append(b, text_of(": "));
+	buffer_word(b, name);
+	buffer_word(b, ": ");
 	buffer_number(b, n);
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, "\r\n");
 }
 
 /* Appends Via, for a message that came as HTTP/1.minor. */
 static void
 via_append(struct buffer *b, unsigned minor)
 {
-	buffer_append(b, text_of(minor ? "Via: 1.1 " : "Via: 1.0 "));
-	buffer_append(b, text_of(pseudonym));
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, minor ? "Via: 1.1 " : "Via: 1.0 ");
+	buffer_word(b, pseudonym);
+	buffer_word(b, "\r\n");
 }
 
 /* A host without the dots at its end. */
@@ -4391,7 +4398,7 @@ trailer_encode(struct flow *f, const struct buffer *in, struct buffer *out)
 	struct head h;
 	size_t i;
 
-	buffer_append(out, text_of("0\r\n"));
+	buffer_word(out, "0\r\n");
 	h.n = 0;
 	if (f->trailer > 0 && !f->strips)
 		(void)fields_parse(text_cut(in->data + in->start, f->trailer),
@@ -4400,7 +4407,7 @@ trailer_encode(struct flow *f, const struct buffer *in, struct buffer *out)
 		if (field_passes(&h, i) &&
 		    !name_is_among(field_name(&h, i), fields_not_late))
 			field_append(out, &h, i);
-	buffer_append(out, text_of("\r\n"));
+	buffer_word(out, "\r\n");
 }
 
 /* Puts a chunk's framing around all of b, in the room kept for it. */
@@ -4438,7 +4445,7 @@ flow_append(const struct flow *f, size_t n, const struct buffer *in,
 		buffer_print(out, "%lx\r\n", (unsigned long)n);
 	buffer_append(out, text_cut(in->data + in->start, n));
 	if (chunked)
-		buffer_append(out, text_of("\r\n"));
+		buffer_word(out, "\r\n");
 	return n;
 }
 
@@ -11545,9 +11552,9 @@ log_flush(void)
 static void
 log_number(struct buffer *b, const char *name, int64_t n)
 {
-	buffer_append(b, text_of(name));
+	buffer_word(b, name);
 	if (n < 0)
-		buffer_append(b, text_of("-"));
+		buffer_word(b, "-");
 	else
 		buffer_number(b, (uint64_t)n);
 }
@@ -11556,7 +11563,7 @@ log_number(struct buffer *b, const char *name, int64_t n)
 static void
 log_text(struct buffer *b, const char *name, struct text t, size_t max)
 {
-	buffer_append(b, text_of(name));
+	buffer_word(b, name);
 	buffer_escape(b, t, max, false);
 }
 
@@ -11564,7 +11571,7 @@ log_text(struct buffer *b, const char *name, struct text t, size_t max)
 static void
 log_word(struct buffer *b, const char *name, const char *word)
 {
-	buffer_append(b, text_of(name));
+	buffer_word(b, name);
 	buffer_append(b, text_of(word));
 }
 
@@ -11678,11 +11685,11 @@ log_request(struct buffer *b, const struct quotes *q)
 {
 	if (q->name.len > 0) {
 		buffer_escape(b, q->name, BUFFER_ROOM / 16, false);
-		buffer_append(b, text_of(" "));
+		buffer_word(b, " ");
 	}
 	buffer_escape(b, q->uri, (size_t)BUFFER_ROOM / 8 * 3, true);
 	if (q->name.len > 0)
-		buffer_append(b, text_of(q->minor ? " HTTP/1.1" : " HTTP/1.0"));
+		buffer_word(b, q->minor ? " HTTP/1.1" : " HTTP/1.0");
 }
 
 /*
@@ -11738,17 +11745,17 @@ log_line(const struct exchange *x, const struct quotes *quotes,
 
 	address_host(&x->peer, peer);
 	address_print(&r->server, server);
-	buffer_append(b, text_of(peer));
+	buffer_word(b, peer);
 	log_text(b, " - ", r->user ? r->user->user : text_of(""),
 	    CREDENTIAL_MAX);
 	log_word(b, " [", date_now(DATE_LOG));
-	buffer_append(b, text_of("] \""));
+	buffer_word(b, "] \"");
 	log_request(b, quotes);
 	log_number(b, "\" ", log_status(r));
 	log_number(b, " ", (int64_t)x->down.payload);
 	log_text(b, " \"", quotes->referer, BUFFER_ROOM / 8);
 	log_text(b, "\" \"", quotes->agent, BUFFER_ROOM / 8);
-	buffer_append(b, text_of("\""));
+	buffer_word(b, "\"");
 	if (q != NULL && q->caching.hit != NULL)
 		log_word(b, " hit=", q->caching.hit);
 	else if (q != NULL && q->caching.miss != NULL)
@@ -11769,12 +11776,12 @@ log_line(const struct exchange *x, const struct quotes *quotes,
 		log_text(b, " bent=", text_of(x->bend->rules),
 		    sizeof(x->bend->rules));
 	if (r->refusal) {
-		buffer_append(b, text_of(" why=\""));
+		buffer_word(b, " why=\"");
 		buffer_escape(b, text_of(refusal_words(x, NULL)),
 		    (size_t)2 * REASON_MAX, true);
-		buffer_append(b, text_of("\""));
+		buffer_word(b, "\"");
 	}
-	buffer_append(b, text_of("\n"));
+	buffer_word(b, "\n");
 }
 
 /* Fills g with what the status page shows of x. */
