@@ -947,13 +947,14 @@ fd_write_at(int fd, const void *from, size_t n, off_t offset)
 }
 
 /*
- * True if fd takes at least _POSIX_PIPE_BUF bytes now, so that to write them
- * does not block.  Of a terminal, only if it was opened by terminal_open().
+ * True if fd has one of the events now.  With POLLOUT, it then takes at least
+ * _POSIX_PIPE_BUF bytes without blocking; a terminal only if it was opened by
+ * terminal_open().
  */
 static bool
-fd_writable(int fd)
+fd_is_ready(int fd, int events)
 {
-	struct pollfd poll_fd = { .fd = fd, .events = POLLOUT };
+	struct pollfd poll_fd = { .fd = fd, .events = (short)events };
 	int n;
 
 	do
@@ -981,7 +982,7 @@ static struct {
 static void
 say(const char *line, size_t n)
 {
-	while (n > 0 && fd_writable(STDERR_FILENO)) {
+	while (n > 0 && fd_is_ready(STDERR_FILENO, POLLOUT)) {
 		size_t piece = n < _POSIX_PIPE_BUF ? n : _POSIX_PIPE_BUF;
 		ssize_t put = fd_write(STDERR_FILENO, line, piece);
 
@@ -1516,20 +1517,15 @@ static const char base64[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 static void
 base64_encode(const char *from, size_t n, char *to)
 {
-	size_t i;
+	size_t i, j;
 
 	for (i = 0; i < n; i += 3) {
-		unsigned long bits = (unsigned long)(unsigned char)from[i]
-		    << 16;
+		unsigned long bits = 0;
 
-		if (i + 1 < n)
-			bits |= (unsigned long)(unsigned char)from[i + 1] << 8;
-		if (i + 2 < n)
-			bits |= (unsigned long)(unsigned char)from[i + 2];
-		*to++ = base64[bits >> 18 & 63];
-		*to++ = base64[bits >> 12 & 63];
-		*to++ = i + 1 < n ? base64[bits >> 6 & 63] : '=';
-		*to++ = i + 2 < n ? base64[bits & 63] : '=';
+		for (j = i; j < i + 3; j++)
+			bits = bits << 8 | (j < n ? (unsigned char)from[j] : 0);
+		for (j = i; j < i + 4; j++, bits <<= 6)
+			*to++ = j <= n ? base64[bits >> 18 & 63] : '=';
 	}
 	*to = '\0';
 }
@@ -1854,6 +1850,13 @@ buffer_append(struct buffer *b, struct text t)
 	b->end += t.len;
 }
 
+/* Appends a string. */
+static void
+buffer_word(struct buffer *b, const char *word)
+{
+	buffer_append(b, text_of(word));
+}
+
 /* Appends as printf(3) does; what does not fit whole is not appended. */
 static void
 buffer_print(struct buffer *b, const char *format, ...)
@@ -1914,9 +1917,9 @@ buffer_escape(struct buffer *b, struct text t, size_t max, bool blanks)
 		}
 	}
 	if (i < t.len)
-		buffer_append(b, text_of("..."));
+		buffer_word(b, "...");
 	else if (t.len == 0)
-		buffer_append(b, text_of("-"));
+		buffer_word(b, "-");
 }
 
 /* Drops the first n bytes. */
@@ -2572,9 +2575,7 @@ address_of_host(struct text host, unsigned port, struct address *a)
 	four = inet_addr(string);
 	if (four == (in_addr_t)-1)
 		return false;
-	memset(a, 0, sizeof(*a));
-	a->family = AF_INET;
-	a->port = (uint16_t)port;
+	*a = (struct address){ .family = AF_INET, .port = (uint16_t)port };
 	memcpy(a->octets, &four, 4);
 	return true;
 }
@@ -2734,12 +2735,11 @@ conn_connect(struct conn *c, const struct address *to,
 	if (from->family == 0 ||
 	    bind(fd, (struct sockaddr *)&storage, len) != -1) {
 		len = address_export(to, &storage);
-		if (connect(fd, (struct sockaddr *)&storage, len) != -1) {
+		if (connect(fd, (struct sockaddr *)&storage, len) != -1)
 			c->writable = true;
-			return true;
-		}
-		c->connecting = errno == EINPROGRESS || errno == EINTR;
-		if (c->connecting)
+		else
+			c->connecting = errno == EINPROGRESS || errno == EINTR;
+		if (c->writable || c->connecting)
 			return true;
 	}
 	fd_drop(&c->fd);
@@ -2841,10 +2841,8 @@ other_find(const struct hop *hop)
 static bool
 other_is_quiet(const struct other *o)
 {
-	struct pollfd fd = { .fd = o->conn.fd, .events = POLLIN };
-
 	return (o->conn.place < poll_set.hot && o->since_us < now.us) ||
-	    poll(&fd, 1, 0) == 0;
+	    !fd_is_ready(o->conn.fd, POLLIN);
 }
 
 /* Puts x into the list of exchanges to be run, if it is not there. */
@@ -3012,8 +3010,8 @@ static const char *
 status_reason(int status)
 {
 	static const struct {
-		int status;
-		const char *reason;
+		short status;
+		char reason[32];
 	} reasons[] = {
 		{ 200, "OK" },
 		{ 204, "No Content" },
@@ -3615,7 +3613,7 @@ target_parse(struct text t, enum method method, struct target *target)
 static enum method
 method_parse(struct text t)
 {
-	static const char *const methods[] = {
+	static const char methods[][8] = {
 		[METHOD_OTHER] = "",
 		[METHOD_GET] = "GET",
 		[METHOD_HEAD] = "HEAD",
@@ -3789,45 +3787,51 @@ response_parse(struct text t, enum method method, struct response *r)
 	return verdict;
 }
 
+enum {
+	/* Room for a name in a list; lists of pointers would take more. */
+	LISTED_NAME = 26
+};
+
 /*
  * Fields for one connection only, and those that the proxy writes itself (RFC
  * 9110 section 7.6.1).
  */
-static const char *const fields_of_hop[] = { "Connection", "Proxy-Connection",
-	"Keep-Alive", "TE", "Transfer-Encoding", "Upgrade", "HTTP2-Settings",
-	"Proxy-Authorization", "Proxy-Authenticate",
-	"Proxy-Authentication-Info", "Content-Length", "Host", NULL };
+static const char fields_of_hop[][LISTED_NAME] = { "Connection",
+	"Proxy-Connection", "Keep-Alive", "TE", "Transfer-Encoding", "Upgrade",
+	"HTTP2-Settings", "Proxy-Authorization", "Proxy-Authenticate",
+	"Proxy-Authentication-Info", "Content-Length", "Host", "" };
 
 /* Fields that frame or route the message: Connection can't remove them. */
-static const char *const fields_of_route[] = { "Via", "Max-Forwards",
+static const char fields_of_route[][LISTED_NAME] = { "Via", "Max-Forwards",
 	"Content-Range", "Content-Encoding", "Expect", "Trailer",
 	"Cache-Control", "Vary", "Age", "Date", "Expires", "Pragma",
-	"Set-Cookie", NULL };
+	"Set-Cookie", "" };
 
 /* Fields that a trailer can't bring (RFC 9110 section 6.5.1). */
-static const char *const fields_not_late[] = { "Authorization", "Set-Cookie",
-	"Cache-Control", "Content-Encoding", "Content-Type", "Content-Range",
-	"Expect", "Max-Forwards", "Trailer", "Via", "Location", "Vary", "Age",
-	"Date", "Expires", "Range", "Cookie", "Forwarded", "X-Forwarded-For",
-	"If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since",
-	"If-Range", "WWW-Authenticate", "Referer", "From", NULL };
+static const char fields_not_late[][LISTED_NAME] = { "Authorization",
+	"Set-Cookie", "Cache-Control", "Content-Encoding", "Content-Type",
+	"Content-Range", "Expect", "Max-Forwards", "Trailer", "Via", "Location",
+	"Vary", "Age", "Date", "Expires", "Range", "Cookie", "Forwarded",
+	"X-Forwarded-For", "If-Match", "If-None-Match", "If-Modified-Since",
+	"If-Unmodified-Since", "If-Range", "WWW-Authenticate", "Referer",
+	"From", "" };
 
 /* Fields that describe the body, which a 304 does not have. */
-static const char *const fields_of_body[] = { "Content-Length",
-	"Content-Encoding", "Content-Type", "Content-Range", NULL };
+static const char fields_of_body[][LISTED_NAME] = { "Content-Length",
+	"Content-Encoding", "Content-Type", "Content-Range", "" };
 
 /* A request's conditions; a validation has others in their place. */
-static const char *const fields_of_condition[] = { "If-None-Match",
-	"If-Modified-Since", "If-Match", "If-Unmodified-Since", NULL };
+static const char fields_of_condition[][LISTED_NAME] = { "If-None-Match",
+	"If-Modified-Since", "If-Match", "If-Unmodified-Since", "" };
 
 /*
- * True if list, which ends in NULL, has name.  Every field of every head is
+ * True if list, which ends in "", has name.  Every field of every head is
  * sought in lists, so the first letters are compared before all is.
  */
 static bool
-name_is_among(struct text name, const char *const *list)
+name_is_among(struct text name, const char (*list)[LISTED_NAME])
 {
-	for (; *list != NULL && name.len > 0; list++)
+	for (; **list != '\0' && name.len > 0; list++)
 		if (((name.at[0] ^ **list) & ~('a' ^ 'A')) == 0 &&
 		    text_is(name, *list))
 			return true;
@@ -3851,9 +3855,9 @@ static void
 line_append(struct buffer *b, struct text name, struct text value)
 {
 	buffer_append(b, name);
-	buffer_append(b, text_of(": "));
+	buffer_word(b, ": ");
 	buffer_append(b, value);
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, "\r\n");
 }
 
 /* Appends field i of h as a line. */
@@ -3866,44 +3870,44 @@ field_append(struct buffer *b, const struct head *h, size_t i)
 /* Appends the fields of h but those that `without` names; an empty line. */
 static void
 fields_append(struct buffer *b, const struct head *h,
-    const char *const *without)
+    const char (*without)[LISTED_NAME])
 {
 	size_t i;
 
 	for (i = 0; i < h->n; i++)
 		if (!name_is_among(field_name(h, i), without))
 			field_append(b, h, i);
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, "\r\n");
 }
 
 /* Appends a status line of HTTP/1.minor; status has three digits. */
 static void
 status_append(struct buffer *b, unsigned minor, int status, struct text reason)
 {
-	buffer_append(b, text_of(minor ? "HTTP/1.1 " : "HTTP/1.0 "));
+	buffer_word(b, minor ? "HTTP/1.1 " : "HTTP/1.0 ");
 	buffer_number(b, (uint64_t)status);
-	buffer_append(b, text_of(" "));
+	buffer_word(b, " ");
 	buffer_append(b, reason);
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, "\r\n");
 }
 
 /* Appends a field whose value is a number. */
 static void
 number_append(struct buffer *b, const char *name, uint64_t n)
 {
-	buffer_append(b, text_of(name));
-	buffer_append(b, text_of(": "));
+	buffer_word(b, name);
+	buffer_word(b, ": ");
 	buffer_number(b, n);
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, "\r\n");
 }
 
 /* Appends Via, for a message that came as HTTP/1.minor. */
 static void
 via_append(struct buffer *b, unsigned minor)
 {
-	buffer_append(b, text_of(minor ? "Via: 1.1 " : "Via: 1.0 "));
-	buffer_append(b, text_of(pseudonym));
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, minor ? "Via: 1.1 " : "Via: 1.0 ");
+	buffer_word(b, pseudonym);
+	buffer_word(b, "\r\n");
 }
 
 /* A host without the dots at its end. */
@@ -4390,7 +4394,7 @@ trailer_encode(struct flow *f, const struct buffer *in, struct buffer *out)
 	struct head h;
 	size_t i;
 
-	buffer_append(out, text_of("0\r\n"));
+	buffer_word(out, "0\r\n");
 	h.n = 0;
 	if (f->trailer > 0 && !f->strips)
 		(void)fields_parse(text_cut(in->data + in->start, f->trailer),
@@ -4399,7 +4403,7 @@ trailer_encode(struct flow *f, const struct buffer *in, struct buffer *out)
 		if (field_passes(&h, i) &&
 		    !name_is_among(field_name(&h, i), fields_not_late))
 			field_append(out, &h, i);
-	buffer_append(out, text_of("\r\n"));
+	buffer_word(out, "\r\n");
 }
 
 /* Puts a chunk's framing around all of b, in the room kept for it. */
@@ -4437,7 +4441,7 @@ flow_append(const struct flow *f, size_t n, const struct buffer *in,
 		buffer_print(out, "%lx\r\n", (unsigned long)n);
 	buffer_append(out, text_cut(in->data + in->start, n));
 	if (chunked)
-		buffer_append(out, text_of("\r\n"));
+		buffer_word(out, "\r\n");
 	return n;
 }
 
@@ -4986,10 +4990,10 @@ word_next(struct text *rest)
 }
 
 /* Names that hosts files contain but do not mean to block. */
-static const char *const list_locals[] = { "0.0.0.0", "broadcasthost",
+static const char list_locals[][LISTED_NAME] = { "0.0.0.0", "broadcasthost",
 	"ip6-allhosts", "ip6-allnodes", "ip6-allrouters", "ip6-localhost",
 	"ip6-localnet", "ip6-loopback", "ip6-mcastprefix", "local", "localhost",
-	"localhost.localdomain", NULL };
+	"localhost.localdomain", "" };
 
 /* True if a list uses this address to block names. */
 static bool
@@ -5762,8 +5766,8 @@ rules_seek_body(const struct rules *rules, struct view *v)
 static bool
 name_is_free(struct text name)
 {
-	static const char *const fixed[] = { "Max-Forwards", "Content-Range",
-		"Expect", "Trailer", NULL };
+	static const char fixed[][LISTED_NAME] = { "Max-Forwards",
+		"Content-Range", "Expect", "Trailer", "" };
 
 	return text_is_token(name) && !text_is(name, "*") &&
 	    !name_is_among(name, fields_of_hop) && !name_is_among(name, fixed);
@@ -8065,10 +8069,10 @@ entry_path(struct text key, struct text variant, char *to)
 static void
 value_append(struct buffer *b, struct text name, struct text value, bool *first)
 {
-	static const char *const caseless[] = { "Accept-Charset",
-		"Accept-Encoding", "Accept-Language", NULL };
-	static const char *const single[] = { "Cookie", "Origin", "Referer",
-		"User-Agent", NULL };
+	static const char caseless[][LISTED_NAME] = { "Accept-Charset",
+		"Accept-Encoding", "Accept-Language", "" };
+	static const char single[][LISTED_NAME] = { "Cookie", "Origin",
+		"Referer", "User-Agent", "" };
 	bool list = !name_is_among(name, single);
 	struct text member = value;
 
@@ -10679,7 +10683,7 @@ cache_shape(const struct exchange *x, struct response *r)
 		r->status = 304;
 		r->part = 0;
 		/* RFC 9110 section 15.4.5: what the client knows. */
-		for (i = 0; fields_of_body[i] != NULL; i++)
+		for (i = 0; *fields_of_body[i] != '\0'; i++)
 			(void)head_drop(&r->head, fields_of_body[i], NULL);
 	} else if (r->part == -1) {
 		r->status = 416;
@@ -11179,7 +11183,7 @@ enum {
 };
 
 /* Why an exchange ended, and what became of it, in a word. */
-static const char *const log_ends[] = {
+static const char log_ends[][8] = {
 	[END_DONE] = "done",
 	[END_CLIENT] = "client",
 	[END_SERVER] = "server",
@@ -11190,7 +11194,7 @@ static const char *const log_ends[] = {
 	[END_STOP] = "stop",
 };
 
-static const char *const result_names[] = {
+static const char result_names[][8] = {
 	[RESULT_HIT] = "hit",
 	[RESULT_MISS] = "miss",
 	[RESULT_TUNNEL] = "tunnel",
@@ -11356,7 +11360,7 @@ log_write_some(struct text t)
 	if (logs.syslog)
 		return log_send(t);
 	if (!logs.regular) {
-		if (!fd_writable(logs.fd))
+		if (!fd_is_ready(logs.fd, POLLOUT))
 			return 0;
 		t = log_piece(t);
 	}
@@ -11397,9 +11401,9 @@ log_flush(void)
 static void
 log_number(struct buffer *b, const char *name, int64_t n)
 {
-	buffer_append(b, text_of(name));
+	buffer_word(b, name);
 	if (n < 0)
-		buffer_append(b, text_of("-"));
+		buffer_word(b, "-");
 	else
 		buffer_number(b, (uint64_t)n);
 }
@@ -11408,7 +11412,7 @@ log_number(struct buffer *b, const char *name, int64_t n)
 static void
 log_text(struct buffer *b, const char *name, struct text t, size_t max)
 {
-	buffer_append(b, text_of(name));
+	buffer_word(b, name);
 	buffer_escape(b, t, max, false);
 }
 
@@ -11416,7 +11420,7 @@ log_text(struct buffer *b, const char *name, struct text t, size_t max)
 static void
 log_word(struct buffer *b, const char *name, const char *word)
 {
-	buffer_append(b, text_of(name));
+	buffer_word(b, name);
 	buffer_append(b, text_of(word));
 }
 
@@ -11530,11 +11534,11 @@ log_request(struct buffer *b, const struct quotes *q)
 {
 	if (q->name.len > 0) {
 		buffer_escape(b, q->name, BUFFER_ROOM / 16, false);
-		buffer_append(b, text_of(" "));
+		buffer_word(b, " ");
 	}
 	buffer_escape(b, q->uri, (size_t)BUFFER_ROOM / 8 * 3, true);
 	if (q->name.len > 0)
-		buffer_append(b, text_of(q->minor ? " HTTP/1.1" : " HTTP/1.0"));
+		buffer_word(b, q->minor ? " HTTP/1.1" : " HTTP/1.0");
 }
 
 /*
@@ -11590,17 +11594,17 @@ log_line(const struct exchange *x, const struct quotes *quotes,
 
 	address_host(&x->peer, peer);
 	address_print(&r->server, server);
-	buffer_append(b, text_of(peer));
+	buffer_word(b, peer);
 	log_text(b, " - ", r->user ? r->user->user : text_of(""),
 	    CREDENTIAL_MAX);
 	log_word(b, " [", date_now(DATE_LOG));
-	buffer_append(b, text_of("] \""));
+	buffer_word(b, "] \"");
 	log_request(b, quotes);
 	log_number(b, "\" ", log_status(r));
 	log_number(b, " ", (int64_t)x->down.payload);
 	log_text(b, " \"", quotes->referer, BUFFER_ROOM / 8);
 	log_text(b, "\" \"", quotes->agent, BUFFER_ROOM / 8);
-	buffer_append(b, text_of("\""));
+	buffer_word(b, "\"");
 	if (q != NULL && q->caching.hit != NULL)
 		log_word(b, " hit=", q->caching.hit);
 	else if (q != NULL && q->caching.miss != NULL)
@@ -11621,12 +11625,12 @@ log_line(const struct exchange *x, const struct quotes *quotes,
 		log_text(b, " bent=", text_of(x->bend->rules),
 		    sizeof(x->bend->rules));
 	if (r->refusal) {
-		buffer_append(b, text_of(" why=\""));
+		buffer_word(b, " why=\"");
 		buffer_escape(b, text_of(refusal_words(x, NULL)),
 		    (size_t)2 * REASON_MAX, true);
-		buffer_append(b, text_of("\""));
+		buffer_word(b, "\"");
 	}
-	buffer_append(b, text_of("\n"));
+	buffer_word(b, "\n");
 }
 
 /* Fills g with what the status page shows of x. */
@@ -11775,8 +11779,8 @@ static struct {
 static const char record_end[] = "\n]}}\n";
 
 /* Fields whose values neither the trace nor the recording shows. */
-static const char *const secret_fields[] = { "Authorization",
-	"Proxy-Authorization", NULL };
+static const char secret_fields[][LISTED_NAME] = { "Authorization",
+	"Proxy-Authorization", "" };
 
 /* t with stars for the logins in its URLs; valid until the next call. */
 static struct text
@@ -13658,8 +13662,8 @@ static void
 page_trace(struct exchange *x)
 {
 	const struct request *r = x->request;
-	static const char *const secret[] = { "Authorization",
-		"Proxy-Authorization", "Cookie", NULL };
+	static const char secret[][LISTED_NAME] = { "Authorization",
+		"Proxy-Authorization", "Cookie", "" };
 	struct buffer *b = buffer_take();
 
 	if (b == NULL)
@@ -14578,10 +14582,10 @@ exchange_take_refresh(const struct exchange *x, struct buffer *head)
 static void
 exchange_refresh(struct exchange *x)
 {
-	static const char *const personal[] = { "Cache-Control", "Pragma",
+	static const char personal[][LISTED_NAME] = { "Cache-Control", "Pragma",
 		"Authorization", "Range", "If-Range", "If-Match",
 		"If-None-Match", "If-Modified-Since", "If-Unmodified-Since",
-		NULL };
+		"" };
 	const struct request *q = x->request;
 	struct buffer *head = buffer_take();
 	struct exchange *y;
@@ -16593,12 +16597,11 @@ static bool
 loop_make_room(struct listener *l)
 {
 	static int64_t said;
-	struct pollfd fd = { .fd = l->conn.fd, .events = POLLIN };
 	struct exchange *x;
 
 	if (now.ms < crowded_until)
 		return false;
-	l->conn.readable = poll(&fd, 1, 0) == 1;
+	l->conn.readable = fd_is_ready(l->conn.fd, POLLIN);
 	if (!l->conn.readable)
 		return false;
 	exchanges.crowded = true;
@@ -16614,10 +16617,9 @@ loop_make_room(struct listener *l)
 		    (int64_t)(exchanges.used / CROWDED_SLOTS);
 		return false;
 	}
-	fd.fd = x->client.fd;
 	if (x->request != NULL)
 		exchange_abort(x, END_LIMIT, REFUSE_NONE);
-	else if (poll(&fd, 1, 0) == 0)
+	else if (!fd_is_ready(x->client.fd, POLLIN))
 		exchange_close(x, false);
 	else {
 		x->client.readable = true;
