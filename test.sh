@@ -21641,30 +21641,7 @@ real_browser() {
 		--user-data-dir="$T/profile" --proxy-server="http://$proxy" \
 		--proxy-bypass-list='<-loopback>;*.google.com;*.googleapis.com' \
 		--host-resolver-rules='MAP * ~NOTFOUND, EXCLUDE 127.0.0.1' \
-		--dump-dom "$@" 2> browser.err
-}
-
-# A picture of 300 by 200 and a page that says what came of it; $1 is more
-# script, $2 more of the page.
-real_page() {
-	{
-		printf 'BM\0\0\0\0\0\0\0\0\066\0\0\0\050\0\0\0\054\001\0\0\310\0\0\0'
-		printf '\001\0\030\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0'
-		dd if=/dev/zero bs=900 count=200 2> /dev/null
-	} > web/picture.bmp
-	cat > web/page.html <<-EOF
-		<!doctype html><title>page</title><img id=i src=picture.bmp><p id=o>
-		<script>
-		var text = '', late = '';
-		$1
-		onload = function () {
-			var w = document.getElementById('i').naturalWidth;
-			document.getElementById('o').textContent =
-			    'picture=' + w + ' text=' + text + ' late=' + late + ';';
-		};
-		</script>
-		$2
-	EOF
+		--ignore-certificate-errors --dump-dom "$@" 2> browser.err
 }
 
 real_find_browser() {
@@ -21675,28 +21652,60 @@ real_find_browser() {
 	have timeout || skip "no timeout"
 }
 
-test_real_browser() { # chromium: a page, a picture, a script, a WebSocket
+test_real_browser() { # chromium: a page, a picture, a script, a WebSocket; in it a page and its picture over CONNECT
 	real_find_browser
 	have openssl || skip "no openssl"
 	real_web
 	real_serve
 	start_proxy
-	real_page "var s = new WebSocket('ws://127.0.0.1:$serve/ws');
+	# A picture of 300 by 200.
+	{
+		printf 'BM\0\0\0\0\0\0\0\0\066\0\0\0\050\0\0\0\054\001\0\0\310\0\0\0'
+		printf '\001\0\030\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0'
+		dd if=/dev/zero bs=900 count=200 2> /dev/null
+	} > web/picture.bmp
+	echo "<img src=picture.bmp onload=\"parent.postMessage(this.naturalWidth, '*')\">" \
+	    > web/inner.html
+	# The page says what came of it.  The last script is kept back until the
+	# WebSocket has said that all else is there.
+	cat > web/page.html <<-EOF
+		<!doctype html><title>page</title><img id=i src=picture.bmp><p id=o>
+		<script>
+		var text = '', inner = '', late = '';
+		var s = new WebSocket('ws://127.0.0.1:$serve/ws');
+		function done() {
+			if (text !== '' && inner !== '')
+				s.send('done');
+		}
 		s.onopen = function () { s.send('x'.repeat(70000)); };
 		s.onmessage = function (e) {
 			if (text === '') {
 				text = e.data.length;
-				s.send('done');
+				done();
 			}
-		};" "<script src=http://127.0.0.1:$serve/wait></script>"
+		};
+		onmessage = function (e) {
+			inner = e.data;
+			done();
+		};
+		onload = function () {
+			var w = document.getElementById('i').naturalWidth;
+			document.getElementById('o').textContent = 'picture=' + w +
+			    ' text=' + text + ' inner=' + inner + ' late=' + late + ';';
+		};
+		</script>
+		<iframe src=https://127.0.0.1:$tls/inner.html></iframe>
+		<script src=http://127.0.0.1:$serve/wait></script>
+	EOF
 	real_browser "http://127.0.0.1:$web/page.html" > dom ||
 		fail "chromium: $(tail -n 1 browser.err)"
-	grep -q 'picture=300 text=70000 late=came;' dom ||
+	grep -q 'picture=300 text=70000 inner=300 late=came;' dom ||
 		fail "the page says: $(grep 'id="o"' dom | head -1)"
 	real_log GET "http://127.0.0.1:$web/page.html" "200 .*Chrome.* end=done"
 	real_log GET "http://127.0.0.1:$web/picture.bmp" "200 180054 "
 	real_log CONNECT "127.0.0.1:$serve" \
 		"200 7[0-9]{4} .* up=7[0-9]{4} .* end=(client|server|reset)\$"
+	real_log CONNECT "127.0.0.1:$tls" "200 1[0-9]{5} .* end="
 	stop_proxy
 }
 
@@ -21812,24 +21821,9 @@ test_real_browser_status() { # chromium: a tunnel's row on the status page comes
 	do touch close
 END
 	has log CONNECT
-	real_status
-	lacks dom '#1 relay'
-	has dom '#1 client .* CONNECT '
-}
-
-test_real_browser_https() { # chromium: a page and its picture over CONNECT
-	real_find_browser
-	have openssl || skip "no openssl"
-	real_web
-	start_proxy
-	real_page "" ""
-	real_browser --ignore-certificate-errors \
-		"https://127.0.0.1:$tls/page.html" > dom ||
-		fail "chromium: $(tail -n 1 browser.err)"
-	grep -q 'picture=300 text= late=;' dom ||
-		fail "the page says: $(grep 'id="o"' dom | head -1)"
-	real_log CONNECT "127.0.0.1:$tls" "200 1[0-9]{5} .* end="
-	stop_proxy
+	page /status
+	lacks page '#1 relay'
+	has page '#1 client .* CONNECT '
 }
 
 test_real_upgrade() { # a WebSocket by Upgrade: 101 turns into a tunnel
