@@ -25922,10 +25922,11 @@ fi
 # The tests that take longest begin first, so that no lane has to wait for them.
 sed -n 's/^test_\([a-z0-9_]*\)() { *#* */\1 /p' "$self" > "$work/promises"
 tests=$(sed 's/ .*//' "$work/promises" | tr '\n' ' ')
-long='resources_board real_apt unit_model resources_tunnels real_git style_walks
-	limit_silence cache_collapsed_broken cache_collapsed_never limit_times real_lessons
-	real_browser real_browser_status real_apt_cache real_haproxy_load list_million
-	cache_sweep_hangs'
+long='resources_size resources_board real_apt unit_model resources_tunnels real_git
+	style_walks limit_silence cache_collapsed_broken cache_collapsed_never
+	limit_times real_lessons real_browser real_browser_status real_apt_cache
+	real_haproxy_load real_haproxy_balance real_parent_socks list_million bend_hang
+	log_pipe signal_usr1'
 for test in $long; do
 	grep "^$test " "$work/promises"
 done | cat - "$work/promises" > "$work/order"
