@@ -22094,7 +22094,7 @@ real_load() {
 	rm -f far far.asked
 	spawn origin.out "$peer" load far
 	wait_for 5 '[ -s far ]' || fail "no origin"
-	"$peer" measure -x "$1" -k 1000 -r "$(cat far)" 32 12000 60000 1024 > load &
+	"$peer" measure -x "$1" -k 2000 -r "$(cat far)" 32 24000 60000 1024 > load &
 	real_load=$!
 }
 
@@ -22103,7 +22103,7 @@ real_load() {
 real_loaded() {
 	wait "$real_load"
 	read -r loaded_done loaded_s loaded_errors _ < load
-	[ "$loaded_done" -ge $((12000 - 32 - $1)) ] &&
+	[ "$loaded_done" -ge $((24000 - 32 - $1)) ] &&
 		[ "$loaded_errors" -le "$1" ] ||
 		fail "$loaded_done answers in $loaded_s s, $loaded_errors errors"
 	loaded_asked=$(od -A n -t uL far.asked | tr -d ' ')
@@ -22122,7 +22122,7 @@ test_real_haproxy_load() { # three proxies behind haproxy, one killed and starte
 	stop_proxy
 	real_haproxy
 	real_load "$real_p1"
-	wait_for 60 '[ "$(wc -l < b.log)" -gt 1500 ]' || fail "b is not asked"
+	wait_for 60 '[ "$(wc -l < b.log)" -gt 3000 ]' || fail "b is not asked"
 	real_kill_b
 	"$peer" sleep 300
 	real_behind b "$b"
