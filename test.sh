@@ -21808,9 +21808,9 @@ test_real_browser_status() { # chromium: a tunnel's row on the status page comes
 	do touch close
 END
 	has log CONNECT
-	page /status
-	lacks page '#1 relay'
-	has page '#1 client .* CONNECT '
+	real_status
+	lacks dom '#1 relay'
+	has dom '#1 client .* CONNECT '
 }
 
 test_real_upgrade() { # a WebSocket by Upgrade: 101 turns into a tunnel
