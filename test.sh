@@ -25864,26 +25864,37 @@ write_peer
 # the C library does at the start costs more than most that peer has to do.
 host_cc=$cc
 [ -z "${EMULATOR-}" ] || host_cc=cc
-if ! { musl-gcc -static -O1 -o "$peer" "$work/peer.c" ||
-    $host_cc -static -O1 -o "$peer" "$work/peer.c"; } 2> /dev/null &&
-    ! $host_cc -o "$peer" "$work/peer.c"; then
+{
+	{ musl-gcc -static -O1 -o "$peer" "$work/peer.c" ||
+	    $host_cc -static -O1 -o "$peer" "$work/peer.c"; } 2> /dev/null ||
+		$host_cc -o "$peer" "$work/peer.c"
+} &
+peer_pid=$!
+
+# Nothing but cc can be used before peer is built.
+peer_ready() {
+	wait "$peer_pid" && return
 	echo "test.sh: cannot build the helper program" >&2
 	exit 1
-fi
+}
+
 proxy_bin=${PROXY:-$work/proxy}
 write_names
 write_unit_head
-if [ "${1-}" = fuzz ]; then
+case ${1-} in
+fuzz)
+	peer_ready
 	shift
 	fuzz "$@"
 	exit
-fi
-case ${1-} in
+	;;
 faults | soak)
+	peer_ready
 	faults "$@"
 	exit
 	;;
 model)
+	peer_ready
 	model
 	exit
 	;;
@@ -25913,6 +25924,7 @@ if [ -z "${PROXY-}" ]; then
 		exit 1
 	fi
 fi
+peer_ready
 
 if [ "${1-}" = bench ]; then
 	bench
