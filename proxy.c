@@ -3831,6 +3831,7 @@ static const char fields_of_condition[][LISTED_NAME] = { "If-None-Match",
 static bool
 name_is_among(struct text name, const char (*list)[LISTED_NAME])
 {
+	/* NOLINTNEXTLINE: rows of a constant table are no garbage. */
 	for (; **list != '\0' && name.len > 0; list++)
 		if (((name.at[0] ^ **list) & ~('a' ^ 'A')) == 0 &&
 		    text_is(name, *list))
@@ -5570,7 +5571,8 @@ value_matches(const struct condition *c, const struct value *value,
 		v->timed = v->timed || localtime_r(&now.wall, &v->when) != NULL;
 		return v->timed && span_has(&value->as.span, &v->when);
 	case SUBJECT_ADDRESS:
-		return network_has(&value->as.network, v->address);
+		return v->address != NULL &&
+		    network_has(&value->as.network, v->address);
 	case SUBJECT_PAGE:
 		return text_same(value->text, text_from(v->request->uri, 1));
 	case SUBJECT_CHANCE:
@@ -10091,17 +10093,16 @@ lookup_judge(struct exchange *x, const struct control *asked, struct lookup *l)
 		[REUSE_VALIDATED] = "to be validated" };
 	const struct caching *c = &x->request->caching;
 	const char *why = lookup_age(x, l);
+	int64_t lifetime = c->ttl + c->age;
 	bool young = c->ttl > 0 && !l->control.no_cache;
 	enum reuse reuse = REUSE_VALIDATED;
 
 	if (!x->refresh && l->e.responded <= now.wall + CLOCK_STEP_S)
-		reuse =
-		    reuse_judge(asked, &l->control, c->age, c->ttl + c->age);
+		reuse = reuse_judge(asked, &l->control, c->age, lifetime);
 	l->forward = young ? "request" : "stale";
 	trace(x, "stored: age %lld s %s lifetime %lld s (%s)%s: %s%s",
-	    (long long)c->age,
-	    c->ttl > 0 ? "<" : ">=", (long long)(c->ttl + c->age), why,
-	    l->control.no_cache ? ", no-cache" : "", words[reuse],
+	    (long long)c->age, c->ttl > 0 ? "<" : ">=", (long long)lifetime,
+	    why, l->control.no_cache ? ", no-cache" : "", words[reuse],
 	    reuse != REUSE_VALIDATED || !young ? "" :
 		x->refresh                     ? ", in the background" :
 						 ", by the client's wish");
@@ -17405,6 +17406,17 @@ option_version(void)
 	    COLLAPSE_MS, LINGER_MS, DRAIN_MS, NAME_KEPT_MS, NAME_FAILED_MS);
 }
 
+/* A copy of an argument, which may be overwritten. */
+static const char *
+option_copy(const char *argument)
+{
+	char *copy = strdup(argument);
+
+	if (copy == NULL)
+		die("no memory");
+	return copy;
+}
+
 /* Sets the target of an option. */
 static void
 option_set(const struct option *o, const char *argument)
@@ -17419,7 +17431,7 @@ option_set(const struct option *o, const char *argument)
 		++*count;
 		break;
 	case OPTION_NAME:
-		*name = argument;
+		*name = option_copy(argument);
 		break;
 	case OPTION_ADDRESS:
 		name[strchr(argument, ':') != NULL] = argument;
@@ -17433,7 +17445,7 @@ option_set(const struct option *o, const char *argument)
 		if (options.sources_n == SOURCES_MAX)
 			usage("-e and -f: %d times at most", SOURCES_MAX);
 		options.sources[options.sources_n].line = o->letter == 'e';
-		options.sources[options.sources_n++].at = argument;
+		options.sources[options.sources_n++].at = option_copy(argument);
 		break;
 	case OPTION_NUMBER:
 		if (!number_parse(text_of(argument), o->most, number) ||
@@ -17450,15 +17462,14 @@ option_set(const struct option *o, const char *argument)
 }
 
 /*
- * Takes the option of that letter; an error if there is none.  A rule or the
- * URL of a parent is copied, and its password is overwritten: the list of
+ * Takes the option of that letter; an error if there is none.  The password in
+ * a rule or the URL of a parent is overwritten where it came from: the list of
  * processes would show it.
  */
 static void
 option_take(int letter, char *argument)
 {
 	const struct option *o = option_table;
-	char *copy = argument;
 
 	while (o < option_table + OPTIONS && o->letter != letter)
 		o++;
@@ -17468,13 +17479,9 @@ option_take(int letter, char *argument)
 		usage("no option -%c", optopt);
 		return;
 	}
-	if (letter == 'e' || letter == 'x') {
-		copy = strdup(argument);
-		if (copy == NULL)
-			die("no memory");
+	option_set(o, argument);
+	if (letter == 'e' || letter == 'x')
 		secret_hide_string(argument);
-	}
-	option_set(o, copy);
 }
 
 /* Reads the command line into `options`; if it is wrong, exits with 2. */
