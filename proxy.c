@@ -8031,12 +8031,12 @@ key_of(const struct target *t)
 {
 	struct buffer *b = work_buffer(WORK_KEY);
 
-	buffer_append(b, text_of("http://"));
+	buffer_word(b, "http://");
 	lower_append(b, t->host);
-	buffer_append(b, text_of(":"));
+	buffer_word(b, ":");
 	buffer_number(b, t->port);
 	if (t->path.len == 0 || *t->path.at != '/')
-		buffer_append(b, text_of("/"));
+		buffer_word(b, "/");
 	buffer_append(b, t->path);
 	return buffer_text(b);
 }
@@ -8078,7 +8078,7 @@ value_append(struct buffer *b, struct text name, struct text value, bool *first)
 	bool list = !name_is_among(name, single);
 	struct text member = value;
 
-	buffer_append(b, text_of(*first ? "=" : ""));
+	buffer_word(b, *first ? "=" : "");
 	*first = false;
 	while (!list || list_next(&value, &member)) {
 		buffer_print(b, "%lu:", (unsigned long)member.len);
@@ -8086,7 +8086,7 @@ value_append(struct buffer *b, struct text name, struct text value, bool *first)
 			lower_append(b, member);
 		else
 			buffer_append(b, member);
-		buffer_append(b, text_of(","));
+		buffer_word(b, ",");
 		if (!list)
 			break;
 	}
@@ -8120,10 +8120,10 @@ client_append(const struct request *q, struct buffer *b)
 
 	if (x != NULL)
 		address_host(&x->peer, peer);
-	buffer_append(b, text_of("="));
-	buffer_append(b, text_of(peer));
+	buffer_word(b, "=");
+	buffer_word(b, peer);
 	if (x != NULL && x->record.user != NULL) {
-		buffer_append(b, text_of(" "));
+		buffer_word(b, " ");
 		buffer_escape(b, x->record.user->user, CREDENTIAL_MAX, false);
 	}
 }
@@ -8159,7 +8159,7 @@ variant_append(const struct request *q, struct text vary, struct buffer *b)
 			if (text_same(w->fields[i]->name, name))
 				value_append(b, name, w->fields[i]->value,
 				    &first);
-		buffer_append(b, text_of(";"));
+		buffer_word(b, ";");
 	}
 }
 
@@ -8198,7 +8198,7 @@ vary_append(const struct response *r, struct buffer *b)
 	for (t = list; t < last; t++) {
 		if (t > list && text_same(t[0], t[-1]))
 			continue;
-		buffer_append(b, text_of(t > list ? "," : ""));
+		buffer_word(b, t > list ? "," : "");
 		lower_append(b, *t);
 	}
 	return !b->overflow;
@@ -8438,7 +8438,7 @@ entry_find(const struct request *q, struct text key, struct lookup *l)
 		return;
 	fd_drop(&l->fd);
 	buffer_append(name, l->e.token);
-	buffer_append(name, text_of(";"));
+	buffer_word(name, ";");
 	token = buffer_len(name);
 	variant_append(q, l->e.vary, name);
 	entry_path(key, buffer_text(name), l->path);
@@ -8596,17 +8596,17 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 	size_t used, wanted, room = buffer_room(b);
 
 	b->end += REGION_LINE;
-	buffer_append(b, text_of("key: "));
+	buffer_word(b, "key: ");
 	buffer_append(b, e->key);
-	buffer_append(b, text_of("\nvariant: "));
+	buffer_word(b, "\nvariant: ");
 	buffer_append(b, e->variant);
 	buffer_print(b,
 	    "\nrequested: %lld\nresponded: %lld\nage: %lld\nserver: ",
 	    (long long)e->requested, (long long)e->responded,
 	    (long long)e->age);
 	buffer_append(b, e->server);
-	buffer_append(b, text_of(e->counted ? "\ncounted: yes" : ""));
-	buffer_append(b, text_of("\npad: "));
+	buffer_word(b, e->counted ? "\ncounted: yes" : "");
+	buffer_word(b, "\npad: ");
 	used = buffer_len(b) + 2 + head.len;
 	wanted = region ?
 	    region :
@@ -8615,7 +8615,7 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 		return 0;
 	memset(b->data + b->end, '.', wanted - used);
 	b->end += wanted - used;
-	buffer_append(b, text_of("\n\n"));
+	buffer_word(b, "\n\n");
 	buffer_append(b, head);
 	return wanted;
 }
@@ -8721,7 +8721,7 @@ marker_token(struct text key, struct text vary, bool part, char *token)
 	(void)snprintf(token, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
 	    (long)getpid(), (unsigned long long)++store.serial);
 	buffer_clear(b)->end += REGION_LINE;
-	buffer_append(b, text_of("key: "));
+	buffer_word(b, "key: ");
 	buffer_append(b, key);
 	buffer_print(b, "\nvary: %.*s\ntoken: %s\n", (int)vary.len, vary.at,
 	    token);
@@ -8773,7 +8773,7 @@ stored_head_append(const struct response *r, const struct response *old,
 			field_append(b, h, i);
 	if (!head_has(h, "Date"))
 		buffer_print(b, "Date: %s\r\n", date_now(DATE_HTTP));
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, "\r\n");
 }
 
 /* ---- 15. Store: the sweeper ---- */
@@ -9917,7 +9917,7 @@ reference_resolve(const struct target *own, struct text value, struct buffer *b,
 	    (*name.at == '/' || base.at[base.len - 1] != '/'))
 		base.len--;
 	if (name.len > 0 || base.len == 0) {
-		buffer_append(b, text_of("/"));
+		buffer_word(b, "/");
 		segments_append(b, text_from(base, text_starts(base, "/")));
 		segments_append(b, text_from(name, text_starts(name, "/")));
 	} else
@@ -10428,7 +10428,7 @@ lookup_renew(struct lookup *l, const struct response *news, struct text head)
 	for (i = 0; i < news->head.n; i++)
 		if (text_is(field_name(&news->head, i), "Set-Cookie"))
 			field_append(b, &news->head, i);
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, "\r\n");
 	l->e.head = text_cut(b->data + start, b->end - start);
 	return b->overflow == 0 &&
 	    response_parse(l->e.head, METHOD_GET, &l->r) == 1 &&
@@ -10732,10 +10732,10 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 	bool collapsed = c->collapsed && c->state == CACHING_HIT;
 	bool hit = cached && c->state == CACHING_HIT && !collapsed;
 
-	buffer_append(b, text_of("Cache-Status: "));
-	buffer_append(b, text_of(pseudonym));
+	buffer_word(b, "Cache-Status: ");
+	buffer_word(b, pseudonym);
 	if (hit)
-		buffer_append(b, text_of("; hit"));
+		buffer_word(b, "; hit");
 	else
 		buffer_print(b, "; fwd=%s",
 		    c->forward != NULL ? c->forward :
@@ -10745,14 +10745,14 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 	if (c->forward_status)
 		buffer_print(b, "; fwd-status=%d", c->forward_status);
 	if (cached) {
-		buffer_append(b, text_of(c->ttl < 0 ? "; ttl=-" : "; ttl="));
+		buffer_word(b, c->ttl < 0 ? "; ttl=-" : "; ttl=");
 		buffer_number(b, (uint64_t)(c->ttl < 0 ? -c->ttl : c->ttl));
 	}
 	if (cached && collapsed)
-		buffer_append(b, text_of("; collapsed"));
+		buffer_word(b, "; collapsed");
 	if (cache_stores(x))
-		buffer_append(b, text_of("; stored"));
-	buffer_append(b, text_of("\r\n"));
+		buffer_word(b, "; stored");
+	buffer_word(b, "\r\n");
 }
 
 /* ---- 18. Names ---- */
@@ -12753,17 +12753,17 @@ request_line_append(const struct exchange *x, struct buffer *b)
 
 	authority_print(q->target.host, q->target.port, connect, target);
 	buffer_append(b, q->name);
-	buffer_append(b, text_of(relayed && !connect ? " http://" : " "));
+	buffer_word(b, relayed && !connect ? " http://" : " ");
 	if (relayed || connect)
-		buffer_append(b, text_of(target));
+		buffer_word(b, target);
 	if (q->method == METHOD_OPTIONS && path.len == 0)
-		buffer_append(b, text_of(relayed ? "" : "*"));
+		buffer_word(b, relayed ? "" : "*");
 	else if (!connect && (path.len == 0 || *path.at == '?'))
-		buffer_append(b, text_of("/"));
+		buffer_word(b, "/");
 	buffer_append(b, path);
-	buffer_append(b, text_of(" HTTP/1.1\r\nHost: "));
-	buffer_append(b, text_of(target));
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, " HTTP/1.1\r\nHost: ");
+	buffer_word(b, target);
+	buffer_word(b, "\r\n");
 }
 
 /*
@@ -12824,7 +12824,7 @@ connection_append(const struct request *q, struct buffer *b)
 	size_t i;
 
 	if (trailers)
-		buffer_append(b, text_of("TE: trailers\r\n"));
+		buffer_word(b, "TE: trailers\r\n");
 	for (i = 0; i < q->head.n && q->upgrade; i++)
 		if (text_is(field_name(&q->head, i), "Upgrade"))
 			field_append(b, &q->head, i);
@@ -12850,7 +12850,7 @@ request_build(struct exchange *x, struct buffer *b)
 	for (i = 0; i < q->head.n; i++)
 		request_field_append(x, i, b);
 	if (x->up.to == FRAMING_CHUNKED)
-		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
+		buffer_word(b, "Transfer-Encoding: chunked\r\n");
 	if (exchange_is_relayed(x))
 		login_append(x, b);
 	cache_validators_append(x, b);
@@ -12861,7 +12861,7 @@ request_build(struct exchange *x, struct buffer *b)
 	if (!(q->rewrites.own & OWN_VIA))
 		via_append(b, q->minor);
 	connection_append(q, b);
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, "\r\n");
 }
 
 /* ---- the head for the client ---- */
@@ -12943,12 +12943,12 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	    !(w.own & OWN_CACHE_STATUS))
 		cache_status_append(x, b);
 	if (x->down.to == FRAMING_CHUNKED)
-		buffer_append(b, text_of("Transfer-Encoding: chunked\r\n"));
+		buffer_word(b, "Transfer-Encoding: chunked\r\n");
 	if (upgrade)
-		buffer_append(b, text_of("Connection: upgrade\r\n"));
+		buffer_word(b, "Connection: upgrade\r\n");
 	if (final && x->close)
-		buffer_append(b, text_of("Connection: close\r\n"));
-	buffer_append(b, text_of("\r\n"));
+		buffer_word(b, "Connection: close\r\n");
+	buffer_word(b, "\r\n");
 }
 
 /* ---- the handshake with a SOCKS5 parent (RFC 1928, RFC 1929) ---- */
@@ -12984,7 +12984,7 @@ greet_append(const struct exchange *x, struct buffer *b)
 		else {
 			bool six = a.family == AF_INET6;
 
-			buffer_append(b, text_of(six ? "\4" : "\1"));
+			buffer_word(b, six ? "\4" : "\1");
 			buffer_append(b,
 			    text_cut((char *)a.octets, six ? 16 : 4));
 		}
@@ -13072,7 +13072,7 @@ page_make(struct exchange *x, int status, const char *type, const char *fields,
 	/* Of a 304 it would be that of the 200 (RFC 9110 section 8.6). */
 	if (status != 304)
 		number_append(s->in, "Content-Length", body.len);
-	buffer_append(s->in, text_of("\r\n"));
+	buffer_word(s->in, "\r\n");
 	buffer_append(s->in, body);
 }
 
@@ -13230,9 +13230,9 @@ exchange_append(struct buffer *b, const struct exchange *x)
 		buffer_print(b, ", no byte for %lld s",
 		    (long long)(now.ms - x->moved) / 1000);
 	if (x->client.eof && x->client.fd != -1)
-		buffer_append(b, text_of(", the client sends no more"));
+		buffer_word(b, ", the client sends no more");
 	if (x->server.eof && x->tunnel)
-		buffer_append(b, text_of(", the server sends no more"));
+		buffer_word(b, ", the server sends no more");
 	if (p != NULL && p->kind != PARENT_NONE)
 		buffer_print(b, ", by %s port %u", p->host, p->port);
 	if (x->bend != NULL)
@@ -13319,7 +13319,7 @@ status_lines(struct buffer *b, const struct exchange *asks)
 
 	status_begin(b, &sum);
 	half = buffer_room(b) / 2;
-	buffer_append(b, text_of("\nUnder way\n"));
+	buffer_word(b, "\nUnder way\n");
 	for (x = exchanges.slots; x < exchanges.slots + exchanges.used; x++) {
 		if (x->phase == PHASE_FREE || x == asks)
 			continue;
@@ -13327,20 +13327,20 @@ status_lines(struct buffer *b, const struct exchange *asks)
 			left++;
 			continue;
 		}
-		buffer_append(b, text_of("  "));
+		buffer_word(b, "  ");
 		exchange_append(b, x);
-		buffer_append(b, text_of("\n"));
+		buffer_word(b, "\n");
 	}
 	if (left > 0)
 		buffer_print(b, "  and %lu more\n", (unsigned long)left);
-	buffer_append(b, text_of("\nEnded, the latest first\n"));
+	buffer_word(b, "\nEnded, the latest first\n");
 	for (i = 1; i <= GLANCES && i <= glances.n; i++) {
 		if (buffer_room(b) < STATUS_LINE)
 			break;
 		g = &glances.list[(glances.n - i) % GLANCES];
-		buffer_append(b, text_of("  "));
+		buffer_word(b, "  ");
 		glance_append(b, g, log_ends[g->record.end], NULL);
-		buffer_append(b, text_of("\n"));
+		buffer_word(b, "\n");
 	}
 }
 
@@ -13384,9 +13384,9 @@ status_html(struct buffer *b, const struct exchange *asks)
 			continue;
 		if (buffer_room(b) < 6 * line.len + 64)
 			break;
-		buffer_append(b, text_of(row ? "<p>" : "<h2>"));
+		buffer_word(b, row ? "<p>" : "<h2>");
 		html_append(b, text_from(line, row ? 2 : 0));
-		buffer_append(b, text_of(row ? "</p>\n" : "</h2>\n"));
+		buffer_word(b, row ? "</p>\n" : "</h2>\n");
 	}
 }
 
@@ -13670,7 +13670,7 @@ page_trace(struct exchange *x)
 	if (b == NULL)
 		return;
 	buffer_append(b, r->head.line);
-	buffer_append(b, text_of("\r\n"));
+	buffer_word(b, "\r\n");
 	fields_append(b, &r->head, secret);
 	page_send(x, "message/http", "", b, REFUSE_HEAD_LONG);
 }
@@ -14594,7 +14594,7 @@ exchange_refresh(struct exchange *x)
 	if (head == NULL)
 		return;
 	/* Without directives, conditions and login: the answer suits all. */
-	buffer_append(head, text_of("GET "));
+	buffer_word(head, "GET ");
 	buffer_append(head, q->uri);
 	buffer_print(head, " HTTP/1.%u\r\n", q->minor);
 	fields_append(head, &q->head, personal);
