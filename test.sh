@@ -434,8 +434,9 @@ write_peer() {
  *     -c: by CONNECT, -d: by this name for it, which the proxy must know how to
  *     reach, -k: for one of N objects that may be cached, in turn or (-r) at
  *     random, -z: with zeros in front of SIZE. Prints requests, seconds,
- *     errors (also a size that is not SIZE) and its own microseconds of
- *     processor time.
+ *     errors (also a size that is not SIZE), its own microseconds of
+ *     processor time, and the microseconds that 99 % of the responses took
+ *     at most.
  * idle PROXY-PORT PORT CONNS FILE
  *     opens CONNS tunnels, writes how many stand to FILE, and keeps them
  *     until it is killed
@@ -3768,7 +3769,7 @@ main_serve(int argc, char **argv)
 	return 1;
 }
 
-enum { LOAD_MAX = 8192, CLOSED = -1 };
+enum { LOAD_MAX = 10240, CLOSED = -1, WAIT_MAX = 1000000 };
 
 struct load {
 	char head[2048]; /* of the message that comes */
@@ -3777,6 +3778,7 @@ struct load {
 	int body;        /* the head is done */
 	int close;       /* after this message */
 	int used;        /* has carried a message before */
+	double asked;    /* in seconds: the request was sent */
 };
 
 static struct pollfd fds[LOAD_MAX + 1];
@@ -3786,6 +3788,7 @@ static char request[512];
 static const char *host;
 static long errors, body_size, objects;
 static unsigned long *asked;
+static unsigned waits[WAIT_MAX + 1]; /* responses, by their microseconds */
 static char date[40];
 
 static void
@@ -3801,7 +3804,10 @@ set_up(int fd)
 static double
 seconds(void)
 {
-	return (double)now_ms() / 1000;
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
 /* Reads on until the head is whole. Returns 1 then, 0 at the end. */
@@ -3905,6 +3911,7 @@ ask_next(int i, int fresh)
 	}
 	if (objects)
 		request_make();
+	c->asked = seconds();
 	if (write(fds[i].fd, request, strlen(request)) == -1 &&
 	    !(c->used && errno == EPIPE))
 		errors++;
@@ -3958,6 +3965,24 @@ response_read(int i)
 	return c->left == 0 ? 1 : c->left < 0 ? -1 : 0;
 }
 
+/* Counts how long a response took. */
+static void
+wait_count(double took)
+{
+	waits[took < 1 ? (int)(took * WAIT_MAX) : WAIT_MAX]++;
+}
+
+/* The microseconds that 99 % of n responses took at most. */
+static int
+wait_most(long n)
+{
+	int us;
+
+	for (us = 0; us < WAIT_MAX && (n -= waits[us]) > 0; us++)
+		continue;
+	return us;
+}
+
 static long
 load_client(int n, long count, double end)
 {
@@ -3980,6 +4005,8 @@ load_client(int n, long count, double end)
 			if (got == 0)
 				continue;
 			done += got == 1;
+			if (got == 1)
+				wait_count(seconds() - conns[i]->asked);
 			errors += got == -1;
 			conns[i]->used = 1;
 			if (done + n > count || seconds() >= end) {
@@ -4163,9 +4190,10 @@ main_measure(int argc, char **argv)
 	    start + (double)atol(argv[3]) / 1000);
 	start = seconds() - start;
 	getrusage(RUSAGE_SELF, &u);
-	printf("%ld %.6f %ld %ld\n", done, start, errors,
+	printf("%ld %.6f %ld %ld %d\n", done, start, errors,
 	    (long)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) * 1000000 +
-	    (long)(u.ru_utime.tv_usec + u.ru_stime.tv_usec));
+	    (long)(u.ru_utime.tv_usec + u.ru_stime.tv_usec),
+	    wait_most(done * 99 / 100));
 	return 0;
 }
 
@@ -22172,7 +22200,8 @@ test_real_squid_parents() { # squid as the manual has it: each URL to one of two
 
 bench_rounds=3  # of each measurement; the median counts
 bench_ms=800    # that a measurement with small requests takes
-bench_idle=5000 # tunnels
+bench_idle=4000 # tunnels
+bench_most=20000 # descriptors, for as many tunnels as they are enough for
 bench_forks=    # processes of which the children count
 
 # The processor time of each child of a process.
@@ -22246,13 +22275,28 @@ bench_old() { # OPTION...
 	bench_add old "${proxy##*:}" "$proxy_pid"
 }
 
+# Proportional memory of a process and its children in MiB; - if the system does
+# not tell.
+bench_proportional() { # PID
+	for bench_child in "$1" $(children "$1"); do
+		cat "/proc/$bench_child/smaps_rollup" 2> /dev/null
+	done | awk '$1 == "Pss:" { n += $2 }
+		END { print n ? sprintf("%.2f", n / 1024) : "-" }'
+}
+
+# Of each candidate, right after it has started.
+bench_start() {
+	printf '\nMemory at the start, MiB: in proportion to who shares it\n'
+	for name in $bench_names; do
+		read -r port pid < "$name.where"
+		printf '%-14s%10s\n' "$name" "$(bench_proportional "$pid")"
+	done
+}
+
 bench_proxies() {
 	start_proxy -m $((bench_idle + 100))
 	bench_add proxy "${proxy##*:}" "$proxy_pid"
 	bench_old -m $((bench_idle + 100))
-	# What it costs to record everything.
-	name=w start_proxy -w bench.har -m $((bench_idle + 100))
-	bench_add "recording" "${proxy##*:}" "$proxy_pid"
 	real_ports
 	bench_tinyproxy "$real_p1" 'Timeout 600' "MaxClients $((bench_idle + 100))"
 	if have squid; then
@@ -22280,6 +22324,10 @@ bench_proxies() {
 		spawn haproxy.out haproxy -db -f haproxy.conf
 		bench_add haproxy "$real_p1" "$spawned"
 	fi
+	bench_start
+	# What it costs to record everything; a second one shares its pages.
+	name=w start_proxy -w bench.har -m $((bench_idle + 100))
+	bench_add "recording" "${proxy##*:}" "$proxy_pid"
 }
 
 bench_asked() { # how often the origin was asked for what a cache may keep
@@ -22287,7 +22335,8 @@ bench_asked() { # how often the origin was asked for what a cache may keep
 }
 
 # One measurement: a line "requests/s, own us, everybody's us, errors, asked,
-# requests" in WORK.NAME; the times are processor time per request.
+# requests, us of all but the slowest 1 %" in WORK.NAME; the second and third
+# are processor time per request.
 bench_one() { # WORK NAME FLAGS CONNS REQUESTS MS SIZE
 	bench_work=$1 bench_name=$2 bench_flags=$3 bench_pid=$$
 	shift 3
@@ -22307,7 +22356,7 @@ bench_one() { # WORK NAME FLAGS CONNS REQUESTS MS SIZE
 				own = 0
 			n = $1 ? $1 : 1
 			print $1 / $2, own / n, (own + origin + $4) / n, $3,
-				asked, $1
+				asked, $1, $5
 		}' result >> "$bench_work.$bench_name"
 }
 
@@ -22350,39 +22399,89 @@ bench_resident() { # PID: KiB
 	ps -o rss= -p "$1" | tr -d ' '
 }
 
+# So many idle tunnels through a proxy, as many as it takes at most, are
+# written to stand.NAME: bench_stand NAME TUNNELS
+bench_stand() {
+	rm -f "far.$1" "stand.$1"
+	read -r port pid < "$1.where"
+	spawn far.out "$peer" load "far.$1"
+	wait_for 5 "[ -s 'far.$1' ]" || return
+	spawn idle.out "$peer" idle "$port" "$(cat "far.$1")" "$2" "stand.$1"
+	wait_for 60 "[ -s 'stand.$1' ]"
+}
+
+# One measurement of each that takes tunnels.
+bench_each() { # WORK FLAGS CONNS SIZE
+	for name in direct $names; do
+		bench_one "$1" "$name" "$2" "$3" 1000000 "$bench_ms" "$4"
+	done
+}
+
 # Beside idle tunnels, which all candidates hold at the same time.
 bench_tunnels() {
-	printf '\nMemory with %d idle tunnels\n%-14s%10s%15s%15s\n' "$bench_idle" \
-		'' 'tunnels' 'KiB at first' 'KiB a tunnel'
 	names=
 	for name in $bench_names; do
-		[ "$name" != haproxy ] || continue
+		[ "$name" = haproxy ] || names="$names $name"
+	done
+	round=0
+	while [ $((round += 1)) -le "$bench_rounds" ]; do
+		bench_each ping -c 16 64
+	done
+	printf '\nMemory with %d idle tunnels\n%-14s%10s%15s\n' "$bench_idle" \
+		'' 'tunnels' 'KiB a tunnel'
+	for name in $names; do
 		read -r port pid < "$name.where"
 		before=$(bench_resident "$pid")
-		spawn far.out "$peer" load "far.$name"
-		wait_for 5 "[ -s 'far.$name' ]" || continue
-		spawn idle.out "$peer" idle "$port" "$(cat "far.$name")" \
-			"$bench_idle" "stand.$name"
-		wait_for 30 "[ -s 'stand.$name' ]" || continue
-		names="$names $name"
+		bench_stand "$name" "$bench_idle" || continue
 		awk -v name="$name" -v before="$before" \
 			-v after="$(bench_resident "$pid")" '{
-				printf "%-14s%10d%15d%15.2f\n", name, $1, before,
+				printf "%-14s%10d%15.2f\n", name, $1,
 					$1 ? (after - before) / $1 : 0
 			}' "stand.$name"
 	done
 	round=0
 	while [ $((round += 1)) -le "$bench_rounds" ]; do
-		for name in direct $names; do
-			bench_one few "$name" '' 1 1000000 "$bench_ms" 1024
-			bench_one idle "$name" '' 32 1000000 "$bench_ms" 1024
-		done
+		bench_each few '' 1 1024
+		bench_each idle '' 32 1024
+		bench_each pings -c 16 64
 	done
 	bench_table few "GET 1 KiB, 1 connection beside $bench_idle idle tunnels" \
 		request 1
 	bench_table idle \
 		"GET 1 KiB, 32 connections beside $bench_idle idle tunnels" request 1
+	printf '\n64 bytes on 16 tunnels beside %d idle ones, and beside none\n' \
+		"$bench_idle"
+	printf '%-14s%15s%11s%15s%11s\n' '' 'own us/request' 'of none' \
+		'99 % took us' 'of none'
+	for name in direct $names; do
+		echo "$(bench_median "pings.$name" 2)" "$(bench_median "ping.$name" 2)" \
+			"$(bench_median "pings.$name" 7)" \
+			"$(bench_median "ping.$name" 7)" | awk -v name="$name" '{
+				printf "%-14s%15.1f%11.2f%15d%11.2f\n", name, $1,
+					$2 ? $1 / $2 : 1, $3, $4 ? $3 / $4 : 1
+			}'
+	done
 }
+
+# As many tunnels as a process with so many descriptors takes.
+bench_descriptors() (
+	# shellcheck disable=SC3045 # where it is not known, nothing is shown
+	ulimit -n "$bench_most" 2> /dev/null || exit
+	name=most start_proxy -m "$bench_most"
+	bench_add proxy "${proxy##*:}" "$proxy_pid"
+	real_ports
+	bench_tinyproxy "$real_p1" 'Timeout 600' "MaxClients $bench_most"
+	if have squid; then
+		real_squid_spawn "$real_p2" "max_filedescriptors $bench_most"
+		bench_add squid "$real_p2" "$spawned"
+	fi
+	printf '\nTunnels in %d descriptors\n' "$bench_most"
+	for name in $bench_names; do
+		bench_stand "$name" "$bench_most" || echo - > "stand.$name"
+		printf '%-14s%10s\n' "$name" "$(cat "stand.$name")"
+	done
+	bench_clear
+)
 
 bench_clear() { # ends the candidates
 	for name in $bench_names; do
@@ -22641,6 +22740,8 @@ bench() (
 	bench_table body 'GET 256 MiB, one' MiB 256
 	bench_table tunnel 'GET 256 MiB through CONNECT, one' MiB 256
 	bench_tunnels
+	bench_clear
+	bench_descriptors
 	bench_caches
 	bench_rules
 	bench_workers
