@@ -437,6 +437,9 @@ write_peer() {
  *     errors (also a size that is not SIZE), its own microseconds of
  *     processor time, and the microseconds that 99 % of the responses took
  *     at most.
+ * relay FILE PORT
+ *     writes its port to FILE, connects each client to PORT, and copies bytes
+ *     until it is killed: what a proxy can't do without
  * idle PROXY-PORT PORT CONNS FILE
  *     opens CONNS tunnels, writes how many stand to FILE, and keeps them
  *     until it is killed
@@ -4138,6 +4141,53 @@ main_load(int argc, char **argv)
 	return 1;
 }
 
+/* Copies what has come at i to the other end, or closes both. */
+static void
+relay_step(int i)
+{
+	int other = i % 2 ? i + 1 : i - 1;
+	ssize_t n = read(fds[i].fd, block, sizeof block);
+
+	if (n > 0 && write(fds[other].fd, block, (size_t)n) == n)
+		return;
+	close(fds[i].fd);
+	close(fds[other].fd);
+	fds[i].fd = fds[other].fd = CLOSED;
+	fds[other].revents = 0;
+}
+
+/* Both ends of a connection have neighbouring places, the first one odd. */
+static int
+main_relay(int argc, char **argv)
+{
+	int n = 1, i, fd;
+
+	if (argc != 3)
+		return 2;
+	origin_port = atoi(argv[2]);
+	fds[0].fd = listen_at(argv[1]);
+	fds[0].events = POLLIN;
+	while (poll(fds, (nfds_t)n, -1) != -1) {
+		for (i = 1; i < n; i++)
+			if (fds[i].revents)
+				relay_step(i);
+		if (!fds[0].revents)
+			continue;
+		fd = accept(fds[0].fd, NULL, NULL);
+		for (i = 1; i < n && fds[i].fd != CLOSED; i += 2)
+			continue;
+		if (fd == -1 || i >= LOAD_MAX)
+			return 1;
+		fds[i].fd = fd;
+		fds[i + 1].fd = load_dial();
+		fds[i].events = fds[i + 1].events = POLLIN;
+		set_up(fd);
+		set_up(fds[i + 1].fd);
+		n = i + 2 > n ? i + 2 : n;
+	}
+	return 1;
+}
+
 static int
 main_idle(int argc, char **argv)
 {
@@ -4263,7 +4313,7 @@ main(int argc, char **argv)
 		{ "flood", main_flood }, { "slow", main_slow },
 		{ "serve", main_serve },
 		{ "load", main_load }, { "measure", main_measure },
-		{ "idle", main_idle } };
+		{ "idle", main_idle }, { "relay", main_relay } };
 	size_t i;
 
 	if (getenv("PEER_MS") != NULL)
@@ -22294,6 +22344,9 @@ bench_start() {
 }
 
 bench_proxies() {
+	spawn relay.out "$peer" relay relay "$origin"
+	wait_for 5 '[ -s relay ]' || fail "no relay"
+	bench_add relay "$(cat relay)" "$spawned"
 	start_proxy -m $((bench_idle + 100))
 	bench_add proxy "${proxy##*:}" "$proxy_pid"
 	bench_old -m $((bench_idle + 100))
@@ -22421,7 +22474,10 @@ bench_each() { # WORK FLAGS CONNS SIZE
 bench_tunnels() {
 	names=
 	for name in $bench_names; do
-		[ "$name" = haproxy ] || names="$names $name"
+		case $name in
+		relay | haproxy) ;;
+		*) names="$names $name" ;;
+		esac
 	done
 	round=0
 	while [ $((round += 1)) -le "$bench_rounds" ]; do
@@ -22726,9 +22782,10 @@ bench() (
 			bench_one one "$name" '' 1 1000000 "$bench_ms" 1024
 			bench_one many "$name" '' 32 1000000 "$bench_ms" 1024
 			bench_one new "$name" -n 1 5000 "$bench_ms" 1024
+			[ "$name" != relay ] || continue
 			bench_one body "$name" '' 1 1 10000 "$large"
-			[ "$name" = haproxy ] ||
-				bench_one tunnel "$name" -c 1 1 10000 "$large"
+			[ "$name" != haproxy ] || continue
+			bench_one tunnel "$name" -c 1 1 10000 "$large"
 		done
 	done
 	echo "Medians of $bench_rounds rounds in turns; client, server and proxy"
