@@ -3452,8 +3452,8 @@ head_framing(const struct head *h, enum framing *framing, uint64_t *length,
  * Door: absolute_parse, address_read, authority_parse, authority_print,
  * conn_head, field_append, field_passes, fields_append, fields_not_late,
  * fields_of_body, fields_of_condition, fields_of_hop, head_is_hopeless,
- * head_logs_in, header_parse, host_is_valid, host_trim, number_append,
- * line_append, method_parse, name_is_among, request_clean, request_hopeless,
+ * head_logs_in, header_parse, host_is_valid, host_trim, line_append,
+ * method_parse, name_is_among, number_append, request_clean, request_hopeless,
  * request_is_last, request_mask, request_parse, request_passed_here,
  * response_is_bodiless, response_length, response_parse, status_append,
  * url_login, url_parse, via_append.
@@ -11422,7 +11422,7 @@ static void
 log_word(struct buffer *b, const char *name, const char *word)
 {
 	buffer_word(b, name);
-	buffer_append(b, text_of(word));
+	buffer_word(b, word);
 }
 
 /* The parts of a log line that come from a request, or from a tunnel's note. */
@@ -12878,15 +12878,12 @@ response_field_append(const struct exchange *x, const struct response *r,
 	if (answer_is_stored(q) && text_is(name, "Age"))
 		return;
 	if (text_is(name, "Content-Length")) {
-		if (i != field_find(&r->head, "Content-Length", 0) ||
-		    r->status < 200 || r->status == 204 ||
-		    (q->method == METHOD_CONNECT && r->status < 300))
-			return;
-		if (!response_is_bodiless(r->status, q->method))
-			length = r->length;
-		else if (head_length(&r->head, &length) != 1)
-			return;
-		number_append(b, "Content-Length", length);
+		length = response_length(r);
+		if (i == field_find(&r->head, "Content-Length", 0) &&
+		    length != UINT64_MAX && r->status >= 200 &&
+		    r->status != 204 &&
+		    (q->method != METHOD_CONNECT || r->status >= 300))
+			number_append(b, "Content-Length", length);
 	} else if (field_passes(&r->head, i) ||
 	    (r->status == 407 && text_is(name, "Proxy-Authenticate")))
 		field_append(b, &r->head, i);
@@ -14491,10 +14488,7 @@ request_salvage(struct exchange *x)
 	tape_add(x, TAPE_REQUEST_HEAD, t);
 	q->bytes = x->client.in;
 	x->client.in = NULL;
-	t.len = text_find(t, '\n');
-	if (t.len > 0 && t.at[t.len - 1] == '\r')
-		t.len--;
-	q->uri = t;
+	q->uri = line_next(&t, NULL);
 }
 
 /* Refuses a malformed request and closes: its end is unknown. */
