@@ -332,7 +332,7 @@ struct conn {
 	int error;           /* errno after which nothing is read, or 0 */
 	unsigned place;      /* in the poll set; 0: not in it */
 	enum role role;      /* its use */
-	uint32_t event;      /* ms modulo 2^32, the last one: is it active? */
+	uint32_t event;      /* ms modulo 2^32, the last turn with an event */
 	uint16_t seen;       /* bytes of `in` searched for the end of a head */
 	bool connecting : 1; /* connect(2) is under way */
 	bool readable : 1;   /* a read may succeed */
@@ -2114,7 +2114,10 @@ poll_swap(size_t a, size_t b)
 	c->place = (unsigned)b;
 }
 
-/* Moves c into the prefix: it had an event. */
+/*
+ * Moves c into the prefix: it had an event, or the other side of its exchange,
+ * which may have an answer for it soon.
+ */
 static void
 poll_warm(struct conn *c)
 {
@@ -2161,8 +2164,8 @@ conn_watch(struct conn *c, int events)
 		assert(poll_set.all < poll_set.size);
 		c->place = (unsigned)poll_set.all++;
 		poll_set.conns[c->place] = c;
-		poll_warm(c);
 	}
+	poll_warm(c);
 	ended = c->hangup || (c->eof && c->shut && events == 0);
 	poll_set.fds[c->place] = (struct pollfd){ .fd = ended ? -1 : c->fd,
 		.events = (short)events };
@@ -16353,10 +16356,7 @@ loop_wait(void)
 	return wake == INT64_MAX ? -1 : (int)least(wake - now.ms, INT_MAX);
 }
 
-/*
- * Records the events of the places from first up to end.  Goes upwards, as
- * poll_warm() may swap only with places already seen, or not polled.
- */
+/* Records the events of the places from first up to end. */
 static void
 loop_note(size_t first, size_t end)
 {
@@ -16375,7 +16375,6 @@ loop_note(size_t first, size_t end)
 			c->readable = true;
 		if (events & POLLOUT)
 			c->writable = true;
-		poll_warm(c);
 		if (c->exchange != NULL)
 			exchange_queue(c->exchange);
 		kept_heard = kept_heard || c->role == ROLE_KEPT;
