@@ -2562,8 +2562,24 @@ address_parse(struct text host, unsigned port, struct address *a)
 }
 
 /*
- * The same for the host of a URL, which may also be written as resolvers read
- * it: 127.1, 0x7f.0.0.1 and 2130706433 are 127.0.0.1.
+ * Makes 0.0.0.0 and :: the loopback address: connections to them arrive there,
+ * and rules about that address must match them.
+ */
+static void
+address_settle(struct address *a)
+{
+	static const unsigned char none[16];
+	bool six = a->family == AF_INET6;
+
+	if (memcmp(a->octets, none, sizeof(none)) != 0)
+		return;
+	a->octets[0] = six ? 0 : 127;
+	a->octets[six ? 15 : 3] = 1;
+}
+
+/*
+ * The address that the host of a URL stands for.  It may also be written as
+ * resolvers read it: 127.1, 0x7f.0.0.1 and 2130706433 are 127.0.0.1.
  */
 static bool
 address_of_host(struct text host, unsigned port, struct address *a)
@@ -2571,15 +2587,17 @@ address_of_host(struct text host, unsigned port, struct address *a)
 	char string[HOST_MAX + 1];
 	in_addr_t four;
 
-	if (address_parse(host, port, a))
-		return true;
-	if (host.len == 0 || !text_copy(host, string, sizeof(string)))
-		return false;
-	four = inet_addr(string);
-	if (four == (in_addr_t)-1)
-		return false;
-	*a = (struct address){ .family = AF_INET, .port = (uint16_t)port };
-	memcpy(a->octets, &four, 4);
+	if (!address_parse(host, port, a)) {
+		if (host.len == 0 || !text_copy(host, string, sizeof(string)))
+			return false;
+		four = inet_addr(string);
+		if (four == (in_addr_t)-1)
+			return false;
+		*a = (struct address){ .family = AF_INET,
+			.port = (uint16_t)port };
+		memcpy(a->octets, &four, 4);
+	}
+	address_settle(a);
 	return true;
 }
 
@@ -2647,7 +2665,7 @@ address_is_loopback(const struct address *a)
 	    memcmp(a->octets, loopback6, sizeof(loopback6)) == 0;
 }
 
-/* True for 0.0.0.0/8 and ::, which connect to this machine. */
+/* True for 0.0.0.0/8 and ::, which stand for all addresses of this machine. */
 static bool
 address_is_any(const struct address *a)
 {
@@ -2713,7 +2731,7 @@ address_is_ours(const struct address *a)
 		if (l->port != a->port ||
 		    (l->family != a->family && !listeners[i].both))
 			continue;
-		if (address_same(l, a) || address_is_any(a) ||
+		if (address_same(l, a) ||
 		    (address_is_any(l) && address_is_here(a)))
 			return true;
 	}
@@ -14916,8 +14934,10 @@ resolve_host(struct exchange *x, struct text host, unsigned port)
 	}
 	q->route.n = (unsigned char)name->answer.n;
 	memcpy(q->route.list, name->answer.list, sizeof(q->route.list));
-	for (i = 0; i < q->route.n; i++)
+	for (i = 0; i < q->route.n; i++) {
+		address_settle(&q->route.list[i]);
 		q->route.list[i].port = (uint16_t)port;
+	}
 	return 1;
 }
 
@@ -17519,6 +17539,8 @@ options_parse(int argc, char **argv)
 		options.cache_size = (uint64_t)CACHE_MIB << 20;
 	if (options.idle_s != 0)
 		options.idle_ms = (int64_t)options.idle_s * 1000;
+	if (options.seed == 0)
+		options.seed = (uint64_t)now.us ^ (uint64_t)getpid() << 32;
 }
 
 /* Accepts at fd, a listening socket; returns NULL, or why it can't. */
@@ -17588,18 +17610,24 @@ listen_die(const char *argument, const char *error, const char *kind)
 	die("can't listen on %s: %s%s", argument, error, advice);
 }
 
-/* Listens on a UNIX socket; removes one that a dead proxy has left behind. */
+/*
+ * Listens on a UNIX socket; removes one that a dead proxy has left behind.
+ * With -n, this and listen_at() only look at what they are given.
+ */
 static void
 listen_path(const char *path)
 {
 	struct sockaddr_un un = { .sun_family = AF_UNIX };
 	const char *error;
 	struct stat status;
-	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+	int fd;
 
 	if (!text_copy(text_of(path), un.sun_path, sizeof(un.sun_path)))
 		usage("-l %s: a path of %lu bytes at most", path,
 		    (unsigned long)sizeof(un.sun_path) - 1);
+	if (options.check)
+		return;
+	fd = socket(AF_UNIX, SOCK_STREAM, 0);
 	if (fd != -1 && fcntl(fd, F_SETFL, O_NONBLOCK) != -1 &&
 	    lstat(path, &status) != -1 && S_ISSOCK(status.st_mode) &&
 	    connect(fd, (struct sockaddr *)&un, sizeof(un)) == -1 &&
@@ -17691,6 +17719,8 @@ listen_at(const char *argument)
 			usage("-l %s: not [host:]port", argument);
 		port = zero ? 0 : target.port;
 	}
+	if (options.check)
+		return;
 	(void)text_copy(target.host, host, sizeof(host));
 	for (;;) {
 		error = listen_host(any ? NULL : host, (unsigned)port);
@@ -17985,6 +18015,7 @@ trial_resolve(const struct trial *t, struct address *a)
 		return false;
 	}
 	*a = address_import(found->ai_addr);
+	address_settle(a);
 	freeaddrinfo(found);
 	return true;
 }
@@ -18316,10 +18347,7 @@ command_start(void)
 		die("a command can't use a proxy that listens on a path only, "
 		    "or for PROXY headers");
 	a = listeners[i].address;
-	if (address_is_any(&a))
-		(void)address_parse(text_of(a.family == AF_INET ? "127.0.0.1" :
-								  "::1"),
-		    a.port, &a);
+	address_settle(&a);
 	(void)snprintf(url, sizeof(url), "http://%s", address_words(&a));
 	command.pid = signals_fork();
 	if (command.pid == -1)
@@ -18376,8 +18404,6 @@ main(int argc, char **argv)
 	started = now.ms;
 	tzset();
 	options_parse(argc, argv);
-	if (options.seed == 0)
-		options.seed = (uint64_t)now.us ^ (uint64_t)getpid() << 32;
 	options_answer();
 	/* Before anything is said: standard error may be the client. */
 	if (options.inetd && !options.check && options.trials.n == 0)
@@ -18388,8 +18414,10 @@ main(int argc, char **argv)
 		exit(2);
 	if (options.user != NULL && options.trials.n == 0)
 		user_find(options.user);
-	if (options.check)
+	if (options.check) {
+		listen_all(0);
 		exit(0);
+	}
 	if (options.trials.n > 0)
 		trials_run();
 	pseudonym_make();

@@ -9238,6 +9238,14 @@ ${#says}\\n\\n$says" loop > $says.script
 	want 403 GET http://b.example:%p/ '' ' rule=-e:2( |$)'
 	grep -i '^Proxy-Status: .*error=destination_ip_prohibited' a > /dev/null ||
 		fail "both denied: $(grep -i '^Proxy-Status' a)"
+	# Connections to 0.0.0.0 and :: arrive at loopback.
+	NAME_ADDRESSES='0.0.0.0 ::'
+	start_ruled -e 'deny address 127.0.0.0/8 ::1'
+	for url in GET\ http://d.example:%p/ GET\ http://0:%p/ \
+	    GET\ http://[::]:%p/ CONNECT\ 0.0.0.0:%p; do
+		# shellcheck disable=SC2086 # two words
+		want 403 $url
+	done
 }
 
 test_rules_conditions() { # method, host, port, url, status, type, time: what they match
@@ -10695,6 +10703,7 @@ END
 	lacks out cret
 	tries -e 'deny address 127.0.0.0/8' <<'END'
 http://localhost/ = 1 deny -e:1
+http://0.0.0.0/ = 1 deny -e:1
 END
 }
 
@@ -11492,6 +11501,9 @@ test_rules_right() { # -n: right rules exit 0 in silence; -n -v prints what is i
 	# A port that is taken does not matter.
 	start_proxy
 	exits 0 -n -l "$proxy"
+	for listen in a:b '' proxy:99999 "/$(printf %0200d 0)"; do
+		exits 2 -n -l "$listen"
+	done
 }
 
 test_rules_interrupted() { # reading rules, lists and users goes on after a signal
