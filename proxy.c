@@ -12427,6 +12427,8 @@ static const struct {
 	    "framed anew, RFC 9112 6.2" },
 	{ "Content-Range", "", "a part of the entry, RFC 9110 14.4" },
 	{ "Date", "", "the response had none, RFC 9110 6.6.1" },
+	{ "Expect", "not of HTTP/1.0, RFC 9110 10.1.1", NULL },
+	{ "HTTP2-Settings", "hop-by-hop, RFC 7540 3.2.1", NULL },
 	{ "Host", "the URL decides, RFC 9112 3.2.2", NULL },
 	{ "If-Modified-Since", "the entry's goes first, RFC 9111 4.3.1",
 	    "validator of the entry, RFC 9111 4.3.1" },
@@ -12435,10 +12437,12 @@ static const struct {
 	{ "Keep-Alive", "hop-by-hop, RFC 9110 7.6.1", "" },
 	{ "Max-Forwards", "one hop less, RFC 9110 7.6.2", NULL },
 	{ "Proxy-Authenticate", "not of this hop, RFC 9110 11.7.1", "" },
+	{ "Proxy-Authentication-Info", "not of this hop, RFC 9110 11.7.3",
+	    NULL },
 	{ "Proxy-Authorization", "for this proxy, RFC 9110 11.7.2",
 	    "the login at the parent, RFC 9110 11.7.2" },
 	{ "Proxy-Connection", "hop-by-hop, RFC 9110 7.6.1", "" },
-	{ "TE", "hop-by-hop, RFC 9110 10.1.4", "" },
+	{ "TE", "hop-by-hop, RFC 9110 10.1.4", NULL },
 	{ "Trailer", "the trailer may not pass, RFC 9110 6.6.2", "" },
 	{ "Transfer-Encoding", "of one connection, RFC 9112 6.1",
 	    "the length is not known, RFC 9112 7.1" },
@@ -12828,9 +12832,8 @@ request_field_append(struct exchange *x, size_t i, struct buffer *b)
 		if (number_clamp(field_value(h, i), UINT64_MAX, &hops) &&
 		    hops > 0)
 			number_append(b, "Max-Forwards", hops - 1);
-	} else if (text_is(name, "Expect") && q->minor == 0)
-		trace(x, "Expect of an HTTP/1.0 client is ignored");
-	else if (field_passes(h, i) && !mark_is_set(&q->rewrites.taken, i) &&
+	} else if (field_passes(h, i) && !mark_is_set(&q->rewrites.taken, i) &&
+	    !(q->minor == 0 && text_is(name, "Expect")) &&
 	    !(q->caching.state == CACHING_VALIDATES &&
 		name_is_among(name, fields_of_condition)))
 		field_append(b, h, i);

@@ -16973,6 +16973,17 @@ test_trace_change() { # the trace shows which lines of a head were dropped or ad
 	err~   s> HTTP/1.1 304
 	err~   >c HTTP/1.1 200 OK
 	err~   >c [+] Age: 0  [(]the age now, RFC 9111 5.1[)]
+	== nothing goes or comes without a reason
+	reply  200 | ok
+	client send GET http://%O/b HTTP/1.0\nExpect: 100-continue\nHTTP2-Settings: x\nProxy-Authentication-Info: x\n\n ; answer
+	err~   >s - Expect: 100-continue  [(]not of HTTP/1.0, RFC 9110 10.1.1[)]
+	err~   >s - HTTP2-Settings: x  [(]hop-by-hop, RFC 7540 3.2.1[)]
+	err~   >s - Proxy-Authentication-Info: x  [(]not of this hop, RFC 9110 11.7.3[)]
+	== nor does what is added
+	reply  200 | ok
+	ask    /c TE: trailers, deflate
+	err~   >s [+] TE: trailers  [(]hop-by-hop, RFC 9110 10.1.4[)]
+	err!~  >[sc] [-+] [^ ]*: .*[^)]$
 END
 }
 
