@@ -4569,7 +4569,8 @@ exchange_parent(const struct exchange *x)
  *
  * Door: network_parse, network_has, days_parse, hours_parse, span_has,
  * numbers_parse, numbers_have, units_time, needle_scan, reader_begin,
- * reader_next, domain_lower, list_step, list_end, list_free, list_has.
+ * reader_next, domain_lower, word_next, list_step, list_end, list_free,
+ * list_has.
  */
 
 enum {
@@ -17952,21 +17953,21 @@ struct trial {
 static void
 trial_parse(struct trial *t, const char *words)
 {
-	struct text rest = text_of(words), user = { NULL, 0 };
+	struct text rest = text_trim(text_of(words)), user = { NULL, 0 };
 	struct request *q = &t->request;
 
 	memset(q, 0, sizeof(*q));
 	(void)address_parse(text_of("127.0.0.1"), 0, &t->client);
 	q->minor = 1;
 	q->name = text_of("GET");
-	q->uri = text_split(&rest, ' ');
+	q->uri = word_next(&rest);
 	while (rest.len > 0) {
-		struct text word = text_split(&rest, ' ');
-		struct text value = text_split(&rest, ' ');
+		struct text word = word_next(&rest);
+		struct text value = word_next(&rest);
 
-		if (text_is(word, "user"))
+		if (text_is(word, "user") && value.len > 0)
 			user = value;
-		else if (text_is(word, "method"))
+		else if (text_is(word, "method") && text_is_token(value))
 			q->name = value;
 		else if (!text_is(word, "client") ||
 		    !address_parse(value, 0, &t->client))
@@ -17976,7 +17977,7 @@ trial_parse(struct trial *t, const char *words)
 			    (int)value.len, value.at);
 	}
 	q->method = method_parse(q->name);
-	if (!url_parse(q->uri, &q->target) || !text_is_token(q->name) ||
+	if (!url_parse(q->uri, &q->target) ||
 	    (q->method == METHOD_CONNECT && q->target.form == FORM_ABSOLUTE))
 		usage("-T %.*s: not a URL that begins with http:// or https://",
 		    (int)q->uri.len, words);

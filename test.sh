@@ -10655,6 +10655,10 @@ END
 	tries -e 'deny client 127.0.0.1' <<'END'
 http://example.com/ = 1 deny -e:1
 http://example.com/ client ::1 = 0 allow
+http://example.com/  client   ::1 = 0 allow
+http://example.com/ user = 2
+http://example.com/ method = 2
+http://example.com/ client = 2
 END
 	tries -e 'deny port x' <<'END'
 http://example.com/ = 2
