@@ -13724,8 +13724,13 @@ page_trace(struct exchange *x)
  */
 
 enum {
-	/* Steps of one exchange in a turn, and buffers of a flow in a step. */
+	/*
+	 * Steps of one exchange in a turn, and the bytes after which it takes
+	 * no more: others wait meanwhile.
+	 */
 	STEPS_MAX = 64,
+	TURN_BYTES = 256 << 10,
+	/* Buffers of a flow in a step. */
 	MOVES_MAX = 8,
 	/* 1xx responses before the final one. */
 	INTERIM_MAX = 64,
@@ -16256,19 +16261,23 @@ exchange_run(struct exchange *x)
 		[PHASE_LINGER] = linger_step,
 	};
 	struct conn *c = &x->client, *s = &x->server;
+	const uint64_t *sent = totals.sent,
+		       most = sent[0] + sent[1] + TURN_BYTES;
 	unsigned n = 0;
+	bool more;
 
 	do {
 		c->wanted = s->wanted = false;
 		x->deadline = INT64_MAX;
-	} while (n++ < STEPS_MAX && steps[x->phase] && steps[x->phase](x));
+		more = steps[x->phase] && steps[x->phase](x);
+	} while (more && ++n < STEPS_MAX && sent[0] + sent[1] < most);
 	exchange_overhear(x);
 	exchange_check(x);
 	if (x->phase == PHASE_FREE)
 		return;
-	if (n > STEPS_MAX)
+	if (more)
 		exchange_queue(x);
-	assert(n > STEPS_MAX || x->deadline != INT64_MAX);
+	assert(more || x->deadline != INT64_MAX);
 	conn_watch(c, conn_events(c));
 	conn_watch(s, conn_events(s));
 	exchanges.wake = least(exchanges.wake, x->deadline);

@@ -9241,10 +9241,8 @@ ${#says}\\n\\n$says" loop > $says.script
 	# Connections to 0.0.0.0 and :: arrive at loopback.
 	NAME_ADDRESSES='0.0.0.0 ::'
 	start_ruled -e 'deny address 127.0.0.0/8 ::1'
-	for url in GET\ http://d.example:%p/ GET\ http://0:%p/ \
-	    GET\ http://[::]:%p/ CONNECT\ 0.0.0.0:%p; do
-		# shellcheck disable=SC2086 # two words
-		want 403 $url
+	for host in d.example 0 '[::]' 0.0.0.0; do
+		want 403 GET "http://$host:%p/"
 	done
 }
 
@@ -19697,6 +19695,20 @@ END
 	tail -n "+$count_from" all.calls > calls
 	[ "$(grep -c '^accept' calls)" = 3 ] && ! grep '^setsockopt' calls ||
 		fail "3 clients took $(grep -c '^accept\|^setsock' calls) calls"
+}
+
+test_resources_turns() { # a fast download takes under 1 MiB of a turn: others are served between
+	need_calls
+	start_proxy
+	play -n 'a download' <<'END'
+	reply  200 Content-Length: 32000000
+	origin stuff 32000000
+	a: send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until \n\n ; skip 32000000 ; touch done
+	do comes done
+END
+	most=$(awk '/^p?poll/ { n = 0 } /^write/ { n += $NF; if (n > most) most = n }
+		END { print most }' all.calls)
+	[ "$most" -ge 1000 ] && [ "$most" -lt 1048576 ] || fail "$most bytes"
 }
 
 test_limit_empty_lines() { # a client that sends empty lines without end, or in pieces, has the time of a head
