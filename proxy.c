@@ -2114,18 +2114,6 @@ poll_swap(size_t a, size_t b)
 	c->place = (unsigned)b;
 }
 
-/*
- * Moves c into the prefix: it had an event, or the other side of its exchange,
- * which may have an answer for it soon.
- */
-static void
-poll_warm(struct conn *c)
-{
-	c->event = (uint32_t)now.ms;
-	if (c->place >= poll_set.hot)
-		poll_swap(c->place, poll_set.hot++);
-}
-
 /* Moves c out of the prefix. */
 static void
 poll_cool(struct conn *c)
@@ -2149,9 +2137,10 @@ poll_remove(struct conn *c)
 }
 
 /*
- * Sets the events to wait for at c.  After a hangup there is nothing to wait
- * for: poll would return at once each time.  What is left there is found by
- * trying.
+ * Sets the events to wait for at c, and moves it into the prefix: it had an
+ * event, or the other side of its exchange, which may have an answer for it
+ * soon.  After a hangup there is nothing to wait for: poll would return at once
+ * each time.  What is left there is found by trying.
  */
 static void
 conn_watch(struct conn *c, int events)
@@ -2165,7 +2154,9 @@ conn_watch(struct conn *c, int events)
 		c->place = (unsigned)poll_set.all++;
 		poll_set.conns[c->place] = c;
 	}
-	poll_warm(c);
+	c->event = (uint32_t)now.ms;
+	if (c->place >= poll_set.hot)
+		poll_swap(c->place, poll_set.hot++);
 	ended = c->hangup || (c->eof && c->shut && events == 0);
 	poll_set.fds[c->place] = (struct pollfd){ .fd = ended ? -1 : c->fd,
 		.events = (short)events };
