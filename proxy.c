@@ -17940,8 +17940,9 @@ pseudonym_make(void)
 struct trial {
 	struct request request;
 	struct address client;
+	struct address address; /* of the server, if its name was looked up */
 	struct rules *rules;
-	struct view view; /* of these three */
+	struct view view; /* of these four */
 	struct verdict access, route;
 	const struct parent *parent; /* first of the route, or NULL */
 };
@@ -17999,11 +18000,28 @@ trial_print(const char *what, const char *word, const struct rule *rule)
 	printf("\n");
 }
 
-/* Looks up the server's name; false if that fails, which is printed. */
-static bool
-trial_resolve(const struct trial *t, struct address *a)
+/*
+ * Judges access and route by what is known.  A parent looks the server's name
+ * up itself, so the address stays unknown unless the route needed it.
+ */
+static void
+trial_judge(struct trial *t)
 {
-	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *found = NULL;
+	t->route = rules_judge(t->rules, GROUP_ROUTE, &t->view);
+	t->parent = t->route.truth == TRUTH_YES ? t->route.rule->parents : NULL;
+	view_route(&t->view, t->parent);
+	t->access = rules_judge(t->rules, GROUP_ACCESS, &t->view);
+}
+
+/*
+ * Looks up the server's name and judges again, by its first address, and while
+ * that is denied, by the next.  If there is none, prints why.
+ */
+static void
+trial_resolve(struct trial *t)
+{
+	struct addrinfo hints = { .ai_socktype = SOCK_STREAM };
+	struct addrinfo *found = NULL, *at;
 	const struct parent *to = t->parent;
 	char host[HOST_MAX + 1];
 	int error;
@@ -18016,25 +18034,18 @@ trial_resolve(const struct trial *t, struct address *a)
 	if (error != 0) {
 		printf("\taddress: the name lookup failed: %s\n",
 		    gai_strerror(error));
-		return false;
+		return;
 	}
-	*a = address_import(found->ai_addr);
-	address_settle(a);
+	at = found;
+	do {
+		t->address = address_import(at->ai_addr);
+		address_settle(&t->address);
+		view_source(&t->view, &t->address);
+		trial_judge(t);
+		at = at->ai_next;
+	} while (
+	    at != NULL && t->access.refuses && !parent_is_proxy(t->parent));
 	freeaddrinfo(found);
-	return true;
-}
-
-/*
- * Judges access and route by what is known.  A parent looks the server's name
- * up itself, so the address stays unknown unless the route needed it.
- */
-static void
-trial_judge(struct trial *t)
-{
-	t->route = rules_judge(t->rules, GROUP_ROUTE, &t->view);
-	t->parent = t->route.truth == TRUTH_YES ? t->route.rule->parents : NULL;
-	view_route(&t->view, t->parent);
-	t->access = rules_judge(t->rules, GROUP_ACCESS, &t->view);
 }
 
 /* True if a verdict is open because the server's address is not known yet. */
@@ -18120,17 +18131,14 @@ static int
 trial_run(const char *words)
 {
 	const struct account *user;
-	struct address address;
 	struct trial t;
 
 	printf("%s\n", words);
 	trial_parse(&t, words);
 	t.rules = rules_take(&t.request.head, &user);
 	trial_judge(&t);
-	if (trial_needs_address(&t) && trial_resolve(&t, &address)) {
-		view_source(&t.view, &address);
-		trial_judge(&t);
-	}
+	if (trial_needs_address(&t))
+		trial_resolve(&t);
 	trial_access(&t.access, &t.view);
 	trial_route(&t);
 	if (!t.access.refuses)

@@ -10729,6 +10729,13 @@ END
 	tries -e 'deny address 10.0.0.0/8' <<'END'
 http://d.example/ = 0 allow
 END
+	NAME_ADDRESSES='192.0.2.7 192.0.2.8'
+	tries -e 'deny address 192.0.2.7' <<'END'
+http://e.example/ = 0 allow built-in:3
+END
+	tries -e 'deny address 192.0.2.7' -e 'deny address 192.0.2.8' <<'END'
+http://f.example/ = 1 deny -e:2
+END
 	run_proxy -e 'deny type text/html' -T http://nowhere.invalid/
 	lacks out 'address:'
 	# A name that can't be looked up.
