@@ -332,7 +332,7 @@ struct conn {
 	int error;           /* errno after which nothing is read, or 0 */
 	unsigned place;      /* in the poll set; 0: not in it */
 	enum role role;      /* its use */
-	uint32_t event;      /* ms modulo 2^32, the last one: is it active? */
+	uint32_t event;      /* ms modulo 2^32, the last turn with an event */
 	uint16_t seen;       /* bytes of `in` searched for the end of a head */
 	bool connecting : 1; /* connect(2) is under way */
 	bool readable : 1;   /* a read may succeed */
@@ -2114,15 +2114,6 @@ poll_swap(size_t a, size_t b)
 	c->place = (unsigned)b;
 }
 
-/* Moves c into the prefix: it had an event. */
-static void
-poll_warm(struct conn *c)
-{
-	c->event = (uint32_t)now.ms;
-	if (c->place >= poll_set.hot)
-		poll_swap(c->place, poll_set.hot++);
-}
-
 /* Moves c out of the prefix. */
 static void
 poll_cool(struct conn *c)
@@ -2146,9 +2137,10 @@ poll_remove(struct conn *c)
 }
 
 /*
- * Sets the events to wait for at c.  After a hangup there is nothing to wait
- * for: poll would return at once each time.  What is left there is found by
- * trying.
+ * Sets the events to wait for at c, and moves it into the prefix: it had an
+ * event, or the other side of its exchange, which may have an answer for it
+ * soon.  After a hangup there is nothing to wait for: poll would return at once
+ * each time.  What is left there is found by trying.
  */
 static void
 conn_watch(struct conn *c, int events)
@@ -2161,8 +2153,10 @@ conn_watch(struct conn *c, int events)
 		assert(poll_set.all < poll_set.size);
 		c->place = (unsigned)poll_set.all++;
 		poll_set.conns[c->place] = c;
-		poll_warm(c);
 	}
+	c->event = (uint32_t)now.ms;
+	if (c->place >= poll_set.hot)
+		poll_swap(c->place, poll_set.hot++);
 	ended = c->hangup || (c->eof && c->shut && events == 0);
 	poll_set.fds[c->place] = (struct pollfd){ .fd = ended ? -1 : c->fd,
 		.events = (short)events };
@@ -2559,8 +2553,24 @@ address_parse(struct text host, unsigned port, struct address *a)
 }
 
 /*
- * The same for the host of a URL, which may also be written as resolvers read
- * it: 127.1, 0x7f.0.0.1 and 2130706433 are 127.0.0.1.
+ * Makes 0.0.0.0 and :: the loopback address: connections to them arrive there,
+ * and rules about that address must match them.
+ */
+static void
+address_settle(struct address *a)
+{
+	static const unsigned char none[16];
+	bool six = a->family == AF_INET6;
+
+	if (memcmp(a->octets, none, sizeof(none)) != 0)
+		return;
+	a->octets[0] = six ? 0 : 127;
+	a->octets[six ? 15 : 3] = 1;
+}
+
+/*
+ * The address that the host of a URL stands for.  It may also be written as
+ * resolvers read it: 127.1, 0x7f.0.0.1 and 2130706433 are 127.0.0.1.
  */
 static bool
 address_of_host(struct text host, unsigned port, struct address *a)
@@ -2568,15 +2578,17 @@ address_of_host(struct text host, unsigned port, struct address *a)
 	char string[HOST_MAX + 1];
 	in_addr_t four;
 
-	if (address_parse(host, port, a))
-		return true;
-	if (host.len == 0 || !text_copy(host, string, sizeof(string)))
-		return false;
-	four = inet_addr(string);
-	if (four == (in_addr_t)-1)
-		return false;
-	*a = (struct address){ .family = AF_INET, .port = (uint16_t)port };
-	memcpy(a->octets, &four, 4);
+	if (!address_parse(host, port, a)) {
+		if (host.len == 0 || !text_copy(host, string, sizeof(string)))
+			return false;
+		four = inet_addr(string);
+		if (four == (in_addr_t)-1)
+			return false;
+		*a = (struct address){ .family = AF_INET,
+			.port = (uint16_t)port };
+		memcpy(a->octets, &four, 4);
+	}
+	address_settle(a);
 	return true;
 }
 
@@ -2644,7 +2656,7 @@ address_is_loopback(const struct address *a)
 	    memcmp(a->octets, loopback6, sizeof(loopback6)) == 0;
 }
 
-/* True for 0.0.0.0/8 and ::, which connect to this machine. */
+/* True for 0.0.0.0/8 and ::, which stand for all addresses of this machine. */
 static bool
 address_is_any(const struct address *a)
 {
@@ -2710,7 +2722,7 @@ address_is_ours(const struct address *a)
 		if (l->port != a->port ||
 		    (l->family != a->family && !listeners[i].both))
 			continue;
-		if (address_same(l, a) || address_is_any(a) ||
+		if (address_same(l, a) ||
 		    (address_is_any(l) && address_is_here(a)))
 			return true;
 	}
@@ -4548,7 +4560,8 @@ exchange_parent(const struct exchange *x)
  *
  * Door: network_parse, network_has, days_parse, hours_parse, span_has,
  * numbers_parse, numbers_have, units_time, needle_scan, reader_begin,
- * reader_next, domain_lower, list_step, list_end, list_free, list_has.
+ * reader_next, domain_lower, word_next, list_step, list_end, list_free,
+ * list_has.
  */
 
 enum {
@@ -12406,6 +12419,8 @@ static const struct {
 	    "framed anew, RFC 9112 6.2" },
 	{ "Content-Range", "", "a part of the entry, RFC 9110 14.4" },
 	{ "Date", "", "the response had none, RFC 9110 6.6.1" },
+	{ "Expect", "not of HTTP/1.0, RFC 9110 10.1.1", NULL },
+	{ "HTTP2-Settings", "hop-by-hop, RFC 7540 3.2.1", NULL },
 	{ "Host", "the URL decides, RFC 9112 3.2.2", NULL },
 	{ "If-Modified-Since", "the entry's goes first, RFC 9111 4.3.1",
 	    "validator of the entry, RFC 9111 4.3.1" },
@@ -12414,10 +12429,12 @@ static const struct {
 	{ "Keep-Alive", "hop-by-hop, RFC 9110 7.6.1", "" },
 	{ "Max-Forwards", "one hop less, RFC 9110 7.6.2", NULL },
 	{ "Proxy-Authenticate", "not of this hop, RFC 9110 11.7.1", "" },
+	{ "Proxy-Authentication-Info", "not of this hop, RFC 9110 11.7.3",
+	    NULL },
 	{ "Proxy-Authorization", "for this proxy, RFC 9110 11.7.2",
 	    "the login at the parent, RFC 9110 11.7.2" },
 	{ "Proxy-Connection", "hop-by-hop, RFC 9110 7.6.1", "" },
-	{ "TE", "hop-by-hop, RFC 9110 10.1.4", "" },
+	{ "TE", "hop-by-hop, RFC 9110 10.1.4", NULL },
 	{ "Trailer", "the trailer may not pass, RFC 9110 6.6.2", "" },
 	{ "Transfer-Encoding", "of one connection, RFC 9112 6.1",
 	    "the length is not known, RFC 9112 7.1" },
@@ -12807,9 +12824,8 @@ request_field_append(struct exchange *x, size_t i, struct buffer *b)
 		if (number_clamp(field_value(h, i), UINT64_MAX, &hops) &&
 		    hops > 0)
 			number_append(b, "Max-Forwards", hops - 1);
-	} else if (text_is(name, "Expect") && q->minor == 0)
-		trace(x, "Expect of an HTTP/1.0 client is ignored");
-	else if (field_passes(h, i) && !mark_is_set(&q->rewrites.taken, i) &&
+	} else if (field_passes(h, i) && !mark_is_set(&q->rewrites.taken, i) &&
+	    !(q->minor == 0 && text_is(name, "Expect")) &&
 	    !(q->caching.state == CACHING_VALIDATES &&
 		name_is_among(name, fields_of_condition)))
 		field_append(b, h, i);
@@ -13696,8 +13712,13 @@ page_trace(struct exchange *x)
  */
 
 enum {
-	/* Steps of one exchange in a turn, and buffers of a flow in a step. */
+	/*
+	 * Steps of one exchange in a turn, and the bytes after which it takes
+	 * no more: others wait meanwhile.
+	 */
 	STEPS_MAX = 64,
+	TURN_BYTES = 256 << 10,
+	/* Buffers of a flow in a step. */
 	MOVES_MAX = 8,
 	/* 1xx responses before the final one. */
 	INTERIM_MAX = 64,
@@ -14907,8 +14928,10 @@ resolve_host(struct exchange *x, struct text host, unsigned port)
 	}
 	q->route.n = (unsigned char)name->answer.n;
 	memcpy(q->route.list, name->answer.list, sizeof(q->route.list));
-	for (i = 0; i < q->route.n; i++)
+	for (i = 0; i < q->route.n; i++) {
+		address_settle(&q->route.list[i]);
 		q->route.list[i].port = (uint16_t)port;
+	}
 	return 1;
 }
 
@@ -16223,19 +16246,23 @@ exchange_run(struct exchange *x)
 		[PHASE_LINGER] = linger_step,
 	};
 	struct conn *c = &x->client, *s = &x->server;
+	const uint64_t *sent = totals.sent,
+		       most = sent[0] + sent[1] + TURN_BYTES;
 	unsigned n = 0;
+	bool more;
 
 	do {
 		c->wanted = s->wanted = false;
 		x->deadline = INT64_MAX;
-	} while (n++ < STEPS_MAX && steps[x->phase] && steps[x->phase](x));
+		more = steps[x->phase] && steps[x->phase](x);
+	} while (more && ++n < STEPS_MAX && sent[0] + sent[1] < most);
 	exchange_overhear(x);
 	exchange_check(x);
 	if (x->phase == PHASE_FREE)
 		return;
-	if (n > STEPS_MAX)
+	if (more)
 		exchange_queue(x);
-	assert(n > STEPS_MAX || x->deadline != INT64_MAX);
+	assert(more || x->deadline != INT64_MAX);
 	conn_watch(c, conn_events(c));
 	conn_watch(s, conn_events(s));
 	exchanges.wake = least(exchanges.wake, x->deadline);
@@ -16347,10 +16374,7 @@ loop_wait(void)
 	return wake == INT64_MAX ? -1 : (int)least(wake - now.ms, INT_MAX);
 }
 
-/*
- * Records the events of the places from first up to end.  Goes upwards, as
- * poll_warm() may swap only with places already seen, or not polled.
- */
+/* Records the events of the places from first up to end. */
 static void
 loop_note(size_t first, size_t end)
 {
@@ -16369,7 +16393,6 @@ loop_note(size_t first, size_t end)
 			c->readable = true;
 		if (events & POLLOUT)
 			c->writable = true;
-		poll_warm(c);
 		if (c->exchange != NULL)
 			exchange_queue(c->exchange);
 		kept_heard = kept_heard || c->role == ROLE_KEPT;
@@ -17514,6 +17537,8 @@ options_parse(int argc, char **argv)
 		options.cache_size = (uint64_t)CACHE_MIB << 20;
 	if (options.idle_s != 0)
 		options.idle_ms = (int64_t)options.idle_s * 1000;
+	if (options.seed == 0)
+		options.seed = (uint64_t)now.us ^ (uint64_t)getpid() << 32;
 }
 
 /* Accepts at fd, a listening socket; returns NULL, or why it can't. */
@@ -17583,18 +17608,24 @@ listen_die(const char *argument, const char *error, const char *kind)
 	die("can't listen on %s: %s%s", argument, error, advice);
 }
 
-/* Listens on a UNIX socket; removes one that a dead proxy has left behind. */
+/*
+ * Listens on a UNIX socket; removes one that a dead proxy has left behind.
+ * With -n, this and listen_at() only look at what they are given.
+ */
 static void
 listen_path(const char *path)
 {
 	struct sockaddr_un un = { .sun_family = AF_UNIX };
 	const char *error;
 	struct stat status;
-	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+	int fd;
 
 	if (!text_copy(text_of(path), un.sun_path, sizeof(un.sun_path)))
 		usage("-l %s: a path of %lu bytes at most", path,
 		    (unsigned long)sizeof(un.sun_path) - 1);
+	if (options.check)
+		return;
+	fd = socket(AF_UNIX, SOCK_STREAM, 0);
 	if (fd != -1 && fcntl(fd, F_SETFL, O_NONBLOCK) != -1 &&
 	    lstat(path, &status) != -1 && S_ISSOCK(status.st_mode) &&
 	    connect(fd, (struct sockaddr *)&un, sizeof(un)) == -1 &&
@@ -17686,6 +17717,8 @@ listen_at(const char *argument)
 			usage("-l %s: not [host:]port", argument);
 		port = zero ? 0 : target.port;
 	}
+	if (options.check)
+		return;
 	(void)text_copy(target.host, host, sizeof(host));
 	for (;;) {
 		error = listen_host(any ? NULL : host, (unsigned)port);
@@ -17901,8 +17934,9 @@ pseudonym_make(void)
 struct trial {
 	struct request request;
 	struct address client;
+	struct address address; /* of the server, if its name was looked up */
 	struct rules *rules;
-	struct view view; /* of these three */
+	struct view view; /* of these four */
 	struct verdict access, route;
 	const struct parent *parent; /* first of the route, or NULL */
 };
@@ -17914,21 +17948,21 @@ struct trial {
 static void
 trial_parse(struct trial *t, const char *words)
 {
-	struct text rest = text_of(words), user = { NULL, 0 };
+	struct text rest = text_trim(text_of(words)), user = { NULL, 0 };
 	struct request *q = &t->request;
 
 	memset(q, 0, sizeof(*q));
 	(void)address_parse(text_of("127.0.0.1"), 0, &t->client);
 	q->minor = 1;
 	q->name = text_of("GET");
-	q->uri = text_split(&rest, ' ');
+	q->uri = word_next(&rest);
 	while (rest.len > 0) {
-		struct text word = text_split(&rest, ' ');
-		struct text value = text_split(&rest, ' ');
+		struct text word = word_next(&rest);
+		struct text value = word_next(&rest);
 
-		if (text_is(word, "user"))
+		if (text_is(word, "user") && value.len > 0)
 			user = value;
-		else if (text_is(word, "method"))
+		else if (text_is(word, "method") && text_is_token(value))
 			q->name = value;
 		else if (!text_is(word, "client") ||
 		    !address_parse(value, 0, &t->client))
@@ -17938,7 +17972,7 @@ trial_parse(struct trial *t, const char *words)
 			    (int)value.len, value.at);
 	}
 	q->method = method_parse(q->name);
-	if (!url_parse(q->uri, &q->target) || !text_is_token(q->name) ||
+	if (!url_parse(q->uri, &q->target) ||
 	    (q->method == METHOD_CONNECT && q->target.form == FORM_ABSOLUTE))
 		usage("-T %.*s: not a URL that begins with http:// or https://",
 		    (int)q->uri.len, words);
@@ -17960,11 +17994,28 @@ trial_print(const char *what, const char *word, const struct rule *rule)
 	printf("\n");
 }
 
-/* Looks up the server's name; false if that fails, which is printed. */
-static bool
-trial_resolve(const struct trial *t, struct address *a)
+/*
+ * Judges access and route by what is known.  A parent looks the server's name
+ * up itself, so the address stays unknown unless the route needed it.
+ */
+static void
+trial_judge(struct trial *t)
 {
-	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *found = NULL;
+	t->route = rules_judge(t->rules, GROUP_ROUTE, &t->view);
+	t->parent = t->route.truth == TRUTH_YES ? t->route.rule->parents : NULL;
+	view_route(&t->view, t->parent);
+	t->access = rules_judge(t->rules, GROUP_ACCESS, &t->view);
+}
+
+/*
+ * Looks up the server's name and judges again, by its first address, and while
+ * that is denied, by the next.  If there is none, prints why.
+ */
+static void
+trial_resolve(struct trial *t)
+{
+	struct addrinfo hints = { .ai_socktype = SOCK_STREAM };
+	struct addrinfo *found = NULL, *at;
 	const struct parent *to = t->parent;
 	char host[HOST_MAX + 1];
 	int error;
@@ -17977,24 +18028,18 @@ trial_resolve(const struct trial *t, struct address *a)
 	if (error != 0) {
 		printf("\taddress: the name lookup failed: %s\n",
 		    gai_strerror(error));
-		return false;
+		return;
 	}
-	*a = address_import(found->ai_addr);
+	at = found;
+	do {
+		t->address = address_import(at->ai_addr);
+		address_settle(&t->address);
+		view_source(&t->view, &t->address);
+		trial_judge(t);
+		at = at->ai_next;
+	} while (
+	    at != NULL && t->access.refuses && !parent_is_proxy(t->parent));
 	freeaddrinfo(found);
-	return true;
-}
-
-/*
- * Judges access and route by what is known.  A parent looks the server's name
- * up itself, so the address stays unknown unless the route needed it.
- */
-static void
-trial_judge(struct trial *t)
-{
-	t->route = rules_judge(t->rules, GROUP_ROUTE, &t->view);
-	t->parent = t->route.truth == TRUTH_YES ? t->route.rule->parents : NULL;
-	view_route(&t->view, t->parent);
-	t->access = rules_judge(t->rules, GROUP_ACCESS, &t->view);
 }
 
 /* True if a verdict is open because the server's address is not known yet. */
@@ -18080,17 +18125,14 @@ static int
 trial_run(const char *words)
 {
 	const struct account *user;
-	struct address address;
 	struct trial t;
 
 	printf("%s\n", words);
 	trial_parse(&t, words);
 	t.rules = rules_take(&t.request.head, &user);
 	trial_judge(&t);
-	if (trial_needs_address(&t) && trial_resolve(&t, &address)) {
-		view_source(&t.view, &address);
-		trial_judge(&t);
-	}
+	if (trial_needs_address(&t))
+		trial_resolve(&t);
 	trial_access(&t.access, &t.view);
 	trial_route(&t);
 	if (!t.access.refuses)
@@ -18311,10 +18353,7 @@ command_start(void)
 		die("a command can't use a proxy that listens on a path only, "
 		    "or for PROXY headers");
 	a = listeners[i].address;
-	if (address_is_any(&a))
-		(void)address_parse(text_of(a.family == AF_INET ? "127.0.0.1" :
-								  "::1"),
-		    a.port, &a);
+	address_settle(&a);
 	(void)snprintf(url, sizeof(url), "http://%s", address_words(&a));
 	command.pid = signals_fork();
 	if (command.pid == -1)
@@ -18371,8 +18410,6 @@ main(int argc, char **argv)
 	started = now.ms;
 	tzset();
 	options_parse(argc, argv);
-	if (options.seed == 0)
-		options.seed = (uint64_t)now.us ^ (uint64_t)getpid() << 32;
 	options_answer();
 	/* Before anything is said: standard error may be the client. */
 	if (options.inetd && !options.check && options.trials.n == 0)
@@ -18383,8 +18420,10 @@ main(int argc, char **argv)
 		exit(2);
 	if (options.user != NULL && options.trials.n == 0)
 		user_find(options.user);
-	if (options.check)
+	if (options.check) {
+		listen_all(0);
 		exit(0);
+	}
 	if (options.trials.n > 0)
 		trials_run();
 	pseudonym_make();

@@ -9238,6 +9238,12 @@ ${#says}\\n\\n$says" loop > $says.script
 	want 403 GET http://b.example:%p/ '' ' rule=-e:2( |$)'
 	grep -i '^Proxy-Status: .*error=destination_ip_prohibited' a > /dev/null ||
 		fail "both denied: $(grep -i '^Proxy-Status' a)"
+	# Connections to 0.0.0.0 and :: arrive at loopback.
+	NAME_ADDRESSES='0.0.0.0 ::'
+	start_ruled -e 'deny address 127.0.0.0/8 ::1'
+	for host in d.example 0 '[::]' 0.0.0.0; do
+		want 403 GET "http://$host:%p/"
+	done
 }
 
 test_rules_conditions() { # method, host, port, url, status, type, time: what they match
@@ -10647,6 +10653,10 @@ END
 	tries -e 'deny client 127.0.0.1' <<'END'
 http://example.com/ = 1 deny -e:1
 http://example.com/ client ::1 = 0 allow
+http://example.com/  client   ::1 = 0 allow
+http://example.com/ user = 2
+http://example.com/ method = 2
+http://example.com/ client = 2
 END
 	tries -e 'deny port x' <<'END'
 http://example.com/ = 2
@@ -10695,6 +10705,7 @@ END
 	lacks out cret
 	tries -e 'deny address 127.0.0.0/8' <<'END'
 http://localhost/ = 1 deny -e:1
+http://0.0.0.0/ = 1 deny -e:1
 END
 }
 
@@ -10717,6 +10728,13 @@ END
 	has names c.example
 	tries -e 'deny address 10.0.0.0/8' <<'END'
 http://d.example/ = 0 allow
+END
+	NAME_ADDRESSES='192.0.2.7 192.0.2.8'
+	tries -e 'deny address 192.0.2.7' <<'END'
+http://e.example/ = 0 allow built-in:3
+END
+	tries -e 'deny address 192.0.2.7' -e 'deny address 192.0.2.8' <<'END'
+http://f.example/ = 1 deny -e:2
 END
 	run_proxy -e 'deny type text/html' -T http://nowhere.invalid/
 	lacks out 'address:'
@@ -11492,6 +11510,9 @@ test_rules_right() { # -n: right rules exit 0 in silence; -n -v prints what is i
 	# A port that is taken does not matter.
 	start_proxy
 	exits 0 -n -l "$proxy"
+	for listen in a:b '' proxy:99999 "/$(printf %0200d 0)"; do
+		exits 2 -n -l "$listen"
+	done
 }
 
 test_rules_interrupted() { # reading rules, lists and users goes on after a signal
@@ -16961,6 +16982,17 @@ test_trace_change() { # the trace shows which lines of a head were dropped or ad
 	err~   s> HTTP/1.1 304
 	err~   >c HTTP/1.1 200 OK
 	err~   >c [+] Age: 0  [(]the age now, RFC 9111 5.1[)]
+	== nothing goes or comes without a reason
+	reply  200 | ok
+	client send GET http://%O/b HTTP/1.0\nExpect: 100-continue\nHTTP2-Settings: x\nProxy-Authentication-Info: x\n\n ; answer
+	err~   >s - Expect: 100-continue  [(]not of HTTP/1.0, RFC 9110 10.1.1[)]
+	err~   >s - HTTP2-Settings: x  [(]hop-by-hop, RFC 7540 3.2.1[)]
+	err~   >s - Proxy-Authentication-Info: x  [(]not of this hop, RFC 9110 11.7.3[)]
+	== nor does what is added
+	reply  200 | ok
+	ask    /c TE: trailers, deflate
+	err~   >s [+] TE: trailers  [(]hop-by-hop, RFC 9110 10.1.4[)]
+	err!~  >[sc] [-+] [^ ]*: .*[^)]$
 END
 }
 
@@ -19670,6 +19702,20 @@ END
 	tail -n "+$count_from" all.calls > calls
 	[ "$(grep -c '^accept' calls)" = 3 ] && ! grep '^setsockopt' calls ||
 		fail "3 clients took $(grep -c '^accept\|^setsock' calls) calls"
+}
+
+test_resources_turns() { # a fast download takes under 1 MiB of a turn: others are served between
+	need_calls
+	start_proxy
+	play -n 'a download' <<'END'
+	reply  200 Content-Length: 32000000
+	origin stuff 32000000
+	a: send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until \n\n ; skip 32000000 ; touch done
+	do comes done
+END
+	most=$(awk '/^p?poll/ { n = 0 } /^write/ { n += $NF; if (n > most) most = n }
+		END { print most }' all.calls)
+	[ "$most" -ge 1000 ] && [ "$most" -lt 1048576 ] || fail "$most bytes"
 }
 
 test_limit_empty_lines() { # a client that sends empty lines without end, or in pieces, has the time of a head
