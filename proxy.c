@@ -9457,7 +9457,7 @@ static void
 fetch_enter(struct fetch *f, enum fetch_state state)
 {
 	static const char *const names[] = { "asks", "stores", "is complete",
-		"has failed" };
+		"ends without an entry" };
 
 	if (f->state != state)
 		trace(f->leader, "the fetch %s", names[state]);
@@ -12155,13 +12155,17 @@ record_query(struct text url)
 	record_json("]");
 }
 
-/* Appends the request that the tape has; the URL in a tunnel's note is cut. */
+/*
+ * Appends the request that the tape has; the URL in a tunnel's note is cut.
+ * Its URL is always absolute, because readers of HAR refuse any other.
+ */
 static void
 record_request(const struct exchange *x, const struct tape *t,
     const struct quotes *quotes)
 {
 	struct text head = tape_read(t, TAPE_REQUEST_HEAD, recording.head);
 	struct text line = line_next(&head, NULL), url = quotes->uri;
+	static struct buffer malformed;
 
 	record_json("'request':{'method':$,'httpVersion':$,'url':'",
 	    quotes->name, text_of(quotes->minor ? "HTTP/1.1" : "HTTP/1.0"));
@@ -12171,9 +12175,14 @@ record_request(const struct exchange *x, const struct tape *t,
 	}
 	if (text_is(quotes->name, "CONNECT"))
 		record_append(text_of("connect://"));
-	else if (x->tunnel && text_starts(url, "/")) {
+	else if (text_starts(url, "/")) {
 		record_append(text_of("http://"));
 		record_escape(record_field(head, "Host"), false);
+	} else if (quotes->name.len == 0) {
+		record_append(text_of("invalid:"));
+		buffer_escape(buffer_clear(&malformed), url, BUFFER_ROOM / 2,
+		    false);
+		url = buffer_text(&malformed);
 	}
 	record_escape(url, false);
 	record_json("'");
@@ -12399,7 +12408,7 @@ static const struct {
 	const char *name, *dropped, *added;
 } trace_reasons[] = {
 	{ "Age", "the age now, RFC 9111 5.1", NULL },
-	{ "Cache-Status", "", "what the cache did, RFC 9211" },
+	{ "Cache-Status", "", "by the cache, RFC 9211" },
 	{ "Connection", "hop-by-hop, RFC 9110 7.6.1",
 	    "about this connection, RFC 9112 9.6" },
 	{ "Content-Length", "framed anew, RFC 9112 6.3",
@@ -13516,6 +13525,16 @@ static const struct page {
 	/* Of pages that rules guard, and that nobody stores; or NULL. */
 	void (*append)(struct buffer *, const struct exchange *asks);
 } pages[] = {
+	{ "/", "text/html; charset=utf-8",
+	    "<!DOCTYPE html><html lang=en><meta charset=utf-8>"
+	    "<meta name=viewport content='width=device-width'>"
+	    "<title>proxy</title><style>:root{color-scheme:light dark}</style>"
+	    "<p>This is proxy " VERSION ", an HTTP proxy."
+	    "<p><a href=/status>What it is doing now</a>, and "
+	    "<a href=/metrics>the same for monitors</a>."
+	    "<p>Its address for automatic configuration: "
+	    "<a href=/proxy.pac>/proxy.pac</a>\n",
+	    NULL },
 	{ "/", "text/plain; charset=utf-8",
 	    "This is proxy " VERSION ", an HTTP proxy at %.\n\n"
 	    "To use it from a shell:\n\n"
@@ -13546,7 +13565,7 @@ page_find(const struct request *q)
 
 	for (i = 0; i < sizeof(pages) / sizeof(pages[0]); i++)
 		if (text_equals(q->uri, text_of(pages[i].path)) &&
-		    (browser || pages[i].append != status_html))
+		    (browser || strncmp(pages[i].type, "text/html", 9) != 0))
 			return &pages[i];
 	return NULL;
 }
@@ -17946,7 +17965,8 @@ trial_parse(struct trial *t, const char *words)
 	q->method = method_parse(q->name);
 	if (!url_parse(q->uri, &q->target) || !text_is_token(q->name) ||
 	    (q->method == METHOD_CONNECT && q->target.form == FORM_ABSOLUTE))
-		usage("-T %.*s: not a URL that begins with http:// or https://",
+		usage("-T %.*s: not a URL that begins with http://, or with "
+		      "https:// for CONNECT",
 		    (int)q->uri.len, words);
 	if (q->target.form == FORM_AUTHORITY) {
 		q->method = METHOD_CONNECT;

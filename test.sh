@@ -16715,7 +16715,7 @@ END
 	recorded upgrade '"url":"http://[0-9.:]*/u{200}[?]b=c","queryString":\[[{]"name":"b","value":"c"[}]\].*"status":101,'
 	recorded words '"comment":"end=done, rule -e:2, f'"$(printf '\303\274')"'r alle".*/fuer'
 	recorded refusal '"comment":"end=done, rule -e:1, a rule forbids this".*"status":403,.*"text":"403 Forbidden: ' \
-	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"nonsense"'
+	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"invalid:nonsense"'
 	recorded login '"Referer","value":"http://[*]+@h/".*"redirectURL":"http://[*]+@h/".*"Location","value":"http://[*]+@h/"'
 	lacks s.har c2VjcmV0
 	lacks s.har pw3cret
@@ -16961,7 +16961,13 @@ test_trace_change() { # the trace shows which lines of a head were dropped or ad
 	err~   s> HTTP/1.1 304
 	err~   >c HTTP/1.1 200 OK
 	err~   >c [+] Age: 0  [(]the age now, RFC 9111 5.1[)]
+	== a response that is not stored, but well
+	reply  200 | ok
+	ask    /b = 200
+	err~   not stored: no-lifetime
+	err+~  the fetch ends without an entry
 END
+	lacks err '.\{101\}'
 }
 
 test_trace_folded() { # the trace shows no part of a folded Authorization
@@ -17158,6 +17164,10 @@ test_pages() { # what the proxy says about itself
 	log    "GET /proxy.pac HTTP/1.1" 200
 	log    "GET /none HTTP/1.1" 404
 	log    "POST / HTTP/1.1" 405
+	== for browsers, with links
+	client send GET / HTTP/1.1\nHost: %P\nAccept: text/html,*/*;q=0.8\n\n ; answer
+	sees~  ^Content-Type: text/html; charset=utf-8
+	sees~  <a href=/status>.*<a href=/metrics>
 END
 	play 'under the name localhost' <<END
 	client send GET / HTTP/1.1\nHost: localhost:${proxy##*:}\n\n ; answer
@@ -21844,16 +21854,19 @@ test_real_record() { # jq and har-validator: what -w writes is HAR 1.2, before a
 	origin next
 	reply  302 Location: /b | \xe9\x00
 	ask    POST /p Content-Type: text/plain | \xff = 302
+	ask    here /status = 200
 	ask    CONNECT 127.0.0.1:9 = 502
+	== none
+	client send no request\n\n ; eof
 END
 	# An entry may be written after its client has the response.
-	wait_for 5 '[ "$(wc -l < s.har)" = 9 ]' ||
-		fail "$(wc -l < s.har) lines, not those of 7 entries"
+	wait_for 5 '[ "$(wc -l < s.har)" = 12 ]' ||
+		fail "$(wc -l < s.har) lines, not those of 10 entries"
 	kill -KILL "$proxy_pid"
 	wait "$proxy_pid" 2> /dev/null
 	: > .proxies
 	[ "$(jq -r '.log.entries[].response.status' s.har | tr '\n' ' ')" = \
-	    '200 200 304 200 302 502 200 ' ] || fail "jq: $(jq -c . s.har)"
+	    '200 200 304 200 302 200 502 200 400 200 ' ] || fail "jq: $(jq -c . s.har)"
 	jq -r '.log.entries[0].response.content.text' s.har > text
 	printf 'caf\303\251 "\\"\n' | cmp - text || fail "text: $(cat text)"
 	[ "$(jq -r '.log.entries[4] | .request.postData.text,
@@ -21869,7 +21882,7 @@ END
 	require("har-validator").har(har).then(
 	    () => console.log("valid", har.log.entries.length),
 	    e => console.log(JSON.stringify(e.errors)))' > says 2>&1
-	grep -x 'valid 7' says > /dev/null || fail "$(head -c 500 says)"
+	grep -x 'valid 10' says > /dev/null || fail "$(head -c 500 says)"
 }
 
 test_real_browser_status() { # chromium: a tunnel's row on the status page comes and goes
