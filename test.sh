@@ -15784,7 +15784,7 @@ test_cache_head() { # HEAD is answered from a stored GET, and stored by none
 END
 }
 
-test_cache_calls() { # a small hit: one read, an open, two reads, a write, a close
+test_cache_calls() { # a small hit: one read, an open, two reads, a write, a close; a response that is stored: three writes to its file, no more
 	need_calls
 	start_cache
 	play -n 'four hits' <<'END'
@@ -15812,6 +15812,18 @@ END
 		fail "4 hits took $reads reads: $(cut -c1-40 calls)"
 	others=$(calls -v 'open|openat|close|p?readv?|recv[a-z]*|p?writev?|send[a-z]*|p?poll|epoll[a-z_]*')
 	[ "$others" = 0 ] || fail "$others other calls: $(cut -c1-40 calls)"
+	count_from=$(($(wc -l < all.calls) + 1))
+	play -n 'three that are stored' <<'END'
+	replies 200 Cache-Control: max-age=999 | \{1024:x}
+	ask    /1 = 200
+	ask    /2 = 200
+	ask    /3 = 200
+	client stall 300
+	log#   3 miss=stored
+END
+	tail -n "+$count_from" all.calls > calls
+	[ "$(calls 'pwrite(64)?')" = 9 ] && ! grep sync calls ||
+		fail "3 took $(calls 'pwrite(64)?') writes: $(cut -c1-40 calls)"
 }
 
 test_cache_renewed() { # a 304 brings the client its fields, also those that can't be stored
