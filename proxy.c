@@ -4230,7 +4230,7 @@ header_parse(struct text t, struct address *client)
  */
 
 enum {
-	/* Hex digits of a chunk size: 2^64 has 16. */
+	/* Hex digits of a chunk size: 2^64 - 1 has 16. */
 	CHUNK_DIGITS_MAX = 16,
 	/* Framing bytes that a body may have beyond a fair share. */
 	CHUNK_EXCESS_MAX = BUFFER_SIZE / 2,
