@@ -666,13 +666,13 @@ enum caching_state {
 /* The part of the cache in a request; all zero at its start. */
 struct caching {
 	enum caching_state state; /* set by caching_enter() only */
-	const char *hit;          /* what of an entry was used, for the log */
-	const char *miss;         /* or why none was */
+	const char *hit;          /* how an entry was used, for the log */
+	const char *miss;         /* or why there was none, or `stored` */
 	/* private to sections 16 and 17 */
 	bool collapsed;        /* it waited for a fetch, or reads one */
 	struct fetch *fetch;   /* that it leads, or NULL */
 	struct fetch *follows; /* that it follows, or NULL */
-	int forward_status;    /* what the server said, 0: nothing */
+	int forward_status;    /* the server's, 0: none so far */
 	const char *forward;   /* why it was asked (RFC 9211) */
 	uint64_t key;          /* hash of the target's key */
 	uint64_t validator;    /* see response_validator() */
@@ -843,7 +843,7 @@ static struct {
 	uid_t uid;             /* who that is */
 	gid_t gid;             /* and the group */
 	const char *via;       /* the parent of -x, or NULL */
-	const char *from[2];   /* leave by these: IPv4, IPv6 */
+	const char *from[2];   /* connect from these: IPv4, IPv6 */
 	uint64_t connections;  /* clients served at once */
 	uint64_t workers;      /* processes that serve them */
 	uint64_t idle_s;       /* -t, 0: not given */
@@ -852,7 +852,7 @@ static struct {
 	/* Options without an argument: how often they were given. */
 	unsigned verbose;       /* trace, and dump the payload */
 	unsigned anonymous;     /* tell servers nothing */
-	unsigned check;         /* only look whether all is right */
+	unsigned check;         /* check options and rules, no more */
 	unsigned inetd;         /* serve standard input, and end */
 	unsigned help, version; /* print that and exit */
 	char **command;         /* run it, with its arguments; or NULL */
@@ -1085,7 +1085,7 @@ static struct totals {
 	uint64_t sent[2]; /* the same: to clients, to servers */
 	uint64_t waits[WAITS + 1]; /* responses, by the wait for them */
 	uint64_t waited_ms;        /* sum of all waits */
-	uint64_t names, nameless;  /* questions for names; those that failed */
+	uint64_t lookups, failed;  /* of names: all, and those that failed */
 	uint64_t evicted;          /* entries that gave way to others */
 	uint64_t lines_lost;       /* of the log */
 	uint64_t busiest;          /* slots in use at once, at most */
@@ -11077,7 +11077,7 @@ names_ask(void)
 		if (full)
 			break;
 		name->state = NAME_ASKED;
-		totals.names++;
+		totals.lookups++;
 	}
 	if (poll_set.fds != NULL)
 		conn_watch(&names.questions, full ? POLLOUT : 0);
@@ -11123,7 +11123,7 @@ names_take(void)
 		name->until =
 		    now.ms + (answer.error ? NAME_FAILED_MS : NAME_KEPT_MS);
 		names.waiting--;
-		totals.nameless += answer.error != 0;
+		totals.failed += answer.error != 0;
 		some = true;
 	}
 	if (n == 0)
@@ -11417,7 +11417,7 @@ log_text(struct buffer *b, const char *name, struct text t, size_t max)
 	buffer_escape(b, t, max, false);
 }
 
-/* Appends the name of a field, and a word that needs no care. */
+/* Appends the name of a field, and a word, which needs no escapes. */
 static void
 log_word(struct buffer *b, const char *name, const char *word)
 {
@@ -12844,10 +12844,10 @@ connection_append(const struct request *q, struct buffer *b)
 }
 
 /*
- * Appends the whole request head for the next hop to b.  A new field of our own
- * has a line here that options.anonymous leaves out, and is named in
- * fields_of_hop[], so that no client, server or rule writes it, in
- * trace_reasons[], and in the manual.
+ * Appends the whole request head for the next hop to b.  To drop a field, name
+ * it in fields_of_hop[], so that no client, server or rule writes it, in
+ * trace_reasons[], and in the manual.  A new field of our own needs this, too,
+ * and a line here, but not with options.anonymous.
  */
 static void
 request_build(struct exchange *x, struct buffer *b)
@@ -13509,9 +13509,9 @@ metrics_append(struct buffer *b, const struct exchange *asks)
 	metric_append(b, "cache_evictions_total",
 	    "Entries that gave way to others.", t->evicted);
 	metric_append(b, "lookups_total", "Names that were looked up.",
-	    t->names);
+	    t->lookups);
 	metric_append(b, "lookup_failures_total",
-	    "Lookups that found no address.", t->nameless);
+	    "Lookups that found no address.", t->failed);
 	metrics_refusals(b, t);
 	metric_append(b, "log_lines_lost_total",
 	    "Lines of the log that could not be written.", t->lines_lost);
@@ -17297,8 +17297,7 @@ workers_run(void)
 
 /*
  * Reads the command line and opens the sockets that it asks for, or takes those
- * that a service manager gave.  A new option is a row of option_table, a member
- * of `options`, and an item in the manual.
+ * that a service manager gave.
  *
  * Door: inetd_peer, inetd_take, listen_given, listen_inherit, listen_on,
  * option_help, option_version, options_parse, usage.
@@ -18082,7 +18081,7 @@ trial_access(const struct verdict *access, struct view *v)
 	trial_print("access", words, access->rule);
 }
 
-/* Prints the rules that would bend the request; of those by chance, maybe. */
+/* Prints the rules that would bend the request, also those by chance. */
 static void
 trial_bends(struct trial *t)
 {
