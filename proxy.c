@@ -14263,7 +14263,8 @@ access_begin(struct exchange *x)
 	struct view v;
 
 	x->rules = rules_take(&q->head, &x->record.user);
-	q->dice = random_mix(options.seed + x->number);
+	/* Mixed twice: the next seed does not make the same choices later. */
+	q->dice = random_mix(random_mix(options.seed) + x->number);
 	exchange_view(x, NULL, &v);
 	if (q->target.form != FORM_ORIGIN)
 		route_judge(x, &v);

@@ -18127,8 +18127,9 @@ END
 }
 
 test_bend_chance() { # chance: that share of requests, and the same ones with -S
-	for run in 1 2; do
-		start_proxy -S 42 -e 'answer 200 "a" chance 30%' -e 'answer 201 "b"'
+	for run in 1 2 3; do
+		start_proxy -S $((42 + run / 3)) -e 'answer 200 "a" chance 30%' \
+		    -e 'answer 201 "b"'
 		n=0
 		while [ $((n += 1)) -le 100 ]; do echo "ask http://x.example/"; done |
 			client c
@@ -18136,6 +18137,9 @@ test_bend_chance() { # chance: that share of requests, and the same ones with -S
 		stop_proxy
 	done
 	cmp got.1 got.2 || fail "with one seed two runs differ"
+	tail -n 99 got.1 > later
+	head -n 99 got.3 | cmp -s - later &&
+		fail "the next seed has the same choices, one request earlier"
 	n=$(grep -c 200 got.1)
 	[ "$n" -ge 15 ] && [ "$n" -le 45 ] || fail "30 % of 100 are $n"
 	# The same for pages of the proxy's own.
