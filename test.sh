@@ -4605,12 +4605,13 @@ read_limits() {
 	fields_max=$((buffer / 32 < 400 ? buffer / 32 : 400))
 }
 
-# True on builds whose memory and system calls say nothing.
+# True on builds whose memory and system calls say nothing: $special says which.
 sanitized() {
 	case "${EMULATOR:+emulated} $cflags $cc" in
-	*sanitize* | emulated*) return 0 ;;
+	emulated*) special="an emulated machine" ;;
+	*sanitize*) special="a sanitizer build" ;;
+	*) return 1 ;;
 	esac
-	return 1
 }
 
 have_ipv6() {
@@ -5106,14 +5107,14 @@ private_memory() {
 }
 
 need_memory() {
-	sanitized && skip "a sanitizer's memory says nothing"
+	sanitized && skip "the memory of $special says nothing"
 	[ -n "$(private_memory)" ] || skip "no /proc/PID/smaps"
 	[ "$(private_memory)" -gt 0 ] || skip "/proc/PID/smaps knows nothing"
 }
 
 # Lets strace look at the proxy that starts next.
 need_calls() {
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	have strace || skip "no strace"
 	strace -D -o strace.try true 2> /dev/null ||
 		skip "strace may not trace, or has no -D"
@@ -5520,7 +5521,7 @@ rows() {
 # ---- 1. System and limits ---------------------------------------------------
 
 test_signals_interrupt() { # calls that a signal interrupts are made again
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	have strace || skip "no strace"
 	strace -D -o strace.try -e inject=read:error=EINTR:when=999 true \
 	    2> /dev/null || skip "strace can't inject"
@@ -6412,7 +6413,7 @@ END
 }
 
 test_log_memory() { # short of memory: each client gets an answer, and each its line
-	sanitized && skip "a sanitizer build takes all memory"
+	sanitized && skip "$special takes all memory"
 	cat > limited <<'END'
 #!/bin/sh
 ulimit -v 20000
@@ -10982,7 +10983,7 @@ rules_cost() {
 # Rules on standard input must cost less than twice what the rest of a request
 # does, which is as dear as they are when the machine is busy.
 cheap() {
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	cat > costly
 	plain_origin
 	for n in 1 2 3 4; do
@@ -11496,7 +11497,7 @@ test_rules_right() { # -n: right rules exit 0 in silence; -n -v prints what is i
 
 test_rules_interrupted() { # reading rules, lists and users goes on after a signal
 	have strace || skip "no strace"
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	strace -D -o strace.try -e inject=read:error=EINTR:when=999 true \
 	    2> /dev/null || skip "strace can't inject"
 	printf 'u:p\n' > users
@@ -16483,7 +16484,7 @@ test_log_syslog_long() { # a line longer than the logger's datagrams is cut, not
 	have strace || skip "no strace"
 	strace -D -o strace.try -e inject=read:error=EINTR:when=999 true \
 	    2> /dev/null || skip "strace can't inject"
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	logger 9
 	proxy_wrap="strace -D -o calls -e inject=sendto:error=EMSGSIZE:when=1"
 	start_proxy -o syslog
@@ -16512,7 +16513,7 @@ test_log_end() { # lines that nobody read when the proxy ends are counted
 }
 
 test_log_memory_first() { # memory that transfers have taken up leaves enough to refuse others
-	sanitized && skip "a sanitizer build takes all memory"
+	sanitized && skip "$special takes all memory"
 	[ "$buffer" -ge 65536 ] || skip "small buffers leave memory"
 	cat > limited <<'END'
 #!/bin/sh
@@ -19635,7 +19636,7 @@ test_resources_kept_clients() { # 5000 idle kept clients: the same
 }
 
 test_resources_board() { # musl, 4 KiB buffers, an empty root: 64 descriptors do, and 64 clients at once take under 1 MiB
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	have musl-gcc || skip "no musl-gcc"
 	[ "$(id -u)" = 0 ] || skip "not root"
 	mkdir root
@@ -19729,7 +19730,7 @@ END
 }
 
 test_resources_few_busy() { # idle tunnels take nothing from the few that are busy
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	echoes
 	# shellcheck disable=SC3045 # where it is missing, nothing is lost
 	ulimit -S -n "$(ulimit -H -n)" 2> /dev/null
@@ -20883,7 +20884,7 @@ test_resources_start() { # at start: under 400 KiB private
 }
 
 test_resources_size() { # cc -Os, stripped: under 220 KiB
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	have strip || skip "no strip"
 	$cc -Os -o small "$here/proxy.c" 2> small.err || fail "$(cat small.err)"
 	strip small || skip "strip cannot strip"
@@ -22219,7 +22220,7 @@ real_loaded() {
 
 test_real_haproxy_load() { # three proxies behind haproxy, one killed and started again: as many hits as one big cache, and what was not on its way there is answered
 	have haproxy || skip "no haproxy"
-	sanitized && skip "a sanitizer build is slow"
+	sanitized && skip "$special is slow"
 	real_ready
 	start_proxy -c "$T/cache.one"
 	real_load "${proxy##*:}"
