@@ -5236,9 +5236,9 @@ list_has(const struct list *list, struct text host)
  * yet is undecided and is judged again later.  The proxy connects to the very
  * address that was judged: it is not looked up again.
  *
- * Door: rules_judge, rule_lacks, rules_seek, name_is_free, rules_rewrite,
- * rules_rewriter, rules_trust, rules_let_in, view_source, view_response,
- * view_begin, view_route, exchange_view.
+ * Door: rules_judge, rules_bend, rule_lacks, rules_seek, name_is_free,
+ * rules_rewrite, rules_rewriter, rules_trust, rules_let_in, view_source,
+ * view_response, view_begin, view_route, exchange_view.
  */
 
 enum {
@@ -5284,7 +5284,7 @@ enum rule_group {
 	GROUP_ROUTE,
 	GROUP_SOURCE,
 	GROUP_CACHE,
-	GROUP_TRACE, /* this to GROUP_CUT bend an exchange: bend_groups */
+	GROUP_TRACE, /* this to GROUP_CUT bend an exchange, see bend_groups */
 	GROUP_LIMIT,
 	GROUP_ANSWER, /* answer and hang */
 	GROUP_DELAY,
@@ -5447,7 +5447,7 @@ struct verdict {
  * The groups that bend an exchange; an answer comes last: it ends the judging.
  */
 static const enum rule_group bend_groups[] = { GROUP_TRACE, GROUP_LIMIT,
-	GROUP_DELAY, GROUP_RATE, GROUP_CUT, GROUP_ANSWER };
+	GROUP_DELAY, GROUP_RATE, GROUP_CUT, GROUP_CACHE, GROUP_ANSWER };
 
 enum {
 	BEND_GROUPS = sizeof(bend_groups) / sizeof(bend_groups[0])
@@ -5717,6 +5717,21 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 	}
 	verdict.refuses = verdict.truth == TRUTH_YES && refuses;
 	return verdict;
+}
+
+/*
+ * The rule of a group that bends the request in v, or NULL.  Of the rules about
+ * the cache only `offline` does.
+ */
+static const struct rule *
+rules_bend(const struct rules *rules, enum rule_group group, struct view *v)
+{
+	struct verdict verdict = rules_judge(rules, group, v);
+
+	if (verdict.truth != TRUTH_YES ||
+	    (group == GROUP_CACHE && verdict.rule->action != ACTION_OFFLINE))
+		return NULL;
+	return verdict.rule;
 }
 
 /* The first undecided condition of an undecided rule, else NULL. */
@@ -13737,6 +13752,30 @@ enum {
 
 /* ---- changes of phase, and the end ---- */
 
+/*
+ * What bends x, made if there is none, with the name of one more rule; NULL if
+ * there is no memory.
+ */
+static struct bend *
+bend_take(struct exchange *x, const struct rule *rule)
+{
+	struct bend *b = x->bend;
+	size_t len;
+
+	if (b == NULL) {
+		if ((b = calloc(1, sizeof(*b))) == NULL)
+			return NULL;
+		b->rate = b->left = UINT64_MAX;
+		b->filled_us[0] = b->filled_us[1] = now.us;
+		x->bend = b;
+	}
+	len = strlen(b->rules);
+	(void)snprintf(b->rules + len, sizeof(b->rules) - len, "%s%s",
+	    len ? "," : "", rule->where);
+	trace(x, "bent by %s: %s", rule->where, rule->text);
+	return b;
+}
+
 /* No rule bends x any more. */
 static void
 bend_drop(struct exchange *x)
@@ -13950,6 +13989,7 @@ access_refuse(struct exchange *x)
 	(void)snprintf(detail, sizeof(detail),
 	    "To let it in, start the proxy with: -e 'allow client %s%s'", peer,
 	    page ? " page status metrics" : "");
+	bend_drop(x);
 	if (rule->action == ACTION_DROP)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
 	else if (rule->action == ACTION_LOGIN)
@@ -14030,6 +14070,8 @@ route_judge(struct exchange *x, struct view *v)
 	q->access.route_undecided = verdict.truth == TRUTH_UNDECIDED;
 	q->route.parents = verdict.truth == TRUTH_YES ? verdict.rule->parents :
 							NULL;
+	if (q->route.parents != NULL && verdict.rule->action == ACTION_TO)
+		(void)bend_take(x, verdict.rule);
 	parent_use(x, parent_choose(q->route.parents, INT64_MAX));
 	view_route(v, q->route.parent);
 }
@@ -14037,20 +14079,6 @@ route_judge(struct exchange *x, struct view *v)
 /* ---- what rules do to an exchange ---- */
 
 #define RATE_MAX (UINT64_C(1) << 40)
-
-/* What bends x, made if there is none; NULL if there is no memory. */
-static struct bend *
-bend_take(struct exchange *x)
-{
-	struct bend *b = x->bend;
-
-	if (b != NULL || (b = calloc(1, sizeof(*b))) == NULL)
-		return b;
-	b->rate = b->left = UINT64_MAX;
-	b->filled_us[0] = b->filled_us[1] = now.us;
-	x->bend = b;
-	return b;
-}
 
 /* The conditions of a `limit` rule, as written. */
 static const char *
@@ -14088,18 +14116,15 @@ static bool
 bend_apply(struct exchange *x, const struct rule *rule)
 {
 	const struct numbers *amount = &rule->amount;
-	struct bend *b = bend_take(x);
-	size_t len;
+	struct bend *b = bend_take(x, rule);
 
 	if (b == NULL) {
 		exchange_deny(x, REFUSE_MEMORY, "");
 		return false;
 	}
-	len = strlen(b->rules);
-	(void)snprintf(b->rules + len, sizeof(b->rules) - len, "%s%s",
-	    len ? "," : "", rule->where);
-	trace(x, "bent by %s: %s", rule->where, rule->text);
 	switch (rule->action) {
+	case ACTION_OFFLINE: /* cache_find() does it */
+		break;
 	case ACTION_TRACE:
 		if (!is_traced(x)) {
 			x->traced = true;
@@ -14160,13 +14185,13 @@ bend_begin(struct exchange *x)
 		return true;
 	access->bent = true;
 	for (i = 0; i < BEND_GROUPS; i++) {
-		struct verdict verdict;
+		const struct rule *rule;
 
 		if (x->rules->first[bend_groups[i]] == NULL)
 			continue;
 		exchange_view(x, NULL, &v);
-		verdict = rules_judge(x->rules, bend_groups[i], &v);
-		if (verdict.truth == TRUTH_YES && !bend_apply(x, verdict.rule))
+		rule = rules_bend(x->rules, bend_groups[i], &v);
+		if (rule != NULL && !bend_apply(x, rule))
 			return false;
 	}
 	return true;
@@ -18089,12 +18114,11 @@ trial_bends(struct trial *t)
 	size_t i;
 
 	for (i = 0; i < BEND_GROUPS; i++) {
-		struct verdict verdict =
-		    rules_judge(t->rules, bend_groups[i], &t->view);
+		const struct rule *rule =
+		    rules_bend(t->rules, bend_groups[i], &t->view);
 
-		if (verdict.truth == TRUTH_YES)
-			trial_print("bent", actions[verdict.rule->action].word,
-			    verdict.rule);
+		if (rule != NULL)
+			trial_print("bent", actions[rule->action].word, rule);
 	}
 }
 

@@ -18096,7 +18096,11 @@ END
 	sees~  ^504 Gateway Timeout: only the cache may answer, and
 	a: ask POST http://$old/a = 504
 	b: ask CONNECT $old = 504
+	log    "GET http://$old/a HTTP/1.1" 200 .* hit=stale .* bent=-e:1$
+	log    "GET http://$old/b HTTP/1.1" 504 .* bent=-e:1 why=
 END
+	run_proxy -e offline -T http://a.example/
+	has out 'bent: offline (-e:1: offline)'
 }
 
 test_bend_to() { # to: another server, while URL, Host and cache key stay
@@ -18108,6 +18112,8 @@ END
 	ask    http://a.example/x = 200; fwd=uri-miss; .*stored$ | there
 	ask    http://a.example/x = 200; hit; ttl=[0-9]+$ | there
 	a: ask CONNECT a.example:443 = 200
+	log    "GET http://a.example/x HTTP/1.1" 200 .* bent=-e:1$
+	log    "CONNECT a.example:443 HTTP/1.1" 200 .* bent=-e:1$
 END
 	grep '^GET /x HTTP/1.1' o.1 > /dev/null && grep '^Host: a.example' o.1 \
 		> /dev/null || fail "the server got $(cat o.1)"
