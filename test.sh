@@ -18185,6 +18185,11 @@ test_bend_denied() { # what is denied is not bent, also if the server's address 
 	ask    http://localhost:1/c = 403
 	log    "GET http://localhost:1/c HTTP/1.1" 403 [0-9][0-9].* rule=-e:1 why=
 END
+	start_proxy -e drop -e 'to 127.0.0.1:1'
+	play -n 'dropped' <<'END'
+	client send GET http://a.example/ HTTP/1.1\nHost: x\n\n ; eof
+	log    "GET http://a.example/ HTTP/1.1" 444 .* rule=-e:1 why=
+END
 }
 
 test_bend_leader() { # a slow leader by rule does not slow those that follow it
