@@ -666,13 +666,13 @@ enum caching_state {
 /* The part of the cache in a request; all zero at its start. */
 struct caching {
 	enum caching_state state; /* set by caching_enter() only */
-	const char *hit;          /* what of an entry was used, for the log */
-	const char *miss;         /* or why none was */
+	const char *hit;          /* how an entry was used, for the log */
+	const char *miss;         /* or why there was none, or `stored` */
 	/* private to sections 16 and 17 */
 	bool collapsed;        /* it waited for a fetch, or reads one */
 	struct fetch *fetch;   /* that it leads, or NULL */
 	struct fetch *follows; /* that it follows, or NULL */
-	int forward_status;    /* what the server said, 0: nothing */
+	int forward_status;    /* the server's, 0: none so far */
 	const char *forward;   /* why it was asked (RFC 9211) */
 	uint64_t key;          /* hash of the target's key */
 	uint64_t validator;    /* see response_validator() */
@@ -843,7 +843,7 @@ static struct {
 	uid_t uid;             /* who that is */
 	gid_t gid;             /* and the group */
 	const char *via;       /* the parent of -x, or NULL */
-	const char *from[2];   /* leave by these: IPv4, IPv6 */
+	const char *from[2];   /* connect from these: IPv4, IPv6 */
 	uint64_t connections;  /* clients served at once */
 	uint64_t workers;      /* processes that serve them */
 	uint64_t idle_s;       /* -t, 0: not given */
@@ -852,7 +852,7 @@ static struct {
 	/* Options without an argument: how often they were given. */
 	unsigned verbose;       /* trace, and dump the payload */
 	unsigned anonymous;     /* tell servers nothing */
-	unsigned check;         /* only look whether all is right */
+	unsigned check;         /* check options and rules, no more */
 	unsigned inetd;         /* serve standard input, and end */
 	unsigned help, version; /* print that and exit */
 	char **command;         /* run it, with its arguments; or NULL */
@@ -1085,7 +1085,7 @@ static struct totals {
 	uint64_t sent[2]; /* the same: to clients, to servers */
 	uint64_t waits[WAITS + 1]; /* responses, by the wait for them */
 	uint64_t waited_ms;        /* sum of all waits */
-	uint64_t names, nameless;  /* questions for names; those that failed */
+	uint64_t lookups, failed;  /* of names: all, and those that failed */
 	uint64_t evicted;          /* entries that gave way to others */
 	uint64_t lines_lost;       /* of the log */
 	uint64_t busiest;          /* slots in use at once, at most */
@@ -4242,7 +4242,7 @@ header_parse(struct text t, struct address *client)
  */
 
 enum {
-	/* Hex digits of a chunk size: 2^64 has 16. */
+	/* Hex digits of a chunk size: 2^64 - 1 has 16. */
 	CHUNK_DIGITS_MAX = 16,
 	/* Framing bytes that a body may have beyond a fair share. */
 	CHUNK_EXCESS_MAX = BUFFER_SIZE / 2,
@@ -5249,9 +5249,9 @@ list_has(const struct list *list, struct text host)
  * yet is undecided and is judged again later.  The proxy connects to the very
  * address that was judged: it is not looked up again.
  *
- * Door: rules_judge, rule_lacks, rules_seek, name_is_free, rules_rewrite,
- * rules_rewriter, rules_trust, rules_let_in, view_source, view_response,
- * view_begin, view_route, exchange_view.
+ * Door: rules_judge, rules_bend, rule_lacks, rules_seek, name_is_free,
+ * rules_rewrite, rules_rewriter, rules_trust, rules_let_in, view_source,
+ * view_response, view_begin, view_route, exchange_view.
  */
 
 enum {
@@ -5297,7 +5297,7 @@ enum rule_group {
 	GROUP_ROUTE,
 	GROUP_SOURCE,
 	GROUP_CACHE,
-	GROUP_TRACE, /* this to GROUP_CUT bend an exchange: bend_groups */
+	GROUP_TRACE, /* this to GROUP_CUT bend an exchange, see bend_groups */
 	GROUP_LIMIT,
 	GROUP_ANSWER, /* answer and hang */
 	GROUP_DELAY,
@@ -5460,7 +5460,7 @@ struct verdict {
  * The groups that bend an exchange; an answer comes last: it ends the judging.
  */
 static const enum rule_group bend_groups[] = { GROUP_TRACE, GROUP_LIMIT,
-	GROUP_DELAY, GROUP_RATE, GROUP_CUT, GROUP_ANSWER };
+	GROUP_DELAY, GROUP_RATE, GROUP_CUT, GROUP_CACHE, GROUP_ANSWER };
 
 enum {
 	BEND_GROUPS = sizeof(bend_groups) / sizeof(bend_groups[0])
@@ -5730,6 +5730,21 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 	}
 	verdict.refuses = verdict.truth == TRUTH_YES && refuses;
 	return verdict;
+}
+
+/*
+ * The rule of a group that bends the request in v, or NULL.  Of the rules about
+ * the cache only `offline` does.
+ */
+static const struct rule *
+rules_bend(const struct rules *rules, enum rule_group group, struct view *v)
+{
+	struct verdict verdict = rules_judge(rules, group, v);
+
+	if (verdict.truth != TRUTH_YES ||
+	    (group == GROUP_CACHE && verdict.rule->action != ACTION_OFFLINE))
+		return NULL;
+	return verdict.rule;
 }
 
 /* The first undecided condition of an undecided rule, else NULL. */
@@ -9470,7 +9485,7 @@ static void
 fetch_enter(struct fetch *f, enum fetch_state state)
 {
 	static const char *const names[] = { "asks", "stores", "is complete",
-		"has failed" };
+		"ends without an entry" };
 
 	if (f->state != state)
 		trace(f->leader, "the fetch %s", names[state]);
@@ -11090,7 +11105,7 @@ names_ask(void)
 		if (full)
 			break;
 		name->state = NAME_ASKED;
-		totals.names++;
+		totals.lookups++;
 	}
 	if (poll_set.fds != NULL)
 		conn_watch(&names.questions, full ? POLLOUT : 0);
@@ -11136,7 +11151,7 @@ names_take(void)
 		name->until =
 		    now.ms + (answer.error ? NAME_FAILED_MS : NAME_KEPT_MS);
 		names.waiting--;
-		totals.nameless += answer.error != 0;
+		totals.failed += answer.error != 0;
 		some = true;
 	}
 	if (n == 0)
@@ -11430,7 +11445,7 @@ log_text(struct buffer *b, const char *name, struct text t, size_t max)
 	buffer_escape(b, t, max, false);
 }
 
-/* Appends the name of a field, and a word that needs no care. */
+/* Appends the name of a field, and a word, which needs no escapes. */
 static void
 log_word(struct buffer *b, const char *name, const char *word)
 {
@@ -12168,13 +12183,17 @@ record_query(struct text url)
 	record_json("]");
 }
 
-/* Appends the request that the tape has; the URL in a tunnel's note is cut. */
+/*
+ * Appends the request that the tape has; the URL in a tunnel's note is cut.
+ * Its URL is always absolute, because readers of HAR refuse any other.
+ */
 static void
 record_request(const struct exchange *x, const struct tape *t,
     const struct quotes *quotes)
 {
 	struct text head = tape_read(t, TAPE_REQUEST_HEAD, recording.head);
 	struct text line = line_next(&head, NULL), url = quotes->uri;
+	static struct buffer malformed;
 
 	record_json("'request':{'method':$,'httpVersion':$,'url':'",
 	    quotes->name, text_of(quotes->minor ? "HTTP/1.1" : "HTTP/1.0"));
@@ -12184,9 +12203,14 @@ record_request(const struct exchange *x, const struct tape *t,
 	}
 	if (text_is(quotes->name, "CONNECT"))
 		record_append(text_of("connect://"));
-	else if (x->tunnel && text_starts(url, "/")) {
+	else if (text_starts(url, "/")) {
 		record_append(text_of("http://"));
 		record_escape(record_field(head, "Host"), false);
+	} else if (quotes->name.len == 0) {
+		record_append(text_of("invalid:"));
+		buffer_escape(buffer_clear(&malformed), url, BUFFER_ROOM / 2,
+		    false);
+		url = buffer_text(&malformed);
 	}
 	record_escape(url, false);
 	record_json("'");
@@ -12412,7 +12436,7 @@ static const struct {
 	const char *name, *dropped, *added;
 } trace_reasons[] = {
 	{ "Age", "the age now, RFC 9111 5.1", NULL },
-	{ "Cache-Status", "", "what the cache did, RFC 9211" },
+	{ "Cache-Status", "", "by the cache, RFC 9211" },
 	{ "Connection", "hop-by-hop, RFC 9110 7.6.1",
 	    "about this connection, RFC 9112 9.6" },
 	{ "Content-Length", "framed anew, RFC 9112 6.3",
@@ -12851,10 +12875,10 @@ connection_append(const struct request *q, struct buffer *b)
 }
 
 /*
- * Appends the whole request head for the next hop to b.  A new field of our own
- * has a line here that options.anonymous leaves out, and is named in
- * fields_of_hop[], so that no client, server or rule writes it, in
- * trace_reasons[], and in the manual.
+ * Appends the whole request head for the next hop to b.  To drop a field, name
+ * it in fields_of_hop[], so that no client, server or rule writes it, in
+ * trace_reasons[], and in the manual.  A new field of our own needs this, too,
+ * and a line here, but not with options.anonymous.
  */
 static void
 request_build(struct exchange *x, struct buffer *b)
@@ -13513,9 +13537,9 @@ metrics_append(struct buffer *b, const struct exchange *asks)
 	metric_append(b, "cache_evictions_total",
 	    "Entries that gave way to others.", t->evicted);
 	metric_append(b, "lookups_total", "Names that were looked up.",
-	    t->names);
+	    t->lookups);
 	metric_append(b, "lookup_failures_total",
-	    "Lookups that found no address.", t->nameless);
+	    "Lookups that found no address.", t->failed);
 	metrics_refusals(b, t);
 	metric_append(b, "log_lines_lost_total",
 	    "Lines of the log that could not be written.", t->lines_lost);
@@ -13529,6 +13553,17 @@ static const struct page {
 	/* Of pages that rules guard, and that nobody stores; or NULL. */
 	void (*append)(struct buffer *, const struct exchange *asks);
 } pages[] = {
+	{ "/", "text/html; charset=utf-8",
+	    "<!DOCTYPE html><html lang=en><meta charset=utf-8>"
+	    "<meta name=viewport content='width=device-width'>"
+	    "<title>proxy</title><style>:root{color-scheme:light dark}</style>"
+	    "<p>This is proxy " VERSION ", an HTTP proxy.  From a shell:"
+	    "<pre>export http_proxy=http://% https_proxy=http://%</pre>"
+	    "<p><a href=/status>What it is doing now</a>, and "
+	    "<a href=/metrics>the same for monitors</a>."
+	    "<p>Its address for automatic configuration: "
+	    "<a href=/proxy.pac>/proxy.pac</a>\n",
+	    NULL },
 	{ "/", "text/plain; charset=utf-8",
 	    "This is proxy " VERSION ", an HTTP proxy at %.\n\n"
 	    "To use it from a shell:\n\n"
@@ -13559,7 +13594,7 @@ page_find(const struct request *q)
 
 	for (i = 0; i < sizeof(pages) / sizeof(pages[0]); i++)
 		if (text_equals(q->uri, text_of(pages[i].path)) &&
-		    (browser || pages[i].append != status_html))
+		    (browser || strncmp(pages[i].type, "text/html", 9) != 0))
 			return &pages[i];
 	return NULL;
 }
@@ -13735,6 +13770,30 @@ enum {
 };
 
 /* ---- changes of phase, and the end ---- */
+
+/*
+ * What bends x, made if there is none, with the name of one more rule; NULL if
+ * there is no memory.
+ */
+static struct bend *
+bend_take(struct exchange *x, const struct rule *rule)
+{
+	struct bend *b = x->bend;
+	size_t len;
+
+	if (b == NULL) {
+		if ((b = calloc(1, sizeof(*b))) == NULL)
+			return NULL;
+		b->rate = b->left = UINT64_MAX;
+		b->filled_us[0] = b->filled_us[1] = now.us;
+		x->bend = b;
+	}
+	len = strlen(b->rules);
+	(void)snprintf(b->rules + len, sizeof(b->rules) - len, "%s%s",
+	    len ? "," : "", rule->where);
+	trace(x, "bent by %s: %s", rule->where, rule->text);
+	return b;
+}
 
 /* No rule bends x any more. */
 static void
@@ -13949,6 +14008,7 @@ access_refuse(struct exchange *x)
 	(void)snprintf(detail, sizeof(detail),
 	    "To let it in, start the proxy with: -e 'allow client %s%s'", peer,
 	    page ? " page status metrics" : "");
+	bend_drop(x);
 	if (rule->action == ACTION_DROP)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
 	else if (rule->action == ACTION_LOGIN)
@@ -14029,6 +14089,8 @@ route_judge(struct exchange *x, struct view *v)
 	q->access.route_undecided = verdict.truth == TRUTH_UNDECIDED;
 	q->route.parents = verdict.truth == TRUTH_YES ? verdict.rule->parents :
 							NULL;
+	if (q->route.parents != NULL && verdict.rule->action == ACTION_TO)
+		(void)bend_take(x, verdict.rule);
 	parent_use(x, parent_choose(q->route.parents, INT64_MAX));
 	view_route(v, q->route.parent);
 }
@@ -14036,20 +14098,6 @@ route_judge(struct exchange *x, struct view *v)
 /* ---- what rules do to an exchange ---- */
 
 #define RATE_MAX (UINT64_C(1) << 40)
-
-/* What bends x, made if there is none; NULL if there is no memory. */
-static struct bend *
-bend_take(struct exchange *x)
-{
-	struct bend *b = x->bend;
-
-	if (b != NULL || (b = calloc(1, sizeof(*b))) == NULL)
-		return b;
-	b->rate = b->left = UINT64_MAX;
-	b->filled_us[0] = b->filled_us[1] = now.us;
-	x->bend = b;
-	return b;
-}
 
 /* The conditions of a `limit` rule, as written. */
 static const char *
@@ -14087,18 +14135,15 @@ static bool
 bend_apply(struct exchange *x, const struct rule *rule)
 {
 	const struct numbers *amount = &rule->amount;
-	struct bend *b = bend_take(x);
-	size_t len;
+	struct bend *b = bend_take(x, rule);
 
 	if (b == NULL) {
 		exchange_deny(x, REFUSE_MEMORY, "");
 		return false;
 	}
-	len = strlen(b->rules);
-	(void)snprintf(b->rules + len, sizeof(b->rules) - len, "%s%s",
-	    len ? "," : "", rule->where);
-	trace(x, "bent by %s: %s", rule->where, rule->text);
 	switch (rule->action) {
+	case ACTION_OFFLINE: /* cache_find() does it */
+		break;
 	case ACTION_TRACE:
 		if (!is_traced(x)) {
 			x->traced = true;
@@ -14159,13 +14204,13 @@ bend_begin(struct exchange *x)
 		return true;
 	access->bent = true;
 	for (i = 0; i < BEND_GROUPS; i++) {
-		struct verdict verdict;
+		const struct rule *rule;
 
 		if (x->rules->first[bend_groups[i]] == NULL)
 			continue;
 		exchange_view(x, NULL, &v);
-		verdict = rules_judge(x->rules, bend_groups[i], &v);
-		if (verdict.truth == TRUTH_YES && !bend_apply(x, verdict.rule))
+		rule = rules_bend(x->rules, bend_groups[i], &v);
+		if (rule != NULL && !bend_apply(x, rule))
 			return false;
 	}
 	return true;
@@ -14262,7 +14307,8 @@ access_begin(struct exchange *x)
 	struct view v;
 
 	x->rules = rules_take(&q->head, &x->record.user);
-	q->dice = random_mix(options.seed + x->number);
+	/* Mixed twice: the next seed does not make the same choices later. */
+	q->dice = random_mix(random_mix(options.seed) + x->number);
 	exchange_view(x, NULL, &v);
 	if (q->target.form != FORM_ORIGIN)
 		route_judge(x, &v);
@@ -17295,8 +17341,7 @@ workers_run(void)
 
 /*
  * Reads the command line and opens the sockets that it asks for, or takes those
- * that a service manager gave.  A new option is a row of option_table, a member
- * of `options`, and an item in the manual.
+ * that a service manager gave.
  *
  * Door: inetd_peer, inetd_take, listen_given, listen_inherit, listen_on,
  * option_help, option_version, options_parse, usage.
@@ -17974,7 +18019,8 @@ trial_parse(struct trial *t, const char *words)
 	q->method = method_parse(q->name);
 	if (!url_parse(q->uri, &q->target) ||
 	    (q->method == METHOD_CONNECT && q->target.form == FORM_ABSOLUTE))
-		usage("-T %.*s: not a URL that begins with http:// or https://",
+		usage("-T %.*s: not a URL that begins with http://, or with "
+		      "https:// for CONNECT",
 		    (int)q->uri.len, words);
 	if (q->target.form == FORM_AUTHORITY) {
 		q->method = METHOD_CONNECT;
@@ -18101,19 +18147,18 @@ trial_access(const struct verdict *access, struct view *v)
 	trial_print("access", words, access->rule);
 }
 
-/* Prints the rules that would bend the request; of those by chance, maybe. */
+/* Prints the rules that would bend the request, also those by chance. */
 static void
 trial_bends(struct trial *t)
 {
 	size_t i;
 
 	for (i = 0; i < BEND_GROUPS; i++) {
-		struct verdict verdict =
-		    rules_judge(t->rules, bend_groups[i], &t->view);
+		const struct rule *rule =
+		    rules_bend(t->rules, bend_groups[i], &t->view);
 
-		if (verdict.truth == TRUTH_YES)
-			trial_print("bent", actions[verdict.rule->action].word,
-			    verdict.rule);
+		if (rule != NULL)
+			trial_print("bent", actions[rule->action].word, rule);
 	}
 }
 

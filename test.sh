@@ -4605,12 +4605,13 @@ read_limits() {
 	fields_max=$((buffer / 32 < 400 ? buffer / 32 : 400))
 }
 
-# True on builds whose memory and system calls say nothing.
+# True on builds whose memory and system calls say nothing: $special says which.
 sanitized() {
 	case "${EMULATOR:+emulated} $cflags $cc" in
-	*sanitize* | emulated*) return 0 ;;
+	emulated*) special="an emulated machine" ;;
+	*sanitize*) special="a sanitizer build" ;;
+	*) return 1 ;;
 	esac
-	return 1
 }
 
 have_ipv6() {
@@ -5106,14 +5107,14 @@ private_memory() {
 }
 
 need_memory() {
-	sanitized && skip "a sanitizer's memory says nothing"
+	sanitized && skip "the memory of $special says nothing"
 	[ -n "$(private_memory)" ] || skip "no /proc/PID/smaps"
 	[ "$(private_memory)" -gt 0 ] || skip "/proc/PID/smaps knows nothing"
 }
 
 # Lets strace look at the proxy that starts next.
 need_calls() {
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	have strace || skip "no strace"
 	strace -D -o strace.try true 2> /dev/null ||
 		skip "strace may not trace, or has no -D"
@@ -5520,7 +5521,7 @@ rows() {
 # ---- 1. System and limits ---------------------------------------------------
 
 test_signals_interrupt() { # calls that a signal interrupts are made again
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	have strace || skip "no strace"
 	strace -D -o strace.try -e inject=read:error=EINTR:when=999 true \
 	    2> /dev/null || skip "strace can't inject"
@@ -6412,7 +6413,7 @@ END
 }
 
 test_log_memory() { # short of memory: each client gets an answer, and each its line
-	sanitized && skip "a sanitizer build takes all memory"
+	sanitized && skip "$special takes all memory"
 	cat > limited <<'END'
 #!/bin/sh
 ulimit -v 20000
@@ -11000,7 +11001,7 @@ rules_cost() {
 # Rules on standard input must cost less than twice what the rest of a request
 # does, which is as dear as they are when the machine is busy.
 cheap() {
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	cat > costly
 	plain_origin
 	for n in 1 2 3 4; do
@@ -11517,7 +11518,7 @@ test_rules_right() { # -n: right rules exit 0 in silence; -n -v prints what is i
 
 test_rules_interrupted() { # reading rules, lists and users goes on after a signal
 	have strace || skip "no strace"
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	strace -D -o strace.try -e inject=read:error=EINTR:when=999 true \
 	    2> /dev/null || skip "strace can't inject"
 	printf 'u:p\n' > users
@@ -15805,7 +15806,7 @@ test_cache_head() { # HEAD is answered from a stored GET, and stored by none
 END
 }
 
-test_cache_calls() { # a small hit: one read, an open, two reads, a write, a close
+test_cache_calls() { # a small hit: one read, an open, two reads, a write, a close; a response that is stored: three writes to its file, no more
 	need_calls
 	start_cache
 	play -n 'four hits' <<'END'
@@ -15833,6 +15834,18 @@ END
 		fail "4 hits took $reads reads: $(cut -c1-40 calls)"
 	others=$(calls -v 'open|openat|close|p?readv?|recv[a-z]*|p?writev?|send[a-z]*|p?poll|epoll[a-z_]*')
 	[ "$others" = 0 ] || fail "$others other calls: $(cut -c1-40 calls)"
+	count_from=$(($(wc -l < all.calls) + 1))
+	play -n 'three that are stored' <<'END'
+	replies 200 Cache-Control: max-age=999 | \{1024:x}
+	ask    /1 = 200
+	ask    /2 = 200
+	ask    /3 = 200
+	client stall 300
+	log#   3 miss=stored
+END
+	tail -n "+$count_from" all.calls > calls
+	[ "$(calls 'pwrite(64)?')" = 9 ] && ! grep sync calls ||
+		fail "3 took $(calls 'pwrite(64)?') writes: $(cut -c1-40 calls)"
 }
 
 test_cache_renewed() { # a 304 brings the client its fields, also those that can't be stored
@@ -16492,7 +16505,7 @@ test_log_syslog_long() { # a line longer than the logger's datagrams is cut, not
 	have strace || skip "no strace"
 	strace -D -o strace.try -e inject=read:error=EINTR:when=999 true \
 	    2> /dev/null || skip "strace can't inject"
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	logger 9
 	proxy_wrap="strace -D -o calls -e inject=sendto:error=EMSGSIZE:when=1"
 	start_proxy -o syslog
@@ -16521,7 +16534,7 @@ test_log_end() { # lines that nobody read when the proxy ends are counted
 }
 
 test_log_memory_first() { # memory that transfers have taken up leaves enough to refuse others
-	sanitized && skip "a sanitizer build takes all memory"
+	sanitized && skip "$special takes all memory"
 	[ "$buffer" -ge 65536 ] || skip "small buffers leave memory"
 	cat > limited <<'END'
 #!/bin/sh
@@ -16736,7 +16749,7 @@ END
 	recorded upgrade '"url":"http://[0-9.:]*/u{200}[?]b=c","queryString":\[[{]"name":"b","value":"c"[}]\].*"status":101,'
 	recorded words '"comment":"end=done, rule -e:2, f'"$(printf '\303\274')"'r alle".*/fuer'
 	recorded refusal '"comment":"end=done, rule -e:1, a rule forbids this".*"status":403,.*"text":"403 Forbidden: ' \
-	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"nonsense"'
+	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"invalid:nonsense"'
 	recorded login '"Referer","value":"http://[*]+@h/".*"redirectURL":"http://[*]+@h/".*"Location","value":"http://[*]+@h/"'
 	lacks s.har c2VjcmV0
 	lacks s.har pw3cret
@@ -16993,7 +17006,13 @@ test_trace_change() { # the trace shows which lines of a head were dropped or ad
 	ask    /c TE: trailers, deflate
 	err~   >s [+] TE: trailers  [(]hop-by-hop, RFC 9110 10.1.4[)]
 	err!~  >[sc] [-+] [^ ]*: .*[^)]$
+	== a response that is not stored, but well
+	reply  200 | ok
+	ask    /b = 200
+	err~   not stored: no-lifetime
+	err+~  the fetch ends without an entry
 END
+	lacks err '.\{101\}'
 }
 
 test_trace_folded() { # the trace shows no part of a folded Authorization
@@ -17190,6 +17209,10 @@ test_pages() { # what the proxy says about itself
 	log    "GET /proxy.pac HTTP/1.1" 200
 	log    "GET /none HTTP/1.1" 404
 	log    "POST / HTTP/1.1" 405
+	== for browsers, with links
+	client send GET / HTTP/1.1\nHost: %P\nAccept: text/html,*/*;q=0.8\n\n ; answer
+	sees~  ^Content-Type: text/html; charset=utf-8
+	sees~  <a href=/status>.*<a href=/metrics>
 END
 	play 'under the name localhost' <<END
 	client send GET / HTTP/1.1\nHost: localhost:${proxy##*:}\n\n ; answer
@@ -18105,7 +18128,11 @@ END
 	sees~  ^504 Gateway Timeout: only the cache may answer, and
 	a: ask POST http://$old/a = 504
 	b: ask CONNECT $old = 504
+	log    "GET http://$old/a HTTP/1.1" 200 .* hit=stale .* bent=-e:1$
+	log    "GET http://$old/b HTTP/1.1" 504 .* bent=-e:1 why=
 END
+	run_proxy -e offline -T http://a.example/
+	has out 'bent: offline (-e:1: offline)'
 }
 
 test_bend_to() { # to: another server, while URL, Host and cache key stay
@@ -18117,6 +18144,8 @@ END
 	ask    http://a.example/x = 200; fwd=uri-miss; .*stored$ | there
 	ask    http://a.example/x = 200; hit; ttl=[0-9]+$ | there
 	a: ask CONNECT a.example:443 = 200
+	log    "GET http://a.example/x HTTP/1.1" 200 .* bent=-e:1$
+	log    "CONNECT a.example:443 HTTP/1.1" 200 .* bent=-e:1$
 END
 	grep '^GET /x HTTP/1.1' o.1 > /dev/null && grep '^Host: a.example' o.1 \
 		> /dev/null || fail "the server got $(cat o.1)"
@@ -18137,8 +18166,9 @@ END
 }
 
 test_bend_chance() { # chance: that share of requests, and the same ones with -S
-	for run in 1 2; do
-		start_proxy -S 42 -e 'answer 200 "a" chance 30%' -e 'answer 201 "b"'
+	for run in 1 2 3; do
+		start_proxy -S $((42 + run / 3)) -e 'answer 200 "a" chance 30%' \
+		    -e 'answer 201 "b"'
 		n=0
 		while [ $((n += 1)) -le 100 ]; do echo "ask http://x.example/"; done |
 			client c
@@ -18146,6 +18176,9 @@ test_bend_chance() { # chance: that share of requests, and the same ones with -S
 		stop_proxy
 	done
 	cmp got.1 got.2 || fail "with one seed two runs differ"
+	tail -n 99 got.1 > later
+	head -n 99 got.3 | cmp -s - later &&
+		fail "the next seed has the same choices, one request earlier"
 	n=$(grep -c 200 got.1)
 	[ "$n" -ge 15 ] && [ "$n" -le 45 ] || fail "30 % of 100 are $n"
 	# The same for pages of the proxy's own.
@@ -18183,6 +18216,11 @@ test_bend_denied() { # what is denied is not bent, also if the server's address 
 	ask    http://localhost:1/h = 403
 	ask    http://localhost:1/c = 403
 	log    "GET http://localhost:1/c HTTP/1.1" 403 [0-9][0-9].* rule=-e:1 why=
+END
+	start_proxy -e drop -e 'to 127.0.0.1:1'
+	play -n 'dropped' <<'END'
+	client send GET http://a.example/ HTTP/1.1\nHost: x\n\n ; eof
+	log    "GET http://a.example/ HTTP/1.1" 444 .* rule=-e:1 why=
 END
 }
 
@@ -19641,7 +19679,7 @@ test_resources_kept_clients() { # 5000 idle kept clients: the same
 }
 
 test_resources_board() { # musl, 4 KiB buffers, an empty root: 64 descriptors do, and 64 clients at once take under 1 MiB
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	have musl-gcc || skip "no musl-gcc"
 	[ "$(id -u)" = 0 ] || skip "not root"
 	mkdir root
@@ -19749,7 +19787,7 @@ END
 }
 
 test_resources_few_busy() { # idle tunnels take nothing from the few that are busy
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	echoes
 	# shellcheck disable=SC3045 # where it is missing, nothing is lost
 	ulimit -S -n "$(ulimit -H -n)" 2> /dev/null
@@ -20903,7 +20941,7 @@ test_resources_start() { # at start: under 400 KiB private
 }
 
 test_resources_size() { # cc -Os, stripped: under 220 KiB
-	sanitized && skip "a sanitizer build says nothing"
+	sanitized && skip "$special says nothing"
 	have strip || skip "no strip"
 	$cc -Os -o small "$here/proxy.c" 2> small.err || fail "$(cat small.err)"
 	strip small || skip "strip cannot strip"
@@ -21890,16 +21928,19 @@ test_real_record() { # jq and har-validator: what -w writes is HAR 1.2, before a
 	origin next
 	reply  302 Location: /b | \xe9\x00
 	ask    POST /p Content-Type: text/plain | \xff = 302
+	ask    here /status = 200
 	ask    CONNECT 127.0.0.1:9 = 502
+	== none
+	client send no request\n\n ; eof
 END
 	# An entry may be written after its client has the response.
-	wait_for 5 '[ "$(wc -l < s.har)" = 9 ]' ||
-		fail "$(wc -l < s.har) lines, not those of 7 entries"
+	wait_for 5 '[ "$(wc -l < s.har)" = 12 ]' ||
+		fail "$(wc -l < s.har) lines, not those of 10 entries"
 	kill -KILL "$proxy_pid"
 	wait "$proxy_pid" 2> /dev/null
 	: > .proxies
 	[ "$(jq -r '.log.entries[].response.status' s.har | tr '\n' ' ')" = \
-	    '200 200 304 200 302 502 200 ' ] || fail "jq: $(jq -c . s.har)"
+	    '200 200 304 200 302 200 502 200 400 200 ' ] || fail "jq: $(jq -c . s.har)"
 	jq -r '.log.entries[0].response.content.text' s.har > text
 	printf 'caf\303\251 "\\"\n' | cmp - text || fail "text: $(cat text)"
 	[ "$(jq -r '.log.entries[4] | .request.postData.text,
@@ -21915,7 +21956,7 @@ END
 	require("har-validator").har(har).then(
 	    () => console.log("valid", har.log.entries.length),
 	    e => console.log(JSON.stringify(e.errors)))' > says 2>&1
-	grep -x 'valid 7' says > /dev/null || fail "$(head -c 500 says)"
+	grep -x 'valid 10' says > /dev/null || fail "$(head -c 500 says)"
 }
 
 test_real_browser_status() { # chromium: a tunnel's row on the status page comes and goes
@@ -22236,7 +22277,7 @@ real_loaded() {
 
 test_real_haproxy_load() { # three proxies behind haproxy, one killed and started again: as many hits as one big cache, and what was not on its way there is answered
 	have haproxy || skip "no haproxy"
-	sanitized && skip "a sanitizer build is slow"
+	sanitized && skip "$special is slow"
 	real_ready
 	start_proxy -c "$T/cache.one"
 	real_load "${proxy##*:}"
