@@ -7295,7 +7295,8 @@ rules_take(const struct head *h, const struct account **user)
  *
  * Door: control_parse, freshness_lifetime, response_obstacle, initial_age,
  * reuse_judge, reuse_on_error, response_is_same, modified_strong,
- * request_is_met, request_is_satisfied, range_parse.
+ * personal_statuses, request_is_met, request_is_satisfied, range_parse,
+ * status_is_among.
  */
 
 enum {
@@ -7881,11 +7882,11 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
  * miss, or a follower a response that is visibly truncated.
  *
  * Door: disk_bytes, disk_failed, entry_find, entry_open, entry_path,
- * entry_read, key_hash, key_of, marker_token, region_build, region_seal,
- * stock_set, stock_sum, store_bytes, store_fits, store_lacks_disk, store_path,
- * store_remove, stored_head_append, tag_make, temporary_close, temporary_open,
- * temporary_place, variant_fits, variant_of, vary_append, work_buffer,
- * write_at.
+ * entry_read, entry_touch, key_hash, key_of, marker_token, region_build,
+ * region_seal, stock_set, stock_sum, store_bytes, store_fits, store_lacks_disk,
+ * store_path, store_remove, stored_head_append, tag_make, temporary_close,
+ * temporary_open, temporary_place, variant_fits, variant_of, vary_append,
+ * work_buffer, write_at.
  */
 
 enum {
@@ -8431,6 +8432,33 @@ entry_open(struct lookup *l, const char *path, size_t region, struct text key)
 		fd_drop(&l->fd);
 }
 
+/* Entries used lately, the file's time of which is recent. */
+static struct {
+	uint64_t name; /* hash of key and variant */
+	time_t when;   /* the file's time was set or checked */
+} store_touched[CACHE_TOUCHED];
+
+/*
+ * Records the use of an entry in its file's time, for the sweeper, if that is
+ * older than CACHE_TOUCH_S.  The table avoids most calls.
+ */
+static void
+entry_touch(int fd, const struct entry *e)
+{
+	uint64_t name = hash_text(key_hash(e->key), e->variant);
+	size_t i = (size_t)(name % CACHE_TOUCHED);
+	struct stat status;
+
+	if (store_touched[i].name == name &&
+	    now.wall - store_touched[i].when < CACHE_TOUCH_S)
+		return;
+	store_touched[i].name = name;
+	store_touched[i].when = now.wall;
+	if (fstat(fd, &status) != -1 &&
+	    now.wall - status.st_mtime >= CACHE_TOUCH_S)
+		(void)futimens(fd, NULL);
+}
+
 /*
  * Finds the entry with this key for a request.  l->b is the entry's beginning
  * and l->fd its descriptor, or -1 if there is none; l->path is the last path
@@ -8449,6 +8477,8 @@ entry_find(const struct request *q, struct text key, struct lookup *l)
 		fd_drop(&l->fd);
 	if (l->fd == -1 || l->e.vary.at == NULL)
 		return;
+	/* A marker is used with its variants: they are lost without it. */
+	entry_touch(l->fd, &l->e);
 	fd_drop(&l->fd);
 	buffer_append(name, l->e.token);
 	buffer_word(name, ";");
@@ -8796,36 +8826,8 @@ stored_head_append(const struct response *r, const struct response *old,
  * not used for longest, each time the room has run out.  Opens the directory,
  * too, and makes sure that it is one.
  *
- * Door: entry_touch, store_open, store_print, store_sweep, store_take_over,
- * store_warn.
+ * Door: store_open, store_print, store_sweep, store_take_over, store_warn.
  */
-
-/* Entries used lately, the file's time of which is recent. */
-static struct {
-	uint64_t name; /* hash of key and variant */
-	time_t when;   /* the file's time was set or checked */
-} store_touched[CACHE_TOUCHED];
-
-/*
- * Records the use of an entry in its file's time, for the sweeper, if that is
- * older than CACHE_TOUCH_S.  The table avoids most calls.
- */
-static void
-entry_touch(int fd, const struct entry *e)
-{
-	uint64_t name = hash_text(key_hash(e->key), e->variant);
-	size_t i = (size_t)(name % CACHE_TOUCHED);
-	struct stat status;
-
-	if (store_touched[i].name == name &&
-	    now.wall - store_touched[i].when < CACHE_TOUCH_S)
-		return;
-	store_touched[i].name = name;
-	store_touched[i].when = now.wall;
-	if (fstat(fd, &status) != -1 &&
-	    now.wall - status.st_mtime >= CACHE_TOUCH_S)
-		(void)futimens(fd, NULL);
-}
 
 /* A file in the cache directory. */
 struct file {
@@ -10530,7 +10532,9 @@ cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 	int status = r == NULL ? 0 : r->status;
 	bool failed = r == NULL || status == 500 ||
 	    (status >= 502 && status <= 504);
-	bool partial = status == 206 || q->method == METHOD_HEAD, same = failed;
+	bool partial = status == 206 || q->method == METHOD_HEAD;
+	/* An error that is about the request says nothing of the entry. */
+	bool same = failed || status_is_among(status, personal_statuses);
 
 	if (r != NULL && x->record.status != 0)
 		return payload_goes_on(x, r) ? CACHED_YES : CACHED_NO;
@@ -10547,7 +10551,7 @@ cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 			(void)lookup_age(x, l);
 			return lookup_answers(x, l, "validated");
 		}
-		same = failed || (status != 304 && lookup_resembles(x, r, l));
+		same = same || lookup_resembles(x, r, l);
 		buffer_give(&l->b);
 	}
 	if (status == 304) {
@@ -10688,9 +10692,10 @@ cache_shape(const struct exchange *x, struct response *r)
 	int stored = r->status;
 	size_t i;
 
-	r->framing = q->method == METHOD_HEAD ? FRAMING_NO_BODY :
-	    q->body == UINT64_MAX             ? FRAMING_CLOSE :
-						FRAMING_LENGTH;
+	/* A refresh has no client that would read the body. */
+	r->framing = q->method == METHOD_HEAD || x->refresh ? FRAMING_NO_BODY :
+	    q->body == UINT64_MAX                           ? FRAMING_CLOSE :
+							      FRAMING_LENGTH;
 	if (q->answerer != ANSWER_FETCH && q->method == METHOD_GET)
 		r->part = range_parse(&q->head, r, q->body, &range);
 	if (r->status / 100 == 2 && request_is_satisfied(&q->head, r)) {
@@ -10704,8 +10709,10 @@ cache_shape(const struct exchange *x, struct response *r)
 		/* The fields are about what is not sent, also its freshness. */
 		r->head.n = 0;
 		range.length = 0;
-	} else if (r->part == 1)
+	} else if (r->part == 1) {
 		r->status = 206;
+		(void)head_drop(&r->head, "Content-Range", NULL);
+	}
 	if (r->status != stored)
 		r->reason = text_of(status_reason(r->status));
 	if (r->status == 304 || r->status == 416)

@@ -13441,6 +13441,16 @@ END
 		entry
 		younger 0:10 "$entry_file" || fail "$fields: not renewed"
 	done
+	play 'a marker is used with its variants' <<'END'
+	reply  200 Cache-Control: max-age=999\nVary: X-A | one
+	a: ask / = 200 | one
+	a: ends .
+	do     wait_for 5 'marker=$(grep -l "^vary: x-a" cache/*/*)' || fail "no marker"
+	do     aged 1 "$marker"
+	b: ask / = 200; hit | one
+	b: ends .
+	do     younger 0:10 "$marker" || fail "its time is not renewed"
+END
 }
 
 # Mounts a disk of SIZE for the cache, until the test ends: small_disk SIZE
@@ -15137,6 +15147,13 @@ test_cache_validate() { # stale entries are validated (RFC 9111 section 4.3)
 	ask    / = 200 | two\l
 	ask    / Cache-Control: max-stale, only-if-cached = 504
 	gets#  2 ^GET
+	== an error that is about the request, not its target, does not
+	reply  200 Cache-Control: max-age=0\nETag: "a" | one\l
+	reply  429 Cache-Control: no-store | no\l
+	ask    / = 200 | one\l
+	ask    / = 429 | no\l
+	ask    / Cache-Control: max-stale, only-if-cached = 200 | one\l
+	gets#  2 ^GET
 END
 }
 
@@ -15671,6 +15688,12 @@ END
 	sees#  6 ^Content-Length: 0
 	gets#  1 ^GET
 	log!   " [0-9]+ [1-9][0-9]* .* hit=
+	== a Content-Range that says nothing is not passed on beside ours
+	reply  200 Cache-Control: max-age=999\nContent-Range: bytes 0-9/10 | abcdefghij
+	ask    / = 200 | abcdefghij
+	ask    / Range: bytes=2-4 = 206 | cde
+	sees#  2 ^Content-Range
+	sees#  1 ^Content-Range: bytes 2-4/10
 END
 }
 
@@ -15951,8 +15974,8 @@ refreshes() {
 	for refreshes_by in ${3:-304 200}; do
 		what="$2: refreshed by $refreshes_by"
 		case $refreshes_by in
-		304) refreshes_body='' refreshes_see=one ;;
-		*) refreshes_body='| two\l' refreshes_see=two ;;
+		304) refreshes_body='' refreshes_see=one refreshes_log='0 .* hit=validated' ;;
+		*) refreshes_body='| two\l' refreshes_see=two refreshes_log='4 .* miss=stored' ;;
 		esac
 		play -n "$what" <<END
 	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60, stale-while-revalidate=999${4-} | one\l
@@ -15973,6 +15996,9 @@ refreshes() {
 	gets#  1 ^If-None-Match: 
 	gets#  1 ^If-None-Match: "a"$
 	gets!~ ^(Cache-Control|Pragma|Range|If-(Range|Match|Modified-Since|Unmodified-Since)):
+	log    miss=stored
+	log    hit=stale
+	log    " 200 $refreshes_log
 END
 	done
 }
