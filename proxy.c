@@ -8440,7 +8440,8 @@ static struct {
 
 /*
  * Records the use of an entry in its file's time, for the sweeper, if that is
- * older than CACHE_TOUCH_S.  The table avoids most calls.
+ * older than CACHE_TOUCH_S, or from the future: as unsigned that is older, too.
+ * The table avoids most calls.
  */
 static void
 entry_touch(int fd, const struct entry *e)
@@ -8450,12 +8451,12 @@ entry_touch(int fd, const struct entry *e)
 	struct stat status;
 
 	if (store_touched[i].name == name &&
-	    now.wall - store_touched[i].when < CACHE_TOUCH_S)
+	    (uint64_t)(now.wall - store_touched[i].when) < CACHE_TOUCH_S)
 		return;
 	store_touched[i].name = name;
 	store_touched[i].when = now.wall;
 	if (fstat(fd, &status) != -1 &&
-	    now.wall - status.st_mtime >= CACHE_TOUCH_S)
+	    (uint64_t)(now.wall - status.st_mtime) >= CACHE_TOUCH_S)
 		(void)futimens(fd, NULL);
 }
 

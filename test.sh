@@ -13428,6 +13428,11 @@ test_cache_recency() { # a hit renews an entry's time, every ten minutes at most
 	aged 0:11 "$entry_file"
 	get_fresh
 	younger 0:05 "$entry_file" || fail "not renewed after eleven minutes"
+	stop_proxy
+	start_cache
+	aged -1 "$entry_file"
+	get_fresh
+	younger -0:05 "$entry_file" && fail "a time that is still to come stays"
 	# A validation and a part of it are uses too.
 	for fields in 'Cache-Control: max-age=0\n' 'Range: bytes=1-2\n'; do
 		stop_proxy
