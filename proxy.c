@@ -9980,9 +9980,9 @@ cache_invalidate(const struct request *q, const struct response *r)
  * decides whether a response may be stored; and builds the head that is sent
  * from an entry.
  *
- * Door: cache_fields_append, cache_find, cache_follows, cache_leave,
- * cache_room, cache_shape, cache_status_append, cache_store, cache_validate,
- * cache_validators_append, cache_wants.
+ * Door: cache_fields_append, cache_find, cache_follows, cache_goes_on,
+ * cache_leave, cache_room, cache_shape, cache_status_append, cache_store,
+ * cache_validate, cache_validators_append, cache_wants.
  */
 
 /*
@@ -10507,7 +10507,7 @@ lookup_resembles(struct exchange *x, const struct response *r, struct lookup *l)
 
 /* True if r has the same payload as the failed fetch that x followed. */
 static bool
-payload_goes_on(const struct exchange *x, const struct response *r)
+cache_goes_on(const struct exchange *x, const struct response *r)
 {
 	const struct request *q = x->request;
 
@@ -10521,9 +10521,7 @@ payload_goes_on(const struct exchange *x, const struct response *r)
  * Handles a server's response, or its failure if r is NULL, for an entry to
  * validate.  CACHED_YES: the entry answers, in l; CACHED_LOST: a 304 is about
  * another version, or the entry is damaged, so ask the server again; CACHED_NO:
- * r answers.  If the client has a part of the response already, CACHED_YES: r
- * has the same payload.  A response invalidates entries even if rules forbid
- * it.
+ * r answers.  A response invalidates entries even if rules forbid it.
  */
 static enum cached
 cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
@@ -10537,8 +10535,6 @@ cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 	/* An error that is about the request says nothing of the entry. */
 	bool same = failed || status_is_among(status, personal_statuses);
 
-	if (r != NULL && x->record.status != 0)
-		return payload_goes_on(x, r) ? CACHED_YES : CACHED_NO;
 	if (r != NULL)
 		cache_invalidate(q, r);
 	if (c->state != CACHING_VALIDATES || (status > 0 && status < 200))
@@ -15699,9 +15695,8 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 {
 	struct request *q = x->request;
 	struct flow *d = &x->down, old = *d;
-	struct lookup none;
 
-	if (cache_validate(x, r, &none) != CACHED_YES) {
+	if (!cache_goes_on(x, r)) {
 		exchange_refuse(x, REFUSE_CUT_SHORT, "");
 		return;
 	}
