@@ -8750,17 +8750,16 @@ marker_token(struct text key, struct text vary, bool part, char *token)
 {
 	struct buffer *b = work_buffer(WORK_HEAD);
 	struct lookup l;
-	bool found, other;
+	bool there;
 
 	l.b = b;
 	entry_path(key, text_of(""), l.path);
 	entry_open(&l, l.path, 0, key);
-	found = l.fd != -1 && text_equals(l.e.vary, vary);
-	other = l.fd != -1 && !found;
+	there = l.fd != -1;
 	fd_drop(&l.fd);
-	if (found)
+	if (there && text_equals(l.e.vary, vary))
 		return text_copy(l.e.token, token, 64);
-	if (part && other)
+	if (there && part)
 		return false;
 	(void)snprintf(token, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
 	    (long)getpid(), (unsigned long long)++store.serial);
@@ -10601,8 +10600,7 @@ cache_store(struct exchange *x, const struct response *r)
 	const char *why;
 
 	c->forward_status = r->status;
-	if (options.cache == NULL || q->method == METHOD_CONNECT ||
-	    q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)
+	if (options.cache == NULL)
 		return;
 	why = cache_obstacle(x, r);
 	if (why == NULL && !fetch_store(x, r))
@@ -10744,7 +10742,7 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 {
 	const struct request *q = x->request;
 	const struct caching *c = &q->caching;
-	bool cached = answer_is_stored(q) || c->hit != NULL;
+	bool cached = answer_is_stored(q);
 	/* One that waited may have asked the server nevertheless. */
 	bool collapsed = c->collapsed && c->state == CACHING_HIT;
 	bool hit = cached && c->state == CACHING_HIT && !collapsed;
