@@ -10793,6 +10793,8 @@ enum {
 	/* A child that hangs in the system's resolver ends after this. */
 	QUESTION_S = 60,
 	QUESTION_MS = 61000,
+	/* After this it gives way, if there are more questions. */
+	QUESTION_HANGS_US = 3000000,
 	/* The helper reaps children at least this often. */
 	REAP_MS = 1000
 };
@@ -10836,7 +10838,7 @@ struct name {
 /* A child of the helper. */
 struct child {
 	pid_t pid;            /* 0: this slot is free */
-	unsigned long turn;   /* the oldest child has the smallest */
+	int64_t began;        /* us: the clock when it was forked */
 	struct ticket ticket; /* of its question */
 };
 
@@ -10927,36 +10929,38 @@ children_reap(struct child *children, int answers)
 }
 
 /*
- * Returns a free slot.  If there is none, the oldest child, which hangs, is
- * killed: a dead name server must not delay other names.
+ * Returns a free slot.  If there is none, that of the oldest child if it hangs,
+ * as a dead name server must not delay other names for long; else NULL.
  */
 static struct child *
-child_slot(struct child *children, int answers)
+child_slot(struct child *children)
 {
 	struct child *child, *oldest = children;
 
 	for (child = children; child < children + QUESTIONS_MAX; child++) {
 		if (child->pid == 0)
 			return child;
-		if (child->turn < oldest->turn)
+		if (child->began < oldest->began)
 			oldest = child;
 	}
-	(void)kill(oldest->pid, SIGKILL);
-	(void)waitpid(oldest->pid, NULL, 0);
-	(void)answer_write(answers, &oldest->ticket, EAI_AGAIN, NULL);
-	return oldest;
+	return clock_us() - oldest->began < QUESTION_HANGS_US ? NULL : oldest;
 }
 
-/* Forks a child for a question; if that fails, answers at once. */
+/*
+ * Forks a child for a question, in a slot from which one that hangs is removed;
+ * if that fails, answers at once.
+ */
 static void
-child_fork(struct child *children, const struct question *question,
-    int questions, int answers)
+child_fork(struct child *child, const struct question *question, int questions,
+    int answers)
 {
-	static unsigned long turn;
-	struct child *child = child_slot(children, answers);
-
+	if (child->pid != 0) {
+		(void)kill(child->pid, SIGKILL);
+		(void)waitpid(child->pid, NULL, 0);
+		(void)answer_write(answers, &child->ticket, EAI_AGAIN, NULL);
+	}
 	child->ticket = question->ticket;
-	child->turn = ++turn;
+	child->began = clock_us();
 	child->pid = fork();
 	if (child->pid == 0) {
 		/* An open copy would hide the helper's death. */
@@ -10999,13 +11003,15 @@ helper_run(int questions, int answers)
 	for (;;) {
 		/* The timeout is for a child that ends just before poll(2). */
 		bool some = children_reap(children, answers);
+		struct child *child = child_slot(children);
 
-		if (poll(&pollfd, 1, some ? REAP_MS : -1) <= 0)
+		/* Without a slot, questions wait in the pipe. */
+		if (poll(&pollfd, child != NULL, some ? REAP_MS : -1) <= 0)
 			continue;
 		if (fd_read(questions, &question, sizeof(question)) !=
 		    (ssize_t)sizeof(question))
 			break;
-		child_fork(children, &question, questions, answers);
+		child_fork(child, &question, questions, answers);
 	}
 	/* Those that hang would keep our standard output open. */
 	for (i = 0; i < QUESTIONS_MAX; i++)

@@ -4731,6 +4731,8 @@ names_lookup(const char *host, const char *port, const struct addrinfo *hints,
 		return getaddrinfo(host, port, hints, found);
 	if (strncmp(host, "slow", 4) == 0 && strstr(host, ".test") != NULL)
 		sleep(60);
+	if (strncmp(host, "late", 4) == 0)
+		(void)poll(NULL, 0, 500);
 	if (strcmp(host, "crash.test") == 0)
 		_exit(7);
 	memset(&numeric, 0, sizeof(numeric));
@@ -16376,6 +16378,15 @@ END
 		fail "$before descriptors become $after while fork fails"
 	rm fork-fails
 	name_known three.test
+	served
+}
+
+test_names_burst() { # sixty names at once whose server takes its time: all are found
+	start_names 127.0.0.1
+	plain_origin
+	many 60 late "send GET http://late@.test:${origin#*:}/ HTTP/1.1\nHost: x\n\n"
+	counts 60 log '"GET http://late[0-9]*.test.* 200 .* end=' 20
+	touch late.over
 	served
 }
 
