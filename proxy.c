@@ -7310,7 +7310,8 @@ rules_take(const struct head *h, const struct account **user)
  *
  * Door: control_parse, freshness_lifetime, response_obstacle, initial_age,
  * reuse_judge, reuse_on_error, response_is_same, modified_strong,
- * request_is_met, request_is_satisfied, range_parse.
+ * personal_statuses, request_is_met, request_is_satisfied, range_parse,
+ * status_is_among.
  */
 
 enum {
@@ -7896,11 +7897,11 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
  * miss, or a follower a response that is visibly truncated.
  *
  * Door: disk_bytes, disk_failed, entry_find, entry_open, entry_path,
- * entry_read, key_hash, key_of, marker_token, region_build, region_seal,
- * stock_set, stock_sum, store_bytes, store_fits, store_lacks_disk, store_path,
- * store_remove, stored_head_append, tag_make, temporary_close, temporary_open,
- * temporary_place, variant_fits, variant_of, vary_append, work_buffer,
- * write_at.
+ * entry_read, entry_touch, key_hash, key_of, marker_token, region_build,
+ * region_seal, stock_set, stock_sum, store_bytes, store_fits, store_lacks_disk,
+ * store_path, store_remove, stored_head_append, tag_make, temporary_close,
+ * temporary_open, temporary_place, variant_fits, variant_of, vary_append,
+ * work_buffer, write_at.
  */
 
 enum {
@@ -8446,6 +8447,34 @@ entry_open(struct lookup *l, const char *path, size_t region, struct text key)
 		fd_drop(&l->fd);
 }
 
+/* Entries used lately, the file's time of which is recent. */
+static struct {
+	uint64_t name; /* hash of key and variant */
+	time_t when;   /* the file's time was set or checked */
+} store_touched[CACHE_TOUCHED];
+
+/*
+ * Records the use of an entry in its file's time, for the sweeper, if that is
+ * older than CACHE_TOUCH_S, or from the future: as unsigned that is older, too.
+ * The table avoids most calls.
+ */
+static void
+entry_touch(int fd, const struct entry *e)
+{
+	uint64_t name = hash_text(key_hash(e->key), e->variant);
+	size_t i = (size_t)(name % CACHE_TOUCHED);
+	struct stat status;
+
+	if (store_touched[i].name == name &&
+	    (uint64_t)(now.wall - store_touched[i].when) < CACHE_TOUCH_S)
+		return;
+	store_touched[i].name = name;
+	store_touched[i].when = now.wall;
+	if (fstat(fd, &status) != -1 &&
+	    (uint64_t)(now.wall - status.st_mtime) >= CACHE_TOUCH_S)
+		(void)futimens(fd, NULL);
+}
+
 /*
  * Finds the entry with this key for a request.  l->b is the entry's beginning
  * and l->fd its descriptor, or -1 if there is none; l->path is the last path
@@ -8464,6 +8493,8 @@ entry_find(const struct request *q, struct text key, struct lookup *l)
 		fd_drop(&l->fd);
 	if (l->fd == -1 || l->e.vary.at == NULL)
 		return;
+	/* A marker is used with its variants: they are lost without it. */
+	entry_touch(l->fd, &l->e);
 	fd_drop(&l->fd);
 	buffer_append(name, l->e.token);
 	buffer_word(name, ";");
@@ -8734,17 +8765,16 @@ marker_token(struct text key, struct text vary, bool part, char *token)
 {
 	struct buffer *b = work_buffer(WORK_HEAD);
 	struct lookup l;
-	bool found, other;
+	bool there;
 
 	l.b = b;
 	entry_path(key, text_of(""), l.path);
 	entry_open(&l, l.path, 0, key);
-	found = l.fd != -1 && text_equals(l.e.vary, vary);
-	other = l.fd != -1 && !found;
+	there = l.fd != -1;
 	fd_drop(&l.fd);
-	if (found)
+	if (there && text_equals(l.e.vary, vary))
 		return text_copy(l.e.token, token, 64);
-	if (part && other)
+	if (there && part)
 		return false;
 	(void)snprintf(token, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
 	    (long)getpid(), (unsigned long long)++store.serial);
@@ -8811,36 +8841,8 @@ stored_head_append(const struct response *r, const struct response *old,
  * not used for longest, each time the room has run out.  Opens the directory,
  * too, and makes sure that it is one.
  *
- * Door: entry_touch, store_open, store_print, store_sweep, store_take_over,
- * store_warn.
+ * Door: store_open, store_print, store_sweep, store_take_over, store_warn.
  */
-
-/* Entries used lately, the file's time of which is recent. */
-static struct {
-	uint64_t name; /* hash of key and variant */
-	time_t when;   /* the file's time was set or checked */
-} store_touched[CACHE_TOUCHED];
-
-/*
- * Records the use of an entry in its file's time, for the sweeper, if that is
- * older than CACHE_TOUCH_S.  The table avoids most calls.
- */
-static void
-entry_touch(int fd, const struct entry *e)
-{
-	uint64_t name = hash_text(key_hash(e->key), e->variant);
-	size_t i = (size_t)(name % CACHE_TOUCHED);
-	struct stat status;
-
-	if (store_touched[i].name == name &&
-	    now.wall - store_touched[i].when < CACHE_TOUCH_S)
-		return;
-	store_touched[i].name = name;
-	store_touched[i].when = now.wall;
-	if (fstat(fd, &status) != -1 &&
-	    now.wall - status.st_mtime >= CACHE_TOUCH_S)
-		(void)futimens(fd, NULL);
-}
 
 /* A file in the cache directory. */
 struct file {
@@ -9992,9 +9994,9 @@ cache_invalidate(const struct request *q, const struct response *r)
  * decides whether a response may be stored; and builds the head that is sent
  * from an entry.
  *
- * Door: cache_fields_append, cache_find, cache_follows, cache_leave,
- * cache_room, cache_shape, cache_status_append, cache_store, cache_validate,
- * cache_validators_append, cache_wants.
+ * Door: cache_fields_append, cache_find, cache_follows, cache_goes_on,
+ * cache_leave, cache_room, cache_shape, cache_status_append, cache_store,
+ * cache_validate, cache_validators_append, cache_wants.
  */
 
 /*
@@ -10519,7 +10521,7 @@ lookup_resembles(struct exchange *x, const struct response *r, struct lookup *l)
 
 /* True if r has the same payload as the failed fetch that x followed. */
 static bool
-payload_goes_on(const struct exchange *x, const struct response *r)
+cache_goes_on(const struct exchange *x, const struct response *r)
 {
 	const struct request *q = x->request;
 
@@ -10533,9 +10535,7 @@ payload_goes_on(const struct exchange *x, const struct response *r)
  * Handles a server's response, or its failure if r is NULL, for an entry to
  * validate.  CACHED_YES: the entry answers, in l; CACHED_LOST: a 304 is about
  * another version, or the entry is damaged, so ask the server again; CACHED_NO:
- * r answers.  If the client has a part of the response already, CACHED_YES: r
- * has the same payload.  A response invalidates entries even if rules forbid
- * it.
+ * r answers.  A response invalidates entries even if rules forbid it.
  */
 static enum cached
 cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
@@ -10545,10 +10545,10 @@ cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 	int status = r == NULL ? 0 : r->status;
 	bool failed = r == NULL || status == 500 ||
 	    (status >= 502 && status <= 504);
-	bool partial = status == 206 || q->method == METHOD_HEAD, same = failed;
+	bool partial = status == 206 || q->method == METHOD_HEAD;
+	/* An error that is about the request says nothing of the entry. */
+	bool same = failed || status_is_among(status, personal_statuses);
 
-	if (r != NULL && x->record.status != 0)
-		return payload_goes_on(x, r) ? CACHED_YES : CACHED_NO;
 	if (r != NULL)
 		cache_invalidate(q, r);
 	if (c->state != CACHING_VALIDATES || (status > 0 && status < 200))
@@ -10562,7 +10562,7 @@ cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 			(void)lookup_age(x, l);
 			return lookup_answers(x, l, "validated");
 		}
-		same = failed || (status != 304 && lookup_resembles(x, r, l));
+		same = same || lookup_resembles(x, r, l);
 		buffer_give(&l->b);
 	}
 	if (status == 304) {
@@ -10615,8 +10615,7 @@ cache_store(struct exchange *x, const struct response *r)
 	const char *why;
 
 	c->forward_status = r->status;
-	if (options.cache == NULL || q->method == METHOD_CONNECT ||
-	    q->method == METHOD_TRACE || q->method == METHOD_OPTIONS)
+	if (options.cache == NULL)
 		return;
 	why = cache_obstacle(x, r);
 	if (why == NULL && !fetch_store(x, r))
@@ -10703,9 +10702,10 @@ cache_shape(const struct exchange *x, struct response *r)
 	int stored = r->status;
 	size_t i;
 
-	r->framing = q->method == METHOD_HEAD ? FRAMING_NO_BODY :
-	    q->body == UINT64_MAX             ? FRAMING_CLOSE :
-						FRAMING_LENGTH;
+	/* A refresh has no client that would read the body. */
+	r->framing = q->method == METHOD_HEAD || x->refresh ? FRAMING_NO_BODY :
+	    q->body == UINT64_MAX                           ? FRAMING_CLOSE :
+							      FRAMING_LENGTH;
 	if (q->answerer != ANSWER_FETCH && q->method == METHOD_GET)
 		r->part = range_parse(&q->head, r, q->body, &range);
 	if (r->status / 100 == 2 && request_is_satisfied(&q->head, r)) {
@@ -10719,8 +10719,10 @@ cache_shape(const struct exchange *x, struct response *r)
 		/* The fields are about what is not sent, also its freshness. */
 		r->head.n = 0;
 		range.length = 0;
-	} else if (r->part == 1)
+	} else if (r->part == 1) {
 		r->status = 206;
+		(void)head_drop(&r->head, "Content-Range", NULL);
+	}
 	if (r->status != stored)
 		r->reason = text_of(status_reason(r->status));
 	if (r->status == 304 || r->status == 416)
@@ -10755,7 +10757,7 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 {
 	const struct request *q = x->request;
 	const struct caching *c = &q->caching;
-	bool cached = answer_is_stored(q) || c->hit != NULL;
+	bool cached = answer_is_stored(q);
 	/* One that waited may have asked the server nevertheless. */
 	bool collapsed = c->collapsed && c->state == CACHING_HIT;
 	bool hit = cached && c->state == CACHING_HIT && !collapsed;
@@ -10806,6 +10808,8 @@ enum {
 	/* A child that hangs in the system's resolver ends after this. */
 	QUESTION_S = 60,
 	QUESTION_MS = 61000,
+	/* After this it gives way, if there are more questions. */
+	QUESTION_HANGS_US = 3000000,
 	/* The helper reaps children at least this often. */
 	REAP_MS = 1000
 };
@@ -10849,7 +10853,7 @@ struct name {
 /* A child of the helper. */
 struct child {
 	pid_t pid;            /* 0: this slot is free */
-	unsigned long turn;   /* the oldest child has the smallest */
+	int64_t began;        /* us: the clock when it was forked */
 	struct ticket ticket; /* of its question */
 };
 
@@ -10940,36 +10944,38 @@ children_reap(struct child *children, int answers)
 }
 
 /*
- * Returns a free slot.  If there is none, the oldest child, which hangs, is
- * killed: a dead name server must not delay other names.
+ * Returns a free slot.  If there is none, that of the oldest child if it hangs,
+ * as a dead name server must not delay other names for long; else NULL.
  */
 static struct child *
-child_slot(struct child *children, int answers)
+child_slot(struct child *children)
 {
 	struct child *child, *oldest = children;
 
 	for (child = children; child < children + QUESTIONS_MAX; child++) {
 		if (child->pid == 0)
 			return child;
-		if (child->turn < oldest->turn)
+		if (child->began < oldest->began)
 			oldest = child;
 	}
-	(void)kill(oldest->pid, SIGKILL);
-	(void)waitpid(oldest->pid, NULL, 0);
-	(void)answer_write(answers, &oldest->ticket, EAI_AGAIN, NULL);
-	return oldest;
+	return clock_us() - oldest->began < QUESTION_HANGS_US ? NULL : oldest;
 }
 
-/* Forks a child for a question; if that fails, answers at once. */
+/*
+ * Forks a child for a question, in a slot from which one that hangs is removed;
+ * if that fails, answers at once.
+ */
 static void
-child_fork(struct child *children, const struct question *question,
-    int questions, int answers)
+child_fork(struct child *child, const struct question *question, int questions,
+    int answers)
 {
-	static unsigned long turn;
-	struct child *child = child_slot(children, answers);
-
+	if (child->pid != 0) {
+		(void)kill(child->pid, SIGKILL);
+		(void)waitpid(child->pid, NULL, 0);
+		(void)answer_write(answers, &child->ticket, EAI_AGAIN, NULL);
+	}
 	child->ticket = question->ticket;
-	child->turn = ++turn;
+	child->began = clock_us();
 	child->pid = fork();
 	if (child->pid == 0) {
 		/* An open copy would hide the helper's death. */
@@ -11012,13 +11018,15 @@ helper_run(int questions, int answers)
 	for (;;) {
 		/* The timeout is for a child that ends just before poll(2). */
 		bool some = children_reap(children, answers);
+		struct child *child = child_slot(children);
 
-		if (poll(&pollfd, 1, some ? REAP_MS : -1) <= 0)
+		/* Without a slot, questions wait in the pipe. */
+		if (poll(&pollfd, child != NULL, some ? REAP_MS : -1) <= 0)
 			continue;
 		if (fd_read(questions, &question, sizeof(question)) !=
 		    (ssize_t)sizeof(question))
 			break;
-		child_fork(children, &question, questions, answers);
+		child_fork(child, &question, questions, answers);
 	}
 	/* Those that hang would keep our standard output open. */
 	for (i = 0; i < QUESTIONS_MAX; i++)
@@ -15737,9 +15745,8 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 {
 	struct request *q = x->request;
 	struct flow *d = &x->down, old = *d;
-	struct lookup none;
 
-	if (cache_validate(x, r, &none) != CACHED_YES) {
+	if (!cache_goes_on(x, r)) {
 		exchange_refuse(x, REFUSE_CUT_SHORT, "");
 		return;
 	}

@@ -4732,6 +4732,8 @@ names_lookup(const char *host, const char *port, const struct addrinfo *hints,
 		return getaddrinfo(host, port, hints, found);
 	if (strncmp(host, "slow", 4) == 0 && strstr(host, ".test") != NULL)
 		sleep(60);
+	if (strncmp(host, "late", 4) == 0)
+		(void)poll(NULL, 0, 500);
 	if (strcmp(host, "crash.test") == 0)
 		_exit(7);
 	memset(&numeric, 0, sizeof(numeric));
@@ -13429,6 +13431,11 @@ test_cache_recency() { # a hit renews an entry's time, every ten minutes at most
 	aged 0:11 "$entry_file"
 	get_fresh
 	younger 0:05 "$entry_file" || fail "not renewed after eleven minutes"
+	stop_proxy
+	start_cache
+	aged -1 "$entry_file"
+	get_fresh
+	younger -0:05 "$entry_file" && fail "a time that is still to come stays"
 	# A validation and a part of it are uses too.
 	for fields in 'Cache-Control: max-age=0\n' 'Range: bytes=1-2\n'; do
 		stop_proxy
@@ -13442,6 +13449,16 @@ END
 		entry
 		younger 0:10 "$entry_file" || fail "$fields: not renewed"
 	done
+	play 'a marker is used with its variants' <<'END'
+	reply  200 Cache-Control: max-age=999\nVary: X-A | one
+	a: ask / = 200 | one
+	a: ends .
+	do     wait_for 5 'marker=$(grep -l "^vary: x-a" cache/*/*)' || fail "no marker"
+	do     aged 1 "$marker"
+	b: ask / = 200; hit | one
+	b: ends .
+	do     younger 0:10 "$marker" || fail "its time is not renewed"
+END
 }
 
 # Mounts a disk of SIZE for the cache, until the test ends: small_disk SIZE
@@ -15138,6 +15155,13 @@ test_cache_validate() { # stale entries are validated (RFC 9111 section 4.3)
 	ask    / = 200 | two\l
 	ask    / Cache-Control: max-stale, only-if-cached = 504
 	gets#  2 ^GET
+	== an error that is about the request, not its target, does not
+	reply  200 Cache-Control: max-age=0\nETag: "a" | one\l
+	reply  429 Cache-Control: no-store | no\l
+	ask    / = 200 | one\l
+	ask    / = 429 | no\l
+	ask    / Cache-Control: max-stale, only-if-cached = 200 | one\l
+	gets#  2 ^GET
 END
 }
 
@@ -15672,6 +15696,12 @@ END
 	sees#  6 ^Content-Length: 0
 	gets#  1 ^GET
 	log!   " [0-9]+ [1-9][0-9]* .* hit=
+	== a Content-Range that says nothing is not passed on beside ours
+	reply  200 Cache-Control: max-age=999\nContent-Range: bytes 0-9/10 | abcdefghij
+	ask    / = 200 | abcdefghij
+	ask    / Range: bytes=2-4 = 206 | cde
+	sees#  2 ^Content-Range
+	sees#  1 ^Content-Range: bytes 2-4/10
 END
 }
 
@@ -15964,8 +15994,8 @@ refreshes() {
 	for refreshes_by in ${3:-304 200}; do
 		what="$2: refreshed by $refreshes_by"
 		case $refreshes_by in
-		304) refreshes_body='' refreshes_see=one ;;
-		*) refreshes_body='| two\l' refreshes_see=two ;;
+		304) refreshes_body='' refreshes_see=one refreshes_log='0 .* hit=validated' ;;
+		*) refreshes_body='| two\l' refreshes_see=two refreshes_log='4 .* miss=stored' ;;
 		esac
 		play -n "$what" <<END
 	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60, stale-while-revalidate=999${4-} | one\l
@@ -15986,6 +16016,9 @@ refreshes() {
 	gets#  1 ^If-None-Match: 
 	gets#  1 ^If-None-Match: "a"$
 	gets!~ ^(Cache-Control|Pragma|Range|If-(Range|Match|Modified-Since|Unmodified-Since)):
+	log    miss=stored
+	log    hit=stale
+	log    " 200 $refreshes_log
 END
 	done
 }
@@ -16358,6 +16391,15 @@ END
 		fail "$before descriptors become $after while fork fails"
 	rm fork-fails
 	name_known three.test
+	served
+}
+
+test_names_burst() { # sixty names at once whose server takes its time: all are found
+	start_names 127.0.0.1
+	plain_origin
+	many 60 late "send GET http://late@.test:${origin#*:}/ HTTP/1.1\nHost: x\n\n"
+	counts 60 log '"GET http://late[0-9]*.test.* 200 .* end=' 20
+	touch late.over
 	served
 }
 
