@@ -90,7 +90,7 @@
 #
 #   fail skip                      end the test
 #   start_proxy stop_proxy served  a proxy, its end, is it well
-#   quick our_names board logger   another build: short limits, our names, syslog
+#   quick our_names logger         another build: short limits, our names, syslog
 #   start_names start_ruled start_rules    with names of ours, with rules
 #   start_with                     with a parent
 #   origin plain_origin load_origin nobody dead_port deaf echoes twins    servers
@@ -6406,21 +6406,10 @@ END
 
 # ---- 4. Buffers and requests ------------------------------------------------
 
-write_board() {
-	cat "$work/names.c"
-}
-
-# The proxy of this test has the buffers that README has for boards, and time
-# limits from the environment.
-board() {
-	need_source
-	board_buffer=$(sed -n 's/.*CPPFLAGS=-DBUFFER_SIZE=\([0-9]*\).*/\1/p' "$here/README")
-	built_once board write_board -UBUFFER_SIZE "-DBUFFER_SIZE=$board_buffer"
-	proxy_bin=$work/board
-}
-
 test_limit_board() { # the buffers that README has for boards take what the web sends
-	board
+	surrounded
+	"$proxy_bin" -V | grep -x "buffer $board_buffer" > /dev/null ||
+		skip "CFLAGS say other buffers"
 	play "$board_buffer" <<'END'
 	reply  200 X-A: \{15700:a} | ok
 	ask    /\{7960:a} X-A: \{7700:a} = 200 OK | ok
@@ -10329,14 +10318,14 @@ END
 }
 
 test_rules_cache() { # cache DURATION: in place of the lifetime that is told or guessed
-	start_cache -e 'cache 1h host 127.0.0.1'
+	start_cache -v -e 'cache 1h host 127.0.0.1'
 	keeps 'no lifetime' '200 OK' ''
 	keeps 'max-age=0' '200 OK' 'Cache-Control: max-age=0\n'
 	keeps 's-maxage=0' '200 OK' 'Cache-Control: s-maxage=0, max-age=5\n'
 	keeps 'Expires in the past' '200 OK' 'Expires: 0\n'
 	has "c$plays" '^Cache-Status: .*; ttl=[0-9]*'
 	for what in private no-store 'private, max-age=99' 'no-store, max-age=99'; do
-		keeps_not "$what" '200 OK' "Cache-Control: $what\\n"
+		keeps_not "${what%%,*}" '200 OK' "Cache-Control: $what\\n"
 	done
 	for what in no-cache 'no-cache, max-age=99'; do
 		play -n "$what" <<END
@@ -10348,8 +10337,8 @@ test_rules_cache() { # cache DURATION: in place of the lifetime that is told or 
 		log!   hit=fresh
 END
 	done
-	keeps_not 'an answer to a login' '200 OK' '' 'Authorization: Basic eDp5\n' again
-	keeps_not 'a cookie' '200 OK' 'Set-Cookie: a=b\n'
+	keeps_not authorization '200 OK' '' 'Authorization: Basic eDp5\n' again
+	keeps_not set-cookie '200 OK' 'Set-Cookie: a=b\n'
 	keeps 'a cookie, public' '200 OK' 'Set-Cookie: a=b\nCache-Control: public, max-age=99\n'
 	stop_proxy
 	start_cache -e 'cache 1s url /short' -e 'cache 7d url /long'
@@ -12440,12 +12429,13 @@ control | ,, , | xno-store, no-storex, no_store | x="no-store, private" | max-ag
 control:X-Cache-Control:\s no-store = nothing
 control no-store, no-cache,private ,public = no-store no-cache private public
 control MUST-Revalidate = must
+control MAX-AGE=9,PRIVATE = private max-age=9
 control proxy-revalidate = proxy
 control must-understand,only-if-cached = understand cached
 control max-age=1, s-maxage=2, min-fresh=3, max-stale=4, stale-while-revalidate=5, stale-if-error=6 = max-age=1 s-maxage=2 min-fresh=3 max-stale=4 revalidate=5 error=6
 control max-age=1\nX: y\nCache-Control: s-maxage=2 = max-age=1 s-maxage=2
 control max-age=9, max-age=5 | max-age=5\nCache-Control: max-age=9 = max-age=5
-control max-age=x | max-age= | max-age=-5 | max-age="5 | max-age=5.0 | max-age= 5 = max-age=0
+control max-age=x | max-age= | max-age=-5 | max-age=+5 | max-age=5x | max-age=0x5 | max-age="5 | max-age=5.0 | max-age= 5 = max-age=0
 control max-age=99999999999999999999 = max-age=2147483648
 control max-stale = max-stale=2147483647
 control x="a\\", no-store", max-age=7 = max-age=7
@@ -12536,11 +12526,11 @@ storable > 200 | > 200 $dated\nExpires: 0 | > 200 $c max-age=0 = no-lifetime
 storable > 200 $c no-store, max-age=9 | $c no-store > 200 $c max-age=9 = no-store
 storable > 200 $c private, max-age=9 | > 200 $c private="x", max-age=9 | $login > 200 $c public, private, max-age=9 = private
 storable > 200 $c no-store, must-understand, max-age=9 | > 299 $c max-age=9 | > 299 $c public\n$older = stored
-storable > 299 $c must-understand, max-age=9 | > 299 $older | > 500 $older | > 302 $older | > 304 $c max-age=9 = status
+storable > 299 $c must-understand, max-age=9 | > 299 $older | > 500 $older | > 302 $older | > 304 $c max-age=9 | > 429 $c max-age=9 = status
 storable > 404 $older | > 410 $older | > 301 $older | > 302 $c max-age=9 | > 503 $c max-age=9 = stored
-storable > 200 $c max-age=9\nVary: * | > 200 $c max-age=9\nVary: a, * ,b = vary-*
+storable > 200 $c max-age=9\nVary: * | > 200 $c max-age=9\nVary: a, * ,b | > 200 $c max-age=9\nVary: a\nVary: b, * = vary-*
 storable > 200 $c max-age=9\nVary: a = stored
-storable > 200 $older\n$cookie | > 200 $c max-age=0, s-maxage=0\n$older\n$cookie = set-cookie
+storable > 200 $older\n$cookie | > 200 $c public\n$older\n$cookie | > 200 $c max-age=0, s-maxage=0\n$older\n$cookie = set-cookie
 storable > 200 $c max-age=9\n$cookie | > 200 $c public, max-age=9\n$cookie | > 200 $c s-maxage=9\n$cookie = stored
 storable $c no-cache > 200 $c max-age=9 = stored
 storable $login > 200 $c max-age=9 | $login > 200 $older = authorization
@@ -14846,41 +14836,26 @@ test_cache_stored() { # what may be stored is (RFC 9111 section 3)
 	keeps max-age '200 OK' 'Cache-Control: max-age=99\n'
 	keeps 's-maxage over max-age' '200 OK' 'Cache-Control: max-age=0, s-maxage=99\n'
 	keeps Expires '200 OK' 'Expires: Fri, 01 Jan 2100 00:00:00 GMT\n'
-	keeps 'max-age over Expires' '200 OK' 'Cache-Control: max-age=99\nExpires: 0\n'
 	keeps heuristics '200 OK' 'Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
-	keeps 'a 404 by heuristics' '404 No' 'Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
 	keeps 'a 302 with max-age' '302 Found' 'Location: /x\nCache-Control: max-age=99\n'
-	keeps 'an unknown status with max-age' '299 Odd' 'Cache-Control: max-age=99\n'
-	keeps 'no-store overridden by must-understand' '200 OK' \
-	    'Cache-Control: no-store, must-understand, max-age=99\n'
-	keeps 'Set-Cookie with public' '200 OK' 'Set-Cookie: a=b\nCache-Control: public, max-age=99\n'
-	keeps 'Set-Cookie with s-maxage' '200 OK' 'Set-Cookie: a=b\nCache-Control: s-maxage=99\n'
-	keeps 'an unknown directive, odd case' '200 OK' 'Cache-Control: x="no-store, y", MAX-AGE=99\n'
-	keeps 'two lines of Cache-Control' '200 OK' 'Cache-Control: x=y\nCache-Control: max-age=99\n'
 	keeps 'Authorization with public' '200 OK' \
 	    'Cache-Control: public, max-age=99\n' 'Authorization: Basic eDp5\n'
-	keeps 'Authorization with s-maxage' '200 OK' \
-	    'Cache-Control: s-maxage=99\n' 'Authorization: Basic eDp5\n'
-	keeps 'Authorization with must-revalidate' '200 OK' \
-	    'Cache-Control: must-revalidate, max-age=99\n' 'Authorization: Basic eDp5\n'
 	served
 }
 
 # Two GETs of one URL, the second one without the request fields; the origin is
 # asked for both, and nothing is stored (again: of the first one); log and trace
-# tell why, by the word in $keeps_why if it is set:
-# keeps_not WHAT STATUS 'response fields\n' ['request fields\n' [again]]
-keeps_why=
+# tell why: keeps_not WHY STATUS 'response fields\n' ['request fields\n' [again]]
 keeps_not() {
-	play -n "$1: is not stored" <<END
+	play -n "$1, $2, $3${4-}: is not stored" <<END
 	replies $2\n$3 | ok\l
 	ask    / ${4-} = $2; fwd= | ok\l
 	ask    / = $2; fwd= | ok\l
 	gets#  2 ^GET /
 	gets!~ ^If-
 	log!   hit=
-	${keeps_why:+log    miss=$keeps_why up=}
-	${keeps_why:+err~   ^#[0-9]+ . [0-9]+ ms not stored: $keeps_why$}
+	log    miss=$1 up=
+	err~   ^#[0-9]+ . [0-9]+ ms not stored: $1$
 END
 	[ -n "${5-}" ] || ! grep -r "http://$origin/" "$T/cache" > /dev/null ||
 		fail "$1: there is an entry"
@@ -14890,37 +14865,16 @@ test_cache_not_stored() { # what must not be stored is not, and why is told
 	start_cache -v
 	old='Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
 	fresh='Cache-Control: max-age=99\n'
-	keeps_why='no-store'
 	keeps_not no-store '200 OK' "${fresh}Cache-Control: no-store\n"
-	keeps_not 'request no-store' '200 OK' "$fresh" 'Cache-Control: no-store\n' again
-	keeps_why=private
+	keeps_not no-store '200 OK' "$fresh" 'Cache-Control: no-store\n' again
 	keeps_not private '200 OK' 'Cache-Control: private, max-age=99\n'
-	keeps_not 'private in capitals' '200 OK' 'Cache-Control: max-age=99,PRIVATE\n'
-	keeps_not 'private with a value' '200 OK' 'Cache-Control: max-age=99, private=x\n'
-	keeps_why=status
-	keeps_not 'must-understand, status unknown' '299 OK' \
-	    'Cache-Control: must-understand, max-age=99\n'
-	keeps_not 'a status without heuristics' '299 Odd' "$old"
-	keeps_not '500 by heuristics' '500 No' "$old"
-	keeps_not '429 with a lifetime' '429 No' "$fresh"
-	keeps_why='vary-[*]'
-	keeps_not 'Vary: *' '200 OK' "${fresh}Vary: *\n"
-	keeps_not '* in a list of Vary' '200 OK' "${fresh}Vary: Accept\nVary: X-B, *\n"
-	keeps_not 'Vary without a comma' '200 OK' "${fresh}Vary: Accept Cookie\n"
-	keeps_not 'a long Vary' '200 OK' "${fresh}Vary: a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q\n"
-	keeps_why=set-cookie
-	keeps_not 'Set-Cookie with heuristics' '200 OK' "${old}Set-Cookie: a=b\n"
-	keeps_not 'Set-Cookie with public alone' '200 OK' "${old}Cache-Control: public\nSet-Cookie: a=b\n"
-	keeps_why=authorization
-	keeps_not Authorization '200 OK' "$fresh" 'Authorization: Basic eDp5\n' again
-	keeps_why='no-lifetime'
-	keeps_not 'neither freshness nor validator' '200 OK' 'X-A: b\n'
-	keeps_not 'Expires: 0, no validator' '200 OK' 'Expires: 0\n'
-	for cache_age in '"99' 9.9 -9 +9 9x '' 0x9; do
-		keeps_not "max-age=$cache_age" '200 OK' \
-		    "Cache-Control: max-age=$cache_age\n"
+	keeps_not status '500 No' "$old"
+	for vary in '*' 'Accept Cookie' 'a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q'; do
+		keeps_not 'vary-[*]' '200 OK' "${fresh}Vary: $vary\n"
 	done
-	keeps_not 'max-age twice' '200 OK' 'Cache-Control: max-age=99, max-age=0\n'
+	keeps_not set-cookie '200 OK' "${old}Set-Cookie: a=b\n"
+	keeps_not authorization '200 OK' "$fresh" 'Authorization: Basic eDp5\n' again
+	keeps_not no-lifetime '200 OK' 'X-A: b\n'
 	served
 }
 
@@ -15346,9 +15300,7 @@ test_cache_wishes() { # Cache-Control of requests (RFC 9111 section 5.2.1)
 	wishes fresh "$fresh" ''
 	wishes ask "$fresh" 'Cache-Control: no-cache\n'
 	wishes ask "$fresh" 'Pragma: no-cache\n'
-	wishes fresh "$fresh" 'Pragma: no-cache\nCache-Control: max-age=500\n'
 	wishes ask "$fresh" 'Cache-Control: max-age=50\n'
-	wishes ask "$fresh" 'Cache-Control: max-age=0\n'
 	play 'max-age=0 on what has come in the same second' <<'END'
 	reply  200 ETag: "a"\nCache-Control: max-age=60 | one\l
 	reply  200 | two\l
@@ -15356,23 +15308,14 @@ test_cache_wishes() { # Cache-Control of requests (RFC 9111 section 5.2.1)
 	ask    / Cache-Control: max-age=0 = 200 | two\l
 	gets#  1 ^If-None-Match: "a"
 END
-	wishes ask "$fresh" 'Cache-Control: max-age=50, max-age=500\n'
-	wishes fresh "$fresh" 'Cache-Control: max-age=500\n'
-	wishes fresh "$fresh" 'Cache-Control: min-fresh=500\n'
 	wishes ask "$fresh" 'Cache-Control: min-fresh=950\n'
 	wishes fresh "$fresh" 'Cache-Control: only-if-cached\n'
 	wishes ask "$stale" ''
 	wishes stale "$stale" 'Cache-Control: max-stale\n'
-	wishes stale "$stale" 'Cache-Control: max-stale=500\n'
-	wishes ask "$stale" 'Cache-Control: max-stale=9\n'
-	wishes ask "$stale" 'Cache-Control: max-stale, max-age=99\n'
 	wishes stale "$stale" 'Cache-Control: max-stale, only-if-cached\n'
 	wishes 504 "$stale" 'Cache-Control: only-if-cached\n'
-	wishes ask "$stale" 'Cache-Control: max-stale, no-cache\n'
-	for strict in must-revalidate proxy-revalidate s-maxage=60; do
-		wishes ask "Cache-Control: max-age=60, $strict\n" \
-		    'Cache-Control: max-stale\n'
-	done
+	wishes ask 'Cache-Control: max-age=60, must-revalidate\n' \
+	    'Cache-Control: max-stale\n'
 	play 'only-if-cached, nothing there' <<'END'
 	ask    http://127.0.0.1:9/none Cache-Control: only-if-cached = 504 Gateway Timeout
 	sees~  ^504 
@@ -15474,15 +15417,11 @@ test_cache_stale_error() { # a server that fails, or is gone: stale where allowe
 	no='say 503 No\nConnection: close | no\l'
 	failing 200 ', stale-if-error=999' '' "$no"
 	failing 200 '' 'Cache-Control: stale-if-error=999\n' "$no"
-	failing 503 ', stale-if-error=9' '' "$no"
-	failing 503 ', stale-if-error=999, must-revalidate' '' "$no"
 	failing 503 '' '' "$no"
 	failing 404 ', stale-if-error=999' '' 'say 404 No\nConnection: close | no\l'
 	failing 200 '' '' close
 	failing 200 '' '' reset
 	failing '50[24]' ', must-revalidate' '' close
-	failing '50[24]' ', proxy-revalidate' '' close
-	failing '50[24]' ', s-maxage=60' '' close
 	failing '50[24]' '' 'Cache-Control: no-cache\n' close
 	failing 200 ', stale-if-error=999' '' 'send nonsense\n\n'
 	failing 200 ', stale-if-error=999' '' 'send HTTP/1.1 200 OK\nX- ; close'
@@ -15636,28 +15575,15 @@ END
 test_cache_range() { # ranges of what is stored whole (RFC 9110 section 14)
 	start_cache
 	ranges 206 'bytes 2-4/10' cde 'Range: bytes=2-4\n'
-	ranges 206 'bytes 0-0/10' a 'Range: bytes=0-0\n'
-	ranges 206 'bytes 9-9/10' j 'Range: bytes=9-9\n'
 	ranges 206 'bytes 7-9/10' hij 'Range: bytes=-3\n'
-	ranges 206 'bytes 0-9/10' abcdefghij 'Range: bytes=-99\n'
-	ranges 206 'bytes 7-9/10' hij 'Range: bytes=7-\n'
-	ranges 206 'bytes 7-9/10' hij 'Range: bytes=7-999\n'
 	ranges 206 'bytes 7-9/10' hij 'Range: bytes=7-999\nIf-Range: "a"\n'
 	ranges 206 'bytes 7-9/10' hij 'Range: bytes=7-\nIf-Range: Sun, 06 Nov 1994 08:49:37 GMT\n'
 	ranges 416 'bytes */10' '' 'Range: bytes=10-\n'
-	ranges 416 'bytes */10' '' 'Range: bytes=10-20\n'
-	ranges 416 'bytes */10' '' 'Range: bytes=-0\n'
 	ranges 200 '' abcdefghij 'Range: bytes=7-\nIf-Range: "b"\n'
 	ranges 200 '' abcdefghij 'Range: bytes=7-\nIf-Range: W/"a"\n'
 	ranges 200 '' abcdefghij 'Range: bytes=10-\nIf-Range: "b"\n'
 	ranges 200 '' abcdefghij 'Range: bytes=7-\nIf-Range: Sun, 06 Nov 1994 08:49:38 GMT\n'
-	ranges 200 '' abcdefghij 'Range: bytes=4-2\n'
-	ranges 200 '' abcdefghij 'Range: bytes=a-b\n'
-	ranges 200 '' abcdefghij 'Range: bytes=+1-2\n'
-	ranges 200 '' abcdefghij 'Range: bytes=1--2\n'
 	ranges 200 '' abcdefghij 'Range: lines=1-2\n'
-	ranges 200 '' abcdefghij 'Range: bytes=-\n'
-	ranges 200 '' abcdefghij 'Range: bytes=99999999999999999999-\n'
 	same=$(date -u '+%a, %d %b %Y %H:%M:%S GMT')
 	play 'If-Range: a date that is no strong validator joins no parts' <<END
 	reply  200 Cache-Control: max-age=999\nLast-Modified: $same\nDate: $same | abcdefghij
@@ -19744,7 +19670,7 @@ END
 }
 
 test_limit_flood() { # refused clients that never stop sending keep nobody out
-	board
+	surrounded
 	export LINGER_MS=30
 	play -n 'beside a download' <<'END'
 	reply  200 Content-Length: 1000000000
@@ -21724,7 +21650,7 @@ test_real_git() { # git: clone from plain files, clone, fetch and push by CGI
 	mkdir git
 	real_git init -q tree
 	cp "$work/real/text" tree/text
-	dd if="$work/real/large" of=tree/bytes bs=1000000 count=3 2> /dev/null
+	dd if="$work/real/large" of=tree/bytes bs=1000000 count=1 2> /dev/null
 	real_git -C tree add .
 	real_git -C tree commit -q -m one
 	real_git clone -q --bare tree git/repo.git || fail "no repository"
@@ -21741,13 +21667,13 @@ test_real_git() { # git: clone from plain files, clone, fetch and push by CGI
 	real_git clone -q "http://127.0.0.1:$serve/git/repo.git" smart \
 		> git.out 2>&1 || fail "clone: $(tail -n 1 git.out)"
 	real_same smart/bytes tree/bytes
-	real_log POST ".*/git/repo.git/git-upload-pack" "200 3[0-9]{6} "
-	dd if="$work/real/large" of=smart/more bs=1000000 skip=4 count=4 2> /dev/null
+	real_log POST ".*/git/repo.git/git-upload-pack" "200 1[0-9]{6} "
+	dd if="$work/real/large" of=smart/more bs=1000000 skip=4 count=1 2> /dev/null
 	real_git -C smart add .
 	real_git -C smart commit -q -m two || fail "no commit"
 	real_git -C smart -c http.postBuffer=65536 push -q origin HEAD \
 		> git.out 2>&1 || fail "push: $(tail -n 1 git.out)"
-	real_log POST ".*/git/repo.git/git-receive-pack" "200 .* up=4[0-9]{6} "
+	real_log POST ".*/git/repo.git/git-receive-pack" "200 .* up=1[0-9]{6} "
 	real_git -C dumb pull -q "http://127.0.0.1:$serve/git/repo.git" main \
 		> git.out 2>&1 || fail "pull: $(tail -n 1 git.out)"
 	real_same dumb/more smart/more
@@ -26093,12 +26019,17 @@ if [ "${1-}" = coverage ]; then
 	chmod 755 "$work"
 	umask 0
 fi
-# Beside the proxy of most tests.
+# Beside the proxy of most tests, with the buffers that README has for boards.
+board_buffer=$(sed -n 's/.*CPPFLAGS=-DBUFFER_SIZE=\([0-9]*\).*/\1/p' "$here/README" 2> /dev/null)
+case $cflags in
+*BUFFER_SIZE*) board= ;;
+*) board=${board_buffer:+-DBUFFER_SIZE=$board_buffer} ;;
+esac
 {
 	traced=
 	! traces || traced=-finstrument-functions
 	# shellcheck disable=SC2086 # one or none
-	build "$work/names" "$work/names.c" -O0 '-DLOG_SOCKET="log.socket"' $traced
+	build "$work/names" "$work/names.c" -O0 $board '-DLOG_SOCKET="log.socket"' $traced
 	[ $# -gt 0 ] || built_tables
 } &
 lanes="$lanes $!"
