@@ -4653,13 +4653,14 @@ each() {
 	done
 }
 
-# Processor time the proxy has used, in hundredths of a second.
+# Processor time that the proxy, or another process, has used, in hundredths of
+# a second: processor_time [PID]
 processor_time() {
-	if [ -r "/proc/$proxy_pid/stat" ]; then
-		sed 's/.*) //' "/proc/$proxy_pid/stat" |
-		    awk '{ print $12 + $13 }'
+	set -- "${1-$proxy_pid}"
+	if [ -r "/proc/$1/stat" ]; then
+		sed 's/.*) //' "/proc/$1/stat" | awk '{ print $12 + $13 }'
 	else
-		ps -o time= -p "$proxy_pid" |
+		ps -o time= -p "$1" |
 		    awk -F '[:-]' '{ for (i = 1; i <= NF; i++) s = s * 60 + $i
 		    print s * 100 }'
 	fi
@@ -7176,8 +7177,8 @@ miscut() {
 END
 }
 
-test_unit_bodies() { # bodies: every split gives the same result
-	rows <<'END'
+test_unit_bodies() { # bodies: every split, and each byte behind each beginning of a chunk line; they leave whole, however slowly
+	unit chunks encoding <<'END'
 body:5 hello = hello, whole and 0 more
 body:5 hello more = hello, whole and 5 more
 body:5 hell = hell, broken and 0 left
@@ -7202,15 +7203,7 @@ body:chunked 0\nA : b\n\n | 0\nA: b\l\n\n | 0\n A: b\n\n | 0\nA: b\lB: c\n\n | 0
 END
 }
 
-test_unit_chunks() { # each byte behind each beginning of a chunk line
-	unit chunks
-}
-
-test_unit_encoding() { # bodies leave whole, however slowly
-	unit encoding
-}
-
-test_body_request() { # request bodies by length and chunked, with trailers
+test_body_request() { # request bodies by length and chunked, with trailers; megabytes both ways, in other pieces than they came
 	play 'by length' <<'END'
 	origin head ; want 5 ; say 200 | ok
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 5\n\nhe
@@ -7248,11 +7241,7 @@ test_body_request() { # request bodies by length and chunked, with trailers
 	gets#  1 ^helloGET|^hello$
 	gets~  again$
 	gets#  2 ^-- connection
-END
-}
-
-test_body_large() { # megabytes both ways, streamed, in other pieces than they came
-	play '3 MB up by length, down chunked' <<'END'
+	== 3 MB up by length, down chunked
 	origin head ; skip 3000000 ; say 200 Transfer-Encoding: chunked
 	origin send 2DC6C0\n ; fill 3000000 ; send \n0\n\n
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 3000000\n\n
@@ -7296,23 +7285,7 @@ END
 	done
 }
 
-test_body_refused() { # a refusal that is complete ends the exchange, whatever was to be uploaded
-	play 'the client waits for 100' <<'END'
-	origin head ; say 417 No | no ; eof
-	client send POST http://%O/ HTTP/1.1\nHost: %O\nExpect: 100-continue\nContent-Length: 3\n\n ; eof
-	sees   HTTP/1.1 417 No
-	sees   Connection: close
-	sees   no
-	sees   -- end eof
-	== HTTP/1.0, in chunks
-	origin head ; send HTTP/1.1 413 No\nTransfer-Encoding: chunked\n\n2\nno\n0\n\n ; eof
-	client send POST http://%O/ HTTP/1.0\nContent-Length: 3\n\n ; eof
-	sees   no
-	sees   -- end eof
-END
-}
-
-test_body_expect() { # Expect: 100-continue (RFC 9110 section 10.1.1)
+test_body_expect() { # Expect: 100-continue (RFC 9110 section 10.1.1); a refusal that is complete ends the exchange, whatever was to be uploaded
 	play 'continued' <<'END'
 	origin head ; quiet 100 ; say 100 Continue ; want 5 ; say 200 | ok
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 5\nExpect: 100-continue\n\n
@@ -7334,6 +7307,18 @@ test_body_expect() { # Expect: 100-continue (RFC 9110 section 10.1.1)
 	ask    1.0 POST / Expect: 100-continue | hello
 	sees#  1 ^HTTP/
 	sees   ok
+	== the client waits for 100
+	origin head ; say 417 No | no ; eof
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nExpect: 100-continue\nContent-Length: 3\n\n ; eof
+	sees   HTTP/1.1 417 No
+	sees   Connection: close
+	sees   no
+	sees   -- end eof
+	== HTTP/1.0, in chunks
+	origin head ; send HTTP/1.1 413 No\nTransfer-Encoding: chunked\n\n2\nno\n0\n\n ; eof
+	client send POST http://%O/ HTTP/1.0\nContent-Length: 3\n\n ; eof
+	sees   no
+	sees   -- end eof
 END
 }
 
@@ -12855,26 +12840,14 @@ END
 	counts 1 err "^proxy: can't write the cache $T/cache: No such file or directory"
 }
 
-test_cache_unit_variants() { # variants and names of entries
-	unit paths <<'END'
+test_cache_unit_variants() { # variants and names of entries; every byte of an entry's region changed, or cut; what is stored while little is known; two URLs with one hash
+	unit paths entries room collision <<'END'
 variant:a > | b: 1 > b: 2 | a: 1 > A: 1 | a: x, y > a: x,y | a: x,y > a: x\na: \ty\s = same
 variant:user-agent user-agent: x, y > user-agent: x,y = other
 variant:a a: 1 > a: 2 | a: 1 > | a: x,y > a: y,x | a: X > a: x | a: "x,y" > a: "x, y" = other
 variant:a,\sb a: 1\nb: 2 > b: 2\nc: 3\na: 1 = same
 variant:a,\sb a: 1\nb: 2 > a: 2\nb: 1 | a: 1 > b: 1 | a: 1;b=2 > a: 1\nb: 2 | a: 1;b=2;b= > a: 1\nb: 2;b= | a: 1;b=2 > a: 1\nb: 2;b= = other
 END
-}
-
-test_cache_unit_entries() { # every byte of an entry's region changed, or cut
-	unit entries
-}
-
-test_cache_unit_room() { # what is stored while little is known of what is there
-	unit room
-}
-
-test_cache_unit_collision() { # two URLs with one hash: neither client gets the other's answer
-	unit collision
 }
 
 # ---- 15. Store: the sweeper -------------------------------------------------
@@ -14779,7 +14752,7 @@ test_cache_cookie() { # an answer that sets a cookie is kept for the one who got
 END
 }
 
-test_cache_hit() { # a miss, then hits without the origin
+test_cache_hit() { # a miss, then hits without the origin; both in one write, answers in order
 	start_cache
 	play 'the same URL three times, other ways to write it' <<'END'
 	reply  200 Fine\nCache-Control: max-age=1000\nX-A: b\nContent-Type: text/x\nConnection: X-Hop, close\nX-Hop: 1\nKeep-Alive: x=y | hello\l
@@ -14814,6 +14787,27 @@ test_cache_hit() { # a miss, then hits without the origin
 	ask    /A = 200 | 2 \l
 	ask    /a = 200 | 1 \l
 	gets#  3 ^GET 
+	== stored 1 and 3, then 1 2 3 1
+	reply  200 Cache-Control: max-age=99 | one\l
+	reply  200 Cache-Control: max-age=99 | three\l
+	origin head ; stall 100 ; say 200 Cache-Control: max-age=99 | two\l
+	ask    /1 = 200 | one\l
+	ask    /3 = 200 | three\l
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\nGET http://%O/2 HTTP/1.1\nHost: %O\n\nGET http://%O/3 HTTP/1.1\nHost: %O\n\nGET http://%O/1 HTTP/1.1\nHost: %O\nConnection: close\n\n
+	client eof
+	sees   one\l
+	sees   two\l
+	sees   three\l
+	sees   one\l
+	sees+  -- end eof
+	gets#  3 ^GET
+	== three hundred hits at once
+	reply  200 Cache-Control: max-age=99 | one\l
+	ask    /1 = 200
+	client send \{300:GET http://%O/1 HTTP/1.1\nHost: %O\n\n} ; shut ; eof
+	sees#  301 ^one
+	gets#  1 ^GET
+	log#   300 hit=fresh
 END
 }
 
@@ -14993,32 +14987,6 @@ END
 	sees!~ ^(Cache-Status|Age)
 	gets#  2 ^GET http
 	log    "CONNECT %O HTTP/1.1" 200 [0-9]+ "-" "-" up=
-END
-}
-
-test_cache_pipelining() { # hits and misses in one write, answers in order
-	start_cache
-	play 'stored 1 and 3, then 1 2 3 1' <<'END'
-	reply  200 Cache-Control: max-age=99 | one\l
-	reply  200 Cache-Control: max-age=99 | three\l
-	origin head ; stall 100 ; say 200 Cache-Control: max-age=99 | two\l
-	ask    /1 = 200 | one\l
-	ask    /3 = 200 | three\l
-	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\nGET http://%O/2 HTTP/1.1\nHost: %O\n\nGET http://%O/3 HTTP/1.1\nHost: %O\n\nGET http://%O/1 HTTP/1.1\nHost: %O\nConnection: close\n\n
-	client eof
-	sees   one\l
-	sees   two\l
-	sees   three\l
-	sees   one\l
-	sees+  -- end eof
-	gets#  3 ^GET
-	== three hundred hits at once
-	reply  200 Cache-Control: max-age=99 | one\l
-	ask    /1 = 200
-	client send \{300:GET http://%O/1 HTTP/1.1\nHost: %O\n\n} ; shut ; eof
-	sees#  301 ^one
-	gets#  1 ^GET
-	log#   300 hit=fresh
 END
 }
 
@@ -15326,7 +15294,7 @@ END
 END
 }
 
-test_cache_age() { # a second later it is a second older; then stale
+test_cache_age() { # a second later it is a second older; then stale; stale-while-revalidate: at once, and refreshed
 	start_cache
 	play -n 'max-age=1' <<'END'
 	reply  200 Cache-Control: max-age=1 | one\l
@@ -15361,18 +15329,7 @@ END
 	a: ends .
 	do age=$(tr -d '\r' < a | sed -n 's/^Age: //p' | tail -n 1)
 	do tr -d '\r' < a | grep "ttl=-$age\$" > ttl || fail "ttl is not -$age"
-END
-}
-
-# Waits until the origin has been asked N times: reached N
-reached() {
-	wait_for 15 "[ -s $origin_name.$1 ]" ||
-		fail "${what-}: request $1 does not reach the origin"
-}
-
-test_cache_stale_meanwhile() { # stale-while-revalidate: at once, and refreshed
-	start_cache
-	play -n 'stale, and then refreshed' <<'END'
+	== stale, and then refreshed
 	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60, stale-while-revalidate=999 | one\l
 	origin next
 	origin head ; await go
@@ -15387,13 +15344,18 @@ test_cache_stale_meanwhile() { # stale-while-revalidate: at once, and refreshed
 	b: ask / = 200; hit | two\l
 	gets#  2 ^GET /
 	gets#  1 ^If-None-Match: "a"
-END
-	play 'not beyond its time' <<'END'
+	== not beyond its time
 	reply  200 Age: 100\nETag: "a"\nCache-Control: max-age=60, stale-while-revalidate=9 | one\l
 	reply  200 | two\l
 	ask    / = 200 | one\l
 	ask    / = 200 | two\l
 END
+}
+
+# Waits until the origin has been asked N times: reached N
+reached() {
+	wait_for 15 "[ -s $origin_name.$1 ]" ||
+		fail "${what-}: request $1 does not reach the origin"
 }
 
 # A stale entry, then an origin that fails: by the answer of a status, or by
@@ -15456,7 +15418,7 @@ END
 END
 }
 
-test_cache_vary() { # variants of a URL side by side (RFC 9111 section 4.1)
+test_cache_vary() { # variants of a URL side by side (RFC 9111 section 4.1); one that somebody put at the place of its marker answers nobody
 	start_cache
 	play 'two fields, four variants, each a hit afterwards' <<'END'
 	reply  200 Vary: Accept-Language, X-B\nCache-Control: max-age=99 | en1\l
@@ -15517,19 +15479,14 @@ test_cache_vary() { # variants of a URL side by side (RFC 9111 section 4.1)
 	gets   If-None-Match: "a"
 	gets   -- connection 3
 	gets   X-A: 2
-END
-}
-
-test_cache_vary_moved() { # a variant that somebody put at the place of its marker answers nobody
-	start_cache
-	play 'moved' <<'END'
-	reply  200 Connection: close\nVary: X-A\nCache-Control: max-age=99 | one\l
-	reply  200 Connection: close\nVary: X-A\nCache-Control: max-age=99 | two\l
-	a: ask / X-A: 1 = 200 | one\l
+	== a variant that somebody put at the place of its marker answers nobody
+	reply  200 Connection: close\nVary: X-M\nCache-Control: max-mge=99 | one\l
+	reply  200 Connection: close\nVary: X-M\nCache-Control: max-mge=99 | two\l
+	a: ask / X-M: 1 = 200 | one\l
 	a: ends .
-	do cp "$(grep -r -l '^variant: x-a' cache)" "$(grep -r -l '^vary: x-a' cache)"
-	b: ask / X-A: 2 = 200; fwd= | two\l
-	b: ask / X-A: 2 = 200; hit | two\l
+	do cp "$(grep -r -l '^variant: x-m' cache)" "$(grep -r -l '^vary: x-m' cache)"
+	b: ask / X-M: 2 = 200; fwd= | two\l
+	b: ask / X-M: 2 = 200; hit | two\l
 	b: ends .
 END
 }
@@ -19025,7 +18982,7 @@ test_tunnel_ipv6() { # CONNECT [::1]:port, GET http://[::1]:port/
 END
 }
 
-test_tunnel_ends() { # each direction closes alone, the rest arrives; a reset is felt on the other side
+test_tunnel_ends() { # each direction closes alone, the rest arrives; a reset is felt on the other side; a server resets after its end of stream: the client feels it
 	play 'the client closes first' <<'END'
 	origin eof ; stall 100 ; fill 300000 ; send end
 	ask    CONNECT %O
@@ -19057,6 +19014,16 @@ test_tunnel_ends() { # each direction closes alone, the rest arrives; a reset is
 	sees   -- end reset
 	gets   ping
 	log    "CONNECT %O HTTP/1.1" 200 0 .* up=4 .* end=reset
+	== bytes for a server that is gone
+	origin close
+	a: ask CONNECT %O
+	a: stall 200 ; send a ; touch sent ; await felt
+	a: send b ; stall 100 ; send c ; stall 100 ; send d
+	a: sees~ ^-- end broken
+	do comes sent
+	do wait_for 3 'grep "CONNECT .* end=" log' || fail "the tunnel lives on"
+	do touch felt
+	log    "CONNECT %O HTTP/1.1" 200 0 .* up=1 .* end=(reset|server)
 END
 }
 
@@ -19220,20 +19187,6 @@ test_tunnel_reset_rate() { # a client resets: what it sent may wait for a rate, 
 	log    "CONNECT %O HTTP/1.1" 200 0 .* up=[1-9][0-9]{1,2} .* end=[a-z]+
 END
 	log_between total 900 5000
-}
-
-test_tunnel_reset_after_end() { # a server resets after its end of stream: the client feels it
-	play 'bytes for a server that is gone' <<'END'
-	origin close
-	a: ask CONNECT %O
-	a: stall 200 ; send a ; touch sent ; await felt
-	a: send b ; stall 100 ; send c ; stall 100 ; send d
-	a: sees~ ^-- end broken
-	do comes sent
-	do wait_for 3 'grep "CONNECT .* end=" log' || fail "the tunnel lives on"
-	do touch felt
-	log    "CONNECT %O HTTP/1.1" 200 0 .* up=1 .* end=(reset|server)
-END
 }
 
 # ---- what can go wrong with servers ----
@@ -22207,38 +22160,18 @@ bench_idle=4000 # tunnels
 bench_most=20000 # descriptors, for as many tunnels as they are enough for
 bench_forks=    # processes of which the children count
 
-# The processor time of each child of a process.
-bench_cpu_children() { # PID
-	children "$1" | while read -r bench_child; do
-		bench_cpu_of "$bench_child"
-	done
-}
-
 # Microseconds of processor time that a process has used; with the workers of a
 # proxy that is on bench_forks.
 bench_cpu() { # PID
+	bench_used=0
+	# shellcheck disable=SC2046 # several
 	case " $bench_forks " in
-	*" $1 "*)
-		bench_cpu_children "$1" |
-			awk '{ n += $1 } END { printf "%.0f\n", n }'
-		;;
-	*) bench_cpu_of "$1" ;;
+	*" $1 "*) set -- $(children "$1") ;;
 	esac
-}
-
-# The same for one process.
-bench_cpu_of() { # PID
-	if [ -r "/proc/$1/stat" ]; then
-		sed 's/.*) //' "/proc/$1/stat" |
-			awk -v hz="$(getconf CLK_TCK)" \
-				'{ printf "%.0f\n", ($12 + $13) * 1000000 / hz }'
-	else
-		ps -o time= -p "$1" | awk -F '[-:]' '{
-			for (i = 1; i <= NF; i++)
-				s = s * 60 + $i
-			printf "%.0f\n", s * 1000000
-		}'
-	fi
+	for bench_of; do
+		bench_used=$((bench_used + $(processor_time "$bench_of") * 10000))
+	done
+	echo $bench_used
 }
 
 # Takes a proxy into the race if it serves within 20 seconds; its place is in
@@ -22699,9 +22632,11 @@ bench_workers() {
 	bench_table dear \
 		'The same with 48 expressions, which take long for this URL' \
 		request 1
-	for bench_child in $bench_forks; do
-		bench_cpu_children "$bench_child" | sort -n | tr '\n' ' '
-	done | awk '{ printf "Workers had, us of processor time: %s\n", $0 }'
+	for pid in $bench_forks; do
+		for bench_of in $(children "$pid"); do
+			processor_time "$bench_of"
+		done | sort -n | tr '\n' ' '
+	done | awk '{ printf "Workers had, s/100 of processor time: %s\n", $0 }'
 }
 
 bench_end() {
