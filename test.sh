@@ -15480,8 +15480,8 @@ test_cache_vary() { # variants of a URL side by side (RFC 9111 section 4.1); one
 	gets   -- connection 3
 	gets   X-A: 2
 	== a variant that somebody put at the place of its marker answers nobody
-	reply  200 Connection: close\nVary: X-M\nCache-Control: max-mge=99 | one\l
-	reply  200 Connection: close\nVary: X-M\nCache-Control: max-mge=99 | two\l
+	reply  200 Connection: close\nVary: X-M\nCache-Control: max-age=99 | one\l
+	reply  200 Connection: close\nVary: X-M\nCache-Control: max-age=99 | two\l
 	a: ask / X-M: 1 = 200 | one\l
 	a: ends .
 	do cp "$(grep -r -l '^variant: x-m' cache)" "$(grep -r -l '^vary: x-m' cache)"
