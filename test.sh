@@ -96,7 +96,7 @@
 #   origin plain_origin load_origin nobody dead_port deaf echoes twins    servers
 #   client client_bg many          clients beside a play
 #   asks want gives reread         one request; its status; after HUP
-#   exits run_proxy tries          what a proxy says at once
+#   exits says run_proxy tries     what a proxy says at once
 #   has lacks counts ascii log_is_sound    what stands in a file
 #   seen got logged said last_line untouched    what sides and log have seen
 #   comes ended closed wait_for wait_exit ended_well    waiting
@@ -286,6 +286,15 @@ exits() {
 	run_proxy "$@"
 	[ $status = "$exits_want" ] || fail "proxy $*: exit status $status, not" \
 	    "$exits_want; says: $(head -c 300 errors)"
+}
+
+# The same for each row on standard input, STATUS OPTION... [= BRE], with the
+# quotes of the shell; standard error must have a line that matches the BRE.
+says() {
+	while IFS= read -r says_row; do
+		eval "exits ${says_row%% = *}"
+		[ "${says_row#* = }" = "$says_row" ] || has errors "${says_row#* = }"
+	done
 }
 
 # A file has a line that matches the BRE, now or within so many seconds (5: what
@@ -12922,8 +12931,7 @@ test_cache_directory() { # mode 700, CACHEDIR.TAG; foreign files are refused
 	refuses_cache file
 	refuses_cache none/cache
 	for size in '' 0 x -1 1Q 99999999999999999999; do
-		run_proxy -c sized -s "$size" -l 127.0.0.1:0
-		[ "$status" = 2 ] || fail "-s '$size': status $status"
+		exits 2 -c sized -s "$size" -l 127.0.0.1:0
 	done
 }
 
@@ -13217,8 +13225,7 @@ test_cache_unreadable() { # a directory that can't be read to its end is an erro
 	: > walk-fails
 	for options in '-l 127.0.0.1:0' '-k http://x/'; do
 		# shellcheck disable=SC2086 # options are words
-		run_proxy -c cache $options
-		[ "$status" = 1 ] || fail "$options: status $status"
+		exits 1 -c cache $options
 		has errors "^proxy: can't read the cache cache: "
 	done
 	rm walk-fails
@@ -13624,11 +13631,9 @@ test_cache_purge_usage() { # wrong use of -k: exit 2, and nothing is made
 	mkdir empty
 	while read -r options; do
 		# shellcheck disable=SC2086 # options are words
-		run_proxy $options
-		[ "$status" = 2 ] || fail "$options: exit status $status"
+		exits 2 $options
 		[ ! -s out ] || fail "$options: prints $(cat out)"
-		head -n 1 errors | grep '^proxy: ..*' > /dev/null ||
-			fail "$options: says $(head -n 1 errors)"
+		has errors '^proxy: ..*'
 	done <<'END'
 -k http://some.example/
 -k
@@ -13641,11 +13646,9 @@ test_cache_purge_usage() { # wrong use of -k: exit 2, and nothing is made
 -c empty -k http://some.example:99999/
 -c empty -k http://some.example/ http://other.example/
 END
-	run_proxy -c empty -k http://some.example/
-	[ "$status" = 0 ] || fail "an empty directory: status $status"
-	run_proxy -c none -k http://some.example/
+	exits 0 -c empty -k http://some.example/
+	exits 1 -c none -k http://some.example/
 	[ ! -s out ] || fail "no directory: prints $(cat out)"
-	[ "$status" = 1 ] || fail "no directory: status $status"
 	has errors "can't read the cache none: "
 	[ ! -e none ] || fail "it makes a directory"
 	[ -z "$(ls empty)" ] || fail "it makes $(ls empty)"
@@ -16756,13 +16759,12 @@ END
 
 test_record_wrong() { # -w: what it can't write to
 	echo '{}' > other.har
-	exits 1 -l 127.0.0.1:0 -w other.har
-	has errors "^proxy: can't record to other.har: it does not end as a recording does"
+	says <<'END'
+1 -l 127.0.0.1:0 -w other.har = ^proxy: can't record to other.har: it does not end as a recording does
+1 -l 127.0.0.1:0 -w no/s.har = ^proxy: can't record to no/s.har: No such file
+1 -l 127.0.0.1:0 -w /dev/null = ^proxy: can't record to /dev/null: 
+END
 	[ "$(cat other.har)" = '{}' ] || fail "other.har has changed"
-	exits 1 -l 127.0.0.1:0 -w no/s.har
-	has errors "^proxy: can't record to no/s.har: No such file"
-	exits 1 -l 127.0.0.1:0 -w /dev/null
-	has errors "^proxy: can't record to /dev/null: "
 }
 
 test_record_full() { # -w: a full disk costs entries, is said once, and the file stays whole
@@ -20099,17 +20101,15 @@ test_worker_full() { # -m is for all workers; a full one leaves clients to other
 }
 
 test_worker_refused() { # -j with -i, -w or a command, or out of range: one clear line
-	exits 2 -j 2 -w "$T/har"
-	has errors '^proxy: -j: several processes .*-w$'
-	exits 2 -j 2 -i
-	has errors '^proxy: -j: several processes .*-i$'
-	exits 2 -j 2 -- true
-	has errors '^proxy: -j: several processes .*--$'
-	for n in 0 65 x; do
-		exits 2 -j $n
-		has errors "^proxy: -j $n: not a number from 1 to 64"
-	done
-	exits 0 -n -j 64
+	says <<'END'
+2 -j 2 -w "$T/har" = ^proxy: -j: several processes .*-w$
+2 -j 2 -i = ^proxy: -j: several processes .*-i$
+2 -j 2 -- true = ^proxy: -j: several processes .*--$
+2 -j 0 = ^proxy: -j 0: not a number from 1 to 64
+2 -j 65 = ^proxy: -j 65: not a number from 1 to 64
+2 -j x = ^proxy: -j x: not a number from 1 to 64
+0 -n -j 64
+END
 	# One is as without.
 	start_proxy -j 1
 	[ -z "$(ps -A -o ppid= -o args= | awk -v of="$proxy_pid" '$1 == of' |
@@ -20181,14 +20181,11 @@ END
 	while read -r options; do
 		# shellcheck disable=SC2086 # options are words
 		exits 2 $options
-		head -n 1 errors | grep '^proxy: ..*' > /dev/null ||
-			fail "$options: says $(head -n 1 errors)"
-		case $options in
-		-x* | -b*) want=1 ;;
-		*) want='.*usage' ;;
+		{ read -r first && read -r second; } < errors || second=
+		case $options:$first:$second in
+		-[xb]*:'proxy: '?* | *:'proxy: '?*:*[Uu]sage*) ;;
+		*) fail "$options: says $(cat errors)" ;;
 		esac
-		sed -n '1s/.*/1/p; 2p' errors | grep -i "^$want" > /dev/null ||
-			fail "$options: no usage line"
 		[ ! -s out ] || fail "$options: writes to standard output"
 	done < lines
 }
