@@ -24107,7 +24107,7 @@ EOF_FAULTS
  * so proxy.c, with system calls of which the driver makes one fail; its page
  * says what it holds.  With -DDRIVER, the driver: client, origin and judge.
  */
-#define _POSIX_C_SOURCE 200809L
+#define _XOPEN_SOURCE 700
 #define _DEFAULT_SOURCE 1
 #define _DARWIN_C_SOURCE 1
 #define __BSD_VISIBLE 1
@@ -24381,7 +24381,11 @@ main(int argc, char **argv)
 
 #else
 
-enum { LINKS = 400, DEEP = 20000, ECHO = 1, ORIGIN, CLIENT };
+#define main peer_main
+#include "peer.c"
+#undef main
+
+enum { LINKS = 400, DEEP = 20000, ECHO_END = 1, ORIGIN, CLIENT };
 enum framing { NO_BODY, LENGTH, CHUNKED, CLOSES, RAW };
 
 /* Bytes that are a function of id and place, to be sent or to be judged. */
@@ -24442,15 +24446,6 @@ chance(unsigned n)
 	dice ^= dice >> 7;
 	dice ^= dice << 17;
 	return (unsigned)(dice >> 11) % n;
-}
-
-static long
-clock_ms(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (long)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
 static char
@@ -24723,7 +24718,7 @@ link_read(struct link *l)
 	size_t room = sizeof(bytes);
 	ssize_t n;
 
-	if (l->role == ECHO)
+	if (l->role == ECHO_END)
 		room = l->out_at < l->out_n ? 0 : DEEP;
 	else if (l->step > 0)
 		room = l->step;
@@ -24735,13 +24730,13 @@ link_read(struct link *l)
 	l->eof = l->eof || n == 0;
 	l->broken = l->broken || n == -1;
 	if (n <= 0) {
-		if (l->role == ECHO && n == 0)
+		if (l->role == ECHO_END && n == 0)
 			l->shuts = 1;
 		else if (l->role != CLIENT)
 			link_close(l, 0);
 		return;
 	}
-	if (l->role == ECHO) {
+	if (l->role == ECHO_END) {
 		memcpy(l->out, bytes, (size_t)n);
 		l->out_n = (size_t)n;
 		l->out_at = 0;
@@ -24829,7 +24824,7 @@ turn(int ms)
 {
 	static struct pollfd fds[LINKS + 2];
 	static struct link *whose[LINKS + 2];
-	long now = clock_ms();
+	long now = now_ms();
 	size_t n = 2, i;
 	struct link *l;
 
@@ -24847,7 +24842,7 @@ turn(int ms)
 		l->next = now + l->gap;
 		whose[n] = l;
 		fds[n] = (struct pollfd){ l->fd, 0, 0 };
-		if (!l->eof && (l->role != ECHO || l->out_at == l->out_n))
+		if (!l->eof && (l->role != ECHO_END || l->out_at == l->out_n))
 			fds[n].events = POLLIN;
 		if (l->out_at < l->out_n || link_fills(l))
 			fds[n].events |= POLLOUT;
@@ -24857,7 +24852,7 @@ turn(int ms)
 		return;
 	for (i = 0; i < 2; i++)
 		if (fds[i].revents)
-			link_new(i == 0 ? ORIGIN : ECHO,
+			link_new(i == 0 ? ORIGIN : ECHO_END,
 			    accept(listeners[i], NULL, NULL));
 	for (i = 2; i < n; i++) {
 		l = whose[i];
@@ -24865,47 +24860,21 @@ turn(int ms)
 			link_write(l);
 		if (l->role && fds[i].revents & (POLLIN | POLLHUP | POLLERR))
 			link_read(l);
-		if (l->role == ECHO)
+		if (l->role == ECHO_END)
 			link_write(l);
-		if (l->role == ECHO && l->shut)
+		if (l->role == ECHO_END && l->shut)
 			link_close(l, 0);
 	}
-}
-
-static int
-listen_any(int *port)
-{
-	struct sockaddr_in in;
-	socklen_t n = sizeof(in);
-	int fd = socket(AF_INET, SOCK_STREAM, 0);
-
-	memset(&in, 0, sizeof(in));
-	in.sin_family = AF_INET;
-	in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	if (bind(fd, (struct sockaddr *)&in, n) == -1 || listen(fd, 256) == -1)
-		exit(1);
-	getsockname(fd, (struct sockaddr *)&in, &n);
-	*port = ntohs(in.sin_port);
-	fcntl(fd, F_SETFL, O_NONBLOCK);
-	return fd;
 }
 
 /* A client of the proxy. */
 static struct link *
 client_new(void)
 {
-	struct sockaddr_in in;
-	int fd = socket(AF_INET, SOCK_STREAM, 0);
+	char where[40];
 
-	memset(&in, 0, sizeof(in));
-	in.sin_family = AF_INET;
-	in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	in.sin_port = htons((uint16_t)page->port);
-	if (connect(fd, (struct sockaddr *)&in, sizeof(in)) == -1) {
-		close(fd);
-		return NULL;
-	}
-	return link_new(CLIENT, fd);
+	sprintf(where, "127.0.0.1:%d", page->port);
+	return link_new(CLIENT, dial(where));
 }
 
 /*
@@ -24995,9 +24964,9 @@ client_judge(const struct link *l)
 static int
 client_wait(struct link *l)
 {
-	long until = clock_ms() + 5000;
+	long until = now_ms() + 5000;
 
-	while (!client_over(l) && clock_ms() < until)
+	while (!client_over(l) && now_ms() < until)
 		turn(100);
 	return client_judge(l);
 }
@@ -25010,7 +24979,7 @@ static int fds_then, children_then, buffers_then;
 static void
 proxy_start(void)
 {
-	long until = clock_ms() + 20000;
+	long until = now_ms() + 20000;
 
 	memset((void *)page, 0, sizeof(*page));
 	page->call = CALL_NONE;
@@ -25022,7 +24991,7 @@ proxy_start(void)
 		execvp(proxy_argv[0], proxy_argv);
 		_exit(127);
 	}
-	while ((page->turns == 0 || page->busy) && clock_ms() < until)
+	while ((page->turns == 0 || page->busy) && now_ms() < until)
 		poll(NULL, 0, 10);
 	if (page->turns == 0) {
 		printf("# the proxy does not start\n");
@@ -25095,7 +25064,7 @@ temporaries(int remove)
 static int
 proxy_quiet(long ms)
 {
-	long until = clock_ms() + ms;
+	long until = now_ms() + ms;
 	int left;
 
 	for (;;) {
@@ -25104,7 +25073,7 @@ proxy_quiet(long ms)
 		    page->children != children_then || temporaries(0) > 0;
 		if (!left)
 			return 1;
-		if (clock_ms() > until)
+		if (now_ms() > until)
 			break;
 		turn(1);
 	}
@@ -25221,14 +25190,14 @@ get(const char *how, const char *host, const char *kind, unsigned id,
 static int
 hup(unsigned id)
 {
-	long turns = page->turns, until = clock_ms() + 5000;
+	long turns = page->turns, until = now_ms() + 5000;
 
 	rename("log", "log.old");
 	kill(proxy_pid, SIGHUP);
-	while ((page->turns < turns + 2 || page->busy) && clock_ms() < until)
+	while ((page->turns < turns + 2 || page->busy) && now_ms() < until)
 		turn(1);
 	page->call = CALL_NONE;
-	if (clock_ms() < until &&
+	if (now_ms() < until &&
 	    get("GET", "denied.test", "lnw", id, 9, 0) == REFUSED &&
 	    get("GET", "listed.test", "lnw", id, 9, 0) == REFUSED)
 		return RIGHT;
@@ -25318,14 +25287,14 @@ fault_try(const struct scenario *s, int call, int error, long n, int *fired)
 	}
 	if (!*fired)
 		return proxy_quiet(3000);
-	began = clock_ms();
+	began = now_ms();
 	result = get("GET", HERE, "lnw", ids++, 1000, 0);
 	if (result == RIGHT)
 		result = run(s->special == HELPER ? s - 1 : s, id);
 	if (result == REFUSED || result == BROKEN)
 		sprintf(why, "then %s", results[result]);
-	else if (clock_ms() - began > (is_slow(s, call, error) ? 3000 : 500))
-		sprintf(why, "then slow: %ld ms", clock_ms() - began);
+	else if (now_ms() - began > (is_slow(s, call, error) ? 3000 : 500))
+		sprintf(why, "then slow: %ld ms", now_ms() - began);
 	else if (page->badfd > 0)
 		sprintf(why, "closes what is closed");
 	else if (page->turns - turns > 1500)
@@ -25403,7 +25372,7 @@ faults(long most, char **names)
 			proxy_argv[6] = "1M";
 			proxy_start();
 		}
-		began = clock_ms();
+		began = now_ms();
 		runs = failed = 0;
 		for (i = 0; i < COUNT(trials); i++)
 			for (j = 0; trials[i].errors[j] != 0; j++)
@@ -25412,7 +25381,7 @@ faults(long most, char **names)
 		bad += failed > 0;
 		printf("%s %d - faults %s: %d faults in %ld ms, %d failed\n",
 		    failed ? "not ok" : "ok", ++number, s->name, runs,
-		    clock_ms() - began, failed);
+		    now_ms() - began, failed);
 		fflush(stdout);
 	}
 	number++;
@@ -25490,7 +25459,7 @@ soak_ask(struct link *l)
 	l->deserves = kind[2] == 'w' && *how != 'h';
 	l->shuts = l->rest == 0 && (l->shuts || chance(8) == 0);
 	l->quits = chance(10) == 0 ? 1 + chance(3) : 0;
-	l->until = clock_ms() + 20000;
+	l->until = now_ms() + 20000;
 	memcpy(l->asks, l->out, sizeof(l->asks) - 1);
 	seen.asked++;
 }
@@ -25499,7 +25468,7 @@ soak_ask(struct link *l)
 static void
 soak_see(struct link *l)
 {
-	int result, late = clock_ms() > l->until;
+	int result, late = now_ms() > l->until;
 
 	/* Before, within, or right behind the answer's head. */
 	if ((l->quits == 1 && l->out_at > 0) || (l->quits == 2 && l->headed) ||
@@ -25590,13 +25559,13 @@ soak_fault(void)
 static void
 soak_run(long ms, int faulty)
 {
-	long began = clock_ms(), next = began + 1000, now, started = 0;
+	long began = now_ms(), next = began + 1000, now, started = 0;
 	struct link *l;
 	char name[40];
 	int n, hups = 0;
 
 	do {
-		now = clock_ms();
+		now = now_ms();
 		for (n = 0, l = links; l < links + LINKS; l++)
 			if (l->role == CLIENT) {
 				soak_see(l);
@@ -25682,7 +25651,7 @@ main(int argc, char **argv)
 {
 	static char *args[] = { "./proxy", "-l", "127.0.0.1:0", "-c", "cache",
 	    "-s", "64M", "-f", "rules", "-o", "log", "-m", "200", NULL };
-	int fd = open("page", O_RDWR | O_CREAT | O_TRUNC, 0600);
+	int fd = open("page", O_RDWR | O_CREAT | O_TRUNC, 0600), i;
 
 	if (argc < 3 || ftruncate(fd, sizeof(*page)) == -1 ||
 	    (page = mmap(NULL, sizeof(*page), PROT_READ | PROT_WRITE,
@@ -25691,8 +25660,10 @@ main(int argc, char **argv)
 	signal(SIGPIPE, SIG_IGN);
 	setenv("FAULT_PAGE", "page", 1);
 	setenv("NAME_ADDRESSES", "127.0.0.1", 1);
-	listeners[0] = listen_any(&ports[0]);
-	listeners[1] = listen_any(&ports[1]);
+	for (i = 0; i < 2; i++) {
+		listeners[i] = hear("127.0.0.1", &ports[i], 256);
+		fcntl(listeners[i], F_SETFL, O_NONBLOCK);
+	}
 	proxy_argv = args;
 	if (strcmp(argv[1], "soak") == 0)
 		proxy_argv[6] = "1M";
@@ -25708,7 +25679,7 @@ EOF_FAULTS
 # then main() says 99 to a page that it can't map.
 faults_build() {
 	write_faults
-	$cc -O1 -DDRIVER -o driver faults.c > build.log 2>&1 || return
+	$cc -O1 -DDRIVER "-I$work" -o driver faults.c > build.log 2>&1 || return
 	for flags in '-fsanitize=address,undefined -fno-sanitize-recover=all' \
 	    ''; do
 		# shellcheck disable=SC2086 # flags are words
