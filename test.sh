@@ -166,14 +166,15 @@ spawn() {
 	echo "$spawned" >> "$T/.pids"
 }
 
-# Polls until a shell condition holds: wait_for SECONDS 'condition'
-# The turns left are in $1, as a condition may wait for something itself.
+# Polls until a shell condition holds, less often after a while:
+# wait_for SECONDS 'condition'
+# What is left is in $1, as a condition may wait for something itself.
 wait_for() {
-	set -- $(($1 * 20)) "$2"
+	set -- $(($1 * 1000)) "$2" 50
 	until eval "$2"; do
 		[ "$1" -gt 0 ] || return 1
-		set -- $(($1 - 1)) "$2"
-		"$peer" sleep 50
+		"$peer" sleep "$3"
+		set -- $(($1 - $3)) "$2" $(($3 < 250 ? $3 + 50 : 250))
 	done
 }
 
@@ -2495,23 +2496,23 @@ main_want(int argc, char **argv)
 }
 
 static long blocks;	/* of 512 bytes */
-static ino_t counted[20000];
-static size_t counted_n;
+static ino_t counted[1 << 15];	/* by their numbers; 0: free */
 
 /* What is renamed meanwhile may come twice. */
 static int
 blocks_add(const char *path, const struct stat *st, int kind, struct FTW *where)
 {
-	size_t i;
+	size_t size = sizeof(counted) / sizeof(counted[0]);
+	size_t i = (size_t)st->st_ino % size;
 
 	(void)path, (void)where;
-	for (i = 0; i < counted_n; i++)
+	if (kind == FTW_NS)
+		return 0;
+	for (; counted[i] != 0; i = (i + 1) % size)
 		if (counted[i] == st->st_ino)
 			return 0;
-	if (kind != FTW_NS && i < sizeof(counted) / sizeof(counted[0])) {
-		counted[counted_n++] = st->st_ino;
-		blocks += (long)st->st_blocks;
-	}
+	counted[i] = st->st_ino;
+	blocks += (long)st->st_blocks;
 	return 0;
 }
 
@@ -2530,7 +2531,7 @@ main_most(int argc, char **argv)
 	do {
 		over = access(argv[2], F_OK) == 0 || now_ms() > until;
 		blocks = 0;
-		counted_n = 0;
+		memset(counted, 0, sizeof(counted));
 		(void)nftw(argv[1], blocks_add, 8, FTW_PHYS);
 		most = blocks > most ? blocks : most;
 		sleep_ms(10);
@@ -3722,7 +3723,7 @@ cgi_serve(FILE *in, FILE *out, struct cgi *r)
 		return 0;
 	}
 	if (strcmp(r->path, "/wait") == 0) {
-		for (i = 0; i < 600 && access("done", F_OK) == -1; i++)
+		for (i = 0; i < 2000 && access("done", F_OK) == -1; i++)
 			(void)poll(NULL, 0, 50);
 		say_ok(out, "text/javascript", "late = 'came';");
 		return !r->close;
@@ -3767,7 +3768,7 @@ main_serve(int argc, char **argv)
 	while ((fd = accept(s, NULL, NULL)) != -1) {
 		if (fork() == 0) {
 			close(s);
-			alarm(60);
+			alarm(120);
 			in = fdopen(fd, "r");
 			out = fdopen(dup(fd), "w");
 			while (cgi_read(in, &r) && cgi_serve(in, out, &r))
@@ -19459,7 +19460,7 @@ END
 
 # Opens 5000 connections with one request each and compares.
 hold_many() {
-	many=5000
+	many=2500
 	# shellcheck disable=SC3045 # -H is of POSIX.1-2024
 	files=$(ulimit -H -n 2> /dev/null || ulimit -n)
 	case $files in
@@ -19470,7 +19471,7 @@ hold_many() {
 	# shellcheck disable=SC3045 # where it is missing, nothing is lost
 	ulimit -S -n "$files" 2> /dev/null
 	echoes
-	start_proxy -m 6000
+	start_proxy -m 3000
 	need_memory
 	served
 	before=$(private_memory)
@@ -19484,12 +19485,12 @@ hold_many() {
 	served
 }
 
-test_resources_tunnels() { # 5000 idle tunnels cost under 1 KiB each, and live
+test_resources_tunnels() { # 2500 idle tunnels cost under 1 KiB each, and live
 	hold_many 'send CONNECT %O HTTP/1.1\nHost: %O\n\n ; answer head' \
 	    'send x ; want 1'
 }
 
-test_resources_kept_clients() { # 5000 idle kept clients: the same
+test_resources_kept_clients() { # 2500 idle kept clients: the same
 	asked='send OPTIONS * HTTP/1.1\nHost: %P\n\n ; answer'
 	hold_many "$asked" "$asked"
 }
@@ -21594,7 +21595,7 @@ test_real_git() { # git: clone from plain files, clone, fetch and push by CGI
 
 # The browser, with all that it would ask of the world turned away.
 real_browser() {
-	timeout 60 "$browser" --headless --no-sandbox --disable-gpu --disable-quic \
+	timeout 120 "$browser" --headless --no-sandbox --disable-gpu --disable-quic \
 		--no-first-run --disable-background-networking \
 		--disable-component-update --disable-sync \
 		--user-data-dir="$T/profile" --proxy-server="http://$proxy" \
