@@ -9636,18 +9636,23 @@ test_rules_deny_cached() { # what is stored is judged anew
 	logged <<'END'
 ~ hit=fresh
 END
-	for condition in 'type text/html' 'status 200' 'field response X-A b' \
-	    'size <100' 'host o.example' 'address 127.0.0.0/8' \
-	    'not address 10.0.0.0/8'; do
-		start_ruled -c "$T/cache" -e "deny $condition"
-		want 403 GET http://o.example:%p/
-		lacks a 'not clean'
-		last_line ' 403 ' ' rule=-e:1( |$)'
-	done
-	for condition in 'type text/plain' 'not status 200' \
-	    'field response X-A c' 'size >100' 'address 10.0.0.0/8'; do
-		start_ruled -c "$T/cache" -e "deny $condition"
-		want 200 GET http://o.example:%p/ '' ' hit=fresh '
+	n=0
+	each_line <<'END' | while read -r condition; do
+type text/html | status 200 | field response X-A b | size <100 | host o.example
+address 127.0.0.0/8 | not address 10.0.0.0/8
+type text/plain | not status 200 | field response X-A c | size >100 | address 10.0.0.0/8
+END
+		echo "deny field request X-N ^$((n += 1))\$ $condition"
+	done > anew
+	start_rules -c "$T/cache" < anew
+	for n in 1 2 3 4 5 6 7 8 9 10 11 12; do
+		case $n in
+		[1-7])
+			want 403 GET http://o.example:%p/ "X-N: $n\n" ' 403 ' " rule=rules:$n( |$)"
+			lacks a 'not clean'
+			;;
+		*) want 200 GET http://o.example:%p/ "X-N: $n\n" ' hit=fresh ' ;;
+		esac
 	done
 	start_ruled -c "$T/cache" -e 'deny body "t cle"'
 	asks GET http://o.example:%p/
