@@ -334,8 +334,11 @@ reap() {
 		while read -r reap_pid; do
 			wait "$reap_pid"
 			reap_status=$?
-			[ "$reap_status" -le 128 ] || [ "$reap_status" = 143 ] ||
-				(fail "the proxy died, status $reap_status")
+			# 127: the test has waited for it.
+			case $reap_status in
+			0 | 127 | 143) ;;
+			*) (fail "the proxy ends with status $reap_status") ;;
+			esac
 		done < "$T/.proxies"
 		wait $reap_peer
 		[ ! -s "$T/.crash" ] || (fail "$(cat "$T/.crash")")
@@ -5217,10 +5220,8 @@ built_tables() {
 	built_once tables write_tables_unit
 }
 
-# Links proxy.c, built with -Os and the smallest buffers, by musl-gcc where that is:
-# linked FLAG...
-linked() {
-	need_source
+# proxy.c with -Os and the smallest buffers, by musl-gcc where that is.
+built_small() {
 	linked_cc=$cc
 	! have musl-gcc || linked_cc=musl-gcc
 	if mkdir "$work/small.lock" 2> /dev/null; then
@@ -5230,6 +5231,12 @@ linked() {
 		touch "$work/small.o.status"
 	fi
 	built "$work/small.o"
+}
+
+# Links that: linked FLAG...
+linked() {
+	need_source
+	built_small
 	$linked_cc "$@" "$work/small.o" 2> cc.out
 }
 
@@ -11778,7 +11785,6 @@ END
 	rm rules
 	echo 'deny 410 host a.example' > rules
 	reread 410 http://a.example:%p/
-	stop_proxy
 }
 
 test_rules_hup_list() { # HUP: lists are read anew; one that can't be read is a wrong line
@@ -16360,7 +16366,6 @@ test_log_file() { # -o file, reopened on HUP
 	kill -HUP "$proxy_pid"
 	has err "^proxy: .*file" 5
 	served
-	stop_proxy
 }
 
 test_log_full() { # a log that can't be written is said once, serving goes on
@@ -16504,7 +16509,6 @@ test_log_empty_line() { # an empty line in two pieces, then the end: as if nothi
 END
 	done
 	kill -0 "$proxy_pid" || fail "the proxy is gone"
-	stop_proxy
 }
 
 # Requests whose lines fill a pipe and more: fill_log N, into the log.
@@ -16895,7 +16899,6 @@ test_trace_dump() { # -vv: payload too, bounded
 END
 	[ "$(wc -c < err)" -lt 4000000 ] || fail "the dump has no bounds"
 	lacks err "$(printf '\033')"
-	stop_proxy
 }
 
 test_trace_change() { # the trace shows which lines of a head were dropped or added, and why
@@ -17710,7 +17713,6 @@ test_limit_times() { # heads, kept connections and half-closed tunnels have limi
 	sees!~ HTTP
 END
 	kill -0 "$proxy_pid" || fail "the proxy is gone"
-	stop_proxy
 }
 
 test_limit_connect_time() { # no connection in time: 504
@@ -18060,7 +18062,6 @@ test_bend_chance() { # chance: that share of requests, and the same ones with -S
 	while [ $((n += 1)) -le 40 ]; do echo "ask here /status"; done | client c
 	n=$(grep -c '^HTTP/1.1 200' c)
 	[ "$n" -ge 8 ] && [ "$n" -le 32 ] || fail "of 40, 50 % are not $n"
-	stop_proxy
 }
 
 test_bend_trace() { # trace: as -v does, for what the rule matches
@@ -18266,7 +18267,6 @@ END
 		fail "the log or standard error has the password"
 	have ps && ps -o args= -p "$proxy_pid" | grep s3cret > /dev/null &&
 		echo "note: the password shows in ps"
-	stop_proxy
 }
 
 test_parent_http_relay() { # without a login of ours the client's passes
@@ -19664,7 +19664,6 @@ test_signal_usr1() { # USR1: a line a busy slot on standard error
 	do touch closed
 	err~   up 4, down 0, server %O, no byte for [0-9]* s, the client sends no more; in buffers: from the client 0 bytes, to it 0, from the server 0, to it 0; acts again in [0-9]* s if nothing moves$
 END
-	stop_proxy
 }
 
 test_signal_usr1_waits() { # USR1: what each exchange waits for, in words
@@ -19812,7 +19811,6 @@ test_worker_killed() { # a worker that dies is replaced, and costs its exchanges
 	wait_for 5 'metric "proxy_exchanges_total{result=\"miss\"}" 3' ||
 		fail "lost counters: $(grep exchanges_total page)"
 	metric proxy_connections_limit 1000 || fail "$(grep limit page)"
-	stop_proxy
 }
 
 test_worker_orphaned() { # what a dead worker leaves behind is reaped by a supervisor that is process 1
@@ -19824,7 +19822,6 @@ test_worker_orphaned() { # what a dead worker leaves behind is reaped by a super
 	has err 'has ended: [A-Za-z]*, signal 9' 10
 	wait_for 10 'metric proxy_connections_limit 1000' || fail "no other one"
 	wait_for 5 'has_children 2' || fail "children: $children"
-	stop_proxy
 }
 
 test_worker_hangs() { # a worker that hangs while others are full of idle clients keeps nobody out
@@ -19840,7 +19837,6 @@ test_worker_hangs() { # a worker that hangs while others are full of idle client
 	served
 	has err '^proxy: worker [12]: all 8 connections are in use'
 	all_go
-	stop_proxy
 }
 
 test_worker_dies_often() { # a worker that dies at once again and again is not started all the time
@@ -19855,7 +19851,6 @@ test_worker_dies_often() { # a worker that dies at once again and again is not s
 	workers 2
 	served
 	[ $(($("$peer" clock) - born)) -ge 1000 ] || fail "without a pause"
-	stop_proxy
 }
 
 test_worker_signals() { # HUP and USR1 reach all workers, TERM ends all
@@ -19976,7 +19971,6 @@ test_worker_cache() { # what one worker has stored is a hit in the others
 	all_go
 	wait_for 5 'metric "proxy_exchanges_total{result=\"hit\"}" 3' ||
 		fail "$(grep exchanges_total page)"
-	stop_proxy
 }
 
 test_worker_cache_killed() { # what a killed worker was storing goes, what others store stays
@@ -20006,7 +20000,6 @@ test_worker_cache_killed() { # what a killed worker was storing goes, what other
 	has c1 'abcdef'
 	wait_for 5 '[ "$(entries | wc -l)" = 1 ]' || fail "$(entries)"
 	nothing_left
-	stop_proxy
 }
 
 # Three clients at once, which all get entries of their own.
@@ -20040,7 +20033,6 @@ test_worker_cache_size() { # the directory is never larger than -s, however many
 	done
 	served
 	lacks err 'has ended'
-	stop_proxy
 }
 
 # So many requests of so many clients at once: crowd CLIENTS REQUESTS
@@ -20115,7 +20107,6 @@ test_worker_full() { # -m is for all workers; a full one leaves clients to other
 	start_proxy -j 3 -m 1
 	workers 3
 	wait_for 5 'metric proxy_connections_limit 24' || fail "$(grep limit page)"
-	stop_proxy
 }
 
 test_worker_refused() { # -j with -i, -w or a command, or out of range: one clear line
@@ -20134,7 +20125,6 @@ END
 		sed 1d)" ] || fail "more than a helper"
 	page /status
 	lacks page 'answers:'
-	stop_proxy
 }
 
 test_worker_socket() { # a UNIX socket goes when all workers stop, and can be used again
@@ -20162,7 +20152,6 @@ END
 	"$peer" client "$proxy" c < /dev/null
 	[ "$(cat c.end)" = open ] || fail "nothing listens on $proxy"
 	served
-	stop_proxy
 }
 
 test_start_addresses() { # several -l, port 0, [::1], the warning beyond loopback
@@ -20176,7 +20165,6 @@ test_start_addresses() { # several -l, port 0, [::1], the warning beyond loopbac
 	name=any start_proxy -l :0
 	has any.err 'a rule lets them in'
 	served "127.0.0.1:${proxy##*:}"
-	stop_proxy
 }
 
 test_start_mapped() { # -l with an IPv4-mapped IPv6 address listens on the IPv4 address
@@ -20261,7 +20249,6 @@ test_start_user() { # -u: another user after binding; -n checks that there is on
 		skip "no ps -o uid"
 	[ "$uid" = 65534 ] || fail "runs as ${uid:-?}"
 	served
-	stop_proxy
 }
 
 test_start_one_family() { # of two addresses one is taken: it says so and serves on the other
@@ -21322,7 +21309,6 @@ up=0 dns=- connect=[0-9]+ first=[0-9]+ total=[0-9]+ server=127.0.0.1:$web end=do
 	real_curl -I -o head "http://127.0.0.1:$web/large" || fail "curl -I"
 	real_has head '^Content-Length: 16777216'
 	real_log HEAD ".*/large" "200 0 "
-	stop_proxy
 }
 
 test_real_curl_uploads() { # curl: POST and PUT, by length and chunked
@@ -21350,7 +21336,6 @@ test_real_curl_uploads() { # curl: POST and PUT, by length and chunked
 	real_same web/put/b "$work/real/text"
 	real_curl -o out -X DELETE "http://127.0.0.1:$web/put/b" || fail "DELETE"
 	[ ! -e web/put/b ] || fail "DELETE left the file"
-	stop_proxy
 }
 
 test_real_curl_old() { # curl: HTTP/1.0, IPv6, gzip, chunks to an old client
@@ -21369,7 +21354,6 @@ test_real_curl_old() { # curl: HTTP/1.0, IPv6, gzip, chunks to an old client
 	[ -n "$six" ] || skip "no IPv6 here; the rest passed"
 	real_get web/text "http://[::1]:$web/text"
 	real_log GET "http://\[::1\]:$web/text" "200 .* server=\[::1\]:$web "
-	stop_proxy
 }
 
 # N requests at once, PARALLEL of them, for the text at URL:
@@ -21406,7 +21390,6 @@ test_real_curl_many() { # curl: 200 requests on one connection, 200 at once
 	real_parallel 200 100 "http://127.0.0.1:$web/text"
 	wait_for 5 "[ \$(grep -c end=done log) -eq 400 ]" ||
 		fail "$(grep -c end=done log) log lines of 400"
-	stop_proxy
 }
 
 test_real_curl_https() { # curl: CONNECT to TLS, one and many at once
@@ -21423,7 +21406,6 @@ server=127.0.0.1:$tls end=(client|server)\$"
 	real_parallel 100 50 "https://127.0.0.1:$tls/text" --cacert cert --http1.1
 	real_get web/text -p "http://127.0.0.1:$web/text"
 	real_log CONNECT "127.0.0.1:$web" "200 "
-	stop_proxy
 }
 
 test_real_wget() { # wget: plain, large, resumed, a small site, https
@@ -21456,7 +21438,6 @@ test_real_wget() { # wget: plain, large, resumed, a small site, https
 		"https://127.0.0.1:$tls/text" || fail "wget, https"
 	real_same out web/text
 	real_log CONNECT "127.0.0.1:$tls" "200 "
-	stop_proxy
 }
 
 real_apt() { # apt-get with state and cache of its own
@@ -21491,7 +21472,6 @@ test_real_apt() { # apt-get: update and download, from the machine's sources
 	real_log '(GET|CONNECT)' '[^ ]*(/hostname_[^ ]*.deb|:443)' '200 '
 	grep -E '" [45][0-9][0-9] .* why=' log | grep -v '" 404 ' > bad &&
 		fail "refused: $(head -n 1 bad)"
-	stop_proxy
 }
 
 # A repository in web/ with one package, old enough to be fresh for a while by
@@ -21563,7 +21543,6 @@ test_real_apt_cache() { # apt-get on two machines: the cache has it for the seco
 	real_log GET '[^ ]*/proxied.deb' '200 .* miss=stored '
 	real_log GET '[^ ]*/proxied.deb' '200 .* hit=fresh .* server=- '
 	real_seen proxied.deb '200 '
-	stop_proxy
 }
 
 real_git() {
@@ -21607,7 +21586,6 @@ test_real_git() { # git: clone from plain files, clone, fetch and push by CGI
 	real_git -C dumb pull -q "http://127.0.0.1:$serve/git/repo.git" main \
 		> git.out 2>&1 || fail "pull: $(tail -n 1 git.out)"
 	real_same dumb/more smart/more
-	stop_proxy
 }
 
 # The browser, with all that it would ask of the world turned away.
@@ -21684,7 +21662,6 @@ test_real_browser() { # chromium: a page, a picture, a script, a WebSocket, whos
 	real_log CONNECT "127.0.0.1:$serve" \
 		"200 7[0-9]{4} .* up=7[0-9]{4} .* end=(client|server|reset)\$"
 	real_log CONNECT "127.0.0.1:$tls" "200 1[0-9]{5} .* end="
-	stop_proxy
 }
 
 # The commands of lesson N of the manual, with free ports in the place of its own.
@@ -21826,7 +21803,6 @@ test_real_parent_tinyproxy() { # -x http: tinyproxy as the parent
 		fail "tinyproxy saw no GET"
 	grep -q "CONNECT 127.0.0.1:$tls HTTP/1" tinyproxy.out ||
 		fail "tinyproxy saw no CONNECT"
-	stop_proxy
 }
 
 test_real_parent_password() { # -x http: tinyproxy that asks for a password
@@ -21846,7 +21822,6 @@ test_real_parent_password() { # -x http: tinyproxy that asks for a password
 	real_curl -p -o out "http://127.0.0.1:$web/text" 2> curl.err &&
 		fail "a tunnel in spite of a wrong password"
 	real_log CONNECT "127.0.0.1:$web" "(401|407|502) "
-	stop_proxy
 }
 
 test_real_parent_squid() { # -x http: squid as the parent
@@ -21857,7 +21832,6 @@ test_real_parent_squid() { # -x http: squid as the parent
 	real_squid "$real_p1" ''
 	start_proxy -x "http://127.0.0.1:$real_p1"
 	real_through_parent "$real_p1"
-	stop_proxy
 }
 
 # Starts a squid on port $1, in the foreground; $2 is more of its
@@ -21914,7 +21888,6 @@ test_real_parent_socks() { # -x socks5: microsocks, without and with a password
 	[ "$code" -eq 502 ] || fail "a wrong password gets $code"
 	real_log GET "http://127.0.0.1:$web/text" \
 		"502 .* server=127.0.0.1:$real_p2 .*why=\""
-	stop_proxy
 }
 
 test_real_chain() { # squid as the client: chained to us as its parent
@@ -21934,7 +21907,6 @@ test_real_chain() { # squid as the client: chained to us as its parent
 		--cacert cert "https://127.0.0.1:$tls/text" || fail "curl, https"
 	real_same out web/text
 	real_log CONNECT "127.0.0.1:$tls" "200 "
-	stop_proxy
 }
 
 # An example of the manual, the one that begins with this comment line:
@@ -25913,7 +25885,9 @@ esac
 	! traces || traced=-finstrument-functions
 	# shellcheck disable=SC2086 # one or none
 	build "$work/names" "$work/names.c" -O0 $board '-DLOG_SOCKET="log.socket"' $traced
+	# What a whole run needs, while the proxy is built.
 	[ $# -gt 0 ] || built_tables
+	[ $# -gt 0 ] || sanitized || built_small
 } &
 lanes="$lanes $!"
 if [ -z "${PROXY-}" ]; then
