@@ -7596,9 +7596,10 @@ END
 	$(cat sizes)
 END
 	# Who has all of it has it told, and where 1000 bytes are left it is whole.
-	sed 1d log | grep -v '/well ' > lines
+	grep -v '/well ' log | sed 1d > lines
+	n=1
 	while read -r line; do
-		n=$((${n-1} + 1))
+		n=$((n + 1))
 		read -r end < "c$n.end"
 		case $end:$((n % 9)):$line in
 		open:*:*' end=done' | e*:[!1]:* | r*:[!1]:*) ;;
