@@ -6434,15 +6434,17 @@ test_limit_board() { # the buffers that README has for boards take what the web 
 END
 }
 
+# For $proxy_wrap: a program has so many KiB of memory.
+limited() {
+	# shellcheck disable=SC3045 # without it memory is not short
+	ulimit -v "$1"
+	shift
+	exec "$@"
+}
+
 test_log_memory() { # short of memory: each client gets an answer, and each its line
 	sanitized && skip "a sanitizer build takes all memory"
-	cat > limited <<'END'
-#!/bin/sh
-ulimit -v 20000
-exec "$@"
-END
-	chmod 755 limited
-	proxy_wrap=./limited start_proxy
+	proxy_wrap='limited 20000' start_proxy
 	# Requests in two parts, all at once.
 	awk 'BEGIN {
 		while (n++ < 250)
@@ -16475,18 +16477,12 @@ test_log_end() { # lines that nobody read when the proxy ends are counted
 test_log_memory_first() { # memory that transfers have taken up leaves enough to refuse others
 	sanitized && skip "a sanitizer build takes all memory"
 	[ "$buffer" -ge 65536 ] || skip "small buffers leave memory"
-	cat > limited <<'END'
-#!/bin/sh
-ulimit -v 12000
-exec "$@"
-END
-	chmod 755 limited
 	origin o <<'END'
 head
 send HTTP/1.1 200 OK\nContent-Length: 20000000\n\n
 fill 20000000
 END
-	proxy_wrap=./limited start_proxy
+	proxy_wrap='limited 12000' start_proxy
 	asks='send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: close\n\n'
 	many 120 stuck "$asks"
 	"$peer" sleep 2000
@@ -19513,23 +19509,26 @@ test_resources_kept_clients() { # 2500 idle kept clients: the same
 	hold_many "$asked" "$asked"
 }
 
+# For $proxy_wrap: so many files, and no /dev, /etc, home or passwd; nothing can
+# be written.
+chrooted() {
+	# shellcheck disable=SC3045 # it is there where musl-gcc is
+	ulimit -n "$1"
+	shift 2
+	exec env -i "$(command -v chroot)" root /proxy "$@"
+}
+
 test_resources_board() { # musl, 4 KiB buffers, an empty root: 64 descriptors do, and 64 clients at once take under 1 MiB
 	sanitized && skip "a sanitizer build says nothing"
 	have musl-gcc || skip "no musl-gcc"
 	[ "$(id -u)" = 0 ] || skip "not root"
 	mkdir root
 	linked -static -o root/proxy || fail "$(head -n 1 cc.out)"
-	# No /dev, /etc, home or passwd; nothing can be written.
-	printf '#!/bin/sh\nulimit -n $FILES\nexec env -i %s root /proxy "$@"\n' \
-	    "$(command -v chroot)" > chrooted
-	chmod 755 chrooted
 	chmod 555 root
-	proxy_bin=./chrooted
 	load_origin
-	for FILES in 64 256; do
-		export FILES
+	for files in 64 256; do
 		[ -z "$proxy_pid" ] || stop_proxy
-		start_proxy -m 64
+		proxy_wrap="chrooted $files" start_proxy -m 64
 		"$peer" measure -n -x "${proxy##*:}" "$origin_port" 64 1000 9999 20000 \
 		    > load
 		read -r answers _ errors _ < load
