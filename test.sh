@@ -11062,9 +11062,7 @@ END
 }
 
 test_rules_parent_nameless() { # a parent whose name has no address: the next one, at once
-	origin p <<'END'
-reply 200 | ok
-END
+	origin p 'reply 200 | ok'
 	start_proxy -e "via http://nowhere.invalid:1 http://$origin"
 	play -n 'the next' <<'END'
 	ask    http://dest.invalid/ = 200 | ok
@@ -11161,9 +11159,7 @@ test_rules_parent_blamed() { # a server that is gone is not the parents' fault
 	err#   1 trying 127.0.0.1:1$
 END
 	quick
-	origin s <<'END'
-want 3 ; send \x05\0 ; want 10 ; stall 3000
-END
+	origin s 'want 3 ; send \x05\0 ; want 10 ; stall 3000'
 	start_proxy -e "via socks5://$origin direct"
 	play -n 'nor that of one who was asked and is silent' <<'END'
 	reply  200 | evil
@@ -12867,11 +12863,8 @@ test_cache_shared() { # two proxies on one directory share what they store
 	logged <<'END'
 ~ hit=fresh
 END
-	origin many <<'END'
-reply 200 Cache-Control: max-age=999\nContent-Length: 20000
-fill 20000
-loop
-END
+	origin many \
+	    'reply 200 Cache-Control: max-age=999\nContent-Length: 20000 ; fill 20000 ; loop'
 	# Both store the same at once.
 	for n in 1 2 3 4; do
 		[ $((n % 2)) = 0 ] && at=$one || at=$two
@@ -13060,9 +13053,7 @@ get_many() {
 # An origin whose answers are fresh, so many bytes, each its own entry:
 # many_origin BYTES ['response fields\n']
 many_origin() {
-	origin o <<END
-replies 200 Cache-Control: max-age=9999\n${2-} | \{$1:x}
-END
+	origin o "replies 200 Cache-Control: max-age=9999\n${2-} | \{$1:x}"
 }
 
 # KiB of the disk that all files of the cache take.
@@ -13296,9 +13287,8 @@ test_cache_descriptors() { # sweeper and helper hold nothing open that is not th
 reply 200 Cache-Control: max-age=9\nTransfer-Encoding: chunked | 1\nx\n
 await over
 END
-	client_bg c <<'END'
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until x ; touch begun ; await over
-END
+	client_bg c \
+	    'send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until x ; touch begun ; await over'
 	comes begun
 	descriptors "$proxy_pid" > all
 	grep 'cache/tmp' all > /dev/null && grep socket: all > /dev/null ||
@@ -13473,10 +13463,8 @@ test_cache_recency() { # a hit renews an entry's time, every ten minutes at most
 		start_cache
 		entry
 		aged 1 "$entry_file"
-		client u <<END
-send GET http://%O/x HTTP/1.1\nHost: %O\n$fields\n
-until \n\n
-END
+		client u \
+		    "send GET http://%O/x HTTP/1.1\nHost: %O\n$fields\n ; until \n\n"
 		entry
 		younger 0:10 "$entry_file" || fail "$fields: not renewed"
 	done
@@ -13597,9 +13585,7 @@ purged() {
 }
 
 test_cache_purge() { # -k prints the files of a URL, however it is spelt
-	origin o <<'END'
-replies 200 Vary: X-A\nCache-Control: max-age=99 | one\l
-END
+	origin o 'replies 200 Vary: X-A\nCache-Control: max-age=99 | one\l'
 	start_cache -x "http://$origin"
 	host=some.example
 	urls="http://$host/v http://$host/vv http://$host/v?a http://$host/
@@ -13882,9 +13868,8 @@ fill 100000 ; await go ; fill 900000
 reply 200 Connection: close\nCache-Control: max-age=999\nContent-Length: 1000000
 fill 1000000
 END
-	client c <<'END'
-send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n ; skip 50000 ; reset
-END
+	client c \
+	    'send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n ; skip 50000 ; reset'
 	touch go
 	get_fresh 1000000
 	get_fresh 1000000
@@ -13898,10 +13883,7 @@ test_cache_large() { # more than a quarter of -s is passed on, not stored
 	fresh_origin 300000
 	get_twice 300000 2 none
 	what='to the close'
-	origin o <<'END'
-reply 200 Cache-Control: max-age=999
-fill 300000
-END
+	origin o 'reply 200 Cache-Control: max-age=999 ; fill 300000'
 	for c in a b; do
 		getter $c /x 300000
 		ends $c '^eof$'
@@ -14170,9 +14152,8 @@ head ; await all ; stall 300
 say 200 Connection: close\nCache-Control: private | two\l
 END
 	for n in 1 2 3 4 5 6 7 8 9 10; do
-		client_bg c$n <<END
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; touch sent$n ; answer
-END
+		client_bg c$n \
+		    "send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; touch sent$n ; answer"
 		taken sent$n asked
 	done
 	asked 1
@@ -14191,9 +14172,7 @@ END
 
 test_cache_collapsed_known() { # what can't be stored is still known after 2000 other URLs
 	start_cache
-	origin many <<'END'
-replies 200 Cache-Control: private | any\l
-END
+	origin many 'replies 200 Cache-Control: private | any\l'
 	many=$origin
 	origin o <<'END'
 reply 200 Connection: close\nCache-Control: private | one\l
@@ -14207,9 +14186,7 @@ END
 	}' | client first
 	ends first '^open$'
 	for n in 1 2; do
-		client_bg c$n <<'END'
-ask /
-END
+		client_bg c$n 'ask /'
 	done
 	wait_for 5 '[ -s o.2 ] && [ -s o.3 ]' || fail "the second waits again"
 	touch go
@@ -14444,9 +14421,8 @@ say 200 Connection: close\nCache-Control: max-age=999\nVary: X-A | two\l
 END
 	getter a /x 300000 'X-A: 1\n'
 	taken asked
-	client_bg b <<'END'
-send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 2\n\n ; touch b.sent ; answer
-END
+	client_bg b \
+	    'send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 2\n\n ; touch b.sent ; answer'
 	getter c /x 300000 'X-A: 1\n'
 	taken b.sent c.sent
 	asked 1
@@ -16034,9 +16010,7 @@ test_rules_cached_validated() { # an entry that is validated is judged by where 
 	origin o <<'END'
 reply 200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | secret\l
 END
-	client a <<'END'
-ask http://two.test:%p/
-END
+	client a 'ask http://two.test:%p/'
 	ended o.1
 	stop_proxy
 	origin e -a "$me" -p "$origin_port" <<'END'
@@ -16044,9 +16018,7 @@ replies 304 ETag: "a"\nCache-Control: max-age=60
 END
 	need_me
 	start_names "$me" -- -c "$T/cache" -e "allow client $me"
-	client b <<'END'
-ask http://two.test:%p/
-END
+	client b 'ask http://two.test:%p/'
 	seen b <<'END'
 = HTTP/1.1 403 Forbidden
 ! secret\l
@@ -16270,9 +16242,8 @@ test_names_helper_dies() { # without its helper the proxy starts another
 test_names_helper_hangs() { # the helper dies while a question hangs: names work again soon
 	start_names 127.0.0.1
 	find_helper
-	client_bg s <<'END'
-send GET http://slow.test/ HTTP/1.1\nHost: x\n\n ; touch asked ; answer
-END
+	client_bg s \
+	    'send GET http://slow.test/ HTTP/1.1\nHost: x\n\n ; touch asked ; answer'
 	comes asked
 	"$peer" sleep 200
 	kill -KILL "$helper"
@@ -16477,11 +16448,8 @@ test_log_end() { # lines that nobody read when the proxy ends are counted
 test_log_memory_first() { # memory that transfers have taken up leaves enough to refuse others
 	sanitized && skip "a sanitizer build takes all memory"
 	[ "$buffer" -ge 65536 ] || skip "small buffers leave memory"
-	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 20000000\n\n
-fill 20000000
-END
+	origin o \
+	    'head ; send HTTP/1.1 200 OK\nContent-Length: 20000000\n\n ; fill 20000000'
 	proxy_wrap='limited 12000' start_proxy
 	asks='send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: close\n\n'
 	many 120 stuck "$asks"
@@ -17244,10 +17212,7 @@ END
 	done
 	counts 16 names '^# TYPE '
 	have promtool || skip "no promtool"
-	client raw <<END
-send GET /metrics HTTP/1.1\\nHost: $proxy\\n\\n
-answer
-END
+	client raw "send GET /metrics HTTP/1.1\\nHost: $proxy\\n\\n ; answer"
 	sed '1,/^.\{0,1\}$/d' raw > page.metrics
 	has page.metrics '^proxy_build_info'
 	# A small buffer has no room for help, and promtool wants it.
@@ -17343,9 +17308,7 @@ END
 }
 
 test_intercept_tls() { # -l intercept: a TLS greeting opens a tunnel to the server it names
-	origin o <<END
-until .example ; send \\x16hello ; until more ; send bye ; close
-END
+	origin o 'until .example ; send \x16hello ; until more ; send bye ; close'
 	start_intercept "$origin"
 	play -n 'a greeting' <<END
 	client send $(hello tls.example) ; until hello ; send more ; until bye ; eof
@@ -18014,9 +17977,7 @@ END
 }
 
 test_bend_to() { # to: another server, while URL, Host and cache key stay
-	origin o <<'END'
-head ; say 200 Cache-Control: max-age=60 | there ; loop
-END
+	origin o 'head ; say 200 Cache-Control: max-age=60 | there ; loop'
 	start_proxy -c "$T/cache" -e "to $origin host a.example"
 	play -n 'URL and Host stay' <<'END'
 	ask    http://a.example/x = 200; fwd=uri-miss; .*stored$ | there
@@ -18563,9 +18524,7 @@ test_names_dead_addresses() { # many attempts at dead addresses delay no living 
 	# shellcheck disable=SC3045 # where it is missing, the test is skipped
 	ulimit -n 256 2> /dev/null || skip "no ulimit -n"
 	start_names 127.0.0.2 127.0.0.3 127.0.0.1 -- -m 90
-	client warm <<END
-ask http://two.test:${proxy##*:}/
-END
+	client warm "ask http://two.test:${proxy##*:}/"
 	many 40 dead "send PATCH http://two.test:$dead/ HTTP/1.1\nHost: x\n\n"
 	"$peer" sleep 700
 	patience 4000
@@ -19064,9 +19023,7 @@ END
 
 test_tunnel_cancelled() { # a download through a tunnel is cancelled: the server feels it at once
 	start_proxy -l 127.0.0.1:0 -l "$T/p.sock"
-	origin o <<'END'
-stuff 1000000000 ; eof
-END
+	origin o 'stuff 1000000000 ; eof'
 	for n in 1 2 3 4 5 6; do
 		[ $((n % 3)) = 0 ] && where=$T/p.sock || where=$proxy
 		[ $((n % 2)) = 0 ] && end=shut || end=close
@@ -19592,14 +19549,10 @@ END
 test_limit_empty_lines() { # a client that sends empty lines without end, or in pieces, has the time of a head
 	quick
 	start_proxy -m 1
-	client_bg flood <<'END'
-send \{1000:\n} ; loop
-END
+	client_bg flood 'send \{1000:\n} ; loop'
 	patience 4000
 	served
-	client_bg drip <<'END'
-send \x0d ; stall 200 ; send \x0a ; stall 200 ; loop
-END
+	client_bg drip 'send \x0d ; stall 200 ; send \x0a ; stall 200 ; loop'
 	"$peer" sleep 300
 	served
 }
@@ -19626,9 +19579,7 @@ test_resources_few_busy() { # idle tunnels take nothing from the few that are bu
 	ulimit -S -n "$(ulimit -H -n)" 2> /dev/null
 	start_proxy -m 4000
 	many 3000 idle 'send CONNECT %O HTTP/1.1\nHost: x\n\n'
-	origin o <<'END'
-replies 200 | ok
-END
+	origin o 'replies 200 | ok'
 	"$peer" sleep 1500
 	# As fast as they come, and with pauses.
 	for pause in '' ' ; stall 3'; do
@@ -20451,9 +20402,7 @@ command_proxy() {
 }
 
 test_command_run() { # -- COMMAND: it finds the proxy, has its own output, and its status is the proxy's
-	origin o <<'END'
-replies 200 | hello
-END
+	origin o 'replies 200 | hello'
 	cat > script <<'END'
 echo "out $1"
 echo "http_proxy=$http_proxy https_proxy=$https_proxy HTTPS_PROXY=$HTTPS_PROXY"
@@ -20516,11 +20465,7 @@ END
 }
 
 test_command_rest() { # -- COMMAND: what it left under way gets a second, no more
-	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 10\n\nhello
-stall 9000
-END
+	origin o 'head ; send HTTP/1.1 200 OK\nContent-Length: 10\n\nhello ; stall 9000'
 	cat > script <<'END'
 printf 'send GET http://%s/ HTTP/1.1\\nHost: x\\n\\n\nuntil hello\ntouch got\neof\n' "$ORIGIN" |
 	"$PEER" client "${http_proxy#http://}" c > /dev/null 2>&1 &
@@ -20646,12 +20591,7 @@ test_signals_early() { # while it starts, TERM ends it, and HUP and USR1 do not
 }
 
 test_signal_term_unix() { # a second TERM leaves the socket of the next proxy at the same path
-	origin o <<'END'
-head
-touch asked
-await go
-say 200 | ok
-END
+	origin o 'head ; touch asked ; await go ; say 200 | ok'
 	start_proxy -l "$T/sock"
 	proxy=$T/sock
 	client_bg c 'ask /'
@@ -21092,9 +21032,7 @@ test_style_walks() { # the walks in the head comment are the ways of real exchan
 	[ -f "$work/traces" ] || skip "cc has no -finstrument-functions"
 	export CALLS=calls
 	start_cache
-	origin o <<'END'
-replies 200 Connection: close\nCache-Control: max-age=99 | ok
-END
+	origin o 'replies 200 Connection: close\nCache-Control: max-age=99 | ok'
 	for walk in miss hit connect; do
 		: > calls
 		case $walk in
