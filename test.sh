@@ -4399,20 +4399,10 @@ client_plays() {
 	"$peer" client "$client_at" "$1" "${origin-}" "${origin_port-}" "$proxy"
 }
 
-# The same in the background, for standard input is not that of a job there.
+# The same in the background, where standard input is not that of a job.
 client_bg() {
-	client_at=$proxy
 	[ ! -f "$1.end" ] || rm -f "$1" "$1".*
-	case ${2-} in
-	[a-z]*) printf '%s\n' "$2" > "$1.script" ;;
-	*)
-		client_at=${2-$proxy}
-		{ client_plays "$1" <&3 & } 3<&0
-		echo $! >> .pids
-		return
-		;;
-	esac
-	client_plays "$1" < "$1.script" &
+	{ client "$@" <&3 & } 3<&0
 	echo $! >> .pids
 }
 
@@ -5169,9 +5159,6 @@ page() {
 
 # A proxy with a cache in $T/cache: start_cache [options]
 start_cache() {
-	# The banner of one before must not be taken for this one's.
-	name=${name-}
-	: > "$T/${name:+$name.}err"
 	start_proxy -c "$T/cache" "$@"
 }
 
