@@ -6474,10 +6474,6 @@ END
 
 # ---- 5. Conns ---------------------------------------------------------------
 
-test_unit_self() { # where nobody listens, the proxy does not take itself for the server
-	unit self
-}
-
 test_server_reuse() { # one connection for many requests; not after close, HTTP/1.0, or for a POST
 	play 'from one client' <<'END'
 	replies 200 | ok
@@ -15515,7 +15511,7 @@ test_cache_vary() { # variants of a URL side by side (RFC 9111 section 4.1); one
 END
 }
 
-test_cache_vary_forms() { # Vary in another form is the same Vary
+test_cache_vary_forms() { # Vary in another form is the same Vary; values that may mean different things are different
 	start_cache
 	for form in 'Vary: x-a,X-B\n' 'Vary: X-A\nVary: X-B\n' 'Vary: ,X-A ,, X-B\n' \
 	    'Vary: X-B, X-A\n' 'Vary: X-A, X-B, X-A\n'; do
@@ -15527,6 +15523,19 @@ test_cache_vary_forms() { # Vary in another form is the same Vary
 	ask    / X-A: 1\nX-B: 2 = 200 | one\l
 	ask    / X-A: 2\nX-B: 1 = 200 | two\l
 	gets#  2 ^GET
+END
+	done
+	for pair in 'Accept|application/x;profile="A"|application/x;profile="a"' \
+	    'Accept-Profile|Tenant|tenant' 'User-Agent|x (K,y)|x (K, y)' \
+	    'TE|trailers|gzip'; do
+		field=${pair%%|*}
+		pair=${pair#*|}
+		play "$field" <<END
+		reply  200 Vary: $field\nCache-Control: max-age=9 | one
+		reply  200 Vary: $field\nCache-Control: max-age=9 | two
+		ask    / $field: ${pair%|*} = 200 | one
+		ask    / $field: ${pair#*|} = 200 | two
+		ask    / $field: ${pair%|*} = 200; hit | one
 END
 	done
 }
@@ -15843,23 +15852,6 @@ test_cache_nominated() { # Connection takes no field from what the cache decides
 	ask    / = 200 | one
 	ask    / = 200 | two
 END
-}
-
-test_cache_vary_values() { # values that may mean different things are different
-	start_cache
-	for pair in 'Accept|application/x;profile="A"|application/x;profile="a"' \
-	    'Accept-Profile|Tenant|tenant' 'User-Agent|x (K,y)|x (K, y)' \
-	    'TE|trailers|gzip'; do
-		field=${pair%%|*}
-		pair=${pair#*|}
-		play "$field" <<END
-		reply  200 Vary: $field\nCache-Control: max-age=9 | one
-		reply  200 Vary: $field\nCache-Control: max-age=9 | two
-		ask    / $field: ${pair%|*} = 200 | one
-		ask    / $field: ${pair#*|} = 200 | two
-		ask    / $field: ${pair%|*} = 200; hit | one
-END
-	done
 }
 
 # An entry that may be used while it is refreshed; a request with these fields
@@ -16272,11 +16264,7 @@ test_names_hanging() { # forty names that hang keep no other name waiting
 
 # ---- 19. Log ----------------------------------------------------------------
 
-test_unit_line() { # the longest line of the log ends like every other
-	unit line
-}
-
-test_log_injection() { # no input can split a line or forge a field
+test_log_injection() { # no input can split a line or forge a field; the longest line ends like every other
 	play 'fields' <<'END'
 	reply  200 | ok
 	ask    / User-Agent: a"b\\c d\te\xff" 200 1 "x\nReferer: %41"\x80 = 200 | ok
@@ -16299,6 +16287,7 @@ END
 	[ "$longest" -gt $((buffer / 4)) ] || fail "only $longest bytes"
 	log_is_sound
 	lacks log '^127.0.0.1 - [^-]'
+	unit line
 }
 
 test_log_first() { # first= is the time to the response, not to a 1xx before it
@@ -19132,7 +19121,7 @@ END
 END
 }
 
-test_error_refused() { # nobody listens there
+test_error_refused() { # nobody listens there; where nobody listens, the proxy does not take itself for the server
 	nobody
 	play 'GET, and the client connection lives on' <<'END'
 	ask    / = 502 Bad Gateway
@@ -19153,6 +19142,7 @@ test_error_refused() { # nobody listens there
 	sees   HTTP/1.1 502 Bad Gateway
 	log    "POST http://%O/ HTTP/1.1" 502
 END
+	unit self
 }
 
 test_error_loop() { # our own address, by any name, is a loop
