@@ -90,13 +90,13 @@
 #
 #   fail skip                      end the test
 #   start_proxy stop_proxy served  a proxy, its end, is it well
-#   quick our_names board logger   another build: short limits, our names, syslog
+#   quick our_names logger         another build: short limits, our names, syslog
 #   start_names start_ruled start_rules    with names of ours, with rules
 #   start_with                     with a parent
-#   origin plain_origin nobody dead_port deaf echoes twins    servers of all kinds
+#   origin plain_origin load_origin nobody dead_port deaf echoes twins    servers
 #   client client_bg many          clients beside a play
 #   asks want gives reread         one request; its status; after HUP
-#   exits run_proxy tries          what a proxy says at once
+#   exits says run_proxy tries     what a proxy says at once
 #   has lacks counts ascii log_is_sound    what stands in a file
 #   seen got logged said last_line untouched    what sides and log have seen
 #   comes ended closed wait_for wait_exit ended_well    waiting
@@ -166,14 +166,15 @@ spawn() {
 	echo "$spawned" >> "$T/.pids"
 }
 
-# Polls until a shell condition holds: wait_for SECONDS 'condition'
-# The turns left are in $1, as a condition may wait for something itself.
+# Polls until a shell condition holds, less often after a while:
+# wait_for SECONDS 'condition'
+# What is left is in $1, as a condition may wait for something itself.
 wait_for() {
-	set -- $(($1 * 20)) "$2"
+	set -- $(($1 * 1000)) "$2" 50
 	until eval "$2"; do
 		[ "$1" -gt 0 ] || return 1
-		set -- $(($1 - 1)) "$2"
-		"$peer" sleep 50
+		"$peer" sleep "$3"
+		set -- $(($1 - $3)) "$2" $(($3 < 250 ? $3 + 50 : 250))
 	done
 }
 
@@ -288,6 +289,15 @@ exits() {
 	    "$exits_want; says: $(head -c 300 errors)"
 }
 
+# The same for each row on standard input, STATUS OPTION... [= BRE], with the
+# quotes of the shell; standard error must have a line that matches the BRE.
+says() {
+	while IFS= read -r says_row; do
+		eval "exits ${says_row%% = *}"
+		[ "${says_row#* = }" = "$says_row" ] || has errors "${says_row#* = }"
+	done
+}
+
 # A file has a line that matches the BRE, now or within so many seconds (5: what
 # the proxy writes last may come after what a client sees), or has none:
 # has FILE BRE [SECONDS], lacks FILE BRE
@@ -324,8 +334,11 @@ reap() {
 		while read -r reap_pid; do
 			wait "$reap_pid"
 			reap_status=$?
-			[ "$reap_status" -le 128 ] || [ "$reap_status" = 143 ] ||
-				(fail "the proxy died, status $reap_status")
+			# 127: the test has waited for it.
+			case $reap_status in
+			0 | 127 | 143) ;;
+			*) (fail "the proxy ends with status $reap_status") ;;
+			esac
 		done < "$T/.proxies"
 		wait $reap_peer
 		[ ! -s "$T/.crash" ] || (fail "$(cat "$T/.crash")")
@@ -2486,23 +2499,23 @@ main_want(int argc, char **argv)
 }
 
 static long blocks;	/* of 512 bytes */
-static ino_t counted[20000];
-static size_t counted_n;
+static ino_t counted[1 << 15];	/* by their numbers; 0: free */
 
 /* What is renamed meanwhile may come twice. */
 static int
 blocks_add(const char *path, const struct stat *st, int kind, struct FTW *where)
 {
-	size_t i;
+	size_t size = sizeof(counted) / sizeof(counted[0]);
+	size_t i = (size_t)st->st_ino % size;
 
 	(void)path, (void)where;
-	for (i = 0; i < counted_n; i++)
+	if (kind == FTW_NS)
+		return 0;
+	for (; counted[i] != 0; i = (i + 1) % size)
 		if (counted[i] == st->st_ino)
 			return 0;
-	if (kind != FTW_NS && i < sizeof(counted) / sizeof(counted[0])) {
-		counted[counted_n++] = st->st_ino;
-		blocks += (long)st->st_blocks;
-	}
+	counted[i] = st->st_ino;
+	blocks += (long)st->st_blocks;
 	return 0;
 }
 
@@ -2521,7 +2534,7 @@ main_most(int argc, char **argv)
 	do {
 		over = access(argv[2], F_OK) == 0 || now_ms() > until;
 		blocks = 0;
-		counted_n = 0;
+		memset(counted, 0, sizeof(counted));
 		(void)nftw(argv[1], blocks_add, 8, FTW_PHYS);
 		most = blocks > most ? blocks : most;
 		sleep_ms(10);
@@ -3713,7 +3726,7 @@ cgi_serve(FILE *in, FILE *out, struct cgi *r)
 		return 0;
 	}
 	if (strcmp(r->path, "/wait") == 0) {
-		for (i = 0; i < 200 && access("done", F_OK) == -1; i++)
+		for (i = 0; i < 2000 && access("done", F_OK) == -1; i++)
 			(void)poll(NULL, 0, 50);
 		say_ok(out, "text/javascript", "late = 'came';");
 		return !r->close;
@@ -3758,7 +3771,7 @@ main_serve(int argc, char **argv)
 	while ((fd = accept(s, NULL, NULL)) != -1) {
 		if (fork() == 0) {
 			close(s);
-			alarm(60);
+			alarm(120);
 			in = fdopen(fd, "r");
 			out = fdopen(dup(fd), "w");
 			while (cgi_read(in, &r) && cgi_serve(in, out, &r))
@@ -4386,20 +4399,10 @@ client_plays() {
 	"$peer" client "$client_at" "$1" "${origin-}" "${origin_port-}" "$proxy"
 }
 
-# The same in the background, for standard input is not that of a job there.
+# The same in the background, where standard input is not that of a job.
 client_bg() {
-	client_at=$proxy
 	[ ! -f "$1.end" ] || rm -f "$1" "$1".*
-	case ${2-} in
-	[a-z]*) printf '%s\n' "$2" > "$1.script" ;;
-	*)
-		client_at=${2-$proxy}
-		{ client_plays "$1" <&3 & } 3<&0
-		echo $! >> .pids
-		return
-		;;
-	esac
-	client_plays "$1" < "$1.script" &
+	{ client "$@" <&3 & } 3<&0
 	echo $! >> .pids
 }
 
@@ -4428,6 +4431,14 @@ many() {
 patience() {
 	PEER_MS=$1
 	export PEER_MS
+}
+
+# An origin that answers very many requests: GET .../N with N bytes.
+load_origin() {
+	rm -f far far.asked
+	spawn origin.out "$peer" load far
+	wait_for 5 '[ -s far ]' || fail "no origin"
+	origin_port=$(cat far)
 }
 
 # Sets $origin and $origin_port to where nobody listens.
@@ -4646,13 +4657,14 @@ each() {
 	done
 }
 
-# Processor time the proxy has used, in hundredths of a second.
+# Processor time that the proxy, or another process, has used, in hundredths of
+# a second: processor_time [PID]
 processor_time() {
-	if [ -r "/proc/$proxy_pid/stat" ]; then
-		sed 's/.*) //' "/proc/$proxy_pid/stat" |
-		    awk '{ print $12 + $13 }'
+	set -- "${1-$proxy_pid}"
+	if [ -r "/proc/$1/stat" ]; then
+		sed 's/.*) //' "/proc/$1/stat" | awk '{ print $12 + $13 }'
 	else
-		ps -o time= -p "$proxy_pid" |
+		ps -o time= -p "$1" |
 		    awk -F '[:-]' '{ for (i = 1; i <= NF; i++) s = s * 60 + $i
 		    print s * 100 }'
 	fi
@@ -5150,9 +5162,6 @@ page() {
 
 # A proxy with a cache in $T/cache: start_cache [options]
 start_cache() {
-	# The banner of one before must not be taken for this one's.
-	name=${name-}
-	: > "$T/${name:+$name.}err"
 	start_proxy -c "$T/cache" "$@"
 }
 
@@ -5198,13 +5207,11 @@ built_once() {
 
 # The program of unit tables.
 built_tables() {
-	built_once tables write_tables_unit -O1
+	built_once tables write_tables_unit
 }
 
-# Links proxy.c, built with -Os and the smallest buffers, by musl-gcc where that is:
-# linked FLAG...
-linked() {
-	need_source
+# proxy.c with -Os and the smallest buffers, by musl-gcc where that is.
+built_small() {
 	linked_cc=$cc
 	! have musl-gcc || linked_cc=musl-gcc
 	if mkdir "$work/small.lock" 2> /dev/null; then
@@ -5214,6 +5221,12 @@ linked() {
 		touch "$work/small.o.status"
 	fi
 	built "$work/small.o"
+}
+
+# Links that: linked FLAG...
+linked() {
+	need_source
+	built_small
 	$linked_cc "$@" "$work/small.o" 2> cc.out
 }
 
@@ -6254,15 +6267,23 @@ check_encoding(void)
 		BUFFER_ROOM };
 	static const enum framing framings[] = { FRAMING_LENGTH, FRAMING_CLOSE,
 		FRAMING_CHUNKED };
-	size_t i, n, out;
+	size_t i, n, in, out;
 
 	for (i = 0; i < sizeof(encode_body); i++)
 		encode_body[i] = (char)('a' + i % 26);
-	/* All of 2 framings to 3 by 8 pieces to 8. */
-	for (i = 0; i < 2 * 3 * 64; i++)
+	/*
+	 * All of 2 framings to 3 by 8 pieces to 8; more than a buffer leaves
+	 * or comes byte by byte only beside whole buffers.
+	 */
+	for (i = 0; i < 2 * 3 * 64; i++) {
+		in = i / 6 % 8;
+		out = i / 48;
 		for (n = 1; n < BUFFER_ROOM * 3; n += BUFFER_ROOM * 3 / 8 - 5)
-			encode_try(framings[i % 2], framings[i / 2 % 3], n,
-			    pieces[i / 6 % 8], pieces[i / 48]);
+			if (n < BUFFER_ROOM || in * out > 0 || in + out == 7)
+				encode_try(framings[i % 2],
+				    framings[i / 2 % 3], n, pieces[in],
+				    pieces[out]);
+	}
 	/* All ways in which a full buffer may be the last. */
 	for (n = BUFFER_ROOM - 64; n < BUFFER_ROOM + 64; n++)
 		for (out = 1; out < 40; out += 13)
@@ -6393,36 +6414,27 @@ END
 
 # ---- 4. Buffers and requests ------------------------------------------------
 
-write_board() {
-	cat "$work/names.c"
-}
-
-# The proxy of this test has the buffers that README has for boards, and time
-# limits from the environment.
-board() {
-	need_source
-	board_buffer=$(sed -n 's/.*CPPFLAGS=-DBUFFER_SIZE=\([0-9]*\).*/\1/p' "$here/README")
-	built_once board write_board -UBUFFER_SIZE "-DBUFFER_SIZE=$board_buffer"
-	proxy_bin=$work/board
-}
-
 test_limit_board() { # the buffers that README has for boards take what the web sends
-	board
+	surrounded
+	"$proxy_bin" -V | grep -x "buffer $board_buffer" > /dev/null ||
+		skip "CFLAGS say other buffers"
 	play "$board_buffer" <<'END'
 	reply  200 X-A: \{15700:a} | ok
 	ask    /\{7960:a} X-A: \{7700:a} = 200 OK | ok
 END
 }
 
+# For $proxy_wrap: a program has so many KiB of memory.
+limited() {
+	# shellcheck disable=SC3045 # without it memory is not short
+	ulimit -v "$1"
+	shift
+	exec "$@"
+}
+
 test_log_memory() { # short of memory: each client gets an answer, and each its line
 	sanitized && skip "$special takes all memory"
-	cat > limited <<'END'
-#!/bin/sh
-ulimit -v 20000
-exec "$@"
-END
-	chmod 755 limited
-	proxy_wrap=./limited start_proxy
+	proxy_wrap='limited 20000' start_proxy
 	# Requests in two parts, all at once.
 	awk 'BEGIN {
 		while (n++ < 250)
@@ -6464,10 +6476,6 @@ END
 }
 
 # ---- 5. Conns ---------------------------------------------------------------
-
-test_unit_self() { # where nobody listens, the proxy does not take itself for the server
-	unit self
-}
 
 test_server_reuse() { # one connection for many requests; not after close, HTTP/1.0, or for a POST
 	play 'from one client' <<'END'
@@ -7174,8 +7182,8 @@ miscut() {
 END
 }
 
-test_unit_bodies() { # bodies: every split gives the same result
-	rows <<'END'
+test_unit_bodies() { # bodies: every split, and each byte behind each beginning of a chunk line; they leave whole, however slowly
+	unit chunks encoding <<'END'
 body:5 hello = hello, whole and 0 more
 body:5 hello more = hello, whole and 5 more
 body:5 hell = hell, broken and 0 left
@@ -7200,15 +7208,7 @@ body:chunked 0\nA : b\n\n | 0\nA: b\l\n\n | 0\n A: b\n\n | 0\nA: b\lB: c\n\n | 0
 END
 }
 
-test_unit_chunks() { # each byte behind each beginning of a chunk line
-	unit chunks
-}
-
-test_unit_encoding() { # bodies leave whole, however slowly
-	unit encoding
-}
-
-test_body_request() { # request bodies by length and chunked, with trailers
+test_body_request() { # request bodies by length and chunked, with trailers; megabytes both ways, in other pieces than they came
 	play 'by length' <<'END'
 	origin head ; want 5 ; say 200 | ok
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 5\n\nhe
@@ -7246,11 +7246,7 @@ test_body_request() { # request bodies by length and chunked, with trailers
 	gets#  1 ^helloGET|^hello$
 	gets~  again$
 	gets#  2 ^-- connection
-END
-}
-
-test_body_large() { # megabytes both ways, streamed, in other pieces than they came
-	play '3 MB up by length, down chunked' <<'END'
+	== 3 MB up by length, down chunked
 	origin head ; skip 3000000 ; say 200 Transfer-Encoding: chunked
 	origin send 2DC6C0\n ; fill 3000000 ; send \n0\n\n
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 3000000\n\n
@@ -7294,23 +7290,7 @@ END
 	done
 }
 
-test_body_refused() { # a refusal that is complete ends the exchange, whatever was to be uploaded
-	play 'the client waits for 100' <<'END'
-	origin head ; say 417 No | no ; eof
-	client send POST http://%O/ HTTP/1.1\nHost: %O\nExpect: 100-continue\nContent-Length: 3\n\n ; eof
-	sees   HTTP/1.1 417 No
-	sees   Connection: close
-	sees   no
-	sees   -- end eof
-	== HTTP/1.0, in chunks
-	origin head ; send HTTP/1.1 413 No\nTransfer-Encoding: chunked\n\n2\nno\n0\n\n ; eof
-	client send POST http://%O/ HTTP/1.0\nContent-Length: 3\n\n ; eof
-	sees   no
-	sees   -- end eof
-END
-}
-
-test_body_expect() { # Expect: 100-continue (RFC 9110 section 10.1.1)
+test_body_expect() { # Expect: 100-continue (RFC 9110 section 10.1.1); a refusal that is complete ends the exchange, whatever was to be uploaded
 	play 'continued' <<'END'
 	origin head ; quiet 100 ; say 100 Continue ; want 5 ; say 200 | ok
 	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 5\nExpect: 100-continue\n\n
@@ -7332,6 +7312,18 @@ test_body_expect() { # Expect: 100-continue (RFC 9110 section 10.1.1)
 	ask    1.0 POST / Expect: 100-continue | hello
 	sees#  1 ^HTTP/
 	sees   ok
+	== the client waits for 100
+	origin head ; say 417 No | no ; eof
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nExpect: 100-continue\nContent-Length: 3\n\n ; eof
+	sees   HTTP/1.1 417 No
+	sees   Connection: close
+	sees   no
+	sees   -- end eof
+	== HTTP/1.0, in chunks
+	origin head ; send HTTP/1.1 413 No\nTransfer-Encoding: chunked\n\n2\nno\n0\n\n ; eof
+	client send POST http://%O/ HTTP/1.0\nContent-Length: 3\n\n ; eof
+	sees   no
+	sees   -- end eof
 END
 }
 
@@ -7573,25 +7565,36 @@ test_body_trailer_size() { # trailers of any size arrive whole or end the connec
 	for short in 0 $((fields_max / 3)) $((fields_max - 1)); do
 		for left in 0 6 100 127 136 145 260 400 1000; do
 			long=$((room_max - left - short * 5 - 8))
-			play "$short fields and $left bytes left" <<END
-			reply  200 Transfer-Encoding: chunked | 5\nhello\n
-			origin stall 10 ; send 0\n
-			origin stall 10
-			origin send \{$short:a:b\n}X:\{$long:y}\n\n
-			ask    / TE: trailers\nConnection: TE
-			sees   hello
-			sees~  ^-- end (open|eof answer|reset answer)
-			log    " 200 5 .* end=
+			cat <<END
+	== $short fields and $left bytes left
+	reply  200 Transfer-Encoding: chunked | 5\nhello\n
+	origin stall 10 ; send 0\n
+	origin stall 10
+	origin send \{$short:a:b\n}X:\{$long:y}\n\n
+	ask    / TE: trailers\nConnection: TE
+	sees   hello
+	sees~  ^-- end (open|eof answer|reset answer)
+	log    " 200 5 .* end=
 END
-			if [ "$(cat "c$plays.end")" = open ]; then
-				logged <<'END'
-~ " 200 5 .* end=done
-END
-			elif [ $left = 1000 ]; then
-				fail "$short fields, $left bytes left: cut off"
-			fi
 		done
-	done
+	done > sizes
+	play 'no trailer' <<END
+	reply  200 Transfer-Encoding: chunked | 5\nhello\n0\n\n
+	ask    / = 200 | hello
+	$(cat sizes)
+END
+	# Who has all of it has it told, and where 1000 bytes are left it is whole.
+	grep -v '/well ' log | sed 1d > lines
+	n=1
+	while read -r line; do
+		n=$((n + 1))
+		read -r end < "c$n.end"
+		case $end:$((n % 9)):$line in
+		open:*:*' end=done' | e*:[!1]:* | r*:[!1]:*) ;;
+		*) fail "play $n: $end, $line" ;;
+		esac
+	done < lines
+	[ "$n" = "$plays" ] || fail "$n lines for $plays plays"
 }
 
 # Chunks of a request that must be refused; the origin, if it was asked,
@@ -8434,7 +8437,7 @@ domain_make(char *to, size_t size, unsigned long n)
 }
 
 /* A list of n domains, each so many times, mixed from three formats, is
- * loaded: all of them are there, and no other. */
+ * loaded: a quarter of them is asked for, and as many others. */
 static double
 million_load(struct list *list, unsigned long n, int times)
 {
@@ -8459,7 +8462,7 @@ million_load(struct list *list, unsigned long n, int times)
 	    list->read != n * (unsigned long)times || list->used != n)
 		unit_fail("loaded", why, "", (long long)list->used);
 	took = (double)(clock() - start) / CLOCKS_PER_SEC;
-	for (i = 0; i < 2 * n; i++) {
+	for (i = 0; i < 2 * n; i += 4) {
 		size_t len = domain_make(host, sizeof(host), i);
 
 		if (list_has(list, text_cut(host, len)) != (i < n))
@@ -9629,18 +9632,23 @@ test_rules_deny_cached() { # what is stored is judged anew
 	logged <<'END'
 ~ hit=fresh
 END
-	for condition in 'type text/html' 'status 200' 'field response X-A b' \
-	    'size <100' 'host o.example' 'address 127.0.0.0/8' \
-	    'not address 10.0.0.0/8'; do
-		start_ruled -c "$T/cache" -e "deny $condition"
-		want 403 GET http://o.example:%p/
-		lacks a 'not clean'
-		last_line ' 403 ' ' rule=-e:1( |$)'
-	done
-	for condition in 'type text/plain' 'not status 200' \
-	    'field response X-A c' 'size >100' 'address 10.0.0.0/8'; do
-		start_ruled -c "$T/cache" -e "deny $condition"
-		want 200 GET http://o.example:%p/ '' ' hit=fresh '
+	n=0
+	each_line <<'END' | while read -r condition; do
+type text/html | status 200 | field response X-A b | size <100 | host o.example
+address 127.0.0.0/8 | not address 10.0.0.0/8
+type text/plain | not status 200 | field response X-A c | size >100 | address 10.0.0.0/8
+END
+		echo "deny field request X-N ^$((n += 1))\$ $condition"
+	done > anew
+	start_rules -c "$T/cache" < anew
+	for n in 1 2 3 4 5 6 7 8 9 10 11 12; do
+		case $n in
+		[1-7])
+			want 403 GET http://o.example:%p/ "X-N: $n\n" ' 403 ' " rule=rules:$n( |$)"
+			lacks a 'not clean'
+			;;
+		*) want 200 GET http://o.example:%p/ "X-N: $n\n" ' hit=fresh ' ;;
+		esac
 	done
 	start_ruled -c "$T/cache" -e 'deny body "t cle"'
 	asks GET http://o.example:%p/
@@ -10027,33 +10035,35 @@ test_rules_body_borders() { # body: a text across the border of two buffers
 	eicar_text
 	printf 'deny body %s\n' "$eicar" > first
 	start_rules < first
+	beginning=$(printf %s "$eicar_play" | head -c 31)
 	for at in $((buffer - 68)) $((buffer - 67)) $((buffer - 35)) \
 	    $((buffer - 1)) "$buffer" $((buffer + 1)) $((buffer * 2 - 20)) \
 	    $((buffer * 3 - 300)) 65502 65535 1000003; do
-		play -n "behind $at bytes" <<END
-		reply  200 Content-Length: $((at + 200068))
-		origin fill $at ; send $eicar_play ; stuff 200000
-		ask    / = 200 cut
-		log    " 200 [0-9]+ .* end=rule
-		do kept_back
-		== chunked, behind $at bytes
-		reply  200 Transfer-Encoding: chunked
-		origin send $(printf %x $((at + 30)))\n ; fill $at
-		origin send $(printf %s "$eicar_play" | head -c 31)
-		origin send \n400\n$(printf %s "$eicar_play" | tail -c +32)
-		origin stuff 200000
-		ask    / = 200 cut
-		sees!~ ^0+$
-		log    " 200 [0-9]+ .* end=rule
+		cat <<END
+	== behind $at bytes
+	reply  200 Content-Length: $((at + 200068))
+	origin fill $at ; send $eicar_play ; stuff 200000
+	ask    / = 200 cut
+	sees!~ [*]
+	log    " 200 [0-9]+ .* end=rule
+	== chunked, behind $at bytes
+	reply  200 Transfer-Encoding: chunked
+	origin send $(printf %x $((at + 30)))\n ; fill $at
+	origin send $beginning
+	origin send \n400\n${eicar_play#"$beginning"}
+	origin stuff 200000
+	ask    / = 200 cut
+	sees!~ (^0+$|[*])
+	log    " 200 [0-9]+ .* end=rule
 END
-		kept_back
-	done
-	play 'megabytes without it' <<'END'
+	done > borders
+	play 'megabytes without it' <<END
 	reply  200 Content-Length: 3000000
 	origin fill 3000000
 	client send GET http://%O/ HTTP/1.1\nHost: x\n\n ; until \n\n
 	client skip 3000000
 	log    " 200 3000000 .* end=done
+	$(cat borders)
 END
 }
 
@@ -10316,14 +10326,14 @@ END
 }
 
 test_rules_cache() { # cache DURATION: in place of the lifetime that is told or guessed
-	start_cache -e 'cache 1h host 127.0.0.1'
+	start_cache -v -e 'cache 1h host 127.0.0.1'
 	keeps 'no lifetime' '200 OK' ''
 	keeps 'max-age=0' '200 OK' 'Cache-Control: max-age=0\n'
 	keeps 's-maxage=0' '200 OK' 'Cache-Control: s-maxage=0, max-age=5\n'
 	keeps 'Expires in the past' '200 OK' 'Expires: 0\n'
 	has "c$plays" '^Cache-Status: .*; ttl=[0-9]*'
 	for what in private no-store 'private, max-age=99' 'no-store, max-age=99'; do
-		keeps_not "$what" '200 OK' "Cache-Control: $what\\n"
+		keeps_not "${what%%,*}" '200 OK' "Cache-Control: $what\\n"
 	done
 	for what in no-cache 'no-cache, max-age=99'; do
 		play -n "$what" <<END
@@ -10335,8 +10345,8 @@ test_rules_cache() { # cache DURATION: in place of the lifetime that is told or 
 		log!   hit=fresh
 END
 	done
-	keeps_not 'an answer to a login' '200 OK' '' 'Authorization: Basic eDp5\n' again
-	keeps_not 'a cookie' '200 OK' 'Set-Cookie: a=b\n'
+	keeps_not authorization '200 OK' '' 'Authorization: Basic eDp5\n' again
+	keeps_not set-cookie '200 OK' 'Set-Cookie: a=b\n'
 	keeps 'a cookie, public' '200 OK' 'Set-Cookie: a=b\nCache-Control: public, max-age=99\n'
 	stop_proxy
 	start_cache -e 'cache 1s url /short' -e 'cache 7d url /long'
@@ -10981,23 +10991,19 @@ END
 END
 }
 
-# Processor time for 5000 kept-alive requests, in hundredths of a second, with
+# Processor time for 3000 kept-alive requests, in hundredths of a second, with
 # the rules on standard input: rules_cost; sets $cost.
 rules_cost() {
-	start_rules
-	awk -v origin="$origin" 'BEGIN {
-		for (i = 0; i < 10; i++) {
-			print "send \\{250:GET http://" origin \
-			    "/a/b?c=d HTTP/1.1\\nHost: " origin "\\n\\n}"
-			for (j = 0; j < 250; j++)
-				print "answer"
-		} }' > many
+	cat > rules
+	[ -z "$proxy_pid" ] || stop_proxy
+	start_proxy -f rules
 	for cost_name in warm cost; do
 		cost_before=$(processor_time)
-		client $cost_name < many
-		has $cost_name.end '^open'
+		"$peer" measure -x "${proxy##*:}" "$origin_port" 8 3000 60000 99 > $cost_name
 		cost=$(($(processor_time) - cost_before))
 	done
+	read -r cost_answers _ cost_errors _ < cost
+	[ "$cost_answers $cost_errors" = '3000 0' ] || fail "$cost_answers answers"
 }
 
 # Rules on standard input must cost less than twice what the rest of a request
@@ -11005,7 +11011,7 @@ rules_cost() {
 cheap() {
 	sanitized && skip "$special says nothing"
 	cat > costly
-	plain_origin
+	load_origin
 	for n in 1 2 3 4; do
 		rules_cost < /dev/null
 		without=$cost
@@ -11013,7 +11019,7 @@ cheap() {
 		[ $((cost - without)) -ge $((without * 2 + 2)) ] || break
 	done
 	[ $((cost - without)) -lt $((without * 2 + 2)) ] ||
-		fail "$(((cost - without) * 2)) us a request"
+		fail "$(((cost - without) * 10 / 3)) us a request"
 	[ "$without" -gt 0 ] || skip "no processor time to see"
 }
 
@@ -11042,9 +11048,7 @@ END
 }
 
 test_rules_parent_nameless() { # a parent whose name has no address: the next one, at once
-	origin p <<'END'
-reply 200 | ok
-END
+	origin p 'reply 200 | ok'
 	start_proxy -e "via http://nowhere.invalid:1 http://$origin"
 	play -n 'the next' <<'END'
 	ask    http://dest.invalid/ = 200 | ok
@@ -11141,9 +11145,7 @@ test_rules_parent_blamed() { # a server that is gone is not the parents' fault
 	err#   1 trying 127.0.0.1:1$
 END
 	quick
-	origin s <<'END'
-want 3 ; send \x05\0 ; want 10 ; stall 3000
-END
+	origin s 'want 3 ; send \x05\0 ; want 10 ; stall 3000'
 	start_proxy -e "via socks5://$origin direct"
 	play -n 'nor that of one who was asked and is silent' <<'END'
 	reply  200 | evil
@@ -11195,7 +11197,6 @@ rule deny 452 user * host known.example
 ask GET http://a/ user alice = allow
 ask GET http://known.example/ user alice = deny 452
 END
-	wrong 'allow client "local"\n'
 }
 
 # Checks the file "rules".
@@ -11237,7 +11238,7 @@ END
 wrong_lines() {
 	each_line <<'END'
 frobnicate | allows | "allow" | allow everybody | allow host | allow not
-allow not host | allow host port 80 | allow host x.example port
+allow client "local" | allow not host | allow host port 80 | allow host x.example port
 allow host x.example not | allow not not host x.example | host x.example
 host x.example allow | not allow | not host x.example deny | allow client
 allow client x | allow client 10.0.0.0/33 | allow client 10.0.0.256
@@ -11303,12 +11304,13 @@ test_rules_wrong() { # all wrong lines are named, with file and line; nothing st
 			fail "the byte $byte: $status, $(cat errors)"
 	done
 	# Each by its own, too, between right ones and without -n.
-	wrong_lines | sed -n '1~9p' > some
+	wrong_lines | awk 'NR % 9 == 1' > some
 	while IFS= read -r line; do
 		printf '# one\nallow\n%s\nallow' "$line" > rules
 		exits 2 -l 127.0.0.1:0 -f rules
-		[ "$(wc -l < errors)" = 1 ] && grep '^proxy: rules:3: ..*' errors \
-		    > /dev/null || fail "$line: says $(cat errors)"
+		{ read -r says && ! read -r more; } < errors &&
+			[ "${says#proxy: rules:3: ?}" != "$says" ] ||
+			fail "$line: says $(cat errors)"
 	done < some
 }
 
@@ -11359,22 +11361,50 @@ direct size >1M	^size: .*too late
 direct host a body x | cache 1h body x | nocache not body x | set response X-A b body x	^body: .*too late
 direct field response X-A b | unset request X-A field response X-B c	^field: .*too late
 set request X-A b status 200	^status: .*too late
+delay	^delay: a value is missing; write a duration
+delay 5x	^delay: not valid: 5x; write a duration
+delay 5s-1s	^delay: not valid: 5s-1s
+rate 0	^rate: not valid: 0
+rate x	^rate: not valid: x; write bytes a second
+limit 0	^limit: not valid: 0; write a number
+cut	^cut: a value is missing
+answer	^answer: a value is missing; write a status
+answer 200	^answer: a value is missing
+answer 100 "x"	^answer: not valid: 100
+answer 200 text/html	^answer: a value is missing
+answer 200 file	^answer: not valid: file
+answer 200 "a" "b"	^answer: not valid: b
+to	^to: a value is missing; write a server
+to example.com	^to: not valid: example.com
+delay 1s status 500	^status: what it needs is known too late
+cut 1K address 10.0.0.0/8	^address: what it needs is known too late
+offline type text/html	^type: what it needs is known too late
+offline host a address 10.0.0.0/8	^address: what it needs is known too late
+allow page	^page: a value is missing
+allow page index	^page: not valid: index; write status or metrics
+allow page status host	^host: a value is missing
+direct page status	^page: it stands with allow, deny, login or drop
+allow type text/html page status	^page: .*not with what needs a server
+allow page status page metrics	^page: two conditions
+deny chance 101% | deny chance 10	write a share such as 10%
+trust client local host a | trust client local time 08:00-17:00 | trust client local user "x"	^trust: only client can stand here
+trust client local field A b | trust client local method GET	^trust: only client can stand here
+trust client local page status	^(trust: only client can stand here|page: it stands)
+trust 10.0.0.5	10.0.0.5
 END
 }
 
 test_rules_meant() { # what can't do what was meant is refused, with what to write
-	meant_lines | sed 's/	.*//' > rules
+	meant_lines > meant
+	[ "$(wc -l < meant)" -gt 50 ] || fail "no rows"
+	sed 's/	.*//' meant > rules
 	check_rules
 	[ $status = 2 ] || fail "exit status $status"
-	meant_lines | sed 's/.*	//' > wants
-	n=0
-	while IFS= read -r want; do
-		n=$((n + 1))
-		sed -n "s/^proxy: rules:$n: //p" errors > said
-		[ "$(wc -l < said)" = 1 ] && grep -E -e "$want" said > /dev/null ||
-			fail "$(sed -n "${n}p" rules): says $(cat said)"
-	done < wants
-	[ $n -gt 50 ] || fail "no rows"
+	sed 's/^proxy: rules:\([0-9]*\): /\1	/' errors > said
+	awk -F '\t' 'told { n[$1]++; says[$1] = $2; next }
+	n[FNR] != 1 || says[FNR] !~ $2 { print $1 ": says " says[FNR] }' \
+	    told=1 said told= meant > missed
+	[ ! -s missed ] || fail "$(cat missed)"
 	# What looks alike and does what was meant.
 	people
 	each_line > rules <<'END'
@@ -11483,7 +11513,9 @@ cache 90s | cache 15m type image/* | cache 1h | cache 7d host x.example
 set request User-Agent "Mozilla/5.0 (none)" | set response X-A b host x.example
 set request X-A "" | add request X-A b | add response X-A b type text/html
 unset request Referer X-Forwarded-* Cookie
-unset response Set-Cookie host x.example | guard
+unset response Set-Cookie host x.example | guard | trust
+trust not client 192.0.2.0/24 | trust client local 10.0.0.5 2001:db8::/32
+allow client 192.0.2.1 page status metrics | deny page metrics client 192.0.2.1
 END
 	printf 'deny body %0255d\n' 0
 }
@@ -11738,7 +11770,6 @@ END
 	rm rules
 	echo 'deny 410 host a.example' > rules
 	reread 410 http://a.example:%p/
-	stop_proxy
 }
 
 test_rules_hup_list() { # HUP: lists are read anew; one that can't be read is a wrong line
@@ -12432,12 +12463,13 @@ control | ,, , | xno-store, no-storex, no_store | x="no-store, private" | max-ag
 control:X-Cache-Control:\s no-store = nothing
 control no-store, no-cache,private ,public = no-store no-cache private public
 control MUST-Revalidate = must
+control MAX-AGE=9,PRIVATE = private max-age=9
 control proxy-revalidate = proxy
 control must-understand,only-if-cached = understand cached
 control max-age=1, s-maxage=2, min-fresh=3, max-stale=4, stale-while-revalidate=5, stale-if-error=6 = max-age=1 s-maxage=2 min-fresh=3 max-stale=4 revalidate=5 error=6
 control max-age=1\nX: y\nCache-Control: s-maxage=2 = max-age=1 s-maxage=2
 control max-age=9, max-age=5 | max-age=5\nCache-Control: max-age=9 = max-age=5
-control max-age=x | max-age= | max-age=-5 | max-age="5 | max-age=5.0 | max-age= 5 = max-age=0
+control max-age=x | max-age= | max-age=-5 | max-age=+5 | max-age=5x | max-age=0x5 | max-age="5 | max-age=5.0 | max-age= 5 = max-age=0
 control max-age=99999999999999999999 = max-age=2147483648
 control max-stale = max-stale=2147483647
 control x="a\\", no-store", max-age=7 = max-age=7
@@ -12528,11 +12560,11 @@ storable > 200 | > 200 $dated\nExpires: 0 | > 200 $c max-age=0 = no-lifetime
 storable > 200 $c no-store, max-age=9 | $c no-store > 200 $c max-age=9 = no-store
 storable > 200 $c private, max-age=9 | > 200 $c private="x", max-age=9 | $login > 200 $c public, private, max-age=9 = private
 storable > 200 $c no-store, must-understand, max-age=9 | > 299 $c max-age=9 | > 299 $c public\n$older = stored
-storable > 299 $c must-understand, max-age=9 | > 299 $older | > 500 $older | > 302 $older | > 304 $c max-age=9 = status
+storable > 299 $c must-understand, max-age=9 | > 299 $older | > 500 $older | > 302 $older | > 304 $c max-age=9 | > 429 $c max-age=9 = status
 storable > 404 $older | > 410 $older | > 301 $older | > 302 $c max-age=9 | > 503 $c max-age=9 = stored
-storable > 200 $c max-age=9\nVary: * | > 200 $c max-age=9\nVary: a, * ,b = vary-*
+storable > 200 $c max-age=9\nVary: * | > 200 $c max-age=9\nVary: a, * ,b | > 200 $c max-age=9\nVary: a\nVary: b, * = vary-*
 storable > 200 $c max-age=9\nVary: a = stored
-storable > 200 $older\n$cookie | > 200 $c max-age=0, s-maxage=0\n$older\n$cookie = set-cookie
+storable > 200 $older\n$cookie | > 200 $c public\n$older\n$cookie | > 200 $c max-age=0, s-maxage=0\n$older\n$cookie = set-cookie
 storable > 200 $c max-age=9\n$cookie | > 200 $c public, max-age=9\n$cookie | > 200 $c s-maxage=9\n$cookie = stored
 storable $c no-cache > 200 $c max-age=9 = stored
 storable $login > 200 $c max-age=9 | $login > 200 $older = authorization
@@ -12817,11 +12849,8 @@ test_cache_shared() { # two proxies on one directory share what they store
 	logged <<'END'
 ~ hit=fresh
 END
-	origin many <<'END'
-reply 200 Cache-Control: max-age=999\nContent-Length: 20000
-fill 20000
-loop
-END
+	origin many \
+	    'reply 200 Cache-Control: max-age=999\nContent-Length: 20000 ; fill 20000 ; loop'
 	# Both store the same at once.
 	for n in 1 2 3 4; do
 		[ $((n % 2)) = 0 ] && at=$one || at=$two
@@ -12857,26 +12886,14 @@ END
 	counts 1 err "^proxy: can't write the cache $T/cache: No such file or directory"
 }
 
-test_cache_unit_variants() { # variants and names of entries
-	unit paths <<'END'
+test_cache_unit_variants() { # variants and names of entries; every byte of an entry's region changed, or cut; what is stored while little is known; two URLs with one hash
+	unit paths entries room collision <<'END'
 variant:a > | b: 1 > b: 2 | a: 1 > A: 1 | a: x, y > a: x,y | a: x,y > a: x\na: \ty\s = same
 variant:user-agent user-agent: x, y > user-agent: x,y = other
 variant:a a: 1 > a: 2 | a: 1 > | a: x,y > a: y,x | a: X > a: x | a: "x,y" > a: "x, y" = other
 variant:a,\sb a: 1\nb: 2 > b: 2\nc: 3\na: 1 = same
 variant:a,\sb a: 1\nb: 2 > a: 2\nb: 1 | a: 1 > b: 1 | a: 1;b=2 > a: 1\nb: 2 | a: 1;b=2;b= > a: 1\nb: 2;b= | a: 1;b=2 > a: 1\nb: 2;b= = other
 END
-}
-
-test_cache_unit_entries() { # every byte of an entry's region changed, or cut
-	unit entries
-}
-
-test_cache_unit_room() { # what is stored while little is known of what is there
-	unit room
-}
-
-test_cache_unit_collision() { # two URLs with one hash: neither client gets the other's answer
-	unit collision
 }
 
 # ---- 15. Store: the sweeper -------------------------------------------------
@@ -12920,8 +12937,7 @@ test_cache_directory() { # mode 700, CACHEDIR.TAG; foreign files are refused
 	refuses_cache file
 	refuses_cache none/cache
 	for size in '' 0 x -1 1Q 99999999999999999999; do
-		run_proxy -c sized -s "$size" -l 127.0.0.1:0
-		[ "$status" = 2 ] || fail "-s '$size': status $status"
+		exits 2 -c sized -s "$size" -l 127.0.0.1:0
 	done
 }
 
@@ -13023,9 +13039,7 @@ get_many() {
 # An origin whose answers are fresh, so many bytes, each its own entry:
 # many_origin BYTES ['response fields\n']
 many_origin() {
-	origin o <<END
-replies 200 Cache-Control: max-age=9999\n${2-} | \{$1:x}
-END
+	origin o "replies 200 Cache-Control: max-age=9999\n${2-} | \{$1:x}"
 }
 
 # KiB of the disk that all files of the cache take.
@@ -13127,10 +13141,10 @@ overfill() {
 
 test_cache_sweep_size() { # the directory is never larger than -s
 	start_cache -s 1M
-	overfill 'middling objects' 20000 120
-	overfill 'large objects' 250000 20
-	overfill 'small objects' 10 600
-	overfill 'small objects with Vary' 10 300 'Vary: X-A\n'
+	overfill 'middling objects' 20000 90
+	overfill 'large objects' 250000 12
+	overfill 'small objects' 10 400
+	overfill 'small objects with Vary' 10 200 'Vary: X-A\n'
 	served
 }
 
@@ -13215,8 +13229,7 @@ test_cache_unreadable() { # a directory that can't be read to its end is an erro
 	: > walk-fails
 	for options in '-l 127.0.0.1:0' '-k http://x/'; do
 		# shellcheck disable=SC2086 # options are words
-		run_proxy -c cache $options
-		[ "$status" = 1 ] || fail "$options: status $status"
+		exits 1 -c cache $options
 		has errors "^proxy: can't read the cache cache: "
 	done
 	rm walk-fails
@@ -13260,9 +13273,8 @@ test_cache_descriptors() { # sweeper and helper hold nothing open that is not th
 reply 200 Cache-Control: max-age=9\nTransfer-Encoding: chunked | 1\nx\n
 await over
 END
-	client_bg c <<'END'
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until x ; touch begun ; await over
-END
+	client_bg c \
+	    'send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until x ; touch begun ; await over'
 	comes begun
 	descriptors "$proxy_pid" > all
 	grep 'cache/tmp' all > /dev/null && grep socket: all > /dev/null ||
@@ -13442,10 +13454,8 @@ test_cache_recency() { # a hit renews an entry's time, every ten minutes at most
 		start_cache
 		entry
 		aged 1 "$entry_file"
-		client u <<END
-send GET http://%O/x HTTP/1.1\nHost: %O\n$fields\n
-until \n\n
-END
+		client u \
+		    "send GET http://%O/x HTTP/1.1\nHost: %O\n$fields\n ; until \n\n"
 		entry
 		younger 0:10 "$entry_file" || fail "$fields: not renewed"
 	done
@@ -13576,9 +13586,7 @@ purged() {
 }
 
 test_cache_purge() { # -k prints the files of a URL, however it is spelt
-	origin o <<'END'
-replies 200 Vary: X-A\nCache-Control: max-age=99 | one\l
-END
+	origin o 'replies 200 Vary: X-A\nCache-Control: max-age=99 | one\l'
 	start_cache -x "http://$origin"
 	host=some.example
 	urls="http://$host/v http://$host/vv http://$host/v?a http://$host/
@@ -13637,11 +13645,9 @@ test_cache_purge_usage() { # wrong use of -k: exit 2, and nothing is made
 	mkdir empty
 	while read -r options; do
 		# shellcheck disable=SC2086 # options are words
-		run_proxy $options
-		[ "$status" = 2 ] || fail "$options: exit status $status"
+		exits 2 $options
 		[ ! -s out ] || fail "$options: prints $(cat out)"
-		head -n 1 errors | grep '^proxy: ..*' > /dev/null ||
-			fail "$options: says $(head -n 1 errors)"
+		has errors '^proxy: ..*'
 	done <<'END'
 -k http://some.example/
 -k
@@ -13654,11 +13660,9 @@ test_cache_purge_usage() { # wrong use of -k: exit 2, and nothing is made
 -c empty -k http://some.example:99999/
 -c empty -k http://some.example/ http://other.example/
 END
-	run_proxy -c empty -k http://some.example/
-	[ "$status" = 0 ] || fail "an empty directory: status $status"
-	run_proxy -c none -k http://some.example/
+	exits 0 -c empty -k http://some.example/
+	exits 1 -c none -k http://some.example/
 	[ ! -s out ] || fail "no directory: prints $(cat out)"
-	[ "$status" = 1 ] || fail "no directory: status $status"
 	has errors "can't read the cache none: "
 	[ ! -e none ] || fail "it makes a directory"
 	[ -z "$(ls empty)" ] || fail "it makes $(ls empty)"
@@ -13865,9 +13869,8 @@ fill 100000 ; await go ; fill 900000
 reply 200 Connection: close\nCache-Control: max-age=999\nContent-Length: 1000000
 fill 1000000
 END
-	client c <<'END'
-send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n ; skip 50000 ; reset
-END
+	client c \
+	    'send GET http://%O/x HTTP/1.1\nHost: %O\n\n ; until \n\n ; skip 50000 ; reset'
 	touch go
 	get_fresh 1000000
 	get_fresh 1000000
@@ -13881,10 +13884,7 @@ test_cache_large() { # more than a quarter of -s is passed on, not stored
 	fresh_origin 300000
 	get_twice 300000 2 none
 	what='to the close'
-	origin o <<'END'
-reply 200 Cache-Control: max-age=999
-fill 300000
-END
+	origin o 'reply 200 Cache-Control: max-age=999 ; fill 300000'
 	for c in a b; do
 		getter $c /x 300000
 		ends $c '^eof$'
@@ -13953,19 +13953,19 @@ count_written() {
 	fi
 }
 
-test_cache_validated_large() { # validating 100 MiB writes a few KiB
-	[ "$(df -P -k . | awk 'NR == 2 { print $4 }')" -gt 400000 ] ||
+test_cache_validated_large() { # validating 20 MiB writes a few KiB
+	[ "$(df -P -k . | awk 'NR == 2 { print $4 }')" -gt 100000 ] ||
 		skip "too little room on the disk"
-	start_cache -s 500M
+	start_cache -s 100M
 	origin o <<'END'
-reply 200 Connection: close\nETag: "a"\nX-A: old\nCache-Control: max-age=0\nContent-Length: 104857600
-fill 104857600
+reply 200 Connection: close\nETag: "a"\nX-A: old\nCache-Control: max-age=0\nContent-Length: 20971520
+fill 20971520
 ---
 reply 304 Connection: close\nETag: "a"\nX-A: new\nCache-Control: max-age=9999
 END
-	get_fresh 104857600
+	get_fresh 20971520
 	entry
-	count_written 104857600
+	count_written 20971520
 	echo "$written bytes are written"
 	[ -n "$written" ] || skip "neither strace nor /proc/PID/io"
 	seen g <<'END'
@@ -13974,16 +13974,16 @@ END
 END
 	[ "$written" -gt 0 ] && [ "$written" -lt 65536 ] || fail "$written bytes are written"
 	asked 2
-	get_fresh 104857600
+	get_fresh 20971520
 	asked 2
 	seen g <<'END'
 = X-A: new
 ~ ^Cache-Status: proxy-ID; hit; ttl=[0-9]
 END
 	logged <<'END'
-~ 200 104857600 .* miss=stored
-~ 200 104857600 .* hit=validated
-~ 200 104857600 .* hit=fresh
+~ 200 20971520 .* miss=stored
+~ 200 20971520 .* hit=validated
+~ 200 20971520 .* hit=fresh
 END
 	[ "$(entries)" = "$entry_file" ] || fail "it became $(entries)"
 }
@@ -14153,9 +14153,8 @@ head ; await all ; stall 300
 say 200 Connection: close\nCache-Control: private | two\l
 END
 	for n in 1 2 3 4 5 6 7 8 9 10; do
-		client_bg c$n <<END
-send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; touch sent$n ; answer
-END
+		client_bg c$n \
+		    "send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; touch sent$n ; answer"
 		taken sent$n asked
 	done
 	asked 1
@@ -14174,9 +14173,7 @@ END
 
 test_cache_collapsed_known() { # what can't be stored is still known after 2000 other URLs
 	start_cache
-	origin many <<'END'
-replies 200 Cache-Control: private | any\l
-END
+	origin many 'replies 200 Cache-Control: private | any\l'
 	many=$origin
 	origin o <<'END'
 reply 200 Connection: close\nCache-Control: private | one\l
@@ -14190,9 +14187,7 @@ END
 	}' | client first
 	ends first '^open$'
 	for n in 1 2; do
-		client_bg c$n <<'END'
-ask /
-END
+		client_bg c$n 'ask /'
 	done
 	wait_for 5 '[ -s o.2 ] && [ -s o.3 ]' || fail "the second waits again"
 	touch go
@@ -14427,9 +14422,8 @@ say 200 Connection: close\nCache-Control: max-age=999\nVary: X-A | two\l
 END
 	getter a /x 300000 'X-A: 1\n'
 	taken asked
-	client_bg b <<'END'
-send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 2\n\n ; touch b.sent ; answer
-END
+	client_bg b \
+	    'send GET http://%O/x HTTP/1.1\nHost: %O\nX-A: 2\n\n ; touch b.sent ; answer'
 	getter c /x 300000 'X-A: 1\n'
 	taken b.sent c.sent
 	asked 1
@@ -14796,7 +14790,7 @@ test_cache_cookie() { # an answer that sets a cookie is kept for the one who got
 END
 }
 
-test_cache_hit() { # a miss, then hits without the origin
+test_cache_hit() { # a miss, then hits without the origin; both in one write, answers in order
 	start_cache
 	play 'the same URL three times, other ways to write it' <<'END'
 	reply  200 Fine\nCache-Control: max-age=1000\nX-A: b\nContent-Type: text/x\nConnection: X-Hop, close\nX-Hop: 1\nKeep-Alive: x=y | hello\l
@@ -14831,6 +14825,27 @@ test_cache_hit() { # a miss, then hits without the origin
 	ask    /A = 200 | 2 \l
 	ask    /a = 200 | 1 \l
 	gets#  3 ^GET 
+	== stored 1 and 3, then 1 2 3 1
+	reply  200 Cache-Control: max-age=99 | one\l
+	reply  200 Cache-Control: max-age=99 | three\l
+	origin head ; stall 100 ; say 200 Cache-Control: max-age=99 | two\l
+	ask    /1 = 200 | one\l
+	ask    /3 = 200 | three\l
+	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\nGET http://%O/2 HTTP/1.1\nHost: %O\n\nGET http://%O/3 HTTP/1.1\nHost: %O\n\nGET http://%O/1 HTTP/1.1\nHost: %O\nConnection: close\n\n
+	client eof
+	sees   one\l
+	sees   two\l
+	sees   three\l
+	sees   one\l
+	sees+  -- end eof
+	gets#  3 ^GET
+	== three hundred hits at once
+	reply  200 Cache-Control: max-age=99 | one\l
+	ask    /1 = 200
+	client send \{300:GET http://%O/1 HTTP/1.1\nHost: %O\n\n} ; shut ; eof
+	sees#  301 ^one
+	gets#  1 ^GET
+	log#   300 hit=fresh
 END
 }
 
@@ -14853,41 +14868,26 @@ test_cache_stored() { # what may be stored is (RFC 9111 section 3)
 	keeps max-age '200 OK' 'Cache-Control: max-age=99\n'
 	keeps 's-maxage over max-age' '200 OK' 'Cache-Control: max-age=0, s-maxage=99\n'
 	keeps Expires '200 OK' 'Expires: Fri, 01 Jan 2100 00:00:00 GMT\n'
-	keeps 'max-age over Expires' '200 OK' 'Cache-Control: max-age=99\nExpires: 0\n'
 	keeps heuristics '200 OK' 'Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
-	keeps 'a 404 by heuristics' '404 No' 'Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
 	keeps 'a 302 with max-age' '302 Found' 'Location: /x\nCache-Control: max-age=99\n'
-	keeps 'an unknown status with max-age' '299 Odd' 'Cache-Control: max-age=99\n'
-	keeps 'no-store overridden by must-understand' '200 OK' \
-	    'Cache-Control: no-store, must-understand, max-age=99\n'
-	keeps 'Set-Cookie with public' '200 OK' 'Set-Cookie: a=b\nCache-Control: public, max-age=99\n'
-	keeps 'Set-Cookie with s-maxage' '200 OK' 'Set-Cookie: a=b\nCache-Control: s-maxage=99\n'
-	keeps 'an unknown directive, odd case' '200 OK' 'Cache-Control: x="no-store, y", MAX-AGE=99\n'
-	keeps 'two lines of Cache-Control' '200 OK' 'Cache-Control: x=y\nCache-Control: max-age=99\n'
 	keeps 'Authorization with public' '200 OK' \
 	    'Cache-Control: public, max-age=99\n' 'Authorization: Basic eDp5\n'
-	keeps 'Authorization with s-maxage' '200 OK' \
-	    'Cache-Control: s-maxage=99\n' 'Authorization: Basic eDp5\n'
-	keeps 'Authorization with must-revalidate' '200 OK' \
-	    'Cache-Control: must-revalidate, max-age=99\n' 'Authorization: Basic eDp5\n'
 	served
 }
 
 # Two GETs of one URL, the second one without the request fields; the origin is
 # asked for both, and nothing is stored (again: of the first one); log and trace
-# tell why, by the word in $keeps_why if it is set:
-# keeps_not WHAT STATUS 'response fields\n' ['request fields\n' [again]]
-keeps_why=
+# tell why: keeps_not WHY STATUS 'response fields\n' ['request fields\n' [again]]
 keeps_not() {
-	play -n "$1: is not stored" <<END
+	play -n "$1, $2, $3${4-}: is not stored" <<END
 	replies $2\n$3 | ok\l
 	ask    / ${4-} = $2; fwd= | ok\l
 	ask    / = $2; fwd= | ok\l
 	gets#  2 ^GET /
 	gets!~ ^If-
 	log!   hit=
-	${keeps_why:+log    miss=$keeps_why up=}
-	${keeps_why:+err~   ^#[0-9]+ . [0-9]+ ms not stored: $keeps_why$}
+	log    miss=$1 up=
+	err~   ^#[0-9]+ . [0-9]+ ms not stored: $1$
 END
 	[ -n "${5-}" ] || ! grep -r "http://$origin/" "$T/cache" > /dev/null ||
 		fail "$1: there is an entry"
@@ -14897,37 +14897,16 @@ test_cache_not_stored() { # what must not be stored is not, and why is told
 	start_cache -v
 	old='Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\n'
 	fresh='Cache-Control: max-age=99\n'
-	keeps_why='no-store'
 	keeps_not no-store '200 OK' "${fresh}Cache-Control: no-store\n"
-	keeps_not 'request no-store' '200 OK' "$fresh" 'Cache-Control: no-store\n' again
-	keeps_why=private
+	keeps_not no-store '200 OK' "$fresh" 'Cache-Control: no-store\n' again
 	keeps_not private '200 OK' 'Cache-Control: private, max-age=99\n'
-	keeps_not 'private in capitals' '200 OK' 'Cache-Control: max-age=99,PRIVATE\n'
-	keeps_not 'private with a value' '200 OK' 'Cache-Control: max-age=99, private=x\n'
-	keeps_why=status
-	keeps_not 'must-understand, status unknown' '299 OK' \
-	    'Cache-Control: must-understand, max-age=99\n'
-	keeps_not 'a status without heuristics' '299 Odd' "$old"
-	keeps_not '500 by heuristics' '500 No' "$old"
-	keeps_not '429 with a lifetime' '429 No' "$fresh"
-	keeps_why='vary-[*]'
-	keeps_not 'Vary: *' '200 OK' "${fresh}Vary: *\n"
-	keeps_not '* in a list of Vary' '200 OK' "${fresh}Vary: Accept\nVary: X-B, *\n"
-	keeps_not 'Vary without a comma' '200 OK' "${fresh}Vary: Accept Cookie\n"
-	keeps_not 'a long Vary' '200 OK' "${fresh}Vary: a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q\n"
-	keeps_why=set-cookie
-	keeps_not 'Set-Cookie with heuristics' '200 OK' "${old}Set-Cookie: a=b\n"
-	keeps_not 'Set-Cookie with public alone' '200 OK' "${old}Cache-Control: public\nSet-Cookie: a=b\n"
-	keeps_why=authorization
-	keeps_not Authorization '200 OK' "$fresh" 'Authorization: Basic eDp5\n' again
-	keeps_why='no-lifetime'
-	keeps_not 'neither freshness nor validator' '200 OK' 'X-A: b\n'
-	keeps_not 'Expires: 0, no validator' '200 OK' 'Expires: 0\n'
-	for cache_age in '"99' 9.9 -9 +9 9x '' 0x9; do
-		keeps_not "max-age=$cache_age" '200 OK' \
-		    "Cache-Control: max-age=$cache_age\n"
+	keeps_not status '500 No' "$old"
+	for vary in '*' 'Accept Cookie' 'a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q'; do
+		keeps_not 'vary-[*]' '200 OK' "${fresh}Vary: $vary\n"
 	done
-	keeps_not 'max-age twice' '200 OK' 'Cache-Control: max-age=99, max-age=0\n'
+	keeps_not set-cookie '200 OK' "${old}Set-Cookie: a=b\n"
+	keeps_not authorization '200 OK' "$fresh" 'Authorization: Basic eDp5\n' again
+	keeps_not no-lifetime '200 OK' 'X-A: b\n'
 	served
 }
 
@@ -15046,32 +15025,6 @@ END
 	sees!~ ^(Cache-Status|Age)
 	gets#  2 ^GET http
 	log    "CONNECT %O HTTP/1.1" 200 [0-9]+ "-" "-" up=
-END
-}
-
-test_cache_pipelining() { # hits and misses in one write, answers in order
-	start_cache
-	play 'stored 1 and 3, then 1 2 3 1' <<'END'
-	reply  200 Cache-Control: max-age=99 | one\l
-	reply  200 Cache-Control: max-age=99 | three\l
-	origin head ; stall 100 ; say 200 Cache-Control: max-age=99 | two\l
-	ask    /1 = 200 | one\l
-	ask    /3 = 200 | three\l
-	client send GET http://%O/1 HTTP/1.1\nHost: %O\n\nGET http://%O/2 HTTP/1.1\nHost: %O\n\nGET http://%O/3 HTTP/1.1\nHost: %O\n\nGET http://%O/1 HTTP/1.1\nHost: %O\nConnection: close\n\n
-	client eof
-	sees   one\l
-	sees   two\l
-	sees   three\l
-	sees   one\l
-	sees+  -- end eof
-	gets#  3 ^GET
-	== three hundred hits at once
-	reply  200 Cache-Control: max-age=99 | one\l
-	ask    /1 = 200
-	client send \{300:GET http://%O/1 HTTP/1.1\nHost: %O\n\n} ; shut ; eof
-	sees#  301 ^one
-	gets#  1 ^GET
-	log#   300 hit=fresh
 END
 }
 
@@ -15360,9 +15313,7 @@ test_cache_wishes() { # Cache-Control of requests (RFC 9111 section 5.2.1)
 	wishes fresh "$fresh" ''
 	wishes ask "$fresh" 'Cache-Control: no-cache\n'
 	wishes ask "$fresh" 'Pragma: no-cache\n'
-	wishes fresh "$fresh" 'Pragma: no-cache\nCache-Control: max-age=500\n'
 	wishes ask "$fresh" 'Cache-Control: max-age=50\n'
-	wishes ask "$fresh" 'Cache-Control: max-age=0\n'
 	play 'max-age=0 on what has come in the same second' <<'END'
 	reply  200 ETag: "a"\nCache-Control: max-age=60 | one\l
 	reply  200 | two\l
@@ -15370,23 +15321,14 @@ test_cache_wishes() { # Cache-Control of requests (RFC 9111 section 5.2.1)
 	ask    / Cache-Control: max-age=0 = 200 | two\l
 	gets#  1 ^If-None-Match: "a"
 END
-	wishes ask "$fresh" 'Cache-Control: max-age=50, max-age=500\n'
-	wishes fresh "$fresh" 'Cache-Control: max-age=500\n'
-	wishes fresh "$fresh" 'Cache-Control: min-fresh=500\n'
 	wishes ask "$fresh" 'Cache-Control: min-fresh=950\n'
 	wishes fresh "$fresh" 'Cache-Control: only-if-cached\n'
 	wishes ask "$stale" ''
 	wishes stale "$stale" 'Cache-Control: max-stale\n'
-	wishes stale "$stale" 'Cache-Control: max-stale=500\n'
-	wishes ask "$stale" 'Cache-Control: max-stale=9\n'
-	wishes ask "$stale" 'Cache-Control: max-stale, max-age=99\n'
 	wishes stale "$stale" 'Cache-Control: max-stale, only-if-cached\n'
 	wishes 504 "$stale" 'Cache-Control: only-if-cached\n'
-	wishes ask "$stale" 'Cache-Control: max-stale, no-cache\n'
-	for strict in must-revalidate proxy-revalidate s-maxage=60; do
-		wishes ask "Cache-Control: max-age=60, $strict\n" \
-		    'Cache-Control: max-stale\n'
-	done
+	wishes ask 'Cache-Control: max-age=60, must-revalidate\n' \
+	    'Cache-Control: max-stale\n'
 	play 'only-if-cached, nothing there' <<'END'
 	ask    http://127.0.0.1:9/none Cache-Control: only-if-cached = 504 Gateway Timeout
 	sees~  ^504 
@@ -15397,7 +15339,7 @@ END
 END
 }
 
-test_cache_age() { # a second later it is a second older; then stale
+test_cache_age() { # a second later it is a second older; then stale; stale-while-revalidate: at once, and refreshed
 	start_cache
 	play -n 'max-age=1' <<'END'
 	reply  200 Cache-Control: max-age=1 | one\l
@@ -15432,18 +15374,7 @@ END
 	a: ends .
 	do age=$(tr -d '\r' < a | sed -n 's/^Age: //p' | tail -n 1)
 	do tr -d '\r' < a | grep "ttl=-$age\$" > ttl || fail "ttl is not -$age"
-END
-}
-
-# Waits until the origin has been asked N times: reached N
-reached() {
-	wait_for 15 "[ -s $origin_name.$1 ]" ||
-		fail "${what-}: request $1 does not reach the origin"
-}
-
-test_cache_stale_meanwhile() { # stale-while-revalidate: at once, and refreshed
-	start_cache
-	play -n 'stale, and then refreshed' <<'END'
+	== stale, and then refreshed
 	reply  200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60, stale-while-revalidate=999 | one\l
 	origin next
 	origin head ; await go
@@ -15458,13 +15389,18 @@ test_cache_stale_meanwhile() { # stale-while-revalidate: at once, and refreshed
 	b: ask / = 200; hit | two\l
 	gets#  2 ^GET /
 	gets#  1 ^If-None-Match: "a"
-END
-	play 'not beyond its time' <<'END'
+	== not beyond its time
 	reply  200 Age: 100\nETag: "a"\nCache-Control: max-age=60, stale-while-revalidate=9 | one\l
 	reply  200 | two\l
 	ask    / = 200 | one\l
 	ask    / = 200 | two\l
 END
+}
+
+# Waits until the origin has been asked N times: reached N
+reached() {
+	wait_for 15 "[ -s $origin_name.$1 ]" ||
+		fail "${what-}: request $1 does not reach the origin"
 }
 
 # A stale entry, then an origin that fails: by the answer of a status, or by
@@ -15488,15 +15424,11 @@ test_cache_stale_error() { # a server that fails, or is gone: stale where allowe
 	no='say 503 No\nConnection: close | no\l'
 	failing 200 ', stale-if-error=999' '' "$no"
 	failing 200 '' 'Cache-Control: stale-if-error=999\n' "$no"
-	failing 503 ', stale-if-error=9' '' "$no"
-	failing 503 ', stale-if-error=999, must-revalidate' '' "$no"
 	failing 503 '' '' "$no"
 	failing 404 ', stale-if-error=999' '' 'say 404 No\nConnection: close | no\l'
 	failing 200 '' '' close
 	failing 200 '' '' reset
 	failing '50[24]' ', must-revalidate' '' close
-	failing '50[24]' ', proxy-revalidate' '' close
-	failing '50[24]' ', s-maxage=60' '' close
 	failing '50[24]' '' 'Cache-Control: no-cache\n' close
 	failing 200 ', stale-if-error=999' '' 'send nonsense\n\n'
 	failing 200 ', stale-if-error=999' '' 'send HTTP/1.1 200 OK\nX- ; close'
@@ -15531,7 +15463,7 @@ END
 END
 }
 
-test_cache_vary() { # variants of a URL side by side (RFC 9111 section 4.1)
+test_cache_vary() { # variants of a URL side by side (RFC 9111 section 4.1); one that somebody put at the place of its marker answers nobody
 	start_cache
 	play 'two fields, four variants, each a hit afterwards' <<'END'
 	reply  200 Vary: Accept-Language, X-B\nCache-Control: max-age=99 | en1\l
@@ -15592,24 +15524,19 @@ test_cache_vary() { # variants of a URL side by side (RFC 9111 section 4.1)
 	gets   If-None-Match: "a"
 	gets   -- connection 3
 	gets   X-A: 2
-END
-}
-
-test_cache_vary_moved() { # a variant that somebody put at the place of its marker answers nobody
-	start_cache
-	play 'moved' <<'END'
-	reply  200 Connection: close\nVary: X-A\nCache-Control: max-age=99 | one\l
-	reply  200 Connection: close\nVary: X-A\nCache-Control: max-age=99 | two\l
-	a: ask / X-A: 1 = 200 | one\l
+	== a variant that somebody put at the place of its marker answers nobody
+	reply  200 Connection: close\nVary: X-M\nCache-Control: max-age=99 | one\l
+	reply  200 Connection: close\nVary: X-M\nCache-Control: max-age=99 | two\l
+	a: ask / X-M: 1 = 200 | one\l
 	a: ends .
-	do cp "$(grep -r -l '^variant: x-a' cache)" "$(grep -r -l '^vary: x-a' cache)"
-	b: ask / X-A: 2 = 200; fwd= | two\l
-	b: ask / X-A: 2 = 200; hit | two\l
+	do cp "$(grep -r -l '^variant: x-m' cache)" "$(grep -r -l '^vary: x-m' cache)"
+	b: ask / X-M: 2 = 200; fwd= | two\l
+	b: ask / X-M: 2 = 200; hit | two\l
 	b: ends .
 END
 }
 
-test_cache_vary_forms() { # Vary in another form is the same Vary
+test_cache_vary_forms() { # Vary in another form is the same Vary; values that may mean different things are different
 	start_cache
 	for form in 'Vary: x-a,X-B\n' 'Vary: X-A\nVary: X-B\n' 'Vary: ,X-A ,, X-B\n' \
 	    'Vary: X-B, X-A\n' 'Vary: X-A, X-B, X-A\n'; do
@@ -15621,6 +15548,19 @@ test_cache_vary_forms() { # Vary in another form is the same Vary
 	ask    / X-A: 1\nX-B: 2 = 200 | one\l
 	ask    / X-A: 2\nX-B: 1 = 200 | two\l
 	gets#  2 ^GET
+END
+	done
+	for pair in 'Accept|application/x;profile="A"|application/x;profile="a"' \
+	    'Accept-Profile|Tenant|tenant' 'User-Agent|x (K,y)|x (K, y)' \
+	    'TE|trailers|gzip'; do
+		field=${pair%%|*}
+		pair=${pair#*|}
+		play "$field" <<END
+		reply  200 Vary: $field\nCache-Control: max-age=9 | one
+		reply  200 Vary: $field\nCache-Control: max-age=9 | two
+		ask    / $field: ${pair%|*} = 200 | one
+		ask    / $field: ${pair#*|} = 200 | two
+		ask    / $field: ${pair%|*} = 200; hit | one
 END
 	done
 }
@@ -15650,28 +15590,15 @@ END
 test_cache_range() { # ranges of what is stored whole (RFC 9110 section 14)
 	start_cache
 	ranges 206 'bytes 2-4/10' cde 'Range: bytes=2-4\n'
-	ranges 206 'bytes 0-0/10' a 'Range: bytes=0-0\n'
-	ranges 206 'bytes 9-9/10' j 'Range: bytes=9-9\n'
 	ranges 206 'bytes 7-9/10' hij 'Range: bytes=-3\n'
-	ranges 206 'bytes 0-9/10' abcdefghij 'Range: bytes=-99\n'
-	ranges 206 'bytes 7-9/10' hij 'Range: bytes=7-\n'
-	ranges 206 'bytes 7-9/10' hij 'Range: bytes=7-999\n'
 	ranges 206 'bytes 7-9/10' hij 'Range: bytes=7-999\nIf-Range: "a"\n'
 	ranges 206 'bytes 7-9/10' hij 'Range: bytes=7-\nIf-Range: Sun, 06 Nov 1994 08:49:37 GMT\n'
 	ranges 416 'bytes */10' '' 'Range: bytes=10-\n'
-	ranges 416 'bytes */10' '' 'Range: bytes=10-20\n'
-	ranges 416 'bytes */10' '' 'Range: bytes=-0\n'
 	ranges 200 '' abcdefghij 'Range: bytes=7-\nIf-Range: "b"\n'
 	ranges 200 '' abcdefghij 'Range: bytes=7-\nIf-Range: W/"a"\n'
 	ranges 200 '' abcdefghij 'Range: bytes=10-\nIf-Range: "b"\n'
 	ranges 200 '' abcdefghij 'Range: bytes=7-\nIf-Range: Sun, 06 Nov 1994 08:49:38 GMT\n'
-	ranges 200 '' abcdefghij 'Range: bytes=4-2\n'
-	ranges 200 '' abcdefghij 'Range: bytes=a-b\n'
-	ranges 200 '' abcdefghij 'Range: bytes=+1-2\n'
-	ranges 200 '' abcdefghij 'Range: bytes=1--2\n'
 	ranges 200 '' abcdefghij 'Range: lines=1-2\n'
-	ranges 200 '' abcdefghij 'Range: bytes=-\n'
-	ranges 200 '' abcdefghij 'Range: bytes=99999999999999999999-\n'
 	same=$(date -u '+%a, %d %b %Y %H:%M:%S GMT')
 	play 'If-Range: a date that is no strong validator joins no parts' <<END
 	reply  200 Cache-Control: max-age=999\nLast-Modified: $same\nDate: $same | abcdefghij
@@ -15970,23 +15897,6 @@ test_cache_nominated() { # Connection takes no field from what the cache decides
 END
 }
 
-test_cache_vary_values() { # values that may mean different things are different
-	start_cache
-	for pair in 'Accept|application/x;profile="A"|application/x;profile="a"' \
-	    'Accept-Profile|Tenant|tenant' 'User-Agent|x (K,y)|x (K, y)' \
-	    'TE|trailers|gzip'; do
-		field=${pair%%|*}
-		pair=${pair#*|}
-		play "$field" <<END
-		reply  200 Vary: $field\nCache-Control: max-age=9 | one
-		reply  200 Vary: $field\nCache-Control: max-age=9 | two
-		ask    / $field: ${pair%|*} = 200 | one
-		ask    / $field: ${pair#*|} = 200 | two
-		ask    / $field: ${pair%|*} = 200; hit | one
-END
-	done
-}
-
 # An entry that may be used while it is refreshed; a request with these fields
 # has it refreshed, by a 304 and by a new answer (or BY one), without them:
 # refreshes WANT 'request fields\n' [BY [DIRECTIVES]]
@@ -16125,9 +16035,7 @@ test_rules_cached_validated() { # an entry that is validated is judged by where 
 	origin o <<'END'
 reply 200 Connection: close\nAge: 100\nETag: "a"\nCache-Control: max-age=60 | secret\l
 END
-	client a <<'END'
-ask http://two.test:%p/
-END
+	client a 'ask http://two.test:%p/'
 	ended o.1
 	stop_proxy
 	origin e -a "$me" -p "$origin_port" <<'END'
@@ -16135,9 +16043,7 @@ replies 304 ETag: "a"\nCache-Control: max-age=60
 END
 	need_me
 	start_names "$me" -- -c "$T/cache" -e "allow client $me"
-	client b <<'END'
-ask http://two.test:%p/
-END
+	client b 'ask http://two.test:%p/'
 	seen b <<'END'
 = HTTP/1.1 403 Forbidden
 ! secret\l
@@ -16361,9 +16267,8 @@ test_names_helper_dies() { # without its helper the proxy starts another
 test_names_helper_hangs() { # the helper dies while a question hangs: names work again soon
 	start_names 127.0.0.1
 	find_helper
-	client_bg s <<'END'
-send GET http://slow.test/ HTTP/1.1\nHost: x\n\n ; touch asked ; answer
-END
+	client_bg s \
+	    'send GET http://slow.test/ HTTP/1.1\nHost: x\n\n ; touch asked ; answer'
 	comes asked
 	"$peer" sleep 200
 	kill -KILL "$helper"
@@ -16414,11 +16319,7 @@ test_names_hanging() { # forty names that hang keep no other name waiting
 
 # ---- 19. Log ----------------------------------------------------------------
 
-test_unit_line() { # the longest line of the log ends like every other
-	unit line
-}
-
-test_log_injection() { # no input can split a line or forge a field
+test_log_injection() { # no input can split a line or forge a field; the longest line ends like every other
 	play 'fields' <<'END'
 	reply  200 | ok
 	ask    / User-Agent: a"b\\c d\te\xff" 200 1 "x\nReferer: %41"\x80 = 200 | ok
@@ -16441,6 +16342,7 @@ END
 	[ "$longest" -gt $((buffer / 4)) ] || fail "only $longest bytes"
 	log_is_sound
 	lacks log '^127.0.0.1 - [^-]'
+	unit line
 }
 
 test_log_first() { # first= is the time to the response, not to a 1xx before it
@@ -16469,7 +16371,6 @@ test_log_file() { # -o file, reopened on HUP
 	kill -HUP "$proxy_pid"
 	has err "^proxy: .*file" 5
 	served
-	stop_proxy
 }
 
 test_log_full() { # a log that can't be written is said once, serving goes on
@@ -16578,18 +16479,9 @@ test_log_end() { # lines that nobody read when the proxy ends are counted
 test_log_memory_first() { # memory that transfers have taken up leaves enough to refuse others
 	sanitized && skip "$special takes all memory"
 	[ "$buffer" -ge 65536 ] || skip "small buffers leave memory"
-	cat > limited <<'END'
-#!/bin/sh
-ulimit -v 12000
-exec "$@"
-END
-	chmod 755 limited
-	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 20000000\n\n
-fill 20000000
-END
-	proxy_wrap=./limited start_proxy
+	origin o \
+	    'head ; send HTTP/1.1 200 OK\nContent-Length: 20000000\n\n ; fill 20000000'
+	proxy_wrap='limited 12000' start_proxy
 	asks='send GET http://%O/ HTTP/1.1\nHost: %O\nConnection: close\n\n'
 	many 120 stuck "$asks"
 	"$peer" sleep 2000
@@ -16613,7 +16505,6 @@ test_log_empty_line() { # an empty line in two pieces, then the end: as if nothi
 END
 	done
 	kill -0 "$proxy_pid" || fail "the proxy is gone"
-	stop_proxy
 }
 
 # Requests whose lines fill a pipe and more: fill_log N, into the log.
@@ -16886,13 +16777,12 @@ END
 
 test_record_wrong() { # -w: what it can't write to
 	echo '{}' > other.har
-	exits 1 -l 127.0.0.1:0 -w other.har
-	has errors "^proxy: can't record to other.har: it does not end as a recording does"
+	says <<'END'
+1 -l 127.0.0.1:0 -w other.har = ^proxy: can't record to other.har: it does not end as a recording does
+1 -l 127.0.0.1:0 -w no/s.har = ^proxy: can't record to no/s.har: No such file
+1 -l 127.0.0.1:0 -w /dev/null = ^proxy: can't record to /dev/null: 
+END
 	[ "$(cat other.har)" = '{}' ] || fail "other.har has changed"
-	exits 1 -l 127.0.0.1:0 -w no/s.har
-	has errors "^proxy: can't record to no/s.har: No such file"
-	exits 1 -l 127.0.0.1:0 -w /dev/null
-	has errors "^proxy: can't record to /dev/null: "
 }
 
 test_record_full() { # -w: a full disk costs entries, is said once, and the file stays whole
@@ -17005,7 +16895,6 @@ test_trace_dump() { # -vv: payload too, bounded
 END
 	[ "$(wc -c < err)" -lt 4000000 ] || fail "the dump has no bounds"
 	lacks err "$(printf '\033')"
-	stop_proxy
 }
 
 test_trace_change() { # the trace shows which lines of a head were dropped or added, and why
@@ -17364,10 +17253,7 @@ END
 	done
 	counts 16 names '^# TYPE '
 	have promtool || skip "no promtool"
-	client raw <<END
-send GET /metrics HTTP/1.1\\nHost: $proxy\\n\\n
-answer
-END
+	client raw "send GET /metrics HTTP/1.1\\nHost: $proxy\\n\\n ; answer"
 	sed '1,/^.\{0,1\}$/d' raw > page.metrics
 	has page.metrics '^proxy_build_info'
 	# A small buffer has no room for help, and promtool wants it.
@@ -17405,29 +17291,8 @@ END
 	ask    here /metrics = 200
 END
 	stop_proxy
-	start_proxy -e 'deny page STATUS'
-	play -n 'the case of a page in a rule does not count' <<'END'
-	ask    here /status = 403
-	ask    here /metrics = 200
-END
-}
-
-test_pages_rules() { # what the condition `page' can't be
-	while IFS='|' read -r rule says; do
-		exits 2 -n -e "$rule"
-		has errors "$says"
-	done <<'END'
-allow page|page: a value is missing
-allow page index|page: not valid: index; write status or metrics
-allow page status host|host: a value is missing
-direct page status|page: it stands with allow, deny, login or drop
-allow type text/html page status|page: .*not with what needs a server
-allow page status page metrics|page: two conditions
-END
-	exits 0 -n -e 'allow client 192.0.2.1 page status metrics'
-	exits 0 -n -e 'deny page metrics client 192.0.2.1'
 	start_proxy -e 'deny 450 page Status METRICS'
-	play -n 'capitals mean the same' <<'END'
+	play -n 'the case of a page in a rule does not count' <<'END'
 	ask    here /status = 450
 	ask    here /metrics = 450
 END
@@ -17484,9 +17349,7 @@ END
 }
 
 test_intercept_tls() { # -l intercept: a TLS greeting opens a tunnel to the server it names
-	origin o <<END
-until .example ; send \\x16hello ; until more ; send bye ; close
-END
+	origin o 'until .example ; send \x16hello ; until more ; send bye ; close'
 	start_intercept "$origin"
 	play -n 'a greeting' <<END
 	client send $(hello tls.example) ; until hello ; send more ; until bye ; eof
@@ -17679,15 +17542,6 @@ END
 	kill -HUP "$proxy_pid"
 	wait_for 5 'client h "send PROXY UNKNOWN\nGET http://%O/ HTTP/1.1\nHost: x\n\n ; answer"
 		grep "^HTTP/1.1 200" h > /dev/null' || fail "after HUP: $(tail -n 1 log)"
-	right 'trust\n'
-	right 'trust not client 192.0.2.0/24\n'
-	right 'trust client local 10.0.0.5 2001:db8::/32\n'
-	for condition in 'host a' 'time 08:00-17:00' 'page status' 'user "x"' \
-	    'field A b' 'method GET'; do
-		wrong "trust client local $condition\n" \
-		    'rules:1: (trust: only client can stand here|page: it stands)'
-	done
-	wrong 'trust 10.0.0.5\n' 'rules:1: .*10.0.0.5'
 }
 
 test_proxy_header_far() { # a loopback address in a header from elsewhere is not this machine
@@ -17860,7 +17714,6 @@ test_limit_times() { # heads, kept connections and half-closed tunnels have limi
 	sees!~ HTTP
 END
 	kill -0 "$proxy_pid" || fail "the proxy is gone"
-	stop_proxy
 }
 
 test_limit_connect_time() { # no connection in time: 504
@@ -18042,15 +17895,6 @@ END
 	served
 }
 
-# The processor time of the proxy in ms, 0 if it can't be known.
-proxy_cpu() {
-	if [ -r "/proc/$proxy_pid/stat" ]; then
-		awk '{ print ($14 + $15) * 10 }' "/proc/$proxy_pid/stat"
-	else
-		echo 0
-	fi
-}
-
 test_bend_rate() { # rate: so many bytes a second, in tunnels, too, and evenly
 	start_rules <<'END'
 rate 100K not method POST
@@ -18074,13 +17918,13 @@ END
 END
 	wait_for 5 'tail -n 1 log | grep CONNECT > /dev/null' || fail "no line"
 	log_between total 380 1500
-	before=$(proxy_cpu)
+	before=$(processor_time)
 	play -n 'waiting costs no processor time' <<'END'
 	reply  200 | \{100000:x}
 	ask    / = 200
 END
 	log_between total 850 2500
-	[ $(($(proxy_cpu) - before)) -le 300 ] || fail "it spins"
+	[ $(($(processor_time) - before)) -le 30 ] || fail "it spins"
 	play -n 'what it waits for is said' <<'END'
 	origin until go ; send \{50000:x} ; close
 	a: send CONNECT %O HTTP/1.1\nHost: %O\n\n ; answer head ; send go ; eof
@@ -18178,9 +18022,7 @@ END
 }
 
 test_bend_to() { # to: another server, while URL, Host and cache key stay
-	origin o <<'END'
-head ; say 200 Cache-Control: max-age=60 | there ; loop
-END
+	origin o 'head ; say 200 Cache-Control: max-age=60 | there ; loop'
 	start_proxy -c "$T/cache" -e "to $origin host a.example"
 	play -n 'URL and Host stay' <<'END'
 	ask    http://a.example/x = 200; fwd=uri-miss; .*stored$ | there
@@ -18229,10 +18071,6 @@ test_bend_chance() { # chance: that share of requests, and the same ones with -S
 	while [ $((n += 1)) -le 40 ]; do echo "ask here /status"; done | client c
 	n=$(grep -c '^HTTP/1.1 200' c)
 	[ "$n" -ge 8 ] && [ "$n" -le 32 ] || fail "of 40, 50 % are not $n"
-	stop_proxy
-	exits 2 -n -e 'deny chance 101%'
-	has errors 'write a share such as 10%'
-	exits 2 -n -e 'deny chance 10'
 }
 
 test_bend_trace() { # trace: as -v does, for what the rule matches
@@ -18353,33 +18191,6 @@ test_bend_hang_much() { # hang: a client that sent much and left is noticed
 END
 }
 
-test_bend_rules() { # what these rules can't be
-	while IFS='|' read -r rule says; do
-		exits 2 -n -e "$rule"
-		has errors "$says"
-	done <<'END'
-delay|delay: a value is missing; write a duration
-delay 5x|delay: not valid: 5x; write a duration
-delay 5s-1s|delay: not valid: 5s-1s
-rate 0|rate: not valid: 0
-rate x|rate: not valid: x; write bytes a second
-limit 0|limit: not valid: 0; write a number
-cut|cut: a value is missing
-answer|answer: a value is missing; write a status
-answer 200|answer: a value is missing
-answer 100 "x"|answer: not valid: 100
-answer 200 text/html|answer: a value is missing
-answer 200 file|answer: not valid: file
-answer 200 "a" "b"|answer: not valid: b
-to|to: a value is missing; write a server
-to example.com|to: not valid: example.com
-delay 1s status 500|status: what it needs is known too late
-cut 1K address 10.0.0.0/8|address: what it needs is known too late
-offline type text/html|type: what it needs is known too late
-offline host a address 10.0.0.0/8|address: what it needs is known too late
-END
-}
-
 # ---- 24. Exchange: from the request to the server ---------------------------
 
 # ---- parents ----
@@ -18470,7 +18281,6 @@ END
 		fail "the log or standard error has the password"
 	have ps && ps -o args= -p "$proxy_pid" | grep s3cret > /dev/null &&
 		echo "note: the password shows in ps"
-	stop_proxy
 }
 
 test_parent_http_relay() { # without a login of ours the client's passes
@@ -18770,9 +18580,7 @@ test_names_dead_addresses() { # many attempts at dead addresses delay no living 
 	# shellcheck disable=SC3045 # where it is missing, the test is skipped
 	ulimit -n 256 2> /dev/null || skip "no ulimit -n"
 	start_names 127.0.0.2 127.0.0.3 127.0.0.1 -- -m 90
-	client warm <<END
-ask http://two.test:${proxy##*:}/
-END
+	client warm "ask http://two.test:${proxy##*:}/"
 	many 40 dead "send PATCH http://two.test:$dead/ HTTP/1.1\nHost: x\n\n"
 	"$peer" sleep 700
 	patience 4000
@@ -19168,7 +18976,7 @@ test_tunnel_ipv6() { # CONNECT [::1]:port, GET http://[::1]:port/
 END
 }
 
-test_tunnel_ends() { # each direction closes alone, the rest arrives; a reset is felt on the other side
+test_tunnel_ends() { # each direction closes alone, the rest arrives; a reset is felt on the other side; a server resets after its end of stream: the client feels it
 	play 'the client closes first' <<'END'
 	origin eof ; stall 100 ; fill 300000 ; send end
 	ask    CONNECT %O
@@ -19200,6 +19008,16 @@ test_tunnel_ends() { # each direction closes alone, the rest arrives; a reset is
 	sees   -- end reset
 	gets   ping
 	log    "CONNECT %O HTTP/1.1" 200 0 .* up=4 .* end=reset
+	== bytes for a server that is gone
+	origin close
+	a: ask CONNECT %O
+	a: stall 200 ; send a ; touch sent ; await felt
+	a: send b ; stall 100 ; send c ; stall 100 ; send d
+	a: sees~ ^-- end broken
+	do comes sent
+	do wait_for 3 'grep "CONNECT .* end=" log' || fail "the tunnel lives on"
+	do touch felt
+	log    "CONNECT %O HTTP/1.1" 200 0 .* up=1 .* end=(reset|server)
 END
 }
 
@@ -19261,9 +19079,7 @@ END
 
 test_tunnel_cancelled() { # a download through a tunnel is cancelled: the server feels it at once
 	start_proxy -l 127.0.0.1:0 -l "$T/p.sock"
-	origin o <<'END'
-stuff 1000000000 ; eof
-END
+	origin o 'stuff 1000000000 ; eof'
 	for n in 1 2 3 4 5 6; do
 		[ $((n % 3)) = 0 ] && where=$T/p.sock || where=$proxy
 		[ $((n % 2)) = 0 ] && end=shut || end=close
@@ -19365,20 +19181,6 @@ END
 	log_between total 900 5000
 }
 
-test_tunnel_reset_after_end() { # a server resets after its end of stream: the client feels it
-	play 'bytes for a server that is gone' <<'END'
-	origin close
-	a: ask CONNECT %O
-	a: stall 200 ; send a ; touch sent ; await felt
-	a: send b ; stall 100 ; send c ; stall 100 ; send d
-	a: sees~ ^-- end broken
-	do comes sent
-	do wait_for 3 'grep "CONNECT .* end=" log' || fail "the tunnel lives on"
-	do touch felt
-	log    "CONNECT %O HTTP/1.1" 200 0 .* up=1 .* end=(reset|server)
-END
-}
-
 # ---- what can go wrong with servers ----
 
 test_error_names() { # a name that does not resolve
@@ -19399,7 +19201,7 @@ END
 END
 }
 
-test_error_refused() { # nobody listens there
+test_error_refused() { # nobody listens there; where nobody listens, the proxy does not take itself for the server
 	nobody
 	play 'GET, and the client connection lives on' <<'END'
 	ask    / = 502 Bad Gateway
@@ -19420,6 +19222,7 @@ test_error_refused() { # nobody listens there
 	sees   HTTP/1.1 502 Bad Gateway
 	log    "POST http://%O/ HTTP/1.1" 502
 END
+	unit self
 }
 
 test_error_loop() { # our own address, by any name, is a loop
@@ -19685,7 +19488,7 @@ END
 
 # Opens 5000 connections with one request each and compares.
 hold_many() {
-	many=5000
+	many=2500
 	# shellcheck disable=SC3045 # -H is of POSIX.1-2024
 	files=$(ulimit -H -n 2> /dev/null || ulimit -n)
 	case $files in
@@ -19696,7 +19499,7 @@ hold_many() {
 	# shellcheck disable=SC3045 # where it is missing, nothing is lost
 	ulimit -S -n "$files" 2> /dev/null
 	echoes
-	start_proxy -m 6000
+	start_proxy -m 3000
 	need_memory
 	served
 	before=$(private_memory)
@@ -19710,14 +19513,23 @@ hold_many() {
 	served
 }
 
-test_resources_tunnels() { # 5000 idle tunnels cost under 1 KiB each, and live
+test_resources_tunnels() { # 2500 idle tunnels cost under 1 KiB each, and live
 	hold_many 'send CONNECT %O HTTP/1.1\nHost: %O\n\n ; answer head' \
 	    'send x ; want 1'
 }
 
-test_resources_kept_clients() { # 5000 idle kept clients: the same
+test_resources_kept_clients() { # 2500 idle kept clients: the same
 	asked='send OPTIONS * HTTP/1.1\nHost: %P\n\n ; answer'
 	hold_many "$asked" "$asked"
+}
+
+# For $proxy_wrap: so many files, and no /dev, /etc, home or passwd; nothing can
+# be written.
+chrooted() {
+	# shellcheck disable=SC3045 # it is there where musl-gcc is
+	ulimit -n "$1"
+	shift 2
+	exec env -i "$(command -v chroot)" root /proxy "$@"
 }
 
 test_resources_board() { # musl, 4 KiB buffers, an empty root: 64 descriptors do, and 64 clients at once take under 1 MiB
@@ -19726,19 +19538,12 @@ test_resources_board() { # musl, 4 KiB buffers, an empty root: 64 descriptors do
 	[ "$(id -u)" = 0 ] || skip "not root"
 	mkdir root
 	linked -static -o root/proxy || fail "$(head -n 1 cc.out)"
-	# No /dev, /etc, home or passwd; nothing can be written.
-	printf '#!/bin/sh\nulimit -n $FILES\nexec env -i %s root /proxy "$@"\n' \
-	    "$(command -v chroot)" > chrooted
-	chmod 755 chrooted
 	chmod 555 root
-	proxy_bin=./chrooted
-	spawn origin.out "$peer" load far
-	wait_for 5 '[ -s far ]' || fail "no origin"
-	for FILES in 64 256; do
-		export FILES
+	load_origin
+	for files in 64 256; do
 		[ -z "$proxy_pid" ] || stop_proxy
-		start_proxy -m 64
-		"$peer" measure -n -x "${proxy##*:}" "$(cat far)" 64 1000 9999 20000 \
+		proxy_wrap="chrooted $files" start_proxy -m 64
+		"$peer" measure -n -x "${proxy##*:}" "$origin_port" 64 1000 9999 20000 \
 		    > load
 		read -r answers _ errors _ < load
 		[ "$answers $errors" = "1000 0" ] || fail "$answers answers"
@@ -19801,20 +19606,16 @@ END
 test_limit_empty_lines() { # a client that sends empty lines without end, or in pieces, has the time of a head
 	quick
 	start_proxy -m 1
-	client_bg flood <<'END'
-send \{1000:\n} ; loop
-END
+	client_bg flood 'send \{1000:\n} ; loop'
 	patience 4000
 	served
-	client_bg drip <<'END'
-send \x0d ; stall 200 ; send \x0a ; stall 200 ; loop
-END
+	client_bg drip 'send \x0d ; stall 200 ; send \x0a ; stall 200 ; loop'
 	"$peer" sleep 300
 	served
 }
 
 test_limit_flood() { # refused clients that never stop sending keep nobody out
-	board
+	surrounded
 	export LINGER_MS=30
 	play -n 'beside a download' <<'END'
 	reply  200 Content-Length: 1000000000
@@ -19835,9 +19636,7 @@ test_resources_few_busy() { # idle tunnels take nothing from the few that are bu
 	ulimit -S -n "$(ulimit -H -n)" 2> /dev/null
 	start_proxy -m 4000
 	many 3000 idle 'send CONNECT %O HTTP/1.1\nHost: x\n\n'
-	origin o <<'END'
-replies 200 | ok
-END
+	origin o 'replies 200 | ok'
 	"$peer" sleep 1500
 	# As fast as they come, and with pauses.
 	for pause in '' ' ; stall 3'; do
@@ -19873,7 +19672,6 @@ test_signal_usr1() { # USR1: a line a busy slot on standard error
 	do touch closed
 	err~   up 4, down 0, server %O, no byte for [0-9]* s, the client sends no more; in buffers: from the client 0 bytes, to it 0, from the server 0, to it 0; acts again in [0-9]* s if nothing moves$
 END
-	stop_proxy
 }
 
 test_signal_usr1_waits() { # USR1: what each exchange waits for, in words
@@ -20021,7 +19819,6 @@ test_worker_killed() { # a worker that dies is replaced, and costs its exchanges
 	wait_for 5 'metric "proxy_exchanges_total{result=\"miss\"}" 3' ||
 		fail "lost counters: $(grep exchanges_total page)"
 	metric proxy_connections_limit 1000 || fail "$(grep limit page)"
-	stop_proxy
 }
 
 test_worker_orphaned() { # what a dead worker leaves behind is reaped by a supervisor that is process 1
@@ -20033,7 +19830,6 @@ test_worker_orphaned() { # what a dead worker leaves behind is reaped by a super
 	has err 'has ended: [A-Za-z]*, signal 9' 10
 	wait_for 10 'metric proxy_connections_limit 1000' || fail "no other one"
 	wait_for 5 'has_children 2' || fail "children: $children"
-	stop_proxy
 }
 
 test_worker_hangs() { # a worker that hangs while others are full of idle clients keeps nobody out
@@ -20049,7 +19845,6 @@ test_worker_hangs() { # a worker that hangs while others are full of idle client
 	served
 	has err '^proxy: worker [12]: all 8 connections are in use'
 	all_go
-	stop_proxy
 }
 
 test_worker_dies_often() { # a worker that dies at once again and again is not started all the time
@@ -20064,7 +19859,6 @@ test_worker_dies_often() { # a worker that dies at once again and again is not s
 	workers 2
 	served
 	[ $(($("$peer" clock) - born)) -ge 1000 ] || fail "without a pause"
-	stop_proxy
 }
 
 test_worker_signals() { # HUP and USR1 reach all workers, TERM ends all
@@ -20185,7 +19979,6 @@ test_worker_cache() { # what one worker has stored is a hit in the others
 	all_go
 	wait_for 5 'metric "proxy_exchanges_total{result=\"hit\"}" 3' ||
 		fail "$(grep exchanges_total page)"
-	stop_proxy
 }
 
 test_worker_cache_killed() { # what a killed worker was storing goes, what others store stays
@@ -20215,7 +20008,6 @@ test_worker_cache_killed() { # what a killed worker was storing goes, what other
 	has c1 'abcdef'
 	wait_for 5 '[ "$(entries | wc -l)" = 1 ]' || fail "$(entries)"
 	nothing_left
-	stop_proxy
 }
 
 # Three clients at once, which all get entries of their own.
@@ -20233,7 +20025,7 @@ overfill_three() {
 test_worker_cache_size() { # the directory is never larger than -s, however many write
 	start_cache -j 3 -s 1M
 	workers 3
-	for what in '20000 40' '250000 8' '10 200'; do
+	for what in '20000 30' '250000 5' '10 140'; do
 		many_origin "${what% *}"
 		overfilled "$what" overfill_three "${what#* }"
 	done
@@ -20249,7 +20041,6 @@ test_worker_cache_size() { # the directory is never larger than -s, however many
 	done
 	served
 	lacks err 'has ended'
-	stop_proxy
 }
 
 # So many requests of so many clients at once: crowd CLIENTS REQUESTS
@@ -20324,28 +20115,24 @@ test_worker_full() { # -m is for all workers; a full one leaves clients to other
 	start_proxy -j 3 -m 1
 	workers 3
 	wait_for 5 'metric proxy_connections_limit 24' || fail "$(grep limit page)"
-	stop_proxy
 }
 
 test_worker_refused() { # -j with -i, -w or a command, or out of range: one clear line
-	exits 2 -j 2 -w "$T/har"
-	has errors '^proxy: -j: several processes .*-w$'
-	exits 2 -j 2 -i
-	has errors '^proxy: -j: several processes .*-i$'
-	exits 2 -j 2 -- true
-	has errors '^proxy: -j: several processes .*--$'
-	for n in 0 65 x; do
-		exits 2 -j $n
-		has errors "^proxy: -j $n: not a number from 1 to 64"
-	done
-	exits 0 -n -j 64
+	says <<'END'
+2 -j 2 -w "$T/har" = ^proxy: -j: several processes .*-w$
+2 -j 2 -i = ^proxy: -j: several processes .*-i$
+2 -j 2 -- true = ^proxy: -j: several processes .*--$
+2 -j 0 = ^proxy: -j 0: not a number from 1 to 64
+2 -j 65 = ^proxy: -j 65: not a number from 1 to 64
+2 -j x = ^proxy: -j x: not a number from 1 to 64
+0 -n -j 64
+END
 	# One is as without.
 	start_proxy -j 1
 	[ -z "$(ps -A -o ppid= -o args= | awk -v of="$proxy_pid" '$1 == of' |
 		sed 1d)" ] || fail "more than a helper"
 	page /status
 	lacks page 'answers:'
-	stop_proxy
 }
 
 test_worker_socket() { # a UNIX socket goes when all workers stop, and can be used again
@@ -20373,7 +20160,6 @@ END
 	"$peer" client "$proxy" c < /dev/null
 	[ "$(cat c.end)" = open ] || fail "nothing listens on $proxy"
 	served
-	stop_proxy
 }
 
 test_start_addresses() { # several -l, port 0, [::1], the warning beyond loopback
@@ -20387,7 +20173,6 @@ test_start_addresses() { # several -l, port 0, [::1], the warning beyond loopbac
 	name=any start_proxy -l :0
 	has any.err 'a rule lets them in'
 	served "127.0.0.1:${proxy##*:}"
-	stop_proxy
 }
 
 test_start_mapped() { # -l with an IPv4-mapped IPv6 address listens on the IPv4 address
@@ -20410,28 +20195,24 @@ END
 	while read -r options; do
 		# shellcheck disable=SC2086 # options are words
 		exits 2 $options
-		head -n 1 errors | grep '^proxy: ..*' > /dev/null ||
-			fail "$options: says $(head -n 1 errors)"
-		case $options in
-		-x* | -b*) want=1 ;;
-		*) want='.*usage' ;;
+		{ read -r first && read -r second; } < errors || second=
+		case $options:$first:$second in
+		-[xb]*:'proxy: '?* | *:'proxy: '?*:*[Uu]sage*) ;;
+		*) fail "$options: says $(cat errors)" ;;
 		esac
-		sed -n '1s/.*/1/p; 2p' errors | grep -i "^$want" > /dev/null ||
-			fail "$options: no usage line"
 		[ ! -s out ] || fail "$options: writes to standard output"
 	done < lines
 }
 
 test_start_failures() { # what fails: one clear line with what to do about it, exit 1 or 2
-	exits 2 -s 1M
-	has errors '-s: .*-c'
 	start_proxy
-	exits 1 -l "$proxy"
-	has errors "^proxy: .*$proxy.*in use.*-l"
+	says <<END
+2 -s 1M = -s: .*-c
+1 -l 127.0.0.1:0 -o $T/none/log = ^proxy: .*$T/none/log: ..*
+1 -l $T/none/socket
+1 -l $proxy = ^proxy: .*$proxy.*in use.*-l
+END
 	counts 1 errors ''
-	exits 1 -l 127.0.0.1:0 -o "$T/none/log"
-	has errors "^proxy: .*$T/none/log: ..*"
-	exits 1 -l "$T/none/socket"
 	served
 	[ "$(id -u)" = 0 ] || skip "the rest needs root"
 	exits 1 -l 127.0.0.1:0 -u no-such-user-here
@@ -20475,7 +20256,6 @@ test_start_user() { # -u: another user after binding; -n checks that there is on
 		skip "no ps -o uid"
 	[ "$uid" = 65534 ] || fail "runs as ${uid:-?}"
 	served
-	stop_proxy
 }
 
 test_start_one_family() { # of two addresses one is taken: it says so and serves on the other
@@ -20521,16 +20301,6 @@ test_start_user_log() { # with -u, log and cache belong to the user, and HUP wor
 	wait_for 5 '[ -s logs/log ]' || fail "the new log is empty"
 }
 
-# Starts the proxy as a service manager does:
-#
-# launch listen FILE PROGRAM ARGUMENT...
-#     with a listening socket as descriptor 3, whose port goes to FILE
-# launch wrong FILE PROGRAM ARGUMENT...
-#     with a pipe as descriptor 3
-# launch inetd FILE PROGRAM ARGUMENT...
-#     with the first client as standard input, output and error
-# launch notified NAME FILE
-#     writes what comes to the socket NAME (@: an abstract one) to FILE
 test_start_sockets() { # LISTEN_FDS: sockets of a service manager are used
 	"$peer" launch listen where "$proxy_bin" > log 2> err &
 	proxy_pid=$!
@@ -20607,8 +20377,7 @@ END
 
 test_start_waits() { # -l with an address that is not there: said once, then given up
 	quick
-	run_proxy -l 192.0.2.77:8080
-	[ "$status" = 1 ] || fail "status $status"
+	exits 1 -l 192.0.2.77:8080
 	counts 1 errors '^proxy: waiting for the address 192.0.2.77:8080'
 	has errors "^proxy: can't listen on 192.0.2.77:8080"
 }
@@ -20671,15 +20440,13 @@ test_start_exposed() { # the hint about clients from elsewhere stays until a rul
 
 test_start_path_used() { # a UNIX socket in use: the message says what to do
 	start_proxy -l "$T/socket"
-	run_proxy -l "$T/socket"
-	[ $status = 1 ] || fail "status $status"
-	has errors 'in use; try another path with -l'
-	# Its owner may not accept anybody.
+	# The owner of the other one does not accept anybody.
 	spawn full "$peer" full "$T/full.sock"
 	has full ready
-	run_proxy -l "$T/full.sock"
-	[ $status = 1 ] || fail "no answer there: status $status"
-	has errors 'in use; try another path with -l'
+	says <<END
+1 -l $T/socket = in use; try another path with -l
+1 -l $T/full.sock = in use; try another path with -l
+END
 }
 
 # ---- 29. Main: start, trials, a command -------------------------------------
@@ -20692,9 +20459,7 @@ command_proxy() {
 }
 
 test_command_run() { # -- COMMAND: it finds the proxy, has its own output, and its status is the proxy's
-	origin o <<'END'
-replies 200 | hello
-END
+	origin o 'replies 200 | hello'
 	cat > script <<'END'
 echo "out $1"
 echo "http_proxy=$http_proxy https_proxy=$https_proxy HTTPS_PROXY=$HTTPS_PROXY"
@@ -20757,11 +20522,7 @@ END
 }
 
 test_command_rest() { # -- COMMAND: what it left under way gets a second, no more
-	origin o <<'END'
-head
-send HTTP/1.1 200 OK\nContent-Length: 10\n\nhello
-stall 9000
-END
+	origin o 'head ; send HTTP/1.1 200 OK\nContent-Length: 10\n\nhello ; stall 9000'
 	cat > script <<'END'
 printf 'send GET http://%s/ HTTP/1.1\\nHost: x\\n\\n\nuntil hello\ntouch got\neof\n' "$ORIGIN" |
 	"$PEER" client "${http_proxy#http://}" c > /dev/null 2>&1 &
@@ -20887,12 +20648,7 @@ test_signals_early() { # while it starts, TERM ends it, and HUP and USR1 do not
 }
 
 test_signal_term_unix() { # a second TERM leaves the socket of the next proxy at the same path
-	origin o <<'END'
-head
-touch asked
-await go
-say 200 | ok
-END
+	origin o 'head ; touch asked ; await go ; say 200 | ok'
 	start_proxy -l "$T/sock"
 	proxy=$T/sock
 	client_bg c 'ask /'
@@ -20982,13 +20738,13 @@ test_resources_start() { # at start: under 400 KiB private
 	[ "$used" -lt 400 ] || fail "$used KiB"
 }
 
-test_resources_size() { # cc -Os, stripped: under 220 KiB
+test_resources_size() { # -Os, stripped: under 215 KiB
 	sanitized && skip "$special says nothing"
 	have strip || skip "no strip"
-	$cc -Os -o small "$here/proxy.c" 2> small.err || fail "$(cat small.err)"
+	linked -o small || fail "$(head -n 1 cc.out)"
 	strip small || skip "strip cannot strip"
 	size=$(wc -c < small)
-	[ "$size" -lt 225280 ] || fail "$size bytes"
+	[ "$size" -lt 220160 ] || fail "$size bytes"
 }
 
 # ---- 30. Style --------------------------------------------------------------
@@ -21333,9 +21089,7 @@ test_style_walks() { # the walks in the head comment are the ways of real exchan
 	[ -f "$work/traces" ] || skip "cc has no -finstrument-functions"
 	export CALLS=calls
 	start_cache
-	origin o <<'END'
-replies 200 Connection: close\nCache-Control: max-age=99 | ok
-END
+	origin o 'replies 200 Connection: close\nCache-Control: max-age=99 | ok'
 	for walk in miss hit connect; do
 		: > calls
 		case $walk in
@@ -21484,13 +21238,10 @@ real_get() { # WANT ARGUMENT...
 # The log gets a line for this request, and behind it what REST matches (both
 # extended regular expressions).
 real_log() { # METHOD URL REST
-	i=0
-	until grep -Eq -e "\"$1 $2 HTTP/1\.[01]\" $3" log; do
-		i=$((i + 1))
-		[ "$i" -le 100 ] ||
-			fail "log: no $1 $2 $3; the last is: $(tail -n 1 log)"
-		"$peer" sleep 50
-	done
+	log_from=1
+	logged <<END
+~ "$1 $2 HTTP/1\.[01]" $3
+END
 }
 
 real_has() { # FILE ERE: a line in the file matches
@@ -21518,13 +21269,13 @@ test_real_curl() { # curl: plain, large, by name, ranges, resumed
 	real_has head '^HTTP/1.1 200 '
 	real_has head '^Via: 1.1 proxy-[0-9a-f]{8}'
 	real_log GET "http://127.0.0.1:$web/text" "200 208890 \"-\" \"curl/[^ ]*\" \
-up=0 dns=- connect=[0-9]+ first=[0-9]+ total=[0-9]+ server=127.0.0.1:$web end=done\$"
+up=0 dns=- connect=N first=N total=N server=127.0.0.1:$web end=done\$"
 	real_has web.log " \"127.0.0.1:$web\" \"1.1 proxy-[0-9a-f]*\" \"-\"\$"
 	real_get web/large "http://127.0.0.1:$web/large"
 	real_log GET ".*/large" "200 16777216 .* end=done"
 	real_get web/text "http://localhost:$web/text"
 	real_log GET "http://localhost:$web/text" \
-		"200 .* dns=[0-9]+ .* server=(127.0.0.1|\[::1\]):$web end=done"
+		"200 .* dns=N .* server=(127.0.0.1|\[::1\]):$web end=done"
 	dd if=web/large of=want bs=1000 skip=1 count=1 2> /dev/null
 	real_get want -r 1000-1999 "http://127.0.0.1:$web/large"
 	real_log GET ".*/large" "206 1000 "
@@ -21536,7 +21287,6 @@ up=0 dns=- connect=[0-9]+ first=[0-9]+ total=[0-9]+ server=127.0.0.1:$web end=do
 	real_curl -I -o head "http://127.0.0.1:$web/large" || fail "curl -I"
 	real_has head '^Content-Length: 16777216'
 	real_log HEAD ".*/large" "200 0 "
-	stop_proxy
 }
 
 test_real_curl_uploads() { # curl: POST and PUT, by length and chunked
@@ -21564,7 +21314,6 @@ test_real_curl_uploads() { # curl: POST and PUT, by length and chunked
 	real_same web/put/b "$work/real/text"
 	real_curl -o out -X DELETE "http://127.0.0.1:$web/put/b" || fail "DELETE"
 	[ ! -e web/put/b ] || fail "DELETE left the file"
-	stop_proxy
 }
 
 test_real_curl_old() { # curl: HTTP/1.0, IPv6, gzip, chunks to an old client
@@ -21583,7 +21332,6 @@ test_real_curl_old() { # curl: HTTP/1.0, IPv6, gzip, chunks to an old client
 	[ -n "$six" ] || skip "no IPv6 here; the rest passed"
 	real_get web/text "http://[::1]:$web/text"
 	real_log GET "http://\[::1\]:$web/text" "200 .* server=\[::1\]:$web "
-	stop_proxy
 }
 
 # N requests at once, PARALLEL of them, for the text at URL:
@@ -21620,7 +21368,6 @@ test_real_curl_many() { # curl: 200 requests on one connection, 200 at once
 	real_parallel 200 100 "http://127.0.0.1:$web/text"
 	wait_for 5 "[ \$(grep -c end=done log) -eq 400 ]" ||
 		fail "$(grep -c end=done log) log lines of 400"
-	stop_proxy
 }
 
 test_real_curl_https() { # curl: CONNECT to TLS, one and many at once
@@ -21637,7 +21384,6 @@ server=127.0.0.1:$tls end=(client|server)\$"
 	real_parallel 100 50 "https://127.0.0.1:$tls/text" --cacert cert --http1.1
 	real_get web/text -p "http://127.0.0.1:$web/text"
 	real_log CONNECT "127.0.0.1:$web" "200 "
-	stop_proxy
 }
 
 test_real_wget() { # wget: plain, large, resumed, a small site, https
@@ -21670,7 +21416,6 @@ test_real_wget() { # wget: plain, large, resumed, a small site, https
 		"https://127.0.0.1:$tls/text" || fail "wget, https"
 	real_same out web/text
 	real_log CONNECT "127.0.0.1:$tls" "200 "
-	stop_proxy
 }
 
 real_apt() { # apt-get with state and cache of its own
@@ -21705,7 +21450,6 @@ test_real_apt() { # apt-get: update and download, from the machine's sources
 	real_log '(GET|CONNECT)' '[^ ]*(/hostname_[^ ]*.deb|:443)' '200 '
 	grep -E '" [45][0-9][0-9] .* why=' log | grep -v '" 404 ' > bad &&
 		fail "refused: $(head -n 1 bad)"
-	stop_proxy
 }
 
 # A repository in web/ with one package, old enough to be fresh for a while by
@@ -21777,7 +21521,6 @@ test_real_apt_cache() { # apt-get on two machines: the cache has it for the seco
 	real_log GET '[^ ]*/proxied.deb' '200 .* miss=stored '
 	real_log GET '[^ ]*/proxied.deb' '200 .* hit=fresh .* server=- '
 	real_seen proxied.deb '200 '
-	stop_proxy
 }
 
 real_git() {
@@ -21794,7 +21537,7 @@ test_real_git() { # git: clone from plain files, clone, fetch and push by CGI
 	mkdir git
 	real_git init -q tree
 	cp "$work/real/text" tree/text
-	dd if="$work/real/large" of=tree/bytes bs=1000000 count=3 2> /dev/null
+	dd if="$work/real/large" of=tree/bytes bs=1000000 count=1 2> /dev/null
 	real_git -C tree add .
 	real_git -C tree commit -q -m one
 	real_git clone -q --bare tree git/repo.git || fail "no repository"
@@ -21811,40 +21554,36 @@ test_real_git() { # git: clone from plain files, clone, fetch and push by CGI
 	real_git clone -q "http://127.0.0.1:$serve/git/repo.git" smart \
 		> git.out 2>&1 || fail "clone: $(tail -n 1 git.out)"
 	real_same smart/bytes tree/bytes
-	real_log POST ".*/git/repo.git/git-upload-pack" "200 3[0-9]{6} "
-	dd if="$work/real/large" of=smart/more bs=1000000 skip=4 count=4 2> /dev/null
+	real_log POST ".*/git/repo.git/git-upload-pack" "200 1[0-9]{6} "
+	dd if="$work/real/large" of=smart/more bs=1000000 skip=4 count=1 2> /dev/null
 	real_git -C smart add .
 	real_git -C smart commit -q -m two || fail "no commit"
 	real_git -C smart -c http.postBuffer=65536 push -q origin HEAD \
 		> git.out 2>&1 || fail "push: $(tail -n 1 git.out)"
-	real_log POST ".*/git/repo.git/git-receive-pack" "200 .* up=4[0-9]{6} "
+	real_log POST ".*/git/repo.git/git-receive-pack" "200 .* up=1[0-9]{6} "
 	real_git -C dumb pull -q "http://127.0.0.1:$serve/git/repo.git" main \
 		> git.out 2>&1 || fail "pull: $(tail -n 1 git.out)"
 	real_same dumb/more smart/more
-	stop_proxy
 }
 
 # The browser, with all that it would ask of the world turned away.
 real_browser() {
-	timeout 60 "$browser" --headless --no-sandbox --disable-gpu --disable-quic \
+	timeout 120 "$browser" --headless --no-sandbox --disable-gpu --disable-quic \
 		--no-first-run --disable-background-networking \
 		--disable-component-update --disable-sync \
 		--user-data-dir="$T/profile" --proxy-server="http://$proxy" \
-		--proxy-bypass-list='<-loopback>;*.google.com;*.googleapis.com' \
+		--proxy-bypass-list="<-loopback>;$proxy;*.google.com;*.googleapis.com" \
 		--host-resolver-rules='MAP * ~NOTFOUND, EXCLUDE 127.0.0.1' \
-		--ignore-certificate-errors --dump-dom "$@" 2> browser.err
+		--ignore-certificate-errors --disable-web-security --dump-dom "$@" \
+		2> browser.err
 }
 
-real_find_browser() {
+test_real_browser() { # chromium: a page, a picture, a script, a WebSocket, whose row on the status page comes and goes; in it a page and its picture over CONNECT
 	for browser in chromium chromium-browser google-chrome; do
 		have "$browser" && break
 	done
 	have "$browser" || skip "no chromium"
 	have timeout || skip "no timeout"
-}
-
-test_real_browser() { # chromium: a page, a picture, a script, a WebSocket; in it a page and its picture over CONNECT
-	real_find_browser
 	have openssl || skip "no openssl"
 	real_web
 	real_serve
@@ -21857,56 +21596,50 @@ test_real_browser() { # chromium: a page, a picture, a script, a WebSocket; in i
 	} > web/picture.bmp
 	echo "<img src=picture.bmp onload=\"parent.postMessage(this.naturalWidth, '*')\">" \
 	    > web/inner.html
-	# The page says what came of it.  The last script is kept back until the
-	# WebSocket has said that all else is there.
+	# The page says what came of it.  The last script is kept back until a
+	# second WebSocket has said that all else is there.  The status page loads
+	# itself anew all two seconds.
 	cat > web/page.html <<-EOF
 		<!doctype html><title>page</title><img id=i src=picture.bmp><p id=o>
 		<script>
-		var text = '', inner = '', late = '';
+		var text = '', inner = '', row = '', late = '';
 		var s = new WebSocket('ws://127.0.0.1:$serve/ws');
-		function done() {
-			if (text !== '' && inner !== '')
-				s.send('done');
-		}
 		s.onopen = function () { s.send('x'.repeat(70000)); };
-		s.onmessage = function (e) {
-			if (text === '') {
-				text = e.data.length;
-				done();
+		s.onmessage = function (e) { text = e.data.length; };
+		onmessage = function (e) { inner = e.data; };
+		function look(status) {
+			var page = status.contentDocument.body.textContent;
+			var here = /#[0-9]+ relay, waits for [^#]* CONNECT 127.0.0.1:$serve/.test(page);
+			var ended = /#[0-9]+ (client|server) [^#]* CONNECT 127.0.0.1:$serve/.test(page);
+			if (row === '' && here && text !== '' && inner !== '') {
+				row = 'came';
+				s.close();
+			} else if (row === 'came' && !here && ended) {
+				row = 'gone';
+				s = new WebSocket('ws://127.0.0.1:$serve/ws');
+				s.onopen = function () { s.send('done'); };
 			}
-		};
-		onmessage = function (e) {
-			inner = e.data;
-			done();
-		};
+		}
 		onload = function () {
 			var w = document.getElementById('i').naturalWidth;
 			document.getElementById('o').textContent = 'picture=' + w +
-			    ' text=' + text + ' inner=' + inner + ' late=' + late + ';';
+			    ' text=' + text + ' inner=' + inner + ' row=' + row +
+			    ' late=' + late + ';';
 		};
 		</script>
 		<iframe src=https://127.0.0.1:$tls/inner.html></iframe>
+		<iframe src=http://$proxy/status onload="look(this)"></iframe>
 		<script src=http://127.0.0.1:$serve/wait></script>
 	EOF
 	real_browser "http://127.0.0.1:$web/page.html" > dom ||
 		fail "chromium: $(tail -n 1 browser.err)"
-	grep -q 'picture=300 text=70000 inner=300 late=came;' dom ||
+	grep -q 'picture=300 text=70000 inner=300 row=gone late=came;' dom ||
 		fail "the page says: $(grep 'id="o"' dom | head -1)"
 	real_log GET "http://127.0.0.1:$web/page.html" "200 .*Chrome.* end=done"
 	real_log GET "http://127.0.0.1:$web/picture.bmp" "200 180054 "
 	real_log CONNECT "127.0.0.1:$serve" \
 		"200 7[0-9]{4} .* up=7[0-9]{4} .* end=(client|server|reset)\$"
 	real_log CONNECT "127.0.0.1:$tls" "200 1[0-9]{5} .* end="
-	stop_proxy
-}
-
-# The status page as the browser shows it, in the file "dom".
-real_status() {
-	timeout 60 "$browser" --headless --no-sandbox --disable-gpu \
-		--no-first-run --disable-background-networking \
-		--user-data-dir="$T/profile" --no-proxy-server \
-		--dump-dom "http://$proxy/status" > dom 2> browser.err ||
-		fail "chromium: $(tail -n 1 browser.err)"
 }
 
 # The commands of lesson N of the manual, with free ports in the place of its own.
@@ -22001,25 +21734,6 @@ END
 	grep -x 'valid 10' says > /dev/null || fail "$(head -c 500 says)"
 }
 
-test_real_browser_status() { # chromium: a tunnel's row on the status page comes and goes
-	real_find_browser
-	start_proxy
-	patience 60000
-	play -n 'a tunnel' <<'END'
-	origin eof
-	a: ask CONNECT %O
-	a: touch open ; await close
-	do comes open
-	do real_status
-	do grep '#1 relay, waits for .* CONNECT ' dom > /dev/null || fail "$(cat dom)"
-	do touch close
-END
-	has log CONNECT
-	real_status
-	lacks dom '#1 relay'
-	has dom '#1 client .* CONNECT '
-}
-
 test_real_upgrade() { # a WebSocket by Upgrade: 101 turns into a tunnel
 	have openssl || skip "no openssl"
 	real_serve
@@ -22070,7 +21784,6 @@ test_real_parent_tinyproxy() { # -x http: tinyproxy as the parent
 		fail "tinyproxy saw no GET"
 	grep -q "CONNECT 127.0.0.1:$tls HTTP/1" tinyproxy.out ||
 		fail "tinyproxy saw no CONNECT"
-	stop_proxy
 }
 
 test_real_parent_password() { # -x http: tinyproxy that asks for a password
@@ -22090,7 +21803,6 @@ test_real_parent_password() { # -x http: tinyproxy that asks for a password
 	real_curl -p -o out "http://127.0.0.1:$web/text" 2> curl.err &&
 		fail "a tunnel in spite of a wrong password"
 	real_log CONNECT "127.0.0.1:$web" "(401|407|502) "
-	stop_proxy
 }
 
 test_real_parent_squid() { # -x http: squid as the parent
@@ -22101,7 +21813,6 @@ test_real_parent_squid() { # -x http: squid as the parent
 	real_squid "$real_p1" ''
 	start_proxy -x "http://127.0.0.1:$real_p1"
 	real_through_parent "$real_p1"
-	stop_proxy
 }
 
 # Starts a squid on port $1, in the foreground; $2 is more of its
@@ -22158,7 +21869,6 @@ test_real_parent_socks() { # -x socks5: microsocks, without and with a password
 	[ "$code" -eq 502 ] || fail "a wrong password gets $code"
 	real_log GET "http://127.0.0.1:$web/text" \
 		"502 .* server=127.0.0.1:$real_p2 .*why=\""
-	stop_proxy
 }
 
 test_real_chain() { # squid as the client: chained to us as its parent
@@ -22178,7 +21888,6 @@ test_real_chain() { # squid as the client: chained to us as its parent
 		--cacert cert "https://127.0.0.1:$tls/text" || fail "curl, https"
 	real_same out web/text
 	real_log CONNECT "127.0.0.1:$tls" "200 "
-	stop_proxy
 }
 
 # An example of the manual, the one that begins with this comment line:
@@ -22298,10 +22007,8 @@ test_real_haproxy_balance() { # haproxy as the manual has it: PROXY headers, eac
 # 32 clients ask the program on PORT for 2,000 objects at random, 24,000 times in
 # all, in the background, as $real_load: real_load PORT
 real_load() {
-	rm -f far far.asked
-	spawn origin.out "$peer" load far
-	wait_for 5 '[ -s far ]' || fail "no origin"
-	"$peer" measure -x "$1" -k 2000 -r "$(cat far)" 32 24000 60000 1024 > load &
+	load_origin
+	"$peer" measure -x "$1" -k 2000 -r "$origin_port" 32 24000 60000 1024 > load &
 	real_load=$!
 }
 
@@ -22383,38 +22090,18 @@ bench_idle=4000 # tunnels
 bench_most=20000 # descriptors, for as many tunnels as they are enough for
 bench_forks=    # processes of which the children count
 
-# The processor time of each child of a process.
-bench_cpu_children() { # PID
-	children "$1" | while read -r bench_child; do
-		bench_cpu_of "$bench_child"
-	done
-}
-
 # Microseconds of processor time that a process has used; with the workers of a
 # proxy that is on bench_forks.
 bench_cpu() { # PID
+	bench_used=0
+	# shellcheck disable=SC2046 # several
 	case " $bench_forks " in
-	*" $1 "*)
-		bench_cpu_children "$1" |
-			awk '{ n += $1 } END { printf "%.0f\n", n }'
-		;;
-	*) bench_cpu_of "$1" ;;
+	*" $1 "*) set -- $(children "$1") ;;
 	esac
-}
-
-# The same for one process.
-bench_cpu_of() { # PID
-	if [ -r "/proc/$1/stat" ]; then
-		sed 's/.*) //' "/proc/$1/stat" |
-			awk -v hz="$(getconf CLK_TCK)" \
-				'{ printf "%.0f\n", ($12 + $13) * 1000000 / hz }'
-	else
-		ps -o time= -p "$1" | awk -F '[-:]' '{
-			for (i = 1; i <= NF; i++)
-				s = s * 60 + $i
-			printf "%.0f\n", s * 1000000
-		}'
-	fi
+	for bench_of; do
+		bench_used=$((bench_used + $(processor_time "$bench_of") * 10000))
+	done
+	echo $bench_used
 }
 
 # Takes a proxy into the race if it serves within 20 seconds; its place is in
@@ -22875,9 +22562,11 @@ bench_workers() {
 	bench_table dear \
 		'The same with 48 expressions, which take long for this URL' \
 		request 1
-	for bench_child in $bench_forks; do
-		bench_cpu_children "$bench_child" | sort -n | tr '\n' ' '
-	done | awk '{ printf "Workers had, us of processor time: %s\n", $0 }'
+	for pid in $bench_forks; do
+		for bench_of in $(children "$pid"); do
+			processor_time "$bench_of"
+		done | sort -n | tr '\n' ' '
+	done | awk '{ printf "Workers had, s/100 of processor time: %s\n", $0 }'
 }
 
 bench_end() {
@@ -24389,7 +24078,7 @@ EOF_FAULTS
  * so proxy.c, with system calls of which the driver makes one fail; its page
  * says what it holds.  With -DDRIVER, the driver: client, origin and judge.
  */
-#define _POSIX_C_SOURCE 200809L
+#define _XOPEN_SOURCE 700
 #define _DEFAULT_SOURCE 1
 #define _DARWIN_C_SOURCE 1
 #define __BSD_VISIBLE 1
@@ -24663,7 +24352,11 @@ main(int argc, char **argv)
 
 #else
 
-enum { LINKS = 400, DEEP = 20000, ECHO = 1, ORIGIN, CLIENT };
+#define main peer_main
+#include "peer.c"
+#undef main
+
+enum { LINKS = 400, DEEP = 20000, ECHO_END = 1, ORIGIN, CLIENT };
 enum framing { NO_BODY, LENGTH, CHUNKED, CLOSES, RAW };
 
 /* Bytes that are a function of id and place, to be sent or to be judged. */
@@ -24724,15 +24417,6 @@ chance(unsigned n)
 	dice ^= dice >> 7;
 	dice ^= dice << 17;
 	return (unsigned)(dice >> 11) % n;
-}
-
-static long
-clock_ms(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (long)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
 static char
@@ -25005,7 +24689,7 @@ link_read(struct link *l)
 	size_t room = sizeof(bytes);
 	ssize_t n;
 
-	if (l->role == ECHO)
+	if (l->role == ECHO_END)
 		room = l->out_at < l->out_n ? 0 : DEEP;
 	else if (l->step > 0)
 		room = l->step;
@@ -25017,13 +24701,13 @@ link_read(struct link *l)
 	l->eof = l->eof || n == 0;
 	l->broken = l->broken || n == -1;
 	if (n <= 0) {
-		if (l->role == ECHO && n == 0)
+		if (l->role == ECHO_END && n == 0)
 			l->shuts = 1;
 		else if (l->role != CLIENT)
 			link_close(l, 0);
 		return;
 	}
-	if (l->role == ECHO) {
+	if (l->role == ECHO_END) {
 		memcpy(l->out, bytes, (size_t)n);
 		l->out_n = (size_t)n;
 		l->out_at = 0;
@@ -25111,7 +24795,7 @@ turn(int ms)
 {
 	static struct pollfd fds[LINKS + 2];
 	static struct link *whose[LINKS + 2];
-	long now = clock_ms();
+	long now = now_ms();
 	size_t n = 2, i;
 	struct link *l;
 
@@ -25129,7 +24813,7 @@ turn(int ms)
 		l->next = now + l->gap;
 		whose[n] = l;
 		fds[n] = (struct pollfd){ l->fd, 0, 0 };
-		if (!l->eof && (l->role != ECHO || l->out_at == l->out_n))
+		if (!l->eof && (l->role != ECHO_END || l->out_at == l->out_n))
 			fds[n].events = POLLIN;
 		if (l->out_at < l->out_n || link_fills(l))
 			fds[n].events |= POLLOUT;
@@ -25139,7 +24823,7 @@ turn(int ms)
 		return;
 	for (i = 0; i < 2; i++)
 		if (fds[i].revents)
-			link_new(i == 0 ? ORIGIN : ECHO,
+			link_new(i == 0 ? ORIGIN : ECHO_END,
 			    accept(listeners[i], NULL, NULL));
 	for (i = 2; i < n; i++) {
 		l = whose[i];
@@ -25147,47 +24831,21 @@ turn(int ms)
 			link_write(l);
 		if (l->role && fds[i].revents & (POLLIN | POLLHUP | POLLERR))
 			link_read(l);
-		if (l->role == ECHO)
+		if (l->role == ECHO_END)
 			link_write(l);
-		if (l->role == ECHO && l->shut)
+		if (l->role == ECHO_END && l->shut)
 			link_close(l, 0);
 	}
-}
-
-static int
-listen_any(int *port)
-{
-	struct sockaddr_in in;
-	socklen_t n = sizeof(in);
-	int fd = socket(AF_INET, SOCK_STREAM, 0);
-
-	memset(&in, 0, sizeof(in));
-	in.sin_family = AF_INET;
-	in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	if (bind(fd, (struct sockaddr *)&in, n) == -1 || listen(fd, 256) == -1)
-		exit(1);
-	getsockname(fd, (struct sockaddr *)&in, &n);
-	*port = ntohs(in.sin_port);
-	fcntl(fd, F_SETFL, O_NONBLOCK);
-	return fd;
 }
 
 /* A client of the proxy. */
 static struct link *
 client_new(void)
 {
-	struct sockaddr_in in;
-	int fd = socket(AF_INET, SOCK_STREAM, 0);
+	char where[40];
 
-	memset(&in, 0, sizeof(in));
-	in.sin_family = AF_INET;
-	in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	in.sin_port = htons((uint16_t)page->port);
-	if (connect(fd, (struct sockaddr *)&in, sizeof(in)) == -1) {
-		close(fd);
-		return NULL;
-	}
-	return link_new(CLIENT, fd);
+	sprintf(where, "127.0.0.1:%d", page->port);
+	return link_new(CLIENT, dial(where));
 }
 
 /*
@@ -25277,9 +24935,9 @@ client_judge(const struct link *l)
 static int
 client_wait(struct link *l)
 {
-	long until = clock_ms() + 5000;
+	long until = now_ms() + 5000;
 
-	while (!client_over(l) && clock_ms() < until)
+	while (!client_over(l) && now_ms() < until)
 		turn(100);
 	return client_judge(l);
 }
@@ -25292,7 +24950,7 @@ static int fds_then, children_then, buffers_then;
 static void
 proxy_start(void)
 {
-	long until = clock_ms() + 20000;
+	long until = now_ms() + 20000;
 
 	memset((void *)page, 0, sizeof(*page));
 	page->call = CALL_NONE;
@@ -25304,7 +24962,7 @@ proxy_start(void)
 		execvp(proxy_argv[0], proxy_argv);
 		_exit(127);
 	}
-	while ((page->turns == 0 || page->busy) && clock_ms() < until)
+	while ((page->turns == 0 || page->busy) && now_ms() < until)
 		poll(NULL, 0, 10);
 	if (page->turns == 0) {
 		printf("# the proxy does not start\n");
@@ -25377,7 +25035,7 @@ temporaries(int remove)
 static int
 proxy_quiet(long ms)
 {
-	long until = clock_ms() + ms;
+	long until = now_ms() + ms;
 	int left;
 
 	for (;;) {
@@ -25386,7 +25044,7 @@ proxy_quiet(long ms)
 		    page->children != children_then || temporaries(0) > 0;
 		if (!left)
 			return 1;
-		if (clock_ms() > until)
+		if (now_ms() > until)
 			break;
 		turn(1);
 	}
@@ -25503,14 +25161,14 @@ get(const char *how, const char *host, const char *kind, unsigned id,
 static int
 hup(unsigned id)
 {
-	long turns = page->turns, until = clock_ms() + 5000;
+	long turns = page->turns, until = now_ms() + 5000;
 
 	rename("log", "log.old");
 	kill(proxy_pid, SIGHUP);
-	while ((page->turns < turns + 2 || page->busy) && clock_ms() < until)
+	while ((page->turns < turns + 2 || page->busy) && now_ms() < until)
 		turn(1);
 	page->call = CALL_NONE;
-	if (clock_ms() < until &&
+	if (now_ms() < until &&
 	    get("GET", "denied.test", "lnw", id, 9, 0) == REFUSED &&
 	    get("GET", "listed.test", "lnw", id, 9, 0) == REFUSED)
 		return RIGHT;
@@ -25600,14 +25258,14 @@ fault_try(const struct scenario *s, int call, int error, long n, int *fired)
 	}
 	if (!*fired)
 		return proxy_quiet(3000);
-	began = clock_ms();
+	began = now_ms();
 	result = get("GET", HERE, "lnw", ids++, 1000, 0);
 	if (result == RIGHT)
 		result = run(s->special == HELPER ? s - 1 : s, id);
 	if (result == REFUSED || result == BROKEN)
 		sprintf(why, "then %s", results[result]);
-	else if (clock_ms() - began > (is_slow(s, call, error) ? 3000 : 500))
-		sprintf(why, "then slow: %ld ms", clock_ms() - began);
+	else if (now_ms() - began > (is_slow(s, call, error) ? 3000 : 500))
+		sprintf(why, "then slow: %ld ms", now_ms() - began);
 	else if (page->badfd > 0)
 		sprintf(why, "closes what is closed");
 	else if (page->turns - turns > 1500)
@@ -25685,7 +25343,7 @@ faults(long most, char **names)
 			proxy_argv[6] = "1M";
 			proxy_start();
 		}
-		began = clock_ms();
+		began = now_ms();
 		runs = failed = 0;
 		for (i = 0; i < COUNT(trials); i++)
 			for (j = 0; trials[i].errors[j] != 0; j++)
@@ -25694,7 +25352,7 @@ faults(long most, char **names)
 		bad += failed > 0;
 		printf("%s %d - faults %s: %d faults in %ld ms, %d failed\n",
 		    failed ? "not ok" : "ok", ++number, s->name, runs,
-		    clock_ms() - began, failed);
+		    now_ms() - began, failed);
 		fflush(stdout);
 	}
 	number++;
@@ -25772,7 +25430,7 @@ soak_ask(struct link *l)
 	l->deserves = kind[2] == 'w' && *how != 'h';
 	l->shuts = l->rest == 0 && (l->shuts || chance(8) == 0);
 	l->quits = chance(10) == 0 ? 1 + chance(3) : 0;
-	l->until = clock_ms() + 20000;
+	l->until = now_ms() + 20000;
 	memcpy(l->asks, l->out, sizeof(l->asks) - 1);
 	seen.asked++;
 }
@@ -25781,7 +25439,7 @@ soak_ask(struct link *l)
 static void
 soak_see(struct link *l)
 {
-	int result, late = clock_ms() > l->until;
+	int result, late = now_ms() > l->until;
 
 	/* Before, within, or right behind the answer's head. */
 	if ((l->quits == 1 && l->out_at > 0) || (l->quits == 2 && l->headed) ||
@@ -25872,13 +25530,13 @@ soak_fault(void)
 static void
 soak_run(long ms, int faulty)
 {
-	long began = clock_ms(), next = began + 1000, now, started = 0;
+	long began = now_ms(), next = began + 1000, now, started = 0;
 	struct link *l;
 	char name[40];
 	int n, hups = 0;
 
 	do {
-		now = clock_ms();
+		now = now_ms();
 		for (n = 0, l = links; l < links + LINKS; l++)
 			if (l->role == CLIENT) {
 				soak_see(l);
@@ -25964,7 +25622,7 @@ main(int argc, char **argv)
 {
 	static char *args[] = { "./proxy", "-l", "127.0.0.1:0", "-c", "cache",
 	    "-s", "64M", "-f", "rules", "-o", "log", "-m", "200", NULL };
-	int fd = open("page", O_RDWR | O_CREAT | O_TRUNC, 0600);
+	int fd = open("page", O_RDWR | O_CREAT | O_TRUNC, 0600), i;
 
 	if (argc < 3 || ftruncate(fd, sizeof(*page)) == -1 ||
 	    (page = mmap(NULL, sizeof(*page), PROT_READ | PROT_WRITE,
@@ -25973,8 +25631,10 @@ main(int argc, char **argv)
 	signal(SIGPIPE, SIG_IGN);
 	setenv("FAULT_PAGE", "page", 1);
 	setenv("NAME_ADDRESSES", "127.0.0.1", 1);
-	listeners[0] = listen_any(&ports[0]);
-	listeners[1] = listen_any(&ports[1]);
+	for (i = 0; i < 2; i++) {
+		listeners[i] = hear("127.0.0.1", &ports[i], 256);
+		fcntl(listeners[i], F_SETFL, O_NONBLOCK);
+	}
 	proxy_argv = args;
 	if (strcmp(argv[1], "soak") == 0)
 		proxy_argv[6] = "1M";
@@ -25990,7 +25650,7 @@ EOF_FAULTS
 # then main() says 99 to a page that it can't map.
 faults_build() {
 	write_faults
-	$cc -O1 -DDRIVER -o driver faults.c > build.log 2>&1 || return
+	$cc -O1 -DDRIVER "-I$work" -o driver faults.c > build.log 2>&1 || return
 	for flags in '-fsanitize=address,undefined -fno-sanitize-recover=all' \
 	    ''; do
 		# shellcheck disable=SC2086 # flags are words
@@ -26195,13 +25855,20 @@ if [ "${1-}" = coverage ]; then
 	chmod 755 "$work"
 	umask 0
 fi
-# Beside the proxy of most tests.
+# Beside the proxy of most tests, with the buffers that README has for boards.
+board_buffer=$(sed -n 's/.*CPPFLAGS=-DBUFFER_SIZE=\([0-9]*\).*/\1/p' "$here/README" 2> /dev/null)
+case $cflags in
+*BUFFER_SIZE*) board= ;;
+*) board=${board_buffer:+-DBUFFER_SIZE=$board_buffer} ;;
+esac
 {
 	traced=
 	! traces || traced=-finstrument-functions
 	# shellcheck disable=SC2086 # one or none
-	build "$work/names" "$work/names.c" -O0 '-DLOG_SOCKET="log.socket"' $traced
+	build "$work/names" "$work/names.c" -O0 $board '-DLOG_SOCKET="log.socket"' $traced
+	# What a whole run needs, while the proxy is built.
 	[ $# -gt 0 ] || built_tables
+	[ $# -gt 0 ] || sanitized || built_small
 } &
 lanes="$lanes $!"
 if [ -z "${PROXY-}" ]; then
@@ -26221,9 +25888,9 @@ fi
 # The tests that take longest begin first, so that no lane has to wait for them.
 sed -n 's/^test_\([a-z0-9_]*\)() { *#* */\1 /p' "$self" > "$work/promises"
 tests=$(sed 's/ .*//' "$work/promises" | tr '\n' ' ')
-long='resources_size resources_board real_apt unit_model resources_tunnels real_git
+long='resources_board real_apt unit_model resources_tunnels real_git
 	style_walks limit_silence cache_collapsed_broken cache_collapsed_never
-	limit_times real_lessons real_browser real_browser_status real_apt_cache
+	limit_times real_lessons real_browser real_apt_cache
 	real_haproxy_load real_haproxy_balance real_parent_socks list_million bend_hang
 	log_pipe signal_usr1'
 for test in $long; do
