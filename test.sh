@@ -5207,7 +5207,8 @@ built_once() {
 
 # The program of unit tables.
 built_tables() {
-	built_once tables write_tables_unit
+	# shellcheck disable=SC2086 # one or none
+	built_once tables write_tables_unit ${EMULATOR:+-O1}
 }
 
 # proxy.c with -Os and the smallest buffers, by musl-gcc where that is.
@@ -25748,7 +25749,7 @@ coverage() {
 # ---- 37. The run ------------------------------------------------------------
 
 # Builds with more flags than CFLAGS, -O0 where cc takes longer than what it
-# builds: build OUTPUT SOURCE FLAG...
+# builds, but not for an emulator: build OUTPUT SOURCE FLAG...
 build() {
 	build_out=$1
 	build_from=$2
@@ -25865,7 +25866,7 @@ esac
 	traced=
 	! traces || traced=-finstrument-functions
 	# shellcheck disable=SC2086 # one or none
-	build "$work/names" "$work/names.c" -O0 $board '-DLOG_SOCKET="log.socket"' $traced
+	build "$work/names" "$work/names.c" -O0 ${EMULATOR:+-O1} $board '-DLOG_SOCKET="log.socket"' $traced
 	# What a whole run needs, while the proxy is built.
 	[ $# -gt 0 ] || built_tables
 	[ $# -gt 0 ] || sanitized || built_small
