@@ -14315,8 +14315,7 @@ access_begin(struct exchange *x)
 	struct view v;
 
 	x->rules = rules_take(&q->head, &x->record.user);
-	/* Mixed twice: the next seed does not make the same choices later. */
-	q->dice = random_mix(random_mix(options.seed) + x->number);
+	q->dice = random_mix(options.seed + x->number);
 	exchange_view(x, NULL, &v);
 	if (q->target.form != FORM_ORIGIN)
 		route_judge(x, &v);
@@ -17591,6 +17590,8 @@ options_parse(int argc, char **argv)
 		options.idle_ms = (int64_t)options.idle_s * 1000;
 	if (options.seed == 0)
 		options.seed = (uint64_t)now.us ^ (uint64_t)getpid() << 32;
+	/* Mixed: the next seed does not make the same choices later. */
+	options.seed = random_mix(options.seed);
 }
 
 /* Accepts at fd, a listening socket; returns NULL, or why it can't. */
