@@ -326,27 +326,23 @@ each_line() {
 		print part[i] }'
 }
 
-# At the end of a test: ends what it started, looks for crashes.
+# At the end of a test: ends what it started, looks for crashes and for what does
+# not end.
 reap() {
-	if [ -f "$T/.proxies" ]; then
-		"$peer" reap "$T/.proxies" "$T"/*err > "$T/.crash" &
-		reap_peer=$!
-		while read -r reap_pid; do
-			wait "$reap_pid"
-			reap_status=$?
-			# 127: the test has waited for it.
-			case $reap_status in
-			0 | 127 | 143) ;;
-			*) (fail "the proxy ends with status $reap_status") ;;
-			esac
-		done < "$T/.proxies"
-		wait $reap_peer
-		[ ! -s "$T/.crash" ] || (fail "$(cat "$T/.crash")")
-	fi
-	[ -f "$T/.pids" ] || return 0
+	trap '' HUP INT TERM
+	"$peer" reap "$T" "$T"/*err > "$T/.crash" &
+	reap_peer=$!
 	while read -r reap_pid; do
-		kill -TERM "$reap_pid" 2> /dev/null
-	done < "$T/.pids"
+		wait "$reap_pid"
+		reap_status=$?
+		# 127: the test has waited for it.
+		case $reap_status in
+		0 | 127 | 143) ;;
+		*) (fail "the proxy ends with status $reap_status") ;;
+		esac
+	done < "$T/.proxies"
+	wait $reap_peer
+	[ ! -s "$T/.crash" ] || (fail "$(cat "$T/.crash")")
 }
 
 # Runs one test and leaves its result line in $work/t.NAME/.result.
@@ -358,7 +354,7 @@ run_test() {
 	[ -z "${TIMES-}" ] || run_began=$("$peer" clock)
 	(
 		cd "$T" || exit 1
-		: > .pids
+		touch .pids .proxies
 		trap reap EXIT
 		trap 'exit 1' HUP INT TERM
 		"test_$1"
@@ -472,6 +468,7 @@ write_peer() {
 #include <netinet/tcp.h>
 #include <arpa/inet.h>
 #include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <ftw.h>
@@ -3031,7 +3028,7 @@ watch(long ms, pid_t pid, int tell)
 	while (now_ms() < end) {
 		if (kill(pid, tell-- > 0 ? SIGTERM : 0) == -1)
 			return 0;
-		sleep_ms(10);
+		sleep_ms(5);
 	}
 	return kill(pid, SIGKILL) == 0 ? 0 : 1;
 }
@@ -3044,9 +3041,60 @@ main_watch(int argc, char **argv)
 }
 
 /*
- * reap PIDS ERR...: ends the proxies whose numbers are in the file PIDS: tells each
- * to end, and then to end at once.  Prints lines in the other files that tell of a
- * crash.
+ * Sends the signal to all processes, but us and our parent, whose directory is ours
+ * or below it; with KILL it prints them.  Returns how many there are; 0 where /proc
+ * does not tell.
+ */
+static int
+signal_here(int number)
+{
+	char here[1024], file[300], at[1024];
+	DIR *proc = opendir("/proc");
+	struct dirent *d;
+	size_t len;
+	int n = 0;
+
+	if (getcwd(here, sizeof(here)) == NULL || proc == NULL)
+		return 0;
+	len = strlen(here);
+	while ((d = readdir(proc)) != NULL) {
+		struct text command = { NULL, 0 };
+		pid_t pid = (pid_t)atol(d->d_name);
+
+		memset(at, 0, sizeof(at));
+		snprintf(file, sizeof(file), "/proc/%s/cwd", d->d_name);
+		if (pid <= 1 || pid == getpid() || pid == getppid() ||
+		    readlink(file, at, sizeof(at) - 1) == -1 ||
+		    memcmp(at, here, len) != 0 ||
+		    (at[len] != '/' && at[len] != '\0'))
+			continue;
+		snprintf(file, sizeof(file), "/proc/%s/cmdline", d->d_name);
+		if (number == SIGKILL && text_file(&command, file))
+			printf("does not end: %s %s\n", d->d_name, command.bytes);
+		free(command.bytes);
+		n += kill(pid, number) == 0;
+	}
+	closedir(proc);
+	return n;
+}
+
+/* Ends all of them; prints those that have to be killed. */
+static void
+end_here(void)
+{
+	long until = now_ms() + 20000;
+
+	while (signal_here(SIGTERM) > 0 && now_ms() < until)
+		sleep_ms(5);
+	if (now_ms() >= until)
+		(void)signal_here(SIGKILL);
+}
+
+/*
+ * reap DIRECTORY ERR...: ends what was started in this directory: other processes
+ * whose numbers are in its file .pids, proxies in .proxies, which are told to end
+ * and then to end at once, and whoever else is there.  Prints those that do not end,
+ * and lines in the other files that tell of a crash.
  */
 static int
 main_reap(int argc, char **argv)
@@ -3055,13 +3103,18 @@ main_reap(int argc, char **argv)
 	size_t i, n;
 	int file;
 
-	for (file = 1; file < argc; file++) {
+	if (argc < 2 || chdir(argv[1]) == -1)
+		return 2;
+	for (file = 0; file < argc; file++) {
 		struct text t = { NULL, 0 };
 
-		(void)text_file(&t, argv[file]);
+		(void)text_file(&t, file == 0 ? ".pids" : file == 1 ? ".proxies" :
+		    argv[file]);
 		n = cut_lines(t.bytes, &line);
 		for (i = 0; i < n; i++)
-			if (file == 1)
+			if (file == 0 && atol(line[i]) > 1)
+				(void)kill((pid_t)atol(line[i]), SIGTERM);
+			else if (file == 1)
 				(void)watch(10000, (pid_t)atol(line[i]), 2);
 			else if (strstr(line[i], "runtime error:") != NULL ||
 			    strstr(line[i], "Assertion") != NULL ||
@@ -3069,6 +3122,7 @@ main_reap(int argc, char **argv)
 			    strstr(line[i], "Sanit") != NULL))
 				puts(line[i]);
 	}
+	end_here();
 	return 0;
 }
 
@@ -3256,10 +3310,15 @@ main_terminal(int argc, char **argv)
 	return 4;
 }
 
+/*
+ * Ends what is on the terminal before that is closed: the kernel sends SIGCONT then,
+ * which takes away the SIGSTOP by which a leak check stops the program at its end,
+ * and both would wait forever.
+ */
 static void
 end_terminal(int number)
 {
-	kill(on_terminal, SIGTERM);
+	(void)watch(10000, on_terminal, 1);
 	_exit(number);
 }
 
@@ -3278,6 +3337,7 @@ main_stalled(int argc, char **argv)
 	(void)argc;
 	if (master == -1)
 		return 77;
+	signal(SIGCHLD, SIG_IGN);
 	signal(SIGTERM, end_terminal);
 	while ((at = strstr(said, "listening on ")) == NULL ||
 	    strchr(at, '\n') == NULL)
@@ -25797,6 +25857,7 @@ clean_up() {
 	for clean_pid in $lanes; do
 		kill -TERM "$clean_pid" 2> /dev/null
 	done
+	[ ! -x "$peer" ] || "$peer" reap "$work"
 	wait
 	# Once more if somebody was still writing there.
 	rm -rf "$work" 2> /dev/null || rm -rf "$work"
@@ -25926,7 +25987,9 @@ skipped=0
 for test in $tests; do
 	# It is there when its line is whole.
 	until read -r result < "$work/t.$test/.result"; do
-		"$peer" await 60000 "$work/t.$test/.result" > /dev/null
+		# In the background, that a signal is heard at once.
+		(cd "$work" && exec "$peer" await 60000 "t.$test/.result" > .awaited) &
+		wait $!
 	done 2> /dev/null
 	number=$((number + 1))
 	printf '%s %d - %s\n' "${result%% - *}" $number "${result#* - }"
