@@ -8787,14 +8787,6 @@ marker_token(struct text key, struct text vary, bool part, char *token)
 	return !b->overflow && file_put(l.path, b);
 }
 
-/* True if a validation never changes that field of a stored head. */
-static bool
-field_is_fixed(struct text name)
-{
-	return name_is_among(name, fields_of_body) ||
-	    text_is(name, "Set-Cookie");
-}
-
 /* True if a validation leaves that field of the stored head unchanged. */
 static bool
 field_is_kept(const struct head *news, struct text name)
@@ -8803,15 +8795,16 @@ field_is_kept(const struct head *news, struct text name)
 
 	for (i = 0; i < news->n; i++)
 		if (text_same(name, field_name(news, i)))
-			return field_is_fixed(name);
+			return name_is_among(name, fields_of_body);
 	return !text_is(name, "Date");
 }
 
 /*
  * Appends the head to be stored for r, without framing and hop-by-hop fields.
  * If r validates an entry, old is the stored response, and r's fields replace
- * those of its head (RFC 9111 section 3.2).  A missing Date is set to now, so
- * that age and lifetime count from now (RFC 9110 section 6.6.1).
+ * those of its head (RFC 9111 section 3.2), but its cookies are stored only if
+ * the entry is for their client alone.  A missing Date is set to now, so that
+ * age and lifetime count from now (RFC 9110 section 6.6.1).
  */
 static void
 stored_head_append(const struct response *r, const struct response *old,
@@ -8827,7 +8820,10 @@ stored_head_append(const struct response *r, const struct response *old,
 			field_append(b, &old->head, i);
 	for (i = 0; i < h->n; i++)
 		if (field_passes(h, i) &&
-		    (old == NULL || !field_is_fixed(field_name(h, i))))
+		    (old == NULL ||
+			(!name_is_among(field_name(h, i), fields_of_body) &&
+			    (!text_is(field_name(h, i), "Set-Cookie") ||
+				response_is_personal(old)))))
 			field_append(b, h, i);
 	if (!head_has(h, "Date"))
 		buffer_print(b, "Date: %s\r\n", date_now(DATE_HTTP));
@@ -10444,18 +10440,20 @@ lookup_rescues(struct exchange *x, bool answered, struct lookup *l)
 
 /*
  * Puts the head that news has changed in the place of the stored one in l, as
- * the client's answer; with the cookies of news, which are not stored.
- * False if there is no room.
+ * the client's answer; with the cookies of news, if merged, the parsed head,
+ * has none.  False if there is no room.
  */
 static bool
-lookup_renew(struct lookup *l, const struct response *news, struct text head)
+lookup_renew(struct lookup *l, const struct response *news,
+    const struct response *merged, struct text head)
 {
+	bool lacks = !head_has(&merged->head, "Set-Cookie");
 	struct buffer *b = l->b;
 	size_t start = (size_t)(l->e.head.at - b->data), i;
 
 	b->end = start;
 	buffer_append(b, text_cut(head.at, head.len - strlen("\r\n")));
-	for (i = 0; i < news->head.n; i++)
+	for (i = 0; lacks && i < news->head.n; i++)
 		if (text_is(field_name(&news->head, i), "Set-Cookie"))
 			field_append(b, &news->head, i);
 	buffer_word(b, "\r\n");
@@ -10496,7 +10494,7 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 		(void)write_at(l->fd, buffer_text(region), 0);
 	} else if (!asked.no_store && !head_has(&q->head, "Authorization"))
 		store_remove(q->caching.path);
-	return lookup_renew(l, news, buffer_text(head));
+	return lookup_renew(l, news, &merged, buffer_text(head));
 }
 
 /*

@@ -15909,6 +15909,25 @@ test_cache_renewed() { # a 304 brings the client its fields, also those that can
 	sees   one\l
 	ask    / = 200; hit | one\l
 	sees#  1 ^Set-Cookie
+	== and replaces one that the entry has
+	reply  200 Cache-Control: max-age=99\nETag: "a"\nSet-Cookie: s=old | one\l
+	reply  304 Set-Cookie: s=new\nETag: "a"
+	ask    / = 200 | one\l
+	ask    / Cache-Control: no-cache = 200
+	sees   one\l
+	ask    / = 200; hit | one\l
+	sees#  1 ^Set-Cookie: s=old
+	sees#  2 ^Set-Cookie: s=new
+	== which is not kept for all
+	reply  200 Cache-Control: public, max-age=99\nETag: "a"\nSet-Cookie: s=old | one\l
+	reply  304 Set-Cookie: s=new\nETag: "a"
+	ask    / = 200 | one\l
+	ask    / Cache-Control: no-cache = 200
+	sees   Set-Cookie: s=new
+	sees   one\l
+	ask    / = 200; hit | one\l
+	sees#  1 ^Set-Cookie: s=old
+	sees#  1 ^Set-Cookie: s=new
 	== a range of it
 	reply  200 $old | abcdefgh
 	reply  304 X-New: 1\nETag: "a"
