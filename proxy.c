@@ -11002,7 +11002,7 @@ helper_run(int questions, int answers)
 		SIGPIPE };
 	static struct child children[QUESTIONS_MAX];
 	struct sigaction action;
-	struct pollfd pollfd = { questions, POLLIN, 0 };
+	struct pollfd pollfd = { .fd = questions };
 	struct question question;
 	size_t i;
 
@@ -11018,11 +11018,13 @@ helper_run(int questions, int answers)
 		bool some = children_reap(children, answers);
 		struct child *child = child_slot(children);
 
-		/* Without a slot, questions wait in the pipe. */
-		if (poll(&pollfd, child != NULL, some ? REAP_MS : -1) <= 0)
+		/* Without a slot, questions wait, but the end does not. */
+		pollfd.events = child != NULL ? POLLIN : 0;
+		if (poll(&pollfd, 1, some ? REAP_MS : -1) <= 0)
 			continue;
-		if (fd_read(questions, &question, sizeof(question)) !=
-		    (ssize_t)sizeof(question))
+		if (child == NULL ||
+		    fd_read(questions, &question, sizeof(question)) !=
+			(ssize_t)sizeof(question))
 			break;
 		child_fork(child, &question, questions, answers);
 	}

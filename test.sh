@@ -16400,6 +16400,19 @@ test_names_hanging() { # forty names that hang keep no other name waiting
 	served
 }
 
+test_names_hanging_end() { # forty names that hang do not keep standard output open
+	have mkfifo && mkfifo piped.log || skip "no mkfifo"
+	spawn lines cat piped.log
+	name=piped start_names 127.0.0.1
+	many 40 hang 'send GET http://slow@.test/ HTTP/1.1\nHost: x\n\n'
+	"$peer" sleep 300
+	kill -TERM "$proxy_pid"
+	"$peer" sleep 100
+	stop_proxy
+	wait_exit "$spawned" 1 || fail "standard output is open"
+	touch hang.over
+}
+
 # ---- 19. Log ----------------------------------------------------------------
 
 test_log_injection() { # no input can split a line or forge a field; the longest line ends like every other
