@@ -12209,16 +12209,18 @@ record_request(const struct exchange *x, const struct tape *t,
 		(void)text_split(&line, ' ');
 		url = text_split(&line, ' ');
 	}
-	if (text_is(quotes->name, "CONNECT"))
-		record_append(text_of("connect://"));
-	else if (text_starts(url, "/")) {
-		record_append(text_of("http://"));
-		record_escape(record_field(head, "Host"), false);
-	} else if (quotes->name.len == 0) {
+	if (quotes->name.len == 0) {
 		record_append(text_of("invalid:"));
 		buffer_escape(buffer_clear(&malformed), url, BUFFER_ROOM / 2,
 		    false);
 		url = buffer_text(&malformed);
+	} else if (text_is(quotes->name, "CONNECT"))
+		record_append(text_of("connect://"));
+	else if (text_starts(url, "/") || text_is(url, "*")) {
+		record_append(text_of("http://"));
+		record_escape(record_field(head, "Host"), false);
+		/* That of `*' has no path, RFC 9112 section 3.3. */
+		url = text_from(url, *url.at == '*');
 	}
 	record_escape(url, false);
 	record_json("'");

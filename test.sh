@@ -16767,6 +16767,10 @@ test_record() { # -w: heads, bodies, times and reasons, in HAR
 	ask    http://x.test/fuer = 403
 	== no request at all
 	client send nonsense\n\n ; eof
+	== nor this
+	client send /a "b\n\n ; eof
+	== a request to the server as a whole
+	client send OPTIONS * HTTP/1.1\nHost: h:9\nMax-Forwards: 0\n\n ; answer
 END
 	recorded GET '^[{]"startedDateTime":"20[0-9-]*T[0-9:]*[.][0-9]{3}Z","cache":[{][}],"connection":"127.0.0.1:[0-9]*","serverIPAddress":"127.0.0.1","comment":"end=done","request":[{]"method":"GET","httpVersion":"HTTP/1.1","url":"http://[0-9.:]*/p[?]a=1&b&c=%20=","queryString":\[[{]"name":"a","value":"1"[}],[{]"name":"b","value":""[}],[{]"name":"c","value":"%20="[}]\],"cookies":\[\],"headers":\[[{]"name":"Host",.*[{]"name":"Accept-Encoding","value":"gzip"[}],[{]"name":"Authorization","value":"[*]{3}"[}]\],"headersSize":[0-9]*,"bodySize":0[}],"response":[{]"status":200,"statusText":"OK","httpVersion":"HTTP/1.1","redirectURL":"","cookies":\[\],"headers":\[.*[{]"name":"X-A","value":"a\\"b\\\\c"[}]' \
 	    '"bodySize":15,"content":[{]"size":15,"mimeType":"text/plain","text":"h..llo\\n\\"you\\"\\\\\\t[.]"[}][}],"time":[0-9]*,"timings":[{]"blocked":[0-9]*,"dns":-1,"connect":[0-9]*,"send":[0-9]*,"wait":[0-9]*,"receive":[0-9]*[}][}],?$'
@@ -16778,7 +16782,8 @@ END
 	recorded upgrade '"url":"http://[0-9.:]*/u{200}[?]b=c","queryString":\[[{]"name":"b","value":"c"[}]\].*"status":101,'
 	recorded words '"comment":"end=done, rule -e:2, f'"$(printf '\303\274')"'r alle".*/fuer'
 	recorded refusal '"comment":"end=done, rule -e:1, a rule forbids this".*"status":403,.*"text":"403 Forbidden: ' \
-	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"invalid:nonsense"'
+	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"invalid:nonsense"' '"url":"invalid:/a%20%22b"'
+	recorded OPTIONS '"url":"http://h:9","queryString"'
 	recorded login '"Referer","value":"http://[*]+@h/".*"redirectURL":"http://[*]+@h/".*"Location","value":"http://[*]+@h/"'
 	lacks s.har c2VjcmV0
 	lacks s.har pw3cret
