@@ -13758,11 +13758,11 @@ page_trace(struct exchange *x)
 
 enum {
 	/*
-	 * Steps of one exchange in a turn, and the bytes after which it takes
-	 * no more: others wait meanwhile.
+	 * Steps of one exchange in a turn, and the bytes read and written after
+	 * which it takes no more: others wait meanwhile.
 	 */
 	STEPS_MAX = 64,
-	TURN_BYTES = 256 << 10,
+	TURN_BYTES = 512 << 10,
 	/* Buffers of a flow in a step. */
 	MOVES_MAX = 8,
 	/* 1xx responses before the final one. */
@@ -16281,6 +16281,14 @@ exchange_overhear(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 }
 
+/* Bytes read and written so far; what is dropped or stored is only read. */
+static uint64_t
+exchange_traffic(void)
+{
+	return totals.received[0] + totals.received[1] + totals.sent[0] +
+	    totals.sent[1];
+}
+
 /*
  * Runs x until nothing moves or its share of this turn is used up.  Then waits
  * for what its last step or exchange_overhear() tried to read or write, and
@@ -16300,8 +16308,7 @@ exchange_run(struct exchange *x)
 		[PHASE_LINGER] = linger_step,
 	};
 	struct conn *c = &x->client, *s = &x->server;
-	const uint64_t *sent = totals.sent,
-		       most = sent[0] + sent[1] + TURN_BYTES;
+	const uint64_t most = exchange_traffic() + TURN_BYTES;
 	unsigned n = 0;
 	bool more;
 
@@ -16309,7 +16316,7 @@ exchange_run(struct exchange *x)
 		c->wanted = s->wanted = false;
 		x->deadline = INT64_MAX;
 		more = steps[x->phase] && steps[x->phase](x);
-	} while (more && ++n < STEPS_MAX && sent[0] + sent[1] < most);
+	} while (more && ++n < STEPS_MAX && exchange_traffic() < most);
 	exchange_overhear(x);
 	exchange_check(x);
 	if (x->phase == PHASE_FREE)
