@@ -6000,11 +6000,11 @@ view_route(struct view *v, const struct parent *parent)
 {
 	bool to = parent != NULL && parent->kind == PARENT_TO;
 
-	if (to && v->address == &v->literal)
+	if (to) {
 		v->address = NULL;
-	if (to)
 		view_literal(v, text_of(parent->host), parent->port);
-	else if (parent_is_proxy(parent) && v->address == NULL)
+	}
+	if (parent_is_proxy(parent) && v->address == NULL)
 		v->never |= FACT_ADDRESS;
 }
 
@@ -18071,10 +18071,11 @@ trial_judge(struct trial *t)
 }
 
 /*
- * Looks up the server's name and judges again, by its first address, and while
- * that is denied, by the next.  If there is none, prints why.
+ * Looks up the server's name and judges again: the route by the first address,
+ * access by that, and while it is denied by the next.  False, after saying why,
+ * if there is none.
  */
-static void
+static bool
 trial_resolve(struct trial *t)
 {
 	struct addrinfo hints = { .ai_socktype = SOCK_STREAM };
@@ -18091,18 +18092,23 @@ trial_resolve(struct trial *t)
 	if (error != 0) {
 		printf("\taddress: the name lookup failed: %s\n",
 		    gai_strerror(error));
-		return;
+		return false;
 	}
 	at = found;
 	do {
 		t->address = address_import(at->ai_addr);
 		address_settle(&t->address);
 		view_source(&t->view, &t->address);
-		trial_judge(t);
+		if (t->route.truth == TRUTH_UNDECIDED)
+			trial_judge(t);
+		else
+			t->access =
+			    rules_judge(t->rules, GROUP_ACCESS, &t->view);
 		at = at->ai_next;
-	} while (
-	    at != NULL && t->access.refuses && !parent_is_proxy(t->parent));
+	} while (at != NULL && t->access.refuses &&
+	    t->view.address == &t->address && !parent_is_proxy(t->parent));
 	freeaddrinfo(found);
+	return true;
 }
 
 /* True if a verdict is open because the server's address is not known yet. */
@@ -18193,8 +18199,10 @@ trial_run(const char *words)
 	trial_parse(&t, words);
 	t.rules = rules_take(&t.request.head, &user);
 	trial_judge(&t);
-	if (trial_needs_address(&t))
-		trial_resolve(&t);
+	/* The address may lead `to' another server. */
+	if (trial_needs_address(&t) && trial_resolve(&t) &&
+	    t.view.address == NULL)
+		(void)trial_resolve(&t);
 	trial_access(&t.access, &t.view);
 	trial_route(&t);
 	if (!t.access.refuses)

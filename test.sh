@@ -10813,6 +10813,16 @@ END
 	tries -e 'deny address 192.0.2.7' -e 'deny address 192.0.2.8' <<'END'
 http://f.example/ = 1 deny -e:2
 END
+	# The first address chooses the route, and access is judged by those of the
+	# server that this leads to.
+	tries -e 'deny address 192.0.2.7' -e 'via http://p address 192.0.2.8' <<'END'
+http://e.example/ = 0 allow built-in:3 direct
+END
+	: > names
+	tries -e 'to g.example:1 address 192.0.2.7' -e 'deny address 192.0.2.7' <<'END'
+http://e.example/ = 0 allow built-in:3 to g.example:1 -e:1
+END
+	has names '^g'
 	run_proxy -e 'deny type text/html' -T http://nowhere.invalid/
 	lacks out 'address:'
 	# A name that can't be looked up.
