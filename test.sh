@@ -11945,7 +11945,7 @@ END
 
 # Examples by task, as the manual has them.
 
-test_rules_manual() { # the examples of the manual are right, each by itself
+test_rules_manual() { # RULES in the manual: grammar and examples are right
 	need_source
 	[ -f "$here/proxy.1" ] || skip "no proxy.1 beside test.sh"
 	echo ads.example | tee ads.txt > trackers.txt
@@ -11959,6 +11959,18 @@ test_rules_manual() { # the examples of the manual are right, each by itself
 	for example in example.*; do
 		exits 0 -n -f "$example"
 	done
+	sed -n '/^\.Sh RULES/,/^\.Pp/p' "$here/proxy.1" | sed -n 2p > first
+	has first '^The first rule that matches decides'
+	sed -n '/^\.Ss Grammar/,/^\.Ed/p' "$here/proxy.1" | sed '1,2d;$d' > grammar
+	counts 10 grammar .
+	sed -n 's/^	\[[AS][A-Z]*_[A-Z]*\] = { "\([a-z]*\)", [0GF].*/\1/p' \
+		"$here/proxy.c" | sort > words
+	awk -F '[=|]' '{ for (i = 2; i <= NF; i++)
+		print substr($i, 2) }' grammar | sed 's/ .*//' | sort > known
+	comm -23 words known > missing
+	has words '^allow$'
+	has words '^chance$'
+	[ ! -s missing ] || fail "not in the grammar: $(cat missing)"
 }
 
 test_rules_examples() { # each example of the manual does its task
