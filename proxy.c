@@ -16686,8 +16686,8 @@ loop_make_room(struct listener *l)
 	exchanges.crowded = true;
 	if (said == 0 || now.ms - said >= CROWDED_SAY_MS) {
 		said = now.ms;
-		warn("all %lu connections are in use (-m): idle clients give "
-		     "way, others wait",
+		warn("all %lu connections are in use (-m, ulimit -n): idle "
+		     "clients give way, others wait",
 		    (unsigned long)exchanges.n);
 	}
 	x = loop_idlest();

@@ -19577,7 +19577,7 @@ test_limit_slots_burst() { # more clients at once than slots: who has just come 
 		print "over " n " ; answer" }' | client c
 	came_to c open
 	counts 20 c HTTP/1.1.200
-	has err 'all 4 connections are in use (-m)'
+	has err 'all 4 connections are in use (-m, ulimit -n)'
 }
 
 test_limit_slots_wait() { # all slots taken and another client waits: the answer says that its connection ends
