@@ -628,8 +628,8 @@ enum greeting {
 
 /* What the rules say to a request; all zero at its start. */
 struct access {
-	bool undecided;        /* a rule must know more to let it pass */
-	bool route_undecided;  /* the server's address tells the way */
+	bool undecided;        /* more must be known to let it pass */
+	bool route_undecided;  /* the route needs the server's address */
 	bool bent;             /* the rules that bend were judged */
 	unsigned found;        /* texts found in the body: bits */
 	size_t unjudged;       /* bytes of it since it was last judged */
@@ -643,8 +643,8 @@ struct route {
 	const struct address *from; /* local addresses: IPv4, IPv6; or NULL */
 	enum greeting greeting;     /* state of a SOCKS5 handshake */
 	int error;                  /* errno of the last address */
-	unsigned char n, next;      /* addresses: known, tried */
-	unsigned char tries;        /* connections in table `others` */
+	unsigned char n, next;      /* addresses known, addresses tried */
+	unsigned char tries;        /* attempts in the table `others` */
 	bool reused;                /* the connection has served a request */
 	bool fresh;                 /* the connection must be a new one */
 	bool keep;                  /* the connection may be used again */
@@ -741,8 +741,8 @@ struct bend {
 
 /*
  * What the log says of an exchange.  It stays when the request has gone, as in
- * a tunnel.  A new field of the log: a member here that is set where it is
- * known, log_line(), and LOG in the manual.
+ * a tunnel.  To add a field to the log, add a member here, set it where it is
+ * known, write it in log_line(), and describe it under LOG in the manual.
  */
 struct record {
 	int64_t start;              /* ms: the request's first byte came */
@@ -769,7 +769,7 @@ struct note {
  */
 struct exchange {
 	struct exchange *next_again; /* in the list of those to be run */
-	bool again;                  /* it is there: also as a free slot */
+	bool again;                  /* in that list; also when free */
 	enum phase phase;            /* set by exchange_enter() only */
 	bool tunnel : 1;             /* it is one, and has no request */
 	bool refresh : 1;            /* it has no client: see cache_detach() */
@@ -779,11 +779,11 @@ struct exchange {
 	bool traced : 1;       /* a rule has it traced */
 	bool intercepted : 1;  /* a firewall sent the client here */
 	bool unnamed : 1;      /* a PROXY header must name the client first */
-	bool hidden : 1;       /* its client speaks TLS and expects a server */
+	bool hidden : 1;       /* its client speaks TLS: send it no pages */
 	uint64_t number;       /* of the request, from its first byte; or 0 */
 	int64_t since;         /* ms: the phase began, or a request */
-	int64_t moved;         /* ms: when there was progress, see its uses */
-	int64_t deadline;      /* ms: it is run again at the latest */
+	int64_t moved;         /* ms: the idle timeout runs from then on */
+	int64_t deadline;      /* ms: it is run again by then */
 	struct exchange *next; /* in the list of free slots */
 	struct address peer;   /* of the client */
 	struct conn client, server; /* its two sides */
@@ -1065,7 +1065,7 @@ enum result {
 	RESULT_TUNNEL,  /* it was a tunnel */
 	RESULT_LOCAL,   /* a page of the proxy's own */
 	RESULT_REFUSED, /* by the proxy: the request was wrong or forbidden */
-	RESULT_FAILED,  /* the response could not be had, or was cut short */
+	RESULT_FAILED,  /* there was no response, or it was truncated */
 	RESULTS
 };
 
@@ -1451,7 +1451,7 @@ secret_hide(char *at, size_t n, const char *ends)
 	}
 }
 
-/* The same for what a user wrote: no byte but these ends a login there. */
+/* The same for a rule or an option: only blanks and quotes end a login. */
 static void
 secret_hide_string(char *string)
 {
@@ -1892,9 +1892,9 @@ is_escaped(char c)
 }
 
 /*
- * Appends t in at most max bytes, of which "..." stands for what has no room,
- * and writes those that could split or forge a line as %XX; "-" if t is empty.
- * With `blanks`, blanks stay, since the text is in quotes.
+ * Appends t in at most max bytes; "..." at its end says that it was cut.  Bytes
+ * that could split or forge a line become %XX; an empty t becomes "-".  With
+ * `blanks`, blanks stay, since the text is in quotes.
  */
 static void
 buffer_escape(struct buffer *b, struct text t, size_t max, bool blanks)
@@ -2137,10 +2137,10 @@ poll_remove(struct conn *c)
 }
 
 /*
- * Sets the events to wait for at c, and moves it into the prefix: it had an
- * event, or the other side of its exchange, which may have an answer for it
- * soon.  After a hangup there is nothing to wait for: poll would return at once
- * each time.  What is left there is found by trying.
+ * Sets the events to wait for at c, and moves it into the prefix.  If only the
+ * other side of its exchange had an event, c may be needed soon.  After a
+ * hangup there is nothing to wait for: poll would return at once each time.
+ * What is left to read then is found by trying.
  */
 static void
 conn_watch(struct conn *c, int events)
@@ -2426,8 +2426,8 @@ conn_drop_head(struct conn *c, size_t n)
 }
 
 /*
- * `out`, made if there is none.  NULL if there is no memory; only a page of
- * the proxy's own takes from the reserve on its way to the client.
+ * Returns `out`, a new one if there was none; NULL if there is no memory.  Only
+ * a page of the proxy's own takes from the reserve on its way to the client.
  */
 static struct buffer *
 conn_out(struct conn *c)
@@ -2441,7 +2441,7 @@ conn_out(struct conn *c)
 	return c->out;
 }
 
-/* True if nothing reaches the peer any more; what it sent may be unread yet. */
+/* True if nothing reaches the peer any more; bytes from it may be unread. */
 static bool
 conn_is_gone(const struct conn *c)
 {
@@ -2846,9 +2846,9 @@ other_find(const struct hop *hop)
 }
 
 /*
- * True if nothing came on a kept connection.  Those in the prefix of the poll
- * set were asked this turn, unless they became kept in it.  What comes without
- * a request is no answer (RFC 9112 section 9.2).
+ * True if nothing came on a kept connection.  poll(2) was asked in this turn
+ * about those in the prefix that were kept before.  Bytes that come without a
+ * request are no answer (RFC 9112 section 9.2).
  */
 static bool
 other_is_quiet(const struct other *o)
@@ -3372,8 +3372,8 @@ head_lists(const struct head *h, const char *name, struct text word)
 /*
  * Reads Content-Length (RFC 9112 section 6.3, item 5): digits, and one value;
  * equal repeats, in one line or several, count as one.  Empty members are
- * refused: it is no list, and its repeats may be, too (RFC 9110 section 8.6).
- * 0: no such field.
+ * refused, as RFC 9110 section 8.6 allows: the field is not a list.  0: no such
+ * field.
  */
 static int
 head_length(const struct head *h, uint64_t *length)
@@ -3404,7 +3404,7 @@ head_length(const struct head *h, uint64_t *length)
  * Reads Transfer-Encoding (RFC 9112 section 6.1): `chunked`, once, and nothing
  * else, since the proxy can't decode more; in one line, as no sender has a
  * reason for two.  Empty members are ignored (RFC 9110 section 5.6.1.2): the
- * field that leaves is the proxy's own, so it is read there as it is here.  0:
+ * next hop gets a field of the proxy's own, and can't read it differently.  0:
  * no such field.
  */
 static int
@@ -3457,9 +3457,9 @@ head_framing(const struct head *h, enum framing *framing, uint64_t *length,
 /* ---- 7. Heads: requests and responses ---- */
 
 /*
- * Reads from a head who is asked for what, and from which version; says which
- * fields pass; and writes the parts of a head.  It refuses as the section
- * before it does.
+ * Reads the first line of a head, and the fields that frame or route the
+ * message; says which fields pass; and writes the parts of a head.  Parsers
+ * return as in section 6.
  *
  * Door: absolute_parse, address_read, authority_parse, authority_print,
  * conn_head, field_append, field_passes, fields_append, fields_not_late,
@@ -3838,7 +3838,7 @@ static const char fields_of_condition[][LISTED_NAME] = { "If-None-Match",
 
 /*
  * True if list, which ends in "", has name.  Every field of every head is
- * sought in lists, so the first letters are compared before all is.
+ * looked up in lists, so the first letters are compared first.
  */
 static bool
 name_is_among(struct text name, const char (*list)[LISTED_NAME])
@@ -3880,7 +3880,7 @@ field_append(struct buffer *b, const struct head *h, size_t i)
 	line_append(b, field_name(h, i), field_value(h, i));
 }
 
-/* Appends the fields of h but those that `without` names; an empty line. */
+/* Appends the fields of h that `without` does not name, and an empty line. */
 static void
 fields_append(struct buffer *b, const struct head *h,
     const char (*without)[LISTED_NAME])
@@ -3959,7 +3959,7 @@ address_read(struct text t)
 	return a;
 }
 
-/* The length of a response's body; UINT64_MAX: its head does not say it. */
+/* The length of a response's body; UINT64_MAX if its head has none. */
 static uint64_t
 response_length(const struct response *r)
 {
@@ -3986,8 +3986,8 @@ head_logs_in(const struct head *h, const char *name)
 }
 
 /*
- * The length of the head in c's `in`, with `skip` bytes in front of it; as
- * head_find() has it.
+ * Looks for the end of the head in c's `in`, which begins behind `skip` bytes.
+ * Returns as head_find() does; the length includes those bytes.
  */
 static int
 conn_head(struct conn *c, size_t skip, bool lenient)
@@ -4007,8 +4007,9 @@ head_is_hopeless(const struct buffer *b)
 }
 
 /*
- * The first bytes are no HTTP, or too many: the refusal, or none yet.  Other
- * protocols are known by their first byte and would never send an empty line.
+ * Returns a refusal if the bytes are not HTTP, or too many, else REFUSE_NONE.
+ * Other protocols are known by their first byte: they would never send an empty
+ * line.
  */
 static enum refusal
 request_hopeless(const struct buffer *b, bool whole)
@@ -4086,9 +4087,9 @@ request_mask(struct buffer *b)
 }
 
 /*
- * Max-Forwards (RFC 9110 section 7.6.2) counts for TRACE and OPTIONS only; more
- * than fits into a number is as much as does.  True if the request ends here;
- * -refusal if it is no number.
+ * Max-Forwards (RFC 9110 section 7.6.2) counts for TRACE and OPTIONS only.
+ * Returns 1 if the request ends here, 0 if not, and -refusal if the value is no
+ * number; one that is too large counts as the largest.
  */
 static int
 request_is_last(const struct request *r)
@@ -11967,7 +11968,7 @@ tape_add(const struct exchange *x, enum tape_part part, struct text piece)
 	}
 }
 
-/* Forgets what the tape has of the response's body and the client has not. */
+/* Forgets the part of the response's body that the client has not got. */
 static void
 tape_cut(const struct exchange *x)
 {
@@ -12375,8 +12376,8 @@ record_exchange(const struct exchange *x)
 
 /*
  * With -v, a line for each step and each field of a head, on standard error;
- * with -vv the payload too.  What a TLS greeting tells of a tunnel, for trace
- * and log, is the name of its server.
+ * with -vv the payload too.  For the log and the trace of a tunnel, the name of
+ * its server is read from the TLS greeting.
  *
  * Door: trace_end, trace_head, trace_mended, trace_dump, trace_change,
  * hello_name, hello_is_whole.
@@ -12887,8 +12888,8 @@ connection_append(const struct request *q, struct buffer *b)
 /*
  * Appends the whole request head for the next hop to b.  To drop a field, name
  * it in fields_of_hop[], so that no client, server or rule writes it, in
- * trace_reasons[], and in the manual.  A new field of our own needs this, too,
- * and a line here, but not with options.anonymous.
+ * trace_reasons[], and under Rewriting in the manual.  To add a field of our
+ * own, do the same and append it here, unless options.anonymous is set.
  */
 static void
 request_build(struct exchange *x, struct buffer *b)
@@ -13642,7 +13643,7 @@ page_own(struct exchange *x, const struct page *page)
 
 /*
  * The answer of a rule: a text, or a file as it is now, which is read like the
- * body of an entry.  One for which a small buffer has no room is refused.  A
+ * body of an entry.  One that does not fit into a small buffer is refused.  A
  * 205 or 304 has no content, and a 206 has all of it (RFC 9110 sections 15.3.6,
  * 15.4.5 and 15.3.7).
  */
@@ -13782,8 +13783,8 @@ enum {
 /* ---- changes of phase, and the end ---- */
 
 /*
- * What bends x, made if there is none, with the name of one more rule; NULL if
- * there is no memory.
+ * Returns x->bend, a new one if there was none, and adds the name of a rule to
+ * it; NULL if there is no memory.
  */
 static struct bend *
 bend_take(struct exchange *x, const struct rule *rule)
@@ -13813,7 +13814,7 @@ bend_drop(struct exchange *x)
 	x->bend = NULL;
 }
 
-/* Sets whether the rules must know more to decide on x. */
+/* Sets whether more must be known before the rules can decide on x. */
 static void
 access_doubt(struct exchange *x, bool undecided)
 {
@@ -13932,9 +13933,8 @@ exchange_close(struct exchange *x, bool reset)
 
 /*
  * Ends an exchange early.  A truncated response must not look complete: where
- * closing marks the end of the body, the connection is reset instead.  So is a
- * tunnel if one side was, or if bytes for one side are lost; else it is
- * closed.
+ * closing marks the end of the body, the connection is reset instead.  A tunnel
+ * is reset, too, if one side was, or if bytes for one side are lost.
  */
 static void
 exchange_abort(struct exchange *x, enum end end, enum refusal refusal)
@@ -13970,7 +13970,7 @@ exchange_answer(struct exchange *x)
 
 /*
  * Refuses the request with a page, in any phase.  After a response head has
- * gone out, all that is left is to end the exchange.
+ * gone out, the exchange can only be ended.
  */
 static void
 exchange_deny(struct exchange *x, enum refusal refusal, const char *detail)
@@ -14031,7 +14031,7 @@ access_refuse(struct exchange *x)
 			"");
 }
 
-/* True if a rule refuses x, given the facts in v; undecided stays open. */
+/* True if a rule refuses x; sets whether the facts in v are enough. */
 static bool
 access_is_refused(struct exchange *x, struct view *v)
 {
@@ -14070,8 +14070,8 @@ parent_use(struct exchange *x, struct parent *parent)
 }
 
 /*
- * Of a rule's parents that have not failed since then, the first that has not
- * failed lately, else the first; or NULL.
+ * Of a rule's parents that have not failed since that time, returns the first
+ * that has not failed lately, or else the first; NULL if there is none.
  */
 static struct parent *
 parent_choose(struct parent *first, int64_t since)
@@ -14366,9 +14366,8 @@ access_response(struct exchange *x, const struct response *r, struct text head)
 
 /*
  * Judges a piece of the body, the last one if `whole`, by the texts in it and
- * the length so far.  True if it may pass.  What comes in small pieces is
- * judged when they are JUDGE_BYTES, as judging costs as much as the head is
- * long.
+ * the length so far.  True if it may pass.  Small pieces are judged together
+ * when they are JUDGE_BYTES, since each time the head is parsed again.
  */
 static bool
 access_body(struct exchange *x, struct text piece, bool whole)
@@ -14550,7 +14549,7 @@ request_take(struct exchange *x, size_t n)
 	return true;
 }
 
-/* Keeps what came of a request for the log: its head is wrong or cut short. */
+/* Keeps a head that is wrong or truncated, as far as it came, for the log. */
 static void
 request_salvage(struct exchange *x)
 {
@@ -14709,9 +14708,8 @@ collapse_step(struct exchange *x)
 }
 
 /*
- * Makes an intercepted request, for a path or *, one to a proxy: its URL is
- * made of Host, which is only what the client claims.  Returns 1, or what is
- * wrong.
+ * Turns an intercepted request, for a path or *, into one to a proxy: its URL
+ * is made of Host, which is only a claim of the client.  Returns as a parser.
  */
 static int
 request_adopt(struct request *q)
@@ -14914,7 +14912,7 @@ request_step(struct exchange *x)
 	if (x->unnamed)
 		return header_step(x);
 	begun = request_begin(x);
-	/* What is there by then is read, but empty lines can come for ever. */
+	/* What has come by then is read; empty lines do not count. */
 	late = exchange_is_late(x,
 	    x->since + (begun || !x->served ? HEAD_MS : KEPT_CLIENT_MS));
 	tls = begun && x->intercepted && !x->served &&
@@ -15042,9 +15040,9 @@ resolve_strike(struct exchange *x, struct view *v)
 }
 
 /*
- * Addresses are in the list.  If they are the server's, and a rule needs them
- * to choose the parent, does that; else judges them as those of the next hop,
- * and chooses the local address.
+ * Judges the addresses in the list.  If they are the server's, and a rule needs
+ * them to choose the parent, chooses it; otherwise they are those of the next
+ * hop: drops what rules forbid, and chooses the local address.
  */
 static void
 resolve_judge(struct exchange *x)
@@ -15710,8 +15708,8 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 }
 
 /*
- * Lets r, a head of n bytes, validate an entry.  True if r is not the answer:
- * the entry is, or has vanished and the server is asked again.
+ * Lets r, a head of n bytes, validate an entry.  True if r is not forwarded:
+ * the entry answers, or it has vanished and the server is asked again.
  */
 static bool
 response_validates(struct exchange *x, const struct response *r, size_t n)
@@ -15973,8 +15971,7 @@ tunnel_shut(struct exchange *x, struct conn *to, const char *from)
  * way.  When nothing is left to write then, the idle timeout is HALF_CLOSED_MS,
  * or -t if that is less; the log says `limit`.  If one side resets its
  * connection, the other side first gets the bytes that have arrived, and then a
- * reset; if a rule or that side slows these down, they have the time of a
- * half-closed tunnel in all.
+ * reset.  If these bytes are slow to go, they have HALF_CLOSED_MS in all.
  */
 static bool
 tunnel_judge(struct exchange *x)
@@ -16018,9 +16015,10 @@ relay_uploads(struct exchange *x)
 }
 
 /*
- * The client left, or is cut off: true if the cache wants the fetch, which
- * continues as one that relay_part() moved, without its log line and what bends
- * it.  A body that ends with the connection must not seem complete.
+ * The client left, or is cut off: true if the cache wants the fetch.  It then
+ * goes on without a client, as after relay_part(): its line is logged now, and
+ * no rule bends it.  A body that ends with the connection must not seem
+ * complete.
  */
 static bool
 relay_goes_on(struct exchange *x, enum end end)
@@ -16119,8 +16117,8 @@ relay_resume(struct exchange *x)
 }
 
 /*
- * Ends x if no byte was written for too long; true if so.  That is less for a
- * tunnel of which one side has gone, or has ended with nothing left to write.
+ * Ends x if no byte was written for too long; true if so.  The time is shorter
+ * for a tunnel if one side has gone, or has ended with nothing left to write.
  */
 static bool
 relay_expire(struct exchange *x)
@@ -16353,9 +16351,8 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
 
 /*
  * Waits for events, runs the exchanges concerned, handles deadlines, and
- * accepts clients last.  poll(2) is the only call that may block.  Signals, the
- * command that the proxy runs, the service manager and the workers are looked
- * after here.
+ * accepts clients last.  poll(2) is the only call that may block.  It also
+ * handles signals, the end of the command, the service manager and workers.
  *
  * Door: command, loop_accept_all, loop_run, loop_signals, notify, signal_conn,
  * signals_begin, signals_fork, signals_open, signals_restore, workers_signal.
@@ -16585,7 +16582,7 @@ loop_expire(void)
 		else
 			exchanges.wake = least(exchanges.wake, x->deadline);
 	}
-	/* A search of all slots takes its time: many are not done each ms. */
+	/* With many slots a search takes too long to be done each ms. */
 	soonest = now.ms + (int64_t)(exchanges.used / EXPIRE_SLOTS);
 	if (exchanges.wake < soonest)
 		exchanges.wake = soonest;
@@ -16711,8 +16708,8 @@ loop_make_room(struct listener *l)
  * True if the next client is left to another worker, as that has fewer.  All
  * wake up when a client comes, and the first would take most: one connection
  * may have much to do, so clients are spread evenly.  If nobody takes it for
- * YIELD_MS, this worker does.  If it is full and others have room, it waits
- * until nothing has changed at any of them for YIELD_FULL_MS: they hang.
+ * YIELD_MS, this worker does.  A full worker first waits until no worker has
+ * taken or lost a client for YIELD_FULL_MS: those with room hang.
  */
 static bool
 loop_yields(void)
@@ -17042,8 +17039,9 @@ signals_open(void)
 }
 
 /*
- * Forks as fork(2) does.  Signals wait meanwhile, and in the child until it
- * has set its own: it would write them to the pipe of its parent.
+ * Forks as fork(2) does, with all signals blocked.  In the child they stay
+ * blocked until it has set its own handlers: those of its parent would write to
+ * the parent's pipe.
  */
 static pid_t
 signals_fork(void)
@@ -17081,7 +17079,7 @@ workers_signal(int number)
 			(void)kill(workers[i].pid, number);
 }
 
-/* The supervisor says why worker i has ended. */
+/* The supervisor prints why worker i has ended. */
 static void
 worker_ended(size_t i, int status)
 {
@@ -17168,8 +17166,8 @@ loop_signals(void)
 }
 
 /*
- * Reads new rules, as long as a turn may take.  A worker says nothing of it,
- * since its supervisor reads the same and does.
+ * Reads new rules, as long as a turn may take.  A worker prints nothing about
+ * them: its supervisor reads the same.
  */
 static void
 loop_rules(void)
@@ -17242,8 +17240,8 @@ loop_run(void)
  * With -j, the program becomes a supervisor that serves nobody, and forks
  * workers, which are whole proxies: each has its own loop, slots, kept
  * connections and names helper.  The supervisor replaces those that die, and
- * passes signals on.  It keeps the sockets that it has bound open, and never
- * polls them, for workers to come.  It obeys SIGHUP as they do, so that those
+ * passes signals on.  It keeps the bound sockets open for workers that start
+ * later, and never polls them.  It obeys SIGHUP, too, so that those workers
  * have the rules and the log now in force.
  *
  * Door: workers_run.
@@ -17405,7 +17403,8 @@ struct option {
 
 /*
  * A new option is a row here, a member of `options` and its use, and its text
- * in proxy.1, there in SYNOPSIS too.
+ * in proxy.1, there in SYNOPSIS too.  One that stands for a rule is used in
+ * options_read().
  */
 static const struct option option_table[] = {
 	{ 'a', "", "tell servers nothing about the client or the proxy",
@@ -18405,8 +18404,8 @@ command_prepare(unsigned sockets)
 }
 
 /*
- * Starts the command.  It reaches the proxy by the first address where it need
- * not say who it is; one that stands for all addresses is reached by loopback.
+ * Starts the command.  It reaches the proxy at the first address that wants no
+ * PROXY header; an address that stands for all is reached by loopback.
  */
 static void
 command_start(void)
@@ -18450,8 +18449,8 @@ command_end(void)
 }
 
 /*
- * Listens at the first `given` descriptors of a service manager, and at what
- * -l says, if at neither then where it is usual.
+ * Listens at the first `given` descriptors of a service manager, and at the
+ * addresses of -l; if there are none of either, at the default address.
  */
 static void
 listen_all(unsigned given)
