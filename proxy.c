@@ -565,12 +565,14 @@ enum refusal {
 	REFUSE_ANSWER,
 	REFUSE_ANSWER_LONG,
 	REFUSE_ANSWER_SLOW,
+	REFUSE_REQUEST_UNREAD,
 	REFUSE_INTERIM,
 	REFUSE_UPGRADE,
 	REFUSE_LOGIN,
 	REFUSE_PARENT_LOGIN,
 	REFUSE_PARENT,
 	REFUSE_CUT_SHORT,
+	REFUSE_ANSWER_UNREAD,
 	REFUSE_IDLE,
 	REFUSE_MEMORY,
 	REFUSALS
@@ -3000,6 +3002,9 @@ static const struct {
 	    "the answer's head is too long" },
 	[REFUSE_ANSWER_SLOW] = { 504, CAUSE_ANSWER, "http_response_timeout",
 	    "the server did not answer in time" },
+	[REFUSE_REQUEST_UNREAD] = { 504, CAUSE_ANSWER,
+	    "connection_write_timeout",
+	    "the server stopped reading the request" },
 	[REFUSE_INTERIM] = { BAD_ANSWER, "too many interim answers" },
 	[REFUSE_UPGRADE] = { 502, CAUSE_ANSWER, "http_upgrade_failed",
 	    "a switch of protocols that nobody asked for" },
@@ -3011,6 +3016,8 @@ static const struct {
 	    "the parent proxy failed" },
 	[REFUSE_CUT_SHORT] = { 502, CAUSE_ANSWER, "http_response_incomplete",
 	    "the answer was cut short" },
+	[REFUSE_ANSWER_UNREAD] = { 504, CAUSE_OTHER, "connection_write_timeout",
+	    "the client stopped reading the answer" },
 	[REFUSE_IDLE] = { 504, CAUSE_OTHER, "connection_read_timeout",
 	    "no byte moved for too long" },
 	[REFUSE_MEMORY] = { 503, CAUSE_OTHER, "proxy_internal_error",
@@ -12758,7 +12765,7 @@ hello_is_whole(struct text t, char *flat)
  * Door: request_build, exchange_rewrite, exchange_is_relayed, response_build,
  * greet_append, greet_length, greet_words, page_refusal,
  * page_is_ours, page_options, page_trace, page_find, page_own,
- * exchange_append, page_rule, phases, totals_show.
+ * exchange_append, exchange_waits, page_rule, phases, totals_show.
  */
 
 /* ---- the head for the server ---- */
@@ -15873,19 +15880,34 @@ response_lost(struct exchange *x)
 	    detail);
 }
 
+/*
+ * True if no byte was written for so long; the trace then shows which side x
+ * waits for.
+ */
+static bool
+exchange_is_idle(struct exchange *x, int64_t ms)
+{
+	if (!exchange_is_late(x, x->moved + ms))
+		return false;
+	trace(x, "out of time, waits for %s", exchange_waits(x));
+	return true;
+}
+
 /* Ends or refuses x if no byte was written for too long; true if so. */
 static bool
 response_expire(struct exchange *x)
 {
-	if (!exchange_is_late(x, x->moved + options.idle_ms))
+	if (!exchange_is_idle(x, options.idle_ms))
 		return false;
 	x->record.end = END_IDLE;
 	if (x->client.out != NULL || answer_is_local(x->request))
-		exchange_abort(x, END_IDLE, REFUSE_IDLE);
+		exchange_abort(x, END_IDLE,
+		    x->client.out != NULL ? REFUSE_ANSWER_UNREAD : REFUSE_IDLE);
 	else
 		exchange_refuse(x,
-		    x->up.done || x->server.out ? REFUSE_ANSWER_SLOW :
-						  REFUSE_BODY_SLOW,
+		    x->server.out  ? REFUSE_REQUEST_UNREAD :
+			x->up.done ? REFUSE_ANSWER_SLOW :
+				     REFUSE_BODY_SLOW,
 		    address_words(&x->record.server));
 	return true;
 }
@@ -16129,14 +16151,15 @@ relay_expire(struct exchange *x)
 		s->write_failed ||
 		((c->eof || s->eof) && c->out == NULL && s->out == NULL));
 
-	if (!exchange_is_late(x,
-		x->moved +
-		    (half ? least(HALF_CLOSED_MS, options.idle_ms) :
-			    options.idle_ms)))
+	if (!exchange_is_idle(x,
+		half ? least(HALF_CLOSED_MS, options.idle_ms) :
+		       options.idle_ms))
 		return false;
 	exchange_abort(x,
 	    x->tunnel && x->record.end != END_DONE ? END_LIMIT : END_IDLE,
-	    x->tunnel ? REFUSE_NONE : REFUSE_IDLE);
+	    x->tunnel          ? REFUSE_NONE :
+		c->out != NULL ? REFUSE_ANSWER_UNREAD :
+				 REFUSE_IDLE);
 	return true;
 }
 

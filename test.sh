@@ -17738,7 +17738,7 @@ END
 }
 
 test_limit_silence() { # -t: what is silent for too long, and what only is slow
-	start_proxy -t 1
+	start_proxy -t 1 -v
 	play 'no answer' <<'END'
 	origin head ; eof
 	ask    / = 504 Gateway Timeout error=http_response_timeout
@@ -17764,6 +17764,20 @@ test_limit_silence() { # -t: what is silent for too long, and what only is slow
 	gets   hello
 	gets~  ^-- end (eof|reset)
 	log    "POST http://%O/ HTTP/1.1" 408 .* up=5 .* why="
+	== a server that stops reading
+	origin head ; stall 4000
+	client send POST http://%O/ HTTP/1.1\nHost: %O\nContent-Length: 100000000\n\n
+	client stuff 100000000 ; answer
+	sees   HTTP/1.1 504 Gateway Timeout
+	sees~  error=connection_write_timeout
+	log    504 .* end=idle .*why="the server stopped reading the request"
+	err~   out of time, waits for the server to send or the server to receive
+	== a client that stops reading
+	origin head ; send HTTP/1.1 200 OK\nContent-Length: 100000000\n\n ; stuff 100000000
+	client send GET http://%O/ HTTP/1.1\nHost: %O\n\n ; until \n\n
+	client stall 2500 ; eof
+	log    200 [0-9]* .* end=idle .*why="the client stopped reading the answer"
+	err~   out of time, waits for the client to receive$
 	== an idle tunnel
 	origin want 4 ; eof
 	ask    CONNECT %O = 200
@@ -17784,6 +17798,7 @@ test_limit_silence() { # -t: what is silent for too long, and what only is slow
 	client stall 2500 ; eof
 	sees~  ^-- end reset
 	log    "CONNECT %O HTTP/1.1" 200 [0-9]+ .* end=idle
+	err~   out of time, waits for the client to send or the client to receive
 	== a tunnel that is alive is not closed
 	origin want 40 ; send pong ; eof
 	ask    CONNECT %O
