@@ -2887,6 +2887,10 @@ exchange_queue(struct exchange *x)
  * refusals, status_reason, text_is_clean, text_split.
  */
 
+/*
+ * The refusals.  A new one is a row here, a member of enum refusal, and a call
+ * of exchange_refuse(); REFUSALS in the manual has each status and error.
+ */
 static const struct {
 	int status;
 	enum cause cause;
