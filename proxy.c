@@ -16378,8 +16378,8 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
 
 /*
  * Waits for events, runs the exchanges concerned, handles deadlines, and
- * accepts clients last.  poll(2) is the only call that may block.  It also
- * handles signals, the end of the command, the service manager and workers.
+ * accepts clients last.  poll(2) is the only call that may block.  Signals, the
+ * command's end, the service manager and the workers are handled here, too.
  *
  * Door: command, loop_accept_all, loop_run, loop_signals, notify, signal_conn,
  * signals_begin, signals_fork, signals_open, signals_restore, workers_signal.
