@@ -11971,6 +11971,12 @@ test_rules_manual() { # RULES in the manual: grammar and examples are right
 	has words '^allow$'
 	has words '^chance$'
 	[ ! -s missing ] || fail "not in the grammar: $(cat missing)"
+	sed -n "/can't be changed: Connection/,/[.]\$/p" "$here/proxy.1" |
+		sed 's/.*: //' | tr -s ', .' '\n' | grep . | sort > fixed
+	sed -n '/^static const char fields_of_hop/,/;/p
+		/static const char fixed/,/;/p' "$here/proxy.c" |
+		tr '"' '\n' | grep '^[A-Z][-A-Za-z0-9]*$' | grep -v LISTED | sort > words
+	cmp words fixed > differ || fail "fields that can't be changed: $(cat words)"
 }
 
 test_rules_examples() { # each example of the manual does its task
