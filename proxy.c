@@ -13211,6 +13211,8 @@ exchange_waits(const struct exchange *x)
 	const struct conn *const conns[] = { &x->client, &x->server };
 	size_t i, n = 0;
 
+	if (x->phase == PHASE_REQUEST && x->unnamed)
+		return "a PROXY header";
 	if (x->phase != PHASE_RESPONSE && x->phase != PHASE_RELAY)
 		return phases[x->phase].waits;
 	if (x->bend != NULL && (x->bend->unanswered || x->bend->until != 0))

@@ -17637,7 +17637,8 @@ test_proxy_header_refused() { # -l proxy: what does not begin with a right heade
 	sees#1 .
 	log    end=idle why="no PROXY header in time"$
 	== it never comes
-	client eof
+	a: eof
+	do wait_for 5 'kill -USR1 "$proxy_pid"; grep "request, waits for a PROXY header, " err'
 	log    end=idle why="no PROXY header in time"$
 	== nor does the request
 	client send PROXY TCP4 192.0.2.7 192.0.2.1 4711 80\n ; eof
