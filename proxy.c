@@ -18139,7 +18139,7 @@ trial_resolve(struct trial *t)
 	return true;
 }
 
-/* True if a verdict is open because the server's address is not known yet. */
+/* True if a verdict is undecided for lack of the server's address. */
 static bool
 trial_needs_address(struct trial *t)
 {
@@ -18174,12 +18174,12 @@ trial_route(const struct trial *t)
 	}
 	trial_print("route",
 	    t->route.truth == TRUTH_UNDECIDED ?
-		"open, it needs the server's address" :
+		"undecided, it needs the server's address" :
 		words,
 	    t->route.rule);
 }
 
-/* Prints whether the request is let in; if that is open, what is missing. */
+/* Prints whether the request is let in; if undecided, what is missing. */
 static void
 trial_access(const struct verdict *access, struct view *v)
 {
@@ -18193,7 +18193,7 @@ trial_access(const struct verdict *access, struct view *v)
 	}
 	c = rule_lacks(access->rule, v);
 	assert(c != NULL);
-	(void)snprintf(words, sizeof(words), "open, it needs the %s%s",
+	(void)snprintf(words, sizeof(words), "undecided, it needs the %s%s",
 	    c->needs & FACT_ADDRESS ? "server's " : "response's ", c->word);
 	trial_print("access", words, access->rule);
 }

@@ -10691,7 +10691,7 @@ via http://127.0.0.1:3128 direct host via.example
 END
 	tries -f rules <<'END'
 http://example.com/ = 0 allow built-in:3 direct
-http://video.example/ = 3 open, it needs the response's type rules:3 direct
+http://video.example/ = 3 undecided, it needs the response's type rules:3 direct
 http://films.example/ = 1 deny rules:2
 https://x.onion/ client 10.1.2.3 = 0 allow rules:4 via socks5://127.0.0.1:9050 rules:7
 http://example.com/ client 192.0.2.1 = 1 deny built-in:4
@@ -10758,11 +10758,11 @@ END
 	tries -e 'deny host a status 500' -e 'deny host b not type a/b status 500' \
 	    -e 'deny host c size >10' -e 'deny host d field response X-A b' \
 	    -e 'deny host e body x' -e 'deny host f' <<'END'
-http://a/ = 3 open, it needs the response's status -e:1
-http://b/ = 3 open, it needs the response's type -e:2
-http://c/ = 3 open, it needs the response's size -e:3
-http://d/ = 3 open, it needs the response's field -e:4
-http://e/ = 3 open, it needs the response's body -e:5
+http://a/ = 3 undecided, it needs the response's status -e:1
+http://b/ = 3 undecided, it needs the response's type -e:2
+http://c/ = 3 undecided, it needs the response's size -e:3
+http://d/ = 3 undecided, it needs the response's field -e:4
+http://e/ = 3 undecided, it needs the response's body -e:5
 END
 	for row in '3 a c' '1 a b' '1 b a'; do
 		run_proxy -e 'deny type a/b host a' -e 'deny host b' \
@@ -10792,7 +10792,7 @@ test_rules_try_lookup() { # -T: a name is looked up only if a line asks for its 
 	: > names
 	tries -e 'deny host a.example' -e 'deny type text/html a/b' -e 'deny body x' <<'END'
 http://a.example/ = 1 deny
-http://b.example/ = 3 open, it needs the response's type -e:2
+http://b.example/ = 3 undecided, it needs the response's type -e:2
 https://g.example/ = 0 allow built-in:3
 END
 	tries -e 'deny host e.example' -e 'deny address 192.0.2.0/24' <<'END'
@@ -10828,11 +10828,11 @@ END
 	# A name that can't be looked up.
 	NAME_ADDRESSES=
 	tries -e 'deny address 192.0.2.0/24' <<'END'
-http://h.example/ = 3 open, it needs the server's address -e:1
+http://h.example/ = 3 undecided, it needs the server's address -e:1
 END
 	has out "^	address: the name lookup failed: ."
 	tries -e 'direct address 192.0.2.0/24' <<'END'
-http://h.example/ = 3 allow built-in:3 open, it needs the server's address -e:1
+http://h.example/ = 3 allow built-in:3 undecided, it needs the server's address -e:1
 END
 }
 
