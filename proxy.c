@@ -13867,7 +13867,7 @@ static void
 exchange_enter(struct exchange *x, enum phase phase)
 {
 	/* The trace has shown the end already; the connection ends later. */
-	if (phase != PHASE_FREE || x->record.start)
+	if (phase != x->phase && (phase != PHASE_FREE || x->record.start))
 		trace(x, "%s -> %s%s%s", phases[x->phase].name,
 		    phases[phase].name,
 		    *phases[phase].waits ? ", waits for " : "",

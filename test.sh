@@ -17752,6 +17752,7 @@ test_limit_silence() { # -t: what is silent for too long, and what only is slow
 	gets   GET / HTTP/1.1
 	gets~  ^-- end (eof|reset)
 	log    "GET http://%O/ HTTP/1.1" 504 .* server=%O end=[a-z]* why="
+	err!~  response -> response
 	== an answer that is too slow
 	origin head
 	origin chop 1 100 HTTP/1.1 200 OK\nX-A: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
