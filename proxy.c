@@ -16390,8 +16390,9 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
 enum {
 	/* Clients accepted at one listener in a turn. */
 	ACCEPTS_MAX = 64,
-	/* A poll that failed is repeated after this. */
+	/* A poll that failed is repeated after this, and an accept. */
 	POLL_FAILED_MS = 100,
+	ACCEPT_FAILED_MS = 1000,
 	/* After this long without an event a descriptor leaves the prefix. */
 	COLD_MS = 500,
 	/* With this many outside the prefix, or fewer, all are polled. */
@@ -16694,14 +16695,16 @@ loop_idlest(void)
 }
 
 /*
- * All slots are taken: if a client waits at l, frees one whose exchange may
- * give way; true if so.  If all are busy, the next search waits a while.  The
- * idlest client keeps its slot if it has just sent something.
+ * All slots are taken, or accept(2) has failed for lack of descriptors or
+ * memory (error): if a client waits at l, ends an exchange that may give way;
+ * true if so.  If all are busy, the next search waits a while.  The idlest
+ * client keeps its slot if it has just sent something.
  */
 static bool
-loop_make_room(struct listener *l)
+loop_make_room(struct listener *l, int error)
 {
 	static int64_t said;
+	size_t busy = exchanges.busy;
 	struct exchange *x;
 
 	if (now.ms < crowded_until)
@@ -16712,9 +16715,10 @@ loop_make_room(struct listener *l)
 	exchanges.crowded = true;
 	if (said == 0 || now.ms - said >= CROWDED_SAY_MS) {
 		said = now.ms;
-		warn("all %lu connections are in use (-m, ulimit -n): idle "
-		     "clients give way, others wait",
-		    (unsigned long)exchanges.n);
+		warn("%lu of %lu connections are in use (-m, ulimit -n)%s%s: "
+		     "idle clients give way, others wait",
+		    (unsigned long)busy, (unsigned long)exchanges.n,
+		    error ? ", " : "", error ? strerror(error) : "");
 	}
 	x = loop_idlest();
 	if (x == NULL) {
@@ -16730,7 +16734,7 @@ loop_make_room(struct listener *l)
 		x->client.readable = true;
 		exchange_queue(x);
 	}
-	return exchanges.busy < exchanges.n;
+	return exchanges.busy < busy;
 }
 
 /*
@@ -16792,16 +16796,15 @@ loop_accept(struct listener *l)
 			return;
 		}
 		if (exchanges.busy == exchanges.n &&
-		    (n > 0 || !loop_make_room(l)))
+		    (n > 0 || !loop_make_room(l, 0)))
 			return;
 		fd = accept(l->conn.fd, (struct sockaddr *)&storage, &len);
 		if (fd == -1) {
-			if (errno == EMFILE || errno == ENFILE ||
-			    errno == ENOBUFS || errno == ENOMEM) {
-				warn("can't accept: %s", strerror(errno));
-				accept_after = now.ms + 1000;
-			}
 			l->conn.readable = false;
+			if ((errno == EMFILE || errno == ENFILE ||
+				errno == ENOBUFS || errno == ENOMEM) &&
+			    !loop_make_room(l, errno))
+				accept_after = now.ms + ACCEPT_FAILED_MS;
 			return;
 		}
 		if (l->address.family != AF_UNIX)
