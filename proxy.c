@@ -2693,23 +2693,23 @@ peer_is_local(int fd, const struct address *peer)
 	return address_same(&here, peer);
 }
 
-/* True if a is an address of this machine: it can be bound to. */
+/*
+ * True if a is an address of this machine: what is sent there has it as its
+ * source.  The system may let a socket be bound to addresses of others.
+ */
 static bool
 address_is_here(const struct address *a)
 {
-	struct address probe = *a;
 	struct sockaddr_storage storage;
+	socklen_t len = address_export(a, &storage);
 	int fd = socket(a->family, SOCK_DGRAM, 0);
-	socklen_t len;
-	bool here;
+	struct address from = { .family = 0 };
 
-	if (fd == -1)
-		return false;
-	probe.port = 0;
-	len = address_export(&probe, &storage);
-	here = bind(fd, (struct sockaddr *)&storage, len) != -1;
-	(void)close(fd);
-	return here;
+	if (fd != -1 && connect(fd, (struct sockaddr *)&storage, len) != -1)
+		from = address_bound(fd);
+	fd_drop(&fd);
+	from.port = a->port;
+	return address_same(&from, a) || address_is_loopback(a);
 }
 
 /* True if a connection to a would arrive at one of the listeners. */

@@ -4758,6 +4758,7 @@ has_children() {
 # of functions of the walks, as they run, go to the file calls.  While there are such files: fork-fails, walk-slow (to open a directory
 # takes long), walk-halted (it does not end), walk-fails (none can be read to its end),
 # peers-halted (sockets take no byte), words-filled (others fill standard error).
+# With $NONLOCAL_BIND sockets are bound to any address.
 write_names() {
 	cat > "$work/names.c" <<'EOF_NAMES'
 #define _POSIX_C_SOURCE 200809L
@@ -4839,7 +4840,9 @@ names_bind(int fd, const struct sockaddr *address, socklen_t len)
 		errno = EADDRINUSE;
 		return -1;
 	}
-	return bind(fd, address, len);
+	if (bind(fd, address, len) == 0)
+		return 0;
+	return errno == EADDRNOTAVAIL && getenv("NONLOCAL_BIND") != NULL ? 0 : -1;
 }
 
 static time_t
@@ -19410,6 +19413,21 @@ test_error_loop_all() { # the same when listening on all addresses
 END
 	done
 	served
+}
+
+test_error_loop_nonlocal() { # where sockets are bound to any address (ip_nonlocal_bind), only our own are a loop
+	quick
+	NONLOCAL_BIND=1
+	export NONLOCAL_BIND
+	start_proxy -l :0
+	port=${proxy##*:}
+	proxy=127.0.0.1:$port
+	play -n 'another machine, the same port' <<END
+	ask    http://198.51.100.7:$port/ = 50[24]
+	log    " 50[24] .* why="
+	== our own
+	ask    http://127.0.0.2:$port/ = 508
+END
 }
 
 # ---- clients that leave ----
