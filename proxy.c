@@ -16495,9 +16495,14 @@ loop_note(size_t first, size_t end)
 static int
 loop_ask(size_t first, size_t n, int ms)
 {
+	static bool said;
 	int heard = poll(poll_set.fds + first, (nfds_t)n, ms);
 
 	if (heard == -1 && errno != EINTR) {
+		if (!said)
+			warn("can't poll %lu descriptors: %s", (unsigned long)n,
+			    strerror(errno));
+		said = true;
 		signal_conn.readable = true;
 		(void)poll(NULL, 0, POLL_FAILED_MS);
 	}

@@ -19557,7 +19557,7 @@ test_limit_slots() { # all slots taken: no spinning, and served again after
 END
 }
 
-test_limit_lowered() { # fewer open files allowed: idle clients give way, it neither spins nor ignores TERM
+test_limit_lowered() { # fewer open files allowed: idle clients give way, a poll that fails is said, it neither spins nor ignores TERM
 	have prlimit || skip "no prlimit"
 	start_proxy
 	many 40 hold 'send OPTIONS * HTTP/1.1\nHost: %P\n\n ; answer'
@@ -19575,6 +19575,7 @@ test_limit_lowered() { # fewer open files allowed: idle clients give way, it nei
 		skip "prlimit cannot"
 	client_bg c 'touch c.here ; eof'
 	comes c.here
+	has err "can't poll"
 	rests "with a poll that fails"
 	stop_proxy
 	touch hold.over
