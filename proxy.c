@@ -11034,7 +11034,7 @@ helper_run(int questions, int answers)
 		pollfd.events = child != NULL ? POLLIN : 0;
 		if (poll(&pollfd, 1, some ? REAP_MS : -1) <= 0)
 			continue;
-		if (child == NULL ||
+		if (pollfd.revents != POLLIN ||
 		    fd_read(questions, &question, sizeof(question)) !=
 			(ssize_t)sizeof(question))
 			break;
