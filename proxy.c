@@ -12213,7 +12213,7 @@ record_request(const struct exchange *x, const struct tape *t,
 {
 	struct text head = tape_read(t, TAPE_REQUEST_HEAD, recording.head);
 	struct text line = line_next(&head, NULL), url = quotes->uri;
-	static struct buffer malformed;
+	static struct buffer escaped;
 
 	record_json("'request':{'method':$,'httpVersion':$,'url':'",
 	    quotes->name, text_of(quotes->minor ? "HTTP/1.1" : "HTTP/1.0"));
@@ -12223,14 +12223,16 @@ record_request(const struct exchange *x, const struct tape *t,
 	}
 	if (quotes->name.len == 0) {
 		record_append(text_of("invalid:"));
-		buffer_escape(buffer_clear(&malformed), url, BUFFER_ROOM / 2,
+		buffer_escape(buffer_clear(&escaped), url, BUFFER_ROOM / 2,
 		    false);
-		url = buffer_text(&malformed);
+		url = buffer_text(&escaped);
 	} else if (text_is(quotes->name, "CONNECT"))
 		record_append(text_of("connect://"));
 	else if (text_starts(url, "/") || text_is(url, "*")) {
 		record_append(text_of("http://"));
-		record_escape(record_field(head, "Host"), false);
+		buffer_escape(buffer_clear(&escaped),
+		    record_field(head, "Host"), BUFFER_ROOM / 2, false);
+		record_escape(buffer_text(&escaped), false);
 		/* That of `*' has no path, RFC 9112 section 3.3. */
 		url = text_from(url, *url.at == '*');
 	}

@@ -16800,6 +16800,8 @@ test_record() { # -w: heads, bodies, times and reasons, in HAR
 	client send nonsense\n\n ; eof
 	== nor this
 	client send /a "b\n\n ; eof
+	== a malformed Host
+	client send PUT /x HTTP/1.1\nHost: a b"c\n\n ; eof
 	== a request to the server as a whole
 	client send OPTIONS * HTTP/1.1\nHost: h:9\nMax-Forwards: 0\n\n ; answer
 END
@@ -16814,6 +16816,7 @@ END
 	recorded words '"comment":"end=done, rule -e:2, f'"$(printf '\303\274')"'r alle".*/fuer'
 	recorded refusal '"comment":"end=done, rule -e:1, a rule forbids this".*"status":403,.*"text":"403 Forbidden: ' \
 	    '"comment":"end=[a-z]*, the request line is not METHOD URL HTTP/1.1".*"method":"","httpVersion":"HTTP/1.[01]","url":"invalid:nonsense"' '"url":"invalid:/a%20%22b"'
+	recorded PUT '"url":"http://a%20b%22c/x"'
 	recorded OPTIONS '"url":"http://h:9","queryString"'
 	recorded login '"Referer","value":"http://[*]+@h/".*"redirectURL":"http://[*]+@h/".*"Location","value":"http://[*]+@h/"'
 	lacks s.har c2VjcmV0
