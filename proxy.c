@@ -2694,22 +2694,32 @@ peer_is_local(int fd, const struct address *peer)
 }
 
 /*
- * True if a is an address of this machine: what is sent there has it as its
- * source.  The system may let a socket be bound to addresses of others.
+ * True if a is an address of this machine: what is sent from it reaches it.
+ * The system may let a socket be bound to another's address, from which IPv4
+ * then sends nothing.  IPv6 does, but chooses the source by itself: the same
+ * address if it is our own.
  */
 static bool
 address_is_here(const struct address *a)
 {
 	struct sockaddr_storage storage;
-	socklen_t len = address_export(a, &storage);
+	struct address source = *a;
 	int fd = socket(a->family, SOCK_DGRAM, 0);
-	struct address from = { .family = 0 };
+	socklen_t len;
 
-	if (fd != -1 && connect(fd, (struct sockaddr *)&storage, len) != -1)
-		from = address_bound(fd);
+	source.port = 0;
+	len = address_export(&source, &storage);
+	source.family = 0;
+	if (fd != -1 &&
+	    (a->family == AF_INET6 ||
+		bind(fd, (struct sockaddr *)&storage, len) != -1)) {
+		len = address_export(a, &storage);
+		if (connect(fd, (struct sockaddr *)&storage, len) != -1)
+			source = address_bound(fd);
+	}
 	fd_drop(&fd);
-	from.port = a->port;
-	return address_same(&from, a) || address_is_loopback(a);
+	source.port = a->port;
+	return address_same(&source, a);
 }
 
 /* True if a connection to a would arrive at one of the listeners. */
