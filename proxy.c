@@ -93,7 +93,9 @@
  *
  * It reads from top to bottom: each section uses only those above it, main
  * is last.  A section's head says what it is for, and lists under "Door" the
- * functions that other sections may call; all others are its own.
+ * functions and variables that other sections may use; all others are its own.
+ * Rules and cache are chapters of several sections, with one more door: the at
+ * most twelve functions that the rest of the program may call.
  *
  * It obeys RFC 9110 (semantics), 9111 (caching), 9112 (messages), 8305 (happy
  * eyeballs), 9209 (Proxy-Status), 9211 (Cache-Status), 5861 (stale content),
@@ -1027,6 +1029,21 @@ die(const char *format, ...)
 	exit(1);
 }
 
+/* The command line is wrong. */
+static void
+usage(const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	say_words(format, args);
+	va_end(args);
+	fprintf(stderr,
+	    "usage: proxy [option ...] [-- command [argument ...]]; "
+	    "proxy -h lists the options\n");
+	exit(2);
+}
+
 /* Writes a message to standard error; serving goes on. */
 static void
 warn(const char *format, ...)
@@ -1217,6 +1234,20 @@ text_trim(struct text t)
 	while (t.len && (t.at[t.len - 1] == ' ' || t.at[t.len - 1] == '\t'))
 		t.len--;
 	return t;
+}
+
+/* Copies t in lower case to `to`, which has room for it. */
+static struct text
+text_lower(struct text t, char *to)
+{
+	size_t i;
+
+	for (i = 0; i < t.len; i++) {
+		char c = t.at[i];
+
+		to[i] = c >= 'A' && c <= 'Z' ? (char)(c - 'A' + 'a') : c;
+	}
+	return text_cut(to, t.len);
 }
 
 /*
@@ -3980,12 +4011,17 @@ address_read(struct text t)
 	return a;
 }
 
-/* The length of a response's body; UINT64_MAX if its head has none. */
+/*
+ * The length of a response's body; UINT64_MAX if neither its head nor, for an
+ * entry of the cache, the entry says it.
+ */
 static uint64_t
 response_length(const struct response *r)
 {
 	uint64_t length;
 
+	if (r->framing == FRAMING_LENGTH)
+		return r->length;
 	return head_length(&r->head, &length) == 1 ? length : UINT64_MAX;
 }
 
@@ -4259,7 +4295,7 @@ header_parse(struct text t, struct address *client)
  * In `in`: `ready` bytes of payload, then the trailer section, if it is whole,
  * then bytes that are not decoded yet.
  *
- * Door: flow_start, flow_decode, flow_encode, exchange_parent,
+ * Door: exchange_parent, flow_decode, flow_encode, flow_start,
  * parent_is_proxy.
  */
 
@@ -4580,10 +4616,9 @@ exchange_parent(const struct exchange *x)
  * stream, and lists of domains as they are downloaded.  Nothing here knows a
  * rule.  A parser that returns false has not changed its result.
  *
- * Door: network_parse, network_has, days_parse, hours_parse, span_has,
- * numbers_parse, numbers_have, units_time, needle_scan, reader_begin,
- * reader_next, domain_lower, word_next, list_step, list_end, list_free,
- * list_has.
+ * Door: days_parse, hours_parse, list_end, list_free, list_has, list_step,
+ * list_why, needle_scan, network_has, network_parse, numbers_have,
+ * numbers_parse, reader_begin, reader_next, span_has, units_time, word_next.
  */
 
 enum {
@@ -4944,20 +4979,6 @@ domain_is_valid(struct text t)
 	return label > 0 && t.len <= DOMAIN_MAX && !domain_is_numeric(t);
 }
 
-/* Copies t in lower case to `to`, which has room for it. */
-static struct text
-domain_lower(struct text t, char *to)
-{
-	size_t i;
-
-	for (i = 0; i < t.len; i++) {
-		char c = t.at[i];
-
-		to[i] = c >= 'A' && c <= 'Z' ? (char)(c - 'A' + 'a') : c;
-	}
-	return text_cut(to, t.len);
-}
-
 /* The value that a lower-case name has in its slot. */
 static uint64_t
 list_hash(struct text name)
@@ -4997,7 +5018,7 @@ list_add(struct list *list, struct text name, bool exception)
 		return false;
 	if (++list->names > list->room)
 		return true;
-	hash = list_hash(domain_lower(name, lower));
+	hash = list_hash(text_lower(name, lower));
 	slot = list_slot(list, hash);
 	list->used += *slot == 0;
 	*slot |= hash | (exception ? LIST_EXCEPTION : 0);
@@ -5251,7 +5272,7 @@ list_has(const struct list *list, struct text host)
 		return false;
 	while (host.len > DOMAIN_MAX)
 		(void)text_split(&host, '.');
-	host = domain_lower(host, lower);
+	host = text_lower(host, lower);
 	for (; host.len; (void)text_split(&host, '.')) {
 		uint64_t slot = *list_slot(list, list_hash(host));
 
@@ -5271,9 +5292,18 @@ list_has(const struct list *list, struct text host)
  * yet is undecided and is judged again later.  The proxy connects to the very
  * address that was judged: it is not looked up again.
  *
- * Door: rules_judge, rules_bend, rule_lacks, rules_seek, name_is_free,
- * rules_rewrite, rules_rewriter, rules_trust, rules_let_in, view_source,
- * view_response, view_begin, view_route, exchange_view.
+ * Sections 9 to 12 are a chapter: all others call only the functions on its
+ * door.  Of an exchange these say what its rules decide (rules_judge), how they
+ * bend it (rules_bend), and what they change in a head (rules_rewrite).
+ *
+ * Door of sections 9 to 12: rules_bend, rules_give, rules_judge, rules_read,
+ * rules_rewrite, rules_rewriter, rules_seek, rules_step, rules_take,
+ * rules_trust, rules_try, rules_warn.
+ *
+ * Door: bend_groups, built_in, group_bend, group_judge, name_is_free,
+ * rule_lacks, rules_bend, rules_judge, rules_let_in, rules_next, rules_now,
+ * rules_rewrite, rules_rewriter, rules_seek, rules_trust, subjects,
+ * view_begin, view_route, view_source.
  */
 
 enum {
@@ -5494,6 +5524,119 @@ static struct rules *rules_next; /* being read to replace them, or NULL */
 
 static const char built_in[] = "built-in";
 
+/* ---- facts to judge by ---- */
+
+/*
+ * Sets the server's address to a, which must outlive v; family 0 means that it
+ * will never be known, unless the host is numeric.
+ */
+static void
+view_source(struct view *v, const struct address *a)
+{
+	if (a->family != 0)
+		v->address = a;
+	else if (v->address != &v->literal) {
+		v->address = NULL;
+		v->never |= FACT_ADDRESS;
+	}
+}
+
+/* Adds the response and the length of its body, UINT64_MAX if unknown. */
+static void
+view_response(struct view *v, const struct response *r, uint64_t length)
+{
+	bool bodiless = response_is_bodiless(r->status, v->request->method);
+
+	v->response = r;
+	v->length = bodiless && length == UINT64_MAX ? 0 : length;
+	v->known |= FACT_RESPONSE;
+	if (v->length != UINT64_MAX)
+		v->known |= FACT_LENGTH;
+	if (bodiless || length == 0)
+		v->known |= FACT_BODY;
+}
+
+/* Sets the server's address to that of a numeric host. */
+static void
+view_literal(struct view *v, struct text host, unsigned port)
+{
+	if (address_of_host(host, port, &v->literal))
+		v->address = &v->literal;
+}
+
+/*
+ * Sets v to the facts known as soon as a request arrives; q and client must
+ * outlive v.  local: the client is on this machine.
+ */
+static void
+view_begin(struct view *v, const struct request *q,
+    const struct address *client, bool local)
+{
+	memset(v, 0, sizeof(*v));
+	v->never = q->method == METHOD_CONNECT ?
+	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
+	    0U;
+	v->client = client;
+	v->local = local;
+	v->tunnels = q->method == METHOD_CONNECT;
+	v->request = q;
+	v->host = host_trim(q->target.host);
+	v->port = q->target.port;
+	view_literal(v, v->host, v->port);
+}
+
+/*
+ * Adds what the way of the request says of the server's address: a rule `to'
+ * names another server, and a parent looks up names itself.
+ */
+static void
+view_route(struct view *v, const struct parent *parent)
+{
+	bool to = parent != NULL && parent->kind == PARENT_TO;
+
+	if (to) {
+		v->address = NULL;
+		view_literal(v, text_of(parent->host), parent->port);
+	}
+	if (parent_is_proxy(parent) && v->address == NULL)
+		v->never |= FACT_ADDRESS;
+}
+
+/*
+ * Sets v to the facts known of a request so far; x must outlive v.  r is the
+ * response or NULL.  With a parent, the server's address is known only if the
+ * URL has a numeric host; an entry has the address that it came from.
+ */
+static void
+exchange_view(const struct exchange *x, const struct response *r,
+    struct view *v)
+{
+	const struct request *q = x->request;
+
+	view_begin(v, q, &x->peer, x->local);
+	v->tunnels = v->tunnels && !x->hidden;
+	if (x->record.user != NULL)
+		v->user = x->record.user->user;
+	v->found = q->access.found;
+	v->passed = x->down.payload + x->down.ready;
+	view_route(v, q->route.parent);
+	if (answer_is_stored(q))
+		view_source(v, &q->route.list[0]);
+	else if (exchange_parent(x) == NULL &&
+	    (x->record.server.family == AF_INET ||
+		x->record.server.family == AF_INET6))
+		view_source(v, &x->record.server);
+	if (r == NULL)
+		return;
+	view_response(v, r, answer_is_stored(q) ? q->body : response_length(r));
+	/* The rules judge the body, of which all has come. */
+	if (q->access.answer != NULL && x->down.whole) {
+		if (!(v->known & FACT_LENGTH))
+			v->length = v->passed;
+		v->known |= FACT_LENGTH | FACT_BODY;
+	}
+}
+
 /* ---- judging ---- */
 
 /* True if pattern matches: `.x` matches all names below x, `x` only x. */
@@ -5524,7 +5667,7 @@ view_url(struct view *v)
 	if (v->url != NULL)
 		return v->url;
 	authority_print(v->host, v->port, connect, place);
-	(void)domain_lower(text_of(place), place);
+	(void)text_lower(text_of(place), place);
 	(void)snprintf(url, sizeof(url), "%s%s%s%.*s", connect ? "" : "http://",
 	    place, connect || (path.len > 0 && *path.at == '/') ? "" : "/",
 	    (int)path.len, path.at);
@@ -5731,7 +5874,7 @@ rule_refuses(const struct rule *rule, const struct view *v)
  * denial: then no more facts are needed.
  */
 static struct verdict
-rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
+group_judge(const struct rules *rules, enum rule_group group, struct view *v)
 {
 	struct verdict verdict = { TRUTH_NO, NULL, false };
 	const struct rule *rule;
@@ -5755,18 +5898,63 @@ rules_judge(const struct rules *rules, enum rule_group group, struct view *v)
 }
 
 /*
+ * The verdict of a group on x's request and, unless it is NULL, on the response
+ * r to it.  server: the address that would answer, where x does not have it; or
+ * NULL.  A rule about the cache is judged when a head arrives, and for an entry
+ * by the facts known then: a length that the head did not give stays unknown,
+ * or a stored entry might never be used.
+ */
+static struct verdict
+rules_judge(const struct exchange *x, enum rule_group group,
+    const struct response *r, const struct address *server)
+{
+	struct verdict none = { TRUTH_NO, NULL, false };
+	struct view v;
+
+	if (x->rules->first[group] == NULL)
+		return none;
+	exchange_view(x, r, &v);
+	if (server != NULL)
+		view_source(&v, server);
+	if (group == GROUP_CACHE && r != NULL)
+		v.never |= FACT_LENGTH;
+	return group_judge(x->rules, group, &v);
+}
+
+/*
  * The rule of a group that bends the request in v, or NULL.  Of the rules about
  * the cache only `offline` does.
  */
 static const struct rule *
-rules_bend(const struct rules *rules, enum rule_group group, struct view *v)
+group_bend(const struct rules *rules, enum rule_group group, struct view *v)
 {
-	struct verdict verdict = rules_judge(rules, group, v);
+	struct verdict verdict = group_judge(rules, group, v);
 
 	if (verdict.truth != TRUTH_YES ||
 	    (group == GROUP_CACHE && verdict.rule->action != ACTION_OFFLINE))
 		return NULL;
 	return verdict.rule;
+}
+
+/*
+ * The next rule that bends x, or NULL.  *at is the caller's, 0 at first.  Each
+ * group is judged for itself.
+ */
+static const struct rule *
+rules_bend(const struct exchange *x, size_t *at)
+{
+	const struct rule *rule = NULL;
+	struct view v;
+
+	while (rule == NULL && *at < BEND_GROUPS) {
+		enum rule_group group = bend_groups[(*at)++];
+
+		if (x->rules->first[group] == NULL)
+			continue;
+		exchange_view(x, NULL, &v);
+		rule = group_bend(x->rules, group, &v);
+	}
+	return rule;
 }
 
 /* The first undecided condition of an undecided rule, else NULL. */
@@ -5804,7 +5992,7 @@ rules_seek_body(const struct rules *rules, struct view *v)
 {
 	const struct rule *rule = rules->first[GROUP_ACCESS];
 
-	for (; rule != NULL && rules->needles_n > 0; rule = rule->next)
+	for (; rule != NULL; rule = rule->next)
 		if ((rule->needs & FACT_BODY) &&
 		    rule_judge(rule, v) != TRUTH_NO)
 			return true;
@@ -5859,23 +6047,30 @@ rewrites_take(struct rewrites *w, const struct value *names,
 }
 
 /*
- * Applies all matching rules of a rewriting group, in order, to the head in v.
- * If rules look for a text in the response, or it is recorded, removes
- * Accept-Encoding: the body must not be compressed.
+ * Sets w to the changes that the rules make to x's request, or to the response
+ * r unless it is NULL: those of all rules that match, in order.  If rules look
+ * for a text in the response, or it is recorded, removes Accept-Encoding: the
+ * body must not be compressed.  Without such rules w stays as it is: empty.
  */
 static void
-rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
+rules_rewrite(const struct exchange *x, const struct response *r,
     struct rewrites *w)
 {
 	static const struct value encoding = { .text = { "Accept-Encoding",
 						   15 } };
-	const struct head *h = group == GROUP_REQUEST ? &v->request->head :
-							&v->response->head;
-	const struct rule *rule;
+	enum rule_group group = r ? GROUP_RESPONSE : GROUP_REQUEST;
+	const struct head *h = r ? &r->head : &x->request->head;
+	const struct rules *rules = x->rules;
+	const struct rule *rule = rules->first[group];
+	bool seeks = r == NULL && (options.record || rules->needles_n > 0);
+	struct view v;
 
+	if (rule == NULL && !seeks)
+		return;
 	memset(w, 0, sizeof(*w));
-	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
-		enum truth truth = rule_judge(rule, v);
+	exchange_view(x, r, &v);
+	for (; rule != NULL; rule = rule->next) {
+		enum truth truth = rule_judge(rule, &v);
 
 		w->undecided = w->undecided || truth == TRUTH_UNDECIDED;
 		if (truth != TRUTH_YES)
@@ -5885,25 +6080,28 @@ rules_rewrite(const struct rules *rules, enum rule_group group, struct view *v,
 		if (rule->action != ACTION_UNSET)
 			w->fields[w->n++] = &rule->field;
 	}
-	if (group == GROUP_REQUEST &&
-	    (options.record != NULL || rules_seek_body(rules, v)))
+	if (seeks && (options.record || rules_seek_body(rules, &v)))
 		rewrites_take(w, &encoding, h);
 }
 
 /*
- * The last rule of a rewriting group that matches and is about fields of that
- * name, or NULL.
+ * The last rule that has changed the fields of that name, of x's request or of
+ * the response r; or NULL.
  */
 static const struct rule *
-rules_rewriter(const struct rules *rules, enum rule_group group, struct view *v,
+rules_rewriter(const struct exchange *x, const struct response *r,
     struct text name)
 {
-	const struct rule *rule = rules ? rules->first[group] : NULL;
+	enum rule_group group = r ? GROUP_RESPONSE : GROUP_REQUEST;
+	const struct rule *rule = x->rules ? x->rules->first[group] : NULL;
 	const struct rule *last = NULL;
+	struct view v;
 
+	if (rule != NULL)
+		exchange_view(x, r, &v);
 	for (; rule != NULL; rule = rule->next)
 		if (name_is_taken(rule->names, name) &&
-		    rule_judge(rule, v) == TRUTH_YES)
+		    rule_judge(rule, &v) == TRUTH_YES)
 			last = rule;
 	return last;
 }
@@ -5916,7 +6114,7 @@ rules_trust(const struct address *peer, bool local)
 {
 	struct view v = { .client = peer, .local = local };
 
-	return rules_judge(rules_now, GROUP_TRUST, &v).truth == TRUTH_YES;
+	return group_judge(rules_now, GROUP_TRUST, &v).truth == TRUTH_YES;
 }
 
 /*
@@ -5950,113 +6148,6 @@ rules_let_in(void)
 		    !rule_is_local(rule))
 			return true;
 	return false;
-}
-
-/* ---- facts to judge by ---- */
-
-/*
- * Sets the server's address to a, which must outlive v; family 0 means that it
- * will never be known, unless the host is numeric.
- */
-static void
-view_source(struct view *v, const struct address *a)
-{
-	if (a->family != 0)
-		v->address = a;
-	else if (v->address != &v->literal) {
-		v->address = NULL;
-		v->never |= FACT_ADDRESS;
-	}
-}
-
-/* Adds the response and the length of its body, UINT64_MAX if unknown. */
-static void
-view_response(struct view *v, const struct response *r, uint64_t length)
-{
-	bool bodiless = response_is_bodiless(r->status, v->request->method);
-
-	v->response = r;
-	v->length = bodiless && length == UINT64_MAX ? 0 : length;
-	v->known |= FACT_RESPONSE;
-	if (v->length != UINT64_MAX)
-		v->known |= FACT_LENGTH;
-	if (bodiless || length == 0)
-		v->known |= FACT_BODY;
-}
-
-/* Sets the server's address to that of a numeric host. */
-static void
-view_literal(struct view *v, struct text host, unsigned port)
-{
-	if (address_of_host(host, port, &v->literal))
-		v->address = &v->literal;
-}
-
-/*
- * Sets v to the facts known as soon as a request arrives; q and client must
- * outlive v.  local: the client is on this machine.
- */
-static void
-view_begin(struct view *v, const struct request *q,
-    const struct address *client, bool local)
-{
-	memset(v, 0, sizeof(*v));
-	v->never = q->method == METHOD_CONNECT ?
-	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
-	    0U;
-	v->client = client;
-	v->local = local;
-	v->tunnels = q->method == METHOD_CONNECT;
-	v->request = q;
-	v->host = host_trim(q->target.host);
-	v->port = q->target.port;
-	view_literal(v, v->host, v->port);
-}
-
-/*
- * Adds what the way of the request says of the server's address: a rule `to'
- * names another server, and a parent looks up names itself.
- */
-static void
-view_route(struct view *v, const struct parent *parent)
-{
-	bool to = parent != NULL && parent->kind == PARENT_TO;
-
-	if (to) {
-		v->address = NULL;
-		view_literal(v, text_of(parent->host), parent->port);
-	}
-	if (parent_is_proxy(parent) && v->address == NULL)
-		v->never |= FACT_ADDRESS;
-}
-
-/*
- * Sets v to the facts known of a request so far; x must outlive v.  r is the
- * response or NULL.  With a parent, the server's address is known only if the
- * URL has a numeric host; an entry has the address that it came from.
- */
-static void
-exchange_view(const struct exchange *x, const struct response *r,
-    struct view *v)
-{
-	const struct request *q = x->request;
-
-	view_begin(v, q, &x->peer, x->local);
-	v->tunnels = v->tunnels && !x->hidden;
-	if (x->record.user != NULL)
-		v->user = x->record.user->user;
-	v->found = q->access.found;
-	v->passed = x->down.payload + x->down.ready;
-	view_route(v, q->route.parent);
-	if (answer_is_stored(q))
-		view_source(v, &q->route.list[0]);
-	else if (exchange_parent(x) == NULL &&
-	    (x->record.server.family == AF_INET ||
-		x->record.server.family == AF_INET6))
-		view_source(v, &x->record.server);
-	if (r != NULL)
-		view_response(v, r,
-		    answer_is_stored(q) ? q->body : response_length(r));
 }
 
 /* ---- 11. Rules: conditions as text ---- */
@@ -6660,14 +6751,15 @@ condition_parse(struct parser *p, struct rule *rule)
 	rule->needs |= c->needs;
 }
 
-/* ---- 12. Rules: actions as text, and files ---- */
+/* ---- 12. Rules: actions as text, files, trials ---- */
 
 /*
  * Reads rules from files and options, and the lists and users that they name.
  * New rules are read beside those in force and replace them only if all are
- * right; an exchange keeps the rules that it began with.
+ * right; an exchange keeps the rules that it began with.  A trial (-T) judges a
+ * request that is never made.
  *
- * Door: rules_can_reload, rules_read, rules_reload, rules_step, rules_take.
+ * Door: rules_read, rules_step, rules_take, rules_try, rules_warn.
  */
 
 /* Takes one argument of: deny [status] ["reason"] */
@@ -7270,17 +7362,21 @@ rules_step(void)
 }
 
 /*
- * Reads all rules at startup; if `print`, also prints them, group by group.
- * False if there were errors, which were reported.
+ * Reads all rules: at startup at once, and for -n -v also prints them, group by
+ * group; later rules_step() does it, and those in force stay meanwhile.  False
+ * if there are none, as there were errors, which were reported.
  */
 static bool
-rules_read(bool print)
+rules_read(void)
 {
+	bool first = rules_now == NULL;
+	bool print = first && options.check && options.verbose > 0;
 	const struct rule *rule;
 	unsigned i;
 
+	rules_give(&rules_next);
 	rules_next = rules_begin();
-	while (rules_step())
+	while (first && rules_step())
 		continue;
 	for (i = 0; i < GROUPS && rules_now != NULL && print; i++)
 		for (rule = rules_now->first[i]; rule; rule = rule->next)
@@ -7288,26 +7384,24 @@ rules_read(bool print)
 	return rules_now != NULL;
 }
 
-/* Begins to reload all rules; the old ones stay in force meanwhile. */
-static void
-rules_reload(void)
-{
-	rules_give(&rules_next);
-	rules_next = rules_begin();
-}
-
 /*
- * True if all files that contain rules, or that rules name, can be read
- * again; reports those that can't.
+ * Warns of what the rules do not do: be read again by the user of -u, at HUP;
+ * and let clients in that could come from other machines (exposed).
  */
-static bool
-rules_can_reload(void)
+static void
+rules_warn(bool exposed)
 {
-	struct rules *rules = rules_begin();
-	bool can = rules != NULL && rules->errors == 0;
+	struct rules *rules = options.user ? rules_begin() : NULL;
 
+	if (options.user && (rules == NULL || rules->errors > 0))
+		warn("user %s can't read the rules again: HUP will not change "
+		     "them",
+		    options.user);
 	rules_give(&rules);
-	return can;
+	if (exposed && !rules_let_in())
+		warn(
+		    "clients that are not on this machine are refused until "
+		    "a rule lets them in, as in: -e 'allow client 10.0.0.0/8'");
 }
 
 /*
@@ -7323,6 +7417,250 @@ rules_take(const struct head *h, const struct account **user)
 	return rules_now;
 }
 
+/* ---- trials ---- */
+
+/* A -T: a request that is judged, but never made. */
+struct trial {
+	struct request request;
+	struct address client;
+	struct address address; /* of the server, if its name was looked up */
+	struct rules *rules;
+	struct view view; /* of these four */
+	struct verdict access, route;
+	const struct parent *parent; /* first of the route, or NULL */
+};
+
+/*
+ * Reads the words of a -T: a URL, and behind it `client ADDRESS`, `user NAME`,
+ * `method NAME`.
+ */
+static void
+trial_parse(struct trial *t, const char *words)
+{
+	struct text rest = text_trim(text_of(words)), user = { NULL, 0 };
+	struct request *q = &t->request;
+
+	memset(q, 0, sizeof(*q));
+	(void)address_parse(text_of("127.0.0.1"), 0, &t->client);
+	q->minor = 1;
+	q->name = text_of("GET");
+	q->uri = word_next(&rest);
+	while (rest.len > 0) {
+		struct text word = word_next(&rest);
+		struct text value = word_next(&rest);
+
+		if (text_is(word, "user") && value.len > 0)
+			user = value;
+		else if (text_is(word, "method") && text_is_token(value))
+			q->name = value;
+		else if (!text_is(word, "client") ||
+		    !address_parse(value, 0, &t->client))
+			usage("-T %.*s: %.*s %.*s is none of: client ADDRESS, "
+			      "user NAME, method NAME",
+			    (int)q->uri.len, words, (int)word.len, word.at,
+			    (int)value.len, value.at);
+	}
+	q->method = method_parse(q->name);
+	if (!url_parse(q->uri, &q->target) ||
+	    (q->method == METHOD_CONNECT && q->target.form == FORM_ABSOLUTE))
+		usage("-T %.*s: not a URL that begins with http://, or with "
+		      "https:// for CONNECT",
+		    (int)q->uri.len, words);
+	if (q->target.form == FORM_AUTHORITY) {
+		q->method = METHOD_CONNECT;
+		q->name = text_of("CONNECT");
+	}
+	view_begin(&t->view, q, &t->client, address_is_local(&t->client));
+	t->view.user = user;
+}
+
+/* Prints a verdict, and the rule that it comes from. */
+static void
+trial_print(const char *what, const char *word, const struct rule *rule)
+{
+	printf("\t%s: %s", what, word);
+	if (rule != NULL)
+		printf(" (%s: %s)", rule->where, rule->text);
+	printf("\n");
+}
+
+/*
+ * Judges access and route by what is known.  A parent looks the server's name
+ * up itself, so the address stays unknown unless the route needed it.
+ */
+static void
+trial_judge(struct trial *t)
+{
+	t->route = group_judge(t->rules, GROUP_ROUTE, &t->view);
+	t->parent = t->route.truth == TRUTH_YES ? t->route.rule->parents : NULL;
+	view_route(&t->view, t->parent);
+	t->access = group_judge(t->rules, GROUP_ACCESS, &t->view);
+}
+
+/*
+ * Looks up the server's name and judges again: the route by the first address,
+ * access by that, and while it is denied by the next.  False, after saying why,
+ * if there is none.
+ */
+static bool
+trial_resolve(struct trial *t)
+{
+	struct addrinfo hints = { .ai_socktype = SOCK_STREAM };
+	struct addrinfo *found = NULL, *at;
+	const struct parent *to = t->parent;
+	char host[HOST_MAX + 1];
+	int error;
+
+	(void)text_copy(to != NULL && to->kind == PARENT_TO ?
+		text_of(to->host) :
+		t->request.target.host,
+	    host, sizeof(host));
+	error = getaddrinfo(host, NULL, &hints, &found);
+	if (error != 0) {
+		printf("\taddress: the name lookup failed: %s\n",
+		    gai_strerror(error));
+		return false;
+	}
+	at = found;
+	do {
+		t->address = address_import(at->ai_addr);
+		address_settle(&t->address);
+		view_source(&t->view, &t->address);
+		if (t->route.truth == TRUTH_UNDECIDED)
+			trial_judge(t);
+		else
+			t->access =
+			    group_judge(t->rules, GROUP_ACCESS, &t->view);
+		at = at->ai_next;
+	} while (at != NULL && t->access.refuses &&
+	    t->view.address == &t->address && !parent_is_proxy(t->parent));
+	freeaddrinfo(found);
+	return true;
+}
+
+/* True if a verdict is undecided for lack of the server's address. */
+static bool
+trial_needs_address(struct trial *t)
+{
+	const struct rule *rule = t->rules->first[GROUP_ACCESS];
+
+	if (t->route.truth == TRUTH_UNDECIDED)
+		return true;
+	if (t->access.truth != TRUTH_UNDECIDED ||
+	    (t->view.never & FACT_ADDRESS))
+		return false;
+	while (rule != NULL &&
+	    (!(rule->needs & FACT_ADDRESS) ||
+		rule_lacks(rule, &t->view) == NULL))
+		rule = rule->next;
+	return rule != NULL;
+}
+
+/* Prints the route: the first of its parents, without the login. */
+static void
+trial_route(const struct trial *t)
+{
+	const struct parent *p = t->parent;
+	char place[HOST_MAX + 10], words[HOST_MAX + 40] = "direct";
+
+	if (p != NULL && p->kind != PARENT_NONE) {
+		authority_print(text_of(p->host), p->port, true, place);
+		(void)snprintf(words, sizeof(words), "%s%s",
+		    p->kind == PARENT_TO       ? "to " :
+			p->kind == PARENT_HTTP ? "via http://" :
+						 "via socks5://",
+		    place);
+	}
+	trial_print("route",
+	    t->route.truth == TRUTH_UNDECIDED ?
+		"undecided, it needs the server's address" :
+		words,
+	    t->route.rule);
+}
+
+/* Prints whether the request is let in; if undecided, what is missing. */
+static void
+trial_access(const struct verdict *access, struct view *v)
+{
+	const struct condition *c;
+	char words[80];
+
+	if (access->truth == TRUTH_YES) {
+		trial_print("access", actions[access->rule->action].word,
+		    access->rule);
+		return;
+	}
+	c = rule_lacks(access->rule, v);
+	assert(c != NULL);
+	(void)snprintf(words, sizeof(words), "undecided, it needs the %s%s",
+	    c->needs & FACT_ADDRESS ? "server's " : "response's ", c->word);
+	trial_print("access", words, access->rule);
+}
+
+/* Prints the rules that would bend the request, also those by chance. */
+static void
+trial_bends(struct trial *t)
+{
+	size_t i;
+
+	for (i = 0; i < BEND_GROUPS; i++) {
+		const struct rule *rule =
+		    group_bend(t->rules, bend_groups[i], &t->view);
+
+		if (rule != NULL)
+			trial_print("bent", actions[rule->action].word, rule);
+	}
+}
+
+/*
+ * One -T: prints what would happen.  The server's name is looked up if, and
+ * only if, a verdict depends on its address.  Returns the exit status.
+ */
+static int
+trial_run(const char *words)
+{
+	const struct account *user;
+	struct trial t;
+
+	printf("%s\n", words);
+	trial_parse(&t, words);
+	t.rules = rules_take(&t.request.head, &user);
+	trial_judge(&t);
+	/* The address may lead `to' another server. */
+	if (trial_needs_address(&t) && trial_resolve(&t) &&
+	    t.view.address == NULL)
+		(void)trial_resolve(&t);
+	trial_access(&t.access, &t.view);
+	trial_route(&t);
+	if (!t.access.refuses)
+		trial_bends(&t);
+	rules_give(&t.rules);
+	return t.access.refuses ? 1 :
+	    t.access.truth == TRUTH_UNDECIDED ||
+		t.route.truth == TRUTH_UNDECIDED ?
+				  3 :
+				  0;
+}
+
+/*
+ * Tries the rules with each -T, and ends the program; of the exit statuses 1
+ * goes before 3.
+ */
+static void
+rules_try(void)
+{
+	int worst = 0;
+	size_t i;
+
+	for (i = 0; i < options.trials.n; i++) {
+		int status = trial_run(options.trials.at[i]);
+
+		if (worst == 0 || status == 1)
+			worst = status;
+	}
+	exit(worst);
+}
+
 /* ---- 13. Freshness: what RFC 9111 lets a shared cache do ---- */
 
 /*
@@ -7330,9 +7668,9 @@ rules_take(const struct head *h, const struct account **user)
  * stored, how long is it fresh, may it be reused for this request, does it
  * meet the client's conditions, and which part of it does a Range ask for.
  *
- * Door: control_parse, freshness_lifetime, response_obstacle, initial_age,
- * reuse_judge, reuse_on_error, response_is_same, modified_strong,
- * personal_statuses, request_is_met, request_is_satisfied, range_parse,
+ * Door: control_parse, freshness_lifetime, initial_age, modified_strong,
+ * personal_statuses, range_parse, request_is_met, request_is_satisfied,
+ * response_is_same, response_obstacle, reuse_judge, reuse_on_error,
  * status_is_among.
  */
 
@@ -7919,11 +8257,12 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
  * miss, or a follower a response that is visibly truncated.
  *
  * Door: disk_bytes, disk_failed, entry_find, entry_open, entry_path,
- * entry_read, entry_touch, key_hash, key_of, marker_token, region_build,
- * region_seal, stock_set, stock_sum, store_bytes, store_fits, store_lacks_disk,
- * store_path, store_remove, stored_head_append, tag_make, temporary_close,
- * temporary_open, temporary_place, variant_fits, variant_of, vary_append,
- * work_buffer, write_at.
+ * entry_read, entry_response, entry_touch, key_hash, key_of, marker_token,
+ * region_build, region_seal, stock, stock_set, stock_sum, store, store_bytes,
+ * store_fits, store_lacks_disk, store_path, store_remove, store_tag,
+ * stored_head_append, tag_make, temporary_close, temporary_open,
+ * temporary_place, variant_fits, variant_of, vary_append, work_buffer,
+ * write_at.
  */
 
 enum {
@@ -8072,7 +8411,7 @@ lower_append(struct buffer *b, struct text t)
 	size_t start = b->end;
 
 	buffer_append(b, t);
-	(void)domain_lower(text_cut(b->data + start, b->end - start),
+	(void)text_lower(text_cut(b->data + start, b->end - start),
 	    b->data + start);
 }
 
@@ -8427,6 +8766,22 @@ entry_parse(struct text t, struct entry *e)
 }
 
 /*
+ * Parses the head of the entry in l as its response, which is as long as the
+ * entry, if the server said so; false if it is none.
+ */
+static bool
+entry_response(struct lookup *l)
+{
+	if (response_parse(l->e.head, METHOD_GET, &l->r) != 1)
+		return false;
+	if (!l->e.counted) {
+		l->r.framing = FRAMING_LENGTH;
+		l->r.length = l->e.body;
+	}
+	return true;
+}
+
+/*
  * Reads the file l->fd from its beginning into l->b and parses it: an entry
  * with a response, or a marker.  If region is not 0, it is the region's length,
  * and the body is still to come.  Else the file must be as long as its first
@@ -8443,8 +8798,7 @@ entry_read(struct lookup *l, size_t region)
 
 	b->end += n > 0 ? (size_t)n : 0;
 	if (!entry_parse(buffer_text(b), &l->e) ||
-	    (l->e.vary.at == NULL &&
-		response_parse(l->e.head, METHOD_GET, &l->r) != 1))
+	    (l->e.vary.at == NULL && !entry_response(l)))
 		return false;
 	whole = l->e.region + l->e.body;
 	if (region > 0 || (uint64_t)n == whole)
@@ -9394,7 +9748,7 @@ store_print(const struct target *target)
  * may follow a fetch that has no strong validator and may run out of room.
  *
  * Door: cache_append, cache_detach, cache_invalidate, cache_stores,
- * fetch_begin, fetch_end, fetch_follow, fetch_store, fetch_unfollow,
+ * fetch_begin, fetch_end, fetch_follow, fetch_store, fetch_unfollow, fetches,
  * key_is_uncacheable, key_remember, response_validator.
  */
 
@@ -10020,33 +10374,21 @@ cache_invalidate(const struct request *q, const struct response *r)
 /*
  * The rule that decides how a request, or its response r if that is not NULL,
  * is cached; without one, a rule that says nothing about that.  e is the entry
- * with the head r, or NULL.  The decision is made when the head arrives, and
- * for an entry with the facts known then: a length that the head did not give
- * stays unknown here, or a stored entry might never be used.
+ * with the head r, or NULL.
  */
 static const struct rule *
 cache_rule(const struct exchange *x, const struct response *r,
     const struct entry *e)
 {
 	static const struct rule other = { .action = ACTION_ALLOW };
-	struct address source;
+	struct address server;
 	struct verdict verdict;
-	struct view v;
 
 	if (x->rules->first[GROUP_CACHE] == NULL)
 		return &other;
-	exchange_view(x, NULL, &v);
-	if (r != NULL)
-		view_response(&v, r,
-		    e == NULL      ? response_length(r) :
-			e->counted ? UINT64_MAX :
-				     e->body);
-	v.never |= r != NULL ? FACT_LENGTH : 0U;
-	if (e != NULL) {
-		source = address_read(e->server);
-		view_source(&v, &source);
-	}
-	verdict = rules_judge(x->rules, GROUP_CACHE, &v);
+	if (e != NULL)
+		server = address_read(e->server);
+	verdict = rules_judge(x, GROUP_CACHE, r, e ? &server : NULL);
 	return verdict.truth == TRUTH_YES ? verdict.rule : &other;
 }
 
@@ -10214,7 +10556,7 @@ lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 			continue;
 		fd = l->fd;
 		entry_open(l, f->file.path, f->region, key);
-		l->e.body = f->length;
+		l->e.body = l->r.length = f->length;
 		if (l->fd != -1 && lookup_fits(x, l) &&
 		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
 		    lookup_judge(x, asked, l) == REUSE_FRESH) {
@@ -10480,8 +10822,7 @@ lookup_renew(struct lookup *l, const struct response *news,
 			field_append(b, &news->head, i);
 	buffer_word(b, "\r\n");
 	l->e.head = text_cut(b->data + start, b->end - start);
-	return b->overflow == 0 &&
-	    response_parse(l->e.head, METHOD_GET, &l->r) == 1 &&
+	return b->overflow == 0 && entry_response(l) &&
 	    lseek(l->fd, (off_t)l->e.region, SEEK_SET) != -1;
 }
 
@@ -10814,8 +11155,8 @@ cache_status_append(const struct exchange *x, struct buffer *b)
  * delays only the requests that need it.  Questions and answers are records of
  * at most _POSIX_PIPE_BUF bytes on two pipes: a write completes or fails.
  *
- * Door: names, user_find, user_become, names_start, names_ask, names_lost,
- * names_take, names_find.
+ * Door: names, names_ask, names_find, names_lost, names_start, names_take,
+ * user_become, user_find.
  */
 
 enum {
@@ -11229,9 +11570,10 @@ names_find(const char *host)
  * It may not stop the proxy: when it can't be written, this is said once, lines
  * are counted, and serving goes on.
  *
- * Door: file_is_at, log_end, log_exchange, log_flush, log_lines,
- * log_names_rule, log_note, log_note_name, log_open, log_quotes, log_status,
- * log_wait, glance_take, refusal_words, times_between.
+ * Door: file_is_at, glance_take, glances, log_end, log_ends, log_exchange,
+ * log_flush, log_lines, log_names_rule, log_note, log_note_name, log_open,
+ * log_quotes, log_status, log_wait, refusal_words, result_names,
+ * times_between.
  */
 
 enum {
@@ -11798,7 +12140,7 @@ log_end(void)
  * bodies is kept in a file without a name until the exchange ends, and memory
  * is taken once, at the start.
  *
- * Door: record_open, record_tables, record_exchange, secret_fields,
+ * Door: record_exchange, record_open, record_tables, secret_fields,
  * secret_masked, tape_add, tape_cut.
  */
 
@@ -12402,8 +12744,8 @@ record_exchange(const struct exchange *x)
  * with -vv the payload too.  For the log and the trace of a tunnel, the name of
  * its server is read from the TLS greeting.
  *
- * Door: trace_end, trace_head, trace_mended, trace_dump, trace_change,
- * hello_name, hello_is_whole.
+ * Door: hello_is_whole, hello_name, trace_change, trace_dump, trace_end,
+ * trace_head, trace_mended.
  */
 
 /*
@@ -12509,14 +12851,10 @@ static const char *
 trace_reason(const struct exchange *x, const struct head *from,
     const struct response *r, struct text name, bool added)
 {
-	enum rule_group group = r ? GROUP_RESPONSE : GROUP_REQUEST;
+	const struct rule *rule = rules_rewriter(x, r, name);
 	static char words[80];
-	const struct rule *rule;
-	struct view v;
 	size_t i;
 
-	exchange_view(x, r, &v);
-	rule = rules_rewriter(x->rules, group, &v, name);
 	if (rule != NULL) {
 		(void)snprintf(words, sizeof(words), "rule %s", rule->where);
 		return words;
@@ -12778,10 +13116,10 @@ hello_is_whole(struct text t, char *flat)
  * its own pages.  All of it is built in a buffer here; the phases of an
  * exchange decide when to send it, and to whom.
  *
- * Door: request_build, exchange_rewrite, exchange_is_relayed, response_build,
- * greet_append, greet_length, greet_words, page_refusal,
- * page_is_ours, page_options, page_trace, page_find, page_own,
- * exchange_append, exchange_waits, page_rule, phases, totals_show.
+ * Door: exchange_append, exchange_is_relayed, exchange_waits, greet_append,
+ * greet_length, greet_words, page_find, page_is_ours, page_options, page_own,
+ * page_refusal, page_rule, page_trace, phases, request_build, response_build,
+ * totals_show.
  */
 
 /* ---- the head for the server ---- */
@@ -12793,24 +13131,6 @@ exchange_is_relayed(const struct exchange *x)
 	const struct parent *parent = exchange_parent(x);
 
 	return parent != NULL && parent->kind == PARENT_HTTP;
-}
-
-/*
- * Determines how the rules change the request before it is sent, as far as
- * is known now.
- */
-static void
-exchange_rewrite(struct exchange *x)
-{
-	const struct rules *r = x->rules;
-	struct request *q = x->request;
-	struct view v;
-
-	if (r->first[GROUP_REQUEST] == NULL && r->needles_n == 0 &&
-	    options.record == NULL)
-		return;
-	exchange_view(x, NULL, &v);
-	rules_rewrite(r, GROUP_REQUEST, &v, &q->rewrites);
 }
 
 /*
@@ -12963,25 +13283,6 @@ response_field_append(const struct exchange *x, const struct response *r,
 		field_append(b, &r->head, i);
 }
 
-/*
- * Sets w to the rules' changes to r; none to the proxy's own responses, unless
- * a rule has made them.
- */
-static void
-response_rewrites(struct exchange *x, const struct response *r,
-    struct rewrites *w)
-{
-	struct view v;
-
-	memset(w, 0, sizeof(*w));
-	if (x->rules == NULL || x->rules->first[GROUP_RESPONSE] == NULL ||
-	    (x->request->answerer == ANSWER_MEMORY &&
-		(x->bend == NULL || !x->bend->answers)))
-		return;
-	exchange_view(x, r, &v);
-	rules_rewrite(x->rules, GROUP_RESPONSE, &v, w);
-}
-
 /* Appends the response head for the client to b. */
 static void
 response_build(struct exchange *x, const struct response *r, struct buffer *b)
@@ -12990,10 +13291,13 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 	bool upgrade = r->status == 101 || r->status == 426;
 	bool tunnel = q->method == METHOD_CONNECT && r->status < 300;
 	bool final = r->status >= 200 && !tunnel;
-	struct rewrites w;
+	bool ours = q->answerer == ANSWER_MEMORY &&
+	    (x->bend == NULL || !x->bend->answers);
+	struct rewrites w = { .n = 0 };
 	size_t i;
 
-	response_rewrites(x, r, &w);
+	if (!ours)
+		rules_rewrite(x, r, &w);
 	x->down.strips = w.strips || r->head.nominates_late;
 	status_append(b, 1, r->status, r->reason);
 	for (i = 0; i < r->head.n; i++)
@@ -14056,13 +14360,17 @@ access_refuse(struct exchange *x)
 			"");
 }
 
-/* True if a rule refuses x; sets whether the facts in v are enough. */
+/*
+ * True if a rule refuses x, its response r (or NULL) or the server at an
+ * address (or NULL); undecided stays open.
+ */
 static bool
-access_is_refused(struct exchange *x, struct view *v)
+access_is_refused(struct exchange *x, const struct response *r,
+    const struct address *server)
 {
 	bool page = x->request->target.form == FORM_ORIGIN;
 	struct verdict verdict =
-	    rules_judge(x->rules, page ? GROUP_PAGE : GROUP_ACCESS, v);
+	    rules_judge(x, page ? GROUP_PAGE : GROUP_ACCESS, r, server);
 
 	access_doubt(x, verdict.truth == TRUTH_UNDECIDED);
 	if (verdict.truth != TRUTH_YES)
@@ -14072,11 +14380,12 @@ access_is_refused(struct exchange *x, struct view *v)
 	return verdict.refuses;
 }
 
-/* Judges x by the facts in v.  False if it was refused. */
+/* Judges access, as access_is_refused().  False if x was refused. */
 static bool
-access_judge(struct exchange *x, struct view *v)
+access_judge(struct exchange *x, const struct response *r,
+    const struct address *server)
 {
-	bool refused = access_is_refused(x, v);
+	bool refused = access_is_refused(x, r, server);
 
 	if (refused)
 		access_refuse(x);
@@ -14114,12 +14423,15 @@ parent_choose(struct parent *first, int64_t since)
 	return second;
 }
 
-/* Chooses the parent; undecided if that needs the server's address. */
+/*
+ * Chooses the parent; undecided if that needs the server's address, which is
+ * NULL if it is not known.
+ */
 static void
-route_judge(struct exchange *x, struct view *v)
+route_judge(struct exchange *x, const struct address *server)
 {
 	struct request *q = x->request;
-	struct verdict verdict = rules_judge(x->rules, GROUP_ROUTE, v);
+	struct verdict verdict = rules_judge(x, GROUP_ROUTE, NULL, server);
 
 	q->access.route_undecided = verdict.truth == TRUTH_UNDECIDED;
 	q->route.parents = verdict.truth == TRUTH_YES ? verdict.rule->parents :
@@ -14127,7 +14439,6 @@ route_judge(struct exchange *x, struct view *v)
 	if (q->route.parents != NULL && verdict.rule->action == ACTION_TO)
 		(void)bend_take(x, verdict.rule);
 	parent_use(x, parent_choose(q->route.parents, INT64_MAX));
-	view_route(v, q->route.parent);
 }
 
 /* ---- what rules do to an exchange ---- */
@@ -14225,29 +14536,22 @@ bend_apply(struct exchange *x, const struct rule *rule)
 }
 
 /*
- * Judges the rules that bend an exchange, each group for itself.  False if one
- * of them has answered or refused it, or lets it hang.
+ * Applies the rules that bend an exchange.  False if one of them has answered
+ * or refused it, or lets it hang.
  */
 static bool
 bend_begin(struct exchange *x)
 {
 	struct access *access = &x->request->access;
-	struct view v;
-	size_t i;
+	const struct rule *rule;
+	size_t at = 0;
 
 	if (access->bent)
 		return true;
 	access->bent = true;
-	for (i = 0; i < BEND_GROUPS; i++) {
-		const struct rule *rule;
-
-		if (x->rules->first[bend_groups[i]] == NULL)
-			continue;
-		exchange_view(x, NULL, &v);
-		rule = rules_bend(x->rules, bend_groups[i], &v);
-		if (rule != NULL && !bend_apply(x, rule))
+	while ((rule = rules_bend(x, &at)) != NULL)
+		if (!bend_apply(x, rule))
 			return false;
-	}
 	return true;
 }
 
@@ -14339,18 +14643,16 @@ static bool
 access_begin(struct exchange *x)
 {
 	struct request *q = x->request;
-	struct view v;
 
 	x->rules = rules_take(&q->head, &x->record.user);
 	q->dice = random_mix(options.seed + x->number);
-	exchange_view(x, NULL, &v);
 	if (q->target.form != FORM_ORIGIN)
-		route_judge(x, &v);
-	if (!access_judge(x, &v))
+		route_judge(x, NULL);
+	if (!access_judge(x, NULL, NULL))
 		return false;
 	if (q->target.form == FORM_ORIGIN)
 		return true;
-	exchange_rewrite(x);
+	rules_rewrite(x, NULL, &q->rewrites);
 	return q->access.undecided || bend_begin(x);
 }
 
@@ -14366,14 +14668,12 @@ access_response(struct exchange *x, const struct response *r, struct text head)
 	const struct request *q = x->request;
 	struct access *access = &x->request->access;
 	struct buffer *b;
-	struct view v;
 
 	if (!access->undecided || access->answer != NULL ||
 	    q->method == METHOD_CONNECT || q->answerer == ANSWER_MEMORY ||
 	    (r->status < 200 && r->status != 101))
 		return true;
-	exchange_view(x, r, &v);
-	if (!access_judge(x, &v))
+	if (!access_judge(x, r, NULL))
 		return false;
 	if (!access->undecided || r->status == 101)
 		return true;
@@ -14400,7 +14700,6 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	struct access *access = &x->request->access;
 	unsigned found = access->found;
 	struct response r;
-	struct view v;
 	bool refused;
 
 	access->found |=
@@ -14411,14 +14710,7 @@ access_body(struct exchange *x, struct text piece, bool whole)
 	access->unjudged = 0;
 	(void)response_parse(buffer_text(access->answer), x->request->method,
 	    &r);
-	exchange_view(x, &r, &v);
-	if (whole && !(v.known & FACT_LENGTH))
-		v.length = v.passed;
-	if (whole)
-		v.known |= FACT_LENGTH | FACT_BODY;
-	else if (found == access->found && (v.known & FACT_LENGTH))
-		return true;
-	refused = access_is_refused(x, &v);
+	refused = access_is_refused(x, &r, NULL);
 	if (whole)
 		access_doubt(x, false);
 	if (whole || !access->undecided)
@@ -15028,7 +15320,7 @@ route_from(const struct route *route, const struct address *to)
  * none is left: REFUSE_RULE if rules forbade any.
  */
 static enum refusal
-resolve_strike(struct exchange *x, struct view *v)
+resolve_strike(struct exchange *x)
 {
 	struct request *q = x->request;
 	struct route *route = &q->route;
@@ -15045,9 +15337,8 @@ resolve_strike(struct exchange *x, struct view *v)
 			return REFUSE_LOOP;
 		if (route->from != NULL && route_from(route, to)->family == 0)
 			continue;
-		view_source(v, to);
 		if (direct && undecided)
-			verdict = rules_judge(x->rules, GROUP_ACCESS, v);
+			verdict = rules_judge(x, GROUP_ACCESS, NULL, to);
 		if (kept == 0)
 			x->record.rule =
 			    verdict.truth == TRUTH_YES ? verdict.rule : NULL;
@@ -15073,28 +15364,26 @@ static void
 resolve_judge(struct exchange *x)
 {
 	struct request *q = x->request;
-	bool direct = exchange_parent(x) == NULL;
+	const struct address *server =
+	    exchange_parent(x) == NULL ? &q->route.list[0] : NULL;
 	char detail[DETAIL_MAX];
 	struct verdict verdict;
 	enum refusal refusal;
-	struct view v;
 
-	exchange_view(x, NULL, &v);
-	if (direct)
-		view_source(&v, &q->route.list[0]);
 	if (q->access.route_undecided) {
-		route_judge(x, &v);
+		route_judge(x, server);
 		q->access.route_undecided = false;
 		q->times.asked = 0;
 		if (exchange_parent(x) != NULL && q->access.undecided)
-			(void)access_judge(x, &v);
+			(void)access_judge(x, NULL, server);
 		return;
 	}
-	if (!direct && q->access.undecided && !access_judge(x, &v))
+	if (server == NULL && q->access.undecided &&
+	    !access_judge(x, NULL, NULL))
 		return;
-	verdict = rules_judge(x->rules, GROUP_SOURCE, &v);
+	verdict = rules_judge(x, GROUP_SOURCE, NULL, server);
 	q->route.from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
-	refusal = resolve_strike(x, &v);
+	refusal = resolve_strike(x);
 	if (refusal == REFUSE_NONE) {
 		if (bend_begin(x))
 			exchange_enter(x, PHASE_CONNECT);
@@ -15300,7 +15589,7 @@ exchange_send(struct exchange *x)
 	q->times.requested = now.wall;
 	if (out != NULL) {
 		if (q->rewrites.undecided || x->rules->needles_n > 0)
-			exchange_rewrite(x);
+			rules_rewrite(x, NULL, &q->rewrites);
 		request_build(x, out);
 	}
 	if (out == NULL || out->overflow) {
@@ -16395,8 +16684,9 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
  * accepts clients last.  poll(2) is the only call that may block.  Signals, the
  * command's end, the service manager and the workers are handled here, too.
  *
- * Door: command, loop_accept_all, loop_run, loop_signals, notify, signal_conn,
- * signals_begin, signals_fork, signals_open, signals_restore, workers_signal.
+ * Door: command, hups, lifeline, loop_accept_all, loop_run, loop_signals,
+ * notify, reloading, signal_conn, signals_begin, signals_fork, signals_open,
+ * signals_restore, workers_signal.
  */
 
 enum {
@@ -16990,7 +17280,7 @@ loop_reload(void)
 	reloading = true;
 	hups = workers[0].hups;
 	logs.quiet = worker > 0;
-	rules_reload();
+	(void)rules_read();
 	logs.quiet = false;
 	if (!log_open())
 		warn("can't reopen the log %s: %s", options.log,
@@ -17406,28 +17696,13 @@ workers_run(void)
  * that a service manager gave.
  *
  * Door: inetd_peer, inetd_take, listen_given, listen_inherit, listen_on,
- * option_help, option_version, options_parse, usage.
+ * option_help, option_version, options_parse.
  */
 
 enum {
 	/* An address that the machine does not have yet is tried so often. */
 	LISTEN_AGAIN_MS = 200
 };
-
-/* The command line is wrong. */
-static void
-usage(const char *format, ...)
-{
-	va_list args;
-
-	va_start(args, format);
-	say_words(format, args);
-	va_end(args);
-	fprintf(stderr,
-	    "usage: proxy [option ...] [-- command [argument ...]]; "
-	    "proxy -h lists the options\n");
-	exit(2);
-}
 
 /* What the target of an option becomes. */
 enum option_kind {
@@ -17946,7 +18221,7 @@ inetd_take(void)
 	return fd_note(fd);
 }
 
-/* ---- 29. Main: start, trials, a command ---- */
+/* ---- 29. Main: start, a command ---- */
 
 /*
  * Starts all that must be there before the loop runs, answers the options
@@ -18040,245 +18315,6 @@ pseudonym_make(void)
 		host_name[0] = '\0';
 }
 
-/* A -T: a request that is judged, but never made. */
-struct trial {
-	struct request request;
-	struct address client;
-	struct address address; /* of the server, if its name was looked up */
-	struct rules *rules;
-	struct view view; /* of these four */
-	struct verdict access, route;
-	const struct parent *parent; /* first of the route, or NULL */
-};
-
-/*
- * Reads the words of a -T: a URL, and behind it `client ADDRESS`, `user NAME`,
- * `method NAME`.
- */
-static void
-trial_parse(struct trial *t, const char *words)
-{
-	struct text rest = text_trim(text_of(words)), user = { NULL, 0 };
-	struct request *q = &t->request;
-
-	memset(q, 0, sizeof(*q));
-	(void)address_parse(text_of("127.0.0.1"), 0, &t->client);
-	q->minor = 1;
-	q->name = text_of("GET");
-	q->uri = word_next(&rest);
-	while (rest.len > 0) {
-		struct text word = word_next(&rest);
-		struct text value = word_next(&rest);
-
-		if (text_is(word, "user") && value.len > 0)
-			user = value;
-		else if (text_is(word, "method") && text_is_token(value))
-			q->name = value;
-		else if (!text_is(word, "client") ||
-		    !address_parse(value, 0, &t->client))
-			usage("-T %.*s: %.*s %.*s is none of: client ADDRESS, "
-			      "user NAME, method NAME",
-			    (int)q->uri.len, words, (int)word.len, word.at,
-			    (int)value.len, value.at);
-	}
-	q->method = method_parse(q->name);
-	if (!url_parse(q->uri, &q->target) ||
-	    (q->method == METHOD_CONNECT && q->target.form == FORM_ABSOLUTE))
-		usage("-T %.*s: not a URL that begins with http://, or with "
-		      "https:// for CONNECT",
-		    (int)q->uri.len, words);
-	if (q->target.form == FORM_AUTHORITY) {
-		q->method = METHOD_CONNECT;
-		q->name = text_of("CONNECT");
-	}
-	view_begin(&t->view, q, &t->client, address_is_local(&t->client));
-	t->view.user = user;
-}
-
-/* Prints a verdict, and the rule that it comes from. */
-static void
-trial_print(const char *what, const char *word, const struct rule *rule)
-{
-	printf("\t%s: %s", what, word);
-	if (rule != NULL)
-		printf(" (%s: %s)", rule->where, rule->text);
-	printf("\n");
-}
-
-/*
- * Judges access and route by what is known.  A parent looks the server's name
- * up itself, so the address stays unknown unless the route needed it.
- */
-static void
-trial_judge(struct trial *t)
-{
-	t->route = rules_judge(t->rules, GROUP_ROUTE, &t->view);
-	t->parent = t->route.truth == TRUTH_YES ? t->route.rule->parents : NULL;
-	view_route(&t->view, t->parent);
-	t->access = rules_judge(t->rules, GROUP_ACCESS, &t->view);
-}
-
-/*
- * Looks up the server's name and judges again: the route by the first address,
- * access by that, and while it is denied by the next.  False, after saying why,
- * if there is none.
- */
-static bool
-trial_resolve(struct trial *t)
-{
-	struct addrinfo hints = { .ai_socktype = SOCK_STREAM };
-	struct addrinfo *found = NULL, *at;
-	const struct parent *to = t->parent;
-	char host[HOST_MAX + 1];
-	int error;
-
-	(void)text_copy(to != NULL && to->kind == PARENT_TO ?
-		text_of(to->host) :
-		t->request.target.host,
-	    host, sizeof(host));
-	error = getaddrinfo(host, NULL, &hints, &found);
-	if (error != 0) {
-		printf("\taddress: the name lookup failed: %s\n",
-		    gai_strerror(error));
-		return false;
-	}
-	at = found;
-	do {
-		t->address = address_import(at->ai_addr);
-		address_settle(&t->address);
-		view_source(&t->view, &t->address);
-		if (t->route.truth == TRUTH_UNDECIDED)
-			trial_judge(t);
-		else
-			t->access =
-			    rules_judge(t->rules, GROUP_ACCESS, &t->view);
-		at = at->ai_next;
-	} while (at != NULL && t->access.refuses &&
-	    t->view.address == &t->address && !parent_is_proxy(t->parent));
-	freeaddrinfo(found);
-	return true;
-}
-
-/* True if a verdict is undecided for lack of the server's address. */
-static bool
-trial_needs_address(struct trial *t)
-{
-	const struct rule *rule = t->rules->first[GROUP_ACCESS];
-
-	if (t->route.truth == TRUTH_UNDECIDED)
-		return true;
-	if (t->access.truth != TRUTH_UNDECIDED ||
-	    (t->view.never & FACT_ADDRESS))
-		return false;
-	while (rule != NULL &&
-	    (!(rule->needs & FACT_ADDRESS) ||
-		rule_lacks(rule, &t->view) == NULL))
-		rule = rule->next;
-	return rule != NULL;
-}
-
-/* Prints the route: the first of its parents, without the login. */
-static void
-trial_route(const struct trial *t)
-{
-	const struct parent *p = t->parent;
-	char place[HOST_MAX + 10], words[HOST_MAX + 40] = "direct";
-
-	if (p != NULL && p->kind != PARENT_NONE) {
-		authority_print(text_of(p->host), p->port, true, place);
-		(void)snprintf(words, sizeof(words), "%s%s",
-		    p->kind == PARENT_TO       ? "to " :
-			p->kind == PARENT_HTTP ? "via http://" :
-						 "via socks5://",
-		    place);
-	}
-	trial_print("route",
-	    t->route.truth == TRUTH_UNDECIDED ?
-		"undecided, it needs the server's address" :
-		words,
-	    t->route.rule);
-}
-
-/* Prints whether the request is let in; if undecided, what is missing. */
-static void
-trial_access(const struct verdict *access, struct view *v)
-{
-	const struct condition *c;
-	char words[80];
-
-	if (access->truth == TRUTH_YES) {
-		trial_print("access", actions[access->rule->action].word,
-		    access->rule);
-		return;
-	}
-	c = rule_lacks(access->rule, v);
-	assert(c != NULL);
-	(void)snprintf(words, sizeof(words), "undecided, it needs the %s%s",
-	    c->needs & FACT_ADDRESS ? "server's " : "response's ", c->word);
-	trial_print("access", words, access->rule);
-}
-
-/* Prints the rules that would bend the request, also those by chance. */
-static void
-trial_bends(struct trial *t)
-{
-	size_t i;
-
-	for (i = 0; i < BEND_GROUPS; i++) {
-		const struct rule *rule =
-		    rules_bend(t->rules, bend_groups[i], &t->view);
-
-		if (rule != NULL)
-			trial_print("bent", actions[rule->action].word, rule);
-	}
-}
-
-/*
- * One -T: prints what would happen.  The server's name is looked up if, and
- * only if, a verdict depends on its address.  Returns the exit status.
- */
-static int
-trial_run(const char *words)
-{
-	const struct account *user;
-	struct trial t;
-
-	printf("%s\n", words);
-	trial_parse(&t, words);
-	t.rules = rules_take(&t.request.head, &user);
-	trial_judge(&t);
-	/* The address may lead `to' another server. */
-	if (trial_needs_address(&t) && trial_resolve(&t) &&
-	    t.view.address == NULL)
-		(void)trial_resolve(&t);
-	trial_access(&t.access, &t.view);
-	trial_route(&t);
-	if (!t.access.refuses)
-		trial_bends(&t);
-	rules_give(&t.rules);
-	return t.access.refuses ? 1 :
-	    t.access.truth == TRUTH_UNDECIDED ||
-		t.route.truth == TRUTH_UNDECIDED ?
-				  3 :
-				  0;
-}
-
-/* All -T; of their exit statuses 1 goes before 3. */
-static void
-trials_run(void)
-{
-	int worst = 0;
-	size_t i;
-
-	for (i = 0; i < options.trials.n; i++) {
-		int status = trial_run(options.trials.at[i]);
-
-		if (worst == 0 || status == 1)
-			worst = status;
-	}
-	exit(worst);
-}
-
 /* Prints the addresses and how to use them. */
 static void
 banner(void)
@@ -18304,10 +18340,7 @@ banner(void)
 		warn("  export http_proxy=http://%s https_proxy=http://%s",
 		    words, words);
 	}
-	if (exposed && !rules_let_in())
-		warn(
-		    "clients that are not on this machine are refused until "
-		    "a rule lets them in, as in: -e 'allow client 10.0.0.0/8'");
+	rules_warn(exposed);
 }
 
 /*
@@ -18396,18 +18429,6 @@ logs_begin(void)
 		logs_own();
 	logs.colour = isatty(STDERR_FILENO) && getenv("NO_COLOR") == NULL;
 	logs.terminal = isatty(STDOUT_FILENO) || isatty(STDERR_FILENO);
-}
-
-/* Warns of files that the user of -u can't use. */
-static void
-user_warn(void)
-{
-	if (!rules_can_reload())
-		warn("user %s can't read the rules again: HUP will not change "
-		     "them",
-		    options.user);
-	if (options.cache != NULL)
-		store_warn();
 }
 
 /*
@@ -18534,7 +18555,7 @@ main(int argc, char **argv)
 		client = inetd_take();
 	if (!options.check && options.trials.n == 0)
 		signals_begin();
-	if (!rules_read(options.check && options.verbose > 0))
+	if (!rules_read())
 		exit(2);
 	if (options.user != NULL && options.trials.n == 0)
 		user_find(options.user);
@@ -18543,7 +18564,7 @@ main(int argc, char **argv)
 		exit(0);
 	}
 	if (options.trials.n > 0)
-		trials_run();
+		rules_try();
 	pseudonym_make();
 	given = listen_given();
 	if (options.command != NULL)
@@ -18555,10 +18576,10 @@ main(int argc, char **argv)
 	logs_begin();
 	if (options.cache != NULL)
 		store_open();
-	if (options.user != NULL) {
+	if (options.user != NULL)
 		user_become();
-		user_warn();
-	}
+	if (options.user != NULL && options.cache != NULL)
+		store_warn();
 	tables_open();
 	pool_fill(&buffer_pool);
 	pool_fill(&request_pool);

@@ -5759,7 +5759,7 @@ is_guarded(const struct address *a)
 	struct view v;
 
 	if (rules_now == NULL)
-		(void)rules_read(false);
+		(void)rules_read();
 	memset(&q, 0, sizeof(q));
 	memset(&v, 0, sizeof(v));
 	(void)address_parse(text_of("10.0.0.9"), 0, &client);
@@ -8895,7 +8895,7 @@ rules_make(void)
 	struct rules *old = rules_now, *rules;
 
 	rules_now = NULL;
-	if (!rules_read(false))
+	if (!rules_read())
 		unit_fail("wrong rules", options.sources[0].at, "", 0);
 	rules = rules_now;
 	rules_now = old;
@@ -9006,7 +9006,7 @@ view_make(struct view *v)
 	struct verdict route;
 
 	exchange_view(x, NULL, v);
-	route = rules_judge(x->rules, GROUP_ROUTE, v);
+	route = group_judge(x->rules, GROUP_ROUTE, v);
 	if (route.truth == TRUTH_YES)
 		x->request->route.parent = route.rule->parents;
 	exchange_view(x, answer.status != 0 ? &answer : NULL, v);
@@ -9078,7 +9078,7 @@ group_say(struct text in, enum rule_group group)
 	if (!case_make(in))
 		return;
 	view_make(&v);
-	verdict_say(rules_judge(rules_now, group, &v), &v);
+	verdict_say(group_judge(rules_now, group, &v), &v);
 }
 
 /* A kind of row that is one call. */
@@ -9115,7 +9115,7 @@ row_sends(struct text in)
 	(void)strcpy(pseudonym, "p");
 	if (!case_make(in))
 		return;
-	exchange_rewrite(&exchange);
+	rules_rewrite(&exchange, NULL, &exchange.request->rewrites);
 	request_build(&exchange, b);
 	head_say(b, "Host: ");
 }
@@ -9183,7 +9183,7 @@ both_ask(struct text in, bool first, bool second)
 		    exchange_make(text_of(given[0] ? given : copy), both[i]);
 		if (status == 200) {
 			view_make(&v);
-			verdict = rules_judge(both[i], GROUP_ACCESS, &v);
+			verdict = group_judge(both[i], GROUP_ACCESS, &v);
 			if (verdict.truth == TRUTH_YES)
 				status = verdict.rule->status;
 		}
@@ -11646,7 +11646,7 @@ test_rules_interrupted() { # reading rules, lists and users goes on after a sign
 		fail "nothing was read"
 }
 
-# ---- 12. Rules: actions as text, and files ----------------------------------
+# ---- 12. Rules: actions as text, files, trials ------------------------------
 
 test_rules_wrong_options() { # -e is named with its number, several files with theirs
 	echo 'deny time x' > one
@@ -20632,7 +20632,7 @@ test_start_path_used() { # a UNIX socket in use: the message says what to do
 END
 }
 
-# ---- 29. Main: start, trials, a command -------------------------------------
+# ---- 29. Main: start, a command ---------------------------------------------
 
 # Runs the proxy with a command, for ten seconds: sets $status, files out, err.
 command_proxy() {
@@ -21103,6 +21103,16 @@ doors() {
 		if (listing)
 			door[section] = door[section] $0
 		listing = listing && !/\.$/ && !/\*\//
+		if (/^ \* Door of sections /) {
+			first = $5
+			for (s = $5 + 0; s <= $7 + 0; s++)
+				chapter[s] = $5
+		}
+		for (i = 2; first && i <= NF; i++)
+			if ($i ~ /^[a-z_]+[,.]$/)
+				outer[first, substr($i, 1, length($i) - 1)]
+		if (/\.$/ && first)
+			first = 0
 		if (/^struct [a-z_]+ {/)
 			tag = $2
 		if (/\/\* private to section/) {
@@ -21119,6 +21129,11 @@ doors() {
 		}
 		if (match($0, /^[a-z_0-9]+\(/))
 			home[substr($0, 1, RLENGTH - 1)] = section
+		else if (/^(static|}) [^(]*[;=]/) {
+			sub(/ *[[;=].*/, "")
+			sub(/.*[ *]/, "")
+			home[$0] = section
+		}
 		next
 	}
 	FNR == 1 {
@@ -21129,6 +21144,10 @@ doors() {
 			n = split(door[s], words, /[^a-z_0-9]+/)
 			for (i = 1; i <= n; i++)
 				listed[s, words[i]] = 1
+			for (i = 4; i <= n && !open[s]; i++)
+				if (words[i] && words[i] < words[i - 1])
+					print "proxy.c:0: " words[i] \
+					    " is not in its place on the door"
 		}
 	}
 	# Private members are reached by a member, or a variable, of that struct.
@@ -21155,11 +21174,27 @@ doors() {
 			s = home[name]
 		if (s != section)
 			print "proxy.c:" FNR ": " name " belongs to section " s
+		else if (before !~ /[.>]/ && name in home && chapter[home[name]] != chapter[s]) {
+			of = chapter[home[name]]
+			if (of && !((of, name) in outer))
+				print "proxy.c:" FNR ": " name \
+				    " is not on the door of section " of
+			used[of, name]
+		}
 	} }
-	END { print doors + 0 }' "$1" doors.code
+	END {
+		for (i in outer) {
+			split(i, words, SUBSEP)
+			if (++names[words[1]] > DOOR_MAX || !(i in used))
+				print "proxy.c:0: " words[2] \
+				    " is too much on the door of section " words[1]
+		}
+		print doors + 0
+	}' DOOR_MAX=$door_max "$1" doors.code
 }
 
 doors_min=28	# sections that have one
+door_max=12	# names on the door of a chapter, which is several sections
 
 test_style_doors() { # a section's own functions and members are named in it only
 	need_source
@@ -21173,8 +21208,11 @@ test_style_doors() { # a section's own functions and members are named in it onl
 		cat <<'END'
 /* ---- 98. Doctored ---- */
 /*
+ * Door of sections 98 to 98: doctored_open,
+ * doctored_gone.
+ *
  * Door: doctored_open,
- * doctored_shut.
+ * doctored_shut, doctored_places.
  */
 struct doctored {
 	int open;
@@ -21184,17 +21222,28 @@ struct doctored {
 doctored_open(void)
 doctored_shut(void)
 doctored_secret(void)
+static int doctored_hidden = 1;
 /* ---- 99. End ---- */
 	doctored_shut(x->doctored.open, doctored_open()); /* doctored_secret */
 	doctored_secret("doctored_secret", x->hidden, x->doctored.hidden);
 	struct doctored *y = x;
-	y->hidden = y->open;
+	y->hidden = y->open + doctored_hidden;
 END
 	} > doctored.c
-	doors doctored.c | sed -n 's/^proxy.c:[0-9]*: //p' | tail -n 3 > found
-	printf '%s belongs to section 98\n' doctored_secret hidden hidden |
-	    cmp - found ||
-		fail "the doctored copy: $(cat found)"
+	doors doctored.c | sed -n 's/^proxy.c:[0-9]*: //p' > found
+	cat > want <<'END'
+doctored_places is not in its place on the door
+doctored_shut is not on the door of section 98
+doctored_secret belongs to section 98
+hidden belongs to section 98
+hidden belongs to section 98
+doctored_hidden belongs to section 98
+doctored_gone is too much on the door of section 98
+END
+	cmp want found || fail "the doctored copy: $(cat found)"
+	door_max=11
+	doors "$here/proxy.c" > found
+	has found ': rules_.* is too much on the door of section 9$'
 }
 
 # The names in a walk of the head comment, or in all walks: walk_names [WALK]
