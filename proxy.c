@@ -620,7 +620,9 @@ enum answerer {
 	ANSWER_SERVER, /* a server */
 	ANSWER_MEMORY, /* the proxy itself: a page, the 200 to CONNECT */
 	ANSWER_ENTRY,  /* a complete entry of the cache */
-	ANSWER_FETCH   /* an entry that another exchange is still storing */
+	ANSWER_FETCH,  /* an entry that another exchange is still storing */
+	ANSWER_FAILED, /* such an entry, which is not stored any further */
+	ANSWER_AWAITED /* not known: another exchange asks for the same */
 };
 
 /* The message of a SOCKS5 parent that comes next. */
@@ -672,6 +674,7 @@ struct caching {
 	enum caching_state state; /* set by caching_enter() only */
 	const char *hit;          /* how an entry was used, for the log */
 	const char *miss;         /* or why there was none, or `stored` */
+	uint64_t stored; /* bytes of the body in the entry being stored */
 	/* private to sections 16 and 17 */
 	bool collapsed;        /* it waited for a fetch, or reads one */
 	struct fetch *fetch;   /* that it leads, or NULL */
@@ -1106,6 +1109,7 @@ static struct totals {
 	uint64_t waited_ms;        /* sum of all waits */
 	uint64_t lookups, failed;  /* of names: all, and those that failed */
 	uint64_t evicted;          /* entries that gave way to others */
+	uint64_t stored;           /* bytes of the disk that the cache takes */
 	uint64_t lines_lost;       /* of the log */
 	uint64_t busiest;          /* slots in use at once, at most */
 	uint64_t busy, slots;      /* slots in use now, and all */
@@ -2030,7 +2034,8 @@ answer_by(struct exchange *x, enum answerer answerer)
 {
 	struct request *q = x->request;
 	static const char *const names[] = { "nobody yet", "the server",
-		"the proxy", "an entry", "a fetch under way" };
+		"the proxy", "an entry", "a fetch under way",
+		"an entry whose fetch has failed", "a fetch, if it stores" };
 
 	if (q->answerer == answerer)
 		return;
@@ -2042,7 +2047,8 @@ answer_by(struct exchange *x, enum answerer answerer)
 static bool
 answer_is_stored(const struct request *q)
 {
-	return q->answerer == ANSWER_ENTRY || q->answerer == ANSWER_FETCH;
+	return q->answerer == ANSWER_ENTRY || q->answerer == ANSWER_FETCH ||
+	    q->answerer == ANSWER_FAILED;
 }
 
 /* True if no server is asked for the answer, but for its validation. */
@@ -5512,11 +5518,7 @@ struct verdict {
  * The groups that bend an exchange; an answer comes last: it ends the judging.
  */
 static const enum rule_group bend_groups[] = { GROUP_TRACE, GROUP_LIMIT,
-	GROUP_DELAY, GROUP_RATE, GROUP_CUT, GROUP_CACHE, GROUP_ANSWER };
-
-enum {
-	BEND_GROUPS = sizeof(bend_groups) / sizeof(bend_groups[0])
-};
+	GROUP_DELAY, GROUP_RATE, GROUP_CUT, GROUP_CACHE, GROUP_ANSWER, GROUPS };
 
 static struct rules *rules_now; /* in force */
 
@@ -5541,18 +5543,22 @@ view_source(struct view *v, const struct address *a)
 	}
 }
 
-/* Adds the response and the length of its body, UINT64_MAX if unknown. */
+/*
+ * Adds the response and the length of its body, UINT64_MAX if unknown; whole:
+ * all of that has passed.
+ */
 static void
-view_response(struct view *v, const struct response *r, uint64_t length)
+view_response(struct view *v, const struct response *r, uint64_t length,
+    bool whole)
 {
 	bool bodiless = response_is_bodiless(r->status, v->request->method);
 
 	v->response = r;
-	v->length = bodiless && length == UINT64_MAX ? 0 : length;
+	v->length = length != UINT64_MAX ? length : bodiless ? 0 : v->passed;
 	v->known |= FACT_RESPONSE;
-	if (v->length != UINT64_MAX)
+	if (length != UINT64_MAX || bodiless || whole)
 		v->known |= FACT_LENGTH;
-	if (bodiless || length == 0)
+	if (length == 0 || bodiless || whole)
 		v->known |= FACT_BODY;
 }
 
@@ -5626,15 +5632,10 @@ exchange_view(const struct exchange *x, const struct response *r,
 	    (x->record.server.family == AF_INET ||
 		x->record.server.family == AF_INET6))
 		view_source(v, &x->record.server);
-	if (r == NULL)
-		return;
-	view_response(v, r, answer_is_stored(q) ? q->body : response_length(r));
-	/* The rules judge the body, of which all has come. */
-	if (q->access.answer != NULL && x->down.whole) {
-		if (!(v->known & FACT_LENGTH))
-			v->length = v->passed;
-		v->known |= FACT_LENGTH | FACT_BODY;
-	}
+	if (r != NULL)
+		view_response(v, r,
+		    answer_is_stored(q) ? q->body : response_length(r),
+		    q->access.answer != NULL && x->down.whole);
 }
 
 /* ---- judging ---- */
@@ -5908,11 +5909,10 @@ static struct verdict
 rules_judge(const struct exchange *x, enum rule_group group,
     const struct response *r, const struct address *server)
 {
-	struct verdict none = { TRUTH_NO, NULL, false };
 	struct view v;
 
 	if (x->rules->first[group] == NULL)
-		return none;
+		return (struct verdict){ TRUTH_NO, NULL, false };
 	exchange_view(x, r, &v);
 	if (server != NULL)
 		view_source(&v, server);
@@ -5946,7 +5946,7 @@ rules_bend(const struct exchange *x, size_t *at)
 	const struct rule *rule = NULL;
 	struct view v;
 
-	while (rule == NULL && *at < BEND_GROUPS) {
+	while (rule == NULL && bend_groups[*at] != GROUPS) {
 		enum rule_group group = bend_groups[(*at)++];
 
 		if (x->rules->first[group] == NULL)
@@ -7424,8 +7424,7 @@ struct trial {
 	struct request request;
 	struct address client;
 	struct address address; /* of the server, if its name was looked up */
-	struct rules *rules;
-	struct view view; /* of these four */
+	struct view view;       /* of these three */
 	struct verdict access, route;
 	const struct parent *parent; /* first of the route, or NULL */
 };
@@ -7491,10 +7490,10 @@ trial_print(const char *what, const char *word, const struct rule *rule)
 static void
 trial_judge(struct trial *t)
 {
-	t->route = group_judge(t->rules, GROUP_ROUTE, &t->view);
+	t->route = group_judge(rules_now, GROUP_ROUTE, &t->view);
 	t->parent = t->route.truth == TRUTH_YES ? t->route.rule->parents : NULL;
 	view_route(&t->view, t->parent);
-	t->access = group_judge(t->rules, GROUP_ACCESS, &t->view);
+	t->access = group_judge(rules_now, GROUP_ACCESS, &t->view);
 }
 
 /*
@@ -7530,7 +7529,7 @@ trial_resolve(struct trial *t)
 			trial_judge(t);
 		else
 			t->access =
-			    group_judge(t->rules, GROUP_ACCESS, &t->view);
+			    group_judge(rules_now, GROUP_ACCESS, &t->view);
 		at = at->ai_next;
 	} while (at != NULL && t->access.refuses &&
 	    t->view.address == &t->address && !parent_is_proxy(t->parent));
@@ -7542,7 +7541,7 @@ trial_resolve(struct trial *t)
 static bool
 trial_needs_address(struct trial *t)
 {
-	const struct rule *rule = t->rules->first[GROUP_ACCESS];
+	const struct rule *rule = rules_now->first[GROUP_ACCESS];
 
 	if (t->route.truth == TRUTH_UNDECIDED)
 		return true;
@@ -7603,9 +7602,9 @@ trial_bends(struct trial *t)
 {
 	size_t i;
 
-	for (i = 0; i < BEND_GROUPS; i++) {
+	for (i = 0; bend_groups[i] != GROUPS; i++) {
 		const struct rule *rule =
-		    group_bend(t->rules, bend_groups[i], &t->view);
+		    group_bend(rules_now, bend_groups[i], &t->view);
 
 		if (rule != NULL)
 			trial_print("bent", actions[rule->action].word, rule);
@@ -7619,12 +7618,10 @@ trial_bends(struct trial *t)
 static int
 trial_run(const char *words)
 {
-	const struct account *user;
 	struct trial t;
 
 	printf("%s\n", words);
 	trial_parse(&t, words);
-	t.rules = rules_take(&t.request.head, &user);
 	trial_judge(&t);
 	/* The address may lead `to' another server. */
 	if (trial_needs_address(&t) && trial_resolve(&t) &&
@@ -7634,7 +7631,6 @@ trial_run(const char *words)
 	trial_route(&t);
 	if (!t.access.refuses)
 		trial_bends(&t);
-	rules_give(&t.rules);
 	return t.access.refuses ? 1 :
 	    t.access.truth == TRUTH_UNDECIDED ||
 		t.route.truth == TRUTH_UNDECIDED ?
@@ -7667,6 +7663,15 @@ rules_try(void)
  * Functions without state that judge heads and times: may a response be
  * stored, how long is it fresh, may it be reused for this request, does it
  * meet the client's conditions, and which part of it does a Range ask for.
+ *
+ * Sections 13 to 17 are a chapter.  A request looks for an entry (cache_find),
+ * which answers like a server (cache_shape).  A response validates an entry
+ * (cache_validate), or becomes one (cache_store, cache_append), perhaps without
+ * its client (cache_wants, cache_detach).  At the end comes cache_leave().
+ *
+ * Door of sections 13 to 17: cache_append, cache_detach, cache_fields_append,
+ * cache_find, cache_leave, cache_shape, cache_store, cache_validate,
+ * cache_wants, store_open, store_print, store_sweep.
  *
  * Door: control_parse, freshness_lifetime, initial_age, modified_strong,
  * personal_statuses, range_parse, request_is_met, request_is_satisfied,
@@ -8362,6 +8367,8 @@ static struct {
 	int report;       /* the pipe from it */
 	int64_t late_ms;  /* it hangs if it has not ended by then */
 	int64_t lack_ms;  /* no sweep, or call for one, before this */
+	unsigned worker;  /* that takes care, see store_sweep() */
+	bool said_owner;  /* warned: a directory is another user's */
 	bool said_unread; /* warned: a sweep failed */
 	bool said_failed; /* warned: a file can't be written */
 } store = { .block = CACHE_DISK_BLOCK, .report = -1 };
@@ -9213,7 +9220,7 @@ stored_head_append(const struct response *r, const struct response *old,
  * not used for longest, each time the room has run out.  Opens the directory,
  * too, and makes sure that it is one.
  *
- * Door: store_open, store_print, store_sweep, store_take_over, store_warn.
+ * Door: store_open, store_print, store_sweep.
  */
 
 /* A file in the cache directory. */
@@ -9222,6 +9229,7 @@ struct file {
 	const char *name; /* without it */
 	bool entry;       /* probably one, by its place */
 	bool bucket;      /* a directory of entries */
+	uid_t owner;      /* whose it is */
 	uint64_t bytes;   /* of the disk */
 	int64_t age;      /* seconds since it was written or touched */
 };
@@ -9240,6 +9248,7 @@ file_look(struct file *f, const char *path)
 	slash = strchr(f->name, '/');
 	f->entry = slash != NULL && slash[1] != '.' && S_ISREG(status.st_mode);
 	f->bucket = strlen(f->name) == 2 && S_ISDIR(status.st_mode);
+	f->owner = status.st_uid;
 	f->bytes = (uint64_t)status.st_blocks * 512;
 	f->age = now.wall - status.st_mtime;
 	return true;
@@ -9515,30 +9524,6 @@ sweep_start(void)
 	store.report = fds[0];
 }
 
-/*
- * Starts a sweep when enough was written since the last one, or when room was
- * lacking: so store_fits() seldom fails, unless the sweeper is slow.  Of
- * several workers the first sweeps: the others wake it, by a signal that does
- * nothing else.
- */
-static void
-store_sweep(void)
-{
-	if (store.sweeper > 0)
-		sweep_reap();
-	if (options.cache == NULL || store.sweeper > 0)
-		return;
-	if (stock_sum(stock->grown) - stock->swept <= options.cache_size / 16 &&
-	    (stock->lack == LACK_NONE || now.ms < store.lack_ms))
-		return;
-	if (worker <= 1)
-		sweep_start();
-	else if (now.ms >= store.lack_ms && workers[1].pid > 0) {
-		store.lack_ms = now.ms + 1000;
-		(void)kill(workers[1].pid, SIGCHLD);
-	}
-}
-
 /* ---- the directory ---- */
 
 /*
@@ -9557,7 +9542,10 @@ temporary_remove(const struct file *f, void *argument)
 		(void)unlink(f->path);
 }
 
-/* Ends the program if a file is not of a cache; removes old temporary files. */
+/*
+ * Ends the program if a file is not of a cache; removes old temporary files.
+ * Warns of the first directory that the user of -u can't write.
+ */
 static void
 store_check(const struct file *f, void *argument)
 {
@@ -9572,6 +9560,12 @@ store_check(const struct file *f, void *argument)
 		die("%s is not a cache of proxy: it contains %s", options.cache,
 		    f->name);
 	temporary_remove(f, NULL);
+	if (!f->bucket || options.user == NULL || options.uid == 0 ||
+	    f->owner == options.uid || store.said_owner)
+		return;
+	warn("user %s can't write %s: chown -R %s %s", options.user, f->path,
+	    options.user, options.cache);
+	store.said_owner = true;
 }
 
 /*
@@ -9658,41 +9652,42 @@ store_open(void)
 }
 
 /*
- * This process is a new worker.  If it takes the place of one that died, the
- * files that the dead one was storing go, and a sweep that it began is
- * repeated.
+ * Looks after the directory, once a turn.  Starts a sweep when enough was
+ * written since the last one, or when room was lacking: so store_fits() seldom
+ * fails, unless the sweeper is slow.  Of several workers the first sweeps: the
+ * others wake it, by a signal that does nothing else.
  */
 static void
-store_take_over(void)
+store_sweep(void)
 {
 	if (options.cache == NULL)
 		return;
-	(void)directory_walk(options.cache, temporary_remove, NULL);
-	stock->making[worker] = 0;
-	if (worker == 1)
-		stock->swept = stock_sum(stock->grown) - options.cache_size;
-}
-
-/* Warns of the first directory of a cache that we can't write. */
-static void
-bucket_warn(const struct file *f, void *argument)
-{
-	bool *warned = argument;
-
-	if (*warned || !f->bucket || access(f->path, W_OK) != -1)
+	if (store.worker != worker) {
+		/* A new worker: the entries of a dead one are dropped. */
+		store.worker = worker;
+		(void)directory_walk(options.cache, temporary_remove, NULL);
+		stock->making[worker] = 0;
+		/* A sweep that it began is repeated. */
+		if (worker == 1)
+			stock->swept =
+			    stock_sum(stock->grown) - options.cache_size;
+	}
+	if (store.sweeper > 0)
+		sweep_reap();
+	/* What the others add to it is in their totals. */
+	totals.stored = (worker <= 1 ? stock->base : 0) + stock->grown[worker] +
+	    stock->making[worker];
+	if (store.sweeper > 0)
 		return;
-	*warned = true;
-	warn("user %s can't write %s: chown -R %s %s", options.user, f->path,
-	    options.user, options.cache);
-}
-
-/* Warns if the user of -u, who we are by now, can't write the cache. */
-static void
-store_warn(void)
-{
-	bool warned = false;
-
-	(void)directory_walk(options.cache, bucket_warn, &warned);
+	if (stock_sum(stock->grown) - stock->swept <= options.cache_size / 16 &&
+	    (stock->lack == LACK_NONE || now.ms < store.lack_ms))
+		return;
+	if (worker <= 1)
+		sweep_start();
+	else if (now.ms >= store.lack_ms && workers[1].pid > 0) {
+		store.lack_ms = now.ms + 1000;
+		(void)kill(workers[1].pid, SIGCHLD);
+	}
 }
 
 /* Prints the path of a file if it is an entry of the key. */
@@ -9765,7 +9760,7 @@ enum cached {
 	CACHED_YES,  /* an entry answers */
 	CACHED_WAIT, /* wait: another exchange is fetching it */
 	CACHED_LOST, /* the entry to validate is gone: ask again */
-	CACHED_NEVER /* no entry, and only-if-cached forbids asking */
+	CACHED_NEVER /* no entry can answer, nor may the server */
 };
 
 /* What the cache wants of a fetch. */
@@ -9815,17 +9810,14 @@ static void
 follow_complete(struct exchange *y)
 {
 	struct request *q = y->request;
-	uint64_t stored = q->caching.follows->stored;
 
-	if (q->answerer != ANSWER_FETCH)
-		return;
 	answer_by(y, ANSWER_ENTRY);
 	if (q->body != UINT64_MAX)
 		return;
-	q->body = stored;
+	q->body = q->caching.stored;
 	if (y->phase == PHASE_RELAY && y->down.from == FRAMING_CLOSE) {
 		y->down.from = FRAMING_LENGTH;
-		y->down.left = stored - y->down.payload - y->down.ready;
+		y->down.left = q->body - y->down.payload - y->down.ready;
 	}
 }
 
@@ -9838,15 +9830,20 @@ fetch_tell(const struct fetch *f)
 	if (f->followers == 0)
 		return;
 	for (y = exchanges.slots; y < exchanges.slots + exchanges.used; y++) {
-		if (y->request == NULL || y->request->caching.follows != f)
+		struct request *q = y->request;
+
+		if (q == NULL || q->caching.follows != f)
 			continue;
-		if (y->request->answerer == ANSWER_FETCH) {
+		if (q->answerer == ANSWER_FETCH) {
 			y->server.readable = true;
-			y->request->caching.miss =
-			    f->leader->request->caching.miss;
-		}
-		if (f->state == FETCH_COMPLETE)
-			follow_complete(y);
+			q->caching.miss = f->leader->request->caching.miss;
+			q->caching.stored = f->stored;
+			if (f->state == FETCH_COMPLETE)
+				follow_complete(y);
+			else if (f->state == FETCH_FAILED)
+				answer_by(y, ANSWER_FAILED);
+		} else if (q->answerer == ANSWER_AWAITED)
+			answer_by(y, ANSWER_NONE);
 		exchange_queue(y);
 	}
 }
@@ -9928,6 +9925,7 @@ static void
 fetch_follow(struct exchange *x, struct fetch *f)
 {
 	x->request->caching.follows = f;
+	x->request->caching.stored = f->stored;
 	f->followers++;
 	exchange_queue(f->leader);
 }
@@ -10366,9 +10364,8 @@ cache_invalidate(const struct request *q, const struct response *r)
  * decides whether a response may be stored; and builds the head that is sent
  * from an entry.
  *
- * Door: cache_fields_append, cache_find, cache_follows, cache_goes_on,
- * cache_leave, cache_room, cache_shape, cache_status_append, cache_store,
- * cache_validate, cache_validators_append, cache_wants.
+ * Door: cache_fields_append, cache_find, cache_leave, cache_shape,
+ * cache_store, cache_validate, cache_wants.
  */
 
 /*
@@ -10606,16 +10603,8 @@ follow_wait(struct exchange *x)
 		return false;
 	c->collapsed = true;
 	fetch_follow(x, f);
+	answer_by(x, ANSWER_AWAITED);
 	return true;
-}
-
-/* True if x follows a fetch in that state. */
-static bool
-cache_follows(const struct exchange *x, enum fetch_state state)
-{
-	const struct fetch *f = x->request->caching.follows;
-
-	return f != NULL && f->state == state;
 }
 
 /* Sets the state of x's request in the cache. */
@@ -10689,6 +10678,7 @@ cache_find(struct exchange *x, struct lookup *l)
 
 	/* On a second call, x has waited. */
 	fetch_unfollow(x);
+	answer_by(x, ANSWER_NONE);
 	rule = cache_rule(x, NULL, NULL);
 	offline = rule->action == ACTION_OFFLINE;
 	if (options.cache == NULL)
@@ -10771,7 +10761,7 @@ entry_load(const struct exchange *x, struct lookup *l)
 
 /* Appends the entry's validators to a request (RFC 9111 section 4.3.1). */
 static void
-cache_validators_append(const struct exchange *x, struct buffer *b)
+validators_append(const struct exchange *x, struct buffer *b)
 {
 	struct lookup l;
 	struct text t;
@@ -10882,7 +10872,7 @@ lookup_resembles(struct exchange *x, const struct response *r, struct lookup *l)
 
 /* True if r has the same payload as the failed fetch that x followed. */
 static bool
-cache_goes_on(const struct exchange *x, const struct response *r)
+response_goes_on(const struct exchange *x, const struct response *r)
 {
 	const struct request *q = x->request;
 
@@ -10896,7 +10886,8 @@ cache_goes_on(const struct exchange *x, const struct response *r)
  * Handles a server's response, or its failure if r is NULL, for an entry to
  * validate.  CACHED_YES: the entry answers, in l; CACHED_LOST: a 304 is about
  * another version, or the entry is damaged, so ask the server again; CACHED_NO:
- * r answers.  A response invalidates entries even if rules forbid it.
+ * r answers; CACHED_NEVER: it must continue a body, and is another.  A response
+ * invalidates entries even if rules forbid it.
  */
 static enum cached
 cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
@@ -10912,6 +10903,8 @@ cache_validate(struct exchange *x, const struct response *r, struct lookup *l)
 
 	if (r != NULL)
 		cache_invalidate(q, r);
+	if (x->record.status != 0 && status >= 200)
+		return response_goes_on(x, r) ? CACHED_NO : CACHED_NEVER;
 	if (c->state != CACHING_VALIDATES || (status > 0 && status < 200))
 		return CACHED_NO;
 	c->forward_status = status;
@@ -11007,20 +11000,6 @@ cache_leave(struct exchange *x)
 }
 
 /*
- * How many bytes of payload may be read from the entry that answers: while it
- * is being stored, only those there, since the file's end is not the body's.
- */
-static uint64_t
-cache_room(const struct exchange *x)
-{
-	const struct request *q = x->request;
-
-	return q->answerer == ANSWER_FETCH ?
-	    q->caching.follows->stored - x->down.payload - x->down.ready :
-	    UINT64_MAX;
-}
-
-/*
  * What the cache wants of the fetch of x.  It goes on without x's client if it
  * is stored, or may still be, and has followers or is half complete; or if it
  * is a refresh.  It may move to a slot of its own, with x as one of its
@@ -11067,7 +11046,7 @@ cache_shape(const struct exchange *x, struct response *r)
 	r->framing = q->method == METHOD_HEAD || x->refresh ? FRAMING_NO_BODY :
 	    q->body == UINT64_MAX                           ? FRAMING_CLOSE :
 							      FRAMING_LENGTH;
-	if (q->answerer != ANSWER_FETCH && q->method == METHOD_GET)
+	if (q->answerer == ANSWER_ENTRY && q->method == METHOD_GET)
 		r->part = range_parse(&q->head, r, q->body, &range);
 	if (r->status / 100 == 2 && request_is_satisfied(&q->head, r)) {
 		r->status = 304;
@@ -11091,25 +11070,6 @@ cache_shape(const struct exchange *x, struct response *r)
 	r->first = range.first;
 	r->length = range.length;
 	return r->part == 1 ? q->caching.region + r->first : 0;
-}
-
-/* Appends Age, if it is wanted, and what r, see cache_shape(), has in it. */
-static void
-cache_fields_append(const struct exchange *x, const struct response *r,
-    bool age, struct buffer *b)
-{
-	const struct request *q = x->request;
-	unsigned long long body = q->body, first = r->first;
-
-	if (age)
-		number_append(b, "Age", (uint64_t)q->caching.age);
-	if (r->part == 1)
-		buffer_print(b, "Content-Range: bytes %llu-%llu/%llu\r\n",
-		    first, first + r->length - 1, body);
-	else if (r->part == -1)
-		buffer_print(b, "Content-Range: bytes */%llu\r\n", body);
-	if (r->status != 204 && r->status != 304 && q->body != UINT64_MAX)
-		number_append(b, "Content-Length", r->length);
 }
 
 /* Appends Cache-Status (RFC 9211): how the cache was used, or why not. */
@@ -11144,6 +11104,37 @@ cache_status_append(const struct exchange *x, struct buffer *b)
 	if (cache_stores(x))
 		buffer_word(b, "; stored");
 	buffer_word(b, "\r\n");
+}
+
+/*
+ * Appends what the cache adds to a head.  To that of a request, if r is NULL:
+ * the validators of the entry to validate.  To that of a response r: what an
+ * entry that answers has to say, see cache_shape(), and Cache-Status; own: bits
+ * of fields that are not added.
+ */
+static void
+cache_fields_append(const struct exchange *x, const struct response *r,
+    unsigned own, struct buffer *b)
+{
+	const struct request *q = x->request;
+	unsigned long long body = q->body, first = r ? r->first : 0;
+
+	if (r == NULL) {
+		validators_append(x, b);
+		return;
+	}
+	if (answer_is_stored(q) && !(own & OWN_AGE))
+		number_append(b, "Age", (uint64_t)q->caching.age);
+	if (r->part == 1)
+		buffer_print(b, "Content-Range: bytes %llu-%llu/%llu\r\n",
+		    first, first + r->length - 1, body);
+	else if (r->part == -1)
+		buffer_print(b, "Content-Range: bytes */%llu\r\n", body);
+	if (answer_is_stored(q) && r->status != 204 && r->status != 304 &&
+	    q->body != UINT64_MAX)
+		number_append(b, "Content-Length", r->length);
+	if (options.cache != NULL && !(own & OWN_CACHE_STATUS))
+		cache_status_append(x, b);
 }
 
 /* ---- 18. Names ---- */
@@ -13247,7 +13238,7 @@ request_build(struct exchange *x, struct buffer *b)
 		buffer_word(b, "Transfer-Encoding: chunked\r\n");
 	if (exchange_is_relayed(x))
 		login_append(x, b);
-	cache_validators_append(x, b);
+	cache_fields_append(x, NULL, 0, b);
 	for (i = 0; i < q->rewrites.n; i++)
 		line_append(b, q->rewrites.fields[i]->name,
 		    q->rewrites.fields[i]->value);
@@ -13298,6 +13289,8 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 
 	if (!ours)
 		rules_rewrite(x, r, &w);
+	if (!final)
+		w.own |= OWN_DATE | OWN_CACHE_STATUS;
 	x->down.strips = w.strips || r->head.nominates_late;
 	status_append(b, 1, r->status, r->reason);
 	for (i = 0; i < r->head.n; i++)
@@ -13307,16 +13300,13 @@ response_build(struct exchange *x, const struct response *r, struct buffer *b)
 			response_field_append(x, r, i, b);
 	for (i = 0; i < w.n; i++)
 		line_append(b, w.fields[i]->name, w.fields[i]->value);
-	if (final && !head_has(&r->head, "Date") && !(w.own & OWN_DATE))
+	if (!(w.own & OWN_DATE) && !head_has(&r->head, "Date"))
 		buffer_print(b, "Date: %s\r\n", date_now(DATE_HTTP));
 	if (q->answerer != ANSWER_MEMORY && !(w.own & OWN_VIA))
 		via_append(b, r->minor);
-	if (answer_is_stored(q))
-		cache_fields_append(x, r, !(w.own & OWN_AGE), b);
 	/* Not to a page of the proxy's own (RFC 9211 section 2). */
-	if (final && options.cache != NULL && q->answerer != ANSWER_MEMORY &&
-	    !(w.own & OWN_CACHE_STATUS))
-		cache_status_append(x, b);
+	if (q->answerer != ANSWER_MEMORY)
+		cache_fields_append(x, r, w.own, b);
 	if (x->down.to == FRAMING_CHUNKED)
 		buffer_word(b, "Transfer-Encoding: chunked\r\n");
 	if (upgrade)
@@ -13667,7 +13657,7 @@ status_begin(struct buffer *b, const struct totals *t)
 	if (options.cache != NULL)
 		buffer_print(b,
 		    "  cache %llu of %llu KiB, %llu hits of %llu (%llu %%)\n",
-		    (unsigned long long)store_bytes() / 1024,
+		    (unsigned long long)t->stored / 1024,
 		    (unsigned long long)options.cache_size / 1024, hits, asked,
 		    asked ? hits * 100 / asked : 0);
 	for (i = 0; i < RESULTS; i++)
@@ -13872,8 +13862,7 @@ metrics_append(struct buffer *b, const struct exchange *asks)
 	metric_append(b, "descriptors", "Descriptors that are waited for.",
 	    t->descriptors);
 	metric_append(b, "cache_bytes",
-	    "What the cache takes of the disk, at most.",
-	    options.cache ? store_bytes() : 0);
+	    "What the cache takes of the disk, at most.", t->stored);
 	metric_append(b, "cache_evictions_total",
 	    "Entries that gave way to others.", t->evicted);
 	metric_append(b, "lookups_total", "Names that were looked up.",
@@ -15017,7 +15006,7 @@ exchange_look_up(struct exchange *x)
 static bool
 collapse_step(struct exchange *x)
 {
-	if (cache_follows(x, FETCH_ASKS) &&
+	if (x->request->answerer == ANSWER_AWAITED &&
 	    !exchange_is_late(x, x->since + COLLAPSE_MS))
 		return false;
 	exchange_look_up(x);
@@ -15761,11 +15750,13 @@ exchange_skip(struct exchange *x)
 static bool
 exchange_read(struct exchange *x, struct conn *from)
 {
-	bool grows = from == &x->server && x->request != NULL &&
-	    x->request->answerer == ANSWER_FETCH;
-	size_t max = grows ?
-	    (size_t)least((int64_t)cache_room(x), BUFFER_ROOM) :
+	const struct request *q = from == &x->server ? x->request : NULL;
+	bool grows = q != NULL &&
+	    (q->answerer == ANSWER_FETCH || q->answerer == ANSWER_FAILED);
+	uint64_t room = grows ?
+	    q->caching.stored - x->down.payload - x->down.ready :
 	    BUFFER_ROOM;
+	size_t max = room < BUFFER_ROOM ? (size_t)room : BUFFER_ROOM;
 
 	if (max == 0)
 		from->readable = false;
@@ -16022,8 +16013,9 @@ response_from_entry(struct exchange *x, struct response *r, size_t n)
 }
 
 /*
- * Lets r, a head of n bytes, validate an entry.  True if r is not forwarded:
- * the entry answers, or it has vanished and the server is asked again.
+ * Lets r, a head of n bytes, validate an entry, or continue a body that the
+ * client has in part.  True if r is not forwarded: the entry answers; or it has
+ * vanished, and the server is asked again; or the body ends truncated.
  */
 static bool
 response_validates(struct exchange *x, const struct response *r, size_t n)
@@ -16031,8 +16023,7 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	struct lookup l;
 	enum cached cached;
 
-	/* In the middle of a body it is the payload that must be the same. */
-	if (x->record.status != 0 || answer_is_local(x->request))
+	if (answer_is_local(x->request))
 		return false;
 	cached = cache_validate(x, r, &l);
 	if (cached == CACHED_NO)
@@ -16043,15 +16034,16 @@ response_validates(struct exchange *x, const struct response *r, size_t n)
 	}
 	if (cached == CACHED_YES)
 		exchange_serve(x, &l);
+	else if (cached == CACHED_NEVER)
+		exchange_refuse(x, REFUSE_CUT_SHORT, "");
 	else
 		route_again(x, PHASE_CONNECT);
 	return true;
 }
 
 /*
- * Handles the response to a request repeated in the middle of a body.  The
- * same payload continues after what the client has; otherwise the client must
- * see that its response is truncated.
+ * Handles the response to a request repeated in the middle of a body: the same
+ * payload continues after what the client has.
  */
 static void
 response_resume(struct exchange *x, const struct response *r, size_t n)
@@ -16059,10 +16051,6 @@ response_resume(struct exchange *x, const struct response *r, size_t n)
 	struct request *q = x->request;
 	struct flow *d = &x->down, old = *d;
 
-	if (!cache_goes_on(x, r)) {
-		exchange_refuse(x, REFUSE_CUT_SHORT, "");
-		return;
-	}
 	flow_start(d, r->framing, old.to, r->length);
 	d->strips = old.strips;
 	q->skip = d->payload = old.payload;
@@ -16500,9 +16488,8 @@ relay_step(struct exchange *x)
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (done)
 		exchange_finish(x);
-	else if (x->request->answerer == ANSWER_FETCH &&
-	    cache_follows(x, FETCH_FAILED) && !x->down.broken && !s->readable &&
-	    s->in == NULL && c->out == NULL)
+	else if (x->request->answerer == ANSWER_FAILED && !x->down.broken &&
+	    !s->readable && s->in == NULL && c->out == NULL)
 		relay_resume(x);
 	else if ((x->down.broken || s->error) && x->down.ready == 0 &&
 	    c->out == NULL)
@@ -16568,8 +16555,8 @@ exchange_check(const struct exchange *x)
 	assert(q == NULL || (x->phase != PHASE_FREE && !x->tunnel));
 	assert(q != NULL || x->tunnel || x->phase < PHASE_COLLAPSE ||
 	    x->phase == PHASE_LINGER);
-	assert(q == NULL || cache_room(x) == UINT64_MAX ||
-	    cache_room(x) <= INT64_MAX);
+	assert(q == NULL || q->answerer != ANSWER_FETCH ||
+	    x->down.payload + x->down.ready <= q->caching.stored);
 }
 
 /*
@@ -16684,9 +16671,9 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
  * accepts clients last.  poll(2) is the only call that may block.  Signals, the
  * command's end, the service manager and the workers are handled here, too.
  *
- * Door: command, hups, lifeline, loop_accept_all, loop_run, loop_signals,
- * notify, reloading, signal_conn, signals_begin, signals_fork, signals_open,
- * signals_restore, workers_signal.
+ * Door: command, hups, lifeline, loop_run, loop_signals, notify, reloading,
+ * signal_conn, signals_begin, signals_fork, signals_open, signals_restore,
+ * workers_signal.
  */
 
 enum {
@@ -17548,6 +17535,7 @@ loop_run(void)
 	/* Some may have ended before their signal was caught. */
 	loop_reap();
 	store_sweep();
+	loop_accept_all();
 	while (stop_at ? exchanges.busy > 0 && now.ms < stop_at :
 			 !options.inetd || exchanges.busy > 0) {
 		if (worker > 0)
@@ -17606,7 +17594,6 @@ worker_begin(size_t i, const int lives[2])
 	if (!conn_open(&lifeline, ROLE_SIGNALS, lives[0], NULL))
 		die("no pipe from the supervisor: %s", strerror(errno));
 	conn_watch(&lifeline, POLLIN);
-	store_take_over();
 }
 
 /* Starts worker i; true in it. */
@@ -18578,8 +18565,6 @@ main(int argc, char **argv)
 		store_open();
 	if (options.user != NULL)
 		user_become();
-	if (options.user != NULL && options.cache != NULL)
-		store_warn();
 	tables_open();
 	pool_fill(&buffer_pool);
 	pool_fill(&request_pool);
@@ -18593,7 +18578,6 @@ main(int argc, char **argv)
 	if (options.inetd)
 		exchange_open(client, &inetd_peer, ARRIVAL_CLIENT);
 	notify("READY=1");
-	loop_accept_all();
 	loop_run();
 	if (options.command != NULL)
 		command_end();
