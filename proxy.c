@@ -5306,9 +5306,9 @@ list_has(const struct list *list, struct text host)
  * rules_rewrite, rules_rewriter, rules_seek, rules_step, rules_take,
  * rules_trust, rules_try, rules_warn.
  *
- * Door: bend_groups, built_in, group_bend, group_judge, name_is_free,
- * rule_lacks, rules_bend, rules_judge, rules_let_in, rules_next, rules_now,
- * rules_rewrite, rules_rewriter, rules_seek, rules_trust, subjects,
+ * Door: bend_groups, built_in, group_judge, name_is_free, rule_lacks,
+ * rules_bend, rules_judge, rules_let_in, rules_next, rules_now, rules_rewrite,
+ * rules_rewriter, rules_seek, rules_trust, subjects, verdict_bends,
  * view_begin, view_route, view_source.
  */
 
@@ -5922,16 +5922,15 @@ rules_judge(const struct exchange *x, enum rule_group group,
 }
 
 /*
- * The rule of a group that bends the request in v, or NULL.  Of the rules about
- * the cache only `offline` does.
+ * The rule that bends a request by this verdict of one of bend_groups, or NULL.
+ * Of the rules about the cache only `offline` does.
  */
 static const struct rule *
-group_bend(const struct rules *rules, enum rule_group group, struct view *v)
+verdict_bends(struct verdict verdict)
 {
-	struct verdict verdict = group_judge(rules, group, v);
-
 	if (verdict.truth != TRUTH_YES ||
-	    (group == GROUP_CACHE && verdict.rule->action != ACTION_OFFLINE))
+	    verdict.rule->action == ACTION_CACHE ||
+	    verdict.rule->action == ACTION_NOCACHE)
 		return NULL;
 	return verdict.rule;
 }
@@ -5944,16 +5943,10 @@ static const struct rule *
 rules_bend(const struct exchange *x, size_t *at)
 {
 	const struct rule *rule = NULL;
-	struct view v;
 
-	while (rule == NULL && bend_groups[*at] != GROUPS) {
-		enum rule_group group = bend_groups[(*at)++];
-
-		if (x->rules->first[group] == NULL)
-			continue;
-		exchange_view(x, NULL, &v);
-		rule = group_bend(x->rules, group, &v);
-	}
+	while (rule == NULL && bend_groups[*at] != GROUPS)
+		rule = verdict_bends(
+		    rules_judge(x, bend_groups[(*at)++], NULL, NULL));
 	return rule;
 }
 
@@ -5971,19 +5964,20 @@ rule_lacks(const struct rule *rule, struct view *v)
 }
 
 /*
- * Looks for the texts of `body` conditions in the next bytes of a body.
- * `states` has NEEDLES_MAX bytes, 0 at first.  Returns the texts found so far
- * as bits.
+ * Looks for the texts of `body` conditions in the next bytes of x's response.
+ * True if one more was found.
  */
-static unsigned
-rules_seek(const struct rules *rules, unsigned char *states, struct text piece)
+static bool
+rules_seek(struct exchange *x, struct text piece)
 {
-	unsigned i, found = 0;
+	struct access *access = &x->request->access;
+	unsigned char *states = (unsigned char *)access->answer->data;
+	unsigned i, before = access->found;
 
-	for (i = 0; i < rules->needles_n; i++)
-		if (needle_scan(rules->needles[i], states + i, piece))
-			found |= 1U << i;
-	return found;
+	for (i = 0; i < x->rules->needles_n; i++)
+		if (needle_scan(x->rules->needles[i], states + i, piece))
+			access->found |= 1U << i;
+	return access->found != before;
 }
 
 /* True if a rule on the body may match the response to v's request. */
@@ -6106,13 +6100,11 @@ rules_rewriter(const struct exchange *x, const struct response *r,
 	return last;
 }
 
-/*
- * True if a rule trusts this peer's PROXY header; local: it is on this machine.
- */
+/* True if a rule trusts the PROXY header of x's peer. */
 static bool
-rules_trust(const struct address *peer, bool local)
+rules_trust(const struct exchange *x)
 {
-	struct view v = { .client = peer, .local = local };
+	struct view v = { .client = &x->peer, .local = x->local };
 
 	return group_judge(rules_now, GROUP_TRUST, &v).truth == TRUTH_YES;
 }
@@ -7405,16 +7397,16 @@ rules_warn(bool exposed)
 }
 
 /*
- * The rules in force, for a request with this head; rules_give() ends their
- * use.  If there are users, sets *user to the one who logged in, or NULL.
+ * Sets the rules of x to those in force, until rules_give(); and its user, if
+ * there are users: the one who logged in, or NULL.
  */
-static struct rules *
-rules_take(const struct head *h, const struct account **user)
+static void
+rules_take(struct exchange *x)
 {
-	if (rules_now->logins)
-		*user = account_login(rules_now, h);
+	x->rules = rules_now;
 	rules_now->refs++;
-	return rules_now;
+	if (rules_now->logins)
+		x->record.user = account_login(rules_now, &x->request->head);
 }
 
 /* ---- trials ---- */
@@ -7603,8 +7595,8 @@ trial_bends(struct trial *t)
 	size_t i;
 
 	for (i = 0; bend_groups[i] != GROUPS; i++) {
-		const struct rule *rule =
-		    group_bend(rules_now, bend_groups[i], &t->view);
+		const struct rule *rule = verdict_bends(
+		    group_judge(rules_now, bend_groups[i], &t->view));
 
 		if (rule != NULL)
 			trial_print("bent", actions[rule->action].word, rule);
@@ -14374,11 +14366,10 @@ static bool
 access_judge(struct exchange *x, const struct response *r,
     const struct address *server)
 {
-	bool refused = access_is_refused(x, r, server);
-
-	if (refused)
-		access_refuse(x);
-	return !refused;
+	if (!access_is_refused(x, r, server))
+		return true;
+	access_refuse(x);
+	return false;
 }
 
 /* Makes x go through a parent, which may be NULL. */
@@ -14633,7 +14624,7 @@ access_begin(struct exchange *x)
 {
 	struct request *q = x->request;
 
-	x->rules = rules_take(&q->head, &x->record.user);
+	rules_take(x);
 	q->dice = random_mix(options.seed + x->number);
 	if (q->target.form != FORM_ORIGIN)
 		route_judge(x, NULL);
@@ -14687,14 +14678,11 @@ static bool
 access_body(struct exchange *x, struct text piece, bool whole)
 {
 	struct access *access = &x->request->access;
-	unsigned found = access->found;
+	bool more = rules_seek(x, piece), refused;
 	struct response r;
-	bool refused;
 
-	access->found |=
-	    rules_seek(x->rules, (unsigned char *)access->answer->data, piece);
 	access->unjudged += piece.len;
-	if (!whole && found == access->found && access->unjudged < JUDGE_BYTES)
+	if (!whole && !more && access->unjudged < JUDGE_BYTES)
 		return true;
 	access->unjudged = 0;
 	(void)response_parse(buffer_text(access->answer), x->request->method,
@@ -15181,7 +15169,7 @@ header_step(struct exchange *x)
 	struct address client = x->peer;
 	int n = c->in ? header_parse(buffer_text(c->in), &client) : 0;
 
-	if (!rules_trust(&x->peer, x->local))
+	if (!rules_trust(x))
 		header_refuse(x, END_RULE, REFUSE_HEADER_PEER);
 	else if (n < 0)
 		header_refuse(x, END_CLIENT, (enum refusal)(-n));
