@@ -16,7 +16,7 @@
 #   sh test.sh bench               what the proxy costs beside other proxies
 #   CC, CFLAGS                     how proxy.c is built for the tests
 #   PROXY                          a binary to test instead
-#   JOBS                           how many tests run at once (6)
+#   JOBS                           how many tests run at once (8)
 #   EMULATOR                       what runs programs of CC, if that is a cross
 #                                  compiler, as in  EMULATOR=qemu-arm \
 #                                  CC=arm-linux-gnueabihf-gcc CFLAGS=-static
@@ -575,6 +575,19 @@ text_add(struct text *t, const char *bytes, size_t n)
 	t->bytes[t->len] = '\0';
 }
 
+/* Appends so many copies, for which there is room: twice as many at a time. */
+static void
+text_repeat(struct text *t, const struct text *once, unsigned long times)
+{
+	char *to = t->bytes + t->len;
+	size_t all = times * once->len, done = 0, n = once->len;
+
+	for (; done < all; done += n, n = done < all - done ? done : all - done)
+		memcpy(to + done, done == 0 ? once->bytes : to, n);
+	t->len += all;
+	t->bytes[t->len] = '\0';
+}
+
 /* Appends s[0..n) with its escapes replaced. */
 static void
 text_unescape(struct text *t, const char *s, size_t n)
@@ -615,9 +628,7 @@ text_unescape(struct text *t, const char *s, size_t n)
 			text_unescape(&once, p + 1, (size_t)(close - p - 1));
 			t->bytes = grow(t->bytes,
 			    text_room(t->len + times * once.len));
-			for (; times > 0; times--, t->len += once.len)
-				memcpy(t->bytes + t->len, once.bytes, once.len);
-			t->bytes[t->len] = '\0';
+			text_repeat(t, &once, times);
 			free(once.bytes);
 			i = (size_t)(close - s);
 		} else if (f != NULL && *f != '\0') {
@@ -4721,8 +4732,10 @@ each() {
 # a second: processor_time [PID]
 processor_time() {
 	set -- "${1-$proxy_pid}"
-	if [ -r "/proc/$1/stat" ]; then
-		sed 's/.*) //' "/proc/$1/stat" | awk '{ print $12 + $13 }'
+	if read -r processor_stat 2> /dev/null < "/proc/$1/stat"; then
+		# shellcheck disable=SC2086 # words
+		set -- ${processor_stat##*) }
+		echo $((${12} + ${13}))
 	else
 		ps -o time= -p "$1" |
 		    awk -F '[:-]' '{ for (i = 1; i <= NF; i++) s = s * 60 + $i
@@ -4734,7 +4747,10 @@ processor_time() {
 children() {
 	set -- "${1-$proxy_pid}"
 	if [ -r "/proc/$1/task/$1/children" ]; then
-		tr -s ' ' '\n' < "/proc/$1/task/$1/children"
+		children_now=
+		read -r children_now < "/proc/$1/task/$1/children"
+		# shellcheck disable=SC2086 # words
+		[ -z "$children_now" ] || printf '%s\n' $children_now
 	else
 		ps -A -o ppid= -o pid= | awk -v of="$1" '$1 == of { print $2 }'
 	fi
@@ -5264,7 +5280,8 @@ built_once() {
 	once_name=$1
 	once_writer=$2
 	shift 2
-	if mkdir "$work/$once_name.lock" 2> /dev/null; then
+	if [ ! -f "$work/$once_name.status" ] &&
+	    mkdir "$work/$once_name.lock" 2> /dev/null; then
 		"$once_writer" > "$work/$once_name.c"
 		build "$work/$once_name" "$work/$once_name.c" -O0 "$@"
 	fi
@@ -5281,7 +5298,8 @@ built_tables() {
 built_small() {
 	linked_cc=$cc
 	! have musl-gcc || linked_cc=musl-gcc
-	if mkdir "$work/small.lock" 2> /dev/null; then
+	if [ ! -f "$work/small.o.status" ] &&
+	    mkdir "$work/small.lock" 2> /dev/null; then
 		$linked_cc -Os -DBUFFER_SIZE=4096 -c -o "$work/small.o~" \
 		    "$here/proxy.c" 2> "$work/small.o.errors" &&
 			mv "$work/small.o~" "$work/small.o"
@@ -26148,7 +26166,7 @@ read_limits
 	set -- "$@" "t.$test"
 done && mkdir "$@")
 n=0
-while [ $n -lt "${JOBS:-6}" ]; do
+while [ $n -lt "${JOBS:-8}" ]; do
 	lane &
 	lanes="$lanes $!"
 	n=$((n + 1))
