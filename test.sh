@@ -17,13 +17,16 @@
 #   CC, CFLAGS                     how proxy.c is built for the tests
 #   PROXY                          a binary to test instead
 #   JOBS                           how many tests run at once (8)
+#   TIMES                          a file for how long each test took: MS NAME
+#                                  PLAYS
 #   EMULATOR                       what runs programs of CC, if that is a cross
 #                                  compiler, as in  EMULATOR=qemu-arm \
 #                                  CC=arm-linux-gnueabihf-gcc CFLAGS=-static
 #
 # Each test is a shell function  test_NAME() { # what it shows  and runs in a
 # subshell and a directory of its own ($T).  It passes if it comes to its end,
-# and it ends early by fail or skip.  The output is one line a test:
+# and it ends early by fail or skip.  What it has started in its directory is
+# ended with it; what does not end fails it.  The output is one line a test:
 #
 #   ok 7 - NAME: description
 #   not ok 7 - NAME: why
@@ -72,8 +75,8 @@
 #
 #   sees gets err    = (or nothing) this line, after those matched before;
 #   log              ~ the same by an ERE (log: always); + and +~ the very next
-#                    line; ! and !~ no such line at all; #N exactly N lines
-#                    that match the ERE
+#                    line; ! and !~ no such line at all; # N exactly N lines
+#                    that match the ERE (#N outside of plays)
 #
 # What is seen is made readable first: CR LF ends a line, other control bytes
 # are escaped, and what changes from run to run is replaced: proxy-ID, [DATE],
@@ -81,17 +84,20 @@
 # connection, "-- end eof" (reset, open: our side closed) says how one ended.
 # After each play a plain request must be served, but not after play -n.
 #
-# Parts A to E are what tests are made of.  Parts 1 to 19 have the numbers and
-# titles of the sections of proxy.c; 20 to 26 look at the file as a whole, at
-# real programs, speed, all splits, random input, faults, and coverage; 27 runs
+# Parts A to E are what tests are made of.  Parts 1 to 29 have the numbers and
+# titles of the sections of proxy.c; 30 to 36 look at the file as a whole, at
+# real programs, speed, all splits, random input, faults, and coverage; 37 runs
 # them.
 #
-# Helpers, each with a comment where it is (parts A, C and D):
+# Helpers that several parts use, each with a comment where it is; those of one
+# part stand there, before the first test that has them:
 #
 #   fail skip                      end the test
+#   play touch                     see above; the latter without a process
 #   start_proxy stop_proxy served  a proxy, its end, is it well
-#   quick our_names logger         another build: short limits, our names, syslog
+#   surrounded quick our_names logger      another build: short limits, our names, syslog
 #   start_names start_ruled start_rules    with names of ours, with rules
+#   limited                        with so little memory
 #   start_with                     with a parent
 #   origin plain_origin load_origin nobody dead_port deaf echoes twins    servers
 #   client client_bg many          clients beside a play
@@ -99,7 +105,7 @@
 #   exits says run_proxy tries     what a proxy says at once
 #   has lacks counts ascii log_is_sound    what stands in a file
 #   seen got logged said last_line untouched    what sides and log have seen
-#   comes ended closed wait_for wait_exit ended_well    waiting
+#   comes ended ends closed wait_for wait_exit ended_well    waiting
 #   refused refused_get each       requests that get an error; many of a kind
 #   wrong right check_rules        lines of rules
 #   people basic login             users
@@ -111,7 +117,8 @@
 #   spawn pipe_open each_line patience             processes, pipes, lines, longer waits
 #   private_memory need_memory processor_time rests        what the proxy takes
 #   need_calls count_calls calls   its system calls
-#   built_once linked unit rows    C programs around proxy.c, tables of rows
+#   need_source built built_once linked unit rows    C programs around proxy.c,
+#                                  tables of rows
 
 # shellcheck disable=SC2015,SC2016 # "A && B || fail" is meant, and wait_for
 # evaluates a condition that is quoted for that
