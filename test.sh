@@ -19595,7 +19595,7 @@ test_limit_lowered() { # fewer open files allowed: idle clients give way, a poll
 	done
 	if [ $n -gt 40 ]; then
 		prlimit --pid "$proxy_pid" --nofile=$n:$n || skip "prlimit cannot"
-		client n 'ask here / ; eof'
+		client n "ask here /"
 		has n '^HTTP/1.1 200' 5
 		counts 1 err 'connections are in use (-m, ulimit -n), Too many open'
 	fi
