@@ -5781,7 +5781,8 @@ value_matches(const struct condition *c, const struct value *value,
  * The subjects.  needs: facts; single: a message has only one, so that two
  * conditions on it can't both match; any: a word that is special unless it is
  * quoted; max: the largest number allowed; wants: a description of the values,
- * for errors.
+ * for errors.  A new condition is a row here, cases in value_parse() and
+ * value_matches(), and its text under Conditions and Grammar in the manual.
  */
 static const struct {
 	char word[8];
@@ -6971,7 +6972,9 @@ rewrite_take(struct parser *p, struct rule *rule, const struct word *word)
 /*
  * The actions.  group: GROUP_REQUEST stands for both rewriting groups; min,
  * max: number of arguments; take: takes one, false if it is not valid; wants:
- * a description of them, for errors.
+ * a description of them, for errors.  A new action is a row here, the place
+ * that asks for its group, as bend_apply() does, and its text under Actions and
+ * Grammar in the manual.
  */
 static const struct {
 	char word[8];
