@@ -10871,7 +10871,7 @@ response_goes_on(const struct exchange *x, const struct response *r)
 {
 	const struct request *q = x->request;
 
-	return r->status == 200 && q->caching.validator != 0 &&
+	return r->status == x->record.status && q->caching.validator != 0 &&
 	    response_validator(r) == q->caching.validator &&
 	    (x->down.to != FRAMING_LENGTH ||
 		(r->framing == FRAMING_LENGTH && r->length == q->body));

@@ -14367,19 +14367,20 @@ pair() {
 }
 
 # The fetch breaks off while another client follows, which then asks on its
-# own: broken WANT 'first fields\n' 'second fields\n' [HOW [BYTES]]; WANT is
-# whole or short, HOW length (as without) or chunks, BYTES what comes then
+# own: broken WANT 'first fields\n' 'second fields\n' [HOW [BYTES]]; the statuses are
+# $first and $second, WANT is whole or short, HOW length (as without) or chunks,
+# BYTES what comes then
 broken() {
-	what="$1: $2 then $3, ${4-length}"
+	what="$1: ${first-200} $2 then ${second-200} $3, ${4-length}"
 	rm -f cut
 	framed "${4-length}" 300000
 	# To an HTTP/1.0 client only a reset tells that chunks end too early.
 	[ "${4-length}" = length ] && short='^(eof|reset) skip' || short='^reset skip'
 	origin o <<END
-reply 200 Cache-Control: max-age=999\n$2$how
+reply ${first-200} Cache-Control: max-age=999\n$2$how
 fill 150000 ; await cut ; close
 ---
-reply 200 Connection: close\nCache-Control: max-age=999\n$3$how
+reply ${second-200} Connection: close\nCache-Control: max-age=999\n$3$how
 fill ${5-300000} ${5+; close} $end
 ---
 reply 200 Connection: close\nCache-Control: max-age=999\nContent-Length: 300000
@@ -14416,6 +14417,10 @@ test_cache_collapsed_broken() { # the fetch breaks off: who follows goes on alon
 	broken short 'ETag: "a"\n' ''
 	broken short "ETag: \"a\"\n$modified" "ETag: \"b\"\n$modified"
 	broken short "$modified" 'Last-Modified: Mon, 07 Nov 1994 08:49:37 GMT\n'
+	second=404
+	broken short 'ETag: "a"\n' 'ETag: "a"\n'
+	first=404
+	broken whole 'ETag: "a"\n' 'ETag: "a"\n'
 }
 
 test_cache_collapsed_large() { # what grows too large is not stored, and whole for those who follow
