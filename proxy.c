@@ -9539,7 +9539,8 @@ temporary_remove(const struct file *f, void *argument)
 
 /*
  * Ends the program if a file is not of a cache; removes old temporary files.
- * Warns of the first directory that the user of -u can't write.
+ * Warns of the first directory that the user of -u can't write: it was made for
+ * its owner alone.
  */
 static void
 store_check(const struct file *f, void *argument)

@@ -95,7 +95,8 @@
 #   fail skip                      end the test
 #   play touch                     see above; the latter without a process
 #   start_proxy stop_proxy served  a proxy, its end, is it well
-#   surrounded quick our_names logger      another build: short limits, our names, syslog
+#   surrounded quick our_names logger      another build: short limits, our
+#                                  names, syslog
 #   start_names start_ruled start_rules    with names of ours, with rules
 #   limited                        with so little memory
 #   start_with                     with a parent
@@ -4773,15 +4774,15 @@ has_children() {
 	[ $# = "$children_n" ]
 }
 
-# A build that asks us instead of the system.  Names in .test have the addresses
-# of $NAME_ADDRESSES, those of them that begin with "slow" get no answer as long as
-# somebody waits for it.  With
-# $NAMES all names are ours, and each look-up leaves a line in that file.  It is $LATER seconds
-# later.  Time limits (HEAD_MS) are as the environment says.  With $CALLS the names
-# of functions of the walks, as they run, go to the file calls.  While there are such files: fork-fails, walk-slow (to open a directory
-# takes long), walk-halted (it does not end), walk-fails (none can be read to its end),
-# peers-halted (sockets take no byte), words-filled (others fill standard error).
-# With $NONLOCAL_BIND sockets are bound to any address.
+# A build that asks us instead of the system.  Names in .test have the addresses of
+# $NAME_ADDRESSES, those of them that begin with "slow" get no answer as long as
+# somebody waits for it.  With $NAMES all names are ours, and each look-up leaves a
+# line in that file.  It is $LATER seconds later.  Time limits (HEAD_MS) are as the
+# environment says.  With $CALLS the names of functions of the walks, as they run, go
+# to the file calls.  While there are such files: fork-fails, walk-slow (to open a
+# directory takes long), walk-halted (it does not end), walk-fails (none can be read
+# to its end), peers-halted (sockets take no byte), words-filled (others fill standard
+# error). With $NONLOCAL_BIND sockets are bound to any address.
 write_names() {
 	cat > "$work/names.c" <<'EOF_NAMES'
 #define _POSIX_C_SOURCE 200809L
@@ -19590,7 +19591,7 @@ test_limit_slots() { # all slots taken: no spinning, and served again after
 END
 }
 
-test_limit_lowered() { # fewer open files allowed: idle clients give way, a poll that fails is said, it neither spins nor ignores TERM
+test_limit_lowered() { # fewer open files allowed: idle clients give way; a poll that fails is said, and neither spins nor ignores TERM
 	have prlimit || skip "no prlimit"
 	start_proxy
 	many 40 hold 'send OPTIONS * HTTP/1.1\nHost: %P\n\n ; answer'
