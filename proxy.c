@@ -5306,10 +5306,9 @@ list_has(const struct list *list, struct text host)
  * rules_rewrite, rules_rewriter, rules_seek, rules_step, rules_take,
  * rules_trust, rules_try, rules_warn.
  *
- * Door: bend_groups, built_in, group_judge, name_is_free, rule_lacks,
+ * Door: built_in, condition_judge, exchange_view, name_is_free, rule_judge,
  * rules_bend, rules_judge, rules_let_in, rules_next, rules_now, rules_rewrite,
- * rules_rewriter, rules_seek, rules_trust, subjects, verdict_bends,
- * view_begin, view_route, view_source.
+ * rules_rewriter, rules_seek, rules_trust, subjects.
  */
 
 enum {
@@ -5484,34 +5483,27 @@ struct rules {
 	struct list lists[LISTS_MAX];
 };
 
-/* The facts that rules are judged by; see exchange_view(). */
+/* What rules are judged by; see exchange_view(). */
 struct view {
-	unsigned known; /* facts, but for the address: see there */
-	unsigned never; /* facts that will never be known */
-	const struct address *client; /* its address */
-	bool local;                   /* the client is on this machine */
-	bool tunnels;                 /* a 200 would promise a tunnel */
-	struct text user; /* that has logged in; `at` is NULL: none */
-	const struct request *request;   /* to be judged */
-	struct text host;                /* of the URL, without trailing dots */
-	unsigned port;                   /* of the URL */
-	const struct address *address;   /* of the server, or NULL: not known */
+	const struct exchange *x; /* its client and its request are judged */
+	unsigned known;           /* facts */
+	unsigned never;           /* facts that will never be known */
+	struct text host;         /* of the URL, without trailing dots */
+	const struct address *address;   /* of the server, if known */
 	struct address literal;          /* storage for a numeric host */
 	const struct response *response; /* to the request, if known */
-	uint64_t length;                 /* of its body, if known */
-	uint64_t passed;                 /* bytes of the body so far */
-	unsigned found;                  /* needles found in them: bits */
-	const char *url;                 /* built at the first use */
-	bool timed;                      /* `when` is set */
-	struct tm when;                  /* local time, set at the first use */
+	uint64_t length; /* of its body, or of what has passed of that */
+	const char *url; /* built at the first use */
+	bool timed;      /* `when` is set */
+	struct tm when;  /* local time, set at the first use */
 };
 
 /* The result of judging a group. */
 struct verdict {
-	enum truth truth;        /* NO: no rule matches */
-	const struct rule *rule; /* if YES the rule that decides, else the */
-				 /* first undecided rule, or NULL */
-	bool refuses;            /* YES, and the rule is a denial */
+	const struct rule *rule;      /* that decides, or NULL */
+	const struct rule *undecided; /* then the first that still may, or */
+				      /* NULL: no rule matches */
+	bool refuses;                 /* `rule` is a denial */
 };
 
 /*
@@ -5529,21 +5521,6 @@ static const char built_in[] = "built-in";
 /* ---- facts to judge by ---- */
 
 /*
- * Sets the server's address to a, which must outlive v; family 0 means that it
- * will never be known, unless the host is numeric.
- */
-static void
-view_source(struct view *v, const struct address *a)
-{
-	if (a->family != 0)
-		v->address = a;
-	else if (v->address != &v->literal) {
-		v->address = NULL;
-		v->never |= FACT_ADDRESS;
-	}
-}
-
-/*
  * Adds the response and the length of its body, UINT64_MAX if unknown; whole:
  * all of that has passed.
  */
@@ -5551,10 +5528,13 @@ static void
 view_response(struct view *v, const struct response *r, uint64_t length,
     bool whole)
 {
-	bool bodiless = response_is_bodiless(r->status, v->request->method);
+	const struct exchange *x = v->x;
+	bool bodiless = response_is_bodiless(r->status, x->request->method);
 
 	v->response = r;
-	v->length = length != UINT64_MAX ? length : bodiless ? 0 : v->passed;
+	v->length = length != UINT64_MAX ? length :
+	    bodiless                     ? 0 :
+					   x->down.payload + x->down.ready;
 	v->known |= FACT_RESPONSE;
 	if (length != UINT64_MAX || bodiless || whole)
 		v->known |= FACT_LENGTH;
@@ -5562,76 +5542,43 @@ view_response(struct view *v, const struct response *r, uint64_t length,
 		v->known |= FACT_BODY;
 }
 
-/* Sets the server's address to that of a numeric host. */
-static void
-view_literal(struct view *v, struct text host, unsigned port)
-{
-	if (address_of_host(host, port, &v->literal))
-		v->address = &v->literal;
-}
-
 /*
- * Sets v to the facts known as soon as a request arrives; q and client must
- * outlive v.  local: the client is on this machine.
- */
-static void
-view_begin(struct view *v, const struct request *q,
-    const struct address *client, bool local)
-{
-	memset(v, 0, sizeof(*v));
-	v->never = q->method == METHOD_CONNECT ?
-	    FACT_RESPONSE | FACT_LENGTH | FACT_BODY :
-	    0U;
-	v->client = client;
-	v->local = local;
-	v->tunnels = q->method == METHOD_CONNECT;
-	v->request = q;
-	v->host = host_trim(q->target.host);
-	v->port = q->target.port;
-	view_literal(v, v->host, v->port);
-}
-
-/*
- * Adds what the way of the request says of the server's address: a rule `to'
- * names another server, and a parent looks up names itself.
- */
-static void
-view_route(struct view *v, const struct parent *parent)
-{
-	bool to = parent != NULL && parent->kind == PARENT_TO;
-
-	if (to) {
-		v->address = NULL;
-		view_literal(v, text_of(parent->host), parent->port);
-	}
-	if (parent_is_proxy(parent) && v->address == NULL)
-		v->never |= FACT_ADDRESS;
-}
-
-/*
- * Sets v to the facts known of a request so far; x must outlive v.  r is the
- * response or NULL.  With a parent, the server's address is known only if the
- * URL has a numeric host; an entry has the address that it came from.
+ * Sets v to what is known of x so far; x must outlive v.  r is the response or
+ * NULL.  server: the address that would answer, where x does not have it; of
+ * family 0 if it will never be known; or NULL.  A rule `to' names another
+ * server, and a parent looks up names itself: the server's address is then
+ * known only if the URL has a numeric host.  An entry has the address that it
+ * came from.
  */
 static void
 exchange_view(const struct exchange *x, const struct response *r,
-    struct view *v)
+    const struct address *server, struct view *v)
 {
 	const struct request *q = x->request;
+	const struct parent *parent = q->route.parent;
+	bool to = parent != NULL && parent->kind == PARENT_TO;
+	bool through = parent_is_proxy(parent);
 
-	view_begin(v, q, &x->peer, x->local);
-	v->tunnels = v->tunnels && !x->hidden;
-	if (x->record.user != NULL)
-		v->user = x->record.user->user;
-	v->found = q->access.found;
-	v->passed = x->down.payload + x->down.ready;
-	view_route(v, q->route.parent);
-	if (answer_is_stored(q))
-		view_source(v, &q->route.list[0]);
-	else if (exchange_parent(x) == NULL &&
+	memset(v, 0, sizeof(*v));
+	v->x = x;
+	v->host = host_trim(q->target.host);
+	if (q->method == METHOD_CONNECT)
+		v->never = FACT_RESPONSE | FACT_LENGTH | FACT_BODY;
+	if (address_of_host(to ? text_of(parent->host) : v->host, 0,
+		&v->literal))
+		v->address = &v->literal;
+	if (server == NULL && answer_is_stored(q))
+		server = &q->route.list[0];
+	else if (server == NULL && !through &&
 	    (x->record.server.family == AF_INET ||
 		x->record.server.family == AF_INET6))
-		view_source(v, &x->record.server);
+		server = &x->record.server;
+	if (server != NULL && server->family != 0)
+		v->address = server;
+	if (v->address != NULL)
+		v->known = FACT_ADDRESS;
+	else if (server != NULL || through)
+		v->never |= FACT_ADDRESS;
 	if (r != NULL)
 		view_response(v, r,
 		    answer_is_stored(q) ? q->body : response_length(r),
@@ -5660,14 +5607,14 @@ static const char *
 view_url(struct view *v)
 {
 	static char url[LINE_MAX_BYTES + HOST_MAX + 32];
-	const struct request *q = v->request;
+	const struct request *q = v->x->request;
 	bool connect = q->method == METHOD_CONNECT;
 	struct text path = q->target.path;
 	char place[HOST_MAX + 10];
 
 	if (v->url != NULL)
 		return v->url;
-	authority_print(v->host, v->port, connect, place);
+	authority_print(v->host, q->target.port, connect, place);
 	(void)text_lower(text_of(place), place);
 	(void)snprintf(url, sizeof(url), "%s%s%s%.*s", connect ? "" : "http://",
 	    place, connect || (path.len > 0 && *path.at == '/') ? "" : "/",
@@ -5697,7 +5644,7 @@ field_matches(const struct condition *c, const struct value *value,
     const struct view *v)
 {
 	const struct head *h = c->needs & FACT_RESPONSE ? &v->response->head :
-							  &v->request->head;
+							  &v->x->request->head;
 	static char string[BUFFER_SIZE];
 	bool hit = false;
 	size_t i;
@@ -5726,21 +5673,25 @@ static bool
 value_matches(const struct condition *c, const struct value *value,
     struct view *v)
 {
+	const struct exchange *x = v->x;
+	const struct request *q = x->request;
+	const struct account *user = x->record.user;
+
 	switch (c->subject) {
 	case SUBJECT_CLIENT:
-		return value->any ? v->local :
-				    network_has(&value->as.network, v->client);
+		return value->any ? x->local :
+				    network_has(&value->as.network, &x->peer);
 	case SUBJECT_USER:
-		return v->user.at != NULL &&
-		    (value->any || text_equals(value->text, v->user));
+		return user != NULL &&
+		    (value->any || text_equals(value->text, user->user));
 	case SUBJECT_METHOD:
-		return text_equals(value->text, v->request->name);
+		return text_equals(value->text, q->name);
 	case SUBJECT_HOST:
 		return host_matches(value->text, v->host);
 	case SUBJECT_LIST:
 		return list_has(value->as.list, v->host);
 	case SUBJECT_PORT:
-		return numbers_have(&value->as.numbers, v->port);
+		return numbers_have(&value->as.numbers, q->target.port);
 	case SUBJECT_URL:
 		return regexec(&value->as.regex, view_url(v), 0, NULL, 0) == 0;
 	case SUBJECT_FIELD:
@@ -5753,12 +5704,11 @@ value_matches(const struct condition *c, const struct value *value,
 		return v->address != NULL &&
 		    network_has(&value->as.network, v->address);
 	case SUBJECT_PAGE:
-		return text_same(value->text, text_from(v->request->uri, 1));
+		return text_same(value->text, text_from(q->uri, 1));
 	case SUBJECT_CHANCE:
 		/* Always in a trial, which shows what may be. */
-		return v->request->dice == 0 ||
-		    random_mix(v->request->dice + value->as.chance.number) %
-			CHANCES <
+		return q->dice == 0 ||
+		    random_mix(q->dice + value->as.chance.number) % CHANCES <
 		    value->as.chance.share;
 	case SUBJECT_STATUS:
 		return numbers_have(&value->as.numbers,
@@ -5767,10 +5717,10 @@ value_matches(const struct condition *c, const struct value *value,
 		if (v->known & FACT_LENGTH)
 			return numbers_have(&value->as.numbers, v->length);
 		return value->as.numbers.last == UINT64_MAX &&
-		    v->passed >= value->as.numbers.first &&
+		    v->length >= value->as.numbers.first &&
 		    !(v->never & FACT_LENGTH);
 	case SUBJECT_BODY:
-		return v->found >> value->as.needle & 1;
+		return q->access.found >> value->as.needle & 1;
 	case SUBJECTS:
 		break;
 	}
@@ -5830,8 +5780,7 @@ static const struct {
 static enum truth
 condition_judge(const struct condition *c, struct view *v)
 {
-	unsigned known = v->known | (v->address != NULL ? FACT_ADDRESS : 0U);
-	unsigned missing = c->needs & ~known;
+	unsigned missing = c->needs & ~v->known;
 	const struct value *value = c->values;
 	bool hit = false;
 
@@ -5850,7 +5799,9 @@ rule_judge(const struct rule *rule, struct view *v)
 	const struct condition *c;
 	enum truth truth, all = TRUTH_YES;
 
-	if (v->tunnels && rule->action == ACTION_ANSWER && rule->status < 300)
+	/* A 200 would promise a tunnel. */
+	if (rule->action == ACTION_ANSWER && rule->status < 300 &&
+	    v->x->request->method == METHOD_CONNECT && !v->x->hidden)
 		return TRUTH_NO;
 	for (c = rule->conditions; c != NULL; c = c->next) {
 		truth = condition_judge(c, v);
@@ -5862,12 +5813,15 @@ rule_judge(const struct rule *rule, struct view *v)
 	return all;
 }
 
-/* True if the rule, of the access group, would deny the request in v. */
+/*
+ * True if the rule is one of access and would deny a request of a user, or
+ * without one.
+ */
 static bool
-rule_refuses(const struct rule *rule, const struct view *v)
+rule_refuses(const struct rule *rule, const struct account *user)
 {
 	return rule->action == ACTION_DENY || rule->action == ACTION_DROP ||
-	    (rule->action == ACTION_LOGIN && v->user.at == NULL);
+	    (rule->action == ACTION_LOGIN && user == NULL);
 }
 
 /*
@@ -5878,33 +5832,30 @@ rule_refuses(const struct rule *rule, const struct view *v)
 static struct verdict
 group_judge(const struct rules *rules, enum rule_group group, struct view *v)
 {
-	struct verdict verdict = { TRUTH_NO, NULL, false };
-	const struct rule *rule;
-	bool refuses = group == GROUP_ACCESS || group == GROUP_PAGE;
+	const struct rule *rule, *undecided = NULL;
+	bool refuses = true;
 
 	for (rule = rules->first[group]; rule != NULL; rule = rule->next) {
 		enum truth truth = rule_judge(rule, v);
 
 		if (truth == TRUTH_NO)
 			continue;
-		refuses = refuses && rule_refuses(rule, v);
-		if (verdict.rule == NULL || (truth == TRUTH_YES && refuses)) {
-			verdict.truth = truth;
-			verdict.rule = rule;
-		}
+		refuses = refuses && rule_refuses(rule, v->x->record.user);
+		if (truth == TRUTH_YES && (refuses || undecided == NULL))
+			return (struct verdict){ rule, NULL, refuses };
+		if (undecided == NULL)
+			undecided = rule;
 		if (truth == TRUTH_YES || !refuses)
 			break;
 	}
-	verdict.refuses = verdict.truth == TRUTH_YES && refuses;
-	return verdict;
+	return (struct verdict){ NULL, undecided, false };
 }
 
 /*
  * The verdict of a group on x's request and, unless it is NULL, on the response
- * r to it.  server: the address that would answer, where x does not have it; or
- * NULL.  A rule about the cache is judged when a head arrives, and for an entry
- * by the facts known then: a length that the head did not give stays unknown,
- * or a stored entry might never be used.
+ * r to it; server: see exchange_view().  A rule about the cache is judged when
+ * a head arrives, and for an entry by the facts known then: a length that the
+ * head did not give stays unknown, or a stored entry might never be used.
  */
 static struct verdict
 rules_judge(const struct exchange *x, enum rule_group group,
@@ -5913,55 +5864,30 @@ rules_judge(const struct exchange *x, enum rule_group group,
 	struct view v;
 
 	if (x->rules->first[group] == NULL)
-		return (struct verdict){ TRUTH_NO, NULL, false };
-	exchange_view(x, r, &v);
-	if (server != NULL)
-		view_source(&v, server);
+		return (struct verdict){ NULL, NULL, false };
+	exchange_view(x, r, server, &v);
 	if (group == GROUP_CACHE && r != NULL)
 		v.never |= FACT_LENGTH;
 	return group_judge(x->rules, group, &v);
 }
 
 /*
- * The rule that bends a request by this verdict of one of bend_groups, or NULL.
- * Of the rules about the cache only `offline` does.
- */
-static const struct rule *
-verdict_bends(struct verdict verdict)
-{
-	if (verdict.truth != TRUTH_YES ||
-	    verdict.rule->action == ACTION_CACHE ||
-	    verdict.rule->action == ACTION_NOCACHE)
-		return NULL;
-	return verdict.rule;
-}
-
-/*
- * The next rule that bends x, or NULL.  *at is the caller's, 0 at first.  Each
- * group is judged for itself.
+ * The next rule that bends x, or NULL; *at is the caller's, 0 at first.  Each
+ * group is judged for itself; of the rules about the cache only `offline` bends
+ * a request.
  */
 static const struct rule *
 rules_bend(const struct exchange *x, size_t *at)
 {
-	const struct rule *rule = NULL;
+	while (bend_groups[*at] != GROUPS) {
+		const struct rule *rule =
+		    rules_judge(x, bend_groups[(*at)++], NULL, NULL).rule;
 
-	while (rule == NULL && bend_groups[*at] != GROUPS)
-		rule = verdict_bends(
-		    rules_judge(x, bend_groups[(*at)++], NULL, NULL));
-	return rule;
-}
-
-/* The first undecided condition of an undecided rule, else NULL. */
-static const struct condition *
-rule_lacks(const struct rule *rule, struct view *v)
-{
-	const struct condition *c = NULL;
-
-	if (rule != NULL && rule_judge(rule, v) == TRUTH_UNDECIDED)
-		for (c = rule->conditions;
-		     condition_judge(c, v) != TRUTH_UNDECIDED;)
-			c = c->next;
-	return c;
+		if (rule != NULL && rule->action != ACTION_CACHE &&
+		    rule->action != ACTION_NOCACHE)
+			return rule;
+	}
+	return NULL;
 }
 
 /*
@@ -6063,7 +5989,7 @@ rules_rewrite(const struct exchange *x, const struct response *r,
 	if (rule == NULL && !seeks)
 		return;
 	memset(w, 0, sizeof(*w));
-	exchange_view(x, r, &v);
+	exchange_view(x, r, NULL, &v);
 	for (; rule != NULL; rule = rule->next) {
 		enum truth truth = rule_judge(rule, &v);
 
@@ -6093,7 +6019,7 @@ rules_rewriter(const struct exchange *x, const struct response *r,
 	struct view v;
 
 	if (rule != NULL)
-		exchange_view(x, r, &v);
+		exchange_view(x, r, NULL, &v);
 	for (; rule != NULL; rule = rule->next)
 		if (name_is_taken(rule->names, name) &&
 		    rule_judge(rule, &v) == TRUTH_YES)
@@ -6105,9 +6031,9 @@ rules_rewriter(const struct exchange *x, const struct response *r,
 static bool
 rules_trust(const struct exchange *x)
 {
-	struct view v = { .client = &x->peer, .local = x->local };
+	struct view v = { .x = x };
 
-	return group_judge(rules_now, GROUP_TRUST, &v).truth == TRUTH_YES;
+	return group_judge(rules_now, GROUP_TRUST, &v).rule != NULL;
 }
 
 /*
@@ -6133,11 +6059,11 @@ rule_is_local(const struct rule *rule)
 static bool
 rules_let_in(void)
 {
-	const struct view v = { .user = text_of("-") };
+	static const struct account user;
 	const struct rule *rule = rules_now->first[GROUP_ACCESS];
 
 	for (; rule != NULL; rule = rule->next)
-		if (!rule->built_in && !rule_refuses(rule, &v) &&
+		if (!rule->built_in && !rule_refuses(rule, &user) &&
 		    !rule_is_local(rule))
 			return true;
 	return false;
@@ -7416,12 +7342,10 @@ rules_take(struct exchange *x)
 
 /* A -T: a request that is judged, but never made. */
 struct trial {
-	struct request request;
-	struct address client;
-	struct address address; /* of the server, if its name was looked up */
-	struct view view;       /* of these three */
+	struct exchange x;            /* with this request */
+	struct request request;       /* of a zero dice */
+	const struct address *server; /* x's, if it was looked up, or NULL */
 	struct verdict access, route;
-	const struct parent *parent; /* first of the route, or NULL */
 };
 
 /*
@@ -7431,11 +7355,15 @@ struct trial {
 static void
 trial_parse(struct trial *t, const char *words)
 {
-	struct text rest = text_trim(text_of(words)), user = { NULL, 0 };
+	static struct account user;
+	struct text rest = text_trim(text_of(words));
+	struct exchange *x = &t->x;
 	struct request *q = &t->request;
 
-	memset(q, 0, sizeof(*q));
-	(void)address_parse(text_of("127.0.0.1"), 0, &t->client);
+	memset(t, 0, sizeof(*t));
+	x->request = q;
+	x->rules = rules_now;
+	(void)address_parse(text_of("127.0.0.1"), 0, &x->peer);
 	q->minor = 1;
 	q->name = text_of("GET");
 	q->uri = word_next(&rest);
@@ -7443,12 +7371,13 @@ trial_parse(struct trial *t, const char *words)
 		struct text word = word_next(&rest);
 		struct text value = word_next(&rest);
 
-		if (text_is(word, "user") && value.len > 0)
-			user = value;
-		else if (text_is(word, "method") && text_is_token(value))
+		if (text_is(word, "user") && value.len > 0) {
+			user.user = value;
+			x->record.user = &user;
+		} else if (text_is(word, "method") && text_is_token(value))
 			q->name = value;
 		else if (!text_is(word, "client") ||
-		    !address_parse(value, 0, &t->client))
+		    !address_parse(value, 0, &x->peer))
 			usage("-T %.*s: %.*s %.*s is none of: client ADDRESS, "
 			      "user NAME, method NAME",
 			    (int)q->uri.len, words, (int)word.len, word.at,
@@ -7464,8 +7393,7 @@ trial_parse(struct trial *t, const char *words)
 		q->method = METHOD_CONNECT;
 		q->name = text_of("CONNECT");
 	}
-	view_begin(&t->view, q, &t->client, address_is_local(&t->client));
-	t->view.user = user;
+	x->local = address_is_local(&x->peer);
 }
 
 /* Prints a verdict, and the rule that it comes from. */
@@ -7479,16 +7407,24 @@ trial_print(const char *what, const char *word, const struct rule *rule)
 }
 
 /*
- * Judges access and route by what is known.  A parent looks the server's name
- * up itself, so the address stays unknown unless the route needed it.
+ * Judges access by what is known, and the route at first and while it is
+ * undecided.  A parent looks the server's name up itself, so the address stays
+ * unknown unless the route needed it; a rule `to' leads to another server.
  */
 static void
 trial_judge(struct trial *t)
 {
-	t->route = group_judge(rules_now, GROUP_ROUTE, &t->view);
-	t->parent = t->route.truth == TRUTH_YES ? t->route.rule->parents : NULL;
-	view_route(&t->view, t->parent);
-	t->access = group_judge(rules_now, GROUP_ACCESS, &t->view);
+	struct route *route = &t->request.route;
+
+	if (t->server == NULL || t->route.undecided != NULL) {
+		t->route = rules_judge(&t->x, GROUP_ROUTE, NULL, t->server);
+		route->parent = t->route.rule ? t->route.rule->parents : NULL;
+		if (route->parent != NULL && route->parent->kind == PARENT_TO) {
+			t->x.record.server.family = 0;
+			t->server = NULL;
+		}
+	}
+	t->access = rules_judge(&t->x, GROUP_ACCESS, NULL, t->server);
 }
 
 /*
@@ -7501,7 +7437,7 @@ trial_resolve(struct trial *t)
 {
 	struct addrinfo hints = { .ai_socktype = SOCK_STREAM };
 	struct addrinfo *found = NULL, *at;
-	const struct parent *to = t->parent;
+	const struct parent *to = t->request.route.parent;
 	char host[HOST_MAX + 1];
 	int error;
 
@@ -7517,35 +7453,31 @@ trial_resolve(struct trial *t)
 	}
 	at = found;
 	do {
-		t->address = address_import(at->ai_addr);
-		address_settle(&t->address);
-		view_source(&t->view, &t->address);
-		if (t->route.truth == TRUTH_UNDECIDED)
-			trial_judge(t);
-		else
-			t->access =
-			    group_judge(rules_now, GROUP_ACCESS, &t->view);
+		t->x.record.server = address_import(at->ai_addr);
+		address_settle(&t->x.record.server);
+		t->server = &t->x.record.server;
+		trial_judge(t);
 		at = at->ai_next;
-	} while (at != NULL && t->access.refuses &&
-	    t->view.address == &t->address && !parent_is_proxy(t->parent));
+	} while (at != NULL && t->access.refuses && t->server != NULL &&
+	    exchange_parent(&t->x) == NULL);
 	freeaddrinfo(found);
 	return true;
 }
 
 /* True if a verdict is undecided for lack of the server's address. */
 static bool
-trial_needs_address(struct trial *t)
+trial_needs_address(const struct trial *t)
 {
 	const struct rule *rule = rules_now->first[GROUP_ACCESS];
+	struct view v;
 
-	if (t->route.truth == TRUTH_UNDECIDED)
-		return true;
-	if (t->access.truth != TRUTH_UNDECIDED ||
-	    (t->view.never & FACT_ADDRESS))
-		return false;
+	exchange_view(&t->x, NULL, t->server, &v);
+	if (t->route.undecided != NULL || t->access.undecided == NULL ||
+	    ((v.known | v.never) & FACT_ADDRESS))
+		return t->route.undecided != NULL;
 	while (rule != NULL &&
 	    (!(rule->needs & FACT_ADDRESS) ||
-		rule_lacks(rule, &t->view) == NULL))
+		rule_judge(rule, &v) != TRUTH_UNDECIDED))
 		rule = rule->next;
 	return rule != NULL;
 }
@@ -7554,9 +7486,12 @@ trial_needs_address(struct trial *t)
 static void
 trial_route(const struct trial *t)
 {
-	const struct parent *p = t->parent;
+	const struct parent *p = t->request.route.parent;
 	char place[HOST_MAX + 10], words[HOST_MAX + 40] = "direct";
 
+	if (t->route.undecided != NULL)
+		(void)snprintf(words, sizeof(words),
+		    "undecided, it needs the server's address");
 	if (p != NULL && p->kind != PARENT_NONE) {
 		authority_print(text_of(p->host), p->port, true, place);
 		(void)snprintf(words, sizeof(words), "%s%s",
@@ -7565,45 +7500,31 @@ trial_route(const struct trial *t)
 						 "via socks5://",
 		    place);
 	}
-	trial_print("route",
-	    t->route.truth == TRUTH_UNDECIDED ?
-		"undecided, it needs the server's address" :
-		words,
-	    t->route.rule);
+	trial_print("route", words,
+	    t->route.rule ? t->route.rule : t->route.undecided);
 }
 
 /* Prints whether the request is let in; if undecided, what is missing. */
 static void
-trial_access(const struct verdict *access, struct view *v)
+trial_access(const struct trial *t)
 {
+	const struct rule *rule = t->access.rule;
 	const struct condition *c;
+	struct view v;
 	char words[80];
 
-	if (access->truth == TRUTH_YES) {
-		trial_print("access", actions[access->rule->action].word,
-		    access->rule);
+	if (rule != NULL) {
+		trial_print("access", actions[rule->action].word, rule);
 		return;
 	}
-	c = rule_lacks(access->rule, v);
-	assert(c != NULL);
+	rule = t->access.undecided;
+	assert(rule != NULL);
+	exchange_view(&t->x, NULL, t->server, &v);
+	for (c = rule->conditions; condition_judge(c, &v) != TRUTH_UNDECIDED;)
+		c = c->next;
 	(void)snprintf(words, sizeof(words), "undecided, it needs the %s%s",
 	    c->needs & FACT_ADDRESS ? "server's " : "response's ", c->word);
-	trial_print("access", words, access->rule);
-}
-
-/* Prints the rules that would bend the request, also those by chance. */
-static void
-trial_bends(struct trial *t)
-{
-	size_t i;
-
-	for (i = 0; bend_groups[i] != GROUPS; i++) {
-		const struct rule *rule = verdict_bends(
-		    group_judge(rules_now, bend_groups[i], &t->view));
-
-		if (rule != NULL)
-			trial_print("bent", actions[rule->action].word, rule);
-	}
+	trial_print("access", words, rule);
 }
 
 /*
@@ -7613,24 +7534,24 @@ trial_bends(struct trial *t)
 static int
 trial_run(const char *words)
 {
+	const struct rule *rule;
 	struct trial t;
+	size_t at = 0;
 
 	printf("%s\n", words);
 	trial_parse(&t, words);
 	trial_judge(&t);
 	/* The address may lead `to' another server. */
-	if (trial_needs_address(&t) && trial_resolve(&t) &&
-	    t.view.address == NULL)
-		(void)trial_resolve(&t);
-	trial_access(&t.access, &t.view);
+	while (trial_needs_address(&t) && trial_resolve(&t))
+		continue;
+	trial_access(&t);
 	trial_route(&t);
-	if (!t.access.refuses)
-		trial_bends(&t);
-	return t.access.refuses ? 1 :
-	    t.access.truth == TRUTH_UNDECIDED ||
-		t.route.truth == TRUTH_UNDECIDED ?
-				  3 :
-				  0;
+	if (t.access.refuses)
+		return 1;
+	/* Also what would bend it by chance. */
+	while ((rule = rules_bend(&t.x, &at)) != NULL)
+		trial_print("bent", actions[rule->action].word, rule);
+	return t.access.rule == NULL || t.route.undecided != NULL ? 3 : 0;
 }
 
 /*
@@ -10382,7 +10303,7 @@ cache_rule(const struct exchange *x, const struct response *r,
 	if (e != NULL)
 		server = address_read(e->server);
 	verdict = rules_judge(x, GROUP_CACHE, r, e ? &server : NULL);
-	return verdict.truth == TRUTH_YES ? verdict.rule : &other;
+	return verdict.rule ? verdict.rule : &other;
 }
 
 /* The lifetime in seconds that a rule gives, -1 if it gives none. */
@@ -14357,8 +14278,8 @@ access_is_refused(struct exchange *x, const struct response *r,
 	struct verdict verdict =
 	    rules_judge(x, page ? GROUP_PAGE : GROUP_ACCESS, r, server);
 
-	access_doubt(x, verdict.truth == TRUTH_UNDECIDED);
-	if (verdict.truth != TRUTH_YES)
+	access_doubt(x, verdict.undecided != NULL);
+	if (verdict.rule == NULL)
 		return false;
 	x->record.rule = verdict.rule;
 	trace(x, "decided by %s: %s", verdict.rule->where, verdict.rule->text);
@@ -14417,9 +14338,8 @@ route_judge(struct exchange *x, const struct address *server)
 	struct request *q = x->request;
 	struct verdict verdict = rules_judge(x, GROUP_ROUTE, NULL, server);
 
-	q->access.route_undecided = verdict.truth == TRUTH_UNDECIDED;
-	q->route.parents = verdict.truth == TRUTH_YES ? verdict.rule->parents :
-							NULL;
+	q->access.route_undecided = verdict.undecided != NULL;
+	q->route.parents = verdict.rule ? verdict.rule->parents : NULL;
 	if (q->route.parents != NULL && verdict.rule->action == ACTION_TO)
 		(void)bend_take(x, verdict.rule);
 	parent_use(x, parent_choose(q->route.parents, INT64_MAX));
@@ -15312,7 +15232,7 @@ resolve_strike(struct exchange *x)
 
 	for (i = 0; i < route->n; i++) {
 		const struct address *to = &route->list[i];
-		struct verdict verdict = { TRUTH_YES, x->record.rule, false };
+		struct verdict verdict = { x->record.rule, NULL, false };
 
 		if (address_is_ours(to))
 			return REFUSE_LOOP;
@@ -15321,13 +15241,12 @@ resolve_strike(struct exchange *x)
 		if (direct && undecided)
 			verdict = rules_judge(x, GROUP_ACCESS, NULL, to);
 		if (kept == 0)
-			x->record.rule =
-			    verdict.truth == TRUTH_YES ? verdict.rule : NULL;
+			x->record.rule = verdict.rule;
 		if (verdict.refuses) {
 			refusal = REFUSE_RULE;
 			continue;
 		}
-		stays = stays || verdict.truth == TRUTH_UNDECIDED;
+		stays = stays || verdict.undecided != NULL;
 		route->list[kept++] = *to;
 	}
 	route->n = kept;
@@ -15363,7 +15282,7 @@ resolve_judge(struct exchange *x)
 	    !access_judge(x, NULL, NULL))
 		return;
 	verdict = rules_judge(x, GROUP_SOURCE, NULL, server);
-	q->route.from = verdict.truth == TRUTH_YES ? verdict.rule->from : NULL;
+	q->route.from = verdict.rule ? verdict.rule->from : NULL;
 	refusal = resolve_strike(x);
 	if (refusal == REFUSE_NONE) {
 		if (bend_begin(x))

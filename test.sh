@@ -5780,18 +5780,17 @@ row_local(struct text in)
 static bool
 is_guarded(const struct address *a)
 {
-	struct address client;
+	struct exchange x;
 	struct request q;
 	struct view v;
 
 	if (rules_now == NULL)
 		(void)rules_read();
+	memset(&x, 0, sizeof(x));
 	memset(&q, 0, sizeof(q));
-	memset(&v, 0, sizeof(v));
-	(void)address_parse(text_of("10.0.0.9"), 0, &client);
-	v.client = &client;
-	v.request = &q;
-	v.address = a;
+	(void)address_parse(text_of("10.0.0.9"), 0, &x.peer);
+	x.request = &q;
+	exchange_view(&x, NULL, a, &v);
 	return rule_judge(rules_now->first[GROUP_ACCESS], &v) == TRUTH_YES;
 }
 
@@ -9031,11 +9030,11 @@ view_make(struct view *v)
 	struct exchange *x = &exchange;
 	struct verdict route;
 
-	exchange_view(x, NULL, v);
+	exchange_view(x, NULL, NULL, v);
 	route = group_judge(x->rules, GROUP_ROUTE, v);
-	if (route.truth == TRUTH_YES)
+	if (route.rule != NULL)
 		x->request->route.parent = route.rule->parents;
-	exchange_view(x, answer.status != 0 ? &answer : NULL, v);
+	exchange_view(x, answer.status != 0 ? &answer : NULL, NULL, v);
 }
 
 /* Says what a rule does, and which it is. */
@@ -9052,11 +9051,11 @@ verdict_say(struct verdict verdict, const struct view *v)
 	char name[ADDRESS_TEXT];
 	int i;
 
-	if (verdict.truth != TRUTH_YES) {
-		say_row(verdict.truth == TRUTH_NO ? "none" : "open");
+	if (rule == NULL) {
+		say_row(verdict.undecided == NULL ? "none" : "open");
 		return;
 	}
-	say_row(rule->action == ACTION_LOGIN && !rule_refuses(rule, v) ?
+	say_row(rule->action == ACTION_LOGIN && !rule_refuses(rule, v->x->record.user) ?
 	    "allow" : words[rule->action]);
 	if (rule->action == ACTION_DENY)
 		say_row(" %d", rule->status);
@@ -9210,7 +9209,7 @@ both_ask(struct text in, bool first, bool second)
 		if (status == 200) {
 			view_make(&v);
 			verdict = group_judge(both[i], GROUP_ACCESS, &v);
-			if (verdict.truth == TRUTH_YES)
+			if (verdict.rule != NULL)
 				status = verdict.rule->status;
 		}
 		if ((status == 450) != want[i])
