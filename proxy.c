@@ -3186,15 +3186,28 @@ text_is_clean(struct text t)
 	return true;
 }
 
+/* Adds a field, which is a part of the bytes of h; there is room for it. */
+static void
+head_add(struct head *h, struct text name, struct text value)
+{
+	struct place *place = &h->fields[h->n++];
+
+	place->name = (uint16_t)(name.at - h->at);
+	place->name_len = (uint16_t)name.len;
+	place->value = (uint16_t)(value.at - h->at);
+	place->value_len = (uint16_t)value.len;
+}
+
 /*
- * Reads a field line (RFC 9112 section 5).  Returns 1; 0 if the line is to be
- * dropped; or minus a refusal.  Repairs are noted in mended; if that is NULL,
- * nothing is repaired.
+ * Reads a field line (RFC 9112 section 5) and adds the field to h.  Returns 1
+ * or minus a refusal.  Repairs, and that the line was dropped, are noted in
+ * mended; if that is NULL, nothing is repaired.
  */
 static int
-field_parse(struct text line, struct field *field, unsigned *mended)
+field_parse(struct text line, struct head *h, unsigned *mended)
 {
 	size_t colon = text_find(line, ':');
+	struct text name = text_trim(text_cut(line.at, colon));
 
 	if (*line.at == ' ' || *line.at == '\t')
 		return -REFUSE_FOLDED;
@@ -3204,15 +3217,18 @@ field_parse(struct text line, struct field *field, unsigned *mended)
 		return -REFUSE_FIELD;
 	if (colon == line.len) {
 		*mended |= MEND_COLON;
-		return 0;
+		return 1;
 	}
-	field->name = text_trim(text_cut(line.at, colon));
-	field->value = text_trim(text_from(line, colon + 1));
-	if (field->name.len != colon && mended == NULL)
+	if (name.len != colon && mended == NULL)
 		return -REFUSE_COLON;
-	if (field->name.len != colon)
+	if (name.len != colon)
 		*mended |= MEND_BLANK;
-	return text_is_token(field->name) ? 1 : -REFUSE_FIELD;
+	if (!text_is_token(name))
+		return -REFUSE_FIELD;
+	if (h->n == FIELDS_MAX)
+		return -REFUSE_FIELDS_MANY;
+	head_add(h, name, text_trim(text_from(line, colon + 1)));
+	return 1;
 }
 
 /* The name of field i of h. */
@@ -3339,37 +3355,20 @@ head_nominate(struct head *h)
 	return true;
 }
 
-/* Adds a field, which is a part of the bytes of h; there is room for it. */
-static void
-head_add(struct head *h, const struct field *field)
-{
-	struct place *place = &h->fields[h->n++];
-
-	place->name = (uint16_t)(field->name.at - h->at);
-	place->name_len = (uint16_t)field->name.len;
-	place->value = (uint16_t)(field->value.at - h->at);
-	place->value_len = (uint16_t)field->value.len;
-}
-
 /* Reads the field lines up to the empty line that ends t; see field_parse(). */
 static int
 fields_parse(struct text t, struct head *h, unsigned *mended)
 {
 	struct text line;
-	struct field field;
-	int verdict;
+	int verdict = 1;
 
 	h->at = t.at;
-	for (h->n = 0; (line = line_next(&t, mended)).len > 0;) {
-		verdict = field_parse(line, &field, mended);
-		if (verdict < 0)
-			return verdict;
-		if (verdict == 1 && h->n == FIELDS_MAX)
-			return -REFUSE_FIELDS_MANY;
-		if (verdict == 1)
-			head_add(h, &field);
-	}
-	return head_nominate(h) ? 1 : -REFUSE_FIELDS_MANY;
+	h->n = 0;
+	while (verdict == 1 && (line = line_next(&t, mended)).len > 0)
+		verdict = field_parse(line, h, mended);
+	if (verdict == 1 && !head_nominate(h))
+		return -REFUSE_FIELDS_MANY;
+	return verdict;
 }
 
 /* Splits a whole head, as head_find() found it; see field_parse(). */
@@ -3468,22 +3467,19 @@ head_length(const struct head *h, uint64_t *length)
 static int
 head_chunked(const struct head *h)
 {
-	size_t first = field_find(h, "Transfer-Encoding", 0);
+	static const char name[] = "Transfer-Encoding";
+	size_t first = field_find(h, name, 0);
 	struct members m = { 0, { "", 0 } };
 	struct text coding;
-	int found = 0;
+	bool found = member_next(h, name, &m, &coding);
 
-	while (member_next(h, "Transfer-Encoding", &m, &coding)) {
-		if (found++ ||
-		    (text_starts(coding, "chunked") &&
-			coding.len > strlen("chunked")))
-			return -REFUSE_CODING_TWICE;
-		if (!text_is(coding, "chunked"))
-			return -REFUSE_CODING;
-	}
 	if (first == h->n)
 		return 0;
-	if (field_find(h, "Transfer-Encoding", first + 1) < h->n)
+	if (found && !text_is(coding, "chunked"))
+		return text_starts(coding, "chunked") ? -REFUSE_CODING_TWICE :
+							-REFUSE_CODING;
+	if (field_find(h, name, first + 1) < h->n ||
+	    member_next(h, name, &m, &coding))
 		return -REFUSE_CODING_TWICE;
 	return found ? 1 : -REFUSE_CODING;
 }
@@ -3503,7 +3499,7 @@ head_framing(const struct head *h, enum framing *framing, uint64_t *length,
 
 	if (chunked < 0)
 		return chunked;
-	if (chunked && !lenient && head_has(h, "Content-Length"))
+	if (chunked && counted && !lenient)
 		return -REFUSE_BOTH;
 	if (counted < 0)
 		return counted;

@@ -5430,13 +5430,12 @@ static struct head *
 field_at_guard(const char *name, struct text value)
 {
 	static struct head h;
-	struct field field = { { NULL, strlen(name) }, value };
+	size_t n = strlen(name);
 
-	field.value = at_guard(0, value.at, value.len);
-	field.name.at = h.at = field.value.at - field.name.len;
-	memcpy(guarded(0, field.name.len + value.len), name, field.name.len);
+	value = at_guard(0, value.at, value.len);
+	h.at = memcpy(guarded(0, n + value.len), name, n);
 	h.n = 0;
-	head_add(&h, &field);
+	head_add(&h, text_cut(h.at, n), value);
 	return &h;
 }
 
@@ -5832,10 +5831,8 @@ check_line(void)
 	x.request = request_new(&x, RESERVED);
 	x.request->name = x.request->uri = value;
 	x.request->head.at = quotes;
-	head_add(&x.request->head,
-	    &(struct field){ text_cut(quotes, 10), value });
-	head_add(&x.request->head,
-	    &(struct field){ text_cut(quotes + 10, 7), value });
+	head_add(&x.request->head, text_cut(quotes, 10), value);
+	head_add(&x.request->head, text_cut(quotes + 10, 7), value);
 	x.up.payload = x.down.payload = UINT64_MAX;
 	log_lines.start = log_lines.end = CHUNK_ROOM;
 	log_exchange(&x);
