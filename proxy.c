@@ -7704,29 +7704,25 @@ date_seconds(const int64_t *parts)
 static int64_t
 date_parse(struct text t)
 {
-	int64_t d[DATE_PARTS] = { 0 }, year, month;
+	int64_t d[DATE_PARTS] = { 0 };
 	size_t comma = text_find(t, ',');
 	const char *form = comma == t.len ? " ooo _d hh:mm:ss yyyy" :
 	    comma == 3                    ? ", dd ooo yyyy hh:mm:ss GMT" :
 					    ", dd-ooo-yy hh:mm:ss GMT";
-	struct tm parts;
 
 	if (name_index(t, "SunMonTueWedThuFriSat", 7) == -1 || comma == 4 ||
 	    comma == 5 ||
 	    !date_match(text_from(t, comma == t.len ? 3 : comma), form, d))
 		return -1;
 	if (comma != t.len && comma != 3) {
-		if (gmtime_r(&now.wall, &parts) == NULL)
-			return -1;
-		year = parts.tm_year + (int64_t)1900;
-		d[YEAR] += year - year % 100 - 50;
-		d[YEAR] += date_seconds(d) > now.wall ? -50 : 50;
+		/* 50 years before it, the last such date is past. */
+		for (d[YEAR] += 1850; date_seconds(d) <= now.wall;)
+			d[YEAR] += 100;
+		d[YEAR] -= 50;
 	}
-	year = d[YEAR];
-	month = d[MONTH];
-	if (year < 1970 || month < 1 || d[DAY] < 1 ||
-	    d[DAY] > days_from_date(year, month + 1, 1) -
-		    days_from_date(year, month, 1) ||
+	if (d[YEAR] < 1970 || d[MONTH] < 1 || d[DAY] < 1 ||
+	    d[DAY] > days_from_date(d[YEAR], d[MONTH] + 1, 1) -
+		    days_from_date(d[YEAR], d[MONTH], 1) ||
 	    d[HOUR] > 23 || d[MINUTE] > 59 || d[SECOND] > 60)
 		return -1;
 	return date_seconds(d);
@@ -8069,16 +8065,13 @@ condition_has(const struct head *q, const char *name, struct text etag,
 	struct members m = { 0, { "", 0 } };
 	struct text member;
 
-	if (text_starts(etag, "W/"))
-		etag = weak ? text_from(etag, 2) : text_of("");
-	while (member_next(q, name, &m, &member)) {
-		if (text_is(member, "*"))
+	if (weak)
+		etag = tag_weak(etag);
+	while (member_next(q, name, &m, &member))
+		if (text_is(member, "*") ||
+		    (etag.len > 0 && !text_starts(etag, "W/") &&
+			text_equals(weak ? tag_weak(member) : member, etag)))
 			return 1;
-		if (weak)
-			member = tag_weak(member);
-		if (etag.len > 0 && text_equals(member, etag))
-			return 1;
-	}
 	return !head_has(q, name) ? -1 : 0;
 }
 
