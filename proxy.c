@@ -8168,7 +8168,7 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
  *
  * Door: disk_bytes, disk_failed, entry_find, entry_open, entry_path,
  * entry_read, entry_response, entry_touch, key_hash, key_of, marker_token,
- * region_build, region_seal, stock, stock_set, stock_sum, store, store_bytes,
+ * region_build, region_seal, stock, stock_sum, store, store_bytes,
  * store_fits, store_lacks_disk, store_path, store_remove, store_tag,
  * stored_head_append, tag_make, temporary_close, temporary_open,
  * temporary_place, variant_fits, variant_of, vary_append, work_buffer,
@@ -8577,14 +8577,12 @@ region_sum(struct text rest)
 	return sum_word(sum, word_last(rest));
 }
 
-/* Writes n in decimal over the last of the zeros that end at `end`. */
+/* Writes the lowest `width` digits of n in decimal. */
 static void
-zeros_print(char *end, uint64_t n)
+digits_print(char *to, uint64_t n, size_t width)
 {
-	char digits[NUMBER_DIGITS];
-	size_t len = (size_t)(number_print(digits, n) - digits);
-
-	memcpy(end - len, digits, len);
+	for (; width > 0; n /= 10)
+		to[--width] = (char)('0' + n % 10);
 }
 
 /*
@@ -8598,8 +8596,8 @@ region_line(char *to, size_t region, uint64_t body, uint64_t sum)
 	    "proxy-cache 1 region 000000 body 00000000000000000000 "
 	    "sum 0000000000000000\n",
 	    REGION_LINE);
-	zeros_print(to + REGION_BODY - strlen(" body "), region % 1000000);
-	zeros_print(to + REGION_SUM - strlen(" sum "), body);
+	digits_print(to + REGION_LENGTH, region, 6);
+	digits_print(to + REGION_BODY, body, 20);
 	(void)hex_print(to + REGION_SUM, sum_word(sum_word(sum, region), body),
 	    16);
 }
@@ -8825,19 +8823,6 @@ store_bytes(void)
 }
 
 /*
- * Sets what the cache takes, without the entries being stored, and how much of
- * that was written since the sweep began.
- */
-static void
-stock_set(uint64_t total, uint64_t written)
-{
-	uint64_t grown = stock_sum(stock->grown);
-
-	stock->base = total - grown;
-	stock->swept = grown - written;
-}
-
-/*
  * True if n more bytes of the disk may be taken: -s is never exceeded, however
  * slow the sweeper is.
  */
@@ -8943,17 +8928,13 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 	size_t used, wanted, room = buffer_room(b);
 
 	b->end += REGION_LINE;
-	buffer_word(b, "key: ");
-	buffer_append(b, e->key);
-	buffer_word(b, "\nvariant: ");
-	buffer_append(b, e->variant);
 	buffer_print(b,
-	    "\nrequested: %lld\nresponded: %lld\nage: %lld\nserver: ",
-	    (long long)e->requested, (long long)e->responded,
-	    (long long)e->age);
-	buffer_append(b, e->server);
-	buffer_word(b, e->counted ? "\ncounted: yes" : "");
-	buffer_word(b, "\npad: ");
+	    "key: %.*s\nvariant: %.*s\nrequested: %lld\nresponded: %lld\n"
+	    "age: %lld\nserver: %.*s\n%spad: ",
+	    (int)e->key.len, e->key.at, (int)e->variant.len, e->variant.at,
+	    (long long)e->requested, (long long)e->responded, (long long)e->age,
+	    (int)e->server.len, e->server.at,
+	    e->counted ? "counted: yes\n" : "");
 	used = buffer_len(b) + 2 + head.len;
 	wanted = region ?
 	    region :
@@ -9043,16 +9024,17 @@ file_put(const char *path, const struct buffer *b)
 }
 
 /*
- * Copies the token for the variants of a key by this Vary list into token,
- * which has 64 bytes.  The marker at the key's own path contains it; if there
- * is none with this list, writes one with a new token.  False if that fails,
- * or if it is for a part of a body, and other entries would be lost.
+ * Appends the token for the variants of a key by this Vary list to `token`.
+ * The marker at the key's own path contains it; if there is none with this
+ * list, writes one with a new token.  False if that fails, or if it is for a
+ * part of a body, and other entries would be lost.
  */
 static bool
-marker_token(struct text key, struct text vary, bool part, char *token)
+marker_token(struct text key, struct text vary, bool part, struct buffer *token)
 {
 	struct buffer *b = work_buffer(WORK_HEAD);
 	struct lookup l;
+	struct text t;
 	bool there;
 
 	l.b = b;
@@ -9060,17 +9042,18 @@ marker_token(struct text key, struct text vary, bool part, char *token)
 	entry_open(&l, l.path, 0, key);
 	there = l.fd != -1;
 	fd_drop(&l.fd);
-	if (there && text_equals(l.e.vary, vary))
-		return text_copy(l.e.token, token, 64);
+	if (there && text_equals(l.e.vary, vary)) {
+		buffer_append(token, l.e.token);
+		return true;
+	}
 	if (there && part)
 		return false;
-	(void)snprintf(token, 64, "%llx.%lx.%llx", (unsigned long long)now.wall,
+	buffer_print(token, "%llx.%lx.%llx", (unsigned long long)now.wall,
 	    (long)getpid(), (unsigned long long)++store.serial);
+	t = buffer_text(token);
 	buffer_clear(b)->end += REGION_LINE;
-	buffer_word(b, "key: ");
-	buffer_append(b, key);
-	buffer_print(b, "\nvary: %.*s\ntoken: %s\n", (int)vary.len, vary.at,
-	    token);
+	buffer_print(b, "key: %.*s\nvary: %.*s\ntoken: %.*s\n", (int)key.len,
+	    key.at, (int)vary.len, vary.at, (int)t.len, t.at);
 	region_seal(b, 0);
 	return !b->overflow && file_put(l.path, b);
 }
@@ -9509,7 +9492,8 @@ store_assume(const char *tag, bool fresh)
 	/* Serials differ from an earlier process with our id. */
 	store.serial = (uint64_t)now.wall << 20 | (uint64_t)(now.us & 0xfffff);
 	/* What seems to be written makes the first turn start a sweep. */
-	stock_set(2 * store.block, options.cache_size);
+	stock->swept = -options.cache_size;
+	stock->base = 2 * store.block;
 	stock->limit = options.cache_size / 16 * 15;
 	if (fresh)
 		return;
@@ -9517,8 +9501,7 @@ store_assume(const char *tag, bool fresh)
 	fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
 	if (fd == -1 && errno != EEXIST)
 		disk_failed();
-	stock_set(fd != -1 ? stock->limit : options.cache_size,
-	    options.cache_size);
+	stock->base = fd != -1 ? stock->limit : options.cache_size;
 	stock->limit = options.cache_size / 32 * 31;
 	if (fd != -1)
 		(void)close(fd);
@@ -9689,7 +9672,8 @@ enum fetch_state {
  * It is given back when it has neither a leader nor followers.
  */
 struct fetch {
-	struct fetch *next;      /* in fetches, then in fetches_free */
+	struct pooled pooled;
+	struct fetch *next;      /* in fetches */
 	struct exchange *leader; /* NULL when it has ended */
 	enum fetch_state state;  /* set by fetch_enter() only */
 	bool discard;            /* do not keep the entry */
@@ -9705,8 +9689,8 @@ struct fetch {
 
 /* ---- fetches ---- */
 
-static struct fetch *fetches;      /* that others may follow */
-static struct fetch *fetches_free; /* for those to come */
+static struct fetch *fetches; /* that others may follow */
+static struct pool fetch_pool = { .size = sizeof(struct fetch) };
 
 /*
  * Lets y, which follows a complete fetch, read its entry like any other.  An
@@ -9770,14 +9754,12 @@ fetch_enter(struct fetch *f, enum fetch_state state)
 	fetch_tell(f);
 }
 
-/* Keeps f for another use if nobody has a part in it any more. */
+/* Gives f back if nobody has a part in it any more. */
 static void
 fetch_drop(struct fetch *f)
 {
-	if (f->leader != NULL || f->followers > 0)
-		return;
-	f->next = fetches_free;
-	fetches_free = f;
+	if (f->leader == NULL && f->followers == 0)
+		pool_give(&fetch_pool, &f->pooled);
 }
 
 /*
@@ -9787,11 +9769,9 @@ fetch_drop(struct fetch *f)
 static void
 fetch_begin(struct exchange *x)
 {
-	struct fetch *f = fetches_free;
+	struct fetch *f = pool_take(&fetch_pool, 0);
 
-	if (f != NULL)
-		fetches_free = f->next;
-	else if ((f = malloc(sizeof(*f))) == NULL)
+	if (f == NULL)
 		return;
 	memset(f, 0, offsetof(struct fetch, file.path));
 	f->leader = x;
@@ -10091,7 +10071,6 @@ fetch_place(struct fetch *f)
 	struct buffer *list = work_buffer(WORK_LIST);
 	struct buffer *name = work_buffer(WORK_VARIANT);
 	struct lookup l;
-	char token[64];
 
 	l.fd = f->file.fd;
 	l.b = work_buffer(WORK_REGION);
@@ -10099,9 +10078,9 @@ fetch_place(struct fetch *f)
 		return false;
 	if (buffer_len(list) > 0) {
 		if (!marker_token(l.e.key, buffer_text(list), l.r.status == 206,
-			token))
+			name))
 			return false;
-		buffer_print(name, "%s;", token);
+		buffer_word(name, ";");
 		buffer_append(name, l.e.variant);
 	}
 	entry_path(l.e.key, buffer_text(name), l.path);
