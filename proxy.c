@@ -1623,17 +1623,15 @@ static void
 trace_line(const struct exchange *x, enum colour colour, const char *mark,
     struct text t, const char *tail)
 {
-	char line[1024], clean[901];
+	char line[1024], clean[901], start[16] = "";
 	int n;
 
-	(void)text_printable(t, clean, sizeof(clean));
 	if (logs.colour)
-		n = snprintf(line, sizeof(line),
-		    "\033[%dm#%llu %s%s%s\033[0m\n", (int)colour,
-		    (unsigned long long)x->number, mark, clean, tail);
-	else
-		n = snprintf(line, sizeof(line), "#%llu %s%s%s\n",
-		    (unsigned long long)x->number, mark, clean, tail);
+		(void)snprintf(start, sizeof(start), "\033[%dm", (int)colour);
+	n = snprintf(line, sizeof(line), "%s#%llu %s%s%s%s\n", start,
+	    (unsigned long long)x->number, mark,
+	    text_printable(t, clean, sizeof(clean)), tail,
+	    logs.colour ? "\033[0m" : "");
 	assert(n > 0 && (size_t)n < sizeof(line));
 	say(line, (size_t)n);
 }
@@ -2097,8 +2095,7 @@ struct hop {
 struct other {
 	struct conn conn; /* ROLE_TRY or ROLE_KEPT */
 	struct hop hop;   /* where it leads */
-	int64_t since;    /* ms: idle since then */
-	int64_t since_us; /* the same time in us, which tells turns apart */
+	int64_t since_us; /* idle since then; us tell turns apart */
 };
 
 /* The poll set: two arrays side by side. */
@@ -2116,7 +2113,7 @@ static size_t others_n; /* how many there may be */
 
 static size_t others_used; /* those below this one have been used */
 
-/* Makes room for n descriptors.  Place 0 stays unused. */
+/* Makes room for n descriptors.  Place 0 is no conn's. */
 static void
 poll_set_open(size_t n)
 {
@@ -2138,19 +2135,14 @@ poll_move(size_t from, size_t to)
 	poll_set.conns[to]->place = (unsigned)to;
 }
 
-/* Swaps two places. */
+/* Swaps two places, by way of place 0. */
 static void
 poll_swap(size_t a, size_t b)
 {
-	struct pollfd fd = poll_set.fds[a];
-	struct conn *c = poll_set.conns[a];
-
-	if (a == b)
-		return;
+	poll_move(a, 0);
 	poll_move(b, a);
-	poll_set.fds[b] = fd;
-	poll_set.conns[b] = c;
-	c->place = (unsigned)b;
+	poll_move(0, b);
+	poll_set.fds[0].fd = -1;
 }
 
 /* Moves c out of the prefix. */
@@ -2169,9 +2161,7 @@ poll_remove(struct conn *c)
 		return;
 	if (c->place < poll_set.hot)
 		poll_cool(c);
-	poll_set.all--;
-	if (c->place != poll_set.all)
-		poll_move(poll_set.all, c->place);
+	poll_move(--poll_set.all, c->place);
 	c->place = 0;
 }
 
@@ -2843,7 +2833,7 @@ other_take(bool needed)
 		if (o->conn.fd == -1)
 			return o;
 		if (o->conn.role == ROLE_KEPT &&
-		    (oldest == NULL || o->since < oldest->since))
+		    (oldest == NULL || o->since_us < oldest->since_us))
 			oldest = o;
 	}
 	if (others_used < others_n) {
@@ -2871,10 +2861,9 @@ other_keep(struct conn *c, const struct hop *hop)
 	}
 	conn_move(c, &o->conn, ROLE_KEPT, NULL);
 	o->hop = *hop;
-	o->since = now.ms;
 	o->since_us = now.us;
 	conn_watch(&o->conn, POLLIN);
-	exchanges.wake = least(exchanges.wake, o->since + KEPT_SERVER_MS);
+	exchanges.wake = least(exchanges.wake, now.ms + KEPT_SERVER_MS);
 }
 
 /* The idle connection to hop that was used last, or NULL. */
@@ -2889,7 +2878,7 @@ other_find(const struct hop *hop)
 		    address_same(&o->hop.from, &hop->from) &&
 		    o->hop.parent == hop->parent &&
 		    strcmp(o->hop.beyond, hop->beyond) == 0 &&
-		    (found == NULL || o->since > found->since))
+		    (found == NULL || o->since_us > found->since_us))
 			found = o;
 	return found;
 }
@@ -9877,26 +9866,24 @@ cache_detach(struct exchange *x, struct exchange *y)
  */
 static uint64_t uncacheable[UNCACHEABLE_KEYS];
 
-/* Where the key is, or else the last of its places; *first is the first. */
+/* Where the key is, or else the last of its places. */
 static uint64_t *
-key_place(uint64_t key, uint64_t **first)
+key_place(uint64_t key)
 {
-	size_t i = 0;
-
-	*first = uncacheable +
+	uint64_t *at = uncacheable +
 	    key % (UNCACHEABLE_KEYS / UNCACHEABLE_WAYS) * UNCACHEABLE_WAYS;
-	while (i < UNCACHEABLE_WAYS - 1 && (*first)[i] != key)
-		i++;
-	return *first + i;
+	const uint64_t *last = at + UNCACHEABLE_WAYS - 1;
+
+	while (at < last && *at != key)
+		at++;
+	return at;
 }
 
 /* True if responses for the key were recently uncacheable. */
 static bool
 key_is_uncacheable(uint64_t key)
 {
-	uint64_t *first;
-
-	return *key_place(key, &first) == key;
+	return *key_place(key) == key;
 }
 
 /*
@@ -9906,7 +9893,8 @@ key_is_uncacheable(uint64_t key)
 static void
 key_remember(uint64_t key, bool is_uncacheable)
 {
-	uint64_t *first, *at = key_place(key, &first);
+	uint64_t *at = key_place(key);
+	uint64_t *first = at - (at - uncacheable) % UNCACHEABLE_WAYS;
 
 	if (is_uncacheable) {
 		memmove(first + 1, first, (size_t)(at - first) * sizeof(*at));
@@ -10100,18 +10088,19 @@ cache_append(struct exchange *x, struct text t, bool whole)
 	struct caching *c = &x->request->caching;
 	struct fetch *f = c->fetch;
 	uint64_t end, n = 0;
+	bool good;
 
 	if (!cache_stores(x))
 		return;
 	end = f->region + f->stored;
 	if (f->length == UINT64_MAX)
 		n = disk_bytes(end + t.len) - disk_bytes(end);
-	if (x->down.broken || (n > 0 && !fetch_fits(x, n))) {
-		fetch_end(x, FETCH_FAILED);
-		return;
-	}
-	if (!write_at(f->file.fd, t, (off_t)end)) {
+	good = !x->down.broken && (n == 0 || fetch_fits(x, n));
+	if (good && !write_at(f->file.fd, t, (off_t)end)) {
 		c->miss = "no-room";
+		good = false;
+	}
+	if (!good) {
 		fetch_end(x, FETCH_FAILED);
 		return;
 	}
@@ -16756,7 +16745,7 @@ loop_kept(void)
 
 	kept_heard = false;
 	for (o = others; o < others + others_used; o++) {
-		int64_t end = o->since + KEPT_SERVER_MS;
+		int64_t end = o->since_us / 1000 + KEPT_SERVER_MS;
 
 		if (o->conn.fd == -1 || o->conn.role != ROLE_KEPT)
 			continue;
