@@ -9641,13 +9641,6 @@ enum cached {
 	CACHED_NEVER /* no entry can answer, nor may the server */
 };
 
-/* What the cache wants of a fetch. */
-enum wanted {
-	WANTED_NOT,  /* it may end with its client */
-	WANTED_HERE, /* it must go on without its client */
-	WANTED_APART /* the same, in a slot of its own if its client is slow */
-};
-
 /* The state of a fetch; set by fetch_enter() only. */
 enum fetch_state {
 	FETCH_ASKS,     /* no response head yet: followers wait */
@@ -10874,33 +10867,29 @@ cache_leave(struct exchange *x)
 }
 
 /*
- * What the cache wants of the fetch of x.  It goes on without x's client if it
- * is stored, or may still be, and has followers or is half complete; or if it
- * is a refresh.  It may move to a slot of its own, with x as one of its
- * followers, unless x might then get less than before: the rest could not be
+ * True if the fetch of x must go on without x's client: it is stored, or may
+ * still be, and has followers or is half complete; or it is a refresh.  With
+ * `apart`, true if it may move to a slot of its own, with x as one of its
+ * followers: not if x might then get less than before, as the rest could not be
  * requested again, and may lack room.
  */
-static enum wanted
-cache_wants(const struct exchange *x)
+static bool
+cache_wants(const struct exchange *x, bool apart)
 {
 	const struct fetch *f = x->request->caching.fetch;
 	bool stores = cache_stores(x);
 
 	if (x->refresh && x->record.end == END_DONE)
-		return stores || answer_is_stored(x->request) ? WANTED_HERE :
-								WANTED_NOT;
+		return !apart && (stores || answer_is_stored(x->request));
 	if (f == NULL || !x->up.done || (x->phase >= PHASE_RELAY && !stores))
-		return WANTED_NOT;
+		return false;
 	if (f->followers == 0)
-		return stores && f->length != UINT64_MAX &&
-			f->stored >= f->length / 2 ?
-		    WANTED_HERE :
-		    WANTED_NOT;
-	return stores && !x->refresh &&
+		return !apart && stores && f->length != UINT64_MAX &&
+		    f->stored >= f->length / 2;
+	return !apart ||
+	    (stores && !x->refresh &&
 		(f->validator != 0 || f->length != UINT64_MAX) &&
-		follow_is_safe(f) ?
-	    WANTED_APART :
-	    WANTED_HERE;
+		follow_is_safe(f));
 }
 
 /*
@@ -16208,7 +16197,7 @@ relay_uploads(struct exchange *x)
 static bool
 relay_goes_on(struct exchange *x, enum end end)
 {
-	if (cache_wants(x) == WANTED_NOT)
+	if (!cache_wants(x, false))
 		return false;
 	conn_close(&x->client, x->down.to == FRAMING_CLOSE);
 	x->client.exchange = x;
@@ -16268,7 +16257,7 @@ relay_part(struct exchange *x)
 	int fd;
 
 	if (x->request->access.answer != NULL || x->down.broken ||
-	    cache_wants(x) != WANTED_APART)
+	    !cache_wants(x, true))
 		return;
 	y = exchange_take_refresh(x, NULL);
 	if (y == NULL)
@@ -16352,7 +16341,7 @@ relay_step(struct exchange *x)
 		relay_part(x);
 	gone = (c->error || c->write_failed) && !relay_goes_on(x, END_CLIENT);
 	done = x->down.done && c->out == NULL && !relay_uploads(x);
-	if (gone || (x->refresh && !done && cache_wants(x) == WANTED_NOT))
+	if (gone || (x->refresh && !done && !cache_wants(x, false)))
 		exchange_abort(x, END_CLIENT, REFUSE_NONE);
 	else if (done)
 		exchange_finish(x);
@@ -16835,7 +16824,7 @@ loop_rank(const struct exchange *x)
 		return 2;
 	return x->request != NULL && x->client.eof && !x->refresh &&
 	    x->up.done && x->record.status == 0 &&
-	    !answer_is_local(x->request) && cache_wants(x) == WANTED_NOT;
+	    !answer_is_local(x->request) && !cache_wants(x, false);
 }
 
 /* The exchange of the highest rank, the longest idle among equals; or NULL. */
