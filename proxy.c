@@ -8576,19 +8576,21 @@ digits_print(char *to, uint64_t n, size_t width)
 
 /*
  * Writes a region's first line to `to`, which has REGION_LINE bytes, without a
- * NUL; sum is the sum of the rest.
+ * NUL.
  */
 static void
-region_line(char *to, size_t region, uint64_t body, uint64_t sum)
+region_line(char *to, struct text rest, uint64_t body)
 {
+	size_t region = REGION_LINE + rest.len;
+	uint64_t sum = sum_word(sum_word(region_sum(rest), region), body);
+
 	memcpy(to,
 	    "proxy-cache 1 region 000000 body 00000000000000000000 "
 	    "sum 0000000000000000\n",
 	    REGION_LINE);
 	digits_print(to + REGION_LENGTH, region, 6);
 	digits_print(to + REGION_BODY, body, 20);
-	(void)hex_print(to + REGION_SUM, sum_word(sum_word(sum, region), body),
-	    16);
+	(void)hex_print(to + REGION_SUM, sum, 16);
 }
 
 /* Takes a line `name: value` from *rest; false if that is not next. */
@@ -8660,7 +8662,7 @@ entry_parse(struct text t, struct entry *e)
 		return false;
 	e->region = (size_t)region;
 	rest = text_cut(t.at + REGION_LINE, e->region - REGION_LINE);
-	region_line(line, e->region, e->body, region_sum(rest));
+	region_line(line, rest, e->body);
 	return memcmp(line, t.at, REGION_LINE) == 0 && region_parse(rest, e);
 }
 
@@ -8905,16 +8907,24 @@ write_at(int fd, struct text t, off_t offset)
 	return true;
 }
 
+/* Writes the first line of a built region; body is the body's length. */
+static void
+region_seal(struct buffer *b, uint64_t body)
+{
+	region_line(b->data + b->start, text_from(buffer_text(b), REGION_LINE),
+	    body);
+}
+
 /*
- * Builds a region in b: room for its first line, the others, then head.  It is
- * `region` bytes long, or if that is 0, as many blocks as it needs, with some
- * spare for later.  Returns its length, 0 if it does not fit.
+ * Builds the region of e in b, with head.  It is `region` bytes long, or if
+ * that is 0, as many blocks as it needs, with some spare for later.  False if
+ * it does not fit.
  */
-static size_t
+static bool
 region_build(struct buffer *b, const struct entry *e, struct text head,
     size_t region)
 {
-	size_t used, wanted, room = buffer_room(b);
+	size_t used, room = buffer_room(b);
 
 	b->end += REGION_LINE;
 	buffer_print(b,
@@ -8925,25 +8935,17 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 	    (int)e->server.len, e->server.at,
 	    e->counted ? "counted: yes\n" : "");
 	used = buffer_len(b) + 2 + head.len;
-	wanted = region ?
-	    region :
-	    (used + CACHE_SPARE + CACHE_BLOCK - 1) / CACHE_BLOCK * CACHE_BLOCK;
-	if (b->overflow || wanted > room || used > wanted)
-		return 0;
-	memset(b->data + b->end, '.', wanted - used);
-	b->end += wanted - used;
+	if (region == 0)
+		region = (used + CACHE_SPARE + CACHE_BLOCK - 1) / CACHE_BLOCK *
+		    CACHE_BLOCK;
+	if (b->overflow || region > room || used > region)
+		return false;
+	memset(b->data + b->end, '.', region - used);
+	b->end += region - used;
 	buffer_word(b, "\n\n");
 	buffer_append(b, head);
-	return wanted;
-}
-
-/* Writes the first line of a built region; body is the body's length. */
-static void
-region_seal(struct buffer *b, uint64_t body)
-{
-	struct text rest = text_from(buffer_text(b), REGION_LINE);
-
-	region_line(b->data + b->start, buffer_len(b), body, region_sum(rest));
+	region_seal(b, e->body);
+	return true;
 }
 
 /* Makes a temporary file; false if that fails. */
@@ -9792,8 +9794,12 @@ fetch_end(struct exchange *x, enum fetch_state state)
 static void
 fetch_follow(struct exchange *x, struct fetch *f)
 {
-	x->request->caching.follows = f;
-	x->request->caching.stored = f->stored;
+	struct caching *c = &x->request->caching;
+
+	c->collapsed = true;
+	c->follows = f;
+	c->stored = f->stored;
+	c->validator = f->validator;
 	f->followers++;
 	exchange_queue(f->leader);
 }
@@ -9845,7 +9851,6 @@ cache_detach(struct exchange *x, struct exchange *y)
 	y->request->method = q->method;
 	y->request->caching = q->caching;
 	q->caching.fetch = NULL;
-	q->caching.validator = f->validator;
 	q->body = f->length;
 	f->leader = y;
 	fetch_follow(x, f);
@@ -9949,11 +9954,8 @@ region_draft(struct exchange *x, const struct response *r,
 		address_print(&x->record.server, server);
 	e.server = text_of(server);
 	stored_head_append(r, NULL, head);
-	if (head->overflow ||
-	    region_build(region, &e, buffer_text(head), 0) == 0)
-		return false;
-	region_seal(region, 0);
-	return true;
+	return !head->overflow &&
+	    region_build(region, &e, buffer_text(head), 0);
 }
 
 /*
@@ -10425,8 +10427,6 @@ lookup_follow(struct exchange *x, const struct control *asked, struct lookup *l)
 		    variant_fits(&l->e, &l->r, q) && follow_is_safe(f) &&
 		    lookup_judge(x, asked, l) == REUSE_FRESH) {
 			fetch_follow(x, f);
-			c->collapsed = true;
-			c->validator = f->validator;
 			l->reuse = REUSE_FRESH;
 			fd_drop(&fd);
 		} else {
@@ -10468,7 +10468,6 @@ follow_wait(struct exchange *x)
 	if (f == NULL || f->state != FETCH_ASKS || c->collapsed || x->refresh ||
 	    key_is_uncacheable(c->key))
 		return false;
-	c->collapsed = true;
 	fetch_follow(x, f);
 	answer_by(x, ANSWER_AWAITED);
 	return true;
@@ -10709,10 +10708,9 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 		return false;
 	if (response_obstacle(q, &merged, rule_seconds(rule)) == NULL &&
 	    variant_fits(&l->e, &merged, q) &&
-	    region_build(region, &l->e, buffer_text(head), l->e.region) > 0) {
-		region_seal(region, l->e.body);
+	    region_build(region, &l->e, buffer_text(head), l->e.region))
 		(void)write_at(l->fd, buffer_text(region), 0);
-	} else if (!asked.no_store && !head_has(&q->head, "Authorization"))
+	else if (!asked.no_store && !head_has(&q->head, "Authorization"))
 		store_remove(q->caching.path);
 	return lookup_renew(l, news, &merged, buffer_text(head));
 }
