@@ -2209,12 +2209,17 @@ conn_events(const struct conn *c)
 
 static int fd_highest; /* of the descriptors that outlive a turn */
 
-/* Records a descriptor, or -1, that is to stay open, and returns it. */
+/*
+ * Records a descriptor, or -1, that is to stay open, and returns it.  The
+ * command that the proxy runs does not get it.
+ */
 static int
 fd_note(int fd)
 {
 	if (fd > fd_highest)
 		fd_highest = fd;
+	if (fd != -1 && options.command != NULL)
+		(void)fcntl(fd, F_SETFD, FD_CLOEXEC);
 	return fd;
 }
 
@@ -16568,8 +16573,6 @@ enum {
 	CROWDED_SAY_MS = 60000,
 	/* The time that exchanges have to finish after the command ends. */
 	COMMAND_DRAIN_MS = 1000,
-	/* Descriptors below this pass from the caller to the command. */
-	COMMAND_FDS = 256,
 	/* The time that workers with fewer clients have to take the next. */
 	YIELD_MS = 5,
 	YIELD_GAP_MS = 50,
@@ -17095,8 +17098,7 @@ static struct {
 	pid_t pid;       /* 0: not running */
 	int status;      /* exit status of the proxy after its end */
 	int standard[2]; /* its standard output and error; see logs_begin() */
-	bool given[COMMAND_FDS]; /* open before the proxy opened any */
-	struct rlimit files;     /* its limits on open files */
+	struct rlimit files; /* its limits on open files */
 } command = { .standard = { -1, -1 },
 	.files = { RLIM_INFINITY, RLIM_INFINITY } };
 
@@ -18275,7 +18277,8 @@ logs_begin(void)
 
 /*
  * In the child that becomes the command: it finds the proxy in its environment
- * and has the descriptors, limits and signals that the proxy was given.
+ * and has the descriptors, limits and signals that the proxy was given, but for
+ * the sockets of a service manager.
  */
 static void
 command_run(const char *url)
@@ -18283,7 +18286,7 @@ command_run(const char *url)
 	static const char *const set[] = { "http_proxy", "https_proxy",
 		"HTTPS_PROXY", "no_proxy", "NO_PROXY" };
 	size_t i;
-	int error, fd;
+	int error;
 
 	for (i = 0; i < sizeof(set) / sizeof(set[0]); i++)
 		if (setenv(set[i], i < 3 ? url : "", 1) == -1)
@@ -18292,27 +18295,11 @@ command_run(const char *url)
 	for (i = 0; i < 2; i++)
 		(void)dup2(command.standard[i], STDOUT_FILENO + (int)i);
 	(void)unsetenv("NOTIFY_SOCKET");
-	for (fd = STDERR_FILENO + 1; fd <= fd_highest; fd++)
-		if (fd >= COMMAND_FDS || !command.given[fd])
-			(void)close(fd);
 	(void)setrlimit(RLIMIT_NOFILE, &command.files);
 	(void)execvp(options.command[0], options.command);
 	error = errno;
 	warn("can't run %s: %s", options.command[0], strerror(error));
 	_exit(error == ENOENT ? 127 : 126);
-}
-
-/*
- * Notes which descriptors the caller has given to the command: all but those
- * with sockets of a service manager.
- */
-static void
-command_prepare(unsigned sockets)
-{
-	int fd = STDERR_FILENO + 1 + (int)sockets;
-
-	for (; fd < COMMAND_FDS; fd++)
-		command.given[fd] = fcntl(fd, F_GETFD) != -1;
 }
 
 /*
@@ -18409,8 +18396,6 @@ main(int argc, char **argv)
 		rules_try();
 	pseudonym_make();
 	given = listen_given();
-	if (options.command != NULL)
-		command_prepare(given);
 	if (options.workers == 1 && !names_start())
 		die("no helper for names: %s", strerror(errno));
 	listen_all(given);

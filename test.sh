@@ -20756,10 +20756,13 @@ test_command_given() { # -- COMMAND: it has the descriptors, limits and signals 
 	(
 		trap '' HUP
 		exec 7> seven
-		command_proxy -l proxy:127.0.0.1:0 -l 127.0.0.1:0 -- sh -c \
-		    'echo given >&7; kill -HUP $$; echo "$http_proxy"'
+		command_proxy -l proxy:127.0.0.1:0 -l 127.0.0.1:0 -c cache \
+		    -o log -- sh -c 'for fd in 3 4 5 6 7 8 9; do
+			(: >&$fd) 2> /dev/null && echo $fd >&7
+		    done
+		    kill -HUP $$; echo "$http_proxy"'
 	)
-	[ "$(cat seven)" = given ] || fail "descriptor 7: $(cat err)"
+	[ "$(cat seven)" = 7 ] || fail "descriptor 7: $(cat seven err)"
 	url=http://$(sed -n '2s/^proxy: listening on //p' err)
 	[ "$(cat out)" = "$url" ] || fail "not $url: $(cat out err)"
 	command_proxy -l proxy:127.0.0.1:0 -- true
