@@ -11032,21 +11032,18 @@ enum {
 	REAP_MS = 1000
 };
 
-/* Identifies a question: a late answer to an older one is ignored. */
-struct ticket {
-	unsigned entry;  /* index in the table of names */
-	unsigned serial; /* unique to the question */
-};
-
-/* A question to the helper. */
+/*
+ * A question to the helper.  Its ticket is unique, so that a late answer to an
+ * older question is ignored; modulo NAMES_MAX it is the place in the table.
+ */
 struct question {
-	struct ticket ticket;
+	unsigned ticket;
 	char host[HOST_MAX + 1]; /* the name */
 };
 
 /* The answer to a question. */
 struct answer {
-	struct ticket ticket;               /* of the question */
+	unsigned ticket;                    /* of the question */
 	int error;                          /* of getaddrinfo(3) */
 	unsigned n;                         /* number of addresses */
 	struct address list[ADDRESSES_MAX]; /* in the order to try them */
@@ -11070,9 +11067,9 @@ struct name {
 
 /* A child of the helper. */
 struct child {
-	pid_t pid;            /* 0: this slot is free */
-	int64_t began;        /* us: the clock when it was forked */
-	struct ticket ticket; /* of its question */
+	pid_t pid;       /* 0: this slot is free */
+	int64_t began;   /* us: the clock when it was forked */
+	unsigned ticket; /* of its question */
 };
 
 /* The names, and the helper. */
@@ -11081,7 +11078,7 @@ static struct {
 	struct conn questions;        /* to the helper */
 	struct conn answers;          /* from it */
 	pid_t helper;                 /* its process */
-	unsigned serial;              /* of the last question */
+	unsigned tickets;             /* questions so far, times NAMES_MAX */
 	unsigned waiting;             /* names that have no answer yet */
 	int64_t restart; /* ms: when the helper may be started again */
 } names;
@@ -11113,10 +11110,9 @@ answer_fill(struct answer *answer, const struct addrinfo *found)
  * is not 0.  False on failure.
  */
 static bool
-answer_write(int fd, const struct ticket *ticket, int error,
-    const struct addrinfo *found)
+answer_write(int fd, unsigned ticket, int error, const struct addrinfo *found)
 {
-	struct answer answer = { .ticket = *ticket, .error = error };
+	struct answer answer = { .ticket = ticket, .error = error };
 
 	if (error == 0)
 		answer_fill(&answer, found);
@@ -11132,7 +11128,7 @@ child_run(const struct question *question, int answers)
 
 	(void)alarm(QUESTION_S);
 	error = getaddrinfo(question->host, NULL, &hints, &found);
-	_exit(!answer_write(answers, &question->ticket, error, found));
+	_exit(!answer_write(answers, question->ticket, error, found));
 }
 
 /*
@@ -11155,7 +11151,7 @@ children_reap(struct child *children, int answers)
 		}
 		child->pid = 0;
 		if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
-			(void)answer_write(answers, &child->ticket, EAI_AGAIN,
+			(void)answer_write(answers, child->ticket, EAI_AGAIN,
 			    NULL);
 	}
 	return some;
@@ -11190,7 +11186,7 @@ child_fork(struct child *child, const struct question *question, int questions,
 	if (child->pid != 0) {
 		(void)kill(child->pid, SIGKILL);
 		(void)waitpid(child->pid, NULL, 0);
-		(void)answer_write(answers, &child->ticket, EAI_AGAIN, NULL);
+		(void)answer_write(answers, child->ticket, EAI_AGAIN, NULL);
 	}
 	child->ticket = question->ticket;
 	child->began = clock_us();
@@ -11203,7 +11199,7 @@ child_fork(struct child *child, const struct question *question, int questions,
 	}
 	if (child->pid == -1) {
 		child->pid = 0;
-		(void)answer_write(answers, &question->ticket, EAI_AGAIN, NULL);
+		(void)answer_write(answers, child->ticket, EAI_AGAIN, NULL);
 	}
 }
 
@@ -11285,16 +11281,14 @@ user_become(void)
 static bool
 names_start(void)
 {
-	int down[2], up[2];
+	int down[2] = { -1, -1 }, up[2];
 	bool good;
 
 	assert(sizeof(struct question) <= _POSIX_PIPE_BUF &&
 	    sizeof(struct answer) <= _POSIX_PIPE_BUF);
-	if (!pipe_open(down))
-		return false;
-	if (!pipe_open(up)) {
-		(void)close(down[0]);
-		(void)close(down[1]);
+	if (!pipe_open(down) || !pipe_open(up)) {
+		fd_drop(&down[0]);
+		fd_drop(&down[1]);
 		return false;
 	}
 	names.helper = fork();
@@ -11326,8 +11320,9 @@ names_ask(void)
 	     name++) {
 		if (name->state != NAME_WANTED)
 			continue;
-		name->question.ticket.entry = (unsigned)(name - names.table);
-		name->question.ticket.serial = ++names.serial;
+		names.tickets += NAMES_MAX;
+		name->question.ticket =
+		    names.tickets + (unsigned)(name - names.table);
 		full = fd_write(names.questions.fd, &name->question,
 			   sizeof(name->question)) == -1;
 		if (full)
@@ -11366,11 +11361,10 @@ names_take(void)
 
 	while ((n = fd_read(names.answers.fd, &answer, sizeof(answer))) ==
 	    (ssize_t)sizeof(answer)) {
-		assert(answer.ticket.entry < NAMES_MAX &&
-		    answer.n <= ADDRESSES_MAX);
-		name = &names.table[answer.ticket.entry];
+		assert(answer.n <= ADDRESSES_MAX);
+		name = &names.table[answer.ticket % NAMES_MAX];
 		if (name->state != NAME_ASKED ||
-		    name->question.ticket.serial != answer.ticket.serial)
+		    name->question.ticket != answer.ticket)
 			continue;
 		if (answer.error == 0 && answer.n == 0)
 			answer.error = EAI_NONAME;
