@@ -886,8 +886,7 @@ static struct {
 static struct listener listeners[LISTENERS_MAX];
 static size_t listeners_n;
 
-static unsigned worker;  /* 1 to -j; 0: the only process, or the supervisor */
-static pid_t supervisor; /* of this worker; 0: it is not a worker */
+static unsigned worker; /* 1 to -j; 0: the only process, or the supervisor */
 static int signal_pipe[2] = { -1, -1 };
 static int64_t stop_at;    /* ms: draining ends; 0: not told to stop */
 static char pseudonym[32]; /* name of the proxy in Via and Proxy-Status */
@@ -17059,7 +17058,7 @@ listener_close(struct listener *l)
 {
 	struct stat status;
 
-	if (l->conn.fd != -1 && l->path != NULL && supervisor == 0 &&
+	if (l->conn.fd != -1 && l->path != NULL && worker == 0 &&
 	    lstat(l->path, &status) != -1 && status.st_dev == l->device &&
 	    status.st_ino == l->file)
 		(void)unlink(l->path);
@@ -17151,7 +17150,7 @@ signal_note(int number, siginfo_t *info, void *context)
 	unsigned char byte = (unsigned char)number;
 
 	(void)context;
-	if (supervisor != 0 && number != SIGCHLD && info->si_pid != supervisor)
+	if (worker > 0 && number != SIGCHLD && info->si_pid != workers[0].pid)
 		return;
 	if (info->si_code > 0)
 		byte |= SIGNAL_TERMINAL;
@@ -17251,7 +17250,7 @@ workers_signal(int number)
 {
 	size_t i;
 
-	for (i = 1; i < workers_n && supervisor == 0; i++)
+	for (i = 1; i < workers_n && worker == 0; i++)
 		if (workers[i].pid != 0)
 			(void)kill(workers[i].pid, number);
 }
@@ -17285,7 +17284,7 @@ loop_reap(void)
 	int status;
 	size_t i;
 
-	while (supervisor == 0 && (pid = waitpid(-1, &status, WNOHANG)) > 0) {
+	while (worker == 0 && (pid = waitpid(-1, &status, WNOHANG)) > 0) {
 		for (i = 1; i < workers_n && workers[i].pid != pid;)
 			i++;
 		if (pid == command.pid)
@@ -17304,10 +17303,10 @@ static void
 loop_signal(int number, bool terminal)
 {
 	if (number == SIGUSR1) {
-		if (workers_n == 1 || supervisor != 0)
+		if (workers_n == 1 || worker > 0)
 			loop_report();
 	} else if (number == SIGHUP) {
-		workers[0].hups += supervisor == 0;
+		workers[0].hups += worker == 0;
 		loop_reload();
 		if (stop_at)
 			number = SIGTERM;
@@ -17433,7 +17432,6 @@ static void
 worker_begin(size_t i, const int lives[2])
 {
 	worker = (unsigned)i;
-	supervisor = workers[0].pid;
 	workers[i].pid = getpid();
 	workers[i].hups = hups;
 	totals = workers[i].totals;
