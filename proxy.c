@@ -317,15 +317,12 @@ struct buffer {
 
 /* The use of a descriptor: says what the loop does after an event. */
 enum role {
-	ROLE_LISTENER,  /* a socket that accepts clients */
-	ROLE_SIGNALS,   /* the pipe that signal handlers write to */
-	ROLE_QUESTIONS, /* the pipe to the names helper */
-	ROLE_ANSWERS,   /* the pipe from the names helper */
-	ROLE_CLIENT,    /* the client of an exchange */
-	ROLE_SERVER,    /* the server of an exchange */
-	ROLE_FILE,      /* a file that answers instead: most often an entry */
-	ROLE_TRY,       /* another address of the same server, being tried */
-	ROLE_KEPT       /* a connection to a server between two exchanges */
+	ROLE_OWN,    /* a listener, or a pipe of the proxy's own */
+	ROLE_CLIENT, /* the client of an exchange */
+	ROLE_SERVER, /* the server of an exchange */
+	ROLE_FILE,   /* a file that answers instead: most often an entry */
+	ROLE_TRY,    /* another address of the same server, being tried */
+	ROLE_KEPT    /* a connection to a server between two exchanges */
 };
 
 /* One side of an exchange: a descriptor and the bytes that wait there. */
@@ -11078,7 +11075,6 @@ static struct {
 	struct conn answers;          /* from it */
 	pid_t helper;                 /* its process */
 	unsigned tickets;             /* questions so far, times NAMES_MAX */
-	unsigned waiting;             /* names that have no answer yet */
 	int64_t restart; /* ms: when the helper may be started again */
 } names;
 
@@ -11299,8 +11295,8 @@ names_start(void)
 	}
 	(void)close(down[0]);
 	(void)close(up[1]);
-	good = conn_open(&names.questions, ROLE_QUESTIONS, down[1], NULL);
-	good = conn_open(&names.answers, ROLE_ANSWERS, up[0], NULL) && good;
+	good = conn_open(&names.questions, ROLE_OWN, down[1], NULL);
+	good = conn_open(&names.answers, ROLE_OWN, up[0], NULL) && good;
 	if (good && names.helper != -1)
 		return true;
 	conn_close(&names.questions, false);
@@ -11371,7 +11367,7 @@ names_take(void)
 		name->answer = answer;
 		name->until =
 		    now.ms + (answer.error ? NAME_FAILED_MS : NAME_KEPT_MS);
-		names.waiting--;
+		totals.names_waiting--;
 		totals.failed += answer.error != 0;
 		some = true;
 	}
@@ -11391,7 +11387,7 @@ names_find(const char *host)
 
 	for (name = names.table; name < names.table + NAMES_MAX; name++) {
 		if (name->state != NAME_WANTED && name->until <= now.ms) {
-			names.waiting -= name->state == NAME_ASKED;
+			totals.names_waiting -= name->state == NAME_ASKED;
 			name->state = NAME_EMPTY;
 		}
 		if (name->state != NAME_EMPTY &&
@@ -11407,7 +11403,7 @@ names_find(const char *host)
 	(void)text_copy(text_of(host), best->question.host,
 	    sizeof(best->question.host));
 	best->state = NAME_WANTED;
-	names.waiting++;
+	totals.names_waiting++;
 	best->until = now.ms + QUESTION_MS;
 	names_ask();
 	return best;
@@ -13473,7 +13469,6 @@ totals_show(void)
 	totals.slots = exchanges.n;
 	totals.buffers = buffer_pool.used;
 	totals.descriptors = poll_set.all - 1;
-	totals.names_waiting = names.waiting;
 	workers[worker].totals = totals;
 }
 
@@ -16714,8 +16709,7 @@ loop_cool(void)
 		return;
 	cooled = now.ms;
 	for (i = poll_set.hot - 1; i > 0; i--)
-		if ((poll_set.conns[i]->exchange != NULL ||
-			poll_set.conns[i]->role == ROLE_KEPT) &&
+		if (poll_set.conns[i]->role != ROLE_OWN &&
 		    (uint32_t)now.ms - poll_set.conns[i]->event > COLD_MS)
 			poll_cool(poll_set.conns[i]);
 }
@@ -17201,7 +17195,7 @@ signals_open(void)
 
 	if (!pipe_open(signal_pipe) ||
 	    fcntl(signal_pipe[1], F_SETFL, O_NONBLOCK) == -1 ||
-	    !conn_open(&signal_conn, ROLE_SIGNALS, signal_pipe[0], NULL))
+	    !conn_open(&signal_conn, ROLE_OWN, signal_pipe[0], NULL))
 		die("no pipe for signals: %s", strerror(errno));
 	memset(&action, 0, sizeof(action));
 	(void)sigemptyset(&action.sa_mask);
@@ -17440,7 +17434,7 @@ worker_begin(size_t i, const int lives[2])
 	(void)close(lives[1]);
 	(void)unsetenv("NOTIFY_SOCKET");
 	signals_open();
-	if (!conn_open(&lifeline, ROLE_SIGNALS, lives[0], NULL))
+	if (!conn_open(&lifeline, ROLE_OWN, lives[0], NULL))
 		die("no pipe from the supervisor: %s", strerror(errno));
 	conn_watch(&lifeline, POLLIN);
 }
@@ -17773,7 +17767,7 @@ listener_keep(int fd, const char *path)
 
 	if (listeners_n == LISTENERS_MAX)
 		return "too many listening addresses";
-	if (!conn_open(&l->conn, ROLE_LISTENER, fd, NULL))
+	if (!conn_open(&l->conn, ROLE_OWN, fd, NULL))
 		return strerror(errno);
 	l->path = path;
 	if (path != NULL && lstat(path, &status) != -1) {
