@@ -12273,7 +12273,8 @@ record_escape(struct text t, bool utf8)
 
 /*
  * Appends JSON.  In the format, ' stands for ", $ for a text as a string, # for
- * a number (int64_t), and all else for itself.
+ * a number (int64_t), and all else for itself.  A comma at its start is left
+ * out behind [, in front of the first element of a list.
  */
 static void
 record_json(const char *format, ...)
@@ -12281,6 +12282,8 @@ record_json(const char *format, ...)
 	char digits[NUMBER_DIGITS + 2];
 	va_list args;
 
+	if (*format == ',' && recording.at[recording.n - 1] == '[')
+		format++;
 	va_start(args, format);
 	for (; *format != '\0'; format++)
 		if (*format == '$') {
@@ -12295,14 +12298,6 @@ record_json(const char *format, ...)
 			record_append(
 			    text_cut(*format == '\'' ? "\"" : format, 1));
 	va_end(args);
-}
-
-/* Appends an element of a list of names and values. */
-static void
-record_pair(bool first, struct text name, struct text value)
-{
-	record_json(first ? "{'name':$,'value':$}" : ",{'name':$,'value':$}",
-	    name, value);
 }
 
 /* Takes the next field of a head; false at its end.  Secrets are hidden. */
@@ -12337,11 +12332,11 @@ record_head(const struct tape *t, enum tape_part part, enum tape_part body,
     struct text head)
 {
 	struct text name, value;
-	bool first = true;
 
 	record_json(",'cookies':[],'headers':[");
-	for (; record_field_next(&head, &name, &value); first = false)
-		record_pair(first, name, secret_masked(value));
+	while (record_field_next(&head, &name, &value))
+		record_json(",{'name':$,'value':$}", name,
+		    secret_masked(value));
 	record_json("],'headersSize':#,'bodySize':#", t->sizes[part],
 	    t->sizes[body]);
 }
@@ -12387,16 +12382,14 @@ record_body(const struct tape *t, enum tape_part part, struct text head)
 static void
 record_query(struct text url)
 {
-	bool first = true;
-
 	record_json(",'queryString':[");
 	url = text_split(&url, '#');
 	(void)text_split(&url, '?');
-	for (; url.len > 0; first = false) {
+	while (url.len > 0) {
 		struct text pair = text_split(&url, '&');
 		struct text name = text_split(&pair, '=');
 
-		record_pair(first, name, pair);
+		record_json(",{'name':$,'value':$}", name, pair);
 	}
 	record_json("]");
 }
@@ -12561,7 +12554,7 @@ record_exchange(const struct exchange *x)
 	record_request(x, t, &quotes);
 	record_response(x, t);
 	record_times(x, t, &quotes);
-	record_append(text_of("}"));
+	record_json("}");
 	record_append(text_of(record_end));
 	errno = ENOSPC; /* if the write is short */
 	if (recording.n == RECORD_ROOM)
@@ -12653,11 +12646,11 @@ trace_head(const struct exchange *x, const char *mark, struct text head)
 		trace_field(x, mark, "", line, "");
 }
 
-/* Why the proxy drops a field, or adds one (NULL: the same): the RFCs. */
+/* Why the proxy drops a field, or adds one ("": the same): the RFCs. */
 static const struct {
-	const char *name, *dropped, *added;
+	char name[26], dropped[42], added[42];
 } trace_reasons[] = {
-	{ "Age", "the age now, RFC 9111 5.1", NULL },
+	{ "Age", "the age now, RFC 9111 5.1", "" },
 	{ "Cache-Status", "", "by the cache, RFC 9211" },
 	{ "Connection", "hop-by-hop, RFC 9110 7.6.1",
 	    "about this connection, RFC 9112 9.6" },
@@ -12665,22 +12658,21 @@ static const struct {
 	    "framed anew, RFC 9112 6.2" },
 	{ "Content-Range", "", "a part of the entry, RFC 9110 14.4" },
 	{ "Date", "", "the response had none, RFC 9110 6.6.1" },
-	{ "Expect", "not of HTTP/1.0, RFC 9110 10.1.1", NULL },
-	{ "HTTP2-Settings", "hop-by-hop, RFC 7540 3.2.1", NULL },
-	{ "Host", "the URL decides, RFC 9112 3.2.2", NULL },
+	{ "Expect", "not of HTTP/1.0, RFC 9110 10.1.1", "" },
+	{ "HTTP2-Settings", "hop-by-hop, RFC 7540 3.2.1", "" },
+	{ "Host", "the URL decides, RFC 9112 3.2.2", "" },
 	{ "If-Modified-Since", "the entry's goes first, RFC 9111 4.3.1",
 	    "validator of the entry, RFC 9111 4.3.1" },
 	{ "If-None-Match", "the entry's goes first, RFC 9111 4.3.1",
 	    "validator of the entry, RFC 9111 4.3.1" },
 	{ "Keep-Alive", "hop-by-hop, RFC 9110 7.6.1", "" },
-	{ "Max-Forwards", "one hop less, RFC 9110 7.6.2", NULL },
+	{ "Max-Forwards", "one hop less, RFC 9110 7.6.2", "" },
 	{ "Proxy-Authenticate", "not of this hop, RFC 9110 11.7.1", "" },
-	{ "Proxy-Authentication-Info", "not of this hop, RFC 9110 11.7.3",
-	    NULL },
+	{ "Proxy-Authentication-Info", "not of this hop, RFC 9110 11.7.3", "" },
 	{ "Proxy-Authorization", "for this proxy, RFC 9110 11.7.2",
 	    "the login at the parent, RFC 9110 11.7.2" },
 	{ "Proxy-Connection", "hop-by-hop, RFC 9110 7.6.1", "" },
-	{ "TE", "hop-by-hop, RFC 9110 10.1.4", NULL },
+	{ "TE", "hop-by-hop, RFC 9110 10.1.4", "" },
 	{ "Trailer", "the trailer may not pass, RFC 9110 6.6.2", "" },
 	{ "Transfer-Encoding", "of one connection, RFC 9112 6.1",
 	    "the length is not known, RFC 9112 7.1" },
@@ -12707,7 +12699,7 @@ trace_reason(const struct exchange *x, const struct head *from,
 	}
 	for (i = 0; i < sizeof(trace_reasons) / sizeof(trace_reasons[0]); i++)
 		if (text_is(name, trace_reasons[i].name))
-			return added && trace_reasons[i].added ?
+			return added && trace_reasons[i].added[0] != '\0' ?
 			    trace_reasons[i].added :
 			    trace_reasons[i].dropped;
 	if (!added && head_lists(from, "Connection", name))
@@ -17035,12 +17027,10 @@ notify(const char *state)
 	if (*path == '@')
 		un.sun_path[0] = '\0';
 	fd = socket(AF_UNIX, SOCK_DGRAM, 0);
-	if (fd == -1)
-		return;
-	if (fcntl(fd, F_SETFL, O_NONBLOCK) != -1)
+	if (fd != -1 && fcntl(fd, F_SETFL, O_NONBLOCK) != -1)
 		(void)sendto(fd, state, strlen(state), 0,
 		    (struct sockaddr *)&un, len);
-	(void)close(fd);
+	fd_drop(&fd);
 }
 
 /*
@@ -18137,8 +18127,7 @@ pseudonym_make(void)
 	if (fd == -1 || fd_read(fd, &bits, sizeof(bits)) == -1 || bits == 0)
 		bits = (unsigned long)now.us * 2654435761UL +
 		    (unsigned long)getpid();
-	if (fd != -1)
-		(void)close(fd);
+	fd_drop(&fd);
 	(void)snprintf(pseudonym, sizeof(pseudonym), "proxy-%08lx",
 	    bits & 0xffffffffUL);
 	if (gethostname(host_name, sizeof(host_name) - 1) == -1)
