@@ -17897,34 +17897,30 @@ listen_host(const char *host, unsigned port)
 static void
 listen_at(const char *argument)
 {
-	struct text t = text_of(argument);
-	struct target target = { .host = text_of("127.0.0.1") };
-	const char *error;
+	const char *colon = strrchr(argument, ':'), *error;
+	struct text t = text_of("127.0.0.1");
 	char host[HOST_MAX + 1];
-	bool any = t.len > 0 && (*t.at == ':' || text_starts(t, "*:"));
-	bool zero = t.len > 2 && memcmp(t.at + t.len - 2, ":0", 2) == 0;
-	bool bare;
+	bool any, bracketed;
 	uint64_t port;
 	int ms = 0;
 
-	if (text_find(t, '/') < t.len) {
+	if (strchr(argument, '/') != NULL) {
 		listen_path(argument);
 		return;
 	}
-	if (any)
-		t = text_from(t, text_find(t, ':') + 1);
-	bare = number_parse(t, 65535, &port);
-	if (!bare) {
-		/* authority_parse() takes ports from 1; here 0 is valid. */
-		if (zero)
-			t.len -= 2;
-		if (any || authority_parse(t, zero, &target) != 1)
-			usage("-l %s: not [host:]port", argument);
-		port = zero ? 0 : target.port;
-	}
+	if (colon != NULL)
+		t = text_cut(argument, (size_t)(colon - argument));
+	any = t.len == 0 || text_is(t, "*");
+	bracketed = t.len > 1 && *t.at == '[' && t.at[t.len - 1] == ']';
+	if (bracketed)
+		t = text_cut(t.at + 1, t.len - 2);
+	if (!number_parse(text_of(colon ? colon + 1 : argument), 65535,
+		&port) ||
+	    (!any && !host_is_valid(t, bracketed)))
+		usage("-l %s: not [host:]port", argument);
 	if (options.check)
 		return;
-	(void)text_copy(target.host, host, sizeof(host));
+	(void)text_copy(t, host, sizeof(host));
 	for (;;) {
 		error = listen_host(any ? NULL : host, (unsigned)port);
 		if (!error_is(error, EADDRNOTAVAIL) || ms >= LISTEN_RETRY_MS)
@@ -17936,7 +17932,7 @@ listen_at(const char *argument)
 	}
 	if (error != NULL)
 		listen_die(argument, error, "port");
-	if (!bare || any)
+	if (colon != NULL)
 		return;
 	port = listeners[listeners_n - 1].address.port;
 	if (error_is(listen_host("::1", (unsigned)port), EADDRINUSE))
