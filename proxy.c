@@ -11212,23 +11212,19 @@ helper_run(int questions, int answers)
 	static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGUSR1,
 		SIGPIPE };
 	static struct child children[QUESTIONS_MAX];
-	struct sigaction action;
 	struct pollfd pollfd = { .fd = questions };
 	struct question question;
 	size_t i;
 
 	for (i = 0; i < sizeof(ignored) / sizeof(ignored[0]); i++)
 		(void)signal(ignored[i], SIG_IGN);
-	memset(&action, 0, sizeof(action));
-	(void)sigemptyset(&action.sa_mask);
-	action.sa_handler = child_ended;
-	action.sa_flags = SA_RESTART;
-	(void)sigaction(SIGCHLD, &action, NULL);
 	for (;;) {
 		/* The timeout is for a child that ends just before poll(2). */
 		bool some = children_reap(children, answers);
 		struct child *child = child_slot(children);
 
+		/* Each time: systems may reset a handler when it runs. */
+		(void)signal(SIGCHLD, child_ended);
 		/* Without a slot, questions wait, but the end does not. */
 		pollfd.events = child != NULL ? POLLIN : 0;
 		if (poll(&pollfd, 1, some ? REAP_MS : -1) <= 0)
@@ -13340,8 +13336,7 @@ page_refusal(struct exchange *x, enum refusal refusal, const char *detail)
 
 /* The name of each phase, and what an exchange waits for in it, or "". */
 static const struct {
-	char name[9];
-	const char *waits;
+	char name[9], waits[30];
 } phases[PHASES] = {
 	[PHASE_FREE] = { "free", "" },
 	[PHASE_REQUEST] = { "request", "a request" },
@@ -16987,12 +16982,11 @@ loop_report(void)
 
 		if (x->phase == PHASE_FREE)
 			continue;
-		b.start = b.end = 0;
-		exchange_append(&b, x);
+		exchange_append(buffer_clear(&b), x);
 		warn("%.*s; in buffers: from the client %lu bytes, to it %lu, "
 		     "from the server %lu, to it %lu; acts again in %lld s if "
 		     "nothing moves",
-		    (int)buffer_len(&b), b.data,
+		    (int)buffer_len(&b), b.data + b.start,
 		    (unsigned long)buffer_held(c->in),
 		    (unsigned long)buffer_held(c->out),
 		    (unsigned long)buffer_held(s->in),
