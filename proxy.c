@@ -16566,12 +16566,15 @@ static int64_t accept_after;    /* ms: clients wait until then */
 static int64_t crowded_until;   /* ms: no search for a slot until then */
 static bool rules_unread;       /* new rules are read, a piece each turn */
 static bool kept_heard;         /* a kept connection had an event */
-static bool reloading;          /* the service manager waits for the end */
+static bool reloading = true;   /* a service manager waits for READY=1 */
 static unsigned hups;           /* of the supervisor, at our last SIGHUP */
 static struct conn signal_conn; /* the read end of the signal pipe */
 static struct conn lifeline;    /* of a worker: see worker_begin() */
 
-/* How long poll may wait: ms to the next deadline, -1 if there is none. */
+/*
+ * How long poll may wait: ms to the next deadline, -1 if there is none.  In the
+ * first turn not at all.
+ */
 static int
 loop_wait(void)
 {
@@ -17362,8 +17365,6 @@ loop_run(void)
 
 	/* Some may have ended before their signal was caught. */
 	loop_reap();
-	store_sweep();
-	loop_accept_all();
 	while (stop_at ? exchanges.busy > 0 && now.ms < stop_at :
 			 !options.inetd || exchanges.busy > 0) {
 		if (worker > 0)
@@ -17487,7 +17488,6 @@ workers_run(void)
 
 	if (!pipe_open(lives))
 		die("no pipe for workers: %s", strerror(errno));
-	reloading = true;
 	while ((wake = workers_step(lives)) > 0) {
 		wake = wake > now.ms ? least(wake - now.ms, INT_MAX) : 0;
 		(void)poll(&signals, 1, (int)wake);
@@ -18097,7 +18097,6 @@ tables_open(void)
 	    (options.record != NULL && !record_tables()))
 		die("no memory for %lu connections",
 		    (unsigned long)exchanges.n);
-	exchanges.wake = INT64_MAX;
 	if (options.workers > 1) {
 		workers_n = (size_t)options.workers + 1;
 		workers = memory_share(workers_n * sizeof(*workers));
@@ -18382,7 +18381,6 @@ main(int argc, char **argv)
 		command_start();
 	if (options.inetd)
 		exchange_open(client, &inetd_peer, ARRIVAL_CLIENT);
-	notify("READY=1");
 	loop_run();
 	if (options.command != NULL)
 		command_end();
