@@ -17509,8 +17509,8 @@ workers_run(void)
  * Reads the command line and opens the sockets that it asks for, or takes those
  * that a service manager gave.
  *
- * Door: inetd_peer, inetd_take, listen_given, listen_inherit, listen_on,
- * option_help, option_version, options_parse.
+ * Door: inetd_peer, inetd_take, listen_all, listen_inherit, option_help,
+ * option_version, options_parse.
  */
 
 enum {
@@ -17951,35 +17951,24 @@ listen_on(const char *argument)
 }
 
 /*
- * How many listening sockets a service manager passes on, as sd_listen_fds(3)
+ * Listens on the sockets that a service manager passes on, as sd_listen_fds(3)
  * has it: from descriptor 3 on, if LISTEN_PID is this process.
  */
-static unsigned
-listen_given(void)
+static void
+listen_inherit(void)
 {
 	const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
 	uint64_t owner = 0, n = 0;
+	int fd;
 
-	if (pid == NULL || fds == NULL ||
-	    !number_parse(text_of(pid), INT32_MAX, &owner) ||
-	    owner != (uint64_t)getpid())
-		return 0;
-	if (!number_parse(text_of(fds), LISTENERS_MAX, &n))
+	if (pid != NULL && fds != NULL &&
+	    number_parse(text_of(pid), INT32_MAX, &owner) &&
+	    owner == (uint64_t)getpid() &&
+	    !number_parse(text_of(fds), LISTENERS_MAX, &n))
 		die("LISTEN_FDS: %.40s is not a number up to %d", fds,
 		    LISTENERS_MAX);
-	if (n > 0)
-		(void)fd_note(STDERR_FILENO + (int)n);
-	return (unsigned)n;
-}
-
-/* Listens on n sockets from descriptor 3 on. */
-static void
-listen_inherit(unsigned n)
-{
-	unsigned i;
-
-	for (i = 0; i < n; i++) {
-		int fd = STDERR_FILENO + 1 + (int)i, accepts = 0;
+	for (fd = STDERR_FILENO + 1; fd <= STDERR_FILENO + (int)n; fd++) {
+		int accepts = 0;
 		socklen_t len = sizeof(accepts);
 		const char *why = "it does not listen";
 
@@ -17993,6 +17982,21 @@ listen_inherit(unsigned n)
 	}
 	(void)unsetenv("LISTEN_PID");
 	(void)unsetenv("LISTEN_FDS");
+}
+
+/*
+ * Listens at the addresses of -l; if there are none, and no socket of a service
+ * manager, at the default address.
+ */
+static void
+listen_all(void)
+{
+	size_t i;
+
+	if (options.listen.n == 0 && listeners_n == 0 && !options.inetd)
+		listen_on(options.command ? "127.0.0.1:0" : "8080");
+	for (i = 0; i < options.listen.n; i++)
+		listen_on(options.listen.at[i]);
 }
 
 static struct address inetd_peer = { .family = AF_UNIX };
@@ -18312,30 +18316,13 @@ command_end(void)
 }
 
 /*
- * Listens at the first `given` descriptors of a service manager, and at the
- * addresses of -l; if there are none of either, at the default address.
- */
-static void
-listen_all(unsigned given)
-{
-	size_t i;
-
-	listen_inherit(given);
-	if (options.listen.n == 0 && given == 0 && !options.inetd)
-		listen_on(options.command ? "127.0.0.1:0" : "8080");
-	for (i = 0; i < options.listen.n; i++)
-		listen_on(options.listen.at[i]);
-}
-
-/*
- * The order matters: the names helper is forked before any socket exists, and
+ * The order matters: the names helper is forked before any socket is made, and
  * sockets and the log are opened before root is given up.
  */
 int
 main(int argc, char **argv)
 {
 	int client = -1;
-	unsigned given;
 
 	standard_open();
 	clock_read();
@@ -18353,16 +18340,16 @@ main(int argc, char **argv)
 	if (options.user != NULL && options.trials.n == 0)
 		user_find(options.user);
 	if (options.check) {
-		listen_all(0);
+		listen_all();
 		exit(0);
 	}
 	if (options.trials.n > 0)
 		rules_try();
 	pseudonym_make();
-	given = listen_given();
+	listen_inherit();
 	if (options.workers == 1 && !names_start())
 		die("no helper for names: %s", strerror(errno));
-	listen_all(given);
+	listen_all();
 	signals_open();
 	logs_begin();
 	if (options.cache != NULL)
