@@ -11564,7 +11564,7 @@ log_send(struct text t)
 	n = strlen(line);
 	sent = send(logs.fd, line, n, 0);
 	if (sent == -1 && errno != EAGAIN && errno != ENOBUFS &&
-	    errno != EMSGSIZE && log_open())
+	    errno != EMSGSIZE && log_open() && logs.fd != -1)
 		sent = send(logs.fd, line, n, 0);
 	while (sent == -1 && errno == EMSGSIZE && (n /= 2) > 0)
 		sent = send(logs.fd, line, n, 0);
@@ -16506,9 +16506,9 @@ exchange_open(int fd, const struct address *peer, enum arrival arrival)
  * accepts clients last.  poll(2) is the only call that may block.  Signals, the
  * command's end, the service manager and the workers are handled here, too.
  *
- * Door: command, hups, lifeline, loop_run, loop_signals, notify, reloading,
- * signal_conn, signals_begin, signals_fork, signals_open, signals_restore,
- * workers_signal.
+ * Door: command, hups, lifeline, loop_ask, loop_run, loop_signals, notify,
+ * reloading, signal_conn, signals_begin, signals_fork, signals_open,
+ * signals_restore, workers_signal.
  */
 
 enum {
@@ -16755,16 +16755,21 @@ loop_expire(void)
 static void
 loop_names(void)
 {
+	static bool said;
 	struct exchange *x;
 
 	if (names.questions.hangup)
 		names_lost();
 	if (names.questions.fd == -1 && now.ms >= names.restart) {
+		bool failed = !names_start();
+
+		if (failed && !said)
+			warn("can't start the helper for names: %s",
+			    strerror(errno));
+		said = failed;
 		names.restart = now.ms + 1000;
-		if (names_start()) {
-			conn_watch(&names.answers, POLLIN);
-			names_ask();
-		}
+		conn_watch(&names.answers, POLLIN);
+		names_ask();
 	}
 	if (names.questions.writable) {
 		names.questions.writable = false;
@@ -16930,6 +16935,12 @@ loop_accept(struct listener *l)
 		fd = accept(l->conn.fd, (struct sockaddr *)&storage, &len);
 		if (fd == -1) {
 			l->conn.readable = false;
+			/* Who shares it has shut it down: it is not polled. */
+			if (l->conn.hangup)
+				warn("%s takes no more clients: %s",
+				    l->path ? l->path :
+					      address_words(&l->address),
+				    strerror(errno));
 			if ((errno == EMFILE || errno == ENFILE ||
 				errno == ENOBUFS || errno == ENOMEM) &&
 			    !loop_make_room(l, errno))
@@ -17424,21 +17435,23 @@ worker_begin(size_t i, const int lives[2])
 	conn_watch(&lifeline, POLLIN);
 }
 
-/* Starts worker i; true in it. */
+/* Starts worker i; true in it.  A failure is said once, until one starts. */
 static bool
 worker_start(size_t i, const int lives[2])
 {
+	static bool said;
 	pid_t pid;
 
 	workers[i].due = now.ms + WORKER_GAP_MS;
 	pid = signals_fork();
 	if (pid == 0)
 		worker_begin(i, lives);
-	else if (pid == -1)
+	else if (pid != -1)
+		workers[i].pid = pid;
+	else if (!said)
 		warn("can't start worker %lu: %s", (unsigned long)i,
 		    strerror(errno));
-	else
-		workers[i].pid = pid;
+	said = pid == -1;
 	return pid == 0;
 }
 
@@ -17482,17 +17495,15 @@ workers_step(const int lives[2])
 static void
 workers_run(void)
 {
-	struct pollfd signals = { .fd = signal_conn.fd, .events = POLLIN };
 	int lives[2];
 	int64_t wake;
 
 	if (!pipe_open(lives))
 		die("no pipe for workers: %s", strerror(errno));
+	conn_watch(&signal_conn, POLLIN);
 	while ((wake = workers_step(lives)) > 0) {
 		wake = wake > now.ms ? least(wake - now.ms, INT_MAX) : 0;
-		(void)poll(&signals, 1, (int)wake);
-		clock_read();
-		signal_conn.readable = true;
+		(void)loop_ask(0, poll_set.all, (int)wake);
 		loop_signals();
 		while (rules_step())
 			continue;

@@ -3395,6 +3395,11 @@ main_launch(int argc, char **argv)
 			fd = pair[0];
 		if (fd != 3)
 			dup2(fd, 3);
+		if (strcmp(argv[1], "shut") == 0 && fork() == 0) {
+			while (access("shut", F_OK) == -1)
+				(void)poll(NULL, 0, 20);
+			return shutdown(fd, SHUT_RDWR);
+		}
 		snprintf(pid, sizeof(pid), "%ld", (long)getpid());
 		setenv("LISTEN_PID", pid, 1);
 		if (getenv("LISTEN_FDS") == NULL)
@@ -16428,12 +16433,13 @@ test_names_helper_forks() { # a helper that cannot fork: said at once, no descri
 END
 	find_helper
 	kill -KILL "$helper"
-	has err "helper"
+	has err "can't start the helper for names"
 	before=$(find "/proc/$proxy_pid/fd" | wc -l)
 	"$peer" sleep 1400
 	after=$(find "/proc/$proxy_pid/fd" | wc -l)
 	[ "$after" -le "$before" ] ||
 		fail "$before descriptors become $after while fork fails"
+	counts 1 err "can't start"
 	rm fork-fails
 	name_known three.test
 	served
@@ -16563,6 +16569,10 @@ END
 	served
 	# It comes back, and hears how much it missed.
 	kill "$spawned"
+	wait_exit "$spawned" 5
+	rm log.socket
+	served
+	has err 'the log can.t be written, lines are lost: No such file'
 	spawn again "$peer" logger log.socket 99
 	has again ready 5
 	served
@@ -19608,6 +19618,12 @@ test_limit_lowered() { # fewer open files allowed: idle clients give way; a poll
 	rests "with a poll that fails"
 	stop_proxy
 	touch hold.over
+	start_proxy -j 2
+	workers 2
+	prlimit --pid "$proxy_pid" --nofile=0:
+	kill -HUP "$proxy_pid"
+	rests "a supervisor with a poll that fails"
+	stop_proxy
 }
 
 test_limit_slots_idle() { # all slots taken: idle clients give way, the longest idle first
@@ -19960,6 +19976,8 @@ test_worker_first() { # a supervisor that can't fork at first starts its workers
 	: > fork-fails
 	start_proxy -j 2
 	has err "can't start worker"
+	"$peer" sleep 1500
+	counts 1 err "can't start worker"
 	rm fork-fails
 	workers 2
 	served
@@ -20530,6 +20548,18 @@ test_start_sockets() { # LISTEN_FDS: sockets of a service manager are used
 	has err '^proxy: LISTEN_FDS: descriptor 3: '
 	# Of another process: not ours.
 	LISTEN_PID=1 LISTEN_FDS=1 "$proxy_bin" -n || fail "another's are taken"
+	# Who shares it shuts it down: said once, and the rest goes on.
+	"$peer" launch shut where "$proxy_bin" -l 127.0.0.1:0 > log 2> two.err &
+	proxy_pid=$!
+	echo "$proxy_pid" >> .proxies
+	has two.err "^proxy:   export"
+	: > shut
+	has two.err "^proxy: $(cat where) takes no more clients: "
+	proxy=$(sed -n 's/^proxy: listening on //p' two.err | tail -n 1)
+	served
+	rests "with a listener that is shut down"
+	counts 1 two.err 'takes no more'
+	stop_proxy
 	# One that takes IPv4 too is ours at all addresses.
 	have_ipv6 || return 0
 	"$peer" launch both where "$proxy_bin" > log 2> err &
