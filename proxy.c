@@ -7450,17 +7450,22 @@ trial_resolve(struct trial *t)
 	return true;
 }
 
-/* True if a verdict is undecided for lack of the server's address. */
+/*
+ * True if a verdict is undecided for lack of the server's address, and the
+ * request is not denied in any case.
+ */
 static bool
 trial_needs_address(const struct trial *t)
 {
 	const struct rule *rule = rules_now->first[GROUP_ACCESS];
 	struct view v;
 
+	if (t->access.refuses || t->route.undecided != NULL)
+		return !t->access.refuses;
 	exchange_view(&t->x, NULL, t->server, &v);
-	if (t->route.undecided != NULL || t->access.undecided == NULL ||
+	if (t->access.undecided == NULL ||
 	    ((v.known | v.never) & FACT_ADDRESS))
-		return t->route.undecided != NULL;
+		return false;
 	while (rule != NULL &&
 	    (!(rule->needs & FACT_ADDRESS) ||
 		rule_judge(rule, &v) != TRUTH_UNDECIDED))
@@ -18350,12 +18355,12 @@ main(int argc, char **argv)
 		exit(2);
 	if (options.user != NULL && options.trials.n == 0)
 		user_find(options.user);
-	if (options.check) {
+	if (options.check)
 		listen_all();
-		exit(0);
-	}
 	if (options.trials.n > 0)
 		rules_try();
+	if (options.check)
+		exit(0);
 	pseudonym_make();
 	listen_inherit();
 	if (options.workers == 1 && !names_start())

@@ -10768,6 +10768,9 @@ END
 	tries -e 'deny port x' <<'END'
 http://example.com/ = 2
 END
+	tries -n -e 'deny host a' <<'END'
+http://a/ = 1 deny -e:1
+END
 }
 
 test_rules_try_open() { # -T: the edges of a network, the open verdicts, the worst of several, the parent
@@ -10827,6 +10830,10 @@ https://g.example/ = 0 allow built-in:3
 END
 	tries -e 'deny host e.example' -e 'deny address 192.0.2.0/24' <<'END'
 http://e.example/ = 1 deny -e:1
+END
+	tries -e 'via http://p address 10.0.0.0/8' -e 'deny 451 address 192.0.2.7' \
+	    -e deny <<'END'
+http://g.example/ = 1 deny -e:3 undecided, it needs the server's address -e:1
 END
 	[ ! -s names ] || fail "looked up: $(cat names)"
 	tries -e 'deny address 192.0.2.0/24' <<'END'
