@@ -5813,7 +5813,7 @@ rule_refuses(const struct rule *rule, const struct account *user)
 /*
  * Judges a group: the first rule that matches decides.  If a rule before it is
  * undecided, so is the verdict, unless every rule that could still decide is a
- * denial: then no more facts are needed.
+ * denial: then no more facts are needed.  `offline` waits for no rule before it.
  */
 static struct verdict
 group_judge(const struct rules *rules, enum rule_group group, struct view *v)
@@ -5827,11 +5827,13 @@ group_judge(const struct rules *rules, enum rule_group group, struct view *v)
 		if (truth == TRUTH_NO)
 			continue;
 		refuses = refuses && rule_refuses(rule, v->x->record.user);
-		if (truth == TRUTH_YES && (refuses || undecided == NULL))
+		if (truth == TRUTH_YES &&
+		    (refuses || undecided == NULL ||
+			rule->action == ACTION_OFFLINE))
 			return (struct verdict){ rule, NULL, refuses };
 		if (undecided == NULL)
 			undecided = rule;
-		if (truth == TRUTH_YES || !refuses)
+		if (truth == TRUTH_YES || (!refuses && group != GROUP_CACHE))
 			break;
 	}
 	return (struct verdict){ NULL, undecided, false };

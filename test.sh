@@ -18202,18 +18202,19 @@ test_bend_offline() { # offline: the cache alone answers, however old it is
 END
 	old=$origin
 	stop_proxy
-	start_cache -e offline
+	# It waits for no rule before it.
+	start_cache -e 'nocache type video/*' -e offline
 	play -n 'answered' <<END
 	ask    http://$old/a = 200 | old
 	ask    http://$old/b = 504
 	sees~  ^504 Gateway Timeout: only the cache may answer, and
 	a: ask POST http://$old/a = 504
 	b: ask CONNECT $old = 504
-	log    "GET http://$old/a HTTP/1.1" 200 .* hit=stale .* bent=-e:1$
-	log    "GET http://$old/b HTTP/1.1" 504 .* bent=-e:1 why=
+	log    "GET http://$old/a HTTP/1.1" 200 .* hit=stale .* bent=-e:2$
+	log    "GET http://$old/b HTTP/1.1" 504 .* bent=-e:2 why=
 END
-	run_proxy -e offline -T http://a.example/
-	has out 'bent: offline (-e:1: offline)'
+	run_proxy -e 'cache 1h type a/b' -e offline -T http://a.example/
+	has out 'bent: offline (-e:2: offline)'
 }
 
 test_bend_to() { # to: another server, while URL, Host and cache key stay
