@@ -5813,7 +5813,7 @@ rule_refuses(const struct rule *rule, const struct account *user)
 /*
  * Judges a group: the first rule that matches decides.  If a rule before it is
  * undecided, so is the verdict, unless every rule that could still decide is a
- * denial: then no more facts are needed.  `offline` waits for no rule before it.
+ * denial: then no more facts are needed.  `offline` waits for none of them.
  */
 static struct verdict
 group_judge(const struct rules *rules, enum rule_group group, struct view *v)
