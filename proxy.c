@@ -7465,8 +7465,7 @@ trial_needs_address(const struct trial *t)
 	if (t->access.refuses || t->route.undecided != NULL)
 		return !t->access.refuses;
 	exchange_view(&t->x, NULL, t->server, &v);
-	if (t->access.undecided == NULL ||
-	    ((v.known | v.never) & FACT_ADDRESS))
+	if (t->access.undecided == NULL || ((v.known | v.never) & FACT_ADDRESS))
 		return false;
 	while (rule != NULL &&
 	    (!(rule->needs & FACT_ADDRESS) ||
