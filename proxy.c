@@ -5475,8 +5475,7 @@ struct view {
 	unsigned known;           /* facts */
 	unsigned never;           /* facts that will never be known */
 	struct text host;         /* of the URL, without trailing dots */
-	const struct address *address;   /* of the server, if known */
-	struct address literal;          /* storage for a numeric host */
+	struct address address;   /* of the server; family 0: not known */
 	const struct response *response; /* to the request, if known */
 	uint64_t length; /* of its body, or of what has passed of that */
 	const char *url; /* built at the first use */
@@ -5506,25 +5505,24 @@ static const char built_in[] = "built-in";
 
 /* ---- facts to judge by ---- */
 
-/*
- * Adds the response and the length of its body, UINT64_MAX if unknown; whole:
- * all of that has passed.
- */
+/* Adds the response, and what is known of its body. */
 static void
-view_response(struct view *v, const struct response *r, uint64_t length,
-    bool whole)
+view_response(struct view *v, const struct response *r)
 {
 	const struct exchange *x = v->x;
-	bool bodiless = response_is_bodiless(r->status, x->request->method);
+	const struct request *q = x->request;
+	uint64_t length = answer_is_stored(q) ? q->body : response_length(r);
+	bool bodiless = response_is_bodiless(r->status, q->method);
+	bool whole = bodiless || (q->access.answer != NULL && x->down.whole);
 
 	v->response = r;
 	v->length = length != UINT64_MAX ? length :
 	    bodiless                     ? 0 :
 					   x->down.payload + x->down.ready;
 	v->known |= FACT_RESPONSE;
-	if (length != UINT64_MAX || bodiless || whole)
+	if (length != UINT64_MAX || whole)
 		v->known |= FACT_LENGTH;
-	if (length == 0 || bodiless || whole)
+	if (length == 0 || whole)
 		v->known |= FACT_BODY;
 }
 
@@ -5550,9 +5548,8 @@ exchange_view(const struct exchange *x, const struct response *r,
 	v->host = host_trim(q->target.host);
 	if (q->method == METHOD_CONNECT)
 		v->never = FACT_RESPONSE | FACT_LENGTH | FACT_BODY;
-	if (address_of_host(to ? text_of(parent->host) : v->host, 0,
-		&v->literal))
-		v->address = &v->literal;
+	(void)address_of_host(to ? text_of(parent->host) : v->host, 0,
+	    &v->address);
 	if (server == NULL && answer_is_stored(q))
 		server = &q->route.list[0];
 	else if (server == NULL && !through &&
@@ -5560,15 +5557,13 @@ exchange_view(const struct exchange *x, const struct response *r,
 		x->record.server.family == AF_INET6))
 		server = &x->record.server;
 	if (server != NULL && server->family != 0)
-		v->address = server;
-	if (v->address != NULL)
+		v->address = *server;
+	if (v->address.family != 0)
 		v->known = FACT_ADDRESS;
 	else if (server != NULL || through)
 		v->never |= FACT_ADDRESS;
 	if (r != NULL)
-		view_response(v, r,
-		    answer_is_stored(q) ? q->body : response_length(r),
-		    q->access.answer != NULL && x->down.whole);
+		view_response(v, r);
 }
 
 /* ---- judging ---- */
@@ -5687,8 +5682,7 @@ value_matches(const struct condition *c, const struct value *value,
 		v->timed = v->timed || localtime_r(&now.wall, &v->when) != NULL;
 		return v->timed && span_has(&value->as.span, &v->when);
 	case SUBJECT_ADDRESS:
-		return v->address != NULL &&
-		    network_has(&value->as.network, v->address);
+		return network_has(&value->as.network, &v->address);
 	case SUBJECT_PAGE:
 		return text_same(value->text, text_from(q->uri, 1));
 	case SUBJECT_CHANCE:
