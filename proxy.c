@@ -3617,7 +3617,6 @@ url_parse(struct text url, struct target *target)
 	struct text login = url_login(url);
 	bool tls = text_starts(url, "https://");
 
-	memset(target, 0, sizeof(*target));
 	if (!text_is_clean(url) || (!tls && !text_starts(url, "http://")))
 		return false;
 	url = text_from(url, (size_t)(login.at + login.len - url.at));
@@ -3753,7 +3752,6 @@ request_parse(struct text t, struct request *r)
 	r->minor = 1;
 	r->framing = FRAMING_NO_BODY;
 	r->length = 0;
-	memset(&r->rewrites, 0, sizeof(r->rewrites));
 	memset(&r->target, 0, sizeof(r->target));
 	verdict = head_parse(t, &r->head, NULL);
 	line = request_line_parse(r->head.line, r);
