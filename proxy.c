@@ -6057,7 +6057,7 @@ rules_let_in(void)
  *
  * Door: account_login, condition_parse, parser_begin, parser_copy,
  * parser_error, parser_invalid, parser_logins, parser_new, parser_split,
- * parser_takes, parser_value, rules_give.
+ * parser_take, parser_takes, rules_give.
  */
 
 enum {
@@ -6228,25 +6228,16 @@ subject_next(const struct parser *p)
 	return (enum subject)i;
 }
 
-/* The next word if it is a value, not a subject or `not`; else NULL. */
+/* Takes the next word if it is a value, not a subject or `not`; else NULL. */
 static const struct word *
-parser_value(struct parser *p)
+parser_take(struct parser *p)
 {
 	const struct word *word = &p->words[p->at];
 
 	if (p->at == p->n || subject_next(p) != SUBJECTS ||
 	    (!word->quoted && text_is(word->t, "not")))
 		return NULL;
-	return word;
-}
-
-/* Takes the next word if it is a value; else NULL. */
-static const struct word *
-parser_take(struct parser *p)
-{
-	const struct word *word = parser_value(p);
-
-	p->at += word != NULL;
+	p->at++;
 	return word;
 }
 
@@ -6386,7 +6377,7 @@ value_field(struct parser *p, struct condition *c, struct value *value)
 	}
 	if (word == NULL)
 		parser_missing(p, "field");
-	else if (!text_is_token(c->name) || parser_value(p) != NULL ||
+	else if (!text_is_token(c->name) || parser_take(p) != NULL ||
 	    text_find(c->name, '*') < c->name.len)
 		parser_error(p, "field: it wants one name and one expression");
 	return !p->bad && regex_parse(p, word->t.at, value);
@@ -6413,8 +6404,9 @@ time_parse(struct parser *p, const struct condition *c, struct value *value)
 		parser_error(p,
 		    "time: days stand before their hours, as in "
 		    "Mon-Fri 08:00-17:30");
-	word = parser_value(p);
-	p->at += word != NULL && hours_parse(word->t, &span->from, &span->to);
+	word = parser_take(p);
+	if (word != NULL && !hours_parse(word->t, &span->from, &span->to))
+		p->at--;
 	return true;
 }
 
@@ -6934,12 +6926,12 @@ arguments_parse(struct parser *p, struct rule *rule)
 	size_t n;
 
 	for (n = 0; !p->bad && n < actions[action].max; n++) {
-		const struct word *word = &p->words[p->at];
+		bool any = n < actions[action].min && p->at < p->n;
+		const struct word *word = any ? &p->words[p->at++] :
+						parser_take(p);
 
-		if (p->at == p->n ||
-		    (n >= actions[action].min && parser_value(p) == NULL))
+		if (word == NULL)
 			break;
-		p->at++;
 		if (!actions[action].take(p, rule, word))
 			parser_invalid(p, actions[action].word, word,
 			    actions[action].wants);
