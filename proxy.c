@@ -7586,7 +7586,7 @@ struct control {
 	bool proxy_revalidate;        /* the same, but see section 3.5 */
 	bool must_understand;         /* overrides no-store */
 	bool only_if_cached;          /* in requests */
-	int64_t max_age;              /* seconds, as all that follow */
+	int64_t max_age;              /* seconds, as all from here on */
 	int64_t s_maxage;             /* in responses */
 	int64_t min_fresh, max_stale; /* in requests */
 	int64_t while_revalidate;     /* in responses (RFC 5861) */
@@ -7734,28 +7734,26 @@ seconds_parse(struct text t)
 	return (int64_t)value;
 }
 
-/* Where the directives are in struct control; some are numbers of seconds. */
+/* Where the directives are in struct control: flags, then seconds. */
 static const struct {
-	const char *name;
-	bool seconds;
+	char name[24];
 	size_t at;
 } directives[] = {
-	{ "no-store", false, offsetof(struct control, no_store) },
-	{ "no-cache", false, offsetof(struct control, no_cache) },
-	{ "private", false, offsetof(struct control, is_private) },
-	{ "public", false, offsetof(struct control, is_public) },
-	{ "must-revalidate", false, offsetof(struct control, must_revalidate) },
-	{ "proxy-revalidate", false,
-	    offsetof(struct control, proxy_revalidate) },
-	{ "must-understand", false, offsetof(struct control, must_understand) },
-	{ "only-if-cached", false, offsetof(struct control, only_if_cached) },
-	{ "max-age", true, offsetof(struct control, max_age) },
-	{ "s-maxage", true, offsetof(struct control, s_maxage) },
-	{ "min-fresh", true, offsetof(struct control, min_fresh) },
-	{ "max-stale", true, offsetof(struct control, max_stale) },
-	{ "stale-while-revalidate", true,
+	{ "no-store", offsetof(struct control, no_store) },
+	{ "no-cache", offsetof(struct control, no_cache) },
+	{ "private", offsetof(struct control, is_private) },
+	{ "public", offsetof(struct control, is_public) },
+	{ "must-revalidate", offsetof(struct control, must_revalidate) },
+	{ "proxy-revalidate", offsetof(struct control, proxy_revalidate) },
+	{ "must-understand", offsetof(struct control, must_understand) },
+	{ "only-if-cached", offsetof(struct control, only_if_cached) },
+	{ "max-age", offsetof(struct control, max_age) },
+	{ "s-maxage", offsetof(struct control, s_maxage) },
+	{ "min-fresh", offsetof(struct control, min_fresh) },
+	{ "max-stale", offsetof(struct control, max_stale) },
+	{ "stale-while-revalidate",
 	    offsetof(struct control, while_revalidate) },
-	{ "stale-if-error", true, offsetof(struct control, if_error) },
+	{ "stale-if-error", offsetof(struct control, if_error) },
 };
 
 /* Adds the directive t to control; max-stale alone allows any staleness. */
@@ -7774,7 +7772,7 @@ control_set(struct control *control, struct text t)
 		if (!text_is(name, directives[i].name))
 			continue;
 		seconds = member;
-		if (!directives[i].seconds)
+		if (directives[i].at < offsetof(struct control, max_age))
 			*(bool *)member = true;
 		else if (*seconds == -1 || given < *seconds)
 			*seconds = given;
@@ -9055,13 +9053,13 @@ field_is_kept(const struct head *news, struct text name)
 /*
  * Appends the head to be stored for r, without framing and hop-by-hop fields.
  * If r validates an entry, old is the stored response, and r's fields replace
- * those of its head (RFC 9111 section 3.2), but its cookies are stored only if
- * the entry is for their client alone.  A missing Date is set to now, so that
- * age and lifetime count from now (RFC 9110 section 6.6.1).
+ * those of its head (RFC 9111 section 3.2); its cookies only with `cookies`.  A
+ * missing Date is set to now, so that age and lifetime count from now (RFC 9110
+ * section 6.6.1).
  */
 static void
 stored_head_append(const struct response *r, const struct response *old,
-    struct buffer *b)
+    bool cookies, struct buffer *b)
 {
 	const struct head *h = &r->head;
 	size_t i;
@@ -9075,8 +9073,8 @@ stored_head_append(const struct response *r, const struct response *old,
 		if (field_passes(h, i) &&
 		    (old == NULL ||
 			(!name_is_among(field_name(h, i), fields_of_body) &&
-			    (!text_is(field_name(h, i), "Set-Cookie") ||
-				response_is_personal(old)))))
+			    (cookies ||
+				!text_is(field_name(h, i), "Set-Cookie")))))
 			field_append(b, h, i);
 	if (!head_has(h, "Date"))
 		buffer_print(b, "Date: %s\r\n", date_now(DATE_HTTP));
@@ -9944,7 +9942,7 @@ region_draft(struct exchange *x, const struct response *r,
 	if (exchange_parent(x) == NULL)
 		address_print(&x->record.server, server);
 	e.server = text_of(server);
-	stored_head_append(r, NULL, head);
+	stored_head_append(r, NULL, true, head);
 	return !head->overflow &&
 	    region_build(region, &e, buffer_text(head), 0);
 }
@@ -10650,35 +10648,26 @@ lookup_rescues(struct exchange *x, bool answered, struct lookup *l)
 }
 
 /*
- * Puts the head that news has changed in the place of the stored one in l, as
- * the client's answer; with the cookies of news, if merged, the parsed head,
- * has none.  False if there is no room.
+ * Puts head in the place of the stored one in l, as the client's answer.  False
+ * if there is no room.
  */
 static bool
-lookup_renew(struct lookup *l, const struct response *news,
-    const struct response *merged, struct text head)
+lookup_renew(struct lookup *l, struct text head)
 {
-	bool lacks = !head_has(&merged->head, "Set-Cookie");
-	struct buffer *b = l->b;
-	size_t start = (size_t)(l->e.head.at - b->data), i;
-
-	b->end = start;
-	buffer_append(b, text_cut(head.at, head.len - strlen("\r\n")));
-	for (i = 0; lacks && i < news->head.n; i++)
-		if (text_is(field_name(&news->head, i), "Set-Cookie"))
-			field_append(b, &news->head, i);
-	buffer_word(b, "\r\n");
-	l->e.head = text_cut(b->data + start, b->end - start);
-	return b->overflow == 0 && entry_response(l) &&
+	l->b->end = (size_t)(l->e.head.at - l->b->data);
+	buffer_append(l->b, head);
+	l->e.head.len = head.len;
+	return l->b->overflow == 0 && entry_response(l) &&
 	    lseek(l->fd, (off_t)l->e.region, SEEK_SET) != -1;
 }
 
 /*
  * Rewrites the region of the entry in l in place, with the fields of news, a
- * 304 or the response to a HEAD.  Removes the entry if it may no longer be
- * stored, is now another variant, or has no room; but a request whose response
- * may not be stored leaves the entry as it is.  The client gets the new fields
- * in any case; false if they have no room in l.
+ * 304 or the response to a HEAD; with its cookies only if the entry is for
+ * their client alone.  Removes the entry if it may no longer be stored, is now
+ * another variant, or has no room; but a request whose response may not be
+ * stored leaves the entry as it is.  The client gets all new fields in any
+ * case; false if they have no room in l.
  */
 static bool
 entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
@@ -10693,7 +10682,7 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 	l->e.requested = q->times.requested;
 	l->e.responded = now.wall;
 	l->e.age = initial_age(news, q->times.requested, now.wall);
-	stored_head_append(news, &l->r, head);
+	stored_head_append(news, &l->r, response_is_personal(&l->r), head);
 	if (head->overflow ||
 	    response_parse(buffer_text(head), METHOD_GET, &merged) != 1)
 		return false;
@@ -10703,7 +10692,8 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 		(void)write_at(l->fd, buffer_text(region), 0);
 	else if (!asked.no_store && !head_has(&q->head, "Authorization"))
 		store_remove(q->caching.path);
-	return lookup_renew(l, news, &merged, buffer_text(head));
+	stored_head_append(news, &l->r, true, buffer_clear(head));
+	return !head->overflow && lookup_renew(l, buffer_text(head));
 }
 
 /*
