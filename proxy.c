@@ -2027,7 +2027,7 @@ static void
 answer_by(struct exchange *x, enum answerer answerer)
 {
 	struct request *q = x->request;
-	static const char *const names[] = { "nobody yet", "the server",
+	static const char names[][36] = { "nobody yet", "the server",
 		"the proxy", "an entry", "a fetch under way",
 		"an entry whose fetch has failed", "a fetch, if it stores" };
 
@@ -9718,7 +9718,7 @@ fetch_tell(const struct fetch *f)
 static void
 fetch_enter(struct fetch *f, enum fetch_state state)
 {
-	static const char *const names[] = { "asks", "stores", "is complete",
+	static const char names[][24] = { "asks", "stores", "is complete",
 		"ends without an entry" };
 
 	if (f->state != state)
@@ -10466,7 +10466,7 @@ follow_wait(struct exchange *x)
 static void
 caching_enter(struct exchange *x, enum caching_state state)
 {
-	static const char *const names[] = { "does nothing", "is bypassed",
+	static const char names[][32] = { "does nothing", "is bypassed",
 		"has the answer", "has an entry to validate",
 		"has the answer after validation",
 		"has an entry that is superseded" };
