@@ -8555,11 +8555,11 @@ region_sum(struct text rest)
 	return sum_word(sum, word_last(rest));
 }
 
-/* Writes the lowest `width` digits of n in decimal. */
+/* Writes n in decimal over the last of `width` zeros. */
 static void
 digits_print(char *to, uint64_t n, size_t width)
 {
-	for (; width > 0; n /= 10)
+	for (; n > 0 && width > 0; n /= 10)
 		to[--width] = (char)('0' + n % 10);
 }
 
@@ -8916,13 +8916,16 @@ region_build(struct buffer *b, const struct entry *e, struct text head,
 	size_t used, room = buffer_room(b);
 
 	b->end += REGION_LINE;
+	buffer_word(b, "key: ");
+	buffer_append(b, e->key);
+	buffer_word(b, "\nvariant: ");
+	buffer_append(b, e->variant);
 	buffer_print(b,
-	    "key: %.*s\nvariant: %.*s\nrequested: %lld\nresponded: %lld\n"
-	    "age: %lld\nserver: %.*s\n%spad: ",
-	    (int)e->key.len, e->key.at, (int)e->variant.len, e->variant.at,
-	    (long long)e->requested, (long long)e->responded, (long long)e->age,
-	    (int)e->server.len, e->server.at,
-	    e->counted ? "counted: yes\n" : "");
+	    "\nrequested: %lld\nresponded: %lld\nage: %lld\nserver: ",
+	    (long long)e->requested, (long long)e->responded,
+	    (long long)e->age);
+	buffer_append(b, e->server);
+	buffer_word(b, e->counted ? "\ncounted: yes\npad: " : "\npad: ");
 	used = buffer_len(b) + 2 + head.len;
 	if (region == 0)
 		region = (used + CACHE_SPARE + CACHE_BLOCK - 1) / CACHE_BLOCK *
@@ -9014,7 +9017,6 @@ marker_token(struct text key, struct text vary, bool part, struct buffer *token)
 {
 	struct buffer *b = work_buffer(WORK_HEAD);
 	struct lookup l;
-	struct text t;
 	bool there;
 
 	l.b = b;
@@ -9030,10 +9032,14 @@ marker_token(struct text key, struct text vary, bool part, struct buffer *token)
 		return false;
 	buffer_print(token, "%llx.%lx.%llx", (unsigned long long)now.wall,
 	    (long)getpid(), (unsigned long long)++store.serial);
-	t = buffer_text(token);
 	buffer_clear(b)->end += REGION_LINE;
-	buffer_print(b, "key: %.*s\nvary: %.*s\ntoken: %.*s\n", (int)key.len,
-	    key.at, (int)vary.len, vary.at, (int)t.len, t.at);
+	buffer_word(b, "key: ");
+	buffer_append(b, key);
+	buffer_word(b, "\nvary: ");
+	buffer_append(b, vary);
+	buffer_word(b, "\ntoken: ");
+	buffer_append(b, buffer_text(token));
+	buffer_word(b, "\n");
 	region_seal(b, 0);
 	return !b->overflow && file_put(l.path, b);
 }
@@ -10692,7 +10698,8 @@ entry_freshen(struct exchange *x, const struct response *news, struct lookup *l)
 		(void)write_at(l->fd, buffer_text(region), 0);
 	else if (!asked.no_store && !head_has(&q->head, "Authorization"))
 		store_remove(q->caching.path);
-	stored_head_append(news, &l->r, true, buffer_clear(head));
+	if (head_has(&news->head, "Set-Cookie"))
+		stored_head_append(news, &l->r, true, buffer_clear(head));
 	return !head->overflow && lookup_renew(l, buffer_text(head));
 }
 
