@@ -8146,9 +8146,9 @@ range_parse(const struct head *q, const struct response *r, uint64_t body,
  *
  * Door: disk_bytes, disk_failed, entry_find, entry_open, entry_path,
  * entry_read, entry_response, entry_touch, key_hash, key_of, marker_token,
- * region_build, region_seal, stock, stock_sum, store, store_bytes,
- * store_fits, store_lacks_disk, store_path, store_remove, store_tag,
- * stored_head_append, tag_make, temporary_close, temporary_open,
+ * region_build, region_seal, response_is_personal, stock, stock_sum, store,
+ * store_bytes, store_fits, store_lacks_disk, store_path, store_remove,
+ * store_tag, stored_head_append, tag_make, temporary_close, temporary_open,
  * temporary_place, variant_fits, variant_of, vary_append, work_buffer,
  * write_at.
  */
