@@ -8361,7 +8361,8 @@ value_append(struct buffer *b, struct text name, struct text value, bool *first)
 	buffer_word(b, *first ? "=" : "");
 	*first = false;
 	while (!list || list_next(&value, &member)) {
-		buffer_print(b, "%lu:", (unsigned long)member.len);
+		buffer_number(b, member.len);
+		buffer_word(b, ":");
 		if (name_is_among(name, caseless))
 			lower_append(b, member);
 		else
@@ -8967,12 +8968,11 @@ temporary_place(struct temporary *t, uint64_t n, const char *path)
 		entry_directory(path);
 		good = rename(t->path, path) != -1;
 	}
-	if (!good) {
-		/* Anybody may have removed the file. */
-		if (errno != ENOENT)
-			disk_failed();
+	/* Anybody may have removed the file. */
+	if (!good && errno != ENOENT)
+		disk_failed();
+	if (!good)
 		return false;
-	}
 	t->path[0] = '\0';
 	if (fstat(t->fd, &status) != -1 &&
 	    (uint64_t)status.st_blocks * 512 > bytes)
