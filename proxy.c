@@ -11032,12 +11032,11 @@ struct answer {
 	struct address list[ADDRESSES_MAX]; /* in the order to try them */
 };
 
-/* The state of a name's lookup. */
+/* The state of a name's lookup; a free slot is an answer that is too old. */
 enum name_state {
-	NAME_EMPTY,  /* a free slot */
+	NAME_KNOWN,  /* the answer is here: addresses or an error */
 	NAME_WANTED, /* the question waits to be sent */
-	NAME_ASKED,  /* the question was sent */
-	NAME_KNOWN   /* the answer is here: addresses or an error */
+	NAME_ASKED   /* the question was sent */
 };
 
 /* A name in the table. */
@@ -11089,19 +11088,19 @@ answer_fill(struct answer *answer, const struct addrinfo *found)
 
 /*
  * Writes the answer to a question: the addresses found, or the error, if that
- * is not 0.  False on failure.
+ * is not 0.  It fails only if the proxy has ended.
  */
-static bool
+static void
 answer_write(int fd, unsigned ticket, int error, const struct addrinfo *found)
 {
 	struct answer answer = { .ticket = ticket, .error = error };
 
 	if (error == 0)
 		answer_fill(&answer, found);
-	return fd_write(fd, &answer, sizeof(answer)) != -1;
+	(void)fd_write(fd, &answer, sizeof(answer));
 }
 
-/* The child: asks the system, and exits with 0 if its answer is written. */
+/* The child: asks the system, and exits with 0 after its answer. */
 static void
 child_run(const struct question *question, int answers)
 {
@@ -11110,7 +11109,8 @@ child_run(const struct question *question, int answers)
 
 	(void)alarm(QUESTION_S);
 	error = getaddrinfo(question->host, NULL, &hints, &found);
-	_exit(!answer_write(answers, question->ticket, error, found));
+	answer_write(answers, question->ticket, error, found);
+	_exit(0);
 }
 
 /*
@@ -11133,8 +11133,7 @@ children_reap(struct child *children, int answers)
 		}
 		child->pid = 0;
 		if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
-			(void)answer_write(answers, child->ticket, EAI_AGAIN,
-			    NULL);
+			answer_write(answers, child->ticket, EAI_AGAIN, NULL);
 	}
 	return some;
 }
@@ -11168,7 +11167,7 @@ child_fork(struct child *child, const struct question *question, int questions,
 	if (child->pid != 0) {
 		(void)kill(child->pid, SIGKILL);
 		(void)waitpid(child->pid, NULL, 0);
-		(void)answer_write(answers, child->ticket, EAI_AGAIN, NULL);
+		answer_write(answers, child->ticket, EAI_AGAIN, NULL);
 	}
 	child->ticket = question->ticket;
 	child->began = clock_us();
@@ -11181,7 +11180,7 @@ child_fork(struct child *child, const struct question *question, int questions,
 	}
 	if (child->pid == -1) {
 		child->pid = 0;
-		(void)answer_write(answers, child->ticket, EAI_AGAIN, NULL);
+		answer_write(answers, child->ticket, EAI_AGAIN, NULL);
 	}
 }
 
@@ -11371,12 +11370,10 @@ names_find(const char *host)
 	for (name = names.table; name < names.table + NAMES_MAX; name++) {
 		if (name->state != NAME_WANTED && name->until <= now.ms) {
 			totals.names_waiting -= name->state == NAME_ASKED;
-			name->state = NAME_EMPTY;
-		}
-		if (name->state != NAME_EMPTY &&
-		    strcasecmp(name->question.host, host) == 0)
+			name->state = NAME_KNOWN;
+		} else if (strcasecmp(name->question.host, host) == 0)
 			return name;
-		if ((name->state == NAME_EMPTY || name->state == NAME_KNOWN) &&
+		if (name->state == NAME_KNOWN &&
 		    (best == NULL || name->until < best->until))
 			best = name;
 	}
@@ -17767,9 +17764,9 @@ listener_keep(int fd, const char *path)
 
 /* Adds a listening socket; returns NULL, or why that failed. */
 static const char *
-listener_add(int fd, const struct sockaddr *at, socklen_t len, const char *path)
+listener_add(const struct sockaddr *at, socklen_t len, const char *path)
 {
-	int on = 1;
+	int fd = socket(at->sa_family, SOCK_STREAM, 0), on = 1;
 
 	if (fd == -1)
 		return strerror(errno);
@@ -17829,8 +17826,7 @@ listen_path(const char *path)
 	    errno == ECONNREFUSED)
 		(void)unlink(path);
 	fd_drop(&fd);
-	error = listener_add(socket(AF_UNIX, SOCK_STREAM, 0),
-	    (struct sockaddr *)&un, sizeof(un), path);
+	error = listener_add((struct sockaddr *)&un, sizeof(un), path);
 	if (error != NULL)
 		listen_die(path, error, "path");
 }
@@ -17866,8 +17862,7 @@ listen_host(const char *host, unsigned port)
 		if (port == 0 && listeners_n > before)
 			a.port = listeners[before].address.port;
 		len = address_export(&a, &storage);
-		why = listener_add(socket(a.family, SOCK_STREAM, 0),
-		    (struct sockaddr *)&storage, len, NULL);
+		why = listener_add((struct sockaddr *)&storage, len, NULL);
 		missing = error_is(why, EAFNOSUPPORT) ||
 		    error_is(why, EADDRNOTAVAIL);
 		if (why == NULL || (missing && worse))
