@@ -11290,25 +11290,21 @@ names_start(void)
 static void
 names_ask(void)
 {
-	struct name *name = names.table;
-	bool full = false;
+	struct name *name = names.table, *end = name + NAMES_MAX;
 
-	for (; name < names.table + NAMES_MAX && names.questions.fd != -1;
-	     name++) {
+	for (; name < end; name++) {
 		if (name->state != NAME_WANTED)
 			continue;
 		names.tickets += NAMES_MAX;
 		name->question.ticket =
 		    names.tickets + (unsigned)(name - names.table);
-		full = fd_write(names.questions.fd, &name->question,
-			   sizeof(name->question)) == -1;
-		if (full)
+		if (fd_write(names.questions.fd, &name->question,
+			sizeof(name->question)) == -1)
 			break;
 		name->state = NAME_ASKED;
 		totals.lookups++;
 	}
-	if (poll_set.fds != NULL)
-		conn_watch(&names.questions, full ? POLLOUT : 0);
+	conn_watch(&names.questions, name < end ? POLLOUT : 0);
 }
 
 /* Closes a dead helper; the next, started soon, gets its open questions. */
