@@ -16900,9 +16900,10 @@ loop_accept(struct listener *l)
 	unsigned n;
 
 	for (n = 0; n < ACCEPTS_MAX; n++) {
-		struct address peer = { .family = AF_UNIX };
-		struct sockaddr_storage storage;
+		/* Where an unnamed UNIX socket has no address, it stays. */
+		struct sockaddr_storage storage = { .ss_family = AF_UNIX };
 		socklen_t len = sizeof(storage);
+		struct address peer;
 		int fd;
 
 		if (worker > 0 && loop_yields()) {
@@ -16927,8 +16928,7 @@ loop_accept(struct listener *l)
 				accept_after = now.ms + ACCEPT_FAILED_MS;
 			return;
 		}
-		if (l->address.family != AF_UNIX)
-			peer = address_import((struct sockaddr *)&storage);
+		peer = address_import((struct sockaddr *)&storage);
 		exchanges.crowded = false;
 		exchange_open(fd, &peer, l->arrival);
 		if (!l->busy) {
@@ -17500,8 +17500,8 @@ workers_run(void)
  * Reads the command line and opens the sockets that it asks for, or takes those
  * that a service manager gave.
  *
- * Door: inetd_peer, inetd_take, listen_all, listen_inherit, option_help,
- * option_version, options_parse.
+ * Door: inetd_take, listen_all, listen_inherit, option_help, option_version,
+ * options_parse.
  */
 
 enum {
@@ -17786,16 +17786,12 @@ error_is(const char *error, int number)
 	return error != NULL && strcmp(error, strerror(number)) == 0;
 }
 
-/* Ends the program: it can't listen at a place, which is a port or a path. */
+/* Ends the program: it can't listen at a place; advice if that is in use. */
 static void
-listen_die(const char *argument, const char *error, const char *kind)
+listen_die(const char *argument, const char *error, const char *advice)
 {
-	char advice[40] = "";
-
-	if (error_is(error, EADDRINUSE))
-		(void)snprintf(advice, sizeof(advice),
-		    "; try another %s with -l", kind);
-	die("can't listen on %s: %s%s", argument, error, advice);
+	die("can't listen on %s: %s%s", argument, error,
+	    error_is(error, EADDRINUSE) ? advice : "");
 }
 
 /*
@@ -17824,7 +17820,7 @@ listen_path(const char *path)
 	fd_drop(&fd);
 	error = listener_add((struct sockaddr *)&un, sizeof(un), path);
 	if (error != NULL)
-		listen_die(path, error, "path");
+		listen_die(path, error, "; try another path with -l");
 }
 
 /*
@@ -17914,7 +17910,7 @@ listen_at(const char *argument)
 		ms += LISTEN_AGAIN_MS;
 	}
 	if (error != NULL)
-		listen_die(argument, error, "port");
+		listen_die(argument, error, "; try another port with -l");
 	if (colon != NULL)
 		return;
 	port = listeners[listeners_n - 1].address.port;
@@ -17988,30 +17984,27 @@ listen_all(void)
 		listen_on(options.listen.at[i]);
 }
 
-static struct address inetd_peer = { .family = AF_UNIX };
-
 /*
- * -i: returns the client's socket, taken from standard input, and sets
- * inetd_peer.  Where standard output and error are the same, nothing but the
- * answer may be written there.
+ * -i: returns the client's socket, taken from standard input, and sets peer.
+ * Where standard output and error are the same, nothing but the answer may be
+ * written there.
  */
 static int
-inetd_take(void)
+inetd_take(struct address *peer)
 {
-	struct sockaddr_storage peer;
-	socklen_t len = sizeof(peer), type_len = sizeof(int);
+	struct sockaddr_storage from = { .ss_family = AF_UNIX };
+	socklen_t len = sizeof(from), type_len = sizeof(int);
 	struct stat client, other;
 	int fd = -1, null, i, type = SOCK_STREAM;
 
 	(void)getsockopt(STDIN_FILENO, SOL_SOCKET, SO_TYPE, &type, &type_len);
 	if (type != SOCK_STREAM)
 		die("-i: standard input is a socket without connections");
-	if (getpeername(STDIN_FILENO, (struct sockaddr *)&peer, &len) == -1 ||
+	if (getpeername(STDIN_FILENO, (struct sockaddr *)&from, &len) == -1 ||
 	    (fd = fcntl(STDIN_FILENO, F_DUPFD, STDERR_FILENO + 1)) == -1)
 		die("-i: standard input is no connected socket: %s",
 		    strerror(errno));
-	if (peer.ss_family != AF_UNIX)
-		inetd_peer = address_import((struct sockaddr *)&peer);
+	*peer = address_import((struct sockaddr *)&from);
 	null = open("/dev/null", O_RDWR);
 	(void)dup2(null, STDIN_FILENO);
 	for (i = STDOUT_FILENO; i <= STDERR_FILENO; i++)
@@ -18019,8 +18012,7 @@ inetd_take(void)
 		    client.st_ino == other.st_ino &&
 		    client.st_dev == other.st_dev)
 			(void)dup2(null, i);
-	if (null > STDERR_FILENO)
-		(void)close(null);
+	fd_drop(&null);
 	return fd_note(fd);
 }
 
@@ -18311,6 +18303,7 @@ command_end(void)
 int
 main(int argc, char **argv)
 {
+	struct address peer;
 	int client = -1;
 
 	standard_open();
@@ -18321,7 +18314,7 @@ main(int argc, char **argv)
 	options_answer();
 	/* Before anything is said: standard error may be the client. */
 	if (options.inetd && !options.check && options.trials.n == 0)
-		client = inetd_take();
+		client = inetd_take(&peer);
 	if (!options.check && options.trials.n == 0)
 		signals_begin();
 	if (!rules_read())
@@ -18356,7 +18349,7 @@ main(int argc, char **argv)
 	if (options.command != NULL)
 		command_start();
 	if (options.inetd)
-		exchange_open(client, &inetd_peer, ARRIVAL_CLIENT);
+		exchange_open(client, &peer, ARRIVAL_CLIENT);
 	loop_run();
 	if (options.command != NULL)
 		command_end();
