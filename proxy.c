@@ -17731,8 +17731,8 @@ options_parse(int argc, char **argv)
 	options.seed = random_mix(options.seed);
 }
 
-/* Accepts at fd, a listening socket; returns NULL, or why it can't. */
-static const char *
+/* Accepts at fd, a listening socket; returns 0, or an errno. */
+static int
 listener_keep(int fd, const char *path)
 {
 	struct listener *l = &listeners[listeners_n];
@@ -17741,9 +17741,9 @@ listener_keep(int fd, const char *path)
 	socklen_t len = sizeof(only);
 
 	if (listeners_n == LISTENERS_MAX)
-		return "too many listening addresses";
+		die("too many listening addresses: %d at most", LISTENERS_MAX);
 	if (!conn_open(&l->conn, ROLE_OWN, fd, NULL))
-		return strerror(errno);
+		return errno;
 	l->path = path;
 	if (path != NULL && lstat(path, &status) != -1) {
 		l->device = status.st_dev;
@@ -17755,43 +17755,33 @@ listener_keep(int fd, const char *path)
 	    getsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, &len) != -1 &&
 	    !only;
 	listeners_n++;
-	return NULL;
+	return 0;
 }
 
-/* Adds a listening socket; returns NULL, or why that failed. */
-static const char *
+/* Adds a listening socket; returns 0, or an errno. */
+static int
 listener_add(const struct sockaddr *at, socklen_t len, const char *path)
 {
 	int fd = socket(at->sa_family, SOCK_STREAM, 0), on = 1;
 
 	if (fd == -1)
-		return strerror(errno);
+		return errno;
 	(void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
 	if (at->sa_family == AF_INET6)
 		(void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on,
 		    sizeof(on));
-	if (bind(fd, at, len) == -1 || listen(fd, SOMAXCONN) == -1) {
-		int error = errno;
-
-		(void)close(fd);
-		return strerror(error);
-	}
-	return listener_keep(fd, path);
-}
-
-/* True if error is the words of that errno; it may be NULL. */
-static bool
-error_is(const char *error, int number)
-{
-	return error != NULL && strcmp(error, strerror(number)) == 0;
+	if (bind(fd, at, len) != -1 && listen(fd, SOMAXCONN) != -1)
+		return listener_keep(fd, path);
+	fd_drop(&fd);
+	return errno;
 }
 
 /* Ends the program: it can't listen at a place; advice if that is in use. */
 static void
-listen_die(const char *argument, const char *error, const char *advice)
+listen_die(const char *argument, int error, const char *advice)
 {
-	die("can't listen on %s: %s%s", argument, error,
-	    error_is(error, EADDRINUSE) ? advice : "");
+	die("can't listen on %s: %s%s", argument, strerror(error),
+	    error == EADDRINUSE ? advice : "");
 }
 
 /*
@@ -17802,9 +17792,8 @@ static void
 listen_path(const char *path)
 {
 	struct sockaddr_un un = { .sun_family = AF_UNIX };
-	const char *error;
 	struct stat status;
-	int fd;
+	int fd, error;
 
 	if (!text_copy(text_of(path), un.sun_path, sizeof(un.sun_path)))
 		usage("-l %s: a path of %lu bytes at most", path,
@@ -17819,54 +17808,53 @@ listen_path(const char *path)
 		(void)unlink(path);
 	fd_drop(&fd);
 	error = listener_add((struct sockaddr *)&un, sizeof(un), path);
-	if (error != NULL)
+	if (error != 0)
 		listen_die(path, error, "; try another path with -l");
 }
 
-/*
- * Listens on all addresses of host (NULL: of this machine).  With port 0, all
- * use the port that the first gets.  Returns NULL, or why there is none: a
- * missing IPv6 only if nothing else is wrong.
- */
-static const char *
-listen_host(const char *host, unsigned port)
+/* Listens at an address; returns 0, or an errno. */
+static int
+listen_address(const struct address *a)
 {
-	struct addrinfo hints = { .ai_flags = AI_PASSIVE,
-		.ai_socktype = SOCK_STREAM };
-	struct addrinfo *found, *at;
+	struct sockaddr_storage storage;
+	socklen_t len = address_export(a, &storage);
+
+	return listener_add((struct sockaddr *)&storage, len, NULL);
+}
+
+/*
+ * Listens at all addresses of a host.  With port 0, all use the port that the
+ * first gets.  Returns 0, or if there is none, an errno: that of a missing IPv6
+ * only if nothing else is wrong.
+ */
+static int
+listen_found(const struct addrinfo *found, uint16_t port)
+{
+	const struct addrinfo *at;
 	size_t before = listeners_n;
-	char service[8];
-	const char *error = "no address";
+	int error = EADDRNOTAVAIL;
 	bool worse = false;
-	int failed;
 
-	(void)snprintf(service, sizeof(service), "%u", port);
-	failed = getaddrinfo(host, service, &hints, &found);
-	if (failed)
-		return gai_strerror(failed);
 	for (at = found; at != NULL; at = at->ai_next) {
-		struct sockaddr_storage storage;
 		struct address a = address_import(at->ai_addr);
-		socklen_t len;
-		const char *why;
 		bool missing;
+		int why;
 
-		if (port == 0 && listeners_n > before)
-			a.port = listeners[before].address.port;
-		len = address_export(&a, &storage);
-		why = listener_add((struct sockaddr *)&storage, len, NULL);
-		missing = error_is(why, EAFNOSUPPORT) ||
-		    error_is(why, EADDRNOTAVAIL);
-		if (why == NULL || (missing && worse))
+		a.port = port == 0 && listeners_n > before ?
+		    listeners[before].address.port :
+		    port;
+		why = listen_address(&a);
+		missing = why == EAFNOSUPPORT || why == EADDRNOTAVAIL;
+		if (why == 0 || (missing && worse))
 			continue;
 		error = why;
 		worse = !missing;
 		/* If it is the only one, the caller reports it. */
 		if (worse && found->ai_next != NULL)
-			warn("not listening on %s: %s", address_words(&a), why);
+			warn("not listening on %s: %s", address_words(&a),
+			    strerror(why));
 	}
-	freeaddrinfo(found);
-	return listeners_n > before ? NULL : error;
+	return listeners_n > before ? 0 : error;
 }
 
 /*
@@ -17876,12 +17864,16 @@ listen_host(const char *host, unsigned port)
 static void
 listen_at(const char *argument)
 {
-	const char *colon = strrchr(argument, ':'), *error;
+	struct addrinfo hints = { .ai_flags = AI_PASSIVE,
+		.ai_socktype = SOCK_STREAM };
+	struct addrinfo *found;
+	struct address six;
+	const char *colon = strrchr(argument, ':');
 	struct text t = text_of("127.0.0.1");
 	char host[HOST_MAX + 1];
 	bool any, bracketed;
 	uint64_t port;
-	int ms = 0;
+	int ms = 0, error;
 
 	if (strchr(argument, '/') != NULL) {
 		listen_path(argument);
@@ -17900,22 +17892,25 @@ listen_at(const char *argument)
 	if (options.check)
 		return;
 	(void)text_copy(t, host, sizeof(host));
-	for (;;) {
-		error = listen_host(any ? NULL : host, (unsigned)port);
-		if (!error_is(error, EADDRNOTAVAIL) || ms >= LISTEN_RETRY_MS)
-			break;
+	error = getaddrinfo(any ? NULL : host, "0", &hints, &found);
+	if (error != 0)
+		die("can't listen on %s: %s", argument, gai_strerror(error));
+	while ((error = listen_found(found, (uint16_t)port)) == EADDRNOTAVAIL &&
+	    ms < LISTEN_RETRY_MS) {
 		if (ms == 0)
 			warn("waiting for the address %s", argument);
 		(void)poll(NULL, 0, LISTEN_AGAIN_MS);
 		ms += LISTEN_AGAIN_MS;
 	}
-	if (error != NULL)
+	freeaddrinfo(found);
+	if (error != 0)
 		listen_die(argument, error, "; try another port with -l");
-	if (colon != NULL)
+	if (colon != NULL || listeners_n == LISTENERS_MAX)
 		return;
 	port = listeners[listeners_n - 1].address.port;
-	if (error_is(listen_host("::1", (unsigned)port), EADDRINUSE))
-		warn("not listening on [::1]:%u: %s", (unsigned)port,
+	if (address_parse(text_of("::1"), (unsigned)port, &six) &&
+	    listen_address(&six) == EADDRINUSE)
+		warn("not listening on %s: %s", address_words(&six),
 		    strerror(EADDRINUSE));
 }
 
@@ -17953,17 +17948,17 @@ listen_inherit(void)
 		die("LISTEN_FDS: %.40s is not a number up to %d", fds,
 		    LISTENERS_MAX);
 	for (fd = STDERR_FILENO + 1; fd <= STDERR_FILENO + (int)n; fd++) {
-		int accepts = 0;
+		int accepts = 1, error = 0;
 		socklen_t len = sizeof(accepts);
-		const char *why = "it does not listen";
 
 		if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &accepts, &len) ==
 		    -1)
-			why = strerror(errno);
+			error = errno;
 		else if (accepts)
-			why = listener_keep(fd, NULL);
-		if (why != NULL)
-			die("LISTEN_FDS: descriptor %d: %s", fd, why);
+			error = listener_keep(fd, NULL);
+		if (error != 0 || !accepts)
+			die("LISTEN_FDS: descriptor %d: %s", fd,
+			    error ? strerror(error) : "it does not listen");
 	}
 	(void)unsetenv("LISTEN_PID");
 	(void)unsetenv("LISTEN_FDS");
