@@ -2622,10 +2622,14 @@ address_of_host(struct text host, unsigned port, struct address *a)
 	return true;
 }
 
-/* Writes the address without its port; to has ADDRESS_TEXT bytes. */
-static void
-address_host(const struct address *a, char *to)
+/* An address as text; its first byte is free for a bracket. */
+static char address_text[ADDRESS_TEXT];
+
+/* The address without its port; valid until the next call. */
+static const char *
+address_host(const struct address *a)
 {
+	char *to = address_text + 1;
 	size_t i;
 
 	if (a->family == AF_INET)
@@ -2637,33 +2641,25 @@ address_host(const struct address *a, char *to)
 	    inet_ntop(AF_INET6, a->octets, to, INET6_ADDRSTRLEN) == NULL)
 		(void)text_copy(text_of(a->family == AF_UNIX ? "unix" : "-"),
 		    to, sizeof("unix"));
+	return address_text + 1;
 }
 
-/* Writes address:port; to has ADDRESS_TEXT bytes. */
-static void
-address_print(const struct address *a, char *to)
+/* The same with its port; valid until the next call of one of the two. */
+static const char *
+address_words(const struct address *a)
 {
 	bool six = a->family == AF_INET6;
+	const char *host = address_host(a);
+	char *to = address_text + 1 + strlen(host);
 
-	to[0] = '[';
-	address_host(a, to + six);
 	if (!six && a->family != AF_INET)
-		return;
-	to += strlen(to);
+		return host;
+	address_text[0] = '[';
 	if (six)
 		*to++ = ']';
 	*to++ = ':';
 	*number_print(to, a->port) = '\0';
-}
-
-/* The same as a string that is valid until the next call. */
-static const char *
-address_words(const struct address *a)
-{
-	static char words[ADDRESS_TEXT];
-
-	address_print(a, words);
-	return words;
+	return six ? address_text : host;
 }
 
 /* True if family, address and port are the same. */
@@ -3989,7 +3985,7 @@ authority_print(struct text host, unsigned port, bool connect, char *to)
 		(void)snprintf(to + n, 7, ":%u", port);
 }
 
-/* The address that address_print() wrote; `-` is one of family 0. */
+/* The address that address_words() returned; `-` is one of family 0. */
 static struct address
 address_read(struct text t)
 {
@@ -8397,12 +8393,9 @@ static void
 client_append(const struct request *q, struct buffer *b)
 {
 	const struct exchange *x = q->owner;
-	char peer[ADDRESS_TEXT] = "-";
 
-	if (x != NULL)
-		address_host(&x->peer, peer);
 	buffer_word(b, "=");
-	buffer_word(b, peer);
+	buffer_word(b, x != NULL ? address_host(&x->peer) : "-");
 	if (x != NULL && x->record.user != NULL) {
 		buffer_word(b, " ");
 		buffer_escape(b, x->record.user->user, CREDENTIAL_MAX, false);
@@ -9933,7 +9926,6 @@ region_draft(struct exchange *x, const struct response *r,
 	struct request *q = x->request;
 	struct buffer *variant = work_buffer(WORK_VARIANT);
 	struct buffer *head = work_buffer(WORK_HEAD);
-	char server[ADDRESS_TEXT] = "-";
 	struct entry e = { .key = key_of(&q->target),
 		.requested = q->times.requested,
 		.responded = now.wall,
@@ -9945,9 +9937,8 @@ region_draft(struct exchange *x, const struct response *r,
 	if (!variant_of(q, r, variant))
 		return false;
 	e.variant = buffer_text(variant);
-	if (exchange_parent(x) == NULL)
-		address_print(&x->record.server, server);
-	e.server = text_of(server);
+	e.server = text_of(
+	    exchange_parent(x) ? "-" : address_words(&x->record.server));
 	stored_head_append(r, NULL, true, head);
 	return !head->overflow &&
 	    region_build(region, &e, buffer_text(head), 0);
@@ -11813,11 +11804,8 @@ log_line(const struct exchange *x, const struct quotes *quotes,
 	const struct request *q = x->request;
 	const struct record *r = &x->record;
 	const struct note *n = &x->note;
-	char server[ADDRESS_TEXT], peer[ADDRESS_TEXT];
 
-	address_host(&x->peer, peer);
-	address_print(&r->server, server);
-	buffer_word(b, peer);
+	buffer_word(b, address_host(&x->peer));
 	log_text(b, " - ", r->user ? r->user->user : text_of(""),
 	    CREDENTIAL_MAX);
 	log_word(b, " [", date_now(DATE_LOG));
@@ -11837,7 +11825,7 @@ log_line(const struct exchange *x, const struct quotes *quotes,
 	log_number(b, " connect=", quotes->connect_ms);
 	log_number(b, " first=", quotes->first_ms);
 	log_number(b, " total=", now.ms - r->start);
-	log_word(b, " server=", server);
+	log_word(b, " server=", address_words(&r->server));
 	log_word(b, " end=", log_ends[r->end]);
 	if (n->sni_len > 0)
 		log_text(b, " sni=", text_cut(n->text + n->sni, n->sni_len),
@@ -12472,7 +12460,7 @@ record_times(const struct exchange *x, const struct tape *t,
 static void
 record_frame(const struct exchange *x)
 {
-	char peer[ADDRESS_TEXT], server[ADDRESS_TEXT], date[40] = "";
+	char date[40] = "";
 	char comment[RULE_NAME_MAX + REASON_MAX + 64];
 	const struct record *r = &x->record;
 	bool ruled = log_names_rule(r);
@@ -12491,12 +12479,11 @@ record_frame(const struct exchange *x)
 		n = strftime(date, sizeof(date), "%Y-%m-%dT%H:%M:%S", &parts);
 	(void)snprintf(date + n, sizeof(date) - n, ".%03dZ",
 	    (int)(began % 1000));
-	address_print(&x->peer, peer);
-	address_host(&r->server, server);
 	record_json("'startedDateTime':$,'cache':{},'connection':$,",
-	    text_of(date), text_of(peer));
+	    text_of(date), text_of(address_words(&x->peer)));
 	if (r->server.family != 0)
-		record_json("'serverIPAddress':$,", text_of(server));
+		record_json("'serverIPAddress':$,",
+		    text_of(address_host(&r->server)));
 	(void)snprintf(comment, sizeof(comment), "end=%s%s%s%s%s",
 	    log_ends[r->end], ruled ? ", rule " : "",
 	    ruled ? r->rule->where : "", r->refusal ? ", " : "",
@@ -13377,15 +13364,11 @@ static void
 glance_append(struct buffer *b, const struct glance *g, const char *state,
     const char *waits)
 {
-	char peer[ADDRESS_TEXT], server[ADDRESS_TEXT];
-
-	address_print(&g->peer, peer);
-	address_print(&g->record.server, server);
 	buffer_print(b, "#%llu %s", (unsigned long long)g->number, state);
 	if (waits != NULL)
 		buffer_print(b, ", waits for %s,", waits);
 	buffer_print(b, " %lld.%03lld s, %s", (long long)g->ms / 1000,
-	    (long long)g->ms % 1000, peer);
+	    (long long)g->ms % 1000, address_words(&g->peer));
 	if (g->method[0] != '\0' || g->target[0] != '\0')
 		buffer_print(b, " %s %s", g->method, g->target);
 	if (g->record.status != 0)
@@ -13393,7 +13376,8 @@ glance_append(struct buffer *b, const struct glance *g, const char *state,
 	buffer_print(b, ", up %llu, down %llu", (unsigned long long)g->up,
 	    (unsigned long long)g->down);
 	if (g->record.server.family != 0)
-		buffer_print(b, ", server %s", server);
+		buffer_print(b, ", server %s",
+		    address_words(&g->record.server));
 	if (g->rule[0] != '\0')
 		buffer_print(b, ", rule %s", g->rule);
 	if (g->record.refusal != REFUSE_NONE)
@@ -14148,15 +14132,14 @@ access_refuse(struct exchange *x)
 {
 	const struct request *q = x->request;
 	const struct rule *rule = x->record.rule;
-	char detail[DETAIL_MAX], peer[ADDRESS_TEXT];
+	char detail[DETAIL_MAX];
 	bool tried = head_has(&q->head, "Proxy-Authorization");
 	bool page = q->target.form == FORM_ORIGIN;
 
 	assert(rule != NULL);
-	address_host(&x->peer, peer);
 	(void)snprintf(detail, sizeof(detail),
-	    "To let it in, start the proxy with: -e 'allow client %s%s'", peer,
-	    page ? " page status metrics" : "");
+	    "To let it in, start the proxy with: -e 'allow client %s%s'",
+	    address_host(&x->peer), page ? " page status metrics" : "");
 	bend_drop(x);
 	if (rule->action == ACTION_DROP)
 		exchange_abort(x, END_RULE, REFUSE_RULE);
@@ -15360,20 +15343,18 @@ connect_refuse(struct exchange *x)
 	const struct address *to = &x->record.server;
 	int error = route->error;
 	bool taken = error == EADDRINUSE;
-	char detail[DETAIL_MAX], ours[ADDRESS_TEXT];
+	char detail[DETAIL_MAX];
 	size_t n;
 
 	n = (size_t)snprintf(detail, sizeof(detail), "%s: %s",
 	    address_words(to), strerror(error));
 	if (route->from != NULL && n < sizeof(detail) &&
-	    (taken || error == EADDRNOTAVAIL)) {
-		address_host(route_from(route, to), ours);
+	    (taken || error == EADDRNOTAVAIL))
 		(void)snprintf(detail + n, sizeof(detail) - n,
 		    ": %s %s (-b or from)",
 		    taken ? "no local port is left at" :
 			    "this machine can't use",
-		    ours);
-	}
+		    address_host(route_from(route, to)));
 	exchange_refuse(x,
 	    error == ECONNREFUSED ? REFUSE_CONNECTION :
 		error == ENETUNREACH || error == EHOSTUNREACH ?

@@ -5802,14 +5802,12 @@ static void
 row_address(struct text in)
 {
 	struct address a;
-	char print[ADDRESS_TEXT] = "";
 
 	if (!address_parse(in, 80, &a)) {
 		say_row("none");
 		return;
 	}
-	address_print(&a, print);
-	say_row("%s%s%s", print, is_guarded(&a) ? " guarded" : "",
+	say_row("%s%s%s", address_words(&a), is_guarded(&a) ? " guarded" : "",
 	    address_is_loopback(&a) ? " loopback" : "");
 }
 
@@ -5957,16 +5955,16 @@ static void
 row_header(struct text in)
 {
 	struct text head = kept(in);
-	char words[ADDRESS_TEXT], copy[1024];
+	char copy[1024];
 	struct address client;
 	size_t at, first = 1;	/* the beginning that has a verdict */
 	int c, got = header_verdict(head.at, head.len, &client);
 
-	address_print(&client, words);
 	if (got <= 0)
 		say_row("%s", got == 0 ? "more" : refusals[-got].words);
 	else
-		say_row("%s, %d left", words, (int)head.len - got);
+		say_row("%s, %d left", address_words(&client),
+		    (int)head.len - got);
 	memcpy(copy, head.at, head.len);
 	if (!header_splits(copy, head.len, 1))
 		say_row(", split");
@@ -7808,7 +7806,6 @@ row_network(struct text in)
 	struct address unix_socket = { .family = AF_UNIX };
 	struct text s;
 	struct network n;
-	char host[ADDRESS_TEXT];
 
 	in = kept(in);
 	s = part_next(&in);
@@ -7817,8 +7814,7 @@ row_network(struct text in)
 		say_row(n.bits == 0xeeeeeeee ? "none" : "touched");
 		return;
 	}
-	address_host(&n.address, host);
-	say_row("%s/%u %s", host, n.bits,
+	say_row("%s/%u %s", address_host(&n.address), n.bits,
 	    network_says(&n, part_next(&in)) ? "yes" : "no");
 	say_row(network_says(&n, in) ? " yes" : " no");
 	if (network_has(&n, &unix_socket) || n.address.scope != 0)
@@ -9050,7 +9046,6 @@ verdict_say(struct verdict verdict, const struct view *v)
 		[ACTION_NOCACHE] = "nocache", [ACTION_CACHE] = "cache" };
 	const struct rule *rule = verdict.rule;
 	const struct parent *p;
-	char name[ADDRESS_TEXT];
 	int i;
 
 	if (rule == NULL) {
@@ -9068,10 +9063,8 @@ verdict_say(struct verdict verdict, const struct view *v)
 		    p->kind == PARENT_HTTP ? "http://" : "socks5://", p->host,
 		    p->port);
 	for (i = 0; i < 2; i++)
-		if (rule->from[i].family != 0) {
-			address_host(&rule->from[i], name);
-			say_row(" %s", name);
-		}
+		if (rule->from[i].family != 0)
+			say_row(" %s", address_host(&rule->from[i]));
 	say_row(" at %s", rule->where);
 }
 
@@ -23849,8 +23842,7 @@ fuzz_url(struct text in)
 	    in.len + 1).at, in.len), &parent) == NULL)
 		assert(parent.host[0] != '\0' && parent.port > 0);
 	if (address_parse(in, 80, &a)) {
-		address_print(&a, s);
-		b = address_read(text_of(s));
+		b = address_read(text_of(address_words(&a)));
 		assert(address_same(&a, &b));
 	}
 	assert(!network_parse(in, &n) || network_has(&n, &n.address));
