@@ -11306,7 +11306,8 @@ names_lost(void)
 
 	conn_close(&names.questions, false);
 	conn_close(&names.answers, false);
-	(void)waitpid(names.helper, NULL, 0);
+	while (waitpid(names.helper, NULL, 0) == -1 && errno == EINTR)
+		continue;
 	for (i = 0; i < NAMES_MAX; i++)
 		if (names.table[i].state == NAME_ASKED)
 			names.table[i].state = NAME_WANTED;

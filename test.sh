@@ -5661,6 +5661,17 @@ END
 	log    CONNECT .* 200 100004 .* end=server
 END
 	grep EINTR calls > /dev/null || skip "strace injects nothing"
+	stop_proxy
+	# A worker reaps its helper, which is no zombie for ever.
+	proxy_wrap="strace -D -f -o waits -e inject=wait4:error=EINTR:when=1"
+	start_proxy -j 2
+	workers 2
+	proxy_pid=${workers%% *}
+	wait_for 5 'has_children 1' || fail "no helper: $children"
+	helper=$children
+	kill -KILL "$helper"
+	wait_for 5 'has_children 1 && [ "$children" != "$helper" ]' ||
+		fail "of helper $helper and the next there are: $children"
 }
 
 # ---- 2. Vocabulary ----------------------------------------------------------
