@@ -12055,6 +12055,7 @@ record_open(void)
 		return why;
 	recording.fd = fd_note(fd);
 	recording.end = end;
+	recording.failed = false;
 	return NULL;
 }
 
@@ -12527,7 +12528,6 @@ record_exchange(const struct exchange *x)
 		     recording.end) == (ssize_t)recording.n) {
 		recording.end += (off_t)(recording.n - strlen(record_end));
 		recording.first = false;
-		recording.failed = t->lost && recording.failed;
 	} else {
 		record_fail(strerror(errno));
 		if (ftruncate(recording.fd, recording.end) != -1)

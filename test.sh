@@ -16982,11 +16982,14 @@ test_record_full() { # -w: a full disk costs entries, is said once, and the file
 	ask    / = 200
 	reply  200 | \{200000:x}
 	ask    / = 200
-	== after it
+	== after it, and once more not
 	reply  200 | again
 	ask    /b = 200
+	reply  200 | \{200000:x}
+	ask    /c = 200
 END
 	recorded again '"text":"small"' '/b",.*"text":"again"'
+	served
 	counts 1 err "^proxy: disk/s.har can't be written, exchanges are missing in it: No space left on device"
 }
 
