@@ -15134,7 +15134,8 @@ resolve_strike(struct exchange *x)
 			refusal = REFUSE_RULE;
 			continue;
 		}
-		stays = stays || verdict.undecided != NULL;
+		stays = stays || verdict.undecided != NULL ||
+		    verdict.rule != x->record.rule;
 		route->list[kept++] = *to;
 	}
 	route->n = kept;
@@ -15391,7 +15392,8 @@ exchange_send(struct exchange *x)
  * The next hop is connected.  The proxy answers a CONNECT itself, unless that
  * goes to an HTTP parent; any bytes that arrived behind a SOCKS parent's reply
  * follow.  For other requests, no bytes may come before the request is sent
- * (RFC 9112 section 9.2).
+ * (RFC 9112 section 9.2).  Of several addresses that the rules let in, each may
+ * be let in by another rule.
  */
 static void
 connect_open(struct exchange *x)
@@ -15399,6 +15401,8 @@ connect_open(struct exchange *x)
 	struct buffer *early = x->server.in, *b;
 
 	x->request->times.connected = now.ms;
+	if (x->request->access.undecided && !access_judge(x, NULL, NULL))
+		return;
 	if (x->request->method != METHOD_CONNECT || exchange_is_relayed(x)) {
 		if (early != NULL)
 			exchange_refuse(x, REFUSE_EARLY, "");

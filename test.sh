@@ -9342,6 +9342,12 @@ ${#says}\\n\\n$says" loop > $says.script
 	want 403 GET http://b.example:%p/ '' ' rule=-e:2( |$)'
 	grep -i '^Proxy-Status: .*error=destination_ip_prohibited' a > /dev/null ||
 		fail "both denied: $(grep -i '^Proxy-Status' a)"
+	# The log names the rule that let in the address that answers.
+	start_ruled -e 'allow address 127.0.0.2' -e 'allow address 127.0.0.1'
+	plain_origin one
+	want 200 GET http://e.example:%p/ '' ' rule=-e:2( |$)'
+	asks CONNECT e.example:%p
+	last_line '^.* "CONNECT e.example' ' rule=-e:2( |$)'
 	# Connections to 0.0.0.0 and :: arrive at loopback.
 	NAME_ADDRESSES='0.0.0.0 ::'
 	start_ruled -e 'deny address 127.0.0.0/8 ::1'
