@@ -5222,7 +5222,7 @@ list_step(struct list *list)
 		return list_pass_end(list);
 	if (got == -1)
 		(void)snprintf(list_why, sizeof(list_why), "%s",
-		    strerror(errno));
+		    errno == ESPIPE ? "not a file" : strerror(errno));
 	return got == 1 ? 0 : -1;
 }
 

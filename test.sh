@@ -11721,6 +11721,8 @@ test_rules_wrong_files() { # missing, binary and unreadable files
 	ascii errors
 	wrong 'allow\ndeny list none\n' 'rules:2: .*none'
 	wrong 'allow\n\nusers none\n' 'rules:3: .*none'
+	mkfifo fifo
+	wrong 'deny list fifo\n' 'rules:1: fifo: not a file$'
 }
 
 test_rules_built_in() { # the built-in lines, around those of the user; guard moves them
