@@ -14792,11 +14792,11 @@ exchange_look_up(struct exchange *x)
 		if (l.reuse == REUSE_MEANWHILE)
 			exchange_refresh(x);
 		exchange_serve(x, &l);
-	} else if (cached == CACHED_NEVER)
-		exchange_refuse(x, REFUSE_NOT_STORED, "");
-	else
+	} else if (cached != CACHED_NEVER)
 		exchange_enter(x,
 		    cached == CACHED_WAIT ? PHASE_COLLAPSE : PHASE_RESOLVE);
+	else if (bend_begin(x))
+		exchange_refuse(x, REFUSE_NOT_STORED, "");
 }
 
 /*

@@ -18217,8 +18217,8 @@ test_bend_offline() { # offline: the cache alone answers, however old it is
 END
 	old=$origin
 	stop_proxy
-	# It waits for no rule before it.
-	start_cache -e 'nocache type video/*' -e offline
+	# It waits for no rule before it, and not for access.
+	start_cache -e 'nocache type video/*' -e offline -e 'deny type a/b'
 	play -n 'answered' <<END
 	ask    http://$old/a = 200 | old
 	ask    http://$old/b = 504
