@@ -376,6 +376,7 @@ struct flow {
 	bool whole : 1;        /* the end of the message has arrived */
 	bool done : 1;         /* the end of the message has been passed on */
 	bool broken : 1;       /* the framing is wrong, or the body truncated */
+	bool cut : 1;          /* truncated: the sender stopped too early */
 	bool strips : 1;       /* trailer fields are not passed on */
 	uint16_t excess;       /* bytes of framing beyond a fair share */
 	uint32_t ready;        /* bytes of payload at the front of `in` */
@@ -571,6 +572,7 @@ enum refusal {
 	REFUSE_PARENT_LOGIN,
 	REFUSE_PARENT,
 	REFUSE_CUT_SHORT,
+	REFUSE_ANSWER_BODY,
 	REFUSE_ANSWER_UNREAD,
 	REFUSE_IDLE,
 	REFUSE_MEMORY,
@@ -3053,6 +3055,7 @@ static const struct {
 	    "the parent proxy failed" },
 	[REFUSE_CUT_SHORT] = { 502, CAUSE_ANSWER, "http_response_incomplete",
 	    "the answer was cut short" },
+	[REFUSE_ANSWER_BODY] = { BAD_ANSWER, "broken chunks in the answer" },
 	[REFUSE_ANSWER_UNREAD] = { 504, CAUSE_OTHER, "connection_write_timeout",
 	    "the client stopped reading the answer" },
 	[REFUSE_IDLE] = { 504, CAUSE_OTHER, "connection_read_timeout",
@@ -3851,7 +3854,10 @@ static const char fields_of_hop[][LISTED_NAME] = { "Connection",
 	"HTTP2-Settings", "Proxy-Authorization", "Proxy-Authenticate",
 	"Proxy-Authentication-Info", "Content-Length", "Host", "" };
 
-/* Fields that frame or route the message: Connection can't remove them. */
+/*
+ * Fields that frame or route the message, or are for caches, too: Connection
+ * can't remove them.
+ */
 static const char fields_of_route[][LISTED_NAME] = { "Via", "Max-Forwards",
 	"Content-Range", "Content-Encoding", "Expect", "Trailer",
 	"Cache-Control", "Vary", "Age", "Date", "Expires", "Pragma",
@@ -4418,8 +4424,8 @@ chunks_decode(struct flow *f, struct buffer *b)
 
 /*
  * Takes the framing off the bytes in b (NULL: no bytes).  Sets `whole` at the
- * message's end, and `broken` if the framing is wrong or the sender stops
- * (eof) before that end.
+ * message's end, `broken` if the framing is wrong, and both `broken` and `cut`
+ * if the sender stops (eof) before that end.
  */
 static void
 flow_decode(struct flow *f, struct buffer *b, bool eof)
@@ -4439,6 +4445,7 @@ flow_decode(struct flow *f, struct buffer *b, bool eof)
 		f->whole = f->left == 0 || (f->from == FRAMING_CLOSE && eof);
 	}
 	if (eof && !f->whole) {
+		f->cut = !f->broken;
 		f->broken = true;
 		f->trailer = 0;
 	}
@@ -15541,6 +15548,7 @@ exchange_skip(struct exchange *x)
 	if (f->whole && q->skip > 0) {
 		f->whole = false;
 		f->broken = true;
+		f->cut = true;
 	}
 }
 
@@ -15656,6 +15664,16 @@ exchange_pump(struct exchange *x, struct flow *f, struct conn *from,
 			break;
 	}
 	return moved;
+}
+
+/* Why x can't go on: a flow is broken, or the server failed. */
+static enum refusal
+exchange_fault(const struct exchange *x)
+{
+	if (x->up.broken)
+		return x->up.cut ? REFUSE_BODY_CUT : REFUSE_BODY;
+	return x->down.broken && !x->down.cut ? REFUSE_ANSWER_BODY :
+						REFUSE_CUT_SHORT;
 }
 
 /*
@@ -16029,8 +16047,8 @@ response_step(struct exchange *x)
 		return true;
 	}
 	if (x->up.broken && !local) {
-		x->record.end = c->eof ? END_CLIENT : END_DONE;
-		exchange_refuse(x, c->eof ? REFUSE_BODY_CUT : REFUSE_BODY, "");
+		x->record.end = x->up.cut ? END_CLIENT : END_DONE;
+		exchange_refuse(x, exchange_fault(x), "");
 		return true;
 	}
 	if (hangs || !conn_write(c))
@@ -16298,7 +16316,7 @@ relay_step(struct exchange *x)
 		    x->record.refusal == REFUSE_RULE ? END_RULE :
 			x->up.broken                 ? END_CLIENT :
 						       END_SERVER,
-		    x->up.broken ? REFUSE_BODY_CUT : REFUSE_CUT_SHORT);
+		    exchange_fault(x));
 	else
 		return moved || relay_expire(x);
 	return true;
