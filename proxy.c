@@ -3710,6 +3710,7 @@ request_line_parse(struct text line, struct request *r)
 	if (!text_is_clean(line))
 		return -REFUSE_CONTROL;
 	r->name = text_split(&rest, ' ');
+	r->method = method_parse(r->name);
 	r->uri = text_split(&rest, ' ');
 	if (r->uri.len == 0)
 		return -REFUSE_LINE;
@@ -3718,7 +3719,6 @@ request_line_parse(struct text line, struct request *r)
 		return verdict;
 	if (!text_is_token(r->name))
 		return -REFUSE_METHOD;
-	r->method = method_parse(r->name);
 	return target_parse(r->uri, r->method, &r->target);
 }
 
@@ -4071,7 +4071,7 @@ request_hopeless(const struct buffer *b, bool whole)
 		return REFUSE_SOCKS;
 	if (!is_token_char(t.at[0]) && t.at[0] != '\r')
 		return REFUSE_BINARY;
-	if (text_find(t, '\n') > LINE_MAX_BYTES)
+	if (text_find(t, '\n') > LINE_MAX_BYTES + 1)
 		return REFUSE_LINE_LONG;
 	return !whole && head_is_hopeless(b) ? REFUSE_HEAD_LONG : REFUSE_NONE;
 }
@@ -14662,7 +14662,10 @@ request_take(struct exchange *x, size_t n)
 	return true;
 }
 
-/* Keeps a head that is wrong or truncated, as far as it came, for the log. */
+/*
+ * Keeps a head that is wrong or truncated, as far as it came, for the log, and
+ * whether the answer must have no body.
+ */
 static void
 request_salvage(struct exchange *x)
 {
@@ -14676,6 +14679,8 @@ request_salvage(struct exchange *x)
 	tape_add(x, TAPE_REQUEST_HEAD, t);
 	q->bytes = x->client.in;
 	x->client.in = NULL;
+	if (text_starts(t, "HEAD "))
+		q->method = METHOD_HEAD;
 	q->uri = line_next(&t, NULL);
 }
 
