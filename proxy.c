@@ -3705,12 +3705,13 @@ request_line_parse(struct text line, struct request *r)
 	struct text rest = line;
 	int verdict;
 
+	/* At once: a refused HEAD must get no body, either. */
+	r->method = method_parse(text_until(line, " "));
 	if (text_is(line, "PRI * HTTP/2.0"))
 		return -REFUSE_HTTP2;
 	if (!text_is_clean(line))
 		return -REFUSE_CONTROL;
 	r->name = text_split(&rest, ' ');
-	r->method = method_parse(r->name);
 	r->uri = text_split(&rest, ' ');
 	if (r->uri.len == 0)
 		return -REFUSE_LINE;

@@ -6913,6 +6913,10 @@ END
 	client send HEAD http://%O/ HTTP/2.0\nHost: %O\n\n ; eof
 	sees~  ^HTTP/1.1 505
 	sees!~ ^505
+	== a control byte in the URL
+	client send HEAD http://%O/\x01 HTTP/1.1\nHost: %O\n\n ; eof
+	sees   HTTP/1.1 400 Bad Request
+	sees!~ ^400
 	== a line that ends in LF
 	client send HEAD http://%O/ HTTP/1.1\nHost: %O\l\n ; eof
 	sees   HTTP/1.1 400 Bad Request
