@@ -7590,7 +7590,7 @@ struct control {
 	bool proxy_revalidate;        /* the same, but see section 3.5 */
 	bool must_understand;         /* overrides no-store */
 	bool only_if_cached;          /* in requests */
-	int64_t max_age;              /* seconds, as all from here on */
+	int64_t max_age;              /* seconds, as all that follow */
 	int64_t s_maxage;             /* in responses */
 	int64_t min_fresh, max_stale; /* in requests */
 	int64_t while_revalidate;     /* in responses (RFC 5861) */
@@ -7738,26 +7738,28 @@ seconds_parse(struct text t)
 	return (int64_t)value;
 }
 
-/* Where the directives are in struct control: flags, then seconds. */
+/* Where the directives are in struct control; some are numbers of seconds. */
 static const struct {
 	char name[24];
+	bool seconds;
 	size_t at;
 } directives[] = {
-	{ "no-store", offsetof(struct control, no_store) },
-	{ "no-cache", offsetof(struct control, no_cache) },
-	{ "private", offsetof(struct control, is_private) },
-	{ "public", offsetof(struct control, is_public) },
-	{ "must-revalidate", offsetof(struct control, must_revalidate) },
-	{ "proxy-revalidate", offsetof(struct control, proxy_revalidate) },
-	{ "must-understand", offsetof(struct control, must_understand) },
-	{ "only-if-cached", offsetof(struct control, only_if_cached) },
-	{ "max-age", offsetof(struct control, max_age) },
-	{ "s-maxage", offsetof(struct control, s_maxage) },
-	{ "min-fresh", offsetof(struct control, min_fresh) },
-	{ "max-stale", offsetof(struct control, max_stale) },
-	{ "stale-while-revalidate",
+	{ "no-store", false, offsetof(struct control, no_store) },
+	{ "no-cache", false, offsetof(struct control, no_cache) },
+	{ "private", false, offsetof(struct control, is_private) },
+	{ "public", false, offsetof(struct control, is_public) },
+	{ "must-revalidate", false, offsetof(struct control, must_revalidate) },
+	{ "proxy-revalidate", false,
+	    offsetof(struct control, proxy_revalidate) },
+	{ "must-understand", false, offsetof(struct control, must_understand) },
+	{ "only-if-cached", false, offsetof(struct control, only_if_cached) },
+	{ "max-age", true, offsetof(struct control, max_age) },
+	{ "s-maxage", true, offsetof(struct control, s_maxage) },
+	{ "min-fresh", true, offsetof(struct control, min_fresh) },
+	{ "max-stale", true, offsetof(struct control, max_stale) },
+	{ "stale-while-revalidate", true,
 	    offsetof(struct control, while_revalidate) },
-	{ "stale-if-error", offsetof(struct control, if_error) },
+	{ "stale-if-error", true, offsetof(struct control, if_error) },
 };
 
 /* Adds the directive t to control; max-stale alone allows any staleness. */
@@ -7776,7 +7778,7 @@ control_set(struct control *control, struct text t)
 		if (!text_is(name, directives[i].name))
 			continue;
 		seconds = member;
-		if (directives[i].at < offsetof(struct control, max_age))
+		if (!directives[i].seconds)
 			*(bool *)member = true;
 		else if (*seconds == -1 || given < *seconds)
 			*seconds = given;
