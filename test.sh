@@ -8448,8 +8448,6 @@ check_refused(void)
 	refused_for("missing", ENOENT);
 	refused_for("", ENOENT);
 	refused_for(".", EISDIR);
-	if (mkfifo("fifo", 0600) == 0)
-		refused_for("fifo", ESPIPE);
 	file_make("a.com\n", 6);
 	refused_for("list/x", ENOTDIR);
 	if (geteuid() != 0 && chmod("list", 0) == 0)
@@ -16616,7 +16614,8 @@ END
 	wait_exit "$spawned" 5
 	rm log.socket
 	served
-	has err 'the log can.t be written, lines are lost: No such file'
+	# Where 80 lines fill a buffer, another reason came before.
+	has err 'lines are lost: \(No such file\|its reader is too slow\)'
 	spawn again "$peer" logger log.socket 99
 	has again ready 5
 	served
