@@ -5663,11 +5663,13 @@ END
 	grep EINTR calls > /dev/null || skip "strace injects nothing"
 	stop_proxy
 	# A worker reaps its helper, which is no zombie for ever.
-	proxy_wrap="strace -D -f -o waits -e inject=wait4:error=EINTR:when=1"
+	proxy_wrap=
 	start_proxy -j 2
 	workers 2
 	proxy_pid=${workers%% *}
 	wait_for 5 'has_children 1' || fail "no helper: $children"
+	spawn waits strace -p "$proxy_pid" -e inject=wait4:error=EINTR:when=1
+	"$peer" lines 5000 + waits attached || skip "strace can't attach"
 	helper=$children
 	kill -KILL "$helper"
 	wait_for 5 'has_children 1 && [ "$children" != "$helper" ]' ||
