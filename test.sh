@@ -12202,6 +12202,19 @@ both_set(struct text in, const char *name)
 	reply_set("200", name, in);
 }
 
+/* A date, at a time that stands before it. */
+static void
+row_date_at(struct text in)
+{
+	time_t wall = now.wall;
+	char *end;
+
+	in = kept(in);
+	now.wall = strtoll(in.at, &end, 10);
+	say_row("%lld", (long long)date_parse(text_of(end + 1)));
+	now.wall = wall;
+}
+
 /* A date cut anywhere is none; changed anywhere it may be. */
 static void
 row_date(struct text in)
@@ -12592,6 +12605,9 @@ date Tuesday, 01-Jan-80 00:00:00 GMT = 315532800
 # Exactly 50 years ahead, and a second more.
 date Sunday, 22-Nov-76 02:43:00 GMT = 3373238580
 date Sunday, 22-Nov-76 02:43:01 GMT = 217478581
+# Seen in 2060 and in 1970.
+date_at 2840140800 Monday, 05-Jan-05 00:00:00 GMT = 4260556800
+date_at 0 Friday, 01-Jan-10 00:00:00 GMT = 1262304000
 date | 0 | -1 | now | 784111777 | 1994-11-06T08:49:37Z = -1
 date Sun, 06 Nov 1994 08:49:37 | Sun, 06 Nov 1994 08:49:37\s | Sun, 06 Nov 1994 08:49:37 UTC | Sun, 06 Nov 1994 08:49:37 EST | Sun, 06 Nov 1994 08:49:37 +0000 = -1
 date Sun, 06 Nov 1994 08:49:37 GMT+1 | Sun, 06 Nov 1994 08:49:37 GMT\s | \sSun, 06 Nov 1994 08:49:37 GMT | "Sun, 06 Nov 1994 08:49:37 GMT" = -1
