@@ -11051,8 +11051,8 @@ struct name {
 /* A child of the helper. */
 struct child {
 	pid_t pid;       /* 0: this slot is free */
-	int64_t began;   /* us: the clock when it was forked */
 	unsigned ticket; /* of its question */
+	int64_t began;   /* us: the clock when it was forked */
 };
 
 /* The names, and the helper. */
@@ -17878,13 +17878,13 @@ listen_at(const char *argument)
 {
 	struct addrinfo hints = { .ai_flags = AI_PASSIVE,
 		.ai_socktype = SOCK_STREAM };
-	struct addrinfo *found;
+	struct addrinfo *found = NULL;
 	struct address six;
 	const char *colon = strrchr(argument, ':');
 	struct text t = text_of("127.0.0.1");
 	char host[HOST_MAX + 1];
 	bool any, bracketed;
-	uint64_t port;
+	uint64_t port = 0;
 	int ms = 0, error;
 
 	if (strchr(argument, '/') != NULL) {
