@@ -19688,6 +19688,8 @@ test_limit_lowered() { # fewer open files allowed: idle clients give way; a poll
 	prlimit --pid "$proxy_pid" --nofile=0:
 	kill -HUP "$proxy_pid"
 	rests "a supervisor with a poll that fails"
+	# Sanitizers open files at the end.
+	prlimit --pid "$proxy_pid" --nofile=64:
 	stop_proxy
 }
 
