@@ -2140,7 +2140,7 @@ poll_swap(size_t a, size_t b)
 	poll_move(a, 0);
 	poll_move(b, a);
 	poll_move(0, b);
-	poll_set.fds[0].fd = -1;
+	poll_set.fds[0] = (struct pollfd){ .fd = -1 };
 }
 
 /* Moves c out of the prefix. */
