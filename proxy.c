@@ -11001,8 +11001,9 @@ cache_fields_append(const struct exchange *x, const struct response *r,
  */
 
 enum {
-	/* Size of the table, and validity: getaddrinfo(3) tells no TTL. */
+	/* Size of the table: a power of two, so that tickets may wrap. */
 	NAMES_MAX = 256,
+	/* Validity: getaddrinfo(3) tells no TTL. */
 	NAME_KEPT_MS = 60000,
 	NAME_FAILED_MS = 5000,
 	/* Most children of the helper at once. */
